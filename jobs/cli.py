@@ -1,0 +1,58 @@
+"""The face all jobs share: `--config`, `--set`, `--dry-run`, one message and exit code 2 for a user's mistake."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import yaml
+
+from pipeline import config
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job was asked to do."""
+
+    cfg: config.RunConfig
+    dry_run: bool
+    options: argparse.Namespace
+
+
+def run(
+    what: str,
+    main: Callable[[Job], None],
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    plan: Callable[[config.RunConfig], dict[str, object]] | None = None,
+) -> None:
+    """Parse the command line, then `main(job)`.
+
+    `--dry-run` prints the resolved configuration and `plan(cfg)` (files, rows, resources) and starts nothing; `plan`
+    raises `UserError` for what could not run.
+    """
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML preset, see configs/")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=1; may repeat"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, start nothing"
+    )
+    if add_options:
+        add_options(parser)
+    options = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    try:
+        cfg = config.load(options.config, options.overrides)
+        if options.dry_run:
+            print(yaml.safe_dump(config.to_dict(cfg), sort_keys=False).rstrip())
+            print(yaml.safe_dump({"plan": plan(cfg) if plan else {}}, sort_keys=False).rstrip())
+            return
+        main(Job(cfg, options.dry_run, options))
+    except config.UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
