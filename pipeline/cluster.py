@@ -1,0 +1,128 @@
+"""The Ray cluster that a job runs on: the one it was submitted to, or a private one for the job's own time.
+
+A private cluster has its own ports, token and short temp folder, so that it lives beside other people's clusters on
+the same machine, and only what was started here is stopped.
+"""
+
+import logging
+import os
+import random
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.config import RayConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, per protocol
+
+
+@contextmanager
+def ray_cluster(cfg: RayConfig, *, runs_dir: str | Path = "runs", include_dashboard: bool = False) -> Iterator[Any]:
+    """Connect to Ray for the length of the block and yield Ray's context (`.dashboard_url`, `.address_info`).
+
+    In this order: a connection that this process already has (left open afterwards), `cfg.address`, the RAY_ADDRESS
+    that `ray job submit` sets, and otherwise a local cluster. Import `ray.serve` inside the block only: it reads its
+    settings from the environment when it is imported.
+
+    Raises:
+        UserError: no cluster answers at the given address.
+    """
+    if ray.is_initialized():
+        yield ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
+        return
+    address = cfg.address or os.environ.get("RAY_ADDRESS", "local")
+    if address != "local":
+        yield from _joined(address)
+    else:
+        yield from _local(cfg, Path(runs_dir), include_dashboard)
+
+
+def _joined(address: str) -> Iterator[Any]:
+    try:
+        context = ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
+    try:
+        yield context
+    finally:
+        ray.shutdown()
+
+
+def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: socket paths end at 107 characters
+    os.environ |= serve_environment(folder)
+    use_token(runs_dir)
+    try:
+        yield ray.init(
+            address="local",
+            num_cpus=cfg.num_cpus,
+            object_store_memory=cfg.object_store_mb * 2**20,
+            include_dashboard=include_dashboard,
+            dashboard_port=free_port() if include_dashboard else None,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder),
+        )
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def use_token(runs_dir: Path) -> None:
+    """Point this process and its children to a token of our own, unless the user has chosen a way of authentication.
+
+    One token for all local clusters of `runs_dir`: Ray reads it once per process, so a second cluster with another
+    token would refuse its own driver. With nothing set, Ray would write one into the home directory.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    path = runs_dir.absolute() / ".ray-token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        logger.debug("reusing %s", path)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    # RAY_AUTH_MODE stays unset: Ray has read it already where it was imported before, and switches itself to tokens in
+    # `ray.init`, with a warning that there is nothing to do about.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+def serve_environment(folder: Path) -> dict[str, str]:
+    """What Ray Serve must find in the environment of every node before Ray starts.
+
+    HAProxy in front and user code on the replica's event loop, unless switched off; and instead of the fixed folder
+    and ports that all clusters of a machine would share, ones of this cluster.
+    """
+    first = random.SystemRandom().randrange(20_000, 32_000, 2 * REPLICA_PORTS)  # below the ports of outgoing sockets
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1"),
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/haproxy/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{folder}/haproxy",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + REPLICA_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + 2 * REPLICA_PORTS - 1),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
