@@ -1,0 +1,59 @@
+# Every target sets up what it needs: Python 3.11 or 3.12 and make are enough. `make PYTHON=/path/to/python ...` to choose one.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types serve mlflow-ui bench-anchor clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
+CONFIG ?= configs/demo.yaml
+PORT ?= 5000
+# The first interpreter that runs and can make an environment: a shim may answer to the name and not run.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## real logs -> sequences -> training -> registry -> HTTP, in minutes; CONFIG=configs/smoke.yaml is smaller
+	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --fresh
+
+test: $(READY)  ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+lint: $(READY) types  ## ruff, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## basedpyright
+	$(BIN)/basedpyright
+
+serve: $(READY)  ## leave the champion of the last demo answering over HTTP, until Ctrl-C
+	$(BIN)/python -m jobs.deploy --config $(CONFIG)
+
+mlflow-ui: $(READY)  ## reopen the runs and models of past demos, PORT=5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--backend-store-uri sqlite:///runs/mlflow/mlflow.db --artifacts-destination runs/mlflow/artifacts
+
+bench-anchor: $(BENCH_READY)  ## smoothed rates and LightGBM on the KuaiRand subset: the numbers to beat
+	$(BIN)/python -m benchmarks.kuairand_anchor
+
+clean:  ## remove runs/ (models and figures too) and caches; the environment stays
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# A stamp newer than the two files that name the versions: setting up again does nothing.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No usable python3.11 or python3.12 with venv and ensurepip was found (Debian: python3.11-venv)." >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) -V): a few minutes and about 3 GB, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	@echo "Adding the benchmarks' packages to $(VENV)."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	@touch $@

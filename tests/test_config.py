@@ -1,0 +1,178 @@
+"""One configuration: every mistake is one message naming key and value, every preset loads, no key is dead."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config
+from pipeline.config import ConfigError, RunConfig
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+DEMO = ROOT / "configs" / "demo.yaml"
+
+MISTAKES = [
+    ("train.epoch=1", "train.epoch", "1"),  # unknown key
+    ("modle.d_model=8", "modle", "8"),  # unknown section
+    ("source.synthetic.users=5", "source.synthetic.users", "5"),
+    ("train.epochs=two", "train.epochs", "'two'"),  # wrong type
+    ("train.epochs=1.5", "train.epochs", "1.5"),
+    ("train.epochs=true", "train.epochs", "True"),
+    ("train.use_gpu=1", "train.use_gpu", "1"),
+    ("train.lr=fast", "train.lr", "'fast'"),
+    ("tasks=is_click", "tasks", "'is_click'"),
+    ("source.columns=[a]", "source.columns", "['a']"),
+    ("features.item.tag=8", "features.item.tag", "8"),
+    ("train.epochs=0", "train.epochs", "0"),  # out of range
+    ("train.lr=-1", "train.lr", "-1"),
+    ("model.dropout=1", "model.dropout", "1"),
+    ("model.attention.window=-3", "model.attention.window", "-3"),
+    ("model.truncate_after_layer=2", "model.truncate_after_layer", "2"),
+    ("model.attention_backend=cuda", "model.attention_backend", "'cuda'"),
+    ("train.precision=fp8", "train.precision", "'fp8'"),
+    ("train.stochastic_length.alpha=1", "train.stochastic_length.alpha", "1"),
+    ("sequences.max_quarantined_share=1.1", "sequences.max_quarantined_share", "1.1"),
+    ("split.t_val=yesterday", "split.t_val", "'yesterday'"),
+    ("split.t_val=2022-05-01T00:00:00", "split.t_val", "2022-05-01T00:00:00"),  # without its offset from UTC
+    ("split.t_test=2022-04-01T00:00:00+08:00", "split.t_test", "2022-04-01"),  # before t_val
+    ("tasks=[is_clicked]", "tasks", "'is_clicked'"),  # not an action
+    ("tracking.gate_max_ne.is_hate=1", "tracking.gate_max_ne", "'is_hate'"),  # not a task
+    ("features.request.hours={}", "features.request", "'hours'"),
+    ("features.user_tokens.activity=[fans]", "features.user_tokens", "'fans'"),
+    ("source.path=null", "source.path", "None"),
+    ("source.actions=[is_click, is_click]", "source.actions", "is_click"),
+    ("serve.port=70000", "serve.port", "70000"),
+    ("name=a/b", "name", "'a/b'"),
+    ("train.epochs", "--set", "'train.epochs'"),  # no value
+    ("=3", "--set", "'=3'"),
+    ("seed.x=3", "--set seed.x", "seed"),  # not a section
+    ("train.epochs=[1", "--set train.epochs", "'[1'"),  # not YAML
+]
+
+
+@pytest.mark.parametrize(("override", "key", "value"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_names_its_key_and_value(override, key, value):
+    with pytest.raises(ConfigError) as caught:
+        config.load(DEMO, [override])
+    message = str(caught.value)
+    assert key in message
+    assert value in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("name: [", "is not YAML"),
+        ("- 1", "must hold a mapping, got list"),
+        ("", "must hold a mapping, got NoneType"),
+        ("source: 3", "source must be a mapping, got 3"),
+        ("3: 4", "unknown configuration key '3' (value 4)"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, complaint):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert complaint in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        config.load(tmp_path / "nowhere.yaml")
+
+
+def test_set_replaces_one_value_and_creates_sections():
+    cfg = config.load(
+        DEMO, ["train.epochs=7", "train.lr=2e-3", "model.attention.window=null", "evaluate.batch_tokens=9"]
+    )
+    assert (cfg.train.epochs, cfg.train.lr, cfg.model.attention.window, cfg.evaluate.batch_tokens) == (7, 2e-3, None, 9)
+    assert cfg.train.batch_users == config.load(DEMO).train.batch_users
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
+def test_presets_survive_a_round_trip(preset, tmp_path):
+    cfg = config.load(preset)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(yaml.safe_dump(config.to_dict(cfg)))
+    assert config.load(saved) == cfg
+    flat = config.flatten(config.to_dict(cfg))
+    assert flat["train.epochs"] == cfg.train.epochs
+    assert not any(isinstance(value, dict) and value for value in flat.values())
+
+
+def sections(cls: type = RunConfig) -> set[type]:
+    """RunConfig and every dataclass inside it."""
+    found = {cls}
+    for hint in typing.get_type_hints(cls).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                found |= sections(typing.cast(type, part))
+    return found
+
+
+def test_every_key_is_read_somewhere():
+    read: set[str] = set()
+    for folder in ("pipeline", "kernels", "jobs", "serve_app"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path != ROOT / "pipeline" / "config.py":
+                read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    # Read through a property or method of the configuration itself: `cfg.split.val_ms`, `cfg.run_dir`.
+    for node in ast.walk(ast.parse((ROOT / "pipeline" / "config.py").read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name != "__post_init__":
+            read |= {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+    dead = [f"{cls.__name__}.{f.name}" for cls in sections() for f in dataclasses.fields(cls) if f.name not in read]
+    assert sorted(dead) == []
+
+
+JOB = "from jobs import cli; cli.run('A job.', lambda job: print('ran', job.cfg.name))"
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", JOB, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_job_runs_its_main():
+    done = run_job("--config", "configs/demo.yaml", "--set", "name=other")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran other\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["--config", "configs/demo.yaml", "--set", "train.epoch=1"],
+            "unknown configuration key 'train.epoch' (value 1)",
+        ),
+        (["--config", "configs/demo.yaml", "--set", "train.epochs=two"], "train.epochs must be int, got 'two'"),
+        (["--config", "configs/demos.yaml"], "--config configs/demos.yaml: No such file or directory"),
+    ],
+)
+def test_a_job_answers_a_mistake_with_one_message_and_exit_code_2(arguments, complaint):
+    done = run_job(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {complaint}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_exits_with_2():
+    done = run_job("--config", "configs/demo.yaml", "--epochs", "3")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --epochs 3" in done.stderr
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing():
+    done = run_job("--config", "configs/demo.yaml", "--set", "train.epochs=9", "--dry-run")
+    assert done.returncode == 0
+    assert "ran demo" not in done.stdout
+    resolved = yaml.safe_load(done.stdout)
+    resolved.pop("plan")
+    assert config.from_dict(resolved) == config.load(DEMO, ["train.epochs=9"])

@@ -1,0 +1,50 @@
+"""What runs where Ray and MLflow are not installed: kernels, the model, its training loop and the data it reads.
+
+Each module is imported in a process in which `import ray` and `import mlflow` fail, direct or through others.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_RAY = (
+    "kernels/**/*.py",
+    "pipeline/config.py",
+    "pipeline/schema.py",
+    "pipeline/model/**/*.py",
+    "pipeline/train/loop.py",
+    "pipeline/evaluate/metrics.py",
+    *(f"pipeline/data/{name}.py" for name in ("batch", "examples", "features", "loader", "sampling", "store")),
+    "serve_app/ranker.py",
+)
+IMPORT_ALL = """
+import importlib, sys
+sys.modules.update(ray=None, mlflow=None)  # importing either raises ModuleNotFoundError
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def modules(pattern: str) -> list[str]:
+    paths = (path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.glob(pattern)))
+    return [".".join(path.parts).removesuffix(".__init__") for path in paths]
+
+
+def import_blocked(names: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", IMPORT_ALL, *names]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_no_import_of_ray_or_mlflow():
+    found = {pattern: modules(pattern) for pattern in WITHOUT_RAY}
+    assert [pattern for pattern, names in found.items() if not names] == []
+    done = import_blocked([name for names in found.values() for name in names])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_block_blocks():
+    for name in ("ray", "mlflow", "ray.data"):
+        done = import_blocked([name])
+        assert done.returncode == 1
+        assert "ModuleNotFoundError" in done.stderr
