@@ -8,8 +8,15 @@ evaluation and serving differ only in where the `Events` come from; all three ca
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.config import RunConfig
+from pipeline.data.features import FeatureMaps
+
+NO_GAP = -1  # gap_ms where there is no earlier row or the time between is not real
+MS_PER_HOUR = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +57,159 @@ class SequenceBatch:
     def to(self, device: torch.device | str) -> "SequenceBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Rows of B sequences as flat NumPy columns, oldest first; sequence b is `offsets[b]:offsets[b + 1]`.
+
+    Request columns are -1 where unknown.
+    """
+
+    offsets: np.ndarray  # int64 [B + 1]
+    item_id: np.ndarray  # int64 [N]
+    event_time: np.ndarray  # int64 [N], ms UTC; of a candidate: its request's time
+    order_only: np.ndarray  # bool [N]
+    action_mask: np.ndarray  # int32 [N]
+    known_mask: np.ndarray  # int32 [N]
+    position: np.ndarray  # int64 [N]
+    gap_ms: np.ndarray  # int64 [N]
+    request: dict[str, np.ndarray]  # int32 [N] per request column
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def take(self, begin: np.ndarray, end: np.ndarray) -> "Events":
+        """The rows `begin[i]:end[i]` as sequence i, int64 [n] each."""
+        index, offsets = ranges(begin, end)
+        names = [f.name for f in fields(self) if f.name not in ("offsets", "request")]
+        columns = {name: getattr(self, name)[index] for name in names}
+        return Events(offsets=offsets, request={n: column[index] for n, column in self.request.items()}, **columns)
+
+
+def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The integers of `begin[i]..end[i]-1` one range after another, and the offsets [n + 1] of the ranges."""
+    lengths = end - begin
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths), offsets
+
+
+def row_gaps(event_time: np.ndarray, order_only: np.ndarray, offsets: np.ndarray, end_is_real: bool) -> np.ndarray:
+    """ms from the previous row of the sequence to each row, int64 [N], NO_GAP where that is not a real time.
+
+    An order_only row has no gap. The first timed row after such rows has one only if `end_is_real`: the last of them
+    then carries a real time.
+    """
+    gap = np.diff(event_time, prepend=event_time[:1])
+    after_order_only = np.concatenate([[False], order_only[:-1]])
+    unreal = order_only if end_is_real else order_only | after_order_only
+    gap[unreal] = NO_GAP
+    starts = offsets[:-1][np.diff(offsets) > 0]
+    gap[starts] = NO_GAP
+    return gap
+
+
+def request_gaps(
+    history: Events, last: np.ndarray, first: np.ndarray, request_time: np.ndarray, end_is_real: bool
+) -> np.ndarray:
+    """ms from the last visible event to the request, int64 [n]. That event is row `last`; none if `last < first`."""
+    if len(history.event_time) == 0:
+        return np.full(len(last), NO_GAP, np.int64)
+    row = np.maximum(last, 0)
+    real = (last >= first) & (end_is_real | ~history.order_only[row])
+    return np.where(real, request_time - history.event_time[row], NO_GAP)
+
+
+def candidates(
+    history: Events,
+    first_position: np.ndarray,
+    item_id: np.ndarray,
+    offsets: np.ndarray,
+    request_time: np.ndarray,
+    request: dict[str, np.ndarray],
+    end_is_real: bool,
+) -> Events:
+    """Items to score for B users, after all of `history`, at one `request_time` (int64 [B], ms UTC) each.
+
+    `item_id` and the request columns are flat [C] with `offsets` [B + 1]; `first_position` int64 [B] counts rows that
+    the history itself left out.
+    """
+    lengths = np.diff(offsets)
+    gap = request_gaps(history, history.offsets[1:] - 1, history.offsets[:-1], request_time, end_is_real)
+    zeros = np.zeros(len(item_id), np.int32)
+    return Events(
+        offsets=offsets,
+        item_id=item_id,
+        event_time=np.repeat(request_time, lengths),
+        order_only=np.zeros(len(item_id), bool),
+        action_mask=zeros,
+        known_mask=zeros,
+        position=np.repeat(first_position + history.lengths, lengths),
+        gap_ms=np.repeat(gap, lengths),
+        request=request,
+    )
+
+
+def collate(
+    history: Events,
+    targets: Events,
+    user_id: np.ndarray,
+    maps: FeatureMaps,
+    cfg: RunConfig,
+    *,
+    target_visible: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    label_weight: np.ndarray | None = None,
+) -> SequenceBatch:
+    """One batch of B sequences: history b, then candidates b. No Python per sequence, no padding.
+
+    Args:
+        user_id: int64 [B].
+        target_visible: int32 [C], how many rows of its history each candidate sees; None: all.
+        labels, label_weight: float32 [C, tasks], in training.
+    """
+    num_history, num_targets = history.lengths, targets.lengths
+    offsets = np.concatenate([[0], np.cumsum(num_history + num_targets)]).astype(np.int64)
+    at_history = np.arange(history.offsets[-1]) + np.repeat(offsets[:-1] - history.offsets[:-1], num_history)
+    at_targets = np.arange(targets.offsets[-1]) + np.repeat(offsets[1:] - targets.offsets[1:], num_targets)
+
+    def merge(past: np.ndarray, now: np.ndarray) -> np.ndarray:
+        merged = np.empty(offsets[-1], past.dtype)
+        merged[at_history], merged[at_targets] = past, now
+        return merged
+
+    no_action = np.zeros(len(at_targets), np.int32)
+    event_time = merge(history.event_time, targets.event_time)
+    order_only = merge(history.order_only, targets.order_only)
+    columns = {
+        name: merge(history.request[name], targets.request[name]) if name != "hour" else
+        hour_of_day(event_time, order_only, cfg.features.hour_utc_offset)
+        for name in cfg.features.request
+    }  # fmt: skip
+
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array)
+
+    lengths = np.diff(offsets)
+    return SequenceBatch(
+        seq_offsets=torch.from_numpy(offsets),
+        num_targets=torch.from_numpy(num_targets.astype(np.int32)),
+        item_codes=torch.from_numpy(maps.item_codes[maps.item_rows(merge(history.item_id, targets.item_id))]),
+        request_codes=torch.from_numpy(maps.request_codes(columns, int(offsets[-1]))),
+        action_mask=torch.from_numpy(merge(history.action_mask, no_action)),
+        known_mask=torch.from_numpy(merge(history.known_mask, no_action)),
+        position=torch.from_numpy(merge(history.position, targets.position)),
+        gap_ms=torch.from_numpy(merge(history.gap_ms, targets.gap_ms)),
+        user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
+        max_seq_len=int(lengths.max()) if len(lengths) else 0,
+        target_visible=tensor(target_visible),
+        labels=tensor(labels),
+        label_weight=tensor(label_weight),
+    )
+
+
+def hour_of_day(event_time: np.ndarray, order_only: np.ndarray, utc_offset: float) -> np.ndarray:
+    """int32 [N], 0..23 at `utc_offset` hours from UTC, -1 where the time is only an order."""
+    hour = (event_time + int(utc_offset * MS_PER_HOUR)) // MS_PER_HOUR % 24
+    return np.where(order_only, -1, hour).astype(np.int32)

@@ -1,0 +1,220 @@
+"""What is learned across users before training: vocabularies, bucket edges, popularity, base rates.
+
+All of it comes from the training period (rows before `split.train_end_ms`); an id or value not seen there is code 0.
+The maps are saved beside the weights, and the server looks codes up in them and nowhere else.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from safetensors.numpy import load_file, save_file
+
+from pipeline.config import ColumnFeature, RunConfig, UserError
+from pipeline.data import arrow, store
+
+HOURS = np.arange(24, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureMaps:
+    """Ids and values → embedding rows. Row 0 of a codes table stands for an id that is not in it."""
+
+    item_ids: np.ndarray  # int64 [I], sorted
+    item_codes: np.ndarray  # int32 [I + 1, 1 + item columns]: item id, then features.item in order
+    item_count: np.ndarray  # int64 [I + 1], exposures in the training period
+    user_ids: np.ndarray  # int64 [U], sorted
+    user_codes: np.ndarray  # int32 [U + 1, user columns]
+    request_values: dict[str, np.ndarray]  # request column -> int64 values, sorted; code = index + 1
+    vocab_sizes: dict[str, int]  # rows of each embedding table, row 0 included
+    base_rates: dict[str, float]  # task -> positive rate over the known labels of timed training rows
+
+    def item_rows(self, item_id: np.ndarray) -> np.ndarray:
+        return _rows(self.item_ids, item_id)
+
+    def user_rows(self, user_id: np.ndarray) -> np.ndarray:
+        return _rows(self.user_ids, user_id)
+
+    def request_codes(self, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
+        """int32 [N, request columns], `features.request` in order."""
+        codes = [_rows(values, columns[name]) for name, values in self.request_values.items()]
+        return np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((num_rows, 0), np.int32)
+
+    def popular_items(self, num: int) -> np.ndarray:
+        """The `num` items most often shown in the training period, most popular first, ties by id, int64."""
+        order = np.lexsort((self.item_ids, -self.item_count[1:]))
+        return self.item_ids[order[:num]]
+
+    def save(self, folder: Path) -> None:
+        arrays = {"item_ids": self.item_ids, "item_codes": self.item_codes, "item_count": self.item_count}
+        arrays |= {"user_ids": self.user_ids, "user_codes": self.user_codes}
+        arrays |= {f"request.{name}": values for name, values in self.request_values.items()}
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "features.safetensors"
+        )
+        facts = {"request": list(self.request_values), "vocab_sizes": self.vocab_sizes, "base_rates": self.base_rates}
+        (folder / "features.json").write_text(json.dumps(facts, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> "FeatureMaps":
+        facts = json.loads((folder / "features.json").read_text())
+        arrays = load_file(folder / "features.safetensors")
+        return cls(
+            request_values={name: arrays.pop(f"request.{name}") for name in facts["request"]},
+            vocab_sizes=facts["vocab_sizes"],
+            base_rates=facts["base_rates"],
+            **arrays,
+        )
+
+
+def fit_features(cfg: RunConfig) -> FeatureMaps:
+    """The maps of the published sequences under `cfg.sequence_dir`.
+
+    Raises:
+        UserError: a configured column is not in its side table, or no row lies in the training period.
+    """
+    rows = _TrainingRows.read(cfg)
+    items = _side_table(cfg, "items", "item_id", rows.items)
+    users = _side_table(cfg, "users", "user_id", rows.users)
+    item_ids, item_columns, item_sizes = _side_codes(items, "item_id", cfg.features.item, rows.items)
+    user_ids, user_columns, user_sizes = _side_codes(users, "user_id", cfg.features.user, rows.users)
+    id_codes = _rows(rows.items, item_ids).astype(np.int32)
+    counts = np.zeros(len(item_ids), np.int64)
+    known = _rows(rows.items, item_ids)
+    counts[known > 0] = rows.item_count[known[known > 0] - 1]
+    request_values = {name: HOURS if name == "hour" else rows.request[name] for name in cfg.features.request}
+    sizes = {"item_id": len(rows.items) + 1}
+    sizes |= {f"item.{name}": size for name, size in item_sizes.items()}
+    sizes |= {f"user.{name}": size for name, size in user_sizes.items()}
+    sizes |= {f"request.{name}": len(values) + 1 for name, values in request_values.items()}
+    return FeatureMaps(
+        item_ids=item_ids,
+        item_codes=_with_unknown(np.column_stack([id_codes, item_columns])),
+        item_count=np.concatenate([[0], counts]),
+        user_ids=user_ids,
+        user_codes=_with_unknown(user_columns),
+        request_values=request_values,
+        vocab_sizes=sizes,
+        base_rates=rows.base_rates,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _TrainingRows:
+    """Facts about the rows of the training period; `items` and `users` also count order_only rows."""
+
+    items: np.ndarray  # int64, sorted
+    item_count: np.ndarray  # timed rows of each
+    users: np.ndarray  # int64, sorted
+    request: dict[str, np.ndarray]  # int64 values of each request column, sorted, unknown left out
+    base_rates: dict[str, float]
+
+    @classmethod
+    def read(cls, cfg: RunConfig) -> "_TrainingRows":
+        stored = [name for name in cfg.features.request if name != "hour"]
+        items, timed_items, users = [], [], []
+        request: dict[str, list[np.ndarray]] = {name: [] for name in stored}
+        positives, totals = np.zeros(len(cfg.tasks)), np.zeros(len(cfg.tasks))
+        for table in _buckets(cfg):
+            offsets = arrow.list_offsets(table)
+            flat = {name: arrow.flat_column(table, name) for name in ("item_id", "event_time", "order_only", *stored)}
+            training = flat["event_time"] < cfg.split.train_end_ms
+            timed = training & ~flat["order_only"]
+            items.append(np.unique(flat["item_id"][training]))
+            timed_items.append(flat["item_id"][timed])
+            user = np.repeat(table["user_id"].to_numpy(), np.diff(offsets))
+            users.append(np.unique(user[training]))
+            for name in stored:
+                request[name].append(np.unique(flat[name][timed]))
+            action, known = (arrow.flat_column(table, name)[timed] for name in ("action_mask", "known_mask"))
+            for i, task in enumerate(cfg.tasks):
+                bit = np.int32(1 << cfg.source.actions.index(task))
+                totals[i] += np.count_nonzero(known & bit)
+                positives[i] += np.count_nonzero(action & known & bit)
+        if totals.max(initial=0) == 0:
+            end = "split.t_test" if cfg.split.refit else "split.t_val"
+            raise UserError(f"no row with a known label lies before {end}: nothing to train on")
+        vocabulary = np.unique(np.concatenate(items))
+        counted, counts = np.unique(np.concatenate(timed_items), return_counts=True)
+        item_count = np.zeros(len(vocabulary), np.int64)
+        item_count[np.searchsorted(vocabulary, counted)] = counts
+        values = {name: np.unique(np.concatenate(parts)).astype(np.int64) for name, parts in request.items()}
+        return cls(
+            items=vocabulary,
+            item_count=item_count,
+            users=np.unique(np.concatenate(users)),
+            request={name: found[found >= 0] for name, found in values.items()},
+            base_rates=dict(zip(cfg.tasks, (positives / np.maximum(totals, 1)).tolist(), strict=True)),
+        )
+
+
+def _buckets(cfg: RunConfig) -> Iterator[pa.Table]:
+    manifest = store.read_manifest(cfg.sequence_dir)
+    for index in range(len(manifest.buckets)):
+        yield store.read_bucket(cfg.sequence_dir, manifest, index)
+
+
+def _side_table(cfg: RunConfig, side: str, id_column: str, seen: np.ndarray) -> pa.Table:
+    """The side table plus a bare row for every id of the training rows that it does not list, sorted by id."""
+    table = store.read_side_table(cfg.sequence_dir, side)
+    if table is None:
+        table = pa.table({id_column: pa.array(seen, pa.int64())})
+    columns = cfg.features.item if side == "items" else cfg.features.user
+    for name in columns:
+        if name not in table.column_names:
+            raise UserError(
+                f"features.{side[:-1]}: the {side} table has no column {name!r}; it has {table.column_names}"
+            )
+    table = table.select([id_column, *columns])
+    missing = np.setdiff1d(seen, table[id_column].to_numpy())
+    if len(missing):
+        bare = pa.table({id_column: pa.array(missing, pa.int64())})
+        table = pa.concat_tables([table, bare], promote_options="default")
+    return table.sort_by(id_column)
+
+
+def _side_codes(
+    table: pa.Table, id_column: str, columns: dict[str, ColumnFeature], seen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Ids [n], codes int32 [n, columns] and the vocabulary size of each column, values from the ids in `seen`."""
+    ids = table[id_column].to_numpy()
+    training = np.isin(ids, seen)
+    codes = np.zeros((len(ids), len(columns)), np.int32)
+    sizes = {}
+    for i, (name, feature) in enumerate(columns.items()):
+        encode = _quantile_codes if feature.kind == "quantile" else _category_codes
+        codes[:, i], sizes[name] = encode(table[name], training, feature)
+    return ids, codes, sizes
+
+
+def _category_codes(column: pa.ChunkedArray, training: np.ndarray, _: ColumnFeature) -> tuple[np.ndarray, int]:
+    text = column.cast(pa.large_string())
+    values = pc.unique(text.filter(pa.array(training))).drop_null()
+    values = values.take(pc.sort_indices(values))
+    index = pc.index_in(text, value_set=values)  # null where missing or not seen in the training period
+    return pc.fill_null(pc.add(index, 1), 0).to_numpy(), len(values) + 1
+
+
+def _quantile_codes(column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature) -> tuple[np.ndarray, int]:
+    values = column.cast(pa.float64()).to_numpy()  # null becomes nan
+    seen = values[training & ~np.isnan(values)]
+    inner = np.linspace(0, 1, feature.buckets + 1)[1:-1]
+    edges = np.unique(np.quantile(seen, inner)) if len(seen) else np.zeros(0)
+    codes = np.where(np.isnan(values), 0, 1 + np.searchsorted(edges, values, side="right"))
+    return codes.astype(np.int32), len(edges) + 2
+
+
+def _with_unknown(codes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros((1, codes.shape[1]), np.int32), codes.astype(np.int32)])
+
+
+def _rows(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Index + 1 of each `wanted` in the sorted `values`, 0 where it is absent, int64."""
+    if len(values) == 0:
+        return np.zeros(len(wanted), np.int64)
+    index = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
+    return np.where(values[index] == wanted, index + 1, 0)

@@ -1,0 +1,229 @@
+"""Examples and batches: who sees what, against plain loops, and nothing from the future."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline import config, schema
+from pipeline.data.batch import Events, SequenceBatch, candidates, collate, row_gaps
+from pipeline.data.examples import UserEvents, example_batch, request_examples, training_examples, user_events
+from pipeline.data.features import FeatureMaps
+from pipeline.data.sampling import stochastic_lengths, threshold
+
+DAY = 86_400_000
+T_VAL = config.SplitConfig().val_ms
+
+
+def make_config(**train: object) -> config.RunConfig:
+    return config.from_dict(
+        {
+            "source": {"kind": "synthetic", "actions": ["is_click", "is_like"], "request_columns": ["tab"]},
+            "tasks": ["is_click", "is_like"],
+            "features": {"request": {"tab": {"dim": 2}, "hour": {"dim": 2}}},
+            "train": train,
+        }
+    )
+
+
+def make_sequences(rng: np.random.Generator, num_users: int = 16, longest: int = 30) -> pa.Table:
+    """Users with order_only rows, requests of several rows, times on both sides of t_val; one user has no rows."""
+    rows = []
+    for user in range(num_users):
+        length = 0 if user == 3 else int(rng.integers(1, longest))
+        num_order_only = int(rng.integers(0, length + 1)) if user % 2 else 0
+        request = np.sort(rng.integers(0, max(length // 2, 1), length))
+        request[:num_order_only] = np.arange(num_order_only) - num_order_only
+        request = np.unique(request, return_inverse=True)[1]
+        time = T_VAL - DAY + np.cumsum(rng.integers(1, DAY // 3, length + 1))[request]
+        rows.append(
+            {
+                "user_id": 100 + user,
+                "user_bucket": 0,
+                "first_position": 5 if user == 1 else 0,
+                "item_id": rng.integers(0, 50, length).tolist(),
+                "event_time": time.tolist(),
+                "action_mask": rng.integers(0, 4, length).tolist(),
+                "known_mask": rng.integers(0, 4, length).tolist(),
+                "watch_ms": [-1] * length,
+                "request_index": request.tolist(),
+                "order_only": (np.arange(length) < num_order_only).tolist(),
+                "tab": rng.integers(0, 3, length).tolist(),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=schema.sequence_schema(["tab"]))
+
+
+def make_maps(num_items: int = 40) -> FeatureMaps:
+    """Items 0..39 known, 40..49 not; no side tables."""
+    codes = np.arange(num_items + 1, dtype=np.int32)[:, None]
+    return FeatureMaps(
+        item_ids=np.arange(num_items),
+        item_codes=codes,
+        item_count=np.ones(num_items + 1, np.int64),
+        user_ids=np.zeros(0, np.int64),
+        user_codes=np.zeros((1, 0), np.int32),
+        request_values={"tab": np.arange(3), "hour": np.arange(24)},
+        vocab_sizes={"item_id": num_items + 1, "request.tab": 4, "request.hour": 25},
+        base_rates={"is_click": 0.5, "is_like": 0.5},
+    )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_requests_see_strictly_earlier_rows_only(rng: np.random.Generator) -> None:
+    cfg, table = make_config(), make_sequences(rng)
+    users = user_events(table, cfg)
+    examples = request_examples(users, T_VAL, 2**62)
+    expected = []
+    for number, row in enumerate(table.to_pylist()):
+        start = int(users.events.offsets[number])
+        for request in sorted(set(row["request_index"])):
+            members = [i for i, r in enumerate(row["request_index"]) if r == request]
+            time = row["event_time"][members[0]]
+            if time >= T_VAL and not row["order_only"][members[0]]:
+                seen = sum(t < time for t in row["event_time"])
+                expected.append((number, start, start + seen, start + members[0], start + members[-1] + 1))
+    got = [tuple(int(getattr(examples, n)[i]) for n in examples.__slots__) for i in range(len(examples))]
+    assert got == expected
+    assert len(got) > 10
+
+
+@pytest.mark.parametrize("layout", ["user", "request"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_every_training_row_is_a_target_once(rng: np.random.Generator, layout: str, weight: float) -> None:
+    cfg = make_config(layout=layout, history_label_weight=weight, max_targets_per_sequence=5)
+    users = user_events(make_sequences(rng), cfg)
+    examples = training_examples(users, cfg, rng)
+    targets = np.concatenate([np.arange(b, e) for b, e in zip(examples.target_begin, examples.target_end, strict=True)])
+    events = users.events
+    wanted = (events.event_time < T_VAL) & (~events.order_only if weight == 0 else True)
+    assert sorted(targets) == np.flatnonzero(wanted).tolist()
+    batch = example_batch(users, examples, make_maps(), cfg, training=True)
+    assert batch.target_visible is not None and batch.label_weight is not None
+    begin = np.repeat(examples.history_begin, examples.target_end - examples.target_begin)
+    assert (begin + batch.target_visible.numpy() == users.visible_end[targets]).all()
+    known = (events.known_mask[targets, None] & np.array([1, 2])) != 0
+    expected = known * np.where(events.order_only[targets], weight, 1)[:, None]
+    assert np.array_equal(batch.label_weight.numpy(), expected.astype(np.float32))
+
+
+def batch_rows(batch: SequenceBatch, number: int) -> dict[str, list]:
+    """Sequence `number` of a batch, every column."""
+    begin, end = batch.seq_offsets[number : number + 2].tolist()
+    columns = ("item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    return {name: getattr(batch, name)[begin:end].tolist() for name in columns}
+
+
+def test_both_layouts_give_a_candidate_the_same_columns(rng: np.random.Generator) -> None:
+    cfg, table, maps = make_config(), make_sequences(rng), make_maps()
+    users = user_events(table, cfg)
+    by_user = example_batch(users, training_examples(users, cfg, rng), maps, cfg, training=True)
+    request_cfg = make_config(layout="request")
+    by_request = example_batch(users, training_examples(users, request_cfg, rng), maps, request_cfg, training=True)
+    names = ("item_codes", "request_codes", "position", "gap_ms")
+
+    def target_rows(batch: SequenceBatch) -> dict[str, torch.Tensor]:
+        lengths = torch.diff(batch.seq_offsets)
+        within = torch.arange(batch.num_tokens) - torch.repeat_interleave(batch.seq_offsets[:-1], lengths)
+        is_target = within >= torch.repeat_interleave(lengths - batch.num_targets, lengths)
+        return {name: getattr(batch, name)[is_target] for name in names}
+
+    left, right = target_rows(by_user), target_rows(by_request)
+    for name in names:
+        assert torch.equal(left[name], right[name]), name
+    assert by_user.labels is not None and by_request.labels is not None
+    assert torch.equal(by_user.labels, by_request.labels)
+
+
+def corrupt_after(table: pa.Table, number: int, visible: int, cfg: config.RunConfig) -> UserEvents:
+    """The same users, every row of user `number` from `visible` on turned into something else (items, actions)."""
+    rows = table.to_pylist()
+    for i in range(visible, len(rows[number]["item_id"])):
+        rows[number]["action_mask"][i] ^= 3
+        rows[number]["known_mask"][i] ^= 3
+        rows[number]["watch_ms"][i] = 77
+    return user_events(pa.Table.from_pylist(rows, schema=table.schema), cfg)
+
+
+def assert_nothing_from_the_future(table: pa.Table, cfg: config.RunConfig, build) -> None:
+    """Whatever happens at or after a request changes none of its inputs."""
+    users = user_events(table, cfg)
+    examples = request_examples(users, T_VAL, 2**62)
+    for i in range(0, len(examples), 3):
+        one = examples[i : i + 1]
+        visible = int(one.history_end[0] - one.history_begin[0])
+        changed = corrupt_after(table, int(one.user[0]), visible, cfg)
+        before, after = (batch_rows(build(u, one), 0) for u in (users, changed))
+        assert before == after
+
+
+def test_no_feature_of_an_example_is_later_than_its_request(rng: np.random.Generator) -> None:
+    cfg, table, maps = make_config(), make_sequences(rng), make_maps()
+    build = lambda users, one: example_batch(users, one, maps, cfg, training=False)
+    assert_nothing_from_the_future(table, cfg, build)
+
+
+def test_a_planted_leak_is_found(rng: np.random.Generator) -> None:
+    cfg, table, maps = make_config(), make_sequences(rng), make_maps()
+
+    def leaking(users: UserEvents, one) -> SequenceBatch:
+        batch = example_batch(users, one, maps, cfg, training=False)
+        own = torch.tensor(users.events.action_mask[one.target_begin[0] : one.target_end[0]])
+        mask = batch.action_mask.clone()
+        mask[-len(own) :] = own  # the candidates carry what they are to predict
+        return replace(batch, action_mask=mask)
+
+    with pytest.raises(AssertionError):
+        assert_nothing_from_the_future(table, cfg, leaking)
+
+
+def test_serving_builds_the_batch_that_evaluation_builds(rng: np.random.Generator) -> None:
+    cfg, table, maps = make_config(), make_sequences(rng), make_maps()
+    users = user_events(table, cfg)
+    examples = request_examples(users, T_VAL, 2**62)
+    offline = example_batch(users, examples, maps, cfg, training=False)
+    history = users.events.take(examples.history_begin, examples.history_end)
+    rows = users.events.take(examples.target_begin, examples.target_end)
+    served = candidates(
+        history,
+        users.first_position[examples.user],
+        rows.item_id,
+        rows.offsets,
+        users.request_time[examples.target_begin],
+        rows.request,
+        cfg.source.order_only_end_is_real,
+    )
+    online = collate(history, served, users.user_id[examples.user], maps, cfg)
+    for number in range(len(examples)):
+        assert batch_rows(offline, number) == batch_rows(online, number)
+
+
+def test_gaps_are_real_times_only() -> None:
+    time, order_only = np.array([10, 20, 50, 90, 7]), np.array([True, True, False, False, False])
+    offsets = np.array([0, 4, 4, 5])
+    assert row_gaps(time, order_only, offsets, end_is_real=True).tolist() == [-1, -1, 30, 40, -1]
+    assert row_gaps(time, order_only, offsets, end_is_real=False).tolist() == [-1, -1, -1, 40, -1]
+
+
+def test_stochastic_length_follows_the_formula() -> None:
+    cfg = config.StochasticLengthConfig(alpha=1.6, max_len=256)
+    lengths = np.full(20_000, 200)
+    kept = stochastic_lengths(lengths, cfg, np.random.default_rng(0))
+    assert set(kept.tolist()) == {threshold(cfg), 200}
+    assert threshold(cfg) == 84
+    assert np.mean(kept == 200) == pytest.approx(256**1.6 / 200**2, abs=0.01)
+    assert (stochastic_lengths(np.arange(85), cfg, np.random.default_rng(0)) == np.arange(85)).all()
+
+
+def test_events_take_copies_ranges() -> None:
+    columns = {n: np.arange(6) for n in ("item_id", "event_time", "order_only", "action_mask", "known_mask")}
+    events = Events(offsets=np.array([0, 6]), position=np.arange(6), gap_ms=np.arange(6), request={}, **columns)
+    taken = events.take(np.array([4, 1, 2]), np.array([6, 1, 4]))
+    assert taken.item_id.tolist() == [4, 5, 2, 3]
+    assert taken.offsets.tolist() == [0, 2, 2, 4]
