@@ -1,0 +1,130 @@
+"""Semi-local SiLU attention, the op: checks, the choice of backend, and one mask plan per batch.
+
+    q, k, v [T, H, ·] + seq_offsets + mask → `semi_local_attention` → [T, H, V]
+
+Every layer of a batch has the same mask, so what a backend derives from it (a list of tiles) is kept with the
+`seq_offsets` tensor it came from and serves all layers, forward and backward.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kernels.semi_local_attention.reference import RelativeBias, semi_local_attention_reference
+from kernels.semi_local_attention.torch_blocked import TilePlan, plan_tiles, semi_local_attention_blocked
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # seq_offsets → {mask: (tensors it was made of, plan)}
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    seq_offsets: Tensor,
+    num_targets: Tensor | None,
+    target_visible: Tensor | None,
+    window: int | None,
+    full_rows: int,
+    prefix: int,
+    scaling_seq_len: int,
+) -> None:
+    q, k, v = q_THD.shape, k_THD.shape, v_THV.shape
+    _require(len(q) == len(k) == len(v) == 3, f"q, k, v must be [T, H, ·], got {q}, {k}, {v}")
+    _require(q == k and q[:2] == v[:2], f"q and k must be [T, H, D] and v [T, H, V], got {q}, {k}, {v}")
+    dtypes = q_THD.dtype, k_THD.dtype, v_THV.dtype
+    _require(len(set(dtypes)) == 1 and q_THD.is_floating_point(), f"q, k, v must have one float type, got {dtypes}")
+    offsets = seq_offsets.dtype, seq_offsets.dim()
+    _require(offsets == (torch.int64, 1), f"seq_offsets must be int64 [B + 1], got {offsets[0]} of {offsets[1]} axes")
+    batch = len(seq_offsets) - 1
+    if num_targets is not None:
+        shape = tuple(num_targets.shape)
+        _require(shape == (batch,), f"num_targets must be [{batch}], one per sequence, got {shape}")
+    _require(target_visible is None or num_targets is not None, "target_visible needs num_targets")
+    _require(window is None or window >= 0, f"window must be a distance of 0 or more, or None, got {window}")
+    _require(full_rows >= 0, f"full_rows must be 0 or more, got {full_rows}")
+    _require(prefix >= 0, f"prefix must be 0 or more, got {prefix}")
+    _require(scaling_seq_len >= 1, f"scaling_seq_len must be 1 or more, got {scaling_seq_len}")
+    others = [t for t in (k_THD, v_THV, seq_offsets, num_targets, target_visible) if t is not None]
+    devices = {str(t.device) for t in others} | {str(q_THD.device)}
+    _require(len(devices) == 1, f"all tensors must be on one device, got {sorted(devices)}")
+
+
+def _check_lengths(
+    num_tokens: int, seq_offsets: Tensor, max_seq_len: int, num_targets: Tensor | None, target_visible: Tensor | None
+) -> None:
+    """What reads values; on a GPU this would wait for the device, so it is for CPUs."""
+    length = seq_offsets.diff()
+    ends = int(seq_offsets[0]), int(seq_offsets[-1])
+    _require(ends == (0, num_tokens), f"seq_offsets must go from 0 to T={num_tokens}, got {ends[0]} to {ends[1]}")
+    if len(length):
+        shortest, longest = int(length.min()), int(length.max())
+        _require(shortest >= 0, f"seq_offsets must not fall, got a sequence of length {shortest}")
+        _require(longest <= max_seq_len, f"a sequence has {longest} tokens, above max_seq_len={max_seq_len}")
+    if num_targets is not None:
+        _require(bool(((num_targets >= 0) & (num_targets <= length)).all()), "num_targets must be in 0..length")
+        total = int(num_targets.sum())
+        given = total if target_visible is None else len(target_visible)
+        _require(given == total, f"target_visible must be [{total}], one per candidate, got [{given}]")
+
+
+def _shared_plan(seq_offsets: Tensor, mask: tuple, tensors: tuple[Tensor | None, ...], build) -> TilePlan:
+    """The plan of these very tensors, built by `build()` unless an earlier layer did."""
+    version = tuple(None if t is None else (id(t), t._version) for t in (seq_offsets, *tensors))
+    plans = _plans.setdefault(seq_offsets, {})
+    found = plans.get(mask)
+    if found is None or found[0] != version:
+        found = plans[mask] = version, tensors, build()  # holds the tensors, so that their ids stay theirs
+    return found[2]
+
+
+def semi_local_attention(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    seq_offsets: Tensor,
+    *,
+    max_seq_len: int,
+    num_targets: Tensor | None = None,
+    target_visible: Tensor | None = None,
+    window: int | None = None,
+    full_rows: int = 0,
+    prefix: int = 0,
+    bias: RelativeBias | None = None,
+    attn_alpha: float,
+    scaling_seq_len: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """SiLU(attn_alpha · q·k + bias) v / scaling_seq_len over the keys that `reference.semi_local_mask` keeps, [T, H, V].
+
+    `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are candidates;
+    `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it (context counted) and itself;
+    `window` None is plain causal. `"auto"` is Triton for CUDA tensors and the blocked PyTorch form on the CPU.
+
+    Raises:
+        ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors are on the CPU.
+    """
+    _check(q_THD, k_THD, v_THV, seq_offsets, num_targets, target_visible, window, full_rows, prefix, scaling_seq_len)
+    if not q_THD.is_cuda:
+        _check_lengths(len(q_THD), seq_offsets, max_seq_len, num_targets, target_visible)
+    scale = {"attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
+    mask = (window, full_rows, prefix)
+    if backend == "reference":
+        keys = {"num_targets": num_targets, "target_visible": target_visible}
+        sizes = {"window": window, "full_rows": full_rows, "prefix": prefix}
+        return semi_local_attention_reference(q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale)
+    if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
+        raise ValueError("the triton backend needs CUDA tensors")
+    if backend in ("auto", "torch"):
+        tensors = num_targets, target_visible
+        plan = _shared_plan(seq_offsets, mask, tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask))
+        return semi_local_attention_blocked(q_THD, k_THD, v_THV, plan, bias=bias, **scale)
+    raise ValueError(f"backend must be auto, triton, torch or reference, got {backend!r}")

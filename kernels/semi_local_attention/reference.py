@@ -1,0 +1,104 @@
+"""The truth for semi-local SiLU attention: dense, one sequence after another, differentiable by autograd.
+
+Shapes: B sequences, T packed tokens, H heads, D query-key width, V value width, C candidates of the whole batch, and
+L, the length of one sequence. A sequence is `[context | history, oldest first | candidates]`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_BUCKET = 0.301  # width of a time bucket on the natural log scale: HSTU's research code, about log10(2)
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeBias:
+    """HSTU's relative attention bias (arXiv:2402.17152), shared by the heads and added to the score before SiLU.
+
+    `position_table[i]` is for a key i positions before the query, its last entry also for all that are farther; a
+    candidate stands right behind the last event it sees. `time_table[b]` is for a time difference of
+    exp(0.301 b) .. exp(0.301 (b + 1)) seconds, the last entry also for longer ones. `query_time_T` is the time that a
+    row asks about (HSTU's code takes that of the next event); None is the row's own.
+    """
+
+    position_table: Tensor  # float [P]
+    time_table: Tensor  # float [N]
+    event_time_T: Tensor  # int64 [T], ms
+    query_time_T: Tensor | None = None  # int64 [T], ms
+
+
+def time_bucket(difference_ms: Tensor, num_buckets: int) -> Tensor:
+    """Bucket of a time difference (int64, ms, either sign); under a second is bucket 0."""
+    seconds = difference_ms.abs().to(torch.float32) * 1e-3
+    return (seconds.clamp(min=1.0).log() * (1 / LOG_BUCKET)).to(torch.int64).clamp(max=num_buckets - 1)
+
+
+def semi_local_mask(
+    length: int,
+    num_targets: int,
+    window: int | None,
+    full_rows: int,
+    prefix: int = 0,
+    target_visible: Tensor | None = None,
+) -> Tensor:
+    """[length, length] bool, True where the row may see the column. ULTRA-HSTU, arXiv:2602.16986, eq. 6-7, plus a prefix.
+
+    History rows see at most `window` positions back, the newest `full_rows` of them everything before, and all of them
+    the oldest `prefix` positions. Candidates, the last `num_targets` rows, see themselves and the history, or of it
+    the first `target_visible` [num_targets] positions.
+    """
+    u = length - num_targets
+    device = None if target_visible is None else target_visible.device
+    q, k = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
+    window = length if window is None else window
+    history = (k <= q) & ((q - k <= window) | (q >= u - full_rows) | (k < prefix))
+    visible = torch.full((length, 1), u, device=device)
+    if target_visible is not None:
+        visible[u:, 0] = target_visible.clamp(0, u)
+    return torch.where(q >= u, (k < visible) | (k == q), history)
+
+
+def relative_bias(bias: RelativeBias, rows: slice, num_targets: int, target_visible: Tensor | None) -> Tensor:
+    """[L, L] bias of the sequence that holds the tokens `rows`."""
+    key_time = bias.event_time_T[rows]
+    query_time = key_time if bias.query_time_T is None else bias.query_time_T[rows]
+    length = len(key_time)
+    u = length - num_targets
+    position = torch.arange(length, device=key_time.device)
+    position[u:] = u if target_visible is None else target_visible.clamp(0, u)
+    distance = (position[:, None] - position[None, :]).clamp(0, len(bias.position_table) - 1)
+    bucket = time_bucket(query_time[:, None] - key_time[None, :], len(bias.time_table))
+    return bias.position_table[distance] + bias.time_table[bucket]
+
+
+def semi_local_attention_reference(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    seq_offsets: Tensor,
+    *,
+    num_targets: Tensor | None,
+    target_visible: Tensor | None,
+    window: int | None,
+    full_rows: int,
+    prefix: int,
+    bias: RelativeBias | None,
+    attn_alpha: float,
+    scaling_seq_len: int,
+) -> Tensor:
+    """O = M ⊙ SiLU(alpha Q Kᵀ + bias) V / scaling_seq_len, no softmax; [T, H, V] in the dtype of `q_THD`."""
+    offsets = seq_offsets.tolist()
+    counts = [0] * (len(offsets) - 1) if num_targets is None else num_targets.tolist()
+    outputs, first_candidate = [], 0
+    for begin, end, count in zip(offsets[:-1], offsets[1:], counts, strict=True):
+        rows = slice(begin, end)
+        visible = None if target_visible is None else target_visible[first_candidate : first_candidate + count]
+        first_candidate += count
+        mask = semi_local_mask(end - begin, count, window, full_rows, prefix, visible).to(q_THD.device)
+        score = torch.einsum("qhd,khd->hqk", q_THD[rows], k_THD[rows]) * attn_alpha
+        if bias is not None:
+            score = score + relative_bias(bias, rows, count, visible).to(score.dtype)
+        weight = torch.nn.functional.silu(score).masked_fill(~mask, 0.0) / scaling_seq_len
+        outputs.append(torch.einsum("hqk,khv->qhv", weight, v_THV[rows]))
+    return torch.cat(outputs) if outputs else v_THV.new_zeros(v_THV.shape)

@@ -1,0 +1,218 @@
+"""Semi-local attention in plain PyTorch, for CPUs: a list of (row tile, key tile) pairs instead of an L×L score.
+
+Rows are laid out in tiles of `TILE`, each sequence padded to whole tiles; the pairs of tiles with at least one kept
+score are listed for the whole batch at once and go through batched products, some `CHUNK` scores at a time. A
+candidate's own key is an elementwise term, so the tiles right of the history are never visited. The backward computes
+the scores again. Sums run in a fixed order: two runs agree bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.semi_local_attention.reference import RelativeBias, time_bucket
+
+TILE = 64  # rows and keys of a tile
+CHUNK = 2**18  # scores held at a time: 1 MiB in float32, which stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Pairs of tiles that are computed together."""
+
+    row: Tensor  # int64 [P]
+    key: Tensor  # int64 [P]
+    masked: bool  # whether some pair keeps only part of its scores
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What the mask of a batch means for its tiles; the same for every layer and for backward. N tiles."""
+
+    token: Tensor  # int64 [N, TILE]: the tile's tokens, some valid one past a sequence's end
+    place: Tensor  # int64 [T]: where in [N * TILE] a token is
+    position: Tensor  # int64 [N, TILE]: place in the sequence
+    low: Tensor  # int64 [N, TILE]: the oldest key of the row's window
+    high: Tensor  # int64 [N, TILE]: the newest key; -1 where there is no row
+    own_T: Tensor | None  # bool [T]: the tokens that are candidates, which see themselves; None: there are none
+    prefix: int
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor]  # inner row, inner key, edge row, edge key
+
+    def chunks(self, heads: int) -> list[Chunk]:
+        size = max(1, CHUNK // (TILE * TILE * heads))
+        inner_row, inner_key, edge_row, edge_key = self.pairs
+        inner = [Chunk(r, k, False) for r, k in zip(inner_row.split(size), inner_key.split(size), strict=True)]
+        edge = [Chunk(r, k, True) for r, k in zip(edge_row.split(size), edge_key.split(size), strict=True)]
+        return [chunk for chunk in inner + edge if len(chunk.row)]
+
+
+def plan_tiles(
+    seq_offsets: Tensor,
+    num_targets: Tensor | None,
+    target_visible: Tensor | None,
+    window: int | None,
+    full_rows: int,
+    prefix: int,
+) -> TilePlan:
+    """The tiles of a batch and the pairs of them with a kept score, without a loop over sequences."""
+    length = seq_offsets.diff()
+    tiles = (length + TILE - 1) // TILE
+    first_tile = tiles.cumsum(0) - tiles
+    device = seq_offsets.device
+    seq = torch.arange(len(length), device=device).repeat_interleave(tiles)
+    index = torch.arange(len(seq), device=device) - first_tile[seq]  # of the tile in its sequence
+    position = index[:, None] * TILE + torch.arange(TILE, device=device)
+    valid = position < length[seq, None]
+    token = torch.where(valid, seq_offsets[seq, None] + position, seq_offsets[seq, None])
+
+    u = length if num_targets is None else length - num_targets
+    is_candidate = valid & (position >= u[seq, None])
+    visible = u[seq, None].expand(-1, TILE).clone()
+    if target_visible is not None:
+        visible[is_candidate] = torch.minimum(target_visible.to(torch.int64).clamp(min=0), visible[is_candidate])
+    high = torch.where(valid, torch.where(is_candidate, visible - 1, position), -1)
+    banded = position < u[seq, None] - full_rows
+    low = torch.where(banded, position - window, 0) if window is not None else torch.zeros_like(position)
+
+    first = torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1).clamp(min=0) // TILE
+    count = (high.amax(1) // TILE - first + 1).clamp(min=0)
+    before = torch.where(count > 0, torch.clamp(first, max=(prefix + TILE - 1) // TILE), 0)  # tiles of the prefix
+    total = before + count
+    row = torch.arange(len(seq), device=device).repeat_interleave(total)
+    step = torch.arange(len(row), device=device) - (total.cumsum(0) - total)[row]
+    key_index = torch.where(step < before[row], step, first[row] + step - before[row])
+    key = first_tile[seq[row]] + key_index
+    begin, end = key_index * TILE, key_index * TILE + TILE
+    inner = (end <= high.amin(1)[row] + 1) & ((begin >= low.amax(1)[row]) | (end <= prefix))
+    pairs = (row[inner], key[inner], row[~inner], key[~inner])
+    own = is_candidate[valid] if num_targets is not None else None
+    return TilePlan(token, valid.flatten().nonzero()[:, 0], position, low, high, own, prefix, pairs)
+
+
+def _keep(plan: TilePlan, chunk: Chunk) -> Tensor:
+    """[P, 1, TILE, TILE] bool."""
+    key = plan.position[chunk.key][:, None, None, :]
+    low, high = plan.low[chunk.row][:, None, :, None], plan.high[chunk.row][:, None, :, None]
+    keep = (key <= high) & (key >= low)
+    return keep if plan.prefix == 0 else keep | ((key <= high) & (key < plan.prefix))
+
+
+def _to_tiles(x_THD: Tensor, plan: TilePlan) -> Tensor:
+    """[N, H, TILE, D]"""
+    return x_THD[plan.token].transpose(1, 2).contiguous()
+
+
+def _to_tokens(x_NHMD: Tensor, plan: TilePlan) -> Tensor:
+    return x_NHMD.transpose(1, 2).flatten(0, 1)[plan.place]
+
+
+@dataclass(frozen=True)
+class TileBias:
+    """A `RelativeBias` in tile layout."""
+
+    position_table: Tensor
+    time_table: Tensor
+    rank: Tensor  # int64 [N, TILE]: the row's position, a candidate's being right behind what it sees
+    position: Tensor  # int64 [N, TILE]: the key's position
+    query_time: Tensor  # int64 [N, TILE]
+    key_time: Tensor  # int64 [N, TILE]
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.position_table, self.time_table
+
+    def buckets(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Entries of both tables, [P, TILE, TILE] each."""
+        distance = self.rank[chunk.row][:, :, None] - self.position[chunk.key][:, None, :]
+        gap = self.query_time[chunk.row][:, :, None] - self.key_time[chunk.key][:, None, :]
+        return distance.clamp_(0, len(self.position_table) - 1), time_bucket(gap, len(self.time_table))
+
+
+def _tile_bias(bias: RelativeBias, plan: TilePlan) -> TileBias:
+    query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
+    rank = torch.where(plan.high < plan.position, plan.high + 1, plan.position)
+    times = query_time[plan.token], bias.event_time_T[plan.token]
+    return TileBias(bias.position_table, bias.time_table, rank, plan.position, *times)
+
+
+def _score(q: Tensor, k: Tensor, chunk: Chunk, bias: TileBias | None) -> Tensor:
+    """[P, H, TILE, TILE]"""
+    score = torch.matmul(q[chunk.row], k[chunk.key].transpose(-1, -2))
+    if bias is not None:
+        distance, bucket = bias.buckets(chunk)
+        score += (bias.position_table[distance] + bias.time_table[bucket])[:, None].to(score.dtype)
+    return score
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Everything but the candidates' own keys."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, position_table, time_table, plan: TilePlan, bias: TileBias | None):
+        tile_q, tile_k, tile_v = (_to_tiles(x, plan) for x in (q, k, v))
+        out = torch.zeros_like(tile_v)
+        for chunk in plan.chunks(q.shape[1]):
+            weight = F.silu(_score(tile_q, tile_k, chunk, bias), inplace=True)
+            if chunk.masked:
+                weight *= _keep(plan, chunk)
+            out.index_add_(0, chunk.row, torch.matmul(weight, tile_v[chunk.key]))
+        ctx.save_for_backward(q, k, v)
+        ctx.plan, ctx.bias = plan, bias
+        return _to_tokens(out, plan)
+
+    @staticmethod
+    def backward(ctx, grad_THV):
+        plan, bias = ctx.plan, ctx.bias
+        q, k, v, grad = (_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV))
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_position, d_time = (None, None) if bias is None else (torch.zeros_like(t) for t in bias.tables)
+        for chunk in plan.chunks(q.shape[1]):
+            row, key = chunk.row, chunk.key
+            score = _score(q, k, chunk, bias)
+            weight, d_weight = F.silu(score), torch.matmul(grad[row], v[key].transpose(-1, -2))
+            if chunk.masked:
+                keep = _keep(plan, chunk)
+                weight *= keep
+                d_weight *= keep
+            d_score = torch.ops.aten.silu_backward(d_weight, score)
+            dv.index_add_(0, key, torch.matmul(weight.transpose(-1, -2), grad[row]))
+            dq.index_add_(0, row, torch.matmul(d_score, k[key]))
+            dk.index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q[row]))
+            if bias is not None:
+                shared = d_score.sum(1).flatten()  # the heads share the tables
+                for table, bucket in zip((d_position, d_time), bias.buckets(chunk), strict=True):
+                    table += torch.bincount(bucket.flatten(), shared, len(table)).to(table.dtype)
+        grads = (_to_tokens(x, plan).to(y.dtype) for x, y in zip((dq, dk, dv), ctx.saved_tensors, strict=True))
+        return *grads, d_position, d_time, None, None
+
+
+def _own_key(q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, own_T: Tensor, bias: RelativeBias | None) -> Tensor:
+    """What the candidates take from themselves, [T, H, V]."""
+    score = (q_THD * k_THD).sum(-1)
+    if bias is not None:
+        query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
+        bucket = time_bucket(query_time - bias.event_time_T, len(bias.time_table))
+        score = score + (bias.position_table[0] + bias.time_table[bucket])[:, None].to(score.dtype)
+    return (F.silu(score) * own_T[:, None])[..., None] * v_THV
+
+
+def semi_local_attention_blocked(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    plan: TilePlan,
+    *,
+    bias: RelativeBias | None,
+    attn_alpha: float,
+    scaling_seq_len: int,
+) -> Tensor:
+    """As `reference.semi_local_attention_reference`; half precision is computed in float32."""
+    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    q, k, v = q_THD.to(wide) * attn_alpha, k_THD.to(wide), v_THV.to(wide)
+    tables = (None, None) if bias is None else (bias.position_table, bias.time_table)
+    out = _BlockedAttention.apply(q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan))
+    if plan.own_T is not None:
+        out = out + _own_key(q, k, v, plan.own_T, bias)
+    return (out / scaling_seq_len).to(q_THD.dtype)
