@@ -170,7 +170,7 @@ def example_batch(
     history = users.events.take(examples.history_begin, examples.history_end)
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     lengths = np.diff(offsets)
-    targets = target_events(users, rows, offsets, cfg)
+    targets = target_events(users, rows, offsets, np.repeat(examples.user, lengths), cfg)
     begin = np.repeat(examples.history_begin, lengths)
     visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32) if training else None
     labels, weight = target_labels(users.events, rows, cfg) if training else (None, None)
@@ -186,12 +186,14 @@ def example_batch(
     )
 
 
-def target_events(users: UserEvents, rows: np.ndarray, offsets: np.ndarray, cfg: RunConfig) -> Events:
-    """The rows as candidates of their requests: time, position and gap are the request's, actions are left out."""
+def target_events(users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user: np.ndarray, cfg: RunConfig) -> Events:
+    """The rows, of the users `user`, as candidates of their requests.
+
+    Time, position and gap are the request's, actions are left out.
+    """
     events = users.events
-    user = users.row_user[rows]
     first, visible_end = events.offsets[user], users.visible_end[rows]
-    time = users.request_time[rows]
+    time = events.event_time[users.request_begin[rows]]
     gap = request_gaps(events, visible_end - 1, first, time, cfg.source.order_only_end_is_real)
     no_action = np.zeros(len(rows), np.int32)
     return Events(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from safetensors.numpy import load_file, save_file
 
 from pipeline.config import ColumnFeature, RunConfig, UserError
@@ -193,10 +193,9 @@ def _side_codes(
 
 def _category_codes(column: pa.ChunkedArray, training: np.ndarray, _: ColumnFeature) -> tuple[np.ndarray, int]:
     text = column.cast(pa.large_string())
-    values = pc.unique(text.filter(pa.array(training))).drop_null()
-    values = values.take(pc.sort_indices(values))
-    index = pc.index_in(text, value_set=values)  # null where missing or not seen in the training period
-    return pc.fill_null(pc.add(index, 1), 0).to_numpy(), len(values) + 1
+    values = text.filter(pa.array(training)).unique().drop_null().sort()
+    codes = pd.Index(values.to_pandas()).get_indexer(text.to_pandas()) + 1  # 0: missing or not seen in training
+    return codes.astype(np.int32), len(values) + 1
 
 
 def _quantile_codes(column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature) -> tuple[np.ndarray, int]:

@@ -124,7 +124,7 @@ def evaluation_batch(users: UserEvents, examples: Examples, maps: FeatureMaps, c
         batch=example_batch(users, examples, maps, cfg, training=False),
         user_id=np.repeat(users.user_id[examples.user], lengths),
         item_id=users.events.item_id[rows],
-        event_time=users.request_time[rows],
+        event_time=users.events.event_time[users.request_begin[rows]],
         labels=labels,
         known=weight > 0,
     )
