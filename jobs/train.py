@@ -1,0 +1,28 @@
+"""Train the model of a configuration on its published sequences, with Ray Train; the same name goes on where it was."""
+
+import argparse
+
+from jobs import cli
+from pipeline import tracking
+from pipeline.data import store
+from pipeline.train import trainer
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--restart", action="store_true", help="forget what the run of this name has trained")
+    parser.add_argument("--no-tracking", action="store_true", help="metrics to train/metrics.jsonl only, no MLflow")
+
+
+def main(job: cli.Job) -> None:
+    cfg, restart = job.cfg, job.options.restart
+    if job.options.no_tracking:
+        folder = trainer.fit(cfg, restart=restart)
+    else:
+        manifest = store.read_manifest(cfg.sequence_dir)
+        with tracking.mlflow_server(cfg), tracking.start_run(cfg, manifest) as run:
+            folder = trainer.fit(cfg, run, restart=restart)
+    print(f"model={folder}")
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, trainer.plan)

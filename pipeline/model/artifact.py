@@ -1,0 +1,106 @@
+"""A trained model as a folder: what the registry holds and the server loads. Nothing in it is unpickled.
+
+    model.safetensors, config.json, features.json, features.safetensors, artifact.json (sha256 of the others)
+
+`metrics.json` joins them when the model is evaluated. The folder is staged beside its place and renamed, so that a
+reader finds a whole model or none.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import ConfigError, RunConfig, UserError, from_dict, to_dict
+from pipeline.data.features import FeatureMaps
+from pipeline.model.ultra_hstu import UltraHSTU
+
+INDEX = "artifact.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: UltraHSTU
+    cfg: RunConfig
+    maps: FeatureMaps
+    extra: dict  # what training wrote about itself
+
+
+def save_model(folder: Path, model: UltraHSTU, cfg: RunConfig, maps: FeatureMaps, extra: dict) -> None:
+    """Publish the model at `folder`, in the place of whatever model was there."""
+    with staged(folder) as stage:
+        save_file(model.state_dict(), stage / "model.safetensors")
+        (stage / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
+        maps.save(stage)
+        index = {"files": file_digests(stage), "extra": extra}
+        (stage / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
+    """The model at `folder`, in evaluation mode.
+
+    Raises:
+        UserError: there is none, or a file is missing or not what was saved.
+    """
+    extra = verified(folder, "model")["extra"]
+    try:
+        cfg = from_dict(json.loads((folder / "config.json").read_text()))
+        maps = FeatureMaps.load(folder)
+        model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ConfigError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"the model at {folder} was saved by another version of this project: {error}") from error
+    return LoadedModel(model.to(device).eval(), cfg, maps, extra)
+
+
+def verified(folder: Path, what: str) -> dict:
+    """The index of a folder written by `staged`, after its files were held against their digests.
+
+    Raises:
+        UserError: no such folder, no index in it, or a file that is missing or altered.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no {what} at {folder}")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        expected = index["files"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"the {what} at {folder} is half-written: {INDEX} is missing or broken") from None
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise UserError(f"the {what} at {folder} is corrupted: {name} is missing or not what was saved")
+    return index
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield stage
+        old = stage.with_name(f"{stage.name}-old")
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(stage, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Codes to tokens: a `SequenceBatch` becomes the packed input of the transducer, `[context | uih | candidates]`.
+
+An event is one token: item and action merged by addition (ULTRA-HSTU, arXiv:2602.16986, figure 2b). A candidate has no
+action. Position and time are those of the event itself, so an encoded history does not depend on the request.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import SequenceBatch
+
+OCTAVES = 32  # the time buckets cover gaps up to 2**32 ms, 50 days
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The packed sequences that the transducer works on; every count includes the context."""
+
+    x_TE: Tensor
+    seq_offsets: Tensor  # int64 [B + 1]
+    num_targets: Tensor  # int32 [B]
+    target_visible: Tensor | None  # int32 [C]: a candidate sees the positions before this one, and itself
+    max_seq_len: int
+
+
+def table(rows: int, dim: int) -> nn.Embedding:
+    """An embedding table with gradients of touched rows only. Row 0, never or rarely trained, starts as zero."""
+    embedding = nn.Embedding(rows, dim, sparse=True)
+    with torch.no_grad():
+        embedding.weight.normal_(0, 0.02)
+        embedding.weight[0].zero_()
+    return embedding
+
+
+class SwishLayerNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.norm(x))
+
+
+class ContentEncoder(nn.Module):
+    """Item id, item columns and request columns of one event through a small MLP."""
+
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int]) -> None:
+        super().__init__()
+        features = cfg.features
+        self.item_id = table(vocab_sizes["item_id"], features.item_id_dim)
+        self.item = nn.ModuleList(table(vocab_sizes[f"item.{name}"], f.dim) for name, f in features.item.items())
+        self.request = nn.ModuleList(
+            table(vocab_sizes[f"request.{name}"], f.dim) for name, f in features.request.items()
+        )
+        width = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
+        d = cfg.model.d_model
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * d), SwishLayerNorm(2 * d), nn.Linear(2 * d, d), nn.LayerNorm(d))
+
+    def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
+        tables = [self.item_id, *self.item, *self.request]
+        codes = torch.cat([item_codes, request_codes], dim=1).unbind(1)
+        return self.mlp(torch.cat([rows(code) for rows, code in zip(tables, codes, strict=True)], dim=1))
+
+
+class ActionEncoder(nn.Module):
+    """Bit mask of actions: per action a learned row when set, zero when known and absent, another row when unknown."""
+
+    def __init__(self, num_actions: int, dim: int, d_model: int) -> None:
+        super().__init__()
+        self.set_rows = nn.Parameter(torch.randn(num_actions, dim))
+        self.unknown_rows = nn.Parameter(torch.randn(num_actions, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(num_actions * dim, d_model), SwishLayerNorm(d_model), nn.Linear(d_model, d_model)
+        )
+        self.bits: Tensor
+        self.register_buffer("bits", 2 ** torch.arange(num_actions, dtype=torch.int32), persistent=False)
+
+    def forward(self, action_mask: Tensor, known_mask: Tensor) -> Tensor:
+        known = (known_mask[:, None] & self.bits) != 0
+        done = ((action_mask[:, None] & self.bits) != 0) & known
+        dtype = self.set_rows.dtype
+        rows = done[:, :, None].to(dtype) * self.set_rows + (~known)[:, :, None].to(dtype) * self.unknown_rows
+        return self.mlp(rows.flatten(1))
+
+
+class ContextEncoder(nn.Module):
+    """One prefix token per group of user columns. Its own linear layer tells a token what it is."""
+
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int]) -> None:
+        super().__init__()
+        features = cfg.features
+        names = list(features.user)
+        self.groups = [[names.index(name) for name in group] for group in features.user_tokens.values()]
+        self.user = nn.ModuleList(table(vocab_sizes[f"user.{name}"], f.dim) for name, f in features.user.items())
+        self.out = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(sum(features.user[name].dim for name in group), cfg.model.d_model),
+                nn.LayerNorm(cfg.model.d_model),
+            )
+            for group in features.user_tokens.values()
+        )
+
+    def forward(self, user_codes: Tensor) -> Tensor:
+        """[B, context tokens, d]"""
+        rows = [rows(code) for rows, code in zip(self.user, user_codes.unbind(1), strict=True)]
+        grouped = [torch.cat([rows[i] for i in group], dim=1) for group in self.groups]
+        return torch.stack([out(group) for out, group in zip(self.out, grouped, strict=True)], dim=1)
+
+
+def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
+    """Bucket 0 for -1, "no real gap"; the others cut log2(1 + gap) evenly."""
+    per_octave = (num_buckets - 1) / OCTAVES
+    bucket = 1 + torch.floor(torch.log2(1 + gap_ms.clamp(min=0).double()) * per_octave).long()
+    return torch.where(gap_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
+
+
+class TokenEncoder(nn.Module):
+    """SequenceBatch → Tokens."""
+
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int]) -> None:
+        super().__init__()
+        model = cfg.model
+        self.time_buckets = model.time_buckets
+        self.num_context = len(cfg.features.user_tokens)
+        self.content = ContentEncoder(cfg, vocab_sizes)
+        self.action = ActionEncoder(len(cfg.source.actions), model.action_dim, model.d_model)
+        self.context = ContextEncoder(cfg, vocab_sizes) if self.num_context else None
+        self.position = table(model.position_buckets, model.d_model)
+        self.time = table(model.time_buckets, model.d_model)
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, batch: SequenceBatch) -> Tokens:
+        is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+        x_TE = self.content(batch.item_codes, batch.request_codes)
+        # A candidate's own outcome must not reach it: no action embedding at all, not even the "unknown" one.
+        x_TE = x_TE + self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
+        x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
+        x_TE = x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
+        tokens = Tokens(x_TE, batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len)
+        if self.context is not None:
+            tokens = prepend(self.context(batch.user_codes), tokens)
+        return Tokens(
+            self.dropout(tokens.x_TE), tokens.seq_offsets, tokens.num_targets, tokens.target_visible, tokens.max_seq_len
+        )
+
+
+def sequence_index(seq_offsets: Tensor, num_tokens: int) -> Tensor:
+    """int64 [T]: the sequence that each token belongs to."""
+    lengths = seq_offsets.diff()
+    index = torch.arange(lengths.numel(), device=seq_offsets.device)
+    return torch.repeat_interleave(index, lengths, output_size=num_tokens)
+
+
+def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:
+    """bool [T], true on the candidates."""
+    first_target = (seq_offsets[1:] - num_targets)[sequence_index(seq_offsets, num_tokens)]
+    return torch.arange(num_tokens, device=seq_offsets.device) >= first_target
+
+
+def prepend(context_BCE: Tensor, tokens: Tokens) -> Tokens:
+    """Each sequence after its context tokens; no loop over sequences."""
+    num_sequences, num_context, d = context_BCE.shape
+    offsets, num_tokens = tokens.seq_offsets, tokens.x_TE.shape[0]
+    shift = torch.arange(num_sequences + 1, device=offsets.device) * num_context
+    new_offsets = offsets + shift
+    event_at = torch.arange(num_tokens, device=offsets.device) + shift[1:][sequence_index(offsets, num_tokens)]
+    context_at = (new_offsets[:-1, None] + torch.arange(num_context, device=offsets.device)).flatten()
+    x_TE = tokens.x_TE.new_empty(num_tokens + num_sequences * num_context, d)
+    x_TE = x_TE.index_copy(0, event_at, tokens.x_TE)
+    x_TE = x_TE.index_copy(0, context_at, context_BCE.flatten(0, 1).to(x_TE.dtype))
+    visible = tokens.target_visible
+    visible = None if visible is None else visible + num_context
+    return Tokens(x_TE, new_offsets, tokens.num_targets, visible, tokens.max_seq_len + num_context)

@@ -1,0 +1,108 @@
+"""What the mask keeps, counted from lengths, and the floating-point work that follows from it.
+
+Per layer, forward, T tokens and `pairs` kept pairs of query and key:
+`2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v)`; norms, look-ups and pointwise work left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.data.batch import SequenceBatch
+from pipeline.model.embeddings import Tokens, sequence_index
+from pipeline.model.transducer import truncate
+
+
+@dataclass
+class Work:
+    """Sums over batches; `add` merges the counts of two."""
+
+    candidates: int = 0
+    tokens: int = 0
+    truncated_tokens: int = 0  # tokens that the later layers no longer see
+    causal_pairs: int = 0  # of the untruncated sequence, once per layer
+    kept_pairs: int = 0  # summed over layers
+    flops: int = 0  # one forward pass, summed over layers
+
+    def add(self, other: "Work") -> None:
+        self.candidates += other.candidates
+        self.tokens += other.tokens
+        self.truncated_tokens += other.truncated_tokens
+        self.causal_pairs += other.causal_pairs
+        self.kept_pairs += other.kept_pairs
+        self.flops += other.flops
+
+    @property
+    def masked_pair_share(self) -> float:
+        """Masked ÷ causal pairs of the untruncated sequence, mean over layers."""
+        return 1 - self.kept_pairs / max(self.causal_pairs, 1)
+
+    @property
+    def truncated_token_share(self) -> float:
+        return self.truncated_tokens / max(self.tokens, 1)
+
+
+def kept_pairs(
+    seq_offsets: Tensor,
+    num_targets: Tensor,
+    target_visible: Tensor | None,
+    window: int | None,
+    full_rows: int,
+    prefix: int,
+) -> int:
+    """Pairs that the semi-local mask keeps, by arithmetic on row numbers rather than by building a mask."""
+    num_tokens = int(seq_offsets[-1])
+    sequence = sequence_index(seq_offsets, num_tokens)
+    row = torch.arange(num_tokens, device=seq_offsets.device) - seq_offsets[sequence]
+    history = (seq_offsets.diff() - num_targets)[sequence]
+    is_target = row >= history
+    causal = row + 1
+    if window is None:
+        keys = causal
+    else:
+        before_window = (row - window).clamp(min=0)
+        semi_local = causal - before_window + before_window.clamp(max=prefix)
+        keys = torch.where(row >= history - full_rows, causal, semi_local)
+    visible = history[is_target] if target_visible is None else target_visible.long()
+    return int(keys[~is_target].sum() + (visible + 1).sum())
+
+
+def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
+    h, d = cfg.num_heads, cfg.d_model
+    linear = 2 * num_tokens * d * (2 * h * cfg.d_qk + 2 * h * cfg.d_v) + 2 * num_tokens * h * cfg.d_v * d
+    return linear + 2 * pairs * h * (cfg.d_qk + cfg.d_v)
+
+
+def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
+    """The work of one forward pass over `batch`."""
+    model, num_context = cfg.model, len(cfg.features.user_tokens)
+    tokens = _bare_tokens(batch, num_context)
+    work = Work(candidates=int(batch.num_targets.sum()), tokens=int(tokens.seq_offsets[-1]))
+    causal = kept_pairs(tokens.seq_offsets, tokens.num_targets, tokens.target_visible, None, 0, 0)
+    attention = model.attention
+    for depth in range(model.num_layers):
+        if depth == model.truncate_after_layer:
+            tokens = truncate(tokens, num_context, model.truncate_to)
+            work.truncated_tokens = work.tokens - int(tokens.seq_offsets[-1])
+        pairs = kept_pairs(
+            tokens.seq_offsets,
+            tokens.num_targets,
+            tokens.target_visible,
+            attention.window,
+            attention.full_rows,
+            num_context + attention.extra_prefix,
+        )
+        work.causal_pairs += causal
+        work.kept_pairs += pairs
+        work.flops += layer_flops(model, int(tokens.seq_offsets[-1]), pairs)
+    return work
+
+
+def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
+    """The batch's sequences with their context, without a width."""
+    offsets = batch.seq_offsets + torch.arange(batch.num_sequences + 1, device=batch.seq_offsets.device) * num_context
+    visible = None if batch.target_visible is None else batch.target_visible + num_context
+    empty = torch.empty(batch.num_tokens + batch.num_sequences * num_context, 0, device=batch.seq_offsets.device)
+    return Tokens(empty, offsets, batch.num_targets, visible, batch.max_seq_len + num_context)

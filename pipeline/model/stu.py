@@ -1,0 +1,61 @@
+"""One STU layer (ULTRA-HSTU, arXiv:2602.16986, eq. 1-5) over packed sequences.
+
+    X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y + Z
+
+There is no softmax, so nothing fixes the size of A: the constant divisor of the scores cancels in Norm(A) except
+through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is silent. `STU.var_a` measures it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.semi_local_attention.op import semi_local_attention
+from pipeline.config import ModelConfig
+from pipeline.model.embeddings import Tokens
+
+
+class STU(nn.Module):
+    def __init__(self, cfg: ModelConfig, num_context: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.prefix = num_context + cfg.attention.extra_prefix
+        self.attn_alpha = 1 / cfg.d_qk if cfg.attention.attn_alpha is None else cfg.attention.attn_alpha
+        heads, d = cfg.num_heads, cfg.d_model
+        self.split = [heads * cfg.d_v, heads * cfg.d_qk, heads * cfg.d_qk, heads * cfg.d_v]
+        self.norm_in = nn.LayerNorm(d, eps=cfg.norm_eps)
+        self.uvqk = nn.Linear(d, sum(self.split))
+        self.norm_attn = nn.LayerNorm(heads * cfg.d_v, eps=cfg.norm_eps)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.out = nn.Linear(heads * cfg.d_v, d)
+
+    def attention(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """U and A, [T, heads * d_v] each."""
+        cfg = self.cfg
+        uvqk = nn.functional.silu(self.uvqk(self.norm_in(tokens.x_TE)))
+        u, q, k, v = uvqk.split(self.split, dim=1)
+        a_THV = semi_local_attention(
+            q.unflatten(1, (cfg.num_heads, cfg.d_qk)),
+            k.unflatten(1, (cfg.num_heads, cfg.d_qk)),
+            v.unflatten(1, (cfg.num_heads, cfg.d_v)),
+            tokens.seq_offsets,
+            max_seq_len=tokens.max_seq_len,
+            num_targets=tokens.num_targets,
+            target_visible=tokens.target_visible,
+            window=cfg.attention.window,
+            full_rows=cfg.attention.full_rows,
+            prefix=self.prefix,
+            attn_alpha=self.attn_alpha,
+            scaling_seq_len=cfg.attention.scaling_seq_len,
+            backend=cfg.attention_backend,
+        )
+        return u, a_THV.flatten(1)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        u, a = self.attention(tokens)
+        normed = self.norm_attn(a).to(u.dtype)  # autocast runs the norm itself in fp32
+        return tokens.x_TE + self.out(self.dropout(normed * u))
+
+    @torch.no_grad()
+    def var_a(self, tokens: Tokens) -> float:
+        """Mean over tokens of the variance that Norm(A) sees, to be held against `norm_eps`."""
+        return self.attention(tokens)[1].float().var(dim=1, unbiased=False).mean().item()

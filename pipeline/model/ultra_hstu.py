@@ -1,0 +1,40 @@
+"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducer → one head per task."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import SequenceBatch
+from pipeline.model.embeddings import TokenEncoder
+from pipeline.model.transducer import Transducer
+
+
+class UltraHSTU(nn.Module):
+    """Scores of the candidates of a batch.
+
+    `vocab_sizes` and `base_rates` come from the training period's `FeatureMaps`: rows of each table, and the positive
+    rate of each task, at which its head starts.
+    """
+
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], base_rates: dict[str, float]) -> None:
+        super().__init__()
+        self.tasks = cfg.tasks
+        self.encoder = TokenEncoder(cfg, vocab_sizes)
+        self.transducer = Transducer(cfg.model, self.encoder.num_context)
+        logits = nn.Linear(cfg.model.head_hidden, len(cfg.tasks))
+        with torch.no_grad():
+            logits.bias.copy_(torch.tensor([_logit(base_rates[task]) for task in cfg.tasks]))
+        self.heads = nn.Sequential(
+            nn.Linear(cfg.model.d_model, cfg.model.head_hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits
+        )
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        """Logits, float32 [C, tasks], candidates in the order of the batch."""
+        return self.heads(self.transducer(self.encoder(batch))).float()
+
+
+def _logit(rate: float) -> float:
+    rate = min(max(rate, 1e-6), 1 - 1e-6)  # a task never or always seen in the training period
+    return math.log(rate / (1 - rate))

@@ -1,0 +1,271 @@
+"""The training loop of one rank: runs by a plain call, under `torch.distributed`, and inside Ray Train.
+
+Sums, not means, cross ranks: the gradient of the summed loss and the sum of label weights are added over ranks and
+divided afterwards, so that the step does not depend on how rows fell to ranks.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import SequenceBatch
+from pipeline.data.features import FeatureMaps
+from pipeline.model.losses import task_losses
+from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
+from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
+
+logger = logging.getLogger(__name__)
+
+
+class Loader(Protocol):
+    """Batches of one rank; every rank takes `steps_per_epoch` steps, and the same call gives the same batches."""
+
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]: ...
+
+
+def train(
+    cfg: RunConfig,
+    maps: FeatureMaps,
+    loader: Loader,
+    data_digest: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    resume: Checkpoint | None = None,
+    save: Callable[[Checkpoint], None] | None = None,
+    log: Callable[[int, dict[str, float]], None] | None = None,
+) -> UltraHSTU:
+    """Train to the last step of the last epoch, from `resume` on where it is given.
+
+    `save` is called by every rank at the same steps, every `train.checkpoint_every` and at the end; `log` every
+    `train.log_every` steps with values that are the same on all ranks.
+
+    Raises:
+        UserError: `resume` is of a run with other settings, data or world size.
+    """
+    torch.manual_seed(cfg.seed)
+    trainee = Trainee(cfg, UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).to(device), rank, world_size)
+    identity = run_identity(cfg, data_digest, world_size)
+    state = TrainState(loss_sum=[0.0] * len(cfg.tasks), weight_sum=[0.0] * len(cfg.tasks))
+    if resume is not None:
+        check_identity(resume.identity, identity, cfg.name)
+        trainee.load(resume)
+        state = resume.state
+    total_steps = loader.steps_per_epoch * cfg.train.epochs
+    meter = Meter(world_size)
+
+    for epoch in range(state.epoch, cfg.train.epochs):
+        state.epoch = epoch
+        for batch in meter.waited(prefetched(loader.batches(epoch, state.epoch_step))):
+            losses, weights = trainee.step(batch.to(device), state.step, total_steps)
+            state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
+            state.loss_sum = [a + b for a, b in zip(state.loss_sum, losses, strict=True)]
+            state.weight_sum = [a + b for a, b in zip(state.weight_sum, weights, strict=True)]
+            meter.count(batch)
+            if state.step % cfg.train.log_every == 0 or state.step == total_steps:
+                values = _take_losses(state, cfg.tasks) | meter.take(state)
+                if log is not None:
+                    log(state.step, values)
+                if rank == 0:
+                    logger.info(progress_line(state, total_steps, values))
+            if save is not None and state.step % cfg.train.checkpoint_every == 0 and state.step < total_steps:
+                save(trainee.checkpoint(state, identity))
+        state.epoch_step = 0
+    state.epoch = cfg.train.epochs
+    if save is not None:
+        save(trainee.checkpoint(state, identity))
+    return trainee.model
+
+
+class Trainee:
+    """A model with its optimizers, on one rank."""
+
+    def __init__(self, cfg: RunConfig, model: UltraHSTU, rank: int, world_size: int) -> None:
+        self.cfg, self.model, self.rank, self.world_size = cfg, model, rank, world_size
+        self.tables = {
+            f"{name}.weight": module.weight
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding)
+        }
+        self.dense = {name: p for name, p in model.named_parameters() if name not in self.tables}
+        decay = cfg.train.weight_decay
+        self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay)
+        self.adamw = torch.optim.AdamW(self.dense.values(), lr=cfg.train.lr, weight_decay=decay, fused=True)
+
+    def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[list[float], list[float]]:
+        """One optimizer step; per task the summed loss and the summed weights over all ranks."""
+        cfg = self.cfg.train
+        assert batch.labels is not None
+        assert batch.label_weight is not None
+        # Dropout depends on where the run stands, not on how it got there: a resumed run draws the same masks.
+        torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step, self.rank]).generate_state(1)[0]))
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            logits = self.model(batch)
+        loss, weight = task_losses(logits, batch.labels, batch.label_weight)
+        loss.sum().backward()
+        losses, weights = self._reduce_dense(loss.detach(), weight)
+        total = weights.sum().clamp(min=1e-12)
+        grads = self._reduce_sparse()
+        for parameter in self.dense.values():
+            assert parameter.grad is not None
+            parameter.grad /= total
+        nn.utils.clip_grad_norm_(self.dense.values(), cfg.grad_clip)
+        factor = learning_rate_factor(step, cfg.warmup_steps, total_steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = cfg.lr * factor
+        self.adamw.step()
+        self.rowwise.step(
+            {name: (rows, sums / total) for name, (rows, sums) in grads.items()}, cfg.embedding_lr * factor
+        )
+        return losses.tolist(), weights.tolist()
+
+    def _reduce_dense(self, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Add dense gradients, losses and weights over ranks, all in one message."""
+        if self.world_size == 1:
+            return loss, weight
+        grads = [p.grad for p in self.dense.values() if p.grad is not None]
+        assert len(grads) == len(self.dense)
+        flat = torch.cat([*(grad.flatten() for grad in grads), loss, weight])
+        dist.all_reduce(flat)
+        *summed, loss, weight = flat.split([*(grad.numel() for grad in grads), len(loss), len(weight)])
+        for grad, total in zip(grads, summed, strict=True):
+            grad.copy_(total.view_as(grad))
+        return loss, weight
+
+    def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per table the distinct rows touched by any rank, and the sum of their gradients."""
+        local = {}
+        for name, weight in self.tables.items():
+            assert weight.grad is not None
+            local[name] = rows_and_sums(weight.grad._indices()[0], weight.grad._values())
+        return local if self.world_size == 1 else gather_rows(local, self.world_size)
+
+    def checkpoint(self, state: TrainState, identity: dict) -> Checkpoint:
+        optimizer = {f"rowwise.{name}": tensor for name, tensor in self.rowwise.state_dict().items()}
+        for name, parameter in self.dense.items():
+            for key, tensor in self.adamw.state[parameter].items():
+                optimizer[f"adamw.{key}.{name}"] = tensor
+        return Checkpoint(replace(state), copied(self.model.state_dict()), copied(optimizer), identity)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.model.load_state_dict(checkpoint.model)
+        saved = checkpoint.optimizer
+        self.rowwise.load_state_dict(
+            {name.removeprefix("rowwise."): tensor for name, tensor in saved.items() if name.startswith("rowwise.")}
+        )
+        for name, parameter in self.dense.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments = {key: saved[f"adamw.{key}.{name}"].to(parameter.device) for key in keys}
+            self.adamw.state[parameter] = moments
+
+
+def gather_rows(local: dict[str, tuple[Tensor, Tensor]], world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The rows of all ranks, those of one row added: three messages whatever the number of tables."""
+    device = next(iter(local.values()))[0].device
+    counts = torch.tensor([len(rows) for rows, _ in local.values()], device=device)
+    counts_of = _all_gather(counts, world_size)
+    widths = [sums.shape[1] for _, sums in local.values()]
+    floats_of = [(c * torch.tensor(widths, device=device)).tolist() for c in counts_of]
+    counts_of = [c.tolist() for c in counts_of]
+    rows_of = _all_gather_jagged(torch.cat([rows for rows, _ in local.values()]), [sum(c) for c in counts_of])
+    sums_of = _all_gather_jagged(torch.cat([s.flatten() for _, s in local.values()]), [sum(f) for f in floats_of])
+    split_rows = [rows.split(c) for rows, c in zip(rows_of, counts_of, strict=True)]
+    split_sums = [sums.split(f) for sums, f in zip(sums_of, floats_of, strict=True)]
+    return {
+        name: rows_and_sums(
+            torch.cat([rows[i] for rows in split_rows]), torch.cat([sums[i].view(-1, widths[i]) for sums in split_sums])
+        )
+        for i, name in enumerate(local)
+    }
+
+
+def _all_gather(tensor: Tensor, world_size: int) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(world_size)]
+    dist.all_gather(parts, tensor)
+    return parts
+
+
+def _all_gather_jagged(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
+    """One flat tensor per rank, `lengths` of them; padded on the wire to the longest."""
+    padded = nn.functional.pad(tensor, (0, max(lengths) - tensor.numel()))
+    return [part[:length] for part, length in zip(_all_gather(padded, len(lengths)), lengths, strict=True)]
+
+
+def prefetched(batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
+    """The same batches, the next one made in the background while the present one is used."""
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+class Meter:
+    """Speed since the last `take`, rank 0's own times, its counts multiplied by the number of ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.begin, self.wait, self.steps, self.examples, self.tokens = time.perf_counter(), 0.0, 0, 0, 0
+
+    def waited(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
+        """The same batches, the time until each arrives counted as waiting for data."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.wait += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, batch: SequenceBatch) -> None:
+        self.steps += 1
+        self.examples += int(batch.num_targets.sum()) * self.world_size
+        self.tokens += batch.num_tokens * self.world_size
+
+    def take(self, state: TrainState) -> dict[str, float]:
+        seconds = time.perf_counter() - self.begin
+        state.seconds += seconds
+        values = {
+            "train/examples_per_s": self.examples / seconds,
+            "train/tokens_per_s": self.tokens / seconds,
+            "train/data_wait_share": self.wait / seconds,
+            "train/step_ms": 1000 * seconds / max(self.steps, 1),
+        }
+        self._reset()
+        return values
+
+
+def progress_line(state: TrainState, total_steps: int, values: dict[str, float]) -> str:
+    left = (total_steps - state.step) * values["train/step_ms"] / 1000
+    return (
+        f"step {state.step}/{total_steps} epoch {state.epoch + 1} | loss {values['train/loss']:.4f} | "
+        f"{values['train/examples_per_s']:,.0f} examples/s, {values['train/tokens_per_s']:,.0f} tokens/s | "
+        f"waiting for data {values['train/data_wait_share']:.1%} | {left:.0f} s left"
+    )
+
+
+def _take_losses(state: TrainState, tasks: tuple[str, ...]) -> dict[str, float]:
+    """Mean losses since the last line; the sums start anew."""
+    values = {"train/loss": sum(state.loss_sum) / max(sum(state.weight_sum), 1e-12)}
+    for task, loss, weight in zip(tasks, state.loss_sum, state.weight_sum, strict=True):
+        values[f"train/loss/{task}"] = loss / max(weight, 1e-12)
+    state.loss_sum, state.weight_sum = [0.0] * len(tasks), [0.0] * len(tasks)
+    return values

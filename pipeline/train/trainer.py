@@ -1,0 +1,177 @@
+"""Training on a Ray cluster: the loop of `loop.py` on every worker, checkpoints and restarts by Ray Train.
+
+sequences → feature maps (driver) → workers: loader + loop → checkpoints → model folder (driver)
+"""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline import config
+from pipeline.cluster import ray_cluster
+from pipeline.config import RunConfig, UserError
+from pipeline.data import store
+from pipeline.data.features import FeatureMaps, fit_features
+from pipeline.data.loader import TrainLoader
+from pipeline.model.artifact import save_model
+from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.tracking import Run
+from pipeline.train import loop
+from pipeline.train.checkpoint import (
+    Checkpoint,
+    MetricsFile,
+    check_identity,
+    last_good,
+    run_identity,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Path:
+    """Train on the published sequences and publish the model; returns its folder.
+
+    The same run name goes on from its last checkpoint; a run that is already complete trains nothing. Losses go to
+    `train/metrics.jsonl` and, where `run` is given, to that MLflow run.
+
+    Args:
+        restart: forget the run's earlier training first.
+
+    Raises:
+        UserError: no sequences, nothing to train on, or an earlier training under this name with other settings.
+    """
+    folder = train_dir(cfg)
+    if restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    digest = store.read_manifest(cfg.sequence_dir).digest
+    earlier = last_good(checkpoint_folders(cfg))  # tells a mistake before any worker starts
+    if earlier is not None:
+        check_identity(earlier.identity, run_identity(cfg, digest, cfg.train.num_workers), cfg.name)
+    maps = fit_features(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    maps.save(folder)
+    with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+        _trainer(cfg, digest, run).fit()
+    trained = last_good(checkpoint_folders(cfg))
+    assert trained is not None
+    model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+    model.load_state_dict(trained.model)
+    facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
+    save_model(cfg.model_dir, model, cfg, maps, facts | ({"mlflow_run_id": run.run_id} if run else {}))
+    return cfg.model_dir
+
+
+def train_dir(cfg: RunConfig) -> Path:
+    return cfg.run_dir / "train"
+
+
+def checkpoint_folders(cfg: RunConfig) -> list[Path]:
+    """What Ray Train has kept of this run, oldest first."""
+    return sorted((train_dir(cfg) / "ray").glob("checkpoint_*"))
+
+
+def _trainer(cfg: RunConfig, digest: str, run: Run | None) -> TorchTrainer:
+    train = cfg.train
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"cfg": config.to_dict(cfg), "digest": digest, "run": run},
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1},
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(train_dir(cfg)),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+        ),
+    )
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """One rank. It learns where the run stands from the checkpoints, after a crash as after a new start."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    cfg, digest, run = config.from_dict(settings["cfg"]), settings["digest"], settings["run"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(cfg.train.threads_per_worker)
+    resume = last_good(checkpoint_folders(cfg)) if ray.train.get_checkpoint() else None
+    maps = FeatureMaps.load(train_dir(cfg))
+    metrics = None
+    if rank == 0:
+        metrics = MetricsFile(train_dir(cfg) / "metrics.jsonl", resumed_at=resume.state.step if resume else 0)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if metrics is not None:
+            metrics.append(step, values)
+            if run is not None:
+                run.log_metrics(values, step)
+
+    loop.train(
+        cfg,
+        maps,
+        TrainLoader(cfg, maps, rank, world_size),
+        digest,
+        rank=rank,
+        world_size=world_size,
+        device=ray.train.torch.get_device(),
+        resume=resume,
+        save=_report,
+        log=log,
+    )
+
+
+def _report(checkpoint: Checkpoint) -> None:
+    """A barrier: every rank reports, rank 0's folder is what Ray Train keeps."""
+    step = {"step": checkpoint.state.step}
+    if ray.train.get_context().get_world_rank() > 0:
+        ray.train.report(step)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), checkpoint)
+        ray.train.report(step, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    """What training would do, for `--dry-run`: sizes and steps, without starting anything.
+
+    Raises:
+        UserError: no published sequences, or more workers than the local cluster has CPUs.
+    """
+    train = cfg.train
+    if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
+        raise UserError(f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}")
+    maps = fit_features(cfg)
+    model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+    trainee = loop.Trainee(cfg, model, rank=0, world_size=1)
+    steps = TrainLoader(cfg, maps, 0, train.num_workers).steps_per_epoch
+    tables = {name: tensor.numel() * tensor.element_size() for name, tensor in trainee.tables.items()}
+    dense = sum(tensor.numel() for tensor in trainee.dense.values())
+    table_values = sum(tensor.numel() for tensor in trainee.tables.values())
+    optimizer = 8 * dense + sum(m.numel() + len(m) for m in trainee.rowwise.m.values()) * 4
+    return {
+        "world_size": train.num_workers,
+        "device": "cuda" if train.use_gpu else "cpu",
+        "steps_per_epoch": steps,
+        "epochs": train.epochs,
+        "parameters": {"dense": dense, "tables": table_values},
+        "table_bytes": tables,
+        "memory_per_worker_mb": round((4 * (2 * dense + table_values) + optimizer) / 2**20, 1),
+        "resumes_from_step": _last_step(cfg),
+    }
+
+
+def _last_step(cfg: RunConfig) -> int:
+    earlier = last_good(checkpoint_folders(cfg))
+    return earlier.state.step if earlier else 0

@@ -1,0 +1,286 @@
+"""The model against its definition: what a candidate sees, truncation by hand, backends, sizes of things."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.semi_local_attention.reference import semi_local_mask
+from pipeline import config
+from pipeline.config import RunConfig, UserError
+from pipeline.data.batch import SequenceBatch
+from pipeline.model.artifact import load_model, save_model
+from pipeline.model.embeddings import ActionEncoder, Tokens, time_bucket
+from pipeline.model.flops import count_work, kept_pairs
+from pipeline.model.transducer import truncate
+from pipeline.model.ultra_hstu import UltraHSTU
+
+VOCAB = {"item_id": 30, "item.tag": 5, "user.age": 4, "user.city": 6, "request.tab": 4}
+RATES = {"is_click": 0.4, "is_like": 0.02}
+
+
+def make_config(**model: object) -> RunConfig:
+    attention = {"window": 2, "full_rows": 2, "scaling_seq_len": 16}
+    small = {"d_model": 16, "d_qk": 8, "d_v": 8, "dropout": 0.0, "head_hidden": 8, "position_buckets": 32}
+    return config.from_dict(
+        {
+            "source": {"kind": "synthetic", "actions": ["is_click", "is_like", "is_hate"], "request_columns": ["tab"]},
+            "tasks": ["is_click", "is_like"],
+            "features": {
+                "item_id_dim": 4,
+                "item": {"tag": {"dim": 2}},
+                "user": {"age": {"dim": 2}, "city": {"dim": 3}},
+                "user_tokens": {"who": ["age"], "where": ["city"]},
+                "request": {"tab": {"dim": 2}},
+            },
+            "model": {**small, "attention": attention, **model},
+        }
+    )
+
+
+def make_model(cfg: RunConfig, seed: int = 0) -> UltraHSTU:
+    torch.manual_seed(seed)
+    model = UltraHSTU(cfg, VOCAB, RATES)
+    with torch.no_grad():
+        for parameter in model.parameters():  # weights large enough that a wrong mask shows
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.double().eval()
+
+
+def make_batch(histories: list[int], targets: list[int], seed: int = 0) -> SequenceBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
+
+    lengths = torch.tensor(histories) + torch.tensor(targets)
+    num_tokens, num_sequences = int(lengths.sum()), len(histories)
+    is_target = torch.cat([torch.arange(h + t) >= h for h, t in zip(histories, targets, strict=True)])
+    return SequenceBatch(
+        seq_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        num_targets=torch.tensor(targets, dtype=torch.int32),
+        item_codes=torch.stack([draw(30, num_tokens), draw(5, num_tokens)], dim=1),
+        request_codes=draw(4, num_tokens, 1),
+        action_mask=draw(8, num_tokens).masked_fill(is_target, 0),
+        known_mask=draw(8, num_tokens).masked_fill(is_target, 0),
+        position=draw(100, num_tokens).long(),
+        gap_ms=draw(10**6, num_tokens).long() - 1,
+        user_codes=torch.stack([draw(4, num_sequences), draw(6, num_sequences)], dim=1),
+        max_seq_len=int(lengths.max()),
+    )
+
+
+def tokens_at(batch: SequenceBatch, index: torch.Tensor, **changes: object) -> SequenceBatch:
+    """The batch with only the tokens at `index`, in that order."""
+    names = ("item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    return replace(batch, **{name: getattr(batch, name)[index] for name in names}, **changes)
+
+
+def test_heads_start_at_the_base_rates() -> None:
+    cfg = make_config()
+    scores = UltraHSTU(cfg, VOCAB, RATES).eval()(make_batch([5], [200])).sigmoid().mean(0).tolist()
+    assert scores[0] == pytest.approx(0.4, abs=0.1)
+    assert scores[1] == pytest.approx(0.02, abs=0.02)
+
+
+def test_candidates_are_blind_to_each_other() -> None:
+    model, batch = make_model(make_config()), make_batch([7, 3], [3, 2])
+    alone = tokens_at(
+        batch,
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 14]),
+        seq_offsets=torch.tensor([0, 8, 12]),
+        num_targets=torch.tensor([1, 1], dtype=torch.int32),
+        max_seq_len=8,
+    )
+    torch.testing.assert_close(model(alone), model(batch)[[1, 4]])
+
+
+def test_no_sequence_sees_another() -> None:
+    model, batch = make_model(make_config()), make_batch([7, 3], [3, 2])
+    second = tokens_at(
+        batch,
+        torch.arange(10, 15),
+        seq_offsets=torch.tensor([0, 5]),
+        num_targets=torch.tensor([2], dtype=torch.int32),
+        user_codes=batch.user_codes[1:],
+        max_seq_len=5,
+    )
+    torch.testing.assert_close(model(second), model(batch)[3:])
+
+
+def test_a_candidate_scores_the_same_in_both_layouts() -> None:
+    """One pass with target_visible equals one sequence per request, where no full row and no truncation differs."""
+    cfg = make_config(attention={"window": 2, "full_rows": 0, "scaling_seq_len": 16})
+    model, batch = make_model(cfg), make_batch([9], [3])
+    visible = [2, 0, 6]
+    one_pass = model(replace(batch, target_visible=torch.tensor(visible, dtype=torch.int32)))
+    for i, seen in enumerate(visible):
+        request = tokens_at(
+            batch,
+            torch.tensor([*range(seen), 9 + i]),
+            seq_offsets=torch.tensor([0, seen + 1]),
+            num_targets=torch.tensor([1], dtype=torch.int32),
+            max_seq_len=seen + 1,
+        )
+        torch.testing.assert_close(model(request)[0], one_pass[i])
+
+
+@pytest.mark.parametrize("truncate_after_layer", [None, 1])
+def test_no_candidate_sees_a_later_event(truncate_after_layer: int | None) -> None:
+    cfg = make_config(truncate_after_layer=truncate_after_layer, truncate_to=4)
+    model, batch = make_model(cfg), make_batch([9], [3])
+    batch = replace(batch, target_visible=torch.tensor([2, 5, 9], dtype=torch.int32))
+    later = replace(batch, action_mask=batch.action_mask.clone(), item_codes=batch.item_codes.clone())
+    later.action_mask[5] ^= 1
+    later.known_mask[5] |= 1
+    later.item_codes[5, 0] = (later.item_codes[5, 0] + 1) % 30
+    before, after = model(batch), model(later)
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2], after[2])
+
+
+def test_truncation_by_hand() -> None:
+    """Two sequences [c | uih | candidates] of one context token, the newest two events kept."""
+    names = ["c", "a1", "a2", "a3", "a4", "x", "y", "c", "b1", "z"]
+    tokens = Tokens(
+        x_TE=torch.arange(10.0)[:, None],
+        seq_offsets=torch.tensor([0, 7, 10]),
+        num_targets=torch.tensor([2, 1], dtype=torch.int32),
+        target_visible=torch.tensor([2, 5, 2], dtype=torch.int32),  # x sees c a1; y sees c a1 a2 a3 a4; z sees c b1
+        max_seq_len=7,
+    )
+    cut = truncate(tokens, num_context=1, keep_events=2)
+    assert [names[int(i)] for i in cut.x_TE[:, 0]] == ["c", "a3", "a4", "x", "y", "c", "b1", "z"]
+    assert cut.seq_offsets.tolist() == [0, 5, 8]
+    assert cut.target_visible is not None
+    assert cut.target_visible.tolist() == [1, 3, 2]  # x is left with c, y with c a3 a4
+    assert cut.max_seq_len == 5
+
+
+def test_truncated_model_equals_dense_computation() -> None:
+    """Layer by layer with the dense mask, the second layer on context, the newest 3 events and the candidates."""
+    cfg = make_config(truncate_after_layer=1, truncate_to=3)
+    model, batch = make_model(cfg), make_batch([8], [2])
+    tokens = model.encoder(batch)
+    kept = torch.tensor([0, 1, 7, 8, 9, 10, 11])  # 2 context, 8 events, 2 candidates
+    x = tokens.x_TE
+    for depth, layer in enumerate(model.transducer.layers):
+        x = x[kept] if depth == 1 else x
+        x = dense_layer(layer, x)
+    expected = model.heads(model.transducer.norm_out(x[-2:]))
+    torch.testing.assert_close(model(batch), expected.float())
+
+
+def dense_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Eq. 1-5 as they stand, one sequence with 2 context tokens and 2 candidates."""
+    silu = torch.nn.functional.silu
+    u, q, k, v = silu(layer.uvqk(layer.norm_in(x))).split(layer.split, dim=1)
+    mask = semi_local_mask(len(x), 2, window=2, full_rows=2, prefix=2)
+    heads = []
+    for h in range(2):
+        qh, kh, vh = (t[:, 8 * h : 8 * h + 8] for t in (q, k, v))
+        heads.append((silu(qh @ kh.T / 8) * mask / 16) @ vh)
+    return x + layer.out(layer.norm_attn(torch.cat(heads, dim=1)) * u)
+
+
+def test_blocked_attention_equals_the_reference_in_outputs_and_gradients() -> None:
+    results = {}
+    batch = make_batch([70, 0, 9], [3, 2, 1])
+    for backend in ("torch", "reference"):
+        model = make_model(make_config(attention_backend=backend, truncate_after_layer=1, truncate_to=6))
+        logits = model(batch)
+        logits.square().sum().backward()
+        grads = {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}
+        results[backend] = logits, grads
+    (logits, grads), (expected, expected_grads) = results["torch"], results["reference"]
+    torch.testing.assert_close(logits, expected)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_action_rows() -> None:
+    """Set, known and absent, unknown: the row, nothing, the unknown row, whatever the bit says."""
+    encoder = ActionEncoder(num_actions=3, dim=2, d_model=4)
+    encoder.mlp = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    rows = encoder(torch.tensor([0b101], dtype=torch.int32), torch.tensor([0b011], dtype=torch.int32))
+    expected = torch.cat([encoder.set_rows[0], torch.zeros(2), encoder.unknown_rows[2]])
+    assert torch.equal(rows[0], expected)
+
+
+def test_a_candidate_carries_no_action() -> None:
+    model, batch = make_model(make_config()), make_batch([4], [2])
+    marked = replace(batch, action_mask=batch.action_mask.clone(), known_mask=batch.known_mask.clone())
+    marked.action_mask[-2:], marked.known_mask[-2:] = 7, 7
+    assert torch.equal(model(marked), model(batch))
+
+
+def test_time_buckets() -> None:
+    gaps = torch.tensor([-1, 0, 1, 1000, 86_400_000, 2**40])
+    buckets = time_bucket(gaps, 64)
+    assert buckets[0] == 0
+    assert buckets[1] == 1
+    assert buckets[-1] == 63
+    assert buckets.diff().min() > 0
+
+
+@pytest.mark.parametrize(("window", "full_rows", "prefix"), [(None, 0, 0), (0, 0, 0), (2, 3, 2), (1, 0, 3), (3, 9, 1)])
+def test_kept_pairs_are_those_of_the_mask(window: int | None, full_rows: int, prefix: int) -> None:
+    lengths, targets = [9, 4, 1, 12], [2, 4, 0, 1]
+    expected = sum(
+        int(semi_local_mask(n, t, window, full_rows, prefix).sum()) for n, t in zip(lengths, targets, strict=True)
+    )
+    offsets = torch.tensor([0, 9, 13, 14, 26])
+    assert kept_pairs(offsets, torch.tensor(targets), None, window, full_rows, prefix) == expected
+
+
+def test_work_of_a_batch_by_hand() -> None:
+    """One user of 2 context tokens, 6 events, 1 candidate; window 0, no full rows; 3 events left in layer two."""
+    attention = {"window": 0, "full_rows": 0, "scaling_seq_len": 16}
+    cfg = make_config(attention=attention, truncate_after_layer=1, truncate_to=3)
+    work = count_work(make_batch([6], [1]), cfg)
+    assert (work.tokens, work.truncated_tokens, work.candidates) == (9, 3, 1)
+    # context 1 + 2, each event the prefix and itself, the candidate all and itself
+    first, second = 3 + 6 * 3 + 9, 3 + 3 * 3 + 6
+    assert work.kept_pairs == first + second
+    assert work.masked_pair_share == pytest.approx(1 - (first + second) / (2 * 45))
+
+
+def test_artifact_keeps_scores_and_refuses_damage(tmp_path, monkeypatch) -> None:
+    cfg = make_config()
+    model, batch = make_model(cfg).float(), make_batch([5, 2], [2, 1])
+    maps = make_maps()
+    save_model(tmp_path / "model", model, cfg, maps, {"steps": 3})
+    loaded = load_model(tmp_path / "model")
+    assert torch.equal(loaded.model(batch), model(batch))
+    assert (loaded.cfg, loaded.extra) == (cfg, {"steps": 3})
+    assert np.array_equal(loaded.maps.item_codes, maps.item_codes)
+    save_model(tmp_path / "model", model, cfg, maps, {"steps": 4})  # takes the place of the first
+    assert load_model(tmp_path / "model").extra == {"steps": 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"corrupted: model\.safetensors"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "artifact.json").unlink()
+    with pytest.raises(UserError, match="half-written"):
+        load_model(tmp_path / "model")
+    with pytest.raises(UserError, match="no model at"):
+        load_model(tmp_path / "nothing")
+
+
+def make_maps():
+    from pipeline.data.features import FeatureMaps
+
+    return FeatureMaps(
+        item_ids=np.arange(29),
+        item_codes=np.zeros((30, 2), np.int32),
+        item_count=np.ones(30, np.int64),
+        user_ids=np.zeros(0, np.int64),
+        user_codes=np.zeros((1, 2), np.int32),
+        request_values={"tab": np.arange(3)},
+        vocab_sizes=VOCAB,
+        base_rates=RATES,
+    )
