@@ -1,0 +1,507 @@
+"""MLflow: the tracking server, one run per training job, the registry and its alias `champion`.
+
+    training → run (params, metrics, dataset, plots) → model version → gate → champion → server
+
+Everything speaks HTTP to one server, so that no two processes share its sqlite file. Nothing that the registry holds
+is ever executed: a version is safetensors and JSON, checked against the sha256 of its tags before it is read.
+MLflow is imported where it is used: two seconds that a job without tracking does not pay.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pipeline import config, model_card
+from pipeline.cluster import free_port
+from pipeline.config import RunConfig, UserError
+
+if typing.TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.data.store import Manifest
+
+logger = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+START_TIMEOUT_S = 120  # a busy machine takes most of a minute to import MLflow three times
+STOP_TIMEOUT_S = 15
+PARAMS_PER_REQUEST = 100  # MLflow's own limit
+LONGEST_PARAM = 6000  # characters, MLflow's own limit
+LONGEST_DIGEST = 36  # characters, MLflow's own limit
+
+
+# The server ------------------------------------------------------------------
+
+
+@contextmanager
+def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
+    """The tracking server's address for the length of the block; the functions below talk to it.
+
+    With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`: the one that another
+    job has running there, or our own on `port` (None: any free one), ended with the block.
+
+    Raises:
+        UserError: the server named in the configuration does not answer, or ours does not start.
+    """
+    process = None
+    if cfg.tracking.uri is not None:
+        uri = cfg.tracking.uri
+        if not _healthy(uri):
+            raise UserError(f"tracking.uri: no MLflow server answers at {uri!r}")
+    else:
+        uri, process = _start_or_join(Path(cfg.runs_dir).absolute() / "mlflow", port)
+    try:
+        with _tracking_uri(uri):
+            yield uri
+    finally:
+        if process is not None:
+            _end(process)
+
+
+@contextmanager
+def _tracking_uri(uri: str) -> Iterator[None]:
+    # Seven retries, MLflow's default, are four minutes of silence when the server is gone.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] None resets it
+
+
+def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Popen | None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "server.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs that start at once share one server: sqlite has one writer
+        if note.exists() and _healthy(uri := json.loads(note.read_text())["uri"]):
+            logger.info("joining the MLflow server at %s", uri)
+            return uri, None
+        uri, process = _start(folder, port or free_port())
+        note.write_text(json.dumps({"uri": uri, "pid": process.pid}))
+    return uri, process
+
+
+def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    log = folder / "server.log"
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | quiet, stdout=output, stderr=output, cwd=folder, start_new_session=True
+        )
+    started = time.monotonic()
+    while not _healthy(uri):
+        if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
+            _end(process)
+            last = log.read_text(errors="replace").splitlines()[-3:]
+            raise UserError(f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}")
+        time.sleep(0.2)
+    logger.info("MLflow server at %s, over %s", uri, folder)
+    return uri, process
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the server and its workers: the process group that it leads, and nothing else."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("the MLflow server (pid %d) did not end on %s", process.pid, number.name)
+    process.wait()
+
+
+def _healthy(uri: str) -> bool:
+    try:
+        return httpx.get(f"{uri.rstrip('/')}/health", timeout=5).status_code == 200
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+
+
+def _client(uri: str | None = None) -> "MlflowClient":
+    import mlflow
+
+    # Without an address MLflow would make itself a database in the current folder.
+    assert uri or mlflow.is_tracking_uri_set(), "call this inside `with mlflow_server(cfg)`"
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """MLflow's errors for what a user can get wrong, a server that went away above all, as `UserError`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        text = str(error)
+        if "failed with exception" in text:  # no answer after the retries
+            where = re.search(r"https?://[^/\s]+", text)
+            raise UserError(f"the MLflow server does not answer any more ({where and where.group()})") from error
+        raise
+
+
+def _absent(error: "MlflowException") -> bool:
+    return error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
+
+
+# Runs ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One MLflow run by its id: picklable, so that rank 0 of a training logs into the run that the driver made.
+
+    `with run:` ends it, FAILED where the block raises.
+    """
+
+    uri: str
+    run_id: str
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, model_id: str | None = None) -> None:
+        """All of one step in one request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+        with _one_message():
+            _client(self.uri).log_batch(self.run_id, metrics=entries)
+
+    def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
+        """A file, or everything in a folder."""
+        client = _client(self.uri)
+        log = client.log_artifacts if path.is_dir() else client.log_artifact
+        with _one_message():
+            log(self.run_id, str(path), artifact_path)
+
+    def end(self, status: str = "FINISHED") -> None:
+        with _one_message():
+            _client(self.uri).set_terminated(self.run_id, status)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end("FINISHED" if kind is None else "FAILED")
+
+
+def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | None = None) -> Run:
+    """One run for one training job: params are the flattened configuration, its dataset the published sequences."""
+    import mlflow
+
+    client = _client()
+    with _one_message():
+        run = client.create_run(
+            _experiment(client, cfg.tracking.experiment),
+            run_name=cfg.name,
+            tags={"manifest": manifest.digest, **_code_version(), **_ray_job(), **(tags or {})},
+        )
+        _log_params(client, run.info.run_id, cfg)
+        _log_dataset(client, run.info.run_id, cfg, manifest)
+    return Run(mlflow.get_tracking_uri(), run.info.run_id)
+
+
+def _experiment(client: "MlflowClient", name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    return found.experiment_id if found else client.create_experiment(name)
+
+
+def _log_params(client: "MlflowClient", run_id: str, cfg: RunConfig) -> None:
+    from mlflow.entities import Param
+
+    flat = config.flatten(config.to_dict(cfg))
+    params = [Param(_metric_key(key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
+    for start in range(0, len(params), PARAMS_PER_REQUEST):
+        client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
+
+
+def _metric_key(key: str) -> str:
+    """MLflow takes letters, digits and `_-.: /` in names; a user's column may hold more."""
+    return re.sub(r"[^\w\-.: /]", "_", key)
+
+
+def _log_dataset(client: "MlflowClient", run_id: str, cfg: RunConfig, manifest: "Manifest") -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name="sequences",
+        digest=manifest.digest[:LONGEST_DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": str(cfg.sequence_dir)}),
+        profile=json.dumps({"num_rows": manifest.num_rows, "num_users": manifest.num_users}),
+    )
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def _code_version() -> dict[str, str]:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # an installed package: there is no repository to name
+        return {}
+    return {"git_sha": found, "mlflow.source.git.commit": found.removesuffix("-dirty")}
+
+
+def _ray_job() -> dict[str, str]:
+    ray = sys.modules.get("ray")  # a run outside Ray must not import it
+    return {"ray_job_id": ray.get_runtime_context().get_job_id()} if ray and ray.is_initialized() else {}
+
+
+# Registry --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    promoted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedModel:
+    """A registry version by number, with what its files must hash to: all replicas load the same thing."""
+
+    uri: str
+    name: str
+    version: int
+    sha256: dict[str, str]  # file name -> hex digest
+
+
+def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
+    """Make the evaluated model in `model_dir` a new version; its metrics.json goes into the run as well.
+
+    Raises:
+        UserError: the model has not been evaluated.
+    """
+    metrics = _read_metrics(model_dir)
+    client = _client()
+    with _one_message(), tempfile.TemporaryDirectory() as staging:
+        folder = Path(shutil.copytree(model_dir, Path(staging) / "model"))
+        card = model_card.render(cfg, folder, metrics, run.run_id)
+        (folder / "README.md").write_text(card)
+        tags = {f"sha256.{name}": digest for name, digest in _digests(folder).items()}
+        tags |= {key: repr(value) for key, value in metrics.items() if key.startswith("val/ne/")}
+        tags |= {"manifest": client.get_run(run.run_id).data.tags["manifest"]}
+        model = client.create_logged_model(_experiment(client, cfg.tracking.experiment), cfg.name, run.run_id)
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, "READY")
+        run.log_metrics({_metric_key(key): value for key, value in metrics.items()}, 0, model.model_id)
+        _ensure_registered(client, cfg.tracking.model_name)
+        version = client.create_model_version(
+            cfg.tracking.model_name,
+            f"models:/{model.model_id}",
+            run.run_id,
+            tags,
+            description=card,
+            model_id=model.model_id,
+        )
+    return int(version.version)
+
+
+def promote(cfg: RunConfig, version: int | None = None) -> Decision:
+    """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the gate; say why.
+
+    The gate: `tracking.gate_max_ne` for each task it names, and a mean over tasks at most `gate_max_regression` above
+    the champion's. The reason stays on the version as a tag.
+    """
+    client, name = _client(), cfg.tracking.model_name
+    with _one_message():
+        challenger = _version(client, name, version)
+        champion = _champion(client, name)
+        if champion is not None and champion.version == challenger.version:
+            return Decision(True, f"version {challenger.version} is the champion already")
+        decision = judge(cfg, challenger, champion)
+        client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
+        if decision.promoted:
+            previous = "" if champion is None else champion.version
+            client.set_model_version_tag(name, challenger.version, "previous_champion", previous)
+            client.set_registered_model_alias(name, CHAMPION, challenger.version)
+    return decision
+
+
+def judge(cfg: RunConfig, challenger: "ModelVersion", champion: "ModelVersion | None") -> Decision:
+    """The gate alone: both versions carry their validation NE as tags `val/ne/<task>`."""
+    new = _validation_ne(challenger)
+    if missing := [task for task in cfg.tasks if task not in new]:
+        return Decision(False, f"refused: version {challenger.version} has no validation NE of {', '.join(missing)}")
+    for task, highest in cfg.tracking.gate_max_ne.items():
+        if not new[task] <= highest:
+            return Decision(False, f"refused: val/ne/{task} {new[task]:.4f} is above the gate's {highest:g}")
+    said = ", ".join(f"{task} {new[task]:.4f}" for task in cfg.tasks)
+    if champion is None:
+        return Decision(True, f"promoted: the first champion, val/ne {said}")
+    old = _validation_ne(champion)
+    shared = [task for task in cfg.tasks if task in old]
+    if not shared:
+        return Decision(True, f"promoted: champion {champion.version} shares no task with it, val/ne {said}")
+    change = sum(new[task] - old[task] for task in shared) / len(shared)
+    said = f"mean val/ne over {', '.join(shared)} {change:+.4f} against champion {champion.version}"
+    if champion.tags.get("manifest") != challenger.tags.get("manifest"):
+        said += " (which was validated on other sequences)"
+    if not change <= cfg.tracking.gate_max_regression:
+        return Decision(False, f"refused: {said}, allowed {cfg.tracking.gate_max_regression:+g}")
+    return Decision(True, f"promoted: {said}")
+
+
+def rollback(cfg: RunConfig) -> int:
+    """Move `champion` back to the version that it stood on before; returns its number.
+
+    Raises:
+        UserError: there is no champion, or none before it.
+    """
+    client, name = _client(), cfg.tracking.model_name
+    with _one_message():
+        champion = _require_champion(client, name)
+        previous = champion.tags.get("previous_champion")
+        if not previous:
+            raise UserError(f"{name} version {champion.version} is the first champion: nothing to roll back to")
+        client.set_registered_model_alias(name, CHAMPION, previous)
+        client.set_model_version_tag(name, champion.version, "promotion", f"rolled back to version {previous}")
+    return int(previous)
+
+
+def champion(cfg: RunConfig) -> PinnedModel:
+    """The alias, resolved to a number once: from here on nothing moves under the caller's feet.
+
+    Raises:
+        UserError: no version is the champion.
+    """
+    import mlflow
+
+    client, name = _client(), cfg.tracking.model_name
+    with _one_message():
+        found = _require_champion(client, name)
+    prefix = "sha256."
+    sha256 = {key.removeprefix(prefix): value for key, value in found.tags.items() if key.startswith(prefix)}
+    return PinnedModel(mlflow.get_tracking_uri(), name, int(found.version), sha256)
+
+
+def download_champion(cfg: RunConfig) -> tuple[Path, int]:
+    """The champion's files under `runs_dir/champions`, checked, and its version."""
+    model = champion(cfg)
+    return fetch(model, Path(cfg.runs_dir).absolute() / "champions"), model.version
+
+
+def fetch(model: PinnedModel, cache: Path) -> Path:
+    """The files of a pinned version, from `cache` or the registry, each equal to its sha256.
+
+    Raises:
+        UserError: a file is missing, changed or not listed.
+    """
+    folder = cache / f"{model.name}-{model.version}"
+    if not folder.exists():
+        from mlflow.artifacts import download_artifacts
+
+        cache.mkdir(parents=True, exist_ok=True)
+        with _tracking_uri(model.uri), _one_message(), tempfile.TemporaryDirectory(dir=cache) as staging:
+            found = Path(download_artifacts(f"models:/{model.name}/{model.version}", dst_path=staging))
+            (found / "registered_model_meta").unlink(missing_ok=True)  # MLflow's own note beside the files
+            _check(found, model)
+            if not folder.exists():  # else another replica was faster
+                os.rename(found, folder)
+    _check(folder, model)
+    return folder
+
+
+def _check(folder: Path, model: PinnedModel) -> None:
+    found = _digests(folder)
+    wrong = sorted(name for name in found.keys() | model.sha256.keys() if found.get(name) != model.sha256.get(name))
+    if wrong or not model.sha256:
+        raise UserError(
+            f"{model.name} version {model.version}: {', '.join(wrong) or 'no file'} in {folder} does not have the "
+            "sha256 that its registration recorded; nothing was loaded"
+        )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _read_metrics(model_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((model_dir / "metrics.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{model_dir} holds no metrics.json of an evaluation: {error}") from None
+
+
+def _ensure_registered(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version(client: "MlflowClient", name: str, version: int | None) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
+    if version is None:
+        found = client.search_model_versions(f"name = '{name}'")
+        if not found:
+            raise UserError(f"no version of {name} is registered: train one first")
+        version = max(int(entry.version) for entry in found)
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if _absent(error):
+            raise UserError(f"{name} has no version {version}") from None
+        raise
+
+
+def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if _absent(error):
+            return None
+        raise
+
+
+def _require_champion(client: "MlflowClient", name: str) -> "ModelVersion":
+    found = _champion(client, name)
+    if found is None:
+        raise UserError(
+            f"no champion: no version of {name} has the alias {CHAMPION!r}; promote one first (jobs.promote)"
+        )
+    return found
+
+
+def _validation_ne(version: "ModelVersion") -> dict[str, float]:
+    prefix = "val/ne/"
+    return {key.removeprefix(prefix): float(value) for key, value in version.tags.items() if key.startswith(prefix)}

@@ -1,0 +1,115 @@
+"""Starting and updating the server by configuration: one PUT to the dashboard, then waiting for the new version alone.
+
+The same on a cluster of the job's own and on one that it was submitted to. Replicas of an update keep their process:
+only `user_config` changes.
+"""
+
+import dataclasses
+import logging
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from pipeline import config, tracking
+from pipeline.cluster import free_port
+from pipeline.config import RunConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "ranking"
+TIMEOUT_S = 180.0
+POLL_S = 0.1
+ANSWERS_PER_REPLICA = 5  # in a row from the new version, before the old one counts as gone
+
+
+def template() -> dict[str, Any]:
+    return yaml.safe_load(resources.files("serve_app").joinpath("serve_config.yaml").read_text())
+
+
+def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
+    """What a replica needs to load a version; `serve_app.app.load_and_warm` reads it."""
+    return {
+        "model": dataclasses.asdict(model),
+        "sequences": str(cfg.sequence_dir),
+        "cache": str(Path(cfg.runs_dir).absolute() / "champions"),
+        "limits": config.to_dict(cfg.serve),
+    }
+
+
+def serve_config(cfg: RunConfig, model: tracking.PinnedModel, port: int, runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """serve_config.yaml with everything put in."""
+    filled = template()
+    filled["http_options"] |= {"host": cfg.serve.host, "port": port}
+    (application,) = filled["applications"]
+    application["runtime_env"] = runtime_env
+    application["args"] = {"max_body_bytes": cfg.serve.max_body_bytes}
+    (ranker,) = (entry for entry in application["deployments"] if entry["name"] == "RankerReplica")
+    ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": user_config(cfg, model)}
+    return filled
+
+
+def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> str:
+    """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only `model` answers.
+
+    Ray must be initialised: replicas get the code of this job.
+
+    Raises:
+        UserError: the version did not load, or nothing answered in time.
+    """
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
+    client = ServeSubmissionClient(dashboard)
+    port = _running_port(client.get_serve_details()) or cfg.serve.port or free_port()
+    client.deploy_applications(serve_config(cfg, model, port, code_of_this_job()))
+    url = f"http://{cfg.serve.host}:{port}"
+    _wait(cfg, client, url, model.version)
+    return url
+
+
+def code_of_this_job() -> dict[str, Any]:
+    """A runtime environment in which replicas import the same code: the package of a submitted job, or this folder."""
+    import ray
+
+    submitted = ray.get_runtime_context().runtime_env.get("working_dir")
+    return {"working_dir": submitted or f"local://{Path(__file__).parent.parent}"}
+
+
+def _running_port(details: dict[str, Any]) -> int | None:
+    """A server that runs keeps its port whatever the configuration says."""
+    return details["http_options"]["port"] if details.get("applications") else None
+
+
+def _wait(cfg: RunConfig, client: Any, url: str, version: int) -> None:
+    in_a_row, started = 0, time.monotonic()
+    while in_a_row < ANSWERS_PER_REPLICA * cfg.serve.num_replicas:
+        if time.monotonic() - started > TIMEOUT_S:
+            raise UserError(f"{url} does not answer with version {version} after {TIMEOUT_S:.0f} s: {_status(client)}")
+        info = _model_info(url)
+        if info is not None and info["model_version"] == version:
+            in_a_row += 1
+            continue
+        in_a_row = 0
+        if info is not None and info["failure"]:
+            raise UserError(f"{info['failure']}; version {info['model_version']} goes on answering")
+        if info is None and (status := _status(client)).startswith(("DEPLOY_FAILED", "UNHEALTHY")):
+            raise UserError(f"the server did not start: {status}")
+        time.sleep(POLL_S)
+
+
+def _model_info(url: str) -> dict[str, Any] | None:
+    try:
+        answer = httpx.get(f"{url}/v1/model", timeout=5)
+    except httpx.TransportError:  # not listening yet
+        return None
+    return answer.json() if answer.status_code == 200 else None
+
+
+def _status(client: Any) -> str:
+    application = client.get_serve_details()["applications"].get(APPLICATION, {})
+    messages = [entry["message"] for entry in application.get("deployments", {}).values() if entry["message"]]
+    return ": ".join([application.get("status", "no application"), application.get("message", ""), *messages])

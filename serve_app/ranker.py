@@ -1,0 +1,201 @@
+"""From requests to scores: histories, `collate`, one forward pass. No Ray here, and no HTTP."""
+
+import itertools
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import config
+from pipeline.config import ServeConfig
+from pipeline.data.batch import Events, SequenceBatch, candidates, collate
+from pipeline.model.artifact import LoadedModel
+from serve_app.history import Histories, HistoryStore, histories, sequence_row
+from serve_app.schemas import HistoryRow, ModelInfo, RankRequest, RankResponse, Refusal, RequestFeatures
+
+NO_USER = -1  # in no vocabulary: the codes of an unknown user
+MS_PER_DAY = 86_400_000
+
+
+class Ranker:
+    """One model version over one history store.
+
+    Args:
+        loaded: model, configuration and feature maps as one artifact holds them.
+        store: who did what.
+        version: the registry's number, part of every response.
+        name: of the registered model.
+        limits: of a request; the operator's, not the ones that the model was trained with.
+    """
+
+    def __init__(self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig) -> None:
+        self.model, self.cfg, self.maps = loaded.model, loaded.cfg, loaded.maps
+        self.store, self.version, self.name, self.limits = store, version, name, limits
+        self.request_columns = tuple(column for column in self.cfg.features.request if column != "hour")
+        self.earliest_ms = config.parse_time("sequences.earliest_time", self.cfg.sequences.earliest_time)
+
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            model_name=self.name,
+            model_version=self.version,
+            tasks=list(self.cfg.tasks),
+            request_features=list(self.request_columns),
+            actions=list(self.cfg.source.actions),
+            sequences=self.store.digest,
+        )
+
+    def warm(self) -> None:
+        """One request of every shape of work, so that the first real one finds everything allocated and compiled."""
+        item = self.maps.popular_items(1).tolist() or [0]
+        row = HistoryRow(item_id=item[0], event_time=self.earliest_ms)
+        asked = [{"item_id": i} for i in item]
+        now = int(time.time() * 1000)
+        self.rank([RankRequest.model_validate({"history": [row], "candidates": asked, "request_time_ms": now})])
+
+    def refusal(self, request: RankRequest) -> Refusal | None:
+        """What this model cannot answer in a request that the schema allows, if anything."""
+        limits = self.limits
+        if len(request.candidates) > limits.max_candidates:
+            return _refuse(["candidates"], f"at most {limits.max_candidates} candidates", len(request.candidates))
+        latest = int(time.time() * 1000) + MS_PER_DAY
+        if not self.earliest_ms <= request.request_time_ms <= latest:
+            rule = f"request_time_ms must be in ms since 1970, between {self.earliest_ms} and a day from now ({latest})"
+            return _refuse(["request_time_ms"], rule, request.request_time_ms)
+        if request.order_by is not None and request.order_by not in self.cfg.tasks:
+            return _refuse(["order_by"], f"one of the tasks {list(self.cfg.tasks)}", request.order_by)
+        if found := self._unknown_feature(["request_features"], request.request_features):
+            return found
+        for i, candidate in enumerate(request.candidates):
+            if found := self._unknown_feature(["candidates", i, "request_features"], candidate.request_features):
+                return found
+        return self._history_refusal(request)
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[RankResponse]:
+        """Answers to requests that `refusal` let pass, scored together; none depends on its company."""
+        sequences = [self._sequence(request) for request in requests]
+        times = np.array([request.request_time_ms for request in requests], np.int64)
+        rows = [self._empty() if sequence is None else sequence for sequence in sequences]
+        past = histories(rows, times, self.cfg, self.limits.max_history)
+        targets = self._targets(requests, past, times)
+        users = np.array([NO_USER if r.user_id is None else r.user_id for r in requests], np.int64)
+        scores = self._score(past.events, targets, users)
+        return [
+            self._response(
+                request,
+                scores[begin:end],
+                unknown_user=request.user_id is not None and sequence is None,
+                history_length=int(length),
+            )
+            for request, sequence, begin, end, length in zip(
+                requests, sequences, targets.offsets[:-1], targets.offsets[1:], past.events.lengths, strict=True
+            )
+        ]
+
+    def _targets(self, requests: Sequence[RankRequest], past: Histories, times: np.ndarray) -> Events:
+        offsets = np.cumsum([0, *(len(request.candidates) for request in requests)]).astype(np.int64)
+        pairs = [(request.request_features, candidate) for request in requests for candidate in request.candidates]
+        columns = {
+            name: np.array([candidate.request_features.get(name, shared.get(name, -1)) for shared, candidate in pairs])
+            for name in self.request_columns
+        }
+        return candidates(
+            past.events,
+            past.first_position,
+            np.array([candidate.item_id for _, candidate in pairs], np.int64),
+            offsets,
+            times,
+            {name: column.astype(np.int32) for name, column in columns.items()},
+            self.cfg.source.order_only_end_is_real,
+        )
+
+    def _score(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
+        """Probabilities, float32 [C, tasks], in passes of about `evaluate.batch_tokens` tokens."""
+        tokens = np.cumsum(past.lengths + targets.lengths)
+        part = (tokens - 1) // self.cfg.evaluate.batch_tokens
+        cuts = np.flatnonzero(np.diff(part, prepend=-1, append=part[-1] + 1))
+        scores = []
+        for begin, end in itertools.pairwise(cuts):
+            chosen = np.arange(begin, end)
+            batch = collate(
+                past.take(past.offsets[chosen], past.offsets[chosen + 1]),
+                targets.take(targets.offsets[chosen], targets.offsets[chosen + 1]),
+                users[chosen],
+                self.maps,
+                self.cfg,
+            )
+            scores.append(probabilities(self.model, batch))
+        return np.concatenate(scores)
+
+    def _response(
+        self, request: RankRequest, scores: np.ndarray, *, unknown_user: bool, history_length: int
+    ) -> RankResponse:
+        item_ids = [candidate.item_id for candidate in request.candidates]
+        codes = self.maps.item_codes[self.maps.item_rows(np.array(item_ids, np.int64)), 0]
+        ordered_by = request.order_by or self.cfg.tasks[0]
+        falling = np.argsort(-scores[:, self.cfg.tasks.index(ordered_by)], kind="stable")
+        return RankResponse(
+            model_version=self.version,
+            request_time_ms=request.request_time_ms,
+            item_ids=item_ids,
+            scores={task: scores[:, i].tolist() for i, task in enumerate(self.cfg.tasks)},
+            order=falling.tolist(),
+            ordered_by=ordered_by,
+            unknown_items=int(np.count_nonzero(codes == 0)),
+            unknown_user=unknown_user,
+            history_length=history_length,
+        )
+
+    def _sequence(self, request: RankRequest) -> pa.RecordBatch | None:
+        if request.history is None:
+            assert request.user_id is not None, "the schema asks for user_id or history"
+            return self.store.sequence(request.user_id)
+        rows = sorted(request.history, key=lambda row: row.event_time)  # stable: equal times keep their order
+        bits = {action: 1 << i for i, action in enumerate(self.cfg.source.actions)}
+        columns = {
+            "item_id": [row.item_id for row in rows],
+            "event_time": [row.event_time for row in rows],
+            "order_only": [row.order_only for row in rows],
+            "action_mask": [sum(bits[name] for name, did in row.actions.items() if did) for row in rows],
+            "known_mask": [sum(bits[name] for name in row.actions) for row in rows],
+        }
+        columns |= {name: [row.request_features.get(name, -1) for row in rows] for name in self.request_columns}
+        arrays = {
+            name: np.array(values, bool if name == "order_only" else np.int64) for name, values in columns.items()
+        }
+        return sequence_row(arrays, self.store.request_columns, request.first_position)
+
+    def _empty(self) -> pa.RecordBatch:
+        return sequence_row({}, self.store.request_columns)
+
+    def _history_refusal(self, request: RankRequest) -> Refusal | None:
+        rows = request.history or []
+        if len(rows) > self.limits.max_history:
+            return _refuse(["history"], f"at most {self.limits.max_history} rows", len(rows))
+        for i, row in enumerate(rows):
+            if row.event_time >= request.request_time_ms:
+                rule = f"must be before request_time_ms {request.request_time_ms}"
+                return _refuse(["history", i, "event_time"], rule, row.event_time)
+            for name in row.actions:
+                if name not in self.cfg.source.actions:
+                    return _refuse(["history", i, "actions"], f"one of {list(self.cfg.source.actions)}", name)
+            if found := self._unknown_feature(["history", i, "request_features"], row.request_features):
+                return found
+        return None
+
+    def _unknown_feature(self, loc: list[str | int], features: RequestFeatures) -> Refusal | None:
+        for name in features:
+            if name not in self.request_columns:
+                return _refuse(loc, f"one of {list(self.request_columns)}", name)
+        return None
+
+
+def probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:
+    """What the model says of a batch's candidates, float32 [C, tasks]."""
+    with torch.inference_mode():
+        return model(batch.to(next(model.parameters()).device)).sigmoid().cpu().numpy()
+
+
+def _refuse(loc: list[str | int], rule: str, value: object) -> Refusal:
+    return Refusal.of(["body", *loc], rule, value)

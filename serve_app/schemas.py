@@ -1,0 +1,110 @@
+"""What goes over HTTP: `RankRequest` in, `RankResponse` out. Times are in ms since 1970, UTC."""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Id = Annotated[int, Field(ge=0, lt=2**63)]
+TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
+# Request columns by name. One that is left out is unknown, which has an embedding of its own.
+RequestFeatures = dict[str, Annotated[int, Field(ge=-(2**31), lt=2**31)]]
+
+LONGEST_ECHO = 400  # characters of what a client sent that an error repeats
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)  # a misspelt field or "5" for 5 is a mistake, said so
+
+
+class HistoryRow(_Strict):
+    """Something that the user was shown before."""
+
+    item_id: Id
+    event_time: TimeMs = Field(description="before request_time_ms; rows may come in any order")
+    actions: dict[str, bool] = Field(
+        default_factory=dict, description="did the user do it: true or false; an action left out is unknown"
+    )
+    request_features: RequestFeatures = Field(default_factory=dict)
+    order_only: bool = Field(default=False, description="event_time gives the order of the rows but is no real time")
+
+
+class Candidate(_Strict):
+    item_id: Id
+    request_features: RequestFeatures = Field(default_factory=dict, description="override the request's, for this item")
+
+
+class RankRequest(_Strict):
+    """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history` comes along."""
+
+    user_id: Id | None = None
+    history: list[HistoryRow] | None = Field(default=None, description="instead of user_id; user features are unknown")
+    first_position: Id = Field(default=0, description="how many rows before `history` were left out of it")
+    request_time_ms: TimeMs = Field(
+        default_factory=now_ms, description="the history is what happened before; a past time asks for past scores"
+    )
+    request_features: RequestFeatures = Field(default_factory=dict)
+    candidates: list[Candidate] = Field(min_length=1)
+    order_by: str | None = Field(default=None, description="the task to order by; default: the model's first")
+
+    @model_validator(mode="after")
+    def _one_history(self) -> "RankRequest":
+        if (self.user_id is None) == (self.history is None):
+            given = "neither" if self.user_id is None else "both"
+            raise ValueError(f"give either user_id or history, got {given}")
+        if self.history is None and self.first_position:
+            raise ValueError("first_position belongs to history; the server knows that of a user_id")
+        return self
+
+
+class RankResponse(BaseModel):
+    """`item_ids` and each list of `scores` follow the request's candidates; `order` lists their places, best first."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_version: int
+    request_time_ms: int
+    item_ids: list[int]
+    scores: dict[str, list[float]] = Field(description="task -> probability of each candidate")
+    order: list[int] = Field(description="by falling score of `ordered_by`; equal scores keep the request's order")
+    ordered_by: str
+    unknown_items: int = Field(description="candidates not seen in training: scored from the shared unknown row")
+    unknown_user: bool = Field(description="user_id is in no published sequence: scored without a history")
+    history_length: int
+
+
+class Refusal(BaseModel):
+    """A request that this model cannot answer: HTTP 422 naming the field and the value."""
+
+    loc: list[str | int]
+    msg: str
+    input: str
+
+    @classmethod
+    def of(cls, loc: Sequence[str | int], msg: str, value: object) -> "Refusal":
+        """What a client sent may be long, or no valid text (lone surrogates): it is repeated in part and in ASCII."""
+        places = [part if isinstance(part, int) else _ascii(part) for part in loc]
+        return cls(loc=places, msg=_ascii(msg), input=_ascii(value if isinstance(value, str) else repr(value)))
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()[:LONGEST_ECHO]
+
+
+class ModelInfo(BaseModel):
+    """What is answering now."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: str
+    model_version: int
+    tasks: list[str]
+    request_features: list[str]
+    actions: list[str]
+    sequences: str = Field(description="digest of the published sequences behind user_id")
+    failure: str | None = Field(default=None, description="why the version deployed last is not the one that answers")
