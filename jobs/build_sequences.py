@@ -1,0 +1,24 @@
+"""Clean the logs, gather them by user and publish the sequences."""
+
+import argparse
+
+from jobs import cli
+from pipeline.cluster import ray_cluster
+from pipeline.data import sequences
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace sequences of other logs or settings")
+
+
+def main(job: cli.Job) -> None:
+    with ray_cluster(job.cfg.ray, runs_dir=job.cfg.runs_dir):
+        manifest = sequences.build_sequences(job.cfg, overwrite=job.options.overwrite)
+    print(
+        f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
+        f"rows={manifest.num_rows} rows_in={manifest.rows_in} quarantined={manifest.quarantined}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run("Build and publish the sequences.", main, add_options, sequences.plan)

@@ -1,0 +1,19 @@
+"""Turn a public dataset, or a generator's output, into the run's LOG, USER and ITEM tables."""
+
+import argparse
+
+from jobs import cli
+from pipeline.data.sources import import_logs, plan_import
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace logs of another source or other settings")
+
+
+def main(job: cli.Job) -> None:
+    report = import_logs(job.cfg, overwrite=job.options.overwrite)
+    print(f"rows={report.rows} files={len(report.files)} quarantined={report.quarantined} counts={report.counts}")
+
+
+if __name__ == "__main__":
+    cli.run("Import the logs that source.kind names.", main, add_options, plan_import)

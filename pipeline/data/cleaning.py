@@ -1,0 +1,226 @@
+"""Rows of a source's table as checked LOG rows: names, types and ranges, and a digest of each whole row.
+
+A row that breaks a rule keeps what can be said of it, gets a `reason` and travels on to the quarantine; nothing is
+dropped here. A file that lacks a column or has it in another type is a `UserError` before any row is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import UserError
+from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema
+
+USER_BUCKET, REASON, SOURCE_ROW = "user_bucket", "reason", "source_row"
+EXTRA_FIELDS = (
+    pa.field(USER_BUCKET, pa.int32()),
+    pa.field(REASON, pa.string()),  # null: the row is good
+    pa.field(SOURCE_ROW, pa.string()),  # of a row with a reason: the source's row, as JSON
+)
+NULL_BITS = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class LogRules:
+    """What the builder demands of a row, and where it finds it."""
+
+    columns: dict[str, str]  # LOG column -> name in the files
+    actions: tuple[str, ...]
+    request_columns: tuple[str, ...]
+    earliest_ms: int
+    latest_ms: int
+    num_buckets: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """LOG with every optional column, nullable, and the bucket, the reason and the source's row."""
+        fields = [field.with_nullable(True) for field in log_schema(self.actions, self.request_columns)]
+        return pa.schema([*fields, *EXTRA_FIELDS])
+
+
+def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
+    """The file has what the configuration names, in types that can be read as LOG's.
+
+    Raises:
+        UserError: naming the column, what was configured and what was found.
+    """
+    for name in (*LOG_REQUIRED, *rules.actions, *rules.request_columns):
+        theirs = rules.columns[name]
+        if theirs not in schema.names:
+            configured = f" (source.columns.{name}: {theirs})" if theirs != name else ""
+            raise UserError(f"{file}: no column {theirs!r} for {name}{configured}; found {schema.names}")
+    for name, theirs in rules.columns.items():
+        if theirs not in schema.names:
+            if theirs != name:
+                raise UserError(
+                    f"{file}: no column {theirs!r}, configured as source.columns.{name}; found {schema.names}"
+                )
+            continue
+        found = schema.field(theirs).type
+        if wanted := _refused(name, found, rules.actions):
+            where = f"{theirs!r} (source.columns.{name})" if theirs != name else repr(name)
+            raise UserError(f"{file}: column {where} must be {wanted}, found {found}")
+
+
+def _refused(name: str, found: pa.DataType, actions: Sequence[str]) -> str | None:
+    """What the column must be, where `found` is not that."""
+    integer = pa.types.is_integer(found)
+    if name in actions:
+        fine = integer or pa.types.is_boolean(found) or pa.types.is_floating(found)
+        return None if fine else "an integer, boolean or float of 0 and 1"
+    if name == "event_time":
+        fine = integer or (pa.types.is_timestamp(found) and found.tz is not None)
+        return None if fine else "an integer (milliseconds since 1970, UTC) or a timestamp with a time zone"
+    if name == "order_only":
+        return None if pa.types.is_boolean(found) else "boolean"
+    return None if integer else "an integer"
+
+
+def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
+    """A block of the source's rows, in any order, as `rules.schema`."""
+    columns = {
+        field.name: _column(block, rules.columns[field.name], field.type)
+        for field in log_schema(rules.actions, rules.request_columns)
+        if field.name != ROW_DIGEST
+    }
+    theirs = rules.columns[ROW_DIGEST]
+    carried = theirs in block.column_names
+    digest = block[theirs].to_numpy().astype(np.uint64) if carried else row_digest(block)
+    reason, columns = _check(columns, rules)
+    bad = np.flatnonzero(reason != "")
+    source_rows = np.full(block.num_rows, None, object)
+    source_rows[bad] = [json.dumps(row, default=str) for row in block.take(pa.array(bad)).to_pylist()]
+    user = columns["user_id"]
+    bucket = user_bucket(user.fill_null(0).to_numpy(), rules.num_buckets)
+    bucket[bad] = (digest[bad] % np.uint64(rules.num_buckets)).astype(np.int32)  # a bad row may have no user
+    columns |= {
+        ROW_DIGEST: pa.array(digest),
+        USER_BUCKET: pa.array(bucket),
+        REASON: pa.array(np.where(reason == "", None, reason), pa.string()),
+        SOURCE_ROW: pa.array(source_rows, pa.string()),
+    }
+    return pa.table([columns[name] for name in rules.schema.names], schema=rules.schema)
+
+
+def _column(block: pa.Table, theirs: str, dtype: pa.DataType) -> pa.Array:
+    """The source's column, not yet of `dtype` where a value might not fit; all null where it has none."""
+    if theirs not in block.column_names:
+        return pa.nulls(block.num_rows, dtype)
+    column = _flat(block[theirs])
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("ms", "UTC"), safe=False)
+    if pa.types.is_boolean(dtype):
+        return column
+    return column if pa.types.is_floating(column.type) else column.cast(pa.int64(), safe=False)
+
+
+def _check(columns: dict[str, pa.Array], rules: LogRules) -> tuple[np.ndarray, dict[str, pa.Array]]:
+    """The first rule that each row breaks ("" for none), and the columns in LOG's types."""
+    reason = np.full(len(columns["user_id"]), "", object)
+    typed = dict(columns)
+
+    def demand(name: str, broken: pa.Array, why: str) -> None:
+        rows = broken.fill_null(False).to_numpy(zero_copy_only=False)
+        if rows.any():
+            reason[rows & (reason == "")] = why
+            if name not in LOG_REQUIRED:  # those fit their type; the others might not
+                typed[name] = pc.if_else(pa.array(rows), None, typed[name])
+
+    for name in LOG_REQUIRED:
+        demand(name, columns[name].is_null(), f"null_{name}")
+    for name in ("user_id", "item_id", "watch_ms"):
+        demand(name, pc.less(columns[name], 0), f"negative_{name}")
+    demand("event_time", pc.less(columns["event_time"], rules.earliest_ms), "event_time_before_range")
+    demand("event_time", pc.greater(columns["event_time"], rules.latest_ms), "event_time_in_future")
+    for name in rules.actions:
+        zero_or_one = pc.is_in(columns[name], pa.array([0, 1], columns[name].type), skip_nulls=True)
+        demand(name, pc.and_not(columns[name].is_valid(), zero_or_one), f"{name}_not_0_1")
+    for name in (*rules.request_columns, "known_mask"):
+        top = 2**31 - 1 if name != "known_mask" else (1 << len(rules.actions)) - 1
+        demand(name, pc.or_(pc.less(columns[name], 0), pc.greater(columns[name], top)), f"{name}_out_of_range")
+    return reason, {field.name: typed[field.name].cast(field.type) for field in rules.schema if field.name in typed}
+
+
+def unit_hint(reason: str, event_times: Sequence[int], rules: LogRules) -> str:
+    """What the times of quarantined rows look like, where another unit would put them all in range; else ""."""
+    units = {
+        "event_time_before_range": {"seconds": 1e3},
+        "event_time_in_future": {"microseconds": 1e-3, "nanoseconds": 1e-6},
+    }
+    for unit, factor in units.get(reason, {}).items():
+        if event_times and all(rules.earliest_ms <= time * factor <= rules.latest_ms for time in event_times):
+            return f"event_time looks like {unit}, it must be in milliseconds since 1970, UTC"
+    return ""
+
+
+def user_bucket(user_id: np.ndarray, num_buckets: int) -> np.ndarray:
+    """Bucket of each user: splitmix64's last steps, the same on every machine and in every version."""
+    return (_mix(user_id.astype(np.uint64)) % np.uint64(num_buckets)).astype(np.int32)
+
+
+def row_digest(table: pa.Table) -> np.ndarray:
+    """uint64 per row over all columns by name: equal rows agree, whatever the order of the columns or the files."""
+    digest = np.zeros(table.num_rows, np.uint64)
+    for name in sorted(table.column_names):
+        digest = _mix(digest ^ _mix(_bits(_flat(table[name])) + _hash(name)))
+    return digest
+
+
+def _bits(column: pa.Array) -> np.ndarray:
+    """uint64 per value that equal values share, whatever the width of their type."""
+    kind = column.type
+    if pa.types.is_null(kind):
+        return np.full(len(column), NULL_BITS)
+    if pa.types.is_dictionary(kind):
+        return _bits(column.cast(kind.value_type))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        bits = _list_bits(column)
+    elif pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        wide = pa.uint64() if kind == pa.uint64() else pa.int64()
+        bits = column.cast(wide).fill_null(0).to_numpy().view(np.uint64)
+    elif pa.types.is_floating(kind):
+        bits = column.cast(pa.float64()).fill_null(0).to_numpy().view(np.uint64)
+    elif pa.types.is_temporal(kind):
+        width = pa.int32() if kind.bit_width == 32 else pa.int64()
+        bits = column.cast(width).cast(pa.int64()).fill_null(0).to_numpy().view(np.uint64)
+    elif pa.types.is_nested(kind):
+        bits = np.array([_hash(repr(value)) for value in column.to_pylist()], np.uint64)
+    else:  # strings, bytes, decimals: each distinct value once
+        coded = column.dictionary_encode()
+        values = np.array([_hash(repr(value)) for value in coded.dictionary.to_pylist()] or [0], np.uint64)
+        bits = values[coded.indices.fill_null(0).to_numpy()]
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    return np.where(valid, bits, NULL_BITS)
+
+
+def _list_bits(column: pa.Array) -> np.ndarray:
+    lengths = column.value_lengths().fill_null(0).to_numpy().astype(np.int64)
+    ends = np.cumsum(lengths)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(owner)) - (ends - lengths)[owner]
+    values = _mix(_bits(column.flatten()) + _mix(place.astype(np.uint64)))
+    sums = np.concatenate(
+        [np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)]
+    )  # wraps around, and so do differences
+    return _mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
+    return h ^ (h >> np.uint64(31))
+
+
+def _hash(text: str) -> np.uint64:
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64)[0]
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    """One array: `combine_chunks` gives a chunked one for some types and for none at all."""
+    array = column.combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)

@@ -1,0 +1,460 @@
+"""LOG → SEQUENCE: one row per user, built with Ray Data and published as a store (pipeline/data/store.py).
+
+    Parquet → normalise → repartition by user bucket → one vectorised pass per bucket → staged files → manifest
+
+Every rule about rows is in pipeline/data/cleaning.py and in `build_bucket` here; the rest moves tables.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from pipeline import config
+from pipeline.config import RunConfig, SideTable, UserError
+from pipeline.data import report, store
+from pipeline.data.cleaning import REASON, SOURCE_ROW, USER_BUCKET, LogRules, check_columns, normalise
+from pipeline.data.sources import LogFiles, open_logs
+from pipeline.data.sources.imported import file_digest
+from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
+from pipeline.data.store import Bucket, Manifest
+from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema, sequence_lists, sequence_schema
+
+logger = logging.getLogger(__name__)
+
+DAY_MS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True)
+class BuiltBucket:
+    """What the rows of one bucket became."""
+
+    sequences: pa.Table  # SEQUENCE, sorted by user_id
+    quarantine: pa.Table  # the rules' schema, without the bucket
+    rows_in: int
+    rows_capped: int
+    nulls: dict[str, int]  # by LOG column; of optional ones among the good rows
+
+
+def build_bucket(rows: pa.Table, rules: LogRules, max_rows_per_user: int) -> BuiltBucket:
+    """Every user of one bucket at once: `rows` in any order, as `normalise` gives them.
+
+    Order within a user: event_time, then tie_breaker where there is one, then item_id; requests of one time stay
+    together, in the order of their first rows.
+    """
+    broken = rows.filter(rows[REASON].is_valid())
+    good = rows.filter(rows[REASON].is_null())
+    keys = {field.name: _key(good, field.name) for field in rules.schema if field.name not in (REASON, SOURCE_ROW)}
+    repeated = _repeats(keys)
+    order = _order(keys, np.flatnonzero(repeated == ""))
+    kept = order[_newest(keys["user_id"][order], max_rows_per_user)]
+    doubles = np.flatnonzero(repeated != "")
+    left_out = good.take(pa.array(doubles))
+    reasons = pa.array(repeated[doubles], pa.string())
+    left_out = left_out.set_column(left_out.schema.get_field_index(REASON), rules.schema.field(REASON), reasons)
+    quarantine = pa.concat_tables([broken, left_out]).drop_columns([USER_BUCKET])
+    return BuiltBucket(
+        sequences=_sequences(good, keys, order, kept, rules),
+        quarantine=quarantine.sort_by([(name, "ascending") for name in (REASON, ROW_DIGEST, "tie_breaker")]),
+        rows_in=rows.num_rows,
+        rows_capped=len(order) - len(kept),
+        nulls={
+            field.name: (rows if field.name in LOG_REQUIRED else good)[field.name].null_count
+            for field in log_schema(rules.actions, rules.request_columns)
+        },
+    )
+
+
+def _key(rows: pa.Table, name: str) -> np.ndarray:
+    """A column to sort and compare by; null sorts last."""
+    column = rows[name]
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    last = np.iinfo(column.type.to_pandas_dtype()).max
+    return column.fill_null(last).to_numpy()
+
+
+def _repeats(keys: dict[str, np.ndarray]) -> np.ndarray:
+    """Per row "" or why it is left out: the same source row again, or the same user, item and time again."""
+    reason = np.full(len(keys["user_id"]), "", object)
+    same = ("user_id", "event_time", "item_id")
+    order = np.lexsort([keys[name] for name in reversed(same)])
+    again = _as_before(keys, same, order)
+    suspects = order[again | np.r_[again[1:], False]]  # few: only these are looked at closely
+    rest = [name for name in keys if name not in (*same, "tie_breaker", ROW_DIGEST)]
+    by_tie = ("tie_breaker", *rest, ROW_DIGEST)
+    order = _sorted(keys, suspects, (*same, ROW_DIGEST, *by_tie))
+    exact = _as_before(keys, (*same, ROW_DIGEST), order)
+    reason[order[exact]] = "exact_duplicate"
+    order = _sorted(keys, order[~exact], (*same, *by_tie))
+    reason[order[_as_before(keys, same, order)]] = "key_duplicate"
+    return reason
+
+
+def _sorted(keys: dict[str, np.ndarray], rows: np.ndarray, by: tuple[str, ...]) -> np.ndarray:
+    return rows[np.lexsort([keys[name][rows] for name in reversed(by)])]
+
+
+def _as_before(keys: dict[str, np.ndarray], names: tuple[str, ...], order: np.ndarray) -> np.ndarray:
+    """[order] bool: the row agrees with the one before it in all of `names`."""
+    again = np.ones(len(order), bool)
+    again[:1] = False
+    for name in names:
+        values = keys[name][order]
+        again[1:] &= values[1:] == values[:-1]
+    return again
+
+
+def _order(keys: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    order = _sorted(keys, rows, ("user_id", "event_time", "tie_breaker", "item_id"))
+    place = np.arange(len(order))
+    request = ("user_id", "event_time", "request_id")
+    grouped = np.lexsort([place, *(keys[name][order] for name in reversed(request))])
+    begins = ~_as_before(keys, request, order[grouped])
+    first = np.empty_like(place)
+    first[grouped] = grouped[begins][np.cumsum(begins) - 1]  # place of the first row of each row's request
+    return order[np.lexsort([place, first])]
+
+
+def _newest(user: np.ndarray, most: int) -> np.ndarray:
+    """Which of the rows, sorted by user and time, are among the last `most` of their user."""
+    starts = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.zeros(0, np.int64)
+    ends = np.repeat(np.r_[starts[1:], len(user)], np.diff(np.r_[starts, len(user)]))
+    return np.arange(len(user)) >= ends - most
+
+
+def _sequences(
+    good: pa.Table, keys: dict[str, np.ndarray], order: np.ndarray, kept: np.ndarray, rules: LogRules
+) -> pa.Table:
+    user = keys["user_id"][kept]
+    begins = ~_as_before(keys, ("user_id",), kept)
+    starts = np.flatnonzero(begins)
+    offsets = np.r_[starts, len(kept)].astype(np.int64)
+    all_rows = np.unique(keys["user_id"][order], return_counts=True)[1]
+    known, mask = _masks(good, rules)
+    new_request = ~_as_before(keys, ("user_id", "event_time", "request_id"), kept)
+    count = np.cumsum(new_request)
+    values = {
+        "item_id": keys["item_id"][kept],
+        "event_time": keys["event_time"][kept],
+        "action_mask": mask[kept],
+        "known_mask": known[kept],
+        "watch_ms": _filled(good, "watch_ms", -1)[kept],
+        "request_index": count - np.repeat(count[starts], np.diff(offsets)),
+        "order_only": _filled(good, "order_only", False)[kept],
+        **{name: _filled(good, name, -1)[kept] for name in rules.request_columns},
+    }
+    lists = {
+        name: pa.LargeListArray.from_arrays(offsets, pa.array(values[name].astype(dtype.to_pandas_dtype()), dtype))
+        for name, dtype in sequence_lists(rules.request_columns).items()
+    }
+    scalars = {
+        "user_id": user[starts],
+        "user_bucket": keys[USER_BUCKET][kept][starts],
+        "first_position": all_rows - np.diff(offsets),
+    }
+    return pa.table(scalars | lists, schema=sequence_schema(rules.request_columns))
+
+
+def _masks(good: pa.Table, rules: LogRules) -> tuple[np.ndarray, np.ndarray]:
+    """Known mask and action mask, int32 per row. An action that is null, or whose known bit is 0, is not known."""
+    everything = (1 << len(rules.actions)) - 1
+    known = _filled(good, "known_mask", everything).astype(np.int32)
+    mask = np.zeros(good.num_rows, np.int32)
+    for bit, name in enumerate(rules.actions):
+        known &= ~(good[name].is_null().to_numpy().astype(np.int32) << bit)
+        mask |= _filled(good, name, 0).astype(np.int32) << bit
+    return known, mask & known
+
+
+def _filled(rows: pa.Table, name: str, value: Any) -> np.ndarray:
+    return rows[name].fill_null(value).to_numpy()
+
+
+def log_rules(cfg: RunConfig, logs: LogFiles) -> LogRules:
+    latest = cfg.sequences.latest_time
+    return LogRules(
+        columns=logs.columns,
+        actions=cfg.source.actions,
+        request_columns=cfg.source.request_columns,
+        earliest_ms=config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time),
+        latest_ms=int(time.time() * 1000) + DAY_MS
+        if latest is None
+        else config.parse_time("sequences.latest_time", latest),
+        num_buckets=cfg.sequences.num_buckets,
+    )
+
+
+def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules]:
+    """The logs and the rules, all files' columns and types checked, without reading a row.
+
+    Raises:
+        UserError: a missing or mistyped column, or no rows at all.
+    """
+    logs = open_logs(cfg)
+    rules = log_rules(cfg, logs)
+    for file in logs.files:
+        check_columns(read_schema(file), rules, file)
+    if count_rows(logs.files) == 0:
+        raise UserError(f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} …)")
+    return logs, rules
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    """What `build_sequences` would read and how much memory a bucket takes."""
+    logs, rules = check_logs(cfg)
+    rows = count_rows(logs.files)
+    row_bytes = sum(field.type.bit_width for field in log_schema(rules.actions, rules.request_columns)) / 8
+    bucket_mb = rows * row_bytes / rules.num_buckets / 2**20
+    return {
+        "files": len(logs.files),
+        "file_mb": round(sum(Path(file).stat().st_size for file in logs.files) / 2**20, 1),
+        "rows": rows,
+        "buckets": rules.num_buckets,
+        "rows_per_bucket": rows // rules.num_buckets,
+        "memory_mb_per_bucket": round(3 * bucket_mb, 1),  # the rows, their sort keys and the lists made of them
+        "object_store_mb": round(rows * row_bytes / 2**20, 1),
+        "writes": str(cfg.sequence_dir),
+    }
+
+
+def build_sequences(cfg: RunConfig, *, overwrite: bool = False) -> Manifest:
+    """Clean the logs, build one row per user and publish them in `cfg.sequence_dir`; needs a connection to Ray.
+
+    The same logs and settings again are found published and left alone. A killed build leaves what was published.
+
+    Raises:
+        UserError: the logs cannot be used, too many rows are bad, or other sequences are published there already and
+            `overwrite` is not set.
+    """
+    logs, rules = check_logs(cfg)
+    settings = {
+        "source": {key: config.to_dict(cfg.source)[key] for key in ("columns", "actions", "request_columns")},
+        "sequences": config.to_dict(cfg.sequences),
+    }
+    inputs = _inputs_digest(logs, settings)
+    folder = cfg.sequence_dir
+    with _locked(folder):
+        if (folder / store.MANIFEST).exists() and not overwrite:
+            published = store.read_manifest(folder)
+            if published.inputs == inputs:
+                logger.info("already published in %s, nothing to do", folder)
+                return published
+            raise UserError(
+                f"{folder} holds sequences of other logs or settings; choose another name or pass --overwrite"
+            )
+        staging = folder / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "quarantine").mkdir(parents=True)
+        try:
+            manifest = _build(cfg, logs, rules, staging, settings, inputs)
+            _publish(folder, staging, manifest)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def _build(
+    cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path, settings: dict[str, Any], inputs: str
+) -> Manifest:
+    """Everything but the publishing: the files lie in `staging`, under the names that they will have in the version."""
+    tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
+    side_tables = {
+        name: _write_side_table(name, table, id_column, staging)
+        for name, (table, id_column) in tables.items()
+        if table is not None
+    }
+    summaries = _run_buckets(cfg, logs, rules, staging)
+    totals = report.merge([report.Statistics(**summary["statistics"]) for summary in summaries])
+    buckets = [Bucket(**summary["bucket"]) for summary in summaries if summary["bucket"]]
+    _verify(staging, buckets, totals, count_rows(logs.files))
+    imported = logs.imported.quarantined if logs.imported else {}
+    version = _version(cfg, [*buckets, *side_tables.values()])
+    manifest = Manifest(
+        digest=version,
+        num_users=sum(bucket.users for bucket in buckets),
+        num_rows=totals.rows_kept,
+        rows_in=totals.rows_in,
+        rows_capped=totals.rows_capped,
+        quarantined=dict(sorted((Counter(totals.quarantined) + Counter(imported)).items())),
+        counts=logs.imported.counts if logs.imported else {},
+        first_event_ms=totals.first_event_ms,
+        last_event_ms=totals.last_event_ms,
+        actions=cfg.source.actions,
+        request_columns=cfg.source.request_columns,
+        num_buckets=cfg.sequences.num_buckets,
+        buckets=tuple(_in_version(bucket, version) for bucket in buckets),
+        side_tables={name: _in_version(entry, version) for name, entry in side_tables.items()},
+        config=settings,
+        inputs=inputs,
+    )
+    written = report.write(cfg, manifest, totals, rules)
+    _refuse_bad_logs(cfg, totals, rules, written)
+    return manifest
+
+
+def _run_buckets(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path) -> list[dict[str, Any]]:
+    """Read, normalise, shuffle and build with Ray Data; one summary per bucket that has rows, in bucket order."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.read_parquet(logs.files, partitioning=None).map_batches(
+        normalise, batch_size=None, batch_format="pyarrow", fn_kwargs={"rules": rules}
+    )
+    built = rows.repartition(rules.num_buckets, keys=[USER_BUCKET]).map_batches(
+        write_partition,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "rules": rules,
+            "max_rows_per_user": cfg.sequences.max_rows_per_user,
+            "folder": str(staging),
+            "utc_offset_ms": int(cfg.features.hour_utc_offset * 3600 * 1000),
+        },
+    )
+    summaries = [json.loads(row["summary"]) for row in built.iter_rows()]
+    return sorted(summaries, key=lambda summary: summary["number"])
+
+
+def write_partition(
+    rows: pa.Table, rules: LogRules, max_rows_per_user: int, folder: str, utc_offset_ms: int
+) -> pa.Table:
+    """Build and write the buckets of one partition: the keyed shuffle leaves a bucket whole and may join several.
+
+    Returns a JSON summary per bucket. A task that Ray runs again writes the same files again.
+    """
+    summaries = []
+    for number in pc.unique(rows[USER_BUCKET]).to_pylist() if rows.num_rows else []:
+        built = build_bucket(rows.filter(pc.equal(rows[USER_BUCKET], number)), rules, max_rows_per_user)
+        name = f"bucket-{number:05d}.parquet"
+        if built.quarantine.num_rows:
+            _write(built.quarantine, Path(folder), f"quarantine/{name}")
+        kept = built.sequences
+        bucket = _write(kept, Path(folder), name, users=kept.num_rows) if kept.num_rows else None
+        statistics = report.statistics(built, rules, utc_offset_ms)
+        summaries.append({"number": number, "bucket": bucket and asdict(bucket), "statistics": asdict(statistics)})
+    return pa.table({"summary": pa.array([json.dumps(summary) for summary in summaries], pa.string())})
+
+
+def _write(table: pa.Table, folder: Path, name: str, users: int = 0) -> Bucket:
+    path = folder / name
+    half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a second attempt may run beside a lost first one
+    pq.write_table(table, half, compression="zstd", row_group_size=2**16)
+    half.rename(path)
+    rows = len(table["item_id"].combine_chunks().flatten()) if users else table.num_rows
+    return Bucket(file=name, users=users, rows=rows, bytes=path.stat().st_size, sha256=file_digest(path))
+
+
+def _write_side_table(name: str, table: SideTable, id_column: str, staging: Path) -> Bucket:
+    """A USER or ITEM table as one file, its id column int64 under our name, sorted by it."""
+    key = f"source.{name}"
+    files = parquet_files(f"{key}.path", table.path)
+    side = pa.concat_tables([pq.ParquetFile(file).read() for file in files], promote_options="permissive")
+    if table.id_column not in side.column_names:
+        raise UserError(f"{key}.id_column: no column {table.id_column!r} in {table.path}; found {side.column_names}")
+    ids = side[table.id_column]
+    if not pa.types.is_integer(ids.type):
+        raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} must be an integer, found {ids.type}")
+    if ids.null_count:
+        raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} is null in {ids.null_count} rows")
+    counts = pc.value_counts(ids)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise UserError(f"{key}: {table.id_column} {twice[0]['values']} stands in several rows of {table.path}")
+    rest = side.drop_columns([table.id_column])
+    if id_column in rest.column_names:
+        raise UserError(f"{key}: {table.path} has another column called {id_column!r} beside {table.id_column!r}")
+    columns = {id_column: ids.cast(pa.int64())} | {column: rest[column] for column in rest.column_names}
+    return _write(pa.table(columns).sort_by(id_column), staging, f"{name}.parquet")
+
+
+def _verify(staging: Path, buckets: list[Bucket], totals: report.Statistics, rows_in_files: int) -> None:
+    """Every row that the files have is accounted for, and the files written hold what was counted."""
+    files = [pq.read_metadata(staging / bucket.file) for bucket in buckets]
+    written = sum(bucket.rows for bucket in buckets)
+    assert len({bucket.file for bucket in buckets}) == len(buckets), "a bucket was built twice"
+    assert [meta.num_rows for meta in files] == [bucket.users for bucket in buckets], "users written and counted differ"
+    assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
+    accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
+    assert rows_in_files == totals.rows_in == accounted, f"{rows_in_files} rows read, {accounted} accounted for"
+
+
+def _refuse_bad_logs(cfg: RunConfig, totals: report.Statistics, rules: LogRules, written: Path) -> None:
+    bad = sum(totals.quarantined.values())
+    share = bad / totals.rows_in
+    limit = cfg.sequences.max_quarantined_share
+    if bad < totals.rows_in and share <= limit:
+        return
+    reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(totals.quarantined).most_common())
+    hints = "".join(f"; {hint}" for hint in report.hints(totals, rules))
+    what = "all rows are" if bad == totals.rows_in else f"{share:.1%} of the rows are"
+    raise UserError(
+        f"{what} bad, sequences.max_quarantined_share is {limit}: {reasons}{hints}; samples in {written}; nothing published"
+    )
+
+
+def _version(cfg: RunConfig, entries: list[Bucket]) -> str:
+    contents = [[entry.file, entry.sha256] for entry in entries]
+    what = [store.SCHEMA_VERSION, cfg.source.actions, cfg.source.request_columns, contents]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _in_version(entry: Bucket, version: str) -> Bucket:
+    return replace(entry, file=f"{version[:16]}/{entry.file}")
+
+
+def _publish(folder: Path, staging: Path, manifest: Manifest) -> None:
+    """Give the staged files their name, then the manifest. The version before stays for those who read it still."""
+    version = folder / manifest.digest[:16]
+    before = _published_version(folder)
+    if version != before:  # else the same contents are published already
+        shutil.rmtree(version, ignore_errors=True)  # left by a build that was killed here
+        staging.rename(version)
+    store.write_manifest(folder, manifest)
+    for other in folder.iterdir():
+        if other.is_dir() and other not in (version, before, staging):
+            shutil.rmtree(other)
+
+
+def _published_version(folder: Path) -> Path | None:
+    try:
+        return folder / store.read_manifest(folder).digest[:16]
+    except UserError:
+        return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build at a time; the lock goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another job is building sequences in {folder}") from None
+        yield
+
+
+def _inputs_digest(logs: LogFiles, settings: dict[str, Any]) -> str:
+    sides = [(table.id_column, parquet_files("", table.path)) for table in (logs.users, logs.items) if table]
+    files = [*logs.files, *(file for _, side in sides for file in side)]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_digest, files))
+    what = [store.SCHEMA_VERSION, settings, digests, [id_column for id_column, _ in sides]]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
