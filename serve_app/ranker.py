@@ -193,7 +193,7 @@ class Ranker:
 
 def probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:
     """What the model says of a batch's candidates, float32 [C, tasks]."""
-    with torch.inference_mode():
+    with torch.no_grad():
         return model(batch.to(next(model.parameters()).device)).sigmoid().cpu().numpy()
 
 

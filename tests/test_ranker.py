@@ -1,0 +1,203 @@
+"""The ranker against the evaluation path, and what its answers may not depend on."""
+
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
+
+from pipeline.config import ServeConfig
+from pipeline.data.examples import UserEvents, request_examples, user_events
+from pipeline.data.loader import EvaluationBatch, evaluation_batch
+from pipeline.model.artifact import load_model
+from serve_app.history import PublishedSequences
+from serve_app.ranker import Ranker, probabilities
+from serve_app.schemas import RankRequest
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, UserEvents]:
+    folder = tmp_path_factory.mktemp("ranker")
+    cfg = tiny_config(folder / "runs")
+    table = publish_sequences(cfg)
+    loaded = load_model(save_tiny_model(cfg, folder / "model"))
+    store = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
+    return Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)), user_events(table, cfg)
+
+
+def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.ndarray]:
+    """All requests of all days, one per sequence, and the scores of an offline evaluation."""
+    ranker, users = world
+    batch = evaluation_batch(users, request_examples(users, 0, 2**62), ranker.maps, ranker.cfg)
+    return batch, probabilities(ranker.model, batch.batch)
+
+
+def request_of(batch: EvaluationBatch, rows: slice, tabs: np.ndarray, **changes: object) -> RankRequest:
+    asked = [
+        {"item_id": item, "request_features": {"tab": tab}}
+        for item, tab in zip(batch.item_id[rows].tolist(), tabs[rows].tolist(), strict=True)
+    ]
+    fields = {"user_id": int(batch.user_id[rows.start]), "request_time_ms": int(batch.event_time[rows.start])}
+    return RankRequest.model_validate(fields | {"candidates": asked} | changes)
+
+
+def all_requests(world: tuple[Ranker, UserEvents]) -> tuple[list[RankRequest], np.ndarray]:
+    ranker, _ = world
+    batch, scores = evaluated(world)
+    offsets = np.concatenate([[0], np.cumsum(batch.batch.num_targets.numpy())])
+    last = batch.batch.seq_offsets[1:].numpy() - 1
+    tab = list(ranker.cfg.features.request).index("tab")
+    begin = last - batch.batch.num_targets.numpy() + 1
+    places = np.concatenate([np.arange(b, e + 1) for b, e in zip(begin, last, strict=True)])
+    tabs = batch.batch.request_codes[places, tab].numpy() - 1
+    return [request_of(batch, slice(b, e), tabs) for b, e in itertools.pairwise(offsets)], scores
+
+
+def as_array(ranker: Ranker, requests: list[RankRequest]) -> np.ndarray:
+    responses = ranker.rank(requests)
+    return np.concatenate([np.array([r.scores[task] for task in ranker.cfg.tasks]).T for r in responses])
+
+
+def test_a_past_request_gets_the_scores_of_the_evaluation(world: tuple[Ranker, UserEvents]) -> None:
+    requests, scores = all_requests(world)
+    assert len(requests) > 100
+    assert np.ptp(scores) > 0.1, "scores that do not differ prove nothing"
+    np.testing.assert_allclose(as_array(world[0], requests), scores, atol=1e-6)
+
+
+def test_scores_do_not_depend_on_the_company(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    requests, _ = all_requests(world)
+    requests = requests[::7]
+    alone = np.concatenate([as_array(ranker, [request]) for request in requests])
+    np.testing.assert_allclose(as_array(ranker, requests), alone, atol=1e-6)
+    np.testing.assert_allclose(as_array(ranker, requests[::-1])[::-1].sum(), alone.sum(), atol=1e-4)
+
+
+def test_a_candidate_does_not_see_the_others(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    many = RankRequest.model_validate({"user_id": 2, "candidates": [{"item_id": i} for i in range(40)]})
+    one = many.model_copy(update={"candidates": many.candidates[17:18]})
+    np.testing.assert_allclose(as_array(ranker, [one])[0], as_array(ranker, [many])[17], atol=1e-6)
+
+
+def test_the_same_history_in_the_body_differs_only_by_the_unknown_user(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    sequence = ranker.store.sequence(1)
+    assert sequence is not None
+    (row,) = sequence.to_pylist()
+    now = row["event_time"][-1] + 1
+    names = ranker.cfg.source.actions
+    history = [
+        {
+            "item_id": row["item_id"][i],
+            "event_time": row["event_time"][i],
+            "order_only": row["order_only"][i],
+            "request_features": {"tab": row["tab"][i]},
+            "actions": {
+                name: bool(row["action_mask"][i] >> bit & 1)
+                for bit, name in enumerate(names)
+                if row["known_mask"][i] >> bit & 1
+            },
+        }
+        for i in range(len(row["item_id"]))
+    ]
+    asked = {"candidates": [{"item_id": i} for i in range(5)], "request_time_ms": now}
+    body = RankRequest.model_validate({"history": history, "first_position": row["first_position"]} | asked)
+    assert ranker.refusal(body) is None
+    by_id = RankRequest.model_validate({"user_id": 1} | asked)
+    maps = ranker.maps
+    no_users = type(maps)(**{n: getattr(maps, n) for n in maps.__slots__} | {"user_ids": np.zeros(0, np.int64)})
+    ranker.maps = no_users
+    try:
+        np.testing.assert_allclose(as_array(ranker, [body]), as_array(ranker, [by_id]), atol=1e-6)
+    finally:
+        ranker.maps = maps
+    assert np.abs(as_array(ranker, [body]) - as_array(ranker, [by_id])).max() > 1e-4
+
+
+def test_as_of_the_request(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, users = world
+    place = users.user_id.tolist().index(4)
+    first = int(users.events.event_time[users.events.offsets[place]])
+    asked = {"user_id": 4, "candidates": [{"item_id": 1}]}
+    lengths = [
+        ranker.rank([RankRequest.model_validate(asked | {"request_time_ms": at})])[0].history_length
+        for at in (first, first + 1)
+    ]
+    assert lengths[0] == 0
+    assert lengths[1] >= 1
+
+
+def test_unknown_items_and_users_are_scored_and_counted(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    asked = [{"item_id": 3}, {"item_id": 10**15}, {"item_id": 2**63 - 1}]
+    (answer,) = ranker.rank([RankRequest.model_validate({"user_id": NOT_A_USER, "candidates": asked})])
+    assert answer.unknown_items == 2
+    assert answer.unknown_user
+    assert answer.history_length == 0
+    assert answer.scores["is_click"][1] == answer.scores["is_click"][2]
+    (known,) = ranker.rank([RankRequest.model_validate({"user_id": 5, "candidates": asked})])
+    assert not known.unknown_user
+
+
+def test_order_is_by_score_and_ties_keep_their_place(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    asked = [{"item_id": item} for item in (7, 3, 7, 9, 7)]
+    (answer,) = ranker.rank([RankRequest.model_validate({"user_id": 2, "candidates": asked, "order_by": "is_like"})])
+    ordered = [answer.scores["is_like"][i] for i in answer.order]
+    assert ordered == sorted(ordered, reverse=True)
+    sevens = [i for i in answer.order if asked[i]["item_id"] == 7]
+    assert sevens == [0, 2, 4]
+    assert answer.ordered_by == "is_like"
+
+
+def test_small_batches_change_nothing(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    requests, scores = all_requests(world)
+    cfg = ranker.cfg
+    ranker.cfg = tiny_config(Path(cfg.runs_dir), evaluate={"batch_tokens": 30})
+    try:
+        np.testing.assert_allclose(as_array(ranker, requests), scores, atol=1e-6)
+    finally:
+        ranker.cfg = cfg
+
+
+NOW = int(time.time() * 1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"candidates": [{"item_id": 1}] * 51}, "candidates", "51"),
+        ({"request_time_ms": NOW // 1000}, "request_time_ms", str(NOW // 1000)),
+        ({"request_time_ms": NOW * 1000}, "request_time_ms", str(NOW * 1000)),
+        ({"request_features": {"tap": 1}}, "request_features", "tap"),
+        ({"candidates": [{"item_id": 1, "request_features": {"hour": 1}}]}, "candidates", "hour"),
+        ({"order_by": "is_bought"}, "order_by", "is_bought"),
+        ({"user_id": None, "history": [{"item_id": 1, "event_time": NOW}] * 31}, "history", "31"),
+        (
+            {"user_id": None, "history": [{"item_id": 1, "event_time": NOW}], "request_time_ms": NOW},
+            "event_time",
+            str(NOW),
+        ),
+        (
+            {"user_id": None, "history": [{"item_id": 1, "event_time": 5, "actions": {"is_bought": True}}]},
+            "actions",
+            "is_bought",
+        ),
+    ],
+)
+def test_what_this_model_cannot_answer(world: tuple[Ranker, UserEvents], change: dict, field: str, value: str) -> None:
+    request = RankRequest.model_validate({"user_id": 1, "candidates": [{"item_id": 1}]} | change)
+    refusal = world[0].refusal(request)
+    assert refusal is not None
+    assert field in refusal.loc
+    assert value in refusal.input
+
+
+def test_warming_answers_something(world: tuple[Ranker, UserEvents]) -> None:
+    world[0].warm()
+    assert world[0].store.num_users == NUM_USERS

@@ -1,0 +1,126 @@
+"""A published store and an untrained model of a few users, for tests that serve or register."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import config, schema
+from pipeline.config import RunConfig
+from pipeline.data import store
+from pipeline.data.features import fit_features
+from pipeline.model.artifact import save_model
+from pipeline.model.ultra_hstu import UltraHSTU
+
+DAY_MS = 86_400_000
+NUM_USERS = 24
+NUM_ITEMS = 60
+NOT_A_USER = 10_000
+
+
+def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
+    return config.from_dict(
+        {
+            "name": "tiny",
+            "runs_dir": str(runs_dir),
+            "source": {"kind": "synthetic", "actions": ["is_click", "is_like"], "request_columns": ["tab"]},
+            "tasks": ["is_click", "is_like"],
+            "features": {
+                "request": {"tab": {"dim": 2}, "hour": {"dim": 2}},
+                "user": {"city": {"dim": 4}},
+                "user_tokens": {"place": ["city"]},
+            },
+            "model": {
+                "d_model": 16,
+                "num_layers": 2,
+                "d_qk": 8,
+                "d_v": 8,
+                "head_hidden": 8,
+                "attention": {"window": 4, "full_rows": 2, "scaling_seq_len": 16},
+                "truncate_after_layer": 1,
+                "truncate_to": 6,
+            },
+            "serve": {"port": 0},
+        }
+        | sections
+    )
+
+
+def publish_sequences(cfg: RunConfig, seed: int = 0) -> pa.Table:
+    """Users 0, 1, … in two buckets, rows before, in and after the validation period; some with order_only rows."""
+    rng = np.random.default_rng(seed)
+    rows = [_user(user, rng, cfg) for user in range(NUM_USERS)]
+    columns = cfg.source.request_columns
+    folder = cfg.sequence_dir
+    folder.mkdir(parents=True)
+    buckets = []
+    for number in range(2):
+        table = pa.Table.from_pylist(rows[number::2], schema=schema.sequence_schema(columns))
+        buckets.append(_write(folder, f"bucket-{number}.parquet", table, sum(map(len, table["item_id"].to_pylist()))))
+    cities = pa.table({"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]})
+    times = [time for row in rows for time in row["event_time"]]
+    manifest = store.Manifest(
+        digest=f"{seed:064d}",
+        num_users=NUM_USERS,
+        num_rows=len(times),
+        rows_in=len(times),
+        rows_capped=0,
+        quarantined={},
+        counts={},
+        first_event_ms=min(times),
+        last_event_ms=max(times),
+        actions=cfg.source.actions,
+        request_columns=columns,
+        num_buckets=2,
+        buckets=tuple(buckets),
+        side_tables={"users": _write(folder, "users.parquet", cities, NUM_USERS)},
+        config={},
+        inputs="",
+    )
+    store.write_manifest(folder, manifest)
+    return store.read_sequences(folder)
+
+
+def _user(user: int, rng: np.random.Generator, cfg: RunConfig) -> dict:
+    length = int(rng.integers(3, 20))
+    num_order_only = int(rng.integers(0, 3)) if user % 2 else 0
+    request = np.sort(rng.integers(0, length, length))
+    request[:num_order_only] = np.arange(num_order_only) - num_order_only  # each its own, before the others
+    request = np.unique(request, return_inverse=True)[1]
+    start = cfg.split.val_ms - 3 * DAY_MS
+    return {
+        "user_id": user,
+        "user_bucket": user % 2,
+        "first_position": 4 if user == 1 else 0,
+        "item_id": rng.integers(0, NUM_ITEMS, length).tolist(),
+        "event_time": (start + np.cumsum(rng.integers(1, DAY_MS // 2, length))[request]).tolist(),
+        "action_mask": rng.integers(0, 4, length).tolist(),
+        "known_mask": rng.integers(0, 4, length).tolist(),
+        "watch_ms": [-1] * length,
+        "request_index": request.tolist(),
+        "order_only": (np.arange(length) < num_order_only).tolist(),
+        "tab": rng.integers(0, 3, length).tolist(),
+    }
+
+
+def _write(folder: Path, name: str, table: pa.Table, rows: int) -> store.Bucket:
+    pq.write_table(table, folder / name)
+    return store.Bucket(name, table.num_rows, rows, (folder / name).stat().st_size, "")
+
+
+def save_tiny_model(cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float = 0.9) -> Path:
+    """Random weights, large enough that scores differ visibly, and the numbers of an evaluation."""
+    torch.manual_seed(seed)
+    maps = fit_features(cfg)
+    model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    save_model(folder, model, cfg, maps, {})
+    metrics = {f"val/ne/{task}": val_ne for task in cfg.tasks} | {"test/auc/is_click": 0.7}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
