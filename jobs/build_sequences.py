@@ -3,7 +3,6 @@
 import argparse
 
 from jobs import cli
-from pipeline.cluster import ray_cluster
 from pipeline.data import sequences
 
 
@@ -12,8 +11,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(job: cli.Job) -> None:
-    with ray_cluster(job.cfg.ray, runs_dir=job.cfg.runs_dir):
-        manifest = sequences.build_sequences(job.cfg, overwrite=job.options.overwrite)
+    manifest = sequences.build_sequences(job.cfg, overwrite=job.options.overwrite)
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
         f"rows={manifest.num_rows} rows_in={manifest.rows_in} quarantined={manifest.quarantined}"

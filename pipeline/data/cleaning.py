@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config import UserError
 from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema
@@ -101,7 +100,7 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
     columns |= {
         ROW_DIGEST: pa.array(digest),
         USER_BUCKET: pa.array(bucket),
-        REASON: pa.array(np.where(reason == "", None, reason), pa.string()),
+        REASON: pa.array(reason, pa.string(), mask=reason == ""),
         SOURCE_ROW: pa.array(source_rows, pa.string()),
     }
     return pa.table([columns[name] for name in rules.schema.names], schema=rules.schema)
@@ -122,28 +121,41 @@ def _column(block: pa.Table, theirs: str, dtype: pa.DataType) -> pa.Array:
 def _check(columns: dict[str, pa.Array], rules: LogRules) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """The first rule that each row breaks ("" for none), and the columns in LOG's types."""
     reason = np.full(len(columns["user_id"]), "", object)
-    typed = dict(columns)
+    broken_values: dict[str, np.ndarray] = {}
 
-    def demand(name: str, broken: pa.Array, why: str) -> None:
-        rows = broken.fill_null(False).to_numpy(zero_copy_only=False)
-        if rows.any():
-            reason[rows & (reason == "")] = why
-            if name not in LOG_REQUIRED:  # those fit their type; the others might not
-                typed[name] = pc.if_else(pa.array(rows), None, typed[name])
+    def demand(name: str, broken: np.ndarray, why: str) -> None:
+        if broken.any():
+            reason[broken & (reason == "")] = why
+            broken_values[name] = broken
 
+    value = {
+        name: column.fill_null(pa.scalar(0).cast(column.type)).to_numpy(zero_copy_only=False)
+        for name, column in columns.items()
+    }
     for name in LOG_REQUIRED:
-        demand(name, columns[name].is_null(), f"null_{name}")
+        demand(name, columns[name].is_null().to_numpy(zero_copy_only=False), f"null_{name}")
     for name in ("user_id", "item_id", "watch_ms"):
-        demand(name, pc.less(columns[name], 0), f"negative_{name}")
-    demand("event_time", pc.less(columns["event_time"], rules.earliest_ms), "event_time_before_range")
-    demand("event_time", pc.greater(columns["event_time"], rules.latest_ms), "event_time_in_future")
+        demand(name, value[name] < 0, f"negative_{name}")
+    timed = columns["event_time"].is_valid().to_numpy(zero_copy_only=False)
+    demand("event_time", timed & (value["event_time"] < rules.earliest_ms), "event_time_before_range")
+    demand("event_time", value["event_time"] > rules.latest_ms, "event_time_in_future")
     for name in rules.actions:
-        zero_or_one = pc.is_in(columns[name], pa.array([0, 1], columns[name].type), skip_nulls=True)
-        demand(name, pc.and_not(columns[name].is_valid(), zero_or_one), f"{name}_not_0_1")
+        demand(name, (value[name] != 0) & (value[name] != 1), f"{name}_not_0_1")
     for name in (*rules.request_columns, "known_mask"):
         top = 2**31 - 1 if name != "known_mask" else (1 << len(rules.actions)) - 1
-        demand(name, pc.or_(pc.less(columns[name], 0), pc.greater(columns[name], top)), f"{name}_out_of_range")
-    return reason, {field.name: typed[field.name].cast(field.type) for field in rules.schema if field.name in typed}
+        demand(name, (value[name] < 0) | (value[name] > top), f"{name}_out_of_range")
+    return reason, {
+        name: _typed(column, value[name], broken_values.get(name), rules.schema.field(name).type)
+        for name, column in columns.items()
+    }
+
+
+def _typed(column: pa.Array, value: np.ndarray, broken: np.ndarray | None, dtype: pa.DataType) -> pa.Array:
+    """The column in LOG's type; a value that broke its rule and might not fit is null."""
+    if broken is None or dtype == pa.int64():
+        return column.cast(dtype)
+    absent = column.is_null().to_numpy(zero_copy_only=False) | broken
+    return pa.array(np.where(absent, 0, value), mask=absent).cast(dtype)
 
 
 def unit_hint(reason: str, event_times: Sequence[int], rules: LogRules) -> str:

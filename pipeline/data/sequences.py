@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ import ray
 import ray.data
 
 from pipeline import config
+from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, SideTable, UserError
 from pipeline.data import report, store
 from pipeline.data.cleaning import REASON, SOURCE_ROW, USER_BUCKET, LogRules, check_columns, normalise
 from pipeline.data.sources import LogFiles, open_logs
 from pipeline.data.sources.imported import file_digest
 from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
+from pipeline.data.statistics import Statistics, count_bucket, hints, merge
 from pipeline.data.store import Bucket, Manifest
 from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema, sequence_lists, sequence_schema
 
@@ -236,7 +239,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 def build_sequences(cfg: RunConfig, *, overwrite: bool = False) -> Manifest:
-    """Clean the logs, build one row per user and publish them in `cfg.sequence_dir`; needs a connection to Ray.
+    """Clean the logs, build one row per user and publish them in `cfg.sequence_dir`.
 
     The same logs and settings again are found published and left alone. A killed build leaves what was published.
 
@@ -282,12 +285,15 @@ def _build(
         if table is not None
     }
     summaries = _run_buckets(cfg, logs, rules, staging)
-    totals = report.merge([report.Statistics(**summary["statistics"]) for summary in summaries])
+    totals = merge([Statistics(**summary["statistics"]) for summary in summaries])
     buckets = [Bucket(**summary["bucket"]) for summary in summaries if summary["bucket"]]
     _verify(staging, buckets, totals, count_rows(logs.files))
+    page = report.write(cfg, totals, rules, logs.imported)
+    _refuse_bad_logs(cfg, totals, rules, page)
+    assert totals.first_event_ms is not None and totals.last_event_ms is not None, "some rows were kept"
     imported = logs.imported.quarantined if logs.imported else {}
     version = _version(cfg, [*buckets, *side_tables.values()])
-    manifest = Manifest(
+    return Manifest(
         digest=version,
         num_users=sum(bucket.users for bucket in buckets),
         num_rows=totals.rows_kept,
@@ -305,30 +311,27 @@ def _build(
         config=settings,
         inputs=inputs,
     )
-    written = report.write(cfg, manifest, totals, rules)
-    _refuse_bad_logs(cfg, totals, rules, written)
-    return manifest
 
 
 def _run_buckets(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path) -> list[dict[str, Any]]:
     """Read, normalise, shuffle and build with Ray Data; one summary per bucket that has rows, in bucket order."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.read_parquet(logs.files, partitioning=None).map_batches(
-        normalise, batch_size=None, batch_format="pyarrow", fn_kwargs={"rules": rules}
-    )
-    built = rows.repartition(rules.num_buckets, keys=[USER_BUCKET]).map_batches(
+    write = partial(
         write_partition,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "rules": rules,
-            "max_rows_per_user": cfg.sequences.max_rows_per_user,
-            "folder": str(staging),
-            "utc_offset_ms": int(cfg.features.hour_utc_offset * 3600 * 1000),
-        },
+        rules=rules,
+        max_rows_per_user=cfg.sequences.max_rows_per_user,
+        folder=str(staging),
+        utc_offset_ms=int(cfg.features.hour_utc_offset * 3600 * 1000),
     )
-    summaries = [json.loads(row["summary"]) for row in built.iter_rows()]
+    with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = ray.data.read_parquet(logs.files, partitioning=None).map_batches(
+            partial(normalise, rules=rules), batch_size=None, batch_format="pyarrow"
+        )
+        built = rows.repartition(rules.num_buckets, keys=[USER_BUCKET]).map_batches(
+            write, batch_size=None, batch_format="pyarrow"
+        )
+        summaries = [json.loads(row["summary"]) for row in built.iter_rows()]
     return sorted(summaries, key=lambda summary: summary["number"])
 
 
@@ -340,14 +343,14 @@ def write_partition(
     Returns a JSON summary per bucket. A task that Ray runs again writes the same files again.
     """
     summaries = []
-    for number in pc.unique(rows[USER_BUCKET]).to_pylist() if rows.num_rows else []:
-        built = build_bucket(rows.filter(pc.equal(rows[USER_BUCKET], number)), rules, max_rows_per_user)
+    for number in rows[USER_BUCKET].unique().to_pylist() if rows.num_rows else []:
+        built = build_bucket(rows.filter(pc.field(USER_BUCKET) == number), rules, max_rows_per_user)
         name = f"bucket-{number:05d}.parquet"
         if built.quarantine.num_rows:
             _write(built.quarantine, Path(folder), f"quarantine/{name}")
         kept = built.sequences
         bucket = _write(kept, Path(folder), name, users=kept.num_rows) if kept.num_rows else None
-        statistics = report.statistics(built, rules, utc_offset_ms)
+        statistics = count_bucket(built, rules, utc_offset_ms)
         summaries.append({"number": number, "bucket": bucket and asdict(bucket), "statistics": asdict(statistics)})
     return pa.table({"summary": pa.array([json.dumps(summary) for summary in summaries], pa.string())})
 
@@ -373,10 +376,10 @@ def _write_side_table(name: str, table: SideTable, id_column: str, staging: Path
         raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} must be an integer, found {ids.type}")
     if ids.null_count:
         raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} is null in {ids.null_count} rows")
-    counts = pc.value_counts(ids)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        raise UserError(f"{key}: {table.id_column} {twice[0]['values']} stands in several rows of {table.path}")
+    values, counts = np.unique(ids.to_numpy(), return_counts=True)
+    if (counts > 1).any():
+        twice = values[counts > 1][0]
+        raise UserError(f"{key}: {table.id_column} {twice} stands in several rows of {table.path}")
     rest = side.drop_columns([table.id_column])
     if id_column in rest.column_names:
         raise UserError(f"{key}: {table.path} has another column called {id_column!r} beside {table.id_column!r}")
@@ -384,7 +387,7 @@ def _write_side_table(name: str, table: SideTable, id_column: str, staging: Path
     return _write(pa.table(columns).sort_by(id_column), staging, f"{name}.parquet")
 
 
-def _verify(staging: Path, buckets: list[Bucket], totals: report.Statistics, rows_in_files: int) -> None:
+def _verify(staging: Path, buckets: list[Bucket], totals: Statistics, rows_in_files: int) -> None:
     """Every row that the files have is accounted for, and the files written hold what was counted."""
     files = [pq.read_metadata(staging / bucket.file) for bucket in buckets]
     written = sum(bucket.rows for bucket in buckets)
@@ -395,18 +398,17 @@ def _verify(staging: Path, buckets: list[Bucket], totals: report.Statistics, row
     assert rows_in_files == totals.rows_in == accounted, f"{rows_in_files} rows read, {accounted} accounted for"
 
 
-def _refuse_bad_logs(cfg: RunConfig, totals: report.Statistics, rules: LogRules, written: Path) -> None:
+def _refuse_bad_logs(cfg: RunConfig, totals: Statistics, rules: LogRules, page: Path) -> None:
     bad = sum(totals.quarantined.values())
     share = bad / totals.rows_in
     limit = cfg.sequences.max_quarantined_share
     if bad < totals.rows_in and share <= limit:
         return
     reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(totals.quarantined).most_common())
-    hints = "".join(f"; {hint}" for hint in report.hints(totals, rules))
+    advice = "".join(f"; {hint}" for hint in hints(totals, rules))
     what = "all rows are" if bad == totals.rows_in else f"{share:.1%} of the rows are"
-    raise UserError(
-        f"{what} bad, sequences.max_quarantined_share is {limit}: {reasons}{hints}; samples in {written}; nothing published"
-    )
+    rule = f"sequences.max_quarantined_share is {limit}"
+    raise UserError(f"{what} bad, {rule}: {reasons}{advice}; samples in {page}; nothing published")
 
 
 def _version(cfg: RunConfig, entries: list[Bucket]) -> str:

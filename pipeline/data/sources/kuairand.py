@@ -5,6 +5,7 @@ time (`order_only`), and only two actions are known of it: whether the item is i
 long-viewed items. Both tails reach back at least as far as the history does.
 """
 
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.data.cleaning import row_digest
 from pipeline.data.sources.imported import ImportReport
 from pipeline.schema import ROW_DIGEST
 
-ACTIONS = (
+ACTIONS: tuple[str, ...] = (
     "is_click",
     "long_view",
     "is_like",
@@ -162,8 +163,8 @@ def _pairs(owner: np.ndarray, item: np.ndarray) -> np.ndarray:
     return owner << 32 | item  # item ids are int32 in the files
 
 
-def _mask(actions: tuple[str, ...], known: object) -> int:
-    return sum(1 << bit for bit, name in enumerate(actions) if name in known)  # type: ignore[operator]
+def _mask(actions: tuple[str, ...], known: Container[str]) -> int:
+    return sum(1 << bit for bit, name in enumerate(actions) if name in known)
 
 
 def _open(cfg: RunConfig, name: str) -> pq.ParquetFile:

@@ -1,0 +1,135 @@
+"""Counts over the rows of a build, for its report: buckets count (`count_bucket`), the driver adds up (`merge`)."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.cleaning import REASON, SOURCE_ROW, LogRules, unit_hint
+
+if TYPE_CHECKING:
+    from pipeline.data.sequences import BuiltBucket
+
+DAY_MS = 24 * 3600 * 1000
+SAMPLES = 5  # quarantined rows shown per reason
+
+
+@dataclass
+class Statistics:
+    """Counts that add up over buckets. Keys of mappings are text, as JSON has them."""
+
+    rows_in: int = 0
+    rows_kept: int = 0
+    rows_capped: int = 0
+    order_only_rows: int = 0
+    requests: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)  # rows by reason
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # a few of those rows
+    nulls: dict[str, int] = field(default_factory=dict)  # by LOG column
+    lengths: dict[str, int] = field(default_factory=dict)  # users by number of rows
+    day_rows: dict[str, int] = field(default_factory=dict)  # rows with a real time, by day
+    day_known: dict[str, int] = field(default_factory=dict)  # "day action": rows where the action is known
+    day_positive: dict[str, int] = field(default_factory=dict)  # "day action": rows where it happened
+    first_event_ms: int | None = None
+    last_event_ms: int | None = None
+
+
+def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> Statistics:
+    """Of one bucket; days begin at midnight of the given offset from UTC."""
+    lists = {name: built.sequences[name].combine_chunks() for name in built.sequences.column_names[3:]}
+    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
+    lengths = np.diff(lists["item_id"].offsets.to_numpy())
+    times, real = flat["event_time"], ~flat["order_only"]
+    days = (times[real] + utc_offset_ms) // DAY_MS
+    result = Statistics(
+        rows_in=built.rows_in,
+        rows_kept=len(times),
+        rows_capped=built.rows_capped,
+        order_only_rows=int((~real).sum()),
+        requests=int(sum(column[-1].as_py() for column in lists["request_index"]) + len(lengths)),
+        quarantined=_counts(built.quarantine[REASON].to_numpy()),
+        samples=_samples(built.quarantine),
+        nulls=built.nulls,
+        lengths=_counts(lengths),
+        day_rows=_counts(_dates(days)),
+        first_event_ms=int(times.min()) if len(times) else None,
+        last_event_ms=int(times.max()) if len(times) else None,
+    )
+    for bit, action in enumerate(rules.actions):
+        known, positive = (flat[name][real] >> bit & 1 == 1 for name in ("known_mask", "action_mask"))
+        result.day_known |= {f"{day} {action}": rows for day, rows in _counts(_dates(days[known])).items()}
+        result.day_positive |= {f"{day} {action}": rows for day, rows in _counts(_dates(days[positive])).items()}
+    return result
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """All buckets together."""
+    total = Statistics()
+    for name, start in asdict(total).items():
+        values = [getattr(part, name) for part in parts]
+        if name in ("first_event_ms", "last_event_ms"):
+            times = [value for value in values if value is not None]
+            setattr(total, name, (min if name == "first_event_ms" else max)(times, default=None))
+        elif name == "samples":
+            reasons = sorted({reason for value in values for reason in value})
+            total.samples = {
+                reason: [row for value in values for row in value.get(reason, [])][:SAMPLES] for reason in reasons
+            }
+        elif isinstance(start, dict):
+            added = sum((Counter(value) for value in values), Counter())
+            keys = sorted({key for value in values for key in value}, key=_numbers_by_size)
+            setattr(total, name, {key: added[key] for key in keys})
+        else:
+            setattr(total, name, sum(values))
+    return total
+
+
+def hints(totals: Statistics, rules: LogRules) -> list[str]:
+    """What might be wrong with the logs as a whole, where the bad rows show it."""
+    found = []
+    for reason, rows in totals.samples.items():
+        times = [row["event_time"] for row in rows if row["event_time"] is not None]
+        found.append(unit_hint(reason, times, rules))
+    return [hint for hint in found if hint]
+
+
+def length_quantiles(lengths: dict[str, int]) -> dict[str, int]:
+    """min, p50, p90, p99, max of rows per user, from the histogram."""
+    if not lengths:
+        return {}
+    size = np.array([int(key) for key in lengths])
+    reached = np.cumsum(list(lengths.values()))
+    shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {name: int(size[np.searchsorted(reached, share * reached[-1])]) for name, share in shares.items()}
+
+
+def _counts(values: np.ndarray) -> dict[str, int]:
+    keys, counts = np.unique(values.astype(str) if values.dtype == object else values, return_counts=True)
+    return {str(key): int(count) for key, count in zip(keys, counts, strict=True)}
+
+
+def _dates(days: np.ndarray) -> np.ndarray:
+    return days.astype("datetime64[D]")
+
+
+def _samples(quarantine: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for reason in quarantine[REASON].unique().to_pylist():
+        rows = quarantine.filter(pc.field(REASON) == reason).slice(0, SAMPLES).drop_columns([REASON])
+        samples[reason] = [_sample(row) for row in rows.to_pylist()]
+    return samples
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the quarantine as the report shows it: the source's own row where it is kept."""
+    source = json.loads(row[SOURCE_ROW]) if row[SOURCE_ROW] else {k: v for k, v in row.items() if k != SOURCE_ROW}
+    return {"event_time": row["event_time"], "row": source}
+
+
+def _numbers_by_size(key: str) -> tuple[int, str]:
+    return (int(key), "") if key.isdigit() else (0, key)
