@@ -316,6 +316,7 @@ def _build(
 def _run_buckets(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path) -> list[dict[str, Any]]:
     """Read, normalise, shuffle and build with Ray Data; one summary per bucket that has rows, in bucket order."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
     write = partial(
         write_partition,
         rules=rules,
@@ -331,7 +332,11 @@ def _run_buckets(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path)
         built = rows.repartition(rules.num_buckets, keys=[USER_BUCKET]).map_batches(
             write, batch_size=None, batch_format="pyarrow"
         )
-        summaries = [json.loads(row["summary"]) for row in built.iter_rows()]
+        summaries = []
+        for row in built.iter_rows():
+            summaries.append(json.loads(row["summary"]))
+            if len(summaries) % max(1, rules.num_buckets // 10) == 0:
+                logger.info("built %d of at most %d buckets", len(summaries), rules.num_buckets)
     return sorted(summaries, key=lambda summary: summary["number"])
 
 
