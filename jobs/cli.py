@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +47,8 @@ def run(
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # `with` blocks end what they started
     try:
         cfg = config.load(options.config, options.overrides)
         if options.dry_run:
@@ -56,3 +60,13 @@ def run(
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def wait_for_interrupt() -> None:
+    """Until Ctrl-C; on TERM the exit passes through here too."""
+    print("Ctrl-C stops it.", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print("\nstopping", flush=True)

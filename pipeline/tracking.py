@@ -65,8 +65,7 @@ def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
     process = None
     if cfg.tracking.uri is not None:
         uri = cfg.tracking.uri
-        if not _healthy(uri):
-            raise UserError(f"tracking.uri: no MLflow server answers at {uri!r}")
+        _require_healthy(uri)
     else:
         uri, process = _start_or_join(Path(cfg.runs_dir).absolute() / "mlflow", port)
     try:
@@ -143,6 +142,11 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def _require_healthy(uri: str) -> None:
+    if not _healthy(uri):
+        raise UserError(f"tracking.uri: no MLflow server answers at {uri!r}")
+
+
 def _healthy(uri: str) -> bool:
     try:
         return httpx.get(f"{uri.rstrip('/')}/health", timeout=5).status_code == 200
@@ -175,6 +179,18 @@ def _one_message() -> Iterator[None]:
 
 def _absent(error: "MlflowException") -> bool:
     return error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    """Where runs and versions are, for `--dry-run`.
+
+    Raises:
+        UserError: the server named in the configuration does not answer.
+    """
+    uri = cfg.tracking.uri
+    if uri is not None:
+        _require_healthy(uri)
+    return {"tracking": uri or str(Path(cfg.runs_dir).absolute() / "mlflow"), "model": cfg.tracking.model_name}
 
 
 # Runs ------------------------------------------------------------------------
@@ -325,6 +341,7 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
             tags,
             description=card,
             model_id=model.model_id,
+            await_creation_for=0,  # it is there when the server answers
         )
     return int(version.version)
 

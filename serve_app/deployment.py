@@ -17,6 +17,7 @@ import yaml
 from pipeline import config, tracking
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
+from pipeline.data import store
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,11 @@ APPLICATION = "ranking"
 TIMEOUT_S = 180.0
 POLL_S = 0.1
 ANSWERS_PER_REPLICA = 5  # in a row from the new version, before the old one counts as gone
+
+
+def cache(cfg: RunConfig) -> Path:
+    """Where checked model files and the mapped sequences lie on every node that serves."""
+    return Path(cfg.runs_dir).absolute() / "champions"
 
 
 def template() -> dict[str, Any]:
@@ -35,7 +41,7 @@ def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
     return {
         "model": dataclasses.asdict(model),
         "sequences": str(cfg.sequence_dir),
-        "cache": str(Path(cfg.runs_dir).absolute() / "champions"),
+        "cache": str(cache(cfg)),
         "limits": config.to_dict(cfg.serve),
     }
 
@@ -113,3 +119,13 @@ def _status(client: Any) -> str:
     application = client.get_serve_details()["applications"].get(APPLICATION, {})
     messages = [entry["message"] for entry in application.get("deployments", {}).values() if entry["message"]]
     return ": ".join([application.get("status", "no application"), application.get("message", ""), *messages])
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    """What would be served, for `--dry-run`."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    return {
+        "sequences": {"folder": str(cfg.sequence_dir), "users": manifest.num_users, "rows": manifest.num_rows},
+        "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
+        "replicas": cfg.serve.num_replicas,
+    }

@@ -1,0 +1,40 @@
+"""Serve the champion on a running Ray cluster, or move its server to a new champion without failing a request.
+
+The cluster is `ray.address`, or the one that this job was submitted to. `jobs.serve` starts one of its own.
+"""
+
+import os
+
+from jobs import cli
+from pipeline import tracking
+from pipeline.cluster import ray_cluster
+from pipeline.config import RunConfig, UserError
+from serve_app import deployment
+
+
+def main(job: cli.Job) -> None:
+    cfg = job.cfg
+    _require_cluster(cfg)
+    with tracking.mlflow_server(cfg):
+        champion = tracking.champion(cfg)
+        tracking.fetch(champion, deployment.cache(cfg))
+        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
+            url = deployment.deploy(cfg, cluster.dashboard_url, champion)
+    print(f"url={url} version={champion.version}")
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    _require_cluster(cfg)
+    return {**tracking.plan(cfg), **deployment.plan(cfg)}
+
+
+def _require_cluster(cfg: RunConfig) -> None:
+    if cfg.ray.address is None and "RAY_ADDRESS" not in os.environ:
+        raise UserError(
+            "ray.address: no cluster to deploy to; set it, submit this job with `ray job submit`, "
+            "or use jobs.serve, which starts a server of its own"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, plan=plan)

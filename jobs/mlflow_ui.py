@@ -1,0 +1,20 @@
+"""Open the tracking server over past runs until Ctrl-C: parameters, metrics, plots, model versions."""
+
+import argparse
+
+from jobs import cli
+from pipeline import tracking
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=5000)
+
+
+def main(job: cli.Job) -> None:
+    with tracking.mlflow_server(job.cfg, job.options.port) as uri:
+        print(f"MLflow: {uri}")
+        cli.wait_for_interrupt()
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, tracking.plan)

@@ -1,0 +1,29 @@
+"""Make a model version the champion, if its validation passes the gate; exit code 1 if it does not."""
+
+import argparse
+import sys
+
+from jobs import cli
+from pipeline import tracking
+from pipeline.config import RunConfig
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", type=int, help="number in the registry; default: the newest")
+
+
+def main(job: cli.Job) -> None:
+    with tracking.mlflow_server(job.cfg):
+        decision = tracking.promote(job.cfg, job.options.version)
+    print(decision.reason)
+    if not decision.promoted:
+        sys.exit(1)
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    gate = {"max_ne": cfg.tracking.gate_max_ne, "max_regression": cfg.tracking.gate_max_regression}
+    return {**tracking.plan(cfg), "gate": gate}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, plan)

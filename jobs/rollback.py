@@ -1,0 +1,14 @@
+"""Move the alias champion back to the version that it stood on before; jobs.deploy then serves it."""
+
+from jobs import cli
+from pipeline import tracking
+
+
+def main(job: cli.Job) -> None:
+    with tracking.mlflow_server(job.cfg):
+        version = tracking.rollback(job.cfg)
+    print(f"champion={version}")
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, plan=tracking.plan)

@@ -1,0 +1,33 @@
+"""Serve the champion until Ctrl-C, on a Ray cluster and an MLflow server of this job's own."""
+
+import json
+import shlex
+
+from jobs import cli
+from pipeline import tracking
+from pipeline.cluster import ray_cluster
+from pipeline.config import RunConfig
+from serve_app import deployment, replay
+
+
+def main(job: cli.Job) -> None:
+    cfg = job.cfg
+    with tracking.mlflow_server(cfg) as mlflow_url:
+        champion = tracking.champion(cfg)
+        tracking.fetch(champion, deployment.cache(cfg))
+        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
+            url = deployment.deploy(cfg, cluster.dashboard_url, champion)
+            print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")
+            print(f"MLflow: {mlflow_url}")
+            body, _ = replay.demo_request(cfg)
+            body["candidates"] = body["candidates"][:5]
+            print(f"curl -s {url}/v1/rank -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}")
+            cli.wait_for_interrupt()
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    return {**tracking.plan(cfg), **deployment.plan(cfg)}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, plan=plan)

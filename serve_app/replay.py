@@ -1,0 +1,234 @@
+"""Past requests once more, over HTTP: does the server say what the evaluation said?
+
+published sequences → past test requests → evaluation path (examples, collate, model) ↔ POST /v1/rank
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import RunConfig, UserError
+from pipeline.data import store
+from pipeline.data.batch import Events, candidates, collate
+from pipeline.data.examples import Examples, UserEvents, request_examples, user_events
+from pipeline.data.features import FeatureMaps
+from pipeline.data.loader import evaluation_batch, split_bounds
+from pipeline.model.artifact import LoadedModel, load_model
+from serve_app.ranker import NO_USER, probabilities
+
+WARM_UP = 5  # requests sent before the clock counts
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PastRequest:
+    """A request as it would be sent, and what the evaluation path scores for its candidates."""
+
+    body: dict[str, Any]
+    scores: np.ndarray  # float32 [C, tasks]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    num_requests: int
+    max_abs_diff: float  # over all candidates and tasks
+    p50_ms: float  # of one client that waits for each answer
+    p99_ms: float
+
+
+def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
+    """`serve.parity_requests` test requests against the server at `url`, which serves the model in `model_dir`.
+
+    Half ask by user_id as of their time; half bring their history along, and then nobody knows the user's features:
+    both sides score an unknown user.
+
+    Raises:
+        UserError: the test period holds no request.
+    """
+    requests = past_requests(cfg, load_model(model_dir))
+    worst, elapsed_ms = 0.0, []
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        for past in requests[:WARM_UP]:
+            _rank(client, past.body)
+        for past in requests:
+            started = time.perf_counter()
+            answer = _rank(client, past.body)
+            elapsed_ms.append((time.perf_counter() - started) * 1000)
+            served = np.array([answer["scores"][task] for task in cfg.tasks]).T
+            worst = max(worst, float(np.abs(served - past.scores).max()))
+    p50, p99 = np.percentile(elapsed_ms, [50, 99])
+    return Report(len(requests), worst, float(p50), float(p99))
+
+
+def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
+    """A seeded sample of the test requests, each filled up to `serve.parity_candidates` with popular items."""
+    users, examples = _sample(cfg, cfg.serve.parity_requests)
+    half = len(examples) // 2
+    nobody = replace(users, user_id=np.full_like(users.user_id, NO_USER))
+    by_id = [_past(cfg, loaded, users, examples[i : i + 1], with_history=False) for i in range(half)]
+    by_history = [
+        _past(cfg, loaded, nobody, examples[i : i + 1], with_history=True) for i in range(half, len(examples))
+    ]
+    return by_id + by_history
+
+
+def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
+    """`num` test requests, or all there are, from as many buckets in random order as it takes."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    rng = np.random.default_rng(cfg.seed)
+    tables: list[pa.Table] = []
+    found = 0
+    for index in rng.permutation(len(manifest.buckets)):
+        tables.append(store.read_bucket(cfg.sequence_dir, manifest, int(index)))
+        found += len(request_examples(user_events(tables[-1], cfg), *split_bounds(cfg, "test")))
+        if found >= num:
+            break
+    users = user_events(pa.concat_tables(tables), cfg)
+    examples = request_examples(users, *split_bounds(cfg, "test"))
+    if len(examples) == 0:
+        raise UserError("split.t_test: the test period holds no request to replay")
+    return users, examples[np.sort(rng.permutation(len(examples))[:num])]
+
+
+def _past(cfg: RunConfig, loaded: LoadedModel, users: UserEvents, one: Examples, *, with_history: bool) -> PastRequest:
+    """The request of one example: its own rows as the evaluation scores them, then popular items at its time."""
+    own = evaluation_batch(users, one, loaded.maps, loaded.cfg)
+    scores = probabilities(loaded.model, own.batch)
+    row = int(one.target_begin[0])
+    rows = range(row, int(one.target_end[0]))
+    features = _features(users.events, row)
+    asked = [{"item_id": int(users.events.item_id[i]), "request_features": _features(users.events, i)} for i in rows]
+    fill = _popular(loaded.maps, cfg.serve.parity_candidates - len(asked), own.item_id)
+    if len(fill):
+        scores = np.concatenate([scores, _score_items(loaded, users, one, fill, features)])
+        asked += [{"item_id": item} for item in fill.tolist()]
+    body: dict[str, Any] = {"request_time_ms": int(own.event_time[0]), "request_features": features}
+    if with_history:
+        body["history"] = _history(loaded.cfg, users.events, int(one.history_begin[0]), int(one.history_end[0]))
+        body["first_position"] = int(users.first_position[one.user[0]])
+    else:
+        body["user_id"] = int(users.user_id[one.user[0]])
+    return PastRequest(body | {"candidates": asked}, scores)
+
+
+def _score_items(
+    loaded: LoadedModel, users: UserEvents, one: Examples, items: np.ndarray, features: dict[str, int]
+) -> np.ndarray:
+    """`items` after the example's history, at its request's time."""
+    history = users.events.take(one.history_begin, one.history_end)
+    targets = candidates(
+        history,
+        users.first_position[one.user],
+        items,
+        np.array([0, len(items)]),
+        users.request_time[one.target_begin],
+        {name: np.full(len(items), features.get(name, -1), np.int32) for name in users.events.request},
+        loaded.cfg.source.order_only_end_is_real,
+    )
+    return probabilities(loaded.model, collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg))
+
+
+def _popular(maps: FeatureMaps, num: int, besides: np.ndarray) -> np.ndarray:
+    """The `num` most popular items of the training period that are not in `besides`."""
+    items = maps.popular_items(max(num, 0) + len(besides))
+    return items[~np.isin(items, besides)][: max(num, 0)]
+
+
+def _features(events: Events, row: int) -> dict[str, int]:
+    return {name: int(column[row]) for name, column in events.request.items() if column[row] >= 0}
+
+
+def _history(cfg: RunConfig, events: Events, begin: int, end: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "item_id": int(events.item_id[i]),
+            "event_time": int(events.event_time[i]),
+            "order_only": bool(events.order_only[i]),
+            "actions": dict(_actions(cfg, int(events.action_mask[i]), int(events.known_mask[i]))),
+            "request_features": _features(events, i),
+        }
+        for i in range(begin, end)
+    ]
+
+
+def _actions(cfg: RunConfig, action_mask: int, known_mask: int) -> Iterator[tuple[str, bool]]:
+    for bit, name in enumerate(cfg.source.actions):
+        if known_mask >> bit & 1:
+            yield name, bool(action_mask >> bit & 1)
+
+
+def _rank(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    answer = client.post("/v1/rank", json=body)
+    if answer.status_code != 200:
+        raise UserError(f"POST {client.base_url}/v1/rank answered {answer.status_code}: {answer.text[:500]}")
+    return answer.json()
+
+
+def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
+    """One user's next exposures and popular items, `serve.demo_candidates` in all, and what the user did to the former.
+
+    The user is the one with the most rows in the test period; the time is that of the first of them.
+    """
+    maps = FeatureMaps.load(cfg.model_dir)
+    users, row = _busiest_test_user(cfg)
+    events = users.events
+    user = int(users.row_user[row])
+    later = np.arange(row, events.offsets[user + 1])
+    _, first = np.unique(events.item_id[later], return_index=True)
+    shown = later[np.sort(first)][: cfg.serve.demo_candidates // 2]
+    items = events.item_id[shown]
+    fill = _popular(maps, cfg.serve.demo_candidates - len(items), items)
+    did = {
+        int(events.item_id[i]): ", ".join(
+            name for name, done in _actions(cfg, int(events.action_mask[i]), int(events.known_mask[i])) if done
+        )
+        for i in shown
+    }
+    body = {
+        "user_id": int(users.user_id[user]),
+        "request_time_ms": int(events.event_time[row]),
+        "request_features": _features(events, row),
+        "candidates": [{"item_id": item} for item in [*items.tolist(), *fill.tolist()]],
+    }
+    return body, did
+
+
+def _busiest_test_user(cfg: RunConfig) -> tuple[UserEvents, int]:
+    manifest = store.read_manifest(cfg.sequence_dir)
+    best: tuple[UserEvents, int] | None = None
+    most = 0
+    begin, end = split_bounds(cfg, "test")
+    for index in range(len(manifest.buckets)):
+        users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
+        rows = np.flatnonzero((users.request_time >= begin) & (users.request_time < end) & ~users.events.order_only)
+        counts = np.bincount(users.row_user[rows], minlength=len(users.user_id))
+        if counts.max(initial=0) > most:
+            user = int(counts.argmax())
+            most, best = int(counts[user]), (users, int(rows[users.row_user[rows] == user][0]))
+    if best is None:
+        raise UserError("split.t_test: the test period holds no request to rank for")
+    return best
+
+
+def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
+    """`demo_request` ranked by the server, the `top` best as plain text."""
+    body, did = demo_request(cfg)
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        answer = _rank(client, body)
+    lines = [
+        f"user {body['user_id']}, {len(body['candidates'])} candidates, history of {answer['history_length']} rows, "
+        f"version {answer['model_version']}, ordered by {answer['ordered_by']}",
+        f"{'':>4} {'item':>10}" + "".join(f"{task:>18}" for task in cfg.tasks) + "  what happened",
+    ]
+    for rank, place in enumerate(answer["order"][:top], 1):
+        item = answer["item_ids"][place]
+        scores = "".join(f"{answer['scores'][task][place]:18.4f}" for task in cfg.tasks)
+        happened = f"shown next: {did[item] or 'nothing'}" if item in did else "popular, not shown"
+        lines.append(f"{rank:>4} {item:>10}{scores}  {happened}")
+    return "\n".join(lines)
