@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.data.cleaning import REASON, SOURCE_ROW, LogRules, unit_hint
 
 if TYPE_CHECKING:
-    from pipeline.data.sequences import BuiltBucket
+    from pipeline.data.build import BuiltBucket
 
 DAY_MS = 24 * 3600 * 1000
 SAMPLES = 5  # quarantined rows shown per reason
