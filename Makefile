@@ -32,11 +32,10 @@ types: $(READY)  ## basedpyright
 	$(BIN)/basedpyright
 
 serve: $(READY)  ## leave the champion of the last demo answering over HTTP, until Ctrl-C
-	$(BIN)/python -m jobs.deploy --config $(CONFIG)
+	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
-mlflow-ui: $(READY)  ## reopen the runs and models of past demos, PORT=5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
-		--backend-store-uri sqlite:///runs/mlflow/mlflow.db --artifacts-destination runs/mlflow/artifacts
+mlflow-ui: $(READY)  ## reopen the runs and models of past demos, PORT=5000, until Ctrl-C
+	$(BIN)/python -m jobs.mlflow_ui --config $(CONFIG) --port $(PORT)
 
 bench-anchor: $(BENCH_READY)  ## smoothed rates and LightGBM on the KuaiRand subset: the numbers to beat
 	$(BIN)/python -m benchmarks.kuairand_anchor
