@@ -1,15 +1,25 @@
 """What tests share. One Ray start for the whole session: it costs seconds."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 # Triton reads this when `@triton.jit` runs, so before any test imports a kernel.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from pipeline.config import RayConfig
+from pipeline import config
+from pipeline.cluster import free_port
+from pipeline.config import RayConfig, RunConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +29,41 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with ray_cluster(RayConfig(num_cpus=4), runs_dir=tmp_path_factory.mktemp("ray")):
         yield
+
+
+@pytest.fixture(scope="session")
+def kuairand(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The demo's configuration with its sequences published: all of the committed KuaiRand subset."""
+    from pipeline.data.sequences import build_sequences
+    from pipeline.data.sources import import_logs
+
+    runs_dir = tmp_path_factory.mktemp("kuairand")
+    data = ROOT / "data" / "kuairand_pure_subset"
+    cfg = config.load(ROOT / "configs" / "demo.yaml", [f"runs_dir={runs_dir}", f"source.path={data}"])
+    import_logs(cfg)
+    build_sequences(cfg)
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A runs_dir over which `jobs.mlflow_ui` has its server running: `mlflow_server` of a test joins it.
+
+    TERM to the job ends the server and its workers.
+    """
+    folder = tmp_path_factory.mktemp("mlflow")
+    preset = folder / "preset.yaml"
+    preset.write_text(f"runs_dir: {folder}/runs\n")
+    command = [sys.executable, "-m", "jobs.mlflow_ui", "--config", preset, "--port", str(free_port())]
+    job = subprocess.Popen(command, cwd=ROOT)
+    note = folder / "runs" / "mlflow" / "server.json"
+    try:
+        while not note.exists():
+            assert job.poll() is None, "the MLflow server did not start"
+            time.sleep(0.1)
+        yield folder / "runs"
+    finally:
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.killpg(json.loads(note.read_text())["pid"], 0)

@@ -96,7 +96,7 @@ def _user(user: int, rng: np.random.Generator, cfg: RunConfig) -> dict:
         "user_bucket": user % 2,
         "first_position": 4 if user == 1 else 0,
         "item_id": rng.integers(0, NUM_ITEMS, length).tolist(),
-        "event_time": (start + np.cumsum(rng.integers(1, DAY_MS // 2, length))[request]).tolist(),
+        "event_time": (start + np.cumsum(rng.integers(1, DAY_MS, length))[request]).tolist(),
         "action_mask": rng.integers(0, 4, length).tolist(),
         "known_mask": rng.integers(0, 4, length).tolist(),
         "watch_ms": [-1] * length,

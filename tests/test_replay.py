@@ -1,0 +1,63 @@
+"""Past requests as they are sent again: the server's own code answers in the same process here."""
+
+import time
+
+import numpy as np
+import pytest
+from tiny_world import publish_sequences, save_tiny_model, tiny_config
+
+from pipeline.config import RunConfig
+from pipeline.model.artifact import load_model
+from serve_app import replay
+from serve_app.history import PublishedSequences
+from serve_app.ranker import Ranker
+from serve_app.schemas import RankRequest
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Ranker]:
+    folder = tmp_path_factory.mktemp("replay")
+    cfg = tiny_config(folder / "runs", serve={"port": 0, "parity_requests": 20, "demo_candidates": 12})
+    publish_sequences(cfg)
+    loaded = load_model(save_tiny_model(cfg, cfg.model_dir))
+    return cfg, Ranker(loaded, PublishedSequences(cfg.sequence_dir, cfg, folder / "cache"), 1, "tiny", cfg.serve)
+
+
+def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig, Ranker]) -> None:
+    cfg, ranker = world
+    requests = replay.past_requests(cfg, load_model(cfg.model_dir))
+    assert len(requests) == 20
+    assert sum("user_id" in past.body for past in requests) == 10
+    worst = 0.0
+    for past in requests:
+        request = RankRequest.model_validate(past.body)
+        assert ranker.refusal(request) is None
+        assert len(request.candidates) == cfg.serve.parity_candidates
+        assert cfg.split.test_ms <= request.request_time_ms < time.time() * 1000
+        (answer,) = ranker.rank([request])
+        served = np.array([answer.scores[task] for task in cfg.tasks]).T
+        assert np.ptp(served) > 0.01
+        worst = max(worst, float(np.abs(served - past.scores).max()))
+    assert worst < 1e-6
+
+
+def test_a_skewed_server_is_noticed(world: tuple[RunConfig, Ranker]) -> None:
+    """The sum of all this would be worthless if a request's time or history did not matter to the scores."""
+    cfg, ranker = world
+    worst = 0.0
+    for past in replay.past_requests(cfg, load_model(cfg.model_dir)):
+        late = RankRequest.model_validate(past.body | {"request_time_ms": int(time.time() * 1000)})
+        (answer,) = ranker.rank([late])
+        served = np.array([answer.scores[task] for task in cfg.tasks]).T
+        worst = max(worst, float(np.abs(served - past.scores).max()))
+    assert worst > 1e-3
+
+
+def test_the_demo_asks_for_what_came_next_and_what_is_popular(world: tuple[RunConfig, Ranker]) -> None:
+    cfg, ranker = world
+    body, did = replay.demo_request(cfg)
+    items = [candidate["item_id"] for candidate in body["candidates"]]
+    assert len(items) == len(set(items)) == 12
+    assert items[: len(did)] == list(did)
+    assert 0 < len(did) <= 6
+    assert ranker.refusal(RankRequest.model_validate(body)) is None
