@@ -57,7 +57,7 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
     return metrics
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Work) -> pa.Table:
     """One row per candidate: user_id, item_id, event_time; per task label (null where unknown), score, its logit."""
     parts = []
