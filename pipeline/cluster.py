@@ -61,6 +61,10 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: socket paths end at 107 characters
     os.environ |= serve_environment(folder)
     use_token(runs_dir)
+    port = free_port()
+    # Ray's own actors look for "the" cluster of the machine: beside another one they must be told which is theirs.
+    ours = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    os.environ |= ours
     try:
         yield ray.init(
             address="local",
@@ -73,6 +77,8 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
         )
     finally:
         ray.shutdown()
+        for name in ours:
+            os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ sequences → feature maps (driver) → workers: loader + loop → checkpoints �
 import logging
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,15 @@ def train_dir(cfg: RunConfig) -> Path:
 
 def checkpoint_folders(cfg: RunConfig) -> list[Path]:
     """What Ray Train has kept of this run, oldest first."""
-    return sorted((train_dir(cfg) / "ray").glob("checkpoint_*"))
+    return sorted(path for path in (train_dir(cfg) / "ray").glob("checkpoint_*") if path.is_dir())
 
 
 def _trainer(cfg: RunConfig, digest: str, run: Run | None) -> TorchTrainer:
     train = cfg.train
+    absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))  # a worker has a current folder of its own
     return TorchTrainer(
         train_worker,
-        train_loop_config={"cfg": config.to_dict(cfg), "digest": digest, "run": run},
+        train_loop_config={"cfg": config.to_dict(absolute), "digest": digest, "run": run},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,

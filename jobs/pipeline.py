@@ -1,0 +1,136 @@
+"""The whole chain: logs → sequences → training → evaluation → registry → gate → server → ranking requests over HTTP."""
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs import cli
+from pipeline import config, tracking
+from pipeline.cluster import ray_cluster
+from pipeline.config import RunConfig, UserError
+from pipeline.data import sequences, sources
+from pipeline.data.store import Manifest
+from pipeline.evaluate import evaluator
+from pipeline.train import trainer
+from serve_app import deployment, replay
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"  # marks a folder as a run's own, so that --fresh removes nothing else
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier run of this name left, then begin")
+
+
+def main(job: cli.Job) -> None:
+    cfg = job.cfg
+    if job.options.fresh:
+        remove_run(cfg.run_dir)
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    (cfg.run_dir / RUN_FILE).write_text(json.dumps(config.to_dict(cfg), indent=2))
+    with (
+        tracking.mlflow_server(cfg),
+        ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
+    ):
+        summary = run_chain(cfg, cluster.dashboard_url)
+    (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    print_summary(cfg, summary)
+
+
+def run_chain(cfg: RunConfig, dashboard_url: str) -> dict[str, Any]:
+    """Every stage once, in order; returns what `summary.json` holds."""
+    stage(1, "logs")
+    sources.import_logs(cfg)
+    stage(2, "sequences")
+    manifest = sequences.build_sequences(cfg)
+    logger.info("%d users, %d rows; quarantined %s", manifest.num_users, manifest.num_rows, manifest.quarantined)
+    stage(3, "training")
+    with tracking.start_run(cfg, manifest) as run:
+        run.log_artifacts(cfg.run_dir / "report", "validation_report")
+        started = time.perf_counter()
+        model_dir = trainer.fit(cfg, run)
+        train_seconds = time.perf_counter() - started
+        stage(4, "evaluation on validation and test")
+        metrics = evaluator.evaluate(cfg, model_dir)
+        run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
+        stage(5, "registry and gate")
+        version = tracking.register(cfg, run, model_dir)
+    decision = tracking.promote(cfg, version)
+    logger.info("version %d: %s", version, decision.reason)
+    champion = tracking.champion(cfg)
+    stage(6, f"serving version {champion.version}")
+    url = deployment.deploy(cfg, dashboard_url, champion)
+    stage(7, "requests over HTTP")
+    print(replay.demo_table(cfg, url))
+    parity = replay.replay(cfg, url, model_dir if decision.promoted else tracking.download_champion(cfg)[0])
+    return summarise(cfg, manifest, train_seconds, metrics) | {
+        "mlflow_run_id": run.run_id,
+        "model_version": version,
+        "promoted": decision.promoted,
+        "promotion": decision.reason,
+        "parity_requests": parity.num_requests,
+        "parity_max_abs_diff": parity.max_abs_diff,
+        "http_p50_ms": parity.p50_ms,
+        "http_p99_ms": parity.p99_ms,
+    }
+
+
+def summarise(cfg: RunConfig, manifest: Manifest, train_seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
+    def by_task(split: str, metric: str) -> dict[str, float]:
+        return {task: metrics[f"{split}/{metric}/{task}"] for task in cfg.tasks}
+
+    tables = {
+        f"{split}_{metric}": by_task(split, metric) for split in ("val", "test") for metric in ("auc", "ne", "gauc")
+    }
+    return {
+        "rows_in": manifest.rows_in,
+        "quarantined": manifest.quarantined,
+        "users": manifest.num_users,
+        "sequences": sum(bucket.users for bucket in manifest.buckets),
+        "tokens": manifest.num_rows,
+        "train_seconds": round(train_seconds, 1),
+        **tables,
+        "masked_pair_share": metrics["masked_pair_share"],
+        "truncated_token_share": metrics["truncated_token_share"],
+    }
+
+
+def print_summary(cfg: RunConfig, summary: dict[str, Any]) -> None:
+    print(f"\n{cfg.name}: version {summary['model_version']} {summary['promotion']}")
+    print(f"{'':22}" + "".join(f"{task:>18}" for task in cfg.tasks))
+    for name in ("val_auc", "val_ne", "test_auc", "test_ne", "test_gauc"):
+        print(f"{name:22}" + "".join(f"{summary[name][task]:18.4f}" for task in cfg.tasks))
+    for name, value in summary.items():
+        if not isinstance(value, dict) and name != "promotion":
+            print(f"{name:22}{value:.3g}" if isinstance(value, float) else f"{name:22}{value}")
+    print(f"{'quarantined':22}{summary['quarantined']}")
+    print(f"all of it in {cfg.run_dir / 'summary.json'}")
+
+
+def stage(number: int, what: str) -> None:
+    print(f"== {number}/7 {what}", flush=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run's folder.
+
+    Raises:
+        UserError: it holds files and no run was started there.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+        raise UserError(f"--fresh: {folder} holds files but no {RUN_FILE}, so it is not a run's; remove it yourself")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    """The plans of the stages that need no earlier one."""
+    return {"import_logs": sources.plan_import(cfg), "workers": cfg.train.num_workers, "run": str(cfg.run_dir)}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, plan)
