@@ -115,8 +115,7 @@ def _order(keys: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 def _newest(user: np.ndarray, most: int) -> np.ndarray:
     """Which of the rows, sorted by user and time, are among the last `most` of their user."""
-    starts = np.flatnonzero(np.r_[True, user[1:] != user[:-1]]) if len(user) else np.zeros(0, np.int64)
-    ends = np.repeat(np.r_[starts[1:], len(user)], np.diff(np.r_[starts, len(user)]))
+    ends = np.searchsorted(user, user, side="right")
     return np.arange(len(user)) >= ends - most
 
 

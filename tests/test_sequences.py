@@ -1,0 +1,428 @@
+"""LOG → SEQUENCE: the vectorised pass against a plain function of one user, and the build from Parquet to manifest."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import config
+from pipeline.config import RunConfig, UserError
+from pipeline.data import sequences, store
+from pipeline.data.build import build_bucket
+from pipeline.data.cleaning import LogRules, user_bucket
+from pipeline.data.sequences import build_sequences
+from pipeline.schema import sequence_lists
+
+NOON = 1_650_000_000_000
+RULES = LogRules(
+    columns={},
+    actions=("click", "like"),
+    request_columns=("tab",),
+    earliest_ms=0,
+    latest_ms=2**60,
+    num_buckets=1,
+)
+
+
+def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
+    """One user's rows as a SEQUENCE row, and the reason of each row left out: PROTOCOL's words, one by one."""
+    last = 2**63 - 1
+    rest = ("click", "like", "tab", "request_id", "watch_ms", "order_only", "known_mask")
+
+    def rank(row: dict) -> tuple:
+        return (row["tie_breaker"], *(last if row[name] is None else row[name] for name in rest), row["row_digest"])
+
+    def full_rank(row: dict) -> tuple:
+        tie, *others = rank(row)
+        return (last if tie is None else tie, *others)
+
+    reasons, sources, keys, kept = {}, set(), set(), []
+    for row in sorted(rows, key=full_rank):
+        source = (row["event_time"], row["item_id"], row["row_digest"])
+        if source in sources:
+            reasons[row["number"]] = "exact_duplicate"
+        sources.add(source)
+    for row in sorted((row for row in rows if row["number"] not in reasons), key=full_rank):
+        key = (row["event_time"], row["item_id"])
+        if key in keys:
+            reasons[row["number"]] = "key_duplicate"
+        else:
+            kept.append(row)
+        keys.add(key)
+    kept.sort(
+        key=lambda row: (row["event_time"], last if row["tie_breaker"] is None else row["tie_breaker"], row["item_id"])
+    )
+    requests: dict[tuple, list[dict]] = {}
+    for row in kept:
+        requests.setdefault((row["event_time"], row["request_id"]), []).append(row)
+    together = [row for (_, _), members in sorted(requests.items(), key=lambda kv: kv[0][0]) for row in members]
+    newest = together[-cap:]
+    order = list(dict.fromkeys((row["event_time"], row["request_id"]) for row in newest))
+    known = [
+        (3 if row["known_mask"] is None else row["known_mask"])
+        & ~sum(1 << bit for bit, name in enumerate(("click", "like")) if row[name] is None)
+        for row in newest
+    ]
+    return {
+        "first_position": len(together) - len(newest),
+        "item_id": [row["item_id"] for row in newest],
+        "event_time": [row["event_time"] for row in newest],
+        "action_mask": [
+            ((row["click"] or 0) | (row["like"] or 0) << 1) & k for row, k in zip(newest, known, strict=True)
+        ],
+        "known_mask": known,
+        "watch_ms": [-1 if row["watch_ms"] is None else row["watch_ms"] for row in newest],
+        "request_index": [order.index((row["event_time"], row["request_id"])) for row in newest],
+        "order_only": [bool(row["order_only"]) for row in newest],
+        "tab": [-1 if row["tab"] is None else row["tab"] for row in newest],
+    }, reasons
+
+
+def small(most: int) -> st.SearchStrategy:
+    return st.one_of(st.none(), st.integers(0, most))
+
+
+LOG_ROW = st.fixed_dictionaries(
+    {
+        "user_id": st.integers(0, 2),
+        "item_id": st.integers(0, 2),
+        "event_time": st.integers(0, 3),
+        "click": small(1),
+        "like": small(1),
+        "tab": small(2),
+        "request_id": small(1),
+        "watch_ms": small(1),
+        "order_only": st.one_of(st.none(), st.booleans()),
+        "known_mask": small(3),
+        "tie_breaker": small(2),
+        "row_digest": st.integers(0, 2),
+    }
+)
+
+
+def as_block(rows: list[dict]) -> pa.Table:
+    extra = {"user_bucket": 0, "reason": None, "source_row": None}
+    return pa.Table.from_pylist([row | extra for row in rows], schema=RULES.schema)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LOG_ROW, max_size=24), st.integers(1, 6))
+def test_the_vectorised_pass_equals_a_plain_function_of_one_user(rows: list[dict], cap: int):
+    rows = [row | {"number": number} for number, row in enumerate(rows)]
+    built = build_bucket(as_block([{k: v for k, v in row.items() if k != "number"} for row in rows]), RULES, cap)
+    expected, reasons = {}, []
+    for user in sorted({row["user_id"] for row in rows}):
+        expected[user], left_out = plain_user([row for row in rows if row["user_id"] == user], cap)
+        reasons += left_out.values()
+    found = {row.pop("user_id"): row for row in built.sequences.to_pylist()}
+    assert list(found) == list(expected)
+    for user, row in found.items():
+        row.pop("user_bucket")
+        assert row == expected[user]
+    assert sorted(built.quarantine["reason"].to_pylist()) == sorted(reasons)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(LOG_ROW, min_size=1, max_size=24), st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_changes_nothing(rows: list[dict], random):
+    shuffled = random.sample(rows, len(rows))
+    one, other = (build_bucket(as_block(some), RULES, 5) for some in (rows, shuffled))
+    assert one.sequences.equals(other.sequences)
+
+
+def test_user_bucket_is_splitmix64_on_every_machine():
+    def splitmix(user: int) -> int:
+        h, all_bits = user, 2**64 - 1
+        h = ((h ^ h >> 30) * 0xBF58476D1CE4E5B9) & all_bits
+        h = ((h ^ h >> 27) * 0x94D049BB133111EB) & all_bits
+        return h ^ h >> 31
+
+    users = np.array([0, 1, 2, 12345, 2**40 + 7, 2**63 - 1])
+    assert user_bucket(users, 16).tolist() == [splitmix(int(user)) % 16 for user in users]
+    share = np.bincount(user_bucket(np.arange(100_000), 16)) / 100_000
+    assert np.abs(share - 1 / 16).max() < 0.005
+
+
+# The build from Parquet files to a manifest. One Ray cluster serves all of it.
+
+
+def log(num_users: int = 30, rows: int = 400, seed: int = 0, **columns: object) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    return pa.table(
+        {
+            "user_id": rng.integers(num_users, size=rows),
+            "item_id": rng.integers(50, size=rows),
+            "event_time": NOON + rng.integers(10_000, size=rows) * 1000,
+            "click": rng.integers(2, size=rows).astype(np.int8),
+            "like": rng.integers(2, size=rows).astype(np.int8),
+            "tab": rng.integers(3, size=rows).astype(np.int32),
+            **columns,
+        }
+    )
+
+
+def config_for(folder: Path, *tables: pa.Table, **source: object) -> RunConfig:
+    (folder / "in").mkdir(exist_ok=True)
+    for number, table in enumerate(tables):
+        pq.write_table(table, folder / "in" / f"{number}.parquet")
+    return config.from_dict(
+        {
+            "name": "small",
+            "runs_dir": str(folder / "runs"),
+            "source": {
+                "kind": "parquet",
+                "path": str(folder / "in"),
+                "actions": ["click", "like"],
+                "request_columns": ["tab"],
+                **source,
+            },
+            "sequences": {"num_buckets": 3, "max_quarantined_share": 0.5},
+            "tasks": ["click"],
+        }
+    )
+
+
+def with_sequences(cfg: RunConfig, **changes: object) -> RunConfig:
+    return dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, **changes))
+
+
+@pytest.mark.cluster
+def test_kuairand_counts(kuairand: RunConfig):
+    manifest = store.read_manifest(kuairand.sequence_dir)
+    assert manifest.quarantined == {
+        "exact_duplicate": 4682,
+        "key_duplicate": 366,
+        "history_not_before_first_event": 3,
+    }
+    table = store.read_sequences(kuairand.sequence_dir)
+    flat = {
+        name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in table.column_names[3:]
+    }
+    timed = flat["event_time"][~flat["order_only"]]
+    split = kuairand.split
+    counts = np.diff([0, *np.searchsorted(np.sort(timed), [split.val_ms, split.test_ms]), len(timed)])
+    assert counts.tolist() == [91_989, 39_363, 48_777]
+    assert manifest.rows_in == manifest.num_rows + 4682 + 366
+    assert manifest.num_users == table.num_rows == len(np.unique(table["user_id"]))
+
+
+@pytest.mark.cluster
+def test_kuairand_users_with_nothing_but_a_history_stay(kuairand: RunConfig):
+    table = store.read_sequences(kuairand.sequence_dir)
+    data = Path(str(kuairand.source.path))
+    events = set(pq.read_table(data / "events.parquet")["user_id"].to_pylist())
+    histories = set(pq.read_table(data / "user_history.parquet")["user_id"].to_pylist())
+    users = set(table["user_id"].to_pylist())
+    assert users == events | histories
+    assert histories - events
+
+
+@pytest.mark.cluster
+def test_kuairand_ties_follow_the_file(kuairand: RunConfig):
+    table = store.read_sequences(kuairand.sequence_dir)
+    events = pq.read_table(Path(str(kuairand.source.path)) / "events.parquet").to_pandas()
+    events = events.drop_duplicates().drop_duplicates(["user_id", "item_id", "time_ms"])
+    expected = events.sort_values(["user_id", "time_ms"], kind="stable").groupby("user_id")["item_id"].agg(list)
+    columns = table.select(["user_id", "item_id", "order_only"]).to_pydict()
+    for user, items, order_only in zip(*columns.values(), strict=True):
+        timed = [item for item, only in zip(items, order_only, strict=True) if not only]
+        assert timed == expected.get(user, [])
+
+
+@pytest.mark.cluster
+def test_the_same_logs_in_any_order_and_any_files_give_the_same_bytes(local_ray: None, tmp_path: Path):
+    table = log(rows=600)
+    shuffled = table.take(np.random.default_rng(1).permutation(600))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = build_sequences(config_for(tmp_path / "a", table))
+    other = build_sequences(config_for(tmp_path / "b", shuffled.slice(0, 100), shuffled.slice(100)))
+    assert one.digest == other.digest
+    assert [bucket.sha256 for bucket in one.buckets] == [bucket.sha256 for bucket in other.buckets]
+
+
+@pytest.mark.cluster
+def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(local_ray: None, tmp_path: Path, monkeypatch):
+    cfg = config_for(tmp_path, log())
+    first = build_sequences(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequences, "_run_buckets", lambda *_: pytest.fail("built again"))
+        assert build_sequences(cfg) == first
+    capped = with_sequences(cfg, max_rows_per_user=3)
+    with pytest.raises(UserError, match=r"holds sequences of other logs or settings.*--overwrite") as refused:
+        build_sequences(capped)
+    assert str(cfg.sequence_dir) in str(refused.value)
+    assert store.read_manifest(cfg.sequence_dir) == first
+    second = build_sequences(capped, overwrite=True)
+    assert store.read_manifest(cfg.sequence_dir) == second
+    assert second.rows_capped == first.num_rows - second.num_rows > 0
+    table = store.read_sequences(cfg.sequence_dir)
+    assert max(len(items) for items in table["item_id"].to_pylist()) == 3
+    assert sum(table["first_position"].to_pylist()) == second.rows_capped
+
+
+@pytest.mark.cluster
+def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(local_ray: None, tmp_path: Path, monkeypatch):
+    cfg = config_for(tmp_path, log())
+    first = build_sequences(cfg)
+    before = store.read_sequences(cfg.sequence_dir)
+    capped = with_sequences(cfg, max_rows_per_user=3)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_manifest", die)
+        with pytest.raises(KeyboardInterrupt):
+            build_sequences(capped, overwrite=True)
+    (cfg.sequence_dir / ".staging").mkdir()  # what kill -9 leaves
+    (cfg.sequence_dir / ".staging" / "bucket-00000.parquet").write_bytes(b"half")
+    assert store.read_manifest(cfg.sequence_dir) == first
+    assert store.read_sequences(cfg.sequence_dir).equals(before)
+    assert build_sequences(capped, overwrite=True).rows_capped > 0
+    assert not (cfg.sequence_dir / ".staging").exists()
+
+
+@pytest.mark.cluster
+def test_files_may_differ_in_column_order_and_in_width(local_ray: None, tmp_path: Path):
+    narrow = log(rows=50, seed=1)
+    narrow = narrow.set_column(0, "user_id", narrow["user_id"].cast(pa.int32()))
+    wide = log(rows=50, seed=2).select(["tab", "like", "click", "event_time", "item_id", "user_id"])
+    manifest = build_sequences(config_for(tmp_path, narrow, wide, wide))
+    assert manifest.rows_in == 150
+    assert manifest.quarantined["exact_duplicate"] == 50
+
+
+@pytest.mark.cluster
+def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(local_ray: None, tmp_path: Path):
+    bad = {
+        "user_id": [None, -1, 1, 1, 1, 1, 1, 1],
+        "item_id": [1, 1, None, 1, 1, 1, 1, 1],
+        "event_time": [NOON, NOON, NOON, None, NOON // 1000, NOON * 1000, NOON, NOON],
+        "click": [0, 0, 0, 0, 0, 0, 2, 0],
+        "like": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float("nan")],
+        "tab": [0, 0, 0, 0, 0, 0, 0, 0],
+    }
+    good = log(rows=100)
+    good = good.set_column(4, "like", good["like"].cast(pa.float64()))
+    cfg = config_for(tmp_path, good, pa.table({name: pa.array(v) for name, v in bad.items()}))
+    manifest = build_sequences(cfg)
+    assert {reason: rows for reason, rows in manifest.quarantined.items() if "duplicate" not in reason} == {
+        "null_user_id": 1,
+        "negative_user_id": 1,
+        "null_item_id": 1,
+        "null_event_time": 1,
+        "event_time_before_range": 1,
+        "event_time_in_future": 1,
+        "click_not_0_1": 1,
+        "like_not_0_1": 1,
+    }
+    version = cfg.sequence_dir / manifest.digest[:16]
+    files = sorted((version / "quarantine").glob("*.parquet"))
+    quarantine = pa.concat_tables([pq.read_table(file) for file in files]).to_pylist()
+    clicked = next(row for row in quarantine if row["reason"] == "click_not_0_1")
+    assert json.loads(clicked["source_row"])["click"] == 2
+    assert len(quarantine) == sum(manifest.quarantined.values())
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("event_time", NOON // 1000 + np.arange(400), "event_time_before_range 400.*looks like seconds"),
+        ("event_time", NOON * 1000 + np.arange(400), "event_time_in_future 400.*looks like microseconds"),
+        ("user_id", pa.nulls(400, pa.int64()), "all rows are bad.*null_user_id 400"),
+        ("click", np.arange(400) % 3, r"33.* of the rows are bad.*max_quarantined_share is 0.2.*click_not_0_1 133"),
+    ],
+)
+def test_too_many_bad_rows_fail_the_build_and_publish_nothing(
+    local_ray: None, tmp_path: Path, column: str, values: object, message: str
+):
+    cfg = with_sequences(config_for(tmp_path, log(**{column: values})), max_quarantined_share=0.2)
+    with pytest.raises(UserError, match=message) as refused:
+        build_sequences(cfg)
+    assert "validation.html" in str(refused.value)
+    assert (cfg.run_dir / "report" / "validation.html").exists()
+    with pytest.raises(UserError, match="no sequences are published"):
+        store.read_manifest(cfg.sequence_dir)
+    assert [path.name for path in cfg.sequence_dir.iterdir()] == [".lock"]
+
+
+def test_what_is_refused_before_ray_starts(tmp_path: Path):
+    with pytest.raises(UserError, match=r"source.path: no Parquet files"):
+        build_sequences(config_for(tmp_path))
+    with pytest.raises(UserError, match="the logs are empty, 0 rows in 1 files"):
+        build_sequences(config_for(tmp_path, log(rows=0)))
+    with pytest.raises(
+        UserError, match=r"no column 'uid' for user_id \(source.columns.user_id: uid\); found \['user_id'"
+    ):
+        build_sequences(config_for(tmp_path, log(), columns={"user_id": "uid"}))
+    with pytest.raises(UserError, match=r"no column 'click' for click; found \['user_id'"):
+        build_sequences(config_for(tmp_path, log().drop_columns(["click"])))
+    with pytest.raises(UserError, match=r"no column 'secs', configured as source.columns.watch_ms"):
+        build_sequences(config_for(tmp_path, log(), columns={"watch_ms": "secs"}))
+    with pytest.raises(UserError, match=r"source.columns: 'userid' is not a column of the logs"):
+        build_sequences(config_for(tmp_path, log(), columns={"userid": "user_id"}))
+    with pytest.raises(UserError, match=r"column 'event_time' must be an integer .*found string"):
+        build_sequences(config_for(tmp_path, log(event_time=["2022-05-01"] * 400)))
+    with pytest.raises(UserError, match="column 'item_id' must be an integer, found double"):
+        build_sequences(config_for(tmp_path, log(item_id=np.zeros(400))))
+    (tmp_path / "in" / "0.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        build_sequences(config_for(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_build_at_a_time(tmp_path: Path):
+    cfg = config_for(tmp_path, log())
+    with sequences._locked(cfg.sequence_dir), pytest.raises(UserError, match="another job is building sequences"):
+        build_sequences(cfg)
+
+
+@pytest.mark.cluster
+def test_side_tables_are_published_under_our_names(local_ray: None, tmp_path: Path):
+    pq.write_table(pa.table({"uid": pa.array([3, 1], pa.int32()), "country": ["x", None]}), tmp_path / "users.parquet")
+    users = {"path": str(tmp_path / "users.parquet"), "id_column": "uid"}
+    cfg = config_for(tmp_path, log(), users=users)
+    first = build_sequences(cfg)
+    table = store.read_side_table(cfg.sequence_dir, "users")
+    assert table is not None
+    assert table.to_pydict() == {"user_id": [1, 3], "country": [None, "x"]}
+    assert store.read_side_table(cfg.sequence_dir, "items") is None
+    pq.write_table(pa.table({"uid": [3, 1], "country": ["y", None]}), tmp_path / "users.parquet")
+    assert build_sequences(cfg, overwrite=True).digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"uid": [1, 1]}, "uid 1 stands in several rows"),
+        ({"uid": [1, None]}, "'uid' .* is null in 1 rows"),
+        ({"uid": ["1", "2"]}, "'uid' .* must be an integer, found string"),
+        ({"id": [1, 2]}, r"no column 'uid' .*found \['id'"),
+    ],
+)
+def test_side_tables_need_one_row_per_id(tmp_path: Path, ids: dict, message: str):
+    pq.write_table(pa.table(ids), tmp_path / "users.parquet")
+    cfg = config_for(tmp_path, log(), users={"path": str(tmp_path / "users.parquet"), "id_column": "uid"})
+    with pytest.raises(UserError, match=message):
+        build_sequences(cfg)
+
+
+def test_the_plan_reads_no_rows(tmp_path: Path):
+    plan = sequences.plan(config_for(tmp_path, log(rows=300), log(rows=200)))
+    assert plan["rows"] == 500
+    assert plan["files"] == 2
+    assert plan["buckets"] == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_lists_of_every_schema_column():
+    table = build_bucket(as_block([]), RULES, 5).sequences
+    assert table.column_names == ["user_id", "user_bucket", "first_position", *sequence_lists(("tab",))]
