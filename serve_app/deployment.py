@@ -7,6 +7,7 @@ only `user_config` changes.
 import dataclasses
 import logging
 import time
+import uuid
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def template() -> dict[str, Any]:
 def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
     """What a replica needs to load a version; `serve_app.app.load_and_warm` reads it."""
     return {
+        "deployment": uuid.uuid4().hex,  # names this update, so that its success or failure can be told from others'
         "model": dataclasses.asdict(model),
         "sequences": str(cfg.sequence_dir),
         "cache": str(cache(cfg)),
@@ -46,7 +48,7 @@ def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
     }
 
 
-def serve_config(cfg: RunConfig, model: tracking.PinnedModel, port: int, runtime_env: dict[str, Any]) -> dict[str, Any]:
+def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env: dict[str, Any]) -> dict[str, Any]:
     """serve_config.yaml with everything put in."""
     filled = template()
     filled["http_options"] |= {"host": cfg.serve.host, "port": port}
@@ -54,7 +56,7 @@ def serve_config(cfg: RunConfig, model: tracking.PinnedModel, port: int, runtime
     application["runtime_env"] = runtime_env
     application["args"] = {"max_body_bytes": cfg.serve.max_body_bytes}
     (ranker,) = (entry for entry in application["deployments"] if entry["name"] == "RankerReplica")
-    ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": user_config(cfg, model)}
+    ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
     return filled
 
 
@@ -71,9 +73,10 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> s
     dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
     client = ServeSubmissionClient(dashboard)
     port = _running_port(client.get_serve_details()) or cfg.serve.port or free_port()
-    client.deploy_applications(serve_config(cfg, model, port, code_of_this_job()))
+    wanted = user_config(cfg, model)
+    client.deploy_applications(serve_config(cfg, wanted, port, code_of_this_job()))
     url = f"http://{cfg.serve.host}:{port}"
-    _wait(cfg, client, url, model.version)
+    _wait(cfg, client, url, wanted["deployment"])
     return url
 
 
@@ -90,17 +93,17 @@ def _running_port(details: dict[str, Any]) -> int | None:
     return details["http_options"]["port"] if details.get("applications") else None
 
 
-def _wait(cfg: RunConfig, client: Any, url: str, version: int) -> None:
+def _wait(cfg: RunConfig, client: Any, url: str, deployment: str) -> None:
     in_a_row, started = 0, time.monotonic()
     while in_a_row < ANSWERS_PER_REPLICA * cfg.serve.num_replicas:
         if time.monotonic() - started > TIMEOUT_S:
-            raise UserError(f"{url} does not answer with version {version} after {TIMEOUT_S:.0f} s: {_status(client)}")
+            raise UserError(f"{url} does not answer with the new version after {TIMEOUT_S:.0f} s: {_status(client)}")
         info = _model_info(url)
-        if info is not None and info["model_version"] == version:
+        if info is not None and info["deployment"] == deployment:
             in_a_row += 1
             continue
         in_a_row = 0
-        if info is not None and info["failure"]:
+        if info is not None and info["failed_deployment"] == deployment:
             raise UserError(f"{info['failure']}; version {info['model_version']} goes on answering")
         if info is None and (status := _status(client)).startswith(("DEPLOY_FAILED", "UNHEALTHY")):
             raise UserError(f"the server did not start: {status}")

@@ -107,4 +107,6 @@ class ModelInfo(BaseModel):
     request_features: list[str]
     actions: list[str]
     sequences: str = Field(description="digest of the published sequences behind user_id")
-    failure: str | None = Field(default=None, description="why the version deployed last is not the one that answers")
+    deployment: str = Field(default="", description="id of the update that made it answer")
+    failed_deployment: str | None = Field(default=None, description="id of a later update that did not load")
+    failure: str | None = Field(default=None, description="why it did not; what answered before goes on")

@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A private Ray cluster of 4 logical CPUs; `ray_cluster` inside a test joins it."""
+    """A private Ray cluster of 4 logical CPUs with its dashboard; `ray_cluster` inside a test joins it."""
     from pipeline.cluster import ray_cluster
 
-    with ray_cluster(RayConfig(num_cpus=4), runs_dir=tmp_path_factory.mktemp("ray")):
+    with ray_cluster(RayConfig(num_cpus=4), runs_dir=tmp_path_factory.mktemp("ray"), include_dashboard=True):
         yield
 
 

@@ -1,0 +1,360 @@
+"""The server: its HTTP face in this process, and the whole of it on one real Ray Serve."""
+
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny_world import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
+
+from pipeline import tracking
+from pipeline.cluster import free_port, ray_cluster
+from pipeline.config import RunConfig, ServeConfig, UserError
+from pipeline.data import store
+from pipeline.model.artifact import load_model
+from serve_app import deployment, replay
+from serve_app.api import Overloaded, Unavailable, make_api
+from serve_app.batching import MicroBatcher
+from serve_app.history import PublishedSequences
+from serve_app.ranker import Ranker
+from serve_app.schemas import ModelInfo, RankRequest, RankResponse, Refusal
+
+ROOT = Path(__file__).parent.parent
+ONE = {"user_id": 3, "candidates": [{"item_id": 1}]}
+
+
+# The HTTP face ---------------------------------------------------------------
+
+
+class InProcess:
+    """A replica without Ray."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        self.ranker = ranker
+        self.failing: Exception | None = None
+
+    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+        if self.failing:
+            raise self.failing
+        return self.ranker.refusal(request) or self.ranker.rank([request])[0]
+
+    async def info(self) -> ModelInfo:
+        if self.failing:
+            raise self.failing
+        return self.ranker.info()
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
+    folder = tmp_path_factory.mktemp("api")
+    cfg = tiny_config(folder / "runs")
+    publish_sequences(cfg)
+    loaded = load_model(save_tiny_model(cfg, folder / "model"))
+    sequences = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
+    return InProcess(Ranker(loaded, sequences, 1, "tiny", ServeConfig()))
+
+
+def call(replica: InProcess, method: str, path: str, **arguments: object) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(make_api(replica, max_body_bytes=2_000_000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **arguments)  # pyright: ignore[reportArgumentType]
+
+    return asyncio.run(send())
+
+
+BAD_BODIES = {  # body -> status, place and value that the answer must name
+    "malformed JSON": (b'{"user_id": 3, "candidates": [', 422, ["body", 30], "JSON decode error"),
+    "not UTF-8": (b"{\xff}", 400, None, "parsing the body"),
+    "nothing": (b"", 422, ["body"], "required"),
+    "a list": (b"[1]", 422, ["body"], "dictionary"),
+    "nested deeply": (b"[" * 100_000, 400, None, "parsing the body"),
+    "a number of 5,000 digits": (b'{"user_id": 1' + b"0" * 5000 + b"}", 400, None, "parsing the body"),
+    "NaN": (b'{"user_id": NaN, "candidates": [{"item_id": 1}]}', 422, ["body", "user_id"], "nan"),
+    "a lone surrogate": (b'{"user_id": 3, "candidates": [{"item_id": "\\ud800"}]}', 422, None, "ud800"),
+    "no candidates": (json.dumps({**ONE, "candidates": []}).encode(), 422, ["body", "candidates"], "at least 1"),
+    "10,001 candidates": (
+        json.dumps({**ONE, "candidates": [{"item_id": 1}] * 10_001}).encode(),
+        422,
+        ["body", "candidates"],
+        "10001",
+    ),
+    "candidates missing": (b'{"user_id": 3}', 422, ["body", "candidates"], "required"),
+    "both histories": (json.dumps({**ONE, "history": []}).encode(), 422, ["body"], "got both"),
+    "no history at all": (b'{"candidates": [{"item_id": 1}]}', 422, ["body"], "got neither"),
+    "a misspelt field": (json.dumps({**ONE, "userid": 4}).encode(), 422, ["body", "userid"], "4"),
+    "text for a number": (json.dumps({**ONE, "user_id": "3"}).encode(), 422, ["body", "user_id"], "3"),
+    "a negative item": (b'{"user_id": 3, "candidates": [{"item_id": -1}]}', 422, None, "-1"),
+    "an item beyond int64": (b'{"user_id": 3, "candidates": [{"item_id": 9223372036854775808}]}', 422, None, "9223"),
+    "seconds for ms": (
+        json.dumps({**ONE, "request_time_ms": 1_651_500_000}).encode(),
+        422,
+        ["body", "request_time_ms"],
+        "1651500000",
+    ),
+    "an unknown request column": (
+        json.dumps({**ONE, "request_features": {"tap": 1}}).encode(),
+        422,
+        ["body", "request_features"],
+        "tap",
+    ),
+    "an unknown task": (json.dumps({**ONE, "order_by": "is_sold"}).encode(), 422, ["body", "order_by"], "is_sold"),
+    "5 MB": (b" " * 5_000_000, 413, ["body"], "5000000 bytes"),
+}
+
+
+def check_refused(answer: httpx.Response, status: int, loc: list | None, said: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert said.lower() in answer.text.lower()
+    if loc is not None:
+        assert loc in [entry["loc"] for entry in answer.json()["detail"]]
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_bad_bodies_are_4xx_and_name_the_field(replica: InProcess, name: str) -> None:
+    body, *expected = BAD_BODIES[name]
+    check_refused(
+        call(replica, "POST", "/v1/rank", content=body, headers={"content-type": "application/json"}), *expected
+    )
+
+
+def test_other_methods_and_paths(replica: InProcess) -> None:
+    assert call(replica, "GET", "/v1/rank").status_code == 405
+    assert call(replica, "POST", "/v2/rank", json=ONE).status_code == 404
+
+
+def test_no_model_and_too_many_requests(replica: InProcess) -> None:
+    try:
+        replica.failing = Unavailable()
+        assert call(replica, "GET", "/readyz").status_code == 503
+        assert call(replica, "GET", "/healthz").status_code == 200
+        assert call(replica, "POST", "/v1/rank", json=ONE).status_code == 503
+        replica.failing = Overloaded()
+        answer = call(replica, "POST", "/v1/rank", json=ONE)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+    finally:
+        replica.failing = None
+
+
+def test_the_documented_schema_is_the_request(replica: InProcess) -> None:
+    schemas = call(replica, "GET", "/openapi.json").json()["components"]["schemas"]
+    assert schemas["RankRequest"]["properties"].keys() == RankRequest.model_fields.keys()
+    assert {"RankResponse", "Candidate", "HistoryRow", "ModelInfo"} <= schemas.keys()
+
+
+# Requests together -----------------------------------------------------------
+
+
+def test_what_waits_goes_together_and_every_answer_finds_its_request() -> None:
+    batches: list[list[int]] = []
+
+    def work(items: list[int]) -> list[int]:
+        batches.append(items)
+        time.sleep(0.05)
+        return [item * 10 for item in items]
+
+    async def main() -> list[int]:
+        batcher = MicroBatcher(work, max_together=4)
+        return await asyncio.gather(*(batcher(i) for i in range(10)))
+
+    assert asyncio.run(main()) == [i * 10 for i in range(10)]
+    assert max(map(len, batches)) == 4
+    assert len(batches) < 10
+
+
+def test_a_batch_that_fails_fails_its_own_requests_only() -> None:
+    def work(items: list[int]) -> list[int]:
+        if 0 in items:
+            raise ValueError("zero")
+        return items
+
+    async def main() -> list[int | BaseException]:
+        batcher = MicroBatcher(work, max_together=1)
+        return await asyncio.gather(*(batcher(i) for i in range(3)), return_exceptions=True)
+
+    failed, *others = asyncio.run(main())
+    assert isinstance(failed, ValueError)
+    assert others == [1, 2]
+
+
+# The configuration file ------------------------------------------------------
+
+
+def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: Path) -> None:
+    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    cfg = tiny_config(tmp_path)
+    model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
+    wanted = deployment.user_config(cfg, model)
+    for filled in (
+        deployment.template(),
+        deployment.serve_config(cfg, wanted, 8123, {"working_dir": f"local://{ROOT}"}),
+    ):
+        ServeDeploySchema.model_validate(filled)
+        assert filled.keys() <= ServeDeploySchema.model_fields.keys()
+        assert filled["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+        for application in filled["applications"]:
+            assert application.keys() <= ServeApplicationSchema.model_fields.keys()
+            for entry in application["deployments"]:
+                assert entry.keys() <= DeploymentSchema.model_fields.keys()
+    assert filled["http_options"]["port"] == 8123
+    assert filled["applications"][0]["deployments"][1]["user_config"]["model"]["version"] == 3
+    json.dumps(filled)
+
+
+# A real server ---------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    cfg: RunConfig
+    url: str
+    dashboard_url: str
+    versions: list[int]
+    folders: list[Path]
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def served(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Two registered versions, the first of them champion and serving."""
+    from ray import serve
+
+    cfg = tiny_config(mlflow_runs, name="served", tracking={"model_name": "served"})
+    publish_sequences(cfg)
+    folder = tmp_path_factory.mktemp("models")
+    folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
+    with tracking.mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
+        versions = []
+        for model in folders:
+            with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+                versions.append(tracking.register(cfg, run, model))
+        tracking.promote(cfg, versions[0])
+        url = deployment.deploy(cfg, cluster.dashboard_url, tracking.champion(cfg))
+        yield Served(cfg, url, cluster.dashboard_url, versions, folders)
+        serve.shutdown()
+
+
+@pytest.mark.cluster
+def test_it_answers_with_the_champion(served: Served) -> None:
+    info = served.client.get("/v1/model").json()
+    assert (info["model_name"], info["model_version"]) == ("served", served.versions[0])
+    assert served.client.get("/healthz").json() == {"status": "ok"}
+    assert served.client.get("/readyz").json() == {"status": "ready", "model_version": served.versions[0]}
+    assert served.client.get("/docs").status_code == 200
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ["malformed JSON", "no candidates", "10,001 candidates", "5 MB", "both histories"])
+def test_bad_bodies_over_the_wire(served: Served, name: str) -> None:
+    body, *expected = BAD_BODIES[name]
+    check_refused(served.client.post("/v1/rank", content=body, headers={"content-type": "application/json"}), *expected)
+    assert served.client.post("/v1/rank", json=ONE).status_code == 200
+
+
+@pytest.mark.cluster
+def test_unknown_user_and_items(served: Served) -> None:
+    asked = {"user_id": NOT_A_USER, "candidates": [{"item_id": 1}, {"item_id": 10**12}]}
+    answer = served.client.post("/v1/rank", json=asked).json()
+    assert answer["unknown_user"]
+    assert answer["unknown_items"] == 1
+    assert len(answer["scores"]["is_like"]) == 2
+
+
+@pytest.mark.cluster
+def test_the_most_candidates_allowed(served: Served) -> None:
+    asked = {"user_id": 3, "candidates": [{"item_id": i} for i in range(10_000)]}
+    answer = served.client.post("/v1/rank", json=asked)
+    assert answer.status_code == 200
+    assert sorted(answer.json()["order"]) == list(range(10_000))
+
+
+@pytest.mark.cluster
+def test_offline_and_http_agree(served: Served) -> None:
+    report = replay.replay(served.cfg, served.url, served.folders[0])
+    assert report.num_requests > 15
+    assert report.max_abs_diff <= 1e-5
+    other = replay.replay(served.cfg, served.url, served.folders[1])
+    assert other.max_abs_diff > 1e-2, "another model's scores must not pass"
+
+
+@pytest.mark.cluster
+def test_promote_and_rollback_while_requests_come_in(served: Served) -> None:
+    answers: list[tuple[int, int]] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=served.url, timeout=30) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/rank", json=ONE)
+                answers.append((answer.status_code, answer.json().get("model_version", 0)))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        first, second = served.versions
+        assert tracking.promote(served.cfg, second).promoted
+        assert deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg)) == served.url
+        assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == second
+        assert tracking.rollback(served.cfg) == first
+        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == first
+    finally:
+        stop.set()
+        asking.join()
+    assert {status for status, _ in answers} == {200}
+    seen = [version for _, version in answers]
+    changes = [b for a, b in itertools.pairwise(seen) if a != b]
+    assert changes == [second, first]
+
+
+@pytest.mark.cluster
+def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None:
+    broken = replace(tracking.champion(served.cfg), sha256={"model.safetensors": "0" * 64})
+    with pytest.raises(UserError, match=r"did not load.*goes on answering"):
+        deployment.deploy(served.cfg, served.dashboard_url, broken)
+    assert served.client.post("/v1/rank", json=ONE).status_code == 200
+
+
+def run_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{name}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.cluster
+def test_no_champion(mlflow_runs: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"runs_dir: {mlflow_runs}\ntracking: {{model_name: nobody}}\n")
+    done = run_job("serve", "--config", str(preset))
+    assert done.returncode == 2, done.stderr
+    assert "no champion: no version of nobody has the alias 'champion'" in done.stderr
+
+
+def test_mlflow_down(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    uri = f"http://127.0.0.1:{free_port()}"
+    preset.write_text(f"runs_dir: {tmp_path}/runs\ntracking: {{uri: '{uri}'}}\n")
+    done = run_job("promote", "--config", str(preset))
+    assert done.returncode == 2, done.stderr
+    assert f"no MLflow server answers at '{uri}'" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"runs_dir: {tmp_path}/runs\n")
+    done = run_job("deploy", "--config", str(preset))
+    assert done.returncode == 2, done.stderr
+    assert "ray.address" in done.stderr
