@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 APPLICATION = "ranking"
 TIMEOUT_S = 180.0
 POLL_S = 0.1
-ANSWERS_PER_REPLICA = 5  # in a row from the new version, before the old one counts as gone
+ANSWERS_PER_REPLICA = 10  # in a row from the new version, before the old one counts as gone
 
 
 def cache(cfg: RunConfig) -> Path:

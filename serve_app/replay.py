@@ -173,10 +173,10 @@ def _rank(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
     """One user's next exposures and popular items, `serve.demo_candidates` in all, and what the user did to the former.
 
-    The user is the one with the most rows in the test period; the time is that of the first of them.
+    The user is one with many rows both in the test period and before it; the time is that of their first test row.
     """
     maps = FeatureMaps.load(cfg.model_dir)
-    users, row = _busiest_test_user(cfg)
+    users, row = _busy_user(cfg)
     events = users.events
     user = int(users.row_user[row])
     later = np.arange(row, events.offsets[user + 1])
@@ -199,7 +199,7 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
     return body, did
 
 
-def _busiest_test_user(cfg: RunConfig) -> tuple[UserEvents, int]:
+def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
     manifest = store.read_manifest(cfg.sequence_dir)
     best: tuple[UserEvents, int] | None = None
     most = 0
@@ -207,10 +207,11 @@ def _busiest_test_user(cfg: RunConfig) -> tuple[UserEvents, int]:
     for index in range(len(manifest.buckets)):
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
         rows = np.flatnonzero((users.request_time >= begin) & (users.request_time < end) & ~users.events.order_only)
-        counts = np.bincount(users.row_user[rows], minlength=len(users.user_id))
-        if counts.max(initial=0) > most:
-            user = int(counts.argmax())
-            most, best = int(counts[user]), (users, int(rows[users.row_user[rows] == user][0]))
+        user, first, num_rows = np.unique(users.row_user[rows], return_index=True, return_counts=True)
+        num_before = rows[first] - users.events.offsets[user]
+        busy = np.minimum(num_rows, num_before) + 1  # a user without history is better than none
+        if busy.max(initial=0) > most:
+            most, best = int(busy.max()), (users, int(rows[first[busy.argmax()]]))
     if best is None:
         raise UserError("split.t_test: the test period holds no request to rank for")
     return best
