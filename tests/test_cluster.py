@@ -1,0 +1,100 @@
+"""Clusters of our own, beside those of others."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import cluster
+from pipeline.cluster import ray_cluster, serve_environment, use_token
+from pipeline.config import RayConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_clusters_share_no_folder_and_no_port():
+    one, other = serve_environment(Path("/tmp/one")), serve_environment(Path("/tmp/other"))
+    ours = [name for name in one if name.endswith(("_LOC", "_PATH", "_BASE", "_FILE"))]
+    assert len(ours) == 5
+    assert all(one[name].startswith("/tmp/one/") for name in ours)
+    for name in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
+        assert one[name] != other[name]
+
+
+def test_every_variable_is_one_that_ray_reads():
+    constants = Path(sys.prefix).glob("lib/python*/site-packages/ray/serve/_private/constants.py")
+    text = next(constants).read_text()
+    assert [name for name in serve_environment(Path("/tmp/x")) if f'"{name}"' not in text] == []
+
+
+def test_the_user_may_switch_the_ingress_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    assert serve_environment(Path("/tmp/x"))["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+
+
+def test_the_token_is_ours_private_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    use_token(tmp_path)
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    token = path.read_text()
+    assert path.parent == tmp_path
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(token) == 64
+    use_token(tmp_path)
+    assert path.read_text() == token
+
+
+def test_authentication_chosen_by_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    use_token(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cluster
+def test_a_connection_that_is_there_is_used_and_left_open(local_ray: None):
+    import ray
+
+    before = ray.get_runtime_context().gcs_address
+    with ray_cluster(RayConfig(num_cpus=1)):
+        assert ray.get_runtime_context().gcs_address == before
+    assert ray.is_initialized()
+
+
+@pytest.mark.cluster
+def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_path: Path):
+    """Another process starts its own, ends it, and leaves neither a folder nor a word in the home directory."""
+    import ray
+
+    program = (
+        "import ray\n"
+        "from pathlib import Path\n"
+        "from pipeline.cluster import ray_cluster\n"
+        "from pipeline.config import RayConfig\n"
+        f"with ray_cluster(RayConfig(num_cpus=1, object_store_mb=100), runs_dir={str(tmp_path)!r}):\n"
+        "    print('address', ray.get_runtime_context().gcs_address, ray.cluster_resources()['CPU'])\n"
+        "    print('folder', ray._private.worker._global_node.get_temp_dir_path())\n"
+        "print('open', ray.is_initialized())\n"
+    )
+    hidden = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200, check=True
+    )
+    words = dict(
+        line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in ("address", "folder", "open")
+    )
+    assert words["address"] != f"{ray.get_runtime_context().gcs_address} 1.0"
+    assert words["address"].endswith(" 1.0")
+    assert words["open"] == "False"
+    assert not Path(words["folder"]).exists()
+    assert not (tmp_path / ".ray").exists()
+    assert ray.cluster_resources()["CPU"] == 4
+
+
+def test_free_ports_are_free():
+    assert len({cluster.free_port() for _ in range(5)}) > 1
