@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
-from pipeline.model.losses import task_losses
+from pipeline.model.losses import task_losses, task_weights
 from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
@@ -57,7 +57,7 @@ def train(
         UserError: `resume` is of a run with other settings, data or world size.
     """
     torch.manual_seed(cfg.seed)
-    trainee = Trainee(cfg, UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).to(device), rank, world_size)
+    trainee = Trainee(cfg, maps, device, rank, world_size)
     identity = run_identity(cfg, data_digest, world_size)
     state = TrainState(loss_sum=[0.0] * len(cfg.tasks), weight_sum=[0.0] * len(cfg.tasks))
     if resume is not None:
@@ -76,7 +76,7 @@ def train(
             state.weight_sum = [a + b for a, b in zip(state.weight_sum, weights, strict=True)]
             meter.count(batch)
             if state.step % cfg.train.log_every == 0 or state.step == total_steps:
-                values = _take_losses(state, cfg.tasks) | meter.take(state)
+                values = _take_losses(state, cfg.tasks, trainee.task_weights.tolist()) | meter.take(state)
                 if log is not None:
                     log(state.step, values)
                 if rank == 0:
@@ -93,8 +93,12 @@ def train(
 class Trainee:
     """A model with its optimizers, on one rank."""
 
-    def __init__(self, cfg: RunConfig, model: UltraHSTU, rank: int, world_size: int) -> None:
-        self.cfg, self.model, self.rank, self.world_size = cfg, model, rank, world_size
+    def __init__(
+        self, cfg: RunConfig, maps: FeatureMaps, device: torch.device | str, rank: int, world_size: int
+    ) -> None:
+        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+        self.model = model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).to(device)
+        self.task_weights = torch.tensor(task_weights(maps.base_rates, cfg.tasks), device=device)
         self.tables = {
             f"{name}.weight": module.weight
             for name, module in model.named_modules()
@@ -117,9 +121,9 @@ class Trainee:
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             logits = self.model(batch)
         loss, weight = task_losses(logits, batch.labels, batch.label_weight)
-        loss.sum().backward()
+        (loss * self.task_weights).sum().backward()
         losses, weights = self._reduce_dense(loss.detach(), weight)
-        total = weights.sum().clamp(min=1e-12)
+        total = (weights * self.task_weights).sum().clamp(min=1e-12)
         grads = self._reduce_sparse()
         for parameter in self.dense.values():
             assert parameter.grad is not None
@@ -262,9 +266,11 @@ def progress_line(state: TrainState, total_steps: int, values: dict[str, float])
     )
 
 
-def _take_losses(state: TrainState, tasks: tuple[str, ...]) -> dict[str, float]:
-    """Mean losses since the last line; the sums start anew."""
-    values = {"train/loss": sum(state.loss_sum) / max(sum(state.weight_sum), 1e-12)}
+def _take_losses(state: TrainState, tasks: tuple[str, ...], task_weights: list[float]) -> dict[str, float]:
+    """Mean losses since the last line, `train/loss` the one that is minimised; the sums start anew."""
+    loss = sum(factor * total for factor, total in zip(task_weights, state.loss_sum, strict=True))
+    weight = sum(factor * total for factor, total in zip(task_weights, state.weight_sum, strict=True))
+    values = {"train/loss": loss / max(weight, 1e-12)}
     for task, loss, weight in zip(tasks, state.loss_sum, state.weight_sum, strict=True):
         values[f"train/loss/{task}"] = loss / max(weight, 1e-12)
     state.loss_sum, state.weight_sum = [0.0] * len(tasks), [0.0] * len(tasks)

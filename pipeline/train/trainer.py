@@ -155,8 +155,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
         raise UserError(f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}")
     maps = fit_features(cfg)
-    model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
-    trainee = loop.Trainee(cfg, model, rank=0, world_size=1)
+    trainee = loop.Trainee(cfg, maps, "cpu", rank=0, world_size=1)
     steps = TrainLoader(cfg, maps, 0, train.num_workers).steps_per_epoch
     tables = {name: tensor.numel() * tensor.element_size() for name, tensor in trainee.tables.items()}
     dense = sum(tensor.numel() for tensor in trainee.dense.values())
