@@ -1,4 +1,4 @@
-"""Make a model version the champion, if its validation passes the gate; exit code 1 if it does not."""
+"""Register a run's model and make it the champion, if its validation passes the gate; exit code 1 if it does not."""
 
 import argparse
 import sys
@@ -9,13 +9,14 @@ from pipeline.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--version", type=int, help="number in the registry; default: the newest")
+    parser.add_argument("--version", type=int, help="a number in the registry instead of the run's own model")
 
 
 def main(job: cli.Job) -> None:
     with tracking.mlflow_server(job.cfg):
-        decision = tracking.promote(job.cfg, job.options.version)
-    print(decision.reason)
+        version = job.options.version or tracking.register_trained(job.cfg)
+        decision = tracking.promote(job.cfg, version)
+    print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)
 

@@ -346,6 +346,29 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
     return int(version.version)
 
 
+def register_trained(cfg: RunConfig) -> int:
+    """The version of the model that the run of `cfg` trained and evaluated, registered unless it is already.
+
+    Raises:
+        UserError: there is no whole, evaluated model.
+    """
+    from pipeline.data.store import read_manifest
+    from pipeline.model.artifact import INDEX, verified
+
+    run_id = verified(cfg.model_dir, "model")["extra"].get("mlflow_run_id")
+    tag, digest = f"sha256.{INDEX}", _sha256(cfg.model_dir / INDEX)
+    with _one_message():
+        for found in _client().search_model_versions(f"name = '{cfg.tracking.model_name}'"):
+            if found.tags.get(tag) == digest:
+                return int(found.version)
+    if run_id is not None:
+        import mlflow
+
+        return register(cfg, Run(mlflow.get_tracking_uri(), run_id), cfg.model_dir)
+    with start_run(cfg, read_manifest(cfg.sequence_dir)) as run:  # it was trained without tracking
+        return register(cfg, run, cfg.model_dir)
+
+
 def promote(cfg: RunConfig, version: int | None = None) -> Decision:
     """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the gate; say why.
 
