@@ -1,0 +1,267 @@
+"""Optimizers, the loop without Ray, checkpoints and exact resumption."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_model import make_batch, make_config, make_maps
+from torch import nn
+
+from pipeline import config
+from pipeline.config import RunConfig, UserError
+from pipeline.data.batch import SequenceBatch
+from pipeline.train import loop
+from pipeline.train.checkpoint import Checkpoint, CheckpointFolder, MetricsFile, last_good, read_checkpoint
+from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
+
+STEPS = 6
+
+
+class Loader:
+    """Random batches; rank r of two gets the odd or even sequences of the same step."""
+
+    steps_per_epoch = STEPS
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
+        for step in range(first_step, STEPS):
+            parts = [labelled_batch(100 * epoch + 10 * step + part) for part in range(2)]
+            yield joined(parts) if self.world_size == 1 else parts[self.rank]
+
+
+class OneEpoch(Loader):
+    """The same batches in every epoch: something to learn by heart."""
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
+        return super().batches(0, first_step)
+
+
+def labelled_batch(seed: int) -> SequenceBatch:
+    batch = make_batch([5, 3], [2, 3], seed)
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(5, 2, generator=generator) < 0.3).float()
+    return replace(batch, labels=labels, label_weight=torch.rand(5, 2, generator=generator))
+
+
+def joined(parts: list[SequenceBatch]) -> SequenceBatch:
+    names = ("num_targets", "item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    names += ("user_codes", "labels", "label_weight")
+    offsets = torch.cat([parts[0].seq_offsets, parts[0].num_tokens + parts[1].seq_offsets[1:]])
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return SequenceBatch(seq_offsets=offsets, max_seq_len=parts[0].max_seq_len, **tensors)
+
+
+def train_config(**train: object) -> RunConfig:
+    cfg = make_config(dropout=0.3)
+    settings = {"epochs": 2, "log_every": 2, "checkpoint_every": 4, "warmup_steps": 2, "lr": 0.01}
+    return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
+
+
+def run(cfg: RunConfig, loader: Loader | None = None, **options: object) -> tuple[list[dict], list[Checkpoint], dict[str, torch.Tensor]]:
+    lines, saved = [], []
+    model = loop.train(
+        cfg,
+        make_maps(),
+        loader or Loader(),
+        "data",
+        save=saved.append,
+        log=lambda step, values: lines.append({"step": step, **losses_of(values)}),
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+    return lines, saved, model.state_dict()
+
+
+def losses_of(values: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if key.startswith("train/loss")}
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_rowwise_adamw_is_adamw_where_rows_have_one_number(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(7, 1))
+    plain = nn.Parameter(weight.detach().clone())
+    ours = RowwiseAdamW({"w": weight}, weight_decay=weight_decay)
+    theirs = torch.optim.AdamW([plain], lr=0.01, weight_decay=weight_decay)
+    for _ in range(20):
+        grad = torch.randn(7, 1)
+        ours.step({"w": (torch.arange(7), grad)}, lr=0.01)
+        plain.grad = grad
+        theirs.step()
+    torch.testing.assert_close(weight, plain)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_rowwise_adamw_by_hand_and_untouched_rows_stay(beta1: float) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3))
+    before = weight.detach().clone()
+    optimizer = RowwiseAdamW({"w": weight}, betas=(beta1, 0.99), eps=1e-8, weight_decay=0.1)
+    m, v = torch.zeros(3), torch.tensor(0.0)
+    expected = before[2].clone()
+    for step in range(1, 4):
+        grad = torch.randn(3)
+        optimizer.step({"w": (torch.tensor([2]), grad[None])}, lr=0.1)
+        m, v = beta1 * m + (1 - beta1) * grad, 0.99 * v + 0.01 * grad.square().mean()
+        update = (m / (1 - beta1**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+        expected = expected - 0.1 * (update + 0.1 * expected)
+    torch.testing.assert_close(weight[2].detach(), expected)
+    untouched = torch.tensor([0, 1, 3])
+    assert torch.equal(weight[untouched], before[untouched])
+    assert ("w" in optimizer.m) == (beta1 > 0)
+
+
+def test_rows_and_sums_adds_repeated_rows() -> None:
+    rows, sums = rows_and_sums(torch.tensor([5, 2, 5, 0]), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    assert rows.tolist() == [0, 2, 5]
+    assert sums.flatten().tolist() == [4.0, 2.0, 4.0]
+
+
+def test_schedule() -> None:
+    factors = [learning_rate_factor(step, 4, 20) for step in range(21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[12] == pytest.approx(0.5)
+    assert factors[20] == 0.0
+
+
+# The loop
+
+
+def test_training_lowers_the_loss() -> None:
+    cfg = train_config(epochs=20, lr=0.02)
+    lines, _, _ = run(replace(cfg, model=replace(cfg.model, dropout=0.0)), OneEpoch())
+    assert lines[-1]["train/loss"] < 0.5 * lines[0]["train/loss"]
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1, 2])
+def test_a_resumed_run_ends_like_an_unbroken_one(stopped_at: int, tmp_path: Path) -> None:
+    """From a checkpoint inside an epoch, between two lines of metrics, and from the last one; through the files."""
+    cfg = train_config(checkpoint_every=5)
+    lines, saved, weights = run(cfg)
+    assert [checkpoint.state.step for checkpoint in saved] == [5, 10, 12]
+    folder = CheckpointFolder(tmp_path, keep=3)
+    folder.save(saved[stopped_at])
+    resumed, _, resumed_weights = run(cfg, resume=read_checkpoint(folder.folders()[0]))
+    assert resumed == [line for line in lines if line["step"] > saved[stopped_at].state.step]
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, resumed_weights[name]), name
+
+
+def test_a_run_with_other_settings_is_refused() -> None:
+    cfg = train_config()
+    _, saved, _ = run(cfg)
+    with pytest.raises(UserError, match=r"train\.lr = 0\.01 .* 0\.02"):
+        run(train_config(lr=0.02), resume=saved[0])
+    run(train_config(log_every=3), resume=saved[0])  # how a run is carried out may change
+
+
+def test_two_ranks_equal_one_with_both_halves(tmp_path: Path) -> None:
+    cfg = train_config(epochs=1, grad_clip=1e6)
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+    lines, _, weights = run(cfg)
+    (tmp_path / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
+    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, tensor in weights.items():
+        assert torch.equal(results[0]["weights"][name], results[1]["weights"][name]), name
+        torch.testing.assert_close(results[0]["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert results[0]["losses"] == pytest.approx([line["train/loss"] for line in lines], abs=1e-6)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    cfg = config.from_dict(json.loads(Path(folder, "cfg.json").read_text()))
+    losses: list[float] = []
+    model = loop.train(
+        cfg,
+        make_maps(),
+        Loader(rank, 2),
+        "data",
+        rank=rank,
+        world_size=2,
+        log=lambda step, values: losses.append(values["train/loss"]),
+    )
+    torch.save({"weights": model.state_dict(), "losses": losses}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_an_error_of_the_loader_is_seen() -> None:
+    def broken() -> Iterator[SequenceBatch]:
+        yield labelled_batch(0)
+        raise UserError("bucket 3 cannot be read")
+
+    with pytest.raises(UserError, match="bucket 3"):
+        list(loop.prefetched(broken()))
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> CheckpointFolder:
+    _, saved, _ = run(train_config(checkpoint_every=3))
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    for checkpoint in saved:
+        folder.save(checkpoint)
+    return folder
+
+
+def test_only_the_newest_are_kept(checkpoints: CheckpointFolder) -> None:
+    assert [folder.name for folder in checkpoints.folders()] == ["step_00000009", "step_00000012"]
+    assert len(list(checkpoints.root.iterdir())) == 2  # nothing staged is left behind
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing", "no index", "broken index"])
+def test_a_damaged_checkpoint_is_skipped_and_said_so(
+    checkpoints: CheckpointFolder, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = checkpoints.folders()[-1]
+    weights = newest / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage == "altered":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "missing":
+        (newest / "optimizer.safetensors").unlink()
+    elif damage == "no index":
+        (newest / "artifact.json").unlink()
+    else:
+        (newest / "artifact.json").write_text('{"files": ')
+    found = last_good(checkpoints.folders())
+    assert found is not None
+    assert found.state.step == 9
+    assert "skipped" in caplog.text
+    assert newest.name in caplog.text
+
+
+def test_no_checkpoint_and_none_whole(checkpoints: CheckpointFolder) -> None:
+    assert last_good([]) is None
+    for folder in checkpoints.folders():
+        (folder / "artifact.json").unlink()
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        last_good(checkpoints.folders())
+    shutil.rmtree(checkpoints.root)
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, resumed_at=0)
+    for step in (2, 4, 6):
+        first.append(step, {"train/loss": 1 / step})
+    with path.open("a") as file:
+        file.write('{"step": 8, "train/lo')  # the line at which it was killed
+    MetricsFile(path, resumed_at=4).append(6, {"train/loss": 0.5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 6]
