@@ -6,15 +6,25 @@ Every layer of a batch has the same mask, so what a backend derives from it (a l
 `seq_offsets` tensor it came from and serves all layers, forward and backward.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels.semi_local_attention.reference import RelativeBias, semi_local_attention_reference
-from kernels.semi_local_attention.torch_blocked import TilePlan, plan_tiles, semi_local_attention_blocked
+from kernels.semi_local_attention.reference import (
+    RelativeBias,
+    cached_attention_reference,
+    semi_local_attention_reference,
+)
+from kernels.semi_local_attention.torch_blocked import (
+    cached_attention_blocked,
+    plan_tiles,
+    semi_local_attention_blocked,
+)
 
+Plan = TypeVar("Plan")
 Backend = Literal["auto", "triton", "torch", "reference"]
 
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # seq_offsets → {mask: (tensors it was made of, plan)}
@@ -76,10 +86,15 @@ def _check_lengths(
         _require(given == total, f"target_visible must be [{total}], one per candidate, got [{given}]")
 
 
-def _shared_plan(seq_offsets: Tensor, mask: tuple, tensors: tuple[Tensor | None, ...], build) -> TilePlan:
-    """The plan of these very tensors, built by `build()` unless an earlier layer did."""
+def _shared_plan(
+    seq_offsets: Tensor, mask: tuple, tensors: tuple[Tensor | None, ...], build: Callable[[], Plan]
+) -> Plan:
+    """The plan of these very tensors, built by `build()` unless an earlier layer did; it must not hold `seq_offsets`,
+    with which it goes."""
     version = tuple(None if t is None else (id(t), t._version) for t in (seq_offsets, *tensors))
-    plans = _plans.setdefault(seq_offsets, {})
+    if seq_offsets not in _plans:
+        _plans[seq_offsets] = {}
+    plans = _plans[seq_offsets]
     found = plans.get(mask)
     if found is None or found[0] != version:
         found = plans[mask] = version, tensors, build()  # holds the tensors, so that their ids stay theirs
@@ -103,7 +118,7 @@ def semi_local_attention(
     scaling_seq_len: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """SiLU(attn_alpha · q·k + bias) v / scaling_seq_len over the keys that `reference.semi_local_mask` keeps, [T, H, V].
+    """SiLU(attn_alpha · q·k + bias) v / scaling_seq_len, summed over the keys that `semi_local_mask` keeps, [T, H, V].
 
     `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are candidates;
     `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it (context counted) and itself;
@@ -116,15 +131,87 @@ def semi_local_attention(
     if not q_THD.is_cuda:
         _check_lengths(len(q_THD), seq_offsets, max_seq_len, num_targets, target_visible)
     scale = {"attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
-    mask = (window, full_rows, prefix)
+    mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
     if backend == "reference":
         keys = {"num_targets": num_targets, "target_visible": target_visible}
         sizes = {"window": window, "full_rows": full_rows, "prefix": prefix}
         return semi_local_attention_reference(q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale)
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
-        raise ValueError("the triton backend needs CUDA tensors")
-    if backend in ("auto", "torch"):
-        tensors = num_targets, target_visible
-        plan = _shared_plan(seq_offsets, mask, tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask))
-        return semi_local_attention_blocked(q_THD, k_THD, v_THV, plan, bias=bias, **scale)
-    raise ValueError(f"backend must be auto, triton, torch or reference, got {backend!r}")
+        _require(q_THD.is_cuda, "the triton backend needs CUDA tensors")
+        from kernels.semi_local_attention import triton_launch  # where Triton is not installed, CPUs still work
+
+        return triton_launch.semi_local_attention_triton(
+            q_THD,
+            k_THD,
+            v_THV,
+            _shared_plan(
+                seq_offsets,
+                ("triton", *mask),
+                tensors,
+                lambda: triton_launch.TritonPlan(seq_offsets.detach(), *tensors, len(q_THD), max_seq_len, *mask),
+            ),
+            bias=bias,
+            **scale,
+        )
+    _require(backend in ("auto", "torch"), f"backend must be auto, triton, torch or reference, got {backend!r}")
+    plan = _shared_plan(seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask))
+    return semi_local_attention_blocked(q_THD, k_THD, v_THV, plan, bias=bias, **scale)
+
+
+def cached_attention(
+    q_CHD: Tensor,
+    own_k_CHD: Tensor,
+    own_v_CHV: Tensor,
+    row_offsets: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    cache_offsets: Tensor,
+    *,
+    visible: Tensor | None = None,
+    causal: bool = False,
+    attn_alpha: float,
+    scaling_seq_len: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Serving: C new rows of B users over the keys and values cached for each user, [C, H, V]; forward only.
+
+    `row_offsets` and `cache_offsets` int64 [B + 1]. A row sees its user's cache, or the first `visible` int32 [C] keys
+    of it, and itself: what `semi_local_attention` gives to candidates. With `causal` the rows are new events, which see
+    the whole cache and each other in order: what it gives to full rows.
+
+    Raises:
+        ValueError: on shapes and types that do not fit.
+    """
+    q, k, v = q_CHD.shape, k_THD.shape, v_THV.shape
+    _require(len(q) == len(k) == len(v) == 3, f"q, k, v must be [C, H, D], [T, H, D], [T, H, V], got {q}, {k}, {v}")
+    _require(q[1:] == k[1:] and k[:2] == v[:2], f"q, k must be [·, H, D] and v [T, H, V], got {q}, {k}, {v}")
+    own = own_k_CHD.shape, own_v_CHV.shape
+    _require(own == (q, (*q[:2], v[2])), f"own_k must be {q} and own_v {(*q[:2], v[2])}, got {own[0]} and {own[1]}")
+    dtypes = {x.dtype for x in (q_CHD, own_k_CHD, own_v_CHV, k_THD, v_THV)}
+    _require(len(dtypes) == 1, f"q, k, v must have one type, got {sorted(map(str, dtypes))}")
+    offsets = row_offsets.dtype, cache_offsets.dtype, row_offsets.shape, cache_offsets.shape
+    same = offsets[:2] == (torch.int64, torch.int64) and offsets[2] == offsets[3]
+    _require(same, f"row_offsets and cache_offsets must be int64 [B + 1], got {offsets}")
+    _require(visible is None or visible.shape == q[:1], f"visible must be [{q[0]}], one per row")
+    _require(not (causal and visible is not None), "visible is for candidates, causal for new events: give one of them")
+    options = {"causal": causal, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
+    tensors = q_CHD, own_k_CHD, own_v_CHV
+    cache = k_THD, v_THV, cache_offsets
+    if backend == "triton" or (backend == "auto" and q_CHD.is_cuda):
+        _require(q_CHD.is_cuda, "the triton backend needs CUDA tensors")
+        from kernels.semi_local_attention import triton_launch
+
+        plan = _shared_plan(
+            row_offsets,
+            ("cached", causal),
+            (cache_offsets, visible),
+            lambda: triton_launch.TritonPlan(
+                cache_offsets.detach(), row_offsets.detach(), visible, len(q_CHD), len(k_THD), None, 0, 0, cached=True
+            ),
+        )
+        return triton_launch.cached_attention_triton(*tensors, k_THD, v_THV, plan, **options)
+    _require(
+        backend in ("auto", "torch", "reference"), f"backend must be auto, triton, torch or reference: {backend!r}"
+    )
+    attend = cached_attention_reference if backend == "reference" else cached_attention_blocked
+    return attend(*tensors, row_offsets, *cache, visible=visible, **options)

@@ -42,7 +42,7 @@ def semi_local_mask(
     prefix: int = 0,
     target_visible: Tensor | None = None,
 ) -> Tensor:
-    """[length, length] bool, True where the row may see the column. ULTRA-HSTU, arXiv:2602.16986, eq. 6-7, plus a prefix.
+    """[length, length] bool, where a row may see a column: ULTRA-HSTU, arXiv:2602.16986, eq. 6-7, plus a prefix.
 
     History rows see at most `window` positions back, the newest `full_rows` of them everything before, and all of them
     the oldest `prefix` positions. Candidates, the last `num_targets` rows, see themselves and the history, or of it
@@ -102,3 +102,39 @@ def semi_local_attention_reference(
         weight = torch.nn.functional.silu(score).masked_fill(~mask, 0.0) / scaling_seq_len
         outputs.append(torch.einsum("hqk,khv->qhv", weight, v_THV[rows]))
     return torch.cat(outputs) if outputs else v_THV.new_zeros(v_THV.shape)
+
+
+def cached_attention_reference(
+    q_CHD: Tensor,
+    own_k_CHD: Tensor,
+    own_v_CHV: Tensor,
+    row_offsets: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    cache_offsets: Tensor,
+    *,
+    visible: Tensor | None,
+    causal: bool,
+    attn_alpha: float,
+    scaling_seq_len: int,
+) -> Tensor:
+    """New rows over a user's cached keys and themselves, [C, H, V]: what `semi_local_attention` gives the same rows.
+
+    A row sees its user's cache, or the first `visible` int32 [C] keys of it, and its own key; with `causal` (new
+    events instead of candidates) also the own keys of the user's new rows before it.
+    """
+    outputs = []
+    rows_of, cache_of = row_offsets.tolist(), cache_offsets.tolist()
+    for i in range(len(rows_of) - 1):
+        rows, cache = slice(rows_of[i], rows_of[i + 1]), slice(cache_of[i], cache_of[i + 1])
+        num_rows, num_keys = rows.stop - rows.start, cache.stop - cache.start
+        keys, values = torch.cat([k_THD[cache], own_k_CHD[rows]]), torch.cat([v_THV[cache], own_v_CHV[rows]])
+        own = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q_CHD.device).tril()
+        own = own if causal else own & own.T
+        seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q_CHD.device)
+        if visible is not None:
+            seen = torch.arange(num_keys, device=q_CHD.device)[None, :] < visible[rows, None]
+        score = torch.einsum("qhd,khd->hqk", q_CHD[rows], keys) * attn_alpha
+        weight = torch.nn.functional.silu(score).masked_fill(~torch.cat([seen, own], 1), 0.0) / scaling_seq_len
+        outputs.append(torch.einsum("hqk,khv->qhv", weight, values))
+    return torch.cat(outputs) if outputs else own_v_CHV.new_zeros(own_v_CHV.shape)

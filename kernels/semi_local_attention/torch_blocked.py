@@ -167,7 +167,7 @@ class _BlockedAttention(torch.autograd.Function):
         plan, bias = ctx.plan, ctx.bias
         q, k, v, grad = (_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV))
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        d_position, d_time = (None, None) if bias is None else (torch.zeros_like(t) for t in bias.tables)
+        d_tables = [] if bias is None else [torch.zeros_like(table) for table in bias.tables]
         for chunk in plan.chunks(q.shape[1]):
             row, key = chunk.row, chunk.key
             score = _score(q, k, chunk, bias)
@@ -182,10 +182,10 @@ class _BlockedAttention(torch.autograd.Function):
             dk.index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q[row]))
             if bias is not None:
                 shared = d_score.sum(1).flatten()  # the heads share the tables
-                for table, bucket in zip((d_position, d_time), bias.buckets(chunk), strict=True):
+                for table, bucket in zip(d_tables, bias.buckets(chunk), strict=True):
                     table += torch.bincount(bucket.flatten(), shared, len(table)).to(table.dtype)
         grads = (_to_tokens(x, plan).to(y.dtype) for x, y in zip((dq, dk, dv), ctx.saved_tensors, strict=True))
-        return *grads, d_position, d_time, None, None
+        return *grads, *(d_tables or (None, None)), None, None
 
 
 def _own_key(q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, own_T: Tensor, bias: RelativeBias | None) -> Tensor:
@@ -216,3 +216,41 @@ def semi_local_attention_blocked(
     if plan.own_T is not None:
         out = out + _own_key(q, k, v, plan.own_T, bias)
     return (out / scaling_seq_len).to(q_THD.dtype)
+
+
+def cached_attention_blocked(
+    q_CHD: Tensor,
+    own_k_CHD: Tensor,
+    own_v_CHV: Tensor,
+    row_offsets: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    cache_offsets: Tensor,
+    *,
+    visible: Tensor | None,
+    causal: bool,
+    attn_alpha: float,
+    scaling_seq_len: int,
+) -> Tensor:
+    """As `reference.cached_attention_reference`, a block of cached keys at a time; users one after another, as a
+    request has one or a few of them and the products of each are large."""
+    wide = torch.promote_types(q_CHD.dtype, torch.float32)
+    rows_of, cache_of = row_offsets.tolist(), cache_offsets.tolist()
+    out = torch.zeros(own_v_CHV.shape, dtype=wide, device=q_CHD.device)
+    for i in range(len(rows_of) - 1):
+        rows = slice(rows_of[i], rows_of[i + 1])
+        q, own_k, own_v = (x[rows].transpose(0, 1).to(wide) for x in (q_CHD * attn_alpha, own_k_CHD, own_v_CHV))
+        block = max(TILE, CHUNK // max(1, q.shape[0] * q.shape[1]))
+        for begin in range(cache_of[i], cache_of[i + 1], block):
+            keys = slice(begin, min(begin + block, cache_of[i + 1]))
+            k, v = (x[keys].transpose(0, 1).to(wide) for x in (k_THD, v_THV))
+            weight = F.silu(q @ k.transpose(1, 2), inplace=True)
+            if visible is not None:
+                position = torch.arange(keys.start - cache_of[i], keys.stop - cache_of[i], device=q.device)
+                weight *= position[None, :] < visible[rows, None]
+            out[rows] += (weight @ v).transpose(0, 1)
+        if causal:
+            out[rows] += (F.silu(q @ own_k.transpose(1, 2)).tril() @ own_v).transpose(0, 1)
+        else:
+            out[rows] += (F.silu((q * own_k).sum(-1, keepdim=True)) * own_v).transpose(0, 1)
+    return (out / scaling_seq_len).to(q_CHD.dtype)

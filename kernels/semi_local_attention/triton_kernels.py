@@ -1,0 +1,720 @@
+# ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated on the device)
+"""Triton kernels of semi-local attention: the tile lists of a batch, forward, and the two halves of backward.
+
+A program is one entry of a tile list and one head; it knows nothing of the batch or its longest sequence. Entries are
+rows of `ENTRY` int32, sequence by sequence (so that K and V of one sequence stay in L2), longest first inside.
+
+A row tile never mixes kinds, because tiles are anchored at the borders of the kinds:
+  BAND       history rows that see `window` back, and the prefix
+  FULL       history rows that see everything before them
+  CANDIDATE  rows that see the history (or its first `visible` positions) and themselves
+
+SiLU attention has no row statistics: sums over any parts of the keys simply add. Tiles with many keys are cut into
+parts; each part writes its sum to a slot, and the last to arrive adds the slots in their order, so results do not
+depend on who came when.
+
+Rows past the end of a sequence belong to the next one; masks take them out, so their values must be finite.
+Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
+"""
+
+import triton
+import triton.language as tl
+
+ENTRY = tl.constexpr(16)  # int32 of an entry: 64 bytes, two sectors
+BAND, FULL, CANDIDATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOG2_E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(2**30)
+
+
+@triton.jit
+def _sequence(
+    offsets, num_targets, seq, valid, full_rows, BANDED: tl.constexpr, CANDIDATES: tl.constexpr, CACHED: tl.constexpr
+):  # fmt: skip
+    """Start, history length, full rows and candidates of sequences."""
+    start = tl.load(offsets + seq, mask=valid, other=0).to(tl.int32)
+    length = tl.load(offsets + seq + 1, mask=valid, other=0).to(tl.int32) - start
+    if CACHED:  # the history is elsewhere, `num_targets` are the offsets of the new rows
+        first_target = tl.load(num_targets + seq, mask=valid, other=0)
+        targets = (tl.load(num_targets + seq + 1, mask=valid, other=0) - first_target).to(tl.int32)
+        length += targets
+    elif CANDIDATES:
+        targets = tl.load(num_targets + seq, mask=valid, other=0).to(tl.int32)
+    else:
+        targets = length * 0
+    history = length - targets
+    if BANDED:
+        full = tl.minimum(history, full_rows)
+    else:
+        full = history
+    return start, history, full, targets
+
+
+@triton.jit
+def _row_counts(
+    history, full, targets, per_part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CACHED: tl.constexpr
+):  # fmt: skip
+    """Row tiles of each kind, and into how many parts a FULL or CANDIDATE tile is cut."""
+    parts = tl.maximum(tl.cdiv(tl.cdiv(history, BLOCK_N), per_part), 1)
+    if CACHED:  # no rows of the history
+        full = full * 0
+        history = full
+    return tl.cdiv(history - full, BLOCK_M), tl.cdiv(full, BLOCK_M), tl.cdiv(targets, BLOCK_M), parts
+
+
+@triton.jit
+def _key_counts(history, full, targets, prefix, per_part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Key tiles: those of the prefix that band rows see, other history, candidates; and the parts of the first."""
+    all_history = tl.cdiv(history, BLOCK_N)
+    of_prefix = tl.where(history > full, tl.minimum(tl.cdiv(prefix, BLOCK_N), all_history), 0)
+    parts = tl.maximum(tl.cdiv(tl.cdiv(history + targets, BLOCK_M), per_part), 1)
+    return of_prefix, all_history - of_prefix, tl.cdiv(targets, BLOCK_N), parts
+
+
+@triton.jit
+def count_tiles(
+    offsets,  # int64 [B + 1]
+    num_targets,  # int [B]
+    header,  # int32 [2] out: entries, blocks of a part
+    first,  # int32 [3, B] out: first entry, first slot, first candidate of each sequence
+    num_sequences,
+    full_rows,
+    prefix,
+    KEYS: tl.constexpr,  # a list of key tiles (dk, dv) instead of row tiles
+    BANDED: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    CACHED: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLIT_PROGRAMS: tl.constexpr,
+    SHORTEST_PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One program: how many entries each sequence needs, and where they go."""
+    work = tl.zeros((BLOCK_B,), tl.int64)  # blocks in the tiles that may be cut
+    for begin in range(0, num_sequences, BLOCK_B):
+        seq = begin + tl.arange(0, BLOCK_B)
+        _, history, full, targets = _sequence(
+            offsets, num_targets, seq, seq < num_sequences, full_rows, BANDED, CANDIDATES, CACHED
+        )
+        if KEYS:
+            of_prefix, _, _, blocks = _key_counts(history, full, targets, prefix, 1, BLOCK_M, BLOCK_N)
+            work += of_prefix.to(tl.int64) * blocks
+        else:
+            _, full_tiles, target_tiles, blocks = _row_counts(history, full, targets, 1, BLOCK_M, BLOCK_N, CACHED)
+            work += (full_tiles + target_tiles).to(tl.int64) * blocks
+    per_part = tl.maximum(tl.cdiv(tl.sum(work, 0) * HEADS, SPLIT_PROGRAMS), SHORTEST_PART).to(tl.int32)
+
+    entries_before = tl.sum(tl.zeros((BLOCK_B,), tl.int32), 0)
+    slots_before = entries_before
+    targets_before = entries_before
+    for begin in range(0, num_sequences, BLOCK_B):
+        seq = begin + tl.arange(0, BLOCK_B)
+        valid = seq < num_sequences
+        _, history, full, targets = _sequence(offsets, num_targets, seq, valid, full_rows, BANDED, CANDIDATES, CACHED)
+        if KEYS:
+            cut, one, other, parts = _key_counts(history, full, targets, prefix, per_part, BLOCK_M, BLOCK_N)
+            entries = cut * parts + one + other
+        else:
+            one, full_tiles, target_tiles, parts = _row_counts(
+                history, full, targets, per_part, BLOCK_M, BLOCK_N, CACHED
+            )
+            cut = full_tiles + target_tiles
+            entries = one + cut * parts
+        slots = tl.where(parts > 1, cut * parts, 0)
+        tl.store(first + seq, entries_before + tl.cumsum(entries, 0) - entries, mask=valid)
+        tl.store(first + num_sequences + seq, slots_before + tl.cumsum(slots, 0) - slots, mask=valid)
+        tl.store(first + 2 * num_sequences + seq, targets_before + tl.cumsum(targets, 0) - targets, mask=valid)
+        entries_before += tl.sum(entries, 0)
+        slots_before += tl.sum(slots, 0)
+        targets_before += tl.sum(targets, 0)
+    tl.store(header, entries_before)
+    tl.store(header + 1, per_part)
+
+
+@triton.jit
+def write_row_tiles(
+    offsets,
+    num_targets,
+    header,
+    first,
+    tiles,  # int32 [capacity, ENTRY] out: row, row end, sequence start, history end, kind, part, parts, slot,
+    # number of the row as a candidate of the batch, first candidate's row
+    num_sequences,
+    full_rows,
+    BANDED: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    CACHED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One program a sequence."""
+    seq = tl.program_id(0)
+    start, history, full, targets = _sequence(offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, CACHED)
+    if CACHED:
+        first_row = tl.load(num_targets + seq).to(tl.int32)
+    else:
+        first_row = start + history
+    band_tiles, full_tiles, target_tiles, parts = _row_counts(
+        history, full, targets, tl.load(header + 1), BLOCK_M, BLOCK_N, CACHED
+    )
+    first_entry, first_slot = tl.load(first + seq), tl.load(first + num_sequences + seq)
+    first_target = tl.load(first + 2 * num_sequences + seq)
+    cut = (target_tiles + full_tiles) * parts
+    for begin in range(0, cut + band_tiles, BLOCK_E):
+        entry = begin + tl.arange(0, BLOCK_E)
+        tile = entry // parts
+        is_cut = entry < cut
+        is_target = is_cut & (tile < target_tiles)
+        full_row = history - full + (target_tiles + full_tiles - 1 - tile) * BLOCK_M
+        band_end = history - full - (entry - cut) * BLOCK_M
+        row = tl.where(is_cut, full_row, tl.maximum(band_end - BLOCK_M, 0))
+        row_end = tl.where(is_cut, tl.minimum(full_row + BLOCK_M, history), band_end)
+        row = tl.where(is_target, first_row + tile * BLOCK_M, start + row)
+        row_end = tl.where(is_target, tl.minimum(row + BLOCK_M, first_row + targets), start + row_end)
+        place = tiles + (first_entry + entry) * ENTRY
+        mask = entry < cut + band_tiles
+        tl.store(place, row, mask=mask)
+        tl.store(place + 1, row_end, mask=mask)
+        tl.store(place + 2, start + tl.zeros_like(row), mask=mask)
+        tl.store(place + 3, start + history + tl.zeros_like(row), mask=mask)
+        tl.store(place + 4, tl.where(is_target, CANDIDATE, tl.where(is_cut, FULL, BAND)), mask=mask)
+        tl.store(place + 5, tl.where(is_cut, entry % parts, 0), mask=mask)
+        tl.store(place + 6, tl.where(is_cut, parts, 1), mask=mask)
+        tl.store(place + 7, first_slot + tile * parts, mask=mask)
+        tl.store(place + 8, first_target + row - first_row, mask=mask)
+        tl.store(place + 9, first_row + tl.zeros_like(row), mask=mask)
+
+
+@triton.jit
+def write_key_tiles(
+    offsets,
+    num_targets,
+    visible,  # int32 [C]
+    header,
+    first,
+    tiles,  # int32 [capacity, ENTRY] out: key, key end, sequence start, history end, sequence end, kind, part, parts,
+    # slot, first FULL row, first candidate of the sequence, first row of a candidate that sees the tile
+    num_sequences,
+    full_rows,
+    prefix,
+    BANDED: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One program a sequence."""
+    seq = tl.program_id(0)
+    start, history, full, targets = _sequence(offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, False)
+    of_prefix, others, target_tiles, parts = _key_counts(
+        history, full, targets, prefix, tl.load(header + 1), BLOCK_M, BLOCK_N
+    )
+    first_entry, first_slot = tl.load(first + seq), tl.load(first + num_sequences + seq)
+    first_target = tl.load(first + 2 * num_sequences + seq)
+    cut = of_prefix * parts
+    total = cut + others + target_tiles
+    for begin in range(0, total, BLOCK_E):
+        entry = begin + tl.arange(0, BLOCK_E)
+        is_cut = entry < cut
+        is_target = entry >= cut + others
+        tile = tl.where(is_cut, entry // parts, entry - cut + of_prefix)
+        key = tl.where(is_target, history + (entry - cut - others) * BLOCK_N, tile * BLOCK_N)
+        key_end = tl.minimum(key + BLOCK_N, tl.where(is_target, history + targets, history))
+        seen_by = tl.zeros_like(key)
+        if VISIBLE:
+            seen_by += targets
+            for i in range(0, targets, BLOCK_M):
+                target = i + tl.arange(0, BLOCK_M)
+                seen = tl.load(visible + first_target + target, mask=target < targets, other=0)
+                sees = tl.where(seen[None, :] > key[:, None], target[None, :], targets)
+                seen_by = tl.minimum(seen_by, tl.min(sees, 1))
+        place = tiles + (first_entry + entry) * ENTRY
+        mask = entry < total
+        tl.store(place, start + key, mask=mask)
+        tl.store(place + 1, start + key_end, mask=mask)
+        tl.store(place + 2, start + tl.zeros_like(key), mask=mask)
+        tl.store(place + 3, start + history + tl.zeros_like(key), mask=mask)
+        tl.store(place + 4, start + history + targets + tl.zeros_like(key), mask=mask)
+        tl.store(place + 5, tl.where(is_target, CANDIDATE, FULL), mask=mask)
+        tl.store(place + 6, tl.where(is_cut, entry % parts, 0), mask=mask)
+        tl.store(place + 7, tl.where(is_cut, parts, 1), mask=mask)
+        tl.store(place + 8, first_slot + tile * parts, mask=mask)
+        tl.store(place + 9, start + history - full + tl.zeros_like(key), mask=mask)
+        tl.store(place + 10, first_target + tl.zeros_like(key), mask=mask)
+        tl.store(place + 11, start + history + seen_by, mask=mask)
+
+
+@triton.jit
+def _rows(
+    source, row, head, stride_t, stride_h, end, COUNT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """[COUNT, WIDTH] of one head from `row` on: by a descriptor over [T, H * WIDTH], or a pointer and masked loads."""
+    if TMA:
+        tile = source.load([row, head * WIDTH])
+    else:
+        rows = row + tl.arange(0, COUNT)
+        place = source + rows.to(tl.int64)[:, None] * stride_t + head * stride_h + tl.arange(0, WIDTH)[None, :]
+        tile = tl.load(place, mask=rows[:, None] < end, other=0.0)
+    return tile
+
+
+@triton.jit
+def _tanh(x, FAST: tl.constexpr):
+    if FAST:  # 2**-11 of error, below the rounding to half precision that follows
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+    return y
+
+
+@triton.jit
+def _buckets(rank, position, query_time, key_time, num_positions, num_times):
+    """Entries of the two bias tables, as `reference.relative_bias`; the arguments are broadcast against each other."""
+    distance = tl.minimum(tl.maximum(rank - position, 0), num_positions - 1)
+    seconds = tl.maximum(tl.abs(query_time - key_time).to(tl.float32) * 1e-3, 1.0)
+    return distance, tl.minimum((tl.log(seconds) * (1 / 0.301)).to(tl.int32), num_times - 1)
+
+
+@triton.jit
+def _store_rows(
+    out, value, row, end, head, HEADS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Rows row..end of a contiguous [T, HEADS, WIDTH]."""
+    rows = row + tl.arange(0, COUNT)
+    place = out + (rows.to(tl.int64)[:, None] * HEADS + head) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=rows[:, None] < end)
+
+
+@triton.jit
+def _slot(partial, slot, head, HEADS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to a [COUNT, BLOCK] partial sum."""
+    base = partial + (slot * HEADS + head).to(tl.int64) * (COUNT * BLOCK)
+    return base + tl.arange(0, COUNT)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _sum_slots(
+    partial, slot, parts, head, HEADS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    total = tl.zeros((COUNT, BLOCK), tl.float32)
+    for part in range(parts):  # past L1, where another program's sum would not show
+        total += tl.load(_slot(partial, slot + part, head, HEADS, COUNT, BLOCK), cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _is_last(arrived, parts):
+    """Whether this program is the last of a tile's parts; what it stored before is seen by the one that is."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(arrived, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def _row_tile(
+    row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """What a row tile visits: blocks of the prefix, of its own range, and of its own rows, numbered through."""
+    rows = row + tl.arange(0, BLOCK_M)
+    low = tl.where(kind == BAND, rows - window, start)  # the oldest key of a row's window
+    high = rows  # and the newest
+    low_all = tl.where(kind == BAND, row_end - 1 - window, start)  # from here on, every row sees a key
+    high_all = row  # up to here
+    key = tl.where(kind == BAND, tl.maximum(row - window, start), start)
+    key_end = row_end
+    own_blocks = 0
+    if CANDIDATES:
+        if kind == CANDIDATE:
+            high = rows * 0 + history_end - 1
+            high_all = history_end - 1
+            key_end = history_end
+            own_blocks = tl.cdiv(row_end - row, BLOCK_N)
+            if VISIBLE:
+                seen = tl.load(visible + target + tl.arange(0, BLOCK_M), mask=rows < row_end, other=0)
+                high = tl.minimum(high, start + tl.maximum(seen, 0) - 1)
+                high = tl.where(rows < row_end, high, tl.max(tl.where(rows < row_end, high, 0), 0))
+                key_end = tl.max(high, 0) + 1
+                high_all = tl.min(high, 0)
+    prefix_blocks = 0
+    if HAS_PREFIX:
+        if kind == BAND:
+            if key <= start + prefix:
+                key = start
+            else:
+                prefix_blocks = tl.cdiv(prefix, BLOCK_N)
+    range_blocks = tl.cdiv(key_end - key, BLOCK_N)
+    return rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks
+
+
+@triton.jit
+def _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N: tl.constexpr):
+    """First key of block i, and whether it is one of the rows' own."""
+    is_own = i >= prefix_blocks + range_blocks
+    first = tl.where(i < prefix_blocks, start + i * BLOCK_N, key + (i - prefix_blocks) * BLOCK_N)
+    return tl.where(is_own, row + (i - prefix_blocks - range_blocks) * BLOCK_N, first), is_own
+
+
+@triton.jit
+def _keep(rows, low, high, keys, prefix_end, in_prefix, is_own, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr):
+    """[M, N]: high >= key >= low, or a key of the prefix; of its own rows, a row's own key."""
+    if CANDIDATES:
+        high = tl.where(is_own, rows, high)
+        low = tl.where(is_own, rows, low)
+    keep = keys[None, :] >= low[:, None]
+    if HAS_PREFIX:
+        low = tl.where(in_prefix, FAR, low)  # the range has its own blocks
+        keep = (keys[None, :] >= low[:, None]) | ((keys < prefix_end)[None, :] & (is_own == 0))
+    return keep & (keys[None, :] <= high[:, None])
+
+
+@triton.jit
+def forward(
+    q, k, v,  # descriptors over [T, H * width], or pointers
+    position_table, time_table, event_time, query_time,  # of the bias, float32 [P], float32 [N], int64 [T] twice
+    out,  # [T, H, V]
+    partial,  # float32 [slots, H, BLOCK_M, V]
+    arrived,  # int32 [slots, H], zeros
+    tiles, header, visible,
+    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    num_positions, num_times, window, prefix, alpha, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS  # the heads of a tile share DRAM pages
+    tiles += tile * ENTRY
+    row, row_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
+    kind, part, parts, slot = tl.load(tiles + 4), tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7)
+    target = tl.load(tiles + 8)
+    if tile >= tl.load(header):  # after the loads above, so that none waits for another
+        return
+    rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
+        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N, HAS_PREFIX,
+        CANDIDATES, VISIBLE
+    )  # fmt: skip
+    blocks = prefix_blocks + range_blocks + own_blocks
+    query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+    if BIAS:
+        asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
+        rank = tl.minimum(high + 1, rows) - start  # a candidate stands right behind what it sees
+    acc = tl.zeros((BLOCK_M, V), tl.float32)
+    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
+        first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
+        keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
+        half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+        if BIAS:
+            index = first + tl.arange(0, BLOCK_N)
+            happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
+            distance, bucket = _buckets(
+                rank[:, None], index[None, :] - start, asked[:, None], happened[None, :], num_positions, num_times
+            )
+            half += 0.5 * (tl.load(position_table + distance) + tl.load(time_table + bucket))
+        weight = half + half * _tanh(half, FAST)  # SiLU
+        in_prefix = i < prefix_blocks
+        if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
+            index = first + tl.arange(0, BLOCK_N)
+            keep = _keep(rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES)
+            weight = tl.where(keep, weight, 0.0)
+        values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
+        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+    acc *= scale
+    if parts == 1:
+        _store_rows(out, acc, row, row_end, head, HEADS, BLOCK_M, V)
+    else:
+        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, V), acc)
+        if _is_last(arrived + slot * HEADS + head, parts):
+            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, V)
+            _store_rows(out, total, row, row_end, head, HEADS, BLOCK_M, V)
+
+
+@triton.jit
+def forward_cached(
+    q,  # [C, H, D] the new rows
+    k, v,  # [T, H, ·] the cache
+    own_k, own_v,  # [C, H, ·] of the new rows
+    out,  # [C, H, V]
+    partial, arrived, tiles, header, visible,
+    num_rows, num_keys, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_pt, stride_ph, alpha, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """New rows over a user's cached keys, and over themselves: each row its own key, or (CAUSAL) all new ones so far.
+
+    A list's CANDIDATE tiles, with `row` counted in the new rows and `start`, `history_end` in the cache.
+    """
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    tiles += tile * ENTRY
+    row, row_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
+    part, parts, slot, first_row = tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7), tl.load(tiles + 9)
+    if tile >= tl.load(header):
+        return
+    rows = row + tl.arange(0, BLOCK_M)
+    high = rows * 0 + history_end - 1
+    if VISIBLE:
+        seen = tl.load(visible + rows, mask=rows < row_end, other=0)
+        high = tl.minimum(high, start + tl.maximum(seen, 0) - 1)
+    high_all = tl.min(tl.where(rows < row_end, high, FAR), 0)
+    blocks = tl.cdiv(tl.max(tl.where(rows < row_end, high, 0), 0) + 1 - start, BLOCK_N)
+    query = _rows(q, row, head, stride_qt, stride_qh, num_rows, BLOCK_M, D, TMA)
+    acc = tl.zeros((BLOCK_M, V), tl.float32)
+    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
+        first = start + i * BLOCK_N
+        keys = _rows(k, first, head, stride_kt, stride_kh, num_keys, BLOCK_N, D, TMA)
+        half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+        weight = half + half * _tanh(half, FAST)
+        if first + BLOCK_N - 1 > high_all:
+            index = first + tl.arange(0, BLOCK_N)
+            weight = tl.where(index[None, :] <= high[:, None], weight, 0.0)
+        values = _rows(v, first, head, stride_vt, stride_vh, num_keys, BLOCK_N, V, TMA)
+        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+    if part == parts - 1:
+        own = row
+        if CAUSAL:
+            own = first_row
+        for first in range(own, row_end, BLOCK_N):
+            keys = _rows(own_k, first, head, stride_ot, stride_oh, num_rows, BLOCK_N, D, TMA)
+            half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+            weight = half + half * _tanh(half, FAST)
+            index = first + tl.arange(0, BLOCK_N)
+            if CAUSAL:
+                weight = tl.where(index[None, :] <= rows[:, None], weight, 0.0)
+            else:
+                weight = tl.where(index[None, :] == rows[:, None], weight, 0.0)
+            values = _rows(own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA)
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+    acc *= scale
+    if parts == 1:
+        _store_rows(out, acc, row, row_end, head, HEADS, BLOCK_M, V)
+    else:
+        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, V), acc)
+        if _is_last(arrived + slot * HEADS + head, parts):
+            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, V)
+            _store_rows(out, total, row, row_end, head, HEADS, BLOCK_M, V)
+
+
+@triton.jit
+def _add_fixed(table, index, value, per_unit, mask):
+    """Whole numbers add to the same sum in every order; floats do not."""
+    tl.atomic_add(table + index, tl.floor(value * per_unit + 0.5).to(tl.int64), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _add_bias_grads(
+    d_score, distance, bucket, rank, key, d_position, d_time, per_unit, num_positions, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's [M, N] to the tables' gradients.
+
+    A tile's distances are a short range, its diagonals: each row is shifted until they are columns, which then add.
+    Its time buckets are few, and are summed one after another.
+    """
+    columns: tl.constexpr = 2 * BLOCK_N
+    used = d_score != 0
+    first = tl.min(tl.min(tl.where(used, distance, FAR), 1), 0)
+    last = tl.max(tl.max(tl.where(used, distance, -1), 1), 0)
+    for begin in range(first, last + 1, columns):
+        wanted = begin + tl.arange(0, columns)
+        column = rank[:, None] - wanted[None, :] - key
+        inside = (column >= 0) & (column < BLOCK_N) & (wanted > 0)[None, :] & (wanted < num_positions - 1)[None, :]
+        shifted = tl.gather(d_score, tl.minimum(tl.maximum(column, 0), BLOCK_N - 1), 1)
+        total = tl.sum(tl.where(inside, shifted, 0.0), 0)
+        _add_fixed(d_position, wanted, total, per_unit, (wanted > 0) & (wanted < num_positions - 1))
+    nearest = tl.sum(tl.sum(tl.where(distance == 0, d_score, 0.0), 1), 0)
+    _add_fixed(d_position, 0, nearest, per_unit, first == 0)
+    farthest = tl.sum(tl.sum(tl.where(distance == num_positions - 1, d_score, 0.0), 1), 0)
+    _add_fixed(d_position, num_positions - 1, farthest, per_unit, (last == num_positions - 1) & (last > 0))
+    first = tl.min(tl.min(tl.where(used, bucket, FAR), 1), 0)
+    last = tl.max(tl.max(tl.where(used, bucket, -1), 1), 0)
+    for i in range(first, last + 1):
+        total = tl.sum(tl.sum(tl.where(bucket == i, d_score, 0.0), 1), 0)
+        _add_fixed(d_time, i, total, per_unit, last >= 0)
+
+
+@triton.jit
+def backward_queries(
+    q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
+    position_table, time_table, event_time, query_time,
+    dq,  # [T, H, D]
+    d_position, d_time,  # int64 [P], [N]: sums in units of 1 / per_unit
+    per_unit,  # float32 [1]
+    partial, arrived, tiles, header, visible,
+    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    num_positions, num_times, window, prefix, alpha, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a row tile, and what it adds to the gradients of the bias tables."""
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    tiles += tile * ENTRY
+    row, row_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
+    kind, part, parts, slot = tl.load(tiles + 4), tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7)
+    target = tl.load(tiles + 8)
+    if tile >= tl.load(header):
+        return
+    rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
+        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N, HAS_PREFIX,
+        CANDIDATES, VISIBLE
+    )  # fmt: skip
+    blocks = prefix_blocks + range_blocks + own_blocks
+    query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+    grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
+    if BIAS:
+        asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
+        rank = tl.minimum(high + 1, rows) - start
+        unit = tl.load(per_unit)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
+        first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
+        keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
+        values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
+        half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+        if BIAS:
+            index = first + tl.arange(0, BLOCK_N)
+            happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
+            distance, bucket = _buckets(
+                rank[:, None], index[None, :] - start, asked[:, None], happened[None, :], num_positions, num_times
+            )
+            half += 0.5 * (tl.load(position_table + distance) + tl.load(time_table + bucket))
+        d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+        sigmoid = 0.5 + 0.5 * _tanh(half, FAST)
+        d_score = d_weight * (sigmoid + 2 * half * sigmoid * (1 - sigmoid))
+        in_prefix = i < prefix_blocks
+        if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
+            index = first + tl.arange(0, BLOCK_N)
+            keep = _keep(rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES)
+            d_score = tl.where(keep, d_score, 0.0)
+        if BIAS:
+            inside = tl.where(rows[:, None] < row_end, d_score, 0.0)  # rows of the next tile are counted there
+            _add_bias_grads(
+                inside, distance, bucket, rank, first - start, d_position, d_time, unit, num_positions, BLOCK_M, BLOCK_N
+            )
+        acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    acc *= alpha * scale
+    if parts == 1:
+        _store_rows(dq, acc, row, row_end, head, HEADS, BLOCK_M, D)
+    else:
+        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, D), acc)
+        if _is_last(arrived + slot * HEADS + head, parts):
+            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, D)
+            _store_rows(dq, total, row, row_end, head, HEADS, BLOCK_M, D)
+
+
+@triton.jit
+def backward_keys(
+    q, k, v, grad,
+    position_table, time_table, event_time, query_time,
+    dk,  # [T, H, D]
+    dv,  # [T, H, V]
+    partial_k, partial_v, arrived, tiles, header, visible,
+    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    num_positions, num_times, window, prefix, alpha, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of [N, M] products.
+
+    Every tile but those of the prefix (which are cut into parts) has about the same work.
+    """
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    tiles += tile * ENTRY
+    key, key_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
+    sequence_end, kind, part, parts = tl.load(tiles + 4), tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7)
+    slot, first_full, target, seen_by = tl.load(tiles + 8), tl.load(tiles + 9), tl.load(tiles + 10), tl.load(tiles + 11)
+    if tile >= tl.load(header):
+        return
+
+    band_end = tl.minimum(key_end + window, first_full)
+    if HAS_PREFIX:
+        band_end = tl.where(key < start + prefix, first_full, band_end)
+    full, full_end = tl.maximum(key, first_full), sequence_end  # candidates follow the full rows at once
+    late_blocks = 0
+    if CANDIDATES:
+        if kind == CANDIDATE:
+            band_end = key  # its own rows are its only ones
+            full_end = key_end
+        elif VISIBLE:
+            if seen_by > history_end:  # the first candidates see nothing of the tile
+                full_end = history_end
+                late_blocks = tl.cdiv(tl.maximum(sequence_end - seen_by, 0), BLOCK_M)
+    band_blocks = tl.cdiv(tl.maximum(band_end - key, 0), BLOCK_M)
+    full_blocks = tl.cdiv(tl.maximum(full_end - full, 0), BLOCK_M)
+    blocks = band_blocks + full_blocks + late_blocks
+
+    index = key + tl.arange(0, BLOCK_N)
+    keys = _rows(k, key, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
+    values = _rows(v, key, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
+    if BIAS:
+        happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
+    acc_k = tl.zeros((BLOCK_N, D), tl.float32)
+    acc_v = tl.zeros((BLOCK_N, V), tl.float32)
+    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
+        in_band = i < band_blocks
+        row = tl.where(in_band, key + i * BLOCK_M, full + (i - band_blocks) * BLOCK_M)
+        row_end = tl.where(in_band, band_end, full_end)
+        if VISIBLE:
+            is_late = i >= band_blocks + full_blocks
+            row = tl.where(is_late, seen_by + (i - band_blocks - full_blocks) * BLOCK_M, row)
+            row_end = tl.where(is_late, sequence_end, row_end)
+        query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+        half = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * (0.5 * alpha)
+        if BIAS:
+            rows = row + tl.arange(0, BLOCK_M)
+            rank = tl.minimum(rows, history_end) - start
+            if VISIBLE:
+                is_target = (rows >= history_end) & (rows < sequence_end)
+                seen = tl.load(visible + target + rows - history_end, mask=is_target, other=FAR)
+                rank = tl.minimum(rank, tl.maximum(seen, 0))
+            asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
+            distance, bucket = _buckets(
+                rank[None, :], index[:, None] - start, asked[None, :], happened[:, None], num_positions, num_times
+            )
+            half += 0.5 * (tl.load(position_table + distance) + tl.load(time_table + bucket))
+        grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
+        d_weight = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+        sigmoid = 0.5 + 0.5 * _tanh(half, FAST)
+        weight = 2 * half * sigmoid
+        d_score = d_weight * (sigmoid + weight * (1 - sigmoid))
+        masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1) | (in_band & (row + BLOCK_M - 1 - window > key))
+        if VISIBLE:
+            masked = masked | (row + BLOCK_M > history_end)
+        if masked:
+            rows = row + tl.arange(0, BLOCK_M)
+            low = tl.where(rows < first_full, rows - window, start)
+            high = rows
+            if CANDIDATES:
+                if kind == CANDIDATE:
+                    low = rows
+                elif VISIBLE:
+                    is_target = (rows >= history_end) & (rows < sequence_end)
+                    seen = tl.load(visible + target + rows - history_end, mask=is_target, other=0)
+                    high = tl.where(is_target, start + seen - 1, rows)
+            keep = index[:, None] >= low[None, :]
+            if HAS_PREFIX:
+                keep = keep | ((index < start + prefix)[:, None] & (kind != CANDIDATE))
+            keep = keep & (index[:, None] <= high[None, :]) & (rows < row_end)[None, :]
+            weight = tl.where(keep, weight, 0.0)
+            d_score = tl.where(keep, d_score, 0.0)
+        acc_v = tl.dot(weight.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
+        acc_k = tl.dot(d_score.to(query.dtype), query, acc_k, input_precision=PRECISION)
+    acc_k *= alpha * scale
+    acc_v *= scale
+    if parts == 1:
+        _store_rows(dk, acc_k, key, key_end, head, HEADS, BLOCK_N, D)
+        _store_rows(dv, acc_v, key, key_end, head, HEADS, BLOCK_N, V)
+    else:
+        tl.store(_slot(partial_k, slot + part, head, HEADS, BLOCK_N, D), acc_k)
+        tl.store(_slot(partial_v, slot + part, head, HEADS, BLOCK_N, V), acc_v)
+        if _is_last(arrived + slot * HEADS + head, parts):
+            total = _sum_slots(partial_k, slot, parts, head, HEADS, BLOCK_N, D)
+            _store_rows(dk, total, key, key_end, head, HEADS, BLOCK_N, D)
+            total_v = _sum_slots(partial_v, slot, parts, head, HEADS, BLOCK_N, V)
+            _store_rows(dv, total_v, key, key_end, head, HEADS, BLOCK_N, V)
