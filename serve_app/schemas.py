@@ -44,7 +44,9 @@ class RankRequest(_Strict):
 
     user_id: Id | None = None
     history: list[HistoryRow] | None = Field(default=None, description="instead of user_id; user features are unknown")
-    first_position: Id = Field(default=0, description="how many rows before `history` were left out of it")
+    first_position: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        default=0, description="how many rows before `history` were left out of it"
+    )
     request_time_ms: TimeMs = Field(
         default_factory=now_ms, description="the history is what happened before; a past time asks for past scores"
     )

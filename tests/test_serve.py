@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_world import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
 
 from pipeline import tracking
@@ -124,6 +126,43 @@ def test_bad_bodies_are_4xx_and_name_the_field(replica: InProcess, name: str) ->
     check_refused(
         call(replica, "POST", "/v1/rank", content=body, headers={"content-type": "application/json"}), *expected
     )
+
+
+NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**53, 2**63 - 1, 2**63, 1_651_500_000_000]))
+FEATURES = st.dictionaries(st.sampled_from(["tab", "tab", "hour", "\ud800"]), NUMBERS, max_size=2)
+ROWS = st.fixed_dictionaries(
+    {"item_id": NUMBERS},
+    optional={
+        "event_time": NUMBERS,
+        "actions": st.dictionaries(st.sampled_from(["is_click", "is_like", "is_sold"]), st.booleans()),
+        "request_features": FEATURES,
+        "order_only": st.booleans(),
+    },
+)
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "user_id": st.none() | NUMBERS,
+        "history": st.none() | st.lists(ROWS, max_size=4),
+        "first_position": NUMBERS,
+        "request_time_ms": NUMBERS,
+        "request_features": FEATURES,
+        "candidates": st.lists(ROWS, max_size=3)
+        | st.lists(st.fixed_dictionaries({"item_id": st.integers(0, 70)}), min_size=1, max_size=3),
+        "order_by": st.none() | st.text(max_size=3),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=BODIES)
+def test_whatever_comes_is_answered_or_refused(replica: InProcess, body: dict) -> None:
+    """An exception of the ranker would pass through this transport: over the wire it would be a 500."""
+    content = json.dumps(body).encode()  # in ASCII: a lone surrogate goes through as an escape
+    answer = call(replica, "POST", "/v1/rank", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 400, 422)
+    if answer.status_code == 200:
+        assert all(0 <= score <= 1 for scores in answer.json()["scores"].values() for score in scores)
 
 
 def test_other_methods_and_paths(replica: InProcess) -> None:
