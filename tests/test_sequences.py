@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +23,7 @@ from pipeline.data.cleaning import LogRules, user_bucket
 from pipeline.data.sequences import build_sequences
 from pipeline.schema import sequence_lists
 
+ROOT = Path(__file__).parents[1]
 NOON = 1_650_000_000_000
 RULES = LogRules(
     columns={},
@@ -281,8 +286,34 @@ def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(local_ray
         patch.setattr(store, "write_manifest", die)
         with pytest.raises(KeyboardInterrupt):
             build_sequences(capped, overwrite=True)
-    (cfg.sequence_dir / ".staging").mkdir()  # what kill -9 leaves
-    (cfg.sequence_dir / ".staging" / "bucket-00000.parquet").write_bytes(b"half")
+    assert store.read_manifest(cfg.sequence_dir) == first
+    assert store.read_sequences(cfg.sequence_dir).equals(before)
+
+
+KILLED_HALFWAY = """
+import os, signal, sys
+from pipeline import config
+from pipeline.data import sequences
+
+def die(cfg, logs, rules, staging):
+    (staging / "bucket-00000.parquet").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+sequences._run_buckets = die
+sequences.build_sequences(config.load(sys.argv[1]), overwrite=True)
+"""
+
+
+@pytest.mark.cluster
+def test_a_killed_build_leaves_the_last_version_and_no_lock(local_ray: None, tmp_path: Path):
+    cfg = config_for(tmp_path, log())
+    first = build_sequences(cfg)
+    before = store.read_sequences(cfg.sequence_dir)
+    capped = with_sequences(cfg, max_rows_per_user=3)
+    (tmp_path / "capped.yaml").write_text(yaml.safe_dump(config.to_dict(capped)))
+    done = subprocess.run([sys.executable, "-c", KILLED_HALFWAY, str(tmp_path / "capped.yaml")], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (cfg.sequence_dir / ".staging" / "bucket-00000.parquet").exists()
     assert store.read_manifest(cfg.sequence_dir) == first
     assert store.read_sequences(cfg.sequence_dir).equals(before)
     assert build_sequences(capped, overwrite=True).rows_capped > 0

@@ -37,7 +37,7 @@ def build_bucket(rows: pa.Table, rules: LogRules, max_rows_per_user: int) -> Bui
     """Every user of one bucket at once: `rows` in any order, as `normalise` gives them.
 
     Order within a user: event_time, then tie_breaker where there is one, then item_id; requests of one time stay
-    together, in the order of their first rows.
+    together, in the order of their first rows. A request is what shares a request_id *and* a time.
     """
     broken = rows.filter(rows[REASON].is_valid())
     good = rows.filter(rows[REASON].is_null())
@@ -103,7 +103,10 @@ def _as_before(keys: dict[str, np.ndarray], names: tuple[str, ...], order: np.nd
 
 
 def _order(keys: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """The rows by user and, within a user, in the order of the sequence."""
     order = _sorted(keys, rows, ("user_id", "event_time", "tie_breaker", "item_id"))
+    if np.all(keys["request_id"] == keys["request_id"][:1]):
+        return order  # no requests told apart but by their time
     place = np.arange(len(order))
     request = ("user_id", "event_time", "request_id")
     grouped = np.lexsort([place, *(keys[name][order] for name in reversed(request))])
@@ -178,16 +181,21 @@ def write_partition(
     for number in rows[USER_BUCKET].unique().to_pylist() if rows.num_rows else []:
         built = build_bucket(rows.filter(pc.field(USER_BUCKET) == number), rules, max_rows_per_user)
         name = f"bucket-{number:05d}.parquet"
-        if built.quarantine.num_rows:
-            write_table(built.quarantine, Path(folder), f"quarantine/{name}")
-        kept = built.sequences
-        bucket = write_table(kept, Path(folder), name, users=kept.num_rows) if kept.num_rows else None
-        statistics = count_bucket(built, rules, utc_offset_ms)
-        summaries.append({"number": number, "bucket": bucket and asdict(bucket), "statistics": asdict(statistics)})
-    return pa.table({"summary": pa.array([json.dumps(summary) for summary in summaries], pa.string())})
+        kept, left_out = built.sequences, built.quarantine
+        summary = {
+            "number": number,
+            "bucket": asdict(write_table(kept, Path(folder), name, users=kept.num_rows)) if kept.num_rows else None,
+            "quarantine": asdict(write_table(left_out, Path(folder), f"quarantine/{name}"))
+            if left_out.num_rows
+            else None,
+            "statistics": asdict(count_bucket(built, rules, utc_offset_ms)),
+        }
+        summaries.append(json.dumps(summary))
+    return pa.table({"summary": pa.array(summaries, pa.string())})
 
 
 def write_table(table: pa.Table, folder: Path, name: str, users: int = 0) -> Bucket:
+    """Write `folder/name` in one step; `users` is given for SEQUENCE rows, whose events are counted then."""
     path = folder / name
     half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a second attempt may run beside a lost first one
     pq.write_table(table, half, compression="zstd", row_group_size=2**16)

@@ -21,6 +21,7 @@ EXTRA_FIELDS = (
     pa.field(REASON, pa.string()),  # null: the row is good
     pa.field(SOURCE_ROW, pa.string()),  # of a row with a reason: the source's row, as JSON
 )
+ROWS_AT_ONCE = 10_000  # bad rows that are Python objects at a time
 NULL_BITS = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -89,11 +90,13 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
     }
     theirs = rules.columns[ROW_DIGEST]
     carried = theirs in block.column_names
-    digest = block[theirs].to_numpy().astype(np.uint64) if carried else row_digest(block)
+    digest = block[theirs].fill_null(0).to_numpy().astype(np.uint64) if carried else row_digest(block)
     reason, columns = _check(columns, rules)
     bad = np.flatnonzero(reason != "")
     source_rows = np.full(block.num_rows, None, object)
-    source_rows[bad] = [json.dumps(row, default=str) for row in block.take(pa.array(bad)).to_pylist()]
+    for some in np.array_split(bad, len(bad) // ROWS_AT_ONCE + 1):
+        rows = block.take(pa.array(some)).to_pylist()
+        source_rows[some] = [json.dumps(row, default=str, sort_keys=True) for row in rows]
     user = columns["user_id"]
     bucket = user_bucket(user.fill_null(0).to_numpy(), rules.num_buckets)
     bucket[bad] = (digest[bad] % np.uint64(rules.num_buckets)).astype(np.int32)  # a bad row may have no user

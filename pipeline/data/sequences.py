@@ -52,9 +52,7 @@ def log_rules(cfg: RunConfig, logs: LogFiles) -> LogRules:
         actions=cfg.source.actions,
         request_columns=cfg.source.request_columns,
         earliest_ms=config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time),
-        latest_ms=int(time.time() * 1000) + DAY_MS
-        if latest is None
-        else config.parse_time("sequences.latest_time", latest),
+        latest_ms=config.parse_time("sequences.latest_time", latest) if latest else int(time.time() * 1000) + DAY_MS,
         num_buckets=cfg.sequences.num_buckets,
     )
 
@@ -146,7 +144,8 @@ def _build(
     _refuse_bad_logs(cfg, totals, rules, page)
     assert totals.first_event_ms is not None and totals.last_event_ms is not None, "some rows were kept"
     imported = logs.imported.quarantined if logs.imported else {}
-    version = _version(cfg, [*buckets, *side_tables.values()])
+    quarantine = [Bucket(**summary["quarantine"]) for summary in summaries if summary["quarantine"]]
+    version = _version(cfg, [*buckets, *quarantine, *side_tables.values()])
     return Manifest(
         digest=version,
         num_users=sum(bucket.users for bucket in buckets),
@@ -287,7 +286,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _inputs_digest(logs: LogFiles, settings: dict[str, Any]) -> str:
     sides = [(table.id_column, parquet_files("", table.path)) for table in (logs.users, logs.items) if table]
     files = [*logs.files, *(file for _, side in sides for file in side)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
         digests = list(pool.map(file_digest, files))
     what = [store.SCHEMA_VERSION, settings, digests, [id_column for id_column, _ in sides]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

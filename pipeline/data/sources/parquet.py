@@ -14,7 +14,7 @@ def parquet_files(key: str, path: str | Path) -> list[str]:
     Raises:
         UserError: there is nothing, naming the configuration key.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # workers may have another working directory
     if path.is_file():
         return [str(path)]
     files = sorted(str(file) for file in path.rglob("*.parquet") if file.is_file())
