@@ -60,8 +60,9 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     maps = fit_features(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
-    with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-        _trainer(cfg, digest, run).fit()
+    if earlier is None or earlier.state.epoch < cfg.train.epochs:
+        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+            _trainer(cfg, digest, run).fit()
     trained = last_good(checkpoint_folders(cfg))
     assert trained is not None
     model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)

@@ -1,0 +1,203 @@
+"""Training on Ray, and what evaluation writes about its model, on a store of a few users."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from tiny_world import publish_sequences, tiny_config
+
+from pipeline.config import RunConfig, UserError
+from pipeline.data.examples import request_examples, user_events
+from pipeline.evaluate import evaluator
+from pipeline.model.artifact import load_model, save_model
+
+pytestmark = pytest.mark.cluster
+
+
+def train_config(runs_dir: Path, name: str) -> RunConfig:
+    train = {
+        "epochs": 40,
+        "batch_users": 2,
+        "num_workers": 2,
+        "warmup_steps": 5,
+        "log_every": 7,
+        "checkpoint_every": 50,
+    }
+    return replace(tiny_config(runs_dir, train=train), name=name)
+
+
+def losses(cfg: RunConfig) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (cfg.run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: {k: v for k, v in line.items() if k.startswith("train/loss")} for line in lines}
+
+
+@pytest.fixture(scope="module")
+def trained(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that nothing disturbed."""
+    from pipeline.train import trainer
+
+    cfg = train_config(tmp_path_factory.mktemp("runs"), "unbroken")
+    publish_sequences(cfg)
+    assert trainer.fit(cfg) == cfg.model_dir
+    return cfg
+
+
+def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
+    """SIGKILL to a worker after the first checkpoint: Ray Train starts the workers again where that was."""
+    from pipeline.train import trainer
+
+    cfg = replace(trained, name="killed")
+    shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
+    killed = []
+    killer = threading.Thread(target=lambda: killed.append(kill_worker_after(cfg, step=100)))
+    killer.start()
+    trainer.fit(cfg)
+    killer.join(1)
+    assert killed, "training ended before the worker was killed"
+    expected, found = losses(trained), losses(cfg)
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, abs=1e-6), step
+    weights = load_file(trained.model_dir / "model.safetensors")
+    for name, tensor in load_file(cfg.model_dir / "model.safetensors").items():
+        np.testing.assert_allclose(tensor, weights[name], atol=1e-6, err_msg=name)
+
+
+def kill_worker_after(cfg: RunConfig, step: int) -> int:
+    """Wait for metrics of that step, then end one training worker of this process's own cluster the hard way."""
+    metrics = cfg.run_dir / "train" / "metrics.jsonl"
+    while not metrics.exists() or not any(f'"step": {s},' in metrics.read_text() for s in range(step, step + 50)):
+        time.sleep(0.02)
+    pid = next(pid for pid in our_processes() if b"RayTrainWorker" in command_line(pid))
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def our_processes() -> list[int]:
+    """Processes descended from this one."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it ended meanwhile
+    found, fresh = set(), {os.getpid()}
+    while fresh:
+        found |= fresh
+        fresh = {pid for pid, parent in parents.items() if parent in fresh} - found
+    return sorted(found)
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_finished_run_trains_nothing_more(trained: RunConfig) -> None:
+    from pipeline.train import trainer
+
+    before, seconds = losses(trained), load_model(trained.model_dir).extra["train_seconds"]
+    trainer.fit(trained)
+    assert losses(trained) == before
+    assert load_model(trained.model_dir).extra["train_seconds"] == seconds
+
+
+def test_other_settings_under_the_same_name_are_refused_before_a_worker_starts(trained: RunConfig) -> None:
+    from pipeline.train import trainer
+
+    with pytest.raises(UserError, match=r"train\.lr"):
+        trainer.fit(replace(trained, train=replace(trained.train, lr=0.5)))
+
+
+def test_a_corrupted_checkpoint_is_skipped(trained: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    from pipeline.train import trainer
+
+    cfg = replace(trained, name="damaged")
+    shutil.copytree(trained.run_dir, cfg.run_dir)
+    newest = trainer.checkpoint_folders(cfg)[-1]
+    (newest / "model.safetensors").write_bytes(b"")
+    assert trainer.plan(cfg)["resumes_from_step"] < max(losses(trained))
+    assert newest.name in caplog.text
+
+
+def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
+    from pipeline.train import trainer
+
+    plan = trainer.plan(replace(trained, name="unbroken"))
+    assert plan["world_size"] == 2
+    assert plan["steps_per_epoch"] * trained.train.epochs == max(losses(trained))
+    model = load_model(trained.model_dir).model
+    assert sum(plan["parameters"].values()) == sum(p.numel() for p in model.parameters())
+    with pytest.raises(UserError, match=r"ray\.num_cpus"):
+        trainer.plan(replace(trained, train=replace(trained.train, num_workers=9)))
+
+
+# Evaluation
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: RunConfig) -> tuple[RunConfig, dict[str, float]]:
+    return trained, evaluator.evaluate(trained, trained.model_dir)
+
+
+def test_every_request_row_is_scored_once(evaluated: tuple[RunConfig, dict[str, float]]) -> None:
+    cfg, metrics = evaluated
+    from pipeline.data import store
+
+    users = user_events(store.read_sequences(cfg.sequence_dir), cfg)
+    for split, bounds in {
+        "val": (cfg.split.val_ms, cfg.split.test_ms),
+        "test": (cfg.split.test_ms, cfg.split.end_ms),
+    }.items():
+        examples = request_examples(users, *bounds)
+        expected = [
+            (users.user_id[user], users.events.item_id[row], users.events.event_time[row])
+            for user, begin, end in zip(examples.user, examples.target_begin, examples.target_end, strict=True)
+            for row in range(begin, end)
+        ]
+        rows = pq.read_table(cfg.run_dir / "evaluation" / "predictions" / f"{split}.parquet")
+        found = zip(*(rows[name].to_numpy() for name in ("user_id", "item_id", "event_time")), strict=True)
+        assert sorted(found) == sorted(expected)
+        known = rows["label.is_click"].is_valid().to_numpy().sum()
+        assert metrics[f"{split}/rows/is_click"] == known > 0
+
+
+def test_metrics_are_written_beside_the_weights_and_the_plots(evaluated: tuple[RunConfig, dict[str, float]]) -> None:
+    cfg, metrics = evaluated
+    assert json.loads((cfg.model_dir / "metrics.json").read_text()) == metrics
+    assert {"val/ne/is_click", "test/auc/is_like", "test/gauc/is_like", "test/gauc_users/is_like"} <= metrics.keys()
+    assert 0 < metrics["masked_pair_share"] < 1
+    assert 0 < metrics["truncated_token_share"] < 1
+    for name in ("calibration_val", "calibration_test", "roc_val", "roc_test"):
+        assert (cfg.run_dir / "evaluation" / f"{name}.png").stat().st_size > 1000
+    load_model(cfg.model_dir)  # metrics.json does not disturb the digests
+
+
+def test_batch_size_changes_no_score(evaluated: tuple[RunConfig, dict[str, float]], tmp_path: Path) -> None:
+    cfg, metrics = evaluated
+    loaded = load_model(cfg.model_dir)
+    save_model(tmp_path / "copy", loaded.model, loaded.cfg, loaded.maps, {})
+    small = replace(cfg, name="small", evaluate=replace(cfg.evaluate, batch_tokens=30))
+    shutil.copytree(cfg.sequence_dir, small.sequence_dir)
+    assert evaluator.evaluate(small, tmp_path / "copy", ["test"])["test/ne/is_click"] == pytest.approx(
+        metrics["test/ne/is_click"], abs=1e-6
+    )
+
+
+def test_a_split_without_requests_is_refused(trained: RunConfig) -> None:
+    late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
+    cfg = replace(trained, split=replace(trained.split, **late))
+    with pytest.raises(UserError, match="holds no request"):
+        evaluator.evaluate(cfg, trained.model_dir, ["val"])
