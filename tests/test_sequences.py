@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data import sequences, store
-from pipeline.data.build import build_bucket
-from pipeline.data.cleaning import LogRules, user_bucket
+from pipeline.data.build import build_bucket, write_partition
+from pipeline.data.cleaning import LogRules, normalise, user_bucket
 from pipeline.data.sequences import build_sequences
+from pipeline.data.sources import LogFiles
 from pipeline.schema import sequence_lists
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +194,18 @@ def config_for(folder: Path, *tables: pa.Table, **source: object) -> RunConfig:
     )
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets are built in this process: for what Ray has no part in."""
+
+    def run_here(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path) -> list[dict]:
+        rows = pa.concat_tables([normalise(pq.read_table(file), rules) for file in logs.files])
+        written = write_partition(rows, rules, cfg.sequences.max_rows_per_user, str(staging), 0)
+        return [json.loads(text) for text in written["summary"].to_pylist()]
+
+    monkeypatch.setattr(sequences, "_run_buckets", run_here)
+
+
 def with_sequences(cfg: RunConfig, **changes: object) -> RunConfig:
     return dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, **changes))
 
@@ -252,8 +265,7 @@ def test_the_same_logs_in_any_order_and_any_files_give_the_same_bytes(local_ray:
     assert [bucket.sha256 for bucket in one.buckets] == [bucket.sha256 for bucket in other.buckets]
 
 
-@pytest.mark.cluster
-def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(local_ray: None, tmp_path: Path, monkeypatch):
+def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(here: None, tmp_path: Path, monkeypatch):
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     with monkeypatch.context() as patch:
@@ -272,8 +284,7 @@ def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(local_ray: Non
     assert sum(table["first_position"].to_pylist()) == second.rows_capped
 
 
-@pytest.mark.cluster
-def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(local_ray: None, tmp_path: Path, monkeypatch):
+def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(here: None, tmp_path: Path, monkeypatch):
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     before = store.read_sequences(cfg.sequence_dir)
@@ -304,8 +315,7 @@ sequences.build_sequences(config.load(sys.argv[1]), overwrite=True)
 """
 
 
-@pytest.mark.cluster
-def test_a_killed_build_leaves_the_last_version_and_no_lock(local_ray: None, tmp_path: Path):
+def test_a_killed_build_leaves_the_last_version_and_no_lock(here: None, tmp_path: Path):
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     before = store.read_sequences(cfg.sequence_dir)
@@ -330,8 +340,7 @@ def test_files_may_differ_in_column_order_and_in_width(local_ray: None, tmp_path
     assert manifest.quarantined["exact_duplicate"] == 50
 
 
-@pytest.mark.cluster
-def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(local_ray: None, tmp_path: Path):
+def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(here: None, tmp_path: Path):
     bad = {
         "user_id": [None, -1, 1, 1, 1, 1, 1, 1],
         "item_id": [1, 1, None, 1, 1, 1, 1, 1],
@@ -362,7 +371,6 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(local_ray: N
     assert len(quarantine) == sum(manifest.quarantined.values())
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
@@ -373,7 +381,7 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(local_ray: N
     ],
 )
 def test_too_many_bad_rows_fail_the_build_and_publish_nothing(
-    local_ray: None, tmp_path: Path, column: str, values: object, message: str
+    here: None, tmp_path: Path, column: str, values: object, message: str
 ):
     cfg = with_sequences(config_for(tmp_path, log(**{column: values})), max_quarantined_share=0.2)
     with pytest.raises(UserError, match=message) as refused:
@@ -416,8 +424,7 @@ def test_one_build_at_a_time(tmp_path: Path):
         build_sequences(cfg)
 
 
-@pytest.mark.cluster
-def test_side_tables_are_published_under_our_names(local_ray: None, tmp_path: Path):
+def test_side_tables_are_published_under_our_names(here: None, tmp_path: Path):
     pq.write_table(pa.table({"uid": pa.array([3, 1], pa.int32()), "country": ["x", None]}), tmp_path / "users.parquet")
     users = {"path": str(tmp_path / "users.parquet"), "id_column": "uid"}
     cfg = config_for(tmp_path, log(), users=users)

@@ -13,7 +13,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,8 +109,8 @@ def read_sequences(folder: str | Path) -> pa.Table:
     return pa.concat_tables([read_bucket(folder, manifest, index) for index in range(len(manifest.buckets))])
 
 
-def read_side_table(folder: str | Path, name: Literal["users", "items"]) -> pa.Table | None:
-    """The USER or ITEM table with its id column called user_id or item_id, sorted by it; None where there is none."""
+def read_side_table(folder: str | Path, name: str) -> pa.Table | None:
+    """The table called "users" or "items", sorted by its id column user_id or item_id; None where there is none."""
     entry = read_manifest(folder).side_tables.get(name)
     return None if entry is None else _read(Path(folder) / entry.file)
 
