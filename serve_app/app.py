@@ -32,10 +32,9 @@ logger = logging.getLogger("ray.serve")
 def load_and_warm(user_config: dict[str, Any]) -> Ranker:
     """The ranker that `deployment.user_config` describes, after its first forward pass."""
     model = tracking.PinnedModel(**user_config["model"])
-    cache = Path(user_config["cache"])
-    loaded = load_model(tracking.fetch(model, cache))
+    loaded = load_model(tracking.fetch(model, Path(user_config["cache"])))
     limits = config.from_dict({"serve": user_config["limits"]}).serve
-    store = PublishedSequences(Path(user_config["sequences"]), loaded.cfg, cache)
+    store = PublishedSequences(Path(user_config["sequences"]), loaded.cfg, Path(user_config["mapped"]))
     ranker = Ranker(loaded, store, model.version, model.name, limits)
     ranker.warm()
     return ranker

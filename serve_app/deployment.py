@@ -29,7 +29,7 @@ ANSWERS_PER_REPLICA = 10  # in a row from the new version, before the old one co
 
 
 def cache(cfg: RunConfig) -> Path:
-    """Where checked model files and the mapped sequences lie on every node that serves."""
+    """Where checked model files lie on every node that serves."""
     return Path(cfg.runs_dir).absolute() / "champions"
 
 
@@ -44,6 +44,7 @@ def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
         "model": dataclasses.asdict(model),
         "sequences": str(cfg.sequence_dir),
         "cache": str(cache(cfg)),
+        "mapped": str(cfg.run_dir / "serving"),
         "limits": config.to_dict(cfg.serve),
     }
 

@@ -35,8 +35,8 @@ class HistoryStore(Protocol):
 class PublishedSequences:
     """The store that the build job published, read-only and memory-mapped: replicas of a machine share its pages.
 
-    Parquet cannot be mapped, so the first to open a publication copies it to an Arrow file under `cache`, named by its
-    digest.
+    Parquet cannot be mapped, so the first to open a publication copies it to an Arrow file under `cache`, in the place
+    of the copy of an earlier one.
 
     Raises:
         UserError: nothing is published there, or its masks and columns are not the ones that `cfg` names.
@@ -84,6 +84,9 @@ def _arrow_copy(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
                 writer.write_table(store.read_bucket(folder, manifest, index).combine_chunks())
         staging.flush()
         os.rename(staging.name, path)  # whole or not there; two replicas at once write the same thing
+    for older in cache.glob("sequences-*.arrow"):
+        if older != path:
+            older.unlink(missing_ok=True)  # who has it mapped keeps it
     return path
 
 

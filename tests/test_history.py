@@ -1,5 +1,6 @@
 """The history store: as of a time, from the published sequences."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_the_copy_is_made_once_and_whole(cfg: RunConfig, table: pa.Table, tmp_pa
     written = copy.stat().st_mtime_ns
     PublishedSequences(cfg.sequence_dir, cfg, cache)
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [written]
+
+
+def test_a_new_publication_takes_the_place_of_the_old_copy(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+    old = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    shutil.rmtree(cfg.sequence_dir)
+    renewed = publish_sequences(cfg, seed=1)
+    new = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    for published, expected in ((old, table), (new, renewed)):
+        found = published.sequence(2)
+        assert found is not None
+        assert found.to_pylist() == expected.filter(pa.compute.equal(expected["user_id"], 2)).to_pylist()
 
 
 def test_masks_of_other_actions_are_refused(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A published store and an untrained model of a few users, for tests that serve or register."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def publish_sequences(cfg: RunConfig, seed: int = 0) -> pa.Table:
     cities = pa.table({"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]})
     times = [time for row in rows for time in row["event_time"]]
     manifest = store.Manifest(
-        digest=f"{seed:064d}",
+        digest=hashlib.sha256(str(seed).encode()).hexdigest(),
         num_users=NUM_USERS,
         num_rows=len(times),
         rows_in=len(times),
