@@ -38,7 +38,7 @@ class Case:
     lengths: tuple[int, ...]
     num_targets: tuple[int, ...] | None = None
     mask: dict[str, int] = field(default_factory=dict)
-    visible: bool = False  # each candidate its own visible length
+    visible: str = ""  # each candidate its own visible length: "random", or "sorted" as in training
     heads: int = 4
     d_qk: int = 128
     d_v: int = 128
@@ -47,7 +47,7 @@ class Case:
 
     def __str__(self) -> str:
         shown = f"{len(self.lengths)} sequences" if len(self.lengths) > 4 else str(list(self.lengths))
-        extra = f"{' visible' if self.visible else ''}{' bias' if self.bias else ''}"
+        extra = f"{' visible ' + self.visible if self.visible else ''}{' bias' if self.bias else ''}"
         return f"{self.dtype} {shown} targets {self.num_targets} {self.mask} {self.heads}x{self.d_qk}x{self.d_v}{extra}"
 
 
@@ -63,11 +63,12 @@ class Batch:
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:
-    """Tensors in float64; `convert` gives the others."""
+    """Tensors in float64, of values that the case's type holds exactly."""
     generator = torch.Generator("cuda").manual_seed(seed)
     total, heads = sum(case.lengths), case.heads
     widths = case.d_qk, case.d_qk, case.d_v, case.d_v
-    tensors = [torch.randn(total, heads, d, generator=generator, device="cuda", dtype=torch.float64) for d in widths]
+    dtype = getattr(torch, case.dtype)
+    tensors = [torch.randn(total, heads, d, generator=generator, device="cuda").to(dtype).double() for d in widths]
     offsets = torch.tensor([0, *case.lengths]).cumsum(0).cuda()
     options = {**case.mask, "max_seq_len": max(case.lengths), "attn_alpha": case.d_qk**-0.5, "scaling_seq_len": 64}
     if case.num_targets is not None:
@@ -76,6 +77,7 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
             host = torch.Generator().manual_seed(seed)
             pairs = zip(case.lengths, case.num_targets, strict=True)
             rows = [torch.randint(0, n - c + 1, (c,), generator=host) for n, c in pairs]
+            rows = rows if case.visible == "random" else [row.sort().values for row in rows]
             options["target_visible"] = torch.cat(rows).to(torch.int32).cuda()
     bias = None
     if case.bias:
@@ -108,16 +110,16 @@ def parity_cases() -> list[Case]:
         Case((257, 64), (0, 64), {"window": 40, "full_rows": 30}, heads=2),
         Case((1000, 77, 512), None, SEMI_LOCAL, heads=2),
         Case((1000, 77, 512), (100, 7, 0), semi, heads=2),
-        Case((1000, 77, 512), (100, 7, 0), prefixed, True, heads=2),
-        Case((3000, 200), (300, 0), {"window": 0, "full_rows": 70, "prefix": 70}, True, heads=2),
+        Case((1000, 77, 512), (100, 7, 0), prefixed, "random", heads=2),
+        Case((3000, 200), (300, 0), {"window": 0, "full_rows": 70, "prefix": 70}, "random", heads=2),
         Case((2500, 300), (500, 3), heads=2),
         Case((1030,) * 3, heads=2),
-        Case((200,) * 20, (50,) * 20, {"window": 64, "prefix": 2}, True, heads=2),
+        Case((200,) * 20, (50,) * 20, {"window": 64, "prefix": 2}, "sorted", heads=2),
         Case((3584 + 512, 4096), (512, 512), SEMI_LOCAL, heads=2),
         Case((16384 + 512,), (512,), SEMI_LOCAL, heads=1),
         Case((9000,), None, heads=1),
     ]
-    some = [((700, 77), (70, 7), prefixed, True), ((1100, 63), None, {}, False)]
+    some = [((700, 77), (70, 7), prefixed, "random"), ((1100, 63), None, {}, "")]
     widths = [(64, 64), (32, 32), (16, 16), (256, 256), (50, 25), (25, 50), (64, 128), (128, 64)]
     for d_qk, d_v in widths:
         cases += [Case(*x, heads=2, d_qk=d_qk, d_v=d_v) for x in some]
@@ -199,7 +201,7 @@ class Timer:
 
 
 def kept_pairs(case: Case) -> int:
-    """Kept (row, key) pairs of a head; all candidates see the whole history here."""
+    """Kept (row, key) pairs of a head."""
     pairs = 0
     window = case.mask.get("window")
     for length, targets in zip(case.lengths, case.num_targets or [0] * len(case.lengths), strict=True):
@@ -209,7 +211,8 @@ def kept_pairs(case: Case) -> int:
         seen = band * (band + 1) // 2 if window is None or band <= window else None
         if seen is None:
             seen = (window + 1) * (window + 2) // 2 + (band - window - 1) * (window + 1)
-        pairs += seen + full * (full + 1) // 2 + full * band + targets * (u + 1)
+        of_targets = targets * u // 2 if case.visible else targets * u  # random lengths see half on average
+        pairs += seen + full * (full + 1) // 2 + full * band + of_targets + targets
     return pairs
 
 
@@ -305,7 +308,9 @@ def timed_cases() -> dict[str, Case]:
     for n in (4096, 16384):
         cases[f"512 candidates {n}"] = even(n, SEMI_LOCAL, num_targets=(512,) * (TOKENS // n))
         half = (n // 2,) * (TOKENS // n)
-        cases[f"half candidates, own visible {n}"] = even(n, SEMI_LOCAL, num_targets=half, visible=True)
+        cases[f"half candidates, each its own visible length, {n}"] = even(
+            n, SEMI_LOCAL, num_targets=half, visible="sorted"
+        )
     cases["Zipf semi-local"] = Case(zipf_lengths(), mask=SEMI_LOCAL)
     cases["Zipf causal"] = Case(zipf_lengths())
     targets = tuple(min(256, n // 2) for n in zipf_lengths())

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernels.semi_local_attention.op import semi_local_attention
+
+from kernels.semi_local_attention.op import cached_attention, semi_local_attention
 from kernels.semi_local_attention.reference import RelativeBias, semi_local_mask, time_bucket
 
 CASES = {  # lengths, candidates of each, mask
@@ -85,10 +86,9 @@ def test_mask_examples():
 
 
 def test_time_buckets_are_logarithmic():
-    hour = 3_600_000
-    difference = torch.tensor([0, 999, -1000, 1351, 1353, hour, 10**15])
-    assert time_bucket(difference, 129).tolist() == [0, 0, 0, 0, 1, 27, 91]
-    assert time_bucket(difference, 20).tolist() == [0, 0, 0, 0, 1, 19, 19]
+    difference = torch.tensor([0, -1, 1, 2, -3, 4, 3600, 2**30])
+    assert time_bucket(difference, 129).tolist() == [0, 0, 0, 2, 3, 4, 27, 69]
+    assert time_bucket(difference, 20).tolist() == [0, 0, 0, 2, 3, 4, 19, 19]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,6 +118,7 @@ def test_blocked_equals_reference(name, extra):
 def test_blocked_precision(dtype):
     lengths, counts = [63, 0, 130, 257], [3, 0, 60, 0]
     tensors, offsets, num_targets = make_inputs(lengths, counts, d_qk=25, d_v=50)
+    tensors = [x.to(dtype).double() for x in tensors]  # the truth is of these very numbers
     options = {"num_targets": num_targets, "window": 20, "full_rows": 10, "prefix": 2}
     results = [
         run(tensors, offsets, dtype=t, backend=b, **options)
@@ -154,6 +155,7 @@ def test_a_plan_serves_all_layers_and_notices_changes(monkeypatch):
     plan_tiles = op.plan_tiles
     monkeypatch.setattr(op, "plan_tiles", lambda *args: built.append(args) or plan_tiles(*args))
     (q, k, v, _), offsets, num_targets = make_inputs([20, 30], [2, 3])
+    assert num_targets is not None
     options = {"num_targets": num_targets, "attn_alpha": 1.0, "scaling_seq_len": 4, "max_seq_len": 40}
     first = semi_local_attention(q, k, v, offsets, window=2, **options)
     assert torch.equal(semi_local_attention(q, k, v, offsets, window=2, **options), first)
@@ -186,3 +188,40 @@ def test_wrong_arguments_are_named(change, message):
     options = {"seq_offsets": offsets, "max_seq_len": 30, "num_targets": num_targets, **change}
     with pytest.raises(ValueError, match=message):
         semi_local_attention(q, k, v, options.pop("seq_offsets"), attn_alpha=1.0, **{"scaling_seq_len": 4, **options})
+
+
+@pytest.mark.parametrize("kind", ["candidates", "candidates with visible lengths", "new events"])
+def test_cached_equals_the_whole_sequence(kind):
+    """Rows over a cache get what the same rows get inside the sequence."""
+    lengths, counts = [50, 1, 33], [20, 1, 0]
+    (q, k, v, _), offsets, num_targets = make_inputs(lengths, counts)
+    rows = torch.cat([torch.arange(n - c, n) + o for n, c, o in zip(lengths, counts, offsets, strict=False)])
+    kept = torch.ones(sum(lengths), dtype=torch.bool)
+    kept[rows] = False
+    row_offsets, cache_offsets = (torch.tensor([0, *n]).cumsum(0) for n in (counts, [30, 0, 33]))
+    visible = some_visible(lengths, counts) if "visible" in kind else None
+    scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
+    if kind == "new events":
+        whole = semi_local_attention(q, k, v, offsets, max_seq_len=50, window=3, full_rows=20, **scale)[rows]
+    else:
+        of_candidates = {"num_targets": num_targets, "target_visible": visible}
+        whole = semi_local_attention(q, k, v, offsets, max_seq_len=50, window=3, **of_candidates, **scale)[rows]
+    for backend in ("reference", "torch"):
+        cached = cached_attention(
+            *(q[rows], k[rows], v[rows], row_offsets, k[kept], v[kept], cache_offsets),
+            visible=visible,
+            causal=kind == "new events",
+            backend=backend,
+            **scale,
+        )
+        torch.testing.assert_close(cached, whole)
+
+
+def test_cached_names_what_does_not_fit():
+    q, k = torch.zeros(3, 2, 8), torch.zeros(5, 2, 8)
+    offsets = torch.tensor([0, 3]), torch.tensor([0, 5])
+    with pytest.raises(ValueError, match="own_k must be"):
+        cached_attention(q, q[:2], q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1)
+    options = {"causal": True, "visible": torch.zeros(3, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="give one of them"):
+        cached_attention(q, q, q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1, **options)

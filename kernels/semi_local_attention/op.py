@@ -7,11 +7,11 @@ Every layer of a batch has the same mask, so what a backend derives from it (a l
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.semi_local_attention.reference import (
     RelativeBias,
@@ -27,45 +27,42 @@ from kernels.semi_local_attention.torch_blocked import (
 Plan = TypeVar("Plan")
 Backend = Literal["auto", "triton", "torch", "reference"]
 
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # seq_offsets → {mask: (tensors it was made of, plan)}
-
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
 
 
+@lru_cache(1024)  # a model asks the same of every layer
 def _check(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THV: Tensor,
-    seq_offsets: Tensor,
-    num_targets: Tensor | None,
-    target_visible: Tensor | None,
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    offsets: torch.Size,
+    targets: torch.Size | None,
+    has_visible: bool,
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
     window: int | None,
     full_rows: int,
     prefix: int,
     scaling_seq_len: int,
 ) -> None:
-    q, k, v = q_THD.shape, k_THD.shape, v_THV.shape
     _require(len(q) == len(k) == len(v) == 3, f"q, k, v must be [T, H, ·], got {q}, {k}, {v}")
     _require(q == k and q[:2] == v[:2], f"q and k must be [T, H, D] and v [T, H, V], got {q}, {k}, {v}")
-    dtypes = q_THD.dtype, k_THD.dtype, v_THV.dtype
-    _require(len(set(dtypes)) == 1 and q_THD.is_floating_point(), f"q, k, v must have one float type, got {dtypes}")
-    offsets = seq_offsets.dtype, seq_offsets.dim()
-    _require(offsets == (torch.int64, 1), f"seq_offsets must be int64 [B + 1], got {offsets[0]} of {offsets[1]} axes")
-    batch = len(seq_offsets) - 1
-    if num_targets is not None:
-        shape = tuple(num_targets.shape)
-        _require(shape == (batch,), f"num_targets must be [{batch}], one per sequence, got {shape}")
-    _require(target_visible is None or num_targets is not None, "target_visible needs num_targets")
+    same = len(set(dtypes[:3])) == 1 and dtypes[0].is_floating_point
+    _require(same, f"q, k, v must have one float type, got {dtypes[:3]}")
+    fits = dtypes[3] == torch.int64 and len(offsets) == 1
+    _require(fits, f"seq_offsets must be int64 [B + 1], got {dtypes[3]} {tuple(offsets)}")
+    batch = offsets[0] - 1
+    if targets is not None:
+        _require(targets == (batch,), f"num_targets must be [{batch}], one per sequence, got {tuple(targets)}")
+    _require(targets is not None or not has_visible, "target_visible needs num_targets")
     _require(window is None or window >= 0, f"window must be a distance of 0 or more, or None, got {window}")
     _require(full_rows >= 0, f"full_rows must be 0 or more, got {full_rows}")
     _require(prefix >= 0, f"prefix must be 0 or more, got {prefix}")
     _require(scaling_seq_len >= 1, f"scaling_seq_len must be 1 or more, got {scaling_seq_len}")
-    others = [t for t in (k_THD, v_THV, seq_offsets, num_targets, target_visible) if t is not None]
-    devices = {str(t.device) for t in others} | {str(q_THD.device)}
-    _require(len(devices) == 1, f"all tensors must be on one device, got {sorted(devices)}")
+    _require(len(set(devices)) == 1, f"all tensors must be on one device, got {sorted(map(str, set(devices)))}")
 
 
 def _check_lengths(
@@ -89,12 +86,13 @@ def _check_lengths(
 def _shared_plan(
     seq_offsets: Tensor, mask: tuple, tensors: tuple[Tensor | None, ...], build: Callable[[], Plan]
 ) -> Plan:
-    """The plan of these very tensors, built by `build()` unless an earlier layer did; it must not hold `seq_offsets`,
-    with which it goes."""
-    version = tuple(None if t is None else (id(t), t._version) for t in (seq_offsets, *tensors))
-    if seq_offsets not in _plans:
-        _plans[seq_offsets] = {}
-    plans = _plans[seq_offsets]
+    """The plan of these very tensors, built by `build()` unless an earlier layer did.
+
+    It is an attribute of `seq_offsets`, with which it goes; so it must not hold that tensor itself.
+    """
+    everything = seq_offsets, *tensors
+    version = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything)
+    plans = seq_offsets.__dict__.setdefault("_attention_plans", {})
     found = plans.get(mask)
     if found is None or found[0] != version:
         found = plans[mask] = version, tensors, build()  # holds the tensors, so that their ids stay theirs
@@ -127,7 +125,21 @@ def semi_local_attention(
     Raises:
         ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors are on the CPU.
     """
-    _check(q_THD, k_THD, v_THV, seq_offsets, num_targets, target_visible, window, full_rows, prefix, scaling_seq_len)
+    given = [t for t in (q_THD, k_THD, v_THV, seq_offsets, num_targets, target_visible) if t is not None]
+    _check(
+        q_THD.shape,
+        k_THD.shape,
+        v_THV.shape,
+        seq_offsets.shape,
+        None if num_targets is None else num_targets.shape,
+        target_visible is not None,
+        tuple(t.dtype for t in given),
+        tuple(t.device for t in given),
+        window,
+        full_rows,
+        prefix,
+        scaling_seq_len,
+    )
     if not q_THD.is_cuda:
         _check_lengths(len(q_THD), seq_offsets, max_seq_len, num_targets, target_visible)
     scale = {"attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}

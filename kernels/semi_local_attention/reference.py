@@ -17,8 +17,8 @@ class RelativeBias:
     """HSTU's relative attention bias (arXiv:2402.17152), shared by the heads and added to the score before SiLU.
 
     `position_table[i]` is for a key i positions before the query, its last entry also for all that are farther; a
-    candidate stands right behind the last event it sees. `time_table[b]` is for a time difference of
-    exp(0.301 b) .. exp(0.301 (b + 1)) seconds, the last entry also for longer ones. `query_time_T` is the time that a
+    candidate stands right behind the last event it sees. `time_table[b]` is for a difference in whole seconds of
+    exp(0.301 b) .. exp(0.301 (b + 1)), the last entry also for longer ones. `query_time_T` is the time that a
     row asks about (HSTU's code takes that of the next event); None is the row's own.
     """
 
@@ -28,10 +28,15 @@ class RelativeBias:
     query_time_T: Tensor | None = None  # int64 [T], ms
 
 
-def time_bucket(difference_ms: Tensor, num_buckets: int) -> Tensor:
-    """Bucket of a time difference (int64, ms, either sign); under a second is bucket 0."""
-    seconds = difference_ms.abs().to(torch.float32) * 1e-3
-    return (seconds.clamp(min=1.0).log() * (1 / LOG_BUCKET)).to(torch.int64).clamp(max=num_buckets - 1)
+def whole_seconds(time_ms: Tensor) -> Tensor:
+    """int32, good until 2038."""
+    return time_ms.div(1000, rounding_mode="floor").to(torch.int32)
+
+
+def time_bucket(difference_s: Tensor, num_buckets: int) -> Tensor:
+    """Bucket of a difference of whole seconds, of either sign; up to a second is bucket 0."""
+    seconds = difference_s.abs().to(torch.float32).clamp(min=1.0)
+    return (seconds.log() * (1 / LOG_BUCKET)).to(torch.int64).clamp(max=num_buckets - 1)
 
 
 def semi_local_mask(
@@ -61,8 +66,8 @@ def semi_local_mask(
 
 def relative_bias(bias: RelativeBias, rows: slice, num_targets: int, target_visible: Tensor | None) -> Tensor:
     """[L, L] bias of the sequence that holds the tokens `rows`."""
-    key_time = bias.event_time_T[rows]
-    query_time = key_time if bias.query_time_T is None else bias.query_time_T[rows]
+    key_time = whole_seconds(bias.event_time_T[rows])
+    query_time = key_time if bias.query_time_T is None else whole_seconds(bias.query_time_T[rows])
     length = len(key_time)
     u = length - num_targets
     position = torch.arange(length, device=key_time.device)

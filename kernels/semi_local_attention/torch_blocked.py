@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.semi_local_attention.reference import RelativeBias, time_bucket
+from kernels.semi_local_attention.reference import RelativeBias, time_bucket, whole_seconds
 
 TILE = 64  # rows and keys of a tile
 CHUNK = 2**18  # scores held at a time: 1 MiB in float32, which stays in a core's cache
@@ -116,8 +116,8 @@ class TileBias:
     time_table: Tensor
     rank: Tensor  # int64 [N, TILE]: the row's position, a candidate's being right behind what it sees
     position: Tensor  # int64 [N, TILE]: the key's position
-    query_time: Tensor  # int64 [N, TILE]
-    key_time: Tensor  # int64 [N, TILE]
+    query_time: Tensor  # int32 s [N, TILE]
+    key_time: Tensor  # int32 s [N, TILE]
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class TileBias:
 def _tile_bias(bias: RelativeBias, plan: TilePlan) -> TileBias:
     query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
     rank = torch.where(plan.high < plan.position, plan.high + 1, plan.position)
-    times = query_time[plan.token], bias.event_time_T[plan.token]
+    times = whole_seconds(query_time)[plan.token], whole_seconds(bias.event_time_T)[plan.token]
     return TileBias(bias.position_table, bias.time_table, rank, plan.position, *times)
 
 
@@ -193,7 +193,7 @@ def _own_key(q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, own_T: Tensor, bias: R
     score = (q_THD * k_THD).sum(-1)
     if bias is not None:
         query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
-        bucket = time_bucket(query_time - bias.event_time_T, len(bias.time_table))
+        bucket = time_bucket(whole_seconds(query_time) - whole_seconds(bias.event_time_T), len(bias.time_table))
         score = score + (bias.position_table[0] + bias.time_table[bucket])[:, None].to(score.dtype)
     return (F.silu(score) * own_T[:, None])[..., None] * v_THV
 

@@ -71,6 +71,21 @@ def _key_counts(history, full, targets, prefix, per_part, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
+def _entries(
+    history, full, targets, prefix, per_part, KEYS: tl.constexpr, CACHED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Entries and slots of sequences."""
+    if KEYS:
+        cut, one, other, parts = _key_counts(history, full, targets, prefix, per_part, BLOCK_M, BLOCK_N)
+        once = one + other
+    else:
+        once, full_tiles, target_tiles, parts = _row_counts(history, full, targets, per_part, BLOCK_M, BLOCK_N, CACHED)
+        cut = full_tiles + target_tiles
+    return once + cut * parts, tl.where(parts > 1, cut * parts, 0)
+
+
+@triton.jit
 def count_tiles(
     offsets,  # int64 [B + 1]
     num_targets,  # int [B]
@@ -90,7 +105,10 @@ def count_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """One program: how many entries each sequence needs, and where they go."""
+    """One program: how many entries each sequence needs, and where they go.
+
+    Sequences with cut tiles, the long ones, go first: what is left at the end should be short.
+    """
     work = tl.zeros((BLOCK_B,), tl.int64)  # blocks in the tiles that may be cut
     for begin in range(0, num_sequences, BLOCK_B):
         seq = begin + tl.arange(0, BLOCK_B)
@@ -105,30 +123,33 @@ def count_tiles(
             work += (full_tiles + target_tiles).to(tl.int64) * blocks
     per_part = tl.maximum(tl.cdiv(tl.sum(work, 0) * HEADS, SPLIT_PROGRAMS), SHORTEST_PART).to(tl.int32)
 
-    entries_before = tl.sum(tl.zeros((BLOCK_B,), tl.int32), 0)
-    slots_before = entries_before
-    targets_before = entries_before
+    long_before = tl.sum(tl.zeros((BLOCK_B,), tl.int32), 0)
+    slots_before = long_before
+    targets_before = long_before
+    short_before = long_before
+    for begin in range(0, num_sequences, BLOCK_B):
+        seq = begin + tl.arange(0, BLOCK_B)
+        _, history, full, targets = _sequence(
+            offsets, num_targets, seq, seq < num_sequences, full_rows, BANDED, CANDIDATES, CACHED
+        )
+        entries, slots = _entries(history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N)
+        short_before += tl.sum(tl.where(slots > 0, entries, 0), 0)
     for begin in range(0, num_sequences, BLOCK_B):
         seq = begin + tl.arange(0, BLOCK_B)
         valid = seq < num_sequences
         _, history, full, targets = _sequence(offsets, num_targets, seq, valid, full_rows, BANDED, CANDIDATES, CACHED)
-        if KEYS:
-            cut, one, other, parts = _key_counts(history, full, targets, prefix, per_part, BLOCK_M, BLOCK_N)
-            entries = cut * parts + one + other
-        else:
-            one, full_tiles, target_tiles, parts = _row_counts(
-                history, full, targets, per_part, BLOCK_M, BLOCK_N, CACHED
-            )
-            cut = full_tiles + target_tiles
-            entries = one + cut * parts
-        slots = tl.where(parts > 1, cut * parts, 0)
-        tl.store(first + seq, entries_before + tl.cumsum(entries, 0) - entries, mask=valid)
+        entries, slots = _entries(history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N)
+        long, short = tl.where(slots > 0, entries, 0), tl.where(slots > 0, 0, entries)
+        first_long = long_before + tl.cumsum(long, 0) - long
+        first_short = short_before + tl.cumsum(short, 0) - short
+        tl.store(first + seq, tl.where(slots > 0, first_long, first_short), mask=valid)
         tl.store(first + num_sequences + seq, slots_before + tl.cumsum(slots, 0) - slots, mask=valid)
         tl.store(first + 2 * num_sequences + seq, targets_before + tl.cumsum(targets, 0) - targets, mask=valid)
-        entries_before += tl.sum(entries, 0)
+        long_before += tl.sum(long, 0)
+        short_before += tl.sum(short, 0)
         slots_before += tl.sum(slots, 0)
         targets_before += tl.sum(targets, 0)
-    tl.store(header, entries_before)
+    tl.store(header, short_before)
     tl.store(header + 1, per_part)
 
 
@@ -261,10 +282,21 @@ def _rows(
     return tile
 
 
+TANH_PAIR = tl.constexpr("""{
+    .reg .b32 pair;
+    .reg .b16 low, high;
+    cvt.rn.f16x2.f32 pair, $3, $2;
+    tanh.approx.f16x2 pair, pair;
+    mov.b32 {low, high}, pair;
+    cvt.f32.f16 $0, low;
+    cvt.f32.f16 $1, high;
+}""")
+
+
 @triton.jit
 def _tanh(x, FAST: tl.constexpr):
-    if FAST:  # 2**-11 of error, below the rounding to half precision that follows
-        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if FAST:  # two at a time, 2**-11 of error: below the rounding to half precision that follows
+        y = tl.inline_asm_elementwise(TANH_PAIR, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
     else:
         y = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
     return y
@@ -274,7 +306,7 @@ def _tanh(x, FAST: tl.constexpr):
 def _buckets(rank, position, query_time, key_time, num_positions, num_times):
     """Entries of the two bias tables, as `reference.relative_bias`; the arguments are broadcast against each other."""
     distance = tl.minimum(tl.maximum(rank - position, 0), num_positions - 1)
-    seconds = tl.maximum(tl.abs(query_time - key_time).to(tl.float32) * 1e-3, 1.0)
+    seconds = tl.maximum(tl.abs(query_time - key_time).to(tl.float32), 1.0)
     return distance, tl.minimum((tl.log(seconds) * (1 / 0.301)).to(tl.int32), num_times - 1)
 
 
@@ -376,7 +408,7 @@ def _keep(rows, low, high, keys, prefix_end, in_prefix, is_own, HAS_PREFIX: tl.c
 @triton.jit
 def forward(
     q, k, v,  # descriptors over [T, H * width], or pointers
-    position_table, time_table, event_time, query_time,  # of the bias, float32 [P], float32 [N], int64 [T] twice
+    position_table, time_table, event_time, query_time,  # of the bias: float32 [P], [N], int32 s [T], [T]
     out,  # [T, H, V]
     partial,  # float32 [slots, H, BLOCK_M, V]
     arrived,  # int32 [slots, H], zeros

@@ -5,6 +5,7 @@ its list returns at once.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.semi_local_attention import triton_kernels
-from kernels.semi_local_attention.reference import RelativeBias
+from kernels.semi_local_attention.reference import RelativeBias, whole_seconds
 
 SPLIT_PROGRAMS = 512  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
@@ -39,10 +40,12 @@ def tile_sizes(kernel: str, width: int, *, half: bool, banded: bool, biased: boo
     """
     if not half:
         return Tile(32, 32 if width <= 64 else 16, 4, 2)
-    if kernel == "backward_keys" and (biased or width > 128 or not hopper):
-        return Tile(32, 64, 8 if width > 128 else 4, 2)
-    if biased or width > 128 or not hopper:
-        return Tile(64, 32, 4, 2)
+    if width > 128 and hopper and not biased:
+        return Tile(128, 64, 8, 2) if kernel == "forward" else Tile(64, 64, 8, 2)
+    if biased and hopper and width <= 128:
+        return {"forward": Tile(64, 64, 4, 2), "backward_queries": Tile(64, 32, 4, 2)}.get(kernel, Tile(32, 64, 4, 2))
+    if width > 128 or not hopper:
+        return Tile(32, 32, 4, 2) if width > 128 else Tile(64, 32, 4, 2)
     if width <= 64:
         return Tile(64, 64, 4, 3)
     if kernel == "backward_queries" and not banded and max_seq_len >= 1024:
@@ -61,6 +64,13 @@ class TileList:
     arrived: Tensor  # int32 [slots, H], zeros between launches
     capacity: int
     slots: int
+    partials: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def partial(self, *shape: int) -> Tensor:
+        """Room for the sums of cut tiles, [slots, *shape]; kernels that follow each other share it."""
+        if shape not in self.partials:
+            self.partials[shape] = torch.empty(self.slots, *shape, dtype=torch.float32, device=self.tiles.device)
+        return self.partials[shape]
 
 
 @dataclass
@@ -97,7 +107,7 @@ def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileLis
     num_sequences = len(offsets) - 1
     banded, candidates = plan.window is not None, plan.num_targets is not None
     kinds = 1 + (not plan.cached) * (candidates + (banded and not keys))
-    extra = triton.cdiv(SPLIT_PROGRAMS, heads)
+    extra = -(-SPLIT_PROGRAMS // heads)
     capacity = plan.num_tokens // (tile.keys if keys else tile.rows) + kinds * num_sequences + extra
     flat = torch.empty(2 + 3 * num_sequences + capacity * ENTRY, dtype=torch.int32, device=device)
     header, first, tiles = flat.split([2, 3 * num_sequences, capacity * ENTRY])
@@ -128,6 +138,39 @@ def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileLis
     return TileList(tiles, header, arrived, capacity, 2 * extra)
 
 
+@dataclass(slots=True)
+class Prepared:
+    """All of a kernel's launch that is the same for every layer: what is left to fill in are the tensors."""
+
+    kernel: Any
+    tile: Tile
+    programs: int
+    descriptors: list[TensorDescriptor]  # of the operands, none with pointers; their `base` is set at each launch
+    partials: tuple[Tensor, ...]
+    lists: tuple[Tensor, ...]
+    numbers: tuple[object, ...]
+    unused: Tensor  # stands for the bias where there is none
+    compiled: Any = None
+
+    def launch(self, operands: tuple[Tensor, ...], *arguments: Tensor) -> None:
+        """The compiled kernel is kept and launched directly: going through the arguments again to find it costs more
+        than the launch. With descriptors, nothing that its choice depends on differs between layers of one shape."""
+        sources: list[Any] = list(operands)
+        for i, descriptor in enumerate(self.descriptors):
+            descriptor.base = operands[i]
+            sources[i] = descriptor
+        everything = *sources, *arguments, *self.partials, *self.lists, *self.numbers
+        if self.compiled is None:
+            options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+            compiled = self.kernel[(self.programs,)](*everything, **options)
+            if self.descriptors:
+                self.compiled = compiled
+        else:
+            self.compiled[(self.programs, 1, 1)](*everything)
+        for descriptor in self.descriptors:
+            descriptor.base = None  # a plan must not keep a layer's tensors
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What the launches of one layer shape share. Layers of a model have one shape, so a plan keeps its problems."""
@@ -138,135 +181,135 @@ class Problem:
     heads: int
     d_qk: int  # as the kernels see it, a power of two
     d_v: int
-    half: bool
+    dtype: torch.dtype
     hopper: bool
-    biased: bool
+    tables: tuple[int, int] | None  # entries of the bias tables
     on_gpu: bool  # rather than in the interpreter
-    compiled: dict[str, Any] = field(default_factory=dict)
+    prepared: dict[str, Prepared] = field(default_factory=dict)
 
-    def tile(self, kernel: str) -> Tile:
-        plan, width = self.plan, max(self.d_qk, self.d_v)
-        return tile_sizes(
-            kernel, width, half=self.half, banded=plan.window is not None, biased=self.biased,
-            max_seq_len=plan.max_seq_len, hopper=self.hopper,
+    def prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool = False) -> Prepared:
+        """The launch of a kernel; `operands` are its first arguments, of which only shapes and strides count."""
+        if name not in self.prepared:
+            self.prepared[name] = self._prepare(name, operands, causal)
+        return self.prepared[name]
+
+    def _prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool) -> Prepared:
+        plan, keys, cached = self.plan, name == "backward_keys", name == "forward_cached"
+        half = self.dtype.itemsize == 2
+        tile = tile_sizes(
+            name.removesuffix("_cached"), max(self.d_qk, self.d_v), half=half, banded=plan.window is not None,
+            biased=self.tables is not None, max_seq_len=plan.max_seq_len, hopper=self.hopper,
+        )  # fmt: skip
+        tiles = plan.tile_list(keys, tile, self.heads)
+        widths = {"backward_queries": (self.d_qk,), "backward_keys": (self.d_qk, self.d_v)}.get(name, (self.d_v,))
+        partials = tuple(tiles.partial(self.heads, tile.keys if keys else tile.rows, width) for width in widths)
+        if len(partials) == 2 and widths[0] == widths[1]:
+            partials = partials[0], torch.empty_like(partials[0])
+        visible = tiles.tiles if plan.target_visible is None else plan.target_visible
+        strides = [s for x in operands for s in x.stride()[:2]]
+        if cached:
+            sizes = len(operands[0]), len(operands[1]), *strides
+            flags = causal, plan.target_visible is not None
+        else:
+            has_prefix = plan.prefix > 0 and plan.window is not None
+            sizes = plan.num_tokens, *strides, *(self.tables or (1, 1)), plan.window or 0, plan.prefix
+            flags = has_prefix, plan.num_targets is not None, plan.target_visible is not None, self.tables is not None
+        # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs share an entry
+        fast = half and self.on_gpu and self.tables is None
+        how = self.hopper, fast, "ieee"
+        shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
+        by_rows = {"q", "grad"}
+        names = ("q", "k", "v", "own_k", "own_v") if cached else ("q", "k", "v", "grad")
+        descriptors = []
+        if self.hopper:
+            for of, x in zip(names, operands, strict=False):
+                flat = [x.shape[0], x.shape[1] * x.shape[2]]
+                box = [tile.rows if of in by_rows else tile.keys, x.shape[2]]
+                descriptors.append(TensorDescriptor(x, flat, [x.stride(0), 1], box))
+        return Prepared(
+            kernel=getattr(triton_kernels, name), tile=tile, programs=tiles.capacity * self.heads,
+            descriptors=descriptors, partials=partials, lists=(tiles.arrived, tiles.tiles, tiles.header, visible),
+            numbers=(*sizes, self.alpha, self.scale, *shape, *flags, *how), unused=tiles.tiles,
         )  # fmt: skip
 
-    def lists(self, tile: Tile, keys: bool = False) -> tuple[TileList, tuple[Tensor, ...]]:
-        """The tile list, and its kernel arguments."""
-        found = self.plan.tile_list(keys, tile, self.heads)
-        visible = found.tiles if self.plan.target_visible is None else self.plan.target_visible
-        return found, (found.arrived, found.tiles, found.header, visible)
 
-    def numbers(self, bias: RelativeBias | None, *tensors: Tensor) -> tuple[float, ...]:
-        plan = self.plan
-        tables = (1, 1) if bias is None else (len(bias.position_table), len(bias.time_table))
-        return plan.num_tokens, *_strides(*tensors), *tables, plan.window or 0, plan.prefix, self.alpha, self.scale
-
-    def constants(self, tile: Tile) -> tuple[object, ...]:
-        plan = self.plan
-        has_prefix = plan.prefix > 0 and plan.window is not None
-        flags = has_prefix, plan.num_targets is not None, plan.target_visible is not None, self.biased
-        return self.heads, self.d_qk, self.d_v, tile.rows, tile.keys, *flags, *self.how
-
-    @property
-    def how(self) -> tuple[bool, bool, str]:
-        """Descriptors, approximate tanh, precision of float32 products. The approximation has a sign of its own,
-        which adds up in the gradient of a bias table, where a million pairs share an entry."""
-        return self.hopper, self.half and self.on_gpu and not self.biased, "ieee"
-
-    def source(self, x: Tensor, rows: int) -> Tensor | TensorDescriptor:
-        """What a kernel reads `rows` rows at a time from: [T, H, W] as [T, H * W] by the bulk copy engine on Hopper."""
-        if not self.hopper:
-            return x
-        width = x.shape[2]
-        return TensorDescriptor(x, [x.shape[0], x.shape[1] * width], [x.stride(0), 1], [rows, width])
-
-    def launch(self, kernel: Any, programs: int, tile: Tile, *arguments: object) -> None:
-        """The compiled kernel is kept and launched directly: going through the arguments again to find it costs more
-        than the launch. With descriptors, nothing that its choice depends on can differ within a problem."""
-        name = kernel.fn.__name__
-        if name in self.compiled:
-            self.compiled[name][(programs, 1, 1)](*arguments)
-            return
-        found = kernel[(programs,)](*arguments, num_warps=tile.warps, num_stages=tile.stages)
-        if self.hopper and not self.biased:
-            self.compiled[name] = found
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(s for x in tensors for s in (x.stride(0), x.stride(1)))
-
-
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _is_hopper(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _operand(x: Tensor, hopper: bool) -> Tensor:
     """`x` [T, H, W] as the kernels read it: W a power of two, dense; for descriptors heads packed and 16-byte rows."""
-    if _block(x.shape[2]) != x.shape[2]:
-        return F.pad(x, (0, _block(x.shape[2]) - x.shape[2]))
+    width = max(16, triton.next_power_of_2(x.shape[2]))
+    if width != x.shape[2]:
+        return F.pad(x, (0, width - x.shape[2]))
     if x.stride(2) != 1:
         return x.contiguous()
-    packed = x.stride(1) == x.shape[2] and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    packed = x.stride(1) == width and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return x if packed or not hopper else x.clone(memory_format=torch.contiguous_format)
 
 
-def _partial(tiles: TileList, *shape: int) -> Tensor:
-    return torch.empty(tiles.slots, *shape, dtype=torch.float32, device=tiles.tiles.device)
-
-
-def _bias_inputs(bias: RelativeBias | None, unused: Tensor) -> tuple[Tensor, ...]:
-    if bias is None:
-        return unused, unused, unused, unused
-    asked = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
-    tables = (table.to(torch.float32).contiguous() for table in (bias.position_table, bias.time_table))
-    return *tables, bias.event_time_T.contiguous(), asked.contiguous()
-
-
-def launch_forward(problem: Problem, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | None = None) -> Tensor:
-    heads, tile = problem.heads, problem.tile("forward")
-    tiles, lists = problem.lists(tile)
-    out = torch.empty(len(q), heads, problem.d_v, dtype=q.dtype, device=q.device)
-    problem.launch(
-        triton_kernels.forward, tiles.capacity * heads, tile,
-        problem.source(q, tile.rows), problem.source(k, tile.keys), problem.source(v, tile.keys),
-        *_bias_inputs(bias, tiles.tiles), out, _partial(tiles, heads, tile.rows, problem.d_v), *lists,
-        *problem.numbers(bias, q, k, v), *problem.constants(tile),
+def make_problem(
+    operands: tuple[Tensor, ...],
+    plan: TritonPlan,
+    alpha: float,
+    scaling_seq_len: int,
+    tables: tuple[int, int] | None = None,
+) -> tuple[Problem, tuple[Tensor, ...]]:
+    """The problem of q, k, v (and what else a kernel reads), and these as the kernels read them."""
+    q, _, v, *_ = operands
+    shapes = tuple((x.shape, x.stride(), x.data_ptr() % 16) for x in operands)
+    key = shapes, q.dtype, alpha, scaling_seq_len, tables
+    if key in plan.problems:
+        return plan.problems[key], operands
+    hopper = _is_hopper(q.device)
+    fit = tuple(_operand(x, hopper) for x in operands)
+    if any(x is not y for x, y in zip(fit, operands, strict=True)):
+        return make_problem(fit, plan, alpha, scaling_seq_len, tables)
+    plan.problems[key] = Problem(
+        plan=plan, alpha=alpha, scale=1 / scaling_seq_len, heads=q.shape[1], d_qk=q.shape[2], d_v=v.shape[2],
+        dtype=q.dtype, hopper=hopper, tables=tables, on_gpu=q.is_cuda,
     )  # fmt: skip
+    return plan.problems[key], operands
+
+
+@dataclass(frozen=True, slots=True)
+class BiasInputs:
+    """A `RelativeBias` as the kernels read it."""
+
+    position_table: Tensor  # float32
+    time_table: Tensor
+    event_time: Tensor  # int32, s
+    query_time: Tensor
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        return self.position_table, self.time_table, self.event_time, self.query_time
+
+
+def launch_forward(problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None) -> Tensor:
+    q = operands[0]
+    launch = problem.prepare("forward", operands)
+    out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
+    launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), out)
     return out
 
 
 def launch_backward_queries(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: RelativeBias | None = None
+    problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq and the gradients of the bias tables."""
-    heads, tile = problem.heads, problem.tile("backward_queries")
-    tiles, lists = problem.lists(tile)
+    """dq and the float32 gradients of the bias tables; the last operand is the gradient of the output."""
+    q, _, v, grad = operands
+    launch = problem.prepare("backward_queries", operands)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    table_grads, per_unit = (tiles.tiles, tiles.tiles), tiles.tiles
-    if bias is not None:
-        table_grads = [torch.zeros(len(t), dtype=torch.int64, device=q.device) for t in _tables(bias)]
-        per_unit = _units(problem, grad, v)
-    problem.launch(
-        triton_kernels.backward_queries, tiles.capacity * heads, tile,
-        problem.source(q, tile.rows), problem.source(k, tile.keys), problem.source(v, tile.keys),
-        problem.source(grad, tile.rows), *_bias_inputs(bias, tiles.tiles), dq, *table_grads, per_unit,
-        _partial(tiles, heads, tile.rows, problem.d_qk), *lists, *problem.numbers(bias, q, k, v, grad),
-        *problem.constants(tile),
-    )  # fmt: skip
     if bias is None:
+        launch.launch(operands, *(launch.unused,) * 4, dq, *(launch.unused,) * 3)
         return dq, None, None
-    factor = problem.scale / per_unit.double()
-    d_position, d_time = ((g * factor).to(t.dtype) for g, t in zip(table_grads, _tables(bias), strict=True))
+    sums = [torch.zeros(len(t), dtype=torch.int64, device=q.device) for t in (bias.position_table, bias.time_table)]
+    per_unit = _units(problem, grad, v)
+    launch.launch(operands, *bias.all, dq, *sums, per_unit)
+    d_position, d_time = ((x * (problem.scale / per_unit.double())).float() for x in sums)
     return dq, d_position, d_time
-
-
-def _tables(bias: RelativeBias) -> tuple[Tensor, Tensor]:
-    return bias.position_table, bias.time_table
 
 
 def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
@@ -277,57 +320,31 @@ def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
 
 
 def launch_backward_keys(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: RelativeBias | None = None
+    problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None
 ) -> tuple[Tensor, Tensor]:
-    heads, tile = problem.heads, problem.tile("backward_keys")
-    tiles, lists = problem.lists(tile, keys=True)
+    _, k, v, _ = operands
+    launch = problem.prepare("backward_keys", operands)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    problem.launch(
-        triton_kernels.backward_keys, tiles.capacity * heads, tile,
-        problem.source(q, tile.rows), problem.source(k, tile.keys), problem.source(v, tile.keys),
-        problem.source(grad, tile.rows), *_bias_inputs(bias, tiles.tiles), dk, dv,
-        _partial(tiles, heads, tile.keys, problem.d_qk), _partial(tiles, heads, tile.keys, problem.d_v), *lists,
-        *problem.numbers(bias, q, k, v, grad), *problem.constants(tile),
-    )  # fmt: skip
+    launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), dk, dv)
     return dk, dv
-
-
-def make_problem(
-    q: Tensor, k: Tensor, v: Tensor, plan: TritonPlan, alpha: float, scaling_seq_len: int, biased: bool = False
-) -> Problem:
-    """Of operands as `_operand` makes them."""
-    key = q.shape, v.shape, q.dtype, _strides(q, k, v), alpha, scaling_seq_len, biased
-    if key not in plan.problems:
-        plan.problems[key] = Problem(
-            plan=plan, alpha=alpha, scale=1 / scaling_seq_len, heads=q.shape[1], d_qk=q.shape[2], d_v=v.shape[2],
-            half=q.element_size() == 2, hopper=_is_hopper(q), biased=biased, on_gpu=q.is_cuda,
-        )  # fmt: skip
-    return plan.problems[key]
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, position_table, time_table, times, plan: TritonPlan, alpha: float, scaling_seq_len: int):
-        hopper = _is_hopper(q)
-        ctx.widths = q.shape[2], v.shape[2]
-        q, k, v = (_operand(x, hopper) for x in (q, k, v))
-        bias = None if times is None else RelativeBias(position_table, time_table, *times)
-        ctx.problem = make_problem(q, k, v, plan, alpha, scaling_seq_len, bias is not None)
-        ctx.save_for_backward(q, k, v, position_table, time_table)
-        ctx.times = times
-        return launch_forward(ctx.problem, q, k, v, bias)[..., : ctx.widths[1]]
+    def forward(ctx, q, k, v, position_table, time_table, problem: Problem, bias: BiasInputs | None):
+        ctx.save_for_backward(q, k, v)
+        ctx.problem, ctx.bias = problem, bias
+        return launch_forward(problem, (q, k, v), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, position_table, time_table = ctx.saved_tensors
-        bias = None if ctx.times is None else RelativeBias(position_table, time_table, *ctx.times)
-        grad = _operand(grad.to(q.dtype), ctx.problem.hopper)
-        if not ctx.problem.hopper:
-            grad = grad.contiguous()  # pointers: strides of an expanded gradient would choose another kernel
-        dq, d_position, d_time = launch_backward_queries(ctx.problem, q, k, v, grad, bias)
-        dk, dv = launch_backward_keys(ctx.problem, q, k, v, grad, bias)
-        d_qk, d_v = ctx.widths
-        return dq[..., :d_qk], dk[..., :d_qk], dv[..., :d_v], d_position, d_time, None, None, None, None
+        problem, bias = ctx.problem, ctx.bias
+        q, k, v = ctx.saved_tensors
+        grad = grad.to(q.dtype).contiguous()
+        operands = q, k, v, grad if grad.data_ptr() % 16 == 0 else grad.clone()
+        dq, d_position, d_time = launch_backward_queries(problem, operands, bias)
+        dk, dv = launch_backward_keys(problem, operands, bias)
+        return dq, dk, dv, d_position, d_time, None, None
 
 
 def semi_local_attention_triton(
@@ -343,10 +360,23 @@ def semi_local_attention_triton(
     """As `reference.semi_local_attention_reference`."""
     if plan.num_tokens == 0:
         return v_THV.new_empty(v_THV.shape)
-    tables, times = (None, None), None
+    inputs, tables = None, None
     if bias is not None:
-        tables, times = _tables(bias), (bias.event_time_T, bias.query_time_T)
-    return _TritonAttention.apply(q_THD, k_THD, v_THV, *tables, times, plan, attn_alpha, scaling_seq_len)
+        asked = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
+        inputs = BiasInputs(
+            bias.position_table.float().contiguous(),
+            bias.time_table.float().contiguous(),
+            whole_seconds(bias.event_time_T),
+            whole_seconds(asked),
+        )
+        tables = len(bias.position_table), len(bias.time_table)
+    problem, operands = make_problem((q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables)
+    learned = (None, None) if inputs is None else (inputs.position_table, inputs.time_table)
+    if torch.is_grad_enabled():
+        out = _TritonAttention.apply(*operands, *learned, problem, inputs)
+    else:
+        out = launch_forward(problem, operands, inputs)
+    return out if out.shape[2] == v_THV.shape[2] else out[..., : v_THV.shape[2]]
 
 
 def cached_attention_triton(
@@ -364,19 +394,10 @@ def cached_attention_triton(
     """As `reference.cached_attention_reference`, forward only."""
     if plan.num_tokens == 0:
         return own_v.new_empty(own_v.shape)
-    hopper, width = _is_hopper(q), own_v.shape[2]
-    q, own_k, own_v, k, v = (_operand(x, hopper) for x in (q, own_k, own_v, k, v))
     if len(k) == 0:  # no user has a cache: a descriptor needs a row
         k, v = own_k, own_v
-    problem = make_problem(q, k, v, plan, attn_alpha, scaling_seq_len)
-    tile, heads = problem.tile("forward"), problem.heads
-    tiles, lists = problem.lists(tile)
-    out = torch.empty(len(q), heads, problem.d_v, dtype=q.dtype, device=q.device)
-    rows = (q, tile.rows), (k, tile.keys), (v, tile.keys), (own_k, tile.keys), (own_v, tile.keys)
-    problem.launch(
-        triton_kernels.forward_cached, tiles.capacity * heads, tile, *(problem.source(x, n) for x, n in rows), out,
-        _partial(tiles, heads, tile.rows, problem.d_v), *lists, len(q), len(k), *_strides(q, k, v, own_k, own_v),
-        attn_alpha, 1 / scaling_seq_len, heads, problem.d_qk, problem.d_v, tile.rows, tile.keys, causal,
-        plan.target_visible is not None, *problem.how,
-    )  # fmt: skip
-    return out[..., :width]
+    problem, operands = make_problem((q, k, v, own_k, own_v), plan, attn_alpha, scaling_seq_len)
+    launch = problem.prepare("forward_cached", operands, causal)
+    out = torch.empty(len(q), problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
+    launch.launch(operands, out)
+    return out[..., : own_v.shape[2]]

@@ -1,0 +1,139 @@
+"""The Triton kernels of semi-local attention without a GPU: numbers from the interpreter in float32 on tiny tiles, and
+from the compiler that they build for Hopper and Ampere, on the tensor cores, within the machine's limits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.semi_local_attention import triton_launch
+from kernels.semi_local_attention.op import cached_attention
+from kernels.semi_local_attention.reference import RelativeBias
+from kernels.semi_local_attention.triton_launch import Tile, TritonPlan, cached_attention_triton
+from test_attention import make_inputs, run, some_bias, some_visible
+
+CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
+    "causal, odd widths": ([23, 0, 30], None, {}, False, False, (25, 9)),
+    "semi-local, full rows in parts": ([70, 9], None, {"window": 10, "full_rows": 8}, False, False, (16, 16)),
+    "prefix in parts": ([50, 0, 19], [12, 0, 2], {"window": 3, "full_rows": 2, "prefix": 20}, True, False, (8, 16)),
+    "all candidates": ([19, 1], [19, 1], {"window": 4, "full_rows": 4}, False, False, (16, 16)),
+    "bias": ([41, 7], [10, 2], {"window": 12, "full_rows": 5, "prefix": 2}, True, True, (16, 16)),
+    "bias, causal": ([37], None, {}, False, True, (16, 16)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(triton_launch, "tile_sizes", lambda *_, **__: Tile(16, 16, 4, 1))
+    monkeypatch.setattr(triton_launch, "SPLIT_PROGRAMS", 8)
+    monkeypatch.setattr(triton_launch, "SHORTEST_PART", 1)
+    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run_triton(tensors, plan, bias):
+    leaves = [x.float().requires_grad_() for x in tensors[:3]]
+    if bias is not None:
+        tables = [x.float().requires_grad_() for x in (bias.position_table, bias.time_table)]
+        bias = RelativeBias(*tables, bias.event_time_T, bias.query_time_T)
+        leaves += tables
+    scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
+    out = triton_launch.semi_local_attention_triton(*leaves[:3], plan, bias=bias, **scale)
+    out.backward(tensors[3].float())
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_the_reference(name):
+    lengths, counts, mask, has_visible, has_bias, (d_qk, d_v) = CASES[name]
+    tensors, offsets, num_targets = make_inputs(lengths, counts, d_qk=d_qk, d_v=d_v, heads=1 if has_bias else 2)
+    visible = some_visible(lengths, counts) if has_visible else None
+    bias = some_bias(sum(lengths)) if has_bias else None
+    options = {**mask, "num_targets": num_targets, "target_visible": visible}
+    truth = run(tensors, offsets, backend="reference", bias=bias, **options)
+    sizes = mask.get("window"), mask.get("full_rows", 0), mask.get("prefix", 0)
+    plan = TritonPlan(offsets, num_targets, visible, sum(lengths), max(lengths), *sizes)
+    for got, expected in zip(run_triton(tensors, plan, bias), truth, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for tiles in plan.lists.values():
+        assert int(tiles.header[0]) <= tiles.capacity
+        assert not tiles.arrived.any()
+    if "in parts" in name:
+        assert any(tiles.tiles.view(-1, 16)[: int(tiles.header[0]), 6].max() > 1 for tiles in plan.lists.values())
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_interpreted_descriptors(monkeypatch):
+    """The bulk copy engine's path, as on Hopper, of q, k, v that are slices of one tensor."""
+    monkeypatch.setattr(triton_launch, "_is_hopper", lambda device: True)
+    lengths, counts = [40, 9], [7, 0]
+    tensors, offsets, num_targets = make_inputs(lengths, counts)
+    mask = {"window": 6, "full_rows": 3, "num_targets": num_targets}
+    truth = run(tensors, offsets, backend="reference", **mask)
+    plan = TritonPlan(offsets, num_targets, None, sum(lengths), max(lengths), 6, 3, 0)
+    together = torch.cat([x.flatten(1) for x in tensors[:3]], 1).float().requires_grad_()
+    q, k, v = (x.unflatten(1, (2, 16)) for x in together.split(32, 1))
+    for _ in range(2):  # a plan serves several layers
+        together.grad = None
+        scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
+        out = triton_launch.semi_local_attention_triton(q, k, v, plan, bias=None, **scale)
+        out.backward(tensors[3].float(), retain_graph=True)
+        torch.testing.assert_close(out.double(), truth[0], rtol=1e-5, atol=1e-5)
+        expected = torch.cat([x.flatten(1) for x in truth[1:]], 1)
+        torch.testing.assert_close(together.grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["candidates", "visible", "new events"])
+def test_interpreted_cached_attention(kind):
+    rows, cache = torch.tensor([0, 20, 20, 25, 26]), torch.tensor([0, 50, 60, 60, 75])
+    generator = torch.Generator().manual_seed(0)
+    q, own_k, own_v = (torch.randn(26, 2, 8, generator=generator) for _ in range(3))
+    k, v = (torch.randn(75, 2, 8, generator=generator) for _ in range(2))
+    visible = torch.randint(0, 16, (26,), generator=generator).int() if kind == "visible" else None
+    scale = {"attn_alpha": 0.5, "scaling_seq_len": 3}
+    causal = kind == "new events"
+    wide = [x.double() for x in (q, own_k, own_v)], [x.double() for x in (k, v)]
+    truth = cached_attention(
+        *wide[0], rows, *wide[1], cache, visible=visible, causal=causal, backend="reference", **scale
+    )
+    plan = TritonPlan(cache, rows, visible, 26, 75, None, 0, 0, cached=True)
+    got = cached_attention_triton(q, own_k, own_v, k, v, plan, causal=causal, **scale)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def builds():
+    """Kernels compiled in a process that does not interpret them: name → what the compiler says."""
+    script = Path(__file__).with_name("compile_attention.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_hopper_builds_use_its_tensor_cores_and_copy_engine(builds):
+    found = {name: build for name, build in builds.items() if name.startswith("sm_90")}
+    assert len(found) >= 8
+    for name, build in found.items():
+        assert build["wgmma"] > 0, name
+        assert build["bulk_copies"] > 0, name
+        assert build["shared"] <= 227 * 1024, name
+        if "128" in name and build["warps"] == 4:
+            assert build["shared"] <= 113 * 1024, f"{name}: two programs must fit on a multiprocessor"
+            assert build["stack"] <= 96, f"{name}: spills"
+
+
+def test_ampere_builds_use_its_tensor_cores(builds):
+    found = {name: build for name, build in builds.items() if name.startswith("sm_80")}
+    assert len(found) >= 3
+    for name, build in found.items():
+        assert build["mma"] > 0, name
+        assert build["shared"] <= 163 * 1024, name
+        assert build["stack"] <= 96, f"{name}: spills"
