@@ -47,9 +47,12 @@ def ray_cluster(cfg: RayConfig, *, runs_dir: str | Path = "runs", include_dashbo
 
 
 def _joined(address: str) -> Iterator[Any]:
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit() and "//" not in host:  # Ray itself asks a dead address for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         context = ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise UserError(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
     try:
         yield context

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import cluster
 from pipeline.cluster import ray_cluster, serve_environment, use_token
-from pipeline.config import RayConfig
+from pipeline.config import RayConfig, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +52,16 @@ def test_authentication_chosen_by_the_user_stays(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     use_token(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_an_address_where_no_cluster_is(address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(UserError, match=f"ray.address: no Ray cluster to join at '{address}'"),
+        ray_cluster(RayConfig(address=address)),
+    ):
+        pass
 
 
 @pytest.mark.cluster

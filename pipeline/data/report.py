@@ -119,7 +119,7 @@ def _day_plot(content: dict[str, Any], actions: Sequence[str]) -> str:
     bottom.set(ylabel="share of known rows", yscale="log")
     step = max(1, len(days) // 12)
     bottom.set_xticks(place[::step], days[::step], rotation=45)
-    bottom.legend(fontsize="small", ncols=4)
+    bottom.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)
 
 
