@@ -210,7 +210,6 @@ class ModelConfig:
     action_dim: int = 8  # learned row per action, and as many for "unknown"
     position_buckets: int = 8192
     time_buckets: int = 64  # log buckets of the gap to the previous row, bucket 0 for "no real gap"
-    time_anchor: Literal["event"] = "event"
     head_hidden: int = 64
     attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 
@@ -252,6 +251,7 @@ class TrainConfig:
     batch_users: int = 32  # sequences of one rank in one step
     layout: Literal["user", "request"] = "user"  # one pass per user (target_visible), or one sequence per request
     max_targets_per_sequence: int = 64  # the user layout cuts a user's rows into passes of at most so many targets
+    task_weights: dict[str, float] = field(default_factory=dict)  # task -> factor of its loss, 1 where not named
     history_label_weight: float = 0.3  # loss weight of order_only rows' known labels; 0 leaves them out
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     lr: float = 2e-3
@@ -283,6 +283,8 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "greater than 0")
         for name in ("history_label_weight", "weight_decay", "warmup_steps", "max_failures"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        for task, factor in self.task_weights.items():
+            _require(factor > 0, f"train.task_weights.{task}", factor, "greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -363,6 +365,8 @@ class RunConfig:
         ):
             rule = f"empty without a table of {side}s (source.{side}s)"
             _require(not columns or known, f"features.{side}", list(columns), rule)
+        for task in self.train.task_weights:
+            _require(task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}")
         for task in self.tracking.gate_max_ne:
             _require(task in self.tasks, "tracking.gate_max_ne", task, f"one of tasks {list(self.tasks)}")
         _require(

@@ -140,7 +140,7 @@ def test_schedule() -> None:
 def test_training_lowers_the_loss() -> None:
     cfg = train_config(epochs=20, lr=0.02)
     lines, _, _ = run(replace(cfg, model=replace(cfg.model, dropout=0.0)), OneEpoch())
-    assert lines[-1]["train/loss"] < 0.5 * lines[0]["train/loss"]
+    assert lines[-1]["train/loss"] < 0.6 * lines[0]["train/loss"]
 
 
 @pytest.mark.parametrize("stopped_at", [0, 1, 2])

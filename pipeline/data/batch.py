@@ -26,8 +26,7 @@ class SequenceBatch:
     Codes are embedding rows, 0 = missing or not seen in the training period. On candidates both masks are 0: a
     candidate carries no action. `position` is the number of the user's earlier rows, dropped ones counted; `gap_ms` the
     time since the previous row, -1 where there is none or it is not real. A candidate has the position after the last
-    event it sees and the gap from that event to its request, so that nothing in the history depends on the request
-    (`time_anchor: event`).
+    event it sees and the gap from that event to its request, so that nothing in the history depends on the request.
     """
 
     seq_offsets: Tensor  # int64 [B + 1], from 0 to T

@@ -3,10 +3,9 @@
     X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y + Z
 
 There is no softmax, so nothing fixes the size of A: the constant divisor of the scores cancels in Norm(A) except
-through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is silent. `STU.var_a` measures it.
+through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is silent; training logs both.
 """
 
-import torch
 from torch import Tensor, nn
 
 from kernels.semi_local_attention.op import semi_local_attention
@@ -28,8 +27,7 @@ class STU(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.out = nn.Linear(heads * cfg.d_v, d)
 
-    def attention(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """U and A, [T, heads * d_v] each."""
+    def forward(self, tokens: Tokens) -> Tensor:
         cfg = self.cfg
         uvqk = nn.functional.silu(self.uvqk(self.norm_in(tokens.x_TE)))
         u, q, k, v = uvqk.split(self.split, dim=1)
@@ -48,14 +46,5 @@ class STU(nn.Module):
             scaling_seq_len=cfg.attention.scaling_seq_len,
             backend=cfg.attention_backend,
         )
-        return u, a_THV.flatten(1)
-
-    def forward(self, tokens: Tokens) -> Tensor:
-        u, a = self.attention(tokens)
-        normed = self.norm_attn(a).to(u.dtype)  # autocast runs the norm itself in fp32
+        normed = self.norm_attn(a_THV.flatten(1)).to(u.dtype)  # autocast runs the norm itself in fp32
         return tokens.x_TE + self.out(self.dropout(normed * u))
-
-    @torch.no_grad()
-    def var_a(self, tokens: Tokens) -> float:
-        """Mean over tokens of the variance that Norm(A) sees, to be held against `norm_eps`."""
-        return self.attention(tokens)[1].float().var(dim=1, unbiased=False).mean().item()

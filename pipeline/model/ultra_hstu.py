@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.embeddings import TokenEncoder
+from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer
 
 
@@ -33,6 +34,23 @@ class UltraHSTU(nn.Module):
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
         return self.heads(self.transducer(self.encoder(batch))).float()
+
+
+@torch.no_grad()
+def attention_variance(model: UltraHSTU, batch: SequenceBatch) -> list[float]:
+    """Per layer the mean over tokens of the variance that Norm(A) divides by, to be held against `norm_eps`."""
+    seen: list[float] = []
+    hooks = [
+        layer.norm_attn.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].float().var(dim=1, unbiased=False).mean().item())
+        )
+        for layer in model.transducer.modules()
+        if isinstance(layer, STU)
+    ]
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def _logit(rate: float) -> float:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
-from pipeline.model.losses import task_losses, task_weights
-from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.model.losses import task_losses
+from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
 from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
 
@@ -70,7 +70,11 @@ def train(
     for epoch in range(state.epoch, cfg.train.epochs):
         state.epoch = epoch
         for batch in meter.waited(prefetched(loader.batches(epoch, state.epoch_step))):
-            losses, weights = trainee.step(batch.to(device), state.step, total_steps)
+            batch = batch.to(device)
+            if rank == 0 and state.step == 0:
+                variances = ", ".join(f"{v:.1e}" for v in attention_variance(trainee.model, batch))
+                logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
+            losses, weights = trainee.step(batch, state.step, total_steps)
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
             state.loss_sum = [a + b for a, b in zip(state.loss_sum, losses, strict=True)]
             state.weight_sum = [a + b for a, b in zip(state.weight_sum, weights, strict=True)]
@@ -98,7 +102,7 @@ class Trainee:
     ) -> None:
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
         self.model = model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).to(device)
-        self.task_weights = torch.tensor(task_weights(maps.base_rates, cfg.tasks), device=device)
+        self.task_weights = torch.tensor([cfg.train.task_weights.get(task, 1.0) for task in cfg.tasks], device=device)
         self.tables = {
             f"{name}.weight": module.weight
             for name, module in model.named_modules()
