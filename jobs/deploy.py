@@ -17,7 +17,6 @@ def main(job: cli.Job) -> None:
     _require_cluster(cfg)
     with tracking.mlflow_server(cfg):
         champion = tracking.champion(cfg)
-        tracking.fetch(champion, deployment.cache(cfg))
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
     print(f"url={url} version={champion.version}")

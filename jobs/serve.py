@@ -14,7 +14,6 @@ def main(job: cli.Job) -> None:
     cfg = job.cfg
     with tracking.mlflow_server(cfg) as mlflow_url:
         champion = tracking.champion(cfg)
-        tracking.fetch(champion, deployment.cache(cfg))
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
             print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")

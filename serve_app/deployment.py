@@ -19,6 +19,7 @@ from pipeline import config, tracking
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
+from pipeline.model.artifact import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,19 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> s
     Ray must be initialised: replicas get the code of this job.
 
     Raises:
-        UserError: the version did not load, or nothing answered in time.
+        UserError: the version does not load, or nothing answered in time.
     """
+    load_model(tracking.fetch(model, cache(cfg)))  # what cannot be loaded fails here, before anything is touched
+    return update(cfg, dashboard_url, user_config(cfg, model))
+
+
+def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
+    """Send the configuration with `wanted` as the replicas' `user_config`, and wait until nothing else answers."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
     client = ServeSubmissionClient(dashboard)
     port = _running_port(client.get_serve_details()) or cfg.serve.port or free_port()
-    wanted = user_config(cfg, model)
     client.deploy_applications(serve_config(cfg, wanted, port, code_of_this_job()))
     url = f"http://{cfg.serve.host}:{port}"
     _wait(cfg, client, url, wanted["deployment"])

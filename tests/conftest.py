@@ -27,6 +27,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A private Ray cluster of 4 logical CPUs with its dashboard; `ray_cluster` inside a test joins it."""
     from pipeline.cluster import ray_cluster
 
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"  # an ingress would wait 30 s before it ends
     with ray_cluster(RayConfig(num_cpus=4), runs_dir=tmp_path_factory.mktemp("ray"), include_dashboard=True):
         yield
 
