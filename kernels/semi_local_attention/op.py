@@ -92,7 +92,7 @@ def _shared_plan(
     """
     everything = seq_offsets, *tensors
     version = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything)
-    plans = seq_offsets.__dict__.setdefault("_attention_plans", {})
+    plans = vars(seq_offsets).setdefault("_attention_plans", {})
     found = plans.get(mask)
     if found is None or found[0] != version:
         found = plans[mask] = version, tensors, build()  # holds the tensors, so that their ids stay theirs
