@@ -12,12 +12,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from kernels.semi_local_attention.op import Backend, cached_attention, semi_local_attention
@@ -425,40 +427,42 @@ def main() -> None:
     print(*problems, sep="\n")
     if arguments.parity_only:
         raise SystemExit(bool(problems))
-    timer = Timer()
-    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    parity = {"cases": len(parity_cases()), "wrong": problems}
-    found: dict = {"machine": versions, "parity": parity, "ours": {}, "softmax": {}}
-    for name, case in timed_cases().items():
-        found["ours"][name] = time_ours(timer, case)
-        print(name, {k: round(v, 4) for k, v in found["ours"][name].items()}, flush=True)
-    found["cached"], found["lists"], found["host_us"] = time_cached(timer), time_lists(timer), host_times()
-    if not arguments.no_softmax:
-        for n in (1024, 4096, 8192, 16384):
-            found["softmax"][f"cuDNN causal {n}"] = time_softmax(timer, n, sdpa("CUDNN_ATTENTION"))
-            found["softmax"][f"flash causal {n}"] = time_softmax(timer, n, sdpa("FLASH_ATTENTION"))
-        for n in (4096, 16384):
-            found["softmax"][f"flex semi-local {n}"] = time_softmax(timer, n, flex(n))
-    copied = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    found["copy_tb_s"] = 2 * 2**29 / timer(lambda: copied[: 2**29].copy_(copied[2**29 :])) / 1e9
-    a, b = (torch.randn(n, 512, device="cuda", dtype=torch.bfloat16) for n in (TOKENS, 2048))
-    found["gemm_tflops"] = 2 * TOKENS * 512 * 2048 / timer(lambda: a @ b.T) / 1e9
-    cudnn = found["softmax"].get("cuDNN causal 16384")
-    if cudnn:
-        found["over_cudnn"] = {
-            f"{kind} {way}": found["ours"][f"{kind} 16384"][f"{way}_ms"] / cudnn[f"{way}_ms"]
-            for kind in ("semi-local", "causal")
-            for way in ("forward", "backward")
-        }
-    found["per_user_slope"] = {
-        way: math.log(16 * found["ours"]["semi-local 16384"][way] / found["ours"]["semi-local 1024"][way])
-        / math.log(16)
-        for way in ("forward_ms", "backward_ms")
-    }
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
+    found: dict = {"machine": versions, "parity": {"cases": len(parity_cases()), "wrong": problems}}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=1))
-    print(json.dumps({k: v for k, v in found.items() if k != "ours"}, indent=1))
+    for section, numbers in measure(arguments.no_softmax):
+        found[section] = numbers
+        arguments.out.write_text(json.dumps(found, indent=1))  # what is measured stays, whatever comes after
+        print(section, json.dumps(numbers), flush=True)
     raise SystemExit(bool(problems))
+
+
+def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
+    """Section by section, name and numbers."""
+    timer = Timer()
+    ours = {name: time_ours(timer, case) for name, case in timed_cases().items()}
+    yield "ours", ours
+    yield "cached", time_cached(timer)
+    yield "lists", time_lists(timer)
+    yield "host_us", host_times()
+    ways = "forward_ms", "backward_ms"
+    longest, shortest = ours["semi-local 16384"], ours["semi-local 1024"]
+    yield "per_user_slope", {way: math.log(16 * longest[way] / shortest[way]) / math.log(16) for way in ways}
+    copied = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    a, b = (torch.randn(n, 512, device="cuda", dtype=torch.bfloat16) for n in (TOKENS, 2048))
+    copy_ms, gemm_ms = timer(lambda: copied[: 2**29].copy_(copied[2**29 :])), timer(lambda: a @ b.T)
+    yield "ceilings", {"copy_tb_s": 2**30 / copy_ms / 1e9, "gemm_tflops": 2 * TOKENS * 512 * 2048 / gemm_ms / 1e9}
+    if no_softmax:
+        return
+    softmax = {}
+    for n in (16384, 8192, 4096, 1024):
+        softmax[f"cuDNN causal {n}"] = time_softmax(timer, n, sdpa("CUDNN_ATTENTION"))
+        softmax[f"flash causal {n}"] = time_softmax(timer, n, sdpa("FLASH_ATTENTION"))
+    yield "softmax", softmax
+    cudnn = softmax["cuDNN causal 16384"]
+    cases = [(kind, way) for kind in ("semi-local", "causal") for way in ways]
+    yield "over_cudnn", {f"{kind} {way}": ours[f"{kind} 16384"][way] / cudnn[way] for kind, way in cases}
+    yield "flex", {f"flex semi-local {n}": time_softmax(timer, n, flex(n)) for n in (16384, 4096)}
 
 
 if __name__ == "__main__":

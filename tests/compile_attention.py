@@ -86,8 +86,10 @@ def main() -> None:
         narrow = tile_sizes(name, 32, banded=True, max_seq_len=4096, hopper=True, **options)
         ampere = tile_sizes(name, 128, banded=True, max_seq_len=4096, hopper=False, **options)
         found[f"sm_90 {name} 128 semi-local"] = build(name, 90, 128, banded, **everything)
-        found[f"sm_90 {name} 128 causal"] = build(name, 90, 128, causal)
-        found[f"sm_90 {name} 32"] = build(name, 90, 32, narrow, **everything)
+        if causal != banded:
+            found[f"sm_90 {name} 128 causal"] = build(name, 90, 128, causal)
+        if name == "backward_keys":
+            found[f"sm_90 {name} 32"] = build(name, 90, 32, narrow, **everything)
         found[f"sm_80 {name} 128"] = build(name, 80, 128, ampere, **everything)
     biased = tile_sizes("forward", 64, banded=False, max_seq_len=1024, hopper=True, half=True, biased=True)
     found["sm_90 forward 64 bias"] = build("forward", 90, 64, biased, CANDIDATES=True, BIAS=True)

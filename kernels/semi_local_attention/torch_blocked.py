@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.semi_local_attention.reference import RelativeBias, time_bucket, whole_seconds
@@ -163,6 +164,7 @@ class _BlockedAttention(torch.autograd.Function):
         return _to_tokens(out, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_THV):
         plan, bias = ctx.plan, ctx.bias
         q, k, v, grad = (_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV))

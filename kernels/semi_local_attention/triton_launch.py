@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.semi_local_attention import triton_kernels
 from kernels.semi_local_attention.reference import RelativeBias, whole_seconds
 
-SPLIT_PROGRAMS = 512  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
+SPLIT_PROGRAMS = 576  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
 ENTRY = triton_kernels.ENTRY.value
 
@@ -41,7 +42,8 @@ def tile_sizes(kernel: str, width: int, *, half: bool, banded: bool, biased: boo
     if not half:
         return Tile(32, 32 if width <= 64 else 16, 4, 2)
     if width > 128 and hopper and not biased:
-        return Tile(128, 64, 8, 2) if kernel == "forward" else Tile(64, 64, 8, 2)
+        causal = Tile(128, 64, 8, 2) if kernel == "forward" else Tile(64, 64, 8, 2)
+        return Tile(64, 32, 4, 2) if banded and kernel == "forward" else causal
     if biased and hopper and width <= 128:
         return {"forward": Tile(64, 64, 4, 2), "backward_queries": Tile(64, 32, 4, 2)}.get(kernel, Tile(32, 64, 4, 2))
     if width > 128 or not hopper:
@@ -215,7 +217,7 @@ class Problem:
             sizes = plan.num_tokens, *strides, *(self.tables or (1, 1)), plan.window or 0, plan.prefix
             flags = has_prefix, plan.num_targets is not None, plan.target_visible is not None, self.tables is not None
         # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs share an entry
-        fast = half and self.on_gpu and self.tables is None
+        fast = half and self.on_gpu and not (self.tables and name == "backward_queries")
         how = self.hopper, fast, "ieee"
         shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
         by_rows = {"q", "grad"}
@@ -337,6 +339,7 @@ class _TritonAttention(torch.autograd.Function):
         return launch_forward(problem, (q, k, v), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         problem, bias = ctx.problem, ctx.bias
         q, k, v = ctx.saved_tensors
