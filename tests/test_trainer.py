@@ -144,6 +144,16 @@ def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
         trainer.plan(replace(trained, train=replace(trained.train, num_workers=9)))
 
 
+def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
+    from pipeline.tracking import Run
+    from pipeline.train import trainer
+
+    cfg = replace(trained, name="untracked", train=replace(trained.train, max_failures=0))
+    shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
+    with pytest.raises(UserError, match=r"MLflow server does not answer any more \(http://127\.0\.0\.1:9\)"):
+        trainer.fit(cfg, Run("http://127.0.0.1:9", "no such run"))
+
+
 # Evaluation
 
 

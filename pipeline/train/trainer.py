@@ -62,7 +62,7 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     maps.save(folder)
     if earlier is None or earlier.state.epoch < cfg.train.epochs:
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            _trainer(cfg, digest, run).fit()
+            _fit(_trainer(cfg, digest, run))
     trained = last_good(checkpoint_folders(cfg))
     assert trained is not None
     model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
@@ -70,6 +70,18 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
     save_model(cfg.model_dir, model, cfg, maps, facts | ({"mlflow_run_id": run.run_id} if run else {}))
     return cfg.model_dir
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """A user's mistake that only a worker could see is still a `UserError`, not a stack of Ray's."""
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps what a worker raised
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+        raise
 
 
 def train_dir(cfg: RunConfig) -> Path:
