@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 APPLICATION = "ranking"
 TIMEOUT_S = 180.0
 POLL_S = 0.1
+SEND_TRIES = 3
+SEND_PAUSE_S = 2.0
 ANSWERS_PER_REPLICA = 10  # in a row from the new version, before the old one counts as gone
 
 
@@ -81,7 +83,7 @@ def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
     dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
     client = ServeSubmissionClient(dashboard)
     port = _running_port(client.get_serve_details()) or cfg.serve.port or free_port()
-    client.deploy_applications(serve_config(cfg, wanted, port, code_of_this_job()))
+    _send(client, serve_config(cfg, wanted, port, code_of_this_job()))
     url = f"http://{cfg.serve.host}:{port}"
     _wait(cfg, client, url, wanted["deployment"])
     return url
@@ -98,6 +100,20 @@ def code_of_this_job() -> dict[str, Any]:
 def _running_port(details: dict[str, Any]) -> int | None:
     """A server that runs keeps its port whatever the configuration says."""
     return details["http_options"]["port"] if details.get("applications") else None
+
+
+def _send(client: Any, filled: dict[str, Any]) -> None:
+    """PUT, once more where the dashboard could not: Serve replaces a proxy that a busy machine starts too slowly."""
+    for left in reversed(range(SEND_TRIES)):
+        try:
+            client.deploy_applications(filled)
+            return
+        except RuntimeError as error:  # the client's one error for every HTTP status
+            reason = str(error).strip()
+            if not left:
+                raise UserError(f"the dashboard did not take the configuration: {reason}") from None
+            logger.warning("the dashboard did not take the configuration, once more: %s", reason.splitlines()[-1])
+            time.sleep(SEND_PAUSE_S)
 
 
 def _wait(cfg: RunConfig, client: Any, url: str, deployment: str) -> None:
