@@ -61,7 +61,7 @@ def _joined(address: str) -> Iterator[Any]:
 
 
 def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: socket paths end at 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # ours alone; short: socket paths end at 107 characters
     os.environ |= serve_environment(folder)
     use_token(runs_dir)
     port = free_port()
@@ -76,7 +76,7 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
             include_dashboard=include_dashboard,
             dashboard_port=free_port() if include_dashboard else None,
             logging_level=logging.WARNING,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "ray"),  # which Ray opens to everybody
         )
     finally:
         ray.shutdown()
