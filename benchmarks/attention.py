@@ -1,6 +1,7 @@
 """Semi-local attention on one GPU: parity first, then times, beside PyTorch's own attention in the same run.
 
     python -m benchmarks.attention                       # parity and times, writes benchmarks/runs/attention.json
+    python -m benchmarks.attention --cpu                 # the blocked form against the dense one, attention_cpu.json
     python -m benchmarks.attention --report FILE ...     # tables and plots into benchmarks/RESULTS.md
 
 Inputs are normal with unit scale. A time is the median of `REPEATS` runs by device events; before each, L2 is flushed
@@ -401,17 +402,50 @@ def _check(case: Case) -> str | None:
         return f"{case}: {type(error).__name__}: {str(error)[:300]}"
 
 
+def measure_cpu() -> dict[str, dict[str, float]]:
+    """Forward and backward on one thread, 2 heads of 32, float32: events per second of processor time."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    even_lengths = {f"L={n:,}": (n,) * (4096 // n) for n in (256, 1024, 4096)}
+    uneven = tuple(torch.randint(40, 200, (32,), generator=generator).tolist())
+    for name, lengths in {**even_lengths, "32 users of 40 to 200, half candidates": uneven}.items():
+        total = sum(lengths)
+        leaves = [torch.randn(total, 2, 32, generator=generator).requires_grad_() for _ in range(3)]
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        options: dict = {**SEMI_LOCAL, "max_seq_len": max(lengths), "attn_alpha": 1 / 32, "scaling_seq_len": 256}
+        if "candidates" in name:
+            options["num_targets"] = torch.tensor([n // 2 for n in lengths])
+            rows = [torch.randint(0, n - n // 2 + 1, (n // 2,), generator=generator).sort().values for n in lengths]
+            options["target_visible"] = torch.cat(rows).to(torch.int32)
+        found[name] = {}
+        for backend in ("torch", "reference"):
+            spent = []
+            for _ in range(7):
+                begin = time.process_time()
+                semi_local_attention(*leaves, offsets, backend=backend, **options).sum().backward()
+                spent.append(time.process_time() - begin)
+            found[name][backend] = total / sorted(spent)[len(spent) // 2]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "attention.json")
     parser.add_argument("--parity-only", action="store_true")
     parser.add_argument("--no-softmax", action="store_true", help="leave PyTorch's attention out")
+    parser.add_argument("--cpu", action="store_true", help="time the CPU's blocked form, and do nothing else")
     parser.add_argument("--report", type=Path, nargs="+", help="write RESULTS.md from these runs, and do nothing else")
     arguments = parser.parse_args()
     if arguments.report:
         from benchmarks.attention_report import write_report
 
         write_report([json.loads(path.read_text()) for path in arguments.report])
+        return
+    if arguments.cpu:
+        found = {"cpu": measure_cpu()}
+        (ROOT / "runs" / "attention_cpu.json").write_text(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1))
         return
     begin = time.perf_counter()
     workers = min(14, os.cpu_count() or 1)

@@ -167,6 +167,21 @@ def test_a_plan_serves_all_layers_and_notices_changes(monkeypatch):
     torch.testing.assert_close(semi_local_attention(q, k, v, offsets, window=2, **options), truth)
 
 
+def test_a_plan_goes_with_its_batch():
+    import kernels.semi_local_attention.op as op
+
+    before = len(op._plans)
+    (q, k, v, _), offsets, num_targets = make_inputs([20, 30], [2, 3])
+    options = {"num_targets": num_targets, "attn_alpha": 1.0, "scaling_seq_len": 4, "max_seq_len": 40}
+    with torch.inference_mode():
+        semi_local_attention(q, k, v, offsets.clone(), window=2, **options)
+    out = semi_local_attention(q.requires_grad_(), k, v, offsets, window=2, **options)
+    assert len(op._plans) == before + 1
+    del offsets
+    assert len(op._plans) == before
+    out.sum().backward()  # which has the plan it needs
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,6 +9,7 @@ Every layer of a batch has the same mask, so what a backend derives from it (a l
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,10 +28,18 @@ from kernels.semi_local_attention.torch_blocked import (
 Plan = TypeVar("Plan")
 Backend = Literal["auto", "triton", "torch", "reference"]
 
+_plans: dict[int, tuple[ref, dict]] = {}  # id of seq_offsets → it, mask → (versions, tensors it was made of, plan)
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _require_current(x: Tensor) -> None:
+    _require(x.is_cuda, "the triton backend needs CUDA tensors")
+    here = x.device.index == torch.cuda.current_device()
+    _require(here, f"tensors are on {x.device}, but kernels start on the current device: torch.cuda.set_device(...)")
 
 
 @lru_cache(1024)  # a model asks the same of every layer
@@ -88,7 +97,7 @@ def _shared_plan(
 ) -> Plan:
     """The plan of these very tensors, built by `build()` unless an earlier layer did.
 
-    It is an attribute of `seq_offsets`, with which it goes; so it must not hold that tensor itself.
+    It goes with `seq_offsets`, and so must not hold that tensor itself.
     """
     everything = seq_offsets, *tensors
     version = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything)
@@ -149,7 +158,7 @@ def semi_local_attention(
         sizes = {"window": window, "full_rows": full_rows, "prefix": prefix}
         return semi_local_attention_reference(q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale)
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
-        _require(q_THD.is_cuda, "the triton backend needs CUDA tensors")
+        _require_current(q_THD)
         from kernels.semi_local_attention import triton_launch  # where Triton is not installed, CPUs still work
 
         return triton_launch.semi_local_attention_triton(
@@ -210,7 +219,7 @@ def cached_attention(
     tensors = q_CHD, own_k_CHD, own_v_CHV
     cache = k_THD, v_THV, cache_offsets
     if backend == "triton" or (backend == "auto" and q_CHD.is_cuda):
-        _require(q_CHD.is_cuda, "the triton backend needs CUDA tensors")
+        _require_current(q_CHD)
         from kernels.semi_local_attention import triton_launch
 
         plan = _shared_plan(

@@ -92,12 +92,14 @@ def plan_tiles(
     return TilePlan(token, valid.flatten().nonzero()[:, 0], position, low, high, own, prefix, pairs)
 
 
-def _keep(plan: TilePlan, chunk: Chunk) -> Tensor:
-    """[P, 1, TILE, TILE] bool."""
+def _hidden(plan: TilePlan, chunk: Chunk) -> Tensor:
+    """[P, 1, TILE, TILE] bool, where a row does not see a key."""
     key = plan.position[chunk.key][:, None, None, :]
     low, high = plan.low[chunk.row][:, None, :, None], plan.high[chunk.row][:, None, :, None]
-    keep = (key <= high) & (key >= low)
-    return keep if plan.prefix == 0 else keep | ((key <= high) & (key < plan.prefix))
+    before = key < low
+    if plan.prefix:
+        before &= key >= plan.prefix
+    return before | (key > high)
 
 
 def _to_tiles(x_THD: Tensor, plan: TilePlan) -> Tensor:
@@ -140,7 +142,7 @@ def _tile_bias(bias: RelativeBias, plan: TilePlan) -> TileBias:
 
 def _score(q: Tensor, k: Tensor, chunk: Chunk, bias: TileBias | None) -> Tensor:
     """[P, H, TILE, TILE]"""
-    score = torch.matmul(q[chunk.row], k[chunk.key].transpose(-1, -2))
+    score = torch.matmul(q, k.transpose(-1, -2))
     if bias is not None:
         distance, bucket = bias.buckets(chunk)
         score += (bias.position_table[distance] + bias.time_table[bucket])[:, None].to(score.dtype)
@@ -155,10 +157,11 @@ class _BlockedAttention(torch.autograd.Function):
         tile_q, tile_k, tile_v = (_to_tiles(x, plan) for x in (q, k, v))
         out = torch.zeros_like(tile_v)
         for chunk in plan.chunks(q.shape[1]):
-            weight = F.silu(_score(tile_q, tile_k, chunk, bias), inplace=True)
+            keys, values = (x.index_select(0, chunk.key) for x in (tile_k, tile_v))
+            weight = F.silu(_score(tile_q.index_select(0, chunk.row), keys, chunk, bias), inplace=True)
             if chunk.masked:
-                weight *= _keep(plan, chunk)
-            out.index_add_(0, chunk.row, torch.matmul(weight, tile_v[chunk.key]))
+                weight.masked_fill_(_hidden(plan, chunk), 0.0)
+            out.index_add_(0, chunk.row, torch.matmul(weight, values))
         ctx.save_for_backward(q, k, v)
         ctx.plan, ctx.bias = plan, bias
         return _to_tokens(out, plan)
@@ -167,21 +170,22 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_THV):
         plan, bias = ctx.plan, ctx.bias
-        q, k, v, grad = (_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV))
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        all_tiles = [_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV)]
+        dq, dk, dv = (torch.zeros_like(x) for x in all_tiles[:3])
         d_tables = [] if bias is None else [torch.zeros_like(table) for table in bias.tables]
-        for chunk in plan.chunks(q.shape[1]):
+        for chunk in plan.chunks(dq.shape[1]):
             row, key = chunk.row, chunk.key
+            q, k, v, grad = (x.index_select(0, i) for x, i in zip(all_tiles, (row, key, key, row), strict=True))
             score = _score(q, k, chunk, bias)
-            weight, d_weight = F.silu(score), torch.matmul(grad[row], v[key].transpose(-1, -2))
+            weight, d_weight = F.silu(score), torch.matmul(grad, v.transpose(-1, -2))
             if chunk.masked:
-                keep = _keep(plan, chunk)
-                weight *= keep
-                d_weight *= keep
+                hidden = _hidden(plan, chunk)
+                weight.masked_fill_(hidden, 0.0)
+                d_weight.masked_fill_(hidden, 0.0)
             d_score = torch.ops.aten.silu_backward(d_weight, score)
-            dv.index_add_(0, key, torch.matmul(weight.transpose(-1, -2), grad[row]))
-            dq.index_add_(0, row, torch.matmul(d_score, k[key]))
-            dk.index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q[row]))
+            dv.index_add_(0, key, torch.matmul(weight.transpose(-1, -2), grad))
+            dq.index_add_(0, row, torch.matmul(d_score, k))
+            dk.index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q))
             if bias is not None:
                 shared = d_score.sum(1).flatten()  # the heads share the tables
                 for table, bucket in zip(d_tables, bias.buckets(chunk), strict=True):
