@@ -9,13 +9,14 @@ from jobs import cli
 from pipeline import tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
+from pipeline.mlflow_server import mlflow_server, plan_server
 from serve_app import deployment
 
 
 def main(job: cli.Job) -> None:
     cfg = job.cfg
     _require_cluster(cfg)
-    with tracking.mlflow_server(cfg):
+    with mlflow_server(cfg):
         champion = tracking.champion(cfg)
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
@@ -24,7 +25,7 @@ def main(job: cli.Job) -> None:
 
 def plan(cfg: RunConfig) -> dict[str, object]:
     _require_cluster(cfg)
-    return {**tracking.plan(cfg), **deployment.plan(cfg)}
+    return {**plan_server(cfg), **deployment.plan(cfg)}
 
 
 def _require_cluster(cfg: RunConfig) -> None:

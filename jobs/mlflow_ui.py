@@ -3,7 +3,7 @@
 import argparse
 
 from jobs import cli
-from pipeline import tracking
+from pipeline.mlflow_server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -11,10 +11,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(job: cli.Job) -> None:
-    with tracking.mlflow_server(job.cfg, job.options.port) as uri:
+    with mlflow_server(job.cfg, job.options.port) as uri:
         print(f"MLflow: {uri}")
         cli.wait_for_interrupt()
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, tracking.plan)
+    cli.run(__doc__ or "", main, add_options, plan_server)

@@ -15,6 +15,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data import sequences, sources
 from pipeline.data.store import Manifest
 from pipeline.evaluate import evaluator
+from pipeline.mlflow_server import mlflow_server
 from pipeline.train import trainer
 from serve_app import deployment, replay
 
@@ -34,7 +35,7 @@ def main(job: cli.Job) -> None:
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
     (cfg.run_dir / RUN_FILE).write_text(json.dumps(config.to_dict(cfg), indent=2))
     with (
-        tracking.mlflow_server(cfg),
+        mlflow_server(cfg),
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
     ):
         summary = run_chain(cfg, cluster.dashboard_url)

@@ -6,6 +6,7 @@ import sys
 from jobs import cli
 from pipeline import tracking
 from pipeline.config import RunConfig
+from pipeline.mlflow_server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(job: cli.Job) -> None:
-    with tracking.mlflow_server(job.cfg):
+    with mlflow_server(job.cfg):
         version = job.options.version or tracking.register_trained(job.cfg)
         decision = tracking.promote(job.cfg, version)
     print(f"version={version} {decision.reason}")
@@ -23,7 +24,7 @@ def main(job: cli.Job) -> None:
 
 def plan(cfg: RunConfig) -> dict[str, object]:
     gate = {"max_ne": cfg.tracking.gate_max_ne, "max_regression": cfg.tracking.gate_max_regression}
-    return {**tracking.plan(cfg), "gate": gate}
+    return {**plan_server(cfg), "gate": gate}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from jobs import cli
 from pipeline import tracking
+from pipeline.mlflow_server import mlflow_server, plan_server
 
 
 def main(job: cli.Job) -> None:
-    with tracking.mlflow_server(job.cfg):
+    with mlflow_server(job.cfg):
         version = tracking.rollback(job.cfg)
     print(f"champion={version}")
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, plan=tracking.plan)
+    cli.run(__doc__ or "", main, plan=plan_server)

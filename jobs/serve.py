@@ -7,12 +7,13 @@ from jobs import cli
 from pipeline import tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
+from pipeline.mlflow_server import mlflow_server, plan_server
 from serve_app import deployment, replay
 
 
 def main(job: cli.Job) -> None:
     cfg = job.cfg
-    with tracking.mlflow_server(cfg) as mlflow_url:
+    with mlflow_server(cfg) as mlflow_url:
         champion = tracking.champion(cfg)
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
@@ -25,7 +26,7 @@ def main(job: cli.Job) -> None:
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:
-    return {**tracking.plan(cfg), **deployment.plan(cfg)}
+    return {**plan_server(cfg), **deployment.plan(cfg)}
 
 
 if __name__ == "__main__":

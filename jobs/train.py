@@ -5,6 +5,7 @@ import argparse
 from jobs import cli
 from pipeline import tracking
 from pipeline.data import store
+from pipeline.mlflow_server import mlflow_server
 from pipeline.train import trainer
 
 
@@ -19,7 +20,7 @@ def main(job: cli.Job) -> None:
         folder = trainer.fit(cfg, restart=restart)
     else:
         manifest = store.read_manifest(cfg.sequence_dir)
-        with tracking.mlflow_server(cfg), tracking.start_run(cfg, manifest) as run:
+        with mlflow_server(cfg), tracking.start_run(cfg, manifest) as run:
             folder = trainer.fit(cfg, run, restart=restart)
     print(f"model={folder}")
 

@@ -21,6 +21,7 @@ from pipeline import tracking
 from pipeline.cluster import free_port, ray_cluster
 from pipeline.config import RunConfig, ServeConfig, UserError
 from pipeline.data import store
+from pipeline.mlflow_server import mlflow_server
 from pipeline.model.artifact import load_model
 from serve_app import deployment, replay
 from serve_app.api import Overloaded, Unavailable, make_api
@@ -286,7 +287,7 @@ def served(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPath
     publish_sequences(cfg)
     folder = tmp_path_factory.mktemp("models")
     folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
-    with tracking.mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
+    with mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
         versions = []
         for model in folders:
             with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:

@@ -16,6 +16,7 @@ from pipeline import config, tracking
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
+from pipeline.mlflow_server import mlflow_server
 
 pytestmark = pytest.mark.cluster
 
@@ -25,7 +26,7 @@ def server(mlflow_runs: Path) -> Iterator[RunConfig]:
     """A configuration whose server runs. Tests use names of their own for experiment and model."""
     cfg = tiny_config(mlflow_runs, name="tracking")
     publish_sequences(cfg)
-    with tracking.mlflow_server(cfg):
+    with mlflow_server(cfg):
         yield cfg
 
 
@@ -152,7 +153,7 @@ def test_an_unevaluated_model_is_not_registered(cfg: RunConfig, tmp_path: Path) 
 
 def test_a_second_job_joins_the_server_that_runs(server: RunConfig) -> None:
     before = mlflow.get_tracking_uri()
-    with tracking.mlflow_server(server) as uri:
+    with mlflow_server(server) as uri:
         assert uri == before
     assert httpx.get(f"{uri}/health").status_code == 200, "it was not this block's to end"
     assert mlflow.get_tracking_uri() == before
@@ -164,7 +165,7 @@ def test_a_server_that_is_down_is_said_at_once(server: RunConfig) -> None:
     started = time.monotonic()
     with (
         pytest.raises(UserError, match=f"tracking.uri: no MLflow server answers at '{uri}'"),
-        tracking.mlflow_server(absent),
+        mlflow_server(absent),
     ):
         raise AssertionError("there is no server")
     assert time.monotonic() - started < 5

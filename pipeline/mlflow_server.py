@@ -1,0 +1,140 @@
+"""The MLflow server: the one that a configuration names, or a real one over `runs_dir/mlflow` for a job's own time.
+
+Everything speaks HTTP to one server, so that no two processes share its sqlite file.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from pipeline.cluster import free_port
+from pipeline.config import RunConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120  # a busy machine takes most of a minute to import MLflow three times
+STOP_TIMEOUT_S = 15
+
+
+@contextmanager
+def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
+    """The tracking server's address for the length of the block; the functions of `tracking.py` talk to it.
+
+    With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`: the one that another
+    job has running there, or our own on `port` (None: any free one), ended with the block.
+
+    Raises:
+        UserError: the server named in the configuration does not answer, or ours does not start.
+    """
+    process = None
+    if cfg.tracking.uri is not None:
+        uri = cfg.tracking.uri
+        _require_healthy(uri)
+    else:
+        uri, process = _start_or_join(Path(cfg.runs_dir).absolute() / "mlflow", port)
+    try:
+        with tracking_uri(uri):
+            yield uri
+    finally:
+        if process is not None:
+            _end(process)
+
+
+@contextmanager
+def tracking_uri(uri: str) -> Iterator[None]:
+    # Seven retries, MLflow's default, are four minutes of silence when the server is gone.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] None resets it
+
+
+def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Popen | None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "server.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs that start at once share one server: sqlite has one writer
+        if note.exists() and _healthy(uri := json.loads(note.read_text())["uri"]):
+            logger.info("joining the MLflow server at %s", uri)
+            return uri, None
+        uri, process = _start(folder, port or free_port())
+        note.write_text(json.dumps({"uri": uri, "pid": process.pid}))
+    return uri, process
+
+
+def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    log = folder / "server.log"
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | quiet, stdout=output, stderr=output, cwd=folder, start_new_session=True
+        )
+    started = time.monotonic()
+    while not _healthy(uri):
+        if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
+            _end(process)
+            last = log.read_text(errors="replace").splitlines()[-3:]
+            raise UserError(f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}")
+        time.sleep(0.2)
+    logger.info("MLflow server at %s, over %s", uri, folder)
+    return uri, process
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the server and its workers: the process group that it leads, and nothing else."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("the MLflow server (pid %d) did not end on %s", process.pid, number.name)
+    process.wait()
+
+
+def _require_healthy(uri: str) -> None:
+    if not _healthy(uri):
+        raise UserError(f"tracking.uri: no MLflow server answers at {uri!r}")
+
+
+def _healthy(uri: str) -> bool:
+    try:
+        return httpx.get(f"{uri.rstrip('/')}/health", timeout=5).status_code == 200
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+
+
+def plan_server(cfg: RunConfig) -> dict[str, object]:
+    """Where runs and versions are, for `--dry-run`.
+
+    Raises:
+        UserError: the server named in the configuration does not answer.
+    """
+    uri = cfg.tracking.uri
+    if uri is not None:
+        _require_healthy(uri)
+    return {"tracking": uri or str(Path(cfg.runs_dir).absolute() / "mlflow"), "model": cfg.tracking.model_name}
