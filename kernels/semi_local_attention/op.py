@@ -101,7 +101,11 @@ def _shared_plan(
     """
     everything = seq_offsets, *tensors
     version = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything)
-    plans = vars(seq_offsets).setdefault("_attention_plans", {})
+    owner = id(seq_offsets)
+    entry = _plans.get(owner)
+    if entry is None or entry[0]() is not seq_offsets:
+        entry = _plans[owner] = ref(seq_offsets, lambda _: _plans.pop(owner, None)), {}
+    plans = entry[1]
     found = plans.get(mask)
     if found is None or found[0] != version:
         found = plans[mask] = version, tensors, build()  # holds the tensors, so that their ids stay theirs
