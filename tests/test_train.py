@@ -65,7 +65,9 @@ def train_config(**train: object) -> RunConfig:
     return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
 
 
-def run(cfg: RunConfig, loader: Loader | None = None, **options: object) -> tuple[list[dict], list[Checkpoint], dict[str, torch.Tensor]]:
+def run(
+    cfg: RunConfig, loader: Loader | None = None, **options: object
+) -> tuple[list[dict], list[Checkpoint], dict[str, torch.Tensor]]:
     lines, saved = [], []
     model = loop.train(
         cfg,
