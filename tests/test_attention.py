@@ -128,6 +128,17 @@ def test_blocked_precision(dtype):
         assert_as_accurate(fast, plain, truth)
 
 
+def test_output_type():
+    (q, k, v, _), offsets, _ = make_inputs([30], None)
+    options = {"max_seq_len": 30, "attn_alpha": 1.0, "scaling_seq_len": 4}
+    halves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    for backend in ("torch", "reference"):
+        assert semi_local_attention(*halves, offsets, backend=backend, **options).dtype == torch.bfloat16
+        wide = semi_local_attention(*halves, offsets, backend=backend, out_dtype=torch.float32, **options)
+        assert wide.dtype == torch.float32
+        assert torch.autograd.grad(wide.sum(), halves[0])[0].dtype == torch.bfloat16
+
+
 def test_blocked_is_deterministic():
     tensors, offsets, num_targets = make_inputs([300, 64, 190], [100, 0, 40])
     options = {"num_targets": num_targets, "window": 30, "full_rows": 20, "bias": some_bias(554)}

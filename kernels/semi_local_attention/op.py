@@ -28,6 +28,7 @@ from kernels.semi_local_attention.torch_blocked import (
 Plan = TypeVar("Plan")
 Backend = Literal["auto", "triton", "torch", "reference"]
 
+TRITON_TYPES = torch.float16, torch.bfloat16, torch.float32
 _plans: dict[int, tuple[ref, dict]] = {}  # id of seq_offsets → it, mask → (versions, tensors it was made of, plan)
 
 
@@ -36,8 +37,10 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_current(x: Tensor) -> None:
+def _require_triton(x: Tensor, width: int) -> None:
     _require(x.is_cuda, "the triton backend needs CUDA tensors")
+    _require(x.dtype in TRITON_TYPES, f"the triton backend takes float16, bfloat16 and float32, got {x.dtype}")
+    _require(max(x.shape[2], width) <= 256, f"heads must be at most 256 wide, got {x.shape[2]} and {width}")
     here = x.device.index == torch.cuda.current_device()
     _require(here, f"tensors are on {x.device}, but kernels start on the current device: torch.cuda.set_device(...)")
 
@@ -127,13 +130,15 @@ def semi_local_attention(
     bias: RelativeBias | None = None,
     attn_alpha: float,
     scaling_seq_len: int,
+    out_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """SiLU(attn_alpha · q·k + bias) v / scaling_seq_len, summed over the keys that `semi_local_mask` keeps, [T, H, V].
 
     `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are candidates;
     `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it (context counted) and itself;
-    `window` None is plain causal. `"auto"` is Triton for CUDA tensors and the blocked PyTorch form on the CPU.
+    `window` None is plain causal. `out_dtype` is q's by default; float32 keeps the sums of half-precision inputs whole.
+    `"auto"` is Triton for CUDA tensors and the blocked PyTorch form on the CPU.
 
     Raises:
         ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors are on the CPU.
@@ -160,9 +165,10 @@ def semi_local_attention(
     if backend == "reference":
         keys = {"num_targets": num_targets, "target_visible": target_visible}
         sizes = {"window": window, "full_rows": full_rows, "prefix": prefix}
-        return semi_local_attention_reference(q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale)
+        out = semi_local_attention_reference(q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale)
+        return out.to(out_dtype or q_THD.dtype)
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
-        _require_current(q_THD)
+        _require_triton(q_THD, v_THV.shape[2])
         from kernels.semi_local_attention import triton_launch  # where Triton is not installed, CPUs still work
 
         return triton_launch.semi_local_attention_triton(
@@ -176,11 +182,12 @@ def semi_local_attention(
                 lambda: triton_launch.TritonPlan(seq_offsets.detach(), *tensors, len(q_THD), max_seq_len, *mask),
             ),
             bias=bias,
+            out_dtype=out_dtype,
             **scale,
         )
     _require(backend in ("auto", "torch"), f"backend must be auto, triton, torch or reference, got {backend!r}")
     plan = _shared_plan(seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask))
-    return semi_local_attention_blocked(q_THD, k_THD, v_THV, plan, bias=bias, **scale)
+    return semi_local_attention_blocked(q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale)
 
 
 def cached_attention(
@@ -223,7 +230,7 @@ def cached_attention(
     tensors = q_CHD, own_k_CHD, own_v_CHV
     cache = k_THD, v_THV, cache_offsets
     if backend == "triton" or (backend == "auto" and q_CHD.is_cuda):
-        _require_current(q_CHD)
+        _require_triton(q_CHD, v_THV.shape[2])
         from kernels.semi_local_attention import triton_launch
 
         plan = _shared_plan(

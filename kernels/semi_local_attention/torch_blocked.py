@@ -213,6 +213,7 @@ def semi_local_attention_blocked(
     bias: RelativeBias | None,
     attn_alpha: float,
     scaling_seq_len: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `reference.semi_local_attention_reference`; half precision is computed in float32."""
     wide = torch.promote_types(q_THD.dtype, torch.float32)
@@ -221,7 +222,7 @@ def semi_local_attention_blocked(
     out = _BlockedAttention.apply(q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan))
     if plan.own_T is not None:
         out = out + _own_key(q, k, v, plan.own_T, bias)
-    return (out / scaling_seq_len).to(q_THD.dtype)
+    return (out / scaling_seq_len).to(out_dtype or q_THD.dtype)
 
 
 def cached_attention_blocked(

@@ -184,6 +184,7 @@ class Problem:
     d_qk: int  # as the kernels see it, a power of two
     d_v: int
     dtype: torch.dtype
+    out_dtype: torch.dtype
     hopper: bool
     tables: tuple[int, int] | None  # entries of the bias tables
     on_gpu: bool  # rather than in the interpreter
@@ -257,20 +258,21 @@ def make_problem(
     alpha: float,
     scaling_seq_len: int,
     tables: tuple[int, int] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Problem, tuple[Tensor, ...]]:
     """The problem of q, k, v (and what else a kernel reads), and these as the kernels read them."""
     q, _, v, *_ = operands
     shapes = tuple((x.shape, x.stride(), x.data_ptr() % 16) for x in operands)
-    key = shapes, q.dtype, alpha, scaling_seq_len, tables
+    key = shapes, q.dtype, out_dtype, alpha, scaling_seq_len, tables
     if key in plan.problems:
         return plan.problems[key], operands
     hopper = _is_hopper(q.device)
     fit = tuple(_operand(x, hopper) for x in operands)
     if any(x is not y for x, y in zip(fit, operands, strict=True)):
-        return make_problem(fit, plan, alpha, scaling_seq_len, tables)
+        return make_problem(fit, plan, alpha, scaling_seq_len, tables, out_dtype)
     plan.problems[key] = Problem(
         plan=plan, alpha=alpha, scale=1 / scaling_seq_len, heads=q.shape[1], d_qk=q.shape[2], d_v=v.shape[2],
-        dtype=q.dtype, hopper=hopper, tables=tables, on_gpu=q.is_cuda,
+        dtype=q.dtype, out_dtype=out_dtype or q.dtype, hopper=hopper, tables=tables, on_gpu=q.is_cuda,
     )  # fmt: skip
     return plan.problems[key], operands
 
@@ -292,7 +294,7 @@ class BiasInputs:
 def launch_forward(problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None) -> Tensor:
     q = operands[0]
     launch = problem.prepare("forward", operands)
-    out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=problem.out_dtype, device=q.device)
     launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), out)
     return out
 
@@ -359,10 +361,11 @@ def semi_local_attention_triton(
     bias: RelativeBias | None,
     attn_alpha: float,
     scaling_seq_len: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `reference.semi_local_attention_reference`."""
+    """As `reference.semi_local_attention_reference`; the sums are float32 until they are stored."""
     if plan.num_tokens == 0:
-        return v_THV.new_empty(v_THV.shape)
+        return v_THV.new_empty(v_THV.shape, dtype=out_dtype)
     inputs, tables = None, None
     if bias is not None:
         asked = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
@@ -373,7 +376,7 @@ def semi_local_attention_triton(
             whole_seconds(asked),
         )
         tables = len(bias.position_table), len(bias.time_table)
-    problem, operands = make_problem((q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables)
+    problem, operands = make_problem((q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables, out_dtype)
     learned = (None, None) if inputs is None else (inputs.position_table, inputs.time_table)
     if torch.is_grad_enabled():
         out = _TritonAttention.apply(*operands, *learned, problem, inputs)
