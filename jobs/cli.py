@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -33,7 +34,11 @@ def run(
     `--dry-run` prints the resolved configuration and `plan(cfg)` (files, rows, resources) and starts nothing; `plan`
     raises `UserError` for what could not run.
     """
-    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{Path(sys.argv[0]).stem}",
+        description=what,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--config", required=True, help="YAML preset, see configs/")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=1; may repeat"

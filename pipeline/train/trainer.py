@@ -117,6 +117,7 @@ def _trainer(cfg: RunConfig, digest: str, run: Run | None) -> TorchTrainer:
 def train_worker(settings: dict[str, Any]) -> None:
     """One rank. It learns where the run stands from the checkpoints, after a crash as after a new start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # its three lines a checkpoint would bury the progress
     cfg, digest, run = config.from_dict(settings["cfg"]), settings["digest"], settings["run"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
