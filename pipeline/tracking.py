@@ -92,8 +92,8 @@ class Run:
 
         now = int(time.time() * 1000)
         entries = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
-        with _one_message():
-            _client(self.uri).log_batch(self.run_id, metrics=entries)
+        with tracking_uri(self.uri), _one_message():  # a training worker comes by no other way
+            _client().log_batch(self.run_id, metrics=entries)
 
     def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
         """A file, or everything in a folder."""

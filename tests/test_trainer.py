@@ -25,12 +25,12 @@ pytestmark = pytest.mark.cluster
 
 def train_config(runs_dir: Path, name: str) -> RunConfig:
     train = {
-        "epochs": 40,
+        "epochs": 24,
         "batch_users": 2,
         "num_workers": 2,
         "warmup_steps": 5,
         "log_every": 7,
-        "checkpoint_every": 50,
+        "checkpoint_every": 30,
     }
     return replace(tiny_config(runs_dir, train=train), name=name)
 
@@ -58,7 +58,7 @@ def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
     cfg = replace(trained, name="killed")
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
     killed = []
-    killer = threading.Thread(target=lambda: killed.append(kill_worker_after(cfg, step=100)))
+    killer = threading.Thread(target=lambda: killed.append(kill_worker_after(cfg, step=60)))
     killer.start()
     trainer.fit(cfg)
     killer.join(1)
