@@ -6,6 +6,7 @@ An unknown key, a value of the wrong type or out of range is a `ConfigError` nam
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -316,14 +317,21 @@ class ServeConfig:
     max_candidates: int = 10_000
     max_body_bytes: int = 2_000_000
     max_history: int = 16_384
+    max_events: int = 1_000  # of one POST /v1/events
+    api_keys_file: str | None = None  # lines of sha256 and name; None: whoever reaches the port may ask
+    rate_limit_per_s: float | None = None  # requests of one API key, or of all together without keys; None: no limit
     demo_candidates: int = 50
     parity_requests: int = 200
     parity_candidates: int = 20  # a request's own rows filled up with popular items
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 65536, "serve.port", self.port, "a port number, or 0 for any free one")
-        for name in ("num_replicas", "max_candidates", "max_body_bytes", "max_history", "demo_candidates"):
+        counts = ("num_replicas", "max_candidates", "max_body_bytes", "max_history", "max_events", "demo_candidates")
+        for name in counts:
             _require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "1 or more")
+        rate = self.rate_limit_per_s
+        _require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")
+        _require(self.api_keys_file != "", "serve.api_keys_file", self.api_keys_file, "a path, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

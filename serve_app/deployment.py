@@ -20,6 +20,7 @@ from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
 from pipeline.model.artifact import load_model
+from serve_app.protection import read_keys
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ TIMEOUT_S = 180.0
 POLL_S = 0.1
 SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANSWERS_PER_REPLICA = 10  # in a row from the new version, before the old one counts as gone
 
 
@@ -47,7 +49,7 @@ def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
         "model": dataclasses.asdict(model),
         "sequences": str(cfg.sequence_dir),
         "cache": str(cache(cfg)),
-        "mapped": str(cfg.run_dir / "serving"),
+        "serving": str(cfg.run_dir / "serving"),  # the mapped copy of the sequences, and the events since
         "limits": config.to_dict(cfg.serve),
     }
 
@@ -58,7 +60,11 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
     filled["http_options"] |= {"host": cfg.serve.host, "port": port}
     (application,) = filled["applications"]
     application["runtime_env"] = runtime_env
-    application["args"] = {"max_body_bytes": cfg.serve.max_body_bytes}
+    application["args"] |= {
+        "max_body_bytes": cfg.serve.max_body_bytes,
+        "api_keys_file": None if cfg.serve.api_keys_file is None else str(Path(cfg.serve.api_keys_file).absolute()),
+        "rate_limit_per_s": cfg.serve.rate_limit_per_s,
+    }
     (ranker,) = (entry for entry in application["deployments"] if entry["name"] == "RankerReplica")
     ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
     return filled
@@ -72,8 +78,17 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> s
     Raises:
         UserError: the version does not load, or nothing answered in time.
     """
+    check_protection(cfg)
     load_model(tracking.fetch(model, cache(cfg)))  # what cannot be loaded fails here, before anything is touched
     return update(cfg, dashboard_url, user_config(cfg, model))
+
+
+def check_protection(cfg: RunConfig) -> None:
+    """A broken file of keys is a UserError here, before anything is touched."""
+    if cfg.serve.api_keys_file is not None:
+        read_keys(Path(cfg.serve.api_keys_file))
+    elif cfg.serve.host not in LOOPBACK:
+        logger.warning("serve.api_keys_file is not set: whoever reaches %s may rank and post events", cfg.serve.host)
 
 
 def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
@@ -121,24 +136,32 @@ def _wait(cfg: RunConfig, client: Any, url: str, deployment: str) -> None:
     while in_a_row < ANSWERS_PER_REPLICA * cfg.serve.num_replicas:
         if time.monotonic() - started > TIMEOUT_S:
             raise UserError(f"{url} does not answer with the new version after {TIMEOUT_S:.0f} s: {_status(client)}")
-        info = _model_info(url)
+        info = _ready(url)
         if info is not None and info["deployment"] == deployment:
             in_a_row += 1
             continue
         in_a_row = 0
         if info is not None and info["failed_deployment"] == deployment:
-            raise UserError(f"{info['failure']}; version {info['model_version']} goes on answering")
+            raise UserError(f"{_failure(url)}; version {info['model_version']} goes on answering")
         if info is None and (status := _status(client)).startswith(("DEPLOY_FAILED", "UNHEALTHY")):
             raise UserError(f"the server did not start: {status}")
         time.sleep(POLL_S)
 
 
-def _model_info(url: str) -> dict[str, Any] | None:
+def _ready(url: str) -> dict[str, Any] | None:
+    """Which update answers: open to everybody, so that this job needs no API key."""
     try:
-        answer = httpx.get(f"{url}/v1/model", timeout=5)
+        answer = httpx.get(f"{url}/readyz", timeout=5)
     except httpx.TransportError:  # not listening yet
         return None
     return answer.json() if answer.status_code == 200 else None
+
+
+def _failure(url: str) -> str:
+    """Why the new version did not load; that is shown only to who has a key, so it may stay in the replica's log."""
+    answer = httpx.get(f"{url}/v1/model", timeout=5)
+    reason = answer.json()["failure"] if answer.status_code == 200 else None
+    return reason or "the new version did not load (the reason is in the replica's log)"
 
 
 def _status(client: Any) -> str:
@@ -150,8 +173,10 @@ def _status(client: Any) -> str:
 def plan(cfg: RunConfig) -> dict[str, object]:
     """What would be served, for `--dry-run`."""
     manifest = store.read_manifest(cfg.sequence_dir)
+    check_protection(cfg)
     return {
         "sequences": {"folder": str(cfg.sequence_dir), "users": manifest.num_users, "rows": manifest.num_rows},
         "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
         "replicas": cfg.serve.num_replicas,
+        "api_keys": cfg.serve.api_keys_file or "none: open to whoever reaches it",
     }

@@ -1,7 +1,7 @@
 """Who did what, as of a time: from the published sequences to the history rows of a request.
 
-A store answers with a user's SEQUENCE row; `histories` cuts rows at the requests' times. A store that also knows what
-happened since the last publication has the same face.
+A store answers with a user's SEQUENCE row; `histories` cuts rows at the requests' times. serve_app/events.py has a
+store that also knows what happened since the last publication.
 """
 
 import os
@@ -24,7 +24,7 @@ from pipeline.data.examples import user_events
 class HistoryStore(Protocol):
     """Anything that knows users' sequences."""
 
-    digest: str  # of what it holds: part of the key of whatever is cached from it
+    digest: str  # of the publication that it holds
     request_columns: tuple[str, ...]  # of its SEQUENCE rows
 
     def sequence(self, user_id: int) -> pa.RecordBatch | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,8 +39,18 @@ class Candidate(_Strict):
     request_features: RequestFeatures = Field(default_factory=dict, description="override the request's, for this item")
 
 
+RANK_EXAMPLE = {
+    "user_id": 3,
+    "request_time_ms": 1_651_766_399_000,
+    "request_features": {"tab": 1},
+    "candidates": [{"item_id": 10}, {"item_id": 11, "request_features": {"tab": 0}}],
+}
+
+
 class RankRequest(_Strict):
     """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history` comes along."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [RANK_EXAMPLE]})
 
     user_id: Id | None = None
     history: list[HistoryRow] | None = Field(default=None, description="instead of user_id; user features are unknown")
@@ -76,8 +86,65 @@ class RankResponse(BaseModel):
     order: list[int] = Field(description="by falling score of `ordered_by`; equal scores keep the request's order")
     ordered_by: str
     unknown_items: int = Field(description="candidates not seen in training: scored from the shared unknown row")
-    unknown_user: bool = Field(description="user_id is in no published sequence: scored without a history")
+    unknown_user: bool = Field(description="neither a published sequence nor an event has user_id: no history")
     history_length: int
+
+
+EVENT_EXAMPLE = {
+    "user_id": 3,
+    "item_id": 10,
+    "event_time": 1_651_766_399_000,
+    "actions": {"is_click": True, "is_like": False},
+    "request_features": {"tab": 1},
+    "request_id": 77,
+    "watch_ms": 5300,
+}
+
+
+class Event(_Strict):
+    """Something that the user was shown, and what came of it. (user_id, item_id, event_time) names it."""
+
+    user_id: Id
+    item_id: Id
+    event_time: TimeMs
+    actions: dict[str, bool] = Field(
+        default_factory=dict, description="did the user do it: true or false; an action left out is unknown"
+    )
+    request_features: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=dict)
+    request_id: Annotated[int, Field(ge=0, lt=2**63 - 1)] | None = Field(
+        default=None, description="shown together; default: what has the same event_time"
+    )
+    watch_ms: Id | None = None
+
+
+class EventsRequest(_Strict):
+    """Events in any order; sending one again changes nothing."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"events": [EVENT_EXAMPLE]}]})
+
+    events: list[Event] = Field(min_length=1)
+
+
+EventStatus = Literal["accepted", "already_there", "conflict"]
+
+
+class EventsResponse(BaseModel):
+    """All of the events are on disk, or were before."""
+
+    accepted: int
+    already_there: int = Field(description="sent before with the same values, or part of the published sequences")
+    conflict: int = Field(description="sent before with other values, which stay")
+    status: list[EventStatus] = Field(description="of each event of the request")
+
+    @classmethod
+    def of(cls, status: list[EventStatus]) -> "EventsResponse":
+        count = status.count
+        return cls(
+            accepted=count("accepted"),
+            already_there=count("already_there"),
+            conflict=count("conflict"),
+            status=status,
+        )
 
 
 class Refusal(BaseModel):
@@ -92,6 +159,23 @@ class Refusal(BaseModel):
         """What a client sent may be long, or no valid text (lone surrogates): it is repeated in part and in ASCII."""
         places = [part if isinstance(part, int) else _ascii(part) for part in loc]
         return cls(loc=places, msg=_ascii(msg), input=_ascii(value if isinstance(value, str) else repr(value)))
+
+
+class Problem(BaseModel):
+    """Every answer that is not 200."""
+
+    detail: list[Refusal] | str
+
+
+class Ready(BaseModel):
+    """A model answers. The ids are those of `ModelInfo`: `jobs.deploy` waits for its own without a key."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    status: Literal["ready"] = "ready"
+    model_version: int
+    deployment: str
+    failed_deployment: str | None
 
 
 def _ascii(text: str) -> str:

@@ -303,7 +303,8 @@ def test_it_answers_with_the_champion(served: Served) -> None:
     info = served.client.get("/v1/model").json()
     assert (info["model_name"], info["model_version"]) == ("served", served.versions[0])
     assert served.client.get("/healthz").json() == {"status": "ok"}
-    assert served.client.get("/readyz").json() == {"status": "ready", "model_version": served.versions[0]}
+    ready = {"status": "ready", "model_version": served.versions[0], "failed_deployment": None}
+    assert served.client.get("/readyz").json() == ready | {"deployment": info["deployment"]}
     assert served.client.get("/docs").status_code == 200
 
 
@@ -322,6 +323,22 @@ def test_unknown_user_and_items(served: Served) -> None:
     assert answer["unknown_user"]
     assert answer["unknown_items"] == 1
     assert len(answer["scores"]["is_like"]) == 2
+
+
+@pytest.mark.cluster
+def test_an_event_is_part_of_the_next_rank(served: Served) -> None:
+    event = {"user_id": NOT_A_USER + 1, "item_id": 5, "event_time": 1_651_500_000_000, "actions": {"is_click": True}}
+    asked = {"user_id": event["user_id"], "candidates": [{"item_id": 1}]}
+    before = served.client.post("/v1/rank", json=asked).json()
+    statuses = [served.client.post("/v1/events", json={"events": [event]}).json()["status"] for _ in range(2)]
+    assert statuses == [["accepted"], ["already_there"]]
+    after = served.client.post("/v1/rank", json=asked).json()
+    assert [(a["unknown_user"], a["history_length"]) for a in (before, after)] == [(True, 0), (False, 1)]
+    assert after["scores"] != before["scores"]
+    earlier = asked | {"request_time_ms": event["event_time"]}
+    assert served.client.post("/v1/rank", json=earlier).json()["history_length"] == 0
+    wrong = served.client.post("/v1/events", json={"events": [event | {"actions": {"is_sold": True}}]})
+    check_refused(wrong, 422, ["body", "events", 0, "actions"], "is_sold")
 
 
 @pytest.mark.cluster

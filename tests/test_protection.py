@@ -1,0 +1,251 @@
+"""API keys, rate limits and the request log, without Ray."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import sqlite3
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny_world import publish_sequences, tiny_config
+
+from pipeline import tracking
+from pipeline.config import ConfigError, UserError
+from serve_app import deployment
+from serve_app.api import make_api
+from serve_app.protection import ApiKeys, RateLimit, read_keys
+from serve_app.schemas import (
+    EventsRequest,
+    EventsResponse,
+    ModelInfo,
+    RankRequest,
+    RankResponse,
+    Refusal,
+)
+
+KEYS = {"shop": "key-of-the-shop", "app": "key-of-the-app"}
+RANK = {"user_id": 3, "candidates": [{"item_id": 1}, {"item_id": 2}]}
+EVENTS = {"events": [{"user_id": 3, "item_id": 5, "event_time": 1_651_500_000_000}]}
+
+
+class Fixed:
+    """A replica that knows nothing."""
+
+    failing: Exception | None = None
+
+    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+        return RankResponse(
+            model_version=7,
+            request_time_ms=request.request_time_ms,
+            item_ids=[c.item_id for c in request.candidates],
+            scores={"is_click": [0.5] * len(request.candidates)},
+            order=list(range(len(request.candidates))),
+            ordered_by="is_click",
+            unknown_items=0,
+            unknown_user=False,
+            history_length=0,
+        )
+
+    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
+        if self.failing:
+            raise self.failing
+        return EventsResponse.of(["accepted"] * len(request.events))
+
+    async def info(self) -> ModelInfo:
+        return ModelInfo(
+            model_name="m", model_version=7, tasks=[], request_features=[], actions=[], sequences="", deployment="d"
+        )
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text("# who may ask\n\n" + "".join(f"{hashed(key)}  {name}  # n\n" for name, key in KEYS.items()))
+    return path
+
+
+def call(api, method: str, path: str, key: str | None = None, **arguments) -> httpx.Response:
+    async def send() -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
+            return await client.request(method, path, headers=headers, **arguments)
+
+    return asyncio.run(send())
+
+
+def test_only_who_has_a_key(keys_file: Path) -> None:
+    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
+    for method, path, body in (("POST", "/v1/rank", RANK), ("POST", "/v1/events", EVENTS), ("GET", "/v1/model", None)):
+        assert call(api, method, path, KEYS["shop"], json=body).status_code == 200
+        for wrong in (None, "", "nobody's", KEYS["shop"] + "x", hashed(KEYS["shop"])):
+            answer = call(api, method, path, wrong, json=body)
+            assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+            assert answer.json()["detail"][0]["loc"] == ["header", "authorization"]
+            assert not wrong or wrong not in answer.text
+    for path in ("/docs", "/openapi.json", "/nowhere"):
+        assert call(api, "GET", path).status_code == 401
+    assert call(api, "POST", "/v1/rank", json=RANK, auth=("shop", KEYS["shop"])).status_code == 401
+    assert call(api, "GET", "/healthz").status_code == 200
+    ready = {"status": "ready", "model_version": 7, "deployment": "d", "failed_deployment": None}
+    assert call(api, "GET", "/readyz").json() == ready
+
+
+def test_without_keys_everybody_may_ask() -> None:
+    assert call(make_api(Fixed(), 2_000_000), "POST", "/v1/rank", json=RANK).status_code == 200
+
+
+def test_keys_come_and_go_without_a_restart(keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = ApiKeys(keys_file)
+    for text, names in (
+        (f"{hashed('new')} fresh\n", {"new": "fresh", KEYS["shop"]: None}),
+        ("nonsense\n", {"new": "fresh", KEYS["shop"]: None}),  # a broken file changes nothing, and is reported
+    ):
+        staged = keys_file.with_name("staged")
+        staged.write_text(text)
+        staged.rename(keys_file)
+        assert {key: keys.name(key) for key in names} == names
+    assert "stay valid" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# none\n", "key-in-the-clear shop\n", hashed("a") + "\n", hashed("a")[1:] + " a"]
+)
+def test_broken_files_of_keys(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"serve\.api_keys_file") as caught:
+        read_keys(path)
+    assert "key-in-the-clear" not in str(caught.value)
+
+
+def test_a_key_beyond_its_rate_waits_and_others_do_not(keys_file: Path) -> None:
+    now = 100.0
+    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file), RateLimit(0.5, lambda: now))
+    asked = [call(api, "GET", "/v1/model", KEYS["shop"]) for _ in range(2)]
+    assert [answer.status_code for answer in asked] == [200, 429]
+    assert asked[1].headers["Retry-After"] == "2"
+    assert call(api, "GET", "/v1/model", KEYS["app"]).status_code == 200
+    assert [call(api, "GET", path).status_code for path in ("/healthz", "/readyz") * 3] == [200] * 6
+    now += 2
+    assert [call(api, "GET", "/v1/model", KEYS["shop"]).status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_bucket_fills_up_to_one_second_of_requests() -> None:
+    now = 0.0
+    limit = RateLimit(4, lambda: now)
+    assert [limit.wait_s("a") for _ in range(5)] == [0, 0, 0, 0, 0.25]
+    now = 1000.0
+    assert [limit.wait_s("a") for _ in range(5)] == [0, 0, 0, 0, 0.25]
+    now += 0.25
+    assert [limit.wait_s("a") for _ in range(2)] == [0, 0.25]
+
+
+def test_a_line_per_request_without_what_was_sent(keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
+    secret = KEYS["app"]
+    with caplog.at_level(logging.INFO, logger="ray.serve.requests"):
+        call(api, "POST", "/v1/rank?user=4711", secret, json=RANK | {"user_id": 4711})
+        call(api, "POST", "/v1/events", secret, json=EVENTS)
+        call(api, "POST", "/v1/rank", secret, json={"user_id": "4711"})
+        call(api, "POST", "/v1/rank", "4711", json=RANK)
+        call(api, "GET", "/users/4711", secret)
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.requests"]
+    assert all(line.pop("ms") >= 0 for line in lines)
+    assert lines == [
+        {"path": "/v1/rank", "status": 200, "key": "app", "num_candidates": 2, "version": 7},
+        {"path": "/v1/events", "status": 200, "key": "app", "num_events": 1},
+        {"path": "/v1/rank", "status": 422, "key": "app"},
+        {"path": "/v1/rank", "status": 401},
+        {"path": "other", "status": 404, "key": "app"},
+    ]
+    assert "4711" not in caplog.text
+    assert secret not in caplog.text
+
+
+BAD_EVENTS = {  # body -> place and value that the answer must name
+    "no events": ({"events": []}, ["body", "events"], "at least 1"),
+    "a list": ([], ["body"], "dictionary"),
+    "no time": ({"events": [{"user_id": 1, "item_id": 2}]}, ["body", "events", 0, "event_time"], "required"),
+    "a negative item": (
+        {"events": [EVENTS["events"][0] | {"item_id": -2}]},
+        ["body", "events", 0, "item_id"],
+        "-2",
+    ),
+    "an action of 1": (
+        {"events": [EVENTS["events"][0] | {"actions": {"is_click": 1}}]},
+        ["body", "events", 0, "actions", "is_click"],
+        "boolean",
+    ),
+    "a negative column": (
+        {"events": [EVENTS["events"][0] | {"request_features": {"tab": -1}}]},
+        ["body", "events", 0, "request_features", "tab"],
+        "-1",
+    ),
+    "a misspelt field": ({"events": [EVENTS["events"][0] | {"time": 5}]}, ["body", "events", 0, "time"], "5"),
+    "an id beyond int64": (
+        {"events": [EVENTS["events"][0] | {"request_id": 2**63}]},
+        ["body", "events", 0, "request_id"],
+        str(2**63),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EVENTS)
+def test_bad_events_are_422_and_name_the_field(name: str) -> None:
+    body, loc, said = BAD_EVENTS[name]
+    answer = call(make_api(Fixed(), 2_000_000), "POST", "/v1/events", json=body)
+    assert answer.status_code == 422
+    assert loc in [entry["loc"] for entry in answer.json()["detail"]]
+    assert said in answer.text
+
+
+def test_an_event_store_that_does_not_answer_is_503() -> None:
+    replica = Fixed()
+    replica.failing = sqlite3.OperationalError("database or disk is full")
+    answer = call(make_api(replica, 2_000_000), "POST", "/v1/events", json=EVENTS)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert "disk" not in answer.text
+
+
+def test_the_document_is_complete(keys_file: Path) -> None:
+    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
+    document = call(api, "GET", "/openapi.json", KEYS["app"]).json()
+    for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
+        route = document["paths"][path][method]
+        assert route["security"] == [{"HTTPBearer": []}]
+        expected = {"200", "401", "429", "503"} | ({"400", "413", "422"} if method == "post" else set())
+        assert route["responses"].keys() == expected
+        for status in expected - {"200"}:
+            schema = route["responses"][status]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/Problem"}
+    schemas = document["components"]["schemas"]
+    RankRequest.model_validate(schemas["RankRequest"]["examples"][0])
+    EventsRequest.model_validate(schemas["EventsRequest"]["examples"][0])
+
+
+def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -> None:
+    cfg = tiny_config(tmp_path / "runs", serve={"api_keys_file": str(keys_file), "rate_limit_per_s": 5})
+    publish_sequences(cfg)
+    model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
+    filled = deployment.serve_config(cfg, deployment.user_config(cfg, model), 8123, {})
+    assert filled["applications"][0]["args"] == {
+        "max_body_bytes": 2_000_000,
+        "api_keys_file": str(keys_file),
+        "rate_limit_per_s": 5.0,
+    }
+    assert deployment.plan(cfg)["api_keys"] == str(keys_file)
+    keys_file.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        deployment.plan(cfg)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rate_limit_per_s", 0), ("api_keys_file", ""), ("max_events", 0)])
+def test_settings_out_of_range(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"serve\.{key}.*{value!r}"):
+        tiny_config(tmp_path, serve={key: value})
