@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(job: cli.Job) -> None:
     cfg = job.cfg
+    check_server(cfg)
     if job.options.fresh:
         remove_run(cfg.run_dir)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,12 @@ def main(job: cli.Job) -> None:
         summary = run_chain(cfg, cluster.dashboard_url)
     (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     print_summary(cfg, summary)
+
+
+def check_server(cfg: RunConfig) -> None:
+    """A key that cannot be read is said now, not after training."""
+    deployment.check_protection(cfg)
+    replay.key_header(cfg)
 
 
 def run_chain(cfg: RunConfig, dashboard_url: str) -> dict[str, Any]:
@@ -130,6 +137,7 @@ def remove_run(folder: Path) -> None:
 
 def plan(cfg: RunConfig) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
+    check_server(cfg)
     return {"import_logs": sources.plan_import(cfg), "workers": cfg.train.num_workers, "run": str(cfg.run_dir)}
 
 

@@ -21,7 +21,9 @@ def main(job: cli.Job) -> None:
             print(f"MLflow: {mlflow_url}")
             body, _ = replay.demo_request(cfg)
             body["candidates"] = body["candidates"][:5]
-            print(f"curl -s {url}/v1/rank -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}")
+            key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
+            sent = shlex.quote(json.dumps(body))
+            print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
             cli.wait_for_interrupt()
 
 

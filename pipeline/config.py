@@ -319,6 +319,7 @@ class ServeConfig:
     max_history: int = 16_384
     max_events: int = 1_000  # of one POST /v1/events
     api_keys_file: str | None = None  # lines of sha256 and name; None: whoever reaches the port may ask
+    client_key_file: str | None = None  # one of those keys in the clear, for the requests that jobs.pipeline sends
     rate_limit_per_s: float | None = None  # requests of one API key, or of all together without keys; None: no limit
     demo_candidates: int = 50
     parity_requests: int = 200
@@ -331,7 +332,8 @@ class ServeConfig:
             _require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "1 or more")
         rate = self.rate_limit_per_s
         _require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")
-        _require(self.api_keys_file != "", "serve.api_keys_file", self.api_keys_file, "a path, or null")
+        for name in ("api_keys_file", "client_key_file"):
+            _require(getattr(self, name) != "", f"serve.{name}", getattr(self, name), "a path, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

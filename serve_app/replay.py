@@ -53,13 +53,12 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     """
     requests = past_requests(cfg, load_model(model_dir))
     worst, elapsed_ms = 0.0, []
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg)) as client:
         for past in requests[:WARM_UP]:
             _rank(client, past.body)
         for past in requests:
-            started = time.perf_counter()
-            answer = _rank(client, past.body)
-            elapsed_ms.append((time.perf_counter() - started) * 1000)
+            answer, took_ms = _rank(client, past.body)
+            elapsed_ms.append(took_ms)
             served = np.array([answer["scores"][task] for task in cfg.tasks]).T
             worst = max(worst, float(np.abs(served - past.scores).max()))
     p50, p99 = np.percentile(elapsed_ms, [50, 99])
@@ -163,11 +162,36 @@ def _actions(cfg: RunConfig, action_mask: int, known_mask: int) -> Iterator[tupl
             yield name, bool(action_mask >> bit & 1)
 
 
-def _rank(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
-    answer = client.post("/v1/rank", json=body)
-    if answer.status_code != 200:
-        raise UserError(f"POST {client.base_url}/v1/rank answered {answer.status_code}: {answer.text[:500]}")
-    return answer.json()
+def _rank(client: httpx.Client, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The answer, and the ms it took; a server with a rate limit is asked again when it says."""
+    while True:
+        started = time.perf_counter()
+        answer = client.post("/v1/rank", json=body)
+        took_ms = (time.perf_counter() - started) * 1000
+        if answer.status_code == 200:
+            return answer.json(), took_ms
+        if answer.status_code != 429:
+            raise UserError(f"POST {client.base_url}/v1/rank answered {answer.status_code}: {answer.text[:500]}")
+        time.sleep(float(answer.headers["Retry-After"]))
+
+
+def key_header(cfg: RunConfig) -> dict[str, str]:
+    """With which a job may ask the server that it started.
+
+    Raises:
+        UserError: the server asks for a key, and there is none to be read.
+    """
+    file = cfg.serve.client_key_file
+    if file is None:
+        if cfg.serve.api_keys_file is not None:
+            raise UserError(
+                "serve.client_key_file must hold a key for this job's own requests: serve.api_keys_file is set"
+            )
+        return {}
+    try:
+        return {"Authorization": f"Bearer {Path(file).read_text().strip()}"}
+    except OSError as error:
+        raise UserError(f"serve.client_key_file: {file}: {error.strerror}") from None
 
 
 def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
@@ -220,8 +244,8 @@ def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
 def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
     """`demo_request` ranked by the server, the `top` best as plain text."""
     body, did = demo_request(cfg)
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
-        answer = _rank(client, body)
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg)) as client:
+        answer, _ = _rank(client, body)
     lines = [
         f"user {body['user_id']}, {len(body['candidates'])} candidates, history of {answer['history_length']} rows, "
         f"version {answer['model_version']}, ordered by {answer['ordered_by']}",

@@ -13,7 +13,7 @@ from tiny_world import publish_sequences, tiny_config
 
 from pipeline import tracking
 from pipeline.config import ConfigError, UserError
-from serve_app import deployment
+from serve_app import deployment, replay
 from serve_app.api import make_api
 from serve_app.protection import ApiKeys, RateLimit, read_keys
 from serve_app.schemas import (
@@ -243,6 +243,19 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
     keys_file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         deployment.plan(cfg)
+
+
+def test_a_job_has_a_key_for_its_own_requests(tmp_path: Path, keys_file: Path) -> None:
+    key = tmp_path / "key"
+    sections = {"api_keys_file": str(keys_file)}
+    with pytest.raises(UserError, match=r"serve\.client_key_file"):
+        replay.key_header(tiny_config(tmp_path, serve=sections))
+    asking = tiny_config(tmp_path, serve=sections | {"client_key_file": str(key)})
+    with pytest.raises(UserError, match=r"serve\.client_key_file"):
+        replay.key_header(asking)
+    key.write_text(KEYS["app"] + "\n")
+    assert replay.key_header(asking) == {"Authorization": f"Bearer {KEYS['app']}"}
+    assert replay.key_header(tiny_config(tmp_path)) == {}
 
 
 @pytest.mark.parametrize(("key", "value"), [("rate_limit_per_s", 0), ("api_keys_file", ""), ("max_events", 0)])
