@@ -192,27 +192,40 @@ def merged(
     """
     past = {name: _flat(published, name) for name in _columns(request_columns)}
     live = _live_columns(events, cfg, request_columns)
-    both = {name: np.concatenate([past[name], live[name]]) for name in past}
-    num_past = len(past["item_id"])
-    _, time_rank = np.unique(both["event_time"], return_inverse=True)
-    _, item_rank = np.unique(both["item_id"], return_inverse=True)
-    key = time_rank * len(item_rank) + item_rank  # by time, then item
-    fresh = ~np.isin(key, key[:num_past])
+    split = int(np.searchsorted(past["event_time"], live["event_time"].min()))  # nothing changes before
+    head, tail = ({name: values[part] for name, values in past.items()} for part in (slice(split), slice(split, None)))
     first_position = published["first_position"][0].as_py()
-    if first_position and num_past:
-        fresh &= key > key[0]  # what is older than the cap of the publication is, with few exceptions, counted in it
-    key[:num_past] = np.maximum.accumulate(key[:num_past])
-    fresh[:num_past] = True
-    order = np.argsort(key, kind="stable")
-    order = order[fresh[order]]
-    request = _requests(past, live)
-    _, first, label = np.unique(request[order], return_index=True, return_inverse=True)
-    order = order[np.argsort(first[label], kind="stable")]  # a request stays together, in the place of its first row
-    dropped = max(0, len(order) - cfg.sequences.max_rows_per_user)
-    order = order[dropped:]
-    columns = {name: values[order] for name, values in both.items()}
-    columns["request_index"] = np.cumsum(np.diff(request[order], prepend=request[order[:1]]) != 0)
+    order, request = _order(tail, live, cut=first_position > 0 and split == 0)
+    merge = {name: np.concatenate([tail[name], live[name]])[order] for name in past}
+    merge["request_index"] = np.cumsum(np.diff(request, prepend=request[:1]) != 0)
+    merge["request_index"] += head["request_index"][-1] + 1 if split else 0
+    dropped = max(0, split + len(order) - cfg.sequences.max_rows_per_user)
+    columns = {name: np.concatenate([head[name], merge[name]])[dropped:] for name in past}
+    columns["request_index"] -= columns["request_index"][:1].copy()
     return sequence_row(columns, request_columns, first_position + dropped)
+
+
+def _order(past: dict[str, np.ndarray], live: dict[str, np.ndarray], *, cut: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of past + live come in which order, and for each the number of its request.
+
+    `cut`: rows older than `past` exist but are not there.
+    """
+    num_past = len(past["item_id"])
+    time, item = (np.concatenate([past[name], live[name]]) for name in ("event_time", "item_id"))
+    _, time_rank = np.unique(time, return_inverse=True)
+    _, item_rank = np.unique(item, return_inverse=True)
+    key = time_rank * len(item) + item_rank  # by time, then item
+    kept = ~np.isin(key, key[:num_past])
+    if cut and num_past:
+        kept &= key > key[0]
+    kept[:num_past] = True
+    key[:num_past] = np.maximum.accumulate(key[:num_past])
+    order = np.argsort(key, kind="stable")
+    order = order[kept[order]]
+    request = _requests(past, live)[order]
+    _, first, label = np.unique(request, return_index=True, return_inverse=True)
+    together = np.argsort(first[label], kind="stable")  # a request stays together, in the place of its first row
+    return order[together], request[together]
 
 
 def _requests(past: dict[str, np.ndarray], live: dict[str, np.ndarray]) -> np.ndarray:
