@@ -1,6 +1,7 @@
 """The server: its HTTP face in this process, and the whole of it on one real Ray Serve."""
 
 import asyncio
+import hashlib
 import itertools
 import json
 import subprocess
@@ -275,17 +276,21 @@ class Served:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=30, headers=replay.key_header(self.cfg))
 
 
 @pytest.fixture(scope="module")
 def served(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Two registered versions, the first of them champion and serving."""
+    """Two registered versions, the first of them champion and serving to who has a key."""
     from ray import serve
 
-    cfg = tiny_config(mlflow_runs, name="served", tracking={"model_name": "served"})
-    publish_sequences(cfg)
     folder = tmp_path_factory.mktemp("models")
+    hashes, key = folder / "keys.sha256", folder / "key"
+    key.write_text("a-key")
+    hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
+    protection = {"port": 0, "api_keys_file": str(hashes), "client_key_file": str(key)}
+    cfg = tiny_config(mlflow_runs, name="served", tracking={"model_name": "served"}, serve=protection)
+    publish_sequences(cfg)
     folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
     with mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
         versions = []
@@ -306,6 +311,8 @@ def test_it_answers_with_the_champion(served: Served) -> None:
     ready = {"status": "ready", "model_version": served.versions[0], "failed_deployment": None}
     assert served.client.get("/readyz").json() == ready | {"deployment": info["deployment"]}
     assert served.client.get("/docs").status_code == 200
+    assert httpx.get(f"{served.url}/healthz").status_code == 200
+    assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
 
 
 @pytest.mark.cluster
@@ -364,7 +371,7 @@ def test_promote_and_rollback_while_requests_come_in(served: Served) -> None:
     stop = threading.Event()
 
     def ask() -> None:
-        with httpx.Client(base_url=served.url, timeout=30) as client:
+        with httpx.Client(base_url=served.url, timeout=30, headers=served.client.headers) as client:
             while not stop.is_set():
                 answer = client.post("/v1/rank", json=ONE)
                 answers.append((answer.status_code, answer.json().get("model_version", 0)))
