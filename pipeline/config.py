@@ -195,6 +195,36 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelConfig:
+    """One transducer of a mixture: which history rows it reads, how many, and how."""
+
+    actions: tuple[str, ...] = ()  # rows on which any of these is known and set; empty: every row
+    max_len: int | None = None  # the newest of those rows; None: all
+    num_layers: int = 2
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # distances count the channel's own rows
+    truncate_after_layer: int | None = None
+    truncate_to: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(self.max_len is None or self.max_len >= 1, "model.channels.*.max_len", self.max_len, "1 or more")
+        _require_depth("model.channels.*", self.num_layers, self.truncate_after_layer, self.truncate_to)
+
+    @property
+    def depends_on_later_rows(self) -> bool:
+        """Whether what a row sees, or whether it is kept, depends on how many rows of the channel follow."""
+        full = self.attention.window is not None and self.attention.full_rows > 0
+        return full or self.max_len is not None or self.truncate_after_layer is not None
+
+
+def _require_depth(section: str, num_layers: int, truncate_after_layer: int | None, truncate_to: int) -> None:
+    _require(num_layers >= 1, f"{section}.num_layers", num_layers, "1 or more")
+    _require(truncate_to >= 1, f"{section}.truncate_to", truncate_to, "1 or more")
+    after = truncate_after_layer
+    rule = f"between 1 and num_layers - 1 = {num_layers - 1}, or null"
+    _require(after is None or 1 <= after < num_layers, f"{section}.truncate_after_layer", after, rule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """ULTRA-HSTU: tokens, stack of STU layers with truncation, one head per task."""
 
@@ -208,6 +238,12 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     truncate_after_layer: int | None = None  # N1: later layers keep the context, the newest events and the candidates
     truncate_to: int = 1024  # L': newest events kept
+    channels: dict[str, ChannelConfig] = field(default_factory=dict)
+    # Mixture of transducers: one per channel, each with its own depth, mask and truncation in the place of
+    # num_layers, attention, truncate_after_layer and truncate_to here. Empty: one transducer over every row.
+    silu_qkv: bool = True  # False: SiLU on U only, the authors' production form
+    concat_ua: bool = False  # the output layer reads concat[U, A, Norm(A) * U] instead of Norm(A) * U
+    candidate_action: Literal["none", "learned"] = "none"  # learned: one constant where an event has its actions
     action_dim: int = 8  # learned row per action, and as many for "unknown"
     position_buckets: int = 8192
     time_buckets: int = 64  # log buckets of the gap to the previous row, bucket 0 for "no real gap"
@@ -217,7 +253,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in (
             "d_model",
-            "num_layers",
             "num_heads",
             "d_qk",
             "d_v",
@@ -228,10 +263,7 @@ class ModelConfig:
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
         _require(self.time_buckets >= 2, "model.time_buckets", self.time_buckets, "2 or more")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
-        _require(self.truncate_to >= 1, "model.truncate_to", self.truncate_to, "1 or more")
-        after = self.truncate_after_layer
-        rule = f"between 1 and num_layers - 1 = {self.num_layers - 1}, or null"
-        _require(after is None or 1 <= after < self.num_layers, "model.truncate_after_layer", after, rule)
+        _require_depth("model", self.num_layers, self.truncate_after_layer, self.truncate_to)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -375,6 +407,8 @@ class RunConfig:
         ):
             rule = f"empty without a table of {side}s (source.{side}s)"
             _require(not columns or known, f"features.{side}", list(columns), rule)
+        for name, channel in self.model.channels.items():
+            self._check_channel(f"model.channels.{name}", channel)
         for task in self.train.task_weights:
             _require(task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}")
         for task in self.tracking.gate_max_ne:
@@ -382,6 +416,16 @@ class RunConfig:
         _require(
             "/" not in self.name and self.name not in ("", ".", "..", "mlflow"), "name", self.name, "a folder name"
         )
+
+    def _check_channel(self, key: str, channel: ChannelConfig) -> None:
+        for action in channel.actions:
+            rule = f"one of source.actions {list(self.source.actions)}"
+            _require(action in self.source.actions, f"{key}.actions", action, rule)
+        # In the user layout a candidate's own row, and later ones, lie further on in the same pass. How many of them
+        # pass the filter is known from their labels alone, so nothing before them may depend on that number.
+        leaks = bool(channel.actions) and channel.depends_on_later_rows
+        rule = f"request where {key} filters by actions and has full_rows under a window, max_len or truncation"
+        _require(not leaks or self.train.layout == "request", "train.layout", self.train.layout, rule)
 
     @property
     def items_known(self) -> bool:

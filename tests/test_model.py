@@ -13,7 +13,8 @@ from pipeline.data.batch import SequenceBatch
 from pipeline.model.artifact import load_model, save_model
 from pipeline.model.embeddings import ActionEncoder, Tokens, time_bucket
 from pipeline.model.flops import count_work, kept_pairs
-from pipeline.model.transducer import truncate
+from pipeline.model.stu import STU
+from pipeline.model.transducer import Transducer, truncate
 from pipeline.model.ultra_hstu import UltraHSTU
 
 VOCAB = {"item_id": 30, "item.tag": 5, "user.age": 4, "user.city": 6, "request.tab": 4}
@@ -165,6 +166,7 @@ def test_truncated_model_equals_dense_computation() -> None:
     tokens = model.encoder(batch)
     kept = torch.tensor([0, 1, 7, 8, 9, 10, 11])  # 2 context, 8 events, 2 candidates
     x = tokens.x_TE
+    assert isinstance(model.transducer, Transducer)
     for depth, layer in enumerate(model.transducer.layers):
         x = x[kept] if depth == 1 else x
         x = dense_layer(layer, x)
@@ -173,15 +175,42 @@ def test_truncated_model_equals_dense_computation() -> None:
 
 
 def dense_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Eq. 1-5 as they stand, one sequence with 2 context tokens and 2 candidates."""
-    silu = torch.nn.functional.silu
-    u, q, k, v = silu(layer.uvqk(layer.norm_in(x))).split(layer.split, dim=1)
-    mask = semi_local_mask(len(x), 2, window=2, full_rows=2, prefix=2)
+    """Eq. 1-5 and their two variants as they stand, one sequence with 2 context tokens and 2 candidates."""
+    assert isinstance(layer, STU)
+    silu, cfg = torch.nn.functional.silu, layer.cfg
+    u, q, k, v = layer.uvqk(layer.norm_in(x)).split(layer.split, dim=1)
+    u, q, k, v = (silu(u), silu(q), silu(k), silu(v)) if cfg.silu_qkv else (silu(u), q, k, v)
+    mask = semi_local_mask(len(x), 2, cfg.attention.window, cfg.attention.full_rows, prefix=2)
     heads = []
     for h in range(2):
         qh, kh, vh = (t[:, 8 * h : 8 * h + 8] for t in (q, k, v))
         heads.append((silu(qh @ kh.T / 8) * mask / 16) @ vh)
-    return x + layer.out(layer.norm_attn(torch.cat(heads, dim=1)) * u)
+    a = torch.cat(heads, dim=1)
+    gated = layer.norm_attn(a) * u
+    return x + layer.out(torch.cat([u, a, gated], dim=1) if cfg.concat_ua else gated)
+
+
+@pytest.mark.parametrize("switches", [{"silu_qkv": False}, {"concat_ua": True}, {"silu_qkv": False, "concat_ua": True}])
+def test_variants_of_a_layer_equal_their_dense_computation(switches: dict[str, bool]) -> None:
+    model, batch = make_model(make_config(**switches)), make_batch([8], [2])
+    x = model.encoder(batch).x_TE
+    assert isinstance(model.transducer, Transducer)
+    for layer in model.transducer.layers:
+        x = dense_layer(layer, x)
+    torch.testing.assert_close(model(batch), model.heads(model.transducer.norm_out(x[-2:])).float())
+
+
+def test_variants_of_a_layer_change_nothing_else() -> None:
+    plain, linear_qkv, wide = (
+        UltraHSTU(make_config(**switch), VOCAB, RATES).state_dict()
+        for switch in ({}, {"silu_qkv": False}, {"concat_ua": True})
+    )
+    shapes = {name: tuple(weight.shape) for name, weight in plain.items()}
+    assert {name: tuple(weight.shape) for name, weight in linear_qkv.items()} == shapes
+    changed = {name for name, weight in wide.items() if tuple(weight.shape) != shapes[name]}
+    assert wide.keys() == plain.keys()
+    assert changed == {"transducer.layers.0.out.weight", "transducer.layers.1.out.weight"}
+    assert wide["transducer.layers.0.out.weight"].shape == (16, 3 * 16)
 
 
 def test_blocked_attention_equals_the_reference_in_outputs_and_gradients() -> None:
@@ -216,6 +245,26 @@ def test_a_candidate_carries_no_action() -> None:
     assert torch.equal(model(marked), model(batch))
 
 
+def test_a_learned_candidate_action_is_added_to_candidates_alone() -> None:
+    batch = make_batch([4, 2], [2, 1])
+    torch.manual_seed(0)
+    plain = UltraHSTU(make_config(), VOCAB, RATES).eval()
+    torch.manual_seed(0)
+    learned = UltraHSTU(make_config(candidate_action="learned"), VOCAB, RATES).eval()
+    assert learned.state_dict().keys() - plain.state_dict().keys() == {"encoder.candidate_action"}
+    assert torch.equal(learned(batch), plain(batch))  # it starts at zero, every other weight as without it
+    constant = learned.encoder.candidate_action
+    assert constant is not None
+    with torch.no_grad():
+        constant.copy_(torch.arange(16.0))
+    added = learned.encoder(batch).x_TE - plain.encoder(batch).x_TE
+    is_candidate = torch.tensor([0] * 6 + [1] * 2 + [0] * 4 + [1], dtype=torch.bool)  # 2 context tokens each
+    torch.testing.assert_close(added, is_candidate[:, None] * torch.arange(16.0))
+    learned(batch).sum().backward()
+    assert constant.grad is not None
+    assert constant.grad.abs().max() > 0
+
+
 def test_time_buckets() -> None:
     gaps = torch.tensor([-1, 0, 1, 1000, 86_400_000, 2**40])
     buckets = time_bucket(gaps, 64)
@@ -245,6 +294,12 @@ def test_work_of_a_batch_by_hand() -> None:
     first, second = 3 + 6 * 3 + 9, 3 + 3 * 3 + 6
     assert work.kept_pairs == first + second
     assert work.masked_pair_share == pytest.approx(1 - (first + second) / (2 * 45))
+
+
+def test_a_wide_output_layer_costs_three_times_the_narrow_one() -> None:
+    """9 tokens of width 16 from 2 heads of 8, in each of 2 layers."""
+    narrow, wide = (count_work(make_batch([6], [1]), make_config(concat_ua=on)) for on in (False, True))
+    assert wide.flops - narrow.flops == 2 * (2 * 9 * (2 * 16) * 16)
 
 
 def test_artifact_keeps_scores_and_refuses_damage(tmp_path, monkeypatch) -> None:

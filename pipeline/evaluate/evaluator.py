@@ -50,6 +50,7 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
         logger.info("%s: %d rows in %.1f s", split, len(predictions), time.perf_counter() - begin)
     metrics["masked_pair_share"] = work.masked_pair_share
     metrics["truncated_token_share"] = work.truncated_token_share
+    metrics["filtered_token_share"] = work.filtered_token_share
     metrics["forward_gflop_per_candidate"] = work.flops / max(work.candidates, 1) / 1e9
     text = json.dumps(metrics, indent=2)
     (folder / "metrics.json").write_text(text)

@@ -1,7 +1,8 @@
 """Codes to tokens: a `SequenceBatch` becomes the packed input of the transducer, `[context | uih | candidates]`.
 
 An event is one token: item and action merged by addition (ULTRA-HSTU, arXiv:2602.16986, figure 2b). A candidate has no
-action. Position and time are those of the event itself, so an encoded history does not depend on the request.
+action; one learned constant may stand in its place. Position and time are those of the event itself, so an encoded
+history does not depend on the request.
 """
 
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ class TokenEncoder(nn.Module):
         self.num_context = len(cfg.features.user_tokens)
         self.content = ContentEncoder(cfg, vocab_sizes)
         self.action = ActionEncoder(len(cfg.source.actions), model.action_dim, model.d_model)
+        learned = model.candidate_action == "learned"
+        self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
         self.context = ContextEncoder(cfg, vocab_sizes) if self.num_context else None
         self.position = table(model.position_buckets, model.d_model)
         self.time = table(model.time_buckets, model.d_model)
@@ -137,6 +140,8 @@ class TokenEncoder(nn.Module):
         x_TE = self.content(batch.item_codes, batch.request_codes)
         # A candidate's own outcome must not reach it: no action embedding at all, not even the "unknown" one.
         x_TE = x_TE + self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
+        if self.candidate_action is not None:
+            x_TE = x_TE + is_target[:, None] * self.candidate_action
         x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
         x_TE = x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
         tokens = Tokens(x_TE, batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len)

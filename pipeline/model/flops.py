@@ -2,6 +2,7 @@
 
 Per layer, forward, T tokens and `pairs` kept pairs of query and key:
 `2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v)`; norms, look-ups and pointwise work left out.
+With `concat_ua` the output layer's term is three times as large. A mixture is the sum of its channels.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.embeddings import Tokens, sequence_index
+from pipeline.model.mixture import channel_model, filter_rows, newest_rows
 from pipeline.model.transducer import truncate
 
 
@@ -20,9 +22,10 @@ class Work:
     """Sums over batches; `add` merges the counts of two."""
 
     candidates: int = 0
-    tokens: int = 0
-    truncated_tokens: int = 0  # tokens that the later layers no longer see
-    causal_pairs: int = 0  # of the untruncated sequence, once per layer
+    tokens: int = 0  # of a mixture: those that pass the filters, summed over channels
+    truncated_tokens: int = 0  # of these, tokens that the later layers no longer see, or that max_len keeps out
+    filtered_tokens: int = 0  # tokens that a filter keeps out of its channel, summed over channels
+    causal_pairs: int = 0  # of the untruncated sequence (of a mixture: the filtered one), once per layer
     kept_pairs: int = 0  # summed over layers
     flops: int = 0  # one forward pass, summed over layers
 
@@ -30,6 +33,7 @@ class Work:
         self.candidates += other.candidates
         self.tokens += other.tokens
         self.truncated_tokens += other.truncated_tokens
+        self.filtered_tokens += other.filtered_tokens
         self.causal_pairs += other.causal_pairs
         self.kept_pairs += other.kept_pairs
         self.flops += other.flops
@@ -42,6 +46,10 @@ class Work:
     @property
     def truncated_token_share(self) -> float:
         return self.truncated_tokens / max(self.tokens, 1)
+
+    @property
+    def filtered_token_share(self) -> float:
+        return self.filtered_tokens / max(self.filtered_tokens + self.tokens, 1)
 
 
 def kept_pairs(
@@ -71,21 +79,34 @@ def kept_pairs(
 
 def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
     h, d = cfg.num_heads, cfg.d_model
-    linear = 2 * num_tokens * d * (2 * h * cfg.d_qk + 2 * h * cfg.d_v) + 2 * num_tokens * h * cfg.d_v * d
+    out_width = h * cfg.d_v * (3 if cfg.concat_ua else 1)
+    linear = 2 * num_tokens * d * (2 * h * cfg.d_qk + 2 * h * cfg.d_v) + 2 * num_tokens * out_width * d
     return linear + 2 * pairs * h * (cfg.d_qk + cfg.d_v)
 
 
 def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
     """The work of one forward pass over `batch`."""
-    model, num_context = cfg.model, len(cfg.features.user_tokens)
+    num_context = len(cfg.features.user_tokens)
     tokens = _bare_tokens(batch, num_context)
-    work = Work(candidates=int(batch.num_targets.sum()), tokens=int(tokens.seq_offsets[-1]))
-    causal = kept_pairs(tokens.seq_offsets, tokens.num_targets, tokens.target_visible, None, 0, 0)
+    work = Work(candidates=int(batch.num_targets.sum()))
+    if not cfg.model.channels:
+        work.add(_transducer_work(tokens, tokens, cfg.model, num_context))
+    for channel in cfg.model.channels.values():
+        passed = filter_rows(tokens, batch, channel, cfg.source.actions)
+        newest = newest_rows(passed, channel, num_context)
+        work.add(_transducer_work(passed, newest, channel_model(cfg.model, channel), num_context))
+        work.filtered_tokens += tokens.x_TE.shape[0] - passed.x_TE.shape[0]
+    return work
+
+
+def _transducer_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: int) -> Work:
+    """The layers' work on `tokens`, which are `whole` or its newest rows."""
+    work = Work(tokens=whole.x_TE.shape[0])
+    causal = kept_pairs(whole.seq_offsets, whole.num_targets, whole.target_visible, None, 0, 0)
     attention = model.attention
     for depth in range(model.num_layers):
         if depth == model.truncate_after_layer:
             tokens = truncate(tokens, num_context, model.truncate_to)
-            work.truncated_tokens = work.tokens - int(tokens.seq_offsets[-1])
         pairs = kept_pairs(
             tokens.seq_offsets,
             tokens.num_targets,
@@ -97,6 +118,7 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
         work.causal_pairs += causal
         work.kept_pairs += pairs
         work.flops += layer_flops(model, int(tokens.seq_offsets[-1]), pairs)
+    work.truncated_tokens = work.tokens - tokens.x_TE.shape[0]
     return work
 
 

@@ -2,10 +2,14 @@
 
     X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y + Z
 
+The authors' production code differs in two places, offered as switches: `silu_qkv: false` leaves Q, K and V linear,
+and `concat_ua: true` is Y = f2(concat[U, A, Norm(A) ⊙ U]).
+
 There is no softmax, so nothing fixes the size of A: the constant divisor of the scores cancels in Norm(A) except
 through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is silent; training logs both.
 """
 
+import torch
 from torch import Tensor, nn
 
 from kernels.semi_local_attention.op import semi_local_attention
@@ -25,12 +29,16 @@ class STU(nn.Module):
         self.uvqk = nn.Linear(d, sum(self.split))
         self.norm_attn = nn.LayerNorm(heads * cfg.d_v, eps=cfg.norm_eps)
         self.dropout = nn.Dropout(cfg.dropout)
-        self.out = nn.Linear(heads * cfg.d_v, d)
+        self.out = nn.Linear(heads * cfg.d_v * (3 if cfg.concat_ua else 1), d)
 
     def forward(self, tokens: Tokens) -> Tensor:
         cfg = self.cfg
-        uvqk = nn.functional.silu(self.uvqk(self.norm_in(tokens.x_TE)))
-        u, q, k, v = uvqk.split(self.split, dim=1)
+        uvqk = self.uvqk(self.norm_in(tokens.x_TE))
+        if cfg.silu_qkv:
+            u, q, k, v = nn.functional.silu(uvqk).split(self.split, dim=1)
+        else:
+            u, q, k, v = uvqk.split(self.split, dim=1)
+            u = nn.functional.silu(u)
         a_THV = semi_local_attention(
             q.unflatten(1, (cfg.num_heads, cfg.d_qk)),
             k.unflatten(1, (cfg.num_heads, cfg.d_qk)),
@@ -46,5 +54,8 @@ class STU(nn.Module):
             scaling_seq_len=cfg.attention.scaling_seq_len,
             backend=cfg.attention_backend,
         )
-        normed = self.norm_attn(a_THV.flatten(1)).to(u.dtype)  # autocast runs the norm itself in fp32
-        return tokens.x_TE + self.out(self.dropout(normed * u))
+        a = a_THV.flatten(1)
+        gated = self.norm_attn(a).to(u.dtype) * u  # autocast runs the norm itself in fp32
+        if cfg.concat_ua:
+            gated = torch.cat([u, a.to(u.dtype), gated], dim=1)
+        return tokens.x_TE + self.out(self.dropout(gated))

@@ -10,29 +10,34 @@ from pipeline.model.embeddings import Tokens, sequence_index, target_mask
 from pipeline.model.stu import STU
 
 
-def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
-    """Context, the newest `keep_events` events and all candidates of each sequence.
+def select(tokens: Tokens, kept: Tensor) -> Tokens:
+    """The tokens where `kept`, bool [T], is true, context and candidates among them.
 
-    A history no longer than that is untouched. What a candidate sees is counted anew from the kept sequence; the mask
-    follows from the new lengths.
+    What a candidate sees is counted anew among the kept tokens; the mask follows from the new lengths.
     """
+    offsets, visible = tokens.seq_offsets, tokens.target_visible
+    kept_before = nn.functional.pad(kept.cumsum(0), (1, 0))
+    if visible is not None:
+        first = torch.repeat_interleave(offsets[:-1], tokens.num_targets, output_size=visible.numel())
+        visible = (kept_before[first + visible] - kept_before[first]).to(visible.dtype)
+    new_offsets = kept_before[offsets]
+    return Tokens(
+        x_TE=tokens.x_TE.index_select(0, kept.nonzero().squeeze(1)),
+        seq_offsets=new_offsets,
+        num_targets=tokens.num_targets,
+        target_visible=visible,
+        max_seq_len=int(new_offsets.diff().max()),
+    )
+
+
+def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
+    """Context, the newest `keep_events` events and all candidates; a history no longer than that is untouched."""
     offsets, num_tokens = tokens.seq_offsets, tokens.x_TE.shape[0]
     lengths = offsets.diff()
     dropped = (lengths - tokens.num_targets - num_context - keep_events).clamp(min=0)
     sequence = sequence_index(offsets, num_tokens)
     position = torch.arange(num_tokens, device=offsets.device) - offsets[sequence]
-    kept = ((position < num_context) | (position >= num_context + dropped[sequence])).nonzero().squeeze(1)
-    visible = tokens.target_visible
-    if visible is not None:
-        per_target = torch.repeat_interleave(dropped, tokens.num_targets, output_size=visible.numel())
-        visible = (visible - per_target).clamp(min=num_context).to(visible.dtype)
-    return Tokens(
-        x_TE=tokens.x_TE.index_select(0, kept),
-        seq_offsets=offsets - nn.functional.pad(dropped.cumsum(0), (1, 0)),
-        num_targets=tokens.num_targets,
-        target_visible=visible,
-        max_seq_len=int((lengths - dropped).max()),
-    )
+    return select(tokens, (position < num_context) | (position >= num_context + dropped[sequence]))
 
 
 class Transducer(nn.Module):

@@ -1,4 +1,4 @@
-"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducer → one head per task."""
+"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducers → one head per task."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.embeddings import TokenEncoder
+from pipeline.model.mixture import MixtureOfTransducers
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer
 
@@ -23,17 +24,22 @@ class UltraHSTU(nn.Module):
         super().__init__()
         self.tasks = cfg.tasks
         self.encoder = TokenEncoder(cfg, vocab_sizes)
-        self.transducer = Transducer(cfg.model, self.encoder.num_context)
+        mixture, num_context = bool(cfg.model.channels), self.encoder.num_context
+        self.transducer = MixtureOfTransducers(cfg, num_context) if mixture else Transducer(cfg.model, num_context)
+        width = cfg.model.d_model * max(len(cfg.model.channels), 1)
         logits = nn.Linear(cfg.model.head_hidden, len(cfg.tasks))
         with torch.no_grad():
             logits.bias.copy_(torch.tensor([_logit(base_rates[task]) for task in cfg.tasks]))
         self.heads = nn.Sequential(
-            nn.Linear(cfg.model.d_model, cfg.model.head_hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits
+            nn.Linear(width, cfg.model.head_hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits
         )
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
-        return self.heads(self.transducer(self.encoder(batch))).float()
+        tokens = self.encoder(batch)
+        if isinstance(self.transducer, MixtureOfTransducers):
+            return self.heads(self.transducer(tokens, batch)).float()
+        return self.heads(self.transducer(tokens)).float()
 
 
 @torch.no_grad()

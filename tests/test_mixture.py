@@ -1,0 +1,197 @@
+"""A mixture of transducers against its definition: which rows a channel reads, and that no label leaks through it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_model import RATES, VOCAB, dense_layer, make_batch, make_config, make_maps, make_model, tokens_at
+
+from pipeline import config
+from pipeline.config import ChannelConfig, ConfigError, RunConfig
+from pipeline.data.batch import SequenceBatch
+from pipeline.model.artifact import load_model, save_model
+from pipeline.model.embeddings import Tokens
+from pipeline.model.flops import count_work
+from pipeline.model.mixture import MixtureOfTransducers, filter_rows, newest_rows
+from pipeline.model.transducer import Transducer
+from pipeline.model.ultra_hstu import UltraHSTU
+
+ACTIONS = ("is_click", "is_like", "is_hate")
+CLICK, LIKE, HATE = 1, 2, 4
+SEMI_LOCAL = {"window": 2, "full_rows": 0, "scaling_seq_len": 16}
+ENGAGED = {"actions": ["is_like", "is_hate"], "num_layers": 1, "attention": {**SEMI_LOCAL, "window": 1}}
+EVERY_ROW = {"num_layers": 2, "attention": SEMI_LOCAL}
+
+
+def make_mixture(layout: str = "user", **channels: dict) -> RunConfig:
+    raw = config.to_dict(make_config())
+    raw["model"]["channels"] = channels or {"engaged": ENGAGED, "all": EVERY_ROW}
+    raw["train"]["layout"] = layout
+    return config.from_dict(raw)
+
+
+def with_actions(batch: SequenceBatch, action_mask: list[int], known_mask: list[int]) -> SequenceBatch:
+    return replace(
+        batch,
+        action_mask=torch.tensor(action_mask, dtype=torch.int32),
+        known_mask=torch.tensor(known_mask, dtype=torch.int32),
+    )
+
+
+def test_filter_by_hand() -> None:
+    """[c | a1 a2 a3 a4 | x y] and [c | b1 | z]: rows with a known like or hate."""
+    names = ["c", "a1", "a2", "a3", "a4", "x", "y", "c", "b1", "z"]
+    batch = with_actions(
+        make_batch([4, 1], [2, 1]),
+        [LIKE, CLICK, CLICK | HATE, LIKE, 0, 0, CLICK, 0],  # without context
+        [7, 7, 7, CLICK, 0, 0, 7, 0],  # of a4 the like is not known
+    )
+    tokens = Tokens(
+        x_TE=torch.arange(10.0)[:, None],
+        seq_offsets=torch.tensor([0, 7, 10]),
+        num_targets=batch.num_targets,
+        target_visible=torch.tensor([3, 5, 2], dtype=torch.int32),  # x sees c a1 a2; y sees all four; z sees c b1
+        max_seq_len=7,
+    )
+    channel = ChannelConfig(actions=("is_hate", "is_like"))
+    rows = filter_rows(tokens, batch, channel, ACTIONS)
+    assert [names[int(i)] for i in rows.x_TE[:, 0]] == ["c", "a1", "a3", "x", "y", "c", "z"]
+    assert rows.seq_offsets.tolist() == [0, 5, 7]
+    assert rows.target_visible is not None
+    assert rows.target_visible.tolist() == [2, 3, 1]  # x is left with c a1, y with c a1 a3, z with c
+    assert (rows.max_seq_len, rows.num_targets.tolist()) == (5, [2, 1])
+
+    newest = newest_rows(rows, replace(channel, max_len=1), num_context=1)
+    assert [names[int(i)] for i in newest.x_TE[:, 0]] == ["c", "a3", "x", "y", "c", "z"]
+    assert newest.target_visible is not None
+    assert newest.target_visible.tolist() == [1, 2, 1]
+    assert filter_rows(tokens, batch, ChannelConfig(), ACTIONS) is tokens
+
+
+def test_mixture_equals_dense_computation() -> None:
+    """Rows picked by Python, layers with dense masks, one request: filter, newest rows, own depth, mask, truncation."""
+    engaged_mask, mask = {**SEMI_LOCAL, "window": 1, "full_rows": 1}, {**SEMI_LOCAL, "full_rows": 2}
+    cfg = make_mixture(
+        "request",
+        engaged={**ENGAGED, "max_len": 3, "attention": engaged_mask},
+        all={"num_layers": 3, "attention": mask, "truncate_after_layer": 2, "truncate_to": 4},
+    )
+    model = make_model(cfg)
+    batch = with_actions(make_batch([9], [2]), [2, 1, 4, 0, 7, 2, 1, 6, 2, 0, 0], [7, 7, 7, 7, 7, 0, 7, 7, 6, 0, 0])
+    engaged = [0, 2, 4, 7, 8]
+    assert isinstance(model.transducer, MixtureOfTransducers)
+    first, second = model.transducer.transducers
+    assert isinstance(first, Transducer)
+    assert isinstance(second, Transducer)
+    assert [len(first.layers), len(second.layers)] == [1, 3]
+    whole = model.encoder(batch).x_TE  # 2 context tokens, 9 events, 2 candidates
+    x = dense_layer(first.layers[0], whole[[0, 1, *(2 + i for i in engaged[-3:]), 11, 12]])
+    y = dense_layer(second.layers[1], dense_layer(second.layers[0], whole))
+    y = dense_layer(second.layers[2], y[[0, 1, 7, 8, 9, 10, 11, 12]])
+    expected = model.heads(torch.cat([first.norm_out(x[-2:]), second.norm_out(y[-2:])], dim=1))
+    torch.testing.assert_close(model(batch), expected.float())
+
+
+def test_one_channel_over_every_row_is_the_plain_model() -> None:
+    plain = make_model(make_config())
+    mixture = UltraHSTU(make_mixture(all={"attention": {**SEMI_LOCAL, "full_rows": 2}}), VOCAB, RATES)
+    mixture.double().eval().load_state_dict(
+        {name.replace("transducer.", "transducer.transducers.0."): w for name, w in plain.state_dict().items()}
+    )
+    batch = make_batch([7, 0, 3], [3, 1, 2])
+    assert torch.equal(mixture(batch), plain(batch))
+
+
+def test_no_candidate_learns_of_a_later_label_through_a_filter() -> None:
+    """Whatever is done later, and whether it is known, is nothing to a candidate; visible rows are."""
+    model, batch = make_model(make_mixture()), make_batch([9], [3])
+    batch = replace(batch, target_visible=torch.tensor([2, 5, 9], dtype=torch.int32))
+    batch.action_mask[5], batch.known_mask[5] = CLICK, 7  # row 5: the own row of the candidate that sees five
+    before = model(batch)
+    for action, known in ((LIKE, 7), (LIKE | HATE, 7), (0, 7), (LIKE, 0)):
+        later = replace(batch, action_mask=batch.action_mask.clone(), known_mask=batch.known_mask.clone())
+        later.action_mask[5], later.known_mask[5] = action, known
+        after = model(later)
+        torch.testing.assert_close(after[:2], before[:2], rtol=1e-6, atol=1e-7)
+        assert (after[2] - before[2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"attention": {"window": 2, "full_rows": 1}}, {"max_len": 3}, {"num_layers": 2, "truncate_after_layer": 1}],
+)
+def test_a_filter_under_which_later_labels_count_needs_the_request_layout(change: dict) -> None:
+    with pytest.raises(ConfigError, match=r"train\.layout must be request where model\.channels\.engaged filters"):
+        make_mixture(engaged={**ENGAGED, **change})
+    make_mixture(all={**EVERY_ROW, **change})  # without a filter the number of later rows says nothing of labels
+    make_mixture(engaged={**ENGAGED, "attention": {"window": None, "full_rows": 9}})  # causal: no row is special
+
+
+def test_candidates_are_blind_to_each_other() -> None:
+    model, batch = make_model(make_mixture()), make_batch([7, 3], [3, 2])
+    alone = tokens_at(
+        batch,
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 14]),
+        seq_offsets=torch.tensor([0, 8, 12]),
+        num_targets=torch.tensor([1, 1], dtype=torch.int32),
+        max_seq_len=8,
+    )
+    torch.testing.assert_close(model(alone), model(batch)[[1, 4]])
+
+
+def test_a_candidate_scores_the_same_in_both_layouts() -> None:
+    model, batch = make_model(make_mixture()), make_batch([9], [3])
+    visible = [2, 0, 6]
+    one_pass = model(replace(batch, target_visible=torch.tensor(visible, dtype=torch.int32)))
+    for i, seen in enumerate(visible):
+        request = tokens_at(
+            batch,
+            torch.tensor([*range(seen), 9 + i]),
+            seq_offsets=torch.tensor([0, seen + 1]),
+            num_targets=torch.tensor([1], dtype=torch.int32),
+            max_seq_len=seen + 1,
+        )
+        torch.testing.assert_close(model(request)[0], one_pass[i])
+
+
+def test_every_weight_learns_and_users_without_such_rows_are_scored() -> None:
+    model, batch = make_model(make_mixture()), make_batch([6, 0], [2, 1])
+    empty = with_actions(batch, [0] * 9, [7] * 9)
+    assert torch.isfinite(model(empty)).all()
+    model(batch).square().sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_work_of_a_mixture_by_hand() -> None:
+    """2 context tokens, 6 events of which 3 are liked, 1 candidate; window 0; 2 liked ones read; 3 of all left."""
+    mask = {**SEMI_LOCAL, "window": 0}
+    cfg = make_mixture(
+        "request",
+        liked={"actions": ["is_like"], "max_len": 2, "num_layers": 1, "attention": mask},
+        all={"num_layers": 2, "attention": mask, "truncate_after_layer": 1, "truncate_to": 3},
+    )
+    batch = with_actions(make_batch([6], [1]), [2, 0, 2, 1, 1, 3, 0], [7, 7, 7, 7, 7, 7, 0])
+    work = count_work(batch, cfg)
+    assert (work.candidates, work.filtered_tokens) == (1, 3)
+    assert work.tokens == 6 + 9
+    assert work.truncated_tokens == 1 + 3
+    # context 1 + 2, each event the prefix and itself, the candidate all and itself
+    layers = [(5, 3 + 2 * 3 + 5), (9, 3 + 6 * 3 + 9), (6, 3 + 3 * 3 + 6)]
+    assert work.kept_pairs == sum(pairs for _, pairs in layers)
+    assert work.causal_pairs == 21 + 45 + 45
+    assert work.filtered_token_share == pytest.approx(3 / 18)
+    heads, d_model, width = 2, 16, 8
+    expected = 0
+    for tokens, pairs in layers:
+        expected += 2 * tokens * d_model * 4 * heads * width + 2 * tokens * heads * width * d_model
+        expected += 2 * pairs * heads * 2 * width
+    assert work.flops == expected
+
+
+def test_artifact_of_a_mixture_keeps_scores(tmp_path) -> None:
+    cfg = make_mixture()
+    model, batch = make_model(cfg).float(), make_batch([5, 2], [2, 1])
+    save_model(tmp_path / "model", model, cfg, make_maps(), {})
+    loaded = load_model(tmp_path / "model")
+    assert loaded.cfg == cfg
+    assert torch.equal(loaded.model(batch), model(batch))
