@@ -40,7 +40,7 @@ class SideTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticConfig:
-    """The Dirichlet-process logs of PAPER.md section 14, extended with times, requests, actions and long histories."""
+    """Dirichlet-process logs (HSTU, arXiv:2402.17152, appendix C) with times, requests, actions and long histories."""
 
     num_users: int = 2000
     num_items: int = 20_000
@@ -178,7 +178,7 @@ class FeatureConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
-    """The semi-local mask (PAPER.md section 1) and the score scale (section 3)."""
+    """The semi-local mask (ULTRA-HSTU, arXiv:2602.16986, eq. 6-7) and the score scale."""
 
     window: int | None = 256  # K1: the largest distance q - k a row sees; None is plain causal
     full_rows: int = 256  # K2: the newest history rows that see everything before them
@@ -268,7 +268,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StochasticLengthConfig:
-    """PAPER.md section 5: histories longer than max_len**(alpha/2) are mostly cut to that, in training only."""
+    """HSTU, arXiv:2402.17152, eq. 4: longer histories are mostly cut to max_len**(alpha/2), in training only."""
 
     alpha: float = 2.0  # 2.0 keeps everything
     max_len: int = 256
