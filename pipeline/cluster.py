@@ -9,8 +9,10 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +53,7 @@ def _joined(address: str) -> Iterator[Any]:
     try:
         if port.isdigit() and "//" not in host:  # Ray itself asks a dead address for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        context = ray.init(address=address, logging_level=logging.WARNING)
+        context = _init(address=address, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise UserError(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
     try:
@@ -69,7 +71,7 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
     ours = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
     os.environ |= ours
     try:
-        yield ray.init(
+        yield _init(
             address="local",
             num_cpus=cfg.num_cpus,
             object_store_memory=cfg.object_store_mb * 2**20,
@@ -83,6 +85,18 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
         for name in ours:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(**options: Any) -> Any:
+    """`ray.init`, and this process's own answer to SIGTERM put back.
+
+    Ray's prints a stack and aborts the process 3 s later, in the middle of stopping what it started.
+    """
+    answer = signal.getsignal(signal.SIGTERM)
+    context = ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, answer)
+    return context
 
 
 def use_token(runs_dir: Path) -> None:

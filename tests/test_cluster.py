@@ -106,5 +106,33 @@ def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_p
     assert ray.cluster_resources()["CPU"] == 4
 
 
+def test_sigterm_stops_what_was_started(tmp_path: Path):
+    """A job that takes longer than Ray's 3 s to stop still stops everything, and exits with its own code."""
+    program = (
+        "import signal, sys, time\n"
+        "import ray\n"
+        "from pipeline.cluster import ray_cluster\n"
+        "from pipeline.config import RayConfig\n"
+        "signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))\n"
+        f"with ray_cluster(RayConfig(num_cpus=1, object_store_mb=100), runs_dir={str(tmp_path)!r}):\n"
+        "    print(ray._private.worker._global_node.get_temp_dir_path(), flush=True)\n"
+        "    try:\n"
+        "        time.sleep(300)\n"
+        "    finally:\n"
+        "        time.sleep(4)\n"
+    )
+    hidden = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_GCS_SERVER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    assert folder.exists()
+    process.terminate()
+    assert process.wait(60) == 128 + 15
+    assert not folder.exists()
+
+
 def test_free_ports_are_free():
     assert len({cluster.free_port() for _ in range(5)}) > 1
