@@ -157,7 +157,9 @@ def assert_nothing_from_the_future(table: pa.Table, cfg: config.RunConfig, build
     examples = request_examples(users, T_VAL, 2**62)
     for i in range(0, len(examples), 3):
         one = examples[i : i + 1]
-        visible = int(one.history_end[0] - one.history_begin[0])
+        own = slice(*users.events.offsets[one.user[0] : one.user[0] + 2])
+        time = users.events.event_time[own]  # counted from the times: the examples' own bounds are what is on trial
+        visible = int((time < users.request_time[one.target_begin[0]]).sum())
         changed = corrupt_after(table, int(one.user[0]), visible, cfg)
         before, after = (batch_rows(build(u, one), 0) for u in (users, changed))
         assert before == after
