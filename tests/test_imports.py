@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WITHOUT_RAY = (
     "kernels/**/*.py",
-    "pipeline/config.py",
+    "pipeline/config/*.py",
     "pipeline/schema.py",
     "pipeline/model/**/*.py",
     "pipeline/train/loop.py",

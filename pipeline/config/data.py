@@ -1,0 +1,152 @@
+"""Logs, sequences, splits and features."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.values import parse_time, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideTable:
+    """A USER or ITEM table: Parquet with an id column and categorical or numeric columns."""
+
+    path: str
+    id_column: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticConfig:
+    """Dirichlet-process logs (HSTU, arXiv:2402.17152, appendix C) with times, requests, actions and long histories."""
+
+    num_users: int = 2000
+    num_items: int = 20_000
+    num_categories: int = 100
+    max_history: int = 256  # rows of the longest user; up to 16,384
+    length_exponent: float = 1.0  # Zipf: the user of rank r has about max_history / r**exponent rows
+    min_history: int = 8
+    candidates_per_request: int = 4
+    num_days: int = 12
+    start: str = "2022-04-24T00:00:00+08:00"
+    rows_per_file: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        require(1 <= self.max_history <= 16_384, "source.synthetic.max_history", self.max_history, "1 to 16384 rows")
+        require(
+            1 <= self.min_history <= self.max_history,
+            "source.synthetic.min_history",
+            self.min_history,
+            "1 to max_history",
+        )
+        for name in ("num_users", "num_items", "num_categories", "candidates_per_request", "num_days", "rows_per_file"):
+            require(getattr(self, name) >= 1, f"source.synthetic.{name}", getattr(self, name), "1 or more")
+        parse_time("source.synthetic.start", self.start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Where the logs are and what their columns are called."""
+
+    kind: Literal["parquet", "kuairand", "synthetic"] = "parquet"
+    path: str | None = None  # a Parquet file or folder; the data folder of a public dataset; unused for synthetic
+    columns: dict[str, str] = field(default_factory=dict)  # LOG column -> name in the user's files, where they differ
+    actions: tuple[str, ...] = ("is_click",)  # bit i of the action mask
+    request_columns: tuple[str, ...] = ()  # int32 columns known when a request is made; they ride on every row
+    users: SideTable | None = None
+    items: SideTable | None = None
+    order_only_end_is_real: bool = False  # the last order_only row of a user carries a real time (KuaiRand: yes)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        require(len(self.actions) > 0, "source.actions", self.actions, "at least one action column")
+        require(len(self.actions) <= 31, "source.actions", self.actions, "at most 31 action columns")
+        names = [*self.actions, *self.request_columns]
+        require(len(set(names)) == len(names), "source.actions + source.request_columns", names, "free of repeats")
+        if self.kind != "synthetic":
+            require(self.path is not None, "source.path", self.path, f"a path when source.kind is {self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceConfig:
+    """How LOG rows become one row per user."""
+
+    num_buckets: int = 16  # hash buckets of users = partitions of the store
+    max_rows_per_user: int = 16_384  # the newest kept; older ones counted in first_position
+    max_quarantined_share: float = 0.1  # above it the job fails
+    earliest_time: str = "2000-01-01T00:00:00+00:00"  # an earlier event_time is quarantined (seconds read as ms, say)
+    latest_time: str | None = None  # a later one is quarantined; None: one day after the clock when the job starts
+
+    def __post_init__(self) -> None:
+        require(self.num_buckets >= 1, "sequences.num_buckets", self.num_buckets, "1 or more")
+        require(self.max_rows_per_user >= 1, "sequences.max_rows_per_user", self.max_rows_per_user, "1 or more")
+        share = self.max_quarantined_share
+        require(0 <= share <= 1, "sequences.max_quarantined_share", share, "between 0 and 1")
+        parse_time("sequences.earliest_time", self.earliest_time)
+        if self.latest_time is not None:
+            parse_time("sequences.latest_time", self.latest_time)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitConfig:
+    """Global split by the request's event_time: train < t_val <= validation < t_test <= test < t_end."""
+
+    t_val: str = "2022-05-01T00:00:00+08:00"
+    t_test: str = "2022-05-03T00:00:00+08:00"
+    t_end: str | None = None  # None: to the end of the logs
+    refit: bool = False  # train the frozen settings up to t_test instead of t_val
+
+    def __post_init__(self) -> None:
+        require(self.val_ms < self.test_ms, "split.t_test", self.t_test, f"later than split.t_val {self.t_val}")
+        if self.t_end is not None:
+            require(self.end_ms > self.test_ms, "split.t_end", self.t_end, f"later than split.t_test {self.t_test}")
+
+    @property
+    def val_ms(self) -> int:
+        return parse_time("split.t_val", self.t_val)
+
+    @property
+    def test_ms(self) -> int:
+        return parse_time("split.t_test", self.t_test)
+
+    @property
+    def end_ms(self) -> int:
+        return 2**62 if self.t_end is None else parse_time("split.t_end", self.t_end)
+
+    @property
+    def train_end_ms(self) -> int:
+        """Whatever is learned across users comes from rows strictly before this."""
+        return self.test_ms if self.refit else self.val_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnFeature:
+    """One column as an embedding. Code 0 is "missing or not seen in the training period"."""
+
+    dim: int = 8
+    kind: Literal["categorical", "quantile"] = "categorical"
+    buckets: int = 16  # of quantile: edges from the training period
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 1, "features.*.dim", self.dim, "1 or more")
+        require(self.buckets >= 2, "features.*.buckets", self.buckets, "2 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """What the model sees of items, users and requests."""
+
+    item_id_dim: int = 16
+    item: dict[str, ColumnFeature] = field(default_factory=dict)  # columns of the ITEM table
+    user: dict[str, ColumnFeature] = field(default_factory=dict)  # columns of the USER table
+    user_tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)  # context token -> the user columns in it
+    request: dict[str, ColumnFeature] = field(default_factory=dict)  # request columns, and the derived "hour"
+    hour_utc_offset: float = 0.0  # hours; "hour" is the hour of day of event_time at this offset
+
+    def __post_init__(self) -> None:
+        require(self.item_id_dim >= 1, "features.item_id_dim", self.item_id_dim, "1 or more")
+        grouped = [name for names in self.user_tokens.values() for name in names]
+        for name in grouped:
+            require(name in self.user, "features.user_tokens", name, "a column listed in features.user")
+        for name in self.user:
+            require(name in grouped, "features.user", name, "part of a token in features.user_tokens")
+        for name, feature in self.request.items():
+            require(feature.kind == "categorical", f"features.request.{name}.kind", feature.kind, "categorical")

@@ -1,0 +1,96 @@
+"""The model: tokens, transducers, heads."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.values import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """The semi-local mask (ULTRA-HSTU, arXiv:2602.16986, eq. 6-7) and the score scale."""
+
+    window: int | None = 256  # K1: the largest distance q - k a row sees; None is plain causal
+    full_rows: int = 256  # K2: the newest history rows that see everything before them
+    extra_prefix: int = 0  # oldest events that every row sees, beside the context
+    attn_alpha: float | None = None  # None: 1 / d_qk
+    scaling_seq_len: int = 4096  # fixed divisor of the scores; the batch's longest would differ in serving
+
+    def __post_init__(self) -> None:
+        window = self.window
+        require(window is None or window >= 0, "model.attention.window", window, "a distance of 0 or more, or null")
+        for name in ("full_rows", "extra_prefix"):
+            require(getattr(self, name) >= 0, f"model.attention.{name}", getattr(self, name), "0 or more")
+        require(self.scaling_seq_len >= 1, "model.attention.scaling_seq_len", self.scaling_seq_len, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelConfig:
+    """One transducer of a mixture: which history rows it reads, how many, and how."""
+
+    actions: tuple[str, ...] = ()  # rows on which any of these is known and set; empty: every row
+    max_len: int | None = None  # the newest of those rows; None: all
+    num_layers: int = 2
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # distances count the channel's own rows
+    truncate_after_layer: int | None = None
+    truncate_to: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.max_len is None or self.max_len >= 1, "model.channels.*.max_len", self.max_len, "1 or more")
+        require_depth("model.channels.*", self.num_layers, self.truncate_after_layer, self.truncate_to)
+
+    @property
+    def depends_on_later_rows(self) -> bool:
+        """Whether what a row sees, or whether it is kept, depends on how many rows of the channel follow."""
+        full = self.attention.window is not None and self.attention.full_rows > 0
+        return full or self.max_len is not None or self.truncate_after_layer is not None
+
+
+def require_depth(section: str, num_layers: int, truncate_after_layer: int | None, truncate_to: int) -> None:
+    require(num_layers >= 1, f"{section}.num_layers", num_layers, "1 or more")
+    require(truncate_to >= 1, f"{section}.truncate_to", truncate_to, "1 or more")
+    after = truncate_after_layer
+    rule = f"between 1 and num_layers - 1 = {num_layers - 1}, or null"
+    require(after is None or 1 <= after < num_layers, f"{section}.truncate_after_layer", after, rule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """ULTRA-HSTU: tokens, stack of STU layers with truncation, one head per task."""
+
+    d_model: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    d_qk: int = 32
+    d_v: int = 32
+    dropout: float = 0.1
+    norm_eps: float = 1e-6
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    truncate_after_layer: int | None = None  # N1: later layers keep the context, the newest events and the candidates
+    truncate_to: int = 1024  # L': newest events kept
+    channels: dict[str, ChannelConfig] = field(default_factory=dict)
+    # Mixture of transducers: one per channel, each with its own depth, mask and truncation in the place of
+    # num_layers, attention, truncate_after_layer and truncate_to here. Empty: one transducer over every row.
+    silu_qkv: bool = True  # False: SiLU on U only, the authors' production form
+    concat_ua: bool = False  # the output layer reads concat[U, A, Norm(A) * U] instead of Norm(A) * U
+    candidate_action: Literal["none", "learned"] = "none"  # learned: one constant where an event has its actions
+    action_dim: int = 8  # learned row per action, and as many for "unknown"
+    position_buckets: int = 8192
+    time_buckets: int = 64  # log buckets of the gap to the previous row, bucket 0 for "no real gap"
+    head_hidden: int = 64
+    attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "d_model",
+            "num_heads",
+            "d_qk",
+            "d_v",
+            "action_dim",
+            "position_buckets",
+            "head_hidden",
+        ):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
+        require(self.time_buckets >= 2, "model.time_buckets", self.time_buckets, "2 or more")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        require_depth("model", self.num_layers, self.truncate_after_layer, self.truncate_to)

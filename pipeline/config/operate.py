@@ -1,0 +1,51 @@
+"""Tracking, serving and the Ray cluster: what a run needs around the model."""
+
+import math
+from dataclasses import dataclass, field
+
+from pipeline.config.values import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    uri: str | None = None  # None: start an MLflow server over runs_dir/mlflow on a free port for the job's time
+    experiment: str = "ultra-hstu"
+    model_name: str = "ultra_hstu"
+    gate_max_ne: dict[str, float] = field(
+        default_factory=dict
+    )  # task -> the highest validation NE that may be promoted
+    gate_max_regression: float = 0.002  # by how much the mean validation NE may exceed the champion's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free port
+    num_replicas: int = 1
+    max_candidates: int = 10_000
+    max_body_bytes: int = 2_000_000
+    max_history: int = 16_384
+    max_events: int = 1_000  # of one POST /v1/events
+    api_keys_file: str | None = None  # lines of sha256 and name; None: whoever reaches the port may ask
+    client_key_file: str | None = None  # one of those keys in the clear, for the requests that jobs.pipeline sends
+    rate_limit_per_s: float | None = None  # requests of one API key, or of all together without keys; None: no limit
+    demo_candidates: int = 50
+    parity_requests: int = 200
+    parity_candidates: int = 20  # a request's own rows filled up with popular items
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 65536, "serve.port", self.port, "a port number, or 0 for any free one")
+        counts = ("num_replicas", "max_candidates", "max_body_bytes", "max_history", "max_events", "demo_candidates")
+        for name in counts:
+            require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "1 or more")
+        rate = self.rate_limit_per_s
+        require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")
+        for name in ("api_keys_file", "client_key_file"):
+            require(getattr(self, name) != "", f"serve.{name}", getattr(self, name), "a path, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayConfig:
+    address: str | None = None  # None: join RAY_ADDRESS where a job was submitted to a cluster, else start a local one
+    num_cpus: int = 4  # logical CPUs of a local cluster; two workers and Ray Data need more than two
+    object_store_mb: int = 512

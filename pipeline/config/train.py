@@ -1,0 +1,70 @@
+"""Training and evaluation."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.values import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StochasticLengthConfig:
+    """HSTU, arXiv:2402.17152, eq. 4: longer histories are mostly cut to max_len**(alpha/2), in training only."""
+
+    alpha: float = 2.0  # 2.0 keeps everything
+    max_len: int = 256
+
+    def __post_init__(self) -> None:
+        require(1 < self.alpha <= 2, "train.stochastic_length.alpha", self.alpha, "in (1, 2]")
+        require(self.max_len >= 1, "train.stochastic_length.max_len", self.max_len, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    epochs: int = 2
+    batch_users: int = 32  # sequences of one rank in one step
+    layout: Literal["user", "request"] = "user"  # one pass per user (target_visible), or one sequence per request
+    max_targets_per_sequence: int = 64  # the user layout cuts a user's rows into passes of at most so many targets
+    task_weights: dict[str, float] = field(default_factory=dict)  # task -> factor of its loss, 1 where not named
+    history_label_weight: float = 0.3  # loss weight of order_only rows' known labels; 0 leaves them out
+    stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
+    lr: float = 2e-3
+    embedding_lr: float = 2e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    grad_clip: float = 1.0  # largest norm of the dense gradients
+    num_workers: int = 1
+    threads_per_worker: int = 1
+    use_gpu: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = 20  # steps
+    checkpoint_every: int = 200  # steps
+    keep_checkpoints: int = 2
+    max_failures: int = 2  # worker crashes survived
+
+    def __post_init__(self) -> None:
+        positive = (
+            "epochs",
+            "batch_users",
+            "max_targets_per_sequence",
+            "num_workers",
+            "threads_per_worker",
+            "log_every",
+        )
+        for name in (*positive, "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        for name in ("lr", "embedding_lr", "grad_clip"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "greater than 0")
+        for name in ("history_label_weight", "weight_decay", "warmup_steps", "max_failures"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        for task, factor in self.task_weights.items():
+            require(factor > 0, f"train.task_weights.{task}", factor, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    batch_tokens: int = 8192  # tokens of one forward pass
+    calibration_bins: int = 20
+
+    def __post_init__(self) -> None:
+        require(self.batch_tokens >= 1, "evaluate.batch_tokens", self.batch_tokens, "1 or more")
+        require(self.calibration_bins >= 2, "evaluate.calibration_bins", self.calibration_bins, "2 or more")
