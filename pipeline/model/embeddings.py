@@ -5,7 +5,7 @@ action; one learned constant may stand in its place. Position and time are those
 history does not depend on the request.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,15 @@ class TokenEncoder(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, batch: SequenceBatch) -> Tokens:
+        tokens = Tokens(
+            self.events(batch), batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len
+        )
+        if self.context is not None:
+            tokens = prepend(self.context(batch.user_codes), tokens)
+        return replace(tokens, x_TE=self.dropout(tokens.x_TE))
+
+    def events(self, batch: SequenceBatch) -> Tensor:
+        """[T, d]: history rows and candidates, no context; none depends on another."""
         is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
         x_TE = self.content(batch.item_codes, batch.request_codes)
         # A candidate's own outcome must not reach it: no action embedding at all, not even the "unknown" one.
@@ -143,13 +152,7 @@ class TokenEncoder(nn.Module):
         if self.candidate_action is not None:
             x_TE = x_TE + is_target[:, None] * self.candidate_action
         x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
-        x_TE = x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
-        tokens = Tokens(x_TE, batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len)
-        if self.context is not None:
-            tokens = prepend(self.context(batch.user_codes), tokens)
-        return Tokens(
-            self.dropout(tokens.x_TE), tokens.seq_offsets, tokens.num_targets, tokens.target_visible, tokens.max_seq_len
-        )
+        return x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
 
 
 def sequence_index(seq_offsets: Tensor, num_tokens: int) -> Tensor:

@@ -32,30 +32,44 @@ class STU(nn.Module):
         self.out = nn.Linear(heads * cfg.d_v * (3 if cfg.concat_ua else 1), d)
 
     def forward(self, tokens: Tokens) -> Tensor:
+        u, q, k, v = self.project(tokens.x_TE)
+        return self.output(tokens.x_TE, u, self.attend(q, k, v, tokens))
+
+    def project(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U [T, h * d_v], Q and K [T, h, d_qk], V [T, h, d_v] of rows: like `output`, no row needs another."""
         cfg = self.cfg
-        uvqk = self.uvqk(self.norm_in(tokens.x_TE))
+        uvqk = self.uvqk(self.norm_in(x_TE))
         if cfg.silu_qkv:
             u, q, k, v = nn.functional.silu(uvqk).split(self.split, dim=1)
         else:
             u, q, k, v = uvqk.split(self.split, dim=1)
             u = nn.functional.silu(u)
-        a_THV = semi_local_attention(
-            q.unflatten(1, (cfg.num_heads, cfg.d_qk)),
-            k.unflatten(1, (cfg.num_heads, cfg.d_qk)),
-            v.unflatten(1, (cfg.num_heads, cfg.d_v)),
+        q, k = (x.unflatten(1, (cfg.num_heads, cfg.d_qk)) for x in (q, k))
+        return u, q, k, v.unflatten(1, (cfg.num_heads, cfg.d_v))
+
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, tokens: Tokens) -> Tensor:
+        """A, [T, h, d_v]."""
+        attention = self.cfg.attention
+        return semi_local_attention(
+            q_THD,
+            k_THD,
+            v_THV,
             tokens.seq_offsets,
             max_seq_len=tokens.max_seq_len,
             num_targets=tokens.num_targets,
             target_visible=tokens.target_visible,
-            window=cfg.attention.window,
-            full_rows=cfg.attention.full_rows,
+            window=attention.window,
+            full_rows=attention.full_rows,
             prefix=self.prefix,
             attn_alpha=self.attn_alpha,
-            scaling_seq_len=cfg.attention.scaling_seq_len,
-            backend=cfg.attention_backend,
+            scaling_seq_len=attention.scaling_seq_len,
+            backend=self.cfg.attention_backend,
         )
+
+    def output(self, x_TE: Tensor, u: Tensor, a_THV: Tensor) -> Tensor:
+        """Z' of rows Z from their gate U and their attention A."""
         a = a_THV.flatten(1)
         gated = self.norm_attn(a).to(u.dtype) * u  # autocast runs the norm itself in fp32
-        if cfg.concat_ua:
+        if self.cfg.concat_ua:
             gated = torch.cat([u, a.to(u.dtype), gated], dim=1)
-        return tokens.x_TE + self.out(self.dropout(gated))
+        return x_TE + self.out(self.dropout(gated))
