@@ -1,8 +1,12 @@
-"""From requests to scores: histories, `collate`, one forward pass. No Ray here, and no HTTP."""
+"""From requests to scores, without Ray and HTTP.
+
+histories → keys → encoded histories, kept from earlier requests or new ─┐
+candidates ──────────────────────────────────────────────────────────────┴→ scores
+"""
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +16,9 @@ from pipeline import config
 from pipeline.config import ServeConfig
 from pipeline.data.batch import Events, SequenceBatch, candidates, collate
 from pipeline.model.artifact import LoadedModel
+from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from serve_app.history import Histories, HistoryStore, histories, sequence_row
+from serve_app.history_cache import HistoryCaches, history_keys
 from serve_app.schemas import HistoryRow, ModelInfo, RankRequest, RankResponse, Refusal, RequestFeatures
 
 NO_USER = -1  # in no vocabulary: the codes of an unknown user
@@ -33,7 +39,9 @@ class Ranker:
     def __init__(self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig) -> None:
         self.model, self.cfg, self.maps = loaded.model, loaded.cfg, loaded.maps
         self.store, self.version, self.name, self.limits = store, version, name, limits
+        self.device = next(self.model.parameters()).device
         self.request_columns = tuple(column for column in self.cfg.features.request if column != "hour")
+        self.caches = HistoryCaches(limits.cache_mb)
         self.earliest_ms = config.parse_time("sequences.earliest_time", self.cfg.sequences.earliest_time)
 
     def info(self) -> ModelInfo:
@@ -53,6 +61,10 @@ class Ranker:
         asked = [{"item_id": i} for i in item]
         now = int(time.time() * 1000)
         self.rank([RankRequest.model_validate({"history": [row], "candidates": asked, "request_time_ms": now})])
+
+    def stats(self) -> dict[str, int]:
+        """Counters and sizes by name, for /metrics."""
+        return self.caches.stats()
 
     def refusal(self, request: RankRequest) -> Refusal | None:
         """What this model cannot answer in a request that the schema allows, if anything."""
@@ -111,22 +123,36 @@ class Ranker:
         )
 
     def _score(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
-        """Probabilities, float32 [C, tasks], in passes of about `evaluate.batch_tokens` tokens."""
-        tokens = np.cumsum(past.lengths + targets.lengths)
-        part = (tokens - 1) // self.cfg.evaluate.batch_tokens
-        cuts = np.flatnonzero(np.diff(part, prepend=-1, append=part[-1] + 1))
+        """Probabilities, float32 [C, tasks]: histories that are not in the cache first, then all candidates."""
+        codes = self.maps.user_codes[self.maps.user_rows(users)]
+        keys = history_keys(past, codes)
+        kept = {key: self.caches.get(key) for key in keys}
+        encoded = {key: cache for key, cache in kept.items() if cache is not None}
+        cold = {key: i for i, key in enumerate(keys) if key not in encoded}  # each history once
+        for key, cache in self._encode(past, users, cold):
+            encoded[key] = cache
+            self.caches.put(key, cache)
         scores = []
-        for begin, end in itertools.pairwise(cuts):
-            chosen = np.arange(begin, end)
-            batch = collate(
-                past.take(past.offsets[chosen], past.offsets[chosen + 1]),
-                targets.take(targets.offsets[chosen], targets.offsets[chosen + 1]),
-                users[chosen],
-                self.maps,
-                self.cfg,
-            )
-            scores.append(probabilities(self.model, batch))
+        for chosen in passes(past.lengths + targets.lengths, self.limits.batch_tokens):
+            asked = _take(targets, chosen)
+            batch = collate(_no_rows(past, len(chosen)), asked, users[chosen], self.maps, self.cfg)
+            caches = HistoryCache.join([encoded[keys[i]] for i in chosen])
+            with torch.no_grad():
+                logits = score_candidates(self.model, caches, batch.to(self.device), self.limits.micro_batch)
+            scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
+
+    def _encode(self, past: Events, users: np.ndarray, cold: dict[bytes, int]) -> Iterator[tuple[bytes, HistoryCache]]:
+        """The histories `cold` (key -> which of `past`), those of like length in one pass."""
+        lengths = past.lengths
+        shortest_first = sorted(cold, key=lambda key: lengths[cold[key]])
+        rows = np.array([cold[key] for key in shortest_first], np.int64)
+        for chosen in passes(lengths[rows], self.limits.batch_tokens):
+            history = _take(past, rows[chosen])
+            batch = collate(history, _no_rows(past, len(chosen)), users[rows[chosen]], self.maps, self.cfg)
+            with torch.no_grad():
+                caches = encode_history(self.model, batch.to(self.device)).split()
+            yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
 
     def _response(
         self, request: RankRequest, scores: np.ndarray, *, unknown_user: bool, history_length: int
@@ -189,6 +215,27 @@ class Ranker:
             if name not in self.request_columns:
                 return _refuse(loc, f"one of {list(self.request_columns)}", name)
         return None
+
+
+def passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:
+    """0..n-1 in order, cut where the tokens of a pass would exceed `most`; one with more is a pass of its own."""
+    cuts, total = [0], 0
+    for i, tokens in enumerate(num_tokens.tolist()):
+        if total and total + tokens > most:
+            cuts.append(i)
+            total = 0
+        total += tokens
+    return [np.arange(begin, end) for begin, end in itertools.pairwise([*cuts, len(num_tokens)]) if end > begin]
+
+
+def _take(events: Events, sequences: np.ndarray) -> Events:
+    return events.take(events.offsets[sequences], events.offsets[sequences + 1])
+
+
+def _no_rows(like: Events, num_sequences: int) -> Events:
+    """`num_sequences` sequences without a row."""
+    nothing = np.zeros(num_sequences, np.int64)
+    return like.take(nothing, nothing)
 
 
 def probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline.data.examples import UserEvents, request_examples, user_events
 from pipeline.data.loader import EvaluationBatch, evaluation_batch
 from pipeline.model.artifact import load_model
 from serve_app.history import PublishedSequences
+from serve_app.history_cache import HistoryCaches
 from serve_app.ranker import Ranker, probabilities
 from serve_app.schemas import RankRequest
 
@@ -154,15 +156,80 @@ def test_order_is_by_score_and_ties_keep_their_place(world: tuple[Ranker, UserEv
     assert answer.ordered_by == "is_like"
 
 
-def test_small_batches_change_nothing(world: tuple[Ranker, UserEvents]) -> None:
+@pytest.fixture
+def fresh(world: tuple[Ranker, UserEvents]) -> Iterator[Ranker]:
+    """The ranker with an empty cache, and as it was afterwards."""
     ranker, _ = world
+    limits, caches = ranker.limits, ranker.caches
+    ranker.caches = HistoryCaches(limits.cache_mb)
+    yield ranker
+    ranker.limits, ranker.caches = limits, caches
+
+
+def ask(user_id: int, **changes: object) -> RankRequest:
+    fields = {"user_id": user_id, "request_time_ms": NOW, "candidates": [{"item_id": i} for i in range(5)]}
+    return RankRequest.model_validate(fields | changes)
+
+
+def hits_and_misses(ranker: Ranker) -> tuple[int, int]:
+    stats = ranker.stats()
+    return stats["history_cache_hits"], stats["history_cache_misses"]
+
+
+def test_a_history_is_encoded_once(fresh: Ranker) -> None:
+    cold = as_array(fresh, [ask(2), ask(4)])
+    assert hits_and_misses(fresh) == (0, 2)
+    warm = as_array(fresh, [ask(4), ask(2, request_time_ms=NOW + 1000), ask(2)])  # a candidate's gap is not cached
+    assert hits_and_misses(fresh) == (3, 2)
+    np.testing.assert_array_equal(warm[10:], cold[:5])
+    np.testing.assert_array_equal(warm[:5], cold[5:])
+    assert np.abs(warm[5:10] - cold[:5]).max() < 1e-2
+    as_array(fresh, [ask(6), ask(6)])
+    assert fresh.stats()["history_cache_entries"] == 3
+
+
+def test_another_history_is_another_entry(fresh: Ranker) -> None:
+    sequence = fresh.store.sequence(4)
+    assert sequence is not None
+    last = sequence["event_time"][0].as_py()[-1]
+    as_array(fresh, [ask(4)])
+    as_array(fresh, [ask(4, request_time_ms=last + 1)])
+    assert hits_and_misses(fresh) == (1, 1), "the same rows are visible"
+    as_array(fresh, [ask(4, request_time_ms=last)])
+    assert hits_and_misses(fresh) == (1, 2), "the last row is not yet there"
+
+
+@pytest.mark.parametrize("limits", [{"cache_mb": 0}, {"micro_batch": 1}, {"micro_batch": 3, "batch_tokens": 1}])
+def test_limits_change_nothing_in_the_scores(world: tuple[Ranker, UserEvents], fresh: Ranker, limits: dict) -> None:
     requests, scores = all_requests(world)
-    cfg = ranker.cfg
-    ranker.cfg = tiny_config(Path(cfg.runs_dir), evaluate={"batch_tokens": 30})
-    try:
-        np.testing.assert_allclose(as_array(ranker, requests), scores, atol=1e-6)
-    finally:
-        ranker.cfg = cfg
+    fresh.limits = replace(fresh.limits, **limits)
+    fresh.caches = HistoryCaches(fresh.limits.cache_mb)
+    np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
+    np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
+    hits, misses = hits_and_misses(fresh)
+    assert (hits == 0) == (fresh.limits.cache_mb == 0)
+    assert misses > 0
+
+
+def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
+    as_array(fresh, [ask(2), ask(4), ask(6)])
+    sizes = [entry.num_bytes for entry in fresh.caches._entries.values()]
+    fresh.caches = HistoryCaches(1)
+    fresh.caches.max_bytes = sum(sizes)
+    for user in (2, 4, 6, 2):
+        as_array(fresh, [ask(user)])
+    assert hits_and_misses(fresh) == (1, 3)
+    fresh.caches.max_bytes = sum(sizes) - 1
+    as_array(fresh, [ask(8)])  # 4 goes, and whoever else must for 8
+    assert fresh.caches.num_bytes <= fresh.caches.max_bytes
+    assert fresh.stats()["history_cache_evictions"] >= 1
+    before = hits_and_misses(fresh)
+    as_array(fresh, [ask(4)])
+    assert hits_and_misses(fresh) == (before[0], before[1] + 1)
+    fresh.caches = HistoryCaches(1)
+    fresh.caches.max_bytes = 1
+    as_array(fresh, [ask(2)])
+    assert fresh.stats()["history_cache_entries"] == 0
 
 
 NOW = int(time.time() * 1000)

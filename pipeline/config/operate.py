@@ -26,6 +26,9 @@ class ServeConfig:
     max_body_bytes: int = 2_000_000
     max_history: int = 16_384
     max_events: int = 1_000  # of one POST /v1/events
+    cache_mb: int = 1024  # MiB of encoded histories that a replica keeps; 0: none
+    micro_batch: int = 1024  # candidates that go through the layers together
+    batch_tokens: int = 16_384  # history rows and candidates of one pass over several requests
     api_keys_file: str | None = None  # lines of sha256 and name; None: whoever reaches the port may ask
     client_key_file: str | None = None  # one of those keys in the clear, for the requests that jobs.pipeline sends
     rate_limit_per_s: float | None = None  # requests of one API key, or of all together without keys; None: no limit
@@ -36,8 +39,10 @@ class ServeConfig:
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "serve.port", self.port, "a port number, or 0 for any free one")
         counts = ("num_replicas", "max_candidates", "max_body_bytes", "max_history", "max_events", "demo_candidates")
+        counts += ("micro_batch", "batch_tokens")
         for name in counts:
             require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "1 or more")
+        require(self.cache_mb >= 0, "serve.cache_mb", self.cache_mb, "0 or more")
         rate = self.rate_limit_per_s
         require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")
         for name in ("api_keys_file", "client_key_file"):

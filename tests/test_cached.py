@@ -1,0 +1,108 @@
+"""A cached history gives the scores of the plain forward pass, whatever the model's switches and the micro-batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_mixture import ENGAGED, EVERY_ROW, make_mixture
+from test_model import make_batch, make_config, make_model, tokens_at
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import SequenceBatch
+from pipeline.model.cached import HistoryCache, encode_history, score_candidates
+from pipeline.model.embeddings import target_mask
+
+TRUNCATED = {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 4}
+FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}
+CONFIGS = {
+    "plain": make_config(),
+    "causal": make_config(attention={"window": None, "full_rows": 0, "scaling_seq_len": 16}),
+    "full rows and a prefix of events": make_config(attention=FULL),
+    "truncation": make_config(**TRUNCATED, attention=FULL),
+    "switches": make_config(silu_qkv=False, concat_ua=True, candidate_action="learned", **TRUNCATED),
+    "mixture": make_mixture("request", engaged={**ENGAGED, "max_len": 2}, all={**EVERY_ROW, **TRUNCATED}),
+    "the reference": make_config(**TRUNCATED, attention_backend="reference"),
+}
+BATCHES = {  # lengths of the histories, numbers of candidates
+    "several users": ([9, 0, 4, 70, 1], [3, 5, 1, 7, 0]),
+    "one user": ([11], [6]),
+    "no history": ([0], [4]),
+}
+
+
+def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
+    """The batch's histories without candidates, and its candidates without histories."""
+    is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+    num_targets = batch.num_targets.long()
+    num_history = batch.seq_offsets.diff() - num_targets
+    history, candidates = (
+        tokens_at(
+            batch,
+            chosen.nonzero()[:, 0],
+            seq_offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            max_seq_len=int(lengths.max()),
+        )
+        for chosen, lengths in ((~is_target, num_history), (is_target, num_targets))
+    )
+    return replace(history, num_targets=torch.zeros_like(batch.num_targets)), candidates
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_cached_history_gives_the_scores_of_the_plain_pass(name: str, shape: str) -> None:
+    model, batch = make_model(CONFIGS[name]), make_batch(*BATCHES[shape])
+    expected = model(batch)
+    history, candidates = parts_of(batch)
+    cache = encode_history(model, history)
+    for micro_batch in (1, 3, 1000):
+        scores = score_candidates(model, cache, candidates, micro_batch)
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)  # float64 up to the last conversion
+
+
+@torch.no_grad()
+def test_without_context_tokens() -> None:
+    raw = CONFIGS["truncation"]
+    cfg: RunConfig = replace(raw, features=replace(raw.features, user={}, user_tokens={}))
+    model, batch = make_model(cfg), replace(make_batch([9, 0], [3, 2]), user_codes=torch.zeros(2, 0, dtype=torch.int32))
+    history, candidates = parts_of(batch)
+    scores = score_candidates(model, encode_history(model, history), candidates, 1000)
+    torch.testing.assert_close(scores, model(batch), rtol=1e-6, atol=1e-6)
+    alone = make_batch([0], [3])
+    alone = replace(alone, user_codes=torch.zeros(1, 0, dtype=torch.int32))  # no token at all to attend to
+    history, candidates = parts_of(alone)
+    scores = score_candidates(model, encode_history(model, history), candidates, 1000)
+    torch.testing.assert_close(scores, model(alone), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_float32_scores_equal_to_1e_5() -> None:
+    model = make_model(CONFIGS["truncation"]).float()
+    batch = make_batch([300, 17], [40, 9])
+    history, candidates = parts_of(batch)
+    scores = score_candidates(model, encode_history(model, history), candidates, 16)
+    torch.testing.assert_close(scores.sigmoid(), model(batch).sigmoid(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["truncation", "mixture"])
+@torch.no_grad()
+def test_caches_part_and_join(name: str) -> None:
+    """One pass over several histories, kept apart and put together in another order and company."""
+    model, batch = make_model(CONFIGS[name]), make_batch([9, 0, 4, 70], [3, 5, 1, 7])
+    expected = model(batch).split([3, 5, 1, 7])
+    history, candidates = parts_of(batch)
+    caches = encode_history(model, history).split()
+    order = [3, 1, 0]
+    rows = torch.cat([torch.arange(b, e) for b, e in (candidates.seq_offsets[i : i + 2].tolist() for i in order)])
+    chosen = tokens_at(
+        candidates,
+        rows,
+        seq_offsets=torch.tensor([0, 7, 12, 15]),
+        num_targets=torch.tensor([7, 5, 3], dtype=torch.int32),
+        max_seq_len=7,
+    )
+    scores = score_candidates(model, HistoryCache.join([caches[i] for i in order]), chosen, 4)
+    torch.testing.assert_close(scores, torch.cat([expected[i] for i in order]), rtol=1e-6, atol=1e-6)
+    assert sum(cache.num_bytes for cache in caches) == encode_history(model, history).num_bytes
+    held = sum(x.untyped_storage().nbytes() for layer in caches[1].layers for x in (layer.k_THD, layer.v_THV))
+    assert held == caches[1].num_bytes, "a kept part keeps the memory of the whole"
