@@ -13,7 +13,7 @@ from pipeline.model.artifact import load_model, save_model
 from pipeline.model.embeddings import Tokens
 from pipeline.model.flops import count_work
 from pipeline.model.mixture import MixtureOfTransducers, filter_rows, newest_rows
-from pipeline.model.transducer import Transducer
+from pipeline.model.transducer import Transducer, candidates
 from pipeline.model.ultra_hstu import UltraHSTU
 
 ACTIONS = ("is_click", "is_like", "is_hate")
@@ -195,3 +195,22 @@ def test_artifact_of_a_mixture_keeps_scores(tmp_path) -> None:
     loaded = load_model(tmp_path / "model")
     assert loaded.cfg == cfg
     assert torch.equal(loaded.model(batch), model(batch))
+
+
+def test_sizes_follow_without_reading_the_device() -> None:
+    """On the meta device there are no values: whoever asks for one raises."""
+    batch = make_batch([4, 0, 9], [2, 1, 3])
+    batch = replace(batch, target_visible=torch.tensor([3, 4, 0, 1, 5, 9], dtype=torch.int32))
+    model, away = make_model(make_config()), batch.to("meta")
+    tokens = model.encoder(batch)
+    tensors = {name: getattr(tokens, name).to("meta") for name in ("x_TE", "seq_offsets", "num_targets")}
+    moved = replace(tokens, target_visible=tokens.target_visible.to("meta"), **tensors)
+    channel = ChannelConfig(actions=("is_like",), max_len=2)
+    for batch_here, tokens_here in ((batch, tokens), (away, moved)):
+        rows = newest_rows(filter_rows(tokens_here, batch_here, channel, ACTIONS), channel, num_context=2)
+        assert rows.host_lengths is not None
+        found = rows.x_TE.shape, rows.max_seq_len, rows.host_lengths.tolist(), candidates(rows).shape
+        if batch_here is batch:
+            assert rows.host_lengths[0].tolist() == rows.seq_offsets.diff().tolist()
+            expected = found
+    assert found == expected

@@ -44,6 +44,7 @@ class SequenceBatch:
     )
     labels: Tensor | None = None  # float32 [C, tasks]
     label_weight: Tensor | None = None  # float32 [C, tasks], 0 where the action is unknown
+    host: "SequenceBatch | None" = None  # on a GPU: the batch on the CPU of which this is a copy
 
     @property
     def num_sequences(self) -> int:
@@ -53,9 +54,17 @@ class SequenceBatch:
     def num_tokens(self) -> int:
         return self.position.numel()
 
+    @property
+    def on_host(self) -> "SequenceBatch":
+        """The batch on the CPU, where sizes of what follows are counted without waiting for a GPU that `to` led to."""
+        return self.to("cpu") if self.host is None else self.host
+
     def to(self, device: torch.device | str) -> "SequenceBatch":
+        device = torch.device(device)
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        # Back to the CPU nothing may be in flight when the values are read.
+        moved = {name: tensor.to(device, non_blocking=device.type != "cpu") for name, tensor in tensors.items()}
+        return replace(self, **moved, host=None if device.type == "cpu" else self.on_host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kernels.jagged.op import concatenate, sequence_index
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 
@@ -25,6 +26,13 @@ class Tokens:
     num_targets: Tensor  # int32 [B]
     target_visible: Tensor | None  # int32 [C]: a candidate sees the positions before this one, and itself
     max_seq_len: int
+    host_lengths: Tensor | None = None  # int64 [2, B] on the CPU: tokens and candidates of each sequence
+
+    def lengths_on_host(self) -> Tensor:
+        """`host_lengths`, from which sizes of later tensors follow; where they are not given a GPU is waited for."""
+        if self.host_lengths is None:
+            return torch.stack([self.seq_offsets.diff(), self.num_targets.long()]).cpu()
+        return self.host_lengths
 
 
 def table(rows: int, dim: int) -> nn.Embedding:
@@ -136,8 +144,14 @@ class TokenEncoder(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, batch: SequenceBatch) -> Tokens:
+        host = batch.on_host
         tokens = Tokens(
-            self.events(batch), batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len
+            self.events(batch),
+            batch.seq_offsets,
+            batch.num_targets,
+            batch.target_visible,
+            batch.max_seq_len,
+            torch.stack([host.seq_offsets.diff(), host.num_targets.long()]),
         )
         if self.context is not None:
             tokens = prepend(self.context(batch.user_codes), tokens)
@@ -155,13 +169,6 @@ class TokenEncoder(nn.Module):
         return x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
 
 
-def sequence_index(seq_offsets: Tensor, num_tokens: int) -> Tensor:
-    """int64 [T]: the sequence that each token belongs to."""
-    lengths = seq_offsets.diff()
-    index = torch.arange(lengths.numel(), device=seq_offsets.device)
-    return torch.repeat_interleave(index, lengths, output_size=num_tokens)
-
-
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:
     """bool [T], true on the candidates."""
     first_target = (seq_offsets[1:] - num_targets)[sequence_index(seq_offsets, num_tokens)]
@@ -170,15 +177,15 @@ def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Te
 
 def prepend(context_BCE: Tensor, tokens: Tokens) -> Tokens:
     """Each sequence after its context tokens; no loop over sequences."""
-    num_sequences, num_context, d = context_BCE.shape
-    offsets, num_tokens = tokens.seq_offsets, tokens.x_TE.shape[0]
-    shift = torch.arange(num_sequences + 1, device=offsets.device) * num_context
-    new_offsets = offsets + shift
-    event_at = torch.arange(num_tokens, device=offsets.device) + shift[1:][sequence_index(offsets, num_tokens)]
-    context_at = (new_offsets[:-1, None] + torch.arange(num_context, device=offsets.device)).flatten()
-    x_TE = tokens.x_TE.new_empty(num_tokens + num_sequences * num_context, d)
-    x_TE = x_TE.index_copy(0, event_at, tokens.x_TE)
-    x_TE = x_TE.index_copy(0, context_at, context_BCE.flatten(0, 1).to(x_TE.dtype))
+    num_sequences, num_context, _ = context_BCE.shape
+    shift = torch.arange(num_sequences + 1, device=tokens.seq_offsets.device) * num_context
+    context = context_BCE.flatten(0, 1).to(tokens.x_TE.dtype)
     visible = tokens.target_visible
-    visible = None if visible is None else visible + num_context
-    return Tokens(x_TE, new_offsets, tokens.num_targets, visible, tokens.max_seq_len + num_context)
+    return Tokens(
+        x_TE=concatenate(context, shift, tokens.x_TE, tokens.seq_offsets),
+        seq_offsets=tokens.seq_offsets + shift,
+        num_targets=tokens.num_targets,
+        target_visible=None if visible is None else visible + num_context,
+        max_seq_len=tokens.max_seq_len + num_context,
+        host_lengths=tokens.lengths_on_host() + torch.tensor([[num_context], [0]]),
+    )

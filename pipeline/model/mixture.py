@@ -55,13 +55,21 @@ def filter_rows(tokens: Tokens, batch: SequenceBatch, channel: ChannelConfig, ac
     if not channel.actions:
         return tokens
     bits = sum(1 << actions.index(action) for action in set(channel.actions))
-    passes = (batch.action_mask & batch.known_mask & bits) != 0
-    passes |= target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+    passes = _passes(batch, bits)
     shift = (tokens.seq_offsets - batch.seq_offsets)[1:]  # context tokens up to and with a sequence's own
     at = torch.arange(batch.num_tokens, device=passes.device)
     at = at + shift[sequence_index(batch.seq_offsets, batch.num_tokens)]
     is_kept = torch.ones(tokens.x_TE.shape[0], dtype=torch.bool, device=passes.device)  # context tokens stay
-    return select(tokens, is_kept.index_copy(0, at, passes))
+    host = batch.on_host
+    before = torch.nn.functional.pad(_passes(host, bits).cumsum(0), (1, 0))
+    kept_lengths = before[host.seq_offsets].diff() + tokens.lengths_on_host()[0] - host.seq_offsets.diff()
+    return select(tokens, is_kept.index_copy(0, at, passes), kept_lengths)
+
+
+def _passes(batch: SequenceBatch, bits: int) -> Tensor:
+    """bool [T]: candidates, and rows on which one of the actions `bits` is known and set."""
+    is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+    return is_target | ((batch.action_mask & batch.known_mask & bits) != 0)
 
 
 def newest_rows(tokens: Tokens, channel: ChannelConfig, num_context: int) -> Tokens:

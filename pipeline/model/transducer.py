@@ -5,39 +5,53 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kernels.jagged.op import truncate_tail
 from pipeline.config import ModelConfig
-from pipeline.model.embeddings import Tokens, sequence_index, target_mask
+from pipeline.model.embeddings import Tokens
 from pipeline.model.stu import STU
 
 
-def select(tokens: Tokens, kept: Tensor) -> Tokens:
+def select(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
     """The tokens where `kept`, bool [T], is true, context and candidates among them.
 
-    What a candidate sees is counted anew among the kept tokens; the mask follows from the new lengths.
+    `kept_lengths`, int64 [B] on the CPU, says how many those are in each sequence. What a candidate sees is counted
+    anew among the kept tokens; the mask follows from the new lengths.
     """
     offsets, visible = tokens.seq_offsets, tokens.target_visible
     kept_before = nn.functional.pad(kept.cumsum(0), (1, 0))
     if visible is not None:
         first = torch.repeat_interleave(offsets[:-1], tokens.num_targets, output_size=visible.numel())
         visible = (kept_before[first + visible] - kept_before[first]).to(visible.dtype)
-    new_offsets = kept_before[offsets]
+    index = torch.nonzero_static(kept, size=int(kept_lengths.sum())).squeeze(1)
     return Tokens(
-        x_TE=tokens.x_TE.index_select(0, kept.nonzero().squeeze(1)),
-        seq_offsets=new_offsets,
+        x_TE=tokens.x_TE.index_select(0, index),
+        seq_offsets=kept_before[offsets],
         num_targets=tokens.num_targets,
         target_visible=visible,
-        max_seq_len=int(new_offsets.diff().max()),
+        max_seq_len=int(kept_lengths.max()),
+        host_lengths=torch.stack([kept_lengths, tokens.lengths_on_host()[1]]),
     )
 
 
 def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
     """Context, the newest `keep_events` events and all candidates; a history no longer than that is untouched."""
-    offsets, num_tokens = tokens.seq_offsets, tokens.x_TE.shape[0]
-    lengths = offsets.diff()
-    dropped = (lengths - tokens.num_targets - num_context - keep_events).clamp(min=0)
-    sequence = sequence_index(offsets, num_tokens)
-    position = torch.arange(num_tokens, device=offsets.device) - offsets[sequence]
-    return select(tokens, (position < num_context) | (position >= num_context + dropped[sequence]))
+    lengths, num_targets = tokens.lengths_on_host()
+    kept = torch.minimum(lengths, num_context + keep_events + num_targets)
+    x_TE, offsets = truncate_tail(
+        tokens.x_TE,
+        tokens.seq_offsets,
+        tokens.num_targets + keep_events,
+        num_context=num_context,
+        num_rows=int(kept.sum()),
+    )
+    visible = tokens.target_visible
+    if visible is not None:
+        dropped = torch.repeat_interleave(
+            tokens.seq_offsets.diff() - offsets.diff(), tokens.num_targets, output_size=visible.numel()
+        )
+        newest = (visible - dropped).clamp(min=num_context)  # what is left of it, the context whole
+        visible = torch.where(visible > num_context, newest, visible).to(visible.dtype)
+    return Tokens(x_TE, offsets, tokens.num_targets, visible, int(kept.max()), torch.stack([kept, num_targets]))
 
 
 class Transducer(nn.Module):
@@ -59,4 +73,6 @@ class Transducer(nn.Module):
 
 
 def candidates(tokens: Tokens) -> Tensor:
-    return tokens.x_TE[target_mask(tokens.seq_offsets, tokens.num_targets, tokens.x_TE.shape[0])]
+    """[C, d]"""
+    num_targets = int(tokens.lengths_on_host()[1].sum())
+    return truncate_tail(tokens.x_TE, tokens.seq_offsets, tokens.num_targets, num_rows=num_targets)[0]

@@ -1,0 +1,26 @@
+"""Which form of an op runs: asked for by name, never guessed from what happens to be installed."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def choose(backend: Backend, x: Tensor) -> Backend:
+    """`"auto"` is Triton for CUDA tensors and plain PyTorch on the CPU; the reference runs only when asked for.
+
+    Raises:
+        ValueError: an unknown name, or Triton asked for where it cannot run.
+    """
+    names = "auto", "triton", "torch", "reference"
+    require(backend in names, f"backend must be one of {', '.join(names)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if x.is_cuda else "torch"
+    require(backend != "triton" or x.is_cuda, "the triton backend needs CUDA tensors")
+    return backend
