@@ -14,7 +14,8 @@ WITHOUT_RAY = (
     "pipeline/schema.py",
     "pipeline/model/**/*.py",
     "pipeline/train/loop.py",
-    "pipeline/evaluate/metrics.py",
+    "pipeline/evaluate/*.py",
+    "benchmarks/quality.py",
     *(f"pipeline/data/{name}.py" for name in ("batch", "examples", "features", "loader", "sampling", "store")),
     "serve_app/ranker.py",
 )

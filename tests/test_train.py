@@ -16,6 +16,7 @@ from torch import nn
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
+from pipeline.model.flops import Work, count_work
 from pipeline.train import loop
 from pipeline.train.checkpoint import Checkpoint, CheckpointFolder, MetricsFile, last_good, read_checkpoint
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
@@ -143,6 +144,21 @@ def test_training_lowers_the_loss() -> None:
     cfg = train_config(epochs=20, lr=0.02)
     lines, _, _ = run(replace(cfg, model=replace(cfg.model, dropout=0.0)), OneEpoch())
     assert lines[-1]["train/loss"] < 0.6 * lines[0]["train/loss"]
+
+
+def test_bf16_follows_fp32() -> None:
+    losses = [run(train_config(precision=precision))[0][-1]["train/loss"] for precision in ("fp32", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_work_of_an_example_is_told_with_its_steps() -> None:
+    lines = []
+    loop.train(train_config(), make_maps(), Loader(), "data", log=lambda _, values: lines.append(values))
+    work = Work()
+    for step in range(2):  # log_every
+        work.add(count_work(joined([labelled_batch(10 * step + part) for part in range(2)]), train_config()))
+    assert lines[0]["train/gflop_per_example"] == pytest.approx(3 * work.flops / 20 / 1e9)
 
 
 @pytest.mark.parametrize("stopped_at", [0, 1, 2])

@@ -219,7 +219,8 @@ def semi_local_attention_blocked(
     wide = torch.promote_types(q_THD.dtype, torch.float32)
     q, k, v = q_THD.to(wide) * attn_alpha, k_THD.to(wide), v_THV.to(wide)
     tables = (None, None) if bias is None else (bias.position_table, bias.time_table)
-    out = _BlockedAttention.apply(q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan))
+    with torch.autocast(q.device.type, enabled=False):  # it would take the products back to half precision
+        out = _BlockedAttention.apply(q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan))
     if plan.own_T is not None:
         out = out + _own_key(q, k, v, plan.own_T, bias)
     return (out / scaling_seq_len).to(out_dtype or q_THD.dtype)

@@ -63,6 +63,8 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     batch_tokens: int = 8192  # tokens of one forward pass
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
     calibration_bins: int = 20
 
     def __post_init__(self) -> None:

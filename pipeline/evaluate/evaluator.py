@@ -32,9 +32,9 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
     Sequences, splits and batch size come from `cfg`, the model and its features from `model_dir`.
 
     Raises:
-        UserError: no whole model at `model_dir`, or a split without a request.
+        UserError: no whole model at `model_dir`, a split without a request, or CUDA asked for where there is none.
     """
-    loaded = load_model(model_dir)
+    loaded = load_model(model_dir, device(cfg))
     folder = cfg.run_dir / "evaluation"
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
@@ -48,24 +48,44 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
         plots.calibration(scored, cfg.evaluate.calibration_bins, folder / f"calibration_{split}.png")
         plots.roc(scored, folder / f"roc_{split}.png")
         logger.info("%s: %d rows in %.1f s", split, len(predictions), time.perf_counter() - begin)
-    metrics["masked_pair_share"] = work.masked_pair_share
-    metrics["truncated_token_share"] = work.truncated_token_share
-    metrics["filtered_token_share"] = work.filtered_token_share
-    metrics["forward_gflop_per_candidate"] = work.flops / max(work.candidates, 1) / 1e9
+    metrics |= shares(work)
     text = json.dumps(metrics, indent=2)
     (folder / "metrics.json").write_text(text)
     (model_dir / "metrics.json").write_text(text)
     return metrics
 
 
+def device(cfg: RunConfig) -> str:
+    """Raises UserError where `evaluate.device` is cuda and this process has no such device."""
+    if cfg.evaluate.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("evaluate.device is cuda, but no CUDA device is visible here")
+    return cfg.evaluate.device
+
+
+def shares(work: Work) -> dict[str, float]:
+    """What mask, truncation and filters took away, and what was left to compute."""
+    return {
+        "masked_pair_share": work.masked_pair_share,
+        "truncated_token_share": work.truncated_token_share,
+        "filtered_token_share": work.filtered_token_share,
+        "forward_gflop_per_candidate": work.flops / max(work.candidates, 1) / 1e9,
+    }
+
+
 @torch.no_grad()
 def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Work) -> pa.Table:
-    """One row per candidate: user_id, item_id, event_time; per task label (null where unknown), score, its logit."""
+    """One row per candidate: user_id, item_id, event_time; per task label (null where unknown), score, its logit.
+
+    On the device that the model is on, in `evaluate.precision`.
+    """
+    where = next(loaded.model.parameters()).device
+    half = torch.autocast(where.type, torch.bfloat16, enabled=cfg.evaluate.precision == "bf16")
     parts = []
     for part in evaluation_batches(cfg, loaded.maps, split):
-        logits = loaded.model(part.batch)
+        work.add(count_work(part.batch, loaded.cfg))  # before the batch leaves the CPU: counting reads values
+        with half:
+            logits = loaded.model(part.batch.to(where)).cpu()
         scores = logits.sigmoid()
-        work.add(count_work(part.batch, loaded.cfg))
         columns = {"user_id": part.user_id, "item_id": part.item_id, "event_time": part.event_time}
         table = pa.table({name: pa.array(values) for name, values in columns.items()})
         for i, task in enumerate(loaded.cfg.tasks):

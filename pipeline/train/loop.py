@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
+from pipeline.model.flops import Work, count_work
 from pipeline.model.losses import task_losses
 from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
 from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Loader(Protocol):
@@ -66,26 +69,31 @@ def train(
         state = resume.state
     total_steps = loader.steps_per_epoch * cfg.train.epochs
     meter = Meter(world_size)
+    # Summed where they arise: reading a loss each step would make the host wait for the device.
+    sums = torch.tensor([state.loss_sum, state.weight_sum], dtype=torch.float64, device=device)
 
     for epoch in range(state.epoch, cfg.train.epochs):
         state.epoch = epoch
-        for batch in meter.waited(prefetched(loader.batches(epoch, state.epoch_step))):
+        for batch, work in meter.waited(prefetched(counted(loader.batches(epoch, state.epoch_step), cfg))):
+            meter.count(batch, work)
             batch = batch.to(device)
             if rank == 0 and state.step == 0:
                 variances = ", ".join(f"{v:.1e}" for v in attention_variance(trainee.model, batch))
                 logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
-            losses, weights = trainee.step(batch, state.step, total_steps)
+            sums += torch.stack(trainee.step(batch, state.step, total_steps))
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
-            state.loss_sum = [a + b for a, b in zip(state.loss_sum, losses, strict=True)]
-            state.weight_sum = [a + b for a, b in zip(state.weight_sum, weights, strict=True)]
-            meter.count(batch)
-            if state.step % cfg.train.log_every == 0 or state.step == total_steps:
+            logs = state.step % cfg.train.log_every == 0 or state.step == total_steps
+            saves = save is not None and state.step % cfg.train.checkpoint_every == 0 and state.step < total_steps
+            if logs or saves:
+                state.loss_sum, state.weight_sum = sums.tolist()
+            if logs:
+                sums.zero_()
                 values = _take_losses(state, cfg.tasks, trainee.task_weights.tolist()) | meter.take(state)
                 if log is not None:
                     log(state.step, values)
                 if rank == 0:
                     logger.info(progress_line(state, total_steps, values))
-            if save is not None and state.step % cfg.train.checkpoint_every == 0 and state.step < total_steps:
+            if save is not None and saves:
                 save(trainee.checkpoint(state, identity))
         state.epoch_step = 0
     state.epoch = cfg.train.epochs
@@ -113,8 +121,8 @@ class Trainee:
         self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay)
         self.adamw = torch.optim.AdamW(self.dense.values(), lr=cfg.train.lr, weight_decay=decay, fused=True)
 
-    def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[list[float], list[float]]:
-        """One optimizer step; per task the summed loss and the summed weights over all ranks."""
+    def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; per task the summed loss and the summed weights over all ranks, on the device."""
         cfg = self.cfg.train
         assert batch.labels is not None
         assert batch.label_weight is not None
@@ -140,7 +148,7 @@ class Trainee:
         self.rowwise.step(
             {name: (rows, sums / total) for name, (rows, sums) in grads.items()}, cfg.embedding_lr * factor
         )
-        return losses.tolist(), weights.tolist()
+        return losses, weights
 
     def _reduce_dense(self, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Add dense gradients, losses and weights over ranks, all in one message."""
@@ -214,7 +222,13 @@ def _all_gather_jagged(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     return [part[:length] for part, length in zip(_all_gather(padded, len(lengths)), lengths, strict=True)]
 
 
-def prefetched(batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
+def counted(batches: Iterator[SequenceBatch], cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Work]]:
+    """Each batch with the work of one forward pass over it, counted before it leaves the CPU."""
+    for batch in batches:
+        yield batch, count_work(batch, cfg)
+
+
+def prefetched(batches: Iterator[T]) -> Iterator[T]:
     """The same batches, the next one made in the background while the present one is used."""
     with ThreadPoolExecutor(1, "prefetch") as pool:
         coming = pool.submit(next, batches, None)
@@ -231,9 +245,9 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.begin, self.wait, self.steps, self.examples, self.tokens = time.perf_counter(), 0.0, 0, 0, 0
+        self.begin, self.wait, self.steps, self.tokens, self.work = time.perf_counter(), 0.0, 0, 0, Work()
 
-    def waited(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
+    def waited(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches, the time until each arrives counted as waiting for data."""
         while True:
             asked = time.perf_counter()
@@ -243,17 +257,19 @@ class Meter:
                 return
             yield batch
 
-    def count(self, batch: SequenceBatch) -> None:
+    def count(self, batch: SequenceBatch, work: Work) -> None:
         self.steps += 1
-        self.examples += int(batch.num_targets.sum()) * self.world_size
-        self.tokens += batch.num_tokens * self.world_size
+        self.tokens += batch.num_tokens
+        self.work.add(work)
 
     def take(self, state: TrainState) -> dict[str, float]:
         seconds = time.perf_counter() - self.begin
         state.seconds += seconds
         values = {
-            "train/examples_per_s": self.examples / seconds,
-            "train/tokens_per_s": self.tokens / seconds,
+            "train/examples_per_s": self.work.candidates * self.world_size / seconds,
+            "train/tokens_per_s": self.tokens * self.world_size / seconds,
+            # Backward costs twice the forward products; lengths are those that stochastic length drew.
+            "train/gflop_per_example": 3 * self.work.flops / max(self.work.candidates, 1) / 1e9,
             "train/data_wait_share": self.wait / seconds,
             "train/step_ms": 1000 * seconds / max(self.steps, 1),
         }

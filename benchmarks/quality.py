@@ -1,0 +1,256 @@
+"""Quality of many configurations over seeds, without Ray and MLflow: one GPU or one CPU box carries many small runs.
+
+    plan (YAML) × seeds → train by `pipeline.train.loop` → evaluate → runs/<name>-<seed>.json + predictions
+
+`python -m benchmarks.quality PLAN --store FOLDER` trains what is not there yet; `python -m benchmarks.quality_report`
+turns the files into the table of RESULTS.md. A plan is
+
+    config: configs/demo.yaml          # the preset that every run starts from
+    set: {train.num_workers: 1}        # settings of all runs
+    runs: {ultra_hstu: {}, hstu: {model.encoder: hstu}}
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from pipeline import config
+from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.data import store
+from pipeline.data.features import fit_features
+from pipeline.data.loader import TrainLoader
+from pipeline.evaluate import evaluator
+from pipeline.model.artifact import LoadedModel
+from pipeline.model.flops import Work
+from pipeline.train import loop
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration and seed, both in `cfg`, and where what comes of it goes."""
+
+    cfg: RunConfig
+    store: str
+    device: str
+    splits: tuple[str, ...]
+    out: Path
+    predictions: Path | None
+
+    @property
+    def file(self) -> Path:
+        return self.out / f"{self.cfg.name}-{self.cfg.seed}.json"
+
+
+def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """The plan's configurations by name; `overrides` (a.b=c) go to all of them.
+
+    Raises:
+        ConfigError: the file is no plan, or a configuration of it is not valid.
+    """
+    try:
+        plan = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"plan {path}: {error}") from None
+    if not isinstance(plan, dict) or not {"config", "runs"} <= plan.keys() <= {"config", "runs", "set"}:
+        raise ConfigError(f"plan {path} must hold config, runs and, if need be, set; got {plan!r}")
+    shared = plan.get("set", {})
+    configs = {}
+    for name, changes in plan["runs"].items():
+        settings = [f"{key}={json.dumps(value)}" for key, value in (shared | (changes or {})).items()]
+        configs[name] = replace(config.load(plan["config"], [*settings, *overrides]), name=name)
+    return configs
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's file is there and holds these settings and these sequences."""
+    if not run.file.exists():
+        return False
+    saved = json.loads(run.file.read_text())
+    same = saved["config"] == settings_of(run.cfg) and saved["sequences"] == store.read_manifest(run.store).digest
+    if not same or not {f"{split}/rows" for split in run.splits} <= saved["metrics"].keys():
+        raise UserError(f"{run.file} was made with other settings, sequences or splits: remove it, or use another name")
+    return True
+
+
+def settings_of(cfg: RunConfig) -> dict[str, Any]:
+    """What a run's figures depend on."""
+    saved = config.to_dict(cfg)
+    return {key: saved[key] for key in ("source", "split", "tasks", "features", "model", "train", "evaluate")}
+
+
+def carry_out(run: Run) -> dict[str, Any]:
+    """Train and evaluate one run, in a process of its own; writes its file and returns what is in it."""
+    torch.set_num_threads(1)  # the other cores have their own runs
+    began = time.perf_counter()
+    lines: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = replace(run.cfg, runs_dir=folder, evaluate=replace(run.cfg.evaluate, device=run.device))
+        cfg.run_dir.mkdir()
+        cfg.sequence_dir.symlink_to(Path(run.store).absolute())
+        digest = store.read_manifest(cfg.sequence_dir).digest
+        maps = fit_features(cfg)
+        loader = TrainLoader(cfg, maps)
+        prepared = time.perf_counter()
+        model = loop.train(
+            cfg, maps, loader, digest, device=run.device, log=lambda step, values: lines.append({"step": step} | values)
+        )
+        trained = time.perf_counter()
+        loaded = LoadedModel(model.eval(), cfg, maps, {})
+        work, metrics = Work(), {}
+        for split in run.splits:
+            predictions = evaluator.predict(cfg, loaded, split, work)
+            metrics |= evaluator.summarise(predictions, cfg.tasks, split) | {f"{split}/rows": len(predictions)}
+            if run.predictions is not None:
+                run.predictions.mkdir(parents=True, exist_ok=True)
+                pq.write_table(predictions, run.predictions / f"{cfg.name}-{cfg.seed}-{split}.parquet")
+    result = {
+        "name": cfg.name,
+        "seed": cfg.seed,
+        "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(run.device),
+        "sequences": digest,
+        "seconds": {
+            "prepare": round(prepared - began, 2),
+            "train": round(trained - prepared, 2),
+            "evaluate": round(time.perf_counter() - trained, 2),
+        },
+        "parameters": {
+            "dense": sum(p.numel() for p in model.parameters()) - sum(t.numel() for t in tables(model)),
+            "tables": sum(t.numel() for t in tables(model)),
+        },
+        "metrics": metrics
+        | evaluator.shares(work)
+        | {name: mean_over_steps(lines, name) for name in ("train/gflop_per_example", "train/step_ms")},
+        "losses": {line["step"]: round(line["train/loss"], 5) for line in lines[:: max(len(lines) // 20, 1)]},
+        "config": settings_of(run.cfg),
+    }
+    run.out.mkdir(parents=True, exist_ok=True)
+    staged = run.file.with_suffix(".staged")
+    staged.write_text(json.dumps(result, indent=1) + "\n")
+    staged.rename(run.file)
+    return result
+
+
+def mean_over_steps(lines: list[dict[str, float]], name: str) -> float:
+    """Of lines that each sum up the steps since the one before."""
+    steps = np.diff([0, *(line["step"] for line in lines)])
+    return float(np.average([line[name] for line in lines], weights=steps))
+
+
+def tables(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+
+
+def environment(device: str) -> dict[str, Any]:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in ("torch", "triton", "numpy", "pyarrow")},
+    }
+
+
+def line(result: dict[str, Any], split: str, tasks: Sequence[str]) -> str:
+    """A run in one line: AUC of each task, their mean, the mean NE, and what it cost."""
+    metrics, seconds = result["metrics"], result["seconds"]
+    aucs, nes = ([metrics[f"{split}/{metric}/{task}"] for task in tasks] for metric in ("auc", "ne"))
+    return (
+        f"{result['name']:28}{result['seed']:3} {split:5}"
+        + "".join(f"{auc:8.4f}" for auc in aucs)
+        + f" | mean auc {sum(aucs) / len(aucs):.4f} ne {sum(nes) / len(nes):.4f} | "
+        f"{metrics['train/gflop_per_example'] * 1e3:.2f} MFLOP | {metrics['train/step_ms']:.1f} ms a step | "
+        f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("plan", type=Path, help="YAML: config, set, runs")
+    parser.add_argument("--store", required=True, help="published sequences, runs/<name>/sequences")
+    parser.add_argument(
+        "--only", nargs="+", default=None, metavar="NAME", help="runs of the plan; all of them if absent"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="for all runs"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--splits", nargs="+", default=["val"], choices=["val", "test"], help="test is scored once")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures")
+    parser.add_argument("--predictions", type=Path, default=None, help="folder of the predictions, if they are wanted")
+    options = parser.parse_args()
+    try:
+        configs = read_plan(options.plan, options.overrides)
+        unknown = set(options.only or ()) - configs.keys()
+        if unknown:
+            raise ConfigError(f"--only {sorted(unknown)}: the plan has {sorted(configs)}")
+        runs = [
+            Run(
+                replace(cfg, seed=seed),
+                options.store,
+                options.device,
+                tuple(options.splits),
+                options.out,
+                options.predictions,
+            )
+            for seed in options.seeds  # seed by seed: a run cut short leaves whole seeds of every configuration
+            for name, cfg in configs.items()
+            if options.only is None or name in options.only
+        ]
+        waiting = [run for run in runs if not finished(run)]
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
+    sys.exit(run_all(waiting, options.processes, options.splits[-1]))
+
+
+def run_all(runs: Sequence[Run], processes: int, split: str) -> int:
+    """All runs, `processes` at a time; one that fails does not stop the others. Returns the number that failed."""
+    failed = 0
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        futures = {pool.submit(carry_out, run): run for run in runs}
+        for future in as_completed(futures):
+            run, error = futures[future], future.exception()
+            if error is None:
+                print(line(future.result(), split, run.cfg.tasks), flush=True)
+            else:
+                failed += 1
+                print(f"{run.cfg.name} seed {run.cfg.seed} failed:", flush=True)
+                traceback.print_exception(error)
+    return failed
+
+
+if __name__ == "__main__":
+    main()
