@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
-from pipeline.data.batch import Events
+from pipeline.data.events import Events
 from pipeline.data.examples import user_events
 
 

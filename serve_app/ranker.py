@@ -14,7 +14,8 @@ import torch
 
 from pipeline import config
 from pipeline.config import ServeConfig
-from pipeline.data.batch import Events, SequenceBatch, candidates, collate
+from pipeline.data.batch import SequenceBatch, candidates, collate
+from pipeline.data.events import Events
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from serve_app.history import Histories, HistoryStore, histories, sequence_row
@@ -119,7 +120,8 @@ class Ranker:
             offsets,
             times,
             {name: column.astype(np.int32) for name, column in columns.items()},
-            self.cfg.source.order_only_end_is_real,
+            self.maps,
+            self.cfg,
         )
 
     def _score(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:

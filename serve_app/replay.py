@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
-from pipeline.data.batch import Events, candidates, collate
+from pipeline.data.batch import candidates, collate
+from pipeline.data.events import Events
 from pipeline.data.examples import Examples, UserEvents, request_examples, user_events
 from pipeline.data.features import FeatureMaps
 from pipeline.data.loader import evaluation_batch, split_bounds
@@ -128,7 +129,8 @@ def _score_items(
         np.array([0, len(items)]),
         users.request_time[one.target_begin],
         {name: np.full(len(items), features.get(name, -1), np.int32) for name in users.events.request},
-        loaded.cfg.source.order_only_end_is_real,
+        loaded.maps,
+        loaded.cfg,
     )
     return probabilities(loaded.model, collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline import config, schema
-from pipeline.data.batch import Events, SequenceBatch, candidates, collate, row_gaps
+from pipeline.data.batch import SequenceBatch, candidates, collate
+from pipeline.data.events import Events, row_gaps
 from pipeline.data.examples import UserEvents, example_batch, request_examples, training_examples, user_events
 from pipeline.data.features import FeatureMaps
 from pipeline.data.sampling import stochastic_lengths, threshold
@@ -199,7 +200,8 @@ def test_serving_builds_the_batch_that_evaluation_builds(rng: np.random.Generato
         rows.offsets,
         users.request_time[examples.target_begin],
         rows.request,
-        cfg.source.order_only_end_is_real,
+        maps,
+        cfg,
     )
     online = collate(history, served, users.user_id[examples.user], maps, cfg)
     for number in range(len(examples)):

@@ -33,6 +33,13 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
                 "request": {"tab": {"dim": 2}, "hour": {"dim": 2}},
                 "user": {"city": {"dim": 4}},
                 "user_tokens": {"place": ["city"]},
+                "dense": {
+                    "item": {"by": ["item_id"], "prior": 3},
+                    "item_tab": {"by": ["item_id", "tab"], "prior": 1},
+                    "before": {"by": ["item_id"], "rows": "order_only", "prior": 2},
+                    "user": {"by": ["user"], "rows": "all", "prior": 5},
+                    "user_tab": {"by": ["user", "tab"], "prior": 1},
+                },
             },
             "model": {
                 "d_model": 16,
@@ -43,6 +50,7 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
                 "attention": {"window": 4, "full_rows": 2, "scaling_seq_len": 16},
                 "truncate_after_layer": 1,
                 "truncate_to": 6,
+                "dense_to": "both",
             },
             "serve": {"port": 0},
         }
@@ -50,10 +58,15 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
     )
 
 
-def publish_sequences(cfg: RunConfig, seed: int = 0) -> pa.Table:
-    """Users 0, 1, … in two buckets, rows before, in and after the validation period; some with order_only rows."""
+def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = None) -> pa.Table:
+    """Users 0, 1, … in two buckets, rows before, in and after the validation period; some with order_only rows.
+
+    With `table`, an altered copy of what an earlier call returned, that.
+    """
     rng = np.random.default_rng(seed)
     rows = [_user(user, rng, cfg) for user in range(NUM_USERS)]
+    if table is not None:
+        rows = sorted(table.to_pylist(), key=lambda row: row["user_id"])
     columns = cfg.source.request_columns
     folder = cfg.sequence_dir
     folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ An unknown key, a value of the wrong type or out of range is a `ConfigError` nam
 
 from pipeline.config.data import (
     ColumnFeature,
+    DenseFeature,
     FeatureConfig,
     SequenceConfig,
     SideTable,
@@ -24,6 +25,7 @@ __all__ = [
     "ChannelConfig",
     "ColumnFeature",
     "ConfigError",
+    "DenseFeature",
     "EvaluateConfig",
     "FeatureConfig",
     "ModelConfig",

@@ -131,6 +131,24 @@ class ColumnFeature:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DenseFeature:
+    """Smoothed rates of every task, and a count, over the rows that agree with a candidate in some columns."""
+
+    by: tuple[str, ...]  # "item_id", features.item or features.request columns; "user": the user's own earlier rows
+    rows: Literal["timed", "order_only", "all"] = "timed"  # which rows count
+    prior: float = 20.0  # rows at the base rate that every rate starts from
+
+    def __post_init__(self) -> None:
+        require(len(self.by) > 0, "features.dense.*.by", self.by, "at least one column")
+        require(self.prior > 0, "features.dense.*.prior", self.prior, "greater than 0")
+
+    @property
+    def live(self) -> bool:
+        """Counted over the user's own past, which grows with every event, not over the training period."""
+        return "user" in self.by
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
     """What the model sees of items, users and requests."""
 
@@ -140,8 +158,15 @@ class FeatureConfig:
     user_tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)  # context token -> the user columns in it
     request: dict[str, ColumnFeature] = field(default_factory=dict)  # request columns, and the derived "hour"
     hour_utc_offset: float = 0.0  # hours; "hour" is the hour of day of event_time at this offset
+    dense: dict[str, DenseFeature] = field(default_factory=dict)  # rates that candidates carry, by a name of your own
+    dense_step_minutes: int = 60  # a training row reads the training period's counts as of the last full step before it
 
     def __post_init__(self) -> None:
+        require(self.dense_step_minutes >= 1, "features.dense_step_minutes", self.dense_step_minutes, "1 or more")
+        columns = ["user", "item_id", *self.item, *(name for name in self.request if name != "hour")]
+        for name, feature in self.dense.items():
+            for column in feature.by:
+                require(column in columns, f"features.dense.{name}.by", column, f"one of {columns}")
         require(self.item_id_dim >= 1, "features.item_id_dim", self.item_id_dim, "1 or more")
         grouped = [name for names in self.user_tokens.values() for name in names]
         for name in grouped:

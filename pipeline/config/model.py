@@ -77,6 +77,7 @@ class ModelConfig:
     action_dim: int = 8  # learned row per action, and as many for "unknown"
     position_buckets: int = 8192
     time_buckets: int = 64  # log buckets of the gap to the previous row, bucket 0 for "no real gap"
+    dense_to: Literal["token", "head", "both"] = "token"  # where features.dense enter: candidate tokens, task heads
     head_hidden: int = 64
     attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.data.dense import candidate_features
+from pipeline.data.events import Events, request_gaps
 from pipeline.data.features import FeatureMaps
 
-NO_GAP = -1  # gap_ms where there is no earlier row or the time between is not real
 MS_PER_HOUR = 3_600_000
 
 
@@ -42,6 +43,7 @@ class SequenceBatch:
     target_visible: Tensor | None = (
         None  # int32 [C]: the candidate sees uih tokens 0..target_visible-1; None: all of it
     )
+    dense: Tensor | None = None  # float32 [C, F]: rates and counts, `features.dense`
     labels: Tensor | None = None  # float32 [C, tasks]
     label_weight: Tensor | None = None  # float32 [C, tasks], 0 where the action is unknown
     host: "SequenceBatch | None" = None  # on a GPU: the batch on the CPU of which this is a copy
@@ -67,68 +69,6 @@ class SequenceBatch:
         return replace(self, **moved, host=None if device.type == "cpu" else self.on_host)
 
 
-@dataclass(frozen=True, slots=True)
-class Events:
-    """Rows of B sequences as flat NumPy columns, oldest first; sequence b is `offsets[b]:offsets[b + 1]`.
-
-    Request columns are -1 where unknown.
-    """
-
-    offsets: np.ndarray  # int64 [B + 1]
-    item_id: np.ndarray  # int64 [N]
-    event_time: np.ndarray  # int64 [N], ms UTC; of a candidate: its request's time
-    order_only: np.ndarray  # bool [N]
-    action_mask: np.ndarray  # int32 [N]
-    known_mask: np.ndarray  # int32 [N]
-    position: np.ndarray  # int64 [N]
-    gap_ms: np.ndarray  # int64 [N]
-    request: dict[str, np.ndarray]  # int32 [N] per request column
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def take(self, begin: np.ndarray, end: np.ndarray) -> "Events":
-        """The rows `begin[i]:end[i]` as sequence i, int64 [n] each."""
-        index, offsets = ranges(begin, end)
-        names = [f.name for f in fields(self) if f.name not in ("offsets", "request")]
-        columns = {name: getattr(self, name)[index] for name in names}
-        return Events(offsets=offsets, request={n: column[index] for n, column in self.request.items()}, **columns)
-
-
-def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The integers of `begin[i]..end[i]-1` one range after another, and the offsets [n + 1] of the ranges."""
-    lengths = end - begin
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths), offsets
-
-
-def row_gaps(event_time: np.ndarray, order_only: np.ndarray, offsets: np.ndarray, end_is_real: bool) -> np.ndarray:
-    """ms from the previous row of the sequence to each row, int64 [N], NO_GAP where that is not a real time.
-
-    An order_only row has no gap. The first timed row after such rows has one only if `end_is_real`: the last of them
-    then carries a real time.
-    """
-    gap = np.diff(event_time, prepend=event_time[:1])
-    after_order_only = np.concatenate([[False], order_only[:-1]])
-    unreal = order_only if end_is_real else order_only | after_order_only
-    gap[unreal] = NO_GAP
-    starts = offsets[:-1][np.diff(offsets) > 0]
-    gap[starts] = NO_GAP
-    return gap
-
-
-def request_gaps(
-    history: Events, last: np.ndarray, first: np.ndarray, request_time: np.ndarray, end_is_real: bool
-) -> np.ndarray:
-    """ms from the last visible event to the request, int64 [n]. That event is row `last`; none if `last < first`."""
-    if len(history.event_time) == 0:
-        return np.full(len(last), NO_GAP, np.int64)
-    row = np.maximum(last, 0)
-    real = (last >= first) & (end_is_real | ~history.order_only[row])
-    return np.where(real, request_time - history.event_time[row], NO_GAP)
-
-
 def candidates(
     history: Events,
     first_position: np.ndarray,
@@ -136,7 +76,8 @@ def candidates(
     offsets: np.ndarray,
     request_time: np.ndarray,
     request: dict[str, np.ndarray],
-    end_is_real: bool,
+    maps: FeatureMaps,
+    cfg: RunConfig,
 ) -> Events:
     """Items to score for B users, after all of `history`, at one `request_time` (int64 [B], ms UTC) each.
 
@@ -144,9 +85,10 @@ def candidates(
     the history itself left out.
     """
     lengths = np.diff(offsets)
+    end_is_real = cfg.source.order_only_end_is_real
     gap = request_gaps(history, history.offsets[1:] - 1, history.offsets[:-1], request_time, end_is_real)
     zeros = np.zeros(len(item_id), np.int32)
-    return Events(
+    targets = Events(
         offsets=offsets,
         item_id=item_id,
         event_time=np.repeat(request_time, lengths),
@@ -157,6 +99,7 @@ def candidates(
         gap_ms=np.repeat(gap, lengths),
         request=request,
     )
+    return replace(targets, dense=candidate_features(history, targets, np.repeat(history.lengths, lengths), maps, cfg))
 
 
 def collate(
@@ -212,6 +155,7 @@ def collate(
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
         target_visible=tensor(target_visible),
+        dense=tensor(targets.dense),
         labels=tensor(labels),
         label_weight=tensor(label_weight),
     )

@@ -12,8 +12,10 @@ import pyarrow as pa
 
 from pipeline.config import RunConfig
 from pipeline.data import arrow
-from pipeline.data.batch import Events, SequenceBatch, collate, ranges, request_gaps, row_gaps
-from pipeline.data.features import FeatureMaps
+from pipeline.data.batch import SequenceBatch, collate
+from pipeline.data.dense import candidate_features
+from pipeline.data.events import Events, ranges, request_gaps, row_gaps
+from pipeline.data.features import FeatureMaps, label_counts
 from pipeline.data.sampling import stochastic_lengths
 
 
@@ -171,6 +173,11 @@ def example_batch(
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     lengths = np.diff(offsets)
     targets = target_events(users, rows, offsets, np.repeat(examples.user, lengths), cfg)
+    first = users.events.offsets[examples.user]
+    if cfg.features.dense:  # counted over all that lies before a request, a history cut in training included
+        seen = users.events.take(first, examples.history_end)
+        visible_rows = users.visible_end[rows] - np.repeat(first, lengths)
+        targets = replace(targets, dense=candidate_features(seen, targets, visible_rows, maps, cfg))
     begin = np.repeat(examples.history_begin, lengths)
     visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32) if training else None
     labels, weight = target_labels(users.events, rows, cfg) if training else (None, None)
@@ -211,8 +218,6 @@ def target_events(users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user
 
 def target_labels(events: Events, rows: np.ndarray, cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Labels and their loss weights, float32 [C, tasks]; weight 0 where the action of the row is unknown."""
-    bits = np.array([1 << cfg.source.actions.index(task) for task in cfg.tasks], np.int32)
-    labels = (events.action_mask[rows, None] & bits) != 0
-    known = (events.known_mask[rows, None] & bits) != 0
+    known, labels = np.split(label_counts(events.action_mask[rows], events.known_mask[rows], cfg), 2, axis=1)
     weight = np.where(events.order_only[rows, None], cfg.train.history_label_weight, 1.0)
     return labels.astype(np.float32), (known * weight).astype(np.float32)

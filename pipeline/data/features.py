@@ -1,12 +1,12 @@
-"""What is learned across users before training: vocabularies, bucket edges, popularity, base rates.
+"""What is learned across users before training: vocabularies, bucket edges, popularity, rates of labels.
 
 All of it comes from the training period (rows before `split.train_end_ms`); an id or value not seen there is code 0.
 The maps are saved beside the weights, and the server looks codes up in them and nowhere else.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.config import ColumnFeature, RunConfig, UserError
 from pipeline.data import arrow, store
+from pipeline.data.counts import LabelCounts
 
 HOURS = np.arange(24, dtype=np.int64)
+MS_PER_MINUTE = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,10 @@ class FeatureMaps:
     request_values: dict[str, np.ndarray]  # request column -> int64 values, sorted; code = index + 1
     vocab_sizes: dict[str, int]  # rows of each embedding table, row 0 included
     base_rates: dict[str, float]  # task -> positive rate over the known labels of timed training rows
+    # Of `features.dense`: the positive rate of each task over the rows of a kind (timed, order_only, all), and per
+    # feature that is not the user's own the counts of its groups, by step of `features.dense_step_minutes`.
+    row_rates: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, LabelCounts] = field(default_factory=dict)
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
         return _rows(self.item_ids, item_id)
@@ -44,6 +50,30 @@ class FeatureMaps:
         codes = [_rows(values, columns[name]) for name, values in self.request_values.items()]
         return np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((num_rows, 0), np.int32)
 
+    def groups(
+        self, by: Sequence[str], item_rows: np.ndarray, request: dict[str, np.ndarray], cfg: RunConfig
+    ) -> np.ndarray:
+        """One number per row for its values in the columns `by`, int64 [N]; 0 where any of them is unknown.
+
+        `item_rows` as `item_rows()` gives them, `request` the request columns' values.
+        """
+        group, known = np.zeros(len(item_rows), np.int64), np.ones(len(item_rows), bool)
+        for name in by:
+            if name == "item_id":
+                code, size = item_rows, len(self.item_ids) + 1
+            elif name in cfg.features.item:
+                column = 1 + list(cfg.features.item).index(name)
+                code, size = self.item_codes[item_rows, column], self.vocab_sizes[f"item.{name}"]
+            else:
+                code, size = _rows(self.request_values[name], request[name]), self.vocab_sizes[f"request.{name}"]
+            group = group * size + code
+            known &= code > 0
+        return np.where(known, group, 0)
+
+    def frozen(self) -> "FeatureMaps":
+        """With the counts of the whole training period: what evaluation and serving need."""
+        return replace(self, counts={name: counts.frozen() for name, counts in self.counts.items()})
+
     def popular_items(self, num: int) -> np.ndarray:
         """The `num` items most often shown in the training period, most popular first, ties by id, int64."""
         order = np.lexsort((self.item_ids, -self.item_count[1:]))
@@ -53,10 +83,15 @@ class FeatureMaps:
         arrays = {"item_ids": self.item_ids, "item_codes": self.item_codes, "item_count": self.item_count}
         arrays |= {"user_ids": self.user_ids, "user_codes": self.user_codes}
         arrays |= {f"request.{name}": values for name, values in self.request_values.items()}
+        for name, counts in self.counts.items():
+            parts = {"groups": counts.groups, "cells": counts.cells, "before": counts.before}
+            arrays |= {f"counts.{name}.{part}": array for part, array in parts.items()}
         save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "features.safetensors"
         )
         facts = {"request": list(self.request_values), "vocab_sizes": self.vocab_sizes, "base_rates": self.base_rates}
+        facts["row_rates"] = self.row_rates
+        facts["counts"] = {name: {"start": counts.start, "span": counts.span} for name, counts in self.counts.items()}
         (folder / "features.json").write_text(json.dumps(facts, indent=2))
 
     @classmethod
@@ -67,6 +102,17 @@ class FeatureMaps:
             request_values={name: arrays.pop(f"request.{name}") for name in facts["request"]},
             vocab_sizes=facts["vocab_sizes"],
             base_rates=facts["base_rates"],
+            row_rates=facts["row_rates"],
+            counts={
+                name: LabelCounts(
+                    groups=arrays.pop(f"counts.{name}.groups"),
+                    cells=arrays.pop(f"counts.{name}.cells"),
+                    before=arrays.pop(f"counts.{name}.before"),
+                    start=bounds["start"],
+                    span=bounds["span"],
+                )
+                for name, bounds in facts["counts"].items()
+            },
             **arrays,
         )
 
@@ -91,7 +137,7 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
     sizes |= {f"item.{name}": size for name, size in item_sizes.items()}
     sizes |= {f"user.{name}": size for name, size in user_sizes.items()}
     sizes |= {f"request.{name}": len(values) + 1 for name, values in request_values.items()}
-    return FeatureMaps(
+    maps = FeatureMaps(
         item_ids=item_ids,
         item_codes=_with_unknown(np.column_stack([id_codes, item_columns])),
         item_count=np.concatenate([[0], counts]),
@@ -100,6 +146,46 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         request_values=request_values,
         vocab_sizes=sizes,
         base_rates=rows.base_rates,
+    )
+    return _with_counts(maps, cfg) if cfg.features.dense else maps
+
+
+def label_counts(action_mask: np.ndarray, known_mask: np.ndarray, cfg: RunConfig) -> np.ndarray:
+    """bool [N, 2 tasks]: which labels of a row are known, and which are known and positive."""
+    bits = np.array([1 << cfg.source.actions.index(task) for task in cfg.tasks], np.int32)
+    known = (known_mask[:, None] & bits) != 0
+    return np.concatenate([known, known & ((action_mask[:, None] & bits) != 0)], axis=1)
+
+
+def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
+    """bool [N]: the rows that a dense feature of these `rows` counts."""
+    return np.ones_like(order_only) if rows == "all" else order_only == (rows == "order_only")
+
+
+def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
+    """The maps with what `features.dense` counts over the training period."""
+    shared = {name: feature for name, feature in cfg.features.dense.items() if not feature.live}
+    parts: dict[str, list[LabelCounts]] = {name: [] for name in shared}
+    totals = {feature.rows: np.zeros(2 * len(cfg.tasks), np.int64) for feature in cfg.features.dense.values()}
+    stored = [name for name in cfg.features.request if name != "hour"]
+    for table in _buckets(cfg):
+        names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
+        flat = {name: arrow.flat_column(table, name) for name in names}
+        flat = {name: column[flat["event_time"] < cfg.split.train_end_ms] for name, column in flat.items()}
+        labels = label_counts(flat["action_mask"], flat["known_mask"], cfg)
+        item_rows = maps.item_rows(flat["item_id"])
+        step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
+        for rows, total in totals.items():
+            total += labels[rows_of_kind(flat["order_only"], rows)].sum(0)
+        for name, feature in shared.items():
+            group = maps.groups(feature.by, item_rows, flat, cfg)
+            chosen = rows_of_kind(flat["order_only"], feature.rows) & (group > 0)
+            parts[name].append(LabelCounts.of(group[chosen], step[chosen], labels[chosen]))
+    rates = {rows: np.split(total, 2) for rows, total in totals.items()}
+    return replace(
+        maps,
+        row_rates={rows: (positive / np.maximum(known, 1)).tolist() for rows, (known, positive) in rates.items()},
+        counts={name: LabelCounts.merged(counted) for name, counted in parts.items()},
     )
 
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from pipeline.config import RunConfig
 from pipeline.data import store
-from pipeline.data.batch import SequenceBatch, ranges
+from pipeline.data.batch import SequenceBatch
+from pipeline.data.events import ranges
 from pipeline.data.examples import (
     Examples,
     UserEvents,

@@ -39,7 +39,7 @@ def save_model(folder: Path, model: UltraHSTU, cfg: RunConfig, maps: FeatureMaps
     with staged(folder) as stage:
         save_file(model.state_dict(), stage / "model.safetensors")
         (stage / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
-        maps.save(stage)
+        maps.frozen().save(stage)
         index = {"files": file_digests(stage), "extra": extra}
         (stage / INDEX).write_text(json.dumps(index, indent=2))
 

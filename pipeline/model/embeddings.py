@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels.jagged.op import concatenate, sequence_index
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
+from pipeline.data.dense import dense_width
 
 OCTAVES = 32  # the time buckets cover gaps up to 2**32 ms, 50 days
 
@@ -95,6 +96,20 @@ class ActionEncoder(nn.Module):
         return self.mlp(rows.flatten(1))
 
 
+class DenseEncoder(nn.Module):
+    """Rates and counts of a candidate through a small MLP, as nothing at the start of training."""
+
+    def __init__(self, width: int, d_model: int) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(width, d_model), SwishLayerNorm(d_model))
+        self.out = nn.Linear(d_model, d_model)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, dense: Tensor) -> Tensor:
+        return self.out(self.hidden(dense))
+
+
 class ContextEncoder(nn.Module):
     """One prefix token per group of user columns. Its own linear layer tells a token what it is."""
 
@@ -138,6 +153,8 @@ class TokenEncoder(nn.Module):
         self.action = ActionEncoder(len(cfg.source.actions), model.action_dim, model.d_model)
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
+        into_token = dense_width(cfg) > 0 and model.dense_to != "head"
+        self.dense = DenseEncoder(dense_width(cfg), model.d_model) if into_token else None
         self.context = ContextEncoder(cfg, vocab_sizes) if self.num_context else None
         self.position = table(model.position_buckets, model.d_model)
         self.time = table(model.time_buckets, model.d_model)
@@ -165,6 +182,10 @@ class TokenEncoder(nn.Module):
         x_TE = x_TE + self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
         if self.candidate_action is not None:
             x_TE = x_TE + is_target[:, None] * self.candidate_action
+        if self.dense is not None:
+            assert batch.dense is not None
+            at = target_index(batch.seq_offsets, batch.num_targets, batch.dense.shape[0])
+            x_TE = x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
         x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
         return x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
 
@@ -173,6 +194,13 @@ def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Te
     """bool [T], true on the candidates."""
     first_target = (seq_offsets[1:] - num_targets)[sequence_index(seq_offsets, num_tokens)]
     return torch.arange(num_tokens, device=seq_offsets.device) >= first_target
+
+
+def target_index(seq_offsets: Tensor, num_targets: Tensor, total: int) -> Tensor:
+    """int64 [C]: where the candidates are among the tokens; `total` is C, known without asking the device."""
+    ends = num_targets.long().cumsum(0)
+    shift = torch.repeat_interleave(seq_offsets[1:] - ends, num_targets, output_size=total)
+    return torch.arange(total, device=seq_offsets.device) + shift
 
 
 def prepend(context_BCE: Tensor, tokens: Tokens) -> Tokens:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
-from pipeline.model.embeddings import TokenEncoder
+from pipeline.data.dense import dense_width
+from pipeline.model.embeddings import DenseEncoder, TokenEncoder
 from pipeline.model.mixture import MixtureOfTransducers
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer
@@ -26,7 +27,9 @@ class UltraHSTU(nn.Module):
         self.encoder = TokenEncoder(cfg, vocab_sizes)
         mixture, num_context = bool(cfg.model.channels), self.encoder.num_context
         self.transducer = MixtureOfTransducers(cfg, num_context) if mixture else Transducer(cfg.model, num_context)
-        width = cfg.model.d_model * max(len(cfg.model.channels), 1)
+        into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
+        self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model) if into_head else None
+        width = cfg.model.d_model * (max(len(cfg.model.channels), 1) + into_head)
         logits = nn.Linear(cfg.model.head_hidden, len(cfg.tasks))
         with torch.no_grad():
             logits.bias.copy_(torch.tensor([_logit(base_rates[task]) for task in cfg.tasks]))
@@ -37,9 +40,15 @@ class UltraHSTU(nn.Module):
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
         tokens = self.encoder(batch)
-        if isinstance(self.transducer, MixtureOfTransducers):
-            return self.heads(self.transducer(tokens, batch)).float()
-        return self.heads(self.transducer(tokens)).float()
+        mixture = isinstance(self.transducer, MixtureOfTransducers)
+        return self.score(self.transducer(tokens, batch) if mixture else self.transducer(tokens), batch)
+
+    def score(self, x_CE: Tensor, batch: SequenceBatch) -> Tensor:
+        """Logits of the batch's candidates from the transducers' outputs, float32 [C, tasks]."""
+        if self.dense is not None:
+            assert batch.dense is not None
+            x_CE = torch.cat([x_CE, self.dense(batch.dense).to(x_CE.dtype)], dim=1)
+        return self.heads(x_CE).float()
 
 
 @torch.no_grad()

@@ -1,0 +1,90 @@
+"""Dense features of candidates: smoothed rates of the tasks' labels, in the training period and in the user's own past.
+
+They ride on candidates only, so that nothing in an encoded history depends on a request, and are computed here for
+training, evaluation and serving alike. A training row reads the training period's counts as of the last full step
+before its request: its own label, and what came later, is in none of its features. After the training period, and in a
+saved model, the counts are the whole period's.
+"""
+
+import numpy as np
+
+from pipeline.config import DenseFeature, RunConfig
+from pipeline.data.counts import LabelCounts
+from pipeline.data.events import Events
+from pipeline.data.features import MS_PER_MINUTE, FeatureMaps, label_counts, rows_of_kind
+
+PACE = 2  # columns that are there whatever `features.dense` names: how much history, and how long ago it ended
+COUNT_SCALE = 4.0  # log1p of a count, and log2 of a gap below, brought to about the size of a log-odds
+GAP_SCALE = 32.0
+
+
+def dense_width(cfg: RunConfig) -> int:
+    """F: per feature the log-odds of each task's rate over its base and one count; and the pace."""
+    num_features = len(cfg.features.dense)
+    return num_features * (len(cfg.tasks) + 1) + PACE if num_features else 0
+
+
+def candidate_features(
+    seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig
+) -> np.ndarray | None:
+    """float32 [C, F], None where the configuration names no feature.
+
+    Args:
+        seen: B histories, each whole up to what the last of its candidates sees.
+        targets: the candidates of the B sequences, `event_time` that of their requests.
+        visible: int64 [C], how many rows of its history each candidate sees, all strictly earlier than its request.
+    """
+    if not cfg.features.dense:
+        return None
+    item_rows = maps.item_rows(targets.item_id)
+    step = targets.event_time // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
+    own = _OwnPast(seen, targets, visible, maps, cfg)
+    columns = []
+    for name, feature in cfg.features.dense.items():
+        if feature.live:
+            counts = own.counts(feature, item_rows)
+        else:
+            group = maps.groups(feature.by, item_rows, targets.request, cfg)
+            counts = maps.counts[name].earlier(group, step)
+        columns.append(evidence(counts, np.array(maps.row_rates[feature.rows]), feature.prior))
+    gap = np.where(targets.gap_ms < 0, 0, np.log2(1 + np.maximum(targets.gap_ms, 0)) / GAP_SCALE)
+    pace = np.stack([np.log1p(targets.position) / COUNT_SCALE, gap], axis=1)
+    return np.concatenate([*columns, pace], axis=1).astype(np.float32)
+
+
+def evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
+    """[n, K + 1] from counts [n, 2 K]: log-odds of each smoothed rate over `base` [K], then how much was counted.
+
+    A rate is (positive + prior · base) / (known + prior): without a known label it says nothing, a log-odds of 0.
+    """
+    known, positive = np.split(counts, 2, axis=1)
+    base = np.clip(base, 1e-6, 1 - 1e-6)  # a task never or always seen in the training period
+    rate = (positive + prior * base) / (known + prior)
+    log_odds = np.log(rate / (1 - rate)) - np.log(base / (1 - base))
+    return np.concatenate([log_odds, np.log1p(known.max(axis=1, keepdims=True)) / COUNT_SCALE], axis=1)
+
+
+class _OwnPast:
+    """Counts over the rows of the candidate's own user that the candidate sees."""
+
+    def __init__(self, seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig) -> None:
+        self.seen, self.targets, self.visible, self.maps, self.cfg = seen, targets, visible, maps, cfg
+        self.user = np.repeat(np.arange(len(targets.lengths)), targets.lengths)
+        self.seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
+        self.place = np.arange(len(self.seen_user)) - seen.offsets[self.seen_user]
+        self.labels = label_counts(seen.action_mask, seen.known_mask, cfg)
+        self.seen_items = maps.item_rows(seen.item_id)
+
+    def counts(self, feature: DenseFeature, item_rows: np.ndarray) -> np.ndarray:
+        """int64 [C, 2 K], over the rows that agree with the candidate in the feature's columns."""
+        by = [name for name in feature.by if name != "user"]
+        chosen = rows_of_kind(self.seen.order_only, feature.rows)
+        if by:
+            group = self.maps.groups(by, item_rows, self.targets.request, self.cfg)
+            seen_group = self.maps.groups(by, self.seen_items, self.seen.request, self.cfg)
+            chosen = chosen & (seen_group > 0)
+        else:
+            group, seen_group = np.zeros_like(self.user), np.zeros_like(self.seen_user)
+        size = 1 + max(group.max(initial=0), seen_group.max(initial=0))
+        past = LabelCounts.of((self.seen_user * size + seen_group)[chosen], self.place[chosen], self.labels[chosen])
+        return past.earlier(self.user * size + group, self.visible)
