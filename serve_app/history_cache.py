@@ -18,7 +18,7 @@ BYTES_PER_MB = 2**20
 
 def history_keys(history: Events, user_codes: np.ndarray) -> list[bytes]:
     """A digest of each sequence: its rows in all columns, and the codes of its user, [B, user columns]."""
-    columns = [getattr(history, f.name) for f in fields(history) if f.name not in ("offsets", "request")]
+    columns = [getattr(history, f.name) for f in fields(history) if f.name not in ("offsets", "request", "dense")]
     columns += [history.request[name] for name in sorted(history.request)]
     keys = []
     for begin, end, codes in zip(history.offsets[:-1], history.offsets[1:], user_codes, strict=True):

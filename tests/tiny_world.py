@@ -50,7 +50,7 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
                 "attention": {"window": 4, "full_rows": 2, "scaling_seq_len": 16},
                 "truncate_after_layer": 1,
                 "truncate_to": 6,
-                "dense_to": "both",
+                "dense_to": "token",
             },
             "serve": {"port": 0},
         }

@@ -121,6 +121,7 @@ def collate(
         labels, label_weight: float32 [C, tasks], in training.
     """
     num_history, num_targets = history.lengths, targets.lengths
+    assert targets.dense is not None or not cfg.features.dense or num_targets.sum() == 0
     offsets = np.concatenate([[0], np.cumsum(num_history + num_targets)]).astype(np.int64)
     at_history = np.arange(history.offsets[-1]) + np.repeat(offsets[:-1] - history.offsets[:-1], num_history)
     at_targets = np.arange(targets.offsets[-1]) + np.repeat(offsets[1:] - targets.offsets[1:], num_targets)

@@ -182,8 +182,7 @@ class TokenEncoder(nn.Module):
         x_TE = x_TE + self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
         if self.candidate_action is not None:
             x_TE = x_TE + is_target[:, None] * self.candidate_action
-        if self.dense is not None:
-            assert batch.dense is not None
+        if self.dense is not None and batch.dense is not None:  # a batch of histories alone has none
             at = target_index(batch.seq_offsets, batch.num_targets, batch.dense.shape[0])
             x_TE = x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
         x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
