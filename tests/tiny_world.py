@@ -133,7 +133,7 @@ def save_tiny_model(cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float =
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.4)
+                parameter.normal_(std=0.3)
     save_model(folder, model, cfg, maps, {})
     metrics = {f"val/ne/{task}": val_ne for task in cfg.tasks} | {"test/auc/is_click": 0.7}
     (folder / "metrics.json").write_text(json.dumps(metrics))
