@@ -19,7 +19,7 @@ from kernels.semi_local_attention.triton_launch import Tile, tile_sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = "forward", "backward_queries", "backward_keys"
 POINTERS = {
-    "*bf16": {"out", "dq", "dk", "dv"},
+    "*bf16": {"out", "dq", "dk", "dv", "pre_q", "pre_k", "pre_v"},
     "*fp32": {"partial", "partial_k", "partial_v", "position_table", "time_table", "per_unit"},
     "*i32": {"arrived", "tiles", "header", "visible", "event_time", "query_time"},
     "*i64": {"d_position", "d_time"},
@@ -44,8 +44,10 @@ def signature(name: str, constants: dict, tile: Tile, width: int, descriptors: b
 def build(name: str, arch: int, width: int, tile: Tile, **flags: bool) -> dict[str, int]:
     kernel = getattr(triton_kernels, name)
     how = {"TMA": arch == 90, "FAST": not flags.get("BIAS", False), "PRECISION": "ieee", "CAUSAL": True}
-    shape = {"HEADS": 4, "D": width, "V": width, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    constants = {"HAS_PREFIX": False, "CANDIDATES": False, "VISIBLE": False, "BIAS": False, **flags, **how, **shape}
+    shape = {"HEADS": 4, "D": width, "V": width, "OUT_D": width, "OUT_V": width}
+    shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    switches = {"HAS_PREFIX": False, "CANDIDATES": False, "VISIBLE": False, "BIAS": False, "PRE": True}
+    constants = {**switches, **flags, **how, **shape}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = signature(name, constants, tile, width, arch == 90)
     aligned = [i for i, (k, t) in enumerate(types.items()) if t.startswith("*") or k.startswith("stride")]

@@ -179,7 +179,7 @@ def dense_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Eq. 1-5 and their two variants as they stand, one sequence with 2 context tokens and 2 candidates."""
     assert isinstance(layer, STU)
     silu, cfg = torch.nn.functional.silu, layer.cfg
-    u, q, k, v = layer.uvqk(layer.norm_in(x)).split(layer.split, dim=1)
+    u, q, k, v = layer.uvqk(layer.norm_in(x)).split(layer.shape.split, dim=1)
     u, q, k, v = (silu(u), silu(q), silu(k), silu(v)) if cfg.silu_qkv else (silu(u), q, k, v)
     mask = semi_local_mask(len(x), 2, cfg.attention.window, cfg.attention.full_rows, prefix=2)
     heads = []

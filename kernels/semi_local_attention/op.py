@@ -115,6 +115,28 @@ def _shared_plan(
     return found[2]
 
 
+def triton_plan(
+    num_tokens: int,
+    seq_offsets: Tensor,
+    max_seq_len: int,
+    num_targets: Tensor | None,
+    target_visible: Tensor | None,
+    window: int | None,
+    full_rows: int,
+    prefix: int,
+):
+    """The `TritonPlan` of a batch and a mask, one for all layers."""
+    from kernels.semi_local_attention import triton_launch  # where Triton is not installed, CPUs still work
+
+    mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
+    return _shared_plan(
+        seq_offsets,
+        ("triton", *mask),
+        tensors,
+        lambda: triton_launch.TritonPlan(seq_offsets.detach(), *tensors, num_tokens, max_seq_len, *mask),
+    )
+
+
 def semi_local_attention(
     q_THD: Tensor,
     k_THD: Tensor,
@@ -169,21 +191,11 @@ def semi_local_attention(
         return out.to(out_dtype or q_THD.dtype)
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
         _require_triton(q_THD, v_THV.shape[2])
-        from kernels.semi_local_attention import triton_launch  # where Triton is not installed, CPUs still work
+        from kernels.semi_local_attention import triton_launch
 
+        plan = triton_plan(len(q_THD), seq_offsets, max_seq_len, *tensors, *mask)
         return triton_launch.semi_local_attention_triton(
-            q_THD,
-            k_THD,
-            v_THV,
-            _shared_plan(
-                seq_offsets,
-                ("triton", *mask),
-                tensors,
-                lambda: triton_launch.TritonPlan(seq_offsets.detach(), *tensors, len(q_THD), max_seq_len, *mask),
-            ),
-            bias=bias,
-            out_dtype=out_dtype,
-            **scale,
+            q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
         )
     _require(backend in ("auto", "torch"), f"backend must be auto, triton, torch or reference, got {backend!r}")
     plan = _shared_plan(seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask))

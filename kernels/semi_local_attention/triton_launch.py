@@ -174,6 +174,15 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class GradStores:
+    """Where a backward kernel's gradients go."""
+
+    strides: tuple[int, ...]  # of their rows, and last of the rows of what SiLU was applied to
+    widths: tuple[int, int]  # of their heads, for q and k, and for v
+    through_silu: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """What the launches of one layer shape share. Layers of a model have one shape, so a plan keeps its problems."""
 
@@ -188,15 +197,18 @@ class Problem:
     hopper: bool
     tables: tuple[int, int] | None  # entries of the bias tables
     on_gpu: bool  # rather than in the interpreter
-    prepared: dict[str, Prepared] = field(default_factory=dict)
+    prepared: dict[tuple[str, "GradStores | None"], Prepared] = field(default_factory=dict)
 
-    def prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool = False) -> Prepared:
+    def prepare(
+        self, name: str, operands: tuple[Tensor, ...], causal: bool = False, grads: "GradStores | None" = None
+    ) -> Prepared:
         """The launch of a kernel; `operands` are its first arguments, of which only shapes and strides count."""
-        if name not in self.prepared:
-            self.prepared[name] = self._prepare(name, operands, causal)
-        return self.prepared[name]
+        key = name, grads
+        if key not in self.prepared:
+            self.prepared[key] = self._prepare(name, operands, causal, grads)
+        return self.prepared[key]
 
-    def _prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool) -> Prepared:
+    def _prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool, grads: "GradStores | None") -> Prepared:
         plan, keys, cached = self.plan, name == "backward_keys", name == "forward_cached"
         half = self.dtype.itemsize == 2
         tile = tile_sizes(
@@ -221,6 +233,9 @@ class Problem:
         fast = half and self.on_gpu and not (self.tables and name == "backward_queries")
         how = self.hopper, fast, "ieee"
         shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
+        strides_out, how_out = (), ()
+        if grads is not None:
+            strides_out, how_out = grads.strides, (*grads.widths, grads.through_silu)
         by_rows = {"q", "grad"}
         names = ("q", "k", "v", "own_k", "own_v") if cached else ("q", "k", "v", "grad")
         descriptors = []
@@ -232,7 +247,7 @@ class Problem:
         return Prepared(
             kernel=getattr(triton_kernels, name), tile=tile, programs=tiles.capacity * self.heads,
             descriptors=descriptors, partials=partials, lists=(tiles.arrived, tiles.tiles, tiles.header, visible),
-            numbers=(*sizes, self.alpha, self.scale, *shape, *flags, *how), unused=tiles.tiles,
+            numbers=(*sizes, self.alpha, self.scale, *strides_out, *shape, *flags, *how, *how_out), unused=tiles.tiles,
         )  # fmt: skip
 
 
@@ -300,20 +315,32 @@ def launch_forward(problem: Problem, operands: tuple[Tensor, ...], bias: BiasInp
 
 
 def launch_backward_queries(
-    problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq and the float32 gradients of the bias tables; the last operand is the gradient of the output."""
-    q, _, v, grad = operands
-    launch = problem.prepare("backward_queries", operands)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    problem: Problem,
+    operands: tuple[Tensor, ...],
+    dq: Tensor,
+    bias: BiasInputs | None = None,
+    pre_q: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills dq [T, H, D], whose rows may lie apart, and gives the float32 gradients of the bias tables.
+
+    The last operand is the gradient of the output. Where q = SiLU(pre_q), dq becomes the gradient of pre_q.
+    """
+    _, _, v, grad = operands
+    grads = GradStores((dq.stride(0), _row_stride(pre_q)), (dq.shape[2], v.shape[2]), pre_q is not None)
+    launch = problem.prepare("backward_queries", operands, grads=grads)
+    pre_q = launch.unused if pre_q is None else pre_q
     if bias is None:
-        launch.launch(operands, *(launch.unused,) * 4, dq, *(launch.unused,) * 3)
-        return dq, None, None
-    sums = [torch.zeros(len(t), dtype=torch.int64, device=q.device) for t in (bias.position_table, bias.time_table)]
+        launch.launch(operands, *(launch.unused,) * 4, dq, pre_q, *(launch.unused,) * 3)
+        return None, None
+    sums = [torch.zeros(len(t), dtype=torch.int64, device=dq.device) for t in (bias.position_table, bias.time_table)]
     per_unit = _units(problem, grad, v)
-    launch.launch(operands, *bias.all, dq, *sums, per_unit)
+    launch.launch(operands, *bias.all, dq, pre_q, *sums, per_unit)
     d_position, d_time = ((x * (problem.scale / per_unit.double())).float() for x in sums)
-    return dq, d_position, d_time
+    return d_position, d_time
+
+
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
 
 
 def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
@@ -324,13 +351,23 @@ def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
 
 
 def launch_backward_keys(
-    problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None
-) -> tuple[Tensor, Tensor]:
-    _, k, v, _ = operands
-    launch = problem.prepare("backward_keys", operands)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), dk, dv)
-    return dk, dv
+    problem: Problem,
+    operands: tuple[Tensor, ...],
+    dk: Tensor,
+    dv: Tensor,
+    bias: BiasInputs | None = None,
+    pre_k: Tensor | None = None,
+    pre_v: Tensor | None = None,
+) -> None:
+    """Fills dk [T, H, D] and dv [T, H, V], whose rows may lie apart.
+
+    Where k = SiLU(pre_k) and v = SiLU(pre_v), they become the gradients of pre_k and pre_v, which have one row stride.
+    """
+    strides = dk.stride(0), dv.stride(0), _row_stride(pre_k)
+    grads = GradStores(strides, (dk.shape[2], dv.shape[2]), pre_k is not None)
+    launch = problem.prepare("backward_keys", operands, grads=grads)
+    pre = (launch.unused,) * 2 if pre_k is None else (pre_k, pre_v)
+    launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), dk, dv, *pre)
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -347,8 +384,9 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         grad = grad.to(q.dtype).contiguous()
         operands = q, k, v, grad if grad.data_ptr() % 16 == 0 else grad.clone()
-        dq, d_position, d_time = launch_backward_queries(problem, operands, bias)
-        dk, dv = launch_backward_keys(problem, operands, bias)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        d_position, d_time = launch_backward_queries(problem, operands, dq, bias)
+        launch_backward_keys(problem, operands, dk, dv, bias)
         return dq, dk, dv, d_position, d_time, None, None
 
 

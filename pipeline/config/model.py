@@ -5,6 +5,8 @@ from typing import Literal
 
 from pipeline.config.values import require
 
+RECOMPUTABLE = "normed_x", "uvqk", "y"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
@@ -79,7 +81,9 @@ class ModelConfig:
     time_buckets: int = 64  # log buckets of the gap to the previous row, bucket 0 for "no real gap"
     dense_to: Literal["token", "head", "both"] = "token"  # where features.dense enter: candidate tokens, task heads
     head_hidden: int = 64
-    attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # on CUDA of the whole layer
+    recompute: tuple[str, ...] = ()  # of normed_x, uvqk, y: on CUDA made again in backward instead of kept
+    fp8: bool = False  # the layers' linear maps on row-wise e4m3, forward only; where a CPU runs them, emulated
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,4 +98,6 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
         require(self.time_buckets >= 2, "model.time_buckets", self.time_buckets, "2 or more")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        unknown = [name for name in self.recompute if name not in RECOMPUTABLE]
+        require(not unknown, "model.recompute", list(self.recompute), f"of {', '.join(RECOMPUTABLE)}")
         require_depth("model", self.num_layers, self.truncate_after_layer, self.truncate_to)

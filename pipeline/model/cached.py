@@ -156,7 +156,7 @@ def _cached_layer(layer: STU, z_CE: Tensor, row_offsets: Tensor, cache: LayerCac
         cache.k_THD,
         cache.v_THV,
         cache.offsets,
-        attn_alpha=layer.attn_alpha,
+        attn_alpha=layer.shape.attn_alpha,
         scaling_seq_len=layer.cfg.attention.scaling_seq_len,
         backend=layer.cfg.attention_backend,
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.dense import dense_width
-from pipeline.model.embeddings import DenseEncoder, TokenEncoder
+from pipeline.model.embeddings import DenseEncoder, TokenEncoder, Tokens
 from pipeline.model.mixture import MixtureOfTransducers
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer
@@ -55,13 +55,15 @@ class UltraHSTU(nn.Module):
 def attention_variance(model: UltraHSTU, batch: SequenceBatch) -> list[float]:
     """Per layer the mean over tokens of the variance that Norm(A) divides by, to be held against `norm_eps`."""
     seen: list[float] = []
-    hooks = [
-        layer.norm_attn.register_forward_pre_hook(
-            lambda _, inputs: seen.append(inputs[0].float().var(dim=1, unbiased=False).mean().item())
-        )
-        for layer in model.transducer.modules()
-        if isinstance(layer, STU)
-    ]
+
+    def look(layer: STU, inputs: tuple[Tokens]) -> None:
+        (tokens,) = inputs
+        _, q, k, v = layer.project(tokens.x_TE)
+        a_THV = layer.attend(q, k, v, tokens)
+        seen.append(a_THV.float().flatten(1).var(dim=1, unbiased=False).mean().item())
+
+    layers = [layer for layer in model.transducer.modules() if isinstance(layer, STU)]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     model(batch)
     for hook in hooks:
         hook.remove()

@@ -1,0 +1,116 @@
+"""Triton kernels of LayerNorm. A program holds ROWS whole rows, so statistics need no second pass over memory, and
+backward makes them anew from x instead of keeping them."""
+
+import triton
+import triton.language as tl
+
+FP8_MAX = tl.constexpr(448.0)  # of e4m3
+
+
+@triton.jit
+def normalise(x, inside, width, eps):
+    """(x - mean) / sqrt(var + eps) of float32 rows [ROWS, BLOCK], 0 outside, and 1 / sqrt(var + eps) [ROWS]."""
+    centred = tl.where(inside, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def normalise_backward(d_hat, hat, rstd, width):
+    """The gradient of x from that of its normalised rows `hat`; both 0 outside."""
+    mean = (tl.sum(d_hat, 1) / width)[:, None]
+    along = (tl.sum(d_hat * hat, 1) / width)[:, None]
+    return (d_hat - mean - hat * along) * rstd[:, None]
+
+
+@triton.jit
+def fp8_scale(largest):
+    """The scale of a row whose largest magnitude is given; 1 for a row of zeros."""
+    return tl.where(largest > 0, largest / FP8_MAX, 1.0)
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """Rows x [ROWS, BLOCK] over their scales [ROWS], as e4m3."""
+    y = x / scale[:, None]  # rounding may pass the largest number, which has no successor but NaN
+    return tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
+def forward(
+    x,  # [T, E]
+    weight, bias,  # [E]
+    out,  # [T, E]
+    out_fp8,  # e4m3 [T, E]
+    scale,  # float32 [T]
+    num_rows, width, stride_x, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    valid = columns < width
+    inside = (rows < num_rows)[:, None] & valid[None, :]
+    long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    hat, _ = normalise(x_RE, inside, width, eps)
+    y = hat * w[None, :] + b[None, :]
+    place = long_rows * width + columns[None, :]
+    if OUT:
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+    if FP8:
+        by_row = fp8_scale(tl.max(tl.abs(y), 1))
+        tl.store(out_fp8 + place, to_fp8(y, by_row), mask=inside)
+        tl.store(scale + rows, by_row, mask=rows < num_rows)
+
+
+@triton.jit
+def quantize(x, out_fp8, scale, num_rows, width, stride_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows as e4m3 with a scale each."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    long_rows = rows.to(tl.int64)[:, None]
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    by_row = fp8_scale(tl.max(tl.abs(x_RE), 1))
+    tl.store(out_fp8 + long_rows * width + columns[None, :], to_fp8(x_RE, by_row), mask=inside)
+    tl.store(scale + rows, by_row, mask=rows < num_rows)
+
+
+@triton.jit
+def backward(
+    d_out,  # [T, E] gradient of the normalised rows
+    x,
+    d_residual,  # [T, E] gradient that reaches x past the layer
+    weight,
+    dx,  # [T, E]
+    partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, d_residual
+    num_rows, width, stride_x, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""
+    columns = tl.arange(0, BLOCK)
+    valid = columns < width
+    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    d_passed = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        rows = begin + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & valid[None, :]
+        long_rows = rows.to(tl.int64)[:, None]
+        place = long_rows * width + columns[None, :]
+        d = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
+        x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        hat, rstd = normalise(x_RE, inside, width, eps)
+        d_weight += d * hat
+        d_bias += d
+        grad = normalise_backward(d * w[None, :], hat, rstd, width)
+        if RESIDUAL:
+            passed = tl.load(d_residual + place, mask=inside, other=0.0).to(tl.float32)
+            d_passed += passed
+            grad += passed
+        tl.store(dx + place, grad.to(dx.dtype.element_ty), mask=inside)
+    base = partial + tl.program_id(0) * 3 * width + columns
+    tl.store(base, tl.sum(d_weight, 0), mask=valid)
+    tl.store(base + width, tl.sum(d_bias, 0), mask=valid)
+    tl.store(base + 2 * width, tl.sum(d_passed, 0), mask=valid)

@@ -1,0 +1,1 @@
+"""Linear layer with its neighbours fused: bias, SiLU, residual, row-wise FP8. `op.py` is the face."""

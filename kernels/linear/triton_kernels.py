@@ -1,0 +1,114 @@
+# ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated on the device)
+"""Triton kernel of a linear layer whose epilogue does what would be a pass of its own: bias, SiLU, residual, scales.
+
+Suffixes: M rows of a tile, N outputs of a tile, K inputs of a step.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _silu(x, FAST: tl.constexpr):
+    if FAST:  # one special-function instruction instead of two; 2**-11 of error, below half precision's rounding
+        half = 0.5 * x
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
+        )
+        y = half + half * tanh
+    else:
+        y = x / (1 + tl.exp2(x * -LOG2_E))
+    return y
+
+
+@triton.jit
+def _tile(
+    source, row, column, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
+    """[ROWS, COLUMNS] of a row-major matrix, zeros outside of it."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        tile = tl.load(source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _epilogue(
+    acc, row, column, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out, stride_pre,
+    stride_residual, silu_from, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr, PRE: tl.constexpr,
+    RESIDUAL: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Scales, bias, then SiLU or the residual, and the stores of a [BLOCK_M, BLOCK_N] of sums."""
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    valid = columns < num_outputs
+    inside = (rows < num_rows)[:, None]
+    if not EVEN:
+        inside = inside & valid[None, :]
+    long_rows = rows.to(tl.int64)[:, None]
+    if FP8:
+        by_row = tl.load(x_scale + rows, mask=rows < num_rows, other=0.0)
+        acc *= by_row[:, None] * tl.load(w_scale + columns, mask=valid, other=0.0)[None, :]
+    acc += tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        if column + BLOCK_N > silu_from:
+            active = (columns >= silu_from)[None, :]
+            if PRE:
+                place = pre + long_rows * stride_pre + (columns - silu_from)[None, :]
+                tl.store(place, acc.to(pre.dtype.element_ty), mask=inside & active)
+            acc = tl.where(active, _silu(acc, FAST), acc)
+    if RESIDUAL:
+        place = residual + long_rows * stride_residual + columns[None, :]
+        acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + long_rows * stride_out + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear(
+    x,  # descriptor over [M, K], or a pointer
+    w,  # descriptor over [N, K], or a pointer
+    out,  # [M, N]
+    pre,  # [M, N - silu_from]: what SiLU was applied to
+    bias,  # [N]
+    residual,  # [M, N]
+    x_scale,  # float32 [M] of FP8 rows
+    w_scale,  # float32 [N]
+    num_rows, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_pre, stride_residual, silu_from,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr,
+    PRE: tl.constexpr, RESIDUAL: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    EVEN: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """out = x wᵀ + bias, SiLU of the columns from `silu_from` on, or + residual.
+
+    A program takes every `num_programs`-th tile, outputs fastest: the few row tiles at work share their x, and all
+    of w stays in L2. The epilogue goes in PARTS halves, so that its registers fit.
+    """
+    across = tl.cdiv(num_outputs, BLOCK_N)
+    tiles = tl.cdiv(num_rows, BLOCK_M) * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        row, column = (tile // across) * BLOCK_M, (tile % across) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, num_inputs, BLOCK_K):
+            a = _tile(x, row, k, num_rows, num_inputs, stride_x, BLOCK_M, BLOCK_K, TMA)
+            b = _tile(w, column, k, num_outputs, num_inputs, stride_w, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        if PARTS == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            _epilogue(
+                left, row, column, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
+                stride_pre, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, PRE, RESIDUAL, FP8, FAST, EVEN
+            )  # fmt: skip
+            _epilogue(
+                right, row, column + BLOCK_N // 2, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs,
+                stride_out, stride_pre, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, PRE, RESIDUAL, FP8,
+                FAST, EVEN
+            )  # fmt: skip
+        else:
+            _epilogue(
+                acc, row, column, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
+                stride_pre, stride_residual, silu_from, BLOCK_M, BLOCK_N, SILU, PRE, RESIDUAL, FP8, FAST, EVEN
+            )  # fmt: skip

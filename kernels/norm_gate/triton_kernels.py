@@ -1,0 +1,150 @@
+"""Triton kernels of Norm(A) * SiLU(U): forward, and backward, which makes Y again for the output layer's weights.
+
+A program holds ROWS whole rows. The dropout mask is a hash of (seed, row, column) and is never stored.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.layer_norm.triton_kernels import fp8_scale, normalise, normalise_backward, to_fp8
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _mix(x):
+    """lowbias32, a bijection of uint32 in which every bit of the input moves every bit of the output."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _drop(x, seed, rows, columns, threshold, gain, DROPOUT: tl.constexpr):
+    """x times `gain` where 24 random bits reach the threshold, else 0; the bits of `reference.dropout_mask`."""
+    if DROPOUT:
+        by_row = _mix((rows ^ seed).to(tl.uint32))
+        draw = _mix(by_row[:, None] ^ _mix(columns.to(tl.uint32))[None, :]) >> 8
+        x = tl.where(draw.to(tl.int32) >= threshold, x * gain, 0.0)
+    return x
+
+
+@triton.jit(do_not_specialize=["seed"])  # a new one each step must not compile anew
+def forward(
+    a, u,  # [T, E]
+    weight, bias,  # [E]
+    out,  # [T, Y], Y = E, or 3 E: U, A, Norm(A) * U
+    out_fp8,  # e4m3 [T, Y]
+    scale,  # float32 [T]
+    num_rows, width, stride_a, stride_u, seed, threshold, gain, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    valid = columns < width
+    inside = (rows < num_rows)[:, None] & valid[None, :]
+    long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
+    a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    u_RE = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    hat, _ = normalise(a_RE, inside, width, eps)
+    u_RE *= 1 / (1 + tl.exp2(u_RE * -LOG2_E))
+    y = (hat * w[None, :] + b[None, :]) * u_RE
+    if CONCAT:
+        u_RE = _drop(u_RE, seed, rows, columns, threshold, gain, DROPOUT)
+        a_RE = _drop(a_RE, seed, rows, columns + width, threshold, gain, DROPOUT)
+        y = _drop(y, seed, rows, columns + 2 * width, threshold, gain, DROPOUT)
+        place = long_rows * (3 * width) + columns[None, :]
+    else:
+        y = _drop(y, seed, rows, columns, threshold, gain, DROPOUT)
+        place = long_rows * width + columns[None, :]
+    if OUT:
+        if CONCAT:
+            tl.store(out + place, u_RE.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + place + width, a_RE.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + place + 2 * width, y.to(out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+    if FP8:
+        largest = tl.max(tl.abs(y), 1)
+        if CONCAT:
+            largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(u_RE), 1), tl.max(tl.abs(a_RE), 1)))
+        by_row = fp8_scale(largest)
+        if CONCAT:
+            tl.store(out_fp8 + place, to_fp8(u_RE, by_row), mask=inside)
+            tl.store(out_fp8 + place + width, to_fp8(a_RE, by_row), mask=inside)
+            tl.store(out_fp8 + place + 2 * width, to_fp8(y, by_row), mask=inside)
+        else:
+            tl.store(out_fp8 + place, to_fp8(y, by_row), mask=inside)
+        tl.store(scale + rows, by_row, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def backward(
+    d_out,  # [T, Y]
+    a, u,
+    weight, bias,
+    da,  # [T, E]
+    du,  # [T, E], rows `stride_du` apart
+    out,  # [T, Y], made again
+    partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, du
+    num_rows, width, stride_a, stride_u, stride_du, seed, threshold, gain, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""
+    columns = tl.arange(0, BLOCK)
+    valid = columns < width
+    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    d_gate = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        rows = begin + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & valid[None, :]
+        long_rows = rows.to(tl.int64)[:, None]
+        a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        hat, rstd = normalise(a_RE, inside, width, eps)
+        normed = hat * w[None, :] + b[None, :]
+        sigmoid = 1 / (1 + tl.exp2(x * -LOG2_E))
+        u_RE = x * sigmoid
+        first = 0
+        if CONCAT:
+            first = 2 * width
+            place = long_rows * (3 * width) + columns[None, :]
+            d_u = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
+            d_a = tl.load(d_out + place + width, mask=inside, other=0.0).to(tl.float32)
+            d_u = _drop(d_u, seed, rows, columns, threshold, gain, DROPOUT)
+            d_a = _drop(d_a, seed, rows, columns + width, threshold, gain, DROPOUT)
+            if OUT:
+                u_out = _drop(u_RE, seed, rows, columns, threshold, gain, DROPOUT)
+                a_out = _drop(a_RE, seed, rows, columns + width, threshold, gain, DROPOUT)
+                tl.store(out + place, u_out.to(out.dtype.element_ty), mask=inside)
+                tl.store(out + place + width, a_out.to(out.dtype.element_ty), mask=inside)
+            place += first
+        else:
+            place = long_rows * width + columns[None, :]
+        d_y = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            d_y = _drop(d_y, seed, rows, columns + first, threshold, gain, DROPOUT)
+        if OUT:
+            y = _drop(normed * u_RE, seed, rows, columns + first, threshold, gain, DROPOUT)
+            tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+        d_normed = tl.where(inside, d_y * u_RE, 0.0)
+        d_weight += d_normed * hat
+        d_bias += d_normed
+        grad_u = d_y * normed
+        grad_a = normalise_backward(d_normed * w[None, :], hat, rstd, width)
+        if CONCAT:
+            grad_u += d_u
+            grad_a += d_a
+        grad_u *= sigmoid + u_RE * (1 - sigmoid)
+        d_gate += grad_u
+        tl.store(da + long_rows * width + columns[None, :], grad_a.to(da.dtype.element_ty), mask=inside)
+        tl.store(du + long_rows * stride_du + columns[None, :], grad_u.to(du.dtype.element_ty), mask=inside)
+    base = partial + tl.program_id(0) * 3 * width + columns
+    tl.store(base, tl.sum(d_weight, 0), mask=valid)
+    tl.store(base + width, tl.sum(d_bias, 0), mask=valid)
+    tl.store(base + 2 * width, tl.sum(d_gate, 0), mask=valid)

@@ -1,0 +1,49 @@
+"""Launches of the norm and gate kernels."""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.layer_norm.triton_launch import FP8, backward_programs, row_block
+from kernels.norm_gate import triton_kernels
+from kernels.norm_gate.reference import dropout_threshold
+
+
+def launch_norm_gate(
+    a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float, concat_ua: bool, p: float, seed: int,
+    out: bool = True, fp8: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Y in u's type; the same as FP8 rows, and their scales; None for what was not asked."""
+    num_rows, width = a_TE.shape
+    shape, device = (num_rows, width * (3 if concat_ua else 1)), a_TE.device
+    y = torch.empty(shape, dtype=u_TE.dtype, device=device) if out else None
+    codes = torch.empty(shape, dtype=FP8, device=device) if fp8 else None
+    scale = torch.empty(num_rows, dtype=torch.float32, device=device) if fp8 else None
+    if num_rows:
+        rows, block = row_block(width, 2048)
+        triton_kernels.forward[(triton.cdiv(num_rows, rows),)](
+            a_TE, u_TE, weight, bias, y, codes, scale, num_rows, width, a_TE.stride(0), u_TE.stride(0), seed,
+            dropout_threshold(p), 1 / (1 - p), eps, ROWS=rows, BLOCK=block, CONCAT=concat_ua, DROPOUT=p > 0,
+            OUT=out, FP8=fp8, num_warps=4,
+        )  # fmt: skip
+    return y, codes, scale
+
+
+def launch_norm_gate_backward(
+    d_out: Tensor, a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, du: Tensor, *, eps: float,
+    concat_ua: bool, p: float, seed: int, out: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """da, Y made again if asked, d_weight, d_bias and the sum of du over rows; fills du, whose rows may lie apart."""
+    num_rows, width = a_TE.shape
+    da = torch.empty(num_rows, width, dtype=a_TE.dtype, device=a_TE.device)
+    y = torch.empty(d_out.shape, dtype=u_TE.dtype, device=a_TE.device) if out else None
+    programs = backward_programs(a_TE.device)
+    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=a_TE.device)
+    rows, block = row_block(width, 1024)
+    triton_kernels.backward[(programs,)](
+        d_out, a_TE, u_TE, weight, bias, da, du, y, partial, num_rows, width, a_TE.stride(0), u_TE.stride(0),
+        du.stride(0), seed, dropout_threshold(p), 1 / (1 - p), eps, ROWS=rows, BLOCK=block, CONCAT=concat_ua,
+        DROPOUT=p > 0, OUT=out, num_warps=4,
+    )  # fmt: skip
+    d_weight, d_bias, of_gate = partial.sum(0).unbind(0)
+    return da, y, d_weight, d_bias, of_gate

@@ -1,0 +1,156 @@
+"""One STU layer, the op: checks and the choice of backend.
+
+x [T, E] + weights + the batch's mask → `stu_layer` → [T, E]
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.semi_local_attention.op import semi_local_attention, triton_plan
+from kernels.stu.reference import STUShape, STUWeights, output_reference, project_reference
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+RECOMPUTABLE = "normed_x", "uvqk", "y"
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """How the rows of a batch fall into sequences, as `semi_local_attention` takes it."""
+
+    seq_offsets: Tensor
+    max_seq_len: int
+    num_targets: Tensor | None = None
+    target_visible: Tensor | None = None
+
+
+def stu_layer(
+    x_TE: Tensor,
+    weights: STUWeights,
+    shape: STUShape,
+    sequences: Sequences,
+    *,
+    p: float = 0.0,
+    seed: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The layer's output [T, E].
+
+    Dropout `p` on what the output layer reads; `seed`, in 0..2**31 - 1, fixes its mask, the same on every backend,
+    and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton kernels (there, under autocast, the
+    output has autocast's type: the residual stream is in half precision), and otherwise PyTorch around
+    `semi_local_attention`. `"triton"` and `"torch"` say which attention that is, `"reference"` is dense.
+
+    Raises:
+        ValueError: on shapes and types that do not fit, FP8 on a GPU without it.
+    """
+    if torch.is_grad_enabled() and is_fused(x_TE, shape, backend):
+        from kernels.stu.triton_launch import FusedLayer  # where Triton is not installed, CPUs still work
+
+        _check(x_TE.shape, tuple(w.shape for w in weights), shape, p)
+        mask = shape.window, shape.full_rows, shape.prefix
+        rows = sequences.seq_offsets, sequences.max_seq_len, sequences.num_targets, sequences.target_visible
+        plan = triton_plan(len(x_TE), *rows, *mask)
+        x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
+        return FusedLayer.apply(x_TE, *weights, shape, plan, p, _drawn(p) if seed is None else seed)
+    u, q, k, v = project(x_TE, weights, shape, backend=backend)
+    a = attend(q, k, v, shape, sequences, backend=backend)
+    return output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)
+
+
+def project(
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U [T, H V] as `output` takes it, Q and K [T, H, D], V [T, H, V]. As in `output`, no row needs another.
+
+    The fused kernels are for inference: where gradients are recorded, only `stu_layer` has them.
+    """
+    _check(x_TE.shape, tuple(w.shape for w in weights), shape, 0.0)
+    if torch.is_grad_enabled() or not is_fused(x_TE, shape, backend):
+        return project_reference(x_TE, weights, shape)
+    from kernels.stu.triton_launch import launch_project
+
+    x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
+    projected, _ = launch_project(x_TE, weights, shape, keep_pre=False, keep_weight=True)
+    u, q, k, v = projected.parts(projected.uvqk)
+    return u, q, k, v
+
+
+def attend(
+    q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, shape: STUShape, sequences: Sequences, *, backend: Backend = "auto"
+) -> Tensor:
+    """A [T, H, V]."""
+    return semi_local_attention(
+        q_THD,
+        k_THD,
+        v_THV,
+        sequences.seq_offsets,
+        max_seq_len=sequences.max_seq_len,
+        num_targets=sequences.num_targets,
+        target_visible=sequences.target_visible,
+        window=shape.window,
+        full_rows=shape.full_rows,
+        prefix=shape.prefix,
+        attn_alpha=shape.attn_alpha,
+        scaling_seq_len=shape.scaling_seq_len,
+        backend=backend,
+    )
+
+
+def output(
+    x_TE: Tensor,
+    u_TE: Tensor,
+    a_THV: Tensor,
+    weights: STUWeights,
+    shape: STUShape,
+    *,
+    p: float = 0.0,
+    seed: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The layer's output [T, E] from its input, the U of `project` and A."""
+    _check(x_TE.shape, tuple(w.shape for w in weights), shape, p)
+    if torch.is_grad_enabled() or not is_fused(x_TE, shape, backend):
+        return output_reference(x_TE, u_TE, a_THV, weights, shape, p, seed)
+    from kernels.stu.triton_launch import launch_output
+
+    x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
+    seed = _drawn(p) if seed is None else seed
+    return launch_output(x_TE, a_THV.flatten(1), u_TE, weights, shape, p, seed, keep_y=False, keep_weight=True)[0]
+
+
+def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
+    """Whether the fused kernels take this; float32 is left to PyTorch, whose products are faster there."""
+    fused = backend in ("auto", "triton") and x_TE.is_cuda and _compute_dtype(x_TE).itemsize == 2 and len(x_TE) > 0
+    if fused and shape.fp8 and torch.cuda.get_device_capability(x_TE.device) < (8, 9):
+        raise ValueError(f"FP8 needs compute capability 8.9, {torch.cuda.get_device_name(x_TE.device)} has less")
+    return fused
+
+
+def _compute_dtype(x_TE: Tensor) -> torch.dtype:
+    device = x_TE.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TE.dtype
+
+
+def _drawn(p: float) -> int:
+    return int(torch.randint(2**31, ())) if p > 0 else 0  # on the host: the device is not waited for
+
+
+@lru_cache(1024)  # a model asks the same of every layer
+def _check(x: torch.Size, weights: tuple[torch.Size, ...], shape: STUShape, p: float) -> None:
+    if len(x) != 2:
+        raise ValueError(f"x must be [T, E], got {tuple(x)}")
+    width, projected, attended = x[1], sum(shape.split), shape.split[0]
+    gated = attended * (3 if shape.concat_ua else 1)
+    norms = (width,), (width,), (projected, width), (projected,), (attended,), (attended,)
+    for name, size, expected in zip(STUWeights._fields, weights, (*norms, (width, gated), (width,)), strict=True):
+        if size != expected:
+            raise ValueError(f"{name} must be {expected}, got {tuple(size)}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    unknown = set(shape.recompute) - set(RECOMPUTABLE)
+    if unknown:
+        raise ValueError(f"recompute may name {RECOMPUTABLE}, got {sorted(unknown)}")

@@ -1,0 +1,169 @@
+"""The STU layer on CUDA: nine launches of fused kernels, and an autograd function that says what is kept.
+
+    x ─norm→ X ─f1, SiLU→ U, Q, K, V ─attention→ A ─norm, gate, dropout→ Y ─f2 + x→ out
+
+Kept for backward are x and A, and unless `recompute` names them X, U..V and Y. SiLU's derivative needs what it was
+applied to: U is activated only inside the gate kernels, and for Q, K, V f1 writes both forms where backward follows.
+Each kernel that makes a gradient applies it before it stores, so that no pass over U..V is left.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kernels.layer_norm.triton_launch import launch_layer_norm, launch_layer_norm_backward
+from kernels.linear.triton_launch import launch_linear
+from kernels.linear.weights import cast_weight, quantized_weight
+from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
+from kernels.semi_local_attention import triton_launch as attention
+from kernels.stu.reference import STUShape, STUWeights
+
+
+@dataclass(slots=True)
+class Projected:
+    """f1's output [T, U + Q + K + V], all activated but U, and what SiLU was applied to [T, Q + K + V]."""
+
+    uvqk: Tensor
+    pre: Tensor | None
+    shape: STUShape
+
+    def parts(self, of: Tensor) -> list[Tensor]:
+        """U [T, H V] and Q, K, V [T, H, ·] of a tensor laid out like `uvqk`."""
+        u, *qkv = of.split(self.shape.split, dim=1)
+        return [u, *(x.unflatten(1, (self.shape.num_heads, -1)) for x in qkv)]
+
+    def pre_qkv(self) -> list[Tensor] | list[None]:
+        if self.pre is None:
+            return [None, None, None]
+        return [x.unflatten(1, (self.shape.num_heads, -1)) for x in self.pre.split(self.shape.split[1:], dim=1)]
+
+
+def launch_project(
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, keep_pre: bool, normed: Tensor | None = None,
+    keep_normed: bool = False, keep_weight: bool = False,
+) -> tuple[Projected, Tensor | None]:  # fmt: skip
+    """f1 of the normalised x, and that if it is to be kept or was given."""
+    dtype = x_TE.dtype
+    codes = scale = None
+    if normed is None or shape.fp8:
+        out = normed is None and (keep_normed or not shape.fp8)
+        made, codes, scale = launch_layer_norm(
+            x_TE, weights.norm_weight, weights.norm_bias, shape.norm_eps, dtype, out=out, fp8=shape.fp8
+        )
+        normed = made if normed is None else normed
+    silu_from = shape.split[0] if shape.silu_qkv else None
+    options: dict[str, Any] = {"silu_from": silu_from, "keep_pre": keep_pre, "dtype": dtype}
+    if codes is not None and scale is not None:
+        w, w_scale = quantized_weight(weights.uvqk_weight, keep=keep_weight)
+        uvqk, pre = launch_linear(codes, w, weights.uvqk_bias, scales=(scale, w_scale), **options)
+    else:
+        assert normed is not None
+        w = cast_weight(weights.uvqk_weight, dtype, keep=keep_weight)
+        uvqk, pre = launch_linear(normed, w, weights.uvqk_bias, **options)
+    return Projected(uvqk, pre, shape), normed
+
+
+def attend(projected: Projected, plan: attention.TritonPlan) -> tuple[attention.Problem, tuple[Tensor, ...]]:
+    """The attention problem of a layer and its operands q, k, v."""
+    shape = projected.shape
+    _, q, k, v = projected.parts(projected.uvqk)
+    return attention.make_problem((q, k, v), plan, shape.attn_alpha, shape.scaling_seq_len)
+
+
+def attention_rows(projected: Projected, plan: attention.TritonPlan) -> Tensor:
+    """A [T, H V]."""
+    problem, operands = attend(projected, plan)
+    a = attention.launch_forward(problem, operands)
+    return a[..., : projected.shape.d_v].flatten(1)
+
+
+def launch_output(
+    x_TE: Tensor, a_TE: Tensor, u_TE: Tensor, weights: STUWeights, shape: STUShape, p: float, seed: int,
+    keep_y: bool, keep_weight: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """x + f2 of the gated A, and Y if it is to be kept."""
+    y, codes, scale = launch_norm_gate(
+        a_TE, u_TE, weights.norm_attn_weight, weights.norm_attn_bias, eps=shape.norm_eps, concat_ua=shape.concat_ua,
+        p=p, seed=seed, out=keep_y or not shape.fp8, fp8=shape.fp8,
+    )  # fmt: skip
+    if codes is not None and scale is not None:
+        w, w_scale = quantized_weight(weights.out_weight, keep=keep_weight)
+        scales = scale, w_scale
+        out, _ = launch_linear(codes, w, weights.out_bias, residual=x_TE, scales=scales, dtype=x_TE.dtype)
+    else:
+        assert y is not None
+        w = cast_weight(weights.out_weight, x_TE.dtype, keep=keep_weight)
+        out, _ = launch_linear(y, w, weights.out_bias, residual=x_TE)
+    return out, y if keep_y else None
+
+
+class FusedLayer(torch.autograd.Function):
+    """As `reference`, project to output, of (x, *weights, shape, plan, dropout, seed)."""
+
+    @staticmethod
+    def forward(ctx, x_TE: Tensor, *arguments):
+        *tensors, shape, plan, p, seed = arguments
+        weights = STUWeights(*tensors)
+        keep = {name for name in ("normed_x", "uvqk", "y") if name not in shape.recompute}
+        projected, normed = launch_project(
+            x_TE, weights, shape, shape.silu_qkv and "uvqk" in keep, keep_normed="normed_x" in keep
+        )
+        u = projected.parts(projected.uvqk)[0]
+        a = attention_rows(projected, plan)
+        out, y = launch_output(x_TE, a, u, weights, shape, p, seed, "y" in keep)
+        kept = [normed if "normed_x" in keep else None, y]
+        kept += [projected.uvqk, projected.pre] if "uvqk" in keep else [None, None]
+        ctx.save_for_backward(x_TE, a, *kept, *weights)
+        ctx.rest = shape, plan, p, seed
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        shape, plan, p, seed = ctx.rest
+        x, a, normed, y, uvqk, pre, *tensors = ctx.saved_tensors
+        weights = STUWeights(*tensors)
+        dtype = x.dtype
+        grad = grad.to(dtype).contiguous()
+        if uvqk is None:
+            projected, normed = launch_project(x, weights, shape, shape.silu_qkv, normed, keep_normed=True)
+        else:
+            projected = Projected(uvqk, pre, shape)
+        if normed is None:
+            norm = weights.norm_weight, weights.norm_bias
+            normed, _, _ = launch_layer_norm(x, *norm, shape.norm_eps, dtype)
+        u, *_ = projected.parts(projected.uvqk)
+
+        d_uvqk = torch.empty_like(projected.uvqk)
+        du, dq, dk, dv = projected.parts(d_uvqk)
+        d_y = grad @ weights.out_weight.to(dtype)
+        da, made, d_norm_weight, d_norm_bias, _ = launch_norm_gate_backward(
+            d_y, a, u, weights.norm_attn_weight, weights.norm_attn_bias, du, eps=shape.norm_eps,
+            concat_ua=shape.concat_ua, p=p, seed=seed, out=y is None,
+        )  # fmt: skip
+        y = made if y is None else y
+        d_out_weight = grad.T @ y
+        del d_y, made, y
+
+        problem, operands = attend(projected, plan)
+        d_heads = da.unflatten(1, (shape.num_heads, shape.d_v))
+        d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v)) if problem.d_v > shape.d_v else d_heads
+        pre_q, pre_k, pre_v = projected.pre_qkv()
+        attention.launch_backward_queries(problem, (*operands, d_heads), dq, pre_q=pre_q)
+        attention.launch_backward_keys(problem, (*operands, d_heads), dk, dv, pre_k=pre_k, pre_v=pre_v)
+        del projected, operands, problem, da, d_heads, pre_q, pre_k, pre_v
+
+        d_normed = d_uvqk @ weights.uvqk_weight.to(dtype)
+        d_uvqk_weight = d_uvqk.T @ normed
+        d_uvqk_bias = d_uvqk.sum(0, dtype=torch.float32)
+        dx, d_weight, d_bias, d_out_bias = launch_layer_norm_backward(
+            d_normed, x, grad, weights.norm_weight, shape.norm_eps
+        )
+        grads = STUWeights(
+            d_weight, d_bias, d_uvqk_weight, d_uvqk_bias, d_norm_weight, d_norm_bias, d_out_weight, d_out_bias
+        )
+        return dx, *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True)), None, None, None, None

@@ -1,0 +1,211 @@
+"""The kernels of the STU layer without a GPU: numbers from the interpreter in float32 on tiny tiles, and from the
+compiler that they build for Hopper and Ampere within the machine's limits. FP8 as a CPU emulates it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.layer_norm.reference import quantize_rows_reference, through_fp8
+from kernels.layer_norm.triton_launch import launch_layer_norm, launch_quantize
+from kernels.linear import triton_launch as linear
+from kernels.linear.reference import linear_reference
+from kernels.linear.triton_launch import Tile, launch_linear
+from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
+from kernels.norm_gate.triton_launch import launch_norm_gate
+from kernels.semi_local_attention import triton_launch as attention
+from kernels.semi_local_attention.op import triton_plan
+from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
+from kernels.stu.reference import STUShape, STUWeights
+from kernels.stu.triton_launch import FusedLayer, attention_rows, launch_output, launch_project
+
+SMALL = STUShape(
+    num_heads=2,
+    d_qk=8,
+    d_v=16,
+    norm_eps=1e-6,
+    attn_alpha=0.5,
+    scaling_seq_len=4,
+    window=4,
+    full_rows=3,
+    prefix=1,
+)
+CASES = {  # shape, dropout
+    "nothing kept, odd widths": (replace(SMALL, recompute=RECOMPUTABLE), 0.0),
+    "all kept": (SMALL, 0.0),
+    "wide, dropout": (replace(SMALL, d_qk=16, concat_ua=True, recompute=("uvqk",)), 0.3),
+    "linear q, k, v of odd widths": (replace(SMALL, d_v=12, silu_qkv=False, recompute=("y",)), 0.3),
+    "wide, linear, causal": (replace(SMALL, concat_ua=True, silu_qkv=False, window=None, recompute=("normed_x",)), 0.3),
+}
+
+
+def assert_as_accurate(fast: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0) -> None:
+    """`fast` strays from the float64 `truth` at most `factor` times as far as plain PyTorch does."""
+    worst = [(x.double() - truth).abs().max().item() for x in (fast, plain)]
+    allowed = factor * worst[1] + 1e-6 * truth.abs().max().item()
+    assert worst[0] <= allowed, f"error {worst[0]:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.Tile(16, 16, 4, 1))
+    monkeypatch.setattr(linear, "tile_size", lambda **_: Tile(16, 32, 16, 4, 1, parts=2, per_sm=1))
+    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_layer(shape: STUShape, width: int = 20) -> tuple[Tensor, list[Tensor], Tensor]:
+    """x, weights and a gradient in float64, of values that float32 holds."""
+    torch.manual_seed(0)
+    attended, projected = shape.split[0], sum(shape.split)
+    gated = attended * (3 if shape.concat_ua else 1)
+    sizes = [(width,), (width,), (projected, width), (projected,), (attended,), (attended,), (width, gated), (width,)]
+    weights = [torch.randn(size) * (size[-1] ** -0.5 if len(size) > 1 else 0.3) for size in sizes]
+    weights[0], weights[4] = weights[0] + 1, weights[4] + 1
+    x, grad = torch.randn(32, width), torch.randn(32, width)
+    return x.double(), [w.double() for w in weights], grad.double()
+
+
+SEQUENCES = Sequences(torch.tensor([0, 23, 23, 32]), 23, torch.tensor([3, 0, 9], dtype=torch.int32))
+
+
+def run(shape: STUShape, p: float, dtype: torch.dtype, fused: bool = False) -> list[Tensor]:
+    """Output and all gradients."""
+    x, weights, grad = make_layer(shape)
+    leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), *(w.clone() for w in weights))]
+    x, *weights = leaves
+    if fused:
+        rows = SEQUENCES.seq_offsets, SEQUENCES.max_seq_len, SEQUENCES.num_targets, SEQUENCES.target_visible
+        plan = triton_plan(len(x), *rows, shape.window, shape.full_rows, shape.prefix)
+        out = FusedLayer.apply(x, *weights, shape, plan, p, 77)
+        with torch.no_grad():
+            projected, _ = launch_project(x, STUWeights(*weights), shape, keep_pre=False)
+            u, a = projected.parts(projected.uvqk)[0], attention_rows(projected, plan)
+            inferred, _ = launch_output(x, a, u, STUWeights(*weights), shape, p, 77, keep_y=False)
+        assert torch.equal(inferred, out)
+    else:
+        out = stu_layer(x, STUWeights(*weights), shape, SEQUENCES, p=p, seed=77, backend="reference")
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_layer_equals_the_reference_in_outputs_and_gradients(name):
+    shape, p = CASES[name]
+    truth, plain = run(shape, p, torch.float64), run(shape, p, torch.float32)
+    for fast, in_float32, expected in zip(run(shape, p, torch.float32, fused=True), plain, truth, strict=True):
+        assert_as_accurate(fast, in_float32, expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_what_is_made_again_changes_no_bit():
+    kept = run(SMALL, 0.3, torch.float32, fused=True)
+    again = run(replace(SMALL, recompute=RECOMPUTABLE), 0.3, torch.float32, fused=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_interpreted_linear(rows, parts):
+    x, w, bias, residual = torch.randn(rows, 24), torch.randn(50, 24), torch.randn(50), torch.randn(rows, 50)
+    tile = Tile(16, 32, 16, 4, 1, parts=parts, per_sm=1)
+    out, pre = launch_linear(x, w, bias, silu_from=13, keep_pre=True, tile=tile)
+    torch.testing.assert_close(out, linear_reference(x, w, bias, silu_from=13))
+    assert pre is not None
+    torch.testing.assert_close(pre, linear_reference(x, w, bias)[:, 13:])
+    out, _ = launch_linear(x, w, bias, residual=residual, tile=tile)
+    torch.testing.assert_close(out, linear_reference(x, w, bias, residual=residual))
+    (x, x_scale), (w, w_scale) = quantize_rows_reference(x), quantize_rows_reference(w)
+    out, _ = launch_linear(x, w, bias, scales=(x_scale, w_scale), dtype=torch.float32, tile=tile)
+    torch.testing.assert_close(out, (x.float() * x_scale[:, None]) @ (w.float() * w_scale[:, None]).T + bias)
+
+
+def assert_quantized(codes: Tensor | None, scale: Tensor | None, truth: Tensor) -> None:
+    """The interpreter loses the carry where rounding moves a number to the next power of two: 2 % of random ones."""
+    assert codes is not None and scale is not None
+    expected, expected_scale = quantize_rows_reference(truth)
+    torch.testing.assert_close(scale, expected_scale)
+    assert (codes.float() == expected.float()).float().mean() > 0.95
+
+
+def test_interpreted_norms_quantize():
+    torch.manual_seed(0)
+    x, u, w, bias = torch.randn(37, 24) * 3, torch.randn(37, 24), torch.randn(24), torch.randn(24)
+    x[5] = 0
+    assert_quantized(*launch_quantize(x), x)
+    normed, codes, scale = launch_layer_norm(x, w, bias, 1e-6, torch.float32, fp8=True)
+    expected = torch.nn.functional.layer_norm(x, (24,), w, bias, 1e-6)
+    torch.testing.assert_close(normed, expected)
+    assert_quantized(codes, scale, expected)
+    for concat in (False, True):
+        options = {"eps": 1e-6, "concat_ua": concat, "p": 0.25, "seed": 5}
+        expected = norm_gate_reference(x, u, w, bias, **options)
+        gated, codes, scale = launch_norm_gate(x, u, w, bias, **options, fp8=True)
+        torch.testing.assert_close(gated, expected)
+        assert_quantized(codes, scale, expected)
+
+
+def test_dropout_masks_are_even_and_independent():
+    masks = [dropout_mask(seed, 2000, 64, 0.25, torch.device("cpu")).float() for seed in (0, 1, 2**31 - 1)]
+    for mask in masks:
+        assert abs(mask.mean() - 0.75) < 0.004
+        assert (mask.mean(0) - 0.75).abs().max() < 0.05
+        together = torch.corrcoef(mask.T) - torch.eye(64)
+        assert together.abs().max() < 0.1
+        assert abs(torch.corrcoef(torch.stack([mask[1:].flatten(), mask[:-1].flatten()]))[0, 1]) < 0.01
+    assert torch.corrcoef(torch.stack([m.flatten() for m in masks])).triu(1).abs().max() < 0.01
+
+
+def test_fp8_rounds_forward_and_not_backward():
+    torch.manual_seed(0)
+    x, w, bias, grad = torch.randn(9, 40), torch.randn(30, 40), torch.randn(30), torch.randn(9, 30)
+    x[3] = 0
+    leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
+    out = linear_reference(*leaves, fp8=True)
+    torch.testing.assert_close(out, through_fp8(x) @ through_fp8(w).T + bias)
+    error = (out - linear_reference(x, w, bias)).norm() / out.norm()
+    assert 0.01 < error < 0.05  # three bits of mantissa
+    grads = torch.autograd.grad(out, leaves, grad)
+    for got, expected in zip(grads, (grad @ w, grad.T @ x, grad.sum(0)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_fp8_scales_each_row():
+    """A row a thousand times as large as its neighbour keeps its neighbour's digits."""
+    x = torch.randn(2, 64) * torch.tensor([[1.0], [1000.0]])
+    assert ((through_fp8(x) - x).norm(dim=1) / x.norm(dim=1)).max() < 0.04
+
+
+def test_a_layer_names_the_weight_that_does_not_fit():
+    x, weights, _ = make_layer(SMALL)
+    weights[2] = weights[2][1:]
+    with pytest.raises(ValueError, match=r"uvqk_weight must be \(96, 20\), got \(95, 20\)"):
+        stu_layer(x, STUWeights(*weights), SMALL, SEQUENCES)
+
+
+@pytest.fixture(scope="module")
+def builds():
+    """Kernels compiled in a process that does not interpret them: name → what the compiler says."""
+    script = Path(__file__).with_name("compile_layer.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_builds_use_tensor_cores_and_do_not_spill(builds):
+    assert len(builds) >= 10
+    for name, build in builds.items():
+        if "linear" in name:
+            hopper = name.startswith("sm_90")
+            assert build["wgmma" if hopper else "mma"] > 0, name
+            assert (build["bulk_copies"] > 0) == hopper, name
+            assert build["shared"] <= (227 if hopper else 163) * 1024, name
+        assert build["stack"] <= 256, f"{name}: spills"
