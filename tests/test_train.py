@@ -13,13 +13,14 @@ import torch.multiprocessing as mp
 from test_model import make_batch, make_config, make_maps
 from torch import nn
 
+from kernels.rowwise_adamw.reference import rows_and_sums
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.flops import Work, count_work
 from pipeline.train import loop
 from pipeline.train.checkpoint import Checkpoint, CheckpointFolder, MetricsFile, last_good, read_checkpoint
-from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
+from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 
 STEPS = 6
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.rowwise_adamw.reference import rows_and_sums
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
@@ -23,7 +24,7 @@ from pipeline.model.flops import Work, count_work
 from pipeline.model.losses import task_losses
 from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
 from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
-from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, rows_and_sums
+from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +146,7 @@ class Trainee:
         for group in self.adamw.param_groups:
             group["lr"] = cfg.lr * factor
         self.adamw.step()
-        self.rowwise.step(
-            {name: (rows, sums / total) for name, (rows, sums) in grads.items()}, cfg.embedding_lr * factor
-        )
+        self.rowwise.step(grads, cfg.embedding_lr * factor, total)
         return losses, weights
 
     def _reduce_dense(self, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +163,14 @@ class Trainee:
         return loss, weight
 
     def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per table the distinct rows touched by any rank, and the sum of their gradients."""
+        """Per table the rows touched by any rank, with repeats, and their gradients."""
         local = {}
         for name, weight in self.tables.items():
             assert weight.grad is not None
-            local[name] = rows_and_sums(weight.grad._indices()[0], weight.grad._values())
-        return local if self.world_size == 1 else gather_rows(local, self.world_size)
+            local[name] = weight.grad._indices()[0], weight.grad._values()
+        if self.world_size == 1:
+            return local
+        return gather_rows({name: rows_and_sums(*touched) for name, touched in local.items()}, self.world_size)
 
     def checkpoint(self, state: TrainState, identity: dict) -> Checkpoint:
         optimizer = {f"rowwise.{name}": tensor for name, tensor in self.rowwise.state_dict().items()}
@@ -191,7 +192,7 @@ class Trainee:
 
 
 def gather_rows(local: dict[str, tuple[Tensor, Tensor]], world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The rows of all ranks, those of one row added: three messages whatever the number of tables."""
+    """The rows of all ranks, one after another: three messages whatever the number of tables."""
     device = next(iter(local.values()))[0].device
     counts = torch.tensor([len(rows) for rows, _ in local.values()], device=device)
     counts_of = _all_gather(counts, world_size)
@@ -203,8 +204,9 @@ def gather_rows(local: dict[str, tuple[Tensor, Tensor]], world_size: int) -> dic
     split_rows = [rows.split(c) for rows, c in zip(rows_of, counts_of, strict=True)]
     split_sums = [sums.split(f) for sums, f in zip(sums_of, floats_of, strict=True)]
     return {
-        name: rows_and_sums(
-            torch.cat([rows[i] for rows in split_rows]), torch.cat([sums[i].view(-1, widths[i]) for sums in split_sums])
+        name: (
+            torch.cat([rows[i] for rows in split_rows]),
+            torch.cat([sums[i].view(-1, widths[i]) for sums in split_sums]),
         )
         for i, name in enumerate(local)
     }

@@ -5,21 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-
-def rows_and_sums(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows, ascending, and the sum of each one's values in the order given: two runs agree bit for bit."""
-    index, order = torch.sort(index, stable=True)
-    rows, counts = torch.unique_consecutive(index, return_counts=True)
-    return rows, torch.segment_reduce(values[order], "sum", lengths=counts, unsafe=True)
+from kernels.rowwise_adamw.op import rowwise_adamw
+from kernels.rowwise_adamw.reference import Hyper
 
 
 class RowwiseAdamW:
-    """AdamW that keeps one second moment per row and touches only the rows of the batch.
-
-    HSTU, arXiv:2402.17152, names it without a formula. For row r with gradient g and global step t:
-    `m ← β1·m + (1−β1)·g`, `v ← β2·v + (1−β2)·mean(g²)`,
-    `w ← w − lr·(m̂ / (sqrt(v̂) + eps) + weight_decay·w)`. With β1 = 0 there is no m.
-    """
+    """AdamW that keeps one second moment per row and touches only the rows of the batch (kernels/rowwise_adamw)."""
 
     def __init__(
         self,
@@ -35,23 +26,16 @@ class RowwiseAdamW:
         self.v = {name: w.new_zeros(w.shape[0]) for name, w in tables.items()}
 
     @torch.no_grad()
-    def step(self, grads: dict[str, tuple[Tensor, Tensor]], lr: float) -> None:
-        """`grads`: per table the distinct rows [n] and their gradients [n, d]."""
+    def step(self, grads: dict[str, tuple[Tensor, Tensor]], lr: float, grad_scale: Tensor | None = None) -> None:
+        """`grads`: per table rows [n], which may repeat, and their gradients [n, d].
+
+        `grad_scale`, one number, divides the gradients of a row after they were added.
+        """
         self.step_count += 1
-        beta1, beta2 = self.betas
-        correct1, correct2 = 1 - beta1**self.step_count, 1 - beta2**self.step_count
+        hyper = Hyper(self.step_count, lr, self.betas, self.eps, self.weight_decay)
         for name, (rows, grad) in grads.items():
-            weight = self.tables[name]
-            if beta1:
-                m = self.m[name][rows].lerp(grad, 1 - beta1)
-                self.m[name][rows] = m
-            else:
-                m = grad
-            v = self.v[name][rows].lerp(grad.square().mean(1), 1 - beta2)
-            self.v[name][rows] = v
-            update = (m / correct1) / ((v / correct2).sqrt() + self.eps)[:, None]
-            old = weight[rows]
-            weight[rows] = old - lr * (update + self.weight_decay * old)
+            moments = self.m.get(name), self.v[name]
+            rowwise_adamw(self.tables[name].detach(), *moments, rows, grad, hyper, grad_scale=grad_scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"m.{name}": m for name, m in self.m.items()} | {f"v.{name}": v for name, v in self.v.items()}

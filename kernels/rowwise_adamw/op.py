@@ -1,0 +1,46 @@
+"""Row-wise AdamW, the op: one step of the rows of a table that have a gradient, in place."""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Backend, choose, require
+from kernels.rowwise_adamw.reference import Hyper, rows_and_sums, rowwise_adamw_reference
+
+
+@torch.no_grad()
+def rowwise_adamw(
+    weight: Tensor,
+    m: Tensor | None,
+    v: Tensor,
+    ids: Tensor,
+    grads: Tensor,
+    hyper: Hyper,
+    *,
+    grad_scale: Tensor | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """Update rows `ids` [n] of `weight` [R, d], which may repeat: their gradients [n, d] are added, in the order given.
+
+    `m` [R, d] is None where β1 = 0; `v` [R]. `grad_scale`, one number on the device, divides the summed gradients.
+    Two runs agree bit for bit. Triton keeps the moments in float32 and never waits for the device; plain PyTorch counts
+    the distinct rows on the host.
+
+    Raises:
+        ValueError: on shapes and types that do not fit.
+    """
+    num_rows, dim = weight.shape
+    require(grads.shape == (len(ids), dim), f"grads must be [{len(ids)}, {dim}], got {tuple(grads.shape)}")
+    require(m is None or m.shape == weight.shape, "m must be as the table, or None where β1 = 0")
+    require((m is None) == (hyper.betas[0] == 0), f"m is there where β1 is not 0, got betas {hyper.betas}")
+    require(v.shape == (num_rows,), f"v must be [{num_rows}], one per row, got {tuple(v.shape)}")
+    if choose(backend, weight) == "triton":
+        from kernels.rowwise_adamw.triton_launch import rowwise_adamw_triton
+
+        moments = all(x is None or x.dtype == torch.float32 for x in (m, v))
+        require(moments, f"the triton backend keeps moments in float32, got {v.dtype}")
+        require(weight.is_contiguous(), "the table must be contiguous")
+        scale = v.new_ones(()) if grad_scale is None else grad_scale.float()
+        rowwise_adamw_triton(weight, m, v, ids, grads, scale, hyper)
+        return
+    rows, sums = rows_and_sums(ids, grads)
+    rowwise_adamw_reference(weight, m, v, rows, sums if grad_scale is None else sums / grad_scale, hyper)

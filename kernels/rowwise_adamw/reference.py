@@ -1,0 +1,50 @@
+"""Row-wise AdamW on distinct rows, in plain PyTorch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """What a step needs beside tensors; `step` counts from 1."""
+
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        return 1 - self.betas[0] ** self.step, 1 - self.betas[1] ** self.step
+
+
+def rowwise_adamw_reference(
+    weight: Tensor, m: Tensor | None, v: Tensor, rows: Tensor, grad: Tensor, hyper: Hyper
+) -> None:
+    """In place: weight [R, d], m [R, d] or None for β1 = 0, v [R]; `rows` [n] distinct, `grad` [n, d].
+
+    HSTU, arXiv:2402.17152, names it without a formula. For row r with gradient g at global step t:
+    `m ← β1·m + (1−β1)·g`, `v ← β2·v + (1−β2)·mean(g²)`,
+    `w ← w − lr·(m̂ / (sqrt(v̂) + eps) + weight_decay·w)`.
+    """
+    beta1, beta2 = hyper.betas
+    correct1, correct2 = hyper.corrections
+    new_m = grad
+    if m is not None:
+        new_m = m[rows].lerp(grad, 1 - beta1)
+        m[rows] = new_m
+    new_v = v[rows].lerp(grad.square().mean(1), 1 - beta2)
+    v[rows] = new_v
+    update = (new_m / correct1) / ((new_v / correct2).sqrt() + hyper.eps)[:, None]
+    old = weight[rows]
+    weight[rows] = old - hyper.lr * (update + hyper.weight_decay * old)
+
+
+def rows_and_sums(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows, ascending, and the sum of each one's values in the order given: two runs agree bit for bit."""
+    index, order = torch.sort(index, stable=True)
+    rows, counts = torch.unique_consecutive(index, return_counts=True)
+    return rows, torch.segment_reduce(values[order], "sum", lengths=counts, unsafe=True)

@@ -1,0 +1,128 @@
+"""Fused row-wise AdamW: gradients of the same row are added and the row updated, in one pass over sorted ids.
+
+`ids` are sorted and `order` says where each one's gradient lies. A program takes BLOCK_N places of that order, a
+chunk. A run of equal ids inside one chunk is added, first to last, and its row updated at once. A run that goes
+on in other chunks leaves one partial sum in each, and a second kernel adds those in their order: results depend
+neither on timing nor on the number of runs.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _update(
+    weight, m, v, row, grad, active, grad_scale, lr, share1, share2, correct1, correct2, eps, weight_decay, dim,
+    MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` [N] of the table where `active`, with the gradients [N, BLOCK_D]."""
+    col = tl.arange(0, BLOCK_D)
+    at = row[:, None] * dim + col
+    mask = active[:, None] & (col < dim)
+    grad = grad / tl.load(grad_scale)
+    old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        old_m = tl.load(m + at, mask=mask, other=0.0)
+        new_m = old_m + share1 * (grad - old_m)
+        tl.store(m + at, new_m, mask=mask)
+    else:
+        new_m = grad
+    old_v = tl.load(v + row, mask=active, other=0.0)
+    mean = tl.sum(tl.where(col < dim, grad * grad, 0.0), 1) / dim
+    new_v = old_v + share2 * (mean - old_v)
+    tl.store(v + row, new_v, mask=active)
+    update = (new_m / correct1) / (tl.sqrt(new_v / correct2) + eps)[:, None]
+    new = old - lr * (update + weight_decay * old)
+    tl.store(weight + at, new.to(weight.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def update_rows(
+    ids,  # int [n], sorted
+    order,  # int64 [n]: where the gradient of ids[i] lies
+    grads,  # [n, dim]
+    partial,  # float32 [chunks, 2, dim] out: sums of runs that began before the chunk, and that go on after it
+    weight,  # [R, dim]
+    m,  # float32 [R, dim], with MOMENTUM
+    v,  # float32 [R]
+    grad_scale,  # float32 []: gradients are divided by it
+    num_ids,
+    dim,
+    lr,
+    share1,  # 1 - β1, and 1 - β2: in float32 the subtraction would lose digits
+    share2,
+    correct1,
+    correct2,
+    eps,
+    weight_decay,
+    MOMENTUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    lane = tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_D)
+    place = first + lane
+    valid = place < num_ids
+    row = tl.load(ids + place, mask=valid, other=-1).to(tl.int64)
+    before = tl.load(ids + place - 1, mask=valid & (place > 0), other=-1).to(tl.int64)
+    starts = valid & ((row != before) | (lane == 0))
+    # The lanes of a run: those of the same id. Each start knows how many follow it.
+    same = (row[:, None] == row[None, :]) & valid[:, None] & valid[None, :]
+    length = tl.sum(same.to(tl.int32), 1)
+    longest = tl.max(tl.where(starts, length, 0), 0)
+    grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i in range(longest):
+        more = starts & (i < length)
+        source = tl.load(order + place + i, mask=more, other=0)
+        mask = more[:, None] & (col < dim)
+        grad += tl.load(grads + source[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
+
+    end = first + BLOCK_N
+    next_id = tl.load(ids + end, mask=end < num_ids, other=-1).to(tl.int64)
+    goes_on = starts & (row == next_id)
+    came = starts & (lane == 0) & (row == before) & (place > 0)
+    _update(
+        weight, m, v, row, grad, starts & ~goes_on & ~came, grad_scale, lr, share1, share2, correct1, correct2, eps,
+        weight_decay, dim, MOMENTUM, BLOCK_D,
+    )  # fmt: skip
+    # A run that came from before lies in half 0, whether or not it goes on; one that begins here and goes on in half 1.
+    to = (tl.program_id(0).to(tl.int64) * 2 + tl.where(came, 0, 1))[:, None] * dim + col
+    tl.store(partial + to, grad, mask=(came | goes_on)[:, None] & (col < dim))
+
+
+@triton.jit
+def finish_rows(
+    ids, partial, weight, m, v, grad_scale, num_ids, dim, lr, share1, share2, correct1, correct2, eps, weight_decay,
+    MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk: the row whose run begins there and goes on, if there is one."""
+    chunk = tl.program_id(0).to(tl.int64)
+    last = (chunk + 1) * BLOCK_N - 1
+    if last + 1 >= num_ids:
+        return
+    row = tl.load(ids + last).to(tl.int64)
+    if tl.load(ids + last + 1).to(tl.int64) != row:
+        return
+    begin = chunk * BLOCK_N
+    if tl.load(ids + begin - 1, mask=begin > 0, other=-1).to(tl.int64) == row:
+        return  # it began earlier
+    col = tl.arange(0, BLOCK_D)
+    total = tl.load(partial + (chunk * 2 + 1) * dim + col, mask=col < dim, other=0.0)
+    sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    next_chunk = chunk + 1
+    more = True
+    while more:
+        each = next_chunk + tl.arange(0, BLOCK_C)
+        place = each * BLOCK_N
+        same = tl.load(ids + place, mask=place < num_ids, other=-1).to(tl.int64) == row
+        mask = same[:, None] & (col < dim)
+        sums += tl.load(partial + (each * 2)[:, None] * dim + col, mask=mask, other=0.0)
+        next_chunk += BLOCK_C
+        more = tl.sum(same.to(tl.int32), 0) == BLOCK_C
+    grad = (total + tl.sum(sums, 0))[None, :]
+    rows = row + tl.zeros((1,), tl.int64)
+    _update(
+        weight, m, v, rows, grad, rows >= 0, grad_scale, lr, share1, share2, correct1, correct2, eps, weight_decay, dim,
+        MOMENTUM, BLOCK_D,
+    )  # fmt: skip

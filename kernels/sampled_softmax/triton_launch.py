@@ -1,0 +1,77 @@
+"""Launches of the sampled softmax kernels; same functions as `torch_chunked`."""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.sampled_softmax import triton_kernels
+from kernels.sampled_softmax.reference import NORM_EPS, normalise
+from kernels.sampled_softmax.torch_chunked import through_norm
+
+TILE = 4096  # numbers of a program's block of vectors: 32 a thread
+LONGEST_PART = 4096  # pairs of an item that one program adds where all items have more
+
+
+def _blocks(dim: int) -> dict[str, int]:
+    block_d = triton.next_power_of_2(dim)
+    return {"BLOCK_R": min(max(TILE // block_d, 1), 128), "BLOCK_D": block_d}
+
+
+def forward(
+    users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per position: loss, log of the summed exponentials, gradient of the loss towards the user vector; in float32."""
+    num_positions, dim = users.shape
+    loss, lse = (torch.empty(num_positions, dtype=torch.float32, device=users.device) for _ in range(2))
+    grad = torch.empty(num_positions, dim, dtype=torch.float32, device=users.device)
+    if num_positions:
+        sizes = negatives.shape[1], dim, 1 / temperature
+        tensors = users, items, positives, negatives, loss, lse, grad
+        triton_kernels.forward[(num_positions,)](*tensors, *sizes, **_blocks(dim))
+    return loss, lse, grad
+
+
+def item_gradients(
+    users: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    share: Tensor,
+    temperature: float,
+) -> Tensor:
+    """[N, D]: the gradient of `(loss * share).sum()` towards the item vectors, in float32."""
+    num_items, dim = items.shape
+    columns = negatives.shape[1] + 1
+    order, starts = _pairs_by_item(positives, negatives, num_items)
+    factor = share / temperature
+    per_norm = 1 / torch.linalg.vector_norm(users, dim=1, dtype=torch.float32).clamp(min=NORM_EPS)
+    tensors = users, items, per_norm, lse - factor.log(), factor * torch.expm1(-loss), order, starts
+    sizes = columns, dim, 1 / temperature
+    num_parts = min(triton.cdiv(len(order), num_items * LONGEST_PART), 64) if num_items else 1
+    blocks = _blocks(dim)
+    grad = torch.empty(num_items, num_parts, dim, dtype=torch.float32, device=items.device)
+    if num_items == 0:
+        return grad[:, 0]
+    triton_kernels.item_gradients[(num_items, num_parts)](
+        *tensors, grad, num_parts, *sizes, SPLIT=num_parts > 1, **blocks
+    )
+    if num_parts == 1:
+        return grad[:, 0]
+    wide = items.float()
+    return through_norm(grad.sum(1), normalise(wide), torch.linalg.vector_norm(wide, dim=1, keepdim=True))
+
+
+def _pairs_by_item(positives: Tensor, negatives: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """Pairs `position * (1 + R) + column` sorted by the item they drew, and where each item's begin.
+
+    Column 0 is the positive. Collisions count for nothing; they sort behind all items.
+    """
+    key = torch.int32 if num_items < 2**31 - 1 else torch.int64  # half the passes of a radix sort
+    ids = torch.empty(len(negatives), negatives.shape[1] + 1, dtype=key, device=negatives.device)
+    ids[:, 0] = positives
+    ids[:, 1:] = negatives
+    ids[:, 1:].masked_fill_(negatives == positives[:, None], num_items)
+    ids, order = torch.sort(ids.flatten(), stable=True)
+    return order, torch.searchsorted(ids, torch.arange(num_items + 1, dtype=key, device=ids.device))

@@ -1,0 +1,73 @@
+"""The fused row-wise AdamW against plain PyTorch in float64: repeated ids, runs over many chunks, several steps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.rowwise_adamw import triton_launch
+from kernels.rowwise_adamw.op import rowwise_adamw
+from kernels.rowwise_adamw.reference import Hyper
+from kernels.rowwise_adamw.triton_launch import rowwise_adamw_triton
+
+IDS = {
+    "distinct": [5, 2, 9, 0, 11],
+    "one row": [3] * 40,
+    "repeats": [1, 0, 1, 7, 7, 1, 0, 11, 7, 2, 2],
+    "runs over chunks": [4] * 9 + [2] * 4 + [7] * 3 + [1, 4, 8, 8, 8, 2] + [0] * 30 + [10, 9],
+    "nothing": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_launch, "LONGEST", 4)
+    monkeypatch.setattr(triton_launch, "PARTIALS", 2)
+    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def state(dim: int, momentum: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    generator = torch.Generator().manual_seed(dim)
+    weight = torch.randn(12, dim, generator=generator)
+    return weight.to(dtype), torch.zeros(12, dim, dtype=dtype) if momentum else None, torch.zeros(12, dtype=dtype)
+
+
+@pytest.mark.parametrize(("dim", "momentum"), [(1, True), (7, True), (8, False), (32, True)])
+@pytest.mark.parametrize("name", IDS)
+def test_interpreted_kernels_equal_plain_pytorch(name: str, dim: int, momentum: bool) -> None:
+    ids = torch.tensor(IDS[name], dtype=torch.int64)
+    fast, again = state(dim, momentum, torch.float32), state(dim, momentum, torch.float32)
+    truth, plain = state(dim, momentum, torch.float64), state(dim, momentum, torch.float32)
+    truth = truth[0].copy_(fast[0]), *truth[1:]
+    scale = torch.tensor(0.7)
+    for step in range(1, 4):
+        grads = torch.randn(len(ids), dim, generator=torch.Generator().manual_seed(step))
+        hyper = Hyper(step, 0.1, (0.9 if momentum else 0.0, 0.99), 1e-8, 0.05)
+        rowwise_adamw_triton(*fast, ids, grads, scale, hyper)
+        rowwise_adamw_triton(*again, ids, grads, scale, hyper)
+        rowwise_adamw(*plain, ids, grads, hyper, grad_scale=scale)
+        rowwise_adamw(*truth, ids, grads.double(), hyper, grad_scale=scale.double())
+    for got, repeat, there, expected in zip(fast, again, plain, truth, strict=True):
+        if got is None:
+            assert expected is None
+            continue
+        assert repeat is not None and there is not None and expected is not None
+        assert torch.equal(got, repeat)
+        allowed = 2 * (there - expected).abs().max() + 1e-6 * expected.abs().max()
+        assert (got - expected).abs().max() <= allowed
+    untouched = [row for row in range(12) if row not in IDS[name]]
+    assert torch.equal(fast[0][untouched], state(dim, momentum, torch.float32)[0][untouched])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight, m, v = state(4, True, torch.float32)
+    ids, grads = torch.tensor([1, 1]), torch.ones(2, 4)
+    hyper = Hyper(1, 0.1, (0.9, 0.99), 1e-8, 0.0)
+    rowwise_adamw(weight, m, v, ids, grads, hyper)
+    with pytest.raises(ValueError, match=r"grads must be \[2, 4\], got \(2, 3\)"):
+        rowwise_adamw(weight, m, v, ids, grads[:, :3], hyper)
+    with pytest.raises(ValueError, match="m is there where β1 is not 0"):
+        rowwise_adamw(weight, None, v, ids, grads, hyper)
+    with pytest.raises(ValueError, match="needs CUDA"):
+        rowwise_adamw(weight, m, v, ids, grads, hyper, backend="triton")

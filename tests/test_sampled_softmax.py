@@ -1,0 +1,121 @@
+"""Sampled softmax against its definition in float64: values, gradients, collisions, repeats, and the full softmax."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.sampled_softmax import torch_chunked, triton_launch
+from kernels.sampled_softmax.op import SampledSoftmax, draw_negatives, sampled_softmax
+from kernels.sampled_softmax.reference import normalise
+
+CASES = {  # positions, items, negatives, width
+    "one": (1, 1, 1, 1),
+    "odd": (7, 13, 9, 5),
+    "few items, so collisions and repeats": (9, 3, 20, 8),
+    "no negatives": (3, 4, 0, 6),
+    "items in parts": (40, 2, 11, 4),
+    "no positions": (0, 5, 3, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch_chunked, "CHUNK", 300)
+    monkeypatch.setattr(triton_launch, "TILE", 32)
+    monkeypatch.setattr(triton_launch, "LONGEST_PART", 50)
+    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_positions, num_items, num_negatives, dim = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(n, dim, generator=generator) for n in (num_positions, num_items))
+    users[:1] *= 1e-9  # below the norm's bound
+    items[-1:] *= 1e-8
+    positives = torch.randint(num_items, (num_positions,), generator=generator)
+    negatives = draw_negatives(num_items, num_positions, num_negatives, generator=generator)
+    weights = torch.rand(num_positions, generator=generator)
+    weights[2:3] = 0
+    return users, items, positives, negatives, weights
+
+
+def loss_and_grads(form, users: Tensor, items: Tensor, *rest: Tensor, temperature: float = 0.05) -> list[Tensor]:
+    leaves = users.clone().requires_grad_(), items.clone().requires_grad_()
+    if form == "reference":
+        *ids, weights = rest
+        loss = sampled_softmax(
+            *leaves, *ids, weights=weights.to(users.dtype), temperature=temperature, backend="reference"
+        )
+    else:
+        loss = SampledSoftmax.apply(*leaves, *rest, temperature, form)
+    return [loss.detach(), *torch.autograd.grad(3 * loss, leaves)]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "no positions"])
+def test_loss_and_gradients(name: str) -> None:
+    users, items, positives, negatives, weights = make_case(name)
+    rest = positives, negatives, weights
+    truth = loss_and_grads("reference", users.double(), items.double(), *rest)
+    plain = loss_and_grads("reference", users, items, *rest)
+    for form in (torch_chunked, triton_launch):
+        fast, again = (loss_and_grads(form, users, items, *rest) for _ in range(2))
+        for got, repeat, there, expected in zip(fast, again, plain, truth, strict=True):
+            assert torch.equal(got, repeat)
+            allowed = 2 * (there - expected).abs().max() + 1e-6 * expected.abs().max()
+            assert (got - expected).abs().max() <= allowed, form.__name__
+
+
+def test_no_positions() -> None:
+    users, items, positives, negatives, _ = make_case("no positions")
+    for form in (torch_chunked, triton_launch):
+        losses, lse, grad = form.forward(users, items, positives, negatives, 0.05)
+        assert (losses.shape, lse.shape, grad.shape) == ((0,), (0,), (0, 4))
+        share = torch.zeros(0)
+        grad = form.item_gradients(users, items, positives, negatives, losses, lse, share, 0.05)
+        assert torch.equal(grad, torch.zeros(5, 4))
+
+
+def test_all_other_items_once_is_the_full_softmax() -> None:
+    generator = torch.Generator().manual_seed(1)
+    users, items = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (5, 6))
+    positives = torch.tensor([0, 5, 2, 2, 1])
+    others = torch.stack([torch.tensor([i for i in range(6) if i != p]) for p in positives.tolist()])
+    scores = normalise(users) @ normalise(items).T / 0.05
+    expected = torch.nn.functional.cross_entropy(scores, positives)
+    torch.testing.assert_close(sampled_softmax(users, items, positives, others), expected)
+
+
+def test_a_negative_that_is_the_positive_counts_for_nothing() -> None:
+    users, items = torch.ones(1, 2), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    loss = sampled_softmax(users, items, torch.tensor([0]), torch.tensor([[0, 0, 1]]), temperature=1.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(math.sqrt(0.5) - 1)))
+
+
+def test_gradients_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(n, 3, generator=generator, dtype=torch.float64).requires_grad_() for n in (4, 5))
+    positives, negatives = torch.tensor([0, 1, 4, 4]), draw_negatives(5, 4, 6, generator=generator)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    call = lambda u, i: sampled_softmax(u, i, positives, negatives, weights=weights, temperature=0.5)
+    assert torch.autograd.gradcheck(call, (users, items))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"users_PD": torch.ones(2, 3)}, r"users must be \[P, D\] and items \[N, D\]"),
+        ({"negatives": torch.zeros(3, 4, dtype=torch.int64)}, r"negatives \[2, R\]"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+        ({"weights": torch.ones(3)}, r"weights must be \[2\], got \(3,\)"),
+        ({"backend": "triton"}, "needs CUDA"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    fitting = {"users_PD": torch.ones(2, 4), "items_ND": torch.ones(5, 4), "positives": torch.tensor([0, 4])}
+    fitting |= {"negatives": torch.zeros(2, 4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        sampled_softmax(**{**fitting, **change})

@@ -1,0 +1,21 @@
+"""The kernels of tables and jagged rows build for Hopper: no spills, no atomics, 16 bytes a thread and access."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_hopper_builds():
+    script = Path(__file__).with_name("compile_tables.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    builds = json.loads(done.stdout)
+    assert len(builds) >= 10
+    for name, build in builds.items():
+        assert build["stack"] == 0, f"{name}: spills"
+        assert build["atomics"] == 0, f"{name}: sums would depend on timing"
+        assert build["registers"] <= 168, f"{name}: fewer than three programs would fit on a multiprocessor"
+        assert build["wide_loads"] + build["wide_stores"] > 0, name
