@@ -18,6 +18,7 @@ from pipeline.data.batch import SequenceBatch, candidates, collate
 from pipeline.data.events import Events
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
+from pipeline.model.quantize import quantize_tables
 from serve_app.history import Histories, HistoryStore, histories, sequence_row
 from serve_app.history_cache import HistoryCaches, history_keys
 from serve_app.schemas import HistoryRow, ModelInfo, RankRequest, RankResponse, Refusal, RequestFeatures
@@ -39,6 +40,8 @@ class Ranker:
 
     def __init__(self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig) -> None:
         self.model, self.cfg, self.maps = loaded.model, loaded.cfg, loaded.maps
+        if limits.int4_tables:
+            quantize_tables(self.model)
         self.store, self.version, self.name, self.limits = store, version, name, limits
         self.device = next(self.model.parameters()).device
         self.request_columns = tuple(column for column in self.cfg.features.request if column != "hour")

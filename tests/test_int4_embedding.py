@@ -1,16 +1,24 @@
 """INT4 tables: the formula, the packing, the look-up of either backend, and a model that uses them."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from test_model import RATES, VOCAB, make_batch, make_config
+from tiny_world import publish_sequences, save_tiny_model, tiny_config
 from torch import Tensor, nn
 
 from kernels.int4_embedding.op import look_up, packed_words, quantize
 from kernels.int4_embedding.reference import quantize_reference
 from kernels.int4_embedding.triton_launch import look_up_triton
+from pipeline.evaluate import evaluator
 from pipeline.model import quantize as quantize_module
+from pipeline.model.artifact import load_model
 from pipeline.model.quantize import Int4Embedding, quantize_tables
 from pipeline.model.ultra_hstu import UltraHSTU
+from serve_app.history import PublishedSequences
+from serve_app.ranker import Ranker
 
 
 def some_table(num_rows: int, dim: int) -> Tensor:
@@ -86,3 +94,22 @@ def test_a_model_with_int4_tables(monkeypatch: pytest.MonkeyPatch) -> None:
             state[f"{name}.weight"] = codes * scale + bias if name in swapped else weight
         dense.load_state_dict(state)
     torch.testing.assert_close(quantised, dense(batch))
+
+
+def test_the_evaluation_and_the_server_use_them_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_module, "WORTH_BYTES", 100)
+    for name in ("calibration", "roc"):
+        monkeypatch.setattr(evaluator.plots, name, lambda *_: None)
+    cfg = tiny_config(tmp_path / "runs")
+    publish_sequences(cfg)
+    folder = save_tiny_model(cfg, tmp_path / "model")
+    store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    losses = []
+    for on in (False, True):
+        changed = replace(cfg, evaluate=replace(cfg.evaluate, int4_tables=on))
+        losses.append(evaluator.evaluate(changed, folder, ["val"])["val/ne/is_click"])
+        ranker = Ranker(load_model(folder), store, 1, "tiny", replace(cfg.serve, int4_tables=on))
+        assert any(isinstance(table, Int4Embedding) for table in ranker.model.modules()) == on
+        ranker.warm()
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)

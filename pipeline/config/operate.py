@@ -22,6 +22,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     num_replicas: int = 1
+    int4_tables: bool = False  # embedding tables of four bits a number; evaluate.int4_tables says what that costs
     max_candidates: int = 10_000
     max_body_bytes: int = 2_000_000
     max_history: int = 16_384

@@ -65,6 +65,7 @@ class EvaluateConfig:
     batch_tokens: int = 8192  # tokens of one forward pass
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
+    int4_tables: bool = False  # score with the embedding tables that serve.int4_tables would serve
     calibration_bins: int = 20
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from pipeline.evaluate import plots
 from pipeline.evaluate.metrics import TaskMetrics
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.flops import Work, count_work
+from pipeline.model.quantize import quantize_tables
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
         UserError: no whole model at `model_dir`, a split without a request, or CUDA asked for where there is none.
     """
     loaded = load_model(model_dir, device(cfg))
+    if cfg.evaluate.int4_tables:
+        quantize_tables(loaded.model)
     folder = cfg.run_dir / "evaluation"
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
