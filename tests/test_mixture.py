@@ -11,7 +11,7 @@ from pipeline.config import ChannelConfig, ConfigError, RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.artifact import load_model, save_model
 from pipeline.model.embeddings import Tokens
-from pipeline.model.flops import count_work
+from pipeline.model.flops import count_work, head_flops, input_flops
 from pipeline.model.mixture import MixtureOfTransducers, filter_rows, newest_rows
 from pipeline.model.transducer import Transducer, candidates
 from pipeline.model.ultra_hstu import UltraHSTU
@@ -185,7 +185,7 @@ def test_work_of_a_mixture_by_hand() -> None:
     for tokens, pairs in layers:
         expected += 2 * tokens * d_model * 4 * heads * width + 2 * tokens * heads * width * d_model
         expected += 2 * pairs * heads * 2 * width
-    assert work.flops == expected
+    assert work.flops == expected + input_flops(cfg, batch) + head_flops(cfg, 1)
 
 
 def test_artifact_of_a_mixture_keeps_scores(tmp_path) -> None:

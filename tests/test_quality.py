@@ -4,14 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from tiny_world import publish_sequences, tiny_config
 
-from benchmarks import quality
+from benchmarks import quality, quality_report
+from benchmarks.section import write_section
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.evaluate import metrics
 
 
 def write_plan(folder: Path, cfg: RunConfig, **plan: object) -> Path:
@@ -42,11 +46,43 @@ def test_a_run_leaves_its_figures_and_is_not_made_twice(tmp_path):
     assert not quality.finished(run)
     result = quality.carry_out(run)
     assert json.loads((out / "tiny-0.json").read_text()) == json.loads(json.dumps(result))
-    metrics = result["metrics"]
-    assert 0 < metrics["val/auc/is_click"] < 1
-    assert metrics["train/gflop_per_example"] > 0
-    assert metrics["test/rows"] == pq.read_metadata(tmp_path / "predictions" / "tiny-0-test.parquet").num_rows
+    found = result["metrics"]
+    assert 0 < found["val/auc/is_click"] < 1
+    assert found["train/gflop_per_example"] > 0
+    assert found["test/rows"] == pq.read_metadata(tmp_path / "predictions" / "tiny-0-test.parquet").num_rows
     assert quality.finished(run)
     assert not quality.finished(replace(run, cfg=replace(cfg, seed=1)))
     with pytest.raises(UserError, match="other settings"):
         quality.finished(replace(run, cfg=replace(cfg, train=replace(cfg.train, lr=0.1))))
+
+
+def test_the_bootstrap_counts_users_and_pairs_both_sides():
+    """Weights that count rows twice are the metrics of the rows repeated; a model gains nothing over itself."""
+    rng = np.random.default_rng(0)
+    labels, logits = rng.random(300) < 0.3, np.round(rng.normal(size=300), 1)  # with ties
+    weight = rng.integers(0, 3, 300)
+    rows = np.repeat(np.arange(300), weight)
+    ranked = quality_report.Ranked.of(logits, labels)
+    assert ranked.auc(labels, weight) == pytest.approx(metrics.auc(logits[rows], labels[rows]))
+    assert ranked.ne(labels, weight) == pytest.approx(metrics.normalised_entropy(logits[rows], labels[rows]))
+    users = rng.integers(0, 40, 300)
+    found = quality_report.paired_bootstrap([logits], [logits], labels, users, samples=20)
+    assert found == {"auc": (0, 0, 0), "ne": (0, 0, 0)}
+    better = logits + labels  # higher where the label is set
+    gain, low, high = quality_report.paired_bootstrap([better], [logits], labels, users, samples=200)["auc"]
+    assert 0 < low < gain < high
+
+
+def test_other_rows_are_refused():
+    keys = {"user_id": [1, 2], "item_id": [3, 4], "event_time": [5, 6]}
+    with pytest.raises(ValueError, match="anchor: 2 rows, not the same 2"):
+        quality_report.same_rows(pa.table(keys), pa.table(keys | {"item_id": [3, 5]}), "anchor")
+
+
+def test_a_section_is_replaced_and_nothing_else(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\nbefore\n")
+    write_section("speed", "first", path)
+    path.write_text(path.read_text() + "\nafter\n")
+    write_section("speed", "second", path)
+    assert path.read_text() == ("# Results\n\nbefore\n\n<!-- speed: begin -->\nsecond\n<!-- speed: end -->\n\nafter\n")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.semi_local_attention.op import semi_local_attention, triton_plan
+from kernels.semi_local_attention.reference import RelativeBias
 from kernels.stu.reference import STUShape, STUWeights, output_reference, project_reference
 
 Backend = Literal["auto", "triton", "torch", "reference"]
@@ -80,7 +81,14 @@ def project(
 
 
 def attend(
-    q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, shape: STUShape, sequences: Sequences, *, backend: Backend = "auto"
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    shape: STUShape,
+    sequences: Sequences,
+    *,
+    bias: RelativeBias | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """A [T, H, V]."""
     return semi_local_attention(
@@ -94,6 +102,7 @@ def attend(
         window=shape.window,
         full_rows=shape.full_rows,
         prefix=shape.prefix,
+        bias=bias,
         attn_alpha=shape.attn_alpha,
         scaling_seq_len=shape.scaling_seq_len,
         backend=backend,

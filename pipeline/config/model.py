@@ -58,8 +58,9 @@ def require_depth(section: str, num_layers: int, truncate_after_layer: int | Non
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """ULTRA-HSTU: tokens, stack of STU layers with truncation, one head per task."""
+    """ULTRA-HSTU: tokens, stack of STU layers with truncation, one head per task; or a baseline in its place."""
 
+    encoder: Literal["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"] = "ultra_hstu"
     d_model: int = 64
     num_layers: int = 2
     num_heads: int = 2
@@ -73,6 +74,8 @@ class ModelConfig:
     channels: dict[str, ChannelConfig] = field(default_factory=dict)
     # Mixture of transducers: one per channel, each with its own depth, mask and truncation in the place of
     # num_layers, attention, truncate_after_layer and truncate_to here. Empty: one transducer over every row.
+    relative_bias: bool = False  # hstu and hstu_merged: a bias of relative position and time on the scores
+    ffn_dim: int = 256  # transformer, sasrec: width inside the feed-forward layers; din: of its attention's MLP
     silu_qkv: bool = True  # False: SiLU on U only, the authors' production form
     concat_ua: bool = False  # the output layer reads concat[U, A, Norm(A) * U] instead of Norm(A) * U
     candidate_action: Literal["none", "learned"] = "none"  # learned: one constant where an event has its actions
@@ -94,6 +97,7 @@ class ModelConfig:
             "action_dim",
             "position_buckets",
             "head_hidden",
+            "ffn_dim",
         ):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
         require(self.time_buckets >= 2, "model.time_buckets", self.time_buckets, "2 or more")
@@ -101,3 +105,15 @@ class ModelConfig:
         unknown = [name for name in self.recompute if name not in RECOMPUTABLE]
         require(not unknown, "model.recompute", list(self.recompute), f"of {', '.join(RECOMPUTABLE)}")
         require_depth("model", self.num_layers, self.truncate_after_layer, self.truncate_to)
+        if self.encoder != "ultra_hstu":  # a baseline that ignored these would be compared under a wrong name
+            where = f"where model.encoder is {self.encoder}"
+            require(self.attention.window is None, "model.attention.window", self.attention.window, f"null {where}")
+            after = self.truncate_after_layer
+            require(after is None, "model.truncate_after_layer", after, f"null {where}")
+            require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
+            learned = self.candidate_action
+            merged = self.encoder != "hstu" or learned == "none"
+            require(merged, "model.candidate_action", learned, f"none {where}: its candidates have no action token")
+        biased = self.encoder in ("hstu", "hstu_merged")
+        rule = "false unless model.encoder is hstu or hstu_merged"
+        require(biased or not self.relative_bias, "model.relative_bias", self.relative_bias, rule)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.semi_local_attention.op import cached_attention
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.embeddings import Tokens
-from pipeline.model.mixture import filter_rows, newest_rows
+from pipeline.model.mixture import MixtureOfTransducers, filter_rows, newest_rows
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer, truncate
 from pipeline.model.ultra_hstu import UltraHSTU
@@ -95,6 +95,7 @@ def _stacks(model: UltraHSTU, tokens: Tokens, batch: SequenceBatch) -> list[tupl
     if isinstance(model.transducer, Transducer):
         return [(model.transducer, tokens)]
     mixture = model.transducer
+    assert isinstance(mixture, MixtureOfTransducers)
     stacks = []
     for channel, stack in zip(mixture.channels, _transducers(model), strict=True):
         rows = filter_rows(tokens, batch, channel, mixture.actions)
@@ -103,7 +104,8 @@ def _stacks(model: UltraHSTU, tokens: Tokens, batch: SequenceBatch) -> list[tupl
 
 
 def _transducers(model: UltraHSTU) -> list[Transducer]:
-    stacks = [model.transducer] if isinstance(model.transducer, Transducer) else model.transducer.transducers
+    whole = model.transducer
+    stacks = whole.transducers if isinstance(whole, MixtureOfTransducers) else [whole]
     return [stack for stack in stacks if isinstance(stack, Transducer)]
 
 

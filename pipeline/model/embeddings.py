@@ -161,30 +161,40 @@ class TokenEncoder(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, batch: SequenceBatch) -> Tokens:
-        host = batch.on_host
-        tokens = Tokens(
-            self.events(batch),
-            batch.seq_offsets,
-            batch.num_targets,
-            batch.target_visible,
-            batch.max_seq_len,
-            torch.stack([host.seq_offsets.diff(), host.num_targets.long()]),
-        )
+        tokens = self.sequence(batch)
         if self.context is not None:
             tokens = prepend(self.context(batch.user_codes), tokens)
         return replace(tokens, x_TE=self.dropout(tokens.x_TE))
 
+    def sequence(self, batch: SequenceBatch) -> Tokens:
+        """History rows and candidates, one token each, without their context."""
+        return self.as_tokens(self.events(batch), batch)
+
+    def as_tokens(self, x_TE: Tensor, batch: SequenceBatch) -> Tokens:
+        host = batch.on_host
+        lengths = torch.stack([host.seq_offsets.diff(), host.num_targets.long()])
+        return Tokens(x_TE, batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len, lengths)
+
     def events(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: history rows and candidates, no context; none depends on another."""
-        is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+        return self.placed(self.items(batch) + self.actions(batch), batch)
+
+    def items(self, batch: SequenceBatch) -> Tensor:
+        """[T, d]: what was shown, on which surface, and of a candidate the rates that it carries."""
         x_TE = self.content(batch.item_codes, batch.request_codes)
-        # A candidate's own outcome must not reach it: no action embedding at all, not even the "unknown" one.
-        x_TE = x_TE + self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
-        if self.candidate_action is not None:
-            x_TE = x_TE + is_target[:, None] * self.candidate_action
-        if self.dense is not None and batch.dense is not None:  # a batch of histories alone has none
-            at = target_index(batch.seq_offsets, batch.num_targets, batch.dense.shape[0])
-            x_TE = x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
+        if self.dense is None or batch.dense is None:  # a batch of histories alone has none
+            return x_TE
+        at = target_index(batch.seq_offsets, batch.num_targets, batch.dense.shape[0])
+        return x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
+
+    def actions(self, batch: SequenceBatch) -> Tensor:
+        """[T, d]: what the user did. A candidate's own outcome must not reach it, not even as "unknown"."""
+        is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+        x_TE = self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
+        return x_TE if self.candidate_action is None else x_TE + is_target[:, None] * self.candidate_action
+
+    def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
+        """[T, d], position and time added."""
         x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
         return x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
 

@@ -1,8 +1,10 @@
 """What the mask keeps, counted from lengths, and the floating-point work that follows from it.
 
-Per layer, forward, T tokens and `pairs` kept pairs of query and key:
-`2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v)`; norms, look-ups and pointwise work left out.
-With `concat_ua` the output layer's term is three times as large. A mixture is the sum of its channels.
+Per STU layer, forward, T tokens and `pairs` kept pairs of query and key:
+`2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v)`. With `concat_ua` the output layer's term is three
+times as large. A mixture is the sum of its channels. A Transformer layer has `2·2·T·d·ffn_dim` more and no gate; of DIN
+every pair of candidate and row is `2·(4d + 1)·ffn_dim`. The products of the token encoder and of the heads are counted;
+norms, look-ups, gates, biases and other pointwise work are not, and padding isn't work.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.data.batch import SequenceBatch
-from pipeline.model.embeddings import Tokens, sequence_index
+from pipeline.data.dense import dense_width
+from pipeline.model.baselines.hstu import interleave
+from pipeline.model.embeddings import Tokens, prepend, sequence_index
 from pipeline.model.mixture import channel_model, filter_rows, newest_rows
 from pipeline.model.transducer import truncate
 
@@ -27,7 +31,7 @@ class Work:
     filtered_tokens: int = 0  # tokens that a filter keeps out of its channel, summed over channels
     causal_pairs: int = 0  # of the untruncated sequence (of a mixture: the filtered one), once per layer
     kept_pairs: int = 0  # summed over layers
-    flops: int = 0  # one forward pass, summed over layers
+    flops: int = 0  # one forward pass
 
     def add(self, other: "Work") -> None:
         self.candidates += other.candidates
@@ -78,18 +82,26 @@ def kept_pairs(
 
 
 def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
+    """One layer of STU, or of softmax attention with its feed-forward part."""
     h, d = cfg.num_heads, cfg.d_model
+    attention = 2 * pairs * h * (cfg.d_qk + cfg.d_v)
+    if cfg.encoder in ("transformer", "sasrec"):
+        return attention + 2 * num_tokens * d * (h * (2 * cfg.d_qk + 2 * cfg.d_v) + 2 * cfg.ffn_dim)
     out_width = h * cfg.d_v * (3 if cfg.concat_ua else 1)
-    linear = 2 * num_tokens * d * (2 * h * cfg.d_qk + 2 * h * cfg.d_v) + 2 * num_tokens * out_width * d
-    return linear + 2 * pairs * h * (cfg.d_qk + cfg.d_v)
+    return attention + 2 * num_tokens * d * (2 * h * cfg.d_qk + 2 * h * cfg.d_v) + 2 * num_tokens * out_width * d
 
 
 def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
-    """The work of one forward pass over `batch`."""
+    """The work of one forward pass over `batch`, which is on the CPU."""
     num_context = len(cfg.features.user_tokens)
     tokens = _bare_tokens(batch, num_context)
     work = Work(candidates=int(batch.num_targets.sum()))
-    if not cfg.model.channels:
+    work.flops = input_flops(cfg, batch) + head_flops(cfg, work.candidates)
+    if cfg.model.encoder == "din":
+        work.add(_din_work(tokens, cfg.model))
+    elif not cfg.model.channels:
+        if cfg.model.encoder == "hstu":
+            tokens = _interleaved(batch, num_context)
         work.add(_transducer_work(tokens, tokens, cfg.model, num_context))
     for channel in cfg.model.channels.values():
         passed = filter_rows(tokens, batch, channel, cfg.source.actions)
@@ -99,27 +111,71 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
     return work
 
 
+def input_flops(cfg: RunConfig, batch: SequenceBatch) -> int:
+    """The token encoder's products: content and actions of every row, the context tokens of every sequence."""
+    features, model = cfg.features, cfg.model
+    d = model.d_model
+    content = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
+    actions = len(cfg.source.actions) * model.action_dim
+    context = sum(features.user[name].dim for group in features.user_tokens.values() for name in group)
+    per_row = content * 2 * d + 2 * d * d + actions * d + d * d
+    return 2 * (batch.num_tokens * per_row + batch.num_sequences * context * d)
+
+
+def head_flops(cfg: RunConfig, candidates: int) -> int:
+    """The products of the task heads, and of the rates that candidates carry into them or into their tokens."""
+    d, dense = cfg.model.d_model, dense_width(cfg)
+    into_head = dense > 0 and cfg.model.dense_to != "token"
+    into_token = dense > 0 and cfg.model.dense_to != "head"
+    width = d * (max(len(cfg.model.channels), 1) + into_head)
+    heads = cfg.model.head_hidden * (width + len(cfg.tasks))
+    return 2 * candidates * (heads + (into_head + into_token) * (dense * d + d * d))
+
+
+def _din_work(tokens: Tokens, model: ModelConfig) -> Work:
+    """Every candidate weighs every row before it: pairs without the candidate itself, once."""
+    num_candidates = int(tokens.num_targets.sum())
+    history = tokens.seq_offsets.diff() - tokens.num_targets
+    visible = tokens.target_visible
+    pairs = int((history * tokens.num_targets).sum() if visible is None else visible.long().sum())
+    d = model.d_model
+    flops = 2 * pairs * (4 * d * model.ffn_dim + model.ffn_dim) + 2 * num_candidates * 2 * d * d
+    return Work(tokens=len(tokens.x_TE), causal_pairs=pairs, kept_pairs=pairs, flops=flops)
+
+
 def _transducer_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: int) -> Work:
     """The layers' work on `tokens`, which are `whole` or its newest rows."""
     work = Work(tokens=whole.x_TE.shape[0])
     causal = kept_pairs(whole.seq_offsets, whole.num_targets, whole.target_visible, None, 0, 0)
-    attention = model.attention
+    pairs = _kept(tokens, model, num_context)
     for depth in range(model.num_layers):
         if depth == model.truncate_after_layer:
             tokens = truncate(tokens, num_context, model.truncate_to)
-        pairs = kept_pairs(
-            tokens.seq_offsets,
-            tokens.num_targets,
-            tokens.target_visible,
-            attention.window,
-            attention.full_rows,
-            num_context + attention.extra_prefix,
-        )
+            pairs = _kept(tokens, model, num_context)
         work.causal_pairs += causal
         work.kept_pairs += pairs
         work.flops += layer_flops(model, int(tokens.seq_offsets[-1]), pairs)
     work.truncated_tokens = work.tokens - tokens.x_TE.shape[0]
     return work
+
+
+def _kept(tokens: Tokens, model: ModelConfig, num_context: int) -> int:
+    attention = model.attention
+    return kept_pairs(
+        tokens.seq_offsets,
+        tokens.num_targets,
+        tokens.target_visible,
+        attention.window,
+        attention.full_rows,
+        num_context + attention.extra_prefix,
+    )
+
+
+def _interleaved(batch: SequenceBatch, num_context: int) -> Tokens:
+    """The sequences of conventional HSTU: two tokens an event, one a candidate."""
+    bare = _bare_tokens(batch, 0)
+    twice = interleave(bare, bare.x_TE)
+    return prepend(bare.x_TE.new_empty(batch.num_sequences, num_context, 0), twice) if num_context else twice
 
 
 def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:

@@ -11,6 +11,7 @@ through its epsilon. Where Var(A) is far below `norm_eps` the attention branch i
 
 from torch import Tensor, nn
 
+from kernels.semi_local_attention.reference import RelativeBias
 from kernels.stu import op as stu
 from kernels.stu.reference import STUShape, STUWeights
 from pipeline.config import ModelConfig
@@ -53,9 +54,12 @@ class STU(nn.Module):
         """U [T, h * d_v] as `output` takes it, Q and K [T, h, d_qk], V [T, h, d_v]; no row needs another."""
         return stu.project(x_TE, self.weights(), self.shape, backend=self.cfg.attention_backend)
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, tokens: Tokens) -> Tensor:
+    def attend(
+        self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, tokens: Tokens, bias: RelativeBias | None = None
+    ) -> Tensor:
         """A, [T, h, d_v]."""
-        return stu.attend(q_THD, k_THD, v_THV, self.shape, sequences(tokens), backend=self.cfg.attention_backend)
+        where = sequences(tokens)
+        return stu.attend(q_THD, k_THD, v_THV, self.shape, where, bias=bias, backend=self.cfg.attention_backend)
 
     def output(self, x_TE: Tensor, u: Tensor, a_THV: Tensor) -> Tensor:
         """Z' of rows Z from their gate U and their attention A; no row needs another."""

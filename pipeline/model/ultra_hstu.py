@@ -1,4 +1,7 @@
-"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducers → one head per task."""
+"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducers → one head per task.
+
+`model.encoder` puts a baseline in the place of the transducers; everything around them stays.
+"""
 
 import math
 
@@ -8,6 +11,9 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.dense import dense_width
+from pipeline.model.baselines.din import DIN
+from pipeline.model.baselines.hstu import HSTU, InterleavedEncoder
+from pipeline.model.baselines.transformer import SoftmaxEncoder
 from pipeline.model.embeddings import DenseEncoder, TokenEncoder, Tokens
 from pipeline.model.mixture import MixtureOfTransducers
 from pipeline.model.stu import STU
@@ -24,9 +30,9 @@ class UltraHSTU(nn.Module):
     def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], base_rates: dict[str, float]) -> None:
         super().__init__()
         self.tasks = cfg.tasks
-        self.encoder = TokenEncoder(cfg, vocab_sizes)
-        mixture, num_context = bool(cfg.model.channels), self.encoder.num_context
-        self.transducer = MixtureOfTransducers(cfg, num_context) if mixture else Transducer(cfg.model, num_context)
+        interleaved = cfg.model.encoder == "hstu"
+        self.encoder = (InterleavedEncoder if interleaved else TokenEncoder)(cfg, vocab_sizes)
+        self.transducer = sequence_encoder(cfg, self.encoder.num_context)
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
         self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model) if into_head else None
         width = cfg.model.d_model * (max(len(cfg.model.channels), 1) + into_head)
@@ -40,8 +46,9 @@ class UltraHSTU(nn.Module):
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
         tokens = self.encoder(batch)
-        mixture = isinstance(self.transducer, MixtureOfTransducers)
-        return self.score(self.transducer(tokens, batch) if mixture else self.transducer(tokens), batch)
+        if isinstance(self.transducer, Transducer):
+            return self.score(self.transducer(tokens), batch)
+        return self.score(self.transducer(tokens, batch), batch)
 
     def score(self, x_CE: Tensor, batch: SequenceBatch) -> Tensor:
         """Logits of the batch's candidates from the transducers' outputs, float32 [C, tasks]."""
@@ -49,6 +56,21 @@ class UltraHSTU(nn.Module):
             assert batch.dense is not None
             x_CE = torch.cat([x_CE, self.dense(batch.dense).to(x_CE.dtype)], dim=1)
         return self.heads(x_CE).float()
+
+
+SequenceEncoder = Transducer | MixtureOfTransducers | HSTU | SoftmaxEncoder | DIN
+
+
+def sequence_encoder(cfg: RunConfig, num_context: int) -> SequenceEncoder:
+    """Tokens (and their batch) → the candidates' outputs, by `model.encoder`."""
+    model = cfg.model
+    if model.encoder in ("hstu", "hstu_merged"):
+        return HSTU(model, num_context)
+    if model.encoder in ("transformer", "sasrec"):
+        return SoftmaxEncoder(model)
+    if model.encoder == "din":
+        return DIN(model, num_context)
+    return MixtureOfTransducers(cfg, num_context) if model.channels else Transducer(model, num_context)
 
 
 @torch.no_grad()

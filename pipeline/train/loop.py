@@ -80,7 +80,8 @@ def train(
             batch = batch.to(device)
             if rank == 0 and state.step == 0:
                 variances = ", ".join(f"{v:.1e}" for v in attention_variance(trainee.model, batch))
-                logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
+                if variances:
+                    logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
             sums += torch.stack(trainee.step(batch, state.step, total_steps))
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
             logs = state.step % cfg.train.log_every == 0 or state.step == total_steps

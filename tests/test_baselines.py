@@ -1,0 +1,217 @@
+"""Baseline encoders: what a candidate sees, each against its definition on one sequence, their work by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_model import RATES, VOCAB, make_batch, make_config, make_maps, make_model, tokens_at
+from test_train import Loader, train_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import ConfigError, RunConfig
+from pipeline.model.baselines.hstu import HSTU, token_times
+from pipeline.model.flops import count_work
+from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.train import loop
+
+CAUSAL = {"window": None, "scaling_seq_len": 16}
+BASELINES = {
+    "hstu": {"encoder": "hstu"},
+    "hstu with bias": {"encoder": "hstu", "relative_bias": True},
+    "hstu_merged": {"encoder": "hstu_merged"},
+    "hstu_merged with bias": {"encoder": "hstu_merged", "relative_bias": True},
+    "transformer": {"encoder": "transformer"},
+    "sasrec": {"encoder": "sasrec"},
+    "din": {"encoder": "din"},
+}
+each_baseline = pytest.mark.parametrize("settings", BASELINES.values(), ids=BASELINES)
+
+
+def baseline_config(settings: dict) -> RunConfig:
+    return make_config(attention=CAUSAL, ffn_dim=12, **settings)
+
+
+@each_baseline
+def test_candidates_see_their_own_history_and_not_each_other(settings: dict) -> None:
+    model, batch = make_model(baseline_config(settings)), make_batch([7, 3, 0], [3, 2, 1])
+    whole = model(batch)
+    alone = tokens_at(
+        batch,
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 8]),
+        seq_offsets=torch.tensor([0, 8]),
+        num_targets=torch.tensor([1], dtype=torch.int32),
+        user_codes=batch.user_codes[:1],
+        max_seq_len=8,
+    )
+    torch.testing.assert_close(model(alone), whole[[1]])
+    acted = batch.action_mask.clone()
+    acted[0] ^= 1  # the oldest event of the first user
+    known = batch.known_mask.index_fill(0, torch.tensor([0]), 7)
+    other = model(replace(batch, action_mask=acted, known_mask=known))
+    assert (other[:3] - model(replace(batch, known_mask=known))[:3]).abs().min() > 1e-6
+    assert torch.equal(other[3:], whole[3:])
+
+
+@each_baseline
+def test_both_layouts_score_the_same(settings: dict) -> None:
+    """A candidate that sees only a part of the pass: as if that part were the whole history."""
+    model, batch = make_model(baseline_config(settings)), make_batch([9, 2], [3, 1])
+    visible = [2, 0, 6, 1]
+    one_pass = model(replace(batch, target_visible=torch.tensor(visible, dtype=torch.int32)))
+    for i, seen in enumerate(visible[:3]):
+        request = tokens_at(
+            batch,
+            torch.tensor([*range(seen), 9 + i]),
+            seq_offsets=torch.tensor([0, seen + 1]),
+            num_targets=torch.tensor([1], dtype=torch.int32),
+            user_codes=batch.user_codes[:1],
+            max_seq_len=seen + 1,
+        )
+        torch.testing.assert_close(model(request), one_pass[[i]])
+
+
+@each_baseline
+def test_the_trainer_reaches_every_parameter(settings: dict) -> None:
+    cfg = train_config(epochs=1)
+    small = replace(baseline_config(settings), train=cfg.train, seed=3)
+    before = UltraHSTU(small, VOCAB, RATES)
+    torch.manual_seed(small.seed)
+    before = UltraHSTU(small, VOCAB, RATES).state_dict()
+    after = loop.train(small, make_maps(), Loader(), "data").state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_hstu_reads_an_item_and_then_its_action() -> None:
+    cfg = baseline_config({"encoder": "hstu"})
+    model, batch = make_model(cfg), make_batch([2, 1], [1, 2])
+    tokens = model.encoder(replace(batch, target_visible=torch.tensor([1, 0, 1], dtype=torch.int32)))
+    encoder = model.encoder
+    items, actions = (encoder.placed(part(batch), batch) for part in (encoder.items, encoder.actions))
+    context = encoder.context(batch.user_codes)  # pyright: ignore[reportOptionalCall]
+    first = [*context[0], items[0], actions[0], items[1], actions[1], items[2]]
+    second = [*context[1], items[3], actions[3], items[4], items[5]]
+    torch.testing.assert_close(tokens.x_TE, torch.stack(first + second))
+    assert tokens.seq_offsets.tolist() == [0, 7, 13]
+    assert tokens.target_visible is not None
+    assert tokens.target_visible.tolist() == [4, 2, 4]  # 2 context tokens, then 2 tokens an event
+    assert tokens.max_seq_len >= 7
+    assert tokens.lengths_on_host().tolist() == [[7, 6], [1, 2]]
+
+
+def test_times_of_tokens_are_summed_gaps() -> None:
+    """History gaps none, 5, 7, none, 9 ms; candidates after two, no and all rows, 100, none and 3 ms later."""
+    batch = replace(
+        make_batch([5], [3]),
+        gap_ms=torch.tensor([-1, 5, 7, -1, 9, 100, -1, 3]),
+        target_visible=torch.tensor([2, 0, 5], dtype=torch.int32),
+    )
+    merged = [0, 5, 12, 12, 21, 105, 0, 24]
+    assert token_times(batch, 2, False).tolist() == [0, 0, *merged]
+    assert token_times(batch, 1, True).tolist() == [0, 0, 0, 5, 5, 12, 12, 12, 12, 21, 21, 105, 0, 24]
+    cut = replace(batch, gap_ms=batch.gap_ms.index_fill(0, torch.tensor([0]), 1000))  # older rows left out
+    assert token_times(cut, 2, False).tolist() == [0, 0, *merged]
+
+
+def test_the_bias_starts_each_layer_with_tables_of_its_own() -> None:
+    model = make_model(baseline_config({"encoder": "hstu", "relative_bias": True}))
+    assert isinstance(model.transducer, HSTU)
+    batch = make_batch([4], [1])
+    before = model(batch)
+    for layer in range(2):
+        table = model.transducer.bias[layer]["time"]
+        with torch.no_grad():
+            table += 1.0
+        after = model(batch)
+        assert (after - before).abs().max() > 1e-6
+        before = after
+
+
+def one_sequence(cfg: RunConfig) -> tuple[UltraHSTU, torch.Tensor, torch.Tensor]:
+    """A model, its tokens of 2 context rows, 4 events and 1 candidate, and what it makes of the candidate."""
+    model, batch = make_model(cfg), make_batch([4], [1])
+    tokens = model.encoder(batch)
+    return model, tokens.x_TE, model.transducer(tokens, batch)[0]
+
+
+def softmax_attention(layer: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Plain causal attention of one sequence, head by head."""
+    q, k, v = layer.query(query), layer.key(keys), layer.value(keys)
+    hidden = torch.ones(len(q), len(q)).triu(1).bool()
+    heads = [
+        ((a @ b.T) * 8**-0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ c
+        for a, b, c in zip(q.split(8, 1), k.split(8, 1), v.split(8, 1), strict=True)
+    ]
+    return layer.out(torch.cat(heads, dim=1))
+
+
+def test_transformer_by_its_definition() -> None:
+    model, x, out = one_sequence(baseline_config({"encoder": "transformer", "num_layers": 1}))
+    (layer,) = model.transducer.layers
+    normed = layer.norm_attn(x)
+    x = x + softmax_attention(layer.attention, normed, normed)
+    x = x + layer.ffn(layer.norm_ffn(x))
+    torch.testing.assert_close(model.transducer.norm_out(x[-1]), out)
+
+
+def test_sasrec_by_its_definition() -> None:
+    model, x, out = one_sequence(baseline_config({"encoder": "sasrec", "num_layers": 1}))
+    (layer,) = model.transducer.layers
+    query = torch.nn.functional.layer_norm(x, (16,), eps=1e-8)
+    x = torch.nn.functional.layer_norm(query + softmax_attention(layer.attention, query, x), (16,), eps=1e-8)
+    x = x + layer.ffn(x)
+    torch.testing.assert_close(model.transducer.norm_out(x[-1]), out)
+
+
+def test_din_by_its_definition() -> None:
+    model, x, out = one_sequence(baseline_config({"encoder": "din"}))
+    c = x[-1]
+    interest = sum(model.transducer.weight(torch.cat([c, h, c - h, c * h])) * h for h in x[:-1])
+    torch.testing.assert_close(model.transducer.norm_out(model.transducer.out(torch.cat([interest, c]))), out)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "by_hand"),
+    [  # 2 context rows, 4 events, 1 candidate; d 16, 2 heads of 8, ffn 12, 2 layers
+        ("hstu_merged", 2 * (2 * 7 * 16 * 64 + 2 * 7 * 16 * 16 + 2 * 28 * 2 * 16)),
+        ("hstu", 2 * (2 * 11 * 16 * 64 + 2 * 11 * 16 * 16 + 2 * 66 * 2 * 16)),
+        ("transformer", 2 * (2 * 7 * 16 * 64 + 2 * 28 * 2 * 16 + 2 * 2 * 7 * 16 * 12)),
+        ("sasrec", 2 * (2 * 7 * 16 * 64 + 2 * 28 * 2 * 16 + 2 * 2 * 7 * 16 * 12)),
+        ("din", 2 * 6 * (64 * 12 + 12) + 2 * 32 * 16),
+    ],
+)
+def test_work_by_hand(encoder: str, by_hand: int) -> None:
+    # content 8 → 32 → 16, actions 3·8 → 16 → 16, context 2 → 16 and 3 → 16, head 16 → 8 → 2
+    around = 2 * 5 * (8 * 32 + 32 * 16 + 24 * 16 + 16 * 16) + 2 * (2 + 3) * 16 + 2 * 8 * (16 + 2)
+    assert count_work(make_batch([4], [1]), baseline_config({"encoder": encoder})).flops == around + by_hand
+
+
+@pytest.mark.parametrize("encoder", ["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"])
+def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
+    """PyTorch counts every product of a layer; attention, which it counts unmasked or not at all, is taken out."""
+    cfg = baseline_config({"encoder": encoder})
+    model, batch = UltraHSTU(cfg, VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(batch)
+    linear = counter.get_flop_counts()["Global"][torch.ops.aten.addmm]
+    work = count_work(batch, cfg)
+    attention = 0 if encoder == "din" else 2 * work.kept_pairs * 2 * 16
+    assert linear == work.flops - attention
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": {"window": 4}}, "model.attention.window must be null where model.encoder is hstu, got 4"),
+        ({"truncate_after_layer": 1}, "model.truncate_after_layer must be null"),
+        ({"candidate_action": "learned"}, "model.candidate_action must be none"),
+    ],
+)
+def test_settings_that_a_baseline_would_ignore_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**({"encoder": "hstu", "attention": CAUSAL} | settings))
+
+
+def test_ultra_hstu_has_no_relative_bias() -> None:
+    with pytest.raises(ConfigError, match=r"model\.relative_bias"):
+        make_config(relative_bias=True)
