@@ -4,8 +4,8 @@
     python -m benchmarks.serving --parts reference --seconds 600
     python -m benchmarks.serving --report         # benchmarks/runs/serving.json into RESULTS.md
 
-Serves configs/serve_reference.yaml (generated users, untrained models) on a Ray cluster of its own. The load comes from a
-second process on the same cores (`python -m serve_app.load_test`).
+Serves configs/serve_reference.yaml (generated users, untrained models) on a Ray cluster of its own. The load comes
+from a second process on the same cores (`python -m serve_app.load_test`).
 """
 
 import argparse

@@ -317,14 +317,27 @@ def champion(cfg: RunConfig) -> PinnedModel:
     Raises:
         UserError: no version is the champion.
     """
-    import mlflow
-
     client, name = _client(), cfg.tracking.model_name
     with _one_message():
-        found = _require_champion(client, name)
+        return _pinned(_require_champion(client, name))
+
+
+def pinned(cfg: RunConfig, version: int) -> PinnedModel:
+    """A registered version by its number.
+
+    Raises:
+        UserError: there is none of that number.
+    """
+    with _one_message():
+        return _pinned(_version(_client(), cfg.tracking.model_name, version))
+
+
+def _pinned(found: "ModelVersion") -> PinnedModel:
+    import mlflow
+
     prefix = "sha256."
     sha256 = {key.removeprefix(prefix): value for key, value in found.tags.items() if key.startswith(prefix)}
-    return PinnedModel(mlflow.get_tracking_uri(), name, int(found.version), sha256)
+    return PinnedModel(mlflow.get_tracking_uri(), found.name, int(found.version), sha256)
 
 
 def download_champion(cfg: RunConfig) -> tuple[Path, int]:

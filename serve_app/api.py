@@ -1,16 +1,17 @@
 """The HTTP face, without Ray: routes, limits, and one way to say what is wrong with a request."""
 
 import asyncio
-import json
-import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import metrics
+from serve_app.events import StoreDown
+from serve_app.limits import Admission, BodyLimit, Deadline, reply
 from serve_app.protection import ApiKeys, Protection, RateLimit, RequestLog
 from serve_app.schemas import (
     EventsRequest,
@@ -23,16 +24,19 @@ from serve_app.schemas import (
     Refusal,
 )
 
+ABOUT = "Scores and orders candidates for a user by what that user did before, as of any time."
 READY_TIMEOUT_S = 2.0
 MOST_ERRORS = 10  # errors that one answer lists
 NO_MODEL = {503: {"model": Problem, "description": "no model answers at the moment"}}
 PROTECTED: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "no known API key"},
     429: {"model": Problem, "description": "too many requests of this key, or of all; see Retry-After"},
+    504: {"model": Problem, "description": "no answer in time"},
     **NO_MODEL,
 }
 CHECKED: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "the body cannot be read at all"},
+    408: {"model": Problem, "description": "the body did not come in time"},
     413: {"model": Problem, "description": "the body is too long"},
     422: {"model": Problem, "description": "a field is wrong: which one, and its value"},
     **PROTECTED,
@@ -56,15 +60,29 @@ class Replica(Protocol):
 
     async def info(self) -> ModelInfo: ...
 
+    async def metrics(self) -> Mapping[str, bytes]:
+        """Each replica's own, as exposition text."""
+        ...
+
 
 def make_api(
-    replica: Replica, max_body_bytes: int, keys: ApiKeys | None = None, rate_limit: RateLimit | None = None
+    replica: Replica,
+    max_body_bytes: int,
+    keys: ApiKeys | None = None,
+    rate_limit: RateLimit | None = None,
+    *,
+    max_wait_s: float = 0.5,
+    timeout_s: float = 10.0,
 ) -> FastAPI:
     """The routes. No Ray in them: a test passes a replica of its own."""
-    api = FastAPI(title="ULTRA-HSTU ranking", version="1")
+    api = FastAPI(title="ULTRA-HSTU ranking", version="1", description=ABOUT)
+    counts = metrics.IngressMetrics()
+    # From the inside out: nobody's work is admitted without a key, and who is still sending hears no 401 either.
+    api.add_middleware(Admission, max_wait_s=max_wait_s)
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
-    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)  # around it: who is still sending hears no 401 either
-    api.add_middleware(RequestLog)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    api.add_middleware(Deadline, timeout_s=timeout_s)
+    api.add_middleware(RequestLog, metrics=counts)
     # Without keys nothing is asked for, and the document says nothing of them; `Protection` is what checks.
     locks = [Depends(HTTPBearer(auto_error=False, description="an API key"))] if keys else []
 
@@ -73,16 +91,17 @@ def make_api(
         return _refused([Refusal.of(e["loc"], e["msg"], e.get("input")) for e in error.errors()])
 
     @api.exception_handler(Overloaded)
-    async def _overloaded(*_: object) -> Response:
-        return _json({"detail": "too many requests are waiting"}, 429, {"Retry-After": "1"})
+    async def _overloaded(http: Request, _: Exception) -> Response:
+        http.state.refused = "overload"
+        return reply({"detail": "too many requests are waiting"}, 429, {"Retry-After": "1"})
 
     @api.exception_handler(Unavailable)
     async def _unavailable(*_: object) -> Response:
-        return _json({"detail": "no model answers at the moment"}, 503, {"Retry-After": "1"})
+        return reply({"detail": "no model answers at the moment"}, 503, {"Retry-After": "1"})
 
-    @api.exception_handler(sqlite3.OperationalError)
+    @api.exception_handler(StoreDown)
     async def _store_down(*_: object) -> Response:
-        return _json({"detail": "the event store does not answer at the moment"}, 503, {"Retry-After": "1"})
+        return reply({"detail": "the event store does not answer at the moment"}, 503, {"Retry-After": "1"})
 
     @api.post("/v1/rank", response_model=RankResponse, responses=CHECKED, dependencies=locks)
     async def rank(request: RankRequest, http: Request) -> Response:
@@ -92,7 +111,8 @@ def make_api(
         if isinstance(answer, Refusal):
             return _refused([answer])
         http.state.version = answer.model_version
-        return Response(answer.model_dump_json(), media_type="application/json")
+        timing = {} if answer.ranker_ms is None else {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
+        return Response(answer.model_dump_json(), 200, timing, media_type="application/json")
 
     @api.post("/v1/events", response_model=EventsResponse, responses=CHECKED, dependencies=locks)
     async def events(request: EventsRequest, http: Request) -> Response:
@@ -101,12 +121,19 @@ def make_api(
         answer = await replica.append(request)
         if isinstance(answer, Refusal):
             return _refused([answer])
+        counts.count_events(answer)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @api.get("/v1/model", responses=PROTECTED, dependencies=locks)
     async def model() -> ModelInfo:
         """Which version answers."""
         return await replica.info()
+
+    @api.get("/metrics", response_class=PlainTextResponse, responses=PROTECTED, dependencies=locks)
+    async def prometheus() -> Response:
+        """What this ingress and all replicas have counted, for Prometheus."""
+        text = metrics.page(counts.registry, await replica.metrics())
+        return Response(text, media_type=metrics.CONTENT_TYPE)
 
     @api.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -123,45 +150,10 @@ def make_api(
         ready = Ready(
             model_version=info.model_version, deployment=info.deployment, failed_deployment=info.failed_deployment
         )
-        return _json(ready.model_dump())
+        return reply(ready.model_dump())
 
     return api
 
 
-class BodyLimit:
-    """413 for a body of more than `max_bytes`, read to its end but not kept: who is still sending hears no answer."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        body, size, more = bytearray(), 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            size += len(chunk)
-            if size <= self.max_bytes:
-                body += chunk
-        if size > self.max_bytes:
-            detail = [{"loc": ["body"], "msg": f"at most {self.max_bytes} bytes", "input": f"{size} bytes"}]
-            await _json({"detail": detail}, 413)(scope, receive, send)
-            return
-        pending = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
-
-        await self.app(scope, replay, send)
-
-
 def _refused(refusals: Sequence[Refusal]) -> Response:
-    return _json({"detail": [refusal.model_dump() for refusal in refusals[:MOST_ERRORS]]}, 422)
-
-
-def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps(content), status, headers, media_type="application/json")
+    return reply({"detail": [refusal.model_dump() for refusal in refusals[:MOST_ERRORS]]}, 422)

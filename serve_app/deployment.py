@@ -42,12 +42,20 @@ def template() -> dict[str, Any]:
     return yaml.safe_load(resources.files("serve_app").joinpath("serve_config.yaml").read_text())
 
 
-def user_config(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
-    """What a replica needs to load a version; `serve_app.app.load_and_warm` reads it."""
+def user_config(
+    cfg: RunConfig,
+    model: tracking.PinnedModel,
+    canary: tracking.PinnedModel | None = None,
+    shadow: tracking.PinnedModel | None = None,
+) -> dict[str, Any]:
+    """What a replica needs to load its versions; `serve_app.rollout.load` reads it."""
     return {
         "deployment": uuid.uuid4().hex,  # names this update, so that its success or failure can be told from others'
         "model": dataclasses.asdict(model),
+        "canary": None if canary is None else dataclasses.asdict(canary),
+        "shadow": None if shadow is None else dataclasses.asdict(shadow),
         "sequences": str(cfg.sequence_dir),
+        "digest": store.read_manifest(cfg.sequence_dir).digest,
         "cache": str(cache(cfg)),
         "serving": str(cfg.run_dir / "serving"),  # the mapped copy of the sequences, and the events since
         "limits": config.to_dict(cfg.serve),
@@ -64,6 +72,8 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
         "max_body_bytes": cfg.serve.max_body_bytes,
         "api_keys_file": None if cfg.serve.api_keys_file is None else str(Path(cfg.serve.api_keys_file).absolute()),
         "rate_limit_per_s": cfg.serve.rate_limit_per_s,
+        "max_wait_ms": cfg.serve.max_wait_ms,
+        "request_timeout_s": cfg.serve.request_timeout_s,
     }
     (ranker,) = (entry for entry in application["deployments"] if entry["name"] == "RankerReplica")
     ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
@@ -79,8 +89,26 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> s
         UserError: the version does not load, or nothing answered in time.
     """
     check_protection(cfg)
-    load_model(tracking.fetch(model, cache(cfg)))  # what cannot be loaded fails here, before anything is touched
-    return update(cfg, dashboard_url, user_config(cfg, model))
+    canary, shadow = _on_trial(cfg, model)
+    for version in (model, canary, shadow):
+        if version is not None:  # what cannot be loaded fails here, before anything is touched
+            load_model(tracking.fetch(version, cache(cfg)))
+    return update(cfg, dashboard_url, user_config(cfg, model, canary, shadow))
+
+
+def _on_trial(
+    cfg: RunConfig, champion: tracking.PinnedModel
+) -> tuple[tracking.PinnedModel | None, tracking.PinnedModel | None]:
+    """The canary and the shadow that the configuration names, if any."""
+    wanted = {
+        "serve.canary.version": None if cfg.serve.canary is None else cfg.serve.canary.version,
+        "serve.shadow": cfg.serve.shadow,
+    }
+    for key, version in wanted.items():
+        if version == champion.version:
+            raise UserError(f"{key}: version {version} is the champion: there is nothing to compare it with")
+    canary, shadow = (None if version is None else tracking.pinned(cfg, version) for version in wanted.values())
+    return canary, shadow
 
 
 def check_protection(cfg: RunConfig) -> None:
@@ -178,5 +206,8 @@ def plan(cfg: RunConfig) -> dict[str, object]:
         "sequences": {"folder": str(cfg.sequence_dir), "users": manifest.num_users, "rows": manifest.num_rows},
         "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
         "replicas": cfg.serve.num_replicas,
+        "canary": None if cfg.serve.canary is None else config.to_dict(cfg.serve.canary),
+        "shadow": cfg.serve.shadow,
+        "events": cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite"),
         "api_keys": cfg.serve.api_keys_file or "none: open to whoever reaches it",
     }

@@ -9,7 +9,8 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -33,8 +34,15 @@ CREATE TABLE IF NOT EXISTS event (
 """
 
 
+class StoreDown(Exception):
+    """The event store does not answer at the moment; nothing was acknowledged."""
+
+
 class EventLog(Protocol):
-    """Events by user, each (user_id, item_id, event_time) once; shared by all replicas."""
+    """Events by user, each (user_id, item_id, event_time) once; shared by all replicas.
+
+    Both methods raise `StoreDown`.
+    """
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         """Durable when it returns, all or none."""
@@ -61,7 +69,7 @@ class SqliteEvents:
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
-        with self._write_lock:
+        with self._write_lock, _store_errors():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 statuses: list[EventStatus] = [self._insert(event) for event in events]
@@ -73,7 +81,7 @@ class SqliteEvents:
         return statuses
 
     def of_user(self, user_id: int) -> list[Event]:
-        with self._read_lock:
+        with self._read_lock, _store_errors():
             rows = self._reader.execute("SELECT * FROM event WHERE user_id = ?", (user_id,)).fetchall()
         return [_event(row) for row in rows]
 
@@ -84,6 +92,14 @@ class SqliteEvents:
             return "accepted"
         key = "SELECT * FROM event WHERE user_id = ? AND event_time = ? AND item_id = ?"
         return "already_there" if self._writer.execute(key, row[:3]).fetchone() == row else "conflict"
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # locked for too long, disk full, file gone
+        raise StoreDown(str(error)) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -1,10 +1,10 @@
 """Requests to a running server as users would send them, and how long each took.
 
-    python -m serve_app.load_test --config configs/serve_reference.yaml --url http://127.0.0.1:8000 --rate 20 --seconds 60
+    python -m serve_app.load_test --config configs/demo.yaml --url http://127.0.0.1:8000 --rate 20 --seconds 60
 
 Open loop: requests leave at seeded Poisson times whether or not earlier ones were answered, and each is timed from the
-moment when it was due, so that a server that stalls cannot slow the clock down. Users come from the published sequences;
-a share of the requests is from *warm* users, who asked within the last minute, the rest from *cold* ones, who did not.
+moment when it was due, so that a server that stalls cannot slow the clock down. Users are those of the published
+sequences; a share of the requests is from *warm* ones, who asked within the last minute, the rest from *cold* ones.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from serve_app.replay import key_header
 
 MOST_REQUESTS = 200_000  # of one run: their bodies are made before the first is sent
 MOST_SECONDS = 3600
-NO_ANSWER = 0  # the status of a request that was not answered
+NO_ANSWER, NOT_SENT = 0, -1  # in the place of an HTTP status
 TIMING = re.compile(r"ranker;dur=([0-9.]+)")
 PERCENTILES = (50, 95, 99)
 
@@ -47,7 +48,10 @@ class Load:
 
     def __post_init__(self) -> None:
         rules = {
-            "rate": (0 < self.rate * self.seconds <= MOST_REQUESTS, f"above 0, at most {MOST_REQUESTS} requests in all"),
+            "rate": (
+                0 < self.rate * self.seconds <= MOST_REQUESTS,
+                f"above 0, at most {MOST_REQUESTS} requests in all",
+            ),
             "seconds": (0 < self.seconds <= MOST_SECONDS, f"above 0, at most {MOST_SECONDS}"),
             "candidates": (self.candidates >= 1, "1 or more"),
             "warm_share": (0 <= self.warm_share <= 1, "between 0 and 1"),
@@ -104,11 +108,17 @@ class Answers:
     version: np.ndarray  # int [N], 0 where the answer names none
 
 
-async def send(url: str, load: Load, asked: Arrivals, sent: list[bytes], headers: dict[str, str]) -> Answers:
+async def send(
+    url: str,
+    load: Load,
+    asked: Arrivals,
+    sent: list[bytes],
+    headers: dict[str, str],
+    stop: threading.Event | None = None,
+) -> Answers:
+    """All of `sent` at their times; what is due after `stop` was set is `NOT_SENT`."""
     num = len(sent)
-    answers = Answers(
-        np.zeros(num, int), np.zeros(num), np.full(num, np.nan), np.zeros(num), np.zeros(num, int)
-    )
+    answers = Answers(np.zeros(num, int), np.zeros(num), np.full(num, np.nan), np.zeros(num), np.zeros(num, int))
     headers = {"content-type": "application/json", **headers}
     timeout = aiohttp.ClientTimeout(total=load.timeout_s)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
@@ -131,6 +141,9 @@ async def send(url: str, load: Load, asked: Arrivals, sent: list[bytes], headers
         start = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for i in range(num):
+                if stop is not None and stop.is_set():
+                    answers.status[i:] = NOT_SENT
+                    break
                 wait = asked.due_s[i] - (time.perf_counter() - start)
                 if wait > 0:
                     await asyncio.sleep(wait)

@@ -9,16 +9,19 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.config import UserError
+from serve_app.metrics import IngressMetrics
 
 requests_log = logging.getLogger("ray.serve.requests")  # a child of the logger that Serve writes to the replica's file
 
 OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers and jobs.deploy, which have no key
-LOGGED_PATHS = ("/v1/rank", "/v1/events", "/v1/model", "/docs", "/openapi.json", *OPEN_PATHS)
+UNLIMITED_PATHS = ("/metrics",)  # a scraper needs a key, but a rate of its own would blind it when it matters
+LOGGED_PATHS = ("/v1/rank", "/v1/events", "/v1/model", "/docs", "/openapi.json", *UNLIMITED_PATHS, *OPEN_PATHS)
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
 ANYBODY = "-"  # the name in logs and rate limits where no keys are asked for
 
@@ -109,15 +112,19 @@ class Protection:
             await self.app(scope, receive, send)
             return
         name = ANYBODY if self.keys is None else self.keys.name(_bearer(scope))
+        state = scope.setdefault("state", {})
         if name is None:
+            state["refused"] = "key"
             detail = [
                 {"loc": ["header", "authorization"], "msg": "Bearer and a known API key", "input": "not repeated"}
             ]
             await JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
-        scope.setdefault("state", {})["key"] = name
-        wait = 0.0 if self.rate_limit is None else self.rate_limit.wait_s(name)
+        state["key"] = name
+        limit = None if scope["path"] in UNLIMITED_PATHS else self.rate_limit
+        wait = 0.0 if limit is None else limit.wait_s(name)
         if wait > 0:
+            state["refused"] = "rate_limit"
             answer = {"detail": "more requests than this key may send"}
             await JSONResponse(answer, 429, {"Retry-After": str(math.ceil(wait))})(scope, receive, send)
             return
@@ -132,17 +139,18 @@ def _bearer(scope: Scope) -> str:
 
 
 class RequestLog:
-    """One JSON line per request: nothing that a client sent but which route it asked."""
+    """One JSON line and one count per request: nothing that a client sent but which route it asked."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: IngressMetrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0  # 0: the client went away, or an exception on its way out
-        scope.setdefault("state", {})
+        known = scope.setdefault("state", {})
+        self.metrics.in_flight.inc()
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -153,11 +161,16 @@ class RequestLog:
         try:
             await self.app(scope, receive, watch)
         finally:
-            line = {
-                "path": scope["path"] if scope["path"] in LOGGED_PATHS else "other",
-                "status": status,
-                "ms": round((time.perf_counter() - started) * 1000, 2),
-            }
-            known = scope["state"]
+            path = scope["path"] if scope["path"] in LOGGED_PATHS else "other"
+            took_s = time.perf_counter() - started
+            self._count(path, status, took_s, known)
+            line = {"path": path, "status": status, "ms": round(took_s * 1000, 2)}
             line |= {name: known[name] for name in ("key", "num_candidates", "num_events", "version") if name in known}
             requests_log.info(json.dumps(line))
+
+    def _count(self, path: str, status: int, took_s: float, known: dict[str, Any]) -> None:
+        self.metrics.in_flight.dec()
+        self.metrics.requests.labels(path, status, known.get("version", "")).inc()
+        self.metrics.seconds.labels(path).observe(took_s)
+        if "refused" in known:
+            self.metrics.refused.labels(known["refused"]).inc()

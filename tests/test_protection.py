@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import sqlite3
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,7 @@ from pipeline import tracking
 from pipeline.config import ConfigError, UserError
 from serve_app import deployment, replay
 from serve_app.api import make_api
+from serve_app.events import StoreDown
 from serve_app.protection import ApiKeys, RateLimit, read_keys
 from serve_app.schemas import (
     EventsRequest,
@@ -57,6 +57,9 @@ class Fixed:
         return ModelInfo(
             model_name="m", model_version=7, tasks=[], request_features=[], actions=[], sequences="", deployment="d"
         )
+
+    async def metrics(self) -> dict[str, bytes]:
+        return {}
 
 
 def hashed(key: str) -> str:
@@ -207,7 +210,7 @@ def test_bad_events_are_422_and_name_the_field(name: str) -> None:
 
 def test_an_event_store_that_does_not_answer_is_503() -> None:
     replica = Fixed()
-    replica.failing = sqlite3.OperationalError("database or disk is full")
+    replica.failing = StoreDown("database or disk is full")
     answer = call(make_api(replica, 2_000_000), "POST", "/v1/events", json=EVENTS)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert "disk" not in answer.text
@@ -219,7 +222,7 @@ def test_the_document_is_complete(keys_file: Path) -> None:
     for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
         route = document["paths"][path][method]
         assert route["security"] == [{"HTTPBearer": []}]
-        expected = {"200", "401", "429", "503"} | ({"400", "413", "422"} if method == "post" else set())
+        expected = {"200", "401", "429", "503", "504"} | ({"400", "408", "413", "422"} if method == "post" else set())
         assert route["responses"].keys() == expected
         for status in expected - {"200"}:
             schema = route["responses"][status]["content"]["application/json"]["schema"]
@@ -238,6 +241,8 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "max_body_bytes": 2_000_000,
         "api_keys_file": str(keys_file),
         "rate_limit_per_s": 5.0,
+        "max_wait_ms": 500.0,
+        "request_timeout_s": 10.0,
     }
     assert deployment.plan(cfg)["api_keys"] == str(keys_file)
     keys_file.unlink()

@@ -2,13 +2,14 @@
 
 import asyncio
 import hashlib
-import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,19 +17,21 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_world import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
+from test_limits import sample
+from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
 from pipeline import tracking
 from pipeline.cluster import free_port, ray_cluster
-from pipeline.config import RunConfig, ServeConfig, UserError
+from pipeline.config import CanaryConfig, RunConfig, ServeConfig, UserError
 from pipeline.data import store
 from pipeline.mlflow_server import mlflow_server
 from pipeline.model.artifact import load_model
-from serve_app import deployment, replay
+from serve_app import deployment, load_test, replay
 from serve_app.api import Overloaded, Unavailable, make_api
 from serve_app.batching import MicroBatcher
 from serve_app.history import PublishedSequences
 from serve_app.ranker import Ranker
+from serve_app.rollout import in_share
 from serve_app.schemas import ModelInfo, RankRequest, RankResponse, Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +248,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
     model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
     wanted = deployment.user_config(cfg, model)
     for filled in (
@@ -288,7 +292,7 @@ def served(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPath
     hashes, key = folder / "keys.sha256", folder / "key"
     key.write_text("a-key")
     hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
-    protection = {"port": 0, "api_keys_file": str(hashes), "client_key_file": str(key)}
+    protection = {"port": 0, "num_replicas": 2, "api_keys_file": str(hashes), "client_key_file": str(key)}
     cfg = tiny_config(mlflow_runs, name="served", tracking={"model_name": "served"}, serve=protection)
     publish_sequences(cfg)
     folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
@@ -365,34 +369,101 @@ def test_offline_and_http_agree(served: Served) -> None:
     assert other.max_abs_diff > 1e-2, "another model's scores must not pass"
 
 
+class Load:
+    """Open-loop requests of all users at 20 a second while the block runs."""
+
+    def __init__(self, served: Served, most_seconds: float) -> None:
+        self.load = load_test.Load(rate=20, seconds=most_seconds, candidates=5, timeout_s=30)
+        users, items = load_test.known_ids(served.cfg)
+        self.asked = load_test.arrivals(self.load, users)
+        bodies = load_test.bodies(self.load, self.asked, items)
+        headers = dict(replay.key_header(served.cfg))
+        self.sending = threading.Thread(target=self._send, args=(served.url, bodies, headers))
+        self.stop = threading.Event()
+
+    def _send(self, url: str, bodies: list[bytes], headers: dict[str, str]) -> None:
+        self.answers = asyncio.run(load_test.send(url, self.load, self.asked, bodies, headers, self.stop))
+
+    def __enter__(self) -> "Load":
+        self.sending.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.sending.join()
+
+
+def replica_pids() -> list[int]:
+    from ray.util.state import list_actors
+
+    name = "ServeReplica:ranking:RankerReplica"
+    return [a.pid for a in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])]
+
+
 @pytest.mark.cluster
-def test_promote_and_rollback_while_requests_come_in(served: Served) -> None:
-    answers: list[tuple[int, int]] = []
-    stop = threading.Event()
-
-    def ask() -> None:
-        with httpx.Client(base_url=served.url, timeout=30, headers=served.client.headers) as client:
-            while not stop.is_set():
-                answer = client.post("/v1/rank", json=ONE)
-                answers.append((answer.status_code, answer.json().get("model_version", 0)))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        first, second = served.versions
+def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> None:
+    """No request fails, each answer names its version, and the versions follow the deployments."""
+    first, second = served.versions
+    with Load(served, most_seconds=90) as load:
+        time.sleep(1)
         assert tracking.promote(served.cfg, second).promoted
         assert deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg)) == served.url
-        assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == second
+        pids = replica_pids()
+        assert len(pids) == served.cfg.serve.num_replicas
+        os.kill(pids[0], signal.SIGKILL)
+        time.sleep(2)
         assert tracking.rollback(served.cfg) == first
         deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
-        assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == first
-    finally:
-        stop.set()
-        asking.join()
-    assert {status for status, _ in answers} == {200}
-    seen = [version for _, version in answers]
-    changes = [b for a, b in itertools.pairwise(seen) if a != b]
-    assert changes == [second, first]
+        time.sleep(1)
+    sent = load.answers.status != load_test.NOT_SENT
+    assert sent.sum() > 40
+    assert load.answers.status[sent].tolist() == [200] * sent.sum()
+    versions = load.answers.version[sent].tolist()
+    assert (versions[0], versions[-1]) == (first, first)
+    assert set(versions) == {first, second}
+    assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == first
+
+
+@pytest.mark.cluster
+def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
+    first, second = served.versions
+    users = range(NUM_USERS)
+    ask = lambda user: served.client.post("/v1/rank", json=ONE | {"user_id": user}).json()["model_version"]
+    trial = replace(served.cfg.serve, canary=CanaryConfig(version=second, share=0.4), shadow=second)
+    deployment.deploy(replace(served.cfg, serve=trial), served.dashboard_url, tracking.champion(served.cfg))
+    expected = [second if in_share(user, second, 0.4) else first for user in users]
+    assert set(expected) == {first, second}
+    assert [ask(user) for user in users] == expected
+    info = served.client.get("/v1/model").json()
+    assert (info["canary_version"], info["canary_share"], info["shadow_version"]) == (second, 0.4, second)
+    page = lambda: served.client.get("/metrics").text
+    assert sample(page(), "ranking_ranker_requests_total", version=str(second), role="canary") >= expected.count(second)
+    assert sample(page(), "ranking_model", role="shadow") == served.cfg.serve.num_replicas
+    wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
+    deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+    assert {ask(user) for user in users} == {first}
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if done():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within 10 s")
+
+
+@pytest.mark.cluster
+def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
+    assert httpx.get(f"{served.url}/metrics").status_code == 401
+    before = served.client.get("/metrics").text
+    for user in range(NUM_USERS):
+        served.client.post("/v1/rank", json=ONE | {"user_id": user})
+    text = served.client.get("/metrics").text
+    for name in ("ranking_requests_total", "ranking_ranker_requests_total"):
+        labels = {"path": "/v1/rank"} if name == "ranking_requests_total" else {}
+        assert sample(text, name, **labels) - sample(before, name, **labels) == NUM_USERS, name
+    assert sample(text, "ranking_model", role="champion") == served.cfg.serve.num_replicas
+    assert sample(text, "ranking_history_cache_misses_total") > 0
 
 
 @pytest.mark.cluster

@@ -15,13 +15,14 @@ from pipeline.config.data import (
     SyntheticConfig,
 )
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
-from pipeline.config.operate import RayConfig, ServeConfig, TrackingConfig
+from pipeline.config.operate import CanaryConfig, RayConfig, ServeConfig, TrackingConfig
 from pipeline.config.run import RunConfig, flatten, from_dict, load, to_dict
 from pipeline.config.train import EvaluateConfig, StochasticLengthConfig, TrainConfig
 from pipeline.config.values import ConfigError, UserError, parse_time
 
 __all__ = [
     "AttentionConfig",
+    "CanaryConfig",
     "ChannelConfig",
     "ColumnFeature",
     "ConfigError",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from pipeline.config.values import require
 
@@ -15,6 +16,18 @@ class TrackingConfig:
         default_factory=dict
     )  # task -> the highest validation NE that may be promoted
     gate_max_regression: float = 0.002  # by how much the mean validation NE may exceed the champion's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CanaryConfig:
+    """A registered version that answers some of the users in the champion's place."""
+
+    version: int
+    share: float = 0.05  # of the users, the same ones each time
+
+    def __post_init__(self) -> None:
+        require(self.version >= 1, "serve.canary.version", self.version, "a registered version, 1 or more")
+        require(0 < self.share < 1, "serve.canary.share", self.share, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +46,13 @@ class ServeConfig:
     api_keys_file: str | None = None  # lines of sha256 and name; None: whoever reaches the port may ask
     client_key_file: str | None = None  # one of those keys in the clear, for the requests that jobs.pipeline sends
     rate_limit_per_s: float | None = None  # requests of one API key, or of all together without keys; None: no limit
+    max_wait_ms: float = 500.0  # of work that may lie before a request; beyond it 429
+    request_timeout_s: float = 10.0  # from the first byte of a request to its answer; beyond it 504
+    canary: CanaryConfig | None = None
+    shadow: int | None = None  # a registered version that ranks copies of the requests and answers none
+    redis_url: str | None = None  # where posted events are kept: redis://host:6379/0; None: a SQLite file of the run
+    redis_prefix: str = "ranking"  # of its keys: servers of one prefix share their events
+    redis_password_file: str | None = None
     demo_candidates: int = 50
     parity_requests: int = 200
     parity_candidates: int = 20  # a request's own rows filled up with popular items
@@ -46,8 +66,19 @@ class ServeConfig:
         require(self.cache_mb >= 0, "serve.cache_mb", self.cache_mb, "0 or more")
         rate = self.rate_limit_per_s
         require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")
-        for name in ("api_keys_file", "client_key_file"):
+        for name in ("max_wait_ms", "request_timeout_s"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"serve.{name}", value, "greater than 0")
+        require(self.shadow is None or self.shadow >= 1, "serve.shadow", self.shadow, "a registered version, or null")
+        for name in ("api_keys_file", "client_key_file", "redis_password_file"):
             require(getattr(self, name) != "", f"serve.{name}", getattr(self, name), "a path, or null")
+        if self.redis_url is not None:
+            url = urlsplit(self.redis_url)
+            known = url.scheme in ("redis", "rediss", "unix")
+            require(known, "serve.redis_url", self.redis_url, "a URL such as redis://host:6379/0, or null")
+            # the configuration is logged with every run
+            require(url.password is None, "serve.redis_url", "...", "without a password: serve.redis_password_file")
+        require(":" not in self.redis_prefix, "serve.redis_prefix", self.redis_prefix, "a word without colons")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,150 @@
+"""Deadlines, admission and /metrics, without Ray."""
+
+import asyncio
+import math
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.parser import text_string_to_metric_families
+from test_protection import EVENTS, RANK, Fixed, call, hashed
+
+from serve_app import metrics
+from serve_app.api import make_api
+from serve_app.limits import FEW, Work
+from serve_app.protection import ApiKeys, RateLimit
+from serve_app.schemas import RankRequest, RankResponse, Refusal
+
+
+class Slow(Fixed):
+    """Takes its time, and says how many it was told to forget."""
+
+    cancelled = 0
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return await super().rank(request)
+
+
+def test_an_answer_that_does_not_come_is_504_and_its_work_is_cancelled() -> None:
+    replica = Slow(60)
+    answer = call(make_api(replica, 2_000_000, timeout_s=0.05), "POST", "/v1/rank", json=RANK)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (504, "1")
+    assert "0.05 s" in answer.json()["detail"]
+    assert replica.cancelled == 1
+
+
+def test_a_body_that_does_not_come_is_408() -> None:
+    async def trickle():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    answer = call(make_api(Fixed(), 2_000_000, timeout_s=0.05), "POST", "/v1/rank", content=trickle())
+    assert answer.status_code == 408
+
+
+def test_the_wait_is_what_lies_in_flight_over_what_gets_done() -> None:
+    now = 0.0
+    work = Work(0.5, lambda: now)
+    assert work.wait_s() == 0
+    for _ in range(20):  # one after another, 100 ms each, with pauses that do not count
+        now += 5
+        begun = work.begin(1000)
+        now += 0.1
+        work.end(1000, begun)
+    begun = [work.begin(1000) for _ in range(6)]
+    assert work.wait_s() == pytest.approx(0.6)
+    assert not work.admits()
+    now += 0.1
+    work.end(1000, begun.pop())
+    assert work.wait_s() == pytest.approx(0.5)
+    assert work.admits()
+    for _ in range(5):
+        work.end(1000, begun.pop())
+    assert (work.wait_s(), work.num_in_flight) == (0, 0)
+
+
+def test_a_few_are_always_admitted_so_that_the_measure_can_recover() -> None:
+    now = 0.0
+    work = Work(0.001, lambda: now)
+    begun = work.begin(1)
+    now += 1000
+    work.end(1, begun)
+    admitted = [work.admits() and work.begin(1) is not None for _ in range(FEW + 1)]
+    assert admitted == [True] * FEW + [False]
+
+
+def test_beyond_what_can_be_done_in_time_the_answer_is_429() -> None:
+    api = make_api(Slow(0.05), 2_000_000, max_wait_s=0.2)
+
+    async def load() -> tuple[list[httpx.Response], list[httpx.Response]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
+            await client.post("/v1/rank", json=RANK)
+            many = await asyncio.gather(*(client.post("/v1/rank", json=RANK) for _ in range(50)))
+            return many, [await client.post("/v1/rank", json=RANK)]
+
+    many, later = asyncio.run(load())
+    statuses = [answer.status_code for answer in many]
+    assert statuses.count(200) >= FEW
+    assert statuses.count(429) > 25
+    assert {answer.headers["Retry-After"] for answer in many if answer.status_code == 429} == {"1"}
+    assert later[0].status_code == 200
+    text = call(api, "GET", "/metrics").text
+    assert sample(text, "ranking_refused_total", reason="overload") == statuses.count(429)
+    assert sample(text, "ranking_requests_in_flight") == 1, "the scrape itself"
+
+
+def sample(text: str, name: str, **labels: str) -> float:
+    found = [
+        entry.value
+        for family in text_string_to_metric_families(text)
+        for entry in family.samples
+        if entry.name == name and labels.items() <= entry.labels.items()
+    ]
+    return sum(found) if found else math.nan
+
+
+def test_requests_are_counted_by_status_and_version(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{hashed('secret')} shop\n")
+    now = 0.0
+    api = make_api(Fixed(), 2_000_000, ApiKeys(keys), RateLimit(3, lambda: now))
+    statuses = [call(api, "POST", "/v1/rank", "secret", json=RANK).status_code for _ in range(2)]
+    statuses += [call(api, "POST", "/v1/events", "secret", json=EVENTS).status_code]
+    statuses += [call(api, "POST", "/v1/rank", key, json=RANK).status_code for key in ("secret", "wrong")]
+    assert statuses == [200, 200, 200, 429, 401]
+    assert call(api, "GET", "/metrics").status_code == 401
+    text = call(api, "GET", "/metrics", "secret").text  # a key without any rate left may still scrape
+    assert sample(text, "ranking_requests_total", path="/v1/rank", status="200", version="7") == 2
+    assert sample(text, "ranking_requests_total", path="/v1/rank", status="429") == 1
+    assert sample(text, "ranking_request_seconds_count", path="/v1/rank") == 4
+    assert sample(text, "ranking_refused_total", reason="rate_limit") == 1
+    assert sample(text, "ranking_refused_total", reason="key") == 2
+    assert sample(text, "ranking_events_total", status="accepted") == 1
+
+
+def test_the_page_holds_every_replica() -> None:
+    texts = {}
+    for replica, number in (("one", 3), ("two", 4)):
+        counts = metrics.ReplicaMetrics()
+        counts.requests.labels("7", "champion").inc(number)
+        counts.seconds.labels("7", "champion").observe(0.02)
+        texts[replica] = metrics.exposition(counts.registry)
+    own = CollectorRegistry()
+    Counter("mine", "of the ingress", registry=own).inc()
+    text = metrics.page(own, texts).decode()
+    assert sample(text, "ranking_ranker_requests_total", replica="two", version="7") == 4
+    assert sample(text, "ranking_ranker_requests_total") == 7
+    assert sample(text, "ranking_ranker_seconds_bucket", le="0.025", replica="one") == 1
+    assert sample(text, "mine_total") == 1
+    names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+    assert len(names) == len(set(names)), "a family must come once"

@@ -1,0 +1,103 @@
+"""The load generator: who asks when, and what it reports of a server that answers, refuses and keeps silent."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_world import NUM_USERS, publish_sequences, tiny_config
+
+from pipeline.config import UserError
+from serve_app import load_test
+from serve_app.load_test import Load
+
+
+def test_arrivals_are_seeded_poisson_and_half_warm() -> None:
+    load = Load(rate=20, seconds=600, seed=3)
+    asked, again = (load_test.arrivals(load, np.arange(1000)) for _ in range(2))
+    for name in ("due_s", "user", "warm"):
+        assert getattr(asked, name).tolist() == getattr(again, name).tolist()
+    assert len(asked.due_s) == pytest.approx(12_000, abs=500)
+    gaps = np.diff(asked.due_s)
+    assert gaps.min() >= 0
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # of an exponential distribution
+    assert asked.warm.mean() == pytest.approx(0.5, abs=0.03)
+    last: dict[int, float] = {}
+    for due, user, warm in zip(asked.due_s.tolist(), asked.user.tolist(), asked.warm.tolist(), strict=True):
+        assert warm == (due - last.get(user, -np.inf) < 60)
+        last[user] = due
+
+
+def test_more_users_asked_for_than_there_are() -> None:
+    asked = load_test.arrivals(Load(rate=50, seconds=10, warm_share=0), np.arange(5))
+    assert asked.warm.mean() > 0.9, "five users cannot all stay cold"
+
+
+def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) -> None:
+    """A server of a few lines: each fifth request is refused, each seventh never answered, the others take 30 ms."""
+    cfg = tiny_config(tmp_path / "runs")
+    publish_sequences(cfg)
+    seen: list[dict] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-len" in line
+                )
+                seen.append(json.loads(await reader.readexactly(length)))
+                number = len(seen)
+                if number % 7 == 0:
+                    await asyncio.sleep(60)
+                await asyncio.sleep(0.03)
+                status, body = ("429 No", b"{}") if number % 5 == 0 else ("200 OK", b'{"model_version": 4}')
+                timing = "Server-Timing: ranker;dur=12.50\r\n"
+                writer.write(f"HTTP/1.1 {status}\r\n{timing}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return  # the client has gone
+        finally:
+            writer.close()
+
+    async def main() -> tuple[Load, load_test.Arrivals, load_test.Answers]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        load = Load(rate=60, seconds=1, candidates=3, timeout_s=0.5)
+        users, items = load_test.known_ids(cfg)
+        asked = load_test.arrivals(load, users)
+        sent = load_test.bodies(load, asked, items)
+        answers = await load_test.send(f"http://{host}:{port}", load, asked, sent, {})
+        server.close()
+        return load, asked, answers
+
+    load, asked, answers = asyncio.run(main())
+    num = len(asked.due_s)
+    assert sorted(body["user_id"] for body in seen) == sorted(asked.user.tolist())
+    assert {len(body["candidates"]) for body in seen} == {3}
+    assert max(body["user_id"] for body in seen) < NUM_USERS
+    figures = load_test.summary(load, asked, answers)
+    silent, refused = num // 7, num // 5 - num // 35
+    assert figures["statuses"] == {"0": silent, "200": num - silent - refused, "429": refused}
+    assert figures["failures"] == silent
+    assert figures["versions"] == {"4": num - silent - refused}
+    assert figures["latency_ms"]["p50"] >= 30
+    assert figures["ranker_ms"]["p99"] == 12.5
+    assert figures["overhead_ms"]["p50"] == pytest.approx(figures["latency_ms"]["p50"] - 12.5, abs=0.02)
+    load_test.plot(load, asked, answers, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rate": 0}, "--rate.*0"),
+        ({"rate": 1e6}, "--rate.*200000"),
+        ({"seconds": 1e5}, "--seconds"),
+        ({"warm_share": 2}, "--warm-share.*2"),
+        ({"timeout_s": 0}, "--timeout-s"),
+    ],
+)
+def test_loads_are_bounded(settings: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Load(**{"rate": 1, "seconds": 10} | settings)

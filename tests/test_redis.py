@@ -1,0 +1,157 @@
+"""The event log in Redis, against a real redis-server of this test's own."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_world import tiny_config
+
+from pipeline.cluster import free_port
+from pipeline.config import ConfigError, UserError
+from serve_app.events import StoreDown
+from serve_app.rollout import open_events
+from serve_app.schemas import Event
+
+redis = pytest.importorskip("redis", reason="the extra [redis] is not installed")
+SERVER = shutil.which("redis-server")
+if SERVER is None and "CI" not in os.environ:  # in CI its absence fails the tests
+    pytest.skip("redis-server is not installed", allow_module_level=True)
+
+START = 1_651_500_000_000
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+class Server:
+    """A redis-server on a port of its own that can be killed and started again."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        assert SERVER is not None, "redis-server is not installed: apt-get install redis-server"
+        self.port = free_port()
+        self.command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+        self.command += options
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        client = redis.Redis(port=self.port)
+        for _ in range(200):
+            try:
+                client.ping()
+                return
+            except redis.AuthenticationError:
+                return
+            except redis.ConnectionError:
+                assert self.process.poll() is None, "redis-server ended"
+                time.sleep(0.02)
+        raise AssertionError("redis-server does not answer")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path, *DURABLE)
+    yield server
+    server.kill()
+
+
+def log_of(server: Server, folder: Path, **settings: str):
+    return open_events(tiny_config(folder, serve={"redis_url": server.url, **settings}).serve, folder)
+
+
+def event(user: int, item: int, time_ms: int = START, **values: object) -> Event:
+    return Event(user_id=user, item_id=item, event_time=time_ms, **values)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) -> None:
+    log, other = log_of(server, tmp_path), log_of(server, tmp_path)
+    full = event(1, 2, actions={"is_click": True}, request_features={"tab": 3}, request_id=7, watch_ms=9)
+    assert log.append([full, event(1, 3), event(2, 2)]) == ["accepted"] * 3
+    assert other.append([full, event(1, 2, watch_ms=1), event(1, 2, START + 1)]) == [
+        "already_there",
+        "conflict",
+        "accepted",
+    ]
+    kept = sorted(log.of_user(1), key=lambda e: (e.event_time, e.item_id))
+    assert kept == [full, event(1, 3), event(1, 2, START + 1)]
+    assert log.of_user(3) == []
+    assert log.append([]) == []
+    assert log_of(server, tmp_path, redis_prefix="another").of_user(1) == []
+
+
+def _write(url: str, folder: Path, writer: int, num: int) -> None:
+    log = open_events(tiny_config(folder, serve={"redis_url": url}).serve, folder)
+    for i in range(num):
+        log.append([event(writer, i), event(100, i)])
+
+
+def test_writers_of_several_machines_at_once(server: Server, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(server.url, tmp_path, writer, 50)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+        assert writer.exitcode == 0
+    log = log_of(server, tmp_path)
+    assert [len(log.of_user(user)) for user in (0, 1, 2, 3, 100)] == [50] * 5
+
+
+def test_a_killed_server_loses_nothing_acknowledged(server: Server, tmp_path: Path) -> None:
+    log = log_of(server, tmp_path)
+    assert log.append([event(1, item) for item in range(20)]) == ["accepted"] * 20
+    server.kill()
+    with pytest.raises(StoreDown):
+        log.append([event(1, 20)])
+    with pytest.raises(StoreDown):
+        log.of_user(1)
+    server.start()
+    assert {e.item_id for e in log.of_user(1)} == set(range(20))  # over a new connection
+    assert log.append([event(1, 19), event(1, 20)]) == ["already_there", "accepted"]
+
+
+@pytest.mark.parametrize("options", [(), ("--appendonly", "yes"), (*DURABLE, "--maxmemory-policy", "allkeys-lru")])
+def test_a_server_that_may_lose_events_is_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+    server = Server(tmp_path, *options)
+    try:
+        with pytest.raises(UserError, match=r"serve\.redis_url.*(append|maxmemory)"):
+            log_of(server, tmp_path)
+    finally:
+        server.kill()
+
+
+def test_the_password_comes_from_a_file(tmp_path: Path) -> None:
+    server = Server(tmp_path, *DURABLE, "--requirepass", "open-sesame")
+    password = tmp_path / "password"
+    try:
+        with pytest.raises(UserError, match=r"serve\.redis_password_file"):
+            log_of(server, tmp_path, redis_password_file=str(password))
+        password.write_text("wrong\n")
+        with pytest.raises(UserError, match=r"serve\.redis_url") as caught:
+            log_of(server, tmp_path, redis_password_file=str(password))
+        assert "wrong" not in str(caught.value)
+        password.write_text("open-sesame\n")
+        assert log_of(server, tmp_path, redis_password_file=str(password)).append([event(1, 1)]) == ["accepted"]
+    finally:
+        server.kill()
+
+
+def test_nothing_answers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"serve\.redis_url: no usable Redis"):
+        open_events(tiny_config(tmp_path, serve={"redis_url": f"redis://127.0.0.1:{free_port()}"}).serve, tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://host", "redis://user:secret@host:6379"])
+def test_urls_that_the_configuration_refuses(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.redis_url") as caught:
+        tiny_config(tmp_path, serve={"redis_url": url})
+    assert "secret" not in str(caught.value)

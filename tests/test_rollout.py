@@ -1,0 +1,188 @@
+"""Champion, canary and shadow in one replica, without Ray."""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_limits import sample
+from tiny_world import publish_sequences, save_tiny_model, tiny_config
+
+from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.tracking import PinnedModel
+from serve_app import deployment, metrics, rollout
+from serve_app.metrics import ReplicaMetrics, exposition
+from serve_app.ranker import Ranker
+from serve_app.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
+from serve_app.schemas import RankRequest, RankResponse, Refusal
+
+ROOT = Path(__file__).parent.parent
+NAMES = re.compile(r"ranking_\w+")
+SUFFIX = re.compile(r"_(total|bucket|count|sum)$")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[PinnedModel]]:
+    """Three versions in the server's cache, as if they had been fetched."""
+    cfg = tiny_config(tmp_path_factory.mktemp("rollout") / "runs")
+    publish_sequences(cfg)
+    models = []
+    for version in (1, 2, 3):
+        folder = save_tiny_model(cfg, deployment.cache(cfg) / f"tiny-{version}", seed=version)
+        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+        models.append(PinnedModel("http://127.0.0.1:1", "tiny", version, digests))
+    return cfg, models
+
+
+def loaded(world, canary=None, shadow=None, share=0.3, earlier=None, counts=None) -> Rollout:
+    cfg, models = world
+    sections = {"port": 0, "canary": {"version": models[canary].version, "share": share} if canary else None}
+    cfg = tiny_config(Path(cfg.runs_dir), serve=sections)
+    on_trial = [None if i is None else models[i] for i in (canary, shadow)]
+    return rollout.load(deployment.user_config(cfg, models[0], *on_trial), counts or ReplicaMetrics(), earlier)
+
+
+def asking(user: int | None, **values: object) -> RankRequest:
+    who = {"history": []} if user is None else {"user_id": user}
+    return RankRequest.model_validate({**who, "candidates": [{"item_id": i} for i in (1, 7, 9)], **values})
+
+
+def test_a_share_of_the_users_and_always_the_same() -> None:
+    users = range(10_000)
+    small, large, other = (
+        {u for u in users if in_share(u, version, share)} for version, share in ((4, 0.1), (4, 0.3), (5, 0.1))
+    )
+    assert len(small) == pytest.approx(1000, abs=150)
+    assert len(large) == pytest.approx(3000, abs=250)
+    assert small < large, "a growing canary keeps its users"
+    assert len(small & other) < 200, "another version is tried on other users"
+
+
+def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
+    counts = ReplicaMetrics()
+    both = loaded(world, canary=1, counts=counts)
+    requests = [asking(user) for user in range(24)] + [asking(None), asking(3, order_by="is_sold")]
+    answers = both.rank(requests)
+    assert isinstance(answers[-1], Refusal)
+    assert all(isinstance(answer, RankResponse) for answer in answers[:-1])
+    versions = [answer.model_version for answer in answers[:-1]]  # pyright: ignore[reportAttributeAccessIssue]
+    assert versions == [2 if in_share(user, 2, 0.3) else 1 for user in range(24)] + [1]
+    assert set(versions) == {1, 2}
+    for role, version in ((CHAMPION, 1), (CANARY, 2)):  # each as if it were alone
+        ranker = both.rankers[role]
+        mine = [i for i, answered in enumerate(versions) if answered == version]
+        for i, alone in zip(mine, ranker.rank([requests[i] for i in mine]), strict=True):
+            assert answers[i].scores == alone.scores  # pyright: ignore[reportAttributeAccessIssue]
+    text = exposition(counts.registry).decode()
+    assert sample(text, "ranking_ranker_requests_total", version="2", role="canary") == versions.count(2)
+    assert sample(text, "ranking_ranker_requests_total", version="1", role="champion") == versions.count(1)
+    assert sample(text, "ranking_ranker_candidates_total") == 3 * 25
+
+
+def finished(what, expected: float) -> None:
+    for _ in range(500):
+        if what() == expected:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{what()} instead of {expected}")
+
+
+def test_the_shadow_is_compared_and_never_seen(world) -> None:
+    counts = ReplicaMetrics()
+    shadowed = loaded(world, shadow=2, counts=counts)
+    requests = [asking(user) for user in range(10)]
+    answers = shadowed.rank(requests)
+    assert {answer.model_version for answer in answers} == {1}  # pyright: ignore[reportAttributeAccessIssue]
+    counted = lambda: sample(exposition(counts.registry).decode(), "ranking_shadow_score_change_count")
+    finished(counted, 10)
+    text = exposition(counts.registry).decode()
+    other = shadowed.rankers[SHADOW].rank(requests)
+    changes = [
+        max(np.abs(np.subtract(a.scores[t], b.scores[t])).max() for t in a.scores)  # pyright: ignore
+        for a, b in zip(answers, other, strict=True)
+    ]
+    assert min(changes) > 0
+    assert sample(text, "ranking_shadow_score_change_sum", version="3") == pytest.approx(sum(changes))
+    same = sum(a.order[0] == b.order[0] for a, b in zip(answers, other, strict=True))  # pyright: ignore
+    assert sample(text, "ranking_shadow_same_best_total") == same
+    assert sample(text, "ranking_ranker_requests_total", role="shadow") == 10
+    shadowed.close()
+
+
+def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "SHADOW_QUEUE", 3)
+    counts, release = ReplicaMetrics(), threading.Event()
+    shadowed = loaded(world, shadow=2, counts=counts)
+    monkeypatch.setattr(shadowed.rankers[SHADOW], "rank", lambda requests: release.wait(10) and 1 / 0)
+    answers = [shadowed.rank([asking(user)])[0] for user in range(8)]
+    assert all(isinstance(answer, RankResponse) for answer in answers)
+    dropped = sample(exposition(counts.registry).decode(), "ranking_shadow_dropped_total")
+    assert dropped in (4, 5)  # three wait; the thread may have taken one more
+    release.set()
+    finished(lambda: sample(exposition(counts.registry).decode(), "ranking_shadow_failed_total"), 8 - dropped)
+    shadowed.close()
+
+
+def test_a_version_that_is_loaded_keeps_what_it_has_cached(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = loaded(world, canary=1)
+    first.rank([asking(user) for user in range(5)])
+    monkeypatch.setattr(rollout, "load_model", lambda folder: pytest.fail("nothing new is to be loaded"))
+    wider = loaded(world, canary=1, share=0.9, earlier=first)
+    assert wider.rankers == first.rankers
+    assert wider.share == 0.9
+    alone = loaded(world, earlier=first)
+    assert list(alone.rankers) == [CHAMPION]
+    info = wider.info()
+    assert (info.model_version, info.canary_version, info.canary_share, info.shadow_version) == (1, 2, 0.9, None)
+    assert alone.info().canary_version is None
+
+
+def test_settings_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for section, said in (
+        ({"canary": {"version": 1, "share": 1.5}}, r"serve\.canary\.share.*1\.5"),
+        ({"canary": {"version": 0}}, r"serve\.canary\.version.*0"),
+        ({"shadow": 0}, r"serve\.shadow.*0"),
+        ({"max_wait_ms": 0}, r"serve\.max_wait_ms.*0"),
+        ({"request_timeout_s": -1}, r"serve\.request_timeout_s.*-1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            tiny_config(tmp_path, serve=section)
+    for section, key in (({"canary": {"version": 3}}, "serve.canary.version"), ({"shadow": 3}, "serve.shadow")):
+        with pytest.raises(UserError, match=f"{key}: version 3 is the champion"):
+            deployment.deploy(tiny_config(tmp_path, serve=section), "", PinnedModel("", "tiny", 3, {}))
+
+
+def test_the_loaded_versions_and_their_caches_are_on_the_page(world) -> None:
+    counts = ReplicaMetrics()
+    both = loaded(world, canary=1, counts=counts)
+    counts.loaded.roles = both.rankers
+    both.rank([asking(user) for user in range(12)])
+    both.rank([asking(user) for user in range(12)])
+    text = exposition(counts.registry).decode()
+    assert sample(text, "ranking_model", version="2", role="canary") == 1
+    for role, ranker in both.rankers.items():
+        assert isinstance(ranker, Ranker)
+        stats = ranker.stats()
+        assert sample(text, "ranking_history_cache_hits_total", role=role) == stats["history_cache_hits"]
+        assert sample(text, "ranking_history_cache_bytes", role=role) == stats["history_cache_bytes"]
+    assert sample(text, "ranking_history_cache_hits_total") > 0
+
+
+def test_the_dashboard_asks_for_what_the_page_holds(world) -> None:
+    """Every metric that a panel of deploy/grafana names is on the page, and every metric on the page is in a panel."""
+    replica = ReplicaMetrics()
+    replica.loaded.roles = loaded(world).rankers
+    page = metrics.page(metrics.IngressMetrics().registry, {"one": exposition(replica.registry)}).decode()
+    families = set(re.findall(r"^# TYPE (ranking_\w+)", page, re.MULTILINE))
+    families = {name.removesuffix("_total") for name in families if not name.endswith("_created")}
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "ranking.json").read_text())
+    asked = {
+        name for panel in dashboard["panels"] for target in panel["targets"] for name in NAMES.findall(target["expr"])
+    }
+    assert {SUFFIX.sub("", name) for name in asked} == families - {"ranking_history_cache_entries"}
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(places) == len(set(places))
