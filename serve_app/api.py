@@ -9,7 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 
-from serve_app import metrics
+from serve_app import columns, metrics
+from serve_app.columns import BadBody, RankColumns, RankedColumns
 from serve_app.events import StoreDown
 from serve_app.limits import Admission, BodyLimit, Deadline, reply
 from serve_app.protection import ApiKeys, Protection, RateLimit, RequestLog
@@ -43,6 +44,11 @@ CHECKED: dict[int | str, dict[str, Any]] = {
 }
 
 
+BINARY = {columns.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+ARROW_REQUEST: dict[str, Any] = {"requestBody": {"required": True, "content": BINARY}}
+ARROW_ANSWER: dict[int | str, dict[str, Any]] = {200: {"description": "an Arrow IPC stream", "content": BINARY}}
+
+
 class Overloaded(Exception):
     """Too many requests wait already."""
 
@@ -54,7 +60,7 @@ class Unavailable(Exception):
 class Replica(Protocol):
     """What the HTTP face needs of a ranker, wherever it runs."""
 
-    async def rank(self, request: RankRequest) -> RankResponse | Refusal: ...
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal: ...
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal: ...
 
@@ -90,6 +96,10 @@ def make_api(
     async def _invalid(_: Request, error: RequestValidationError) -> Response:
         return _refused([Refusal.of(e["loc"], e["msg"], e.get("input")) for e in error.errors()])
 
+    @api.exception_handler(BadBody)
+    async def _bad_body(_: Request, error: BadBody) -> Response:
+        return _refused(error.refusals)
+
     @api.exception_handler(Overloaded)
     async def _overloaded(http: Request, _: Exception) -> Response:
         http.state.refused = "overload"
@@ -106,13 +116,31 @@ def make_api(
     @api.post("/v1/rank", response_model=RankResponse, responses=CHECKED, dependencies=locks)
     async def rank(request: RankRequest, http: Request) -> Response:
         """Score and order the candidates."""
-        http.state.num_candidates = len(request.candidates)
-        answer = await replica.rank(request)
+        answer = await ranked(RankColumns.of(request), http)
         if isinstance(answer, Refusal):
             return _refused([answer])
-        http.state.version = answer.model_version
-        timing = {} if answer.ranker_ms is None else {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
-        return Response(answer.model_dump_json(), 200, timing, media_type="application/json")
+        return Response(answer.response().model_dump_json(), 200, _timing(answer), media_type="application/json")
+
+    @api.post("/v1/rank/arrow", responses=CHECKED | ARROW_ANSWER, openapi_extra=ARROW_REQUEST, dependencies=locks)
+    async def rank_arrow(http: Request) -> Response:
+        """The same with candidates and scores as columns, for many candidates at a time.
+
+        The body is an uncompressed Arrow IPC stream with a column `item_id` (int64) and one for each request feature
+        that differs between candidates (int32, null: as in the request); under the key `rank` of the schema's metadata
+        is the rest of the request, the JSON of a `RankHead`. The answer has the columns `item_id`, `score.<task>`
+        (float32) and `place` (int32, 0 is best), and its other fields as JSON under the same key.
+        """
+        answer = await ranked(RankColumns.from_arrow(await http.body()), http)
+        if isinstance(answer, Refusal):
+            return _refused([answer])
+        return Response(answer.to_arrow(), 200, _timing(answer), media_type=columns.MEDIA_TYPE)
+
+    async def ranked(request: RankColumns, http: Request) -> RankedColumns | Refusal:
+        http.state.num_candidates = len(request)
+        answer = await replica.rank(request)
+        if isinstance(answer, RankedColumns):
+            http.state.version = answer.model_version
+        return answer
 
     @api.post("/v1/events", response_model=EventsResponse, responses=CHECKED, dependencies=locks)
     async def events(request: EventsRequest, http: Request) -> Response:
@@ -153,6 +181,10 @@ def make_api(
         return reply(ready.model_dump())
 
     return api
+
+
+def _timing(answer: RankedColumns) -> dict[str, str]:
+    return {} if answer.ranker_ms is None else {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
 
 
 def _refused(refusals: Sequence[Refusal]) -> Response:

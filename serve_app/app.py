@@ -20,10 +20,11 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.api import Overloaded, Unavailable, make_api
 from serve_app.batching import MicroBatcher
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition
 from serve_app.protection import ApiKeys, RateLimit
 from serve_app.rollout import Rollout, load
-from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, RankRequest, RankResponse, Refusal
+from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,10 +71,10 @@ class RankerReplica:
         if before is not None:
             before.close()
 
-    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         return await self.batcher(request)
 
-    def _rank(self, requests: list[RankRequest]) -> list[RankResponse | Refusal]:
+    def _rank(self, requests: list[RankColumns]) -> list[RankedColumns | Refusal]:
         return self._current.rank(requests)  # one rollout for the whole batch, whatever is swapped meanwhile
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
@@ -114,7 +115,7 @@ class Api:
             timeout_s=self.args.request_timeout_s,
         )
 
-    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         return await self._with_another_try(self.replicas.rank, request)
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
@@ -131,7 +132,7 @@ class Api:
             raise Unavailable from None
         return dict(answer for answer in found if isinstance(answer, tuple))  # else a replica that is dying
 
-    async def _with_another_try(self, method: DeploymentHandle, *arguments: RankRequest | EventsRequest) -> Any:
+    async def _with_another_try(self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest) -> Any:
         """What a dying replica took with it is asked of the next one: no method does more when called again."""
         try:
             try:

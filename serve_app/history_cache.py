@@ -5,12 +5,13 @@ request as of an earlier time, has another key. No store has to announce its cha
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from dataclasses import fields
 
 import numpy as np
 
-from pipeline.data.batch import Events
+from pipeline.data.events import Events
 from pipeline.model.cached import HistoryCache
 
 BYTES_PER_MB = 2**20
@@ -30,32 +31,37 @@ def history_keys(history: Events, user_codes: np.ndarray) -> list[bytes]:
 
 
 class HistoryCaches:
-    """At most `max_mb` MiB of encoded histories of one model. For one thread at a time."""
+    """At most `max_mb` MiB of encoded histories of one model, for any thread: a shadow ranks in one of its own."""
 
     def __init__(self, max_mb: int) -> None:
         self.max_bytes = max_mb * BYTES_PER_MB
         self.num_bytes = self.hits = self.misses = self.evictions = 0
         self._entries: OrderedDict[bytes, HistoryCache] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: bytes) -> HistoryCache | None:
-        found = self._entries.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return found
 
     def put(self, key: bytes, entry: HistoryCache) -> None:
         """Keep `entry` unless it alone is more than there is room for."""
-        if entry.num_bytes > self.max_bytes or key in self._entries:
+        if entry.num_bytes > self.max_bytes:
             return
-        self._entries[key] = entry
-        self.num_bytes += entry.num_bytes
-        while self.num_bytes > self.max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self.num_bytes -= oldest.num_bytes
-            self.evictions += 1
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = entry
+            self.num_bytes += entry.num_bytes
+            while self.num_bytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self.num_bytes -= oldest.num_bytes
+                self.evictions += 1
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""

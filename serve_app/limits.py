@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-WORK_PATHS = ("/v1/rank", "/v1/events")  # the routes that a replica works for
+WORK_PATHS = ("/v1/rank", "/v1/rank/arrow", "/v1/events")  # the routes that a replica works for
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
 FEW = 4  # requests that may always be in flight: a batch needs company before its speed can be seen
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count

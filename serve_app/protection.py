@@ -21,7 +21,11 @@ requests_log = logging.getLogger("ray.serve.requests")  # a child of the logger 
 
 OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers and jobs.deploy, which have no key
 UNLIMITED_PATHS = ("/metrics",)  # a scraper needs a key, but a rate of its own would blind it when it matters
-LOGGED_PATHS = ("/v1/rank", "/v1/events", "/v1/model", "/docs", "/openapi.json", *UNLIMITED_PATHS, *OPEN_PATHS)
+LOGGED_PATHS = (
+    *("/v1/rank", "/v1/rank/arrow", "/v1/events", "/v1/model", "/docs", "/openapi.json"),
+    *UNLIMITED_PATHS,
+    *OPEN_PATHS,
+)
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
 ANYBODY = "-"  # the name in logs and rate limits where no keys are asked for
 

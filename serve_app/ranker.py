@@ -6,7 +6,7 @@ candidates ───────────────────────
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,10 @@ from pipeline.data.events import Events
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from pipeline.model.quantize import quantize_tables
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history import Histories, HistoryStore, histories, sequence_row
 from serve_app.history_cache import HistoryCaches, history_keys
-from serve_app.schemas import HistoryRow, ModelInfo, RankRequest, RankResponse, Refusal, RequestFeatures
+from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal
 
 NO_USER = -1  # in no vocabulary: the codes of an unknown user
 MS_PER_DAY = 86_400_000
@@ -64,68 +65,57 @@ class Ranker:
     def warm(self) -> None:
         """One request of every shape of work, so that the first real one finds everything allocated and compiled."""
         item = self.maps.popular_items(1).tolist() or [0]
-        row = HistoryRow(item_id=item[0], event_time=self.earliest_ms)
-        asked = [{"item_id": i} for i in item]
-        now = int(time.time() * 1000)
-        self.rank([RankRequest.model_validate({"history": [row], "candidates": asked, "request_time_ms": now})])
+        history = [HistoryRow(item_id=item[0], event_time=self.earliest_ms)]
+        self.rank([RankColumns(RankHead(history=history), np.array(item, np.int64), {})])
 
     def stats(self) -> dict[str, int]:
         """Counters and sizes by name, for /metrics."""
         return self.caches.stats()
 
-    def refusal(self, request: RankRequest) -> Refusal | None:
+    def refusal(self, request: RankColumns) -> Refusal | None:
         """What this model cannot answer in a request that the schema allows, if anything."""
-        limits = self.limits
-        if len(request.candidates) > limits.max_candidates:
-            return _refuse(["candidates"], f"at most {limits.max_candidates} candidates", len(request.candidates))
+        limits, head = self.limits, request.head
+        if len(request) > limits.max_candidates:
+            return _refuse(["candidates"], f"at most {limits.max_candidates} candidates", len(request))
         latest = int(time.time() * 1000) + MS_PER_DAY
-        if not self.earliest_ms <= request.request_time_ms <= latest:
+        if not self.earliest_ms <= head.request_time_ms <= latest:
             rule = f"request_time_ms must be in ms since 1970, between {self.earliest_ms} and a day from now ({latest})"
-            return _refuse(["request_time_ms"], rule, request.request_time_ms)
-        if request.order_by is not None and request.order_by not in self.cfg.tasks:
-            return _refuse(["order_by"], f"one of the tasks {list(self.cfg.tasks)}", request.order_by)
-        if found := self._unknown_feature(["request_features"], request.request_features):
+            return _refuse(["request_time_ms"], rule, head.request_time_ms)
+        if head.order_by is not None and head.order_by not in self.cfg.tasks:
+            return _refuse(["order_by"], f"one of the tasks {list(self.cfg.tasks)}", head.order_by)
+        if found := self._unknown_feature(["request_features"], head.request_features):
             return found
-        for i, candidate in enumerate(request.candidates):
-            if found := self._unknown_feature(["candidates", i, "request_features"], candidate.request_features):
-                return found
-        return self._history_refusal(request)
+        if found := self._unknown_feature(["candidates", "request_features"], request.features):
+            return found
+        return self._history_refusal(head)
 
-    def rank(self, requests: Sequence[RankRequest]) -> list[RankResponse]:
+    def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns]:
         """Answers to requests that `refusal` let pass, scored together; none depends on its company."""
-        sequences = [self._sequence(request) for request in requests]
-        times = np.array([request.request_time_ms for request in requests], np.int64)
+        sequences = [self._sequence(request.head) for request in requests]
+        times = np.array([request.head.request_time_ms for request in requests], np.int64)
         rows = [self._empty() if sequence is None else sequence for sequence in sequences]
         past = histories(rows, times, self.cfg, self.limits.max_history)
         targets = self._targets(requests, past, times)
         users = np.array([NO_USER if r.user_id is None else r.user_id for r in requests], np.int64)
         scores = self._score(past.events, targets, users)
         return [
-            self._response(
-                request,
-                scores[begin:end],
-                unknown_user=request.user_id is not None and sequence is None,
-                history_length=int(length),
-            )
+            self._answer(request, scores[begin:end], unknown_user=sequence is None, history_length=int(length))
             for request, sequence, begin, end, length in zip(
                 requests, sequences, targets.offsets[:-1], targets.offsets[1:], past.events.lengths, strict=True
             )
         ]
 
-    def _targets(self, requests: Sequence[RankRequest], past: Histories, times: np.ndarray) -> Events:
-        offsets = np.cumsum([0, *(len(request.candidates) for request in requests)]).astype(np.int64)
-        pairs = [(request.request_features, candidate) for request in requests for candidate in request.candidates]
+    def _targets(self, requests: Sequence[RankColumns], past: Histories, times: np.ndarray) -> Events:
         columns = {
-            name: np.array([candidate.request_features.get(name, shared.get(name, -1)) for shared, candidate in pairs])
-            for name in self.request_columns
+            name: np.concatenate([request.feature(name) for request in requests]) for name in self.request_columns
         }
         return candidates(
             past.events,
             past.first_position,
-            np.array([candidate.item_id for _, candidate in pairs], np.int64),
-            offsets,
+            np.concatenate([request.item_id for request in requests]),
+            np.cumsum([0, *map(len, requests)]).astype(np.int64),
             times,
-            {name: column.astype(np.int32) for name, column in columns.items()},
+            columns,
             self.maps,
             self.cfg,
         )
@@ -162,30 +152,27 @@ class Ranker:
                 caches = encode_history(self.model, batch.to(self.device)).split()
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
 
-    def _response(
-        self, request: RankRequest, scores: np.ndarray, *, unknown_user: bool, history_length: int
-    ) -> RankResponse:
-        item_ids = [candidate.item_id for candidate in request.candidates]
-        codes = self.maps.item_codes[self.maps.item_rows(np.array(item_ids, np.int64)), 0]
-        ordered_by = request.order_by or self.cfg.tasks[0]
-        falling = np.argsort(-scores[:, self.cfg.tasks.index(ordered_by)], kind="stable")
-        return RankResponse(
-            model_version=self.version,
-            request_time_ms=request.request_time_ms,
-            item_ids=item_ids,
-            scores={task: scores[:, i].tolist() for i, task in enumerate(self.cfg.tasks)},
-            order=falling.tolist(),
-            ordered_by=ordered_by,
-            unknown_items=int(np.count_nonzero(codes == 0)),
-            unknown_user=unknown_user,
-            history_length=history_length,
-        )
+    def _answer(
+        self, request: RankColumns, scores: np.ndarray, *, unknown_user: bool, history_length: int
+    ) -> RankedColumns:
+        codes = self.maps.item_codes[self.maps.item_rows(request.item_id), 0]
+        ordered_by = request.head.order_by or self.cfg.tasks[0]
+        head = {
+            "model_version": self.version,
+            "request_time_ms": request.head.request_time_ms,
+            "ordered_by": ordered_by,
+            "unknown_items": int(np.count_nonzero(codes == 0)),
+            "unknown_user": unknown_user,
+            "history_length": history_length,
+        }
+        by_task = {task: scores[:, i] for i, task in enumerate(self.cfg.tasks)}
+        return RankedColumns(head, request.item_id, by_task, np.argsort(-by_task[ordered_by], kind="stable"))
 
-    def _sequence(self, request: RankRequest) -> pa.RecordBatch | None:
-        if request.history is None:
-            assert request.user_id is not None, "the schema asks for user_id or history"
-            return self.store.sequence(request.user_id)
-        rows = sorted(request.history, key=lambda row: row.event_time)  # stable: equal times keep their order
+    def _sequence(self, head: RankHead) -> pa.RecordBatch | None:
+        if head.history is None:
+            assert head.user_id is not None, "the schema asks for user_id or history"
+            return self.store.sequence(head.user_id)
+        rows = sorted(head.history, key=lambda row: row.event_time)  # stable: equal times keep their order
         bits = {action: 1 << i for i, action in enumerate(self.cfg.source.actions)}
         columns = {
             "item_id": [row.item_id for row in rows],
@@ -198,18 +185,18 @@ class Ranker:
         arrays = {
             name: np.array(values, bool if name == "order_only" else np.int64) for name, values in columns.items()
         }
-        return sequence_row(arrays, self.store.request_columns, request.first_position)
+        return sequence_row(arrays, self.store.request_columns, head.first_position)
 
     def _empty(self) -> pa.RecordBatch:
         return sequence_row({}, self.store.request_columns)
 
-    def _history_refusal(self, request: RankRequest) -> Refusal | None:
-        rows = request.history or []
+    def _history_refusal(self, head: RankHead) -> Refusal | None:
+        rows = head.history or []
         if len(rows) > self.limits.max_history:
             return _refuse(["history"], f"at most {self.limits.max_history} rows", len(rows))
         for i, row in enumerate(rows):
-            if row.event_time >= request.request_time_ms:
-                rule = f"must be before request_time_ms {request.request_time_ms}"
+            if row.event_time >= head.request_time_ms:
+                rule = f"must be before request_time_ms {head.request_time_ms}"
                 return _refuse(["history", i, "event_time"], rule, row.event_time)
             for name in row.actions:
                 if name not in self.cfg.source.actions:
@@ -218,7 +205,7 @@ class Ranker:
                 return found
         return None
 
-    def _unknown_feature(self, loc: list[str | int], features: RequestFeatures) -> Refusal | None:
+    def _unknown_feature(self, loc: list[str | int], features: Iterable[str]) -> Refusal | None:
         for name in features:
             if name not in self.request_columns:
                 return _refuse(loc, f"one of {list(self.request_columns)}", name)

@@ -5,7 +5,7 @@ published sequences → past test requests → evaluation path (examples, collat
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.data.features import FeatureMaps
 from pipeline.data.loader import evaluation_batch, split_bounds
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.quantize import quantize_tables
-from serve_app.ranker import NO_USER, probabilities
+from serve_app.ranker import probabilities
 
 WARM_UP = 5  # requests sent before the clock counts
 TIMEOUT_S = 30.0
@@ -47,8 +47,7 @@ class Report:
 def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     """`serve.parity_requests` test requests against the server at `url`, which serves the model in `model_dir`.
 
-    Half ask by user_id as of their time; half bring their history along, and then nobody knows the user's features:
-    both sides score an unknown user.
+    Half ask by user_id as of their time; half bring their history along, and user_id for the user's features.
 
     Raises:
         UserError: the test period holds no request.
@@ -74,12 +73,7 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
     """A seeded sample of the test requests, each filled up to `serve.parity_candidates` with popular items."""
     users, examples = _sample(cfg, cfg.serve.parity_requests)
     half = len(examples) // 2
-    nobody = replace(users, user_id=np.full_like(users.user_id, NO_USER))
-    by_id = [_past(cfg, loaded, users, examples[i : i + 1], with_history=False) for i in range(half)]
-    by_history = [
-        _past(cfg, loaded, nobody, examples[i : i + 1], with_history=True) for i in range(half, len(examples))
-    ]
-    return by_id + by_history
+    return [_past(cfg, loaded, users, examples[i : i + 1], with_history=i >= half) for i in range(len(examples))]
 
 
 def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
@@ -112,12 +106,14 @@ def _past(cfg: RunConfig, loaded: LoadedModel, users: UserEvents, one: Examples,
     if len(fill):
         scores = np.concatenate([scores, _score_items(loaded, users, one, fill, features)])
         asked += [{"item_id": item} for item in fill.tolist()]
-    body: dict[str, Any] = {"request_time_ms": int(own.event_time[0]), "request_features": features}
+    body: dict[str, Any] = {
+        "user_id": int(users.user_id[one.user[0]]),
+        "request_time_ms": int(own.event_time[0]),
+        "request_features": features,
+    }
     if with_history:
         body["history"] = _history(loaded.cfg, users.events, int(one.history_begin[0]), int(one.history_end[0]))
         body["first_position"] = int(users.first_position[one.user[0]])
-    else:
-        body["user_id"] = int(users.user_id[one.user[0]])
     return PastRequest(body | {"candidates": asked}, scores)
 
 

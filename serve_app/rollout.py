@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import numpy as np
 from pipeline import config, tracking
 from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import load_model
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.events import EventLog, LiveHistory, SqliteEvents
 from serve_app.history import PublishedSequences
 from serve_app.metrics import ReplicaMetrics
 from serve_app.ranker import Ranker
-from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, RankRequest, RankResponse, Refusal
+from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 
 logger = logging.getLogger("ray.serve")
 
@@ -49,7 +51,7 @@ class Rollout:
     ) -> None:
         self.rankers, self.identities, self.share, self.metrics = rankers, identities, share, metrics
         self.champion = rankers[CHAMPION]
-        self._copies: queue.Queue[list[tuple[RankRequest, RankResponse]] | None] = queue.Queue(SHADOW_QUEUE)
+        self._copies: queue.Queue[list[tuple[RankColumns, RankedColumns]] | None] = queue.Queue(SHADOW_QUEUE)
         if SHADOW in rankers:
             threading.Thread(target=self._follow, name="shadow", daemon=True).start()
 
@@ -62,17 +64,17 @@ class Rollout:
         }
         return self.champion.info().model_copy(update=roles)
 
-    def role(self, request: RankRequest) -> str:
-        """Who answers. A request that brings its own history names no user: it is the champion's."""
+    def role(self, request: RankColumns) -> str:
+        """Who answers. A request that names no user, but brings a history, is the champion's."""
         canary = self.rankers.get(CANARY)
         if canary is None or request.user_id is None:
             return CHAMPION
         return CANARY if in_share(request.user_id, canary.version, self.share) else CHAMPION
 
-    def rank(self, requests: Sequence[RankRequest]) -> list[RankResponse | Refusal]:
+    def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns | Refusal]:
         """An answer or a refusal for each; those of one version are scored together."""
         roles = [self.role(request) for request in requests]
-        answers: list[RankResponse | Refusal | None] = [
+        answers: list[RankedColumns | Refusal | None] = [
             self.rankers[role].refusal(request) for role, request in zip(roles, requests, strict=True)
         ]
         for role in (CHAMPION, CANARY):
@@ -83,7 +85,7 @@ class Rollout:
         given = [answer for answer in answers if answer is not None]
         if SHADOW in self.rankers:
             pairs = zip(requests, given, strict=True)
-            self._copy([(request, answer) for request, answer in pairs if isinstance(answer, RankResponse)])
+            self._copy([(request, answer) for request, answer in pairs if isinstance(answer, RankedColumns)])
         return given
 
     def append(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
@@ -101,7 +103,7 @@ class Rollout:
                 self._copies.get_nowait()
                 self._copies.put_nowait(None)
 
-    def _timed(self, role: str, requests: list[RankRequest]) -> list[RankResponse]:
+    def _timed(self, role: str, requests: list[RankColumns]) -> list[RankedColumns]:
         ranker, metrics = self.rankers[role], self.metrics
         started = time.perf_counter()
         responses = ranker.rank(requests)
@@ -109,13 +111,13 @@ class Rollout:
         labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)
         metrics.requests.labels(*labels).inc(len(responses))
-        metrics.candidates.labels(*labels).inc(sum(len(response.item_ids) for response in responses))
+        metrics.candidates.labels(*labels).inc(sum(len(response.item_id) for response in responses))
         metrics.unknown_items.labels(*labels).inc(sum(response.unknown_items for response in responses))
-        return [response.model_copy(update={"ranker_ms": took_s * 1000}) for response in responses]
+        return [replace(response, ranker_ms=took_s * 1000) for response in responses]
 
     # The shadow --------------------------------------------------------------
 
-    def _copy(self, answered: list[tuple[RankRequest, RankResponse]]) -> None:
+    def _copy(self, answered: list[tuple[RankColumns, RankedColumns]]) -> None:
         try:
             self._copies.put_nowait(answered)
         except queue.Full:  # an answer never waits for the shadow
@@ -129,7 +131,7 @@ class Rollout:
                 logger.exception("shadow version %s failed", self.rankers[SHADOW].version)
                 self.metrics.shadow_failed.inc(len(answered))
 
-    def _compare(self, answered: list[tuple[RankRequest, RankResponse]]) -> None:
+    def _compare(self, answered: list[tuple[RankColumns, RankedColumns]]) -> None:
         shadow = self.rankers[SHADOW]
         ranked = [(request, given) for request, given in answered if shadow.refusal(request) is None]
         self.metrics.shadow_failed.inc(len(answered) - len(ranked))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -51,13 +51,18 @@ RANK_EXAMPLE = {
 }
 
 
-class RankRequest(_Strict):
-    """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history` comes along."""
+class RankHead(_Strict):
+    """A rank request without its candidates: whose history they follow, and when.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [RANK_EXAMPLE]})
+    The history is that of `user_id` as the server knows it, or the `history` that comes along; with both, `user_id`
+    gives the user's features alone.
+    """
 
     user_id: Id | None = None
-    history: list[HistoryRow] | None = Field(default=None, description="instead of user_id; user features are unknown")
+    history: list[HistoryRow] | None = Field(
+        default=None,
+        description="in the place of what the server knows; without user_id the user's features are unknown",
+    )
     first_position: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         default=0, description="how many rows before `history` were left out of it"
     )
@@ -65,17 +70,23 @@ class RankRequest(_Strict):
         default_factory=now_ms, description="the history is what happened before; a past time asks for past scores"
     )
     request_features: RequestFeatures = Field(default_factory=dict)
-    candidates: list[Candidate] = Field(min_length=1)
     order_by: str | None = Field(default=None, description="the task to order by; default: the model's first")
 
     @model_validator(mode="after")
-    def _one_history(self) -> "RankRequest":
-        if (self.user_id is None) == (self.history is None):
-            given = "neither" if self.user_id is None else "both"
-            raise ValueError(f"give either user_id or history, got {given}")
+    def _some_history(self) -> Self:
+        if self.user_id is None and self.history is None:
+            raise ValueError("give user_id, history or both, got neither")
         if self.history is None and self.first_position:
             raise ValueError("first_position belongs to history; the server knows that of a user_id")
         return self
+
+
+class RankRequest(RankHead):
+    """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history` comes along."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [RANK_EXAMPLE]})
+
+    candidates: list[Candidate] = Field(min_length=1)
 
 
 class RankResponse(BaseModel):
@@ -92,7 +103,6 @@ class RankResponse(BaseModel):
     unknown_items: int = Field(description="candidates not seen in training: scored from the shared unknown row")
     unknown_user: bool = Field(description="neither a published sequence nor an event has user_id: no history")
     history_length: int
-    ranker_ms: float | None = Field(default=None, exclude=True)  # of the pass that it was part of: a header of its own
 
 
 EVENT_EXAMPLE = {

@@ -7,19 +7,27 @@ import torch
 from test_mixture import ENGAGED, EVERY_ROW, make_mixture
 from test_model import make_batch, make_config, make_model, tokens_at
 
-from pipeline.config import RunConfig
+from pipeline.config import DenseFeature, RunConfig
 from pipeline.data.batch import SequenceBatch
+from pipeline.data.dense import dense_width
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from pipeline.model.embeddings import target_mask
 
 TRUNCATED = {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 4}
 FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}
+
+
+def with_dense(cfg: RunConfig) -> RunConfig:
+    return replace(cfg, features=replace(cfg.features, dense={"popularity": DenseFeature(by=("item_id",))}))
+
+
 CONFIGS = {
     "plain": make_config(),
     "causal": make_config(attention={"window": None, "full_rows": 0, "scaling_seq_len": 16}),
     "full rows and a prefix of events": make_config(attention=FULL),
     "truncation": make_config(**TRUNCATED, attention=FULL),
     "switches": make_config(silu_qkv=False, concat_ua=True, candidate_action="learned", **TRUNCATED),
+    "dense features": with_dense(make_config(**TRUNCATED, dense_to="both")),
     "mixture": make_mixture("request", engaged={**ENGAGED, "max_len": 2}, all={**EVERY_ROW, **TRUNCATED}),
     "the reference": make_config(**TRUNCATED, attention_backend="reference"),
 }
@@ -44,7 +52,8 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
         )
         for chosen, lengths in ((~is_target, num_history), (is_target, num_targets))
     )
-    return replace(history, num_targets=torch.zeros_like(batch.num_targets)), candidates
+    no_dense = None if batch.dense is None else batch.dense[:0]
+    return replace(history, num_targets=torch.zeros_like(batch.num_targets), dense=no_dense), candidates
 
 
 @pytest.mark.parametrize("shape", BATCHES)
@@ -52,6 +61,8 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
 @torch.no_grad()
 def test_a_cached_history_gives_the_scores_of_the_plain_pass(name: str, shape: str) -> None:
     model, batch = make_model(CONFIGS[name]), make_batch(*BATCHES[shape])
+    dense = torch.randn(int(batch.num_targets.sum()), dense_width(CONFIGS[name]), dtype=torch.float64)
+    batch = replace(batch, dense=dense)
     expected = model(batch)
     history, candidates = parts_of(batch)
     cache = encode_history(model, history)

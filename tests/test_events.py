@@ -20,10 +20,11 @@ from pipeline.data.build import build_bucket
 from pipeline.data.cleaning import LogRules, normalise
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.schema import log_schema, sequence_lists
+from serve_app.columns import RankColumns
 from serve_app.events import LiveHistory, SqliteEvents
 from serve_app.history import histories
 from serve_app.ranker import Ranker
-from serve_app.schemas import Event, EventsRequest, RankRequest
+from serve_app.schemas import Event, EventsRequest, RankHead, RankResponse
 
 ROOT = Path(__file__).parent.parent
 START = 1_651_500_000_000
@@ -144,24 +145,22 @@ def test_live_rows_are_where_a_rebuild_would_have_them(
         assert one.events.request["tab"].tolist() == other.events.request["tab"].tolist()
 
 
+def scores(ranker: Ranker, requests: list[RankColumns]) -> list[RankResponse]:
+    return [answer.response() for answer in ranker.rank(requests)]
+
+
 def test_scores_after_events_are_those_after_a_rebuild(loaded: LoadedModel, log: SqliteEvents) -> None:
     cfg = loaded.cfg
     rows = logged(np.random.default_rng(1), 300, request_ids=False)
     history = LiveHistory(Built(build(rows[:150], cfg), cfg), log, cfg, max_events=1000)
     rankers = [Ranker(loaded, store, 1, "tiny", ServeConfig()) for store in (history, Built(build(rows, cfg), cfg))]
     requests = [
-        RankRequest.model_validate(
-            {
-                "user_id": user,
-                "request_time_ms": START + 60_000 * minute,
-                "candidates": [{"item_id": i} for i in (1, 7)],
-            }
-        )
+        RankColumns(RankHead(user_id=user, request_time_ms=START + 60_000 * minute), np.array([1, 7]), {})
         for user, minute in itertools.product(range(NUM_USERS), (3, 14, 30))
     ]
-    before = rankers[0].rank(requests)
+    before = scores(rankers[0], requests)
     history.append([event(row) for row in rows[150:]])
-    after, rebuilt = (ranker.rank(requests) for ranker in rankers)
+    after, rebuilt = (scores(ranker, requests) for ranker in rankers)
     assert after == rebuilt
     assert after != before
 

@@ -13,9 +13,10 @@ from test_protection import EVENTS, RANK, Fixed, call, hashed
 
 from serve_app import metrics
 from serve_app.api import make_api
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.limits import FEW, Work
 from serve_app.protection import ApiKeys, RateLimit
-from serve_app.schemas import RankRequest, RankResponse, Refusal
+from serve_app.schemas import Refusal
 
 
 class Slow(Fixed):
@@ -26,7 +27,7 @@ class Slow(Fixed):
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:

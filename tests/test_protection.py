@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from tiny_world import publish_sequences, tiny_config
 
@@ -14,6 +15,7 @@ from pipeline import tracking
 from pipeline.config import ConfigError, UserError
 from serve_app import deployment, replay
 from serve_app.api import make_api
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.events import StoreDown
 from serve_app.protection import ApiKeys, RateLimit, read_keys
 from serve_app.schemas import (
@@ -21,7 +23,6 @@ from serve_app.schemas import (
     EventsResponse,
     ModelInfo,
     RankRequest,
-    RankResponse,
     Refusal,
 )
 
@@ -35,18 +36,11 @@ class Fixed:
 
     failing: Exception | None = None
 
-    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
-        return RankResponse(
-            model_version=7,
-            request_time_ms=request.request_time_ms,
-            item_ids=[c.item_id for c in request.candidates],
-            scores={"is_click": [0.5] * len(request.candidates)},
-            order=list(range(len(request.candidates))),
-            ordered_by="is_click",
-            unknown_items=0,
-            unknown_user=False,
-            history_length=0,
-        )
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+        head = {"model_version": 7, "request_time_ms": request.head.request_time_ms, "ordered_by": "is_click"}
+        head |= {"unknown_items": 0, "unknown_user": False, "history_length": 0}
+        scores = {"is_click": np.full(len(request), 0.5, np.float32)}
+        return RankedColumns(head, request.item_id, scores, np.arange(len(request)))
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
         if self.failing:

@@ -9,6 +9,7 @@ from tiny_world import publish_sequences, save_tiny_model, tiny_config
 from pipeline.config import RunConfig
 from pipeline.model.artifact import load_model
 from serve_app import replay
+from serve_app.columns import RankColumns
 from serve_app.history import PublishedSequences
 from serve_app.ranker import Ranker
 from serve_app.schemas import RankRequest
@@ -27,13 +28,13 @@ def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig
     cfg, ranker = world
     requests = replay.past_requests(cfg, load_model(cfg.model_dir))
     assert len(requests) == 20
-    assert sum("user_id" in past.body for past in requests) == 10
+    assert sum("history" in past.body for past in requests) == 10
     worst = 0.0
     for past in requests:
-        request = RankRequest.model_validate(past.body)
+        request = RankColumns.of(RankRequest.model_validate(past.body))
         assert ranker.refusal(request) is None
-        assert len(request.candidates) == cfg.serve.parity_candidates
-        assert cfg.split.test_ms <= request.request_time_ms < time.time() * 1000
+        assert len(request) == cfg.serve.parity_candidates
+        assert cfg.split.test_ms <= request.head.request_time_ms < time.time() * 1000
         (answer,) = ranker.rank([request])
         served = np.array([answer.scores[task] for task in cfg.tasks]).T
         assert np.ptp(served) > 0.01
@@ -47,7 +48,7 @@ def test_a_skewed_server_is_noticed(world: tuple[RunConfig, Ranker]) -> None:
     worst = 0.0
     for past in replay.past_requests(cfg, load_model(cfg.model_dir)):
         late = RankRequest.model_validate(past.body | {"request_time_ms": int(time.time() * 1000)})
-        (answer,) = ranker.rank([late])
+        (answer,) = ranker.rank([RankColumns.of(late)])
         served = np.array([answer.scores[task] for task in cfg.tasks]).T
         worst = max(worst, float(np.abs(served - past.scores).max()))
     assert worst > 1e-3
@@ -60,4 +61,4 @@ def test_the_demo_asks_for_what_came_next_and_what_is_popular(world: tuple[RunCo
     assert len(items) == len(set(items)) == 12
     assert items[: len(did)] == list(did)
     assert 0 < len(did) <= 6
-    assert ranker.refusal(RankRequest.model_validate(body)) is None
+    assert ranker.refusal(RankColumns.of(RankRequest.model_validate(body))) is None

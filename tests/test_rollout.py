@@ -15,10 +15,11 @@ from tiny_world import publish_sequences, save_tiny_model, tiny_config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.tracking import PinnedModel
 from serve_app import deployment, metrics, rollout
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition
 from serve_app.ranker import Ranker
 from serve_app.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
-from serve_app.schemas import RankRequest, RankResponse, Refusal
+from serve_app.schemas import RankHead, Refusal
 
 ROOT = Path(__file__).parent.parent
 NAMES = re.compile(r"ranking_\w+")
@@ -46,9 +47,9 @@ def loaded(world, canary=None, shadow=None, share=0.3, earlier=None, counts=None
     return rollout.load(deployment.user_config(cfg, models[0], *on_trial), counts or ReplicaMetrics(), earlier)
 
 
-def asking(user: int | None, **values: object) -> RankRequest:
+def asking(user: int | None, **values: object) -> RankColumns:
     who = {"history": []} if user is None else {"user_id": user}
-    return RankRequest.model_validate({**who, "candidates": [{"item_id": i} for i in (1, 7, 9)], **values})
+    return RankColumns(RankHead.model_validate(who | values), np.array([1, 7, 9]), {})
 
 
 def test_a_share_of_the_users_and_always_the_same() -> None:
@@ -68,7 +69,7 @@ def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
     requests = [asking(user) for user in range(24)] + [asking(None), asking(3, order_by="is_sold")]
     answers = both.rank(requests)
     assert isinstance(answers[-1], Refusal)
-    assert all(isinstance(answer, RankResponse) for answer in answers[:-1])
+    assert all(isinstance(answer, RankedColumns) for answer in answers[:-1])
     versions = [answer.model_version for answer in answers[:-1]]  # pyright: ignore[reportAttributeAccessIssue]
     assert versions == [2 if in_share(user, 2, 0.3) else 1 for user in range(24)] + [1]
     assert set(versions) == {1, 2}
@@ -76,7 +77,7 @@ def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
         ranker = both.rankers[role]
         mine = [i for i, answered in enumerate(versions) if answered == version]
         for i, alone in zip(mine, ranker.rank([requests[i] for i in mine]), strict=True):
-            assert answers[i].scores == alone.scores  # pyright: ignore[reportAttributeAccessIssue]
+            assert answers[i].response() == alone.response()  # pyright: ignore[reportAttributeAccessIssue]
     text = exposition(counts.registry).decode()
     assert sample(text, "ranking_ranker_requests_total", version="2", role="canary") == versions.count(2)
     assert sample(text, "ranking_ranker_requests_total", version="1", role="champion") == versions.count(1)
@@ -119,7 +120,7 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
     shadowed = loaded(world, shadow=2, counts=counts)
     monkeypatch.setattr(shadowed.rankers[SHADOW], "rank", lambda requests: release.wait(10) and 1 / 0)
     answers = [shadowed.rank([asking(user)])[0] for user in range(8)]
-    assert all(isinstance(answer, RankResponse) for answer in answers)
+    assert all(isinstance(answer, RankedColumns) for answer in answers)
     dropped = sample(exposition(counts.registry).decode(), "ranking_shadow_dropped_total")
     assert dropped in (4, 5)  # three wait; the thread may have taken one more
     release.set()

@@ -1,6 +1,7 @@
 """The server: its HTTP face in this process, and the whole of it on one real Ray Serve."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,10 +32,11 @@ from pipeline.model.artifact import load_model
 from serve_app import deployment, load_test, replay
 from serve_app.api import Overloaded, Unavailable, make_api
 from serve_app.batching import MicroBatcher
+from serve_app.columns import MEDIA_TYPE, BadBody, RankColumns, RankedColumns
 from serve_app.history import PublishedSequences
 from serve_app.ranker import Ranker
 from serve_app.rollout import in_share
-from serve_app.schemas import ModelInfo, RankRequest, RankResponse, Refusal
+from serve_app.schemas import ModelInfo, RankHead, RankRequest, Refusal
 
 ROOT = Path(__file__).parent.parent
 ONE = {"user_id": 3, "candidates": [{"item_id": 1}]}
@@ -48,7 +52,7 @@ class InProcess:
         self.ranker = ranker
         self.failing: Exception | None = None
 
-    async def rank(self, request: RankRequest) -> RankResponse | Refusal:
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         if self.failing:
             raise self.failing
         return self.ranker.refusal(request) or self.ranker.rank([request])[0]
@@ -95,7 +99,12 @@ BAD_BODIES = {  # body -> status, place and value that the answer must name
         "10001",
     ),
     "candidates missing": (b'{"user_id": 3}', 422, ["body", "candidates"], "required"),
-    "both histories": (json.dumps({**ONE, "history": []}).encode(), 422, ["body"], "got both"),
+    "first_position without history": (
+        json.dumps({**ONE, "first_position": 3}).encode(),
+        422,
+        ["body"],
+        "first_position belongs to history",
+    ),
     "no history at all": (b'{"candidates": [{"item_id": 1}]}', 422, ["body"], "got neither"),
     "a misspelt field": (json.dumps({**ONE, "userid": 4}).encode(), 422, ["body", "userid"], "4"),
     "text for a number": (json.dumps({**ONE, "user_id": "3"}).encode(), 422, ["body", "user_id"], "3"),
@@ -180,6 +189,83 @@ def test_whatever_comes_is_answered_or_refused(replica: InProcess, body: dict) -
     content = json.dumps(body).encode()  # in ASCII: a lone surrogate goes through as an escape
     answer = call(replica, "POST", "/v1/rank", content=content, headers={"content-type": "application/json"})
     assert answer.status_code in (200, 400, 422)
+
+
+def test_an_arrow_body_gets_the_same_answer_as_columns(replica: InProcess) -> None:
+    head = {"user_id": 3, "request_time_ms": 1_651_500_000_000, "request_features": {"tab": 2}, "order_by": "is_like"}
+    tabs = [0, None, 2, 1]
+    asked = [{"item_id": i} | ({} if tab is None else {"request_features": {"tab": tab}}) for i, tab in enumerate(tabs)]
+    plain = call(replica, "POST", "/v1/rank", json=head | {"candidates": asked}).json()
+    columns = {"item_id": pa.array(range(4), pa.int64()), "tab": pa.array(tabs, pa.int32())}
+    answer = call(replica, "POST", "/v1/rank/arrow", content=arrow_body(pa.table(columns), head))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == MEDIA_TYPE
+    table = pa.ipc.open_stream(answer.content).read_all()
+    assert table["item_id"].to_pylist() == plain["item_ids"]
+    for task, scores in plain["scores"].items():
+        np.testing.assert_allclose(table[f"score.{task}"].to_numpy(), scores, atol=1e-6)
+    place = table["place"].to_numpy()
+    assert np.argsort(place).tolist() == plain["order"]
+    rest = json.loads(table.schema.metadata[b"rank"])
+    assert rest == {name: value for name, value in plain.items() if name not in ("item_ids", "scores", "order")}
+
+
+def arrow_body(table: pa.Table, head: dict | None, **options: object) -> bytes:
+    table = table.replace_schema_metadata(None if head is None else {"rank": json.dumps(head)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+ITEMS = pa.table({"item_id": pa.array([1, 2], pa.int64())})
+NAMED_TWICE = pa.Table.from_arrays([ITEMS["item_id"], ITEMS["item_id"]], ["item_id", "item_id"])
+WORDS = pa.table({"item_id": pa.array(["1"]).dictionary_encode()})
+WHO = {"user_id": 3}
+BAD_ARROW = {  # body -> place and value that the answer must name
+    "nothing": (b"", ["body"], "0 bytes"),
+    "JSON": (json.dumps(ONE).encode(), ["body"], "Arrow IPC stream"),
+    "cut off": (arrow_body(ITEMS, WHO)[:-30], ["body"], "Arrow IPC stream"),
+    "no head": (arrow_body(ITEMS, None), ["body", "rank"], "missing"),
+    "neither user nor history": (arrow_body(ITEMS, {}), ["body", "rank"], "neither"),
+    "a misspelt field": (arrow_body(ITEMS, WHO | {"userid": 4}), ["body", "rank", "userid"], "4"),
+    "no items": (arrow_body(ITEMS[:0], WHO), ["body", "item_id"], "at least one"),
+    "no column of items": (arrow_body(ITEMS.rename_columns(["item"]), WHO), ["body"], "item_id"),
+    "a name twice": (arrow_body(NAMED_TWICE, WHO), ["body"], "twice"),
+    "floats": (arrow_body(pa.table({"item_id": [1.0]}), WHO), ["body", "item_id"], "double"),
+    "a dictionary": (arrow_body(WORDS, WHO), ["body"], "dictionary"),
+    "a null item": (
+        arrow_body(pa.table({"item_id": pa.array([1, None], pa.int64())}), WHO),
+        ["body", "item_id"],
+        "null",
+    ),
+    "a negative item": (arrow_body(pa.table({"item_id": pa.array([-1], pa.int64())}), WHO), ["body", "item_id"], "-1"),
+    "compressed": (arrow_body(ITEMS, WHO, compression="zstd"), ["body"], "uncompressed"),
+    "an unknown feature": (
+        arrow_body(ITEMS.append_column("tap", pa.array([1, 2], pa.int32())), WHO),
+        ["body", "candidates", "request_features"],
+        "tap",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARROW)
+def test_bad_arrow_bodies_are_422_and_name_the_place(replica: InProcess, name: str) -> None:
+    body, *expected = BAD_ARROW[name]
+    check_refused(call(replica, "POST", "/v1/rank/arrow", content=body), 422, *expected)
+
+
+def test_an_arrow_body_with_flipped_bytes_is_read_or_refused() -> None:
+    rng = np.random.default_rng(0)
+    body = arrow_body(ITEMS.append_column("tab", pa.array([1, None], pa.int32())), WHO)
+    num_read = 0
+    for _ in range(3000):
+        flipped = bytearray(body)
+        for place in rng.integers(0, len(body), 2):
+            flipped[place] = rng.integers(0, 256)
+        with contextlib.suppress(BadBody):
+            num_read += len(RankColumns.from_arrow(bytes(flipped))) > 0
+    assert 0 < num_read < 3000
 
 
 def test_other_methods_and_paths(replica: InProcess) -> None:
@@ -320,7 +406,7 @@ def test_it_answers_with_the_champion(served: Served) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("name", ["malformed JSON", "no candidates", "10,001 candidates", "5 MB", "both histories"])
+@pytest.mark.parametrize("name", ["malformed JSON", "no candidates", "10,001 candidates", "5 MB", "no history at all"])
 def test_bad_bodies_over_the_wire(served: Served, name: str) -> None:
     body, *expected = BAD_BODIES[name]
     check_refused(served.client.post("/v1/rank", content=body, headers={"content-type": "application/json"}), *expected)
@@ -350,6 +436,18 @@ def test_an_event_is_part_of_the_next_rank(served: Served) -> None:
     assert served.client.post("/v1/rank", json=earlier).json()["history_length"] == 0
     wrong = served.client.post("/v1/events", json={"events": [event | {"actions": {"is_sold": True}}]})
     check_refused(wrong, 422, ["body", "events", 0, "actions"], "is_sold")
+
+
+@pytest.mark.cluster
+def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
+    from ray import serve
+
+    asked = ONE | {"request_time_ms": 1_651_500_000_000}
+    over_http = served.client.post("/v1/rank", json=asked).json()
+    head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
+    handle = serve.get_deployment_handle("RankerReplica", deployment.APPLICATION)
+    answer = handle.rank.remote(RankColumns(head, np.array([1]), {})).result()
+    assert answer.response().model_dump() == over_http
 
 
 @pytest.mark.cluster

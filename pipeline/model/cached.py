@@ -134,18 +134,19 @@ def score_candidates(model: UltraHSTU, cache: HistoryCache, batch: SequenceBatch
     for begin in range(0, len(x_CE), micro_batch):
         rows = x_CE[begin : begin + micro_batch]
         row_offsets = batch.seq_offsets.clamp(begin, begin + len(rows)) - begin
-        parts.append(_score(model, cache, rows, row_offsets))
-    return torch.cat(parts)
+        parts.append(_outputs(model, cache, rows, row_offsets))
+    return model.score(torch.cat(parts), batch)
 
 
-def _score(model: UltraHSTU, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor) -> Tensor:
+def _outputs(model: UltraHSTU, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor) -> Tensor:
+    """[C, channels * d]: the transducers' outputs of the candidates `x_CE`."""
     outputs, caches = [], iter(cache.layers)
     for stack in _transducers(model):
         z_CE = x_CE
         for layer in _layers(stack):
             z_CE = _cached_layer(layer, z_CE, row_offsets, next(caches))
         outputs.append(stack.norm_out(z_CE))
-    return model.heads(torch.cat(outputs, dim=1)).float()
+    return torch.cat(outputs, dim=1)
 
 
 def _cached_layer(layer: STU, z_CE: Tensor, row_offsets: Tensor, cache: LayerCache) -> Tensor:

@@ -1,0 +1,181 @@
+"""A rank request and its answer as columns: what the ranker works on, whatever body they came in or go out as.
+
+    JSON  → RankRequest ─┐                                          ┌→ RankResponse → JSON
+    Arrow ───────────────┴→ RankColumns → ranker → RankedColumns ───┴→ Arrow
+
+The Arrow body is one IPC stream: a column `item_id` (int64) and a column per request feature (int32, null where the
+request's own holds), and in the schema's metadata, under `rank`, the rest of the request as the JSON of `RankHead`.
+The answer has `item_id`, `score.<task>` (float32) and `place` (int32, 0 is best), and its other fields under `rank`.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from serve_app.schemas import RankHead, RankRequest, RankResponse, Refusal
+
+MEDIA_TYPE = "application/vnd.apache.arrow.stream"
+HEAD = b"rank"  # the metadata key
+UNKNOWN = -1  # of a request column
+
+
+class BadBody(ValueError):
+    """An Arrow body that is no rank request: which part of it, and why."""
+
+    def __init__(self, refusals: list[Refusal]) -> None:
+        super().__init__(refusals[0].msg)
+        self.refusals = refusals
+
+
+@dataclass(frozen=True, slots=True)
+class RankColumns:
+    """C candidates of one request."""
+
+    head: RankHead
+    item_id: np.ndarray  # int64 [C]
+    features: Mapping[str, np.ndarray]  # int32 [C], -1 is unknown; a column that is left out is the request's
+
+    @property
+    def user_id(self) -> int | None:
+        return self.head.user_id
+
+    def __len__(self) -> int:
+        return len(self.item_id)
+
+    def feature(self, name: str) -> np.ndarray:
+        """int32 [C]"""
+        if name in self.features:
+            return self.features[name]
+        return np.full(len(self), self.head.request_features.get(name, UNKNOWN), np.int32)
+
+    @classmethod
+    def of(cls, request: RankRequest) -> "RankColumns":
+        asked, shared = request.candidates, request.request_features
+        names = {name for candidate in asked for name in candidate.request_features}
+        head = {name: getattr(request, name) for name in RankHead.model_fields}
+        return cls(
+            head=RankHead.model_construct(**head),  # validated already
+            item_id=np.array([candidate.item_id for candidate in asked], np.int64),
+            features={
+                name: np.array([c.request_features.get(name, shared.get(name, UNKNOWN)) for c in asked], np.int32)
+                for name in sorted(names)
+            },
+        )
+
+    @classmethod
+    def from_arrow(cls, body: bytes) -> "RankColumns":
+        """
+        Raises:
+            BadBody: not an Arrow stream, a column or type that does not belong there, or a bad head.
+        """
+        table = _read_table(body)
+        head = _read_head(table.schema.metadata or {})
+        if table.num_rows == 0:
+            raise BadBody([Refusal.of(["body", "item_id"], "at least one candidate", 0)])
+        item_id = table["item_id"].to_numpy()
+        if item_id.min() < 0:
+            raise BadBody([Refusal.of(["body", "item_id"], "must be 0 or more", int(item_id.min()))])
+        features = {}
+        for name in table.column_names:
+            if name != "item_id":
+                shared = head.request_features.get(name, UNKNOWN)
+                features[name] = table[name].fill_null(shared).to_numpy()
+        return cls(head, item_id, features)
+
+
+@dataclass(frozen=True, slots=True)
+class RankedColumns:
+    """The answer to a `RankColumns`, its rows in the same order."""
+
+    head: dict[str, Any]  # the fields of `RankResponse` that are not per candidate
+    item_id: np.ndarray  # int64 [C]
+    scores: dict[str, np.ndarray]  # task -> float32 [C]
+    order: np.ndarray  # int64 [C], the rows best first
+    ranker_ms: float | None = None  # of the pass that it was part of: a header of its own
+
+    @property
+    def model_version(self) -> int:
+        return self.head["model_version"]
+
+    @property
+    def unknown_items(self) -> int:
+        return self.head["unknown_items"]
+
+    def response(self) -> RankResponse:
+        return RankResponse.model_construct(
+            **self.head,
+            item_ids=self.item_id.tolist(),
+            scores={task: values.tolist() for task, values in self.scores.items()},
+            order=self.order.tolist(),
+        )
+
+    def to_arrow(self) -> bytes:
+        place = np.empty(len(self.order), np.int32)
+        place[self.order] = np.arange(len(self.order), dtype=np.int32)
+        columns = {"item_id": self.item_id} | {f"score.{task}": values for task, values in self.scores.items()}
+        table = pa.table(columns | {"place": place}).replace_schema_metadata({HEAD: json.dumps(self.head)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+
+def _read_table(body: bytes) -> pa.Table:
+    """The stream's batches, after a check of every type and buffer: a body may claim what it does not hold."""
+    try:
+        for i, message in enumerate(pa.ipc.MessageReader.open_stream(body)):
+            if message.type != ("record batch" if i else "schema") or (i and _is_compressed(message)):
+                raise BadBody([Refusal.of(["body"], "a schema and uncompressed record batches", message.type)])
+        stream = pa.ipc.open_stream(body)
+        _check_schema(stream.schema)
+        table = stream.read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadBody([Refusal.of(["body"], f"not an Arrow IPC stream: {error}", f"{len(body)} bytes")]) from None
+    if table["item_id"].null_count:
+        raise BadBody([Refusal.of(["body", "item_id"], "no nulls", f"{table['item_id'].null_count} nulls")])
+    return table
+
+
+def _check_schema(schema: pa.Schema) -> None:
+    if schema.names.count("item_id") != 1 or len(set(schema.names)) != len(schema.names):
+        raise BadBody([Refusal.of(["body"], "one column item_id, and no name twice", schema.names)])
+    for field in schema:
+        wanted = pa.int64() if field.name == "item_id" else pa.int32()
+        if field.type != wanted:
+            raise BadBody([Refusal.of(["body", field.name], f"must be {wanted}", field.type)])
+
+
+def _is_compressed(message: pa.ipc.Message) -> bool:
+    """Whether a record batch says so: a few compressed bytes can stand for gigabytes, and pyarrow would unpack them.
+
+    Message.header → RecordBatch.compression, by the flatbuffer's tables, which pyarrow has verified on reading.
+    """
+    data = message.metadata.to_pybytes()
+
+    def field(table: int, index: int) -> int:
+        """Where a table's field is, 0 if it has none."""
+        vtable = table - struct.unpack_from("<i", data, table)[0]
+        size = struct.unpack_from("<H", data, vtable)[0]
+        offset = struct.unpack_from("<H", data, vtable + 4 + 2 * index)[0] if 4 + 2 * index < size else 0
+        return table + offset if offset else 0
+
+    root = struct.unpack_from("<I", data, 0)[0]
+    header = field(root, 2)
+    return header != 0 and field(header + struct.unpack_from("<I", data, header)[0], 3) != 0
+
+
+def _read_head(metadata: Mapping[bytes, bytes]) -> RankHead:
+    if HEAD not in metadata:
+        raise BadBody([Refusal.of(["body", HEAD.decode()], "missing from the schema's metadata", list(metadata))])
+    try:
+        return RankHead.model_validate_json(metadata[HEAD])
+    except ValidationError as error:
+        where = ["body", HEAD.decode()]
+        raise BadBody([Refusal.of([*where, *e["loc"]], e["msg"], e.get("input")) for e in error.errors()]) from None
