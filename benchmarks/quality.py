@@ -8,6 +8,7 @@ turns the files into the table of RESULTS.md. A plan is
     config: configs/demo.yaml          # the preset that every run starts from
     set: {train.num_workers: 1}        # settings of all runs
     runs: {ultra_hstu: {}, hstu: {model.encoder: hstu}}
+    ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as ultra_hstu-window_0 …
 """
 
 import argparse
@@ -38,7 +39,7 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.data import store
 from pipeline.data.features import fit_features
 from pipeline.data.loader import TrainLoader
-from pipeline.evaluate import evaluator
+from pipeline.evaluate import ablation, evaluator
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.flops import Work
 from pipeline.train import loop
@@ -72,13 +73,20 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
         plan = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"plan {path}: {error}") from None
-    if not isinstance(plan, dict) or not {"config", "runs"} <= plan.keys() <= {"config", "runs", "set"}:
-        raise ConfigError(f"plan {path} must hold config, runs and, if need be, set; got {plan!r}")
+    if not isinstance(plan, dict) or not {"config", "runs"} <= plan.keys() <= {"config", "runs", "set", "ablate"}:
+        raise ConfigError(f"plan {path} must hold config, runs and, if need be, set and ablate; got {plan!r}")
     shared = plan.get("set", {})
     configs = {}
     for name, changes in plan["runs"].items():
         settings = [f"{key}={json.dumps(value)}" for key, value in (shared | (changes or {})).items()]
         configs[name] = replace(config.load(plan["config"], [*settings, *overrides]), name=name)
+    if "ablate" in plan:
+        whole = plan["ablate"]
+        if whole not in configs:
+            raise ConfigError(f"plan {path}: ablate is {whole!r}, not one of runs {list(configs)}")
+        for name, variant in ablation.variants(configs[whole]).items():
+            if name != ablation.WHOLE:
+                configs[f"{whole}-{name}"] = replace(variant, name=f"{whole}-{name}")
     return configs
 
 

@@ -57,7 +57,7 @@ def logits_of(scores: np.ndarray) -> np.ndarray:
     return np.log(scores) - np.log1p(-scores)
 
 
-def read_ours(path: Path, tasks: Sequence[str]) -> pa.Table:
+def read_ours(path: Path) -> pa.Table:
     """The rows in a fixed order: key, and per task label (null where unknown) and logit."""
     return pq.read_table(path).sort_by([(key, "ascending") for key in KEYS])
 
@@ -120,28 +120,16 @@ def metrics_table(folder: Path, names: Sequence[str], split: str) -> str:
         runs = read_runs(folder, name)
         tasks = runs[0]["config"]["tasks"]
 
-        def over_seeds(key: str, runs: list[dict] = runs) -> list[float]:
-            return [run["metrics"][key] for run in runs]
-
-        cells = [
-            f"{spread(over_seeds(f'{split}/auc/{task}'))} / {spread(over_seeds(f'{split}/ne/{task}'))}"
-            for task in tasks
+        found = {key: [float(run["metrics"][key]) for run in runs] for key in runs[0]["metrics"]}
+        cells = [f"{spread(found[f'{split}/auc/{task}'])} / {spread(found[f'{split}/ne/{task}'])}" for task in tasks]
+        mean_auc = np.mean([found[f"{split}/auc/{task}"] for task in tasks], axis=0)
+        costs = [
+            f"{1e3 * np.mean(found[key]):.2f}" for key in ("train/gflop_per_example", "forward_gflop_per_candidate")
         ]
-        mean_auc = [np.mean([run["metrics"][f"{split}/auc/{task}"] for task in tasks]) for run in runs]
-        metrics = runs[0]["metrics"]
-        shares = f"{metrics['masked_pair_share']:.0%} / {metrics['truncated_token_share']:.0%}"
-        cost = f"{1e3 * np.mean(over_seeds('train/gflop_per_example')):.2f} / "
-        cost += f"{1e3 * np.mean(over_seeds('forward_gflop_per_candidate')):.2f}"
-        rows.append([name, *cells, spread(mean_auc), cost, shares, str(len(runs))])
-    header = [
-        "AUC / NE",
-        *tasks,
-        "mean AUC",
-        "MFLOP an example, train / inference",
-        "pairs masked / tokens cut",
-        "seeds",
-    ]
-    return table(header, rows)
+        shares = [f"{np.mean(found[key]):.0%}" for key in ("masked_pair_share", "truncated_token_share")]
+        rows.append([name, *cells, spread(mean_auc.tolist()), " / ".join(costs), " / ".join(shares), str(len(runs))])
+    costs = "MFLOP an example, training / inference"
+    return table(["AUC / NE", *tasks, "mean AUC", costs, "pairs masked / tokens cut", "seeds"], rows)
 
 
 def difference_table(
@@ -151,7 +139,7 @@ def difference_table(
     for name in names:
         found = read_runs(runs, name)
         tasks = found[0]["config"]["tasks"]
-        ours = [read_ours(predictions / f"{name}-{run['seed']}-{split}.parquet", tasks) for run in found]
+        ours = [read_ours(predictions / f"{name}-{run['seed']}-{split}.parquet") for run in found]
         theirs = [read_anchor(path, tasks) for path in anchors]
         for other in (*ours[1:], *theirs):
             same_rows(ours[0], other, name)
@@ -159,8 +147,8 @@ def difference_table(
         for task in tasks:
             known = ours[0][f"label.{task}"].is_valid().to_numpy()
             labels = ours[0][f"label.{task}"].fill_null(0).to_numpy()[known].astype(bool)
-            sides = [[side[f"logit.{task}"].to_numpy()[known] for side in both] for both in (ours, theirs)]
-            gained = paired_bootstrap(*sides, labels, ours[0]["user_id"].to_numpy()[known], samples)
+            first, second = ([side[f"logit.{task}"].to_numpy()[known] for side in both] for both in (ours, theirs))
+            gained = paired_bootstrap(first, second, labels, ours[0]["user_id"].to_numpy()[known], samples)
             cells.append("; ".join(f"{value:+.4f} [{low:+.4f}, {high:+.4f}]" for value, low, high in gained.values()))
         rows.append([name, *cells])
     return table(["ΔAUC; ΔNE [95 %]", *tasks], rows)

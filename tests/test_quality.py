@@ -34,6 +34,9 @@ def test_a_plan_is_a_preset_shared_settings_and_those_of_each_run(tmp_path):
         ("wide", "wide", 32),
     ]
     assert all(cfg.train.lr == 0.5 and cfg.train.epochs == 7 for cfg in configs.values())
+    ablated = quality.read_plan(write_plan(tmp_path, tiny_config(tmp_path), runs={"plain": {}}, ablate="plain"))
+    assert ablated["plain-window_0"].model.attention.window == 0
+    assert ablated["plain-window_0"].name == "plain-window_0"
     with pytest.raises(ConfigError, match="must hold config, runs"):
         quality.read_plan(write_plan(tmp_path, tiny_config(tmp_path), rums={}))
 

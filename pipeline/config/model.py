@@ -76,6 +76,8 @@ class ModelConfig:
     # num_layers, attention, truncate_after_layer and truncate_to here. Empty: one transducer over every row.
     relative_bias: bool = False  # hstu and hstu_merged: a bias of relative position and time on the scores
     ffn_dim: int = 256  # transformer, sasrec: width inside the feed-forward layers; din: of its attention's MLP
+    merge: bool = True  # item and action of an event in one token; false: two tokens, and distances count tokens
+    heterogeneous_actions: bool = True  # false: an event tells whether there was any action, not which
     silu_qkv: bool = True  # False: SiLU on U only, the authors' production form
     concat_ua: bool = False  # the output layer reads concat[U, A, Norm(A) * U] instead of Norm(A) * U
     candidate_action: Literal["none", "learned"] = "none"  # learned: one constant where an event has its actions
@@ -111,9 +113,17 @@ class ModelConfig:
             after = self.truncate_after_layer
             require(after is None, "model.truncate_after_layer", after, f"null {where}")
             require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
-            learned = self.candidate_action
-            merged = self.encoder != "hstu" or learned == "none"
-            require(merged, "model.candidate_action", learned, f"none {where}: its candidates have no action token")
+            stu = self.encoder in ("hstu", "hstu_merged")
+            require(stu or not self.fp8, "model.fp8", self.fp8, f"false {where}")
+            require(self.merge, "model.merge", self.merge, f"true {where}: the encoder says it")
+        if self.interleaved:
+            where = "where item and action are two tokens (model.merge: false, encoder hstu)"
+            require(self.candidate_action == "none", "model.candidate_action", self.candidate_action, f"none {where}")
+            require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
         biased = self.encoder in ("hstu", "hstu_merged")
         rule = "false unless model.encoder is hstu or hstu_merged"
         require(biased or not self.relative_bias, "model.relative_bias", self.relative_bias, rule)
+
+    @property
+    def interleaved(self) -> bool:
+        return self.encoder == "hstu" or not self.merge

@@ -150,7 +150,9 @@ class TokenEncoder(nn.Module):
         self.time_buckets = model.time_buckets
         self.num_context = len(cfg.features.user_tokens)
         self.content = ContentEncoder(cfg, vocab_sizes)
-        self.action = ActionEncoder(len(cfg.source.actions), model.action_dim, model.d_model)
+        self.heterogeneous = model.heterogeneous_actions
+        num_actions = len(cfg.source.actions) if self.heterogeneous else 1
+        self.action = ActionEncoder(num_actions, model.action_dim, model.d_model)
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
         into_token = dense_width(cfg) > 0 and model.dense_to != "head"
@@ -190,7 +192,10 @@ class TokenEncoder(nn.Module):
     def actions(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: what the user did. A candidate's own outcome must not reach it, not even as "unknown"."""
         is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
-        x_TE = self.action(batch.action_mask, batch.known_mask).masked_fill(is_target[:, None], 0)
+        actions, known = batch.action_mask, batch.known_mask
+        if not self.heterogeneous:
+            actions, known = ((actions & known) != 0).int(), (known != 0).int()
+        x_TE = self.action(actions, known).masked_fill(is_target[:, None], 0)
         return x_TE if self.candidate_action is None else x_TE + is_target[:, None] * self.candidate_action
 
     def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:

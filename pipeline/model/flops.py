@@ -100,7 +100,7 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
     if cfg.model.encoder == "din":
         work.add(_din_work(tokens, cfg.model))
     elif not cfg.model.channels:
-        if cfg.model.encoder == "hstu":
+        if cfg.model.interleaved:
             tokens = _interleaved(batch, num_context)
         work.add(_transducer_work(tokens, tokens, cfg.model, num_context))
     for channel in cfg.model.channels.values():
@@ -116,7 +116,7 @@ def input_flops(cfg: RunConfig, batch: SequenceBatch) -> int:
     features, model = cfg.features, cfg.model
     d = model.d_model
     content = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
-    actions = len(cfg.source.actions) * model.action_dim
+    actions = (len(cfg.source.actions) if model.heterogeneous_actions else 1) * model.action_dim
     context = sum(features.user[name].dim for group in features.user_tokens.values() for name in group)
     per_row = content * 2 * d + 2 * d * d + actions * d + d * d
     return 2 * (batch.num_tokens * per_row + batch.num_sequences * context * d)

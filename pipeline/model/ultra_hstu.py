@@ -30,8 +30,7 @@ class UltraHSTU(nn.Module):
     def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], base_rates: dict[str, float]) -> None:
         super().__init__()
         self.tasks = cfg.tasks
-        interleaved = cfg.model.encoder == "hstu"
-        self.encoder = (InterleavedEncoder if interleaved else TokenEncoder)(cfg, vocab_sizes)
+        self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(cfg, vocab_sizes)
         self.transducer = sequence_encoder(cfg, self.encoder.num_context)
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
         self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model) if into_head else None

@@ -51,7 +51,7 @@ class HSTU(nn.Module):
     def __init__(self, cfg: ModelConfig, num_context: int) -> None:
         super().__init__()
         self.num_context = num_context
-        self.interleaved = cfg.encoder == "hstu"
+        self.interleaved = cfg.interleaved
         self.layers = nn.ModuleList(STU(cfg, num_context) for _ in range(cfg.num_layers))
         shapes = {"position": cfg.position_buckets, "time": TIME_BUCKETS}
         self.bias = nn.ModuleList(

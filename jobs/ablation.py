@@ -1,0 +1,93 @@
+"""Train and evaluate the model once more without each of its innovations: a table, and child runs of one MLflow run."""
+
+import argparse
+import json
+import logging
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from jobs import cli
+from pipeline import config, tracking
+from pipeline.cluster import ray_cluster
+from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.data import store
+from pipeline.evaluate import ablation, evaluator
+from pipeline.mlflow_server import mlflow_server
+from pipeline.train import trainer
+
+logger = logging.getLogger(__name__)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants that --dry-run lists")
+    parser.add_argument("--split", choices=["val", "test"], default="val", help="test is for the last table alone")
+
+
+def main(job: cli.Job) -> None:
+    cfg, split = job.cfg, job.options.split
+    chosen = choose(cfg, job.options.only)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    found: dict[str, dict[str, float]] = {}
+    with (
+        mlflow_server(cfg),
+        ray_cluster(cfg.ray, runs_dir=cfg.runs_dir),
+        tracking.start_run(replace(cfg, name=f"{cfg.name} ablation"), manifest) as parent,
+    ):
+        for name, variant in chosen.items():
+            logger.info("variant %s", name)
+            with tracking.start_run(variant, manifest, {"mlflow.parentRunId": parent.run_id}) as run:
+                found[name] = train_and_evaluate(variant, run, split)
+        path = cfg.run_dir / "ablation" / "ablation.md"
+        path.write_text(ablation.table(found, cfg.tasks, split))
+        path.with_suffix(".json").write_text(json.dumps(found, indent=2))
+        parent.log_artifacts(path)
+        print(path.read_text())
+        unmoved = ablation.unmoved(found, split)
+        if unmoved:
+            raise UserError("; ".join(unmoved))
+    print(f"table={path}")
+
+
+def choose(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
+    """The variants, each with a folder of its own under the run's that reads the run's sequences.
+
+    Raises:
+        ConfigError: `only` names one that this configuration does not have.
+    """
+    found = ablation.variants(cfg)
+    unknown = set(only or ()) - found.keys()
+    if unknown:
+        raise ConfigError(f"--only {sorted(unknown)}: this configuration has {list(found)}")
+    folder = cfg.run_dir / "ablation"
+    return {
+        name: replace(variant, name=name, runs_dir=str(folder))
+        for name, variant in found.items()
+        if not only or name in (ablation.WHOLE, *only)
+    }
+
+
+def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dict[str, float]:
+    """The metrics of an evaluation, and the training FLOP per example."""
+    shutil.rmtree(variant.run_dir, ignore_errors=True)
+    variant.run_dir.mkdir(parents=True)
+    variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
+    metrics = evaluator.evaluate(variant, trainer.fit(variant, run), [split])
+    lines = [json.loads(line) for line in (trainer.train_dir(variant) / "metrics.jsonl").read_text().splitlines()]
+    metrics["train/gflop_per_example"] = sum(line["train/gflop_per_example"] for line in lines) / len(lines)
+    run.log_metrics({key: value for key, value in metrics.items() if math.isfinite(value)}, lines[-1]["step"])
+    return metrics
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    base = config.flatten(config.to_dict(cfg))
+    changes = {}
+    for name, variant in ablation.variants(cfg).items():
+        flat = config.flatten(config.to_dict(variant))
+        changes[name] = {key: flat.get(key) for key in base.keys() | flat.keys() if flat.get(key) != base.get(key)}
+    return {"variants": changes, **trainer.plan(cfg)}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, plan)

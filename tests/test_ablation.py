@@ -1,0 +1,104 @@
+"""What an ablation switches off, and that a switch without effect is told."""
+
+from dataclasses import replace
+
+import pytest
+from test_mixture import make_mixture
+from test_model import make_batch, make_config, make_model
+
+from pipeline import config
+from pipeline.config import RunConfig, StochasticLengthConfig, UserError
+from pipeline.evaluate import ablation
+from pipeline.model.flops import count_work
+
+TRUNCATED = {"attention": {"window": 1, "full_rows": 1, "scaling_seq_len": 16}, "truncate_after_layer": 1}
+
+
+def whole() -> RunConfig:
+    cfg = make_config(**TRUNCATED, truncate_to=2)
+    return replace(cfg, train=replace(cfg.train, stochastic_length=StochasticLengthConfig(alpha=1.5, max_len=8)))
+
+
+def changes(name: str) -> dict[str, object]:
+    base, variant = (config.flatten(config.to_dict(cfg)) for cfg in (whole(), ablation.variants(whole())[name]))
+    return {key: variant[key] for key in base if variant[key] != base[key]}
+
+
+def test_every_variant_changes_its_own_setting_alone() -> None:
+    assert list(ablation.variants(whole())) == [
+        "whole",
+        "no_merge",
+        "no_heterogeneous_actions",
+        "window_0",
+        "full_rows_0",
+        "no_truncation",
+        "no_stochastic_length",
+        "fp8",
+        "int4",
+    ]
+    assert changes("no_heterogeneous_actions") == {"model.heterogeneous_actions": False}
+    assert changes("window_0") == {"model.attention.window": 0}
+    assert changes("full_rows_0") == {"model.attention.full_rows": 0}
+    assert changes("no_truncation") == {"model.truncate_after_layer": None}
+    assert changes("fp8") == {"model.fp8": True}
+    assert changes("int4") == {"evaluate.int4_tables": True}
+    assert changes("no_merge") == {
+        "model.merge": False,
+        "model.attention.window": 2,
+        "model.attention.full_rows": 2,
+        "model.truncate_to": 4,
+    }
+
+
+def test_channels_lose_their_masks_and_their_mixture() -> None:
+    mixed = ablation.variants(make_mixture("request"))
+    assert not mixed["no_mixture"].model.channels
+    assert {channel.attention.window for channel in mixed["window_0"].model.channels.values()} == {0}
+    assert "no_merge" not in mixed
+
+
+def test_a_baseline_has_no_ablation() -> None:
+    with pytest.raises(UserError, match=r"model\.encoder is din"):
+        ablation.variants(make_config(encoder="din", attention={"window": None}))
+
+
+@pytest.mark.parametrize("name", ["no_merge", "no_heterogeneous_actions", "window_0", "full_rows_0", "no_truncation"])
+def test_every_variant_is_a_model_that_differs(name: str) -> None:
+    batch = make_batch([9, 6], [2, 1])
+    variant = ablation.variants(whole())[name]
+    assert make_model(variant)(batch).shape == (3, 2)
+    base, work = count_work(batch, whole()), count_work(batch, variant)
+    if name in ("window_0", "full_rows_0"):
+        assert work.masked_pair_share > base.masked_pair_share
+    if name == "no_truncation":
+        assert work.truncated_tokens == 0 < base.truncated_tokens
+    if name == "no_merge":
+        assert work.flops > base.flops
+
+
+def metrics(**changed: float) -> dict[str, float]:
+    keys = ("masked_pair_share", "truncated_token_share", "train/gflop_per_example", "forward_gflop_per_candidate")
+    scores = {f"val/{metric}/{task}": 0.7 for metric in ("auc", "ne") for task in ("is_click", "is_like")}
+    return dict.fromkeys(keys, 0.5) | scores | changed
+
+
+def test_a_switch_that_changes_nothing_is_told() -> None:
+    found = {
+        "whole": metrics(),
+        "window_0": metrics(**{"val/ne/is_click": 0.6}),  # scores move from run to run on a GPU: shares decide
+        "full_rows_0": metrics(masked_pair_share=0.6),
+        "no_heterogeneous_actions": metrics(**{"val/ne/is_like": 0.8}),
+        "fp8": metrics(),
+    }
+    lines = ablation.unmoved(found, "val")
+    assert [line.split()[0] for line in lines] == ["window_0", "fp8"]
+    assert "masked_pair_share 0.5 with and without" in lines[0]
+
+
+def test_the_table_shows_what_each_is_worth() -> None:
+    found = {"whole": metrics(), "window_0": metrics(**{"val/ne/is_click": 0.8, "masked_pair_share": 0.625})}
+    rows = ablation.table(found, ("is_click", "is_like"), "val").splitlines()
+    assert len(rows) == 4
+    assert "+0.0500" in rows[3]
+    assert "62.5%" in rows[3]
+    assert len({row.count("|") for row in rows}) == 1
