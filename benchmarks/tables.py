@@ -48,11 +48,11 @@ def offsets_of(lengths: list[int]) -> Tensor:
 
 
 def too_far(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> str | None:
-    """What strays from the float64 `truth` more than twice as far as plain PyTorch does, and 1e-6 of its size."""
+    """What strays from the float64 `truth` more than twice as far as plain PyTorch does, 1e-6 of its size and 1e-12."""
     for i, (got, there, expected) in enumerate(zip(fast, plain, truth, strict=True)):
         worst = (got.double() - expected).abs().max().item() if got.numel() else 0.0
         allowed = 2 * (there.double() - expected).abs().max().item() if got.numel() else 0.0
-        allowed += 1e-6 * expected.abs().max().item() if got.numel() else 0.0
+        allowed += 1e-6 * expected.abs().max().item() + 1e-12 if got.numel() else 0.0
         if not worst <= allowed:  # NaN is not
             return f"output {i}: error {worst:.2e}, allowed {allowed:.2e}"
     return None
@@ -78,7 +78,7 @@ def check_jagged(lengths: tuple[list[int], list[int]], width: int, dtype: torch.
 
 def check_int4(num_rows: int, dim: int, dtype: torch.dtype) -> str | None:
     table = randn(num_rows, dim) * torch.logspace(-3, 2, num_rows, device="cuda")[:, None] + 0.3
-    packed, ids = quantize(table.cpu()).cuda(), randint(num_rows, 3, 701)
+    packed, ids = quantize(table.cpu()).cuda(), randint(num_rows, 701, 3)[:, 1]
     codes, scale, bias = (x.double() for x in quantize_reference(table.cpu()))
     truth = (codes * scale + bias).cuda()[ids]
     fast, plain = (look_up(packed, ids, dim=dim, dtype=dtype, backend=backend) for backend in ("triton", "torch"))
@@ -127,7 +127,7 @@ def parity_checks() -> dict[str, Callable[[], str | None]]:
         for width, dtype in ((1, torch.float32), (50, torch.bfloat16), (512, torch.bfloat16), (1000, torch.float32)):
             name = f"jagged {lengths if len(lengths[0]) < 4 else 'many'} {width} {dtype}"
             checks[name] = lambda x=lengths, w=width, t=dtype: check_jagged(x, w, t)
-    for dim in (1, 8, 50, 64, 128, 300):
+    for dim in (1, 8, 32, 50, 64, 128, 300):
         for dtype in (torch.float32, torch.bfloat16):
             checks[f"int4 {dim} {dtype}"] = lambda d=dim, t=dtype: check_int4(1000, d, t)
     kinds = {
@@ -318,7 +318,7 @@ def measure() -> Iterator[tuple[str, str, dict]]:
     cases: list[tuple[str, str, Callable[[], dict]]] = [("ceilings", "copy", lambda: time_copy(timer))]
     for rows, dim in ((2**23, 128), (2**24, 64), (2**24, 32)):
         cases.append(("int4", str(dim), lambda rows=rows, dim=dim: time_int4(timer, rows, dim)))
-    cases.append(("adamw", "1M rows of 128", lambda: time_adamw(timer)))
+    cases.append(("adamw", "1M gradients of 128", lambda: time_adamw(timer)))
     cases.append(("jagged", "rows of 512", lambda: time_jagged(timer)))
     for num_items in (27_000, 700_000):
         for dtype in (torch.float32, torch.bfloat16):

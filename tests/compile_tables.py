@@ -36,7 +36,7 @@ BUILDS = [
     (jagged.truncate_tail, {"BACKWARD": True, "BLOCK_T": 8, "BLOCK_E": 512}),
     (int4.look_up, {"BLOCK_N": 16, "CODE_WORDS": 16}),
     (adamw.update_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_D": 128}),
-    (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_D": 128}),
+    (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_D": 128}),
     (softmax.forward, {"BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"SPLIT": False, "BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),

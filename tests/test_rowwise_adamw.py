@@ -21,7 +21,7 @@ IDS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton_launch, "LONGEST", 4)
-    monkeypatch.setattr(triton_launch, "PARTIALS", 2)
+    monkeypatch.setattr(triton_launch, "PARTIAL_TILE", 32)
     torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
     yield
     torch.use_deterministic_algorithms(False)

@@ -11,12 +11,20 @@ TILE = 2048  # numbers a program writes: 16 a thread
 
 def look_up_triton(packed: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[N, dim]"""
+    packed, ids = packed.contiguous(), ids.contiguous()  # codes of a batch are columns of one tensor
     out = torch.empty(len(ids), dim, dtype=dtype, device=packed.device)
     if len(ids):
         code_words = triton.next_power_of_2(packed.shape[1] - 1)
         block = max(TILE // (8 * code_words), 1)
         grid = (triton.cdiv(len(ids), block),)
         triton_kernels.look_up[grid](
-            packed, ids, out, len(ids), dim, packed.shape[1], BLOCK_N=block, CODE_WORDS=code_words
+            packed,
+            ids,
+            out,
+            len(ids),
+            dim,
+            packed.shape[1],
+            BLOCK_N=block,
+            CODE_WORDS=code_words,
         )
     return out

@@ -19,12 +19,13 @@ def _launch(kernel, num_rows: int, num_sequences: int, *tensors: Tensor, extra: 
     block_t = max(TILE // block_e, 1)
     steps = num_sequences.bit_length()  # bisecting B sequences takes so many
     grid = triton.cdiv(num_rows, block_t), triton.cdiv(width, block_e)
+    tensors = [x.contiguous() for x in tensors]
     kernel[grid](*tensors, num_rows, num_sequences, steps, width, *extra, **flags, BLOCK_T=block_t, BLOCK_E=block_e)
 
 
 def _join(left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tensor) -> Tensor:
     whole = left.new_empty(len(left) + len(right), left.shape[1])
-    tensors = whole, left.contiguous(), right.contiguous(), left_offsets, right_offsets
+    tensors = whole, left, right, left_offsets, right_offsets
     _launch(triton_kernels.concatenate_or_split, len(whole), len(left_offsets) - 1, *tensors, SPLIT=False)
     return whole
 
@@ -32,7 +33,7 @@ def _join(left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tens
 def _part(whole: Tensor, num_left: int, left_offsets: Tensor, right_offsets: Tensor) -> tuple[Tensor, Tensor]:
     left = whole.new_empty(num_left, whole.shape[1])
     right = whole.new_empty(len(whole) - num_left, whole.shape[1])
-    tensors = whole.contiguous(), left, right, left_offsets, right_offsets
+    tensors = whole, left, right, left_offsets, right_offsets
     _launch(triton_kernels.concatenate_or_split, len(whole), len(left_offsets) - 1, *tensors, SPLIT=True)
     return left, right
 
@@ -68,7 +69,7 @@ class TruncateTail(torch.autograd.Function):
         ctx.save_for_backward(offsets, new_offsets)
         ctx.num_context, ctx.num_rows = num_context, len(long)
         short = long.new_empty(num_rows, long.shape[1])
-        tensors = long.contiguous(), short, offsets, new_offsets
+        tensors = long, short, offsets, new_offsets
         _launch(
             triton_kernels.truncate_tail, num_rows, len(offsets) - 1, *tensors, extra=(num_context,), BACKWARD=False
         )
@@ -79,7 +80,7 @@ class TruncateTail(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         offsets, new_offsets = ctx.saved_tensors
         long = grad.new_empty(ctx.num_rows, grad.shape[1])
-        tensors = long, grad.contiguous(), offsets, new_offsets
+        tensors = long, grad, offsets, new_offsets
         extra = (ctx.num_context,)
         _launch(triton_kernels.truncate_tail, len(long), len(offsets) - 1, *tensors, extra=extra, BACKWARD=True)
         return long, None, None, None, None

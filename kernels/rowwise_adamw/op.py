@@ -38,7 +38,8 @@ def rowwise_adamw(
 
         moments = all(x is None or x.dtype == torch.float32 for x in (m, v))
         require(moments, f"the triton backend keeps moments in float32, got {v.dtype}")
-        require(weight.is_contiguous(), "the table must be contiguous")
+        whole = all(x is None or x.is_contiguous() for x in (weight, m, v))
+        require(whole, "the table and its moments must be contiguous")
         scale = v.new_ones(()) if grad_scale is None else grad_scale.float()
         rowwise_adamw_triton(weight, m, v, ids, grads, scale, hyper)
         return

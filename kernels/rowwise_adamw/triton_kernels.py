@@ -1,9 +1,8 @@
 """Fused row-wise AdamW: gradients of the same row are added and the row updated, in one pass over sorted ids.
 
 `ids` are sorted and `order` says where each one's gradient lies. A program takes BLOCK_N places of that order, a
-chunk. A run of equal ids inside one chunk is added, first to last, and its row updated at once. A run that goes
-on in other chunks leaves one partial sum in each, and a second kernel adds those in their order: results depend
-neither on timing nor on the number of runs.
+chunk. A run of equal ids inside one chunk is added and its row updated at once. A run that goes on in other chunks
+leaves one partial sum in each, and a second kernel adds those. All sums have an order given by the places alone.
 """
 
 import triton
@@ -37,6 +36,12 @@ def _update(
 
 
 @triton.jit
+def _add_within_runs(sum_a, starts_a, sum_b, starts_b):
+    """Of neighbouring pieces: the sum since the last start of a run, and whether there was one."""
+    return tl.where(starts_b != 0, sum_b, sum_a + sum_b), starts_a | starts_b
+
+
+@triton.jit
 def update_rows(
     ids,  # int [n], sorted
     order,  # int64 [n]: where the gradient of ids[i] lies
@@ -65,25 +70,22 @@ def update_rows(
     place = first + lane
     valid = place < num_ids
     row = tl.load(ids + place, mask=valid, other=-1).to(tl.int64)
+    source = tl.load(order + place, mask=valid, other=0)
     before = tl.load(ids + place - 1, mask=valid & (place > 0), other=-1).to(tl.int64)
-    starts = valid & ((row != before) | (lane == 0))
-    # The lanes of a run: those of the same id. Each start knows how many follow it.
-    same = (row[:, None] == row[None, :]) & valid[:, None] & valid[None, :]
-    length = tl.sum(same.to(tl.int32), 1)
-    longest = tl.max(tl.where(starts, length, 0), 0)
-    grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for i in range(longest):
-        more = starts & (i < length)
-        source = tl.load(order + place + i, mask=more, other=0)
-        mask = more[:, None] & (col < dim)
-        grad += tl.load(grads + source[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
+    after = tl.load(ids + place + 1, mask=place + 1 < num_ids, other=-1).to(tl.int64)
+    before_chunk = tl.load(ids + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    after_chunk = tl.load(ids + first + BLOCK_N, mask=first + BLOCK_N < num_ids, other=-1).to(tl.int64)
+    mask = valid[:, None] & (col < dim)
+    grad = tl.load(grads + source[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
+    starts = ((row != before) | (lane == 0)).to(tl.int32)
+    if tl.sum(starts, 0) < BLOCK_N:
+        starts_too = starts[:, None] + tl.zeros((BLOCK_N, BLOCK_D), tl.int32)
+        grad, _ = tl.associative_scan((grad, starts_too), 0, _add_within_runs)
 
-    end = first + BLOCK_N
-    next_id = tl.load(ids + end, mask=end < num_ids, other=-1).to(tl.int64)
-    goes_on = starts & (row == next_id)
-    came = starts & (lane == 0) & (row == before) & (place > 0)
+    ends = valid & ((row != after) | (lane == BLOCK_N - 1))  # here lies the sum of a run
+    came, goes_on = ends & (row == before_chunk), ends & (row == after_chunk)
     _update(
-        weight, m, v, row, grad, starts & ~goes_on & ~came, grad_scale, lr, share1, share2, correct1, correct2, eps,
+        weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, lr, share1, share2, correct1, correct2, eps,
         weight_decay, dim, MOMENTUM, BLOCK_D,
     )  # fmt: skip
     # A run that came from before lies in half 0, whether or not it goes on; one that begins here and goes on in half 1.

@@ -8,8 +8,8 @@ from kernels.rowwise_adamw import triton_kernels
 from kernels.rowwise_adamw.reference import Hyper
 
 TILE = 2048  # numbers of a program's tile: 16 a thread, for each of gradient, moment and weight
-LONGEST = 64  # places of a chunk, each compared with each
-PARTIALS = 32  # partial sums read at a time
+LONGEST = 64  # places of a chunk
+PARTIAL_TILE = 8192  # numbers of partial sums read at a time
 
 
 def rowwise_adamw_triton(
@@ -20,6 +20,7 @@ def rowwise_adamw_triton(
         return
     block_d = triton.next_power_of_2(dim)
     block_n = min(max(TILE // block_d, 1), LONGEST)
+    block_c = min(max(PARTIAL_TILE // block_d, 1), 128)
     chunks = triton.cdiv(num_ids, block_n)
     ids = ids.int() if len(weight) < 2**31 else ids  # half the passes of a radix sort
     ids, order = torch.sort(ids, stable=True)
@@ -29,4 +30,4 @@ def rowwise_adamw_triton(
     flags = {"MOMENTUM": m is not None, "BLOCK_N": block_n, "BLOCK_D": block_d}
     tables = weight, v if m is None else m, v, grad_scale
     triton_kernels.update_rows[(chunks,)](ids, order, grads.contiguous(), partial, *tables, *scalars, **flags)
-    triton_kernels.finish_rows[(chunks,)](ids, partial, *tables, *scalars, **flags, BLOCK_C=PARTIALS)
+    triton_kernels.finish_rows[(chunks,)](ids, partial, *tables, *scalars, **flags, BLOCK_C=block_c)

@@ -66,9 +66,10 @@ def item_gradients(
 def _pairs_by_item(positives: Tensor, negatives: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
     """Pairs `position * (1 + R) + column` sorted by the item they drew, and where each item's begin.
 
-    Column 0 is the positive. Collisions count for nothing; they sort behind all items.
+    Column 0 is the positive. Collisions count for nothing; they sort behind all items. Narrow keys: a radix sort takes
+    a pass a byte.
     """
-    key = torch.int32 if num_items < 2**31 - 1 else torch.int64  # half the passes of a radix sort
+    key = next(kind for kind in (torch.int16, torch.int32, torch.int64) if num_items <= torch.iinfo(kind).max)
     ids = torch.empty(len(negatives), negatives.shape[1] + 1, dtype=key, device=negatives.device)
     ids[:, 0] = positives
     ids[:, 1:] = negatives
