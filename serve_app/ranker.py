@@ -122,6 +122,8 @@ class Ranker:
 
     def _score(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
         """Probabilities, float32 [C, tasks]: histories that are not in the cache first, then all candidates."""
+        if not self.cfg.model.cacheable:
+            return self._score_whole(past, targets, users)
         codes = self.maps.user_codes[self.maps.user_rows(users)]
         keys = history_keys(past, codes)
         kept = {key: self.caches.get(key) for key in keys}
@@ -138,6 +140,15 @@ class Ranker:
             with torch.no_grad():
                 logits = score_candidates(self.model, caches, batch.to(self.device), self.limits.micro_batch)
             scores.append(logits.sigmoid().cpu().numpy())
+        return np.concatenate(scores)
+
+    def _score_whole(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
+        """The same for a model whose encoded history depends on the request: nothing to keep."""
+        scores = []
+        for chosen in passes(past.lengths + targets.lengths, self.limits.batch_tokens):
+            batch = collate(_take(past, chosen), _take(targets, chosen), users[chosen], self.maps, self.cfg)
+            with torch.no_grad():
+                scores.append(self.model(batch.to(self.device)).sigmoid().cpu().numpy())
         return np.concatenate(scores)
 
     def _encode(self, past: Events, users: np.ndarray, cold: dict[bytes, int]) -> Iterator[tuple[bytes, HistoryCache]]:
@@ -180,6 +191,7 @@ class Ranker:
             "order_only": [row.order_only for row in rows],
             "action_mask": [sum(bits[name] for name, did in row.actions.items() if did) for row in rows],
             "known_mask": [sum(bits[name] for name in row.actions) for row in rows],
+            "watch_ms": [-1 if row.watch_ms is None else row.watch_ms for row in rows],
         }
         columns |= {name: [row.request_features.get(name, -1) for row in rows] for name in self.request_columns}
         arrays = {

@@ -151,6 +151,7 @@ def _history(cfg: RunConfig, events: Events, begin: int, end: int) -> list[dict[
             "item_id": int(events.item_id[i]),
             "event_time": int(events.event_time[i]),
             "order_only": bool(events.order_only[i]),
+            "watch_ms": int(events.watch_ms[i]) if events.watch_ms[i] >= 0 else None,
             "actions": dict(_actions(cfg, int(events.action_mask[i]), int(events.known_mask[i]))),
             "request_features": _features(events, i),
         }

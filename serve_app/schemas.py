@@ -35,6 +35,7 @@ class HistoryRow(_Strict):
         default_factory=dict, description="did the user do it: true or false; an action left out is unknown"
     )
     request_features: RequestFeatures = Field(default_factory=dict)
+    watch_ms: Id | None = None
     order_only: bool = Field(default=False, description="event_time gives the order of the rows but is no real time")
 
 

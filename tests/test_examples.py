@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pipeline import config, schema
-from pipeline.data.batch import SequenceBatch, candidates, collate
+from pipeline.data.batch import SequenceBatch, candidates, collate, query_anchored
 from pipeline.data.events import Events, row_gaps
 from pipeline.data.examples import UserEvents, example_batch, request_examples, training_examples, user_events
 from pipeline.data.features import FeatureMaps
 from pipeline.data.sampling import stochastic_lengths, threshold
+from pipeline.model.embeddings import age_bucket
 
 DAY = 86_400_000
 T_VAL = config.SplitConfig().val_ms
@@ -208,6 +209,49 @@ def test_serving_builds_the_batch_that_evaluation_builds(rng: np.random.Generato
         assert batch_rows(offline, number) == batch_rows(online, number)
 
 
+def test_query_anchored_rows_count_back_from_their_request() -> None:
+    time = np.array([10, 20, 50, 90, 100, 100, 7, 8, 30, 30])
+    order_only = np.array([True, True, *[False] * 8])
+    offsets, num_targets = np.array([0, 6, 6, 7, 10]), np.array([2, 0, 1, 2])
+    position, age = query_anchored(time, order_only, offsets, num_targets, 4)
+    assert position.tolist() == [3, 3, 2, 1, 0, 0, 0, 1, 0, 0]
+    assert age.tolist() == [-1, -1, 50, 10, 0, 0, 0, 22, 0, 0]
+    minutes = torch.tensor([-1, 0, 59_999, 60_000, 239_999, 240_000, 10**12])
+    assert age_bucket(minutes, 100).tolist() == [0, 1, 1, 2, 2, 3, 99]
+
+
+def test_watch_time_is_bits_of_the_history_alone(rng: np.random.Generator) -> None:
+    cfg, table = make_config(), make_sequences(rng)
+    features = replace(cfg.features, watch_seconds=(2.0, 30.0), watch_shares=(0.5,), duration_ms_column="duration")
+    watching = replace(cfg, features=features)
+    duration = np.concatenate([[0.0], rng.integers(0, 2, 40) * 40_000.0])
+    maps = replace(make_maps(), item_duration_ms=duration)
+    users = user_events(table, cfg)
+    watch_ms = rng.choice([-1, 1999, 2000, 29_999, 30_000], len(users.events.item_id))
+    users = replace(users, events=replace(users.events, watch_ms=watch_ms))
+    examples = request_examples(users, T_VAL, 2**62)
+    plain = example_batch(users, examples, maps, cfg, training=False)
+    batch = example_batch(users, examples, maps, watching, training=False)
+    rows = users.events.take(examples.history_begin, examples.history_end)
+    place = np.concatenate([np.arange(n) < n - t for n, t in lengths_of(batch)])
+    expected_known, expected = [], []
+    for watched, item in zip(rows.watch_ms.tolist(), rows.item_id.tolist(), strict=True):
+        length = duration[item + 1] if item < 40 else 0
+        known = [watched >= 0, watched >= 0, watched >= 0 and length > 0]
+        is_long = [watched >= 2000, watched >= 30_000, watched >= 0.5 * length]
+        expected_known.append(sum(4 << i for i in range(3) if known[i]))
+        expected.append(sum(4 << i for i in range(3) if known[i] and is_long[i]))
+    for name, bits in (("known_mask", expected_known), ("action_mask", expected)):
+        before, after = getattr(plain, name).numpy(), getattr(batch, name).numpy()
+        np.testing.assert_array_equal(after[place] - before[place], bits)
+        assert (after[~place] == 0).all(), "an outcome of the candidate itself"
+    assert len(set(expected)) > 3
+
+
+def lengths_of(batch: SequenceBatch) -> list[tuple[int, int]]:
+    return list(zip(batch.seq_offsets.diff().tolist(), batch.num_targets.tolist(), strict=True))
+
+
 def test_gaps_are_real_times_only() -> None:
     time, order_only = np.array([10, 20, 50, 90, 7]), np.array([True, True, False, False, False])
     offsets = np.array([0, 4, 4, 5])
@@ -226,7 +270,8 @@ def test_stochastic_length_follows_the_formula() -> None:
 
 
 def test_events_take_copies_ranges() -> None:
-    columns = {n: np.arange(6) for n in ("item_id", "event_time", "order_only", "action_mask", "known_mask")}
+    names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", "watch_ms")
+    columns = {name: np.arange(6) for name in names}
     events = Events(offsets=np.array([0, 6]), position=np.arange(6), gap_ms=np.arange(6), request={}, **columns)
     taken = events.take(np.array([4, 1, 2]), np.array([6, 1, 4]))
     assert taken.item_id.tolist() == [4, 5, 2, 3]

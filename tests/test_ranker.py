@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,19 @@ def test_a_past_request_gets_the_scores_of_the_evaluation(world: tuple[Ranker, U
     np.testing.assert_allclose(as_array(world[0], requests), scores, atol=1e-6)
 
 
+def test_a_query_anchored_model_is_served_without_a_cache(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "runs")
+    train, model = replace(cfg.train, layout="request"), replace(cfg.model, time_anchor="query", time_buckets=99)
+    cfg = replace(cfg, train=train, model=model)
+    table = publish_sequences(cfg)
+    loaded = load_model(save_tiny_model(cfg, tmp_path / "model"))
+    store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    other = Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)), user_events(table, cfg)
+    requests, scores = all_requests(other)
+    np.testing.assert_allclose(as_array(other[0], requests), scores, atol=1e-6)
+    assert hits_and_misses(other[0]) == (0, 0)
+
+
 def test_scores_do_not_depend_on_the_company(world: tuple[Ranker, UserEvents]) -> None:
     ranker, _ = world
     requests, _ = all_requests(world)
@@ -102,6 +116,7 @@ def test_the_same_history_in_the_body_differs_only_by_the_user(world: tuple[Rank
             "item_id": row["item_id"][i],
             "event_time": row["event_time"][i],
             "order_only": row["order_only"][i],
+            "watch_ms": None if row["watch_ms"][i] < 0 else row["watch_ms"][i],
             "request_features": {"tab": row["tab"][i]},
             "actions": {
                 name: bool(row["action_mask"][i] >> bit & 1)

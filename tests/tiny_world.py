@@ -33,6 +33,7 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
                 "request": {"tab": {"dim": 2}, "hour": {"dim": 2}},
                 "user": {"city": {"dim": 4}},
                 "user_tokens": {"place": ["city"]},
+                "watch_seconds": [10, 40],
                 "dense": {
                     "item": {"by": ["item_id"], "prior": 3},
                     "item_tab": {"by": ["item_id", "tab"], "prior": 1},
@@ -50,7 +51,7 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
                 "attention": {"window": 4, "full_rows": 2, "scaling_seq_len": 16},
                 "truncate_after_layer": 1,
                 "truncate_to": 6,
-                "dense_to": "token",
+                "dense_to": "both",
             },
             "serve": {"port": 0},
         }
@@ -113,7 +114,7 @@ def _user(user: int, rng: np.random.Generator, cfg: RunConfig) -> dict:
         "event_time": (start + np.cumsum(rng.integers(1, DAY_MS, length))[request]).tolist(),
         "action_mask": rng.integers(0, 4, length).tolist(),
         "known_mask": rng.integers(0, 4, length).tolist(),
-        "watch_ms": [-1] * length,
+        "watch_ms": np.random.default_rng(user).integers(-1, 60_000, length).tolist(),
         "request_index": request.tolist(),
         "order_only": (np.arange(length) < num_order_only).tolist(),
         "tab": rng.integers(0, 3, length).tolist(),

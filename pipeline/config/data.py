@@ -158,10 +158,20 @@ class FeatureConfig:
     user_tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)  # context token -> the user columns in it
     request: dict[str, ColumnFeature] = field(default_factory=dict)  # request columns, and the derived "hour"
     hour_utc_offset: float = 0.0  # hours; "hour" is the hour of day of event_time at this offset
+    # Watch time as further bits of the history's action mask: watched at least so many seconds, or at least that share
+    # of the item's duration. Where watch time or duration is unknown, so is the bit.
+    watch_seconds: tuple[float, ...] = ()
+    watch_shares: tuple[float, ...] = ()
+    duration_ms_column: str | None = None  # of the ITEM table
     dense: dict[str, DenseFeature] = field(default_factory=dict)  # rates that candidates carry, by a name of your own
     dense_step_minutes: int = 60  # a training row reads the training period's counts as of the last full step before it
 
     def __post_init__(self) -> None:
+        for name in ("watch_seconds", "watch_shares"):
+            require(all(x > 0 for x in getattr(self, name)), f"features.{name}", getattr(self, name), "greater than 0")
+        known = self.duration_ms_column is not None
+        rule = "a column of the ITEM table where features.watch_shares are given, and only there"
+        require(known == bool(self.watch_shares), "features.duration_ms_column", self.duration_ms_column, rule)
         require(self.dense_step_minutes >= 1, "features.dense_step_minutes", self.dense_step_minutes, "1 or more")
         columns = ["user", "item_id", *self.item, *(name for name in self.request if name != "hour")]
         for name, feature in self.dense.items():

@@ -82,8 +82,12 @@ class ModelConfig:
     concat_ua: bool = False  # the output layer reads concat[U, A, Norm(A) * U] instead of Norm(A) * U
     candidate_action: Literal["none", "learned"] = "none"  # learned: one constant where an event has its actions
     action_dim: int = 8  # learned row per action, and as many for "unknown"
+    # Where a history row stands. event: its number among the user's rows and the gap to the row before, so that an
+    # encoded history serves many requests. query, the authors' form: counted back from the candidates, and the age at
+    # the request (time_buckets 2048).
+    time_anchor: Literal["event", "query"] = "event"
     position_buckets: int = 8192
-    time_buckets: int = 64  # log buckets of the gap to the previous row, bucket 0 for "no real gap"
+    time_buckets: int = 64  # bucket 0 for "no real time"; event: log buckets of the gap, query: of sqrt(age in minutes)
     dense_to: Literal["token", "head", "both"] = "token"  # where features.dense enter: candidate tokens, task heads
     head_hidden: int = 64
     attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # on CUDA of the whole layer
@@ -127,3 +131,8 @@ class ModelConfig:
     @property
     def interleaved(self) -> bool:
         return self.encoder == "hstu" or not self.merge
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether an encoded history serves more than one request."""
+        return self.time_anchor == "event" and self.encoder == "ultra_hstu"

@@ -48,8 +48,16 @@ class RunConfig:
         ):
             rule = f"empty without a table of {side}s (source.{side}s)"
             require(not columns or known, f"features.{side}", list(columns), rule)
+        bits, most = self.num_action_bits, 31
+        require(bits <= most, "features.watch_seconds + features.watch_shares", bits, f"{most} bits with the actions")
+        anchored = self.model.time_anchor == "query"
+        rule = "request where model.time_anchor is query: a row of a shared pass has one place, not one per request"
+        require(not anchored or self.train.layout == "request", "train.layout", self.train.layout, rule)
         for name, channel in self.model.channels.items():
             self._check_channel(f"model.channels.{name}", channel)
+        duration = self.features.duration_ms_column
+        rule = "null without a table of items (source.items)"
+        require(duration is None or self.items_known, "features.duration_ms_column", duration, rule)
         for task in self.train.task_weights:
             require(task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}")
         for task in self.tracking.gate_max_ne:
@@ -65,6 +73,12 @@ class RunConfig:
         leaks = bool(channel.actions) and channel.depends_on_later_rows
         rule = f"request where {key} filters by actions and has full_rows under a window, max_len or truncation"
         require(not leaks or self.train.layout == "request", "train.layout", self.train.layout, rule)
+
+    @property
+    def num_action_bits(self) -> int:
+        """Bits of a history row's action mask: source.actions, then the watch-time thresholds."""
+        features = self.features
+        return len(self.source.actions) + len(features.watch_seconds) + len(features.watch_shares)
 
     @property
     def items_known(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.data.dense import candidate_features
-from pipeline.data.events import Events, request_gaps
+from pipeline.data.events import NO_GAP, Events, request_gaps
 from pipeline.data.features import FeatureMaps
 
 MS_PER_HOUR = 3_600_000
@@ -27,14 +27,15 @@ class SequenceBatch:
     Codes are embedding rows, 0 = missing or not seen in the training period. On candidates both masks are 0: a
     candidate carries no action. `position` is the number of the user's earlier rows, dropped ones counted; `gap_ms` the
     time since the previous row, -1 where there is none or it is not real. A candidate has the position after the last
-    event it sees and the gap from that event to its request, so that nothing in the history depends on the request.
+    event it sees and the gap from that event to its request, so that nothing in the history depends on the request;
+    with `model.time_anchor: query` both are counted from the request instead (`query_anchored`).
     """
 
     seq_offsets: Tensor  # int64 [B + 1], from 0 to T
     num_targets: Tensor  # int32 [B]
     item_codes: Tensor  # int32 [T, 1 + item columns]: item id, then `features.item` in order
     request_codes: Tensor  # int32 [T, request columns]: `features.request` in order
-    action_mask: Tensor  # int32 [T], bit per action of source.actions
+    action_mask: Tensor  # int32 [T], bit per action of source.actions, then per watch-time threshold
     known_mask: Tensor  # int32 [T]
     position: Tensor  # int64 [T]
     gap_ms: Tensor  # int64 [T]
@@ -97,6 +98,7 @@ def candidates(
         known_mask=zeros,
         position=np.repeat(first_position + history.lengths, lengths),
         gap_ms=np.repeat(gap, lengths),
+        watch_ms=np.full(len(item_id), -1),
         request=request,
     )
     return replace(targets, dense=candidate_features(history, targets, np.repeat(history.lengths, lengths), maps, cfg))
@@ -143,16 +145,20 @@ def collate(
     def tensor(array: np.ndarray | None) -> Tensor | None:
         return None if array is None else torch.from_numpy(array)
 
+    position, gap_ms = merge(history.position, targets.position), merge(history.gap_ms, targets.gap_ms)
+    if cfg.model.time_anchor == "query":
+        position, gap_ms = query_anchored(event_time, order_only, offsets, num_targets, cfg.model.position_buckets)
+    action_mask, known_mask = history_masks(history, maps, cfg)
     lengths = np.diff(offsets)
     return SequenceBatch(
         seq_offsets=torch.from_numpy(offsets),
         num_targets=torch.from_numpy(num_targets.astype(np.int32)),
         item_codes=torch.from_numpy(maps.item_codes[maps.item_rows(merge(history.item_id, targets.item_id))]),
         request_codes=torch.from_numpy(maps.request_codes(columns, int(offsets[-1]))),
-        action_mask=torch.from_numpy(merge(history.action_mask, no_action)),
-        known_mask=torch.from_numpy(merge(history.known_mask, no_action)),
-        position=torch.from_numpy(merge(history.position, targets.position)),
-        gap_ms=torch.from_numpy(merge(history.gap_ms, targets.gap_ms)),
+        action_mask=torch.from_numpy(merge(action_mask, no_action)),
+        known_mask=torch.from_numpy(merge(known_mask, no_action)),
+        position=torch.from_numpy(position),
+        gap_ms=torch.from_numpy(gap_ms),
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
         target_visible=tensor(target_visible),
@@ -160,6 +166,39 @@ def collate(
         labels=tensor(labels),
         label_weight=tensor(label_weight),
     )
+
+
+def query_anchored(
+    event_time: np.ndarray, order_only: np.ndarray, offsets: np.ndarray, num_targets: np.ndarray, buckets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`position` and `gap_ms` of the authors' form, int64 [T] each.
+
+    Candidates are at position 0, the newest event at 1, the one before at 2, the last of the `buckets` for all older
+    ones; the gap is the time from the row to the request, NO_GAP where the row's time is only an order.
+    """
+    lengths = np.diff(offsets)
+    first_target = offsets[1:] - num_targets
+    back = np.repeat(first_target, lengths) - np.arange(offsets[-1])
+    request_time = event_time[np.minimum(first_target, max(len(event_time) - 1, 0))] if len(event_time) else event_time
+    age = np.repeat(request_time, lengths) - event_time
+    return np.clip(back, 0, buckets - 1), np.where(order_only, NO_GAP, age)
+
+
+def history_masks(history: Events, maps: FeatureMaps, cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The action mask and the known mask of history rows with the bits of the watch-time thresholds, int32 [N]."""
+    features = cfg.features
+    action, known = history.action_mask, history.known_mask
+    if cfg.num_action_bits == len(cfg.source.actions):
+        return action, known
+    seen = history.watch_ms >= 0
+    bits = [(seen, history.watch_ms >= 1000 * seconds) for seconds in features.watch_seconds]
+    if features.watch_shares:
+        duration = maps.item_duration_ms[maps.item_rows(history.item_id)]  # 0: unknown
+        bits += [(seen & (duration > 0), history.watch_ms >= share * duration) for share in features.watch_shares]
+    for bit, (is_known, is_long) in enumerate(bits, start=len(cfg.source.actions)):
+        known = known | (is_known.astype(np.int32) << bit)
+        action = action | ((is_known & is_long).astype(np.int32) << bit)
+    return action, known
 
 
 def hour_of_day(event_time: np.ndarray, order_only: np.ndarray, utc_offset: float) -> np.ndarray:

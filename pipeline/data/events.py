@@ -22,6 +22,7 @@ class Events:
     known_mask: np.ndarray  # int32 [N]
     position: np.ndarray  # int64 [N]
     gap_ms: np.ndarray  # int64 [N]
+    watch_ms: np.ndarray  # int64 [N], -1 where unknown
     request: dict[str, np.ndarray]  # int32 [N] per request column
     dense: np.ndarray | None = None  # float32 [N, F], `features.dense`; candidates only
 

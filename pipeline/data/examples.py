@@ -67,7 +67,7 @@ def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
     lengths = np.diff(offsets)
     columns = {
         name: arrow.flat_column(sequences, name)
-        for name in ("item_id", "event_time", "order_only", "action_mask", "known_mask")
+        for name in ("item_id", "event_time", "order_only", "action_mask", "known_mask", "watch_ms")
     }
     first_position = sequences["first_position"].to_numpy()
     rows = np.arange(offsets[-1])
@@ -212,6 +212,7 @@ def target_events(users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user
         known_mask=no_action,
         position=users.first_position[user] + visible_end - first,
         gap_ms=np.where(events.order_only[rows], -1, gap),
+        watch_ms=np.full(len(rows), -1),  # an outcome
         request={name: column[rows] for name, column in events.request.items()},
     )
 

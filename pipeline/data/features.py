@@ -38,6 +38,9 @@ class FeatureMaps:
     # feature that is not the user's own the counts of its groups, by step of `features.dense_step_minutes`.
     row_rates: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, LabelCounts] = field(default_factory=dict)
+    item_duration_ms: np.ndarray = field(
+        default_factory=lambda: np.zeros(0)
+    )  # float64 [I + 1], 0 unknown; if asked for
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
         return _rows(self.item_ids, item_id)
@@ -82,6 +85,7 @@ class FeatureMaps:
     def save(self, folder: Path) -> None:
         arrays = {"item_ids": self.item_ids, "item_codes": self.item_codes, "item_count": self.item_count}
         arrays |= {"user_ids": self.user_ids, "user_codes": self.user_codes}
+        arrays |= {"item_duration_ms": self.item_duration_ms}
         arrays |= {f"request.{name}": values for name, values in self.request_values.items()}
         for name, counts in self.counts.items():
             parts = {"groups": counts.groups, "cells": counts.cells, "before": counts.before}
@@ -146,6 +150,7 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         request_values=request_values,
         vocab_sizes=sizes,
         base_rates=rows.base_rates,
+        item_duration_ms=_durations(items, cfg),
     )
     return _with_counts(maps, cfg) if cfg.features.dense else maps
 
@@ -249,18 +254,31 @@ def _side_table(cfg: RunConfig, side: str, id_column: str, seen: np.ndarray) -> 
     table = store.read_side_table(cfg.sequence_dir, side)
     if table is None:
         table = pa.table({id_column: pa.array(seen, pa.int64())})
-    columns = cfg.features.item if side == "items" else cfg.features.user
-    for name in columns:
+    columns = list(cfg.features.item if side == "items" else cfg.features.user)
+    keys = dict.fromkeys(columns, f"features.{side[:-1]}")
+    if side == "items" and cfg.features.duration_ms_column is not None:
+        keys.setdefault(cfg.features.duration_ms_column, "features.duration_ms_column")
+    for name, key in keys.items():
         if name not in table.column_names:
-            raise UserError(
-                f"features.{side[:-1]}: the {side} table has no column {name!r}; it has {table.column_names}"
-            )
-    table = table.select([id_column, *columns])
+            raise UserError(f"{key}: the {side} table has no column {name!r}; it has {table.column_names}")
+    table = table.select([id_column, *keys])
     missing = np.setdiff1d(seen, table[id_column].to_numpy())
     if len(missing):
         bare = pa.table({id_column: pa.array(missing, pa.int64())})
         table = pa.concat_tables([table, bare], promote_options="default")
     return table.sort_by(id_column)
+
+
+def _durations(items: pa.Table, cfg: RunConfig) -> np.ndarray:
+    """float64 [I + 1], ms, 0 for an unknown item or duration; empty where no column is named."""
+    name = cfg.features.duration_ms_column
+    if name is None:
+        return np.zeros(0)
+    try:
+        duration = items[name].cast(pa.float64()).to_numpy()
+    except pa.ArrowInvalid:
+        raise UserError(f"features.duration_ms_column: {name!r} is of type {items[name].type}, not a number") from None
+    return np.concatenate([[0.0], np.nan_to_num(duration)])
 
 
 def _side_codes(

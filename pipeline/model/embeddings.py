@@ -134,6 +134,12 @@ class ContextEncoder(nn.Module):
         return torch.stack([out(group) for out, group in zip(self.out, grouped, strict=True)], dim=1)
 
 
+def age_bucket(age_ms: Tensor, num_buckets: int) -> Tensor:
+    """Bucket 0 for -1, "no real time"; the others cut the square root of the age in minutes, one each."""
+    bucket = 1 + torch.floor(torch.sqrt(age_ms.clamp(min=0).double() / 60_000)).long()
+    return torch.where(age_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
+
+
 def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
     """Bucket 0 for -1, "no real gap"; the others cut log2(1 + gap) evenly."""
     per_octave = (num_buckets - 1) / OCTAVES
@@ -148,10 +154,11 @@ class TokenEncoder(nn.Module):
         super().__init__()
         model = cfg.model
         self.time_buckets = model.time_buckets
+        self.time_bucket = time_bucket if model.time_anchor == "event" else age_bucket
         self.num_context = len(cfg.features.user_tokens)
         self.content = ContentEncoder(cfg, vocab_sizes)
         self.heterogeneous = model.heterogeneous_actions
-        num_actions = len(cfg.source.actions) if self.heterogeneous else 1
+        num_actions = cfg.num_action_bits if self.heterogeneous else 1
         self.action = ActionEncoder(num_actions, model.action_dim, model.d_model)
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
@@ -201,7 +208,7 @@ class TokenEncoder(nn.Module):
     def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """[T, d], position and time added."""
         x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
-        return x_TE + self.time(time_bucket(batch.gap_ms, self.time_buckets))
+        return x_TE + self.time(self.time_bucket(batch.gap_ms, self.time_buckets))
 
 
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:
