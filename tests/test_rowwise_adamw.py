@@ -33,7 +33,7 @@ def state(dim: int, momentum: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor 
     return weight.to(dtype), torch.zeros(12, dim, dtype=dtype) if momentum else None, torch.zeros(12, dtype=dtype)
 
 
-@pytest.mark.parametrize(("dim", "momentum"), [(1, True), (7, True), (8, False), (32, True)])
+@pytest.mark.parametrize(("dim", "momentum"), [(1, True), (7, False), (32, True)])
 @pytest.mark.parametrize("name", IDS)
 def test_interpreted_kernels_equal_plain_pytorch(name: str, dim: int, momentum: bool) -> None:
     ids = torch.tensor(IDS[name], dtype=torch.int64)
@@ -41,7 +41,7 @@ def test_interpreted_kernels_equal_plain_pytorch(name: str, dim: int, momentum: 
     truth, plain = state(dim, momentum, torch.float64), state(dim, momentum, torch.float32)
     truth = truth[0].copy_(fast[0]), *truth[1:]
     scale = torch.tensor(0.7)
-    for step in range(1, 4):
+    for step in range(1, 3):
         grads = torch.randn(len(ids), dim, generator=torch.Generator().manual_seed(step))
         hyper = Hyper(step, 0.1, (0.9 if momentum else 0.0, 0.99), 1e-8, 0.05)
         rowwise_adamw_triton(*fast, ids, grads, scale, hyper)

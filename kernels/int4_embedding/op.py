@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.backend import Backend, choose, require
 from kernels.int4_embedding.reference import quantize_reference
 
+CHUNK = 2**24  # numbers packed at a time: what is made on the way is several times as large
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -26,13 +27,18 @@ def quantize(table_RE: Tensor) -> Tensor:
     fits = table_RE.dim() == 2 and table_RE.dtype in FLOATS
     require(fits, f"the table must be floats [R, E], got {table_RE.dtype} {tuple(table_RE.shape)}")
     num_rows, dim = table_RE.shape
-    if num_rows == 0:
-        return torch.empty(0, packed_words(dim), dtype=torch.int32, device=table_RE.device)
-    codes, scale, bias = quantize_reference(table_RE.float())
+    packed = torch.empty(num_rows, packed_words(dim), dtype=torch.int32, device=table_RE.device)
+    step = max(CHUNK // max(dim, 1), 1)
+    for begin in range(0, num_rows, step):
+        packed[begin : begin + step] = _pack(*quantize_reference(table_RE[begin : begin + step].float()))
+    return packed
+
+
+def _pack(codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     finite = bool(torch.isfinite(scale).all() & torch.isfinite(bias).all())
-    require(finite, f"a table of finite numbers below 65,504 is needed, got {table_RE.abs().max().item()}")
-    codes = torch.nn.functional.pad(codes.int(), (0, -dim % 8)).view(num_rows, -1, 8)
-    shifts = 4 * torch.arange(8, dtype=torch.int32, device=table_RE.device)
+    require(finite, "a table of finite numbers below 65,504 is needed: float16 holds the scale and bias of a row")
+    codes = torch.nn.functional.pad(codes.int(), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    shifts = 4 * torch.arange(8, dtype=torch.int32, device=codes.device)
     words = (codes << shifts).sum(2, dtype=torch.int32)  # bits of different codes: adding is or-ing
     low, high = (x.half().view(torch.int16).int() for x in (scale, bias))
     return torch.cat([(low & 0xFFFF) | (high << 16), words], dim=1)

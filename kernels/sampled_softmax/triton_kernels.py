@@ -44,9 +44,10 @@ def forward(
     own = own / tl.maximum(tl.sqrt(tl.sum(own * own, 0)), NORM_EPS)
     own_score = tl.sum(user * own, 0) * per_temperature
 
-    top = own_score
+    # A maximum and sums per row of a block, brought together once, at the end: no step waits for other warps.
+    top = tl.zeros((BLOCK_R,), tl.float32) + own_score
     total = tl.zeros((BLOCK_R,), tl.float32)
-    mean = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)  # one sum per row of a block: added up once, at the end
+    mean = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for begin in range(0, num_negatives, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
         item = tl.load(negatives + position * num_negatives + r, mask=r < num_negatives, other=0).to(tl.int64)
@@ -56,18 +57,19 @@ def forward(
         per_norm = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS)
         score = tl.sum(x * user, 1) * per_norm * per_temperature
         score = tl.where(counts, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 0))
+        new_top = tl.maximum(top, score)
         shrink, share = tl.exp(top - new_top), tl.exp(score - new_top)
         total = total * shrink + share
-        mean = mean * shrink + (share * per_norm)[:, None] * x
+        mean = mean * shrink[:, None] + (share * per_norm)[:, None] * x
         top = new_top
 
-    own_share = tl.exp(own_score - top)
-    whole = tl.sum(total, 0) + own_share
-    out = top + tl.log(whole)
+    highest = tl.max(top, 0)
+    shrink, own_share = tl.exp(top - highest), tl.exp(own_score - highest)
+    whole = tl.sum(total * shrink, 0) + own_share
+    out = highest + tl.log(whole)
     tl.store(lse + position, out)
     tl.store(loss + position, out - own_score)
-    toward = ((tl.sum(mean, 0) + own_share * own) / whole - own) * per_temperature
+    toward = ((tl.sum(mean * shrink[:, None], 0) + own_share * own) / whole - own) * per_temperature
     tl.store(grad + position * dim + col, _through_norm(toward, user, norm), mask=col < dim)
 
 
