@@ -63,7 +63,8 @@ def look_up(
 
         return look_up_triton(packed, flat, dim, dtype).view(*ids.shape, dim)
     rows = packed.index_select(0, flat)
-    shifts = 4 * torch.arange(8, dtype=torch.int32, device=packed.device)
-    codes = ((rows[:, 1:, None] >> shifts) & 15).flatten(1)[:, :dim]
+    pairs = rows[:, 1:].contiguous().view(torch.uint8)  # two codes a byte, the first in its low half
+    codes = torch.empty(*pairs.shape, 2, dtype=torch.float32, device=packed.device)
+    codes[..., 0], codes[..., 1] = pairs & 15, pairs >> 4
     scale, bias = rows[:, :1].contiguous().view(torch.float16).to(torch.float32).split(1, dim=1)
-    return torch.addcmul(bias, codes.float(), scale).to(dtype).view(*ids.shape, dim)
+    return codes.flatten(1)[:, :dim].mul_(scale).add_(bias).to(dtype).view(*ids.shape, dim)
