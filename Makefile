@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types serve mlflow-ui bench-anchor clean
+.PHONY: help demo test lint types serve mlflow-ui mlflow-import bench-anchor clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,6 +36,9 @@ serve: $(READY)  ## leave the champion of the last demo answering over HTTP, unt
 
 mlflow-ui: $(READY)  ## reopen the runs and models of past demos, PORT=5000, until Ctrl-C
 	$(BIN)/python -m jobs.mlflow_ui --config $(CONFIG) --port $(PORT)
+
+mlflow-import: $(READY)  ## put the committed figures of benchmarks/runs/ beside them, to be seen by make mlflow-ui
+	$(BIN)/python -m jobs.mlflow_import --config $(CONFIG)
 
 bench-anchor: $(BENCH_READY)  ## smoothed rates and LightGBM on the KuaiRand subset: the numbers to beat
 	$(BIN)/python -m benchmarks.kuairand_anchor

@@ -8,22 +8,4 @@ history against those of the plain forward pass, in float32. Results go into the
 with --write.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import numpy as np
-import pyarrow as pa
-import torch
-
-from benchmarks.collate import NUM_ITEMS, make_maps, make_sequences
-from pipeline import config
-from pipeline.config import RunConfig, ServeConfig
-from pipeline.data.batch import SequenceBatch
-from pipeline.data.features import FeatureMaps
-from pipeline.model.artifact import LoadedModel
-from pipeline.model.ultra_hstu import UltraHSTU
-
 ACTIONS = ["click", "like", "share", "follow"]

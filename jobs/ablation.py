@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +75,7 @@ def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dic
     metrics = evaluator.evaluate(variant, trainer.fit(variant, run), [split])
     lines = [json.loads(line) for line in (trainer.train_dir(variant) / "metrics.jsonl").read_text().splitlines()]
     metrics["train/gflop_per_example"] = sum(line["train/gflop_per_example"] for line in lines) / len(lines)
-    run.log_metrics({key: value for key, value in metrics.items() if math.isfinite(value)}, lines[-1]["step"])
+    run.log_metrics(metrics, lines[-1]["step"])
     return metrics
 
 

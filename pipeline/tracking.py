@@ -129,15 +129,53 @@ def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | No
     return Run(mlflow.get_tracking_uri(), run.info.run_id)
 
 
+MADE_WHERE = ("config", "environment", "machine", "versions")  # parts of a result that are params, numbers too
+
+
+def import_result(cfg: RunConfig, path: Path) -> bool:
+    """A run of experiment `<tracking.experiment>-benchmarks` for a JSON of figures that were made elsewhere.
+
+    Its numbers are metrics, everything else params. False where this very file has been imported before.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
+    content = path.read_bytes()
+    try:
+        flat = config.flatten(dict(json.loads(content)))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is not a JSON object of figures") from None
+    client, digest = _client(), hashlib.sha256(content).hexdigest()
+    with _one_message():
+        experiment = _experiment(client, f"{cfg.tracking.experiment}-benchmarks")
+        if client.search_runs([experiment], f"tags.result_sha256 = '{digest}'", max_results=1):
+            return False
+        found = client.create_run(experiment, run_name=path.stem, tags={"result_sha256": digest})
+        run = Run(client.tracking_uri, found.info.run_id)
+        metrics = {key: value for key, value in flat.items() if _is_figure(key, value)}
+        with run:
+            _log_flat_params(client, run.run_id, {key: v for key, v in flat.items() if key not in metrics})
+            run.log_metrics({_metric_key(key.removeprefix("metrics.")): v for key, v in metrics.items()}, 0)
+            run.log_artifacts(path)
+    return True
+
+
+def _is_figure(key: str, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and key.split(".")[0] not in MADE_WHERE
+
+
 def _experiment(client: "MlflowClient", name: str) -> str:
     found = client.get_experiment_by_name(name)
     return found.experiment_id if found else client.create_experiment(name)
 
 
 def _log_params(client: "MlflowClient", run_id: str, cfg: RunConfig) -> None:
+    _log_flat_params(client, run_id, config.flatten(config.to_dict(cfg)))
+
+
+def _log_flat_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    flat = config.flatten(config.to_dict(cfg))
     params = [Param(_metric_key(key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
     for start in range(0, len(params), PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])

@@ -205,3 +205,29 @@ def test_judgement(new: dict, old: dict | None, promoted: bool, said: str, tmp_p
 def test_validation_on_other_sequences_is_said(tmp_path: Path) -> None:
     decision = tracking.judge(tiny_config(tmp_path), version(2, BOTH, "b"), version(1, BOTH))  # pyright: ignore[reportArgumentType]
     assert "other sequences" in decision.reason
+
+
+def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path) -> None:
+    figures = {
+        "name": "ultra",
+        "environment": {"device": "a GPU", "cores": 16},
+        "metrics": {"val/ne/is_click": 0.84},
+        "ours": {"causal 4096": {"forward_ms": 0.5}},
+        "config": {"model": {"d_model": 64}},
+    }
+    path = tmp_path / "ultra-0.json"
+    path.write_text(json.dumps(figures))
+    assert tracking.import_result(cfg, path)
+    assert not tracking.import_result(cfg, path)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(f"{cfg.tracking.experiment}-benchmarks")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "ultra-0"
+    assert run.data.metrics == {"val/ne/is_click": 0.84, "ours.causal 4096.forward_ms": 0.5}
+    params = {"name": "ultra", "environment.device": "a GPU", "environment.cores": "16", "config.model.d_model": "64"}
+    assert run.data.params == params
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["ultra-0.json"]
+    path.write_text("[1")
+    with pytest.raises(UserError, match="not a JSON object"):
+        tracking.import_result(cfg, path)
