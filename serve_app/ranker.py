@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import config
-from pipeline.config import ServeConfig, UserError
+from pipeline.config import ServeConfig
 from pipeline.data.batch import SequenceBatch, candidates, collate
 from pipeline.data.events import Events
 from pipeline.model.artifact import LoadedModel
@@ -40,9 +40,6 @@ class Ranker:
     """
 
     def __init__(self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig) -> None:
-        encoder = loaded.cfg.model.encoder
-        if encoder != "ultra_hstu":
-            raise UserError(f"a model whose model.encoder is {encoder} is a baseline: it is evaluated, not served")
         self.model, self.cfg, self.maps = loaded.model, loaded.cfg, loaded.maps
         if limits.int4_tables:
             quantize_tables(self.model)

@@ -33,6 +33,7 @@ def test_every_variant_changes_its_own_setting_alone() -> None:
         "full_rows_0",
         "no_truncation",
         "no_stochastic_length",
+        "query_anchor",
         "fp8",
         "int4",
     ]
@@ -40,6 +41,7 @@ def test_every_variant_changes_its_own_setting_alone() -> None:
     assert changes("window_0") == {"model.attention.window": 0}
     assert changes("full_rows_0") == {"model.attention.full_rows": 0}
     assert changes("no_truncation") == {"model.truncate_after_layer": None}
+    assert changes("query_anchor") == {"model.time_anchor": "query", "train.layout": "request"}
     assert changes("fp8") == {"model.fp8": True}
     assert changes("int4") == {"evaluate.int4_tables": True}
     assert changes("no_merge") == {

@@ -125,7 +125,8 @@ class ModelConfig:
             require(self.candidate_action == "none", "model.candidate_action", self.candidate_action, f"none {where}")
             require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
         biased = self.encoder in ("hstu", "hstu_merged")
-        rule = "false unless model.encoder is hstu or hstu_merged"
+        biased = biased and self.time_anchor == "event"  # its times are sums of the gaps between events
+        rule = "false unless model.encoder is hstu or hstu_merged, and model.time_anchor event"
         require(biased or not self.relative_bias, "model.relative_bias", self.relative_bias, rule)
 
     @property

@@ -86,6 +86,13 @@ SWITCHES: dict[str, Switch] = {
         lambda cfg: replace(cfg, train=replace(cfg.train, stochastic_length=StochasticLengthConfig())),
         "ne",
     ),
+    "query_anchor": Switch(
+        lambda cfg: cfg.model.time_anchor == "event",
+        lambda cfg: replace(
+            cfg, model=replace(cfg.model, time_anchor="query"), train=replace(cfg.train, layout="request")
+        ),
+        "ne",
+    ),
     "no_fp8": Switch(lambda cfg: cfg.model.fp8, lambda cfg: _model(cfg, fp8=False), "ne"),
     "fp8": Switch(lambda cfg: not cfg.model.fp8, lambda cfg: _model(cfg, fp8=True), "ne"),
     "no_int4": Switch(lambda cfg: cfg.evaluate.int4_tables, lambda cfg: _int4(cfg, False), "ne"),

@@ -116,7 +116,7 @@ def input_flops(cfg: RunConfig, batch: SequenceBatch) -> int:
     features, model = cfg.features, cfg.model
     d = model.d_model
     content = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
-    actions = (len(cfg.source.actions) if model.heterogeneous_actions else 1) * model.action_dim
+    actions = (cfg.num_action_bits if model.heterogeneous_actions else 1) * model.action_dim
     context = sum(features.user[name].dim for group in features.user_tokens.values() for name in group)
     per_row = content * 2 * d + 2 * d * d + actions * d + d * d
     return 2 * (batch.num_tokens * per_row + batch.num_sequences * context * d)
