@@ -12,7 +12,7 @@ from pipeline.data.batch import SequenceBatch, candidates, collate, query_anchor
 from pipeline.data.events import Events, row_gaps
 from pipeline.data.examples import UserEvents, example_batch, request_examples, training_examples, user_events
 from pipeline.data.features import FeatureMaps
-from pipeline.data.sampling import stochastic_lengths, threshold
+from pipeline.data.sampling import stochastic_cuts, threshold
 from pipeline.model.embeddings import age_bucket
 
 DAY = 86_400_000
@@ -262,11 +262,10 @@ def test_gaps_are_real_times_only() -> None:
 def test_stochastic_length_follows_the_formula() -> None:
     cfg = config.StochasticLengthConfig(alpha=1.6, max_len=256)
     lengths = np.full(20_000, 200)
-    kept = stochastic_lengths(lengths, cfg, np.random.default_rng(0))
-    assert set(kept.tolist()) == {threshold(cfg), 200}
+    cut = stochastic_cuts(lengths, cfg, np.random.default_rng(0))
     assert threshold(cfg) == 84
-    assert np.mean(kept == 200) == pytest.approx(256**1.6 / 200**2, abs=0.01)
-    assert (stochastic_lengths(np.arange(85), cfg, np.random.default_rng(0)) == np.arange(85)).all()
+    assert 1 - cut.mean() == pytest.approx(256**1.6 / 200**2, abs=0.01)
+    assert not stochastic_cuts(np.arange(85), cfg, np.random.default_rng(0)).any()
 
 
 def test_events_take_copies_ranges() -> None:

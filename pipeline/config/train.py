@@ -12,10 +12,19 @@ class StochasticLengthConfig:
 
     alpha: float = 2.0  # 2.0 keeps everything
     max_len: int = 256
+    # How the loads of the ranks are evened out. sampling: load-balanced stochastic length, arXiv:2602.16986; dealing:
+    # the draws stay, examples go to ranks by load. The load of an example is its tokens to the power load_exponent:
+    # about 1 with a window and full rows far below the length, 2 under full attention.
+    balance: Literal["none", "sampling", "dealing"] = "none"
+    load_exponent: float = 1.0
 
     def __post_init__(self) -> None:
         require(1 < self.alpha <= 2, "train.stochastic_length.alpha", self.alpha, "in (1, 2]")
         require(self.max_len >= 1, "train.stochastic_length.max_len", self.max_len, "1 or more")
+        cuts = self.alpha < 2 or self.balance != "sampling"
+        require(cuts, "train.stochastic_length.alpha", self.alpha, "below 2 where balance is sampling")
+        exponent = self.load_exponent
+        require(1 <= exponent <= 2, "train.stochastic_length.load_exponent", exponent, "between 1 and 2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

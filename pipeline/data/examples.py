@@ -16,7 +16,7 @@ from pipeline.data.batch import SequenceBatch, collate
 from pipeline.data.dense import candidate_features
 from pipeline.data.events import Events, ranges, request_gaps, row_gaps
 from pipeline.data.features import FeatureMaps, label_counts
-from pipeline.data.sampling import stochastic_lengths
+from pipeline.data.sampling import stochastic_cuts, threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,12 @@ class Examples:
         return Examples(*(getattr(self, name)[index] for name in self.__slots__))
 
     @property
+    def num_history(self) -> np.ndarray:
+        return self.history_end - self.history_begin
+
+    @property
     def num_tokens(self) -> np.ndarray:
-        return (self.history_end - self.history_begin) + (self.target_end - self.target_begin)
+        return self.num_history + (self.target_end - self.target_begin)
 
 
 def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
@@ -120,7 +124,13 @@ def _whole_requests(users: UserEvents, first: np.ndarray) -> Examples:
 
 
 def training_examples(users: UserEvents, cfg: RunConfig, rng: np.random.Generator) -> Examples:
-    """One epoch's examples of these users in the configured layout, stochastic length applied.
+    """One epoch's examples of these users in the configured layout, stochastic length applied."""
+    examples = whole_examples(users, cfg)
+    return cut_histories(examples, stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng), cfg)
+
+
+def whole_examples(users: UserEvents, cfg: RunConfig) -> Examples:
+    """The training examples of these users in the configured layout, each with its whole history.
 
     The candidates are the rows of the training period, and the order_only rows where their labels weigh something.
     """
@@ -129,15 +139,18 @@ def training_examples(users: UserEvents, cfg: RunConfig, rng: np.random.Generato
     training = (users.request_time < cfg.split.train_end_ms) & labelled
     if cfg.train.layout == "request":
         rows = np.flatnonzero(training)
-        examples = _whole_requests(users, rows[users.request_begin[rows] == rows])
-    else:
-        examples = _passes(users, training, cfg.train.max_targets_per_sequence)
-    lengths = examples.history_end - examples.history_begin
-    kept = stochastic_lengths(lengths, cfg.train.stochastic_length, rng)
-    begin = examples.history_end - kept
+        return _whole_requests(users, rows[users.request_begin[rows] == rows])
+    return _passes(users, training, cfg.train.max_targets_per_sequence)
+
+
+def cut_histories(examples: Examples, cut: np.ndarray, cfg: RunConfig) -> Examples:
+    """The same, of the histories where `cut`, bool [n], is true only as much as stochastic length keeps."""
+    begin = examples.history_end - threshold(cfg.train.stochastic_length)
     if cfg.train.layout == "user":  # a pass keeps at least the rows that are its own targets
-        begin = np.maximum(np.minimum(begin, examples.target_begin), examples.history_begin)
-    return replace(examples, history_begin=begin)
+        begin = np.minimum(begin, examples.target_begin)
+    return replace(
+        examples, history_begin=np.where(cut, np.maximum(begin, examples.history_begin), examples.history_begin)
+    )
 
 
 def _passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Examples:

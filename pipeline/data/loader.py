@@ -18,13 +18,15 @@ from pipeline.data.events import ranges
 from pipeline.data.examples import (
     Examples,
     UserEvents,
+    cut_histories,
     example_batch,
     request_examples,
     target_labels,
-    training_examples,
     user_events,
+    whole_examples,
 )
 from pipeline.data.features import FeatureMaps
+from pipeline.data.sampling import LoadPlan, stochastic_cuts
 
 POOL_BUCKETS = 4  # buckets in memory at once: more shuffle better, fewer need less memory
 
@@ -43,7 +45,7 @@ class TrainLoader:
         self.manifest = store.read_manifest(cfg.sequence_dir)
         # Stochastic length moves no example, so an epoch has these steps whatever is drawn.
         buckets = range(len(self.manifest.buckets))
-        self.bucket_examples = [len(self._examples(self._read([i]), self._rng(0, i))) for i in buckets]
+        self.bucket_examples = [len(whole_examples(self._read([i]), cfg)) for i in buckets]
         self.steps_per_epoch = sum(self._num_steps(pool) for pool in self._pools(0))
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
@@ -59,18 +61,19 @@ class TrainLoader:
         self, pool: list[int], num_steps: int, rng: np.random.Generator, first_step: int
     ) -> Iterator[SequenceBatch]:
         users = self._read(pool)
-        examples = self._examples(users, rng)
+        examples = whole_examples(users, self.cfg)
+        plan = load_plan(examples, self.cfg, rng)
         steps = np.array_split(rng.permutation(len(examples)), num_steps)
-        for step in steps[first_step:]:
-            share = np.array_split(step, self.world_size)[self.rank]
-            yield example_batch(users, examples[share], self.maps, self.cfg, training=True)
+        target = plan.drawn.sum() / (num_steps * self.world_size)
+        balance, seed = self.cfg.train.stochastic_length.balance, [*rng.integers(2**32, size=4).tolist(), self.rank]
+        for number in range(first_step, num_steps):
+            chosen, cut = plan.share(steps[number], self.rank, self.world_size, target, balance, [*seed, number])
+            part = cut_histories(examples[chosen], cut, self.cfg)
+            yield example_batch(users, part, self.maps, self.cfg, training=True)
 
     def _read(self, buckets: list[int]) -> UserEvents:
         tables = [store.read_bucket(self.cfg.sequence_dir, self.manifest, i) for i in buckets]
         return user_events(pa.concat_tables(tables), self.cfg)
-
-    def _examples(self, users: UserEvents, rng: np.random.Generator) -> Examples:
-        return training_examples(users, self.cfg, rng)
 
     def _rng(self, epoch: int, pool: int) -> np.random.Generator:
         return np.random.default_rng([self.cfg.seed, 1, epoch, pool])
@@ -87,6 +90,15 @@ class TrainLoader:
         num_examples = sum(self.bucket_examples[i] for i in pool)
         step_size = self.world_size * self.cfg.train.batch_users
         return min(max(1, round(num_examples / step_size)), num_examples // self.world_size)
+
+
+def load_plan(examples: Examples, cfg: RunConfig, rng: np.random.Generator) -> LoadPlan:
+    """What stochastic length draws for these whole examples, and what each of them weighs."""
+    lengths = cfg.train.stochastic_length
+    cut = stochastic_cuts(examples.num_history, lengths, rng)
+    everywhere = cut_histories(examples, np.ones(len(examples), bool), cfg)
+    whole, short = (part.num_tokens.astype(np.float64) ** lengths.load_exponent for part in (examples, everywhere))
+    return LoadPlan(cut, whole, short)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,79 @@
+"""Stochastic length over many ranks: equal loads, the same mean length, the same plan on every rank."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_world import publish_sequences, tiny_config
+
+from benchmarks.load_balance import simulate, zipf_lengths
+from pipeline.config import RunConfig, StochasticLengthConfig
+from pipeline.data.features import fit_features
+from pipeline.data.loader import TrainLoader
+from pipeline.data.sampling import balanced_cuts, deal
+
+PLAIN = StochasticLengthConfig(alpha=1.6, max_len=16_384)
+
+
+@pytest.mark.parametrize(("balance", "per_rank"), [("sampling", 128), ("dealing", 32)])
+def test_64_ranks_come_to_equal_loads(balance: str, per_rank: int) -> None:
+    lengths = zipf_lengths(64 * per_rank * 4, 1.0, 256, 16_384, np.random.default_rng(0))
+    plain = simulate(lengths, PLAIN, 64, per_rank)
+    even = simulate(lengths, replace(PLAIN, balance=balance), 64, per_rank)
+    assert plain.worst > 1.15
+    assert even.worst <= 1.05
+    assert abs(even.mean_length / plain.mean_length - 1) < 0.02
+
+
+def test_draws_turn_round_only_towards_the_target() -> None:
+    whole, short = np.array([10.0, 8, 6, 3]), np.array([2.0, 2, 2, 3])  # the last cannot be cut
+    order = np.arange(4)
+    none = np.zeros(4, bool)
+    assert balanced_cuts(none, whole, short, 27, order).tolist() == [False] * 4
+    assert balanced_cuts(none, whole, short, 19, order).tolist() == [True, False, False, False]
+    assert balanced_cuts(none, whole, short, 19, order[::-1]).tolist() == [False, True, True, False]
+    assert balanced_cuts(none, whole, short, 0, order).tolist() == [True, True, True, False]
+    assert balanced_cuts(~none, whole, short, 100, order).tolist() == [False, False, False, True]
+
+
+def test_dealing_gives_every_example_once_and_every_rank_one() -> None:
+    rng = np.random.default_rng(0)
+    for num_ranks in (1, 3, 8):
+        load = rng.random(8 * num_ranks - 7) + 0.1
+        dealt = deal(load, num_ranks)
+        assert sorted(np.concatenate(dealt).tolist()) == list(range(len(load)))
+        assert min(map(len, dealt)) > 0
+    heavy = deal(np.array([9.0, 1, 1, 1]), 2)
+    assert [rows.tolist() for rows in heavy] == [[0], [1, 2, 3]]
+
+
+def world(folder: Path, balance: str) -> RunConfig:
+    cfg = tiny_config(folder / "runs", sequences={"num_buckets": 2})
+    lengths = StochasticLengthConfig(alpha=1.3, max_len=6, balance=balance)  # pyright: ignore[reportArgumentType]
+    train = replace(cfg.train, batch_users=3, max_targets_per_sequence=2, stochastic_length=lengths)
+    return replace(cfg, train=train)
+
+
+@pytest.mark.parametrize("balance", ["none", "sampling", "dealing"])
+def test_ranks_share_an_epoch_and_a_resumed_one_goes_on_alike(tmp_path: Path, balance: str) -> None:
+    cfg = world(tmp_path, balance)
+    publish_sequences(cfg)
+    maps = fit_features(cfg)
+    alone = TrainLoader(cfg, maps)
+    num_targets = sum(int(batch.num_targets.sum()) for batch in alone.batches(0))
+    shared, tokens = 0, []
+    for rank in range(2):
+        loader = TrainLoader(cfg, maps, rank, 2)
+        batches = list(loader.batches(1))
+        assert len(batches) == loader.steps_per_epoch
+        shared += sum(int(batch.num_targets.sum()) for batch in batches)
+        tokens.append([batch.num_tokens for batch in batches])
+        again = list(loader.batches(1, first_step=3))
+        assert [batch.num_tokens for batch in again] == tokens[-1][3:]
+        for batch, other in zip(batches[3:], again, strict=True):
+            assert batch.position.tolist() == other.position.tolist()
+    assert shared == num_targets
+    off = np.abs(np.subtract(*tokens)).mean() / np.mean(tokens)
+    bounds = {"none": (0.4, 1), "sampling": (0, 0.35), "dealing": (0, 0.06)}  # three short histories a rank
+    assert bounds[balance][0] <= off <= bounds[balance][1]
