@@ -9,6 +9,7 @@ A time is the median of runs by device events, with the L2 flushed before each (
 import argparse
 import gc
 import json
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,7 @@ def parity() -> dict:
             found = f"{type(error).__name__}: {str(error)[:300]}"
         if found:
             problems.append(f"{name}: {found}")
+            print(problems[-1], flush=True)
     torch.use_deterministic_algorithms(False)
     return {"cases": len(checks), "wrong": problems}
 
@@ -345,8 +347,10 @@ def main() -> None:
 
         write_report(json.loads(arguments.report.read_text()))
         return
+    begin = time.perf_counter()
     checked = parity()
-    print(f"parity: {checked['cases']} cases, {len(checked['wrong'])} wrong", *checked["wrong"], sep="\n", flush=True)
+    spent = time.perf_counter() - begin
+    print(f"parity: {checked['cases']} cases, {len(checked['wrong'])} wrong, {spent:.0f} s", flush=True)
     if not arguments.parity_only:
         versions = {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
         found: dict = {"machine": versions, "parity": checked}
