@@ -33,7 +33,6 @@ def test_every_variant_changes_its_own_setting_alone() -> None:
         "full_rows_0",
         "no_truncation",
         "no_stochastic_length",
-        "query_anchor",
         "fp8",
         "int4",
     ]
@@ -41,7 +40,6 @@ def test_every_variant_changes_its_own_setting_alone() -> None:
     assert changes("window_0") == {"model.attention.window": 0}
     assert changes("full_rows_0") == {"model.attention.full_rows": 0}
     assert changes("no_truncation") == {"model.truncate_after_layer": None}
-    assert changes("query_anchor") == {"model.time_anchor": "query", "train.layout": "request"}
     assert changes("fp8") == {"model.fp8": True}
     assert changes("int4") == {"evaluate.int4_tables": True}
     assert changes("no_merge") == {
@@ -50,6 +48,11 @@ def test_every_variant_changes_its_own_setting_alone() -> None:
         "model.attention.full_rows": 2,
         "model.truncate_to": 4,
     }
+
+
+def test_the_time_anchor_is_compared_where_both_layouts_are_the_same() -> None:
+    by_request = replace(whole(), train=replace(whole().train, layout="request"))
+    assert ablation.variants(by_request)["query_anchor"].model.time_anchor == "query"
 
 
 def test_channels_lose_their_masks_and_their_mixture() -> None:

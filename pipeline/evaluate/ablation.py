@@ -87,10 +87,9 @@ SWITCHES: dict[str, Switch] = {
         "ne",
     ),
     "query_anchor": Switch(
-        lambda cfg: cfg.model.time_anchor == "event",
-        lambda cfg: replace(
-            cfg, model=replace(cfg.model, time_anchor="query"), train=replace(cfg.train, layout="request")
-        ),
+        # In the user layout it would also be another layout, with many times the sequences.
+        lambda cfg: cfg.model.time_anchor == "event" and cfg.train.layout == "request",
+        lambda cfg: _model(cfg, time_anchor="query"),
         "ne",
     ),
     "no_fp8": Switch(lambda cfg: cfg.model.fp8, lambda cfg: _model(cfg, fp8=False), "ne"),
