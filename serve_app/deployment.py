@@ -77,6 +77,7 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
     }
     (ranker,) = (entry for entry in application["deployments"] if entry["name"] == "RankerReplica")
     ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
+    ranker["ray_actor_options"] |= {"num_gpus": int(cfg.serve.use_gpu)}
     return filled
 
 

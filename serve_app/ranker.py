@@ -7,10 +7,13 @@ candidates ───────────────────────
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from pipeline import config
 from pipeline.config import ServeConfig
@@ -19,6 +22,7 @@ from pipeline.data.events import Events
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from pipeline.model.quantize import quantize_tables
+from pipeline.model.stu import STU
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history import Histories, HistoryStore, histories, sequence_row
 from serve_app.history_cache import HistoryCaches, history_keys
@@ -41,8 +45,7 @@ class Ranker:
 
     def __init__(self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig) -> None:
         self.model, self.cfg, self.maps = loaded.model, loaded.cfg, loaded.maps
-        if limits.int4_tables:
-            quantize_tables(self.model)
+        as_served(self.model, limits)
         self.store, self.version, self.name, self.limits = store, version, name, limits
         self.device = next(self.model.parameters()).device
         self.request_columns = tuple(column for column in self.cfg.features.request if column != "hour")
@@ -134,7 +137,7 @@ class Ranker:
             asked = _take(targets, chosen)
             batch = collate(_no_rows(past, len(chosen)), asked, users[chosen], self.maps, self.cfg)
             caches = HistoryCache.join([encoded[keys[i]] for i in chosen])
-            with torch.no_grad():
+            with self._precision():
                 logits = score_candidates(self.model, caches, batch.to(self.device), self.limits.micro_batch)
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
@@ -144,8 +147,9 @@ class Ranker:
         scores = []
         for chosen in passes(past.lengths + targets.lengths, self.limits.batch_tokens):
             batch = collate(_take(past, chosen), _take(targets, chosen), users[chosen], self.maps, self.cfg)
-            with torch.no_grad():
-                scores.append(self.model(batch.to(self.device)).sigmoid().cpu().numpy())
+            with self._precision():
+                logits = self.model(batch.to(self.device))
+            scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
 
     def _encode(self, past: Events, users: np.ndarray, cold: dict[bytes, int]) -> Iterator[tuple[bytes, HistoryCache]]:
@@ -156,9 +160,14 @@ class Ranker:
         for chosen in passes(lengths[rows], self.limits.batch_tokens):
             history = _take(past, rows[chosen])
             batch = collate(history, _no_rows(past, len(chosen)), users[rows[chosen]], self.maps, self.cfg)
-            with torch.no_grad():
+            with self._precision():
                 caches = encode_history(self.model, batch.to(self.device)).split()
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.limits.precision == "bf16"):
+            yield
 
     def _answer(
         self, request: RankColumns, scores: np.ndarray, *, unknown_user: bool, history_length: int
@@ -240,6 +249,16 @@ def _no_rows(like: Events, num_sequences: int) -> Events:
     """`num_sequences` sequences without a row."""
     nothing = np.zeros(num_sequences, np.int64)
     return like.take(nothing, nothing)
+
+
+def as_served(model: nn.Module, limits: ServeConfig) -> None:
+    """Give the model the number formats that the operator wants of it."""
+    if limits.int4_tables:
+        quantize_tables(model)
+    if limits.fp8 is not None:
+        for layer in model.modules():
+            if isinstance(layer, STU):
+                layer.shape = replace(layer.shape, fp8=limits.fp8)
 
 
 def probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:

@@ -21,8 +21,7 @@ from pipeline.data.examples import Examples, UserEvents, request_examples, user_
 from pipeline.data.features import FeatureMaps
 from pipeline.data.loader import evaluation_batch, split_bounds
 from pipeline.model.artifact import LoadedModel, load_model
-from pipeline.model.quantize import quantize_tables
-from serve_app.ranker import probabilities
+from serve_app.ranker import as_served, probabilities
 
 WARM_UP = 5  # requests sent before the clock counts
 TIMEOUT_S = 30.0
@@ -53,8 +52,7 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
         UserError: the test period holds no request.
     """
     loaded = load_model(model_dir)
-    if cfg.serve.int4_tables:  # what the server scores with; what it costs is the evaluation's to say
-        quantize_tables(loaded.model)
+    as_served(loaded.model, cfg.serve)  # what that costs is the evaluation's to say
     requests = past_requests(cfg, loaded)
     worst, elapsed_ms = 0.0, []
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg)) as client:

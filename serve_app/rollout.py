@@ -178,7 +178,8 @@ def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
 
 
 def _load(model: tracking.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog) -> Ranker:
-    loaded = load_model(tracking.fetch(model, Path(user_config["cache"])))
+    folder = tracking.fetch(model, Path(user_config["cache"]))
+    loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
     published = PublishedSequences(Path(user_config["sequences"]), loaded.cfg, Path(user_config["serving"]))
     history = LiveHistory(published, log, loaded.cfg, limits.max_events)
     ranker = Ranker(loaded, history, model.version, model.name, limits)

@@ -7,11 +7,14 @@ import torch
 from test_mixture import ENGAGED, EVERY_ROW, make_mixture
 from test_model import make_batch, make_config, make_model, tokens_at
 
+from kernels.semi_local_attention.reference import semi_local_mask
+from pipeline import config
 from pipeline.config import DenseFeature, RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.dense import dense_width
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from pipeline.model.embeddings import target_mask
+from pipeline.model.flops import cached_work, count_work, head_flops, input_flops, layer_flops, projection_flops
 
 TRUNCATED = {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 4}
 FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}
@@ -26,6 +29,7 @@ CONFIGS = {
     "causal": make_config(attention={"window": None, "full_rows": 0, "scaling_seq_len": 16}),
     "full rows and a prefix of events": make_config(attention=FULL),
     "truncation": make_config(**TRUNCATED, attention=FULL),
+    "two tokens an event": make_config(**TRUNCATED, merge=False),
     "switches": make_config(silu_qkv=False, concat_ua=True, candidate_action="learned", **TRUNCATED),
     "dense features": with_dense(make_config(**TRUNCATED, dense_to="both")),
     "mixture": make_mixture("request", engaged={**ENGAGED, "max_len": 2}, all={**EVERY_ROW, **TRUNCATED}),
@@ -117,3 +121,30 @@ def test_caches_part_and_join(name: str) -> None:
     assert sum(cache.num_bytes for cache in caches) == encode_history(model, history).num_bytes
     held = sum(x.untyped_storage().nbytes() for layer in caches[1].layers for x in (layer.k_THD, layer.v_THV))
     assert held == caches[1].num_bytes, "a kept part keeps the memory of the whole"
+
+
+@pytest.mark.parametrize("name", ["plain", "truncation"])
+def test_counted_work_is_that_of_one_pass_without_the_histories_last_layer(name: str) -> None:
+    cfg = CONFIGS[name]
+    batch = make_batch([40, 0, 9], [3, 5, 1])
+    history, candidates = parts_of(batch)
+    num_rows = [42, 2, 11] if cfg.model.truncate_after_layer is None else [6, 2, 6]  # two of them are the context
+    mask = cfg.model.attention
+    pairs = sum(int(semi_local_mask(n, 0, mask.window, mask.full_rows, 2 + mask.extra_prefix).sum()) for n in num_rows)
+    last = layer_flops(cfg.model, sum(num_rows), pairs) - projection_flops(cfg.model, sum(num_rows))
+    assert sum(cached_work(history, candidates, cfg)) == count_work(batch, cfg).flops - last
+
+
+def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
+    both, (history, candidates) = CONFIGS["mixture"], parts_of(make_batch([40, 0, 9], [3, 5, 1]))
+    none = [input_flops(both, history.num_tokens, 3), input_flops(both, 9, 0)]
+    alone = [
+        cached_work(history, candidates, make_mixture("request", **{name: config.to_dict(channel)}))
+        for name, channel in both.model.channels.items()
+    ]
+    heads = [head_flops(make_mixture("request", **{n: config.to_dict(c)}), 9) for n, c in both.model.channels.items()]
+    together = cached_work(history, candidates, both)
+    assert together[0] - none[0] == sum(work[0] - none[0] for work in alone)
+    assert together[1] - none[1] - head_flops(both, 9) == sum(
+        work[1] - none[1] - head for work, head in zip(alone, heads, strict=True)
+    )

@@ -1,5 +1,6 @@
 """The ranker against the evaluation path, and what its answers may not depend on."""
 
+import copy
 import itertools
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model
 from pipeline.config import ServeConfig
 from pipeline.data.examples import UserEvents, request_examples, user_events
 from pipeline.data.loader import EvaluationBatch, evaluation_batch
-from pipeline.model.artifact import load_model
+from pipeline.model.artifact import LoadedModel, load_model
 from serve_app.columns import RankColumns
 from serve_app.history import PublishedSequences
 from serve_app.history_cache import HistoryCaches
@@ -227,6 +228,28 @@ def test_limits_change_nothing_in_the_scores(world: tuple[Ranker, UserEvents], f
     hits, misses = hits_and_misses(fresh)
     assert (hits == 0) == (fresh.limits.cache_mb == 0)
     assert misses > 0
+
+
+def test_bf16_is_near_and_keeps_half_as_much(world: tuple[Ranker, UserEvents], fresh: Ranker) -> None:
+    requests, scores = all_requests(world)
+    as_array(fresh, requests)
+    full = fresh.stats()["history_cache_bytes"]
+    fresh.caches = HistoryCaches(fresh.limits.cache_mb)
+    fresh.limits = replace(fresh.limits, precision="bf16")
+    for _ in range(2):
+        difference = np.abs(as_array(fresh, requests) - scores)
+        assert 1e-6 < difference.max() < 0.1
+        assert difference.mean() < 5e-3
+    assert 2 * fresh.stats()["history_cache_bytes"] == full
+
+
+def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    requests, scores = all_requests(world)
+    limits = replace(ranker.limits, fp8=True)
+    loaded = LoadedModel(copy.deepcopy(ranker.model), ranker.cfg, ranker.maps, {})
+    difference = np.abs(as_array(Ranker(loaded, ranker.store, 1, "tiny", limits), requests) - scores)
+    assert 1e-4 < difference.max() < 0.3
 
 
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:

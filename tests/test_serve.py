@@ -440,13 +440,20 @@ def test_an_event_is_part_of_the_next_rank(served: Served) -> None:
 
 @pytest.mark.cluster
 def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
-    from ray import serve
+    import ray
 
     asked = ONE | {"request_time_ms": 1_651_500_000_000}
     over_http = served.client.post("/v1/rank", json=asked).json()
     head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
-    handle = serve.get_deployment_handle("RankerReplica", deployment.APPLICATION)
-    answer = handle.rank.remote(RankColumns(head, np.array([1]), {})).result()
+
+    @ray.remote
+    class Caller:
+        async def ask(self, request: RankColumns) -> RankedColumns:
+            from ray import serve
+
+            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
+
+    answer = ray.get(Caller.remote().ask.remote(RankColumns(head, np.array([1]), {})))
     assert answer.response().model_dump() == over_http
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pipeline.config.values import require
@@ -35,6 +36,9 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     num_replicas: int = 1
+    use_gpu: bool = False  # every replica takes one GPU
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the layers, and of the histories that are kept
+    fp8: bool | None = None  # as model.fp8, for serving alone; null: as the model was trained
     int4_tables: bool = False  # embedding tables of four bits a number; evaluate.int4_tables says what that costs
     max_candidates: int = 10_000
     max_body_bytes: int = 2_000_000

@@ -88,7 +88,12 @@ def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
     if cfg.encoder in ("transformer", "sasrec"):
         return attention + 2 * num_tokens * d * (h * (2 * cfg.d_qk + 2 * cfg.d_v) + 2 * cfg.ffn_dim)
     out_width = h * cfg.d_v * (3 if cfg.concat_ua else 1)
-    return attention + 2 * num_tokens * d * (2 * h * cfg.d_qk + 2 * h * cfg.d_v) + 2 * num_tokens * out_width * d
+    return attention + projection_flops(cfg, num_tokens) + 2 * num_tokens * out_width * d
+
+
+def projection_flops(cfg: ModelConfig, num_tokens: int) -> int:
+    """U, Q, K and V of one STU layer."""
+    return 2 * num_tokens * cfg.d_model * 2 * cfg.num_heads * (cfg.d_qk + cfg.d_v)
 
 
 def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
@@ -96,7 +101,7 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
     num_context = len(cfg.features.user_tokens)
     tokens = _bare_tokens(batch, num_context)
     work = Work(candidates=int(batch.num_targets.sum()))
-    work.flops = input_flops(cfg, batch) + head_flops(cfg, work.candidates)
+    work.flops = input_flops(cfg, batch.num_tokens, batch.num_sequences) + head_flops(cfg, work.candidates)
     if cfg.model.encoder == "din":
         work.add(_din_work(tokens, cfg.model))
     elif not cfg.model.channels:
@@ -111,7 +116,40 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
     return work
 
 
-def input_flops(cfg: RunConfig, batch: SequenceBatch) -> int:
+def cached_work(history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfig) -> tuple[int, int]:
+    """Floating-point operations of `encode_history` and of `score_candidates`, both batches on the CPU.
+
+    Of the last layer, candidates need the keys and values alone: the history's attention there is not computed.
+    """
+    num_context = len(cfg.features.user_tokens)
+    num_candidates = candidates.num_tokens
+    encode = input_flops(cfg, history.num_tokens, history.num_sequences)
+    score = input_flops(cfg, num_candidates, 0) + head_flops(cfg, num_candidates)
+    tokens = _bare_tokens(history, num_context)
+    stacks = [(tokens, cfg.model)]
+    if cfg.model.channels:
+        stacks = [
+            (
+                newest_rows(filter_rows(tokens, history, channel, cfg.source.actions), channel, num_context),
+                channel_model(cfg.model, channel),
+            )
+            for channel in cfg.model.channels.values()
+        ]
+    for rows, model in stacks:
+        for depth in range(model.num_layers):
+            if depth == model.truncate_after_layer:
+                rows = truncate(rows, num_context, model.truncate_to)
+            num_rows = int(rows.seq_offsets[-1])
+            if depth < model.num_layers - 1:
+                encode += layer_flops(model, num_rows, _kept(rows, model, num_context))
+            else:
+                encode += projection_flops(model, num_rows)
+            pairs = (candidates.num_targets * (rows.seq_offsets.diff() + 1)).sum()
+            score += layer_flops(model, num_candidates, int(pairs))
+    return encode, score
+
+
+def input_flops(cfg: RunConfig, num_rows: int, num_sequences: int) -> int:
     """The token encoder's products: content and actions of every row, the context tokens of every sequence."""
     features, model = cfg.features, cfg.model
     d = model.d_model
@@ -119,7 +157,7 @@ def input_flops(cfg: RunConfig, batch: SequenceBatch) -> int:
     actions = (cfg.num_action_bits if model.heterogeneous_actions else 1) * model.action_dim
     context = sum(features.user[name].dim for group in features.user_tokens.values() for name in group)
     per_row = content * 2 * d + 2 * d * d + actions * d + d * d
-    return 2 * (batch.num_tokens * per_row + batch.num_sequences * context * d)
+    return 2 * (num_rows * per_row + num_sequences * context * d)
 
 
 def head_flops(cfg: RunConfig, candidates: int) -> int:
