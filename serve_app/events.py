@@ -9,7 +9,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -52,6 +52,14 @@ class EventLog(Protocol):
         """In any order."""
         ...
 
+    def users(self) -> Iterable[int]:
+        """All who have events, each once."""
+        ...
+
+    def remove(self, events: Sequence[Event]) -> int:
+        """Forget these; how many there were."""
+        ...
+
 
 class SqliteEvents:
     """An `EventLog` in one file, for the processes of one machine: write-ahead log, synced at every commit.
@@ -84,6 +92,16 @@ class SqliteEvents:
         with self._read_lock, _store_errors():
             rows = self._reader.execute("SELECT * FROM event WHERE user_id = ?", (user_id,)).fetchall()
         return [_event(row) for row in rows]
+
+    def users(self) -> list[int]:
+        with self._read_lock, _store_errors():
+            return [user for (user,) in self._reader.execute("SELECT DISTINCT user_id FROM event ORDER BY user_id")]
+
+    def remove(self, events: Sequence[Event]) -> int:
+        keys = [(event.user_id, event.event_time, event.item_id) for event in events]
+        key = "DELETE FROM event WHERE user_id = ? AND event_time = ? AND item_id = ?"
+        with self._write_lock, _store_errors():  # each by itself: what is gone already need not be put back
+            return sum(self._writer.execute(key, values).rowcount for values in keys)
 
     def _insert(self, event: Event) -> EventStatus:
         row = _row(event)

@@ -10,9 +10,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-WORK_PATHS = ("/v1/rank", "/v1/rank/arrow", "/v1/events")  # the routes that a replica works for
+WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}  # what a replica works for
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
-FEW = 4  # requests that may always be in flight: a batch needs company before its speed can be seen
+FEW = 2  # requests that may always be in flight: one that is worked at and one that waits
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 
 
@@ -118,7 +118,8 @@ class Admission:
 
     def __init__(self, app: ASGIApp, max_wait_s: float) -> None:
         self.app = app
-        self.work = {path: Work(max_wait_s) for path in WORK_PATHS}
+        kinds = {kind: Work(max_wait_s) for kind in WORK_PATHS.values()}
+        self.work = {path: kinds[kind] for path, kind in WORK_PATHS.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self.work.get(scope["path"]) if scope["type"] == "http" else None

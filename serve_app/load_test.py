@@ -45,17 +45,18 @@ class Load:
     warm_s: float = 60.0
     timeout_s: float = 10.0  # of one request
     seed: int = 0
+    burst: tuple[float, float, float] | None = None  # requests/s that come on top, from when to when in seconds
 
     def __post_init__(self) -> None:
+        extra, begin, end = self.burst or (0, 0, 0)
+        num = self.rate * self.seconds + extra * (end - begin)
         rules = {
-            "rate": (
-                0 < self.rate * self.seconds <= MOST_REQUESTS,
-                f"above 0, at most {MOST_REQUESTS} requests in all",
-            ),
+            "rate": (self.rate > 0 and num <= MOST_REQUESTS, f"above 0, and at most {MOST_REQUESTS} requests in all"),
             "seconds": (0 < self.seconds <= MOST_SECONDS, f"above 0, at most {MOST_SECONDS}"),
             "candidates": (self.candidates >= 1, "1 or more"),
             "warm_share": (0 <= self.warm_share <= 1, "between 0 and 1"),
             "timeout_s": (self.timeout_s > 0, "above 0"),
+            "burst": (0 <= begin <= end <= self.seconds and extra >= 0, "RATE:FROM:TO within --seconds"),
         }
         for name, (allowed, rule) in rules.items():
             if not allowed:
@@ -74,8 +75,10 @@ class Arrivals:
 def arrivals(load: Load, users: np.ndarray) -> Arrivals:
     """Who asks when. A request meant to be warm is cold while nobody is warm yet, and the other way round."""
     rng = np.random.default_rng(load.seed)
-    num = rng.poisson(load.rate * load.seconds)
-    due = np.sort(rng.uniform(0, load.seconds, num))
+    extra, begin, end = load.burst or (0.0, 0.0, 0.0)
+    times = rng.uniform(0, load.seconds, rng.poisson(load.rate * load.seconds))
+    due = np.sort(np.concatenate([times, rng.uniform(begin, end, rng.poisson(extra * (end - begin)))]))
+    num = len(due)
     last = np.full(len(users), -np.inf)
     chosen, warm = np.zeros(num, np.int64), np.zeros(num, bool)
     for i, now in enumerate(due):
@@ -173,7 +176,29 @@ def summary(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
         "overhead_ms": _percentiles(overhead[good]),
         "refused_ms": _percentiles(answers.latency_ms[answers.status == 429]),
         "sent_late_ms": _percentiles(answers.late_ms),
+    } | (burst_figures(load, asked, answers) if load.burst else {})
+
+
+def burst_figures(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
+    """Before, during and after a burst, and how long after its end a request was last refused or slow."""
+    assert load.burst is not None
+    _, begin, end = load.burst
+    good = answers.status == 200
+    phases = {"before": asked.due_s < begin, "after": asked.due_s >= end}
+    phases["burst"] = ~phases["before"] & ~phases["after"]
+    figures = {
+        name: {
+            "requests": int(chosen.sum()),
+            "refused": int((answers.status[chosen] == 429).sum()),
+            "answered_per_s": round(float((good & chosen).sum() / max(np.ptp(asked.due_s[chosen]), 1)), 1),
+            "latency_ms": _percentiles(answers.latency_ms[good & chosen]),
+        }
+        for name, chosen in phases.items()
     }
+    normal = figures["before"]["latency_ms"]
+    slow = ~good | (answers.latency_ms > 2 * normal["p99"]) if normal else ~good
+    late = asked.due_s[phases["after"] & slow]
+    return {"phases": figures, "recovered_after_s": round(float(late.max() - end), 2) if len(late) else 0.0}
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float] | None:
@@ -233,6 +258,11 @@ def run(cfg: RunConfig, url: str, load: Load, plot_to: Path | None = None) -> di
     return summary(load, asked, answers)
 
 
+def _burst(text: str) -> tuple[float, float, float]:
+    rate, begin, end = (float(part) for part in text.split(":"))  # argparse reports a ValueError
+    return rate, begin, end
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app.load_test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -246,10 +276,11 @@ def main() -> None:
     parser.add_argument("--warm-share", type=float, default=0.5, help="of users seen in the last minute (%(default)s)")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="of one request (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--burst", type=_burst, metavar="RATE:FROM:TO", help="requests/s on top, from when to when")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--plot", type=Path, help="latency over time and its distribution, PNG")
     options = parser.parse_args()
-    names = ("rate", "seconds", "candidates", "warm_share", "timeout_s", "seed")
+    names = ("rate", "seconds", "candidates", "warm_share", "timeout_s", "seed", "burst")
     try:
         load = Load(**{name: getattr(options, name) for name in names})
         figures = run(config.load(options.config, options.overrides), options.url, load, options.plot)

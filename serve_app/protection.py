@@ -27,6 +27,7 @@ LOGGED_PATHS = (
     *OPEN_PATHS,
 )
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
+REFUSALS_LOGGED_PER_S = 5.0
 ANYBODY = "-"  # the name in logs and rate limits where no keys are asked for
 
 
@@ -147,6 +148,7 @@ class RequestLog:
 
     def __init__(self, app: ASGIApp, metrics: IngressMetrics) -> None:
         self.app, self.metrics = app, metrics
+        self.refusals, self.not_logged = RateLimit(REFUSALS_LOGGED_PER_S), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -170,7 +172,17 @@ class RequestLog:
             self._count(path, status, took_s, known)
             line = {"path": path, "status": status, "ms": round(took_s * 1000, 2)}
             line |= {name: known[name] for name in ("key", "num_candidates", "num_events", "version") if name in known}
-            requests_log.info(json.dumps(line))
+            self._log(line, refused=status == 429)
+
+    def _log(self, line: dict[str, Any], *, refused: bool) -> None:
+        """In an overload few of the refusals: writing a line takes longer than refusing."""
+        if refused and self.refusals.wait_s("") > 0:
+            self.not_logged += 1
+            return
+        if refused and self.not_logged:
+            line["refusals_not_logged"] = self.not_logged
+            self.not_logged = 0
+        requests_log.info(json.dumps(line))
 
     def _count(self, path: str, status: int, took_s: float, known: dict[str, Any]) -> None:
         self.metrics.in_flight.dec()

@@ -1,6 +1,8 @@
 """Deadlines, admission and /metrics, without Ray."""
 
 import asyncio
+import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -84,8 +86,9 @@ def test_a_few_are_always_admitted_so_that_the_measure_can_recover() -> None:
     assert admitted == [True] * FEW + [False]
 
 
-def test_beyond_what_can_be_done_in_time_the_answer_is_429() -> None:
+def test_beyond_what_can_be_done_in_time_the_answer_is_429(caplog: pytest.LogCaptureFixture) -> None:
     api = make_api(Slow(0.05), 2_000_000, max_wait_s=0.2)
+    caplog.set_level(logging.INFO, logger="ray.serve.requests")
 
     async def load() -> tuple[list[httpx.Response], list[httpx.Response]]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
@@ -96,6 +99,9 @@ def test_beyond_what_can_be_done_in_time_the_answer_is_429() -> None:
     many, later = asyncio.run(load())
     statuses = [answer.status_code for answer in many]
     assert statuses.count(200) >= FEW
+    logged = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.requests"]
+    assert sum(line["status"] == 200 for line in logged) == statuses.count(200) + 2
+    assert sum(line["status"] == 429 for line in logged) < 10
     assert statuses.count(429) > 25
     assert {answer.headers["Retry-After"] for answer in many if answer.status_code == 429} == {"1"}
     assert later[0].status_code == 200

@@ -88,6 +88,24 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_a_burst_and_what_comes_after_it() -> None:
+    load = Load(rate=20, seconds=40, burst=(200, 10, 20))
+    asked = load_test.arrivals(load, np.arange(1000))
+    during = (asked.due_s >= 10) & (asked.due_s < 20)
+    assert during.sum() == pytest.approx(2200, abs=200)
+    assert (~during).sum() == pytest.approx(600, abs=100)
+    num = len(asked.due_s)
+    status, latency = np.full(num, 200), np.full(num, 10.0)
+    status[during & (np.arange(num) % 2 == 0)] = 429
+    slow = np.flatnonzero(asked.due_s >= 20)[:30]  # a second and a half of aftermath
+    latency[slow] = 100.0
+    answers = load_test.Answers(status, latency, latency, np.zeros(num), np.ones(num, int))
+    figures = load_test.summary(load, asked, answers)
+    assert figures["phases"]["burst"]["refused"] == np.count_nonzero(status == 429)
+    assert figures["phases"]["before"]["refused"] == figures["phases"]["after"]["refused"] == 0
+    assert figures["recovered_after_s"] == pytest.approx(asked.due_s[slow[-1]] - 20, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -96,6 +114,7 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
         ({"seconds": 1e5}, "--seconds"),
         ({"warm_share": 2}, "--warm-share.*2"),
         ({"timeout_s": 0}, "--timeout-s"),
+        ({"burst": (5, 3, 20)}, "--burst"),
     ],
 )
 def test_loads_are_bounded(settings: dict, said: str) -> None:

@@ -1,0 +1,141 @@
+"""Whatever is sent, the answer is a 2xx or a 4xx that says no more than it must: nothing of the server's insides."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import httpx
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hostile_bodies import insides, malformed, malformed_arrow
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
+from test_protection import hashed
+from tiny_world import publish_sequences, save_tiny_model, tiny_config
+
+from pipeline.config import ServeConfig
+from pipeline.model.artifact import load_model
+from serve_app.api import make_api
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.events import LiveHistory, SqliteEvents
+from serve_app.history import PublishedSequences
+from serve_app.metrics import ReplicaMetrics, exposition
+from serve_app.protection import ApiKeys
+from serve_app.ranker import Ranker
+from serve_app.rollout import CHAMPION, Rollout
+from serve_app.schemas import (
+    RANK_EXAMPLE,
+    EventsRequest,
+    EventsResponse,
+    ModelInfo,
+    Refusal,
+)
+
+NUM_BODIES = 5000  # of each route: 10,000 for the JSON ones
+NUM_EXAMPLES = 50
+
+
+class Whole:
+    """Everything of a replica but Ray."""
+
+    def __init__(self, folder: Path) -> None:
+        cfg = tiny_config(folder / "runs")
+        publish_sequences(cfg)
+        loaded = load_model(save_tiny_model(cfg, folder / "model"))
+        published = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
+        history = LiveHistory(published, SqliteEvents(folder / "events.sqlite"), cfg, max_events=100)
+        self.counts = ReplicaMetrics()
+        ranker = Ranker(loaded, history, 1, "tiny", ServeConfig(max_candidates=50, max_history=50))
+        self.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, self.counts)
+
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+        return self.rollout.rank([request])[0]
+
+    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
+        return self.rollout.append([request])[0]
+
+    async def info(self) -> ModelInfo:
+        return self.rollout.info()
+
+    async def metrics(self) -> dict[str, bytes]:
+        return {"one": exposition(self.counts.registry)}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    return make_api(Whole(tmp_path_factory.mktemp("hostile")), max_body_bytes=100_000)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "keys").write_text(f"{hashed('secret')} shop\n")
+    return make_api(Whole(folder), 100_000, ApiKeys(folder / "keys"))
+
+
+ROUTES = [(path, "POST") for path in ("/v1/rank", "/v1/events")]  # the Arrow body is binary: below
+ROUTES += [(path, "GET") for path in ("/v1/model", "/metrics", "/readyz")]
+
+
+@pytest.mark.parametrize(("path", "method"), ROUTES)
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_requests_made_from_our_own_document(api: FastAPI, path: str, method: str, mode: GenerationMode) -> None:
+    """No 5xx, and every status, content type and body as the document says; what it forbids is refused.
+
+    Not checked: that all it allows is accepted. Which actions and columns there are is the model's to say.
+    """
+    operation = schemathesis.openapi.from_asgi("/openapi.json", api)[path][method]
+    if mode is GenerationMode.NEGATIVE and method == "GET":
+        pytest.skip("nothing to get wrong")
+
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case: schemathesis.Case) -> None:
+        answer = case.call_and_validate(excluded_checks=[positive_data_acceptance, unsupported_method])
+        assert_says_nothing(answer.text, path)
+
+    ask()
+
+
+def test_the_document_of_a_locked_server_is_true_too(locked: FastAPI) -> None:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(locked), base_url="http://test") as client:
+            key = {"Authorization": "Bearer secret"}
+            paths = (await client.get("/openapi.json", headers=key)).json()["paths"]
+            return [await client.request(m, path) for path, methods in paths.items() for m in methods]
+
+    for answer in asyncio.run(ask()):
+        assert answer.status_code == (200 if answer.url.path in ("/healthz", "/readyz") else 401)
+        assert_says_nothing(answer.text, answer.url.path)
+
+
+def assert_says_nothing(text: str, path: str) -> None:
+    if path not in ("/openapi.json", "/docs", "/metrics"):
+        assert not insides(text), text[:500]
+
+
+@pytest.mark.parametrize("path", ["/v1/rank", "/v1/events", "/v1/rank/arrow"])
+def test_malformed_bodies(api: FastAPI, path: str) -> None:
+    async def ask() -> list[tuple[bytes, httpx.Response]]:
+        rng = random.Random(path)
+        types = ["application/json", "application/json", "text/plain", "application/x-www-form-urlencoded", "", "\x80"]
+        answers = []
+        transport = httpx.ASGITransport(api)  # an exception of ours would come out here
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for _ in range(NUM_BODIES):
+                body = malformed_arrow(rng) if path == "/v1/rank/arrow" else malformed(rng)
+                headers = {"content-type": rng.choice(types).encode("latin-1")}
+                answers.append((body, await client.post(path, content=body, headers=headers)))
+            assert (await client.post("/v1/rank", json=RANK_EXAMPLE)).status_code == 200
+        return answers
+
+    answers = asyncio.run(ask())
+    assert {answer.status_code for _, answer in answers} <= {200, 400, 413, 422}
+    refused = [answer for _, answer in answers if answer.status_code != 200]
+    assert len(refused) > NUM_BODIES * 0.6
+    for answer in refused:
+        assert_says_nothing(answer.text, path)
+        assert answer.json()["detail"]
+        assert len(answer.content) < 20_000, "what was sent is not sent back whole"
