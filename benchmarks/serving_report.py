@@ -97,9 +97,9 @@ def section(run: dict[str, Any]) -> str:
     parts = [
         f"{BEGIN}\n## Serving",
         f"`make bench-serve` ({machine()}; server, generator and Ray on the same cores, other work\n"
-        "on the machine as the last column says): configs/serve_reference.yaml, 1,000 users of 256 events, an untrained\n"
-        "model of 4 layers, d = 128, 4 heads; half of the requests from users who asked within the last minute. They are\n"
-        "timed from when they were due, so what the generator is late counts against the server.",
+        "on the machine as the last column says): configs/serve_reference.yaml, 1,000 users of 256 events,\n"
+        "an untrained model of 4 layers, d = 128, 4 heads; half of the requests from users of the last minute.\n"
+        "They are timed from when they were due, so what the generator is late counts against the server.",
         _latencies(run),
     ]
     if "reference" in run:
