@@ -43,11 +43,11 @@ BUILDS = [
 ]
 
 
-def build(kernel, constants: dict) -> dict[str, int]:
+def build(kernel, constants: dict, special: dict[str, str]) -> dict[str, int]:
     types = {}
     for argument in kernel.arg_names:
         named = next((kind for kind, names in POINTERS.items() if argument in names), "i32")
-        types[argument] = "constexpr" if argument in constants else named
+        types[argument] = "constexpr" if argument in constants else special.get(argument, named)
     widths = "width", "dim", "words"
     aligned = [i for i, (k, t) in enumerate(types.items()) if t.startswith("*") or k in widths]
     source = ASTSource(
@@ -79,7 +79,9 @@ def main() -> None:
     found = {}
     for kernel, constants in BUILDS:
         flags = " ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, bool))
-        found[f"{kernel.__name__} {flags}".strip()] = build(kernel, constants)
+        found[f"{kernel.__name__} {flags}".strip()] = build(kernel, constants, {})
+    kernel, constants = BUILDS[5]
+    found[f"{kernel.__name__} bfloat16"] = build(kernel, constants, {"weight": "*bf16"})
     print(json.dumps(found, indent=1))
 
 

@@ -60,6 +60,21 @@ def test_interpreted_kernels_equal_plain_pytorch(name: str, dim: int, momentum: 
     assert torch.equal(fast[0][untouched], state(dim, momentum, torch.float32)[0][untouched])
 
 
+def test_bfloat16_rows_take_steps_smaller_than_their_last_bit() -> None:
+    """Downwards from 1, where the next bfloat16 is 1/256 away, in steps of 1/5000."""
+    plain, fast = (torch.ones(12, 32, dtype=torch.bfloat16) for _ in range(2))
+    v, fast_v = torch.zeros(12), torch.zeros(12)
+    ids, grads = torch.arange(8), torch.ones(8, 32)
+    for step in range(1, 101):
+        hyper = Hyper(step, 2e-4, (0.0, 0.99), 1e-8, 0.0)
+        rowwise_adamw(plain, None, v, ids, grads, hyper)
+        if step <= 10:
+            rowwise_adamw_triton(fast, None, fast_v, ids, grads, torch.tensor(1.0), hyper)
+            assert torch.equal(fast, plain)
+    assert plain[:8].float().mean().item() == pytest.approx(1 - 100 * 2e-4, abs=1e-3)
+    assert torch.equal(plain[8:], torch.ones(4, 32, dtype=torch.bfloat16))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     weight, m, v = state(4, True, torch.float32)
     ids, grads = torch.tensor([1, 1]), torch.ones(2, 4)

@@ -22,8 +22,9 @@ class RowwiseAdamW:
     ) -> None:
         self.tables, self.betas, self.eps, self.weight_decay = tables, betas, eps, weight_decay
         self.step_count = 0
-        self.m = {name: torch.zeros_like(w) for name, w in tables.items()} if betas[0] else {}
-        self.v = {name: w.new_zeros(w.shape[0]) for name, w in tables.items()}
+        wide = {name: torch.promote_types(w.dtype, torch.float32) for name, w in tables.items()}
+        self.m = {name: torch.zeros_like(w, dtype=wide[name]) for name, w in tables.items()} if betas[0] else {}
+        self.v = {name: w.new_zeros(w.shape[0], dtype=wide[name]) for name, w in tables.items()}
 
     @torch.no_grad()
     def step(self, grads: dict[str, tuple[Tensor, Tensor]], lr: float, grad_scale: Tensor | None = None) -> None:
