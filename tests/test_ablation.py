@@ -7,7 +7,7 @@ from test_mixture import make_mixture
 from test_model import make_batch, make_config, make_model
 
 from pipeline import config
-from pipeline.config import RunConfig, StochasticLengthConfig, UserError
+from pipeline.config import DenseFeature, RunConfig, StochasticLengthConfig, UserError
 from pipeline.evaluate import ablation
 from pipeline.model.flops import count_work
 
@@ -48,6 +48,20 @@ def test_every_variant_changes_its_own_setting_alone() -> None:
         "model.attention.full_rows": 2,
         "model.truncate_to": 4,
     }
+
+
+def test_what_candidates_and_histories_carry_is_taken_away_where_it_is() -> None:
+    dense = {"rate": DenseFeature(by=("item_id",))}
+    lengths = replace(whole().train.stochastic_length, balance="sampling")
+    cfg = replace(whole(), features=replace(whole().features, dense=dense, watch_seconds=(3.0,)))
+    found = ablation.variants(replace(cfg, train=replace(cfg.train, stochastic_length=lengths)))
+    assert found["no_dense_features"].features.dense == {}
+    assert found["no_dense_features"].features.watch_seconds == (3.0,)
+    assert found["no_watch_bits"].num_action_bits == len(cfg.source.actions)
+    assert found["no_load_balance"].train.stochastic_length.balance == "none"
+    dealt = replace(lengths, balance="dealing")
+    alone = ablation.variants(replace(cfg, train=replace(cfg.train, stochastic_length=dealt)))
+    assert "no_load_balance" not in alone
 
 
 def test_the_time_anchor_is_compared_where_both_layouts_are_the_same() -> None:

@@ -136,4 +136,4 @@ class ModelConfig:
     @property
     def cacheable(self) -> bool:
         """Whether an encoded history serves more than one request."""
-        return self.time_anchor == "event" and self.encoder == "ultra_hstu"
+        return self.time_anchor == "event" and self.encoder == "ultra_hstu" and self.merge

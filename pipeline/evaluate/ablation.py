@@ -26,6 +26,14 @@ def _model(cfg: RunConfig, **changes: Any) -> RunConfig:
     return replace(cfg, model=replace(cfg.model, **changes))
 
 
+def _train(cfg: RunConfig, **changes: Any) -> RunConfig:
+    return replace(cfg, train=replace(cfg.train, **changes))
+
+
+def _features(cfg: RunConfig, **changes: Any) -> RunConfig:
+    return replace(cfg, features=replace(cfg.features, **changes))
+
+
 def _attention(cfg: RunConfig, **changes: Any) -> RunConfig:
     """Changed in the one transducer, or in every channel."""
     channels = {
@@ -83,7 +91,22 @@ SWITCHES: dict[str, Switch] = {
     ),
     "no_stochastic_length": Switch(
         lambda cfg: cfg.train.stochastic_length.alpha < 2,
-        lambda cfg: replace(cfg, train=replace(cfg.train, stochastic_length=StochasticLengthConfig())),
+        lambda cfg: _train(cfg, stochastic_length=StochasticLengthConfig()),
+        "ne",
+    ),
+    "no_load_balance": Switch(
+        # One rank has nobody to share with: dealing would change nothing.
+        lambda cfg: (
+            cfg.train.stochastic_length.balance == "sampling"
+            or (cfg.train.stochastic_length.balance == "dealing" and cfg.train.num_workers > 1)
+        ),
+        lambda cfg: _train(cfg, stochastic_length=replace(cfg.train.stochastic_length, balance="none")),
+        "ne",
+    ),
+    "no_dense_features": Switch(lambda cfg: bool(cfg.features.dense), lambda cfg: _features(cfg, dense={}), "ne"),
+    "no_watch_bits": Switch(
+        lambda cfg: bool(cfg.features.watch_seconds or cfg.features.watch_shares),
+        lambda cfg: _features(cfg, watch_seconds=(), watch_shares=(), duration_ms_column=None),
         "ne",
     ),
     "query_anchor": Switch(
