@@ -47,7 +47,7 @@ from serve_app import deployment
 ROOT = Path(__file__).parent.parent
 PRESET = ROOT / "configs" / "serve_reference.yaml"
 TRIVIAL = {"d_model": 16, "num_layers": 1, "num_heads": 1, "d_qk": 16, "d_v": 16, "head_hidden": 16}
-NUM_EVENTS, NUM_WRITERS, EVENTS_TOGETHER, SECONDS_BETWEEN_KILLS = 100_000, 8, 50, 10.0
+NUM_EVENTS, NUM_WRITERS, EVENTS_TOGETHER, SECONDS_BETWEEN_KILLS = 100_000, 8, 10, 4.0
 REFERENCE_RATE, OVERHEAD_RATE = 20, 50
 
 
@@ -155,8 +155,7 @@ def rollout(stage: Stage) -> dict[str, Any]:
 
 def events(stage: Stage) -> dict[str, Any]:
     """100,000 events from eight writers while replicas are killed; a writer sends again what got no answer."""
-    stage.deploy(1, **TRIVIAL)
-    url = stage.deploy(1, **TRIVIAL)
+    url = stage.deploy(1, replicas=2, **TRIVIAL)
     path = stage.cfg.run_dir / "serving" / "events.sqlite"
     acknowledged: list[set[tuple[int, int]]] = [set() for _ in range(NUM_WRITERS)]
     answers: list[str] = []

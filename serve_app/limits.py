@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}  # what a replica works for
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
-FEW = 2  # requests that may always be in flight: one that is worked at and one that waits
+FEW = 4  # requests that may always be in flight: one that is worked at, and a batch that waits
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 
 

@@ -4,12 +4,14 @@ An adapter or generator writes LOG, USER and ITEM tables under the run's `logs/`
 are. `open_logs` answers for all of them what the builder reads.
 """
 
+from pathlib import Path
+
 from pipeline.config import RunConfig, SideTable
 from pipeline.data.sources import kuairand, parquet, synthetic
 from pipeline.data.sources.imported import ImportReport, LogFiles, import_once, read_import_report
 from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, ROW_DIGEST
 
-__all__ = ["ImportReport", "LogFiles", "import_logs", "open_logs", "plan_import"]
+__all__ = ["ImportReport", "LogFiles", "import_logs", "live_log_dir", "open_logs", "plan_import"]
 
 WRITERS = {"kuairand": kuairand.write_logs, "synthetic": synthetic.write_logs}
 PLANS = {"kuairand": kuairand.plan, "synthetic": synthetic.plan}
@@ -34,6 +36,15 @@ def plan_import(cfg: RunConfig) -> dict[str, object]:
     return {"writes": str(cfg.log_dir), **PLANS[cfg.source.kind](cfg)}
 
 
+def live_log_dir(cfg: RunConfig) -> Path:
+    """Where `jobs.export_events` puts what the server was sent."""
+    return cfg.run_dir / "live_logs"
+
+
+def live_logs(cfg: RunConfig) -> list[str]:
+    return sorted(str(file) for file in live_log_dir(cfg).glob("*.parquet"))
+
+
 def open_logs(cfg: RunConfig) -> LogFiles:
     """The Parquet files of the logs, what their columns are called, and the side tables.
 
@@ -44,11 +55,11 @@ def open_logs(cfg: RunConfig) -> LogFiles:
     known = [*LOG_REQUIRED, *source.actions, *source.request_columns, *LOG_OPTIONAL, ROW_DIGEST]
     if source.kind == "parquet":
         assert source.path is not None, "SourceConfig asks for it"
-        files = parquet.parquet_files("source.path", source.path)
+        files = [*parquet.parquet_files("source.path", source.path), *live_logs(cfg)]
         return LogFiles(files, parquet.column_mapping(source, known), source.users, source.items)
     report = read_import_report(cfg)
     return LogFiles(
-        files=[str(cfg.log_dir / file) for file in report.files],
+        files=[*(str(cfg.log_dir / file) for file in report.files), *live_logs(cfg)],
         columns={name: name for name in known},
         users=SideTable(path=str(cfg.log_dir / "users.parquet"), id_column="user_id"),
         items=SideTable(path=str(cfg.log_dir / "items.parquet"), id_column="item_id"),

@@ -1,0 +1,38 @@
+"""Take the events that the server was sent over into the logs, or forget those that the published sequences hold.
+
+    jobs.export_events → jobs.build_sequences --overwrite → jobs.deploy → jobs.export_events --prune
+
+The server may go on meanwhile: an event counts once, whether it is in the log, in the sequences or in both.
+"""
+
+import argparse
+
+from jobs import cli
+from pipeline.config import RunConfig
+from pipeline.data.sources import live_log_dir
+from serve_app import takeover
+from serve_app.rollout import open_events
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prune", action="store_true", help="forget what the sequences hold; only after jobs.deploy has served them"
+    )
+
+
+def main(job: cli.Job) -> None:
+    log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
+    if job.options.prune:
+        print(f"removed={takeover.prune(job.cfg, log)}")
+        return
+    done = takeover.export(job.cfg, log)
+    print(f"file={done.path} events={done.num_events} without_watch_ms_or_request_id={done.num_without}")
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
+    return {"reads": events, "writes": str(live_log_dir(cfg))}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, plan)

@@ -1,0 +1,108 @@
+"""Posted events on their way into the logs, and out of the log once the sequences hold them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_events import START, event, logged
+from tiny_world import publish_sequences, tiny_config
+
+from pipeline.config import RunConfig
+from pipeline.data.build import build_bucket
+from pipeline.data.cleaning import check_columns, normalise
+from pipeline.data.sequences import log_rules
+from pipeline.data.sources import open_logs
+from serve_app import takeover
+from serve_app.events import LiveHistory, SqliteEvents
+from serve_app.history import PublishedSequences
+from serve_app.schemas import Event
+
+TYPES = {
+    "uid": pa.int32(),
+    "item_id": pa.int64(),
+    "shown_at": pa.timestamp("us", "Europe/Berlin"),
+    "is_click": pa.bool_(),
+    "is_like": pa.float32(),
+    "tab": pa.int16(),
+    "request_id": pa.int64(),
+    "note": pa.string(),
+}
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> RunConfig:
+    """A user's own logs, under their own names and types, with a column that is none of ours."""
+    (tmp_path / "own").mkdir()
+    first = {"uid": [0], "item_id": [1], "shown_at": [START], "is_click": [True], "is_like": [0.0], "tab": [1]}
+    columns = {name: pa.array(first[name]).cast(TYPES[name]) for name in first if name != "shown_at"}
+    columns["shown_at"] = pa.array([START], pa.timestamp("ms", "UTC")).cast(TYPES["shown_at"])
+    columns |= {"request_id": pa.array([None], pa.int64()), "note": pa.array(["x"])}
+    pq.write_table(pa.table(columns).select(list(TYPES)), tmp_path / "own" / "log.parquet")
+    source = {
+        "kind": "parquet",
+        "path": str(tmp_path / "own"),
+        "columns": {"user_id": "uid", "event_time": "shown_at"},
+        "actions": ["is_click", "is_like"],
+        "request_columns": ["tab"],
+    }
+    features = {"request": {"tab": {"dim": 2}}}
+    return tiny_config(tmp_path / "runs", source=source, features=features)
+
+
+def built(cfg: RunConfig) -> list[dict]:
+    logs = open_logs(cfg)
+    rules = log_rules(cfg, logs)
+    for file in logs.files:
+        check_columns(pq.read_schema(file), rules, file)
+    rows = pa.concat_tables([normalise(pq.read_table(file), rules) for file in logs.files])
+    assert rows["reason"].null_count == len(rows)
+    return build_bucket(rows, rules, cfg.sequences.max_rows_per_user).sequences.to_pylist()
+
+
+def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Path) -> None:
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    rows = logged(np.random.default_rng(0), 120, request_ids=True)
+    events = [event(row) for row in rows]
+    log.append(events[:80])
+    first = takeover.export(cfg, log)
+    with_watch = sum(e.watch_ms is not None for e in events[:80])
+    assert (first.num_events, first.num_without) == (80, with_watch)
+    log.append(events[80:])
+    second = takeover.export(cfg, log)
+    assert second.num_events == len(events) - 80 > 0
+    assert takeover.export(cfg, log).path is None
+    assert first.path is not None
+    assert second.path is not None
+    assert pq.read_schema(first.path).equals(pq.read_schema(tmp_path / "own" / "log.parquet"))
+    assert open_logs(cfg).files == [str(tmp_path / "own" / "log.parquet"), str(first.path), str(second.path)]
+    found = {
+        (user["user_id"], time, item): (mask, known, tab)
+        for user in built(cfg)
+        for time, item, mask, known, tab in zip(
+            *(user[name] for name in ("event_time", "item_id", "action_mask", "known_mask", "tab")), strict=True
+        )
+    }
+    bits = {"is_click": 1, "is_like": 2}
+    for e in events:
+        mask = sum(bits[name] for name, did in e.actions.items() if did)
+        expected = (mask, sum(bits[name] for name in e.actions), e.request_features.get("tab", -1))
+        assert found.pop((e.user_id, e.event_time, e.item_id)) == expected
+    assert list(found) == [(0, START, 1)]
+
+
+def test_only_what_the_sequences_hold_is_forgotten(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "runs")
+    table = publish_sequences(cfg)
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    user, time, item = (table[name][5].as_py() for name in ("user_id", "event_time", "item_id"))
+    held = Event(user_id=user, event_time=time[0], item_id=item[0])
+    others = [Event(user_id=user, event_time=time[0], item_id=10_000), Event(user_id=999, event_time=START, item_id=1)]
+    log.append([held, *others])
+    history = LiveHistory(PublishedSequences(cfg.sequence_dir, cfg, tmp_path), log, cfg, max_events=10)
+    before = history.sequence(user)
+    assert takeover.prune(cfg, log) == 1
+    assert (log.of_user(user), log.of_user(999)) == (others[:1], others[1:])
+    assert history.sequence(user) == before
+    assert takeover.prune(cfg, log) == 0
