@@ -2,11 +2,12 @@
 
     plan (YAML) × seeds → train by `pipeline.train.loop` → evaluate → runs/<name>-<seed>.json + predictions
 
-`python -m benchmarks.quality PLAN --store FOLDER` trains what is not there yet; `python -m benchmarks.quality_report`
+`python -m benchmarks.quality PLAN … --store FOLDER` trains what is not there yet; `python -m benchmarks.quality_report`
 turns the files into the table of RESULTS.md. A plan is
 
     config: configs/demo.yaml          # the preset that every run starts from
     set: {train.num_workers: 1}        # settings of all runs
+    splits: [val]                      # test is scored once, when everything is chosen
     runs: {ultra_hstu: {}, hstu: {model.encoder: hstu}}
     ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as ultra_hstu-window_0 …
 """
@@ -63,18 +64,16 @@ class Run:
         return self.out / f"{self.cfg.name}-{self.cfg.seed}.json"
 
 
+PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "ablate"}  # needed, allowed
+
+
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
     """The plan's configurations by name; `overrides` (a.b=c) go to all of them.
 
     Raises:
         ConfigError: the file is no plan, or a configuration of it is not valid.
     """
-    try:
-        plan = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"plan {path}: {error}") from None
-    if not isinstance(plan, dict) or not {"config", "runs"} <= plan.keys() <= {"config", "runs", "set", "ablate"}:
-        raise ConfigError(f"plan {path} must hold config, runs and, if need be, set and ablate; got {plan!r}")
+    plan = _read(path)
     shared = plan.get("set", {})
     configs = {}
     for name, changes in plan["runs"].items():
@@ -88,6 +87,25 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
             if name != ablation.WHOLE:
                 configs[f"{whole}-{name}"] = replace(variant, name=f"{whole}-{name}")
     return configs
+
+
+def plan_splits(path: Path) -> tuple[str, ...]:
+    """Which split the plan's runs are scored on; validation where it does not say."""
+    splits = tuple(_read(path).get("splits", ["val"]))
+    if not set(splits) <= {"val", "test"}:
+        raise ConfigError(f"plan {path}: splits must be of val and test, got {list(splits)}")
+    return splits
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        plan = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"plan {path}: {error}") from None
+    needed, allowed = PLAN_KEYS
+    if not isinstance(plan, dict) or not needed <= plan.keys() <= allowed:
+        raise ConfigError(f"plan {path} must hold {sorted(needed)} and may hold {sorted(allowed - needed)}")
+    return plan
 
 
 def finished(run: Run) -> bool:
@@ -203,47 +221,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("plan", type=Path, help="YAML: config, set, runs")
+    parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="YAML: config, set, splits, runs, ablate")
     parser.add_argument("--store", required=True, help="published sequences, runs/<name>/sequences")
-    parser.add_argument(
-        "--only", nargs="+", default=None, metavar="NAME", help="runs of the plan; all of them if absent"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs of the plans; all of them if absent")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="for all runs"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--splits", nargs="+", default=["val"], choices=["val", "test"], help="test is scored once")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures")
     parser.add_argument("--predictions", type=Path, default=None, help="folder of the predictions, if they are wanted")
     options = parser.parse_args()
     try:
-        configs = read_plan(options.plan, options.overrides)
-        unknown = set(options.only or ()) - configs.keys()
+        runs = [run for plan in options.plans for run in planned(plan, options)]
+        unknown = set(options.only or ()) - {run.cfg.name for run in runs}
         if unknown:
-            raise ConfigError(f"--only {sorted(unknown)}: the plan has {sorted(configs)}")
-        runs = [
-            Run(
-                replace(cfg, seed=seed),
-                options.store,
-                options.device,
-                tuple(options.splits),
-                options.out,
-                options.predictions,
-            )
-            for seed in options.seeds  # seed by seed: a run cut short leaves whole seeds of every configuration
-            for name, cfg in configs.items()
-            if options.only is None or name in options.only
-        ]
+            raise ConfigError(f"--only {sorted(unknown)}: the plans have {sorted({run.cfg.name for run in runs})}")
+        runs = [run for run in runs if not options.only or run.cfg.name in options.only]
         waiting = [run for run in runs if not finished(run)]
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
-    sys.exit(run_all(waiting, options.processes, options.splits[-1]))
+    sys.exit(run_all(waiting, options.processes))
 
 
-def run_all(runs: Sequence[Run], processes: int, split: str) -> int:
+def planned(plan: Path, options: argparse.Namespace) -> list[Run]:
+    """Seed by seed: a call cut short leaves whole seeds of every configuration."""
+    configs, splits = read_plan(plan, options.overrides), plan_splits(plan)
+    where = options.store, options.device, splits, options.out, options.predictions
+    return [Run(replace(cfg, seed=seed), *where) for seed in options.seeds for cfg in configs.values()]
+
+
+def run_all(runs: Sequence[Run], processes: int) -> int:
     """All runs, `processes` at a time; one that fails does not stop the others. Returns the number that failed."""
     failed = 0
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -252,7 +262,7 @@ def run_all(runs: Sequence[Run], processes: int, split: str) -> int:
         for future in as_completed(futures):
             run, error = futures[future], future.exception()
             if error is None:
-                print(line(future.result(), split, run.cfg.tasks), flush=True)
+                print(line(future.result(), run.splits[-1], run.cfg.tasks), flush=True)
             else:
                 failed += 1
                 print(f"{run.cfg.name} seed {run.cfg.seed} failed:", flush=True)

@@ -37,7 +37,7 @@ def test_a_plan_is_a_preset_shared_settings_and_those_of_each_run(tmp_path):
     ablated = quality.read_plan(write_plan(tmp_path, tiny_config(tmp_path), runs={"plain": {}}, ablate="plain"))
     assert ablated["plain-window_0"].model.attention.window == 0
     assert ablated["plain-window_0"].name == "plain-window_0"
-    with pytest.raises(ConfigError, match="must hold config, runs"):
+    with pytest.raises(ConfigError, match=r"must hold \['config', 'runs'\]"):
         quality.read_plan(write_plan(tmp_path, tiny_config(tmp_path), rums={}))
 
 
