@@ -188,13 +188,13 @@ class Timer:
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def __call__(self, call, repeats: int = REPEATS) -> float:
-        """Milliseconds."""
+    def __call__(self, call, repeats: int = REPEATS, flushes: int = 4) -> float:
+        """Milliseconds. Each flush is some 0.1 ms; together they must take longer than the host needs for the call."""
         for _ in range(3):
             call()
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         for begin, end in events:
-            for _ in range(4):  # some 0.4 ms, longer than the host needs for the call
+            for _ in range(flushes):
                 self.flush.zero_()
             begin.record()
             call()

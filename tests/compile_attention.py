@@ -19,8 +19,8 @@ from kernels.semi_local_attention.triton_launch import Tile, tile_sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = "forward", "backward_queries", "backward_keys"
 POINTERS = {
-    "*bf16": {"out", "dq", "dk", "dv", "pre_q", "pre_k", "pre_v"},
-    "*fp32": {"partial", "partial_k", "partial_v", "position_table", "time_table", "per_unit"},
+    "*bf16": {"out", "dq", "dk", "dv", "slope_q", "slope_k", "slope_v"},
+    "*fp32": {"sums", "partial", "partial_k", "partial_v", "position_table", "time_table", "per_unit"},
     "*i32": {"arrived", "tiles", "header", "visible", "event_time", "query_time"},
     "*i64": {"d_position", "d_time"},
 }
@@ -46,7 +46,7 @@ def build(name: str, arch: int, width: int, tile: Tile, **flags: bool) -> dict[s
     how = {"TMA": arch == 90, "FAST": not flags.get("BIAS", False), "PRECISION": "ieee", "CAUSAL": True}
     shape = {"HEADS": 4, "D": width, "V": width, "OUT_D": width, "OUT_V": width}
     shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    switches = {"HAS_PREFIX": False, "CANDIDATES": False, "VISIBLE": False, "BIAS": False, "PRE": True}
+    switches = {"HAS_PREFIX": False, "CANDIDATES": False, "VISIBLE": False, "BIAS": False, "SLOPE": True, "SUMS": True}
     constants = {**switches, **flags, **how, **shape}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = signature(name, constants, tile, width, arch == 90)

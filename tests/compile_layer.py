@@ -15,10 +15,13 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernels.layer_norm import triton_kernels as layer_norm
-from kernels.layer_norm.triton_launch import row_block
+from kernels.layer_norm.triton_launch import BACKWARD as NORM_BACKWARD
+from kernels.layer_norm.triton_launch import FORWARD
 from kernels.linear import triton_kernels as linear
 from kernels.linear.triton_launch import Tile, tile_size
 from kernels.norm_gate import triton_kernels as norm_gate
+from kernels.norm_gate.triton_launch import BACKWARD as GATE_BACKWARD
+from kernels.norm_gate.triton_launch import FORWARD as GATE_FORWARD
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT32 = {"partial", "scale", "x_scale", "w_scale"}
@@ -61,41 +64,46 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
     }
 
 
-def build_linear(arch: int, tile: Tile, *, fp8: bool = False, silu: bool = False, pre: bool = False):
+def build_linear(arch: int, tile: Tile, *, fp8: bool = False, silu: bool = False, slope: bool = False):
     constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.inputs, "PARTS": tile.parts}
-    constants |= {"SILU": silu, "PRE": pre, "RESIDUAL": not silu, "FP8": fp8, "TMA": arch == 90, "FAST": True}
-    constants |= {"EVEN": True, "FLATTEN": tile.flatten}
+    constants |= {"SILU": silu, "SLOPE": slope, "RESIDUAL": not silu, "FP8": fp8, "TMA": arch == 90, "FAST": True}
+    constants |= {"EVEN": True, "FLATTEN": tile.flatten, "TMA_OUT": tile.tma_out}
     kind = "fp8e4nv" if fp8 else "bf16"
     given = {"x": f"*{kind}", "w": f"*{kind}"}
     if arch == 90:
         given = {"x": f"tensordesc<{kind}[{tile.rows}, {tile.inputs}]>"}
         given["w"] = f"tensordesc<{kind}[{tile.outputs}, {tile.inputs}]>"
+        if tile.tma_out:
+            given |= dict.fromkeys(("out", "slope"), f"tensordesc<bf16[{tile.rows}, {tile.outputs // tile.parts}]>")
     return build(linear.linear, arch, constants, given, tile.warps, tile.stages)
 
 
 def main() -> None:
     found = {}
-    bf16, fp8, ampere = (
-        tile_size(fp8=f, half=True, hopper=h) for f, h in ((False, True), (True, True), (False, False))
-    )
-    found["sm_90 linear silu, both forms"] = build_linear(90, bf16, silu=True, pre=True)
-    found["sm_90 linear residual"] = build_linear(90, bf16)
-    found["sm_90 linear fp8 silu"] = build_linear(90, fp8, fp8=True, silu=True)
-    found["sm_90 linear fp8 residual"] = build_linear(90, fp8, fp8=True)
-    found["sm_80 linear silu, both forms"] = build_linear(80, ampere, silu=True, pre=True)
-    rows, block = row_block(512, 2048)
-    size = {"ROWS": rows, "BLOCK": block}
+    for hopper, fp8, silu, slope in (
+        (True, False, True, False),
+        (True, False, True, True),
+        (True, False, False, False),
+        (True, True, True, False),
+        (True, True, False, False),
+        (False, False, True, True),
+    ):
+        tile = tile_size(outputs=512, fp8=fp8, slope=slope, residual=not silu, half=True, hopper=hopper)
+        kind = f"{'fp8 ' * fp8}{'silu' if silu else 'residual'}{' slope' * slope}"
+        arch = 90 if hopper else 80
+        found[f"sm_{arch} linear {kind}"] = build_linear(arch, tile, fp8=fp8, silu=silu, slope=slope)
     codes = {"out_fp8": "*fp8e4nv"}
     gate = {"CONCAT": False, "DROPOUT": True, "OUT": True}
     rowwise = [
-        ("layer_norm forward", layer_norm.forward, {**size, "OUT": True, "FP8": True}, codes),
-        ("layer_norm quantize", layer_norm.quantize, size, codes),
-        ("layer_norm backward", layer_norm.backward, {**size, "RESIDUAL": True}, {}),
-        ("norm_gate forward", norm_gate.forward, {**size, **gate, "FP8": True}, codes),
-        ("norm_gate backward", norm_gate.backward, {**size, **gate, "ROWS": row_block(512, 1024)[0]}, {}),
+        ("layer_norm forward", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": True}, codes),
+        ("layer_norm quantize", layer_norm.quantize, FORWARD, {}, codes),
+        ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, {}),
+        ("norm_gate forward", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": True}, codes),
+        ("norm_gate backward", norm_gate.gate_backward, GATE_BACKWARD, gate, {}),
     ]
-    for name, kernel, constants, given in rowwise:
-        found[f"sm_90 {name}"] = build(kernel, 90, constants, given, 4, 1)
+    for name, kernel, rows, constants, given in rowwise:
+        count, block, warps = rows.of(512)
+        found[f"sm_90 {name}"] = build(kernel, 90, {"ROWS": count, "BLOCK": block, **constants}, given, warps, 1)
     print(json.dumps(found, indent=1))
 
 

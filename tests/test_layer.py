@@ -17,6 +17,7 @@ from kernels.layer_norm.triton_launch import launch_layer_norm, launch_quantize
 from kernels.linear import triton_launch as linear
 from kernels.linear.reference import linear_reference
 from kernels.linear.triton_launch import Tile, launch_linear
+from kernels.linear.weights import cast_weight
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
 from kernels.semi_local_attention import triton_launch as attention
@@ -36,6 +37,7 @@ SMALL = STUShape(
     full_rows=3,
     prefix=1,
 )
+TILE = Tile(16, 32, 16, 4, 1, parts=2, per_sm=1, tma_out=True)
 CASES = {  # shape, dropout
     "nothing kept, odd widths": (replace(SMALL, recompute=RECOMPUTABLE), 0.0),
     "all kept": (SMALL, 0.0),
@@ -55,7 +57,7 @@ def assert_as_accurate(fast: Tensor, plain: Tensor, truth: Tensor, factor: float
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.Tile(16, 16, 4, 1))
-    monkeypatch.setattr(linear, "tile_size", lambda **_: Tile(16, 32, 16, 4, 1, parts=2, per_sm=1))
+    monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
     torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
     yield
     torch.use_deterministic_algorithms(False)
@@ -86,7 +88,7 @@ def run(shape: STUShape, p: float, dtype: torch.dtype, fused: bool = False) -> l
         plan = triton_plan(len(x), *rows, shape.window, shape.full_rows, shape.prefix)
         out = FusedLayer.apply(x, *weights, shape, plan, p, 77)
         with torch.no_grad():
-            projected, _ = launch_project(x, STUWeights(*weights), shape, keep_pre=False)
+            projected, _ = launch_project(x, STUWeights(*weights), shape, keep_slope=False)
             u, a = projected.parts(projected.uvqk)[0], attention_rows(projected, plan)
             inferred, _ = launch_output(x, a, u, STUWeights(*weights), shape, p, 77, keep_y=False)
         assert torch.equal(inferred, out)
@@ -111,20 +113,25 @@ def test_what_is_made_again_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("rows", [0, 1, 37])
-def test_interpreted_linear(rows, parts):
-    x, w, bias, residual = torch.randn(rows, 24), torch.randn(50, 24), torch.randn(50), torch.randn(rows, 50)
-    tile = Tile(16, 32, 16, 4, 1, parts=parts, per_sm=1)
-    out, pre = launch_linear(x, w, bias, silu_from=13, keep_pre=True, tile=tile)
-    torch.testing.assert_close(out, linear_reference(x, w, bias, silu_from=13))
-    assert pre is not None
-    torch.testing.assert_close(pre, linear_reference(x, w, bias)[:, 13:])
-    out, _ = launch_linear(x, w, bias, residual=residual, tile=tile)
-    torch.testing.assert_close(out, linear_reference(x, w, bias, residual=residual))
-    (x, x_scale), (w, w_scale) = quantize_rows_reference(x), quantize_rows_reference(w)
-    out, _ = launch_linear(x, w, bias, scales=(x_scale, w_scale), dtype=torch.float32, tile=tile)
-    torch.testing.assert_close(out, (x.float() * x_scale[:, None]) @ (w.float() * w_scale[:, None]).T + bias)
+@pytest.mark.parametrize(("tile", "silu_from"), [(Tile(16, 32, 16, 4, 1), 13), (TILE, 13), (TILE, 32)])
+def test_interpreted_linear(monkeypatch, rows, tile, silu_from):
+    """By pointers, and by descriptors as on Hopper."""
+    x, w, bias, residual = torch.randn(rows, 24), torch.randn(56, 24), torch.randn(56), torch.randn(rows, 56)
+    (codes, scale), (w_codes, w_scale) = quantize_rows_reference(x), quantize_rows_reference(w)
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(linear, "_capability", lambda _, found=capability: found)
+        out, slope = launch_linear(x, w, bias, silu_from=silu_from, keep_slope=True, tile=tile)
+        torch.testing.assert_close(out, linear_reference(x, w, bias, silu_from=silu_from))
+        assert slope is not None
+        before = linear_reference(x, w, bias)[:, silu_from:].requires_grad_()
+        (expected,) = torch.autograd.grad(torch.nn.functional.silu(before).sum(), before)
+        torch.testing.assert_close(slope, expected)
+        out, _ = launch_linear(x, w, bias, residual=residual, tile=tile)
+        torch.testing.assert_close(out, linear_reference(x, w, bias, residual=residual))
+        out, _ = launch_linear(codes, w_codes, bias, scales=(scale, w_scale), dtype=torch.float32, tile=tile)
+        expected = (codes.float() * scale[:, None]) @ (w_codes.float() * w_scale[:, None]).T + bias
+        torch.testing.assert_close(out, expected)
 
 
 def assert_quantized(codes: Tensor | None, scale: Tensor | None, truth: Tensor) -> None:
@@ -177,10 +184,33 @@ def test_fp8_rounds_forward_and_not_backward():
         torch.testing.assert_close(got, expected)
 
 
+def test_fp8_trains_under_autocast():
+    x, weights, grad = make_layer(replace(SMALL, fp8=True))
+    leaves = [t.float().requires_grad_() for t in (x, *weights)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = stu_layer(leaves[0], STUWeights(*leaves[1:]), replace(SMALL, fp8=True), SEQUENCES, p=0.1)
+    grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
+
+
 def test_fp8_scales_each_row():
     """A row a thousand times as large as its neighbour keeps its neighbour's digits."""
     x = torch.randn(2, 64) * torch.tensor([[1.0], [1000.0]])
     assert ((through_fp8(x) - x).norm(dim=1) / x.norm(dim=1)).max() < 0.04
+
+
+def test_forms_of_frozen_weights_are_kept_until_they_change():
+    layer = torch.nn.Linear(8, 8)
+    layer(torch.randn(4, 8)).sum().backward()
+    before = cast_weight(layer.weight, torch.bfloat16)
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+    assert not torch.equal(cast_weight(layer.weight, torch.bfloat16), before)
+    layer.requires_grad_(False)
+    first = cast_weight(layer.weight, torch.bfloat16)
+    assert cast_weight(layer.weight, torch.bfloat16) is first
+    layer.load_state_dict({name: w + 1 for name, w in layer.state_dict().items()})
+    assert torch.equal(cast_weight(layer.weight, torch.bfloat16), layer.weight.bfloat16())
+    assert not torch.equal(layer.weight.bfloat16(), first)
 
 
 def test_a_layer_names_the_weight_that_does_not_fit():

@@ -36,8 +36,8 @@ def to_fp8(x, scale):
     return tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
 
-@triton.jit
-def forward(
+@triton.jit(do_not_specialize=["num_rows"])
+def norm_forward(
     x,  # [T, E]
     weight, bias,  # [E]
     out,  # [T, E]
@@ -64,7 +64,7 @@ def forward(
         tl.store(scale + rows, by_row, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def quantize(x, out_fp8, scale, num_rows, width, stride_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows as e4m3 with a scale each."""
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -76,8 +76,8 @@ def quantize(x, out_fp8, scale, num_rows, width, stride_x, ROWS: tl.constexpr, B
     tl.store(scale + rows, by_row, mask=rows < num_rows)
 
 
-@triton.jit
-def backward(
+@triton.jit(do_not_specialize=["num_rows"])
+def norm_backward(
     d_out,  # [T, E] gradient of the normalised rows
     x,
     d_residual,  # [T, E] gradient that reaches x past the layer

@@ -1,29 +1,46 @@
 """Launches of the LayerNorm kernels."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.layer_norm import triton_kernels
 
 FP8 = torch.float8_e4m3fn
-PROGRAMS_PER_SM = 4  # of the backward kernels, whose sums stay in registers
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a program and their warps where a row is at most 512 long; longer rows are fewer, and have more warps.
+
+    `per_sm`: of a kernel that sums over rows, programs on a multiprocessor. Measured on an H100 (benchmarks/NOTES.md).
+    """
+
+    rows: int
+    warps: int
+    per_sm: int = 0
+
+    def of(self, width: int) -> tuple[int, int, int]:
+        """Rows, row length as a power of two, warps."""
+        block = max(16, triton.next_power_of_2(width))
+        longer = max(1, block // 512)
+        return max(1, self.rows // longer), block, min(8, self.warps * max(1, longer // self.rows))
+
+    def programs(self, device: torch.device) -> int:
+        """A number of the device's, so that sums repeat on it."""
+        return _multiprocessors(device) * self.per_sm
+
+
+FORWARD, BACKWARD = Rows(2, 1), Rows(2, 2, per_sm=8)
 
 
 @cache
-def backward_programs(device: torch.device) -> int:
-    """Programs of a kernel that sums over rows. A number of the device's, so that results repeat on it."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
-
-
-def row_block(width: int, elements: int) -> tuple[int, int]:
-    """Rows of a program, and its row length, a power of two: about `elements` numbers in all."""
-    block = max(16, triton.next_power_of_2(width))
-    return max(1, elements // block), block
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch_layer_norm(
@@ -36,10 +53,10 @@ def launch_layer_norm(
     codes = torch.empty(num_rows, width, dtype=FP8, device=device) if fp8 else None
     scale = torch.empty(num_rows, dtype=torch.float32, device=device) if fp8 else None
     if num_rows:
-        rows, block = row_block(width, 2048)
-        triton_kernels.forward[(triton.cdiv(num_rows, rows),)](
-            x_TE, weight, bias, y, codes, scale, num_rows, width, x_TE.stride(0), eps, ROWS=rows, BLOCK=block, OUT=out,
-            FP8=fp8, num_warps=4,
+        rows, block, warps = FORWARD.of(width)
+        launch(
+            triton_kernels.norm_forward, triton.cdiv(num_rows, rows), (x_TE, weight, bias, y, codes, scale),
+            (num_rows,), (width, x_TE.stride(0), eps), (rows, block, out, fp8), device=device, num_warps=warps,
         )  # fmt: skip
     return y, codes, scale
 
@@ -49,10 +66,11 @@ def launch_quantize(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(num_rows, width, dtype=FP8, device=x_TE.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x_TE.device)
     if num_rows:
-        rows, block = row_block(width, 2048)
-        triton_kernels.quantize[(triton.cdiv(num_rows, rows),)](
-            x_TE, codes, scale, num_rows, width, x_TE.stride(0), ROWS=rows, BLOCK=block, num_warps=4
-        )
+        rows, block, warps = FORWARD.of(width)
+        launch(
+            triton_kernels.quantize, triton.cdiv(num_rows, rows), (x_TE, codes, scale), (num_rows,),
+            (width, x_TE.stride(0)), (rows, block), device=x_TE.device, num_warps=warps,
+        )  # fmt: skip
     return codes, scale
 
 
@@ -62,12 +80,12 @@ def launch_layer_norm_backward(
     """dx (with `d_residual` added), d_weight, d_bias, and the sum of `d_residual` over rows; sums are float32 [E]."""
     num_rows, width = x_TE.shape
     dx = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
-    programs = backward_programs(x_TE.device)
+    programs = BACKWARD.programs(x_TE.device)
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=x_TE.device)
-    rows, block = row_block(width, 2048)
-    triton_kernels.backward[(programs,)](
-        d_out, x_TE, d_residual, weight, dx, partial, num_rows, width, x_TE.stride(0), eps, ROWS=rows, BLOCK=block,
-        RESIDUAL=d_residual is not None, num_warps=4,
+    rows, block, warps = BACKWARD.of(width)
+    launch(
+        triton_kernels.norm_backward, programs, (d_out, x_TE, d_residual, weight, dx, partial), (num_rows,),
+        (width, x_TE.stride(0), eps), (rows, block, d_residual is not None), device=x_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, passed = partial.sum(0).unbind(0)
     return dx, d_weight, d_bias, passed

@@ -18,7 +18,7 @@ class Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
-        x_TK, w_NK = ctx.saved_tensors
+        x_TK, w_NK = (t.to(grad.dtype) for t in ctx.saved_tensors)  # under autocast forward ran in a smaller type
         return grad @ w_NK, grad.T @ x_TK, grad.sum(0)
 
 

@@ -11,15 +11,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _silu(x, FAST: tl.constexpr):
-    if FAST:  # one special-function instruction instead of two; 2**-11 of error, below half precision's rounding
+def _sigmoid(x, FAST: tl.constexpr):
+    if FAST:  # one special-function instruction instead of two; 2**-12 of error, below half precision's rounding
         half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
         )
-        y = half + half * tanh
+        y = 0.5 + 0.5 * tanh
     else:
-        y = x / (1 + tl.exp2(x * -LOG2_E))
+        y = 1 / (1 + tl.exp2(x * -LOG2_E))
     return y
 
 
@@ -39,9 +39,10 @@ def _tile(
 
 @triton.jit
 def _epilogue(
-    acc, row, column, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out, stride_pre,
-    stride_residual, silu_from, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr, PRE: tl.constexpr,
+    acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out, stride_slope,
+    stride_residual, silu_from, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr,
     RESIDUAL: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
+    TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """Scales, bias, then SiLU or the residual, and the stores of a [BLOCK_M, BLOCK_N] of sums."""
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -56,31 +57,39 @@ def _epilogue(
     acc += tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
     if SILU:
         if column + BLOCK_N > silu_from:
+            sigmoid = _sigmoid(acc, FAST)
             active = (columns >= silu_from)[None, :]
-            if PRE:
-                place = pre + long_rows * stride_pre + (columns - silu_from)[None, :]
-                tl.store(place, acc.to(pre.dtype.element_ty), mask=inside & active)
-            acc = tl.where(active, _silu(acc, FAST), acc)
+            if SLOPE:
+                steep = sigmoid * (1 + acc * (1 - sigmoid))
+                if TMA_OUT:  # there a tile is activated whole
+                    slope.store([row, column - silu_from], steep.to(slope.dtype))
+                else:
+                    place = slope + long_rows * stride_slope + (columns - silu_from)[None, :]
+                    tl.store(place, steep.to(slope.dtype.element_ty), mask=inside & active)
+            acc *= sigmoid if TMA_OUT else tl.where(active, sigmoid, 1.0)
     if RESIDUAL:
         place = residual + long_rows * stride_residual + columns[None, :]
         acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + long_rows * stride_out + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    if TMA_OUT:
+        out.store([row, column], acc.to(out.dtype))
+    else:
+        tl.store(out + long_rows * stride_out + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear(
     x,  # descriptor over [M, K], or a pointer
     w,  # descriptor over [N, K], or a pointer
-    out,  # [M, N]
-    pre,  # [M, N - silu_from]: what SiLU was applied to
+    out,  # [M, N], with TMA_OUT a descriptor
+    slope,  # [M, N - silu_from], likewise: SiLU's derivative where it was applied
     bias,  # [N]
     residual,  # [M, N]
     x_scale,  # float32 [M] of FP8 rows
     w_scale,  # float32 [N]
-    num_rows, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_pre, stride_residual, silu_from,
+    num_rows, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_slope, stride_residual, silu_from,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr,
-    PRE: tl.constexpr, RESIDUAL: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
-    EVEN: tl.constexpr, FLATTEN: tl.constexpr,
+    SLOPE: tl.constexpr, RESIDUAL: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    EVEN: tl.constexpr, FLATTEN: tl.constexpr, TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """out = x wᵀ + bias, SiLU of the columns from `silu_from` on, or + residual.
 
@@ -99,16 +108,18 @@ def linear(
         if PARTS == 2:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
             _epilogue(
-                left, row, column, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
-                stride_pre, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, PRE, RESIDUAL, FP8, FAST, EVEN
+                left, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
+                stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN,
+                TMA_OUT
             )  # fmt: skip
             _epilogue(
-                right, row, column + BLOCK_N // 2, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs,
-                stride_out, stride_pre, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, PRE, RESIDUAL, FP8,
-                FAST, EVEN
+                right, row, column + BLOCK_N // 2, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs,
+                stride_out, stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8,
+                FAST, EVEN, TMA_OUT
             )  # fmt: skip
         else:
             _epilogue(
-                acc, row, column, out, pre, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
-                stride_pre, stride_residual, silu_from, BLOCK_M, BLOCK_N, SILU, PRE, RESIDUAL, FP8, FAST, EVEN
+                acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
+                stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN,
+                TMA_OUT
             )  # fmt: skip

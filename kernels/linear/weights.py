@@ -1,4 +1,4 @@
-"""Weights in the form a kernel reads, made once for inference: in a smaller type, or as row-wise FP8."""
+"""Weights in the form a kernel reads, a smaller type or row-wise FP8; those of a frozen model are made once."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,19 +13,22 @@ Form = TypeVar("Form")
 _forms: dict[int, tuple[ref, dict]] = {}  # id of a weight → it, kind → (state of the weight, its form)
 
 
-def cast_weight(weight: Tensor, dtype: torch.dtype, *, keep: bool) -> Tensor:
-    """`keep`: for later calls, as long as the weight is not changed in place."""
-    if weight.dtype == dtype:
-        return weight
-    return _kept(weight, dtype, lambda: weight.detach().to(dtype)) if keep else weight.detach().to(dtype)
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else _form(weight, dtype, lambda: weight.detach().to(dtype))
 
 
-def quantized_weight(weight: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 [N, K] and its scales, float32 [N]: one for each output."""
-    return _kept(weight, "fp8", lambda: launch_quantize(weight.detach())) if keep else launch_quantize(weight.detach())
+    return _form(weight, "fp8", lambda: launch_quantize(weight.detach()))
 
 
-def _kept(weight: Tensor, kind: object, build: Callable[[], Form]) -> Form:
+def _form(weight: Tensor, kind: object, build: Callable[[], Form]) -> Form:
+    """The form, kept from an earlier call if the weight is frozen and was not changed in place since.
+
+    A weight that requires a gradient is never kept: fused optimizers change it without counting a version.
+    """
+    if weight.requires_grad:
+        return build()
     owner = id(weight)
     entry = _forms.get(owner)
     if entry is None or entry[0]() is not weight:

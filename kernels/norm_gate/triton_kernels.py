@@ -29,14 +29,14 @@ def _drop(x, seed, rows, columns, threshold, gain, DROPOUT: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["seed"])  # a new one each step must not compile anew
-def forward(
+@triton.jit(do_not_specialize=["num_rows", "seed"])
+def gate_forward(
     a, u,  # [T, E]
     weight, bias,  # [E]
     out,  # [T, Y], Y = E, or 3 E: U, A, Norm(A) * U
     out_fp8,  # e4m3 [T, Y]
     scale,  # float32 [T]
-    num_rows, width, stride_a, stride_u, seed, threshold, gain, eps,
+    num_rows, seed, width, stride_a, stride_u, threshold, gain, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
     FP8: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +80,8 @@ def forward(
         tl.store(scale + rows, by_row, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def backward(
+@triton.jit(do_not_specialize=["num_rows", "seed"])
+def gate_backward(
     d_out,  # [T, Y]
     a, u,
     weight, bias,
@@ -89,7 +89,7 @@ def backward(
     du,  # [T, E], rows `stride_du` apart
     out,  # [T, Y], made again
     partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, du
-    num_rows, width, stride_a, stride_u, stride_du, seed, threshold, gain, eps,
+    num_rows, seed, width, stride_a, stride_u, stride_du, threshold, gain, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""

@@ -4,9 +4,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.layer_norm.triton_launch import FP8, backward_programs, row_block
+from kernels.launch import launch
+from kernels.layer_norm.triton_launch import FP8, Rows
 from kernels.norm_gate import triton_kernels
 from kernels.norm_gate.reference import dropout_threshold
+
+FORWARD, BACKWARD = Rows(4, 4), Rows(2, 1, per_sm=8)
 
 
 def launch_norm_gate(
@@ -20,11 +23,11 @@ def launch_norm_gate(
     codes = torch.empty(shape, dtype=FP8, device=device) if fp8 else None
     scale = torch.empty(num_rows, dtype=torch.float32, device=device) if fp8 else None
     if num_rows:
-        rows, block = row_block(width, 2048)
-        triton_kernels.forward[(triton.cdiv(num_rows, rows),)](
-            a_TE, u_TE, weight, bias, y, codes, scale, num_rows, width, a_TE.stride(0), u_TE.stride(0), seed,
-            dropout_threshold(p), 1 / (1 - p), eps, ROWS=rows, BLOCK=block, CONCAT=concat_ua, DROPOUT=p > 0,
-            OUT=out, FP8=fp8, num_warps=4,
+        rows, block, warps = FORWARD.of(width)
+        launch(
+            triton_kernels.gate_forward, triton.cdiv(num_rows, rows), (a_TE, u_TE, weight, bias, y, codes, scale),
+            (num_rows, seed), (width, a_TE.stride(0), u_TE.stride(0), dropout_threshold(p), 1 / (1 - p), eps),
+            (rows, block, concat_ua, p > 0, out, fp8), device=device, num_warps=warps,
         )  # fmt: skip
     return y, codes, scale
 
@@ -37,13 +40,14 @@ def launch_norm_gate_backward(
     num_rows, width = a_TE.shape
     da = torch.empty(num_rows, width, dtype=a_TE.dtype, device=a_TE.device)
     y = torch.empty(d_out.shape, dtype=u_TE.dtype, device=a_TE.device) if out else None
-    programs = backward_programs(a_TE.device)
+    programs = BACKWARD.programs(a_TE.device)
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=a_TE.device)
-    rows, block = row_block(width, 1024)
-    triton_kernels.backward[(programs,)](
-        d_out, a_TE, u_TE, weight, bias, da, du, y, partial, num_rows, width, a_TE.stride(0), u_TE.stride(0),
-        du.stride(0), seed, dropout_threshold(p), 1 / (1 - p), eps, ROWS=rows, BLOCK=block, CONCAT=concat_ua,
-        DROPOUT=p > 0, OUT=out, num_warps=4,
+    rows, block, warps = BACKWARD.of(width)
+    strides = a_TE.stride(0), u_TE.stride(0), du.stride(0)
+    launch(
+        triton_kernels.gate_backward, programs, (d_out, a_TE, u_TE, weight, bias, da, du, y, partial),
+        (num_rows, seed), (width, *strides, dropout_threshold(p), 1 / (1 - p), eps),
+        (rows, block, concat_ua, p > 0, out), device=a_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, of_gate = partial.sum(0).unbind(0)
     return da, y, d_weight, d_bias, of_gate

@@ -311,22 +311,23 @@ def _store_rows(
 
 @triton.jit
 def _store_grads(
-    out, pre, value, row, end, head, stride_out, stride_pre, COUNT: tl.constexpr, WIDTH: tl.constexpr,
-    TRUE: tl.constexpr, PRE: tl.constexpr, FAST: tl.constexpr,
+    out, slope, sums, value, row, end, entry, head, stride_out, stride_slope, stride_sums, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, TRUE: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows row..end of a gradient, heads TRUE wide, rows `stride_out` apart. With PRE it is carried back through the
-    SiLU that made the operand: `pre` is what that was applied to. This spares a pass over the whole gradient."""
+    """Rows row..end of a gradient, heads TRUE wide, rows `stride_out` apart; with SLOPE times `slope`, that of what
+    made the operand. With SUMS the sum of the rows goes to row `entry` of `sums`: these add to the gradient of a bias.
+    Both spare a pass over the whole gradient."""
     rows, columns = row + tl.arange(0, COUNT), tl.arange(0, WIDTH)
     inside = (rows < end)[:, None]
     if WIDTH != TRUE:
         inside = inside & (columns < TRUE)[None, :]
-    long_rows = rows.to(tl.int64)[:, None]
-    if PRE:
-        x = tl.load(pre + long_rows * stride_pre + head * TRUE + columns[None, :], mask=inside, other=0.0)
-        x = x.to(tl.float32)
-        sigmoid = 0.5 + 0.5 * _tanh(0.5 * x, FAST)
-        value *= sigmoid * (1 + x * (1 - sigmoid))
-    tl.store(out + long_rows * stride_out + head * TRUE + columns[None, :], value.to(out.dtype.element_ty), mask=inside)
+    long_rows, place = rows.to(tl.int64)[:, None], head * TRUE + columns[None, :]
+    if SLOPE:
+        value *= tl.load(slope + long_rows * stride_slope + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + long_rows * stride_out + place, value.to(out.dtype.element_ty), mask=inside)
+    if SUMS:
+        total = tl.sum(tl.where(inside, value, 0.0), 0)
+        tl.store(sums + entry * stride_sums + head * TRUE + columns, total, mask=columns < TRUE)
 
 
 @triton.jit
@@ -583,15 +584,17 @@ def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
     position_table, time_table, event_time, query_time,
     dq,  # [T, H, OUT_D]
-    pre_q,  # [T, H, OUT_D] with PRE: q = SiLU(pre_q), and dq is the gradient of pre_q
+    slope_q,  # [T, H, OUT_D] with SLOPE: of what made q, and dq is the gradient of what it was made of
+    sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
     d_position, d_time,  # int64 [P], [N]: sums in units of 1 / per_unit
     per_unit,  # float32 [1]
     partial, arrived, tiles, header, visible,
     num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    num_positions, num_times, window, prefix, alpha, scale, stride_dq, stride_pre,
+    num_positions, num_times, window, prefix, alpha, scale, stride_dq, stride_slope, stride_sums,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, PRE: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """dq of a row tile, and what it adds to the gradients of the bias tables."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -641,12 +644,18 @@ def backward_queries(
         acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
     acc *= alpha * scale
     if parts == 1:
-        _store_grads(dq, pre_q, acc, row, row_end, head, stride_dq, stride_pre, BLOCK_M, D, OUT_D, PRE, FAST)
+        _store_grads(
+            dq, slope_q, sums, acc, row, row_end, tile - part, head, stride_dq, stride_slope,
+            stride_sums, BLOCK_M, D, OUT_D, SLOPE, SUMS
+        )  # fmt: skip
     else:
         tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, D), acc)
         if _is_last(arrived + slot * HEADS + head, parts):
             total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, D)
-            _store_grads(dq, pre_q, total, row, row_end, head, stride_dq, stride_pre, BLOCK_M, D, OUT_D, PRE, FAST)
+            _store_grads(
+                dq, slope_q, sums, total, row, row_end, tile - part, head, stride_dq, stride_slope,
+                stride_sums, BLOCK_M, D, OUT_D, SLOPE, SUMS
+            )  # fmt: skip
 
 
 @triton.jit
@@ -655,13 +664,15 @@ def backward_keys(
     position_table, time_table, event_time, query_time,
     dk,  # [T, H, OUT_D]
     dv,  # [T, H, OUT_V]
-    pre_k, pre_v,  # with PRE: k = SiLU(pre_k), v = SiLU(pre_v), and dk, dv are their gradients
+    slope_k, slope_v,  # [T, H, OUT_D], [T, H, OUT_V] with SLOPE, likewise
+    sums,  # float32 [entries, H * OUT_D + H * OUT_V] with SUMS: of the rows of dk and dv
     partial_k, partial_v, arrived, tiles, header, visible,
     num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    num_positions, num_times, window, prefix, alpha, scale, stride_dk, stride_dv, stride_pre,
+    num_positions, num_times, window, prefix, alpha, scale, stride_dk, stride_dv, stride_slope, stride_sums,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, PRE: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of [N, M] products.
 
@@ -751,13 +762,25 @@ def backward_keys(
     acc_k *= alpha * scale
     acc_v *= scale
     if parts == 1:
-        _store_grads(dk, pre_k, acc_k, key, key_end, head, stride_dk, stride_pre, BLOCK_N, D, OUT_D, PRE, FAST)
-        _store_grads(dv, pre_v, acc_v, key, key_end, head, stride_dv, stride_pre, BLOCK_N, V, OUT_V, PRE, FAST)
+        _store_grads(
+            dk, slope_k, sums, acc_k, key, key_end, tile - part, head, stride_dk, stride_slope,
+            stride_sums, BLOCK_N, D, OUT_D, SLOPE, SUMS
+        )  # fmt: skip
+        _store_grads(
+            dv, slope_v, sums + HEADS * OUT_D, acc_v, key, key_end, tile - part, head, stride_dv, stride_slope,
+            stride_sums, BLOCK_N, V, OUT_V, SLOPE, SUMS
+        )  # fmt: skip
     else:
         tl.store(_slot(partial_k, slot + part, head, HEADS, BLOCK_N, D), acc_k)
         tl.store(_slot(partial_v, slot + part, head, HEADS, BLOCK_N, V), acc_v)
         if _is_last(arrived + slot * HEADS + head, parts):
             total = _sum_slots(partial_k, slot, parts, head, HEADS, BLOCK_N, D)
-            _store_grads(dk, pre_k, total, key, key_end, head, stride_dk, stride_pre, BLOCK_N, D, OUT_D, PRE, FAST)
+            _store_grads(
+                dk, slope_k, sums, total, key, key_end, tile - part, head, stride_dk, stride_slope,
+                stride_sums, BLOCK_N, D, OUT_D, SLOPE, SUMS
+            )  # fmt: skip
             total_v = _sum_slots(partial_v, slot, parts, head, HEADS, BLOCK_N, V)
-            _store_grads(dv, pre_v, total_v, key, key_end, head, stride_dv, stride_pre, BLOCK_N, V, OUT_V, PRE, FAST)
+            _store_grads(
+                dv, slope_v, sums + HEADS * OUT_D, total_v, key, key_end, tile - part, head, stride_dv, stride_slope,
+                stride_sums, BLOCK_N, V, OUT_V, SLOPE, SUMS
+            )  # fmt: skip

@@ -67,6 +67,14 @@ class TileList:
     capacity: int
     slots: int
     partials: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def row_sums(self, width: int) -> Tensor:
+        """Room for the sum of each tile's rows, [capacity, width]. A tile's is written by its first entry's number, so
+        that always the same rows stay zero, and a launch need not clear it for the next."""
+        if width not in self.sums:
+            self.sums[width] = torch.zeros(self.capacity, width, dtype=torch.float32, device=self.tiles.device)
+        return self.sums[width]
 
     def partial(self, *shape: int) -> Tensor:
         """Room for the sums of cut tiles, [slots, *shape]; kernels that follow each other share it."""
@@ -152,6 +160,7 @@ class Prepared:
     lists: tuple[Tensor, ...]
     numbers: tuple[object, ...]
     unused: Tensor  # stands for the bias where there is none
+    row_sums: Tensor  # or `unused`
     compiled: Any = None
 
     def launch(self, operands: tuple[Tensor, ...], *arguments: Tensor) -> None:
@@ -177,9 +186,10 @@ class Prepared:
 class GradStores:
     """Where a backward kernel's gradients go."""
 
-    strides: tuple[int, ...]  # of their rows, and last of the rows of what SiLU was applied to
+    strides: tuple[int, ...]  # of their rows, and last of the slopes' rows
     widths: tuple[int, int]  # of their heads, for q and k, and for v
-    through_silu: bool
+    sloped: bool
+    summed: int = 0  # width of the rows' sums, 0 without
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +245,8 @@ class Problem:
         shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
         strides_out, how_out = (), ()
         if grads is not None:
-            strides_out, how_out = grads.strides, (*grads.widths, grads.through_silu)
+            strides_out = *grads.strides, grads.summed
+            how_out = *grads.widths, grads.sloped, grads.summed > 0
         by_rows = {"q", "grad"}
         names = ("q", "k", "v", "own_k", "own_v") if cached else ("q", "k", "v", "grad")
         descriptors = []
@@ -248,6 +259,7 @@ class Problem:
             kernel=getattr(triton_kernels, name), tile=tile, programs=tiles.capacity * self.heads,
             descriptors=descriptors, partials=partials, lists=(tiles.arrived, tiles.tiles, tiles.header, visible),
             numbers=(*sizes, self.alpha, self.scale, *strides_out, *shape, *flags, *how, *how_out), unused=tiles.tiles,
+            row_sums=tiles.row_sums(grads.summed) if grads is not None and grads.summed else tiles.tiles,
         )  # fmt: skip
 
 
@@ -319,24 +331,27 @@ def launch_backward_queries(
     operands: tuple[Tensor, ...],
     dq: Tensor,
     bias: BiasInputs | None = None,
-    pre_q: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fills dq [T, H, D], whose rows may lie apart, and gives the float32 gradients of the bias tables.
+    slope_q: Tensor | None = None,
+    summed: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Fills dq [T, H, D], whose rows may lie apart; gives the float32 gradients of the bias tables and, `summed`, the
+    sum of dq's rows [H D].
 
-    The last operand is the gradient of the output. Where q = SiLU(pre_q), dq becomes the gradient of pre_q.
+    The last operand is the gradient of the output. dq is multiplied by `slope_q` [T, H, D], the slope of what made q.
     """
     _, _, v, grad = operands
-    grads = GradStores((dq.stride(0), _row_stride(pre_q)), (dq.shape[2], v.shape[2]), pre_q is not None)
+    strides, widths = (dq.stride(0), _row_stride(slope_q)), (dq.shape[2], v.shape[2])
+    grads = GradStores(strides, widths, slope_q is not None, dq[0].numel() if summed else 0)
     launch = problem.prepare("backward_queries", operands, grads=grads)
-    pre_q = launch.unused if pre_q is None else pre_q
+    outs = dq, launch.unused if slope_q is None else slope_q, launch.row_sums
     if bias is None:
-        launch.launch(operands, *(launch.unused,) * 4, dq, pre_q, *(launch.unused,) * 3)
-        return None, None
+        launch.launch(operands, *(launch.unused,) * 4, *outs, *(launch.unused,) * 3)
+        return None, None, launch.row_sums.sum(0) if summed else None
     sums = [torch.zeros(len(t), dtype=torch.int64, device=dq.device) for t in (bias.position_table, bias.time_table)]
     per_unit = _units(problem, grad, v)
-    launch.launch(operands, *bias.all, dq, pre_q, *sums, per_unit)
+    launch.launch(operands, *bias.all, *outs, *sums, per_unit)
     d_position, d_time = ((x * (problem.scale / per_unit.double())).float() for x in sums)
-    return d_position, d_time
+    return d_position, d_time, launch.row_sums.sum(0) if summed else None
 
 
 def _row_stride(x: Tensor | None) -> int:
@@ -356,18 +371,22 @@ def launch_backward_keys(
     dk: Tensor,
     dv: Tensor,
     bias: BiasInputs | None = None,
-    pre_k: Tensor | None = None,
-    pre_v: Tensor | None = None,
-) -> None:
-    """Fills dk [T, H, D] and dv [T, H, V], whose rows may lie apart.
+    slope_k: Tensor | None = None,
+    slope_v: Tensor | None = None,
+    summed: bool = False,
+) -> Tensor | None:
+    """Fills dk [T, H, D] and dv [T, H, V], whose rows may lie apart; `summed` gives the sums of both's rows
+    [H D + H V].
 
-    Where k = SiLU(pre_k) and v = SiLU(pre_v), they become the gradients of pre_k and pre_v, which have one row stride.
+    They are multiplied by `slope_k` and `slope_v`, the slopes of what made k and v, which have one row stride.
     """
-    strides = dk.stride(0), dv.stride(0), _row_stride(pre_k)
-    grads = GradStores(strides, (dk.shape[2], dv.shape[2]), pre_k is not None)
+    strides, widths = (dk.stride(0), dv.stride(0), _row_stride(slope_k)), (dk.shape[2], dv.shape[2])
+    grads = GradStores(strides, widths, slope_k is not None, dk[0].numel() + dv[0].numel() if summed else 0)
     launch = problem.prepare("backward_keys", operands, grads=grads)
-    pre = (launch.unused,) * 2 if pre_k is None else (pre_k, pre_v)
-    launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), dk, dv, *pre)
+    slopes = (launch.unused,) * 2 if slope_k is None else (slope_k, slope_v)
+    of_bias = bias.all if bias is not None else (launch.unused,) * 4
+    launch.launch(operands, *of_bias, dk, dv, *slopes, launch.row_sums)
+    return launch.row_sums.sum(0) if summed else None
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -385,7 +404,7 @@ class _TritonAttention(torch.autograd.Function):
         grad = grad.to(q.dtype).contiguous()
         operands = q, k, v, grad if grad.data_ptr() % 16 == 0 else grad.clone()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        d_position, d_time = launch_backward_queries(problem, operands, dq, bias)
+        d_position, d_time, _ = launch_backward_queries(problem, operands, dq, bias)
         launch_backward_keys(problem, operands, dk, dv, bias)
         return dq, dk, dv, d_position, d_time, None, None
 

@@ -75,7 +75,7 @@ def project(
     from kernels.stu.triton_launch import launch_project
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
-    projected, _ = launch_project(x_TE, weights, shape, keep_pre=False, keep_weight=True)
+    projected, _ = launch_project(x_TE, weights, shape, keep_pre=False)
     u, q, k, v = projected.parts(projected.uvqk)
     return u, q, k, v
 
@@ -128,7 +128,7 @@ def output(
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
     seed = _drawn(p) if seed is None else seed
-    return launch_output(x_TE, a_THV.flatten(1), u_TE, weights, shape, p, seed, keep_y=False, keep_weight=True)[0]
+    return launch_output(x_TE, a_THV.flatten(1), u_TE, weights, shape, p, seed, keep_y=False)[0]
 
 
 def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:

@@ -2,9 +2,9 @@
 
     x ─norm→ X ─f1, SiLU→ U, Q, K, V ─attention→ A ─norm, gate, dropout→ Y ─f2 + x→ out
 
-Kept for backward are x and A, and unless `recompute` names them X, U..V and Y. SiLU's derivative needs what it was
-applied to: U is activated only inside the gate kernels, and for Q, K, V f1 writes both forms where backward follows.
-Each kernel that makes a gradient applies it before it stores, so that no pass over U..V is left.
+Kept for backward are x and A, and unless `recompute` names them X, U..V and Y. SiLU's derivative does not follow from
+its result: U is activated only inside the gate kernels, and for Q, K, V f1 writes the derivative too where backward
+follows. Each kernel that makes a gradient applies it before it stores, so that no pass over U..V is left.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from kernels.stu.reference import STUShape, STUWeights
 
 @dataclass(slots=True)
 class Projected:
-    """f1's output [T, U + Q + K + V], all activated but U, and what SiLU was applied to [T, Q + K + V]."""
+    """f1's output [T, U + Q + K + V], all activated but U, and SiLU's derivative [T, Q + K + V]."""
 
     uvqk: Tensor
-    pre: Tensor | None
+    slope: Tensor | None
     shape: STUShape
 
     def parts(self, of: Tensor) -> list[Tensor]:
@@ -36,15 +36,15 @@ class Projected:
         u, *qkv = of.split(self.shape.split, dim=1)
         return [u, *(x.unflatten(1, (self.shape.num_heads, -1)) for x in qkv)]
 
-    def pre_qkv(self) -> list[Tensor] | list[None]:
-        if self.pre is None:
+    def slopes(self) -> list[Tensor] | list[None]:
+        if self.slope is None:
             return [None, None, None]
-        return [x.unflatten(1, (self.shape.num_heads, -1)) for x in self.pre.split(self.shape.split[1:], dim=1)]
+        return [x.unflatten(1, (self.shape.num_heads, -1)) for x in self.slope.split(self.shape.split[1:], dim=1)]
 
 
 def launch_project(
-    x_TE: Tensor, weights: STUWeights, shape: STUShape, keep_pre: bool, normed: Tensor | None = None,
-    keep_normed: bool = False, keep_weight: bool = False,
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, keep_slope: bool, normed: Tensor | None = None,
+    keep_normed: bool = False,
 ) -> tuple[Projected, Tensor | None]:  # fmt: skip
     """f1 of the normalised x, and that if it is to be kept or was given."""
     dtype = x_TE.dtype
@@ -56,15 +56,15 @@ def launch_project(
         )
         normed = made if normed is None else normed
     silu_from = shape.split[0] if shape.silu_qkv else None
-    options: dict[str, Any] = {"silu_from": silu_from, "keep_pre": keep_pre, "dtype": dtype}
+    options: dict[str, Any] = {"silu_from": silu_from, "keep_slope": keep_slope, "dtype": dtype}
     if codes is not None and scale is not None:
-        w, w_scale = quantized_weight(weights.uvqk_weight, keep=keep_weight)
-        uvqk, pre = launch_linear(codes, w, weights.uvqk_bias, scales=(scale, w_scale), **options)
+        w, w_scale = quantized_weight(weights.uvqk_weight)
+        uvqk, slope = launch_linear(codes, w, weights.uvqk_bias, scales=(scale, w_scale), **options)
     else:
         assert normed is not None
-        w = cast_weight(weights.uvqk_weight, dtype, keep=keep_weight)
-        uvqk, pre = launch_linear(normed, w, weights.uvqk_bias, **options)
-    return Projected(uvqk, pre, shape), normed
+        w = cast_weight(weights.uvqk_weight, dtype)
+        uvqk, slope = launch_linear(normed, w, weights.uvqk_bias, **options)
+    return Projected(uvqk, slope, shape), normed
 
 
 def attend(projected: Projected, plan: attention.TritonPlan) -> tuple[attention.Problem, tuple[Tensor, ...]]:
@@ -83,7 +83,7 @@ def attention_rows(projected: Projected, plan: attention.TritonPlan) -> Tensor:
 
 def launch_output(
     x_TE: Tensor, a_TE: Tensor, u_TE: Tensor, weights: STUWeights, shape: STUShape, p: float, seed: int,
-    keep_y: bool, keep_weight: bool = False,
+    keep_y: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """x + f2 of the gated A, and Y if it is to be kept."""
     y, codes, scale = launch_norm_gate(
@@ -91,12 +91,12 @@ def launch_output(
         p=p, seed=seed, out=keep_y or not shape.fp8, fp8=shape.fp8,
     )  # fmt: skip
     if codes is not None and scale is not None:
-        w, w_scale = quantized_weight(weights.out_weight, keep=keep_weight)
+        w, w_scale = quantized_weight(weights.out_weight)
         scales = scale, w_scale
         out, _ = launch_linear(codes, w, weights.out_bias, residual=x_TE, scales=scales, dtype=x_TE.dtype)
     else:
         assert y is not None
-        w = cast_weight(weights.out_weight, x_TE.dtype, keep=keep_weight)
+        w = cast_weight(weights.out_weight, x_TE.dtype)
         out, _ = launch_linear(y, w, weights.out_bias, residual=x_TE)
     return out, y if keep_y else None
 
@@ -116,7 +116,7 @@ class FusedLayer(torch.autograd.Function):
         a = attention_rows(projected, plan)
         out, y = launch_output(x_TE, a, u, weights, shape, p, seed, "y" in keep)
         kept = [normed if "normed_x" in keep else None, y]
-        kept += [projected.uvqk, projected.pre] if "uvqk" in keep else [None, None]
+        kept += [projected.uvqk, projected.slope] if "uvqk" in keep else [None, None]
         ctx.save_for_backward(x_TE, a, *kept, *weights)
         ctx.rest = shape, plan, p, seed
         return out
@@ -125,14 +125,14 @@ class FusedLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         shape, plan, p, seed = ctx.rest
-        x, a, normed, y, uvqk, pre, *tensors = ctx.saved_tensors
+        x, a, normed, y, uvqk, slope, *tensors = ctx.saved_tensors
         weights = STUWeights(*tensors)
         dtype = x.dtype
         grad = grad.to(dtype).contiguous()
         if uvqk is None:
             projected, normed = launch_project(x, weights, shape, shape.silu_qkv, normed, keep_normed=True)
         else:
-            projected = Projected(uvqk, pre, shape)
+            projected = Projected(uvqk, slope, shape)
         if normed is None:
             norm = weights.norm_weight, weights.norm_bias
             normed, _, _ = launch_layer_norm(x, *norm, shape.norm_eps, dtype)
@@ -141,7 +141,7 @@ class FusedLayer(torch.autograd.Function):
         d_uvqk = torch.empty_like(projected.uvqk)
         du, dq, dk, dv = projected.parts(d_uvqk)
         d_y = grad @ weights.out_weight.to(dtype)
-        da, made, d_norm_weight, d_norm_bias, _ = launch_norm_gate_backward(
+        da, made, d_norm_weight, d_norm_bias, sum_u = launch_norm_gate_backward(
             d_y, a, u, weights.norm_attn_weight, weights.norm_attn_bias, du, eps=shape.norm_eps,
             concat_ua=shape.concat_ua, p=p, seed=seed, out=y is None,
         )  # fmt: skip
@@ -152,14 +152,15 @@ class FusedLayer(torch.autograd.Function):
         problem, operands = attend(projected, plan)
         d_heads = da.unflatten(1, (shape.num_heads, shape.d_v))
         d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v)) if problem.d_v > shape.d_v else d_heads
-        pre_q, pre_k, pre_v = projected.pre_qkv()
-        attention.launch_backward_queries(problem, (*operands, d_heads), dq, pre_q=pre_q)
-        attention.launch_backward_keys(problem, (*operands, d_heads), dk, dv, pre_k=pre_k, pre_v=pre_v)
-        del projected, operands, problem, da, d_heads, pre_q, pre_k, pre_v
+        slope_q, slope_k, slope_v = projected.slopes()
+        given = *operands, d_heads
+        *_, sum_q = attention.launch_backward_queries(problem, given, dq, slope_q=slope_q, summed=True)
+        sum_kv = attention.launch_backward_keys(problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True)
+        del projected, operands, given, problem, da, d_heads, slope_q, slope_k, slope_v
 
         d_normed = d_uvqk @ weights.uvqk_weight.to(dtype)
         d_uvqk_weight = d_uvqk.T @ normed
-        d_uvqk_bias = d_uvqk.sum(0, dtype=torch.float32)
+        d_uvqk_bias = torch.cat([sum_u, sum_q, sum_kv])  # of each part from the kernel that made it
         dx, d_weight, d_bias, d_out_bias = launch_layer_norm_backward(
             d_normed, x, grad, weights.norm_weight, shape.norm_eps
         )

@@ -45,7 +45,7 @@ def save_model(folder: Path, model: UltraHSTU, cfg: RunConfig, maps: FeatureMaps
 
 
 def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
-    """The model at `folder`, in evaluation mode.
+    """The model at `folder`, in evaluation mode and frozen, so that kernels may keep forms of its weights.
 
     Raises:
         UserError: there is none, or a file is missing or not what was saved.
@@ -58,7 +58,7 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (ConfigError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"the model at {folder} was saved by another version of this project: {error}") from error
-    return LoadedModel(model.to(device).eval(), cfg, maps, extra)
+    return LoadedModel(model.to(device).eval().requires_grad_(False), cfg, maps, extra)
 
 
 def verified(folder: Path, what: str) -> dict:
