@@ -75,7 +75,7 @@ def project(
     from kernels.stu.triton_launch import launch_project
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
-    projected, _ = launch_project(x_TE, weights, shape, keep_pre=False)
+    projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)
     u, q, k, v = projected.parts(projected.uvqk)
     return u, q, k, v
 
