@@ -40,11 +40,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "HSTU, merged, relative bias": {"encoder": "hstu_merged", "attention": CAUSAL, "relative_bias": True},
     "semi-local only": {"attention": SEMI_LOCAL},
     "ULTRA-HSTU": ULTRA,
+    "ULTRA-HSTU, FP8": {**ULTRA, "fp8": True},
 }
 BIASED = "HSTU, merged, relative bias"
 GOALS = {  # events per second of ULTRA-HSTU, or of semi-local attention alone, over another model, at 16,384 events
     ("ULTRA-HSTU", "HSTU, interleaved"): {"train": 25, "infer": 25},
     ("ULTRA-HSTU", "HSTU, merged"): {"train": 8, "infer": 8},
+    ("ULTRA-HSTU, FP8", "HSTU, interleaved"): {"train": 25, "infer": 25},
+    ("ULTRA-HSTU, FP8", "HSTU, merged"): {"train": 8, "infer": 8},
     ("semi-local only", "HSTU, merged"): {"train": 3.5, "infer": 3},
 }
 
@@ -115,19 +118,31 @@ def random_batch(cfg: RunConfig, events: int, length: int, candidates: int, seed
 
 
 def median_ms(call: Callable[[int], object], device: str, repeats: int) -> float:
-    """Of whole calls, host time included; the argument tells one from another."""
+    """A call among others of its kind, as in training: the host may run ahead of the device. Median of 3 series."""
     for i in range(3):  # compiles kernels, fills the allocator
         call(i)
     times = []
-    for i in range(repeats):
+    for _ in range(3):
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        call(i)
+        for i in range(repeats):
+            call(i)
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - begin))
+        times.append(1000 * (time.perf_counter() - begin) / repeats)
     return statistics.median(times)
+
+
+def device_ms(call: Callable[[int], object], device: str) -> float:
+    """What the kernels of a call take, one after another: near the call's time, or the host is the slower side."""
+    if device != "cuda":
+        return math.nan
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(2):
+            call(i)
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 2e3
 
 
 def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) -> dict[str, float]:
@@ -146,8 +161,13 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     trainee = Trainee(cfg, vocabulary(cfg), device, rank=0, world_size=1)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    found["train_ms"] = median_ms(lambda i: trainee.step(batches[i % 2], i, 1000), device, options.repeats)
+
+    def train(i: int) -> object:
+        return trainee.step(batches[i % 2], i, 1000)
+
+    found["train_ms"] = median_ms(train, device, options.repeats)
     found["train_peak_gb"] = peak_gb()
+    found["train_device_ms"] = device_ms(train, device)
     model = trainee.model.eval()
     model.zero_grad(set_to_none=True)
 
@@ -160,12 +180,13 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
         torch.cuda.reset_peak_memory_stats()
     found["infer_ms"] = median_ms(infer, device, options.repeats)
     found["infer_peak_gb"] = peak_gb()
+    found["infer_device_ms"] = device_ms(infer, device)
     return found
 
 
-def ratio(found: dict, faster: str, slower: str, length: int, way: str) -> float:
+def ratio(found: dict, faster: str, slower: str, length: int, time: str) -> float:
     """Events per second of the one over those of the other: the batches are the same."""
-    return found[slower][str(length)][f"{way}_ms"] / found[faster][str(length)][f"{way}_ms"]
+    return found[slower][str(length)][time] / found[faster][str(length)][time]
 
 
 def slope(by_length: dict[str, dict[str, float]], way: str) -> float:
@@ -185,8 +206,8 @@ def section(run: dict[str, Any]) -> str:
         f"`{run['command']}`, one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}: "
         f"{sizes['layers']} layers, d = {sizes['heads'] * sizes['width']}, {sizes['heads']} heads of {sizes['width']}, "
         f"{sizes['events']:,} events a batch and {sizes['candidates']} candidates a user, bf16 autocast, medians of "
-        f"{sizes['repeats']}. A training step is the trainer's: forward, loss, backward, both optimizers. ULTRA-HSTU "
-        "keeps 1,024 events after 4 of 12 layers; window 256, full rows 256.",
+        f"3 series of {sizes['repeats']} calls. A training step is the trainer's: forward, loss, backward, both "
+        "optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 layers; window 256, full rows 256.",
     ]
     for way, title in (("train", "Training"), ("infer", "Inference")):
         rows = []
@@ -195,19 +216,27 @@ def section(run: dict[str, Any]) -> str:
             shown = [
                 "–"
                 if c is None
-                else f"{c[f'{way}_ms']:.1f} ms, {sizes['events'] / c[f'{way}_ms'] / 1e3:.2f}M/s, "
-                f"{c[f'{way}_peak_gb']:.1f} GB"
+                else f"{c[f'{way}_ms']:.1f} ({c[f'{way}_device_ms']:.1f}), "
+                f"{sizes['events'] / c[f'{way}_ms'] / 1e3:.2f}M/s, {c[f'{way}_peak_gb']:.1f} GB"
                 for c in cells
             ]
             complete = all(cells) and len(lengths) > 1
             rows.append([name, *shown, f"{slope(by_length, way):.2f}" if complete else "–"])
-        header = [f"{title}: ms a batch, events/s, peak memory", *(f"{n:,}" for n in lengths), "slope per user"]
+        header = [
+            f"{title}: ms a batch (its kernels alone), events/s, peak memory",
+            *(f"{n:,}" for n in lengths),
+            "slope per user",
+        ]
         parts.append(table(header, rows))
     longest = lengths[-1]
     rows = []
     for (faster, slower), goals in GOALS.items():
         if str(longest) in found.get(faster, {}) and str(longest) in found.get(slower, {}):
-            cells = [f"{ratio(found, faster, slower, longest, way):.1f}x (goal {goals[way]}x)" for way in goals]
+            cells = [
+                f"{ratio(found, faster, slower, longest, f'{way}_ms'):.1f}x "
+                f"(kernels {ratio(found, faster, slower, longest, f'{way}_device_ms'):.1f}x, goal {goals[way]}x)"
+                for way in goals
+            ]
             flops = [found[name][str(longest)]["forward_tflop"] for name in (slower, faster)]
             rows.append([f"{faster} over {slower}", *cells, f"{flops[0] / flops[1]:.1f}x"])
     parts.append(table([f"events/s at {longest:,}", "training", "inference", "FLOP"], rows))
@@ -225,7 +254,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128, help="of a head")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3, help="calls of a series, of which 5")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "model_h100.json")
     parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write RESULTS.md from FILE and end")

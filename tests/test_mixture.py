@@ -185,7 +185,7 @@ def test_work_of_a_mixture_by_hand() -> None:
     for tokens, pairs in layers:
         expected += 2 * tokens * d_model * 4 * heads * width + 2 * tokens * heads * width * d_model
         expected += 2 * pairs * heads * 2 * width
-    assert work.flops == expected + input_flops(cfg, batch) + head_flops(cfg, 1)
+    assert work.flops == expected + input_flops(cfg, batch.num_tokens, 1) + head_flops(cfg, 1)
 
 
 def test_artifact_of_a_mixture_keeps_scores(tmp_path) -> None:

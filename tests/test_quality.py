@@ -1,5 +1,6 @@
 """Many runs without Ray: what a plan says, what is skipped, what a run leaves behind."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from tiny_world import publish_sequences, tiny_config
 
-from benchmarks import quality, quality_report
+from benchmarks import model, quality, quality_report
 from benchmarks.section import write_section
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
@@ -89,3 +90,19 @@ def test_a_section_is_replaced_and_nothing_else(tmp_path):
     path.write_text(path.read_text() + "\nafter\n")
     write_section("speed", "second", path)
     assert path.read_text() == ("# Results\n\nbefore\n\n<!-- speed: begin -->\nsecond\n<!-- speed: end -->\n\nafter\n")
+
+
+def test_whole_model_speed_is_told_from_what_was_measured(tmp_path):
+    """Two models at two lengths, in smallest size on the CPU, as a section with ratios and slopes."""
+    options = argparse.Namespace(events=128, candidates=2, layers=6, heads=1, width=8, repeats=1, device="cpu")
+    found = {
+        name: {str(length): model.measure(model.MODELS[name], length, options) for length in (32, 64)}
+        for name in ("HSTU, merged", "ULTRA-HSTU")
+    }
+    assert all(numbers["train_ms"] > 0 and numbers["infer_ms"] > 0 for by in found.values() for numbers in by.values())
+    run = {"command": "x", "environment": quality.environment("cpu"), "sizes": vars(options), "models": found}
+    text = model.section(run)
+    assert "ULTRA-HSTU over HSTU, merged" in text
+    assert model.slope({"2": {"train_ms": 1.0}, "8": {"train_ms": 1.0}}, "train") == pytest.approx(1)  # constant tokens
+    assert model.slope({"2": {"train_ms": 1.0}, "8": {"train_ms": 4.0}}, "train") == pytest.approx(2)
+    assert model.ratio({"a": {"8": {"t": 1.0}}, "b": {"8": {"t": 4.0}}}, "a", "b", 8, "t") == 4

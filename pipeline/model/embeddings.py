@@ -45,10 +45,27 @@ def table(rows: int, dim: int) -> nn.Embedding:
     return embedding
 
 
+class NarrowLayerNorm(nn.LayerNorm):
+    """A layer norm whose output has its input's type. Autocast would make it float32: under bfloat16 the encoder is
+    bound by memory, and the statistics are float32 either way."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+def looked_up(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rows(index)` in `dtype`. Where nothing is recorded the table is cast rather than what was read of it."""
+    if isinstance(rows, nn.Embedding) and not torch.is_grad_enabled():
+        return nn.functional.embedding(index, rows.weight.to(dtype))
+    return rows(index).to(dtype)
+
+
 class SwishLayerNorm(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = NarrowLayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.norm(x))
@@ -67,7 +84,9 @@ class ContentEncoder(nn.Module):
         )
         width = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
         d = cfg.model.d_model
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * d), SwishLayerNorm(2 * d), nn.Linear(2 * d, d), nn.LayerNorm(d))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * d), SwishLayerNorm(2 * d), nn.Linear(2 * d, d), NarrowLayerNorm(d)
+        )
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
         tables = [self.item_id, *self.item, *self.request]
@@ -207,8 +226,8 @@ class TokenEncoder(nn.Module):
 
     def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """[T, d], position and time added."""
-        x_TE = x_TE + self.position(batch.position % self.position.num_embeddings)
-        return x_TE + self.time(self.time_bucket(batch.gap_ms, self.time_buckets))
+        x_TE = x_TE + looked_up(self.position, batch.position % self.position.num_embeddings, x_TE.dtype)
+        return x_TE + looked_up(self.time, self.time_bucket(batch.gap_ms, self.time_buckets), x_TE.dtype)
 
 
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:

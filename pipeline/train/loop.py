@@ -139,9 +139,9 @@ class Trainee:
         losses, weights = self._reduce_dense(loss.detach(), weight)
         total = (weights * self.task_weights).sum().clamp(min=1e-12)
         grads = self._reduce_sparse()
-        for parameter in self.dense.values():
-            assert parameter.grad is not None
-            parameter.grad /= total
+        dense_grads = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
+        assert len(dense_grads) == len(self.dense)
+        torch._foreach_div_(dense_grads, total)  # pyright: ignore[reportPrivateImportUsage]  # one launch for all
         nn.utils.clip_grad_norm_(self.dense.values(), cfg.grad_clip)
         factor = learning_rate_factor(step, cfg.warmup_steps, total_steps)
         for group in self.adamw.param_groups:
