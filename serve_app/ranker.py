@@ -8,12 +8,10 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from pipeline import config
 from pipeline.config import ServeConfig
@@ -21,8 +19,7 @@ from pipeline.data.batch import SequenceBatch, candidates, collate
 from pipeline.data.events import Events
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
-from pipeline.model.quantize import quantize_tables
-from pipeline.model.stu import STU
+from pipeline.model.quantize import as_served
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history import Histories, HistoryStore, histories, sequence_row
 from serve_app.history_cache import HistoryCaches, history_keys
@@ -249,16 +246,6 @@ def _no_rows(like: Events, num_sequences: int) -> Events:
     """`num_sequences` sequences without a row."""
     nothing = np.zeros(num_sequences, np.int64)
     return like.take(nothing, nothing)
-
-
-def as_served(model: nn.Module, limits: ServeConfig) -> None:
-    """Give the model the number formats that the operator wants of it."""
-    if limits.int4_tables:
-        quantize_tables(model)
-    if limits.fp8 is not None:
-        for layer in model.modules():
-            if isinstance(layer, STU):
-                layer.shape = replace(layer.shape, fp8=limits.fp8)
 
 
 def probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:

@@ -21,7 +21,8 @@ from pipeline.data.examples import Examples, UserEvents, request_examples, user_
 from pipeline.data.features import FeatureMaps
 from pipeline.data.loader import evaluation_batch, split_bounds
 from pipeline.model.artifact import LoadedModel, load_model
-from serve_app.ranker import as_served, probabilities
+from pipeline.model.quantize import as_served
+from serve_app.ranker import probabilities
 
 WARM_UP = 5  # requests sent before the clock counts
 TIMEOUT_S = 30.0

@@ -134,11 +134,11 @@ def score_candidates(model: UltraHSTU, cache: HistoryCache, batch: SequenceBatch
     for begin in range(0, len(x_CE), micro_batch):
         rows = x_CE[begin : begin + micro_batch]
         row_offsets = batch.seq_offsets.clamp(begin, begin + len(rows)) - begin
-        parts.append(_outputs(model, cache, rows, row_offsets))
+        parts.append(layer_outputs(model, cache, rows, row_offsets))
     return model.score(torch.cat(parts), batch)
 
 
-def _outputs(model: UltraHSTU, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor) -> Tensor:
+def layer_outputs(model: UltraHSTU, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor) -> Tensor:
     """[C, channels * d]: the transducers' outputs of the candidates `x_CE`."""
     outputs, caches = [], iter(cache.layers)
     for stack in _transducers(model):

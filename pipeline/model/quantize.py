@@ -1,11 +1,14 @@
-"""INT4 embedding tables for inference (ULTRA-HSTU, arXiv:2602.16986: sparse embeddings are INT4 in serving)."""
+"""Number formats of inference: INT4 embedding tables (ULTRA-HSTU, arXiv:2602.16986), FP8 where training had none."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from kernels.int4_embedding.op import look_up, packed_words, quantize
+from pipeline.config import ServeConfig
+from pipeline.model.stu import STU
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,16 @@ class Int4Embedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def as_served(model: nn.Module, limits: ServeConfig) -> None:
+    """Give the model the number formats that the operator wants of it."""
+    if limits.int4_tables:
+        quantize_tables(model)
+    if limits.fp8 is not None:
+        for layer in model.modules():
+            if isinstance(layer, STU):
+                layer.shape = replace(layer.shape, fp8=limits.fp8)
 
 
 def quantize_tables(model: nn.Module) -> dict[str, tuple[int, int]]:
