@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/demo/model"))
     parser.add_argument("--store", type=Path, default=Path("runs/demo/sequences"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of one pass over several requests")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=RUNS / "formats.json")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write RESULTS.md from FILE and end")
@@ -91,19 +92,20 @@ def main() -> None:
         write_section("formats", section(json.loads(options.report.read_text())))
         return
     torch.set_num_threads(1)
+    command = "python -m benchmarks.formats" + " --device cuda" * (options.device == "cuda")
+    found: dict[str, dict[str, float]] = {}
+    run = {"command": command, "environment": environment(options.device), "formats": found}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = replace(load_model(options.model).cfg, runs_dir=folder)
+        cfg = load_model(options.model).cfg
+        cfg = replace(cfg, runs_dir=folder, evaluate=replace(cfg.evaluate, batch_tokens=options.tokens))
         cfg.run_dir.mkdir()
         cfg.sequence_dir.symlink_to(options.store.absolute())
-        found: dict[str, dict[str, float]] = {}
         for name in options.formats:
             begin = time.perf_counter()
             found[name] = measure(options.model, cfg, FORMATS[name], options.device)
             print(f"{name:20}{json.dumps(found[name])} {time.perf_counter() - begin:.1f} s", flush=True)
-    command = "python -m benchmarks.formats" + " --device cuda" * (options.device == "cuda")
-    run = {"command": command, "environment": environment(options.device), "formats": found}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(run, indent=1) + "\n")
+            options.out.write_text(json.dumps(run, indent=1) + "\n")
 
 
 if __name__ == "__main__":
