@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.attention import TOKENS, Timer
+from kernels.backend import Backend
 from kernels.layer_norm.reference import quantize_rows_reference
 from kernels.layer_norm.triton_launch import launch_layer_norm, launch_layer_norm_backward, launch_quantize
 from kernels.linear.reference import linear_reference
 from kernels.linear.triton_launch import launch_linear
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
-from kernels.stu.op import RECOMPUTABLE, Backend, Sequences, stu_layer
+from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
 from kernels.stu.reference import STUShape, STUWeights
 
 ROOT = Path(__file__).parent

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend
 from kernels.layer_norm.reference import quantize_rows_reference, through_fp8
 from kernels.layer_norm.triton_launch import launch_layer_norm, launch_quantize
 from kernels.linear import triton_launch as linear
@@ -21,10 +22,10 @@ from kernels.linear.weights import cast_weight
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
 from kernels.semi_local_attention import triton_launch as attention
-from kernels.semi_local_attention.op import triton_plan
+from kernels.semi_local_attention.op import semi_local_attention, triton_plan
+from kernels.stu import op
 from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
 from kernels.stu.reference import STUShape, STUWeights
-from kernels.stu.triton_launch import FusedLayer, attention_rows, launch_output, launch_project
 
 SMALL = STUShape(
     num_heads=2,
@@ -54,8 +55,19 @@ def assert_as_accurate(fast: Tensor, plain: Tensor, truth: Tensor, factor: float
     assert worst[0] <= allowed, f"error {worst[0]:.2e}, allowed {allowed:.2e}"
 
 
+def attend(q, k, v, seq_offsets, *, bias, attn_alpha, scaling_seq_len, backend, **mask) -> Tensor:
+    """`semi_local_attention` with Triton's interpreter as one more backend."""
+    options = {"bias": bias, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
+    if backend != "triton":
+        return semi_local_attention(q, k, v, seq_offsets, **mask, **options, backend=backend)
+    return attention.semi_local_attention_triton(q, k, v, triton_plan(len(q), seq_offsets, **mask), **options)
+
+
 @pytest.fixture
-def small_tiles(monkeypatch):
+def interpreted(monkeypatch):
+    """The fused layer on the CPU, where "triton" is asked for, on small tiles."""
+    monkeypatch.setattr(op, "is_fused", lambda x, shape, backend: backend == "triton")
+    monkeypatch.setattr(op, "semi_local_attention", attend)
     monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.Tile(16, 16, 4, 1))
     monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
     torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
@@ -78,38 +90,33 @@ def make_layer(shape: STUShape, width: int = 20) -> tuple[Tensor, list[Tensor], 
 SEQUENCES = Sequences(torch.tensor([0, 23, 23, 32]), 23, torch.tensor([3, 0, 9], dtype=torch.int32))
 
 
-def run(shape: STUShape, p: float, dtype: torch.dtype, fused: bool = False) -> list[Tensor]:
+def run(shape: STUShape, p: float, dtype: torch.dtype, backend: Backend = "reference") -> list[Tensor]:
     """Output and all gradients."""
     x, weights, grad = make_layer(shape)
     leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), *(w.clone() for w in weights))]
-    x, *weights = leaves
-    if fused:
-        rows = SEQUENCES.seq_offsets, SEQUENCES.max_seq_len, SEQUENCES.num_targets, SEQUENCES.target_visible
-        plan = triton_plan(len(x), *rows, shape.window, shape.full_rows, shape.prefix)
-        out = FusedLayer.apply(x, *weights, shape, plan, p, 77)
-        with torch.no_grad():
-            projected, _ = launch_project(x, STUWeights(*weights), shape, keep_slope=False)
-            u, a = projected.parts(projected.uvqk)[0], attention_rows(projected, plan)
-            inferred, _ = launch_output(x, a, u, STUWeights(*weights), shape, p, 77, keep_y=False)
-        assert torch.equal(inferred, out)
-    else:
-        out = stu_layer(x, STUWeights(*weights), shape, SEQUENCES, p=p, seed=77, backend="reference")
+
+    def layer() -> Tensor:
+        return op.stu_layer(leaves[0], STUWeights(*leaves[1:]), shape, SEQUENCES, p=p, seed=77, backend=backend)
+
+    out = layer()
+    with torch.no_grad():  # inference goes another way
+        assert torch.equal(layer(), out)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_layer_equals_the_reference_in_outputs_and_gradients(name):
     shape, p = CASES[name]
     truth, plain = run(shape, p, torch.float64), run(shape, p, torch.float32)
-    for fast, in_float32, expected in zip(run(shape, p, torch.float32, fused=True), plain, truth, strict=True):
+    for fast, in_float32, expected in zip(run(shape, p, torch.float32, backend="triton"), plain, truth, strict=True):
         assert_as_accurate(fast, in_float32, expected)
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("interpreted")
 def test_what_is_made_again_changes_no_bit():
-    kept = run(SMALL, 0.3, torch.float32, fused=True)
-    again = run(replace(SMALL, recompute=RECOMPUTABLE), 0.3, torch.float32, fused=True)
+    kept = run(SMALL, 0.3, torch.float32, backend="triton")
+    again = run(replace(SMALL, recompute=RECOMPUTABLE), 0.3, torch.float32, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 

@@ -1,1 +1,1 @@
-"""Linear layer with its neighbours fused: bias, SiLU, residual, row-wise FP8. `op.py` is the face."""
+"""Linear layer with its neighbours fused: bias, SiLU and its slope, residual, row-wise FP8. A part of `kernels.stu`."""

@@ -1,1 +1,1 @@
-"""Norm(A) * SiLU(U) with dropout and row-wise FP8 output. `op.py` is the face, `reference.py` the truth."""
+"""Norm(A) * SiLU(U) with dropout and row-wise FP8 output. A part of `kernels.stu`."""

@@ -1,1 +1,1 @@
-"""A whole STU layer as one autograd function: what is kept for backward, and what is computed again."""
+"""A whole STU layer: fused kernels, and what is kept for backward. `op.py` is the face, `reference.py` the truth."""

@@ -5,16 +5,15 @@ x [T, E] + weights + the batch's mask → `stu_layer` → [T, E]
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend, choose, require
 from kernels.semi_local_attention.op import semi_local_attention, triton_plan
 from kernels.semi_local_attention.reference import RelativeBias
 from kernels.stu.reference import STUShape, STUWeights, output_reference, project_reference
 
-Backend = Literal["auto", "triton", "torch", "reference"]
 RECOMPUTABLE = "normed_x", "uvqk", "y"
 
 
@@ -133,9 +132,10 @@ def output(
 
 def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
     """Whether the fused kernels take this; float32 is left to PyTorch, whose products are faster there."""
-    fused = backend in ("auto", "triton") and x_TE.is_cuda and _compute_dtype(x_TE).itemsize == 2 and len(x_TE) > 0
-    if fused and shape.fp8 and torch.cuda.get_device_capability(x_TE.device) < (8, 9):
-        raise ValueError(f"FP8 needs compute capability 8.9, {torch.cuda.get_device_name(x_TE.device)} has less")
+    fused = choose(backend, x_TE) == "triton" and _compute_dtype(x_TE).itemsize == 2 and len(x_TE) > 0
+    if fused and shape.fp8:
+        name, capability = torch.cuda.get_device_name(x_TE.device), torch.cuda.get_device_capability(x_TE.device)
+        require(capability >= (8, 9), f"FP8 needs compute capability 8.9, {name} has {capability}")
     return fused
 
 
@@ -150,16 +150,12 @@ def _drawn(p: float) -> int:
 
 @lru_cache(1024)  # a model asks the same of every layer
 def _check(x: torch.Size, weights: tuple[torch.Size, ...], shape: STUShape, p: float) -> None:
-    if len(x) != 2:
-        raise ValueError(f"x must be [T, E], got {tuple(x)}")
+    require(len(x) == 2, f"x must be [T, E], got {tuple(x)}")
     width, projected, attended = x[1], sum(shape.split), shape.split[0]
     gated = attended * (3 if shape.concat_ua else 1)
     norms = (width,), (width,), (projected, width), (projected,), (attended,), (attended,)
     for name, size, expected in zip(STUWeights._fields, weights, (*norms, (width, gated), (width,)), strict=True):
-        if size != expected:
-            raise ValueError(f"{name} must be {expected}, got {tuple(size)}")
-    if not 0 <= p < 1:
-        raise ValueError(f"p must be in [0, 1), got {p}")
+        require(size == expected, f"{name} must be {expected}, got {tuple(size)}")
+    require(0 <= p < 1, f"p must be in [0, 1), got {p}")
     unknown = set(shape.recompute) - set(RECOMPUTABLE)
-    if unknown:
-        raise ValueError(f"recompute may name {RECOMPUTABLE}, got {sorted(unknown)}")
+    require(not unknown, f"recompute may name {RECOMPUTABLE}, got {sorted(unknown)}")
