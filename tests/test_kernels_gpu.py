@@ -1,4 +1,4 @@
-"""Semi-local attention on a GPU: the benchmark's parity suite, at real sizes and in all types."""
+"""The kernels on a GPU: the benchmarks' parity suites, at real sizes and in all types."""
 
 import os
 import subprocess
@@ -12,10 +12,11 @@ import torch
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_parity_on_the_device():
+@pytest.mark.parametrize("benchmark", ["attention", "layer", "tables"])
+def test_parity_on_the_device(benchmark):
     """In its own process: this one interprets the kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.attention", "--parity-only"]
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--parity-only"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
