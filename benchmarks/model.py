@@ -257,10 +257,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls of a series, of which 5")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "model_h100.json")
-    parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write RESULTS.md from FILE and end")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from these and end")
     options = parser.parse_args()
     if options.report:
-        write_section("model", section(json.loads(options.report.read_text())))
+        runs = [json.loads(path.read_text()) for path in options.report]
+        measured = {name: run["models"][name] for name in MODELS for run in runs if name in run["models"]}
+        write_section("model", section(runs[0] | {"models": measured}))
         return
     sizes = {name: getattr(options, name) for name in ("events", "candidates", "layers", "heads", "width", "repeats")}
     found: dict[str, dict[str, dict[str, float]]] = {}
