@@ -1,14 +1,21 @@
 """What an ablation switches off, and that a switch without effect is told."""
 
+import argparse
 from dataclasses import replace
+from pathlib import Path
 
+import mlflow
 import pytest
 from test_mixture import make_mixture
 from test_model import make_batch, make_config, make_model
+from tiny_world import publish_sequences, tiny_config
 
+import jobs.ablation
+from jobs import cli
 from pipeline import config
-from pipeline.config import DenseFeature, RunConfig, StochasticLengthConfig, UserError
+from pipeline.config import ConfigError, DenseFeature, RunConfig, StochasticLengthConfig, UserError
 from pipeline.evaluate import ablation
+from pipeline.mlflow_server import mlflow_server
 from pipeline.model.flops import count_work
 
 TRUNCATED = {"attention": {"window": 1, "full_rows": 1, "scaling_seq_len": 16}, "truncate_after_layer": 1}
@@ -121,3 +128,28 @@ def test_the_table_shows_what_each_is_worth() -> None:
     assert "+0.0500" in rows[3]
     assert "62.5%" in rows[3]
     assert len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.cluster
+def test_the_job_trains_every_variant_and_fails_on_one_without_effect(local_ray: None, mlflow_runs: Path) -> None:
+    """A window wider than every history: full rows or not, the mask is the same."""
+    model = tiny_config(mlflow_runs).model
+    wide = replace(model, attention=replace(model.attention, window=64))
+    cfg = replace(tiny_config(mlflow_runs, name="ablated", train={"epochs": 1, "batch_users": 8}), model=wide)
+    publish_sequences(cfg)
+    options = argparse.Namespace(only=["full_rows_0"], split="val")
+    with pytest.raises(UserError, match="full_rows_0 changes nothing: masked_pair_share"):
+        jobs.ablation.main(cli.Job(cfg, False, options))
+    table = (cfg.run_dir / "ablation" / "ablation.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["whole", "full_rows_0"]
+    with mlflow_server(cfg):
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name(cfg.tracking.experiment)
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if run.info.run_name == "ablated ablation"]
+    children = {run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert children == {"whole", "full_rows_0"}
+    assert parent.info.status == "FAILED"
+    with pytest.raises(ConfigError, match="--only"):
+        jobs.ablation.choose(cfg, ["no_such"])
