@@ -94,13 +94,15 @@ def test_a_section_is_replaced_and_nothing_else(tmp_path):
 
 def test_whole_model_speed_is_told_from_what_was_measured(tmp_path):
     """Two models at two lengths, in smallest size on the CPU, as a section with ratios and slopes."""
-    options = argparse.Namespace(events=128, candidates=2, layers=6, heads=1, width=8, repeats=1, device="cpu")
+    options = argparse.Namespace(
+        events=128, candidates=2, layers=6, heads=1, width=8, repeats=1, device="cpu", lengths=[32, 64]
+    )
     found = {
         name: {str(length): model.measure(model.MODELS[name], length, options) for length in (32, 64)}
         for name in ("HSTU, merged", "ULTRA-HSTU")
     }
     assert all(numbers["train_ms"] > 0 and numbers["infer_ms"] > 0 for by in found.values() for numbers in by.values())
-    run = {"command": "x", "environment": quality.environment("cpu"), "sizes": vars(options), "models": found}
+    run = {"command": "x", "environment": quality.environment("cpu"), "sizes": size, "models": found}
     text = model.section(run)
     assert "ULTRA-HSTU over HSTU, merged" in text
     assert model.slope({"2": {"train_ms": 1.0}, "8": {"train_ms": 1.0}}, "train") == pytest.approx(1)  # constant tokens
