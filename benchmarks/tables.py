@@ -67,11 +67,13 @@ def check_jagged(lengths: tuple[list[int], list[int]], width: int, dtype: torch.
     kept = sum(torch.minimum(torch.tensor(lengths[0]), tail.cpu() + 2).tolist())
     results = []
     for backend in ("triton", "torch"):
+        torch.cuda.set_sync_debug_mode("error" if backend == "triton" else "default")  # what waits for it raises
         whole = concatenate(left, left_offsets, right, right_offsets, backend=backend)
         parts = split(whole, left_offsets, right_offsets, num_left=len(left), backend=backend)
         short, offsets = truncate_tail(left, left_offsets, tail, num_context=2, num_rows=kept, backend=backend)
         grads = torch.autograd.grad(whole, (left, right), whole_grad, retain_graph=True)
         back = torch.autograd.grad(short, left, whole_grad[: len(short)])
+        torch.cuda.set_sync_debug_mode("default")
         results.append([whole, *parts, short, offsets, *grads, *back])
     same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     return None if same else "rows differ from plain PyTorch's"
@@ -93,7 +95,9 @@ def check_adamw(ids: Tensor, num_rows: int, dim: int, momentum: bool) -> str | N
 
     def step(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         state = [None if x is None else x.to(dtype, copy=True) for x in (weight, m, v)]
+        torch.cuda.set_sync_debug_mode("error" if backend == "triton" else "default")
         rowwise_adamw(*state, ids, grads.to(dtype), hyper, grad_scale=scale.to(dtype), backend=backend)
+        torch.cuda.set_sync_debug_mode("default")
         return [x for x in state if x is not None]
 
     fast, again = step(torch.float32, "triton"), step(torch.float32, "triton")
@@ -126,8 +130,11 @@ def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str |
 
     def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in (users, items)]
+        torch.cuda.set_sync_debug_mode("error" if backend == "triton" else "default")
         loss = sampled_softmax(*leaves, positives, negatives, weights=weights, backend=backend)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        grads = torch.autograd.grad(loss, leaves)
+        torch.cuda.set_sync_debug_mode("default")
+        return [loss.detach(), *grads]
 
     fast, again = run(dtype, "triton"), run(dtype, "triton")
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
@@ -139,10 +146,10 @@ def parity_checks() -> dict[str, Callable[[], str | None]]:
     checks: dict[str, Callable[[], str | None]] = {}
     many = [3, 0, 1, 200, 64] * 50
     for lengths in (([1], [1]), ([63, 0, 130], [0, 0, 70]), ([0, 0], [0, 3]), (many, many[::-1])):
-        for width, dtype in ((1, torch.float32), (50, torch.bfloat16), (512, torch.bfloat16), (1000, torch.float32)):
+        for width, dtype in ((1, torch.float32), (50, torch.bfloat16), (512, torch.bfloat16)):
             name = f"jagged {lengths if len(lengths[0]) < 4 else 'many'} {width} {dtype}"
             checks[name] = lambda x=lengths, w=width, t=dtype: check_jagged(x, w, t)
-    for dim in (1, 8, 32, 50, 64, 128, 300):
+    for dim in (1, 32, 50, 128):
         for dtype in (torch.float32, torch.bfloat16):
             checks[f"int4 {dim} {dtype}"] = lambda d=dim, t=dtype: check_int4(1000, d, t)
     kinds = {
@@ -154,7 +161,7 @@ def parity_checks() -> dict[str, Callable[[], str | None]]:
     }
     for kind, ids in kinds.items():
         for dim in (1, 50, 128):
-            for momentum in (True, False):
+            for momentum in (True, False) if dim == 128 else (True,):
                 checks[f"adamw {kind} {dim} {momentum}"] = lambda i=ids, d=dim, m=momentum: check_adamw(i(), 5000, d, m)
     checks["adamw bfloat16 rows"] = check_bfloat16_rows
     for sizes in ((1, 1, 1, 1), (63, 5, 20, 50), (257, 1000, 128, 64), (1000, 40_000, 512, 64), (300, 77, 33, 256)):
@@ -172,6 +179,7 @@ def parity() -> dict:
             found = check()
         except Exception as error:  # the report must name the case, whatever went wrong in it
             found = f"{type(error).__name__}: {str(error)[:300]}"
+            torch.cuda.set_sync_debug_mode("default")
         if found:
             problems.append(f"{name}: {found}")
             print(problems[-1], flush=True)

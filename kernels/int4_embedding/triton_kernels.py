@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids"])
 def look_up(
     packed,  # int32 [R, words]
     ids,  # int [N]

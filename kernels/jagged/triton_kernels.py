@@ -23,7 +23,7 @@ def _bisect(offsets, other, row, num_sequences, steps, TWO: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "steps"])  # other lengths, the same program
 def concatenate_or_split(
     whole,  # [T, E]
     left,  # [rows, E]
@@ -60,7 +60,7 @@ def concatenate_or_split(
         tl.store(whole + whole_at, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "steps", "num_context"])
 def truncate_tail(
     long,  # [T, E]
     short,  # [rows, E]

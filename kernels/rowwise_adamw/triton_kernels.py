@@ -53,7 +53,7 @@ def _add_within_runs(sum_a, starts_a, sum_b, starts_b):
     return tl.where(starts_b != 0, sum_b, sum_a + sum_b), starts_a | starts_b
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["num_ids", "step"])
 def update_rows(
     ids,  # int [n], sorted
     order,  # int64 [n]: where the gradient of ids[i] lies
@@ -106,7 +106,7 @@ def update_rows(
     tl.store(partial + to, grad, mask=(came | goes_on)[:, None] & (col < dim))
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["num_ids", "step"])
 def finish_rows(
     ids, partial, weight, m, v, grad_scale, num_ids, dim, step, lr, share1, share2, correct1, correct2, eps,
     weight_decay, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -19,7 +19,7 @@ def _through_norm(grad, direction, norm):
     return (grad - along * direction) / tl.maximum(norm, NORM_EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_negatives"])
 def forward(
     users,  # [P, dim]
     items,  # [N, dim]
@@ -73,7 +73,7 @@ def forward(
     tl.store(grad + position * dim + col, _through_norm(toward, user, norm), mask=col < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "columns"])
 def item_gradients(
     users,  # [P, dim]
     items,  # [N, dim]
