@@ -26,9 +26,10 @@ def _latencies(run: dict[str, Any]) -> str:
             rows.append(
                 f"| {what}, {load['rate']:g}/s for {load['seconds']:g} s, {load['candidates']} candidates | "
                 f"{_ms(figures['latency_ms'])} | {_ms(figures['ranker_ms'])} | {_ms(figures['overhead_ms'])} | "
-                f"{figures['failures']} of {figures['requests']:,} | {figures['others_cores']:.2f} |"
+                f"{figures['failures']} and {figures['statuses'].get('429', 0)} of {figures['requests']:,} | "
+                f"{figures['others_cores']:.2f} |"
             )
-    head = "| ms, p50 / p95 / p99 | whole request | ranker's pass | the rest | failures | cores that others used |\n"
+    head = "| ms, p50 / p95 / p99 | whole request | ranker's pass | the rest | failures and 429 | cores others used |\n"
     return head + "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows)
 
 

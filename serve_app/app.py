@@ -102,7 +102,10 @@ class Api:
     """The ingress: `make_api` over the replicas' handle."""
 
     def __init__(self, replicas: DeploymentHandle, args: "Arguments") -> None:
-        self.replicas, self.args = replicas, args
+        # Made once: each handle is an object of its own. Ray's default, cloudpickle, is for code; these are values.
+        self.replicas = replicas.options(request_serialization="pickle", response_serialization="pickle")
+        self.ranking, self.appending, self.asking = self.replicas.rank, self.replicas.append, self.replicas.info
+        self.args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         file, rate = self.args.api_keys_file, self.args.rate_limit_per_s
@@ -116,13 +119,16 @@ class Api:
         )
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        return await self._with_another_try(self.replicas.rank, request)
+        if request.user_id is None:
+            return await self._with_another_try(self.ranking, request)
+        # a user's encoded history lies with one replica
+        return await self._with_another_try(self.ranking.options(session_id=str(request.user_id)), request)
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
-        return await self._with_another_try(self.replicas.append, request)
+        return await self._with_another_try(self.appending, request)
 
     async def info(self) -> ModelInfo:
-        return await self._with_another_try(self.replicas.info)
+        return await self._with_another_try(self.asking)
 
     async def metrics(self) -> dict[str, bytes]:
         asked = self.replicas.broadcast("metrics")

@@ -29,6 +29,9 @@ class MicroBatcher:
     async def _run(self) -> None:
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_together))]
+            batch = [(item, answer) for item, answer in batch if not answer.done()]  # else nobody waits any more
+            if not batch:
+                continue
             try:
                 results = await asyncio.to_thread(self._work, [item for item, _ in batch])
             except Exception as error:  # whatever it was, it belongs to those who wait for these answers

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}  # what a replica works for
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
-FEW = 4  # requests that may always be in flight: one that is worked at, and a batch that waits
+FEW = 6  # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 
 

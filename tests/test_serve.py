@@ -327,6 +327,28 @@ def test_a_batch_that_fails_fails_its_own_requests_only() -> None:
     assert others == [1, 2]
 
 
+def test_what_nobody_waits_for_any_more_is_not_begun() -> None:
+    begun: list[int] = []
+
+    def work(items: list[int]) -> list[int]:
+        begun.extend(items)
+        time.sleep(0.1)
+        return items
+
+    async def main() -> list[int]:
+        batcher = MicroBatcher(work, max_together=2)
+        first = asyncio.create_task(batcher(0))
+        await asyncio.sleep(0.03)
+        waiting = [asyncio.create_task(batcher(i)) for i in (1, 2, 3, 4)]
+        await asyncio.sleep(0)
+        for task in waiting[:3]:
+            task.cancel()
+        return [await first, await waiting[3]]
+
+    assert asyncio.run(main()) == [0, 4]
+    assert begun == [0, 4]
+
+
 # The configuration file ------------------------------------------------------
 
 
@@ -560,10 +582,13 @@ def wait_until(done: Callable[[], bool]) -> None:
 @pytest.mark.cluster
 def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
     assert httpx.get(f"{served.url}/metrics").status_code == 401
+    rank_all = lambda: [served.client.post("/v1/rank", json=ONE | {"user_id": user}) for user in range(NUM_USERS)]
+    rank_all()
     before = served.client.get("/metrics").text
-    for user in range(NUM_USERS):
-        served.client.post("/v1/rank", json=ONE | {"user_id": user})
+    rank_all()
     text = served.client.get("/metrics").text
+    missed = [sample(page, "ranking_history_cache_misses_total") for page in (before, text)]
+    assert missed[0] == missed[1], "a user's second request goes where the first has left the encoded history"
     for name in ("ranking_requests_total", "ranking_ranker_requests_total"):
         labels = {"path": "/v1/rank"} if name == "ranking_requests_total" else {}
         assert sample(text, name, **labels) - sample(before, name, **labels) == NUM_USERS, name
