@@ -4,7 +4,7 @@
 
 Synthetic users with a mean of 40 rows in SEQUENCE's Arrow columns; the maps know 20,000 items with two item columns and
 two request columns. Timed: Arrow lists → flat columns (`user_events`, once per pool of buckets), and flat columns →
-`SequenceBatch` (`example_batch`, once per step).
+`SequenceBatch` (`example_batch`, once per step), without and with three dense features on the candidates.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from pipeline import config, schema
+from pipeline.data.counts import LabelCounts
 from pipeline.data.examples import example_batch, request_examples, training_examples, user_events
 from pipeline.data.features import FeatureMaps
 
@@ -53,6 +55,8 @@ def make_sequences(num_users: int, cfg: config.RunConfig) -> pa.Table:
 def make_maps() -> FeatureMaps:
     rng = np.random.default_rng(1)
     codes = np.column_stack([np.arange(NUM_ITEMS + 1), rng.integers(0, 500, (NUM_ITEMS + 1, 2))]).astype(np.int32)
+    known = rng.random((10**6, 2)) < 0.9
+    labels = np.concatenate([known, known & (rng.random((10**6, 2)) < 0.3)], axis=1)
     return FeatureMaps(
         item_ids=np.arange(NUM_ITEMS),
         item_codes=codes,
@@ -60,8 +64,13 @@ def make_maps() -> FeatureMaps:
         user_ids=np.zeros(0, np.int64),
         user_codes=np.zeros((1, 0), np.int32),
         request_values={"tab": np.arange(8), "hour": np.arange(24)},
-        vocab_sizes={},
+        vocab_sizes={"request.tab": 9},
         base_rates={},
+        row_rates={"timed": [0.3, 0.02]},
+        counts={
+            "item": LabelCounts.of(rng.integers(1, NUM_ITEMS, 10**6), np.arange(10**6) // 5000, labels),
+            "tab": LabelCounts.of(rng.integers(1, 9, 10**6), np.arange(10**6) // 5000, labels),
+        },
     )
 
 
@@ -93,6 +102,9 @@ def main() -> None:
             "features": {"request": {"tab": {"dim": 4}, "hour": {"dim": 4}}},
         }
     )
+    by = {"item": ("item_id",), "tab": ("tab",), "user": ("user",)}
+    features = replace(cfg.features, dense={name: config.DenseFeature(by=columns) for name, columns in by.items()})
+    dense = replace(cfg, features=features)
     sequences, maps = make_sequences(options.users, cfg), make_maps()
     users = user_events(sequences, cfg)
     num_rows = int(users.events.offsets[-1])
@@ -106,10 +118,11 @@ def main() -> None:
             examples[i : i + options.batch] for i in range(0, min(len(examples), 40 * options.batch), options.batch)
         ]
         tokens = sum(int(part.num_tokens.sum()) for part in parts)
-        work = lambda parts=parts, training=training: [
-            example_batch(users, part, maps, cfg, training=training) for part in parts
-        ]
-        rates[name] = tokens / median_seconds(work, options.repeats)
+        for which, settings in ((name, cfg), (f"{name}, dense features", dense)):
+            work = lambda parts=parts, training=training, settings=settings: [
+                example_batch(users, part, maps, settings, training=training) for part in parts
+            ]
+            rates[which] = tokens / median_seconds(work, options.repeats)
     print(json.dumps({name: f"{rate / 1e6:.2f}M events/s" for name, rate in rates.items()}, indent=2))
 
 

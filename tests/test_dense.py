@@ -102,6 +102,17 @@ def test_every_training_and_validation_row_against_loops(world: tuple[RunConfig,
         np.testing.assert_allclose(got[:, i * width : (i + 1) * width], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_row_without_a_real_time_carries_nothing(world: tuple[RunConfig, pa.Table, FeatureMaps]) -> None:
+    cfg, table, maps = world
+    users = user_events(table, cfg)
+    examples = training_examples(users, cfg, np.random.default_rng(0))
+    order_only = users.events.order_only[target_rows(examples)]
+    dense = dense_of(users, examples, maps, cfg)
+    assert order_only.sum() > 5
+    assert (dense[order_only] == 0).all()
+    assert (dense[~order_only] != 0).any(axis=1).all()
+
+
 # The same numbers everywhere
 
 
@@ -156,7 +167,8 @@ def own_label_moves(
     """For how many of some training rows what `see` returns depends on the row's own label."""
     table = publish_sequences(replace(cfg, runs_dir=str(folder / "plain")))
     maps = fit_features(replace(cfg, runs_dir=str(folder / "plain")))
-    rows = np.flatnonzero(user_events(table, cfg).events.event_time < cfg.split.train_end_ms)[::5]
+    events = user_events(table, cfg).events
+    rows = np.flatnonzero((events.event_time < cfg.split.train_end_ms) & ~events.order_only)[::4]
     moved = 0
     for row in rows.tolist():
         other_cfg = replace(cfg, runs_dir=str(folder / f"flipped-{row}"))

@@ -51,7 +51,7 @@ class LabelCounts:
         first = number * self.span
         begin = np.searchsorted(self.cells, first)
         end = np.searchsorted(self.cells, first + np.clip(time - self.start, 0, self.span))
-        return np.where(seen[:, None], self.before[end] - self.before[begin], 0)
+        return self.before[np.where(seen, end, begin)] - self.before[begin]
 
     def frozen(self) -> "LabelCounts":
         """The counts of all rows, whatever the time asked for."""

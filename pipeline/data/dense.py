@@ -4,6 +4,9 @@ They ride on candidates only, so that nothing in an encoded history depends on a
 training, evaluation and serving alike. A training row reads the training period's counts as of the last full step
 before its request: its own label, and what came later, is in none of its features. After the training period, and in a
 saved model, the counts are the whole period's.
+
+An order_only training row carries none of them, zeros: what was known at its time is not known. Such rows also lie
+close to the ones before them, where a user's rates say more than they do about a later request, and they are many.
 """
 
 import numpy as np
@@ -27,7 +30,7 @@ def dense_width(cfg: RunConfig) -> int:
 def candidate_features(
     seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig
 ) -> np.ndarray | None:
-    """float32 [C, F], None where the configuration names no feature.
+    """float32 [C, F], 0 for order_only candidates; None where the configuration names no feature.
 
     Args:
         seen: B histories, each whole up to what the last of its candidates sees.
@@ -49,7 +52,8 @@ def candidate_features(
         columns.append(evidence(counts, np.array(maps.row_rates[feature.rows]), feature.prior))
     gap = np.where(targets.gap_ms < 0, 0, np.log2(1 + np.maximum(targets.gap_ms, 0)) / GAP_SCALE)
     pace = np.stack([np.log1p(targets.position) / COUNT_SCALE, gap], axis=1)
-    return np.concatenate([*columns, pace], axis=1).astype(np.float32)
+    values = np.concatenate([*columns, pace], axis=1).astype(np.float32)
+    return np.where(targets.order_only[:, None], np.float32(0), values)
 
 
 def evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
@@ -79,12 +83,14 @@ class _OwnPast:
         """int64 [C, 2 K], over the rows that agree with the candidate in the feature's columns."""
         by = [name for name in feature.by if name != "user"]
         chosen = rows_of_kind(self.seen.order_only, feature.rows)
-        if by:
-            group = self.maps.groups(by, item_rows, self.targets.request, self.cfg)
-            seen_group = self.maps.groups(by, self.seen_items, self.seen.request, self.cfg)
-            chosen = chosen & (seen_group > 0)
-        else:
-            group, seen_group = np.zeros_like(self.user), np.zeros_like(self.seen_user)
+        if not by:  # every row agrees: the same counts without sorting anything
+            before = np.zeros((len(self.labels) + 1, self.labels.shape[1]), np.int64)
+            np.cumsum(self.labels & chosen[:, None], 0, out=before[1:])
+            first = self.seen.offsets[self.user]
+            return before[first + self.visible] - before[first]
+        group = self.maps.groups(by, item_rows, self.targets.request, self.cfg)
+        seen_group = self.maps.groups(by, self.seen_items, self.seen.request, self.cfg)
+        chosen = chosen & (seen_group > 0)
         size = 1 + max(group.max(initial=0), seen_group.max(initial=0))
         past = LabelCounts.of((self.seen_user * size + seen_group)[chosen], self.place[chosen], self.labels[chosen])
         return past.earlier(self.user * size + group, self.visible)
