@@ -19,11 +19,11 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.api import Overloaded, Unavailable, make_api
-from serve_app.batching import MicroBatcher
+from serve_app.batching import MicroBatcher, TokenBatcher
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition
 from serve_app.protection import ApiKeys, RateLimit
-from serve_app.rollout import Rollout, load
+from serve_app.rollout import Job, Rollout, load
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 
 logger = logging.getLogger("ray.serve")
@@ -41,7 +41,7 @@ class RankerReplica:
         self.failed: dict[str, str] = {}
         self.loading: asyncio.Task | None = None
         self.counts = ReplicaMetrics()
-        self.batcher = MicroBatcher(self._rank)
+        self.batcher = TokenBatcher(self._prepare, self._answer, self._batch_tokens)
         self.appender = MicroBatcher(self._append)  # events that wait together share a transaction and its fsync
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -74,8 +74,14 @@ class RankerReplica:
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         return await self.batcher(request)
 
-    def _rank(self, requests: list[RankColumns]) -> list[RankedColumns | Refusal]:
-        return self._current.rank(requests)  # one rollout for the whole batch, whatever is swapped meanwhile
+    def _prepare(self, request: RankColumns) -> Job:
+        return self._current.prepare(request)
+
+    def _answer(self, jobs: list[Job]) -> list[RankedColumns | Refusal]:
+        return jobs[0].rollout.answer(jobs)  # that of all of them, whatever was swapped meanwhile
+
+    def _batch_tokens(self) -> int:
+        return self._current.champion.limits.batch_tokens
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
         return await self.appender(request)

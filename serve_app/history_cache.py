@@ -17,17 +17,13 @@ from pipeline.model.cached import HistoryCache
 BYTES_PER_MB = 2**20
 
 
-def history_keys(history: Events, user_codes: np.ndarray) -> list[bytes]:
-    """A digest of each sequence: its rows in all columns, and the codes of its user, [B, user columns]."""
+def history_key(history: Events, user_codes: np.ndarray) -> bytes:
+    """A digest of one sequence: its rows in all columns, and the codes of its user, [1, user columns]."""
     columns = [getattr(history, f.name) for f in fields(history) if f.name not in ("offsets", "request", "dense")]
-    columns += [history.request[name] for name in sorted(history.request)]
-    keys = []
-    for begin, end, codes in zip(history.offsets[:-1], history.offsets[1:], user_codes, strict=True):
-        digest = hashlib.blake2b(codes.tobytes(), digest_size=16)
-        for column in columns:
-            digest.update(column[begin:end].tobytes())
-        keys.append(digest.digest())
-    return keys
+    digest = hashlib.blake2b(user_codes.tobytes(), digest_size=16)
+    for column in (*columns, *(history.request[name] for name in sorted(history.request))):
+        digest.update(column.tobytes())
+    return digest.digest()
 
 
 class HistoryCaches:
@@ -38,6 +34,10 @@ class HistoryCaches:
         self.num_bytes = self.hits = self.misses = self.evictions = 0
         self._entries: OrderedDict[bytes, HistoryCache] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether `get` would find it; counts nothing."""
+        return key in self._entries
 
     def get(self, key: bytes) -> HistoryCache | None:
         with self._lock:

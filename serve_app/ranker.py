@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -16,17 +17,37 @@ import torch
 from pipeline import config
 from pipeline.config import ServeConfig
 from pipeline.data.batch import SequenceBatch, candidates, collate
-from pipeline.data.events import Events
+from pipeline.data.events import Events, concatenate
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from pipeline.model.quantize import as_served
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.history import Histories, HistoryStore, histories, sequence_row
-from serve_app.history_cache import HistoryCaches, history_keys
+from serve_app.history import HistoryStore, histories, sequence_row
+from serve_app.history_cache import HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal
 
 NO_USER = -1  # in no vocabulary: the codes of an unknown user
 MS_PER_DAY = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with all that its scores depend on, `past` and `targets` of one sequence each."""
+
+    request: RankColumns
+    user_id: int
+    unknown_user: bool
+    past: Events
+    targets: Events
+    key: bytes  # of the encoded history; empty for a model that keeps none
+
+    @property
+    def history_length(self) -> int:
+        return len(self.past.item_id)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.history_length + len(self.request)
 
 
 class Ranker:
@@ -88,41 +109,51 @@ class Ranker:
 
     def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns]:
         """Answers to requests that `refusal` let pass, scored together; none depends on its company."""
-        sequences = [self._sequence(request.head) for request in requests]
-        times = np.array([request.head.request_time_ms for request in requests], np.int64)
-        rows = [self._empty() if sequence is None else sequence for sequence in sequences]
-        past = histories(rows, times, self.cfg, self.limits.max_history)
-        targets = self._targets(requests, past, times)
-        users = np.array([NO_USER if r.user_id is None else r.user_id for r in requests], np.int64)
-        scores = self._score(past.events, targets, users)
-        return [
-            self._answer(request, scores[begin:end], unknown_user=sequence is None, history_length=int(length))
-            for request, sequence, begin, end, length in zip(
-                requests, sequences, targets.offsets[:-1], targets.offsets[1:], past.events.lengths, strict=True
-            )
-        ]
+        return self.score([self.prepare(request) for request in requests])
 
-    def _targets(self, requests: Sequence[RankColumns], past: Histories, times: np.ndarray) -> Events:
-        columns = {
-            name: np.concatenate([request.feature(name) for request in requests]) for name in self.request_columns
-        }
-        return candidates(
+    def prepare(self, request: RankColumns) -> "Prepared":
+        """What the request is about: the user's history as of its time, its candidates' features."""
+        sequence = self._sequence(request.head)
+        time_ms = np.array([request.head.request_time_ms], np.int64)
+        past = histories([self._empty() if sequence is None else sequence], time_ms, self.cfg, self.limits.max_history)
+        targets = candidates(
             past.events,
             past.first_position,
-            np.concatenate([request.item_id for request in requests]),
-            np.cumsum([0, *map(len, requests)]).astype(np.int64),
-            times,
-            columns,
+            request.item_id,
+            np.array([0, len(request)]),
+            time_ms,
+            {name: request.feature(name) for name in self.request_columns},
             self.maps,
             self.cfg,
         )
+        user_id = NO_USER if request.user_id is None else request.user_id
+        codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
+        return Prepared(
+            request=request,
+            user_id=user_id,
+            unknown_user=sequence is None,
+            past=past.events,
+            targets=targets,
+            key=history_key(past.events, codes) if self.cfg.model.cacheable else b"",
+        )
 
-    def _score(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
+    def bucket(self, prepared: "Prepared") -> int:
+        """Requests of one bucket are worth scoring together: 0 with an encoded history, else by its length."""
+        return 0 if prepared.key in self.caches else 1 + prepared.history_length.bit_length()
+
+    def score(self, prepared: Sequence["Prepared"]) -> list[RankedColumns]:
+        past = concatenate([one.past for one in prepared])
+        targets = concatenate([one.targets for one in prepared])
+        users = np.array([one.user_id for one in prepared], np.int64)
+        if self.cfg.model.cacheable:
+            scores = self._score_cached(past, targets, users, [one.key for one in prepared])
+        else:
+            scores = self._score_whole(past, targets, users)
+        parts = np.split(scores, targets.offsets[1:-1])
+        return [self._answer(one, part) for one, part in zip(prepared, parts, strict=True)]
+
+    def _score_cached(self, past: Events, targets: Events, users: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
         """Probabilities, float32 [C, tasks]: histories that are not in the cache first, then all candidates."""
-        if not self.cfg.model.cacheable:
-            return self._score_whole(past, targets, users)
-        codes = self.maps.user_codes[self.maps.user_rows(users)]
-        keys = history_keys(past, codes)
         kept = {key: self.caches.get(key) for key in keys}
         encoded = {key: cache for key, cache in kept.items() if cache is not None}
         cold = {key: i for i, key in enumerate(keys) if key not in encoded}  # each history once
@@ -166,9 +197,8 @@ class Ranker:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.limits.precision == "bf16"):
             yield
 
-    def _answer(
-        self, request: RankColumns, scores: np.ndarray, *, unknown_user: bool, history_length: int
-    ) -> RankedColumns:
+    def _answer(self, prepared: "Prepared", scores: np.ndarray) -> RankedColumns:
+        request = prepared.request
         codes = self.maps.item_codes[self.maps.item_rows(request.item_id), 0]
         ordered_by = request.head.order_by or self.cfg.tasks[0]
         head = {
@@ -176,8 +206,8 @@ class Ranker:
             "request_time_ms": request.head.request_time_ms,
             "ordered_by": ordered_by,
             "unknown_items": int(np.count_nonzero(codes == 0)),
-            "unknown_user": unknown_user,
-            "history_length": history_length,
+            "unknown_user": prepared.unknown_user,
+            "history_length": prepared.history_length,
         }
         by_task = {task: scores[:, i] for i, task in enumerate(self.cfg.tasks)}
         return RankedColumns(head, request.item_id, by_task, np.argsort(-by_task[ordered_by], kind="stable"))

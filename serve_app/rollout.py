@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.events import EventLog, LiveHistory, SqliteEvents
 from serve_app.history import PublishedSequences
 from serve_app.metrics import ReplicaMetrics
-from serve_app.ranker import Ranker
+from serve_app.ranker import Prepared, Ranker
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 
 logger = logging.getLogger("ray.serve")
@@ -72,20 +72,33 @@ class Rollout:
         return CANARY if in_share(request.user_id, canary.version, self.share) else CHAMPION
 
     def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns | Refusal]:
-        """An answer or a refusal for each; those of one version are scored together."""
-        roles = [self.role(request) for request in requests]
-        answers: list[RankedColumns | Refusal | None] = [
-            self.rankers[role].refusal(request) for role, request in zip(roles, requests, strict=True)
-        ]
+        """An answer or a refusal for each."""
+        return self.answer([self.prepare(request) for request in requests])
+
+    def prepare(self, request: RankColumns) -> "Job":
+        """Who answers the request, and with what before them."""
+        started = time.perf_counter()
+        role = self.role(request)
+        ranker = self.rankers[role]
+        refusal = ranker.refusal(request)
+        if refusal is not None:
+            return Job(self, role, request, refusal, 0.0)
+        prepared = ranker.prepare(request)
+        return Job(self, role, request, prepared, time.perf_counter() - started)
+
+    def answer(self, jobs: Sequence["Job"]) -> list[RankedColumns | Refusal]:
+        """The answers to jobs of this rollout; those of one version are scored together."""
+        answers: list[RankedColumns | Refusal | None] = [job.refusal for job in jobs]
         for role in (CHAMPION, CANARY):
-            mine = [i for i, answer in enumerate(answers) if answer is None and roles[i] == role]
+            mine = [(i, job) for i, job in enumerate(jobs) if job.role == role and isinstance(job.work, Prepared)]
             if mine:
-                for i, response in zip(mine, self._timed(role, [requests[i] for i in mine]), strict=True):
+                scored = self._timed(role, [job for _, job in mine])
+                for (i, _), response in zip(mine, scored, strict=True):
                     answers[i] = response
         given = [answer for answer in answers if answer is not None]
         if SHADOW in self.rankers:
-            pairs = zip(requests, given, strict=True)
-            self._copy([(request, answer) for request, answer in pairs if isinstance(answer, RankedColumns)])
+            pairs = zip(jobs, given, strict=True)
+            self._copy([(job.request, answer) for job, answer in pairs if isinstance(answer, RankedColumns)])
         return given
 
     def append(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
@@ -103,11 +116,11 @@ class Rollout:
                 self._copies.get_nowait()
                 self._copies.put_nowait(None)
 
-    def _timed(self, role: str, requests: list[RankColumns]) -> list[RankedColumns]:
+    def _timed(self, role: str, jobs: list["Job"]) -> list[RankedColumns]:
         ranker, metrics = self.rankers[role], self.metrics
         started = time.perf_counter()
-        responses = ranker.rank(requests)
-        took_s = time.perf_counter() - started
+        responses = ranker.score([job.work for job in jobs if isinstance(job.work, Prepared)])
+        took_s = time.perf_counter() - started + sum(job.prepared_s for job in jobs)
         labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)
         metrics.requests.labels(*labels).inc(len(responses))
@@ -138,12 +151,38 @@ class Rollout:
         if not ranked:
             return
         version = str(shadow.version)
-        responses = self._timed(SHADOW, [request for request, _ in ranked])
+        jobs = [Job(self, SHADOW, request, shadow.prepare(request), 0.0) for request, _ in ranked]
+        responses = self._timed(SHADOW, jobs)
         for (_, given), other in zip(ranked, responses, strict=True):
             shared = [task for task in given.scores if task in other.scores]
             changes = [np.abs(np.subtract(given.scores[task], other.scores[task])).max() for task in shared]
             self.metrics.shadow_change.labels(version).observe(max(changes, default=0.0))
             self.metrics.shadow_same_best.labels(version).inc(given.order[0] == other.order[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request of a rollout, ready to be scored or refused already. A job stays with the versions that it came to."""
+
+    rollout: Rollout
+    role: str
+    request: RankColumns
+    work: Prepared | Refusal
+    prepared_s: float
+
+    @property
+    def refusal(self) -> Refusal | None:
+        return self.work if isinstance(self.work, Refusal) else None
+
+    @property
+    def bucket(self) -> tuple[int, str, int]:
+        """Jobs of one bucket go together: one version, and histories of like length or encoded already."""
+        likeness = self.rollout.rankers[self.role].bucket(self.work) if isinstance(self.work, Prepared) else -1
+        return id(self.rollout), self.role, likeness
+
+    @property
+    def num_tokens(self) -> int:
+        return self.work.num_tokens if isinstance(self.work, Prepared) else 0
 
 
 # Loading ---------------------------------------------------------------------

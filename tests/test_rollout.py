@@ -118,7 +118,7 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
     monkeypatch.setattr(rollout, "SHADOW_QUEUE", 3)
     counts, release = ReplicaMetrics(), threading.Event()
     shadowed = loaded(world, shadow=2, counts=counts)
-    monkeypatch.setattr(shadowed.rankers[SHADOW], "rank", lambda requests: release.wait(10) and 1 / 0)
+    monkeypatch.setattr(shadowed.rankers[SHADOW], "score", lambda requests: release.wait(10) and 1 / 0)
     answers = [shadowed.rank([asking(user)])[0] for user in range(8)]
     assert all(isinstance(answer, RankedColumns) for answer in answers)
     dropped = sample(exposition(counts.registry).decode(), "ranking_shadow_dropped_total")

@@ -1,5 +1,6 @@
 """Rows of several sequences as flat columns, and the arithmetic of their bounds and gaps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,6 +42,23 @@ class Events:
             dense=None if self.dense is None else self.dense[index],
             **columns,
         )
+
+
+def concatenate(parts: Sequence[Events]) -> Events:
+    """The sequences of all parts, which agree in what columns they have."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([part.lengths for part in parts])
+    names = [f.name for f in fields(Events) if f.name not in ("offsets", "request", "dense")]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    request = {name: np.concatenate([part.request[name] for part in parts]) for name in parts[0].request}
+    dense = [part.dense for part in parts if part.dense is not None]
+    return Events(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        request=request,
+        dense=np.concatenate(dense) if dense else None,
+        **columns,
+    )
 
 
 def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
