@@ -90,10 +90,23 @@ class RankRequest(RankHead):
     candidates: list[Candidate] = Field(min_length=1)
 
 
+RANK_ANSWER_EXAMPLE = {
+    "model_version": 4,
+    "request_time_ms": 1_651_766_399_000,
+    "item_ids": [10, 11],
+    "scores": {"is_click": [0.31, 0.52], "is_like": [0.02, 0.01]},
+    "order": [1, 0],
+    "ordered_by": "is_click",
+    "unknown_items": 0,
+    "unknown_user": False,
+    "history_length": 187,
+}
+
+
 class RankResponse(BaseModel):
     """`item_ids` and each list of `scores` follow the request's candidates; `order` lists their places, best first."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), json_schema_extra={"examples": [RANK_ANSWER_EXAMPLE]})
 
     model_version: int
     request_time_ms: int
@@ -144,8 +157,13 @@ class EventsRequest(_Strict):
 EventStatus = Literal["accepted", "already_there", "conflict"]
 
 
+EVENTS_ANSWER_EXAMPLE = {"accepted": 1, "already_there": 1, "conflict": 0, "status": ["accepted", "already_there"]}
+
+
 class EventsResponse(BaseModel):
     """All of the events are on disk, or were before."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EVENTS_ANSWER_EXAMPLE]})
 
     accepted: int
     already_there: int = Field(description="sent before with the same values, or part of the published sequences")
@@ -177,8 +195,16 @@ class Refusal(BaseModel):
         return cls(loc=places, msg=_ascii(msg), input=_ascii(value if isinstance(value, str) else repr(value)))
 
 
+PROBLEM_EXAMPLES = [
+    {"detail": [{"loc": ["body", "candidates", 0, "item_id"], "msg": "Input should be a valid integer", "input": "x"}]},
+    {"detail": "too much work is waiting"},
+]
+
+
 class Problem(BaseModel):
     """Every answer that is not 200."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": PROBLEM_EXAMPLES})
 
     detail: list[Refusal] | str
 

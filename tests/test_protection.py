@@ -22,7 +22,9 @@ from serve_app.schemas import (
     EventsRequest,
     EventsResponse,
     ModelInfo,
+    Problem,
     RankRequest,
+    RankResponse,
     Refusal,
 )
 
@@ -224,6 +226,9 @@ def test_the_document_is_complete(keys_file: Path) -> None:
     schemas = document["components"]["schemas"]
     RankRequest.model_validate(schemas["RankRequest"]["examples"][0])
     EventsRequest.model_validate(schemas["EventsRequest"]["examples"][0])
+    for model in (RankResponse, EventsResponse, Problem):
+        for example in schemas[model.__name__]["examples"]:
+            assert model.model_validate(example).model_dump() == example
 
 
 def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -> None:
