@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from serve_app import deployment, load_test, replay
 from serve_app.api import Overloaded, Unavailable, make_api
 from serve_app.batching import MicroBatcher, TokenBatcher
 from serve_app.columns import MEDIA_TYPE, BadBody, RankColumns, RankedColumns
+from serve_app.events import SqliteEvents
 from serve_app.history import PublishedSequences
 from serve_app.ranker import Ranker
 from serve_app.rollout import in_share
@@ -616,6 +618,37 @@ def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> No
     assert (versions[0], versions[-1]) == (first, first)
     assert set(versions) == {first, second}
     assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == first
+
+
+@pytest.mark.cluster
+def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) -> None:
+    """Four writers, who send again what got no answer; `benchmarks.serving` does it with 100,000 events."""
+    num_posts, together, first_user = 40, 10, NOT_A_USER + 100
+    began = threading.Barrier(5)
+
+    def write(writer: int) -> set[tuple[int, int]]:
+        acknowledged: set[tuple[int, int]] = set()
+        began.wait()
+        with httpx.Client(base_url=served.url, timeout=10, headers=served.client.headers) as client:
+            for post in range(num_posts):
+                sent = {(first_user + writer, post * together + i) for i in range(together)}
+                rows = [{"user_id": user, "item_id": i, "event_time": 1_651_500_000_000 + i} for user, i in sent]
+                while (answer := client.post("/v1/events", json={"events": rows})).status_code != 200:
+                    assert answer.status_code in (429, 503, 504), answer.text
+                    time.sleep(0.1)
+                acknowledged |= sent
+        return acknowledged
+
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write, writer) for writer in range(4)]
+        began.wait()
+        time.sleep(0.1)
+        os.kill(replica_pids()[0], signal.SIGKILL)
+        acknowledged = set().union(*(done.result() for done in writing))
+    log = SqliteEvents(served.cfg.run_dir / "serving" / "events.sqlite")
+    kept = [(e.user_id, e.item_id) for writer in range(4) for e in log.of_user(first_user + writer)]
+    assert len(kept) == len(set(kept)) == len(acknowledged) == 4 * num_posts * together
+    assert set(kept) == acknowledged
 
 
 @pytest.mark.cluster
