@@ -33,8 +33,8 @@ from serve_app.schemas import (
     Refusal,
 )
 
-NUM_BODIES = 5000  # of each route: 10,000 for the JSON ones
-NUM_EXAMPLES = 50
+NUM_BODIES = 2000  # of each route; `benchmarks.serving` sends 10,000 over the wire
+NUM_EXAMPLES = 40
 
 
 class Whole:
@@ -75,20 +75,18 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     return make_api(Whole(folder), 100_000, ApiKeys(folder / "keys"))
 
 
-ROUTES = [(path, "POST") for path in ("/v1/rank", "/v1/events")]  # the Arrow body is binary: below
-ROUTES += [(path, "GET") for path in ("/v1/model", "/metrics", "/readyz")]
+# The Arrow body is binary: `malformed_arrow` below. There is nothing to get wrong in a GET.
+CASES = [(path, "POST", mode) for path in ("/v1/rank", "/v1/events") for mode in GenerationMode]
+CASES += [(path, "GET", GenerationMode.POSITIVE) for path in ("/v1/model", "/metrics", "/readyz")]
 
 
-@pytest.mark.parametrize(("path", "method"), ROUTES)
-@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("path", "method", "mode"), CASES)
 def test_requests_made_from_our_own_document(api: FastAPI, path: str, method: str, mode: GenerationMode) -> None:
     """No 5xx, and every status, content type and body as the document says; what it forbids is refused.
 
     Not checked: that all it allows is accepted. Which actions and columns there are is the model's to say.
     """
     operation = schemathesis.openapi.from_asgi("/openapi.json", api)[path][method]
-    if mode is GenerationMode.NEGATIVE and method == "GET":
-        pytest.skip("nothing to get wrong")
 
     @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy(generation_mode=mode))

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_world import tiny_config
+from tiny_world import publish_sequences, tiny_config
 
 from pipeline.cluster import free_port
 from pipeline.config import ConfigError, UserError
-from serve_app.events import StoreDown
+from serve_app.events import LiveHistory, SqliteEvents, StoreDown
+from serve_app.history import PublishedSequences, histories
 from serve_app.rollout import open_events
 from serve_app.schemas import Event
 
@@ -86,6 +88,31 @@ def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) 
     assert log.of_user(3) == []
     assert log.append([]) == []
     assert log_of(server, tmp_path, redis_prefix="another").of_user(1) == []
+
+
+def test_a_history_is_the_same_over_either_log(server: Server, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "runs")
+    table = publish_sequences(cfg)
+    published = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    logs = (log_of(server, tmp_path), SqliteEvents(tmp_path / "events.sqlite"))
+    one, other = (LiveHistory(published, log, cfg, max_events=100) for log in logs)
+    rng = np.random.default_rng(0)
+    times = np.concatenate([row.as_py() for row in table["event_time"]])
+    for _ in range(20):
+        events = [
+            event(int(rng.integers(30)), int(rng.integers(60)), int(rng.choice(times)), actions={"is_click": True})
+            for _ in range(5)
+        ]
+        assert one.append(events) == other.append(events)
+    for user in range(30):
+        found, expected = one.sequence(user), other.sequence(user)
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            assert found.equals(expected)
+            as_of = np.array([times.min(), int(np.median(times)), times.max() + 1])
+            cut, same = (histories([row] * 3, as_of, cfg, 100).events for row in (found, expected))
+            assert cut.item_id.tolist() == same.item_id.tolist()
+            assert cut.offsets.tolist() == same.offsets.tolist()
 
 
 def _write(url: str, folder: Path, writer: int, num: int) -> None:
