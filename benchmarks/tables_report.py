@@ -80,12 +80,13 @@ def jagged_table(run: dict) -> str:
 def section(run: dict) -> str:
     machine, parity = run["machine"], run["parity"]
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
+    wrong = f"{len(parity['wrong'])} wrong, see [NOTES.md](NOTES.md)" if parity["wrong"] else "0 wrong"
     sort = run["adamw"]["1M gradients of 128"]["sort alone"]["ms"]
     return f"""{BEGIN}
 ## Tables, optimizer, sampled softmax, jagged rows
 
 `python -m benchmarks.tables`, {versions}: medians with the L2 flushed, all in one run after {parity["cases"]} parity
-cases ({len(parity["wrong"])} wrong). A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
+cases ({wrong}). A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
 
 **INT4 look-up**, 1M random rows of a table far above the L2, dequantised to bfloat16. Bytes are the packed rows read
 and the rows written; "gather of the same bytes" is the look-up's access pattern without its arithmetic.
@@ -93,7 +94,8 @@ and the rows written; "gather of the same bytes" is the look-up's access pattern
 {int4_table(run)}
 
 **Row-wise AdamW**, 1M gradients of 128 floats into a table of 4M rows, sorting included ({sort:.3f} ms of it). Bytes
-are each gradient once, and each touched row and its state in and out once. The table's own floats come to the state.
+are each gradient once, and each touched row and its state in and out once. The state is what the optimizer adds to a
+float of the table.
 
 {adamw_table(run)}
 
@@ -101,13 +103,17 @@ are each gradient once, and each touched row and its state in and out once. The 
 
 {softmax_table(run)}
 
-**Jagged rows** of 512 bfloat16; 262,144 in all.
+**Jagged rows** of 512 bfloat16, 262,144 in all; of a run on a quiet host.
 
 {jagged_table(run)}
 {END}"""
 
 
-def write_report(run: dict) -> None:
+def write_report(runs: list[dict]) -> None:
+    """Sections of later runs replace those of earlier ones."""
+    run: dict = {}
+    for other in runs:
+        run |= other
     path = ROOT / "RESULTS.md"
     text = path.read_text()
     if BEGIN not in text:
