@@ -458,21 +458,27 @@ def training_step(users: int = 16, length: int = 4096, layers: int = 6, device: 
     }
 
 
-OURS = ("forward", "backward", "backward_queries", "backward_keys", "linear", "quantize")
+OURS = {
+    "attention": ("forward", "backward_queries", "backward_keys", "count_tiles", "write_row_tiles", "write_key_tiles"),
+    "the layer's products": ("linear",),
+    "the layer's row kernels": ("norm_forward", "norm_backward", "gate_forward", "gate_backward", "quantize"),
+    "table optimizer": ("update_rows", "finish_rows"),
+}
 
 
 def kernel_group(name: str) -> str:
     """What a kernel of the listing is, by its name."""
+    for group, names in OURS.items():
+        if name in names:
+            return f"ours: {group}"
     lower = name.lower()
-    if name in OURS:
-        return "ours: " + ("attention" if name.startswith("backward_") else "product" if name == "linear" else "rows")
     if any(word in lower for word in ("gemm", "cutlass", "nvjet", "xmma", "splitk", "gemv")):
         return "library products"
     if "elementwise" in lower or "foreach" in lower or "multi_tensor" in lower:
         return "elementwise"
     if "memcpy" in lower or "memset" in lower:
         return "copies"
-    return "other of PyTorch"
+    return "other of PyTorch: norms, sums, sorts, gathers"
 
 
 def time_ceilings(timer: Timer) -> dict[str, float]:

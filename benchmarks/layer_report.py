@@ -64,12 +64,15 @@ def section(run: dict) -> str:
     five = ", ".join(f"{name} {ms:.2f} ms" for name, ms in run["five_layers"].items())
     host = ", ".join(f"{name} {us:.0f}" for name, us in run["host_us"].items())
     groups = table(["share of the step's device time", ""], [[n, f"{s:.1%}"] for n, s in step["groups"].items()])
+    remarks = "\n".join(f"- {remark}" for remark in run.get("remarks", []))  # by hand, about the run
     return f"""## The layer
 
 `python -m benchmarks.layer`, {versions}: d = 512, 4 heads of 128, 65,536 tokens, window 256 and full rows 256,
 bfloat16, medians with the L2 flushed, all in one run after {parity}. Ceilings in the same run: {rates}.
 
 {layer_table(run)}
+
+{remarks}
 
 What is kept counts the layer's input. All recompute keeps {kept:.2f} of what nothing recomputed keeps (goal 1/3), and
 takes {longer:.1%} longer (goal 8 %).
@@ -82,8 +85,8 @@ FP8 is row-wise e4m3; weights are quantised once, outside of the times:
 
 {rows_table(run)}
 
-- 5 layers, 32 users, 1,024 history rows + 2,048 candidates each, inference: {five} (goals: 6.5 in bfloat16, 5.8 in
-  FP8; a user of the authors' code published 9.30).
+- 5 layers, 32 users, 1,024 history rows + 2,048 candidates each, inference: {five}
+  (goals: 6.5 in bfloat16, 5.8 in FP8; a user of the authors' code published 9.30).
 - Host, µs a layer: {host}.
 
 One training step of the whole model, {step["tokens"]:,} tokens, {step["layers"]} layers of d = 512, dropout, optimizer:

@@ -88,7 +88,7 @@ def main() -> None:
         (True, True, False, False),
         (False, False, True, True),
     ):
-        tile = tile_size(outputs=512, fp8=fp8, slope=slope, residual=not silu, half=True, hopper=hopper)
+        tile = tile_size(outputs=512, fp8=fp8, residual=not silu, half=True, hopper=hopper)
         kind = f"{'fp8 ' * fp8}{'silu' if silu else 'residual'}{' slope' * slope}"
         arch = 90 if hopper else 80
         found[f"sm_{arch} linear {kind}"] = build_linear(arch, tile, fp8=fp8, silu=silu, slope=slope)

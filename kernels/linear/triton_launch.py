@@ -28,19 +28,17 @@ class Tile:
     tma_out: bool = False
 
 
-def tile_size(*, outputs: int, fp8: bool, slope: bool, residual: bool, half: bool, hopper: bool) -> Tile:
+def tile_size(*, outputs: int, fp8: bool, residual: bool, half: bool, hopper: bool) -> Tile:
     """The static table, measured on an H100 (benchmarks/NOTES.md)."""
     if not half:
         return Tile(64, 64, 32, 4, 2)
     if not hopper:
         return Tile(128, 128, 32, 8, 3)
-    inputs = 128 if fp8 else 64  # 128 bytes
     if residual and fp8:
-        return Tile(128, 128, inputs, 4, 3, parts=2, tma_out=True)
-    if (residual or slope) and outputs > 128:
-        stages = 4 if slope else 3
-        return Tile(128, 256, inputs, 8, stages, parts=2, per_sm=1, flatten=True, tma_out=True)
-    return Tile(128, 128, inputs, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True)
+        return Tile(128, 128, 64, 4, 4, parts=2, per_sm=2, flatten=True, tma_out=True)
+    if residual and outputs > 128:
+        return Tile(128, 256, 64, 8, 3, parts=2, per_sm=1, flatten=True, tma_out=True)
+    return Tile(128, 128, 128 if fp8 else 64, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True)
 
 
 @cache
@@ -86,7 +84,7 @@ def launch_linear(
     hopper = _capability(device)[0] == 9
     if tile is None:
         tile = tile_size(
-            outputs=num_outputs, fp8=scales is not None, slope=slope is not None, residual=residual is not None,
+            outputs=num_outputs, fp8=scales is not None, residual=residual is not None,
             half=x_TK.element_size() < 4, hopper=hopper,
         )  # fmt: skip
     tma = hopper and _by_descriptor(x_TK) and _by_descriptor(w_NK)
