@@ -142,7 +142,8 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
         "cache_mb": cache.num_bytes / 2**20,
     }
     row["flop_ratio"] = (encode_flop + score_flop) / score_flop
-    row["time_ratio"] = row["ms"]["cold"] / min(row["ms"][step] for step in steps)
+    warm_ms = min(row["ms"][step] for step in steps)
+    row["time_ratio"] = (row["ms"]["cold"] - row["ms"]["warm"] + warm_ms) / warm_ms
     print(json.dumps(row), flush=True)
     return row
 
@@ -219,19 +220,14 @@ def section(runs: list[dict[str, Any]]) -> str:
         machine, rows = run["environment"], run["rows"]
         parts.append(
             f"`{run['command']}`, {machine['device']}, {run['threads']} threads, torch {machine['torch']}, triton "
-            f"{machine['triton']}; medians of {run['repeats']}. Warm: the user's keys and values are kept from an "
-            "earlier request. Plain: history and candidates in one forward pass."
+            f"{machine['triton']}; medians of {run['repeats']} whole calls, the host's part included. Plain: history "
+            "and candidates in one forward pass. Cold: encoded, then scored. Warm: scored against keys and values kept "
+            "from an earlier request; graphed: the same by CUDA graph. Time cold ÷ warm is for the faster way to score."
+            + f" {run.get('note', '')}"
         )
         cases = [row for row in rows if "ms" in row]
-        header = [
-            "case",
-            "size",
-            "plain / cold / warm / warm by graph, ms",
-            "FLOP cold ÷ warm",
-            "time cold ÷ warm",
-            "of it",
-            "error",
-        ]
+        steps = " / ".join(max((row["ms"] for row in cases), key=len))
+        header = ["case", "size", f"{steps}, ms", "FLOP cold ÷ warm", "time cold ÷ warm", "of it", "largest error"]
         cells = [
             [
                 f"{row['case']}, {row['precision']}, {row['model']}",

@@ -20,6 +20,7 @@ from pipeline.data.batch import SequenceBatch, candidates, collate
 from pipeline.data.events import Events, concatenate
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
+from pipeline.model.cuda_graph import GraphedScorer
 from pipeline.model.quantize import as_served
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history import HistoryStore, histories, sequence_row
@@ -28,6 +29,7 @@ from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal
 
 NO_USER = -1  # in no vocabulary: the codes of an unknown user
 MS_PER_DAY = 86_400_000
+LONG_HISTORY = 2048  # rows: beyond where kernels choose other tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Ranker:
         self.device = next(self.model.parameters()).device
         self.request_columns = tuple(column for column in self.cfg.features.request if column != "hour")
         self.caches = HistoryCaches(limits.cache_mb)
+        self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_candidates
         self.earliest_ms = config.parse_time("sequences.earliest_time", self.cfg.sequences.earliest_time)
 
     def info(self) -> ModelInfo:
@@ -81,10 +84,15 @@ class Ranker:
         )
 
     def warm(self) -> None:
-        """One request of every shape of work, so that the first real one finds everything allocated and compiled."""
+        """One request of every shape of work, so that the first real one finds everything allocated and compiled.
+
+        On a GPU long histories take other kernels than short ones.
+        """
         item = self.maps.popular_items(1).tolist() or [0]
-        history = [HistoryRow(item_id=item[0], event_time=self.earliest_ms)]
-        self.rank([RankColumns(RankHead(history=history), np.array(item, np.int64), {})])
+        for length in (1, min(LONG_HISTORY, self.limits.max_history)) if self.device.type == "cuda" else (1,):
+            rows = [HistoryRow(item_id=item[0], event_time=self.earliest_ms + i) for i in range(length)]
+            for _ in ("encoded", "kept"):
+                self.rank([RankColumns(RankHead(history=rows), np.array(item, np.int64), {})])
 
     def stats(self) -> dict[str, int]:
         """Counters and sizes by name, for /metrics."""
@@ -166,7 +174,7 @@ class Ranker:
             batch = collate(_no_rows(past, len(chosen)), asked, users[chosen], self.maps, self.cfg)
             caches = HistoryCache.join([encoded[keys[i]] for i in chosen])
             with self._precision():
-                logits = score_candidates(self.model, caches, batch.to(self.device), self.limits.micro_batch)
+                logits = self.score_candidates(self.model, caches, batch.to(self.device), self.limits.micro_batch)
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
 

@@ -12,7 +12,8 @@ from pipeline import config
 from pipeline.config import DenseFeature, RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.dense import dense_width
-from pipeline.model.cached import HistoryCache, encode_history, score_candidates
+from pipeline.model.cached import HistoryCache, encode_history, layer_outputs, score_candidates
+from pipeline.model.cuda_graph import GraphedScorer, bucket, fill, make_room
 from pipeline.model.embeddings import target_mask
 from pipeline.model.flops import cached_work, count_work, head_flops, input_flops, layer_flops, projection_flops
 
@@ -148,3 +149,31 @@ def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
     assert together[1] - none[1] - head_flops(both, 9) == sum(
         work[1] - none[1] - head for work, head in zip(alone, heads, strict=True)
     )
+
+
+@torch.no_grad()
+def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
+    """What a CUDA graph computes over: padded rows and keys, of which the offsets say how much counts."""
+    model, batch = make_model(CONFIGS["truncation"]), make_batch([300], [40])
+    history, candidates = parts_of(batch)
+    cache = encode_history(model, history)
+    sizes = tuple(bucket(len(layer.k_THD), 256) for layer in cache.layers)
+    assert sizes == (512, 256, 256)
+    room = make_room(encode_history(model, parts_of(make_batch([400], [1]))[0]), sizes)
+    fill(room, cache)
+    rows = model.encoder.events(candidates)
+    padded = torch.cat([rows, torch.full((24, rows.shape[1]), 1e3, dtype=rows.dtype)])
+    out = layer_outputs(model, room, padded, torch.tensor([0, 40]))[:40]
+    torch.testing.assert_close(model.score(out, candidates), model(batch), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_cuda_graphs_give_the_same_scores() -> None:
+    model, score = make_model(CONFIGS["truncation"]).float().cuda(), GraphedScorer()
+    for length, num_candidates in ((300, 40), (11, 3), (400, 64), (300, 1)):
+        batch = make_batch([length], [num_candidates])
+        history, candidates = (part.to("cuda") for part in parts_of(batch))
+        scores = score(model, encode_history(model, history), candidates, 32)
+        torch.testing.assert_close(scores.sigmoid(), model(batch.to("cuda")).sigmoid(), rtol=0, atol=1e-5)

@@ -61,6 +61,7 @@ MISTAKES = [
     ("source.path=null", "source.path", "None"),
     ("source.actions=[is_click, is_click]", "source.actions", "is_click"),
     ("serve.port=70000", "serve.port", "70000"),
+    ("serve.cuda_graphs=true", "serve.cuda_graphs", "True"),
     ("name=a/b", "name", "'a/b'"),
     ("train.epochs", "--set", "'train.epochs'"),  # no value
     ("=3", "--set", "'=3'"),

@@ -37,6 +37,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free port
     num_replicas: int = 1
     use_gpu: bool = False  # every replica takes one GPU
+    cuda_graphs: bool = False  # for requests that come alone; memory for up to twice the longest history
     precision: Literal["fp32", "bf16"] = "fp32"  # of the layers, and of the histories that are kept
     fp8: bool | None = None  # as model.fp8, for serving alone; null: as the model was trained
     int4_tables: bool = False  # embedding tables of four bits a number; evaluate.int4_tables says what that costs
@@ -67,6 +68,7 @@ class ServeConfig:
         counts += ("micro_batch", "batch_tokens")
         for name in counts:
             require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "1 or more")
+        require(self.use_gpu or not self.cuda_graphs, "serve.cuda_graphs", self.cuda_graphs, "false without use_gpu")
         require(self.cache_mb >= 0, "serve.cache_mb", self.cache_mb, "0 or more")
         rate = self.rate_limit_per_s
         require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")

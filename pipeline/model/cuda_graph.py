@@ -4,6 +4,7 @@ A graph holds fixed addresses and sizes. So a user's keys and values are copied 
 candidates too, and the offsets, which the kernels read on the device, say how much of it counts.
 """
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -29,28 +30,30 @@ class GraphedScorer:
     """`score_candidates` on a GPU; several users together go the ordinary way.
 
     Besides the graphs it holds room for a history in each bucket of lengths that has come, all together at most twice
-    what the longest takes. For one thread at a time.
+    what the longest takes. Threads take turns: the room is shared.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._rooms: dict[tuple[int, ...], HistoryCache] = {}
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
     def __call__(self, model: UltraHSTU, cache: HistoryCache, batch: SequenceBatch, micro_batch: int) -> Tensor:
         if batch.num_sequences > 1:
             return score_candidates(model, cache, batch, micro_batch)
-        sizes = tuple(_bucket(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
-        if sizes not in self._rooms:
-            self._rooms[sizes] = _room(cache, sizes)
-        room = self._rooms[sizes]
-        _fill(room, cache)
         x_CE = model.encoder.events(batch)
-        parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
+        sizes = tuple(bucket(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
+        with self._lock:
+            if sizes not in self._rooms:
+                self._rooms[sizes] = make_room(cache, sizes)
+            room = self._rooms[sizes]
+            fill(room, cache)
+            parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
         return model.score(torch.cat(parts), batch)
 
     def _replay(self, model: UltraHSTU, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor) -> Tensor:
         num_rows = len(rows)
-        key = _bucket(num_rows, FEWEST_ROWS), *sizes
+        key = bucket(num_rows, FEWEST_ROWS), *sizes
         if key not in self._graphs:
             self._graphs[key] = _capture(model, room, rows.new_zeros(key[0], rows.shape[1]))
         captured = self._graphs[key]
@@ -60,11 +63,11 @@ class GraphedScorer:
         return captured.out_CE[:num_rows].clone()
 
 
-def _bucket(size: int, fewest: int) -> int:
+def bucket(size: int, fewest: int) -> int:
     return max(fewest, 1 << (size - 1).bit_length())
 
 
-def _room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
+def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
     """Room for one history with `sizes` rows in its layers; what lies beyond the rows that count is finite."""
     shared = {id(layer.offsets): torch.zeros_like(layer.offsets) for layer in like.layers}
     layers = []
@@ -74,7 +77,7 @@ def _room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
     return HistoryCache(tuple(layers))
 
 
-def _fill(room: HistoryCache, cache: HistoryCache) -> None:
+def fill(room: HistoryCache, cache: HistoryCache) -> None:
     """Copy a history into the room, and its lengths."""
     pairs = list(zip(room.layers, cache.layers, strict=True))
     for name in ("k_THD", "v_THV"):
