@@ -186,9 +186,9 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     return found
 
 
-def ratio(found: dict, faster: str, slower: str, length: int, time: str) -> float:
+def ratio(numbers: dict[str, dict[str, float]], faster: str, slower: str, key: str) -> float:
     """Events per second of the one over those of the other: the batches are the same."""
-    return found[slower][str(length)][time] / found[faster][str(length)][time]
+    return numbers[slower][key] / numbers[faster][key]
 
 
 def slope(by_length: dict[str, dict[str, float]], way: str) -> float:
@@ -209,7 +209,8 @@ def section(run: dict[str, Any]) -> str:
         f"{sizes['layers']} layers, d = {sizes['heads'] * sizes['width']}, {sizes['heads']} heads of {sizes['width']}, "
         f"{sizes['events']:,} events a batch and {sizes['candidates']} candidates a user, bf16 autocast, medians of "
         f"3 series of {sizes['repeats']} calls. A training step is the trainer's: forward, loss, backward, both "
-        "optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 layers; window 256, full rows 256.",
+        "optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 layers; window 256, full rows 256. "
+        + run.get("note", ""),  # what is to be known of a run, written into its file by hand
     ]
     for way, title in (("train", "Training"), ("infer", "Inference")):
         rows = []
@@ -226,18 +227,24 @@ def section(run: dict[str, Any]) -> str:
             rows.append([name, *shown, f"{slope(by_length, way):.2f}" if complete else "–"])
         header = [f"{title}: ms a batch, events/s, peak memory", *(f"{n:,}" for n in lengths), "slope per user"]
         parts.append(table(header, rows))
-    longest = lengths[-1]
+    longest = str(lengths[-1])
+    at_longest = {name: by_length[longest] for name, by_length in found.items() if longest in by_length}
+    timed = {name: numbers for name, numbers in at_longest.items() if "train_device_ms" in numbers}
+    rows = [
+        [name, *(f"{numbers[f'{way}_device_ms']:.1f} of {numbers[f'{way}_ms']:.1f}" for way in ("train", "infer"))]
+        for name, numbers in timed.items()
+    ]
+    parts.append(table([f"ms that kernels take, at {lengths[-1]:,}", "training", "inference"], rows))
     rows = []
     for (faster, slower), goals in GOALS.items():
-        if str(longest) in found.get(faster, {}) and str(longest) in found.get(slower, {}):
+        if faster in timed and slower in timed:
             cells = [
-                f"{ratio(found, faster, slower, longest, f'{way}_ms'):.1f}x "
-                f"(kernels {ratio(found, faster, slower, longest, f'{way}_device_ms'):.1f}x, goal {goals[way]}x)"
+                f"{ratio(timed, faster, slower, f'{way}_ms'):.1f}x, kernels "
+                f"{ratio(timed, faster, slower, f'{way}_device_ms'):.1f}x (goal {goals[way]}x)"
                 for way in goals
             ]
-            flops = [found[name][str(longest)]["forward_tflop"] for name in (slower, faster)]
-            rows.append([f"{faster} over {slower}", *cells, f"{flops[0] / flops[1]:.1f}x"])
-    parts.append(table([f"events/s at {longest:,}", "training", "inference", "FLOP"], rows))
+            rows.append([f"{faster} over {slower}", *cells, f"{ratio(timed, faster, slower, 'forward_tflop'):.1f}x"])
+    parts.append(table([f"events/s at {lengths[-1]:,}", "training", "inference", "FLOP"], rows))
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -53,6 +52,7 @@ class Run:
     """One configuration and seed, both in `cfg`, and where what comes of it goes."""
 
     cfg: RunConfig
+    plan: str
     store: str
     device: str
     splits: tuple[str, ...]
@@ -153,7 +153,7 @@ def carry_out(run: Run) -> dict[str, Any]:
     result = {
         "name": cfg.name,
         "seed": cfg.seed,
-        "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.quality {run.plan}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(run.device),
         "sequences": digest,
@@ -189,6 +189,13 @@ def tables(model: torch.nn.Module) -> list[torch.Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def environment(device: str) -> dict[str, Any]:
     def installed(name: str) -> str | None:
         try:
@@ -197,7 +204,7 @@ def environment(device: str) -> dict[str, Any]:
             return None
 
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "triton", "numpy", "pyarrow")},
@@ -249,7 +256,7 @@ def main() -> None:
 def planned(plan: Path, options: argparse.Namespace) -> list[Run]:
     """Seed by seed: a call cut short leaves whole seeds of every configuration."""
     configs, splits = read_plan(plan, options.overrides), plan_splits(plan)
-    where = options.store, options.device, splits, options.out, options.predictions
+    where = str(plan), options.store, options.device, splits, options.out, options.predictions
     return [Run(replace(cfg, seed=seed), *where) for seed in options.seeds for cfg in configs.values()]
 
 

@@ -8,6 +8,7 @@ of 1,000 samples of users with replacement, in each of which both sides see the 
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,11 +172,12 @@ def main() -> None:
     options = parser.parse_args()
     runs = read_runs(options.runs, options.names[0])
     machines = {run["environment"]["device"] for name in options.names for run in read_runs(options.runs, name)}
+    folder = os.path.relpath(options.runs, ROOT.parent)
     text = [
         f"## {options.title}",
-        f"`{runs[0]['command']}` on {', '.join(sorted(machines))}; figures in `{options.runs}`. {options.split} rows, "
-        "mean ± standard deviation over seeds. An example is a labelled row; training FLOP are three times those of a "
-        "forward pass at the lengths that stochastic length drew.",
+        f"`{runs[0]['command']}` on {', '.join(sorted(machines))}; figures in `{folder}`. "
+        f"{options.split.capitalize()} rows, mean ± standard deviation over seeds. An example is a labelled row; "
+        "training FLOP are three times those of a forward pass at the lengths that stochastic length drew.",
         metrics_table(options.runs, options.names, options.split),
     ]
     if options.predictions:
