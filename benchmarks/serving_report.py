@@ -45,7 +45,9 @@ def _overload(run: dict[str, Any]) -> str:
         f"Overload: 20 requests/s, from second 10 to 30 five times the {figures['capacity_per_s']:g}/s that the server "
         f"answers, then 20/s again; the last refused or slow (twice the p99 from before) request came "
         f"{figures['recovered_after_s']:g} s after the burst; {figures['failures']} failures other than 429; a refusal "
-        f"took {_ms(figures['refused_ms'])} ms.\n\n" + table + "\n".join(rows)
+        f"took {_ms(figures['refused_ms'])} ms; others used {figures['others_cores']:g} cores.\n\n"
+        + table
+        + "\n".join(rows)
     )
 
 
