@@ -70,7 +70,8 @@ def section(run: dict) -> str:
         [
             "## Number formats of the ranker",
             f"`{run['command']}`, {machine['device']}, torch {machine['torch']}: AUC of all {found['fp32']['rows']:,} "
-            f"test rows and its change against float32; a format may lose {GOAL}.",
+            f"test rows and its change against float32; a format may lose {GOAL}. FP8 has bf16 around it; a CPU "
+            "emulates it.",
             table(["format", *tasks], rows),
         ]
     )
