@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.semi_local_attention import triton_kernels
+from kernels.semi_local_attention import triton_kernels, triton_tiles
 from kernels.semi_local_attention.reference import RelativeBias, whole_seconds
 
 SPLIT_PROGRAMS = 576  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
-ENTRY = triton_kernels.ENTRY.value
+ENTRY = triton_tiles.ENTRY.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileLis
     kinds_of = {"BANDED": banded, "CANDIDATES": candidates}
     sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     block = min(4096, triton.next_power_of_2(num_sequences))
-    triton_kernels.count_tiles[(1,)](
+    triton_tiles.count_tiles[(1,)](
         offsets, targets, header, first, num_sequences, plan.full_rows, plan.prefix, KEYS=keys, CACHED=plan.cached,
         HEADS=heads, SPLIT_PROGRAMS=SPLIT_PROGRAMS, SHORTEST_PART=SHORTEST_PART, BLOCK_B=block, **kinds_of, **sizes,
         num_warps=min(16, max(1, block // 128)),
@@ -136,12 +136,12 @@ def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileLis
     block = max(16, min(128, triton.next_power_of_2(longest)))
     if keys:
         has_visible = plan.target_visible is not None
-        triton_kernels.write_key_tiles[(num_sequences,)](
+        triton_tiles.write_key_tiles[(num_sequences,)](
             offsets, targets, visible, header, first, tiles, num_sequences, plan.full_rows, plan.prefix,
             VISIBLE=has_visible, BLOCK_E=block, **kinds_of, **sizes, num_warps=2,
         )  # fmt: skip
     else:
-        triton_kernels.write_row_tiles[(num_sequences,)](
+        triton_tiles.write_row_tiles[(num_sequences,)](
             offsets, targets, header, first, tiles, num_sequences, plan.full_rows, CACHED=plan.cached, BLOCK_E=block,
             **kinds_of, **sizes, num_warps=1,
         )  # fmt: skip
