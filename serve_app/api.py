@@ -66,6 +66,10 @@ class Replica(Protocol):
 
     async def info(self) -> ModelInfo: ...
 
+    async def deployments(self) -> list[str]:
+        """Ids of the updates that the running replicas answer with, each once; empty where one does not tell."""
+        ...
+
     async def metrics(self) -> Mapping[str, bytes]:
         """Each replica's own, as exposition text."""
         ...
@@ -176,7 +180,9 @@ def make_api(
         except TimeoutError:
             raise Unavailable from None
         ready = Ready(
-            model_version=info.model_version, deployment=info.deployment, failed_deployment=info.failed_deployment
+            model_version=info.model_version,
+            deployments=await replica.deployments(),
+            failed_deployment=info.failed_deployment,
         )
         return reply(ready.model_dump())
 

@@ -9,7 +9,7 @@ answers until one assignment swaps them.
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -28,7 +28,8 @@ from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 
 logger = logging.getLogger("ray.serve")
 
-METRICS_TIMEOUT_S = 2.0
+BROADCAST_TIMEOUT_S = 2.0
+Answer = TypeVar("Answer")
 
 
 @serve.deployment
@@ -136,13 +137,23 @@ class Api:
     async def info(self) -> ModelInfo:
         return await self._with_another_try(self.asking)
 
-    async def metrics(self) -> dict[str, bytes]:
-        asked = self.replicas.broadcast("metrics")
+    async def deployments(self) -> list[str]:
         try:
-            found = await asked.results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+            return sorted({info.deployment for info in await self._of_all("info", ModelInfo)})
+        except TimeoutError:  # a replica that is busy says nothing of the others' readiness
+            return []
+
+    async def metrics(self) -> dict[str, bytes]:
+        try:
+            return dict(await self._of_all("metrics", tuple))
         except TimeoutError:
             raise Unavailable from None
-        return dict(answer for answer in found if isinstance(answer, tuple))  # else a replica that is dying
+
+    async def _of_all(self, method: str, kind: type[Answer]) -> list[Answer]:
+        """What each replica answers; one that is dying is left out."""
+        asked = self.replicas.broadcast(method)
+        found = await asked.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+        return [answer for answer in found if isinstance(answer, kind)]
 
     async def _with_another_try(self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest) -> Any:
         """What a dying replica took with it is asked of the next one: no method does more when called again."""

@@ -30,7 +30,7 @@ POLL_S = 0.1
 SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ANSWERS_PER_REPLICA = 10  # in a row from the new version, before the old one counts as gone
+ANSWERS = 3  # in a row from the new version alone, before the old one counts as gone
 
 
 def cache(cfg: RunConfig) -> Path:
@@ -129,7 +129,7 @@ def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
     port = _running_port(client.get_serve_details()) or cfg.serve.port or free_port()
     _send(client, serve_config(cfg, wanted, port, code_of_this_job()))
     url = f"http://{cfg.serve.host}:{port}"
-    _wait(cfg, client, url, wanted["deployment"])
+    _wait(client, url, wanted["deployment"])
     return url
 
 
@@ -160,16 +160,14 @@ def _send(client: Any, filled: dict[str, Any]) -> None:
             time.sleep(SEND_PAUSE_S)
 
 
-def _wait(cfg: RunConfig, client: Any, url: str, deployment: str) -> None:
+def _wait(client: Any, url: str, deployment: str) -> None:
     in_a_row, started = 0, time.monotonic()
-    while in_a_row < ANSWERS_PER_REPLICA * cfg.serve.num_replicas:
+    while in_a_row < ANSWERS:
         if time.monotonic() - started > TIMEOUT_S:
             raise UserError(f"{url} does not answer with the new version after {TIMEOUT_S:.0f} s: {_status(client)}")
         info = _ready(url)
-        if info is not None and info["deployment"] == deployment:
-            in_a_row += 1
-            continue
-        in_a_row = 0
+        swapped = info is not None and info["deployments"] == [deployment]
+        in_a_row = in_a_row + 1 if swapped else 0
         if info is not None and info["failed_deployment"] == deployment:
             raise UserError(f"{_failure(url)}; version {info['model_version']} goes on answering")
         if info is None and (status := _status(client)).startswith(("DEPLOY_FAILED", "UNHEALTHY")):
@@ -178,7 +176,7 @@ def _wait(cfg: RunConfig, client: Any, url: str, deployment: str) -> None:
 
 
 def _ready(url: str) -> dict[str, Any] | None:
-    """Which update answers: open to everybody, so that this job needs no API key."""
+    """Which updates answer: open to everybody, so that this job needs no API key."""
     try:
         answer = httpx.get(f"{url}/readyz", timeout=5)
     except httpx.TransportError:  # not listening yet

@@ -210,13 +210,17 @@ class Problem(BaseModel):
 
 
 class Ready(BaseModel):
-    """A model answers. The ids are those of `ModelInfo`: `jobs.deploy` waits for its own without a key."""
+    """A model answers. The ids are those of `ModelInfo`: `jobs.deploy` waits for its own without a key.
+
+    `deployments` are those of all replicas, each once: more than one while an update loads, none where a replica does
+    not tell in time.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
     status: Literal["ready"] = "ready"
     model_version: int
-    deployment: str
+    deployments: list[str]
     failed_deployment: str | None
 
 

@@ -59,6 +59,9 @@ class Whole:
     async def info(self) -> ModelInfo:
         return self.rollout.info()
 
+    async def deployments(self) -> list[str]:
+        return [self.rollout.info().deployment]
+
     async def metrics(self) -> dict[str, bytes]:
         return {"one": exposition(self.counts.registry)}
 

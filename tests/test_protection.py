@@ -54,6 +54,9 @@ class Fixed:
             model_name="m", model_version=7, tasks=[], request_features=[], actions=[], sequences="", deployment="d"
         )
 
+    async def deployments(self) -> list[str]:
+        return ["d"]
+
     async def metrics(self) -> dict[str, bytes]:
         return {}
 
@@ -91,7 +94,7 @@ def test_only_who_has_a_key(keys_file: Path) -> None:
         assert call(api, "GET", path).status_code == 401
     assert call(api, "POST", "/v1/rank", json=RANK, auth=("shop", KEYS["shop"])).status_code == 401
     assert call(api, "GET", "/healthz").status_code == 200
-    ready = {"status": "ready", "model_version": 7, "deployment": "d", "failed_deployment": None}
+    ready = {"status": "ready", "model_version": 7, "deployments": ["d"], "failed_deployment": None}
     assert call(api, "GET", "/readyz").json() == ready
 
 

@@ -64,6 +64,9 @@ class InProcess:
             raise self.failing
         return self.ranker.info()
 
+    async def deployments(self) -> list[str]:
+        return [self.ranker.info().deployment]
+
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
@@ -490,7 +493,7 @@ def test_it_answers_with_the_champion(served: Served) -> None:
     assert (info["model_name"], info["model_version"]) == ("served", served.versions[0])
     assert served.client.get("/healthz").json() == {"status": "ok"}
     ready = {"status": "ready", "model_version": served.versions[0], "failed_deployment": None}
-    assert served.client.get("/readyz").json() == ready | {"deployment": info["deployment"]}
+    assert served.client.get("/readyz").json() == ready | {"deployments": [info["deployment"]]}
     assert served.client.get("/docs").status_code == 200
     assert httpx.get(f"{served.url}/healthz").status_code == 200
     assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
