@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import RATES, VOCAB, dense_layer, make_batch, make_config, make_maps, make_model, tokens_at
+from test_model import (
+    RATES,
+    VOCAB,
+    assert_candidates_are_blind,
+    dense_layer,
+    make_batch,
+    make_config,
+    make_maps,
+    make_model,
+    tokens_at,
+)
 
 from pipeline import config
 from pipeline.config import ChannelConfig, ConfigError, RunConfig
@@ -128,15 +138,7 @@ def test_a_filter_under_which_later_labels_count_needs_the_request_layout(change
 
 
 def test_candidates_are_blind_to_each_other() -> None:
-    model, batch = make_model(make_mixture()), make_batch([7, 3], [3, 2])
-    alone = tokens_at(
-        batch,
-        torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 14]),
-        seq_offsets=torch.tensor([0, 8, 12]),
-        num_targets=torch.tensor([1, 1], dtype=torch.int32),
-        max_seq_len=8,
-    )
-    torch.testing.assert_close(model(alone), model(batch)[[1, 4]])
+    assert_candidates_are_blind(make_model(make_mixture()))
 
 
 def test_a_candidate_scores_the_same_in_both_layouts() -> None:

@@ -86,8 +86,9 @@ def test_heads_start_at_the_base_rates() -> None:
     assert scores[1] == pytest.approx(0.02, abs=0.02)
 
 
-def test_candidates_are_blind_to_each_other() -> None:
-    model, batch = make_model(make_config()), make_batch([7, 3], [3, 2])
+def assert_candidates_are_blind(model: UltraHSTU) -> None:
+    """A candidate alone in its sequence scores as among others."""
+    batch = make_batch([7, 3], [3, 2])
     alone = tokens_at(
         batch,
         torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 14]),
@@ -96,6 +97,10 @@ def test_candidates_are_blind_to_each_other() -> None:
         max_seq_len=8,
     )
     torch.testing.assert_close(model(alone), model(batch)[[1, 4]])
+
+
+def test_candidates_are_blind_to_each_other() -> None:
+    assert_candidates_are_blind(make_model(make_config()))
 
 
 def test_no_sequence_sees_another() -> None:
