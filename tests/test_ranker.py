@@ -4,7 +4,7 @@ import copy
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from pipeline.data.loader import EvaluationBatch, evaluation_batch
 from pipeline.model.artifact import LoadedModel, load_model
 from serve_app.columns import RankColumns
 from serve_app.history import PublishedSequences
-from serve_app.history_cache import HistoryCaches
+from serve_app.history_cache import HistoryCaches, history_key
 from serve_app.ranker import Ranker, probabilities
 from serve_app.schemas import RankRequest, RankResponse
 
@@ -309,3 +309,24 @@ def test_what_this_model_cannot_answer(world: tuple[Ranker, UserEvents], change:
 def test_warming_answers_something(world: tuple[Ranker, UserEvents]) -> None:
     world[0].warm()
     assert world[0].store.num_users == NUM_USERS
+
+
+def test_every_column_of_a_history_is_in_its_key(world: tuple[Ranker, UserEvents]) -> None:
+    _, users = world
+    begin, end = users.events.offsets[:1], users.events.offsets[1:2]
+    history, user = users.events.take(begin, end), np.zeros((1, 2), np.int32)
+    rows = {f.name for f in fields(history)} - {"offsets", "request", "dense"}
+    other = {name: replace(history, **{name: changed(getattr(history, name))}) for name in rows}
+    for name, column in history.request.items():
+        other[f"request.{name}"] = replace(history, request=history.request | {name: changed(column)})
+    keys = {name: history_key(events, user) for name, events in other.items()}
+    keys |= {"itself": history_key(history, user), "of another user": history_key(history, user + 1)}
+    assert len(set(keys.values())) == len(keys) > 9
+    assert history_key(users.events.take(begin, end), user) == keys["itself"]
+
+
+def changed(column: np.ndarray) -> np.ndarray:
+    """The same but for its last row."""
+    column = column.copy()
+    column[-1] = not column[-1] if column.dtype == bool else column[-1] + 1
+    return column
