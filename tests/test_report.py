@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline import config
-from pipeline.config import RunConfig
+from pipeline.config import CheckConfig, RunConfig
 from pipeline.data import report
 from pipeline.data.build import build_bucket
+from pipeline.data.checks import run_checks
 from pipeline.data.cleaning import LogRules, normalise
 from pipeline.data.sources import ImportReport
 from pipeline.data.statistics import Statistics, count_bucket, hints, length_quantiles, merge
@@ -58,6 +59,7 @@ def test_counts_of_a_bucket():
     assert (found.rows_in, found.rows_kept, found.rows_capped, found.order_only_rows, found.requests) == (7, 4, 0, 1, 2)
     assert found.quarantined == {"exact_duplicate": 1, "event_time_before_range": 1, "null_user_id": 1}
     assert found.lengths == {"2": 2}
+    assert found.heaviest == {"1": 2, "2": 2}
     assert found.day_rows == {"2022-04-15": 1, "2022-04-16": 2}
     assert found.day_known == {
         "2022-04-15 click": 1,
@@ -102,25 +104,40 @@ def cfg(tmp_path: Path) -> RunConfig:
 
 def test_the_page_stands_alone_and_says_what_happened(cfg: RunConfig):
     imported = ImportReport(kind="x", rows=7, files=[], quarantined={"bad_history": 3}, counts={"strays": 1234})
-    page = report.write(cfg, merge([counted(log())]), RULES, imported).read_text()
+    page = report.write(
+        cfg,
+        merge([counted(log())]),
+        RULES,
+        imported,
+        run_checks(CheckConfig(max_quarantined_share=0.4), merge([counted(log())])),
+    ).read_text()
     assert page.count("<svg") == 2
     assert not re.findall(r"<(?:script|link|img|iframe)\b", page)
     assert not re.findall(r"(?:src|href)=\"https?:", page)
-    for text in ("exact_duplicate", "null_user_id", "bad_history", "1,234", "looks like seconds", "&lt;run&gt;"):
+    for text in (
+        "exact_duplicate",
+        "null_user_id",
+        "bad_history",
+        "1,234",
+        "looks like seconds",
+        "&lt;run&gt;",
+        "FAILS, limit 0.4: 42.86%",
+    ):
         assert text in page
     content = json.loads((cfg.run_dir / "report" / "validation.json").read_text())
     assert content["quarantined"] == {"event_time_before_range": 1, "exact_duplicate": 1, "null_user_id": 1}
     assert content["import_quarantined"] == {"bad_history": 3}
     assert content["length_quantiles"]["max"] == 2
+    assert [check["key"] for check in content["checks"] if not check["passed"]] == ["checks.max_quarantined_share"]
 
 
 def test_the_page_of_logs_without_one_good_row(cfg: RunConfig):
     rows = log().set_column(0, "user_id", pa.nulls(7, pa.int64()))
-    page = report.write(cfg, merge([counted(rows)]), RULES, None).read_text()
+    page = report.write(cfg, merge([counted(rows)]), RULES, None, []).read_text()
     assert "no users" in page
     assert "null_user_id" in page
 
 
 def test_the_same_counts_give_the_same_page(cfg: RunConfig):
-    pages = [report.write(cfg, merge([counted(log())]), RULES, None).read_text() for _ in range(2)]
+    pages = [report.write(cfg, merge([counted(log())]), RULES, None, []).read_text() for _ in range(2)]
     assert pages[0] == pages[1]

@@ -5,8 +5,10 @@ An unknown key, a value of the wrong type or out of range is a `ConfigError` nam
 """
 
 from pipeline.config.data import (
+    CheckConfig,
     ColumnFeature,
     DenseFeature,
+    DriftConfig,
     FeatureConfig,
     SequenceConfig,
     SideTable,
@@ -24,9 +26,11 @@ __all__ = [
     "AttentionConfig",
     "CanaryConfig",
     "ChannelConfig",
+    "CheckConfig",
     "ColumnFeature",
     "ConfigError",
     "DenseFeature",
+    "DriftConfig",
     "EvaluateConfig",
     "FeatureConfig",
     "ModelConfig",

@@ -1,6 +1,6 @@
 """Logs, sequences, splits and features."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from pipeline.config.values import parse_time, require
@@ -71,18 +71,65 @@ class SequenceConfig:
 
     num_buckets: int = 16  # hash buckets of users = partitions of the store
     max_rows_per_user: int = 16_384  # the newest kept; older ones counted in first_position
-    max_quarantined_share: float = 0.1  # above it the job fails
     earliest_time: str = "2000-01-01T00:00:00+00:00"  # an earlier event_time is quarantined (seconds read as ms, say)
     latest_time: str | None = None  # a later one is quarantined; None: one day after the clock when the job starts
 
     def __post_init__(self) -> None:
         require(self.num_buckets >= 1, "sequences.num_buckets", self.num_buckets, "1 or more")
         require(self.max_rows_per_user >= 1, "sequences.max_rows_per_user", self.max_rows_per_user, "1 or more")
-        share = self.max_quarantined_share
-        require(0 <= share <= 1, "sequences.max_quarantined_share", share, "between 0 and 1")
         parse_time("sequences.earliest_time", self.earliest_time)
         if self.latest_time is not None:
             parse_time("sequences.latest_time", self.latest_time)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckConfig:
+    """What a build must show to be published; whoever changes it builds the same sequences."""
+
+    min_users: int = 1
+    min_rows: int = 1  # kept
+    max_quarantined_share: float = 0.1  # of the rows read
+    max_capped_share: float = 1.0  # of the good rows: older than a user's newest sequences.max_rows_per_user
+    max_user_share: float = 1.0  # of the good rows that one user has, before the cap
+    max_null_share: dict[str, float] = field(default_factory=dict)  # by LOG column
+    max_unknown_share: dict[str, float] = field(default_factory=dict)  # by action, of the rows with a real time
+    action_rate: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by action: [lowest, highest]
+
+    def __post_init__(self) -> None:
+        for name in ("min_users", "min_rows"):
+            require(getattr(self, name) >= 1, f"checks.{name}", getattr(self, name), "1 or more")
+        shares = {name: getattr(self, name) for name in ("max_quarantined_share", "max_capped_share", "max_user_share")}
+        for name in ("max_null_share", "max_unknown_share"):
+            shares |= {f"{name}.{column}": share for column, share in getattr(self, name).items()}
+        for name, share in shares.items():
+            require(0 <= share <= 1, f"checks.{name}", share, "between 0 and 1")
+        for action, bounds in self.action_rate.items():
+            in_order = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= 1
+            require(in_order, f"checks.action_rate.{action}", list(bounds), "[lowest, highest], both between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriftConfig:
+    """How far a version may be from another one. A limit of null is not checked, the distance is shown all the same.
+
+    All distances run from 0 to 1. Of two numbers it is |after - before| over the larger one; a divergence is
+    Jensen-Shannon's to base 2: 0 for equal shares, 1 where nothing is common.
+    """
+
+    users: float | None = 0.5
+    rows: float | None = 0.5
+    action_rate: float | None = 0.3  # of each action, over the rows where it is known
+    known_share: float | None = 0.1  # |after - before| of each action's share of rows where it is known
+    lengths: float | None = 0.1  # divergence of the users over rows per user, in powers of 2
+    request_values: float | None = 0.1  # divergence of the rows over each request column's values
+    new_item_rows: float | None = 0.5  # share of the later version's rows whose item the earlier one does not have
+    gone_item_rows: float | None = None  # share of the earlier version's rows whose item the later one does not have
+    items: float | None = None  # divergence of the rows over items
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            require(value is None or 0 <= value <= 1, f"drift.{limit.name}", value, "between 0 and 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.data import FeatureConfig, SequenceConfig, SourceConfig, SplitConfig
+from pipeline.config.data import CheckConfig, DriftConfig, FeatureConfig, SequenceConfig, SourceConfig, SplitConfig
 from pipeline.config.model import ChannelConfig, ModelConfig
 from pipeline.config.operate import RayConfig, ServeConfig, TrackingConfig
 from pipeline.config.train import EvaluateConfig, TrainConfig
 from pipeline.config.values import ConfigError, build, require
+from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ class RunConfig:
     runs_dir: str = "runs"
     source: SourceConfig = field(default_factory=lambda: SourceConfig(kind="synthetic"))
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
+    checks: CheckConfig = field(default_factory=CheckConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     tasks: tuple[str, ...] = ("is_click",)  # the actions that get a head
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -39,6 +42,13 @@ class RunConfig:
         require(len(self.tasks) > 0, "tasks", self.tasks, "at least one action")
         for task in self.tasks:
             require(task in self.source.actions, "tasks", task, f"one of source.actions {list(self.source.actions)}")
+        columns = [*LOG_REQUIRED, *LOG_OPTIONAL, *self.source.actions, *self.source.request_columns]
+        for name in self.checks.max_null_share:
+            require(name in columns, "checks.max_null_share", name, f"one of the LOG columns {columns}")
+        for key in ("max_unknown_share", "action_rate"):
+            for name in getattr(self.checks, key):
+                rule = f"one of source.actions {list(self.source.actions)}"
+                require(name in self.source.actions, f"checks.{key}", name, rule)
         for name in self.features.request:
             known = (*self.source.request_columns, "hour")
             require(name in known, "features.request", name, f"one of source.request_columns or hour {list(known)}")

@@ -17,12 +17,15 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pipeline.config import RunConfig
+from pipeline.data.checks import Check
 from pipeline.data.cleaning import LogRules
 from pipeline.data.sources.imported import ImportReport
 from pipeline.data.statistics import Statistics, hints, length_quantiles
 
 
-def write(cfg: RunConfig, totals: Statistics, rules: LogRules, imported: ImportReport | None) -> Path:
+def write(
+    cfg: RunConfig, totals: Statistics, rules: LogRules, imported: ImportReport | None, checks: Sequence[Check]
+) -> Path:
     """validation.json and validation.html in the run's report folder; returns the page."""
     folder = cfg.run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,6 +34,7 @@ def write(cfg: RunConfig, totals: Statistics, rules: LogRules, imported: ImportR
         "users": sum(totals.lengths.values()),
         "import_quarantined": imported.quarantined if imported else {},
         "import_counts": imported.counts if imported else {},
+        "checks": [asdict(check) for check in checks],
         "hints": hints(totals, rules),
         "length_quantiles": length_quantiles(totals.lengths),
         **asdict(totals),
@@ -55,6 +59,7 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
         "first event": _moment(content["first_event_ms"]),
         "last event": _moment(content["last_event_ms"]),
         **{f"rows per user, {name}": value for name, value in content["length_quantiles"].items()},
+        **{f"rows of user {user}": rows for user, rows in content["heaviest"].items()},
         **{f"import: {name}": value for name, value in content["import_counts"].items()},
     }
     samples = "".join(
@@ -65,6 +70,10 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
     )
     nulls = {name: "all" if count == num_good else count for name, count in content["nulls"].items()}
     warnings = "".join(f"<p class=hint>{html.escape(hint)}</p>" for hint in content["hints"])
+    verdicts = {
+        check["key"]: ("" if check["passed"] else "FAILS, limit {limit}: ".format(**check)) + check["found"]
+        for check in content["checks"]
+    }
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Validation of {html.escape(content["run"])}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }}
@@ -75,6 +84,7 @@ svg {{ max-width: 100%; height: auto }}
 <h1>Validation of {html.escape(content["run"])}</h1>
 {warnings}
 {_table(overview)}
+<h2>Checks</h2>{_table(verdicts)}
 <h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
 <h2>Rows per user</h2>{_length_plot(content["lengths"])}
 <h2>Rows and action rates per day</h2>{_day_plot(content, rules.actions)}

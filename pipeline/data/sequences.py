@@ -31,6 +31,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, SideTable, UserError
 from pipeline.data import report, store
 from pipeline.data.build import write_partition, write_table
+from pipeline.data.checks import refuse, run_checks
 from pipeline.data.cleaning import USER_BUCKET, LogRules, check_columns, normalise
 from pipeline.data.sources import LogFiles, open_logs
 from pipeline.data.sources.imported import file_digest
@@ -140,8 +141,9 @@ def _build(
     totals = merge([Statistics(**summary["statistics"]) for summary in summaries])
     buckets = [Bucket(**summary["bucket"]) for summary in summaries if summary["bucket"]]
     _verify(staging, buckets, totals, count_rows(logs.files))
-    page = report.write(cfg, totals, rules, logs.imported)
-    _refuse_bad_logs(cfg, totals, rules, page)
+    checks = run_checks(cfg.checks, totals)
+    page = report.write(cfg, totals, rules, logs.imported, checks)
+    refuse(checks, hints(totals, rules), page)
     assert totals.first_event_ms is not None and totals.last_event_ms is not None, "some rows were kept"
     imported = logs.imported.quarantined if logs.imported else {}
     quarantine = [Bucket(**summary["quarantine"]) for summary in summaries if summary["quarantine"]]
@@ -226,19 +228,6 @@ def _verify(staging: Path, buckets: list[Bucket], totals: Statistics, rows_in_fi
     assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
     accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
     assert rows_in_files == totals.rows_in == accounted, f"{rows_in_files} rows read, {accounted} accounted for"
-
-
-def _refuse_bad_logs(cfg: RunConfig, totals: Statistics, rules: LogRules, page: Path) -> None:
-    bad = sum(totals.quarantined.values())
-    share = bad / totals.rows_in
-    limit = cfg.sequences.max_quarantined_share
-    if bad < totals.rows_in and share <= limit:
-        return
-    reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(totals.quarantined).most_common())
-    advice = "".join(f"; {hint}" for hint in hints(totals, rules))
-    what = "all rows are" if bad == totals.rows_in else f"{share:.1%} of the rows are"
-    rule = f"sequences.max_quarantined_share is {limit}"
-    raise UserError(f"{what} bad, {rule}: {reasons}{advice}; samples in {page}; nothing published")
 
 
 def _version(cfg: RunConfig, entries: list[Bucket]) -> str:

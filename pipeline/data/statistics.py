@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DAY_MS = 24 * 3600 * 1000
 SAMPLES = 5  # quarantined rows shown per reason
+HEAVIEST = 5  # users shown with their rows
+DOUBLES = ("exact_duplicate", "key_duplicate")  # reasons of rows that are good by themselves
 
 
 @dataclass
@@ -32,11 +34,26 @@ class Statistics:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # a few of those rows
     nulls: dict[str, int] = field(default_factory=dict)  # by LOG column
     lengths: dict[str, int] = field(default_factory=dict)  # users by number of rows
+    heaviest: dict[str, int] = field(default_factory=dict)  # rows of the users with the most, before the cap
     day_rows: dict[str, int] = field(default_factory=dict)  # rows with a real time, by day
     day_known: dict[str, int] = field(default_factory=dict)  # "day action": rows where the action is known
     day_positive: dict[str, int] = field(default_factory=dict)  # "day action": rows where it happened
     first_event_ms: int | None = None
     last_event_ms: int | None = None
+
+    @property
+    def rows_good(self) -> int:
+        """Rows without a reason of their own: kept, capped, or a double of one that is."""
+        doubles = sum(self.quarantined.get(reason, 0) for reason in DOUBLES)
+        return self.rows_kept + self.rows_capped + doubles
+
+    def of_action(self, action: str) -> tuple[int, int]:
+        """Rows with a real time where the action is known, and where it happened."""
+        known, positive = (
+            sum(rows for key, rows in counts.items() if key.partition(" ")[2] == action)
+            for counts in (self.day_known, self.day_positive)
+        )
+        return known, positive
 
 
 def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> Statistics:
@@ -44,6 +61,7 @@ def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> S
     lists = {name: built.sequences[name].combine_chunks() for name in built.sequences.column_names[3:]}
     flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
     lengths = np.diff(lists["item_id"].offsets.to_numpy())
+    before_cap = lengths + built.sequences["first_position"].to_numpy()
     times, real = flat["event_time"], ~flat["order_only"]
     days = (times[real] + utc_offset_ms) // DAY_MS
     result = Statistics(
@@ -56,6 +74,7 @@ def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> S
         samples=_samples(built.quarantine),
         nulls=built.nulls,
         lengths=_counts(lengths),
+        heaviest=_heaviest(built.sequences["user_id"].to_numpy(), before_cap),
         day_rows=_counts(_dates(days)),
         first_event_ms=int(times.min()) if len(times) else None,
         last_event_ms=int(times.max()) if len(times) else None,
@@ -80,6 +99,9 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             total.samples = {
                 reason: [row for value in values for row in value.get(reason, [])][:SAMPLES] for reason in reasons
             }
+        elif name == "heaviest":
+            rows = {int(user): rows for value in values for user, rows in value.items()}
+            total.heaviest = _heaviest(np.array(list(rows), np.int64), np.array(list(rows.values()), np.int64))
         elif isinstance(start, dict):
             added = sum((Counter(value) for value in values), Counter())
             keys = sorted({key for value in values for key in value}, key=_numbers_by_size)
@@ -111,6 +133,12 @@ def length_quantiles(lengths: dict[str, int]) -> dict[str, int]:
 def _counts(values: np.ndarray) -> dict[str, int]:
     keys, counts = np.unique(values.astype(str) if values.dtype == object else values, return_counts=True)
     return {str(key): int(count) for key, count in zip(keys, counts, strict=True)}
+
+
+def _heaviest(users: np.ndarray, rows: np.ndarray) -> dict[str, int]:
+    """The users with the most rows, the largest first; equal ones by id."""
+    order = np.lexsort((users, -rows))[:HEAVIEST]
+    return {str(user): int(count) for user, count in zip(users[order], rows[order], strict=True)}
 
 
 def _dates(days: np.ndarray) -> np.ndarray:

@@ -1,0 +1,53 @@
+"""Compare two versions of the sequences; exit code 1 when a limit of `drift` is crossed.
+
+Sizes, action rates, rows per user, request values and items of both, a distance for each, as a table and as JSON.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from jobs import cli
+from pipeline import config
+from pipeline.config import RunConfig
+from pipeline.data import drift, store
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--before", required=True, help="folder of a run or of its sequences to compare with")
+    parser.add_argument("--after", help="the same; the sequences of --config if not given")
+    parser.add_argument("--days", type=int, help="only the newest so many days of each: a month hides a bad day")
+
+
+def main(job: cli.Job) -> None:
+    cfg, options = job.cfg, job.options
+    if options.days is not None and options.days < 1:
+        raise config.UserError(f"--days must be 1 or more, got {options.days}")
+    folders = [drift.find_store(options.before), drift.find_store(options.after) if options.after else cfg.sequence_dir]
+    before, after = (drift.profile(folder, store.read_manifest(folder), options.days) for folder in folders)
+    changes = drift.compare(before, after, cfg.drift)
+    crossed = [change.quantity for change in changes if change.crossed]
+    page = cfg.run_dir / "report" / "drift.json"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "before": before.digest,
+        "after": after.digest,
+        "days": options.days,
+        "crossed": crossed,
+        "changes": [asdict(change) for change in changes],
+    }
+    page.write_text(json.dumps(content, indent=1) + "\n")
+    print(drift.table(changes))
+    print(f"before={before.digest[:16]} after={after.digest[:16]} crossed={crossed} report={page}")
+    if crossed:
+        sys.exit(1)
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    limits = {name: limit for name, limit in config.to_dict(cfg.drift).items() if limit is not None}
+    return {"after": str(cfg.sequence_dir), "limits": limits, "writes": str(cfg.run_dir / "report" / "drift.json")}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, plan)
