@@ -9,6 +9,8 @@ import time
 
 # Triton reads this when `@triton.jit` runs, so before any test imports a kernel.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# For the S3 server of tests/test_s3.py; here, because workers have the environment in which their cluster was started.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 
 from collections.abc import Iterator
 from pathlib import Path

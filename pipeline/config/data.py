@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from pipeline.config.values import parse_time, require
+from pipeline.config.values import S3, parse_time, require, split_s3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SideTable:
     """A USER or ITEM table: Parquet with an id column and categorical or numeric columns."""
 
-    path: str
+    path: str  # a file or folder, or s3://bucket/prefix
     id_column: str
 
 
@@ -47,7 +47,9 @@ class SourceConfig:
     """Where the logs are and what their columns are called."""
 
     kind: Literal["parquet", "kuairand", "synthetic"] = "parquet"
-    path: str | None = None  # a Parquet file or folder; the data folder of a public dataset; unused for synthetic
+    # A Parquet file or folder, or s3://bucket/prefix (docs/data.md); the data folder of a public dataset; unused for
+    # synthetic.
+    path: str | None = None
     columns: dict[str, str] = field(default_factory=dict)  # LOG column -> name in the user's files, where they differ
     actions: tuple[str, ...] = ("is_click",)  # bit i of the action mask
     request_columns: tuple[str, ...] = ()  # int32 columns known when a request is made; they ride on every row
@@ -63,6 +65,12 @@ class SourceConfig:
         require(len(set(names)) == len(names), "source.actions + source.request_columns", names, "free of repeats")
         if self.kind != "synthetic":
             require(self.path is not None, "source.path", self.path, f"a path when source.kind is {self.kind}")
+        sides = {"users": self.users, "items": self.items}
+        paths = {"source.path": self.path} | {f"source.{name}.path": side.path for name, side in sides.items() if side}
+        for key, path in paths.items():
+            if path is not None and "://" in path:
+                require(path.startswith(S3), key, path, "a path of the file system, or s3://bucket/prefix")
+                split_s3(key, path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

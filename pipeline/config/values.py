@@ -3,8 +3,12 @@
 import dataclasses
 import types
 import typing
+import urllib.parse
 from datetime import datetime
 from typing import Any, Literal
+
+S3 = "s3://"
+S3_OPTIONS = ("endpoint_override", "region")  # of a path, behind its "?"
 
 
 class UserError(ValueError):
@@ -29,6 +33,22 @@ def parse_time(key: str, value: str) -> int:
     if moment.tzinfo is None:
         raise ConfigError(f"{key} must carry its offset from UTC (2022-05-01T00:00:00+08:00), got {value!r}")
     return int(moment.timestamp() * 1000)
+
+
+def split_s3(key: str, uri: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """s3://bucket/some/key?region=... as ("bucket/some/key", (("region", "..."), ...)).
+
+    Raises:
+        ConfigError: no bucket, an unknown option, or credentials, which would be logged with the configuration.
+    """
+    place, _, query = uri.removeprefix(S3).partition("?")
+    bucket = place.partition("/")[0]
+    require("@" not in bucket, key, "s3://...", "without credentials: they come from the environment or the machine")
+    require(bool(bucket), key, uri, "s3://bucket/prefix")
+    options = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    for name, _ in options:
+        require(name in S3_OPTIONS, key, uri, f"without the option {name!r}; there are {', '.join(S3_OPTIONS)}")
+    return place.rstrip("/"), tuple(options)
 
 
 def build(cls: type, raw: Any, path: str) -> Any:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.cleaning import REASON, SOURCE_ROW, USER_BUCKET, LogRules
-from pipeline.data.sources.imported import file_digest
+from pipeline.data.sources.files import file_digest
 from pipeline.data.statistics import count_bucket
 from pipeline.data.store import Bucket
 from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema, sequence_lists, sequence_schema

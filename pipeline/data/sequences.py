@@ -34,7 +34,7 @@ from pipeline.data.build import write_partition, write_table
 from pipeline.data.checks import refuse, run_checks
 from pipeline.data.cleaning import USER_BUCKET, LogRules, check_columns, normalise
 from pipeline.data.sources import LogFiles, open_logs
-from pipeline.data.sources.imported import file_digest
+from pipeline.data.sources.files import by_filesystem, file_digest, open_parquet, total_bytes
 from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
 from pipeline.data.statistics import Statistics, hints, merge
 from pipeline.data.store import Bucket, Manifest
@@ -81,7 +81,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     bucket_mb = rows * row_bytes / rules.num_buckets / 2**20
     return {
         "files": len(logs.files),
-        "file_mb": round(sum(Path(file).stat().st_size for file in logs.files) / 2**20, 1),
+        "file_mb": round(total_bytes(logs.files) / 2**20, 1),
         "rows": rows,
         "buckets": rules.num_buckets,
         "rows_per_bucket": rows // rules.num_buckets,
@@ -181,9 +181,15 @@ def _run_buckets(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path)
     )
     with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
         ray.data.DataContext.get_current().enable_progress_bars = False
-        rows = ray.data.read_parquet(logs.files, partitioning=None).map_batches(
-            partial(normalise, rules=rules), batch_size=None, batch_format="pyarrow"
-        )
+        sources = [
+            ray.data.read_parquet(files, filesystem=filesystem, partitioning=None)
+            for filesystem, files in by_filesystem(logs.files)
+        ]
+        normalised = [
+            source.map_batches(partial(normalise, rules=rules), batch_size=None, batch_format="pyarrow")
+            for source in sources
+        ]
+        rows = normalised[0].union(*normalised[1:]) if len(normalised) > 1 else normalised[0]
         built = rows.repartition(rules.num_buckets, keys=[USER_BUCKET]).map_batches(
             write, batch_size=None, batch_format="pyarrow"
         )
@@ -200,7 +206,7 @@ def _write_side_table(name: str, table: SideTable, id_column: str, staging: Path
     """A USER or ITEM table as one file, its id column int64 under our name, sorted by it."""
     key = f"source.{name}"
     files = parquet_files(f"{key}.path", table.path)
-    side = pa.concat_tables([pq.ParquetFile(file).read() for file in files], promote_options="permissive")
+    side = pa.concat_tables([open_parquet(file).read() for file in files], promote_options="permissive")
     if table.id_column not in side.column_names:
         raise UserError(f"{key}.id_column: no column {table.id_column!r} in {table.path}; found {side.column_names}")
     ids = side[table.id_column]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.config import RunConfig, SideTable, UserError
+from pipeline.data.sources.files import base_name, file_digest, list_files
 
 REPORT = "import.json"
 
@@ -89,10 +90,5 @@ def _fingerprint(cfg: RunConfig) -> str:
         parts += [cfg.seed, config.to_dict(source.synthetic)]
     else:
         assert source.path is not None, "SourceConfig asks for it"
-        parts += [[file.name, file_digest(file)] for file in sorted(Path(source.path).glob("*.parquet"))]
+        parts += [[base_name(file), file_digest(file)] for file in list_files(source.path)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig, UserError
 from pipeline.data.cleaning import row_digest
+from pipeline.data.sources.files import child, open_parquet
 from pipeline.data.sources.imported import ImportReport
 from pipeline.schema import ROW_DIGEST
 
@@ -168,11 +169,11 @@ def _mask(actions: tuple[str, ...], known: Container[str]) -> int:
 
 
 def _open(cfg: RunConfig, name: str) -> pq.ParquetFile:
-    path = Path(str(cfg.source.path)) / f"{name}.parquet"
+    path = child(str(cfg.source.path), f"{name}.parquet")
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"source.path: {path} cannot be read as Parquet: {error}") from None
+        file = open_parquet(path)
+    except UserError as error:
+        raise UserError(f"source.path: {error}") from None
     missing = [column for column in FILES[name] if column not in file.schema_arrow.names]
     if missing:
         raise UserError(f"{path} has no columns {missing}; found {file.schema_arrow.names}")

@@ -3,36 +3,28 @@
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import SourceConfig, UserError
+from pipeline.data.sources.files import count_rows, file_stamp, list_files, open_parquet
+
+__all__ = ["column_mapping", "count_rows", "file_stamp", "open_parquet", "parquet_files", "read_schema"]
 
 
 def parquet_files(key: str, path: str | Path) -> list[str]:
-    """The Parquet files at `path`, a file or a folder searched in depth, in a fixed order.
+    """The Parquet files at `path`, a file or a folder searched in depth, on a disk or in S3, in a fixed order.
 
     Raises:
         UserError: there is nothing, naming the configuration key.
     """
-    path = Path(path).absolute()  # workers may have another working directory
-    if path.is_file():
-        return [str(path)]
-    files = sorted(str(file) for file in path.rglob("*.parquet") if file.is_file())
+    files = list_files(path)
     if not files:
         raise UserError(f"{key}: no Parquet files at {str(path)!r}")
     return files
 
 
 def read_schema(file: str) -> pa.Schema:
-    try:
-        return pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from None
-
-
-def count_rows(files: list[str]) -> int:
-    """Rows by the files' own metadata, without reading them."""
-    return sum(pq.read_metadata(file).num_rows for file in files)
+    with open_parquet(file) as parquet:
+        return parquet.schema_arrow
 
 
 def column_mapping(source: SourceConfig, known: list[str]) -> dict[str, str]:

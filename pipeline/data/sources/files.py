@@ -1,0 +1,150 @@
+"""Files of logs on a disk or in an S3 bucket, listed, opened and digested alike.
+
+A file on a disk is named by its absolute path. An object is named `s3://bucket/key?endpoint_override=...&region=...`,
+with the options that the configuration gave it, so that any worker can open it by its name alone; the key is written as
+it is, without percent signs for what a URI would not allow. Credentials are those that AWS' own tools find, in the
+environment, a profile or the machine's role. They never stand in a name.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from pipeline.config import UserError
+from pipeline.config.values import S3, split_s3
+
+READ_BYTES = 8 * 2**20  # of one request, where a file is read from its beginning to its end
+CONNECTIONS = 16  # small requests under way at once: a footer is one round trip
+
+
+def list_files(path: str | Path) -> list[str]:
+    """The Parquet files at `path`, a file or a folder searched in depth, in a fixed order; none where there are none.
+
+    Raises:
+        UserError: the place cannot be looked at: no permission, no answer.
+    """
+    filesystem, inner, options = _locate(path)
+    try:
+        if filesystem.get_file_info(inner).type == fs.FileType.File:
+            return [_name(inner, options)]
+        found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise UserError(f"{path} cannot be listed: {error}") from None
+    files = [info.path for info in found if info.type == fs.FileType.File and info.path.endswith(".parquet")]
+    return sorted(_name(file, options) for file in files)
+
+
+def open_file(file: str | Path) -> pa.NativeFile:
+    """For reading at any place; over S3 each read is a request."""
+    filesystem, inner, _ = _locate(file)
+    return filesystem.open_input_file(inner)
+
+
+def open_parquet(file: str | Path) -> pq.ParquetFile:
+    """To be read by row groups; close it, or use it in a `with`.
+
+    Raises:
+        UserError: not there, not permitted, or not Parquet.
+    """
+    filesystem, inner, options = _locate(file)
+    try:
+        # The columns of a row group in few large requests instead of one each.
+        return pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=options is not None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} cannot be read as Parquet: {error}") from None
+
+
+def file_digest(file: str | Path) -> str:
+    """sha256 of the contents, wherever they lie."""
+    filesystem, inner, _ = _locate(file)
+    with filesystem.open_input_stream(inner, compression=None, buffer_size=READ_BYTES) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_stamp(file: str | Path) -> str:
+    """What changes when the file is written again: its size and time of modification, in S3 in whole seconds."""
+    info = _info(file)
+    return f"{info.size} {info.mtime_ns}"
+
+
+def by_filesystem(files: list[str]) -> list[tuple[fs.FileSystem, list[str]]]:
+    """The files in groups that one file system reads, named as it calls them."""
+    groups: dict[str | None, tuple[fs.FileSystem, list[str]]] = {}
+    for file in files:
+        filesystem, inner, options = _locate(file)
+        groups.setdefault(options, (filesystem, []))[1].append(inner)
+    return list(groups.values())
+
+
+def total_bytes(files: list[str]) -> int:
+    """Of all files together, asked many at a time."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return sum(pool.map(_size, files))
+
+
+def count_rows(files: list[str]) -> int:
+    """Rows by the files' own metadata, without reading them."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return sum(pool.map(_rows, files))
+
+
+def child(folder: str | Path, name: str) -> str:
+    """`name` in `folder`, which may be a bucket with options behind it."""
+    _, inner, options = _locate(folder)
+    return _name(f"{inner.rstrip('/')}/{name}", options)
+
+
+def base_name(file: str | Path) -> str:
+    """The name in its folder, without the options behind it."""
+    return Path(_locate(file)[1]).name
+
+
+def _info(file: str | Path) -> fs.FileInfo:
+    filesystem, inner, _ = _locate(file)
+    return filesystem.get_file_info(inner)
+
+
+def _size(file: str) -> int:
+    return _info(file).size
+
+
+def _rows(file: str) -> int:
+    with open_parquet(file) as parquet:
+        return parquet.metadata.num_rows
+
+
+def _locate(path: str | Path) -> tuple[fs.FileSystem, str, str | None]:
+    """The file system, the path as it calls it, and the options of the name (None: a disk)."""
+    if not str(path).startswith(S3):
+        return fs.LocalFileSystem(), str(Path(path).absolute()), None  # workers may have another working directory
+    inner, options = split_s3("path", str(path))
+    return _s3(options), inner, str(path).partition("?")[2]
+
+
+def _name(inner: str, options: str | None) -> str:
+    if options is None:
+        return inner
+    if "?" in inner:
+        raise UserError(f"{S3}{inner}: an object with '?' in its key cannot be named here")
+    return f"{S3}{inner}?{options}" if options else f"{S3}{inner}"
+
+
+@lru_cache
+def _s3(options: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
+    """One client for all files of a place: it holds the connections.
+
+    pyarrow's own reading of such URIs gives a client that does not repeat what the store refused for being busy.
+    """
+    given = dict(options)
+    return fs.S3FileSystem(
+        endpoint_override=given.get("endpoint_override"),  # None: AWS_ENDPOINT_URL, or AWS
+        region=given.get("region"),  # None: AWS_REGION, AWS_DEFAULT_REGION or the profile's
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=6),  # within about 20 s
+        connect_timeout=10,
+        request_timeout=60,
+    )

@@ -1,0 +1,199 @@
+"""Logs in an S3 bucket: the same files, rows and digests as on a disk, asked of a local server that speaks S3."""
+
+import logging
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from pyarrow import fs
+from werkzeug.serving import make_server
+
+from pipeline import config
+from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.data.sequences import build_sequences
+from pipeline.data.sources import files, import_logs, open_logs
+from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
+
+ROOT = Path(__file__).parents[1]
+SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+
+
+@dataclass
+class Bucket:
+    """A bucket `logs` of a server in this process; `upload` copies a folder into it."""
+
+    endpoint: str
+    refuse: Counter = field(default_factory=Counter)  # method -> how many of the next requests are answered 503
+
+    @property
+    def options(self) -> str:
+        return f"?endpoint_override={self.endpoint}&region=us-east-1"
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        store = fs.S3FileSystem(region="us-east-1", endpoint_override=self.endpoint)
+        fs.copy_files(str(folder), f"logs/{prefix}", destination_filesystem=store)
+        return f"s3://logs/{prefix}{self.options}"
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
+    application = DomainDispatcherApplication(create_backend_app)
+    found = Bucket("")
+
+    def answer(request: dict, start: Callable) -> Iterable[bytes]:
+        if found.refuse[request["REQUEST_METHOD"]] > 0:
+            found.refuse[request["REQUEST_METHOD"]] -= 1
+            start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
+            return [SLOW_DOWN]
+        return application(request, start)
+
+    server = make_server("127.0.0.1", 0, answer, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    found.endpoint = f"http://127.0.0.1:{server.server_port}"
+    store = fs.S3FileSystem(region="us-east-1", endpoint_override=found.endpoint, allow_bucket_creation=True)
+    store.create_dir("logs")
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files in depth, one with a name that a URI would not allow, and one that is not Parquet."""
+    folder = tmp_path_factory.mktemp("own")
+    for number, name in enumerate(("day=1/a.parquet", "day=2/b c.parquet", "z.parquet")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        table = pa.table({"user_id": range(number, number + 40), "what": ["x" * 50] * 40})
+        pq.write_table(table, folder / name, row_group_size=10)
+    (folder / "notes.txt").write_text("not a log")
+    return folder
+
+
+def relative(found: list[str], root: str) -> list[str]:
+    assert all(file.startswith(f"{root}/") for file in found)
+    return [file.removeprefix(f"{root}/").partition("?")[0] for file in found]
+
+
+def test_a_prefix_has_the_files_of_the_folder(bucket: Bucket, folder: Path):
+    place = bucket.upload(folder, "listed")
+    there, here = files.list_files(place), files.list_files(folder)
+    names = ["day=1/a.parquet", "day=2/b c.parquet", "z.parquet"]
+    assert relative(there, "s3://logs/listed") == relative(here, str(folder)) == names
+    assert all(file.endswith(bucket.options) for file in there)  # a name alone opens it
+    assert files.list_files(there[1]) == [there[1]]
+    assert files.child(place, "z.parquet") == there[2]
+    assert [files.base_name(file) for file in there] == ["a.parquet", "b c.parquet", "z.parquet"]
+
+
+def test_what_is_said_of_a_file_is_the_same(bucket: Bucket, folder: Path):
+    there, here = files.list_files(bucket.upload(folder, "said")), files.list_files(folder)
+    assert [files.file_digest(file) for file in there] == [files.file_digest(file) for file in here]
+    assert len({files.file_digest(file) for file in here}) == 3
+    assert files.total_bytes(there) == files.total_bytes(here) == sum(Path(file).stat().st_size for file in here)
+    stamps = [files.file_stamp(file) for file in there]
+    assert [stamp.split()[0] for stamp in stamps] == [files.file_stamp(file).split()[0] for file in here]
+    time.sleep(1.1)
+    bucket.upload(folder, "said")  # written again; S3 has whole seconds
+    assert all(old != new for old, new in zip(stamps, map(files.file_stamp, there), strict=True))
+    assert count_rows(there) == count_rows(here) == 120
+    assert [read_schema(file) for file in there] == [read_schema(file) for file in here]
+
+
+def test_a_file_is_read_by_row_groups(bucket: Bucket, folder: Path):
+    file = files.list_files(bucket.upload(folder, "groups"))[1]
+    with files.open_parquet(file) as parquet:
+        assert parquet.num_row_groups == 4
+        assert parquet.read_row_group(2)["user_id"].to_pylist() == list(range(21, 31))
+    with files.open_file(file) as stream:
+        stream.seek(-4, 2)
+        assert stream.read() == b"PAR1"
+
+
+def test_a_busy_store_is_asked_again(bucket: Bucket, folder: Path):
+    place = bucket.upload(folder, "busy")
+    bucket.refuse["GET"] = 1
+    there = files.list_files(place)
+    bucket.refuse["GET"] = 1
+    assert files.file_digest(there[0]) == files.file_digest(folder / "day=1/a.parquet")
+    assert bucket.refuse["GET"] == 0
+
+
+def test_what_is_not_there(bucket: Bucket):
+    with pytest.raises(UserError, match=r"source.path: no Parquet files at 's3://logs/none\?"):
+        parquet_files("source.path", f"s3://logs/none{bucket.options}")
+    with pytest.raises(UserError, match=r"source.path: no Parquet files at 's3://no-such-bucket/x\?"):
+        parquet_files("source.path", f"s3://no-such-bucket/x{bucket.options}")
+    with pytest.raises(UserError, match=r"s3://logs/none.parquet\?.* cannot be read as Parquet"):
+        read_schema(f"s3://logs/none.parquet{bucket.options}")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://key:secret@logs/x", "source.path must be without credentials"),
+        ("s3:///x", "source.path must be s3://bucket/prefix, got 's3:///x'"),
+        (
+            "s3://logs/x?secret_key=1",
+            "source.path must be without the option 'secret_key'; there are endpoint_override",
+        ),
+        ("gs://logs/x", "source.path must be a path of the file system, or s3://bucket/prefix, got 'gs://logs/x'"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_with_the_configuration(path: str, message: str):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as refused:
+        config.from_dict({"source": {"kind": "parquet", "path": path}})
+    assert "key:secret" not in str(refused.value)
+
+
+def test_a_side_table_is_checked_too():
+    users = {"path": "s3://a:b@logs/users.parquet", "id_column": "uid"}
+    with pytest.raises(ConfigError, match=r"source.users.path must be without credentials"):
+        config.from_dict({"source": {"kind": "parquet", "path": "x", "users": users}})
+
+
+@pytest.mark.cluster
+def test_a_build_from_s3_publishes_what_a_build_from_disk_does(
+    bucket: Bucket, tmp_path: Path, local_ray: None, smoke_logs: RunConfig
+):
+    sides = {"users": "user_id", "items": "item_id"}
+
+    def build(name: str, root: str, options: str) -> str:
+        raw = config.to_dict(smoke_logs)
+        raw |= {"name": name, "runs_dir": str(tmp_path)}
+        tables = {key: {"path": f"{root}/{key}.parquet{options}", "id_column": sides[key]} for key in sides}
+        raw["source"] |= {"kind": "parquet", "path": f"{root}/log{options}", **tables}
+        cfg = config.from_dict(raw)
+        (tmp_path / name / "live_logs").mkdir(parents=True)  # a log that the server's events became, on disk as ever
+        shutil.copy(open_logs(smoke_logs).files[0], tmp_path / name / "live_logs" / "events-00000.parquet")
+        return build_sequences(cfg).digest
+
+    bucket.upload(smoke_logs.log_dir, "smoke")
+    assert build("from_s3", "s3://logs/smoke", bucket.options) == build("from_disk", str(smoke_logs.log_dir), "")
+
+
+@pytest.fixture(scope="module")
+def smoke_logs(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    few = ["source.synthetic.num_users=40", "source.synthetic.rows_per_file=400"]
+    cfg = config.load(ROOT / "configs" / "smoke.yaml", [f"runs_dir={tmp_path_factory.mktemp('logs')}", *few])
+    import_logs(cfg)
+    return cfg
+
+
+def test_kuairand_is_imported_from_s3(bucket: Bucket, tmp_path: Path):
+    data = ROOT / "data" / "kuairand_pure_subset"
+    place = bucket.upload(data, "kuairand")
+    demo = ROOT / "configs" / "demo.yaml"
+    there = import_logs(config.load(demo, [f"runs_dir={tmp_path / 'there'}", f"source.path={place}"]))
+    here = import_logs(config.load(demo, [f"runs_dir={tmp_path / 'here'}", f"source.path={data}"]))
+    assert there == here  # the fingerprint too: it is of the files' contents
