@@ -1,0 +1,89 @@
+"""A running server for tests: its state, its return to a known state, and a load upon it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline import tracking
+from pipeline.config import RunConfig
+from serve_app import deployment, load_test, replay
+
+WAIT_S = 60  # a replica that was killed may take a busy machine half a minute to replace
+
+
+@dataclass
+class Served:
+    cfg: RunConfig
+    url: str
+    dashboard_url: str
+    versions: list[int]
+    folders: list[Path]
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=30, headers=replay.key_header(self.cfg))
+
+
+def restore(server: Served) -> None:
+    """The first version the champion, and every replica answering with it alone, whatever a test left or killed."""
+    first = server.versions[0]
+    if tracking.champion(server.cfg).version != first:
+        assert tracking.rollback(server.cfg) == first
+    champion_alone = {("champion", first): server.cfg.serve.num_replicas}
+    if loaded(server).keys() - champion_alone.keys():
+        deployment.deploy(server.cfg, server.dashboard_url, tracking.champion(server.cfg))
+    wait_until(lambda: loaded(server) == champion_alone and len(replica_pids()) == server.cfg.serve.num_replicas)
+
+
+def loaded(server: Served) -> dict[tuple[str, int], int]:
+    """By role and version, how many replicas have it loaded."""
+    found: dict[tuple[str, int], int] = {}
+    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+        for entry in family.samples if family.name == "ranking_model" else ():
+            key = entry.labels["role"], int(entry.labels["version"])
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not done():
+        assert time.monotonic() < end, f"not within {WAIT_S} s"
+        time.sleep(0.1)
+
+
+class Load:
+    """Open-loop requests of all users at 20 a second while the block runs."""
+
+    def __init__(self, served: Served, most_seconds: float) -> None:
+        self.load = load_test.Load(rate=20, seconds=most_seconds, candidates=5, timeout_s=30)
+        users, items = load_test.known_ids(served.cfg)
+        self.asked = load_test.arrivals(self.load, users)
+        bodies = load_test.bodies(self.load, self.asked, items)
+        headers = dict(replay.key_header(served.cfg))
+        self.sending = threading.Thread(target=self._send, args=(served.url, bodies, headers))
+        self.stop = threading.Event()
+
+    def _send(self, url: str, bodies: list[bytes], headers: dict[str, str]) -> None:
+        self.answers = asyncio.run(load_test.send(url, self.load, self.asked, bodies, headers, self.stop))
+
+    def __enter__(self) -> "Load":
+        self.sending.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.sending.join()
+
+
+def replica_pids() -> list[int]:
+    from ray.util.state import list_actors
+
+    name = "ServeReplica:ranking:RankerReplica"
+    return [a.pid for a in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])]

@@ -1,0 +1,71 @@
+"""The deployment's configuration, and what its jobs say where something that they need is not there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_world import publish_sequences, tiny_config
+
+from pipeline import tracking
+from pipeline.cluster import free_port
+from serve_app import deployment
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: Path) -> None:
+    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
+    model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
+    wanted = deployment.user_config(cfg, model)
+    for filled in (
+        deployment.template(),
+        deployment.serve_config(cfg, wanted, 8123, {"working_dir": f"local://{ROOT}"}),
+    ):
+        ServeDeploySchema.model_validate(filled)
+        assert filled.keys() <= ServeDeploySchema.model_fields.keys()
+        assert filled["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+        for application in filled["applications"]:
+            assert application.keys() <= ServeApplicationSchema.model_fields.keys()
+            for entry in application["deployments"]:
+                assert entry.keys() <= DeploymentSchema.model_fields.keys()
+    assert filled["http_options"]["port"] == 8123
+    assert filled["applications"][0]["deployments"][1]["user_config"]["model"]["version"] == 3
+    json.dumps(filled)
+
+
+def run_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{name}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.cluster
+def test_no_champion(mlflow_runs: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"runs_dir: {mlflow_runs}\ntracking: {{model_name: nobody}}\n")
+    done = run_job("serve", "--config", str(preset))
+    assert done.returncode == 2, done.stderr
+    assert "no champion: no version of nobody has the alias 'champion'" in done.stderr
+
+
+def test_mlflow_down(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    uri = f"http://127.0.0.1:{free_port()}"
+    preset.write_text(f"runs_dir: {tmp_path}/runs\ntracking: {{uri: '{uri}'}}\n")
+    done = run_job("promote", "--config", str(preset))
+    assert done.returncode == 2, done.stderr
+    assert f"no MLflow server answers at '{uri}'" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"runs_dir: {tmp_path}/runs\n")
+    done = run_job("deploy", "--config", str(preset))
+    assert done.returncode == 2, done.stderr
+    assert "ray.address" in done.stderr

@@ -1,0 +1,254 @@
+"""The whole server on one real Ray Serve. Each test finds it answering with the first version alone."""
+
+import hashlib
+import itertools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from bad_bodies import BAD_BODIES, ONE, check_refused
+from served import Load, Served, loaded, replica_pids, restore, wait_until
+from test_limits import sample
+from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
+
+from pipeline import tracking
+from pipeline.cluster import ray_cluster
+from pipeline.config import CanaryConfig, UserError
+from pipeline.data import store
+from pipeline.mlflow_server import mlflow_server
+from serve_app import deployment, load_test, replay
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.events import SqliteEvents
+from serve_app.rollout import in_share
+from serve_app.schemas import RankHead
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Two registered versions, the first of them champion and serving to who has a key."""
+    from ray import serve
+
+    folder = tmp_path_factory.mktemp("models")
+    hashes, key = folder / "keys.sha256", folder / "key"
+    key.write_text("a-key")
+    hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
+    options = {"port": 0, "num_replicas": 2, "api_keys_file": str(hashes), "client_key_file": str(key)}
+    options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}  # a busy machine is no reason to refuse
+    cfg = tiny_config(mlflow_runs, name="served", tracking={"model_name": "served"}, serve=options)
+    publish_sequences(cfg)
+    folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
+    with mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
+        versions = []
+        for model in folders:
+            with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+                versions.append(tracking.register(cfg, run, model))
+        tracking.promote(cfg, versions[0])
+        url = deployment.deploy(cfg, cluster.dashboard_url, tracking.champion(cfg))
+        yield Served(cfg, url, cluster.dashboard_url, versions, folders)
+        serve.shutdown()
+
+
+@pytest.fixture
+def served(server: Served) -> Served:
+    restore(server)
+    return server
+
+
+def test_it_answers_with_the_champion(served: Served) -> None:
+    info = served.client.get("/v1/model").json()
+    assert (info["model_name"], info["model_version"]) == ("served", served.versions[0])
+    assert served.client.get("/healthz").json() == {"status": "ok"}
+    ready = {"status": "ready", "model_version": served.versions[0], "failed_deployment": None}
+    assert served.client.get("/readyz").json() == ready | {"deployments": [info["deployment"]]}
+    assert served.client.get("/docs").status_code == 200
+    assert httpx.get(f"{served.url}/healthz").status_code == 200
+    assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
+
+
+@pytest.mark.parametrize("name", ["malformed JSON", "no candidates", "10,001 candidates", "5 MB", "no history at all"])
+def test_bad_bodies_over_the_wire(served: Served, name: str) -> None:
+    body, *expected = BAD_BODIES[name]
+    check_refused(served.client.post("/v1/rank", content=body, headers={"content-type": "application/json"}), *expected)
+    assert served.client.post("/v1/rank", json=ONE).status_code == 200
+
+
+def test_unknown_user_and_items(served: Served) -> None:
+    asked = {"user_id": NOT_A_USER, "candidates": [{"item_id": 1}, {"item_id": 10**12}]}
+    answer = served.client.post("/v1/rank", json=asked).json()
+    assert answer["unknown_user"]
+    assert answer["unknown_items"] == 1
+    assert len(answer["scores"]["is_like"]) == 2
+
+
+def test_an_event_is_part_of_the_next_rank(served: Served) -> None:
+    event = {"user_id": NOT_A_USER + 1, "item_id": 5, "event_time": 1_651_500_000_000, "actions": {"is_click": True}}
+    asked = {"user_id": event["user_id"], "candidates": [{"item_id": 1}]}
+    before = served.client.post("/v1/rank", json=asked).json()
+    statuses = [served.client.post("/v1/events", json={"events": [event]}).json()["status"] for _ in range(2)]
+    assert statuses == [["accepted"], ["already_there"]]
+    after = served.client.post("/v1/rank", json=asked).json()
+    assert [(a["unknown_user"], a["history_length"]) for a in (before, after)] == [(True, 0), (False, 1)]
+    assert after["scores"] != before["scores"]
+    earlier = asked | {"request_time_ms": event["event_time"]}
+    assert served.client.post("/v1/rank", json=earlier).json()["history_length"] == 0
+    wrong = served.client.post("/v1/events", json={"events": [event | {"actions": {"is_sold": True}}]})
+    check_refused(wrong, 422, ["body", "events", 0, "actions"], "is_sold")
+
+
+def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
+    import ray
+
+    asked = ONE | {"request_time_ms": 1_651_500_000_000}
+    over_http = served.client.post("/v1/rank", json=asked).json()
+    head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
+
+    @ray.remote
+    class Caller:
+        async def ask(self, request: RankColumns) -> RankedColumns:
+            from ray import serve
+
+            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
+
+    answer = ray.get(Caller.remote().ask.remote(RankColumns(head, np.array([1]), {})))
+    assert answer.response().model_dump() == over_http
+
+
+def test_the_most_candidates_allowed(served: Served) -> None:
+    asked = {"user_id": 3, "candidates": [{"item_id": i} for i in range(10_000)]}
+    answer = served.client.post("/v1/rank", json=asked)
+    assert answer.status_code == 200
+    assert sorted(answer.json()["order"]) == list(range(10_000))
+
+
+def test_offline_and_http_agree(served: Served) -> None:
+    report = replay.replay(served.cfg, served.url, served.folders[0])
+    assert report.num_requests > 15
+    assert report.max_abs_diff <= 1e-5
+    other = replay.replay(served.cfg, served.url, served.folders[1])
+    assert other.max_abs_diff > 1e-2, "another model's scores must not pass"
+
+
+def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> None:
+    """No request fails, each answer names its version, and the versions follow the deployments."""
+    first, second = served.versions
+    with Load(served, most_seconds=90) as load:
+        time.sleep(1)
+        assert tracking.promote(served.cfg, second).promoted
+        assert deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg)) == served.url
+        os.kill(replica_pids()[0], signal.SIGKILL)
+        time.sleep(2)
+        assert tracking.rollback(served.cfg) == first
+        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        time.sleep(1)
+    sent = load.answers.status != load_test.NOT_SENT
+    assert sent.sum() > 40
+    assert load.answers.status[sent].tolist() == [200] * sent.sum()
+    versions = load.answers.version[sent].tolist()
+    assert (versions[0], versions[-1]) == (first, first)
+    assert set(versions) == {first, second}
+    assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == first
+
+
+def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) -> None:
+    """Four writers, who send again what got no answer; `benchmarks.serving` does it with 100,000 events."""
+    num_posts, together, first_user = 40, 10, NOT_A_USER + 100
+    began = threading.Barrier(5)
+
+    def write(writer: int) -> set[tuple[int, int]]:
+        acknowledged: set[tuple[int, int]] = set()
+        began.wait()
+        with httpx.Client(base_url=served.url, timeout=10, headers=served.client.headers) as client:
+            for post in range(num_posts):
+                sent = {(first_user + writer, post * together + i) for i in range(together)}
+                rows = [{"user_id": user, "item_id": i, "event_time": 1_651_500_000_000 + i} for user, i in sent]
+                while (answer := client.post("/v1/events", json={"events": rows})).status_code != 200:
+                    assert answer.status_code in (429, 503, 504), answer.text
+                    time.sleep(0.1)
+                acknowledged |= sent
+        return acknowledged
+
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write, writer) for writer in range(4)]
+        began.wait()
+        time.sleep(0.1)
+        os.kill(replica_pids()[0], signal.SIGKILL)
+        acknowledged = set().union(*(done.result() for done in writing))
+    log = SqliteEvents(served.cfg.run_dir / "serving" / "events.sqlite")
+    kept = [(e.user_id, e.item_id) for writer in range(4) for e in log.of_user(first_user + writer)]
+    assert len(kept) == len(set(kept)) == len(acknowledged) == 4 * num_posts * together
+    assert set(kept) == acknowledged
+
+
+def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
+    first, second = served.versions
+    users = range(NUM_USERS)
+    ask = lambda user: served.client.post("/v1/rank", json=ONE | {"user_id": user}).json()["model_version"]
+    trial = replace(served.cfg.serve, canary=CanaryConfig(version=second, share=0.4), shadow=second)
+    replicas = served.cfg.serve.num_replicas
+    try:
+        deployment.deploy(replace(served.cfg, serve=trial), served.dashboard_url, tracking.champion(served.cfg))
+        trial_of_all = {("champion", first): replicas, ("canary", second): replicas, ("shadow", second): replicas}
+        wait_until(lambda: loaded(served) == trial_of_all)
+        expected = [second if in_share(user, second, 0.4) else first for user in users]
+        assert set(expected) == {first, second}
+        assert [ask(user) for user in users] == expected
+        info = served.client.get("/v1/model").json()
+        assert (info["canary_version"], info["canary_share"], info["shadow_version"]) == (second, 0.4, second)
+        page = lambda: served.client.get("/metrics").text
+        answered = sample(page(), "ranking_ranker_requests_total", version=str(second), role="canary")
+        assert answered >= expected.count(second)
+        wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
+    finally:  # what other tests expect
+        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+    assert {ask(user) for user in users} == {first}
+
+
+def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
+    assert httpx.get(f"{served.url}/metrics").status_code == 401
+    rank_all = lambda: [served.client.post("/v1/rank", json=ONE | {"user_id": user}) for user in range(NUM_USERS)]
+    before = served.client.get("/metrics").text
+    rank_all()
+    after = served.client.get("/metrics").text
+    for name in ("ranking_requests_total", "ranking_ranker_requests_total"):
+        labels = {"path": "/v1/rank"} if name == "ranking_requests_total" else {}
+        was = sample(before, name, **labels)
+        assert sample(after, name, **labels) - (0 if math.isnan(was) else was) == NUM_USERS, name
+
+
+def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
+    """Everybody asks twice with a history never seen; only a replica that has just come back may take users over."""
+    missed = lambda: sample(served.client.get("/metrics").text, "ranking_history_cache_misses_total")
+    items = itertools.count()
+
+    def sticky() -> bool:
+        item = next(items)
+        misses = []
+        for _ in range(2):
+            before = missed()
+            for user in range(NUM_USERS):
+                row = {"item_id": item, "event_time": 1_650_000_000_000 + user}
+                served.client.post("/v1/rank", json=ONE | {"user_id": user, "history": [row]})
+            misses.append(missed() - before)
+        return misses == [NUM_USERS, 0]
+
+    wait_until(sticky)
+
+
+def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None:
+    broken = replace(tracking.champion(served.cfg), sha256={"model.safetensors": "0" * 64})
+    with pytest.raises(UserError, match="sha256"):
+        deployment.deploy(served.cfg, served.dashboard_url, broken)
+    with pytest.raises(UserError, match=r"did not load.*goes on answering"):  # where only the replicas see it
+        deployment.update(served.cfg, served.dashboard_url, deployment.user_config(served.cfg, broken))
+    assert served.client.post("/v1/rank", json=ONE).status_code == 200
