@@ -58,7 +58,8 @@ def run(
         cfg = config.load(options.config, options.overrides)
         if options.dry_run:
             print(yaml.safe_dump(config.to_dict(cfg), sort_keys=False).rstrip())
-            print(yaml.safe_dump({"plan": plan(cfg) if plan else {}}, sort_keys=False).rstrip())
+            planned = {"plan": plan(cfg) if plan else {}}  # what belongs together, a table say, on one line
+            print(yaml.safe_dump(planned, sort_keys=False, default_flow_style=None, width=200).rstrip())
             return
         main(Job(cfg, options.dry_run, options))
     except config.UserError as error:

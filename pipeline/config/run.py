@@ -70,6 +70,12 @@ class RunConfig:
         require(duration is None or self.items_known, "features.duration_ms_column", duration, rule)
         for task in self.train.task_weights:
             require(task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}")
+        placeable = self.feature_tables
+        for name in self.train.tables.keys() - {"default"}:
+            require(name in placeable, "train.tables", name, f"default or one of the tables {list(placeable)}")
+        for key in ("bf16_tables", "host_state_tables"):
+            for name in getattr(self.train, key):
+                require(name in placeable, f"train.{key}", name, f"one of the tables {list(placeable)}")
         for task in self.tracking.gate_max_ne:
             require(task in self.tasks, "tracking.gate_max_ne", task, f"one of tasks {list(self.tasks)}")
         require("/" not in self.name and self.name not in ("", ".", "..", "mlflow"), "name", self.name, "a folder name")
@@ -89,6 +95,13 @@ class RunConfig:
         """Bits of a history row's action mask: source.actions, then the watch-time thresholds."""
         features = self.features
         return len(self.source.actions) + len(features.watch_seconds) + len(features.watch_shares)
+
+    @property
+    def feature_tables(self) -> tuple[str, ...]:
+        """The embedding tables that grow with the data, as `train.tables` names them."""
+        features = self.features
+        sides = (("item", features.item), ("request", features.request), ("user", features.user))
+        return "item_id", *(f"{side}.{name}" for side, columns in sides for name in columns)
 
     @property
     def items_known(self) -> bool:

@@ -42,6 +42,12 @@ class TrainConfig:
     warmup_steps: int = 100
     grad_clip: float = 1.0  # largest norm of the dense gradients
     num_workers: int = 1
+    # Where embedding tables live: table (item_id, item.COLUMN, user.COLUMN, request.COLUMN, or default for all others)
+    # -> placement. auto shards a table of more than shard_above_mb, in float32, when there are several workers.
+    tables: dict[str, Literal["replicated", "sharded", "auto"]] = field(default_factory=dict)
+    shard_above_mb: int = 512
+    bf16_tables: tuple[str, ...] = ()  # rows in bfloat16, rounded by chance; these tables are always sharded
+    host_state_tables: tuple[str, ...] = ()  # the optimizer's moments in the host's memory, pinned; only used rows move
     threads_per_worker: int = 1
     use_gpu: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -63,8 +69,13 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         for name in ("lr", "embedding_lr", "grad_clip"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "greater than 0")
-        for name in ("history_label_weight", "weight_decay", "warmup_steps", "max_failures"):
+        for name in ("history_label_weight", "weight_decay", "warmup_steps", "max_failures", "shard_above_mb"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        for name in self.bf16_tables:
+            placement = self.tables.get(name, self.tables.get("default", "auto"))
+            require(
+                placement != "replicated", f"train.tables.{name}", placement, "sharded or auto for a bf16_tables one"
+            )
         for task, factor in self.task_weights.items():
             require(factor > 0, f"train.task_weights.{task}", factor, "greater than 0")
 

@@ -5,6 +5,7 @@ action; one learned constant may stand in its place. Position and time are those
 history does not depend on the request.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +37,10 @@ class Tokens:
         return self.host_lengths
 
 
-def table(rows: int, dim: int) -> nn.Embedding:
+MakeTable = Callable[[str, int, int], nn.Module]  # a table's name, as in `train.tables`, its rows and its width
+
+
+def table(name: str, rows: int, dim: int) -> nn.Embedding:
     """An embedding table with gradients of touched rows only. Row 0, never or rarely trained, starts as zero."""
     embedding = nn.Embedding(rows, dim, sparse=True)
     with torch.no_grad():
@@ -74,13 +78,17 @@ class SwishLayerNorm(nn.Module):
 class ContentEncoder(nn.Module):
     """Item id, item columns and request columns of one event through a small MLP."""
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int]) -> None:
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable) -> None:
         super().__init__()
         features = cfg.features
-        self.item_id = table(vocab_sizes["item_id"], features.item_id_dim)
-        self.item = nn.ModuleList(table(vocab_sizes[f"item.{name}"], f.dim) for name, f in features.item.items())
+        self.names = ["item_id", *(f"item.{name}" for name in features.item)]
+        self.names += [f"request.{name}" for name in features.request]
+        self.item_id = make_table("item_id", vocab_sizes["item_id"], features.item_id_dim)
+        self.item = nn.ModuleList(
+            make_table(f"item.{name}", vocab_sizes[f"item.{name}"], f.dim) for name, f in features.item.items()
+        )
         self.request = nn.ModuleList(
-            table(vocab_sizes[f"request.{name}"], f.dim) for name, f in features.request.items()
+            make_table(f"request.{name}", vocab_sizes[f"request.{name}"], f.dim) for name, f in features.request.items()
         )
         width = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
         d = cfg.model.d_model
@@ -132,12 +140,15 @@ class DenseEncoder(nn.Module):
 class ContextEncoder(nn.Module):
     """One prefix token per group of user columns. Its own linear layer tells a token what it is."""
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int]) -> None:
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable) -> None:
         super().__init__()
         features = cfg.features
         names = list(features.user)
+        self.names = [f"user.{name}" for name in names]
         self.groups = [[names.index(name) for name in group] for group in features.user_tokens.values()]
-        self.user = nn.ModuleList(table(vocab_sizes[f"user.{name}"], f.dim) for name, f in features.user.items())
+        self.user = nn.ModuleList(
+            make_table(f"user.{name}", vocab_sizes[f"user.{name}"], f.dim) for name, f in features.user.items()
+        )
         self.out = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(sum(features.user[name].dim for name in group), cfg.model.d_model),
@@ -169,13 +180,13 @@ def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
 class TokenEncoder(nn.Module):
     """SequenceBatch → Tokens."""
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int]) -> None:
+    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = table) -> None:
         super().__init__()
         model = cfg.model
         self.time_buckets = model.time_buckets
         self.time_bucket = time_bucket if model.time_anchor == "event" else age_bucket
         self.num_context = len(cfg.features.user_tokens)
-        self.content = ContentEncoder(cfg, vocab_sizes)
+        self.content = ContentEncoder(cfg, vocab_sizes, make_table)
         self.heterogeneous = model.heterogeneous_actions
         num_actions = cfg.num_action_bits if self.heterogeneous else 1
         self.action = ActionEncoder(num_actions, model.action_dim, model.d_model)
@@ -183,10 +194,20 @@ class TokenEncoder(nn.Module):
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
         into_token = dense_width(cfg) > 0 and model.dense_to != "head"
         self.dense = DenseEncoder(dense_width(cfg), model.d_model) if into_token else None
-        self.context = ContextEncoder(cfg, vocab_sizes) if self.num_context else None
-        self.position = table(model.position_buckets, model.d_model)
-        self.time = table(model.time_buckets, model.d_model)
+        self.context = ContextEncoder(cfg, vocab_sizes, make_table) if self.num_context else None
+        position = make_table("position", model.position_buckets, model.d_model)
+        time = make_table("time", model.time_buckets, model.d_model)
+        assert isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding)  # small, never sharded
+        self.position, self.time = position, time
         self.dropout = nn.Dropout(model.dropout)
+
+    def codes(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """int32 [T] or [B]: the rows of each feature's table that `forward` looks up, in its order."""
+        columns = torch.cat([batch.item_codes, batch.request_codes], dim=1).unbind(1)
+        codes = dict(zip(self.content.names, columns, strict=True))
+        if self.context is None:
+            return codes
+        return codes | dict(zip(self.context.names, batch.user_codes.unbind(1), strict=True))
 
     def forward(self, batch: SequenceBatch) -> Tokens:
         tokens = self.sequence(batch)

@@ -14,7 +14,7 @@ from pipeline.data.dense import dense_width
 from pipeline.model.baselines.din import DIN
 from pipeline.model.baselines.hstu import HSTU, InterleavedEncoder
 from pipeline.model.baselines.transformer import SoftmaxEncoder
-from pipeline.model.embeddings import DenseEncoder, TokenEncoder, Tokens
+from pipeline.model.embeddings import DenseEncoder, MakeTable, TokenEncoder, Tokens, table
 from pipeline.model.mixture import MixtureOfTransducers
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer
@@ -24,13 +24,19 @@ class UltraHSTU(nn.Module):
     """Scores of the candidates of a batch.
 
     `vocab_sizes` and `base_rates` come from the training period's `FeatureMaps`: rows of each table, and the positive
-    rate of each task, at which its head starts.
+    rate of each task, at which its head starts. Training may put its own tables in place of plain ones (`make_table`).
     """
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], base_rates: dict[str, float]) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        vocab_sizes: dict[str, int],
+        base_rates: dict[str, float],
+        make_table: MakeTable = table,
+    ) -> None:
         super().__init__()
         self.tasks = cfg.tasks
-        self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(cfg, vocab_sizes)
+        self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(cfg, vocab_sizes, make_table)
         self.transducer = sequence_encoder(cfg, self.encoder.num_context)
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
         self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model) if into_head else None

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that say how a run is carried out, not what it computes: they may change between two attempts.
 FREE_SETTINGS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_failures", "threads_per_worker")
+FREE_SETTINGS += ("tables", "shard_above_mb", "host_state_tables")
 SETTINGS = ("seed", "split", "tasks", "features", "model", "train")  # the sections that decide the losses
 
 

@@ -25,6 +25,8 @@ from pipeline.model.losses import task_losses
 from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
 from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
+from pipeline.train.placement import place_tables
+from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +80,9 @@ def train(
         for batch, work in meter.waited(prefetched(counted(loader.batches(epoch, state.epoch_step), cfg))):
             meter.count(batch, work)
             batch = batch.to(device)
-            if rank == 0 and state.step == 0:
+            if state.step == 0:  # on every rank: sharded tables bring their rows together
                 variances = ", ".join(f"{v:.1e}" for v in attention_variance(trainee.model, batch))
-                if variances:
+                if variances and rank == 0:
                     logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
             sums += torch.stack(trainee.step(batch, state.step, total_steps))
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
@@ -111,16 +113,22 @@ class Trainee:
         self, cfg: RunConfig, maps: FeatureMaps, device: torch.device | str, rank: int, world_size: int
     ) -> None:
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
-        self.model = model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).to(device)
+        plan = place_tables(cfg, maps.vocab_sizes, world_size)
+        maker = TableMaker(plan, rank, device, cfg.seed)
+        self.model = model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
+        maker.check(model)
         self.task_weights = torch.tensor([cfg.train.task_weights.get(task, 1.0) for task in cfg.tasks], device=device)
-        self.tables = {
-            f"{name}.weight": module.weight
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding)
-        }
+        paths = {module: f"{path}.weight" for path, module in model.named_modules()}
+        self.table_paths = {name: paths[module] for name, module in maker.modules.items()}
+        self.tables = {paths[module]: model.get_parameter(paths[module]) for module in maker.modules.values()}
         self.dense = {name: p for name, p in model.named_parameters() if name not in self.tables}
+        self.blocks = {self.table_paths[name]: module for name, module in maker.sharded.items()}
+        self.sharded = sharded = ShardedTables(maker.sharded, world_size) if maker.sharded else None
+        if sharded is not None:
+            model.encoder.register_forward_pre_hook(lambda _, inputs: sharded.fetch(model.encoder.codes(*inputs)))
         decay = cfg.train.weight_decay
-        self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay)
+        on_host = [self.table_paths[name] for name, place in plan.items() if place.host_state]
+        self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay, on_host=on_host)
         self.adamw = torch.optim.AdamW(self.dense.values(), lr=cfg.train.lr, weight_decay=decay, fused=True)
 
     def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[Tensor, Tensor]:
@@ -164,28 +172,42 @@ class Trainee:
         return loss, weight
 
     def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per table the rows touched by any rank, with repeats, and their gradients."""
+        """Per table the rows touched by any rank, with repeats, and their gradients; of a sharded one its block's."""
         local = {}
         for name, weight in self.tables.items():
-            assert weight.grad is not None
-            local[name] = weight.grad._indices()[0], weight.grad._values()
-        if self.world_size == 1:
-            return local
-        return gather_rows({name: rows_and_sums(*touched) for name, touched in local.items()}, self.world_size)
+            if name not in self.blocks:
+                assert weight.grad is not None
+                local[name] = weight.grad._indices()[0], weight.grad._values()
+        if self.world_size > 1:
+            local = gather_rows({name: rows_and_sums(*touched) for name, touched in local.items()}, self.world_size)
+        if self.sharded is not None:
+            local |= {self.table_paths[name]: touched for name, touched in self.sharded.gradients().items()}
+        return local
 
     def checkpoint(self, state: TrainState, identity: dict) -> Checkpoint:
-        optimizer = {f"rowwise.{name}": tensor for name, tensor in self.rowwise.state_dict().items()}
+        optimizer = {f"rowwise.{name}": tensor for name, tensor in self._whole(self.rowwise.state_dict()).items()}
         for name, parameter in self.dense.items():
             for key, tensor in self.adamw.state[parameter].items():
                 optimizer[f"adamw.{key}.{name}"] = tensor
-        return Checkpoint(replace(state), copied(self.model.state_dict()), copied(optimizer), identity)
+        return Checkpoint(replace(state), copied(self._whole(self.model.state_dict())), copied(optimizer), identity)
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with blocks of sharded tables, and of their moments, joined; all ranks call it together."""
+        return {name: gathered(t, b, self.world_size) if (b := self._block(name)) else t for name, t in tensors.items()}
+
+    def _own(self, name: str, whole: Tensor) -> Tensor:
+        block = self._block(name)
+        return whole if block is None else whole[block.first_row : block.first_row + len(block.weight)]
+
+    def _block(self, name: str) -> ShardedEmbedding | None:
+        """The sharded table whose weights, or whose moments in the row-wise optimizer, `name` are."""
+        return self.blocks.get(name.removeprefix("m.").removeprefix("v."))
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self.model.load_state_dict(checkpoint.model)
         saved = checkpoint.optimizer
-        self.rowwise.load_state_dict(
-            {name.removeprefix("rowwise."): tensor for name, tensor in saved.items() if name.startswith("rowwise.")}
-        )
+        self.model.load_state_dict({name: self._own(name, tensor) for name, tensor in checkpoint.model.items()})
+        rowwise = {name.removeprefix("rowwise."): t for name, t in saved.items() if name.startswith("rowwise.")}
+        self.rowwise.load_state_dict({name: self._own(name, tensor) for name, tensor in rowwise.items()})
         for name, parameter in self.dense.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             moments = {key: saved[f"adamw.{key}.{name}"].to(parameter.device) for key in keys}

@@ -1,6 +1,7 @@
 """Row-wise AdamW for embedding tables, AdamW for everything else, and the schedule of their learning rates."""
 
 import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -10,21 +11,33 @@ from kernels.rowwise_adamw.reference import Hyper
 
 
 class RowwiseAdamW:
-    """AdamW that keeps one second moment per row and touches only the rows of the batch (kernels/rowwise_adamw)."""
+    """AdamW that keeps one second moment per row and touches only the rows of the batch (kernels/rowwise_adamw).
+
+    The moments of the tables in `on_host` lie in the host's memory, pinned where the table is on a GPU: the kernel
+    reads and writes them there, the touched rows and nothing else.
+    """
 
     def __init__(
         self,
-        tables: dict[str, Tensor],
+        tables: Mapping[str, Tensor],
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        on_host: Collection[str] = (),
     ) -> None:
         self.tables, self.betas, self.eps, self.weight_decay = tables, betas, eps, weight_decay
         self.step_count = 0
-        wide = {name: torch.promote_types(w.dtype, torch.float32) for name, w in tables.items()}
-        self.m = {name: torch.zeros_like(w, dtype=wide[name]) for name, w in tables.items()} if betas[0] else {}
-        self.v = {name: w.new_zeros(w.shape[0], dtype=wide[name]) for name, w in tables.items()}
+
+        def zeros(name: str, shape: torch.Size) -> Tensor:
+            weight = tables[name]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            if name in on_host:
+                return torch.zeros(shape, dtype=dtype, pin_memory=weight.is_cuda)
+            return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        self.m = {name: zeros(name, w.shape) for name, w in tables.items()} if betas[0] else {}
+        self.v = {name: zeros(name, w.shape[:1]) for name, w in tables.items()}
 
     @torch.no_grad()
     def step(self, grads: dict[str, tuple[Tensor, Tensor]], lr: float, grad_scale: Tensor | None = None) -> None:

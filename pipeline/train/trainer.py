@@ -34,6 +34,7 @@ from pipeline.train.checkpoint import (
     run_identity,
     write_checkpoint,
 )
+from pipeline.train.placement import describe, place_tables
 
 logger = logging.getLogger(__name__)
 
@@ -169,20 +170,22 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
         raise UserError(f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}")
     maps = fit_features(cfg)
-    trainee = loop.Trainee(cfg, maps, "cpu", rank=0, world_size=1)
+    tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
+    with torch.device("meta"):  # shapes alone: a table may be larger than this machine
+        model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+    table_values = sum(table.rows * table.width for table in tables.values())
+    dense = sum(parameter.numel() for parameter in model.parameters()) - table_values
     steps = TrainLoader(cfg, maps, 0, train.num_workers).steps_per_epoch
-    tables = {name: tensor.numel() * tensor.element_size() for name, tensor in trainee.tables.items()}
-    dense = sum(tensor.numel() for tensor in trainee.dense.values())
-    table_values = sum(tensor.numel() for tensor in trainee.tables.values())
-    optimizer = 8 * dense + sum(m.numel() + len(m) for m in trainee.rowwise.m.values()) * 4
+    placed = describe(tables)
     return {
         "world_size": train.num_workers,
         "device": "cuda" if train.use_gpu else "cpu",
         "steps_per_epoch": steps,
         "epochs": train.epochs,
         "parameters": {"dense": dense, "tables": table_values},
-        "table_bytes": tables,
-        "memory_per_worker_mb": round((4 * (2 * dense + table_values) + optimizer) / 2**20, 1),
+        # Float32 weights, their gradients and two moments: what a step needs beside tables and activations.
+        "bytes_per_worker": {"dense": 16 * dense, **placed["total"]},
+        "tables": placed["tables"],
         "resumes_from_step": _last_step(cfg),
     }
 

@@ -1,0 +1,101 @@
+"""Where each embedding table of a model lives: whole on every rank, or in blocks of rows over all ranks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.config import RunConfig, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One table: what it is, and which ranks hold which of its rows."""
+
+    rows: int
+    width: int
+    sharded: bool
+    world_size: int
+    dtype: torch.dtype
+    host_state: bool  # moments in the memory of the host, the rows on the device
+
+    @property
+    def block(self) -> int:
+        """Rows of a rank: those of `torch.chunk`, so that the last ranks may hold fewer or none."""
+        return -(-self.rows // self.world_size) if self.sharded else self.rows
+
+    def span(self, rank: int) -> tuple[int, int]:
+        """First row of `rank`, and the one after its last."""
+        first = min(rank * self.block, self.rows) if self.sharded else 0
+        return first, min(first + self.block, self.rows)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the largest block."""
+        return self.block * self.width * self.dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the largest block: a float32 first moment per number, a second one per row."""
+        return 4 * self.block * (self.width + 1)
+
+
+def table_shapes(cfg: RunConfig, vocab_sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Rows and width of every table of the model, by the name it has in `train.tables`."""
+    features, model = cfg.features, cfg.model
+    columns = *features.item.values(), *features.request.values(), *features.user.values()
+    widths = features.item_id_dim, *(column.dim for column in columns)
+    shapes = {name: (vocab_sizes[name], width) for name, width in zip(cfg.feature_tables, widths, strict=True)}
+    # Of a fixed size, and small: always replicated.
+    return shapes | {"position": (model.position_buckets, model.d_model), "time": (model.time_buckets, model.d_model)}
+
+
+def place_tables(cfg: RunConfig, vocab_sizes: dict[str, int], world_size: int) -> dict[str, Placement]:
+    """The placement of every table of the model, by `train.tables` and its neighbours."""
+    return {
+        name: Placement(
+            rows,
+            width,
+            name in cfg.feature_tables and _sharded(cfg.train, name, rows * width, world_size),
+            world_size,
+            torch.bfloat16 if name in cfg.train.bf16_tables else torch.float32,
+            name in cfg.train.host_state_tables,
+        )
+        for name, (rows, width) in table_shapes(cfg, vocab_sizes).items()
+    }
+
+
+def _sharded(train: TrainConfig, name: str, numbers: int, world_size: int) -> bool:
+    placement = train.tables.get(name, train.tables.get("default", "auto"))
+    if placement == "auto":
+        # The exchange is what brings bfloat16 rows to the batch as float32, with one rank too.
+        large = world_size > 1 and 4 * numbers > train.shard_above_mb * 2**20
+        return large or name in train.bf16_tables
+    return placement == "sharded"
+
+
+def describe(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
+    """The plan for `--dry-run`: of each table what it is, where it lives and what it takes; the sums of a worker."""
+    tables = {}
+    for name, table in plan.items():
+        tables[name] = {
+            "rows": table.rows,
+            "width": table.width,
+            "dtype": str(table.dtype).removeprefix("torch."),
+            "placement": "sharded" if table.sharded else "replicated",
+            "rows_of_ranks": _spans([table.span(rank) for rank in range(table.world_size)]) if table.sharded else "all",
+            "weight_bytes": table.weight_bytes,
+            "state_bytes": table.state_bytes,
+            "state_on": "host" if table.host_state else "device",
+        }
+    weights = sum(table.weight_bytes for table in plan.values())
+    host = sum(table.state_bytes for table in plan.values() if table.host_state)
+    state = sum(table.state_bytes for table in plan.values()) - host
+    total = {"table_weights": weights, "table_state": state, "table_state_on_host": host}
+    return {"tables": tables, "total": total}
+
+
+def _spans(spans: list[tuple[int, int]]) -> str:
+    """Of few ranks all, of many the first two and the last: `0-499 | 500-998`."""
+    named = [f"{first}-{end - 1}" if end > first else "none" for first, end in spans]
+    return " | ".join(named if len(named) <= 4 else [*named[:2], "…", named[-1]])

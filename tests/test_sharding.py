@@ -1,0 +1,241 @@
+"""Sharded embedding tables: placement, the same losses as without, the same rows whatever the number of ranks."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_model import make_batch, make_config, make_maps
+from torch import nn
+
+from pipeline import config
+from pipeline.config import ConfigError, RunConfig
+from pipeline.data.batch import SequenceBatch
+from pipeline.train import loop, sharding
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.placement import describe, place_tables
+from pipeline.train.sharding import TableMaker, drawn
+
+STEPS = 50
+PARTS = 6  # of a step, shared by 1, 2 or 3 ranks
+VOCAB = {"item_id": 30, "item.tag": 5, "user.age": 4, "user.city": 6, "request.tab": 4}
+
+
+class Loader:
+    steps_per_epoch = STEPS
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
+        for step in range(first_step, STEPS):
+            parts = [labelled_batch(10 * step + part) for part in range(PARTS)]
+            share = PARTS // self.world_size
+            yield joined(parts[self.rank * share : (self.rank + 1) * share])
+
+
+def labelled_batch(seed: int) -> SequenceBatch:
+    batch = make_batch([5, 3], [2, 3], seed)
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(5, 2, generator=generator) < 0.3).float()
+    return replace(batch, labels=labels, label_weight=torch.rand(5, 2, generator=generator))
+
+
+def joined(parts: list[SequenceBatch]) -> SequenceBatch:
+    names = ("num_targets", "item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    names += ("user_codes", "labels", "label_weight")
+    lengths = torch.cat([part.seq_offsets.diff() for part in parts])
+    return SequenceBatch(
+        seq_offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        max_seq_len=parts[0].max_seq_len,
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+    )
+
+
+def train_config(**train: object) -> RunConfig:
+    cfg = make_config()
+    settings = {"epochs": 1, "log_every": 1, "checkpoint_every": 20, "warmup_steps": 5, "lr": 0.01}
+    return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
+
+
+SHARDED = {"default": "sharded"}
+
+
+def train(cfg: RunConfig, rank: int = 0, world_size: int = 1, resume: Checkpoint | None = None) -> dict:
+    losses: list[float] = []
+    saved: list[Checkpoint] = []
+    loop.train(
+        cfg,
+        make_maps(),
+        Loader(rank, world_size),
+        "data",
+        rank=rank,
+        world_size=world_size,
+        resume=resume,
+        save=saved.append,
+        log=lambda step, values: losses.append(values["train/loss"]),
+    )
+    return {"losses": losses, "weights": saved[-1].model, "moments": saved[-1].optimizer}
+
+
+def one_of_many(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    cfg = config.from_dict(json.loads(Path(folder, "cfg.json").read_text()))
+    torch.save(train(cfg, rank, world_size), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_on_ranks(cfg: RunConfig, world_size: int, folder: Path) -> list[dict]:
+    folder.mkdir(exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
+    mp.spawn(one_of_many, (world_size, str(folder)), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+# Training
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sharded_tables_train_like_whole_ones(world_size: int, tmp_path: Path) -> None:
+    """With three ranks the last one has fewer items, and none of the four ages."""
+    plain = train(train_config())
+    ranks = train_on_ranks(train_config(tables=SHARDED), world_size, tmp_path)
+    assert len(plain["losses"]) == STEPS
+    assert plain["losses"][-1] < plain["losses"][0]
+    for one in ranks:
+        assert one["losses"] == ranks[0]["losses"]
+    assert ranks[0]["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+    for part in ("weights", "moments"):
+        for name, tensor in plain[part].items():
+            torch.testing.assert_close(ranks[0][part][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_one_rank_needs_no_messages_and_equals_plain_tables() -> None:
+    """The block is the whole table; sums over the batch are added in another order, nothing else."""
+    plain, sharded = train(train_config()), train(train_config(tables=SHARDED))
+    assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+
+
+def test_a_checkpoint_goes_on_at_another_number_of_ranks() -> None:
+    """Whole tables are saved, and blocks of them taken, so placement may change between attempts."""
+    saved: list[Checkpoint] = []
+    options = {"rank": 0, "world_size": 1}
+    loop.train(train_config(tables=SHARDED), make_maps(), Loader(), "data", save=saved.append, **options)
+    unbroken = train(train_config())
+    resumed = train(train_config(), resume=saved[0])
+    assert resumed["losses"] == pytest.approx(unbroken["losses"][20:], abs=1e-6)
+
+
+def test_bf16_rows_train_almost_like_float32() -> None:
+    losses = [
+        train(train_config(tables=SHARDED, bf16_tables=names))["losses"] for names in ((), ("item_id", "item.tag"))
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_moments_on_the_host_change_nothing() -> None:
+    device = train(train_config(tables=SHARDED))
+    host = train(train_config(tables=SHARDED, host_state_tables=("item_id",)))
+    assert host["losses"] == device["losses"]
+    assert all(torch.equal(tensor, host["moments"][name]) for name, tensor in device["moments"].items())
+
+
+# Rows
+
+
+def test_rows_of_a_large_table_do_not_depend_on_who_draws_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "CHUNK_ROWS", 8)
+    whole = drawn("item_id", 0, 30, 4, torch.float32, "cpu", seed=1)
+    parts = [drawn("item_id", first, min(first + 11, 30), 4, torch.float32, "cpu", seed=1) for first in (0, 11, 22)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert whole[0].eq(0).all() and whole[1:].ne(0).all()
+    assert whole.std().item() == pytest.approx(0.02, rel=0.2)
+    assert len(whole.unique(dim=0)) == 30  # no chunk is drawn from the seed of another
+    for other in (
+        drawn("item.tag", 0, 30, 4, torch.float32, "cpu", 1),
+        drawn("item_id", 0, 30, 4, torch.float32, "cpu", 2),
+    ):
+        assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_a_large_table_is_drawn_on_its_device(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never whole where it is sharded, and with the same rows."""
+    monkeypatch.setattr(sharding, "LARGE", 100)
+    cfg = train_config(tables={"item_id": placement})
+    plan = place_tables(cfg, VOCAB, world_size=3)
+    blocks = [TableMaker(plan, rank, "cpu", seed=5)("item_id", 30, 4).weight.detach() for rank in range(3)]
+    whole = drawn("item_id", 0, 30, 4, torch.float32, "cpu", 5)
+    if placement == "sharded":
+        assert [len(block) for block in blocks] == [10, 10, 10]
+        assert torch.equal(torch.cat(blocks), whole)
+    else:
+        assert all(torch.equal(block, whole) for block in blocks)
+
+
+# Placement
+
+
+def test_auto_shards_what_is_large_when_there_are_several_workers() -> None:
+    cfg = train_config(shard_above_mb=0, tables={"item.tag": "replicated"})
+    sharded = lambda plan: [name for name, table in plan.items() if table.sharded]
+    assert sharded(place_tables(cfg, VOCAB, 1)) == []
+    assert sharded(place_tables(cfg, VOCAB, 2)) == ["item_id", "request.tab", "user.age", "user.city"]
+    assert sharded(place_tables(train_config(), VOCAB, 2)) == []
+    assert sharded(place_tables(train_config(bf16_tables=("item.tag",)), VOCAB, 1)) == ["item.tag"]
+
+
+def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
+    cfg = train_config(tables={"item_id": "sharded"}, bf16_tables=("item_id",), host_state_tables=("item_id",))
+    described = describe(place_tables(cfg, VOCAB | {"item_id": 31}, 3))
+    assert described["tables"]["item_id"] == {
+        "rows": 31,
+        "width": 4,
+        "dtype": "bfloat16",
+        "placement": "sharded",
+        "rows_of_ranks": "0-10 | 11-21 | 22-30",
+        "weight_bytes": 11 * 4 * 2,
+        "state_bytes": 11 * 5 * 4,
+        "state_on": "host",
+    }
+    assert described["tables"]["user.age"]["rows_of_ranks"] == "all"
+    model = loop.Trainee(train_config(), make_maps(), "cpu", 0, 1)
+    assert set(described["tables"]) == set(model.table_paths)
+    whole = describe(place_tables(train_config(), VOCAB, 1))["total"]
+    assert whole["table_weights"] == sum(table.nbytes for table in model.tables.values())
+    moments = *model.rowwise.m.values(), *model.rowwise.v.values()
+    assert whole["table_state"] == sum(moment.nbytes for moment in moments)
+    assert whole["table_state_on_host"] == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"tables": {"video_id": "sharded"}}, r"train\.tables must be default or one of the tables .*'video_id'"),
+        ({"tables": {"position": "sharded"}}, r"train\.tables .*'position'"),
+        ({"bf16_tables": ("item_ids",)}, r"train\.bf16_tables .*'item_ids'"),
+        ({"host_state_tables": ("tab",)}, r"train\.host_state_tables .*'tab'"),
+        ({"tables": {"default": "replicated"}, "bf16_tables": ("item_id",)}, r"train\.tables\.item_id .*'replicated'"),
+    ],
+)
+def test_a_wrong_placement_is_named(train: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_config(**train)
+
+
+def test_a_table_that_nobody_placed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = train_config()
+    plan = place_tables(cfg, VOCAB, 2)
+    with pytest.raises(ValueError, match=r"'user\.shoe_size' of 7 x 3"):
+        TableMaker(plan, 0, "cpu", 0)("user.shoe_size", 7, 3)
+    with pytest.raises(ValueError, match="'item_id' of 31 x 4"):
+        TableMaker(plan, 0, "cpu", 0)("item_id", 31, 4)
+    model = torch.nn.ModuleDict({"brand": nn.Embedding(5, 2)})
+    with pytest.raises(ValueError, match="table brand is not placed"):
+        TableMaker(plan, 0, "cpu", 0).check(model)
