@@ -67,6 +67,14 @@ def test_all_that_is_broken_is_one_message():
     refuse(run_checks(CheckConfig(max_quarantined_share=0.5), TOTALS), [], Path("page.html"))
 
 
+def test_bad_new_rows_do_not_hide_behind_good_old_ones():
+    found = run_checks(CheckConfig(max_quarantined_share=0.3), TOTALS, 10, {"null_user_id": 4})
+    assert [(check.value, check.passed) for check in found if check.key == "checks.max_quarantined_share"] == [
+        (0.2, True),
+        (0.4, False),
+    ]
+
+
 def test_logs_without_a_row():
     found = run_checks(CheckConfig(max_null_share={"tab": 0.0}), Statistics(rows_in=3, quarantined={"null_user_id": 3}))
     assert [check.key for check in found if not check.passed] == [

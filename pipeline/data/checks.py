@@ -1,7 +1,7 @@
 """What a build must show to be published: the limits of `checks` in the configuration, held against its counts."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,15 @@ class Check:
     found: str  # the value in words, with what led to it
 
 
-def run_checks(limits: CheckConfig, totals: Statistics) -> list[Check]:
-    """Every limit that is set, in the order of the configuration."""
-    return list(_checks(limits, totals))
+def run_checks(
+    limits: CheckConfig, totals: Statistics, new_rows: int = 0, new_broken: Mapping[str, int] | None = None
+) -> list[Check]:
+    """Every limit that is set, in the order of the configuration.
+
+    `new_broken`: by reason, those of the `new_rows` that were added to a version: a broken day must not hide behind a
+    year of good ones.
+    """
+    return [*_checks(limits, totals), *_quarantined("new rows", new_broken or {}, new_rows, limits)]
 
 
 def refuse(checks: Sequence[Check], hints: Sequence[str], page: Path) -> None:
@@ -46,9 +52,7 @@ def _checks(limits: CheckConfig, totals: Statistics) -> Iterator[Check]:
     yield Check("checks.min_users", users, limits.min_users, users >= limits.min_users, f"{users} users")
     kept = totals.rows_kept
     yield Check("checks.min_rows", kept, limits.min_rows, kept >= limits.min_rows, f"{kept} rows kept")
-    reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(totals.quarantined).most_common())
-    bad = sum(totals.quarantined.values())
-    yield _share("max_quarantined_share", bad, totals.rows_in, limits.max_quarantined_share, f"rows are bad: {reasons}")
+    yield from _quarantined("rows", totals.quarantined, totals.rows_in, limits)
     good = totals.rows_good
     beyond = f"good rows are beyond sequences.max_rows_per_user: {totals.rows_capped}"
     yield _share("max_capped_share", totals.rows_capped, good, limits.max_capped_share, beyond)
@@ -64,6 +68,13 @@ def _checks(limits: CheckConfig, totals: Statistics) -> Iterator[Check]:
         yield _share(f"max_unknown_share.{name}", unknown, timed, limit, f"rows do not know {name}: {unknown}")
     for name, bounds in limits.action_rate.items():
         yield _rate(name, bounds, *totals.of_action(name))
+
+
+def _quarantined(which: str, bad: Mapping[str, int], of: int, limits: CheckConfig) -> Iterator[Check]:
+    if of:
+        reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(bad).most_common())
+        rule = limits.max_quarantined_share
+        yield _share("max_quarantined_share", sum(bad.values()), of, rule, f"{which} are bad: {reasons}")
 
 
 def _share(name: str, part: int, whole: int, limit: float, of_what: str) -> Check:
