@@ -1,10 +1,12 @@
 """Which form of an op runs: asked for by name, never guessed from what happens to be installed."""
 
+import os
 from typing import Literal
 
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch", "reference"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on CPU tensors: to test them
 
 
 def require(holds: bool, message: str) -> None:
@@ -22,5 +24,5 @@ def choose(backend: Backend, x: Tensor) -> Backend:
     require(backend in names, f"backend must be one of {', '.join(names)}, got {backend!r}")
     if backend == "auto":
         return "triton" if x.is_cuda else "torch"
-    require(backend != "triton" or x.is_cuda, "the triton backend needs CUDA tensors")
+    require(backend != "triton" or x.is_cuda or INTERPRETED, "the triton backend needs CUDA tensors")
     return backend

@@ -16,15 +16,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernels.layer_norm import triton_kernels as layer_norm
 from kernels.layer_norm.triton_launch import BACKWARD as NORM_BACKWARD
-from kernels.layer_norm.triton_launch import FORWARD
+from kernels.layer_norm.triton_launch import FORWARD, SWISH_BACKWARD
 from kernels.linear import triton_kernels as linear
 from kernels.linear.triton_launch import Tile, tile_size
 from kernels.norm_gate import triton_kernels as norm_gate
 from kernels.norm_gate.triton_launch import BACKWARD as GATE_BACKWARD
 from kernels.norm_gate.triton_launch import FORWARD as GATE_FORWARD
+from kernels.position_time import triton_kernels as position_time
+from kernels.position_time import triton_launch as placing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FLOAT32 = {"partial", "scale", "x_scale", "w_scale"}
+FLOAT32 = {"partial", "scale", "x_scale", "w_scale", "sums", "position_table", "time_table"}
+INT64 = {"position", "gap_ms", "ids", "order"}
 FLOATS = {"eps", "gain"}
 
 
@@ -36,10 +39,12 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
             types[name] = "constexpr"
         elif name in given:
             types[name] = given[name]
-        elif name.startswith(("num_", "stride_")) or name in ("width", "silu_from", "seed", "threshold"):
+        elif name.startswith(("num_", "stride_")) or name in ("width", "silu_from", "seed", "threshold", "steps"):
             types[name] = "i32"
         else:
             types[name] = "fp32" if name in FLOATS else "*fp32" if name in FLOAT32 else "*bf16"
+        if name in INT64:
+            types[name] = "*i64"
     aligned = [i for i, (k, t) in enumerate(types.items()) if t.startswith("*") or k.startswith(("stride", "width"))]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
@@ -61,6 +66,7 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "bulk_copies": ptx.count("cp.async.bulk.tensor"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
     }
 
 
@@ -76,6 +82,24 @@ def build_linear(arch: int, tile: Tile, *, fp8: bool = False, silu: bool = False
         if tile.tma_out:
             given |= dict.fromkeys(("out", "slope"), f"tensordesc<bf16[{tile.rows}, {tile.outputs // tile.parts}]>")
     return build(linear.linear, arch, constants, given, tile.warps, tile.stages)
+
+
+def build_position_time(arch: int) -> dict[str, dict[str, int]]:
+    forward = {"ROWS": placing.TILE // 512, "BLOCK": 512, "KEYS": True}
+    sums, sums32 = ({"BLOCK_N": places, "BLOCK_E": columns} for places, columns in placing.SUMMED.values())
+    keys, keys32 = {"keys": "*i16"}, {"keys": "*i32", "grad": "*fp32"}
+    builds = [
+        ("forward, event", position_time.add_forward, {**forward, "EVENT": True}, keys),
+        ("forward, query", position_time.add_forward, {**forward, "EVENT": False}, keys),
+        ("name_rows", position_time.name_rows, {"BLOCK_R": placing.NAMED, "BLOCK_E": 128}, keys),
+        ("sum_runs", position_time.sum_runs, sums, keys),
+        ("sum_runs, float32", position_time.sum_runs, sums32, keys32),
+        ("finish_runs", position_time.finish_runs, {**sums, "BLOCK_C": placing.PARTIAL}, keys),
+    ]
+    return {
+        f"sm_{arch} position and time {name}": build(kernel, arch, constants, given, 4, 1)
+        for name, kernel, constants, given in builds
+    }
 
 
 def main() -> None:
@@ -98,12 +122,17 @@ def main() -> None:
         ("layer_norm forward", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": True}, codes),
         ("layer_norm quantize", layer_norm.quantize, FORWARD, {}, codes),
         ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, {}),
+        ("layer_norm swish forward", layer_norm.swish_forward, FORWARD, {}, {}),
+        ("layer_norm swish backward", layer_norm.swish_backward, SWISH_BACKWARD, {}, {}),
         ("norm_gate forward", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": True}, codes),
         ("norm_gate backward", norm_gate.gate_backward, GATE_BACKWARD, gate, {}),
     ]
     for name, kernel, rows, constants, given in rowwise:
-        count, block, warps = rows.of(512)
-        found[f"sm_90 {name}"] = build(kernel, 90, {"ROWS": count, "BLOCK": block, **constants}, given, warps, 1)
+        for width in (512, 1024) if "swish" in name else (512,):
+            count, block, warps = rows.of(width)
+            constants |= {"ROWS": count, "BLOCK": block}
+            found[f"sm_90 {name} {width}"] = build(kernel, 90, constants, given, warps, 1)
+    found |= build_position_time(90) | build_position_time(80)
     print(json.dumps(found, indent=1))
 
 

@@ -48,6 +48,7 @@ MISTAKES = [
     ("features.duration_ms_column=video_duration", "features.duration_ms_column", "'video_duration'"),
     (f"features.watch_seconds={list(range(1, 25))}", "features.watch_seconds", "32"),
     ("model.attention_backend=cuda", "model.attention_backend", "'cuda'"),
+    ("model.token_backend=cuda", "model.token_backend", "'cuda'"),
     ("train.precision=fp8", "train.precision", "'fp8'"),
     ("train.stochastic_length.alpha=1", "train.stochastic_length.alpha", "1"),
     ("checks.max_quarantined_share=1.1", "checks.max_quarantined_share", "1.1"),

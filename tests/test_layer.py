@@ -246,3 +246,6 @@ def test_builds_use_tensor_cores_and_do_not_spill(builds):
             assert (build["bulk_copies"] > 0) == hopper, name
             assert build["shared"] <= (227 if hopper else 163) * 1024, name
         assert build["stack"] <= 256, f"{name}: spills"
+        assert build["atomics"] == 0, f"{name}: sums would depend on timing"
+        if name.endswith("sum_runs"):
+            assert build["wgmma" if name.startswith("sm_90") else "mma"] > 0, name

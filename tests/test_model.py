@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.position_time.reference import time_bucket
 from kernels.semi_local_attention.reference import semi_local_mask
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.artifact import load_model, save_model
-from pipeline.model.embeddings import ActionEncoder, Tokens, time_bucket
+from pipeline.model.embeddings import ActionEncoder, Tokens
 from pipeline.model.flops import count_work, kept_pairs
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer, truncate

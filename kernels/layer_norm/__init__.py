@@ -1,1 +1,1 @@
-"""LayerNorm with row-wise FP8 output; its backward with the residual's gradient. A part of `kernels.stu`."""
+"""LayerNorm: with a gate or row-wise FP8, and its backward with the residual's gradient. `op.py` is the face."""

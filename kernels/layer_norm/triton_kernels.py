@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 FP8_MAX = tl.constexpr(448.0)  # of e4m3
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -114,3 +115,58 @@ def norm_backward(
     tl.store(base, tl.sum(d_weight, 0), mask=valid)
     tl.store(base + width, tl.sum(d_bias, 0), mask=valid)
     tl.store(base + 2 * width, tl.sum(d_passed, 0), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swish_forward(
+    x,  # [T, E]
+    weight, bias,  # [E]
+    out,  # [T, E]
+    num_rows, width, stride_x, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x * sigmoid(norm(x))"""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    valid = columns < width
+    inside = (rows < num_rows)[:, None] & valid[None, :]
+    long_rows = rows.to(tl.int64)[:, None]
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    hat, _ = normalise(x_RE, inside, width, eps)
+    y = x_RE / (1 + tl.exp2((hat * w[None, :] + b[None, :]) * -LOG2_E))
+    tl.store(out + long_rows * width + columns[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swish_backward(
+    d_out,  # [T, E]
+    x,
+    weight, bias,
+    dx,  # [T, E]
+    partial,  # float32 [programs, 2, E]: sums of d_weight, d_bias
+    num_rows, width, stride_x, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over rows as in `norm_backward`."""
+    columns = tl.arange(0, BLOCK)
+    valid = columns < width
+    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        rows = begin + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & valid[None, :]
+        long_rows = rows.to(tl.int64)[:, None]
+        place = long_rows * width + columns[None, :]
+        d = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
+        x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        hat, rstd = normalise(x_RE, inside, width, eps)
+        gate = 1 / (1 + tl.exp2((hat * w[None, :] + b[None, :]) * -LOG2_E))
+        d_normed = d * x_RE * gate * (1 - gate)
+        d_weight += d_normed * hat
+        d_bias += d_normed
+        grad = d * gate + normalise_backward(d_normed * w[None, :], hat, rstd, width)
+        tl.store(dx + place, grad.to(dx.dtype.element_ty), mask=inside)
+    base = partial + tl.program_id(0) * 2 * width + columns
+    tl.store(base, tl.sum(d_weight, 0), mask=valid)
+    tl.store(base + width, tl.sum(d_bias, 0), mask=valid)

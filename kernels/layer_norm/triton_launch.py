@@ -6,6 +6,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.launch import launch
 from kernels.layer_norm import triton_kernels
@@ -36,6 +37,7 @@ class Rows:
 
 
 FORWARD, BACKWARD = Rows(2, 1), Rows(2, 2, per_sm=8)
+SWISH_BACKWARD = Rows(1, 1, per_sm=16)  # as the gate's, which is as heavy; not measured
 
 
 @cache
@@ -89,3 +91,67 @@ def launch_layer_norm_backward(
     )  # fmt: skip
     d_weight, d_bias, passed = partial.sum(0).unbind(0)
     return dx, d_weight, d_bias, passed
+
+
+def launch_swish(x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x * sigmoid(LayerNorm(x)), in x's type."""
+    num_rows, width = x_TE.shape
+    y = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
+    if num_rows:
+        rows, block, warps = FORWARD.of(width)
+        launch(
+            triton_kernels.swish_forward, triton.cdiv(num_rows, rows), (x_TE, weight, bias, y), (num_rows,),
+            (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device, num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
+def launch_swish_backward(
+    d_out: Tensor, x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, d_weight, d_bias; sums are float32 [E]."""
+    num_rows, width = x_TE.shape
+    dx = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
+    programs = SWISH_BACKWARD.programs(x_TE.device)
+    partial = torch.empty(programs, 2, width, dtype=torch.float32, device=x_TE.device)
+    rows, block, warps = SWISH_BACKWARD.of(width)
+    launch(
+        triton_kernels.swish_backward, programs, (d_out, x_TE, weight, bias, dx, partial), (num_rows,),
+        (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device, num_warps=warps,
+    )  # fmt: skip
+    d_weight, d_bias = partial.sum(0).unbind(0)
+    return dx, d_weight, d_bias
+
+
+class LayerNorm(torch.autograd.Function):
+    """Of (x, weight, bias, eps)."""
+
+    @staticmethod
+    def forward(ctx, x_TE, weight, bias, eps):
+        ctx.save_for_backward(x_TE, weight, bias)
+        ctx.eps = eps
+        return launch_layer_norm(x_TE, weight, bias, eps, x_TE.dtype)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        dx, d_weight, d_bias, _ = launch_layer_norm_backward(grad.contiguous(), x, None, weight, ctx.eps)
+        return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
+
+
+class SwishLayerNorm(torch.autograd.Function):
+    """Of (x, weight, bias, eps)."""
+
+    @staticmethod
+    def forward(ctx, x_TE, weight, bias, eps):
+        ctx.save_for_backward(x_TE, weight, bias)
+        ctx.eps = eps
+        return launch_swish(x_TE, weight, bias, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        dx, d_weight, d_bias = launch_swish_backward(grad.contiguous(), x, weight, bias, ctx.eps)
+        return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None

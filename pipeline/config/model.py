@@ -91,6 +91,7 @@ class ModelConfig:
     dense_to: Literal["token", "head", "both"] = "token"  # where features.dense enter: candidate tokens, task heads
     head_hidden: int = 64
     attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # on CUDA of the whole layer
+    token_backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the token encoder's row kernels
     recompute: tuple[str, ...] = ()  # of normed_x, uvqk, y: on CUDA made again in backward instead of kept
     fp8: bool = False  # the layers' linear maps on row-wise e4m3, forward only; where a CPU runs them, emulated
 

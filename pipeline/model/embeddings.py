@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kernels.backend import Backend
 from kernels.jagged.op import concatenate, sequence_index
+from kernels.layer_norm.op import layer_norm, swish_layer_norm
+from kernels.position_time.op import add_position_time
+from kernels.position_time.reference import BUCKETS, Anchor
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.dense import dense_width
-
-OCTAVES = 32  # the time buckets cover gaps up to 2**32 ms, 50 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,12 @@ class NarrowLayerNorm(nn.LayerNorm):
     """A layer norm whose output has its input's type. Autocast would make it float32: under bfloat16 the encoder is
     bound by memory, and the statistics are float32 either way."""
 
+    def __init__(self, dim: int, backend: Backend) -> None:
+        super().__init__(dim)
+        self.backend: Backend = backend
+
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            return nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self.backend)
 
 
 def looked_up(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,12 +71,15 @@ def looked_up(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SwishLayerNorm(nn.Module):
-    def __init__(self, dim: int) -> None:
+    """x * sigmoid(Norm(x))"""
+
+    def __init__(self, dim: int, backend: Backend) -> None:
         super().__init__()
-        self.norm = NarrowLayerNorm(dim)
+        self.norm = NarrowLayerNorm(dim, backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.norm(x))
+        norm = self.norm
+        return swish_layer_norm(x, norm.weight, norm.bias, eps=norm.eps, backend=norm.backend)
 
 
 class ContentEncoder(nn.Module):
@@ -91,9 +98,9 @@ class ContentEncoder(nn.Module):
             make_table(f"request.{name}", vocab_sizes[f"request.{name}"], f.dim) for name, f in features.request.items()
         )
         width = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
-        d = cfg.model.d_model
+        d, backend = cfg.model.d_model, cfg.model.token_backend
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * d), SwishLayerNorm(2 * d), nn.Linear(2 * d, d), NarrowLayerNorm(d)
+            nn.Linear(width, 2 * d), SwishLayerNorm(2 * d, backend), nn.Linear(2 * d, d), NarrowLayerNorm(d, backend)
         )
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
@@ -105,12 +112,12 @@ class ContentEncoder(nn.Module):
 class ActionEncoder(nn.Module):
     """Bit mask of actions: per action a learned row when set, zero when known and absent, another row when unknown."""
 
-    def __init__(self, num_actions: int, dim: int, d_model: int) -> None:
+    def __init__(self, num_actions: int, dim: int, d_model: int, backend: Backend = "auto") -> None:
         super().__init__()
         self.set_rows = nn.Parameter(torch.randn(num_actions, dim))
         self.unknown_rows = nn.Parameter(torch.randn(num_actions, dim))
         self.mlp = nn.Sequential(
-            nn.Linear(num_actions * dim, d_model), SwishLayerNorm(d_model), nn.Linear(d_model, d_model)
+            nn.Linear(num_actions * dim, d_model), SwishLayerNorm(d_model, backend), nn.Linear(d_model, d_model)
         )
         self.bits: Tensor
         self.register_buffer("bits", 2 ** torch.arange(num_actions, dtype=torch.int32), persistent=False)
@@ -126,9 +133,9 @@ class ActionEncoder(nn.Module):
 class DenseEncoder(nn.Module):
     """Rates and counts of a candidate through a small MLP, as nothing at the start of training."""
 
-    def __init__(self, width: int, d_model: int) -> None:
+    def __init__(self, width: int, d_model: int, backend: Backend) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(width, d_model), SwishLayerNorm(d_model))
+        self.hidden = nn.Sequential(nn.Linear(width, d_model), SwishLayerNorm(d_model, backend))
         self.out = nn.Linear(d_model, d_model)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -164,36 +171,23 @@ class ContextEncoder(nn.Module):
         return torch.stack([out(group) for out, group in zip(self.out, grouped, strict=True)], dim=1)
 
 
-def age_bucket(age_ms: Tensor, num_buckets: int) -> Tensor:
-    """Bucket 0 for -1, "no real time"; the others cut the square root of the age in minutes, one each."""
-    bucket = 1 + torch.floor(torch.sqrt(age_ms.clamp(min=0).double() / 60_000)).long()
-    return torch.where(age_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
-
-
-def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
-    """Bucket 0 for -1, "no real gap"; the others cut log2(1 + gap) evenly."""
-    per_octave = (num_buckets - 1) / OCTAVES
-    bucket = 1 + torch.floor(torch.log2(1 + gap_ms.clamp(min=0).double()) * per_octave).long()
-    return torch.where(gap_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
-
-
 class TokenEncoder(nn.Module):
     """SequenceBatch → Tokens."""
 
     def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = table) -> None:
         super().__init__()
         model = cfg.model
-        self.time_buckets = model.time_buckets
-        self.time_bucket = time_bucket if model.time_anchor == "event" else age_bucket
+        self.time_anchor: Anchor = model.time_anchor
+        self.backend: Backend = model.token_backend
         self.num_context = len(cfg.features.user_tokens)
         self.content = ContentEncoder(cfg, vocab_sizes, make_table)
         self.heterogeneous = model.heterogeneous_actions
         num_actions = cfg.num_action_bits if self.heterogeneous else 1
-        self.action = ActionEncoder(num_actions, model.action_dim, model.d_model)
+        self.action = ActionEncoder(num_actions, model.action_dim, model.d_model, self.backend)
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
         into_token = dense_width(cfg) > 0 and model.dense_to != "head"
-        self.dense = DenseEncoder(dense_width(cfg), model.d_model) if into_token else None
+        self.dense = DenseEncoder(dense_width(cfg), model.d_model, self.backend) if into_token else None
         self.context = ContextEncoder(cfg, vocab_sizes, make_table) if self.num_context else None
         position = make_table("position", model.position_buckets, model.d_model)
         time = make_table("time", model.time_buckets, model.d_model)
@@ -247,8 +241,12 @@ class TokenEncoder(nn.Module):
 
     def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """[T, d], position and time added."""
-        x_TE = x_TE + looked_up(self.position, batch.position % self.position.num_embeddings, x_TE.dtype)
-        return x_TE + looked_up(self.time, self.time_bucket(batch.gap_ms, self.time_buckets), x_TE.dtype)
+        position, time, gap_ms = self.position, self.time, batch.gap_ms
+        if isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding):  # neither of them packed to INT4
+            tables, anchor = (position.weight, time.weight), self.time_anchor
+            return add_position_time(x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend)
+        x_TE = x_TE + looked_up(position, batch.position % position.num_embeddings, x_TE.dtype)
+        return x_TE + looked_up(time, BUCKETS[self.time_anchor](gap_ms, time.num_embeddings), x_TE.dtype)
 
 
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:

@@ -39,7 +39,7 @@ class UltraHSTU(nn.Module):
         self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(cfg, vocab_sizes, make_table)
         self.transducer = sequence_encoder(cfg, self.encoder.num_context)
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
-        self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model) if into_head else None
+        self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model, cfg.model.token_backend) if into_head else None
         width = cfg.model.d_model * (max(len(cfg.model.channels), 1) + into_head)
         logits = nn.Linear(cfg.model.head_hidden, len(cfg.tasks))
         with torch.no_grad():

@@ -1,0 +1,157 @@
+"""The token encoder's row kernels in Triton's interpreter, in float32: position and time, LayerNorm and its gate."""
+
+import pytest
+import torch
+from test_model import make_batch, make_config, make_model
+from torch import Tensor
+
+from kernels.backend import Backend
+from kernels.layer_norm.op import layer_norm, swish_layer_norm
+from kernels.position_time import triton_launch
+from kernels.position_time.op import add_position_time
+from kernels.position_time.reference import Anchor
+
+MINUTE = 60_000
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_as_accurate(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], factor: float = 2.0) -> None:
+    """`fast` strays from the float64 `truth` at most `factor` times as far as plain PyTorch does."""
+    for got, there, expected in zip(fast, plain, truth, strict=True):
+        worst = [(x.double() - expected).abs().amax().item() if x.numel() else 0.0 for x in (got, there)]
+        largest = expected.abs().amax().item() if expected.numel() else 0.0
+        assert worst[0] <= factor * worst[1] + 1e-6 * largest, f"error {worst[0]:.2e}, plain PyTorch's {worst[1]:.2e}"
+
+
+NORMS = {"plain": layer_norm, "gate": swish_layer_norm}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 16), (37, 24), (5, 1100)])
+def test_interpreted_norms(kind: str, rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(rows, width) * 2 + 0.3, torch.randn(width) + 1, torch.randn(width)]
+    grad = torch.randn(rows, width)
+
+    def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in given]
+        out = NORMS[kind](*leaves, eps=1e-3, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    truth, plain = run(torch.float64, "torch"), run(torch.float32, "torch")
+    assert_as_accurate(run(torch.float32, "triton"), plain, truth)
+
+
+def test_norms_read_rows_that_lie_apart_and_keep_their_type() -> None:
+    wide = torch.randn(9, 40, dtype=torch.bfloat16)
+    weight, bias = torch.randn(24), torch.randn(24)
+    with torch.autocast("cpu", torch.bfloat16):
+        for norm in NORMS.values():
+            fast, plain = (norm(wide[:, 3:27], weight, bias, backend=backend) for backend in ("triton", "torch"))
+            assert fast.dtype == plain.dtype == torch.bfloat16
+            torch.testing.assert_close(fast, plain, rtol=0.02, atol=0.02)
+
+
+def test_a_norm_names_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"got \(3, 4\), \(5,\) and \(4,\)"):
+        layer_norm(torch.ones(3, 4), torch.ones(5), torch.ones(4))
+    with pytest.raises(ValueError, match=r"takes float16, bfloat16 and float32, got torch\.float64"):
+        swish_layer_norm(torch.ones(3, 4).double(), torch.ones(4), torch.ones(4), backend="triton")
+
+
+PLACES = {  # positions and gaps of the tokens: rows touched once, often, by all, by none
+    "spread": (torch.arange(60) * 7, torch.randint(0, 2**40, (60,), generator=torch.Generator().manual_seed(0))),
+    "first tokens": (torch.arange(25).repeat(2), torch.arange(-1, 49) * 1000),
+    "one row": (torch.full((80,), 11), torch.full((80,), -1)),
+    "last rows": (torch.full((40,), 12), torch.full((40,), 2**50)),
+    "few": (torch.tensor([3, 3, 20]), torch.tensor([0, -1, 5])),
+    "none": (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize(("anchor", "width"), [("event", 16), ("query", 21)])
+@pytest.mark.parametrize("name", PLACES)
+def test_interpreted_position_and_time(monkeypatch: pytest.MonkeyPatch, name: str, anchor: Anchor, width: int) -> None:
+    """Outputs and the gradients of both tables, 13 and 9 rows; runs over several chunks and blocks of columns."""
+    monkeypatch.setattr(triton_launch, "SUMMED", {4: (16, 16)})
+    monkeypatch.setattr(triton_launch, "PARTIAL", 2)
+    position, gap = PLACES[name]
+    torch.manual_seed(0)
+    given, grad = [torch.randn(rows, width) for rows in (len(gap), 13, 9)], torch.randn(len(gap), width)
+
+    def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in given]
+        out = add_position_time(*leaves, position, gap, anchor=anchor, backend=backend)
+        with torch.no_grad():
+            assert torch.equal(add_position_time(*leaves, position, gap, anchor=anchor, backend=backend), out)
+        out.backward(grad.to(dtype))
+        return [out.detach(), *(leaf.grad.to_dense() for leaf in leaves)]
+
+    truth, plain = run(torch.float64, "reference"), run(torch.float32, "torch")
+    fast, again = run(torch.float32, "triton"), run(torch.float32, "triton")
+    assert_as_accurate(fast, plain, truth)
+    assert all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))
+
+
+def test_a_table_gradient_is_compact_and_names_rows_with_tokens_alone() -> None:
+    """What row-wise AdamW updates: rows without tokens must not be among them."""
+    position, gap = torch.tensor([2, 5, 2, 9] * 20), torch.tensor([-1, 0, 10**9, -1] * 20)
+    tables = [torch.zeros(n, 4, requires_grad=True) for n in (12, 6)]
+    out = add_position_time(torch.zeros(80, 4), *tables, position, gap, backend="triton")
+    out.sum().backward()
+    touched = [{2, 5, 9}, {0, 1, 5}]  # gaps of none, 0 ms and 12 days
+    for table, rows in zip(tables, touched, strict=True):
+        assert table.grad.is_sparse and table.grad._values().shape == table.shape
+        assert set(table.grad._indices()[0].tolist()) == rows
+
+
+def test_only_one_table_may_learn() -> None:
+    tables = [torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)]
+    place = torch.tensor([0, 1, 5, 2, 2]), torch.tensor([-1, 4, -1, 3, 3])
+    for backend in ("triton", "torch"):
+        x = torch.ones(5, 4, requires_grad=True)
+        add_position_time(x, *tables, *place, backend=backend).sum().backward()
+        assert torch.equal(x.grad, torch.ones(5, 4))
+        assert tables[1].grad.to_dense().tolist() == [[2.0] * 4, [3.0] * 4]
+        tables[1].grad = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"time_BE": torch.ones(1, 2)}, r"got \(4, 2\), \(3, 2\) and \(1, 2\)"),
+        ({"position_PE": torch.ones(3, 5)}, r"got \(4, 2\), \(3, 5\) and \(5, 2\)"),
+        ({"gap_ms_T": torch.zeros(3).long()}, r"must be \[4\], one per token, got \(4,\) and \(3,\)"),
+        ({"anchor": "now"}, "anchor must be one of event, query, got 'now'"),
+        ({"x_TE": torch.ones(4, 2).double(), "backend": "triton"}, "got torch.float64"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    fitting = {"x_TE": torch.ones(4, 2), "position_PE": torch.ones(3, 2), "time_BE": torch.ones(5, 2)}
+    fitting |= {"position_T": torch.zeros(4).long(), "gap_ms_T": torch.zeros(4).long()}
+    add_position_time(**fitting)
+    with pytest.raises(ValueError, match=message):
+        add_position_time(**{**fitting, **change})
+
+
+@pytest.mark.parametrize("settings", [{"candidate_action": "learned"}, {"merge": False}])
+def test_a_model_learns_as_with_plain_pytorch(settings: dict) -> None:
+    batch, found = make_batch([20, 0, 5], [3, 2, 1]), {}
+    for backend in ("triton", "torch"):
+        cfg = make_config(token_backend=backend, position_buckets=8, time_buckets=4, **settings)
+        model = make_model(cfg).float()
+        logits = model(batch)
+        logits.square().sum().backward()
+        found[backend] = logits, {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}
+    (logits, grads), (expected, expected_grads) = found["triton"], found["torch"]
+    torch.testing.assert_close(logits, expected)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        expected = expected_grads[name]
+        assert (grad - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-6, name
