@@ -57,7 +57,11 @@ class EventLog(Protocol):
         ...
 
     def remove(self, events: Sequence[Event]) -> int:
-        """Forget these; how many there were."""
+        """Take these out; how many there were."""
+        ...
+
+    def forget(self, user_ids: Iterable[int]) -> int:
+        """Take out all events of these users, from the files too; how many there were."""
         ...
 
 
@@ -102,6 +106,18 @@ class SqliteEvents:
         key = "DELETE FROM event WHERE user_id = ? AND event_time = ? AND item_id = ?"
         with self._write_lock, _store_errors():  # each by itself: what is gone already need not be put back
             return sum(self._writer.execute(key, values).rowcount for values in keys)
+
+    def forget(self, user_ids: Iterable[int]) -> int:
+        with self._write_lock, _store_errors():
+            self._writer.execute("PRAGMA secure_delete = ON")  # overwritten, where it would only be marked as free
+            of_user = "DELETE FROM event WHERE user_id = ?"
+            removed = sum(self._writer.execute(of_user, (user,)).rowcount for user in user_ids)
+            self._writer.execute("PRAGMA secure_delete = OFF")
+            # The write-ahead log has older pages: empty it, waiting for readers as long as for other writers.
+            busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreDown("the write-ahead log is in use and could not be emptied: forget the users again")
+        return removed
 
     def _insert(self, event: Event) -> EventStatus:
         row = _row(event)

@@ -6,7 +6,7 @@ count once whoever sends it, MULTI makes a request's events visible together.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,6 +89,20 @@ class RedisEvents:
             for event in events:
                 pipe.hdel(self._key(event.user_id), _field(event))
             return sum(pipe.execute())
+
+    def forget(self, user_ids: Iterable[int]) -> int:
+        removed, users = 0, list(user_ids)
+        with _store_errors():
+            for user in users:
+                with self._client.pipeline(transaction=True) as pipe:
+                    pipe.hlen(self._key(user))
+                    pipe.delete(self._key(user))
+                    removed += pipe.execute()[0]
+            try:
+                self._client.bgrewriteaof()  # the append-only file has what was added until it is written anew
+            except redis.ResponseError as error:  # one is under way, or a managed server does not let anybody ask
+                logger.warning("Redis does not rewrite its append-only file now (%s): ask it for BGREWRITEAOF", error)
+        return removed
 
     def _key(self, user_id: int) -> str:
         return f"{self.prefix}:events:{user_id}"

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_world import publish_sequences, tiny_config
 
 from pipeline.config import DriftConfig
 from pipeline.data import drift, store
-from tests.tiny_world import publish_sequences, tiny_config
 
 HISTOGRAM = st.lists(st.integers(0, 1000), min_size=5, max_size=5).map(np.array)
 

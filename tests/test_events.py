@@ -221,6 +221,20 @@ def test_all_or_nothing(log: SqliteEvents) -> None:
     assert log.append([Event(user_id=1, item_id=2, event_time=START)]) == ["accepted"]
 
 
+def test_forgotten_events_are_in_no_file(log: SqliteEvents, tmp_path: Path) -> None:
+    strange = 1_234_567_890_123  # a value whose bytes are nowhere else
+    log.append([Event(user_id=user, item_id=strange - user, event_time=START + i) for user in (1, 2) for i in range(9)])
+    other = SqliteEvents(tmp_path / "events.sqlite")  # the server
+    assert len(other.of_user(1)) == 9
+    assert log.forget([1, 5]) == 9
+    assert log.forget([1]) == 0
+    assert other.of_user(1) == []
+    assert len(other.of_user(2)) == 9
+    left = b"".join(file.read_bytes() for file in sorted(tmp_path.glob("events.sqlite*")))
+    assert (strange - 1).to_bytes(6, "big") not in left
+    assert (strange - 2).to_bytes(6, "big") in left
+
+
 def _write_many(path: Path, writer: int, num: int) -> None:
     log = SqliteEvents(path)
     for i in range(num):  # half of the events are everybody's, half this writer's own

@@ -90,6 +90,21 @@ def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) 
     assert log_of(server, tmp_path, redis_prefix="another").of_user(1) == []
 
 
+def test_forgotten_events_are_in_no_file(server: Server, tmp_path: Path) -> None:
+    log = log_of(server, tmp_path)
+    log.append([event(user, 987_654_000 + user, START + i) for user in (1, 2) for i in range(9)])
+    assert log.forget([1, 5]) == 9
+    assert log.forget([1]) == 0
+    assert (log.of_user(1), len(log.of_user(2))) == ([], 9)
+    for _ in range(600):  # Redis writes its file anew in the background
+        left = b"".join(file.read_bytes() for file in tmp_path.rglob("appendonly.aof.*"))
+        if b"987654001" not in left:
+            break
+        time.sleep(0.1)
+    assert b"987654001" not in left
+    assert b"987654002" in left
+
+
 def test_a_history_is_the_same_over_either_log(server: Server, tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "runs")
     table = publish_sequences(cfg)

@@ -29,7 +29,7 @@ def run_checks(
     `new_broken`: by reason, those of the `new_rows` that were added to a version: a broken day must not hide behind a
     year of good ones.
     """
-    return [*_checks(limits, totals), *_quarantined("new rows", new_broken or {}, new_rows, limits)]
+    return [*_checks(limits, totals), *_quarantined(new_broken or {}, new_rows, limits, new=True)]
 
 
 def refuse(checks: Sequence[Check], hints: Sequence[str], page: Path) -> None:
@@ -52,7 +52,7 @@ def _checks(limits: CheckConfig, totals: Statistics) -> Iterator[Check]:
     yield Check("checks.min_users", users, limits.min_users, users >= limits.min_users, f"{users} users")
     kept = totals.rows_kept
     yield Check("checks.min_rows", kept, limits.min_rows, kept >= limits.min_rows, f"{kept} rows kept")
-    yield from _quarantined("rows", totals.quarantined, totals.rows_in, limits)
+    yield from _quarantined(totals.quarantined, totals.rows_in, limits)
     good = totals.rows_good
     beyond = f"good rows are beyond sequences.max_rows_per_user: {totals.rows_capped}"
     yield _share("max_capped_share", totals.rows_capped, good, limits.max_capped_share, beyond)
@@ -70,11 +70,11 @@ def _checks(limits: CheckConfig, totals: Statistics) -> Iterator[Check]:
         yield _rate(name, bounds, *totals.of_action(name))
 
 
-def _quarantined(which: str, bad: Mapping[str, int], of: int, limits: CheckConfig) -> Iterator[Check]:
+def _quarantined(bad: Mapping[str, int], of: int, limits: CheckConfig, *, new: bool = False) -> Iterator[Check]:
     if of:
         reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(bad).most_common())
-        rule = limits.max_quarantined_share
-        yield _share("max_quarantined_share", sum(bad.values()), of, rule, f"{which} are bad: {reasons}")
+        name, rows = ("max_quarantined_share of new rows", "new rows") if new else ("max_quarantined_share", "rows")
+        yield _share(name, sum(bad.values()), of, limits.max_quarantined_share, f"{rows} are bad: {reasons}")
 
 
 def _share(name: str, part: int, whole: int, limit: float, of_what: str) -> Check:
