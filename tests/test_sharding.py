@@ -100,10 +100,19 @@ def train_on_ranks(cfg: RunConfig, world_size: int, folder: Path) -> list[dict]:
 # Training
 
 
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    return train(train_config())
+
+
+@pytest.fixture(scope="module")
+def sharded() -> dict:
+    return train(train_config(tables=SHARDED))
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_sharded_tables_train_like_whole_ones(world_size: int, tmp_path: Path) -> None:
-    """With three ranks the last one has fewer items, and none of the four ages."""
-    plain = train(train_config())
+def test_sharded_tables_train_like_whole_ones(world_size: int, plain: dict, tmp_path: Path) -> None:
+    """With three ranks the last one has none of the four ages."""
     ranks = train_on_ranks(train_config(tables=SHARDED), world_size, tmp_path)
     assert len(plain["losses"]) == STEPS
     assert plain["losses"][-1] < plain["losses"][0]
@@ -115,35 +124,45 @@ def test_sharded_tables_train_like_whole_ones(world_size: int, tmp_path: Path) -
             torch.testing.assert_close(ranks[0][part][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_one_rank_needs_no_messages_and_equals_plain_tables() -> None:
+def test_one_rank_needs_no_messages_and_equals_plain_tables(plain: dict, sharded: dict) -> None:
     """The block is the whole table; sums over the batch are added in another order, nothing else."""
-    plain, sharded = train(train_config()), train(train_config(tables=SHARDED))
     assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-6)
 
 
-def test_a_checkpoint_goes_on_at_another_number_of_ranks() -> None:
-    """Whole tables are saved, and blocks of them taken, so placement may change between attempts."""
+def test_placement_may_change_between_attempts(plain: dict) -> None:
     saved: list[Checkpoint] = []
     options = {"rank": 0, "world_size": 1}
     loop.train(train_config(tables=SHARDED), make_maps(), Loader(), "data", save=saved.append, **options)
-    unbroken = train(train_config())
     resumed = train(train_config(), resume=saved[0])
-    assert resumed["losses"] == pytest.approx(unbroken["losses"][20:], abs=1e-6)
+    assert resumed["losses"] == pytest.approx(plain["losses"][20:], abs=1e-6)
 
 
-def test_bf16_rows_train_almost_like_float32() -> None:
-    losses = [
-        train(train_config(tables=SHARDED, bf16_tables=names))["losses"] for names in ((), ("item_id", "item.tag"))
-    ]
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+def test_bf16_rows_train_almost_like_float32(sharded: dict) -> None:
+    half = train(train_config(tables=SHARDED, bf16_tables=("item_id", "item.tag")))
+    assert half["losses"] != sharded["losses"]
+    assert half["losses"] == pytest.approx(sharded["losses"], rel=0.01)
 
 
-def test_moments_on_the_host_change_nothing() -> None:
-    device = train(train_config(tables=SHARDED))
+def test_moments_on_the_host_change_nothing(sharded: dict) -> None:
     host = train(train_config(tables=SHARDED, host_state_tables=("item_id",)))
-    assert host["losses"] == device["losses"]
-    assert all(torch.equal(tensor, host["moments"][name]) for name, tensor in device["moments"].items())
+    assert host["losses"] == sharded["losses"]
+    assert all(torch.equal(tensor, host["moments"][name]) for name, tensor in sharded["moments"].items())
+
+
+@pytest.mark.parametrize("setting", ["bf16", "interleaved"])
+def test_tables_give_the_same_rows_under_other_settings(setting: str) -> None:
+    scores = []
+    for tables in ({}, SHARDED):
+        cfg = train_config(tables=tables, precision="bf16" if setting == "bf16" else "fp32")
+        if setting == "interleaved":  # every item is looked up for a token of its own, position and time for two
+            attention = replace(cfg.model.attention, window=None, full_rows=0)
+            cfg = replace(cfg, model=replace(cfg.model, encoder="hstu", attention=attention))
+        torch.manual_seed(0)
+        trainee = loop.Trainee(cfg, make_maps(), "cpu", 0, 1)
+        for step in range(2):
+            trainee.step(labelled_batch(step), step, 2)
+        scores.append(trainee.model(labelled_batch(2)))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
 
 
 # Rows

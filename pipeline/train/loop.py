@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.rowwise_adamw.reference import rows_and_sums
 from pipeline.config import RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
@@ -26,7 +25,7 @@ from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
 from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 from pipeline.train.placement import place_tables
-from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gathered
+from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +178,7 @@ class Trainee:
                 assert weight.grad is not None
                 local[name] = weight.grad._indices()[0], weight.grad._values()
         if self.world_size > 1:
-            local = gather_rows({name: rows_and_sums(*touched) for name, touched in local.items()}, self.world_size)
+            local = gather_rows(local, self.world_size)
         if self.sharded is not None:
             local |= {self.table_paths[name]: touched for name, touched in self.sharded.gradients().items()}
         return local
@@ -212,39 +211,6 @@ class Trainee:
             keys = ("step", "exp_avg", "exp_avg_sq")
             moments = {key: saved[f"adamw.{key}.{name}"].to(parameter.device) for key in keys}
             self.adamw.state[parameter] = moments
-
-
-def gather_rows(local: dict[str, tuple[Tensor, Tensor]], world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The rows of all ranks, one after another: three messages whatever the number of tables."""
-    device = next(iter(local.values()))[0].device
-    counts = torch.tensor([len(rows) for rows, _ in local.values()], device=device)
-    counts_of = _all_gather(counts, world_size)
-    widths = [sums.shape[1] for _, sums in local.values()]
-    floats_of = [(c * torch.tensor(widths, device=device)).tolist() for c in counts_of]
-    counts_of = [c.tolist() for c in counts_of]
-    rows_of = _all_gather_jagged(torch.cat([rows for rows, _ in local.values()]), [sum(c) for c in counts_of])
-    sums_of = _all_gather_jagged(torch.cat([s.flatten() for _, s in local.values()]), [sum(f) for f in floats_of])
-    split_rows = [rows.split(c) for rows, c in zip(rows_of, counts_of, strict=True)]
-    split_sums = [sums.split(f) for sums, f in zip(sums_of, floats_of, strict=True)]
-    return {
-        name: (
-            torch.cat([rows[i] for rows in split_rows]),
-            torch.cat([sums[i].view(-1, widths[i]) for sums in split_sums]),
-        )
-        for i, name in enumerate(local)
-    }
-
-
-def _all_gather(tensor: Tensor, world_size: int) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(world_size)]
-    dist.all_gather(parts, tensor)
-    return parts
-
-
-def _all_gather_jagged(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
-    """One flat tensor per rank, `lengths` of them; padded on the wire to the longest."""
-    padded = nn.functional.pad(tensor, (0, max(lengths) - tensor.numel()))
-    return [part[:length] for part, length in zip(_all_gather(padded, len(lengths)), lengths, strict=True)]
 
 
 def counted(batches: Iterator[SequenceBatch], cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Work]]:

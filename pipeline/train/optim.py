@@ -52,6 +52,8 @@ class RowwiseAdamW:
             rowwise_adamw(self.tables[name].detach(), *moments, rows, grad, hyper, grad_scale=grad_scale)
 
     def state_dict(self) -> dict[str, Tensor]:
+        if any(weight.is_cuda for weight in self.tables.values()):
+            torch.cuda.synchronize()  # moments on the host are read there, where a kernel may still be writing
         state = {f"m.{name}": m for name, m in self.m.items()} | {f"v.{name}": v for name, v in self.v.items()}
         return state | {"step": torch.tensor(self.step_count)}
 

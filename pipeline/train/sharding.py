@@ -23,6 +23,7 @@ from pipeline.train.placement import Placement
 
 LARGE = 2**28  # numbers: from here on a table is never whole on a host, and is drawn on its device
 CHUNK_ROWS = 2**16  # of a large table, drawn from one seed
+TABLE_BITS = 40  # of a key: the row; above them the table
 
 
 class ShardedEmbedding(nn.Module):
@@ -126,15 +127,12 @@ class ShardedTables:
         table = torch.repeat_interleave(table, repeats, output_size=len(wanted))
         owner = wanted // self.block[table]
         # Ordered by owner, then table, then row: what goes to one rank lies together.
-        keys, order = torch.sort(owner * self.slots + self.base[table] + wanted - owner * self.block[table])
-        starts = torch.ones_like(keys, dtype=torch.bool)
-        starts[1:] = keys[1:] != keys[:-1]
-        number = starts.cumsum(0)
-        before = F.pad(number, (1, 0))[torch.searchsorted(keys, self.bounds)]
+        slot = self.base[table] + wanted - owner * self.block[table]
+        keys, number, index, before = numbered(owner * self.slots + slot, self.bounds)
         counts = before.diff().view(self.world_size, -1)
         self.sent, self.asked = self._host_counts(counts)
 
-        distinct = keys.new_empty(sum(map(sum, self.sent))).scatter_(0, number - 1, keys)
+        distinct = keys.new_empty(sum(map(sum, self.sent))).scatter_(0, number, keys)
         slots = self._swap(distinct % self.slots, [sum(c) for c in self.sent], [sum(c) for c in self.asked])
         pieces = slots.split([c for counts in self.asked for c in counts])
         self.touched = [torch.cat(pieces[i :: len(lengths)]) - first for i, first in enumerate(self.first_slots)]
@@ -143,7 +141,7 @@ class ShardedTables:
 
         # A table's rows come from all owners in turn: from the place among all to the place in the table.
         shift = counts.cumsum(0) - counts - before[:-1].view_as(counts)
-        index = torch.empty_like(keys).scatter_(0, order, number - 1) + shift[owner, table]
+        index = index + shift[owner, table]
         for module, part, at in zip(self.tables.values(), rows, index.split(lengths), strict=True):
             module.rows, module.index = part.float().requires_grad_(), at
 
@@ -185,6 +183,20 @@ class ShardedTables:
         return came
 
 
+def numbered(keys: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The distinct values of `keys` [n], ascending, without waiting for the device to say how many there are.
+
+    Returns `keys` sorted, the number (from 0) of each one's value, the same in the order of `keys` as given, and how
+    many distinct values lie below each of `bounds`.
+    """
+    sorted_keys, order = torch.sort(keys)
+    starts = torch.ones_like(keys, dtype=torch.bool)
+    starts[1:] = sorted_keys[1:] != sorted_keys[:-1]
+    count = starts.cumsum(0)
+    below = F.pad(count, (1, 0))[torch.searchsorted(sorted_keys, bounds)]
+    return sorted_keys, count - 1, torch.empty_like(order).scatter_(0, order, count - 1), below
+
+
 def gathered(block: Tensor, table: ShardedEmbedding, world_size: int) -> Tensor:
     """The whole of which each rank has `block`: the rows of `table`, or their moments; all ranks call it together."""
     if world_size == 1:
@@ -192,6 +204,49 @@ def gathered(block: Tensor, table: ShardedEmbedding, world_size: int) -> Tensor:
     size = -(-table.num_embeddings // world_size)
     padded = block.new_zeros(size, *block.shape[1:])
     padded[: len(block)] = block.detach()
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)[: table.num_embeddings]
+    return _all_gather(padded, world_size).flatten(0, 1)[: table.num_embeddings]
+
+
+# Tables that every rank holds whole
+
+
+def gather_rows(local: dict[str, tuple[Tensor, Tensor]], world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The rows that any rank used, and their gradients: each rank's distinct rows, one rank after another.
+
+    `local`: per table this rank's rows [n], with repeats, and their gradients [n, d]. Three messages, and one wait for
+    the device, whatever the number of tables.
+    """
+    rows, grads = zip(*local.values(), strict=True)
+    first_keys = torch.arange(len(rows) + 1, device=rows[0].device) << TABLE_BITS
+    keys = torch.cat([row + first for row, first in zip(rows, first_keys, strict=False)])
+    keys, number, index, below = numbered(keys, first_keys)
+    counts = _all_gather(below.diff(), world_size).tolist()
+    own = counts[dist.get_rank()]
+    distinct = keys.new_empty(sum(own)).scatter_(0, number, keys) & ((1 << TABLE_BITS) - 1)
+    parts = zip(grads, index.split([len(row) for row in rows]), below, own, strict=False)
+    # The backward of a look-up: unlike a sum over segments it is as fast where one row has most of the gradients.
+    sums = [torch.ops.aten.embedding_dense_backward(grad, at - first, n, -1, False) for grad, at, first, n in parts]
+
+    widths = [grad.shape[1] for grad in grads]
+    rows_of = _all_gather_jagged(distinct, [sum(c) for c in counts])
+    numbers = [[n * width for n, width in zip(c, widths, strict=True)] for c in counts]
+    sums_of = _all_gather_jagged(torch.cat([part.flatten() for part in sums]), [sum(n) for n in numbers])
+    split_rows = [part.split(c) for part, c in zip(rows_of, counts, strict=True)]
+    split_sums = [part.split(n) for part, n in zip(sums_of, numbers, strict=True)]
+    return {
+        name: (torch.cat([part[i] for part in split_rows]), torch.cat([part[i] for part in split_sums]).view(-1, width))
+        for i, (name, width) in enumerate(zip(local, widths, strict=True))
+    }
+
+
+def _all_gather(tensor: Tensor, world_size: int) -> Tensor:
+    """[world_size, ...]: the tensors of all ranks, which have the same shape."""
+    parts = tensor.new_empty(world_size, *tensor.shape)
+    dist.all_gather(list(parts.unbind(0)), tensor)
+    return parts
+
+
+def _all_gather_jagged(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
+    """One flat tensor per rank, `lengths` of them; padded on the wire to the longest."""
+    padded = F.pad(tensor, (0, max(lengths) - tensor.numel()))
+    return [part[:length] for part, length in zip(_all_gather(padded, len(lengths)), lengths, strict=True)]
