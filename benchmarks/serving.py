@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,25 @@ class Stage:
     cfg: RunConfig
     dashboard_url: str
     seconds: float
+    made: dict[tuple, PinnedModel] = field(default_factory=dict)
 
-    def deploy(self, version: int, *, replicas: int = 1, shadow: int | None = None, **model: Any) -> str:
-        """Serve an untrained model; `model` changes its size."""
-        cfg = replace(self.cfg, serve=replace(self.cfg.serve, num_replicas=replicas))
-        sized = replace(cfg, model=replace(cfg.model, **model))
-        on_trial = None if shadow is None else untrained(sized, shadow)
-        wanted = deployment.user_config(cfg, untrained(sized, version), shadow=on_trial)
+    def deploy(
+        self, version: int, *, replicas: int = 1, apart: bool = False, shadow: int | None = None, **model: Any
+    ) -> str:
+        """Serve an untrained model; `model` changes its size. `apart`: one replica, yet not the ingress' process."""
+        together = self.cfg.serve.one_process and replicas == 1 and not apart
+        cfg = replace(self.cfg, serve=replace(self.cfg.serve, num_replicas=replicas, one_process=together))
+        on_trial = None if shadow is None else self.model(shadow, **model)
+        wanted = deployment.user_config(cfg, self.model(version, **model), shadow=on_trial)
         return deployment.update(cfg, self.dashboard_url, wanted)
+
+    def model(self, version: int, **model: Any) -> PinnedModel:
+        """Made once: what that takes from the server is no part of a change of version."""
+        key = version, *sorted(model.items())
+        if key not in self.made:
+            sized = replace(self.cfg, model=replace(self.cfg.model, **model))
+            self.made[key] = untrained(sized, version)
+        return self.made[key]
 
     def load(self, url: str, rate: float, seconds: float, *options: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "serve_app.load_test", "--config", str(PRESET), "--url", url]
@@ -95,7 +106,16 @@ def untrained(cfg: RunConfig, version: int) -> PinnedModel:
 
 def overhead(stage: Stage) -> dict[str, Any]:
     """What lies around the ranker's own time, for a model that costs next to nothing."""
-    url = stage.deploy(1, **TRIVIAL)
+    return _overhead(stage, apart=False)
+
+
+def overhead_apart(stage: Stage) -> dict[str, Any]:
+    """The same with the ingress in a process of its own, as it is in front of several replicas."""
+    return _overhead(stage, apart=True)
+
+
+def _overhead(stage: Stage, *, apart: bool) -> dict[str, Any]:
+    url = stage.deploy(1, apart=apart, **TRIVIAL)
     stage.load(url, OVERHEAD_RATE, 5, "--candidates", "20")
     nothing = {name: _paced(f"{url}{path}") for name, path in (("ingress", "/healthz"), ("replica", "/v1/model"))}
     before = _processor_s()
@@ -132,6 +152,7 @@ def overload(stage: Stage) -> dict[str, Any]:
 def rollout(stage: Stage) -> dict[str, Any]:
     """Promote, a replica killed, roll back, a shadow: while requests come in at the reference rate."""
     url = stage.deploy(2, replicas=2)
+    stage.model(3)
     done: list[str] = []
 
     def change() -> None:
@@ -231,7 +252,7 @@ def malformed(stage: Stage) -> dict[str, Any]:
     return {"statuses": statuses, "answers_that_show_insides": leaks, "good_request_afterwards": good}
 
 
-PARTS = {part.__name__: part for part in (overhead, reference, overload, rollout, events, malformed)}
+PARTS = {part.__name__: part for part in (overhead, overhead_apart, reference, overload, rollout, events, malformed)}
 
 
 # The machine -----------------------------------------------------------------
@@ -310,7 +331,9 @@ def _cache(url: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the parts overhead and reference")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of the parts overhead, overhead_apart and reference"
+    )
     parser.add_argument("--runs-dir", default=str(ROOT / "runs"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()

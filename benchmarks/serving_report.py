@@ -9,6 +9,14 @@ PLOT = ROOT / "plots" / "serving.png"
 BEGIN, END = "<!-- serving: begin -->", "<!-- serving: end -->"
 
 
+ROWS = {  # part -> what it is
+    "reference": "reference",
+    "overhead": "trivial model",
+    "overhead_apart": "trivial model, ingress apart",
+    "rollout": "changes of version, two replicas",
+}
+
+
 def _ms(found: dict[str, float] | None) -> str:
     return "–" if found is None else f"{found['p50']:.1f} / {found['p95']:.1f} / {found['p99']:.1f}"
 
@@ -19,7 +27,7 @@ def _pair(found: dict[str, float]) -> str:
 
 def _latencies(run: dict[str, Any]) -> str:
     rows = []
-    for name, what in (("reference", "reference"), ("overhead", "trivial model"), ("rollout", "changes of version")):
+    for name, what in ROWS.items():
         if name in run:
             figures = run[name]
             load = figures["load"]
@@ -58,13 +66,15 @@ def _lines(run: dict[str, Any]) -> list[str]:
             f"- Reference load: history cache hit rate {run['reference']['history_cache_hit_rate']:.2f}; warm users "
             f"{_ms(run['reference']['warm_latency_ms'])} ms, cold {_ms(run['reference']['cold_latency_ms'])} ms."
         )
-    if "overhead" in run:
-        spent, idle = (run["overhead"][key] for key in ("processor_ms_per_request", "routes_without_work_ms"))
+    for part, where in (("overhead", "one process"), ("overhead_apart", "ingress apart")):
+        if part not in run:
+            continue
+        spent, idle = (run[part][key] for key in ("processor_ms_per_request", "routes_without_work_ms"))
         lines.append(
-            f"- Processor time per request of the trivial model: {spent['Api']:.2f} ms in the ingress, "
-            f"{spent['RankerReplica']:.2f} ms in the replica (idle threads of both included). Routes that do nothing, "
-            f"from the same generator, p50 / p99: ingress {_pair(idle['ingress'])} ms, ingress and replica "
-            f"{_pair(idle['replica'])} ms."
+            f"- Trivial model, {where}: processor time per request {spent['Api']:.2f} ms in an ingress of its own, "
+            f"{spent['RankerReplica']:.2f} ms in the replica (idle threads included); the generator sent "
+            f"{_pair(run[part]['sent_late_ms'])} ms late (p50 / p99). Routes that do nothing: ingress "
+            f"{_pair(idle['ingress'])} ms, ingress and replica {_pair(idle['replica'])} ms."
         )
     if "rollout" in run:
         figures = run["rollout"]

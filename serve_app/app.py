@@ -1,12 +1,14 @@
-"""The server on Ray Serve: an HTTP ingress in front of replicas that hold a model.
+"""The server on Ray Serve: an HTTP ingress in front of replicas that hold a model, or the two in one process.
 
     HTTP → Api (checks, JSON) → RankerReplica (waiting requests together, one forward pass) → Ranker
+    HTTP → RankerReplica with serve.one_process: a call between processes fewer, and one replica only
 
 Which model answers is in the replica's `user_config`: a new one there is loaded and warmed beside the old, which
 answers until one assignment swaps them.
 """
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.api import Overloaded, Unavailable, make_api
+from serve_app.api import Overloaded, Replica, Unavailable, make_api
 from serve_app.batching import MicroBatcher, TokenBatcher
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition
@@ -32,11 +34,12 @@ BROADCAST_TIMEOUT_S = 2.0
 Answer = TypeVar("Answer")
 
 
-@serve.deployment
-class RankerReplica:
+class Ranking:
     """Holds one rollout at a time: a champion, and versions on trial."""
 
     def __init__(self) -> None:
+        gc.collect()
+        gc.freeze()  # what was imported, hundreds of thousands of objects: each full collection would stop all passes
         self.rollout: Rollout | None = None
         self.deployment = self.wanted = ""  # ids of the update that answers, and of the newest
         self.failed: dict[str, str] = {}
@@ -93,7 +96,7 @@ class RankerReplica:
     async def info(self) -> ModelInfo:
         return self._current.info().model_copy(update={"deployment": self.deployment, **self.failed})
 
-    async def metrics(self) -> tuple[str, bytes]:
+    async def own_metrics(self) -> tuple[str, bytes]:
         """Which replica this is, and its numbers."""
         return serve.get_replica_context().replica_id.unique_id, exposition(self.counts.registry)
 
@@ -101,6 +104,30 @@ class RankerReplica:
     def _current(self) -> Rollout:
         assert self.rollout is not None, "Serve sends nothing before reconfigure has returned"
         return self.rollout
+
+
+@serve.deployment(name="RankerReplica")
+class RankerReplica(Ranking):
+    """One of several behind `Api`."""
+
+
+@serve.deployment(name="RankerReplica")
+@serve.ingress(None)
+class RankerWithIngress(Ranking):
+    """The only replica and its ingress: both on one event loop, the ranker in a thread beside it as ever."""
+
+    def __init__(self, args: "Arguments") -> None:
+        super().__init__()
+        self.args = args
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return _http_face(self, self.args)
+
+    async def deployments(self) -> list[str]:
+        return [self.deployment]
+
+    async def metrics(self) -> dict[str, bytes]:
+        return dict([await self.own_metrics()])
 
 
 @serve.deployment
@@ -115,15 +142,7 @@ class Api:
         self.args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        file, rate = self.args.api_keys_file, self.args.rate_limit_per_s
-        return make_api(
-            self,
-            self.args.max_body_bytes,
-            ApiKeys(Path(file)) if file is not None else None,
-            RateLimit(rate) if rate is not None else None,
-            max_wait_s=self.args.max_wait_ms / 1000,
-            timeout_s=self.args.request_timeout_s,
-        )
+        return _http_face(self, self.args)
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         if request.user_id is None:
@@ -145,7 +164,7 @@ class Api:
 
     async def metrics(self) -> dict[str, bytes]:
         try:
-            return dict(await self._of_all("metrics", tuple))
+            return dict(await self._of_all("own_metrics", tuple))
         except TimeoutError:
             raise Unavailable from None
 
@@ -181,6 +200,7 @@ async def _answer(response: Any) -> Any:
 class Arguments(BaseModel):
     """`args` of the application in serve_config.yaml."""
 
+    one_process: bool = False
     max_body_bytes: int = 2_000_000
     api_keys_file: str | None = None
     rate_limit_per_s: float | None = None
@@ -188,6 +208,18 @@ class Arguments(BaseModel):
     request_timeout_s: float = 10.0
 
 
+def _http_face(replica: Replica, args: Arguments) -> FastAPI:
+    file, rate = args.api_keys_file, args.rate_limit_per_s
+    return make_api(
+        replica,
+        args.max_body_bytes,
+        ApiKeys(Path(file)) if file is not None else None,
+        RateLimit(rate) if rate is not None else None,
+        max_wait_s=args.max_wait_ms / 1000,
+        timeout_s=args.request_timeout_s,
+    )
+
+
 def build(args: Arguments) -> serve.Application:
     """serve_config.yaml's `import_path`."""
-    return Api.bind(RankerReplica.bind(), args)
+    return RankerWithIngress.bind(args) if args.one_process else Api.bind(RankerReplica.bind(), args)

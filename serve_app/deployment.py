@@ -69,15 +69,20 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
     (application,) = filled["applications"]
     application["runtime_env"] = runtime_env
     application["args"] |= {
+        "one_process": cfg.serve.one_process,
         "max_body_bytes": cfg.serve.max_body_bytes,
         "api_keys_file": None if cfg.serve.api_keys_file is None else str(Path(cfg.serve.api_keys_file).absolute()),
         "rate_limit_per_s": cfg.serve.rate_limit_per_s,
         "max_wait_ms": cfg.serve.max_wait_ms,
         "request_timeout_s": cfg.serve.request_timeout_s,
     }
-    (ranker,) = (entry for entry in application["deployments"] if entry["name"] == "RankerReplica")
+    ingress, ranker = application["deployments"]
     ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
     ranker["ray_actor_options"] |= {"num_gpus": int(cfg.serve.use_gpu)}
+    if cfg.serve.one_process:  # it takes the ingress' place: as many requests at once, and nobody to be routed to
+        ranker |= {name: ingress[name] for name in ("max_ongoing_requests", "max_queued_requests")}
+        del ranker["request_router_config"]
+        application["deployments"] = [ranker]
     return filled
 
 
@@ -204,7 +209,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     return {
         "sequences": {"folder": str(cfg.sequence_dir), "users": manifest.num_users, "rows": manifest.num_rows},
         "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
-        "replicas": cfg.serve.num_replicas,
+        "replicas": f"{cfg.serve.num_replicas}{' with the ingress in it' * cfg.serve.one_process}",
         "canary": None if cfg.serve.canary is None else config.to_dict(cfg.serve.canary),
         "shadow": cfg.serve.shadow,
         "events": cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite"),

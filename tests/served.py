@@ -1,17 +1,24 @@
 """A running server for tests: its state, its return to a known state, and a load upon it."""
 
 import asyncio
+import hashlib
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline import tracking
+from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
+from pipeline.data import store
+from pipeline.mlflow_server import mlflow_server
 from serve_app import deployment, load_test, replay
 
 WAIT_S = 60  # a replica that was killed may take a busy machine half a minute to replace
@@ -28,6 +35,32 @@ class Served:
 
     def __post_init__(self) -> None:
         self.client = httpx.Client(base_url=self.url, timeout=30, headers=replay.key_header(self.cfg))
+
+
+@contextmanager
+def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Iterator[Served]:
+    """Two registered versions, the first of them champion and serving to who has a key; Ray is there already."""
+    from ray import serve
+
+    hashes, key = folder / "keys.sha256", folder / "key"
+    key.write_text("a-key")
+    hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
+    options |= {"port": 0, "api_keys_file": str(hashes), "client_key_file": str(key)}
+    options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}  # a busy machine is no reason to refuse
+    cfg = replace(tiny_config(mlflow_runs, tracking={"model_name": name}, serve=options), name=name)
+    publish_sequences(cfg)
+    folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
+    with mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
+        versions = []
+        for model in folders:
+            with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+                versions.append(tracking.register(cfg, run, model))
+        tracking.promote(cfg, versions[0])
+        try:
+            url = deployment.deploy(cfg, cluster.dashboard_url, tracking.champion(cfg))
+            yield Served(cfg, url, cluster.dashboard_url, versions, folders)
+        finally:
+            serve.shutdown()
 
 
 def restore(server: Served) -> None:

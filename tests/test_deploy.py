@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,24 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     publish_sequences(cfg)
     model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
     wanted = deployment.user_config(cfg, model)
-    for filled in (
-        deployment.template(),
-        deployment.serve_config(cfg, wanted, 8123, {"working_dir": f"local://{ROOT}"}),
-    ):
-        ServeDeploySchema.model_validate(filled)
-        assert filled.keys() <= ServeDeploySchema.model_fields.keys()
-        assert filled["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
-        for application in filled["applications"]:
+    together = replace(cfg, serve=replace(cfg.serve, one_process=True))
+    merged, filled = (
+        deployment.serve_config(c, wanted, 8123, {"working_dir": f"local://{ROOT}"}) for c in (together, cfg)
+    )
+    for config in (deployment.template(), merged, filled):
+        ServeDeploySchema.model_validate(config)
+        assert config.keys() <= ServeDeploySchema.model_fields.keys()
+        assert config["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+        for application in config["applications"]:
             assert application.keys() <= ServeApplicationSchema.model_fields.keys()
             for entry in application["deployments"]:
                 assert entry.keys() <= DeploymentSchema.model_fields.keys()
     assert filled["http_options"]["port"] == 8123
-    assert filled["applications"][0]["deployments"][1]["user_config"]["model"]["version"] == 3
+    ingress, ranker = filled["applications"][0]["deployments"]
+    (both,) = merged["applications"][0]["deployments"]
+    assert [entry["name"] for entry in (ingress, ranker, both)] == ["Api", "RankerReplica", "RankerReplica"]
+    assert ranker["user_config"]["model"]["version"] == both["user_config"]["model"]["version"] == 3
+    assert both["max_ongoing_requests"] == ingress["max_ongoing_requests"]
     json.dumps(filled)
 
 

@@ -1,6 +1,5 @@
 """The whole server on one real Ray Serve. Each test finds it answering with the first version alone."""
 
-import hashlib
 import itertools
 import math
 import os
@@ -16,15 +15,12 @@ import httpx
 import numpy as np
 import pytest
 from bad_bodies import BAD_BODIES, ONE, check_refused
-from served import Load, Served, loaded, replica_pids, restore, wait_until
+from served import Load, Served, loaded, replica_pids, restore, running, wait_until
 from test_limits import sample
-from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
+from tiny_world import NOT_A_USER, NUM_USERS
 
 from pipeline import tracking
-from pipeline.cluster import ray_cluster
 from pipeline.config import CanaryConfig, UserError
-from pipeline.data import store
-from pipeline.mlflow_server import mlflow_server
 from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.events import SqliteEvents
@@ -36,27 +32,8 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def server(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Two registered versions, the first of them champion and serving to who has a key."""
-    from ray import serve
-
-    folder = tmp_path_factory.mktemp("models")
-    hashes, key = folder / "keys.sha256", folder / "key"
-    key.write_text("a-key")
-    hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
-    options = {"port": 0, "num_replicas": 2, "api_keys_file": str(hashes), "client_key_file": str(key)}
-    options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}  # a busy machine is no reason to refuse
-    cfg = tiny_config(mlflow_runs, name="served", tracking={"model_name": "served"}, serve=options)
-    publish_sequences(cfg)
-    folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
-    with mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
-        versions = []
-        for model in folders:
-            with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
-                versions.append(tracking.register(cfg, run, model))
-        tracking.promote(cfg, versions[0])
-        url = deployment.deploy(cfg, cluster.dashboard_url, tracking.champion(cfg))
-        yield Served(cfg, url, cluster.dashboard_url, versions, folders)
-        serve.shutdown()
+    with running(mlflow_runs, "served", tmp_path_factory.mktemp("models"), num_replicas=2) as server:
+        yield server
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     num_replicas: int = 1
+    one_process: bool = False  # the ingress ranks itself: a call between processes fewer, for one replica without a GPU
     use_gpu: bool = False  # every replica takes one GPU
     cuda_graphs: bool = False  # for requests that come alone; memory for up to twice the longest history
     precision: Literal["fp32", "bf16"] = "fp32"  # of the layers, and of the histories that are kept
@@ -69,6 +70,8 @@ class ServeConfig:
         for name in counts:
             require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "1 or more")
         require(self.use_gpu or not self.cuda_graphs, "serve.cuda_graphs", self.cuda_graphs, "false without use_gpu")
+        alone = self.num_replicas == 1 and not self.use_gpu
+        require(alone or not self.one_process, "serve.one_process", self.one_process, "false with replicas or a GPU")
         require(self.cache_mb >= 0, "serve.cache_mb", self.cache_mb, "0 or more")
         rate = self.rate_limit_per_s
         require(rate is None or 0 < rate < math.inf, "serve.rate_limit_per_s", rate, "greater than 0, or null")

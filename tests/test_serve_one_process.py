@@ -1,0 +1,97 @@
+"""The server whose ingress ranks itself: the same answers, and changes of version that no request notices."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from bad_bodies import ONE
+from served import Load, Served, loaded, replica_pids, restore, running
+from test_limits import sample
+from tiny_world import NOT_A_USER
+
+from pipeline import tracking
+from pipeline.config import ConfigError, ServeConfig
+from serve_app import deployment, load_test, replay
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.schemas import RankHead
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with running(mlflow_runs, "alone", tmp_path_factory.mktemp("models"), one_process=True) as server:
+        yield server
+
+
+@pytest.fixture
+def served(server: Served) -> Served:
+    restore(server)
+    return server
+
+
+def test_it_is_for_one_replica() -> None:
+    for more in ({"num_replicas": 2}, {"use_gpu": True}):
+        with pytest.raises(ConfigError, match=r"serve\.one_process"):
+            ServeConfig(one_process=True, **more)
+
+
+@pytest.mark.cluster
+def test_every_route_answers_from_one_process(served: Served) -> None:
+    first = served.versions[0]
+    info = served.client.get("/v1/model").json()
+    assert info["model_version"] == first
+    assert served.client.get("/readyz").json()["deployments"] == [info["deployment"]]
+    assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
+    assert served.client.post("/v1/rank", json=ONE | {"user_id": "3"}).status_code == 422
+    event = {"user_id": NOT_A_USER, "item_id": 5, "event_time": 1_651_500_000_000}
+    asked = ONE | {"user_id": NOT_A_USER}
+    before = served.client.post("/v1/rank", json=asked).json()
+    assert served.client.post("/v1/events", json={"events": [event]}).json()["accepted"] == 1
+    after = served.client.post("/v1/rank", json=asked).json()
+    assert (before["history_length"], after["history_length"]) == (0, 1)
+    page = served.client.get("/metrics").text
+    assert sample(page, "ranking_requests_total", path="/v1/rank", status="200") >= 2
+    assert sample(page, "ranking_ranker_requests_total", version=str(first)) >= 2
+    assert replay.replay(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
+
+
+@pytest.mark.cluster
+def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
+    import ray
+
+    over_http = served.client.post("/v1/rank", json=ONE | {"request_time_ms": 1_651_500_000_000}).json()
+
+    @ray.remote
+    class Caller:
+        async def ask(self, request: RankColumns) -> RankedColumns:
+            from ray import serve
+
+            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
+
+    head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
+    answer = ray.get(Caller.remote().ask.remote(RankColumns(head, np.array([1]), {})))
+    assert answer.response().model_dump() == over_http
+
+
+@pytest.mark.cluster
+def test_promote_and_roll_back_under_load(served: Served) -> None:
+    """No request fails, and the process stays the same: a version is loaded beside the one that answers."""
+    first, second = served.versions
+    process = replica_pids()
+    with Load(served, most_seconds=90) as load:
+        time.sleep(1)
+        assert tracking.promote(served.cfg, second).promoted
+        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        assert loaded(served) == {("champion", second): 1}
+        time.sleep(1)
+        assert tracking.rollback(served.cfg) == first
+        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        time.sleep(1)
+    sent = load.answers.status != load_test.NOT_SENT
+    assert sent.sum() > 40
+    assert load.answers.status[sent].tolist() == [200] * sent.sum()
+    versions = load.answers.version[sent].tolist()
+    assert (versions[0], versions[-1], set(versions)) == (first, first, {first, second})
+    assert replica_pids() == process
