@@ -50,14 +50,13 @@ def simulate(
     plan = LoadPlan(cut, lengths.astype(np.float64) ** cfg.load_exponent, short.astype(np.float64) ** cfg.load_exponent)
     num_steps = len(lengths) // (num_ranks * per_rank)
     steps = np.array_split(rng.permutation(len(lengths)), num_steps)
-    target = plan.drawn.sum() / (num_steps * num_ranks)
+    target = plan.drawn.sum() / num_steps
     ratios, tokens = [], 0
     for number, step in enumerate(steps):
-        loads = []
-        for rank in range(num_ranks):
-            rows, cut = plan.share(step, rank, num_ranks, target, cfg.balance, [seed, rank, number])
-            loads.append(np.where(cut, plan.short[rows], plan.whole[rows]).sum())
-            tokens += int(np.where(cut, short[rows], lengths[rows]).sum())
+        shares, cut = plan.shares(step, num_ranks, target, cfg.balance, [seed, number])
+        load = np.where(cut, plan.short[step], plan.whole[step])
+        tokens += int(np.where(cut, short[step], lengths[step]).sum())
+        loads = [load[mine].sum() for mine in shares]
         ratios.append(max(loads) / np.mean(loads))
     return Imbalance(worst=float(np.mean(ratios)), mean_length=tokens / len(lengths))
 

@@ -39,6 +39,7 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.data import store
 from pipeline.data.features import fit_features
 from pipeline.data.loader import TrainLoader
+from pipeline.data.plan import step_plan
 from pipeline.evaluate import ablation, evaluator
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.flops import Work
@@ -136,7 +137,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         cfg.sequence_dir.symlink_to(Path(run.store).absolute())
         digest = store.read_manifest(cfg.sequence_dir).digest
         maps = fit_features(cfg)
-        loader = TrainLoader(cfg, maps)
+        loader = TrainLoader(cfg, maps, step_plan(cfg))
         prepared = time.perf_counter()
         model = loop.train(
             cfg, maps, loader, digest, device=run.device, log=lambda step, values: lines.append({"step": step} | values)

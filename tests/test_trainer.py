@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
 def train_config(runs_dir: Path, name: str) -> RunConfig:
     train = {
         "epochs": 24,
-        "batch_users": 2,
+        "batch_users": 4,
         "num_workers": 2,
         "warmup_steps": 5,
         "log_every": 7,

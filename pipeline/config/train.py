@@ -12,9 +12,10 @@ class StochasticLengthConfig:
 
     alpha: float = 2.0  # 2.0 keeps everything
     max_len: int = 256
-    # How the loads of the ranks are evened out. sampling: load-balanced stochastic length, arXiv:2602.16986; dealing:
-    # the draws stay, examples go to ranks by load. The load of an example is its tokens to the power load_exponent:
-    # about 1 with a window and full rows far below the length, 2 under full attention.
+    # How the loads of the ranks are evened out. dealing: a step's examples go to ranks by load; sampling: the draws of
+    # each step are first turned round to bring it to the mean load, as in load-balanced stochastic length,
+    # arXiv:2602.16986. The load of an example is its tokens to the power load_exponent: about 1 with a window and full
+    # rows far below the length, 2 under full attention.
     balance: Literal["none", "sampling", "dealing"] = "none"
     load_exponent: float = 1.0
 
@@ -30,7 +31,12 @@ class StochasticLengthConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     epochs: int = 2
-    batch_users: int = 32  # sequences of one rank in one step
+    # What one step holds over all workers, one of the two: so many sequences, or tokens, about equally many in every
+    # step and at most so many and one sequence more.
+    batch_users: int | None = 32
+    batch_tokens: int | None = None
+    pool_buckets: int = 4  # files of the store that are shuffled together; twice as many are in memory
+    loader_threads: int = 1  # of each worker, making batches ahead
     layout: Literal["user", "request"] = "user"  # one pass per user (target_visible), or one sequence per request
     max_targets_per_sequence: int = 64  # the user layout cuts a user's rows into passes of at most so many targets
     task_weights: dict[str, float] = field(default_factory=dict)  # task -> factor of its loss, 1 where not named
@@ -59,7 +65,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = (
             "epochs",
-            "batch_users",
+            "pool_buckets",
+            "loader_threads",
             "max_targets_per_sequence",
             "num_workers",
             "threads_per_worker",
@@ -67,6 +74,11 @@ class TrainConfig:
         )
         for name in (*positive, "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        one = (self.batch_users is None) != (self.batch_tokens is None)
+        require(one, "train.batch_users", self.batch_users, "null where train.batch_tokens is given, and only there")
+        for name in ("batch_users", "batch_tokens"):
+            size = getattr(self, name)
+            require(size is None or size >= 1, f"train.{name}", size, "1 or more")
         for name in ("lr", "embedding_lr", "grad_clip"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "greater than 0")
         for name in ("history_label_weight", "weight_decay", "warmup_steps", "max_failures", "shard_above_mb"):

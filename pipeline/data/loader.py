@@ -1,15 +1,17 @@
 """From the published sequences to batches, in an order that depends on the seed and the epoch alone.
 
-A step is a place in that order, so a run resumes by its step number. Buckets are read a few at a time, never the whole
-store; within such a pool the examples are shuffled, cut into steps of nearly equal size, and each step is dealt out to
-the ranks.
+A step is a place in that order, so a run resumes by its epoch and step, with as many workers as it likes. The store is
+never in memory whole: a pool of a few buckets is, and the next one while it is being read in the background. Within a
+pool the examples are shuffled, cut into steps (`plan.py`), and each step is shared out to the ranks.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.config import RunConfig
 from pipeline.data import store
@@ -23,82 +25,119 @@ from pipeline.data.examples import (
     request_examples,
     target_labels,
     user_events,
-    whole_examples,
 )
 from pipeline.data.features import FeatureMaps
-from pipeline.data.sampling import LoadPlan, stochastic_cuts
+from pipeline.data.plan import StepPlan, cut_steps, load_plan, pool_order, pool_rng, read_pool, token_counts
+from pipeline.data.sampling import LoadPlan
 
-POOL_BUCKETS = 4  # buckets in memory at once: more shuffle better, fewer need less memory
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The examples of some buckets, shuffled and cut into steps."""
+
+    users: UserEvents
+    examples: Examples  # whole
+    loads: LoadPlan
+    steps: list[np.ndarray]  # the examples of each step
+    seed: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a step."""
+
+    users: UserEvents
+    examples: Examples
+    idle: bool  # the step had no example for this rank: it takes the step's first, with labels that weigh nothing
 
 
 class TrainLoader:
     """Batches of one rank. All ranks take the same number of steps.
 
     Args:
-        cfg: `train.batch_users` sequences a rank and step.
         maps: of the training period.
+        plan: of the sequences and `cfg`, `plan.step_plan`; the same on every rank.
         rank, world_size: this rank's share of every step.
     """
 
-    def __init__(self, cfg: RunConfig, maps: FeatureMaps, rank: int = 0, world_size: int = 1) -> None:
-        self.cfg, self.maps, self.rank, self.world_size = cfg, maps, rank, world_size
+    def __init__(self, cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, rank: int = 0, world_size: int = 1) -> None:
+        self.cfg, self.maps, self.plan, self.rank, self.world_size = cfg, maps, plan, rank, world_size
         self.manifest = store.read_manifest(cfg.sequence_dir)
-        # Stochastic length moves no example, so an epoch has these steps whatever is drawn.
-        buckets = range(len(self.manifest.buckets))
-        self.bucket_examples = [len(whole_examples(self._read([i]), cfg)) for i in buckets]
-        self.steps_per_epoch = sum(self._num_steps(pool) for pool in self._pools(0))
+        self.steps_per_epoch = plan.steps_per_epoch
+        self._reader = ThreadPoolExecutor(1, "pool-reader")
+        self._coming: tuple[tuple[int, int], Future[Pool]] | None = None  # the pool after the one in use
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         """The steps of `epoch` from `first_step` on."""
+        return made_ahead(self._batch, self.shares(epoch, first_step), self.cfg.train.loader_threads)
+
+    def shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
+        """What the batches are made of."""
         done = 0
-        for number, pool in enumerate(self._pools(epoch)):
-            num_steps = self._num_steps(pool)
+        for place, number in enumerate(self._order(epoch)):
+            num_steps = self.plan.steps[number]
             if done + num_steps > first_step:
-                yield from self._pool_batches(pool, num_steps, self._rng(epoch, number), max(first_step - done, 0))
+                pool = self._pool(epoch, place)
+                for step in range(max(first_step - done, 0), num_steps):
+                    yield self._share(pool, step)
             done += num_steps
 
-    def _pool_batches(
-        self, pool: list[int], num_steps: int, rng: np.random.Generator, first_step: int
-    ) -> Iterator[SequenceBatch]:
-        users = self._read(pool)
-        examples = whole_examples(users, self.cfg)
-        plan = load_plan(examples, self.cfg, rng)
-        steps = np.array_split(rng.permutation(len(examples)), num_steps)
-        target = plan.drawn.sum() / (num_steps * self.world_size)
-        balance, seed = self.cfg.train.stochastic_length.balance, [*rng.integers(2**32, size=4).tolist(), self.rank]
-        for number in range(first_step, num_steps):
-            chosen, cut = plan.share(steps[number], self.rank, self.world_size, target, balance, [*seed, number])
-            part = cut_histories(examples[chosen], cut, self.cfg)
-            yield example_batch(users, part, self.maps, self.cfg, training=True)
+    def _share(self, pool: Pool, number: int) -> Share:
+        balance, step = self.cfg.train.stochastic_length.balance, pool.steps[number]
+        target = pool.loads.drawn.sum() / len(pool.steps)
+        shares, cut = pool.loads.shares(step, self.world_size, target, balance, [*pool.seed, number])
+        mine = shares[self.rank]
+        idle = len(mine) == 0
+        if idle:
+            mine = np.zeros(1, np.int64)
+        return Share(pool.users, cut_histories(pool.examples[step[mine]], cut[mine], self.cfg), idle)
 
-    def _read(self, buckets: list[int]) -> UserEvents:
-        tables = [store.read_bucket(self.cfg.sequence_dir, self.manifest, i) for i in buckets]
-        return user_events(pa.concat_tables(tables), self.cfg)
+    def _batch(self, share: Share) -> SequenceBatch:
+        batch = example_batch(share.users, share.examples, self.maps, self.cfg, training=True)
+        if share.idle:
+            assert batch.label_weight is not None
+            batch = replace(batch, label_weight=batch.label_weight.zero_())
+        return batch
 
-    def _rng(self, epoch: int, pool: int) -> np.random.Generator:
-        return np.random.default_rng([self.cfg.seed, 1, epoch, pool])
+    def _pool(self, epoch: int, place: int) -> Pool:
+        """The pool at `place` of `epoch`; that which follows it is read in the background from now on."""
+        if self._coming is not None and self._coming[0] == (epoch, place):
+            pool = self._coming[1].result()
+        else:
+            pool = self._read(epoch, place)
+        following = (epoch, place + 1) if place + 1 < len(self.plan.pools) else (epoch + 1, 0)
+        self._coming = None
+        if following[0] < self.cfg.train.epochs:
+            self._coming = following, self._reader.submit(self._read, *following)
+        return pool
 
-    def _pools(self, epoch: int) -> list[list[int]]:
-        """Buckets in groups of nearly equal size; epochs differ in the order of the groups, not in their members."""
-        num_buckets = len(self.manifest.buckets)
-        groups = np.array_split(np.arange(num_buckets), -(-num_buckets // POOL_BUCKETS))
-        order = np.random.default_rng([self.cfg.seed, 2, epoch]).permutation(len(groups))
-        return [groups[i].tolist() for i in order]
+    def _read(self, epoch: int, place: int) -> Pool:
+        number = self._order(epoch)[place]
+        users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
+        rng = pool_rng(epoch, place, self.cfg.seed)
+        loads = load_plan(examples, self.cfg, rng)
+        whole, short = token_counts(examples, self.cfg)
+        tokens = np.where(loads.cut, short, whole)
+        steps = cut_steps(rng.permutation(len(examples)), tokens, self.plan.steps[number], self.cfg)
+        return Pool(users, examples, loads, steps, rng.integers(2**32, size=4).tolist())
 
-    def _num_steps(self, pool: list[int]) -> int:
-        """At least one example a rank and step; a pool too small for that is left out."""
-        num_examples = sum(self.bucket_examples[i] for i in pool)
-        step_size = self.world_size * self.cfg.train.batch_users
-        return min(max(1, round(num_examples / step_size)), num_examples // self.world_size)
+    def _order(self, epoch: int) -> list[int]:
+        return pool_order(len(self.plan.pools), epoch, self.cfg.seed)
 
 
-def load_plan(examples: Examples, cfg: RunConfig, rng: np.random.Generator) -> LoadPlan:
-    """What stochastic length draws for these whole examples, and what each of them weighs."""
-    lengths = cfg.train.stochastic_length
-    cut = stochastic_cuts(examples.num_history, lengths, rng)
-    everywhere = cut_histories(examples, np.ones(len(examples), bool), cfg)
-    whole, short = (part.num_tokens.astype(np.float64) ** lengths.load_exponent for part in (examples, everywhere))
-    return LoadPlan(cut, whole, short)
+def made_ahead(make: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:
+    """`make` of each item, in order; as many as there are threads are being made while one is in use."""
+    with ThreadPoolExecutor(num_threads, "batches") as pool:
+        coming: deque[Future[U]] = deque()
+        for item in items:
+            coming.append(pool.submit(make, item))
+            if len(coming) > num_threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ Stochastic length (HSTU, arXiv:2402.17152, eq. 4) trains on the newest part of m
 then weighs more or less than what its neighbours drew, and all wait for the heaviest. Two remedies, neither of which
 talks to another rank, since every rank draws the plan of a whole pool of examples:
 
-- `sampling`, load-balanced stochastic length (ULTRA-HSTU, arXiv:2602.16986, section 4.1): each rank turns its own draws
-  round, one after another, while that brings its load nearer to the mean. The paper estimates that mean in warm-up
-  steps and renews it every so many steps by a message; here it is the plan's own, exact from a pool's first step.
-- `dealing`: the draws stay, the step's examples go to the ranks by load, the heaviest first.
+- `dealing`: the draws stay, a step's examples go to the ranks by load, the heaviest first.
+- `sampling`: as load-balanced stochastic length (ULTRA-HSTU, arXiv:2602.16986, section 4.1) does, draws are turned
+  round, one after another, while that brings a load nearer to the mean; here the load of a whole step, whose examples
+  are then dealt. So steps are alike too, and what a step holds does not depend on the number of ranks. In the paper
+  each rank does so with what it happens to hold, and the mean is an estimate from warm-up steps, renewed by a message.
 """
 
 import heapq
@@ -51,27 +52,27 @@ class LoadPlan:
     def drawn(self) -> np.ndarray:
         return np.where(self.cut, self.short, self.whole)
 
-    def share(
-        self, step: np.ndarray, rank: int, world_size: int, target: float, balance: str, seed: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One rank's part of a step.
+    def shares(
+        self, step: np.ndarray, world_size: int, target: float, balance: str, seed: list[int]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Who takes which examples of a step. What the ranks take together does not depend on how many they are.
 
         Args:
-            step: int64, the examples of the step over all ranks.
-            target: the load that every rank should come to, under `balance` sampling.
-            seed: of the order in which that looks at the examples; another for every rank and step.
+            step: int64 [n], the examples of the step over all ranks.
+            target: the load that every step should come to, under `balance` sampling.
+            seed: of the order in which that looks at the examples; another for every step, the same on all ranks.
 
         Returns:
-            The rank's examples, and which of their histories to cut.
+            For each rank its places in `step`, none where there are more ranks than examples; and bool [n], which
+            histories of `step` to cut.
         """
-        if balance == "dealing":
-            rows = step[deal(self.drawn[step], world_size)[rank]]
-            return rows, self.cut[rows]
-        rows = np.array_split(step, world_size)[rank]
+        cut = self.cut[step]
         if balance == "none":
-            return rows, self.cut[rows]
-        order = np.random.default_rng(seed).permutation(len(rows))
-        return rows, balanced_cuts(self.cut[rows], self.whole[rows], self.short[rows], target, order)
+            return np.array_split(np.arange(len(step)), world_size), cut
+        if balance == "sampling":
+            order = np.random.default_rng(seed).permutation(len(step))
+            cut = balanced_cuts(cut, self.whole[step], self.short[step], target, order)
+        return deal(np.where(cut, self.short[step], self.whole[step]), world_size), cut
 
 
 def balanced_cuts(

@@ -21,7 +21,14 @@ from pipeline.model.artifact import INDEX, file_digests, staged, verified
 logger = logging.getLogger(__name__)
 
 # Settings that say how a run is carried out, not what it computes: they may change between two attempts.
-FREE_SETTINGS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_failures", "threads_per_worker")
+FREE_SETTINGS = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "threads_per_worker",
+    "loader_threads",
+)
 FREE_SETTINGS += ("tables", "shard_above_mb", "host_state_tables")
 SETTINGS = ("seed", "split", "tasks", "features", "model", "train")  # the sections that decide the losses
 

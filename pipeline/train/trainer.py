@@ -22,6 +22,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data import store
 from pipeline.data.features import FeatureMaps, fit_features
 from pipeline.data.loader import TrainLoader
+from pipeline.data.plan import StepPlan, step_plan
 from pipeline.model.artifact import save_model
 from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.tracking import Run
@@ -62,8 +63,9 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
     if earlier is None or earlier.state.epoch < cfg.train.epochs:
+        steps = step_plan(cfg, folder / "steps.json")  # here, so that no worker reads the store to count
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            _fit(_trainer(cfg, digest, run))
+            _fit(_trainer(cfg, digest, steps, run))
     trained = last_good(checkpoint_folders(cfg))
     assert trained is not None
     model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
@@ -94,12 +96,12 @@ def checkpoint_folders(cfg: RunConfig) -> list[Path]:
     return sorted(path for path in (train_dir(cfg) / "ray").glob("checkpoint_*") if path.is_dir())
 
 
-def _trainer(cfg: RunConfig, digest: str, run: Run | None) -> TorchTrainer:
+def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
     train = cfg.train
     absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))  # a worker has a current folder of its own
     return TorchTrainer(
         train_worker,
-        train_loop_config={"cfg": config.to_dict(absolute), "digest": digest, "run": run},
+        train_loop_config={"cfg": config.to_dict(absolute), "digest": digest, "steps": steps, "run": run},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
@@ -138,7 +140,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     loop.train(
         cfg,
         maps,
-        TrainLoader(cfg, maps, rank, world_size),
+        TrainLoader(cfg, maps, settings["steps"], rank, world_size),
         digest,
         rank=rank,
         world_size=world_size,
@@ -175,12 +177,11 @@ def plan(cfg: RunConfig) -> dict[str, object]:
         model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
     table_values = sum(table.rows * table.width for table in tables.values())
     dense = sum(parameter.numel() for parameter in model.parameters()) - table_values
-    steps = TrainLoader(cfg, maps, 0, train.num_workers).steps_per_epoch
     placed = describe(tables)
     return {
         "world_size": train.num_workers,
         "device": "cuda" if train.use_gpu else "cpu",
-        "steps_per_epoch": steps,
+        "steps_per_epoch": step_plan(cfg).steps_per_epoch,
         "epochs": train.epochs,
         "parameters": {"dense": dense, "tables": table_values},
         # Float32 weights, their gradients and two moments: what a step needs beside tables and activations.
