@@ -1,9 +1,12 @@
 """Serve the champion on a running Ray cluster, or move its server to a new champion without failing a request.
 
-The cluster is `ray.address`, or the one that this job was submitted to. `jobs.serve` starts one of its own.
+The cluster is `ray.address`, or the one that this job was submitted to. `jobs.serve` starts one of its own. With
+`--rayservice FILE` nothing is sent: KubeRay's manifest in FILE is printed with the champion in it, for `kubectl apply`.
 """
 
+import argparse
 import os
+from pathlib import Path
 
 from jobs import cli
 from pipeline import tracking
@@ -13,11 +16,19 @@ from pipeline.mlflow_server import mlflow_server, plan_server
 from serve_app import deployment
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rayservice", type=Path, metavar="FILE", help="print this manifest, filled, and send nothing")
+
+
 def main(job: cli.Job) -> None:
-    cfg = job.cfg
-    _require_cluster(cfg)
+    cfg, manifest = job.cfg, job.options.rayservice
+    if manifest is None:
+        _require_cluster(cfg)
     with mlflow_server(cfg):
         champion = tracking.champion(cfg)
+        if manifest is not None:
+            print(deployment.rayservice(cfg, manifest, champion), end="")
+            return
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
     print(f"url={url} version={champion.version}")
@@ -37,4 +48,4 @@ def _require_cluster(cfg: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, plan=plan)
+    cli.run(__doc__ or "", main, add_options, plan)

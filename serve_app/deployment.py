@@ -30,6 +30,7 @@ POLL_S = 0.1
 SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PODS = {"host": "0.0.0.0", "port": 8000}  # where a server on Kubernetes listens: KubeRay's services expect it there
 ANSWERS = 3  # in a row from the new version alone, before the old one counts as gone
 
 
@@ -94,12 +95,36 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> s
     Raises:
         UserError: the version does not load, or nothing answered in time.
     """
+    return update(cfg, dashboard_url, _checked(cfg, model))
+
+
+def rayservice(cfg: RunConfig, manifest: Path, model: tracking.PinnedModel) -> str:
+    """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put in, as YAML.
+
+    Pods find the sequences and the model under the same `runs_dir`, and their code in the image.
+
+    Raises:
+        UserError: `manifest` holds no RayService, or the version does not load.
+    """
+    try:
+        document = yaml.safe_load(manifest.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--rayservice {manifest} cannot be read: {error}") from None
+    if not isinstance(document, dict) or document.get("kind") != "RayService":
+        raise UserError(f"--rayservice {manifest} holds no RayService")
+    filled = serve_config(cfg, _checked(cfg, model), PODS["port"], {}) | {"http_options": PODS}
+    document["spec"]["serveConfigV2"] = yaml.safe_dump(filled, sort_keys=False)
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def _checked(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
+    """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg)
     canary, shadow = _on_trial(cfg, model)
     for version in (model, canary, shadow):
-        if version is not None:  # what cannot be loaded fails here, before anything is touched
+        if version is not None:
             load_model(tracking.fetch(version, cache(cfg)))
-    return update(cfg, dashboard_url, user_config(cfg, model, canary, shadow))
+    return user_config(cfg, model, canary, shadow)
 
 
 def _on_trial(
