@@ -7,11 +7,13 @@ from pipeline.data import sequences
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace sequences of other logs or settings")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--append", action="store_true", help="add the files that the published sequences do not have")
+    choice.add_argument("--overwrite", action="store_true", help="replace sequences of other logs or settings")
 
 
 def main(job: cli.Job) -> None:
-    manifest = sequences.build_sequences(job.cfg, overwrite=job.options.overwrite)
+    manifest = sequences.build_sequences(job.cfg, overwrite=job.options.overwrite, append=job.options.append)
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
         f"rows={manifest.num_rows} rows_in={manifest.rows_in} quarantined={manifest.quarantined}"

@@ -1,6 +1,6 @@
 """Take the events that the server was sent over into the logs, or forget those that the published sequences hold.
 
-    jobs.export_events → jobs.build_sequences --overwrite → jobs.deploy → jobs.export_events --prune
+    jobs.export_events → jobs.build_sequences --append → jobs.deploy → jobs.export_events --prune
 
 The server may go on meanwhile: an event counts once, whether it is in the log, in the sequences or in both.
 """

@@ -2,26 +2,24 @@
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data import sequences, store
-from pipeline.data.build import build_bucket, write_partition
-from pipeline.data.cleaning import LogRules, normalise, user_bucket
+from pipeline.data.build import build_bucket
+from pipeline.data.cleaning import LogRules, user_bucket
 from pipeline.data.sequences import build_sequences
-from pipeline.data.sources import LogFiles
+from pipeline.data.workers import Workers
 from pipeline.schema import sequence_lists
 
 ROOT = Path(__file__).parents[1]
@@ -199,12 +197,11 @@ def config_for(folder: Path, *tables: pa.Table, **source: object) -> RunConfig:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets are built in this process: for what Ray has no part in."""
 
-    def run_here(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path) -> list[dict]:
-        rows = pa.concat_tables([normalise(pq.read_table(file), rules) for file in logs.files])
-        written = write_partition(rows, rules, cfg.sequences.max_rows_per_user, str(staging), 0)
-        return [json.loads(text) for text in written["summary"].to_pylist()]
+    @contextmanager
+    def workers_here(*_: object) -> Iterator[Workers]:
+        yield lambda _, function, items: [function(item) for item in items]
 
-    monkeypatch.setattr(sequences, "_run_buckets", run_here)
+    monkeypatch.setattr(sequences, "workers", workers_here)
 
 
 def with_sequences(cfg: RunConfig, **changes: object) -> RunConfig:
@@ -270,10 +267,10 @@ def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(here: None, tm
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     with monkeypatch.context() as patch:
-        patch.setattr(sequences, "_run_buckets", lambda *_: pytest.fail("built again"))
+        patch.setattr(sequences, "build_version", lambda *_: pytest.fail("built again"))
         assert build_sequences(cfg) == first
     capped = with_sequences(cfg, max_rows_per_user=3)
-    with pytest.raises(UserError, match=r"holds sequences of other logs or settings.*--overwrite") as refused:
+    with pytest.raises(UserError, match=r"of other settings \(sequences.max_rows_per_user\).*--overwrite") as refused:
         build_sequences(capped)
     assert str(cfg.sequence_dir) in str(refused.value)
     assert store.read_manifest(cfg.sequence_dir) == first
@@ -302,41 +299,12 @@ def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(here: Non
     assert store.read_sequences(cfg.sequence_dir).equals(before)
 
 
-KILLED_HALFWAY = """
-import os, signal, sys
-from pipeline import config
-from pipeline.data import sequences
-
-def die(cfg, logs, rules, staging):
-    (staging / "bucket-00000.parquet").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-sequences._run_buckets = die
-sequences.build_sequences(config.load(sys.argv[1]), overwrite=True)
-"""
-
-
-def test_a_killed_build_leaves_the_last_version_and_no_lock(here: None, tmp_path: Path):
-    cfg = config_for(tmp_path, log())
-    first = build_sequences(cfg)
-    before = store.read_sequences(cfg.sequence_dir)
-    capped = with_sequences(cfg, max_rows_per_user=3)
-    (tmp_path / "capped.yaml").write_text(yaml.safe_dump(config.to_dict(capped)))
-    done = subprocess.run([sys.executable, "-c", KILLED_HALFWAY, str(tmp_path / "capped.yaml")], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert (cfg.sequence_dir / ".staging" / "bucket-00000.parquet").exists()
-    assert store.read_manifest(cfg.sequence_dir) == first
-    assert store.read_sequences(cfg.sequence_dir).equals(before)
-    assert build_sequences(capped, overwrite=True).rows_capped > 0
-    assert not (cfg.sequence_dir / ".staging").exists()
-
-
 @pytest.mark.cluster
 def test_files_may_differ_in_column_order_and_in_width(local_ray: None, tmp_path: Path):
     narrow = log(rows=50, seed=1)
     narrow = narrow.set_column(0, "user_id", narrow["user_id"].cast(pa.int32()))
     wide = log(rows=50, seed=2).select(["tab", "like", "click", "event_time", "item_id", "user_id"])
-    manifest = build_sequences(config_for(tmp_path, narrow, wide, wide))
+    manifest = build_sequences(config_for(tmp_path, narrow, wide, wide.select(log().column_names)))
     assert manifest.rows_in == 150
     assert manifest.quarantined["exact_duplicate"] == 50
 
@@ -364,9 +332,8 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(here: None, 
         "click_not_0_1": 1,
         "like_not_0_1": 1,
     }
-    version = cfg.sequence_dir / manifest.digest[:16]
-    files = sorted((version / "quarantine").glob("*.parquet"))
-    quarantine = pa.concat_tables([pq.read_table(file) for file in files]).to_pylist()
+    files = [pq.read_table(cfg.sequence_dir / entry.file) for entry in manifest.quarantine]
+    quarantine = pa.concat_tables(files).to_pylist()
     clicked = next(row for row in quarantine if row["reason"] == "click_not_0_1")
     assert json.loads(clicked["source_row"])["click"] == 2
     assert len(quarantine) == sum(manifest.quarantined.values())
@@ -392,7 +359,7 @@ def test_too_many_bad_rows_fail_the_build_and_publish_nothing(
     assert (cfg.run_dir / "report" / "validation.html").exists()
     with pytest.raises(UserError, match="no sequences are published"):
         store.read_manifest(cfg.sequence_dir)
-    assert [path.name for path in cfg.sequence_dir.iterdir()] == [".lock"]
+    assert sorted(path.name for path in cfg.sequence_dir.iterdir()) == [".digests.json", ".lock"]
 
 
 def test_what_is_refused_before_ray_starts(tmp_path: Path):

@@ -9,8 +9,7 @@ import pytest
 
 from pipeline.config import UserError
 from pipeline.data import store
-from pipeline.data.build import write_table
-from pipeline.data.store import Manifest
+from pipeline.data.store import Manifest, write_table
 from pipeline.schema import sequence_lists, sequence_schema
 
 
@@ -22,15 +21,15 @@ def sequences(first_user: int) -> pa.Table:
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    (tmp_path / "v").mkdir()
-    buckets = tuple(write_table(sequences(first), tmp_path, f"v/bucket-{first}.parquet", users=2) for first in (0, 10))
-    users = write_table(pa.table({"user_id": [0, 1], "country": ["x", "y"]}), tmp_path, "v/users.parquet")
+    buckets = tuple(write_table(sequences(first), tmp_path, f"buckets/bucket-{first}", users=2) for first in (0, 10))
+    users = write_table(pa.table({"user_id": [0, 1], "country": ["x", "y"]}), tmp_path, "tables/users")
     manifest = Manifest(
         digest="v",
         num_users=4,
         num_rows=6,
         rows_in=9,
         rows_capped=1,
+        users_capped=1,
         quarantined={"key_duplicate": 2},
         counts={},
         first_event_ms=0,
@@ -40,6 +39,9 @@ def published(tmp_path: Path) -> Path:
         num_buckets=2,
         buckets=buckets,
         side_tables={"users": users},
+        quarantine=(),
+        parts=(),
+        records=(),
         config={"sequences": {"num_buckets": 2}},
         inputs="abc",
     )
@@ -76,7 +78,7 @@ def test_a_broken_manifest(published: Path, text: str):
 def test_a_manifest_of_another_time(published: Path):
     raw = json.loads((published / store.MANIFEST).read_text())
     (published / store.MANIFEST).write_text(json.dumps(raw | {"schema_version": 99}))
-    with pytest.raises(UserError, match="has schema version 99, this code reads 1"):
+    with pytest.raises(UserError, match="has schema version 99, this code reads 2"):
         store.read_manifest(published)
 
 
@@ -85,13 +87,13 @@ def test_files_that_are_gone_cut_off_or_damaged(published: Path):
     file = published / manifest.buckets[1].file
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"bucket-10.parquet is missing or cut off"):
+    with pytest.raises(UserError, match=r"bucket-10-.*.parquet is missing or cut off"):
         store.read_sequences(published)
     file.write_bytes(bytes(len(whole)))
-    with pytest.raises(UserError, match=r"bucket-10.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"bucket-10-.*.parquet cannot be read"):
         store.read_sequences(published)
     file.unlink()
-    with pytest.raises(UserError, match=r"bucket-10.parquet is missing or cut off"):
+    with pytest.raises(UserError, match=r"bucket-10-.*.parquet is missing or cut off"):
         store.read_manifest(published)
 
 

@@ -83,6 +83,7 @@ def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = No
         num_rows=len(times),
         rows_in=len(times),
         rows_capped=0,
+        users_capped=0,
         quarantined={},
         counts={},
         first_event_ms=min(times),
@@ -92,6 +93,9 @@ def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = No
         num_buckets=2,
         buckets=tuple(buckets),
         side_tables={"users": _write(folder, "users.parquet", cities, NUM_USERS)},
+        quarantine=(),
+        parts=(),
+        records=(),
         config={},
         inputs="",
     )

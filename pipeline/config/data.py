@@ -27,7 +27,8 @@ class SyntheticConfig:
     candidates_per_request: int = 4
     num_days: int = 12
     start: str = "2022-04-24T00:00:00+08:00"
-    rows_per_file: int = 1_000_000
+    rows_per_file: int = 1_000_000  # by_day: rows that are made, and held in memory, at a time
+    by_day: bool = False  # one file per day, as logs grow, instead of files of whole users
 
     def __post_init__(self) -> None:
         require(1 <= self.max_history <= 16_384, "source.synthetic.max_history", self.max_history, "1 to 16384 rows")
@@ -77,13 +78,17 @@ class SourceConfig:
 class SequenceConfig:
     """How LOG rows become one row per user."""
 
-    num_buckets: int = 16  # hash buckets of users = partitions of the store
+    # Hash buckets of users = partitions of the store. None: as many as the first build's logs need for building one in
+    # about 256 MiB of memory; kept when logs are appended.
+    num_buckets: int | None = None
     max_rows_per_user: int = 16_384  # the newest kept; older ones counted in first_position
     earliest_time: str = "2000-01-01T00:00:00+00:00"  # an earlier event_time is quarantined (seconds read as ms, say)
     latest_time: str | None = None  # a later one is quarantined; None: one day after the clock when the job starts
 
     def __post_init__(self) -> None:
-        require(self.num_buckets >= 1, "sequences.num_buckets", self.num_buckets, "1 or more")
+        require(
+            self.num_buckets is None or self.num_buckets >= 1, "sequences.num_buckets", self.num_buckets, "1 or more"
+        )
         require(self.max_rows_per_user >= 1, "sequences.max_rows_per_user", self.max_rows_per_user, "1 or more")
         parse_time("sequences.earliest_time", self.earliest_time)
         if self.latest_time is not None:

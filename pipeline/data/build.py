@@ -4,22 +4,18 @@ Duplicates, the order within a user, the cap, requests and masks are decided her
 pipeline/data/cleaning.py.
 """
 
-import json
-import uuid
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.data.cleaning import REASON, SOURCE_ROW, USER_BUCKET, LogRules
-from pipeline.data.sources.files import file_digest
-from pipeline.data.statistics import count_bucket
-from pipeline.data.store import Bucket
+from pipeline.data.order import argsort_rows, pack_rows, rank_rows
 from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema, sequence_lists, sequence_schema
+
+REPEATS = np.array(["", "exact_duplicate", "key_duplicate"], object)  # why a row is left out, by a code per row
+EXACT_DUPLICATE, KEY_DUPLICATE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -39,19 +35,22 @@ def build_bucket(rows: pa.Table, rules: LogRules, max_rows_per_user: int) -> Bui
     Order within a user: event_time, then tie_breaker where there is one, then item_id; requests of one time stay
     together, in the order of their first rows. A request is what shares a request_id *and* a time.
     """
-    broken = rows.filter(rows[REASON].is_valid())
-    good = rows.filter(rows[REASON].is_null())
+    broken, good = rows.slice(0, 0), rows
+    if rows[REASON].null_count < rows.num_rows:
+        broken, good = rows.filter(rows[REASON].is_valid()), rows.filter(rows[REASON].is_null())
     keys = {field.name: _key(good, field.name) for field in rules.schema if field.name not in (REASON, SOURCE_ROW)}
-    repeated = _repeats(keys)
-    order = _order(keys, np.flatnonzero(repeated == ""))
-    kept = order[_newest(keys["user_id"][order], max_rows_per_user)]
-    doubles = np.flatnonzero(repeated != "")
+    moment = rank_rows([keys["user_id"], keys["event_time"]])  # both sorts below begin with it
+    repeated = _repeats(keys, moment)
+    order = _order(keys, moment, repeated)
+    lengths = _run_lengths(keys["user_id"][order])
+    kept = order[_newest(lengths, max_rows_per_user)]
+    doubles = np.flatnonzero(repeated)
     left_out = good.take(pa.array(doubles))
-    reasons = pa.array(repeated[doubles], pa.string())
+    reasons = pa.array(REPEATS[repeated[doubles]], pa.string())
     left_out = left_out.set_column(left_out.schema.get_field_index(REASON), rules.schema.field(REASON), reasons)
     quarantine = pa.concat_tables([broken, left_out]).drop_columns([USER_BUCKET])
     return BuiltBucket(
-        sequences=_sequences(good, keys, order, kept, rules),
+        sequences=_sequences(good, keys, kept, lengths, rules),
         quarantine=quarantine.sort_by([(name, "ascending") for name in (REASON, ROW_DIGEST, "tie_breaker")]),
         rows_in=rows.num_rows,
         rows_capped=len(order) - len(kept),
@@ -71,25 +70,33 @@ def _key(rows: pa.Table, name: str) -> np.ndarray:
     return column.fill_null(last).to_numpy()
 
 
-def _repeats(keys: dict[str, np.ndarray]) -> np.ndarray:
-    """Per row "" or why it is left out: the same source row again, or the same user, item and time again."""
-    reason = np.full(len(keys["user_id"]), "", object)
+def _repeats(keys: dict[str, np.ndarray], moment: np.ndarray) -> np.ndarray:
+    """Index into REPEATS per row: kept, the same source row again, or the same user, item and time again."""
+    repeated = np.zeros(len(moment), np.int8)
     same = ("user_id", "event_time", "item_id")
-    order = np.lexsort([keys[name] for name in reversed(same)])
-    again = _as_before(keys, same, order)
-    suspects = order[again | np.r_[again[1:], False]]  # few: only these are looked at closely
+    suspects = _shared(pack_rows([moment, keys["item_id"]]))  # few: only these are looked at closely
     rest = [name for name in keys if name not in (*same, "tie_breaker", ROW_DIGEST)]
     by_tie = ("tie_breaker", *rest, ROW_DIGEST)
     order = _sorted(keys, suspects, (*same, ROW_DIGEST, *by_tie))
     exact = _as_before(keys, (*same, ROW_DIGEST), order)
-    reason[order[exact]] = "exact_duplicate"
+    repeated[order[exact]] = EXACT_DUPLICATE
     order = _sorted(keys, order[~exact], (*same, *by_tie))
-    reason[order[_as_before(keys, same, order)]] = "key_duplicate"
-    return reason
+    repeated[order[_as_before(keys, same, order)]] = KEY_DUPLICATE
+    return repeated
+
+
+def _shared(values: np.ndarray) -> np.ndarray:
+    """The rows whose value another row has too."""
+    ascending = np.sort(values)
+    again = ascending[1:][ascending[1:] == ascending[:-1]]
+    if len(again) == 0:
+        return np.zeros(0, np.int64)
+    place = np.minimum(np.searchsorted(again, values), len(again) - 1)
+    return np.flatnonzero(again[place] == values)
 
 
 def _sorted(keys: dict[str, np.ndarray], rows: np.ndarray, by: tuple[str, ...]) -> np.ndarray:
-    return rows[np.lexsort([keys[name][rows] for name in reversed(by)])]
+    return rows[argsort_rows([keys[name][rows] for name in by])]
 
 
 def _as_before(keys: dict[str, np.ndarray], names: tuple[str, ...], order: np.ndarray) -> np.ndarray:
@@ -102,44 +109,53 @@ def _as_before(keys: dict[str, np.ndarray], names: tuple[str, ...], order: np.nd
     return again
 
 
-def _order(keys: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """The rows by user and, within a user, in the order of the sequence."""
-    order = _sorted(keys, rows, ("user_id", "event_time", "tie_breaker", "item_id"))
-    if np.all(keys["request_id"] == keys["request_id"][:1]):
-        return order  # no requests told apart but by their time
+def _order(keys: dict[str, np.ndarray], moment: np.ndarray, repeated: np.ndarray) -> np.ndarray:
+    """The rows that are no repeats by user and, within a user, in the order of the sequence."""
+    order = argsort_rows([moment, keys["tie_breaker"], keys["item_id"]])
+    if repeated.any():
+        order = order[repeated[order] == 0]
+    time, request = moment[order], keys["request_id"][order]
+    if np.all((request[1:] == request[:-1]) | (time[1:] != time[:-1])):
+        return order  # one request at a time
     place = np.arange(len(order))
-    request = ("user_id", "event_time", "request_id")
-    grouped = np.lexsort([place, *(keys[name][order] for name in reversed(request))])
-    begins = ~_as_before(keys, request, order[grouped])
+    by_request = argsort_rows([time, request, place])
+    begins = np.r_[True, (np.diff(time[by_request]) != 0) | (request[by_request[1:]] != request[by_request[:-1]])]
     first = np.empty_like(place)
-    first[grouped] = grouped[begins][np.cumsum(begins) - 1]  # place of the first row of each row's request
-    return order[np.lexsort([place, first])]
+    first[by_request] = by_request[begins][np.cumsum(begins) - 1]  # place of the first row of each row's request
+    return order[argsort_rows([first, place])]
 
 
-def _newest(user: np.ndarray, most: int) -> np.ndarray:
-    """Which of the rows, sorted by user and time, are among the last `most` of their user."""
-    ends = np.searchsorted(user, user, side="right")
-    return np.arange(len(user)) >= ends - most
+def _run_lengths(values: np.ndarray) -> np.ndarray:
+    """int64 [runs], of equal values that follow each other."""
+    begins = np.flatnonzero(np.r_[True, values[1:] != values[:-1]][: len(values)])
+    return np.diff(np.r_[begins, len(values)])
+
+
+def _newest(lengths: np.ndarray, most: int) -> np.ndarray:
+    """Which rows, sorted by user and time, are among the last `most` of their user, who has `lengths` rows."""
+    from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
+    return from_end <= most
 
 
 def _sequences(
-    good: pa.Table, keys: dict[str, np.ndarray], order: np.ndarray, kept: np.ndarray, rules: LogRules
+    good: pa.Table, keys: dict[str, np.ndarray], kept: np.ndarray, all_rows: np.ndarray, rules: LogRules
 ) -> pa.Table:
-    user = keys["user_id"][kept]
-    begins = ~_as_before(keys, ("user_id",), kept)
-    starts = np.flatnonzero(begins)
-    offsets = np.r_[starts, len(kept)].astype(np.int64)
-    all_rows = np.unique(keys["user_id"][order], return_counts=True)[1]
+    """SEQUENCE of the rows `kept`, in their order; `all_rows` counts each user's rows with the older ones."""
+    user, time, request = (keys[name][kept] for name in ("user_id", "event_time", "request_id"))
+    lengths = _run_lengths(user)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    starts = offsets[:-1]
     known, mask = _masks(good, rules)
-    new_request = ~_as_before(keys, ("user_id", "event_time", "request_id"), kept)
-    count = np.cumsum(new_request)
+    count = np.cumsum(
+        np.r_[True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]) | (request[1:] != request[:-1])][: len(kept)]
+    )
     values = {
         "item_id": keys["item_id"][kept],
-        "event_time": keys["event_time"][kept],
+        "event_time": time,
         "action_mask": mask[kept],
         "known_mask": known[kept],
         "watch_ms": _filled(good, "watch_ms", -1)[kept],
-        "request_index": count - np.repeat(count[starts], np.diff(offsets)),
+        "request_index": count - np.repeat(count[starts], lengths),
         "order_only": _filled(good, "order_only", False)[kept],
         **{name: _filled(good, name, -1)[kept] for name in rules.request_columns},
     }
@@ -149,8 +165,8 @@ def _sequences(
     }
     scalars = {
         "user_id": user[starts],
-        "user_bucket": keys[USER_BUCKET][kept][starts],
-        "first_position": all_rows - np.diff(offsets),
+        "user_bucket": keys[USER_BUCKET][kept[starts]],
+        "first_position": all_rows - lengths,
     }
     return pa.table(scalars | lists, schema=sequence_schema(rules.request_columns))
 
@@ -168,37 +184,3 @@ def _masks(good: pa.Table, rules: LogRules) -> tuple[np.ndarray, np.ndarray]:
 
 def _filled(rows: pa.Table, name: str, value: Any) -> np.ndarray:
     return rows[name].fill_null(value).to_numpy()
-
-
-def write_partition(
-    rows: pa.Table, rules: LogRules, max_rows_per_user: int, folder: str, utc_offset_ms: int
-) -> pa.Table:
-    """Build and write the buckets of one partition: the keyed shuffle leaves a bucket whole and may join several.
-
-    Returns a JSON summary per bucket. A task that Ray runs again writes the same files again.
-    """
-    summaries = []
-    for number in rows[USER_BUCKET].unique().to_pylist() if rows.num_rows else []:
-        built = build_bucket(rows.filter(pc.field(USER_BUCKET) == number), rules, max_rows_per_user)
-        name = f"bucket-{number:05d}.parquet"
-        kept, left_out = built.sequences, built.quarantine
-        summary = {
-            "number": number,
-            "bucket": asdict(write_table(kept, Path(folder), name, users=kept.num_rows)) if kept.num_rows else None,
-            "quarantine": asdict(write_table(left_out, Path(folder), f"quarantine/{name}"))
-            if left_out.num_rows
-            else None,
-            "statistics": asdict(count_bucket(built, rules, utc_offset_ms)),
-        }
-        summaries.append(json.dumps(summary))
-    return pa.table({"summary": pa.array(summaries, pa.string())})
-
-
-def write_table(table: pa.Table, folder: Path, name: str, users: int = 0) -> Bucket:
-    """Write `folder/name` in one step; `users` is given for SEQUENCE rows, whose events are counted then."""
-    path = folder / name
-    half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a second attempt may run beside a lost first one
-    pq.write_table(table, half, compression="zstd", row_group_size=2**16)
-    half.rename(path)
-    rows = len(table["item_id"].combine_chunks().flatten()) if users else table.num_rows
-    return Bucket(file=name, users=users, rows=rows, bytes=path.stat().st_size, sha256=file_digest(path))

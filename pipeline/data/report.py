@@ -53,6 +53,7 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
         "rows kept": content["rows_kept"],
         "rows quarantined": content["rows_in"] - num_good,
         "older rows beyond the cap": content["rows_capped"],
+        "users beyond the cap": content["users_capped"],
         "rows with an order but no time": content["order_only_rows"],
         "requests": content["requests"],
         "users": content["users"],

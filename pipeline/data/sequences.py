@@ -1,52 +1,53 @@
 """LOG → SEQUENCE: one row per user, built with Ray Data and published as a store (pipeline/data/store.py).
 
-    Parquet → normalise → repartition by user bucket → one vectorised pass per bucket → staged files → manifest
+    files → normalise → parts by user bucket → one vectorised pass per bucket → files by content → manifest
 
-What is done to rows is in pipeline/data/cleaning.py and pipeline/data/build.py; here tables are moved and published.
+Two passes of tasks, with files between them (pipeline/data/parts.py, pipeline/data/buckets.py). Ray's object store
+carries summaries alone and never spills: rows by bucket are wanted on disk anyway, for a build that was killed to go on
+from and for the next day's logs to be added to. What is done to rows is in pipeline/data/cleaning.py and
+pipeline/data/build.py; here work is planned, handed out, verified and published.
 """
 
 import fcntl
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 
 from pipeline import config
-from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, SideTable, UserError
-from pipeline.data import report, store
-from pipeline.data.build import write_partition, write_table
+from pipeline.data import parts, report, store
+from pipeline.data.buckets import BucketRules, BucketWork, Record, find_record, plan_buckets, write_bucket
 from pipeline.data.checks import refuse, run_checks
-from pipeline.data.cleaning import USER_BUCKET, LogRules, check_columns, normalise
+from pipeline.data.cleaning import LogRules, check_columns
+from pipeline.data.parts import Part, find_part, plan_parts, write_part
+from pipeline.data.side_tables import side_files, write_side_table
 from pipeline.data.sources import LogFiles, open_logs
-from pipeline.data.sources.files import by_filesystem, file_digest, open_parquet, total_bytes
-from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
+from pipeline.data.sources.files import file_digest, file_stamp, total_bytes
+from pipeline.data.sources.parquet import count_rows, read_schema
 from pipeline.data.statistics import Statistics, hints, merge
 from pipeline.data.store import Bucket, Manifest
+from pipeline.data.workers import Workers, workers
 from pipeline.schema import log_schema
 
 logger = logging.getLogger(__name__)
 
 DAY_MS = 24 * 3600 * 1000
-SECONDS_BETWEEN_LINES = 10  # of progress
+MB = 2**20
+BUCKET_MEMORY = 256 * MB  # of building one, where `sequences.num_buckets` leaves their number to us
+MEMORY_PER_BYTE = 3.5  # of a bucket's rows: themselves, what they are sorted by, and the lists made of them
 
 
-def log_rules(cfg: RunConfig, logs: LogFiles) -> LogRules:
+def log_rules(cfg: RunConfig, logs: LogFiles, num_buckets: int) -> LogRules:
     latest = cfg.sequences.latest_time
     return LogRules(
         columns=logs.columns,
@@ -54,214 +55,268 @@ def log_rules(cfg: RunConfig, logs: LogFiles) -> LogRules:
         request_columns=cfg.source.request_columns,
         earliest_ms=config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time),
         latest_ms=config.parse_time("sequences.latest_time", latest) if latest else int(time.time() * 1000) + DAY_MS,
-        num_buckets=cfg.sequences.num_buckets,
+        num_buckets=num_buckets,
     )
 
 
-def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules]:
-    """The logs and the rules, all files' columns and types checked, without reading a row.
+def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
+    """The logs, the rules and the number of rows: all files' columns and types checked, without reading a row.
 
     Raises:
         UserError: a missing or mistyped column, or no rows at all.
     """
     logs = open_logs(cfg)
-    rules = log_rules(cfg, logs)
+    rows = count_rows(logs.files)
+    rules = log_rules(cfg, logs, cfg.sequences.num_buckets or fitting_buckets(cfg, rows))
     for file in logs.files:
         check_columns(read_schema(file), rules, file)
-    if count_rows(logs.files) == 0:
+    if rows == 0:
         raise UserError(f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} …)")
-    return logs, rules
+    return logs, rules, rows
+
+
+def row_bytes(cfg: RunConfig) -> float:
+    """Of a checked row in memory."""
+    return sum(field.type.bit_width for field in log_schema(cfg.source.actions, cfg.source.request_columns)) / 8
+
+
+def bucket_memory(cfg: RunConfig, rows: float) -> float:
+    """Bytes that a task needs to build a bucket of so many rows."""
+    return MEMORY_PER_BYTE * row_bytes(cfg) * rows
+
+
+def fitting_buckets(cfg: RunConfig, rows: int) -> int:
+    """As many that one takes BUCKET_MEMORY, which leaves room for logs to be appended for a good while."""
+    return max(1, round(bucket_memory(cfg, rows) / BUCKET_MEMORY))
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:
-    """What `build_sequences` would read and how much memory a bucket takes."""
-    logs, rules = check_logs(cfg)
-    rows = count_rows(logs.files)
-    row_bytes = sum(field.type.bit_width for field in log_schema(rules.actions, rules.request_columns)) / 8
-    bucket_mb = rows * row_bytes / rules.num_buckets / 2**20
+    """What `build_sequences` would read and how much memory its tasks take."""
+    logs, rules, rows = check_logs(cfg)
     return {
         "files": len(logs.files),
-        "file_mb": round(total_bytes(logs.files) / 2**20, 1),
+        "file_mb": round(total_bytes(logs.files) / MB, 1),
         "rows": rows,
+        "parts": -(-rows // parts.PART_ROWS),
+        "memory_mb_per_part": round(2 * row_bytes(cfg) * min(rows, parts.RUN_ROWS) / MB, 1),
         "buckets": rules.num_buckets,
         "rows_per_bucket": rows // rules.num_buckets,
-        "memory_mb_per_bucket": round(3 * bucket_mb, 1),  # the rows, their sort keys and the lists made of them
-        "object_store_mb": round(rows * row_bytes / 2**20, 1),
+        "memory_mb_per_bucket": round(bucket_memory(cfg, rows / rules.num_buckets) / MB, 1),
         "writes": str(cfg.sequence_dir),
     }
 
 
-def build_sequences(cfg: RunConfig, *, overwrite: bool = False) -> Manifest:
+def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = False) -> Manifest:
     """Clean the logs, build one row per user and publish them in `cfg.sequence_dir`.
 
-    The same logs and settings again are found published and left alone. A killed build leaves what was published.
+    The same logs and settings again are found published and left alone. A killed build leaves what was published, and
+    the same call goes on where it was. With `append`, files that the published version does not have are added to it:
+    the result is byte for byte that of a build of all files, of those too that are gone by now.
 
     Raises:
         UserError: the logs cannot be used, too many rows are bad, or other sequences are published there already and
-            `overwrite` is not set.
+            neither `overwrite` nor `append` says what is to become of them.
     """
-    logs, rules = check_logs(cfg)
-    settings = {
-        "source": {key: config.to_dict(cfg.source)[key] for key in ("columns", "actions", "request_columns")},
-        "sequences": config.to_dict(cfg.sequences),
-    }
-    inputs = _inputs_digest(logs, settings)
+    logs, rules, _ = check_logs(cfg)
     folder = cfg.sequence_dir
     with _locked(folder):
-        if (folder / store.MANIFEST).exists() and not overwrite:
-            published = store.read_manifest(folder)
-            if published.inputs == inputs:
+        files = _digests(logs.files, folder)
+        sides = _side_digests(logs)
+        settings = content_settings(cfg)
+        published = None if overwrite else _published(folder)
+        held: list[Part] = []
+        if published is not None:
+            held = held_parts(folder, published)
+            known = {source.digest for part in held for source in part.sources}
+            wanted = known | files.keys() if append else files.keys()
+            if published.inputs == inputs_digest(settings, wanted, sides):
                 logger.info("already published in %s, nothing to do", folder)
                 return published
-            raise UserError(
-                f"{folder} holds sequences of other logs or settings; choose another name or pass --overwrite"
-            )
-        staging = folder / ".staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        (staging / "quarantine").mkdir(parents=True)
-        try:
-            manifest = _build(cfg, logs, rules, staging, settings, inputs)
-            _publish(folder, staging, manifest)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _refuse_other_sequences(folder, published, settings, len(files.keys() - known), append)
+            rules = log_rules(cfg, logs, published.num_buckets)
+            files = {digest: file for digest, file in files.items() if digest not in known}
+        with workers(cfg.ray, cfg.runs_dir) as run:
+            made = _make_parts(cfg, files, rules, folder, run)
+            try:
+                manifest = build_version(cfg, logs, rules, [*held, *made], made if held else [], run)
+            except UserError:  # no killed build: nothing is left to go on with
+                _remove_unpublished(folder)
+                raise
+        publish(folder, manifest)
     return manifest
 
 
-def _build(
-    cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path, settings: dict[str, Any], inputs: str
+def content_settings(cfg: RunConfig) -> dict[str, Any]:
+    """The settings that the sequences depend on."""
+    source, sequences = config.to_dict(cfg.source), config.to_dict(cfg.sequences)
+    return {
+        "source": {key: source[key] for key in ("columns", "actions", "request_columns")},
+        "sequences": {
+            key: sequences[key] for key in ("num_buckets", "max_rows_per_user", "earliest_time", "latest_time")
+        },
+    }
+
+
+def inputs_digest(settings: dict[str, Any], files: Iterable[str], sides: Sequence[object]) -> str:
+    """Of everything that a version is built from: the files of the logs by their digests, in no order."""
+    return _sha256([store.SCHEMA_VERSION, settings, sorted(files), sides])
+
+
+def bucket_rules(cfg: RunConfig, rules: LogRules) -> BucketRules:
+    return BucketRules(rules, cfg.sequences.max_rows_per_user, int(cfg.features.hour_utc_offset * 3600 * 1000))
+
+
+def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
+    """The parts of a version.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found = {name: find_part(folder, name) for name in manifest.parts}
+    for name, part in found.items():
+        if part is None:
+            file = folder / parts.PARTS / name
+            raise UserError(f"{file} is missing or cut off: run jobs.build_sequences with --overwrite")
+    return [part for part in found.values() if part]
+
+
+def _make_parts(cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers) -> list[Part]:
+    """The parts of these files, digest -> path; those that a killed build has finished are found."""
+    times = [cfg.sequences.earliest_time, cfg.sequences.latest_time]  # as configured: None moves with the clock
+    settings = {
+        "columns": rules.columns,
+        "actions": rules.actions,
+        "request_columns": rules.request_columns,
+        "times": times,
+        "num_buckets": rules.num_buckets,
+    }
+    work = plan_parts(files, settings)
+    found = [part for part in (find_part(folder, task.name) for task in work) if part]
+    names = {part.name for part in found}
+    missing = [task for task in work if task.name not in names]
+    if found:
+        logger.info("%d of %d parts are there already", len(found), len(work))
+    return found + run("reading the logs", partial(write_part, rules=rules, folder=folder), missing)
+
+
+def build_version(
+    cfg: RunConfig, logs: LogFiles, rules: LogRules, all_parts: Sequence[Part], new_parts: Sequence[Part], run: Workers
 ) -> Manifest:
-    """Everything but the publishing: the files lie in `staging`, under the names that they will have in the version."""
+    """The version that `all_parts` make, all its files written, not yet published. Only touched buckets are built.
+
+    Raises:
+        UserError: too many rows are bad, among all or among those of `new_parts`, or a side table cannot be used.
+    """
+    folder = cfg.sequence_dir
     tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
     side_tables = {
-        name: _write_side_table(name, table, id_column, staging)
+        name: write_side_table(name, table, id_column, folder)
         for name, (table, id_column) in tables.items()
         if table is not None
     }
-    summaries = _run_buckets(cfg, logs, rules, staging)
-    totals = merge([Statistics(**summary["statistics"]) for summary in summaries])
-    buckets = [Bucket(**summary["bucket"]) for summary in summaries if summary["bucket"]]
-    _verify(staging, buckets, totals, count_rows(logs.files))
-    checks = run_checks(cfg.checks, totals)
+    work = plan_buckets(all_parts, bucket_rules(cfg, rules))
+    records = _build_buckets(cfg, work, rules, run)
+    totals = merge([record.statistics for record in records])
+    buckets = tuple(record.bucket for record in records if record.bucket)
+    quarantine = tuple(record.quarantine for record in records if record.quarantine)
+    _verify(folder, buckets, totals, sum(part.rows for part in all_parts))
+    broken = sum((Counter(part.broken) for part in new_parts), Counter())
+    checks = run_checks(cfg.checks, totals, sum(part.rows for part in new_parts), broken)
     page = report.write(cfg, totals, rules, logs.imported, checks)
     refuse(checks, hints(totals, rules), page)
     assert totals.first_event_ms is not None and totals.last_event_ms is not None, "some rows were kept"
     imported = logs.imported.quarantined if logs.imported else {}
-    quarantine = [Bucket(**summary["quarantine"]) for summary in summaries if summary["quarantine"]]
-    version = _version(cfg, [*buckets, *quarantine, *side_tables.values()])
+    files = {source.digest for part in all_parts for source in part.sources}
+    settings = content_settings(cfg)
     return Manifest(
-        digest=version,
+        digest=_version(cfg, rules.num_buckets, [*buckets, *quarantine, *side_tables.values()]),
         num_users=sum(bucket.users for bucket in buckets),
         num_rows=totals.rows_kept,
         rows_in=totals.rows_in,
         rows_capped=totals.rows_capped,
+        users_capped=totals.users_capped,
         quarantined=dict(sorted((Counter(totals.quarantined) + Counter(imported)).items())),
         counts=logs.imported.counts if logs.imported else {},
         first_event_ms=totals.first_event_ms,
         last_event_ms=totals.last_event_ms,
         actions=cfg.source.actions,
         request_columns=cfg.source.request_columns,
-        num_buckets=cfg.sequences.num_buckets,
-        buckets=tuple(_in_version(bucket, version) for bucket in buckets),
-        side_tables={name: _in_version(entry, version) for name, entry in side_tables.items()},
+        num_buckets=rules.num_buckets,
+        buckets=buckets,
+        side_tables=side_tables,
+        quarantine=quarantine,
+        parts=tuple(sorted(part.name for part in all_parts)),
+        records=tuple(task.record for task in work),
         config=settings,
-        inputs=inputs,
+        inputs=inputs_digest(settings, files, _side_digests(logs)),
     )
 
 
-def _run_buckets(cfg: RunConfig, logs: LogFiles, rules: LogRules, staging: Path) -> list[dict[str, Any]]:
-    """Read, normalise, shuffle and build with Ray Data; one summary per bucket that has rows, in bucket order."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
-    write = partial(
-        write_partition,
-        rules=rules,
-        max_rows_per_user=cfg.sequences.max_rows_per_user,
-        folder=str(staging),
-        utc_offset_ms=int(cfg.features.hour_utc_offset * 3600 * 1000),
-    )
-    with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        sources = [
-            ray.data.read_parquet(files, filesystem=filesystem, partitioning=None)
-            for filesystem, files in by_filesystem(logs.files)
-        ]
-        normalised = [
-            source.map_batches(partial(normalise, rules=rules), batch_size=None, batch_format="pyarrow")
-            for source in sources
-        ]
-        rows = normalised[0].union(*normalised[1:]) if len(normalised) > 1 else normalised[0]
-        built = rows.repartition(rules.num_buckets, keys=[USER_BUCKET]).map_batches(
-            write, batch_size=None, batch_format="pyarrow"
-        )
-        summaries, said = [], time.monotonic()
-        for row in built.iter_rows():
-            summaries.append(json.loads(row["summary"]))
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                logger.info("built %d of at most %d buckets", len(summaries), rules.num_buckets)
-                said = time.monotonic()
-    return sorted(summaries, key=lambda summary: summary["number"])
+def _build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, run: Workers) -> list[Record]:
+    folder = cfg.sequence_dir
+    found = [record for record in (find_record(folder, task.record) for task in work) if record]
+    done = {record.number for record in found}
+    missing = [task for task in work if task.number not in done]
+    if found:
+        logger.info("%d of %d buckets stay as they are", len(found), len(work))
+    largest = max((bucket_memory(cfg, task.rows) for task in missing), default=0)
+    if largest > 2 * BUCKET_MEMORY and largest > 2 * bucket_memory(cfg, sum(task.rows for task in work) / len(work)):
+        logger.warning("one bucket takes about %d MB of a worker's memory: it has very active users", largest / MB)
+    write = partial(write_bucket, rules=bucket_rules(cfg, rules), folder=folder)
+    return sorted(found + run("building buckets", write, missing), key=lambda record: record.number)
 
 
-def _write_side_table(name: str, table: SideTable, id_column: str, staging: Path) -> Bucket:
-    """A USER or ITEM table as one file, its id column int64 under our name, sorted by it."""
-    key = f"source.{name}"
-    files = parquet_files(f"{key}.path", table.path)
-    side = pa.concat_tables([open_parquet(file).read() for file in files], promote_options="permissive")
-    if table.id_column not in side.column_names:
-        raise UserError(f"{key}.id_column: no column {table.id_column!r} in {table.path}; found {side.column_names}")
-    ids = side[table.id_column]
-    if not pa.types.is_integer(ids.type):
-        raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} must be an integer, found {ids.type}")
-    if ids.null_count:
-        raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} is null in {ids.null_count} rows")
-    values, counts = np.unique(ids.to_numpy(), return_counts=True)
-    if (counts > 1).any():
-        twice = values[counts > 1][0]
-        raise UserError(f"{key}: {table.id_column} {twice} stands in several rows of {table.path}")
-    rest = side.drop_columns([table.id_column])
-    if id_column in rest.column_names:
-        raise UserError(f"{key}: {table.path} has another column called {id_column!r} beside {table.id_column!r}")
-    columns = {id_column: ids.cast(pa.int64())} | {column: rest[column] for column in rest.column_names}
-    return write_table(pa.table(columns).sort_by(id_column), staging, f"{name}.parquet")
-
-
-def _verify(staging: Path, buckets: list[Bucket], totals: Statistics, rows_in_files: int) -> None:
+def _verify(folder: Path, buckets: Sequence[Bucket], totals: Statistics, rows_in_parts: int) -> None:
     """Every row that the files have is accounted for, and the files written hold what was counted."""
-    files = [pq.read_metadata(staging / bucket.file) for bucket in buckets]
+    files = [pq.read_metadata(folder / bucket.file) for bucket in buckets]
     written = sum(bucket.rows for bucket in buckets)
     assert len({bucket.file for bucket in buckets}) == len(buckets), "a bucket was built twice"
     assert [meta.num_rows for meta in files] == [bucket.users for bucket in buckets], "users written and counted differ"
     assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
     accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
-    assert rows_in_files == totals.rows_in == accounted, f"{rows_in_files} rows read, {accounted} accounted for"
+    assert rows_in_parts == totals.rows_in == accounted, f"{rows_in_parts} rows read, {accounted} accounted for"
 
 
-def _version(cfg: RunConfig, entries: list[Bucket]) -> str:
-    contents = [[entry.file, entry.sha256] for entry in entries]
-    what = [store.SCHEMA_VERSION, cfg.source.actions, cfg.source.request_columns, contents]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+def _refuse_other_sequences(
+    folder: Path, published: Manifest, settings: dict[str, Any], new_files: int, append: bool
+) -> None:
+    if published.config != settings:
+        old, new = config.flatten(published.config), config.flatten(settings)
+        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        raise UserError(
+            f"{folder} holds sequences of other settings ({', '.join(keys)}); choose another name or pass --overwrite"
+        )
+    if not append:
+        raise UserError(
+            f"{folder} holds sequences of other logs or settings ({new_files} files of the logs are new); "
+            "pass --append to add new files, --overwrite to build from what is there now, or choose another name"
+        )
 
 
-def _in_version(entry: Bucket, version: str) -> Bucket:
-    return replace(entry, file=f"{version[:16]}/{entry.file}")
-
-
-def _publish(folder: Path, staging: Path, manifest: Manifest) -> None:
-    """Give the staged files their name, then the manifest. The version before stays for those who read it still."""
-    version = folder / manifest.digest[:16]
-    before = _published_version(folder)
-    if version != before:  # else the same contents are published already
-        shutil.rmtree(version, ignore_errors=True)  # left by a build that was killed here
-        staging.rename(version)
+def publish(folder: Path, manifest: Manifest) -> None:
+    """Make this the version that readers see. The one before stays for those who read it still."""
+    before = _readable(folder)
+    if before is None or before.digest == manifest.digest:
+        others = [version for version in store.versions(folder) if version.digest != manifest.digest]
+        before = others[0] if others else None
     store.write_manifest(folder, manifest)
-    for other in folder.iterdir():
-        if other.is_dir() and other not in (version, before, staging):
-            shutil.rmtree(other)
+    store.remove_unnamed(folder, [manifest, before] if before else [manifest])
 
 
-def _published_version(folder: Path) -> Path | None:
+def _remove_unpublished(folder: Path) -> None:
+    published = _readable(folder)
+    if published is not None or not (folder / store.MANIFEST).exists():
+        store.remove_unnamed(folder, [published, *store.versions(folder)] if published else [])
+
+
+def _published(folder: Path) -> Manifest | None:
+    return store.read_manifest(folder) if (folder / store.MANIFEST).exists() else None
+
+
+def _readable(folder: Path) -> Manifest | None:
+    """The published version; None where there is none, or one that `overwrite` is to replace."""
     try:
-        return folder / store.read_manifest(folder).digest[:16]
+        return store.read_manifest(folder)
     except UserError:
         return None
 
@@ -270,7 +325,7 @@ def _published_version(folder: Path) -> Path | None:
 def _locked(folder: Path) -> Iterator[None]:
     """One build at a time; the lock goes with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / store.LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -278,10 +333,46 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _inputs_digest(logs: LogFiles, settings: dict[str, Any]) -> str:
-    sides = [(table.id_column, parquet_files("", table.path)) for table in (logs.users, logs.items) if table]
-    files = [*logs.files, *(file for _, side in sides for file in side)]
+def _digests(files: Sequence[str], folder: Path) -> dict[str, str]:
+    """Digest -> file; of files with the same contents the first. Those seen before, by their stamps, are not read."""
+    memory = folder / store.DIGESTS
+    try:
+        seen = json.loads(memory.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        seen = {}
+    stamps = [file_stamp(file) for file in files]
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        digests = list(pool.map(file_digest, files))
-    what = [store.SCHEMA_VERSION, settings, digests, [id_column for id_column, _ in sides]]
+        digests = list(
+            pool.map(
+                lambda file, stamp: seen[file][1] if seen.get(file, [""])[0] == stamp else file_digest(file),
+                files,
+                stamps,
+            )
+        )
+    now = {file: [stamp, digest] for file, stamp, digest in zip(files, stamps, digests, strict=True)}
+    if now != seen:
+        store.write_json(memory, now)
+    found: dict[str, str] = {}
+    for file, digest in zip(files, digests, strict=True):
+        if digest in found:
+            logger.warning("%s is the same file as %s: it is read once", file, found[digest])
+        found.setdefault(digest, file)
+    return found
+
+
+def _side_digests(logs: LogFiles) -> list[object]:
+    sides: dict[str, SideTable | None] = {"users": logs.users, "items": logs.items}
+    return [
+        [name, table.id_column, [file_digest(file) for file in side_files(name, table)]]
+        for name, table in sides.items()
+        if table
+    ]
+
+
+def _version(cfg: RunConfig, num_buckets: int, entries: Sequence[Bucket]) -> str:
+    contents = [[entry.file, entry.sha256] for entry in entries]
+    return _sha256([store.SCHEMA_VERSION, cfg.source.actions, cfg.source.request_columns, num_buckets, contents])
+
+
+def _sha256(what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

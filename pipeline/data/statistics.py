@@ -28,6 +28,7 @@ class Statistics:
     rows_in: int = 0
     rows_kept: int = 0
     rows_capped: int = 0
+    users_capped: int = 0  # users who had more rows than are kept
     order_only_rows: int = 0
     requests: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)  # rows by reason
@@ -60,30 +61,61 @@ def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> S
     """Of one bucket; days begin at midnight of the given offset from UTC."""
     lists = {name: built.sequences[name].combine_chunks() for name in built.sequences.column_names[3:]}
     flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
-    lengths = np.diff(lists["item_id"].offsets.to_numpy())
-    before_cap = lengths + built.sequences["first_position"].to_numpy()
+    offsets = lists["item_id"].offsets.to_numpy()
+    lengths = np.diff(offsets)
+    dropped = built.sequences["first_position"].to_numpy()
     times, real = flat["event_time"], ~flat["order_only"]
-    days = (times[real] + utc_offset_ms) // DAY_MS
-    result = Statistics(
+    days, rows, known, positive = _by_day(flat, real, rules, utc_offset_ms)
+    dates = days.astype("datetime64[D]").astype(str).tolist()
+    return Statistics(
         rows_in=built.rows_in,
         rows_kept=len(times),
         rows_capped=built.rows_capped,
+        users_capped=int((dropped > 0).sum()),
         order_only_rows=int((~real).sum()),
-        requests=int(sum(column[-1].as_py() for column in lists["request_index"]) + len(lengths)),
+        requests=int((flat["request_index"][offsets[1:] - 1] + 1).sum()),
         quarantined=_counts(built.quarantine[REASON].to_numpy()),
         samples=_samples(built.quarantine),
         nulls=built.nulls,
         lengths=_counts(lengths),
-        heaviest=_heaviest(built.sequences["user_id"].to_numpy(), before_cap),
-        day_rows=_counts(_dates(days)),
+        heaviest=_heaviest(built.sequences["user_id"].to_numpy(), lengths + dropped),
+        day_rows=dict(zip(dates, rows.tolist(), strict=True)),
+        day_known=_per_action(dates, known, rules),
+        day_positive=_per_action(dates, positive, rules),
         first_event_ms=int(times.min()) if len(times) else None,
         last_event_ms=int(times.max()) if len(times) else None,
     )
-    for bit, action in enumerate(rules.actions):
-        known, positive = (flat[name][real] >> bit & 1 == 1 for name in ("known_mask", "action_mask"))
-        result.day_known |= {f"{day} {action}": rows for day, rows in _counts(_dates(days[known])).items()}
-        result.day_positive |= {f"{day} {action}": rows for day, rows in _counts(_dates(days[positive])).items()}
-    return result
+
+
+def _by_day(
+    flat: dict[str, np.ndarray], real: np.ndarray, rules: LogRules, utc_offset_ms: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The days that have rows, int64 [D], their rows [D], and where each action is known and where it happened [A, D].
+
+    Rows of a user lie in the order of time, so a day is a few runs of rows: those are summed before days are sorted.
+    """
+    day = (flat["event_time"][real] + utc_offset_ms) // DAY_MS
+    starts = np.flatnonzero(np.r_[True, day[1:] != day[:-1]][: len(day)])
+    days, code = np.unique(day[starts], return_inverse=True)
+
+    def total(counted: np.ndarray) -> np.ndarray:
+        runs = np.add.reduceat(counted, starts, dtype=np.int64) if len(starts) else np.zeros(0, np.int64)
+        return np.bincount(code, runs, len(days)).astype(np.int64)
+
+    masks = [flat[name][real] for name in ("known_mask", "action_mask")]
+    bits = range(len(rules.actions))
+    known, positive = (np.array([total(mask >> bit & 1) for bit in bits]) for mask in masks)
+    return days, total(np.ones(len(day), np.int64)), known, positive
+
+
+def _per_action(dates: list[str], counts: np.ndarray, rules: LogRules) -> dict[str, int]:
+    """[A, D] counts as {"day action": rows}, without those of 0."""
+    return {
+        f"{date} {action}": int(count)
+        for action, row in zip(rules.actions, counts, strict=True)
+        for date, count in zip(dates, row, strict=True)
+        if count
+    }
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
@@ -139,10 +171,6 @@ def _heaviest(users: np.ndarray, rows: np.ndarray) -> dict[str, int]:
     """The users with the most rows, the largest first; equal ones by id."""
     order = np.lexsort((users, -rows))[:HEAVIEST]
     return {str(user): int(count) for user, count in zip(users[order], rows[order], strict=True)}
-
-
-def _dates(days: np.ndarray) -> np.ndarray:
-    return days.astype("datetime64[D]")
 
 
 def _samples(quarantine: pa.Table) -> dict[str, list[dict[str, Any]]]:

@@ -72,15 +72,6 @@ def file_stamp(file: str | Path) -> str:
     return f"{info.size} {info.mtime_ns}"
 
 
-def by_filesystem(files: list[str]) -> list[tuple[fs.FileSystem, list[str]]]:
-    """The files in groups that one file system reads, named as it calls them."""
-    groups: dict[str | None, tuple[fs.FileSystem, list[str]]] = {}
-    for file in files:
-        filesystem, inner, options = _locate(file)
-        groups.setdefault(options, (filesystem, []))[1].append(inner)
-    return list(groups.values())
-
-
 def total_bytes(files: list[str]) -> int:
     """Of all files together, asked many at a time."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:

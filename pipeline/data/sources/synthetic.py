@@ -10,7 +10,8 @@ random open item of it. On top of that come requests of several candidates, in s
     long_view  a click, the interest of the session, a short video
     is_like    a click, the item's appeal, and the user's first category (`home_category` in the USER table)
 
-Users come heaviest first, in files of about `rows_per_file` rows, so memory does not grow with the logs.
+Users come heaviest first, in files of about `rows_per_file` rows, so memory does not grow with the logs. With `by_day`
+each such chunk is cut by day and appended to the files of its days.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ OPEN_AT_FIRST = 0.4
 SESSION_SHARE = 0.2  # of requests that open a session: 5 requests each on average
 SESSION_GAP_MS = 6 * 3600 * 1000
 REQUEST_GAP_MS = 40 * 1000
+DAY_MS = 24 * 3600 * 1000
 USERS_AT_ONCE = 2**20  # whose lengths are worked out together
 
 
@@ -54,7 +56,8 @@ class Catalogue:
 def plan(cfg: RunConfig) -> dict[str, object]:
     synthetic = _checked(cfg)
     chunks = [int(lengths.sum()) for _, lengths in user_chunks(synthetic)]
-    return {"rows": sum(chunks), "users": synthetic.num_users, "items": synthetic.num_items, "files": len(chunks)}
+    files = synthetic.num_days if synthetic.by_day else len(chunks)
+    return {"rows": sum(chunks), "users": synthetic.num_users, "items": synthetic.num_items, "files": files}
 
 
 def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
@@ -65,16 +68,48 @@ def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
     pq.write_table(pa.table(items | {"duration_ms": catalogue.duration_ms}), folder / "items.parquet")
     (folder / "log").mkdir()
     users = pa.schema([("user_id", pa.int64()), ("home_category", pa.int64())])
-    files, rows = [], 0
-    with pq.ParquetWriter(folder / "users.parquet", users) as user_file:
+    rows = 0
+    with pq.ParquetWriter(folder / "users.parquet", users) as user_file, LogWriter(synthetic, folder) as writer:
         for number, (first_user, lengths) in enumerate(user_chunks(synthetic)):
             rng = np.random.default_rng([cfg.seed, 1, number])
             log, homes = make_rows(synthetic, catalogue, first_user, lengths, rng)
-            files.append(f"log/part-{number:05d}.parquet")
-            pq.write_table(log, folder / files[-1], row_group_size=2**17)
+            writer.write(log)
             user_file.write_table(homes.cast(users))
             rows += log.num_rows
-    return ImportReport(kind="synthetic", rows=rows, files=files)
+    return ImportReport(kind="synthetic", rows=rows, files=sorted(writer.open))
+
+
+class LogWriter:
+    """The files of the log: one per chunk of users, or one per day, which then grow chunk by chunk all at once."""
+
+    def __init__(self, cfg: SyntheticConfig, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.open: dict[str, pq.ParquetWriter] = {}  # by the name of the file
+
+    def __enter__(self) -> "LogWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.open.values():
+            file.close()
+
+    def write(self, log: pa.Table) -> None:
+        """One chunk, in the order of time."""
+        if not self.cfg.by_day:
+            number = len(self.open)
+            self._append(f"log/part-{number:05d}.parquet", log)
+            self.open[f"log/part-{number:05d}.parquet"].close()
+            return
+        start = parse_time("source.synthetic.start", self.cfg.start)
+        day = (log["event_time"].to_numpy() - start) // DAY_MS
+        days, first = np.unique(day, return_index=True)
+        for number, begin, end in zip(days.tolist(), first, [*first[1:], len(day)], strict=True):
+            self._append(f"log/day-{number:05d}.parquet", log.slice(begin, end - begin))
+
+    def _append(self, name: str, rows: pa.Table) -> None:
+        if name not in self.open:
+            self.open[name] = pq.ParquetWriter(self.folder / name, rows.schema)
+        self.open[name].write_table(rows, row_group_size=2**17)
 
 
 def user_chunks(cfg: SyntheticConfig) -> Iterator[tuple[int, np.ndarray]]:

@@ -1,0 +1,103 @@
+"""One function over many items on Ray Data, with progress: how both halves of a build are spread over a cluster."""
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray.data
+
+from pipeline.cluster import ray_cluster
+from pipeline.config import RayConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Item(Protocol):
+    """A task's work."""
+
+    @property
+    def rows(self) -> int: ...
+
+
+class Workers(Protocol):
+    """Calls `function(item)` for each item in a task of its own and returns the results, in no order."""
+
+    def __call__(self, what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]: ...
+
+
+@contextmanager
+def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
+    """On the cluster of `ray_cluster`, which is joined or started when there are items.
+
+    A task takes one CPU. Items and results pass through the object store, so they should be small: what is read and
+    written should be in files. A `UserError` in a task is raised as it is; a task whose worker dies is run again.
+    """
+    with ExitStack() as stack:
+
+        def run(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
+            if not items:
+                return []
+            stack.enter_context(ray_cluster(cfg, runs_dir=runs_dir))
+            return _run(what, function, items)
+
+        yield run
+
+
+def _run(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
+    tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        partial(_call, function=function), batch_size=None, batch_format="pyarrow"
+    )
+    results, progress = [], Progress(what, items)
+    for row in tasks.iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, UserError):
+            raise result
+        results.append(result)
+        progress.add(row["number"])
+    return results
+
+
+def _call(batch: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
+    results = []
+    for item in batch["item"].to_pylist():
+        try:
+            results.append(function(pickle.loads(item)))
+        except UserError as error:  # Ray would wrap it in its own, with a stack that says nothing to the user
+            results.append(error)
+    return pa.table({"number": batch["number"], "result": [pickle.dumps(result) for result in results]})
+
+
+class Progress:
+    """Lines in the log: how far, by rows, and about how long it still takes."""
+
+    def __init__(self, what: str, items: Sequence[Item]) -> None:
+        self._what, self._items = what, items
+        self._total = sum(item.rows for item in items)
+        self._done, self._rows = 0, 0
+        self._began = self._said = time.monotonic()
+
+    def add(self, number: int) -> None:
+        self._done += 1
+        self._rows += self._items[number].rows
+        now = time.monotonic()
+        if now - self._said < SECONDS_BETWEEN_LINES or self._rows == 0:
+            return
+        self._said = now
+        left = (now - self._began) * (self._total - self._rows) / self._rows
+        logger.info(
+            "%s: %d of %d, %.0f %% of the rows, %.1f million rows/s, about %.0f s left",
+            *(self._what, self._done, len(self._items), 100 * self._rows / self._total),
+            *(self._rows / (now - self._began) / 1e6, left),
+        )

@@ -1,0 +1,135 @@
+"""Builds that go on: after a kill, with a new day of logs, with files and rows that come again."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import RunConfig, UserError
+from pipeline.data import parts, sequences, store
+from pipeline.data.sequences import build_sequences
+from tests.test_sequences import NOON, config_for, here, log
+
+DAY_MS = 24 * 3600 * 1000
+__all__ = ["here"]
+
+
+def day(number: int, rows: int = 300, num_users: int = 60) -> pa.Table:
+    """A day of the log, with a row that is bad and one that comes twice."""
+    table = log(num_users, rows, number)
+    times = table["event_time"].to_numpy() + number * DAY_MS
+    times[0] = -1
+    table = table.set_column(2, "event_time", pa.array(times))
+    return pa.concat_tables([table, table.slice(5, 1)])
+
+
+def folder(path: Path, name: str, *days: pa.Table) -> RunConfig:
+    (path / name).mkdir()
+    return config_for(path / name, *days)
+
+
+def add(cfg: RunConfig, name: str, table: pa.Table) -> None:
+    pq.write_table(table, Path(str(cfg.source.path)) / f"{name}.parquet")
+
+
+def test_days_that_are_appended_make_what_a_build_of_all_of_them_makes(here: None, tmp_path: Path):
+    days = [day(number) for number in range(4)]
+    late = pa.concat_tables([days[2].slice(0, 20), day(0, rows=30).slice(7)])  # rows of days that are in already
+    all_days = build_sequences(folder(tmp_path, "whole", *days, late))
+    cfg = folder(tmp_path, "daily", days[0])
+    versions = [build_sequences(cfg)]
+    for number, table in enumerate([*days[1:], late], 1):
+        add(cfg, f"later-{number}", table)
+        versions.append(build_sequences(cfg, append=True))
+    assert len({version.digest for version in versions}) == len(versions)
+    names = [field.name for field in dataclasses.fields(store.Manifest) if field.name not in ("parts", "records")]
+    assert [getattr(versions[-1], name) for name in names] == [getattr(all_days, name) for name in names]
+    assert build_sequences(cfg) == versions[-1]
+    whole = store.read_sequences(tmp_path / "whole" / "runs" / "small" / "sequences")
+    assert store.read_sequences(cfg.sequence_dir).equals(whole)
+
+
+def test_a_build_without_append_names_it(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", day(0))
+    build_sequences(cfg)
+    add(cfg, "1", day(1))
+    with pytest.raises(UserError, match=r"other logs or settings \(1 files of the logs are new\); pass --append"):
+        build_sequences(cfg)
+
+
+def test_a_file_that_comes_again_under_another_name_is_known(here: None, tmp_path: Path, monkeypatch):
+    cfg = folder(tmp_path, "a", day(0), day(1))
+    first = build_sequences(cfg)
+    add(cfg, "again", day(1))
+    monkeypatch.setattr(sequences, "build_version", lambda *_: pytest.fail("built again"))
+    assert build_sequences(cfg, append=True) == first
+    assert build_sequences(cfg) == first
+    assert first.quarantined["exact_duplicate"] == 2
+
+
+def test_rows_of_files_that_are_gone_stay(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", day(0))
+    first = build_sequences(cfg)
+    (Path(str(cfg.source.path)) / "0.parquet").unlink()
+    add(cfg, "1", day(1))
+    second = build_sequences(cfg, append=True)
+    assert second.rows_in == 2 * first.rows_in
+    assert second.digest == build_sequences(folder(tmp_path, "b", day(0), day(1))).digest
+
+
+def test_buckets_without_a_new_row_keep_their_file(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", day(0))
+    first = build_sequences(cfg)
+    inodes = {bucket.file: (cfg.sequence_dir / bucket.file).stat().st_ino for bucket in first.buckets}
+    user = store.read_bucket(cfg.sequence_dir, first, 1)["user_id"][0].as_py()
+    add(cfg, "1", day(1).slice(1, 1).set_column(0, "user_id", pa.array([user])))
+    second = build_sequences(cfg, append=True)
+    same = [bucket.file for bucket in second.buckets if inodes.get(bucket.file)]
+    assert same == [first.buckets[0].file, first.buckets[2].file]
+    assert [(cfg.sequence_dir / file).stat().st_ino for file in same] == [inodes[file] for file in same]
+    assert store.read_bucket(cfg.sequence_dir, first, 1).num_rows  # the version before is there for its readers
+    add(cfg, "2", day(2))
+    build_sequences(cfg, append=True)
+    assert not (cfg.sequence_dir / first.buckets[1].file).exists()
+    named = {entry.file for v in store.versions(cfg.sequence_dir) for entry in (*v.buckets, *v.quarantine)}
+    found = {str(path.relative_to(cfg.sequence_dir)) for path in cfg.sequence_dir.glob("*/bucket-*.parquet")}
+    assert found == named
+
+
+def test_a_day_of_nothing_but_bad_rows_is_refused_and_forgotten(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", *(day(number) for number in range(3)))
+    first = build_sequences(cfg)
+    before = sorted(cfg.sequence_dir.rglob("*"))
+    add(cfg, "bad", log(event_time=np.full(400, NOON // 1000)))
+    cfg = dataclasses.replace(cfg, checks=dataclasses.replace(cfg.checks, max_quarantined_share=0.6))
+    with pytest.raises(UserError, match=r"new rows is 0.6, found 100.00%: .*event_time_before_range 400"):
+        build_sequences(cfg, append=True)
+    assert store.read_manifest(cfg.sequence_dir) == first
+    assert sorted(cfg.sequence_dir.rglob("*")) == before
+
+
+def test_large_files_and_large_row_groups_make_the_same_sequences(here: None, tmp_path: Path, monkeypatch):
+    table = day(0, rows=1000)
+    one = build_sequences(folder(tmp_path, "a", table))
+    monkeypatch.setattr(parts, "PART_ROWS", 300)
+    monkeypatch.setattr(parts, "RUN_ROWS", 150)
+    monkeypatch.setattr(parts, "BATCH_ROWS", 40)
+    cfg = folder(tmp_path, "b")
+    pq.write_table(table, Path(str(cfg.source.path)) / "small-groups.parquet", row_group_size=70)
+    other = build_sequences(cfg)
+    assert len(other.parts) == 4
+    assert other.digest == one.digest
+    monkeypatch.setattr(parts, "PART_ROWS", 10_000)
+    third = build_sequences(folder(tmp_path, "c", table))
+    assert len(third.parts) == 1
+    assert max(map(len, parts.find_part(tmp_path / "c/runs/small/sequences", third.parts[0]).batches.values())) == 7
+    assert third.digest == one.digest
+
+
+def test_many_small_files_share_a_part(here: None, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_ROWS", 100)
+    manifest = build_sequences(folder(tmp_path, "a", *(log(rows=30, seed=seed) for seed in range(10))))
+    assert len(manifest.parts) == 4
