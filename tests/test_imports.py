@@ -13,7 +13,7 @@ WITHOUT_RAY = (
     "pipeline/config/*.py",
     "pipeline/schema.py",
     "pipeline/model/**/*.py",
-    "pipeline/train/loop.py",
+    *(f"pipeline/train/{name}.py" for name in ("checkpoint", "guards", "loop", "optim", "profile", "validation")),
     "pipeline/evaluate/*.py",
     "benchmarks/quality.py",
     *(f"pipeline/data/{name}.py" for name in ("batch", "examples", "features", "loader", "sampling", "store")),

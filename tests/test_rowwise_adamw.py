@@ -61,6 +61,21 @@ def test_interpreted_kernels_equal_plain_pytorch(name: str, dim: int, momentum: 
     assert torch.equal(fast[0][untouched], state(dim, momentum, torch.float32)[0][untouched])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_infinite_scale_leaves_the_step_out(fused: bool) -> None:
+    ids, infinite = torch.tensor(IDS["runs over chunks"]), torch.tensor(torch.inf)
+    tensors, before = state(7, True, torch.float32), state(7, True, torch.float32)
+    hyper = Hyper(1, 0.1, (0.9, 0.99), 1e-8, 0.05)
+    grads = torch.full((len(ids), 7), torch.nan)
+    if fused:
+        rowwise_adamw_triton(*tensors, ids, grads, infinite, hyper)
+    else:
+        rowwise_adamw(*tensors, ids, grads, hyper, grad_scale=infinite)
+    for now, then in zip(tensors, before, strict=True):
+        assert now is not None and then is not None
+        assert torch.equal(now, then)
+
+
 def test_bfloat16_rows_take_steps_smaller_than_their_last_bit() -> None:
     """Downwards from 1, where the next bfloat16 is 1/256 away, in steps of 1/5000."""
     plain, fast = (torch.ones(12, 32, dtype=torch.bfloat16) for _ in range(2))

@@ -16,7 +16,7 @@ from pipeline import config
 from pipeline.config import ConfigError, RunConfig
 from pipeline.data.batch import SequenceBatch
 from pipeline.train import loop, sharding
-from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
 from pipeline.train.placement import describe, place_tables
 from pipeline.train.sharding import TableMaker, drawn
 
@@ -65,9 +65,10 @@ def train_config(**train: object) -> RunConfig:
 SHARDED = {"default": "sharded"}
 
 
-def train(cfg: RunConfig, rank: int = 0, world_size: int = 1, resume: Checkpoint | None = None) -> dict:
+def train(cfg: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, resume: Saved | None = None) -> dict:
+    """Losses, and what the last checkpoint holds, read as tables that are not sharded."""
     losses: list[float] = []
-    saved: list[Checkpoint] = []
+    checkpoints = CheckpointFolder(folder, 3, rank, world_size)
     loop.train(
         cfg,
         make_maps(),
@@ -76,17 +77,19 @@ def train(cfg: RunConfig, rank: int = 0, world_size: int = 1, resume: Checkpoint
         rank=rank,
         world_size=world_size,
         resume=resume,
-        save=saved.append,
+        checkpoints=checkpoints,
         log=lambda step, values: losses.append(values["train/loss"]),
     )
-    return {"losses": losses, "weights": saved[-1].model, "moments": saved[-1].optimizer}
+    tensors = loop.Trainee(train_config(), make_maps(), "cpu", 0, 1).tensors()
+    read_tensors(checkpoints.folders()[-1], tensors)
+    return {"losses": losses, "tensors": tensors}
 
 
 def one_of_many(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     cfg = config.from_dict(json.loads(Path(folder, "cfg.json").read_text()))
-    torch.save(train(cfg, rank, world_size), f"{folder}/{rank}.pt")
+    torch.save(train(cfg, Path(folder, "checkpoints"), rank, world_size), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -101,13 +104,18 @@ def train_on_ranks(cfg: RunConfig, world_size: int, folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict:
-    return train(train_config())
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train(train_config(), tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
-def sharded() -> dict:
-    return train(train_config(tables=SHARDED))
+def sharded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def sharded(sharded_folder: Path) -> dict:
+    return train(train_config(tables=SHARDED), sharded_folder)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -119,9 +127,8 @@ def test_sharded_tables_train_like_whole_ones(world_size: int, plain: dict, tmp_
     for one in ranks:
         assert one["losses"] == ranks[0]["losses"]
     assert ranks[0]["losses"] == pytest.approx(plain["losses"], abs=1e-5)
-    for part in ("weights", "moments"):
-        for name, tensor in plain[part].items():
-            torch.testing.assert_close(ranks[0][part][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    for name, tensor in plain["tensors"].items():
+        torch.testing.assert_close(ranks[0]["tensors"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_one_rank_needs_no_messages_and_equals_plain_tables(plain: dict, sharded: dict) -> None:
@@ -129,24 +136,24 @@ def test_one_rank_needs_no_messages_and_equals_plain_tables(plain: dict, sharded
     assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-6)
 
 
-def test_placement_may_change_between_attempts(plain: dict) -> None:
-    saved: list[Checkpoint] = []
-    options = {"rank": 0, "world_size": 1}
-    loop.train(train_config(tables=SHARDED), make_maps(), Loader(), "data", save=saved.append, **options)
-    resumed = train(train_config(), resume=saved[0])
+def test_placement_may_change_between_attempts(
+    plain: dict, sharded: dict, sharded_folder: Path, tmp_path: Path
+) -> None:
+    checkpoints = CheckpointFolder(sharded_folder, 3)
+    resumed = train(train_config(), tmp_path, resume=checkpoints.read(checkpoints.at(20)))
     assert resumed["losses"] == pytest.approx(plain["losses"][20:], abs=1e-6)
 
 
-def test_bf16_rows_train_almost_like_float32(sharded: dict) -> None:
-    half = train(train_config(tables=SHARDED, bf16_tables=("item_id", "item.tag")))
+def test_bf16_rows_train_almost_like_float32(sharded: dict, tmp_path: Path) -> None:
+    half = train(train_config(tables=SHARDED, bf16_tables=("item_id", "item.tag")), tmp_path)
     assert half["losses"] != sharded["losses"]
     assert half["losses"] == pytest.approx(sharded["losses"], rel=0.01)
 
 
-def test_moments_on_the_host_change_nothing(sharded: dict) -> None:
-    host = train(train_config(tables=SHARDED, host_state_tables=("item_id",)))
+def test_moments_on_the_host_change_nothing(sharded: dict, tmp_path: Path) -> None:
+    host = train(train_config(tables=SHARDED, host_state_tables=("item_id",)), tmp_path)
     assert host["losses"] == sharded["losses"]
-    assert all(torch.equal(tensor, host["moments"][name]) for name, tensor in sharded["moments"].items())
+    assert all(torch.equal(tensor, host["tensors"][name]) for name, tensor in sharded["tensors"].items())
 
 
 @pytest.mark.parametrize("setting", ["bf16", "interleaved"])

@@ -1,10 +1,10 @@
 """Optimizers, the loop without Ray, checkpoints and exact resumption."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.flops import Work, count_work
 from pipeline.train import loop
-from pipeline.train.checkpoint import Checkpoint, CheckpointFolder, MetricsFile, last_good, read_checkpoint
+from pipeline.train.checkpoint import CheckpointFolder, MetricsFile
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 
 STEPS = 6
@@ -67,20 +67,18 @@ def train_config(**train: object) -> RunConfig:
     return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
 
 
-def run(
-    cfg: RunConfig, loader: Loader | None = None, **options: object
-) -> tuple[list[dict], list[Checkpoint], dict[str, torch.Tensor]]:
-    lines, saved = [], []
+def run(cfg: RunConfig, loader: Loader | None = None, **options: Any) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The lines of losses, and the weights at the end."""
+    lines = []
     model = loop.train(
         cfg,
         make_maps(),
         loader or Loader(),
         "data",
-        save=saved.append,
         log=lambda step, values: lines.append({"step": step, **losses_of(values)}),
-        **options,  # pyright: ignore[reportArgumentType]
+        **options,
     )
-    return lines, saved, model.state_dict()
+    return lines, model.state_dict()
 
 
 def losses_of(values: dict[str, float]) -> dict[str, float]:
@@ -143,7 +141,7 @@ def test_schedule() -> None:
 
 def test_training_lowers_the_loss() -> None:
     cfg = train_config(epochs=20, lr=0.02)
-    lines, _, _ = run(replace(cfg, model=replace(cfg.model, dropout=0.0)), OneEpoch())
+    lines, _ = run(replace(cfg, model=replace(cfg.model, dropout=0.0)), OneEpoch())
     assert lines[-1]["train/loss"] < 0.6 * lines[0]["train/loss"]
 
 
@@ -162,32 +160,36 @@ def test_the_work_of_an_example_is_told_with_its_steps() -> None:
     assert lines[0]["train/gflop_per_example"] == pytest.approx(3 * work.flops / 20 / 1e9)
 
 
-@pytest.mark.parametrize("stopped_at", [0, 1, 2])
+@pytest.mark.parametrize("stopped_at", [5, 10, 12])
 def test_a_resumed_run_ends_like_an_unbroken_one(stopped_at: int, tmp_path: Path) -> None:
     """From a checkpoint inside an epoch, between two lines of metrics, and from the last one; through the files."""
     cfg = train_config(checkpoint_every=5)
-    lines, saved, weights = run(cfg)
-    assert [checkpoint.state.step for checkpoint in saved] == [5, 10, 12]
     folder = CheckpointFolder(tmp_path, keep=3)
-    folder.save(saved[stopped_at])
-    resumed, _, resumed_weights = run(cfg, resume=read_checkpoint(folder.folders()[0]))
-    assert resumed == [line for line in lines if line["step"] > saved[stopped_at].state.step]
+    lines, weights = run(cfg, checkpoints=folder)
+    assert [path.name for path in folder.folders()] == ["step_00000005", "step_00000010", "step_00000012"]
+    resumed, resumed_weights = run(cfg, resume=folder.read(folder.at(stopped_at)))
+    assert resumed == [line for line in lines if line["step"] > stopped_at]
     for name, tensor in weights.items():
         assert torch.equal(tensor, resumed_weights[name]), name
 
 
-def test_a_run_with_other_settings_is_refused() -> None:
-    cfg = train_config()
-    _, saved, _ = run(cfg)
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    run(train_config(), checkpoints=folder)
+    saved = folder.read(folder.at(4))
     with pytest.raises(UserError, match=r"train\.lr = 0\.01 .* 0\.02"):
-        run(train_config(lr=0.02), resume=saved[0])
-    run(train_config(log_every=3), resume=saved[0])  # how a run is carried out may change
+        run(train_config(lr=0.02), resume=saved)
+    run(train_config(log_every=3), resume=saved)  # how a run is carried out may change
+    longer = Loader()
+    longer.steps_per_epoch = STEPS + 1
+    with pytest.raises(UserError, match=r"6 steps an epoch .* 7"):
+        run(train_config(), longer, resume=saved)
 
 
 def test_two_ranks_equal_one_with_both_halves(tmp_path: Path) -> None:
     cfg = train_config(epochs=1, grad_clip=1e6)
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
-    lines, _, weights = run(cfg)
+    lines, weights = run(cfg)
     (tmp_path / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
     mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -222,57 +224,6 @@ def test_an_error_of_the_loader_is_seen() -> None:
 
     with pytest.raises(UserError, match="bucket 3"):
         list(loop.prefetched(broken()))
-
-
-# Checkpoints
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> CheckpointFolder:
-    _, saved, _ = run(train_config(checkpoint_every=3))
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
-    for checkpoint in saved:
-        folder.save(checkpoint)
-    return folder
-
-
-def test_only_the_newest_are_kept(checkpoints: CheckpointFolder) -> None:
-    assert [folder.name for folder in checkpoints.folders()] == ["step_00000009", "step_00000012"]
-    assert len(list(checkpoints.root.iterdir())) == 2  # nothing staged is left behind
-
-
-@pytest.mark.parametrize("damage", ["cut", "altered", "missing", "no index", "broken index"])
-def test_a_damaged_checkpoint_is_skipped_and_said_so(
-    checkpoints: CheckpointFolder, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    newest = checkpoints.folders()[-1]
-    weights = newest / "model.safetensors"
-    if damage == "cut":
-        weights.write_bytes(weights.read_bytes()[:100])
-    elif damage == "altered":
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
-    elif damage == "missing":
-        (newest / "optimizer.safetensors").unlink()
-    elif damage == "no index":
-        (newest / "artifact.json").unlink()
-    else:
-        (newest / "artifact.json").write_text('{"files": ')
-    found = last_good(checkpoints.folders())
-    assert found is not None
-    assert found.state.step == 9
-    assert "skipped" in caplog.text
-    assert newest.name in caplog.text
-
-
-def test_no_checkpoint_and_none_whole(checkpoints: CheckpointFolder) -> None:
-    assert last_good([]) is None
-    for folder in checkpoints.folders():
-        (folder / "artifact.json").unlink()
-    with pytest.raises(UserError, match="none of the 2 checkpoints"):
-        last_good(checkpoints.folders())
-    shutil.rmtree(checkpoints.root)
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def test_a_corrupted_checkpoint_is_skipped(trained: RunConfig, caplog: pytest.Lo
 
     cfg = replace(trained, name="damaged")
     shutil.copytree(trained.run_dir, cfg.run_dir)
-    newest = trainer.checkpoint_folders(cfg)[-1]
-    (newest / "model.safetensors").write_bytes(b"")
+    newest = sorted((trainer.train_dir(cfg) / "checkpoints").iterdir())[-1]
+    next(newest.glob("*.safetensors")).write_bytes(b"")
     assert trainer.plan(cfg)["resumes_from_step"] < max(losses(trained))
     assert newest.name in caplog.text
 

@@ -22,8 +22,8 @@ def rowwise_adamw(
     """Update rows `ids` [n] of `weight` [R, d], which may repeat: their gradients [n, d] are added, in the order given.
 
     `m` [R, d] is None where β1 = 0; `v` [R]. The table may be bfloat16, its moments float32. `grad_scale`, one number
-    on the device, divides the summed gradients. Two runs agree bit for bit. Triton never waits for the device; plain
-    PyTorch counts the distinct rows on the host.
+    on the device, divides the summed gradients; where it is infinite, the step is left out. Two runs agree bit for bit.
+    Triton never waits for the device; plain PyTorch counts the distinct rows on the host.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -43,6 +43,8 @@ def rowwise_adamw(
         require(whole, "the table and its moments must be contiguous")
         scale = v.new_ones(()) if grad_scale is None else grad_scale.float()
         rowwise_adamw_triton(weight, m, v, ids, grads, scale, hyper)
+        return
+    if grad_scale is not None and grad_scale.isinf():
         return
     rows, sums = rows_and_sums(ids, grads)
     rowwise_adamw_reference(weight, m, v, rows, sums if grad_scale is None else sums / grad_scale, hyper)

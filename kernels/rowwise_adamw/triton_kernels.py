@@ -62,7 +62,7 @@ def update_rows(
     weight,  # [R, dim], float32 or bfloat16
     m,  # float32 [R, dim], with MOMENTUM
     v,  # float32 [R]
-    grad_scale,  # float32 []: gradients are divided by it
+    grad_scale,  # float32 []: gradients are divided by it; infinity: nothing is changed
     num_ids,
     dim,
     step,
@@ -77,6 +77,8 @@ def update_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    if tl.load(grad_scale) == float("inf"):
+        return
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     lane = tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
@@ -112,6 +114,8 @@ def finish_rows(
     weight_decay, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: the row whose run begins there and goes on, if there is one."""
+    if tl.load(grad_scale) == float("inf"):
+        return
     chunk = tl.program_id(0).to(tl.int64)
     last = (chunk + 1) * BLOCK_N - 1
     if last + 1 >= num_ids:

@@ -68,6 +68,13 @@ class RunConfig:
         duration = self.features.duration_ms_column
         rule = "null without a table of items (source.items)"
         require(duration is None or self.items_known, "features.duration_ms_column", duration, rule)
+        rule = "0 with split.refit, which trains on the validation period"
+        require(
+            not (self.split.refit and self.train.validate_every),
+            "train.validate_every",
+            self.train.validate_every,
+            rule,
+        )
         for task in self.train.task_weights:
             require(task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}")
         placeable = self.feature_tables

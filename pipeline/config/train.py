@@ -59,8 +59,16 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 20  # steps
     checkpoint_every: int = 200  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; with validation the best one too
     max_failures: int = 2  # worker crashes survived
+    validate_every: int = 0  # steps; 0: never
+    validate_requests: int = 2000  # of the validation period, the same ones each time
+    best_metric: Literal["ne", "auc", "gauc"] = "ne"  # of these requests, mean over tasks: what makes a checkpoint best
+    publish: Literal["last", "best"] = "last"  # which checkpoint becomes the model
+    patience: int | None = None  # validations in a row without a better one, after which training ends; null: never
+    max_bad_steps: int = 10  # in a row, left out since loss or gradient is not finite, after which training fails
+    max_loss_ratio: float | None = 4.0  # of a line's loss to the running median: above it for 3 lines, training fails
+    profile_steps: tuple[int, ...] | None = None  # first and last step of which rank 0 leaves a trace in train/profile
 
     def __post_init__(self) -> None:
         positive = (
@@ -72,7 +80,7 @@ class TrainConfig:
             "threads_per_worker",
             "log_every",
         )
-        for name in (*positive, "checkpoint_every", "keep_checkpoints"):
+        for name in (*positive, "checkpoint_every", "keep_checkpoints", "validate_requests", "max_bad_steps"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         one = (self.batch_users is None) != (self.batch_tokens is None)
         require(one, "train.batch_users", self.batch_users, "null where train.batch_tokens is given, and only there")
@@ -81,7 +89,8 @@ class TrainConfig:
             require(size is None or size >= 1, f"train.{name}", size, "1 or more")
         for name in ("lr", "embedding_lr", "grad_clip"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "greater than 0")
-        for name in ("history_label_weight", "weight_decay", "warmup_steps", "max_failures", "shard_above_mb"):
+        zero_or_more = ("history_label_weight", "weight_decay", "warmup_steps", "max_failures", "shard_above_mb")
+        for name in (*zero_or_more, "validate_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         for name in self.bf16_tables:
             placement = self.tables.get(name, self.tables.get("default", "auto"))
@@ -90,6 +99,15 @@ class TrainConfig:
             )
         for task, factor in self.task_weights.items():
             require(factor > 0, f"train.task_weights.{task}", factor, "greater than 0")
+        ratio = self.max_loss_ratio
+        require(ratio is None or ratio > 1, "train.max_loss_ratio", ratio, "greater than 1, or null")
+        require(self.patience is None or self.patience >= 1, "train.patience", self.patience, "1 or more, or null")
+        validates = self.validate_every > 0
+        require(validates or self.patience is None, "train.patience", self.patience, "null without validate_every")
+        require(validates or self.publish == "last", "train.publish", self.publish, "last without validate_every")
+        steps = self.profile_steps
+        rule = "a first step of 1 or more and a last one not before it, or null"
+        require(steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]), "train.profile_steps", steps, rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

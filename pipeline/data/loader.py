@@ -164,7 +164,7 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
     for index in range(len(manifest.buckets)):
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
         examples = request_examples(users, *split_bounds(cfg, split))
-        for part in _token_batches(examples, cfg.evaluate.batch_tokens):
+        for part in token_batches(examples, cfg.evaluate.batch_tokens):
             yield evaluation_batch(users, part, maps, cfg)
 
 
@@ -182,7 +182,7 @@ def evaluation_batch(users: UserEvents, examples: Examples, maps: FeatureMaps, c
     )
 
 
-def _token_batches(examples: Examples, batch_tokens: int) -> Iterator[Examples]:
+def token_batches(examples: Examples, batch_tokens: int) -> Iterator[Examples]:
     """Runs of examples of at most `batch_tokens` tokens, one example at least; similar lengths together."""
     order = np.argsort(examples.num_tokens, kind="stable")
     total = np.cumsum(examples.num_tokens[order])

@@ -76,16 +76,16 @@ def verified(folder: Path, what: str) -> dict:
         raise UserError(f"the {what} at {folder} is half-written: {INDEX} is missing or broken") from None
     for name, digest in expected.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise UserError(f"the {what} at {folder} is corrupted: {name} is missing or not what was saved")
     return index
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

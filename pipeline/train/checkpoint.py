@@ -1,22 +1,43 @@
-"""Checkpoints of a training run: a folder of safetensors and JSON, whole or not there.
+"""Checkpoints of a training run: folders of safetensors and JSON, whole or not there.
 
-model.safetensors, optimizer.safetensors, state.json (position, config, running sums), artifact.json (sha256)
+    step_00000200/shard-00001-model-….safetensors   what rank 0 has written, and so on for every rank
+                  state.json                        where the run stands, its identity
+                  artifact.json                     sha256 of the others; written last
+
+Tensors go through `torch.distributed.checkpoint` with its safetensors storage: a tensor that all ranks hold is written
+by one of them, a `Block` of a sharded table by its owner, and each file says which rows it holds. So a checkpoint
+loads at any number of ranks, and nothing of it is ever unpickled.
 """
 
+import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pipeline.config import RunConfig, UserError, flatten, to_dict
-from pipeline.model.artifact import INDEX, file_digests, staged, verified
+from pipeline.model.artifact import INDEX, sha256_of, verified
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +49,15 @@ FREE_SETTINGS = (
     "max_failures",
     "threads_per_worker",
     "loader_threads",
+    "num_workers",
+    "tables",
+    "shard_above_mb",
+    "host_state_tables",
+    "publish",
+    "max_bad_steps",
+    "max_loss_ratio",
+    "profile_steps",
 )
-FREE_SETTINGS += ("tables", "shard_above_mb", "host_state_tables")
 SETTINGS = ("seed", "split", "tasks", "features", "model", "train")  # the sections that decide the losses
 
 
@@ -40,25 +68,81 @@ class TrainState:
     epoch: int = 0
     epoch_step: int = 0
     step: int = 0
+    steps_per_epoch: int = 0
+    finished: bool = False  # by its last epoch, or early
     seconds: float = 0.0  # spent in training by all attempts together
     loss_sum: list[float] = field(default_factory=list)  # per task, since the last line of metrics
     weight_sum: list[float] = field(default_factory=list)
+    bad_steps: int = 0  # left out, since loss or gradient was not finite
+    recent_losses: list[float] = field(default_factory=list)  # of the last lines of metrics, newest last
+    high_losses: int = 0  # lines in a row far above the median of those
+    best: float | None = None  # of train.best_metric
+    best_step: int | None = None
+    not_better: int = 0  # validations since
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Saved:
+    """A whole checkpoint on disk; `read_tensors` reads what it holds."""
+
+    folder: Path
     state: TrainState
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
     identity: dict[str, Any]
 
 
-def run_identity(cfg: RunConfig, data_digest: str, world_size: int) -> dict[str, Any]:
-    """What must not change between the attempts of one run."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """This rank's rows [first, first + len(local)) of a tensor of `num_rows` rows that the ranks hold in blocks.
+
+    The last two methods are what DCP's planners ask of an object that is not a plain tensor.
+    """
+
+    local: Tensor
+    first: int
+    num_rows: int
+
+    def size(self) -> torch.Size:
+        return torch.Size([self.num_rows, *self.local.shape[1:]])
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        begin = torch.Size([self.first, *[0] * (self.local.dim() - 1)])
+        return ChunkStorageMetadata(begin, self.local.shape)
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        if len(self.local) == 0:  # more ranks than rows
+            return []
+        chunk = self._chunk()
+        data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.local), self.size())
+        return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()] if len(self.local) else []
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return _local(self.state_dict[index.fqn])
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        # The default also allocates meta tensors, and on the way throws out what is no tensor.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return _local(self.state_dict[index.fqn])
+
+
+def _local(tensor: Tensor | Block) -> Tensor:
+    return tensor.local if isinstance(tensor, Block) else tensor
+
+
+def run_identity(cfg: RunConfig, data_digest: str) -> dict[str, Any]:
+    """What must not change between the attempts of one run; the number of workers may."""
     settings = to_dict(cfg)
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_SETTINGS}
     chosen = flatten({key: settings[key] for key in SETTINGS})
-    return chosen | {"source.actions": list(cfg.source.actions), "sequences": data_digest, "world_size": world_size}
+    return chosen | {"source.actions": list(cfg.source.actions), "sequences": data_digest}
 
 
 def check_identity(saved: dict[str, Any], wanted: dict[str, Any], name: str) -> None:
@@ -71,59 +155,154 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], name: str) -> 
             )
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """The files of a checkpoint into the existing `folder`, the index of their digests last."""
-    save_file(checkpoint.model, folder / "model.safetensors")
-    save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
-    state = {"state": asdict(checkpoint.state), "identity": checkpoint.identity}
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    (folder / INDEX).write_text(json.dumps({"files": file_digests(folder)}, indent=2))
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises UserError where the checkpoint is missing, half-written or corrupted."""
-    verified(folder, "checkpoint")
-    saved = json.loads((folder / "state.json").read_text())
-    return Checkpoint(
-        state=TrainState(**saved["state"]),
-        model=load_file(folder / "model.safetensors"),
-        optimizer=load_file(folder / "optimizer.safetensors"),
-        identity=saved["identity"],
-    )
-
-
-def last_good(folders: Sequence[Path]) -> Checkpoint | None:
-    """The newest whole checkpoint of `folders`, given oldest first; None where there are no folders.
+def read_tensors(folder: Path, into: Mapping[str, Tensor | Block]) -> None:
+    """Fill tensors and blocks with what the checkpoint holds under their names, each process by itself.
 
     Raises:
-        UserError: there are folders, and none of them is whole.
+        UserError: a name is missing there, or has another shape.
     """
-    for folder in reversed(folders):
-        try:
-            return read_checkpoint(folder)
-        except UserError as error:
-            logger.error("skipped: %s", error)
-    if folders:
-        raise UserError(
-            f"none of the {len(folders)} checkpoints under {folders[0].parent} is whole: --restart trains anew"
-        )
-    return None
+    try:
+        reader, planner = HuggingFaceStorageReader(str(folder)), _LoadPlanner(flatten_state_dict=False)
+        with _alone():
+            state_dict_loader.load(dict(into), storage_reader=reader, planner=planner, no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError) as error:
+        cause = next(iter(getattr(error, "failures", {}).values()), (error, None))[0]
+        raise UserError(f"the checkpoint at {folder} does not fit this model: {cause}") from error
 
 
 class CheckpointFolder:
-    """The newest `keep` checkpoints of a run without Ray, `root/step_00000200` and so on."""
+    """The checkpoints of a run, `root/step_00000200` and so on: the newest `keep`, and the best.
 
-    def __init__(self, root: Path, keep: int) -> None:
-        self.root, self.keep = root, keep
+    Every rank makes one over the same folder and calls its methods together with the others.
+    """
+
+    def __init__(self, root: Path, keep: int, rank: int = 0, world_size: int = 1) -> None:
+        self.root, self.keep, self.rank, self.world_size = root, keep, rank, world_size
 
     def folders(self) -> list[Path]:
+        """Oldest first; whether they are whole is seen when they are read."""
         return sorted(self.root.glob("step_*"))
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        with staged(self.root / f"step_{checkpoint.state.step:08d}") as stage:
-            write_checkpoint(stage, checkpoint)
+    def newest(self) -> Saved | None:
+        """The newest whole checkpoint, None where there is none at all; rank 0 looks and tells the others.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is whole.
+        """
+        found = self._newest() if self.rank == 0 else None
+        if self.world_size > 1:
+            told = [str(found.folder) if found else None]
+            dist.broadcast_object_list(told, src=0)
+            found = _read_state(Path(told[0])) if told[0] else None
+        return found
+
+    def _newest(self) -> Saved | None:
+        folders = self.folders()
+        for folder in reversed(folders):
+            try:
+                return self.read(folder)
+            except UserError as error:
+                logger.error("skipped: %s", error)
+        if folders:
+            raise UserError(f"none of the {len(folders)} checkpoints under {self.root} is whole: --restart trains anew")
+        return None
+
+    def at(self, step: int) -> Path:
+        return self.root / f"step_{step:08d}"
+
+    def read(self, folder: Path) -> Saved:
+        """Raises UserError where the checkpoint is missing, half-written or corrupted."""
+        verified(folder, "checkpoint")
+        return _read_state(folder)
+
+    def save(self, tensors: Mapping[str, Tensor | Block], state: TrainState, identity: dict[str, Any]) -> None:
+        """Write a checkpoint, from every rank what it holds; when this returns, it is there and whole.
+
+        All of it lies in a folder of another name until the last digest is written, so a run that is killed meanwhile
+        leaves nothing that could be taken for a checkpoint.
+        """
+        place = self.at(state.step)
+        stage = place.with_name(f".{place.name}.partial")
+        if self.rank == 0:
+            self._sweep()
+            stage.mkdir(parents=True)
+        self._wait()
+        writer = HuggingFaceStorageWriter(str(stage), save_distributed=True)
+        planner = _SavePlanner(flatten_state_dict=False)
+        with _alone():
+            state_dict_saver.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=self.world_size == 1)
+        digests = self._gathered({path.name: sha256_of(path) for path in stage.glob(f"shard-{self.rank + 1:05d}-*")})
+        if self.rank == 0:
+            text = json.dumps({"state": asdict(state), "identity": identity}, indent=2)
+            (stage / "state.json").write_text(text)
+            index = {"files": digests | {"state.json": sha256_of(stage / "state.json")}}
+            (stage / INDEX).write_text(json.dumps(index, indent=2))
+            if place.exists():  # half-written or corrupted: else the run would have gone on from it
+                shutil.rmtree(place)
+            stage.rename(place)
+            self._retire(state.best_step)
+        self._wait()
+
+    def _sweep(self) -> None:
+        for left in self.root.glob(".step_*.partial"):
+            shutil.rmtree(left)
+
+    def _retire(self, best_step: int | None) -> None:
+        best = None if best_step is None else self.at(best_step)
         for folder in self.folders()[: -self.keep]:
-            shutil.rmtree(folder)
+            if folder != best:
+                shutil.rmtree(folder)
+
+    def _wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _gathered(self, digests: dict[str, str]) -> dict[str, str]:
+        if self.world_size == 1:
+            return digests
+        parts: list[dict[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(parts, digests)
+        return {name: digest for part in parts for name, digest in part.items()}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns in a process that asked it to work by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _read_state(folder: Path) -> Saved:
+    saved = json.loads((folder / "state.json").read_text())
+    try:
+        return Saved(folder, TrainState(**saved["state"]), saved["identity"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint at {folder} was saved by another version of this project: {error}") from None
+
+
+@contextmanager
+def only_writer(folder: Path, timeout_s: float = 120) -> Iterator[None]:
+    """Keep every other process out of a run's training folder for the length of the block.
+
+    The workers of a killed driver live on for some seconds: whoever resumes the run waits for their end.
+
+    Raises:
+        UserError: another process is still there after `timeout_s`.
+    """
+    with open(folder / ".lock", "w") as lock:
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"another process is training the run at {folder}: wait for it, or end it"
+                    ) from None
+                time.sleep(0.2)
+        yield
 
 
 class MetricsFile:
@@ -140,8 +319,3 @@ class MetricsFile:
     def append(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they are now, on the CPU, each with memory of its own (safetensors refuses shared memory)."""
-    return {name: torch.clone(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}

@@ -8,7 +8,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -16,16 +17,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
 from pipeline.model.flops import Work, count_work
 from pipeline.model.losses import task_losses
 from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
-from pipeline.train.checkpoint import Checkpoint, TrainState, check_identity, copied, run_identity
+from pipeline.train.checkpoint import (
+    Block,
+    CheckpointFolder,
+    Saved,
+    TrainState,
+    check_identity,
+    read_tensors,
+    run_identity,
+)
+from pipeline.train.guards import FiniteGuard, improved, watch_divergence
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 from pipeline.train.placement import place_tables
-from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows, gathered
+from pipeline.train.profile import StepProfiler
+from pipeline.train.sharding import ShardedTables, TableMaker, gather_rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,60 +60,104 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    resume: Checkpoint | None = None,
-    save: Callable[[Checkpoint], None] | None = None,
+    resume: Saved | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    validate: Callable[[UltraHSTU], dict[str, float]] | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
+    profile_dir: Path | None = None,
 ) -> UltraHSTU:
-    """Train to the last step of the last epoch, from `resume` on where it is given.
+    """Train to the last step of the last epoch, or to an early stop, from `resume` on where it is given.
 
-    `save` is called by every rank at the same steps, every `train.checkpoint_every` and at the end; `log` every
-    `train.log_every` steps with values that are the same on all ranks.
+    `checkpoints` get one every `train.checkpoint_every` steps, at every validation better than all before, and at the
+    end; `validate` is called every `train.validate_every` steps; `log` gets values that are the same on all ranks,
+    every `train.log_every` steps and after a validation. Rank 0 leaves its trace of `train.profile_steps` in
+    `profile_dir`.
 
     Raises:
-        UserError: `resume` is of a run with other settings, data or world size.
+        UserError: `resume` is of a run with other settings or data.
+        TrainingStopped: too many steps were not finite, or the loss diverged.
     """
     torch.manual_seed(cfg.seed)
     trainee = Trainee(cfg, maps, device, rank, world_size)
-    identity = run_identity(cfg, data_digest, world_size)
-    state = TrainState(loss_sum=[0.0] * len(cfg.tasks), weight_sum=[0.0] * len(cfg.tasks))
-    if resume is not None:
-        check_identity(resume.identity, identity, cfg.name)
-        trainee.load(resume)
-        state = resume.state
+    identity = run_identity(cfg, data_digest)
+    state = _begin(trainee, loader, resume, identity)
+    if state.finished:
+        return trainee.model
     total_steps = loader.steps_per_epoch * cfg.train.epochs
     meter = Meter(world_size)
+    profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
     # Summed where they arise: reading a loss each step would make the host wait for the device.
     sums = torch.tensor([state.loss_sum, state.weight_sum], dtype=torch.float64, device=device)
 
-    for epoch in range(state.epoch, cfg.train.epochs):
-        state.epoch = epoch
-        for batch, work in meter.waited(prefetched(counted(loader.batches(epoch, state.epoch_step), cfg))):
-            meter.count(batch, work)
-            batch = batch.to(device)
-            if state.step == 0:  # on every rank: sharded tables bring their rows together
-                variances = ", ".join(f"{v:.1e}" for v in attention_variance(trainee.model, batch))
-                if variances and rank == 0:
-                    logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
+    for batch, work in meter.waited(coming(loader, state, cfg)):
+        meter.count(batch, work)
+        batch = batch.to(device)
+        if state.step == 0:  # on every rank: sharded tables bring their rows together
+            variances = ", ".join(f"{v:.1e}" for v in attention_variance(trainee.model, batch))
+            if variances and rank == 0:
+                logger.info("Var(A) by layer at the start: %s; norm_eps %.0e", variances, cfg.model.norm_eps)
+        with profiler.step(state.step + 1):
             sums += torch.stack(trainee.step(batch, state.step, total_steps))
-            state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
-            logs = state.step % cfg.train.log_every == 0 or state.step == total_steps
-            saves = save is not None and state.step % cfg.train.checkpoint_every == 0 and state.step < total_steps
-            if logs or saves:
-                state.loss_sum, state.weight_sum = sums.tolist()
-            if logs:
-                sums.zero_()
-                values = _take_losses(state, cfg.tasks, trainee.task_weights.tolist()) | meter.take(state)
-                if log is not None:
-                    log(state.step, values)
-                if rank == 0:
-                    logger.info(progress_line(state, total_steps, values))
-            if save is not None and saves:
-                save(trainee.checkpoint(state, identity))
-        state.epoch_step = 0
-    state.epoch = cfg.train.epochs
-    if save is not None:
-        save(trainee.checkpoint(state, identity))
+        state.step += 1
+        state.epoch, state.epoch_step = divmod(state.step, loader.steps_per_epoch)
+        last = state.step == total_steps
+        logs = state.step % cfg.train.log_every == 0 or last
+        validator = validate if last or (validate and state.step % cfg.train.validate_every == 0) else None
+        saves = state.step % cfg.train.checkpoint_every == 0
+        if not (logs or validator or saves):
+            continue
+        state.loss_sum, state.weight_sum = sums.tolist()
+        state.bad_steps += trainee.guard.take(state.step, cfg.train.max_bad_steps)
+        values = {}
+        if logs:
+            sums.zero_()
+            values = _take_losses(state, cfg.tasks, trainee.task_weights.tolist()) | meter.take(state)
+            values |= {"train/bad_steps": state.bad_steps, "train/grad_norm": float(trainee.grad_norm)}
+            if rank == 0:
+                logger.info(progress_line(state, total_steps, values))
+        if validator:
+            with meter.paused(state):
+                found = validator(trainee.model)
+            values |= found
+            saves |= improved(state, found[f"val_sample/{cfg.train.best_metric}"], cfg.train)
+            if rank == 0:
+                logger.info(validation_line(state, found, cfg))
+        if log is not None and values:
+            log(state.step, values)
+        if logs:
+            watch_divergence(state, values["train/loss"], cfg.train)
+        if cfg.train.patience is not None and state.not_better >= cfg.train.patience:
+            logger.info("stopping early at step %d: best at step %s", state.step, state.best_step)
+            break
+        if checkpoints is not None and saves and not last:
+            checkpoints.save(trainee.tensors(), state, identity)
+    state.finished = True
+    if checkpoints is not None:
+        checkpoints.save(trainee.tensors(), state, identity)
     return trainee.model
+
+
+def _begin(trainee: "Trainee", loader: Loader, resume: Saved | None, identity: dict) -> TrainState:
+    """Where the run begins, the trainee set to it."""
+    num_tasks = len(trainee.cfg.tasks)
+    if resume is None:
+        zeros = [0.0] * num_tasks
+        return TrainState(steps_per_epoch=loader.steps_per_epoch, loss_sum=zeros, weight_sum=[*zeros])
+    check_identity(resume.identity, identity, trainee.cfg.name)
+    if resume.state.steps_per_epoch != loader.steps_per_epoch:
+        raise UserError(
+            f"run {trainee.cfg.name!r} began with {resume.state.steps_per_epoch} steps an epoch and would go on with "
+            f"{loader.steps_per_epoch} (train.num_workers {trainee.world_size}): --restart trains it anew"
+        )
+    trainee.load(resume)
+    return resume.state
+
+
+def coming(loader: Loader, state: TrainState, cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Work]]:
+    """What is left of the run from `state` on, each batch made while the one before it is used."""
+    first_epoch, first_step = state.epoch, state.epoch_step
+    for epoch in range(first_epoch, cfg.train.epochs):
+        yield from prefetched(counted(loader.batches(epoch, first_step if epoch == first_epoch else 0), cfg))
 
 
 class Trainee:
@@ -129,9 +184,20 @@ class Trainee:
         on_host = [self.table_paths[name] for name, place in plan.items() if place.host_state]
         self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay, on_host=on_host)
         self.adamw = torch.optim.AdamW(self.dense.values(), lr=cfg.train.lr, weight_decay=decay, fused=True)
+        for p in self.dense.values():  # as AdamW would in its first step: a checkpoint is read into these
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adamw.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+        watched = [f"the loss of {task}" for task in cfg.tasks]
+        watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
+        self.guard = FiniteGuard(watched, device)
+        self.grad_norm = torch.zeros((), device=device)  # of the dense gradients in the last step, before clipping
 
     def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step; per task the summed loss and the summed weights over all ranks, on the device."""
+        """One optimizer step; per task the summed loss and the summed weights over all ranks, on the device.
+
+        A step whose loss or gradient is not finite changes nothing, and its sums are 0. Embedding gradients are not
+        clipped: row-wise AdamW divides each row's by the root of its own mean square.
+        """
         cfg = self.cfg.train
         assert batch.labels is not None
         assert batch.label_weight is not None
@@ -143,32 +209,53 @@ class Trainee:
             logits = self.model(batch)
         loss, weight = task_losses(logits, batch.labels, batch.label_weight)
         (loss * self.task_weights).sum().backward()
-        losses, weights = self._reduce_dense(loss.detach(), weight)
+        broken_tables = self._broken_tables()
+        losses, weights, broken_tables = self._reduce_dense(loss.detach(), weight, broken_tables)
         total = (weights * self.task_weights).sum().clamp(min=1e-12)
         grads = self._reduce_sparse()
         dense_grads = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
         assert len(dense_grads) == len(self.dense)
         torch._foreach_div_(dense_grads, total)  # pyright: ignore[reportPrivateImportUsage]  # one launch for all
-        nn.utils.clip_grad_norm_(self.dense.values(), cfg.grad_clip)
+        norms = torch.stack(torch._foreach_norm(dense_grads))  # pyright: ignore[reportPrivateImportUsage]
+        self.grad_norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(self.dense.values(), cfg.grad_clip, self.grad_norm)
+        skip = self.guard.check(torch.cat([losses.isfinite(), norms.isfinite(), broken_tables == 0]))
         factor = learning_rate_factor(step, cfg.warmup_steps, total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = cfg.lr * factor
+        self.adamw.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]  # as GradScaler leaves it out
         self.adamw.step()
-        self.rowwise.step(grads, cfg.embedding_lr * factor, total)
-        return losses, weights
+        self.rowwise.step(grads, cfg.embedding_lr * factor, torch.where(skip, torch.inf, total))
+        return torch.where(skip, 0.0, losses), torch.where(skip, 0.0, weights)
 
-    def _reduce_dense(self, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Add dense gradients, losses and weights over ranks, all in one message."""
+    def _broken_tables(self) -> Tensor:
+        """float32 [tables], 1 where a gradient of this rank's is not finite."""
+        if not self.tables:
+            return torch.zeros(0, device=self.task_weights.device)
+        values = [self._table_gradient(name) for name in self.tables]
+        norms = torch.stack(torch._foreach_norm(values))  # pyright: ignore[reportPrivateImportUsage]
+        return (~norms.isfinite()).float()
+
+    def _table_gradient(self, name: str) -> Tensor:
+        """[n, d], of this rank's batch."""
+        block = self.blocks.get(name)
+        leaf = self.tables[name] if block is None else block.rows
+        assert leaf is not None
+        assert leaf.grad is not None
+        return leaf.grad._values() if block is None else leaf.grad
+
+    def _reduce_dense(self, *sums: Tensor) -> list[Tensor]:
+        """Add dense gradients, in place, and the vectors `sums` over ranks, all in one message."""
         if self.world_size == 1:
-            return loss, weight
+            return list(sums)
         grads = [p.grad for p in self.dense.values() if p.grad is not None]
         assert len(grads) == len(self.dense)
-        flat = torch.cat([*(grad.flatten() for grad in grads), loss, weight])
+        flat = torch.cat([*(grad.flatten() for grad in grads), *sums])
         dist.all_reduce(flat)
-        *summed, loss, weight = flat.split([*(grad.numel() for grad in grads), len(loss), len(weight)])
-        for grad, total in zip(grads, summed, strict=True):
+        parts = flat.split([*(grad.numel() for grad in grads), *map(len, sums)])
+        for grad, total in zip(grads, parts, strict=False):  # the vectors come after
             grad.copy_(total.view_as(grad))
-        return loss, weight
+        return list(parts[len(grads) :])
 
     def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Per table the rows touched by any rank, with repeats, and their gradients; of a sharded one its block's."""
@@ -183,34 +270,23 @@ class Trainee:
             local |= {self.table_paths[name]: touched for name, touched in self.sharded.gradients().items()}
         return local
 
-    def checkpoint(self, state: TrainState, identity: dict) -> Checkpoint:
-        optimizer = {f"rowwise.{name}": tensor for name, tensor in self._whole(self.rowwise.state_dict()).items()}
+    def tensors(self) -> dict[str, Tensor | Block]:
+        """What a checkpoint holds, as views of the live tensors: weights, then moments; of sharded tables the block."""
+        found = {f"model.{name}": self._block(name, tensor) for name, tensor in self.model.state_dict().items()}
+        for name, tensor in self.rowwise.state_dict().items():
+            found[f"rowwise.{name}"] = self._block(name[2:], tensor)  # after "m." or "v."
         for name, parameter in self.dense.items():
-            for key, tensor in self.adamw.state[parameter].items():
-                optimizer[f"adamw.{key}.{name}"] = tensor
-        return Checkpoint(replace(state), copied(self._whole(self.model.state_dict())), copied(optimizer), identity)
+            found |= {f"adamw.{key}.{name}": tensor for key, tensor in self.adamw.state[parameter].items()}
+        return found
 
-    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with blocks of sharded tables, and of their moments, joined; all ranks call it together."""
-        return {name: gathered(t, b, self.world_size) if (b := self._block(name)) else t for name, t in tensors.items()}
+    def _block(self, name: str, tensor: Tensor) -> Tensor | Block:
+        table = self.blocks.get(name)
+        return tensor if table is None else Block(tensor, table.first_row, table.num_embeddings)
 
-    def _own(self, name: str, whole: Tensor) -> Tensor:
-        block = self._block(name)
-        return whole if block is None else whole[block.first_row : block.first_row + len(block.weight)]
-
-    def _block(self, name: str) -> ShardedEmbedding | None:
-        """The sharded table whose weights, or whose moments in the row-wise optimizer, `name` are."""
-        return self.blocks.get(name.removeprefix("m.").removeprefix("v."))
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.optimizer
-        self.model.load_state_dict({name: self._own(name, tensor) for name, tensor in checkpoint.model.items()})
-        rowwise = {name.removeprefix("rowwise."): t for name, t in saved.items() if name.startswith("rowwise.")}
-        self.rowwise.load_state_dict({name: self._own(name, tensor) for name, tensor in rowwise.items()})
-        for name, parameter in self.dense.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            moments = {key: saved[f"adamw.{key}.{name}"].to(parameter.device) for key in keys}
-            self.adamw.state[parameter] = moments
+    def load(self, saved: Saved) -> None:
+        """Raises UserError where the checkpoint holds another model."""
+        read_tensors(saved.folder, self.tensors())
+        self.rowwise.step_count = saved.state.step
 
 
 def counted(batches: Iterator[SequenceBatch], cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Work]]:
@@ -253,6 +329,15 @@ class Meter:
         self.tokens += batch.num_tokens
         self.work.add(work)
 
+    @contextmanager
+    def paused(self, state: TrainState) -> Iterator[None]:
+        """Time that counts for the run and not for the speed of its steps."""
+        asked = time.perf_counter()
+        yield
+        spent = time.perf_counter() - asked
+        self.begin += spent
+        state.seconds += spent
+
     def take(self, state: TrainState) -> dict[str, float]:
         seconds = time.perf_counter() - self.begin
         state.seconds += seconds
@@ -275,6 +360,12 @@ def progress_line(state: TrainState, total_steps: int, values: dict[str, float])
         f"{values['train/examples_per_s']:,.0f} examples/s, {values['train/tokens_per_s']:,.0f} tokens/s | "
         f"waiting for data {values['train/data_wait_share']:.1%} | {left:.0f} s left"
     )
+
+
+def validation_line(state: TrainState, found: dict[str, float], cfg: RunConfig) -> str:
+    metric = cfg.train.best_metric
+    here = f"step {state.step} | validation {metric} {found[f'val_sample/{metric}']:.4f}"
+    return here if state.best is None else f"{here}, best {state.best:.4f} at step {state.best_step}"
 
 
 def _take_losses(state: TrainState, tasks: tuple[str, ...], task_weights: list[float]) -> dict[str, float]:

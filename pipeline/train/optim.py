@@ -43,7 +43,7 @@ class RowwiseAdamW:
     def step(self, grads: dict[str, tuple[Tensor, Tensor]], lr: float, grad_scale: Tensor | None = None) -> None:
         """`grads`: per table rows [n], which may repeat, and their gradients [n, d].
 
-        `grad_scale`, one number, divides the gradients of a row after they were added.
+        `grad_scale`, one number, divides the gradients of a row after they were added; infinity leaves the step out.
         """
         self.step_count += 1
         hyper = Hyper(self.step_count, lr, self.betas, self.eps, self.weight_decay)
@@ -52,16 +52,10 @@ class RowwiseAdamW:
             rowwise_adamw(self.tables[name].detach(), *moments, rows, grad, hyper, grad_scale=grad_scale)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The moments themselves, not copies; `step_count` is the caller's to keep."""
         if any(weight.is_cuda for weight in self.tables.values()):
             torch.cuda.synchronize()  # moments on the host are read there, where a kernel may still be writing
-        state = {f"m.{name}": m for name, m in self.m.items()} | {f"v.{name}": v for name, v in self.v.items()}
-        return state | {"step": torch.tensor(self.step_count)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.step_count = int(state["step"])
-        for part, tensors in (("m", self.m), ("v", self.v)):
-            for name, tensor in tensors.items():
-                tensor.copy_(state[f"{part}.{name}"])
+        return {f"m.{name}": m for name, m in self.m.items()} | {f"v.{name}": v for name, v in self.v.items()}
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -197,16 +197,6 @@ def numbered(keys: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return sorted_keys, count - 1, torch.empty_like(order).scatter_(0, order, count - 1), below
 
 
-def gathered(block: Tensor, table: ShardedEmbedding, world_size: int) -> Tensor:
-    """The whole of which each rank has `block`: the rows of `table`, or their moments; all ranks call it together."""
-    if world_size == 1:
-        return block
-    size = -(-table.num_embeddings // world_size)
-    padded = block.new_zeros(size, *block.shape[1:])
-    padded[: len(block)] = block.detach()
-    return _all_gather(padded, world_size).flatten(0, 1)[: table.num_embeddings]
-
-
 # Tables that every rank holds whole
 
 

@@ -1,11 +1,16 @@
-"""Training on a Ray cluster: the loop of `loop.py` on every worker, checkpoints and restarts by Ray Train.
+"""Training on a Ray cluster: the loop of `loop.py` on every worker, workers and their restarts by Ray Train.
 
 sequences → feature maps (driver) → workers: loader + loop → checkpoints → model folder (driver)
+
+Checkpoints are `CheckpointFolder`'s, as without Ray, and not handed to Ray Train: it would upload each rank's folder by
+itself, and a checkpoint must be there as a whole or not at all. A worker learns from the folder where the run stands,
+after a crash as after a new start, at this number of workers or another.
 """
 
+import json
 import logging
 import shutil
-import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import config
@@ -28,14 +33,19 @@ from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.tracking import Run
 from pipeline.train import loop
 from pipeline.train.checkpoint import (
-    Checkpoint,
+    CheckpointFolder,
     MetricsFile,
+    Saved,
     check_identity,
-    last_good,
+    only_writer,
+    read_tensors,
     run_identity,
-    write_checkpoint,
 )
+from pipeline.train.guards import TrainingStopped
 from pipeline.train.placement import describe, place_tables
+from pipeline.train.validation import Validator
+
+STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the driver
 
 logger = logging.getLogger(__name__)
 
@@ -51,32 +61,38 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
 
     Raises:
         UserError: no sequences, nothing to train on, or an earlier training under this name with other settings.
+        TrainingStopped: it went wrong; the checkpoints from before are kept.
     """
     folder = train_dir(cfg)
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
     digest = store.read_manifest(cfg.sequence_dir).digest
-    earlier = last_good(checkpoint_folders(cfg))  # tells a mistake before any worker starts
+    checkpoints = CheckpointFolder(folder / "checkpoints", cfg.train.keep_checkpoints)
+    earlier = checkpoints.newest()  # tells a mistake before any worker starts
     if earlier is not None:
-        check_identity(earlier.identity, run_identity(cfg, digest, cfg.train.num_workers), cfg.name)
+        check_identity(earlier.identity, run_identity(cfg, digest), cfg.name)
     maps = fit_features(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
-    if earlier is None or earlier.state.epoch < cfg.train.epochs:
+    if earlier is None or not earlier.state.finished:
         steps = step_plan(cfg, folder / "steps.json")  # here, so that no worker reads the store to count
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            _fit(_trainer(cfg, digest, steps, run))
-    trained = last_good(checkpoint_folders(cfg))
-    assert trained is not None
+            _fit(cfg, _trainer(cfg, digest, steps, run))
+    if run is not None and (folder / "profile").exists():
+        run.log_artifacts(folder / "profile", "profile")
+    trained = _chosen(cfg, checkpoints)
     model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
-    model.load_state_dict(trained.model)
+    read_tensors(trained.folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
     save_model(cfg.model_dir, model, cfg, maps, facts | ({"mlflow_run_id": run.run_id} if run else {}))
     return cfg.model_dir
 
 
-def _fit(trainer: TorchTrainer) -> None:
+def _fit(cfg: RunConfig, trainer: TorchTrainer) -> None:
     """A user's mistake that only a worker could see is still a `UserError`, not a stack of Ray's."""
+    stopped = train_dir(cfg) / STOPPED
+    stopped.unlink(missing_ok=True)
+    shutil.rmtree(train_dir(cfg) / "ray", ignore_errors=True)  # Ray Train's notes of an earlier attempt
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
@@ -85,15 +101,21 @@ def _fit(trainer: TorchTrainer) -> None:
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
         raise
+    if stopped.exists():
+        raise TrainingStopped(json.loads(stopped.read_text())["reason"])
+
+
+def _chosen(cfg: RunConfig, checkpoints: CheckpointFolder) -> Saved:
+    """The checkpoint that becomes the model, by `train.publish`."""
+    last = checkpoints.newest()
+    assert last is not None
+    if cfg.train.publish == "last" or last.state.best_step is None:
+        return last
+    return checkpoints.read(checkpoints.at(last.state.best_step))
 
 
 def train_dir(cfg: RunConfig) -> Path:
     return cfg.run_dir / "train"
-
-
-def checkpoint_folders(cfg: RunConfig) -> list[Path]:
-    """What Ray Train has kept of this run, oldest first."""
-    return sorted(path for path in (train_dir(cfg) / "ray").glob("checkpoint_*") if path.is_dir())
 
 
 def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
@@ -112,7 +134,6 @@ def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> T
             name="ray",
             storage_path=str(train_dir(cfg)),
             failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
         ),
     )
 
@@ -120,46 +141,45 @@ def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> T
 def train_worker(settings: dict[str, Any]) -> None:
     """One rank. It learns where the run stands from the checkpoints, after a crash as after a new start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # its three lines a checkpoint would bury the progress
     cfg, digest, run = config.from_dict(settings["cfg"]), settings["digest"], settings["run"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(cfg.train.threads_per_worker)
-    resume = last_good(checkpoint_folders(cfg)) if ray.train.get_checkpoint() else None
-    maps = FeatureMaps.load(train_dir(cfg))
-    metrics = None
-    if rank == 0:
-        metrics = MetricsFile(train_dir(cfg) / "metrics.jsonl", resumed_at=resume.state.step if resume else 0)
+    folder, device = train_dir(cfg), ray.train.torch.get_device()
+    maps = FeatureMaps.load(folder)
+    checkpoints = CheckpointFolder(folder / "checkpoints", cfg.train.keep_checkpoints, rank, world_size)
+    with only_writer(folder) if rank == 0 else nullcontext():
+        resume = checkpoints.newest()  # the other ranks wait here for rank 0
+        metrics = None
+        if rank == 0:
+            metrics = MetricsFile(folder / "metrics.jsonl", resumed_at=resume.state.step if resume else 0)
 
-    def log(step: int, values: dict[str, float]) -> None:
-        if metrics is not None:
-            metrics.append(step, values)
-            if run is not None:
-                run.log_metrics(values, step)
+        def log(step: int, values: dict[str, float]) -> None:
+            ray.train.report({"step": step, **values})
+            if metrics is not None:
+                metrics.append(step, values)
+                if run is not None:
+                    run.log_metrics(values, step)
 
-    loop.train(
-        cfg,
-        maps,
-        TrainLoader(cfg, maps, settings["steps"], rank, world_size),
-        digest,
-        rank=rank,
-        world_size=world_size,
-        device=ray.train.torch.get_device(),
-        resume=resume,
-        save=_report,
-        log=log,
-    )
-
-
-def _report(checkpoint: Checkpoint) -> None:
-    """A barrier: every rank reports, rank 0's folder is what Ray Train keeps."""
-    step = {"step": checkpoint.state.step}
-    if ray.train.get_context().get_world_rank() > 0:
-        ray.train.report(step)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), checkpoint)
-        ray.train.report(step, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        try:
+            loop.train(
+                cfg,
+                maps,
+                TrainLoader(cfg, maps, settings["steps"], rank, world_size),
+                digest,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                resume=resume,
+                checkpoints=checkpoints,
+                validate=Validator(cfg, maps, device, rank, world_size) if cfg.train.validate_every else None,
+                log=log,
+                profile_dir=folder / "profile",
+            )
+        except TrainingStopped as stopped:
+            # All ranks end here, at the same step. Raised, it would make Ray Train start them again, to the same end.
+            if rank == 0:
+                (folder / STOPPED).write_text(json.dumps({"reason": str(stopped)}))
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:
@@ -192,5 +212,5 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 def _last_step(cfg: RunConfig) -> int:
-    earlier = last_good(checkpoint_folders(cfg))
+    earlier = CheckpointFolder(train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints).newest()
     return earlier.state.step if earlier else 0
