@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +21,7 @@ from pipeline.data import store
 from pipeline.mlflow_server import mlflow_server
 from serve_app import deployment, load_test, replay
 
+Found = TypeVar("Found")
 WAIT_S = 60  # a replica that was killed may take a busy machine half a minute to replace
 
 
@@ -69,7 +70,7 @@ def restore(server: Served) -> None:
     if tracking.champion(server.cfg).version != first:
         assert tracking.rollback(server.cfg) == first
     champion_alone = {("champion", first): server.cfg.serve.num_replicas}
-    if loaded(server).keys() - champion_alone.keys():
+    if wait_until(lambda: loaded(server)).keys() - champion_alone.keys():
         deployment.deploy(server.cfg, server.dashboard_url, tracking.champion(server.cfg))
     wait_until(lambda: loaded(server) == champion_alone and len(replica_pids()) == server.cfg.serve.num_replicas)
 
@@ -77,18 +78,31 @@ def restore(server: Served) -> None:
 def loaded(server: Served) -> dict[tuple[str, int], int]:
     """By role and version, how many replicas have it loaded."""
     found: dict[tuple[str, int], int] = {}
-    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+    for family in text_string_to_metric_families(metrics_page(server)):
         for entry in family.samples if family.name == "ranking_model" else ():
             key = entry.labels["role"], int(entry.labels["version"])
             found[key] = found.get(key, 0) + 1
     return found
 
 
-def wait_until(done: Callable[[], bool]) -> None:
+def metrics_page(server: Served) -> str:
+    """The text of /metrics, which is 503 where a replica of a busy machine does not say its numbers in time."""
+
+    def page() -> str:
+        answer = server.client.get("/metrics")
+        assert answer.status_code in (200, 503), answer.text
+        return answer.text if answer.status_code == 200 else ""
+
+    return wait_until(page)
+
+
+def wait_until(done: Callable[[], Found]) -> Found:
+    """What `done` returns once it is something."""
     end = time.monotonic() + WAIT_S
-    while not done():
+    while not (found := done()):
         assert time.monotonic() < end, f"not within {WAIT_S} s"
         time.sleep(0.1)
+    return found
 
 
 class Load:

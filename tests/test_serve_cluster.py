@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from bad_bodies import BAD_BODIES, ONE, check_refused
-from served import Load, Served, loaded, replica_pids, restore, running, wait_until
+from served import Load, Served, loaded, metrics_page, replica_pids, restore, running, wait_until
 from test_limits import sample
 from tiny_world import NOT_A_USER, NUM_USERS
 
@@ -182,7 +182,7 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
         assert [ask(user) for user in users] == expected
         info = served.client.get("/v1/model").json()
         assert (info["canary_version"], info["canary_share"], info["shadow_version"]) == (second, 0.4, second)
-        page = lambda: served.client.get("/metrics").text
+        page = lambda: metrics_page(served)
         answered = sample(page(), "ranking_ranker_requests_total", version=str(second), role="canary")
         assert answered >= expected.count(second)
         wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
@@ -194,9 +194,9 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
 def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
     assert httpx.get(f"{served.url}/metrics").status_code == 401
     rank_all = lambda: [served.client.post("/v1/rank", json=ONE | {"user_id": user}) for user in range(NUM_USERS)]
-    before = served.client.get("/metrics").text
+    before = metrics_page(served)
     rank_all()
-    after = served.client.get("/metrics").text
+    after = metrics_page(served)
     for name in ("ranking_requests_total", "ranking_ranker_requests_total"):
         labels = {"path": "/v1/rank"} if name == "ranking_requests_total" else {}
         was = sample(before, name, **labels)
@@ -205,7 +205,7 @@ def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
 
 def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
     """Everybody asks twice with a history never seen; only a replica that has just come back may take users over."""
-    missed = lambda: sample(served.client.get("/metrics").text, "ranking_history_cache_misses_total")
+    missed = lambda: sample(metrics_page(served), "ranking_history_cache_misses_total")
     items = itertools.count()
 
     def sticky() -> bool:

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 from bad_bodies import ONE
-from served import Load, Served, loaded, replica_pids, restore, running
+from served import Load, Served, loaded, metrics_page, replica_pids, restore, running
 from test_limits import sample
 from tiny_world import NOT_A_USER
 
@@ -51,7 +51,7 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
     assert served.client.post("/v1/events", json={"events": [event]}).json()["accepted"] == 1
     after = served.client.post("/v1/rank", json=asked).json()
     assert (before["history_length"], after["history_length"]) == (0, 1)
-    page = served.client.get("/metrics").text
+    page = metrics_page(served)
     assert sample(page, "ranking_requests_total", path="/v1/rank", status="200") >= 2
     assert sample(page, "ranking_ranker_requests_total", version=str(first)) >= 2
     assert replay.replay(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
