@@ -1,20 +1,14 @@
 """Logs in an S3 bucket: the same files, rows and digests as on a disk, asked of a local server that speaks S3."""
 
-import logging
 import shutil
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from pyarrow import fs
-from werkzeug.serving import make_server
+from s3_server import Bucket, s3_bucket
 
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
@@ -23,49 +17,12 @@ from pipeline.data.sources import files, import_logs, open_logs
 from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
 
 ROOT = Path(__file__).parents[1]
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-
-
-@dataclass
-class Bucket:
-    """A bucket `logs` of a server in this process; `upload` copies a folder into it."""
-
-    endpoint: str
-    refuse: Counter = field(default_factory=Counter)  # method -> how many of the next requests are answered 503
-
-    @property
-    def options(self) -> str:
-        return f"?endpoint_override={self.endpoint}&region=us-east-1"
-
-    def upload(self, folder: Path, prefix: str) -> str:
-        store = fs.S3FileSystem(region="us-east-1", endpoint_override=self.endpoint)
-        fs.copy_files(str(folder), f"logs/{prefix}", destination_filesystem=store)
-        return f"s3://logs/{prefix}{self.options}"
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Bucket]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
-    application = DomainDispatcherApplication(create_backend_app)
-    found = Bucket("")
-
-    def answer(request: dict, start: Callable) -> Iterable[bytes]:
-        if found.refuse[request["REQUEST_METHOD"]] > 0:
-            found.refuse[request["REQUEST_METHOD"]] -= 1
-            start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-            return [SLOW_DOWN]
-        return application(request, start)
-
-    server = make_server("127.0.0.1", 0, answer, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    found.endpoint = f"http://127.0.0.1:{server.server_port}"
-    store = fs.S3FileSystem(region="us-east-1", endpoint_override=found.endpoint, allow_bucket_creation=True)
-    store.create_dir("logs")
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with s3_bucket() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
