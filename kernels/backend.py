@@ -24,5 +24,10 @@ def choose(backend: Backend, x: Tensor) -> Backend:
     require(backend in names, f"backend must be one of {', '.join(names)}, got {backend!r}")
     if backend == "auto":
         return "triton" if x.is_cuda else "torch"
-    require(backend != "triton" or x.is_cuda or INTERPRETED, "the triton backend needs CUDA tensors")
+    if backend == "triton":
+        require_triton(x)
     return backend
+
+
+def require_triton(x: Tensor) -> None:
+    require(x.is_cuda or INTERPRETED, "the triton backend needs CUDA tensors")

@@ -22,7 +22,6 @@ from kernels.linear.weights import cast_weight
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
 from kernels.semi_local_attention import triton_launch as attention
-from kernels.semi_local_attention.op import semi_local_attention, triton_plan
 from kernels.stu import op
 from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
 from kernels.stu.reference import STUShape, STUWeights
@@ -55,19 +54,9 @@ def assert_as_accurate(fast: Tensor, plain: Tensor, truth: Tensor, factor: float
     assert worst[0] <= allowed, f"error {worst[0]:.2e}, allowed {allowed:.2e}"
 
 
-def attend(q, k, v, seq_offsets, *, bias, attn_alpha, scaling_seq_len, backend, **mask) -> Tensor:
-    """`semi_local_attention` with Triton's interpreter as one more backend."""
-    options = {"bias": bias, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
-    if backend != "triton":
-        return semi_local_attention(q, k, v, seq_offsets, **mask, **options, backend=backend)
-    return attention.semi_local_attention_triton(q, k, v, triton_plan(len(q), seq_offsets, **mask), **options)
-
-
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The fused layer on the CPU, where "triton" is asked for, on small tiles."""
-    monkeypatch.setattr(op, "is_fused", lambda x, shape, backend: backend == "triton")
-    monkeypatch.setattr(op, "semi_local_attention", attend)
+    """Small tiles."""
     monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.Tile(16, 16, 4, 1))
     monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
     torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows

@@ -8,12 +8,14 @@ Every layer of a batch has the same mask, so what a backend derives from it (a l
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend, require_triton
+from kernels.backend import require as _require
 from kernels.semi_local_attention.reference import (
     RelativeBias,
     cached_attention_reference,
@@ -26,22 +28,15 @@ from kernels.semi_local_attention.torch_blocked import (
 )
 
 Plan = TypeVar("Plan")
-Backend = Literal["auto", "triton", "torch", "reference"]
-
 TRITON_TYPES = torch.float16, torch.bfloat16, torch.float32
 _plans: dict[int, tuple[ref, dict]] = {}  # id of seq_offsets → it, mask → (versions, tensors it was made of, plan)
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 def _require_triton(x: Tensor, width: int) -> None:
-    _require(x.is_cuda, "the triton backend needs CUDA tensors")
+    require_triton(x)
     _require(x.dtype in TRITON_TYPES, f"the triton backend takes float16, bfloat16 and float32, got {x.dtype}")
     _require(max(x.shape[2], width) <= 256, f"heads must be at most 256 wide, got {x.shape[2]} and {width}")
-    here = x.device.index == torch.cuda.current_device()
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     _require(here, f"tensors are on {x.device}, but kernels start on the current device: torch.cuda.set_device(...)")
 
 

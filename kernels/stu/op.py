@@ -131,9 +131,10 @@ def output(
 
 
 def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
-    """Whether the fused kernels take this; float32 is left to PyTorch, whose products are faster there."""
-    fused = choose(backend, x_TE) == "triton" and _compute_dtype(x_TE).itemsize == 2 and len(x_TE) > 0
-    if fused and shape.fp8:
+    """Whether the fused kernels take this; on a GPU float32 is left to PyTorch, whose products are faster there."""
+    half = _compute_dtype(x_TE).itemsize == 2 or not x_TE.is_cuda
+    fused = choose(backend, x_TE) == "triton" and half and len(x_TE) > 0
+    if fused and shape.fp8 and x_TE.is_cuda:
         name, capability = torch.cuda.get_device_name(x_TE.device), torch.cuda.get_device_capability(x_TE.device)
         require(capability >= (8, 9), f"FP8 needs compute capability 8.9, {name} has {capability}")
     return fused

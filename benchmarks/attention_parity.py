@@ -1,0 +1,177 @@
+"""Parity of semi-local attention: the Triton backend against dense PyTorch, on a GPU or in Triton's interpreter."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import DEVICE, Check, generator, offsets_of
+from kernels.semi_local_attention import triton_launch
+from kernels.semi_local_attention.op import Backend, cached_attention, semi_local_attention
+from kernels.semi_local_attention.reference import RelativeBias
+
+SEMI_LOCAL = {"window": 256, "full_rows": 256}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch and a mask."""
+
+    lengths: tuple[int, ...]
+    num_targets: tuple[int, ...] | None = None
+    mask: dict[str, int] = field(default_factory=dict)
+    visible: str = ""  # each candidate its own visible length: "random", or "sorted" as in training
+    heads: int = 4
+    d_qk: int = 128
+    d_v: int = 128
+    bias: bool = False
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        shown = f"{len(self.lengths)} sequences" if len(self.lengths) > 4 else str(list(self.lengths))
+        extra = f"{' visible ' + self.visible if self.visible else ''}{' bias' if self.bias else ''}"
+        return f"{self.dtype} {shown} targets {self.num_targets} {self.mask} {self.heads}x{self.d_qk}x{self.d_v}{extra}"
+
+
+@dataclass
+class Batch:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    offsets: Tensor
+    options: dict
+    bias: RelativeBias | None
+
+
+def make_batch(case: Case, seed: int = 0) -> Batch:
+    """Tensors in float64, of values that the case's type holds exactly."""
+    draws = generator(seed)
+    total, heads = sum(case.lengths), case.heads
+    widths = case.d_qk, case.d_qk, case.d_v, case.d_v
+    dtype = getattr(torch, case.dtype)
+    tensors = [torch.randn(total, heads, d, generator=draws, device=DEVICE).to(dtype).double() for d in widths]
+    offsets = offsets_of(case.lengths)
+    options = {**case.mask, "max_seq_len": max(case.lengths), "attn_alpha": case.d_qk**-0.5, "scaling_seq_len": 64}
+    if case.num_targets is not None:
+        options["num_targets"] = torch.tensor(case.num_targets, dtype=torch.int32).to(DEVICE)
+        if case.visible:
+            host = torch.Generator().manual_seed(seed)
+            pairs = zip(case.lengths, case.num_targets, strict=True)
+            rows = [torch.randint(0, n - c + 1, (c,), generator=host) for n, c in pairs]
+            rows = rows if case.visible == "random" else [row.sort().values for row in rows]
+            options["target_visible"] = torch.cat(rows).to(torch.int32).to(DEVICE)
+    bias = None
+    if case.bias:
+        tables = (torch.randn(n, generator=draws, device=DEVICE, dtype=torch.float64) for n in (500, 129))
+        times = torch.randint(0, 7_200_000, (total,), generator=draws, device=DEVICE).cumsum(0)
+        bias = RelativeBias(*tables, times)
+    return Batch(*tensors, offsets, options, bias)
+
+
+def run(batch: Batch, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+    """Output and all gradients, in float64."""
+    leaves = [x.to(dtype).requires_grad_() for x in (batch.q, batch.k, batch.v)]
+    bias = batch.bias
+    if bias is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        tables = [x.to(wide).requires_grad_() for x in (bias.position_table, bias.time_table)]
+        bias = RelativeBias(*tables, bias.event_time_T, bias.query_time_T)
+        leaves += tables
+    out = semi_local_attention(*leaves[:3], batch.offsets, bias=bias, backend=backend, **batch.options)
+    grads = torch.autograd.grad(out, leaves, batch.grad.to(dtype))
+    return [x.detach().double() for x in (out, *grads)]
+
+
+def parity_cases() -> list[Case]:
+    """Lengths that break tiles, every kind of mask, every width and type, and real sizes."""
+    semi, prefixed = {"window": 100, "full_rows": 50}, {"window": 100, "full_rows": 50, "prefix": 3}
+    cases = [
+        Case((1,)),
+        Case((63, 0, 130)),
+        Case((257, 64), (0, 64), {"window": 40, "full_rows": 30}, heads=2),
+        Case((1000, 77, 512), None, SEMI_LOCAL, heads=2),
+        Case((1000, 77, 512), (100, 7, 0), semi, heads=2),
+        Case((1000, 77, 512), (100, 7, 0), prefixed, "random", heads=2),
+        Case((3000, 200), (300, 0), {"window": 0, "full_rows": 70, "prefix": 70}, "random", heads=2),
+        Case((2500, 300), (500, 3), heads=2),
+        Case((1030,) * 3, heads=2),
+        Case((200,) * 20, (50,) * 20, {"window": 64, "prefix": 2}, "sorted", heads=2),
+        Case((3584 + 512, 4096), (512, 512), SEMI_LOCAL, heads=2),
+        Case((16384 + 512,), (512,), SEMI_LOCAL, heads=1),
+        Case((9000,), None, heads=1),
+    ]
+    some = [((700, 77), (70, 7), prefixed, "random"), ((1100, 63), None, {}, "")]
+    widths = [(64, 64), (32, 32), (16, 16), (256, 256), (50, 25), (25, 50), (64, 128), (128, 64)]
+    for d_qk, d_v in widths:
+        cases += [Case(*x, heads=2, d_qk=d_qk, d_v=d_v) for x in some]
+    for dtype in ("float16", "float32"):
+        cases += [Case(*x, heads=2, d_qk=d, d_v=d, dtype=dtype) for x in some for d in (128, 50)]
+    cases += [Case(*x, heads=2, d_qk=64, d_v=64, bias=True) for x in some]
+    cases += [Case((2500, 300), (500, 3), semi, heads=2, d_qk=50, d_v=50, bias=True)]
+    return cases
+
+
+def check_parity(case: Case) -> str | None:
+    """What is wrong with the Triton backend on a case: errors beyond twice those of dense PyTorch in the same type,
+    or two runs that differ."""
+    batch, dtype = make_batch(case), getattr(torch, case.dtype)
+    truth = run(batch, torch.float64, "torch" if max(case.lengths) > 8192 else "reference")
+    plain = run(batch, dtype, "reference")
+    fast, again = run(batch, dtype, "triton"), run(batch, dtype, "triton")
+    worst = [[(x - t).abs().max().item() for x, t in zip(xs, truth, strict=True)] for xs in (fast, plain)]
+    floor = [1e-6 * t.abs().mean().item() for t in truth]
+    ratios = [f / (p + z) if p + z else f for f, p, z in zip(*worst, floor, strict=True)]
+    if not all(r <= 2 for r in ratios):  # NaN is not
+        return f"error over PyTorch's {[round(r, 2) for r in ratios]}"
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    return None
+
+
+def check_cached(
+    dtype: torch.dtype = torch.bfloat16,
+    cached: tuple[int, ...] = (3000, 0, 500),
+    rows: tuple[int, ...] = (200, 3, 70),
+    heads: int = 4,
+    width: int = 128,
+) -> str | None:
+    for causal in (False, True):
+        for seen in (False, True):
+            if causal and seen:
+                continue
+            args, visible = cached_inputs(cached, rows, dtype, heads, width, with_visible=seen)
+            options = {"visible": visible, "causal": causal, "attn_alpha": 0.1, "scaling_seq_len": 64}
+            wide = [x.double() if x.is_floating_point() else x for x in args]
+            truth = cached_attention(*wide, backend="reference", **options)
+            plain = cached_attention(*args, backend="reference", **options).double()
+            fast = cached_attention(*args, backend="triton", **options).double()
+            ratio = ((fast - truth).abs().max() / (plain - truth).abs().max()).item()
+            if not ratio <= 2:
+                return f"causal {causal}, visible {seen}: error over PyTorch's {ratio:.2f}"
+    return None
+
+
+def cached_inputs(cached: tuple[int, ...], rows: tuple[int, ...], dtype, heads=4, width=128, with_visible=False):
+    draws = generator()
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(count, heads, width, generator=draws, device=DEVICE).to(dtype)
+
+    row_offsets, cache_offsets = (offsets_of(n) for n in (rows, cached))
+    c, t = sum(rows), sum(cached)
+    visible = torch.cat([torch.randint(0, n + 1, (m,)) for n, m in zip(cached, rows, strict=True)]).int().to(DEVICE)
+    args = draw(c), draw(c), draw(c), row_offsets, draw(t), draw(t), cache_offsets
+    return args, visible if with_visible else None
+
+
+def parity_checks() -> list[Check]:
+    return [*((check_parity, case) for case in parity_cases()), (check_cached,)]
+
+
+def smoke_checks() -> list[Check]:
+    """A few tiny cases in float32. A program past the end of its list costs the interpreter as much as any other."""
+    triton_launch.SPLIT_PROGRAMS = 4
+    tiny = Case((21, 0, 9), (3, 0, 9), {"window": 4, "full_rows": 3, "prefix": 1}, "random", 1, 16, 16, dtype="float32")
+    biased = replace(tiny, mask={}, visible="", bias=True)
+    return [(check_parity, tiny), (check_parity, biased), (check_cached, torch.float32, (20, 0, 7), (5, 1, 2), 1, 16)]

@@ -1,0 +1,206 @@
+"""What the benchmarks of kernels share: the device, times, and parity checks in several processes.
+
+Without a GPU they can be tried, not measured: `TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke` runs tiny
+checks and calls in Triton's interpreter, where a time is no time (`nan`).
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.backend import INTERPRETED, Backend
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TOKENS = 65_536
+REPEATS = 30
+FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
+PROCESSES = 14
+PATIENCE = 30.0  # s, with checks under way when time is up
+
+Check = tuple  # a function and what it is called with; it says what is wrong, or None
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), device=DEVICE).to(dtype)
+
+
+def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, shape, generator=generator(seed), device=DEVICE)
+
+
+def offsets_of(lengths: list[int] | tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
+
+
+# Times ---------------------------------------------------------------------------------------------------------------
+
+
+class Timer:
+    """Median of runs by device events; before each, L2 is flushed several times over, so that the host is ahead and its
+    work does not show."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(1 if INTERPRETED else FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+
+    def __call__(self, call: Callable[[], object], repeats: int = REPEATS, flushes: int = 4) -> float:
+        """Milliseconds. Each flush is some 0.1 ms; together they must take longer than the host needs for the call."""
+        if INTERPRETED:
+            call()
+            return math.nan
+        for _ in range(3):
+            call()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for begin, end in events:
+            for _ in range(flushes):
+                self.flush.zero_()
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return sorted(begin.elapsed_time(end) for begin, end in events)[repeats // 2]
+
+
+def host_us(call: Callable[[], object], count: int = 300) -> float:
+    """Microseconds of host work of a call so small that the device is never behind."""
+    if INTERPRETED:
+        call()
+        return math.nan
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    spent = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return spent / count * 1e6
+
+
+def copy_ms(timer: Timer, moved: float) -> float:
+    """A copy that reads half of `moved` bytes and writes half."""
+    source = torch.empty(max(int(moved) // 2, 1), dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    return timer(lambda: target.copy_(source))
+
+
+def time_ceilings(timer: Timer) -> dict[str, float]:
+    a, b = (torch.randn(n, 512, device=DEVICE, dtype=torch.bfloat16) for n in (TOKENS, 2048))
+    gemm_ms = timer(lambda: a @ b.T)
+    return {"copy_tb_s": 2**30 / copy_ms(timer, 2**30) / 1e9, "gemm_tflops": 2 * TOKENS * 512 * 2048 / gemm_ms / 1e9}
+
+
+# Parity --------------------------------------------------------------------------------------------------------------
+
+
+def strays(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], floor: float = 1e-12) -> str | None:
+    """What strays from `truth`, float64, by more than twice plain PyTorch's error, 1e-6 of its size and `floor`."""
+    for i, (got, there, expected) in enumerate(zip(fast, plain, truth, strict=True)):
+        if not got.numel():
+            continue
+        worst, allowed = ((x.double() - expected).abs().max().item() for x in (got, there))
+        allowed = 2 * allowed + 1e-6 * expected.abs().max().item() + floor
+        if not worst <= allowed:  # NaN is not
+            return f"output {i}: error {worst:.2e}, allowed {allowed:.2e}"
+    return None
+
+
+@contextmanager
+def no_waiting(of: Backend = "triton") -> Iterator[None]:
+    """What makes the host wait for the device raises; plain PyTorch may."""
+    if DEVICE == "cuda" and of == "triton":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def name_of(check: Check) -> str:
+    function, *arguments = check
+    return f"{function.__name__}({', '.join(map(str, arguments))})"
+
+
+_broken: list[str] = []  # of this process: the check after which its CUDA context was of no use
+
+
+def run_check(check: Check) -> tuple[str | None, bool]:
+    """What is wrong, and whether the check was not run at all. New tensors start as NaN: what is not written shows."""
+    if _broken:
+        return f"not run: {_broken[0]} had left the process without its device", True
+    function, *arguments = check
+    torch.use_deterministic_algorithms(True)  # fills new tensors; the kernels do not depend on it
+    try:
+        return function(*arguments), False
+    except Exception as error:  # the report must name the check, whatever went wrong in its process
+        if "CUDA error" in str(error) or "illegal" in str(error):
+            _broken.append(name_of(check))
+        return f"{type(error).__name__}: {str(error)[:300]}", False
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def parity(checks: list[Check], seconds: float = math.inf) -> list[str]:
+    """One line for each check that fails, printed as it is found; after `seconds` no further check is begun.
+
+    Each check runs in one of several processes: compiling takes most of the time.
+    """
+    begin, wrong = time.perf_counter(), []
+
+    def report(check: Check, found: str | None) -> None:
+        if found is not None:
+            wrong.append(f"{name_of(check)}: {found}")
+            print(f"WRONG {wrong[-1]}", flush=True)
+
+    if INTERPRETED:
+        for check in checks:
+            report(check, run_check(check)[0])
+    left = [] if INTERPRETED else checks
+    for _ in range(3):  # what a broken process did not run gets a new one
+        again = []
+        with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), get_context("spawn")) as pool:
+            pending: dict[Any, Check] = {pool.submit(run_check, check): check for check in left}
+            while pending and time.perf_counter() - begin < seconds:
+                done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    check = pending.pop(future)
+                    crash = future.exception()  # of a process that died
+                    found, skipped = (f"{type(crash).__name__}: {crash}", False) if crash else future.result()
+                    if skipped:
+                        again.append(check)
+                    else:
+                        report(check, found)
+            late = [future for future in pending if future.cancel()]
+            for future in late:
+                report(pending.pop(future), f"not run: {seconds:.0f} s had passed")
+            _, hanging = wait(pending, timeout=PATIENCE)
+            for future, check in pending.items():
+                report(check, "still running" if future in hanging else future.result()[0])
+            if hanging:
+                for process in active_children():  # the pool would wait for them
+                    process.kill()
+        left = again
+        if not left:
+            break
+    for check in left:
+        report(check, "not run: earlier checks left three processes without their device")
+    spent = time.perf_counter() - begin
+    print(f"parity: {len(checks)} checks, {len(wrong)} wrong, {spent:.0f} s", flush=True)
+    return wrong

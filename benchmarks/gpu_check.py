@@ -1,0 +1,105 @@
+"""Every kernel's parity on the GPU at hand, within a time: the first thing to run on a new machine.
+
+    python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention]
+    TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that checks and benchmarks run at all
+
+Prints a line for each check that fails and one for each that found no time; ends with 1 if there is any. What has run
+least on GPUs goes first. Then, without paying for parity again: `python -m benchmarks.layer --no-parity --only rows
+host_us training_step`, and `--parity-only` of a benchmark for its own checks alone.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks import attention, attention_parity, layer, layer_parity, tables, tables_parity
+from benchmarks.gpu import DEVICE, Check, parity
+from benchmarks.model import model_config, random_batch, vocabulary
+from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.train.loop import Trainee
+
+SEMI_LOCAL = {"attention": {"window": 256, "full_rows": 256}, "truncate_after_layer": 1, "truncate_to": 256}
+
+
+def check_token_backends(interleaved: bool, users: int, length: int, width: int) -> str | None:
+    """The whole model in float32, its token encoder in Triton and in plain PyTorch: logits and all gradients."""
+    results = []
+    for backend in ("triton", "torch"):
+        cfg = model_config({**SEMI_LOCAL, "token_backend": backend, "merge": not interleaved}, 2, 2, width)
+        batch = random_batch(cfg, users * length, length, 4, seed=0).to(DEVICE)
+        torch.manual_seed(0)
+        model = UltraHSTU(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2)).to(DEVICE).train()
+        logits = model(batch)
+        logits.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        # Not `to_dense`, whose sums may come in any order.
+        dense = {
+            name: torch.zeros_like(model.get_parameter(name)).index_add_(0, g._indices()[0], g._values())
+            if g.is_sparse
+            else g
+            for name, g in grads.items()
+        }
+        results.append({"logits": logits.detach(), **dense})
+    fast, plain = results
+    if fast.keys() != plain.keys():
+        return f"gradients of {sorted(fast.keys() ^ plain.keys())} in one form alone"
+    for name, expected in plain.items():
+        error = ((fast[name] - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+        if not error <= 1e-3:
+            return f"{name}: {error:.1e} from plain PyTorch's"
+    return None
+
+
+def check_training(steps: int = 5) -> str | None:
+    """A few steps in bfloat16: losses as with the token encoder in plain PyTorch, and the same in a second run."""
+    runs = []
+    for backend in ("triton", "triton", "torch"):
+        cfg = model_config({**SEMI_LOCAL, "token_backend": backend}, 2, 2, 64)
+        batch = random_batch(cfg, 8192, 1024, 16, seed=0).to(DEVICE)
+        torch.manual_seed(0)
+        trainee = Trainee(cfg, vocabulary(cfg), DEVICE, rank=0, world_size=1)
+        runs.append(torch.stack([trainee.step(batch, step, 100)[0].sum() for step in range(steps)]))
+    fast, again, plain = runs
+    if not torch.equal(fast, again):
+        return f"losses of two runs differ: {fast.tolist()} and {again.tolist()}"
+    error = ((fast - plain).abs() / plain.abs()).max().item()
+    return None if error <= 0.02 else f"losses {fast.tolist()} where plain PyTorch has {plain.tolist()}"
+
+
+def model_checks() -> list[Check]:
+    sizes = (8, 1024, 64), (3, 40, 16)
+    return [*((check_token_backends, merged, *size) for size in sizes for merged in (False, True)), (check_training,)]
+
+
+SUITES = {
+    "tokens": layer_parity.token_checks,
+    "model": model_checks,
+    "layer": layer_parity.layer_checks,
+    "tables": tables_parity.parity_checks,
+    "attention": attention_parity.parity_checks,
+}
+SMOKE = {
+    "tokens": list,  # with the layer's
+    "model": lambda: [(check_token_backends, False, 2, 10, 16)],
+    "layer": layer_parity.smoke_checks,
+    "tables": tables_parity.smoke_checks,
+    "attention": attention_parity.smoke_checks,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=220, help="after which no further check is begun")
+    parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES), metavar="SUITE")
+    parser.add_argument("--smoke", action="store_true", help="tiny checks and calls, in Triton's interpreter too")
+    arguments = parser.parse_args()
+    suites = SMOKE if arguments.smoke else SUITES
+    wrong = parity([check for name in arguments.only for check in suites[name]()], arguments.seconds)
+    if arguments.smoke:
+        for benchmark in (layer, tables, attention):
+            benchmark.smoke()
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Parity of the STU layer, its FP8, and the token encoder's row kernels, on a GPU or in Triton's interpreter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import DEVICE, Check, generator, no_waiting, offsets_of, randint, randn, strays
+from kernels.backend import Backend
+from kernels.layer_norm.op import layer_norm, swish_layer_norm
+from kernels.layer_norm.reference import quantize_rows_reference
+from kernels.layer_norm.triton_launch import launch_quantize
+from kernels.linear.reference import linear_reference
+from kernels.linear.triton_launch import launch_linear
+from kernels.position_time.op import add_position_time
+from kernels.position_time.reference import Anchor
+from kernels.semi_local_attention import triton_launch
+from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
+from kernels.stu.reference import STUShape, STUWeights
+
+LAYER = STUShape(
+    num_heads=4,
+    d_qk=128,
+    d_v=128,
+    norm_eps=1e-6,
+    attn_alpha=128**-0.5,
+    scaling_seq_len=64,
+    window=256,
+    full_rows=256,
+    prefix=0,
+)
+CAUSAL = {"window": None, "full_rows": 0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and a batch."""
+
+    shape: STUShape
+    width: int = 512
+    lengths: tuple[int, ...] = (700, 0, 333)
+    num_targets: tuple[int, ...] = (30, 0, 333)
+    p: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+
+
+def parity_cases() -> list[Case]:
+    small = replace(LAYER, num_heads=2, d_qk=64, d_v=32, window=100, full_rows=50, prefix=2)
+    odd = replace(small, d_qk=50, d_v=25)
+    return [
+        Case(LAYER, p=0.2),
+        Case(replace(LAYER, recompute=RECOMPUTABLE), p=0.2),
+        Case(replace(LAYER, silu_qkv=False, recompute=("uvqk",))),
+        Case(replace(LAYER, concat_ua=True, recompute=("y", "normed_x")), p=0.1),
+        Case(replace(small, silu_qkv=False, concat_ua=True), width=96, p=0.5),
+        Case(replace(odd, recompute=RECOMPUTABLE), width=72),
+        Case(replace(odd, concat_ua=True, **CAUSAL), width=50, p=0.1),
+        Case(small, width=96, lengths=(1,), num_targets=(0,)),
+        Case(replace(small, recompute=("uvqk",)), width=96, lengths=(65, 64), num_targets=(65, 64)),
+        Case(replace(LAYER, recompute=RECOMPUTABLE), lengths=(4096, 1000), num_targets=(512, 1)),
+        Case(replace(small, recompute=RECOMPUTABLE), width=96, dtype=torch.float16),
+    ]
+
+
+def make_layer(shape: STUShape, width: int, seed: int = 0) -> list[Tensor]:
+    """Weights in float64, of values that bfloat16 holds."""
+    draws = generator(seed)
+    attended, projected = shape.split[0], sum(shape.split)
+    gated = attended * (3 if shape.concat_ua else 1)
+    sizes = [(width,), (width,), (projected, width), (projected,), (attended,), (attended,), (width, gated), (width,)]
+    weights = [
+        torch.randn(size, generator=draws, device=DEVICE) * (size[-1] ** -0.5 if len(size) > 1 else 0.3)
+        for size in sizes
+    ]
+    weights[0], weights[4] = weights[0] + 1, weights[4] + 1
+    return [w.bfloat16().double() for w in weights]
+
+
+def make_sequences(lengths: tuple[int, ...], num_targets: tuple[int, ...] | None = None) -> Sequences:
+    targets = None if num_targets is None else torch.tensor(num_targets, dtype=torch.int32).to(DEVICE)
+    return Sequences(offsets_of(lengths), max(lengths), targets)
+
+
+def run(case: Case, dtype: torch.dtype, backend: Backend, recompute: tuple[str, ...] | None = None) -> list[Tensor]:
+    """Output and all gradients."""
+    shape = case.shape if recompute is None else replace(case.shape, recompute=recompute)
+    rows = sum(case.lengths), case.width
+    draws = generator(1)
+    x, grad = (torch.randn(rows, generator=draws, device=DEVICE).bfloat16() for _ in range(2))
+    leaves = [t.to(dtype).requires_grad_() for t in (x, *make_layer(shape, case.width))]
+    sequences = make_sequences(case.lengths, case.num_targets)
+    out = stu_layer(leaves[0], STUWeights(*leaves[1:]), shape, sequences, p=case.p, seed=77, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def check_layer(case: Case) -> str | None:
+    """What is wrong with the fused layer on a case: errors beyond twice those of PyTorch in the same type, two runs
+    that differ, or a result that depends on what was kept."""
+    truth, plain = run(case, torch.float64, "reference"), run(case, case.dtype, "reference")
+    fast, again = run(case, case.dtype, "triton"), run(case, case.dtype, "triton")
+    ratios = []
+    for f, p, t in zip(fast, plain, truth, strict=True):
+        worst = [(x.double() - t).abs().max().item() for x in (f, p)]
+        ratios.append(worst[0] / max(worst[1], 1e-6 * t.abs().max().item(), 1e-30))
+    if not all(r <= 2 for r in ratios):  # NaN is not
+        return f"error over PyTorch's {[round(r, 2) for r in ratios]}"
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    for recompute in ((), RECOMPUTABLE):
+        other = run(case, case.dtype, "triton", recompute)
+        if not all(torch.equal(a, b) for a, b in zip(fast, other, strict=True)):
+            return f"recompute={recompute} changes the result"
+    return None
+
+
+def check_fp8(width: int, rows: int) -> str | None:
+    """Codes and scales equal PyTorch's; the product over them strays no further than PyTorch's in bfloat16."""
+    x, w, bias, residual = product_inputs(rows, width)
+    for tensor in (x, w):
+        codes, scale = launch_quantize(tensor)
+        expected, expected_scale = quantize_rows_reference(tensor)
+        if not torch.equal(codes.view(torch.uint8), expected.view(torch.uint8)) or not torch.equal(
+            scale, expected_scale
+        ):
+            return f"quantised rows differ from PyTorch's at [{len(tensor)}, {width}]"
+    truth = linear_reference(x.double(), w.double(), bias.double(), residual=residual.double(), fp8=True)
+    plain = linear_reference(x, w, bias, residual=residual, fp8=True).double()
+    fast = fp8_product(x, w, bias, residual)().double()
+    ratio = ((fast - truth).abs().max() / (plain - truth).abs().max()).item()
+    return None if ratio <= 2 else f"FP8 product [{rows}, {width}]: error over PyTorch's {ratio:.2f}"
+
+
+def check_fused_fp8() -> str | None:
+    """The FP8 layer computes what its emulation in PyTorch does: as near as two orders of rounding can be."""
+    case = Case(replace(LAYER, fp8=True, recompute=RECOMPUTABLE), p=0.2)
+    exact, emulated = run(replace(case, shape=LAYER), torch.float64, "reference"), run(case, torch.float64, "reference")
+    fast = run(case, torch.bfloat16, "triton")
+    for i, (f, e, t) in enumerate(zip(fast, emulated, exact, strict=True)):
+        to_emulated, of_fp8 = ((a.double() - b).norm() / t.norm() for a, b in ((f, e), (e, t)))
+        if not to_emulated <= 0.5 * of_fp8 + 0.01:
+            return f"FP8 layer, result {i}: {to_emulated:.4f} from its emulation, which is {of_fp8:.4f} from float64"
+    kept = run(case, torch.bfloat16, "triton", ())
+    return None if all(torch.equal(a, b) for a, b in zip(fast, kept, strict=True)) else "FP8: recompute changes bits"
+
+
+def product_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draws = generator()
+    sizes = (rows, width), (width, width), (width,), (rows, width)
+    x, w, bias, residual = (torch.randn(size, generator=draws, device=DEVICE) for size in sizes)
+    return x.bfloat16(), (w * width**-0.5).bfloat16(), bias.bfloat16(), residual.bfloat16()
+
+
+def fp8_product(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Callable[[], Tensor]:
+    """x wᵀ + bias + residual over x and w quantised once, outside of the call."""
+    (codes, scale), (w_codes, w_scale) = launch_quantize(x), launch_quantize(w)
+    options: dict[str, Any] = {"residual": residual, "scales": (scale, w_scale), "dtype": torch.bfloat16}
+    return lambda: launch_linear(codes, w_codes, bias, **options)[0]
+
+
+def check_norm(kind: str, rows: int, width: int, dtype: torch.dtype) -> str | None:
+    """LayerNorm, or the gate of its own input: outputs and gradients, rows of x apart from each other."""
+    norm = {"plain": layer_norm, "gate": swish_layer_norm}[kind]
+    wide = randn(rows, 2 * width, dtype=dtype, seed=1) * 2 + 0.3
+    weights, grad = [randn(width, seed=seed) + (seed == 2) for seed in (2, 3)], randn(rows, width, dtype=dtype, seed=4)
+
+    def run(dtype: torch.dtype, of_weights: torch.dtype, backend: Backend) -> list[Tensor]:
+        leaves = [x.to(t, copy=True).requires_grad_() for x, t in ((wide, dtype), *((w, of_weights) for w in weights))]
+        with no_waiting(backend):
+            out = norm(leaves[0][:, width:], *leaves[1:], eps=1e-5, backend=backend)
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    # Weights are float32 in the model, but PyTorch's norm wants them in x's type.
+    fast, again = run(dtype, torch.float32, "triton"), run(dtype, torch.float32, "triton")
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    return strays(fast, run(dtype, dtype, "torch"), run(torch.float64, torch.float64, "torch"))
+
+
+PLACES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {  # positions and gaps of so many tokens
+    "spread": lambda n: (randint(30_000, n, seed=1), randint(2**40, n, seed=2) - 1),
+    "short histories": lambda n: (torch.arange(n, device=DEVICE) % 20, randint(90_000, n, seed=2) - 1),
+    "one row": lambda n: (torch.full((n,), 5, device=DEVICE), torch.full((n,), -1, device=DEVICE)),
+    "edges of buckets": lambda n: (torch.arange(n, device=DEVICE), 2 ** (torch.arange(n, device=DEVICE) % 40) - 1),
+}
+
+
+def check_position_time(
+    places: str, tokens: int, width: int, tables: tuple[int, int], anchor: Anchor, dtype: torch.dtype
+) -> str | None:
+    """Outputs and gradients; that bits repeat, the host does not wait, and rows without tokens have no gradient."""
+    position, gap = PLACES[places](tokens)
+    given = [randn(n, width, dtype=dtype, seed=n) for n in (tokens, *tables)]
+    grad = randn(tokens, width, dtype=dtype, seed=7)
+
+    def run(dtype: torch.dtype, of_tables: torch.dtype, backend: Backend) -> tuple[list[Tensor], list[set[int]]]:
+        leaves = [x.to(t, copy=True).requires_grad_() for x, t in zip(given, (dtype, *[of_tables] * 2), strict=True)]
+        with no_waiting(backend):
+            out = add_position_time(*leaves, position, gap, anchor=anchor, backend=backend)
+            dx, *sparse = torch.autograd.grad(out, leaves, grad.to(dtype))
+        rows, values = zip(*((g._indices()[0], g._values()) for g in sparse), strict=True)
+        dense = [torch.zeros_like(t).index_add_(0, r, v) for t, r, v in zip(leaves[1:], rows, values, strict=True)]
+        return [out.detach(), dx, *dense], [set(r.tolist()) for r in rows]
+
+    truth, touched = run(torch.float64, torch.float64, "reference")
+    plain, _ = run(dtype, torch.float32, "torch")
+    (fast, named), (again, _) = (run(dtype, torch.float32, "triton") for _ in range(2))
+    if named != touched:
+        return f"gradients name other rows: {[len(n ^ t) for n, t in zip(named, touched, strict=True)]} too many or few"
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    return strays(fast, plain, truth)
+
+
+def token_checks() -> list[Check]:
+    """The token encoder's kernels."""
+    half, single = (torch.bfloat16, torch.float16), torch.float32
+    checks: list[Check] = []
+    for kind in ("plain", "gate"):
+        sizes = [(4000, 512), (4000, 1024), (1, 16), (777, 72), (50, 2500), (0, 64)]
+        checks += [(check_norm, kind, *size, torch.bfloat16) for size in sizes]
+        checks += [(check_norm, kind, 777, 256, dtype) for dtype in (torch.float16, single)]
+    for places in PLACES:
+        for anchor in ("event", "query"):
+            checks.append((check_position_time, places, 20_000, 512, (8192, 64), anchor, half[0]))
+            checks.append((check_position_time, places, 3001, 72, (300, 2048), anchor, single))
+    checks.append((check_position_time, "spread", 100, 64, (8192, 64), "event", half[0]))  # fewer tokens than rows
+    checks.append((check_position_time, "spread", 70_000, 32, (60_000, 64), "event", half[1]))  # keys of 32 bits
+    return checks
+
+
+def layer_checks() -> list[Check]:
+    products: list[Check] = [(check_fp8, width, rows) for width in (512, 1024, 80) for rows in (1, 1000)]
+    return [*((check_layer, case) for case in parity_cases()), *products, (check_fused_fp8,)]
+
+
+def parity_checks() -> list[Check]:
+    return [*token_checks(), *layer_checks()]
+
+
+def smoke_checks() -> list[Check]:
+    """A few tiny cases in float32. A program past the end of its list costs the interpreter as much as any other."""
+    triton_launch.SPLIT_PROGRAMS = 4
+    tiny = replace(LAYER, num_heads=1, d_qk=16, d_v=16, window=4, full_rows=3, recompute=RECOMPUTABLE)
+    return [
+        (check_layer, Case(tiny, 16, (17, 0), (3, 0), 0.2, torch.float32)),
+        (check_norm, "plain", 9, 24, torch.float32),
+        (check_norm, "gate", 9, 24, torch.float32),
+        (check_position_time, "spread", 30, 16, (8, 6), "event", torch.float32),
+    ]
