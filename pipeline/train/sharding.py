@@ -62,16 +62,13 @@ class TableMaker:
         first, end = place.span(self.rank)
         if rows * dim >= LARGE:
             # The same rows whatever the placement, and nothing is taken from the seed of the rest of the model.
-            weight = drawn(name, first, end, dim, place.dtype, self.device, self.seed)
-            module = nn.Embedding.from_pretrained(weight, freeze=False, sparse=True)
+            block = drawn(name, first, end, dim, place.dtype, self.device, self.seed)
         else:
-            module = table(name, rows, dim)
+            block = table(name, rows, dim).weight.detach()[first:end].to(self.device, place.dtype, copy=True)
         if place.sharded:
-            block = module.weight.detach()
-            if len(block) == rows:
-                block = block[first:end].to(self.device, place.dtype, copy=True)
-            module = ShardedEmbedding(block, rows, first)
-            self.sharded[name] = module
+            module = self.sharded[name] = ShardedEmbedding(block, rows, first)
+        else:
+            module = nn.Embedding.from_pretrained(block, freeze=False, sparse=True)
         self.modules[name] = module
         return module
 
