@@ -91,6 +91,24 @@ def test_bfloat16_rows_take_steps_smaller_than_their_last_bit() -> None:
     assert torch.equal(plain[8:], torch.ones(4, 32, dtype=torch.bfloat16))
 
 
+def test_a_block_of_bfloat16_rows_is_rounded_as_in_the_whole_table() -> None:
+    whole, v, grads = torch.ones(12, 32, dtype=torch.bfloat16), torch.zeros(12), torch.ones(12, 32)
+    hyper = Hyper(3, 2e-4, (0.0, 0.99), 1e-8, 0.0)
+    blocks = [
+        (whole[first : first + 5].clone(), torch.zeros(len(whole[first : first + 5])), first) for first in (0, 5, 10)
+    ]
+    fast = [(block.clone(), v.clone(), first) for block, v, first in blocks]
+    rowwise_adamw(whole, None, v, torch.arange(12), grads, hyper)
+    for block, of_rows, first in blocks:
+        rowwise_adamw(block, None, of_rows, torch.arange(len(block)), grads[: len(block)], hyper, first_row=first)
+    for block, of_rows, first in fast:
+        ids, scale = torch.arange(len(block)), torch.tensor(1.0)
+        rowwise_adamw_triton(block, None, of_rows, ids, grads[: len(block)], scale, hyper, first)
+    assert not torch.equal(whole[:5], whole[5:10])  # chance differs from row to row
+    assert torch.equal(torch.cat([block for block, _, _ in blocks]), whole)
+    assert torch.equal(torch.cat([block for block, _, _ in fast]), whole)
+
+
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, m, v = state(4, True, torch.float32)
     ids, grads = torch.tensor([1, 1]), torch.ones(2, 4)

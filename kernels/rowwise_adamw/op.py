@@ -17,13 +17,16 @@ def rowwise_adamw(
     hyper: Hyper,
     *,
     grad_scale: Tensor | None = None,
+    first_row: int = 0,
     backend: Backend = "auto",
 ) -> None:
     """Update rows `ids` [n] of `weight` [R, d], which may repeat: their gradients [n, d] are added, in the order given.
 
     `m` [R, d] is None where β1 = 0; `v` [R]. The table may be bfloat16, its moments float32. `grad_scale`, one number
-    on the device, divides the summed gradients; where it is infinite, the step is left out. Two runs agree bit for bit.
-    Triton never waits for the device; plain PyTorch counts the distinct rows on the host.
+    on the device, divides the summed gradients; where it is infinite, the step is left out. `first_row`: where
+    `weight` is a block of a larger table, the number of its first row there, so that bfloat16 rows are rounded alike
+    however the table is cut. Two runs agree bit for bit. Triton never waits for the device, and takes moments in pinned
+    memory of the host too; plain PyTorch counts the distinct rows on the host.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -42,9 +45,10 @@ def rowwise_adamw(
         whole = all(x is None or x.is_contiguous() for x in (weight, m, v))
         require(whole, "the table and its moments must be contiguous")
         scale = v.new_ones(()) if grad_scale is None else grad_scale.float()
-        rowwise_adamw_triton(weight, m, v, ids, grads, scale, hyper)
+        rowwise_adamw_triton(weight, m, v, ids, grads, scale, hyper, first_row)
         return
     if grad_scale is not None and grad_scale.isinf():
         return
     rows, sums = rows_and_sums(ids, grads)
-    rowwise_adamw_reference(weight, m, v, rows, sums if grad_scale is None else sums / grad_scale, hyper)
+    scaled = sums if grad_scale is None else sums / grad_scale
+    rowwise_adamw_reference(weight, m, v, rows, scaled, hyper, first_row)

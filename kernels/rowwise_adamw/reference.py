@@ -22,7 +22,7 @@ class Hyper:
 
 
 def rowwise_adamw_reference(
-    weight: Tensor, m: Tensor | None, v: Tensor, rows: Tensor, grad: Tensor, hyper: Hyper
+    weight: Tensor, m: Tensor | None, v: Tensor, rows: Tensor, grad: Tensor, hyper: Hyper, first_row: int = 0
 ) -> None:
     """In place: weight [R, d], m [R, d] or None for β1 = 0, v [R]; `rows` [n] distinct, `grad` [n, d].
 
@@ -45,7 +45,7 @@ def rowwise_adamw_reference(
     old = weight[rows].to(v.dtype)
     new = old - hyper.lr * (update + hyper.weight_decay * old)
     if weight.dtype == torch.bfloat16:
-        at = rows[:, None] * weight.shape[1] + torch.arange(weight.shape[1], device=rows.device)
+        at = (rows[:, None] + first_row) * weight.shape[1] + torch.arange(weight.shape[1], device=rows.device)
         new = round_by_chance(new, at, hyper.step)
     weight[rows] = new.to(weight.dtype)
 

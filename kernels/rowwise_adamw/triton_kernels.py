@@ -21,8 +21,8 @@ def _round_by_chance(x, at, step):
 
 @triton.jit
 def _update(
-    weight, m, v, row, grad, active, grad_scale, step, lr, share1, share2, correct1, correct2, eps, weight_decay, dim,
-    MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr,
+    weight, m, v, row, grad, active, grad_scale, first_row, step, lr, share1, share2, correct1, correct2, eps,
+    weight_decay, dim, MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` [N] of the table where `active`, with the gradients [N, BLOCK_D]."""
     col = tl.arange(0, BLOCK_D)
@@ -43,7 +43,7 @@ def _update(
     update = (new_m / correct1) / (tl.sqrt(new_v / correct2) + eps)[:, None]
     new = old - lr * (update + weight_decay * old)
     if weight.dtype.element_ty == tl.bfloat16:
-        new = _round_by_chance(new, at, step)
+        new = _round_by_chance(new, at + first_row.to(tl.int64) * dim, step)
     tl.store(weight + at, new.to(weight.dtype.element_ty), mask=mask)
 
 
@@ -53,7 +53,7 @@ def _add_within_runs(sum_a, starts_a, sum_b, starts_b):
     return tl.where(starts_b != 0, sum_b, sum_a + sum_b), starts_a | starts_b
 
 
-@triton.jit(do_not_specialize=["num_ids", "step"])
+@triton.jit(do_not_specialize=["num_ids", "first_row", "step"])
 def update_rows(
     ids,  # int [n], sorted
     order,  # int64 [n]: where the gradient of ids[i] lies
@@ -65,6 +65,7 @@ def update_rows(
     grad_scale,  # float32 []: gradients are divided by it; infinity: nothing is changed
     num_ids,
     dim,
+    first_row,  # of the block that the table is, in a larger one
     step,
     lr,
     share1,  # 1 - β1, and 1 - β2: in float32 the subtraction would lose digits
@@ -100,18 +101,18 @@ def update_rows(
     ends = valid & ((row != after) | (lane == BLOCK_N - 1))  # here lies the sum of a run
     came, goes_on = ends & (row == before_chunk), ends & (row == after_chunk)
     _update(
-        weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, step, lr, share1, share2, correct1,
-        correct2, eps, weight_decay, dim, MOMENTUM, BLOCK_D,
+        weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, first_row, step, lr, share1, share2,
+        correct1, correct2, eps, weight_decay, dim, MOMENTUM, BLOCK_D,
     )  # fmt: skip
     # A run that came from before lies in half 0, whether or not it goes on; one that begins here and goes on in half 1.
     to = (tl.program_id(0).to(tl.int64) * 2 + tl.where(came, 0, 1))[:, None] * dim + col
     tl.store(partial + to, grad, mask=(came | goes_on)[:, None] & (col < dim))
 
 
-@triton.jit(do_not_specialize=["num_ids", "step"])
+@triton.jit(do_not_specialize=["num_ids", "first_row", "step"])
 def finish_rows(
-    ids, partial, weight, m, v, grad_scale, num_ids, dim, step, lr, share1, share2, correct1, correct2, eps,
-    weight_decay, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    ids, partial, weight, m, v, grad_scale, num_ids, dim, first_row, step, lr, share1, share2, correct1, correct2,
+    eps, weight_decay, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: the row whose run begins there and goes on, if there is one."""
     if tl.load(grad_scale) == float("inf"):
@@ -142,6 +143,6 @@ def finish_rows(
     grad = (total + tl.sum(sums, 0))[None, :]
     rows = row + tl.zeros((1,), tl.int64)
     _update(
-        weight, m, v, rows, grad, rows >= 0, grad_scale, step, lr, share1, share2, correct1, correct2, eps,
-        weight_decay, dim, MOMENTUM, BLOCK_D,
+        weight, m, v, rows, grad, rows >= 0, grad_scale, first_row, step, lr, share1, share2, correct1, correct2,
+        eps, weight_decay, dim, MOMENTUM, BLOCK_D,
     )  # fmt: skip

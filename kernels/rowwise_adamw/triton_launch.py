@@ -13,7 +13,14 @@ PARTIAL_TILE = 8192  # numbers of partial sums read at a time
 
 
 def rowwise_adamw_triton(
-    weight: Tensor, m: Tensor | None, v: Tensor, ids: Tensor, grads: Tensor, grad_scale: Tensor, hyper: Hyper
+    weight: Tensor,
+    m: Tensor | None,
+    v: Tensor,
+    ids: Tensor,
+    grads: Tensor,
+    grad_scale: Tensor,
+    hyper: Hyper,
+    first_row: int = 0,
 ) -> None:
     num_ids, dim = grads.shape
     if num_ids == 0:
@@ -26,7 +33,7 @@ def rowwise_adamw_triton(
     ids, order = torch.sort(ids, stable=True)
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
     shares = 1 - hyper.betas[0], 1 - hyper.betas[1]
-    scalars = num_ids, dim, hyper.step, hyper.lr, *shares, *hyper.corrections, hyper.eps, hyper.weight_decay
+    scalars = num_ids, dim, first_row, hyper.step, hyper.lr, *shares, *hyper.corrections, hyper.eps, hyper.weight_decay
     flags = {"MOMENTUM": m is not None, "BLOCK_N": block_n, "BLOCK_D": block_d}
     tables = weight, v if m is None else m, v, grad_scale
     triton_kernels.update_rows[(chunks,)](ids, order, grads.contiguous(), partial, *tables, *scalars, **flags)

@@ -182,7 +182,8 @@ class Trainee:
             model.encoder.register_forward_pre_hook(lambda _, inputs: sharded.fetch(model.encoder.codes(*inputs)))
         decay = cfg.train.weight_decay
         on_host = [self.table_paths[name] for name, place in plan.items() if place.host_state]
-        self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay, on_host=on_host)
+        first_rows = {path: module.first_row for path, module in self.blocks.items()}
+        self.rowwise = RowwiseAdamW(self.tables, weight_decay=decay, on_host=on_host, first_rows=first_rows)
         self.adamw = torch.optim.AdamW(self.dense.values(), lr=cfg.train.lr, weight_decay=decay, fused=True)
         for p in self.dense.values():  # as AdamW would in its first step: a checkpoint is read into these
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

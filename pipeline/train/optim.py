@@ -14,7 +14,8 @@ class RowwiseAdamW:
     """AdamW that keeps one second moment per row and touches only the rows of the batch (kernels/rowwise_adamw).
 
     The moments of the tables in `on_host` lie in the host's memory, pinned where the table is on a GPU: the kernel
-    reads and writes them there, the touched rows and nothing else.
+    reads and writes them there, the touched rows and nothing else. `first_rows`: of tables that are blocks of larger
+    ones, where they begin there.
     """
 
     def __init__(
@@ -25,9 +26,10 @@ class RowwiseAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         on_host: Collection[str] = (),
+        first_rows: Mapping[str, int] | None = None,
     ) -> None:
         self.tables, self.betas, self.eps, self.weight_decay = tables, betas, eps, weight_decay
-        self.step_count = 0
+        self.step_count, self.first_rows = 0, first_rows or {}
 
         def zeros(name: str, shape: torch.Size) -> Tensor:
             weight = tables[name]
@@ -49,7 +51,8 @@ class RowwiseAdamW:
         hyper = Hyper(self.step_count, lr, self.betas, self.eps, self.weight_decay)
         for name, (rows, grad) in grads.items():
             moments = self.m.get(name), self.v[name]
-            rowwise_adamw(self.tables[name].detach(), *moments, rows, grad, hyper, grad_scale=grad_scale)
+            options = {"grad_scale": grad_scale, "first_row": self.first_rows.get(name, 0)}
+            rowwise_adamw(self.tables[name].detach(), *moments, rows, grad, hyper, **options)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moments themselves, not copies; `step_count` is the caller's to keep."""
