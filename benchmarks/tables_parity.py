@@ -86,6 +86,23 @@ def check_bfloat16_rows() -> str | None:
     return f"{share:.1%} of the numbers differ" if share > 1e-3 else None
 
 
+def check_host_moments(num_rows: int, dim: int, dtype: torch.dtype) -> str | None:
+    """Moments in pinned memory of the host end like those on the device, bit for bit, and so do the rows."""
+    ids, grads = randint(num_rows, 700, seed=4), randn(700, dim, seed=1)
+    ended = []
+    for pinned in (False, DEVICE == "cuda"):
+        place = {"pin_memory": True} if pinned else {"device": DEVICE}
+        weight = randn(num_rows, dim, dtype=dtype)
+        m, v = torch.zeros(num_rows, dim, **place), torch.zeros(num_rows, **place)
+        for step in range(1, 4):
+            hyper = Hyper(step, 0.01, (0.9, 0.999), 1e-8, 0.01)
+            with no_waiting("triton"):
+                rowwise_adamw(weight, m, v, ids, grads, hyper, first_row=3, backend="triton")
+        ended.append([weight.cpu(), m.cpu(), v.cpu()])  # the first of them waits for the kernels
+    same = all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
+    return None if same else "differs from moments on the device"
+
+
 def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str | None:
     num_positions, num_items, num_negatives, dim = sizes
     users, items = randn(num_positions, dim, dtype=dtype), randn(num_items, dim, dtype=dtype, seed=1)
@@ -121,6 +138,7 @@ def parity_checks() -> list[Check]:
         checks += [(check_adamw, kind, 5000, dim, True) for dim in (1, 50, 128)]
         checks.append((check_adamw, kind, 5000, 128, False))
     checks.append((check_bfloat16_rows,))
+    checks += [(check_host_moments, 5000, 128, dtype) for dtype in (torch.float32, torch.bfloat16)]
     for sizes in ((1, 1, 1, 1), (63, 5, 20, 50), (257, 1000, 128, 64), (1000, 40_000, 512, 64), (300, 77, 33, 256)):
         checks += [(check_softmax, sizes, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return checks
@@ -132,5 +150,6 @@ def smoke_checks() -> list[Check]:
         (check_jagged, ([5, 0, 9], [0, 3, 1]), 8, torch.float32),
         (check_int4, 20, 16, torch.float32),
         (check_adamw, "few", 30, 16, True),
+        (check_host_moments, 30, 16, torch.bfloat16),
         (check_softmax, (5, 9, 4, 8), torch.float32),
     ]

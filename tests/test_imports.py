@@ -16,6 +16,7 @@ WITHOUT_RAY = (
     *(f"pipeline/train/{name}.py" for name in ("checkpoint", "guards", "loop", "optim", "profile", "validation")),
     "pipeline/evaluate/*.py",
     "benchmarks/quality.py",
+    "benchmarks/sharding.py",
     *(f"pipeline/data/{name}.py" for name in ("batch", "examples", "features", "loader", "sampling", "store")),
     "serve_app/ranker.py",
 )
