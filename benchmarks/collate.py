@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +28,37 @@ NUM_ITEMS = 20_000
 DAY_MS = 86_400_000
 
 
-def make_sequences(num_users: int, cfg: config.RunConfig) -> pa.Table:
-    rng = np.random.default_rng(0)
-    lengths = rng.poisson(40, num_users)
+def bench_config(**sections: Any) -> config.RunConfig:
+    return config.from_dict(
+        {
+            "source": {
+                "kind": "synthetic",
+                "actions": ["click", "like", "share", "follow"],
+                "request_columns": ["tab"],
+            },
+            "tasks": ["click", "like"],
+            "features": {"request": {"tab": {"dim": 4}, "hour": {"dim": 4}}},
+        }
+        | sections
+    )
+
+
+def with_rates(cfg: config.RunConfig) -> config.RunConfig:
+    """The same with three dense features on the candidates."""
+    by = {"item": ("item_id",), "tab": ("tab",), "user": ("user",)}
+    dense = {name: config.DenseFeature(by=columns) for name, columns in by.items()}
+    return replace(cfg, features=replace(cfg.features, dense=dense))
+
+
+def make_sequences(lengths: np.ndarray, cfg: config.RunConfig) -> pa.Table:
+    """Users with so many rows, all in the training period, each row a request of its own."""
+    rng, num_users = np.random.default_rng(0), len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     num_rows = int(offsets[-1])
     start = np.repeat(offsets[:-1], lengths)
     columns = {
         "item_id": rng.integers(0, NUM_ITEMS, num_rows),
-        "event_time": cfg.split.val_ms - DAY_MS + (np.arange(num_rows) - start) * (DAY_MS // 30),
+        "event_time": cfg.split.val_ms - DAY_MS + (np.arange(num_rows) - start) * (DAY_MS // int(lengths.max())),
         "action_mask": rng.integers(0, 16, num_rows).astype(np.int32),
         "known_mask": np.full(num_rows, 15, np.int32),
         "watch_ms": rng.integers(0, 60_000, num_rows),
@@ -91,21 +114,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cfg = config.from_dict(
-        {
-            "source": {
-                "kind": "synthetic",
-                "actions": ["click", "like", "share", "follow"],
-                "request_columns": ["tab"],
-            },
-            "tasks": ["click", "like"],
-            "features": {"request": {"tab": {"dim": 4}, "hour": {"dim": 4}}},
-        }
-    )
-    by = {"item": ("item_id",), "tab": ("tab",), "user": ("user",)}
-    features = replace(cfg.features, dense={name: config.DenseFeature(by=columns) for name, columns in by.items()})
-    dense = replace(cfg, features=features)
-    sequences, maps = make_sequences(options.users, cfg), make_maps()
+    cfg = bench_config()
+    dense = with_rates(cfg)
+    sequences, maps = make_sequences(np.random.default_rng(0).poisson(40, options.users), cfg), make_maps()
     users = user_events(sequences, cfg)
     num_rows = int(users.events.offsets[-1])
     rates = {"user_events": num_rows / median_seconds(lambda: user_events(sequences, cfg), options.repeats)}

@@ -1,35 +1,39 @@
 """How unequal the ranks of a training step are under stochastic length, and what evens them out.
 
-    python -m benchmarks.load_balance           # a minute on one core; writes its section of benchmarks/RESULTS.md
+    python -m benchmarks.load_balance           # two minutes on one core; writes its section of benchmarks/RESULTS.md
 
 A simulation of the plan that `TrainLoader` follows, without data or model: histories of Zipf lengths, their stochastic
-cuts, steps of the same number of histories a rank. The load of a rank is its tokens (exponent 1, semi-local attention)
-or their squares summed over histories (exponent 2, full attention). A step takes as long as its heaviest rank, so
-max / mean is the factor that imbalance costs.
+cuts, steps of the same number of histories. The load of a rank is its tokens (exponent 1, semi-local attention) or
+their squares summed over histories (exponent 2, full attention). A step takes as long as its heaviest rank, so
+max / mean is the factor that imbalance costs. Beside the loader's ways stands load-balanced stochastic length as
+published (ULTRA-HSTU, arXiv:2602.16986, section 4.1), where each rank knows its own histories alone.
 """
 
 import argparse
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.section import table, write_section
 from pipeline.config import StochasticLengthConfig
-from pipeline.data.sampling import LoadPlan, stochastic_cuts, threshold
+from pipeline.data.sampling import LoadPlan, balanced_cuts, stochastic_cuts, threshold
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
-BEGIN, END = "<!-- load balance: begin -->", "<!-- load balance: end -->"
 METHODS = {
-    "none": "plain stochastic length",
-    "sampling": "load-balanced stochastic length",
-    "dealing": "plain stochastic length, dealt by load",
+    "none": "plain",
+    "published": "as published",
+    "sampling": "`sampling`",
+    "dealing": "`dealing`",
 }
+WARM_UP = 5  # steps of plain draws in which the published form estimates the mean load; no method is judged by them
+RECALIBRATE = 10  # steps between two messages of the published form
+DECAY = 0.9  # of each rank's moving average of its load
 
 
 @dataclass(frozen=True, slots=True)
 class Imbalance:
     worst: float  # max / mean over ranks, mean over steps
+    heaviest: float  # the heaviest rank of all steps / the mean
     mean_length: float  # tokens of a history
 
 
@@ -40,10 +44,34 @@ def zipf_lengths(num: int, exponent: float, shortest: int, longest: int, rng: np
     return rng.choice(values, num, p=weight / weight.sum())
 
 
+class Published:
+    """Each rank brings its own draws to a mean load that the ranks tell each other every `RECALIBRATE` steps."""
+
+    def __init__(self, plan: LoadPlan, num_ranks: int, seed: int) -> None:
+        self.plan, self.seed = plan, seed
+        self.average = np.zeros(num_ranks)  # of the loads as drawn, before they are balanced
+        self.target = 0.0
+
+    def shares(self, step: np.ndarray, number: int) -> tuple[list[np.ndarray], np.ndarray]:
+        shares = np.array_split(np.arange(len(step)), len(self.average))
+        cut = self.plan.cut[step]
+        drawn = np.array([self.plan.drawn[step[mine]].sum() for mine in shares])
+        self.average = drawn if number == 0 else DECAY * self.average + (1 - DECAY) * drawn
+        if number < WARM_UP:
+            return shares, cut
+        if (number - WARM_UP) % RECALIBRATE == 0:
+            self.target = self.average.mean()
+        for rank, mine in enumerate(shares):
+            order = np.random.default_rng([self.seed, rank, number]).permutation(len(mine))
+            rows = step[mine]
+            cut[mine] = balanced_cuts(cut[mine], self.plan.whole[rows], self.plan.short[rows], self.target, order)
+        return shares, cut
+
+
 def simulate(
-    lengths: np.ndarray, cfg: StochasticLengthConfig, num_ranks: int, per_rank: int, seed: int = 0
+    lengths: np.ndarray, cfg: StochasticLengthConfig, num_ranks: int, per_rank: int, seed: int = 0, *, published: bool
 ) -> Imbalance:
-    """One pool of histories of these `lengths`, each rank `per_rank` of them a step."""
+    """One pool of histories of these `lengths`, `num_ranks * per_rank` of them a step; `published`: not by `cfg`."""
     rng = np.random.default_rng([seed, 1])  # not the stream that the lengths came from
     cut = stochastic_cuts(lengths, cfg, rng)
     short = np.minimum(lengths, threshold(cfg))
@@ -51,65 +79,75 @@ def simulate(
     num_steps = len(lengths) // (num_ranks * per_rank)
     steps = np.array_split(rng.permutation(len(lengths)), num_steps)
     target = plan.drawn.sum() / num_steps
-    ratios, tokens = [], 0
+    alone = Published(plan, num_ranks, seed)
+    loads, tokens, num = [], 0, 0
     for number, step in enumerate(steps):
-        shares, cut = plan.shares(step, num_ranks, target, cfg.balance, [seed, number])
-        load = np.where(cut, plan.short[step], plan.whole[step])
-        tokens += int(np.where(cut, short[step], lengths[step]).sum())
-        loads = [load[mine].sum() for mine in shares]
-        ratios.append(max(loads) / np.mean(loads))
-    return Imbalance(worst=float(np.mean(ratios)), mean_length=tokens / len(lengths))
+        if published:
+            shares, cut = alone.shares(step, number)
+        else:
+            shares, cut = plan.shares(step, num_ranks, target, cfg.balance, [seed, number])
+        if number >= WARM_UP:
+            load = np.where(cut, plan.short[step], plan.whole[step])
+            loads.append([load[mine].sum() for mine in shares])
+            tokens, num = tokens + int(np.where(cut, short[step], lengths[step]).sum()), num + len(step)
+    each = np.array(loads)  # [steps, ranks]
+    return Imbalance(
+        worst=float((each.max(1) / each.mean(1)).mean()),
+        heaviest=float(each.max() / each.mean()),
+        mean_length=tokens / num,
+    )
 
 
-def section(num_ranks: int, num_steps: int) -> str:
-    rng = np.random.default_rng(0)
-    lines = [
-        BEGIN,
-        "## Load balance of stochastic length",
-        "",
-        f"`python -m benchmarks.load_balance`: a simulation with {num_ranks} ranks, {num_steps} steps, alpha 1.6 and",
-        "max_len 16,384 (threshold 2,352), Zipf lengths n^-s from the shortest given up to 16,384. max / mean: load of",
-        "a step's heaviest rank over the mean rank, averaged over steps; beside it by how much the mean length moved",
-        f"against the plain draws. Counted, not timed; numpy {np.__version__}, Python {platform.python_version()}.",
-        "",
-        "| lengths | histories a rank | load | " + " | ".join(METHODS.values()) + " |",
-        "|---" * (3 + len(METHODS)) + "|",
+def row(num_ranks: int, per_rank: int, num_steps: int, exponent: float, shortest: int, power: float) -> list[str]:
+    rng = np.random.default_rng([num_ranks, per_rank])
+    lengths = zipf_lengths(num_ranks * per_rank * (num_steps + WARM_UP), exponent, shortest, 16_384, rng)
+    cells, plain = [], 0.0
+    for method in METHODS:
+        balance = "none" if method == "published" else method
+        cfg = StochasticLengthConfig(alpha=1.6, max_len=16_384, balance=balance, load_exponent=power)  # pyright: ignore[reportArgumentType]
+        found = simulate(lengths, cfg, num_ranks, per_rank, published=method == "published")
+        plain = plain or found.mean_length
+        moved = f" ({found.mean_length / plain - 1:+.1%})" if method in ("published", "sampling") else ""
+        cells.append(f"{found.worst:.3f} / {found.heaviest:.2f}{moved}")
+    return [f"n^-{exponent} from {shortest}", str(num_ranks), str(per_rank), f"n^{power:.0f}", *cells]
+
+
+def section(num_steps: int) -> str:
+    rows = [
+        row(num_ranks, per_rank, num_steps, *lengths, power)
+        for lengths in ((1.0, 256), (1.2, 64))
+        for num_ranks, per_rank in ((8, 32), (64, 32), (64, 128), (512, 32))
+        for power in (1.0, 2.0)
     ]
-    for exponent, shortest in ((1.0, 256), (1.2, 64)):
-        for per_rank in (32, 128):
-            lengths = zipf_lengths(num_ranks * per_rank * num_steps, exponent, shortest, 16_384, rng)
-            for power in (1.0, 2.0):
-                cells, plain = [], 0.0
-                for method in METHODS:
-                    cfg = StochasticLengthConfig(alpha=1.6, max_len=16_384, balance=method, load_exponent=power)
-                    found = simulate(lengths, cfg, num_ranks, per_rank)
-                    plain = plain or found.mean_length
-                    moved = "" if method == "none" else f" ({found.mean_length / plain - 1:+.1%})"
-                    cells.append(f"{found.worst:.3f}{moved}")
-                row = f"| n^-{exponent} from {shortest} | {per_rank} | n^{power:.0f} | " + " | ".join(cells) + " |"
-                lines.append(row)
-    lines += [
-        "",
-        "A rank's own draws can only even out what lies above the threshold, so balanced sampling needs many histories",
-        "a rank; dealing needs none of that and moves no draw, but a rank must know the whole step, as it does here.",
-        "One history that outweighs the mean rank (squares, few histories) nothing can hide.",
-        END,
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "## Load balance of stochastic length",
+            "",
+            f"`python -m benchmarks.load_balance`: a simulation of {num_steps} steps, alpha 1.6 and max_len 16,384",
+            "(threshold 2,352), Zipf lengths n^-s from the shortest given up to 16,384. First figure: load of a",
+            "step's heaviest rank over the mean rank, averaged over steps, which is what waiting costs. Second: the",
+            "heaviest rank of all steps over the mean of all, which is what memory must hold. In brackets by how much",
+            "the mean length moved against the plain draws. As published:",
+            f"{WARM_UP} warm-up steps, the mean load told anew every {RECALIBRATE} steps. Counted, not timed; numpy",
+            f"{np.__version__}, Python {platform.python_version()}.",
+            "",
+            table(["lengths", "ranks", "histories a rank", "load", *METHODS.values()], rows),
+            "",
+            "As published, a rank can only turn round draws of its own that lie above the threshold: it needs",
+            "many histories a rank, and moves the mean length with few. `dealing` moves no draw and needs no",
+            "message, because every rank knows the whole step; `sampling` also brings each step to the mean load",
+            "before it is dealt, for steps of equal memory. One history that outweighs the mean rank (squares, few",
+            "histories a rank) nothing can hide.",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    text, page = section(options.ranks, options.steps), RESULTS.read_text()
-    if BEGIN in page:
-        before, rest = page.split(BEGIN)
-        page = before + text + rest.split(END)[1]
-    else:
-        page = f"{page.rstrip()}\n\n{text}\n"
-    RESULTS.write_text(page)
+    text = section(options.steps)
+    write_section("load balance", text)
     print(text)
 
 

@@ -30,6 +30,8 @@ from pipeline.data.features import FeatureMaps
 from pipeline.data.plan import StepPlan, cut_steps, load_plan, pool_order, pool_rng, read_pool, token_counts
 from pipeline.data.sampling import LoadPlan
 
+AHEAD = 4  # batches: enough to bridge the time in which a pool is read on the same core
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -129,12 +131,12 @@ class TrainLoader:
 
 
 def made_ahead(make: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:
-    """`make` of each item, in order; as many as there are threads are being made while one is in use."""
+    """`make` of each item, in order, `AHEAD` of them made or being made while one is in use."""
     with ThreadPoolExecutor(num_threads, "batches") as pool:
         coming: deque[Future[U]] = deque()
         for item in items:
             coming.append(pool.submit(make, item))
-            if len(coming) > num_threads:
+            if len(coming) > max(AHEAD, num_threads):
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()

@@ -26,6 +26,9 @@ SETTINGS = (
     "train",
 )  # the sections that decide how many examples and draws there are
 
+ROW_BYTES = 65  # of `UserEvents`, request columns left out: seven int64, two int32 and a bool
+EXAMPLE_BYTES = 65  # of `Examples`, `LoadPlan` and the order
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -86,6 +89,14 @@ def step_plan(cfg: RunConfig, cache: Path | None = None) -> StepPlan:
         staged.write_text(json.dumps({"key": key, "pools": plan.pools, "steps": plan.steps}))
         os.replace(staged, cache)
     return plan
+
+
+def pool_memory(cfg: RunConfig, plan: StepPlan) -> int:
+    """About the most bytes of sequences in one worker: two pools, and one more while Arrow columns are decoded."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    most_rows = max(sum(manifest.buckets[i].rows for i in pool) for pool in plan.pools)
+    examples = EXAMPLE_BYTES if cfg.train.layout == "request" else 0  # there up to one a row, else one in many rows
+    return 3 * most_rows * (ROW_BYTES + 4 * len(manifest.request_columns) + examples)
 
 
 def _counted(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:

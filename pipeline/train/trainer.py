@@ -27,7 +27,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data import store
 from pipeline.data.features import FeatureMaps, fit_features
 from pipeline.data.loader import TrainLoader
-from pipeline.data.plan import StepPlan, step_plan
+from pipeline.data.plan import StepPlan, pool_memory, step_plan
 from pipeline.model.artifact import save_model
 from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.tracking import Run
@@ -197,15 +197,15 @@ def plan(cfg: RunConfig) -> dict[str, object]:
         model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
     table_values = sum(table.rows * table.width for table in tables.values())
     dense = sum(parameter.numel() for parameter in model.parameters()) - table_values
-    placed = describe(tables)
+    placed, steps = describe(tables), step_plan(cfg)
     return {
         "world_size": train.num_workers,
         "device": "cuda" if train.use_gpu else "cpu",
-        "steps_per_epoch": step_plan(cfg).steps_per_epoch,
+        "steps_per_epoch": steps.steps_per_epoch,
         "epochs": train.epochs,
         "parameters": {"dense": dense, "tables": table_values},
         # Float32 weights, their gradients and two moments: what a step needs beside tables and activations.
-        "bytes_per_worker": {"dense": 16 * dense, **placed["total"]},
+        "bytes_per_worker": {"dense": 16 * dense, **placed["total"], "sequences": pool_memory(cfg, steps)},
         "tables": placed["tables"],
         "resumes_from_step": _last_step(cfg),
     }
