@@ -1,17 +1,25 @@
 """Builds that go on: after a kill, with a new day of logs, with files and rows that come again."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data import parts, sequences, store
 from pipeline.data.sequences import build_sequences
-from tests.test_sequences import NOON, config_for, here, log
+from pipeline.data.workers import Workers
+from tests.test_sequences import NOON, ROOT, config_for, here, log
 
 DAY_MS = 24 * 3600 * 1000
 __all__ = ["here"]
@@ -133,3 +141,108 @@ def test_many_small_files_share_a_part(here: None, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(parts, "PART_ROWS", 100)
     manifest = build_sequences(folder(tmp_path, "a", *(log(rows=30, seed=seed) for seed in range(10))))
     assert len(manifest.parts) == 4
+
+
+# Puts an end to the process in the place of its n-th renaming: each file of a build comes to its name by one.
+KILLED = """
+import os, signal, sys
+from contextlib import contextmanager
+from pipeline import config
+from pipeline.data import parts, sequences
+
+@contextmanager
+def workers_here(*_):
+    yield lambda what, function, items: [function(item) for item in items]
+
+replace, left = os.replace, [int(sys.argv[2])]
+
+def replace_or_die(*paths):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+
+sequences.workers, os.replace, parts.PART_ROWS = workers_here, replace_or_die, 100
+sequences.build_sequences(config.load(sys.argv[1]), append=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "parts_done", "buckets_done"),
+    [(5, 1, 0), (13, 3, 1), (18, 3, 3)],  # 1 digests, 2-7 parts, 8-16 buckets, 17 the version, 18 the manifest
+    ids=["reading", "building", "publishing"],
+)
+def test_a_killed_build_goes_on_to_the_same_result(
+    here: None, tmp_path: Path, monkeypatch, at: int, parts_done: int, buckets_done: int
+):
+    monkeypatch.setattr(parts, "PART_ROWS", 100)
+    cfg = folder(tmp_path, "a", day(0))
+    first = build_sequences(cfg)
+    before = store.read_sequences(cfg.sequence_dir)
+    for number in (1, 2, 3):
+        add(cfg, str(number), day(number))
+    (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(config.to_dict(cfg)))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cfg.yaml"), str(at)], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert store.read_manifest(cfg.sequence_dir) == first
+    assert store.read_sequences(cfg.sequence_dir).equals(before)
+    assert list(cfg.sequence_dir.rglob(".*.json.*")), "a file that did not come to its name"
+
+    asked: dict[str, int] = {}
+
+    @contextmanager
+    def counting(*_: object) -> Iterator[Workers]:
+        def run(what: str, function: Callable, items: Sequence) -> list:
+            asked[what] = len(items)
+            return [function(item) for item in items]
+
+        yield run
+
+    monkeypatch.setattr(sequences, "workers", counting)
+    resumed = build_sequences(cfg, append=True)
+    assert asked == {"reading the logs": 3 - parts_done, "building buckets": 3 - buckets_done}
+    assert resumed.digest == build_sequences(folder(tmp_path, "b", *map(day, range(4)))).digest
+    hidden = {path.name for path in cfg.sequence_dir.rglob(".*")}
+    assert hidden == {store.LOCK, store.DIGESTS}
+
+
+def test_a_folder_that_an_older_version_wrote(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", day(0))
+    old = cfg.sequence_dir / "0123456789abcdef"
+    old.mkdir(parents=True)
+    (old / "bucket-00000.parquet").write_bytes(b"")
+    (cfg.sequence_dir / "manifest.json").write_text('{"schema_version": 1, "buckets": [], "digest": "0123"}')
+    with pytest.raises(UserError, match=r"has schema version 1, this code reads 2: .* --overwrite"):
+        build_sequences(cfg)
+    build_sequences(cfg, overwrite=True)
+    assert store.read_sequences(cfg.sequence_dir).num_rows
+    assert not old.exists()
+
+
+def test_append_keeps_the_settings(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", day(0))
+    build_sequences(cfg)
+    add(cfg, "1", day(1))
+    other = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, num_buckets=5))
+    with pytest.raises(UserError, match=r"sequences of other settings \(sequences.num_buckets\)"):
+        build_sequences(other, append=True)
+
+
+def test_the_number_of_buckets_follows_the_rows_and_stays(here: None, tmp_path: Path, monkeypatch):
+    cfg = folder(tmp_path, "a", day(0))
+    cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, num_buckets=None))
+    monkeypatch.setattr(sequences, "BUCKET_MEMORY", sequences.bucket_memory(cfg, 301 / 4))
+    assert sequences.plan(cfg)["buckets"] == 4
+    assert build_sequences(cfg).num_buckets == 4
+    add(cfg, "1", day(1))
+    assert build_sequences(cfg, append=True).num_buckets == 4
+    assert build_sequences(cfg, overwrite=True).num_buckets == 8
+
+
+def test_capped_users_are_counted(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", log(num_users=3, rows=90), log(num_users=40, rows=40, seed=1))
+    cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, max_rows_per_user=20))
+    manifest = build_sequences(cfg)
+    table = store.read_sequences(cfg.sequence_dir)
+    assert manifest.users_capped == sum(dropped > 0 for dropped in table["first_position"].to_pylist()) == 3
+    assert manifest.rows_capped == sum(table["first_position"].to_pylist())

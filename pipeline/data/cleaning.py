@@ -209,6 +209,8 @@ def _bits(column: pa.Array) -> np.ndarray:
         coded = column.dictionary_encode()
         values = np.array([_hash(repr(value)) for value in coded.dictionary.to_pylist()] or [0], np.uint64)
         bits = values[coded.indices.fill_null(0).to_numpy()]
+    if column.null_count == 0:
+        return bits
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     return np.where(valid, bits, NULL_BITS)
 
@@ -227,7 +229,8 @@ def _list_bits(column: pa.Array) -> np.ndarray:
 
 def _mix(h: np.ndarray) -> np.ndarray:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
+        h = h ^ (h >> np.uint64(shift))
+        h *= np.uint64(factor)
     return h ^ (h >> np.uint64(31))
 
 
