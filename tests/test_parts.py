@@ -133,14 +133,17 @@ def test_large_files_and_large_row_groups_make_the_same_sequences(here: None, tm
     monkeypatch.setattr(parts, "PART_ROWS", 10_000)
     third = build_sequences(folder(tmp_path, "c", table))
     assert len(third.parts) == 1
-    assert max(map(len, parts.find_part(tmp_path / "c/runs/small/sequences", third.parts[0]).batches.values())) == 7
+    part = parts.find_part(tmp_path / "c/runs/small/sequences", third.parts[0])
+    assert part is not None and max(map(len, part.batches.values())) == 7
     assert third.digest == one.digest
 
 
 def test_many_small_files_share_a_part(here: None, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(parts, "PART_ROWS", 100)
-    manifest = build_sequences(folder(tmp_path, "a", *(log(rows=30, seed=seed) for seed in range(10))))
+    cfg = folder(tmp_path, "a", log(rows=0), *(log(rows=30, seed=seed) for seed in range(10)))
+    manifest = build_sequences(cfg)
     assert len(manifest.parts) == 4
+    assert build_sequences(cfg, append=True) == manifest  # the empty file is known, too
 
 
 # Puts an end to the process in the place of its n-th renaming: each file of a build comes to its name by one.

@@ -106,6 +106,8 @@ def test_kuairand_refuses_actions_and_folders_that_it_does_not_know(tmp_path: Pa
 
 # Importing once
 
+DAY_MS = 24 * 3600 * 1000
+
 
 def small_synthetic(folder: Path, **changes: object) -> RunConfig:
     settings = {
@@ -176,6 +178,20 @@ def test_synthetic_files_hold_about_rows_per_file(tmp_path: Path):
     assert len(sizes) > 3
     assert max(sizes) <= 500 + 200
     assert pq.read_metadata(cfg.log_dir / "users.parquet").num_rows == 300
+
+
+def test_synthetic_files_by_day_hold_the_same_rows(tmp_path: Path):
+    by_user, by_day = (small_synthetic(tmp_path / str(by_day), by_day=by_day) for by_day in (False, True))
+    reports = [import_logs(cfg) for cfg in (by_user, by_day)]
+    assert reports[0].rows == reports[1].rows == plan_import(by_day)["rows"]
+    assert len(reports[1].files) == plan_import(by_day)["files"] == 12
+    keys = [(name, "ascending") for name in ("user_id", "tie_breaker")]
+    tables = [pq.read_table(cfg.log_dir / "log").sort_by(keys) for cfg in (by_user, by_day)]
+    assert tables[0].equals(tables[1])
+    start = config.parse_time("", by_day.source.synthetic.start)
+    for number, file in enumerate(reports[1].files):
+        times = pq.read_table(by_day.log_dir / file)["event_time"].to_numpy()
+        assert (start + number * DAY_MS <= times).all() and (times < start + (number + 1) * DAY_MS).all()
 
 
 def test_synthetic_lengths_are_zipf_up_to_16384(tmp_path: Path):

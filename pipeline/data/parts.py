@@ -21,6 +21,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import pyarrow as pa
 
 from pipeline.data import store
 from pipeline.data.cleaning import REASON, USER_BUCKET, LogRules, normalise
-from pipeline.data.sources.files import open_parquet
+from pipeline.data.sources.files import CONNECTIONS, open_parquet
 
 PARTS = "parts"
 PART_ROWS = 2**20  # a task's share of the logs: files are gathered, or split by row groups, to about this many rows
@@ -83,36 +84,43 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Wo
 
     Small files share a part, large ones are split. The digests alone decide, not names or the order of arrival.
     """
-    work: list[Work] = []
-    paths: list[str] = []
-    sources: list[Source] = []
+    digests = sorted(files)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        sizes = list(pool.map(_group_sizes, [files[digest] for digest in digests]))
+    shares: list[list[Source]] = []
+    rows = 0
+    for digest, groups in zip(digests, sizes, strict=True):
+        for source in _pieces(digest, groups):
+            if not shares or rows + source.rows > PART_ROWS:
+                shares.append([])
+                rows = 0
+            shares[-1].append(source)
+            rows += source.rows
+    return [
+        Work(
+            name=_digest([store.SCHEMA_VERSION, settings, [asdict(source) for source in share]]),
+            files=tuple(files[source.digest] for source in share),
+            sources=tuple(share),
+        )
+        for share in shares
+    ]
 
-    def close() -> None:
-        if sources:
-            name = _digest([store.SCHEMA_VERSION, settings, [asdict(source) for source in sources]])
-            work.append(Work(name, tuple(paths), tuple(sources)))
-            paths.clear()
-            sources.clear()
 
-    for digest, path in sorted(files.items()):
-        for source in _pieces(digest, path):
-            if sum(held.rows for held in sources) + source.rows > PART_ROWS:
-                close()
-            paths.append(path)
-            sources.append(source)
-    close()
-    return work
-
-
-def _pieces(digest: str, path: str) -> Iterator[Source]:
-    """The file in row groups of about PART_ROWS rows together."""
+def _group_sizes(path: str) -> list[int]:
+    """Rows of each row group."""
     with open_parquet(path) as file:
-        rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    first = 0
-    for group in range(len(rows)):
-        if group + 1 == len(rows) or sum(rows[first : group + 2]) > PART_ROWS:
-            yield Source(digest, first, group + 1, sum(rows[first : group + 1]))
-            first = group + 1
+        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+
+
+def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
+    """A file in row groups of about PART_ROWS rows together."""
+    first, rows = 0, 0
+    for group, size in enumerate(groups):
+        if rows and rows + size > PART_ROWS:
+            yield Source(digest, first, group, rows)
+            first, rows = group, 0
+        rows += size
+    yield Source(digest, first, len(groups), rows)
 
 
 def write_part(work: Work, rules: LogRules, folder: Path) -> Part:

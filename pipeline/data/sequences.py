@@ -32,7 +32,7 @@ from pipeline.data.cleaning import LogRules, check_columns
 from pipeline.data.parts import Part, find_part, plan_parts, write_part
 from pipeline.data.side_tables import side_files, write_side_table
 from pipeline.data.sources import LogFiles, open_logs
-from pipeline.data.sources.files import file_digest, file_stamp, total_bytes
+from pipeline.data.sources.files import CONNECTIONS, file_digest, file_stamp, total_bytes
 from pipeline.data.sources.parquet import count_rows, read_schema
 from pipeline.data.statistics import Statistics, hints, merge
 from pipeline.data.store import Bucket, Manifest
@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 DAY_MS = 24 * 3600 * 1000
 MB = 2**20
 BUCKET_MEMORY = 256 * MB  # of building one, where `sequences.num_buckets` leaves their number to us
-MEMORY_PER_BYTE = 3.5  # of a bucket's rows: themselves, what they are sorted by, and the lists made of them
+MUCH_MEMORY = 4 * BUCKET_MEMORY  # worth a warning: logs have been appended for long, or a user has very many rows
+MEMORY_PER_BYTE = 5  # of a bucket's rows: themselves, as columns to sort by, in order, and as lists
 
 
 def log_rules(cfg: RunConfig, logs: LogFiles, num_buckets: int) -> LogRules:
@@ -68,8 +69,9 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
     logs = open_logs(cfg)
     rows = count_rows(logs.files)
     rules = log_rules(cfg, logs, cfg.sequences.num_buckets or fitting_buckets(cfg, rows))
-    for file in logs.files:
-        check_columns(read_schema(file), rules, file)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for file, schema in zip(logs.files, pool.map(read_schema, logs.files), strict=True):
+            check_columns(schema, rules, file)
     if rows == 0:
         raise UserError(f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} …)")
     return logs, rules, rows
@@ -259,9 +261,13 @@ def _build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, 
     missing = [task for task in work if task.number not in done]
     if found:
         logger.info("%d of %d buckets stay as they are", len(found), len(work))
-    largest = max((bucket_memory(cfg, task.rows) for task in missing), default=0)
-    if largest > 2 * BUCKET_MEMORY and largest > 2 * bucket_memory(cfg, sum(task.rows for task in work) / len(work)):
-        logger.warning("one bucket takes about %d MB of a worker's memory: it has very active users", largest / MB)
+    needed = [bucket_memory(cfg, task.rows) for task in work]
+    if needed and max(needed) > MUCH_MEMORY:
+        logger.warning(
+            "a bucket takes up to %d MB of a worker's memory, on average %d MB: rebuild with more sequences.num_buckets "
+            "or, where one stands out, look for very active users in the report",
+            *(max(needed) / MB, sum(needed) / len(needed) / MB),
+        )
     write = partial(write_bucket, rules=bucket_rules(cfg, rules), folder=folder)
     return sorted(found + run("building buckets", write, missing), key=lambda record: record.number)
 
