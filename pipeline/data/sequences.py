@@ -264,8 +264,8 @@ def _build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, 
     needed = [bucket_memory(cfg, task.rows) for task in work]
     if needed and max(needed) > MUCH_MEMORY:
         logger.warning(
-            "a bucket takes up to %d MB of a worker's memory, %d on average: a rebuild with more sequences.num_buckets is due; "
-            "where one stands out, the report names very active users",
+            "a bucket takes up to %d MB of a worker's memory, on average %d MB: "
+            "rebuild with more sequences.num_buckets, or see in the report who has so many rows",
             *(max(needed) / MB, sum(needed) / len(needed) / MB),
         )
     write = partial(write_bucket, rules=bucket_rules(cfg, rules), folder=folder)
