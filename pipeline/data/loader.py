@@ -40,6 +40,7 @@ U = TypeVar("U")
 class Pool:
     """The examples of some buckets, shuffled and cut into steps."""
 
+    number: int  # in the plan
     users: UserEvents
     examples: Examples  # whole
     loads: LoadPlan
@@ -109,22 +110,25 @@ class TrainLoader:
         if self._coming is not None and self._coming[0] == (epoch, place):
             pool = self._coming[1].result()
         else:
-            pool = self._read(epoch, place)
+            pool = self._read(epoch, place, None)
         following = (epoch, place + 1) if place + 1 < len(self.plan.pools) else (epoch + 1, 0)
         self._coming = None
         if following[0] < self.cfg.train.epochs:
-            self._coming = following, self._reader.submit(self._read, *following)
+            self._coming = following, self._reader.submit(self._read, *following, pool)
         return pool
 
-    def _read(self, epoch: int, place: int) -> Pool:
+    def _read(self, epoch: int, place: int, held: Pool | None) -> Pool:
         number = self._order(epoch)[place]
-        users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
+        if held is not None and held.number == number:  # the last of an epoch and the first of the next
+            users, examples = held.users, held.examples
+        else:
+            users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
         rng = pool_rng(epoch, place, self.cfg.seed)
         loads = load_plan(examples, self.cfg, rng)
         whole, short = token_counts(examples, self.cfg)
         tokens = np.where(loads.cut, short, whole)
         steps = cut_steps(rng.permutation(len(examples)), tokens, self.plan.steps[number], self.cfg)
-        return Pool(users, examples, loads, steps, rng.integers(2**32, size=4).tolist())
+        return Pool(number, users, examples, loads, steps, rng.integers(2**32, size=4).tolist())
 
     def _order(self, epoch: int) -> list[int]:
         return pool_order(len(self.plan.pools), epoch, self.cfg.seed)
