@@ -240,6 +240,7 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
     model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
     filled = deployment.serve_config(cfg, deployment.user_config(cfg, model), 8123, {})
     assert filled["applications"][0]["args"] == {
+        "one_process": False,
         "max_body_bytes": 2_000_000,
         "api_keys_file": str(keys_file),
         "rate_limit_per_s": 5.0,
