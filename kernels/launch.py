@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Number = int | float
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple, tuple[Any, Any]] = {}  # → the kernel, so that its id stays its own, and what came of it
 
 
 def launch(
@@ -27,21 +27,37 @@ def launch(
     The kernel compiled at the first call is kept for the next with tensors of the same types and alignment and the
     same `fixed` and `constants`. It must declare what is `varying` with `do_not_specialize`.
     """
-    key = kernel, device, tuple(map(_form, tensors)), fixed, constants, num_warps, num_stages
-    compiled = _compiled.get(key)
-    if compiled is None:
+    forms = [None if x is None else _form(x) for x in tensors]
+    key = id(kernel), device, *forms, fixed, constants, num_warps, num_stages  # a kernel's own hash takes a lock
+    found = _compiled.get(key)
+    if found is None:
         everything = *tensors, *varying, *fixed, *constants
         compiled = kernel[(programs,)](*everything, num_warps=num_warps, num_stages=num_stages)
         if compiled is not None:  # in the interpreter there is nothing to keep
-            _compiled[key] = compiled
+            _compiled[key] = kernel, compiled
     else:
-        compiled[(programs, 1, 1)](*tensors, *varying, *fixed, *constants)
+        found[1][(programs, 1, 1)](*tensors, *varying, *fixed, *constants)
 
 
-def _form(x: Tensor | TensorDescriptor | None) -> tuple | None:
+def _form(x: Tensor | TensorDescriptor) -> tuple:
     """What compiled code depends on."""
-    if x is None:
-        return None
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
     return x.dtype, x.data_ptr() % 16
+
+
+def described(template: TensorDescriptor, base: Tensor) -> TensorDescriptor:
+    """`template` over another tensor of its shape and strides, 16-byte aligned as it must be: a new descriptor would
+    check all that again, which takes longer than encoding it."""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__ = {**template.__dict__, "base": base}
+    return other
+
+
+def cdiv(x: int, y: int) -> int:
+    """Triton's own unwraps its arguments, for kernels: some microseconds on the host."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()

@@ -1,10 +1,10 @@
 """Launch of the INT4 look-up."""
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.int4_embedding import triton_kernels
+from kernels.launch import cdiv, next_power_of_2
 
 TILE = 2048  # numbers a program writes: 16 a thread
 
@@ -14,9 +14,9 @@ def look_up_triton(packed: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) ->
     packed, ids = packed.contiguous(), ids.contiguous()  # codes of a batch are columns of one tensor
     out = torch.empty(len(ids), dim, dtype=dtype, device=packed.device)
     if len(ids):
-        code_words = triton.next_power_of_2(packed.shape[1] - 1)
+        code_words = next_power_of_2(packed.shape[1] - 1)
         block = max(TILE // (8 * code_words), 1)
-        grid = (triton.cdiv(len(ids), block),)
+        grid = (cdiv(len(ids), block),)
         triton_kernels.look_up[grid](
             packed,
             ids,

@@ -1,11 +1,11 @@
 """Launches of the jagged kernels, and their autograd."""
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.jagged import triton_kernels
+from kernels.launch import cdiv, next_power_of_2
 
 TILE = 4096  # elements of a program's tile: 32 a thread
 WIDEST = 512
@@ -15,10 +15,10 @@ def _launch(kernel, num_rows: int, num_sequences: int, *tensors: Tensor, extra: 
     width = tensors[0].shape[1]
     if num_rows * width == 0:
         return
-    block_e = min(triton.next_power_of_2(width), WIDEST)
+    block_e = min(next_power_of_2(width), WIDEST)
     block_t = max(TILE // block_e, 1)
     steps = num_sequences.bit_length()  # bisecting B sequences takes so many
-    grid = triton.cdiv(num_rows, block_t), triton.cdiv(width, block_e)
+    grid = cdiv(num_rows, block_t), cdiv(width, block_e)
     tensors = [x.contiguous() for x in tensors]
     kernel[grid](*tensors, num_rows, num_sequences, steps, width, *extra, **flags, BLOCK_T=block_t, BLOCK_E=block_e)
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import launch
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.layer_norm import triton_kernels
 
 FP8 = torch.float8_e4m3fn
@@ -25,9 +24,10 @@ class Rows:
     warps: int
     per_sm: int = 0
 
+    @cache  # noqa: B019  # some constants of modules, and the widths of a model
     def of(self, width: int) -> tuple[int, int, int]:
         """Rows, row length as a power of two, warps."""
-        block = max(16, triton.next_power_of_2(width))
+        block = max(16, next_power_of_2(width))
         longer = max(1, block // 512)
         return max(1, self.rows // longer), block, min(8, self.warps * max(1, longer // self.rows))
 
@@ -57,7 +57,7 @@ def launch_layer_norm(
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
-            triton_kernels.norm_forward, triton.cdiv(num_rows, rows), (x_TE, weight, bias, y, codes, scale),
+            triton_kernels.norm_forward, cdiv(num_rows, rows), (x_TE, weight, bias, y, codes, scale),
             (num_rows,), (width, x_TE.stride(0), eps), (rows, block, out, fp8), device=device, num_warps=warps,
         )  # fmt: skip
     return y, codes, scale
@@ -70,7 +70,7 @@ def launch_quantize(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
-            triton_kernels.quantize, triton.cdiv(num_rows, rows), (x_TE, codes, scale), (num_rows,),
+            triton_kernels.quantize, cdiv(num_rows, rows), (x_TE, codes, scale), (num_rows,),
             (width, x_TE.stride(0)), (rows, block), device=x_TE.device, num_warps=warps,
         )  # fmt: skip
     return codes, scale
@@ -100,7 +100,7 @@ def launch_swish(x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
-            triton_kernels.swish_forward, triton.cdiv(num_rows, rows), (x_TE, weight, bias, y), (num_rows,),
+            triton_kernels.swish_forward, cdiv(num_rows, rows), (x_TE, weight, bias, y), (num_rows,),
             (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device, num_warps=warps,
         )  # fmt: skip
     return y

@@ -1,14 +1,13 @@
 """Launches of the linear kernel."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import launch
+from kernels.launch import cdiv, described, launch
 from kernels.linear import triton_kernels
 
 
@@ -56,6 +55,57 @@ def _by_descriptor(x: Tensor) -> bool:
     return x.stride(1) == 1 and rows_aligned and x.data_ptr() % 16 == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All of a launch but its tensors, and how these are read: by a descriptor, or where there is none by a pointer."""
+
+    programs: int
+    descriptors: tuple[TensorDescriptor | None, ...]  # of x, w, out, slope, over no tensor
+    fixed: tuple[int, ...]
+    constants: tuple[object, ...]
+
+
+@lru_cache(512)  # a batch has its own number of rows, its layers have one form
+def _prepare(
+    shape: tuple[int, int, int],  # rows, outputs, inputs
+    strides: tuple[int, int, int, int, int],  # of rows of x, w, out, slope, residual
+    given: tuple[torch.dtype, torch.dtype, bool],  # types of x and out; FP8 or not
+    silu_from: int | None,
+    sloped: bool,
+    residual: bool,
+    tma: bool,
+    aligned_out: bool,
+    tile: Tile,
+    device: torch.device,
+) -> Prepared:
+    num_rows, num_outputs, num_inputs = shape
+    x_dtype, dtype, fp8 = given
+    part = tile.outputs // tile.parts
+    tma_out = tma and tile.tma_out and aligned_out and (silu_from or 0) % part == 0
+
+    def template(dtype: torch.dtype, rows: int, columns: int, stride: int, box: list[int]) -> TensorDescriptor:
+        return TensorDescriptor(torch.empty(0, dtype=dtype), [rows, columns], [stride, 1], box)
+
+    of_x = of_w = of_out = of_slope = None
+    if tma:
+        of_x = template(x_dtype, num_rows, num_inputs, strides[0], [tile.rows, tile.inputs])
+        of_w = template(x_dtype, num_outputs, num_inputs, strides[1], [tile.outputs, tile.inputs])
+    if tma_out:
+        of_out = template(dtype, num_rows, num_outputs, strides[2], [tile.rows, part])
+    if tma_out and sloped and silu_from is not None:
+        of_slope = template(dtype, num_rows, num_outputs - silu_from, strides[3], [tile.rows, part])
+    tiles = cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.outputs)
+    programs = min(tiles, _multiprocessors(device) * tile.per_sm) if tile.per_sm else tiles
+    fast, even = dtype.itemsize == 2 and device.type == "cuda", num_outputs % tile.outputs == 0
+    silu, silu_from = silu_from is not None, num_outputs if silu_from is None else silu_from
+    return Prepared(
+        programs=programs, descriptors=(of_x, of_w, of_out, of_slope),
+        fixed=(num_outputs, num_inputs, *strides, silu_from),
+        constants=(tile.rows, tile.outputs, tile.inputs, tile.parts, silu, sloped, residual, fp8, tma, fast, even,
+                   tile.flatten, tma_out),
+    )  # fmt: skip
+
+
 def launch_linear(
     x_TK: Tensor,
     w_NK: Tensor,
@@ -73,7 +123,7 @@ def launch_linear(
     `scales`: of the rows of x and of w, which then are FP8.
     """
     num_rows, num_inputs = x_TK.shape
-    num_outputs, device = len(w_NK), x_TK.device
+    num_outputs, device = w_NK.shape[0], x_TK.device
     dtype = dtype or x_TK.dtype
     out = torch.empty(num_rows, num_outputs, dtype=dtype, device=device)
     slope = None
@@ -81,35 +131,30 @@ def launch_linear(
         slope = torch.empty(num_rows, num_outputs - silu_from, dtype=dtype, device=device)
     if not num_rows:
         return out, slope
-    hopper = _capability(device)[0] == 9
+    of_slope, of_residual = (0 if t is None else t.stride(0) for t in (slope, residual))
+    hopper, fp8 = _capability(device)[0] == 9, scales is not None
     if tile is None:
-        tile = tile_size(
-            outputs=num_outputs, fp8=scales is not None, residual=residual is not None,
-            half=x_TK.element_size() < 4, hopper=hopper,
-        )  # fmt: skip
-    tma = hopper and _by_descriptor(x_TK) and _by_descriptor(w_NK)
-    x, w = x_TK, w_NK
-    if tma:
-        x = TensorDescriptor(x_TK, list(x_TK.shape), [x_TK.stride(0), 1], [tile.rows, tile.inputs])
-        w = TensorDescriptor(w_NK, list(w_NK.shape), [w_NK.stride(0), 1], [tile.outputs, tile.inputs])
-    part = tile.outputs // tile.parts
-    tma_out = tma and tile.tma_out and _by_descriptor(out) and (silu_from or 0) % part == 0
-    out_to, slope_to = out, slope
-    if tma_out:
-        out_to = TensorDescriptor(out, list(out.shape), [out.stride(0), 1], [tile.rows, part])
-        if slope is not None:
-            slope_to = TensorDescriptor(slope, list(slope.shape), [slope.stride(0), 1], [tile.rows, part])
-    tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.outputs)
-    programs = min(tiles, _multiprocessors(device) * tile.per_sm) if tile.per_sm else tiles
-    strides = [0 if t is None else t.stride(0) for t in (x_TK, w_NK, out, slope, residual)]
-    fp8, even = scales is not None, num_outputs % tile.outputs == 0
-    fast = dtype.itemsize == 2 and x_TK.is_cuda
-    silu, silu_from = silu_from is not None, num_outputs if silu_from is None else silu_from
+        half = x_TK.element_size() < 4
+        tile = tile_size(outputs=num_outputs, fp8=fp8, residual=residual is not None, half=half, hopper=hopper)
+    prepared = _prepare(
+        (num_rows, num_outputs, num_inputs),
+        (x_TK.stride(0), w_NK.stride(0), num_outputs, of_slope, of_residual),
+        (x_TK.dtype, dtype, fp8),
+        silu_from,
+        slope is not None,
+        residual is not None,
+        hopper and _by_descriptor(x_TK) and _by_descriptor(w_NK),
+        _by_descriptor(out),
+        tile,
+        device,
+    )
+    tensors = [
+        x if template is None or x is None else described(template, x)
+        for x, template in zip((x_TK, w_NK, out, slope), prepared.descriptors, strict=True)
+    ]
     launch(
-        triton_kernels.linear, programs, (x, w, out_to, slope_to, bias, residual, *(scales or (None, None))),
-        (num_rows,), (num_outputs, num_inputs, *strides, silu_from),
-        (tile.rows, tile.outputs, tile.inputs, tile.parts, silu, slope is not None, residual is not None, fp8, tma,
-         fast, even, tile.flatten, tma_out),
+        triton_kernels.linear, prepared.programs, (*tensors, bias, residual, *(scales or (None, None))),
+        (num_rows,), prepared.fixed, prepared.constants,
         device=device, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, slope

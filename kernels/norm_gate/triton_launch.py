@@ -1,10 +1,9 @@
 """Launches of the norm and gate kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
-from kernels.launch import launch
+from kernels.launch import cdiv, launch
 from kernels.layer_norm.triton_launch import FP8, Rows
 from kernels.norm_gate import triton_kernels
 from kernels.norm_gate.reference import dropout_threshold
@@ -26,7 +25,7 @@ def launch_norm_gate(
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
-            triton_kernels.gate_forward, triton.cdiv(num_rows, rows), (a_TE, u_TE, weight, bias, y, codes, scale),
+            triton_kernels.gate_forward, cdiv(num_rows, rows), (a_TE, u_TE, weight, bias, y, codes, scale),
             (num_rows, seed), (width, a_TE.stride(0), u_TE.stride(0), dropout_threshold(p), 1 / (1 - p), eps),
             (rows, block, concat_ua, p > 0, out, fp8), device=device, num_warps=warps,
         )  # fmt: skip

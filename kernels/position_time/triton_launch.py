@@ -1,11 +1,10 @@
 """Launches of the position and time kernels, and their autograd function."""
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import launch
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.position_time import triton_kernels
 from kernels.position_time.reference import Anchor
 
@@ -29,10 +28,10 @@ def launch_add(
         kind = torch.int16 if sum(tables) < 2**15 else torch.int32
         keys = torch.empty(2, num_rows, dtype=kind, device=x_TE.device)
     if num_rows:
-        block = max(16, triton.next_power_of_2(width))
+        block = max(16, next_power_of_2(width))
         rows = max(TILE // block, 1)
         launch(
-            triton_kernels.add_forward, triton.cdiv(num_rows, rows),
+            triton_kernels.add_forward, cdiv(num_rows, rows),
             (x_TE, position_PE, time_BE, position_T, gap_ms_T, out, keys), (num_rows,),
             (width, x_TE.stride(0), *tables), (rows, block, anchor == "event", keep_keys),
             device=x_TE.device, num_warps=4,
@@ -51,13 +50,13 @@ def launch_table_gradients(
     num_keys, device = num_positions + num_buckets, grad_TE.device
     keys, order = torch.sort(keys.flatten(), stable=True)
     chunk, columns = SUMMED[grad_TE.element_size()]
-    block = min(columns, max(16, triton.next_power_of_2(width)))
-    blocks, chunks = triton.cdiv(width, block), triton.cdiv(2 * num_rows, chunk)
+    block = min(columns, max(16, next_power_of_2(width)))
+    blocks, chunks = cdiv(width, block), cdiv(2 * num_rows, chunk)
     ids = torch.empty(num_keys, dtype=torch.int64, device=device)
     sums = torch.empty(num_keys, width, dtype=torch.float32, device=device)
     partial = torch.empty(chunks, 2, width, dtype=torch.float32, device=device)
     launch(
-        triton_kernels.name_rows, triton.cdiv(num_keys, NAMED), (keys, ids, sums), (num_rows, num_rows.bit_length()),
+        triton_kernels.name_rows, cdiv(num_keys, NAMED), (keys, ids, sums), (num_rows, num_rows.bit_length()),
         (width, num_positions, num_keys), (NAMED, block), device=device, num_warps=4,
     )  # fmt: skip
     launch(

@@ -1,9 +1,9 @@
 """Launches of the row-wise AdamW kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
+from kernels.launch import cdiv, next_power_of_2
 from kernels.rowwise_adamw import triton_kernels
 from kernels.rowwise_adamw.reference import Hyper
 
@@ -25,10 +25,10 @@ def rowwise_adamw_triton(
     num_ids, dim = grads.shape
     if num_ids == 0:
         return
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     block_n = min(max(TILE // block_d, 1), LONGEST)
     block_c = min(max(PARTIAL_TILE // block_d, 1), 128)
-    chunks = triton.cdiv(num_ids, block_n)
+    chunks = cdiv(num_ids, block_n)
     ids = ids.int() if len(weight) < 2**31 else ids  # half the passes of a radix sort
     ids, order = torch.sort(ids, stable=True)
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)

@@ -1,9 +1,9 @@
 """Launches of the sampled softmax kernels; same functions as `torch_chunked`."""
 
 import torch
-import triton
 from torch import Tensor
 
+from kernels.launch import cdiv, next_power_of_2
 from kernels.sampled_softmax import triton_kernels
 from kernels.sampled_softmax.reference import NORM_EPS, normalise
 from kernels.sampled_softmax.torch_chunked import through_norm
@@ -13,7 +13,7 @@ LONGEST_PART = 4096  # pairs of an item that one program adds where all items ha
 
 
 def _blocks(dim: int) -> dict[str, int]:
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     return {"BLOCK_R": min(max(TILE // block_d, 1), 128), "BLOCK_D": block_d}
 
 
@@ -49,7 +49,7 @@ def item_gradients(
     per_norm = 1 / torch.linalg.vector_norm(users, dim=1, dtype=torch.float32).clamp(min=NORM_EPS)
     tensors = users, items, per_norm, lse - factor.log(), factor * torch.expm1(-loss), order, starts
     sizes = columns, dim, 1 / temperature
-    num_parts = min(triton.cdiv(len(order), num_items * LONGEST_PART), 64) if num_items else 1
+    num_parts = min(cdiv(len(order), num_items * LONGEST_PART), 64) if num_items else 1
     blocks = _blocks(dim)
     grad = torch.empty(num_items, num_parts, dim, dtype=torch.float32, device=items.device)
     if num_items == 0:

@@ -98,7 +98,7 @@ def _shared_plan(
     It goes with `seq_offsets`, and so must not hold that tensor itself.
     """
     everything = seq_offsets, *tensors
-    version = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything)
+    version = [None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything]
     owner = id(seq_offsets)
     entry = _plans.get(owner)
     if entry is None or entry[0]() is not seq_offsets:
@@ -168,8 +168,8 @@ def semi_local_attention(
         seq_offsets.shape,
         None if num_targets is None else num_targets.shape,
         target_visible is not None,
-        tuple(t.dtype for t in given),
-        tuple(t.device for t in given),
+        tuple([t.dtype for t in given]),
+        tuple([t.device for t in given]),
         window,
         full_rows,
         prefix,

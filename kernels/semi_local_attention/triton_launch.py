@@ -9,12 +9,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.launch import next_power_of_2
 from kernels.semi_local_attention import triton_kernels, triton_tiles
 from kernels.semi_local_attention.reference import RelativeBias, whole_seconds
 
@@ -126,14 +126,14 @@ def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileLis
     visible = offsets if plan.target_visible is None else plan.target_visible
     kinds_of = {"BANDED": banded, "CANDIDATES": candidates}
     sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    block = min(4096, triton.next_power_of_2(num_sequences))
+    block = min(4096, next_power_of_2(num_sequences))
     triton_tiles.count_tiles[(1,)](
         offsets, targets, header, first, num_sequences, plan.full_rows, plan.prefix, KEYS=keys, CACHED=plan.cached,
         HEADS=heads, SPLIT_PROGRAMS=SPLIT_PROGRAMS, SHORTEST_PART=SHORTEST_PART, BLOCK_B=block, **kinds_of, **sizes,
         num_warps=min(16, max(1, block // 128)),
     )  # fmt: skip
     longest = plan.max_seq_len // (tile.keys if keys else tile.rows) + 2
-    block = max(16, min(128, triton.next_power_of_2(longest)))
+    block = max(16, min(128, next_power_of_2(longest)))
     if keys:
         has_visible = plan.target_visible is not None
         triton_tiles.write_key_tiles[(num_sequences,)](
@@ -270,7 +270,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _operand(x: Tensor, hopper: bool) -> Tensor:
     """`x` [T, H, W] as the kernels read it: W a power of two, dense; for descriptors heads packed and 16-byte rows."""
-    width = max(16, triton.next_power_of_2(x.shape[2]))
+    width = max(16, next_power_of_2(x.shape[2]))
     if width != x.shape[2]:
         return F.pad(x, (0, width - x.shape[2]))
     if x.stride(2) != 1:
@@ -289,7 +289,7 @@ def make_problem(
 ) -> tuple[Problem, tuple[Tensor, ...]]:
     """The problem of q, k, v (and what else a kernel reads), and these as the kernels read them."""
     q, _, v, *_ = operands
-    shapes = tuple((x.shape, x.stride(), x.data_ptr() % 16) for x in operands)
+    shapes = tuple([(x.shape, x.stride(), x.data_ptr() % 16) for x in operands])
     key = shapes, q.dtype, out_dtype, alpha, scaling_seq_len, tables
     if key in plan.problems:
         return plan.problems[key], operands

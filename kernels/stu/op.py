@@ -47,15 +47,18 @@ def stu_layer(
     Raises:
         ValueError: on shapes and types that do not fit, FP8 on a GPU without it.
     """
-    if torch.is_grad_enabled() and is_fused(x_TE, shape, backend):
-        from kernels.stu.triton_launch import FusedLayer  # where Triton is not installed, CPUs still work
+    if is_fused(x_TE, shape, backend):
+        from kernels.stu.triton_launch import FusedLayer, launch_layer  # where Triton is not installed, CPUs still work
 
-        _check(x_TE.shape, tuple(w.shape for w in weights), shape, p)
+        _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
+        require(max(shape.d_qk, shape.d_v) <= 256, f"heads must be at most 256 wide, got {shape.d_qk} and {shape.d_v}")
         mask = shape.window, shape.full_rows, shape.prefix
         rows = sequences.seq_offsets, sequences.max_seq_len, sequences.num_targets, sequences.target_visible
         plan = triton_plan(len(x_TE), *rows, *mask)
-        x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
-        return FusedLayer.apply(x_TE, *weights, shape, plan, p, _drawn(p) if seed is None else seed)
+        x_TE, seed = x_TE.to(_compute_dtype(x_TE)).contiguous(), _drawn(p) if seed is None else seed
+        if torch.is_grad_enabled():
+            return FusedLayer.apply(x_TE, *weights, shape, plan, p, seed)
+        return launch_layer(x_TE, weights, shape, plan, p, seed)
     u, q, k, v = project(x_TE, weights, shape, backend=backend)
     a = attend(q, k, v, shape, sequences, backend=backend)
     return output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)

@@ -31,15 +31,22 @@ class Projected:
     slope: Tensor | None
     shape: STUShape
 
+    @property
+    def u(self) -> Tensor:
+        return self.uvqk[:, : self.shape.split[0]]
+
     def parts(self, of: Tensor) -> list[Tensor]:
         """U [T, H V] and Q, K, V [T, H, ·] of a tensor laid out like `uvqk`."""
-        u, *qkv = of.split(self.shape.split, dim=1)
-        return [u, *(x.unflatten(1, (self.shape.num_heads, -1)) for x in qkv)]
+        u, *qkv = of.split_with_sizes(self.shape.split, dim=1)
+        return [u, *map(self._heads, qkv)]
 
     def slopes(self) -> list[Tensor] | list[None]:
         if self.slope is None:
             return [None, None, None]
-        return [x.unflatten(1, (self.shape.num_heads, -1)) for x in self.slope.split(self.shape.split[1:], dim=1)]
+        return list(map(self._heads, self.slope.split_with_sizes(self.shape.split[1:], dim=1)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], self.shape.num_heads, -1)
 
 
 def launch_project(
@@ -101,20 +108,31 @@ def launch_output(
     return out, y if keep_y else None
 
 
+def launch_layer(
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, plan: attention.TritonPlan, p: float, seed: int
+) -> Tensor:
+    """The layer where nothing is recorded."""
+    projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)
+    a = attention_rows(projected, plan)
+    return launch_output(x_TE, a, projected.u, weights, shape, p, seed, keep_y=False)[0]
+
+
 class FusedLayer(torch.autograd.Function):
     """As `reference`, project to output, of (x, *weights, shape, plan, dropout, seed)."""
 
     @staticmethod
     def forward(ctx, x_TE: Tensor, *arguments):
         *tensors, shape, plan, p, seed = arguments
-        weights = STUWeights(*tensors)
+        weights, ctx.types = STUWeights(*tensors), [w.dtype for w in tensors]
+        if not shape.fp8:  # FP8 is rounded from the weights themselves; else backward finds them cast already
+            casts = (cast_weight(w, x_TE.dtype) for w in (weights.uvqk_weight, weights.out_weight))
+            weights = weights._replace(**dict(zip(("uvqk_weight", "out_weight"), casts, strict=True)))
         keep = {name for name in ("normed_x", "uvqk", "y") if name not in shape.recompute}
         projected, normed = launch_project(
             x_TE, weights, shape, shape.silu_qkv and "uvqk" in keep, keep_normed="normed_x" in keep
         )
-        u = projected.parts(projected.uvqk)[0]
         a = attention_rows(projected, plan)
-        out, y = launch_output(x_TE, a, u, weights, shape, p, seed, "y" in keep)
+        out, y = launch_output(x_TE, a, projected.u, weights, shape, p, seed, "y" in keep)
         kept = [normed if "normed_x" in keep else None, y]
         kept += [projected.uvqk, projected.slope] if "uvqk" in keep else [None, None]
         ctx.save_for_backward(x_TE, a, *kept, *weights)
@@ -136,13 +154,11 @@ class FusedLayer(torch.autograd.Function):
         if normed is None:
             norm = weights.norm_weight, weights.norm_bias
             normed, _, _ = launch_layer_norm(x, *norm, shape.norm_eps, dtype)
-        u, *_ = projected.parts(projected.uvqk)
-
         d_uvqk = torch.empty_like(projected.uvqk)
         du, dq, dk, dv = projected.parts(d_uvqk)
         d_y = grad @ weights.out_weight.to(dtype)
         da, made, d_norm_weight, d_norm_bias, sum_u = launch_norm_gate_backward(
-            d_y, a, u, weights.norm_attn_weight, weights.norm_attn_bias, du, eps=shape.norm_eps,
+            d_y, a, projected.u, weights.norm_attn_weight, weights.norm_attn_bias, du, eps=shape.norm_eps,
             concat_ua=shape.concat_ua, p=p, seed=seed, out=y is None,
         )  # fmt: skip
         y = made if y is None else y
@@ -150,7 +166,7 @@ class FusedLayer(torch.autograd.Function):
         del d_y, made, y
 
         problem, operands = attend(projected, plan)
-        d_heads = da.unflatten(1, (shape.num_heads, shape.d_v))
+        d_heads = da.view(len(da), shape.num_heads, shape.d_v)
         d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v)) if problem.d_v > shape.d_v else d_heads
         slope_q, slope_k, slope_v = projected.slopes()
         given = *operands, d_heads
@@ -167,4 +183,4 @@ class FusedLayer(torch.autograd.Function):
         grads = STUWeights(
             d_weight, d_bias, d_uvqk_weight, d_uvqk_bias, d_norm_weight, d_norm_bias, d_out_weight, d_out_bias
         )
-        return dx, *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True)), None, None, None, None
+        return dx, *(g.to(dtype) for g, dtype in zip(grads, ctx.types, strict=True)), None, None, None, None
