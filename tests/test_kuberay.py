@@ -59,6 +59,7 @@ VOLUME = fields(
     name=STRING,
     persistentVolumeClaim=fields("claimName", claimName=STRING),
     emptyDir=fields(sizeLimit=QUANTITY),
+    secret=fields("secretName", secretName=STRING),
 )
 POD = fields(
     "spec",
@@ -179,7 +180,9 @@ def test_pods_are_alike_where_they_must_be(name: str):
         images.add(container["image"])
         environments.add(tuple((entry["name"], entry["value"]) for entry in container["env"]))
         folders = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-        assert folders == {"runs": "/shared/runs", "spill": "/mnt/ray-spill"}
+        served = {"redis": "/etc/redis"} if name == "ray-service.yaml" else {}
+        assert folders == {"runs": "/shared/runs", "spill": "/mnt/ray-spill"} | served
+        assert folders.keys() == {volume["name"] for volume in pod["volumes"]}
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
