@@ -58,7 +58,8 @@ def run_chain(cfg: RunConfig, dashboard_url: str) -> dict[str, Any]:
     manifest = sequences.build_sequences(cfg)
     logger.info("%d users, %d rows; quarantined %s", manifest.num_users, manifest.num_rows, manifest.quarantined)
     stage(3, "training")
-    with tracking.start_run(cfg, manifest) as run:
+    trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
+    with tracking.training_run(cfg, manifest) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
         model_dir = trainer.fit(cfg, run)

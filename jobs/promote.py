@@ -11,12 +11,15 @@ from pipeline.mlflow_server import mlflow_server, plan_server
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", type=int, help="a number in the registry instead of the run's own model")
+    parser.add_argument(
+        "--validated-by", type=int, metavar="VERSION", help="for split.refit: a version trained without it is judged"
+    )
 
 
 def main(job: cli.Job) -> None:
     with mlflow_server(job.cfg):
         version = job.options.version or tracking.register_trained(job.cfg)
-        decision = tracking.promote(job.cfg, version)
+        decision = tracking.promote(job.cfg, version, job.options.validated_by)
     print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)

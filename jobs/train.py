@@ -20,7 +20,9 @@ def main(job: cli.Job) -> None:
         folder = trainer.fit(cfg, restart=restart)
     else:
         manifest = store.read_manifest(cfg.sequence_dir)
-        with mlflow_server(cfg), tracking.start_run(cfg, manifest) as run:
+        if not restart:
+            trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
+        with mlflow_server(cfg), tracking.training_run(cfg, manifest, restart=restart) as run:
             folder = trainer.fit(cfg, run, restart=restart)
     print(f"model={folder}")
 

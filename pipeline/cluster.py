@@ -4,6 +4,7 @@ A private cluster has its own ports, token and short temp folder, so that it liv
 the same machine, and only what was started here is stopped.
 """
 
+import fcntl
 import logging
 import os
 import random
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 
@@ -24,6 +25,7 @@ from pipeline.config import RayConfig, UserError
 
 logger = logging.getLogger(__name__)
 
+OWNER = "owner"  # in a local cluster's folder: the driver's pid, locked while it lives
 REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, per protocol
 
 
@@ -63,7 +65,9 @@ def _joined(address: str) -> Iterator[Any]:
 
 
 def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
+    remove_orphans()
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # ours alone; short: socket paths end at 107 characters
+    lock = _owned(folder)
     os.environ |= serve_environment(folder)
     use_token(runs_dir)
     port = free_port()
@@ -85,6 +89,29 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
         for name in ours:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _owned(folder: Path) -> IO[str]:
+    """Mark `folder` as this process's, for as long as it lives and the returned file is open."""
+    marking = folder / ".owner"
+    lock = open(marking, "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    marking.rename(folder / OWNER)  # locked from the first moment that it is seen
+    return lock
+
+
+def remove_orphans(parent: Path = Path("/tmp")) -> None:
+    """Remove the folders of local clusters whose driver was killed; their processes have ended with it."""
+    for mark in parent.glob(f"ray-*/{OWNER}"):
+        try:
+            with open(mark, "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(mark.parent, ignore_errors=True)
+        except OSError:
+            continue  # its owner lives, it is another user's, or somebody else has just removed it
 
 
 def _init(**options: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from pipeline import lifeline
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 
@@ -82,14 +83,21 @@ def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Pope
 
 def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
     uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-I", lifeline.__file__]  # a job that is killed leaves no server behind
+    command += [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     log = folder / "server.log"
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            command, env=os.environ | quiet, stdout=output, stderr=output, cwd=folder, start_new_session=True
+            command,
+            env=os.environ | quiet,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            cwd=folder,
+            start_new_session=True,
         )
     started = time.monotonic()
     while not _healthy(uri):

@@ -56,5 +56,6 @@ def _metric_table(cfg: RunConfig, metrics: Mapping[str, float]) -> str:
             values = [metrics.get(f"{split}/{metric}/{task}") for task in cfg.tasks]
             if any(value is not None for value in values):
                 cells = ["–" if value is None else f"{value:.4f}" for value in values]
-                rows.append(f"| {split} {metric.upper()} | " + " | ".join(cells) + " |")
+                learned = " (rows it was trained on)" if split == "val" and cfg.split.refit else ""
+                rows.append(f"| {split} {metric.upper()}{learned} | " + " | ".join(cells) + " |")
     return "\n".join(rows)

@@ -38,6 +38,17 @@ if typing.TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+REFIT = "refit"  # tag of a version trained on the validation rows
+FROZEN = ("tasks", "source", "features", "model", "train", "split")  # what --validated-by must have in common ...
+NOT_FROZEN = ("split.refit", "source.path", "train.epochs", "train.validate_every", "train.validate_requests")
+NOT_FROZEN += (
+    "train.best_metric",
+    "train.publish",
+    "train.patience",
+    "train.num_workers",
+    "train.log_every",
+)  # ... but
+MLFLOW_RUN = "mlflow_run.json"  # in a run's folder: which MLflow run its training logs into
 PARAMS_PER_REQUEST = 100  # MLflow's own limit
 LONGEST_PARAM = 6000  # characters, MLflow's own limit
 LONGEST_DIGEST = 36  # characters, MLflow's own limit
@@ -111,6 +122,49 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end("FINISHED" if kind is None else "FAILED")
+
+
+def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False) -> Run:
+    """The MLflow run of this training: a new one, or that of the attempt which it goes on from.
+
+    Its params stay those of the first attempt; the tag `attempt` counts.
+    """
+    import mlflow
+
+    note = cfg.run_dir / MLFLOW_RUN
+    earlier = None if restart else _earlier_run(note, manifest)
+    if earlier is None:
+        run = start_run(cfg, manifest, {"attempt": "1"})
+        note.parent.mkdir(parents=True, exist_ok=True)
+        staged = note.with_suffix(".staged")
+        staged.write_text(json.dumps({"run_id": run.run_id}))
+        staged.replace(note)
+        return run
+    run_id, attempt = earlier
+    client = _client()
+    with _one_message():
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, "attempt", str(attempt + 1))
+    logger.info("attempt %d of MLflow run %s", attempt + 1, run_id)
+    return Run(mlflow.get_tracking_uri(), run_id)
+
+
+def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
+    """Id and attempt of the run that `note` names, if this server has it and it read the same sequences."""
+    from mlflow.exceptions import MlflowException
+
+    if not note.exists():
+        return None
+    run_id = json.loads(note.read_text())["run_id"]
+    try:
+        with _one_message():
+            found = _client().get_run(run_id)
+    except MlflowException as error:
+        if _absent(error):
+            return None
+        raise
+    same = found.info.lifecycle_stage == "active" and found.data.tags.get("manifest") == manifest.digest
+    return (run_id, int(found.data.tags.get("attempt", "1"))) if same else None
 
 
 def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | None = None) -> Run:
@@ -245,7 +299,10 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
         card = model_card.render(cfg, folder, metrics, run.run_id)
         (folder / "README.md").write_text(card)
         tags = {f"sha256.{name}": digest for name, digest in _digests(folder).items()}
-        tags |= {key: repr(value) for key, value in metrics.items() if key.startswith("val/ne/")}
+        if trained_on_validation(model_dir):  # its validation NE is of rows that it has learned: nothing to judge by
+            tags |= {REFIT: "true"}
+        else:
+            tags |= {key: repr(value) for key, value in metrics.items() if key.startswith("val/ne/")}
         tags |= {"manifest": client.get_run(run.run_id).data.tags["manifest"]}
         model = client.create_logged_model(_experiment(client, cfg.tracking.experiment), cfg.name, run.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
@@ -287,11 +344,22 @@ def register_trained(cfg: RunConfig) -> int:
         return register(cfg, run, cfg.model_dir)
 
 
-def promote(cfg: RunConfig, version: int | None = None) -> Decision:
+def trained_on_validation(model_dir: Path) -> bool:
+    return json.loads((model_dir / "config.json").read_text())["split"]["refit"]
+
+
+def promote(cfg: RunConfig, version: int | None = None, validated_by: int | None = None) -> Decision:
     """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the gate; say why.
 
     The gate: `tracking.gate_max_ne` for each task it names, and a mean over tasks at most `gate_max_regression` above
     the champion's. The reason stays on the version as a tag.
+
+    Args:
+        validated_by: for a version trained with `split.refit`, one of the same settings trained without it: its
+            validation NE is judged, and stays with `version` for the challengers to come.
+
+    Raises:
+        UserError: no such version, or `validated_by` cannot stand for it.
     """
     client, name = _client(), cfg.tracking.model_name
     with _one_message():
@@ -299,6 +367,8 @@ def promote(cfg: RunConfig, version: int | None = None) -> Decision:
         champion = _champion(client, name)
         if champion is not None and champion.version == challenger.version:
             return Decision(True, f"version {challenger.version} is the champion already")
+        if validated_by is not None:
+            challenger = _validated(client, challenger, _version(client, name, validated_by))
         decision = judge(cfg, challenger, champion)
         client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
         if decision.promoted:
@@ -308,15 +378,43 @@ def promote(cfg: RunConfig, version: int | None = None) -> Decision:
     return decision
 
 
+def _validated(client: "MlflowClient", refit: "ModelVersion", other: "ModelVersion") -> "ModelVersion":
+    """`refit` with the validation NE of `other`, as tags."""
+    if REFIT not in refit.tags or REFIT in other.tags:
+        raise UserError(
+            f"--validated-by takes a version trained without split.refit, for one trained with it: got {other.version} "
+            f"for {refit.version}"
+        )
+    one, two = (client.get_run(str(version.run_id)).data.params for version in (refit, other))
+    for key in sorted(one.keys() | two.keys()):
+        if key.split(".")[0] in FROZEN and key not in NOT_FROZEN and one.get(key) != two.get(key):
+            raise UserError(
+                f"--validated-by {other.version}: it was trained with {key} = {two.get(key)}, version {refit.version} "
+                f"with {one.get(key)}"
+            )
+    for task, value in _validation_ne(other).items():
+        client.set_model_version_tag(refit.name, refit.version, f"val/ne/{task}", repr(value))
+    client.set_model_version_tag(refit.name, refit.version, "validated_by", other.version)
+    return client.get_model_version(refit.name, refit.version)
+
+
 def judge(cfg: RunConfig, challenger: "ModelVersion", champion: "ModelVersion | None") -> Decision:
     """The gate alone: both versions carry their validation NE as tags `val/ne/<task>`."""
     new = _validation_ne(challenger)
+    if REFIT in challenger.tags and not new:
+        return Decision(
+            False,
+            f"refused: version {challenger.version} was trained on the validation rows (split.refit); --validated-by "
+            "names a version of the same settings trained without it",
+        )
     if missing := [task for task in cfg.tasks if task not in new]:
         return Decision(False, f"refused: version {challenger.version} has no validation NE of {', '.join(missing)}")
     for task, highest in cfg.tracking.gate_max_ne.items():
         if not new[task] <= highest:
             return Decision(False, f"refused: val/ne/{task} {new[task]:.4f} is above the gate's {highest:g}")
     said = ", ".join(f"{task} {new[task]:.4f}" for task in cfg.tasks)
+    if REFIT in challenger.tags:
+        said += f" of version {challenger.tags['validated_by']}"
     if champion is None:
         return Decision(True, f"promoted: the first champion, val/ne {said}")
     old = _validation_ne(champion)
@@ -325,6 +423,8 @@ def judge(cfg: RunConfig, challenger: "ModelVersion", champion: "ModelVersion | 
         return Decision(True, f"promoted: champion {champion.version} shares no task with it, val/ne {said}")
     change = sum(new[task] - old[task] for task in shared) / len(shared)
     said = f"mean val/ne over {', '.join(shared)} {change:+.4f} against champion {champion.version}"
+    if REFIT in challenger.tags:
+        said += f", by version {challenger.tags['validated_by']} in the place of {challenger.version}"
     if champion.tags.get("manifest") != challenger.tags.get("manifest"):
         said += " (which was validated on other sequences)"
     if not change <= cfg.tracking.gate_max_regression:

@@ -74,6 +74,25 @@ def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FAILED"
 
 
+def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> None:
+    cfg = replace(cfg, name="often")
+    manifest = store.read_manifest(replace(cfg, name="tracking").sequence_dir)
+    first = tracking.training_run(cfg, manifest)
+    with pytest.raises(KeyError), first:
+        raise KeyError("lost")
+    again = tracking.training_run(replace(cfg, train=replace(cfg.train, log_every=7)), manifest)
+    assert again == first
+    found = mlflow.MlflowClient().get_run(first.run_id)
+    assert (found.info.status, found.data.tags["attempt"]) == ("RUNNING", "2")
+    assert found.data.params["train.log_every"] == str(cfg.train.log_every), "params are the first attempt's"
+    assert tracking.training_run(cfg, replace(manifest, digest="other")) != first
+    newest = tracking.training_run(cfg, manifest, restart=True)
+    assert newest != first
+    assert tracking.training_run(cfg, manifest) == newest
+    mlflow.MlflowClient().delete_run(newest.run_id)
+    assert tracking.training_run(cfg, manifest) != newest, "what somebody deleted stays deleted"
+
+
 def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path: Path) -> None:
     number = new_version(cfg, tmp_path, 0.9)
     client = mlflow.MlflowClient()
@@ -200,6 +219,25 @@ def test_judgement(new: dict, old: dict | None, promoted: bool, said: str, tmp_p
     decision = tracking.judge(cfg, version(2, new), champion)  # pyright: ignore[reportArgumentType]
     assert decision.promoted == promoted
     assert said in decision.reason
+
+
+def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(cfg: RunConfig, tmp_path: Path) -> None:
+    honest = new_version(cfg, tmp_path, 0.9)
+    refit_cfg = replace(cfg, split=replace(cfg.split, refit=True))
+    refit = new_version(refit_cfg, tmp_path / "refit", 0.1)
+    refused = tracking.promote(cfg, refit)
+    assert not refused.promoted
+    assert "trained on the validation rows" in refused.reason
+    other = new_version(replace(cfg, train=replace(cfg.train, lr=0.5)), tmp_path / "other", 0.9)
+    with pytest.raises(UserError, match=r"trained with train\.lr = 0\.5, version 2 with 0\.002"):
+        tracking.promote(cfg, refit, validated_by=other)
+    with pytest.raises(UserError, match=r"trained without split\.refit"):
+        tracking.promote(cfg, honest, validated_by=refit)
+    decision = tracking.promote(cfg, refit, validated_by=honest)
+    assert decision.promoted
+    assert f"is_click 0.9000, is_like 0.9000 of version {honest}" in decision.reason
+    worse = new_version(cfg, tmp_path / "worse", 0.95, seed=1)
+    assert "+0.0500" in tracking.promote(cfg, worse).reason, "the next challenger meets the borrowed figures"
 
 
 def test_validation_on_other_sequences_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Optimizers, the loop without Ray, checkpoints and exact resumption."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -186,35 +187,58 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         run(train_config(), longer, resume=saved)
 
 
-def test_two_ranks_equal_one_with_both_halves(tmp_path: Path) -> None:
-    cfg = train_config(epochs=1, grad_clip=1e6)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path, list[dict]]:
+    """An unbroken run of two ranks, its folder of checkpoints, and what both ranks say."""
+    cfg = train_config(grad_clip=1e6)
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
-    lines, weights = run(cfg)
-    (tmp_path / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, tensor in weights.items():
-        assert torch.equal(results[0]["weights"][name], results[1]["weights"][name]), name
-        torch.testing.assert_close(results[0]["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    assert results[0]["losses"] == pytest.approx([line["train/loss"] for line in lines], abs=1e-6)
+    folder = tmp_path_factory.mktemp("two")
+    return cfg, folder / "checkpoints", on_two_ranks(cfg, folder)
+
+
+def on_two_ranks(cfg: RunConfig, folder: Path) -> list[dict]:
+    """Both ranks' losses by step, and weights; from the newest checkpoint in the folder where there is one."""
+    (folder / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
+    mp.spawn(one_of_two, (str(folder),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     cfg = config.from_dict(json.loads(Path(folder, "cfg.json").read_text()))
-    losses: list[float] = []
-    model = loop.train(
-        cfg,
-        make_maps(),
-        Loader(rank, 2),
-        "data",
-        rank=rank,
-        world_size=2,
-        log=lambda step, values: losses.append(values["train/loss"]),
+    checkpoints = CheckpointFolder(Path(folder, "checkpoints"), 3, rank, 2)
+    options = {"rank": rank, "world_size": 2, "resume": checkpoints.newest(), "checkpoints": checkpoints}
+    lines, weights = run(cfg, Loader(rank, 2), **options)
+    torch.save(
+        {"weights": weights, "losses": {line["step"]: line["train/loss"] for line in lines}}, f"{folder}/{rank}.pt"
     )
-    torch.save({"weights": model.state_dict(), "losses": losses}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_with_both_halves(two_ranks: tuple[RunConfig, Path, list[dict]]) -> None:
+    cfg, _, results = two_ranks
+    lines, weights = run(cfg)
+    for name, tensor in weights.items():
+        assert torch.equal(results[0]["weights"][name], results[1]["weights"][name]), name
+        torch.testing.assert_close(results[0]["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert results[0]["losses"] == pytest.approx({line["step"]: line["train/loss"] for line in lines}, abs=1e-6)
+
+
+def test_from_two_ranks_to_one_and_back(two_ranks: tuple[RunConfig, Path, list[dict]], tmp_path: Path) -> None:
+    """Two ranks to step 4, one to step 8, two to the end: the losses of the unbroken run."""
+    cfg, unbroken, expected = two_ranks
+    folder = CheckpointFolder(tmp_path / "checkpoints", 3)
+    shutil.copytree(unbroken / "step_00000004", folder.at(4))
+    lines, _ = run(cfg, resume=folder.newest(), checkpoints=folder)
+    shutil.rmtree(folder.at(12))
+    (result, _) = on_two_ranks(cfg, tmp_path)
+    found = {line["step"]: line["train/loss"] for line in lines if line["step"] <= 8} | result["losses"]
+    assert sorted(found) == [6, 8, 10, 12]
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[0]["losses"][step], rel=1e-5), step
+    for name, tensor in result["weights"].items():
+        torch.testing.assert_close(tensor, expected[0]["weights"][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_an_error_of_the_loader_is_seen() -> None:

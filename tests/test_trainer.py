@@ -4,21 +4,29 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_world import publish_sequences, tiny_config
 
+from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data.examples import request_examples, user_events
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model, save_model
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.cluster
 
@@ -72,10 +80,14 @@ def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
         np.testing.assert_allclose(tensor, weights[name], atol=1e-6, err_msg=name)
 
 
+def has_reached(cfg: RunConfig, step: int) -> bool:
+    metrics = cfg.run_dir / "train" / "metrics.jsonl"
+    return metrics.exists() and any(f'"step": {s},' in metrics.read_text() for s in range(step, step + 50))
+
+
 def kill_worker_after(cfg: RunConfig, step: int) -> int:
     """Wait for metrics of that step, then end one training worker of this process's own cluster the hard way."""
-    metrics = cfg.run_dir / "train" / "metrics.jsonl"
-    while not metrics.exists() or not any(f'"step": {s},' in metrics.read_text() for s in range(step, step + 50)):
+    while not has_reached(cfg, step):
         time.sleep(0.02)
     pid = next(pid for pid in our_processes() if b"RayTrainWorker" in command_line(pid))
     os.kill(pid, signal.SIGKILL)
@@ -103,6 +115,64 @@ def command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
+    trained: RunConfig, mlflow_runs: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to `jobs.train` with a private cluster: the second attempt ends with the weights of the unbroken run."""
+    cfg = replace(trained, name="driver")
+    uri = json.loads((mlflow_runs / "mlflow" / "server.json").read_text())["uri"]
+    cfg = replace(cfg, tracking=replace(cfg.tracking, uri=uri, experiment="killed driver"))
+    shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(json.dumps(config.to_dict(cfg)))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(preset)]
+    mark = f"DRIVER_TEST={uuid.uuid4()}"
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = ours | dict([mark.split("=")])
+    driver = subprocess.Popen(command, env=environment, cwd=ROOT)
+    try:
+        while not has_reached(cfg, step=60):
+            assert driver.poll() is None, "the job ended before it was killed"
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+        end = time.monotonic() + 60
+        while left := marked(mark):
+            assert time.monotonic() < end, [command_line(pid) for pid in left]
+            time.sleep(0.1)
+        owners = [owner for owner in Path("/tmp").glob("ray-*/owner") if owner.read_text() == str(driver.pid)]
+        assert len(owners) == 1
+        assert not cfg.model_dir.exists()
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert not owners[0].parent.exists(), "the next start removes what the killed one could not"
+    weights = load_file(trained.model_dir / "model.safetensors")
+    for name, tensor in load_file(cfg.model_dir / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    assert losses(cfg) == losses(trained)
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("killed driver")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.data.tags["attempt"]) == ("FINISHED", "2")
+    assert run.data.metrics["train/loss"] == losses(trained)[max(losses(trained))]["train/loss"]
+
+
+def marked(variable: str) -> list[int]:
+    """Processes with this environment variable, and so started by the job that had it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it ended meanwhile
+    return found
 
 
 def test_a_finished_run_trains_nothing_more(trained: RunConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.backend import choose
 from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.features import FeatureMaps
@@ -83,6 +84,9 @@ def train(
     state = _begin(trainee, loader, resume, identity)
     if state.finished:
         return trainee.model
+    if rank == 0:
+        where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+        logger.info("%d x %s, %s kernels", world_size, where, choose("auto", trainee.task_weights))
     total_steps = loader.steps_per_epoch * cfg.train.epochs
     meter = Meter(world_size)
     profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
@@ -356,8 +360,9 @@ class Meter:
 
 def progress_line(state: TrainState, total_steps: int, values: dict[str, float]) -> str:
     left = (total_steps - state.step) * values["train/step_ms"] / 1000
+    epoch = (state.step - 1) // state.steps_per_epoch + 1
     return (
-        f"step {state.step}/{total_steps} epoch {state.epoch + 1} | loss {values['train/loss']:.4f} | "
+        f"step {state.step}/{total_steps} epoch {epoch} | loss {values['train/loss']:.4f} | "
         f"{values['train/examples_per_s']:,.0f} examples/s, {values['train/tokens_per_s']:,.0f} tokens/s | "
         f"waiting for data {values['train/data_wait_share']:.1%} | {left:.0f} s left"
     )

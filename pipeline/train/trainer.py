@@ -67,20 +67,17 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
     digest = store.read_manifest(cfg.sequence_dir).digest
-    checkpoints = CheckpointFolder(folder / "checkpoints", cfg.train.keep_checkpoints)
-    earlier = checkpoints.newest()  # tells a mistake before any worker starts
-    if earlier is not None:
-        check_identity(earlier.identity, run_identity(cfg, digest), cfg.name)
+    before = earlier(cfg)  # tells a mistake before any worker starts
     maps = fit_features(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
-    if earlier is None or not earlier.state.finished:
+    if before is None or not before.state.finished:
         steps = step_plan(cfg, folder / "steps.json")  # here, so that no worker reads the store to count
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
             _fit(cfg, _trainer(cfg, digest, steps, run))
     if run is not None and (folder / "profile").exists():
         run.log_artifacts(folder / "profile", "profile")
-    trained = _chosen(cfg, checkpoints)
+    trained = _chosen(cfg)
     model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
     read_tensors(trained.folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
@@ -105,8 +102,26 @@ def _fit(cfg: RunConfig, trainer: TorchTrainer) -> None:
         raise TrainingStopped(json.loads(stopped.read_text())["reason"])
 
 
-def _chosen(cfg: RunConfig, checkpoints: CheckpointFolder) -> Saved:
+def earlier(cfg: RunConfig) -> Saved | None:
+    """The checkpoint that this run would go on from.
+
+    Raises:
+        UserError: the run began with other settings or data, or none of its checkpoints is whole.
+    """
+    found = _checkpoints(cfg).newest()
+    if found is not None:
+        digest = store.read_manifest(cfg.sequence_dir).digest
+        check_identity(found.identity, run_identity(cfg, digest), cfg.name)
+    return found
+
+
+def _checkpoints(cfg: RunConfig, rank: int = 0, world_size: int = 1) -> CheckpointFolder:
+    return CheckpointFolder(train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints, rank, world_size)
+
+
+def _chosen(cfg: RunConfig) -> Saved:
     """The checkpoint that becomes the model, by `train.publish`."""
+    checkpoints = _checkpoints(cfg)
     last = checkpoints.newest()
     assert last is not None
     if cfg.train.publish == "last" or last.state.best_step is None:
@@ -147,7 +162,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(cfg.train.threads_per_worker)
     folder, device = train_dir(cfg), ray.train.torch.get_device()
     maps = FeatureMaps.load(folder)
-    checkpoints = CheckpointFolder(folder / "checkpoints", cfg.train.keep_checkpoints, rank, world_size)
+    checkpoints = _checkpoints(cfg, rank, world_size)
     with only_writer(folder) if rank == 0 else nullcontext():
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
         metrics = None
@@ -212,5 +227,5 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 def _last_step(cfg: RunConfig) -> int:
-    earlier = CheckpointFolder(train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints).newest()
-    return earlier.state.step if earlier else 0
+    found = _checkpoints(cfg).newest()
+    return found.state.step if found else 0
