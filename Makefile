@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types serve mlflow-ui mlflow-import bench-serve bench-anchor clean
+.PHONY: help demo test lint types serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +42,9 @@ mlflow-import: $(READY)  ## put the committed figures of benchmarks/runs/ beside
 
 bench-anchor: $(BENCH_READY)  ## smoothed rates and LightGBM on the KuaiRand subset: the numbers to beat
 	$(BIN)/python -m benchmarks.kuairand_anchor
+
+bench-build: $(BENCH_READY)  ## rows/s of the build beside Polars and map_groups, its memory, and kills: half an hour
+	for what in speed memory kills; do $(BIN)/python -m benchmarks.build $$what; done
 
 bench-serve: $(READY)  ## the server under load: latency, overload, new versions, events while replicas are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving
