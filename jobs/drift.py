@@ -15,8 +15,10 @@ from pipeline.data import drift, store
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--before", required=True, help="folder of a run or of its sequences to compare with")
-    parser.add_argument("--after", help="the same; the sequences of --config if not given")
+    parser.add_argument(
+        "--before", help="folder of a run or of its sequences; else the version before the published one"
+    )
+    parser.add_argument("--after", help="the same; else the published sequences of --config")
     parser.add_argument("--days", type=int, help="only the newest so many days of each: a month hides a bad day")
 
 
@@ -24,8 +26,11 @@ def main(job: cli.Job) -> None:
     cfg, options = job.cfg, job.options
     if options.days is not None and options.days < 1:
         raise config.UserError(f"--days must be 1 or more, got {options.days}")
-    folders = [drift.find_store(options.before), drift.find_store(options.after) if options.after else cfg.sequence_dir]
-    before, after = (drift.profile(folder, store.read_manifest(folder), options.days) for folder in folders)
+    later = drift.find_store(options.after) if options.after else cfg.sequence_dir
+    earlier = drift.find_store(options.before) if options.before else later
+    manifest = store.read_manifest(earlier) if options.before else drift.version_before(later)
+    before = drift.profile(earlier, manifest, options.days)
+    after = drift.profile(later, store.read_manifest(later), options.days)
     changes = drift.compare(before, after, cfg.drift)
     crossed = [change.quantity for change in changes if change.crossed]
     page = cfg.run_dir / "report" / "drift.json"

@@ -20,6 +20,8 @@ from pipeline.data import store
 from pipeline.data.events import Events
 from pipeline.data.examples import user_events
 
+COPIES = "sequences-*.arrow"  # of publications, in the server's folder
+
 
 class HistoryStore(Protocol):
     """Anything that knows users' sequences."""
@@ -84,10 +86,21 @@ def _arrow_copy(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
                 writer.write_table(store.read_bucket(folder, manifest, index).combine_chunks())
         staging.flush()
         os.rename(staging.name, path)  # whole or not there; two replicas at once write the same thing
-    for older in cache.glob("sequences-*.arrow"):
+    for older in cache.glob(COPIES):
         if older != path:
             older.unlink(missing_ok=True)  # who has it mapped keeps it
     return path
+
+
+def forget_copies(cache: Path) -> int:
+    """Remove the copies of publications under `cache`; whoever opens one makes it anew. Returns how many there were.
+
+    A running server keeps what it has mapped until it reads new sequences.
+    """
+    copies = list(cache.glob(COPIES))
+    for copy in copies:
+        copy.unlink(missing_ok=True)
+    return len(copies)
 
 
 @dataclass(frozen=True, slots=True)

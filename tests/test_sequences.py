@@ -389,7 +389,7 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
 
 def test_one_build_at_a_time(tmp_path: Path):
     cfg = config_for(tmp_path, log())
-    with sequences._locked(cfg.sequence_dir), pytest.raises(UserError, match="another job is building sequences"):
+    with sequences.locked(cfg.sequence_dir), pytest.raises(UserError, match="another job is building sequences"):
         build_sequences(cfg)
 
 

@@ -82,6 +82,7 @@ class SequenceConfig:
     # about 256 MiB of memory; kept when logs are appended.
     num_buckets: int | None = None
     max_rows_per_user: int = 16_384  # the newest kept; older ones counted in first_position
+    keep_days: int | None = None  # jobs.compact_sequences drops events older than so many days before the newest
     earliest_time: str = "2000-01-01T00:00:00+00:00"  # an earlier event_time is quarantined (seconds read as ms, say)
     latest_time: str | None = None  # a later one is quarantined; None: one day after the clock when the job starts
 
@@ -90,6 +91,8 @@ class SequenceConfig:
             self.num_buckets is None or self.num_buckets >= 1, "sequences.num_buckets", self.num_buckets, "1 or more"
         )
         require(self.max_rows_per_user >= 1, "sequences.max_rows_per_user", self.max_rows_per_user, "1 or more")
+        days = self.keep_days
+        require(days is None or days >= 1, "sequences.keep_days", days, "1 or more, or null")
         parse_time("sequences.earliest_time", self.earliest_time)
         if self.latest_time is not None:
             parse_time("sequences.latest_time", self.latest_time)

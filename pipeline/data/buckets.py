@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.data import store
 from pipeline.data.build import build_bucket
 from pipeline.data.cleaning import LogRules
+from pipeline.data.compaction import add_retired, read_retired
 from pipeline.data.parts import Part, batches_of, read_rows
 from pipeline.data.statistics import Statistics, count_bucket
 from pipeline.data.store import Bucket
@@ -36,6 +37,7 @@ class BucketWork:
     number: int
     batches: dict[str, list[int]]  # its batches by the name of the part
     rows: int
+    retired: Bucket | None  # rows of its users that were dropped for their age
     record: str  # the file that says that it is done
 
 
@@ -49,21 +51,25 @@ class Record:
     statistics: Statistics
 
 
-def plan_buckets(parts: Sequence[Part], rules: BucketRules) -> list[BucketWork]:
+def plan_buckets(parts: Sequence[Part], retired: Mapping[str, Bucket], rules: BucketRules) -> list[BucketWork]:
     """The buckets that have rows, in order."""
     numbers = sorted({number for part in parts for number in part.batches})
-    return [_plan_bucket(number, parts, rules) for number in numbers]
+    return [_plan_bucket(number, parts, retired.get(str(number)), rules) for number in numbers]
 
 
-def _plan_bucket(number: int, parts: Sequence[Part], rules: BucketRules) -> BucketWork:
+def _plan_bucket(number: int, parts: Sequence[Part], retired: Bucket | None, rules: BucketRules) -> BucketWork:
     batches = batches_of(parts, number)
     rows = sum(part.bucket_rows.get(number, 0) for part in parts)
-    return BucketWork(number, batches, rows, record_file(number, batches, rules))
+    return BucketWork(number, batches, rows, retired, record_file(number, batches, retired, rules))
 
 
-def record_file(number: int, parts: Mapping[str, object] | Sequence[str], rules: BucketRules) -> str:
+def record_file(
+    number: int, parts: Mapping[str, object] | Sequence[str], retired: Bucket | None, rules: BucketRules
+) -> str:
     """Named by all that the bucket depends on: `parts`, by name, and the settings that the parts' names do not hold."""
     what = [store.SCHEMA_VERSION, sorted(parts), rules.max_rows_per_user, rules.utc_offset_ms]
+    if retired is not None:
+        what.append(retired.file)
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     return f"records/bucket-{number:05d}-{key[:16]}.json"
 
@@ -75,6 +81,8 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     built = build_bucket(rows, rules.logs, rules.max_rows_per_user)
     del rows  # while the files are written
     kept, left_out = built.sequences, built.quarantine
+    if work.retired is not None:
+        kept = add_retired(kept, read_retired(folder, work.retired))
     stem = f"bucket-{work.number:05d}"
     record = Record(
         number=work.number,
@@ -84,6 +92,13 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     )
     store.write_json(folder / work.record, asdict(record))
     return record
+
+
+def carry_record(folder: Path, before: BucketWork, now: BucketWork) -> None:
+    """The bucket as it is under its new key: its rows lie in other parts now."""
+    record = find_record(folder, before.record)
+    assert record is not None, f"{folder / before.record} is gone, or a file of it"
+    store.write_json(folder / now.record, asdict(record))
 
 
 def find_record(folder: Path, file: str) -> Record | None:

@@ -175,14 +175,14 @@ def unit_hint(reason: str, event_times: Sequence[int], rules: LogRules) -> str:
 
 def user_bucket(user_id: np.ndarray, num_buckets: int) -> np.ndarray:
     """Bucket of each user: splitmix64's last steps, the same on every machine and in every version."""
-    return (_mix(user_id.astype(np.uint64)) % np.uint64(num_buckets)).astype(np.int32)
+    return (mix(user_id.astype(np.uint64)) % np.uint64(num_buckets)).astype(np.int32)
 
 
 def row_digest(table: pa.Table) -> np.ndarray:
     """uint64 per row over all columns by name: equal rows agree, whatever the order of the columns or the files."""
     digest = np.zeros(table.num_rows, np.uint64)
     for name in sorted(table.column_names):
-        digest = _mix(digest ^ _mix(_bits(_flat(table[name])) + _hash(name)))
+        digest = mix(digest ^ mix(_bits(_flat(table[name])) + _hash(name)))
     return digest
 
 
@@ -220,14 +220,15 @@ def _list_bits(column: pa.Array) -> np.ndarray:
     ends = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(owner)) - (ends - lengths)[owner]
-    values = _mix(_bits(column.flatten()) + _mix(place.astype(np.uint64)))
+    values = mix(_bits(column.flatten()) + mix(place.astype(np.uint64)))
     sums = np.concatenate(
         [np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)]
     )  # wraps around, and so do differences
-    return _mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
+    return mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
 
 
-def _mix(h: np.ndarray) -> np.ndarray:
+def mix(h: np.ndarray) -> np.ndarray:
+    """splitmix64's last steps: uint64 to uint64, one to one."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         h = h ^ (h >> np.uint64(shift))
         h *= np.uint64(factor)

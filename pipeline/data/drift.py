@@ -79,6 +79,19 @@ def find_store(folder: str | Path) -> Path:
     return inside if (inside / store.MANIFEST).exists() else Path(folder)
 
 
+def version_before(folder: Path) -> Manifest:
+    """The version that was published before the present one.
+
+    Raises:
+        UserError: its manifest is not kept.
+    """
+    published = store.read_manifest(folder)
+    for manifest in store.versions(folder):
+        if manifest.digest != published.digest:
+            return manifest
+    raise UserError(f"{folder} keeps no version before {published.digest[:16]}: say with --before what to compare with")
+
+
 def profile(folder: Path, manifest: Manifest, days: int | None = None) -> Profile:
     """Counts over a version; with `days`, over its rows of real time later than so many days before its newest one.
 

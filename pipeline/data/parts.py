@@ -22,6 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import pyarrow as pa
 
 from pipeline.data import store
 from pipeline.data.cleaning import REASON, USER_BUCKET, LogRules, normalise
+from pipeline.data.forgotten import Forgotten
 from pipeline.data.sources.files import CONNECTIONS, open_parquet
 
 PARTS = "parts"
@@ -98,7 +100,7 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Wo
             rows += source.rows
     return [
         Work(
-            name=_digest([store.SCHEMA_VERSION, settings, [asdict(source) for source in share]]),
+            name=part_name([store.SCHEMA_VERSION, settings, [asdict(source) for source in share]]),
             files=tuple(files[source.digest] for source in share),
             sources=tuple(share),
         )
@@ -123,19 +125,24 @@ def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
     yield Source(digest, first, len(groups), rows)
 
 
-def write_part(work: Work, rules: LogRules, folder: Path) -> Part:
+def write_part(work: Work, rules: LogRules, folder: Path, forgotten: Forgotten = Forgotten()) -> Part:  # noqa: B008
     """Read, check and sort by bucket what `work` names; the part is there when this returns."""
+    left_out = 0
     with PartWriter(folder, work.name, rules) as writer:
         run, rows = [], 0
         for block in _blocks(work):
-            run.append(_by_bucket(normalise(block, rules), rules.num_buckets))
+            good = normalise(block, rules)
+            if forgotten.hashes:
+                good = good.filter(pa.array(~forgotten.has(good["user_id"].fill_null(0).to_numpy())))
+                left_out += block.num_rows - good.num_rows
+            run.append(_by_bucket(good, rules.num_buckets))
             rows += block.num_rows
             if rows >= RUN_ROWS:
                 _write_run(run, writer)
                 run, rows = [], 0
         _write_run(run, writer)
         part = writer.close(work.sources)
-    assert part.rows == work.rows, f"{part.rows} rows read of {work.files}, their metadata say {work.rows}"
+    assert part.rows + left_out == work.rows, f"{part.rows} rows read of {work.files}, their metadata say {work.rows}"
     return part
 
 
@@ -243,12 +250,17 @@ def find_part(folder: Path, name: str) -> Part | None:
     )
 
 
+@contextmanager
+def open_part(folder: Path, name: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    with pa.OSFile(str(folder / PARTS / f"{name}.arrow")) as file:
+        yield pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+
+
 def read_rows(folder: Path, batches: Mapping[str, Sequence[int]], bucket: int, rules: LogRules) -> pa.Table:
     """The rows of a bucket as `normalise` gave them, in no order: `batches` are its batches by the name of the part."""
     pieces = []
     for name, of_bucket in batches.items():
-        with pa.OSFile(str(folder / PARTS / f"{name}.arrow")) as file:
-            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+        with open_part(folder, name) as reader:
             pieces += [reader.get_batch(number) for number in of_bucket]
     rows = pa.Table.from_batches(pieces, part_schema(rules))
     place = rules.schema.get_field_index(USER_BUCKET)
@@ -267,5 +279,6 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _digest(what: object) -> str:
+def part_name(what: object) -> str:
+    """From all that the part is made of, as JSON."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +29,7 @@ from pipeline.data import parts, report, store
 from pipeline.data.buckets import BucketRules, BucketWork, Record, find_record, plan_buckets, write_bucket
 from pipeline.data.checks import refuse, run_checks
 from pipeline.data.cleaning import LogRules, check_columns
+from pipeline.data.forgotten import read_forgotten
 from pipeline.data.parts import Part, find_part, plan_parts, write_part
 from pipeline.data.side_tables import side_files, write_side_table
 from pipeline.data.sources import LogFiles, open_logs
@@ -121,7 +122,7 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
     """
     logs, rules, _ = check_logs(cfg)
     folder = cfg.sequence_dir
-    with _locked(folder):
+    with locked(folder):
         files = _digests(logs.files, folder)
         sides = _side_digests(logs)
         settings = content_settings(cfg)
@@ -140,7 +141,7 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
         with workers(cfg.ray, cfg.runs_dir) as run:
             made = _make_parts(cfg, files, rules, folder, run)
             try:
-                manifest = build_version(cfg, logs, rules, [*held, *made], made if held else [], run)
+                manifest = build_version(cfg, logs, rules, [*held, *made], made if held else [], published, run)
             except UserError:  # no killed build: nothing is left to go on with
                 _remove_unpublished(folder)
                 raise
@@ -164,6 +165,11 @@ def inputs_digest(settings: dict[str, Any], files: Iterable[str], sides: Sequenc
     return _sha256([store.SCHEMA_VERSION, settings, sorted(files), sides])
 
 
+def inputs_of(cfg: RunConfig, logs: LogFiles, all_parts: Sequence[Part]) -> str:
+    files = {source.digest for part in all_parts for source in part.sources}
+    return inputs_digest(content_settings(cfg), files, _side_digests(logs))
+
+
 def bucket_rules(cfg: RunConfig, rules: LogRules) -> BucketRules:
     return BucketRules(rules, cfg.sequences.max_rows_per_user, int(cfg.features.hour_utc_offset * 3600 * 1000))
 
@@ -185,12 +191,14 @@ def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
 def _make_parts(cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers) -> list[Part]:
     """The parts of these files, digest -> path; those that a killed build has finished are found."""
     times = [cfg.sequences.earliest_time, cfg.sequences.latest_time]  # as configured: None moves with the clock
+    forgotten = read_forgotten(folder)
     settings = {
         "columns": rules.columns,
         "actions": rules.actions,
         "request_columns": rules.request_columns,
         "times": times,
         "num_buckets": rules.num_buckets,
+        "forgotten": forgotten.hashes,
     }
     work = plan_parts(files, settings)
     found = [part for part in (find_part(folder, task.name) for task in work) if part]
@@ -198,11 +206,19 @@ def _make_parts(cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: 
     missing = [task for task in work if task.name not in names]
     if found:
         logger.info("%d of %d parts are there already", len(found), len(work))
-    return found + run("reading the logs", partial(write_part, rules=rules, folder=folder), missing)
+    return found + run(
+        "reading the logs", partial(write_part, rules=rules, folder=folder, forgotten=forgotten), missing
+    )
 
 
 def build_version(
-    cfg: RunConfig, logs: LogFiles, rules: LogRules, all_parts: Sequence[Part], new_parts: Sequence[Part], run: Workers
+    cfg: RunConfig,
+    logs: LogFiles,
+    rules: LogRules,
+    all_parts: Sequence[Part],
+    new_parts: Sequence[Part],
+    published: Manifest | None,
+    run: Workers,
 ) -> Manifest:
     """The version that `all_parts` make, all its files written, not yet published. Only touched buckets are built.
 
@@ -210,51 +226,74 @@ def build_version(
         UserError: too many rows are bad, among all or among those of `new_parts`, or a side table cannot be used.
     """
     folder = cfg.sequence_dir
+    retired, kept_since_ms = (published.retired, published.kept_since_ms) if published else ({}, None)
+    forgotten = read_forgotten(folder)
     tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
     side_tables = {
-        name: write_side_table(name, table, id_column, folder)
+        name: write_side_table(name, table, id_column, folder, forgotten)
         for name, (table, id_column) in tables.items()
         if table is not None
     }
-    work = plan_buckets(all_parts, bucket_rules(cfg, rules))
-    records = _build_buckets(cfg, work, rules, run)
+    work = plan_buckets(all_parts, retired, bucket_rules(cfg, rules))
+    records = build_buckets(cfg, work, rules, run)
     totals = merge([record.statistics for record in records])
-    buckets = tuple(record.bucket for record in records if record.bucket)
-    quarantine = tuple(record.quarantine for record in records if record.quarantine)
-    _verify(folder, buckets, totals, sum(part.rows for part in all_parts))
     broken = sum((Counter(part.broken) for part in new_parts), Counter())
     checks = run_checks(cfg.checks, totals, sum(part.rows for part in new_parts), broken)
     page = report.write(cfg, totals, rules, logs.imported, checks)
     refuse(checks, hints(totals, rules), page)
+    return compose(
+        folder,
+        all_parts,
+        work,
+        records,
+        imported_quarantined=logs.imported.quarantined if logs.imported else {},
+        counts=logs.imported.counts if logs.imported else {},
+        actions=cfg.source.actions,
+        request_columns=cfg.source.request_columns,
+        num_buckets=rules.num_buckets,
+        side_tables=side_tables,
+        config=content_settings(cfg),
+        inputs=inputs_of(cfg, logs, all_parts),
+        retired=retired,
+        kept_since_ms=kept_since_ms,
+    )
+
+
+def compose(
+    folder: Path,
+    all_parts: Sequence[Part],
+    work: Sequence[BucketWork],
+    records: Sequence[Record],
+    *,
+    imported_quarantined: Mapping[str, int],
+    **rest: Any,
+) -> Manifest:
+    """The manifest of these parts and of the buckets made of them, once their files are checked; `rest` as it is."""
+    totals = merge([record.statistics for record in records])
+    buckets = tuple(record.bucket for record in records if record.bucket)
+    quarantine = tuple(record.quarantine for record in records if record.quarantine)
+    _verify(folder, buckets, totals, sum(part.rows for part in all_parts))
     assert totals.first_event_ms is not None and totals.last_event_ms is not None, "some rows were kept"
-    imported = logs.imported.quarantined if logs.imported else {}
-    files = {source.digest for part in all_parts for source in part.sources}
-    settings = content_settings(cfg)
+    contents = [[entry.file, entry.sha256] for entry in (*buckets, *quarantine, *rest["side_tables"].values())]
     return Manifest(
-        digest=_version(cfg, rules.num_buckets, [*buckets, *quarantine, *side_tables.values()]),
+        digest=_sha256([store.SCHEMA_VERSION, rest["actions"], rest["request_columns"], rest["num_buckets"], contents]),
         num_users=sum(bucket.users for bucket in buckets),
         num_rows=totals.rows_kept,
         rows_in=totals.rows_in,
         rows_capped=totals.rows_capped,
         users_capped=totals.users_capped,
-        quarantined=dict(sorted((Counter(totals.quarantined) + Counter(imported)).items())),
-        counts=logs.imported.counts if logs.imported else {},
+        quarantined=dict(sorted((Counter(totals.quarantined) + Counter(imported_quarantined)).items())),
         first_event_ms=totals.first_event_ms,
         last_event_ms=totals.last_event_ms,
-        actions=cfg.source.actions,
-        request_columns=cfg.source.request_columns,
-        num_buckets=rules.num_buckets,
         buckets=buckets,
-        side_tables=side_tables,
         quarantine=quarantine,
         parts=tuple(sorted(part.name for part in all_parts)),
         records=tuple(task.record for task in work),
-        config=settings,
-        inputs=inputs_digest(settings, files, _side_digests(logs)),
+        **rest,
     )
 
 
-def _build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, run: Workers) -> list[Record]:
+def build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, run: Workers) -> list[Record]:
     folder = cfg.sequence_dir
     found = [record for record in (find_record(folder, task.record) for task in work) if record]
     done = {record.number for record in found}
@@ -328,7 +367,7 @@ def _readable(folder: Path) -> Manifest | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One build at a time; the lock goes with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / store.LOCK, "w") as file:
@@ -373,11 +412,6 @@ def _side_digests(logs: LogFiles) -> list[object]:
         for name, table in sides.items()
         if table
     ]
-
-
-def _version(cfg: RunConfig, num_buckets: int, entries: Sequence[Bucket]) -> str:
-    contents = [[entry.file, entry.sha256] for entry in entries]
-    return _sha256([store.SCHEMA_VERSION, cfg.source.actions, cfg.source.request_columns, num_buckets, contents])
 
 
 def _sha256(what: object) -> str:

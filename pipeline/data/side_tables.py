@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import SideTable, UserError
+from pipeline.data.forgotten import Forgotten
 from pipeline.data.sources.files import open_parquet
 from pipeline.data.sources.parquet import parquet_files
 from pipeline.data.store import Bucket, write_table
 
 
-def write_side_table(name: str, table: SideTable, id_column: str, folder: Path) -> Bucket:
+def write_side_table(name: str, table: SideTable, id_column: str, folder: Path, forgotten: Forgotten) -> Bucket:
     """`name` ("users" or "items") as one file, its id column int64 under our name, sorted by it.
 
     Raises:
@@ -34,7 +35,10 @@ def write_side_table(name: str, table: SideTable, id_column: str, folder: Path) 
     if id_column in rest.column_names:
         raise UserError(f"{key}: {table.path} has another column called {id_column!r} beside {table.id_column!r}")
     columns = {id_column: ids.cast(pa.int64())} | {column: rest[column] for column in rest.column_names}
-    return write_table(pa.table(columns).sort_by(id_column), folder, f"tables/{name}")
+    rows = pa.table(columns).sort_by(id_column)
+    if name == "users" and forgotten.hashes:
+        rows = rows.filter(pa.array(~forgotten.has(rows[id_column].to_numpy())))
+    return write_table(rows, folder, f"tables/{name}")
 
 
 def side_files(name: str, table: SideTable) -> list[str]:

@@ -5,6 +5,8 @@
     sequences/buckets/bucket-00003-<sha256>.parquet …    SEQUENCE rows, sorted by user_id
     sequences/tables/users-<sha256>.parquet, items-…     the side tables, id columns user_id and item_id
     sequences/quarantine/bucket-00003-<sha256>.parquet … rows that were left out, with the reason
+    sequences/retired/bucket-00003-<sha256>.parquet …    users, and how many rows of theirs were dropped for their age
+    sequences/forgotten.json                             users whose rows are taken in no more
     sequences/parts/, records/                           what the next build need not do again (pipeline/data/parts.py)
 
 Files are named by their contents and never change, so versions share those that are the same in both. What neither the
@@ -19,7 +21,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 MANIFEST, VERSIONS = "manifest.json", "versions"
 LOCK, DIGESTS = ".lock", ".digests.json"  # of a build: who has the folder, and the digests of the logs' files
+FORGOTTEN = "forgotten.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Manifest:
     records: tuple[str, ...]  # files, one per bucket that has rows: what it was built from, and its statistics
     config: dict[str, Any]  # the settings that the sequences depend on
     inputs: str  # digest of the source files and these settings
+    retired: dict[str, Bucket] = field(default_factory=dict)  # by bucket number: users' rows dropped for their age
+    kept_since_ms: int | None = None  # rows from before were dropped when the parts were last compacted
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -132,9 +137,9 @@ def remove_unnamed(folder: Path, kept: Iterable[Manifest]) -> None:
 
     Who has an older version open keeps what is open; who reads it by name must be done within the life of two versions.
     """
-    named = {MANIFEST, LOCK, DIGESTS}
+    named = {MANIFEST, LOCK, DIGESTS, FORGOTTEN}
     for manifest in kept:
-        entries = (*manifest.buckets, *manifest.quarantine, *manifest.side_tables.values())
+        entries = (*manifest.buckets, *manifest.quarantine, *manifest.side_tables.values(), *manifest.retired.values())
         named |= {entry.file for entry in entries} | set(manifest.records)
         named |= {f"parts/{name}.{kind}" for name in manifest.parts for kind in ("arrow", "json")}
         named.add(f"{VERSIONS}/{manifest.digest[:16]}.json")
@@ -226,7 +231,8 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
     raw = dict(raw)
     for name in ("buckets", "quarantine"):
         raw[name] = tuple(Bucket(**entry) for entry in raw[name])
-    raw["side_tables"] = {name: Bucket(**entry) for name, entry in raw["side_tables"].items()}
+    for name in ("side_tables", "retired"):
+        raw[name] = {key: Bucket(**entry) for key, entry in raw[name].items()}
     for name in ("actions", "request_columns", "parts", "records"):
         raw[name] = tuple(raw[name])
     return Manifest(**raw)

@@ -1,0 +1,24 @@
+"""Gather the parts that a store keeps for its next build into few, and drop rows older than sequences.keep_days."""
+
+from jobs import cli
+from pipeline.config import RunConfig
+from pipeline.data import maintenance
+
+
+def main(job: cli.Job) -> None:
+    manifest = maintenance.compact(job.cfg)
+    print(
+        f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
+        f"rows={manifest.num_rows} parts={len(manifest.parts)} kept_since_ms={manifest.kept_since_ms}"
+    )
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    manifest = maintenance.published_with(cfg)
+    days = cfg.sequences.keep_days
+    since_ms = None if days is None else manifest.last_event_ms - days * maintenance.DAY_MS
+    return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, plan=plan)

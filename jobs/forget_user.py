@@ -1,0 +1,61 @@
+"""Take users out of everything that a run holds of them: sequences, posted events, and what was made of either.
+
+Models that were trained on their rows are not changed; docs/runbook.md says what else is left to do.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from jobs import cli
+from pipeline.config import RunConfig, UserError
+from pipeline.data import maintenance
+from serve_app.history import forget_copies
+from serve_app.rollout import open_events
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--user", type=int, action="append", default=[], help="a user_id; may repeat")
+    parser.add_argument("--users-file", help="a text file with one user_id a line")
+
+
+def main(job: cli.Job) -> None:
+    cfg, serving = job.cfg, job.cfg.run_dir / "serving"
+    users = read_users(job.options.user, job.options.users_file)
+    removed = maintenance.forget(cfg, users)
+    if cfg.serve.redis_url is not None or serving.exists():
+        removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
+    removed["copies_of_the_server"] = forget_copies(serving)
+    print(f"users={len(users)} removed: " + " ".join(f"{where}={rows}" for where, rows in removed.items()))
+
+
+def read_users(given: list[int], file: str | None) -> np.ndarray:
+    """The ids of both, int64, ascending, each once."""
+    words = [str(user) for user in given]
+    if file is not None:
+        try:
+            words += Path(file).read_text().split()
+        except OSError as error:
+            raise UserError(f"--users-file {file}: {error.strerror}") from None
+    for word in words:
+        if not word.isdecimal() or int(word) >= 2**63:
+            raise UserError(f"a user_id must be an integer from 0 to 2**63 - 1, got {word!r}")
+    if not words:
+        raise UserError("nobody to forget: give --user or --users-file")
+    return np.unique(np.array([int(word) for word in words], np.int64))
+
+
+def plan(cfg: RunConfig) -> dict[str, object]:
+    manifest = maintenance.published_with(cfg)
+    events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
+    return {
+        "sequences": str(cfg.sequence_dir),
+        "parts": len(manifest.parts),
+        "rows": manifest.rows_in,
+        "events": events,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", main, add_options, plan)

@@ -1,0 +1,349 @@
+"""Compaction, retention and forgetting users: against builds of what should be left, and killed in between."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import config
+from pipeline.config import RunConfig, UserError
+from pipeline.data import drift, maintenance, report, sequences, store
+from pipeline.data.compaction import read_retired
+from pipeline.data.forgotten import read_forgotten
+from pipeline.data.maintenance import DAY_MS, compact, forget
+from pipeline.data.sequences import build_sequences
+from pipeline.data.workers import Workers
+from serve_app.events import SqliteEvents
+from serve_app.history import PublishedSequences
+from serve_app.schemas import Event
+
+START = 1_650_000_000_000
+DAYS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here() -> Iterator[None]:
+    """Tasks run in this process, and pages have no plots: neither is the point."""
+
+    @contextmanager
+    def workers_here(*_: object) -> Iterator[Workers]:
+        yield lambda _, function, items: [function(item) for item in items]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sequences, maintenance):
+            patch.setattr(module, "workers", workers_here)
+        for plot in ("_length_plot", "_day_plot"):
+            patch.setattr(report, plot, lambda *_: "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def six_days(here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("six_days")
+    day_by_day(folder)
+    return folder
+
+
+@pytest.fixture
+def built(six_days: Path, tmp_path: Path) -> Path:
+    """A folder with logs and sequences that were built day by day, to be changed at will."""
+    return shutil.copytree(six_days, tmp_path / "built")
+
+
+def day(number: int, rows: int = 200, users: int = 12) -> pa.Table:
+    """A day's rows: a few of them doubled, a few broken."""
+    rng = np.random.default_rng(number)
+    item = rng.integers(30, size=rows)
+    user, time = rng.integers(users, size=rows), rng.integers(DAY_MS // 1000, size=rows) * 1000
+    user[-1], item[-1], time[-1] = 0, 1, DAY_MS - 1  # the newest row, from which ages are counted
+    table = pa.table(
+        {
+            "user_id": user,
+            "item_id": item,
+            "event_time": START + number * DAY_MS + time,
+            "click": np.where(item == 7, 5, rng.integers(2, size=rows)).astype(np.int8),  # 5 is no action's value
+            "tab": rng.integers(3, size=rows).astype(np.int32),
+        }
+    )
+    return pa.concat_tables([table, table.slice(0, 9)])
+
+
+def run_in(folder: Path, **sequence_settings: object) -> RunConfig:
+    source = {"kind": "parquet", "path": str(folder / "in"), "actions": ["click"], "request_columns": ["tab"]}
+    source["users"] = {"path": str(folder / "users.parquet"), "id_column": "user_id"}
+    return config.from_dict(
+        {
+            "name": "kept",
+            "runs_dir": str(folder / "runs"),
+            "source": source,
+            "sequences": {"num_buckets": 3, "latest_time": "2030-01-01T00:00:00Z", **sequence_settings},
+            "checks": {"max_quarantined_share": 0.5},
+            "tasks": ["click"],
+        }
+    )
+
+
+def write_logs(folder: Path, days: range) -> None:
+    (folder / "in").mkdir(parents=True, exist_ok=True)
+    for number in days:
+        pq.write_table(day(number), folder / "in" / f"{number}.parquet")
+    pq.write_table(pa.table({"user_id": range(12), "city": [f"city {i}" for i in range(12)]}), folder / "users.parquet")
+
+
+def day_by_day(folder: Path, days: int = DAYS, **settings: object) -> RunConfig:
+    cfg = run_in(folder, **settings)
+    for number in range(days):
+        write_logs(folder, range(number, number + 1))
+        build_sequences(cfg, append=number > 0)
+    return cfg
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_compaction_leaves_few_parts_and_the_same_version(built: Path):
+    cfg = run_in(built)
+    folder = cfg.sequence_dir
+    before, held = store.read_manifest(folder), store.read_sequences(folder)
+    assert len(before.parts) == DAYS
+    after = compact(cfg)
+    assert len(after.parts) == 1
+    assert (after.digest, after.buckets, after.quarantine) == (before.digest, before.buckets, before.quarantine)
+    assert replace(after, parts=before.parts, records=before.records) == before
+    assert store.read_manifest(folder) == after
+    assert store.read_sequences(folder).equals(held)
+    assert sorted(path.stem for path in (folder / "parts").iterdir()) == sorted([*after.parts, *after.parts])
+    assert compact(cfg) == after
+    assert build_sequences(cfg, append=True) == after  # its files are known
+    write_logs(built, range(DAYS, DAYS + 1))
+    appended = build_sequences(cfg, append=True)
+    write_logs(built / "other", range(DAYS + 1))
+    assert appended.digest == build_sequences(run_in(built / "other")).digest
+
+
+def test_after_compaction_new_rows_touch_their_buckets_only(built: Path):
+    cfg = run_in(built)
+    before = compact(cfg)
+    one_user = day(DAYS, users=1).filter(pa.array(day(DAYS, users=1)["item_id"].to_numpy() != 7))
+    pq.write_table(one_user, built / "in" / f"{DAYS}.parquet")
+    after = build_sequences(cfg, append=True)
+    assert len(set(after.buckets) - set(before.buckets)) == 1
+
+
+@pytest.mark.parametrize("cap", [16_384, 25])
+def test_retention(tmp_path: Path, cap: int):
+    cfg = day_by_day(tmp_path, keep_days=2, max_rows_per_user=cap)
+    whole = store.read_sequences(cfg.sequence_dir)
+    manifest = compact(cfg)
+    since = store.read_manifest(cfg.sequence_dir).kept_since_ms
+    assert since == max(time[-1] for time in whole["event_time"].to_pylist()) - 2 * DAY_MS
+    kept = {row["user_id"]: row for row in store.read_sequences(cfg.sequence_dir).to_pylist()}
+    for row in whole.to_pylist():
+        old = sum(time < since for time in row["event_time"])
+        found = kept[row["user_id"]]
+        assert found["first_position"] == row["first_position"] + old
+        for name in ("item_id", "event_time", "action_mask", "tab"):
+            assert found[name] == row[name][old:]
+    parts = [sequences.held_parts(cfg.sequence_dir, manifest)]
+    rules = maintenance.held_rules(manifest)
+    for number in range(3):
+        batches = sequences.parts.batches_of(parts[0], number)
+        rows = sequences.parts.read_rows(cfg.sequence_dir, batches, number, rules)
+        assert min(rows["event_time"].to_pylist()) >= since, "in the parts, quarantined and capped ones too"
+    assert compact(cfg) == manifest
+
+
+def test_retention_day_by_day_is_retention_at_once(tmp_path: Path):
+    cfg = run_in(tmp_path / "days", keep_days=2)
+    for number in range(DAYS):
+        write_logs(tmp_path / "days", range(number, number + 1))
+        build_sequences(cfg, append=number > 0)
+        manifest = compact(cfg)
+    write_logs(tmp_path / "once", range(DAYS))
+    once = run_in(tmp_path / "once", keep_days=2)
+    build_sequences(once)
+    assert compact(once).digest == manifest.digest
+    assert manifest.rows_in < 3 * 209 + 209
+
+
+def test_a_longer_keep_days_brings_nothing_back(built: Path):
+    cfg = run_in(built, keep_days=2)
+    manifest = compact(cfg)
+    longer = run_in(built, keep_days=100)
+    assert compact(longer) == manifest
+
+
+USERS = np.array([3, 8])
+
+
+def test_forgotten_users_are_in_no_file_and_the_rest_is_a_build_without_them(built: Path):
+    cfg = run_in(built, keep_days=4)
+    compact(cfg)  # some of their rows are retired
+    write_logs(built, range(DAYS, DAYS + 1))
+    build_sequences(cfg, append=True)
+    removed = forget(cfg, USERS)
+    assert all(removed[name] > 0 for name in ("sequences", "quarantine", "parts", "retired", "users"))
+    folder = cfg.sequence_dir
+    manifest = store.read_manifest(folder)
+    assert [version.digest for version in store.versions(folder)] == [manifest.digest]
+    seen: list[int] = []
+    for path in folder.rglob("*.parquet"):
+        seen += pq.read_table(path)["user_id"].to_pylist()
+    for path in (folder / "parts").glob("*.arrow"):
+        seen += pa.ipc.open_file(path).read_all()["user_id"].to_pylist()
+    assert set(USERS.tolist()) & set(seen) == set()
+    assert set(seen) == set(range(12)) - set(USERS.tolist())
+    for path in [*(folder / "records").iterdir(), cfg.run_dir / "report" / "validation.json"]:
+        assert '"user_id": 3,' not in path.read_text().replace("\\", "")
+
+    other = built / "other"  # the same without them from the start
+    without = run_in(other, keep_days=4)
+    for numbers in (range(DAYS), range(DAYS, DAYS + 1)):
+        write_logs(other, numbers)
+        for file in [other / "users.parquet", *(other / "in" / f"{n}.parquet" for n in numbers)]:
+            rows = pq.read_table(file)
+            pq.write_table(rows.filter(pa.array(~np.isin(rows["user_id"].to_numpy(), USERS))), file)
+        expected = build_sequences(without, append=numbers.start > 0)
+        if numbers.start == 0:
+            compact(without)
+    assert (expected.buckets, expected.side_tables) == (manifest.buckets, manifest.side_tables)
+    assert sum(entry.rows for entry in expected.quarantine) == sum(entry.rows for entry in manifest.quarantine)
+
+
+def test_forgotten_users_do_not_come_back(built: Path):
+    cfg = run_in(built)
+    forget(cfg, USERS)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    assert build_sequences(cfg) == manifest  # the same files: nothing to do
+    write_logs(built, range(DAYS, DAYS + 1))
+    appended = build_sequences(cfg, append=True)
+    rebuilt = build_sequences(cfg, overwrite=True)
+    assert appended.digest == rebuilt.digest
+    assert not set(store.read_sequences(cfg.sequence_dir)["user_id"].to_pylist()) & set(USERS.tolist())
+    users = store.read_side_table(cfg.sequence_dir, "users")
+    assert users is not None and not set(users["user_id"].to_pylist()) & set(USERS.tolist())
+
+
+def test_forgetting_again_changes_nothing(built: Path):
+    cfg = run_in(built)
+    forget(cfg, USERS)
+    before = files(cfg.run_dir)
+    assert set(forget(cfg, USERS).values()) == {0}
+    assert files(cfg.run_dir) == before
+    assert set(forget(cfg, np.array([12345])).values()) == {0}
+    assert read_forgotten(cfg.sequence_dir).has(np.array([3, 4, 8, 12345])).tolist() == [True, False, True, True]
+    assert "12345" not in (cfg.sequence_dir / store.FORGOTTEN).read_text()
+
+
+@pytest.mark.parametrize(
+    "at", ["store.write_json", "sequences.held_parts", "sweep", "store.write_manifest", "store.remove_unnamed"]
+)
+def test_a_killed_run_is_finished_by_the_next(built: Path, monkeypatch: pytest.MonkeyPatch, at: str):
+    killed, whole = run_in(built), run_in(built.with_name("whole"))
+    live = killed.run_dir / "live_logs"
+    live.mkdir()
+    pq.write_table(day(DAYS), live / "events-00000.parquet")
+    build_sequences(killed, append=True)
+    shutil.copytree(built, built.with_name("whole"))
+
+    class Kill(Exception):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pipeline.data.maintenance.{at}", kill)
+        with pytest.raises(Kill):
+            forget(killed, USERS)
+    store.read_sequences(killed.sequence_dir)  # one version or the other is there, whole
+    forget(killed, USERS)
+    forget(whole, USERS)
+    assert store.read_manifest(killed.sequence_dir).digest == store.read_manifest(whole.sequence_dir).digest
+    names = [{name for name in files(cfg.run_dir) if not name.startswith("sequences/.")} for cfg in (killed, whole)]
+    assert names[0] == names[1]
+    for cfg in (killed, whole):
+        rows = pq.read_table(cfg.run_dir / "live_logs" / "events-00000.parquet")
+        assert not set(rows["user_id"].to_pylist()) & set(USERS.tolist())
+        assert build_sequences(cfg) == store.read_manifest(cfg.sequence_dir)  # the changed file is a known one
+
+
+def test_mistakes(tmp_path: Path):
+    cfg = run_in(tmp_path)
+    with pytest.raises(UserError, match="no sequences are published"):
+        compact(cfg)
+    with pytest.raises(UserError, match="no sequences are published"):
+        forget(cfg, USERS)
+    cfg = day_by_day(tmp_path, days=1)
+    with pytest.raises(UserError, match=r"other settings \(sequences.max_rows_per_user\)"):
+        forget(run_in(tmp_path, max_rows_per_user=5), USERS)
+    with pytest.raises(UserError, match="no rows would be left"):
+        forget(cfg, np.arange(12))
+    assert json.loads((cfg.sequence_dir / store.MANIFEST).read_text())["num_users"] == 12
+    assert read_retired(cfg.sequence_dir, None).num_rows == 0
+
+
+def test_the_drift_of_an_appended_day(built: Path):
+    cfg = run_in(built)
+    forget(cfg, np.array([11]))  # which leaves one version
+    with pytest.raises(UserError, match="keeps no version before"):
+        drift.version_before(cfg.sequence_dir)
+    write_logs(built, range(DAYS, DAYS + 1))
+    before, after = store.read_manifest(cfg.sequence_dir), build_sequences(cfg, append=True)
+    found = drift.version_before(cfg.sequence_dir)
+    assert found == before
+    changes = drift.compare(*(drift.profile(cfg.sequence_dir, m) for m in (found, after)), cfg.drift)
+    rows = next(change for change in changes if change.quantity == "rows")
+    assert (rows.before, rows.after) == (before.num_rows, after.num_rows)
+
+
+def test_the_job_forgets_what_the_server_and_evaluations_hold(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    cfg = run_in(built)
+    serving = cfg.run_dir / "serving"
+    log = SqliteEvents(serving / "events.sqlite")
+    log.append([Event(user_id=user, item_id=1, event_time=START) for user in (3, 4)])
+    published = PublishedSequences(cfg.sequence_dir, cfg, serving)
+    assert published.sequence(3) is not None
+    predictions = cfg.run_dir / "evaluation" / "predictions" / "test.parquet"
+    predictions.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"user_id": [3, 3, 4], "score.click": [0.1, 0.2, 0.3]}), predictions)
+    preset, ids = built / "preset.yaml", built / "ids.txt"
+    preset.write_text(json.dumps(config.to_dict(cfg)))
+    ids.write_text("8\n3\n")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["forget_user", "--config", str(preset), *arguments])
+        try:
+            runpy.run_module("jobs.forget_user", run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0), capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    code, out = run("--user", "3", "--users-file", str(ids))
+    assert code == 0
+    assert out.startswith("users=2 removed: sequences=")
+    for what in ("posted_events=1", "copies_of_the_server=1", "predictions=2"):
+        assert what in out
+    assert (log.of_user(3), len(log.of_user(4))) == ([], 1)
+    assert pq.read_table(predictions)["user_id"].to_pylist() == [4]
+    again = PublishedSequences(cfg.sequence_dir, cfg, serving)
+    assert (again.sequence(3), again.sequence(8)) == (None, None)
+    assert again.sequence(4) is not None
+    assert len(list(serving.glob("sequences-*"))) == 1
+    assert run() == (2, "error: nobody to forget: give --user or --users-file\n")
+    ids.write_text("8 x")
+    assert run("--users-file", str(ids)) == (2, "error: a user_id must be an integer from 0 to 2**63 - 1, got 'x'\n")
+    code, err = run("--users-file", str(built / "none.txt"))
+    assert (code, "No such file" in err) == (2, True)
