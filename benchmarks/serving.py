@@ -346,7 +346,7 @@ def main() -> None:
             stage = Stage(cfg, cluster.dashboard_url, options.seconds)
             for name in options.parts:
                 print(f"== {name}", flush=True)
-                figures = PARTS[name](stage)
+                figures = PARTS[name](stage) | {"one_process": not _pids("Api")}
                 print(json.dumps(figures), flush=True)
                 kept = json.loads(RUN.read_text()) if RUN.exists() else {}
                 RUN.write_text(json.dumps(kept | {name: figures}, indent=1) + "\n")

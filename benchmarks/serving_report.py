@@ -12,9 +12,13 @@ BEGIN, END = "<!-- serving: begin -->", "<!-- serving: end -->"
 ROWS = {  # part -> what it is
     "reference": "reference",
     "overhead": "trivial model",
-    "overhead_apart": "trivial model, ingress apart",
+    "overhead_apart": "trivial model",
     "rollout": "changes of version, two replicas",
 }
+
+
+def _where(figures: dict[str, Any]) -> str:
+    return ", one process" if figures.get("one_process") else ", ingress apart"
 
 
 def _ms(found: dict[str, float] | None) -> str:
@@ -32,7 +36,8 @@ def _latencies(run: dict[str, Any]) -> str:
             figures = run[name]
             load = figures["load"]
             rows.append(
-                f"| {what}, {load['rate']:g}/s for {load['seconds']:g} s, {load['candidates']} candidates | "
+                f"| {what}{_where(figures)}, {load['rate']:g}/s for {load['seconds']:g} s, "
+                f"{load['candidates']} candidates | "
                 f"{_ms(figures['latency_ms'])} | {_ms(figures['ranker_ms'])} | {_ms(figures['overhead_ms'])} | "
                 f"{figures['failures']} and {figures['statuses'].get('429', 0)} of {figures['requests']:,} | "
                 f"{figures['others_cores']:.2f} |"
@@ -50,9 +55,9 @@ def _overload(run: dict[str, Any]) -> str:
     ]
     table = "| | requests | answered/s | 429 | ms, p50 / p95 / p99 of the accepted |\n| --- | --- | --- | --- | --- |\n"
     return (
-        f"Overload: 20 requests/s, from second 10 to 30 five times the {figures['capacity_per_s']:g}/s that the server "
-        f"answers, then 20/s again; the last refused or slow (twice the p99 from before) request came "
-        f"{figures['recovered_after_s']:g} s after the burst; {figures['failures']} failures other than 429; a refusal "
+        f"Overload{_where(figures)}: 20 requests/s, from second 10 to 30 five times the "
+        f"{figures['capacity_per_s']:g}/s that the server answers, then 20/s again; the last refused or slow (twice the "
+        f"p99 from before) request came {figures['recovered_after_s']:g} s after the burst; {figures['failures']} failures other than 429; a refusal "
         f"took {_ms(figures['refused_ms'])} ms; others used {figures['others_cores']:g} cores.\n\n"
         + table
         + "\n".join(rows)
@@ -66,13 +71,13 @@ def _lines(run: dict[str, Any]) -> list[str]:
             f"- Reference load: history cache hit rate {run['reference']['history_cache_hit_rate']:.2f}; warm users "
             f"{_ms(run['reference']['warm_latency_ms'])} ms, cold {_ms(run['reference']['cold_latency_ms'])} ms."
         )
-    for part, where in (("overhead", "one process"), ("overhead_apart", "ingress apart")):
+    for part in ("overhead", "overhead_apart"):
         if part not in run:
             continue
         spent, idle = (run[part][key] for key in ("processor_ms_per_request", "routes_without_work_ms"))
         lines.append(
-            f"- Trivial model, {where}: processor time per request {spent['Api']:.2f} ms in an ingress of its own, "
-            f"{spent['RankerReplica']:.2f} ms in the replica (idle threads included); the generator sent "
+            f"- Trivial model{_where(run[part])}: processor time per request {spent['Api']:.2f} ms in an ingress of "
+            f"its own, {spent['RankerReplica']:.2f} ms in the replica (idle threads included); the generator sent "
             f"{_pair(run[part]['sent_late_ms'])} ms late (p50 / p99). Routes that do nothing: ingress "
             f"{_pair(idle['ingress'])} ms, ingress and replica {_pair(idle['replica'])} ms."
         )
