@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kernels import backend
 from kernels.semi_local_attention.op import cached_attention, semi_local_attention
 from kernels.semi_local_attention.reference import RelativeBias, semi_local_mask, time_bucket
 
@@ -211,7 +210,7 @@ def test_a_plan_goes_with_its_batch():
     ],
 )
 def test_wrong_arguments_are_named(monkeypatch, change, message):
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     (q, k, v, _), offsets, num_targets = make_inputs([20, 30], [2, 3])
     options = {"seq_offsets": offsets, "max_seq_len": 30, "num_targets": num_targets, **change}
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import backend
 from kernels.jagged import triton_launch
 from kernels.jagged.op import concatenate, split, truncate_tail
 
@@ -105,7 +104,7 @@ def test_half_precision_rows_are_copied_bit_by_bit() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict, message: str) -> None:
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     fitting = {"left_TE": torch.ones(4, 2), "left_offsets": offsets_of([1, 3])}
     fitting |= {"right_TE": torch.ones(5, 2), "right_offsets": offsets_of([0, 5])}
     concatenate(**fitting)
