@@ -35,7 +35,7 @@ def add_forward(
     gap = tl.load(gap_ms + rows, mask=valid, other=0)
     wide = tl.maximum(gap, 0).to(tl.float64)
     if EVENT:
-        per_octave = (num_buckets - 1).to(tl.float64) / OCTAVES
+        per_octave = (num_buckets - 1).to(tl.float64) * (1 / OCTAVES)  # exact, a power of two
         bucket = tl.floor(tl.log2(1 + wide) * per_octave)
     else:
         bucket = tl.floor(tl.sqrt(wide / MS_PER_BUCKET))
