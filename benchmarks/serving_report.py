@@ -56,8 +56,9 @@ def _overload(run: dict[str, Any]) -> str:
     table = "| | requests | answered/s | 429 | ms, p50 / p95 / p99 of the accepted |\n| --- | --- | --- | --- | --- |\n"
     return (
         f"Overload{_where(figures)}: 20 requests/s, from second 10 to 30 five times the "
-        f"{figures['capacity_per_s']:g}/s that the server answers, then 20/s again; the last refused or slow (twice the "
-        f"p99 from before) request came {figures['recovered_after_s']:g} s after the burst; {figures['failures']} failures other than 429; a refusal "
+        f"{figures['capacity_per_s']:g}/s that the server answers, then 20/s again; the last refused or slow (twice "
+        f"the p99 from before) request came {figures['recovered_after_s']:g} s after the burst; "
+        f"{figures['failures']} failures other than 429; a refusal "
         f"took {_ms(figures['refused_ms'])} ms; others used {figures['others_cores']:g} cores.\n\n"
         + table
         + "\n".join(rows)
