@@ -72,7 +72,7 @@ def test_the_plan_of_own_logs(run, tmp_path: Path):
     code, out, _ = run("build_sequences", "--dry-run", *own_logs(tmp_path))
     assert code == 0
     assert plan_of(out)["rows"] == 2
-    assert plan_of(out)["buckets"] == 4
+    assert plan_of(out)["buckets"] == 1
 
 
 @pytest.mark.parametrize(
