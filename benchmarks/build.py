@@ -140,17 +140,19 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
         "polars-streaming": (rows, peer, polars("polars-streaming")),
     }
     seconds: dict[str, list[float]] = {name: [] for name in (*contestants, "map_groups")}
-    for _ in range(options.repeats):  # side by side: each in turn, so that what the machine does else hits all alike
+    for turn in range(options.repeats):  # side by side: what the machine does else hits all alike
         for name, (_, out, command) in contestants.items():
             shutil.rmtree(out, ignore_errors=True)
             seconds[name].append(run(options, command()).seconds)
-            if name != "build":
+            print(name, round(seconds[name][-1], 1), flush=True)
+            if name != "build" and turn == 0:
                 check_same_lists(sequences_of(options, "speed"), peer)
     run(options, job("build_sequences", few_path))
     for _ in range(options.map_groups_repeats):
         shutil.rmtree(peer, ignore_errors=True)
         command = [sys.executable, "-m", "benchmarks.build_peers", "map_groups", str(few_logs), str(peer), *cluster]
         seconds["map_groups"].append(run(options, command).seconds)
+        print("map_groups", round(seconds["map_groups"][-1], 1), flush=True)
         check_same_lists(sequences_of(options, "map_groups"), peer)
     shutil.rmtree(peer)
     of = dict.fromkeys(contestants, rows) | {"map_groups": few_rows}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
-from pipeline.config import RunConfig, UserError
+from pipeline.config import DriftConfig, RunConfig, UserError
 from pipeline.data import drift, maintenance, report, sequences, store
 from pipeline.data.compaction import read_retired
 from pipeline.data.forgotten import read_forgotten
@@ -163,6 +163,23 @@ def test_retention(tmp_path: Path, cap: int):
     assert compact(cfg) == manifest
 
 
+def test_a_killed_compaction_leaves_what_was_published(built: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg = run_in(built, keep_days=2)
+    before = store.read_manifest(cfg.sequence_dir)
+    whole = shutil.copytree(built, built.with_name("whole"))
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_manifest", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compact(cfg)
+    assert store.read_manifest(cfg.sequence_dir) == before
+    assert compact(cfg) == compact(run_in(whole, keep_days=2))
+    assert files(cfg.sequence_dir).keys() == files(whole / "runs" / "kept" / "sequences").keys()
+
+
 def test_retention_day_by_day_is_retention_at_once(tmp_path: Path):
     cfg = run_in(tmp_path / "days", keep_days=2)
     for number in range(DAYS):
@@ -232,6 +249,16 @@ def test_forgotten_users_do_not_come_back(built: Path):
     assert not set(store.read_sequences(cfg.sequence_dir)["user_id"].to_pylist()) & set(USERS.tolist())
     users = store.read_side_table(cfg.sequence_dir, "users")
     assert users is not None and not set(users["user_id"].to_pylist()) & set(USERS.tolist())
+
+
+def test_a_row_without_a_user_is_nobodys(built: Path):
+    cfg = run_in(built)
+    forget(cfg, np.array([0]))
+    rows = day(DAYS).set_column(0, "user_id", pa.array([None, 0, 4, 5] * 53, pa.int64())[:209])
+    pq.write_table(rows, built / "in" / "nobody.parquet")
+    before = store.read_manifest(cfg.sequence_dir).quarantined
+    after = build_sequences(cfg, append=True).quarantined
+    assert (before.get("null_user_id", 0), after["null_user_id"]) == (0, 53)
 
 
 def test_forgetting_again_changes_nothing(built: Path):
@@ -305,6 +332,25 @@ def test_the_drift_of_an_appended_day(built: Path):
     changes = drift.compare(*(drift.profile(cfg.sequence_dir, m) for m in (found, after)), cfg.drift)
     rows = next(change for change in changes if change.quantity == "rows")
     assert (rows.before, rows.after) == (before.num_rows, after.num_rows)
+
+
+def test_a_build_that_drifts_is_not_published(built: Path):
+    cfg = run_in(built)
+    limits = DriftConfig(new_item_rows=0.3, lengths=None)
+    cfg = replace(cfg, checks=replace(cfg.checks, drift=True), drift=limits)
+    before = store.read_manifest(cfg.sequence_dir)
+    held = files(cfg.sequence_dir).keys()
+    rows = day(DAYS, rows=1200)
+    pq.write_table(rows.set_column(1, "item_id", pa.array(rows["item_id"].to_numpy() + 99)), built / "in" / "x.parquet")
+    with pytest.raises(
+        UserError, match=r"(?s)nothing published \(checks.drift\)\n  drift.new_item_rows: limit 0.3"
+    ) as refused:
+        build_sequences(cfg, append=True)
+    assert before.digest[:16] in str(refused.value)
+    assert store.read_manifest(cfg.sequence_dir) == before
+    assert files(cfg.sequence_dir).keys() == held
+    pq.write_table(day(DAYS), built / "in" / "x.parquet")
+    assert build_sequences(cfg, append=True).num_rows > before.num_rows
 
 
 def test_the_job_forgets_what_the_server_and_evaluations_hold(

@@ -110,6 +110,7 @@ class CheckConfig:
     max_null_share: dict[str, float] = field(default_factory=dict)  # by LOG column
     max_unknown_share: dict[str, float] = field(default_factory=dict)  # by action, of the rows with a real time
     action_rate: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by action: [lowest, highest]
+    drift: bool = False  # also hold the new version against the one it replaces, by the limits of `drift`
 
     def __post_init__(self) -> None:
         for name in ("min_users", "min_rows"):

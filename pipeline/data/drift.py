@@ -156,6 +156,26 @@ def compare(before: Profile, after: Profile, limits: DriftConfig) -> list[Change
     ]
 
 
+def refuse_drift(folder: Path, before: Manifest | None, after: Manifest, limits: DriftConfig) -> None:
+    """Go on only if no limit is crossed between two versions of a store, or if there is no earlier one.
+
+    Raises:
+        UserError: one line per limit that was crossed.
+    """
+    if before is None:
+        return
+    changes = compare(profile(folder, before), profile(folder, after), limits)
+    lines = [
+        f"drift.{change.quantity}: limit {change.limit:g}, distance {change.distance:.4f} "
+        f"({_text(change.before)} before, {_text(change.after)} now)"
+        for change in changes
+        if change.crossed
+    ]
+    if lines:
+        what = f"the new version is too far from {before.digest[:16]}, nothing published (checks.drift)"
+        raise UserError("\n  ".join([what, *lines]))
+
+
 def _distances(
     before: Profile, after: Profile, limits: DriftConfig
 ) -> Iterator[tuple[str, float | str, float | str, float, float | None]]:

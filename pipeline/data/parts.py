@@ -133,7 +133,7 @@ def write_part(work: Work, rules: LogRules, folder: Path, forgotten: Forgotten =
         for block in _blocks(work):
             good = normalise(block, rules)
             if forgotten.hashes:
-                good = good.filter(pa.array(~forgotten.has(good["user_id"].fill_null(0).to_numpy())))
+                good = good.filter(pa.array(~forgotten.has(good["user_id"].fill_null(-1).to_numpy())))
                 left_out += block.num_rows - good.num_rows
             run.append(_by_bucket(good, rules.num_buckets))
             rows += block.num_rows

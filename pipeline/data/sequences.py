@@ -29,6 +29,7 @@ from pipeline.data import parts, report, store
 from pipeline.data.buckets import BucketRules, BucketWork, Record, find_record, plan_buckets, write_bucket
 from pipeline.data.checks import refuse, run_checks
 from pipeline.data.cleaning import LogRules, check_columns
+from pipeline.data.drift import refuse_drift
 from pipeline.data.forgotten import read_forgotten
 from pipeline.data.parts import Part, find_part, plan_parts, write_part
 from pipeline.data.side_tables import side_files, write_side_table
@@ -142,6 +143,8 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
             made = _make_parts(cfg, files, rules, folder, run)
             try:
                 manifest = build_version(cfg, logs, rules, [*held, *made], made if held else [], published, run)
+                if cfg.checks.drift:
+                    refuse_drift(folder, _readable(folder), manifest, cfg.drift)
             except UserError:  # no killed build: nothing is left to go on with
                 _remove_unpublished(folder)
                 raise
