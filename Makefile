@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
+.PHONY: help demo test test-nodes lint types serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,8 +21,11 @@ help:  ## this list
 demo: $(READY)  ## real logs -> sequences -> training -> registry -> HTTP, in minutes; CONFIG=configs/smoke.yaml is smaller
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --fresh
 
-test: $(READY)  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+test: $(READY)  ## every test that needs no GPU, but for those that lose nodes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not nodes"
+
+test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nodes
 
 lint: $(READY) types  ## ruff, formatting and types
 	$(BIN)/ruff check .

@@ -72,9 +72,6 @@ def test_a_file_is_read_by_row_groups(bucket: Bucket, folder: Path):
     with files.open_parquet(file) as parquet:
         assert parquet.num_row_groups == 4
         assert parquet.read_row_group(2)["user_id"].to_pylist() == list(range(21, 31))
-    with files.open_file(file) as stream:
-        stream.seek(-4, 2)
-        assert stream.read() == b"PAR1"
 
 
 def test_a_busy_store_is_asked_again(bucket: Bucket, folder: Path):

@@ -39,12 +39,6 @@ def list_files(path: str | Path) -> list[str]:
     return sorted(_name(file, options) for file in files)
 
 
-def open_file(file: str | Path) -> pa.NativeFile:
-    """For reading at any place; over S3 each read is a request."""
-    filesystem, inner, _ = _locate(file)
-    return filesystem.open_input_file(inner)
-
-
 def open_parquet(file: str | Path) -> pq.ParquetFile:
     """To be read by row groups; close it, or use it in a `with`.
 
