@@ -17,6 +17,7 @@ from pipeline.data.counts import LabelCounts
 from pipeline.data.dense import dense_width
 from pipeline.data.examples import Examples, UserEvents, example_batch, request_examples, training_examples, user_events
 from pipeline.data.features import FeatureMaps, fit_features
+from pipeline.data.search import places
 from pipeline.model.artifact import load_model, save_model
 from pipeline.model.ultra_hstu import UltraHSTU
 
@@ -243,3 +244,11 @@ def test_a_mistake_is_told(feature: dict, complaint: str) -> None:
     with pytest.raises(config.ConfigError) as told:
         tiny_config(Path(), features={"request": {"hour": {}}, "dense": {"x": feature}})
     assert complaint in str(told.value)
+
+
+def test_places_are_those_of_a_search_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    values = np.unique(rng.integers(-50_000, 50_000, 3000))
+    for num in (0, 10, 5000):
+        wanted = rng.integers(-60_000, 60_000, num)
+        assert places(values, wanted).tolist() == [int((values < x).sum()) for x in wanted]

@@ -1,9 +1,11 @@
 """How often labels were known and positive in a group of rows, as of any time: what smoothed rates are made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from pipeline.data.search import places
 
 EVER = -(2**62)  # a start before every time
 
@@ -20,6 +22,11 @@ class LabelCounts:
     before: np.ndarray  # int64 [M + 1, 2 K]: sums over the earlier cells, known labels and then positive ones
     start: int  # the earliest time
     span: int  # of times: start..start + span - 1
+    first_cells: np.ndarray = field(init=False)  # int64 [G + 1], where each group's cells begin
+
+    def __post_init__(self) -> None:
+        first = np.searchsorted(self.cells, np.arange(len(self.groups) + 1) * self.span)
+        object.__setattr__(self, "first_cells", first)
 
     @classmethod
     def of(cls, group: np.ndarray, time: np.ndarray, counts: np.ndarray) -> "LabelCounts":
@@ -45,16 +52,13 @@ class LabelCounts:
 
     def earlier(self, group: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Sums over the rows of each `group` strictly earlier than `time`, int64 [n, 2 K]; 0 for a group not seen."""
-        number = np.searchsorted(self.groups, group)
+        number = places(self.groups, group)
         seen = number < len(self.groups)
         seen[seen] = self.groups[number[seen]] == group[seen]
-        first = number * self.span
-        begin = np.searchsorted(self.cells, first)
-        end = np.searchsorted(self.cells, first + np.clip(time - self.start, 0, self.span))
+        begin = self.first_cells[number]
+        end = places(self.cells, number * self.span + np.clip(time - self.start, 0, self.span))
         return self.before[np.where(seen, end, begin)] - self.before[begin]
 
     def frozen(self) -> "LabelCounts":
         """The counts of all rows, whatever the time asked for."""
-        starts = np.searchsorted(self.cells, np.arange(len(self.groups)) * self.span)
-        before = self.before[np.append(starts, len(self.cells))]
-        return LabelCounts(self.groups, np.arange(len(self.groups)), before, EVER, 1)
+        return LabelCounts(self.groups, np.arange(len(self.groups)), self.before[self.first_cells], EVER, 1)

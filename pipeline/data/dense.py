@@ -61,11 +61,16 @@ def evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
 
     A rate is (positive + prior · base) / (known + prior): without a known label it says nothing, a log-odds of 0.
     """
-    known, positive = np.split(counts, 2, axis=1)
     base = np.clip(base, 1e-6, 1 - 1e-6)  # a task never or always seen in the training period
-    rate = (positive + prior * base) / (known + prior)
-    log_odds = np.log(rate / (1 - rate)) - np.log(base / (1 - base))
-    return np.concatenate([log_odds, np.log1p(known.max(axis=1, keepdims=True)) / COUNT_SCALE], axis=1)
+    values = np.empty((len(counts), len(base) + 1))
+    most = np.zeros(len(counts), counts.dtype)
+    for i, usual in enumerate(base):  # column by column: NumPy is slow along a short last axis
+        known, positive = counts[:, i], counts[:, len(base) + i]
+        rate = (positive + prior * usual) / (known + prior)
+        values[:, i] = np.log(rate / (1 - rate)) - np.log(usual / (1 - usual))
+        most = np.maximum(most, known)
+    values[:, -1] = np.log1p(most) / COUNT_SCALE
+    return values
 
 
 class _OwnPast:
@@ -74,10 +79,7 @@ class _OwnPast:
     def __init__(self, seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig) -> None:
         self.seen, self.targets, self.visible, self.maps, self.cfg = seen, targets, visible, maps, cfg
         self.user = np.repeat(np.arange(len(targets.lengths)), targets.lengths)
-        self.seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
-        self.place = np.arange(len(self.seen_user)) - seen.offsets[self.seen_user]
         self.labels = label_counts(seen.action_mask, seen.known_mask, cfg)
-        self.seen_items = maps.item_rows(seen.item_id)
 
     def counts(self, feature: DenseFeature, item_rows: np.ndarray) -> np.ndarray:
         """int64 [C, 2 K], over the rows that agree with the candidate in the feature's columns."""
@@ -88,9 +90,12 @@ class _OwnPast:
             np.cumsum(self.labels & chosen[:, None], 0, out=before[1:])
             first = self.seen.offsets[self.user]
             return before[first + self.visible] - before[first]
+        seen = self.seen
+        seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
+        place = np.arange(len(seen_user)) - seen.offsets[seen_user]
         group = self.maps.groups(by, item_rows, self.targets.request, self.cfg)
-        seen_group = self.maps.groups(by, self.seen_items, self.seen.request, self.cfg)
+        seen_group = self.maps.groups(by, self.maps.item_rows(seen.item_id), seen.request, self.cfg)
         chosen = chosen & (seen_group > 0)
         size = 1 + max(group.max(initial=0), seen_group.max(initial=0))
-        past = LabelCounts.of((self.seen_user * size + seen_group)[chosen], self.place[chosen], self.labels[chosen])
+        past = LabelCounts.of((seen_user * size + seen_group)[chosen], place[chosen], self.labels[chosen])
         return past.earlier(self.user * size + group, self.visible)

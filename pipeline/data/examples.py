@@ -188,7 +188,8 @@ def example_batch(
     targets = target_events(users, rows, offsets, np.repeat(examples.user, lengths), cfg)
     first = users.events.offsets[examples.user]
     if cfg.features.dense:  # counted over all that lies before a request, a history cut in training included
-        seen = users.events.take(first, examples.history_end)
+        is_whole = np.array_equal(first, examples.history_begin)
+        seen = history if is_whole else users.events.take(first, examples.history_end)
         visible_rows = users.visible_end[rows] - np.repeat(first, lengths)
         targets = replace(targets, dense=candidate_features(seen, targets, visible_rows, maps, cfg))
     begin = np.repeat(examples.history_begin, lengths)

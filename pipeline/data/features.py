@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.config import ColumnFeature, RunConfig, UserError
 from pipeline.data import arrow, store
 from pipeline.data.counts import LabelCounts
+from pipeline.data.search import places
 
 HOURS = np.arange(24, dtype=np.int64)
 MS_PER_MINUTE = 60_000
@@ -157,9 +158,12 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
 
 def label_counts(action_mask: np.ndarray, known_mask: np.ndarray, cfg: RunConfig) -> np.ndarray:
     """bool [N, 2 tasks]: which labels of a row are known, and which are known and positive."""
-    bits = np.array([1 << cfg.source.actions.index(task) for task in cfg.tasks], np.int32)
-    known = (known_mask[:, None] & bits) != 0
-    return np.concatenate([known, known & ((action_mask[:, None] & bits) != 0)], axis=1)
+    labels = np.empty((len(known_mask), 2 * len(cfg.tasks)), bool)
+    for i, task in enumerate(cfg.tasks):  # column by column: NumPy is slow along a short last axis
+        bit = np.int32(1 << cfg.source.actions.index(task))
+        labels[:, i] = (known_mask & bit) != 0
+        labels[:, len(cfg.tasks) + i] = (action_mask & known_mask & bit) != 0
+    return labels
 
 
 def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
@@ -319,5 +323,5 @@ def _rows(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Index + 1 of each `wanted` in the sorted `values`, 0 where it is absent, int64."""
     if len(values) == 0:
         return np.zeros(len(wanted), np.int64)
-    index = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
+    index = np.minimum(places(values, wanted), len(values) - 1)
     return np.where(values[index] == wanted, index + 1, 0)
