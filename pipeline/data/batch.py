@@ -149,11 +149,12 @@ def collate(
     if cfg.model.time_anchor == "query":
         position, gap_ms = query_anchored(event_time, order_only, offsets, num_targets, cfg.model.position_buckets)
     action_mask, known_mask = history_masks(history, maps, cfg)
+    items = maps.item_rows(merge(history.item_id, targets.item_id))
     lengths = np.diff(offsets)
     return SequenceBatch(
         seq_offsets=torch.from_numpy(offsets),
         num_targets=torch.from_numpy(num_targets.astype(np.int32)),
-        item_codes=torch.from_numpy(maps.item_codes[maps.item_rows(merge(history.item_id, targets.item_id))]),
+        item_codes=torch.from_numpy(maps.item_codes.take(items, axis=0)),
         request_codes=torch.from_numpy(maps.request_codes(columns, int(offsets[-1]))),
         action_mask=torch.from_numpy(merge(action_mask, no_action)),
         known_mask=torch.from_numpy(merge(known_mask, no_action)),

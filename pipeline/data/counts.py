@@ -57,7 +57,7 @@ class LabelCounts:
         seen[seen] = self.groups[number[seen]] == group[seen]
         begin = self.first_cells[number]
         end = places(self.cells, number * self.span + np.clip(time - self.start, 0, self.span))
-        return self.before[np.where(seen, end, begin)] - self.before[begin]
+        return self.before.take(np.where(seen, end, begin), axis=0) - self.before.take(begin, axis=0)
 
     def frozen(self) -> "LabelCounts":
         """The counts of all rows, whatever the time asked for."""

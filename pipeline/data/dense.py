@@ -89,7 +89,7 @@ class _OwnPast:
             before = np.zeros((len(self.labels) + 1, self.labels.shape[1]), np.int64)
             np.cumsum(self.labels & chosen[:, None], 0, out=before[1:])
             first = self.seen.offsets[self.user]
-            return before[first + self.visible] - before[first]
+            return before.take(first + self.visible, axis=0) - before.take(first, axis=0)
         seen = self.seen
         seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
         place = np.arange(len(seen_user)) - seen.offsets[seen_user]
