@@ -123,7 +123,7 @@ def rebuilt(
     counted = merge([r.statistics for r in (find_record(folder, task.record) for task in before.values()) if r])
     work = plan_buckets(parts, retired, bucket_rules)
     if not work:
-        raise UserError(f"{folder}: no rows would be left")
+        raise UserError(f"{folder}: no rows would be left; remove the folder of the run, if that is what is wanted")
     for task in work:
         if task.number not in changed:
             carry_record(folder, before[task.number], task)
@@ -165,7 +165,7 @@ def forget(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         _report_again(cfg, manifest)
         for file in exported:  # after the manifest, which knows them by their new digests
             file.replace()
-    predictions = sorted((cfg.run_dir / "evaluation").rglob("*.parquet"))
+    predictions = sorted(cfg.run_dir.rglob("predictions/*.parquet"))
     predicted = [stage_without(file, users, "user_id") for file in predictions]
     predicted = [file for file in predicted if file is not None]
     for file in predicted:
