@@ -170,7 +170,6 @@ def train_worker(settings: dict[str, Any]) -> None:
             metrics = MetricsFile(folder / "metrics.jsonl", resumed_at=resume.state.step if resume else 0)
 
         def log(step: int, values: dict[str, float]) -> None:
-            ray.train.report({"step": step, **values})
             if metrics is not None:
                 metrics.append(step, values)
                 if run is not None:
