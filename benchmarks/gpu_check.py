@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from benchmarks import attention, attention_parity, layer, layer_parity, tables, tables_parity
-from benchmarks.gpu import DEVICE, Check, parity
+from benchmarks.gpu import DEVICE, Check, no_waiting, parity
 from benchmarks.model import model_config, random_batch, vocabulary
 from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.train.loop import Trainee
@@ -66,9 +66,22 @@ def check_training(steps: int = 5) -> str | None:
     return None if error <= 0.02 else f"losses {fast.tolist()} where plain PyTorch has {plain.tolist()}"
 
 
+def check_waiting() -> str | None:
+    """A training step never makes the host wait for the device."""
+    cfg = model_config(SEMI_LOCAL, 2, 2, 64)
+    batch = random_batch(cfg, 8192, 1024, 16, seed=0).to(DEVICE)
+    trainee = Trainee(cfg, vocabulary(cfg), DEVICE, rank=0, world_size=1)
+    for step in range(2):  # compiles kernels, makes the optimizers' state
+        trainee.step(batch, step, 100)
+    with no_waiting():
+        trainee.step(batch, 2, 100)
+    return None
+
+
 def model_checks() -> list[Check]:
     sizes = (8, 1024, 64), (3, 40, 16)
-    return [*((check_token_backends, merged, *size) for size in sizes for merged in (False, True)), (check_training,)]
+    models: list[Check] = [(check_token_backends, merged, *size) for size in sizes for merged in (False, True)]
+    return [*models, (check_training,), (check_waiting,)]
 
 
 SUITES = {

@@ -63,6 +63,7 @@ def section(run: dict) -> str:
     products = table(["product", "ms"], [[name, f"{ms:.3f}"] for name, ms in run["products"].items()])
     five = ", ".join(f"{name} {ms:.2f} ms" for name, ms in run["five_layers"].items())
     host = ", ".join(f"{name} {us:.0f}" for name, us in run["host_us"].items())
+    clock = f", {step['wall_ms']:.1f} by the clock, {step['launches']:.0f} launches" if "launches" in step else ""
     groups = table(["share of the step's device time", ""], [[n, f"{s:.1%}"] for n, s in step["groups"].items()])
     remarks = "\n".join(f"- {remark}" for remark in run.get("remarks", []))  # by hand, about the run
     return f"""## The layer
@@ -90,7 +91,7 @@ FP8 is row-wise e4m3; weights are quantised once, outside of the times:
 - Host, µs a layer: {host}.
 
 One training step of the whole model, {step["tokens"]:,} tokens, {step["layers"]} layers of d = 512, dropout, optimizer:
-{step["device_ms"]:.1f} ms of device time.
+{step["device_ms"]:.1f} ms of device time{clock}.
 
 {groups}
 
