@@ -51,8 +51,9 @@ class Ranks:
         if self.device != "cpu":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend = "gloo" if self.device == "cpu" else "nccl"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            own = None if self.device == "cpu" else torch.device(self.device)
+            backend = "gloo" if own is None else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=own)
 
     def wait(self) -> None:
         if self.size > 1:

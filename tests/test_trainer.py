@@ -36,6 +36,7 @@ def train_config(runs_dir: Path, name: str) -> RunConfig:
         "epochs": 24,
         "batch_users": 4,
         "num_workers": 2,
+        "tables": {"item_id": "sharded"},  # its blocks go through checkpoints, a lost worker and the model folder too
         "warmup_steps": 5,
         "log_every": 7,
         "checkpoint_every": 30,
