@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 from pipeline.config import UserError
-from pipeline.train.checkpoint import Block, CheckpointFolder, TrainState, only_writer, read_tensors
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Block, CheckpointFolder, TrainState, copy_tensors, only_writer, read_tensors
 
 ROWS = {"long": 7, "short": 2}  # fewer rows than ranks: one rank holds none
 
@@ -61,6 +63,28 @@ def test_blocks_of_three_ranks_load_at_any_number(tmp_path: Path) -> None:
     plain = {name: torch.zeros_like(whole(name)) for name in ROWS}
     read_tensors(saved.folder, plain)
     assert all(torch.equal(plain[name], whole(name)) for name in ROWS)
+
+
+def test_large_tensors_are_copied_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "COPY_BYTES", 40)  # three rows of a table
+    saved = {
+        "model.table": torch.randn(7, 3).bfloat16(),  # read as the float32 that the model has
+        "model.weight": torch.randn(2, 2),
+        "model.count": torch.tensor(5),
+        "adamw.exp_avg.weight": torch.randn(2, 2),
+    }
+    checkpoints = CheckpointFolder(tmp_path / "saved", 2)
+    checkpoints.save(saved, TrainState(step=3), {})
+    with torch.device("meta"):
+        like = {"count": torch.tensor(0), "table": torch.empty(7, 3), "weight": torch.empty(2, 2)}
+    copy_tensors(checkpoints.at(3), like, tmp_path / "model.safetensors", "model.")
+    copied = load_file(tmp_path / "model.safetensors")
+    assert copied.keys() == like.keys()
+    for name, tensor in copied.items():
+        assert tensor.dtype == like[name].dtype
+        assert torch.equal(tensor, saved[f"model.{name}"].to(tensor.dtype)), name
+    with pytest.raises(UserError, match="does not fit this model"):
+        copy_tensors(checkpoints.at(3), {"table": torch.empty(8, 3)}, tmp_path / "other.safetensors", "model.")
 
 
 def test_another_model_is_one_message(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_sharded_tables_train_like_whole_ones(world_size: int, plain: dict, half
     ranks, halves = train_on_ranks([train_config(tables=SHARDED), train_config(**HALF)], world_size, tmp_path)
     # Chance rounds a row alike whoever holds it: only where sums differ in their last bit may the rows differ.
     assert halves[0]["losses"] == pytest.approx(half["losses"], abs=1e-4)
+    name = "model.encoder.content.item_id.weight"
+    assert (halves[0]["tensors"][name] != half["tensors"][name]).float().mean() < 0.1
     assert len(plain["losses"]) == STEPS
     assert plain["losses"][-1] < plain["losses"][0]
     for one in ranks:

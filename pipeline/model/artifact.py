@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,15 @@ class LoadedModel:
 
 def save_model(folder: Path, model: UltraHSTU, cfg: RunConfig, maps: FeatureMaps, extra: dict) -> None:
     """Publish the model at `folder`, in the place of whatever model was there."""
+    publish_model(folder, lambda path: save_file(model.state_dict(), path), cfg, maps, extra)
+
+
+def publish_model(
+    folder: Path, write_weights: Callable[[Path], None], cfg: RunConfig, maps: FeatureMaps, extra: dict
+) -> None:
+    """The same for weights that are not a model in memory: `write_weights` makes the safetensors file at its path."""
     with staged(folder) as stage:
-        save_file(model.state_dict(), stage / "model.safetensors")
+        write_weights(stage / "model.safetensors")
         (stage / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
         maps.frozen().save(stage)
         index = {"files": file_digests(stage), "extra": extra}

@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import shutil
+import struct
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,8 @@ FREE_SETTINGS = (
     "max_loss_ratio",
     "profile_steps",
 )
+COPY_BYTES = 2**28
+SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 SETTINGS = ("seed", "split", "tasks", "features", "model", "train")  # the sections that decide the losses
 
 
@@ -168,6 +171,40 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor | Block]) -> None:
     except (CheckpointException, RuntimeError, ValueError) as error:
         cause = next(iter(getattr(error, "failures", {}).values()), (error, None))[0]
         raise UserError(f"the checkpoint at {folder} does not fit this model: {cause}") from error
+
+
+def copy_tensors(folder: Path, like: Mapping[str, Tensor], path: Path, prefix: str) -> None:
+    """What the checkpoint holds under `prefix` and the names of `like`, as one safetensors file of whole tensors.
+
+    `like` gives types and shapes, and may be on the meta device: of a tensor larger than `COPY_BYTES` only so much is
+    in memory at a time.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    tensors = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))  # each aligned to its type
+    small = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items() if t.nbytes <= COPY_BYTES}
+    read_tensors(folder, {prefix + name: tensor for name, tensor in small.items()})
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        place = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            for rows in [small[name]] if name in small else _row_blocks(folder, prefix + name, tensor):
+                file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _row_blocks(folder: Path, name: str, like: Tensor) -> Iterator[Tensor]:
+    num_rows = len(like)
+    size = max(COPY_BYTES * num_rows // like.nbytes, 1)
+    for first in range(0, num_rows, size):
+        rows = torch.empty(min(size, num_rows - first), *like.shape[1:], dtype=like.dtype)
+        read_tensors(folder, {name: Block(rows, first, num_rows)})
+        yield rows
 
 
 class CheckpointFolder:

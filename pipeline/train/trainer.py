@@ -28,7 +28,7 @@ from pipeline.data import store
 from pipeline.data.features import FeatureMaps, fit_features
 from pipeline.data.loader import TrainLoader
 from pipeline.data.plan import StepPlan, pool_memory, step_plan
-from pipeline.model.artifact import save_model
+from pipeline.model.artifact import publish_model
 from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.tracking import Run
 from pipeline.train import loop
@@ -37,8 +37,8 @@ from pipeline.train.checkpoint import (
     MetricsFile,
     Saved,
     check_identity,
+    copy_tensors,
     only_writer,
-    read_tensors,
     run_identity,
 )
 from pipeline.train.guards import TrainingStopped
@@ -78,10 +78,11 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     if run is not None and (folder / "profile").exists():
         run.log_artifacts(folder / "profile", "profile")
     trained = _chosen(cfg)
-    model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
-    read_tensors(trained.folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    with torch.device("meta"):  # names and shapes: tables may be larger than this machine
+        like = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
     facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
-    save_model(cfg.model_dir, model, cfg, maps, facts | ({"mlflow_run_id": run.run_id} if run else {}))
+    facts |= {"mlflow_run_id": run.run_id} if run else {}
+    publish_model(cfg.model_dir, lambda path: copy_tensors(trained.folder, like, path, "model."), cfg, maps, facts)
     return cfg.model_dir
 
 
