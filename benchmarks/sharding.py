@@ -90,7 +90,8 @@ def zipf_batch(cfg: RunConfig, sizes: dict[str, int], num_items: int, seed: int)
     batch = random_batch(cfg, sizes["events"], sizes["length"], sizes["candidates"], seed)
     generator = torch.Generator().manual_seed(seed)
     rank = num_items ** torch.rand(batch.num_tokens, generator=generator, dtype=torch.float64)
-    items = (rank.int() - 1).clamp(0, num_items - 1)
+    # Codes are in the order of item ids, not of popularity: else one block of rows would get most of the requests.
+    items = (rank.long() * 2_654_435_761 % num_items).int()
     return replace(batch, item_codes=torch.stack([items, batch.item_codes[:, 1]], dim=1))
 
 

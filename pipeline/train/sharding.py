@@ -119,12 +119,12 @@ class ShardedTables:
         codes_of = [codes[name].long() for name in self.tables]
         lengths = [len(code) for code in codes_of]
         wanted = torch.cat(codes_of)
-        table = torch.arange(len(lengths), device=wanted.device)
         repeats = torch.tensor(lengths).to(wanted.device, non_blocking=True)
-        table = torch.repeat_interleave(table, repeats, output_size=len(wanted))
-        owner = wanted // self.block[table]
+        numbers = torch.arange(len(lengths), device=wanted.device)
+        table_of = torch.repeat_interleave(numbers, repeats, output_size=len(wanted))
+        owner = wanted // self.block[table_of]
         # Ordered by owner, then table, then row: what goes to one rank lies together.
-        slot = self.base[table] + wanted - owner * self.block[table]
+        slot = self.base[table_of] + wanted - owner * self.block[table_of]
         keys, number, index, before = numbered(owner * self.slots + slot, self.bounds)
         counts = before.diff().view(self.world_size, -1)
         self.sent, self.asked = self._host_counts(counts)
@@ -138,7 +138,7 @@ class ShardedTables:
 
         # A table's rows come from all owners in turn: from the place among all to the place in the table.
         shift = counts.cumsum(0) - counts - before[:-1].view_as(counts)
-        index = index + shift[owner, table]
+        index = index + shift[owner, table_of]
         for module, part, at in zip(self.tables.values(), rows, index.split(lengths), strict=True):
             module.rows, module.index = part.float().requires_grad_(), at
 
