@@ -74,6 +74,17 @@ def test_a_file_is_read_by_row_groups(bucket: Bucket, folder: Path):
         assert parquet.read_row_group(2)["user_id"].to_pylist() == list(range(21, 31))
 
 
+def test_the_store_is_that_of_the_environment(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    bucket.upload(folder, "environment")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+    files._s3.cache_clear()  # clients are kept; a process has one environment
+    try:
+        assert len(files.list_files("s3://logs/environment")) == 3
+        assert files.list_files("s3://logs/environment/z.parquet") == ["s3://logs/environment/z.parquet"]
+    finally:
+        files._s3.cache_clear()
+
+
 def test_a_busy_store_is_asked_again(bucket: Bucket, folder: Path):
     place = bucket.upload(folder, "busy")
     bucket.refuse["GET"] = 1
