@@ -25,6 +25,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data.examples import request_examples, user_events
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model, save_model
+from pipeline.train.guards import TrainingStopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +41,8 @@ def train_config(runs_dir: Path, name: str) -> RunConfig:
         "warmup_steps": 5,
         "log_every": 7,
         "checkpoint_every": 30,
+        "validate_every": 40,
+        "publish": "best",
     }
     return replace(tiny_config(runs_dir, train=train), name=name)
 
@@ -189,6 +192,33 @@ def test_a_finished_run_trains_nothing_more(trained: RunConfig) -> None:
     trainer.fit(trained)
     assert losses(trained) == before
     assert load_model(trained.model_dir).extra["train_seconds"] == seconds
+
+
+def test_the_best_checkpoint_is_published(trained: RunConfig) -> None:
+    """By a validation that both workers share, and that tells what evaluation does: it takes all requests there are."""
+    from pipeline.train import trainer
+
+    last = trainer.earlier(trained)
+    assert last is not None
+    lines = [json.loads(line) for line in (trained.run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["val_sample/ne"] for line in lines if "val_sample/ne" in line}
+    assert len(found) > 2
+    assert (last.state.best, last.state.best_step) == min((ne, step) for step, ne in found.items())
+    assert load_model(trained.model_dir).extra["steps"] == last.state.best_step
+    metrics = evaluator.evaluate(trained, trained.model_dir, ["val"])
+    mean = np.mean([metrics[f"val/ne/{task}"] for task in trained.tasks])
+    assert mean == pytest.approx(last.state.best, abs=1e-6)
+
+
+def test_a_training_gone_wrong_is_one_message_and_not_tried_again(trained: RunConfig) -> None:
+    from pipeline.train import trainer
+
+    wild = replace(trained.train, lr=1e38, warmup_steps=0, max_bad_steps=5)
+    cfg = replace(trained, name="wild", train=wild)
+    shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
+    with pytest.raises(TrainingStopped, match=r"steps in a row up to step 7 .* the loss of is_click"):
+        trainer.fit(cfg)
+    assert not cfg.model_dir.exists()
 
 
 def test_other_settings_under_the_same_name_are_refused_before_a_worker_starts(trained: RunConfig) -> None:
