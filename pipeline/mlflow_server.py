@@ -122,6 +122,17 @@ def _end(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             logger.warning("the MLflow server (pid %d) did not end on %s", process.pid, number.name)
     process.wait()
+    until = time.monotonic() + STOP_TIMEOUT_S
+    while _group_lives(process.pid) and time.monotonic() < until:  # a worker that was killed takes a moment to go
+        time.sleep(0.05)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _require_healthy(uri: str) -> None:
