@@ -50,15 +50,15 @@ def with_rates(cfg: config.RunConfig) -> config.RunConfig:
     return replace(cfg, features=replace(cfg.features, dense=dense))
 
 
-def make_sequences(lengths: np.ndarray, cfg: config.RunConfig) -> pa.Table:
-    """Users with so many rows, all in the training period, each row a request of its own."""
+def make_sequences(lengths: np.ndarray, cfg: config.RunConfig, rows_before: int) -> pa.Table:
+    """Users with so many rows, each a request of its own; the first `rows_before` of them in the training period."""
     rng, num_users = np.random.default_rng(0), len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     num_rows = int(offsets[-1])
     start = np.repeat(offsets[:-1], lengths)
     columns = {
         "item_id": rng.integers(0, NUM_ITEMS, num_rows),
-        "event_time": cfg.split.val_ms - DAY_MS + (np.arange(num_rows) - start) * (DAY_MS // int(lengths.max())),
+        "event_time": cfg.split.val_ms - DAY_MS + (np.arange(num_rows) - start) * (DAY_MS // rows_before),
         "action_mask": rng.integers(0, 16, num_rows).astype(np.int32),
         "known_mask": np.full(num_rows, 15, np.int32),
         "watch_ms": rng.integers(0, 60_000, num_rows),
@@ -116,7 +116,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cfg = bench_config()
     dense = with_rates(cfg)
-    sequences, maps = make_sequences(np.random.default_rng(0).poisson(40, options.users), cfg), make_maps()
+    lengths = np.random.default_rng(0).poisson(40, options.users)
+    sequences, maps = make_sequences(lengths, cfg, rows_before=30), make_maps()
     users = user_events(sequences, cfg)
     num_rows = int(users.events.offsets[-1])
     rates = {"user_events": num_rows / median_seconds(lambda: user_events(sequences, cfg), options.repeats)}

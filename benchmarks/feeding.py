@@ -60,7 +60,7 @@ class Feeding:
 def publish(folder: Path, cfg: RunConfig, lengths: np.ndarray) -> None:
     """Users of these lengths in `NUM_BUCKETS` buckets."""
     (folder / store.VERSIONS).mkdir(parents=True)
-    sequences = make_sequences(lengths, cfg)
+    sequences = make_sequences(lengths, cfg, rows_before=int(lengths.max()))
     buckets = []
     for number, rows in enumerate(np.array_split(np.arange(len(lengths)), NUM_BUCKETS)):
         part, name = sequences.slice(rows[0], len(rows)), f"bucket-{number:05d}.parquet"

@@ -136,8 +136,8 @@ def section(num_steps: int) -> str:
             "As published, a rank can only turn round draws of its own that lie above the threshold: it needs",
             "many histories a rank, and moves the mean length with few. `dealing` moves no draw and needs no",
             "message, because every rank knows the whole step; `sampling` also brings each step to the mean load",
-            "before it is dealt, for steps of equal memory. One history that outweighs the mean rank (squares, few",
-            "histories a rank) nothing can hide.",
+            "before it is dealt, for steps of equal memory. Where one whole history outweighs the mean rank (squares,",
+            "32 histories a rank) neither can hide it; the published form does, by cutting just these every time.",
         ]
     )
 
