@@ -137,7 +137,7 @@ def median(runs: list[Feeding]) -> Feeding:
     return replace(runs[0], **{name: statistics.median(getattr(run, name) for run in runs) for name in names})
 
 
-def section(found: list[Feeding], repeats: int, cpu: str) -> str:
+def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
     rows = [
         [
             each.lengths,
@@ -171,11 +171,18 @@ def section(found: list[Feeding], repeats: int, cpu: str) -> str:
             "Waiting: share of the time after the first batch, changes of pools included (goal: at most 5 %).",
             "Processor ms: the loader's own per step. Memory: the most that was resident above what the process held",
             f"before the loader, and what `jobs.train --dry-run` states. Medians of {repeats} runs; numpy",
-            f"{np.__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}.",
+            f"{np.__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}; load average of the",
+            f"{os.cpu_count()} cores before it began: {busy:.1f} (above 0 other work took its part of them).",
             "",
             table([*header, "memory, MB / stated"], rows),
         ]
     )
+
+
+def as_run(found: list[Feeding], busy: float) -> dict[str, object]:
+    named = {f"{each.lengths}, {each.layout}, {'rates' if each.rates else 'no rates'}": asdict(each) for each in found}
+    environment = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": busy, "python": platform.python_version()}
+    return {"command": "python -m benchmarks.feeding", "environment": environment, "feeding": named}
 
 
 def cpu_name() -> str:
@@ -192,6 +199,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1, help="that the process is bound to")
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     options = parser.parse_args()
+    busy = os.getloadavg()[0]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -218,11 +226,11 @@ def main() -> None:
                     runs = [measure(each, maps, plan, name, options.steps) for _ in range(options.repeats)]
                     found.append(median(runs))
                     print(json.dumps(asdict(found[-1])), flush=True)
-    text = section(found, options.repeats, cpu_name())
+    text = section(found, options.repeats, cpu_name(), busy)
     print(text)
     if not options.dry_run:
         write_section("feeding", text)
-        (RUNS / "feeding.json").write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
+        (RUNS / "feeding.json").write_text(json.dumps(as_run(found, busy), indent=1) + "\n")
 
 
 if __name__ == "__main__":
