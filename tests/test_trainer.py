@@ -143,12 +143,12 @@ def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
         (folder,) = (mark.parent for mark in Path("/tmp").glob("ray-*/owner") if text(mark) == str(driver.pid))
         driver.kill()
         driver.wait()
-        end = time.monotonic() + 180  # agents of the cluster look for their raylet now and then
+        assert not cfg.model_dir.exists()
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
+        end = time.monotonic() + 180  # Ray's agents go on asking for the cluster that died, for a minute
         while left := marked(mark):
             assert time.monotonic() < end, [command_line(pid) for pid in left]
             time.sleep(0.1)
-        assert not cfg.model_dir.exists()
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
     finally:
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)
