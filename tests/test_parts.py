@@ -78,6 +78,20 @@ def test_a_file_that_comes_again_under_another_name_is_known(here: None, tmp_pat
     assert first.quarantined["exact_duplicate"] == 2
 
 
+def test_a_part_that_was_cut_off_is_no_part(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "cut", day(0))
+    manifest = build_sequences(cfg)
+    (part,) = (cfg.sequence_dir / parts.PARTS).glob("*.arrow")
+    part.write_bytes(part.read_bytes()[:-8])
+    add(cfg, "later", day(1))
+    with pytest.raises(UserError, match="missing or cut off"):
+        build_sequences(cfg, append=True)
+    assert store.read_manifest(cfg.sequence_dir) == manifest
+    build_sequences(cfg, overwrite=True)
+    again = folder(tmp_path, "again", day(0), day(1))
+    assert build_sequences(again).digest == store.read_manifest(cfg.sequence_dir).digest
+
+
 def test_rows_of_files_that_are_gone_stay(here: None, tmp_path: Path):
     cfg = folder(tmp_path, "a", day(0))
     first = build_sequences(cfg)
