@@ -54,6 +54,21 @@ IDS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+def check_adamw_agrees(dim: int, runs: int = 100) -> str | None:
+    """The same rows in every one of many runs, runs of ids that cross chunks among them: threads must not race."""
+    ids, hyper = randint(100, 8192), Hyper(1, 0.01, (0.9, 0.999), 1e-8, 0.01)
+    weight, grads = randn(100, dim), randn(len(ids), dim, seed=1)
+
+    def step() -> list[Tensor]:
+        state = weight.clone(), torch.zeros_like(weight), torch.zeros(100, device=DEVICE)
+        rowwise_adamw(*state, ids, grads, hyper, backend="triton")
+        return list(state)
+
+    first = step()
+    wrong = sum(not all(torch.equal(a, b) for a, b in zip(first, step(), strict=True)) for _ in range(runs))
+    return f"{wrong} of {runs} runs differ" if wrong else None
+
+
 def check_adamw(kind: str, num_rows: int, dim: int, momentum: bool) -> str | None:
     ids = IDS[kind]()
     hyper = Hyper(3, 0.01, (0.9 if momentum else 0.0, 0.999), 1e-8, 0.01)
@@ -137,6 +152,7 @@ def parity_checks() -> list[Check]:
     for kind in ("distinct", "repeats", "16 rows", "one row", "nothing"):
         checks += [(check_adamw, kind, 5000, dim, True) for dim in (1, 50, 128)]
         checks.append((check_adamw, kind, 5000, 128, False))
+    checks += [(check_adamw_agrees, dim) for dim in (8, 16, 32, 64, 128, 256)]
     checks.append((check_bfloat16_rows,))
     checks += [(check_host_moments, 5000, 128, dtype) for dtype in (torch.float32, torch.bfloat16)]
     for sizes in ((1, 1, 1, 1), (63, 5, 20, 50), (257, 1000, 128, 64), (1000, 40_000, 512, 64), (300, 77, 33, 256)):

@@ -37,6 +37,8 @@ BUILDS = [
     (int4.look_up, {"BLOCK_N": 16, "CODE_WORDS": 16}),
     (adamw.update_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_D": 128}),
     (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_D": 128}),
+    (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_D": 16}),
+    (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 32, "BLOCK_C": 128, "BLOCK_D": 64}),
     (softmax.forward, {"BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"SPLIT": False, "BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),
@@ -72,13 +74,20 @@ def build(kernel, constants: dict, special: dict[str, str]) -> dict[str, int]:
         "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "written_after_all_read": written_after_all_read(ptx),
     }
+
+
+def written_after_all_read(ptx: str) -> bool:
+    """Whether a barrier lies between the last load from global memory and the first store to it."""
+    first_store, last_load = ptx.find("st.global"), ptx.rfind("ld.global")
+    return "bar.sync" in ptx[last_load:first_store]
 
 
 def main() -> None:
     found = {}
     for kernel, constants in BUILDS:
-        flags = " ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, bool))
+        flags = " ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, bool) or k == "BLOCK_D")
         found[f"{kernel.__name__} {flags}".strip()] = build(kernel, constants, {})
     kernel, constants = BUILDS[5]
     found[f"{kernel.__name__} bfloat16"] = build(kernel, constants, {"weight": "*bf16"})

@@ -18,4 +18,6 @@ def test_hopper_builds():
         assert build["stack"] == 0, f"{name}: spills"
         assert build["atomics"] == 0, f"{name}: sums would depend on timing"
         assert build["registers"] <= 168, f"{name}: fewer than three programs would fit on a multiprocessor"
+        if name.startswith(("update_rows", "finish_rows")):
+            assert build["written_after_all_read"], f"{name}: threads that share a number race for it"
         assert build["wide_loads"] + build["wide_stores"] > 0, name

@@ -44,7 +44,7 @@ def rowwise_adamw(
         require(v.dtype == torch.float32, f"the triton backend keeps moments in float32, got {v.dtype}")
         whole = all(x is None or x.is_contiguous() for x in (weight, m, v))
         require(whole, "the table and its moments must be contiguous")
-        scale = v.new_ones(()) if grad_scale is None else grad_scale.float()
+        scale = weight.new_ones((), dtype=torch.float32) if grad_scale is None else grad_scale.float()
         rowwise_adamw_triton(weight, m, v, ids, grads, scale, hyper, first_row)
         return
     if grad_scale is not None and grad_scale.isinf():

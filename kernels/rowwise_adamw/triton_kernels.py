@@ -30,16 +30,18 @@ def _update(
     mask = active[:, None] & (col < dim)
     grad = grad / tl.load(grad_scale)
     old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    if MOMENTUM:
-        old_m = tl.load(m + at, mask=mask, other=0.0)
-        new_m = old_m + share1 * (grad - old_m)
-        tl.store(m + at, new_m, mask=mask)
-    else:
-        new_m = grad
     old_v = tl.load(v + row, mask=active, other=0.0)
     mean = tl.sum(tl.where(col < dim, grad * grad, 0.0), 1) / dim
     new_v = old_v + share2 * (mean - old_v)
+    new_m = grad
+    if MOMENTUM:
+        old_m = tl.load(m + at, mask=mask, other=0.0)
+        new_m = old_m + share1 * (grad - old_m)
+    # Several threads, of several warps, read the same number and one writes it: none may write before all have read.
+    tl.debug_barrier()
     tl.store(v + row, new_v, mask=active)
+    if MOMENTUM:
+        tl.store(m + at, new_m, mask=mask)
     update = (new_m / correct1) / (tl.sqrt(new_v / correct2) + eps)[:, None]
     new = old - lr * (update + weight_decay * old)
     if weight.dtype.element_ty == tl.bfloat16:
