@@ -345,34 +345,51 @@ def summary(found: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def section(found: dict[str, Any]) -> str:
-    machine, sizes, equal, resumed = (found[key] for key in ("environment", "sizes", "parity", "resume"))
-    kinds = ("small", "replicated"), ("small", "sharded"), ("large", "sharded")
-    ratios = {kind: scaling(found["cases"], *kind) for kind in kinds}
-    messages = found["cases"].get("messages alone, large table", {})
+def section(runs: list[dict[str, Any]]) -> str:
+    """Of several runs on one machine: what was compared is of the first that did, and each has its table of times."""
+    machine = runs[0]["environment"]
     parts = [
         "## Sharded tables",
-        f"`{found['command']}`, {found['ranks']} ranks, {machine['device']}, torch {machine['torch']}: "
-        f"{sizes['layers']} layers, d = {sizes['heads'] * sizes['width']}, {sizes['events']:,} events a rank in "
-        f"histories of {sizes['length']:,}, item rows of {ITEM_DIM}, medians of the lines of {sizes['steps']} steps of "
-        "the training loop.",
-        f"Sharded tables against whole ones over 50 steps: losses differ by {equal['sharded_from_whole']:.1e} at most "
-        f"(by {equal['sharded_from_one_rank']:.1e} from one rank's); two runs equal: {equal['two_runs_equal']}; "
-        f"moments on the host equal to the device's bit for bit: {equal['host_state_equal']}; bfloat16 item rows move "
-        f"a loss by {equal['bf16_rows_from_float32']:.1e}.",
-        f"One rank's run gone on by all ranks, and then by one again: losses within {resumed['one_to_all']:.1e} and "
-        f"{resumed['one_to_all_to_one']:.1e} of the unbroken run's.",
-        summary(found),
-        "All ranks over one, tokens/s: "
-        + ", ".join(f"{size} table {how} {ratio:.2f}x" for (size, how), ratio in ratios.items() if ratio)
-        + ".",
+        f"{', '.join(f'`{command}`' for command in dict.fromkeys(found['command'] for found in runs))}: "
+        f"{machine['device']}, {runs[0]['ranks']} ranks, {machine['cores']} cores, torch {machine['torch']}.",
     ]
-    if messages:
+    equal = next((found["parity"] for found in runs if "parity" in found), None)
+    resumed = next((found["resume"] for found in runs if "resume" in found), None)
+    if equal:
         parts.append(
+            f"Sharded tables against whole ones over 50 steps: losses differ by {equal['sharded_from_whole']:.1e} at "
+            f"most (by {equal['sharded_from_one_rank']:.1e} from one rank's); two runs equal: {equal['two_runs_equal']}"
+            f"; moments on the host equal to the device's bit for bit: {equal['host_state_equal']}; bfloat16 item rows "
+            f"move a loss by {equal['bf16_rows_from_float32']:.1e}."
+        )
+    if resumed:
+        parts.append(
+            f"One rank's run gone on by all ranks, and then by one again (a table of {resumed['table_gb']:g} GB): "
+            f"losses within {resumed['one_to_all']:.1e} and {resumed['one_to_all_to_one']:.1e} of the unbroken run's."
+        )
+    return "\n\n".join(parts + [part for found in runs if found["cases"] for part in times(found)])
+
+
+def times(found: dict[str, Any]) -> Iterator[str]:
+    """What the cases of one run took."""
+    sizes, cases = found["sizes"], found["cases"]
+    yield (
+        f"**{sizes['events']:,} events a rank** in histories of {sizes['length']:,}, {sizes['layers']} layers, "
+        f"d = {sizes['heads'] * sizes['width']}, item rows of {ITEM_DIM}, medians of the lines of {sizes['steps']} "
+        "steps of the training loop:"
+    )
+    yield summary(found)
+    kinds = ("small", "replicated"), ("small", "sharded"), ("large", "sharded")
+    ratios = {kind: scaling(cases, *kind) for kind in kinds}
+    ends = [f"{size} table {how} {ratio:.2f}x" for (size, how), ratio in ratios.items() if ratio]
+    if ends:
+        yield f"All ranks over one, tokens/s: {', '.join(ends)}."
+    messages = cases.get("messages alone, large table")
+    if messages:
+        yield (
             f"The messages by themselves: {messages['fetch_ms']:.2f} ms to fetch {messages['distinct_rows']:,} rows, "
             f"{messages['gradients_ms']:.2f} ms to send their gradients."
         )
-    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -392,10 +409,10 @@ def main() -> None:
         "--only", nargs="+", choices=["parity", "resume", "speed"], default=["parity", "resume", "speed"]
     )
     parser.add_argument("--out", type=Path, help="JSON; sharding.json in $OUT, or under benchmarks/runs")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write RESULTS.md from it and end")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from them and end")
     options = parser.parse_args()
     if options.report:
-        write_section("sharding", section(json.loads(options.report.read_text())))
+        write_section("sharding", section([json.loads(file.read_text()) for file in options.report]))
         return
     out = options.out or Path(os.environ.get("OUT", ROOT / "runs")) / "sharding.json"
     ranks = Ranks()
