@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from kernels.backend import choose
 from pipeline import config, tracking
 from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import load_model
@@ -223,7 +225,17 @@ def _load(model: tracking.PinnedModel, user_config: dict[str, Any], limits: Serv
     history = LiveHistory(published, log, loaded.cfg, limits.max_events)
     ranker = Ranker(loaded, history, model.version, model.name, limits)
     ranker.warm()
+    logger.info("%s version %d ready: %s", model.name, model.version, _what_runs(ranker))
     return ranker
+
+
+def _what_runs(ranker: Ranker) -> str:
+    """Where the ranker's passes run, by which kernels and in which number formats."""
+    model, limits, device = ranker.cfg.model, ranker.limits, ranker.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kernels = choose(model.attention_backend, next(ranker.model.parameters()))
+    fp8 = model.fp8 if limits.fp8 is None else limits.fp8
+    return f"{where}, {kernels} kernels, {limits.precision}{' with FP8' * fp8}{', INT4 tables' * limits.int4_tables}"
 
 
 def open_events(limits: ServeConfig, folder: Path) -> EventLog:

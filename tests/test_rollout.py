@@ -142,6 +142,20 @@ def test_a_version_that_is_loaded_keeps_what_it_has_cached(world, monkeypatch: p
     assert alone.info().canary_version is None
 
 
+def test_the_log_names_device_kernels_and_formats(world, caplog: pytest.LogCaptureFixture) -> None:
+    cfg, models = world
+    with caplog.at_level("INFO", logger="ray.serve"):
+        loaded(world)
+        for formats in ({"precision": "bf16", "fp8": True}, {"int4_tables": True}):
+            limits = tiny_config(Path(cfg.runs_dir), serve={"port": 0, **formats})
+            rollout.load(deployment.user_config(limits, models[1]), ReplicaMetrics())
+    assert [message for message in caplog.messages if "ready" in message] == [
+        "tiny version 1 ready: cpu, torch kernels, fp32",
+        "tiny version 2 ready: cpu, torch kernels, bf16 with FP8",
+        "tiny version 2 ready: cpu, torch kernels, fp32, INT4 tables",
+    ]
+
+
 def test_settings_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for section, said in (
         ({"canary": {"version": 1, "share": 1.5}}, r"serve\.canary\.share.*1\.5"),
