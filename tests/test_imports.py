@@ -13,7 +13,10 @@ WITHOUT_RAY = (
     "pipeline/config/*.py",
     "pipeline/schema.py",
     "pipeline/model/**/*.py",
-    *(f"pipeline/train/{name}.py" for name in ("checkpoint", "guards", "loop", "optim", "profile", "validation")),
+    *(
+        f"pipeline/train/{name}.py"
+        for name in ("average", "checkpoint", "guards", "loop", "optim", "profile", "validation")
+    ),
     "pipeline/evaluate/*.py",
     "benchmarks/quality.py",
     "benchmarks/sharding.py",

@@ -20,6 +20,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.flops import Work, count_work
 from pipeline.train import loop
+from pipeline.train.average import snapshot_number
 from pipeline.train.checkpoint import CheckpointFolder, MetricsFile
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 
@@ -161,10 +162,11 @@ def test_the_work_of_an_example_is_told_with_its_steps() -> None:
     assert lines[0]["train/gflop_per_example"] == pytest.approx(3 * work.flops / 20 / 1e9)
 
 
+@pytest.mark.parametrize("average_from", [None, 0.5])
 @pytest.mark.parametrize("stopped_at", [5, 10, 12])
-def test_a_resumed_run_ends_like_an_unbroken_one(stopped_at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_like_an_unbroken_one(stopped_at: int, average_from: float | None, tmp_path: Path) -> None:
     """From a checkpoint inside an epoch, between two lines of metrics, and from the last one; through the files."""
-    cfg = train_config(checkpoint_every=5)
+    cfg = train_config(checkpoint_every=5, average_from=average_from, average_every=2)
     folder = CheckpointFolder(tmp_path, keep=3)
     lines, weights = run(cfg, checkpoints=folder)
     assert [path.name for path in folder.folders()] == ["step_00000005", "step_00000010", "step_00000012"]
@@ -172,6 +174,30 @@ def test_a_resumed_run_ends_like_an_unbroken_one(stopped_at: int, tmp_path: Path
     assert resumed == [line for line in lines if line["step"] > stopped_at]
     for name, tensor in weights.items():
         assert torch.equal(tensor, resumed_weights[name]), name
+
+
+def test_averaged_weights_are_the_mean_of_snapshots(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=20)
+    lines, last = run(train_config(checkpoint_every=1), checkpoints=folder)
+    averaged_lines, averaged = run(train_config(average_from=0.5, average_every=2))
+    assert averaged_lines == lines  # the run itself goes its own way
+    snapshots = []
+    for step in (6, 8, 10, 12):
+        trainee = loop.Trainee(train_config(), make_maps(), "cpu", 0, 1)
+        trainee.load(folder.read(folder.at(step)))
+        snapshots.append(trainee.model.state_dict())
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(tensor, torch.stack([weights[name] for weights in snapshots]).mean(0))
+        assert not torch.equal(tensor, last[name]), name
+
+
+@pytest.mark.parametrize(("total", "begin", "every"), [(10, 0.9, 1), (9, 0.0, 3), (7, 0.5, 2), (3, 0.99, 50)])
+def test_snapshots_are_numbered_from_one_and_end_with_the_run(total: int, begin: float, every: int) -> None:
+    numbers = [snapshot_number(step, total, begin, every) for step in range(1, total + 1)]
+    taken = [number for number in numbers if number is not None]
+    assert taken == list(range(1, len(taken) + 1))
+    assert numbers[-1] == len(taken)
+    assert all(step >= begin * total for step, number in enumerate(numbers, 1) if number is not None)
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 100
     grad_clip: float = 1.0  # largest norm of the dense gradients
+    # The model is the mean of its weights after this share of all steps, every so many of them; null: the last weights.
+    average_from: float | None = None
+    average_every: int = 20
     num_workers: int = 1
     # Where embedding tables live: table (item_id, item.COLUMN, user.COLUMN, request.COLUMN, or default for all others)
     # -> placement. auto shards a table of more than shard_above_mb, in float32, when there are several workers.
@@ -79,6 +82,7 @@ class TrainConfig:
             "num_workers",
             "threads_per_worker",
             "log_every",
+            "average_every",
         )
         for name in (*positive, "checkpoint_every", "keep_checkpoints", "validate_requests", "max_bad_steps"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
@@ -105,6 +109,10 @@ class TrainConfig:
         validates = self.validate_every > 0
         require(validates or self.patience is None, "train.patience", self.patience, "null without validate_every")
         require(validates or self.publish == "last", "train.publish", self.publish, "last without validate_every")
+        begin = self.average_from
+        require(begin is None or 0 <= begin < 1, "train.average_from", begin, "0 or more and below 1, or null")
+        ends = self.patience is None and self.publish == "last"  # a checkpoint on the way holds the weights themselves
+        require(ends or begin is None, "train.average_from", begin, "null with train.patience or publish: best")
         steps = self.profile_steps
         rule = "a first step of 1 or more and a last one not before it, or null"
         require(steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]), "train.profile_steps", steps, rule)

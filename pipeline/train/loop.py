@@ -24,6 +24,7 @@ from pipeline.data.features import FeatureMaps
 from pipeline.model.flops import Work, count_work
 from pipeline.model.losses import task_losses
 from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
+from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import (
     Block,
     CheckpointFolder,
@@ -105,6 +106,10 @@ def train(
         state.step += 1
         state.epoch, state.epoch_step = divmod(state.step, loader.steps_per_epoch)
         last = state.step == total_steps
+        if trainee.average is not None:
+            trainee.average.add(state.step, total_steps)
+            if last:
+                trainee.average.publish()
         logs = state.step % cfg.train.log_every == 0 or last
         validator = validate if last or (validate and state.step % cfg.train.validate_every == 0) else None
         saves = state.step % cfg.train.checkpoint_every == 0
@@ -192,6 +197,7 @@ class Trainee:
         for p in self.dense.values():  # as AdamW would in its first step: a checkpoint is read into these
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adamw.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+        self.average = None if cfg.train.average_from is None else WeightAverage(model, cfg.train)
         watched = [f"the loss of {task}" for task in cfg.tasks]
         watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
         self.guard = FiniteGuard(watched, device)
@@ -276,12 +282,14 @@ class Trainee:
         return local
 
     def tensors(self) -> dict[str, Tensor | Block]:
-        """What a checkpoint holds, as views of the live tensors: weights, then moments; of sharded tables the block."""
+        """What a checkpoint holds, as views of the live tensors: weights, moments, means; of sharded tables the block."""
         found = {f"model.{name}": self._block(name, tensor) for name, tensor in self.model.state_dict().items()}
         for name, tensor in self.rowwise.state_dict().items():
             found[f"rowwise.{name}"] = self._block(name[2:], tensor)  # after "m." or "v."
         for name, parameter in self.dense.items():
             found |= {f"adamw.{key}.{name}": tensor for key, tensor in self.adamw.state[parameter].items()}
+        if self.average is not None:
+            found |= {f"average.{name}": self._block(name, tensor) for name, tensor in self.average.tensors.items()}
         return found
 
     def _block(self, name: str, tensor: Tensor) -> Tensor | Block:
