@@ -29,6 +29,10 @@ class SyntheticConfig:
     start: str = "2022-04-24T00:00:00+08:00"
     rows_per_file: int = 1_000_000  # by_day: rows that are made, and held in memory, at a time
     by_day: bool = False  # one file per day, as logs grow, instead of files of whole users
+    # Tastes that show early and are asked after long, each once: so many categories, beside num_categories; 0: none.
+    lasting_categories: int = 0
+    early_rows: int = 1024  # of a user, the first ones, in which the tastes show
+    quiet_rows: int = 1280  # after these, without any sign of them
 
     def __post_init__(self) -> None:
         require(1 <= self.max_history <= 16_384, "source.synthetic.max_history", self.max_history, "1 to 16384 rows")
@@ -38,6 +42,12 @@ class SyntheticConfig:
             self.min_history,
             "1 to max_history",
         )
+        lasting = self.lasting_categories
+        require(lasting >= 0, "source.synthetic.lasting_categories", lasting, "0 or more")
+        for name in ("early_rows", "quiet_rows") if lasting else ():
+            rows, rule = getattr(self, name), "a multiple of candidates_per_request above 0"
+            whole = rows > 0 and rows % self.candidates_per_request == 0
+            require(whole, f"source.synthetic.{name}", rows, rule)
         for name in ("num_users", "num_items", "num_categories", "candidates_per_request", "num_days", "rows_per_file"):
             require(getattr(self, name) >= 1, f"source.synthetic.{name}", getattr(self, name), "1 or more")
         parse_time("source.synthetic.start", self.start)

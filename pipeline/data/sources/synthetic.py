@@ -10,6 +10,8 @@ random open item of it. On top of that come requests of several candidates, in s
     long_view  a click, the interest of the session, a short video
     is_like    a click, the item's appeal, and the user's first category (`home_category` in the USER table)
 
+`lasting_categories` adds what only a long memory can tell (`pipeline.data.sources.lasting`).
+
 Users come heaviest first, in files of about `rows_per_file` rows, so memory does not grow with the logs. With `by_day`
 each such chunk is cut by day and appended to the files of its days.
 """
@@ -23,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig, SyntheticConfig, UserError, parse_time
+from pipeline.data.sources import lasting
 from pipeline.data.sources.imported import ImportReport
 
 ACTIONS = ("is_click", "long_view", "is_like")
@@ -46,7 +49,8 @@ class Catalogue:
     duration_ms: np.ndarray  # int64 [items]
     keys: np.ndarray  # int64 [items], category * items + item, ascending
     starts: np.ndarray  # int64 [categories], where each begins in `keys`
-    first_open: np.ndarray  # categories that have an open item from the start
+    first_open: np.ndarray  # everyday categories that have an open item from the start
+    lasting: np.ndarray  # lasting ones that have
 
     @property
     def num_items(self) -> int:
@@ -124,15 +128,18 @@ def user_chunks(cfg: SyntheticConfig) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def make_catalogue(cfg: SyntheticConfig, rng: np.random.Generator) -> Catalogue:
-    category = rng.integers(cfg.num_categories, size=cfg.num_items)
+    num_categories = cfg.num_categories + cfg.lasting_categories  # the lasting ones last
+    category = rng.integers(num_categories, size=cfg.num_items)
     keys = np.sort(category * cfg.num_items + np.arange(cfg.num_items))
+    first_open = np.unique(category[: max(1, int(OPEN_AT_FIRST * cfg.num_items))])
     return Catalogue(
         category=category,
         appeal=rng.normal(0, 0.7, cfg.num_items),
         duration_ms=np.exp(rng.normal(10, 0.8, cfg.num_items)).astype(np.int64),
         keys=keys,
-        starts=np.searchsorted(keys, np.arange(cfg.num_categories) * cfg.num_items),
-        first_open=np.unique(category[: max(1, int(OPEN_AT_FIRST * cfg.num_items))]),
+        starts=np.searchsorted(keys, np.arange(num_categories) * cfg.num_items),
+        first_open=first_open[first_open < cfg.num_categories],
+        lasting=first_open[first_open >= cfg.num_categories],
     )
 
 
@@ -145,6 +152,10 @@ def make_rows(
     place = np.arange(len(owner)) - begin[owner]
     own, prior = _priors(catalogue, len(lengths), rng)
     category = own[owner, _dirichlet_process(prior, owner, place, begin, rng)]
+    planted = None
+    if cfg.lasting_categories:
+        planted = lasting.plant(cfg, catalogue.lasting, lengths, owner, place, rng)
+        category = np.where(planted.category >= 0, planted.category, category)
     new_request = place % cfg.candidates_per_request == 0
     request = np.cumsum(new_request) - 1  # of the chunk
     asker = owner[new_request]
@@ -154,9 +165,13 @@ def make_rows(
     session_owner = asker[np.flatnonzero(np.diff(session, prepend=-1))]
     interest = own[session_owner, _draw(prior[session_owner], rng)][session][request]
     tab = rng.integers(NUM_TABS, size=len(request_time))[request]
+    if planted is not None:
+        tab = np.where(planted.thread >= 0, NUM_TABS + planted.thread, tab)
     liked = category == own[owner, 0]
     habit = rng.normal(0, 0.5, len(lengths))[owner]
     actions, watch_ms = _actions(catalogue, item, tab, category == interest, liked, habit, rng)
+    if planted is not None:
+        actions |= planted.actions
     columns = {
         "user_id": first_user + owner,
         "item_id": item,
@@ -251,7 +266,7 @@ def _actions(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The three actions, int8 [rows], and the watch time."""
     appeal, duration = catalogue.appeal[item], catalogue.duration_ms[item]
-    click = _happens(-1.6 + 2.0 * interested + appeal + habit + 0.3 * tab, rng)
+    click = _happens(-1.6 + 2.0 * interested + appeal + habit + 0.3 * (tab % NUM_TABS), rng)
     long_view = _happens(-2.0 + 1.5 * click + 1.2 * interested - 0.5 * (np.log(duration) - 10), rng)
     like = _happens(-4.5 + 1.5 * click + 2.0 * liked + 0.5 * appeal, rng)
     watched = np.where(long_view, rng.uniform(0.6, 1.2, len(item)), rng.uniform(0, 0.4, len(item)))
@@ -263,8 +278,9 @@ def _happens(log_odds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _checked(cfg: RunConfig) -> SyntheticConfig:
+    actions = (*ACTIONS, *lasting.ACTIONS) if cfg.source.synthetic.lasting_categories else ACTIONS
     for key, names, known in (
-        ("actions", cfg.source.actions, ACTIONS),
+        ("actions", cfg.source.actions, actions),
         ("request_columns", cfg.source.request_columns, REQUEST_COLUMNS),
     ):
         unknown = [name for name in names if name not in known]
