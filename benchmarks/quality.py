@@ -9,10 +9,12 @@ turns the files into the table of RESULTS.md. A plan is
     set: {train.num_workers: 1}        # settings of all runs
     splits: [val]                      # test is scored once, when everything is chosen
     runs: {ultra_hstu: {}, hstu: {model.encoder: hstu}}
+    served: {ultra_hstu: {int4: {int4_tables: true}}}  # scored once more, so served, as ultra_hstu-int4
     ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as ultra_hstu-window_0 …
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -35,7 +37,7 @@ import torch
 import yaml
 
 from pipeline import config
-from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.config import ConfigError, RunConfig, ServeConfig, UserError
 from pipeline.data import store
 from pipeline.data.features import fit_features
 from pipeline.data.loader import TrainLoader
@@ -43,6 +45,7 @@ from pipeline.data.plan import step_plan
 from pipeline.evaluate import ablation, evaluator
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.flops import Work
+from pipeline.model.quantize import as_served
 from pipeline.train import loop
 
 ROOT = Path(__file__).parent
@@ -59,13 +62,17 @@ class Run:
     splits: tuple[str, ...]
     out: Path
     predictions: Path | None
+    served: dict[str, ServeConfig]  # ways to serve the same weights that are scored too
 
     @property
     def file(self) -> Path:
-        return self.out / f"{self.cfg.name}-{self.cfg.seed}.json"
+        return self.file_of(self.cfg.name)
+
+    def file_of(self, name: str) -> Path:
+        return self.out / f"{name}-{self.cfg.seed}.json"
 
 
-PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "ablate"}  # needed, allowed
+PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "served", "ablate"}  # needed, allowed
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
@@ -80,10 +87,12 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
     for name, changes in plan["runs"].items():
         settings = [f"{key}={json.dumps(value)}" for key, value in (shared | (changes or {})).items()]
         configs[name] = replace(config.load(plan["config"], [*settings, *overrides]), name=name)
+    for key, names in (("ablate", [plan["ablate"]] if "ablate" in plan else []), ("served", plan.get("served", {}))):
+        for name in names:
+            if name not in configs:
+                raise ConfigError(f"plan {path}: {key} names {name!r}, not one of runs {list(configs)}")
     if "ablate" in plan:
         whole = plan["ablate"]
-        if whole not in configs:
-            raise ConfigError(f"plan {path}: ablate is {whole!r}, not one of runs {list(configs)}")
         for name, variant in ablation.variants(configs[whole]).items():
             if name != ablation.WHOLE:
                 configs[f"{whole}-{name}"] = replace(variant, name=f"{whole}-{name}")
@@ -96,6 +105,14 @@ def plan_splits(path: Path) -> tuple[str, ...]:
     if not set(splits) <= {"val", "test"}:
         raise ConfigError(f"plan {path}: splits must be of val and test, got {list(splits)}")
     return splits
+
+
+def plan_served(path: Path) -> dict[str, dict[str, ServeConfig]]:
+    """By run, the further ways in which its weights are scored: what `serve` would be there."""
+    found = {}
+    for name, ways in _read(path).get("served", {}).items():
+        found[name] = {way: config.from_dict({"serve": settings}).serve for way, settings in ways.items()}
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -126,11 +143,12 @@ def settings_of(cfg: RunConfig) -> dict[str, Any]:
     return {key: saved[key] for key in ("source", "split", "tasks", "features", "model", "train", "evaluate")}
 
 
-def carry_out(run: Run) -> dict[str, Any]:
-    """Train and evaluate one run, in a process of its own; writes its file and returns what is in it."""
+def carry_out(run: Run) -> list[dict[str, Any]]:
+    """Train and evaluate one run, in a process of its own; writes its files and returns them, the run itself first."""
     torch.set_num_threads(1)  # the other cores have their own runs
     began = time.perf_counter()
     lines: list[dict[str, float]] = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         cfg = replace(run.cfg, runs_dir=folder, evaluate=replace(run.cfg.evaluate, device=run.device))
         cfg.run_dir.mkdir()
@@ -143,41 +161,56 @@ def carry_out(run: Run) -> dict[str, Any]:
             cfg, maps, loader, digest, device=run.device, log=lambda step, values: lines.append({"step": step} | values)
         )
         trained = time.perf_counter()
-        loaded = LoadedModel(model.eval(), cfg, maps, {})
-        work, metrics = Work(), {}
-        for split in run.splits:
-            predictions = evaluator.predict(cfg, loaded, split, work)
-            metrics |= evaluator.summarise(predictions, cfg.tasks, split) | {f"{split}/rows": len(predictions)}
-            if run.predictions is not None:
-                run.predictions.mkdir(parents=True, exist_ok=True)
-                pq.write_table(predictions, run.predictions / f"{cfg.name}-{cfg.seed}-{split}.parquet")
-    result = {
-        "name": cfg.name,
-        "seed": cfg.seed,
-        "command": f"python -m benchmarks.quality {run.plan}",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(run.device),
-        "sequences": digest,
-        "seconds": {
-            "prepare": round(prepared - began, 2),
-            "train": round(trained - prepared, 2),
-            "evaluate": round(time.perf_counter() - trained, 2),
-        },
-        "parameters": {
+        parameters = {
             "dense": sum(p.numel() for p in model.parameters()) - sum(t.numel() for t in tables(model)),
             "tables": sum(t.numel() for t in tables(model)),
-        },
-        "metrics": metrics
-        | evaluator.shares(work)
-        | {name: mean_over_steps(lines, name) for name in ("train/gflop_per_example", "train/step_ms")},
-        "losses": {line["step"]: round(line["train/loss"], 5) for line in lines[:: max(len(lines) // 20, 1)]},
-        "config": settings_of(run.cfg),
-    }
-    run.out.mkdir(parents=True, exist_ok=True)
-    staged = run.file.with_suffix(".staged")
-    staged.write_text(json.dumps(result, indent=1) + "\n")
-    staged.rename(run.file)
-    return result
+        }
+        model.zero_grad(set_to_none=True)
+        loaded = LoadedModel(model.eval(), cfg, maps, {})
+        scores = {}  # by name
+        for way, limits in {"": ServeConfig(), **run.served}.items():
+            scored = replace(loaded, model=copy.deepcopy(loaded.model))
+            as_served(scored.model, replace(limits, int4_tables=limits.int4_tables or cfg.evaluate.int4_tables))
+            name = f"{cfg.name}-{way}" if way else cfg.name
+            begin = time.perf_counter()
+            scores[name] = score(run, scored, name), time.perf_counter() - begin
+    for name, (metrics, seconds) in scores.items():
+        result = {
+            "name": name,
+            "seed": cfg.seed,
+            "command": f"python -m benchmarks.quality {run.plan}",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(run.device),
+            "sequences": digest,
+            "seconds": {
+                "prepare": round(prepared - began, 2),
+                "train": round(trained - prepared, 2),
+                "evaluate": round(seconds, 2),
+            },
+            "parameters": parameters,
+            "metrics": metrics
+            | {name: mean_over_steps(lines, name) for name in ("train/gflop_per_example", "train/step_ms")},
+            "losses": {line["step"]: round(line["train/loss"], 5) for line in lines[:: max(len(lines) // 20, 1)]},
+            "config": settings_of(run.cfg),
+        }
+        run.out.mkdir(parents=True, exist_ok=True)
+        staged = run.file_of(name).with_suffix(".staged")
+        staged.write_text(json.dumps(result, indent=1) + "\n")
+        staged.rename(run.file_of(name))
+        results.append(result)
+    return results
+
+
+def score(run: Run, loaded: LoadedModel, name: str) -> dict[str, float]:
+    """The metrics of the plan's splits and what a candidate cost; the predictions where they are wanted."""
+    work, metrics = Work(), {}
+    for split in run.splits:
+        predictions = evaluator.predict(loaded.cfg, loaded, split, work)
+        metrics |= evaluator.summarise(predictions, run.cfg.tasks, split) | {f"{split}/rows": len(predictions)}
+        if run.predictions is not None:
+            run.predictions.mkdir(parents=True, exist_ok=True)
+            pq.write_table(predictions, run.predictions / f"{name}-{run.cfg.seed}-{split}.parquet")
+    return metrics | evaluator.shares(work)
 
 
 def mean_over_steps(lines: list[dict[str, float]], name: str) -> float:
@@ -258,7 +291,12 @@ def planned(plan: Path, options: argparse.Namespace) -> list[Run]:
     """Seed by seed: a call cut short leaves whole seeds of every configuration."""
     configs, splits = read_plan(plan, options.overrides), plan_splits(plan)
     where = str(plan), options.store, options.device, splits, options.out, options.predictions
-    return [Run(replace(cfg, seed=seed), *where) for seed in options.seeds for cfg in configs.values()]
+    served = plan_served(plan)
+    return [
+        Run(replace(cfg, seed=seed), *where, served.get(name, {}))
+        for seed in options.seeds
+        for name, cfg in configs.items()
+    ]
 
 
 def run_all(runs: Sequence[Run], processes: int) -> int:
@@ -270,7 +308,8 @@ def run_all(runs: Sequence[Run], processes: int) -> int:
         for future in as_completed(futures):
             run, error = futures[future], future.exception()
             if error is None:
-                print(line(future.result(), run.splits[-1], run.cfg.tasks), flush=True)
+                for result in future.result():
+                    print(line(result, run.splits[-1], run.cfg.tasks), flush=True)
             else:
                 failed += 1
                 print(f"{run.cfg.name} seed {run.cfg.seed} failed:", flush=True)

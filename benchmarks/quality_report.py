@@ -101,36 +101,52 @@ def paired_bootstrap(
     return found
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
+def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean ± standard deviation over seeds."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
+    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.4f}{deviation}"
 
 
 def read_runs(folder: Path, name: str) -> list[dict]:
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
-    runs = [run for run in runs if run["name"] == name]
+    runs = sorted((run for run in runs if run["name"] == name), key=lambda run: run["seed"])
     if not runs:
         raise SystemExit(f"error: no runs of {name!r} in {folder}")
     return runs
 
 
 def metrics_table(folder: Path, names: Sequence[str], split: str) -> str:
+    """A row per name: metrics over seeds, the first name's mean AUC and NE taken off seed by seed, and the costs."""
     rows = []
+    whole = read_runs(folder, names[0])
+    tasks = whole[0]["config"]["tasks"]  # another model may have more
+    first = {run["seed"]: means(run, split, tasks) for run in whole}
     for name in names:
         runs = read_runs(folder, name)
-        tasks = runs[0]["config"]["tasks"]
-
         found = {key: [float(run["metrics"][key]) for run in runs] for key in runs[0]["metrics"]}
         cells = [f"{spread(found[f'{split}/auc/{task}'])} / {spread(found[f'{split}/ne/{task}'])}" for task in tasks]
-        mean_auc = np.mean([found[f"{split}/auc/{task}"] for task in tasks], axis=0)
+        cells.append(
+            " / ".join(spread(values) for values in zip(*(means(run, split, tasks) for run in runs), strict=True))
+        )
+        both = [np.subtract(means(run, split, tasks), first[run["seed"]]) for run in runs if run["seed"] in first]
+        cells.append(" / ".join(spread(values, sign="+") for values in zip(*both, strict=True)))
         costs = [
             f"{1e3 * np.mean(found[key]):.2f}" for key in ("train/gflop_per_example", "forward_gflop_per_candidate")
         ]
         shares = [f"{np.mean(found[key]):.0%}" for key in ("masked_pair_share", "truncated_token_share")]
-        rows.append([name, *cells, spread(mean_auc.tolist()), " / ".join(costs), " / ".join(shares), str(len(runs))])
-    costs = "MFLOP an example, training / inference"
-    return table(["AUC / NE", *tasks, "mean AUC", costs, "pairs masked / tokens cut", "seeds"], rows)
+        step = f"{np.median(found['train/step_ms']):.0f}"
+        rows.append([name, *cells, " / ".join(costs), step, " / ".join(shares), str(len(runs))])
+    less = f"less {names[0]}'s"
+    costs = ["MFLOP an example, training / inference", "ms a step", "pairs masked / tokens cut", "seeds"]
+    return table(["AUC / NE", *tasks, "mean", less, *costs], rows)
+
+
+def means(run: dict, split: str, tasks: Sequence[str]) -> tuple[float, float]:
+    """AUC and NE, over the tasks."""
+    auc, ne = (
+        float(np.mean([run["metrics"][f"{split}/{metric}/{task}"] for task in tasks])) for metric in ("auc", "ne")
+    )
+    return auc, ne
 
 
 def difference_table(
@@ -177,7 +193,8 @@ def main() -> None:
         f"## {options.title}",
         f"`{runs[0]['command']}` on {', '.join(sorted(machines))}; figures in `{folder}`. "
         f"{options.split.capitalize()} rows, mean ± standard deviation over seeds. An example is a labelled row; "
-        "training FLOP are three times those of a forward pass at the lengths that stochastic length drew.",
+        "training FLOP are three times those of a forward pass at the lengths that stochastic length drew; a step's "
+        "time is that of one of several runs at once. Differences are of the same seed.",
         metrics_table(options.runs, options.names, options.split),
     ]
     if options.predictions:

@@ -46,9 +46,11 @@ def test_a_run_leaves_its_figures_and_is_not_made_twice(tmp_path):
     cfg = tiny_config(tmp_path / "runs", train={"batch_users": 8, "epochs": 1, "log_every": 2})
     publish_sequences(cfg)
     out = tmp_path / "figures"
-    run = quality.Run(cfg, "plan.yaml", str(cfg.sequence_dir), "cpu", ("val", "test"), out, tmp_path / "predictions")
+    run = quality.Run(
+        cfg, "plan.yaml", str(cfg.sequence_dir), "cpu", ("val", "test"), out, tmp_path / "predictions", {}
+    )
     assert not quality.finished(run)
-    result = quality.carry_out(run)
+    (result,) = quality.carry_out(run)
     assert json.loads((out / "tiny-0.json").read_text()) == json.loads(json.dumps(result))
     found = result["metrics"]
     assert 0 < found["val/auc/is_click"] < 1
@@ -58,6 +60,21 @@ def test_a_run_leaves_its_figures_and_is_not_made_twice(tmp_path):
     assert not quality.finished(replace(run, cfg=replace(cfg, seed=1)))
     with pytest.raises(UserError, match="other settings"):
         quality.finished(replace(run, cfg=replace(cfg, train=replace(cfg.train, lr=0.1))))
+
+
+def test_a_run_is_scored_in_every_way_that_its_weights_are_served(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.model.quantize.WORTH_BYTES", 1)  # the tables of a few users are small
+    cfg = tiny_config(tmp_path / "runs", train={"batch_users": 8, "epochs": 1})
+    publish_sequences(cfg)
+    path = write_plan(tmp_path, cfg, runs={"plain": {}}, served={"plain": {"int4": {"int4_tables": True}}})
+    options = {"store": str(cfg.sequence_dir), "device": "cpu", "out": tmp_path / "out", "predictions": None}
+    (run,) = quality.planned(path, argparse.Namespace(overrides=[], seeds=[0], **options))
+    plain, int4 = quality.carry_out(run)
+    assert json.loads((tmp_path / "out" / "plain-int4-0.json").read_text())["name"] == int4["name"] == "plain-int4"
+    assert plain["losses"] == int4["losses"]
+    assert plain["metrics"]["val/ne/is_click"] != int4["metrics"]["val/ne/is_click"]
+    with pytest.raises(ConfigError, match="served names 'plane'"):
+        quality.read_plan(write_plan(tmp_path, cfg, runs={"plain": {}}, served={"plane": {}}))
 
 
 def test_the_bootstrap_counts_users_and_pairs_both_sides():

@@ -282,7 +282,7 @@ class Trainee:
         return local
 
     def tensors(self) -> dict[str, Tensor | Block]:
-        """What a checkpoint holds, as views of the live tensors: weights, moments, means; of sharded tables the block."""
+        """What a checkpoint holds, as views of the live tensors; of sharded tables the block."""
         found = {f"model.{name}": self._block(name, tensor) for name, tensor in self.model.state_dict().items()}
         for name, tensor in self.rowwise.state_dict().items():
             found[f"rowwise.{name}"] = self._block(name[2:], tensor)  # after "m." or "v."
