@@ -41,7 +41,7 @@ from pipeline.data import sequences, sources
 from pipeline.data.features import fit_features
 from pipeline.model.artifact import save_model
 from pipeline.model.ultra_hstu import UltraHSTU
-from pipeline.tracking import PinnedModel
+from pipeline.registry import PinnedModel
 from serve_app import deployment
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
+from pipeline import registry
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.mlflow_server import mlflow_server, plan_server
@@ -25,7 +25,7 @@ def main(job: cli.Job) -> None:
     if manifest is None:
         _require_cluster(cfg)
     with mlflow_server(cfg):
-        champion = tracking.champion(cfg)
+        champion = registry.champion(cfg)
         if manifest is not None:
             print(deployment.rayservice(cfg, manifest, champion), end="")
             return

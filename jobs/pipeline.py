@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import cli
-from pipeline import config, tracking
+from pipeline import config, registry, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.data import sequences, sources
@@ -68,15 +68,15 @@ def run_chain(cfg: RunConfig, dashboard_url: str) -> dict[str, Any]:
         metrics = evaluator.evaluate(cfg, model_dir)
         run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
         stage(5, "registry and gate")
-        version = tracking.register(cfg, run, model_dir)
-    decision = tracking.promote(cfg, version)
+        version = registry.register(cfg, run, model_dir)
+    decision = registry.promote(cfg, version)
     logger.info("version %d: %s", version, decision.reason)
-    champion = tracking.champion(cfg)
+    champion = registry.champion(cfg)
     stage(6, f"serving version {champion.version}")
     url = deployment.deploy(cfg, dashboard_url, champion)
     stage(7, "requests over HTTP")
     print(replay.demo_table(cfg, url))
-    parity = replay.replay(cfg, url, model_dir if decision.promoted else tracking.download_champion(cfg)[0])
+    parity = replay.replay(cfg, url, model_dir if decision.promoted else registry.download_champion(cfg)[0])
     return summarise(cfg, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
         "model_version": version,

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from jobs import cli
-from pipeline import tracking
+from pipeline import registry
 from pipeline.config import RunConfig
 from pipeline.mlflow_server import mlflow_server, plan_server
 
@@ -18,8 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(job: cli.Job) -> None:
     with mlflow_server(job.cfg):
-        version = job.options.version or tracking.register_trained(job.cfg)
-        decision = tracking.promote(job.cfg, version, job.options.validated_by)
+        version = job.options.version or registry.register_trained(job.cfg)
+        decision = registry.promote(job.cfg, version, job.options.validated_by)
     print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)

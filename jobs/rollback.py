@@ -1,13 +1,13 @@
 """Move the alias champion back to the version that it stood on before; jobs.deploy then serves it."""
 
 from jobs import cli
-from pipeline import tracking
+from pipeline import registry
 from pipeline.mlflow_server import mlflow_server, plan_server
 
 
 def main(job: cli.Job) -> None:
     with mlflow_server(job.cfg):
-        version = tracking.rollback(job.cfg)
+        version = registry.rollback(job.cfg)
     print(f"champion={version}")
 
 

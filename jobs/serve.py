@@ -4,7 +4,7 @@ import json
 import shlex
 
 from jobs import cli
-from pipeline import tracking
+from pipeline import registry
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
 from pipeline.mlflow_server import mlflow_server, plan_server
@@ -14,7 +14,7 @@ from serve_app import deployment, replay
 def main(job: cli.Job) -> None:
     cfg = job.cfg
     with mlflow_server(cfg) as mlflow_url:
-        champion = tracking.champion(cfg)
+        champion = registry.champion(cfg)
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
             print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")

@@ -1,16 +1,20 @@
 """The MLflow server: the one that a configuration names, or a real one over `runs_dir/mlflow` for a job's own time.
 
-Everything speaks HTTP to one server, so that no two processes share its sqlite file.
+Everything speaks HTTP to one server, so that no two processes share its sqlite file. `tracking.py` and `registry.py`
+talk to it, inside `with mlflow_server(cfg)`, and import MLflow where they use it: two seconds that a job without it
+does not pay.
 """
 
 import fcntl
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +25,10 @@ from pipeline import lifeline
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 
+if typing.TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120  # a busy machine takes most of a minute to import MLflow three times
@@ -29,7 +37,7 @@ STOP_TIMEOUT_S = 15
 
 @contextmanager
 def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
-    """The tracking server's address for the length of the block; the functions of `tracking.py` talk to it.
+    """The tracking server's address for the length of the block; `tracking.py` and `registry.py` talk to it.
 
     With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`: the one that another
     job has running there, or our own on `port` (None: any free one), ended with the block.
@@ -66,6 +74,33 @@ def tracking_uri(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] None resets it
+
+
+def mlflow_client(uri: str | None = None) -> "MlflowClient":
+    import mlflow
+
+    # Without an address MLflow would make itself a database in the current folder.
+    assert uri or mlflow.is_tracking_uri_set(), "call this inside `with mlflow_server(cfg)`"
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """MLflow's errors for what a user can get wrong, a server that went away above all, as `UserError`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        text = str(error)
+        if "failed with exception" in text:  # no answer after the retries
+            where = re.search(r"https?://[^/\s]+", text)
+            raise UserError(f"the MLflow server does not answer any more ({where and where.group()})") from error
+        raise
+
+
+def absent(error: "MlflowException") -> bool:
+    return error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
 
 
 def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Popen | None]:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import yaml
 
-from pipeline import config, tracking
+from pipeline import config, registry
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
@@ -45,9 +45,9 @@ def template() -> dict[str, Any]:
 
 def user_config(
     cfg: RunConfig,
-    model: tracking.PinnedModel,
-    canary: tracking.PinnedModel | None = None,
-    shadow: tracking.PinnedModel | None = None,
+    model: registry.PinnedModel,
+    canary: registry.PinnedModel | None = None,
+    shadow: registry.PinnedModel | None = None,
 ) -> dict[str, Any]:
     """What a replica needs to load its versions; `serve_app.rollout.load` reads it."""
     return {
@@ -87,7 +87,7 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
     return filled
 
 
-def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> str:
+def deploy(cfg: RunConfig, dashboard_url: str, model: registry.PinnedModel) -> str:
     """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only `model` answers.
 
     Ray must be initialised: replicas get the code of this job.
@@ -98,7 +98,7 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: tracking.PinnedModel) -> s
     return update(cfg, dashboard_url, _checked(cfg, model))
 
 
-def rayservice(cfg: RunConfig, manifest: Path, model: tracking.PinnedModel) -> str:
+def rayservice(cfg: RunConfig, manifest: Path, model: registry.PinnedModel) -> str:
     """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put in, as YAML.
 
     Pods find the sequences and the model under the same `runs_dir`, and their code in the image.
@@ -117,19 +117,19 @@ def rayservice(cfg: RunConfig, manifest: Path, model: tracking.PinnedModel) -> s
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _checked(cfg: RunConfig, model: tracking.PinnedModel) -> dict[str, Any]:
+def _checked(cfg: RunConfig, model: registry.PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg)
     canary, shadow = _on_trial(cfg, model)
     for version in (model, canary, shadow):
         if version is not None:
-            load_model(tracking.fetch(version, cache(cfg)))
+            load_model(registry.fetch(version, cache(cfg)))
     return user_config(cfg, model, canary, shadow)
 
 
 def _on_trial(
-    cfg: RunConfig, champion: tracking.PinnedModel
-) -> tuple[tracking.PinnedModel | None, tracking.PinnedModel | None]:
+    cfg: RunConfig, champion: registry.PinnedModel
+) -> tuple[registry.PinnedModel | None, registry.PinnedModel | None]:
     """The canary and the shadow that the configuration names, if any."""
     wanted = {
         "serve.canary.version": None if cfg.serve.canary is None else cfg.serve.canary.version,
@@ -138,7 +138,7 @@ def _on_trial(
     for key, version in wanted.items():
         if version == champion.version:
             raise UserError(f"{key}: version {version} is the champion: there is nothing to compare it with")
-    canary, shadow = (None if version is None else tracking.pinned(cfg, version) for version in wanted.values())
+    canary, shadow = (None if version is None else registry.pinned(cfg, version) for version in wanted.values())
     return canary, shadow
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kernels.backend import choose
-from pipeline import config, tracking
+from pipeline import config, registry
 from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import load_model
 from serve_app.columns import RankColumns, RankedColumns
@@ -207,7 +207,7 @@ def load(user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout 
         identity = identities[role] = _identity(raw, user_config)
         if identity not in known:
             log = log or open_events(limits, Path(user_config["serving"]))
-            known[identity] = _load(tracking.PinnedModel(**raw), user_config, limits, log)
+            known[identity] = _load(registry.PinnedModel(**raw), user_config, limits, log)
         rankers[role] = known[identity]
     return Rollout(rankers, identities, 0.0 if limits.canary is None else limits.canary.share, metrics)
 
@@ -218,8 +218,8 @@ def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
     return json.dumps([model | {"uri": None}, user_config["digest"], limits], sort_keys=True)
 
 
-def _load(model: tracking.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog) -> Ranker:
-    folder = tracking.fetch(model, Path(user_config["cache"]))
+def _load(model: registry.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog) -> Ranker:
+    folder = registry.fetch(model, Path(user_config["cache"]))
     loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
     published = PublishedSequences(Path(user_config["sequences"]), loaded.cfg, Path(user_config["serving"]))
     history = LiveHistory(published, log, loaded.cfg, limits.max_events)

@@ -14,7 +14,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
-from pipeline import tracking
+from pipeline import registry, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
 from pipeline.data import store
@@ -55,10 +55,10 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
         versions = []
         for model in folders:
             with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
-                versions.append(tracking.register(cfg, run, model))
-        tracking.promote(cfg, versions[0])
+                versions.append(registry.register(cfg, run, model))
+        registry.promote(cfg, versions[0])
         try:
-            url = deployment.deploy(cfg, cluster.dashboard_url, tracking.champion(cfg))
+            url = deployment.deploy(cfg, cluster.dashboard_url, registry.champion(cfg))
             yield Served(cfg, url, cluster.dashboard_url, versions, folders)
         finally:
             serve.shutdown()
@@ -67,11 +67,11 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
 def restore(server: Served) -> None:
     """The first version the champion, and every replica answering with it alone, whatever a test left or killed."""
     first = server.versions[0]
-    if tracking.champion(server.cfg).version != first:
-        assert tracking.rollback(server.cfg) == first
+    if registry.champion(server.cfg).version != first:
+        assert registry.rollback(server.cfg) == first
     champion_alone = {("champion", first): server.cfg.serve.num_replicas}
     if wait_until(lambda: loaded(server)).keys() - champion_alone.keys():
-        deployment.deploy(server.cfg, server.dashboard_url, tracking.champion(server.cfg))
+        deployment.deploy(server.cfg, server.dashboard_url, registry.champion(server.cfg))
     wait_until(lambda: loaded(server) == champion_alone and len(replica_pids()) == server.cfg.serve.num_replicas)
 
 

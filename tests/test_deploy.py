@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_world import publish_sequences, tiny_config
 
-from pipeline import tracking
+from pipeline import registry
 from pipeline.cluster import free_port
 from serve_app import deployment
 
@@ -21,7 +21,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
 
     cfg = tiny_config(tmp_path)
     publish_sequences(cfg)
-    model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
+    model = registry.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
     wanted = deployment.user_config(cfg, model)
     together = replace(cfg, serve=replace(cfg.serve, one_process=True))
     merged, filled = (

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
 from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
-from pipeline import config, tracking
+from pipeline import config, registry
 from pipeline.config import UserError
 from serve_app import deployment
 
@@ -258,8 +258,8 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
     cfg = tiny_config(tmp_path, serve={"num_replicas": 2, "use_gpu": True})
     publish_sequences(cfg)
     folder = save_tiny_model(cfg, tmp_path / "model")
-    monkeypatch.setattr(deployment.tracking, "fetch", lambda model, cache: folder)
-    champion = tracking.PinnedModel("http://mlflow:5000", "tiny", 3, {})
+    monkeypatch.setattr(deployment.registry, "fetch", lambda model, cache: folder)
+    champion = registry.PinnedModel("http://mlflow:5000", "tiny", 3, {})
     filled = yaml.safe_load(deployment.rayservice(cfg, KUBERAY / "ray-service.yaml", champion))
     jsonschema.validate(filled, FILES["ray-service.yaml"])
     served = yaml.safe_load(filled["spec"].pop("serveConfigV2"))
@@ -276,7 +276,7 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_no_service_is_refused(tmp_path: Path):
-    champion = tracking.PinnedModel("http://mlflow:5000", "tiny", 3, {})
+    champion = registry.PinnedModel("http://mlflow:5000", "tiny", 3, {})
     for path, message in ((KUBERAY / "ray-job.yaml", "holds no RayService"), (tmp_path / "none", "cannot be read")):
         with pytest.raises(UserError, match=rf"--rayservice .*{message}"):
             deployment.rayservice(tiny_config(tmp_path), path, champion)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_world import publish_sequences, tiny_config
 
-from pipeline import tracking
+from pipeline import registry
 from pipeline.config import ConfigError, UserError
 from serve_app import deployment, replay
 from serve_app.api import make_api
@@ -237,7 +237,7 @@ def test_the_document_is_complete(keys_file: Path) -> None:
 def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -> None:
     cfg = tiny_config(tmp_path / "runs", serve={"api_keys_file": str(keys_file), "rate_limit_per_s": 5})
     publish_sequences(cfg)
-    model = tracking.PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
+    model = registry.PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
     filled = deployment.serve_config(cfg, deployment.user_config(cfg, model), 8123, {})
     assert filled["applications"][0]["args"] == {
         "one_process": False,

@@ -13,7 +13,7 @@ from test_limits import sample
 from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.tracking import PinnedModel
+from pipeline.registry import PinnedModel
 from serve_app import deployment, metrics, rollout
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition

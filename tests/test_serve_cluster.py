@@ -19,7 +19,7 @@ from served import Load, Served, loaded, metrics_page, replica_pids, restore, ru
 from test_limits import sample
 from tiny_world import NOT_A_USER, NUM_USERS
 
-from pipeline import tracking
+from pipeline import registry
 from pipeline.config import CanaryConfig, UserError
 from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns, RankedColumns
@@ -121,12 +121,12 @@ def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> No
     first, second = served.versions
     with Load(served, most_seconds=90) as load:
         time.sleep(1)
-        assert tracking.promote(served.cfg, second).promoted
-        assert deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg)) == served.url
+        assert registry.promote(served.cfg, second).promoted
+        assert deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg)) == served.url
         os.kill(replica_pids()[0], signal.SIGKILL)
         time.sleep(2)
-        assert tracking.rollback(served.cfg) == first
-        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        assert registry.rollback(served.cfg) == first
+        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
         time.sleep(1)
     sent = load.answers.status != load_test.NOT_SENT
     assert sent.sum() > 40
@@ -174,7 +174,7 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
     trial = replace(served.cfg.serve, canary=CanaryConfig(version=second, share=0.4), shadow=second)
     replicas = served.cfg.serve.num_replicas
     try:
-        deployment.deploy(replace(served.cfg, serve=trial), served.dashboard_url, tracking.champion(served.cfg))
+        deployment.deploy(replace(served.cfg, serve=trial), served.dashboard_url, registry.champion(served.cfg))
         trial_of_all = {("champion", first): replicas, ("canary", second): replicas, ("shadow", second): replicas}
         wait_until(lambda: loaded(served) == trial_of_all)
         expected = [second if in_share(user, second, 0.4) else first for user in users]
@@ -187,7 +187,7 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
         assert answered >= expected.count(second)
         wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
     finally:  # what other tests expect
-        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
     assert {ask(user) for user in users} == {first}
 
 
@@ -223,7 +223,7 @@ def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
 
 
 def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None:
-    broken = replace(tracking.champion(served.cfg), sha256={"model.safetensors": "0" * 64})
+    broken = replace(registry.champion(served.cfg), sha256={"model.safetensors": "0" * 64})
     with pytest.raises(UserError, match="sha256"):
         deployment.deploy(served.cfg, served.dashboard_url, broken)
     with pytest.raises(UserError, match=r"did not load.*goes on answering"):  # where only the replicas see it

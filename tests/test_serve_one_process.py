@@ -12,7 +12,7 @@ from served import Load, Served, loaded, metrics_page, replica_pids, restore, ru
 from test_limits import sample
 from tiny_world import NOT_A_USER
 
-from pipeline import tracking
+from pipeline import registry
 from pipeline.config import ConfigError, ServeConfig
 from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns, RankedColumns
@@ -82,12 +82,12 @@ def test_promote_and_roll_back_under_load(served: Served) -> None:
     process = replica_pids()
     with Load(served, most_seconds=90) as load:
         time.sleep(1)
-        assert tracking.promote(served.cfg, second).promoted
-        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        assert registry.promote(served.cfg, second).promoted
+        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
         assert loaded(served) == {("champion", second): 1}
         time.sleep(1)
-        assert tracking.rollback(served.cfg) == first
-        deployment.deploy(served.cfg, served.dashboard_url, tracking.champion(served.cfg))
+        assert registry.rollback(served.cfg) == first
+        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
         time.sleep(1)
     sent = load.answers.status != load_test.NOT_SENT
     assert sent.sum() > 40

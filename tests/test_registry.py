@@ -1,0 +1,167 @@
+"""Versions, gate and champion on a real MLflow server."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+from tiny_world import publish_sequences, save_tiny_model, tiny_config
+
+from pipeline import registry, tracking
+from pipeline.config import RunConfig, UserError
+from pipeline.data import store
+from pipeline.mlflow_server import mlflow_server
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def server(mlflow_runs: Path) -> Iterator[RunConfig]:
+    """A configuration whose server runs. Tests use names of their own for experiment and model."""
+    cfg = tiny_config(mlflow_runs, name="registry")
+    publish_sequences(cfg)
+    with mlflow_server(cfg):
+        yield cfg
+
+
+@pytest.fixture
+def cfg(server: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+    name = request.node.name
+    return replace(server, tracking=replace(server.tracking, experiment=name, model_name=name))
+
+
+def new_version(cfg: RunConfig, tmp_path: Path, val_ne: float, seed: int = 0) -> int:
+    folder = save_tiny_model(cfg, tmp_path / f"model-{val_ne}-{seed}", seed, val_ne)
+    with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+        return registry.register(cfg, run, folder)
+
+
+def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path: Path) -> None:
+    number = new_version(cfg, tmp_path, 0.9)
+    client = mlflow.MlflowClient()
+    version = client.get_model_version(cfg.tracking.model_name, str(number))
+    assert {"sha256.model.safetensors", "sha256.config.json", "sha256.README.md"} <= version.tags.keys()
+    assert version.tags["val/ne/is_like"] == "0.9"
+    assert version.tags["manifest"] == store.read_manifest(cfg.sequence_dir).digest
+    assert "| val NE | 0.9000 | 0.9000 |" in version.description
+    assert client.get_run(version.run_id).data.metrics["test/auc/is_click"] == 0.7
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.status == "READY"
+    assert {metric.key for metric in model.metrics} >= {"val/ne/is_click", "test/auc/is_click"}
+
+
+def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no version"):
+        registry.promote(cfg)
+    with pytest.raises(UserError, match="no champion"):
+        registry.champion(cfg)
+    first = new_version(cfg, tmp_path, 0.9)
+    assert registry.promote(cfg).promoted
+    with pytest.raises(UserError, match="first champion"):
+        registry.rollback(cfg)
+    worse = new_version(cfg, tmp_path, 0.95)
+    refused = registry.promote(cfg)
+    assert not refused.promoted
+    assert "+0.0500" in refused.reason
+    assert registry.champion(cfg).version == first
+    better = new_version(cfg, tmp_path, 0.8)
+    assert registry.promote(cfg).promoted
+    assert registry.champion(cfg).version == better
+    tags = mlflow.MlflowClient().get_model_version(cfg.tracking.model_name, str(worse)).tags
+    assert tags["promotion"] == refused.reason
+    assert registry.rollback(cfg) == first
+    assert registry.champion(cfg).version == first
+    assert registry.promote(cfg, first) == registry.Decision(True, f"version {first} is the champion already")
+    with pytest.raises(UserError, match="no version 77"):
+        registry.promote(cfg, 77)
+
+
+def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path: Path) -> None:
+    new_version(cfg, tmp_path, 0.9)
+    registry.promote(cfg)
+    pinned = registry.champion(cfg)
+    folder, number = registry.download_champion(cfg)
+    assert number == pinned.version == 1
+    original = tmp_path / "model-0.9-0" / "model.safetensors"
+    assert (folder / "model.safetensors").read_bytes() == original.read_bytes()
+    new_version(cfg, tmp_path, 0.8, seed=1)
+    registry.promote(cfg)
+    assert registry.fetch(pinned, tmp_path / "other") == tmp_path / "other" / f"{cfg.tracking.model_name}-1"
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        registry.fetch(pinned, folder.parent)
+
+
+def test_a_registry_whose_files_changed_is_refused(cfg: RunConfig, tmp_path: Path) -> None:
+    new_version(cfg, tmp_path, 0.9)
+    registry.promote(cfg)
+    source = mlflow.MlflowClient().get_model_version(cfg.tracking.model_name, "1").source.removeprefix("models:/")
+    (stored,) = Path(cfg.runs_dir, "mlflow", "artifacts").rglob(f"{source}/**/config.json")
+    stored.write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json"):
+        registry.fetch(registry.champion(cfg), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [], "nothing half-written stays"
+
+
+def test_an_unevaluated_model_is_not_registered(cfg: RunConfig, tmp_path: Path) -> None:
+    folder = save_tiny_model(cfg, tmp_path / "model")
+    (folder / "metrics.json").unlink()
+    with (
+        tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run,
+        pytest.raises(UserError, match=r"metrics\.json"),
+    ):
+        registry.register(cfg, run, folder)
+
+
+def version(number: int, ne: dict[str, float], manifest: str = "a") -> SimpleNamespace:
+    tags = {f"val/ne/{task}": repr(value) for task, value in ne.items()} | {"manifest": manifest}
+    return SimpleNamespace(version=str(number), tags=tags)
+
+
+BOTH = {"is_click": 0.9, "is_like": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "promoted", "said"),
+    [
+        (BOTH, None, True, "first champion"),
+        (BOTH | {"is_like": 1.01}, None, False, "val/ne/is_like 1.0100 is above the gate's 1"),
+        (BOTH | {"is_like": float("nan")}, None, False, "val/ne/is_like nan"),
+        ({"is_click": 0.9}, None, False, "no validation NE of is_like"),
+        (BOTH, {"is_click": 0.899, "is_like": 0.899}, True, "+0.0010"),
+        (BOTH, {"is_click": 0.89, "is_like": 0.9}, False, "allowed +0.002"),
+        (BOTH | {"is_click": float("nan")}, BOTH, False, "nan"),
+    ],
+)
+def test_judgement(new: dict, old: dict | None, promoted: bool, said: str, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, tracking={"gate_max_ne": {"is_like": 1.0}})
+    champion = None if old is None else version(1, old)
+    decision = registry.judge(cfg, version(2, new), champion)  # pyright: ignore[reportArgumentType]
+    assert decision.promoted == promoted
+    assert said in decision.reason
+
+
+def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(cfg: RunConfig, tmp_path: Path) -> None:
+    honest = new_version(cfg, tmp_path, 0.9)
+    refit_cfg = replace(cfg, split=replace(cfg.split, refit=True))
+    refit = new_version(refit_cfg, tmp_path / "refit", 0.1)
+    refused = registry.promote(cfg, refit)
+    assert not refused.promoted
+    assert "trained on the validation rows" in refused.reason
+    other = new_version(replace(cfg, train=replace(cfg.train, lr=0.5)), tmp_path / "other", 0.9)
+    with pytest.raises(UserError, match=r"trained with train\.lr = 0\.5, version 2 with 0\.002"):
+        registry.promote(cfg, refit, validated_by=other)
+    with pytest.raises(UserError, match=r"trained without split\.refit"):
+        registry.promote(cfg, honest, validated_by=refit)
+    decision = registry.promote(cfg, refit, validated_by=honest)
+    assert decision.promoted
+    assert f"is_click 0.9000, is_like 0.9000 of version {honest}" in decision.reason
+    worse = new_version(cfg, tmp_path / "worse", 0.95, seed=1)
+    assert "+0.0500" in registry.promote(cfg, worse).reason, "the next challenger meets the borrowed figures"
+
+
+def test_validation_on_other_sequences_is_said(tmp_path: Path) -> None:
+    decision = registry.judge(tiny_config(tmp_path), version(2, BOTH, "b"), version(1, BOTH))  # pyright: ignore[reportArgumentType]
+    assert "other sequences" in decision.reason
