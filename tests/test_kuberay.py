@@ -1,8 +1,9 @@
 """deploy/kuberay: every field is one that KubeRay or Kubernetes knows, and the files agree with each other and us.
 
-No API server stands behind these tests. The fields below are written down from KubeRay's API reference (ray.io/v1) and
-Kubernetes' (core/v1), as far as our files use them; anything else in a file is refused, so a slip of the pen is found.
-`kubectl apply --dry-run=server` on a cluster with KubeRay asks the real ones.
+No API server stands behind these tests. The fields below are written down from KubeRay's CRDs (ray.io/v1; which ones:
+docs/runbook.md) and Kubernetes' core/v1, as far as our files use them, with what the operator and Kubernetes refuse
+beyond types; anything else in a file is refused, so a slip of the pen is found. `kubectl apply --dry-run=server` on a
+cluster with KubeRay asks the real ones.
 """
 
 import copy
@@ -24,7 +25,9 @@ from serve_app import deployment
 ROOT = Path(__file__).parents[1]
 KUBERAY = ROOT / "deploy" / "kuberay"
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
-COUNT = {"type": "integer", "minimum": 0}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}  # int32
+LABEL = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
 QUANTITY = {"type": "string", "pattern": r"^[0-9]+(m|Ki|Mi|Gi|Ti)?$"}
 STRINGS = {"type": "object", "additionalProperties": STRING}
 
@@ -42,25 +45,29 @@ def one_of(*values: str) -> dict:
     return {"enum": list(values)}
 
 
-METADATA = fields("name", name=STRING, annotations=STRINGS, labels=STRINGS)
+# A RayJob's or RayService's cluster is named after it, with a suffix, and that one's services with another.
+METADATA = fields("name", name=LABEL | {"maxLength": 47}, annotations=STRINGS, labels=STRINGS)
+QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
 SECRET_KEY = fields("secretKeyRef", secretKeyRef=fields("name key", name=STRING, key=STRING))
 CONTAINER = fields(
     "name image resources",
-    name=STRING,
+    name=LABEL,
     image=STRING,
     workingDir=STRING,
-    env=each(fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY)),
-    ports=each(fields("containerPort", containerPort=COUNT, name=STRING)),
-    resources=fields("limits requests", limits={"additionalProperties": QUANTITY}, requests={"type": "object"}),
-    volumeMounts=each(fields("name mountPath", name=STRING, mountPath=STRING)),
+    env=each(
+        fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY) | {"maxProperties": 2}
+    ),  # a name, one value
+    ports=each(fields("containerPort", containerPort=PORT, name=LABEL | {"maxLength": 15})),
+    resources=fields("limits requests", limits=QUANTITIES, requests=QUANTITIES),
+    volumeMounts=each(fields("name mountPath", name=LABEL, mountPath={"type": "string", "pattern": "^/[^:]*$"})),
 )
 VOLUME = fields(
     "name",
-    name=STRING,
+    name=LABEL,
     persistentVolumeClaim=fields("claimName", claimName=STRING),
     emptyDir=fields(sizeLimit=QUANTITY),
     secret=fields("secretName", secretName=STRING),
-)
+) | {"minProperties": 2, "maxProperties": 2}  # a name, one source
 POD = fields(
     "spec",
     spec=fields(
@@ -92,7 +99,7 @@ CLUSTER = fields(
     workerGroupSpecs=each(
         fields(
             "groupName minReplicas maxReplicas rayStartParams template",  # KubeRay asks for both bounds
-            groupName={"type": "string", "pattern": "^[a-z][-a-z0-9]*$"},
+            groupName=LABEL,
             replicas=COUNT,
             minReplicas=COUNT,
             maxReplicas=COUNT,
@@ -110,7 +117,10 @@ JOB = fields(
     ttlSecondsAfterFinished=COUNT,
     activeDeadlineSeconds={"type": "integer", "minimum": 1},
     rayClusterSpec=CLUSTER,
-)
+) | {
+    "if": {"required": ["ttlSecondsAfterFinished"]},
+    "then": {"properties": {"shutdownAfterJobFinishes": {"const": True}}},
+}
 SERVICE = fields("serveConfigV2 rayClusterConfig", serveConfigV2=STRING, rayClusterConfig=CLUSTER)
 
 
@@ -143,6 +153,10 @@ def pods(document: dict) -> list[dict]:
     return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
+HEAD = ("spec", "headGroupSpec", "template", "spec", "containers", 0)
+VOLUMES = ("spec", "headGroupSpec", "template", "spec", "volumes")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_field_is_known(name: str):
     jsonschema.validate(read(name), FILES[name])
@@ -154,6 +168,14 @@ def test_every_field_is_known(name: str):
         ("ray-cluster.yaml", ("spec", "enableAutoscaling"), True, "'enableAutoscaling' was unexpected"),
         ("ray-cluster.yaml", ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0, "0 is not of type 'string'"),
         ("ray-cluster.yaml", ("spec", "workerGroupSpecs", 0, "maxReplicas"), None, "None is not of type 'integer'"),
+        ("ray-cluster.yaml", ("spec", "workerGroupSpecs", 0, "maxReplicas"), 2**31, "greater than the maximum"),
+        ("ray-cluster.yaml", (*HEAD, "resources", "requests", "memory"), "16GiB", "'16GiB' does not match"),
+        ("ray-cluster.yaml", (*HEAD, "ports", 0, "containerPort"), 65536, "greater than the maximum"),
+        ("ray-cluster.yaml", (*HEAD, "ports", 0, "name"), "gcs-server-grpc-port", "is too long"),
+        ("ray-cluster.yaml", (*HEAD, "env", 0, "valueFrom"), {"secretKeyRef": {"name": "a", "key": "b"}}, "too many"),
+        ("ray-cluster.yaml", (*VOLUMES, 0, "emptyDir"), {}, "too many"),
+        ("ray-job.yaml", ("metadata", "name"), "ultra-hstu-pipeline" * 3, "is too long"),
+        ("ray-job.yaml", ("spec", "shutdownAfterJobFinishes"), False, "True was expected"),
         ("ray-job.yaml", ("spec", "backOffLimit"), 3, "'backOffLimit' was unexpected"),
         ("ray-job.yaml", ("spec", "submissionMode"), "HTTP", "'HTTP' is not one of"),
         ("ray-service.yaml", ("spec", "rayClusterSpec"), {}, "'rayClusterSpec' was unexpected"),
