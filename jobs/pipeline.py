@@ -25,7 +25,9 @@ RUN_FILE = "run.json"  # marks a folder as a run's own, so that --fresh removes 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fresh", action="store_true", help="remove what an earlier run of this name left, then begin")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--fresh", action="store_true", help="remove what an earlier run of this name left, then begin")
+    choice.add_argument("--append", action="store_true", help="add the logs that came since, then train anew on all")
 
 
 def main(job: cli.Job) -> None:
@@ -39,7 +41,7 @@ def main(job: cli.Job) -> None:
         mlflow_server(cfg),
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
     ):
-        summary = run_chain(cfg, cluster.dashboard_url)
+        summary = run_chain(cfg, cluster.dashboard_url, append=job.options.append)
     (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     print_summary(cfg, summary)
 
@@ -50,25 +52,31 @@ def check_server(cfg: RunConfig) -> None:
     replay.key_header(cfg)
 
 
-def run_chain(cfg: RunConfig, dashboard_url: str) -> dict[str, Any]:
-    """Every stage once, in order; returns what `summary.json` holds."""
+def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> dict[str, Any]:
+    """Every stage once, in order; returns what `summary.json` holds.
+
+    With `append` new files of the logs join the published sequences, and training begins anew where the last one read
+    others; without a new file, or after a kill, it goes on where it was.
+    """
     stage(1, "logs")
     sources.import_logs(cfg)
     stage(2, "sequences")
-    manifest = sequences.build_sequences(cfg)
+    manifest = sequences.build_sequences(cfg, append=append)
     logger.info("%d users, %d rows; quarantined %s", manifest.num_users, manifest.num_rows, manifest.quarantined)
     stage(3, "training")
-    trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
-    with tracking.training_run(cfg, manifest) as run:
+    restart = append and trainer.trained_on(cfg) not in (None, manifest.digest)
+    if not restart:
+        trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
+    with tracking.training_run(cfg, manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
-        model_dir = trainer.fit(cfg, run)
+        model_dir = trainer.fit(cfg, run, restart=restart)
         train_seconds = time.perf_counter() - started
         stage(4, "evaluation on validation and test")
         metrics = evaluator.evaluate(cfg, model_dir)
         run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
         stage(5, "registry and gate")
-        version = registry.register(cfg, run, model_dir)
+        version = registry.register_trained(cfg)
     decision = registry.promote(cfg, version)
     logger.info("version %d: %s", version, decision.reason)
     champion = registry.champion(cfg)

@@ -49,14 +49,13 @@ def one_of(*values: str) -> dict:
 METADATA = fields("name", name=LABEL | {"maxLength": 47}, annotations=STRINGS, labels=STRINGS)
 QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
 SECRET_KEY = fields("secretKeyRef", secretKeyRef=fields("name key", name=STRING, key=STRING))
+ENV = fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY) | {"maxProperties": 2}  # a name, one value
 CONTAINER = fields(
     "name image resources",
     name=LABEL,
     image=STRING,
     workingDir=STRING,
-    env=each(
-        fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY) | {"maxProperties": 2}
-    ),  # a name, one value
+    env=each(ENV),
     ports=each(fields("containerPort", containerPort=PORT, name=LABEL | {"maxLength": 15})),
     resources=fields("limits requests", limits=QUANTITIES, requests=QUANTITIES),
     volumeMounts=each(fields("name mountPath", name=LABEL, mountPath={"type": "string", "pattern": "^/[^:]*$"})),

@@ -116,6 +116,12 @@ def earlier(cfg: RunConfig) -> Saved | None:
     return found
 
 
+def trained_on(cfg: RunConfig) -> str | None:
+    """Digest of the sequences that the run's newest checkpoint has read; None where there is none."""
+    found = _checkpoints(cfg).newest()
+    return None if found is None else found.identity["sequences"]
+
+
 def _checkpoints(cfg: RunConfig, rank: int = 0, world_size: int = 1) -> CheckpointFolder:
     return CheckpointFolder(train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints, rank, world_size)
 

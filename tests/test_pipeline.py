@@ -1,0 +1,68 @@
+"""jobs.pipeline day after day: new logs join the sequences, and what was trained on others is trained anew."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_world import DAY_MS, NUM_ITEMS, NUM_USERS, tiny_config
+
+import jobs.pipeline
+from pipeline import registry
+from pipeline.config import RunConfig, SideTable, SplitConfig
+from pipeline.mlflow_server import mlflow_server
+from serve_app import replay
+
+pytestmark = pytest.mark.cluster
+
+
+def write_day(cfg: RunConfig, day: int) -> None:
+    """Rows of one day; the first two are before validation begins, the last two in the test period."""
+    rng, rows = np.random.default_rng(day), 200
+    table = {
+        "user_id": rng.integers(NUM_USERS, size=rows),
+        "item_id": rng.integers(NUM_ITEMS, size=rows),
+        "event_time": cfg.split.val_ms + (day - 2) * DAY_MS + rng.integers(DAY_MS, size=rows),
+        "is_click": rng.integers(2, size=rows).astype(np.int8),
+        "is_like": rng.integers(2, size=rows).astype(np.int8),
+        "tab": rng.integers(3, size=rows).astype(np.int32),
+    }
+    pq.write_table(pa.table(table), Path(str(cfg.source.path)) / f"{day}.parquet")
+
+
+def test_a_day_is_appended_and_trained_on(
+    local_ray: None, mlflow_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs.pipeline.deployment, "deploy", lambda cfg, dashboard_url, model: "served")
+    monkeypatch.setattr(replay, "demo_table", lambda cfg, url: "")
+    monkeypatch.setattr(replay, "replay", lambda cfg, url, model_dir: replay.Report(0, 0.0, 0.0, 0.0))
+    cfg = tiny_config(
+        mlflow_runs,
+        name="daily",
+        train={"epochs": 1, "batch_users": 8, "num_workers": 1},
+        tracking={"model_name": "daily"},
+    )
+    (tmp_path / "logs").mkdir()
+    cities = pa.table({"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]})
+    pq.write_table(cities, tmp_path / "users.parquet")
+    source = replace(cfg.source, kind="parquet", path=str(tmp_path / "logs"))
+    source = replace(source, users=SideTable(path=str(tmp_path / "users.parquet"), id_column="user_id"))
+    cfg = replace(cfg, source=source, split=SplitConfig(t_val="2026-01-03T00:00:00Z", t_test="2026-01-04T00:00:00Z"))
+    for day in range(4):
+        write_day(cfg, day)
+    with mlflow_server(cfg):
+        first = jobs.pipeline.run_chain(cfg, "")
+        write_day(cfg, 4)
+        second = jobs.pipeline.run_chain(cfg, "", append=True)
+        again = jobs.pipeline.run_chain(cfg, "", append=True)
+        assert registry.champion(cfg).version == (2 if second["promoted"] else 1)
+    assert second["rows_in"] == first["rows_in"] + 200
+    assert second["mlflow_run_id"] != first["mlflow_run_id"]
+    assert (first["model_version"], second["model_version"]) == (1, 2)
+    model = json.loads((cfg.model_dir / "artifact.json").read_text())["extra"]
+    assert model["sequences"] == json.loads((cfg.sequence_dir / "manifest.json").read_text())["digest"]
+    alike = second.keys() - {"train_seconds", "promoted", "promotion"}
+    assert {key: again[key] for key in alike} == {key: second[key] for key in alike}, "nothing new: nothing trained"
