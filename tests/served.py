@@ -20,6 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.data import store
 from pipeline.mlflow_server import mlflow_server
 from serve_app import deployment, load_test, replay
+from serve_app.columns import RankColumns, RankedColumns
 
 Found = TypeVar("Found")
 WAIT_S = 60  # a replica that was killed may take a busy machine half a minute to replace
@@ -127,6 +128,40 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.sending.join()
+
+
+def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
+    """Under load the second version is promoted, `meanwhile` happens, and the first comes back: no request fails, and
+    the versions that answer follow the deployments."""
+    first, second = served.versions
+    with Load(served, most_seconds=90) as load:
+        time.sleep(1)
+        assert registry.promote(served.cfg, second).promoted
+        assert deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg)) == served.url
+        meanwhile()
+        time.sleep(2)
+        assert registry.rollback(served.cfg) == first
+        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
+        time.sleep(1)
+    sent = load.answers.status != load_test.NOT_SENT
+    assert sent.sum() > 40
+    assert load.answers.status[sent].tolist() == [200] * sent.sum()
+    versions = load.answers.version[sent].tolist()
+    assert (versions[0], versions[-1], set(versions)) == (first, first, {first, second})
+
+
+def asked_inside(request: RankColumns) -> RankedColumns:
+    """The answer to a caller in the cluster, by a handle."""
+    import ray
+
+    @ray.remote
+    class Caller:
+        async def ask(self, request: RankColumns) -> RankedColumns:
+            from ray import serve
+
+            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
+
+    return ray.get(Caller.remote().ask.remote(request))
 
 
 def replica_pids() -> list[int]:

@@ -73,6 +73,26 @@ def make_batch(histories: list[int], targets: list[int], seed: int = 0) -> Seque
     )
 
 
+def labelled_batch(seed: int) -> SequenceBatch:
+    """Five candidates of two sequences, with labels and weights of two tasks."""
+    batch = make_batch([5, 3], [2, 3], seed)
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(5, 2, generator=generator) < 0.3).float()
+    return replace(batch, labels=labels, label_weight=torch.rand(5, 2, generator=generator))
+
+
+def joined(parts: list[SequenceBatch]) -> SequenceBatch:
+    """The sequences of all parts in one batch."""
+    names = ("num_targets", "item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    names += ("user_codes", "labels", "label_weight")
+    lengths = torch.cat([part.seq_offsets.diff() for part in parts])
+    return SequenceBatch(
+        seq_offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        max_seq_len=parts[0].max_seq_len,
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+    )
+
+
 def tokens_at(batch: SequenceBatch, index: torch.Tensor, **changes: object) -> SequenceBatch:
     """The batch with only the tokens at `index`, in that order."""
     names = ("item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")

@@ -15,14 +15,24 @@ import httpx
 import numpy as np
 import pytest
 from bad_bodies import BAD_BODIES, ONE, check_refused
-from served import Load, Served, loaded, metrics_page, replica_pids, restore, running, wait_until
+from served import (
+    Served,
+    asked_inside,
+    loaded,
+    metrics_page,
+    promoted_and_back,
+    replica_pids,
+    restore,
+    running,
+    wait_until,
+)
 from test_limits import sample
 from tiny_world import NOT_A_USER, NUM_USERS
 
 from pipeline import registry
 from pipeline.config import CanaryConfig, UserError
-from serve_app import deployment, load_test, replay
-from serve_app.columns import RankColumns, RankedColumns
+from serve_app import deployment, replay
+from serve_app.columns import RankColumns
 from serve_app.events import SqliteEvents
 from serve_app.rollout import in_share
 from serve_app.schemas import RankHead
@@ -84,21 +94,10 @@ def test_an_event_is_part_of_the_next_rank(served: Served) -> None:
 
 
 def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
-    import ray
-
     asked = ONE | {"request_time_ms": 1_651_500_000_000}
     over_http = served.client.post("/v1/rank", json=asked).json()
     head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
-
-    @ray.remote
-    class Caller:
-        async def ask(self, request: RankColumns) -> RankedColumns:
-            from ray import serve
-
-            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
-
-    answer = ray.get(Caller.remote().ask.remote(RankColumns(head, np.array([1]), {})))
-    assert answer.response().model_dump() == over_http
+    assert asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump() == over_http
 
 
 def test_the_most_candidates_allowed(served: Served) -> None:
@@ -118,23 +117,8 @@ def test_offline_and_http_agree(served: Served) -> None:
 
 def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> None:
     """No request fails, each answer names its version, and the versions follow the deployments."""
-    first, second = served.versions
-    with Load(served, most_seconds=90) as load:
-        time.sleep(1)
-        assert registry.promote(served.cfg, second).promoted
-        assert deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg)) == served.url
-        os.kill(replica_pids()[0], signal.SIGKILL)
-        time.sleep(2)
-        assert registry.rollback(served.cfg) == first
-        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
-        time.sleep(1)
-    sent = load.answers.status != load_test.NOT_SENT
-    assert sent.sum() > 40
-    assert load.answers.status[sent].tolist() == [200] * sent.sum()
-    versions = load.answers.version[sent].tolist()
-    assert (versions[0], versions[-1]) == (first, first)
-    assert set(versions) == {first, second}
-    assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == first
+    promoted_and_back(served, lambda: os.kill(replica_pids()[0], signal.SIGKILL))
+    assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == served.versions[0]
 
 
 def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) -> None:

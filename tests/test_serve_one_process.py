@@ -1,6 +1,5 @@
 """The server whose ingress ranks itself: the same answers, and changes of version that no request notices."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import httpx
 import numpy as np
 import pytest
 from bad_bodies import ONE
-from served import Load, Served, loaded, metrics_page, replica_pids, restore, running
+from served import Served, asked_inside, loaded, metrics_page, promoted_and_back, replica_pids, restore, running
 from test_limits import sample
 from tiny_world import NOT_A_USER
 
-from pipeline import registry
 from pipeline.config import ConfigError, ServeConfig
-from serve_app import deployment, load_test, replay
-from serve_app.columns import RankColumns, RankedColumns
+from serve_app import replay
+from serve_app.columns import RankColumns
 from serve_app.schemas import RankHead
 
 
@@ -59,39 +57,18 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
 
 @pytest.mark.cluster
 def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
-    import ray
-
     over_http = served.client.post("/v1/rank", json=ONE | {"request_time_ms": 1_651_500_000_000}).json()
-
-    @ray.remote
-    class Caller:
-        async def ask(self, request: RankColumns) -> RankedColumns:
-            from ray import serve
-
-            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
-
     head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
-    answer = ray.get(Caller.remote().ask.remote(RankColumns(head, np.array([1]), {})))
-    assert answer.response().model_dump() == over_http
+    assert asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump() == over_http
 
 
 @pytest.mark.cluster
 def test_promote_and_roll_back_under_load(served: Served) -> None:
     """No request fails, and the process stays the same: a version is loaded beside the one that answers."""
-    first, second = served.versions
     process = replica_pids()
-    with Load(served, most_seconds=90) as load:
-        time.sleep(1)
-        assert registry.promote(served.cfg, second).promoted
-        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
-        assert loaded(served) == {("champion", second): 1}
-        time.sleep(1)
-        assert registry.rollback(served.cfg) == first
-        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
-        time.sleep(1)
-    sent = load.answers.status != load_test.NOT_SENT
-    assert sent.sum() > 40
-    assert load.answers.status[sent].tolist() == [200] * sent.sum()
-    versions = load.answers.version[sent].tolist()
-    assert (versions[0], versions[-1], set(versions)) == (first, first, {first, second})
+    promoted_and_back(served, lambda: check_loaded(served))
     assert replica_pids() == process
+
+
+def check_loaded(served: Served) -> None:
+    assert loaded(served) == {("champion", served.versions[1]): 1}

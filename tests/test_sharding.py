@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_model import make_batch, make_config, make_maps
+from test_model import joined, labelled_batch, make_config, make_maps
 from torch import nn
 
 from pipeline import config
@@ -36,24 +36,6 @@ class Loader:
             parts = [labelled_batch(10 * step + part) for part in range(PARTS)]
             share = PARTS // self.world_size
             yield joined(parts[self.rank * share : (self.rank + 1) * share])
-
-
-def labelled_batch(seed: int) -> SequenceBatch:
-    batch = make_batch([5, 3], [2, 3], seed)
-    generator = torch.Generator().manual_seed(seed)
-    labels = (torch.rand(5, 2, generator=generator) < 0.3).float()
-    return replace(batch, labels=labels, label_weight=torch.rand(5, 2, generator=generator))
-
-
-def joined(parts: list[SequenceBatch]) -> SequenceBatch:
-    names = ("num_targets", "item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
-    names += ("user_codes", "labels", "label_weight")
-    lengths = torch.cat([part.seq_offsets.diff() for part in parts])
-    return SequenceBatch(
-        seq_offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        max_seq_len=parts[0].max_seq_len,
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
-    )
 
 
 def train_config(**train: object) -> RunConfig:

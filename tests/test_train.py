@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_model import make_batch, make_config, make_maps
+from test_model import joined, labelled_batch, make_config, make_maps
 from torch import nn
 
 from kernels.rowwise_adamw.reference import rows_and_sums
@@ -46,21 +46,6 @@ class OneEpoch(Loader):
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         return super().batches(0, first_step)
-
-
-def labelled_batch(seed: int) -> SequenceBatch:
-    batch = make_batch([5, 3], [2, 3], seed)
-    generator = torch.Generator().manual_seed(seed)
-    labels = (torch.rand(5, 2, generator=generator) < 0.3).float()
-    return replace(batch, labels=labels, label_weight=torch.rand(5, 2, generator=generator))
-
-
-def joined(parts: list[SequenceBatch]) -> SequenceBatch:
-    names = ("num_targets", "item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
-    names += ("user_codes", "labels", "label_weight")
-    offsets = torch.cat([parts[0].seq_offsets, parts[0].num_tokens + parts[1].seq_offsets[1:]])
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return SequenceBatch(seq_offsets=offsets, max_seq_len=parts[0].max_seq_len, **tensors)
 
 
 def train_config(**train: object) -> RunConfig:
