@@ -393,3 +393,43 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     assert run("--users-file", str(ids)) == (2, "error: a user_id must be an integer from 0 to 2**63 - 1, got 'x'\n")
     code, err = run("--users-file", str(built / "none.txt"))
     assert (code, "No such file" in err) == (2, True)
+
+
+def test_the_only_user_with_retired_rows_is_forgotten(tmp_path: Path):
+    """The other users of the bucket stay as they are."""
+    cfg = run_in(tmp_path, keep_days=2)
+    write_logs(tmp_path, range(1))
+    file = tmp_path / "in" / "0.parquet"
+    pq.write_table(day(0).filter(pa.array(day(0)["user_id"].to_numpy() == USERS[0])), file)
+    write_logs(tmp_path, range(DAYS, DAYS + 1))
+    build_sequences(cfg)
+    (retired,) = compact(cfg).retired.values()
+    assert read_retired(cfg.sequence_dir, retired)["user_id"].to_pylist() == [USERS[0]]
+    others = {row["user_id"]: row for row in store.read_sequences(cfg.sequence_dir).to_pylist()}
+    assert forget(cfg, USERS[:1])["retired"] == 1
+    assert not store.read_manifest(cfg.sequence_dir).retired
+    left = {row["user_id"]: row for row in store.read_sequences(cfg.sequence_dir).to_pylist()}
+    assert left == {user: row for user, row in others.items() if user != USERS[0]}
+
+
+@pytest.mark.parametrize("job", ["compact", "forget"])
+def test_where_the_days_begin_may_have_moved_since_the_build(built: Path, job: str):
+    cfg = run_in(built)
+    moved = replace(cfg, features=replace(cfg.features, hour_utc_offset=8.0))
+    before = store.read_manifest(cfg.sequence_dir)
+    shutil.copytree(built, built.with_name("same"))
+    for settings in (moved, run_in(built.with_name("same"))):
+        compact(settings) if job == "compact" else forget(settings, USERS)
+    after, same = (store.read_manifest(c.sequence_dir) for c in (cfg, run_in(built.with_name("same"))))
+    assert (after.digest, after.quarantined, after.rows_in) == (same.digest, same.quarantined, same.rows_in)
+    assert (after.digest == before.digest) == (job == "compact")
+
+
+def test_a_missing_record_is_named(built: Path):
+    cfg = run_in(built)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    (cfg.sequence_dir / manifest.records[1]).unlink()
+    for job in (compact, lambda cfg: forget(cfg, USERS)):
+        with pytest.raises(UserError, match=rf"{manifest.records[1]} is missing or cut off: run .* --overwrite"):
+            job(cfg)
+    assert store.read_manifest(cfg.sequence_dir) == manifest

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.data import store
 from pipeline.data.cleaning import REASON, LogRules, user_bucket
 from pipeline.data.parts import Part, PartWriter, Source, find_part, open_part, part_name
-from pipeline.data.sources.imported import file_digest
+from pipeline.data.sources.files import file_digest
 from pipeline.data.store import Bucket
 
 
@@ -113,5 +113,8 @@ def stage_without(path: Path, users: np.ndarray, column: str) -> Rewritten | Non
     rest = without_users(rows, users, column)
     if rest.num_rows == rows.num_rows:
         return None
-    pq.write_table(rest, staged)
+    with staged.open("wb") as file:
+        pq.write_table(rest, file)
+        file.flush()
+        os.fsync(file.fileno())
     return Rewritten(path, staged, file_digest(path), file_digest(staged), rows.num_rows - rest.num_rows)

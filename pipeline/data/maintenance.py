@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data import report, sequences, store
-from pipeline.data.buckets import carry_record, find_record, plan_buckets
+from pipeline.data.buckets import carry_record, plan_buckets
 from pipeline.data.checks import run_checks
 from pipeline.data.cleaning import LogRules
 from pipeline.data.compaction import gather, plan_gathering
@@ -42,11 +41,8 @@ def published_with(cfg: RunConfig) -> Manifest:
         UserError: nothing is published, or it was built with others.
     """
     manifest = store.read_manifest(cfg.sequence_dir)
-    wanted = sequences.content_settings(cfg)
-    if manifest.config != wanted:
-        old, new = config.flatten(manifest.config), config.flatten(wanted)
-        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        raise UserError(f"{cfg.sequence_dir} holds sequences of other settings ({', '.join(keys)})")
+    if keys := sequences.other_settings(manifest, sequences.content_settings(cfg)):
+        raise UserError(f"{cfg.sequence_dir} holds sequences of other settings ({keys})")
     return manifest
 
 
@@ -112,7 +108,8 @@ def rebuilt(
     run: Workers,
     **changes: Any,
 ) -> Manifest:
-    """The published version over other parts: buckets with the numbers `changed` are built again, the others stay.
+    """The published version over other parts: buckets with the numbers `changed` are built again, the others stay,
+    unless what is counted of them has changed with the settings.
 
     `changes` are fields of the manifest that are not counted from the buckets.
     """
@@ -120,12 +117,12 @@ def rebuilt(
     bucket_rules = sequences.bucket_rules(cfg, rules)
     retired: Mapping[str, Bucket] = changes.get("retired", published.retired)
     before = {task.number: task for task in plan_buckets(parts_before, published.retired, bucket_rules)}
-    counted = merge([r.statistics for r in (find_record(folder, task.record) for task in before.values()) if r])
+    counted = merge([record.statistics for record in sequences.held_records(folder, published)])
     work = plan_buckets(parts, retired, bucket_rules)
     if not work:
         raise UserError(f"{folder}: no rows would be left; remove the folder of the run, if that is what is wanted")
     for task in work:
-        if task.number not in changed:
+        if task.number not in changed and before[task.number].record in published.records:
             carry_record(folder, before[task.number], task)
     kept = ("counts", "actions", "request_columns", "num_buckets", "side_tables", "config", "inputs", "retired")
     rest = {name: getattr(published, name) for name in (*kept, "kept_since_ms")} | changes
@@ -200,7 +197,7 @@ def _without(
         if now == parts and not changed and not removed["users"]:
             return published, {"sequences": 0, "quarantine": 0, **removed}
         changes: dict[str, Any] = {
-            "retired": {number: entry for number, (entry, _) in retired.items()},
+            "retired": {number: entry for number, (entry, _) in retired.items() if entry.rows},
             "side_tables": {name: entry for name, (entry, _) in tables.items()},
         }
         if digests:
@@ -215,7 +212,6 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
     """The report shows rows and names users: write it again from what is left."""
     if not (cfg.run_dir / "report").exists():
         return
-    records = [find_record(cfg.sequence_dir, file) for file in manifest.records]
-    totals = merge([record.statistics for record in records if record])
+    totals = merge([record.statistics for record in sequences.held_records(cfg.sequence_dir, manifest)])
     imported = None if cfg.source.kind == "parquet" else read_import_report(cfg)
     report.write(cfg, totals, held_rules(manifest), imported, run_checks(cfg.checks, totals))

@@ -163,6 +163,12 @@ def content_settings(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
+def other_settings(manifest: Manifest, settings: dict[str, Any]) -> str:
+    """The keys in which these differ from the settings that a version was built with, in words; "" where none does."""
+    old, new = config.flatten(manifest.config), config.flatten(settings)
+    return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
+
+
 def inputs_digest(settings: dict[str, Any], files: Iterable[str], sides: Sequence[object]) -> str:
     """Of everything that a version is built from: the files of the logs by their digests, in no order."""
     return _sha256([store.SCHEMA_VERSION, settings, sorted(files), sides])
@@ -189,6 +195,19 @@ def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
             file = folder / parts.PARTS / name
             raise UserError(f"{file} is missing or cut off: run jobs.build_sequences with --overwrite")
     return [part for part in found.values() if part]
+
+
+def held_records(folder: Path, manifest: Manifest) -> list[Record]:
+    """What the buckets of a version were built from and counted.
+
+    Raises:
+        UserError: one is missing, or a file of its bucket is.
+    """
+    found = {file: find_record(folder, file) for file in manifest.records}
+    for file, record in found.items():
+        if record is None:
+            raise UserError(f"{folder / file} is missing or cut off: run jobs.build_sequences with --overwrite")
+    return [record for record in found.values() if record]
 
 
 def _make_parts(cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers) -> list[Part]:
@@ -328,12 +347,8 @@ def _verify(folder: Path, buckets: Sequence[Bucket], totals: Statistics, rows_in
 def _refuse_other_sequences(
     folder: Path, published: Manifest, settings: dict[str, Any], new_files: int, append: bool
 ) -> None:
-    if published.config != settings:
-        old, new = config.flatten(published.config), config.flatten(settings)
-        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        raise UserError(
-            f"{folder} holds sequences of other settings ({', '.join(keys)}); choose another name or pass --overwrite"
-        )
+    if keys := other_settings(published, settings):
+        raise UserError(f"{folder} holds sequences of other settings ({keys}); choose another name or pass --overwrite")
     if not append:
         raise UserError(
             f"{folder} holds sequences of other logs or settings ({new_files} files of the logs are new); "
