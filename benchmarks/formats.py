@@ -59,22 +59,22 @@ def measure(model: Path, cfg: RunConfig, limits: ServeConfig, device: str) -> di
     return found | {"rows": len(scores)}
 
 
-def section(run: dict) -> str:
-    found, machine = run["formats"], run["environment"]
-    tasks = [name for name in found["fp32"] if name != "rows"]
-    rows = [
-        [name, *(f"{aucs[task]:.4f} ({aucs[task] - found['fp32'][task]:+.5f})" for task in tasks)]
-        for name, aucs in found.items()
+def section(runs: list[dict]) -> str:
+    parts = [
+        "## Number formats of the ranker",
+        f"AUC of all {runs[0]['formats']['fp32']['rows']:,} test rows, and in brackets its change against float32 of "
+        f"the same machine; a format may lose {GOAL}. FP8 has bf16 around it; a CPU emulates it.",
     ]
-    return "\n\n".join(
-        [
-            "## Number formats of the ranker",
-            f"`{run['command']}`, {machine['device']}, torch {machine['torch']}: AUC of all {found['fp32']['rows']:,} "
-            f"test rows and its change against float32; a format may lose {GOAL}. FP8 has bf16 around it; a CPU "
-            "emulates it.",
-            table(["format", *tasks], rows),
+    for run in runs:
+        found, machine = run["formats"], run["environment"]
+        tasks = [name for name in found["fp32"] if name != "rows"]
+        rows = [
+            [name, *(f"{aucs[task]:.4f} ({aucs[task] - found['fp32'][task]:+.5f})" for task in tasks)]
+            for name, aucs in found.items()
         ]
-    )
+        parts.append(f"`{run['command']}`, {machine['device']}, torch {machine['torch']}:")
+        parts.append(table(["format", *tasks], rows))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -87,10 +87,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="of one pass over several requests")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=RUNS / "formats.json")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write RESULTS.md from FILE and end")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from them and end")
     options = parser.parse_args()
     if options.report:
-        write_section("formats", section(json.loads(options.report.read_text())))
+        write_section("formats", section([json.loads(file.read_text()) for file in options.report]))
         return
     torch.set_num_threads(1)
     command = "python -m benchmarks.formats" + " --device cuda" * (options.device == "cuda")
