@@ -42,7 +42,7 @@ def export(cfg: RunConfig, log: EventLog) -> Export:
     folder = live_log_dir(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     known = _exported(folder, logs.columns)
-    number, num_events, num_without = len(list(folder.glob("*.parquet"))), 0, 0
+    num_events, num_without = 0, 0
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".live-", delete=False) as staging:
         with pq.ParquetWriter(staging, schema) as writer:
             for events in _groups(log, known):
@@ -56,9 +56,17 @@ def export(cfg: RunConfig, log: EventLog) -> Export:
         if not num_events:
             os.unlink(staging.name)
             return Export(None, 0, 0)
-        path = folder / f"events-{number:05}.parquet"
+        staging.flush()
+        os.fsync(staging.fileno())
+        path = _next_file(folder)
         os.rename(staging.name, path)
     return Export(path, num_events, num_without)
+
+
+def _next_file(folder: Path) -> Path:
+    """Behind all that are there: somebody may have removed those that are built."""
+    numbers = (int(path.stem.removeprefix("events-")) for path in folder.glob("events-*.parquet"))
+    return folder / f"events-{max(numbers, default=-1) + 1:05}.parquet"
 
 
 def prune(cfg: RunConfig, log: EventLog) -> int:

@@ -92,6 +92,22 @@ def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Pat
     assert list(found) == [(0, START, 1)]
 
 
+def test_an_export_never_takes_the_place_of_another(cfg: RunConfig, tmp_path: Path) -> None:
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    events = [event(row) for row in logged(np.random.default_rng(0), 90, request_ids=False)]
+    paths = []
+    for number in range(3):
+        log.append(events[30 * number : 30 * number + 30])
+        path = takeover.export(cfg, log).path
+        assert path is not None
+        paths.append(path)
+        if number == 1:
+            paths[0].unlink()  # its rows are built
+    assert len({*paths}) == 3
+    kept = [pq.read_table(path)["shown_at"] for path in paths[1:]]
+    assert [len(times) > 0 for times in kept] == [True, True]
+
+
 def test_only_what_the_sequences_hold_is_forgotten(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "runs")
     table = publish_sequences(cfg)
