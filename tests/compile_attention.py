@@ -20,8 +20,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = "forward", "backward_queries", "backward_keys"
 POINTERS = {
     "*bf16": {"out", "dq", "dk", "dv", "slope_q", "slope_k", "slope_v"},
-    "*fp32": {"sums", "partial", "partial_k", "partial_v", "position_table", "time_table", "per_unit"},
-    "*i32": {"arrived", "tiles", "header", "visible", "event_time", "query_time"},
+    "*fp32": {"sums", "partial", "partial_k", "partial_v", "positions", "per_unit"},
+    "*i32": {"arrived", "tiles", "header", "visible", "cells", "event_time", "query_time"},
     "*i64": {"d_position", "d_time"},
 }
 
@@ -43,7 +43,13 @@ def signature(name: str, constants: dict, tile: Tile, width: int, descriptors: b
 
 def build(name: str, arch: int, width: int, tile: Tile, **flags: bool) -> dict[str, int]:
     kernel = getattr(triton_kernels, name)
-    how = {"TMA": arch == 90, "FAST": not flags.get("BIAS", False), "PRECISION": "ieee", "CAUSAL": True}
+    how = {
+        "TMA": arch == 90,
+        "FAST": not (flags.get("BIAS", False) and name == "backward_queries"),
+        "PRECISION": "ieee",
+        "ON_GPU": True,
+        "CAUSAL": True,
+    }
     shape = {"HEADS": 4, "D": width, "V": width, "OUT_D": width, "OUT_V": width}
     shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     switches = {"HAS_PREFIX": False, "CANDIDATES": False, "VISIBLE": False, "BIAS": False, "SLOPE": True, "SUMS": True}

@@ -31,8 +31,9 @@ INT64 = {"position", "gap_ms", "ids", "order"}
 FLOATS = {"eps", "gain"}
 
 
-def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps: int, stages: int) -> dict[str, int]:
-    """Bytes of shared memory and stack, and how often the PTX names an instruction; unnamed arguments are by type."""
+def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps: int, stages: int) -> dict[str, Any]:
+    """Bytes of shared memory and stack, how often the PTX names an instruction, and how rows lie on threads where they
+    are summed; unnamed arguments are by type."""
     types = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -58,8 +59,11 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
     stack = re.search(r"STACK:(\d+)", usage)
     registers = re.search(r"REG:(\d+)", usage)
     assert stack is not None and registers is not None, usage
-    ptx = compiled.asm["ptx"]
+    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"(#blocked\d*) = #ttg.blocked<(\{.*\})>", ttgir))
+    row_sums = re.findall(r"\(tensor<\d+x\d+xf32, (#blocked\d*)>\) -> tensor<\d+xf32, #ttg.slice<\{dim = 1", ttgir)
     return {
+        "row_sums": sorted({layouts[name] for name in row_sums}),
         "shared": compiled.metadata.shared,
         "stack": int(stack[1]),
         "registers": int(registers[1]),
@@ -70,7 +74,7 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
     }
 
 
-def build_linear(arch: int, tile: Tile, *, fp8: bool = False, silu: bool = False, slope: bool = False):
+def build_linear(arch: int, tile: Tile, *, fp8: bool = False, silu: bool = False, slope: bool = False) -> dict:
     constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.inputs, "PARTS": tile.parts}
     constants |= {"SILU": silu, "SLOPE": slope, "RESIDUAL": not silu, "FP8": fp8, "TMA": arch == 90, "FAST": True}
     constants |= {"EVEN": True, "FLATTEN": tile.flatten, "TMA_OUT": tile.tma_out}
@@ -84,7 +88,7 @@ def build_linear(arch: int, tile: Tile, *, fp8: bool = False, silu: bool = False
     return build(linear.linear, arch, constants, given, tile.warps, tile.stages)
 
 
-def build_position_time(arch: int) -> dict[str, dict[str, int]]:
+def build_position_time(arch: int) -> dict[str, dict]:
     forward = {"ROWS": placing.TILE // 512, "BLOCK": 512, "KEYS": True}
     sums, sums32 = ({"BLOCK_N": places, "BLOCK_E": columns} for places, columns in placing.SUMMED.values())
     keys, keys32 = {"keys": "*i16"}, {"keys": "*i32", "grad": "*fp32"}
@@ -119,18 +123,23 @@ def main() -> None:
     codes = {"out_fp8": "*fp8e4nv"}
     gate = {"CONCAT": False, "DROPOUT": True, "OUT": True}
     rowwise = [
-        ("layer_norm forward", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": True}, codes),
+        ("layer_norm forward", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": False}, {}),
+        ("layer_norm forward codes", layer_norm.norm_forward, FORWARD, {"OUT": False, "FP8": True}, codes),
+        ("layer_norm forward both", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": True}, codes),
         ("layer_norm quantize", layer_norm.quantize, FORWARD, {}, codes),
         ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, {}),
         ("layer_norm swish forward", layer_norm.swish_forward, FORWARD, {}, {}),
         ("layer_norm swish backward", layer_norm.swish_backward, SWISH_BACKWARD, {}, {}),
-        ("norm_gate forward", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": True}, codes),
+        ("norm_gate forward codes", norm_gate.gate_forward, GATE_FORWARD, {**gate, "OUT": False, "FP8": True}, codes),
+        ("norm_gate forward both", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": True}, codes),
         ("norm_gate backward", norm_gate.gate_backward, GATE_BACKWARD, gate, {}),
     ]
     for name, kernel, rows, constants, given in rowwise:
         for width in (512, 1024) if "swish" in name else (512,):
             count, block, warps = rows.of(width)
             constants |= {"ROWS": count, "BLOCK": block}
+            if "STAGES" in kernel.arg_names:
+                constants["STAGES"] = rows.stages
             found[f"sm_90 {name} {width}"] = build(kernel, 90, constants, given, warps, 1)
     found |= build_position_time(90) | build_position_time(80)
     print(json.dumps(found, indent=1))

@@ -13,7 +13,7 @@ from test_attention import make_inputs, run, some_bias, some_visible
 
 from kernels.semi_local_attention import triton_launch
 from kernels.semi_local_attention.op import cached_attention
-from kernels.semi_local_attention.reference import RelativeBias
+from kernels.semi_local_attention.reference import RelativeBias, time_bucket
 from kernels.semi_local_attention.triton_launch import Tile, TritonPlan, cached_attention_triton
 
 CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
@@ -108,6 +108,19 @@ def test_interpreted_cached_attention(kind):
     plan = TritonPlan(cache, rows, visible, 26, 75, None, 0, 0, cached=True)
     got = cached_attention_triton(q, own_k, own_v, k, v, plan, causal=causal, **scale)
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_time_buckets_are_looked_up_without_a_logarithm():
+    """Around every bucket's first second and every cell's, in both directions of time."""
+    steps = triton_launch.time_steps(torch.device("cpu")).long()
+    starts = (torch.arange(72, dtype=torch.float64) * 0.301).exp().ceil().long()
+    cells = (torch.arange(508, 632, dtype=torch.int32) << 21).view(torch.float32).long()
+    near = torch.cat([starts, cells])[:, None] + torch.arange(-70, 71)
+    seconds = torch.cat([near.flatten(), torch.arange(5000)]).clamp(0, 2**31 - 1).to(torch.int32)
+    seconds = torch.cat([seconds, -seconds])
+    cell = (seconds.float().view(torch.int32) >> 21) & (triton_launch.CELLS - 1)
+    step, both = steps[cell].unbind(1)
+    assert torch.equal(torch.where(seconds >= step, both >> 16, both & 0xFFFF), time_bucket(seconds, 129))
 
 
 @pytest.fixture(scope="module")

@@ -238,3 +238,11 @@ def test_builds_use_tensor_cores_and_do_not_spill(builds):
         assert build["atomics"] == 0, f"{name}: sums would depend on timing"
         if name.endswith("sum_runs"):
             assert build["wgmma" if name.startswith("sm_90") else "mma"] > 0, name
+
+
+@pytest.mark.parametrize("kind", ["layer_norm forward", "norm_gate"])
+def test_rows_made_again_are_added_in_the_same_order(builds, kind):
+    """With codes beside them or without, in forward or again in backward: else recompute would change bits."""
+    found = {name: build["row_sums"] for name, build in builds.items() if kind in name}
+    assert len(found) == 3
+    assert len({layout for layouts in found.values() for layout in layouts}) == 1, found

@@ -37,6 +37,13 @@ def to_fp8(x, scale):
     return tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
 
+@triton.jit
+def fp8_columns(BLOCK: tl.constexpr):
+    """Columns of a row's codes, stored 8 at a time as the wider rows beside them: 16 codes are one store too, but all
+    that leads there would be laid out for it, and a row's sums added in another order than where there are no codes."""
+    return tl.max_contiguous(tl.arange(0, BLOCK), 8)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def norm_forward(
     x,  # [T, E]
@@ -61,7 +68,7 @@ def norm_forward(
         tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
     if FP8:
         by_row = fp8_scale(tl.max(tl.abs(y), 1))
-        tl.store(out_fp8 + place, to_fp8(y, by_row), mask=inside)
+        tl.store(out_fp8 + long_rows * width + fp8_columns(BLOCK)[None, :], to_fp8(y, by_row), mask=inside)
         tl.store(scale + rows, by_row, mask=rows < num_rows)
 
 
@@ -86,7 +93,7 @@ def norm_backward(
     dx,  # [T, E]
     partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, d_residual
     num_rows, width, stride_x, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""
     columns = tl.arange(0, BLOCK)
@@ -95,7 +102,7 @@ def norm_backward(
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_passed = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for begin in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]
@@ -144,7 +151,7 @@ def swish_backward(
     weight, bias,
     dx,  # [T, E]
     partial,  # float32 [programs, 2, E]: sums of d_weight, d_bias
-    num_rows, width, stride_x, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    num_rows, width, stride_x, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows as in `norm_backward`."""
     columns = tl.arange(0, BLOCK)
@@ -153,7 +160,7 @@ def swish_backward(
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for begin in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]

@@ -17,12 +17,14 @@ FP8 = torch.float8_e4m3fn
 class Rows:
     """Rows of a program and their warps where a row is at most 512 long; longer rows are fewer, and have more warps.
 
-    `per_sm`: of a kernel that sums over rows, programs on a multiprocessor. Measured on an H100 (benchmarks/NOTES.md).
+    `per_sm` and `stages`: of a kernel that sums over rows, programs on a multiprocessor and rows on their way to each.
+    Measured on an H100 (benchmarks/NOTES.md).
     """
 
     rows: int
     warps: int
     per_sm: int = 0
+    stages: int = 1
 
     @cache  # noqa: B019  # some constants of modules, and the widths of a model
     def of(self, width: int) -> tuple[int, int, int]:
@@ -87,7 +89,8 @@ def launch_layer_norm_backward(
     rows, block, warps = BACKWARD.of(width)
     launch(
         triton_kernels.norm_backward, programs, (d_out, x_TE, d_residual, weight, dx, partial), (num_rows,),
-        (width, x_TE.stride(0), eps), (rows, block, d_residual is not None), device=x_TE.device, num_warps=warps,
+        (width, x_TE.stride(0), eps), (rows, block, d_residual is not None, BACKWARD.stages),
+        device=x_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, passed = partial.sum(0).unbind(0)
     return dx, d_weight, d_bias, passed
@@ -117,7 +120,7 @@ def launch_swish_backward(
     rows, block, warps = SWISH_BACKWARD.of(width)
     launch(
         triton_kernels.swish_backward, programs, (d_out, x_TE, weight, bias, dx, partial), (num_rows,),
-        (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device, num_warps=warps,
+        (width, x_TE.stride(0), eps), (rows, block, SWISH_BACKWARD.stages), device=x_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias = partial.sum(0).unbind(0)
     return dx, d_weight, d_bias

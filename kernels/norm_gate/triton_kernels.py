@@ -6,7 +6,7 @@ A program holds ROWS whole rows. The dropout mask is a hash of (seed, row, colum
 import triton
 import triton.language as tl
 
-from kernels.layer_norm.triton_kernels import fp8_scale, normalise, normalise_backward, to_fp8
+from kernels.layer_norm.triton_kernels import fp8_columns, fp8_scale, normalise, normalise_backward, to_fp8
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -72,10 +72,12 @@ def gate_forward(
             largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(u_RE), 1), tl.max(tl.abs(a_RE), 1)))
         by_row = fp8_scale(largest)
         if CONCAT:
+            place = long_rows * (3 * width) + fp8_columns(BLOCK)[None, :]
             tl.store(out_fp8 + place, to_fp8(u_RE, by_row), mask=inside)
             tl.store(out_fp8 + place + width, to_fp8(a_RE, by_row), mask=inside)
             tl.store(out_fp8 + place + 2 * width, to_fp8(y, by_row), mask=inside)
         else:
+            place = long_rows * width + fp8_columns(BLOCK)[None, :]
             tl.store(out_fp8 + place, to_fp8(y, by_row), mask=inside)
         tl.store(scale + rows, by_row, mask=rows < num_rows)
 
@@ -91,6 +93,7 @@ def gate_backward(
     partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, du
     num_rows, seed, width, stride_a, stride_u, stride_du, threshold, gain, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""
     columns = tl.arange(0, BLOCK)
@@ -100,7 +103,7 @@ def gate_backward(
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_gate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for begin in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]

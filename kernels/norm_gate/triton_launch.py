@@ -47,7 +47,7 @@ def launch_norm_gate_backward(
     launch(
         triton_kernels.gate_backward, programs, (d_out, a_TE, u_TE, weight, bias, da, du, y, partial),
         (num_rows, seed), (width, *strides, dropout_threshold(p), 1 / (1 - p), eps),
-        (rows, block, concat_ua, p > 0, out), device=a_TE.device, num_warps=warps,
+        (rows, block, concat_ua, p > 0, out, BACKWARD.stages), device=a_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, of_gate = partial.sum(0).unbind(0)
     return da, y, d_weight, d_bias, of_gate

@@ -34,8 +34,11 @@ def whole_seconds(time_ms: Tensor) -> Tensor:
 
 
 def time_bucket(difference_s: Tensor, num_buckets: int) -> Tensor:
-    """Bucket of a difference of whole seconds, of either sign; up to a second is bucket 0."""
-    seconds = difference_s.abs().to(torch.float32).clamp(min=1.0)
+    """Bucket of a difference of whole seconds, of either sign; up to a second is bucket 0.
+
+    In float64: float32's logarithm is off by whole seconds after a week, by others on another device.
+    """
+    seconds = difference_s.abs().to(torch.float64).clamp(min=1.0)
     return (seconds.log() * (1 / LOG_BUCKET)).to(torch.int64).clamp(max=num_buckets - 1)
 
 

@@ -12,13 +12,19 @@ Rows past the end of a sequence belong to the next one; masks take them out, so 
 Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
+from kernels.semi_local_attention.reference import LOG_BUCKET
 from kernels.semi_local_attention.triton_tiles import BAND, CANDIDATE, ENTRY
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**30)
+LATEST = tl.constexpr(2**31 - 1)
+CELLS = tl.constexpr(2**11)  # of `time_steps`
+BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / LOG_BUCKET)
 
 
 @triton.jit
@@ -45,11 +51,69 @@ def _tanh(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _buckets(rank, position, query_time, key_time, num_positions, num_times):
-    """Entries of the two bias tables, as `reference.relative_bias`; the arguments are broadcast against each other."""
-    distance = tl.minimum(tl.maximum(rank - position, 0), num_positions - 1)
-    seconds = tl.maximum(tl.abs(query_time - key_time).to(tl.float32), 1.0)
-    return distance, tl.minimum((tl.log(seconds) * (1 / 0.301)).to(tl.int32), num_times - 1)
+def _twice_slope(half, tanh):
+    """Twice SiLU's derivative at 2 half, in three instructions; the sums of what it makes are halved at the end."""
+    rise = 1 + tanh
+    return rise + rise * (half - half * tanh)
+
+
+@triton.jit
+def spread_tables(
+    position_table, time_table,  # float32 [P], [N]
+    steps,  # int32 [CELLS, 2], of `time_steps`
+    positions,  # float32 [2 reach + 1] out: half the entry of distance i - reach
+    cells,  # int32 [CELLS, 4] out: step, half the entries below and from it on, both buckets
+    num_positions, num_times, reach, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The bias tables as the kernels look things up: without a logarithm, and a distance without its bounds."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    distance = tl.minimum(tl.maximum(i - reach, 0), num_positions - 1)
+    tl.store(positions + i, 0.5 * tl.load(position_table + distance), mask=i <= 2 * reach)
+    inside = i < CELLS
+    step, both = tl.load(steps + 2 * i, mask=inside, other=0), tl.load(steps + 2 * i + 1, mask=inside, other=0)
+    below, above = tl.minimum(both & 0xFFFF, num_times - 1), tl.minimum(both >> 16, num_times - 1)
+    place = cells + 4 * i
+    tl.store(place, step, mask=inside)
+    tl.store(place + 1, (0.5 * tl.load(time_table + below)).to(tl.int32, bitcast=True), mask=inside)
+    tl.store(place + 2, (0.5 * tl.load(time_table + above)).to(tl.int32, bitcast=True), mask=inside)
+    tl.store(place + 3, below | (above << 16), mask=inside)
+
+
+@triton.jit
+def _bias(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
+    """Half of the bias, and the time bucket; `distance` counts from `-reach`, `seconds` have a sign.
+
+    The upper 11 bits of a float, sign, exponent and two more, are a cell in which the time bucket changes at most once.
+    In assembly since `tl.load` moves to a layout of its own and back, and is pipelined like an operand.
+    """
+    if ON_GPU:
+        near = tl.inline_asm_elementwise(
+            """{ .reg .b64 place;
+            mad.wide.s32 place, $1, 4, $2;
+            ld.global.nc.f32 $0, [place]; }""",
+            "=f,r,l", [distance, positions.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        late, bucket = tl.inline_asm_elementwise(
+            """{ .reg .f32 number; .reg .b32 cell, step, below, above, both; .reg .b64 place; .reg .pred from;
+            cvt.rn.f32.s32 number, $2;
+            mov.b32 cell, number;
+            shr.u32 cell, cell, 21;
+            mad.wide.u32 place, cell, 16, $3;
+            ld.global.nc.v4.b32 {step, below, above, both}, [place];
+            setp.ge.s32 from, $2, step;
+            selp.b32 $0, above, below, from;
+            shr.u32 cell, both, 16;
+            and.b32 both, both, 65535;
+            selp.b32 $1, cell, both, from; }""",
+            "=f,=r,r,l", [seconds, cells.to(tl.int64)], dtype=(tl.float32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        near = tl.load(positions + distance)
+        place = cells + 4 * ((seconds.to(tl.float32).to(tl.int32, bitcast=True) >> 21) & (CELLS - 1))
+        stepped = seconds >= tl.load(place)
+        late = tl.where(stepped, tl.load(place + 2), tl.load(place + 1)).to(tl.float32, bitcast=True)
+        bucket = tl.where(stepped, tl.load(place + 3) >> 16, tl.load(place + 3) & 0xFFFF)
+    return near + late, bucket
 
 
 @triton.jit
@@ -171,16 +235,16 @@ def _keep(rows, low, high, keys, prefix_end, in_prefix, is_own, HAS_PREFIX: tl.c
 @triton.jit
 def forward(
     q, k, v,  # descriptors over [T, H * width], or pointers
-    position_table, time_table, event_time, query_time,  # of the bias: float32 [P], [N], int32 s [T], [T]
+    positions, cells, event_time, query_time,  # of the bias: `spread_tables`, and int32 s [T], [T]
     out,  # [T, H, V]
     partial,  # float32 [slots, H, BLOCK_M, V]
     arrived,  # int32 [slots, H], zeros
     tiles, header, visible,
     num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    num_positions, num_times, window, prefix, alpha, scale,
+    num_positions, num_times, reach, window, prefix, alpha, scale,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS  # the heads of a tile share DRAM pages
     tiles += tile * ENTRY
@@ -198,6 +262,7 @@ def forward(
     if BIAS:
         asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
         rank = tl.minimum(high + 1, rows) - start  # a candidate stands right behind what it sees
+        rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
     acc = tl.zeros((BLOCK_M, V), tl.float32)
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
         first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
@@ -206,10 +271,11 @@ def forward(
         if BIAS:
             index = first + tl.arange(0, BLOCK_N)
             happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
-            distance, bucket = _buckets(
-                rank[:, None], index[None, :] - start, asked[:, None], happened[None, :], num_positions, num_times
+            place = tl.minimum(tl.maximum(index - start, 0), reach)
+            added, _ = _bias(
+                positions, cells, rank[:, None] - place[None, :], asked[:, None] - happened[None, :], ON_GPU
             )
-            half += 0.5 * (tl.load(position_table + distance) + tl.load(time_table + bucket))
+            half += added
         weight = half + half * _tanh(half, FAST)  # SiLU
         in_prefix = i < prefix_blocks
         if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
@@ -301,53 +367,52 @@ def _add_fixed(table, index, value, per_unit, mask):
 
 
 @triton.jit
-def _add_bias_grads(
-    d_score, distance, bucket, rank, key, d_position, d_time, per_unit, num_positions, BLOCK_M: tl.constexpr,
+def _add_position_grads(
+    d_score, rank, first_rank, last_rank, near, d_position, per_unit, num_positions, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's [M, N] to the tables' gradients.
+    """Adds a tile's [M, N] along its diagonals; the distance of row r and key n is near + rank[r] - first_rank - n.
 
-    A tile's distances are a short range, its diagonals: each row is shifted until they are columns, which then add.
-    Its time buckets are few, and are summed one after another.
+    Each row is turned until equal distances, but for whole laps of N, stand below each other.
     """
-    columns: tl.constexpr = 2 * BLOCK_N
-    used = d_score != 0
-    first = tl.min(tl.min(tl.where(used, distance, FAR), 1), 0)
-    last = tl.max(tl.max(tl.where(used, distance, -1), 1), 0)
-    for begin in range(first, last + 1, columns):
-        wanted = begin + tl.arange(0, columns)
-        column = rank[:, None] - wanted[None, :] - key
-        inside = (column >= 0) & (column < BLOCK_N) & (wanted > 0)[None, :] & (wanted < num_positions - 1)[None, :]
-        shifted = tl.gather(d_score, tl.minimum(tl.maximum(column, 0), BLOCK_N - 1), 1)
-        total = tl.sum(tl.where(inside, shifted, 0.0), 0)
-        _add_fixed(d_position, wanted, total, per_unit, (wanted > 0) & (wanted < num_positions - 1))
-    nearest = tl.sum(tl.sum(tl.where(distance == 0, d_score, 0.0), 1), 0)
-    _add_fixed(d_position, 0, nearest, per_unit, first == 0)
-    farthest = tl.sum(tl.sum(tl.where(distance == num_positions - 1, d_score, 0.0), 1), 0)
-    _add_fixed(d_position, num_positions - 1, farthest, per_unit, (last == num_positions - 1) & (last > 0))
-    first = tl.min(tl.min(tl.where(used, bucket, FAR), 1), 0)
-    last = tl.max(tl.max(tl.where(used, bucket, -1), 1), 0)
-    for i in range(first, last + 1):
-        total = tl.sum(tl.sum(tl.where(bucket == i, d_score, 0.0), 1), 0)
-        _add_fixed(d_time, i, total, per_unit, last >= 0)
+    turn = tl.arange(0, BLOCK_N)
+    shift = (rank - first_rank)[:, None] - turn[None, :]
+    turned = tl.gather(d_score, shift & (BLOCK_N - 1), 1)
+    for lap in range(-1, (last_rank - first_rank) // BLOCK_N + 1):
+        total = tl.sum(tl.where((shift >= lap * BLOCK_N) & (shift < (lap + 1) * BLOCK_N), turned, 0.0), 0)
+        distance = tl.minimum(tl.maximum(near + turn + lap * BLOCK_N, 0), num_positions - 1)
+        _add_fixed(d_position, distance, total, per_unit, total != 0)
+
+
+@triton.jit
+def _time_buckets(asked_first, asked_last, happened, valid, num_times):
+    """The first and the last bucket of a tile, rather one too many: those of the ends of the rows' and keys' times."""
+    first = tl.min(tl.where(valid, happened, LATEST), 0)
+    last = tl.max(tl.where(valid, happened, -LATEST), 0)
+    longest = tl.maximum(asked_last - first, last - asked_first)
+    shortest = tl.maximum(asked_first - last, first - asked_last)
+    low = tl.log2(tl.maximum(shortest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE - 1e-3
+    high = tl.log2(tl.maximum(longest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE + 1e-3
+    return tl.minimum(tl.maximum(low, 0.0).to(tl.int32), num_times - 1), tl.minimum(high.to(tl.int32), num_times - 1)
 
 
 @triton.jit
 def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
-    position_table, time_table, event_time, query_time,
+    positions, cells, event_time, query_time,
     dq,  # [T, H, OUT_D]
     slope_q,  # [T, H, OUT_D] with SLOPE: of what made q, and dq is the gradient of what it was made of
     sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
-    d_position, d_time,  # int64 [P], [N]: sums in units of 1 / per_unit
+    d_position, d_time,  # int64 [P], [N, BLOCK_M]: sums in units of 1 / per_unit; of time, by row of a tile, so that
+    # few wait for each other
     per_unit,  # float32 [1]
     partial, arrived, tiles, header, visible,
     num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    num_positions, num_times, window, prefix, alpha, scale, stride_dq, stride_slope, stride_sums,
+    num_positions, num_times, reach, window, prefix, alpha, scale, stride_dq, stride_slope, stride_sums,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr,
-    SUMS: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
+    SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dq of a row tile, and what it adds to the gradients of the bias tables."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -367,7 +432,13 @@ def backward_queries(
     if BIAS:
         asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
         rank = tl.minimum(high + 1, rows) - start
+        rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
         unit = tl.load(per_unit)
+        first_rank, last_rank = tl.min(rank, 0), tl.max(rank, 0)
+        asked_first = tl.min(tl.where(rows < row_end, asked, LATEST), 0)
+        asked_last = tl.max(tl.where(rows < row_end, asked, -LATEST), 0)
+        range_end = tl.max(tl.where(rows < row_end, high, 0), 0) + 1
+        far = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
         first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
@@ -377,13 +448,14 @@ def backward_queries(
         if BIAS:
             index = first + tl.arange(0, BLOCK_N)
             happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
-            distance, bucket = _buckets(
-                rank[:, None], index[None, :] - start, asked[:, None], happened[None, :], num_positions, num_times
+            place = tl.minimum(tl.maximum(index - start, 0), reach)
+            added, bucket = _bias(
+                positions, cells, rank[:, None] - place[None, :], asked[:, None] - happened[None, :], ON_GPU
             )
-            half += 0.5 * (tl.load(position_table + distance) + tl.load(time_table + bucket))
+            half += added
         d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-        sigmoid = 0.5 + 0.5 * _tanh(half, FAST)
-        d_score = d_weight * (sigmoid + 2 * half * sigmoid * (1 - sigmoid))
+        tanh = _tanh(half, FAST)
+        d_score = d_weight * _twice_slope(half, tanh)
         in_prefix = i < prefix_blocks
         if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
             index = first + tl.arange(0, BLOCK_N)
@@ -391,11 +463,23 @@ def backward_queries(
             d_score = tl.where(keep, d_score, 0.0)
         if BIAS:
             inside = tl.where(rows[:, None] < row_end, d_score, 0.0)  # rows of the next tile are counted there
-            _add_bias_grads(
-                inside, distance, bucket, rank, first - start, d_position, d_time, unit, num_positions, BLOCK_M, BLOCK_N
-            )
+            near = first_rank - reach - (first - start)
+            if near - BLOCK_N >= num_positions - 2:  # the last entry's, all of them
+                far += tl.sum(inside, 1)
+            else:
+                _add_position_grads(
+                    inside, rank, first_rank, last_rank, near, d_position, unit, num_positions, BLOCK_M, BLOCK_N
+                )
+            valid = index < tl.where(is_own, row_end, range_end)
+            low_bucket, high_bucket = _time_buckets(asked_first, asked_last, happened, valid, num_times)
+            for b in range(low_bucket, high_bucket + 1):
+                by_row = tl.sum(tl.where(bucket == b, inside, 0.0), 1)
+                _add_fixed(d_time + b * BLOCK_M, tl.arange(0, BLOCK_M), by_row, unit, by_row != 0)
         acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    acc *= alpha * scale
+    if BIAS:
+        farther = tl.sum(far, 0)
+        _add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
+    acc *= 0.5 * alpha * scale
     if parts == 1:
         _store_grads(
             dq, slope_q, sums, acc, row, row_end, tile - part, head, stride_dq, stride_slope,
@@ -414,18 +498,18 @@ def backward_queries(
 @triton.jit
 def backward_keys(
     q, k, v, grad,
-    position_table, time_table, event_time, query_time,
+    positions, cells, event_time, query_time,
     dk,  # [T, H, OUT_D]
     dv,  # [T, H, OUT_V]
     slope_k, slope_v,  # [T, H, OUT_D], [T, H, OUT_V] with SLOPE, likewise
     sums,  # float32 [entries, H * OUT_D + H * OUT_V] with SUMS: of the rows of dk and dv
     partial_k, partial_v, arrived, tiles, header, visible,
     num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    num_positions, num_times, window, prefix, alpha, scale, stride_dk, stride_dv, stride_slope, stride_sums,
+    num_positions, num_times, reach, window, prefix, alpha, scale, stride_dk, stride_dv, stride_slope, stride_sums,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr,
-    SUMS: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
+    SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of [N, M] products.
 
@@ -461,6 +545,7 @@ def backward_keys(
     values = _rows(v, key, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
     if BIAS:
         happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
+        place = tl.minimum(tl.maximum(index - start, 0), reach)
     acc_k = tl.zeros((BLOCK_N, D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, V), tl.float32)
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
@@ -481,15 +566,16 @@ def backward_keys(
                 seen = tl.load(visible + target + rows - history_end, mask=is_target, other=FAR)
                 rank = tl.minimum(rank, tl.maximum(seen, 0))
             asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
-            distance, bucket = _buckets(
-                rank[None, :], index[:, None] - start, asked[None, :], happened[:, None], num_positions, num_times
+            rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
+            added, _ = _bias(
+                positions, cells, rank[None, :] - place[:, None], asked[None, :] - happened[:, None], ON_GPU
             )
-            half += 0.5 * (tl.load(position_table + distance) + tl.load(time_table + bucket))
+            half += added
         grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
         d_weight = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        sigmoid = 0.5 + 0.5 * _tanh(half, FAST)
-        weight = 2 * half * sigmoid
-        d_score = d_weight * (sigmoid + weight * (1 - sigmoid))
+        tanh = _tanh(half, FAST)
+        weight = half + half * tanh
+        d_score = d_weight * _twice_slope(half, tanh)
         masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1) | (in_band & (row + BLOCK_M - 1 - window > key))
         if VISIBLE:
             masked = masked | (row + BLOCK_M > history_end)
@@ -512,7 +598,7 @@ def backward_keys(
             d_score = tl.where(keep, d_score, 0.0)
         acc_v = tl.dot(weight.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
         acc_k = tl.dot(d_score.to(query.dtype), query, acc_k, input_precision=PRECISION)
-    acc_k *= alpha * scale
+    acc_k *= 0.5 * alpha * scale
     acc_v *= scale
     if parts == 1:
         _store_grads(

@@ -16,11 +16,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import next_power_of_2
 from kernels.semi_local_attention import triton_kernels, triton_tiles
-from kernels.semi_local_attention.reference import RelativeBias, whole_seconds
+from kernels.semi_local_attention.reference import LOG_BUCKET, RelativeBias, time_bucket, whole_seconds
 
 SPLIT_PROGRAMS = 576  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
 ENTRY = triton_tiles.ENTRY.value
+CELLS = triton_kernels.CELLS.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,11 +238,11 @@ class Problem:
             flags = causal, plan.target_visible is not None
         else:
             has_prefix = plan.prefix > 0 and plan.window is not None
-            sizes = plan.num_tokens, *strides, *(self.tables or (1, 1)), plan.window or 0, plan.prefix
+            sizes = plan.num_tokens, *strides, *(self.tables or (1, 1)), plan.max_seq_len, plan.window or 0, plan.prefix
             flags = has_prefix, plan.num_targets is not None, plan.target_visible is not None, self.tables is not None
         # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs share an entry
         fast = half and self.on_gpu and not (self.tables and name == "backward_queries")
-        how = self.hopper, fast, "ieee"
+        how = (self.hopper, fast, "ieee") if cached else (self.hopper, fast, "ieee", self.on_gpu)
         shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
         strides_out, how_out = (), ()
         if grads is not None:
@@ -308,14 +309,48 @@ def make_problem(
 class BiasInputs:
     """A `RelativeBias` as the kernels read it."""
 
-    position_table: Tensor  # float32
-    time_table: Tensor
+    positions: Tensor  # float32, as `spread_tables` leaves them
+    cells: Tensor  # int32
     event_time: Tensor  # int32, s
     query_time: Tensor
 
     @property
     def all(self) -> tuple[Tensor, ...]:
-        return self.position_table, self.time_table, self.event_time, self.query_time
+        return self.positions, self.cells, self.event_time, self.query_time
+
+
+@cache
+def time_steps(device: torch.device) -> Tensor:
+    """int32 [CELLS, 2]: the seconds, sign included, at which the time bucket changes within a cell, and the buckets
+    below and from there on, in the lower and upper 16 bits. A cell is the upper 11 bits of the seconds as float32."""
+    cell = torch.arange(CELLS // 2, dtype=torch.int32, device=device)
+
+    def first_of(cell: Tensor) -> Tensor:
+        begin = (cell.clamp(max=(127 + 31) << 2) << 21).view(torch.float32)  # no second is beyond 2**31
+        return begin.double().ceil()
+
+    first = first_of(cell)
+    last = torch.maximum(first_of(cell + 1) - 1, first)
+    below, above = (time_bucket(x, 2**15) for x in (first, last))
+    step = torch.where(above > below, (above.double() * LOG_BUCKET).exp().ceil(), 2.0**31 - 1).to(torch.int64)
+    forward, backward = torch.stack([step, below | above << 16], 1), torch.stack([1 - step, above | below << 16], 1)
+    return torch.cat([forward, backward]).to(torch.int32)
+
+
+def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
+    """`reach`: no distance between positions is longer."""
+    position_table, time_table = (x.detach().float().contiguous() for x in (bias.position_table, bias.time_table))
+    device = position_table.device
+    positions = torch.empty(2 * reach + 1, dtype=torch.float32, device=device)
+    cells = torch.empty(CELLS, 4, dtype=torch.int32, device=device)
+    block = 512
+    triton_kernels.spread_tables[(-(-max(CELLS, len(positions)) // block),)](
+        position_table, time_table, time_steps(device), positions, cells, len(position_table), len(time_table), reach,
+        BLOCK=block,
+    )  # fmt: skip
+    event_time = whole_seconds(bias.event_time_T)
+    query_time = event_time if bias.query_time_T is None else whole_seconds(bias.query_time_T)
+    return BiasInputs(positions, cells, event_time, query_time)
 
 
 def launch_forward(problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None) -> Tensor:
@@ -347,10 +382,14 @@ def launch_backward_queries(
     if bias is None:
         launch.launch(operands, *(launch.unused,) * 4, *outs, *(launch.unused,) * 3)
         return None, None, launch.row_sums.sum(0) if summed else None
-    sums = [torch.zeros(len(t), dtype=torch.int64, device=dq.device) for t in (bias.position_table, bias.time_table)]
+    assert problem.tables is not None
+    num_positions, num_times = problem.tables
+    sums = torch.zeros(num_positions + num_times * launch.tile.rows, dtype=torch.int64, device=dq.device)
+    of_position, of_time = sums.tensor_split([num_positions])
     per_unit = _units(problem, grad, v)
-    launch.launch(operands, *bias.all, *outs, *sums, per_unit)
-    d_position, d_time = ((x * (problem.scale / per_unit.double())).float() for x in sums)
+    launch.launch(operands, *bias.all, *outs, of_position, of_time, per_unit)
+    of_time = of_time.view(num_times, launch.tile.rows).sum(1)
+    d_position, d_time = ((x * (0.5 * problem.scale / per_unit.double())).float() for x in (of_position, of_time))
     return d_position, d_time, launch.row_sums.sum(0) if summed else None
 
 
@@ -360,7 +399,8 @@ def _row_stride(x: Tensor | None) -> int:
 
 def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
     """How many units of the whole-number sums of the bias gradients make 1.0: no sum of all pairs can pass 2**62."""
-    largest = grad.abs().amax().float() * v.abs().amax().float() * (1.1 * problem.d_v)  # 1.1: the slope of SiLU
+    grad_max, v_max = (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (grad, v))
+    largest = grad_max * v_max * (2.2 * problem.d_v)  # 2.2: twice SiLU's slope, as the kernels have it
     pairs = problem.plan.num_tokens * problem.plan.max_seq_len * problem.heads
     return (2.0**62 / (largest * pairs).clamp(min=1e-18)).reshape(1)
 
@@ -425,16 +465,9 @@ def semi_local_attention_triton(
         return v_THV.new_empty(v_THV.shape, dtype=out_dtype)
     inputs, tables = None, None
     if bias is not None:
-        asked = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
-        inputs = BiasInputs(
-            bias.position_table.float().contiguous(),
-            bias.time_table.float().contiguous(),
-            whole_seconds(bias.event_time_T),
-            whole_seconds(asked),
-        )
-        tables = len(bias.position_table), len(bias.time_table)
+        inputs, tables = spread_bias(bias, plan.max_seq_len), (len(bias.position_table), len(bias.time_table))
     problem, operands = make_problem((q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables, out_dtype)
-    learned = (None, None) if inputs is None else (inputs.position_table, inputs.time_table)
+    learned = (None, None) if bias is None else (bias.position_table, bias.time_table)
     if torch.is_grad_enabled():
         out = _TritonAttention.apply(*operands, *learned, problem, inputs)
     else:
