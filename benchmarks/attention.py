@@ -2,6 +2,7 @@
 
     python -m benchmarks.attention                       # parity and times, writes benchmarks/runs/attention.json
     python -m benchmarks.attention --parity-only
+    python -m benchmarks.attention --checked FILE        # parity as `benchmarks.gpu_check --out FILE` has just found it
     TRITON_INTERPRET=1 python -m benchmarks.attention --smoke   # without a GPU: tiny calls, no times
     python -m benchmarks.attention --cpu                 # the blocked form against the dense one, attention_cpu.json
     python -m benchmarks.attention --report FILE ...     # tables and plots into benchmarks/RESULTS.md
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_parity import SEMI_LOCAL, Case, cached_inputs, make_batch, parity_checks
-from benchmarks.gpu import DEVICE, TOKENS, Timer, host_us, parity, time_ceilings, versions
+from benchmarks.gpu import DEVICE, TOKENS, Timer, found_in, host_us, parity, time_ceilings, versions
 from kernels.semi_local_attention.op import cached_attention, semi_local_attention
 from kernels.semi_local_attention.reference import RelativeBias
 
@@ -248,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "attention.json")
     parser.add_argument("--parity-only", action="store_true")
+    parser.add_argument("--checked", type=Path, metavar="FILE", help="parity as `benchmarks.gpu_check --out` found it")
     parser.add_argument("--smoke", action="store_true", help="tiny calls, in Triton's interpreter too")
     parser.add_argument("--no-softmax", action="store_true", help="leave PyTorch's attention out")
     parser.add_argument("--cpu", action="store_true", help="time the CPU's blocked form, and do nothing else")
@@ -267,23 +269,26 @@ def main() -> None:
         smoke()
         return
     compiled = [] if arguments.parity_only else [(compile_case, case) for case in timed_cases().values()]
-    problems = parity([*parity_checks(), *compiled])
+    checks = [] if arguments.checked else parity_checks()
+    checked = found_in(arguments.checked, "attention") if arguments.checked else {"cases": len(checks), "wrong": []}
+    problems = parity([*checks, *compiled])
     if arguments.parity_only:
         raise SystemExit(bool(problems))
-    found: dict = {"machine": versions(), "parity": {"cases": len(parity_checks()), "wrong": problems}}
+    found: dict = {"machine": versions(), "parity": checked | {"wrong": checked["wrong"] + problems}}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for section, numbers in measure(arguments.no_softmax):
-        found[section] = numbers
+        found.setdefault(section, {}).update(numbers)
         arguments.out.write_text(json.dumps(found, indent=1))  # what is measured stays, whatever comes after
         print(section, json.dumps(numbers), flush=True)
     raise SystemExit(bool(problems))
 
 
 def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
-    """Section by section, name and numbers."""
-    timer = Timer()
-    ours = {name: time_ours(timer, case) for name, case in timed_cases().items()}
-    yield "ours", ours
+    """Names of sections, and numbers of theirs, as they come."""
+    timer, ours = Timer(), {}
+    for name, case in timed_cases().items():
+        ours[name] = time_ours(timer, case)
+        yield "ours", {name: ours[name]}
     yield "cached", time_cached(timer)
     yield "lists", time_lists(timer)
     yield "host_us", host_times()
@@ -297,7 +302,7 @@ def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
     for n in (16384, 8192, 4096, 1024):
         softmax[f"cuDNN causal {n}"] = time_softmax(timer, n, sdpa("CUDNN_ATTENTION"))
         softmax[f"flash causal {n}"] = time_softmax(timer, n, sdpa("FLASH_ATTENTION"))
-    yield "softmax", softmax
+        yield "softmax", softmax
     cudnn = softmax["cuDNN causal 16384"]
     cases = [(kind, way) for kind in ("semi-local", "causal") for way in ways]
     yield "over_cudnn", {f"{kind} {way}": ours[f"{kind} 16384"][way] / cudnn[way] for kind, way in cases}

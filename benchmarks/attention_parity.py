@@ -25,11 +25,15 @@ class Case:
     d_qk: int = 128
     d_v: int = 128
     bias: bool = False
+    gap_ms: int = 7_200_000  # with a bias, events are up to so far apart
+    asked_ms: int = 0  # and rows ask about times up to three times this before or after their own
     dtype: str = "bfloat16"
 
     def __str__(self) -> str:
         shown = f"{len(self.lengths)} sequences" if len(self.lengths) > 4 else str(list(self.lengths))
-        extra = f"{' visible ' + self.visible if self.visible else ''}{' bias' if self.bias else ''}"
+        extra = f"{' visible ' + self.visible if self.visible else ''}"
+        if self.bias:
+            extra += f" bias, {self.gap_ms} ms apart, asked {self.asked_ms} ms off"
         return f"{self.dtype} {shown} targets {self.num_targets} {self.mask} {self.heads}x{self.d_qk}x{self.d_v}{extra}"
 
 
@@ -64,8 +68,9 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
     bias = None
     if case.bias:
         tables = (torch.randn(n, generator=draws, device=DEVICE, dtype=torch.float64) for n in (500, 129))
-        times = torch.randint(0, 7_200_000, (total,), generator=draws, device=DEVICE).cumsum(0)
-        bias = RelativeBias(*tables, times)
+        times = torch.randint(0, case.gap_ms, (total,), generator=draws, device=DEVICE).cumsum(0)
+        off = (torch.arange(total, device=DEVICE) % 7 - 3) * case.asked_ms
+        bias = RelativeBias(*tables, times, times + off if case.asked_ms else None)
     return Batch(*tensors, offsets, options, bias)
 
 
@@ -109,6 +114,9 @@ def parity_cases() -> list[Case]:
         cases += [Case(*x, heads=2, d_qk=d, d_v=d, dtype=dtype) for x in some for d in (128, 50)]
     cases += [Case(*x, heads=2, d_qk=64, d_v=64, bias=True) for x in some]
     cases += [Case((2500, 300), (500, 3), semi, heads=2, d_qk=50, d_v=50, bias=True)]
+    cases += [Case(*x, heads=2, bias=True) for x in some]
+    days = replace(Case((1100, 63), (100, 3), heads=2, d_qk=64, d_v=64, bias=True), asked_ms=3_000_000)
+    cases += [days, replace(days, gap_ms=16 * 86_400_000, asked_ms=2**36), replace(days, gap_ms=500, asked_ms=0)]
     return cases
 
 
@@ -174,4 +182,8 @@ def smoke_checks() -> list[Check]:
     triton_launch.SPLIT_PROGRAMS = 4
     tiny = Case((21, 0, 9), (3, 0, 9), {"window": 4, "full_rows": 3, "prefix": 1}, "random", 1, 16, 16, dtype="float32")
     biased = replace(tiny, mask={}, visible="", bias=True)
-    return [(check_parity, tiny), (check_parity, biased), (check_cached, torch.float32, (20, 0, 7), (5, 1, 2), 1, 16)]
+    days = replace(biased, gap_ms=16 * 86_400_000, asked_ms=2**36)
+    return [
+        *((check_parity, case) for case in (tiny, biased, days)),
+        (check_cached, torch.float32, (20, 0, 7), (5, 1, 2), 1, 16),
+    ]

@@ -4,6 +4,7 @@ Without a GPU they can be tried, not measured: `TRITON_INTERPRET=1 python -m ben
 checks and calls in Triton's interpreter, where a time is no time (`nan`).
 """
 
+import json
 import math
 import os
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +133,17 @@ def no_waiting(of: Backend = "triton") -> Iterator[None]:
     finally:
         if DEVICE == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+
+
+def found_in(path: Path, *suites: str) -> dict[str, Any]:
+    """What `benchmarks.gpu_check --out` wrote about these suites: the number of checks, and what was wrong."""
+    found = json.loads(path.read_text())["parity"]
+    if missing := [name for name in suites if name not in found]:
+        raise SystemExit(f"{path} has no {missing}: run `python -m benchmarks.gpu_check --only {' '.join(suites)}`")
+    return {
+        "cases": sum(found[name]["cases"] for name in suites),
+        "wrong": [line for name in suites for line in found[name]["wrong"]],
+    }
 
 
 def name_of(check: Check) -> str:

@@ -1,19 +1,21 @@
 """Every kernel's parity on the GPU at hand, within a time: the first thing to run on a new machine.
 
-    python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention]
+    python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention] [--out FILE]
     TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that checks and benchmarks run at all
 
 Prints a line for each check that fails and one for each that found no time; ends with 1 if there is any. What has run
-least on GPUs goes first. Then, without paying for parity again: `python -m benchmarks.layer --no-parity --only rows
-host_us training_step`, and `--parity-only` of a benchmark for its own checks alone.
+least on GPUs goes first. Then, without paying for parity again: `python -m benchmarks.layer --checked FILE`, and so
+`benchmarks.attention`; `--parity-only` of a benchmark is for its own checks alone.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 
 from benchmarks import attention, attention_parity, layer, layer_parity, tables, tables_parity
-from benchmarks.gpu import DEVICE, Check, no_waiting, parity
+from benchmarks.gpu import DEVICE, Check, name_of, no_waiting, parity, versions
 from benchmarks.model import model_config, random_batch, vocabulary
 from pipeline.model.ultra_hstu import UltraHSTU
 from pipeline.train.loop import Trainee
@@ -103,14 +105,23 @@ SMOKE = {
 }
 
 
+def of_suite(checks: list[Check], wrong: list[str]) -> dict[str, object]:
+    names = tuple(f"{name_of(check)}: " for check in checks)
+    return {"cases": len(checks), "wrong": [line for line in wrong if line.startswith(names)]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=220, help="after which no further check is begun")
     parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES), metavar="SUITE")
     parser.add_argument("--smoke", action="store_true", help="tiny checks and calls, in Triton's interpreter too")
+    parser.add_argument("--out", type=Path, help="what was found, by suite, as JSON for --checked of the benchmarks")
     arguments = parser.parse_args()
-    suites = SMOKE if arguments.smoke else SUITES
-    wrong = parity([check for name in arguments.only for check in suites[name]()], arguments.seconds)
+    suites = {name: (SMOKE if arguments.smoke else SUITES)[name]() for name in arguments.only}
+    wrong = parity([check for checks in suites.values() for check in checks], arguments.seconds)
+    if arguments.out:
+        found = {name: of_suite(checks, wrong) for name, checks in suites.items()}
+        arguments.out.write_text(json.dumps({"machine": versions(), "parity": found}, indent=1) + "\n")
     if arguments.smoke:
         for benchmark in (layer, tables, attention):
             benchmark.smoke()

@@ -2,6 +2,7 @@
 
     python -m benchmarks.layer                           # parity and times, writes benchmarks/runs/layer.json
     python -m benchmarks.layer --parity-only
+    python -m benchmarks.layer --checked FILE            # parity as `benchmarks.gpu_check --out FILE` has just found it
     python -m benchmarks.layer --no-parity --only rows host_us      # these sections, into the same file
     TRITON_INTERPRET=1 python -m benchmarks.layer --smoke    # without a GPU: tiny calls, no times
     python -m benchmarks.layer --report FILE             # its section of benchmarks/RESULTS.md
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu import DEVICE, TOKENS, Timer, copy_ms, host_us, parity, time_ceilings, versions
+from benchmarks.gpu import DEVICE, TOKENS, Timer, copy_ms, found_in, host_us, parity, time_ceilings, versions
 from benchmarks.layer_parity import (
     CAUSAL,
     LAYER,
@@ -123,8 +124,9 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
 def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str, dict[str, float]]:
     """ms and TB/s of the row kernels, each input read and each output written once, beside copies of as many bytes."""
     options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
-    x, norm, d = (torch.randn(tokens, width, **options) for _ in range(3))
-    uvqk, w, b = torch.randn(tokens, 4 * width, **options), norm[0], norm[1]
+    x, d, passed = (torch.randn(tokens, width, **options) for _ in range(3))
+    uvqk = torch.randn(tokens, 4 * width, **options)
+    w, b = (torch.randn(width, device=DEVICE) for _ in range(2))  # float32 as in training
     u, du = uvqk[:, :width], torch.empty_like(uvqk)[:, :width]
     gate: dict[str, Any] = {"eps": 1e-6, "concat_ua": False, "seed": 0}
     one = x.nbytes
@@ -134,7 +136,7 @@ def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str,
         "norm + gate": (3 * one, lambda: launch_norm_gate(x, u, w, b, **gate, p=0.0)),
         "norm + gate, dropout": (3 * one, lambda: launch_norm_gate(x, u, w, b, **gate, p=0.1)),
         "norm + gate + quantise": (2.5 * one, lambda: launch_norm_gate(x, u, w, b, **gate, p=0.0, out=False, fp8=True)),
-        "norm backward + residual": (4 * one, lambda: launch_layer_norm_backward(d, x, d, w, 1e-6)),
+        "norm backward + residual": (4 * one, lambda: launch_layer_norm_backward(d, x, passed, w, 1e-6)),
         "norm + gate backward, Y again": (
             6 * one,
             lambda: launch_norm_gate_backward(d, x, u, w, b, du, **gate, p=0.1, out=True),
@@ -271,7 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "layer.json")
     parser.add_argument("--parity-only", action="store_true")
-    parser.add_argument("--no-parity", action="store_true", help="where `benchmarks.gpu_check` has just passed")
+    parser.add_argument("--no-parity", action="store_true", help="without parity, and what the file says of it stays")
+    parser.add_argument("--checked", type=Path, metavar="FILE", help="parity as `benchmarks.gpu_check --out` found it")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--smoke", action="store_true", help="tiny calls, in Triton's interpreter too")
     parser.add_argument("--report", type=Path, help="write RESULTS.md from this run, and do nothing else")
@@ -284,13 +287,16 @@ def main() -> None:
     if arguments.smoke:
         smoke()
         return
-    problems = [] if arguments.no_parity else parity(parity_checks())
+    skipped = arguments.no_parity or arguments.checked
+    problems = [] if skipped else parity(parity_checks())
     if arguments.parity_only:
         raise SystemExit(bool(problems))
     partial = len(arguments.only) < len(SECTIONS) and arguments.out.exists()
     found: dict = json.loads(arguments.out.read_text()) if partial else {}
     found["machine"] = versions()
-    if not arguments.no_parity:
+    if arguments.checked:
+        found["parity"] = found_in(arguments.checked, "tokens", "layer")
+    elif not skipped:
         found["parity"] = {"cases": len(parity_checks()), "wrong": list(problems)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     timer = Timer()

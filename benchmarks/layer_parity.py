@@ -14,6 +14,8 @@ from kernels.layer_norm.reference import quantize_rows_reference
 from kernels.layer_norm.triton_launch import launch_quantize
 from kernels.linear.reference import linear_reference
 from kernels.linear.triton_launch import launch_linear
+from kernels.norm_gate.reference import norm_gate_reference
+from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.position_time.op import add_position_time
 from kernels.position_time.reference import Anchor
 from kernels.semi_local_attention import triton_launch
@@ -141,8 +143,45 @@ def check_fused_fp8() -> str | None:
         to_emulated, of_fp8 = ((a.double() - b).norm() / t.norm() for a, b in ((f, e), (e, t)))
         if not to_emulated <= 0.5 * of_fp8 + 0.01:
             return f"FP8 layer, result {i}: {to_emulated:.4f} from its emulation, which is {of_fp8:.4f} from float64"
-    kept = run(case, torch.bfloat16, "triton", ())
-    return None if all(torch.equal(a, b) for a, b in zip(fast, kept, strict=True)) else "FP8: recompute changes bits"
+    return None
+
+
+def check_fp8_recompute(case: Case) -> str | None:
+    """What a layer makes again in backward, without codes beside it, is what forward made with them."""
+    kept = run(case, case.dtype, "triton", ())
+    for recompute in (("y",), ("normed_x",), ("uvqk", "y"), RECOMPUTABLE):
+        again = run(case, case.dtype, "triton", recompute)
+        if not all(torch.equal(a, b) for a, b in zip(kept, again, strict=True)):
+            return f"recompute={recompute} changes the result"
+    return None
+
+
+def check_gate(rows: int, width: int, p: float, dtype: torch.dtype, concat_ua: bool = False) -> str | None:
+    """Y, made twice, and all gradients, with float32 weights as in training."""
+    options: dict[str, Any] = {"eps": 1e-6, "concat_ua": concat_ua, "p": p, "seed": 77}
+    a, wide = (randn(rows, n, dtype=dtype, seed=n) for n in (width, 4 * width))
+    weights, u = [randn(width, seed=seed) + (seed == 2) for seed in (2, 3)], wide[:, :width]
+    grad = randn(rows, width * (3 if concat_ua else 1), dtype=dtype, seed=4)
+
+    def fused() -> list[Tensor]:
+        y, du = launch_norm_gate(a, u, *weights, **options)[0], torch.empty_like(wide)[:, :width]
+        da, again, *sums = launch_norm_gate_backward(grad, a, u, *weights, du, **options, out=True)
+        assert y is not None and again is not None
+        return [y, again, da, du, *sums]
+
+    def plain(dtype: torch.dtype, of_weights: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (a, u)]
+        leaves += [x.to(of_weights, copy=True).requires_grad_() for x in weights]
+        y = norm_gate_reference(*leaves, **options)
+        da, du, *sums = torch.autograd.grad(y, leaves, grad.to(dtype))
+        return [y.detach(), y.detach(), da, du, *sums, du.to(of_weights).sum(0)]
+
+    fast, second = fused(), fused()
+    if not torch.equal(fast[0], fast[1]):
+        return "Y made again is another"
+    if not all(torch.equal(x, y) for x, y in zip(fast, second, strict=True)):
+        return "two runs differ"
+    return strays(fast, plain(dtype, torch.float32), plain(torch.float64, torch.float64))
 
 
 def product_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,12 +252,17 @@ def check_position_time(
     return strays(fast, plain, truth)
 
 
+# For loops with several steps under way: programs that have no step, fewer than that, as many, and more.
+STAGED_ROWS = (5, 529, 1057, 1585, 5283, 12_345)
+
+
 def token_checks() -> list[Check]:
     """The token encoder's kernels."""
     half, single = (torch.bfloat16, torch.float16), torch.float32
     checks: list[Check] = []
     for kind in ("plain", "gate"):
         sizes = [(4000, 512), (4000, 1024), (1, 16), (777, 72), (50, 2500), (0, 64)]
+        sizes += [(rows, 512) for rows in STAGED_ROWS]
         checks += [(check_norm, kind, *size, torch.bfloat16) for size in sizes]
         checks += [(check_norm, kind, 777, 256, dtype) for dtype in (torch.float16, single)]
     for places in PLACES:
@@ -232,7 +276,16 @@ def token_checks() -> list[Check]:
 
 def layer_checks() -> list[Check]:
     products: list[Check] = [(check_fp8, width, rows) for width in (512, 1024, 80) for rows in (1, 1000)]
-    return [*((check_layer, case) for case in parity_cases()), *products, (check_fused_fp8,)]
+    half, single = (torch.bfloat16, torch.float16), torch.float32
+    gates: list[Check] = [(check_gate, rows, 512, p, half[0]) for rows in STAGED_ROWS for p in (0.0, 0.2)]
+    gates += [(check_gate, *size, 0.2, half[0]) for size in ((777, 72), (3001, 1024), (300, 2048), (50, 2500))]
+    gates += [(check_gate, 3001, 512, 0.2, half[0], True), (check_gate, 777, 256, 0.2, half[1])]
+    gates += [(check_gate, *size, 0.2, single) for size in ((3001, 512), (300, 2048), (777, 50))]
+    fp8 = Case(replace(LAYER, fp8=True), p=0.2)
+    narrow = replace(LAYER, num_heads=2, d_qk=64, d_v=32, window=100, full_rows=50, prefix=2, fp8=True)
+    eights = [fp8, replace(fp8, shape=replace(LAYER, concat_ua=True, fp8=True)), Case(narrow, width=96)]
+    codes: list[Check] = [(check_fp8_recompute, case) for case in eights]
+    return [*((check_layer, case) for case in parity_cases()), *products, (check_fused_fp8,), *codes, *gates]
 
 
 def parity_checks() -> list[Check]:
@@ -245,6 +298,7 @@ def smoke_checks() -> list[Check]:
     tiny = replace(LAYER, num_heads=1, d_qk=16, d_v=16, window=4, full_rows=3, recompute=RECOMPUTABLE)
     return [
         (check_layer, Case(tiny, 16, (17, 0), (3, 0), 0.2, torch.float32)),
+        (check_gate, 19, 32, 0.2, torch.float32),
         (check_norm, "plain", 9, 24, torch.float32),
         (check_norm, "gate", 9, 24, torch.float32),
         (check_position_time, "spread", 30, 16, (8, 6), "event", torch.float32),

@@ -96,11 +96,11 @@ def main() -> None:
         found[f"sm_90 {name} 128 semi-local"] = build(name, 90, 128, banded, **everything)
         if causal != banded:
             found[f"sm_90 {name} 128 causal"] = build(name, 90, 128, causal)
-        if name == "backward_keys":
+        if name != "forward":
             found[f"sm_90 {name} 32"] = build(name, 90, 32, narrow, **everything)
         found[f"sm_80 {name} 128"] = build(name, 80, 128, ampere, **everything)
-    biased = tile_sizes("forward", 64, banded=False, max_seq_len=1024, hopper=True, half=True, biased=True)
-    found["sm_90 forward 64 bias"] = build("forward", 90, 64, biased, CANDIDATES=True, BIAS=True)
+        biased = tile_sizes(name, 128, banded=False, max_seq_len=1024, hopper=True, half=True, biased=True)
+        found[f"sm_90 {name} 128 bias"] = build(name, 90, 128, biased, BIAS=True, SLOPE=False, SUMS=False, **everything)
     cached = tile_sizes("forward", 128, banded=False, max_seq_len=4096, hopper=True, **options)
     found["sm_90 forward_cached 128"] = build("forward_cached", 90, 128, cached)
     print(json.dumps(found, indent=1))

@@ -120,19 +120,21 @@ def main() -> None:
         kind = f"{'fp8 ' * fp8}{'silu' if silu else 'residual'}{' slope' * slope}"
         arch = 90 if hopper else 80
         found[f"sm_{arch} linear {kind}"] = build_linear(arch, tile, fp8=fp8, silu=silu, slope=slope)
-    codes = {"out_fp8": "*fp8e4nv"}
+    codes, mixed = {"out_fp8": "*fp8e4nv"}, {"weight": "*fp32", "bias": "*fp32"}  # as in training
     gate = {"CONCAT": False, "DROPOUT": True, "OUT": True}
     rowwise = [
         ("layer_norm forward", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": False}, {}),
         ("layer_norm forward codes", layer_norm.norm_forward, FORWARD, {"OUT": False, "FP8": True}, codes),
         ("layer_norm forward both", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": True}, codes),
         ("layer_norm quantize", layer_norm.quantize, FORWARD, {}, codes),
-        ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, {}),
+        ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, mixed),
         ("layer_norm swish forward", layer_norm.swish_forward, FORWARD, {}, {}),
-        ("layer_norm swish backward", layer_norm.swish_backward, SWISH_BACKWARD, {}, {}),
+        ("layer_norm swish backward", layer_norm.swish_backward, SWISH_BACKWARD, {}, mixed),
         ("norm_gate forward codes", norm_gate.gate_forward, GATE_FORWARD, {**gate, "OUT": False, "FP8": True}, codes),
         ("norm_gate forward both", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": True}, codes),
         ("norm_gate backward", norm_gate.gate_backward, GATE_BACKWARD, gate, {}),
+        ("norm_gate forward, float32 weights", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": False}, mixed),
+        ("norm_gate backward, float32 weights", norm_gate.gate_backward, GATE_BACKWARD, gate, mixed),
     ]
     for name, kernel, rows, constants, given in rowwise:
         for width in (512, 1024) if "swish" in name else (512,):

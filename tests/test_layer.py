@@ -235,6 +235,9 @@ def test_builds_use_tensor_cores_and_do_not_spill(builds):
             assert (build["bulk_copies"] > 0) == hopper, name
             assert build["shared"] <= (227 if hopper else 163) * 1024, name
         assert build["stack"] <= 256, f"{name}: spills"
+        if name.endswith(("backward 512", "weights 512")):
+            assert build["stack"] == 0, f"{name}: spills"
+            assert build["shared"] <= 28 * 1024, f"{name}: 8 programs must fit on a multiprocessor"
         assert build["atomics"] == 0, f"{name}: sums would depend on timing"
         if name.endswith("sum_runs"):
             assert build["wgmma" if name.startswith("sm_90") else "mma"] > 0, name
@@ -244,5 +247,5 @@ def test_builds_use_tensor_cores_and_do_not_spill(builds):
 def test_rows_made_again_are_added_in_the_same_order(builds, kind):
     """With codes beside them or without, in forward or again in backward: else recompute would change bits."""
     found = {name: build["row_sums"] for name, build in builds.items() if kind in name}
-    assert len(found) == 3
+    assert len(found) >= 3
     assert len({layout for layouts in found.values() for layout in layouts}) == 1, found

@@ -11,14 +11,15 @@ from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.layer_norm import triton_kernels
 
 FP8 = torch.float8_e4m3fn
+LONGEST_STAGED = 4096  # bytes of a row: several of longer ones would fill a multiprocessor's shared memory
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of a program and their warps where a row is at most 512 long; longer rows are fewer, and have more warps.
 
-    `per_sm` and `stages`: of a kernel that sums over rows, programs on a multiprocessor and rows on their way to each.
-    Measured on an H100 (benchmarks/NOTES.md).
+    `per_sm` and `stages`: of a kernel that sums over rows, programs on a multiprocessor and steps of its loop that are
+    under way at once. Measured on an H100 (benchmarks/NOTES.md).
     """
 
     rows: int
@@ -33,13 +34,18 @@ class Rows:
         longer = max(1, block // 512)
         return max(1, self.rows // longer), block, min(8, self.warps * max(1, longer // self.rows))
 
+    def stages_of(self, x_TE: Tensor) -> int:
+        """1 for rows of no whole vectors too: copied ahead under a mask, such rows came out wrong in attention."""
+        width = x_TE.shape[1]
+        return self.stages if width % 16 == 0 and width * x_TE.element_size() <= LONGEST_STAGED else 1
+
     def programs(self, device: torch.device) -> int:
         """A number of the device's, so that sums repeat on it."""
         return _multiprocessors(device) * self.per_sm
 
 
-FORWARD, BACKWARD = Rows(2, 1), Rows(2, 2, per_sm=8)
-SWISH_BACKWARD = Rows(1, 1, per_sm=16)  # as the gate's, which is as heavy; not measured
+FORWARD, BACKWARD = Rows(2, 1), Rows(2, 2, per_sm=6, stages=3)
+SWISH_BACKWARD = Rows(1, 1, per_sm=4, stages=3)
 
 
 @cache
@@ -89,7 +95,7 @@ def launch_layer_norm_backward(
     rows, block, warps = BACKWARD.of(width)
     launch(
         triton_kernels.norm_backward, programs, (d_out, x_TE, d_residual, weight, dx, partial), (num_rows,),
-        (width, x_TE.stride(0), eps), (rows, block, d_residual is not None, BACKWARD.stages),
+        (width, x_TE.stride(0), eps), (rows, block, d_residual is not None, BACKWARD.stages_of(x_TE)),
         device=x_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, passed = partial.sum(0).unbind(0)
@@ -120,7 +126,8 @@ def launch_swish_backward(
     rows, block, warps = SWISH_BACKWARD.of(width)
     launch(
         triton_kernels.swish_backward, programs, (d_out, x_TE, weight, bias, dx, partial), (num_rows,),
-        (width, x_TE.stride(0), eps), (rows, block, SWISH_BACKWARD.stages), device=x_TE.device, num_warps=warps,
+        (width, x_TE.stride(0), eps), (rows, block, SWISH_BACKWARD.stages_of(x_TE)),
+        device=x_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias = partial.sum(0).unbind(0)
     return dx, d_weight, d_bias

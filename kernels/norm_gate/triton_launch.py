@@ -9,7 +9,7 @@ from kernels.norm_gate import triton_kernels
 from kernels.norm_gate.reference import dropout_threshold
 
 # One shape for both: only then are a row's sums added in one order, and Y made again is Y to the last bit.
-FORWARD = BACKWARD = Rows(1, 1, per_sm=16)
+FORWARD = BACKWARD = Rows(1, 1, per_sm=8, stages=4)
 
 
 def launch_norm_gate(
@@ -43,11 +43,12 @@ def launch_norm_gate_backward(
     programs = BACKWARD.programs(a_TE.device)
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=a_TE.device)
     rows, block, warps = BACKWARD.of(width)
+    stages = 1 if concat_ua else BACKWARD.stages_of(a_TE)  # five rows a step spill as it is
     strides = a_TE.stride(0), u_TE.stride(0), du.stride(0)
     launch(
         triton_kernels.gate_backward, programs, (d_out, a_TE, u_TE, weight, bias, da, du, y, partial),
         (num_rows, seed), (width, *strides, dropout_threshold(p), 1 / (1 - p), eps),
-        (rows, block, concat_ua, p > 0, out, BACKWARD.stages), device=a_TE.device, num_warps=warps,
+        (rows, block, concat_ua, p > 0, out, stages), device=a_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, of_gate = partial.sum(0).unbind(0)
     return da, y, d_weight, d_bias, of_gate

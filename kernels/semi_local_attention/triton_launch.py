@@ -46,11 +46,12 @@ def tile_sizes(kernel: str, width: int, *, half: bool, banded: bool, biased: boo
         causal = Tile(128, 64, 8, 2) if kernel == "forward" else Tile(64, 64, 8, 2)
         return Tile(64, 32, 4, 2) if banded and kernel == "forward" else causal
     if biased and hopper and width <= 128:
-        return {"forward": Tile(64, 64, 4, 2), "backward_queries": Tile(64, 32, 4, 2)}.get(kernel, Tile(32, 64, 4, 2))
+        return {"forward": Tile(64, 64, 4, 2), "backward_queries": Tile(64, 32, 4, 2)}.get(kernel, Tile(32, 64, 4, 3))
     if width > 128 or not hopper:
         return Tile(32, 32, 4, 2) if width > 128 else Tile(64, 32, 4, 2)
     if width <= 64:
-        return Tile(64, 64, 4, 3)
+        stages = {"backward_queries": 4, "backward_keys": 2} if width <= 32 else {}
+        return Tile(64, 64, 4, stages.get(kernel, 3))
     if kernel == "backward_queries" and not banded and max_seq_len >= 1024:
         return Tile(128, 64, 8, 3)
     if kernel.startswith("backward"):
