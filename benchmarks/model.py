@@ -270,9 +270,10 @@ def main() -> None:
         write_section("model", section(runs[0] | {"models": measured}))
         return
     sizes = {name: getattr(options, name) for name in ("events", "candidates", "layers", "heads", "width", "repeats")}
+    other = [f"--{name} {size}" for name, size in sizes.items() if size != parser.get_default(name)]
     found: dict[str, dict[str, dict[str, float]]] = {}
     run = {
-        "command": "python -m benchmarks.model",
+        "command": " ".join(["python -m benchmarks.model", *other]),
         "environment": environment(options.device),
         "sizes": sizes,
         "models": found,
