@@ -19,7 +19,6 @@ class Job:
     """What a job was asked to do."""
 
     cfg: config.RunConfig
-    dry_run: bool
     options: argparse.Namespace
 
 
@@ -61,7 +60,7 @@ def run(
             planned = {"plan": plan(cfg) if plan else {}}  # what belongs together, a table say, on one line
             print(yaml.safe_dump(planned, sort_keys=False, default_flow_style=None, width=200).rstrip())
             return
-        main(Job(cfg, options.dry_run, options))
+        main(Job(cfg, options))
     except config.UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

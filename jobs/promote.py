@@ -18,7 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(job: cli.Job) -> None:
     with mlflow_server(job.cfg):
-        version = job.options.version or registry.register_trained(job.cfg)
+        version = job.options.version
+        if version is None:
+            version = registry.register_trained(job.cfg)
         decision = registry.promote(job.cfg, version, job.options.validated_by)
     print(f"version={version} {decision.reason}")
     if not decision.promoted:

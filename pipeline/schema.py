@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 MAX_ACTIONS = 31  # bits of an int32 action mask, the sign bit left alone
-DERIVED_REQUEST_COLUMNS = ("hour",)  # computed from event_time by collate, never stored
+DAY_MS = 24 * 3600 * 1000
 
 LOG_REQUIRED: dict[str, pa.DataType] = {"user_id": pa.int64(), "item_id": pa.int64(), "event_time": pa.int64()}
 LOG_OPTIONAL: dict[str, pa.DataType] = {

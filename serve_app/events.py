@@ -19,11 +19,11 @@ import pyarrow as pa
 
 from pipeline import config
 from pipeline.config import RunConfig
+from pipeline.schema import DAY_MS
 from serve_app.history import HistoryStore, sequence_row
 from serve_app.schemas import Event, EventsRequest, EventsResponse, EventStatus, Refusal
 
 BUSY_TIMEOUT_S = 30.0  # for a writer's turn; a commit takes one fsync
-MS_PER_DAY = 86_400_000
 NO_REQUEST = np.iinfo(np.int64).max  # rows of one time without a request_id are one request, as in the builder
 TABLE = """
 CREATE TABLE IF NOT EXISTS event (
@@ -216,7 +216,7 @@ class LiveHistory:
         """What the sequences have no place for in events that the schema allows, if anything."""
         if len(request.events) > self.max_events:
             return Refusal.of(["body", "events"], f"at most {self.max_events} events", len(request.events))
-        latest = int(time.time() * 1000) + MS_PER_DAY
+        latest = int(time.time() * 1000) + DAY_MS
         actions = self.cfg.source.actions
         for i, event in enumerate(request.events):
             if not self.earliest_ms <= event.event_time <= latest:

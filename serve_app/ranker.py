@@ -22,13 +22,13 @@ from pipeline.model.artifact import LoadedModel
 from pipeline.model.cached import HistoryCache, encode_history, score_candidates
 from pipeline.model.cuda_graph import GraphedScorer
 from pipeline.model.quantize import as_served
+from pipeline.schema import DAY_MS
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history import HistoryStore, histories, sequence_row
 from serve_app.history_cache import HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal
 
 NO_USER = -1  # in no vocabulary: the codes of an unknown user
-MS_PER_DAY = 86_400_000
 LONG_HISTORY = 2048  # rows: beyond where kernels choose other tiles
 
 
@@ -103,7 +103,7 @@ class Ranker:
         limits, head = self.limits, request.head
         if len(request) > limits.max_candidates:
             return _refuse(["candidates"], f"at most {limits.max_candidates} candidates", len(request))
-        latest = int(time.time() * 1000) + MS_PER_DAY
+        latest = int(time.time() * 1000) + DAY_MS
         if not self.earliest_ms <= head.request_time_ms <= latest:
             rule = f"request_time_ms must be in ms since 1970, between {self.earliest_ms} and a day from now ({latest})"
             return _refuse(["request_time_ms"], rule, head.request_time_ms)

@@ -139,7 +139,7 @@ def test_the_job_trains_every_variant_and_fails_on_one_without_effect(local_ray:
     publish_sequences(cfg)
     options = argparse.Namespace(only=["full_rows_0"], split="val")
     with pytest.raises(UserError, match="full_rows_0 changes nothing: masked_pair_share"):
-        jobs.ablation.main(cli.Job(cfg, False, options))
+        jobs.ablation.main(cli.Job(cfg, options))
     table = (cfg.run_dir / "ablation" / "ablation.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["whole", "full_rows_0"]
     with mlflow_server(cfg):

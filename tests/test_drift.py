@@ -15,6 +15,7 @@ from tiny_world import publish_sequences, tiny_config
 
 from pipeline.config import DriftConfig
 from pipeline.data import drift, store
+from pipeline.schema import DAY_MS
 
 HISTOGRAM = st.lists(st.integers(0, 1000), min_size=5, max_size=5).map(np.array)
 
@@ -60,7 +61,7 @@ def test_only_the_newest_days(tmp_path: Path):
     rows = publish_sequences(cfg).to_pylist()
     manifest = store.read_manifest(cfg.sequence_dir)
     found = drift.profile(cfg.sequence_dir, manifest, days=2)
-    since = manifest.last_event_ms - 2 * drift.DAY_MS
+    since = manifest.last_event_ms - 2 * DAY_MS
     recent = [
         sum(time > since and not untimed for time, untimed in zip(row["event_time"], row["order_only"], strict=True))
         for row in rows

@@ -19,9 +19,10 @@ from pipeline.config import DriftConfig, RunConfig, UserError
 from pipeline.data import drift, maintenance, report, sequences, store
 from pipeline.data.compaction import read_retired
 from pipeline.data.forgotten import read_forgotten
-from pipeline.data.maintenance import DAY_MS, compact, forget
+from pipeline.data.maintenance import compact, forget
 from pipeline.data.sequences import build_sequences
 from pipeline.data.workers import Workers
+from pipeline.schema import DAY_MS
 from serve_app.events import SqliteEvents
 from serve_app.history import PublishedSequences
 from serve_app.schemas import Event

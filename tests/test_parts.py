@@ -19,9 +19,9 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data import parts, sequences, store
 from pipeline.data.sequences import build_sequences
 from pipeline.data.workers import Workers
+from pipeline.schema import DAY_MS
 from tests.test_sequences import NOON, ROOT, config_for, here, log
 
-DAY_MS = 24 * 3600 * 1000
 __all__ = ["here"]
 
 

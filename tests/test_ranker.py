@@ -159,7 +159,8 @@ def test_unknown_items_and_users_are_scored_and_counted(world: tuple[Ranker, Use
     assert answer.unknown_items == 2
     assert answer.unknown_user
     assert answer.history_length == 0
-    assert answer.scores["is_click"][1] == answer.scores["is_click"][2]
+    alike = answer.scores["is_click"][1:]
+    assert alike[0] == pytest.approx(alike[1], rel=1e-6), "one row; a matrix product may round its rows differently"
     (known,) = rank(ranker, RankRequest.model_validate({"user_id": 5, "candidates": asked}))
     assert not known.unknown_user
 

@@ -14,7 +14,8 @@ from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.data.sequences import build_sequences
 from pipeline.data.sources import files, import_logs, open_logs
-from pipeline.data.sources.parquet import count_rows, parquet_files, read_schema
+from pipeline.data.sources.files import count_rows
+from pipeline.data.sources.parquet import parquet_files, read_schema
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, SyntheticConfig, UserError
 from pipeline.data.cleaning import LogRules, check_columns, normalise, row_digest
 from pipeline.data.sources import import_logs, open_logs, plan_import, synthetic
 from pipeline.data.sources.kuairand import ACTIONS
+from pipeline.schema import DAY_MS
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data" / "kuairand_pure_subset"
@@ -105,8 +106,6 @@ def test_kuairand_refuses_actions_and_folders_that_it_does_not_know(tmp_path: Pa
 
 
 # Importing once
-
-DAY_MS = 24 * 3600 * 1000
 
 
 def small_synthetic(folder: Path, **changes: object) -> RunConfig:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from pipeline.config.values import S3, parse_time, require, split_s3
+from pipeline.schema import MAX_ACTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require(len(self.actions) > 0, "source.actions", self.actions, "at least one action column")
-        require(len(self.actions) <= 31, "source.actions", self.actions, "at most 31 action columns")
+        most = f"at most {MAX_ACTIONS} action columns"
+        require(len(self.actions) <= MAX_ACTIONS, "source.actions", self.actions, most)
         names = [*self.actions, *self.request_columns]
         require(len(set(names)) == len(names), "source.actions + source.request_columns", names, "free of repeats")
         if self.kind != "synthetic":

@@ -14,7 +14,7 @@ from pipeline.config.model import ChannelConfig, ModelConfig
 from pipeline.config.operate import RayConfig, ServeConfig, TrackingConfig
 from pipeline.config.train import EvaluateConfig, TrainConfig
 from pipeline.config.values import ConfigError, build, require
-from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED
+from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, MAX_ACTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class RunConfig:
         ):
             rule = f"empty without a table of {side}s (source.{side}s)"
             require(not columns or known, f"features.{side}", list(columns), rule)
-        bits, most = self.num_action_bits, 31
+        bits, most = self.num_action_bits, MAX_ACTIONS
         require(bits <= most, "features.watch_seconds + features.watch_shares", bits, f"{most} bits with the actions")
         anchored = self.model.time_anchor == "query"
         rule = "request where model.time_anchor is query: a row of a shared pass has one place, not one per request"

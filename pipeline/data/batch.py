@@ -41,9 +41,7 @@ class SequenceBatch:
     gap_ms: Tensor  # int64 [T]
     user_codes: Tensor  # int32 [B, user columns]: `features.user` in order
     max_seq_len: int  # longest sequence
-    target_visible: Tensor | None = (
-        None  # int32 [C]: the candidate sees uih tokens 0..target_visible-1; None: all of it
-    )
+    target_visible: Tensor | None = None  # int32 [C]: the candidate sees uih tokens 0..target_visible-1; None: all
     dense: Tensor | None = None  # float32 [C, F]: rates and counts, `features.dense`
     labels: Tensor | None = None  # float32 [C, tasks]
     label_weight: Tensor | None = None  # float32 [C, tasks], 0 where the action is unknown

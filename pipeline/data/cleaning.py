@@ -221,9 +221,8 @@ def _list_bits(column: pa.Array) -> np.ndarray:
     owner = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(owner)) - (ends - lengths)[owner]
     values = mix(_bits(column.flatten()) + mix(place.astype(np.uint64)))
-    sums = np.concatenate(
-        [np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)]
-    )  # wraps around, and so do differences
+    # Sums wrap around, and so do their differences.
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
 
 

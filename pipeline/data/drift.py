@@ -17,8 +17,8 @@ from pipeline.config import DriftConfig, UserError
 from pipeline.data import store
 from pipeline.data.arrow import flat_column, list_offsets
 from pipeline.data.store import Manifest
+from pipeline.schema import DAY_MS
 
-DAY_MS = 24 * 3600 * 1000
 MAX_LOG_LENGTH = 63
 
 

@@ -39,9 +39,8 @@ class FeatureMaps:
     # feature that is not the user's own the counts of its groups, by step of `features.dense_step_minutes`.
     row_rates: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, LabelCounts] = field(default_factory=dict)
-    item_duration_ms: np.ndarray = field(
-        default_factory=lambda: np.zeros(0)
-    )  # float64 [I + 1], 0 unknown; if asked for
+    # float64 [I + 1], 0 where unknown; empty where nothing asks for it.
+    item_duration_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
         return _rows(self.item_ids, item_id)

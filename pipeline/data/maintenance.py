@@ -28,10 +28,9 @@ from pipeline.data.sources.imported import read_import_report
 from pipeline.data.statistics import merge
 from pipeline.data.store import Bucket, Manifest
 from pipeline.data.workers import Workers, workers
+from pipeline.schema import DAY_MS
 
 logger = logging.getLogger(__name__)
-
-DAY_MS = 24 * 3600 * 1000
 
 
 def published_with(cfg: RunConfig) -> Manifest:

@@ -125,7 +125,7 @@ def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
     yield Source(digest, first, len(groups), rows)
 
 
-def write_part(work: Work, rules: LogRules, folder: Path, forgotten: Forgotten = Forgotten()) -> Part:  # noqa: B008
+def write_part(work: Work, rules: LogRules, folder: Path, forgotten: Forgotten) -> Part:
     """Read, check and sort by bucket what `work` names; the part is there when this returns."""
     left_out = 0
     with PartWriter(folder, work.name, rules) as writer:

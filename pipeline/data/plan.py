@@ -18,14 +18,7 @@ from pipeline.data import store
 from pipeline.data.examples import Examples, UserEvents, cut_histories, user_events, whole_examples
 from pipeline.data.sampling import LoadPlan, stochastic_cuts
 
-SETTINGS = (
-    "seed",
-    "source",
-    "split",
-    "tasks",
-    "train",
-)  # the sections that decide how many examples and draws there are
-
+SETTINGS = ("seed", "source", "split", "tasks", "train")  # what decides how many examples and draws there are
 ROW_BYTES = 65  # of `UserEvents`, request columns left out: seven int64, two int32 and a bool
 EXAMPLE_BYTES = 65  # of `Examples`, `LoadPlan` and the order
 

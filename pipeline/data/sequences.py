@@ -34,16 +34,15 @@ from pipeline.data.forgotten import read_forgotten
 from pipeline.data.parts import Part, find_part, plan_parts, write_part
 from pipeline.data.side_tables import side_files, write_side_table
 from pipeline.data.sources import LogFiles, open_logs
-from pipeline.data.sources.files import CONNECTIONS, file_digest, file_stamp, total_bytes
-from pipeline.data.sources.parquet import count_rows, read_schema
+from pipeline.data.sources.files import CONNECTIONS, count_rows, file_digest, file_stamp, total_bytes
+from pipeline.data.sources.parquet import read_schema
 from pipeline.data.statistics import Statistics, hints, merge
 from pipeline.data.store import Bucket, Manifest
 from pipeline.data.workers import Workers, workers
-from pipeline.schema import log_schema
+from pipeline.schema import DAY_MS, log_schema
 
 logger = logging.getLogger(__name__)
 
-DAY_MS = 24 * 3600 * 1000
 MB = 2**20
 BUCKET_MEMORY = 256 * MB  # of building one, where `sequences.num_buckets` leaves their number to us
 MUCH_MEMORY = 4 * BUCKET_MEMORY  # worth a warning: logs have been appended for long, or a user has very many rows

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.cleaning import REASON, SOURCE_ROW, LogRules, unit_hint
+from pipeline.schema import DAY_MS
 
 if TYPE_CHECKING:
     from pipeline.data.build import BuiltBucket
 
-DAY_MS = 24 * 3600 * 1000
 SAMPLES = 5  # quarantined rows shown per reason
 HEAVIEST = 5  # users shown with their rows
 DOUBLES = ("exact_duplicate", "key_duplicate")  # reasons of rows that are good by themselves

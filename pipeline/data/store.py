@@ -78,10 +78,6 @@ class Manifest:
     kept_since_ms: int | None = None  # rows from before were dropped when the parts were last compacted
     schema_version: int = SCHEMA_VERSION
 
-    @property
-    def quarantined_rows(self) -> int:
-        return sum(self.quarantined.values())
-
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The published version at `folder`.

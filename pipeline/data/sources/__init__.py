@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.config import RunConfig, SideTable
 from pipeline.data.sources import kuairand, parquet, synthetic
+from pipeline.data.sources.files import count_rows
 from pipeline.data.sources.imported import ImportReport, LogFiles, import_once, read_import_report
 from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, ROW_DIGEST
 
@@ -25,7 +26,7 @@ def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
     """
     if cfg.source.kind == "parquet":
         files = open_logs(cfg).files
-        return ImportReport(kind="parquet", rows=parquet.count_rows(files), files=files)
+        return ImportReport(kind="parquet", rows=count_rows(files), files=files)
     return import_once(cfg, WRITERS[cfg.source.kind], overwrite)
 
 

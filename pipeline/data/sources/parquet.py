@@ -5,9 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.config import SourceConfig, UserError
-from pipeline.data.sources.files import count_rows, file_stamp, list_files, open_parquet
-
-__all__ = ["column_mapping", "count_rows", "file_stamp", "open_parquet", "parquet_files", "read_schema"]
+from pipeline.data.sources.files import list_files, open_parquet
 
 
 def parquet_files(key: str, path: str | Path) -> list[str]:

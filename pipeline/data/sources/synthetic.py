@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.config import RunConfig, SyntheticConfig, UserError, parse_time
 from pipeline.data.sources import lasting
 from pipeline.data.sources.imported import ImportReport
+from pipeline.schema import DAY_MS
 
 ACTIONS = ("is_click", "long_view", "is_like")
 REQUEST_COLUMNS = ("tab",)
@@ -36,7 +37,6 @@ OPEN_AT_FIRST = 0.4
 SESSION_SHARE = 0.2  # of requests that open a session: 5 requests each on average
 SESSION_GAP_MS = 6 * 3600 * 1000
 REQUEST_GAP_MS = 40 * 1000
-DAY_MS = 24 * 3600 * 1000
 USERS_AT_ONCE = 2**20  # whose lengths are worked out together
 
 
