@@ -3,7 +3,6 @@
 from jobs import cli
 from pipeline.config import RunConfig
 from pipeline.data import maintenance
-from pipeline.schema import DAY_MS
 
 
 def main(job: cli.Job) -> None:
@@ -16,8 +15,7 @@ def main(job: cli.Job) -> None:
 
 def plan(cfg: RunConfig) -> dict[str, object]:
     manifest = maintenance.published_with(cfg)
-    days = cfg.sequences.keep_days
-    since_ms = None if days is None else manifest.last_event_ms - days * DAY_MS
+    since_ms = maintenance.oldest_kept_ms(cfg, manifest)
     return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}
 
 

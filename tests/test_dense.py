@@ -11,7 +11,8 @@ import torch
 from tiny_world import publish_sequences, tiny_config
 
 from pipeline import config
-from pipeline.config import DenseFeature, RunConfig
+from pipeline.config import DenseFeature, RunConfig, UserError
+from pipeline.data import features
 from pipeline.data.batch import SequenceBatch
 from pipeline.data.counts import LabelCounts
 from pipeline.data.dense import dense_width
@@ -101,6 +102,17 @@ def test_every_training_and_validation_row_against_loops(world: tuple[RunConfig,
         expected = [expected_feature(rows[row], rows, feature, cfg) for row in chosen]
         assert np.ptp(expected, axis=0).min() > 0.1, "a feature that does not differ proves nothing"
         np.testing.assert_allclose(got[:, i * width : (i + 1) * width], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_more_groups_than_are_told_apart_are_refused(
+    world: tuple[RunConfig, pa.Table, FeatureMaps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, _, maps = world
+    groups = maps.num_groups(["item_id", "tab"], cfg)
+    assert groups == (len(maps.item_ids) + 1) * maps.vocab_sizes["request.tab"]
+    monkeypatch.setattr(features, "MOST_GROUPS", groups - 1)
+    with pytest.raises(UserError, match=r"features\.dense\.item_tab\.by: \['item_id', 'tab'\] have .* combinations"):
+        fit_features(cfg)
 
 
 def test_a_row_without_a_real_time_carries_nothing(world: tuple[RunConfig, pa.Table, FeatureMaps]) -> None:

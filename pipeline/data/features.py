@@ -5,6 +5,7 @@ The maps are saved beside the weights, and the server looks codes up in them and
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.data.search import places
 
 HOURS = np.arange(24, dtype=np.int64)
 MS_PER_MINUTE = 60_000
+MOST_GROUPS = 2**40  # of a dense feature: numbers of users times numbers of groups stay within int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,23 @@ class FeatureMaps:
         group, known = np.zeros(len(item_rows), np.int64), np.ones(len(item_rows), bool)
         for name in by:
             if name == "item_id":
-                code, size = item_rows, len(self.item_ids) + 1
+                code = item_rows
             elif name in cfg.features.item:
-                column = 1 + list(cfg.features.item).index(name)
-                code, size = self.item_codes[item_rows, column], self.vocab_sizes[f"item.{name}"]
+                code = self.item_codes[item_rows, 1 + list(cfg.features.item).index(name)]
             else:
-                code, size = _rows(self.request_values[name], request[name]), self.vocab_sizes[f"request.{name}"]
-            group = group * size + code
+                code = _rows(self.request_values[name], request[name])
+            group = group * self._num_codes(name, cfg) + code
             known &= code > 0
         return np.where(known, group, 0)
+
+    def num_groups(self, by: Sequence[str], cfg: RunConfig) -> int:
+        """The numbers of `groups` are below this."""
+        return math.prod(self._num_codes(name, cfg) for name in by)
+
+    def _num_codes(self, name: str, cfg: RunConfig) -> int:
+        if name == "item_id":
+            return len(self.item_ids) + 1
+        return self.vocab_sizes[f"item.{name}" if name in cfg.features.item else f"request.{name}"]
 
     def frozen(self) -> "FeatureMaps":
         """With the counts of the whole training period: what evaluation and serving need."""
@@ -172,6 +182,13 @@ def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
 
 def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
     """The maps with what `features.dense` counts over the training period."""
+    for name, feature in cfg.features.dense.items():
+        groups = maps.num_groups([column for column in feature.by if column != "user"], cfg)
+        if groups > MOST_GROUPS:
+            raise UserError(
+                f"features.dense.{name}.by: {list(feature.by)} have {groups:,} combinations of values, more than the "
+                f"{MOST_GROUPS:,} that are told apart"
+            )
     shared = {name: feature for name, feature in cfg.features.dense.items() if not feature.live}
     parts: dict[str, list[LabelCounts]] = {name: [] for name in shared}
     totals = {feature.rows: np.zeros(2 * len(cfg.tasks), np.int64) for feature in cfg.features.dense.values()}

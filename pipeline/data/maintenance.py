@@ -66,13 +66,11 @@ def compact(cfg: RunConfig) -> Manifest:
     Raises:
         UserError: nothing is published, it was built with other settings, or all rows are too old.
     """
-    folder, days = cfg.sequence_dir, cfg.sequences.keep_days
+    folder = cfg.sequence_dir
     with sequences.locked(folder):
         published = published_with(cfg)
         parts = sequences.held_parts(folder, published)
-        since_ms = published.kept_since_ms
-        if days is not None:
-            since_ms = max(published.last_event_ms - days * DAY_MS, since_ms or 0)
+        since_ms = oldest_kept_ms(cfg, published)
         work = plan_gathering(parts, published.retired, published.num_buckets, since_ms)
         if len(parts) <= len(work) and since_ms == published.kept_since_ms:
             logger.info("%d parts are few enough, and no rows are too old: nothing to do", len(parts))
@@ -91,6 +89,12 @@ def compact(cfg: RunConfig) -> Manifest:
         store.remove_unnamed(folder, [manifest, *map(for_readers, before)])
         logger.info("%d parts in place of %d", len(now), len(parts))
         return manifest
+
+
+def oldest_kept_ms(cfg: RunConfig, published: Manifest) -> int | None:
+    """Compaction drops rows from before; None: it drops none. What was dropped once does not come back."""
+    days, since_ms = cfg.sequences.keep_days, published.kept_since_ms
+    return since_ms if days is None else max(published.last_event_ms - days * DAY_MS, since_ms or 0)
 
 
 def for_readers(manifest: Manifest) -> Manifest:
