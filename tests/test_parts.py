@@ -1,6 +1,7 @@
 """Builds that go on: after a kill, with a new day of logs, with files and rows that come again."""
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data import parts, sequences, store
+from pipeline.data.buckets import find_record
 from pipeline.data.sequences import build_sequences
 from pipeline.data.workers import Workers
 from pipeline.schema import DAY_MS
@@ -90,6 +92,20 @@ def test_a_part_that_was_cut_off_is_no_part(here: None, tmp_path: Path):
     build_sequences(cfg, overwrite=True)
     again = folder(tmp_path, "again", day(0), day(1))
     assert build_sequences(again).digest == store.read_manifest(cfg.sequence_dir).digest
+
+
+def test_what_another_version_of_this_code_left_is_made_again(here: None, tmp_path: Path):
+    cfg = folder(tmp_path, "a", day(0))
+    manifest = build_sequences(cfg)
+    for file, inside in ((f"parts/{manifest.parts[0]}.json", "sources"), (manifest.records[0], "statistics")):
+        path = cfg.sequence_dir / file
+        raw = json.loads(path.read_text())
+        (raw[inside][0] if inside == "sources" else raw[inside])["a_field_of_later"] = 1
+        path.write_text(json.dumps(raw))
+    assert parts.find_part(cfg.sequence_dir, manifest.parts[0]) is None
+    assert find_record(cfg.sequence_dir, manifest.records[0]) is None
+    assert build_sequences(cfg, overwrite=True) == manifest
+    assert find_record(cfg.sequence_dir, manifest.records[0]) is not None
 
 
 def test_rows_of_files_that_are_gone_stay(here: None, tmp_path: Path):

@@ -107,8 +107,7 @@ def find_record(folder: Path, file: str) -> Record | None:
         raw = json.loads((folder / file).read_text())
         bucket, quarantine = (raw[name] and Bucket(**raw[name]) for name in ("bucket", "quarantine"))
         whole = all((folder / e.file).stat().st_size == e.bytes for e in (bucket, quarantine) if e)
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        record = Record(raw["number"], bucket, quarantine, Statistics(**raw["statistics"]))
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # TypeError: fields of another version
         return None
-    if not whole:
-        return None
-    return Record(raw["number"], bucket, quarantine, Statistics(**raw["statistics"]))
+    return record if whole else None

@@ -235,19 +235,18 @@ def find_part(folder: Path, name: str) -> Part | None:
     try:
         raw = json.loads(path.read_text())
         whole = path.with_suffix(".arrow").stat().st_size == raw["bytes"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        part = Part(
+            name=raw["name"],
+            sources=tuple(Source(**source) for source in raw["sources"]),
+            rows=raw["rows"],
+            bytes=raw["bytes"],
+            broken=raw["broken"],
+            batches={int(bucket): tuple(batches) for bucket, batches in raw["batches"].items()},
+            bucket_rows={int(bucket): rows for bucket, rows in raw["bucket_rows"].items()},
+        )
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # TypeError: fields of another version
         return None
-    if not whole:
-        return None
-    return Part(
-        name=raw["name"],
-        sources=tuple(Source(**source) for source in raw["sources"]),
-        rows=raw["rows"],
-        bytes=raw["bytes"],
-        broken=raw["broken"],
-        batches={int(bucket): tuple(batches) for bucket, batches in raw["batches"].items()},
-        bucket_rows={int(bucket): rows for bucket, rows in raw["bucket_rows"].items()},
-    )
+    return part if whole else None
 
 
 @contextmanager
