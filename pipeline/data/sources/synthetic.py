@@ -165,13 +165,11 @@ def make_rows(
     session_owner = asker[np.flatnonzero(np.diff(session, prepend=-1))]
     interest = own[session_owner, _draw(prior[session_owner], rng)][session][request]
     tab = rng.integers(NUM_TABS, size=len(request_time))[request]
-    if planted is not None:
-        tab = np.where(planted.thread >= 0, NUM_TABS + planted.thread, tab)
     liked = category == own[owner, 0]
     habit = rng.normal(0, 0.5, len(lengths))[owner]
     actions, watch_ms = _actions(catalogue, item, tab, category == interest, liked, habit, rng)
     if planted is not None:
-        actions |= planted.actions
+        actions[lasting.ACTION] = planted.action
     columns = {
         "user_id": first_user + owner,
         "item_id": item,
@@ -266,7 +264,7 @@ def _actions(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The three actions, int8 [rows], and the watch time."""
     appeal, duration = catalogue.appeal[item], catalogue.duration_ms[item]
-    click = _happens(-1.6 + 2.0 * interested + appeal + habit + 0.3 * (tab % NUM_TABS), rng)
+    click = _happens(-1.6 + 2.0 * interested + appeal + habit + 0.3 * tab, rng)
     long_view = _happens(-2.0 + 1.5 * click + 1.2 * interested - 0.5 * (np.log(duration) - 10), rng)
     like = _happens(-4.5 + 1.5 * click + 2.0 * liked + 0.5 * appeal, rng)
     watched = np.where(long_view, rng.uniform(0.6, 1.2, len(item)), rng.uniform(0, 0.4, len(item)))
@@ -278,7 +276,7 @@ def _happens(log_odds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _checked(cfg: RunConfig) -> SyntheticConfig:
-    actions = (*ACTIONS, *lasting.ACTIONS) if cfg.source.synthetic.lasting_categories else ACTIONS
+    actions = (*ACTIONS, lasting.ACTION) if cfg.source.synthetic.lasting_categories else ACTIONS
     for key, names, known in (
         ("actions", cfg.source.actions, actions),
         ("request_columns", cfg.source.request_columns, REQUEST_COLUMNS),
