@@ -194,7 +194,8 @@ def main() -> None:
         f"`{runs[0]['command']}` on {', '.join(sorted(machines))}; figures in `{folder}`. "
         f"{options.split.capitalize()} rows, mean ± standard deviation over seeds. An example is a labelled row; "
         "training FLOP are three times those of a forward pass at the lengths that stochastic length drew; a step's "
-        "time is that of one of several runs at once. Differences are of the same seed.",
+        "time is that of one of several runs that shared the device and its host, no more than a hint. Differences are "
+        "of the same seed.",
         metrics_table(options.runs, options.names, options.split),
     ]
     if options.predictions:
