@@ -12,19 +12,14 @@ Rows past the end of a sequence belong to the next one; masks take them out, so 
 Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
-from kernels.semi_local_attention.reference import LOG_BUCKET
+from kernels.semi_local_attention.triton_bias import LATEST, add_fixed, add_position_grads, bias_of, time_buckets
 from kernels.semi_local_attention.triton_tiles import BAND, CANDIDATE, ENTRY
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**30)
-LATEST = tl.constexpr(2**31 - 1)
-CELLS = tl.constexpr(2**11)  # of `time_steps`
-BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / LOG_BUCKET)
 
 
 @triton.jit
@@ -55,65 +50,6 @@ def _twice_slope(half, tanh):
     """Twice SiLU's derivative at 2 half, in three instructions; the sums of what it makes are halved at the end."""
     rise = 1 + tanh
     return rise + rise * (half - half * tanh)
-
-
-@triton.jit
-def spread_tables(
-    position_table, time_table,  # float32 [P], [N]
-    steps,  # int32 [CELLS, 2], of `time_steps`
-    positions,  # float32 [2 reach + 1] out: half the entry of distance i - reach
-    cells,  # int32 [CELLS, 4] out: step, half the entries below and from it on, both buckets
-    num_positions, num_times, reach, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The bias tables as the kernels look things up: without a logarithm, and a distance without its bounds."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    distance = tl.minimum(tl.maximum(i - reach, 0), num_positions - 1)
-    tl.store(positions + i, 0.5 * tl.load(position_table + distance), mask=i <= 2 * reach)
-    inside = i < CELLS
-    step, both = tl.load(steps + 2 * i, mask=inside, other=0), tl.load(steps + 2 * i + 1, mask=inside, other=0)
-    below, above = tl.minimum(both & 0xFFFF, num_times - 1), tl.minimum(both >> 16, num_times - 1)
-    place = cells + 4 * i
-    tl.store(place, step, mask=inside)
-    tl.store(place + 1, (0.5 * tl.load(time_table + below)).to(tl.int32, bitcast=True), mask=inside)
-    tl.store(place + 2, (0.5 * tl.load(time_table + above)).to(tl.int32, bitcast=True), mask=inside)
-    tl.store(place + 3, below | (above << 16), mask=inside)
-
-
-@triton.jit
-def _bias(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
-    """Half of the bias, and the time bucket; `distance` counts from `-reach`, `seconds` have a sign.
-
-    The upper 11 bits of a float, sign, exponent and two more, are a cell in which the time bucket changes at most once.
-    In assembly since `tl.load` moves to a layout of its own and back, and is pipelined like an operand.
-    """
-    if ON_GPU:
-        near = tl.inline_asm_elementwise(
-            """{ .reg .b64 place;
-            mad.wide.s32 place, $1, 4, $2;
-            ld.global.nc.f32 $0, [place]; }""",
-            "=f,r,l", [distance, positions.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-        late, bucket = tl.inline_asm_elementwise(
-            """{ .reg .f32 number; .reg .b32 cell, step, below, above, both; .reg .b64 place; .reg .pred from;
-            cvt.rn.f32.s32 number, $2;
-            mov.b32 cell, number;
-            shr.u32 cell, cell, 21;
-            mad.wide.u32 place, cell, 16, $3;
-            ld.global.nc.v4.b32 {step, below, above, both}, [place];
-            setp.ge.s32 from, $2, step;
-            selp.b32 $0, above, below, from;
-            shr.u32 cell, both, 16;
-            and.b32 both, both, 65535;
-            selp.b32 $1, cell, both, from; }""",
-            "=f,=r,r,l", [seconds, cells.to(tl.int64)], dtype=(tl.float32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        near = tl.load(positions + distance)
-        place = cells + 4 * ((seconds.to(tl.float32).to(tl.int32, bitcast=True) >> 21) & (CELLS - 1))
-        stepped = seconds >= tl.load(place)
-        late = tl.where(stepped, tl.load(place + 2), tl.load(place + 1)).to(tl.float32, bitcast=True)
-        bucket = tl.where(stepped, tl.load(place + 3) >> 16, tl.load(place + 3) & 0xFFFF)
-    return near + late, bucket
 
 
 @triton.jit
@@ -272,7 +208,7 @@ def forward(
             index = first + tl.arange(0, BLOCK_N)
             happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
             place = tl.minimum(tl.maximum(index - start, 0), reach)
-            added, _ = _bias(
+            added, _ = bias_of(
                 positions, cells, rank[:, None] - place[None, :], asked[:, None] - happened[None, :], ON_GPU
             )
             half += added
@@ -361,42 +297,6 @@ def forward_cached(
 
 
 @triton.jit
-def _add_fixed(table, index, value, per_unit, mask):
-    """Whole numbers add to the same sum in every order; floats do not."""
-    tl.atomic_add(table + index, tl.floor(value * per_unit + 0.5).to(tl.int64), mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _add_position_grads(
-    d_score, rank, first_rank, last_rank, near, d_position, per_unit, num_positions, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Adds a tile's [M, N] along its diagonals; the distance of row r and key n is near + rank[r] - first_rank - n.
-
-    Each row is turned until equal distances, but for whole laps of N, stand below each other.
-    """
-    turn = tl.arange(0, BLOCK_N)
-    shift = (rank - first_rank)[:, None] - turn[None, :]
-    turned = tl.gather(d_score, shift & (BLOCK_N - 1), 1)
-    for lap in range(-1, (last_rank - first_rank) // BLOCK_N + 1):
-        total = tl.sum(tl.where((shift >= lap * BLOCK_N) & (shift < (lap + 1) * BLOCK_N), turned, 0.0), 0)
-        distance = tl.minimum(tl.maximum(near + turn + lap * BLOCK_N, 0), num_positions - 1)
-        _add_fixed(d_position, distance, total, per_unit, total != 0)
-
-
-@triton.jit
-def _time_buckets(asked_first, asked_last, happened, valid, num_times):
-    """The first and the last bucket of a tile, rather one too many: those of the ends of the rows' and keys' times."""
-    first = tl.min(tl.where(valid, happened, LATEST), 0)
-    last = tl.max(tl.where(valid, happened, -LATEST), 0)
-    longest = tl.maximum(asked_last - first, last - asked_first)
-    shortest = tl.maximum(asked_first - last, first - asked_last)
-    low = tl.log2(tl.maximum(shortest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE - 1e-3
-    high = tl.log2(tl.maximum(longest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE + 1e-3
-    return tl.minimum(tl.maximum(low, 0.0).to(tl.int32), num_times - 1), tl.minimum(high.to(tl.int32), num_times - 1)
-
-
-@triton.jit
 def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
     positions, cells, event_time, query_time,
@@ -449,7 +349,7 @@ def backward_queries(
             index = first + tl.arange(0, BLOCK_N)
             happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
             place = tl.minimum(tl.maximum(index - start, 0), reach)
-            added, bucket = _bias(
+            added, bucket = bias_of(
                 positions, cells, rank[:, None] - place[None, :], asked[:, None] - happened[None, :], ON_GPU
             )
             half += added
@@ -467,18 +367,18 @@ def backward_queries(
             if near - BLOCK_N >= num_positions - 2:  # the last entry's, all of them
                 far += tl.sum(inside, 1)
             else:
-                _add_position_grads(
+                add_position_grads(
                     inside, rank, first_rank, last_rank, near, d_position, unit, num_positions, BLOCK_M, BLOCK_N
                 )
             valid = index < tl.where(is_own, row_end, range_end)
-            low_bucket, high_bucket = _time_buckets(asked_first, asked_last, happened, valid, num_times)
+            low_bucket, high_bucket = time_buckets(asked_first, asked_last, happened, valid, num_times)
             for b in range(low_bucket, high_bucket + 1):
                 by_row = tl.sum(tl.where(bucket == b, inside, 0.0), 1)
-                _add_fixed(d_time + b * BLOCK_M, tl.arange(0, BLOCK_M), by_row, unit, by_row != 0)
+                add_fixed(d_time + b * BLOCK_M, tl.arange(0, BLOCK_M), by_row, unit, by_row != 0)
         acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
     if BIAS:
         farther = tl.sum(far, 0)
-        _add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
+        add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
     acc *= 0.5 * alpha * scale
     if parts == 1:
         _store_grads(
@@ -567,7 +467,7 @@ def backward_keys(
                 rank = tl.minimum(rank, tl.maximum(seen, 0))
             asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
             rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
-            added, _ = _bias(
+            added, _ = bias_of(
                 positions, cells, rank[None, :] - place[:, None], asked[None, :] - happened[:, None], ON_GPU
             )
             half += added

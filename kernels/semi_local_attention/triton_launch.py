@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import next_power_of_2
-from kernels.semi_local_attention import triton_kernels, triton_tiles
+from kernels.semi_local_attention import triton_bias, triton_kernels, triton_tiles
 from kernels.semi_local_attention.reference import LOG_BUCKET, RelativeBias, time_bucket, whole_seconds
 
 SPLIT_PROGRAMS = 576  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
 ENTRY = triton_tiles.ENTRY.value
-CELLS = triton_kernels.CELLS.value
+CELLS = triton_bias.CELLS.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +345,7 @@ def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
     positions = torch.empty(2 * reach + 1, dtype=torch.float32, device=device)
     cells = torch.empty(CELLS, 4, dtype=torch.int32, device=device)
     block = 512
-    triton_kernels.spread_tables[(-(-max(CELLS, len(positions)) // block),)](
+    triton_bias.spread_tables[(-(-max(CELLS, len(positions)) // block),)](
         position_table, time_table, time_steps(device), positions, cells, len(position_table), len(time_table), reach,
         BLOCK=block,
     )  # fmt: skip
