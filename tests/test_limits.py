@@ -103,7 +103,8 @@ def test_beyond_what_can_be_done_in_time_the_answer_is_429(caplog: pytest.LogCap
     assert sum(line["status"] == 200 for line in logged) == statuses.count(200) + 2
     assert sum(line["status"] == 429 for line in logged) < 10
     assert statuses.count(429) > 25
-    assert {answer.headers["Retry-After"] for answer in many if answer.status_code == 429} == {"1"}
+    told = {int(answer.headers["Retry-After"]) for answer in many if answer.status_code == 429}
+    assert min(told) >= 1, "whole seconds, more of them on a machine that stood still meanwhile"
     assert later[0].status_code == 200
     text = call(api, "GET", "/metrics").text
     assert sample(text, "ranking_refused_total", reason="overload") == statuses.count(429)
