@@ -70,3 +70,16 @@ def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert job.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.killpg(json.loads(note.read_text())["pid"], 0)
+
+
+@pytest.fixture(scope="session")
+def tracked(mlflow_runs: Path) -> Iterator[RunConfig]:
+    """A tiny configuration with published sequences, whose MLflow server runs."""
+    from tiny_world import publish_sequences, tiny_config
+
+    from pipeline.mlflow_server import mlflow_server
+
+    cfg = tiny_config(mlflow_runs, name="tracked")
+    publish_sequences(cfg)
+    with mlflow_server(cfg):
+        yield cfg

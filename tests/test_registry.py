@@ -1,35 +1,25 @@
 """Versions, gate and champion on a real MLflow server."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
 import pytest
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
+from tiny_world import save_tiny_model, tiny_config
 
 from pipeline import registry, tracking
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
-from pipeline.mlflow_server import mlflow_server
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture(scope="module")
-def server(mlflow_runs: Path) -> Iterator[RunConfig]:
-    """A configuration whose server runs. Tests use names of their own for experiment and model."""
-    cfg = tiny_config(mlflow_runs, name="registry")
-    publish_sequences(cfg)
-    with mlflow_server(cfg):
-        yield cfg
-
-
 @pytest.fixture
-def cfg(server: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+def cfg(tracked: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+    """Under names of its own for experiment and model."""
     name = request.node.name
-    return replace(server, tracking=replace(server.tracking, experiment=name, model_name=name))
+    return replace(tracked, tracking=replace(tracked.tracking, experiment=name, model_name=name))
 
 
 def new_version(cfg: RunConfig, tmp_path: Path, val_ne: float, seed: int = 0) -> int:

@@ -2,14 +2,12 @@
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import mlflow
 import pytest
-from tiny_world import publish_sequences, tiny_config
 
 from pipeline import config, tracking
 from pipeline.cluster import free_port
@@ -20,19 +18,11 @@ from pipeline.mlflow_server import mlflow_server
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture(scope="module")
-def server(mlflow_runs: Path) -> Iterator[RunConfig]:
-    """A configuration whose server runs. Tests use names of their own for experiment and model."""
-    cfg = tiny_config(mlflow_runs, name="tracking")
-    publish_sequences(cfg)
-    with mlflow_server(cfg):
-        yield cfg
-
-
 @pytest.fixture
-def cfg(server: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+def cfg(tracked: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+    """Under names of its own for experiment and model."""
     name = request.node.name
-    return replace(server, tracking=replace(server.tracking, experiment=name, model_name=name))
+    return replace(tracked, tracking=replace(tracked.tracking, experiment=name, model_name=name))
 
 
 def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_path: Path) -> None:
@@ -70,7 +60,7 @@ def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
 
 def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> None:
     cfg = replace(cfg, name="often")
-    manifest = store.read_manifest(replace(cfg, name="tracking").sequence_dir)
+    manifest = store.read_manifest(replace(cfg, name="tracked").sequence_dir)
     first = tracking.training_run(cfg, manifest)
     with pytest.raises(KeyError), first:
         raise KeyError("lost")
@@ -87,17 +77,17 @@ def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> N
     assert tracking.training_run(cfg, manifest) != newest, "what somebody deleted stays deleted"
 
 
-def test_a_second_job_joins_the_server_that_runs(server: RunConfig) -> None:
+def test_a_second_job_joins_the_server_that_runs(tracked: RunConfig) -> None:
     before = mlflow.get_tracking_uri()
-    with mlflow_server(server) as uri:
+    with mlflow_server(tracked) as uri:
         assert uri == before
     assert httpx.get(f"{uri}/health").status_code == 200, "it was not this block's to end"
     assert mlflow.get_tracking_uri() == before
 
 
-def test_a_server_that_is_down_is_said_at_once(server: RunConfig) -> None:
+def test_a_server_that_is_down_is_said_at_once(tracked: RunConfig) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
-    absent = replace(server, tracking=replace(server.tracking, uri=uri))
+    absent = replace(tracked, tracking=replace(tracked.tracking, uri=uri))
     started = time.monotonic()
     with (
         pytest.raises(UserError, match=f"tracking.uri: no MLflow server answers at '{uri}'"),
