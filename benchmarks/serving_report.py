@@ -53,9 +53,10 @@ def _overload(run: dict[str, Any]) -> str:
         f"{_ms(phase['latency_ms'])} |"
         for name, phase in ((name, figures["phases"][name]) for name in ("before", "burst", "after"))
     ]
+    _, begin, end = figures["load"]["burst"]
     table = "| | requests | answered/s | 429 | ms, p50 / p95 / p99 of the accepted |\n| --- | --- | --- | --- | --- |\n"
     return (
-        f"Overload{_where(figures)}: 20 requests/s, from second 10 to 30 five times the "
+        f"Overload{_where(figures)}: 20 requests/s, from second {begin:g} to {end:g} five times the "
         f"{figures['capacity_per_s']:g}/s that the server answers, then 20/s again; the last refused or slow (twice "
         f"the p99 from before) request came {figures['recovered_after_s']:g} s after the burst; "
         f"{figures['failures']} failures other than 429; a refusal "

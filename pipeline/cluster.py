@@ -151,13 +151,15 @@ def use_token(runs_dir: Path) -> None:
 def serve_environment(folder: Path) -> dict[str, str]:
     """What Ray Serve must find in the environment of every node before Ray starts.
 
-    HAProxy in front and user code on the replica's event loop, unless switched off; and instead of the fixed folder
-    and ports that all clusters of a machine would share, ones of this cluster.
+    HAProxy in front, user code on the replica's event loop and the usual priority, unless set otherwise; and instead
+    of the fixed folder and ports that all clusters of a machine would share, ones of this cluster.
     """
     first = random.SystemRandom().randrange(20_000, 32_000, 2 * REPLICA_PORTS)  # below the ports of outgoing sockets
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
+        # Ray's 15 is for work that can wait: a replica would stand behind its own clients and the dashboard.
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else the log lags 1,000 lines behind, and a crash takes them
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after Ray's 5 s a busy laptop's proxy is killed before it runs
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy/haproxy.cfg",

@@ -14,6 +14,10 @@ WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "event
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
 FEW = 6  # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
+RECENT = 0.95  # weight of the requests before, per request: the last twenty count
+OVERLOAD = 0.25  # share of refused among the last twenty or so: a moment's stall at a usual load has fewer
+QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
+STRICT = 1 / 3  # of both limits, while that many are refused: what is admitted then waits for little
 
 
 class BodyLimit:
@@ -89,13 +93,24 @@ class Work:
         self.num_in_flight = 0
         self._in_flight = self._done = self._busy_s = 0.0
         self._last_done = -math.inf
+        self._refused = 0.0  # share of the newest requests
 
     def wait_s(self) -> float:
         """Until everything in flight is answered, as far as one can tell."""
         return self._in_flight * self._busy_s / self._done if self._done else 0.0
 
     def admits(self) -> bool:
-        return self.num_in_flight < FEW or self.wait_s() <= self.max_wait_s
+        """Whether one more may begin. To be asked once for each that comes: the answers are remembered.
+
+        A stall and an overload look alike at first, and both meet limits that let much wait. A third of them holds once
+        about ten requests were refused, as many as no stall of a moment meets, and until refusals become rare.
+        """
+        if not self.num_in_flight and self._clock() - self._last_done > QUIET_S:
+            self._refused = 0.0
+        share = STRICT if self._refused > OVERLOAD else 1.0
+        admitted = self.num_in_flight < share * FEW or self.wait_s() <= share * self.max_wait_s
+        self._refused = RECENT * self._refused + (1 - RECENT) * (not admitted)
+        return admitted
 
     def begin(self, work: float) -> float:
         self.num_in_flight += 1

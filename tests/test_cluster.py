@@ -24,8 +24,8 @@ def test_clusters_share_no_folder_and_no_port():
 
 
 def test_every_variable_is_one_that_ray_reads():
-    constants = Path(sys.prefix).glob("lib/python*/site-packages/ray/serve/_private/constants.py")
-    text = next(constants).read_text()
+    files = ("ray/serve/_private/constants.py", "ray/_private/ray_constants.py")
+    text = "".join(next(Path(sys.prefix).glob(f"lib/python*/site-packages/{file}")).read_text() for file in files)
     assert [name for name in serve_environment(Path("/tmp/x")) if f'"{name}"' not in text] == []
 
 

@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 from test_protection import EVENTS, RANK, Fixed, call, hashed
 
-from serve_app import metrics
+from serve_app import limits, metrics
 from serve_app.api import make_api
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.limits import FEW, Work
@@ -84,6 +85,55 @@ def test_a_few_are_always_admitted_so_that_the_measure_can_recover() -> None:
     work.end(1, begun)
     admitted = [work.admits() and work.begin(1) is not None for _ in range(FEW + 1)]
     assert admitted == [True] * FEW + [False]
+
+
+def served(arrivals: np.ndarray, stalls: dict[float, float]) -> np.ndarray:
+    """Seconds from each arrival to its answer, NaN where it was refused, of a server whose pass over n requests takes
+    5 + 7 n ms; the passes that begin after `stalls` take as much longer as it says."""
+    now = 0.0
+    work = Work(0.08, lambda: now)
+    took, left = np.full(len(arrivals), np.nan), dict(stalls)
+    waiting: list[tuple[int, float]] = []
+    passing: list[tuple[int, float]] = []
+    ends = math.inf
+    for i, due in enumerate([*arrivals, math.inf]):
+        while ends <= due < math.inf or (due == math.inf and passing):
+            now = ends
+            for j, begun in passing:
+                work.end(1, begun)
+                took[j] = now - begun
+            passing, waiting, ends = waiting, [], math.inf
+            if passing:
+                late = sum(left.pop(at) for at in list(left) if at <= now)
+                ends = now + 0.005 + 0.007 * len(passing) + late
+        if due < math.inf:
+            now = due
+            if work.admits():
+                (waiting if passing else passing).append((i, work.begin(1)))
+                if ends == math.inf:
+                    ends = now + 0.012 + sum(left.pop(at) for at in list(left) if at <= now)
+    return took
+
+
+def poisson(rate: float, begin: float, end: float) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.sort(rng.uniform(begin, end, rng.poisson(rate * (end - begin))))
+
+
+def test_a_stall_refuses_nobody_and_in_an_overload_few_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = served(poisson(20, 0, 60), {20: 0.2, 40: 0.2})
+    assert np.isfinite(usual).all(), "five come in a quarter of a second"
+    calm = np.nanpercentile(served(poisson(20, 0, 60), {}), 99)
+    burst = np.concatenate([poisson(20, 0, 10), poisson(280, 10, 20), poisson(20, 20, 60)])
+    took = served(burst, {})
+    during = (burst >= 10) & (burst < 20)
+    assert np.isnan(took[during]).sum() > 1000
+    assert np.nanpercentile(took[during], 99) < 2 * calm
+    assert np.isfinite(took[(burst < 10) | (burst > 22)]).all(), "two seconds later it is as if nothing had been"
+    burst_and_pause = np.concatenate([poisson(280, 0, 10), poisson(20, 12, 60)])
+    assert np.isfinite(served(burst_and_pause, {})[burst_and_pause > 12]).all(), "a pause is enough, too"
+    monkeypatch.setattr(limits, "STRICT", 1.0)
+    assert np.nanpercentile(served(burst, {})[during], 99) > 2 * calm
 
 
 def test_beyond_what_can_be_done_in_time_the_answer_is_429(caplog: pytest.LogCaptureFixture) -> None:
