@@ -65,6 +65,9 @@ def expected_feature(row: dict, rows: list[dict], feature: DenseFeature, cfg: Ru
     step = row["event_time"] // HOUR_MS
     pool = [o for o in row["past"] if of_kind(o)] if feature.live else training
     earlier = [other for other in pool if feature.live or other["event_time"] // HOUR_MS < step]
+    if feature.within_minutes is not None:
+        since = row["event_time"] - feature.within_minutes * HOUR_MS / 60
+        earlier = [other for other in earlier if other["event_time"] >= since]
     columns = [name for name in feature.by if name != "user"]
     alike = [other for other in earlier if all(other[name] == row[name] for name in columns)]
     values, counted = [], 0
@@ -250,6 +253,9 @@ def test_no_row_moves_its_own_logit(tmp_path: Path) -> None:
         ({"by": []}, "features.dense.*.by must be at least one column"),
         ({"by": ["item_id"], "prior": 0}, "features.dense.*.prior must be greater than 0"),
         ({"by": ["item_id"], "rows": "old"}, "features.dense.x.rows must be one of"),
+        ({"by": ["user"], "within_minutes": 0}, "features.dense.*.within_minutes must be greater than 0"),
+        ({"by": ["item_id"], "within_minutes": 60}, "features.dense.*.within_minutes must be null unless"),
+        ({"by": ["user"], "rows": "all", "within_minutes": 60}, "features.dense.*.within_minutes must be null unless"),
     ],
 )
 def test_a_mistake_is_told(feature: dict, complaint: str) -> None:

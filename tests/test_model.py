@@ -12,7 +12,7 @@ from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.artifact import load_model, save_model
-from pipeline.model.embeddings import ActionEncoder, Tokens
+from pipeline.model.embeddings import ActionEncoder, Tokens, target_mask
 from pipeline.model.flops import count_work, kept_pairs
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer, truncate
@@ -290,6 +290,27 @@ def test_a_learned_candidate_action_is_added_to_candidates_alone() -> None:
     learned(batch).sum().backward()
     assert constant.grad is not None
     assert constant.grad.abs().max() > 0
+
+
+def test_training_reads_a_share_of_the_item_ids_as_unknown() -> None:
+    cfg = make_config()
+    cfg = replace(cfg, features=replace(cfg.features, item_id_dropout=0.4))
+    model, batch = make_model(cfg), make_batch([300, 0, 200], [60, 40, 0])
+    batch = replace(batch, item_codes=batch.item_codes.clamp(min=1))
+    seen: list[torch.Tensor] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].item_codes))
+    torch.manual_seed(0)
+    plain = model(batch)
+    assert torch.equal(seen.pop(), batch.item_codes), "a served id is read as it is"
+    model.train()(batch)
+    (read,) = seen
+    dropped = read[:, 0] == 0
+    assert torch.equal(read[~dropped], batch.item_codes[~dropped]) and torch.equal(read[:, 1:], batch.item_codes[:, 1:])
+    is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+    for rows in (is_target, ~is_target):
+        assert 0.25 < dropped[rows].double().mean() < 0.55
+    unknown = model.eval()(replace(batch, item_codes=read))  # as an item that training never saw
+    assert (unknown - plain).abs().max() > 1e-3
 
 
 def test_time_buckets() -> None:

@@ -40,6 +40,8 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
                     "before": {"by": ["item_id"], "rows": "order_only", "prior": 2},
                     "user": {"by": ["user"], "rows": "all", "prior": 5},
                     "user_tab": {"by": ["user", "tab"], "prior": 1},
+                    "today": {"by": ["user"], "within_minutes": 1440, "prior": 2},
+                    "tab_lately": {"by": ["user", "tab"], "within_minutes": 4000.5, "prior": 1},
                 },
             },
             "model": {

@@ -213,10 +213,16 @@ class DenseFeature:
     by: tuple[str, ...]  # "item_id", features.item or features.request columns; "user": the user's own earlier rows
     rows: Literal["timed", "order_only", "all"] = "timed"  # which rows count
     prior: float = 20.0  # rows at the base rate that every rate starts from
+    within_minutes: float | None = None  # of a user's own timed rows those at most so long before the request
 
     def __post_init__(self) -> None:
         require(len(self.by) > 0, "features.dense.*.by", self.by, "at least one column")
         require(self.prior > 0, "features.dense.*.prior", self.prior, "greater than 0")
+        minutes = self.within_minutes
+        require(minutes is None or minutes > 0, "features.dense.*.within_minutes", minutes, "greater than 0, or null")
+        recent = self.live and self.rows == "timed"  # only such rows have a time that a request's can be held against
+        rule = 'null unless "user" is in by and rows is timed'
+        require(minutes is None or recent, "features.dense.*.within_minutes", minutes, rule)
 
     @property
     def live(self) -> bool:
@@ -229,6 +235,7 @@ class FeatureConfig:
     """What the model sees of items, users and requests."""
 
     item_id_dim: int = 16
+    item_id_dropout: float = 0.0  # share of the item ids that training reads as unknown
     item: dict[str, ColumnFeature] = field(default_factory=dict)  # columns of the ITEM table
     user: dict[str, ColumnFeature] = field(default_factory=dict)  # columns of the USER table
     user_tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)  # context token -> the user columns in it
@@ -254,6 +261,7 @@ class FeatureConfig:
             for column in feature.by:
                 require(column in columns, f"features.dense.{name}.by", column, f"one of {columns}")
         require(self.item_id_dim >= 1, "features.item_id_dim", self.item_id_dim, "1 or more")
+        require(0 <= self.item_id_dropout < 1, "features.item_id_dropout", self.item_id_dropout, "in [0, 1)")
         grouped = [name for names in self.user_tokens.values() for name in names]
         for name in grouped:
             require(name in self.user, "features.user_tokens", name, "a column listed in features.user")

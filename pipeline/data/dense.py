@@ -85,11 +85,12 @@ class _OwnPast:
         """int64 [C, 2 K], over the rows that agree with the candidate in the feature's columns."""
         by = [name for name in feature.by if name != "user"]
         chosen = rows_of_kind(self.seen.order_only, feature.rows)
+        older = self._older(feature.within_minutes)
         if not by:  # every row agrees: the same counts without sorting anything
             before = np.zeros((len(self.labels) + 1, self.labels.shape[1]), np.int64)
             np.cumsum(self.labels & chosen[:, None], 0, out=before[1:])
             first = self.seen.offsets[self.user]
-            return before.take(first + self.visible, axis=0) - before.take(first, axis=0)
+            return before.take(first + self.visible, axis=0) - before.take(first + older, axis=0)
         seen = self.seen
         seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
         place = np.arange(len(seen_user)) - seen.offsets[seen_user]
@@ -98,4 +99,18 @@ class _OwnPast:
         chosen = chosen & (seen_group > 0)
         size = 1 + max(group.max(initial=0), seen_group.max(initial=0))
         past = LabelCounts.of((seen_user * size + seen_group)[chosen], place[chosen], self.labels[chosen])
-        return past.earlier(self.user * size + group, self.visible)
+        asked = self.user * size + group
+        return past.earlier(asked, self.visible) - past.earlier(asked, older)
+
+    def _older(self, within_minutes: float | None) -> np.ndarray:
+        """int64 [C]: how many of the rows that a candidate sees are older than so many minutes at its request."""
+        if within_minutes is None or len(self.seen.event_time) == 0:
+            return np.zeros_like(self.visible)
+        since = self.targets.event_time - int(within_minutes * MS_PER_MINUTE)
+        time, lengths = self.seen.event_time, self.seen.lengths
+        earliest = min(int(time.min()), int(since.min()))
+        span = max(int(time.max()), int(since.max())) - earliest + 1
+        # A user's times do not fall, so that users one after another, each a span apart, are one sorted list.
+        rows = np.repeat(np.arange(len(lengths)), lengths) * span + (time - earliest)
+        begin = np.searchsorted(rows, self.user * span + (since - earliest)) - self.seen.offsets[self.user]
+        return np.minimum(begin, self.visible)

@@ -4,6 +4,7 @@
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class UltraHSTU(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks = cfg.tasks
+        self.item_id_dropout = cfg.features.item_id_dropout
         self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(cfg, vocab_sizes, make_table)
         self.transducer = sequence_encoder(cfg, self.encoder.num_context)
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
@@ -50,6 +52,8 @@ class UltraHSTU(nn.Module):
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
+        if self.training and self.item_id_dropout > 0:
+            batch = without_item_ids(batch, self.item_id_dropout)
         tokens = self.encoder(batch)
         if isinstance(self.transducer, Transducer):
             return self.score(self.transducer(tokens), batch)
@@ -61,6 +65,17 @@ class UltraHSTU(nn.Module):
             assert batch.dense is not None
             x_CE = torch.cat([x_CE, self.dense(batch.dense).to(x_CE.dtype)], dim=1)
         return self.heads(x_CE).float()
+
+
+def without_item_ids(batch: SequenceBatch, share: float) -> SequenceBatch:
+    """The batch with about this share of its item ids read as unknown, in the history and among the candidates.
+
+    An id seen a few times is soon learned by heart; here each row must also do with what else is known of its item, as
+    it has to for an item that training never saw, whose embedding this trains.
+    """
+    ids, others = batch.item_codes[:, :1], batch.item_codes[:, 1:]
+    dropped = torch.rand(ids.shape, device=ids.device) < share
+    return replace(batch, item_codes=torch.cat([ids.masked_fill(dropped, 0), others], dim=1))
 
 
 SequenceEncoder = Transducer | MixtureOfTransducers | HSTU | SoftmaxEncoder | DIN
