@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
 
 MAX_TOGETHER = 16  # requests of one call
 
@@ -47,9 +47,8 @@ class MicroBatcher:
 class Job(Protocol):
     """What a request asks for, looked up."""
 
-    @property
-    def bucket(self) -> Hashable:
-        """Jobs of one bucket are worth doing together. It may change while a job waits."""
+    def joins(self, oldest: Self) -> bool:
+        """Whether it is worth doing in the pass of one that has waited longer. It may change while a job waits."""
         ...
 
     @property
@@ -57,9 +56,9 @@ class Job(Protocol):
 
 
 class TokenBatcher:
-    """Like jobs form passes of at most `max_tokens` tokens; the one that has waited longest is always in the next.
+    """Jobs form passes of at most `max_tokens` tokens; the one that has waited longest is always in the next.
 
-    `prepare` makes one request a job, `work` does jobs of one bucket; both run in a thread, never two at a time. What
+    `prepare` makes one request a job, `work` does those of a pass; both run in a thread, never two at a time. What
     comes while a pass is computed is looked up before the next one and may be part of it.
     """
 
@@ -110,15 +109,14 @@ class TokenBatcher:
         return done
 
     def _next_pass(self) -> list[tuple[Job, asyncio.Future]]:
-        """The oldest job and those like it, in the order in which they came."""
+        """The oldest job and those that join it, in the order in which they came."""
         self._ready = [(job, answer) for job, answer in self._ready if not answer.done()]
         if not self._ready:
             return []
-        bucket, room = self._ready[0][0].bucket, self._max_tokens()
+        oldest, room = self._ready[0][0], self._max_tokens()
         chosen, left = [], []
         for job, answer in self._ready:
-            fits = not chosen or job.num_tokens <= room
-            if fits and job.bucket == bucket:
+            if not chosen or (job.num_tokens <= room and job.joins(oldest)):
                 chosen.append((job, answer))
                 room -= job.num_tokens
             else:

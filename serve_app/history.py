@@ -18,7 +18,7 @@ from pipeline import schema
 from pipeline.config import RunConfig, UserError
 from pipeline.data import store
 from pipeline.data.events import Events
-from pipeline.data.examples import user_events
+from pipeline.data.examples import flat_events
 
 COPIES = "sequences-*.arrow"  # of publications, in the server's folder
 
@@ -115,13 +115,14 @@ def histories(
     sequences: Sequence[pa.RecordBatch], request_time_ms: np.ndarray, cfg: RunConfig, max_history: int
 ) -> Histories:
     """Of SEQUENCE row b the newest `max_history` rows strictly earlier than `request_time_ms[b]`."""
-    users = user_events(pa.Table.from_batches(sequences), cfg)
-    offsets = users.events.offsets
-    earlier = users.events.event_time < np.repeat(request_time_ms, users.events.lengths)
+    table = pa.Table.from_batches(sequences)
+    events = flat_events(table, cfg)
+    offsets = events.offsets
+    earlier = events.event_time < np.repeat(request_time_ms, events.lengths)
     before = np.concatenate([[0], np.cumsum(earlier)])
     end = offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]  # times do not fall within a user
     begin = np.maximum(offsets[:-1], end - max_history)
-    return Histories(users.events.take(begin, end), users.first_position + begin - offsets[:-1])
+    return Histories(events.take(begin, end), table["first_position"].to_numpy() + begin - offsets[:-1])
 
 
 def sequence_row(

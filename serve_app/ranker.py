@@ -145,8 +145,8 @@ class Ranker:
             key=history_key(past.events, codes) if self.cfg.model.cacheable else b"",
         )
 
-    def bucket(self, prepared: "Prepared") -> int:
-        """Requests of one bucket are worth scoring together: 0 with an encoded history, else by its length."""
+    def likeness(self, prepared: "Prepared") -> int:
+        """0 with an encoded history, else by its length."""
         return 0 if prepared.key in self.caches else 1 + prepared.history_length.bit_length()
 
     def score(self, prepared: Sequence["Prepared"]) -> list[RankedColumns]:
@@ -277,6 +277,8 @@ def passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:
 
 
 def _take(events: Events, sequences: np.ndarray) -> Events:
+    if np.array_equal(sequences, np.arange(len(events.offsets) - 1)):  # all of them: as a rule a request comes alone
+        return events
     return events.take(events.offsets[sequences], events.offsets[sequences + 1])
 
 

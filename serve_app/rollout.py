@@ -177,10 +177,16 @@ class Job:
         return self.work if isinstance(self.work, Refusal) else None
 
     @property
-    def bucket(self) -> tuple[int, str, int]:
-        """Jobs of one bucket go together: one version, and histories of like length or encoded already."""
-        likeness = self.rollout.rankers[self.role].bucket(self.work) if isinstance(self.work, Prepared) else -1
-        return id(self.rollout), self.role, likeness
+    def likeness(self) -> int:
+        return self.rollout.rankers[self.role].likeness(self.work) if isinstance(self.work, Prepared) else 0
+
+    def joins(self, oldest: "Job") -> bool:
+        """Of one version, and a history of like length, or one that is encoded already: it has waited for this pass
+        and would wait longer for the next, while the pass takes little longer for it."""
+        if self.rollout is not oldest.rollout or self.role != oldest.role:
+            return False
+        likeness = self.likeness
+        return likeness == 0 or likeness == oldest.likeness
 
     @property
     def num_tokens(self) -> int:

@@ -64,7 +64,7 @@ def test_what_nobody_waits_for_any_more_is_not_begun() -> None:
 
 @dataclass
 class Length:
-    """A job of so many tokens, and of a bucket by their number's size."""
+    """A job of so many tokens, which joins those of about as many; one of less than four joins any."""
 
     tokens: int
     num_tokens: int = 0
@@ -72,9 +72,8 @@ class Length:
     def __post_init__(self) -> None:
         self.num_tokens = self.tokens
 
-    @property
-    def bucket(self) -> int:
-        return self.tokens.bit_length()
+    def joins(self, oldest: "Length") -> bool:
+        return self.tokens < 4 or self.tokens.bit_length() == oldest.tokens.bit_length()
 
 
 def passes_of(lengths: list[int], max_tokens: int, late: list[int] | None = None) -> tuple[list[list[int]], list[int]]:
@@ -108,6 +107,11 @@ def test_passes_hold_like_lengths_up_to_so_many_tokens_and_the_oldest_first() ->
     assert answers == [50, 1000, 60, 1200, 70, 40, 900]
     passes, _ = passes_of([300, 5], max_tokens=220)
     assert passes == [[300], [5]], "what is longer than a pass may be goes alone"
+
+
+def test_what_joins_any_pass_is_in_the_next_and_lets_nobody_join_its_own() -> None:
+    assert passes_of([100, 5, 3, 110, 2], max_tokens=220)[0] == [[100, 3, 110, 2], [5]]
+    assert passes_of([3, 100, 5, 2], max_tokens=220)[0] == [[3, 2], [100], [5]]
 
 
 def test_what_comes_during_a_pass_joins_its_like() -> None:

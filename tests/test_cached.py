@@ -161,7 +161,8 @@ def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
     assert sizes == (512, 256, 256)
     room = make_room(encode_history(model, parts_of(make_batch([400], [1]))[0]), sizes)
     fill(room, cache)
-    rows = model.encoder.events(candidates)
+    rows = model.encoder.candidates(candidates)
+    torch.testing.assert_close(rows, model.encoder.events(candidates), rtol=0, atol=0)
     padded = torch.cat([rows, torch.full((24, rows.shape[1]), 1e3, dtype=rows.dtype)])
     out = layer_outputs(model, room, padded, torch.tensor([0, 40]))[:40]
     torch.testing.assert_close(model.score(out, candidates), model(batch), rtol=1e-6, atol=1e-6)

@@ -62,6 +62,8 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         device = torch.device(device)
+        if device.type == "cpu" and self.position.device.type == "cpu":
+            return self
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         # Back to the CPU nothing may be in flight when the values are read.
         moved = {name: tensor.to(device, non_blocking=device.type != "cpu") for name, tensor in tensors.items()}

@@ -67,6 +67,22 @@ class Examples:
 
 def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
     """SEQUENCE rows as flat columns, with position, gap and request bounds of every row."""
+    events = flat_events(sequences, cfg)
+    rows = np.arange(events.offsets[-1])
+    begin = np.repeat(events.offsets[:-1], events.lengths)
+    request_begin = _first_of_run(arrow.flat_column(sequences, "request_index"), begin, rows)
+    time_begin = _first_of_run(events.event_time, begin, rows)
+    return UserEvents(
+        events=events,
+        user_id=sequences["user_id"].to_numpy(),
+        first_position=sequences["first_position"].to_numpy(),
+        request_begin=request_begin,
+        visible_end=time_begin[request_begin],
+    )
+
+
+def flat_events(sequences: pa.Table, cfg: RunConfig) -> Events:
+    """SEQUENCE rows as flat columns, with position and gap of every row."""
     offsets = arrow.list_offsets(sequences)
     lengths = np.diff(offsets)
     columns = {
@@ -74,23 +90,12 @@ def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
         for name in ("item_id", "event_time", "order_only", "action_mask", "known_mask", "watch_ms")
     }
     first_position = sequences["first_position"].to_numpy()
-    rows = np.arange(offsets[-1])
-    begin = np.repeat(offsets[:-1], lengths)
-    gap = row_gaps(columns["event_time"], columns["order_only"], offsets, cfg.source.order_only_end_is_real)
-    request_begin = _first_of_run(arrow.flat_column(sequences, "request_index"), begin, rows)
-    time_begin = _first_of_run(columns["event_time"], begin, rows)
-    return UserEvents(
-        events=Events(
-            offsets=offsets,
-            position=rows - begin + np.repeat(first_position, lengths),
-            gap_ms=gap,
-            request={n: arrow.flat_column(sequences, n) for n in cfg.features.request if n != "hour"},
-            **columns,
-        ),
-        user_id=sequences["user_id"].to_numpy(),
-        first_position=first_position,
-        request_begin=request_begin,
-        visible_end=time_begin[request_begin],
+    return Events(
+        offsets=offsets,
+        position=np.arange(offsets[-1]) + np.repeat(first_position - offsets[:-1], lengths),
+        gap_ms=row_gaps(columns["event_time"], columns["order_only"], offsets, cfg.source.order_only_end_is_real),
+        request={n: arrow.flat_column(sequences, n) for n in cfg.features.request if n != "hour"},
+        **columns,
     )
 
 

@@ -129,7 +129,7 @@ def score_candidates(model: UltraHSTU, cache: HistoryCache, batch: SequenceBatch
 
     `cache` holds the same users' histories. At most `micro_batch` candidates pass the layers at a time.
     """
-    x_CE = model.encoder.events(batch)
+    x_CE = model.encoder.candidates(batch)
     parts = []
     for begin in range(0, len(x_CE), micro_batch):
         rows = x_CE[begin : begin + micro_batch]

@@ -41,7 +41,7 @@ class GraphedScorer:
     def __call__(self, model: UltraHSTU, cache: HistoryCache, batch: SequenceBatch, micro_batch: int) -> Tensor:
         if batch.num_sequences > 1:
             return score_candidates(model, cache, batch, micro_batch)
-        x_CE = model.encoder.events(batch)
+        x_CE = model.encoder.candidates(batch)
         sizes = tuple(bucket(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
         with self._lock:
             if sizes not in self._rooms:

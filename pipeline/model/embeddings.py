@@ -222,6 +222,11 @@ class TokenEncoder(nn.Module):
         """[T, d]: history rows and candidates, no context; none depends on another."""
         return self.placed(self.items(batch) + self.actions(batch), batch)
 
+    def candidates(self, batch: SequenceBatch) -> Tensor:
+        """The same, [C, d], of a batch that holds no history rows: nothing is computed of actions."""
+        x_TE = self.items(batch)
+        return self.placed(x_TE if self.candidate_action is None else x_TE + self.candidate_action, batch)
+
     def items(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: what was shown, on which surface, and of a candidate the rates that it carries."""
         x_TE = self.content(batch.item_codes, batch.request_codes)
