@@ -120,6 +120,25 @@ def assert_candidates_are_blind(model: UltraHSTU) -> None:
     torch.testing.assert_close(model(alone), model(batch)[[1, 4]])
 
 
+def test_a_tower_is_of_its_task_alone() -> None:
+    model, batch = make_model(make_config(task_towers=True)), make_batch([5, 3], [2, 3])
+    hidden = model.heads[0]
+    assert isinstance(hidden, torch.nn.Linear)
+    before = model(batch)
+    x_CE = torch.randn(5, hidden.in_features, dtype=torch.float64)
+    of_click, of_like = (
+        torch.nn.functional.silu(x_CE @ hidden.weight[rows].T + hidden.bias[rows]) @ weight + bias
+        for rows, weight, bias in zip(
+            (slice(0, 8), slice(8, 16)), model.heads[3].weight, model.heads[3].bias, strict=True
+        )
+    )
+    torch.testing.assert_close(model.heads(x_CE), torch.stack([of_click, of_like], dim=1))
+    with torch.no_grad():
+        hidden.weight[8:] += 1
+    after = model(batch)
+    assert torch.equal(after[:, 0], before[:, 0]) and (after[:, 1] != before[:, 1]).all()
+
+
 def test_candidates_are_blind_to_each_other() -> None:
     assert_candidates_are_blind(make_model(make_config()))
 

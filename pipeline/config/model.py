@@ -90,6 +90,7 @@ class ModelConfig:
     time_buckets: int = 64  # bucket 0 for "no real time"; event: log buckets of the gap, query: of sqrt(age in minutes)
     dense_to: Literal["token", "head", "both"] = "token"  # where features.dense enter: candidate tokens, task heads
     head_hidden: int = 64
+    task_towers: bool = False  # a hidden layer of head_hidden for each task; false: one for all of them
     attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # on CUDA of the whole layer
     token_backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the token encoder's row kernels
     recompute: tuple[str, ...] = ()  # of normed_x, uvqk, y: on CUDA made again in backward instead of kept

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import RunConfig, StochasticLengthConfig, UserError
+from pipeline.config import AttentionConfig, RunConfig, StochasticLengthConfig, UserError
 
 WHOLE = "whole"
 
@@ -35,12 +35,15 @@ def _features(cfg: RunConfig, **changes: Any) -> RunConfig:
 
 
 def _attention(cfg: RunConfig, **changes: Any) -> RunConfig:
-    """Changed in the one transducer, or in every channel."""
+    """Changed in the one transducer, or in every channel; a causal mask stays one."""
+
+    def changed(mask: AttentionConfig) -> AttentionConfig:
+        return mask if mask.window is None else replace(mask, **changes)
+
     channels = {
-        name: replace(channel, attention=replace(channel.attention, **changes))
-        for name, channel in cfg.model.channels.items()
+        name: replace(channel, attention=changed(channel.attention)) for name, channel in cfg.model.channels.items()
     }
-    return _model(cfg, attention=replace(cfg.model.attention, **changes), channels=channels)
+    return _model(cfg, attention=changed(cfg.model.attention), channels=channels)
 
 
 def _without_truncation(cfg: RunConfig) -> RunConfig:

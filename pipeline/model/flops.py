@@ -166,7 +166,8 @@ def head_flops(cfg: RunConfig, candidates: int) -> int:
     into_head = dense > 0 and cfg.model.dense_to != "token"
     into_token = dense > 0 and cfg.model.dense_to != "head"
     width = d * (max(len(cfg.model.channels), 1) + into_head)
-    heads = cfg.model.head_hidden * (width + len(cfg.tasks))
+    towers = len(cfg.tasks) if cfg.model.task_towers else 1
+    heads = cfg.model.head_hidden * (width * towers + len(cfg.tasks))
     return 2 * candidates * (heads + (into_head + into_token) * (dense * d + d * d))
 
 

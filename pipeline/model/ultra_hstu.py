@@ -43,12 +43,12 @@ class UltraHSTU(nn.Module):
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
         self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model, cfg.model.token_backend) if into_head else None
         width = cfg.model.d_model * (max(len(cfg.model.channels), 1) + into_head)
-        logits = nn.Linear(cfg.model.head_hidden, len(cfg.tasks))
+        num_tasks, hidden = len(cfg.tasks), cfg.model.head_hidden
+        logits = Towers(num_tasks, hidden) if cfg.model.task_towers else nn.Linear(hidden, num_tasks)
         with torch.no_grad():
             logits.bias.copy_(torch.tensor([_logit(base_rates[task]) for task in cfg.tasks]))
-        self.heads = nn.Sequential(
-            nn.Linear(width, cfg.model.head_hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits
-        )
+        hidden *= num_tasks if cfg.model.task_towers else 1
+        self.heads = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
@@ -65,6 +65,19 @@ class UltraHSTU(nn.Module):
             assert batch.dense is not None
             x_CE = torch.cat([x_CE, self.dense(batch.dense).to(x_CE.dtype)], dim=1)
         return self.heads(x_CE).float()
+
+
+class Towers(nn.Module):
+    """[C, tasks * hidden] → [C, tasks]: a logit of each task from a hidden layer of its own."""
+
+    def __init__(self, num_tasks: int, hidden: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(hidden)  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(num_tasks, hidden).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_tasks))
+
+    def forward(self, x_CH: Tensor) -> Tensor:
+        return (x_CH.unflatten(1, self.weight.shape) * self.weight).sum(2) + self.bias
 
 
 def without_item_ids(batch: SequenceBatch, share: float) -> SequenceBatch:
