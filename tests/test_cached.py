@@ -15,7 +15,15 @@ from pipeline.data.dense import dense_width
 from pipeline.model.cached import HistoryCache, encode_history, layer_outputs, score_candidates
 from pipeline.model.cuda_graph import GraphedScorer, bucket, fill, make_room
 from pipeline.model.embeddings import target_mask
-from pipeline.model.flops import cached_work, count_work, head_flops, input_flops, layer_flops, projection_flops
+from pipeline.model.flops import (
+    action_flops,
+    cached_work,
+    count_work,
+    head_flops,
+    input_flops,
+    layer_flops,
+    projection_flops,
+)
 
 TRUNCATED = {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 4}
 FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}
@@ -133,12 +141,13 @@ def test_counted_work_is_that_of_one_pass_without_the_histories_last_layer(name:
     mask = cfg.model.attention
     pairs = sum(int(semi_local_mask(n, 0, mask.window, mask.full_rows, 2 + mask.extra_prefix).sum()) for n in num_rows)
     last = layer_flops(cfg.model, sum(num_rows), pairs) - projection_flops(cfg.model, sum(num_rows))
-    assert sum(cached_work(history, candidates, cfg)) == count_work(batch, cfg).flops - last
+    actions = action_flops(cfg, 9)  # of the candidates, which have none
+    assert sum(cached_work(history, candidates, cfg)) == count_work(batch, cfg).flops - last - actions
 
 
 def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
     both, (history, candidates) = CONFIGS["mixture"], parts_of(make_batch([40, 0, 9], [3, 5, 1]))
-    none = [input_flops(both, history.num_tokens, 3), input_flops(both, 9, 0)]
+    none = [input_flops(both, history.num_tokens, 3), input_flops(both, 9, 0) - action_flops(both, 9)]
     alone = [
         cached_work(history, candidates, make_mixture("request", **{name: config.to_dict(channel)}))
         for name, channel in both.model.channels.items()

@@ -119,12 +119,13 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
 def cached_work(history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfig) -> tuple[int, int]:
     """Floating-point operations of `encode_history` and of `score_candidates`, both batches on the CPU.
 
-    Of the last layer, candidates need the keys and values alone: the history's attention there is not computed.
+    Of the last layer, candidates need the keys and values alone: the history's attention there is not computed. Nor
+    are the actions that candidates do not have.
     """
     num_context = len(cfg.features.user_tokens)
     num_candidates = candidates.num_tokens
     encode = input_flops(cfg, history.num_tokens, history.num_sequences)
-    score = input_flops(cfg, num_candidates, 0) + head_flops(cfg, num_candidates)
+    score = input_flops(cfg, num_candidates, 0) - action_flops(cfg, num_candidates) + head_flops(cfg, num_candidates)
     tokens = _bare_tokens(history, num_context)
     stacks = [(tokens, cfg.model)]
     if cfg.model.channels:
@@ -154,10 +155,16 @@ def input_flops(cfg: RunConfig, num_rows: int, num_sequences: int) -> int:
     features, model = cfg.features, cfg.model
     d = model.d_model
     content = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
-    actions = (cfg.num_action_bits if model.heterogeneous_actions else 1) * model.action_dim
     context = sum(features.user[name].dim for group in features.user_tokens.values() for name in group)
-    per_row = content * 2 * d + 2 * d * d + actions * d + d * d
-    return 2 * (num_rows * per_row + num_sequences * context * d)
+    per_row = content * 2 * d + 2 * d * d
+    return 2 * (num_rows * per_row + num_sequences * context * d) + action_flops(cfg, num_rows)
+
+
+def action_flops(cfg: RunConfig, num_rows: int) -> int:
+    """The action encoder's products."""
+    model = cfg.model
+    actions = (cfg.num_action_bits if model.heterogeneous_actions else 1) * model.action_dim
+    return 2 * num_rows * (actions + model.d_model) * model.d_model
 
 
 def head_flops(cfg: RunConfig, candidates: int) -> int:
