@@ -15,9 +15,8 @@ REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a b
 FEW = 6  # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 RECENT = 0.95  # weight of the requests before, per request: the last twenty count
-OVERLOAD = 0.25  # share of refused among the last twenty or so: a moment's stall at a usual load has fewer
 QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
-STRICT = 1 / 3  # of both limits, while that many are refused: what is admitted then waits for little
+STRICT = 1 / 3  # the least that is left of both limits while most are refused
 
 
 class BodyLimit:
@@ -102,12 +101,14 @@ class Work:
     def admits(self) -> bool:
         """Whether one more may begin. To be asked once for each that comes: the answers are remembered.
 
-        A stall and an overload look alike at first, and both meet limits that let much wait. A third of them holds once
-        about ten requests were refused, as many as no stall of a moment meets, and until refusals become rare.
+        A stall and an overload look alike at first, and both meet limits that let much wait. With each refusal they
+        shrink, so that what is admitted in an overload waits for little; a stall ends before they have shrunk by much.
+        They follow the share of the refused smoothly: strict limits that made for the refusals that keep them strict
+        would outlast the overload.
         """
         if not self.num_in_flight and self._clock() - self._last_done > QUIET_S:
             self._refused = 0.0
-        share = STRICT if self._refused > OVERLOAD else 1.0
+        share = max((1 - self._refused) ** 2, STRICT)
         admitted = self.num_in_flight < share * FEW or self.wait_s() <= share * self.max_wait_s
         self._refused = RECENT * self._refused + (1 - RECENT) * (not admitted)
         return admitted
