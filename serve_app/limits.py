@@ -12,11 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}  # what a replica works for
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
-FEW = 6  # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
+FEW = 8  # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 RECENT = 0.95  # weight of the requests before, per request: the last twenty count
 QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
-STRICT = 1 / 3  # the least that is left of both limits while most are refused
+STRICT = 1 / 4  # the least that is left of both limits while most are refused
 
 
 class BodyLimit:
