@@ -13,7 +13,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.data.batch import SequenceBatch
 from pipeline.model.artifact import load_model, save_model
 from pipeline.model.embeddings import ActionEncoder, Tokens, target_mask
-from pipeline.model.flops import count_work, kept_pairs
+from pipeline.model.flops import count_work, head_flops, kept_pairs
 from pipeline.model.stu import STU
 from pipeline.model.transducer import Transducer, truncate
 from pipeline.model.ultra_hstu import UltraHSTU
@@ -367,6 +367,12 @@ def test_a_wide_output_layer_costs_three_times_the_narrow_one() -> None:
     """9 tokens of width 16 from 2 heads of 8, in each of 2 layers."""
     narrow, wide = (count_work(make_batch([6], [1]), make_config(concat_ua=on)) for on in (False, True))
     assert wide.flops - narrow.flops == 2 * (2 * 9 * (2 * 16) * 16)
+
+
+def test_towers_cost_a_hidden_layer_for_each_task() -> None:
+    shared, towers = (head_flops(make_config(task_towers=own), 3) for own in (False, True))
+    assert shared == 2 * 3 * (16 * 8 + 8 * 2)  # d 16, hidden 8, 2 tasks, 3 candidates
+    assert towers == 2 * 3 * (16 * 8 * 2 + 8 * 2)
 
 
 def test_artifact_keeps_scores_and_refuses_damage(tmp_path, monkeypatch) -> None:
