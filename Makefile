@@ -44,13 +44,13 @@ mlflow-import: $(READY)  ## put the committed figures of benchmarks/runs/ beside
 	$(BIN)/python -m jobs.mlflow_import --config $(CONFIG)
 
 bench-anchor: $(BENCH_READY)  ## smoothed rates and LightGBM on the KuaiRand subset: the numbers to beat
-	$(BIN)/python -m benchmarks.kuairand_anchor
+	$(BIN)/python -m benchmarks.quality.kuairand_anchor
 
 bench-build: $(BENCH_READY)  ## rows/s of the build beside Polars and map_groups, its memory, and kills: half an hour
-	for what in speed memory kills; do $(BIN)/python -m benchmarks.build $$what; done
+	for what in speed memory kills; do $(BIN)/python -m benchmarks.build.at_size $$what; done
 
 bench-serve: $(READY)  ## the server under load: latency, overload, new versions, events while replicas are killed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving.under_load
 
 clean:  ## remove runs/ (models and figures too) and caches; the environment stays
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that checks and benchmarks run at all
 
 Prints a line for each check that fails and one for each that found no time; ends with 1 if there is any. What has run
-least on GPUs goes first. Then, without paying for parity again: `python -m benchmarks.layer --checked FILE`, and so
-`benchmarks.attention`; `--parity-only` of a benchmark is for its own checks alone.
+least on GPUs goes first. Then, without paying for parity again: `python -m benchmarks.kernels.layer --checked FILE`, and so
+`benchmarks.kernels.attention`; `--parity-only` of a benchmark is for its own checks alone.
 """
 
 import argparse
@@ -14,10 +14,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, attention_parity, layer, layer_parity, tables, tables_parity
 from benchmarks.gpu import DEVICE, Check, name_of, no_waiting, parity, versions
-from benchmarks.model import model_config, random_batch, vocabulary
-from pipeline.model.ultra_hstu import UltraHSTU
+from benchmarks.kernels import (
+    attention,
+    attention_parity,
+    layer,
+    layer_parity,
+    tables,
+    tables_parity,
+)
+from benchmarks.training.model import model_config, random_batch, vocabulary
+from pipeline.model.ranker import RankingModel
 from pipeline.train.loop import Trainee
 
 SEMI_LOCAL = {"attention": {"window": 256, "full_rows": 256}, "truncate_after_layer": 1, "truncate_to": 256}
@@ -31,7 +38,7 @@ def check_token_backends(interleaved: bool, users: int, length: int, width: int)
         cfg = model_config({**SEMI_LOCAL, "token_backend": backend, "merge": not interleaved}, 2, 2, width)
         batch = random_batch(cfg, users * length, length, 4, seed=0).to(DEVICE)
         torch.manual_seed(0)
-        model = UltraHSTU(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2)).to(DEVICE).train()
+        model = RankingModel(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2)).to(DEVICE).train()
         logits = model(batch)
         logits.square().sum().backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

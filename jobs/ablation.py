@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import cli
-from pipeline import config, tracking
+from pipeline import config
 from pipeline.cluster import ray_cluster
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.data import store
 from pipeline.evaluate import ablation, evaluator
-from pipeline.mlflow_server import mlflow_server
+from pipeline.sequences import store
+from pipeline.tracking import runs
+from pipeline.tracking.server import mlflow_server
 from pipeline.train import trainer
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ def main(job: cli.Job) -> None:
     with (
         mlflow_server(cfg),
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir),
-        tracking.start_run(replace(cfg, name=f"{cfg.name} ablation"), manifest) as parent,
+        runs.start_run(replace(cfg, name=f"{cfg.name} ablation"), manifest) as parent,
     ):
         for name, variant in chosen.items():
             logger.info("variant %s", name)
-            with tracking.start_run(variant, manifest, {"mlflow.parentRunId": parent.run_id}) as run:
+            with runs.start_run(variant, manifest, {"mlflow.parentRunId": parent.run_id}) as run:
                 found[name] = train_and_evaluate(variant, run, split)
         path = cfg.run_dir / "ablation" / "ablation.md"
         path.write_text(ablation.table(found, cfg.tasks, split))
@@ -67,7 +68,7 @@ def choose(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
     }
 
 
-def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dict[str, float]:
+def train_and_evaluate(variant: RunConfig, run: runs.Run, split: str) -> dict[str, float]:
     """The metrics of an evaluation, and the training FLOP per example."""
     shutil.rmtree(variant.run_dir, ignore_errors=True)
     variant.run_dir.mkdir(parents=True)

@@ -3,7 +3,7 @@
 import argparse
 
 from jobs import cli
-from pipeline.data import sequences
+from pipeline.sequences import build
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(job: cli.Job) -> None:
-    manifest = sequences.build_sequences(job.cfg, overwrite=job.options.overwrite, append=job.options.append)
+    manifest = build.build_sequences(job.cfg, overwrite=job.options.overwrite, append=job.options.append)
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
         f"rows={manifest.num_rows} rows_in={manifest.rows_in} quarantined={manifest.quarantined}"
@@ -21,4 +21,4 @@ def main(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("Build and publish the sequences.", main, add_options, sequences.plan)
+    cli.run("Build and publish the sequences.", main, add_options, build.plan)

@@ -2,7 +2,7 @@
 
 from jobs import cli
 from pipeline.config import RunConfig
-from pipeline.data import maintenance
+from pipeline.sequences.upkeep import maintenance
 
 
 def main(job: cli.Job) -> None:

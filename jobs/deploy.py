@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 from jobs import cli
-from pipeline import registry
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
-from pipeline.mlflow_server import mlflow_server, plan_server
+from pipeline.tracking import registry
+from pipeline.tracking.server import mlflow_server, plan_server
 from serve_app import deployment
 
 

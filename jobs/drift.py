@@ -11,7 +11,8 @@ from dataclasses import asdict
 from jobs import cli
 from pipeline import config
 from pipeline.config import RunConfig
-from pipeline.data import drift, store
+from pipeline.sequences import store
+from pipeline.sequences.quality import drift
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

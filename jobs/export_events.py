@@ -9,9 +9,9 @@ import argparse
 
 from jobs import cli
 from pipeline.config import RunConfig
-from pipeline.data.sources import live_log_dir
-from serve_app import takeover
-from serve_app.rollout import open_events
+from pipeline.logs import live_log_dir
+from serve_app.history import export
+from serve_app.ranking.rollout import open_events
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(job: cli.Job) -> None:
     log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
     if job.options.prune:
-        print(f"removed={takeover.prune(job.cfg, log)}")
+        print(f"removed={export.prune(job.cfg, log)}")
         return
-    done = takeover.export(job.cfg, log)
+    done = export.export(job.cfg, log)
     print(f"file={done.path} events={done.num_events} without_watch_ms_or_request_id={done.num_without}")
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from jobs import cli
 from pipeline.config import RunConfig, UserError
-from pipeline.data import maintenance
-from serve_app.history import forget_copies
-from serve_app.rollout import open_events
+from pipeline.sequences.upkeep import maintenance
+from serve_app.history.published import forget_copies
+from serve_app.ranking.rollout import open_events
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

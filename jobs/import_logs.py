@@ -3,7 +3,7 @@
 import argparse
 
 from jobs import cli
-from pipeline.data.sources import import_logs, plan_import
+from pipeline.logs import import_logs, plan_import
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
 from pipeline.config import UserError
-from pipeline.mlflow_server import mlflow_server, plan_server
+from pipeline.tracking import runs
+from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def main(job: cli.Job) -> None:
     if not files:
         raise UserError(f"--folder {job.options.folder}: no *.json there")
     with mlflow_server(job.cfg):
-        imported = [path for path in files if tracking.import_result(job.cfg, path)]
+        imported = [path for path in files if runs.import_result(job.cfg, path)]
     print(f"imported={len(imported)} known={len(files) - len(imported)}")
 
 

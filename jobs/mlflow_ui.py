@@ -3,7 +3,7 @@
 import argparse
 
 from jobs import cli
-from pipeline.mlflow_server import mlflow_server, plan_server
+from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

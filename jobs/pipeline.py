@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs import cli
-from pipeline import config, registry, tracking
+from pipeline import config, logs
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
-from pipeline.data import sequences, sources
-from pipeline.data.store import Manifest
 from pipeline.evaluate import evaluator
-from pipeline.mlflow_server import mlflow_server
+from pipeline.sequences import build
+from pipeline.sequences.store import Manifest
+from pipeline.tracking import registry, runs
+from pipeline.tracking.server import mlflow_server
 from pipeline.train import trainer
 from serve_app import deployment, replay
 
@@ -59,15 +60,15 @@ def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> di
     others; without a new file, or after a kill, it goes on where it was.
     """
     stage(1, "logs")
-    sources.import_logs(cfg)
+    logs.import_logs(cfg)
     stage(2, "sequences")
-    manifest = sequences.build_sequences(cfg, append=append)
+    manifest = build.build_sequences(cfg, append=append)
     logger.info("%d users, %d rows; quarantined %s", manifest.num_users, manifest.num_rows, manifest.quarantined)
     stage(3, "training")
     restart = append and trainer.trained_on(cfg) not in (None, manifest.digest)
     if not restart:
         trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
-    with tracking.training_run(cfg, manifest, restart=restart) as run:
+    with runs.training_run(cfg, manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
         model_dir = trainer.fit(cfg, run, restart=restart)
@@ -147,7 +148,7 @@ def remove_run(folder: Path) -> None:
 def plan(cfg: RunConfig) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
     check_server(cfg)
-    return {"import_logs": sources.plan_import(cfg), "workers": cfg.train.num_workers, "run": str(cfg.run_dir)}
+    return {"import_logs": logs.plan_import(cfg), "workers": cfg.train.num_workers, "run": str(cfg.run_dir)}
 
 
 if __name__ == "__main__":

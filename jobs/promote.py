@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from jobs import cli
-from pipeline import registry
 from pipeline.config import RunConfig
-from pipeline.mlflow_server import mlflow_server, plan_server
+from pipeline.tracking import registry
+from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """Move the alias champion back to the version that it stood on before; jobs.deploy then serves it."""
 
 from jobs import cli
-from pipeline import registry
-from pipeline.mlflow_server import mlflow_server, plan_server
+from pipeline.tracking import registry
+from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def main(job: cli.Job) -> None:

@@ -4,10 +4,10 @@ import json
 import shlex
 
 from jobs import cli
-from pipeline import registry
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
-from pipeline.mlflow_server import mlflow_server, plan_server
+from pipeline.tracking import registry
+from pipeline.tracking.server import mlflow_server, plan_server
 from serve_app import deployment, replay
 
 

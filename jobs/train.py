@@ -3,9 +3,9 @@
 import argparse
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.data import store
-from pipeline.mlflow_server import mlflow_server
+from pipeline.sequences import store
+from pipeline.tracking import runs
+from pipeline.tracking.server import mlflow_server
 from pipeline.train import trainer
 
 
@@ -22,7 +22,7 @@ def main(job: cli.Job) -> None:
         manifest = store.read_manifest(cfg.sequence_dir)
         if not restart:
             trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
-        with mlflow_server(cfg), tracking.training_run(cfg, manifest, restart=restart) as run:
+        with mlflow_server(cfg), runs.training_run(cfg, manifest, restart=restart) as run:
             folder = trainer.fit(cfg, run, restart=restart)
     print(f"model={folder}")
 

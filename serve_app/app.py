@@ -20,13 +20,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.api import Overloaded, Replica, Unavailable, make_api
-from serve_app.batching import MicroBatcher, TokenBatcher
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition
-from serve_app.protection import ApiKeys, RateLimit
-from serve_app.rollout import Job, Rollout, load
+from serve_app.ranking.batching import MicroBatcher, TokenBatcher
+from serve_app.ranking.rollout import RankJob, Rollout, load
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
+from serve_app.web.api import Overloaded, Replica, Unavailable, make_api
+from serve_app.web.protection import ApiKeys, RateLimit
 
 logger = logging.getLogger("ray.serve")
 
@@ -78,10 +78,10 @@ class Ranking:
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         return await self.batcher(request)
 
-    def _prepare(self, request: RankColumns) -> Job:
+    def _prepare(self, request: RankColumns) -> RankJob:
         return self._current.prepare(request)
 
-    def _answer(self, jobs: list[Job]) -> list[RankedColumns | Refusal]:
+    def _answer(self, jobs: list[RankJob]) -> list[RankedColumns | Refusal]:
         return jobs[0].rollout.answer(jobs)  # that of all of them, whatever was swapped meanwhile
 
     def _batch_tokens(self) -> int:

@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 import yaml
 
-from pipeline import config, registry
+from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
 from pipeline.model.artifact import load_model
-from serve_app.protection import read_keys
+from pipeline.sequences import store
+from pipeline.tracking import registry
+from serve_app.web.protection import read_keys
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def user_config(
     canary: registry.PinnedModel | None = None,
     shadow: registry.PinnedModel | None = None,
 ) -> dict[str, Any]:
-    """What a replica needs to load its versions; `serve_app.rollout.load` reads it."""
+    """What a replica needs to load its versions; `serve_app.ranking.rollout.load` reads it."""
     return {
         "deployment": uuid.uuid4().hex,  # names this update, so that its success or failure can be told from others'
         "model": dataclasses.asdict(model),

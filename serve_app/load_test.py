@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline import config
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
+from pipeline.sequences import store
 from serve_app.replay import key_header
 
 MOST_REQUESTS = 200_000  # of one run: their bodies are made before the first is sent

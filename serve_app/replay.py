@@ -13,16 +13,16 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
+from pipeline.batches.collate import candidates, collate
+from pipeline.batches.events import Events
+from pipeline.batches.examples import Examples, UserEvents, request_examples, user_events
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.loader import evaluation_batch, split_bounds
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
-from pipeline.data.batch import candidates, collate
-from pipeline.data.events import Events
-from pipeline.data.examples import Examples, UserEvents, request_examples, user_events
-from pipeline.data.features import FeatureMaps
-from pipeline.data.loader import evaluation_batch, split_bounds
 from pipeline.model.artifact import LoadedModel, load_model
-from pipeline.model.quantize import as_served
-from serve_app.ranker import probabilities
+from pipeline.model.inference.quantize import as_served
+from pipeline.sequences import store
+from serve_app.ranking.ranker import probabilities
 
 WARM_UP = 5  # requests sent before the clock counts
 TIMEOUT_S = 30.0

@@ -245,3 +245,7 @@ class ModelInfo(BaseModel):
     canary_version: int | None = Field(default=None, description="answers some users in place of model_version")
     canary_share: float | None = Field(default=None, description="how many of the users, the same ones each time")
     shadow_version: int | None = Field(default=None, description="ranks copies of the requests and answers none")
+
+
+class StoreDown(Exception):
+    """The event store does not answer at the moment; nothing was acknowledged."""

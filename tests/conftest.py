@@ -37,8 +37,8 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def kuairand(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The demo's configuration with its sequences published: all of the committed KuaiRand subset."""
-    from pipeline.data.sequences import build_sequences
-    from pipeline.data.sources import import_logs
+    from pipeline.logs import import_logs
+    from pipeline.sequences.build import build_sequences
 
     runs_dir = tmp_path_factory.mktemp("kuairand")
     data = ROOT / "data" / "kuairand_pure_subset"
@@ -75,9 +75,8 @@ def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tracked(mlflow_runs: Path) -> Iterator[RunConfig]:
     """A tiny configuration with published sequences, whose MLflow server runs."""
-    from tiny_world import publish_sequences, tiny_config
-
-    from pipeline.mlflow_server import mlflow_server
+    from pipeline.tracking.server import mlflow_server
+    from tests.worlds.tiny import publish_sequences, tiny_config
 
     cfg = tiny_config(mlflow_runs, name="tracked")
     publish_sequences(cfg)

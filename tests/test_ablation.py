@@ -6,17 +6,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from test_mixture import make_mixture
-from test_model import make_batch, make_config, make_model
-from tiny_world import publish_sequences, tiny_config
 
 import jobs.ablation
 from jobs import cli
 from pipeline import config
 from pipeline.config import ConfigError, DenseFeature, RunConfig, StochasticLengthConfig, UserError
 from pipeline.evaluate import ablation
-from pipeline.mlflow_server import mlflow_server
 from pipeline.model.flops import count_work
+from pipeline.tracking.server import mlflow_server
+from tests.test_mixture import make_mixture
+from tests.test_model import make_batch, make_config, make_model
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 TRUNCATED = {"attention": {"window": 1, "full_rows": 1, "scaling_seq_len": 16}, "truncate_after_layer": 1}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import kuairand_anchor as anchor
+from benchmarks.quality import kuairand_anchor as anchor
 
 DATA = Path(__file__).parent.parent / "data" / "kuairand_pure_subset"
 

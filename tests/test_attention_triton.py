@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import make_inputs, run, some_bias, some_visible
 
 from kernels.semi_local_attention import triton_launch
 from kernels.semi_local_attention.op import cached_attention
 from kernels.semi_local_attention.reference import RelativeBias, time_bucket
-from kernels.semi_local_attention.triton_launch import Tile, TritonPlan, cached_attention_triton
+from kernels.semi_local_attention.triton_launch import (
+    AttentionTile,
+    TritonPlan,
+    cached_attention_triton,
+)
+from tests.test_attention import make_inputs, run, some_bias, some_visible
 
 CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
     "causal, odd widths": ([23, 0, 30], None, {}, False, False, (25, 9)),
@@ -28,7 +32,7 @@ CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(triton_launch, "tile_sizes", lambda *_, **__: Tile(16, 16, 4, 1))
+    monkeypatch.setattr(triton_launch, "tile_sizes", lambda *_, **__: AttentionTile(16, 16, 4, 1))
     monkeypatch.setattr(triton_launch, "SPLIT_PROGRAMS", 8)
     monkeypatch.setattr(triton_launch, "SHORTEST_PART", 1)
     torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
@@ -126,7 +130,7 @@ def test_time_buckets_are_looked_up_without_a_logarithm():
 @pytest.fixture(scope="module")
 def builds():
     """Kernels compiled in a process that does not interpret them: name → what the compiler says."""
-    script = Path(__file__).with_name("compile_attention.py")
+    script = Path(__file__).parent / "support" / "compile_attention.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import RATES, VOCAB, make_batch, make_config, make_maps, make_model, tokens_at
-from test_train import Loader, train_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import ConfigError, RunConfig
-from pipeline.model.baselines.hstu import HSTU, token_times
+from pipeline.model.encoders.hstu import HSTU, token_times
 from pipeline.model.flops import count_work
-from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.model.ranker import RankingModel
 from pipeline.train import loop
+from tests.test_model import RATES, VOCAB, make_batch, make_config, make_maps, make_model, tokens_at
+from tests.test_train import Loader, train_config
 
 CAUSAL = {"window": None, "scaling_seq_len": 16}
 BASELINES = {
@@ -74,9 +74,9 @@ def test_both_layouts_score_the_same(settings: dict) -> None:
 def test_the_trainer_reaches_every_parameter(settings: dict) -> None:
     cfg = train_config(epochs=1)
     small = replace(baseline_config(settings), train=cfg.train, seed=3)
-    before = UltraHSTU(small, VOCAB, RATES)
+    before = RankingModel(small, VOCAB, RATES)
     torch.manual_seed(small.seed)
-    before = UltraHSTU(small, VOCAB, RATES).state_dict()
+    before = RankingModel(small, VOCAB, RATES).state_dict()
     after = loop.train(small, make_maps(), Loader(), "data").state_dict()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
@@ -126,7 +126,7 @@ def test_the_bias_starts_each_layer_with_tables_of_its_own() -> None:
         before = after
 
 
-def one_sequence(cfg: RunConfig) -> tuple[UltraHSTU, torch.Tensor, torch.Tensor]:
+def one_sequence(cfg: RunConfig) -> tuple[RankingModel, torch.Tensor, torch.Tensor]:
     """A model, its tokens of 2 context rows, 4 events and 1 candidate, and what it makes of the candidate."""
     model, batch = make_model(cfg), make_batch([4], [1])
     tokens = model.encoder(batch)
@@ -189,7 +189,7 @@ def test_work_by_hand(encoder: str, by_hand: int) -> None:
 def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
     """PyTorch counts every product of a layer; attention, which it counts unmasked or not at all, is taken out."""
     cfg = baseline_config({"encoder": encoder})
-    model, batch = UltraHSTU(cfg, VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
+    model, batch = RankingModel(cfg, VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(batch)

@@ -5,7 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from serve_app.batching import MicroBatcher, TokenBatcher
+from serve_app.ranking.batching import MicroBatcher, TokenBatcher
 
 
 def test_what_waits_goes_together_and_every_answer_finds_its_request() -> None:

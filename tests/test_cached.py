@@ -4,17 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_mixture import ENGAGED, EVERY_ROW, make_mixture
-from test_model import make_batch, make_config, make_model, tokens_at
 
 from kernels.semi_local_attention.reference import semi_local_mask
 from pipeline import config
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.rates import dense_width
 from pipeline.config import DenseFeature, RunConfig
-from pipeline.data.batch import SequenceBatch
-from pipeline.data.dense import dense_width
-from pipeline.model.cached import HistoryCache, encode_history, layer_outputs, score_candidates
-from pipeline.model.cuda_graph import GraphedScorer, bucket, fill, make_room
-from pipeline.model.embeddings import target_mask
 from pipeline.model.flops import (
     action_flops,
     cached_work,
@@ -24,6 +19,16 @@ from pipeline.model.flops import (
     layer_flops,
     projection_flops,
 )
+from pipeline.model.inference.cached_scoring import (
+    HistoryCache,
+    encode_history,
+    layer_outputs,
+    score_candidates,
+)
+from pipeline.model.inference.cuda_graph import GraphedScorer, bucket, fill, make_room
+from pipeline.model.tokens import target_mask
+from tests.test_mixture import ENGAGED, EVERY_ROW, make_mixture
+from tests.test_model import make_batch, make_config, make_model, tokens_at
 
 TRUNCATED = {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 4}
 FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}

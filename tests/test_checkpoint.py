@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 
 from pipeline.config import UserError
 from pipeline.train import checkpoint
-from pipeline.train.checkpoint import Block, CheckpointFolder, TrainState, copy_tensors, only_writer, read_tensors
+from pipeline.train.checkpoint import (
+    Block,
+    CheckpointFolder,
+    TrainState,
+    copy_tensors,
+    only_writer,
+    read_tensors,
+)
 
 ROWS = {"long": 7, "short": 2}  # fewer rows than ranks: one rank holds none
 

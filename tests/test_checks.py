@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CheckConfig, UserError
-from pipeline.data.checks import refuse, run_checks
-from pipeline.data.statistics import Statistics
+from pipeline.sequences.quality.checks import refuse, run_checks
+from pipeline.sequences.quality.statistics import Statistics
 
 TOTALS = Statistics(
     rows_in=100,

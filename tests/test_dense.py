@@ -8,19 +8,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny_world import publish_sequences, tiny_config
 
 from pipeline import config
+from pipeline.batches import features
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.counts import LabelCounts
+from pipeline.batches.examples import (
+    Examples,
+    UserEvents,
+    example_batch,
+    request_examples,
+    training_examples,
+    user_events,
+)
+from pipeline.batches.features import FeatureMaps, fit_features
+from pipeline.batches.rates import dense_width
+from pipeline.batches.search import places
 from pipeline.config import DenseFeature, RunConfig, UserError
-from pipeline.data import features
-from pipeline.data.batch import SequenceBatch
-from pipeline.data.counts import LabelCounts
-from pipeline.data.dense import dense_width
-from pipeline.data.examples import Examples, UserEvents, example_batch, request_examples, training_examples, user_events
-from pipeline.data.features import FeatureMaps, fit_features
-from pipeline.data.search import places
 from pipeline.model.artifact import load_model, save_model
-from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.model.ranker import RankingModel
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 HOUR_MS = 3_600_000
 
@@ -154,7 +161,7 @@ def test_a_saved_model_knows_the_whole_training_period(
 ) -> None:
     """Rows after it read the same numbers from the maps of training; the ranker's tests hold serving against them."""
     cfg, table, maps = world
-    save_model(tmp_path / "model", UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
+    save_model(tmp_path / "model", RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
     saved = load_model(tmp_path / "model").maps
     users = user_events(table, cfg)
     later = request_examples(users, cfg.split.val_ms, 2**62)
@@ -227,7 +234,7 @@ def test_no_row_moves_its_own_logit(tmp_path: Path) -> None:
     publish_sequences(plain)
     maps = fit_features(plain)
     torch.manual_seed(0)
-    model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).eval()
+    model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -7,17 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_world import publish_sequences, tiny_config
 
-from pipeline import registry
 from pipeline.cluster import free_port
+from pipeline.tracking import registry
 from serve_app import deployment
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: Path) -> None:
-    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+    from ray.serve.schema import (
+        DeploymentSchema,
+        HTTPOptionsSchema,
+        ServeApplicationSchema,
+        ServeDeploySchema,
+    )
 
     cfg = tiny_config(tmp_path)
     publish_sequences(cfg)

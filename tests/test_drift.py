@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_world import publish_sequences, tiny_config
 
 from pipeline.config import DriftConfig
-from pipeline.data import drift, store
 from pipeline.schema import DAY_MS
+from pipeline.sequences import store
+from pipeline.sequences.quality import drift
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 HISTOGRAM = st.lists(st.integers(0, 1000), min_size=5, max_size=5).map(np.array)
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import RunConfig, ServeConfig
-from pipeline.data.build import build_bucket
-from pipeline.data.cleaning import LogRules, normalise
+from pipeline.logs.cleaning import LogRules, normalise
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.schema import log_schema, sequence_lists
+from pipeline.sequences.users import build_bucket
 from serve_app.columns import RankColumns
-from serve_app.events import LiveHistory, SqliteEvents
-from serve_app.history import histories
-from serve_app.ranker import Ranker
+from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.published import histories
+from serve_app.ranking.ranker import Ranker
 from serve_app.schemas import Event, EventsRequest, RankHead, RankResponse
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parent.parent
 START = 1_651_500_000_000

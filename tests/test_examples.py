@@ -9,11 +9,17 @@ import torch
 
 from kernels.position_time.reference import age_bucket
 from pipeline import config, schema
-from pipeline.data.batch import SequenceBatch, candidates, collate, query_anchored
-from pipeline.data.events import Events, row_gaps
-from pipeline.data.examples import UserEvents, example_batch, request_examples, training_examples, user_events
-from pipeline.data.features import FeatureMaps
-from pipeline.data.sampling import stochastic_cuts, threshold
+from pipeline.batches.collate import SequenceBatch, candidates, collate, query_anchored
+from pipeline.batches.events import Events, row_gaps
+from pipeline.batches.examples import (
+    UserEvents,
+    example_batch,
+    request_examples,
+    training_examples,
+    user_events,
+)
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.stochastic_length import stochastic_cuts, threshold
 
 DAY = 86_400_000
 T_VAL = config.SplitConfig().val_ms

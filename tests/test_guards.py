@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import make_maps
-from test_train import Loader, run, train_config
 
+from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ConfigError, TrainConfig
-from pipeline.data.batch import SequenceBatch
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder, TrainState
 from pipeline.train.guards import TrainingStopped, improved, watch_divergence
+from tests.test_model import make_maps
+from tests.test_train import Loader, run, train_config
 
 
 class Broken(Loader):

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, tiny_config
 
 from pipeline.config import RunConfig, UserError
-from serve_app.history import PublishedSequences, histories, sequence_row
+from serve_app.history.published import PublishedSequences, histories, sequence_row
+from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, tiny_config
 
 
 @pytest.fixture

@@ -8,23 +8,18 @@ import httpx
 import pytest
 import schemathesis
 from fastapi import FastAPI
-from hostile_bodies import insides, malformed, malformed_arrow
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
-from test_protection import hashed
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import load_model
-from serve_app.api import make_api
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.events import LiveHistory, SqliteEvents
-from serve_app.history import PublishedSequences
+from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.published import PublishedSequences
 from serve_app.metrics import ReplicaMetrics, exposition
-from serve_app.protection import ApiKeys
-from serve_app.ranker import Ranker
-from serve_app.rollout import CHAMPION, Rollout
+from serve_app.ranking.ranker import Ranker
+from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import (
     RANK_EXAMPLE,
     EventsRequest,
@@ -32,8 +27,13 @@ from serve_app.schemas import (
     ModelInfo,
     Refusal,
 )
+from serve_app.web.api import make_api
+from serve_app.web.protection import ApiKeys
+from tests.support.hostile_bodies import insides, malformed, malformed_arrow
+from tests.test_protection import hashed
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
-NUM_BODIES = 2000  # of each route; `benchmarks.serving` sends 10,000 over the wire
+NUM_BODIES = 2000  # of each route; `benchmarks.serving.under_load` sends 10,000 over the wire
 NUM_EXAMPLES = 40
 
 

@@ -18,10 +18,11 @@ WITHOUT_RAY = (
         for name in ("average", "checkpoint", "guards", "loop", "optim", "profile", "validation")
     ),
     "pipeline/evaluate/*.py",
-    "benchmarks/quality.py",
-    "benchmarks/sharding.py",
-    *(f"pipeline/data/{name}.py" for name in ("batch", "examples", "features", "loader", "sampling", "store")),
-    "serve_app/ranker.py",
+    "benchmarks/quality/train_plan.py",
+    "benchmarks/training/sharding.py",
+    *(f"pipeline/batches/{name}.py" for name in ("collate", "examples", "features", "loader", "stochastic_length")),
+    "pipeline/sequences/store.py",
+    "serve_app/ranking/ranker.py",
 )
 IMPORT_ALL = """
 import importlib, sys

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import RATES, VOCAB, make_batch, make_config
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 from torch import Tensor, nn
 
 from kernels.int4_embedding.op import look_up, packed_words, quantize
 from kernels.int4_embedding.reference import quantize_reference
 from kernels.int4_embedding.triton_launch import look_up_triton
 from pipeline.evaluate import evaluator
-from pipeline.model import quantize as quantize_module
 from pipeline.model.artifact import load_model
-from pipeline.model.quantize import Int4Embedding, quantize_tables
-from pipeline.model.ultra_hstu import UltraHSTU
-from serve_app.history import PublishedSequences
-from serve_app.ranker import Ranker
+from pipeline.model.inference import quantize as quantize_module
+from pipeline.model.inference.quantize import Int4Embedding, quantize_tables
+from pipeline.model.ranker import RankingModel
+from serve_app.history.published import PublishedSequences
+from serve_app.ranking.ranker import Ranker
+from tests.test_model import RATES, VOCAB, make_batch, make_config
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 
 def some_table(num_rows: int, dim: int) -> Tensor:
@@ -71,7 +71,7 @@ def test_numbers_beyond_float16_are_refused() -> None:
 def test_a_model_with_int4_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_module, "WORTH_BYTES", 100)
     torch.manual_seed(0)
-    model, batch = UltraHSTU(make_config(), VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
+    model, batch = RankingModel(make_config(), VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
     tables = {
         name: table.weight.detach().clone() for name, table in model.named_modules() if isinstance(table, nn.Embedding)
     }
@@ -87,7 +87,7 @@ def test_a_model_with_int4_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     quantised = model(batch)
     assert not torch.equal(quantised, exact)
     with torch.no_grad():  # the same as a float model whose tables hold what the codes say
-        dense = UltraHSTU(make_config(), VOCAB, RATES).eval()
+        dense = RankingModel(make_config(), VOCAB, RATES).eval()
         state = {k: v for k, v in model.state_dict().items() if not k.endswith(".packed")}
         for name, weight in tables.items():
             codes, scale, bias = quantize_reference(weight)

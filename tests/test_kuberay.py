@@ -16,11 +16,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
-from pipeline import config, registry
+from pipeline import config
 from pipeline.config import UserError
+from pipeline.tracking import registry
 from serve_app import deployment
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parents[1]
 KUBERAY = ROOT / "deploy" / "kuberay"

@@ -17,7 +17,7 @@ from kernels.layer_norm.reference import quantize_rows_reference, through_fp8
 from kernels.layer_norm.triton_launch import launch_layer_norm, launch_quantize
 from kernels.linear import triton_launch as linear
 from kernels.linear.reference import linear_reference
-from kernels.linear.triton_launch import Tile, launch_linear
+from kernels.linear.triton_launch import LinearTile, launch_linear
 from kernels.linear.weights import cast_weight
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
@@ -37,7 +37,7 @@ SMALL = STUShape(
     full_rows=3,
     prefix=1,
 )
-TILE = Tile(16, 32, 16, 4, 1, parts=2, per_sm=1, tma_out=True)
+TILE = LinearTile(16, 32, 16, 4, 1, parts=2, per_sm=1, tma_out=True)
 CASES = {  # shape, dropout
     "nothing kept, odd widths": (replace(SMALL, recompute=RECOMPUTABLE), 0.0),
     "all kept": (SMALL, 0.0),
@@ -57,7 +57,7 @@ def assert_as_accurate(fast: Tensor, plain: Tensor, truth: Tensor, factor: float
 @pytest.fixture
 def interpreted(monkeypatch):
     """Small tiles."""
-    monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.Tile(16, 16, 4, 1))
+    monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.AttentionTile(16, 16, 4, 1))
     monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
     torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
     yield
@@ -110,7 +110,7 @@ def test_what_is_made_again_changes_no_bit():
 
 
 @pytest.mark.parametrize("rows", [0, 1, 37])
-@pytest.mark.parametrize(("tile", "silu_from"), [(Tile(16, 32, 16, 4, 1), 13), (TILE, 13), (TILE, 32)])
+@pytest.mark.parametrize(("tile", "silu_from"), [(LinearTile(16, 32, 16, 4, 1), 13), (TILE, 13), (TILE, 32)])
 def test_interpreted_linear(monkeypatch, rows, tile, silu_from):
     """By pointers, and by descriptors as on Hopper."""
     x, w, bias, residual = torch.randn(rows, 24), torch.randn(56, 24), torch.randn(56), torch.randn(rows, 56)
@@ -219,7 +219,7 @@ def test_a_layer_names_the_weight_that_does_not_fit():
 @pytest.fixture(scope="module")
 def builds():
     """Kernels compiled in a process that does not interpret them: name → what the compiler says."""
-    script = Path(__file__).with_name("compile_layer.py")
+    script = Path(__file__).parent / "support" / "compile_layer.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

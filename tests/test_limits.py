@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
-from test_protection import EVENTS, RANK, Fixed, call, hashed
 
-from serve_app import limits, metrics
-from serve_app.api import make_api
+from serve_app import metrics
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.limits import FEW, Work
-from serve_app.protection import ApiKeys, RateLimit
 from serve_app.schemas import Refusal
+from serve_app.web import limits
+from serve_app.web.api import make_api
+from serve_app.web.limits import FEW, Load
+from serve_app.web.protection import ApiKeys, RateLimit
+from tests.test_protection import EVENTS, RANK, Fixed, call, hashed
 
 
 class Slow(Fixed):
@@ -59,7 +60,7 @@ def test_a_body_that_does_not_come_is_408() -> None:
 
 def test_the_wait_is_what_lies_in_flight_over_what_gets_done() -> None:
     now = 0.0
-    work = Work(0.1 * (FEW - 1), lambda: now)
+    work = Load(0.1 * (FEW - 1), lambda: now)
     assert work.wait_s() == 0
     for _ in range(20):  # one after another, 100 ms each, with pauses that do not count
         now += 5
@@ -80,7 +81,7 @@ def test_the_wait_is_what_lies_in_flight_over_what_gets_done() -> None:
 
 def test_a_few_are_always_admitted_so_that_the_measure_can_recover() -> None:
     now = 0.0
-    work = Work(0.001, lambda: now)
+    work = Load(0.001, lambda: now)
     begun = work.begin(1)
     now += 1000
     work.end(1, begun)
@@ -92,7 +93,7 @@ def served(arrivals: np.ndarray, stalls: dict[float, float] | None = None, lag_s
     """Seconds from each arrival to its answer, NaN where it was refused, of a server whose pass over n requests takes
     5 + 7 n ms, the first one after each of `stalls` so much longer; what is computed is answered `lag_s` later."""
     now = 0.0
-    work = Work(0.08, lambda: now)
+    work = Load(0.08, lambda: now)
     took, left = np.full(len(arrivals), np.nan), dict(stalls or {})
     waiting: list[tuple[int, float]] = []
     passing = False

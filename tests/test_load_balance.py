@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import publish_sequences, tiny_config
 
-from benchmarks.load_balance import WARM_UP, simulate, zipf_lengths
+from benchmarks.training.load_balance import WARM_UP, simulate, zipf_lengths
+from pipeline.batches.features import fit_features
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.steps import step_plan
+from pipeline.batches.stochastic_length import balanced_cuts, deal
 from pipeline.config import RunConfig, StochasticLengthConfig
-from pipeline.data.features import fit_features
-from pipeline.data.loader import TrainLoader
-from pipeline.data.plan import step_plan
-from pipeline.data.sampling import balanced_cuts, deal
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 PLAIN = StochasticLengthConfig(alpha=1.6, max_len=16_384)
 

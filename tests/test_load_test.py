@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import NUM_USERS, publish_sequences, tiny_config
 
 from pipeline.config import UserError
 from serve_app import load_test
 from serve_app.load_test import Load
+from tests.worlds.tiny import NUM_USERS, publish_sequences, tiny_config
 
 
 def test_arrivals_are_seeded_poisson_and_half_warm() -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_world import publish_sequences, tiny_config
 
+from pipeline.batches import steps as planning
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.examples import user_events, whole_examples
+from pipeline.batches.features import fit_features
+from pipeline.batches.loader import Share, TrainLoader, made_ahead
+from pipeline.batches.steps import step_bounds, step_plan
 from pipeline.config import ConfigError, RunConfig
-from pipeline.data import plan as planning
-from pipeline.data import store
-from pipeline.data.batch import SequenceBatch
-from pipeline.data.examples import user_events, whole_examples
-from pipeline.data.features import fit_features
-from pipeline.data.loader import Share, TrainLoader, made_ahead
-from pipeline.data.plan import step_bounds, step_plan
+from pipeline.sequences import store
 from pipeline.train.loop import Trainee
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 CUTTING = {
     "users": {"batch_users": 5},

@@ -16,15 +16,17 @@ import pytest
 
 from pipeline import config
 from pipeline.config import DriftConfig, RunConfig, UserError
-from pipeline.data import drift, maintenance, report, sequences, store
-from pipeline.data.compaction import read_retired
-from pipeline.data.forgotten import read_forgotten
-from pipeline.data.maintenance import compact, forget
-from pipeline.data.sequences import build_sequences
-from pipeline.data.workers import Workers
 from pipeline.schema import DAY_MS
-from serve_app.events import SqliteEvents
-from serve_app.history import PublishedSequences
+from pipeline.sequences import build, store
+from pipeline.sequences.build import build_sequences
+from pipeline.sequences.forgotten import read_forgotten
+from pipeline.sequences.quality import drift, report
+from pipeline.sequences.upkeep import maintenance
+from pipeline.sequences.upkeep.compaction import read_retired
+from pipeline.sequences.upkeep.maintenance import compact, forget
+from pipeline.sequences.workers import Workers
+from serve_app.history.live import SqliteEvents
+from serve_app.history.published import PublishedSequences
 from serve_app.schemas import Event
 
 START = 1_650_000_000_000
@@ -40,7 +42,7 @@ def here() -> Iterator[None]:
         yield lambda _, function, items: [function(item) for item in items]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sequences, maintenance):
+        for module in (build, maintenance):
             patch.setattr(module, "workers", workers_here)
         for plot in ("_length_plot", "_day_plot"):
             patch.setattr(report, plot, lambda *_: "")
@@ -155,11 +157,11 @@ def test_retention(tmp_path: Path, cap: int):
         assert found["first_position"] == row["first_position"] + old
         for name in ("item_id", "event_time", "action_mask", "tab"):
             assert found[name] == row[name][old:]
-    parts = [sequences.held_parts(cfg.sequence_dir, manifest)]
+    parts = [build.held_parts(cfg.sequence_dir, manifest)]
     rules = maintenance.held_rules(manifest)
     for number in range(3):
-        batches = sequences.parts.batches_of(parts[0], number)
-        rows = sequences.parts.read_rows(cfg.sequence_dir, batches, number, rules)
+        batches = build.parts.batches_of(parts[0], number)
+        rows = build.parts.read_rows(cfg.sequence_dir, batches, number, rules)
         assert min(rows["event_time"].to_pylist()) >= since, "in the parts, quarantined and capped ones too"
     assert compact(cfg) == manifest
 
@@ -291,7 +293,7 @@ def test_a_killed_run_is_finished_by_the_next(built: Path, monkeypatch: pytest.M
         raise Kill
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"pipeline.data.maintenance.{at}", kill)
+        patch.setattr(f"pipeline.sequences.upkeep.maintenance.{at}", kill)
         with pytest.raises(Kill):
             forget(killed, USERS)
     store.read_sequences(killed.sequence_dir)  # one version or the other is there, whole

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import (
+
+from pipeline import config
+from pipeline.batches.collate import SequenceBatch
+from pipeline.config import ChannelConfig, ConfigError, RunConfig
+from pipeline.model.artifact import load_model, save_model
+from pipeline.model.encoders.mixture import MixtureOfTransducers, filter_rows, newest_rows
+from pipeline.model.encoders.transducer import Transducer, candidates
+from pipeline.model.flops import count_work, head_flops, input_flops
+from pipeline.model.ranker import RankingModel
+from pipeline.model.tokens import Tokens
+from tests.test_model import (
     RATES,
     VOCAB,
     assert_candidates_are_blind,
@@ -15,16 +25,6 @@ from test_model import (
     make_model,
     tokens_at,
 )
-
-from pipeline import config
-from pipeline.config import ChannelConfig, ConfigError, RunConfig
-from pipeline.data.batch import SequenceBatch
-from pipeline.model.artifact import load_model, save_model
-from pipeline.model.embeddings import Tokens
-from pipeline.model.flops import count_work, head_flops, input_flops
-from pipeline.model.mixture import MixtureOfTransducers, filter_rows, newest_rows
-from pipeline.model.transducer import Transducer, candidates
-from pipeline.model.ultra_hstu import UltraHSTU
 
 ACTIONS = ("is_click", "is_like", "is_hate")
 CLICK, LIKE, HATE = 1, 2, 4
@@ -104,7 +104,7 @@ def test_mixture_equals_dense_computation() -> None:
 
 def test_one_channel_over_every_row_is_the_plain_model() -> None:
     plain = make_model(make_config())
-    mixture = UltraHSTU(make_mixture(all={"attention": {**SEMI_LOCAL, "full_rows": 2}}), VOCAB, RATES)
+    mixture = RankingModel(make_mixture(all={"attention": {**SEMI_LOCAL, "full_rows": 2}}), VOCAB, RATES)
     mixture.double().eval().load_state_dict(
         {name.replace("transducer.", "transducer.transducers.0."): w for name, w in plain.state_dict().items()}
     )

@@ -9,14 +9,14 @@ import torch
 from kernels.position_time.reference import time_bucket
 from kernels.semi_local_attention.reference import semi_local_mask
 from pipeline import config
+from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig, UserError
-from pipeline.data.batch import SequenceBatch
 from pipeline.model.artifact import load_model, save_model
-from pipeline.model.embeddings import ActionEncoder, Tokens, target_mask
+from pipeline.model.encoders.stu import STU
+from pipeline.model.encoders.transducer import Transducer, truncate
 from pipeline.model.flops import count_work, head_flops, kept_pairs
-from pipeline.model.stu import STU
-from pipeline.model.transducer import Transducer, truncate
-from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.model.ranker import RankingModel
+from pipeline.model.tokens import ActionEncoder, Tokens, target_mask
 
 VOCAB = {"item_id": 30, "item.tag": 5, "user.age": 4, "user.city": 6, "request.tab": 4}
 RATES = {"is_click": 0.4, "is_like": 0.02}
@@ -41,9 +41,9 @@ def make_config(**model: object) -> RunConfig:
     )
 
 
-def make_model(cfg: RunConfig, seed: int = 0) -> UltraHSTU:
+def make_model(cfg: RunConfig, seed: int = 0) -> RankingModel:
     torch.manual_seed(seed)
-    model = UltraHSTU(cfg, VOCAB, RATES)
+    model = RankingModel(cfg, VOCAB, RATES)
     with torch.no_grad():
         for parameter in model.parameters():  # weights large enough that a wrong mask shows
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -102,12 +102,12 @@ def tokens_at(batch: SequenceBatch, index: torch.Tensor, **changes: object) -> S
 def test_heads_start_at_the_base_rates() -> None:
     cfg = make_config()
     torch.manual_seed(0)
-    scores = UltraHSTU(cfg, VOCAB, RATES).eval()(make_batch([5], [200])).sigmoid().mean(0).tolist()
+    scores = RankingModel(cfg, VOCAB, RATES).eval()(make_batch([5], [200])).sigmoid().mean(0).tolist()
     assert scores[0] == pytest.approx(0.4, abs=0.1)
     assert scores[1] == pytest.approx(0.02, abs=0.02)
 
 
-def assert_candidates_are_blind(model: UltraHSTU) -> None:
+def assert_candidates_are_blind(model: RankingModel) -> None:
     """A candidate alone in its sequence scores as among others."""
     batch = make_batch([7, 3], [3, 2])
     alone = tokens_at(
@@ -248,7 +248,7 @@ def test_variants_of_a_layer_equal_their_dense_computation(switches: dict[str, b
 
 def test_variants_of_a_layer_change_nothing_else() -> None:
     plain, linear_qkv, wide = (
-        UltraHSTU(make_config(**switch), VOCAB, RATES).state_dict()
+        RankingModel(make_config(**switch), VOCAB, RATES).state_dict()
         for switch in ({}, {"silu_qkv": False}, {"concat_ua": True})
     )
     shapes = {name: tuple(weight.shape) for name, weight in plain.items()}
@@ -294,9 +294,9 @@ def test_a_candidate_carries_no_action() -> None:
 def test_a_learned_candidate_action_is_added_to_candidates_alone() -> None:
     batch = make_batch([4, 2], [2, 1])
     torch.manual_seed(0)
-    plain = UltraHSTU(make_config(), VOCAB, RATES).eval()
+    plain = RankingModel(make_config(), VOCAB, RATES).eval()
     torch.manual_seed(0)
-    learned = UltraHSTU(make_config(candidate_action="learned"), VOCAB, RATES).eval()
+    learned = RankingModel(make_config(candidate_action="learned"), VOCAB, RATES).eval()
     assert learned.state_dict().keys() - plain.state_dict().keys() == {"encoder.candidate_action"}
     assert torch.equal(learned(batch), plain(batch))  # it starts at zero, every other weight as without it
     constant = learned.encoder.candidate_action
@@ -400,7 +400,7 @@ def test_artifact_keeps_scores_and_refuses_damage(tmp_path, monkeypatch) -> None
 
 
 def make_maps():
-    from pipeline.data.features import FeatureMaps
+    from pipeline.batches.features import FeatureMaps
 
     return FeatureMaps(
         item_ids=np.arange(29),

@@ -1,6 +1,6 @@
 """A machine is lost in the middle of a build, and in the middle of training: the jobs finish, with the same result.
 
-A cluster of a head and two workers on this machine (tests/node_keeper.py), jobs joined to it as submitted ones are.
+A cluster of a head and two workers on this machine (tests/support/node_keeper.py), jobs joined to it as submitted ones are.
 """
 
 import json
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from s3_server import Bucket, s3_bucket
 from safetensors.torch import load_file
-from tiny_world import publish_sequences, tiny_config
 
 from pipeline import config
 from pipeline.config import RunConfig
-from pipeline.data import store
-from pipeline.data.sources import import_logs
+from pipeline.logs import import_logs
+from pipeline.sequences import store
+from tests.support.s3_server import Bucket, s3_bucket
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120  # for any one step of any of this, on a machine that does other things
@@ -126,7 +126,7 @@ def nodes() -> Iterator[Nodes]:
 
 def test_a_build_loses_a_node_that_was_reading(local_ray: None, nodes: Nodes, tmp_path: Path):
     """Logs in S3; the store keeps a task's request waiting, and while it waits the machine is gone; another comes."""
-    from pipeline.data.sequences import build_sequences
+    from pipeline.sequences.build import build_sequences
 
     few = ["source.synthetic.num_users=60", "source.synthetic.rows_per_file=500"]
     logs = config.load(ROOT / "configs" / "smoke.yaml", [f"runs_dir={tmp_path}", "name=logs", *few])

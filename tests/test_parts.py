@@ -17,11 +17,11 @@ import yaml
 
 from pipeline import config
 from pipeline.config import RunConfig, UserError
-from pipeline.data import parts, sequences, store
-from pipeline.data.buckets import find_record
-from pipeline.data.sequences import build_sequences
-from pipeline.data.workers import Workers
 from pipeline.schema import DAY_MS
+from pipeline.sequences import build, parts, store
+from pipeline.sequences.buckets import find_record
+from pipeline.sequences.build import build_sequences
+from pipeline.sequences.workers import Workers
 from tests.test_sequences import NOON, ROOT, config_for, here, log
 
 __all__ = ["here"]
@@ -74,7 +74,7 @@ def test_a_file_that_comes_again_under_another_name_is_known(here: None, tmp_pat
     cfg = folder(tmp_path, "a", day(0), day(1))
     first = build_sequences(cfg)
     add(cfg, "again", day(1))
-    monkeypatch.setattr(sequences, "build_version", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(build, "build_version", lambda *_: pytest.fail("built again"))
     assert build_sequences(cfg, append=True) == first
     assert build_sequences(cfg) == first
     assert first.quarantined["exact_duplicate"] == 2
@@ -181,7 +181,7 @@ KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
 from pipeline import config
-from pipeline.data import parts, sequences
+from pipeline.sequences import build, parts
 
 @contextmanager
 def workers_here(*_):
@@ -195,8 +195,8 @@ def replace_or_die(*paths):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*paths)
 
-sequences.workers, os.replace, parts.PART_ROWS = workers_here, replace_or_die, 100
-sequences.build_sequences(config.load(sys.argv[1]), append=True)
+build.workers, os.replace, parts.PART_ROWS = workers_here, replace_or_die, 100
+build.build_sequences(config.load(sys.argv[1]), append=True)
 """
 
 
@@ -231,7 +231,7 @@ def test_a_killed_build_goes_on_to_the_same_result(
 
         yield run
 
-    monkeypatch.setattr(sequences, "workers", counting)
+    monkeypatch.setattr(build, "workers", counting)
     resumed = build_sequences(cfg, append=True)
     assert asked == {"reading the logs": 3 - parts_done, "building buckets": 3 - buckets_done}
     assert resumed.digest == build_sequences(folder(tmp_path, "b", *map(day, range(4)))).digest
@@ -264,8 +264,8 @@ def test_append_keeps_the_settings(here: None, tmp_path: Path):
 def test_the_number_of_buckets_follows_the_rows_and_stays(here: None, tmp_path: Path, monkeypatch):
     cfg = folder(tmp_path, "a", day(0))
     cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, num_buckets=None))
-    monkeypatch.setattr(sequences, "BUCKET_MEMORY", sequences.bucket_memory(cfg, 301 / 4))
-    assert sequences.plan(cfg)["buckets"] == 4
+    monkeypatch.setattr(build, "BUCKET_MEMORY", build.bucket_memory(cfg, 301 / 4))
+    assert build.plan(cfg)["buckets"] == 4
     assert build_sequences(cfg).num_buckets == 4
     add(cfg, "1", day(1))
     assert build_sequences(cfg, append=True).num_buckets == 4

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_world import DAY_MS, NUM_ITEMS, NUM_USERS, tiny_config
 
 import jobs.pipeline
-from pipeline import registry
 from pipeline.config import RunConfig, SideTable, SplitConfig
-from pipeline.mlflow_server import mlflow_server
+from pipeline.tracking import registry
+from pipeline.tracking.server import mlflow_server
 from serve_app import replay
+from tests.worlds.tiny import DAY_MS, NUM_ITEMS, NUM_USERS, tiny_config
 
 pytestmark = pytest.mark.cluster
 

@@ -9,15 +9,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from tiny_world import publish_sequences, tiny_config
 
-from pipeline import registry
 from pipeline.config import ConfigError, UserError
+from pipeline.tracking import registry
 from serve_app import deployment, replay
-from serve_app.api import make_api
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.events import StoreDown
-from serve_app.protection import ApiKeys, RateLimit, read_keys
 from serve_app.schemas import (
     EventsRequest,
     EventsResponse,
@@ -26,7 +22,11 @@ from serve_app.schemas import (
     RankRequest,
     RankResponse,
     Refusal,
+    StoreDown,
 )
+from serve_app.web.api import make_api
+from serve_app.web.protection import ApiKeys, RateLimit, read_keys
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 KEYS = {"shop": "key-of-the-shop", "app": "key-of-the-app"}
 RANK = {"user_id": 3, "candidates": [{"item_id": 1}, {"item_id": 2}]}

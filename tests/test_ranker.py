@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
+from pipeline.batches.examples import UserEvents, request_examples, user_events
+from pipeline.batches.loader import EvaluationBatch, evaluation_batch
 from pipeline.config import ServeConfig
-from pipeline.data.examples import UserEvents, request_examples, user_events
-from pipeline.data.loader import EvaluationBatch, evaluation_batch
 from pipeline.model.artifact import LoadedModel, load_model
 from serve_app.columns import RankColumns
-from serve_app.history import PublishedSequences
-from serve_app.history_cache import HistoryCaches, history_key
-from serve_app.ranker import Ranker, probabilities
+from serve_app.history.published import PublishedSequences
+from serve_app.ranking.history_cache import HistoryCaches, history_key
+from serve_app.ranking.ranker import Ranker, probabilities
 from serve_app.schemas import RankRequest, RankResponse
+from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import publish_sequences, tiny_config
 
 from pipeline.cluster import free_port
 from pipeline.config import ConfigError, UserError
-from serve_app.events import LiveHistory, SqliteEvents, StoreDown
-from serve_app.history import PublishedSequences, histories
-from serve_app.rollout import open_events
-from serve_app.schemas import Event
+from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.published import PublishedSequences, histories
+from serve_app.ranking.rollout import open_events
+from serve_app.schemas import Event, StoreDown
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 redis = pytest.importorskip("redis", reason="the extra [redis] is not installed")
 SERVER = shutil.which("redis-server")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import mlflow
 import pytest
-from tiny_world import save_tiny_model, tiny_config
 
-from pipeline import registry, tracking
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
+from pipeline.sequences import store
+from pipeline.tracking import registry, runs
+from tests.worlds.tiny import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.cluster
 
@@ -24,7 +24,7 @@ def cfg(tracked: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
 
 def new_version(cfg: RunConfig, tmp_path: Path, val_ne: float, seed: int = 0) -> int:
     folder = save_tiny_model(cfg, tmp_path / f"model-{val_ne}-{seed}", seed, val_ne)
-    with tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+    with runs.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
         return registry.register(cfg, run, folder)
 
 
@@ -99,7 +99,7 @@ def test_an_unevaluated_model_is_not_registered(cfg: RunConfig, tmp_path: Path) 
     folder = save_tiny_model(cfg, tmp_path / "model")
     (folder / "metrics.json").unlink()
     with (
-        tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run,
+        runs.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run,
         pytest.raises(UserError, match=r"metrics\.json"),
     ):
         registry.register(cfg, run, folder)

@@ -4,15 +4,15 @@ import time
 
 import numpy as np
 import pytest
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import RunConfig
 from pipeline.model.artifact import load_model
 from serve_app import replay
 from serve_app.columns import RankColumns
-from serve_app.history import PublishedSequences
-from serve_app.ranker import Ranker
+from serve_app.history.published import PublishedSequences
+from serve_app.ranking.ranker import Ranker
 from serve_app.schemas import RankRequest
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")

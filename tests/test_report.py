@@ -10,12 +10,18 @@ import pytest
 
 from pipeline import config
 from pipeline.config import CheckConfig, RunConfig
-from pipeline.data import report
-from pipeline.data.build import build_bucket
-from pipeline.data.checks import run_checks
-from pipeline.data.cleaning import LogRules, normalise
-from pipeline.data.sources import ImportReport
-from pipeline.data.statistics import Statistics, count_bucket, hints, length_quantiles, merge
+from pipeline.logs import ImportReport
+from pipeline.logs.cleaning import LogRules, normalise
+from pipeline.sequences.quality import report
+from pipeline.sequences.quality.checks import run_checks
+from pipeline.sequences.quality.statistics import (
+    Statistics,
+    count_bucket,
+    hints,
+    length_quantiles,
+    merge,
+)
+from pipeline.sequences.users import build_bucket
 
 NOON = 1_650_024_000_000  # 2022-04-15 12:00 UTC
 DAY = 86_400_000

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_limits import sample
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.registry import PinnedModel
-from serve_app import deployment, metrics, rollout
+from pipeline.tracking.registry import PinnedModel
+from serve_app import deployment, metrics
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition
-from serve_app.ranker import Ranker
-from serve_app.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
+from serve_app.ranking import rollout
+from serve_app.ranking.ranker import Ranker
+from serve_app.ranking.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
 from serve_app.schemas import RankHead, Refusal
+from tests.test_limits import sample
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parent.parent
 NAMES = re.compile(r"ranking_\w+")

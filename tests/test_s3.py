@@ -8,14 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from s3_server import Bucket, s3_bucket
 
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.data.sequences import build_sequences
-from pipeline.data.sources import files, import_logs, open_logs
-from pipeline.data.sources.files import count_rows
-from pipeline.data.sources.parquet import parquet_files, read_schema
+from pipeline.logs import files, import_logs, open_logs
+from pipeline.logs.files import count_rows
+from pipeline.logs.parquet import parquet_files, read_schema
+from pipeline.sequences.build import build_sequences
+from tests.support.s3_server import Bucket, s3_bucket
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.config import RunConfig, UserError
-from pipeline.data import sequences, store
-from pipeline.data.build import build_bucket
-from pipeline.data.cleaning import LogRules, user_bucket
-from pipeline.data.sequences import build_sequences
-from pipeline.data.workers import Workers
+from pipeline.logs.cleaning import LogRules, user_bucket
 from pipeline.schema import sequence_lists
+from pipeline.sequences import build, store
+from pipeline.sequences.build import build_sequences
+from pipeline.sequences.users import build_bucket
+from pipeline.sequences.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 NOON = 1_650_000_000_000
@@ -201,7 +201,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def workers_here(*_: object) -> Iterator[Workers]:
         yield lambda _, function, items: [function(item) for item in items]
 
-    monkeypatch.setattr(sequences, "workers", workers_here)
+    monkeypatch.setattr(build, "workers", workers_here)
 
 
 def with_sequences(cfg: RunConfig, **changes: object) -> RunConfig:
@@ -267,7 +267,7 @@ def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(here: None, tm
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     with monkeypatch.context() as patch:
-        patch.setattr(sequences, "build_version", lambda *_: pytest.fail("built again"))
+        patch.setattr(build, "build_version", lambda *_: pytest.fail("built again"))
         assert build_sequences(cfg) == first
     capped = with_sequences(cfg, max_rows_per_user=3)
     with pytest.raises(UserError, match=r"of other settings \(sequences.max_rows_per_user\).*--overwrite") as refused:
@@ -389,7 +389,7 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
 
 def test_one_build_at_a_time(tmp_path: Path):
     cfg = config_for(tmp_path, log())
-    with sequences.locked(cfg.sequence_dir), pytest.raises(UserError, match="another job is building sequences"):
+    with build.locked(cfg.sequence_dir), pytest.raises(UserError, match="another job is building sequences"):
         build_sequences(cfg)
 
 
@@ -423,7 +423,7 @@ def test_side_tables_need_one_row_per_id(tmp_path: Path, ids: dict, message: str
 
 
 def test_the_plan_reads_no_rows(tmp_path: Path):
-    plan = sequences.plan(config_for(tmp_path, log(rows=300), log(rows=200)))
+    plan = build.plan(config_for(tmp_path, log(rows=300), log(rows=200)))
     assert plan["rows"] == 500
     assert plan["files"] == 2
     assert plan["buckets"] == 3

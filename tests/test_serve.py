@@ -8,18 +8,18 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from bad_bodies import BAD_BODIES, ONE, check_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_world import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import load_model
-from serve_app.api import Overloaded, Unavailable, make_api
 from serve_app.columns import MEDIA_TYPE, BadBody, RankColumns, RankedColumns
-from serve_app.history import PublishedSequences
-from serve_app.ranker import Ranker
+from serve_app.history.published import PublishedSequences
+from serve_app.ranking.ranker import Ranker
 from serve_app.schemas import ModelInfo, RankRequest, Refusal
+from serve_app.web.api import Overloaded, Unavailable, make_api
+from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
+from tests.worlds.tiny import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
 
 
 class InProcess:

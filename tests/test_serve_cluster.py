@@ -14,8 +14,16 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from bad_bodies import BAD_BODIES, ONE, check_refused
-from served import (
+
+from pipeline.config import CanaryConfig, UserError
+from pipeline.tracking import registry
+from serve_app import deployment, replay
+from serve_app.columns import RankColumns
+from serve_app.history.live import SqliteEvents
+from serve_app.ranking.rollout import in_share
+from serve_app.schemas import RankHead
+from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
+from tests.support.served import (
     Served,
     asked_inside,
     loaded,
@@ -26,16 +34,8 @@ from served import (
     running,
     wait_until,
 )
-from test_limits import sample
-from tiny_world import NOT_A_USER, NUM_USERS
-
-from pipeline import registry
-from pipeline.config import CanaryConfig, UserError
-from serve_app import deployment, replay
-from serve_app.columns import RankColumns
-from serve_app.events import SqliteEvents
-from serve_app.rollout import in_share
-from serve_app.schemas import RankHead
+from tests.test_limits import sample
+from tests.worlds.tiny import NOT_A_USER, NUM_USERS
 
 pytestmark = pytest.mark.cluster
 
@@ -122,7 +122,7 @@ def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> No
 
 
 def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) -> None:
-    """Four writers, who send again what got no answer; `benchmarks.serving` does it with 100,000 events."""
+    """Four writers, who send again what got no answer; `benchmarks.serving.under_load` does it with 100,000 events."""
     num_posts, together, first_user = 40, 10, NOT_A_USER + 100
     began = threading.Barrier(5)
 

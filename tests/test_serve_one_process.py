@@ -6,15 +6,24 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from bad_bodies import ONE
-from served import Served, asked_inside, loaded, metrics_page, promoted_and_back, replica_pids, restore, running
-from test_limits import sample
-from tiny_world import NOT_A_USER
 
 from pipeline.config import ConfigError, ServeConfig
 from serve_app import replay
 from serve_app.columns import RankColumns
 from serve_app.schemas import RankHead
+from tests.support.bad_bodies import ONE
+from tests.support.served import (
+    Served,
+    asked_inside,
+    loaded,
+    metrics_page,
+    promoted_and_back,
+    replica_pids,
+    restore,
+    running,
+)
+from tests.test_limits import sample
+from tests.worlds.tiny import NOT_A_USER
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_model import joined, labelled_batch, make_config, make_maps
 from torch import nn
 
 from pipeline import config
+from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ConfigError, RunConfig
-from pipeline.data.batch import SequenceBatch
 from pipeline.train import loop, sharding
 from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
 from pipeline.train.placement import describe, place_tables
 from pipeline.train.sharding import TableMaker, drawn
+from tests.test_model import joined, labelled_batch, make_config, make_maps
 
 STEPS = 50
 PARTS = 6  # of a step, shared by 1, 2 or 3 ranks

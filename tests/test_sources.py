@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.config import RunConfig, SyntheticConfig, UserError
-from pipeline.data.cleaning import LogRules, check_columns, normalise, row_digest
-from pipeline.data.sources import import_logs, open_logs, plan_import, synthetic
-from pipeline.data.sources.kuairand import ACTIONS
+from pipeline.logs import import_logs, open_logs, plan_import, synthetic
+from pipeline.logs.cleaning import LogRules, check_columns, normalise, row_digest
+from pipeline.logs.kuairand import ACTIONS
 from pipeline.schema import DAY_MS
 
 ROOT = Path(__file__).parents[1]

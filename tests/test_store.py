@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import UserError
-from pipeline.data import store
-from pipeline.data.store import Manifest, write_table
 from pipeline.schema import sequence_lists, sequence_schema
+from pipeline.sequences import store
+from pipeline.sequences.store import Manifest, write_table
 
 
 def sequences(first_user: int) -> pa.Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_hopper_builds():
-    script = Path(__file__).with_name("compile_tables.py")
+    script = Path(__file__).parent / "support" / "compile_tables.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,11 +9,12 @@ import httpx
 import mlflow
 import pytest
 
-from pipeline import config, tracking
+from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
-from pipeline.mlflow_server import mlflow_server
+from pipeline.sequences import store
+from pipeline.tracking import runs
+from pipeline.tracking.server import mlflow_server
 
 pytestmark = pytest.mark.cluster
 
@@ -29,7 +30,7 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
     manifest = store.read_manifest(cfg.sequence_dir)
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "loss.png").write_bytes(b"png")
-    run = tracking.start_run(cfg, manifest, {"attempt": "1"})
+    run = runs.start_run(cfg, manifest, {"attempt": "1"})
     with run:
         for step in (1, 2):
             run.log_metrics({"train/loss": 1 / step, "val/ne/is_click": float("nan"), "val/ne/ärger?": 1.0}, step)
@@ -52,7 +53,7 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
 
 
 def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
-    run = tracking.start_run(cfg, store.read_manifest(cfg.sequence_dir))
+    run = runs.start_run(cfg, store.read_manifest(cfg.sequence_dir))
     with pytest.raises(KeyError), run:
         raise KeyError("lost")
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FAILED"
@@ -61,20 +62,20 @@ def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
 def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> None:
     cfg = replace(cfg, name="often")
     manifest = store.read_manifest(replace(cfg, name="tracked").sequence_dir)
-    first = tracking.training_run(cfg, manifest)
+    first = runs.training_run(cfg, manifest)
     with pytest.raises(KeyError), first:
         raise KeyError("lost")
-    again = tracking.training_run(replace(cfg, train=replace(cfg.train, log_every=7)), manifest)
+    again = runs.training_run(replace(cfg, train=replace(cfg.train, log_every=7)), manifest)
     assert again == first
     found = mlflow.MlflowClient().get_run(first.run_id)
     assert (found.info.status, found.data.tags["attempt"]) == ("RUNNING", "2")
     assert found.data.params["train.log_every"] == str(cfg.train.log_every), "params are the first attempt's"
-    assert tracking.training_run(cfg, replace(manifest, digest="other")) != first
-    newest = tracking.training_run(cfg, manifest, restart=True)
+    assert runs.training_run(cfg, replace(manifest, digest="other")) != first
+    newest = runs.training_run(cfg, manifest, restart=True)
     assert newest != first
-    assert tracking.training_run(cfg, manifest) == newest
+    assert runs.training_run(cfg, manifest) == newest
     mlflow.MlflowClient().delete_run(newest.run_id)
-    assert tracking.training_run(cfg, manifest) != newest, "what somebody deleted stays deleted"
+    assert runs.training_run(cfg, manifest) != newest, "what somebody deleted stays deleted"
 
 
 def test_a_second_job_joins_the_server_that_runs(tracked: RunConfig) -> None:
@@ -96,7 +97,7 @@ def test_a_server_that_is_down_is_said_at_once(tracked: RunConfig) -> None:
         raise AssertionError("there is no server")
     assert time.monotonic() - started < 5
     with pytest.raises(UserError, match="does not answer"):
-        tracking.Run(uri, "0" * 32).log_metrics({"train/loss": 1.0}, 1)
+        runs.Run(uri, "0" * 32).log_metrics({"train/loss": 1.0}, 1)
     assert time.monotonic() - started < 30
 
 
@@ -110,8 +111,8 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
     }
     path = tmp_path / "ultra-0.json"
     path.write_text(json.dumps(figures))
-    assert tracking.import_result(cfg, path)
-    assert not tracking.import_result(cfg, path)
+    assert runs.import_result(cfg, path)
+    assert not runs.import_result(cfg, path)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(f"{cfg.tracking.experiment}-benchmarks")
     assert experiment is not None
@@ -123,4 +124,4 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["ultra-0.json"]
     path.write_text("[1")
     with pytest.raises(UserError, match="not a JSON object"):
-        tracking.import_result(cfg, path)
+        runs.import_result(cfg, path)

@@ -11,18 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_model import joined, labelled_batch, make_config, make_maps
 from torch import nn
 
 from kernels.rowwise_adamw.reference import rows_and_sums
 from pipeline import config
+from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig, UserError
-from pipeline.data.batch import SequenceBatch
-from pipeline.model.flops import Work, count_work
+from pipeline.model.flops import Flops, count_work
 from pipeline.train import loop
 from pipeline.train.average import snapshot_number
 from pipeline.train.checkpoint import CheckpointFolder, MetricsFile
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
+from tests.test_model import joined, labelled_batch, make_config, make_maps
 
 STEPS = 6
 
@@ -141,7 +141,7 @@ def test_bf16_follows_fp32() -> None:
 def test_the_work_of_an_example_is_told_with_its_steps() -> None:
     lines = []
     loop.train(train_config(), make_maps(), Loader(), "data", log=lambda _, values: lines.append(values))
-    work = Work()
+    work = Flops()
     for step in range(2):  # log_every
         work.add(count_work(joined([labelled_batch(10 * step + part) for part in range(2)]), train_config()))
     assert lines[0]["train/gflop_per_example"] == pytest.approx(3 * work.flops / 20 / 1e9)

@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_world import publish_sequences, tiny_config
 
 from pipeline import config
+from pipeline.batches.examples import request_examples, user_events
 from pipeline.config import RunConfig, UserError
-from pipeline.data.examples import request_examples, user_events
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model, save_model
 from pipeline.train.guards import TrainingStopped
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -252,7 +252,7 @@ def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
 
 
 def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
-    from pipeline.tracking import Run
+    from pipeline.tracking.runs import Run
     from pipeline.train import trainer
 
     cfg = replace(trained, name="untracked", train=replace(trained.train, max_failures=0))
@@ -271,7 +271,7 @@ def evaluated(trained: RunConfig) -> tuple[RunConfig, dict[str, float]]:
 
 def test_every_request_row_is_scored_once(evaluated: tuple[RunConfig, dict[str, float]]) -> None:
     cfg, metrics = evaluated
-    from pipeline.data import store
+    from pipeline.sequences import store
 
     users = user_events(store.read_sequences(cfg.sequence_dir), cfg)
     for split, bounds in {

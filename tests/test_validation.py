@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_world import publish_sequences, save_tiny_model, tiny_config
 
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model
 from pipeline.train import validation
 from pipeline.train.validation import Validator
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from kernels.linear import triton_kernels
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class LinearTile:
     """Tile sizes: `rows` tokens, `outputs`, `inputs` of a step; `parts` of the epilogue; programs per multiprocessor,
     each of which takes many tiles, or 0 for one program a tile."""
 
@@ -27,17 +27,17 @@ class Tile:
     tma_out: bool = False
 
 
-def tile_size(*, outputs: int, fp8: bool, residual: bool, half: bool, hopper: bool) -> Tile:
+def tile_size(*, outputs: int, fp8: bool, residual: bool, half: bool, hopper: bool) -> LinearTile:
     """The static table, measured on an H100 (benchmarks/NOTES.md)."""
     if not half:
-        return Tile(64, 64, 32, 4, 2)
+        return LinearTile(64, 64, 32, 4, 2)
     if not hopper:
-        return Tile(128, 128, 32, 8, 3)
+        return LinearTile(128, 128, 32, 8, 3)
     if residual and fp8:
-        return Tile(128, 128, 64, 4, 4, parts=2, per_sm=2, flatten=True, tma_out=True)
+        return LinearTile(128, 128, 64, 4, 4, parts=2, per_sm=2, flatten=True, tma_out=True)
     if residual and outputs > 128:
-        return Tile(128, 256, 64, 8, 3, parts=2, per_sm=1, flatten=True, tma_out=True)
-    return Tile(128, 128, 128 if fp8 else 64, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True)
+        return LinearTile(128, 256, 64, 8, 3, parts=2, per_sm=1, flatten=True, tma_out=True)
+    return LinearTile(128, 128, 128 if fp8 else 64, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True)
 
 
 @cache
@@ -56,7 +56,7 @@ def _by_descriptor(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedLinear:
     """All of a launch but its tensors, and how these are read: by a descriptor, or where there is none by a pointer."""
 
     programs: int
@@ -75,9 +75,9 @@ def _prepare(
     residual: bool,
     tma: bool,
     aligned_out: bool,
-    tile: Tile,
+    tile: LinearTile,
     device: torch.device,
-) -> Prepared:
+) -> PreparedLinear:
     num_rows, num_outputs, num_inputs = shape
     x_dtype, dtype, fp8 = given
     part = tile.outputs // tile.parts
@@ -98,7 +98,7 @@ def _prepare(
     programs = min(tiles, _multiprocessors(device) * tile.per_sm) if tile.per_sm else tiles
     fast, even = dtype.itemsize == 2 and device.type == "cuda", num_outputs % tile.outputs == 0
     silu, silu_from = silu_from is not None, num_outputs if silu_from is None else silu_from
-    return Prepared(
+    return PreparedLinear(
         programs=programs, descriptors=(of_x, of_w, of_out, of_slope),
         fixed=(num_outputs, num_inputs, *strides, silu_from),
         constants=(tile.rows, tile.outputs, tile.inputs, tile.parts, silu, sloped, residual, fp8, tma, fast, even,
@@ -116,7 +116,7 @@ def launch_linear(
     residual: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
-    tile: Tile | None = None,
+    tile: LinearTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x wᵀ + bias [T, N] in `dtype` (x's by default), and SiLU's derivative [T, N - silu_from] with `keep_slope`.
 

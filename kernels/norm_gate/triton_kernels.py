@@ -6,7 +6,13 @@ A program holds ROWS whole rows. The dropout mask is a hash of (seed, row, colum
 import triton
 import triton.language as tl
 
-from kernels.layer_norm.triton_kernels import fp8_columns, fp8_scale, normalise, normalise_backward, to_fp8
+from kernels.layer_norm.triton_kernels import (
+    fp8_columns,
+    fp8_scale,
+    normalise,
+    normalise_backward,
+    to_fp8,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -121,7 +121,9 @@ def triton_plan(
     prefix: int,
 ):
     """The `TritonPlan` of a batch and a mask, one for all layers."""
-    from kernels.semi_local_attention import triton_launch  # where Triton is not installed, CPUs still work
+    from kernels.semi_local_attention import (
+        triton_launch,  # where Triton is not installed, CPUs still work
+    )
 
     mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
     return _shared_plan(

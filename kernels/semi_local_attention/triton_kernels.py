@@ -15,7 +15,13 @@ Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V val
 import triton
 import triton.language as tl
 
-from kernels.semi_local_attention.triton_bias import LATEST, add_fixed, add_position_grads, bias_of, time_buckets
+from kernels.semi_local_attention.triton_bias import (
+    LATEST,
+    add_fixed,
+    add_position_grads,
+    bias_of,
+    time_buckets,
+)
 from kernels.semi_local_attention.triton_tiles import BAND, CANDIDATE, ENTRY
 
 LOG2_E = tl.constexpr(1.4426950408889634)

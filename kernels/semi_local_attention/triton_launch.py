@@ -16,7 +16,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import next_power_of_2
 from kernels.semi_local_attention import triton_bias, triton_kernels, triton_tiles
-from kernels.semi_local_attention.reference import LOG_BUCKET, RelativeBias, time_bucket, whole_seconds
+from kernels.semi_local_attention.reference import (
+    LOG_BUCKET,
+    RelativeBias,
+    time_bucket,
+    whole_seconds,
+)
 
 SPLIT_PROGRAMS = 576  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
@@ -25,7 +30,7 @@ CELLS = triton_bias.CELLS.value
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class AttentionTile:
     """Tile sizes of a kernel: `rows` queries, `keys` keys."""
 
     rows: int
@@ -41,24 +46,24 @@ def tile_sizes(kernel: str, width: int, *, half: bool, banded: bool, biased: boo
     step, so only another program can overlap with the activation.
     """
     if not half:
-        return Tile(32, 32 if width <= 64 else 16, 4, 2)
+        return AttentionTile(32, 32 if width <= 64 else 16, 4, 2)
     if width > 128 and hopper and not biased:
-        causal = Tile(128, 64, 8, 2) if kernel == "forward" else Tile(64, 64, 8, 2)
-        return Tile(64, 32, 4, 2) if banded and kernel == "forward" else causal
+        causal = AttentionTile(128, 64, 8, 2) if kernel == "forward" else AttentionTile(64, 64, 8, 2)
+        return AttentionTile(64, 32, 4, 2) if banded and kernel == "forward" else causal
     if biased and hopper and width <= 128:
-        return {"forward": Tile(64, 64, 4, 2), "backward_queries": Tile(64, 32, 4, 2)}.get(kernel, Tile(32, 64, 4, 3))
+        return {"forward": AttentionTile(64, 64, 4, 2), "backward_queries": AttentionTile(64, 32, 4, 2)}.get(kernel, AttentionTile(32, 64, 4, 3))
     if width > 128 or not hopper:
-        return Tile(32, 32, 4, 2) if width > 128 else Tile(64, 32, 4, 2)
+        return AttentionTile(32, 32, 4, 2) if width > 128 else AttentionTile(64, 32, 4, 2)
     if width <= 64:
         stages = {"backward_queries": 4, "backward_keys": 2} if width <= 32 else {}
-        return Tile(64, 64, 4, stages.get(kernel, 3))
+        return AttentionTile(64, 64, 4, stages.get(kernel, 3))
     if kernel == "backward_queries" and not banded and max_seq_len >= 1024:
-        return Tile(128, 64, 8, 3)
+        return AttentionTile(128, 64, 8, 3)
     if kernel.startswith("backward"):
-        return Tile(64, 64, 4, 2)
+        return AttentionTile(64, 64, 4, 2)
     if max_seq_len <= 1024:
-        return Tile(64, 32, 4, 3)
-    return Tile(64, 64, 4, 3) if banded else Tile(128, 64, 4, 2)
+        return AttentionTile(64, 32, 4, 3)
+    return AttentionTile(64, 64, 4, 3) if banded else AttentionTile(128, 64, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +107,9 @@ class TritonPlan:
     prefix: int
     cached: bool = False
     lists: dict[tuple[bool, int, int, int], TileList] = field(default_factory=dict)
-    problems: dict[tuple, "Problem"] = field(default_factory=dict)
+    problems: dict[tuple, "AttentionProblem"] = field(default_factory=dict)
 
-    def tile_list(self, keys: bool, tile: Tile, heads: int) -> TileList:
+    def tile_list(self, keys: bool, tile: AttentionTile, heads: int) -> TileList:
         """Tiles of keys for dk and dv, or of rows."""
         place = keys, tile.rows, tile.keys, heads
         if place not in self.lists:
@@ -112,7 +117,7 @@ class TritonPlan:
         return self.lists[place]
 
 
-def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileList:
+def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -> TileList:
     """Two launches. The capacity bounds what any lengths with these sums need: whole tiles, a broken tile per kind and
     sequence, and the parts, of which `count_tiles` allows SPLIT_PROGRAMS / heads beyond one per tile."""
     offsets, device = plan.seq_offsets, plan.seq_offsets.device
@@ -151,11 +156,11 @@ def _build_list(plan: TritonPlan, keys: bool, tile: Tile, heads: int) -> TileLis
 
 
 @dataclass(slots=True)
-class Prepared:
+class PreparedLaunch:
     """All of a kernel's launch that is the same for every layer: what is left to fill in are the tensors."""
 
     kernel: Any
-    tile: Tile
+    tile: AttentionTile
     programs: int
     descriptors: list[TensorDescriptor]  # of the operands, none with pointers; their `base` is set at each launch
     partials: tuple[Tensor, ...]
@@ -195,7 +200,7 @@ class GradStores:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class AttentionProblem:
     """What the launches of one layer shape share. Layers of a model have one shape, so a plan keeps its problems."""
 
     plan: TritonPlan
@@ -209,18 +214,18 @@ class Problem:
     hopper: bool
     tables: tuple[int, int] | None  # entries of the bias tables
     on_gpu: bool  # rather than in the interpreter
-    prepared: dict[tuple[str, "GradStores | None"], Prepared] = field(default_factory=dict)
+    prepared: dict[tuple[str, "GradStores | None"], PreparedLaunch] = field(default_factory=dict)
 
     def prepare(
         self, name: str, operands: tuple[Tensor, ...], causal: bool = False, grads: "GradStores | None" = None
-    ) -> Prepared:
+    ) -> PreparedLaunch:
         """The launch of a kernel; `operands` are its first arguments, of which only shapes and strides count."""
         key = name, grads
         if key not in self.prepared:
             self.prepared[key] = self._prepare(name, operands, causal, grads)
         return self.prepared[key]
 
-    def _prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool, grads: "GradStores | None") -> Prepared:
+    def _prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool, grads: "GradStores | None") -> PreparedLaunch:
         plan, keys, cached = self.plan, name == "backward_keys", name == "forward_cached"
         half = self.dtype.itemsize == 2
         tile = tile_sizes(
@@ -257,7 +262,7 @@ class Problem:
                 flat = [x.shape[0], x.shape[1] * x.shape[2]]
                 box = [tile.rows if of in by_rows else tile.keys, x.shape[2]]
                 descriptors.append(TensorDescriptor(x, flat, [x.stride(0), 1], box))
-        return Prepared(
+        return PreparedLaunch(
             kernel=getattr(triton_kernels, name), tile=tile, programs=tiles.capacity * self.heads,
             descriptors=descriptors, partials=partials, lists=(tiles.arrived, tiles.tiles, tiles.header, visible),
             numbers=(*sizes, self.alpha, self.scale, *strides_out, *shape, *flags, *how, *how_out), unused=tiles.tiles,
@@ -288,7 +293,7 @@ def make_problem(
     scaling_seq_len: int,
     tables: tuple[int, int] | None = None,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Problem, tuple[Tensor, ...]]:
+) -> tuple[AttentionProblem, tuple[Tensor, ...]]:
     """The problem of q, k, v (and what else a kernel reads), and these as the kernels read them."""
     q, _, v, *_ = operands
     shapes = tuple([(x.shape, x.stride(), x.data_ptr() % 16) for x in operands])
@@ -299,7 +304,7 @@ def make_problem(
     fit = tuple(_operand(x, hopper) for x in operands)
     if any(x is not y for x, y in zip(fit, operands, strict=True)):
         return make_problem(fit, plan, alpha, scaling_seq_len, tables, out_dtype)
-    plan.problems[key] = Problem(
+    plan.problems[key] = AttentionProblem(
         plan=plan, alpha=alpha, scale=1 / scaling_seq_len, heads=q.shape[1], d_qk=q.shape[2], d_v=v.shape[2],
         dtype=q.dtype, out_dtype=out_dtype or q.dtype, hopper=hopper, tables=tables, on_gpu=q.is_cuda,
     )  # fmt: skip
@@ -354,7 +359,7 @@ def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
     return BiasInputs(positions, cells, event_time, query_time)
 
 
-def launch_forward(problem: Problem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None) -> Tensor:
+def launch_forward(problem: AttentionProblem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None) -> Tensor:
     q = operands[0]
     launch = problem.prepare("forward", operands)
     out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=problem.out_dtype, device=q.device)
@@ -363,7 +368,7 @@ def launch_forward(problem: Problem, operands: tuple[Tensor, ...], bias: BiasInp
 
 
 def launch_backward_queries(
-    problem: Problem,
+    problem: AttentionProblem,
     operands: tuple[Tensor, ...],
     dq: Tensor,
     bias: BiasInputs | None = None,
@@ -398,7 +403,7 @@ def _row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
+def _units(problem: AttentionProblem, grad: Tensor, v: Tensor) -> Tensor:
     """How many units of the whole-number sums of the bias gradients make 1.0: no sum of all pairs can pass 2**62."""
     grad_max, v_max = (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (grad, v))
     largest = grad_max * v_max * (2.2 * problem.d_v)  # 2.2: twice SiLU's slope, as the kernels have it
@@ -407,7 +412,7 @@ def _units(problem: Problem, grad: Tensor, v: Tensor) -> Tensor:
 
 
 def launch_backward_keys(
-    problem: Problem,
+    problem: AttentionProblem,
     operands: tuple[Tensor, ...],
     dk: Tensor,
     dv: Tensor,
@@ -432,7 +437,7 @@ def launch_backward_keys(
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, position_table, time_table, problem: Problem, bias: BiasInputs | None):
+    def forward(ctx, q, k, v, position_table, time_table, problem: AttentionProblem, bias: BiasInputs | None):
         ctx.save_for_backward(q, k, v)
         ctx.problem, ctx.bias = problem, bias
         return launch_forward(problem, (q, k, v), bias)

@@ -48,7 +48,10 @@ def stu_layer(
         ValueError: on shapes and types that do not fit, FP8 on a GPU without it.
     """
     if is_fused(x_TE, shape, backend):
-        from kernels.stu.triton_launch import FusedLayer, launch_layer  # where Triton is not installed, CPUs still work
+        from kernels.stu.triton_launch import (  # where Triton is not installed, CPUs still work
+            FusedLayer,
+            launch_layer,
+        )
 
         _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
         require(max(shape.d_qk, shape.d_v) <= 256, f"heads must be at most 256 wide, got {shape.d_qk} and {shape.d_v}")

@@ -9,7 +9,14 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.data import CheckConfig, DriftConfig, FeatureConfig, SequenceConfig, SourceConfig, SplitConfig
+from pipeline.config.data import (
+    CheckConfig,
+    DriftConfig,
+    FeatureConfig,
+    SequenceConfig,
+    SourceConfig,
+    SplitConfig,
+)
 from pipeline.config.model import ChannelConfig, ModelConfig
 from pipeline.config.operate import RayConfig, ServeConfig, TrackingConfig
 from pipeline.config.train import EvaluateConfig, TrainConfig

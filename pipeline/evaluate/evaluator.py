@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.batches.examples import request_examples, user_events
+from pipeline.batches.loader import evaluation_batches, split_bounds
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
-from pipeline.data.examples import request_examples, user_events
-from pipeline.data.loader import evaluation_batches, split_bounds
 from pipeline.evaluate import plots
 from pipeline.evaluate.metrics import TaskMetrics
 from pipeline.model.artifact import LoadedModel, load_model
-from pipeline.model.flops import Work, count_work
-from pipeline.model.quantize import quantize_tables
+from pipeline.model.flops import Flops, count_work
+from pipeline.model.inference.quantize import quantize_tables
+from pipeline.sequences import store
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
     folder = cfg.run_dir / "evaluation"
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
-    work = Work()
+    work = Flops()
     for split in splits:
         begin = time.perf_counter()
         predictions = predict(cfg, loaded, split, work)
@@ -65,7 +65,7 @@ def device(cfg: RunConfig) -> str:
     return cfg.evaluate.device
 
 
-def shares(work: Work) -> dict[str, float]:
+def shares(work: Flops) -> dict[str, float]:
     """What mask, truncation and filters took away, and what was left to compute."""
     return {
         "masked_pair_share": work.masked_pair_share,
@@ -76,7 +76,7 @@ def shares(work: Work) -> dict[str, float]:
 
 
 @torch.no_grad()
-def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Work) -> pa.Table:
+def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Flops) -> pa.Table:
     """One row per candidate: user_id, item_id, event_time; per task label (null where unknown), score, its logit.
 
     On the device that the model is on, in `evaluate.precision`.

@@ -19,22 +19,22 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.batches.features import FeatureMaps
 from pipeline.config import ConfigError, RunConfig, UserError, from_dict, to_dict
-from pipeline.data.features import FeatureMaps
-from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.model.ranker import RankingModel
 
 INDEX = "artifact.json"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    model: UltraHSTU
+    model: RankingModel
     cfg: RunConfig
     maps: FeatureMaps
     extra: dict  # what training wrote about itself
 
 
-def save_model(folder: Path, model: UltraHSTU, cfg: RunConfig, maps: FeatureMaps, extra: dict) -> None:
+def save_model(folder: Path, model: RankingModel, cfg: RunConfig, maps: FeatureMaps, extra: dict) -> None:
     """Publish the model at `folder`, in the place of whatever model was there."""
     publish_model(folder, lambda path: save_file(model.state_dict(), path), cfg, maps, extra)
 
@@ -61,7 +61,7 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
     try:
         cfg = from_dict(json.loads((folder / "config.json").read_text()))
         maps = FeatureMaps.load(folder)
-        model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+        model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (ConfigError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"the model at {folder} was saved by another version of this project: {error}") from error

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.rates import dense_width
 from pipeline.config import ModelConfig, RunConfig
-from pipeline.data.batch import SequenceBatch
-from pipeline.data.dense import dense_width
-from pipeline.model.baselines.hstu import interleave
-from pipeline.model.embeddings import Tokens, prepend, sequence_index
-from pipeline.model.mixture import channel_model, filter_rows, newest_rows
-from pipeline.model.transducer import truncate
+from pipeline.model.encoders.hstu import interleave
+from pipeline.model.encoders.mixture import channel_model, filter_rows, newest_rows
+from pipeline.model.encoders.transducer import truncate
+from pipeline.model.tokens import Tokens, prepend, sequence_index
 
 
 @dataclass
-class Work:
+class Flops:
     """Sums over batches; `add` merges the counts of two."""
 
     candidates: int = 0
@@ -33,7 +33,7 @@ class Work:
     kept_pairs: int = 0  # summed over layers
     flops: int = 0  # one forward pass
 
-    def add(self, other: "Work") -> None:
+    def add(self, other: "Flops") -> None:
         self.candidates += other.candidates
         self.tokens += other.tokens
         self.truncated_tokens += other.truncated_tokens
@@ -96,11 +96,11 @@ def projection_flops(cfg: ModelConfig, num_tokens: int) -> int:
     return 2 * num_tokens * cfg.d_model * 2 * cfg.num_heads * (cfg.d_qk + cfg.d_v)
 
 
-def count_work(batch: SequenceBatch, cfg: RunConfig) -> Work:
+def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
     """The work of one forward pass over `batch`, which is on the CPU."""
     num_context = len(cfg.features.user_tokens)
     tokens = _bare_tokens(batch, num_context)
-    work = Work(candidates=int(batch.num_targets.sum()))
+    work = Flops(candidates=int(batch.num_targets.sum()))
     work.flops = input_flops(cfg, batch.num_tokens, batch.num_sequences) + head_flops(cfg, work.candidates)
     if cfg.model.encoder == "din":
         work.add(_din_work(tokens, cfg.model))
@@ -178,7 +178,7 @@ def head_flops(cfg: RunConfig, candidates: int) -> int:
     return 2 * candidates * (heads + (into_head + into_token) * (dense * d + d * d))
 
 
-def _din_work(tokens: Tokens, model: ModelConfig) -> Work:
+def _din_work(tokens: Tokens, model: ModelConfig) -> Flops:
     """Every candidate weighs every row before it: pairs without the candidate itself, once."""
     num_candidates = int(tokens.num_targets.sum())
     history = tokens.seq_offsets.diff() - tokens.num_targets
@@ -186,12 +186,12 @@ def _din_work(tokens: Tokens, model: ModelConfig) -> Work:
     pairs = int((history * tokens.num_targets).sum() if visible is None else visible.long().sum())
     d = model.d_model
     flops = 2 * pairs * (4 * d * model.ffn_dim + model.ffn_dim) + 2 * num_candidates * 2 * d * d
-    return Work(tokens=len(tokens.x_TE), causal_pairs=pairs, kept_pairs=pairs, flops=flops)
+    return Flops(tokens=len(tokens.x_TE), causal_pairs=pairs, kept_pairs=pairs, flops=flops)
 
 
-def _transducer_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: int) -> Work:
+def _transducer_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: int) -> Flops:
     """The layers' work on `tokens`, which are `whole` or its newest rows."""
-    work = Work(tokens=whole.x_TE.shape[0])
+    work = Flops(tokens=whole.x_TE.shape[0])
     causal = kept_pairs(whole.seq_offsets, whole.num_targets, whole.target_visible, None, 0, 0)
     pairs = _kept(tokens, model, num_context)
     for depth in range(model.num_layers):

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.backend import choose
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig, UserError
-from pipeline.data.batch import SequenceBatch
-from pipeline.data.features import FeatureMaps
-from pipeline.model.flops import Work, count_work
-from pipeline.model.losses import task_losses
-from pipeline.model.ultra_hstu import UltraHSTU, attention_variance
+from pipeline.model.flops import Flops, count_work
+from pipeline.model.heads import task_losses
+from pipeline.model.ranker import RankingModel, attention_variance
 from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import (
     Block,
@@ -64,10 +64,10 @@ def train(
     device: torch.device | str = "cpu",
     resume: Saved | None = None,
     checkpoints: CheckpointFolder | None = None,
-    validate: Callable[[UltraHSTU], dict[str, float]] | None = None,
+    validate: Callable[[RankingModel], dict[str, float]] | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
     profile_dir: Path | None = None,
-) -> UltraHSTU:
+) -> RankingModel:
     """Train to the last step of the last epoch, or to an early stop, from `resume` on where it is given.
 
     `checkpoints` get one every `train.checkpoint_every` steps, at every validation better than all before, and at the
@@ -162,7 +162,7 @@ def _begin(trainee: "Trainee", loader: Loader, resume: Saved | None, identity: d
     return resume.state
 
 
-def coming(loader: Loader, state: TrainState, cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Work]]:
+def coming(loader: Loader, state: TrainState, cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Flops]]:
     """What is left of the run from `state` on, each batch made while the one before it is used."""
     first_epoch, first_step = state.epoch, state.epoch_step
     for epoch in range(first_epoch, cfg.train.epochs):
@@ -178,7 +178,7 @@ class Trainee:
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
         plan = place_tables(cfg, maps.vocab_sizes, world_size)
         maker = TableMaker(plan, rank, device, cfg.seed)
-        self.model = model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
+        self.model = model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
         maker.check(model)
         self.task_weights = torch.tensor([cfg.train.task_weights.get(task, 1.0) for task in cfg.tasks], device=device)
         paths = {module: f"{path}.weight" for path, module in model.named_modules()}
@@ -302,7 +302,7 @@ class Trainee:
         self.rowwise.step_count = saved.state.step
 
 
-def counted(batches: Iterator[SequenceBatch], cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Work]]:
+def counted(batches: Iterator[SequenceBatch], cfg: RunConfig) -> Iterator[tuple[SequenceBatch, Flops]]:
     """Each batch with the work of one forward pass over it, counted before it leaves the CPU."""
     for batch in batches:
         yield batch, count_work(batch, cfg)
@@ -325,7 +325,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.begin, self.wait, self.steps, self.tokens, self.work = time.perf_counter(), 0.0, 0, 0, Work()
+        self.begin, self.wait, self.steps, self.tokens, self.work = time.perf_counter(), 0.0, 0, 0, Flops()
 
     def waited(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches, the time until each arrives counted as waiting for data."""
@@ -337,7 +337,7 @@ class Meter:
                 return
             yield batch
 
-    def count(self, batch: SequenceBatch, work: Work) -> None:
+    def count(self, batch: SequenceBatch, work: Flops) -> None:
         self.steps += 1
         self.tokens += batch.num_tokens
         self.work.add(work)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.model.embeddings import table
+from pipeline.model.tokens import table
 from pipeline.train.placement import Placement
 
 LARGE = 2**28  # numbers: from here on a table is never whole on a host, and is drawn on its device

@@ -22,15 +22,15 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import config
+from pipeline.batches.features import FeatureMaps, fit_features
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
-from pipeline.data.features import FeatureMaps, fit_features
-from pipeline.data.loader import TrainLoader
-from pipeline.data.plan import StepPlan, pool_memory, step_plan
 from pipeline.model.artifact import publish_model
-from pipeline.model.ultra_hstu import UltraHSTU
-from pipeline.tracking import Run
+from pipeline.model.ranker import RankingModel
+from pipeline.sequences import store
+from pipeline.tracking.runs import Run
 from pipeline.train import loop
 from pipeline.train.checkpoint import (
     CheckpointFolder,
@@ -79,7 +79,7 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
         run.log_artifacts(folder / "profile", "profile")
     trained = _chosen(cfg)
     with torch.device("meta"):  # names and shapes: tables may be larger than this machine
-        like = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
+        like = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
     facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
     facts |= {"mlflow_run_id": run.run_id} if run else {}
     publish_model(cfg.model_dir, lambda path: copy_tensors(trained.folder, like, path, "model."), cfg, maps, facts)
@@ -215,7 +215,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
     with torch.device("meta"):  # shapes alone: a table may be larger than this machine
-        model = UltraHSTU(cfg, maps.vocab_sizes, maps.base_rates)
+        model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
     table_values = sum(table.rows * table.width for table in tables.values())
     dense = sum(parameter.numel() for parameter in model.parameters()) - table_values
     placed, steps = describe(tables), step_plan(cfg)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.batches.examples import Examples, UserEvents, request_examples, user_events
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.loader import EvaluationBatch, evaluation_batch, split_bounds, token_batches
 from pipeline.config import RunConfig, UserError
-from pipeline.data import store
-from pipeline.data.examples import Examples, UserEvents, request_examples, user_events
-from pipeline.data.features import FeatureMaps
-from pipeline.data.loader import EvaluationBatch, evaluation_batch, split_bounds, token_batches
 from pipeline.evaluate.metrics import TaskMetrics
-from pipeline.model.ultra_hstu import UltraHSTU
+from pipeline.model.ranker import RankingModel
+from pipeline.sequences import store
 
 METRICS = ("ne", "auc", "gauc")
 
@@ -36,7 +36,7 @@ class Validator:
         self.rank, self.world_size = rank, world_size
 
     @torch.no_grad()
-    def __call__(self, model: UltraHSTU) -> dict[str, float]:
+    def __call__(self, model: RankingModel) -> dict[str, float]:
         """Raises UserError where the validation period holds no request."""
         model.eval()
         device = torch.device(self.device)

@@ -1,0 +1,266 @@
+"""The build of the sequences at size: beside Polars and Ray's `map_groups`, its memory, and killed at random.
+
+    python -m benchmarks.build.at_size speed      # 25M rows: rows/s of the build, Polars and map_groups, the same lists out
+    python -m benchmarks.build.at_size memory     # 25M and 100M rows with an object store of 2 GB: peak memory of all processes
+    python -m benchmarks.build.at_size kills      # SIGKILL at a random moment, run again: the same manifest?
+
+Each writes its part of benchmarks/runs/build.json and the section of benchmarks/RESULTS.md. Logs come from the
+synthetic generator (one file a day, 20 days, 200 rows a user on average, Zipf lengths up to 16,384) and stay in
+`--folder`, which is to be removed by hand: 100M rows take some 2 GB, their sequences about as much again. Everything is
+timed as a whole command, from the start of Python to its end, Ray's start included. `--rows` makes it a smoke test.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from benchmarks.build.at_size_report import section
+from benchmarks.build.process_tree import Command, Measured
+from benchmarks.report import write_section
+from pipeline.sequences import store
+
+RUN = Path(__file__).parents[1] / "runs" / "build.json"
+LONGEST = 16_384
+ROWS_PER_USER = 200
+DAYS = 20
+PEER_LISTS = (
+    "item_id",
+    "event_time",
+    "action_mask",
+    "known_mask",
+    "watch_ms",
+    "request_index",
+    "order_only",
+    "tab",
+)  # what build_peers writes
+
+
+def zipf_exponent(rows: int, users: int, shortest: int) -> float:
+    """So that the user of rank r having LONGEST / r**exponent rows, but at least `shortest`, makes `rows` rows."""
+    rank = np.arange(1, users + 1, dtype=np.float64)
+    low, high = 0.0, 4.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        total = np.clip(np.floor(LONGEST / rank**middle), shortest, LONGEST).sum()
+        low, high = (middle, high) if total > rows else (low, middle)
+    return round(high, 6)
+
+
+def preset(options: argparse.Namespace, rows: int, name: str) -> Path:
+    """A configuration file for logs of about so many rows."""
+    users = max(1, rows // ROWS_PER_USER)
+    shortest = 16
+    content = {
+        "name": name,
+        "runs_dir": str(options.folder),
+        "source": {
+            "kind": "synthetic",
+            "actions": ["is_click", "long_view", "is_like"],
+            "request_columns": ["tab"],
+            "synthetic": {
+                "num_users": users,
+                "num_items": 1_000_000,
+                "max_history": LONGEST,
+                "length_exponent": zipf_exponent(rows, users, shortest),
+                "min_history": shortest,
+                "num_days": DAYS,
+                "by_day": True,
+            },
+        },
+        "sequences": {"latest_time": "2030-01-01T00:00:00+00:00"},  # not the clock's: the settings are part of a build
+        "ray": {"num_cpus": options.cpus, "object_store_mb": options.object_store_mb},
+        "tasks": ["is_click"],
+    }
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def job(name: str, path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"jobs.{name}", "--config", str(path), *arguments]
+
+
+def run(options: argparse.Namespace, command: Sequence[str], *, sample_memory: bool = False) -> Measured:
+    return Command(command, options.folder / "output.log").finish(sample_memory=sample_memory)
+
+
+def make_logs(options: argparse.Namespace, rows: int, name: str) -> tuple[Path, Path, int]:
+    """The preset, the folder of the logs and how many rows there are; made once."""
+    path = preset(options, rows, name)
+    run(options, job("import_logs", path))
+    logs = options.folder / name / "logs" / "log"
+    return path, logs, sum(pq.read_metadata(file).num_rows for file in logs.glob("*.parquet"))
+
+
+def sequences_of(options: argparse.Namespace, name: str) -> Path:
+    return options.folder / name / "sequences"
+
+
+def check_same_lists(folder: Path, peer: Path) -> int:
+    """Every user's lists in the store are those that the peer wrote; returns the users compared.
+
+    Raises:
+        AssertionError: users, or a list, differ.
+    """
+    theirs = pa.concat_tables([pq.read_table(file) for file in sorted(peer.glob("*.parquet"))])
+    theirs = theirs.take(pc.sort_indices(theirs["user_id"]))
+    manifest, users = store.read_manifest(folder), 0
+    for index in range(len(manifest.buckets)):
+        ours = store.read_bucket(folder, manifest, index)
+        same = theirs.take(pc.index_in(ours["user_id"], value_set=theirs["user_id"]))
+        for name in ("user_id", *PEER_LISTS):
+            assert same[name].cast(ours[name].type).equals(ours[name]), f"{name} of {manifest.buckets[index].file}"
+        users += ours.num_rows
+    assert users == theirs.num_rows, f"{users} users in the store, {theirs.num_rows} from the peer"
+    return users
+
+
+def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
+    path, logs, rows = make_logs(options, options.rows, "speed")
+    few_path, few_logs, few_rows = make_logs(options, options.map_groups_rows, "map_groups")
+    peer = options.folder / "peer"
+    cluster = ["--cpus", str(options.cpus), "--object-store-mb", str(options.object_store_mb)]
+    polars = lambda kind: lambda: [sys.executable, "-m", "benchmarks.build.peers", kind, str(logs), str(peer)]
+    contestants: dict[str, tuple[int, Path, Callable[[], list[str]]]] = {
+        "build": (rows, sequences_of(options, "speed"), lambda: job("build_sequences", path)),
+        "polars": (rows, peer, polars("polars")),
+        "polars-streaming": (rows, peer, polars("polars-streaming")),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in (*contestants, "map_groups")}
+    for turn in range(options.repeats):  # side by side: what the machine does else hits all alike
+        for name, (_, out, command) in contestants.items():
+            shutil.rmtree(out, ignore_errors=True)
+            seconds[name].append(run(options, command()).seconds)
+            print(name, round(seconds[name][-1], 1), flush=True)
+            if name != "build" and turn == 0:
+                check_same_lists(sequences_of(options, "speed"), peer)
+    run(options, job("build_sequences", few_path))
+    for _ in range(options.map_groups_repeats):
+        shutil.rmtree(peer, ignore_errors=True)
+        command = [sys.executable, "-m", "benchmarks.build.peers", "map_groups", str(few_logs), str(peer), *cluster]
+        seconds["map_groups"].append(run(options, command).seconds)
+        print("map_groups", round(seconds["map_groups"][-1], 1), flush=True)
+        check_same_lists(sequences_of(options, "map_groups"), peer)
+    shutil.rmtree(peer)
+    of = dict.fromkeys(contestants, rows) | {"map_groups": few_rows}
+    return {
+        name: {
+            "rows": of[name],
+            "seconds": [round(value, 2) for value in times],
+            "rows_per_s": round(of[name] / statistics.median(times)),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for name, wanted in (("small", options.small_rows), ("large", options.rows)):
+        path, _, rows = make_logs(options, wanted, f"memory_{name}")
+        peaks, seconds = [], []
+        for _ in range(options.repeats):
+            shutil.rmtree(sequences_of(options, f"memory_{name}"), ignore_errors=True)
+            measured = run(options, job("build_sequences", path), sample_memory=True)
+            peaks.append(measured.peak_bytes)
+            seconds.append(measured.seconds)
+        manifest = store.read_manifest(sequences_of(options, f"memory_{name}"))
+        assert manifest.rows_in == rows, f"{manifest.rows_in} rows in the manifest, {rows} in the logs"
+        found[name] = {
+            "rows": rows,
+            "users": manifest.num_users,
+            "buckets": len(manifest.buckets),
+            "peak_mb": [round(peak / 2**20) for peak in peaks],
+            "seconds": [round(value, 1) for value in seconds],
+        }
+    found["object_store_mb"] = options.object_store_mb
+    found["ratio"] = round(
+        statistics.median(found["large"]["peak_mb"]) / statistics.median(found["small"]["peak_mb"]), 3
+    )
+    return found
+
+
+def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
+    path, _, rows = make_logs(options, options.rows, "kills")
+    folder = sequences_of(options, "kills")
+    build = job("build_sequences", path)
+    shutil.rmtree(folder, ignore_errors=True)
+    unbroken = run(options, build).seconds
+    wanted = store.read_manifest(folder).digest
+    rng, killed = random.Random(options.seed), []
+    while len(killed) < options.kills:
+        shutil.rmtree(folder)
+        only_driver = len(killed) % 2 == 0
+        after = rng.uniform(0, unbroken)
+        command = Command(build, options.folder / "output.log")
+        if not command.kill_after(after, only_driver=only_driver):
+            continue  # it was done already
+        done = {kind: len(list(folder.glob(f"{kind}/*.json"))) for kind in ("parts", "records")}
+        resumed = run(options, build).seconds
+        killed.append(
+            {
+                "after_s": round(after, 1),
+                "only_driver": only_driver,
+                "done": done,
+                "resumed_s": round(resumed, 1),
+                "same_digest": store.read_manifest(folder).digest == wanted,
+            }
+        )
+        print(killed[-1], flush=True)
+    return {"rows": rows, "unbroken_s": round(unbroken, 1), "seed": options.seed, "kills": killed}
+
+
+def machine() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
+    return f"{len(names)} cores of {names[0]}, {memory:.0f} GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", choices=["speed", "memory", "kills", "report"], help="report: only write the section again"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench_build").absolute())
+    parser.add_argument("--rows", type=int, help="of the logs; 25M for speed, 100M for memory, 3M for kills")
+    parser.add_argument("--small-rows", type=int, default=25_000_000, help="memory: the build to compare with")
+    parser.add_argument("--map-groups-rows", type=int, default=2_500_000)
+    parser.add_argument("--repeats", type=int, help="runs of each; 3 for speed, 1 for memory")
+    parser.add_argument("--map-groups-repeats", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of Ray")
+    parser.add_argument("--object-store-mb", type=int, default=2000)
+    parser.add_argument("--no-section", action="store_true", help="print the figures and leave the documents alone")
+    options = parser.parse_args()
+    options.folder = options.folder.absolute()
+    found = json.loads(RUN.read_text()) if RUN.exists() else {}
+    if options.what != "report":
+        measures = {"speed": measure_speed, "memory": measure_memory, "kills": measure_kills}
+        options.rows = options.rows or {"speed": 25_000_000, "memory": 100_000_000, "kills": 3_000_000}[options.what]
+        options.repeats = options.repeats or {"speed": 3, "memory": 1, "kills": 1}[options.what]
+        found |= {"machine": machine(), options.what: measures[options.what](options)}
+        print(json.dumps(found[options.what], indent=1))
+    if not options.no_section:
+        RUN.write_text(json.dumps(found, indent=1) + "\n")
+        write_section("build", section(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""benchmarks/runs/build.json as the section "Building the sequences" of RESULTS.md."""
+
+import platform
+import statistics
+import textwrap
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.report import table
+
+NAMES = {
+    "build": "**jobs.build_sequences**",
+    "polars": "Polars, in-memory engine",
+    "polars-streaming": "Polars, streaming engine",
+    "map_groups": "Ray Data, `groupby().map_groups`",
+}
+
+
+def section(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "polars", "pyarrow"))
+    lines = ["## Building the sequences", "", f"{found['machine']}; {versions}, Python {platform.python_version()}."]
+    for name, write in (("speed", speed), ("memory", memory), ("kills", kills)):
+        if name in found:
+            lines += ["", *write(found[name])]
+    return "\n".join(lines)
+
+
+def speed(found: dict[str, Any]) -> list[str]:
+    ours = found["build"]["rows_per_s"]
+    rows = []
+    for name, what in NAMES.items():
+        figures = found[name]
+        seconds, rate = figures["seconds"], figures["rows_per_s"]
+        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
+        cells = f"{figures['rows'] / 1e6:.2f}M", spread, f"{rate / 1e3:,.0f}k", f"{ours / rate:.2f}x"
+        rows.append([what, *cells])
+    return [
+        _paragraph(
+            "`python -m benchmarks.build.at_size speed`: Parquet to Parquet, whole commands with Ray's start, medians (least",
+            f"to most) of {len(found['build']['seconds'])} runs in turn; map_groups gets fewer rows. The peers write",
+            "the same lists, compared user by user with the build's, and nothing else; the build also checks every",
+            "row, looks for duplicates, hashes its files and counts the report.",
+        ),
+        "",
+        table(["", "rows", "seconds", "rows/s", "the build's rate over it"], rows),
+    ]
+
+
+def memory(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name in ("small", "large"):
+        figures = found[name]
+        what = f"{figures['rows'] / 1e6:.1f}M rows, {figures['users']:,} users, {figures['buckets']} buckets"
+        rows.append(
+            [what, f"{statistics.median(figures['peak_mb']):,.0f}", f"{statistics.median(figures['seconds']):.0f}"]
+        )
+    return [
+        _paragraph(
+            f"`python -m benchmarks.build.at_size memory`, object store of {found['object_store_mb']:,} MB: peak over all",
+            "processes of the job, sampled twice a second: Pss_Anon and Pss_File of each and the allocated blocks of",
+            "the object store, so that what is shared counts once. The larger is",
+            f"{found['ratio']:.2f} times the smaller.",
+        ),
+        "",
+        table(["", "peak, MiB", "seconds"], rows),
+    ]
+
+
+def kills(found: dict[str, Any]) -> list[str]:
+    cases = found["kills"]
+    same = sum(case["same_digest"] for case in cases)
+    return [
+        _paragraph(
+            f"`python -m benchmarks.build.at_size kills`, {found['rows'] / 1e6:.1f}M rows: SIGKILL at a random moment of the",
+            f"{found['unbroken_s']} s that a build takes, in turn to the driver alone and to all its processes. Run",
+            f"again, the manifest has the digest of the unbroken build in **{same} of {len(cases)}** cases.",
+        ),
+        "",
+        table(
+            ["killed after, s", *_column(cases, "after_s")],
+            [
+                ["parts and buckets done", *(f"{case['done']['parts']}, {case['done']['records']}" for case in cases)],
+                ["second run, s", *_column(cases, "resumed_s")],
+            ],
+        ),
+    ]
+
+
+def _paragraph(*words: str) -> str:
+    return textwrap.fill(" ".join(words), 120, break_on_hyphens=False, break_long_words=False)
+
+
+def _column(cases: Sequence[dict[str, Any]], name: str) -> list[str]:
+    return [str(case[name]) for case in cases]

@@ -1,0 +1,208 @@
+"""From the published sequences to batches, in an order that depends on the seed and the epoch alone.
+
+A step is a place in that order, so a run resumes by its epoch and step, with as many workers as it likes. The store is
+never in memory whole: a pool of a few buckets is, and the next one while it is being read in the background. Within a
+pool the examples are shuffled, cut into steps (`plan.py`), and each step is shared out to the ranks.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.events import ranges
+from pipeline.batches.examples import (
+    Examples,
+    UserEvents,
+    cut_histories,
+    example_batch,
+    request_examples,
+    target_labels,
+    user_events,
+)
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.steps import (
+    StepPlan,
+    cut_steps,
+    load_plan,
+    pool_order,
+    pool_rng,
+    read_pool,
+    token_counts,
+)
+from pipeline.batches.stochastic_length import LoadPlan
+from pipeline.config import RunConfig
+from pipeline.sequences import store
+
+AHEAD = 4  # batches: enough to bridge the time in which a pool is read on the same core
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The examples of some buckets, shuffled and cut into steps."""
+
+    number: int  # in the plan
+    users: UserEvents
+    examples: Examples  # whole
+    loads: LoadPlan
+    steps: list[np.ndarray]  # the examples of each step
+    seed: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a step."""
+
+    users: UserEvents
+    examples: Examples
+    idle: bool  # the step had no example for this rank: it takes the step's first, with labels that weigh nothing
+
+
+class TrainLoader:
+    """Batches of one rank. All ranks take the same number of steps.
+
+    Args:
+        maps: of the training period.
+        plan: of the sequences and `cfg`, `plan.step_plan`; the same on every rank.
+        rank, world_size: this rank's share of every step.
+    """
+
+    def __init__(self, cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, rank: int = 0, world_size: int = 1) -> None:
+        self.cfg, self.maps, self.plan, self.rank, self.world_size = cfg, maps, plan, rank, world_size
+        self.manifest = store.read_manifest(cfg.sequence_dir)
+        self.steps_per_epoch = plan.steps_per_epoch
+        self._reader = ThreadPoolExecutor(1, "pool-reader")
+        self._coming: tuple[tuple[int, int], Future[Pool]] | None = None  # the pool after the one in use
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
+        """The steps of `epoch` from `first_step` on."""
+        return made_ahead(self._batch, self.shares(epoch, first_step), self.cfg.train.loader_threads)
+
+    def shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
+        """What the batches are made of."""
+        done = 0
+        for place, number in enumerate(self._order(epoch)):
+            num_steps = self.plan.steps[number]
+            if done + num_steps > first_step:
+                pool = self._pool(epoch, place)
+                for step in range(max(first_step - done, 0), num_steps):
+                    yield self._share(pool, step)
+            done += num_steps
+
+    def _share(self, pool: Pool, number: int) -> Share:
+        balance, step = self.cfg.train.stochastic_length.balance, pool.steps[number]
+        target = pool.loads.drawn.sum() / len(pool.steps)
+        shares, cut = pool.loads.shares(step, self.world_size, target, balance, [*pool.seed, number])
+        mine = shares[self.rank]
+        idle = len(mine) == 0
+        if idle:
+            mine = np.zeros(1, np.int64)
+        return Share(pool.users, cut_histories(pool.examples[step[mine]], cut[mine], self.cfg), idle)
+
+    def _batch(self, share: Share) -> SequenceBatch:
+        batch = example_batch(share.users, share.examples, self.maps, self.cfg, training=True)
+        if share.idle:
+            assert batch.label_weight is not None
+            batch = replace(batch, label_weight=batch.label_weight.zero_())
+        return batch
+
+    def _pool(self, epoch: int, place: int) -> Pool:
+        """The pool at `place` of `epoch`; that which follows it is read in the background from now on."""
+        if self._coming is not None and self._coming[0] == (epoch, place):
+            pool = self._coming[1].result()
+        else:
+            pool = self._read(epoch, place, None)
+        following = (epoch, place + 1) if place + 1 < len(self.plan.pools) else (epoch + 1, 0)
+        self._coming = None
+        if following[0] < self.cfg.train.epochs:
+            self._coming = following, self._reader.submit(self._read, *following, pool)
+        return pool
+
+    def _read(self, epoch: int, place: int, held: Pool | None) -> Pool:
+        number = self._order(epoch)[place]
+        if held is not None and held.number == number:  # the last of an epoch and the first of the next
+            users, examples = held.users, held.examples
+        else:
+            users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
+        rng = pool_rng(epoch, place, self.cfg.seed)
+        loads = load_plan(examples, self.cfg, rng)
+        whole, short = token_counts(examples, self.cfg)
+        tokens = np.where(loads.cut, short, whole)
+        steps = cut_steps(rng.permutation(len(examples)), tokens, self.plan.steps[number], self.cfg)
+        return Pool(number, users, examples, loads, steps, rng.integers(2**32, size=4).tolist())
+
+    def _order(self, epoch: int) -> list[int]:
+        return pool_order(len(self.plan.pools), epoch, self.cfg.seed)
+
+
+def made_ahead(make: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:
+    """`make` of each item, in order, `AHEAD` of them made or being made while one is in use."""
+    with ThreadPoolExecutor(num_threads, "batches") as pool:
+        coming: deque[Future[U]] = deque()
+        for item in items:
+            coming.append(pool.submit(make, item))
+            if len(coming) > max(AHEAD, num_threads):
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationBatch:
+    """One request per sequence, and what its candidates are, row by row [C]."""
+
+    batch: SequenceBatch
+    user_id: np.ndarray  # int64 [C]
+    item_id: np.ndarray  # int64 [C]
+    event_time: np.ndarray  # int64 [C], the request's, ms UTC
+    labels: np.ndarray  # float32 [C, tasks]
+    known: np.ndarray  # bool [C, tasks]
+
+
+def split_bounds(cfg: RunConfig, split: str) -> tuple[int, int]:
+    """[from, to) of a split in ms UTC."""
+    bounds = {"val": (cfg.split.val_ms, cfg.split.test_ms), "test": (cfg.split.test_ms, cfg.split.end_ms)}
+    return bounds[split]
+
+
+def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterator[EvaluationBatch]:
+    """All requests of "val" or "test", prequential: the history holds every earlier row with its labels."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    for index in range(len(manifest.buckets)):
+        users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
+        examples = request_examples(users, *split_bounds(cfg, split))
+        for part in token_batches(examples, cfg.evaluate.batch_tokens):
+            yield evaluation_batch(users, part, maps, cfg)
+
+
+def evaluation_batch(users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig) -> EvaluationBatch:
+    rows, offsets = ranges(examples.target_begin, examples.target_end)
+    labels, weight = target_labels(users.events, rows, cfg)
+    lengths = np.diff(offsets)
+    return EvaluationBatch(
+        batch=example_batch(users, examples, maps, cfg, training=False),
+        user_id=np.repeat(users.user_id[examples.user], lengths),
+        item_id=users.events.item_id[rows],
+        event_time=users.events.event_time[users.request_begin[rows]],
+        labels=labels,
+        known=weight > 0,
+    )
+
+
+def token_batches(examples: Examples, batch_tokens: int) -> Iterator[Examples]:
+    """Runs of examples of at most `batch_tokens` tokens, one example at least; similar lengths together."""
+    order = np.argsort(examples.num_tokens, kind="stable")
+    total = np.cumsum(examples.num_tokens[order])
+    begin = 0
+    while begin < len(order):
+        used = total[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(total, used + batch_tokens, side="right")))
+        yield examples[order[begin:end]]
+        begin = end

@@ -1,0 +1,68 @@
+"""Where logs come from: a user's own Parquet, a public dataset, or a generator.
+
+An adapter or generator writes LOG, USER and ITEM tables under the run's `logs/`; a user's own files stay where they
+are. `open_logs` answers for all of them what the builder reads.
+"""
+
+from pathlib import Path
+
+from pipeline.config import RunConfig, SideTable
+from pipeline.logs import kuairand, parquet, synthetic
+from pipeline.logs.files import count_rows
+from pipeline.logs.imported import ImportReport, LogFiles, import_once, read_import_report
+from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, ROW_DIGEST
+
+__all__ = ["ImportReport", "LogFiles", "import_logs", "live_log_dir", "open_logs", "plan_import"]
+
+WRITERS = {"kuairand": kuairand.write_logs, "synthetic": synthetic.write_logs}
+PLANS = {"kuairand": kuairand.plan, "synthetic": synthetic.plan}
+
+
+def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
+    """Write the run's logs, once: the same source and settings again are found and left alone.
+
+    Raises:
+        UserError: the source is missing or broken, or other logs are there already and `overwrite` is not set.
+    """
+    if cfg.source.kind == "parquet":
+        files = open_logs(cfg).files
+        return ImportReport(kind="parquet", rows=count_rows(files), files=files)
+    return import_once(cfg, WRITERS[cfg.source.kind], overwrite)
+
+
+def plan_import(cfg: RunConfig) -> dict[str, object]:
+    """What `import_logs` would write."""
+    if cfg.source.kind == "parquet":
+        return {"import": "nothing to do, logs are read where they are", "rows": import_logs(cfg).rows}
+    return {"writes": str(cfg.log_dir), **PLANS[cfg.source.kind](cfg)}
+
+
+def live_log_dir(cfg: RunConfig) -> Path:
+    """Where `jobs.export_events` puts what the server was sent."""
+    return cfg.run_dir / "live_logs"
+
+
+def live_logs(cfg: RunConfig) -> list[str]:
+    return sorted(str(file) for file in live_log_dir(cfg).glob("*.parquet"))
+
+
+def open_logs(cfg: RunConfig) -> LogFiles:
+    """The Parquet files of the logs, what their columns are called, and the side tables.
+
+    Raises:
+        UserError: there are no files, or the import has not run.
+    """
+    source = cfg.source
+    known = [*LOG_REQUIRED, *source.actions, *source.request_columns, *LOG_OPTIONAL, ROW_DIGEST]
+    if source.kind == "parquet":
+        assert source.path is not None, "SourceConfig asks for it"
+        files = [*parquet.parquet_files("source.path", source.path), *live_logs(cfg)]
+        return LogFiles(files, parquet.column_mapping(source, known), source.users, source.items)
+    report = read_import_report(cfg)
+    return LogFiles(
+        files=[*(str(cfg.log_dir / file) for file in report.files), *live_logs(cfg)],
+        columns={name: name for name in known},
+        users=SideTable(path=str(cfg.log_dir / "users.parquet"), id_column="user_id"),
+        items=SideTable(path=str(cfg.log_dir / "items.parquet"), id_column="item_id"),
+        imported=report,
+    )

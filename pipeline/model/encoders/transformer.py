@@ -1,0 +1,125 @@
+"""Softmax attention: a pre-norm Transformer, and SASRec (arXiv:1808.09781) in the form of its authors' code.
+
+Both see what plain causal HSTU sees, candidates blind to each other. PyTorch's `scaled_dot_product_attention` has no
+jagged form of that mask, so attention alone pads to the longest sequence, with one [B, L, L] mask for all layers;
+everything else works on packed tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.config import ModelConfig
+from pipeline.model.encoders.transducer import candidates
+from pipeline.model.tokens import Tokens, sequence_index, target_index
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Where packed tokens lie in [B, L], and what they see there."""
+
+    sequence: Tensor  # int64 [T]
+    position: Tensor  # int64 [T]
+    mask: Tensor  # bool [B, 1, L, L]
+
+    @staticmethod
+    def of(tokens: Tokens) -> "Padding":
+        offsets, num_tokens, length = tokens.seq_offsets, tokens.x_TE.shape[0], tokens.max_seq_len
+        sequence = sequence_index(offsets, num_tokens)
+        position = torch.arange(num_tokens, device=offsets.device) - offsets[sequence]
+        num_history = (offsets.diff() - tokens.num_targets)[sequence]
+        sees = torch.minimum(position + 1, num_history)  # so many keys from the oldest on; a candidate itself too
+        if tokens.target_visible is not None:
+            at = target_index(offsets, tokens.num_targets, len(tokens.target_visible))
+            sees = sees.index_copy(0, at, tokens.target_visible.long())
+        padded = sees.new_zeros(len(tokens.num_targets), length).index_put((sequence, position), sees)
+        key = torch.arange(length, device=offsets.device)
+        # Padding too sees itself: a softmax over nothing would be NaN.
+        mask = (key < padded[:, :, None]) | (key == key[:, None])
+        return Padding(sequence, position, mask[:, None])
+
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, dropout: float) -> Tensor:
+        """[T, H * V]"""
+        q, k, v = (self._padded(x) for x in (q_THD, k_THD, v_THV))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+        return out.transpose(1, 2)[self.sequence, self.position].flatten(1)
+
+    def _padded(self, x_THD: Tensor) -> Tensor:
+        """[B, H, L, D]"""
+        batch, _, length, _ = self.mask.shape
+        padded = x_THD.new_zeros(batch, length, *x_THD.shape[1:])
+        return padded.index_put((self.sequence, self.position), x_THD).transpose(1, 2)
+
+
+class SoftmaxEncoder(nn.Module):
+    """A stack of `block`s and a last norm."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        block = SASRecBlock if cfg.encoder == "sasrec" else TransformerBlock
+        self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.num_layers))
+        self.norm_out = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
+
+    def forward(self, tokens: Tokens, batch: SequenceBatch) -> Tensor:
+        """[C, d]: the candidates' outputs, in the order of the batch."""
+        padding = Padding.of(tokens)
+        x_TE = tokens.x_TE
+        for layer in self.layers:
+            x_TE = layer(x_TE, padding)
+        return self.norm_out(candidates(replace(tokens, x_TE=x_TE)))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = cfg.num_heads, cfg.dropout
+        self.query = nn.Linear(cfg.d_model, cfg.num_heads * cfg.d_qk)
+        self.key = nn.Linear(cfg.d_model, cfg.num_heads * cfg.d_qk)
+        self.value = nn.Linear(cfg.d_model, cfg.num_heads * cfg.d_v)
+        self.out = nn.Linear(cfg.num_heads * cfg.d_v, cfg.d_model)
+
+    def forward(self, query_TE: Tensor, keys_TE: Tensor, padding: Padding) -> Tensor:
+        parts = self.query(query_TE), self.key(keys_TE), self.value(keys_TE)
+        q, k, v = (x.unflatten(1, (self.num_heads, -1)) for x in parts)
+        return self.out(padding.attend(q, k, v, self.dropout if self.training else 0.0))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.norm_attn = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.attention = SelfAttention(cfg)
+        self.norm_ffn = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(cfg.d_model, cfg.ffn_dim), nn.GELU(), nn.Dropout(cfg.dropout), nn.Linear(cfg.ffn_dim, cfg.d_model)
+        )
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x_TE: Tensor, padding: Padding) -> Tensor:
+        normed = self.norm_attn(x_TE)
+        x_TE = x_TE + self.dropout(self.attention(normed, normed, padding))
+        return x_TE + self.dropout(self.ffn(self.norm_ffn(x_TE)))
+
+
+class SASRecBlock(nn.Module):
+    """Q = LN(x); x = LN(Q + MHA(Q, x, x)); x + FFN(x): norms without weights, keys and values not normalised."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.norm_query = nn.LayerNorm(cfg.d_model, eps=1e-8, elementwise_affine=False)
+        self.attention = SelfAttention(cfg)
+        self.norm_ffn = nn.LayerNorm(cfg.d_model, eps=1e-8, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(cfg.d_model, cfg.ffn_dim),
+            nn.ReLU(),
+            nn.Dropout(cfg.dropout),
+            nn.Linear(cfg.ffn_dim, cfg.d_model),
+            nn.Dropout(cfg.dropout),
+        )
+
+    def forward(self, x_TE: Tensor, padding: Padding) -> Tensor:
+        query = self.norm_query(x_TE)
+        x_TE = self.norm_ffn(query + self.attention(query, x_TE, padding))
+        return x_TE + self.ffn(x_TE)

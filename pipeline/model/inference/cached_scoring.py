@@ -1,0 +1,166 @@
+"""A history encoded once, candidates scored against it: M-FALCON (HSTU, arXiv:2402.17152, algorithm 1).
+
+    history batch → `encode_history` → HistoryCache ─┐
+    candidate batch ─────────────────────────────────┴→ `score_candidates` → logits
+
+History rows never see candidates, so what a candidate takes from them, their keys and values in each layer, is the same
+for every candidate and every request until the history changes. Semi-local attention and truncation work on the history
+alone: a layer's cache holds the rows that the layer still has. Position and time are those of the events themselves,
+so nothing in a cache depends on the request. The scores are those of `RankingModel.forward` on both together.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.semi_local_attention.op import cached_attention
+from pipeline.batches.collate import SequenceBatch
+from pipeline.model.encoders.mixture import MixtureOfTransducers, filter_rows, newest_rows
+from pipeline.model.encoders.stu import STU
+from pipeline.model.encoders.transducer import Transducer, truncate
+from pipeline.model.ranker import RankingModel
+from pipeline.model.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one layer's candidates see of B histories."""
+
+    k_THD: Tensor
+    v_THV: Tensor
+    offsets: Tensor  # int64 [B + 1]; layers with the same rows share the tensor, so that a plan serves them all
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryCache:
+    """B encoded histories: a `LayerCache` per layer, of a mixture channel after channel."""
+
+    layers: tuple[LayerCache, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for layer in self.layers for x in (layer.k_THD, layer.v_THV))
+
+    def split(self) -> list["HistoryCache"]:
+        """One cache per history. Each has memory of its own: keeping one does not keep the others."""
+        num_histories = len(self.layers[0].offsets) - 1
+        if num_histories == 1:
+            return [self]
+        parts: list[list[LayerCache]] = [[] for _ in range(num_histories)]
+        bounds: dict[int, list[int]] = {}
+        own: dict[tuple[int, int], Tensor] = {}
+        for k, v, offsets in ((layer.k_THD, layer.v_THV, layer.offsets) for layer in self.layers):
+            if id(offsets) not in bounds:
+                bounds[id(offsets)] = offsets.tolist()
+                for i, length in enumerate(offsets.diff()):
+                    own[id(offsets), i] = torch.stack([torch.zeros_like(length), length])
+            for i, (begin, end) in enumerate(itertools.pairwise(bounds[id(offsets)])):
+                parts[i].append(LayerCache(k[begin:end].clone(), v[begin:end].clone(), own[id(offsets), i]))
+        return [HistoryCache(tuple(part)) for part in parts]
+
+    @staticmethod
+    def join(caches: Sequence["HistoryCache"]) -> "HistoryCache":
+        """The histories of several caches one after another."""
+        if len(caches) == 1:
+            return caches[0]
+        joined: list[LayerCache] = []
+        shared: dict[tuple[int, ...], Tensor] = {}  # ids of the parts' offsets -> the joint ones
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            key = tuple(id(layer.offsets) for layer in layers)
+            if key not in shared:
+                lengths = torch.cat([layer.offsets.diff() for layer in layers])
+                shared[key] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            k = torch.cat([layer.k_THD for layer in layers])
+            joined.append(LayerCache(k, torch.cat([layer.v_THV for layer in layers]), shared[key]))
+        return HistoryCache(tuple(joined))
+
+
+def encode_history(model: RankingModel, batch: SequenceBatch) -> HistoryCache:
+    """The caches of B histories; `batch` holds them without candidates. Call it without gradients.
+
+    The last layer's own output is nobody's input: only its keys and values are computed.
+    """
+    tokens = model.encoder(batch)
+    layers: list[LayerCache] = []
+    for stack, rows in _stacks(model, tokens, batch):
+        layers += _encode(stack, rows)
+    return HistoryCache(tuple(layers))
+
+
+def _stacks(model: RankingModel, tokens: Tokens, batch: SequenceBatch) -> list[tuple[Transducer, Tokens]]:
+    """Each transducer with the rows that it reads."""
+    if isinstance(model.transducer, Transducer):
+        return [(model.transducer, tokens)]
+    mixture = model.transducer
+    assert isinstance(mixture, MixtureOfTransducers)
+    stacks = []
+    for channel, stack in zip(mixture.channels, _transducers(model), strict=True):
+        rows = filter_rows(tokens, batch, channel, mixture.actions)
+        stacks.append((stack, newest_rows(rows, channel, mixture.num_context)))
+    return stacks
+
+
+def _transducers(model: RankingModel) -> list[Transducer]:
+    whole = model.transducer
+    stacks = whole.transducers if isinstance(whole, MixtureOfTransducers) else [whole]
+    return [stack for stack in stacks if isinstance(stack, Transducer)]
+
+
+def _layers(stack: Transducer) -> list[STU]:
+    return [layer for layer in stack.layers if isinstance(layer, STU)]
+
+
+def _encode(stack: Transducer, tokens: Tokens) -> Iterator[LayerCache]:
+    layers = _layers(stack)
+    for depth, layer in enumerate(layers):
+        if depth == stack.truncate_after_layer:
+            tokens = truncate(tokens, stack.num_context, stack.truncate_to)
+        u, q, k, v = layer.project(tokens.x_TE)
+        yield LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets)  # not a view: it would keep u and q
+        if depth < len(layers) - 1:
+            tokens = replace(tokens, x_TE=layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens)))
+
+
+def score_candidates(model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int) -> Tensor:
+    """Logits, float32 [C, tasks], of the candidates of B users in the order of `batch`, which holds no history rows.
+
+    `cache` holds the same users' histories. At most `micro_batch` candidates pass the layers at a time.
+    """
+    x_CE = model.encoder.candidates(batch)
+    parts = []
+    for begin in range(0, len(x_CE), micro_batch):
+        rows = x_CE[begin : begin + micro_batch]
+        row_offsets = batch.seq_offsets.clamp(begin, begin + len(rows)) - begin
+        parts.append(layer_outputs(model, cache, rows, row_offsets))
+    return model.score(torch.cat(parts), batch)
+
+
+def layer_outputs(model: RankingModel, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor) -> Tensor:
+    """[C, channels * d]: the transducers' outputs of the candidates `x_CE`."""
+    outputs, caches = [], iter(cache.layers)
+    for stack in _transducers(model):
+        z_CE = x_CE
+        for layer in _layers(stack):
+            z_CE = _cached_layer(layer, z_CE, row_offsets, next(caches))
+        outputs.append(stack.norm_out(z_CE))
+    return torch.cat(outputs, dim=1)
+
+
+def _cached_layer(layer: STU, z_CE: Tensor, row_offsets: Tensor, cache: LayerCache) -> Tensor:
+    u, q, k, v = layer.project(z_CE)
+    a_CHV = cached_attention(
+        q,
+        k,
+        v,
+        row_offsets,
+        cache.k_THD,
+        cache.v_THV,
+        cache.offsets,
+        attn_alpha=layer.shape.attn_alpha,
+        scaling_seq_len=layer.cfg.attention.scaling_seq_len,
+        backend=layer.cfg.attention_backend,
+    )
+    return layer.output(z_CE, u, a_CHV)

@@ -1,0 +1,110 @@
+"""The candidate pass as CUDA graphs: for one user's candidates, launching the kernels takes longer than running them.
+
+A graph holds fixed addresses and sizes. So a user's keys and values are copied into room of a bucket's size first, the
+candidates too, and the offsets, which the kernels read on the device, say how much of it counts.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.model.inference.cached_scoring import (
+    HistoryCache,
+    LayerCache,
+    layer_outputs,
+    score_candidates,
+)
+from pipeline.model.ranker import RankingModel
+
+FEWEST_ROWS, FEWEST_KEYS = 64, 256  # of a bucket; larger ones are powers of two
+WARM_UPS = 2  # passes before a capture: they compile kernels and make what is kept between passes
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    x_CE: Tensor
+    row_offsets: Tensor  # int64 [2]
+    out_CE: Tensor
+
+
+class GraphedScorer:
+    """`score_candidates` on a GPU; several users together go the ordinary way.
+
+    Besides the graphs it holds room for a history in each bucket of lengths that has come, all together at most twice
+    what the longest takes. Threads take turns: the room is shared.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rooms: dict[tuple[int, ...], HistoryCache] = {}
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+
+    def __call__(self, model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int) -> Tensor:
+        if batch.num_sequences > 1:
+            return score_candidates(model, cache, batch, micro_batch)
+        x_CE = model.encoder.candidates(batch)
+        sizes = tuple(bucket(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
+        with self._lock:
+            if sizes not in self._rooms:
+                self._rooms[sizes] = make_room(cache, sizes)
+            room = self._rooms[sizes]
+            fill(room, cache)
+            parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
+        return model.score(torch.cat(parts), batch)
+
+    def _replay(self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor) -> Tensor:
+        num_rows = len(rows)
+        key = bucket(num_rows, FEWEST_ROWS), *sizes
+        if key not in self._graphs:
+            self._graphs[key] = _capture(model, room, rows.new_zeros(key[0], rows.shape[1]))
+        captured = self._graphs[key]
+        captured.x_CE[:num_rows].copy_(rows)
+        captured.row_offsets[1].fill_(num_rows)
+        captured.graph.replay()
+        return captured.out_CE[:num_rows].clone()
+
+
+def bucket(size: int, fewest: int) -> int:
+    return max(fewest, 1 << (size - 1).bit_length())
+
+
+def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
+    """Room for one history with `sizes` rows in its layers; what lies beyond the rows that count is finite."""
+    shared = {id(layer.offsets): torch.zeros_like(layer.offsets) for layer in like.layers}
+    layers = []
+    for layer, size in zip(like.layers, sizes, strict=True):
+        k, v = (x.new_zeros(size, *x.shape[1:]) for x in (layer.k_THD, layer.v_THV))
+        layers.append(LayerCache(k, v, shared[id(layer.offsets)]))
+    return HistoryCache(tuple(layers))
+
+
+def fill(room: HistoryCache, cache: HistoryCache) -> None:
+    """Copy a history into the room, and its lengths."""
+    pairs = list(zip(room.layers, cache.layers, strict=True))
+    for name in ("k_THD", "v_THV"):
+        places = [getattr(place, name)[: len(kept.k_THD)] for place, kept in pairs]
+        torch._foreach_copy_(places, [getattr(kept, name) for _, kept in pairs])  # pyright: ignore[reportPrivateImportUsage]
+    for offsets, num_rows in {id(p.offsets): (p.offsets, len(kept.k_THD)) for p, kept in pairs}.values():
+        offsets[1].fill_(num_rows)
+
+
+def _capture(model: RankingModel, room: HistoryCache, x_CE: Tensor) -> _Graph:
+    row_offsets = torch.tensor([0, len(x_CE)], device=x_CE.device)
+    half = torch.is_autocast_enabled("cuda")
+    # Autocast's own copies of weights would be freed with its block, and the graph would go on reading them.
+    with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), half, cache_enabled=False):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                layer_outputs(model, room, x_CE, row_offsets)
+        torch.cuda.current_stream().wait_stream(stream)
+        row_offsets[1].fill_(len(x_CE))  # a change: the list of tiles is made anew, inside the graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out_CE = layer_outputs(model, room, x_CE, row_offsets)
+    return _Graph(graph, x_CE, row_offsets, out_CE)

@@ -1,0 +1,283 @@
+"""The rows of the logs on disk, checked and by user bucket: the first half of a build, and what the next one keeps.
+
+    parts/<name>.arrow   rows as `normalise` gives them, without the bucket; a record batch holds rows of one bucket
+    parts/<name>.json    written last: which batches a bucket has, and which files they were made from
+
+A part is named by what it is made of: the digests of its files, and the settings that rows are checked by. So a build
+that was killed finds the parts it has finished, and one with more logs makes parts of the new files only. Rows that
+broke a rule travel with the others, reason and all, to the bucket that counts them.
+
+A task holds RUN_ROWS rows at a time: it writes them out bucket by bucket and goes on, so that its memory does not
+depend on the size of files and row groups, and a bucket may have several batches in a part.
+
+Parts are Arrow files, not Parquet: a bucket's rows are found by their place in the file, while a Parquet footer, which
+describes every column of every row group, would be parsed for each pair of a part and a bucket. They are also written
+twice as fast, and read once.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.logs.cleaning import REASON, USER_BUCKET, LogRules, normalise
+from pipeline.logs.files import CONNECTIONS, open_parquet
+from pipeline.sequences import store
+from pipeline.sequences.forgotten import Forgotten
+
+PARTS = "parts"
+PART_ROWS = 2**20  # a task's share of the logs: files are gathered, or split by row groups, to about this many rows
+RUN_ROWS = 2**20  # rows in memory at a time
+BATCH_ROWS = 2**17  # rows checked and sorted at a time, in the processor's cache as far as that goes
+
+
+@dataclass(frozen=True)
+class Source:
+    """Row groups `first` to `end - 1` of the file of that digest."""
+
+    digest: str
+    first: int
+    end: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """A part to be made."""
+
+    name: str
+    files: tuple[str, ...]  # where the sources lie
+    sources: tuple[Source, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(source.rows for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part holds: its index."""
+
+    name: str
+    sources: tuple[Source, ...]
+    rows: int
+    bytes: int
+    broken: dict[str, int]  # rows by the reason that they broke a rule for; repeats are found later
+    batches: dict[int, tuple[int, ...]]  # of each bucket, by their place in the file
+    bucket_rows: dict[int, int]
+
+    @property
+    def file(self) -> str:
+        return f"{PARTS}/{self.name}.arrow"
+
+
+def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[PartTask]:
+    """The parts that files make, given as digest -> path; `settings` is what `normalise` depends on.
+
+    Small files share a part, large ones are split. The digests alone decide, not names or the order of arrival.
+    """
+    digests = sorted(files)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        sizes = list(pool.map(_group_sizes, [files[digest] for digest in digests]))
+    shares: list[list[Source]] = []
+    rows = 0
+    for digest, groups in zip(digests, sizes, strict=True):
+        for source in _pieces(digest, groups):
+            if not shares or rows + source.rows > PART_ROWS:
+                shares.append([])
+                rows = 0
+            shares[-1].append(source)
+            rows += source.rows
+    return [
+        PartTask(
+            name=part_name([store.SCHEMA_VERSION, settings, [asdict(source) for source in share]]),
+            files=tuple(files[source.digest] for source in share),
+            sources=tuple(share),
+        )
+        for share in shares
+    ]
+
+
+def _group_sizes(path: str) -> list[int]:
+    """Rows of each row group."""
+    with open_parquet(path) as file:
+        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+
+
+def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
+    """A file in row groups of about PART_ROWS rows together."""
+    first, rows = 0, 0
+    for group, size in enumerate(groups):
+        if rows and rows + size > PART_ROWS:
+            yield Source(digest, first, group, rows)
+            first, rows = group, 0
+        rows += size
+    yield Source(digest, first, len(groups), rows)
+
+
+def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgotten) -> Part:
+    """Read, check and sort by bucket what `work` names; the part is there when this returns."""
+    left_out = 0
+    with PartWriter(folder, work.name, rules) as writer:
+        run, rows = [], 0
+        for block in _blocks(work):
+            good = normalise(block, rules)
+            if forgotten.hashes:
+                good = good.filter(pa.array(~forgotten.has(good["user_id"].fill_null(-1).to_numpy())))
+                left_out += block.num_rows - good.num_rows
+            run.append(_by_bucket(good, rules.num_buckets))
+            rows += block.num_rows
+            if rows >= RUN_ROWS:
+                _write_run(run, writer)
+                run, rows = [], 0
+        _write_run(run, writer)
+        part = writer.close(work.sources)
+    assert part.rows + left_out == work.rows, f"{part.rows} rows read of {work.files}, their metadata say {work.rows}"
+    return part
+
+
+def _blocks(work: PartTask) -> Iterator[pa.Table]:
+    for path, source in zip(work.files, work.sources, strict=True):
+        with open_parquet(path) as file:
+            groups = list(range(source.first, source.end))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, use_threads=False):
+                if batch.num_rows:
+                    yield pa.Table.from_batches([batch])
+
+
+def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.ndarray]:
+    """The rows of a block by bucket, and where each bucket begins, int64 [num_buckets + 1]."""
+    bucket = rows[USER_BUCKET].to_numpy()
+    small = bucket.astype(np.int16) if num_buckets < 2**15 else bucket  # NumPy has a radix sort for 16 bits
+    order = np.argsort(small, kind="stable")
+    begin = np.r_[0, np.cumsum(np.bincount(bucket, minlength=num_buckets))]
+    (batch,) = rows.drop_columns([USER_BUCKET]).combine_chunks().to_batches()
+    return batch.take(pa.array(order)), begin
+
+
+def _write_run(run: Sequence[tuple[pa.RecordBatch, np.ndarray]], writer: "PartWriter") -> None:
+    for number in range(len(run[0][1]) - 1 if run else 0):
+        pieces = [rows.slice(begin[number], begin[number + 1] - begin[number]) for rows, begin in run]
+        writer.write(number, pa.concat_batches(pieces))
+
+
+class PartWriter:
+    """A part under way. Nothing is seen of it before `close`, and nothing remains of it without."""
+
+    def __init__(self, folder: Path, name: str, rules: LogRules) -> None:
+        self.name = name
+        self._path = folder / PARTS / f"{name}.arrow"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._staged = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
+        self._file = pa.OSFile(str(self._staged), "wb")
+        options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+        self._writer = pa.ipc.new_file(self._file, part_schema(rules), options=options)
+        self._num_batches = 0
+        self._batches: dict[int, list[int]] = {}
+        self._rows: Counter[int] = Counter()
+        self._broken: Counter[str] = Counter()
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._staged.unlink(missing_ok=True)
+
+    def write(self, bucket: int, rows: pa.RecordBatch) -> None:
+        """Rows of one bucket; a bucket may come several times, in any order."""
+        if rows.num_rows == 0:
+            return
+        self._writer.write_batch(rows)
+        self._batches.setdefault(bucket, []).append(self._num_batches)
+        self._num_batches += 1
+        self._rows[bucket] += rows.num_rows
+        reason = rows[REASON]
+        if reason.null_count < rows.num_rows:
+            self._broken.update(reason.drop_null().to_pylist())
+
+    def close(self, sources: Sequence[Source]) -> Part:
+        """Put the part in its place, then its index."""
+        self._writer.close()
+        self._file.close()
+        _to_disk(self._staged)
+        part = Part(
+            name=self.name,
+            sources=tuple(sources),
+            rows=self._rows.total(),
+            bytes=self._staged.stat().st_size,
+            broken=dict(sorted(self._broken.items())),
+            batches={bucket: tuple(batches) for bucket, batches in sorted(self._batches.items())},
+            bucket_rows=dict(sorted(self._rows.items())),
+        )
+        os.replace(self._staged, self._path)
+        store.write_json(self._path.with_suffix(".json"), asdict(part))
+        return part
+
+
+def part_schema(rules: LogRules) -> pa.Schema:
+    return rules.schema.remove(rules.schema.get_field_index(USER_BUCKET))
+
+
+def find_part(folder: Path, name: str) -> Part | None:
+    """The index of a finished part; None where there is none, or where its file is not the one that was indexed."""
+    path = folder / PARTS / f"{name}.json"
+    try:
+        raw = json.loads(path.read_text())
+        whole = path.with_suffix(".arrow").stat().st_size == raw["bytes"]
+        part = Part(
+            name=raw["name"],
+            sources=tuple(Source(**source) for source in raw["sources"]),
+            rows=raw["rows"],
+            bytes=raw["bytes"],
+            broken=raw["broken"],
+            batches={int(bucket): tuple(batches) for bucket, batches in raw["batches"].items()},
+            bucket_rows={int(bucket): rows for bucket, rows in raw["bucket_rows"].items()},
+        )
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # TypeError: fields of another version
+        return None
+    return part if whole else None
+
+
+@contextmanager
+def open_part(folder: Path, name: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    with pa.OSFile(str(folder / PARTS / f"{name}.arrow")) as file:
+        yield pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+
+
+def read_rows(folder: Path, batches: Mapping[str, Sequence[int]], bucket: int, rules: LogRules) -> pa.Table:
+    """The rows of a bucket as `normalise` gave them, in no order: `batches` are its batches by the name of the part."""
+    pieces = []
+    for name, of_bucket in batches.items():
+        with open_part(folder, name) as reader:
+            pieces += [reader.get_batch(number) for number in of_bucket]
+    rows = pa.Table.from_batches(pieces, part_schema(rules))
+    place = rules.schema.get_field_index(USER_BUCKET)
+    numbers = pa.array(np.full(rows.num_rows, bucket, np.int32))
+    return rows.add_column(place, rules.schema.field(USER_BUCKET), numbers)
+
+
+def batches_of(parts: Sequence[Part], bucket: int) -> dict[str, list[int]]:
+    """The batches of a bucket by part, of the parts that have any, in the order of their names."""
+    found = {part.name: list(part.batches[bucket]) for part in parts if bucket in part.batches}
+    return dict(sorted(found.items()))
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def part_name(what: object) -> str:
+    """From all that the part is made of, as JSON."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,234 @@
+"""The published sequences: a folder with Parquet files and, written last, the manifest that names them.
+
+    sequences/manifest.json                              the published version; replaced in one step
+    sequences/versions/<digest>.json                     its manifest again, and that of the version before
+    sequences/buckets/bucket-00003-<sha256>.parquet …    SEQUENCE rows, sorted by user_id
+    sequences/tables/users-<sha256>.parquet, items-…     the side tables, id columns user_id and item_id
+    sequences/quarantine/bucket-00003-<sha256>.parquet … rows that were left out, with the reason
+    sequences/retired/bucket-00003-<sha256>.parquet …    users, and how many rows of theirs were dropped for their age
+    sequences/forgotten.json                             users whose rows are taken in no more
+    sequences/parts/, records/                           what the next build need not do again (pipeline/sequences/parts.py)
+
+Files are named by their contents and never change, so versions share those that are the same in both. What neither the
+published version nor the one before names is removed after publishing. Training, evaluation and serving read buckets
+and side tables only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import UserError
+from pipeline.schema import sequence_schema
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
+MANIFEST, VERSIONS = "manifest.json", "versions"
+LOCK, DIGESTS = ".lock", ".digests.json"  # of a build: who has the folder, and the digests of the logs' files
+FORGOTTEN = "forgotten.json"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One file of users."""
+
+    file: str  # relative to the store's folder
+    users: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds. It says nothing of when or where it was built: the same logs give the same manifest."""
+
+    digest: str  # over the contents of all files; names the version
+    num_users: int
+    num_rows: int
+    rows_in: int  # LOG rows read: num_rows + rows_capped + what the builder quarantined
+    rows_capped: int  # older rows beyond sequences.max_rows_per_user
+    users_capped: int  # the users who had such rows
+    quarantined: dict[str, int]  # rows by reason, those of the import's own tables included
+    counts: dict[str, int]  # whatever else the import noticed
+    first_event_ms: int
+    last_event_ms: int
+    actions: tuple[str, ...]
+    request_columns: tuple[str, ...]
+    num_buckets: int
+    buckets: tuple[Bucket, ...]
+    side_tables: dict[str, Bucket]  # "users", "items": rows of the table, no users
+    quarantine: tuple[Bucket, ...]  # no users
+    parts: tuple[str, ...]  # by name: the rows as they were read, from which any bucket can be built again
+    records: tuple[str, ...]  # files, one per bucket that has rows: what it was built from, and its statistics
+    config: dict[str, Any]  # the settings that the sequences depend on
+    inputs: str  # digest of the source files and these settings
+    retired: dict[str, Bucket] = field(default_factory=dict)  # by bucket number: users' rows dropped for their age
+    kept_since_ms: int | None = None  # rows from before were dropped when the parts were last compacted
+    schema_version: int = SCHEMA_VERSION
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The published version at `folder`.
+
+    Raises:
+        UserError: nothing is published there, or what is there is broken.
+    """
+    path = Path(folder) / MANIFEST
+    manifest = _read_manifest(path)
+    for entry in (*manifest.buckets, *manifest.side_tables.values()):
+        file = Path(folder) / entry.file
+        if not file.is_file() or file.stat().st_size != entry.bytes:
+            raise UserError(f"{file} is missing or cut off: run jobs.build_sequences with --overwrite")
+    return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}: "
+                "run jobs.build_sequences with --overwrite"
+            )
+        return _from_json(raw)
+    except FileNotFoundError:
+        raise UserError(f"no sequences are published at {path.parent}: run jobs.build_sequences first") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is broken ({error!r}): run jobs.build_sequences with --overwrite") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publish: from the second rename on, readers see this version."""
+    for path in (folder / VERSIONS / f"{manifest.digest[:16]}.json", folder / MANIFEST):
+        write_json(path, dataclasses.asdict(manifest))
+
+
+def versions(folder: Path) -> list[Manifest]:
+    """The versions whose manifests are kept, the newest first; those that another schema wrote are left out."""
+    files = sorted((folder / VERSIONS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = []
+    for file in files:
+        try:
+            found.append(_read_manifest(file))
+        except UserError as error:
+            logger.warning("%s", error)
+    return found
+
+
+def remove_unnamed(folder: Path, kept: Iterable[Manifest]) -> None:
+    """Remove all files that none of the versions `kept` names: those of older ones, and of builds that were given up.
+
+    Who has an older version open keeps what is open; who reads it by name must be done within the life of two versions.
+    """
+    named = {MANIFEST, LOCK, DIGESTS, FORGOTTEN}
+    for manifest in kept:
+        entries = (*manifest.buckets, *manifest.quarantine, *manifest.side_tables.values(), *manifest.retired.values())
+        named |= {entry.file for entry in entries} | set(manifest.records)
+        named |= {f"parts/{name}.{kind}" for name in manifest.parts for kind in ("arrow", "json")}
+        named.add(f"{VERSIONS}/{manifest.digest[:16]}.json")
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif str(path.relative_to(folder)) not in named:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """In one step, and durable before it is seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(staged, "w") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_table(table: pa.Table, folder: Path, stem: str, users: int = 0) -> Bucket:
+    """Write `folder/<stem>-<sha256>.parquet` in one step; `users` is given for SEQUENCE, whose events are counted."""
+    target = folder / stem
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # a second attempt may run beside a lost first one
+    try:
+        with open(staged, "w+b") as file:
+            pq.write_table(
+                table, file, compression="zstd", row_group_size=2**16, **(_encodings(table) if users else {})
+            )
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{stem}-{sha256[:16]}.parquet"
+        size = staged.stat().st_size
+        os.replace(staged, folder / name)
+    finally:
+        staged.unlink(missing_ok=True)
+    rows = int(table["item_id"].combine_chunks().value_lengths().sum().as_py()) if users else table.num_rows
+    return Bucket(file=name, users=users, rows=rows, bytes=size, sha256=sha256)
+
+
+def _encodings(sequences: pa.Table) -> dict[str, Any]:
+    """How Parquet is to store SEQUENCE: as differences where values are many, by a dictionary where they are few.
+
+    Against a dictionary for everything, its default: half the time to write, two thirds of the bytes.
+    """
+    many = ("item_id", "event_time", "watch_ms", "request_index")
+    lists = [field.name for field in sequences.schema if pa.types.is_large_list(field.type)]
+    return {
+        "use_dictionary": [f"{name}.list.element" for name in lists if name not in many],
+        "column_encoding": {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in many},
+    }
+
+
+def read_bucket(folder: str | Path, manifest: Manifest, index: int) -> pa.Table:
+    """The SEQUENCE rows of one bucket, sorted by user_id."""
+    schema = sequence_schema(manifest.request_columns)
+    return _read(Path(folder) / manifest.buckets[index].file).cast(schema)
+
+
+def read_sequences(folder: str | Path) -> pa.Table:
+    """All SEQUENCE rows, bucket after bucket."""
+    manifest = read_manifest(folder)
+    return pa.concat_tables([read_bucket(folder, manifest, index) for index in range(len(manifest.buckets))])
+
+
+def read_side_table(folder: str | Path, name: str) -> pa.Table | None:
+    """The table called "users" or "items", sorted by its id column user_id or item_id; None where there is none."""
+    entry = read_manifest(folder).side_tables.get(name)
+    return None if entry is None else _read(Path(folder) / entry.file)
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): run jobs.build_sequences with --overwrite") from None
+
+
+def _from_json(raw: dict[str, Any]) -> Manifest:
+    raw = dict(raw)
+    for name in ("buckets", "quarantine"):
+        raw[name] = tuple(Bucket(**entry) for entry in raw[name])
+    for name in ("side_tables", "retired"):
+        raw[name] = {key: Bucket(**entry) for key, entry in raw[name].items()}
+    for name in ("actions", "request_columns", "parts", "records"):
+        raw[name] = tuple(raw[name])
+    return Manifest(**raw)

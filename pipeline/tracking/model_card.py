@@ -1,0 +1,61 @@
+"""The README of a registered model version, generated from its configuration, its data and its measured numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.sequences import store
+
+METRICS = ("ne", "auc", "gauc")
+SPLITS = ("val", "test")
+
+
+def render(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], run_id: str) -> str:
+    """Markdown; `metrics` as PROTOCOL's keys `split/metric/task`."""
+    data = store.read_manifest(cfg.sequence_dir)
+    attention = cfg.model.attention
+    window = "causal" if attention.window is None else f"window {attention.window}, full rows {attention.full_rows}"
+    truncation = "none"
+    if cfg.model.truncate_after_layer is not None:
+        truncation = f"after layer {cfg.model.truncate_after_layer} to the newest {cfg.model.truncate_to} events"
+    heads = f"{cfg.model.num_heads} (query-key {cfg.model.d_qk}, value {cfg.model.d_v})"
+    size = sum(path.stat().st_size for path in model_dir.iterdir())
+    period = "validation start" if not cfg.split.refit else "test start"
+    end = cfg.split.t_val if not cfg.split.refit else cfg.split.t_test
+    return f"""# {cfg.tracking.model_name}, trained as `{cfg.name}`
+
+ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one sequence, a probability per action.
+
+| | |
+|---|---|
+| tasks | {", ".join(cfg.tasks)} |
+| layers, width, heads | {cfg.model.num_layers}, {cfg.model.d_model}, {heads} |
+| attention | {window} |
+| truncation | {truncation} |
+| files | {size / 1e6:.1f} MB, safetensors and JSON; their sha256 are tags of this version |
+| MLflow run | {run_id} |
+| sequences | digest {data.digest}: {data.num_rows:,} rows of {data.num_users:,} users, from {cfg.source.kind} |
+| training period | rows before {end} ({period}), seed {cfg.seed}, {cfg.train.epochs} epochs |
+
+## Measured
+Prequential: the history of a request holds every strictly earlier row. NE below 1 is better than the tasks' base rates.
+
+{_metric_table(cfg, metrics)}
+
+## Limits
+- Items and users not seen in the training period share one embedding row each; their scores rest on the history alone.
+- Probabilities follow the logging policy of the training period and say nothing of items that it never showed.
+- Loaded by this project's code from the files above; nothing in this version is executed.
+"""
+
+
+def _metric_table(cfg: RunConfig, metrics: Mapping[str, float]) -> str:
+    rows = ["| | " + " | ".join(cfg.tasks) + " |", "|---" * (len(cfg.tasks) + 1) + "|"]
+    for split in SPLITS:
+        for metric in METRICS:
+            values = [metrics.get(f"{split}/{metric}/{task}") for task in cfg.tasks]
+            if any(value is not None for value in values):
+                cells = ["–" if value is None else f"{value:.4f}" for value in values]
+                learned = " (rows it was trained on)" if split == "val" and cfg.split.refit else ""
+                rows.append(f"| {split} {metric.upper()}{learned} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)

@@ -1,0 +1,157 @@
+"""Live events in Redis, for servers on several machines: the same face as the SQLite log.
+
+One hash per user, `<prefix>:events:<user_id>`, with a field `<event_time>:<item_id>` per event. HSETNX makes an event
+count once whoever sends it, MULTI makes a request's events visible together.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+import redis.backoff
+import redis.retry
+
+from pipeline.config import UserError
+from serve_app.schemas import Event, EventStatus, StoreDown
+
+logger = logging.getLogger("ray.serve")
+
+TIMEOUT_S = 5.0  # of connecting and of one answer
+TRIES = 3  # of one command, over a connection that broke; appending the same twice is harmless
+SAFE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+SCAN = 1000  # keys of one step of `users`
+
+
+class RedisEvents:
+    """An `EventLog` in a Redis server (6.2 or later) that writes before it answers.
+
+    Raises:
+        UserError: nothing answers at `url`, or the server's settings would lose what was acknowledged.
+    """
+
+    def __init__(self, url: str, prefix: str, password_file: Path | None = None) -> None:
+        self.prefix = prefix
+        password = None if password_file is None else _read(password_file)
+        retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), TRIES)
+        try:
+            self._client = redis.Redis.from_url(
+                url,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
+                health_check_interval=30,
+                retry=retry,
+                retry_on_error=[redis.ConnectionError, redis.TimeoutError],
+                decode_responses=True,
+                password=password,
+            )
+            _check_settings(self._client)
+        except (redis.RedisError, ValueError) as error:
+            raise UserError(f"serve.redis_url: no usable Redis at {url}: {error}") from None
+
+    def append(self, events: Sequence[Event]) -> list[EventStatus]:
+        if not events:
+            return []
+        rows = [(self._key(event.user_id), _field(event), _value(event)) for event in events]
+        with _store_errors(), self._client.pipeline(transaction=True) as pipe:
+            for key, field, value in rows:
+                pipe.hsetnx(key, field, value)
+                pipe.hget(key, field)
+            answers = pipe.execute()
+        return [
+            "accepted" if fresh else "already_there" if kept == value else "conflict"
+            for fresh, kept, (_, _, value) in zip(answers[::2], answers[1::2], rows, strict=True)
+        ]
+
+    def of_user(self, user_id: int) -> list[Event]:
+        with _store_errors():
+            found = self._client.hgetall(self._key(user_id))
+        return [_event(user_id, field, value) for field, value in found.items()]  # pyright: ignore
+
+    def users(self) -> Iterator[int]:
+        """All who have events, each once."""
+        seen: set[int] = set()  # a scan may name a key twice
+        with _store_errors():
+            for key in self._client.scan_iter(match=f"{self.prefix}:events:*", count=SCAN):
+                user = int(key.rpartition(":")[2])
+                if user not in seen:
+                    seen.add(user)
+                    yield user
+
+    def remove(self, events: Sequence[Event]) -> int:
+        """Forget these; returns how many there were."""
+        if not events:
+            return 0
+        with _store_errors(), self._client.pipeline(transaction=True) as pipe:
+            for event in events:
+                pipe.hdel(self._key(event.user_id), _field(event))
+            return sum(pipe.execute())
+
+    def forget(self, user_ids: Iterable[int]) -> int:
+        removed, users = 0, list(user_ids)
+        with _store_errors():
+            for user in users:
+                with self._client.pipeline(transaction=True) as pipe:
+                    pipe.hlen(self._key(user))
+                    pipe.delete(self._key(user))
+                    removed += pipe.execute()[0]
+            try:
+                self._client.bgrewriteaof()  # the append-only file has what was added until it is written anew
+            except redis.ResponseError as error:  # one is under way, or a managed server does not let anybody ask
+                logger.warning("Redis does not rewrite its append-only file now (%s): ask it for BGREWRITEAOF", error)
+        return removed
+
+    def _key(self, user_id: int) -> str:
+        return f"{self.prefix}:events:{user_id}"
+
+
+def _check_settings(client: redis.Redis) -> None:
+    get: Callable[[str], dict[str, str]] = client.config_get  # pyright: ignore[reportAssignmentType]
+    try:
+        found = {name: get(name).get(name) for name in SAFE}
+    except redis.ResponseError as error:  # a managed server may not let anybody ask
+        client.ping()
+        logger.warning("Redis does not say how it keeps data (%s): it must have %s", error, SAFE)
+        return
+    wrong = {name: value for name, value in found.items() if value != SAFE[name]}
+    if wrong:
+        raise ValueError(f"it has {wrong} where acknowledged events need { ({name: SAFE[name] for name in wrong}) }")
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except redis.RedisError as error:
+        raise StoreDown(f"{type(error).__name__}: {error}") from error
+
+
+def _read(password_file: Path) -> str:
+    try:
+        return password_file.read_text().strip()
+    except OSError as error:
+        raise UserError(f"serve.redis_password_file: {password_file}: {error.strerror}") from None
+
+
+def _field(event: Event) -> str:
+    return f"{event.event_time}:{event.item_id}"
+
+
+def _value(event: Event) -> str:
+    return json.dumps([event.request_id, event.watch_ms, event.actions, event.request_features], sort_keys=True)
+
+
+def _event(user_id: int, field: str, value: str) -> Event:
+    event_time, _, item_id = field.partition(":")
+    request_id, watch_ms, actions, features = json.loads(value)
+    return Event.model_construct(
+        user_id=user_id,
+        item_id=int(item_id),
+        event_time=int(event_time),
+        actions=actions,
+        request_features=features,
+        request_id=request_id,
+        watch_ms=watch_ms,
+    )
