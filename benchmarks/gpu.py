@@ -1,7 +1,7 @@
 """What the benchmarks of kernels share: the device, times, and parity checks in several processes.
 
-Without a GPU they can be tried, not measured: `TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke` runs tiny
-checks and calls in Triton's interpreter, where a time is no time (`nan`).
+Without a GPU they can be tried, not measured: `TRITON_INTERPRET=1 python -m benchmarks.gpu_check
+--smoke` runs tiny checks and calls in Triton's interpreter, where a time is no time (`nan`).
 """
 
 import json
@@ -48,27 +48,39 @@ def offsets_of(lengths: list[int] | tuple[int, ...]) -> Tensor:
 
 
 def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": torch.cuda.get_device_name(),
+    }
 
 
-# Times ---------------------------------------------------------------------------------------------------------------
+# Times
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Timer:
-    """Median of runs by device events; before each, L2 is flushed several times over, so that the host is ahead and its
-    work does not show."""
+    """Median of runs by device events; before each, L2 is flushed several times over, so that the
+    host is ahead and its work does not show."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(1 if INTERPRETED else FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
 
-    def __call__(self, call: Callable[[], object], repeats: int = REPEATS, flushes: int = 4) -> float:
-        """Milliseconds. Each flush is some 0.1 ms; together they must take longer than the host needs for the call."""
+    def __call__(
+        self, call: Callable[[], object], repeats: int = REPEATS, flushes: int = 4
+    ) -> float:
+        """Milliseconds. Each flush is some 0.1 ms; together they must take longer than the host
+        needs for the call.
+        """
         if INTERPRETED:
             call()
             return math.nan
         for _ in range(3):
             call()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(repeats)
+        ]
         for begin, end in events:
             for _ in range(flushes):
                 self.flush.zero_()
@@ -105,14 +117,22 @@ def copy_ms(timer: Timer, moved: float) -> float:
 def time_ceilings(timer: Timer) -> dict[str, float]:
     a, b = (torch.randn(n, 512, device=DEVICE, dtype=torch.bfloat16) for n in (TOKENS, 2048))
     gemm_ms = timer(lambda: a @ b.T)
-    return {"copy_tb_s": 2**30 / copy_ms(timer, 2**30) / 1e9, "gemm_tflops": 2 * TOKENS * 512 * 2048 / gemm_ms / 1e9}
+    return {
+        "copy_tb_s": 2**30 / copy_ms(timer, 2**30) / 1e9,
+        "gemm_tflops": 2 * TOKENS * 512 * 2048 / gemm_ms / 1e9,
+    }
 
 
-# Parity --------------------------------------------------------------------------------------------------------------
+# Parity
+# --------------------------------------------------------------------------------------------------------------
 
 
-def strays(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], floor: float = 1e-12) -> str | None:
-    """What strays from `truth`, float64, by more than twice plain PyTorch's error, 1e-6 of its size and `floor`."""
+def strays(
+    fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], floor: float = 1e-12
+) -> str | None:
+    """What strays from `truth`, float64, by more than twice plain PyTorch's error, 1e-6 of its size
+    and `floor`.
+    """
     for i, (got, there, expected) in enumerate(zip(fast, plain, truth, strict=True)):
         if not got.numel():
             continue
@@ -136,10 +156,15 @@ def no_waiting(of: Backend = "triton") -> Iterator[None]:
 
 
 def found_in(path: Path, *suites: str) -> dict[str, Any]:
-    """What `benchmarks.gpu_check --out` wrote about these suites: the number of checks, and what was wrong."""
+    """What `benchmarks.gpu_check --out` wrote about these suites: the number of checks, and what
+    was wrong.
+    """
     found = json.loads(path.read_text())["parity"]
     if missing := [name for name in suites if name not in found]:
-        raise SystemExit(f"{path} has no {missing}: run `python -m benchmarks.gpu_check --only {' '.join(suites)}`")
+        raise SystemExit(
+            f"{path} has no {missing}: run `python -m benchmarks.gpu_check --only "
+            f"{' '.join(suites)}`"
+        )
     return {
         "cases": sum(found[name]["cases"] for name in suites),
         "wrong": [line for name in suites for line in found[name]["wrong"]],
@@ -155,7 +180,10 @@ _broken: list[str] = []  # of this process: the check after which its CUDA conte
 
 
 def run_check(check: Check) -> tuple[str | None, bool]:
-    """What is wrong, and whether the check was not run at all. New tensors start as NaN: what is not written shows."""
+    """What is wrong, and whether the check was not run at all.
+
+    New tensors start as NaN: what is not written shows.
+    """
     if _broken:
         return f"not run: {_broken[0]} had left the process without its device", True
     function, *arguments = check
@@ -171,7 +199,8 @@ def run_check(check: Check) -> tuple[str | None, bool]:
 
 
 def parity(checks: list[Check], seconds: float = math.inf) -> list[str]:
-    """One line for each check that fails, printed as it is found; after `seconds` no further check is begun.
+    """One line for each check that fails, printed as it is found; after `seconds` no further check
+    is begun.
 
     Each check runs in one of several processes: compiling takes most of the time.
     """
@@ -195,7 +224,9 @@ def parity(checks: list[Check], seconds: float = math.inf) -> list[str]:
                 for future in done:
                     check = pending.pop(future)
                     crash = future.exception()  # of a process that died
-                    found, skipped = (f"{type(crash).__name__}: {crash}", False) if crash else future.result()
+                    found, skipped = (
+                        (f"{type(crash).__name__}: {crash}", False) if crash else future.result()
+                    )
                     if skipped:
                         again.append(check)
                     else:

@@ -1,11 +1,13 @@
 """Every kernel's parity on the GPU at hand, within a time: the first thing to run on a new machine.
 
-    python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention] [--out FILE]
-    TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that checks and benchmarks run at all
+    python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention]
+    [--out FILE] TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that
+    checks and benchmarks run at all
 
-Prints a line for each check that fails and one for each that found no time; ends with 1 if there is any. What has run
-least on GPUs goes first. Then, without paying for parity again: `python -m benchmarks.kernels.layer --checked FILE`, and so
-`benchmarks.kernels.attention`; `--parity-only` of a benchmark is for its own checks alone.
+Prints a line for each check that fails and one for each that found no time; ends with 1 if there is
+any. What has run least on GPUs goes first. Then, without paying for parity again: `python -m
+benchmarks.kernels.layer --checked FILE`, and so `benchmarks.kernels.attention`; `--parity-only` of
+a benchmark is for its own checks alone.
 """
 
 import argparse
@@ -27,24 +29,39 @@ from benchmarks.training.model import model_config, random_batch, vocabulary
 from pipeline.model.ranker import RankingModel
 from pipeline.train.loop import Trainee
 
-SEMI_LOCAL = {"attention": {"window": 256, "full_rows": 256}, "truncate_after_layer": 1, "truncate_to": 256}
+SEMI_LOCAL = {
+    "attention": {"window": 256, "full_rows": 256},
+    "truncate_after_layer": 1,
+    "truncate_to": 256,
+}
 
 
 def check_token_backends(interleaved: bool, users: int, length: int, width: int) -> str | None:
-    """The whole model in float32, its token encoder in Triton and in plain PyTorch: logits and all gradients."""
-    torch.use_deterministic_algorithms(False)  # here and below: some of the model's own operations have no such form
+    """The whole model in float32, its token encoder in Triton and in plain PyTorch: logits and all
+    gradients.
+    """
+    # here and below: some of the model's own operations have no such form
+    torch.use_deterministic_algorithms(False)
     results = []
     for backend in ("triton", "torch"):
-        cfg = model_config({**SEMI_LOCAL, "token_backend": backend, "merge": not interleaved}, 2, 2, width)
+        cfg = model_config(
+            {**SEMI_LOCAL, "token_backend": backend, "merge": not interleaved}, 2, 2, width
+        )
         batch = random_batch(cfg, users * length, length, 4, seed=0).to(DEVICE)
         torch.manual_seed(0)
-        model = RankingModel(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2)).to(DEVICE).train()
+        model = (
+            RankingModel(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2))
+            .to(DEVICE)
+            .train()
+        )
         logits = model(batch)
         logits.square().sum().backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         # Not `to_dense`, whose sums may come in any order.
         dense = {
-            name: torch.zeros_like(model.get_parameter(name)).index_add_(0, g._indices()[0], g._values())
+            name: torch.zeros_like(model.get_parameter(name)).index_add_(
+                0, g._indices()[0], g._values()
+            )
             if g.is_sparse
             else g
             for name, g in grads.items()
@@ -61,7 +78,9 @@ def check_token_backends(interleaved: bool, users: int, length: int, width: int)
 
 
 def check_training(steps: int = 5) -> str | None:
-    """A few steps in bfloat16: losses as with the token encoder in plain PyTorch, and the same in a second run."""
+    """A few steps in bfloat16: losses as with the token encoder in plain PyTorch, and the same in a
+    second run.
+    """
     torch.use_deterministic_algorithms(False)
     runs = []
     for backend in ("triton", "triton", "torch"):
@@ -74,7 +93,11 @@ def check_training(steps: int = 5) -> str | None:
     if not torch.equal(fast, again):
         return f"losses of two runs differ: {fast.tolist()} and {again.tolist()}"
     error = ((fast - plain).abs() / plain.abs()).max().item()
-    return None if error <= 0.02 else f"losses {fast.tolist()} where plain PyTorch has {plain.tolist()}"
+    return (
+        None
+        if error <= 0.02
+        else f"losses {fast.tolist()} where plain PyTorch has {plain.tolist()}"
+    )
 
 
 def check_waiting() -> str | None:
@@ -92,7 +115,9 @@ def check_waiting() -> str | None:
 
 def model_checks() -> list[Check]:
     sizes = (8, 1024, 64), (3, 40, 16)
-    models: list[Check] = [(check_token_backends, merged, *size) for size in sizes for merged in (False, True)]
+    models: list[Check] = [
+        (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
+    ]
     return [*models, (check_training,), (check_waiting,)]
 
 
@@ -118,17 +143,29 @@ def of_suite(checks: list[Check], wrong: list[str]) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=220, help="after which no further check is begun")
-    parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES), metavar="SUITE")
-    parser.add_argument("--smoke", action="store_true", help="tiny checks and calls, in Triton's interpreter too")
-    parser.add_argument("--out", type=Path, help="what was found, by suite, as JSON for --checked of the benchmarks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=220, help="after which no further check is begun"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SUITES), default=list(SUITES), metavar="SUITE"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny checks and calls, in Triton's interpreter too"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="what was found, by suite, as JSON for --checked of the benchmarks"
+    )
     arguments = parser.parse_args()
     suites = {name: (SMOKE if arguments.smoke else SUITES)[name]() for name in arguments.only}
     wrong = parity([check for checks in suites.values() for check in checks], arguments.seconds)
     if arguments.out:
         found = {name: of_suite(checks, wrong) for name, checks in suites.items()}
-        arguments.out.write_text(json.dumps({"machine": versions(), "parity": found}, indent=1) + "\n")
+        arguments.out.write_text(
+            json.dumps({"machine": versions(), "parity": found}, indent=1) + "\n"
+        )
     if arguments.smoke:
         for benchmark in (layer, tables, attention):
             benchmark.smoke()

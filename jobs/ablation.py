@@ -1,4 +1,6 @@
-"""Train and evaluate the model once more without each of its innovations: a table, and child runs of one MLflow run."""
+"""Train and evaluate the model once more without each of its innovations: a table, and child runs
+of one MLflow run.
+"""
 
 import argparse
 import json
@@ -21,8 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants that --dry-run lists")
-    parser.add_argument("--split", choices=["val", "test"], default="val", help="test is for the last table alone")
+    parser.add_argument(
+        "--only", nargs="+", metavar="VARIANT", help="some of the variants that --dry-run lists"
+    )
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="val", help="test is for the last table alone"
+    )
 
 
 def main(job: cli.Job) -> None:
@@ -74,8 +80,13 @@ def train_and_evaluate(variant: RunConfig, run: runs.Run, split: str) -> dict[st
     variant.run_dir.mkdir(parents=True)
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
     metrics = evaluator.evaluate(variant, trainer.fit(variant, run), [split])
-    lines = [json.loads(line) for line in (trainer.train_dir(variant) / "metrics.jsonl").read_text().splitlines()]
-    metrics["train/gflop_per_example"] = sum(line["train/gflop_per_example"] for line in lines) / len(lines)
+    lines = [
+        json.loads(line)
+        for line in (trainer.train_dir(variant) / "metrics.jsonl").read_text().splitlines()
+    ]
+    metrics["train/gflop_per_example"] = sum(
+        line["train/gflop_per_example"] for line in lines
+    ) / len(lines)
     run.log_metrics(metrics, lines[-1]["step"])
     return metrics
 
@@ -85,7 +96,11 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     changes = {}
     for name, variant in ablation.variants(cfg).items():
         flat = config.flatten(config.to_dict(variant))
-        changes[name] = {key: flat.get(key) for key in base.keys() | flat.keys() if flat.get(key) != base.get(key)}
+        changes[name] = {
+            key: flat.get(key)
+            for key in base.keys() | flat.keys()
+            if flat.get(key) != base.get(key)
+        }
     return {"variants": changes, **trainer.plan(cfg)}
 
 

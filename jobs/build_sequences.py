@@ -8,14 +8,23 @@ from pipeline.sequences import build
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--append", action="store_true", help="add the files that the published sequences do not have")
-    choice.add_argument("--overwrite", action="store_true", help="replace sequences of other logs or settings")
+    choice.add_argument(
+        "--append",
+        action="store_true",
+        help="add the files that the published sequences do not have",
+    )
+    choice.add_argument(
+        "--overwrite", action="store_true", help="replace sequences of other logs or settings"
+    )
 
 
 def main(job: cli.Job) -> None:
-    manifest = build.build_sequences(job.cfg, overwrite=job.options.overwrite, append=job.options.append)
+    manifest = build.build_sequences(
+        job.cfg, overwrite=job.options.overwrite, append=job.options.append
+    )
     print(
-        f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
+        f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} "
+        f"users={manifest.num_users} "
         f"rows={manifest.num_rows} rows_in={manifest.rows_in} quarantined={manifest.quarantined}"
     )
 

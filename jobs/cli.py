@@ -1,4 +1,6 @@
-"""The face all jobs share: `--config`, `--set`, `--dry-run`, one message and exit code 2 for a user's mistake."""
+"""The face all jobs share: `--config`, `--set`, `--dry-run`, one message and exit code 2 for a
+user's mistake.
+"""
 
 import argparse
 import logging
@@ -30,8 +32,8 @@ def run(
 ) -> None:
     """Parse the command line, then `main(job)`.
 
-    `--dry-run` prints the resolved configuration and `plan(cfg)` (files, rows, resources) and starts nothing; `plan`
-    raises `UserError` for what could not run.
+    `--dry-run` prints the resolved configuration and `plan(cfg)` (files, rows, resources) and
+    starts nothing; `plan` raises `UserError` for what could not run.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{Path(sys.argv[0]).stem}",
@@ -40,25 +42,40 @@ def run(
     )
     parser.add_argument("--config", required=True, help="YAML preset, see configs/")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=1; may repeat"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="train.epochs=1; may repeat",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and the plan, start nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and the plan, start nothing",
     )
     if add_options:
         add_options(parser)
     options = parser.parse_args()
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # `with` blocks end what they started
+    # `with` blocks end what they started
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         cfg = config.load(options.config, options.overrides)
         if options.dry_run:
             print(yaml.safe_dump(config.to_dict(cfg), sort_keys=False).rstrip())
-            planned = {"plan": plan(cfg) if plan else {}}  # what belongs together, a table say, on one line
-            print(yaml.safe_dump(planned, sort_keys=False, default_flow_style=None, width=200).rstrip())
+            # what belongs together, a table say, on one line
+            planned = {"plan": plan(cfg) if plan else {}}
+            print(
+                yaml.safe_dump(
+                    planned, sort_keys=False, default_flow_style=None, width=200
+                ).rstrip()
+            )
             return
         main(Job(cfg, options))
     except config.UserError as error:

@@ -1,4 +1,6 @@
-"""Gather the parts that a store keeps for its next build into few, and drop rows older than sequences.keep_days."""
+"""Gather the parts that a store keeps for its next build into few, and drop rows older than
+sequences.keep_days.
+"""
 
 from jobs import cli
 from pipeline.config import RunConfig
@@ -8,8 +10,10 @@ from pipeline.sequences.upkeep import maintenance
 def main(job: cli.Job) -> None:
     manifest = maintenance.compact(job.cfg)
     print(
-        f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} users={manifest.num_users} "
-        f"rows={manifest.num_rows} parts={len(manifest.parts)} kept_since_ms={manifest.kept_since_ms}"
+        f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} "
+        f"users={manifest.num_users} "
+        f"rows={manifest.num_rows} parts={len(manifest.parts)} "
+        f"kept_since_ms={manifest.kept_since_ms}"
     )
 
 

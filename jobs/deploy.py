@@ -1,8 +1,9 @@
-"""Serve the champion on a running Ray cluster, or move its server to a new champion without failing a request.
+"""Serve the champion on a running Ray cluster, or move its server to a new champion without failing
+a request.
 
-The cluster is `ray.address`, or the one that this job was submitted to. `jobs.serve` starts one of its own. With
-`--rayservice FILE` nothing is sent: KubeRay's manifest in FILE is printed with the champion in it, for `kubectl apply`.
-"""
+The cluster is `ray.address`, or the one that this job was submitted to. `jobs.serve` starts one of
+its own. With `--rayservice FILE` nothing is sent: KubeRay's manifest in FILE is printed with the
+champion in it, for `kubectl apply`."""
 
 import argparse
 import os
@@ -17,7 +18,12 @@ from serve_app import deployment
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rayservice", type=Path, metavar="FILE", help="print this manifest, filled, and send nothing")
+    parser.add_argument(
+        "--rayservice",
+        type=Path,
+        metavar="FILE",
+        help="print this manifest, filled, and send nothing",
+    )
 
 
 def main(job: cli.Job) -> None:

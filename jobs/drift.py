@@ -1,6 +1,7 @@
 """Compare two versions of the sequences; exit code 1 when a limit of `drift` is crossed.
 
-Sizes, action rates, rows per user, request values and items of both, a distance for each, as a table and as JSON.
+Sizes, action rates, rows per user, request values and items of both, a distance for each, as a
+table and as JSON.
 """
 
 import argparse
@@ -17,10 +18,13 @@ from pipeline.sequences.quality import drift
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--before", help="folder of a run or of its sequences; else the version before the published one"
+        "--before",
+        help="folder of a run or of its sequences; else the version before the published one",
     )
     parser.add_argument("--after", help="the same; else the published sequences of --config")
-    parser.add_argument("--days", type=int, help="only the newest so many days of each: a month hides a bad day")
+    parser.add_argument(
+        "--days", type=int, help="only the newest so many days of each: a month hides a bad day"
+    )
 
 
 def main(job: cli.Job) -> None:
@@ -52,7 +56,11 @@ def main(job: cli.Job) -> None:
 
 def plan(cfg: RunConfig) -> dict[str, object]:
     limits = {name: limit for name, limit in config.to_dict(cfg.drift).items() if limit is not None}
-    return {"after": str(cfg.sequence_dir), "limits": limits, "writes": str(cfg.run_dir / "report" / "drift.json")}
+    return {
+        "after": str(cfg.sequence_dir),
+        "limits": limits,
+        "writes": str(cfg.run_dir / "report" / "drift.json"),
+    }
 
 
 if __name__ == "__main__":

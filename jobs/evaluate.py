@@ -8,12 +8,16 @@ from pipeline.evaluate import evaluator
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="model folder; default: the one that this run trained")
+    parser.add_argument(
+        "--model", type=Path, help="model folder; default: the one that this run trained"
+    )
     parser.add_argument("--splits", nargs="+", choices=["val", "test"], default=["val", "test"])
 
 
 def main(job: cli.Job) -> None:
-    metrics = evaluator.evaluate(job.cfg, job.options.model or job.cfg.model_dir, job.options.splits)
+    metrics = evaluator.evaluate(
+        job.cfg, job.options.model or job.cfg.model_dir, job.options.splits
+    )
     for key, value in metrics.items():
         print(f"{key:40} {value:,.4f}")
 

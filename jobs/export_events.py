@@ -1,8 +1,10 @@
-"""Take the events that the server was sent over into the logs, or forget those that the published sequences hold.
+"""Take the events that the server was sent over into the logs, or forget those that the published
+sequences hold.
 
     jobs.export_events → jobs.build_sequences --append → jobs.deploy → jobs.export_events --prune
 
-The server may go on meanwhile: an event counts once, whether it is in the log, in the sequences or in both.
+The server may go on meanwhile: an event counts once, whether it is in the log, in the sequences or
+in both.
 """
 
 import argparse
@@ -16,7 +18,9 @@ from serve_app.ranking.rollout import open_events
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prune", action="store_true", help="forget what the sequences hold; only after jobs.deploy has served them"
+        "--prune",
+        action="store_true",
+        help="forget what the sequences hold; only after jobs.deploy has served them",
     )
 
 
@@ -26,7 +30,10 @@ def main(job: cli.Job) -> None:
         print(f"removed={export.prune(job.cfg, log)}")
         return
     done = export.export(job.cfg, log)
-    print(f"file={done.path} events={done.num_events} without_watch_ms_or_request_id={done.num_without}")
+    print(
+        f"file={done.path} events={done.num_events} "
+        f"without_watch_ms_or_request_id={done.num_without}"
+    )
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:

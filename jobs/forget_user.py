@@ -1,6 +1,8 @@
-"""Take users out of everything that a run holds of them: sequences, posted events, and what was made of either.
+"""Take users out of everything that a run holds of them: sequences, posted events, and what was
+made of either.
 
-Models that were trained on their rows are not changed; docs/runbook.md says what else is left to do.
+Models that were trained on their rows are not changed; docs/runbook.md says what else is left to
+do.
 """
 
 import argparse
@@ -16,7 +18,9 @@ from serve_app.ranking.rollout import open_events
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--user", type=int, action="append", default=[], help="a user_id; may repeat")
+    parser.add_argument(
+        "--user", type=int, action="append", default=[], help="a user_id; may repeat"
+    )
     parser.add_argument("--users-file", help="a text file with one user_id a line")
 
 
@@ -27,7 +31,10 @@ def main(job: cli.Job) -> None:
     if cfg.serve.redis_url is not None or serving.exists():
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
-    print(f"users={len(users)} removed: " + " ".join(f"{where}={rows}" for where, rows in removed.items()))
+    print(
+        f"users={len(users)} removed: "
+        + " ".join(f"{where}={rows}" for where, rows in removed.items())
+    )
 
 
 def read_users(given: list[int], file: str | None) -> np.ndarray:

@@ -7,12 +7,17 @@ from pipeline.logs import import_logs, plan_import
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace logs of another source or other settings")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace logs of another source or other settings"
+    )
 
 
 def main(job: cli.Job) -> None:
     report = import_logs(job.cfg, overwrite=job.options.overwrite)
-    print(f"rows={report.rows} files={len(report.files)} quarantined={report.quarantined} counts={report.counts}")
+    print(
+        f"rows={report.rows} files={len(report.files)} quarantined={report.quarantined} "
+        f"counts={report.counts}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Show figures that were made elsewhere, on a GPU say, in the MLflow UI: a run per JSON file, each file once."""
+"""Show figures that were made elsewhere, on a GPU say, in the MLflow UI: a run per JSON file, each
+file once.
+"""
 
 import argparse
 from pathlib import Path
@@ -10,7 +12,9 @@ from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/runs"), help="of *.json, folders in it too")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("benchmarks/runs"), help="of *.json, folders in it too"
+    )
 
 
 def main(job: cli.Job) -> None:

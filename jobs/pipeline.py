@@ -1,4 +1,6 @@
-"""The whole chain: logs → sequences → training → evaluation → registry → gate → server → ranking requests over HTTP."""
+"""The whole chain: logs → sequences → training → evaluation → registry → gate → server → ranking
+requests over HTTP.
+"""
 
 import argparse
 import json
@@ -27,8 +29,14 @@ RUN_FILE = "run.json"  # marks a folder as a run's own, so that --fresh removes 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--fresh", action="store_true", help="remove what an earlier run of this name left, then begin")
-    choice.add_argument("--append", action="store_true", help="add the logs that came since, then train anew on all")
+    choice.add_argument(
+        "--fresh",
+        action="store_true",
+        help="remove what an earlier run of this name left, then begin",
+    )
+    choice.add_argument(
+        "--append", action="store_true", help="add the logs that came since, then train anew on all"
+    )
 
 
 def main(job: cli.Job) -> None:
@@ -56,14 +64,19 @@ def check_server(cfg: RunConfig) -> None:
 def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> dict[str, Any]:
     """Every stage once, in order; returns what `summary.json` holds.
 
-    With `append` new files of the logs join the published sequences, and training begins anew where the last one read
-    others; without a new file, or after a kill, it goes on where it was.
+    With `append` new files of the logs join the published sequences, and training begins anew where
+    the last one read others; without a new file, or after a kill, it goes on where it was.
     """
     stage(1, "logs")
     logs.import_logs(cfg)
     stage(2, "sequences")
     manifest = build.build_sequences(cfg, append=append)
-    logger.info("%d users, %d rows; quarantined %s", manifest.num_users, manifest.num_rows, manifest.quarantined)
+    logger.info(
+        "%d users, %d rows; quarantined %s",
+        manifest.num_users,
+        manifest.num_rows,
+        manifest.quarantined,
+    )
     stage(3, "training")
     restart = append and trainer.trained_on(cfg) not in (None, manifest.digest)
     if not restart:
@@ -85,7 +98,9 @@ def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> di
     url = deployment.deploy(cfg, dashboard_url, champion)
     stage(7, "requests over HTTP")
     print(replay.demo_table(cfg, url))
-    parity = replay.replay(cfg, url, model_dir if decision.promoted else registry.download_champion(cfg)[0])
+    parity = replay.replay(
+        cfg, url, model_dir if decision.promoted else registry.download_champion(cfg)[0]
+    )
     return summarise(cfg, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
         "model_version": version,
@@ -98,12 +113,16 @@ def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> di
     }
 
 
-def summarise(cfg: RunConfig, manifest: Manifest, train_seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
+def summarise(
+    cfg: RunConfig, manifest: Manifest, train_seconds: float, metrics: dict[str, float]
+) -> dict[str, Any]:
     def by_task(split: str, metric: str) -> dict[str, float]:
         return {task: metrics[f"{split}/{metric}/{task}"] for task in cfg.tasks}
 
     tables = {
-        f"{split}_{metric}": by_task(split, metric) for split in ("val", "test") for metric in ("auc", "ne", "gauc")
+        f"{split}_{metric}": by_task(split, metric)
+        for split in ("val", "test")
+        for metric in ("auc", "ne", "gauc")
     }
     return {
         "rows_in": manifest.rows_in,
@@ -141,14 +160,21 @@ def remove_run(folder: Path) -> None:
         UserError: it holds files and no run was started there.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
-        raise UserError(f"--fresh: {folder} holds files but no {RUN_FILE}, so it is not a run's; remove it yourself")
+        raise UserError(
+            f"--fresh: {folder} holds files but no {RUN_FILE}, so it is not a run's; remove it "
+            "yourself"
+        )
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
     check_server(cfg)
-    return {"import_logs": logs.plan_import(cfg), "workers": cfg.train.num_workers, "run": str(cfg.run_dir)}
+    return {
+        "import_logs": logs.plan_import(cfg),
+        "workers": cfg.train.num_workers,
+        "run": str(cfg.run_dir),
+    }
 
 
 if __name__ == "__main__":

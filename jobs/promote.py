@@ -1,4 +1,6 @@
-"""Register a run's model and make it the champion, if its validation passes the gate; exit code 1 if it does not."""
+"""Register a run's model and make it the champion, if its validation passes the gate; exit code 1
+if it does not.
+"""
 
 import argparse
 import sys
@@ -10,9 +12,14 @@ from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--version", type=int, help="a number in the registry instead of the run's own model")
     parser.add_argument(
-        "--validated-by", type=int, metavar="VERSION", help="for split.refit: a version trained without it is judged"
+        "--version", type=int, help="a number in the registry instead of the run's own model"
+    )
+    parser.add_argument(
+        "--validated-by",
+        type=int,
+        metavar="VERSION",
+        help="for split.refit: a version trained without it is judged",
     )
 
 

@@ -17,7 +17,10 @@ def main(job: cli.Job) -> None:
         champion = registry.champion(cfg)
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
-            print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")
+            print(
+                f"{champion.name} version {champion.version} answers at {url} (interactive: "
+                f"{url}/docs)"
+            )
             print(f"MLflow: {mlflow_url}")
             body, _ = replay.demo_request(cfg)
             body["candidates"] = body["candidates"][:5]

@@ -1,4 +1,6 @@
-"""Train the model of a configuration on its published sequences, with Ray Train; the same name goes on where it was."""
+"""Train the model of a configuration on its published sequences, with Ray Train; the same name goes
+on where it was.
+"""
 
 import argparse
 
@@ -10,8 +12,12 @@ from pipeline.train import trainer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--restart", action="store_true", help="forget what the run of this name has trained")
-    parser.add_argument("--no-tracking", action="store_true", help="metrics to train/metrics.jsonl only, no MLflow")
+    parser.add_argument(
+        "--restart", action="store_true", help="forget what the run of this name has trained"
+    )
+    parser.add_argument(
+        "--no-tracking", action="store_true", help="metrics to train/metrics.jsonl only, no MLflow"
+    )
 
 
 def main(job: cli.Job) -> None:

@@ -6,7 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch", "reference"]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on CPU tensors: to test them
+# kernels run in Python, on CPU tensors: to test them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def require(holds: bool, message: str) -> None:
@@ -15,7 +16,8 @@ def require(holds: bool, message: str) -> None:
 
 
 def choose(backend: Backend, x: Tensor) -> Backend:
-    """`"auto"` is Triton for CUDA tensors and plain PyTorch on the CPU; the reference runs only when asked for.
+    """`"auto"` is Triton for CUDA tensors and plain PyTorch on the CPU; the reference runs only
+    when asked for.
 
     Raises:
         ValueError: an unknown name, or Triton asked for where it cannot run.

@@ -1,4 +1,6 @@
-"""Launching a Triton kernel without looking through its arguments anew each time, which costs more than the launch."""
+"""Launching a Triton kernel without looking through its arguments anew each time, which costs more
+than the launch.
+"""
 
 from typing import Any
 
@@ -7,7 +9,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Number = int | float
-_compiled: dict[tuple, tuple[Any, Any]] = {}  # → the kernel, so that its id stays its own, and what came of it
+# → the kernel, so that its id stays its own, and what came of it
+_compiled: dict[tuple, tuple[Any, Any]] = {}
 
 
 def launch(
@@ -24,11 +27,13 @@ def launch(
 ) -> None:
     """`kernel[(programs,)](*tensors, *varying, *fixed, *constants)`.
 
-    The kernel compiled at the first call is kept for the next with tensors of the same types and alignment and the
+    The kernel compiled at the first call is kept for the next with tensors of the same types and
+    alignment and the
     same `fixed` and `constants`. It must declare what is `varying` with `do_not_specialize`.
     """
     forms = [None if x is None else _form(x) for x in tensors]
-    key = id(kernel), device, *forms, fixed, constants, num_warps, num_stages  # a kernel's own hash takes a lock
+    # a kernel's own hash takes a lock
+    key = id(kernel), device, *forms, fixed, constants, num_warps, num_stages
     found = _compiled.get(key)
     if found is None:
         everything = *tensors, *varying, *fixed, *constants
@@ -47,8 +52,8 @@ def _form(x: Tensor | TensorDescriptor) -> tuple:
 
 
 def described(template: TensorDescriptor, base: Tensor) -> TensorDescriptor:
-    """`template` over another tensor of its shape and strides, 16-byte aligned as it must be: a new descriptor would
-    check all that again, which takes longer than encoding it."""
+    """`template` over another tensor of its shape and strides, 16-byte aligned as it must be: a new
+    descriptor would check all that again, which takes longer than encoding it."""
     other = object.__new__(TensorDescriptor)
     other.__dict__ = {**template.__dict__, "base": base}
     return other

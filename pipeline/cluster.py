@@ -1,6 +1,8 @@
-"""The Ray cluster that a job runs on: the one it was submitted to, or a private one for the job's own time.
+"""The Ray cluster that a job runs on: the one it was submitted to, or a private one for the job's
+own time.
 
-A private cluster has its own ports, token and short temp folder, so that it lives beside other people's clusters on
+A private cluster has its own ports, token and short temp folder, so that it lives beside other
+people's clusters on
 the same machine, and only what was started here is stopped.
 """
 
@@ -30,12 +32,15 @@ REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, pe
 
 
 @contextmanager
-def ray_cluster(cfg: RayConfig, *, runs_dir: str | Path = "runs", include_dashboard: bool = False) -> Iterator[Any]:
-    """Connect to Ray for the length of the block and yield Ray's context (`.dashboard_url`, `.address_info`).
+def ray_cluster(
+    cfg: RayConfig, *, runs_dir: str | Path = "runs", include_dashboard: bool = False
+) -> Iterator[Any]:
+    """Connect to Ray for the length of the block and yield Ray's context (`.dashboard_url`,
+    `.address_info`).
 
-    In this order: a connection that this process already has (left open afterwards), `cfg.address`, the RAY_ADDRESS
-    that `ray job submit` sets, and otherwise a local cluster. Import `ray.serve` inside the block only: it reads its
-    settings from the environment when it is imported.
+    In this order: a connection that this process already has (left open afterwards), `cfg.address`,
+    the RAY_ADDRESS that `ray job submit` sets, and otherwise a local cluster. Import `ray.serve`
+    inside the block only: it reads its settings from the environment when it is imported.
 
     Raises:
         UserError: no cluster answers at the given address.
@@ -66,12 +71,14 @@ def _joined(address: str) -> Iterator[Any]:
 
 def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
     remove_orphans()
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # ours alone; short: socket paths end at 107 characters
+    # ours alone; short: socket paths end at 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     lock = _owned(folder)
     os.environ |= serve_environment(folder)
     use_token(runs_dir)
     port = free_port()
-    # Ray's own actors look for "the" cluster of the machine: beside another one they must be told which is theirs.
+    # Ray's own actors look for "the" cluster of the machine: beside another one they must be told
+    # which is theirs.
     ours = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
     os.environ |= ours
     try:
@@ -104,7 +111,9 @@ def _owned(folder: Path) -> IO[str]:
 
 
 def remove_orphans(parent: Path = Path("/tmp")) -> None:
-    """Remove the folders of local clusters whose driver was killed; their processes have ended with it."""
+    """Remove the folders of local clusters whose driver was killed; their processes have ended with
+    it.
+    """
     for mark in parent.glob(f"ray-*/{OWNER}"):
         try:
             with open(mark, "r+") as lock:
@@ -117,7 +126,8 @@ def remove_orphans(parent: Path = Path("/tmp")) -> None:
 def _init(**options: Any) -> Any:
     """`ray.init`, and this process's own answer to SIGTERM put back.
 
-    Ray's prints a stack and aborts the process 3 s later, in the middle of stopping what it started.
+    Ray's prints a stack and aborts the process 3 s later, in the middle of stopping what it
+    started.
     """
     answer = signal.getsignal(signal.SIGTERM)
     context = ray.init(**options)
@@ -127,10 +137,12 @@ def _init(**options: Any) -> Any:
 
 
 def use_token(runs_dir: Path) -> None:
-    """Point this process and its children to a token of our own, unless the user has chosen a way of authentication.
+    """Point this process and its children to a token of our own, unless the user has chosen a way
+    of authentication.
 
-    One token for all local clusters of `runs_dir`: Ray reads it once per process, so a second cluster with another
-    token would refuse its own driver. With nothing set, Ray would write one into the home directory.
+    One token for all local clusters of `runs_dir`: Ray reads it once per process, so a second
+    cluster with another token would refuse its own driver. With nothing set, Ray would write one
+    into the home directory.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_AUTH_MODE" in os.environ:
@@ -143,25 +155,32 @@ def use_token(runs_dir: Path) -> None:
     except FileExistsError:
         logger.debug("reusing %s", path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    # RAY_AUTH_MODE stays unset: Ray has read it already where it was imported before, and switches itself to tokens in
-    # `ray.init`, with a warning that there is nothing to do about.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # RAY_AUTH_MODE stays unset: Ray has read it already where it was imported before, and switches
+    # itself to tokens in `ray.init`, with a warning that there is nothing to do about.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+        logging.ERROR
+    )
 
 
 def serve_environment(folder: Path) -> dict[str, str]:
     """What Ray Serve must find in the environment of every node before Ray starts.
 
-    HAProxy in front, user code on the replica's event loop and the usual priority, unless set otherwise; and instead
+    HAProxy in front, user code on the replica's event loop and the usual priority, unless set
+    otherwise; and instead
     of the fixed folder and ports that all clusters of a machine would share, ones of this cluster.
     """
-    first = random.SystemRandom().randrange(20_000, 32_000, 2 * REPLICA_PORTS)  # below the ports of outgoing sockets
+    # below the ports of outgoing sockets
+    first = random.SystemRandom().randrange(20_000, 32_000, 2 * REPLICA_PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
-        # Ray's 15 is for work that can wait: a replica would stand behind its own clients and the dashboard.
+        # Ray's 15 is for work that can wait: a replica would stand behind its own clients and the
+        # dashboard.
         "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112
-        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else the log lags 1,000 lines behind, and a crash takes them
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after Ray's 5 s a busy laptop's proxy is killed before it runs
+        # else the log lags 1,000 lines behind, and a crash takes them
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+        # after Ray's 5 s a busy laptop's proxy is killed before it runs
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/haproxy/metrics.sock",

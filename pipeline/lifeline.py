@@ -1,7 +1,9 @@
-"""Run a command that ends with the process that started it: `python -I lifeline.py COMMAND ...`, standard library only.
+"""Run a command that ends with the process that started it: `python -I lifeline.py COMMAND ...`,
+standard library only.
 
-The starter holds the other end of this process's standard input. However it dies, by `kill -9` too, the kernel closes
-that pipe, and what was started here is ended: the whole process group, which this process must lead.
+The starter holds the other end of this process's standard input. However it dies, by `kill -9` too,
+the kernel closes that pipe, and what was started here is ended: the whole process group, which this
+process must lead.
 """
 
 import os

@@ -1,10 +1,12 @@
-"""The server on Ray Serve: an HTTP ingress in front of replicas that hold a model, or the two in one process.
+"""The server on Ray Serve: an HTTP ingress in front of replicas that hold a model, or the two in
+one process.
 
     HTTP → Api (checks, JSON) → RankerReplica (waiting requests together, one forward pass) → Ranker
-    HTTP → RankerReplica with serve.one_process: a call between processes fewer, and one replica only
+    HTTP → RankerReplica with serve.one_process: a call between processes fewer, and one replica
+    only
 
-Which model answers is in the replica's `user_config`: a new one there is loaded and warmed beside the old, which
-answers until one assignment swaps them.
+Which model answers is in the replica's `user_config`: a new one there is loaded and warmed beside
+the old, which answers until one assignment swaps them.
 """
 
 import asyncio
@@ -39,19 +41,24 @@ class Ranking:
 
     def __init__(self) -> None:
         gc.collect()
-        gc.freeze()  # what was imported, hundreds of thousands of objects: each full collection would stop all passes
+        # what was imported, hundreds of thousands of objects: each full collection would stop all
+        # passes
+        gc.freeze()
         self.rollout: Rollout | None = None
         self.deployment = self.wanted = ""  # ids of the update that answers, and of the newest
         self.failed: dict[str, str] = {}
         self.loading: asyncio.Task | None = None
         self.counts = ReplicaMetrics()
         self.batcher = TokenBatcher(self._prepare, self._answer, self._batch_tokens)
-        self.appender = MicroBatcher(self._append)  # events that wait together share a transaction and its fsync
+        # events that wait together share a transaction and its fsync
+        self.appender = MicroBatcher(self._append)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.wanted = user_config["deployment"]
         if self.rollout is None:  # first start: no traffic before the models are loaded and warm
-            self._take(await asyncio.to_thread(load, user_config, self.counts), user_config["deployment"])
+            self._take(
+                await asyncio.to_thread(load, user_config, self.counts), user_config["deployment"]
+            )
         else:  # an update: the old versions go on answering
             self.loading = asyncio.create_task(self._swap(user_config))
 
@@ -59,9 +66,13 @@ class Ranking:
         deployment = user_config["deployment"]
         try:
             rollout = await asyncio.to_thread(load, user_config, self.counts, self.rollout)
-        except Exception as error:  # what answered goes on; jobs.deploy reads the reason from /v1/model
+        except Exception as error:
+            # what answered goes on; jobs.deploy reads the reason from /v1/model
             logger.exception("update %s did not load", deployment)
-            self.failed = {"failed_deployment": deployment, "failure": f"the update did not load: {error}"}
+            self.failed = {
+                "failed_deployment": deployment,
+                "failure": f"the update did not load: {error}",
+            }
             return
         if self.wanted == deployment:  # else a later update has overtaken this one
             self._take(rollout, deployment)
@@ -94,7 +105,9 @@ class Ranking:
         return self._current.append(requests)
 
     async def info(self) -> ModelInfo:
-        return self._current.info().model_copy(update={"deployment": self.deployment, **self.failed})
+        return self._current.info().model_copy(
+            update={"deployment": self.deployment, **self.failed}
+        )
 
     async def own_metrics(self) -> tuple[str, bytes]:
         """Which replica this is, and its numbers."""
@@ -114,7 +127,9 @@ class RankerReplica(Ranking):
 @serve.deployment(name="RankerReplica")
 @serve.ingress(None)
 class RankerWithIngress(Ranking):
-    """The only replica and its ingress: both on one event loop, the ranker in a thread beside it as ever."""
+    """The only replica and its ingress: both on one event loop, the ranker in a thread beside it as
+    ever.
+    """
 
     def __init__(self, args: "Arguments") -> None:
         super().__init__()
@@ -136,9 +151,14 @@ class Api:
     """The ingress: `make_api` over the replicas' handle."""
 
     def __init__(self, replicas: DeploymentHandle, args: "Arguments") -> None:
-        # Made once: each handle is an object of its own. Ray's default, cloudpickle, is for code; these are values.
-        self.replicas = replicas.options(request_serialization="pickle", response_serialization="pickle")
-        self.ranking, self.appending, self.asking = self.replicas.rank, self.replicas.append, self.replicas.info
+        # Made once: each handle is an object of its own. Ray's default, cloudpickle, is for code;
+        # these are values.
+        self.replicas = replicas.options(
+            request_serialization="pickle", response_serialization="pickle"
+        )
+        self.ranking = self.replicas.rank
+        self.appending = self.replicas.append
+        self.asking = self.replicas.info
         self.args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -148,7 +168,9 @@ class Api:
         if request.user_id is None:
             return await self._with_another_try(self.ranking, request)
         # a user's encoded history lies with one replica
-        return await self._with_another_try(self.ranking.options(session_id=str(request.user_id)), request)
+        return await self._with_another_try(
+            self.ranking.options(session_id=str(request.user_id)), request
+        )
 
     async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
         return await self._with_another_try(self.appending, request)
@@ -174,8 +196,12 @@ class Api:
         found = await asked.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
         return [answer for answer in found if isinstance(answer, kind)]
 
-    async def _with_another_try(self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest) -> Any:
-        """What a dying replica took with it is asked of the next one: no method does more when called again."""
+    async def _with_another_try(
+        self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest
+    ) -> Any:
+        """What a dying replica took with it is asked of the next one: no method does more when
+        called again.
+        """
         try:
             try:
                 return await _answer(method.remote(*arguments))
@@ -222,4 +248,6 @@ def _http_face(replica: Replica, args: Arguments) -> FastAPI:
 
 def build(args: Arguments) -> serve.Application:
     """serve_config.yaml's `import_path`."""
-    return RankerWithIngress.bind(args) if args.one_process else Api.bind(RankerReplica.bind(), args)
+    return (
+        RankerWithIngress.bind(args) if args.one_process else Api.bind(RankerReplica.bind(), args)
+    )

@@ -1,12 +1,14 @@
-"""A rank request and its answer as columns: what the ranker works on, whatever body they came in or go out as.
+"""A rank request and its answer as columns: what the ranker works on, whatever body they came in or
+go out as.
 
     JSON  → RankRequest ─┐                                          ┌→ RankResponse → JSON
     Arrow ───────────────┴→ RankColumns → ranker → RankedColumns ───┴→ Arrow
 
-The Arrow body is one IPC stream: a column `item_id` (int64) and a column per request feature (int32, null where the
-request's own holds), and in the schema's metadata, under `rank`, the rest of the request as the JSON of `RankHead`.
-The answer has `item_id`, `score.<task>` (float32) and `place` (int32, 0 is best), and its other fields under `rank`.
-"""
+The Arrow body is one IPC stream: a column `item_id` (int64) and a column per request feature
+(int32, null where the request's own holds), and in the schema's metadata, under `rank`, the rest of
+the request as the JSON of `RankHead`.
+The answer has `item_id`, `score.<task>` (float32) and `place` (int32, 0 is best), and its other
+fields under `rank`."""
 
 import json
 import struct
@@ -39,7 +41,8 @@ class RankColumns:
 
     head: RankHead
     item_id: np.ndarray  # int64 [C]
-    features: Mapping[str, np.ndarray]  # int32 [C], -1 is unknown; a column that is left out is the request's
+    # int32 [C], -1 is unknown; a column that is left out is the request's
+    features: Mapping[str, np.ndarray]
 
     @property
     def user_id(self) -> int | None:
@@ -63,7 +66,10 @@ class RankColumns:
             head=RankHead.model_construct(**head),  # validated already
             item_id=np.array([candidate.item_id for candidate in asked], np.int64),
             features={
-                name: np.array([c.request_features.get(name, shared.get(name, UNKNOWN)) for c in asked], np.int32)
+                name: np.array(
+                    [c.request_features.get(name, shared.get(name, UNKNOWN)) for c in asked],
+                    np.int32,
+                )
                 for name in sorted(names)
             },
         )
@@ -72,7 +78,8 @@ class RankColumns:
     def from_arrow(cls, body: bytes) -> "RankColumns":
         """
         Raises:
-            BadBody: not an Arrow stream, a column or type that does not belong there, or a bad head.
+            BadBody: not an Arrow stream, a column or type that does not belong there, or a bad
+            head.
         """
         table = _read_table(body)
         head = _read_head(table.schema.metadata or {})
@@ -80,7 +87,9 @@ class RankColumns:
             raise BadBody([Refusal.of(["body", "item_id"], "at least one candidate", 0)])
         item_id = table["item_id"].to_numpy()
         if item_id.min() < 0:
-            raise BadBody([Refusal.of(["body", "item_id"], "must be 0 or more", int(item_id.min()))])
+            raise BadBody(
+                [Refusal.of(["body", "item_id"], "must be 0 or more", int(item_id.min()))]
+            )
         features = {}
         for name in table.column_names:
             if name != "item_id":
@@ -118,8 +127,12 @@ class RankedColumns:
     def to_arrow(self) -> bytes:
         place = np.empty(len(self.order), np.int32)
         place[self.order] = np.arange(len(self.order), dtype=np.int32)
-        columns = {"item_id": self.item_id} | {f"score.{task}": values for task, values in self.scores.items()}
-        table = pa.table(columns | {"place": place}).replace_schema_metadata({HEAD: json.dumps(self.head)})
+        columns = {"item_id": self.item_id} | {
+            f"score.{task}": values for task, values in self.scores.items()
+        }
+        table = pa.table(columns | {"place": place}).replace_schema_metadata(
+            {HEAD: json.dumps(self.head)}
+        )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -127,19 +140,29 @@ class RankedColumns:
 
 
 def _read_table(body: bytes) -> pa.Table:
-    """The stream's batches, after a check of every type and buffer: a body may claim what it does not hold."""
+    """The stream's batches, after a check of every type and buffer: a body may claim what it does
+    not hold.
+    """
     try:
         for i, message in enumerate(pa.ipc.MessageReader.open_stream(body)):
-            if message.type != ("record batch" if i else "schema") or (i and _is_compressed(message)):
-                raise BadBody([Refusal.of(["body"], "a schema and uncompressed record batches", message.type)])
+            if message.type != ("record batch" if i else "schema") or (
+                i and _is_compressed(message)
+            ):
+                raise BadBody(
+                    [Refusal.of(["body"], "a schema and uncompressed record batches", message.type)]
+                )
         stream = pa.ipc.open_stream(body)
         _check_schema(stream.schema)
         table = stream.read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadBody([Refusal.of(["body"], f"not an Arrow IPC stream: {error}", f"{len(body)} bytes")]) from None
+        raise BadBody(
+            [Refusal.of(["body"], f"not an Arrow IPC stream: {error}", f"{len(body)} bytes")]
+        ) from None
     if table["item_id"].null_count:
-        raise BadBody([Refusal.of(["body", "item_id"], "no nulls", f"{table['item_id'].null_count} nulls")])
+        raise BadBody(
+            [Refusal.of(["body", "item_id"], "no nulls", f"{table['item_id'].null_count} nulls")]
+        )
     return table
 
 
@@ -153,9 +176,11 @@ def _check_schema(schema: pa.Schema) -> None:
 
 
 def _is_compressed(message: pa.ipc.Message) -> bool:
-    """Whether a record batch says so: a few compressed bytes can stand for gigabytes, and pyarrow would unpack them.
+    """Whether a record batch says so: a few compressed bytes can stand for gigabytes, and pyarrow
+    would unpack them.
 
-    Message.header → RecordBatch.compression, by the flatbuffer's tables, which pyarrow has verified on reading.
+    Message.header → RecordBatch.compression, by the flatbuffer's tables, which pyarrow has verified
+    on reading.
     """
     data = message.metadata.to_pybytes()
 
@@ -163,7 +188,9 @@ def _is_compressed(message: pa.ipc.Message) -> bool:
         """Where a table's field is, 0 if it has none."""
         vtable = table - struct.unpack_from("<i", data, table)[0]
         size = struct.unpack_from("<H", data, vtable)[0]
-        offset = struct.unpack_from("<H", data, vtable + 4 + 2 * index)[0] if 4 + 2 * index < size else 0
+        offset = (
+            struct.unpack_from("<H", data, vtable + 4 + 2 * index)[0] if 4 + 2 * index < size else 0
+        )
         return table + offset if offset else 0
 
     root = struct.unpack_from("<I", data, 0)[0]
@@ -173,9 +200,17 @@ def _is_compressed(message: pa.ipc.Message) -> bool:
 
 def _read_head(metadata: Mapping[bytes, bytes]) -> RankHead:
     if HEAD not in metadata:
-        raise BadBody([Refusal.of(["body", HEAD.decode()], "missing from the schema's metadata", list(metadata))])
+        raise BadBody(
+            [
+                Refusal.of(
+                    ["body", HEAD.decode()], "missing from the schema's metadata", list(metadata)
+                )
+            ]
+        )
     try:
         return RankHead.model_validate_json(metadata[HEAD])
     except ValidationError as error:
         where = ["body", HEAD.decode()]
-        raise BadBody([Refusal.of([*where, *e["loc"]], e["msg"], e.get("input")) for e in error.errors()]) from None
+        raise BadBody(
+            [Refusal.of([*where, *e["loc"]], e["msg"], e.get("input")) for e in error.errors()]
+        ) from None

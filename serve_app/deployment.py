@@ -1,7 +1,8 @@
-"""Starting and updating the server by configuration: one PUT to the dashboard, then waiting for the new version alone.
+"""Starting and updating the server by configuration: one PUT to the dashboard, then waiting for the
+new version alone.
 
-The same on a cluster of the job's own and on one that it was submitted to. Replicas of an update keep their process:
-only `user_config` changes.
+The same on a cluster of the job's own and on one that it was submitted to. Replicas of an update
+keep their process: only `user_config` changes.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ POLL_S = 0.1
 SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-PODS = {"host": "0.0.0.0", "port": 8000}  # where a server on Kubernetes listens: KubeRay's services expect it there
+# where a server on Kubernetes listens: KubeRay's services expect it there
+PODS = {"host": "0.0.0.0", "port": 8000}
 ANSWERS = 3  # in a row from the new version alone, before the old one counts as gone
 
 
@@ -52,19 +54,23 @@ def user_config(
 ) -> dict[str, Any]:
     """What a replica needs to load its versions; `serve_app.ranking.rollout.load` reads it."""
     return {
-        "deployment": uuid.uuid4().hex,  # names this update, so that its success or failure can be told from others'
+        # names this update, so that its success or failure can be told from others'
+        "deployment": uuid.uuid4().hex,
         "model": dataclasses.asdict(model),
         "canary": None if canary is None else dataclasses.asdict(canary),
         "shadow": None if shadow is None else dataclasses.asdict(shadow),
         "sequences": str(cfg.sequence_dir),
         "digest": store.read_manifest(cfg.sequence_dir).digest,
         "cache": str(cache(cfg)),
-        "serving": str(cfg.run_dir / "serving"),  # the mapped copy of the sequences, and the events since
+        # the mapped copy of the sequences, and the events since
+        "serving": str(cfg.run_dir / "serving"),
         "limits": config.to_dict(cfg.serve),
     }
 
 
-def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env: dict[str, Any]) -> dict[str, Any]:
+def serve_config(
+    cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env: dict[str, Any]
+) -> dict[str, Any]:
     """serve_config.yaml with everything put in."""
     filled = template()
     filled["http_options"] |= {"host": cfg.serve.host, "port": port}
@@ -73,7 +79,9 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
     application["args"] |= {
         "one_process": cfg.serve.one_process,
         "max_body_bytes": cfg.serve.max_body_bytes,
-        "api_keys_file": None if cfg.serve.api_keys_file is None else str(Path(cfg.serve.api_keys_file).absolute()),
+        "api_keys_file": None
+        if cfg.serve.api_keys_file is None
+        else str(Path(cfg.serve.api_keys_file).absolute()),
         "rate_limit_per_s": cfg.serve.rate_limit_per_s,
         "max_wait_ms": cfg.serve.max_wait_ms,
         "request_timeout_s": cfg.serve.request_timeout_s,
@@ -81,7 +89,8 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
     ingress, ranker = application["deployments"]
     ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
     ranker["ray_actor_options"] |= {"num_gpus": int(cfg.serve.use_gpu)}
-    if cfg.serve.one_process:  # it takes the ingress' place: as many requests at once, and nobody to be routed to
+    # it takes the ingress' place: as many requests at once, and nobody to be routed to
+    if cfg.serve.one_process:
         ranker |= {name: ingress[name] for name in ("max_ongoing_requests", "max_queued_requests")}
         del ranker["request_router_config"]
         application["deployments"] = [ranker]
@@ -89,7 +98,8 @@ def serve_config(cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env:
 
 
 def deploy(cfg: RunConfig, dashboard_url: str, model: registry.PinnedModel) -> str:
-    """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only `model` answers.
+    """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only
+    `model` answers.
 
     Ray must be initialised: replicas get the code of this job.
 
@@ -100,7 +110,8 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: registry.PinnedModel) -> s
 
 
 def rayservice(cfg: RunConfig, manifest: Path, model: registry.PinnedModel) -> str:
-    """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put in, as YAML.
+    """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put
+    in, as YAML.
 
     Pods find the sequences and the model under the same `runs_dir`, and their code in the image.
 
@@ -138,8 +149,12 @@ def _on_trial(
     }
     for key, version in wanted.items():
         if version == champion.version:
-            raise UserError(f"{key}: version {version} is the champion: there is nothing to compare it with")
-    canary, shadow = (None if version is None else registry.pinned(cfg, version) for version in wanted.values())
+            raise UserError(
+                f"{key}: version {version} is the champion: there is nothing to compare it with"
+            )
+    canary, shadow = (
+        None if version is None else registry.pinned(cfg, version) for version in wanted.values()
+    )
     return canary, shadow
 
 
@@ -148,11 +163,16 @@ def check_protection(cfg: RunConfig) -> None:
     if cfg.serve.api_keys_file is not None:
         read_keys(Path(cfg.serve.api_keys_file))
     elif cfg.serve.host not in LOOPBACK:
-        logger.warning("serve.api_keys_file is not set: whoever reaches %s may rank and post events", cfg.serve.host)
+        logger.warning(
+            "serve.api_keys_file is not set: whoever reaches %s may rank and post events",
+            cfg.serve.host,
+        )
 
 
 def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
-    """Send the configuration with `wanted` as the replicas' `user_config`, and wait until nothing else answers."""
+    """Send the configuration with `wanted` as the replicas' `user_config`, and wait until nothing
+    else answers.
+    """
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
@@ -165,7 +185,9 @@ def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
 
 
 def code_of_this_job() -> dict[str, Any]:
-    """A runtime environment in which replicas import the same code: the package of a submitted job, or this folder."""
+    """A runtime environment in which replicas import the same code: the package of a submitted job,
+    or this folder.
+    """
     import ray
 
     submitted = ray.get_runtime_context().runtime_env.get("working_dir")
@@ -178,7 +200,9 @@ def _running_port(details: dict[str, Any]) -> int | None:
 
 
 def _send(client: Any, filled: dict[str, Any]) -> None:
-    """PUT, once more where the dashboard could not: Serve replaces a proxy that a busy machine starts too slowly."""
+    """PUT, once more where the dashboard could not: Serve replaces a proxy that a busy machine
+    starts too slowly.
+    """
     for left in reversed(range(SEND_TRIES)):
         try:
             client.deploy_applications(filled)
@@ -187,7 +211,10 @@ def _send(client: Any, filled: dict[str, Any]) -> None:
             reason = str(error).strip()
             if not left:
                 raise UserError(f"the dashboard did not take the configuration: {reason}") from None
-            logger.warning("the dashboard did not take the configuration, once more: %s", reason.splitlines()[-1])
+            logger.warning(
+                "the dashboard did not take the configuration, once more: %s",
+                reason.splitlines()[-1],
+            )
             time.sleep(SEND_PAUSE_S)
 
 
@@ -195,7 +222,10 @@ def _wait(client: Any, url: str, deployment: str) -> None:
     in_a_row, started = 0, time.monotonic()
     while in_a_row < ANSWERS:
         if time.monotonic() - started > TIMEOUT_S:
-            raise UserError(f"{url} does not answer with the new version after {TIMEOUT_S:.0f} s: {_status(client)}")
+            raise UserError(
+                f"{url} does not answer with the new version after {TIMEOUT_S:.0f} s: "
+                f"{_status(client)}"
+            )
         info = _ready(url)
         swapped = info is not None and info["deployments"] == [deployment]
         in_a_row = in_a_row + 1 if swapped else 0
@@ -216,7 +246,9 @@ def _ready(url: str) -> dict[str, Any] | None:
 
 
 def _failure(url: str) -> str:
-    """Why the new version did not load; that is shown only to who has a key, so it may stay in the replica's log."""
+    """Why the new version did not load; that is shown only to who has a key, so it may stay in the
+    replica's log.
+    """
     answer = httpx.get(f"{url}/v1/model", timeout=5)
     reason = answer.json()["failure"] if answer.status_code == 200 else None
     return reason or "the new version did not load (the reason is in the replica's log)"
@@ -224,8 +256,14 @@ def _failure(url: str) -> str:
 
 def _status(client: Any) -> str:
     application = client.get_serve_details()["applications"].get(APPLICATION, {})
-    messages = [entry["message"] for entry in application.get("deployments", {}).values() if entry["message"]]
-    return ": ".join([application.get("status", "no application"), application.get("message", ""), *messages])
+    messages = [
+        entry["message"]
+        for entry in application.get("deployments", {}).values()
+        if entry["message"]
+    ]
+    return ": ".join(
+        [application.get("status", "no application"), application.get("message", ""), *messages]
+    )
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:
@@ -233,7 +271,11 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     manifest = store.read_manifest(cfg.sequence_dir)
     check_protection(cfg)
     return {
-        "sequences": {"folder": str(cfg.sequence_dir), "users": manifest.num_users, "rows": manifest.num_rows},
+        "sequences": {
+            "folder": str(cfg.sequence_dir),
+            "users": manifest.num_users,
+            "rows": manifest.num_rows,
+        },
         "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
         "replicas": f"{cfg.serve.num_replicas}{' with the ingress in it' * cfg.serve.one_process}",
         "canary": None if cfg.serve.canary is None else config.to_dict(cfg.serve.canary),

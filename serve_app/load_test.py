@@ -1,10 +1,12 @@
 """Requests to a running server as users would send them, and how long each took.
 
-    python -m serve_app.load_test --config configs/demo.yaml --url http://127.0.0.1:8000 --rate 20 --seconds 60
+    python -m serve_app.load_test --config configs/demo.yaml --url http://127.0.0.1:8000 --rate 20
+    --seconds 60
 
-Open loop: requests leave at seeded Poisson times whether or not earlier ones were answered, and each is timed from the
-moment when it was due, so that a server that stalls cannot slow the clock down. Users are those of the published
-sequences; a share of the requests is from *warm* ones, who asked within the last minute, the rest from *cold* ones.
+Open loop: requests leave at seeded Poisson times whether or not earlier ones were answered, and
+each is timed from the moment when it was due, so that a server that stalls cannot slow the clock
+down. Users are those of the published sequences; a share of the requests is from *warm* ones, who
+asked within the last minute, the rest from *cold* ones.
 """
 
 import argparse
@@ -45,22 +47,31 @@ class Load:
     warm_s: float = 60.0
     timeout_s: float = 10.0  # of one request
     seed: int = 0
-    burst: tuple[float, float, float] | None = None  # requests/s that come on top, from when to when in seconds
+    # requests/s that come on top, from when to when in seconds
+    burst: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         extra, begin, end = self.burst or (0, 0, 0)
         num = self.rate * self.seconds + extra * (end - begin)
         rules = {
-            "rate": (self.rate > 0 and num <= MOST_REQUESTS, f"above 0, and at most {MOST_REQUESTS} requests in all"),
+            "rate": (
+                self.rate > 0 and num <= MOST_REQUESTS,
+                f"above 0, and at most {MOST_REQUESTS} requests in all",
+            ),
             "seconds": (0 < self.seconds <= MOST_SECONDS, f"above 0, at most {MOST_SECONDS}"),
             "candidates": (self.candidates >= 1, "1 or more"),
             "warm_share": (0 <= self.warm_share <= 1, "between 0 and 1"),
             "timeout_s": (self.timeout_s > 0, "above 0"),
-            "burst": (0 <= begin <= end <= self.seconds and extra >= 0, "RATE:FROM:TO within --seconds"),
+            "burst": (
+                0 <= begin <= end <= self.seconds and extra >= 0,
+                "RATE:FROM:TO within --seconds",
+            ),
         }
         for name, (allowed, rule) in rules.items():
             if not allowed:
-                raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +84,15 @@ class Arrivals:
 
 
 def arrivals(load: Load, users: np.ndarray) -> Arrivals:
-    """Who asks when. A request meant to be warm is cold while nobody is warm yet, and the other way round."""
+    """Who asks when. A request meant to be warm is cold while nobody is warm yet, and the other way
+    round.
+    """
     rng = np.random.default_rng(load.seed)
     extra, begin, end = load.burst or (0.0, 0.0, 0.0)
     times = rng.uniform(0, load.seconds, rng.poisson(load.rate * load.seconds))
-    due = np.sort(np.concatenate([times, rng.uniform(begin, end, rng.poisson(extra * (end - begin)))]))
+    due = np.sort(
+        np.concatenate([times, rng.uniform(begin, end, rng.poisson(extra * (end - begin)))])
+    )
     num = len(due)
     last = np.full(len(users), -np.inf)
     chosen, warm = np.zeros(num, np.int64), np.zeros(num, bool)
@@ -94,7 +109,10 @@ def bodies(load: Load, asked: Arrivals, items: np.ndarray) -> list[bytes]:
     rng = np.random.default_rng([load.seed, 1])
     return [
         json.dumps(
-            {"user_id": user, "candidates": [{"item_id": i} for i in rng.choice(items, load.candidates).tolist()]}
+            {
+                "user_id": user,
+                "candidates": [{"item_id": i} for i in rng.choice(items, load.candidates).tolist()],
+            }
         ).encode()
         for user in asked.user.tolist()
     ]
@@ -106,7 +124,8 @@ class Answers:
 
     status: np.ndarray  # int [N], `NO_ANSWER` for none within the time limit
     latency_ms: np.ndarray  # float64 [N], from when the request was due
-    ranker_ms: np.ndarray  # float64 [N], the forward pass that it was part of, as the server says; NaN where unknown
+    # float64 [N], the forward pass that it was part of, as the server says; NaN where unknown
+    ranker_ms: np.ndarray
     late_ms: np.ndarray  # float64 [N], how late it left: the generator's own fault
     version: np.ndarray  # int [N], 0 where the answer names none
 
@@ -121,12 +140,16 @@ async def send(
 ) -> Answers:
     """All of `sent` at their times; what is due after `stop` was set is `NOT_SENT`."""
     num = len(sent)
-    answers = Answers(np.zeros(num, int), np.zeros(num), np.full(num, np.nan), np.zeros(num), np.zeros(num, int))
+    answers = Answers(
+        np.zeros(num, int), np.zeros(num), np.full(num, np.nan), np.zeros(num), np.zeros(num, int)
+    )
     halt, loop = stop or threading.Event(), asyncio.get_running_loop()
     headers = {"content-type": "application/json", **headers}
     timeout = aiohttp.ClientTimeout(total=load.timeout_s)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as session:
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=connector, headers=headers
+    ) as session:
 
         async def one(i: int) -> None:
             answers.late_ms[i] = (time.perf_counter() - start - asked.due_s[i]) * 1000
@@ -143,7 +166,9 @@ async def send(
                     answers.ranker_ms[i] = float(took[1])
 
         def leave() -> None:
-            """In a thread of its own: an event loop's timers are up to a millisecond late, a wait is not."""
+            """In a thread of its own: an event loop's timers are up to a millisecond late, a wait
+            is not.
+            """
             for i in range(num):
                 if halt.wait(max(asked.due_s[i] - (time.perf_counter() - start), 0)):
                     answers.status[i:] = NOT_SENT
@@ -170,9 +195,13 @@ def summary(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "requests": len(asked.due_s),
         "answered_per_s": round(float(good.sum()) / load.seconds, 2),
-        "statuses": {str(status): int(count) for status, count in zip(statuses, counts, strict=True)},
+        "statuses": {
+            str(status): int(count) for status, count in zip(statuses, counts, strict=True)
+        },
         "failures": int(np.count_nonzero(~good & (answers.status != 429))),
-        "versions": {str(version): int(count) for version, count in zip(versions, per_version, strict=True)},
+        "versions": {
+            str(version): int(count) for version, count in zip(versions, per_version, strict=True)
+        },
         "warm_requests": int(asked.warm.sum()),
         "latency_ms": _percentiles(answers.latency_ms[good]),
         "warm_latency_ms": _percentiles(answers.latency_ms[good & asked.warm]),
@@ -185,7 +214,9 @@ def summary(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
 
 
 def burst_figures(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
-    """Before, during and after a burst, and how long after its end a request was last refused or slow."""
+    """Before, during and after a burst, and how long after its end a request was last refused or
+    slow.
+    """
     assert load.burst is not None
     _, begin, end = load.burst
     good = answers.status == 200
@@ -195,7 +226,9 @@ def burst_figures(load: Load, asked: Arrivals, answers: Answers) -> dict[str, An
         name: {
             "requests": int(chosen.sum()),
             "refused": int((answers.status[chosen] == 429).sum()),
-            "answered_per_s": round(float((good & chosen).sum() / max(np.ptp(asked.due_s[chosen]), 1)), 1),
+            "answered_per_s": round(
+                float((good & chosen).sum() / max(np.ptp(asked.due_s[chosen]), 1)), 1
+            ),
             "latency_ms": _percentiles(answers.latency_ms[good & chosen]),
         }
         for name, chosen in phases.items()
@@ -203,7 +236,10 @@ def burst_figures(load: Load, asked: Arrivals, answers: Answers) -> dict[str, An
     normal = figures["before"]["latency_ms"]
     slow = ~good | (answers.latency_ms > 2 * normal["p99"]) if normal else ~good
     late = asked.due_s[phases["after"] & slow]
-    return {"phases": figures, "recovered_after_s": round(float(late.max() - end), 2) if len(late) else 0.0}
+    return {
+        "phases": figures,
+        "recovered_after_s": round(float(late.max() - end), 2) if len(late) else 0.0,
+    }
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float] | None:
@@ -223,7 +259,11 @@ def plot(load: Load, asked: Arrivals, answers: Answers, path: Path) -> None:
 
     figure, (over_time, distribution) = plt.subplots(1, 2, figsize=(11, 4))
     good = answers.status == 200
-    groups = {"cold user": good & ~asked.warm, "warm user": good & asked.warm, "429": answers.status == 429}
+    groups = {
+        "cold user": good & ~asked.warm,
+        "warm user": good & asked.warm,
+        "429": answers.status == 429,
+    }
     for name, chosen in groups.items():
         if not chosen.any():
             continue
@@ -231,7 +271,9 @@ def plot(load: Load, asked: Arrivals, answers: Answers, path: Path) -> None:
         falling = 1 - np.arange(chosen.sum()) / chosen.sum()
         distribution.step(np.sort(answers.latency_ms[chosen]), falling, where="post", label=name)
     over_time.set(xlabel="s", ylabel="ms from when the request was due", yscale="log")
-    distribution.set(xlabel="ms", ylabel="share of requests that took longer", xscale="log", yscale="log")
+    distribution.set(
+        xlabel="ms", ylabel="share of requests that took longer", xscale="log", yscale="log"
+    )
     over_time.legend()
     distribution.legend()
     figure.suptitle(f"{load.rate:g} requests/s, {load.candidates} candidates")
@@ -243,7 +285,9 @@ def plot(load: Load, asked: Arrivals, answers: Answers, path: Path) -> None:
 def known_ids(cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """The users of the published sequences and the items of their histories."""
     table = store.read_sequences(cfg.sequence_dir)
-    items = np.unique(np.concatenate([chunk.flatten().to_numpy() for chunk in table["item_id"].chunks]))
+    items = np.unique(
+        np.concatenate([chunk.flatten().to_numpy() for chunk in table["item_id"].chunks])
+    )
     return table["user_id"].to_numpy(), items
 
 
@@ -270,25 +314,44 @@ def _burst(text: str) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m serve_app.load_test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m serve_app.load_test",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="the preset that is served: its sequences name the users")
+    parser.add_argument(
+        "--config", required=True, help="the preset that is served: its sequences name the users"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--url", required=True)
-    parser.add_argument("--rate", type=float, required=True, help="requests/s, mean of a Poisson process")
+    parser.add_argument(
+        "--rate", type=float, required=True, help="requests/s, mean of a Poisson process"
+    )
     parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--candidates", type=int, default=100, help="of a request (default %(default)s)")
-    parser.add_argument("--warm-share", type=float, default=0.5, help="of users seen in the last minute (%(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=10.0, help="of one request (default %(default)s)")
+    parser.add_argument(
+        "--candidates", type=int, default=100, help="of a request (default %(default)s)"
+    )
+    parser.add_argument(
+        "--warm-share",
+        type=float,
+        default=0.5,
+        help="of users seen in the last minute (%(default)s)",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=10.0, help="of one request (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--burst", type=_burst, metavar="RATE:FROM:TO", help="requests/s on top, from when to when")
+    parser.add_argument(
+        "--burst", type=_burst, metavar="RATE:FROM:TO", help="requests/s on top, from when to when"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--plot", type=Path, help="latency over time and its distribution, PNG")
     options = parser.parse_args()
     names = ("rate", "seconds", "candidates", "warm_share", "timeout_s", "seed", "burst")
     try:
         load = Load(**{name: getattr(options, name) for name in names})
-        figures = run(config.load(options.config, options.overrides), options.url, load, options.plot)
+        figures = run(
+            config.load(options.config, options.overrides), options.url, load, options.plot
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

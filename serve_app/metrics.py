@@ -1,7 +1,9 @@
-"""What Prometheus reads at `/metrics`: the ingress counts requests, each replica what its models do.
+"""What Prometheus reads at `/metrics`: the ingress counts requests, each replica what its models
+do.
 
-A replica hands its numbers over as exposition text; `page` puts the replicas' texts under the ingress' own, with a
-label that says whose they are. Ray's own metrics of queues and processes are on Ray's port, see docs/runbook.md.
+A replica hands its numbers over as exposition text; `page` puts the replicas' texts under the
+ingress' own, with a label that says whose they are. Ray's own metrics of queues and processes are
+on Ray's port, see docs/runbook.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,8 @@ class IngressMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "ranking_requests",
-            "Answers by route, HTTP status (0: the client went away) and the model version that they name",
+            "Answers by route, HTTP status (0: the client went away) and the model version that "
+            "they name",
             ("path", "status", "version"),
             registry=self.registry,
         )
@@ -36,15 +39,24 @@ class IngressMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.in_flight = Gauge("ranking_requests_in_flight", "Requests being answered", registry=self.registry)
+        self.in_flight = Gauge(
+            "ranking_requests_in_flight", "Requests being answered", registry=self.registry
+        )
         self.refused = Counter(
-            "ranking_refused", "Answers 401 and 429 by their reason", ("reason",), registry=self.registry
+            "ranking_refused",
+            "Answers 401 and 429 by their reason",
+            ("reason",),
+            registry=self.registry,
         )
         self.events = Counter(
-            "ranking_events", "Events posted, by what became of them", ("status",), registry=self.registry
+            "ranking_events",
+            "Events posted, by what became of them",
+            ("status",),
+            registry=self.registry,
         )
         for reason in ("key", "rate_limit", "overload"):
-            self.refused.labels(reason)  # a series exists from the start, so that its first increase is seen
+            # a series exists from the start, so that its first increase is seen
+            self.refused.labels(reason)
 
     def count_events(self, answer: EventsResponse) -> None:
         for status in ("accepted", "already_there", "conflict"):
@@ -57,17 +69,29 @@ class ReplicaMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         names = ("version", "role")
-        self.requests = Counter("ranking_ranker_requests", "Requests ranked", names, registry=self.registry)
-        self.candidates = Counter("ranking_ranker_candidates", "Candidates scored", names, registry=self.registry)
+        self.requests = Counter(
+            "ranking_ranker_requests", "Requests ranked", names, registry=self.registry
+        )
+        self.candidates = Counter(
+            "ranking_ranker_candidates", "Candidates scored", names, registry=self.registry
+        )
         self.unknown_items = Counter(
-            "ranking_ranker_unknown_items", "Candidates never seen in training", names, registry=self.registry
+            "ranking_ranker_unknown_items",
+            "Candidates never seen in training",
+            names,
+            registry=self.registry,
         )
         self.seconds = Histogram(
-            "ranking_ranker_seconds", "One pass over requests together", names, buckets=SECONDS, registry=self.registry
+            "ranking_ranker_seconds",
+            "One pass over requests together",
+            names,
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.shadow_change = Histogram(
             "ranking_shadow_score_change",
-            "By request, the largest difference of a score between the shadow version and the one that answered",
+            "By request, the largest difference of a score between the shadow version and the one "
+            "that answered",
             ("version",),
             buckets=SCORE_CHANGES,
             registry=self.registry,
@@ -79,25 +103,34 @@ class ReplicaMetrics:
             registry=self.registry,
         )
         self.shadow_dropped = Counter(
-            "ranking_shadow_dropped", "Copies not ranked: the shadow version was behind", registry=self.registry
+            "ranking_shadow_dropped",
+            "Copies not ranked: the shadow version was behind",
+            registry=self.registry,
         )
         self.shadow_failed = Counter(
-            "ranking_shadow_failed", "Copies that the shadow version refused or failed on", registry=self.registry
+            "ranking_shadow_failed",
+            "Copies that the shadow version refused or failed on",
+            registry=self.registry,
         )
         self.loaded = Versions()
         self.registry.register(self.loaded)
 
 
 class Versions:
-    """A collector of what is loaded now: versions by role, and each one's cache of encoded histories."""
+    """A collector of what is loaded now: versions by role, and each one's cache of encoded
+    histories.
+    """
 
-    CACHE = ("history_cache_hits", "history_cache_misses", "history_cache_evictions")  # counters; the rest are gauges
+    # counters; the rest are gauges
+    CACHE = ("history_cache_hits", "history_cache_misses", "history_cache_evictions")
 
     def __init__(self) -> None:
         self.roles: dict[str, Any] = {}  # role -> Ranker
 
     def collect(self) -> Iterator[Metric]:
-        loaded = GaugeMetricFamily("ranking_model", "1 for each version that is loaded", labels=("version", "role"))
+        loaded = GaugeMetricFamily(
+            "ranking_model", "1 for each version that is loaded", labels=("version", "role")
+        )
         families: dict[str, Metric] = {}
         for role, ranker in list(self.roles.items()):
             labels = (str(ranker.version), role)
@@ -105,7 +138,9 @@ class Versions:
             for name, value in ranker.stats().items():
                 family = CounterMetricFamily if name in self.CACHE else GaugeMetricFamily
                 text = name.replace("_", " ").capitalize()
-                found = families.setdefault(name, family(f"ranking_{name}", text, labels=("version", "role")))
+                found = families.setdefault(
+                    name, family(f"ranking_{name}", text, labels=("version", "role"))
+                )
                 found.add_metric(labels, value)  # pyright: ignore[reportAttributeAccessIssue]
         yield loaded
         yield from families.values()
@@ -116,11 +151,15 @@ def exposition(registry: CollectorRegistry) -> bytes:
 
 
 def page(own: CollectorRegistry, replicas: Mapping[str, bytes]) -> bytes:
-    """The text that Prometheus reads: `own`, and what the `replicas` sent, each sample labelled with its replica."""
+    """The text that Prometheus reads: `own`, and what the `replicas` sent, each sample labelled
+    with its replica.
+    """
     families: dict[str, Metric] = {}
     for replica, text in sorted(replicas.items()):
         for family in text_string_to_metric_families(text.decode()):
-            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
             for sample in family.samples:
                 merged.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
     merged_registry = CollectorRegistry()

@@ -1,6 +1,7 @@
 """Past requests once more, over HTTP: does the server say what the evaluation said?
 
-published sequences → past test requests → evaluation path (examples, collate, model) ↔ POST /v1/rank
+published sequences → past test requests → evaluation path (examples, collate, model) ↔ POST
+/v1/rank
 """
 
 import time
@@ -45,9 +46,11 @@ class Report:
 
 
 def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
-    """`serve.parity_requests` test requests against the server at `url`, which serves the model in `model_dir`.
+    """`serve.parity_requests` test requests against the server at `url`, which serves the model in
+    `model_dir`.
 
-    Half ask by user_id as of their time; half bring their history along, and user_id for the user's features.
+    Half ask by user_id as of their time; half bring their history along, and user_id for the user's
+    features.
 
     Raises:
         UserError: the test period holds no request.
@@ -69,10 +72,15 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
 
 
 def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
-    """A seeded sample of the test requests, each filled up to `serve.parity_candidates` with popular items."""
+    """A seeded sample of the test requests, each filled up to `serve.parity_candidates` with
+    popular items.
+    """
     users, examples = _sample(cfg, cfg.serve.parity_requests)
     half = len(examples) // 2
-    return [_past(cfg, loaded, users, examples[i : i + 1], with_history=i >= half) for i in range(len(examples))]
+    return [
+        _past(cfg, loaded, users, examples[i : i + 1], with_history=i >= half)
+        for i in range(len(examples))
+    ]
 
 
 def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
@@ -93,14 +101,21 @@ def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
     return users, examples[np.sort(rng.permutation(len(examples))[:num])]
 
 
-def _past(cfg: RunConfig, loaded: LoadedModel, users: UserEvents, one: Examples, *, with_history: bool) -> PastRequest:
-    """The request of one example: its own rows as the evaluation scores them, then popular items at its time."""
+def _past(
+    cfg: RunConfig, loaded: LoadedModel, users: UserEvents, one: Examples, *, with_history: bool
+) -> PastRequest:
+    """The request of one example: its own rows as the evaluation scores them, then popular items at
+    its time.
+    """
     own = evaluation_batch(users, one, loaded.maps, loaded.cfg)
     scores = probabilities(loaded.model, own.batch)
     row = int(one.target_begin[0])
     rows = range(row, int(one.target_end[0]))
     features = _features(users.events, row)
-    asked = [{"item_id": int(users.events.item_id[i]), "request_features": _features(users.events, i)} for i in rows]
+    asked = [
+        {"item_id": int(users.events.item_id[i]), "request_features": _features(users.events, i)}
+        for i in rows
+    ]
     fill = _popular(loaded.maps, cfg.serve.parity_candidates - len(asked), own.item_id)
     if len(fill):
         scores = np.concatenate([scores, _score_items(loaded, users, one, fill, features)])
@@ -111,13 +126,19 @@ def _past(cfg: RunConfig, loaded: LoadedModel, users: UserEvents, one: Examples,
         "request_features": features,
     }
     if with_history:
-        body["history"] = _history(loaded.cfg, users.events, int(one.history_begin[0]), int(one.history_end[0]))
+        body["history"] = _history(
+            loaded.cfg, users.events, int(one.history_begin[0]), int(one.history_end[0])
+        )
         body["first_position"] = int(users.first_position[one.user[0]])
     return PastRequest(body | {"candidates": asked}, scores)
 
 
 def _score_items(
-    loaded: LoadedModel, users: UserEvents, one: Examples, items: np.ndarray, features: dict[str, int]
+    loaded: LoadedModel,
+    users: UserEvents,
+    one: Examples,
+    items: np.ndarray,
+    features: dict[str, int],
 ) -> np.ndarray:
     """`items` after the example's history, at its request's time."""
     history = users.events.take(one.history_begin, one.history_end)
@@ -127,11 +148,16 @@ def _score_items(
         items,
         np.array([0, len(items)]),
         users.request_time[one.target_begin],
-        {name: np.full(len(items), features.get(name, -1), np.int32) for name in users.events.request},
+        {
+            name: np.full(len(items), features.get(name, -1), np.int32)
+            for name in users.events.request
+        },
         loaded.maps,
         loaded.cfg,
     )
-    return probabilities(loaded.model, collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg))
+    return probabilities(
+        loaded.model, collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg)
+    )
 
 
 def _popular(maps: FeatureMaps, num: int, besides: np.ndarray) -> np.ndarray:
@@ -173,7 +199,9 @@ def _rank(client: httpx.Client, body: dict[str, Any]) -> tuple[dict[str, Any], f
         if answer.status_code == 200:
             return answer.json(), took_ms
         if answer.status_code != 429:
-            raise UserError(f"POST {client.base_url}/v1/rank answered {answer.status_code}: {answer.text[:500]}")
+            raise UserError(
+                f"POST {client.base_url}/v1/rank answered {answer.status_code}: {answer.text[:500]}"
+            )
         time.sleep(float(answer.headers["Retry-After"]))
 
 
@@ -187,7 +215,8 @@ def key_header(cfg: RunConfig) -> dict[str, str]:
     if file is None:
         if cfg.serve.api_keys_file is not None:
             raise UserError(
-                "serve.client_key_file must hold a key for this job's own requests: serve.api_keys_file is set"
+                "serve.client_key_file must hold a key for this job's own requests: "
+                "serve.api_keys_file is set"
             )
         return {}
     try:
@@ -197,9 +226,11 @@ def key_header(cfg: RunConfig) -> dict[str, str]:
 
 
 def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
-    """One user's next exposures and popular items, `serve.demo_candidates` in all, and what the user did to the former.
+    """One user's next exposures and popular items, `serve.demo_candidates` in all, and what the
+    user did to the former.
 
-    The user is one with many rows both in the test period and before it; the time is that of their first test row.
+    The user is one with many rows both in the test period and before it; the time is that of their
+    first test row.
     """
     maps = FeatureMaps.load(cfg.model_dir)
     users, row = _busy_user(cfg)
@@ -212,7 +243,9 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
     fill = _popular(maps, cfg.serve.demo_candidates - len(items), items)
     did = {
         int(events.item_id[i]): ", ".join(
-            name for name, done in _actions(cfg, int(events.action_mask[i]), int(events.known_mask[i])) if done
+            name
+            for name, done in _actions(cfg, int(events.action_mask[i]), int(events.known_mask[i]))
+            if done
         )
         for i in shown
     }
@@ -232,8 +265,12 @@ def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
     begin, end = split_bounds(cfg, "test")
     for index in range(len(manifest.buckets)):
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
-        rows = np.flatnonzero((users.request_time >= begin) & (users.request_time < end) & ~users.events.order_only)
-        user, first, num_rows = np.unique(users.row_user[rows], return_index=True, return_counts=True)
+        rows = np.flatnonzero(
+            (users.request_time >= begin) & (users.request_time < end) & ~users.events.order_only
+        )
+        user, first, num_rows = np.unique(
+            users.row_user[rows], return_index=True, return_counts=True
+        )
         num_before = rows[first] - users.events.offsets[user]
         busy = np.minimum(num_rows, num_before) + 1  # a user without history is better than none
         if busy.max(initial=0) > most:
@@ -249,7 +286,8 @@ def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg)) as client:
         answer, _ = _rank(client, body)
     lines = [
-        f"user {body['user_id']}, {len(body['candidates'])} candidates, history of {answer['history_length']} rows, "
+        f"user {body['user_id']}, {len(body['candidates'])} candidates, history of "
+        f"{answer['history_length']} rows, "
         f"version {answer['model_version']}, ordered by {answer['ordered_by']}",
         f"{'':>4} {'item':>10}" + "".join(f"{task:>18}" for task in cfg.tasks) + "  what happened",
     ]

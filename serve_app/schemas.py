@@ -19,7 +19,8 @@ def now_ms() -> int:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)  # a misspelt field or "5" for 5 is a mistake, said so
+    # a misspelt field or "5" for 5 is a mistake, said so
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes as JSON: half of the time that pickling candidate by candidate takes."""
@@ -32,16 +33,21 @@ class HistoryRow(_Strict):
     item_id: Id
     event_time: TimeMs = Field(description="before request_time_ms; rows may come in any order")
     actions: dict[str, bool] = Field(
-        default_factory=dict, description="did the user do it: true or false; an action left out is unknown"
+        default_factory=dict,
+        description="did the user do it: true or false; an action left out is unknown",
     )
     request_features: RequestFeatures = Field(default_factory=dict)
     watch_ms: Id | None = None
-    order_only: bool = Field(default=False, description="event_time gives the order of the rows but is no real time")
+    order_only: bool = Field(
+        default=False, description="event_time gives the order of the rows but is no real time"
+    )
 
 
 class Candidate(_Strict):
     item_id: Id
-    request_features: RequestFeatures = Field(default_factory=dict, description="override the request's, for this item")
+    request_features: RequestFeatures = Field(
+        default_factory=dict, description="override the request's, for this item"
+    )
 
 
 RANK_EXAMPLE = {
@@ -55,35 +61,43 @@ RANK_EXAMPLE = {
 class RankHead(_Strict):
     """A rank request without its candidates: whose history they follow, and when.
 
-    The history is that of `user_id` as the server knows it, or the `history` that comes along; with both, `user_id`
-    gives the user's features alone.
+    The history is that of `user_id` as the server knows it, or the `history` that comes along; with
+    both, `user_id` gives the user's features alone.
     """
 
     user_id: Id | None = None
     history: list[HistoryRow] | None = Field(
         default=None,
-        description="in the place of what the server knows; without user_id the user's features are unknown",
+        description="in the place of what the server knows; without user_id the user's features "
+        "are unknown",
     )
     first_position: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         default=0, description="how many rows before `history` were left out of it"
     )
     request_time_ms: TimeMs = Field(
-        default_factory=now_ms, description="the history is what happened before; a past time asks for past scores"
+        default_factory=now_ms,
+        description="the history is what happened before; a past time asks for past scores",
     )
     request_features: RequestFeatures = Field(default_factory=dict)
-    order_by: str | None = Field(default=None, description="the task to order by; default: the model's first")
+    order_by: str | None = Field(
+        default=None, description="the task to order by; default: the model's first"
+    )
 
     @model_validator(mode="after")
     def _some_history(self) -> Self:
         if self.user_id is None and self.history is None:
             raise ValueError("give user_id, history or both, got neither")
         if self.history is None and self.first_position:
-            raise ValueError("first_position belongs to history; the server knows that of a user_id")
+            raise ValueError(
+                "first_position belongs to history; the server knows that of a user_id"
+            )
         return self
 
 
 class RankRequest(RankHead):
-    """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history` comes along."""
+    """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history`
+    comes along.
+    """
 
     model_config = ConfigDict(json_schema_extra={"examples": [RANK_EXAMPLE]})
 
@@ -104,18 +118,28 @@ RANK_ANSWER_EXAMPLE = {
 
 
 class RankResponse(BaseModel):
-    """`item_ids` and each list of `scores` follow the request's candidates; `order` lists their places, best first."""
+    """`item_ids` and each list of `scores` follow the request's candidates; `order` lists their
+    places, best first.
+    """
 
-    model_config = ConfigDict(protected_namespaces=(), json_schema_extra={"examples": [RANK_ANSWER_EXAMPLE]})
+    model_config = ConfigDict(
+        protected_namespaces=(), json_schema_extra={"examples": [RANK_ANSWER_EXAMPLE]}
+    )
 
     model_version: int
     request_time_ms: int
     item_ids: list[int]
     scores: dict[str, list[float]] = Field(description="task -> probability of each candidate")
-    order: list[int] = Field(description="by falling score of `ordered_by`; equal scores keep the request's order")
+    order: list[int] = Field(
+        description="by falling score of `ordered_by`; equal scores keep the request's order"
+    )
     ordered_by: str
-    unknown_items: int = Field(description="candidates not seen in training: scored from the shared unknown row")
-    unknown_user: bool = Field(description="neither a published sequence nor an event has user_id: no history")
+    unknown_items: int = Field(
+        description="candidates not seen in training: scored from the shared unknown row"
+    )
+    unknown_user: bool = Field(
+        description="neither a published sequence nor an event has user_id: no history"
+    )
     history_length: int
 
 
@@ -131,13 +155,16 @@ EVENT_EXAMPLE = {
 
 
 class Event(_Strict):
-    """Something that the user was shown, and what came of it. (user_id, item_id, event_time) names it."""
+    """Something that the user was shown, and what came of it. (user_id, item_id, event_time) names
+    it.
+    """
 
     user_id: Id
     item_id: Id
     event_time: TimeMs
     actions: dict[str, bool] = Field(
-        default_factory=dict, description="did the user do it: true or false; an action left out is unknown"
+        default_factory=dict,
+        description="did the user do it: true or false; an action left out is unknown",
     )
     request_features: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=dict)
     request_id: Annotated[int, Field(ge=0, lt=2**63 - 1)] | None = Field(
@@ -157,7 +184,12 @@ class EventsRequest(_Strict):
 EventStatus = Literal["accepted", "already_there", "conflict"]
 
 
-EVENTS_ANSWER_EXAMPLE = {"accepted": 1, "already_there": 1, "conflict": 0, "status": ["accepted", "already_there"]}
+EVENTS_ANSWER_EXAMPLE = {
+    "accepted": 1,
+    "already_there": 1,
+    "conflict": 0,
+    "status": ["accepted", "already_there"],
+}
 
 
 class EventsResponse(BaseModel):
@@ -166,7 +198,9 @@ class EventsResponse(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [EVENTS_ANSWER_EXAMPLE]})
 
     accepted: int
-    already_there: int = Field(description="sent before with the same values, or part of the published sequences")
+    already_there: int = Field(
+        description="sent before with the same values, or part of the published sequences"
+    )
     conflict: int = Field(description="sent before with other values, which stay")
     status: list[EventStatus] = Field(description="of each event of the request")
 
@@ -190,13 +224,27 @@ class Refusal(BaseModel):
 
     @classmethod
     def of(cls, loc: Sequence[str | int], msg: str, value: object) -> "Refusal":
-        """What a client sent may be long, or no valid text (lone surrogates): it is repeated in part and in ASCII."""
+        """What a client sent may be long, or no valid text (lone surrogates): it is repeated in
+        part and in ASCII.
+        """
         places = [part if isinstance(part, int) else _ascii(part) for part in loc]
-        return cls(loc=places, msg=_ascii(msg), input=_ascii(value if isinstance(value, str) else repr(value)))
+        return cls(
+            loc=places,
+            msg=_ascii(msg),
+            input=_ascii(value if isinstance(value, str) else repr(value)),
+        )
 
 
 PROBLEM_EXAMPLES = [
-    {"detail": [{"loc": ["body", "candidates", 0, "item_id"], "msg": "Input should be a valid integer", "input": "x"}]},
+    {
+        "detail": [
+            {
+                "loc": ["body", "candidates", 0, "item_id"],
+                "msg": "Input should be a valid integer",
+                "input": "x",
+            }
+        ]
+    },
     {"detail": "too much work is waiting"},
 ]
 
@@ -210,10 +258,11 @@ class Problem(BaseModel):
 
 
 class Ready(BaseModel):
-    """A model answers. The ids are those of `ModelInfo`: `jobs.deploy` waits for its own without a key.
+    """A model answers. The ids are those of `ModelInfo`: `jobs.deploy` waits for its own without a
+    key.
 
-    `deployments` are those of all replicas, each once: more than one while an update loads, none where a replica does
-    not tell in time.
+    `deployments` are those of all replicas, each once: more than one while an update loads, none
+    where a replica does not tell in time.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -240,11 +289,21 @@ class ModelInfo(BaseModel):
     actions: list[str]
     sequences: str = Field(description="digest of the published sequences behind user_id")
     deployment: str = Field(default="", description="id of the update that made it answer")
-    failed_deployment: str | None = Field(default=None, description="id of a later update that did not load")
-    failure: str | None = Field(default=None, description="why it did not; what answered before goes on")
-    canary_version: int | None = Field(default=None, description="answers some users in place of model_version")
-    canary_share: float | None = Field(default=None, description="how many of the users, the same ones each time")
-    shadow_version: int | None = Field(default=None, description="ranks copies of the requests and answers none")
+    failed_deployment: str | None = Field(
+        default=None, description="id of a later update that did not load"
+    )
+    failure: str | None = Field(
+        default=None, description="why it did not; what answered before goes on"
+    )
+    canary_version: int | None = Field(
+        default=None, description="answers some users in place of model_version"
+    )
+    canary_share: float | None = Field(
+        default=None, description="how many of the users, the same ones each time"
+    )
+    shadow_version: int | None = Field(
+        default=None, description="ranks copies of the requests and answers none"
+    )
 
 
 class StoreDown(Exception):

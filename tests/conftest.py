@@ -9,8 +9,13 @@ import time
 
 # Triton reads this when `@triton.jit` runs, so before any test imports a kernel.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# For the S3 server of tests/test_s3.py; here, because workers have the environment in which their cluster was started.
-os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+# For the S3 server of tests/test_s3.py; here, because workers have the environment in which their
+# cluster was started.
+os.environ |= {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +31,16 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A private Ray cluster of 4 logical CPUs with its dashboard; `ray_cluster` inside a test joins it."""
+    """A private Ray cluster of 4 logical CPUs with its dashboard; `ray_cluster` inside a test joins
+    it.
+    """
     from pipeline.cluster import ray_cluster
 
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"  # an ingress would wait 30 s before it ends
-    with ray_cluster(RayConfig(num_cpus=4), runs_dir=tmp_path_factory.mktemp("ray"), include_dashboard=True):
+    # an ingress would wait 30 s before it ends
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    with ray_cluster(
+        RayConfig(num_cpus=4), runs_dir=tmp_path_factory.mktemp("ray"), include_dashboard=True
+    ):
         yield
 
 
@@ -42,7 +52,9 @@ def kuairand(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
     runs_dir = tmp_path_factory.mktemp("kuairand")
     data = ROOT / "data" / "kuairand_pure_subset"
-    cfg = config.load(ROOT / "configs" / "demo.yaml", [f"runs_dir={runs_dir}", f"source.path={data}"])
+    cfg = config.load(
+        ROOT / "configs" / "demo.yaml", [f"runs_dir={runs_dir}", f"source.path={data}"]
+    )
     import_logs(cfg)
     build_sequences(cfg)
     return cfg
@@ -50,14 +62,23 @@ def kuairand(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
 @pytest.fixture(scope="session")
 def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A runs_dir over which `jobs.mlflow_ui` has its server running: `mlflow_server` of a test joins it.
+    """A runs_dir over which `jobs.mlflow_ui` has its server running: `mlflow_server` of a test
+    joins it.
 
     TERM to the job ends the server and its workers.
     """
     folder = tmp_path_factory.mktemp("mlflow")
     preset = folder / "preset.yaml"
     preset.write_text(f"runs_dir: {folder}/runs\n")
-    command = [sys.executable, "-m", "jobs.mlflow_ui", "--config", preset, "--port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.mlflow_ui",
+        "--config",
+        preset,
+        "--port",
+        str(free_port()),
+    ]
     job = subprocess.Popen(command, cwd=ROOT)
     note = folder / "runs" / "mlflow" / "server.json"
     try:

@@ -18,16 +18,24 @@ from tests.test_mixture import make_mixture
 from tests.test_model import make_batch, make_config, make_model
 from tests.worlds.tiny import publish_sequences, tiny_config
 
-TRUNCATED = {"attention": {"window": 1, "full_rows": 1, "scaling_seq_len": 16}, "truncate_after_layer": 1}
+TRUNCATED = {
+    "attention": {"window": 1, "full_rows": 1, "scaling_seq_len": 16},
+    "truncate_after_layer": 1,
+}
 
 
 def whole() -> RunConfig:
     cfg = make_config(**TRUNCATED, truncate_to=2)
-    return replace(cfg, train=replace(cfg.train, stochastic_length=StochasticLengthConfig(alpha=1.5, max_len=8)))
+    return replace(
+        cfg,
+        train=replace(cfg.train, stochastic_length=StochasticLengthConfig(alpha=1.5, max_len=8)),
+    )
 
 
 def changes(name: str) -> dict[str, object]:
-    base, variant = (config.flatten(config.to_dict(cfg)) for cfg in (whole(), ablation.variants(whole())[name]))
+    base, variant = (
+        config.flatten(config.to_dict(cfg)) for cfg in (whole(), ablation.variants(whole())[name])
+    )
     return {key: variant[key] for key in base if variant[key] != base[key]}
 
 
@@ -79,7 +87,9 @@ def test_the_time_anchor_is_compared_where_both_layouts_are_the_same() -> None:
 def test_channels_lose_their_masks_and_their_mixture() -> None:
     mixed = ablation.variants(make_mixture("request"))
     assert not mixed["no_mixture"].model.channels
-    assert {channel.attention.window for channel in mixed["window_0"].model.channels.values()} == {0}
+    assert {channel.attention.window for channel in mixed["window_0"].model.channels.values()} == {
+        0
+    }
     assert "no_merge" not in mixed
 
 
@@ -88,7 +98,9 @@ def test_a_baseline_has_no_ablation() -> None:
         ablation.variants(make_config(encoder="din", attention={"window": None}))
 
 
-@pytest.mark.parametrize("name", ["no_merge", "no_heterogeneous_actions", "window_0", "full_rows_0", "no_truncation"])
+@pytest.mark.parametrize(
+    "name", ["no_merge", "no_heterogeneous_actions", "window_0", "full_rows_0", "no_truncation"]
+)
 def test_every_variant_is_a_model_that_differs(name: str) -> None:
     batch = make_batch([9, 6], [2, 1])
     variant = ablation.variants(whole())[name]
@@ -103,15 +115,23 @@ def test_every_variant_is_a_model_that_differs(name: str) -> None:
 
 
 def metrics(**changed: float) -> dict[str, float]:
-    keys = ("masked_pair_share", "truncated_token_share", "train/gflop_per_example", "forward_gflop_per_candidate")
-    scores = {f"val/{metric}/{task}": 0.7 for metric in ("auc", "ne") for task in ("is_click", "is_like")}
+    keys = (
+        "masked_pair_share",
+        "truncated_token_share",
+        "train/gflop_per_example",
+        "forward_gflop_per_candidate",
+    )
+    scores = {
+        f"val/{metric}/{task}": 0.7 for metric in ("auc", "ne") for task in ("is_click", "is_like")
+    }
     return dict.fromkeys(keys, 0.5) | scores | changed
 
 
 def test_a_switch_that_changes_nothing_is_told() -> None:
     found = {
         "whole": metrics(),
-        "window_0": metrics(**{"val/ne/is_click": 0.6}),  # scores move from run to run on a GPU: shares decide
+        # scores move from run to run on a GPU: shares decide
+        "window_0": metrics(**{"val/ne/is_click": 0.6}),
         "full_rows_0": metrics(masked_pair_share=0.6),
         "no_heterogeneous_actions": metrics(**{"val/ne/is_like": 0.8}),
         "fp8": metrics(),
@@ -122,7 +142,10 @@ def test_a_switch_that_changes_nothing_is_told() -> None:
 
 
 def test_the_table_shows_what_each_is_worth() -> None:
-    found = {"whole": metrics(), "window_0": metrics(**{"val/ne/is_click": 0.8, "masked_pair_share": 0.625})}
+    found = {
+        "whole": metrics(),
+        "window_0": metrics(**{"val/ne/is_click": 0.8, "masked_pair_share": 0.625}),
+    }
     rows = ablation.table(found, ("is_click", "is_like"), "val").splitlines()
     assert len(rows) == 4
     assert "+0.0500" in rows[3]
@@ -131,24 +154,35 @@ def test_the_table_shows_what_each_is_worth() -> None:
 
 
 @pytest.mark.cluster
-def test_the_job_trains_every_variant_and_fails_on_one_without_effect(local_ray: None, mlflow_runs: Path) -> None:
+def test_the_job_trains_every_variant_and_fails_on_one_without_effect(
+    local_ray: None, mlflow_runs: Path
+) -> None:
     """A window wider than every history: full rows or not, the mask is the same."""
     model = tiny_config(mlflow_runs).model
     wide = replace(model, attention=replace(model.attention, window=64))
-    cfg = replace(tiny_config(mlflow_runs, name="ablated", train={"epochs": 1, "batch_users": 8}), model=wide)
+    cfg = replace(
+        tiny_config(mlflow_runs, name="ablated", train={"epochs": 1, "batch_users": 8}), model=wide
+    )
     publish_sequences(cfg)
     options = argparse.Namespace(only=["full_rows_0"], split="val")
     with pytest.raises(UserError, match="full_rows_0 changes nothing: masked_pair_share"):
         jobs.ablation.main(cli.Job(cfg, options))
     table = (cfg.run_dir / "ablation" / "ablation.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["whole", "full_rows_0"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "whole",
+        "full_rows_0",
+    ]
     with mlflow_server(cfg):
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(cfg.tracking.experiment)
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if run.info.run_name == "ablated ablation"]
-    children = {run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    children = {
+        run.info.run_name
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
     assert children == {"whole", "full_rows_0"}
     assert parent.info.status == "FAILED"
     with pytest.raises(ConfigError, match="--only"):

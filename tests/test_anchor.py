@@ -22,7 +22,9 @@ def test_the_split_has_the_published_rows(events):
     assert (time_ms >= anchor.T_TEST).sum() == 48_777
 
 
-@pytest.mark.parametrize(("method", "end"), [("rates_to_30_april", anchor.T_VAL), ("rates_to_2_may", anchor.T_TEST)])
+@pytest.mark.parametrize(
+    ("method", "end"), [("rates_to_30_april", anchor.T_VAL), ("rates_to_2_may", anchor.T_TEST)]
+)
 def test_smoothed_rates_agree_with_the_published_figures(events, method, end):
     test = events[events["time_ms"] >= anchor.T_TEST]
     scores = anchor.smoothed_rates(events[events["time_ms"] < end], test)

@@ -1,4 +1,6 @@
-"""Semi-local attention: the mask against its written examples, and every backend against the dense float64 truth."""
+"""Semi-local attention: the mask against its written examples, and every backend against the dense
+float64 truth.
+"""
 
 import pytest
 import torch
@@ -25,15 +27,24 @@ def make_inputs(lengths, num_targets, *, d_qk=16, d_v=16, heads=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     widths = d_qk, d_qk, d_v, d_v
-    tensors = [torch.randn(total, heads, d, generator=generator, dtype=torch.float64) for d in widths]
+    tensors = [
+        torch.randn(total, heads, d, generator=generator, dtype=torch.float64) for d in widths
+    ]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return tensors, offsets, None if num_targets is None else torch.tensor(num_targets, dtype=torch.int32)
+    return (
+        tensors,
+        offsets,
+        None if num_targets is None else torch.tensor(num_targets, dtype=torch.int32),
+    )
 
 
 def some_visible(lengths, num_targets, seed=0):
     """A visible length for each candidate, in no order, the two ends included."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(0, n - c + 1, (c,), generator=generator) for n, c in zip(lengths, num_targets, strict=True)]
+    rows = [
+        torch.randint(0, n - c + 1, (c,), generator=generator)
+        for n, c in zip(lengths, num_targets, strict=True)
+    ]
     return torch.cat(rows).to(torch.int32)
 
 
@@ -49,7 +60,9 @@ def run(tensors, offsets, *, dtype=torch.float64, backend, bias=None, **options)
     *inputs, grad = (x.to(dtype) for x in tensors)
     leaves = [x.requires_grad_() for x in (y.detach().clone() for y in inputs)]
     if bias is not None:
-        tables = [t.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for t in _tables(bias)]
+        tables = [
+            t.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for t in _tables(bias)
+        ]
         bias = RelativeBias(*tables, bias.event_time_T, bias.query_time_T)
         leaves += tables
     longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
@@ -78,8 +91,24 @@ def draw(rows):
 
 
 def test_mask_examples():
-    assert draw(semi_local_mask(6, 0, 2, 2)) == ["1.....", "11....", "111...", ".111..", "11111.", "111111"]
-    expected = ["1.......", "11......", "111.....", "1.11....", "1..11...", "111111..", "1111111.", "111111.1"]
+    assert draw(semi_local_mask(6, 0, 2, 2)) == [
+        "1.....",
+        "11....",
+        "111...",
+        ".111..",
+        "11111.",
+        "111111",
+    ]
+    expected = [
+        "1.......",
+        "11......",
+        "111.....",
+        "1.11....",
+        "1..11...",
+        "111111..",
+        "1111111.",
+        "111111.1",
+    ]
     assert draw(semi_local_mask(8, 2, 1, 1, prefix=1)) == expected
     visible = torch.tensor([0, 4])
     assert draw(semi_local_mask(8, 2, 1, 1, 1, visible))[6:] == ["......1.", "1111...1"]
@@ -103,7 +132,9 @@ def test_blocked_equals_reference(name, extra):
     if "bias" in extra:
         options["bias"] = some_bias(sum(lengths))
     if not lengths:
-        out = semi_local_attention(*tensors[:3], offsets, max_seq_len=0, attn_alpha=1, scaling_seq_len=1)
+        out = semi_local_attention(
+            *tensors[:3], offsets, max_seq_len=0, attn_alpha=1, scaling_seq_len=1
+        )
         assert out.shape == (0, 2, 5)
         return
     for got, truth in zip(
@@ -133,8 +164,13 @@ def test_output_type():
     options = {"max_seq_len": 30, "attn_alpha": 1.0, "scaling_seq_len": 4}
     halves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     for backend in ("torch", "reference"):
-        assert semi_local_attention(*halves, offsets, backend=backend, **options).dtype == torch.bfloat16
-        wide = semi_local_attention(*halves, offsets, backend=backend, out_dtype=torch.float32, **options)
+        assert (
+            semi_local_attention(*halves, offsets, backend=backend, **options).dtype
+            == torch.bfloat16
+        )
+        wide = semi_local_attention(
+            *halves, offsets, backend=backend, out_dtype=torch.float32, **options
+        )
         assert wide.dtype == torch.float32
         assert torch.autograd.grad(wide.sum(), halves[0])[0].dtype == torch.bfloat16
 
@@ -142,19 +178,32 @@ def test_output_type():
 def test_blocked_is_deterministic():
     tensors, offsets, num_targets = make_inputs([300, 64, 190], [100, 0, 40])
     options = {"num_targets": num_targets, "window": 30, "full_rows": 20, "bias": some_bias(554)}
-    first, second = (run(tensors, offsets, dtype=torch.float32, backend="torch", **options) for _ in range(2))
+    first, second = (
+        run(tensors, offsets, dtype=torch.float32, backend="torch", **options) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_candidates_do_not_depend_on_each_other():
     tensors, offsets, num_targets = make_inputs([40], [9])
     q, k, v, _ = tensors
-    options = {"attn_alpha": 1.0, "scaling_seq_len": 4, "max_seq_len": 40, "window": 3, "full_rows": 2}
+    options = {
+        "attn_alpha": 1.0,
+        "scaling_seq_len": 4,
+        "max_seq_len": 40,
+        "window": 3,
+        "full_rows": 2,
+    }
     together = semi_local_attention(q, k, v, offsets, num_targets=num_targets, **options)
     for i in range(31, 40):
         rows = [*range(31), i]
         alone = semi_local_attention(
-            q[rows], k[rows], v[rows], torch.tensor([0, 32]), num_targets=torch.tensor([1]), **options
+            q[rows],
+            k[rows],
+            v[rows],
+            torch.tensor([0, 32]),
+            num_targets=torch.tensor([1]),
+            **options,
         )
         torch.testing.assert_close(alone[-1], together[i])
 
@@ -167,7 +216,12 @@ def test_a_plan_serves_all_layers_and_notices_changes(monkeypatch):
     monkeypatch.setattr(op, "plan_tiles", lambda *args: built.append(args) or plan_tiles(*args))
     (q, k, v, _), offsets, num_targets = make_inputs([20, 30], [2, 3])
     assert num_targets is not None
-    options = {"num_targets": num_targets, "attn_alpha": 1.0, "scaling_seq_len": 4, "max_seq_len": 40}
+    options = {
+        "num_targets": num_targets,
+        "attn_alpha": 1.0,
+        "scaling_seq_len": 4,
+        "max_seq_len": 40,
+    }
     first = semi_local_attention(q, k, v, offsets, window=2, **options)
     assert torch.equal(semi_local_attention(q, k, v, offsets, window=2, **options), first)
     assert len(built) == 1
@@ -183,7 +237,12 @@ def test_a_plan_goes_with_its_batch():
 
     before = len(op._plans)
     (q, k, v, _), offsets, num_targets = make_inputs([20, 30], [2, 3])
-    options = {"num_targets": num_targets, "attn_alpha": 1.0, "scaling_seq_len": 4, "max_seq_len": 40}
+    options = {
+        "num_targets": num_targets,
+        "attn_alpha": 1.0,
+        "scaling_seq_len": 4,
+        "max_seq_len": 40,
+    }
     with torch.inference_mode():
         semi_local_attention(q, k, v, offsets.clone(), window=2, **options)
     out = semi_local_attention(q.requires_grad_(), k, v, offsets, window=2, **options)
@@ -214,7 +273,9 @@ def test_wrong_arguments_are_named(monkeypatch, change, message):
     (q, k, v, _), offsets, num_targets = make_inputs([20, 30], [2, 3])
     options = {"seq_offsets": offsets, "max_seq_len": 30, "num_targets": num_targets, **change}
     with pytest.raises(ValueError, match=message):
-        semi_local_attention(q, k, v, options.pop("seq_offsets"), attn_alpha=1.0, **{"scaling_seq_len": 4, **options})
+        semi_local_attention(
+            q, k, v, options.pop("seq_offsets"), attn_alpha=1.0, **{"scaling_seq_len": 4, **options}
+        )
 
 
 @pytest.mark.parametrize("kind", ["candidates", "candidates with visible lengths", "new events"])
@@ -222,17 +283,23 @@ def test_cached_equals_the_whole_sequence(kind):
     """Rows over a cache get what the same rows get inside the sequence."""
     lengths, counts = [50, 1, 33], [20, 1, 0]
     (q, k, v, _), offsets, num_targets = make_inputs(lengths, counts)
-    rows = torch.cat([torch.arange(n - c, n) + o for n, c, o in zip(lengths, counts, offsets, strict=False)])
+    rows = torch.cat(
+        [torch.arange(n - c, n) + o for n, c, o in zip(lengths, counts, offsets, strict=False)]
+    )
     kept = torch.ones(sum(lengths), dtype=torch.bool)
     kept[rows] = False
     row_offsets, cache_offsets = (torch.tensor([0, *n]).cumsum(0) for n in (counts, [30, 0, 33]))
     visible = some_visible(lengths, counts) if "visible" in kind else None
     scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
     if kind == "new events":
-        whole = semi_local_attention(q, k, v, offsets, max_seq_len=50, window=3, full_rows=20, **scale)[rows]
+        whole = semi_local_attention(
+            q, k, v, offsets, max_seq_len=50, window=3, full_rows=20, **scale
+        )[rows]
     else:
         of_candidates = {"num_targets": num_targets, "target_visible": visible}
-        whole = semi_local_attention(q, k, v, offsets, max_seq_len=50, window=3, **of_candidates, **scale)[rows]
+        whole = semi_local_attention(
+            q, k, v, offsets, max_seq_len=50, window=3, **of_candidates, **scale
+        )[rows]
     for backend in ("reference", "torch"):
         cached = cached_attention(
             *(q[rows], k[rows], v[rows], row_offsets, k[kept], v[kept], cache_offsets),
@@ -248,7 +315,11 @@ def test_cached_names_what_does_not_fit():
     q, k = torch.zeros(3, 2, 8), torch.zeros(5, 2, 8)
     offsets = torch.tensor([0, 3]), torch.tensor([0, 5])
     with pytest.raises(ValueError, match="own_k must be"):
-        cached_attention(q, q[:2], q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1)
+        cached_attention(
+            q, q[:2], q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1
+        )
     options = {"causal": True, "visible": torch.zeros(3, dtype=torch.int32)}
     with pytest.raises(ValueError, match="give one of them"):
-        cached_attention(q, q, q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1, **options)
+        cached_attention(
+            q, q, q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1, **options
+        )

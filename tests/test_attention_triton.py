@@ -1,5 +1,6 @@
-"""The Triton kernels of semi-local attention without a GPU: numbers from the interpreter in float32 on tiny tiles, and
-from the compiler that they build for Hopper and Ampere, on the tensor cores, within the machine's limits."""
+"""The Triton kernels of semi-local attention without a GPU: numbers from the interpreter in float32
+on tiny tiles, and from the compiler that they build for Hopper and Ampere, on the tensor cores,
+within the machine's limits."""
 
 import json
 import os
@@ -35,7 +36,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_launch, "tile_sizes", lambda *_, **__: AttentionTile(16, 16, 4, 1))
     monkeypatch.setattr(triton_launch, "SPLIT_PROGRAMS", 8)
     monkeypatch.setattr(triton_launch, "SHORTEST_PART", 1)
-    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    # new tensors start as NaN, so that what is not written shows
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -56,7 +58,9 @@ def run_triton(tensors, plan, bias):
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_the_reference(name):
     lengths, counts, mask, has_visible, has_bias, (d_qk, d_v) = CASES[name]
-    tensors, offsets, num_targets = make_inputs(lengths, counts, d_qk=d_qk, d_v=d_v, heads=1 if has_bias else 2)
+    tensors, offsets, num_targets = make_inputs(
+        lengths, counts, d_qk=d_qk, d_v=d_v, heads=1 if has_bias else 2
+    )
     visible = some_visible(lengths, counts) if has_visible else None
     bias = some_bias(sum(lengths)) if has_bias else None
     options = {**mask, "num_targets": num_targets, "target_visible": visible}
@@ -107,7 +111,14 @@ def test_interpreted_cached_attention(kind):
     causal = kind == "new events"
     wide = [x.double() for x in (q, own_k, own_v)], [x.double() for x in (k, v)]
     truth = cached_attention(
-        *wide[0], rows, *wide[1], cache, visible=visible, causal=causal, backend="reference", **scale
+        *wide[0],
+        rows,
+        *wide[1],
+        cache,
+        visible=visible,
+        causal=causal,
+        backend="reference",
+        **scale,
     )
     plan = TritonPlan(cache, rows, visible, 26, 75, None, 0, 0, cached=True)
     got = cached_attention_triton(q, own_k, own_v, k, v, plan, causal=causal, **scale)
@@ -124,7 +135,9 @@ def test_time_buckets_are_looked_up_without_a_logarithm():
     seconds = torch.cat([seconds, -seconds])
     cell = (seconds.float().view(torch.int32) >> 21) & (triton_launch.CELLS - 1)
     step, both = steps[cell].unbind(1)
-    assert torch.equal(torch.where(seconds >= step, both >> 16, both & 0xFFFF), time_bucket(seconds, 129))
+    assert torch.equal(
+        torch.where(seconds >= step, both >> 16, both & 0xFFFF), time_bucket(seconds, 129)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +145,9 @@ def builds():
     """Kernels compiled in a process that does not interpret them: name → what the compiler says."""
     script = Path(__file__).parent / "support" / "compile_attention.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -145,7 +160,9 @@ def test_hopper_builds_use_its_tensor_cores_and_copy_engine(builds):
         assert build["bulk_copies"] > 0, name
         assert build["shared"] <= 227 * 1024, name
         if "128" in name and build["warps"] == 4:
-            assert build["shared"] <= 113 * 1024, f"{name}: two programs must fit on a multiprocessor"
+            assert build["shared"] <= 113 * 1024, (
+                f"{name}: two programs must fit on a multiprocessor"
+            )
             assert build["stack"] <= 96, f"{name}: spills"
 
 

@@ -1,4 +1,6 @@
-"""Baseline encoders: what a candidate sees, each against its definition on one sequence, their work by hand."""
+"""Baseline encoders: what a candidate sees, each against its definition on one sequence, their work
+by hand.
+"""
 
 from dataclasses import replace
 
@@ -84,9 +86,13 @@ def test_the_trainer_reaches_every_parameter(settings: dict) -> None:
 def test_hstu_reads_an_item_and_then_its_action() -> None:
     cfg = baseline_config({"encoder": "hstu"})
     model, batch = make_model(cfg), make_batch([2, 1], [1, 2])
-    tokens = model.encoder(replace(batch, target_visible=torch.tensor([1, 0, 1], dtype=torch.int32)))
+    tokens = model.encoder(
+        replace(batch, target_visible=torch.tensor([1, 0, 1], dtype=torch.int32))
+    )
     encoder = model.encoder
-    items, actions = (encoder.placed(part(batch), batch) for part in (encoder.items, encoder.actions))
+    items, actions = (
+        encoder.placed(part(batch), batch) for part in (encoder.items, encoder.actions)
+    )
     context = encoder.context(batch.user_codes)  # pyright: ignore[reportOptionalCall]
     first = [*context[0], items[0], actions[0], items[1], actions[1], items[2]]
     second = [*context[1], items[3], actions[3], items[4], items[5]]
@@ -99,7 +105,9 @@ def test_hstu_reads_an_item_and_then_its_action() -> None:
 
 
 def test_times_of_tokens_are_summed_gaps() -> None:
-    """History gaps none, 5, 7, none, 9 ms; candidates after two, no and all rows, 100, none and 3 ms later."""
+    """History gaps none, 5, 7, none, 9 ms; candidates after two, no and all rows, 100, none and 3
+    ms later.
+    """
     batch = replace(
         make_batch([5], [3]),
         gap_ms=torch.tensor([-1, 5, 7, -1, 9, 100, -1, 3]),
@@ -107,8 +115,24 @@ def test_times_of_tokens_are_summed_gaps() -> None:
     )
     merged = [0, 5, 12, 12, 21, 105, 0, 24]
     assert token_times(batch, 2, False).tolist() == [0, 0, *merged]
-    assert token_times(batch, 1, True).tolist() == [0, 0, 0, 5, 5, 12, 12, 12, 12, 21, 21, 105, 0, 24]
-    cut = replace(batch, gap_ms=batch.gap_ms.index_fill(0, torch.tensor([0]), 1000))  # older rows left out
+    assert token_times(batch, 1, True).tolist() == [
+        0,
+        0,
+        0,
+        5,
+        5,
+        12,
+        12,
+        12,
+        12,
+        21,
+        21,
+        105,
+        0,
+        24,
+    ]
+    # older rows left out
+    cut = replace(batch, gap_ms=batch.gap_ms.index_fill(0, torch.tensor([0]), 1000))
     assert token_times(cut, 2, False).tolist() == [0, 0, *merged]
 
 
@@ -127,13 +151,17 @@ def test_the_bias_starts_each_layer_with_tables_of_its_own() -> None:
 
 
 def one_sequence(cfg: RunConfig) -> tuple[RankingModel, torch.Tensor, torch.Tensor]:
-    """A model, its tokens of 2 context rows, 4 events and 1 candidate, and what it makes of the candidate."""
+    """A model, its tokens of 2 context rows, 4 events and 1 candidate, and what it makes of the
+    candidate.
+    """
     model, batch = make_model(cfg), make_batch([4], [1])
     tokens = model.encoder(batch)
     return model, tokens.x_TE, model.transducer(tokens, batch)[0]
 
 
-def softmax_attention(layer: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def softmax_attention(
+    layer: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
     """Plain causal attention of one sequence, head by head."""
     q, k, v = layer.query(query), layer.key(keys), layer.value(keys)
     hidden = torch.ones(len(q), len(q)).triu(1).bool()
@@ -157,7 +185,9 @@ def test_sasrec_by_its_definition() -> None:
     model, x, out = one_sequence(baseline_config({"encoder": "sasrec", "num_layers": 1}))
     (layer,) = model.transducer.layers
     query = torch.nn.functional.layer_norm(x, (16,), eps=1e-8)
-    x = torch.nn.functional.layer_norm(query + softmax_attention(layer.attention, query, x), (16,), eps=1e-8)
+    x = torch.nn.functional.layer_norm(
+        query + softmax_attention(layer.attention, query, x), (16,), eps=1e-8
+    )
     x = x + layer.ffn(x)
     torch.testing.assert_close(model.transducer.norm_out(x[-1]), out)
 
@@ -166,7 +196,9 @@ def test_din_by_its_definition() -> None:
     model, x, out = one_sequence(baseline_config({"encoder": "din"}))
     c = x[-1]
     interest = sum(model.transducer.weight(torch.cat([c, h, c - h, c * h])) * h for h in x[:-1])
-    torch.testing.assert_close(model.transducer.norm_out(model.transducer.out(torch.cat([interest, c]))), out)
+    torch.testing.assert_close(
+        model.transducer.norm_out(model.transducer.out(torch.cat([interest, c]))), out
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,12 +214,19 @@ def test_din_by_its_definition() -> None:
 def test_work_by_hand(encoder: str, by_hand: int) -> None:
     # content 8 → 32 → 16, actions 3·8 → 16 → 16, context 2 → 16 and 3 → 16, head 16 → 8 → 2
     around = 2 * 5 * (8 * 32 + 32 * 16 + 24 * 16 + 16 * 16) + 2 * (2 + 3) * 16 + 2 * 8 * (16 + 2)
-    assert count_work(make_batch([4], [1]), baseline_config({"encoder": encoder})).flops == around + by_hand
+    assert (
+        count_work(make_batch([4], [1]), baseline_config({"encoder": encoder})).flops
+        == around + by_hand
+    )
 
 
-@pytest.mark.parametrize("encoder", ["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"])
+@pytest.mark.parametrize(
+    "encoder", ["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"]
+)
 def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
-    """PyTorch counts every product of a layer; attention, which it counts unmasked or not at all, is taken out."""
+    """PyTorch counts every product of a layer; attention, which it counts unmasked or not at all,
+    is taken out.
+    """
     cfg = baseline_config({"encoder": encoder})
     model, batch = RankingModel(cfg, VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
     counter = FlopCounterMode(display=False)
@@ -202,7 +241,10 @@ def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attention": {"window": 4}}, "model.attention.window must be null where model.encoder is hstu, got 4"),
+        (
+            {"attention": {"window": 4}},
+            "model.attention.window must be null where model.encoder is hstu, got 4",
+        ),
         ({"truncate_after_layer": 1}, "model.truncate_after_layer must be null"),
         ({"candidate_action": "learned"}, "model.candidate_action must be none"),
     ],

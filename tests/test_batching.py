@@ -76,8 +76,12 @@ class Length:
         return self.tokens < 4 or self.tokens.bit_length() == oldest.tokens.bit_length()
 
 
-def passes_of(lengths: list[int], max_tokens: int, late: list[int] | None = None) -> tuple[list[list[int]], list[int]]:
-    """The passes that requests of these lengths form, all there from the start but the `late`, and the answers."""
+def passes_of(
+    lengths: list[int], max_tokens: int, late: list[int] | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """The passes that requests of these lengths form, all there from the start but the `late`, and
+    the answers.
+    """
     passes: list[list[int]] = []
     everybody_came = threading.Event()
 

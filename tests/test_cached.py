@@ -1,4 +1,6 @@
-"""A cached history gives the scores of the plain forward pass, whatever the model's switches and the micro-batch."""
+"""A cached history gives the scores of the plain forward pass, whatever the model's switches and
+the micro-batch.
+"""
 
 from dataclasses import replace
 
@@ -35,7 +37,9 @@ FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}
 
 
 def with_dense(cfg: RunConfig) -> RunConfig:
-    return replace(cfg, features=replace(cfg.features, dense={"popularity": DenseFeature(by=("item_id",))}))
+    return replace(
+        cfg, features=replace(cfg.features, dense={"popularity": DenseFeature(by=("item_id",))})
+    )
 
 
 CONFIGS = {
@@ -44,9 +48,13 @@ CONFIGS = {
     "full rows and a prefix of events": make_config(attention=FULL),
     "truncation": make_config(**TRUNCATED, attention=FULL),
     "two tokens an event": make_config(**TRUNCATED, merge=False),
-    "switches": make_config(silu_qkv=False, concat_ua=True, candidate_action="learned", **TRUNCATED),
+    "switches": make_config(
+        silu_qkv=False, concat_ua=True, candidate_action="learned", **TRUNCATED
+    ),
     "dense features": with_dense(make_config(**TRUNCATED, dense_to="both")),
-    "mixture": make_mixture("request", engaged={**ENGAGED, "max_len": 2}, all={**EVERY_ROW, **TRUNCATED}),
+    "mixture": make_mixture(
+        "request", engaged={**ENGAGED, "max_len": 2}, all={**EVERY_ROW, **TRUNCATED}
+    ),
     "the reference": make_config(**TRUNCATED, attention_backend="reference"),
 }
 BATCHES = {  # lengths of the histories, numbers of candidates
@@ -71,7 +79,9 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
         for chosen, lengths in ((~is_target, num_history), (is_target, num_targets))
     )
     no_dense = None if batch.dense is None else batch.dense[:0]
-    return replace(history, num_targets=torch.zeros_like(batch.num_targets), dense=no_dense), candidates
+    return replace(
+        history, num_targets=torch.zeros_like(batch.num_targets), dense=no_dense
+    ), candidates
 
 
 @pytest.mark.parametrize("shape", BATCHES)
@@ -79,26 +89,33 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
 @torch.no_grad()
 def test_a_cached_history_gives_the_scores_of_the_plain_pass(name: str, shape: str) -> None:
     model, batch = make_model(CONFIGS[name]), make_batch(*BATCHES[shape])
-    dense = torch.randn(int(batch.num_targets.sum()), dense_width(CONFIGS[name]), dtype=torch.float64)
+    dense = torch.randn(
+        int(batch.num_targets.sum()), dense_width(CONFIGS[name]), dtype=torch.float64
+    )
     batch = replace(batch, dense=dense)
     expected = model(batch)
     history, candidates = parts_of(batch)
     cache = encode_history(model, history)
     for micro_batch in (1, 3, 1000):
         scores = score_candidates(model, cache, candidates, micro_batch)
-        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)  # float64 up to the last conversion
+        # float64 up to the last conversion
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
 def test_without_context_tokens() -> None:
     raw = CONFIGS["truncation"]
     cfg: RunConfig = replace(raw, features=replace(raw.features, user={}, user_tokens={}))
-    model, batch = make_model(cfg), replace(make_batch([9, 0], [3, 2]), user_codes=torch.zeros(2, 0, dtype=torch.int32))
+    model, batch = (
+        make_model(cfg),
+        replace(make_batch([9, 0], [3, 2]), user_codes=torch.zeros(2, 0, dtype=torch.int32)),
+    )
     history, candidates = parts_of(batch)
     scores = score_candidates(model, encode_history(model, history), candidates, 1000)
     torch.testing.assert_close(scores, model(batch), rtol=1e-6, atol=1e-6)
     alone = make_batch([0], [3])
-    alone = replace(alone, user_codes=torch.zeros(1, 0, dtype=torch.int32))  # no token at all to attend to
+    # no token at all to attend to
+    alone = replace(alone, user_codes=torch.zeros(1, 0, dtype=torch.int32))
     history, candidates = parts_of(alone)
     scores = score_candidates(model, encode_history(model, history), candidates, 1000)
     torch.testing.assert_close(scores, model(alone), rtol=1e-6, atol=1e-6)
@@ -122,7 +139,9 @@ def test_caches_part_and_join(name: str) -> None:
     history, candidates = parts_of(batch)
     caches = encode_history(model, history).split()
     order = [3, 1, 0]
-    rows = torch.cat([torch.arange(b, e) for b, e in (candidates.seq_offsets[i : i + 2].tolist() for i in order)])
+    rows = torch.cat(
+        [torch.arange(b, e) for b, e in (candidates.seq_offsets[i : i + 2].tolist() for i in order)]
+    )
     chosen = tokens_at(
         candidates,
         rows,
@@ -131,9 +150,15 @@ def test_caches_part_and_join(name: str) -> None:
         max_seq_len=7,
     )
     scores = score_candidates(model, HistoryCache.join([caches[i] for i in order]), chosen, 4)
-    torch.testing.assert_close(scores, torch.cat([expected[i] for i in order]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        scores, torch.cat([expected[i] for i in order]), rtol=1e-6, atol=1e-6
+    )
     assert sum(cache.num_bytes for cache in caches) == encode_history(model, history).num_bytes
-    held = sum(x.untyped_storage().nbytes() for layer in caches[1].layers for x in (layer.k_THD, layer.v_THV))
+    held = sum(
+        x.untyped_storage().nbytes()
+        for layer in caches[1].layers
+        for x in (layer.k_THD, layer.v_THV)
+    )
     assert held == caches[1].num_bytes, "a kept part keeps the memory of the whole"
 
 
@@ -142,22 +167,34 @@ def test_counted_work_is_that_of_one_pass_without_the_histories_last_layer(name:
     cfg = CONFIGS[name]
     batch = make_batch([40, 0, 9], [3, 5, 1])
     history, candidates = parts_of(batch)
-    num_rows = [42, 2, 11] if cfg.model.truncate_after_layer is None else [6, 2, 6]  # two of them are the context
+    # two of them are the context
+    num_rows = [42, 2, 11] if cfg.model.truncate_after_layer is None else [6, 2, 6]
     mask = cfg.model.attention
-    pairs = sum(int(semi_local_mask(n, 0, mask.window, mask.full_rows, 2 + mask.extra_prefix).sum()) for n in num_rows)
+    pairs = sum(
+        int(semi_local_mask(n, 0, mask.window, mask.full_rows, 2 + mask.extra_prefix).sum())
+        for n in num_rows
+    )
     last = layer_flops(cfg.model, sum(num_rows), pairs) - projection_flops(cfg.model, sum(num_rows))
     actions = action_flops(cfg, 9)  # of the candidates, which have none
-    assert sum(cached_work(history, candidates, cfg)) == count_work(batch, cfg).flops - last - actions
+    assert (
+        sum(cached_work(history, candidates, cfg)) == count_work(batch, cfg).flops - last - actions
+    )
 
 
 def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
     both, (history, candidates) = CONFIGS["mixture"], parts_of(make_batch([40, 0, 9], [3, 5, 1]))
-    none = [input_flops(both, history.num_tokens, 3), input_flops(both, 9, 0) - action_flops(both, 9)]
+    none = [
+        input_flops(both, history.num_tokens, 3),
+        input_flops(both, 9, 0) - action_flops(both, 9),
+    ]
     alone = [
         cached_work(history, candidates, make_mixture("request", **{name: config.to_dict(channel)}))
         for name, channel in both.model.channels.items()
     ]
-    heads = [head_flops(make_mixture("request", **{n: config.to_dict(c)}), 9) for n, c in both.model.channels.items()]
+    heads = [
+        head_flops(make_mixture("request", **{n: config.to_dict(c)}), 9)
+        for n, c in both.model.channels.items()
+    ]
     together = cached_work(history, candidates, both)
     assert together[0] - none[0] == sum(work[0] - none[0] for work in alone)
     assert together[1] - none[1] - head_flops(both, 9) == sum(
@@ -167,7 +204,9 @@ def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
 
 @torch.no_grad()
 def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
-    """What a CUDA graph computes over: padded rows and keys, of which the offsets say how much counts."""
+    """What a CUDA graph computes over: padded rows and keys, of which the offsets say how much
+    counts.
+    """
     model, batch = make_model(CONFIGS["truncation"]), make_batch([300], [40])
     history, candidates = parts_of(batch)
     cache = encode_history(model, history)
@@ -191,4 +230,6 @@ def test_cuda_graphs_give_the_same_scores() -> None:
         batch = make_batch([length], [num_candidates])
         history, candidates = (part.to("cuda") for part in parts_of(batch))
         scores = score(model, encode_history(model, history), candidates, 32)
-        torch.testing.assert_close(scores.sigmoid(), model(batch.to("cuda")).sigmoid(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            scores.sigmoid(), model(batch.to("cuda")).sigmoid(), rtol=0, atol=1e-5
+        )

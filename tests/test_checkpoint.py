@@ -37,7 +37,9 @@ def blocks(rank: int, world_size: int) -> dict[str, Block]:
 
 
 def save_as_rank(rank: int, folder: str, world_size: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+    )
     shared = {"dense": torch.arange(5.0), "step": torch.tensor(3.0)}
     checkpoints = CheckpointFolder(Path(folder, "saved"), 2, rank, world_size)
     checkpoints.save(shared | blocks(rank, world_size), TrainState(step=3), {"name": "blocks"})
@@ -72,7 +74,9 @@ def test_blocks_of_three_ranks_load_at_any_number(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], whole(name)) for name in ROWS)
 
 
-def test_large_tensors_are_copied_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_copied_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "COPY_BYTES", 40)  # three rows of a table
     saved = {
         "model.table": torch.randn(7, 3).bfloat16(),  # read as the float32 that the model has
@@ -91,7 +95,12 @@ def test_large_tensors_are_copied_block_by_block(tmp_path: Path, monkeypatch: py
         assert tensor.dtype == like[name].dtype
         assert torch.equal(tensor, saved[f"model.{name}"].to(tensor.dtype)), name
     with pytest.raises(UserError, match="does not fit this model"):
-        copy_tensors(checkpoints.at(3), {"table": torch.empty(8, 3)}, tmp_path / "other.safetensors", "model.")
+        copy_tensors(
+            checkpoints.at(3),
+            {"table": torch.empty(8, 3)},
+            tmp_path / "other.safetensors",
+            "model.",
+        )
 
 
 def test_another_model_is_one_message(tmp_path: Path) -> None:
@@ -104,7 +113,9 @@ def test_another_model_is_one_message(tmp_path: Path) -> None:
 
 
 def save(folder: CheckpointFolder, step: int, best_step: int | None = None) -> None:
-    folder.save({"weight": torch.full((3, 2), float(step))}, TrainState(step=step, best_step=best_step), {})
+    folder.save(
+        {"weight": torch.full((3, 2), float(step))}, TrainState(step=step, best_step=best_step), {}
+    )
 
 
 @pytest.fixture
@@ -129,7 +140,9 @@ def test_the_newest_and_the_best_are_kept(checkpoints: CheckpointFolder) -> None
     assert len(list(checkpoints.root.iterdir())) == 2, "nothing staged is left behind"
 
 
-@pytest.mark.parametrize("damage", ["cut", "altered", "missing", "no index", "broken index", "altered state"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "altered", "missing", "no index", "broken index", "altered state"]
+)
 def test_a_damaged_checkpoint_is_skipped_and_said_so(
     checkpoints: CheckpointFolder, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -148,7 +161,9 @@ def test_a_damaged_checkpoint_is_skipped_and_said_so(
     elif damage == "broken index":
         (newest / "artifact.json").write_text('{"files": ')
     else:
-        (newest / "state.json").write_text((newest / "state.json").read_text().replace('"step": 12', '"step": 13'))
+        (newest / "state.json").write_text(
+            (newest / "state.json").read_text().replace('"step": 12', '"step": 13')
+        )
     found = checkpoints.newest()
     assert found is not None
     assert found.state.step == 9

@@ -59,7 +59,8 @@ def test_all_that_is_broken_is_one_message():
     assert str(refused.value).splitlines() == [
         "4 checks fail, nothing published; samples and counts in page.html",
         "  checks.min_users is 20, found 10 users",
-        "  checks.max_quarantined_share is 0.1, found 20.00%: rows are bad: click_not_0_1 15, exact_duplicate 5",
+        "  checks.max_quarantined_share is 0.1, found 20.00%: rows are bad: click_not_0_1 15, "
+        "exact_duplicate 5",
         "  checks.max_user_share is 0.1, found 25.88%: good rows are of user 7: 22",
         "  checks.action_rate.click is [0.3, 0.4], found 0.2000: 10 of 50 known rows",
         "  hint: look at the clock",
@@ -69,7 +70,9 @@ def test_all_that_is_broken_is_one_message():
 
 def test_bad_new_rows_do_not_hide_behind_good_old_ones():
     found = run_checks(CheckConfig(max_quarantined_share=0.3), TOTALS, 10, {"null_user_id": 4})
-    quarantined = [(check.key, check.value, check.passed) for check in found if "quarantined" in check.key]
+    quarantined = [
+        (check.key, check.value, check.passed) for check in found if "quarantined" in check.key
+    ]
     assert quarantined == [
         ("checks.max_quarantined_share", 0.2, True),
         ("checks.max_quarantined_share of new rows", 0.4, False),
@@ -77,7 +80,10 @@ def test_bad_new_rows_do_not_hide_behind_good_old_ones():
 
 
 def test_logs_without_a_row():
-    found = run_checks(CheckConfig(max_null_share={"tab": 0.0}), Statistics(rows_in=3, quarantined={"null_user_id": 3}))
+    found = run_checks(
+        CheckConfig(max_null_share={"tab": 0.0}),
+        Statistics(rows_in=3, quarantined={"null_user_id": 3}),
+    )
     assert [check.key for check in found if not check.passed] == [
         "checks.min_users",
         "checks.min_rows",

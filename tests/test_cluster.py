@@ -25,7 +25,10 @@ def test_clusters_share_no_folder_and_no_port():
 
 def test_every_variable_is_one_that_ray_reads():
     files = ("ray/serve/_private/constants.py", "ray/_private/ray_constants.py")
-    text = "".join(next(Path(sys.prefix).glob(f"lib/python*/site-packages/{file}")).read_text() for file in files)
+    text = "".join(
+        next(Path(sys.prefix).glob(f"lib/python*/site-packages/{file}")).read_text()
+        for file in files
+    )
     assert [name for name in serve_environment(Path("/tmp/x")) if f'"{name}"' not in text] == []
 
 
@@ -76,7 +79,9 @@ def test_a_connection_that_is_there_is_used_and_left_open(local_ray: None):
 
 @pytest.mark.cluster
 def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_path: Path):
-    """Another process starts its own, ends it, and leaves neither a folder nor a word in the home directory."""
+    """Another process starts its own, ends it, and leaves neither a folder nor a word in the home
+    directory.
+    """
     import ray
 
     program = (
@@ -84,8 +89,10 @@ def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_p
         "from pathlib import Path\n"
         "from pipeline.cluster import ray_cluster\n"
         "from pipeline.config import RayConfig\n"
-        f"with ray_cluster(RayConfig(num_cpus=1, object_store_mb=100), runs_dir={str(tmp_path)!r}):\n"
-        "    print('address', ray.get_runtime_context().gcs_address, ray.cluster_resources()['CPU'])\n"
+        "with ray_cluster(RayConfig(num_cpus=1, object_store_mb=100), "
+        f"runs_dir={str(tmp_path)!r}):\n"
+        "    print('address', ray.get_runtime_context().gcs_address, "
+        "ray.cluster_resources()['CPU'])\n"
         "    print('folder', ray._private.worker._global_node.get_temp_dir_path())\n"
         "print('open', ray.is_initialized())\n"
     )
@@ -93,10 +100,17 @@ def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_p
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200, check=True
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
     )
     words = dict(
-        line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in ("address", "folder", "open")
+        line.split(" ", 1)
+        for line in done.stdout.splitlines()
+        if line.split(" ")[0] in ("address", "folder", "open")
     )
     assert words["address"] != f"{ray.get_runtime_context().gcs_address} 1.0"
     assert words["address"].endswith(" 1.0")
@@ -107,14 +121,17 @@ def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_p
 
 
 def test_sigterm_stops_what_was_started(tmp_path: Path):
-    """A job that takes longer than Ray's 3 s to stop still stops everything, and exits with its own code."""
+    """A job that takes longer than Ray's 3 s to stop still stops everything, and exits with its own
+    code.
+    """
     program = (
         "import signal, sys, time\n"
         "import ray\n"
         "from pipeline.cluster import ray_cluster\n"
         "from pipeline.config import RayConfig\n"
         "signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))\n"
-        f"with ray_cluster(RayConfig(num_cpus=1, object_store_mb=100), runs_dir={str(tmp_path)!r}):\n"
+        "with ray_cluster(RayConfig(num_cpus=1, object_store_mb=100), "
+        f"runs_dir={str(tmp_path)!r}):\n"
         "    print(ray._private.worker._global_node.get_temp_dir_path(), flush=True)\n"
         "    try:\n"
         "        time.sleep(300)\n"
@@ -124,7 +141,10 @@ def test_sigterm_stops_what_was_started(tmp_path: Path):
     hidden = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_GCS_SERVER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     process = subprocess.Popen(
-        [sys.executable, "-c", program], env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())

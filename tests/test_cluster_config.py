@@ -33,8 +33,16 @@ def test_ray_accepts_the_file(cluster):
         (("idle_timeout",), 5, "'idle_timeout' was unexpected"),
         (("idle_timeout_minutes",), "ten", "'ten' is not of type 'number'"),
         (("head_node_type",), "heads", "must be one of `available_node_types`"),
-        (("available_node_types", "gpu_train", "resources"), {"GPU": 0.5}, "0.5 is not of type 'integer'"),
-        (("available_node_types", "cpu_data", "min_workers"), 30, "`max_workers` is smaller than the sum"),
+        (
+            ("available_node_types", "gpu_train", "resources"),
+            {"GPU": 0.5},
+            "0.5 is not of type 'integer'",
+        ),
+        (
+            ("available_node_types", "cpu_data", "min_workers"),
+            30,
+            "`max_workers` is smaller than the sum",
+        ),
     ],
 )
 def test_the_checker_refuses_mistakes(cluster, path, value, complaint):
@@ -56,16 +64,29 @@ def test_nodes_do_what_they_are_for(cluster):
 
 
 def test_every_ray_start_names_its_memory_spill_folder_and_metrics_port(cluster):
-    starts = [c for key in ("head", "worker") for c in cluster[f"{key}_start_ray_commands"] if "ray start" in c]
+    starts = [
+        c
+        for key in ("head", "worker")
+        for c in cluster[f"{key}_start_ray_commands"]
+        if "ray start" in c
+    ]
     assert len(starts) == 2
     for start in starts:
-        for option in ("--object-store-memory=", "--object-spilling-directory=", "--metrics-export-port="):
+        for option in (
+            "--object-store-memory=",
+            "--object-spilling-directory=",
+            "--metrics-export-port=",
+        ):
             assert option in start
 
 
 def test_token_auth_and_ingress_variables_reach_every_node(cluster):
     options = " ".join(cluster["docker"]["run_options"])
-    for variable in ("RAY_AUTH_MODE=token", "RAY_SERVE_ENABLE_HA_PROXY=1", "RAY_SERVE_THROUGHPUT_OPTIMIZED=1"):
+    for variable in (
+        "RAY_AUTH_MODE=token",
+        "RAY_SERVE_ENABLE_HA_PROXY=1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED=1",
+    ):
         assert f"--env {variable}" in options
     assert "head_run_options" not in cluster["docker"]
     assert "worker_run_options" not in cluster["docker"]

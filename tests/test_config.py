@@ -1,4 +1,6 @@
-"""One configuration: every mistake is one message naming key and value, every preset loads, no key is dead."""
+"""One configuration: every mistake is one message naming key and value, every preset loads, no key
+is dead.
+"""
 
 import ast
 import dataclasses
@@ -41,11 +43,16 @@ MISTAKES = [
     ("model.channels={a: {max_len: 0}}", "model.channels.*.max_len", "0"),
     ("model.channels={a: {truncate_after_layer: 2}}", "model.channels.*.truncate_after_layer", "2"),
     ("model.channels={a: {depth: 2}}", "model.channels.a.depth", "2"),
-    ("model.channels={a: {actions: [is_like]}}", "train.layout", "'user'"),  # full rows would count later labels
+    # full rows would count later labels
+    ("model.channels={a: {actions: [is_like]}}", "train.layout", "'user'"),
     ("model.time_anchor=query", "train.layout", "'user'"),
     ("features.watch_seconds=[0]", "features.watch_seconds", "0"),
     ("features.watch_shares=[0.5]", "features.duration_ms_column", "None"),
-    ("features.duration_ms_column=video_duration", "features.duration_ms_column", "'video_duration'"),
+    (
+        "features.duration_ms_column=video_duration",
+        "features.duration_ms_column",
+        "'video_duration'",
+    ),
     (f"features.watch_seconds={list(range(1, 25))}", "features.watch_seconds", "32"),
     ("model.attention_backend=cuda", "model.attention_backend", "'cuda'"),
     ("model.token_backend=cuda", "model.token_backend", "'cuda'"),
@@ -59,7 +66,8 @@ MISTAKES = [
     ("checks.action_rate.is_click=0.1", "checks.action_rate.is_click", "0.1"),
     ("drift.lengths=2", "drift.lengths", "2"),
     ("split.t_val=yesterday", "split.t_val", "'yesterday'"),
-    ("split.t_val=2022-05-01T00:00:00", "split.t_val", "2022-05-01T00:00:00"),  # without its offset from UTC
+    # without its offset from UTC
+    ("split.t_val=2022-05-01T00:00:00", "split.t_val", "2022-05-01T00:00:00"),
     ("split.t_test=2022-04-01T00:00:00+08:00", "split.t_test", "2022-04-01"),  # before t_val
     ("tasks=[is_clicked]", "tasks", "'is_clicked'"),  # not an action
     ("tracking.gate_max_ne.is_hate=1", "tracking.gate_max_ne", "'is_hate'"),  # not a task
@@ -112,9 +120,20 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_set_replaces_one_value_and_creates_sections():
     cfg = config.load(
-        DEMO, ["train.epochs=7", "train.lr=2e-3", "model.attention.window=null", "evaluate.batch_tokens=9"]
+        DEMO,
+        [
+            "train.epochs=7",
+            "train.lr=2e-3",
+            "model.attention.window=null",
+            "evaluate.batch_tokens=9",
+        ],
     )
-    assert (cfg.train.epochs, cfg.train.lr, cfg.model.attention.window, cfg.evaluate.batch_tokens) == (7, 2e-3, None, 9)
+    assert (
+        cfg.train.epochs,
+        cfg.train.lr,
+        cfg.model.attention.window,
+        cfg.evaluate.batch_tokens,
+    ) == (7, 2e-3, None, 9)
     assert cfg.train.batch_users == config.load(DEMO).train.batch_users
 
 
@@ -144,13 +163,23 @@ def test_every_key_is_read_somewhere():
     for folder in ("pipeline", "kernels", "jobs", "serve_app"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.parent != CONFIG:
-                read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    # Read through a property or method of the configuration itself: `cfg.split.val_ms`, `cfg.run_dir`.
+                read |= {
+                    node.attr
+                    for node in ast.walk(ast.parse(path.read_text()))
+                    if isinstance(node, ast.Attribute)
+                }
+    # Read through a property or method of the configuration itself: `cfg.split.val_ms`,
+    # `cfg.run_dir`.
     for path in CONFIG.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name != "__post_init__":
                 read |= {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
-    dead = [f"{cls.__name__}.{f.name}" for cls in sections() for f in dataclasses.fields(cls) if f.name not in read]
+    dead = [
+        f"{cls.__name__}.{f.name}"
+        for cls in sections()
+        for f in dataclasses.fields(cls)
+        if f.name not in read
+    ]
     assert sorted(dead) == []
 
 
@@ -158,7 +187,13 @@ JOB = "from jobs import cli; cli.run('A job.', lambda job: print('ran', job.cfg.
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", JOB, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", JOB, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_a_job_runs_its_main():
@@ -173,8 +208,14 @@ def test_a_job_runs_its_main():
             ["--config", "configs/demo.yaml", "--set", "train.epoch=1"],
             "unknown configuration key 'train.epoch' (value 1)",
         ),
-        (["--config", "configs/demo.yaml", "--set", "train.epochs=two"], "train.epochs must be int, got 'two'"),
-        (["--config", "configs/demos.yaml"], "--config configs/demos.yaml: No such file or directory"),
+        (
+            ["--config", "configs/demo.yaml", "--set", "train.epochs=two"],
+            "train.epochs must be int, got 'two'",
+        ),
+        (
+            ["--config", "configs/demos.yaml"],
+            "--config configs/demos.yaml: No such file or directory",
+        ),
     ],
 )
 def test_a_job_answers_a_mistake_with_one_message_and_exit_code_2(arguments, complaint):

@@ -1,4 +1,6 @@
-"""jobs.import_logs and jobs.build_sequences as the command line sees them: plans, messages and exit codes."""
+"""jobs.import_logs and jobs.build_sequences as the command line sees them: plans, messages and exit
+codes.
+"""
 
 import runpy
 import sys
@@ -37,27 +39,57 @@ def plan_of(out: str) -> dict:
 
 def own_logs(tmp_path: Path, **columns: object) -> list[str]:
     """Logs that configs/own_logs.yaml describes, and the arguments that read them."""
-    log = {"uid": [1, 2], "video": [3, 4], "shown_at": [1_767_600_000_000] * 2, "clicked": [0, 1], "liked": [0, 0]}
+    log = {
+        "uid": [1, 2],
+        "video": [3, 4],
+        "shown_at": [1_767_600_000_000] * 2,
+        "clicked": [0, 1],
+        "liked": [0, 0],
+    }
     (tmp_path / "log").mkdir()
-    pq.write_table(pa.table(log | {"surface": [0, 1], "played_ms": [10, 20]} | columns), tmp_path / "log" / "a.parquet")
+    pq.write_table(
+        pa.table(log | {"surface": [0, 1], "played_ms": [10, 20]} | columns),
+        tmp_path / "log" / "a.parquet",
+    )
     pq.write_table(pa.table({"uid": [1], "country": ["x"]}), tmp_path / "users.parquet")
-    pq.write_table(pa.table({"video": [3], "genre": [1], "length_s": [9.0]}), tmp_path / "items.parquet")
+    pq.write_table(
+        pa.table({"video": [3], "genre": [1], "length_s": [9.0]}), tmp_path / "items.parquet"
+    )
     sets = [f"source.path={tmp_path}/log", f"source.users.path={tmp_path}/users.parquet"]
     sets.append(f"source.items.path={tmp_path}/items.parquet")
-    return ["--config", str(ROOT / "configs" / "own_logs.yaml"), *(word for text in sets for word in ("--set", text))]
+    return [
+        "--config",
+        str(ROOT / "configs" / "own_logs.yaml"),
+        *(word for text in sets for word in ("--set", text)),
+    ]
 
 
 def test_the_plan_of_an_import(run, tmp_path: Path):
     code, out, _ = run(
-        "import_logs", "--config", DEMO, "--dry-run", "--set", f"source.path={ROOT}/data/kuairand_pure_subset"
+        "import_logs",
+        "--config",
+        DEMO,
+        "--dry-run",
+        "--set",
+        f"source.path={ROOT}/data/kuairand_pure_subset",
     )
     assert code == 0
-    assert plan_of(out)["source_rows"] == {"events": 185_177, "user_history": 26_469, "items": 7583, "users": 27_285}
+    assert plan_of(out)["source_rows"] == {
+        "events": 185_177,
+        "user_history": 26_469,
+        "items": 7583,
+        "users": 27_285,
+    }
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_import_prints_what_it_did_and_does_it_once(run):
-    small = ["--config", str(ROOT / "configs" / "synthetic.yaml"), "--set", "source.synthetic.num_users=20"]
+    small = [
+        "--config",
+        str(ROOT / "configs" / "synthetic.yaml"),
+        "--set",
+        "source.synthetic.num_users=20",
+    ]
     code, out, _ = run("import_logs", *small)
     assert code == 0
     assert out.startswith("rows=")
@@ -83,8 +115,16 @@ def test_the_plan_of_own_logs(run, tmp_path: Path):
             ["source.columns.user_id=user"],
             "no column 'user' for user_id (source.columns.user_id: user); found ['uid'",
         ),
-        ({}, ["source.actions=[clicked, bought]", "tasks=[clicked]"], "no column 'bought' for bought"),
-        ({"liked": ["no", "no"]}, [], "column 'liked' must be an integer, boolean or float of 0 and 1, found string"),
+        (
+            {},
+            ["source.actions=[clicked, bought]", "tasks=[clicked]"],
+            "no column 'bought' for bought",
+        ),
+        (
+            {"liked": ["no", "no"]},
+            [],
+            "column 'liked' must be an integer, boolean or float of 0 and 1, found string",
+        ),
         ({}, ["source.path=/nowhere"], "source.path: no Parquet files at '/nowhere'"),
         ({}, ["source.colums={}"], "unknown configuration key 'source.colums'"),
     ],
@@ -93,7 +133,10 @@ def test_the_plan_of_own_logs(run, tmp_path: Path):
 def test_a_mistake_is_one_message_and_exit_code_2(
     run, tmp_path: Path, columns: dict, sets: list, message: str, dry: bool
 ):
-    arguments = [*own_logs(tmp_path, **columns), *(word for text in sets for word in ("--set", text))]
+    arguments = [
+        *own_logs(tmp_path, **columns),
+        *(word for text in sets for word in ("--set", text)),
+    ]
     code, _, err = run("build_sequences", *arguments, *["--dry-run"] * dry)
     assert code == 2
     assert err.startswith("error: ")

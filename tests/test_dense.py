@@ -1,4 +1,6 @@
-"""Rates that candidates carry: against plain loops, the same everywhere, and never from a row's own label."""
+"""Rates that candidates carry: against plain loops, the same everywhere, and never from a row's own
+label.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,8 +42,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, pa.Table
 
 def test_counts_before_a_time_against_a_loop() -> None:
     rng = np.random.default_rng(0)
-    group, time, labels = rng.integers(0, 9, 300), rng.integers(50, 70, 300), rng.integers(0, 2, (300, 4))
-    halves = [LabelCounts.of(group[part], time[part], labels[part]) for part in (slice(0, 40), slice(40, 300))]
+    group, time, labels = (
+        rng.integers(0, 9, 300),
+        rng.integers(50, 70, 300),
+        rng.integers(0, 2, (300, 4)),
+    )
+    halves = [
+        LabelCounts.of(group[part], time[part], labels[part])
+        for part in (slice(0, 40), slice(40, 300))
+    ]
     counts = LabelCounts.merged([*halves, LabelCounts.of(group[:0], time[:0], labels[:0])])
     asked, when = rng.integers(0, 12, 200), rng.integers(40, 80, 200)
     expected = [labels[(group == g) & (time < t)].sum(0) for g, t in zip(asked, when, strict=True)]
@@ -65,10 +74,16 @@ def rows_of(table: pa.Table) -> list[dict]:
     return rows
 
 
-def expected_feature(row: dict, rows: list[dict], feature: DenseFeature, cfg: RunConfig) -> list[float]:
+def expected_feature(
+    row: dict, rows: list[dict], feature: DenseFeature, cfg: RunConfig
+) -> list[float]:
     """What `features.dense` says of one row, from its definition."""
-    of_kind = lambda other: feature.rows == "all" or other["order_only"] == (feature.rows == "order_only")
-    training = [other for other in rows if other["event_time"] < cfg.split.train_end_ms and of_kind(other)]
+    of_kind = lambda other: (
+        feature.rows == "all" or other["order_only"] == (feature.rows == "order_only")
+    )
+    training = [
+        other for other in rows if other["event_time"] < cfg.split.train_end_ms and of_kind(other)
+    ]
     step = row["event_time"] // HOUR_MS
     pool = [o for o in row["past"] if of_kind(o)] if feature.live else training
     earlier = [other for other in pool if feature.live or other["event_time"] // HOUR_MS < step]
@@ -94,13 +109,17 @@ def target_rows(examples: Examples) -> np.ndarray:
     return np.concatenate([np.arange(begin, end) for begin, end in bounds])
 
 
-def dense_of(users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig) -> np.ndarray:
+def dense_of(
+    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
+) -> np.ndarray:
     batch = example_batch(users, examples, maps, cfg, training=True)
     assert batch.dense is not None
     return batch.dense.numpy()
 
 
-def test_every_training_and_validation_row_against_loops(world: tuple[RunConfig, pa.Table, FeatureMaps]) -> None:
+def test_every_training_and_validation_row_against_loops(
+    world: tuple[RunConfig, pa.Table, FeatureMaps],
+) -> None:
     cfg, table, maps = world
     users, rows = user_events(table, cfg), rows_of(table)
     examples = request_examples(users, 0, 2**62)
@@ -111,7 +130,9 @@ def test_every_training_and_validation_row_against_loops(world: tuple[RunConfig,
     for i, feature in enumerate(cfg.features.dense.values()):
         expected = [expected_feature(rows[row], rows, feature, cfg) for row in chosen]
         assert np.ptp(expected, axis=0).min() > 0.1, "a feature that does not differ proves nothing"
-        np.testing.assert_allclose(got[:, i * width : (i + 1) * width], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            got[:, i * width : (i + 1) * width], expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_more_groups_than_are_told_apart_are_refused(
@@ -121,11 +142,15 @@ def test_more_groups_than_are_told_apart_are_refused(
     groups = maps.num_groups(["item_id", "tab"], cfg)
     assert groups == (len(maps.item_ids) + 1) * maps.vocab_sizes["request.tab"]
     monkeypatch.setattr(features, "MOST_GROUPS", groups - 1)
-    with pytest.raises(UserError, match=r"features\.dense\.item_tab\.by: \['item_id', 'tab'\] have .* combinations"):
+    with pytest.raises(
+        UserError, match=r"features\.dense\.item_tab\.by: \['item_id', 'tab'\] have .* combinations"
+    ):
         fit_features(cfg)
 
 
-def test_a_row_without_a_real_time_carries_nothing(world: tuple[RunConfig, pa.Table, FeatureMaps]) -> None:
+def test_a_row_without_a_real_time_carries_nothing(
+    world: tuple[RunConfig, pa.Table, FeatureMaps],
+) -> None:
     cfg, table, maps = world
     users = user_events(table, cfg)
     examples = training_examples(users, cfg, np.random.default_rng(0))
@@ -139,14 +164,18 @@ def test_a_row_without_a_real_time_carries_nothing(world: tuple[RunConfig, pa.Ta
 # The same numbers everywhere
 
 
-def test_both_layouts_and_a_cut_history_give_the_same_numbers(world: tuple[RunConfig, pa.Table, FeatureMaps]) -> None:
+def test_both_layouts_and_a_cut_history_give_the_same_numbers(
+    world: tuple[RunConfig, pa.Table, FeatureMaps],
+) -> None:
     cfg, table, maps = world
     users = user_events(table, cfg)
     by_row = {}
     cut = {"alpha": 1.2, "max_len": 3}
     for layout in ("user", "request"):
         lengths = config.StochasticLengthConfig(**cut)
-        train = replace(cfg.train, layout=layout, max_targets_per_sequence=3, stochastic_length=lengths)
+        train = replace(
+            cfg.train, layout=layout, max_targets_per_sequence=3, stochastic_length=lengths
+        )
         changed = replace(cfg, train=train)
         examples = training_examples(users, changed, np.random.default_rng(0))
         assert (examples.history_begin > users.events.offsets[examples.user]).any()
@@ -159,15 +188,23 @@ def test_both_layouts_and_a_cut_history_give_the_same_numbers(world: tuple[RunCo
 def test_a_saved_model_knows_the_whole_training_period(
     world: tuple[RunConfig, pa.Table, FeatureMaps], tmp_path: Path
 ) -> None:
-    """Rows after it read the same numbers from the maps of training; the ranker's tests hold serving against them."""
+    """Rows after it read the same numbers from the maps of training; the ranker's tests hold
+    serving against them.
+    """
     cfg, table, maps = world
-    save_model(tmp_path / "model", RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
+    save_model(
+        tmp_path / "model", RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {}
+    )
     saved = load_model(tmp_path / "model").maps
     users = user_events(table, cfg)
     later = request_examples(users, cfg.split.val_ms, 2**62)
-    np.testing.assert_array_equal(dense_of(users, later, maps, cfg), dense_of(users, later, saved, cfg))
+    np.testing.assert_array_equal(
+        dense_of(users, later, maps, cfg), dense_of(users, later, saved, cfg)
+    )
     earlier = request_examples(users, 0, cfg.split.val_ms)
-    assert not np.array_equal(dense_of(users, earlier, maps, cfg), dense_of(users, earlier, saved, cfg))
+    assert not np.array_equal(
+        dense_of(users, earlier, maps, cfg), dense_of(users, earlier, saved, cfg)
+    )
 
 
 # Leaks
@@ -197,13 +234,16 @@ def own_label_moves(
         other_cfg = replace(cfg, runs_dir=str(folder / f"flipped-{row}"))
         other = flipped(table, row)
         publish_sequences(other_cfg, table=other)
-        other_maps = replace(fit_features(other_cfg), row_rates=maps.row_rates)  # one label in all of them: no leak
+        # one label in all of them: no leak
+        other_maps = replace(fit_features(other_cfg), row_rates=maps.row_rates)
         moved += not np.array_equal(see(cfg, maps, table, row), see(cfg, other_maps, other, row))
     assert len(rows) > 20
     return moved
 
 
-def batch_of_row(cfg: RunConfig, maps: FeatureMaps, table: pa.Table, row: int) -> tuple[SequenceBatch, int]:
+def batch_of_row(
+    cfg: RunConfig, maps: FeatureMaps, table: pa.Table, row: int
+) -> tuple[SequenceBatch, int]:
     """The training pass that has this row among its targets, and which of them it is."""
     users = user_events(table, cfg)
     examples = training_examples(users, cfg, np.random.default_rng(0))
@@ -260,9 +300,18 @@ def test_no_row_moves_its_own_logit(tmp_path: Path) -> None:
         ({"by": []}, "features.dense.*.by must be at least one column"),
         ({"by": ["item_id"], "prior": 0}, "features.dense.*.prior must be greater than 0"),
         ({"by": ["item_id"], "rows": "old"}, "features.dense.x.rows must be one of"),
-        ({"by": ["user"], "within_minutes": 0}, "features.dense.*.within_minutes must be greater than 0"),
-        ({"by": ["item_id"], "within_minutes": 60}, "features.dense.*.within_minutes must be null unless"),
-        ({"by": ["user"], "rows": "all", "within_minutes": 60}, "features.dense.*.within_minutes must be null unless"),
+        (
+            {"by": ["user"], "within_minutes": 0},
+            "features.dense.*.within_minutes must be greater than 0",
+        ),
+        (
+            {"by": ["item_id"], "within_minutes": 60},
+            "features.dense.*.within_minutes must be null unless",
+        ),
+        (
+            {"by": ["user"], "rows": "all", "within_minutes": 60},
+            "features.dense.*.within_minutes must be null unless",
+        ),
     ],
 )
 def test_a_mistake_is_told(feature: dict, complaint: str) -> None:

@@ -1,4 +1,6 @@
-"""The deployment's configuration, and what its jobs say where something that they need is not there."""
+"""The deployment's configuration, and what its jobs say where something that they need is not
+there.
+"""
 
 import json
 import subprocess
@@ -30,7 +32,8 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     wanted = deployment.user_config(cfg, model)
     together = replace(cfg, serve=replace(cfg.serve, one_process=True))
     merged, filled = (
-        deployment.serve_config(c, wanted, 8123, {"working_dir": f"local://{ROOT}"}) for c in (together, cfg)
+        deployment.serve_config(c, wanted, 8123, {"working_dir": f"local://{ROOT}"})
+        for c in (together, cfg)
     )
     for config in (deployment.template(), merged, filled):
         ServeDeploySchema.model_validate(config)
@@ -43,7 +46,11 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     assert filled["http_options"]["port"] == 8123
     ingress, ranker = filled["applications"][0]["deployments"]
     (both,) = merged["applications"][0]["deployments"]
-    assert [entry["name"] for entry in (ingress, ranker, both)] == ["Api", "RankerReplica", "RankerReplica"]
+    assert [entry["name"] for entry in (ingress, ranker, both)] == [
+        "Api",
+        "RankerReplica",
+        "RankerReplica",
+    ]
     assert ranker["user_config"]["model"]["version"] == both["user_config"]["model"]["version"] == 3
     assert both["max_ongoing_requests"] == ingress["max_ongoing_requests"]
     json.dumps(filled)

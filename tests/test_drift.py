@@ -1,4 +1,6 @@
-"""The drift between two versions: counts against a plain loop, distances by hand, and the job's verdict."""
+"""The drift between two versions: counts against a plain loop, distances by hand, and the job's
+verdict.
+"""
 
 import json
 import runpy
@@ -22,7 +24,9 @@ HISTOGRAM = st.lists(st.integers(0, 1000), min_size=5, max_size=5).map(np.array)
 
 
 @given(HISTOGRAM, HISTOGRAM)
-def test_the_divergence_is_symmetric_bounded_and_blind_to_size(before: np.ndarray, after: np.ndarray):
+def test_the_divergence_is_symmetric_bounded_and_blind_to_size(
+    before: np.ndarray, after: np.ndarray
+):
     found = drift.divergence(before, after)
     assert 0 <= found <= 1
     assert found == pytest.approx(drift.divergence(after, before))
@@ -64,7 +68,10 @@ def test_only_the_newest_days(tmp_path: Path):
     found = drift.profile(cfg.sequence_dir, manifest, days=2)
     since = manifest.last_event_ms - 2 * DAY_MS
     recent = [
-        sum(time > since and not untimed for time, untimed in zip(row["event_time"], row["order_only"], strict=True))
+        sum(
+            time > since and not untimed
+            for time, untimed in zip(row["event_time"], row["order_only"], strict=True)
+        )
         for row in rows
     ]
     assert (found.rows, found.users) == (sum(recent), sum(map(bool, recent)))
@@ -84,7 +91,9 @@ def changed(table: pa.Table, **columns: object) -> pa.Table:
 
 @pytest.fixture
 def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """compared(changes to the columns, arguments...) -> (exit code, the report): jobs.drift on two stores."""
+    """compared(changes to the columns, arguments...) -> (exit code, the report): jobs.drift on two
+    stores.
+    """
 
     def run(changes: dict, *arguments: str) -> tuple[int, dict]:
         old, new = tiny_config(tmp_path), tiny_config(tmp_path, name="new")
@@ -117,10 +126,19 @@ def test_the_same_rows_do_not_drift(compared):
 
 
 def test_what_drifts_is_named_and_the_exit_code_is_1(compared):
-    changes = {"item_id": lambda item: item + 1000, "action_mask": lambda mask: mask & 1, "tab": lambda tab: 0}
+    changes = {
+        "item_id": lambda item: item + 1000,
+        "action_mask": lambda mask: mask & 1,
+        "tab": lambda tab: 0,
+    }
     code, report = compared(changes, "--set", "drift.items=0.9")
     assert code == 1
-    assert report["crossed"] == ["action_rate.is_like", "request_values.tab", "items", "new_item_rows"]
+    assert report["crossed"] == [
+        "action_rate.is_like",
+        "request_values.tab",
+        "items",
+        "new_item_rows",
+    ]
     by_name = {change["quantity"]: change for change in report["changes"]}
     assert by_name["new_item_rows"]["distance"] == 1
     assert by_name["action_rate.is_like"]["after"] == 0
@@ -128,7 +146,9 @@ def test_what_drifts_is_named_and_the_exit_code_is_1(compared):
 
 
 def test_a_limit_of_null_is_shown_and_not_checked(compared):
-    code, report = compared({"item_id": lambda item: item + 1000}, "--set", "drift.new_item_rows=null")
+    code, report = compared(
+        {"item_id": lambda item: item + 1000}, "--set", "drift.new_item_rows=null"
+    )
     assert code == 0
     assert next(c for c in report["changes"] if c["quantity"] == "new_item_rows")["distance"] == 1
 
@@ -150,10 +170,22 @@ def test_a_mistake_is_one_message_and_exit_code_2(compared, option: str, value: 
 def test_an_action_and_a_column_that_only_one_version_has():
     nothing = drift.Counts.of([])
     one = drift.Counts.count(np.array([3, 3, 4]))
-    common = {"digest": "", "users": 1, "rows": 3, "first_event_ms": 0, "last_event_ms": 1, "timed": 3, "items": one}
+    common = {
+        "digest": "",
+        "users": 1,
+        "rows": 3,
+        "first_event_ms": 0,
+        "last_event_ms": 1,
+        "timed": 3,
+        "items": one,
+    }
     lengths = np.bincount([1], minlength=64)
     before = drift.Profile(known={}, positive={}, request_values={}, lengths=lengths, **common)
-    after = drift.Profile(known={"a": 3}, positive={"a": 1}, request_values={"tab": one}, lengths=lengths, **common)
-    crossed = {change.quantity for change in drift.compare(before, after, DriftConfig()) if change.crossed}
+    after = drift.Profile(
+        known={"a": 3}, positive={"a": 1}, request_values={"tab": one}, lengths=lengths, **common
+    )
+    crossed = {
+        change.quantity for change in drift.compare(before, after, DriftConfig()) if change.crossed
+    }
     assert crossed == {"action_rate.a", "known_share.a", "request_values.tab"}
     assert (len(nothing.values), one.values.tolist(), one.rows.tolist()) == (0, [3, 4], [2, 1])

@@ -1,4 +1,6 @@
-"""Live events: merged as a rebuild would have them, and what was acknowledged is there once, whatever is killed."""
+"""Live events: merged as a rebuild would have them, and what was acknowledged is there once,
+whatever is killed.
+"""
 
 import itertools
 import multiprocessing
@@ -52,7 +54,9 @@ class Built:
 
     def __init__(self, table: pa.Table, cfg: RunConfig) -> None:
         self.request_columns = cfg.source.request_columns
-        self.rows = {row["user_id"][0].as_py(): row for row in (table.slice(i, 1) for i in range(len(table)))}
+        self.rows = {
+            row["user_id"][0].as_py(): row for row in (table.slice(i, 1) for i in range(len(table)))
+        }
 
     def sequence(self, user_id: int) -> pa.RecordBatch | None:
         row = self.rows.get(user_id)
@@ -62,7 +66,9 @@ class Built:
 def build(rows: list[dict], cfg: RunConfig) -> pa.Table:
     """What the build job makes of LOG rows."""
     names = [field.name for field in log_schema(cfg.source.actions, cfg.source.request_columns)]
-    rules = LogRules({n: n for n in names}, cfg.source.actions, cfg.source.request_columns, 0, 2**60, 1)
+    rules = LogRules(
+        {n: n for n in names}, cfg.source.actions, cfg.source.request_columns, 0, 2**60, 1
+    )
     schema = pa.schema(list(log_schema(cfg.source.actions, cfg.source.request_columns))[:-1])
     table = pa.Table.from_pylist(rows, schema=schema)
     return build_bucket(normalise(table, rules), rules, cfg.sequences.max_rows_per_user).sequences
@@ -73,8 +79,15 @@ def logged(rng: np.random.Generator, num: int, *, request_ids: bool) -> list[dic
     rows: dict[tuple, dict] = {}
     for _ in range(num):
         user, item, time = (int(rng.integers(n)) for n in (NUM_USERS, 30, 25))
-        row = {"user_id": user, "item_id": item, "event_time": START + 60_000 * time, "tab": int(rng.integers(3))}
-        row |= {name: int(rng.integers(2)) for name in ("is_click", "is_like") if rng.random() < 0.8}
+        row = {
+            "user_id": user,
+            "item_id": item,
+            "event_time": START + 60_000 * time,
+            "tab": int(rng.integers(3)),
+        }
+        row |= {
+            name: int(rng.integers(2)) for name in ("is_click", "is_like") if rng.random() < 0.8
+        }
         if rng.random() < 0.3:
             del row["tab"]
         if rng.random() < 0.5:
@@ -89,7 +102,9 @@ def event(row: dict) -> Event:
     return Event(
         actions={name: bool(row[name]) for name in ("is_click", "is_like") if name in row},
         request_features={"tab": row["tab"]} if "tab" in row else {},
-        **{name: value for name, value in row.items() if name not in ("is_click", "is_like", "tab")},
+        **{
+            name: value for name, value in row.items() if name not in ("is_click", "is_like", "tab")
+        },
     )
 
 
@@ -103,7 +118,9 @@ def older_than_cut(rows: list[dict], published: pa.RecordBatch | None, user: int
     if published is None or published["first_position"][0].as_py() == 0:
         return 0
     oldest = (published["event_time"][0][0].as_py(), published["item_id"][0][0].as_py())
-    return sum((row["event_time"], row["item_id"]) < oldest for row in rows if row["user_id"] == user)
+    return sum(
+        (row["event_time"], row["item_id"]) < oldest for row in rows if row["user_id"] == user
+    )
 
 
 @pytest.mark.parametrize("cap", [16_384, 9])
@@ -111,25 +128,36 @@ def older_than_cut(rows: list[dict], published: pa.RecordBatch | None, user: int
 def test_live_rows_are_where_a_rebuild_would_have_them(
     loaded: LoadedModel, log: SqliteEvents, seed: int, cap: int
 ) -> None:
-    """Published rows have no request_id, because a publication does not keep it; events may have one.
+    """Published rows have no request_id, because a publication does not keep it; events may have
+    one.
 
-    Where the publication was cut, events older than it are not counted: a rebuild's first_position has them.
+    Where the publication was cut, events older than it are not counted: a rebuild's first_position
+    has them.
     """
     rng = np.random.default_rng(seed)
     cfg = replace(loaded.cfg, sequences=replace(loaded.cfg.sequences, max_rows_per_user=cap))
     rows = logged(rng, 400, request_ids=False)
     late = rng.random(len(rows)) < rng.random()
-    old = [r for r, is_late in zip(rows, late, strict=True) if not is_late and r["user_id"] != NEVER_PUBLISHED]
+    old = [
+        r
+        for r, is_late in zip(rows, late, strict=True)
+        if not is_late and r["user_id"] != NEVER_PUBLISHED
+    ]
     new = [r for r in rows if r not in old]
     if seed % 2:
-        new = [row | {"request_id": int(rng.integers(3))} if rng.random() < 0.5 else row for row in new]
-    old.append({"user_id": 0, "item_id": 29, "event_time": START + 10**8, "is_click": 1})  # some user is not empty
+        new = [
+            row | {"request_id": int(rng.integers(3))} if rng.random() < 0.5 else row for row in new
+        ]
+    # some user is not empty
+    old.append({"user_id": 0, "item_id": 29, "event_time": START + 10**8, "is_click": 1})
     rebuilt = Built(build(old + new, cfg), cfg)
     published = Built(build(old, cfg), cfg)
     history = LiveHistory(published, log, cfg, max_events=1000)
     history.append([event(new[i]) for i in rng.permutation(len(new))])
     log.append([event(row) for row in old[::3]])  # published meanwhile: not doubled
-    assert set(rebuilt.rows) == {user for user in range(NUM_USERS + 1) if history.sequence(user) is not None}
+    assert set(rebuilt.rows) == {
+        user for user in range(NUM_USERS + 1) if history.sequence(user) is not None
+    }
     times = np.array([START + 60_000 * minute for minute in (0, 7, 8, 24, 26)])
     for user in rebuilt.rows:
         found, expected = history.sequence(user), rebuilt.sequence(user)
@@ -139,7 +167,15 @@ def test_live_rows_are_where_a_rebuild_would_have_them(
         the_same(found, expected, cfg, uncounted)
         one, other = (histories([row] * len(times), times, cfg, 6) for row in (found, expected))
         assert (one.first_position + uncounted).tolist() == other.first_position.tolist()
-        for name in ("offsets", "item_id", "event_time", "order_only", "action_mask", "known_mask", "gap_ms"):
+        for name in (
+            "offsets",
+            "item_id",
+            "event_time",
+            "order_only",
+            "action_mask",
+            "known_mask",
+            "gap_ms",
+        ):
             assert getattr(one.events, name).tolist() == getattr(other.events, name).tolist(), name
         assert (one.events.position + uncounted).tolist() == other.events.position.tolist()
         assert one.events.request["tab"].tolist() == other.events.request["tab"].tolist()
@@ -149,13 +185,20 @@ def scores(ranker: Ranker, requests: list[RankColumns]) -> list[RankResponse]:
     return [answer.response() for answer in ranker.rank(requests)]
 
 
-def test_scores_after_events_are_those_after_a_rebuild(loaded: LoadedModel, log: SqliteEvents) -> None:
+def test_scores_after_events_are_those_after_a_rebuild(
+    loaded: LoadedModel, log: SqliteEvents
+) -> None:
     cfg = loaded.cfg
     rows = logged(np.random.default_rng(1), 300, request_ids=False)
     history = LiveHistory(Built(build(rows[:150], cfg), cfg), log, cfg, max_events=1000)
-    rankers = [Ranker(loaded, store, 1, "tiny", ServeConfig()) for store in (history, Built(build(rows, cfg), cfg))]
+    rankers = [
+        Ranker(loaded, store, 1, "tiny", ServeConfig())
+        for store in (history, Built(build(rows, cfg), cfg))
+    ]
     requests = [
-        RankColumns(RankHead(user_id=user, request_time_ms=START + 60_000 * minute), np.array([1, 7]), {})
+        RankColumns(
+            RankHead(user_id=user, request_time_ms=START + 60_000 * minute), np.array([1, 7]), {}
+        )
         for user, minute in itertools.product(range(NUM_USERS), (3, 14, 30))
     ]
     before = scores(rankers[0], requests)
@@ -180,27 +223,47 @@ def test_published_order_and_order_only_rows_stay(loaded: LoadedModel, log: Sqli
     assert found["request_index"][0].as_py() == [0] + [1] * 5
 
 
-def test_an_event_is_kept_once_and_the_answer_says_so(loaded: LoadedModel, log: SqliteEvents) -> None:
+def test_an_event_is_kept_once_and_the_answer_says_so(
+    loaded: LoadedModel, log: SqliteEvents
+) -> None:
     row = {"user_id": 1, "item_id": 2, "event_time": START, "is_click": 1}
     published = Built(build([row], loaded.cfg), loaded.cfg)
     history = LiveHistory(published, log, loaded.cfg, max_events=10)
     other = row | {"item_id": 3}
-    assert history.append([event(other), event(row), event(other)]) == ["accepted", "already_there", "already_there"]
+    assert history.append([event(other), event(row), event(other)]) == [
+        "accepted",
+        "already_there",
+        "already_there",
+    ]
     assert history.append([event(other | {"is_click": 0})]) == ["conflict"]
     assert [e.actions for e in log.of_user(1)] == [{"is_click": True}]
     assert log.of_user(2) == []
 
 
 BAD_EVENTS = {
-    "an unknown action": ({"actions": {"is_sold": True}}, ["body", "events", 0, "actions"], "is_sold"),
-    "an unknown column": ({"request_features": {"tap": 1}}, ["body", "events", 0, "request_features"], "tap"),
-    "seconds for ms": ({"event_time": START // 1000}, ["body", "events", 0, "event_time"], str(START // 1000)),
+    "an unknown action": (
+        {"actions": {"is_sold": True}},
+        ["body", "events", 0, "actions"],
+        "is_sold",
+    ),
+    "an unknown column": (
+        {"request_features": {"tap": 1}},
+        ["body", "events", 0, "request_features"],
+        "tap",
+    ),
+    "seconds for ms": (
+        {"event_time": START // 1000},
+        ["body", "events", 0, "event_time"],
+        str(START // 1000),
+    ),
     "the far future": ({"event_time": 2**52}, ["body", "events", 0, "event_time"], str(2**52)),
 }
 
 
 @pytest.mark.parametrize("name", BAD_EVENTS)
-def test_what_the_sequences_have_no_place_for(loaded: LoadedModel, log: SqliteEvents, name: str) -> None:
+def test_what_the_sequences_have_no_place_for(
+    loaded: LoadedModel, log: SqliteEvents, name: str
+) -> None:
     changes, loc, value = BAD_EVENTS[name]
     history = LiveHistory(Built(build([], loaded.cfg), loaded.cfg), log, loaded.cfg, max_events=2)
     good = {"user_id": 1, "item_id": 2, "event_time": START}
@@ -223,7 +286,13 @@ def test_all_or_nothing(log: SqliteEvents) -> None:
 
 def test_forgotten_events_are_in_no_file(log: SqliteEvents, tmp_path: Path) -> None:
     strange = 1_234_567_890_123  # a value whose bytes are nowhere else
-    log.append([Event(user_id=user, item_id=strange - user, event_time=START + i) for user in (1, 2) for i in range(9)])
+    log.append(
+        [
+            Event(user_id=user, item_id=strange - user, event_time=START + i)
+            for user in (1, 2)
+            for i in range(9)
+        ]
+    )
     other = SqliteEvents(tmp_path / "events.sqlite")  # the server
     assert len(other.of_user(1)) == 9
     assert log.forget([1, 5]) == 9

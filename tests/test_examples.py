@@ -28,7 +28,11 @@ T_VAL = config.SplitConfig().val_ms
 def make_config(**train: object) -> config.RunConfig:
     return config.from_dict(
         {
-            "source": {"kind": "synthetic", "actions": ["is_click", "is_like"], "request_columns": ["tab"]},
+            "source": {
+                "kind": "synthetic",
+                "actions": ["is_click", "is_like"],
+                "request_columns": ["tab"],
+            },
             "tasks": ["is_click", "is_like"],
             "features": {"request": {"tab": {"dim": 2}, "hour": {"dim": 2}}},
             "train": train,
@@ -37,7 +41,9 @@ def make_config(**train: object) -> config.RunConfig:
 
 
 def make_sequences(rng: np.random.Generator, num_users: int = 16, longest: int = 30) -> pa.Table:
-    """Users with order_only rows, requests of several rows, times on both sides of t_val; one user has no rows."""
+    """Users with order_only rows, requests of several rows, times on both sides of t_val; one user
+    has no rows.
+    """
     rows = []
     for user in range(num_users):
         length = 0 if user == 3 else int(rng.integers(1, longest))
@@ -96,19 +102,28 @@ def test_requests_see_strictly_earlier_rows_only(rng: np.random.Generator) -> No
             time = row["event_time"][members[0]]
             if time >= T_VAL and not row["order_only"][members[0]]:
                 seen = sum(t < time for t in row["event_time"])
-                expected.append((number, start, start + seen, start + members[0], start + members[-1] + 1))
-    got = [tuple(int(getattr(examples, n)[i]) for n in examples.__slots__) for i in range(len(examples))]
+                expected.append(
+                    (number, start, start + seen, start + members[0], start + members[-1] + 1)
+                )
+    got = [
+        tuple(int(getattr(examples, n)[i]) for n in examples.__slots__)
+        for i in range(len(examples))
+    ]
     assert got == expected
     assert len(got) > 10
 
 
 @pytest.mark.parametrize("layout", ["user", "request"])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_every_training_row_is_a_target_once(rng: np.random.Generator, layout: str, weight: float) -> None:
+def test_every_training_row_is_a_target_once(
+    rng: np.random.Generator, layout: str, weight: float
+) -> None:
     cfg = make_config(layout=layout, history_label_weight=weight, max_targets_per_sequence=5)
     users = user_events(make_sequences(rng), cfg)
     examples = training_examples(users, cfg, rng)
-    targets = np.concatenate([np.arange(b, e) for b, e in zip(examples.target_begin, examples.target_end, strict=True)])
+    targets = np.concatenate(
+        [np.arange(b, e) for b, e in zip(examples.target_begin, examples.target_end, strict=True)]
+    )
     events = users.events
     wanted = (events.event_time < T_VAL) & (~events.order_only if weight == 0 else True)
     assert sorted(targets) == np.flatnonzero(wanted).tolist()
@@ -133,12 +148,16 @@ def test_both_layouts_give_a_candidate_the_same_columns(rng: np.random.Generator
     users = user_events(table, cfg)
     by_user = example_batch(users, training_examples(users, cfg, rng), maps, cfg, training=True)
     request_cfg = make_config(layout="request")
-    by_request = example_batch(users, training_examples(users, request_cfg, rng), maps, request_cfg, training=True)
+    by_request = example_batch(
+        users, training_examples(users, request_cfg, rng), maps, request_cfg, training=True
+    )
     names = ("item_codes", "request_codes", "position", "gap_ms")
 
     def target_rows(batch: SequenceBatch) -> dict[str, torch.Tensor]:
         lengths = torch.diff(batch.seq_offsets)
-        within = torch.arange(batch.num_tokens) - torch.repeat_interleave(batch.seq_offsets[:-1], lengths)
+        within = torch.arange(batch.num_tokens) - torch.repeat_interleave(
+            batch.seq_offsets[:-1], lengths
+        )
         is_target = within >= torch.repeat_interleave(lengths - batch.num_targets, lengths)
         return {name: getattr(batch, name)[is_target] for name in names}
 
@@ -150,7 +169,9 @@ def test_both_layouts_give_a_candidate_the_same_columns(rng: np.random.Generator
 
 
 def corrupt_after(table: pa.Table, number: int, visible: int, cfg: config.RunConfig) -> UserEvents:
-    """The same users, every row of user `number` from `visible` on turned into something else (items, actions)."""
+    """The same users, every row of user `number` from `visible` on turned into something else
+    (items, actions).
+    """
     rows = table.to_pylist()
     for i in range(visible, len(rows[number]["item_id"])):
         rows[number]["action_mask"][i] ^= 3
@@ -166,7 +187,8 @@ def assert_nothing_from_the_future(table: pa.Table, cfg: config.RunConfig, build
     for i in range(0, len(examples), 3):
         one = examples[i : i + 1]
         own = slice(*users.events.offsets[one.user[0] : one.user[0] + 2])
-        time = users.events.event_time[own]  # counted from the times: the examples' own bounds are what is on trial
+        # counted from the times: the examples' own bounds are what is on trial
+        time = users.events.event_time[own]
         visible = int((time < users.request_time[one.target_begin[0]]).sum())
         changed = corrupt_after(table, int(one.user[0]), visible, cfg)
         before, after = (batch_rows(build(u, one), 0) for u in (users, changed))
@@ -228,7 +250,9 @@ def test_query_anchored_rows_count_back_from_their_request() -> None:
 
 def test_watch_time_is_bits_of_the_history_alone(rng: np.random.Generator) -> None:
     cfg, table = make_config(), make_sequences(rng)
-    features = replace(cfg.features, watch_seconds=(2.0, 30.0), watch_shares=(0.5,), duration_ms_column="duration")
+    features = replace(
+        cfg.features, watch_seconds=(2.0, 30.0), watch_shares=(0.5,), duration_ms_column="duration"
+    )
     watching = replace(cfg, features=features)
     duration = np.concatenate([[0.0], rng.integers(0, 2, 40) * 40_000.0])
     maps = replace(make_maps(), item_duration_ms=duration)
@@ -277,7 +301,9 @@ def test_stochastic_length_follows_the_formula() -> None:
 def test_events_take_copies_ranges() -> None:
     names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", "watch_ms")
     columns = {name: np.arange(6) for name in names}
-    events = Events(offsets=np.array([0, 6]), position=np.arange(6), gap_ms=np.arange(6), request={}, **columns)
+    events = Events(
+        offsets=np.array([0, 6]), position=np.arange(6), gap_ms=np.arange(6), request={}, **columns
+    )
     taken = events.take(np.array([4, 1, 2]), np.array([6, 1, 4]))
     assert taken.item_id.tolist() == [4, 5, 2, 3]
     assert taken.offsets.tolist() == [0, 2, 2, 4]

@@ -1,4 +1,6 @@
-"""What ends a training early: steps that are not finite, divergence, validation that gets no better."""
+"""What ends a training early: steps that are not finite, divergence, validation that gets no
+better.
+"""
 
 import gzip
 import json
@@ -54,7 +56,13 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 
 def test_bad_steps_are_counted_and_training_goes_on() -> None:
     lines = []
-    loop.train(train_config(), make_maps(), Broken({1, 2}), "data", log=lambda _, values: lines.append(values))
+    loop.train(
+        train_config(),
+        make_maps(),
+        Broken({1, 2}),
+        "data",
+        log=lambda _, values: lines.append(values),
+    )
     assert [line["train/bad_steps"] for line in lines] == [1, 2, 2, 2, 2, 2]
     assert all(math.isfinite(line["train/loss"]) for line in lines)
 
@@ -63,7 +71,8 @@ def test_too_many_in_a_row_stop_it_with_step_and_tensors(tmp_path: Path) -> None
     folder = CheckpointFolder(tmp_path, 3)
     cfg = train_config(max_bad_steps=3, checkpoint_every=1)
     with pytest.raises(
-        TrainingStopped, match=r"3 steps in a row up to step 5 .* the loss of is_click.*max_bad_steps 3"
+        TrainingStopped,
+        match=r"3 steps in a row up to step 5 .* the loss of is_click.*max_bad_steps 3",
     ):
         run(cfg, Broken({2, 3, 4}), checkpoints=folder)
     newest = folder.newest()
@@ -76,16 +85,24 @@ def test_divergence_is_a_loss_far_above_its_median_line_after_line() -> None:
     cfg, state = TrainConfig(max_loss_ratio=3.0), TrainState(step=7)
     for loss in (0.9, 0.7, 0.6, 0.5, 0.5, 5.0, 5.0, 0.5, 4.0, 4.0):
         watch_divergence(state, loss, cfg)
-    assert state.recent_losses == [0.9, 0.7, 0.6, 0.5, 0.5, 0.5], "what is far above does not move the median"
-    with pytest.raises(TrainingStopped, match=r"at step 7 the loss is 4, for 3 lines .* 3 times .* median of 0\.55"):
+    assert state.recent_losses == [0.9, 0.7, 0.6, 0.5, 0.5, 0.5], (
+        "what is far above does not move the median"
+    )
+    with pytest.raises(
+        TrainingStopped, match=r"at step 7 the loss is 4, for 3 lines .* 3 times .* median of 0\.55"
+    ):
         watch_divergence(state, 4.0, cfg)
     off, state = TrainConfig(max_loss_ratio=None), TrainState()
     for loss in (*[0.5] * 9, *[50.0] * 9):
         watch_divergence(state, loss, off)
 
 
-@pytest.mark.parametrize(("metric", "values"), [("ne", [0.9, 0.8, 0.85, 0.8]), ("auc", [0.6, 0.7, 0.65, 0.7])])
-def test_best_is_lowest_ne_or_highest_auc_and_the_first_of_equals(metric: str, values: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("metric", "values"), [("ne", [0.9, 0.8, 0.85, 0.8]), ("auc", [0.6, 0.7, 0.65, 0.7])]
+)
+def test_best_is_lowest_ne_or_highest_auc_and_the_first_of_equals(
+    metric: str, values: list[float]
+) -> None:
     cfg, state = TrainConfig(best_metric=metric), TrainState()  # pyright: ignore[reportArgumentType]
     found = []
     for state.step, value in enumerate([math.nan, *values]):
@@ -122,14 +139,22 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     run(train_config(profile_steps=(3, 4)), profile_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     assert path.name == "steps_3_to_4.json.gz"
-    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    names = {
+        event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    }
     assert {"step 3", "step 4"} <= names
     assert "step 2" not in names
 
 
 @pytest.mark.parametrize(
     "setting",
-    [{"patience": 2}, {"publish": "best"}, {"profile_steps": (4, 3)}, {"profile_steps": (4,)}, {"max_loss_ratio": 1.0}],
+    [
+        {"patience": 2},
+        {"publish": "best"},
+        {"profile_steps": (4, 3)},
+        {"profile_steps": (4,)},
+        {"max_loss_ratio": 1.0},
+    ],
 )
 def test_settings_that_say_nothing_are_refused(setting: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):

@@ -23,7 +23,9 @@ def table(cfg: RunConfig) -> pa.Table:
     return publish_sequences(cfg)
 
 
-def test_every_user_is_found_and_nobody_else(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+def test_every_user_is_found_and_nobody_else(
+    cfg: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
     published = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
     assert published.num_users == NUM_USERS
     for row in table.to_pylist():
@@ -34,15 +36,25 @@ def test_every_user_is_found_and_nobody_else(cfg: RunConfig, table: pa.Table, tm
         assert published.sequence(absent) is None
 
 
-def test_only_strictly_earlier_rows_and_the_newest_of_them(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+def test_only_strictly_earlier_rows_and_the_newest_of_them(
+    cfg: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
     published = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
-    asked = [(row["user_id"], time) for row in table.to_pylist() for time in {*row["event_time"], 0, 2**60}]
+    asked = [
+        (row["user_id"], time)
+        for row in table.to_pylist()
+        for time in {*row["event_time"], 0, 2**60}
+    ]
     rows = [published.sequence(user) for user, _ in asked]
     for cap in (10_000, 3):
         found = histories([r for r in rows if r], np.array([time for _, time in asked]), cfg, cap)
         for i, (user, time) in enumerate(asked):
             (row,) = table.filter(pa.compute.equal(table["user_id"], user)).to_pylist()
-            earlier = [item for item, at in zip(row["item_id"], row["event_time"], strict=True) if at < time]
+            earlier = [
+                item
+                for item, at in zip(row["item_id"], row["event_time"], strict=True)
+                if at < time
+            ]
             dropped = max(0, len(earlier) - cap)
             begin, end = found.events.offsets[i : i + 2]
             assert found.events.item_id[begin:end].tolist() == earlier[dropped:]
@@ -54,13 +66,24 @@ def test_only_strictly_earlier_rows_and_the_newest_of_them(cfg: RunConfig, table
 
 def test_a_row_from_columns_equals_the_published_one(cfg: RunConfig, table: pa.Table) -> None:
     row = table.slice(1, 1)
-    columns = {name: np.array(row[name].to_pylist()[0]) for name in ("item_id", "event_time", "action_mask", "tab")}
+    columns = {
+        name: np.array(row[name].to_pylist()[0])
+        for name in ("item_id", "event_time", "action_mask", "tab")
+    }
     columns |= {name: np.array(row[name].to_pylist()[0]) for name in ("known_mask", "order_only")}
     made = sequence_row(columns, cfg.source.request_columns, row["first_position"][0].as_py())
     now = np.array([2**60])
     published, built = histories(row.to_batches(), now, cfg, 100), histories([made], now, cfg, 100)
     assert built.first_position == published.first_position
-    for name in ("item_id", "event_time", "order_only", "action_mask", "known_mask", "position", "gap_ms"):
+    for name in (
+        "item_id",
+        "event_time",
+        "order_only",
+        "action_mask",
+        "known_mask",
+        "position",
+        "gap_ms",
+    ):
         assert getattr(built.events, name).tolist() == getattr(published.events, name).tolist()
     assert built.events.request["tab"].tolist() == published.events.request["tab"].tolist()
 
@@ -79,7 +102,9 @@ def test_the_copy_is_made_once_and_whole(cfg: RunConfig, table: pa.Table, tmp_pa
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [written]
 
 
-def test_a_new_publication_takes_the_place_of_the_old_copy(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+def test_a_new_publication_takes_the_place_of_the_old_copy(
+    cfg: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
     old = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
     shutil.rmtree(cfg.sequence_dir)
     renewed = publish_sequences(cfg, seed=1)
@@ -88,10 +113,15 @@ def test_a_new_publication_takes_the_place_of_the_old_copy(cfg: RunConfig, table
     for published, expected in ((old, table), (new, renewed)):
         found = published.sequence(2)
         assert found is not None
-        assert found.to_pylist() == expected.filter(pa.compute.equal(expected["user_id"], 2)).to_pylist()
+        assert (
+            found.to_pylist()
+            == expected.filter(pa.compute.equal(expected["user_id"], 2)).to_pylist()
+        )
 
 
-def test_masks_of_other_actions_are_refused(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+def test_masks_of_other_actions_are_refused(
+    cfg: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
     other = replace(cfg, source=replace(cfg.source, actions=("is_like", "is_click")))
     with pytest.raises(UserError, match="is_like"):
         PublishedSequences(cfg.sequence_dir, other, tmp_path / "cache")

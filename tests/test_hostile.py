@@ -1,4 +1,6 @@
-"""Whatever is sent, the answer is a 2xx or a 4xx that says no more than it must: nothing of the server's insides."""
+"""Whatever is sent, the answer is a 2xx or a 4xx that says no more than it must: nothing of the
+server's insides.
+"""
 
 import asyncio
 import random
@@ -45,7 +47,9 @@ class Whole:
         publish_sequences(cfg)
         loaded = load_model(save_tiny_model(cfg, folder / "model"))
         published = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
-        history = LiveHistory(published, SqliteEvents(folder / "events.sqlite"), cfg, max_events=100)
+        history = LiveHistory(
+            published, SqliteEvents(folder / "events.sqlite"), cfg, max_events=100
+        )
         self.counts = ReplicaMetrics()
         ranker = Ranker(loaded, history, 1, "tiny", ServeConfig(max_candidates=50, max_history=50))
         self.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, self.counts)
@@ -84,17 +88,28 @@ CASES += [(path, "GET", GenerationMode.POSITIVE) for path in ("/v1/model", "/met
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
-def test_requests_made_from_our_own_document(api: FastAPI, path: str, method: str, mode: GenerationMode) -> None:
-    """No 5xx, and every status, content type and body as the document says; what it forbids is refused.
+def test_requests_made_from_our_own_document(
+    api: FastAPI, path: str, method: str, mode: GenerationMode
+) -> None:
+    """No 5xx, and every status, content type and body as the document says; what it forbids is
+    refused.
 
-    Not checked: that all it allows is accepted. Which actions and columns there are is the model's to say.
+    Not checked: that all it allows is accepted. Which actions and columns there are is the model's
+    to say.
     """
     operation = schemathesis.openapi.from_asgi("/openapi.json", api)[path][method]
 
-    @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=NUM_EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: schemathesis.Case) -> None:
-        answer = case.call_and_validate(excluded_checks=[positive_data_acceptance, unsupported_method])
+        answer = case.call_and_validate(
+            excluded_checks=[positive_data_acceptance, unsupported_method]
+        )
         assert_says_nothing(answer.text, path)
 
     ask()
@@ -102,10 +117,14 @@ def test_requests_made_from_our_own_document(api: FastAPI, path: str, method: st
 
 def test_the_document_of_a_locked_server_is_true_too(locked: FastAPI) -> None:
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(locked), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(locked), base_url="http://test"
+        ) as client:
             key = {"Authorization": "Bearer secret"}
             paths = (await client.get("/openapi.json", headers=key)).json()["paths"]
-            return [await client.request(m, path) for path, methods in paths.items() for m in methods]
+            return [
+                await client.request(m, path) for path, methods in paths.items() for m in methods
+            ]
 
     for answer in asyncio.run(ask()):
         assert answer.status_code == (200 if answer.url.path in ("/healthz", "/readyz") else 401)
@@ -121,7 +140,14 @@ def assert_says_nothing(text: str, path: str) -> None:
 def test_malformed_bodies(api: FastAPI, path: str) -> None:
     async def ask() -> list[tuple[bytes, httpx.Response]]:
         rng = random.Random(path)
-        types = ["application/json", "application/json", "text/plain", "application/x-www-form-urlencoded", "", "\x80"]
+        types = [
+            "application/json",
+            "application/json",
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "",
+            "\x80",
+        ]
         answers = []
         transport = httpx.ASGITransport(api)  # an exception of ours would come out here
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -1,6 +1,8 @@
-"""What runs where Ray and MLflow are not installed: kernels, the model, its training loop and the data it reads.
+"""What runs where Ray and MLflow are not installed: kernels, the model, its training loop and the
+data it reads.
 
-Each module is imported in a process in which `import ray` and `import mlflow` fail, direct or through others.
+Each module is imported in a process in which `import ray` and `import mlflow` fail, direct or
+through others.
 """
 
 import subprocess
@@ -20,7 +22,10 @@ WITHOUT_RAY = (
     "pipeline/evaluate/*.py",
     "benchmarks/quality/train_plan.py",
     "benchmarks/training/sharding.py",
-    *(f"pipeline/batches/{name}.py" for name in ("collate", "examples", "features", "loader", "stochastic_length")),
+    *(
+        f"pipeline/batches/{name}.py"
+        for name in ("collate", "examples", "features", "loader", "stochastic_length")
+    ),
     "pipeline/sequences/store.py",
     "serve_app/ranking/ranker.py",
 )

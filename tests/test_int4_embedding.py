@@ -23,11 +23,16 @@ from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 def some_table(num_rows: int, dim: int) -> Tensor:
     generator = torch.Generator().manual_seed(dim)
-    return torch.randn(num_rows, dim, generator=generator) * torch.logspace(-3, 2, num_rows)[:, None] + 0.3
+    return (
+        torch.randn(num_rows, dim, generator=generator) * torch.logspace(-3, 2, num_rows)[:, None]
+        + 0.3
+    )
 
 
 def test_a_row_by_hand() -> None:
-    codes, scale, bias = quantize_reference(torch.tensor([[-1.0, 14.0, 0.4, 6.6], [3.0, 3.0, 3.0, 3.0]]))
+    codes, scale, bias = quantize_reference(
+        torch.tensor([[-1.0, 14.0, 0.4, 6.6], [3.0, 3.0, 3.0, 3.0]])
+    )
     assert codes.tolist() == [[0, 15, 1, 8], [0, 0, 0, 0]]
     assert (scale.tolist(), bias.tolist()) == ([[1.0], [0.0]], [[-1.0], [3.0]])
     packed = quantize(torch.tensor([[-1.0, 14.0, 0.4, 6.6]]))
@@ -50,7 +55,9 @@ def test_look_up_equals_the_formula(dim: int) -> None:
         torch.testing.assert_close(got.double(), truth[ids], rtol=1e-6, atol=1e-6)
     assert ((truth - table).abs() <= 0.501 * scale + 1e-3 * bias.abs() + 1e-7).all()
     half = look_up(packed, ids.int(), dim=dim, dtype=torch.float16)
-    assert torch.equal(look_up_triton(packed, ids.flatten().int(), dim, torch.float16).view(2, 3, dim), half)
+    assert torch.equal(
+        look_up_triton(packed, ids.flatten().int(), dim, torch.float16).view(2, 3, dim), half
+    )
 
 
 def test_no_ids_and_no_rows() -> None:
@@ -73,7 +80,9 @@ def test_a_model_with_int4_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, batch = RankingModel(make_config(), VOCAB, RATES).eval(), make_batch([7, 3], [3, 2])
     tables = {
-        name: table.weight.detach().clone() for name, table in model.named_modules() if isinstance(table, nn.Embedding)
+        name: table.weight.detach().clone()
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding)
     }
     exact = model(batch)
     sizes = quantize_tables(model)
@@ -96,7 +105,9 @@ def test_a_model_with_int4_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(quantised, dense(batch))
 
 
-def test_the_evaluation_and_the_server_use_them_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_evaluation_and_the_server_use_them_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantize_module, "WORTH_BYTES", 100)
     for name in ("calibration", "roc"):
         monkeypatch.setattr(evaluator.plots, name, lambda *_: None)

@@ -1,4 +1,6 @@
-"""Jagged ops against their definition, one sequence at a time; the Triton kernels by the interpreter."""
+"""Jagged ops against their definition, one sequence at a time; the Triton kernels by the
+interpreter.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,9 @@ def offsets_of(lengths: list[int]) -> Tensor:
 
 
 def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[0])).requires_grad_()
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(len(shape) + shape[0])
+    ).requires_grad_()
 
 
 def outputs_and_grads(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -69,7 +73,8 @@ def test_concatenate_and_split(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("num_context", [0, 2])
 @pytest.mark.parametrize(
-    ("lengths", "tail"), [([9, 2, 0, 40], [3, 3, 3, 0]), ([1], [0]), ([4, 7, 5], [9, 5, 1]), ([3, 1] * 30, [2, 0] * 30)]
+    ("lengths", "tail"),
+    [([9, 2, 0, 40], [3, 3, 3, 0]), ([1], [0]), ([4, 7, 5], [9, 5, 1]), ([3, 1] * 30, [2, 0] * 30)],
 )
 def test_truncate_tail(lengths: list[int], tail: list[int], num_context: int) -> None:
     offsets, tails = offsets_of(lengths), torch.tensor(tail, dtype=torch.int32)
@@ -103,7 +108,9 @@ def test_half_precision_rows_are_copied_bit_by_bit() -> None:
         ({"backend": "cuda"}, "got 'cuda'"),
     ],
 )
-def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict, message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+) -> None:
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     fitting = {"left_TE": torch.ones(4, 2), "left_offsets": offsets_of([1, 3])}
     fitting |= {"right_TE": torch.ones(5, 2), "right_offsets": offsets_of([0, 5])}

@@ -20,7 +20,8 @@ from pipeline.cluster import free_port, serve_environment
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).with_name("ray")
-EXCLUDED = ["/.git/", "/.venv/", "/runs/", "/data/", "/docs/"]  # the smoke preset makes its own logs
+# the smoke preset makes its own logs
+EXCLUDED = ["/.git/", "/.venv/", "/runs/", "/data/", "/docs/"]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -41,7 +42,8 @@ class Head:
             json.dumps({"excludes": EXCLUDED}),
         ]
         return subprocess.run(
-            # The full path of the interpreter: the job would otherwise run with the `python` of the head's PATH.
+            # The full path of the interpreter: the job would otherwise run with the `python` of the
+            # head's PATH.
             [RAY, "job", "submit", *options, "--", sys.executable, *command],
             cwd=ROOT,
             env=self.environment,
@@ -53,7 +55,8 @@ class Head:
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))  # short: socket paths end at 107 characters
+    # short: socket paths end at 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -83,7 +86,14 @@ def head() -> Iterator[Head]:
     log = folder / "head.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())],
+            [
+                RAY,
+                "start",
+                "--head",
+                "--block",
+                "--disable-usage-stats",
+                *(f"--{k}={v}" for k, v in options.items()),
+            ],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -103,7 +113,9 @@ def wait_until_ready(head: Head, token: str) -> None:
     while time.monotonic() < deadline:
         assert head.process.poll() is None, head.log.read_text()
         try:
-            answer = httpx.get(f"{head.url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=5)
+            answer = httpx.get(
+                f"{head.url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=5
+            )
             if answer.status_code == 200:
                 return
         except httpx.TransportError:
@@ -114,8 +126,14 @@ def wait_until_ready(head: Head, token: str) -> None:
 
 def running() -> dict[int, int]:
     """Parent by process id, those that have ended and wait for their parent left out."""
-    rows = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
-    return {int(pid): int(parent) for pid, parent, state in map(str.split, rows.splitlines()) if state[0] != "Z"}
+    rows = subprocess.run(
+        ["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
+    return {
+        int(pid): int(parent)
+        for pid, parent, state in map(str.split, rows.splitlines())
+        if state[0] != "Z"
+    }
 
 
 def descendants(root: int) -> set[int]:
@@ -127,7 +145,9 @@ def descendants(root: int) -> set[int]:
 
 
 def stop(process: subprocess.Popen) -> set[int]:
-    """TERM the head and wait for its children; those still there after 30 s are killed and returned."""
+    """TERM the head and wait for its children; those still there after 30 s are killed and
+    returned.
+    """
     children = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
@@ -140,7 +160,9 @@ def stop(process: subprocess.Popen) -> set[int]:
 
 
 def test_the_chain_runs_as_a_submitted_job(head, tmp_path):
-    done = head.submit("-m", "jobs.pipeline", "--config", "configs/smoke.yaml", "--set", f"runs_dir={tmp_path}")
+    done = head.submit(
+        "-m", "jobs.pipeline", "--config", "configs/smoke.yaml", "--set", f"runs_dir={tmp_path}"
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "succeeded" in output

@@ -1,4 +1,7 @@
-"""The kernels on a GPU: the benchmarks' parity suites, at real sizes and in all types. Without one, that they run."""
+"""The kernels on a GPU: the benchmarks' parity suites, at real sizes and in all types.
+
+Without one, that they run.
+"""
 
 import os
 import subprocess
@@ -15,7 +18,13 @@ def gpu_check(*options: str, **environment: str) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check", *options]
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        command, env=inherited | environment, cwd=root, capture_output=True, text=True, timeout=550, check=False
+        command,
+        env=inherited | environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

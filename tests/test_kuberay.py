@@ -1,9 +1,10 @@
-"""deploy/kuberay: every field is one that KubeRay or Kubernetes knows, and the files agree with each other and us.
+"""deploy/kuberay: every field is one that KubeRay or Kubernetes knows, and the files agree with
+each other and us.
 
-No API server stands behind these tests. The fields below are written down from KubeRay's CRDs (ray.io/v1; which ones:
-docs/runbook.md) and Kubernetes' core/v1, as far as our files use them, with what the operator and Kubernetes refuse
-beyond types; anything else in a file is refused, so a slip of the pen is found. `kubectl apply --dry-run=server` on a
-cluster with KubeRay asks the real ones.
+No API server stands behind these tests. The fields below are written down from KubeRay's CRDs
+(ray.io/v1; which ones: docs/runbook.md) and Kubernetes' core/v1, as far as our files use them, with
+what the operator and Kubernetes refuse beyond types; anything else in a file is refused, so a slip
+of the pen is found. `kubectl apply --dry-run=server` on a cluster with KubeRay asks the real ones.
 """
 
 import copy
@@ -35,7 +36,12 @@ STRINGS = {"type": "object", "additionalProperties": STRING}
 
 def fields(required: str = "", **known: dict) -> dict:
     """An object of these fields alone."""
-    return {"type": "object", "properties": known, "required": required.split(), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": known,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
 
 
 def each(of: dict) -> dict:
@@ -46,11 +52,13 @@ def one_of(*values: str) -> dict:
     return {"enum": list(values)}
 
 
-# A RayJob's or RayService's cluster is named after it, with a suffix, and that one's services with another.
+# A RayJob's or RayService's cluster is named after it, with a suffix, and that one's services with
+# another.
 METADATA = fields("name", name=LABEL | {"maxLength": 47}, annotations=STRINGS, labels=STRINGS)
 QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
 SECRET_KEY = fields("secretKeyRef", secretKeyRef=fields("name key", name=STRING, key=STRING))
-ENV = fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY) | {"maxProperties": 2}  # a name, one value
+# a name, one value
+ENV = fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY) | {"maxProperties": 2}
 CONTAINER = fields(
     "name image resources",
     name=LABEL,
@@ -59,7 +67,9 @@ CONTAINER = fields(
     env=each(ENV),
     ports=each(fields("containerPort", containerPort=PORT, name=LABEL | {"maxLength": 15})),
     resources=fields("limits requests", limits=QUANTITIES, requests=QUANTITIES),
-    volumeMounts=each(fields("name mountPath", name=LABEL, mountPath={"type": "string", "pattern": "^/[^:]*$"})),
+    volumeMounts=each(
+        fields("name mountPath", name=LABEL, mountPath={"type": "string", "pattern": "^/[^:]*$"})
+    ),
 )
 VOLUME = fields(
     "name",
@@ -91,14 +101,17 @@ CLUSTER = fields(
     rayVersion=STRING,
     authOptions=fields("mode", mode=one_of("token", "disabled")),
     enableInTreeAutoscaling=BOOL,
-    autoscalerOptions=fields(upscalingMode=one_of("Default", "Aggressive", "Conservative"), idleTimeoutSeconds=COUNT),
+    autoscalerOptions=fields(
+        upscalingMode=one_of("Default", "Aggressive", "Conservative"), idleTimeoutSeconds=COUNT
+    ),
     gcsFaultToleranceOptions=fields(
         "redisAddress", redisAddress=STRING, redisPassword=fields("valueFrom", valueFrom=SECRET_KEY)
     ),
     headGroupSpec=fields("rayStartParams template", rayStartParams=STRINGS, template=POD),
     workerGroupSpecs=each(
         fields(
-            "groupName minReplicas maxReplicas rayStartParams template",  # KubeRay asks for both bounds
+            # KubeRay asks for both bounds
+            "groupName minReplicas maxReplicas rayStartParams template",
             groupName=LABEL,
             replicas=COUNT,
             minReplicas=COUNT,
@@ -127,7 +140,11 @@ SERVICE = fields("serveConfigV2 rayClusterConfig", serveConfigV2=STRING, rayClus
 def kind(name: str, spec: dict) -> dict:
     version = {"const": "ray.io/v1"}
     return fields(
-        "apiVersion kind metadata spec", apiVersion=version, kind={"const": name}, metadata=METADATA, spec=spec
+        "apiVersion kind metadata spec",
+        apiVersion=version,
+        kind={"const": name},
+        metadata=METADATA,
+        spec=spec,
     )
 
 
@@ -150,7 +167,10 @@ def cluster_of(document: dict) -> dict:
 
 def pods(document: dict) -> list[dict]:
     cluster = cluster_of(document)
-    return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return [
+        group["template"]["spec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
 
 
 HEAD = ("spec", "headGroupSpec", "template", "spec", "containers", 0)
@@ -165,21 +185,61 @@ def test_every_field_is_known(name: str):
 @pytest.mark.parametrize(
     ("name", "path", "value", "complaint"),
     [
-        ("ray-cluster.yaml", ("spec", "enableAutoscaling"), True, "'enableAutoscaling' was unexpected"),
-        ("ray-cluster.yaml", ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0, "0 is not of type 'string'"),
-        ("ray-cluster.yaml", ("spec", "workerGroupSpecs", 0, "maxReplicas"), None, "None is not of type 'integer'"),
-        ("ray-cluster.yaml", ("spec", "workerGroupSpecs", 0, "maxReplicas"), 2**31, "greater than the maximum"),
-        ("ray-cluster.yaml", (*HEAD, "resources", "requests", "memory"), "16GiB", "'16GiB' does not match"),
-        ("ray-cluster.yaml", (*HEAD, "ports", 0, "containerPort"), 65536, "greater than the maximum"),
+        (
+            "ray-cluster.yaml",
+            ("spec", "enableAutoscaling"),
+            True,
+            "'enableAutoscaling' was unexpected",
+        ),
+        (
+            "ray-cluster.yaml",
+            ("spec", "headGroupSpec", "rayStartParams", "num-cpus"),
+            0,
+            "0 is not of type 'string'",
+        ),
+        (
+            "ray-cluster.yaml",
+            ("spec", "workerGroupSpecs", 0, "maxReplicas"),
+            None,
+            "None is not of type 'integer'",
+        ),
+        (
+            "ray-cluster.yaml",
+            ("spec", "workerGroupSpecs", 0, "maxReplicas"),
+            2**31,
+            "greater than the maximum",
+        ),
+        (
+            "ray-cluster.yaml",
+            (*HEAD, "resources", "requests", "memory"),
+            "16GiB",
+            "'16GiB' does not match",
+        ),
+        (
+            "ray-cluster.yaml",
+            (*HEAD, "ports", 0, "containerPort"),
+            65536,
+            "greater than the maximum",
+        ),
         ("ray-cluster.yaml", (*HEAD, "ports", 0, "name"), "gcs-server-grpc-port", "is too long"),
-        ("ray-cluster.yaml", (*HEAD, "env", 0, "valueFrom"), {"secretKeyRef": {"name": "a", "key": "b"}}, "too many"),
+        (
+            "ray-cluster.yaml",
+            (*HEAD, "env", 0, "valueFrom"),
+            {"secretKeyRef": {"name": "a", "key": "b"}},
+            "too many",
+        ),
         ("ray-cluster.yaml", (*VOLUMES, 0, "emptyDir"), {}, "too many"),
         ("ray-job.yaml", ("metadata", "name"), "ultra-hstu-pipeline" * 3, "is too long"),
         ("ray-job.yaml", ("spec", "shutdownAfterJobFinishes"), False, "True was expected"),
         ("ray-job.yaml", ("spec", "backOffLimit"), 3, "'backOffLimit' was unexpected"),
         ("ray-job.yaml", ("spec", "submissionMode"), "HTTP", "'HTTP' is not one of"),
         ("ray-service.yaml", ("spec", "rayClusterSpec"), {}, "'rayClusterSpec' was unexpected"),
-        ("ray-service.yaml", ("spec", "rayClusterConfig", "rayVersion"), 2.6, "2.6 is not of type 'string'"),
+        (
+            "ray-service.yaml",
+            ("spec", "rayClusterConfig", "rayVersion"),
+            2.6,
+            "2.6 is not of type 'string'",
+        ),
     ],
 )
 def test_mistakes_are_refused(name: str, path: tuple, value: object, complaint: str):
@@ -209,10 +269,15 @@ def test_pods_are_alike_where_they_must_be(name: str):
         assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
         assert pod["serviceAccountName"] == account["metadata"]["name"]
-        assert container["resources"]["limits"] == container["resources"]["requests"]  # Ray counts the limits
+        # Ray counts the limits
+        assert container["resources"]["limits"] == container["resources"]["requests"]
     assert len(images) == len(environments) == 1
     variables = dict(environments.pop())
-    serve = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE")
+    serve = (
+        "RAY_SERVE_ENABLE_HA_PROXY",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE",
+    )
     assert all(variables[variable] == "1" for variable in serve)
 
 
@@ -223,10 +288,15 @@ def test_groups_do_what_they_are_for(name: str):
     assert cluster["enableInTreeAutoscaling"]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     gpus = {
-        group["groupName"]: "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        group["groupName"]: "nvidia.com/gpu"
+        in group["template"]["spec"]["containers"][0]["resources"]["limits"]
         for group in cluster["workerGroupSpecs"]
     }
-    assert gpus == ({"gpu-train": True} if name == "ray-service.yaml" else {"cpu-data": False, "gpu-train": True})
+    assert gpus == (
+        {"gpu-train": True}
+        if name == "ray-service.yaml"
+        else {"cpu-data": False, "gpu-train": True}
+    )
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
@@ -246,7 +316,10 @@ def test_the_versions_are_the_pinned_ones():
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned
     assert {cluster_of(read(name))["rayVersion"] for name in FILES} == {pinned[1]}
-    assert f"\nFROM rayproject/ray:{pinned[1]}-py311-gpu\n" in (ROOT / "deploy" / "Dockerfile").read_text()
+    assert (
+        f"\nFROM rayproject/ray:{pinned[1]}-py311-gpu\n"
+        in (ROOT / "deploy" / "Dockerfile").read_text()
+    )
 
 
 def test_the_image_is_what_the_docker_file_makes():
@@ -254,7 +327,9 @@ def test_the_image_is_what_the_docker_file_makes():
     (image,) = {pod["containers"][0]["image"] for name in FILES for pod in pods(read(name))}
     assert f"-t {image} " in text
     (folder,) = re.findall(r"^WORKDIR (\S+)$", text, re.MULTILINE)
-    assert {pod["containers"][0]["workingDir"] for name in FILES for pod in pods(read(name))} == {folder}
+    assert {pod["containers"][0]["workingDir"] for name in FILES for pod in pods(read(name))} == {
+        folder
+    }
     for copied in re.findall(r"^COPY --chown=\S+ (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / path).exists() for path in copied.split())
 
@@ -290,7 +365,11 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
     assert filled == unfilled
     ServeDeploySchema.model_validate(served)
     assert served["http_options"] == deployment.PODS
-    (ranker,) = (entry for entry in served["applications"][0]["deployments"] if entry["name"] == "RankerReplica")
+    (ranker,) = (
+        entry
+        for entry in served["applications"][0]["deployments"]
+        if entry["name"] == "RankerReplica"
+    )
     assert ranker["num_replicas"] == 2
     assert ranker["ray_actor_options"]["num_gpus"] == 1
     assert ranker["user_config"]["model"]["version"] == 3
@@ -299,7 +378,10 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
 
 def test_what_is_no_service_is_refused(tmp_path: Path):
     champion = registry.PinnedModel("http://mlflow:5000", "tiny", 3, {})
-    for path, message in ((KUBERAY / "ray-job.yaml", "holds no RayService"), (tmp_path / "none", "cannot be read")):
+    for path, message in (
+        (KUBERAY / "ray-job.yaml", "holds no RayService"),
+        (tmp_path / "none", "cannot be read"),
+    ):
         with pytest.raises(UserError, match=rf"--rayservice .*{message}"):
             deployment.rayservice(tiny_config(tmp_path), path, champion)
 

@@ -1,5 +1,6 @@
-"""The kernels of the STU layer without a GPU: numbers from the interpreter in float32 on tiny tiles, and from the
-compiler that they build for Hopper and Ampere within the machine's limits. FP8 as a CPU emulates it."""
+"""The kernels of the STU layer without a GPU: numbers from the interpreter in float32 on tiny
+tiles, and from the compiler that they build for Hopper and Ampere within the machine's limits. FP8
+as a CPU emulates it."""
 
 import json
 import os
@@ -43,7 +44,10 @@ CASES = {  # shape, dropout
     "all kept": (SMALL, 0.0),
     "wide, dropout": (replace(SMALL, d_qk=16, concat_ua=True, recompute=("uvqk",)), 0.3),
     "linear q, k, v of odd widths": (replace(SMALL, d_v=12, silu_qkv=False, recompute=("y",)), 0.3),
-    "wide, linear, causal": (replace(SMALL, concat_ua=True, silu_qkv=False, window=None, recompute=("normed_x",)), 0.3),
+    "wide, linear, causal": (
+        replace(SMALL, concat_ua=True, silu_qkv=False, window=None, recompute=("normed_x",)),
+        0.3,
+    ),
 }
 
 
@@ -57,9 +61,12 @@ def assert_as_accurate(fast: Tensor, plain: Tensor, truth: Tensor, factor: float
 @pytest.fixture
 def interpreted(monkeypatch):
     """Small tiles."""
-    monkeypatch.setattr(attention, "tile_sizes", lambda *_, **__: attention.AttentionTile(16, 16, 4, 1))
+    monkeypatch.setattr(
+        attention, "tile_sizes", lambda *_, **__: attention.AttentionTile(16, 16, 4, 1)
+    )
     monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
-    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    # new tensors start as NaN, so that what is not written shows
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -69,7 +76,16 @@ def make_layer(shape: STUShape, width: int = 20) -> tuple[Tensor, list[Tensor], 
     torch.manual_seed(0)
     attended, projected = shape.split[0], sum(shape.split)
     gated = attended * (3 if shape.concat_ua else 1)
-    sizes = [(width,), (width,), (projected, width), (projected,), (attended,), (attended,), (width, gated), (width,)]
+    sizes = [
+        (width,),
+        (width,),
+        (projected, width),
+        (projected,),
+        (attended,),
+        (attended,),
+        (width, gated),
+        (width,),
+    ]
     weights = [torch.randn(size) * (size[-1] ** -0.5 if len(size) > 1 else 0.3) for size in sizes]
     weights[0], weights[4] = weights[0] + 1, weights[4] + 1
     x, grad = torch.randn(32, width), torch.randn(32, width)
@@ -79,13 +95,17 @@ def make_layer(shape: STUShape, width: int = 20) -> tuple[Tensor, list[Tensor], 
 SEQUENCES = Sequences(torch.tensor([0, 23, 23, 32]), 23, torch.tensor([3, 0, 9], dtype=torch.int32))
 
 
-def run(shape: STUShape, p: float, dtype: torch.dtype, backend: Backend = "reference") -> list[Tensor]:
+def run(
+    shape: STUShape, p: float, dtype: torch.dtype, backend: Backend = "reference"
+) -> list[Tensor]:
     """Output and all gradients."""
     x, weights, grad = make_layer(shape)
     leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), *(w.clone() for w in weights))]
 
     def layer() -> Tensor:
-        return op.stu_layer(leaves[0], STUWeights(*leaves[1:]), shape, SEQUENCES, p=p, seed=77, backend=backend)
+        return op.stu_layer(
+            leaves[0], STUWeights(*leaves[1:]), shape, SEQUENCES, p=p, seed=77, backend=backend
+        )
 
     out = layer()
     with torch.no_grad():  # inference goes another way
@@ -98,7 +118,9 @@ def run(shape: STUShape, p: float, dtype: torch.dtype, backend: Backend = "refer
 def test_interpreted_layer_equals_the_reference_in_outputs_and_gradients(name):
     shape, p = CASES[name]
     truth, plain = run(shape, p, torch.float64), run(shape, p, torch.float32)
-    for fast, in_float32, expected in zip(run(shape, p, torch.float32, backend="triton"), plain, truth, strict=True):
+    for fast, in_float32, expected in zip(
+        run(shape, p, torch.float32, backend="triton"), plain, truth, strict=True
+    ):
         assert_as_accurate(fast, in_float32, expected)
 
 
@@ -110,10 +132,17 @@ def test_what_is_made_again_changes_no_bit():
 
 
 @pytest.mark.parametrize("rows", [0, 1, 37])
-@pytest.mark.parametrize(("tile", "silu_from"), [(LinearTile(16, 32, 16, 4, 1), 13), (TILE, 13), (TILE, 32)])
+@pytest.mark.parametrize(
+    ("tile", "silu_from"), [(LinearTile(16, 32, 16, 4, 1), 13), (TILE, 13), (TILE, 32)]
+)
 def test_interpreted_linear(monkeypatch, rows, tile, silu_from):
     """By pointers, and by descriptors as on Hopper."""
-    x, w, bias, residual = torch.randn(rows, 24), torch.randn(56, 24), torch.randn(56), torch.randn(rows, 56)
+    x, w, bias, residual = (
+        torch.randn(rows, 24),
+        torch.randn(56, 24),
+        torch.randn(56),
+        torch.randn(rows, 56),
+    )
     (codes, scale), (w_codes, w_scale) = quantize_rows_reference(x), quantize_rows_reference(w)
     for capability in ((8, 0), (9, 0)):
         monkeypatch.setattr(linear, "_capability", lambda _, found=capability: found)
@@ -125,13 +154,17 @@ def test_interpreted_linear(monkeypatch, rows, tile, silu_from):
         torch.testing.assert_close(slope, expected)
         out, _ = launch_linear(x, w, bias, residual=residual, tile=tile)
         torch.testing.assert_close(out, linear_reference(x, w, bias, residual=residual))
-        out, _ = launch_linear(codes, w_codes, bias, scales=(scale, w_scale), dtype=torch.float32, tile=tile)
+        out, _ = launch_linear(
+            codes, w_codes, bias, scales=(scale, w_scale), dtype=torch.float32, tile=tile
+        )
         expected = (codes.float() * scale[:, None]) @ (w_codes.float() * w_scale[:, None]).T + bias
         torch.testing.assert_close(out, expected)
 
 
 def assert_quantized(codes: Tensor | None, scale: Tensor | None, truth: Tensor) -> None:
-    """The interpreter loses the carry where rounding moves a number to the next power of two: 2 % of random ones."""
+    """The interpreter loses the carry where rounding moves a number to the next power of two: 2 %
+    of random ones.
+    """
     assert codes is not None and scale is not None
     expected, expected_scale = quantize_rows_reference(truth)
     torch.testing.assert_close(scale, expected_scale)
@@ -156,13 +189,18 @@ def test_interpreted_norms_quantize():
 
 
 def test_dropout_masks_are_even_and_independent():
-    masks = [dropout_mask(seed, 2000, 64, 0.25, torch.device("cpu")).float() for seed in (0, 1, 2**31 - 1)]
+    masks = [
+        dropout_mask(seed, 2000, 64, 0.25, torch.device("cpu")).float()
+        for seed in (0, 1, 2**31 - 1)
+    ]
     for mask in masks:
         assert abs(mask.mean() - 0.75) < 0.004
         assert (mask.mean(0) - 0.75).abs().max() < 0.05
         together = torch.corrcoef(mask.T) - torch.eye(64)
         assert together.abs().max() < 0.1
-        assert abs(torch.corrcoef(torch.stack([mask[1:].flatten(), mask[:-1].flatten()]))[0, 1]) < 0.01
+        assert (
+            abs(torch.corrcoef(torch.stack([mask[1:].flatten(), mask[:-1].flatten()]))[0, 1]) < 0.01
+        )
     assert torch.corrcoef(torch.stack([m.flatten() for m in masks])).triu(1).abs().max() < 0.01
 
 
@@ -184,7 +222,9 @@ def test_fp8_trains_under_autocast():
     x, weights, grad = make_layer(replace(SMALL, fp8=True))
     leaves = [t.float().requires_grad_() for t in (x, *weights)]
     with torch.autocast("cpu", torch.bfloat16):
-        out = stu_layer(leaves[0], STUWeights(*leaves[1:]), replace(SMALL, fp8=True), SEQUENCES, p=0.1)
+        out = stu_layer(
+            leaves[0], STUWeights(*leaves[1:]), replace(SMALL, fp8=True), SEQUENCES, p=0.1
+        )
     grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
 
@@ -221,7 +261,9 @@ def builds():
     """Kernels compiled in a process that does not interpret them: name → what the compiler says."""
     script = Path(__file__).parent / "support" / "compile_layer.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -245,7 +287,9 @@ def test_builds_use_tensor_cores_and_do_not_spill(builds):
 
 @pytest.mark.parametrize("kind", ["layer_norm forward", "norm_gate"])
 def test_rows_made_again_are_added_in_the_same_order(builds, kind):
-    """With codes beside them or without, in forward or again in backward: else recompute would change bits."""
+    """With codes beside them or without, in forward or again in backward: else recompute would
+    change bits.
+    """
     found = {name: build["row_sums"] for name, build in builds.items() if kind in name}
     assert len(found) >= 3
     assert len({layout for layouts in found.values() for layout in layouts}) == 1, found

@@ -1,4 +1,7 @@
-"""What a killed driver leaves: nothing. Processes end with the pipe it held, folders go when the next one starts."""
+"""What a killed driver leaves: nothing.
+
+Processes end with the pipe it held, folders go when the next one starts.
+"""
 
 import os
 import signal

@@ -54,7 +54,9 @@ def test_a_body_that_does_not_come_is_408() -> None:
         yield b"{"
         await asyncio.sleep(60)
 
-    answer = call(make_api(Fixed(), 2_000_000, timeout_s=0.05), "POST", "/v1/rank", content=trickle())
+    answer = call(
+        make_api(Fixed(), 2_000_000, timeout_s=0.05), "POST", "/v1/rank", content=trickle()
+    )
     assert answer.status_code == 408
 
 
@@ -89,15 +91,21 @@ def test_a_few_are_always_admitted_so_that_the_measure_can_recover() -> None:
     assert admitted == [True] * FEW + [False]
 
 
-def served(arrivals: np.ndarray, stalls: dict[float, float] | None = None, lag_s: float = 0.0) -> np.ndarray:
-    """Seconds from each arrival to its answer, NaN where it was refused, of a server whose pass over n requests takes
-    5 + 7 n ms, the first one after each of `stalls` so much longer; what is computed is answered `lag_s` later."""
+def served(
+    arrivals: np.ndarray, stalls: dict[float, float] | None = None, lag_s: float = 0.0
+) -> np.ndarray:
+    """Seconds from each arrival to its answer, NaN where it was refused, of a server whose pass
+    over n requests takes
+    5 + 7 n ms, the first one after each of `stalls` so much longer; what is computed is answered
+    `lag_s` later."""
     now = 0.0
     work = Load(0.08, lambda: now)
     took, left = np.full(len(arrivals), np.nan), dict(stalls or {})
     waiting: list[tuple[int, float]] = []
     passing = False
-    todo: list[tuple[float, int, str, list]] = [(due, i, "arrives", [i]) for i, due in enumerate(arrivals)]
+    todo: list[tuple[float, int, str, list]] = [
+        (due, i, "arrives", [i]) for i, due in enumerate(arrivals)
+    ]
     while todo:
         now, _, what, whose = heapq.heappop(todo)
         if what == "arrives" and work.admits():
@@ -111,7 +119,9 @@ def served(arrivals: np.ndarray, stalls: dict[float, float] | None = None, lag_s
                 took[i] = now - begun
         if waiting and not passing:
             late = sum(left.pop(at) for at in list(left) if at <= now)
-            heapq.heappush(todo, (now + 0.005 + 0.007 * len(waiting) + late, -1, "computed", waiting))
+            heapq.heappush(
+                todo, (now + 0.005 + 0.007 * len(waiting) + late, -1, "computed", waiting)
+            )
             waiting, passing = [], True
     return took
 
@@ -121,16 +131,22 @@ def poisson(rate: float, begin: float, end: float) -> np.ndarray:
     return np.sort(rng.uniform(begin, end, rng.poisson(rate * (end - begin))))
 
 
-def test_a_stall_refuses_nobody_and_in_an_overload_few_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stall_refuses_nobody_and_in_an_overload_few_wait_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     usual = poisson(20, 0, 60)
-    assert np.isfinite(served(usual, {20: 0.2, 40: 0.2})).all(), "five come in a quarter of a second"
+    assert np.isfinite(served(usual, {20: 0.2, 40: 0.2})).all(), (
+        "five come in a quarter of a second"
+    )
     calm = np.percentile(served(usual), 99)
     for rate in (160, 280):
         burst = np.concatenate([poisson(20, 0, 10), poisson(rate, 10, 20), poisson(20, 20, 60)])
         took, during = served(burst), (burst >= 10) & (burst < 20)
         assert np.isnan(took[during]).sum() > 500
         assert np.nanpercentile(took[during], 99) < 2 * calm
-        assert np.isfinite(took[(burst < 10) | (burst > 22)]).all(), "two seconds later it is as if nothing had been"
+        assert np.isfinite(took[(burst < 10) | (burst > 22)]).all(), (
+            "two seconds later it is as if nothing had been"
+        )
     monkeypatch.setattr(limits, "STRICT", 1.0)
     assert np.nanpercentile(served(burst)[during], 99) > 2 * calm
 
@@ -138,18 +154,23 @@ def test_a_stall_refuses_nobody_and_in_an_overload_few_wait_long(monkeypatch: py
 def test_strict_limits_end_with_what_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
     pause = np.concatenate([poisson(280, 0, 10), poisson(20, 12, 60)])
     assert np.isfinite(served(pause)[pause > 12]).all()
-    slow = np.concatenate([poisson(280, 0, 10), poisson(20, 10, 60)])  # 1.3 in flight as a rule: two are often there
+    # 1.3 in flight as a rule: two are often there
+    slow = np.concatenate([poisson(280, 0, 10), poisson(20, 10, 60)])
     refused = np.isnan(served(slow, lag_s=0.05))[slow > 12].sum()
     monkeypatch.setattr(limits, "STRICT", 1.0)
     assert refused <= np.isnan(served(slow, lag_s=0.05))[slow > 12].sum() + 2
 
 
-def test_beyond_what_can_be_done_in_time_the_answer_is_429(caplog: pytest.LogCaptureFixture) -> None:
+def test_beyond_what_can_be_done_in_time_the_answer_is_429(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     api = make_api(Slow(0.05), 2_000_000, max_wait_s=0.2)
     caplog.set_level(logging.INFO, logger="ray.serve.requests")
 
     async def load() -> tuple[list[httpx.Response], list[httpx.Response]]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(api), base_url="http://test"
+        ) as client:
             await client.post("/v1/rank", json=RANK)
             many = await asyncio.gather(*(client.post("/v1/rank", json=RANK) for _ in range(50)))
             return many, [await client.post("/v1/rank", json=RANK)]
@@ -157,7 +178,11 @@ def test_beyond_what_can_be_done_in_time_the_answer_is_429(caplog: pytest.LogCap
     many, later = asyncio.run(load())
     statuses = [answer.status_code for answer in many]
     assert statuses.count(200) >= FEW
-    logged = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.requests"]
+    logged = [
+        json.loads(record.message)
+        for record in caplog.records
+        if record.name == "ray.serve.requests"
+    ]
     assert sum(line["status"] == 200 for line in logged) == statuses.count(200) + 2
     assert sum(line["status"] == 429 for line in logged) < 10
     assert statuses.count(429) > 25
@@ -186,10 +211,13 @@ def test_requests_are_counted_by_status_and_version(tmp_path: Path) -> None:
     api = make_api(Fixed(), 2_000_000, ApiKeys(keys), RateLimit(3, lambda: now))
     statuses = [call(api, "POST", "/v1/rank", "secret", json=RANK).status_code for _ in range(2)]
     statuses += [call(api, "POST", "/v1/events", "secret", json=EVENTS).status_code]
-    statuses += [call(api, "POST", "/v1/rank", key, json=RANK).status_code for key in ("secret", "wrong")]
+    statuses += [
+        call(api, "POST", "/v1/rank", key, json=RANK).status_code for key in ("secret", "wrong")
+    ]
     assert statuses == [200, 200, 200, 429, 401]
     assert call(api, "GET", "/metrics").status_code == 401
-    text = call(api, "GET", "/metrics", "secret").text  # a key without any rate left may still scrape
+    # a key without any rate left may still scrape
+    text = call(api, "GET", "/metrics", "secret").text
     assert sample(text, "ranking_requests_total", path="/v1/rank", status="200", version="7") == 2
     assert sample(text, "ranking_requests_total", path="/v1/rank", status="429") == 1
     assert sample(text, "ranking_request_seconds_count", path="/v1/rank") == 4

@@ -21,7 +21,9 @@ PLAIN = StochasticLengthConfig(alpha=1.6, max_len=16_384)
 def test_64_ranks_come_to_equal_loads(balance: str) -> None:
     """As published with many histories a rank only, else with few as well."""
     per_rank = 128 if balance == "published" else 32
-    lengths = zipf_lengths(64 * per_rank * (WARM_UP + 4), 1.0, 256, 16_384, np.random.default_rng(0))
+    lengths = zipf_lengths(
+        64 * per_rank * (WARM_UP + 4), 1.0, 256, 16_384, np.random.default_rng(0)
+    )
     plain = simulate(lengths, PLAIN, 64, per_rank, published=False)
     cfg = PLAIN if balance == "published" else replace(PLAIN, balance=balance)
     even = simulate(lengths, cfg, 64, per_rank, published=balance == "published")
@@ -67,5 +69,6 @@ def test_ranks_come_to_loads_as_equal_as_their_examples_allow(tmp_path: Path, ba
     loaders = [TrainLoader(cfg, maps, plan, rank, 2) for rank in range(2)]
     tokens = [[batch.num_tokens for batch in loader.batches(1)] for loader in loaders]
     off = np.abs(np.subtract(tokens[0], tokens[1])).mean() / np.mean(tokens)
-    bounds = {"none": (0.3, 1), "sampling": (0, 0.1), "dealing": (0, 0.1)}  # three short histories a rank
+    # three short histories a rank
+    bounds = {"none": (0.3, 1), "sampling": (0, 0.1), "dealing": (0, 0.1)}
     assert bounds[balance][0] <= off <= bounds[balance][1]

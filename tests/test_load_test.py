@@ -1,4 +1,6 @@
-"""The load generator: who asks when, and what it reports of a server that answers, refuses and keeps silent."""
+"""The load generator: who asks when, and what it reports of a server that answers, refuses and
+keeps silent.
+"""
 
 import asyncio
 import json
@@ -24,7 +26,9 @@ def test_arrivals_are_seeded_poisson_and_half_warm() -> None:
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # of an exponential distribution
     assert asked.warm.mean() == pytest.approx(0.5, abs=0.03)
     last: dict[int, float] = {}
-    for due, user, warm in zip(asked.due_s.tolist(), asked.user.tolist(), asked.warm.tolist(), strict=True):
+    for due, user, warm in zip(
+        asked.due_s.tolist(), asked.user.tolist(), asked.warm.tolist(), strict=True
+    ):
         assert warm == (due - last.get(user, -np.inf) < 60)
         last[user] = due
 
@@ -35,7 +39,9 @@ def test_more_users_asked_for_than_there_are() -> None:
 
 
 def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) -> None:
-    """A server of a few lines: each fifth request is refused, each seventh never answered, the others take 30 ms."""
+    """A server of a few lines: each fifth request is refused, each seventh never answered, the
+    others take 30 ms.
+    """
     cfg = tiny_config(tmp_path / "runs")
     publish_sequences(cfg)
     seen: list[dict] = []
@@ -45,16 +51,23 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = next(
-                    int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-len" in line
+                    int(line.split(b":")[1])
+                    for line in head.lower().split(b"\r\n")
+                    if b"content-len" in line
                 )
                 seen.append(json.loads(await reader.readexactly(length)))
                 number = len(seen)
                 if number % 7 == 0:
                     await asyncio.sleep(60)
                 await asyncio.sleep(0.03)
-                status, body = ("429 No", b"{}") if number % 5 == 0 else ("200 OK", b'{"model_version": 4}')
+                status, body = (
+                    ("429 No", b"{}") if number % 5 == 0 else ("200 OK", b'{"model_version": 4}')
+                )
                 timing = "Server-Timing: ranker;dur=12.50\r\n"
-                writer.write(f"HTTP/1.1 {status}\r\n{timing}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                writer.write(
+                    f"HTTP/1.1 {status}\r\n{timing}Content-Length: {len(body)}\r\n\r\n".encode()
+                    + body
+                )
         except (asyncio.IncompleteReadError, ConnectionError):
             return  # the client has gone
         finally:
@@ -83,7 +96,9 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
     assert figures["versions"] == {"4": num - silent - refused}
     assert figures["latency_ms"]["p50"] >= 30
     assert figures["ranker_ms"]["p99"] == 12.5
-    assert figures["overhead_ms"]["p50"] == pytest.approx(figures["latency_ms"]["p50"] - 12.5, abs=0.02)
+    assert figures["overhead_ms"]["p50"] == pytest.approx(
+        figures["latency_ms"]["p50"] - 12.5, abs=0.02
+    )
     load_test.plot(load, asked, answers, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

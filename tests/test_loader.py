@@ -1,4 +1,6 @@
-"""What the steps of an epoch hold: every example once, whatever the number of ranks, and the same again on resuming."""
+"""What the steps of an epoch hold: every example once, whatever the number of ranks, and the same
+again on resuming.
+"""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +23,11 @@ from tests.worlds.tiny import publish_sequences, tiny_config
 CUTTING = {
     "users": {"batch_users": 5},
     "tokens": {"batch_users": None, "batch_tokens": 40},
-    "short": {"batch_users": None, "batch_tokens": 40, "stochastic_length": {"alpha": 1.3, "max_len": 6}},
+    "short": {
+        "batch_users": None,
+        "batch_tokens": 40,
+        "stochastic_length": {"alpha": 1.3, "max_len": 6},
+    },
     "short, sampling": {
         "batch_users": 12,
         "max_targets_per_sequence": 2,
@@ -52,25 +58,37 @@ def row_of(share: Share, number: int) -> tuple[int, ...]:
     return int(share.users.user_id[user]), *(int(bound[0]) - first for bound in bounds)
 
 
-def steps_of(cfg: RunConfig, epoch: int, world_size: int, first_step: int = 0) -> list[list[tuple[int, ...]]]:
+def steps_of(
+    cfg: RunConfig, epoch: int, world_size: int, first_step: int = 0
+) -> list[list[tuple[int, ...]]]:
     """What all ranks together take in each step, sorted."""
     maps, plan = fit_features(cfg), step_plan(cfg)
     ranks = [
-        list(TrainLoader(cfg, maps, plan, rank, world_size).shares(epoch, first_step)) for rank in range(world_size)
+        list(TrainLoader(cfg, maps, plan, rank, world_size).shares(epoch, first_step))
+        for rank in range(world_size)
     ]
     assert {len(shares) for shares in ranks} == {plan.steps_per_epoch - first_step}
     return [
-        sorted(row_of(share, i) for share in shares if not share.idle for i in range(len(share.examples)))
+        sorted(
+            row_of(share, i)
+            for share in shares
+            if not share.idle
+            for i in range(len(share.examples))
+        )
         for shares in zip(*ranks, strict=True)
     ]
 
 
 @pytest.mark.parametrize("how", CUTTING)
-def test_every_example_is_in_one_step_whatever_the_number_of_ranks(tmp_path: Path, how: str) -> None:
+def test_every_example_is_in_one_step_whatever_the_number_of_ranks(
+    tmp_path: Path, how: str
+) -> None:
     cfg = world(tmp_path, **CUTTING[how])
     users = user_events(store.read_sequences(cfg.sequence_dir), cfg)
     whole = Share(users, whole_examples(users, cfg), idle=False)
-    targets = sorted((row_of(whole, i)[0], *row_of(whole, i)[3:]) for i in range(len(whole.examples)))
+    targets = sorted(
+        (row_of(whole, i)[0], *row_of(whole, i)[3:]) for i in range(len(whole.examples))
+    )
     epochs = [steps_of(cfg, epoch, 1) for epoch in range(2)]
     for steps in epochs:
         assert all(steps), "an empty step"
@@ -85,12 +103,14 @@ def test_token_budget(tmp_path: Path) -> None:
     cfg = world(tmp_path, **CUTTING["tokens"])
     for epoch in range(2):
         steps = [
-            share.examples.num_tokens for share in TrainLoader(cfg, fit_features(cfg), step_plan(cfg)).shares(epoch)
+            share.examples.num_tokens
+            for share in TrainLoader(cfg, fit_features(cfg), step_plan(cfg)).shares(epoch)
         ]
         tokens = np.array([step.sum() for step in steps])
         assert tokens.max() <= 40 + max(step.max() for step in steps)
         assert tokens.mean() <= 40
-        assert len(tokens) <= 2 + tokens.sum() / 40  # no more steps than the budget asks for, one more a pool
+        # no more steps than the budget asks for, one more a pool
+        assert len(tokens) <= 2 + tokens.sum() / 40
 
 
 def test_step_bounds_cut_evenly_and_leave_no_step_empty() -> None:
@@ -109,7 +129,9 @@ def test_step_bounds_cut_evenly_and_leave_no_step_empty() -> None:
 def assert_same(left: SequenceBatch, right: SequenceBatch) -> None:
     for field in fields(SequenceBatch):
         one, other = getattr(left, field.name), getattr(right, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, (
+            field.name
+        )
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -132,16 +154,23 @@ def test_a_rank_without_an_example_adds_nothing(tmp_path: Path) -> None:
     maps, plan = fit_features(cfg), step_plan(cfg)
     loaders = [TrainLoader(cfg, maps, plan, rank, 3) for rank in range(3)]
     batches = [next(loader.batches(0)) for loader in loaders]
-    weights = [float(batch.label_weight.sum()) for batch in batches if batch.label_weight is not None]
+    weights = [
+        float(batch.label_weight.sum()) for batch in batches if batch.label_weight is not None
+    ]
     assert weights[1:] == [0, 0]
     assert [batch.num_sequences for batch in batches] == [1, 1, 1]
     trainee = Trainee(cfg, maps, "cpu", rank=1, world_size=1)
     losses, _ = trainee.step(batches[1], 0, 10)
     assert losses.abs().sum() == 0
-    assert all(p.grad is not None and p.grad.to_dense().abs().sum() == 0 for p in trainee.model.parameters())
+    assert all(
+        p.grad is not None and p.grad.to_dense().abs().sum() == 0
+        for p in trainee.model.parameters()
+    )
 
 
-def test_the_store_is_read_pool_by_pool_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_is_read_pool_by_pool_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = world(tmp_path, batch_users=5)
     maps, cache, read = fit_features(cfg), tmp_path / "steps.json", []
     reading = store.read_bucket
@@ -162,7 +191,8 @@ def test_the_store_is_read_pool_by_pool_and_counted_once(tmp_path: Path, monkeyp
     loader = TrainLoader(cfg, maps, plan)
     assert read == []
     order = planning.pool_order(2, 0, cfg.seed)
-    batches = loader.batches(0, first_step=plan.steps[order[0]])  # the second pool alone, and the next epoch's first
+    # the second pool alone, and the next epoch's first
+    batches = loader.batches(0, first_step=plan.steps[order[0]])
     next(batches)
     loader._reader.shutdown()
     first = planning.pool_order(2, 1, cfg.seed)[0]

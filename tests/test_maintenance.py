@@ -1,4 +1,6 @@
-"""Compaction, retention and forgetting users: against builds of what should be left, and killed in between."""
+"""Compaction, retention and forgetting users: against builds of what should be left, and killed in
+between.
+"""
 
 import json
 import runpy
@@ -73,7 +75,8 @@ def day(number: int, rows: int = 200, users: int = 12) -> pa.Table:
             "user_id": user,
             "item_id": item,
             "event_time": START + number * DAY_MS + time,
-            "click": np.where(item == 7, 5, rng.integers(2, size=rows)).astype(np.int8),  # 5 is no action's value
+            # 5 is no action's value
+            "click": np.where(item == 7, 5, rng.integers(2, size=rows)).astype(np.int8),
             "tab": rng.integers(3, size=rows).astype(np.int32),
         }
     )
@@ -81,14 +84,23 @@ def day(number: int, rows: int = 200, users: int = 12) -> pa.Table:
 
 
 def run_in(folder: Path, **sequence_settings: object) -> RunConfig:
-    source = {"kind": "parquet", "path": str(folder / "in"), "actions": ["click"], "request_columns": ["tab"]}
+    source = {
+        "kind": "parquet",
+        "path": str(folder / "in"),
+        "actions": ["click"],
+        "request_columns": ["tab"],
+    }
     source["users"] = {"path": str(folder / "users.parquet"), "id_column": "user_id"}
     return config.from_dict(
         {
             "name": "kept",
             "runs_dir": str(folder / "runs"),
             "source": source,
-            "sequences": {"num_buckets": 3, "latest_time": "2030-01-01T00:00:00Z", **sequence_settings},
+            "sequences": {
+                "num_buckets": 3,
+                "latest_time": "2030-01-01T00:00:00Z",
+                **sequence_settings,
+            },
             "checks": {"max_quarantined_share": 0.5},
             "tasks": ["click"],
         }
@@ -99,7 +111,10 @@ def write_logs(folder: Path, days: range) -> None:
     (folder / "in").mkdir(parents=True, exist_ok=True)
     for number in days:
         pq.write_table(day(number), folder / "in" / f"{number}.parquet")
-    pq.write_table(pa.table({"user_id": range(12), "city": [f"city {i}" for i in range(12)]}), folder / "users.parquet")
+    pq.write_table(
+        pa.table({"user_id": range(12), "city": [f"city {i}" for i in range(12)]}),
+        folder / "users.parquet",
+    )
 
 
 def day_by_day(folder: Path, days: int = DAYS, **settings: object) -> RunConfig:
@@ -111,7 +126,11 @@ def day_by_day(folder: Path, days: int = DAYS, **settings: object) -> RunConfig:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_compaction_leaves_few_parts_and_the_same_version(built: Path):
@@ -121,11 +140,17 @@ def test_compaction_leaves_few_parts_and_the_same_version(built: Path):
     assert len(before.parts) == DAYS
     after = compact(cfg)
     assert len(after.parts) == 1
-    assert (after.digest, after.buckets, after.quarantine) == (before.digest, before.buckets, before.quarantine)
+    assert (after.digest, after.buckets, after.quarantine) == (
+        before.digest,
+        before.buckets,
+        before.quarantine,
+    )
     assert replace(after, parts=before.parts, records=before.records) == before
     assert store.read_manifest(folder) == after
     assert store.read_sequences(folder).equals(held)
-    assert sorted(path.stem for path in (folder / "parts").iterdir()) == sorted([*after.parts, *after.parts])
+    assert sorted(path.stem for path in (folder / "parts").iterdir()) == sorted(
+        [*after.parts, *after.parts]
+    )
     assert compact(cfg) == after
     assert build_sequences(cfg, append=True) == after  # its files are known
     write_logs(built, range(DAYS, DAYS + 1))
@@ -162,11 +187,15 @@ def test_retention(tmp_path: Path, cap: int):
     for number in range(3):
         batches = build.parts.batches_of(parts[0], number)
         rows = build.parts.read_rows(cfg.sequence_dir, batches, number, rules)
-        assert min(rows["event_time"].to_pylist()) >= since, "in the parts, quarantined and capped ones too"
+        assert min(rows["event_time"].to_pylist()) >= since, (
+            "in the parts, quarantined and capped ones too"
+        )
     assert compact(cfg) == manifest
 
 
-def test_a_killed_compaction_leaves_what_was_published(built: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_compaction_leaves_what_was_published(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+):
     cfg = run_in(built, keep_days=2)
     before = store.read_manifest(cfg.sequence_dir)
     whole = shutil.copytree(built, built.with_name("whole"))
@@ -212,7 +241,9 @@ def test_forgotten_users_are_in_no_file_and_the_rest_is_a_build_without_them(bui
     write_logs(built, range(DAYS, DAYS + 1))
     build_sequences(cfg, append=True)
     removed = forget(cfg, USERS)
-    assert all(removed[name] > 0 for name in ("sequences", "quarantine", "parts", "retired", "users"))
+    assert all(
+        removed[name] > 0 for name in ("sequences", "quarantine", "parts", "retired", "users")
+    )
     folder = cfg.sequence_dir
     manifest = store.read_manifest(folder)
     assert [version.digest for version in store.versions(folder)] == [manifest.digest]
@@ -237,7 +268,9 @@ def test_forgotten_users_are_in_no_file_and_the_rest_is_a_build_without_them(bui
         if numbers.start == 0:
             compact(without)
     assert (expected.buckets, expected.side_tables) == (manifest.buckets, manifest.side_tables)
-    assert sum(entry.rows for entry in expected.quarantine) == sum(entry.rows for entry in manifest.quarantine)
+    assert sum(entry.rows for entry in expected.quarantine) == sum(
+        entry.rows for entry in manifest.quarantine
+    )
 
 
 def test_forgotten_users_do_not_come_back(built: Path):
@@ -249,7 +282,9 @@ def test_forgotten_users_do_not_come_back(built: Path):
     appended = build_sequences(cfg, append=True)
     rebuilt = build_sequences(cfg, overwrite=True)
     assert appended.digest == rebuilt.digest
-    assert not set(store.read_sequences(cfg.sequence_dir)["user_id"].to_pylist()) & set(USERS.tolist())
+    assert not set(store.read_sequences(cfg.sequence_dir)["user_id"].to_pylist()) & set(
+        USERS.tolist()
+    )
     users = store.read_side_table(cfg.sequence_dir, "users")
     assert users is not None and not set(users["user_id"].to_pylist()) & set(USERS.tolist())
 
@@ -271,14 +306,28 @@ def test_forgetting_again_changes_nothing(built: Path):
     assert set(forget(cfg, USERS).values()) == {0}
     assert files(cfg.run_dir) == before
     assert set(forget(cfg, np.array([12345])).values()) == {0}
-    assert read_forgotten(cfg.sequence_dir).has(np.array([3, 4, 8, 12345])).tolist() == [True, False, True, True]
+    assert read_forgotten(cfg.sequence_dir).has(np.array([3, 4, 8, 12345])).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
     assert "12345" not in (cfg.sequence_dir / store.FORGOTTEN).read_text()
 
 
 @pytest.mark.parametrize(
-    "at", ["store.write_json", "sequences.held_parts", "sweep", "store.write_manifest", "store.remove_unnamed"]
+    "at",
+    [
+        "store.write_json",
+        "sequences.held_parts",
+        "sweep",
+        "store.write_manifest",
+        "store.remove_unnamed",
+    ],
 )
-def test_a_killed_run_is_finished_by_the_next(built: Path, monkeypatch: pytest.MonkeyPatch, at: str):
+def test_a_killed_run_is_finished_by_the_next(
+    built: Path, monkeypatch: pytest.MonkeyPatch, at: str
+):
     killed, whole = run_in(built), run_in(built.with_name("whole"))
     live = killed.run_dir / "live_logs"
     live.mkdir()
@@ -299,13 +348,20 @@ def test_a_killed_run_is_finished_by_the_next(built: Path, monkeypatch: pytest.M
     store.read_sequences(killed.sequence_dir)  # one version or the other is there, whole
     forget(killed, USERS)
     forget(whole, USERS)
-    assert store.read_manifest(killed.sequence_dir).digest == store.read_manifest(whole.sequence_dir).digest
-    names = [{name for name in files(cfg.run_dir) if not name.startswith("sequences/.")} for cfg in (killed, whole)]
+    assert (
+        store.read_manifest(killed.sequence_dir).digest
+        == store.read_manifest(whole.sequence_dir).digest
+    )
+    names = [
+        {name for name in files(cfg.run_dir) if not name.startswith("sequences/.")}
+        for cfg in (killed, whole)
+    ]
     assert names[0] == names[1]
     for cfg in (killed, whole):
         rows = pq.read_table(cfg.run_dir / "live_logs" / "events-00000.parquet")
         assert not set(rows["user_id"].to_pylist()) & set(USERS.tolist())
-        assert build_sequences(cfg) == store.read_manifest(cfg.sequence_dir)  # the changed file is a known one
+        # the changed file is a known one
+        assert build_sequences(cfg) == store.read_manifest(cfg.sequence_dir)
 
 
 def test_mistakes(tmp_path: Path):
@@ -332,7 +388,9 @@ def test_the_drift_of_an_appended_day(built: Path):
     before, after = store.read_manifest(cfg.sequence_dir), build_sequences(cfg, append=True)
     found = drift.version_before(cfg.sequence_dir)
     assert found == before
-    changes = drift.compare(*(drift.profile(cfg.sequence_dir, m) for m in (found, after)), cfg.drift)
+    changes = drift.compare(
+        *(drift.profile(cfg.sequence_dir, m) for m in (found, after)), cfg.drift
+    )
     rows = next(change for change in changes if change.quantity == "rows")
     assert (rows.before, rows.after) == (before.num_rows, after.num_rows)
 
@@ -344,7 +402,10 @@ def test_a_build_that_drifts_is_not_published(built: Path):
     before = store.read_manifest(cfg.sequence_dir)
     held = files(cfg.sequence_dir).keys()
     rows = day(DAYS, rows=1200)
-    pq.write_table(rows.set_column(1, "item_id", pa.array(rows["item_id"].to_numpy() + 99)), built / "in" / "x.parquet")
+    pq.write_table(
+        rows.set_column(1, "item_id", pa.array(rows["item_id"].to_numpy() + 99)),
+        built / "in" / "x.parquet",
+    )
     with pytest.raises(
         UserError, match=r"(?s)nothing published \(checks.drift\)\n  drift.new_item_rows: limit 0.3"
     ) as refused:
@@ -393,7 +454,10 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     assert len(list(serving.glob("sequences-*"))) == 1
     assert run() == (2, "error: nobody to forget: give --user or --users-file\n")
     ids.write_text("8 x")
-    assert run("--users-file", str(ids)) == (2, "error: a user_id must be an integer from 0 to 2**63 - 1, got 'x'\n")
+    assert run("--users-file", str(ids)) == (
+        2,
+        "error: a user_id must be an integer from 0 to 2**63 - 1, got 'x'\n",
+    )
     code, err = run("--users-file", str(built / "none.txt"))
     assert (code, "No such file" in err) == (2, True)
 
@@ -423,8 +487,14 @@ def test_where_the_days_begin_may_have_moved_since_the_build(built: Path, job: s
     shutil.copytree(built, built.with_name("same"))
     for settings in (moved, run_in(built.with_name("same"))):
         compact(settings) if job == "compact" else forget(settings, USERS)
-    after, same = (store.read_manifest(c.sequence_dir) for c in (cfg, run_in(built.with_name("same"))))
-    assert (after.digest, after.quarantined, after.rows_in) == (same.digest, same.quarantined, same.rows_in)
+    after, same = (
+        store.read_manifest(c.sequence_dir) for c in (cfg, run_in(built.with_name("same")))
+    )
+    assert (after.digest, after.quarantined, after.rows_in) == (
+        same.digest,
+        same.quarantined,
+        same.rows_in,
+    )
     assert (after.digest == before.digest) == (job == "compact")
 
 
@@ -433,6 +503,8 @@ def test_a_missing_record_is_named(built: Path):
     manifest = store.read_manifest(cfg.sequence_dir)
     (cfg.sequence_dir / manifest.records[1]).unlink()
     for job in (compact, lambda cfg: forget(cfg, USERS)):
-        with pytest.raises(UserError, match=rf"{manifest.records[1]} is missing or cut off: run .* --overwrite"):
+        with pytest.raises(
+            UserError, match=rf"{manifest.records[1]} is missing or cut off: run .* --overwrite"
+        ):
             job(cfg)
     assert store.read_manifest(cfg.sequence_dir) == manifest

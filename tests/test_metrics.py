@@ -6,7 +6,9 @@ from sklearn.metrics import roc_auc_score
 from pipeline.evaluate.metrics import TaskMetrics, auc, grouped_auc
 
 
-def rows(seed: int = 0, num: int = 3000, users: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rows(
+    seed: int = 0, num: int = 3000, users: int = 200
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     logits = np.round(rng.normal(size=num), 1)  # many ties
     labels = rng.random(num) < 1 / (1 + np.exp(-logits))
@@ -20,7 +22,9 @@ def test_ne_and_auc_are_sklearns():
     result = metrics.result()
     rate = labels.mean()
     entropy = sklearn_log_loss(labels, np.full(len(labels), rate))
-    assert result["ne"] == pytest.approx(sklearn_log_loss(labels, 1 / (1 + np.exp(-logits))) / entropy, abs=1e-12)
+    assert result["ne"] == pytest.approx(
+        sklearn_log_loss(labels, 1 / (1 + np.exp(-logits))) / entropy, abs=1e-12
+    )
     assert result["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
     assert result["rows"] == 3000
 

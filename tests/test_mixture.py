@@ -1,4 +1,6 @@
-"""A mixture of transducers against its definition: which rows a channel reads, and that no label leaks through it."""
+"""A mixture of transducers against its definition: which rows a channel reads, and that no label
+leaks through it.
+"""
 
 from dataclasses import replace
 
@@ -29,7 +31,11 @@ from tests.test_model import (
 ACTIONS = ("is_click", "is_like", "is_hate")
 CLICK, LIKE, HATE = 1, 2, 4
 SEMI_LOCAL = {"window": 2, "full_rows": 0, "scaling_seq_len": 16}
-ENGAGED = {"actions": ["is_like", "is_hate"], "num_layers": 1, "attention": {**SEMI_LOCAL, "window": 1}}
+ENGAGED = {
+    "actions": ["is_like", "is_hate"],
+    "num_layers": 1,
+    "attention": {**SEMI_LOCAL, "window": 1},
+}
 EVERY_ROW = {"num_layers": 2, "attention": SEMI_LOCAL}
 
 
@@ -40,7 +46,9 @@ def make_mixture(layout: str = "user", **channels: dict) -> RunConfig:
     return config.from_dict(raw)
 
 
-def with_actions(batch: SequenceBatch, action_mask: list[int], known_mask: list[int]) -> SequenceBatch:
+def with_actions(
+    batch: SequenceBatch, action_mask: list[int], known_mask: list[int]
+) -> SequenceBatch:
     return replace(
         batch,
         action_mask=torch.tensor(action_mask, dtype=torch.int32),
@@ -60,7 +68,8 @@ def test_filter_by_hand() -> None:
         x_TE=torch.arange(10.0)[:, None],
         seq_offsets=torch.tensor([0, 7, 10]),
         num_targets=batch.num_targets,
-        target_visible=torch.tensor([3, 5, 2], dtype=torch.int32),  # x sees c a1 a2; y sees all four; z sees c b1
+        # x sees c a1 a2; y sees all four; z sees c b1
+        target_visible=torch.tensor([3, 5, 2], dtype=torch.int32),
         max_seq_len=7,
     )
     channel = ChannelConfig(actions=("is_hate", "is_like"))
@@ -68,7 +77,8 @@ def test_filter_by_hand() -> None:
     assert [names[int(i)] for i in rows.x_TE[:, 0]] == ["c", "a1", "a3", "x", "y", "c", "z"]
     assert rows.seq_offsets.tolist() == [0, 5, 7]
     assert rows.target_visible is not None
-    assert rows.target_visible.tolist() == [2, 3, 1]  # x is left with c a1, y with c a1 a3, z with c
+    # x is left with c a1, y with c a1 a3, z with c
+    assert rows.target_visible.tolist() == [2, 3, 1]
     assert (rows.max_seq_len, rows.num_targets.tolist()) == (5, [2, 1])
 
     newest = newest_rows(rows, replace(channel, max_len=1), num_context=1)
@@ -79,7 +89,9 @@ def test_filter_by_hand() -> None:
 
 
 def test_mixture_equals_dense_computation() -> None:
-    """Rows picked by Python, layers with dense masks, one request: filter, newest rows, own depth, mask, truncation."""
+    """Rows picked by Python, layers with dense masks, one request: filter, newest rows, own depth,
+    mask, truncation.
+    """
     engaged_mask, mask = {**SEMI_LOCAL, "window": 1, "full_rows": 1}, {**SEMI_LOCAL, "full_rows": 2}
     cfg = make_mixture(
         "request",
@@ -87,7 +99,9 @@ def test_mixture_equals_dense_computation() -> None:
         all={"num_layers": 3, "attention": mask, "truncate_after_layer": 2, "truncate_to": 4},
     )
     model = make_model(cfg)
-    batch = with_actions(make_batch([9], [2]), [2, 1, 4, 0, 7, 2, 1, 6, 2, 0, 0], [7, 7, 7, 7, 7, 0, 7, 7, 6, 0, 0])
+    batch = with_actions(
+        make_batch([9], [2]), [2, 1, 4, 0, 7, 2, 1, 6, 2, 0, 0], [7, 7, 7, 7, 7, 0, 7, 7, 6, 0, 0]
+    )
     engaged = [0, 2, 4, 7, 8]
     assert isinstance(model.transducer, MixtureOfTransducers)
     first, second = model.transducer.transducers
@@ -104,9 +118,14 @@ def test_mixture_equals_dense_computation() -> None:
 
 def test_one_channel_over_every_row_is_the_plain_model() -> None:
     plain = make_model(make_config())
-    mixture = RankingModel(make_mixture(all={"attention": {**SEMI_LOCAL, "full_rows": 2}}), VOCAB, RATES)
+    mixture = RankingModel(
+        make_mixture(all={"attention": {**SEMI_LOCAL, "full_rows": 2}}), VOCAB, RATES
+    )
     mixture.double().eval().load_state_dict(
-        {name.replace("transducer.", "transducer.transducers.0."): w for name, w in plain.state_dict().items()}
+        {
+            name.replace("transducer.", "transducer.transducers.0."): w
+            for name, w in plain.state_dict().items()
+        }
     )
     batch = make_batch([7, 0, 3], [3, 1, 2])
     assert torch.equal(mixture(batch), plain(batch))
@@ -116,10 +135,13 @@ def test_no_candidate_learns_of_a_later_label_through_a_filter() -> None:
     """Whatever is done later, and whether it is known, is nothing to a candidate; visible rows are."""
     model, batch = make_model(make_mixture()), make_batch([9], [3])
     batch = replace(batch, target_visible=torch.tensor([2, 5, 9], dtype=torch.int32))
-    batch.action_mask[5], batch.known_mask[5] = CLICK, 7  # row 5: the own row of the candidate that sees five
+    # row 5: the own row of the candidate that sees five
+    batch.action_mask[5], batch.known_mask[5] = CLICK, 7
     before = model(batch)
     for action, known in ((LIKE, 7), (LIKE | HATE, 7), (0, 7), (LIKE, 0)):
-        later = replace(batch, action_mask=batch.action_mask.clone(), known_mask=batch.known_mask.clone())
+        later = replace(
+            batch, action_mask=batch.action_mask.clone(), known_mask=batch.known_mask.clone()
+        )
         later.action_mask[5], later.known_mask[5] = action, known
         after = model(later)
         torch.testing.assert_close(after[:2], before[:2], rtol=1e-6, atol=1e-7)
@@ -128,13 +150,21 @@ def test_no_candidate_learns_of_a_later_label_through_a_filter() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"attention": {"window": 2, "full_rows": 1}}, {"max_len": 3}, {"num_layers": 2, "truncate_after_layer": 1}],
+    [
+        {"attention": {"window": 2, "full_rows": 1}},
+        {"max_len": 3},
+        {"num_layers": 2, "truncate_after_layer": 1},
+    ],
 )
 def test_a_filter_under_which_later_labels_count_needs_the_request_layout(change: dict) -> None:
-    with pytest.raises(ConfigError, match=r"train\.layout must be request where model\.channels\.engaged filters"):
+    with pytest.raises(
+        ConfigError, match=r"train\.layout must be request where model\.channels\.engaged filters"
+    ):
         make_mixture(engaged={**ENGAGED, **change})
-    make_mixture(all={**EVERY_ROW, **change})  # without a filter the number of later rows says nothing of labels
-    make_mixture(engaged={**ENGAGED, "attention": {"window": None, "full_rows": 9}})  # causal: no row is special
+    # without a filter the number of later rows says nothing of labels
+    make_mixture(all={**EVERY_ROW, **change})
+    # causal: no row is special
+    make_mixture(engaged={**ENGAGED, "attention": {"window": None, "full_rows": 9}})
 
 
 def test_candidates_are_blind_to_each_other() -> None:
@@ -165,7 +195,9 @@ def test_every_weight_learns_and_users_without_such_rows_are_scored() -> None:
 
 
 def test_work_of_a_mixture_by_hand() -> None:
-    """2 context tokens, 6 events of which 3 are liked, 1 candidate; window 0; 2 liked ones read; 3 of all left."""
+    """2 context tokens, 6 events of which 3 are liked, 1 candidate; window 0; 2 liked ones read; 3
+    of all left.
+    """
     mask = {**SEMI_LOCAL, "window": 0}
     cfg = make_mixture(
         "request",
@@ -205,13 +237,22 @@ def test_sizes_follow_without_reading_the_device() -> None:
     batch = replace(batch, target_visible=torch.tensor([3, 4, 0, 1, 5, 9], dtype=torch.int32))
     model, away = make_model(make_config()), batch.to("meta")
     tokens = model.encoder(batch)
-    tensors = {name: getattr(tokens, name).to("meta") for name in ("x_TE", "seq_offsets", "num_targets")}
+    tensors = {
+        name: getattr(tokens, name).to("meta") for name in ("x_TE", "seq_offsets", "num_targets")
+    }
     moved = replace(tokens, target_visible=tokens.target_visible.to("meta"), **tensors)
     channel = ChannelConfig(actions=("is_like",), max_len=2)
     for batch_here, tokens_here in ((batch, tokens), (away, moved)):
-        rows = newest_rows(filter_rows(tokens_here, batch_here, channel, ACTIONS), channel, num_context=2)
+        rows = newest_rows(
+            filter_rows(tokens_here, batch_here, channel, ACTIONS), channel, num_context=2
+        )
         assert rows.host_lengths is not None
-        found = rows.x_TE.shape, rows.max_seq_len, rows.host_lengths.tolist(), candidates(rows).shape
+        found = (
+            rows.x_TE.shape,
+            rows.max_seq_len,
+            rows.host_lengths.tolist(),
+            candidates(rows).shape,
+        )
         if batch_here is batch:
             assert rows.host_lengths[0].tolist() == rows.seq_offsets.diff().tolist()
             expected = found

@@ -1,4 +1,6 @@
-"""The model against its definition: what a candidate sees, truncation by hand, backends, sizes of things."""
+"""The model against its definition: what a candidate sees, truncation by hand, backends, sizes of
+things.
+"""
 
 from dataclasses import replace
 
@@ -24,10 +26,21 @@ RATES = {"is_click": 0.4, "is_like": 0.02}
 
 def make_config(**model: object) -> RunConfig:
     attention = {"window": 2, "full_rows": 2, "scaling_seq_len": 16}
-    small = {"d_model": 16, "d_qk": 8, "d_v": 8, "dropout": 0.0, "head_hidden": 8, "position_buckets": 32}
+    small = {
+        "d_model": 16,
+        "d_qk": 8,
+        "d_v": 8,
+        "dropout": 0.0,
+        "head_hidden": 8,
+        "position_buckets": 32,
+    }
     return config.from_dict(
         {
-            "source": {"kind": "synthetic", "actions": ["is_click", "is_like", "is_hate"], "request_columns": ["tab"]},
+            "source": {
+                "kind": "synthetic",
+                "actions": ["is_click", "is_like", "is_hate"],
+                "request_columns": ["tab"],
+            },
             "tasks": ["is_click", "is_like"],
             "features": {
                 "item_id_dim": 4,
@@ -58,7 +71,9 @@ def make_batch(histories: list[int], targets: list[int], seed: int = 0) -> Seque
 
     lengths = torch.tensor(histories) + torch.tensor(targets)
     num_tokens, num_sequences = int(lengths.sum()), len(histories)
-    is_target = torch.cat([torch.arange(h + t) >= h for h, t in zip(histories, targets, strict=True)])
+    is_target = torch.cat(
+        [torch.arange(h + t) >= h for h, t in zip(histories, targets, strict=True)]
+    )
     return SequenceBatch(
         seq_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         num_targets=torch.tensor(targets, dtype=torch.int32),
@@ -83,7 +98,15 @@ def labelled_batch(seed: int) -> SequenceBatch:
 
 def joined(parts: list[SequenceBatch]) -> SequenceBatch:
     """The sequences of all parts in one batch."""
-    names = ("num_targets", "item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    names = (
+        "num_targets",
+        "item_codes",
+        "request_codes",
+        "action_mask",
+        "known_mask",
+        "position",
+        "gap_ms",
+    )
     names += ("user_codes", "labels", "label_weight")
     lengths = torch.cat([part.seq_offsets.diff() for part in parts])
     return SequenceBatch(
@@ -102,7 +125,9 @@ def tokens_at(batch: SequenceBatch, index: torch.Tensor, **changes: object) -> S
 def test_heads_start_at_the_base_rates() -> None:
     cfg = make_config()
     torch.manual_seed(0)
-    scores = RankingModel(cfg, VOCAB, RATES).eval()(make_batch([5], [200])).sigmoid().mean(0).tolist()
+    scores = (
+        RankingModel(cfg, VOCAB, RATES).eval()(make_batch([5], [200])).sigmoid().mean(0).tolist()
+    )
     assert scores[0] == pytest.approx(0.4, abs=0.1)
     assert scores[1] == pytest.approx(0.02, abs=0.02)
 
@@ -157,7 +182,9 @@ def test_no_sequence_sees_another() -> None:
 
 
 def test_a_candidate_scores_the_same_in_both_layouts() -> None:
-    """One pass with target_visible equals one sequence per request, where no full row and no truncation differs."""
+    """One pass with target_visible equals one sequence per request, where no full row and no
+    truncation differs.
+    """
     cfg = make_config(attention={"window": 2, "full_rows": 0, "scaling_seq_len": 16})
     model, batch = make_model(cfg), make_batch([9], [3])
     visible = [2, 0, 6]
@@ -178,7 +205,9 @@ def test_no_candidate_sees_a_later_event(truncate_after_layer: int | None) -> No
     cfg = make_config(truncate_after_layer=truncate_after_layer, truncate_to=4)
     model, batch = make_model(cfg), make_batch([9], [3])
     batch = replace(batch, target_visible=torch.tensor([2, 5, 9], dtype=torch.int32))
-    later = replace(batch, action_mask=batch.action_mask.clone(), item_codes=batch.item_codes.clone())
+    later = replace(
+        batch, action_mask=batch.action_mask.clone(), item_codes=batch.item_codes.clone()
+    )
     later.action_mask[5] ^= 1
     later.known_mask[5] |= 1
     later.item_codes[5, 0] = (later.item_codes[5, 0] + 1) % 30
@@ -194,7 +223,8 @@ def test_truncation_by_hand() -> None:
         x_TE=torch.arange(10.0)[:, None],
         seq_offsets=torch.tensor([0, 7, 10]),
         num_targets=torch.tensor([2, 1], dtype=torch.int32),
-        target_visible=torch.tensor([2, 5, 2], dtype=torch.int32),  # x sees c a1; y sees c a1 a2 a3 a4; z sees c b1
+        # x sees c a1; y sees c a1 a2 a3 a4; z sees c b1
+        target_visible=torch.tensor([2, 5, 2], dtype=torch.int32),
         max_seq_len=7,
     )
     cut = truncate(tokens, num_context=1, keep_events=2)
@@ -206,7 +236,9 @@ def test_truncation_by_hand() -> None:
 
 
 def test_truncated_model_equals_dense_computation() -> None:
-    """Layer by layer with the dense mask, the second layer on context, the newest 3 events and the candidates."""
+    """Layer by layer with the dense mask, the second layer on context, the newest 3 events and the
+    candidates.
+    """
     cfg = make_config(truncate_after_layer=1, truncate_to=3)
     model, batch = make_model(cfg), make_batch([8], [2])
     tokens = model.encoder(batch)
@@ -221,7 +253,9 @@ def test_truncated_model_equals_dense_computation() -> None:
 
 
 def dense_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Eq. 1-5 and their two variants as they stand, one sequence with 2 context tokens and 2 candidates."""
+    """Eq. 1-5 and their two variants as they stand, one sequence with 2 context tokens and 2
+    candidates.
+    """
     assert isinstance(layer, STU)
     silu, cfg = torch.nn.functional.silu, layer.cfg
     u, q, k, v = layer.uvqk(layer.norm_in(x)).split(layer.shape.split, dim=1)
@@ -236,7 +270,9 @@ def dense_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x + layer.out(torch.cat([u, a, gated], dim=1) if cfg.concat_ua else gated)
 
 
-@pytest.mark.parametrize("switches", [{"silu_qkv": False}, {"concat_ua": True}, {"silu_qkv": False, "concat_ua": True}])
+@pytest.mark.parametrize(
+    "switches", [{"silu_qkv": False}, {"concat_ua": True}, {"silu_qkv": False, "concat_ua": True}]
+)
 def test_variants_of_a_layer_equal_their_dense_computation(switches: dict[str, bool]) -> None:
     model, batch = make_model(make_config(**switches)), make_batch([8], [2])
     x = model.encoder(batch).x_TE
@@ -263,10 +299,14 @@ def test_blocked_attention_equals_the_reference_in_outputs_and_gradients() -> No
     results = {}
     batch = make_batch([70, 0, 9], [3, 2, 1])
     for backend in ("torch", "reference"):
-        model = make_model(make_config(attention_backend=backend, truncate_after_layer=1, truncate_to=6))
+        model = make_model(
+            make_config(attention_backend=backend, truncate_after_layer=1, truncate_to=6)
+        )
         logits = model(batch)
         logits.square().sum().backward()
-        grads = {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}
+        grads = {
+            name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None
+        }
         results[backend] = logits, grads
     (logits, grads), (expected, expected_grads) = results["torch"], results["reference"]
     torch.testing.assert_close(logits, expected)
@@ -279,14 +319,18 @@ def test_action_rows() -> None:
     """Set, known and absent, unknown: the row, nothing, the unknown row, whatever the bit says."""
     encoder = ActionEncoder(num_actions=3, dim=2, d_model=4)
     encoder.mlp = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-    rows = encoder(torch.tensor([0b101], dtype=torch.int32), torch.tensor([0b011], dtype=torch.int32))
+    rows = encoder(
+        torch.tensor([0b101], dtype=torch.int32), torch.tensor([0b011], dtype=torch.int32)
+    )
     expected = torch.cat([encoder.set_rows[0], torch.zeros(2), encoder.unknown_rows[2]])
     assert torch.equal(rows[0], expected)
 
 
 def test_a_candidate_carries_no_action() -> None:
     model, batch = make_model(make_config()), make_batch([4], [2])
-    marked = replace(batch, action_mask=batch.action_mask.clone(), known_mask=batch.known_mask.clone())
+    marked = replace(
+        batch, action_mask=batch.action_mask.clone(), known_mask=batch.known_mask.clone()
+    )
     marked.action_mask[-2:], marked.known_mask[-2:] = 7, 7
     assert torch.equal(model(marked), model(batch))
 
@@ -298,13 +342,15 @@ def test_a_learned_candidate_action_is_added_to_candidates_alone() -> None:
     torch.manual_seed(0)
     learned = RankingModel(make_config(candidate_action="learned"), VOCAB, RATES).eval()
     assert learned.state_dict().keys() - plain.state_dict().keys() == {"encoder.candidate_action"}
-    assert torch.equal(learned(batch), plain(batch))  # it starts at zero, every other weight as without it
+    # it starts at zero, every other weight as without it
+    assert torch.equal(learned(batch), plain(batch))
     constant = learned.encoder.candidate_action
     assert constant is not None
     with torch.no_grad():
         constant.copy_(torch.arange(16.0))
     added = learned.encoder(batch).x_TE - plain.encoder(batch).x_TE
-    is_candidate = torch.tensor([0] * 6 + [1] * 2 + [0] * 4 + [1], dtype=torch.bool)  # 2 context tokens each
+    # 2 context tokens each
+    is_candidate = torch.tensor([0] * 6 + [1] * 2 + [0] * 4 + [1], dtype=torch.bool)
     torch.testing.assert_close(added, is_candidate[:, None] * torch.arange(16.0))
     learned(batch).sum().backward()
     assert constant.grad is not None
@@ -324,7 +370,9 @@ def test_training_reads_a_share_of_the_item_ids_as_unknown() -> None:
     model.train()(batch)
     (read,) = seen
     dropped = read[:, 0] == 0
-    assert torch.equal(read[~dropped], batch.item_codes[~dropped]) and torch.equal(read[:, 1:], batch.item_codes[:, 1:])
+    assert torch.equal(read[~dropped], batch.item_codes[~dropped]) and torch.equal(
+        read[:, 1:], batch.item_codes[:, 1:]
+    )
     is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
     for rows in (is_target, ~is_target):
         assert 0.25 < dropped[rows].double().mean() < 0.55
@@ -341,18 +389,23 @@ def test_time_buckets() -> None:
     assert buckets.diff().min() > 0
 
 
-@pytest.mark.parametrize(("window", "full_rows", "prefix"), [(None, 0, 0), (0, 0, 0), (2, 3, 2), (1, 0, 3), (3, 9, 1)])
+@pytest.mark.parametrize(
+    ("window", "full_rows", "prefix"), [(None, 0, 0), (0, 0, 0), (2, 3, 2), (1, 0, 3), (3, 9, 1)]
+)
 def test_kept_pairs_are_those_of_the_mask(window: int | None, full_rows: int, prefix: int) -> None:
     lengths, targets = [9, 4, 1, 12], [2, 4, 0, 1]
     expected = sum(
-        int(semi_local_mask(n, t, window, full_rows, prefix).sum()) for n, t in zip(lengths, targets, strict=True)
+        int(semi_local_mask(n, t, window, full_rows, prefix).sum())
+        for n, t in zip(lengths, targets, strict=True)
     )
     offsets = torch.tensor([0, 9, 13, 14, 26])
     assert kept_pairs(offsets, torch.tensor(targets), None, window, full_rows, prefix) == expected
 
 
 def test_work_of_a_batch_by_hand() -> None:
-    """One user of 2 context tokens, 6 events, 1 candidate; window 0, no full rows; 3 events left in layer two."""
+    """One user of 2 context tokens, 6 events, 1 candidate; window 0, no full rows; 3 events left in
+    layer two.
+    """
     attention = {"window": 0, "full_rows": 0, "scaling_seq_len": 16}
     cfg = make_config(attention=attention, truncate_after_layer=1, truncate_to=3)
     work = count_work(make_batch([6], [1]), cfg)
@@ -365,7 +418,9 @@ def test_work_of_a_batch_by_hand() -> None:
 
 def test_a_wide_output_layer_costs_three_times_the_narrow_one() -> None:
     """9 tokens of width 16 from 2 heads of 8, in each of 2 layers."""
-    narrow, wide = (count_work(make_batch([6], [1]), make_config(concat_ua=on)) for on in (False, True))
+    narrow, wide = (
+        count_work(make_batch([6], [1]), make_config(concat_ua=on)) for on in (False, True)
+    )
     assert wide.flops - narrow.flops == 2 * (2 * 9 * (2 * 16) * 16)
 
 

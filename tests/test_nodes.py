@@ -1,7 +1,8 @@
-"""A machine is lost in the middle of a build, and in the middle of training: the jobs finish, with the same result.
+"""A machine is lost in the middle of a build, and in the middle of training: the jobs finish, with
+the same result.
 
-A cluster of a head and two workers on this machine (tests/support/node_keeper.py), jobs joined to it as submitted ones are.
-"""
+A cluster of a head and two workers on this machine (tests/support/node_keeper.py), jobs joined to
+it as submitted ones are."""
 
 import json
 import os
@@ -42,7 +43,9 @@ class JobProcess:
         while not happened():
             code = self.process.poll()
             assert code is None, f"the job ended with {code} before {what}:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {what}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, (
+                f"waited {PATIENCE_S} s for {what}:\n{self.log.read_text()}"
+            )
             time.sleep(0.02)
 
 
@@ -89,14 +92,19 @@ class Nodes:
 
     @contextmanager
     def job(self, cfg: RunConfig, module: str, *options: str) -> Iterator["JobProcess"]:
-        """`python -m module` on this cluster; at the end of the block it has ended well, or its output is the error."""
+        """`python -m module` on this cluster; at the end of the block it has ended well, or its
+        output is the error.
+        """
         cfg = replace(cfg, ray=replace(cfg.ray, address=self.address))
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
         preset, log = cfg.run_dir / "preset.yaml", cfg.run_dir / "job.log"
-        preset.write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False))  # the order of features counts
+        # the order of features counts
+        preset.write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False))
         command = [sys.executable, "-m", module, "--config", str(preset), *options]
         with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=output, stderr=output
+            )
         job = JobProcess(process, log)
         try:
             yield job
@@ -115,7 +123,8 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # short: socket paths end at 107 characters
+    # short: socket paths end at 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
     nodes = Nodes(folder)
     try:
         yield nodes
@@ -125,7 +134,9 @@ def nodes() -> Iterator[Nodes]:
 
 
 def test_a_build_loses_a_node_that_was_reading(local_ray: None, nodes: Nodes, tmp_path: Path):
-    """Logs in S3; the store keeps a task's request waiting, and while it waits the machine is gone; another comes."""
+    """Logs in S3; the store keeps a task's request waiting, and while it waits the machine is gone;
+    another comes.
+    """
     from pipeline.sequences.build import build_sequences
 
     few = ["source.synthetic.num_users=60", "source.synthetic.rows_per_file=500"]
@@ -149,17 +160,29 @@ def from_parquet(logs: RunConfig, name: str, root: str, bucket: Bucket | None = 
     """The configuration that reads what the generator wrote, as a user's own Parquet."""
     options = bucket.options if bucket else ""
     sides = {"users": "user_id", "items": "item_id"}
-    tables = {key: {"path": f"{root}/{key}.parquet{options}", "id_column": sides[key]} for key in sides}
+    tables = {
+        key: {"path": f"{root}/{key}.parquet{options}", "id_column": sides[key]} for key in sides
+    }
     raw = config.to_dict(logs) | {"name": name}
     raw["source"] |= {"kind": "parquet", "path": f"{root}/log{options}", **tables}
     return config.from_dict(raw)
 
 
-def test_training_loses_the_node_of_one_of_its_workers(local_ray: None, nodes: Nodes, tmp_path: Path):
-    """Two workers on two nodes; one node goes and another comes, and no loss and no weight is different for it."""
+def test_training_loses_the_node_of_one_of_its_workers(
+    local_ray: None, nodes: Nodes, tmp_path: Path
+):
+    """Two workers on two nodes; one node goes and another comes, and no loss and no weight is
+    different for it.
+    """
     from pipeline.train import trainer
 
-    train = {"epochs": 12, "batch_users": 2, "num_workers": 2, "log_every": 7, "checkpoint_every": 30}
+    train = {
+        "epochs": 12,
+        "batch_users": 2,
+        "num_workers": 2,
+        "log_every": 7,
+        "checkpoint_every": 30,
+    }
     unbroken = replace(tiny_config(tmp_path, train=train), name="unbroken")
     publish_sequences(unbroken)
     lost = replace(unbroken, name="lost")
@@ -172,7 +195,9 @@ def test_training_loses_the_node_of_one_of_its_workers(local_ray: None, nodes: N
         job.wait_for("step 31", lambda: metrics.exists() and last_step(metrics) > 30)
         nodes.kill("leaves")
         nodes.add("comes")
-    assert job.log.read_text().count("Started training worker group") >= 2, "training ended before its node was lost"
+    assert job.log.read_text().count("Started training worker group") >= 2, (
+        "training ended before its node was lost"
+    )
     assert losses(lost) == losses(unbroken)
     expected, found = (load_file(cfg.model_dir / "model.safetensors") for cfg in (unbroken, lost))
     assert found.keys() == expected.keys()
@@ -180,9 +205,22 @@ def test_training_loses_the_node_of_one_of_its_workers(local_ray: None, nodes: N
 
 
 def last_step(metrics: Path) -> int:
-    return max((json.loads(line)["step"] for line in metrics.read_text().splitlines() if line.endswith("}")), default=0)
+    return max(
+        (
+            json.loads(line)["step"]
+            for line in metrics.read_text().splitlines()
+            if line.endswith("}")
+        ),
+        default=0,
+    )
 
 
 def losses(cfg: RunConfig) -> dict[int, dict[str, float]]:
-    lines = [json.loads(line) for line in (cfg.run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k.startswith("train/loss")} for line in lines}
+    lines = [
+        json.loads(line)
+        for line in (cfg.run_dir / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {
+        line["step"]: {k: v for k, v in line.items() if k.startswith("train/loss")}
+        for line in lines
+    }

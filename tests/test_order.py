@@ -21,7 +21,11 @@ KINDS = {
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6), st.integers(0, 60), st.integers(0, 2**32))
+@given(
+    st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6),
+    st.integers(0, 60),
+    st.integers(0, 2**32),
+)
 def test_rows_are_ordered_by_the_first_column_then_the_next(kinds: list[str], rows: int, seed: int):
     rng = np.random.default_rng(seed)
     columns = [KINDS[kind](rng, rows) for kind in kinds]

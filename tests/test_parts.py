@@ -47,7 +47,8 @@ def add(cfg: RunConfig, name: str, table: pa.Table) -> None:
 
 def test_days_that_are_appended_make_what_a_build_of_all_of_them_makes(here: None, tmp_path: Path):
     days = [day(number) for number in range(4)]
-    late = pa.concat_tables([days[2].slice(0, 20), day(0, rows=30).slice(7)])  # rows of days that are in already
+    # rows of days that are in already
+    late = pa.concat_tables([days[2].slice(0, 20), day(0, rows=30).slice(7)])
     all_days = build_sequences(folder(tmp_path, "whole", *days, late))
     cfg = folder(tmp_path, "daily", days[0])
     versions = [build_sequences(cfg)]
@@ -55,8 +56,14 @@ def test_days_that_are_appended_make_what_a_build_of_all_of_them_makes(here: Non
         add(cfg, f"later-{number}", table)
         versions.append(build_sequences(cfg, append=True))
     assert len({version.digest for version in versions}) == len(versions)
-    names = [field.name for field in dataclasses.fields(store.Manifest) if field.name not in ("parts", "records")]
-    assert [getattr(versions[-1], name) for name in names] == [getattr(all_days, name) for name in names]
+    names = [
+        field.name
+        for field in dataclasses.fields(store.Manifest)
+        if field.name not in ("parts", "records")
+    ]
+    assert [getattr(versions[-1], name) for name in names] == [
+        getattr(all_days, name) for name in names
+    ]
     assert build_sequences(cfg) == versions[-1]
     whole = store.read_sequences(tmp_path / "whole" / "runs" / "small" / "sequences")
     assert store.read_sequences(cfg.sequence_dir).equals(whole)
@@ -66,11 +73,15 @@ def test_a_build_without_append_names_it(here: None, tmp_path: Path):
     cfg = folder(tmp_path, "a", day(0))
     build_sequences(cfg)
     add(cfg, "1", day(1))
-    with pytest.raises(UserError, match=r"other logs or settings \(1 files of the logs are new\); pass --append"):
+    with pytest.raises(
+        UserError, match=r"other logs or settings \(1 files of the logs are new\); pass --append"
+    ):
         build_sequences(cfg)
 
 
-def test_a_file_that_comes_again_under_another_name_is_known(here: None, tmp_path: Path, monkeypatch):
+def test_a_file_that_comes_again_under_another_name_is_known(
+    here: None, tmp_path: Path, monkeypatch
+):
     cfg = folder(tmp_path, "a", day(0), day(1))
     first = build_sequences(cfg)
     add(cfg, "again", day(1))
@@ -97,7 +108,10 @@ def test_a_part_that_was_cut_off_is_no_part(here: None, tmp_path: Path):
 def test_what_another_version_of_this_code_left_is_made_again(here: None, tmp_path: Path):
     cfg = folder(tmp_path, "a", day(0))
     manifest = build_sequences(cfg)
-    for file, inside in ((f"parts/{manifest.parts[0]}.json", "sources"), (manifest.records[0], "statistics")):
+    for file, inside in (
+        (f"parts/{manifest.parts[0]}.json", "sources"),
+        (manifest.records[0], "statistics"),
+    ):
         path = cfg.sequence_dir / file
         raw = json.loads(path.read_text())
         (raw[inside][0] if inside == "sources" else raw[inside])["a_field_of_later"] = 1
@@ -121,19 +135,31 @@ def test_rows_of_files_that_are_gone_stay(here: None, tmp_path: Path):
 def test_buckets_without_a_new_row_keep_their_file(here: None, tmp_path: Path):
     cfg = folder(tmp_path, "a", day(0))
     first = build_sequences(cfg)
-    inodes = {bucket.file: (cfg.sequence_dir / bucket.file).stat().st_ino for bucket in first.buckets}
+    inodes = {
+        bucket.file: (cfg.sequence_dir / bucket.file).stat().st_ino for bucket in first.buckets
+    }
     user = store.read_bucket(cfg.sequence_dir, first, 1)["user_id"][0].as_py()
     add(cfg, "1", day(1).slice(1, 1).set_column(0, "user_id", pa.array([user])))
     second = build_sequences(cfg, append=True)
     same = [bucket.file for bucket in second.buckets if inodes.get(bucket.file)]
     assert same == [first.buckets[0].file, first.buckets[2].file]
-    assert [(cfg.sequence_dir / file).stat().st_ino for file in same] == [inodes[file] for file in same]
-    assert store.read_bucket(cfg.sequence_dir, first, 1).num_rows  # the version before is there for its readers
+    assert [(cfg.sequence_dir / file).stat().st_ino for file in same] == [
+        inodes[file] for file in same
+    ]
+    # the version before is there for its readers
+    assert store.read_bucket(cfg.sequence_dir, first, 1).num_rows
     add(cfg, "2", day(2))
     build_sequences(cfg, append=True)
     assert not (cfg.sequence_dir / first.buckets[1].file).exists()
-    named = {entry.file for v in store.versions(cfg.sequence_dir) for entry in (*v.buckets, *v.quarantine)}
-    found = {str(path.relative_to(cfg.sequence_dir)) for path in cfg.sequence_dir.glob("*/bucket-*.parquet")}
+    named = {
+        entry.file
+        for v in store.versions(cfg.sequence_dir)
+        for entry in (*v.buckets, *v.quarantine)
+    }
+    found = {
+        str(path.relative_to(cfg.sequence_dir))
+        for path in cfg.sequence_dir.glob("*/bucket-*.parquet")
+    }
     assert found == named
 
 
@@ -142,14 +168,20 @@ def test_a_day_of_nothing_but_bad_rows_is_refused_and_forgotten(here: None, tmp_
     first = build_sequences(cfg)
     before = sorted(cfg.sequence_dir.rglob("*"))
     add(cfg, "bad", log(event_time=np.full(400, NOON // 1000)))
-    cfg = dataclasses.replace(cfg, checks=dataclasses.replace(cfg.checks, max_quarantined_share=0.6))
-    with pytest.raises(UserError, match=r"new rows is 0.6, found 100.00%: .*event_time_before_range 400"):
+    cfg = dataclasses.replace(
+        cfg, checks=dataclasses.replace(cfg.checks, max_quarantined_share=0.6)
+    )
+    with pytest.raises(
+        UserError, match=r"new rows is 0.6, found 100.00%: .*event_time_before_range 400"
+    ):
         build_sequences(cfg, append=True)
     assert store.read_manifest(cfg.sequence_dir) == first
     assert sorted(cfg.sequence_dir.rglob("*")) == before
 
 
-def test_large_files_and_large_row_groups_make_the_same_sequences(here: None, tmp_path: Path, monkeypatch):
+def test_large_files_and_large_row_groups_make_the_same_sequences(
+    here: None, tmp_path: Path, monkeypatch
+):
     table = day(0, rows=1000)
     one = build_sequences(folder(tmp_path, "a", table))
     monkeypatch.setattr(parts, "PART_ROWS", 300)
@@ -176,7 +208,8 @@ def test_many_small_files_share_a_part(here: None, tmp_path: Path, monkeypatch):
     assert build_sequences(cfg, append=True) == manifest  # the empty file is known, too
 
 
-# Puts an end to the process in the place of its n-th renaming: each file of a build comes to its name by one.
+# Puts an end to the process in the place of its n-th renaming: each file of a build comes to its
+# name by one.
 KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
@@ -202,7 +235,8 @@ build.build_sequences(config.load(sys.argv[1]), append=True)
 
 @pytest.mark.parametrize(
     ("at", "parts_done", "buckets_done"),
-    [(5, 1, 0), (13, 3, 1), (18, 3, 3)],  # 1 digests, 2-7 parts, 8-16 buckets, 17 the version, 18 the manifest
+    # 1 digests, 2-7 parts, 8-16 buckets, 17 the version, 18 the manifest
+    [(5, 1, 0), (13, 3, 1), (18, 3, 3)],
     ids=["reading", "building", "publishing"],
 )
 def test_a_killed_build_goes_on_to_the_same_result(
@@ -215,7 +249,9 @@ def test_a_killed_build_goes_on_to_the_same_result(
     for number in (1, 2, 3):
         add(cfg, str(number), day(number))
     (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(config.to_dict(cfg)))
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cfg.yaml"), str(at)], cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "cfg.yaml"), str(at)], cwd=ROOT, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert store.read_manifest(cfg.sequence_dir) == first
     assert store.read_sequences(cfg.sequence_dir).equals(before)
@@ -244,7 +280,9 @@ def test_a_folder_that_an_older_version_wrote(here: None, tmp_path: Path):
     old = cfg.sequence_dir / "0123456789abcdef"
     old.mkdir(parents=True)
     (old / "bucket-00000.parquet").write_bytes(b"")
-    (cfg.sequence_dir / "manifest.json").write_text('{"schema_version": 1, "buckets": [], "digest": "0123"}')
+    (cfg.sequence_dir / "manifest.json").write_text(
+        '{"schema_version": 1, "buckets": [], "digest": "0123"}'
+    )
     with pytest.raises(UserError, match=r"has schema version 1, this code reads 2: .* --overwrite"):
         build_sequences(cfg)
     build_sequences(cfg, overwrite=True)
@@ -274,8 +312,14 @@ def test_the_number_of_buckets_follows_the_rows_and_stays(here: None, tmp_path: 
 
 def test_capped_users_are_counted(here: None, tmp_path: Path):
     cfg = folder(tmp_path, "a", log(num_users=3, rows=90), log(num_users=40, rows=40, seed=1))
-    cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, max_rows_per_user=20))
+    cfg = dataclasses.replace(
+        cfg, sequences=dataclasses.replace(cfg.sequences, max_rows_per_user=20)
+    )
     manifest = build_sequences(cfg)
     table = store.read_sequences(cfg.sequence_dir)
-    assert manifest.users_capped == sum(dropped > 0 for dropped in table["first_position"].to_pylist()) == 3
+    assert (
+        manifest.users_capped
+        == sum(dropped > 0 for dropped in table["first_position"].to_pylist())
+        == 3
+    )
     assert manifest.rows_capped == sum(table["first_position"].to_pylist())

@@ -1,4 +1,6 @@
-"""jobs.pipeline day after day: new logs join the sequences, and what was trained on others is trained anew."""
+"""jobs.pipeline day after day: new logs join the sequences, and what was trained on others is
+trained anew.
+"""
 
 import json
 from dataclasses import replace
@@ -36,9 +38,13 @@ def write_day(cfg: RunConfig, day: int) -> None:
 def test_a_day_is_appended_and_trained_on(
     local_ray: None, mlflow_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.pipeline.deployment, "deploy", lambda cfg, dashboard_url, model: "served")
+    monkeypatch.setattr(
+        jobs.pipeline.deployment, "deploy", lambda cfg, dashboard_url, model: "served"
+    )
     monkeypatch.setattr(replay, "demo_table", lambda cfg, url: "")
-    monkeypatch.setattr(replay, "replay", lambda cfg, url, model_dir: replay.Report(0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(
+        replay, "replay", lambda cfg, url, model_dir: replay.Report(0, 0.0, 0.0, 0.0)
+    )
     cfg = tiny_config(
         mlflow_runs,
         name="daily",
@@ -46,11 +52,19 @@ def test_a_day_is_appended_and_trained_on(
         tracking={"model_name": "daily"},
     )
     (tmp_path / "logs").mkdir()
-    cities = pa.table({"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]})
+    cities = pa.table(
+        {"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]}
+    )
     pq.write_table(cities, tmp_path / "users.parquet")
     source = replace(cfg.source, kind="parquet", path=str(tmp_path / "logs"))
-    source = replace(source, users=SideTable(path=str(tmp_path / "users.parquet"), id_column="user_id"))
-    cfg = replace(cfg, source=source, split=SplitConfig(t_val="2026-01-03T00:00:00Z", t_test="2026-01-04T00:00:00Z"))
+    source = replace(
+        source, users=SideTable(path=str(tmp_path / "users.parquet"), id_column="user_id")
+    )
+    cfg = replace(
+        cfg,
+        source=source,
+        split=SplitConfig(t_val="2026-01-03T00:00:00Z", t_test="2026-01-04T00:00:00Z"),
+    )
     for day in range(4):
         write_day(cfg, day)
     with mlflow_server(cfg):
@@ -63,6 +77,10 @@ def test_a_day_is_appended_and_trained_on(
     assert second["mlflow_run_id"] != first["mlflow_run_id"]
     assert (first["model_version"], second["model_version"]) == (1, 2)
     model = json.loads((cfg.model_dir / "artifact.json").read_text())["extra"]
-    assert model["sequences"] == json.loads((cfg.sequence_dir / "manifest.json").read_text())["digest"]
+    assert (
+        model["sequences"] == json.loads((cfg.sequence_dir / "manifest.json").read_text())["digest"]
+    )
     alike = second.keys() - {"train_seconds", "promoted", "promotion"}
-    assert {key: again[key] for key in alike} == {key: second[key] for key in alike}, "nothing new: nothing trained"
+    assert {key: again[key] for key in alike} == {key: second[key] for key in alike}, (
+        "nothing new: nothing trained"
+    )

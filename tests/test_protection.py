@@ -39,7 +39,11 @@ class Fixed:
     failing: Exception | None = None
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        head = {"model_version": 7, "request_time_ms": request.head.request_time_ms, "ordered_by": "is_click"}
+        head = {
+            "model_version": 7,
+            "request_time_ms": request.head.request_time_ms,
+            "ordered_by": "is_click",
+        }
         head |= {"unknown_items": 0, "unknown_user": False, "history_length": 0}
         scores = {"is_click": np.full(len(request), 0.5, np.float32)}
         return RankedColumns(head, request.item_id, scores, np.arange(len(request)))
@@ -51,7 +55,13 @@ class Fixed:
 
     async def info(self) -> ModelInfo:
         return ModelInfo(
-            model_name="m", model_version=7, tasks=[], request_features=[], actions=[], sequences="", deployment="d"
+            model_name="m",
+            model_version=7,
+            tasks=[],
+            request_features=[],
+            actions=[],
+            sequences="",
+            deployment="d",
         )
 
     async def deployments(self) -> list[str]:
@@ -68,14 +78,18 @@ def hashed(key: str) -> str:
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
-    path.write_text("# who may ask\n\n" + "".join(f"{hashed(key)}  {name}  # n\n" for name, key in KEYS.items()))
+    path.write_text(
+        "# who may ask\n\n" + "".join(f"{hashed(key)}  {name}  # n\n" for name, key in KEYS.items())
+    )
     return path
 
 
 def call(api, method: str, path: str, key: str | None = None, **arguments) -> httpx.Response:
     async def send() -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(api), base_url="http://test"
+        ) as client:
             return await client.request(method, path, headers=headers, **arguments)
 
     return asyncio.run(send())
@@ -83,7 +97,11 @@ def call(api, method: str, path: str, key: str | None = None, **arguments) -> ht
 
 def test_only_who_has_a_key(keys_file: Path) -> None:
     api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
-    for method, path, body in (("POST", "/v1/rank", RANK), ("POST", "/v1/events", EVENTS), ("GET", "/v1/model", None)):
+    for method, path, body in (
+        ("POST", "/v1/rank", RANK),
+        ("POST", "/v1/events", EVENTS),
+        ("GET", "/v1/model", None),
+    ):
         assert call(api, method, path, KEYS["shop"], json=body).status_code == 200
         for wrong in (None, "", "nobody's", KEYS["shop"] + "x", hashed(KEYS["shop"])):
             answer = call(api, method, path, wrong, json=body)
@@ -102,11 +120,14 @@ def test_without_keys_everybody_may_ask() -> None:
     assert call(make_api(Fixed(), 2_000_000), "POST", "/v1/rank", json=RANK).status_code == 200
 
 
-def test_keys_come_and_go_without_a_restart(keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_come_and_go_without_a_restart(
+    keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     keys = ApiKeys(keys_file)
     for text, names in (
         (f"{hashed('new')} fresh\n", {"new": "fresh", KEYS["shop"]: None}),
-        ("nonsense\n", {"new": "fresh", KEYS["shop"]: None}),  # a broken file changes nothing, and is reported
+        # a broken file changes nothing, and is reported
+        ("nonsense\n", {"new": "fresh", KEYS["shop"]: None}),
     ):
         staged = keys_file.with_name("staged")
         staged.write_text(text)
@@ -148,7 +169,9 @@ def test_a_bucket_fills_up_to_one_second_of_requests() -> None:
     assert [limit.wait_s("a") for _ in range(2)] == [0, 0.25]
 
 
-def test_a_line_per_request_without_what_was_sent(keys_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_per_request_without_what_was_sent(
+    keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
     secret = KEYS["app"]
     with caplog.at_level(logging.INFO, logger="ray.serve.requests"):
@@ -157,7 +180,11 @@ def test_a_line_per_request_without_what_was_sent(keys_file: Path, caplog: pytes
         call(api, "POST", "/v1/rank", secret, json={"user_id": "4711"})
         call(api, "POST", "/v1/rank", "4711", json=RANK)
         call(api, "GET", "/users/4711", secret)
-    lines = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.requests"]
+    lines = [
+        json.loads(record.message)
+        for record in caplog.records
+        if record.name == "ray.serve.requests"
+    ]
     assert all(line.pop("ms") >= 0 for line in lines)
     assert lines == [
         {"path": "/v1/rank", "status": 200, "key": "app", "num_candidates": 2, "version": 7},
@@ -173,7 +200,11 @@ def test_a_line_per_request_without_what_was_sent(keys_file: Path, caplog: pytes
 BAD_EVENTS = {  # body -> place and value that the answer must name
     "no events": ({"events": []}, ["body", "events"], "at least 1"),
     "a list": ([], ["body"], "dictionary"),
-    "no time": ({"events": [{"user_id": 1, "item_id": 2}]}, ["body", "events", 0, "event_time"], "required"),
+    "no time": (
+        {"events": [{"user_id": 1, "item_id": 2}]},
+        ["body", "events", 0, "event_time"],
+        "required",
+    ),
     "a negative item": (
         {"events": [EVENTS["events"][0] | {"item_id": -2}]},
         ["body", "events", 0, "item_id"],
@@ -189,7 +220,11 @@ BAD_EVENTS = {  # body -> place and value that the answer must name
         ["body", "events", 0, "request_features", "tab"],
         "-1",
     ),
-    "a misspelt field": ({"events": [EVENTS["events"][0] | {"time": 5}]}, ["body", "events", 0, "time"], "5"),
+    "a misspelt field": (
+        {"events": [EVENTS["events"][0] | {"time": 5}]},
+        ["body", "events", 0, "time"],
+        "5",
+    ),
     "an id beyond int64": (
         {"events": [EVENTS["events"][0] | {"request_id": 2**63}]},
         ["body", "events", 0, "request_id"],
@@ -221,7 +256,9 @@ def test_the_document_is_complete(keys_file: Path) -> None:
     for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
         route = document["paths"][path][method]
         assert route["security"] == [{"HTTPBearer": []}]
-        expected = {"200", "401", "429", "503", "504"} | ({"400", "408", "413", "422"} if method == "post" else set())
+        expected = {"200", "401", "429", "503", "504"} | (
+            {"400", "408", "413", "422"} if method == "post" else set()
+        )
         assert route["responses"].keys() == expected
         for status in expected - {"200"}:
             schema = route["responses"][status]["content"]["application/json"]["schema"]
@@ -235,7 +272,9 @@ def test_the_document_is_complete(keys_file: Path) -> None:
 
 
 def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -> None:
-    cfg = tiny_config(tmp_path / "runs", serve={"api_keys_file": str(keys_file), "rate_limit_per_s": 5})
+    cfg = tiny_config(
+        tmp_path / "runs", serve={"api_keys_file": str(keys_file), "rate_limit_per_s": 5}
+    )
     publish_sequences(cfg)
     model = registry.PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
     filled = deployment.serve_config(cfg, deployment.user_config(cfg, model), 8123, {})
@@ -266,7 +305,9 @@ def test_a_job_has_a_key_for_its_own_requests(tmp_path: Path, keys_file: Path) -
     assert replay.key_header(tiny_config(tmp_path)) == {}
 
 
-@pytest.mark.parametrize(("key", "value"), [("rate_limit_per_s", 0), ("api_keys_file", ""), ("max_events", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rate_limit_per_s", 0), ("api_keys_file", ""), ("max_events", 0)]
+)
 def test_settings_out_of_range(tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"serve\.{key}.*{value!r}"):
         tiny_config(tmp_path, serve={key: value})

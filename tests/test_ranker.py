@@ -29,7 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, UserEvents]
     table = publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, folder / "model"))
     store = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
-    return Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)), user_events(table, cfg)
+    return Ranker(
+        loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)
+    ), user_events(table, cfg)
 
 
 def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.ndarray]:
@@ -39,12 +41,17 @@ def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.nda
     return batch, probabilities(ranker.model, batch.batch)
 
 
-def request_of(batch: EvaluationBatch, rows: slice, tabs: np.ndarray, **changes: object) -> RankRequest:
+def request_of(
+    batch: EvaluationBatch, rows: slice, tabs: np.ndarray, **changes: object
+) -> RankRequest:
     asked = [
         {"item_id": item, "request_features": {"tab": tab}}
         for item, tab in zip(batch.item_id[rows].tolist(), tabs[rows].tolist(), strict=True)
     ]
-    fields = {"user_id": int(batch.user_id[rows.start]), "request_time_ms": int(batch.event_time[rows.start])}
+    fields = {
+        "user_id": int(batch.user_id[rows.start]),
+        "request_time_ms": int(batch.event_time[rows.start]),
+    }
     return RankRequest.model_validate(fields | {"candidates": asked} | changes)
 
 
@@ -61,12 +68,17 @@ def all_requests(world: tuple[Ranker, UserEvents]) -> tuple[list[RankRequest], n
 
 
 def rank(ranker: Ranker, *requests: RankRequest) -> list[RankResponse]:
-    return [answer.response() for answer in ranker.rank([RankColumns.of(request) for request in requests])]
+    return [
+        answer.response()
+        for answer in ranker.rank([RankColumns.of(request) for request in requests])
+    ]
 
 
 def as_array(ranker: Ranker, requests: list[RankRequest]) -> np.ndarray:
     responses = rank(ranker, *requests)
-    return np.concatenate([np.array([r.scores[task] for task in ranker.cfg.tasks]).T for r in responses])
+    return np.concatenate(
+        [np.array([r.scores[task] for task in ranker.cfg.tasks]).T for r in responses]
+    )
 
 
 def test_a_past_request_gets_the_scores_of_the_evaluation(world: tuple[Ranker, UserEvents]) -> None:
@@ -78,12 +90,18 @@ def test_a_past_request_gets_the_scores_of_the_evaluation(world: tuple[Ranker, U
 
 def test_a_query_anchored_model_is_served_without_a_cache(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "runs")
-    train, model = replace(cfg.train, layout="request"), replace(cfg.model, time_anchor="query", time_buckets=99)
+    train, model = (
+        replace(cfg.train, layout="request"),
+        replace(cfg.model, time_anchor="query", time_buckets=99),
+    )
     cfg = replace(cfg, train=train, model=model)
     table = publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, tmp_path / "model"))
     store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
-    other = Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)), user_events(table, cfg)
+    other = (
+        Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)),
+        user_events(table, cfg),
+    )
     requests, scores = all_requests(other)
     np.testing.assert_allclose(as_array(other[0], requests), scores, atol=1e-6)
     assert hits_and_misses(other[0]) == (0, 0)
@@ -100,12 +118,16 @@ def test_scores_do_not_depend_on_the_company(world: tuple[Ranker, UserEvents]) -
 
 def test_a_candidate_does_not_see_the_others(world: tuple[Ranker, UserEvents]) -> None:
     ranker, _ = world
-    many = RankRequest.model_validate({"user_id": 2, "candidates": [{"item_id": i} for i in range(40)]})
+    many = RankRequest.model_validate(
+        {"user_id": 2, "candidates": [{"item_id": i} for i in range(40)]}
+    )
     one = many.model_copy(update={"candidates": many.candidates[17:18]})
     np.testing.assert_allclose(as_array(ranker, [one])[0], as_array(ranker, [many])[17], atol=1e-6)
 
 
-def test_the_same_history_in_the_body_differs_only_by_the_user(world: tuple[Ranker, UserEvents]) -> None:
+def test_the_same_history_in_the_body_differs_only_by_the_user(
+    world: tuple[Ranker, UserEvents],
+) -> None:
     ranker, _ = world
     sequence = ranker.store.sequence(1)
     assert sequence is not None
@@ -128,7 +150,9 @@ def test_the_same_history_in_the_body_differs_only_by_the_user(world: tuple[Rank
         for i in range(len(row["item_id"]))
     ]
     asked = {"candidates": [{"item_id": i} for i in range(5)], "request_time_ms": now}
-    body = RankRequest.model_validate({"history": history, "first_position": row["first_position"]} | asked)
+    body = RankRequest.model_validate(
+        {"history": history, "first_position": row["first_position"]} | asked
+    )
     assert ranker.refusal(RankColumns.of(body)) is None
     by_id = RankRequest.model_validate({"user_id": 1} | asked)
     with_user = body.model_copy(update={"user_id": 1})
@@ -155,12 +179,16 @@ def test_as_of_the_request(world: tuple[Ranker, UserEvents]) -> None:
 def test_unknown_items_and_users_are_scored_and_counted(world: tuple[Ranker, UserEvents]) -> None:
     ranker, _ = world
     asked = [{"item_id": 3}, {"item_id": 10**15}, {"item_id": 2**63 - 1}]
-    (answer,) = rank(ranker, RankRequest.model_validate({"user_id": NOT_A_USER, "candidates": asked}))
+    (answer,) = rank(
+        ranker, RankRequest.model_validate({"user_id": NOT_A_USER, "candidates": asked})
+    )
     assert answer.unknown_items == 2
     assert answer.unknown_user
     assert answer.history_length == 0
     alike = answer.scores["is_click"][1:]
-    assert alike[0] == pytest.approx(alike[1], rel=1e-6), "one row; a matrix product may round its rows differently"
+    assert alike[0] == pytest.approx(alike[1], rel=1e-6), (
+        "one row; a matrix product may round its rows differently"
+    )
     (known,) = rank(ranker, RankRequest.model_validate({"user_id": 5, "candidates": asked}))
     assert not known.unknown_user
 
@@ -168,7 +196,10 @@ def test_unknown_items_and_users_are_scored_and_counted(world: tuple[Ranker, Use
 def test_order_is_by_score_and_ties_keep_their_place(world: tuple[Ranker, UserEvents]) -> None:
     ranker, _ = world
     asked = [{"item_id": item} for item in [7, 3, 9, 11] * 16]
-    (answer,) = rank(ranker, RankRequest.model_validate({"user_id": 2, "candidates": asked, "order_by": "is_like"}))
+    (answer,) = rank(
+        ranker,
+        RankRequest.model_validate({"user_id": 2, "candidates": asked, "order_by": "is_like"}),
+    )
     best_first = [(-answer.scores["is_like"][i], i) for i in answer.order]
     assert best_first == sorted(best_first)
     assert len({score for score, _ in best_first}) < len(asked), "no ties, nothing proven"
@@ -186,7 +217,11 @@ def fresh(world: tuple[Ranker, UserEvents]) -> Iterator[Ranker]:
 
 
 def ask(user_id: int, **changes: object) -> RankRequest:
-    fields = {"user_id": user_id, "request_time_ms": NOW, "candidates": [{"item_id": i} for i in range(5)]}
+    fields = {
+        "user_id": user_id,
+        "request_time_ms": NOW,
+        "candidates": [{"item_id": i} for i in range(5)],
+    }
     return RankRequest.model_validate(fields | changes)
 
 
@@ -198,7 +233,8 @@ def hits_and_misses(ranker: Ranker) -> tuple[int, int]:
 def test_a_history_is_encoded_once(fresh: Ranker) -> None:
     cold = as_array(fresh, [ask(2), ask(4)])
     assert hits_and_misses(fresh) == (0, 2)
-    warm = as_array(fresh, [ask(4), ask(2, request_time_ms=NOW + 1000), ask(2)])  # a candidate's gap is not cached
+    # a candidate's gap is not cached
+    warm = as_array(fresh, [ask(4), ask(2, request_time_ms=NOW + 1000), ask(2)])
     assert hits_and_misses(fresh) == (3, 2)
     np.testing.assert_allclose(warm[10:], cold[:5], atol=1e-6)
     np.testing.assert_allclose(warm[:5], cold[5:], atol=1e-6)
@@ -218,10 +254,17 @@ def test_another_history_is_another_entry(fresh: Ranker) -> None:
     assert hits_and_misses(fresh) == (1, 2), "the last row is not yet there"
 
 
-@pytest.mark.parametrize("limits", [{"cache_mb": 0}, {"micro_batch": 1}, {"micro_batch": 3, "batch_tokens": 1}])
-def test_limits_change_nothing_in_the_scores(world: tuple[Ranker, UserEvents], fresh: Ranker, limits: dict) -> None:
+@pytest.mark.parametrize(
+    "limits", [{"cache_mb": 0}, {"micro_batch": 1}, {"micro_batch": 3, "batch_tokens": 1}]
+)
+def test_limits_change_nothing_in_the_scores(
+    world: tuple[Ranker, UserEvents], fresh: Ranker, limits: dict
+) -> None:
     requests, scores = all_requests(world)
-    requests, scores = requests[:40], scores[: sum(len(request.candidates) for request in requests[:40])]
+    requests, scores = (
+        requests[:40],
+        scores[: sum(len(request.candidates) for request in requests[:40])],
+    )
     fresh.limits = replace(fresh.limits, **limits)
     fresh.caches = HistoryCaches(fresh.limits.cache_mb)
     np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
@@ -231,7 +274,9 @@ def test_limits_change_nothing_in_the_scores(world: tuple[Ranker, UserEvents], f
     assert misses > 0
 
 
-def test_bf16_is_near_and_keeps_half_as_much(world: tuple[Ranker, UserEvents], fresh: Ranker) -> None:
+def test_bf16_is_near_and_keeps_half_as_much(
+    world: tuple[Ranker, UserEvents], fresh: Ranker
+) -> None:
     requests, scores = all_requests(world)
     as_array(fresh, requests)
     full = fresh.stats()["history_cache_bytes"]
@@ -249,7 +294,9 @@ def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
     requests, scores = all_requests(world)
     limits = replace(ranker.limits, fp8=True)
     loaded = LoadedModel(copy.deepcopy(ranker.model), ranker.cfg, ranker.maps, {})
-    difference = np.abs(as_array(Ranker(loaded, ranker.store, 1, "tiny", limits), requests) - scores)
+    difference = np.abs(
+        as_array(Ranker(loaded, ranker.store, 1, "tiny", limits), requests) - scores
+    )
     assert 1e-4 < difference.max() < 0.3
 
 
@@ -288,18 +335,27 @@ NOW = int(time.time() * 1000)
         ({"order_by": "is_bought"}, "order_by", "is_bought"),
         ({"user_id": None, "history": [{"item_id": 1, "event_time": NOW}] * 31}, "history", "31"),
         (
-            {"user_id": None, "history": [{"item_id": 1, "event_time": NOW}], "request_time_ms": NOW},
+            {
+                "user_id": None,
+                "history": [{"item_id": 1, "event_time": NOW}],
+                "request_time_ms": NOW,
+            },
             "event_time",
             str(NOW),
         ),
         (
-            {"user_id": None, "history": [{"item_id": 1, "event_time": 5, "actions": {"is_bought": True}}]},
+            {
+                "user_id": None,
+                "history": [{"item_id": 1, "event_time": 5, "actions": {"is_bought": True}}],
+            },
             "actions",
             "is_bought",
         ),
     ],
 )
-def test_what_this_model_cannot_answer(world: tuple[Ranker, UserEvents], change: dict, field: str, value: str) -> None:
+def test_what_this_model_cannot_answer(
+    world: tuple[Ranker, UserEvents], change: dict, field: str, value: str
+) -> None:
     request = RankRequest.model_validate({"user_id": 1, "candidates": [{"item_id": 1}]} | change)
     refusal = world[0].refusal(RankColumns.of(request))
     assert refusal is not None
@@ -319,9 +375,14 @@ def test_every_column_of_a_history_is_in_its_key(world: tuple[Ranker, UserEvents
     rows = {f.name for f in fields(history)} - {"offsets", "request", "dense"}
     other = {name: replace(history, **{name: changed(getattr(history, name))}) for name in rows}
     for name, column in history.request.items():
-        other[f"request.{name}"] = replace(history, request=history.request | {name: changed(column)})
+        other[f"request.{name}"] = replace(
+            history, request=history.request | {name: changed(column)}
+        )
     keys = {name: history_key(events, user) for name, events in other.items()}
-    keys |= {"itself": history_key(history, user), "of another user": history_key(history, user + 1)}
+    keys |= {
+        "itself": history_key(history, user),
+        "of another user": history_key(history, user + 1),
+    }
     assert len(set(keys.values())) == len(keys) > 9
     assert history_key(users.events.take(begin, end), user) == keys["itself"]
 

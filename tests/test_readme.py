@@ -1,4 +1,6 @@
-"""The README's commands for a user's own logs run as they stand, on small Parquet files with a user's own names."""
+"""The README's commands for a user's own logs run as they stand, on small Parquet files with a
+user's own names.
+"""
 
 import os
 import re
@@ -17,7 +19,11 @@ NUM_USERS, NUM_ITEMS, ROWS_PER_USER = 60, 80, 40
 
 def commands(heading: str) -> str:
     """The ```bash block under a heading of the README."""
-    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    section = re.search(
+        rf"^## {heading}\n(.*?)(?=^## |\Z)",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
     assert section, f"README.md has no heading {heading!r}"
     (block,) = re.findall(r"^```bash\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
     return block
@@ -39,14 +45,21 @@ def write_own_logs(folder: Path) -> None:
         "surface": rng.integers(0, 3, len(uid)).astype("int32"),
         "played_ms": rng.integers(0, 60_000, len(uid)),
     }
-    users = {"uid": np.arange(NUM_USERS), "country": [f"country_{user % 4}" for user in range(NUM_USERS)]}
+    users = {
+        "uid": np.arange(NUM_USERS),
+        "country": [f"country_{user % 4}" for user in range(NUM_USERS)],
+    }
     items = {
         "video": np.arange(NUM_ITEMS),
         "genre": np.arange(NUM_ITEMS) % 4,
         "length_s": rng.integers(5, 300, NUM_ITEMS),
     }
     (folder / "log").mkdir(parents=True)
-    for path, columns in (("log/part-0.parquet", log), ("users.parquet", users), ("items.parquet", items)):
+    for path, columns in (
+        ("log/part-0.parquet", log),
+        ("users.parquet", users),
+        ("items.parquet", items),
+    ):
         pd.DataFrame(columns).to_parquet(folder / path)
 
 
@@ -55,10 +68,16 @@ def write_own_logs(folder: Path) -> None:
 @pytest.mark.timeout(600)
 def test_your_own_logs(tmp_path):
     for folder in ("pipeline", "kernels", "jobs", "serve_app", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     (tmp_path / ".venv").symlink_to(sys.prefix)
     write_own_logs(tmp_path / "data" / "own_logs")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "MLFLOW_"))
+    }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands("Your own logs")],
         cwd=tmp_path,

@@ -35,7 +35,17 @@ class Server:
     def __init__(self, folder: Path, *options: str) -> None:
         assert SERVER is not None, "redis-server is not installed: apt-get install redis-server"
         self.port = free_port()
-        self.command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+        self.command = [
+            SERVER,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(folder),
+            "--save",
+            "",
+        ]
         self.command += options
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
@@ -67,7 +77,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def log_of(server: Server, folder: Path, **settings: str):
-    return open_events(tiny_config(folder, serve={"redis_url": server.url, **settings}).serve, folder)
+    return open_events(
+        tiny_config(folder, serve={"redis_url": server.url, **settings}).serve, folder
+    )
 
 
 def event(user: int, item: int, time_ms: int = START, **values: object) -> Event:
@@ -76,7 +88,9 @@ def event(user: int, item: int, time_ms: int = START, **values: object) -> Event
 
 def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) -> None:
     log, other = log_of(server, tmp_path), log_of(server, tmp_path)
-    full = event(1, 2, actions={"is_click": True}, request_features={"tab": 3}, request_id=7, watch_ms=9)
+    full = event(
+        1, 2, actions={"is_click": True}, request_features={"tab": 3}, request_id=7, watch_ms=9
+    )
     assert log.append([full, event(1, 3), event(2, 2)]) == ["accepted"] * 3
     assert other.append([full, event(1, 2, watch_ms=1), event(1, 2, START + 1)]) == [
         "already_there",
@@ -115,7 +129,12 @@ def test_a_history_is_the_same_over_either_log(server: Server, tmp_path: Path) -
     times = np.concatenate([row.as_py() for row in table["event_time"]])
     for _ in range(20):
         events = [
-            event(int(rng.integers(30)), int(rng.integers(60)), int(rng.choice(times)), actions={"is_click": True})
+            event(
+                int(rng.integers(30)),
+                int(rng.integers(60)),
+                int(rng.choice(times)),
+                actions={"is_click": True},
+            )
             for _ in range(5)
         ]
         assert one.append(events) == other.append(events)
@@ -138,7 +157,10 @@ def _write(url: str, folder: Path, writer: int, num: int) -> None:
 
 def test_writers_of_several_machines_at_once(server: Server, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(server.url, tmp_path, writer, 50)) for writer in range(4)]
+    writers = [
+        context.Process(target=_write, args=(server.url, tmp_path, writer, 50))
+        for writer in range(4)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -161,7 +183,9 @@ def test_a_killed_server_loses_nothing_acknowledged(server: Server, tmp_path: Pa
     assert log.append([event(1, 19), event(1, 20)]) == ["already_there", "accepted"]
 
 
-@pytest.mark.parametrize("options", [(), ("--appendonly", "yes"), (*DURABLE, "--maxmemory-policy", "allkeys-lru")])
+@pytest.mark.parametrize(
+    "options", [(), ("--appendonly", "yes"), (*DURABLE, "--maxmemory-policy", "allkeys-lru")]
+)
 def test_a_server_that_may_lose_events_is_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
     server = Server(tmp_path, *options)
     try:
@@ -182,14 +206,19 @@ def test_the_password_comes_from_a_file(tmp_path: Path) -> None:
             log_of(server, tmp_path, redis_password_file=str(password))
         assert "wrong" not in str(caught.value)
         password.write_text("open-sesame\n")
-        assert log_of(server, tmp_path, redis_password_file=str(password)).append([event(1, 1)]) == ["accepted"]
+        assert log_of(server, tmp_path, redis_password_file=str(password)).append(
+            [event(1, 1)]
+        ) == ["accepted"]
     finally:
         server.kill()
 
 
 def test_nothing_answers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"serve\.redis_url: no usable Redis"):
-        open_events(tiny_config(tmp_path, serve={"redis_url": f"redis://127.0.0.1:{free_port()}"}).serve, tmp_path)
+        open_events(
+            tiny_config(tmp_path, serve={"redis_url": f"redis://127.0.0.1:{free_port()}"}).serve,
+            tmp_path,
+        )
 
 
 @pytest.mark.parametrize("url", ["http://host", "redis://user:secret@host:6379"])

@@ -32,7 +32,11 @@ def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path:
     number = new_version(cfg, tmp_path, 0.9)
     client = mlflow.MlflowClient()
     version = client.get_model_version(cfg.tracking.model_name, str(number))
-    assert {"sha256.model.safetensors", "sha256.config.json", "sha256.README.md"} <= version.tags.keys()
+    assert {
+        "sha256.model.safetensors",
+        "sha256.config.json",
+        "sha256.README.md",
+    } <= version.tags.keys()
     assert version.tags["val/ne/is_like"] == "0.9"
     assert version.tags["manifest"] == store.read_manifest(cfg.sequence_dir).digest
     assert "| val NE | 0.9000 | 0.9000 |" in version.description
@@ -63,7 +67,9 @@ def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:
     assert tags["promotion"] == refused.reason
     assert registry.rollback(cfg) == first
     assert registry.champion(cfg).version == first
-    assert registry.promote(cfg, first) == registry.Decision(True, f"version {first} is the champion already")
+    assert registry.promote(cfg, first) == registry.Decision(
+        True, f"version {first} is the champion already"
+    )
     with pytest.raises(UserError, match="no version 77"):
         registry.promote(cfg, 77)
 
@@ -78,7 +84,10 @@ def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path:
     assert (folder / "model.safetensors").read_bytes() == original.read_bytes()
     new_version(cfg, tmp_path, 0.8, seed=1)
     registry.promote(cfg)
-    assert registry.fetch(pinned, tmp_path / "other") == tmp_path / "other" / f"{cfg.tracking.model_name}-1"
+    assert (
+        registry.fetch(pinned, tmp_path / "other")
+        == tmp_path / "other" / f"{cfg.tracking.model_name}-1"
+    )
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         registry.fetch(pinned, folder.parent)
@@ -87,7 +96,11 @@ def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path:
 def test_a_registry_whose_files_changed_is_refused(cfg: RunConfig, tmp_path: Path) -> None:
     new_version(cfg, tmp_path, 0.9)
     registry.promote(cfg)
-    source = mlflow.MlflowClient().get_model_version(cfg.tracking.model_name, "1").source.removeprefix("models:/")
+    source = (
+        mlflow.MlflowClient()
+        .get_model_version(cfg.tracking.model_name, "1")
+        .source.removeprefix("models:/")
+    )
     (stored,) = Path(cfg.runs_dir, "mlflow", "artifacts").rglob(f"{source}/**/config.json")
     stored.write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
@@ -133,7 +146,9 @@ def test_judgement(new: dict, old: dict | None, promoted: bool, said: str, tmp_p
     assert said in decision.reason
 
 
-def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(cfg: RunConfig, tmp_path: Path) -> None:
+def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
     honest = new_version(cfg, tmp_path, 0.9)
     refit_cfg = replace(cfg, split=replace(cfg.split, refit=True))
     refit = new_version(refit_cfg, tmp_path / "refit", 0.1)
@@ -149,7 +164,9 @@ def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(cf
     assert decision.promoted
     assert f"is_click 0.9000, is_like 0.9000 of version {honest}" in decision.reason
     worse = new_version(cfg, tmp_path / "worse", 0.95, seed=1)
-    assert "+0.0500" in registry.promote(cfg, worse).reason, "the next challenger meets the borrowed figures"
+    assert "+0.0500" in registry.promote(cfg, worse).reason, (
+        "the next challenger meets the borrowed figures"
+    )
 
 
 def test_validation_on_other_sequences_is_said(tmp_path: Path) -> None:

@@ -18,10 +18,14 @@ from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Ranker]:
     folder = tmp_path_factory.mktemp("replay")
-    cfg = tiny_config(folder / "runs", serve={"port": 0, "parity_requests": 20, "demo_candidates": 12})
+    cfg = tiny_config(
+        folder / "runs", serve={"port": 0, "parity_requests": 20, "demo_candidates": 12}
+    )
     publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, cfg.model_dir))
-    return cfg, Ranker(loaded, PublishedSequences(cfg.sequence_dir, cfg, folder / "cache"), 1, "tiny", cfg.serve)
+    return cfg, Ranker(
+        loaded, PublishedSequences(cfg.sequence_dir, cfg, folder / "cache"), 1, "tiny", cfg.serve
+    )
 
 
 def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig, Ranker]) -> None:
@@ -43,7 +47,9 @@ def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig
 
 
 def test_a_skewed_server_is_noticed(world: tuple[RunConfig, Ranker]) -> None:
-    """The sum of all this would be worthless if a request's time or history did not matter to the scores."""
+    """The sum of all this would be worthless if a request's time or history did not matter to the
+    scores.
+    """
     cfg, ranker = world
     worst = 0.0
     for past in replay.past_requests(cfg, load_model(cfg.model_dir)):
@@ -54,7 +60,9 @@ def test_a_skewed_server_is_noticed(world: tuple[RunConfig, Ranker]) -> None:
     assert worst > 1e-3
 
 
-def test_the_demo_asks_for_what_came_next_and_what_is_popular(world: tuple[RunConfig, Ranker]) -> None:
+def test_the_demo_asks_for_what_came_next_and_what_is_popular(
+    world: tuple[RunConfig, Ranker],
+) -> None:
     cfg, ranker = world
     body, did = replay.demo_request(cfg)
     items = [candidate["item_id"] for candidate in body["candidates"]]

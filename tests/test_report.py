@@ -29,7 +29,17 @@ RULES = LogRules(
     columns={
         name: name
         for name in (
-            *("user_id", "item_id", "event_time", "click", "like", "tab", "request_id", "watch_ms", "order_only"),
+            *(
+                "user_id",
+                "item_id",
+                "event_time",
+                "click",
+                "like",
+                "tab",
+                "request_id",
+                "watch_ms",
+                "order_only",
+            ),
             *("known_mask", "tie_breaker", "row_digest"),
         )
     },
@@ -62,8 +72,18 @@ def counted(rows: pa.Table, utc_offset_ms: int = 0) -> Statistics:
 
 def test_counts_of_a_bucket():
     found = counted(log())
-    assert (found.rows_in, found.rows_kept, found.rows_capped, found.order_only_rows, found.requests) == (7, 4, 0, 1, 2)
-    assert found.quarantined == {"exact_duplicate": 1, "event_time_before_range": 1, "null_user_id": 1}
+    assert (
+        found.rows_in,
+        found.rows_kept,
+        found.rows_capped,
+        found.order_only_rows,
+        found.requests,
+    ) == (7, 4, 0, 1, 2)
+    assert found.quarantined == {
+        "exact_duplicate": 1,
+        "event_time_before_range": 1,
+        "null_user_id": 1,
+    }
     assert found.lengths == {"2": 2}
     assert found.heaviest == {"1": 2, "2": 2}
     assert found.day_rows == {"2022-04-15": 1, "2022-04-16": 2}
@@ -75,12 +95,20 @@ def test_counts_of_a_bucket():
     }
     assert found.day_positive == {"2022-04-16 click": 1, "2022-04-16 like": 1}
     assert (found.first_event_ms, found.last_event_ms) == (NOON, NOON + DAY)
-    assert (found.nulls["user_id"], found.nulls["click"], found.nulls["tab"], found.nulls["watch_ms"]) == (1, 1, 1, 5)
+    assert (
+        found.nulls["user_id"],
+        found.nulls["click"],
+        found.nulls["tab"],
+        found.nulls["watch_ms"],
+    ) == (1, 1, 1, 5)
     assert found.samples["event_time_before_range"][0]["row"]["note"] == "<b>"
 
 
 def test_days_begin_at_midnight_of_the_offset():
-    assert list(counted(log(), utc_offset_ms=13 * 3600 * 1000).day_rows) == ["2022-04-16", "2022-04-17"]
+    assert list(counted(log(), utc_offset_ms=13 * 3600 * 1000).day_rows) == [
+        "2022-04-16",
+        "2022-04-17",
+    ]
 
 
 def test_buckets_add_up():
@@ -93,12 +121,20 @@ def test_buckets_add_up():
 
 
 def test_length_quantiles():
-    assert length_quantiles({"1": 50, "2": 45, "9": 4, "30": 1}) == {"min": 1, "p50": 1, "p90": 2, "p99": 9, "max": 30}
+    assert length_quantiles({"1": 50, "2": 45, "9": 4, "30": 1}) == {
+        "min": 1,
+        "p50": 1,
+        "p90": 2,
+        "p99": 9,
+        "max": 30,
+    }
     assert length_quantiles({}) == {}
 
 
 def test_hints_name_the_unit_only_when_all_samples_agree():
-    assert hints(counted(log()), RULES) == ["event_time looks like seconds, it must be in milliseconds since 1970, UTC"]
+    assert hints(counted(log()), RULES) == [
+        "event_time looks like seconds, it must be in milliseconds since 1970, UTC"
+    ]
     rows = log().set_column(2, "event_time", pa.array([NOON // 1000, 5] + [NOON] * 5))
     assert hints(counted(rows), RULES) == []
 
@@ -109,7 +145,9 @@ def cfg(tmp_path: Path) -> RunConfig:
 
 
 def test_the_page_stands_alone_and_says_what_happened(cfg: RunConfig):
-    imported = ImportReport(kind="x", rows=7, files=[], quarantined={"bad_history": 3}, counts={"strays": 1234})
+    imported = ImportReport(
+        kind="x", rows=7, files=[], quarantined={"bad_history": 3}, counts={"strays": 1234}
+    )
     page = report.write(
         cfg,
         merge([counted(log())]),
@@ -131,10 +169,16 @@ def test_the_page_stands_alone_and_says_what_happened(cfg: RunConfig):
     ):
         assert text in page
     content = json.loads((cfg.run_dir / "report" / "validation.json").read_text())
-    assert content["quarantined"] == {"event_time_before_range": 1, "exact_duplicate": 1, "null_user_id": 1}
+    assert content["quarantined"] == {
+        "event_time_before_range": 1,
+        "exact_duplicate": 1,
+        "null_user_id": 1,
+    }
     assert content["import_quarantined"] == {"bad_history": 3}
     assert content["length_quantiles"]["max"] == 2
-    assert [check["key"] for check in content["checks"] if not check["passed"]] == ["checks.max_quarantined_share"]
+    assert [check["key"] for check in content["checks"] if not check["passed"]] == [
+        "checks.max_quarantined_share"
+    ]
 
 
 def test_the_page_of_logs_without_one_good_row(cfg: RunConfig):
@@ -145,5 +189,7 @@ def test_the_page_of_logs_without_one_good_row(cfg: RunConfig):
 
 
 def test_the_same_counts_give_the_same_page(cfg: RunConfig):
-    pages = [report.write(cfg, merge([counted(log())]), RULES, None, []).read_text() for _ in range(2)]
+    pages = [
+        report.write(cfg, merge([counted(log())]), RULES, None, []).read_text() for _ in range(2)
+    ]
     assert pages[0] == pages[1]

@@ -35,17 +35,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[Pin
     models = []
     for version in (1, 2, 3):
         folder = save_tiny_model(cfg, deployment.cache(cfg) / f"tiny-{version}", seed=version)
-        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+        digests = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
+        }
         models.append(PinnedModel("http://127.0.0.1:1", "tiny", version, digests))
     return cfg, models
 
 
 def loaded(world, canary=None, shadow=None, share=0.3, earlier=None, counts=None) -> Rollout:
     cfg, models = world
-    sections = {"port": 0, "canary": {"version": models[canary].version, "share": share} if canary else None}
+    sections = {
+        "port": 0,
+        "canary": {"version": models[canary].version, "share": share} if canary else None,
+    }
     cfg = tiny_config(Path(cfg.runs_dir), serve=sections)
     on_trial = [None if i is None else models[i] for i in (canary, shadow)]
-    return rollout.load(deployment.user_config(cfg, models[0], *on_trial), counts or ReplicaMetrics(), earlier)
+    return rollout.load(
+        deployment.user_config(cfg, models[0], *on_trial), counts or ReplicaMetrics(), earlier
+    )
 
 
 def asking(user: int | None, **values: object) -> RankColumns:
@@ -56,7 +63,8 @@ def asking(user: int | None, **values: object) -> RankColumns:
 def test_a_share_of_the_users_and_always_the_same() -> None:
     users = range(10_000)
     small, large, other = (
-        {u for u in users if in_share(u, version, share)} for version, share in ((4, 0.1), (4, 0.3), (5, 0.1))
+        {u for u in users if in_share(u, version, share)}
+        for version, share in ((4, 0.1), (4, 0.3), (5, 0.1))
     )
     assert len(small) == pytest.approx(1000, abs=150)
     assert len(large) == pytest.approx(3000, abs=250)
@@ -80,8 +88,12 @@ def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
         for i, alone in zip(mine, ranker.rank([requests[i] for i in mine]), strict=True):
             assert answers[i].response() == alone.response()  # pyright: ignore[reportAttributeAccessIssue]
     text = exposition(counts.registry).decode()
-    assert sample(text, "ranking_ranker_requests_total", version="2", role="canary") == versions.count(2)
-    assert sample(text, "ranking_ranker_requests_total", version="1", role="champion") == versions.count(1)
+    assert sample(
+        text, "ranking_ranker_requests_total", version="2", role="canary"
+    ) == versions.count(2)
+    assert sample(
+        text, "ranking_ranker_requests_total", version="1", role="champion"
+    ) == versions.count(1)
     assert sample(text, "ranking_ranker_candidates_total") == 3 * 25
 
 
@@ -99,7 +111,9 @@ def test_the_shadow_is_compared_and_never_seen(world) -> None:
     requests = [asking(user) for user in range(10)]
     answers = shadowed.rank(requests)
     assert {answer.model_version for answer in answers} == {1}  # pyright: ignore[reportAttributeAccessIssue]
-    counted = lambda: sample(exposition(counts.registry).decode(), "ranking_shadow_score_change_count")
+    counted = lambda: sample(
+        exposition(counts.registry).decode(), "ranking_shadow_score_change_count"
+    )
     finished(counted, 10)
     text = exposition(counts.registry).decode()
     other = shadowed.rankers[SHADOW].rank(requests)
@@ -108,7 +122,9 @@ def test_the_shadow_is_compared_and_never_seen(world) -> None:
         for a, b in zip(answers, other, strict=True)
     ]
     assert min(changes) > 0
-    assert sample(text, "ranking_shadow_score_change_sum", version="3") == pytest.approx(sum(changes))
+    assert sample(text, "ranking_shadow_score_change_sum", version="3") == pytest.approx(
+        sum(changes)
+    )
     same = sum(a.order[0] == b.order[0] for a, b in zip(answers, other, strict=True))  # pyright: ignore
     assert sample(text, "ranking_shadow_same_best_total") == same
     assert sample(text, "ranking_ranker_requests_total", role="shadow") == 10
@@ -119,27 +135,41 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
     monkeypatch.setattr(rollout, "SHADOW_QUEUE", 3)
     counts, release = ReplicaMetrics(), threading.Event()
     shadowed = loaded(world, shadow=2, counts=counts)
-    monkeypatch.setattr(shadowed.rankers[SHADOW], "score", lambda requests: release.wait(10) and 1 / 0)
+    monkeypatch.setattr(
+        shadowed.rankers[SHADOW], "score", lambda requests: release.wait(10) and 1 / 0
+    )
     answers = [shadowed.rank([asking(user)])[0] for user in range(8)]
     assert all(isinstance(answer, RankedColumns) for answer in answers)
     dropped = sample(exposition(counts.registry).decode(), "ranking_shadow_dropped_total")
     assert dropped in (4, 5)  # three wait; the thread may have taken one more
     release.set()
-    finished(lambda: sample(exposition(counts.registry).decode(), "ranking_shadow_failed_total"), 8 - dropped)
+    finished(
+        lambda: sample(exposition(counts.registry).decode(), "ranking_shadow_failed_total"),
+        8 - dropped,
+    )
     shadowed.close()
 
 
-def test_a_version_that_is_loaded_keeps_what_it_has_cached(world, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_that_is_loaded_keeps_what_it_has_cached(
+    world, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = loaded(world, canary=1)
     first.rank([asking(user) for user in range(5)])
-    monkeypatch.setattr(rollout, "load_model", lambda folder: pytest.fail("nothing new is to be loaded"))
+    monkeypatch.setattr(
+        rollout, "load_model", lambda folder: pytest.fail("nothing new is to be loaded")
+    )
     wider = loaded(world, canary=1, share=0.9, earlier=first)
     assert wider.rankers == first.rankers
     assert wider.share == 0.9
     alone = loaded(world, earlier=first)
     assert list(alone.rankers) == [CHAMPION]
     info = wider.info()
-    assert (info.model_version, info.canary_version, info.canary_share, info.shadow_version) == (1, 2, 0.9, None)
+    assert (info.model_version, info.canary_version, info.canary_share, info.shadow_version) == (
+        1,
+        2,
+        0.9,
+        None,
+    )
     assert alone.info().canary_version is None
 
 
@@ -167,9 +197,14 @@ def test_settings_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(ConfigError, match=said):
             tiny_config(tmp_path, serve=section)
-    for section, key in (({"canary": {"version": 3}}, "serve.canary.version"), ({"shadow": 3}, "serve.shadow")):
+    for section, key in (
+        ({"canary": {"version": 3}}, "serve.canary.version"),
+        ({"shadow": 3}, "serve.shadow"),
+    ):
         with pytest.raises(UserError, match=f"{key}: version 3 is the champion"):
-            deployment.deploy(tiny_config(tmp_path, serve=section), "", PinnedModel("", "tiny", 3, {}))
+            deployment.deploy(
+                tiny_config(tmp_path, serve=section), "", PinnedModel("", "tiny", 3, {})
+            )
 
 
 def test_the_loaded_versions_and_their_caches_are_on_the_page(world) -> None:
@@ -183,21 +218,33 @@ def test_the_loaded_versions_and_their_caches_are_on_the_page(world) -> None:
     for role, ranker in both.rankers.items():
         assert isinstance(ranker, Ranker)
         stats = ranker.stats()
-        assert sample(text, "ranking_history_cache_hits_total", role=role) == stats["history_cache_hits"]
-        assert sample(text, "ranking_history_cache_bytes", role=role) == stats["history_cache_bytes"]
+        assert (
+            sample(text, "ranking_history_cache_hits_total", role=role)
+            == stats["history_cache_hits"]
+        )
+        assert (
+            sample(text, "ranking_history_cache_bytes", role=role) == stats["history_cache_bytes"]
+        )
     assert sample(text, "ranking_history_cache_hits_total") > 0
 
 
 def test_the_dashboard_asks_for_what_the_page_holds(world) -> None:
-    """Every metric that a panel of deploy/grafana names is on the page, and every metric on the page is in a panel."""
+    """Every metric that a panel of deploy/grafana names is on the page, and every metric on the
+    page is in a panel.
+    """
     replica = ReplicaMetrics()
     replica.loaded.roles = loaded(world).rankers
-    page = metrics.page(metrics.IngressMetrics().registry, {"one": exposition(replica.registry)}).decode()
+    page = metrics.page(
+        metrics.IngressMetrics().registry, {"one": exposition(replica.registry)}
+    ).decode()
     families = set(re.findall(r"^# TYPE (ranking_\w+)", page, re.MULTILINE))
     families = {name.removesuffix("_total") for name in families if not name.endswith("_created")}
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "ranking.json").read_text())
     asked = {
-        name for panel in dashboard["panels"] for target in panel["targets"] for name in NAMES.findall(target["expr"])
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in NAMES.findall(target["expr"])
     }
     assert {SUFFIX.sub("", name) for name in asked} == families - {"ranking_history_cache_entries"}
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]

@@ -1,4 +1,6 @@
-"""The fused row-wise AdamW against plain PyTorch in float64: repeated ids, runs over many chunks, several steps."""
+"""The fused row-wise AdamW against plain PyTorch in float64: repeated ids, runs over many chunks,
+several steps.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ IDS = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton_launch, "LONGEST", 4)
     monkeypatch.setattr(triton_launch, "PARTIAL_TILE", 32)
-    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    # new tensors start as NaN, so that what is not written shows
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -30,7 +33,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch):
 def state(dim: int, momentum: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
     generator = torch.Generator().manual_seed(dim)
     weight = torch.randn(12, dim, generator=generator)
-    return weight.to(dtype), torch.zeros(12, dim, dtype=dtype) if momentum else None, torch.zeros(12, dtype=dtype)
+    return (
+        weight.to(dtype),
+        torch.zeros(12, dim, dtype=dtype) if momentum else None,
+        torch.zeros(12, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize(("dim", "momentum"), [(1, True), (7, False), (32, True)])
@@ -94,12 +101,21 @@ def test_a_block_of_bfloat16_rows_is_rounded_as_in_the_whole_table() -> None:
     whole, v, grads = torch.ones(12, 32, dtype=torch.bfloat16), torch.zeros(12), torch.ones(12, 32)
     hyper = Hyper(3, 2e-4, (0.0, 0.99), 1e-8, 0.0)
     blocks = [
-        (whole[first : first + 5].clone(), torch.zeros(len(whole[first : first + 5])), first) for first in (0, 5, 10)
+        (whole[first : first + 5].clone(), torch.zeros(len(whole[first : first + 5])), first)
+        for first in (0, 5, 10)
     ]
     fast = [(block.clone(), v.clone(), first) for block, v, first in blocks]
     rowwise_adamw(whole, None, v, torch.arange(12), grads, hyper)
     for block, of_rows, first in blocks:
-        rowwise_adamw(block, None, of_rows, torch.arange(len(block)), grads[: len(block)], hyper, first_row=first)
+        rowwise_adamw(
+            block,
+            None,
+            of_rows,
+            torch.arange(len(block)),
+            grads[: len(block)],
+            hyper,
+            first_row=first,
+        )
     for block, of_rows, first in fast:
         ids, scale = torch.arange(len(block)), torch.tensor(1.0)
         rowwise_adamw_triton(block, None, of_rows, ids, grads[: len(block)], scale, hyper, first)

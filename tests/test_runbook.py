@@ -1,4 +1,6 @@
-"""Commands in the documents are commands that exist: each job, each of its options, each configuration key."""
+"""Commands in the documents are commands that exist: each job, each of its options, each
+configuration key.
+"""
 
 import re
 import runpy
@@ -12,7 +14,8 @@ from pipeline import config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/runbook.md", "docs/data.md", "docs/failures.md")
-LOCAL = {"serve", "mlflow_ui", "mlflow_import"}  # they start servers of their own or read a person's disk
+# they start servers of their own or read a person's disk
+LOCAL = {"serve", "mlflow_ui", "mlflow_import"}
 
 
 def commands(name: str) -> list[tuple[str, list[str]]]:
@@ -52,7 +55,9 @@ def test_every_option_of_a_command_exists(document: str, options_of: dict[str, s
         assert job in options_of, f"{document}: there is no jobs.{job}"
         for word in words:
             if word.startswith("--"):
-                assert re.search(rf"{re.escape(word)}\b", options_of[job]), f"{document}: jobs.{job} has no {word}"
+                assert re.search(rf"{re.escape(word)}\b", options_of[job]), (
+                    f"{document}: jobs.{job} has no {word}"
+                )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -64,13 +69,16 @@ def test_every_setting_of_a_command_is_a_key(document: str):
                 key, equals, value = words[at + 1].partition("=")
                 assert equals, f"{document}: jobs.{job} --set {words[at + 1]}"
                 if value != "...":
-                    config.load(ROOT / "configs" / "demo.yaml", [f"{key}={value}"])  # an unknown key is an error
+                    # an unknown key is an error
+                    config.load(ROOT / "configs" / "demo.yaml", [f"{key}={value}"])
     assert demo.name == "demo"
 
 
 def test_every_job_is_shown_as_a_submitted_one():
     rows = [
-        line for line in (ROOT / "docs/runbook.md").read_text().splitlines() if line.startswith("| `ray job submit")
+        line
+        for line in (ROOT / "docs/runbook.md").read_text().splitlines()
+        if line.startswith("| `ray job submit")
     ]
     shown = [re.search(r"-- python -m jobs\.(\w+) \$RUN", row) for row in rows]
     assert {found[1] for found in shown if found} == jobs() - LOCAL

@@ -1,4 +1,6 @@
-"""Logs in an S3 bucket: the same files, rows and digests as on a disk, asked of a local server that speaks S3."""
+"""Logs in an S3 bucket: the same files, rows and digests as on a disk, asked of a local server that
+speaks S3.
+"""
 
 import shutil
 import time
@@ -28,7 +30,9 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three files in depth, one with a name that a URI would not allow, and one that is not Parquet."""
+    """Three files in depth, one with a name that a URI would not allow, and one that is not
+    Parquet.
+    """
     folder = tmp_path_factory.mktemp("own")
     for number, name in enumerate(("day=1/a.parquet", "day=2/b c.parquet", "z.parquet")):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -58,9 +62,15 @@ def test_what_is_said_of_a_file_is_the_same(bucket: Bucket, folder: Path):
     there, here = files.list_files(bucket.upload(folder, "said")), files.list_files(folder)
     assert [files.file_digest(file) for file in there] == [files.file_digest(file) for file in here]
     assert len({files.file_digest(file) for file in here}) == 3
-    assert files.total_bytes(there) == files.total_bytes(here) == sum(Path(file).stat().st_size for file in here)
+    assert (
+        files.total_bytes(there)
+        == files.total_bytes(here)
+        == sum(Path(file).stat().st_size for file in here)
+    )
     stamps = [files.file_stamp(file) for file in there]
-    assert [stamp.split()[0] for stamp in stamps] == [files.file_stamp(file).split()[0] for file in here]
+    assert [stamp.split()[0] for stamp in stamps] == [
+        files.file_stamp(file).split()[0] for file in here
+    ]
     time.sleep(1.1)
     bucket.upload(folder, "said")  # written again; S3 has whole seconds
     assert all(old != new for old, new in zip(stamps, map(files.file_stamp, there), strict=True))
@@ -75,13 +85,17 @@ def test_a_file_is_read_by_row_groups(bucket: Bucket, folder: Path):
         assert parquet.read_row_group(2)["user_id"].to_pylist() == list(range(21, 31))
 
 
-def test_the_store_is_that_of_the_environment(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_store_is_that_of_the_environment(
+    bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     bucket.upload(folder, "environment")
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
     files._s3.cache_clear()  # clients are kept; a process has one environment
     try:
         assert len(files.list_files("s3://logs/environment")) == 3
-        assert files.list_files("s3://logs/environment/z.parquet") == ["s3://logs/environment/z.parquet"]
+        assert files.list_files("s3://logs/environment/z.parquet") == [
+            "s3://logs/environment/z.parquet"
+        ]
     finally:
         files._s3.cache_clear()
 
@@ -98,7 +112,9 @@ def test_a_busy_store_is_asked_again(bucket: Bucket, folder: Path):
 def test_what_is_not_there(bucket: Bucket):
     with pytest.raises(UserError, match=r"source.path: no Parquet files at 's3://logs/none\?"):
         parquet_files("source.path", f"s3://logs/none{bucket.options}")
-    with pytest.raises(UserError, match=r"source.path: no Parquet files at 's3://no-such-bucket/x\?"):
+    with pytest.raises(
+        UserError, match=r"source.path: no Parquet files at 's3://no-such-bucket/x\?"
+    ):
         parquet_files("source.path", f"s3://no-such-bucket/x{bucket.options}")
     with pytest.raises(UserError, match=r"s3://logs/none.parquet\?.* cannot be read as Parquet"):
         read_schema(f"s3://logs/none.parquet{bucket.options}")
@@ -113,7 +129,11 @@ def test_what_is_not_there(bucket: Bucket):
             "s3://logs/x?secret_key=1",
             "source.path must be without the option 'secret_key'; there are endpoint_override",
         ),
-        ("gs://logs/x", "source.path must be a path of the file system, or s3://bucket/prefix, got 'gs://logs/x'"),
+        (
+            "gs://logs/x",
+            "source.path must be a path of the file system, or s3://bucket/prefix, got "
+            "'gs://logs/x'",
+        ),
     ],
 )
 def test_a_place_that_cannot_be_is_refused_with_the_configuration(path: str, message: str):
@@ -137,21 +157,31 @@ def test_a_build_from_s3_publishes_what_a_build_from_disk_does(
     def build(name: str, root: str, options: str) -> str:
         raw = config.to_dict(smoke_logs)
         raw |= {"name": name, "runs_dir": str(tmp_path)}
-        tables = {key: {"path": f"{root}/{key}.parquet{options}", "id_column": sides[key]} for key in sides}
+        tables = {
+            key: {"path": f"{root}/{key}.parquet{options}", "id_column": sides[key]}
+            for key in sides
+        }
         raw["source"] |= {"kind": "parquet", "path": f"{root}/log{options}", **tables}
         cfg = config.from_dict(raw)
-        (tmp_path / name / "live_logs").mkdir(parents=True)  # a log that the server's events became, on disk as ever
-        shutil.copy(open_logs(smoke_logs).files[0], tmp_path / name / "live_logs" / "events-00000.parquet")
+        # a log that the server's events became, on disk as ever
+        (tmp_path / name / "live_logs").mkdir(parents=True)
+        shutil.copy(
+            open_logs(smoke_logs).files[0], tmp_path / name / "live_logs" / "events-00000.parquet"
+        )
         return build_sequences(cfg).digest
 
     bucket.upload(smoke_logs.log_dir, "smoke")
-    assert build("from_s3", "s3://logs/smoke", bucket.options) == build("from_disk", str(smoke_logs.log_dir), "")
+    assert build("from_s3", "s3://logs/smoke", bucket.options) == build(
+        "from_disk", str(smoke_logs.log_dir), ""
+    )
 
 
 @pytest.fixture(scope="module")
 def smoke_logs(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     few = ["source.synthetic.num_users=40", "source.synthetic.rows_per_file=400"]
-    cfg = config.load(ROOT / "configs" / "smoke.yaml", [f"runs_dir={tmp_path_factory.mktemp('logs')}", *few])
+    cfg = config.load(
+        ROOT / "configs" / "smoke.yaml", [f"runs_dir={tmp_path_factory.mktemp('logs')}", *few]
+    )
     import_logs(cfg)
     return cfg
 
@@ -160,6 +190,8 @@ def test_kuairand_is_imported_from_s3(bucket: Bucket, tmp_path: Path):
     data = ROOT / "data" / "kuairand_pure_subset"
     place = bucket.upload(data, "kuairand")
     demo = ROOT / "configs" / "demo.yaml"
-    there = import_logs(config.load(demo, [f"runs_dir={tmp_path / 'there'}", f"source.path={place}"]))
+    there = import_logs(
+        config.load(demo, [f"runs_dir={tmp_path / 'there'}", f"source.path={place}"])
+    )
     here = import_logs(config.load(demo, [f"runs_dir={tmp_path / 'here'}", f"source.path={data}"]))
     assert there == here  # the fingerprint too: it is of the files' contents

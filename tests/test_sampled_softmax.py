@@ -1,4 +1,6 @@
-"""Sampled softmax against its definition in float64: values, gradients, collisions, repeats, and the full softmax."""
+"""Sampled softmax against its definition in float64: values, gradients, collisions, repeats, and
+the full softmax.
+"""
 
 import math
 
@@ -25,7 +27,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_chunked, "CHUNK", 300)
     monkeypatch.setattr(triton_launch, "TILE", 32)
     monkeypatch.setattr(triton_launch, "LONGEST_PART", 50)
-    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    # new tensors start as NaN, so that what is not written shows
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -43,12 +46,18 @@ def make_case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return users, items, positives, negatives, weights
 
 
-def loss_and_grads(form, users: Tensor, items: Tensor, *rest: Tensor, temperature: float = 0.05) -> list[Tensor]:
+def loss_and_grads(
+    form, users: Tensor, items: Tensor, *rest: Tensor, temperature: float = 0.05
+) -> list[Tensor]:
     leaves = users.clone().requires_grad_(), items.clone().requires_grad_()
     if form == "reference":
         *ids, weights = rest
         loss = sampled_softmax(
-            *leaves, *ids, weights=weights.to(users.dtype), temperature=temperature, backend="reference"
+            *leaves,
+            *ids,
+            weights=weights.to(users.dtype),
+            temperature=temperature,
+            backend="reference",
         )
     else:
         loss = SampledSoftmax.apply(*leaves, *rest, temperature, form)
@@ -83,7 +92,9 @@ def test_all_other_items_once_is_the_full_softmax() -> None:
     generator = torch.Generator().manual_seed(1)
     users, items = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (5, 6))
     positives = torch.tensor([0, 5, 2, 2, 1])
-    others = torch.stack([torch.tensor([i for i in range(6) if i != p]) for p in positives.tolist()])
+    others = torch.stack(
+        [torch.tensor([i for i in range(6) if i != p]) for p in positives.tolist()]
+    )
     scores = normalise(users) @ normalise(items).T / 0.05
     expected = torch.nn.functional.cross_entropy(scores, positives)
     torch.testing.assert_close(sampled_softmax(users, items, positives, others), expected)
@@ -91,16 +102,22 @@ def test_all_other_items_once_is_the_full_softmax() -> None:
 
 def test_a_negative_that_is_the_positive_counts_for_nothing() -> None:
     users, items = torch.ones(1, 2), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    loss = sampled_softmax(users, items, torch.tensor([0]), torch.tensor([[0, 0, 1]]), temperature=1.0)
+    loss = sampled_softmax(
+        users, items, torch.tensor([0]), torch.tensor([[0, 0, 1]]), temperature=1.0
+    )
     assert loss.item() == pytest.approx(math.log(1 + math.exp(math.sqrt(0.5) - 1)))
 
 
 def test_gradients_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
-    users, items = (torch.randn(n, 3, generator=generator, dtype=torch.float64).requires_grad_() for n in (4, 5))
+    users, items = (
+        torch.randn(n, 3, generator=generator, dtype=torch.float64).requires_grad_() for n in (4, 5)
+    )
     positives, negatives = torch.tensor([0, 1, 4, 4]), draw_negatives(5, 4, 6, generator=generator)
     weights = torch.tensor([1.0, 0.0, 2.0, 0.5])
-    call = lambda u, i: sampled_softmax(u, i, positives, negatives, weights=weights, temperature=0.5)
+    call = lambda u, i: sampled_softmax(
+        u, i, positives, negatives, weights=weights, temperature=0.5
+    )
     assert torch.autograd.gradcheck(call, (users, items))
 
 
@@ -114,9 +131,15 @@ def test_gradients_in_float64() -> None:
         ({"backend": "triton"}, "needs CUDA"),
     ],
 )
-def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict, message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+) -> None:
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    fitting = {"users_PD": torch.ones(2, 4), "items_ND": torch.ones(5, 4), "positives": torch.tensor([0, 4])}
+    fitting = {
+        "users_PD": torch.ones(2, 4),
+        "items_ND": torch.ones(5, 4),
+        "positives": torch.tensor([0, 4]),
+    }
     fitting |= {"negatives": torch.zeros(2, 4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         sampled_softmax(**{**fitting, **change})

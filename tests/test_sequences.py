@@ -1,4 +1,6 @@
-"""LOG → SEQUENCE: the vectorised pass against a plain function of one user, and the build from Parquet to manifest."""
+"""LOG → SEQUENCE: the vectorised pass against a plain function of one user, and the build from
+Parquet to manifest.
+"""
 
 import dataclasses
 import json
@@ -35,12 +37,18 @@ RULES = LogRules(
 
 
 def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
-    """One user's rows as a SEQUENCE row, and the reason of each row left out: PROTOCOL's words, one by one."""
+    """One user's rows as a SEQUENCE row, and the reason of each row left out: PROTOCOL's words, one
+    by one.
+    """
     last = 2**63 - 1
     rest = ("click", "like", "tab", "request_id", "watch_ms", "order_only", "known_mask")
 
     def rank(row: dict) -> tuple:
-        return (row["tie_breaker"], *(last if row[name] is None else row[name] for name in rest), row["row_digest"])
+        return (
+            row["tie_breaker"],
+            *(last if row[name] is None else row[name] for name in rest),
+            row["row_digest"],
+        )
 
     def full_rank(row: dict) -> tuple:
         tie, *others = rank(row)
@@ -60,12 +68,20 @@ def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
             kept.append(row)
         keys.add(key)
     kept.sort(
-        key=lambda row: (row["event_time"], last if row["tie_breaker"] is None else row["tie_breaker"], row["item_id"])
+        key=lambda row: (
+            row["event_time"],
+            last if row["tie_breaker"] is None else row["tie_breaker"],
+            row["item_id"],
+        )
     )
     requests: dict[tuple, list[dict]] = {}
     for row in kept:
         requests.setdefault((row["event_time"], row["request_id"]), []).append(row)
-    together = [row for (_, _), members in sorted(requests.items(), key=lambda kv: kv[0][0]) for row in members]
+    together = [
+        row
+        for (_, _), members in sorted(requests.items(), key=lambda kv: kv[0][0])
+        for row in members
+    ]
     newest = together[-cap:]
     order = list(dict.fromkeys((row["event_time"], row["request_id"]) for row in newest))
     known = [
@@ -78,7 +94,8 @@ def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
         "item_id": [row["item_id"] for row in newest],
         "event_time": [row["event_time"] for row in newest],
         "action_mask": [
-            ((row["click"] or 0) | (row["like"] or 0) << 1) & k for row, k in zip(newest, known, strict=True)
+            ((row["click"] or 0) | (row["like"] or 0) << 1) & k
+            for row, k in zip(newest, known, strict=True)
         ],
         "known_mask": known,
         "watch_ms": [-1 if row["watch_ms"] is None else row["watch_ms"] for row in newest],
@@ -119,7 +136,9 @@ def as_block(rows: list[dict]) -> pa.Table:
 @given(st.lists(LOG_ROW, max_size=24), st.integers(1, 6))
 def test_the_vectorised_pass_equals_a_plain_function_of_one_user(rows: list[dict], cap: int):
     rows = [row | {"number": number} for number, row in enumerate(rows)]
-    built = build_bucket(as_block([{k: v for k, v in row.items() if k != "number"} for row in rows]), RULES, cap)
+    built = build_bucket(
+        as_block([{k: v for k, v in row.items() if k != "number"} for row in rows]), RULES, cap
+    )
     expected, reasons = {}, []
     for user in sorted({row["user_id"] for row in rows}):
         expected[user], left_out = plain_user([row for row in rows if row["user_id"] == user], cap)
@@ -218,11 +237,14 @@ def test_kuairand_counts(kuairand: RunConfig):
     }
     table = store.read_sequences(kuairand.sequence_dir)
     flat = {
-        name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in table.column_names[3:]
+        name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        for name in table.column_names[3:]
     }
     timed = flat["event_time"][~flat["order_only"]]
     split = kuairand.split
-    counts = np.diff([0, *np.searchsorted(np.sort(timed), [split.val_ms, split.test_ms]), len(timed)])
+    counts = np.diff(
+        [0, *np.searchsorted(np.sort(timed), [split.val_ms, split.test_ms]), len(timed)]
+    )
     assert counts.tolist() == [91_989, 39_363, 48_777]
     assert manifest.rows_in == manifest.num_rows + 4682 + 366
     assert manifest.num_users == table.num_rows == len(np.unique(table["user_id"]))
@@ -244,7 +266,11 @@ def test_kuairand_ties_follow_the_file(kuairand: RunConfig):
     table = store.read_sequences(kuairand.sequence_dir)
     events = pq.read_table(Path(str(kuairand.source.path)) / "events.parquet").to_pandas()
     events = events.drop_duplicates().drop_duplicates(["user_id", "item_id", "time_ms"])
-    expected = events.sort_values(["user_id", "time_ms"], kind="stable").groupby("user_id")["item_id"].agg(list)
+    expected = (
+        events.sort_values(["user_id", "time_ms"], kind="stable")
+        .groupby("user_id")["item_id"]
+        .agg(list)
+    )
     columns = table.select(["user_id", "item_id", "order_only"]).to_pydict()
     for user, items, order_only in zip(*columns.values(), strict=True):
         timed = [item for item, only in zip(items, order_only, strict=True) if not only]
@@ -252,7 +278,9 @@ def test_kuairand_ties_follow_the_file(kuairand: RunConfig):
 
 
 @pytest.mark.cluster
-def test_the_same_logs_in_any_order_and_any_files_give_the_same_bytes(local_ray: None, tmp_path: Path):
+def test_the_same_logs_in_any_order_and_any_files_give_the_same_bytes(
+    local_ray: None, tmp_path: Path
+):
     table = log(rows=600)
     shuffled = table.take(np.random.default_rng(1).permutation(600))
     (tmp_path / "a").mkdir()
@@ -263,14 +291,18 @@ def test_the_same_logs_in_any_order_and_any_files_give_the_same_bytes(local_ray:
     assert [bucket.sha256 for bucket in one.buckets] == [bucket.sha256 for bucket in other.buckets]
 
 
-def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(here: None, tmp_path: Path, monkeypatch):
+def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(
+    here: None, tmp_path: Path, monkeypatch
+):
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     with monkeypatch.context() as patch:
         patch.setattr(build, "build_version", lambda *_: pytest.fail("built again"))
         assert build_sequences(cfg) == first
     capped = with_sequences(cfg, max_rows_per_user=3)
-    with pytest.raises(UserError, match=r"of other settings \(sequences.max_rows_per_user\).*--overwrite") as refused:
+    with pytest.raises(
+        UserError, match=r"of other settings \(sequences.max_rows_per_user\).*--overwrite"
+    ) as refused:
         build_sequences(capped)
     assert str(cfg.sequence_dir) in str(refused.value)
     assert store.read_manifest(cfg.sequence_dir) == first
@@ -282,7 +314,9 @@ def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(here: None, tm
     assert sum(table["first_position"].to_pylist()) == second.rows_capped
 
 
-def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(here: None, tmp_path: Path, monkeypatch):
+def test_a_build_that_dies_before_the_manifest_leaves_the_last_version(
+    here: None, tmp_path: Path, monkeypatch
+):
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     before = store.read_sequences(cfg.sequence_dir)
@@ -322,7 +356,9 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(here: None, 
     good = good.set_column(4, "like", good["like"].cast(pa.float64()))
     cfg = config_for(tmp_path, good, pa.table({name: pa.array(v) for name, v in bad.items()}))
     manifest = build_sequences(cfg)
-    assert {reason: rows for reason, rows in manifest.quarantined.items() if "duplicate" not in reason} == {
+    assert {
+        reason: rows for reason, rows in manifest.quarantined.items() if "duplicate" not in reason
+    } == {
         "null_user_id": 1,
         "negative_user_id": 1,
         "null_item_id": 1,
@@ -342,10 +378,26 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(here: None, 
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("event_time", NOON // 1000 + np.arange(400), r"(?s)event_time_before_range 400.*looks like seconds"),
-        ("event_time", NOON * 1000 + np.arange(400), r"(?s)event_time_in_future 400.*looks like microseconds"),
-        ("user_id", pa.nulls(400, pa.int64()), r"(?s)checks.min_rows is 1, found 0 rows kept\n.*null_user_id 400"),
-        ("click", np.arange(400) % 3, r"max_quarantined_share is 0.2, found 33.25%: rows are bad: click_not_0_1 133"),
+        (
+            "event_time",
+            NOON // 1000 + np.arange(400),
+            r"(?s)event_time_before_range 400.*looks like seconds",
+        ),
+        (
+            "event_time",
+            NOON * 1000 + np.arange(400),
+            r"(?s)event_time_in_future 400.*looks like microseconds",
+        ),
+        (
+            "user_id",
+            pa.nulls(400, pa.int64()),
+            r"(?s)checks.min_rows is 1, found 0 rows kept\n.*null_user_id 400",
+        ),
+        (
+            "click",
+            np.arange(400) % 3,
+            r"max_quarantined_share is 0.2, found 33.25%: rows are bad: click_not_0_1 133",
+        ),
     ],
 )
 def test_too_many_bad_rows_fail_the_build_and_publish_nothing(
@@ -368,7 +420,8 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
     with pytest.raises(UserError, match="the logs are empty, 0 rows in 1 files"):
         build_sequences(config_for(tmp_path, log(rows=0)))
     with pytest.raises(
-        UserError, match=r"no column 'uid' for user_id \(source.columns.user_id: uid\); found \['user_id'"
+        UserError,
+        match=r"no column 'uid' for user_id \(source.columns.user_id: uid\); found \['user_id'",
     ):
         build_sequences(config_for(tmp_path, log(), columns={"user_id": "uid"}))
     with pytest.raises(UserError, match=r"no column 'click' for click; found \['user_id'"):
@@ -389,12 +442,18 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
 
 def test_one_build_at_a_time(tmp_path: Path):
     cfg = config_for(tmp_path, log())
-    with build.locked(cfg.sequence_dir), pytest.raises(UserError, match="another job is building sequences"):
+    with (
+        build.locked(cfg.sequence_dir),
+        pytest.raises(UserError, match="another job is building sequences"),
+    ):
         build_sequences(cfg)
 
 
 def test_side_tables_are_published_under_our_names(here: None, tmp_path: Path):
-    pq.write_table(pa.table({"uid": pa.array([3, 1], pa.int32()), "country": ["x", None]}), tmp_path / "users.parquet")
+    pq.write_table(
+        pa.table({"uid": pa.array([3, 1], pa.int32()), "country": ["x", None]}),
+        tmp_path / "users.parquet",
+    )
     users = {"path": str(tmp_path / "users.parquet"), "id_column": "uid"}
     cfg = config_for(tmp_path, log(), users=users)
     first = build_sequences(cfg)
@@ -417,7 +476,9 @@ def test_side_tables_are_published_under_our_names(here: None, tmp_path: Path):
 )
 def test_side_tables_need_one_row_per_id(tmp_path: Path, ids: dict, message: str):
     pq.write_table(pa.table(ids), tmp_path / "users.parquet")
-    cfg = config_for(tmp_path, log(), users={"path": str(tmp_path / "users.parquet"), "id_column": "uid"})
+    cfg = config_for(
+        tmp_path, log(), users={"path": str(tmp_path / "users.parquet"), "id_column": "uid"}
+    )
     with pytest.raises(UserError, match=message):
         build_sequences(cfg)
 
@@ -432,4 +493,9 @@ def test_the_plan_reads_no_rows(tmp_path: Path):
 
 def test_lists_of_every_schema_column():
     table = build_bucket(as_block([]), RULES, 5).sequences
-    assert table.column_names == ["user_id", "user_bucket", "first_position", *sequence_lists(("tab",))]
+    assert table.column_names == [
+        "user_id",
+        "user_bucket",
+        "first_position",
+        *sequence_lists(("tab",)),
+    ]

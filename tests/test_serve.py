@@ -66,11 +66,17 @@ def call(replica: InProcess, method: str, path: str, **arguments: object) -> htt
 def test_bad_bodies_are_4xx_and_name_the_field(replica: InProcess, name: str) -> None:
     body, *expected = BAD_BODIES[name]
     check_refused(
-        call(replica, "POST", "/v1/rank", content=body, headers={"content-type": "application/json"}), *expected
+        call(
+            replica, "POST", "/v1/rank", content=body, headers={"content-type": "application/json"}
+        ),
+        *expected,
     )
 
 
-NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31 - 1, 2**53 - 1, 2**63 - 1, 2**63, 1_651_500_000_000]))
+NUMBERS = st.one_of(
+    st.integers(-2, 70),
+    st.sampled_from([2**31 - 1, 2**53 - 1, 2**63 - 1, 2**63, 1_651_500_000_000]),
+)
 TEXTS = st.sampled_from(["is_click", "is_like", "tab", "hour", "\ud800"])
 IDS = st.sampled_from([0, 3, 69, NOT_A_USER, 2**63 - 1])
 FEATURES = st.dictionaries(st.just("tab"), st.sampled_from([0, 1, -1, 2**31 - 1, -(2**31)]))
@@ -94,12 +100,22 @@ VALID = st.fixed_dictionaries(
     lambda rest: st.one_of(
         st.fixed_dictionaries({"user_id": IDS}),
         st.fixed_dictionaries(
-            {"history": st.lists(ROWS, max_size=5)}, optional={"first_position": st.sampled_from([0, 7, 2**31 - 1])}
+            {"history": st.lists(ROWS, max_size=5)},
+            optional={"first_position": st.sampled_from([0, 7, 2**31 - 1])},
         ),
     ).map(lambda who: rest | who)
 )
-ODD = st.none() | st.booleans() | NUMBERS | TEXTS | st.lists(NUMBERS, max_size=2) | st.dictionaries(TEXTS, NUMBERS)
-ODD_FIELD = st.dictionaries(st.sampled_from(list(RankRequest.model_fields)), ODD, min_size=1, max_size=1)
+ODD = (
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | TEXTS
+    | st.lists(NUMBERS, max_size=2)
+    | st.dictionaries(TEXTS, NUMBERS)
+)
+ODD_FIELD = st.dictionaries(
+    st.sampled_from(list(RankRequest.model_fields)), ODD, min_size=1, max_size=1
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,16 +129,28 @@ def test_valid_requests_are_answered(replica: InProcess, body: dict) -> None:
 @settings(max_examples=100, deadline=None)
 @given(body=st.builds(lambda body, odd: body | odd, VALID, ODD_FIELD))
 def test_whatever_comes_is_answered_or_refused(replica: InProcess, body: dict) -> None:
-    """An exception of the ranker would pass through this transport: over the wire it would be a 500."""
+    """An exception of the ranker would pass through this transport: over the wire it would be a
+    500.
+    """
     content = json.dumps(body).encode()  # in ASCII: a lone surrogate goes through as an escape
-    answer = call(replica, "POST", "/v1/rank", content=content, headers={"content-type": "application/json"})
+    answer = call(
+        replica, "POST", "/v1/rank", content=content, headers={"content-type": "application/json"}
+    )
     assert answer.status_code in (200, 400, 422)
 
 
 def test_an_arrow_body_gets_the_same_answer_as_columns(replica: InProcess) -> None:
-    head = {"user_id": 3, "request_time_ms": 1_651_500_000_000, "request_features": {"tab": 2}, "order_by": "is_like"}
+    head = {
+        "user_id": 3,
+        "request_time_ms": 1_651_500_000_000,
+        "request_features": {"tab": 2},
+        "order_by": "is_like",
+    }
     tabs = [0, None, 2, 1]
-    asked = [{"item_id": i} | ({} if tab is None else {"request_features": {"tab": tab}}) for i, tab in enumerate(tabs)]
+    asked = [
+        {"item_id": i} | ({} if tab is None else {"request_features": {"tab": tab}})
+        for i, tab in enumerate(tabs)
+    ]
     plain = call(replica, "POST", "/v1/rank", json=head | {"candidates": asked}).json()
     columns = {"item_id": pa.array(range(4), pa.int64()), "tab": pa.array(tabs, pa.int32())}
     answer = call(replica, "POST", "/v1/rank/arrow", content=arrow_body(pa.table(columns), head))
@@ -135,7 +163,9 @@ def test_an_arrow_body_gets_the_same_answer_as_columns(replica: InProcess) -> No
     place = table["place"].to_numpy()
     assert np.argsort(place).tolist() == plain["order"]
     rest = json.loads(table.schema.metadata[b"rank"])
-    assert rest == {name: value for name, value in plain.items() if name not in ("item_ids", "scores", "order")}
+    assert rest == {
+        name: value for name, value in plain.items() if name not in ("item_ids", "scores", "order")
+    }
 
 
 def arrow_body(table: pa.Table, head: dict | None, **options: object) -> bytes:
@@ -167,7 +197,11 @@ BAD_ARROW = {  # body -> place and value that the answer must name
         ["body", "item_id"],
         "null",
     ),
-    "a negative item": (arrow_body(pa.table({"item_id": pa.array([-1], pa.int64())}), WHO), ["body", "item_id"], "-1"),
+    "a negative item": (
+        arrow_body(pa.table({"item_id": pa.array([-1], pa.int64())}), WHO),
+        ["body", "item_id"],
+        "-1",
+    ),
     "compressed": (arrow_body(ITEMS, WHO, compression="zstd"), ["body"], "uncompressed"),
     "an unknown feature": (
         arrow_body(ITEMS.append_column("tap", pa.array([1, 2], pa.int32())), WHO),

@@ -1,4 +1,7 @@
-"""The whole server on one real Ray Serve. Each test finds it answering with the first version alone."""
+"""The whole server on one real Ray Serve.
+
+Each test finds it answering with the first version alone.
+"""
 
 import itertools
 import math
@@ -41,8 +44,12 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def server(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with running(mlflow_runs, "served", tmp_path_factory.mktemp("models"), num_replicas=2) as server:
+def server(
+    local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    with running(
+        mlflow_runs, "served", tmp_path_factory.mktemp("models"), num_replicas=2
+    ) as server:
         yield server
 
 
@@ -63,10 +70,15 @@ def test_it_answers_with_the_champion(served: Served) -> None:
     assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
 
 
-@pytest.mark.parametrize("name", ["malformed JSON", "no candidates", "10,001 candidates", "5 MB", "no history at all"])
+@pytest.mark.parametrize(
+    "name", ["malformed JSON", "no candidates", "10,001 candidates", "5 MB", "no history at all"]
+)
 def test_bad_bodies_over_the_wire(served: Served, name: str) -> None:
     body, *expected = BAD_BODIES[name]
-    check_refused(served.client.post("/v1/rank", content=body, headers={"content-type": "application/json"}), *expected)
+    check_refused(
+        served.client.post("/v1/rank", content=body, headers={"content-type": "application/json"}),
+        *expected,
+    )
     assert served.client.post("/v1/rank", json=ONE).status_code == 200
 
 
@@ -79,17 +91,30 @@ def test_unknown_user_and_items(served: Served) -> None:
 
 
 def test_an_event_is_part_of_the_next_rank(served: Served) -> None:
-    event = {"user_id": NOT_A_USER + 1, "item_id": 5, "event_time": 1_651_500_000_000, "actions": {"is_click": True}}
+    event = {
+        "user_id": NOT_A_USER + 1,
+        "item_id": 5,
+        "event_time": 1_651_500_000_000,
+        "actions": {"is_click": True},
+    }
     asked = {"user_id": event["user_id"], "candidates": [{"item_id": 1}]}
     before = served.client.post("/v1/rank", json=asked).json()
-    statuses = [served.client.post("/v1/events", json={"events": [event]}).json()["status"] for _ in range(2)]
+    statuses = [
+        served.client.post("/v1/events", json={"events": [event]}).json()["status"]
+        for _ in range(2)
+    ]
     assert statuses == [["accepted"], ["already_there"]]
     after = served.client.post("/v1/rank", json=asked).json()
-    assert [(a["unknown_user"], a["history_length"]) for a in (before, after)] == [(True, 0), (False, 1)]
+    assert [(a["unknown_user"], a["history_length"]) for a in (before, after)] == [
+        (True, 0),
+        (False, 1),
+    ]
     assert after["scores"] != before["scores"]
     earlier = asked | {"request_time_ms": event["event_time"]}
     assert served.client.post("/v1/rank", json=earlier).json()["history_length"] == 0
-    wrong = served.client.post("/v1/events", json={"events": [event | {"actions": {"is_sold": True}}]})
+    wrong = served.client.post(
+        "/v1/events", json={"events": [event | {"actions": {"is_sold": True}}]}
+    )
     check_refused(wrong, 422, ["body", "events", 0, "actions"], "is_sold")
 
 
@@ -122,7 +147,9 @@ def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> No
 
 
 def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) -> None:
-    """Four writers, who send again what got no answer; `benchmarks.serving.under_load` does it with 100,000 events."""
+    """Four writers, who send again what got no answer; `benchmarks.serving.under_load` does it with
+    100,000 events.
+    """
     num_posts, together, first_user = 40, 10, NOT_A_USER + 100
     began = threading.Barrier(5)
 
@@ -132,8 +159,13 @@ def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) 
         with httpx.Client(base_url=served.url, timeout=10, headers=served.client.headers) as client:
             for post in range(num_posts):
                 sent = {(first_user + writer, post * together + i) for i in range(together)}
-                rows = [{"user_id": user, "item_id": i, "event_time": 1_651_500_000_000 + i} for user, i in sent]
-                while (answer := client.post("/v1/events", json={"events": rows})).status_code != 200:
+                rows = [
+                    {"user_id": user, "item_id": i, "event_time": 1_651_500_000_000 + i}
+                    for user, i in sent
+                ]
+                while (
+                    answer := client.post("/v1/events", json={"events": rows})
+                ).status_code != 200:
                     assert answer.status_code in (429, 503, 504), answer.text
                     time.sleep(0.1)
                 acknowledged |= sent
@@ -154,20 +186,34 @@ def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) 
 def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
     first, second = served.versions
     users = range(NUM_USERS)
-    ask = lambda user: served.client.post("/v1/rank", json=ONE | {"user_id": user}).json()["model_version"]
+    ask = lambda user: served.client.post("/v1/rank", json=ONE | {"user_id": user}).json()[
+        "model_version"
+    ]
     trial = replace(served.cfg.serve, canary=CanaryConfig(version=second, share=0.4), shadow=second)
     replicas = served.cfg.serve.num_replicas
     try:
-        deployment.deploy(replace(served.cfg, serve=trial), served.dashboard_url, registry.champion(served.cfg))
-        trial_of_all = {("champion", first): replicas, ("canary", second): replicas, ("shadow", second): replicas}
+        deployment.deploy(
+            replace(served.cfg, serve=trial), served.dashboard_url, registry.champion(served.cfg)
+        )
+        trial_of_all = {
+            ("champion", first): replicas,
+            ("canary", second): replicas,
+            ("shadow", second): replicas,
+        }
         wait_until(lambda: loaded(served) == trial_of_all)
         expected = [second if in_share(user, second, 0.4) else first for user in users]
         assert set(expected) == {first, second}
         assert [ask(user) for user in users] == expected
         info = served.client.get("/v1/model").json()
-        assert (info["canary_version"], info["canary_share"], info["shadow_version"]) == (second, 0.4, second)
+        assert (info["canary_version"], info["canary_share"], info["shadow_version"]) == (
+            second,
+            0.4,
+            second,
+        )
         page = lambda: metrics_page(served)
-        answered = sample(page(), "ranking_ranker_requests_total", version=str(second), role="canary")
+        answered = sample(
+            page(), "ranking_ranker_requests_total", version=str(second), role="canary"
+        )
         assert answered >= expected.count(second)
         wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
     finally:  # what other tests expect
@@ -177,7 +223,9 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
 
 def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
     assert httpx.get(f"{served.url}/metrics").status_code == 401
-    rank_all = lambda: [served.client.post("/v1/rank", json=ONE | {"user_id": user}) for user in range(NUM_USERS)]
+    rank_all = lambda: [
+        served.client.post("/v1/rank", json=ONE | {"user_id": user}) for user in range(NUM_USERS)
+    ]
     before = metrics_page(served)
     rank_all()
     after = metrics_page(served)
@@ -188,7 +236,9 @@ def test_metrics_of_the_ingress_and_of_every_replica(served: Served) -> None:
 
 
 def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
-    """Everybody asks twice with a history never seen; only a replica that has just come back may take users over."""
+    """Everybody asks twice with a history never seen; only a replica that has just come back may
+    take users over.
+    """
     missed = lambda: sample(metrics_page(served), "ranking_history_cache_misses_total")
     items = itertools.count()
 
@@ -210,6 +260,9 @@ def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None
     broken = replace(registry.champion(served.cfg), sha256={"model.safetensors": "0" * 64})
     with pytest.raises(UserError, match="sha256"):
         deployment.deploy(served.cfg, served.dashboard_url, broken)
-    with pytest.raises(UserError, match=r"did not load.*goes on answering"):  # where only the replicas see it
-        deployment.update(served.cfg, served.dashboard_url, deployment.user_config(served.cfg, broken))
+    # where only the replicas see it
+    with pytest.raises(UserError, match=r"did not load.*goes on answering"):
+        deployment.update(
+            served.cfg, served.dashboard_url, deployment.user_config(served.cfg, broken)
+        )
     assert served.client.post("/v1/rank", json=ONE).status_code == 200

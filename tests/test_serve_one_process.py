@@ -1,4 +1,6 @@
-"""The server whose ingress ranks itself: the same answers, and changes of version that no request notices."""
+"""The server whose ingress ranks itself: the same answers, and changes of version that no request
+notices.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +29,12 @@ from tests.worlds.tiny import NOT_A_USER
 
 
 @pytest.fixture(scope="module")
-def server(local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with running(mlflow_runs, "alone", tmp_path_factory.mktemp("models"), one_process=True) as server:
+def server(
+    local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    with running(
+        mlflow_runs, "alone", tmp_path_factory.mktemp("models"), one_process=True
+    ) as server:
         yield server
 
 
@@ -66,14 +72,18 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
 
 @pytest.mark.cluster
 def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> None:
-    over_http = served.client.post("/v1/rank", json=ONE | {"request_time_ms": 1_651_500_000_000}).json()
+    over_http = served.client.post(
+        "/v1/rank", json=ONE | {"request_time_ms": 1_651_500_000_000}
+    ).json()
     head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
     assert asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump() == over_http
 
 
 @pytest.mark.cluster
 def test_promote_and_roll_back_under_load(served: Served) -> None:
-    """No request fails, and the process stays the same: a version is loaded beside the one that answers."""
+    """No request fails, and the process stays the same: a version is loaded beside the one that
+    answers.
+    """
     process = replica_pids()
     promoted_and_back(served, lambda: check_loaded(served))
     assert replica_pids() == process

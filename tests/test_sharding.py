@@ -1,4 +1,6 @@
-"""Sharded embedding tables: placement, the same losses as without, the same rows whatever the number of ranks."""
+"""Sharded embedding tables: placement, the same losses as without, the same rows whatever the
+number of ranks.
+"""
 
 import json
 from collections.abc import Iterator
@@ -48,7 +50,9 @@ SHARDED = {"default": "sharded"}
 HALF = {"bf16_tables": ("item_id", "item.tag"), "host_state_tables": ("item_id",)}
 
 
-def train(cfg: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, resume: Saved | None = None) -> dict:
+def train(
+    cfg: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, resume: Saved | None = None
+) -> dict:
     """Losses, and what the last checkpoint holds, read as tables that are not sharded."""
     losses: list[float] = []
     checkpoints = CheckpointFolder(folder, 3, rank, world_size)
@@ -70,10 +74,15 @@ def train(cfg: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, resu
 
 def one_of_many(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     for number, settings in enumerate(json.loads(Path(folder, "cfgs.json").read_text())):
         cfg = config.from_dict(settings)
-        torch.save(train(cfg, Path(folder, f"checkpoints_{number}"), rank, world_size), f"{folder}/{number}_{rank}.pt")
+        torch.save(
+            train(cfg, Path(folder, f"checkpoints_{number}"), rank, world_size),
+            f"{folder}/{number}_{rank}.pt",
+        )
     dist.destroy_process_group()
 
 
@@ -82,7 +91,10 @@ def train_on_ranks(cfgs: list[RunConfig], world_size: int, folder: Path) -> list
     (folder / "cfgs.json").write_text(json.dumps([config.to_dict(cfg) for cfg in cfgs]))
     mp.spawn(one_of_many, (world_size, str(folder)), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
     ranks = range(world_size)
-    return [[torch.load(folder / f"{i}_{rank}.pt", weights_only=True) for rank in ranks] for i in range(len(cfgs))]
+    return [
+        [torch.load(folder / f"{i}_{rank}.pt", weights_only=True) for rank in ranks]
+        for i in range(len(cfgs))
+    ]
 
 
 # Training
@@ -109,10 +121,15 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_sharded_tables_train_like_whole_ones(world_size: int, plain: dict, half: dict, tmp_path: Path) -> None:
+def test_sharded_tables_train_like_whole_ones(
+    world_size: int, plain: dict, half: dict, tmp_path: Path
+) -> None:
     """With three ranks the last one has none of the four ages."""
-    ranks, halves = train_on_ranks([train_config(tables=SHARDED), train_config(**HALF)], world_size, tmp_path)
-    # Chance rounds a row alike whoever holds it: only where sums differ in their last bit may the rows differ.
+    ranks, halves = train_on_ranks(
+        [train_config(tables=SHARDED), train_config(**HALF)], world_size, tmp_path
+    )
+    # Chance rounds a row alike whoever holds it: only where sums differ in their last bit may the
+    # rows differ.
     assert halves[0]["losses"] == pytest.approx(half["losses"], abs=1e-4)
     name = "model.encoder.content.item_id.weight"
     assert (halves[0]["tensors"][name] != half["tensors"][name]).float().mean() < 0.1
@@ -122,7 +139,9 @@ def test_sharded_tables_train_like_whole_ones(world_size: int, plain: dict, half
         assert one["losses"] == ranks[0]["losses"]
     assert ranks[0]["losses"] == pytest.approx(plain["losses"], abs=1e-5)
     for name, tensor in plain["tensors"].items():
-        torch.testing.assert_close(ranks[0]["tensors"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            ranks[0]["tensors"][name], tensor, rtol=1e-3, atol=1e-5, msg=name
+        )
 
 
 def test_one_rank_needs_no_messages_and_equals_plain_tables(plain: dict, sharded: dict) -> None:
@@ -139,7 +158,8 @@ def test_placement_may_change_between_attempts(
 
 
 def test_bf16_rows_train_almost_like_float32(sharded: dict, half: dict) -> None:
-    rows = half["tensors"]["model.encoder.content.item_id.weight"]  # as whole float32 tables read them
+    # as whole float32 tables read them
+    rows = half["tensors"]["model.encoder.content.item_id.weight"]
     assert torch.equal(rows, rows.bfloat16().float())
     assert half["losses"] != sharded["losses"]
     assert half["losses"] == pytest.approx(sharded["losses"], rel=0.01)
@@ -148,7 +168,9 @@ def test_bf16_rows_train_almost_like_float32(sharded: dict, half: dict) -> None:
 def test_moments_on_the_host_change_nothing(sharded: dict, tmp_path: Path) -> None:
     host = train(train_config(tables=SHARDED, host_state_tables=("item_id",)), tmp_path)
     assert host["losses"] == sharded["losses"]
-    assert all(torch.equal(tensor, host["tensors"][name]) for name, tensor in sharded["tensors"].items())
+    assert all(
+        torch.equal(tensor, host["tensors"][name]) for name, tensor in sharded["tensors"].items()
+    )
 
 
 @pytest.mark.parametrize("setting", ["bf16", "interleaved"])
@@ -156,7 +178,8 @@ def test_tables_give_the_same_rows_under_other_settings(setting: str) -> None:
     scores = []
     for tables in ({}, SHARDED):
         cfg = train_config(tables=tables, precision="bf16" if setting == "bf16" else "fp32")
-        if setting == "interleaved":  # every item is looked up for a token of its own, position and time for two
+        # every item is looked up for a token of its own, position and time for two
+        if setting == "interleaved":
             attention = replace(cfg.model.attention, window=None, full_rows=0)
             cfg = replace(cfg, model=replace(cfg.model, encoder="hstu", attention=attention))
         torch.manual_seed(0)
@@ -170,10 +193,15 @@ def test_tables_give_the_same_rows_under_other_settings(setting: str) -> None:
 # Rows
 
 
-def test_rows_of_a_large_table_do_not_depend_on_who_draws_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_large_table_do_not_depend_on_who_draws_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sharding, "CHUNK_ROWS", 8)
     whole = drawn("item_id", 0, 30, 4, torch.float32, "cpu", seed=1)
-    parts = [drawn("item_id", first, min(first + 11, 30), 4, torch.float32, "cpu", seed=1) for first in (0, 11, 22)]
+    parts = [
+        drawn("item_id", first, min(first + 11, 30), 4, torch.float32, "cpu", seed=1)
+        for first in (0, 11, 22)
+    ]
     assert torch.equal(torch.cat(parts), whole)
     assert whole[0].eq(0).all() and whole[1:].ne(0).all()
     assert whole.std().item() == pytest.approx(0.02, rel=0.2)
@@ -186,12 +214,16 @@ def test_rows_of_a_large_table_do_not_depend_on_who_draws_them(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("placement", ["replicated", "sharded"])
-def test_a_large_table_is_drawn_on_its_device(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_table_is_drawn_on_its_device(
+    placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never whole where it is sharded, and with the same rows."""
     monkeypatch.setattr(sharding, "LARGE", 100)
     cfg = train_config(tables={"item_id": placement})
     plan = place_tables(cfg, VOCAB, world_size=3)
-    blocks = [TableMaker(plan, rank, "cpu", seed=5)("item_id", 30, 4).weight.detach() for rank in range(3)]
+    blocks = [
+        TableMaker(plan, rank, "cpu", seed=5)("item_id", 30, 4).weight.detach() for rank in range(3)
+    ]
     whole = drawn("item_id", 0, 30, 4, torch.float32, "cpu", 5)
     if placement == "sharded":
         assert [len(block) for block in blocks] == [10, 10, 10]
@@ -207,13 +239,20 @@ def test_auto_shards_what_is_large_when_there_are_several_workers() -> None:
     cfg = train_config(shard_above_mb=0, tables={"item.tag": "replicated"})
     sharded = lambda plan: [name for name, table in plan.items() if table.sharded]
     assert sharded(place_tables(cfg, VOCAB, 1)) == []
-    assert sharded(place_tables(cfg, VOCAB, 2)) == ["item_id", "request.tab", "user.age", "user.city"]
+    assert sharded(place_tables(cfg, VOCAB, 2)) == [
+        "item_id",
+        "request.tab",
+        "user.age",
+        "user.city",
+    ]
     assert sharded(place_tables(train_config(), VOCAB, 2)) == []
     assert sharded(place_tables(train_config(bf16_tables=("item.tag",)), VOCAB, 1)) == ["item.tag"]
 
 
 def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
-    cfg = train_config(tables={"item_id": "sharded"}, bf16_tables=("item_id",), host_state_tables=("item_id",))
+    cfg = train_config(
+        tables={"item_id": "sharded"}, bf16_tables=("item_id",), host_state_tables=("item_id",)
+    )
     described = describe(place_tables(cfg, VOCAB | {"item_id": 31}, 3))
     assert described["tables"]["item_id"] == {
         "rows": 31,
@@ -238,11 +277,17 @@ def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"tables": {"video_id": "sharded"}}, r"train\.tables must be default or one of the tables .*'video_id'"),
+        (
+            {"tables": {"video_id": "sharded"}},
+            r"train\.tables must be default or one of the tables .*'video_id'",
+        ),
         ({"tables": {"position": "sharded"}}, r"train\.tables .*'position'"),
         ({"bf16_tables": ("item_ids",)}, r"train\.bf16_tables .*'item_ids'"),
         ({"host_state_tables": ("tab",)}, r"train\.host_state_tables .*'tab'"),
-        ({"tables": {"default": "replicated"}, "bf16_tables": ("item_id",)}, r"train\.tables\.item_id .*'replicated'"),
+        (
+            {"tables": {"default": "replicated"}, "bf16_tables": ("item_id",)},
+            r"train\.tables\.item_id .*'replicated'",
+        ),
     ],
 )
 def test_a_wrong_placement_is_named(train: dict, message: str) -> None:

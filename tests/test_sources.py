@@ -1,4 +1,6 @@
-"""Logs from each kind of source: KuaiRand exactly as described, synthetic logs with something to learn, own Parquet."""
+"""Logs from each kind of source: KuaiRand exactly as described, synthetic logs with something to
+learn, own Parquet.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,9 @@ DATA = ROOT / "data" / "kuairand_pure_subset"
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     runs_dir = tmp_path_factory.mktemp("sources")
-    cfg = config.load(ROOT / "configs" / "demo.yaml", [f"runs_dir={runs_dir}", f"source.path={DATA}"])
+    cfg = config.load(
+        ROOT / "configs" / "demo.yaml", [f"runs_dir={runs_dir}", f"source.path={DATA}"]
+    )
     import_logs(cfg)
     return cfg
 
@@ -70,13 +74,17 @@ def test_kuairand_bad_histories_and_stray_tail_items_are_counted(demo: RunConfig
     report = import_logs(demo)
     histories = pq.read_table(DATA / "user_history.parquet").to_pandas().set_index("user_id")
     first = pq.read_table(DATA / "events.parquet").to_pandas().groupby("user_id")["time_ms"].min()
-    bad = histories.index[histories["last_time_ms"] >= first.reindex(histories.index).fillna(np.inf)]
+    bad = histories.index[
+        histories["last_time_ms"] >= first.reindex(histories.index).fillna(np.inf)
+    ]
     assert report.quarantined == {"history_not_before_first_event": 3}
     quarantine = pq.read_table(demo.log_dir / "quarantine.parquet")
     assert sorted(quarantine["user_id"].to_pylist()) == sorted(bad) and len(bad) == 3
     good = histories.drop(bad)
     stray = sum(
-        item not in row.history_items for row in good.itertuples() for item in (*row.liked_items, *row.long_view_items)
+        item not in row.history_items
+        for row in good.itertuples()
+        for item in (*row.liked_items, *row.long_view_items)
     )
     assert report.counts["tail_items_outside_history"] == stray
     assert report.rows == 185_177 + good["history_items"].map(len).sum()
@@ -100,7 +108,9 @@ def test_kuairand_refuses_actions_and_folders_that_it_does_not_know(tmp_path: Pa
         import_logs(config.from_dict(raw))
     pq.write_table(pa.table({"user_id": [1]}), tmp_path / "events.parquet")
     raw["source"] = {"kind": "kuairand", "path": str(tmp_path)}
-    with pytest.raises(UserError, match=r"events.parquet has no columns \['item_id', .*found \['user_id'\]"):
+    with pytest.raises(
+        UserError, match=r"events.parquet has no columns \['item_id', .*found \['user_id'\]"
+    ):
         import_logs(config.from_dict(raw))
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
@@ -134,7 +144,9 @@ def test_an_import_is_done_once(tmp_path: Path):
     assert import_logs(cfg) == first
     assert [file.stat().st_mtime_ns for file in sorted(cfg.log_dir.rglob("*.parquet"))] == stamps
     other = dataclasses.replace(cfg, seed=1)
-    with pytest.raises(UserError, match=r"holds logs of another source or other settings.*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"holds logs of another source or other settings.*--overwrite"
+    ):
         import_logs(other)
     assert import_logs(other, overwrite=True).fingerprint != first.fingerprint
     (cfg.log_dir / "import.json").write_text("{")
@@ -180,7 +192,9 @@ def test_synthetic_files_hold_about_rows_per_file(tmp_path: Path):
 
 
 def test_synthetic_files_by_day_hold_the_same_rows(tmp_path: Path):
-    by_user, by_day = (small_synthetic(tmp_path / str(by_day), by_day=by_day) for by_day in (False, True))
+    by_user, by_day = (
+        small_synthetic(tmp_path / str(by_day), by_day=by_day) for by_day in (False, True)
+    )
     reports = [import_logs(cfg) for cfg in (by_user, by_day)]
     assert reports[0].rows == reports[1].rows == plan_import(by_day)["rows"]
     assert len(reports[1].files) == plan_import(by_day)["files"] == 12
@@ -190,14 +204,20 @@ def test_synthetic_files_by_day_hold_the_same_rows(tmp_path: Path):
     start = config.parse_time("", by_day.source.synthetic.start)
     for number, file in enumerate(reports[1].files):
         times = pq.read_table(by_day.log_dir / file)["event_time"].to_numpy()
-        assert (start + number * DAY_MS <= times).all() and (times < start + (number + 1) * DAY_MS).all()
+        assert (start + number * DAY_MS <= times).all() and (
+            times < start + (number + 1) * DAY_MS
+        ).all()
 
 
 def test_synthetic_lengths_are_zipf_up_to_16384(tmp_path: Path):
-    settings = SyntheticConfig(num_users=500, max_history=16_384, min_history=8, rows_per_file=20_000)
+    settings = SyntheticConfig(
+        num_users=500, max_history=16_384, min_history=8, rows_per_file=20_000
+    )
     chunks = list(synthetic.user_chunks(settings))
     lengths = np.concatenate([lengths for _, lengths in chunks])
-    assert [first for first, _ in chunks] == np.cumsum([0, *(len(some) for _, some in chunks)])[:-1].tolist()
+    assert [first for first, _ in chunks] == np.cumsum([0, *(len(some) for _, some in chunks)])[
+        :-1
+    ].tolist()
     assert lengths[:3].tolist() == [16_384, 8192, 5461]
     assert lengths[-1] == 16_384 // 500
     cfg = small_synthetic(tmp_path, max_history=16_384, num_users=2, num_items=5000)
@@ -208,7 +228,11 @@ def test_synthetic_lengths_are_zipf_up_to_16384(tmp_path: Path):
 def test_synthetic_rows_make_sense(tmp_path: Path):
     cfg = small_synthetic(tmp_path, num_users=200)
     import_logs(cfg)
-    log = pq.read_table(cfg.log_dir / "log").to_pandas().sort_values(["user_id", "event_time", "tie_breaker"])
+    log = (
+        pq.read_table(cfg.log_dir / "log")
+        .to_pandas()
+        .sort_values(["user_id", "event_time", "tie_breaker"])
+    )
     assert not log.duplicated(["user_id", "item_id", "event_time"]).any()
     requests = log.groupby(["user_id", "request_id"])["event_time"]
     assert (requests.nunique() == 1).all()
@@ -220,13 +244,17 @@ def test_synthetic_rows_make_sense(tmp_path: Path):
     assert log["item_id"][days < 1].max() < 0.5 * 300
     assert log["item_id"].max() > 0.8 * 300
     category = pq.read_table(cfg.log_dir / "items.parquet")["category"].to_numpy()
-    categories = log.assign(category=category[log["item_id"]]).groupby("user_id")["category"].nunique()
+    categories = (
+        log.assign(category=category[log["item_id"]]).groupby("user_id")["category"].nunique()
+    )
     assert categories.max() <= synthetic.MAX_USER_CATEGORIES
     assert (log["watch_ms"] >= 0).all()
 
 
 def test_synthetic_clicks_follow_the_interest_of_the_session(tmp_path: Path):
-    """Given the item's category, a click on it in the last ten minutes says more of the next one than its absence."""
+    """Given the item's category, a click on it in the last ten minutes says more of the next one
+    than its absence.
+    """
     cfg = small_synthetic(tmp_path, num_users=400, max_history=400, min_history=40)
     import_logs(cfg)
     log = pq.read_table(cfg.log_dir / "log").to_pandas()
@@ -244,7 +272,13 @@ def test_synthetic_clicks_follow_the_interest_of_the_session(tmp_path: Path):
 
 def test_lasting_tastes_show_early_and_are_asked_once_long_after(tmp_path: Path):
     cfg = small_synthetic(
-        tmp_path, num_users=40, max_history=320, min_history=320, lasting_categories=8, early_rows=96, quiet_rows=64
+        tmp_path,
+        num_users=40,
+        max_history=320,
+        min_history=320,
+        lasting_categories=8,
+        early_rows=96,
+        quiet_rows=64,
     )
     import_logs(cfg)
     log = pq.read_table(cfg.log_dir / "log").to_pandas().rename(columns={"tie_breaker": "place"})
@@ -257,7 +291,9 @@ def test_lasting_tastes_show_early_and_are_asked_once_long_after(tmp_path: Path)
     asked = log[lasting & (log["place"] >= 96 + 64)]
     assert asked["category"].nunique() == log["category"][lasting].nunique()
     assert (asked.groupby(["user_id", "category"])["request_id"].nunique() == 1).all()
-    told_early = log[log["place"] < 96].groupby(["user_id", "category"])["lasting"].mean().rename("early")
+    told_early = (
+        log[log["place"] < 96].groupby(["user_id", "category"])["lasting"].mean().rename("early")
+    )
     asked = asked.join(told_early, on=["user_id", "category"])
     assert asked["lasting"][asked["early"] > 0.5].mean() > 0.8
     assert asked["lasting"][asked["early"] < 0.5].mean() < 0.2
@@ -265,7 +301,11 @@ def test_lasting_tastes_show_early_and_are_asked_once_long_after(tmp_path: Path)
 
 def test_synthetic_refuses_actions_that_it_does_not_make(tmp_path: Path):
     cfg = config.from_dict(
-        {"runs_dir": str(tmp_path), "source": {"kind": "synthetic", "actions": ["bought"]}, "tasks": ["bought"]}
+        {
+            "runs_dir": str(tmp_path),
+            "source": {"kind": "synthetic", "actions": ["bought"]},
+            "tasks": ["bought"],
+        }
     )
     with pytest.raises(UserError, match=r"source.actions: the synthetic logs have no \['bought'\]"):
         import_logs(cfg)
@@ -275,7 +315,17 @@ def test_synthetic_refuses_actions_that_it_does_not_make(tmp_path: Path):
 
 
 def rules(**columns: str) -> LogRules:
-    names = ("user_id", "item_id", "event_time", "click", "tab", "request_id", "watch_ms", "order_only", "known_mask")
+    names = (
+        "user_id",
+        "item_id",
+        "event_time",
+        "click",
+        "tab",
+        "request_id",
+        "watch_ms",
+        "order_only",
+        "known_mask",
+    )
     return LogRules(
         columns={name: name for name in (*names, "tie_breaker", "row_digest")} | columns,
         actions=("click",),
@@ -287,7 +337,9 @@ def rules(**columns: str) -> LogRules:
 
 
 def block(**columns: object) -> pa.Table:
-    return pa.table({"user_id": [1], "item_id": [2], "event_time": [5000], "click": [1], "tab": [3]} | columns)
+    return pa.table(
+        {"user_id": [1], "item_id": [2], "event_time": [5000], "click": [1], "tab": [3]} | columns
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,7 +378,10 @@ def test_times_with_a_zone_are_read_as_milliseconds():
     micros = pa.array([5_000_999], pa.timestamp("us", "Asia/Shanghai"))
     assert normalise(block(event_time=micros), rules())["event_time"].to_pylist() == [5000]
     naive = block(event_time=pa.array([5000], pa.timestamp("ms")))
-    with pytest.raises(UserError, match=r"f: column 'event_time' must be .* with a time zone, found timestamp\[ms\]"):
+    with pytest.raises(
+        UserError,
+        match=r"f: column 'event_time' must be .* with a time zone, found timestamp\[ms\]",
+    ):
         check_columns(naive.schema, rules(), "f")
 
 
@@ -334,7 +389,9 @@ def test_names_of_the_users_files():
     theirs = block().rename_columns({"user_id": "uid", "tab": "surface"})
     row = normalise(theirs, rules(user_id="uid", tab="surface"))
     assert row.select(["user_id", "tab"]).to_pylist() == [{"user_id": 1, "tab": 3}]
-    bad = normalise(theirs.set_column(0, "uid", pa.array([-1])), rules(user_id="uid", tab="surface"))
+    bad = normalise(
+        theirs.set_column(0, "uid", pa.array([-1])), rules(user_id="uid", tab="surface")
+    )
     assert json.loads(bad["source_row"][0].as_py())["uid"] == -1
 
 
@@ -356,7 +413,9 @@ VALUES = {
 def test_row_digests_agree_exactly_where_rows_do(data: st.DataObject):
     size = data.draw(st.integers(1, 8))
     columns = {
-        f"c{i}": pa.array(data.draw(st.lists(st.none() | VALUES[kind], min_size=size, max_size=size)), kind)
+        f"c{i}": pa.array(
+            data.draw(st.lists(st.none() | VALUES[kind], min_size=size, max_size=size)), kind
+        )
         for i, kind in enumerate(VALUES)
     }
     table = pa.table(columns)

@@ -14,15 +14,26 @@ from pipeline.sequences.store import Manifest, write_table
 
 
 def sequences(first_user: int) -> pa.Table:
-    lists = {name: [[1, 0], [1]] for name in sequence_lists(("tab",))} | {"order_only": [[True, False], [False]]}
-    scalars = {"user_id": [first_user, first_user + 1], "user_bucket": [0, 0], "first_position": [0, 7]}
+    lists = {name: [[1, 0], [1]] for name in sequence_lists(("tab",))} | {
+        "order_only": [[True, False], [False]]
+    }
+    scalars = {
+        "user_id": [first_user, first_user + 1],
+        "user_bucket": [0, 0],
+        "first_position": [0, 7],
+    }
     return pa.table(scalars | lists, schema=sequence_schema(("tab",)))
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    buckets = tuple(write_table(sequences(first), tmp_path, f"buckets/bucket-{first}", users=2) for first in (0, 10))
-    users = write_table(pa.table({"user_id": [0, 1], "country": ["x", "y"]}), tmp_path, "tables/users")
+    buckets = tuple(
+        write_table(sequences(first), tmp_path, f"buckets/bucket-{first}", users=2)
+        for first in (0, 10)
+    )
+    users = write_table(
+        pa.table({"user_id": [0, 1], "country": ["x", "y"]}), tmp_path, "tables/users"
+    )
     manifest = Manifest(
         digest="v",
         num_users=4,
@@ -64,7 +75,9 @@ def test_what_was_written_is_read(published: Path):
 
 
 def test_nothing_published(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no sequences are published at .*run jobs.build_sequences first"):
+    with pytest.raises(
+        UserError, match=r"no sequences are published at .*run jobs.build_sequences first"
+    ):
         store.read_manifest(tmp_path)
 
 

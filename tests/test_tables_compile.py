@@ -1,4 +1,6 @@
-"""The kernels of tables and jagged rows build for Hopper: no spills, no atomics, 16 bytes a thread and access."""
+"""The kernels of tables and jagged rows build for Hopper: no spills, no atomics, 16 bytes a thread
+and access.
+"""
 
 import json
 import os
@@ -10,14 +12,20 @@ from pathlib import Path
 def test_hopper_builds():
     script = Path(__file__).parent / "support" / "compile_tables.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     builds = json.loads(done.stdout)
     assert len(builds) >= 10
     for name, build in builds.items():
         assert build["stack"] == 0, f"{name}: spills"
         assert build["atomics"] == 0, f"{name}: sums would depend on timing"
-        assert build["registers"] <= 168, f"{name}: fewer than three programs would fit on a multiprocessor"
+        assert build["registers"] <= 168, (
+            f"{name}: fewer than three programs would fit on a multiprocessor"
+        )
         if name.startswith(("update_rows", "finish_rows")):
-            assert build["written_after_all_read"], f"{name}: threads that share a number race for it"
+            assert build["written_after_all_read"], (
+                f"{name}: threads that share a number race for it"
+            )
         assert build["wide_loads"] + build["wide_stores"] > 0, name

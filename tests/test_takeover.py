@@ -35,8 +35,17 @@ TYPES = {
 def cfg(tmp_path: Path) -> RunConfig:
     """A user's own logs, under their own names and types, with a column that is none of ours."""
     (tmp_path / "own").mkdir()
-    first = {"uid": [0], "item_id": [1], "shown_at": [START], "is_click": [True], "is_like": [0.0], "tab": [1]}
-    columns = {name: pa.array(first[name]).cast(TYPES[name]) for name in first if name != "shown_at"}
+    first = {
+        "uid": [0],
+        "item_id": [1],
+        "shown_at": [START],
+        "is_click": [True],
+        "is_like": [0.0],
+        "tab": [1],
+    }
+    columns = {
+        name: pa.array(first[name]).cast(TYPES[name]) for name in first if name != "shown_at"
+    }
     columns["shown_at"] = pa.array([START], pa.timestamp("ms", "UTC")).cast(TYPES["shown_at"])
     columns |= {"request_id": pa.array([None], pa.int64()), "note": pa.array(["x"])}
     pq.write_table(pa.table(columns).select(list(TYPES)), tmp_path / "own" / "log.parquet")
@@ -76,12 +85,17 @@ def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Pat
     assert first.path is not None
     assert second.path is not None
     assert pq.read_schema(first.path).equals(pq.read_schema(tmp_path / "own" / "log.parquet"))
-    assert open_logs(cfg).files == [str(tmp_path / "own" / "log.parquet"), str(first.path), str(second.path)]
+    assert open_logs(cfg).files == [
+        str(tmp_path / "own" / "log.parquet"),
+        str(first.path),
+        str(second.path),
+    ]
     found = {
         (user["user_id"], time, item): (mask, known, tab)
         for user in built(cfg)
         for time, item, mask, known, tab in zip(
-            *(user[name] for name in ("event_time", "item_id", "action_mask", "known_mask", "tab")), strict=True
+            *(user[name] for name in ("event_time", "item_id", "action_mask", "known_mask", "tab")),
+            strict=True,
         )
     }
     bits = {"is_click": 1, "is_like": 2}
@@ -114,9 +128,14 @@ def test_only_what_the_sequences_hold_is_forgotten(tmp_path: Path) -> None:
     log = SqliteEvents(tmp_path / "events.sqlite")
     user, time, item = (table[name][5].as_py() for name in ("user_id", "event_time", "item_id"))
     held = Event(user_id=user, event_time=time[0], item_id=item[0])
-    others = [Event(user_id=user, event_time=time[0], item_id=10_000), Event(user_id=999, event_time=START, item_id=1)]
+    others = [
+        Event(user_id=user, event_time=time[0], item_id=10_000),
+        Event(user_id=999, event_time=START, item_id=1),
+    ]
     log.append([held, *others])
-    history = LiveHistory(PublishedSequences(cfg.sequence_dir, cfg, tmp_path), log, cfg, max_events=10)
+    history = LiveHistory(
+        PublishedSequences(cfg.sequence_dir, cfg, tmp_path), log, cfg, max_events=10
+    )
     before = history.sequence(user)
     assert export.prune(cfg, log) == 1
     assert (log.of_user(user), log.of_user(999)) == (others[:1], others[1:])

@@ -1,4 +1,6 @@
-"""The token encoder's row kernels in Triton's interpreter, in float32: position and time, LayerNorm and its gate."""
+"""The token encoder's row kernels in Triton's interpreter, in float32: position and time, LayerNorm
+and its gate.
+"""
 
 import pytest
 import torch
@@ -16,17 +18,24 @@ MINUTE = 60_000
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that what is not written shows
+    # new tensors start as NaN, so that what is not written shows
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def assert_as_accurate(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], factor: float = 2.0) -> None:
+def assert_as_accurate(
+    fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], factor: float = 2.0
+) -> None:
     """`fast` strays from the float64 `truth` at most `factor` times as far as plain PyTorch does."""
     for got, there, expected in zip(fast, plain, truth, strict=True):
-        worst = [(x.double() - expected).abs().amax().item() if x.numel() else 0.0 for x in (got, there)]
+        worst = [
+            (x.double() - expected).abs().amax().item() if x.numel() else 0.0 for x in (got, there)
+        ]
         largest = expected.abs().amax().item() if expected.numel() else 0.0
-        assert worst[0] <= factor * worst[1] + 1e-6 * largest, f"error {worst[0]:.2e}, plain PyTorch's {worst[1]:.2e}"
+        assert worst[0] <= factor * worst[1] + 1e-6 * largest, (
+            f"error {worst[0]:.2e}, plain PyTorch's {worst[1]:.2e}"
+        )
 
 
 NORMS = {"plain": layer_norm, "gate": swish_layer_norm}
@@ -53,7 +62,10 @@ def test_norms_read_rows_that_lie_apart_and_keep_their_type() -> None:
     weight, bias = torch.randn(24), torch.randn(24)
     with torch.autocast("cpu", torch.bfloat16):
         for norm in NORMS.values():
-            fast, plain = (norm(wide[:, 3:27], weight, bias, backend=backend) for backend in ("triton", "torch"))
+            fast, plain = (
+                norm(wide[:, 3:27], weight, bias, backend=backend)
+                for backend in ("triton", "torch")
+            )
             assert fast.dtype == plain.dtype == torch.bfloat16
             torch.testing.assert_close(fast, plain, rtol=0.02, atol=0.02)
 
@@ -61,12 +73,17 @@ def test_norms_read_rows_that_lie_apart_and_keep_their_type() -> None:
 def test_a_norm_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"got \(3, 4\), \(5,\) and \(4,\)"):
         layer_norm(torch.ones(3, 4), torch.ones(5), torch.ones(4))
-    with pytest.raises(ValueError, match=r"takes float16, bfloat16 and float32, got torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"takes float16, bfloat16 and float32, got torch\.float64"
+    ):
         swish_layer_norm(torch.ones(3, 4).double(), torch.ones(4), torch.ones(4), backend="triton")
 
 
 PLACES = {  # positions and gaps of the tokens: rows touched once, often, by all, by none
-    "spread": (torch.arange(60) * 7, torch.randint(0, 2**40, (60,), generator=torch.Generator().manual_seed(0))),
+    "spread": (
+        torch.arange(60) * 7,
+        torch.randint(0, 2**40, (60,), generator=torch.Generator().manual_seed(0)),
+    ),
     "first tokens": (torch.arange(25).repeat(2), torch.arange(-1, 49) * 1000),
     "one row": (torch.full((80,), 11), torch.full((80,), -1)),
     "last rows": (torch.full((40,), 12), torch.full((40,), 2**50)),
@@ -77,19 +94,28 @@ PLACES = {  # positions and gaps of the tokens: rows touched once, often, by all
 
 @pytest.mark.parametrize(("anchor", "width"), [("event", 16), ("query", 21)])
 @pytest.mark.parametrize("name", PLACES)
-def test_interpreted_position_and_time(monkeypatch: pytest.MonkeyPatch, name: str, anchor: Anchor, width: int) -> None:
-    """Outputs and the gradients of both tables, 13 and 9 rows; runs over several chunks and blocks of columns."""
+def test_interpreted_position_and_time(
+    monkeypatch: pytest.MonkeyPatch, name: str, anchor: Anchor, width: int
+) -> None:
+    """Outputs and the gradients of both tables, 13 and 9 rows; runs over several chunks and blocks
+    of columns.
+    """
     monkeypatch.setattr(triton_launch, "SUMMED", {4: (16, 16)})
     monkeypatch.setattr(triton_launch, "PARTIAL", 2)
     position, gap = PLACES[name]
     torch.manual_seed(0)
-    given, grad = [torch.randn(rows, width) for rows in (len(gap), 13, 9)], torch.randn(len(gap), width)
+    given, grad = (
+        [torch.randn(rows, width) for rows in (len(gap), 13, 9)],
+        torch.randn(len(gap), width),
+    )
 
     def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in given]
         out = add_position_time(*leaves, position, gap, anchor=anchor, backend=backend)
         with torch.no_grad():
-            assert torch.equal(add_position_time(*leaves, position, gap, anchor=anchor, backend=backend), out)
+            assert torch.equal(
+                add_position_time(*leaves, position, gap, anchor=anchor, backend=backend), out
+            )
         out.backward(grad.to(dtype))
         return [out.detach(), *(leaf.grad.to_dense() for leaf in leaves)]
 
@@ -127,13 +153,20 @@ def test_only_one_table_may_learn() -> None:
     [
         ({"time_BE": torch.ones(1, 2)}, r"got \(4, 2\), \(3, 2\) and \(1, 2\)"),
         ({"position_PE": torch.ones(3, 5)}, r"got \(4, 2\), \(3, 5\) and \(5, 2\)"),
-        ({"gap_ms_T": torch.zeros(3).long()}, r"must be \[4\], one per token, got \(4,\) and \(3,\)"),
+        (
+            {"gap_ms_T": torch.zeros(3).long()},
+            r"must be \[4\], one per token, got \(4,\) and \(3,\)",
+        ),
         ({"anchor": "now"}, "anchor must be one of event, query, got 'now'"),
         ({"x_TE": torch.ones(4, 2).double(), "backend": "triton"}, "got torch.float64"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
-    fitting = {"x_TE": torch.ones(4, 2), "position_PE": torch.ones(3, 2), "time_BE": torch.ones(5, 2)}
+    fitting = {
+        "x_TE": torch.ones(4, 2),
+        "position_PE": torch.ones(3, 2),
+        "time_BE": torch.ones(5, 2),
+    }
     fitting |= {"position_T": torch.zeros(4).long(), "gap_ms_T": torch.zeros(4).long()}
     add_position_time(**fitting)
     with pytest.raises(ValueError, match=message):
@@ -148,7 +181,10 @@ def test_a_model_learns_as_with_plain_pytorch(settings: dict) -> None:
         model = make_model(cfg).float()
         logits = model(batch)
         logits.square().sum().backward()
-        found[backend] = logits, {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}
+        found[backend] = (
+            logits,
+            {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None},
+        )
     (logits, grads), (expected, expected_grads) = found["triton"], found["torch"]
     torch.testing.assert_close(logits, expected)
     assert grads.keys() == expected_grads.keys()

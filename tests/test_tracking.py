@@ -33,7 +33,10 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
     run = runs.start_run(cfg, manifest, {"attempt": "1"})
     with run:
         for step in (1, 2):
-            run.log_metrics({"train/loss": 1 / step, "val/ne/is_click": float("nan"), "val/ne/ärger?": 1.0}, step)
+            run.log_metrics(
+                {"train/loss": 1 / step, "val/ne/is_click": float("nan"), "val/ne/ärger?": 1.0},
+                step,
+            )
         run.log_artifacts(tmp_path / "plots", "plots")
     client = mlflow.MlflowClient()
     found = client.get_run(run.run_id)
@@ -41,12 +44,19 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
     params = {key: str(value)[:6000] for key, value in config.flatten(config.to_dict(cfg)).items()}
     assert len(params) > 100, "more than one request takes"
     assert found.data.params == params
-    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train/loss")] == [(1, 1.0), (2, 0.5)]
-    assert "val/ne/ärger_" in found.data.metrics, "a user's column may hold what MLflow does not take in a name"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train/loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+    ]
+    assert "val/ne/ärger_" in found.data.metrics, (
+        "a user's column may hold what MLflow does not take in a name"
+    )
     (used,) = found.inputs.dataset_inputs
     assert used.dataset.digest == manifest.digest[:36]
     assert json.loads(used.dataset.profile)["num_rows"] == manifest.num_rows
-    assert [entry.path for entry in client.list_artifacts(run.run_id, "plots")] == ["plots/loss.png"]
+    assert [entry.path for entry in client.list_artifacts(run.run_id, "plots")] == [
+        "plots/loss.png"
+    ]
     assert found.data.tags["manifest"] == manifest.digest
     assert found.data.tags["attempt"] == "1"
     assert len(found.data.tags.get("git_sha", "0" * 40).removesuffix("-dirty")) == 40
@@ -69,7 +79,9 @@ def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> N
     assert again == first
     found = mlflow.MlflowClient().get_run(first.run_id)
     assert (found.info.status, found.data.tags["attempt"]) == ("RUNNING", "2")
-    assert found.data.params["train.log_every"] == str(cfg.train.log_every), "params are the first attempt's"
+    assert found.data.params["train.log_every"] == str(cfg.train.log_every), (
+        "params are the first attempt's"
+    )
     assert runs.training_run(cfg, replace(manifest, digest="other")) != first
     newest = runs.training_run(cfg, manifest, restart=True)
     assert newest != first
@@ -119,7 +131,12 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "ultra-0"
     assert run.data.metrics == {"val/ne/is_click": 0.84, "ours.causal 4096.forward_ms": 0.5}
-    params = {"name": "ultra", "environment.device": "a GPU", "environment.cores": "16", "config.model.d_model": "64"}
+    params = {
+        "name": "ultra",
+        "environment.device": "a GPU",
+        "environment.cores": "16",
+        "config.model.d_model": "64",
+    }
     assert run.data.params == params
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["ultra-0.json"]
     path.write_text("[1")

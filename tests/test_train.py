@@ -54,7 +54,9 @@ def train_config(**train: object) -> RunConfig:
     return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
 
 
-def run(cfg: RunConfig, loader: Loader | None = None, **options: Any) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def run(
+    cfg: RunConfig, loader: Loader | None = None, **options: Any
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The lines of losses, and the weights at the end."""
     lines = []
     model = loop.train(
@@ -111,7 +113,9 @@ def test_rowwise_adamw_by_hand_and_untouched_rows_stay(beta1: float) -> None:
 
 
 def test_rows_and_sums_adds_repeated_rows() -> None:
-    rows, sums = rows_and_sums(torch.tensor([5, 2, 5, 0]), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    rows, sums = rows_and_sums(
+        torch.tensor([5, 2, 5, 0]), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    )
     assert rows.tolist() == [0, 2, 5]
     assert sums.flatten().tolist() == [4.0, 2.0, 4.0]
 
@@ -133,28 +137,45 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_bf16_follows_fp32() -> None:
-    losses = [run(train_config(precision=precision))[0][-1]["train/loss"] for precision in ("fp32", "bf16")]
+    losses = [
+        run(train_config(precision=precision))[0][-1]["train/loss"]
+        for precision in ("fp32", "bf16")
+    ]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_the_work_of_an_example_is_told_with_its_steps() -> None:
     lines = []
-    loop.train(train_config(), make_maps(), Loader(), "data", log=lambda _, values: lines.append(values))
+    loop.train(
+        train_config(), make_maps(), Loader(), "data", log=lambda _, values: lines.append(values)
+    )
     work = Flops()
     for step in range(2):  # log_every
-        work.add(count_work(joined([labelled_batch(10 * step + part) for part in range(2)]), train_config()))
+        work.add(
+            count_work(
+                joined([labelled_batch(10 * step + part) for part in range(2)]), train_config()
+            )
+        )
     assert lines[0]["train/gflop_per_example"] == pytest.approx(3 * work.flops / 20 / 1e9)
 
 
 @pytest.mark.parametrize("average_from", [None, 0.5])
 @pytest.mark.parametrize("stopped_at", [5, 10, 12])
-def test_a_resumed_run_ends_like_an_unbroken_one(stopped_at: int, average_from: float | None, tmp_path: Path) -> None:
-    """From a checkpoint inside an epoch, between two lines of metrics, and from the last one; through the files."""
+def test_a_resumed_run_ends_like_an_unbroken_one(
+    stopped_at: int, average_from: float | None, tmp_path: Path
+) -> None:
+    """From a checkpoint inside an epoch, between two lines of metrics, and from the last one;
+    through the files.
+    """
     cfg = train_config(checkpoint_every=5, average_from=average_from, average_every=2)
     folder = CheckpointFolder(tmp_path, keep=3)
     lines, weights = run(cfg, checkpoints=folder)
-    assert [path.name for path in folder.folders()] == ["step_00000005", "step_00000010", "step_00000012"]
+    assert [path.name for path in folder.folders()] == [
+        "step_00000005",
+        "step_00000010",
+        "step_00000012",
+    ]
     resumed, resumed_weights = run(cfg, resume=folder.read(folder.at(stopped_at)))
     assert resumed == [line for line in lines if line["step"] > stopped_at]
     for name, tensor in weights.items():
@@ -172,17 +193,25 @@ def test_averaged_weights_are_the_mean_of_snapshots(tmp_path: Path) -> None:
         trainee.load(folder.read(folder.at(step)))
         snapshots.append(trainee.model.state_dict())
     for name, tensor in averaged.items():
-        torch.testing.assert_close(tensor, torch.stack([weights[name] for weights in snapshots]).mean(0))
+        torch.testing.assert_close(
+            tensor, torch.stack([weights[name] for weights in snapshots]).mean(0)
+        )
         assert not torch.equal(tensor, last[name]), name
 
 
-@pytest.mark.parametrize(("total", "begin", "every"), [(10, 0.9, 1), (9, 0.0, 3), (7, 0.5, 2), (3, 0.99, 50)])
-def test_snapshots_are_numbered_from_one_and_end_with_the_run(total: int, begin: float, every: int) -> None:
+@pytest.mark.parametrize(
+    ("total", "begin", "every"), [(10, 0.9, 1), (9, 0.0, 3), (7, 0.5, 2), (3, 0.99, 50)]
+)
+def test_snapshots_are_numbered_from_one_and_end_with_the_run(
+    total: int, begin: float, every: int
+) -> None:
     numbers = [snapshot_number(step, total, begin, every) for step in range(1, total + 1)]
     taken = [number for number in numbers if number is not None]
     assert taken == list(range(1, len(taken) + 1))
     assert numbers[-1] == len(taken)
-    assert all(step >= begin * total for step, number in enumerate(numbers, 1) if number is not None)
+    assert all(
+        step >= begin * total for step, number in enumerate(numbers, 1) if number is not None
+    )
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -208,7 +237,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path
 
 
 def on_two_ranks(cfg: RunConfig, folder: Path) -> list[dict]:
-    """Both ranks' losses by step, and weights; from the newest checkpoint in the folder where there is one."""
+    """Both ranks' losses by step, and weights; from the newest checkpoint in the folder where there
+    is one.
+    """
     (folder / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
     mp.spawn(one_of_two, (str(folder),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -216,27 +247,43 @@ def on_two_ranks(cfg: RunConfig, folder: Path) -> list[dict]:
 
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     cfg = config.from_dict(json.loads(Path(folder, "cfg.json").read_text()))
     checkpoints = CheckpointFolder(Path(folder, "checkpoints"), 3, rank, 2)
-    options = {"rank": rank, "world_size": 2, "resume": checkpoints.newest(), "checkpoints": checkpoints}
+    options = {
+        "rank": rank,
+        "world_size": 2,
+        "resume": checkpoints.newest(),
+        "checkpoints": checkpoints,
+    }
     lines, weights = run(cfg, Loader(rank, 2), **options)
     torch.save(
-        {"weights": weights, "losses": {line["step"]: line["train/loss"] for line in lines}}, f"{folder}/{rank}.pt"
+        {"weights": weights, "losses": {line["step"]: line["train/loss"] for line in lines}},
+        f"{folder}/{rank}.pt",
     )
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one_with_both_halves(two_ranks: tuple[RunConfig, Path, list[dict]]) -> None:
+def test_two_ranks_equal_one_with_both_halves(
+    two_ranks: tuple[RunConfig, Path, list[dict]],
+) -> None:
     cfg, _, results = two_ranks
     lines, weights = run(cfg)
     for name, tensor in weights.items():
         assert torch.equal(results[0]["weights"][name], results[1]["weights"][name]), name
-        torch.testing.assert_close(results[0]["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    assert results[0]["losses"] == pytest.approx({line["step"]: line["train/loss"] for line in lines}, abs=1e-6)
+        torch.testing.assert_close(
+            results[0]["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=name
+        )
+    assert results[0]["losses"] == pytest.approx(
+        {line["step"]: line["train/loss"] for line in lines}, abs=1e-6
+    )
 
 
-def test_from_two_ranks_to_one_and_back(two_ranks: tuple[RunConfig, Path, list[dict]], tmp_path: Path) -> None:
+def test_from_two_ranks_to_one_and_back(
+    two_ranks: tuple[RunConfig, Path, list[dict]], tmp_path: Path
+) -> None:
     """Two ranks to step 4, one to step 8, two to the end: the losses of the unbroken run."""
     cfg, unbroken, expected = two_ranks
     folder = CheckpointFolder(tmp_path / "checkpoints", 3)
@@ -244,12 +291,16 @@ def test_from_two_ranks_to_one_and_back(two_ranks: tuple[RunConfig, Path, list[d
     lines, _ = run(cfg, resume=folder.newest(), checkpoints=folder)
     shutil.rmtree(folder.at(12))
     (result, _) = on_two_ranks(cfg, tmp_path)
-    found = {line["step"]: line["train/loss"] for line in lines if line["step"] <= 8} | result["losses"]
+    found = {line["step"]: line["train/loss"] for line in lines if line["step"] <= 8} | result[
+        "losses"
+    ]
     assert sorted(found) == [6, 8, 10, 12]
     for step, loss in found.items():
         assert loss == pytest.approx(expected[0]["losses"][step], rel=1e-5), step
     for name, tensor in result["weights"].items():
-        torch.testing.assert_close(tensor, expected[0]["weights"][name], rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            tensor, expected[0]["weights"][name], rtol=1e-4, atol=1e-6, msg=name
+        )
 
 
 def test_an_error_of_the_loader_is_seen() -> None:

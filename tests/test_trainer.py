@@ -37,7 +37,8 @@ def train_config(runs_dir: Path, name: str) -> RunConfig:
         "epochs": 24,
         "batch_users": 4,
         "num_workers": 2,
-        "tables": {"item_id": "sharded"},  # its blocks go through checkpoints, a lost worker and the model folder too
+        # its blocks go through checkpoints, a lost worker and the model folder too
+        "tables": {"item_id": "sharded"},
         "warmup_steps": 5,
         "log_every": 7,
         "checkpoint_every": 30,
@@ -48,8 +49,14 @@ def train_config(runs_dir: Path, name: str) -> RunConfig:
 
 
 def losses(cfg: RunConfig) -> dict[int, dict[str, float]]:
-    lines = [json.loads(line) for line in (cfg.run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k.startswith("train/loss")} for line in lines}
+    lines = [
+        json.loads(line)
+        for line in (cfg.run_dir / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {
+        line["step"]: {k: v for k, v in line.items() if k.startswith("train/loss")}
+        for line in lines
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,9 @@ def trained(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCon
 
 
 def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
-    """SIGKILL to a worker after the first checkpoint: Ray Train starts the workers again where that was."""
+    """SIGKILL to a worker after the first checkpoint: Ray Train starts the workers again where that
+    was.
+    """
     from pipeline.train import trainer
 
     cfg = replace(trained, name="killed")
@@ -86,11 +95,15 @@ def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
 
 def has_reached(cfg: RunConfig, step: int) -> bool:
     metrics = cfg.run_dir / "train" / "metrics.jsonl"
-    return metrics.exists() and any(f'"step": {s},' in metrics.read_text() for s in range(step, step + 50))
+    return metrics.exists() and any(
+        f'"step": {s},' in metrics.read_text() for s in range(step, step + 50)
+    )
 
 
 def kill_worker_after(cfg: RunConfig, step: int) -> int:
-    """Wait for metrics of that step, then end one training worker of this process's own cluster the hard way."""
+    """Wait for metrics of that step, then end one training worker of this process's own cluster the
+    hard way.
+    """
     while not has_reached(cfg, step):
         time.sleep(0.02)
     pid = next(pid for pid in our_processes() if b"RayTrainWorker" in command_line(pid))
@@ -104,7 +117,9 @@ def our_processes() -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
             except OSError:
                 continue  # it ended meanwhile
     found, fresh = set(), {os.getpid()}
@@ -124,7 +139,9 @@ def command_line(pid: int) -> bytes:
 def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
     trained: RunConfig, mlflow_runs: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to `jobs.train` with a private cluster: the second attempt ends with the weights of the unbroken run."""
+    """SIGKILL to `jobs.train` with a private cluster: the second attempt ends with the weights of
+    the unbroken run.
+    """
     cfg = replace(trained, name="driver")
     uri = json.loads((mlflow_runs / "mlflow" / "server.json").read_text())["uri"]
     cfg = replace(cfg, tracking=replace(cfg.tracking, uri=uri, experiment="killed driver"))
@@ -140,12 +157,17 @@ def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
         while not has_reached(cfg, step=60):
             assert driver.poll() is None, "the job ended before it was killed"
             time.sleep(0.02)
-        (folder,) = (mark.parent for mark in Path("/tmp").glob("ray-*/owner") if text(mark) == str(driver.pid))
+        (folder,) = (
+            mark.parent
+            for mark in Path("/tmp").glob("ray-*/owner")
+            if text(mark) == str(driver.pid)
+        )
         driver.kill()
         driver.wait()
         assert not cfg.model_dir.exists()
         subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
-        end = time.monotonic() + 180  # Ray's agents go on asking for the cluster that died, for a minute
+        # Ray's agents go on asking for the cluster that died, for a minute
+        end = time.monotonic() + 180
         while left := marked(mark):
             assert time.monotonic() < end, [command_line(pid) for pid in left]
             time.sleep(0.1)
@@ -195,12 +217,17 @@ def test_a_finished_run_trains_nothing_more(trained: RunConfig) -> None:
 
 
 def test_the_best_checkpoint_is_published(trained: RunConfig) -> None:
-    """By a validation that both workers share, and that tells what evaluation does: it takes all requests there are."""
+    """By a validation that both workers share, and that tells what evaluation does: it takes all
+    requests there are.
+    """
     from pipeline.train import trainer
 
     last = trainer.earlier(trained)
     assert last is not None
-    lines = [json.loads(line) for line in (trained.run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (trained.run_dir / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     found = {line["step"]: line["val_sample/ne"] for line in lines if "val_sample/ne" in line}
     assert len(found) > 2
     assert (last.state.best, last.state.best_step) == min((ne, step) for step, ne in found.items())
@@ -216,19 +243,25 @@ def test_a_training_gone_wrong_is_one_message_and_not_tried_again(trained: RunCo
     wild = replace(trained.train, lr=1e38, warmup_steps=0, max_bad_steps=5)
     cfg = replace(trained, name="wild", train=wild)
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
-    with pytest.raises(TrainingStopped, match=r"steps in a row up to step 7 .* the loss of is_click"):
+    with pytest.raises(
+        TrainingStopped, match=r"steps in a row up to step 7 .* the loss of is_click"
+    ):
         trainer.fit(cfg)
     assert not cfg.model_dir.exists()
 
 
-def test_other_settings_under_the_same_name_are_refused_before_a_worker_starts(trained: RunConfig) -> None:
+def test_other_settings_under_the_same_name_are_refused_before_a_worker_starts(
+    trained: RunConfig,
+) -> None:
     from pipeline.train import trainer
 
     with pytest.raises(UserError, match=r"train\.lr"):
         trainer.fit(replace(trained, train=replace(trained.train, lr=0.5)))
 
 
-def test_a_corrupted_checkpoint_is_skipped(trained: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupted_checkpoint_is_skipped(
+    trained: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     from pipeline.train import trainer
 
     cfg = replace(trained, name="damaged")
@@ -257,7 +290,9 @@ def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
 
     cfg = replace(trained, name="untracked", train=replace(trained.train, max_failures=0))
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
-    with pytest.raises(UserError, match=r"MLflow server does not answer any more \(http://127\.0\.0\.1:9\)"):
+    with pytest.raises(
+        UserError, match=r"MLflow server does not answer any more \(http://127\.0\.0\.1:9\)"
+    ):
         trainer.fit(cfg, Run("http://127.0.0.1:9", "no such run"))
 
 
@@ -281,20 +316,31 @@ def test_every_request_row_is_scored_once(evaluated: tuple[RunConfig, dict[str, 
         examples = request_examples(users, *bounds)
         expected = [
             (users.user_id[user], users.events.item_id[row], users.events.event_time[row])
-            for user, begin, end in zip(examples.user, examples.target_begin, examples.target_end, strict=True)
+            for user, begin, end in zip(
+                examples.user, examples.target_begin, examples.target_end, strict=True
+            )
             for row in range(begin, end)
         ]
         rows = pq.read_table(cfg.run_dir / "evaluation" / "predictions" / f"{split}.parquet")
-        found = zip(*(rows[name].to_numpy() for name in ("user_id", "item_id", "event_time")), strict=True)
+        found = zip(
+            *(rows[name].to_numpy() for name in ("user_id", "item_id", "event_time")), strict=True
+        )
         assert sorted(found) == sorted(expected)
         known = rows["label.is_click"].is_valid().to_numpy().sum()
         assert metrics[f"{split}/rows/is_click"] == known > 0
 
 
-def test_metrics_are_written_beside_the_weights_and_the_plots(evaluated: tuple[RunConfig, dict[str, float]]) -> None:
+def test_metrics_are_written_beside_the_weights_and_the_plots(
+    evaluated: tuple[RunConfig, dict[str, float]],
+) -> None:
     cfg, metrics = evaluated
     assert json.loads((cfg.model_dir / "metrics.json").read_text()) == metrics
-    assert {"val/ne/is_click", "test/auc/is_like", "test/gauc/is_like", "test/gauc_users/is_like"} <= metrics.keys()
+    assert {
+        "val/ne/is_click",
+        "test/auc/is_like",
+        "test/gauc/is_like",
+        "test/gauc_users/is_like",
+    } <= metrics.keys()
     assert 0 < metrics["masked_pair_share"] < 1
     assert 0 < metrics["truncated_token_share"] < 1
     for name in ("calibration_val", "calibration_test", "roc_val", "roc_test"):
@@ -302,15 +348,17 @@ def test_metrics_are_written_beside_the_weights_and_the_plots(evaluated: tuple[R
     load_model(cfg.model_dir)  # metrics.json does not disturb the digests
 
 
-def test_batch_size_changes_no_score(evaluated: tuple[RunConfig, dict[str, float]], tmp_path: Path) -> None:
+def test_batch_size_changes_no_score(
+    evaluated: tuple[RunConfig, dict[str, float]], tmp_path: Path
+) -> None:
     cfg, metrics = evaluated
     loaded = load_model(cfg.model_dir)
     save_model(tmp_path / "copy", loaded.model, loaded.cfg, loaded.maps, {})
     small = replace(cfg, name="small", evaluate=replace(cfg.evaluate, batch_tokens=30))
     shutil.copytree(cfg.sequence_dir, small.sequence_dir)
-    assert evaluator.evaluate(small, tmp_path / "copy", ["test"])["test/ne/is_click"] == pytest.approx(
-        metrics["test/ne/is_click"], abs=1e-6
-    )
+    assert evaluator.evaluate(small, tmp_path / "copy", ["test"])[
+        "test/ne/is_click"
+    ] == pytest.approx(metrics["test/ne/is_click"], abs=1e-6)
 
 
 def test_a_split_without_requests_is_refused(trained: RunConfig) -> None:

@@ -1,4 +1,6 @@
-"""Validation while training scores what evaluation scores, a sample of it that no number of ranks changes."""
+"""Validation while training scores what evaluation scores, a sample of it that no number of ranks
+changes.
+"""
 
 from dataclasses import replace
 
@@ -15,7 +17,9 @@ from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    cfg = tiny_config(tmp_path_factory.mktemp("runs"), train={"validate_every": 1}, evaluate={"batch_tokens": 40})
+    cfg = tiny_config(
+        tmp_path_factory.mktemp("runs"), train={"validate_every": 1}, evaluate={"batch_tokens": 40}
+    )
     publish_sequences(cfg)
     save_tiny_model(cfg, cfg.model_dir)
     return cfg
@@ -27,19 +31,32 @@ def test_all_requests_give_the_numbers_of_evaluation(cfg: RunConfig) -> None:
     expected = evaluator.evaluate(cfg, cfg.model_dir, ["val"])
     for name in validation.METRICS:
         for task in cfg.tasks:
-            assert found[f"val_sample/{name}/{task}"] == pytest.approx(expected[f"val/{name}/{task}"], abs=1e-6)
+            assert found[f"val_sample/{name}/{task}"] == pytest.approx(
+                expected[f"val/{name}/{task}"], abs=1e-6
+            )
         tasks = [found[f"val_sample/{name}/{task}"] for task in cfg.tasks]
         assert found[f"val_sample/{name}"] == pytest.approx(np.mean(tasks))
 
 
 def scored(cfg: RunConfig, rank: int, world_size: int) -> tuple[list[tuple[int, int]], int]:
     """(user, time) of this rank's own candidates, and how many batches it takes part in."""
-    parts = list(validation._shared(validation._sampled(cfg), load_model(cfg.model_dir).maps, cfg, rank, world_size))
-    return [row for part, ours in parts if ours for row in zip(part.user_id, part.event_time, strict=True)], len(parts)
+    parts = list(
+        validation._shared(
+            validation._sampled(cfg), load_model(cfg.model_dir).maps, cfg, rank, world_size
+        )
+    )
+    return [
+        row
+        for part, ours in parts
+        if ours
+        for row in zip(part.user_id, part.event_time, strict=True)
+    ], len(parts)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_one_sample_and_take_equally_many_turns(cfg: RunConfig, world_size: int) -> None:
+def test_ranks_share_one_sample_and_take_equally_many_turns(
+    cfg: RunConfig, world_size: int
+) -> None:
     cfg = replace(cfg, train=replace(cfg.train, validate_requests=7))
     alone, _ = scored(cfg, 0, 1)
     assert len(set(alone)) == 7, "one user's requests of one time are one request"

@@ -1,13 +1,16 @@
-"""The build of the sequences at size: beside Polars and Ray's `map_groups`, its memory, and killed at random.
+"""The build of the sequences at size: beside Polars and Ray's `map_groups`, its memory, and killed
+at random.
 
-    python -m benchmarks.build.at_size speed      # 25M rows: rows/s of the build, Polars and map_groups, the same lists out
-    python -m benchmarks.build.at_size memory     # 25M and 100M rows with an object store of 2 GB: peak memory of all processes
-    python -m benchmarks.build.at_size kills      # SIGKILL at a random moment, run again: the same manifest?
+    python -m benchmarks.build.at_size speed      # 25M rows: rows/s of the build, Polars and
+    map_groups, the same lists out python -m benchmarks.build.at_size memory     # 25M and 100M rows
+    with an object store of 2 GB: peak memory of all processes python -m benchmarks.build.at_size
+    kills      # SIGKILL at a random moment, run again: the same manifest?
 
-Each writes its part of benchmarks/runs/build.json and the section of benchmarks/RESULTS.md. Logs come from the
-synthetic generator (one file a day, 20 days, 200 rows a user on average, Zipf lengths up to 16,384) and stay in
-`--folder`, which is to be removed by hand: 100M rows take some 2 GB, their sequences about as much again. Everything is
-timed as a whole command, from the start of Python to its end, Ray's start included. `--rows` makes it a smoke test.
+Each writes its part of benchmarks/runs/build.json and the section of benchmarks/RESULTS.md. Logs
+come from the synthetic generator (one file a day, 20 days, 200 rows a user on average, Zipf lengths
+up to 16,384) and stay in `--folder`, which is to be removed by hand: 100M rows take some 2 GB,
+their sequences about as much again. Everything is timed as a whole command, from the start of
+Python to its end, Ray's start included. `--rows` makes it a smoke test.
 """
 
 import argparse
@@ -48,7 +51,9 @@ PEER_LISTS = (
 
 
 def zipf_exponent(rows: int, users: int, shortest: int) -> float:
-    """So that the user of rank r having LONGEST / r**exponent rows, but at least `shortest`, makes `rows` rows."""
+    """So that the user of rank r having LONGEST / r**exponent rows, but at least `shortest`, makes
+    `rows` rows.
+    """
     rank = np.arange(1, users + 1, dtype=np.float64)
     low, high = 0.0, 4.0
     for _ in range(50):
@@ -79,7 +84,8 @@ def preset(options: argparse.Namespace, rows: int, name: str) -> Path:
                 "by_day": True,
             },
         },
-        "sequences": {"latest_time": "2030-01-01T00:00:00+00:00"},  # not the clock's: the settings are part of a build
+        # not the clock's: the settings are part of a build
+        "sequences": {"latest_time": "2030-01-01T00:00:00+00:00"},
         "ray": {"num_cpus": options.cpus, "object_store_mb": options.object_store_mb},
         "tasks": ["is_click"],
     }
@@ -93,7 +99,9 @@ def job(name: str, path: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"jobs.{name}", "--config", str(path), *arguments]
 
 
-def run(options: argparse.Namespace, command: Sequence[str], *, sample_memory: bool = False) -> Measured:
+def run(
+    options: argparse.Namespace, command: Sequence[str], *, sample_memory: bool = False
+) -> Measured:
     return Command(command, options.folder / "output.log").finish(sample_memory=sample_memory)
 
 
@@ -122,7 +130,9 @@ def check_same_lists(folder: Path, peer: Path) -> int:
         ours = store.read_bucket(folder, manifest, index)
         same = theirs.take(pc.index_in(ours["user_id"], value_set=theirs["user_id"]))
         for name in ("user_id", *PEER_LISTS):
-            assert same[name].cast(ours[name].type).equals(ours[name]), f"{name} of {manifest.buckets[index].file}"
+            assert same[name].cast(ours[name].type).equals(ours[name]), (
+                f"{name} of {manifest.buckets[index].file}"
+            )
         users += ours.num_rows
     assert users == theirs.num_rows, f"{users} users in the store, {theirs.num_rows} from the peer"
     return users
@@ -133,7 +143,9 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     few_path, few_logs, few_rows = make_logs(options, options.map_groups_rows, "map_groups")
     peer = options.folder / "peer"
     cluster = ["--cpus", str(options.cpus), "--object-store-mb", str(options.object_store_mb)]
-    polars = lambda kind: lambda: [sys.executable, "-m", "benchmarks.build.peers", kind, str(logs), str(peer)]
+    polars = lambda kind: (
+        lambda: [sys.executable, "-m", "benchmarks.build.peers", kind, str(logs), str(peer)]
+    )
     contestants: dict[str, tuple[int, Path, Callable[[], list[str]]]] = {
         "build": (rows, sequences_of(options, "speed"), lambda: job("build_sequences", path)),
         "polars": (rows, peer, polars("polars")),
@@ -150,7 +162,15 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     run(options, job("build_sequences", few_path))
     for _ in range(options.map_groups_repeats):
         shutil.rmtree(peer, ignore_errors=True)
-        command = [sys.executable, "-m", "benchmarks.build.peers", "map_groups", str(few_logs), str(peer), *cluster]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.build.peers",
+            "map_groups",
+            str(few_logs),
+            str(peer),
+            *cluster,
+        ]
         seconds["map_groups"].append(run(options, command).seconds)
         print("map_groups", round(seconds["map_groups"][-1], 1), flush=True)
         check_same_lists(sequences_of(options, "map_groups"), peer)
@@ -177,7 +197,9 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
             peaks.append(measured.peak_bytes)
             seconds.append(measured.seconds)
         manifest = store.read_manifest(sequences_of(options, f"memory_{name}"))
-        assert manifest.rows_in == rows, f"{manifest.rows_in} rows in the manifest, {rows} in the logs"
+        assert manifest.rows_in == rows, (
+            f"{manifest.rows_in} rows in the manifest, {rows} in the logs"
+        )
         found[name] = {
             "rows": rows,
             "users": manifest.num_users,
@@ -187,7 +209,8 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         }
     found["object_store_mb"] = options.object_store_mb
     found["ratio"] = round(
-        statistics.median(found["large"]["peak_mb"]) / statistics.median(found["small"]["peak_mb"]), 3
+        statistics.median(found["large"]["peak_mb"]) / statistics.median(found["small"]["peak_mb"]),
+        3,
     )
     return found
 
@@ -233,13 +256,21 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "what", choices=["speed", "memory", "kills", "report"], help="report: only write the section again"
+        "what",
+        choices=["speed", "memory", "kills", "report"],
+        help="report: only write the section again",
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_build").absolute())
-    parser.add_argument("--rows", type=int, help="of the logs; 25M for speed, 100M for memory, 3M for kills")
-    parser.add_argument("--small-rows", type=int, default=25_000_000, help="memory: the build to compare with")
+    parser.add_argument(
+        "--rows", type=int, help="of the logs; 25M for speed, 100M for memory, 3M for kills"
+    )
+    parser.add_argument(
+        "--small-rows", type=int, default=25_000_000, help="memory: the build to compare with"
+    )
     parser.add_argument("--map-groups-rows", type=int, default=2_500_000)
     parser.add_argument("--repeats", type=int, help="runs of each; 3 for speed, 1 for memory")
     parser.add_argument("--map-groups-repeats", type=int, default=3)
@@ -247,13 +278,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of Ray")
     parser.add_argument("--object-store-mb", type=int, default=2000)
-    parser.add_argument("--no-section", action="store_true", help="print the figures and leave the documents alone")
+    parser.add_argument(
+        "--no-section", action="store_true", help="print the figures and leave the documents alone"
+    )
     options = parser.parse_args()
     options.folder = options.folder.absolute()
     found = json.loads(RUN.read_text()) if RUN.exists() else {}
     if options.what != "report":
         measures = {"speed": measure_speed, "memory": measure_memory, "kills": measure_kills}
-        options.rows = options.rows or {"speed": 25_000_000, "memory": 100_000_000, "kills": 3_000_000}[options.what]
+        options.rows = (
+            options.rows
+            or {"speed": 25_000_000, "memory": 100_000_000, "kills": 3_000_000}[options.what]
+        )
         options.repeats = options.repeats or {"speed": 3, "memory": 1, "kills": 1}[options.what]
         found |= {"machine": machine(), options.what: measures[options.what](options)}
         print(json.dumps(found[options.what], indent=1))

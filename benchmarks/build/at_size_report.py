@@ -19,7 +19,11 @@ NAMES = {
 
 def section(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "polars", "pyarrow"))
-    lines = ["## Building the sequences", "", f"{found['machine']}; {versions}, Python {platform.python_version()}."]
+    lines = [
+        "## Building the sequences",
+        "",
+        f"{found['machine']}; {versions}, Python {platform.python_version()}.",
+    ]
     for name, write in (("speed", speed), ("memory", memory), ("kills", kills)):
         if name in found:
             lines += ["", *write(found[name])]
@@ -33,13 +37,21 @@ def speed(found: dict[str, Any]) -> list[str]:
         figures = found[name]
         seconds, rate = figures["seconds"], figures["rows_per_s"]
         spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
-        cells = f"{figures['rows'] / 1e6:.2f}M", spread, f"{rate / 1e3:,.0f}k", f"{ours / rate:.2f}x"
+        cells = (
+            f"{figures['rows'] / 1e6:.2f}M",
+            spread,
+            f"{rate / 1e3:,.0f}k",
+            f"{ours / rate:.2f}x",
+        )
         rows.append([what, *cells])
     return [
         _paragraph(
-            "`python -m benchmarks.build.at_size speed`: Parquet to Parquet, whole commands with Ray's start, medians (least",
-            f"to most) of {len(found['build']['seconds'])} runs in turn; map_groups gets fewer rows. The peers write",
-            "the same lists, compared user by user with the build's, and nothing else; the build also checks every",
+            "`python -m benchmarks.build.at_size speed`: Parquet to Parquet, whole commands with "
+            "Ray's start, medians (least",
+            f"to most) of {len(found['build']['seconds'])} runs in turn; map_groups gets fewer "
+            "rows. The peers write",
+            "the same lists, compared user by user with the build's, and nothing else; the build "
+            "also checks every",
             "row, looks for duplicates, hashes its files and counts the report.",
         ),
         "",
@@ -51,14 +63,23 @@ def memory(found: dict[str, Any]) -> list[str]:
     rows = []
     for name in ("small", "large"):
         figures = found[name]
-        what = f"{figures['rows'] / 1e6:.1f}M rows, {figures['users']:,} users, {figures['buckets']} buckets"
+        what = (
+            f"{figures['rows'] / 1e6:.1f}M rows, {figures['users']:,} users, "
+            f"{figures['buckets']} buckets"
+        )
         rows.append(
-            [what, f"{statistics.median(figures['peak_mb']):,.0f}", f"{statistics.median(figures['seconds']):.0f}"]
+            [
+                what,
+                f"{statistics.median(figures['peak_mb']):,.0f}",
+                f"{statistics.median(figures['seconds']):.0f}",
+            ]
         )
     return [
         _paragraph(
-            f"`python -m benchmarks.build.at_size memory`, object store of {found['object_store_mb']:,} MB: peak over all",
-            "processes of the job, sampled twice a second: Pss_Anon and Pss_File of each and the allocated blocks of",
+            "`python -m benchmarks.build.at_size memory`, object store of "
+            f"{found['object_store_mb']:,} MB: peak over all",
+            "processes of the job, sampled twice a second: Pss_Anon and Pss_File of each and the "
+            "allocated blocks of",
             "the object store, so that what is shared counts once. The larger is",
             f"{found['ratio']:.2f} times the smaller.",
         ),
@@ -72,15 +93,21 @@ def kills(found: dict[str, Any]) -> list[str]:
     same = sum(case["same_digest"] for case in cases)
     return [
         _paragraph(
-            f"`python -m benchmarks.build.at_size kills`, {found['rows'] / 1e6:.1f}M rows: SIGKILL at a random moment of the",
-            f"{found['unbroken_s']} s that a build takes, in turn to the driver alone and to all its processes. Run",
-            f"again, the manifest has the digest of the unbroken build in **{same} of {len(cases)}** cases.",
+            f"`python -m benchmarks.build.at_size kills`, {found['rows'] / 1e6:.1f}M rows: "
+            "SIGKILL at a random moment of the",
+            f"{found['unbroken_s']} s that a build takes, in turn to the driver alone and to all "
+            "its processes. Run",
+            f"again, the manifest has the digest of the unbroken build in **{same} of "
+            f"{len(cases)}** cases.",
         ),
         "",
         table(
             ["killed after, s", *_column(cases, "after_s")],
             [
-                ["parts and buckets done", *(f"{case['done']['parts']}, {case['done']['records']}" for case in cases)],
+                [
+                    "parts and buckets done",
+                    *(f"{case['done']['parts']}, {case['done']['records']}" for case in cases),
+                ],
                 ["second run, s", *_column(cases, "resumed_s")],
             ],
         ),

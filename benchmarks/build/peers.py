@@ -1,10 +1,13 @@
-"""The build's task in Polars and in Ray's `groupby().map_groups`: Parquet logs to one row of lists per user.
+"""The build's task in Polars and in Ray's `groupby().map_groups`: Parquet logs to one row of lists
+per user.
 
     python -m benchmarks.build.peers polars LOGS OUT
-    python -m benchmarks.build.peers map_groups LOGS OUT --cpus 2 --object-store-mb 2000 --partitions 16
+    python -m benchmarks.build.peers map_groups LOGS OUT --cpus 2 --object-store-mb 2000
+    --partitions 16
 
-For benchmarks/build/at_size.py, which holds their lists against the build's own. The lists are all that is asked of them: no
-checks of types and ranges, no duplicates looked for, no quarantine, no report, no checksums.
+For benchmarks/build/at_size.py, which holds their lists against the build's own. The lists are all
+that is asked of them: no checks of types and ranges, no duplicates looked for, no quarantine, no
+report, no checksums.
 """
 
 import argparse
@@ -32,7 +35,9 @@ LISTS = {
     "order_only": pa.bool_(),
     "tab": pa.int32(),
 }
-SCHEMA = pa.schema([("user_id", pa.int64()), *((name, pa.large_list(dtype)) for name, dtype in LISTS.items())])
+SCHEMA = pa.schema(
+    [("user_id", pa.int64()), *((name, pa.large_list(dtype)) for name, dtype in LISTS.items())]
+)
 
 
 def build_with_polars(logs: Path, out: Path, engine: str) -> None:
@@ -49,7 +54,10 @@ def build_with_polars(logs: Path, out: Path, engine: str) -> None:
         order_only=pl.lit(False),
         tab=pl.col("tab").fill_null(-1),
     )
-    new = [pl.col(name).ne_missing(pl.col(name).shift()) for name in ("user_id", "event_time", "request_id")]
+    new = [
+        pl.col(name).ne_missing(pl.col(name).shift())
+        for name in ("user_id", "event_time", "request_id")
+    ]
     request = pl.col("request") - pl.col("request").first()
     users = (
         rows.sort("user_id", *ORDER)
@@ -59,7 +67,9 @@ def build_with_polars(logs: Path, out: Path, engine: str) -> None:
         .select(SCHEMA.names)
     )
     out.mkdir(parents=True)
-    users.sink_parquet(out / "users.parquet", compression="zstd", compression_level=1, engine=engine)
+    users.sink_parquet(
+        out / "users.parquet", compression="zstd", compression_level=1, engine=engine
+    )
 
 
 def build_user(rows: pa.Table) -> pa.Table:
@@ -88,16 +98,24 @@ def build_user(rows: pa.Table) -> pa.Table:
     return pa.Table.from_arrays([rows["user_id"].combine_chunks()[:1], *lists], schema=SCHEMA)
 
 
-def build_with_map_groups(logs: Path, out: Path, cpus: int, object_store_mb: int, partitions: int) -> None:
-    with ray_cluster(RayConfig(num_cpus=cpus, object_store_mb=object_store_mb), runs_dir=out.parent):
+def build_with_map_groups(
+    logs: Path, out: Path, cpus: int, object_store_mb: int, partitions: int
+) -> None:
+    with ray_cluster(
+        RayConfig(num_cpus=cpus, object_store_mb=object_store_mb), runs_dir=out.parent
+    ):
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = ray.data.read_parquet(str(logs))
-        users = rows.groupby("user_id", num_partitions=partitions).map_groups(build_user, batch_format="pyarrow")
+        users = rows.groupby("user_id", num_partitions=partitions).map_groups(
+            build_user, batch_format="pyarrow"
+        )
         users.write_parquet(str(out), compression="zstd")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("peer", choices=["polars", "polars-streaming", "map_groups"])
     parser.add_argument("logs", type=Path, help="folder of Parquet files")
     parser.add_argument("out", type=Path, help="folder to write, not there yet")
@@ -106,7 +124,9 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=16)
     options = parser.parse_args()
     if options.peer == "map_groups":
-        build_with_map_groups(options.logs, options.out, options.cpus, options.object_store_mb, options.partitions)
+        build_with_map_groups(
+            options.logs, options.out, options.cpus, options.object_store_mb, options.partitions
+        )
     else:
         engine = "streaming" if options.peer == "polars-streaming" else "in-memory"
         build_with_polars(options.logs, options.out, engine)

@@ -1,7 +1,8 @@
-"""A command in a process group of its own: how long it took, how much memory all of its processes held, and its end.
+"""A command in a process group of its own: how long it took, how much memory all of its processes
+held, and its end.
 
-Its processes are those with a mark in their environment, which children inherit, also those of Ray that leave the tree.
-"""
+Its processes are those with a mark in their environment, which children inherit, also those of Ray
+that leave the tree."""
 
 import os
 import signal
@@ -31,7 +32,9 @@ class Measured:
 class Command:
     """A running command; its output goes to `log`."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: dict[str, str] | None = None
+    ) -> None:
         self.mark, self.log, self.started = uuid.uuid4().hex, log, time.perf_counter()
         env = {**os.environ, **(environment or {}), MARK: self.mark}
         with open(log, "w") as out:
@@ -74,9 +77,10 @@ class Command:
     def memory_bytes(self) -> int:
         """Memory of all processes, what they share counted once.
 
-        Private pages and pages of files by their proportional share (Pss_Anon, Pss_File: a page that n processes map
-        counts 1/n in each). Ray's object store is a file in /dev/shm, pages of which no process may have mapped at the
-        moment: its allocated blocks are counted in place of Pss_Shmem.
+        Private pages and pages of files by their proportional share (Pss_Anon, Pss_File: a page
+        that n processes map counts 1/n in each). Ray's object store is a file in /dev/shm, pages of
+        which no process may have mapped at the moment: its allocated blocks are counted in place of
+        Pss_Shmem.
         """
         total, stores = 0, {}
         for pid in self.processes():
@@ -92,7 +96,8 @@ class Command:
         return total + sum(stores.values())
 
     def kill_after(self, seconds: float, *, only_driver: bool) -> bool:
-        """SIGKILL to the command after so long, or to it and all that it has started; False if it had ended before.
+        """SIGKILL to the command after so long, or to it and all that it has started; False if it
+        had ended before.
 
         Returns when none of its processes is left.
         """
@@ -106,7 +111,8 @@ class Command:
         deadline = time.monotonic() + SECONDS_TO_END
         while left := self.processes():
             if not only_driver or time.monotonic() > deadline:
-                _kill(left)  # started meanwhile; or daemons that have not noticed that their driver is gone
+                # started meanwhile; or daemons that have not noticed that their driver is gone
+                _kill(left)
             time.sleep(0.1)
         return True
 

@@ -1,13 +1,17 @@
-"""Semi-local attention on one GPU: parity first, then times, beside PyTorch's own attention in the same run.
+"""Semi-local attention on one GPU: parity first, then times, beside PyTorch's own attention in the
+same run.
 
-    python -m benchmarks.kernels.attention                       # parity and times, writes benchmarks/runs/attention.json
-    python -m benchmarks.kernels.attention --parity-only
-    python -m benchmarks.kernels.attention --checked FILE        # parity as `benchmarks.gpu_check --out FILE` has just found it
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.attention --smoke   # without a GPU: tiny calls, no times
-    python -m benchmarks.kernels.attention --cpu                 # the blocked form against the dense one, attention_cpu.json
-    python -m benchmarks.kernels.attention --report FILE ...     # tables and plots into benchmarks/RESULTS.md
+    python -m benchmarks.kernels.attention                       # parity and times, writes
+    benchmarks/runs/attention.json python -m benchmarks.kernels.attention --parity-only
+    python -m benchmarks.kernels.attention --checked FILE        # parity as `benchmarks.gpu_check
+    --out FILE` has just found it TRITON_INTERPRET=1 python -m benchmarks.kernels.attention --smoke
+    # without a GPU: tiny calls, no times
+    python -m benchmarks.kernels.attention --cpu                 # the blocked form against the
+    dense one, attention_cpu.json python -m benchmarks.kernels.attention --report FILE ...     #
+    tables and plots into benchmarks/RESULTS.md
 
-Inputs are normal with unit scale. A time is the median of runs by device events (`benchmarks.gpu.Timer`).
+Inputs are normal with unit scale. A time is the median of runs by device events
+(`benchmarks.gpu.Timer`).
 """
 
 import argparse
@@ -39,14 +43,17 @@ def kept_pairs(case: Case) -> int:
     """Kept (row, key) pairs of a head."""
     pairs = 0
     window = case.mask.get("window")
-    for length, targets in zip(case.lengths, case.num_targets or [0] * len(case.lengths), strict=True):
+    for length, targets in zip(
+        case.lengths, case.num_targets or [0] * len(case.lengths), strict=True
+    ):
         u = length - targets
         full = u if window is None else min(u, case.mask.get("full_rows", 0))
         band = u - full
         seen = band * (band + 1) // 2 if window is None or band <= window else None
         if seen is None:
             seen = (window + 1) * (window + 2) // 2 + (band - window - 1) * (window + 1)
-        of_targets = targets * u // 2 if case.visible else targets * u  # random lengths see half on average
+        # random lengths see half on average
+        of_targets = targets * u // 2 if case.visible else targets * u
         pairs += seen + full * (full + 1) // 2 + full * band + of_targets + targets
     return pairs
 
@@ -161,13 +168,19 @@ def timed_cases() -> dict[str, Case]:
     return cases
 
 
-def time_cached(timer: Timer, users: int = 32, keys: int = 16_384, rows: int = 1_024) -> dict[str, float]:
+def time_cached(
+    timer: Timer, users: int = 32, keys: int = 16_384, rows: int = 1_024
+) -> dict[str, float]:
     heads, width = 4, 128
     args, _ = cached_inputs((keys,) * users, (rows,) * users, torch.bfloat16)
-    ms = timer(lambda: cached_attention(*args, attn_alpha=0.1, scaling_seq_len=64, backend="triton"))
+    ms = timer(
+        lambda: cached_attention(*args, attn_alpha=0.1, scaling_seq_len=64, backend="triton")
+    )
     tflops = 4 * heads * width * users * rows * (keys + 1) / ms / 1e9
     few, _ = cached_inputs((keys,), (min(rows, 100),), torch.bfloat16)
-    one = timer(lambda: cached_attention(*few, attn_alpha=0.1, scaling_seq_len=64, backend="triton"))
+    one = timer(
+        lambda: cached_attention(*few, attn_alpha=0.1, scaling_seq_len=64, backend="triton")
+    )
     return {"ms": ms, "tflops": tflops, "one user, 100 candidates, ms": one}
 
 
@@ -204,7 +217,9 @@ def host_times() -> dict[str, float]:
     with torch.no_grad():
         found = {"forward, no grad": host_us(forward)}
     found["forward"] = host_us(forward)
-    found["backward (two launches)"] = host_us(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    found["backward (two launches)"] = host_us(
+        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    )
     x = torch.zeros(8, device=DEVICE)
     found["an empty torch op, for scale"] = host_us(lambda: x.add_(1))
     return found
@@ -216,7 +231,9 @@ def compile_case(case: Case) -> None:
 
 
 def measure_cpu() -> dict[str, dict[str, float]]:
-    """Forward and backward on one thread, 2 heads of 32, float32: events per second of processor time."""
+    """Forward and backward on one thread, 2 heads of 32, float32: events per second of processor
+    time.
+    """
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     found = {}
@@ -226,10 +243,18 @@ def measure_cpu() -> dict[str, dict[str, float]]:
         total = sum(lengths)
         leaves = [torch.randn(total, 2, 32, generator=generator).requires_grad_() for _ in range(3)]
         offsets = torch.tensor([0, *lengths]).cumsum(0)
-        options: dict = {**SEMI_LOCAL, "max_seq_len": max(lengths), "attn_alpha": 1 / 32, "scaling_seq_len": 256}
+        options: dict = {
+            **SEMI_LOCAL,
+            "max_seq_len": max(lengths),
+            "attn_alpha": 1 / 32,
+            "scaling_seq_len": 256,
+        }
         if "candidates" in name:
             options["num_targets"] = torch.tensor([n // 2 for n in lengths])
-            rows = [torch.randint(0, n - n // 2 + 1, (n // 2,), generator=generator).sort().values for n in lengths]
+            rows = [
+                torch.randint(0, n - n // 2 + 1, (n // 2,), generator=generator).sort().values
+                for n in lengths
+            ]
             options["target_visible"] = torch.cat(rows).to(torch.int32)
         found[name] = {}
         for backend in ("torch", "reference"):
@@ -244,7 +269,9 @@ def measure_cpu() -> dict[str, dict[str, float]]:
 
 def smoke() -> None:
     """Calls at tiny sizes, for a machine without a GPU."""
-    tiny = Case((20, 9), (4, 0), {"window": 4, "full_rows": 3}, heads=1, d_qk=16, d_v=16, dtype="float32")
+    tiny = Case(
+        (20, 9), (4, 0), {"window": 4, "full_rows": 3}, heads=1, d_qk=16, d_v=16, dtype="float32"
+    )
     time_ours(Timer(), tiny)
     time_lists(Timer(), 64)
     time_cached(Timer(), users=1, keys=40, rows=3)
@@ -252,14 +279,30 @@ def smoke() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "attention.json")
     parser.add_argument("--parity-only", action="store_true")
-    parser.add_argument("--checked", type=Path, metavar="FILE", help="parity as `benchmarks.gpu_check --out` found it")
-    parser.add_argument("--smoke", action="store_true", help="tiny calls, in Triton's interpreter too")
+    parser.add_argument(
+        "--checked",
+        type=Path,
+        metavar="FILE",
+        help="parity as `benchmarks.gpu_check --out` found it",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny calls, in Triton's interpreter too"
+    )
     parser.add_argument("--no-softmax", action="store_true", help="leave PyTorch's attention out")
-    parser.add_argument("--cpu", action="store_true", help="time the CPU's blocked form, and do nothing else")
-    parser.add_argument("--report", type=Path, nargs="+", help="write RESULTS.md from these runs, and do nothing else")
+    parser.add_argument(
+        "--cpu", action="store_true", help="time the CPU's blocked form, and do nothing else"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        help="write RESULTS.md from these runs, and do nothing else",
+    )
     arguments = parser.parse_args()
     if arguments.report:
         from benchmarks.kernels.attention_report import write_report
@@ -274,17 +317,27 @@ def main() -> None:
     if arguments.smoke:
         smoke()
         return
-    compiled = [] if arguments.parity_only else [(compile_case, case) for case in timed_cases().values()]
+    compiled = (
+        [] if arguments.parity_only else [(compile_case, case) for case in timed_cases().values()]
+    )
     checks = [] if arguments.checked else parity_checks()
-    checked = found_in(arguments.checked, "attention") if arguments.checked else {"cases": len(checks), "wrong": []}
+    checked = (
+        found_in(arguments.checked, "attention")
+        if arguments.checked
+        else {"cases": len(checks), "wrong": []}
+    )
     problems = parity([*checks, *compiled])
     if arguments.parity_only:
         raise SystemExit(bool(problems))
-    found: dict = {"machine": versions(), "parity": checked | {"wrong": checked["wrong"] + problems}}
+    found: dict = {
+        "machine": versions(),
+        "parity": checked | {"wrong": checked["wrong"] + problems},
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for section, numbers in measure(arguments.no_softmax):
         found.setdefault(section, {}).update(numbers)
-        arguments.out.write_text(json.dumps(found, indent=1))  # what is measured stays, whatever comes after
+        # what is measured stays, whatever comes after
+        arguments.out.write_text(json.dumps(found, indent=1))
         print(section, json.dumps(numbers), flush=True)
     raise SystemExit(bool(problems))
 
@@ -300,7 +353,10 @@ def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
     yield "host_us", host_times()
     ways = "forward_ms", "backward_ms"
     longest, shortest = ours["semi-local 16384"], ours["semi-local 1024"]
-    yield "per_user_slope", {way: math.log(16 * longest[way] / shortest[way]) / math.log(16) for way in ways}
+    yield (
+        "per_user_slope",
+        {way: math.log(16 * longest[way] / shortest[way]) / math.log(16) for way in ways},
+    )
     yield "ceilings", time_ceilings(timer)
     if no_softmax:
         return
@@ -311,7 +367,10 @@ def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
         yield "softmax", softmax
     cudnn = softmax["cuDNN causal 16384"]
     cases = [(kind, way) for kind in ("semi-local", "causal") for way in ways]
-    yield "over_cudnn", {f"{kind} {way}": ours[f"{kind} 16384"][way] / cudnn[way] for kind, way in cases}
+    yield (
+        "over_cudnn",
+        {f"{kind} {way}": ours[f"{kind} 16384"][way] / cudnn[way] for kind, way in cases},
+    )
     yield "flex", {f"flex semi-local {n}": time_softmax(timer, n, flex(n)) for n in (16384, 4096)}
 
 

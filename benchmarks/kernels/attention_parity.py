@@ -1,4 +1,6 @@
-"""Parity of semi-local attention: the Triton backend against dense PyTorch, on a GPU or in Triton's interpreter."""
+"""Parity of semi-local attention: the Triton backend against dense PyTorch, on a GPU or in Triton's
+interpreter.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -30,11 +32,16 @@ class Case:
     dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        shown = f"{len(self.lengths)} sequences" if len(self.lengths) > 4 else str(list(self.lengths))
+        shown = (
+            f"{len(self.lengths)} sequences" if len(self.lengths) > 4 else str(list(self.lengths))
+        )
         extra = f"{' visible ' + self.visible if self.visible else ''}"
         if self.bias:
             extra += f" bias, {self.gap_ms} ms apart, asked {self.asked_ms} ms off"
-        return f"{self.dtype} {shown} targets {self.num_targets} {self.mask} {self.heads}x{self.d_qk}x{self.d_v}{extra}"
+        return (
+            f"{self.dtype} {shown} targets {self.num_targets} {self.mask} "
+            f"{self.heads}x{self.d_qk}x{self.d_v}{extra}"
+        )
 
 
 @dataclass
@@ -54,9 +61,17 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
     total, heads = sum(case.lengths), case.heads
     widths = case.d_qk, case.d_qk, case.d_v, case.d_v
     dtype = getattr(torch, case.dtype)
-    tensors = [torch.randn(total, heads, d, generator=draws, device=DEVICE).to(dtype).double() for d in widths]
+    tensors = [
+        torch.randn(total, heads, d, generator=draws, device=DEVICE).to(dtype).double()
+        for d in widths
+    ]
     offsets = offsets_of(case.lengths)
-    options = {**case.mask, "max_seq_len": max(case.lengths), "attn_alpha": case.d_qk**-0.5, "scaling_seq_len": 64}
+    options = {
+        **case.mask,
+        "max_seq_len": max(case.lengths),
+        "attn_alpha": case.d_qk**-0.5,
+        "scaling_seq_len": 64,
+    }
     if case.num_targets is not None:
         options["num_targets"] = torch.tensor(case.num_targets, dtype=torch.int32).to(DEVICE)
         if case.visible:
@@ -67,7 +82,9 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
             options["target_visible"] = torch.cat(rows).to(torch.int32).to(DEVICE)
     bias = None
     if case.bias:
-        tables = (torch.randn(n, generator=draws, device=DEVICE, dtype=torch.float64) for n in (500, 129))
+        tables = (
+            torch.randn(n, generator=draws, device=DEVICE, dtype=torch.float64) for n in (500, 129)
+        )
         times = torch.randint(0, case.gap_ms, (total,), generator=draws, device=DEVICE).cumsum(0)
         off = (torch.arange(total, device=DEVICE) % 7 - 3) * case.asked_ms
         bias = RelativeBias(*tables, times, times + off if case.asked_ms else None)
@@ -83,7 +100,9 @@ def run(batch: Batch, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         tables = [x.to(wide).requires_grad_() for x in (bias.position_table, bias.time_table)]
         bias = RelativeBias(*tables, bias.event_time_T, bias.query_time_T)
         leaves += tables
-    out = semi_local_attention(*leaves[:3], batch.offsets, bias=bias, backend=backend, **batch.options)
+    out = semi_local_attention(
+        *leaves[:3], batch.offsets, bias=bias, backend=backend, **batch.options
+    )
     grads = torch.autograd.grad(out, leaves, batch.grad.to(dtype))
     return [x.detach().double() for x in (out, *grads)]
 
@@ -98,7 +117,9 @@ def parity_cases() -> list[Case]:
         Case((1000, 77, 512), None, SEMI_LOCAL, heads=2),
         Case((1000, 77, 512), (100, 7, 0), semi, heads=2),
         Case((1000, 77, 512), (100, 7, 0), prefixed, "random", heads=2),
-        Case((3000, 200), (300, 0), {"window": 0, "full_rows": 70, "prefix": 70}, "random", heads=2),
+        Case(
+            (3000, 200), (300, 0), {"window": 0, "full_rows": 70, "prefix": 70}, "random", heads=2
+        ),
         Case((2500, 300), (500, 3), heads=2),
         Case((1030,) * 3, heads=2),
         Case((200,) * 20, (50,) * 20, {"window": 64, "prefix": 2}, "sorted", heads=2),
@@ -115,19 +136,28 @@ def parity_cases() -> list[Case]:
     cases += [Case(*x, heads=2, d_qk=64, d_v=64, bias=True) for x in some]
     cases += [Case((2500, 300), (500, 3), semi, heads=2, d_qk=50, d_v=50, bias=True)]
     cases += [Case(*x, heads=2, bias=True) for x in some]
-    days = replace(Case((1100, 63), (100, 3), heads=2, d_qk=64, d_v=64, bias=True), asked_ms=3_000_000)
-    cases += [days, replace(days, gap_ms=16 * 86_400_000, asked_ms=2**36), replace(days, gap_ms=500, asked_ms=0)]
+    days = replace(
+        Case((1100, 63), (100, 3), heads=2, d_qk=64, d_v=64, bias=True), asked_ms=3_000_000
+    )
+    cases += [
+        days,
+        replace(days, gap_ms=16 * 86_400_000, asked_ms=2**36),
+        replace(days, gap_ms=500, asked_ms=0),
+    ]
     return cases
 
 
 def check_parity(case: Case) -> str | None:
-    """What is wrong with the Triton backend on a case: errors beyond twice those of dense PyTorch in the same type,
+    """What is wrong with the Triton backend on a case: errors beyond twice those of dense PyTorch
+    in the same type,
     or two runs that differ."""
     batch, dtype = make_batch(case), getattr(torch, case.dtype)
     truth = run(batch, torch.float64, "torch" if max(case.lengths) > 8192 else "reference")
     plain = run(batch, dtype, "reference")
     fast, again = run(batch, dtype, "triton"), run(batch, dtype, "triton")
-    worst = [[(x - t).abs().max().item() for x, t in zip(xs, truth, strict=True)] for xs in (fast, plain)]
+    worst = [
+        [(x - t).abs().max().item() for x, t in zip(xs, truth, strict=True)] for xs in (fast, plain)
+    ]
     floor = [1e-6 * t.abs().mean().item() for t in truth]
     ratios = [f / (p + z) if p + z else f for f, p, z in zip(*worst, floor, strict=True)]
     if not all(r <= 2 for r in ratios):  # NaN is not
@@ -149,7 +179,12 @@ def check_cached(
             if causal and seen:
                 continue
             args, visible = cached_inputs(cached, rows, dtype, heads, width, with_visible=seen)
-            options = {"visible": visible, "causal": causal, "attn_alpha": 0.1, "scaling_seq_len": 64}
+            options = {
+                "visible": visible,
+                "causal": causal,
+                "attn_alpha": 0.1,
+                "scaling_seq_len": 64,
+            }
             wide = [x.double() if x.is_floating_point() else x for x in args]
             truth = cached_attention(*wide, backend="reference", **options)
             plain = cached_attention(*args, backend="reference", **options).double()
@@ -160,7 +195,9 @@ def check_cached(
     return None
 
 
-def cached_inputs(cached: tuple[int, ...], rows: tuple[int, ...], dtype, heads=4, width=128, with_visible=False):
+def cached_inputs(
+    cached: tuple[int, ...], rows: tuple[int, ...], dtype, heads=4, width=128, with_visible=False
+):
     draws = generator()
 
     def draw(count: int) -> Tensor:
@@ -168,7 +205,11 @@ def cached_inputs(cached: tuple[int, ...], rows: tuple[int, ...], dtype, heads=4
 
     row_offsets, cache_offsets = (offsets_of(n) for n in (rows, cached))
     c, t = sum(rows), sum(cached)
-    visible = torch.cat([torch.randint(0, n + 1, (m,)) for n, m in zip(cached, rows, strict=True)]).int().to(DEVICE)
+    visible = (
+        torch.cat([torch.randint(0, n + 1, (m,)) for n, m in zip(cached, rows, strict=True)])
+        .int()
+        .to(DEVICE)
+    )
     args = draw(c), draw(c), draw(c), row_offsets, draw(t), draw(t), cache_offsets
     return args, visible if with_visible else None
 
@@ -178,9 +219,21 @@ def parity_checks() -> list[Check]:
 
 
 def smoke_checks() -> list[Check]:
-    """A few tiny cases in float32. A program past the end of its list costs the interpreter as much as any other."""
+    """A few tiny cases in float32.
+
+    A program past the end of its list costs the interpreter as much as any other.
+    """
     triton_launch.SPLIT_PROGRAMS = 4
-    tiny = Case((21, 0, 9), (3, 0, 9), {"window": 4, "full_rows": 3, "prefix": 1}, "random", 1, 16, 16, dtype="float32")
+    tiny = Case(
+        (21, 0, 9),
+        (3, 0, 9),
+        {"window": 4, "full_rows": 3, "prefix": 1},
+        "random",
+        1,
+        16,
+        16,
+        dtype="float32",
+    )
     biased = replace(tiny, mask={}, visible="", bias=True)
     days = replace(biased, gap_ms=16 * 86_400_000, asked_ms=2**36)
     return [

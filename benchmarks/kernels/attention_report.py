@@ -1,4 +1,6 @@
-"""The attention section of RESULTS.md and its figure, from the JSON that `benchmarks.kernels.attention` wrote."""
+"""The attention section of RESULTS.md and its figure, from the JSON that
+`benchmarks.kernels.attention` wrote.
+"""
 
 from pathlib import Path
 
@@ -59,7 +61,12 @@ def other_table(run: dict) -> str:
 
 def cpu_table(run: dict) -> str:
     rows = [
-        [name, f"{r['torch']:,.0f}", f"{r['reference']:,.0f}", f"{r['torch'] / r['reference']:.1f}x"]
+        [
+            name,
+            f"{r['torch']:,.0f}",
+            f"{r['reference']:,.0f}",
+            f"{r['torch'] / r['reference']:.1f}x",
+        ]
         for name, r in run["cpu"].items()
     ]
     return _table(["CPU, semi-local, forward + backward, events/s", "blocked", "dense", ""], rows)
@@ -70,11 +77,20 @@ def plot(run: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
     for axis, way in zip(axes, ("forward_ms", "backward_ms"), strict=True):
         for kind, title in TITLES.items():
-            points = [(n, everything[f"{kind} {n}"][way]) for n in LENGTHS if f"{kind} {n}" in everything]
+            points = [
+                (n, everything[f"{kind} {n}"][way]) for n in LENGTHS if f"{kind} {n}" in everything
+            ]
             ours = kind in GOALS
             line = "-o" if ours else "--s"
-            axis.plot(*zip(*points, strict=True), line, label=title.replace("**", ""), linewidth=2.2 if ours else 1.2)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length", title=way.replace("_ms", ", ms"))
+            axis.plot(
+                *zip(*points, strict=True),
+                line,
+                label=title.replace("**", ""),
+                linewidth=2.2 if ours else 1.2,
+            )
+        axis.set(
+            xscale="log", yscale="log", xlabel="sequence length", title=way.replace("_ms", ", ms")
+        )
         axis.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
         axis.minorticks_off()
         axis.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
@@ -88,13 +104,18 @@ def plot(run: dict, path: Path) -> None:
 
 def section(run: dict) -> str:
     machine, cached, slope = run["machine"], run["cached"], run["per_user_slope"]
-    ratios = ", ".join(f"{name.replace('_ms', '')} {value:.3f}" for name, value in run["over_cudnn"].items())
+    ratios = ", ".join(
+        f"{name.replace('_ms', '')} {value:.3f}" for name, value in run["over_cudnn"].items()
+    )
     lists = ", ".join(f"{name} {ms:.3f} ms" for name, ms in run["lists"].items())
     host = ", ".join(f"{name} {us:.0f}" for name, us in run["host_us"].items())
     ceilings = run["ceilings"]
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
     parity = f"{run['parity']['cases']} parity cases ({len(run['parity']['wrong'])} wrong)"
-    rates = f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} TFLOP/s"
+    rates = (
+        f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} "
+        "TFLOP/s"
+    )
     return f"""{BEGIN}
 ## Semi-local attention
 

@@ -1,13 +1,17 @@
-"""The STU layer on one GPU: parity first, then times of the layer, its products and its row kernels.
+"""The STU layer on one GPU: parity first, then times of the layer, its products and its row
+kernels.
 
-    python -m benchmarks.kernels.layer                           # parity and times, writes benchmarks/runs/layer.json
-    python -m benchmarks.kernels.layer --parity-only
-    python -m benchmarks.kernels.layer --checked FILE            # parity as `benchmarks.gpu_check --out FILE` has just found it
-    python -m benchmarks.kernels.layer --no-parity --only rows host_us      # these sections, into the same file
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.layer --smoke    # without a GPU: tiny calls, no times
-    python -m benchmarks.kernels.layer --report FILE             # its section of benchmarks/RESULTS.md
+    python -m benchmarks.kernels.layer                           # parity and times, writes
+    benchmarks/runs/layer.json python -m benchmarks.kernels.layer --parity-only
+    python -m benchmarks.kernels.layer --checked FILE            # parity as `benchmarks.gpu_check
+    --out FILE` has just found it python -m benchmarks.kernels.layer --no-parity --only rows host_us
+    # these sections, into the same file TRITON_INTERPRET=1 python -m benchmarks.kernels.layer
+    # --smoke    # without a GPU: tiny calls, no times
+    python -m benchmarks.kernels.layer --report FILE             # its section of
+    benchmarks/RESULTS.md
 
-d = 512, 4 heads of 128, 65,536 tokens in bfloat16 unless said; inputs are normal with unit scale. Times are
+d = 512, 4 heads of 128, 65,536 tokens in bfloat16 unless said; inputs are normal with unit scale.
+Times are
 medians by device events (`benchmarks.gpu.Timer`).
 """
 
@@ -61,8 +65,12 @@ from kernels.stu.reference import STUShape, STUWeights
 ROOT = Path(__file__).parents[1]
 
 
-def time_layer(timer: Timer, shape: STUShape, length: int, tokens: int = TOKENS, width: int = 512) -> dict[str, float]:
-    """Inference, forward + backward, and what a layer keeps for backward beside its input and output, in MB."""
+def time_layer(
+    timer: Timer, shape: STUShape, length: int, tokens: int = TOKENS, width: int = 512
+) -> dict[str, float]:
+    """Inference, forward + backward, and what a layer keeps for backward beside its input and
+    output, in MB.
+    """
     sequences = make_sequences((length,) * (tokens // length))
     weights = [torch.nn.Parameter(w.bfloat16()) for w in make_layer(shape, width)]
     x, grad = (torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -84,11 +92,17 @@ def time_layer(timer: Timer, shape: STUShape, length: int, tokens: int = TOKENS,
     before = torch.cuda.memory_allocated()
     out = forward()
     kept = torch.cuda.memory_allocated() - before - out.nbytes
-    return {"inference_ms": infer_ms, "forward_backward_ms": train_ms, "kept_mb": (kept + x.nbytes) / 1e6}
+    return {
+        "inference_ms": infer_ms,
+        "forward_backward_ms": train_ms,
+        "kept_mb": (kept + x.nbytes) / 1e6,
+    }
 
 
 def time_fp8(timer: Timer, width: int) -> dict[str, float]:
-    """The output layer with its residual, and the row kernel before it, which in one case also quantises."""
+    """The output layer with its residual, and the row kernel before it, which in one case also
+    quantises.
+    """
     x, w, bias, residual = product_inputs(TOKENS, width)
     u = torch.randn(TOKENS, 4 * width, device=DEVICE, dtype=torch.bfloat16)[:, :width]
     norm, shift = (torch.randn(width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -103,11 +117,15 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
     def gated_fp8() -> Tensor:
         _, codes, scale = launch_norm_gate(x, u, norm, shift, **gate, out=False, fp8=True)
         assert codes is not None and scale is not None
-        return launch_linear(codes, w_codes, bias, residual=residual, scales=(scale, w_scale), dtype=x.dtype)[0]
+        return launch_linear(
+            codes, w_codes, bias, residual=residual, scales=(scale, w_scale), dtype=x.dtype
+        )[0]
 
     def quantised_apart() -> Tensor:
         codes, scale = launch_quantize(x)
-        return launch_linear(codes, w_codes, bias, residual=residual, scales=(scale, w_scale), dtype=x.dtype)[0]
+        return launch_linear(
+            codes, w_codes, bias, residual=residual, scales=(scale, w_scale), dtype=x.dtype
+        )[0]
 
     found = {"addmm_ms": timer(lambda: torch.addmm(residual, x, w.T))}
     found["triton_bf16_ms"] = timer(lambda: launch_linear(x, w, bias, residual=residual))
@@ -117,10 +135,18 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
     gate_ms = timer(lambda: launch_norm_gate(x, u, norm, shift, **gate))
     gate8_ms = timer(lambda: launch_norm_gate(x, u, norm, shift, **gate, out=False, fp8=True))
     found["fp8_with_quantise_ms"] = found["fp8_ms"] + gate8_ms - gate_ms
-    (codes, scale), options = launch_quantize(x), {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    (codes, scale), options = (
+        launch_quantize(x),
+        {"out_dtype": torch.bfloat16, "use_fast_accum": True},
+    )
 
     def scaled_mm() -> Tensor:  # takes no matrix as bias: the residual is a pass of its own
-        return torch._scaled_mm(codes, w_codes.T, scale[:, None], w_scale[None, :], bias=bias, **options) + residual
+        return (
+            torch._scaled_mm(
+                codes, w_codes.T, scale[:, None], w_scale[None, :], bias=bias, **options
+            )
+            + residual
+        )
 
     found["scaled_mm_and_add_ms"] = timer(scaled_mm)
     exact = residual.double() + x.double() @ w.double().T + bias.double()
@@ -132,7 +158,9 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
 
 
 def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str, dict[str, float]]:
-    """ms and TB/s of the row kernels, each input read and each output written once, beside copies of as many bytes."""
+    """ms and TB/s of the row kernels, each input read and each output written once, beside copies
+    of as many bytes.
+    """
     options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     x, d, passed = (torch.randn(tokens, width, **options) for _ in range(3))
     uvqk = torch.randn(tokens, 4 * width, **options)
@@ -142,11 +170,20 @@ def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str,
     one = x.nbytes
     calls = {
         "norm": (2 * one, lambda: launch_layer_norm(x, w, b, 1e-6, x.dtype)),
-        "norm + quantise": (1.5 * one, lambda: launch_layer_norm(x, w, b, 1e-6, x.dtype, out=False, fp8=True)),
+        "norm + quantise": (
+            1.5 * one,
+            lambda: launch_layer_norm(x, w, b, 1e-6, x.dtype, out=False, fp8=True),
+        ),
         "norm + gate": (3 * one, lambda: launch_norm_gate(x, u, w, b, **gate, p=0.0)),
         "norm + gate, dropout": (3 * one, lambda: launch_norm_gate(x, u, w, b, **gate, p=0.1)),
-        "norm + gate + quantise": (2.5 * one, lambda: launch_norm_gate(x, u, w, b, **gate, p=0.0, out=False, fp8=True)),
-        "norm backward + residual": (4 * one, lambda: launch_layer_norm_backward(d, x, passed, w, 1e-6)),
+        "norm + gate + quantise": (
+            2.5 * one,
+            lambda: launch_norm_gate(x, u, w, b, **gate, p=0.0, out=False, fp8=True),
+        ),
+        "norm backward + residual": (
+            4 * one,
+            lambda: launch_layer_norm_backward(d, x, passed, w, 1e-6),
+        ),
         "norm + gate backward, Y again": (
             6 * one,
             lambda: launch_norm_gate_backward(d, x, u, w, b, du, **gate, p=0.1, out=True),
@@ -162,13 +199,19 @@ def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str,
 
 
 def encoder_calls(tokens: int, width: int) -> dict[str, tuple[float, Callable[[], object]]]:
-    """The token encoder's row kernels and plain PyTorch in their place: bytes moved once, and the call."""
+    """The token encoder's row kernels and plain PyTorch in their place: bytes moved once, and the
+    call.
+    """
     options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
-    wide, d_wide = (torch.randn(tokens, 2 * width, **options) for _ in range(2))  # between the content's linear maps
+    # between the content's linear maps
+    wide, d_wide = (torch.randn(tokens, 2 * width, **options) for _ in range(2))
     w, b = (torch.randn(2 * width, device=DEVICE) for _ in range(2))
     x, d = wide[:, :width].contiguous(), d_wide[:, :width].contiguous()
     tables = [torch.randn(rows, width, device=DEVICE) for rows in (8192, 64)]
-    place = torch.arange(tokens, device=DEVICE) % 16_384, torch.randint(0, 10**8, (tokens,), device=DEVICE)
+    place = (
+        torch.arange(tokens, device=DEVICE) % 16_384,
+        torch.randint(0, 10**8, (tokens,), device=DEVICE),
+    )
     keys = launch_add(x, *tables, *place, "event", keep_keys=True)[1]
     assert keys is not None
     leaves = [t.clone().requires_grad_() for t in (wide, w, b)]
@@ -185,8 +228,14 @@ def encoder_calls(tokens: int, width: int) -> dict[str, tuple[float, Callable[[]
         "x * sigmoid(norm(x)), twice as wide": (2 * one, lambda: launch_swish(wide, w, b, 1e-5)),
         "… backward": (3 * one, lambda: launch_swish_backward(d_wide, wide, w, b, 1e-5)),
         "… both, plain PyTorch": (5 * one, plain_gate),
-        "position + time": (one + of_tables, lambda: launch_add(x, *tables, *place, "event", keep_keys=True)),
-        "… gradients of both tables": (one + of_tables, lambda: launch_table_gradients(d, keys, *map(len, tables))),
+        "position + time": (
+            one + of_tables,
+            lambda: launch_add(x, *tables, *place, "event", keep_keys=True),
+        ),
+        "… gradients of both tables": (
+            one + of_tables,
+            lambda: launch_table_gradients(d, keys, *map(len, tables)),
+        ),
         "… both, plain PyTorch (gradients by token)": (2 * one + 2 * of_tables, plain_places),
     }
 
@@ -194,13 +243,18 @@ def encoder_calls(tokens: int, width: int) -> dict[str, tuple[float, Callable[[]
 def time_products(timer: Timer) -> dict[str, float]:
     """The layer's products: ours with what is fused into them, and the library's beside them."""
     x, w, bias, residual = product_inputs(TOKENS, 512)
-    w4, bias4 = torch.randn(2048, 512, device=DEVICE, dtype=torch.bfloat16) * 512**-0.5, bias.repeat(4)
+    w4, bias4 = (
+        torch.randn(2048, 512, device=DEVICE, dtype=torch.bfloat16) * 512**-0.5,
+        bias.repeat(4),
+    )
     grad = torch.randn(TOKENS, 2048, device=DEVICE, dtype=torch.bfloat16)
     (codes, scale), (codes4, scale4) = launch_quantize(x), launch_quantize(w4)
     fp8: dict[str, Any] = {"silu_from": 512, "scales": (scale, scale4), "dtype": torch.bfloat16}
     calls = {
         "f1: bias, SiLU": lambda: launch_linear(x, w4, bias4, silu_from=512),
-        "f1: bias, SiLU, its derivative too": lambda: launch_linear(x, w4, bias4, silu_from=512, keep_slope=True),
+        "f1: bias, SiLU, its derivative too": lambda: launch_linear(
+            x, w4, bias4, silu_from=512, keep_slope=True
+        ),
         "f1: FP8, bias, SiLU": lambda: launch_linear(codes, codes4, bias4, **fp8),
         "f1: cuBLAS with bias, no SiLU": lambda: F.linear(x, w4, bias4),
         "f1: cuBLAS with bias, then SiLU": lambda: F.silu(F.linear(x, w4, bias4)),
@@ -215,13 +269,21 @@ def time_products(timer: Timer) -> dict[str, float]:
 
 
 def time_five_layers(timer: Timer) -> dict[str, float]:
-    """32 users of 1,024 history rows and 2,048 candidates, 5 layers, inference; and the host's work for it."""
+    """32 users of 1,024 history rows and 2,048 candidates, 5 layers, inference; and the host's work
+    for it.
+    """
     sequences = make_sequences((3072,) * 32, (2048,) * 32)
     x = torch.randn(32 * 3072, 512, device=DEVICE, dtype=torch.bfloat16)
     found = {}
-    shapes = {"semi-local": LAYER, "semi-local, FP8": replace(LAYER, fp8=True), "causal": replace(LAYER, **CAUSAL)}
+    shapes = {
+        "semi-local": LAYER,
+        "semi-local, FP8": replace(LAYER, fp8=True),
+        "causal": replace(LAYER, **CAUSAL),
+    }
     for name, shape in shapes.items():
-        layers = [STUWeights(*(w.bfloat16() for w in make_layer(shape, 512, seed))) for seed in range(5)]
+        layers = [
+            STUWeights(*(w.bfloat16() for w in make_layer(shape, 512, seed))) for seed in range(5)
+        ]
 
         def infer(layers=layers, shape=shape) -> None:
             rows = x
@@ -240,10 +302,16 @@ def host_times() -> dict[str, float]:
     x = torch.randn(500, 512, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     found = {}
     with torch.no_grad():
-        found["inference, 5 kernels"] = host_us(lambda: stu_layer(x, STUWeights(*weights), shape, sequences))
-    found["forward, 5 kernels"] = host_us(lambda: stu_layer(x, STUWeights(*weights), shape, sequences))
+        found["inference, 5 kernels"] = host_us(
+            lambda: stu_layer(x, STUWeights(*weights), shape, sequences)
+        )
+    found["forward, 5 kernels"] = host_us(
+        lambda: stu_layer(x, STUWeights(*weights), shape, sequences)
+    )
     out, leaves = stu_layer(x, STUWeights(*weights), shape, sequences), [x, *weights]
-    found["backward"] = host_us(lambda: torch.autograd.grad(out, leaves, x.detach(), retain_graph=True))
+    found["backward"] = host_us(
+        lambda: torch.autograd.grad(out, leaves, x.detach(), retain_graph=True)
+    )
     return found
 
 
@@ -256,7 +324,9 @@ def time_layers(timer: Timer) -> dict[str, dict[str, float]]:
         "bf16, all recompute, silu_qkv false": replace(everything, silu_qkv=False),
         "bf16, all recompute, causal": replace(everything, **CAUSAL),
     }
-    return {f"{name} {n}": time_layer(timer, s, n) for name, s in shapes.items() for n in (4096, 16384)}
+    return {
+        f"{name} {n}": time_layer(timer, s, n) for name, s in shapes.items() for n in (4096, 16384)
+    }
 
 
 SECTIONS: dict[str, Callable[[Timer], Any]] = {
@@ -280,14 +350,31 @@ def smoke() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "layer.json")
     parser.add_argument("--parity-only", action="store_true")
-    parser.add_argument("--no-parity", action="store_true", help="without parity, and what the file says of it stays")
-    parser.add_argument("--checked", type=Path, metavar="FILE", help="parity as `benchmarks.gpu_check --out` found it")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--smoke", action="store_true", help="tiny calls, in Triton's interpreter too")
-    parser.add_argument("--report", type=Path, help="write RESULTS.md from this run, and do nothing else")
+    parser.add_argument(
+        "--no-parity",
+        action="store_true",
+        help="without parity, and what the file says of it stays",
+    )
+    parser.add_argument(
+        "--checked",
+        type=Path,
+        metavar="FILE",
+        help="parity as `benchmarks.gpu_check --out` found it",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny calls, in Triton's interpreter too"
+    )
+    parser.add_argument(
+        "--report", type=Path, help="write RESULTS.md from this run, and do nothing else"
+    )
     arguments = parser.parse_args()
     if arguments.report:
         from benchmarks.kernels.layer_report import write_report

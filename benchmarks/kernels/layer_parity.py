@@ -1,4 +1,6 @@
-"""Parity of the STU layer, its FP8, and the token encoder's row kernels, on a GPU or in Triton's interpreter."""
+"""Parity of the STU layer, its FP8, and the token encoder's row kernels, on a GPU or in Triton's
+interpreter.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,21 +73,37 @@ def make_layer(shape: STUShape, width: int, seed: int = 0) -> list[Tensor]:
     draws = generator(seed)
     attended, projected = shape.split[0], sum(shape.split)
     gated = attended * (3 if shape.concat_ua else 1)
-    sizes = [(width,), (width,), (projected, width), (projected,), (attended,), (attended,), (width, gated), (width,)]
+    sizes = [
+        (width,),
+        (width,),
+        (projected, width),
+        (projected,),
+        (attended,),
+        (attended,),
+        (width, gated),
+        (width,),
+    ]
     weights = [
-        torch.randn(size, generator=draws, device=DEVICE) * (size[-1] ** -0.5 if len(size) > 1 else 0.3)
+        torch.randn(size, generator=draws, device=DEVICE)
+        * (size[-1] ** -0.5 if len(size) > 1 else 0.3)
         for size in sizes
     ]
     weights[0], weights[4] = weights[0] + 1, weights[4] + 1
     return [w.bfloat16().double() for w in weights]
 
 
-def make_sequences(lengths: tuple[int, ...], num_targets: tuple[int, ...] | None = None) -> Sequences:
-    targets = None if num_targets is None else torch.tensor(num_targets, dtype=torch.int32).to(DEVICE)
+def make_sequences(
+    lengths: tuple[int, ...], num_targets: tuple[int, ...] | None = None
+) -> Sequences:
+    targets = (
+        None if num_targets is None else torch.tensor(num_targets, dtype=torch.int32).to(DEVICE)
+    )
     return Sequences(offsets_of(lengths), max(lengths), targets)
 
 
-def run(case: Case, dtype: torch.dtype, backend: Backend, recompute: tuple[str, ...] | None = None) -> list[Tensor]:
+def run(
+    case: Case, dtype: torch.dtype, backend: Backend, recompute: tuple[str, ...] | None = None
+) -> list[Tensor]:
     """Output and all gradients."""
     shape = case.shape if recompute is None else replace(case.shape, recompute=recompute)
     rows = sum(case.lengths), case.width
@@ -93,13 +111,15 @@ def run(case: Case, dtype: torch.dtype, backend: Backend, recompute: tuple[str, 
     x, grad = (torch.randn(rows, generator=draws, device=DEVICE).bfloat16() for _ in range(2))
     leaves = [t.to(dtype).requires_grad_() for t in (x, *make_layer(shape, case.width))]
     sequences = make_sequences(case.lengths, case.num_targets)
-    out = stu_layer(leaves[0], STUWeights(*leaves[1:]), shape, sequences, p=case.p, seed=77, backend=backend)
+    out = stu_layer(
+        leaves[0], STUWeights(*leaves[1:]), shape, sequences, p=case.p, seed=77, backend=backend
+    )
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
 def check_layer(case: Case) -> str | None:
-    """What is wrong with the fused layer on a case: errors beyond twice those of PyTorch in the same type, two runs
-    that differ, or a result that depends on what was kept."""
+    """What is wrong with the fused layer on a case: errors beyond twice those of PyTorch in the
+    same type, two runs that differ, or a result that depends on what was kept."""
     truth, plain = run(case, torch.float64, "reference"), run(case, case.dtype, "reference")
     fast, again = run(case, case.dtype, "triton"), run(case, case.dtype, "triton")
     ratios = []
@@ -118,7 +138,9 @@ def check_layer(case: Case) -> str | None:
 
 
 def check_fp8(width: int, rows: int) -> str | None:
-    """Codes and scales equal PyTorch's; the product over them strays no further than PyTorch's in bfloat16."""
+    """Codes and scales equal PyTorch's; the product over them strays no further than PyTorch's in
+    bfloat16.
+    """
     x, w, bias, residual = product_inputs(rows, width)
     for tensor in (x, w):
         codes, scale = launch_quantize(tensor)
@@ -127,27 +149,41 @@ def check_fp8(width: int, rows: int) -> str | None:
             scale, expected_scale
         ):
             return f"quantised rows differ from PyTorch's at [{len(tensor)}, {width}]"
-    truth = linear_reference(x.double(), w.double(), bias.double(), residual=residual.double(), fp8=True)
+    truth = linear_reference(
+        x.double(), w.double(), bias.double(), residual=residual.double(), fp8=True
+    )
     plain = linear_reference(x, w, bias, residual=residual, fp8=True).double()
     fast = fp8_product(x, w, bias, residual)().double()
     ratio = ((fast - truth).abs().max() / (plain - truth).abs().max()).item()
-    return None if ratio <= 2 else f"FP8 product [{rows}, {width}]: error over PyTorch's {ratio:.2f}"
+    return (
+        None if ratio <= 2 else f"FP8 product [{rows}, {width}]: error over PyTorch's {ratio:.2f}"
+    )
 
 
 def check_fused_fp8() -> str | None:
-    """The FP8 layer computes what its emulation in PyTorch does: as near as two orders of rounding can be."""
+    """The FP8 layer computes what its emulation in PyTorch does: as near as two orders of rounding
+    can be.
+    """
     case = Case(replace(LAYER, fp8=True, recompute=RECOMPUTABLE), p=0.2)
-    exact, emulated = run(replace(case, shape=LAYER), torch.float64, "reference"), run(case, torch.float64, "reference")
+    exact, emulated = (
+        run(replace(case, shape=LAYER), torch.float64, "reference"),
+        run(case, torch.float64, "reference"),
+    )
     fast = run(case, torch.bfloat16, "triton")
     for i, (f, e, t) in enumerate(zip(fast, emulated, exact, strict=True)):
         to_emulated, of_fp8 = ((a.double() - b).norm() / t.norm() for a, b in ((f, e), (e, t)))
         if not to_emulated <= 0.5 * of_fp8 + 0.01:
-            return f"FP8 layer, result {i}: {to_emulated:.4f} from its emulation, which is {of_fp8:.4f} from float64"
+            return (
+                f"FP8 layer, result {i}: {to_emulated:.4f} from its emulation, which is "
+                f"{of_fp8:.4f} from float64"
+            )
     return None
 
 
 def check_fp8_recompute(case: Case) -> str | None:
-    """What a layer makes again in backward, without codes beside it, is what forward made with them."""
+    """What a layer makes again in backward, without codes beside it, is what forward made with
+    them.
+    """
     kept = run(case, case.dtype, "triton", ())
     for recompute in (("y",), ("normed_x",), ("uvqk", "y"), RECOMPUTABLE):
         again = run(case, case.dtype, "triton", recompute)
@@ -156,7 +192,9 @@ def check_fp8_recompute(case: Case) -> str | None:
     return None
 
 
-def check_gate(rows: int, width: int, p: float, dtype: torch.dtype, concat_ua: bool = False) -> str | None:
+def check_gate(
+    rows: int, width: int, p: float, dtype: torch.dtype, concat_ua: bool = False
+) -> str | None:
     """Y, made twice, and all gradients, with float32 weights as in training."""
     options: dict[str, Any] = {"eps": 1e-6, "concat_ua": concat_ua, "p": p, "seed": 77}
     a, wide = (randn(rows, n, dtype=dtype, seed=n) for n in (width, 4 * width))
@@ -194,18 +232,30 @@ def product_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 def fp8_product(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Callable[[], Tensor]:
     """x wᵀ + bias + residual over x and w quantised once, outside of the call."""
     (codes, scale), (w_codes, w_scale) = launch_quantize(x), launch_quantize(w)
-    options: dict[str, Any] = {"residual": residual, "scales": (scale, w_scale), "dtype": torch.bfloat16}
+    options: dict[str, Any] = {
+        "residual": residual,
+        "scales": (scale, w_scale),
+        "dtype": torch.bfloat16,
+    }
     return lambda: launch_linear(codes, w_codes, bias, **options)[0]
 
 
 def check_norm(kind: str, rows: int, width: int, dtype: torch.dtype) -> str | None:
-    """LayerNorm, or the gate of its own input: outputs and gradients, rows of x apart from each other."""
+    """LayerNorm, or the gate of its own input: outputs and gradients, rows of x apart from each
+    other.
+    """
     norm = {"plain": layer_norm, "gate": swish_layer_norm}[kind]
     wide = randn(rows, 2 * width, dtype=dtype, seed=1) * 2 + 0.3
-    weights, grad = [randn(width, seed=seed) + (seed == 2) for seed in (2, 3)], randn(rows, width, dtype=dtype, seed=4)
+    weights, grad = (
+        [randn(width, seed=seed) + (seed == 2) for seed in (2, 3)],
+        randn(rows, width, dtype=dtype, seed=4),
+    )
 
     def run(dtype: torch.dtype, of_weights: torch.dtype, backend: Backend) -> list[Tensor]:
-        leaves = [x.to(t, copy=True).requires_grad_() for x, t in ((wide, dtype), *((w, of_weights) for w in weights))]
+        leaves = [
+            x.to(t, copy=True).requires_grad_()
+            for x, t in ((wide, dtype), *((w, of_weights) for w in weights))
+        ]
         with no_waiting(backend):
             out = norm(leaves[0][:, width:], *leaves[1:], eps=1e-5, backend=backend)
             return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
@@ -217,42 +267,68 @@ def check_norm(kind: str, rows: int, width: int, dtype: torch.dtype) -> str | No
     return strays(fast, run(dtype, dtype, "torch"), run(torch.float64, torch.float64, "torch"))
 
 
-PLACES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {  # positions and gaps of so many tokens
+# positions and gaps of so many tokens
+PLACES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
     "spread": lambda n: (randint(30_000, n, seed=1), randint(2**40, n, seed=2) - 1),
-    "short histories": lambda n: (torch.arange(n, device=DEVICE) % 20, randint(90_000, n, seed=2) - 1),
+    "short histories": lambda n: (
+        torch.arange(n, device=DEVICE) % 20,
+        randint(90_000, n, seed=2) - 1,
+    ),
     "one row": lambda n: (torch.full((n,), 5, device=DEVICE), torch.full((n,), -1, device=DEVICE)),
-    "edges of buckets": lambda n: (torch.arange(n, device=DEVICE), 2 ** (torch.arange(n, device=DEVICE) % 40) - 1),
+    "edges of buckets": lambda n: (
+        torch.arange(n, device=DEVICE),
+        2 ** (torch.arange(n, device=DEVICE) % 40) - 1,
+    ),
 }
 
 
 def check_position_time(
-    places: str, tokens: int, width: int, tables: tuple[int, int], anchor: Anchor, dtype: torch.dtype
+    places: str,
+    tokens: int,
+    width: int,
+    tables: tuple[int, int],
+    anchor: Anchor,
+    dtype: torch.dtype,
 ) -> str | None:
-    """Outputs and gradients; that bits repeat, the host does not wait, and rows without tokens have no gradient."""
+    """Outputs and gradients; that bits repeat, the host does not wait, and rows without tokens have
+    no gradient.
+    """
     position, gap = PLACES[places](tokens)
     given = [randn(n, width, dtype=dtype, seed=n) for n in (tokens, *tables)]
     grad = randn(tokens, width, dtype=dtype, seed=7)
 
-    def run(dtype: torch.dtype, of_tables: torch.dtype, backend: Backend) -> tuple[list[Tensor], list[set[int]]]:
-        leaves = [x.to(t, copy=True).requires_grad_() for x, t in zip(given, (dtype, *[of_tables] * 2), strict=True)]
+    def run(
+        dtype: torch.dtype, of_tables: torch.dtype, backend: Backend
+    ) -> tuple[list[Tensor], list[set[int]]]:
+        leaves = [
+            x.to(t, copy=True).requires_grad_()
+            for x, t in zip(given, (dtype, *[of_tables] * 2), strict=True)
+        ]
         with no_waiting(backend):
             out = add_position_time(*leaves, position, gap, anchor=anchor, backend=backend)
             dx, *sparse = torch.autograd.grad(out, leaves, grad.to(dtype))
         rows, values = zip(*((g._indices()[0], g._values()) for g in sparse), strict=True)
-        dense = [torch.zeros_like(t).index_add_(0, r, v) for t, r, v in zip(leaves[1:], rows, values, strict=True)]
+        dense = [
+            torch.zeros_like(t).index_add_(0, r, v)
+            for t, r, v in zip(leaves[1:], rows, values, strict=True)
+        ]
         return [out.detach(), dx, *dense], [set(r.tolist()) for r in rows]
 
     truth, touched = run(torch.float64, torch.float64, "reference")
     plain, _ = run(dtype, torch.float32, "torch")
     (fast, named), (again, _) = (run(dtype, torch.float32, "triton") for _ in range(2))
     if named != touched:
-        return f"gradients name other rows: {[len(n ^ t) for n, t in zip(named, touched, strict=True)]} too many or few"
+        return (
+            "gradients name other rows: "
+            f"{[len(n ^ t) for n, t in zip(named, touched, strict=True)]} too many or few"
+        )
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
     return strays(fast, plain, truth)
 
 
-# For loops with several steps under way: programs that have no step, fewer than that, as many, and more.
+# For loops with several steps under way: programs that have no step, fewer than that, as many, and
+# more.
 STAGED_ROWS = (5, 529, 1057, 1585, 5283, 12_345)
 
 
@@ -269,23 +345,44 @@ def token_checks() -> list[Check]:
         for anchor in ("event", "query"):
             checks.append((check_position_time, places, 20_000, 512, (8192, 64), anchor, half[0]))
             checks.append((check_position_time, places, 3001, 72, (300, 2048), anchor, single))
-    checks.append((check_position_time, "spread", 100, 64, (8192, 64), "event", half[0]))  # fewer tokens than rows
-    checks.append((check_position_time, "spread", 70_000, 32, (60_000, 64), "event", half[1]))  # keys of 32 bits
+    # fewer tokens than rows
+    checks.append((check_position_time, "spread", 100, 64, (8192, 64), "event", half[0]))
+    # keys of 32 bits
+    checks.append((check_position_time, "spread", 70_000, 32, (60_000, 64), "event", half[1]))
     return checks
 
 
 def layer_checks() -> list[Check]:
-    products: list[Check] = [(check_fp8, width, rows) for width in (512, 1024, 80) for rows in (1, 1000)]
+    products: list[Check] = [
+        (check_fp8, width, rows) for width in (512, 1024, 80) for rows in (1, 1000)
+    ]
     half, single = (torch.bfloat16, torch.float16), torch.float32
-    gates: list[Check] = [(check_gate, rows, 512, p, half[0]) for rows in STAGED_ROWS for p in (0.0, 0.2)]
-    gates += [(check_gate, *size, 0.2, half[0]) for size in ((777, 72), (3001, 1024), (300, 2048), (50, 2500))]
+    gates: list[Check] = [
+        (check_gate, rows, 512, p, half[0]) for rows in STAGED_ROWS for p in (0.0, 0.2)
+    ]
+    gates += [
+        (check_gate, *size, 0.2, half[0])
+        for size in ((777, 72), (3001, 1024), (300, 2048), (50, 2500))
+    ]
     gates += [(check_gate, 3001, 512, 0.2, half[0], True), (check_gate, 777, 256, 0.2, half[1])]
     gates += [(check_gate, *size, 0.2, single) for size in ((3001, 512), (300, 2048), (777, 50))]
     fp8 = Case(replace(LAYER, fp8=True), p=0.2)
-    narrow = replace(LAYER, num_heads=2, d_qk=64, d_v=32, window=100, full_rows=50, prefix=2, fp8=True)
-    eights = [fp8, replace(fp8, shape=replace(LAYER, concat_ua=True, fp8=True)), Case(narrow, width=96)]
+    narrow = replace(
+        LAYER, num_heads=2, d_qk=64, d_v=32, window=100, full_rows=50, prefix=2, fp8=True
+    )
+    eights = [
+        fp8,
+        replace(fp8, shape=replace(LAYER, concat_ua=True, fp8=True)),
+        Case(narrow, width=96),
+    ]
     codes: list[Check] = [(check_fp8_recompute, case) for case in eights]
-    return [*((check_layer, case) for case in parity_cases()), *products, (check_fused_fp8,), *codes, *gates]
+    return [
+        *((check_layer, case) for case in parity_cases()),
+        *products,
+        (check_fused_fp8,),
+        *codes,
+        *gates,
+    ]
 
 
 def parity_checks() -> list[Check]:
@@ -293,9 +390,14 @@ def parity_checks() -> list[Check]:
 
 
 def smoke_checks() -> list[Check]:
-    """A few tiny cases in float32. A program past the end of its list costs the interpreter as much as any other."""
+    """A few tiny cases in float32.
+
+    A program past the end of its list costs the interpreter as much as any other.
+    """
     triton_launch.SPLIT_PROGRAMS = 4
-    tiny = replace(LAYER, num_heads=1, d_qk=16, d_v=16, window=4, full_rows=3, recompute=RECOMPUTABLE)
+    tiny = replace(
+        LAYER, num_heads=1, d_qk=16, d_v=16, window=4, full_rows=3, recompute=RECOMPUTABLE
+    )
     return [
         (check_layer, Case(tiny, 16, (17, 0), (3, 0), 0.2, torch.float32)),
         (check_gate, 19, 32, 0.2, torch.float32),

@@ -8,14 +8,20 @@ GOALS = {"bf16, all recompute": "0.75 / 2.8", "FP8, all recompute": "0.68 / –"
 
 def layer_table(run: dict) -> str:
     names = dict.fromkeys(name.rsplit(" ", 1)[0] for name in run["layer"])
-    rows = [["authors' Triton layer, causal, as they publish it", AUTHORS[4096], AUTHORS[16384], ""]]
+    rows = [
+        ["authors' Triton layer, causal, as they publish it", AUTHORS[4096], AUTHORS[16384], ""]
+    ]
     for name in names:
         cases = [run["layer"][f"{name} {n}"] for n in (4096, 16384)]
         times = [f"{c['inference_ms']:.3f} / {c['forward_backward_ms']:.3f}" for c in cases]
-        rows.append([f"**{name}**" if name in GOALS else name, *times, f"{cases[1]['kept_mb']:.0f}"])
+        rows.append(
+            [f"**{name}**" if name in GOALS else name, *times, f"{cases[1]['kept_mb']:.0f}"]
+        )
         if name in GOALS:
             rows.append(["goal", GOALS[name], GOALS[name], ""])
-    return table(["inference / forward + backward, ms", "L=4,096", "L=16,384", "kept for backward, MB"], rows)
+    return table(
+        ["inference / forward + backward, ms", "L=4,096", "L=16,384", "kept for backward, MB"], rows
+    )
 
 
 def fp8_table(run: dict) -> str:
@@ -32,11 +38,18 @@ def fp8_table(run: dict) -> str:
     widths = list(run["fp8"])
     rows = [[text, *(f"{run['fp8'][w][key]:.3f}" for w in widths)] for key, text in names.items()]
     gains = [run["fp8"][w]["addmm_ms"] / run["fp8"][w]["fp8_with_quantise_ms"] for w in widths]
-    rows.append(["**addmm over FP8 with quantising** (goals 1.25x, 1.5x)", *(f"{g:.2f}x" for g in gains)])
+    rows.append(
+        ["**addmm over FP8 with quantising** (goals 1.25x, 1.5x)", *(f"{g:.2f}x" for g in gains)]
+    )
     together = [run["fp8"][w]["gate_addmm_ms"] / run["fp8"][w]["gate_fp8_ms"] for w in widths]
     rows.append(["both steps, bfloat16 over FP8", *(f"{g:.2f}x" for g in together)])
-    for key, text in (("relative_error", "with the residual"), ("relative_error_of_product", "of the product alone")):
-        rows.append([f"relative error to float64, {text}", *(f"{run['fp8'][w][key]:.4f}" for w in widths)])
+    for key, text in (
+        ("relative_error", "with the residual"),
+        ("relative_error_of_product", "of the product alone"),
+    ):
+        rows.append(
+            [f"relative error to float64, {text}", *(f"{run['fp8'][w][key]:.4f}" for w in widths)]
+        )
     return table(["65,536 rows, ms", *(f"d={w}" for w in widths)], rows)
 
 
@@ -54,18 +67,39 @@ def step_table(step: dict) -> str:
 
 
 def section(run: dict) -> str:
-    machine, step, layer, ceilings = run["machine"], run["training_step"], run["layer"], run["ceilings"]
+    machine, step, layer, ceilings = (
+        run["machine"],
+        run["training_step"],
+        run["layer"],
+        run["ceilings"],
+    )
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
     parity = f"{run['parity']['cases']} parity cases ({len(run['parity']['wrong'])} wrong)"
-    rates = f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} TFLOP/s"
+    rates = (
+        f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} "
+        "TFLOP/s"
+    )
     on, off = layer["bf16, all recompute 16384"], layer["bf16, nothing recomputed 16384"]
-    kept, longer = on["kept_mb"] / off["kept_mb"], on["forward_backward_ms"] / off["forward_backward_ms"] - 1
-    products = table(["product", "ms"], [[name, f"{ms:.3f}"] for name, ms in run["products"].items()])
+    kept, longer = (
+        on["kept_mb"] / off["kept_mb"],
+        on["forward_backward_ms"] / off["forward_backward_ms"] - 1,
+    )
+    products = table(
+        ["product", "ms"], [[name, f"{ms:.3f}"] for name, ms in run["products"].items()]
+    )
     five = ", ".join(f"{name} {ms:.2f} ms" for name, ms in run["five_layers"].items())
     host = ", ".join(f"{name} {us:.0f}" for name, us in run["host_us"].items())
-    clock = f", {step['wall_ms']:.1f} by the clock, {step['launches']:.0f} launches" if "launches" in step else ""
-    groups = table(["share of the step's device time", ""], [[n, f"{s:.1%}"] for n, s in step["groups"].items()])
-    remarks = "\n".join(f"- {remark}" for remark in run.get("remarks", []))  # by hand, about the run
+    clock = (
+        f", {step['wall_ms']:.1f} by the clock, {step['launches']:.0f} launches"
+        if "launches" in step
+        else ""
+    )
+    groups = table(
+        ["share of the step's device time", ""],
+        [[n, f"{s:.1%}"] for n, s in step["groups"].items()],
+    )
+    # by hand, about the run
+    remarks = "\n".join(f"- {remark}" for remark in run.get("remarks", []))
     return f"""## The layer
 
 `python -m benchmarks.kernels.layer`, {versions}: d = 512, 4 heads of 128, 65,536 tokens, window 256 and full rows 256,

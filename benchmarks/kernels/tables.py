@@ -1,11 +1,15 @@
-"""Kernels of tables and jagged rows on one GPU: parity first, then times beside copies, gathers and plain PyTorch.
+"""Kernels of tables and jagged rows on one GPU: parity first, then times beside copies, gathers and
+plain PyTorch.
 
-    python -m benchmarks.kernels.tables                 # parity and times, writes benchmarks/runs/tables.json
+    python -m benchmarks.kernels.tables                 # parity and times, writes
+    benchmarks/runs/tables.json
     python -m benchmarks.kernels.tables --parity-only
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.tables --smoke   # without a GPU: tiny calls, no times
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.tables --smoke   # without a GPU: tiny calls, no
+    times
     python -m benchmarks.kernels.tables --report FILE ...   # its section of benchmarks/RESULTS.md
 
-A time is the median of runs by device events, with the L2 flushed before each (`benchmarks.gpu.Timer`).
+A time is the median of runs by device events, with the L2 flushed before each
+(`benchmarks.gpu.Timer`).
 """
 
 import argparse
@@ -43,16 +47,25 @@ ROOT = Path(__file__).parents[1]
 
 
 @triton.jit
-def copy_packed_rows(packed, ids, out, num_ids, WORDS: tl.constexpr, CODE_WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+def copy_packed_rows(
+    packed, ids, out, num_ids, WORDS: tl.constexpr, CODE_WORDS: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """The look-up's bytes without its arithmetic: every code word written four times over."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = packed + tl.load(ids + n, mask=n < num_ids, other=0) * WORDS
     word = tl.arange(0, CODE_WORDS)
     mask = (n < num_ids)[:, None] & (word < WORDS - 1)
-    codes = tl.load(row[:, None] + 1 + word, mask=mask, other=0) + tl.load(row, mask=n < num_ids, other=0)[:, None]
+    codes = (
+        tl.load(row[:, None] + 1 + word, mask=mask, other=0)
+        + tl.load(row, mask=n < num_ids, other=0)[:, None]
+    )
     four = tl.reshape(codes[:, :, None] + tl.zeros((1, 1, 4), tl.int32), (BLOCK_N, CODE_WORDS * 4))
     col = tl.arange(0, CODE_WORDS * 4)
-    tl.store(out + n[:, None] * (WORDS - 1) * 4 + col, four, mask=(n < num_ids)[:, None] & (col < (WORDS - 1) * 4))
+    tl.store(
+        out + n[:, None] * (WORDS - 1) * 4 + col,
+        four,
+        mask=(n < num_ids)[:, None] & (col < (WORDS - 1) * 4),
+    )
 
 
 def time_int4(timer: Timer, num_rows: int, dim: int, num_ids: int = 2**20) -> dict:
@@ -75,7 +88,10 @@ def time_int4(timer: Timer, num_rows: int, dim: int, num_ids: int = 2**20) -> di
         ),
         "index_select of packed rows": (lambda: packed.index_select(0, ids), 8 * words),
         "index_select of bfloat16 rows": (lambda: floats.index_select(0, ids), 4 * dim),
-        "plain PyTorch": (lambda: look_up(packed, ids, **options, backend="torch"), 4 * words + 2 * dim),
+        "plain PyTorch": (
+            lambda: look_up(packed, ids, **options, backend="torch"),
+            4 * words + 2 * dim,
+        ),
     }
     times = {name: (timer(call), size * num_ids) for name, (call, size) in calls.items()}
     return {
@@ -86,8 +102,12 @@ def time_int4(timer: Timer, num_rows: int, dim: int, num_ids: int = 2**20) -> di
     }
 
 
-def time_adamw(timer: Timer, num_ids: int = 2**20, num_rows: int = 2**22, dim: int = 128) -> dict[str, dict]:
-    """1M places of a table of 4M rows; bytes are each gradient, and each touched row's state in and out, once."""
+def time_adamw(
+    timer: Timer, num_ids: int = 2**20, num_rows: int = 2**22, dim: int = 128
+) -> dict[str, dict]:
+    """1M places of a table of 4M rows; bytes are each gradient, and each touched row's state in and
+    out, once.
+    """
     weight, m, v = randn(num_rows, dim), randn(num_rows, dim, seed=1), randn(num_rows, seed=2).abs()
     grads = randn(num_ids, dim, seed=3)
     zipf = (num_rows ** torch.rand(num_ids, device=DEVICE, generator=generator(4))).long()
@@ -156,13 +176,18 @@ def time_softmax(timer: Timer, num_items: int, dtype: torch.dtype) -> dict:
 SEQUENCES = ("64 of 4,096", 64, 4096), ("4,096 of 64", 4096, 64)
 
 
-def time_jagged(timer: Timer, sequences: tuple[tuple[str, int, int], ...] = SEQUENCES) -> dict[str, dict]:
+def time_jagged(
+    timer: Timer, sequences: tuple[tuple[str, int, int], ...] = SEQUENCES
+) -> dict[str, dict]:
     """Rows of 512 bfloat16; bytes are what is kept, read and written."""
     width, found = 512, {}
     for name, count, length in sequences:
         offsets = offsets_of([length] * count)
         short = offsets_of([length // 4] * count)
-        x, y = randn(int(offsets[-1]), width, dtype=torch.bfloat16), randn(int(short[-1]), width, dtype=torch.bfloat16)
+        x, y = (
+            randn(int(offsets[-1]), width, dtype=torch.bfloat16),
+            randn(int(short[-1]), width, dtype=torch.bfloat16),
+        )
         x.requires_grad_()
         tail = torch.full((count,), length // 2, dtype=torch.int32, device=DEVICE)
         kept = count * (length // 2 + 2)
@@ -172,11 +197,15 @@ def time_jagged(timer: Timer, sequences: tuple[tuple[str, int, int], ...] = SEQU
 
         calls: dict[str, tuple[Callable[[Backend], object], int]] = {
             "concatenate": (
-                lambda backend, x=x, y=y, a=offsets, b=short: concatenate(x, a, y, b, backend=backend),
+                lambda backend, x=x, y=y, a=offsets, b=short: concatenate(
+                    x, a, y, b, backend=backend
+                ),
                 2 * (len(x) + len(y)),
             ),
             "split": (
-                lambda backend, x=x, a=short, b=offsets - short: split(x, a, b, num_left=len(x) // 4, backend=backend),
+                lambda backend, x=x, a=short, b=offsets - short: split(
+                    x, a, b, num_left=len(x) // 4, backend=backend
+                ),
                 2 * len(x),
             ),
             "truncate": (cut, 2 * kept),
@@ -185,11 +214,16 @@ def time_jagged(timer: Timer, sequences: tuple[tuple[str, int, int], ...] = SEQU
             for op, (call, rows) in calls.items():
                 for backend in ("triton", "torch"):
                     ms = timer(lambda call=call, backend=backend: call(backend))
-                    found[f"{op}, {name}, {backend}"] = {"ms": ms, "tb_s": rows * width * 2 / ms / 1e9}
+                    found[f"{op}, {name}, {backend}"] = {
+                        "ms": ms,
+                        "tb_s": rows * width * 2 / ms / 1e9,
+                    }
         for backend in ("triton", "torch"):
             out = cut(backend)
             grad = torch.ones_like(out)
-            ms = timer(lambda out=out, x=x, grad=grad: torch.autograd.grad(out, x, grad, retain_graph=True))
+            ms = timer(
+                lambda out=out, x=x, grad=grad: torch.autograd.grad(out, x, grad, retain_graph=True)
+            )
             size = (kept + len(x)) * width * 2
             found[f"truncate backward, {name}, {backend}"] = {"ms": ms, "tb_s": size / ms / 1e9}
     return found
@@ -227,11 +261,20 @@ def smoke() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "tables.json")
     parser.add_argument("--parity-only", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="tiny calls, in Triton's interpreter too")
-    parser.add_argument("--report", type=Path, nargs="+", help="write RESULTS.md from these runs, and do nothing else")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny calls, in Triton's interpreter too"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        help="write RESULTS.md from these runs, and do nothing else",
+    )
     arguments = parser.parse_args()
     if arguments.report:
         from benchmarks.kernels.tables_report import write_report
@@ -243,11 +286,15 @@ def main() -> None:
         return
     problems = parity(parity_checks())
     if not arguments.parity_only:
-        found: dict = {"machine": versions(), "parity": {"cases": len(parity_checks()), "wrong": problems}}
+        found: dict = {
+            "machine": versions(),
+            "parity": {"cases": len(parity_checks()), "wrong": problems},
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         for section, case, numbers in measure():
             found.setdefault(section, {})[case] = numbers
-            arguments.out.write_text(json.dumps(found, indent=1))  # what is measured stays, whatever comes after
+            # what is measured stays, whatever comes after
+            arguments.out.write_text(json.dumps(found, indent=1))
             print(section, case, json.dumps(numbers), flush=True)
     raise SystemExit(bool(problems))
 

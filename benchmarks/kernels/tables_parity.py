@@ -15,7 +15,9 @@ from kernels.rowwise_adamw.reference import Hyper
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
 
 
-def check_jagged(lengths: tuple[list[int], list[int]], width: int, dtype: torch.dtype) -> str | None:
+def check_jagged(
+    lengths: tuple[list[int], list[int]], width: int, dtype: torch.dtype
+) -> str | None:
     left_offsets, right_offsets = map(offsets_of, lengths)
     left, right = (randn(sum(n), width, dtype=dtype).requires_grad_() for n in lengths)
     whole_grad = randn(len(left) + len(right), width, dtype=dtype, seed=1)
@@ -27,7 +29,9 @@ def check_jagged(lengths: tuple[list[int], list[int]], width: int, dtype: torch.
         with no_waiting(backend):
             whole = concatenate(left, left_offsets, right, right_offsets, backend=backend)
             parts = split(whole, left_offsets, right_offsets, num_left=len(left), backend=backend)
-            short, offsets = truncate_tail(left, left_offsets, tail, num_context=2, num_rows=kept, backend=backend)
+            short, offsets = truncate_tail(
+                left, left_offsets, tail, num_context=2, num_rows=kept, backend=backend
+            )
             grads = torch.autograd.grad(whole, (left, right), whole_grad, retain_graph=True)
             back = torch.autograd.grad(short, left, whole_grad[: len(short)])
         results.append([whole, *parts, short, offsets, *grads, *back])
@@ -40,7 +44,10 @@ def check_int4(num_rows: int, dim: int, dtype: torch.dtype) -> str | None:
     packed, ids = quantize(table.cpu()).to(DEVICE), randint(num_rows, 701, 3)[:, 1]
     codes, scale, bias = (x.double() for x in quantize_reference(table.cpu()))
     truth = (codes * scale + bias).to(DEVICE)[ids]
-    fast, plain = (look_up(packed, ids, dim=dim, dtype=dtype, backend=backend) for backend in ("triton", "torch"))
+    fast, plain = (
+        look_up(packed, ids, dim=dim, dtype=dtype, backend=backend)
+        for backend in ("triton", "torch")
+    )
     return strays([fast], [plain], [truth])
 
 
@@ -55,7 +62,9 @@ IDS: dict[str, Callable[[], Tensor]] = {
 
 
 def check_adamw_agrees(dim: int, runs: int = 100) -> str | None:
-    """The same rows in every one of many runs, runs of ids that cross chunks among them: threads must not race."""
+    """The same rows in every one of many runs, runs of ids that cross chunks among them: threads
+    must not race.
+    """
     ids, hyper = randint(100, 8192), Hyper(1, 0.01, (0.9, 0.999), 1e-8, 0.01)
     weight, grads = randn(100, dim), randn(len(ids), dim, seed=1)
 
@@ -65,20 +74,28 @@ def check_adamw_agrees(dim: int, runs: int = 100) -> str | None:
         return list(state)
 
     first = step()
-    wrong = sum(not all(torch.equal(a, b) for a, b in zip(first, step(), strict=True)) for _ in range(runs))
+    wrong = sum(
+        not all(torch.equal(a, b) for a, b in zip(first, step(), strict=True)) for _ in range(runs)
+    )
     return f"{wrong} of {runs} runs differ" if wrong else None
 
 
 def check_adamw(kind: str, num_rows: int, dim: int, momentum: bool) -> str | None:
     ids = IDS[kind]()
     hyper = Hyper(3, 0.01, (0.9 if momentum else 0.0, 0.999), 1e-8, 0.01)
-    weight, grads, scale = randn(num_rows, dim), randn(len(ids), dim, seed=1), torch.tensor(3.7, device=DEVICE)
+    weight, grads, scale = (
+        randn(num_rows, dim),
+        randn(len(ids), dim, seed=1),
+        torch.tensor(3.7, device=DEVICE),
+    )
     m, v = randn(num_rows, dim, seed=2) if momentum else None, randn(num_rows, seed=3).abs()
 
     def step(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         state = [None if x is None else x.to(dtype, copy=True) for x in (weight, m, v)]
         with no_waiting(backend):
-            rowwise_adamw(*state, ids, grads.to(dtype), hyper, grad_scale=scale.to(dtype), backend=backend)
+            rowwise_adamw(
+                *state, ids, grads.to(dtype), hyper, grad_scale=scale.to(dtype), backend=backend
+            )
         return [x for x in state if x is not None]
 
     fast, again = step(torch.float32, "triton"), step(torch.float32, "triton")
@@ -88,13 +105,23 @@ def check_adamw(kind: str, num_rows: int, dim: int, momentum: bool) -> str | Non
 
 
 def check_bfloat16_rows() -> str | None:
-    """Equal to plain PyTorch but where a difference in the last bit of float32 turned the chance of a rounding."""
+    """Equal to plain PyTorch but where a difference in the last bit of float32 turned the chance of
+    a rounding.
+    """
     rows = randn(5000, 128, dtype=torch.bfloat16)
-    ids, grads, hyper = randint(5000, 3000), randn(3000, 128, seed=1), Hyper(3, 0.01, (0.9, 0.999), 1e-8, 0.01)
+    ids, grads, hyper = (
+        randint(5000, 3000),
+        randn(3000, 128, seed=1),
+        Hyper(3, 0.01, (0.9, 0.999), 1e-8, 0.01),
+    )
     tables = []
     backends: tuple[Backend, ...] = "triton", "torch"
     for backend in backends:
-        weight, m, v = rows.clone(), torch.zeros(5000, 128, device=DEVICE), torch.zeros(5000, device=DEVICE)
+        weight, m, v = (
+            rows.clone(),
+            torch.zeros(5000, 128, device=DEVICE),
+            torch.zeros(5000, device=DEVICE),
+        )
         rowwise_adamw(weight, m, v, ids, grads, hyper, backend=backend)
         tables.append(weight)
     share = (tables[0] != tables[1]).float().mean().item()
@@ -102,7 +129,9 @@ def check_bfloat16_rows() -> str | None:
 
 
 def check_host_moments(num_rows: int, dim: int, dtype: torch.dtype) -> str | None:
-    """Moments in pinned memory of the host end like those on the device, bit for bit, and so do the rows."""
+    """Moments in pinned memory of the host end like those on the device, bit for bit, and so do the
+    rows.
+    """
     ids, grads = randint(num_rows, 700, seed=4), randn(700, dim, seed=1)
     ended = []
     for pinned in (False, DEVICE == "cuda"):
@@ -120,7 +149,10 @@ def check_host_moments(num_rows: int, dim: int, dtype: torch.dtype) -> str | Non
 
 def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str | None:
     num_positions, num_items, num_negatives, dim = sizes
-    users, items = randn(num_positions, dim, dtype=dtype), randn(num_items, dim, dtype=dtype, seed=1)
+    users, items = (
+        randn(num_positions, dim, dtype=dtype),
+        randn(num_items, dim, dtype=dtype, seed=1),
+    )
     positives = randint(num_items, num_positions)
     negatives = draw_negatives(num_items, num_positions, num_negatives, device=DEVICE)
     weights = randn(num_positions, seed=2).abs()
@@ -136,8 +168,11 @@ def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str |
     fast, again = run(dtype, "triton"), run(dtype, "triton")
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
-    # A loss is a difference of scores of up to 1 / 0.05, whose last bit shows where the loss is exactly 0.
-    return strays(fast, run(dtype, "reference"), run(torch.float64, "reference"), floor=2**-23 / 0.05)
+    # A loss is a difference of scores of up to 1 / 0.05, whose last bit shows where the loss is
+    # exactly 0.
+    return strays(
+        fast, run(dtype, "reference"), run(torch.float64, "reference"), floor=2**-23 / 0.05
+    )
 
 
 def parity_checks() -> list[Check]:
@@ -155,7 +190,13 @@ def parity_checks() -> list[Check]:
     checks += [(check_adamw_agrees, dim) for dim in (8, 16, 32, 64, 128, 256)]
     checks.append((check_bfloat16_rows,))
     checks += [(check_host_moments, 5000, 128, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    for sizes in ((1, 1, 1, 1), (63, 5, 20, 50), (257, 1000, 128, 64), (1000, 40_000, 512, 64), (300, 77, 33, 256)):
+    for sizes in (
+        (1, 1, 1, 1),
+        (63, 5, 20, 50),
+        (257, 1000, 128, 64),
+        (1000, 40_000, 512, 64),
+        (300, 77, 33, 256),
+    ):
         checks += [(check_softmax, sizes, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return checks
 

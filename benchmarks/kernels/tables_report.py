@@ -29,8 +29,17 @@ def int4_table(run: dict) -> str:
                 f"{numbers['ms']['plain PyTorch']:.2f}",
             ]
         )
-    header = ["width", "bytes a row", "look-up, ms", "GB/s", "gather of the same bytes, GB/s", "share"]
-    return _table([*header, "index_select, packed", "index_select, bfloat16", "plain PyTorch, ms"], rows)
+    header = [
+        "width",
+        "bytes a row",
+        "look-up, ms",
+        "GB/s",
+        "gather of the same bytes, GB/s",
+        "share",
+    ]
+    return _table(
+        [*header, "index_select, packed", "index_select, bfloat16", "plain PyTorch, ms"], rows
+    )
 
 
 def adamw_table(run: dict) -> str:
@@ -42,7 +51,15 @@ def adamw_table(run: dict) -> str:
         shown = f"{numbers['ms']:.3f}", f"{numbers['tb_s']:.2f}", f"{numbers['tb_s'] / copy:.0%}"
         state = f"{numbers['state_bytes_per_float']:.2f}"
         rows.append([name, f"{numbers['touched']:,}", *shown, f"{numbers['plain_ms']:.2f}", state])
-    header = ["ids", "rows touched", "ms", "TB/s", "of the copy", "plain PyTorch, ms", "state, bytes a float"]
+    header = [
+        "ids",
+        "rows touched",
+        "ms",
+        "TB/s",
+        "of the copy",
+        "plain PyTorch, ms",
+        "state, bytes a float",
+    ]
     return _table(header, rows)
 
 
@@ -61,7 +78,15 @@ def softmax_table(run: dict) -> str:
                 f"{numbers['memory_share']:.1%}",
             ]
         )
-    header = ["", "forward / with backward, ms", "plain PyTorch", "faster", "peak GB", "plain, GB", "share"]
+    header = [
+        "",
+        "forward / with backward, ms",
+        "plain PyTorch",
+        "faster",
+        "peak GB",
+        "plain, GB",
+        "share",
+    ]
     return _table(header, rows)
 
 
@@ -80,7 +105,9 @@ def jagged_table(run: dict) -> str:
 def section(run: dict) -> str:
     machine, parity = run["machine"], run["parity"]
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
-    wrong = f"{len(parity['wrong'])} wrong, see [NOTES.md](NOTES.md)" if parity["wrong"] else "0 wrong"
+    wrong = (
+        f"{len(parity['wrong'])} wrong, see [NOTES.md](NOTES.md)" if parity["wrong"] else "0 wrong"
+    )
     sort = run["adamw"]["1M gradients of 128"]["sort alone"]["ms"]
     return f"""{BEGIN}
 ## Tables, optimizer, sampled softmax, jagged rows

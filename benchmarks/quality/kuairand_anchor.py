@@ -1,14 +1,18 @@
-"""The numbers to beat on the KuaiRand subset: smoothed rates, and gradient boosting on prequential rates.
+"""The numbers to beat on the KuaiRand subset: smoothed rates, and gradient boosting on prequential
+rates.
 
-The recipe is that of data/kuairand_pure_subset/README.md. Cleaning, split and metrics are written here a second time,
-with pandas and straight from the Parquet files, so that an error in the pipeline's own cannot hide behind itself.
+The recipe is that of data/kuairand_pure_subset/README.md. Cleaning, split and metrics are written
+here a second time, with pandas and straight from the Parquet files, so that an error in the
+pipeline's own cannot hide behind itself.
 
-    python -m benchmarks.quality.kuairand_anchor             # everything, about 5 minutes on one core
+    python -m benchmarks.quality.kuairand_anchor             # everything, about 5 minutes on one
+    core
     python -m benchmarks.quality.kuairand_anchor --no-lightgbm
 
-Prints a table, writes the figures as JSON and each method's predictions on the test rows as Parquet (user_id, item_id,
-event_time, and per task `label_<task>` and `score_<task>`), from which a paired bootstrap can be made later. LightGBM
-moves by .003 between seeds in the rarer tasks, so the table shows the mean over `--seeds`, each kept in the JSON.
+Prints a table, writes the figures as JSON and each method's predictions on the test rows as Parquet
+(user_id, item_id, event_time, and per task `label_<task>` and `score_<task>`), from which a paired
+bootstrap can be made later. LightGBM moves by .003 between seeds in the rarer tasks, so the table
+shows the mean over `--seeds`, each kept in the JSON.
 """
 
 import argparse
@@ -38,7 +42,12 @@ PUBLISHED = {
     "rates_to_2_may": ((0.7230, 0.8887), (0.7208, 0.8961), (0.8008, 0.8541), (0.6995, 1.0088)),
     "lightgbm": ((0.7399, 0.8602), (0.7416, 0.8649), (0.8390, 0.7897), (0.7244, 0.9373)),
     "lightgbm_history": ((0.7527, 0.8463), (0.7561, 0.8493), (0.8824, 0.7220), (0.7289, 0.9333)),
-    "lightgbm_history_frozen": ((0.7522, 0.8469), (0.7558, 0.8497), (0.8822, 0.7251), (0.7285, 0.9353)),
+    "lightgbm_history_frozen": (
+        (0.7522, 0.8469),
+        (0.7558, 0.8497),
+        (0.8822, 0.7251),
+        (0.7285, 0.9353),
+    ),
 }
 ANCHORS = {
     method: {task: {"auc": auc, "ne": ne} for task, (auc, ne) in zip(TASKS, row, strict=True)}
@@ -47,7 +56,9 @@ ANCHORS = {
 
 
 def read_events(data: Path) -> pd.DataFrame:
-    """events.parquet without exact duplicates and repeats of (user, item, time): 180,129 rows, the first one kept."""
+    """events.parquet without exact duplicates and repeats of (user, item, time): 180,129 rows, the
+    first one kept.
+    """
     events = pd.read_parquet(data / "events.parquet")
     events = events.drop_duplicates().drop_duplicates(["user_id", "item_id", "time_ms"])
     return events.reset_index(drop=True)
@@ -70,16 +81,23 @@ def normalised_entropy(label: np.ndarray, score: np.ndarray) -> float:
 
 def measure(test: pd.DataFrame, scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     labels = {task: test[task].to_numpy() for task in TASKS}
-    return {t: {"auc": auc(labels[t], scores[t]), "ne": normalised_entropy(labels[t], scores[t])} for t in TASKS}
+    return {
+        t: {"auc": auc(labels[t], scores[t]), "ne": normalised_entropy(labels[t], scores[t])}
+        for t in TASKS
+    }
 
 
 def mean(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Of what `measure` found in several runs."""
-    return {t: {m: float(np.mean([run[t][m] for run in runs])) for m in ("auc", "ne")} for t in TASKS}
+    return {
+        t: {m: float(np.mean([run[t][m] for run in runs])) for m in ("auc", "ne")} for t in TASKS
+    }
 
 
 def smoothed_rates(fit: pd.DataFrame, test: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Rates of item, user and tab over `fit`, each pulled to the overall rate, their log-odds added."""
+    """Rates of item, user and tab over `fit`, each pulled to the overall rate, their log-odds
+    added.
+    """
     scores = {}
     for task in TASKS:
         base = fit[task].mean()
@@ -96,8 +114,12 @@ def logit(rate: np.ndarray | float) -> np.ndarray | float:
     return np.log(rate) - np.log1p(-rate)
 
 
-def strictly_earlier(entity: np.ndarray, time_ms: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For every row the number of rows of its entity at an earlier time, and the sums of `values` [N, K] over them."""
+def strictly_earlier(
+    entity: np.ndarray, time_ms: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For every row the number of rows of its entity at an earlier time, and the sums of `values`
+    [N, K] over them.
+    """
     order = np.lexsort((time_ms, entity))
     entity, time_ms = entity[order], time_ms[order]
     before = np.zeros((len(order) + 1, values.shape[1]))
@@ -115,7 +137,8 @@ def strictly_earlier(entity: np.ndarray, time_ms: np.ndarray, values: np.ndarray
 def rate_features(
     events: pd.DataFrame, columns: Sequence[tuple[str, int]], frozen_from: int | None = None
 ) -> pd.DataFrame:
-    """Per column (and its prior) the smoothed rate of each task and the log count over strictly earlier rows.
+    """Per column (and its prior) the smoothed rate of each task and the log count over strictly
+    earlier rows.
 
     With `frozen_from`, rows of that time and later see the rows before it and no others.
     """
@@ -134,19 +157,27 @@ def rate_features(
 
 
 def previous_row(events: pd.DataFrame) -> pd.DataFrame:
-    """Gap to the user's previous time, and the labels of the last row shown at it; missing for a first time."""
-    by_time = events.drop_duplicates(["user_id", "time_ms"], keep="last").sort_values(["user_id", "time_ms"])
+    """Gap to the user's previous time, and the labels of the last row shown at it; missing for a
+    first time.
+    """
+    by_time = events.drop_duplicates(["user_id", "time_ms"], keep="last").sort_values(
+        ["user_id", "time_ms"]
+    )
     previous = by_time.groupby("user_id")[["time_ms", *TASKS]].shift()
     previous[["user_id", "now"]] = by_time[["user_id", "time_ms"]]
     joined = events[["user_id", "time_ms"]].merge(
-        previous.rename(columns={"time_ms": "before"}), left_on=["user_id", "time_ms"], right_on=["user_id", "now"]
+        previous.rename(columns={"time_ms": "before"}),
+        left_on=["user_id", "time_ms"],
+        right_on=["user_id", "now"],
     )
     gap = np.log1p(joined["now"] - joined["before"])
     return pd.DataFrame({"gap": gap} | {f"previous_{task}": joined[task] for task in TASKS})
 
 
 def side_features(data: Path, events: pd.DataFrame) -> pd.DataFrame:
-    """Tab, hour and duration of the row, all user columns, and the item columns that do not count the test period."""
+    """Tab, hour and duration of the row, all user columns, and the item columns that do not count
+    the test period.
+    """
     users = pd.read_parquet(data / "users.parquet").set_index("user_id")
     kept = ["author_id", "video_type", "upload_type", "video_duration", "music_id", "tag"]
     items = pd.read_parquet(data / "items.parquet").set_index("item_id")[kept]
@@ -161,14 +192,18 @@ def side_features(data: Path, events: pd.DataFrame) -> pd.DataFrame:
     item = items.reindex(events["item_id"]).reset_index(drop=True)
     features = pd.concat([row, user, item.rename(columns=lambda name: f"item_{name}")], axis=1)
     text = features.select_dtypes("str").columns
-    return features.assign(**{name: features[name].astype("category").cat.codes for name in text})  # alphabetical
+    # alphabetical
+    return features.assign(**{name: features[name].astype("category").cat.codes for name in text})
 
 
 def history_features(data: Path, events: pd.DataFrame) -> pd.DataFrame:
-    """What user_history.parquet, which ends before the events begin, says about the row's user, item and their pair."""
+    """What user_history.parquet, which ends before the events begin, says about the row's user,
+    item and their pair.
+    """
     users = pd.read_parquet(data / "user_history.parquet")
     first_time = users["user_id"].map(events.groupby("user_id")["time_ms"].min())
-    users = users[~(users["last_time_ms"] >= first_time)]  # 3 users whose history does not end before their first event
+    # 3 users whose history does not end before their first event
+    users = users[~(users["last_time_ms"] >= first_time)]
     history = labelled_history(users)
     base = history[list(HISTORY_TASKS)].mean()
     features = {}
@@ -177,12 +212,16 @@ def history_features(data: Path, events: pd.DataFrame) -> pd.DataFrame:
         seen = seen.reindex(events[column], fill_value=0).reset_index(drop=True)
         for task in HISTORY_TASKS:
             count = seen[task, "count"]
-            features[f"history_{column}_{task}"] = (seen[task, "sum"] + prior * base[task]) / (count + prior)
+            features[f"history_{column}_{task}"] = (seen[task, "sum"] + prior * base[task]) / (
+                count + prior
+            )
             features[f"history_{column}_log_count"] = np.log1p(count)
     pair = history.groupby(["user_id", "item_id"]).agg(
         times=("item_id", "size"), long_view=("long_view", "max"), is_like=("is_like", "max")
     )
-    pair = pair.reindex(pd.MultiIndex.from_frame(events[["user_id", "item_id"]])).reset_index(drop=True)
+    pair = pair.reindex(pd.MultiIndex.from_frame(events[["user_id", "item_id"]])).reset_index(
+        drop=True
+    )
     features |= {f"history_pair_{name}": pair[name] for name in pair}  # missing: not in the history
     own = users.set_index("user_id").reindex(events["user_id"]).reset_index(drop=True)
     features["history_len"] = own["history_len"]
@@ -226,7 +265,11 @@ def boosted_trees(features: pd.DataFrame, events: pd.DataFrame, threads: int, se
             verbose=-1,
         )
         models[task] = model.fit(features[rows], events.loc[rows, task])
-        print(f"fitted {features.shape[1]} features to {task} in {time.perf_counter() - started:.0f} s", flush=True)
+        print(
+            f"fitted {features.shape[1]} features to {task} in "
+            f"{time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
     return models
 
 
@@ -269,14 +312,23 @@ def lightgbm_scores(
 
 def write_predictions(path: Path, test: pd.DataFrame, scores: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"user_id": test["user_id"], "item_id": test["item_id"], "event_time": test["time_ms"]}
-    columns |= {f"label_{task}": test[task] for task in TASKS} | {f"score_{task}": scores[task] for task in TASKS}
+    columns = {
+        "user_id": test["user_id"],
+        "item_id": test["item_id"],
+        "event_time": test["time_ms"],
+    }
+    columns |= {f"label_{task}": test[task] for task in TASKS} | {
+        f"score_{task}": scores[task] for task in TASKS
+    }
     pd.DataFrame(columns).to_parquet(path, index=False)
 
 
 def table(measured: dict[str, dict[str, dict[str, float]]]) -> str:
     """AUC / NE by task, the published figure in brackets."""
-    lines = ["| AUC / NE on the test rows (published) | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    lines = [
+        "| AUC / NE on the test rows (published) | " + " | ".join(TASKS) + " |",
+        "|---" * (len(TASKS) + 1) + "|",
+    ]
     for method, by_task in measured.items():
         cells = [
             f"{by_task[t]['auc']:.4f} / {by_task[t]['ne']:.4f} "
@@ -301,20 +353,33 @@ def machine() -> dict[str, object]:
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "system": platform.platform()}
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Reproduce the anchors of the KuaiRand subset: smoothed rates and LightGBM on prequential rates.",
+        description="Reproduce the anchors of the KuaiRand subset: smoothed rates and LightGBM on "
+        "prequential rates.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, default=Path("data/kuairand_pure_subset"), help="folder of the subset")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/runs/kuairand_anchor.json"), help="the figures")
-    parser.add_argument("--predictions", type=Path, default=Path("runs/anchor"), help="folder of <method>.parquet")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/kuairand_pure_subset"), help="folder of the subset"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/runs/kuairand_anchor.json"), help="the figures"
+    )
+    parser.add_argument(
+        "--predictions", type=Path, default=Path("runs/anchor"), help="folder of <method>.parquet"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of LightGBM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of LightGBM")
-    parser.add_argument("--no-lightgbm", action="store_true", help="the smoothed rates alone, in seconds")
+    parser.add_argument(
+        "--no-lightgbm", action="store_true", help="the smoothed rates alone, in seconds"
+    )
     options = parser.parse_args()
 
     started = time.perf_counter()
@@ -329,15 +394,20 @@ def main() -> None:
         for seed, methods in zip(options.seeds, fits, strict=True):
             for method, scores in methods.items():
                 by_run.setdefault(method, []).append(measure(test, scores))
-                write_predictions(options.predictions / f"{method}_seed{seed}.parquet", test, scores)
+                write_predictions(
+                    options.predictions / f"{method}_seed{seed}.parquet", test, scores
+                )
     measured = {method: mean(runs) for method, runs in by_run.items()}
     libraries = ["numpy", "pandas", "pyarrow"] + ([] if options.no_lightgbm else ["lightgbm"])
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.quality.kuairand_anchor", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.quality.kuairand_anchor", *sys.argv[1:]]
+        ),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in libraries},
         "rows": {
             "train": int((events["time_ms"] < T_VAL).sum()),
             "validation": int(events["time_ms"].between(T_VAL, T_TEST, inclusive="left").sum()),
@@ -346,14 +416,19 @@ def main() -> None:
         },
         "seeds": options.seeds,
         "measured": measured,
-        "by_seed": {method: runs for method, runs in by_run.items() if method.startswith("lightgbm")},
+        "by_seed": {
+            method: runs for method, runs in by_run.items() if method.startswith("lightgbm")
+        },
         "published": {method: ANCHORS[method] for method in measured},
         "worst_difference": worst_difference(measured),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(measured))
-    print(f"worst difference from a published figure: {result['worst_difference']:.4f}; figures in {options.out}")
+    print(
+        f"worst difference from a published figure: {result['worst_difference']:.4f}; figures in "
+        f"{options.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The quality section of RESULTS.md: runs of `benchmarks.quality.train_plan` over seeds, beside LightGBM, by paired bootstrap.
+"""The quality section of RESULTS.md: runs of `benchmarks.quality.train_plan` over seeds, beside
+LightGBM, by paired bootstrap.
 
     python -m benchmarks.quality.report NAME … --runs FOLDER --predictions FOLDER [--anchor GLOB]
 
-A model's figure is the mean over its seeds. Its difference to LightGBM is taken on the same rows; the interval is that
-of 1,000 samples of users with replacement, in each of which both sides see the same users.
+A model's figure is the mean over its seeds. Its difference to LightGBM is taken on the same rows;
+the interval is that of 1,000 samples of users with replacement, in each of which both sides see the
+same users.
 """
 
 import argparse
@@ -40,7 +42,9 @@ class Ranked:
         return Ranked(order, last, log_loss(logits, labels))
 
     def auc(self, labels: np.ndarray, weight: np.ndarray) -> float:
-        """Of rows that count `weight` times: the trapezoids under the curve, a tie counting one half."""
+        """Of rows that count `weight` times: the trapezoids under the curve, a tie counting one
+        half.
+        """
         weight, labels = weight[self.order], labels[self.order]
         positive = np.append(0, np.cumsum(weight * labels)[self.last])
         negative = np.append(0, np.cumsum(weight * ~labels)[self.last])
@@ -78,9 +82,14 @@ def same_rows(first: pa.Table, other: pa.Table, what: str) -> None:
 
 
 def paired_bootstrap(
-    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], labels: np.ndarray, users: np.ndarray, samples: int
+    ours: Sequence[np.ndarray],
+    theirs: Sequence[np.ndarray],
+    labels: np.ndarray,
+    users: np.ndarray,
+    samples: int,
 ) -> dict[str, tuple[float, float, float]]:
-    """Ours minus theirs, `auc` and `ne`: the difference, and the 95 % interval over samples of users.
+    """Ours minus theirs, `auc` and `ne`: the difference, and the 95 % interval over samples of
+    users.
 
     Args:
         ours, theirs: logits [n] per seed; a side's value is the mean over its seeds.
@@ -91,10 +100,17 @@ def paired_bootstrap(
     rng = np.random.default_rng(0)
     draws = [np.ones(len(labels))]
     for _ in range(samples):
-        draws.append(rng.multinomial(user.max() + 1, np.full(user.max() + 1, 1 / (user.max() + 1)))[user].astype(float))
+        draws.append(
+            rng.multinomial(user.max() + 1, np.full(user.max() + 1, 1 / (user.max() + 1)))[
+                user
+            ].astype(float)
+        )
     found = {}
     for metric in ("auc", "ne"):
-        values = [[np.mean([getattr(r, metric)(labels, weight) for r in side]) for side in sides] for weight in draws]
+        values = [
+            [np.mean([getattr(r, metric)(labels, weight) for r in side]) for side in sides]
+            for weight in draws
+        ]
         differences = np.array([a - b for a, b in values])
         low, high = np.quantile(differences[1:], [0.025, 0.975])
         found[metric] = (float(differences[0]), float(low), float(high))
@@ -116,7 +132,9 @@ def read_runs(folder: Path, name: str) -> list[dict]:
 
 
 def metrics_table(folder: Path, names: Sequence[str], split: str) -> str:
-    """A row per name: metrics over seeds, the first name's mean AUC and NE taken off seed by seed, and the costs."""
+    """A row per name: metrics over seeds, the first name's mean AUC and NE taken off seed by seed,
+    and the costs.
+    """
     rows = []
     whole = read_runs(folder, names[0])
     tasks = whole[0]["config"]["tasks"]  # another model may have more
@@ -124,33 +142,57 @@ def metrics_table(folder: Path, names: Sequence[str], split: str) -> str:
     for name in names:
         runs = read_runs(folder, name)
         found = {key: [float(run["metrics"][key]) for run in runs] for key in runs[0]["metrics"]}
-        cells = [f"{spread(found[f'{split}/auc/{task}'])} / {spread(found[f'{split}/ne/{task}'])}" for task in tasks]
+        cells = [
+            f"{spread(found[f'{split}/auc/{task}'])} / {spread(found[f'{split}/ne/{task}'])}"
+            for task in tasks
+        ]
         cells.append(
-            " / ".join(spread(values) for values in zip(*(means(run, split, tasks) for run in runs), strict=True))
+            " / ".join(
+                spread(values)
+                for values in zip(*(means(run, split, tasks) for run in runs), strict=True)
+            )
         )
-        both = [np.subtract(means(run, split, tasks), first[run["seed"]]) for run in runs if run["seed"] in first]
+        both = [
+            np.subtract(means(run, split, tasks), first[run["seed"]])
+            for run in runs
+            if run["seed"] in first
+        ]
         cells.append(" / ".join(spread(values, sign="+") for values in zip(*both, strict=True)))
         costs = [
-            f"{1e3 * np.mean(found[key]):.2f}" for key in ("train/gflop_per_example", "forward_gflop_per_candidate")
+            f"{1e3 * np.mean(found[key]):.2f}"
+            for key in ("train/gflop_per_example", "forward_gflop_per_candidate")
         ]
-        shares = [f"{np.mean(found[key]):.0%}" for key in ("masked_pair_share", "truncated_token_share")]
+        shares = [
+            f"{np.mean(found[key]):.0%}" for key in ("masked_pair_share", "truncated_token_share")
+        ]
         step = f"{np.median(found['train/step_ms']):.0f}"
         rows.append([name, *cells, " / ".join(costs), step, " / ".join(shares), str(len(runs))])
     less = f"less {names[0]}'s"
-    costs = ["MFLOP an example, training / inference", "ms a step", "pairs masked / tokens cut", "seeds"]
+    costs = [
+        "MFLOP an example, training / inference",
+        "ms a step",
+        "pairs masked / tokens cut",
+        "seeds",
+    ]
     return table(["AUC / NE", *tasks, "mean", less, *costs], rows)
 
 
 def means(run: dict, split: str, tasks: Sequence[str]) -> tuple[float, float]:
     """AUC and NE, over the tasks."""
     auc, ne = (
-        float(np.mean([run["metrics"][f"{split}/{metric}/{task}"] for task in tasks])) for metric in ("auc", "ne")
+        float(np.mean([run["metrics"][f"{split}/{metric}/{task}"] for task in tasks]))
+        for metric in ("auc", "ne")
     )
     return auc, ne
 
 
 def difference_table(
-    names: Sequence[str], runs: Path, predictions: Path, anchors: Sequence[Path], split: str, samples: int
+    names: Sequence[str],
+    runs: Path,
+    predictions: Path,
+    anchors: Sequence[Path],
+    split: str,
+    samples: int,
 ) -> str:
     rows = []
     for name in names:
@@ -164,22 +206,49 @@ def difference_table(
         for task in tasks:
             known = ours[0][f"label.{task}"].is_valid().to_numpy()
             labels = ours[0][f"label.{task}"].fill_null(0).to_numpy()[known].astype(bool)
-            first, second = ([side[f"logit.{task}"].to_numpy()[known] for side in both] for both in (ours, theirs))
-            gained = paired_bootstrap(first, second, labels, ours[0]["user_id"].to_numpy()[known], samples)
-            cells.append("; ".join(f"{value:+.4f} [{low:+.4f}, {high:+.4f}]" for value, low, high in gained.values()))
+            first, second = (
+                [side[f"logit.{task}"].to_numpy()[known] for side in both]
+                for both in (ours, theirs)
+            )
+            gained = paired_bootstrap(
+                first, second, labels, ours[0]["user_id"].to_numpy()[known], samples
+            )
+            cells.append(
+                "; ".join(
+                    f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+                    for value, low, high in gained.values()
+                )
+            )
         rows.append([name, *cells])
     return table(["ΔAUC; ΔNE [95 %]", *tasks], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("names", nargs="+", help="runs of the table, in its order")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures")
-    parser.add_argument("--predictions", type=Path, default=None, help="folder of the predictions: adds the bootstrap")
-    parser.add_argument("--against", nargs="+", default=None, help="names with a bootstrap; the first name if absent")
-    parser.add_argument("--anchor", default="runs/anchor/lightgbm_history_seed*.parquet", help="of make bench-anchor")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures"
+    )
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        default=None,
+        help="folder of the predictions: adds the bootstrap",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=None,
+        help="names with a bootstrap; the first name if absent",
+    )
+    parser.add_argument(
+        "--anchor",
+        default="runs/anchor/lightgbm_history_seed*.parquet",
+        help="of make bench-anchor",
+    )
     parser.add_argument("--split", choices=["val", "test"], default="test")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--section", default="quality", help="name of the section of RESULTS.md")
@@ -187,14 +256,21 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print it and leave RESULTS.md alone")
     options = parser.parse_args()
     runs = read_runs(options.runs, options.names[0])
-    machines = {run["environment"]["device"] for name in options.names for run in read_runs(options.runs, name)}
+    machines = {
+        run["environment"]["device"]
+        for name in options.names
+        for run in read_runs(options.runs, name)
+    }
     folder = os.path.relpath(options.runs, ROOT.parent)
     text = [
         f"## {options.title}",
         f"`{runs[0]['command']}` on {', '.join(sorted(machines))}; figures in `{folder}`. "
-        f"{options.split.capitalize()} rows, mean ± standard deviation over seeds. An example is a labelled row; "
-        "training FLOP are three times those of a forward pass at the lengths that stochastic length drew; a step's "
-        "time is that of one of several runs that shared the device and its host, no more than a hint. Differences are "
+        f"{options.split.capitalize()} rows, mean ± standard deviation over seeds. An example is "
+        "a labelled row; "
+        "training FLOP are three times those of a forward pass at the lengths that stochastic "
+        "length drew; a step's "
+        "time is that of one of several runs that shared the device and its host, no more than a "
+        "hint. Differences are "
         "of the same seed.",
         metrics_table(options.runs, options.names, options.split),
     ]
@@ -204,9 +280,12 @@ def main() -> None:
             raise SystemExit(f"error: no {options.anchor}: run make bench-anchor first")
         against = options.against or options.names[:1]
         text += [
-            f"Against LightGBM with history features ({len(anchors)} seeds, `make bench-anchor`), paired bootstrap of "
+            f"Against LightGBM with history features ({len(anchors)} seeds, `make bench-anchor`), "
+            "paired bootstrap of "
             f"{options.samples:,} samples over users, mean over seeds on both sides:",
-            difference_table(against, options.runs, options.predictions, anchors, options.split, options.samples),
+            difference_table(
+                against, options.runs, options.predictions, anchors, options.split, options.samples
+            ),
         ]
     if options.print:
         print("\n\n".join(text))

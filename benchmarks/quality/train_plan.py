@@ -1,16 +1,20 @@
-"""Quality of many configurations over seeds, without Ray and MLflow: one GPU or one CPU box carries many small runs.
+"""Quality of many configurations over seeds, without Ray and MLflow: one GPU or one CPU box carries
+many small runs.
 
-    plan (YAML) × seeds → train by `pipeline.train.loop` → evaluate → runs/<name>-<seed>.json + predictions
+    plan (YAML) × seeds → train by `pipeline.train.loop` → evaluate → runs/<name>-<seed>.json +
+    predictions
 
-`python -m benchmarks.quality.train_plan PLAN … --store FOLDER` trains what is not there yet; `python -m benchmarks.quality.report`
-turns the files into the table of RESULTS.md. A plan is
+`python -m benchmarks.quality.train_plan PLAN … --store FOLDER` trains what is not there yet;
+`python -m benchmarks.quality.report` turns the files into the table of RESULTS.md. A plan is
 
     config: configs/demo.yaml          # the preset that every run starts from
     set: {train.num_workers: 1}        # settings of all runs
     splits: [val]                      # test is scored once, when everything is chosen
     runs: {ultra_hstu: {}, hstu: {model.encoder: hstu}}
-    served: {ultra_hstu: {int4: {int4_tables: true}}}  # scored once more, so served, as ultra_hstu-int4
-    ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as ultra_hstu-window_0 …
+    served: {ultra_hstu: {int4: {int4_tables: true}}}  # scored once more, so served, as
+    ultra_hstu-int4
+    ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as
+    ultra_hstu-window_0 …
 """
 
 import argparse
@@ -70,7 +74,8 @@ class PlannedRun:
         return self.out / f"{name}-{self.cfg.seed}.json"
 
 
-PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "served", "ablate"}  # needed, allowed
+# needed, allowed
+PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "served", "ablate"}
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
@@ -83,12 +88,19 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
     shared = plan.get("set", {})
     configs = {}
     for name, changes in plan["runs"].items():
-        settings = [f"{key}={json.dumps(value)}" for key, value in (shared | (changes or {})).items()]
+        settings = [
+            f"{key}={json.dumps(value)}" for key, value in (shared | (changes or {})).items()
+        ]
         configs[name] = replace(config.load(plan["config"], [*settings, *overrides]), name=name)
-    for key, names in (("ablate", [plan["ablate"]] if "ablate" in plan else []), ("served", plan.get("served", {}))):
+    for key, names in (
+        ("ablate", [plan["ablate"]] if "ablate" in plan else []),
+        ("served", plan.get("served", {})),
+    ):
         for name in names:
             if name not in configs:
-                raise ConfigError(f"plan {path}: {key} names {name!r}, not one of runs {list(configs)}")
+                raise ConfigError(
+                    f"plan {path}: {key} names {name!r}, not one of runs {list(configs)}"
+                )
     if "ablate" in plan:
         whole = plan["ablate"]
         for name, variant in ablation.variants(configs[whole]).items():
@@ -109,7 +121,9 @@ def plan_served(path: Path) -> dict[str, dict[str, ServeConfig]]:
     """By run, the further ways in which its weights are scored: what `serve` would be there."""
     found = {}
     for name, ways in _read(path).get("served", {}).items():
-        found[name] = {way: config.from_dict({"serve": settings}).serve for way, settings in ways.items()}
+        found[name] = {
+            way: config.from_dict({"serve": settings}).serve for way, settings in ways.items()
+        }
     return found
 
 
@@ -120,7 +134,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"plan {path}: {error}") from None
     needed, allowed = PLAN_KEYS
     if not isinstance(plan, dict) or not needed <= plan.keys() <= allowed:
-        raise ConfigError(f"plan {path} must hold {sorted(needed)} and may hold {sorted(allowed - needed)}")
+        raise ConfigError(
+            f"plan {path} must hold {sorted(needed)} and may hold {sorted(allowed - needed)}"
+        )
     return plan
 
 
@@ -129,26 +145,39 @@ def finished(run: PlannedRun) -> bool:
     if not run.file.exists():
         return False
     saved = json.loads(run.file.read_text())
-    same = saved["config"] == settings_of(run.cfg) and saved["sequences"] == store.read_manifest(run.store).digest
+    same = (
+        saved["config"] == settings_of(run.cfg)
+        and saved["sequences"] == store.read_manifest(run.store).digest
+    )
     if not same or not {f"{split}/rows" for split in run.splits} <= saved["metrics"].keys():
-        raise UserError(f"{run.file} was made with other settings, sequences or splits: remove it, or use another name")
+        raise UserError(
+            f"{run.file} was made with other settings, sequences or splits: remove it, or use "
+            "another name"
+        )
     return True
 
 
 def settings_of(cfg: RunConfig) -> dict[str, Any]:
     """What a run's figures depend on."""
     saved = config.to_dict(cfg)
-    return {key: saved[key] for key in ("source", "split", "tasks", "features", "model", "train", "evaluate")}
+    return {
+        key: saved[key]
+        for key in ("source", "split", "tasks", "features", "model", "train", "evaluate")
+    }
 
 
 def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
-    """Train and evaluate one run, in a process of its own; writes its files and returns them, the run itself first."""
+    """Train and evaluate one run, in a process of its own; writes its files and returns them, the
+    run itself first.
+    """
     torch.set_num_threads(1)  # the other cores have their own runs
     began = time.perf_counter()
     lines: list[dict[str, float]] = []
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        cfg = replace(run.cfg, runs_dir=folder, evaluate=replace(run.cfg.evaluate, device=run.device))
+        cfg = replace(
+            run.cfg, runs_dir=folder, evaluate=replace(run.cfg.evaluate, device=run.device)
+        )
         cfg.run_dir.mkdir()
         cfg.sequence_dir.symlink_to(Path(run.store).absolute())
         digest = store.read_manifest(cfg.sequence_dir).digest
@@ -156,11 +185,17 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
         loader = TrainLoader(cfg, maps, step_plan(cfg))
         prepared = time.perf_counter()
         model = loop.train(
-            cfg, maps, loader, digest, device=run.device, log=lambda step, values: lines.append({"step": step} | values)
+            cfg,
+            maps,
+            loader,
+            digest,
+            device=run.device,
+            log=lambda step, values: lines.append({"step": step} | values),
         )
         trained = time.perf_counter()
         parameters = {
-            "dense": sum(p.numel() for p in model.parameters()) - sum(t.numel() for t in tables(model)),
+            "dense": sum(p.numel() for p in model.parameters())
+            - sum(t.numel() for t in tables(model)),
             "tables": sum(t.numel() for t in tables(model)),
         }
         model.zero_grad(set_to_none=True)
@@ -168,7 +203,10 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
         scores = {}  # by name
         for way, limits in {"": ServeConfig(), **run.served}.items():
             scored = replace(loaded, model=copy.deepcopy(loaded.model))
-            as_served(scored.model, replace(limits, int4_tables=limits.int4_tables or cfg.evaluate.int4_tables))
+            as_served(
+                scored.model,
+                replace(limits, int4_tables=limits.int4_tables or cfg.evaluate.int4_tables),
+            )
             name = f"{cfg.name}-{way}" if way else cfg.name
             begin = time.perf_counter()
             scores[name] = score(run, scored, name), time.perf_counter() - begin
@@ -187,8 +225,14 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
             },
             "parameters": parameters,
             "metrics": metrics
-            | {name: mean_over_steps(lines, name) for name in ("train/gflop_per_example", "train/step_ms")},
-            "losses": {line["step"]: round(line["train/loss"], 5) for line in lines[:: max(len(lines) // 20, 1)]},
+            | {
+                name: mean_over_steps(lines, name)
+                for name in ("train/gflop_per_example", "train/step_ms")
+            },
+            "losses": {
+                line["step"]: round(line["train/loss"], 5)
+                for line in lines[:: max(len(lines) // 20, 1)]
+            },
             "config": settings_of(run.cfg),
         }
         run.out.mkdir(parents=True, exist_ok=True)
@@ -200,11 +244,15 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
 
 
 def score(run: PlannedRun, loaded: LoadedModel, name: str) -> dict[str, float]:
-    """The metrics of the plan's splits and what a candidate cost; the predictions where they are wanted."""
+    """The metrics of the plan's splits and what a candidate cost; the predictions where they are
+    wanted.
+    """
     work, metrics = Flops(), {}
     for split in run.splits:
         predictions = evaluator.predict(loaded.cfg, loaded, split, work)
-        metrics |= evaluator.summarise(predictions, run.cfg.tasks, split) | {f"{split}/rows": len(predictions)}
+        metrics |= evaluator.summarise(predictions, run.cfg.tasks, split) | {
+            f"{split}/rows": len(predictions)
+        }
         if run.predictions is not None:
             run.predictions.mkdir(parents=True, exist_ok=True)
             pq.write_table(predictions, run.predictions / f"{name}-{run.cfg.seed}-{split}.parquet")
@@ -224,37 +272,63 @@ def tables(model: torch.nn.Module) -> list[torch.Tensor]:
 def line(result: dict[str, Any], split: str, tasks: Sequence[str]) -> str:
     """A run in one line: AUC of each task, their mean, the mean NE, and what it cost."""
     metrics, seconds = result["metrics"], result["seconds"]
-    aucs, nes = ([metrics[f"{split}/{metric}/{task}"] for task in tasks] for metric in ("auc", "ne"))
+    aucs, nes = (
+        [metrics[f"{split}/{metric}/{task}"] for task in tasks] for metric in ("auc", "ne")
+    )
     return (
         f"{result['name']:28}{result['seed']:3} {split:5}"
         + "".join(f"{auc:8.4f}" for auc in aucs)
         + f" | mean auc {sum(aucs) / len(aucs):.4f} ne {sum(nes) / len(nes):.4f} | "
-        f"{metrics['train/gflop_per_example'] * 1e3:.2f} MFLOP | {metrics['train/step_ms']:.1f} ms a step | "
+        f"{metrics['train/gflop_per_example'] * 1e3:.2f} MFLOP | {metrics['train/step_ms']:.1f} "
+        "ms a step | "
         f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="YAML: config, set, splits, runs, ablate")
-    parser.add_argument("--store", required=True, help="published sequences, runs/<name>/sequences")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs of the plans; all of them if absent")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="for all runs"
+        "plans",
+        type=Path,
+        nargs="+",
+        metavar="PLAN",
+        help="YAML: config, set, splits, runs, ablate",
+    )
+    parser.add_argument("--store", required=True, help="published sequences, runs/<name>/sequences")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="runs of the plans; all of them if absent"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for all runs",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures")
-    parser.add_argument("--predictions", type=Path, default=None, help="folder of the predictions, if they are wanted")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures"
+    )
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        default=None,
+        help="folder of the predictions, if they are wanted",
+    )
     options = parser.parse_args()
     try:
         runs = [run for plan in options.plans for run in planned(plan, options)]
         unknown = set(options.only or ()) - {run.cfg.name for run in runs}
         if unknown:
-            raise ConfigError(f"--only {sorted(unknown)}: the plans have {sorted({run.cfg.name for run in runs})}")
+            raise ConfigError(
+                f"--only {sorted(unknown)}: the plans have {sorted({run.cfg.name for run in runs})}"
+            )
         runs = [run for run in runs if not options.only or run.cfg.name in options.only]
         waiting = [run for run in runs if not finished(run)]
     except UserError as error:
@@ -276,7 +350,10 @@ def planned(plan: Path, options: argparse.Namespace) -> list[PlannedRun]:
 
 
 def run_all(runs: Sequence[PlannedRun], processes: int) -> int:
-    """All runs, `processes` at a time; one that fails does not stop the others. Returns the number that failed."""
+    """All runs, `processes` at a time; one that fails does not stop the others.
+
+    Returns the number that failed.
+    """
     failed = 0
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:

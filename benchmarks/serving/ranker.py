@@ -1,12 +1,14 @@
-"""What a cached history saves, beside what the counted work says that it saves; and the ranker's own time.
+"""What a cached history saves, beside what the counted work says that it saves; and the ranker's
+own time.
 
-    python -m benchmarks.serving.ranker                      2,048 events and 256 candidates; the server's reference model
-    python -m benchmarks.serving.ranker --device cuda --out FILE      16,384 events and 1,024 candidates, 12 layers of 512
-    python -m benchmarks.serving.ranker --report FILE …      → the section of RESULTS.md
+    python -m benchmarks.serving.ranker                      2,048 events and 256 candidates; the
+    server's reference model python -m benchmarks.serving.ranker --device cuda --out FILE
+    16,384 events and 1,024 candidates, 12 layers of 512 python -m benchmarks.serving.ranker
+    --report FILE …      → the section of RESULTS.md
 
-Random weights and events. A cold user is encoded and scored, a warm one scored against the kept keys and values; both
-times hold the copies to the device and of the scores back. Before the clock runs, cached scores in float32 are held
-against those of the plain forward pass.
+Random weights and events. A cold user is encoded and scored, a warm one scored against the kept
+keys and values; both times hold the copies to the device and of the scores back. Before the clock
+runs, cached scores in float32 are held against those of the plain forward pass.
 """
 
 import argparse
@@ -53,7 +55,9 @@ class Case:
 
 small = partial(Case, layers=4, width=32, events=2048, candidates=256)
 ALL = ("fp32", "bf16", "fp8")
-large = partial(Case, layers=12, width=128, events=16384, candidates=1024, precisions=("fp32", "bf16"))
+large = partial(
+    Case, layers=12, width=128, events=16384, candidates=1024, precisions=("fp32", "bf16")
+)
 CAUSAL = {"attention": {"window": None}}
 CPU_CASES = (small("semi-local", SEMI_LOCAL), small("causal", CAUSAL))
 GPU_CASES = (
@@ -70,7 +74,10 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
     num_targets = batch.num_targets.long()
     rows = ("item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
     parts = []
-    for chosen, lengths in ((~is_target, batch.seq_offsets.diff() - num_targets), (is_target, num_targets)):
+    for chosen, lengths in (
+        (~is_target, batch.seq_offsets.diff() - num_targets),
+        (is_target, num_targets),
+    ):
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         columns = {name: getattr(batch, name)[chosen] for name in rows}
         parts.append(replace(batch, seq_offsets=offsets, max_seq_len=int(lengths.max()), **columns))
@@ -79,7 +86,9 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
 
 
 class Passes:
-    """One model in one precision, and the passes that a server makes of it; batches come from the CPU."""
+    """One model in one precision, and the passes that a server makes of it; batches come from the
+    CPU.
+    """
 
     def __init__(self, cfg: RunConfig, device: str, precision: str) -> None:
         torch.manual_seed(0)
@@ -100,12 +109,20 @@ class Passes:
         return encode_history(self.model, history.to(self.device))
 
     def warm(self, cache: Any, candidates: SequenceBatch, micro_batch: int) -> torch.Tensor:
-        return score_candidates(self.model, cache, candidates.to(self.device), micro_batch).sigmoid().cpu()
+        return (
+            score_candidates(self.model, cache, candidates.to(self.device), micro_batch)
+            .sigmoid()
+            .cpu()
+        )
 
     def graphed(self, cache: Any, candidates: SequenceBatch, micro_batch: int) -> torch.Tensor:
-        return self.scorer(self.model, cache, candidates.to(self.device), micro_batch).sigmoid().cpu()
+        return (
+            self.scorer(self.model, cache, candidates.to(self.device), micro_batch).sigmoid().cpu()
+        )
 
-    def cold(self, history: SequenceBatch, candidates: SequenceBatch, micro_batch: int) -> torch.Tensor:
+    def cold(
+        self, history: SequenceBatch, candidates: SequenceBatch, micro_batch: int
+    ) -> torch.Tensor:
         return self.warm(self.encode(history), candidates, micro_batch)
 
 
@@ -117,7 +134,8 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
     run = Passes(cfg, options.device, precision)
     cache = run("encode", history)
     expected = run("plain", batch)
-    every, quarter = case.candidates * case.users, case.candidates // 4 + 1  # the last micro-batch is a short one
+    # the last micro-batch is a short one
+    every, quarter = case.candidates * case.users, case.candidates // 4 + 1
     steps = ["warm"] + ["graphed"] * (options.device == "cuda" and case.users == 1)
     errors = [
         (run(step, cache, candidates, size) - expected).abs().max().item()
@@ -136,7 +154,9 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
         "size": f"{case.users} × ({case.events:,} events, {case.candidates:,} candidates)",
         "model": f"{case.layers} layers of {HEADS * case.width}",
         "largest_error": max(errors),
-        "ms": {step: median_ms(call, options.device, options.repeats) for step, call in times.items()},
+        "ms": {
+            step: median_ms(call, options.device, options.repeats) for step, call in times.items()
+        },
         "encode_tflop": encode_flop / 1e12,
         "score_tflop": score_flop / 1e12,
         "cache_mb": cache.num_bytes / 2**20,
@@ -149,7 +169,9 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
 
 
 def reference_ranker(options: argparse.Namespace) -> dict[str, Any]:
-    """`Ranker.rank` at the reference load's model: 4 layers of 128, histories of 256 events, 100 candidates."""
+    """`Ranker.rank` at the reference load's model: 4 layers of 128, histories of 256 events, 100
+    candidates.
+    """
     from pipeline.config import ServeConfig
     from pipeline.model.artifact import LoadedModel
     from serve_app.columns import RankColumns
@@ -163,7 +185,9 @@ def reference_ranker(options: argparse.Namespace) -> dict[str, Any]:
     maps = replace(
         vocabulary(cfg),
         item_ids=items,
-        item_codes=np.stack([np.append(0, items) % NUM_ITEMS, np.append(0, items) % 100], axis=1).astype(np.int32),
+        item_codes=np.stack(
+            [np.append(0, items) % NUM_ITEMS, np.append(0, items) % 100], axis=1
+        ).astype(np.int32),
         item_count=np.ones(NUM_ITEMS + 1, np.int64),
         request_values={"tab": np.arange(8)},
     )
@@ -203,7 +227,9 @@ def reference_ranker(options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"case": "reference ranker", "threads": torch.get_num_threads()}
     for kind in ("cold", "warm"):  # the second time around everybody is known
         times = [timed_ms(ranker, [request]) for request in asked[1:]]
-        row[f"{kind}_ms"] = dict(zip(("p50", "p95", "p99"), np.percentile(times, [50, 95, 99]).tolist(), strict=True))
+        row[f"{kind}_ms"] = dict(
+            zip(("p50", "p95", "p99"), np.percentile(times, [50, 95, 99]).tolist(), strict=True)
+        )
     print(json.dumps(row), flush=True)
     return row
 
@@ -219,15 +245,26 @@ def section(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         machine, rows = run["environment"], run["rows"]
         parts.append(
-            f"`{run['command']}`, {machine['device']}, {run['threads']} threads, torch {machine['torch']}, triton "
-            f"{machine['triton']}; medians of {run['repeats']} whole calls, the host's part included. Plain: history "
-            "and candidates in one forward pass. Cold: encoded, then scored. Warm: scored against keys and values kept "
-            "from an earlier request; graphed: the same by CUDA graph. Time cold ÷ warm is for the faster way to score."
-            + f" {run.get('note', '')}"
+            f"`{run['command']}`, {machine['device']}, {run['threads']} threads, torch "
+            f"{machine['torch']}, triton "
+            f"{machine['triton']}; medians of {run['repeats']} whole calls, the host's part "
+            "included. Plain: history "
+            "and candidates in one forward pass. Cold: encoded, then scored. Warm: scored against "
+            "keys and values kept "
+            "from an earlier request; graphed: the same by CUDA graph. Time cold ÷ warm is for "
+            "the faster way to score." + f" {run.get('note', '')}"
         )
         cases = [row for row in rows if "ms" in row]
         steps = " / ".join(max((row["ms"] for row in cases), key=len))
-        header = ["case", "size", f"{steps}, ms", "FLOP cold ÷ warm", "time cold ÷ warm", "of it", "largest error"]
+        header = [
+            "case",
+            "size",
+            f"{steps}, ms",
+            "FLOP cold ÷ warm",
+            "time cold ÷ warm",
+            "of it",
+            "largest error",
+        ]
         cells = [
             [
                 f"{row['case']}, {row['precision']}, {row['model']}",
@@ -244,24 +281,30 @@ def section(runs: list[dict[str, Any]]) -> str:
         for row in rows:
             if "cold_ms" in row:
                 cold, warm = (
-                    " / ".join(f"{row[kind][p]:.1f}" for p in ("p50", "p95", "p99")) for kind in ("cold_ms", "warm_ms")
+                    " / ".join(f"{row[kind][p]:.1f}" for p in ("p50", "p95", "p99"))
+                    for kind in ("cold_ms", "warm_ms")
                 )
                 parts.append(
-                    "`Ranker.rank` alone, one request at a time (d = 128, 4 layers, 4 heads, 256 events, 100 "
-                    f"candidates, {row['threads']} thread): p50 / p95 / p99 {cold} ms cold, {warm} ms warm."
+                    "`Ranker.rank` alone, one request at a time (d = 128, 4 layers, 4 heads, 256 "
+                    "events, 100 "
+                    f"candidates, {row['threads']} thread): p50 / p95 / p99 {cold} ms cold, "
+                    f"{warm} ms warm."
                 )
     return "\n\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--out", type=Path, default=RUNS / "ranker_cpu.json")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from FILEs and end")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from FILEs and end"
+    )
     options = parser.parse_args()
     if options.report:
         write_section("ranker", section([json.loads(path.read_text()) for path in options.report]))
@@ -276,7 +319,11 @@ def main() -> None:
         "rows": [],
     }
     cases = GPU_CASES if cuda else CPU_CASES
-    work = [partial(measure, case, precision, options) for case in cases for precision in case.precisions]
+    work = [
+        partial(measure, case, precision, options)
+        for case in cases
+        for precision in case.precisions
+    ]
     work += [] if cuda else [partial(reference_ranker, options)]
     failed = 0
     for one in work:
@@ -287,7 +334,11 @@ def main() -> None:
             failed += 1
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(run, indent=1) + "\n")
-    wrong = [row for row in run["rows"] if row.get("precision") == "fp32" and not row["largest_error"] <= LARGEST_ERROR]
+    wrong = [
+        row
+        for row in run["rows"]
+        if row.get("precision") == "fp32" and not row["largest_error"] <= LARGEST_ERROR
+    ]
     raise SystemExit(bool(failed or wrong))
 
 

@@ -1,12 +1,15 @@
-"""The server under load: latency, what HTTP adds, overload, changes of version, events while replicas are killed.
+"""The server under load: latency, what HTTP adds, overload, changes of version, events while
+replicas are killed.
 
-    python -m benchmarks.serving.under_load                                  # every part: about ten minutes on two cores
-    python -m benchmarks.serving.under_load --parts reference --seconds 600
-    python -m benchmarks.serving.under_load --report                         # what was measured last, into RESULTS.md
+    python -m benchmarks.serving.under_load                                  # every part: about ten
+    minutes on two cores python -m benchmarks.serving.under_load --parts reference --seconds 600
+    python -m benchmarks.serving.under_load --report                         # what was measured
+    last, into RESULTS.md
 
-Serves configs/serve_reference.yaml (generated users, untrained models) on a Ray cluster of its own. The load comes
-from a second process on the same cores (`python -m serve_app.load_test`). Every part adds its figures to
-benchmarks/runs/serving.json.
+Serves configs/serve_reference.yaml (generated users, untrained models) on a Ray cluster of its own.
+The load comes
+from a second process on the same cores (`python -m serve_app.load_test`). Every part adds its
+figures to benchmarks/runs/serving.json.
 """
 
 import argparse
@@ -61,11 +64,22 @@ class Stage:
     made: dict[tuple, PinnedModel] = field(default_factory=dict)
 
     def deploy(
-        self, version: int, *, replicas: int = 1, apart: bool = False, shadow: int | None = None, **model: Any
+        self,
+        version: int,
+        *,
+        replicas: int = 1,
+        apart: bool = False,
+        shadow: int | None = None,
+        **model: Any,
     ) -> str:
-        """Serve an untrained model; `model` changes its size. `apart`: one replica, yet not the ingress' process."""
+        """Serve an untrained model; `model` changes its size.
+
+        `apart`: one replica, yet not the ingress' process.
+        """
         together = self.cfg.serve.one_process and replicas == 1 and not apart
-        cfg = replace(self.cfg, serve=replace(self.cfg.serve, num_replicas=replicas, one_process=together))
+        cfg = replace(
+            self.cfg, serve=replace(self.cfg.serve, num_replicas=replicas, one_process=together)
+        )
         on_trial = None if shadow is None else self.model(shadow, **model)
         wanted = deployment.user_config(cfg, self.model(version, **model), shadow=on_trial)
         return deployment.update(cfg, self.dashboard_url, wanted)
@@ -79,25 +93,53 @@ class Stage:
         return self.made[key]
 
     def load(self, url: str, rate: float, seconds: float, *options: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "serve_app.load_test", "--config", str(PRESET), "--url", url]
-        command += ["--set", f"runs_dir={self.cfg.runs_dir}", "--rate", str(rate), "--seconds", str(seconds), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "serve_app.load_test",
+            "--config",
+            str(PRESET),
+            "--url",
+            url,
+        ]
+        command += [
+            "--set",
+            f"runs_dir={self.cfg.runs_dir}",
+            "--rate",
+            str(rate),
+            "--seconds",
+            str(seconds),
+            *options,
+        ]
         before = _busy_s()
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         figures = json.loads(done.stdout)
-        others_s = max(_busy_s() - before, 0.0)  # counters in hundredths: nobody else can come out as less than nobody
+        # counters in hundredths: nobody else can come out as less than nobody
+        others_s = max(_busy_s() - before, 0.0)
         figures["others_cores"] = round(others_s / (seconds + 3), 2)
-        print(json.dumps({key: figures[key] for key in ("statuses", "latency_ms", "ranker_ms", "overhead_ms")}))
+        print(
+            json.dumps(
+                {
+                    key: figures[key]
+                    for key in ("statuses", "latency_ms", "ranker_ms", "overhead_ms")
+                }
+            )
+        )
         return figures
 
 
 def untrained(cfg: RunConfig, version: int) -> PinnedModel:
-    """A model of random weights in the place where the server keeps the versions that it has fetched and checked."""
+    """A model of random weights in the place where the server keeps the versions that it has
+    fetched and checked.
+    """
     folder = deployment.cache(cfg) / f"{cfg.tracking.model_name}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(version)
     maps = fit_features(cfg)
     save_model(folder, RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    digests = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
+    }
     return PinnedModel("", cfg.tracking.model_name, version, digests)
 
 
@@ -117,7 +159,10 @@ def overhead_apart(stage: Stage) -> dict[str, Any]:
 def _overhead(stage: Stage, *, apart: bool) -> dict[str, Any]:
     url = stage.deploy(1, apart=apart, **TRIVIAL)
     stage.load(url, OVERHEAD_RATE, 5, "--candidates", "20")
-    nothing = {name: _paced(f"{url}{path}") for name, path in (("ingress", "/healthz"), ("replica", "/v1/model"))}
+    nothing = {
+        name: _paced(f"{url}{path}")
+        for name, path in (("ingress", "/healthz"), ("replica", "/v1/model"))
+    }
     before = _processor_s()
     figures = stage.load(url, OVERHEAD_RATE, stage.seconds, "--candidates", "20")
     figures["routes_without_work_ms"] = nothing
@@ -140,12 +185,15 @@ def reference(stage: Stage) -> dict[str, Any]:
 
 
 def overload(stage: Stage) -> dict[str, Any]:
-    """The reference rate, twenty seconds of five times what the server can do, and the reference rate again."""
+    """The reference rate, twenty seconds of five times what the server can do, and the reference
+    rate again.
+    """
     url = stage.deploy(2)
     stage.load(url, REFERENCE_RATE, 5)
     capacity = stage.load(url, 150, 10)["answered_per_s"]
     time.sleep(3)
-    burst = f"{5 * capacity - REFERENCE_RATE:.0f}:60:80"  # 1,200 requests before: with 200 p99 is the second worst
+    # 1,200 requests before: with 200 p99 is the second worst
+    burst = f"{5 * capacity - REFERENCE_RATE:.0f}:60:80"
     return {"capacity_per_s": capacity, **stage.load(url, REFERENCE_RATE, 100, "--burst", burst)}
 
 
@@ -176,7 +224,9 @@ def rollout(stage: Stage) -> dict[str, Any]:
 
 
 def events(stage: Stage) -> dict[str, Any]:
-    """100,000 events from eight writers while replicas are killed; a writer sends again what got no answer."""
+    """100,000 events from eight writers while replicas are killed; a writer sends again what got no
+    answer.
+    """
     url = stage.deploy(1, replicas=2, **TRIVIAL)
     path = stage.cfg.run_dir / "serving" / "events.sqlite"
     acknowledged: list[set[tuple[int, int]]] = [set() for _ in range(NUM_WRITERS)]
@@ -189,7 +239,12 @@ def events(stage: Stage) -> dict[str, Any]:
             for begin in range(0, NUM_EVENTS // NUM_WRITERS, EVENTS_TOGETHER):
                 items = range(begin, begin + EVENTS_TOGETHER)
                 user, now = first_user + writer, 1_767_500_000_000
-                body = {"events": [{"user_id": user, "item_id": item, "event_time": now + item} for item in items]}
+                body = {
+                    "events": [
+                        {"user_id": user, "item_id": item, "event_time": now + item}
+                        for item in items
+                    ]
+                }
                 while True:
                     try:
                         status = client.post("/v1/events", json=body).status_code
@@ -223,7 +278,9 @@ def events(stage: Stage) -> dict[str, Any]:
     killer.join()
     with sqlite3.connect(path) as connection:
         between = (first_user, first_user + NUM_WRITERS)
-        kept = connection.execute("SELECT user_id, item_id FROM event WHERE user_id >= ? AND user_id < ?", between)
+        kept = connection.execute(
+            "SELECT user_id, item_id FROM event WHERE user_id >= ? AND user_id < ?", between
+        )
         kept = kept.fetchall()
     sent = set().union(*acknowledged)
     return {
@@ -243,16 +300,29 @@ def malformed(stage: Stage) -> dict[str, Any]:
 
     url = stage.deploy(1, **TRIVIAL)
     rng, statuses, leaks = random.Random(0), {}, 0
-    with httpx.Client(base_url=url, timeout=30, headers={"content-type": "application/json"}) as client:
+    with httpx.Client(
+        base_url=url, timeout=30, headers={"content-type": "application/json"}
+    ) as client:
         for number in range(10_000):
-            answer = client.post(("/v1/rank", "/v1/events")[number % 2], content=hostile_bodies.malformed(rng))
+            answer = client.post(
+                ("/v1/rank", "/v1/events")[number % 2], content=hostile_bodies.malformed(rng)
+            )
             statuses[str(answer.status_code)] = statuses.get(str(answer.status_code), 0) + 1
             leaks += bool(hostile_bodies.insides(answer.text))
-        good = client.post("/v1/rank", json={"user_id": 1, "candidates": [{"item_id": 1}]}).status_code
-    return {"statuses": statuses, "answers_that_show_insides": leaks, "good_request_afterwards": good}
+        good = client.post(
+            "/v1/rank", json={"user_id": 1, "candidates": [{"item_id": 1}]}
+        ).status_code
+    return {
+        "statuses": statuses,
+        "answers_that_show_insides": leaks,
+        "good_request_afterwards": good,
+    }
 
 
-PARTS = {part.__name__: part for part in (overhead, overhead_apart, reference, overload, rollout, events, malformed)}
+PARTS = {
+    part.__name__: part
+    for part in (overhead, overhead_apart, reference, overload, rollout, events, malformed)
+}
 
 
 # The machine -----------------------------------------------------------------
@@ -274,7 +344,10 @@ def _pids(deployment_name: str) -> list[int]:
     from ray.util.state import list_actors
 
     name = f"ServeReplica:{deployment.APPLICATION}:{deployment_name}"
-    return [actor.pid for actor in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])]
+    return [
+        actor.pid
+        for actor in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])
+    ]
 
 
 def _stat(pid: int) -> tuple[int, float]:
@@ -289,7 +362,9 @@ def _processor_s() -> dict[str, float]:
 
 def _busy_s() -> float:
     """Seconds of processor time on this machine that were not ours, since it started."""
-    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    user, nice, system, _, _, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().split()[1:11]
+    )
     total = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
     parents, spent = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -304,7 +379,9 @@ def _busy_s() -> float:
 
 
 def _paced(url: str, seconds: float = 10.0) -> dict[str, float]:
-    """p50 and p99 in ms of a route that does nothing, at the same rate from the same kind of client."""
+    """p50 and p99 in ms of a route that does nothing, at the same rate from the same kind of
+    client.
+    """
     took = []
 
     async def ask() -> None:
@@ -317,22 +394,32 @@ def _paced(url: str, seconds: float = 10.0) -> dict[str, float]:
                 await asyncio.sleep(1 / OVERHEAD_RATE)
 
     asyncio.run(ask())
-    return {f"p{p}": round(float(value), 2) for p, value in zip((50, 99), np.percentile(took, (50, 99)), strict=True)}
+    return {
+        f"p{p}": round(float(value), 2)
+        for p, value in zip((50, 99), np.percentile(took, (50, 99)), strict=True)
+    }
 
 
 def _cache(url: str) -> tuple[float, float]:
     """Hits and misses of the encoded histories so far."""
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     names = ("ranking_history_cache_hits_total", "ranking_history_cache_misses_total")
-    hits, misses = (sum(float(x.split()[-1]) for x in lines if x.startswith(name + "{")) for name in names)
+    hits, misses = (
+        sum(float(x.split()[-1]) for x in lines if x.startswith(name + "{")) for name in names
+    )
     return hits, misses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of the parts overhead, overhead_apart and reference"
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="of the parts overhead, overhead_apart and reference",
     )
     parser.add_argument("--runs-dir", default=str(ROOT / "runs"))
     parser.add_argument("--report", action="store_true", help="measure nothing")

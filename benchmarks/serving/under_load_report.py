@@ -38,11 +38,16 @@ def _latencies(run: dict[str, Any]) -> str:
             rows.append(
                 f"| {what}{_where(figures)}, {load['rate']:g}/s for {load['seconds']:g} s, "
                 f"{load['candidates']} candidates | "
-                f"{_ms(figures['latency_ms'])} | {_ms(figures['ranker_ms'])} | {_ms(figures['overhead_ms'])} | "
-                f"{figures['failures']} and {figures['statuses'].get('429', 0)} of {figures['requests']:,} | "
+                f"{_ms(figures['latency_ms'])} | {_ms(figures['ranker_ms'])} | "
+                f"{_ms(figures['overhead_ms'])} | "
+                f"{figures['failures']} and {figures['statuses'].get('429', 0)} of "
+                f"{figures['requests']:,} | "
                 f"{figures['others_cores']:.2f} |"
             )
-    head = "| ms, p50 / p95 / p99 | whole request | ranker's pass | the rest | failures and 429 | cores others used |\n"
+    head = (
+        "| ms, p50 / p95 / p99 | whole request | ranker's pass | the rest | failures and 429 | "
+        "cores others used |\n"
+    )
     return head + "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows)
 
 
@@ -51,13 +56,20 @@ def _overload(run: dict[str, Any]) -> str:
     rows = [
         f"| {name} | {phase['requests']:,} | {phase['answered_per_s']:g} | {phase['refused']:,} | "
         f"{_ms(phase['latency_ms'])} |"
-        for name, phase in ((name, figures["phases"][name]) for name in ("before", "burst", "after"))
+        for name, phase in (
+            (name, figures["phases"][name]) for name in ("before", "burst", "after")
+        )
     ]
     _, begin, end = figures["load"]["burst"]
-    table = "| | requests | answered/s | 429 | ms, p50 / p95 / p99 of the accepted |\n| --- | --- | --- | --- | --- |\n"
+    table = (
+        "| | requests | answered/s | 429 | ms, p50 / p95 / p99 of the accepted |\n| --- | --- "
+        "| --- | --- | --- |\n"
+    )
     return (
-        f"Overload{_where(figures)}: 20 requests/s, from second {begin:g} to {end:g} five times the "
-        f"{figures['capacity_per_s']:g}/s that the server answers, then 20/s again; the last refused or slow (twice "
+        f"Overload{_where(figures)}: 20 requests/s, from second {begin:g} to {end:g} five times "
+        "the "
+        f"{figures['capacity_per_s']:g}/s that the server answers, then 20/s again; the last "
+        "refused or slow (twice "
         f"the p99 from before) request came {figures['recovered_after_s']:g} s after the burst; "
         f"{figures['failures']} failures other than 429; a refusal "
         f"took {_ms(figures['refused_ms'])} ms; others used {figures['others_cores']:g} cores.\n\n"
@@ -70,37 +82,51 @@ def _lines(run: dict[str, Any]) -> list[str]:
     lines = []
     if "reference" in run:
         lines.append(
-            f"- Reference load: history cache hit rate {run['reference']['history_cache_hit_rate']:.2f}; warm users "
-            f"{_ms(run['reference']['warm_latency_ms'])} ms, cold {_ms(run['reference']['cold_latency_ms'])} ms."
+            "- Reference load: history cache hit rate "
+            f"{run['reference']['history_cache_hit_rate']:.2f}; warm users "
+            f"{_ms(run['reference']['warm_latency_ms'])} ms, cold "
+            f"{_ms(run['reference']['cold_latency_ms'])} ms."
         )
     for part in ("overhead", "overhead_apart"):
         if part not in run:
             continue
-        spent, idle = (run[part][key] for key in ("processor_ms_per_request", "routes_without_work_ms"))
+        spent, idle = (
+            run[part][key] for key in ("processor_ms_per_request", "routes_without_work_ms")
+        )
         lines.append(
-            f"- Trivial model{_where(run[part])}: processor time per request {spent['Api']:.2f} ms in an ingress of "
-            f"its own, {spent['RankerReplica']:.2f} ms in the replica (idle threads included); the generator sent "
-            f"{_pair(run[part]['sent_late_ms'])} ms late (p50 / p99). Routes that do nothing: ingress "
+            f"- Trivial model{_where(run[part])}: processor time per request {spent['Api']:.2f} "
+            "ms in an ingress of "
+            f"its own, {spent['RankerReplica']:.2f} ms in the replica (idle threads included); "
+            "the generator sent "
+            f"{_pair(run[part]['sent_late_ms'])} ms late (p50 / p99). Routes that do nothing: "
+            "ingress "
             f"{_pair(idle['ingress'])} ms, ingress and replica {_pair(idle['replica'])} ms."
         )
     if "rollout" in run:
         figures = run["rollout"]
-        named = ", ".join(f"version {version}: {count}" for version, count in figures["versions"].items())
+        named = ", ".join(
+            f"version {version}: {count}" for version, count in figures["versions"].items()
+        )
         lines.append(
-            f"- While {'; '.join(figures['done_meanwhile'])}: {figures['failures']} failures, answers by {named}."
+            f"- While {'; '.join(figures['done_meanwhile'])}: {figures['failures']} failures, "
+            f"answers by {named}."
         )
     if "events" in run:
         figures = run["events"]
         lines.append(
-            f"- Events: {figures['acknowledged']:,} acknowledged to 8 writers in {figures['seconds']:g} s with "
-            f"{figures['replicas_killed']} kills of a replica: {figures['acknowledged_and_lost']} lost, "
-            f"{figures['kept_twice']} twice, {figures['kept']:,} kept. Answers: {figures['answers']}."
+            f"- Events: {figures['acknowledged']:,} acknowledged to 8 writers in "
+            f"{figures['seconds']:g} s with "
+            f"{figures['replicas_killed']} kills of a replica: {figures['acknowledged_and_lost']} "
+            "lost, "
+            f"{figures['kept_twice']} twice, {figures['kept']:,} kept. Answers: "
+            f"{figures['answers']}."
         )
     if "malformed" in run:
         figures = run["malformed"]
         lines.append(
             f"- 10,000 malformed bodies over HTTP: {figures['statuses']}, of which "
-            f"{figures['answers_that_show_insides']} show the server's insides; a good request afterwards: "
+            f"{figures['answers_that_show_insides']} show the server's insides; a good request "
+            "afterwards: "
             f"{figures['good_request_afterwards']}."
         )
     return lines
@@ -108,7 +134,9 @@ def _lines(run: dict[str, Any]) -> list[str]:
 
 def machine() -> str:
     names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
     ]
     return f"{len(names)} cores of {names[0]}"
 
@@ -116,10 +144,14 @@ def machine() -> str:
 def section(run: dict[str, Any]) -> str:
     parts = [
         f"{BEGIN}\n## Serving",
-        f"`make bench-serve` ({machine()}; server, generator and Ray on the same cores, other work\n"
-        "on the machine as the last column says): configs/serve_reference.yaml, 1,000 users of 256 events,\n"
-        "an untrained model of 4 layers, d = 128, 4 heads; half of the requests from users of the last minute.\n"
-        "They are timed from when they were due, so what the generator is late counts against the server.",
+        f"`make bench-serve` ({machine()}; server, generator and Ray on the same cores, other "
+        "work\n"
+        "on the machine as the last column says): configs/serve_reference.yaml, 1,000 users of "
+        "256 events,\n"
+        "an untrained model of 4 layers, d = 128, 4 heads; half of the requests from users of the "
+        "last minute.\n"
+        "They are timed from when they were due, so what the generator is late counts against the "
+        "server.",
         _latencies(run),
     ]
     if "reference" in run:

@@ -1,9 +1,12 @@
-"""One training in several ways that must agree bit for bit: plainly, in a process group, resumed, and on Ray.
+"""One training in several ways that must agree bit for bit: plainly, in a process group, resumed,
+and on Ray.
 
-    python -m benchmarks.training.agreement [--device cuda] [--steps 50] [--ray]     → runs/train_ways_<device>.json
+    python -m benchmarks.training.agreement [--device cuda] [--steps 50] [--ray]     →
+    runs/train_ways_<device>.json
 
-Meant for a GPU: the log names the device and the kernels' backend. Random batches, so no store is read. `--ray` adds
-`TorchTrainer` with one worker (`ScalingConfig(use_gpu=True)` on cuda), where Ray is installed.
+Meant for a GPU: the log names the device and the kernels' backend. Random batches, so no store is
+read. `--ray` adds `TorchTrainer` with one worker (`ScalingConfig(use_gpu=True)` on cuda), where Ray
+is installed.
 """
 
 import argparse
@@ -30,7 +33,9 @@ ROOT = Path(__file__).parents[1]
 
 
 class RandomBatches:
-    """Another batch each step, the same ones in each run; of several ranks every one takes the whole step."""
+    """Another batch each step, the same ones in each run; of several ranks every one takes the
+    whole step.
+    """
 
     def __init__(self, cfg: RunConfig, steps: int, events: int, length: int) -> None:
         self.cfg, self.steps_per_epoch, self.events, self.length = cfg, steps, events, length
@@ -42,14 +47,24 @@ class RandomBatches:
 
 def settings(options: argparse.Namespace) -> RunConfig:
     cfg = model_config(
-        ULTRA | {"dropout": 0.1, "truncate_to": options.length // 4}, layers=6, heads=4, width=options.width
+        ULTRA | {"dropout": 0.1, "truncate_to": options.length // 4},
+        layers=6,
+        heads=4,
+        width=options.width,
     )
-    train = {"epochs": 1, "log_every": 1, "checkpoint_every": options.steps // 2, "keep_checkpoints": 2}
+    train = {
+        "epochs": 1,
+        "log_every": 1,
+        "checkpoint_every": options.steps // 2,
+        "keep_checkpoints": 2,
+    }
     precision = "bf16" if options.device == "cuda" else "fp32"
     return replace(cfg, train=replace(cfg.train, precision=precision, warmup_steps=5, **train))
 
 
-def losses(cfg: RunConfig, steps: int, events: int, length: int, device: str, folder: Path) -> dict[int, float]:
+def losses(
+    cfg: RunConfig, steps: int, events: int, length: int, device: str, folder: Path
+) -> dict[int, float]:
     """By step, from the newest checkpoint in `folder` on."""
     checkpoints = CheckpointFolder(folder, 2)
     found: dict[int, float] = {}
@@ -87,19 +102,30 @@ def on_ray(cfg: RunConfig, device: str, sizes: dict[str, int], folder: Path) -> 
 
     def worker(told: dict[str, Any]) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        found = losses(config.from_dict(told["cfg"]), **told["sizes"], device=device, folder=Path(told["folder"]))
+        found = losses(
+            config.from_dict(told["cfg"]),
+            **told["sizes"],
+            device=device,
+            folder=Path(told["folder"]),
+        )
         Path(told["folder"], "losses.json").write_text(json.dumps(found))
 
     told = {"cfg": config.to_dict(cfg), "sizes": sizes, "folder": str(folder)}
     with ray_cluster(cfg.ray, runs_dir=folder / "ray"):
         scaling = ScalingConfig(num_workers=1, use_gpu=use_gpu)
         backend = TorchConfig(backend="nccl" if use_gpu else "gloo")
-        TorchTrainer(worker, train_loop_config=told, scaling_config=scaling, torch_config=backend).fit()
-    return {int(step): loss for step, loss in json.loads((folder / "losses.json").read_text()).items()}
+        TorchTrainer(
+            worker, train_loop_config=told, scaling_config=scaling, torch_config=backend
+        ).fit()
+    return {
+        int(step): loss for step, loss in json.loads((folder / "losses.json").read_text()).items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--events", type=int, default=16_384, help="of a step")
@@ -115,7 +141,9 @@ def main() -> None:
         plain = losses(cfg, **sizes, device=options.device, folder=folder / "plain")
         ways = {}
         with process_group(options.device):
-            ways["in a process group"] = losses(cfg, **sizes, device=options.device, folder=folder / "group")
+            ways["in a process group"] = losses(
+                cfg, **sizes, device=options.device, folder=folder / "group"
+            )
         middle = CheckpointFolder(folder / "plain", 2).folders()[0]
         (folder / "resumed").mkdir()
         middle.rename(folder / "resumed" / middle.name)
@@ -123,12 +151,23 @@ def main() -> None:
         if options.ray:
             (folder / "on_ray").mkdir()
             ways["TorchTrainer"] = on_ray(cfg, options.device, sizes, folder / "on_ray")
-    apart = {way: max(abs(plain[step] - loss) for step, loss in found.items()) for way, found in ways.items()}
-    result = {"environment": environment(options.device), **sizes, "losses": plain, "largest_difference": apart}
+    apart = {
+        way: max(abs(plain[step] - loss) for step, loss in found.items())
+        for way, found in ways.items()
+    }
+    result = {
+        "environment": environment(options.device),
+        **sizes,
+        "losses": plain,
+        "largest_difference": apart,
+    }
     path = ROOT / "runs" / f"train_ways_{options.device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for way, found in ways.items():
-        print(f"{way}: {len(found)} steps, largest difference of a loss from the plain loop {apart[way]:.1e}")
+        print(
+            f"{way}: {len(found)} steps, largest difference of a loss from the plain loop "
+            f"{apart[way]:.1e}"
+        )
     print(f"loss {plain[1]:.4f} to {plain[options.steps]:.4f}; {path}")
 
 

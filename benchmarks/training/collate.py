@@ -2,9 +2,10 @@
 
     python -m benchmarks.training.collate
 
-Synthetic users with a mean of 40 rows in SEQUENCE's Arrow columns; the maps know 20,000 items with two item columns and
-two request columns. Timed: Arrow lists → flat columns (`user_events`, once per pool of buckets), and flat columns →
-`SequenceBatch` (`example_batch`, once per step), without and with three dense features on the candidates.
+Synthetic users with a mean of 40 rows in SEQUENCE's Arrow columns; the maps know 20,000 items with
+two item columns and two request columns. Timed: Arrow lists → flat columns (`user_events`, once per
+pool of buckets), and flat columns → `SequenceBatch` (`example_batch`, once per step), without and
+with three dense features on the candidates.
 """
 
 import argparse
@@ -56,14 +57,18 @@ def with_rates(cfg: config.RunConfig) -> config.RunConfig:
 
 
 def make_sequences(lengths: np.ndarray, cfg: config.RunConfig, rows_before: int) -> pa.Table:
-    """Users with so many rows, each a request of its own; the first `rows_before` of them in the training period."""
+    """Users with so many rows, each a request of its own; the first `rows_before` of them in the
+    training period.
+    """
     rng, num_users = np.random.default_rng(0), len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     num_rows = int(offsets[-1])
     start = np.repeat(offsets[:-1], lengths)
     columns = {
         "item_id": rng.integers(0, NUM_ITEMS, num_rows),
-        "event_time": cfg.split.val_ms - DAY_MS + (np.arange(num_rows) - start) * (DAY_MS // rows_before),
+        "event_time": cfg.split.val_ms
+        - DAY_MS
+        + (np.arange(num_rows) - start) * (DAY_MS // rows_before),
         "action_mask": rng.integers(0, 16, num_rows).astype(np.int32),
         "known_mask": np.full(num_rows, 15, np.int32),
         "watch_ms": rng.integers(0, 60_000, num_rows),
@@ -71,7 +76,10 @@ def make_sequences(lengths: np.ndarray, cfg: config.RunConfig, rows_before: int)
         "order_only": np.zeros(num_rows, bool),
         "tab": rng.integers(0, 8, num_rows).astype(np.int32),
     }
-    lists = [pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(column)) for column in columns.values()]
+    lists = [
+        pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(column))
+        for column in columns.values()
+    ]
     scalars = [
         pa.array(np.arange(num_users)),
         pa.array(np.zeros(num_users, np.int32)),
@@ -82,7 +90,9 @@ def make_sequences(lengths: np.ndarray, cfg: config.RunConfig, rows_before: int)
 
 def make_maps() -> FeatureMaps:
     rng = np.random.default_rng(1)
-    codes = np.column_stack([np.arange(NUM_ITEMS + 1), rng.integers(0, 500, (NUM_ITEMS + 1, 2))]).astype(np.int32)
+    codes = np.column_stack(
+        [np.arange(NUM_ITEMS + 1), rng.integers(0, 500, (NUM_ITEMS + 1, 2))]
+    ).astype(np.int32)
     known = rng.random((10**6, 2)) < 0.9
     labels = np.concatenate([known, known & (rng.random((10**6, 2)) < 0.3)], axis=1)
     return FeatureMaps(
@@ -96,7 +106,9 @@ def make_maps() -> FeatureMaps:
         base_rates={},
         row_rates={"timed": [0.3, 0.02]},
         counts={
-            "item": LabelCounts.of(rng.integers(1, NUM_ITEMS, 10**6), np.arange(10**6) // 5000, labels),
+            "item": LabelCounts.of(
+                rng.integers(1, NUM_ITEMS, 10**6), np.arange(10**6) // 5000, labels
+            ),
             "tab": LabelCounts.of(rng.integers(1, 9, 10**6), np.arange(10**6) // 5000, labels),
         },
     )
@@ -113,7 +125,9 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=256, help="sequences per batch")
     parser.add_argument("--repeats", type=int, default=7)
@@ -125,14 +139,24 @@ def main() -> None:
     sequences, maps = make_sequences(lengths, cfg, rows_before=30), make_maps()
     users = user_events(sequences, cfg)
     num_rows = int(users.events.offsets[-1])
-    rates = {"user_events": num_rows / median_seconds(lambda: user_events(sequences, cfg), options.repeats)}
+    rates = {
+        "user_events": num_rows
+        / median_seconds(lambda: user_events(sequences, cfg), options.repeats)
+    }
     layouts = {
-        "example_batch, one pass per user": (training_examples(users, cfg, np.random.default_rng(0)), True),
-        "example_batch, one sequence per request": (request_examples(users, cfg.split.val_ms, 2**62), False),
+        "example_batch, one pass per user": (
+            training_examples(users, cfg, np.random.default_rng(0)),
+            True,
+        ),
+        "example_batch, one sequence per request": (
+            request_examples(users, cfg.split.val_ms, 2**62),
+            False,
+        ),
     }
     for name, (examples, training) in layouts.items():
         parts = [
-            examples[i : i + options.batch] for i in range(0, min(len(examples), 40 * options.batch), options.batch)
+            examples[i : i + options.batch]
+            for i in range(0, min(len(examples), 40 * options.batch), options.batch)
         ]
         tokens = sum(int(part.num_tokens.sum()) for part in parts)
         for which, settings in ((name, cfg), (f"{name}, dense features", dense)):
@@ -140,7 +164,9 @@ def main() -> None:
                 example_batch(users, part, maps, settings, training=training) for part in parts
             ]
             rates[which] = tokens / median_seconds(work, options.repeats)
-    print(json.dumps({name: f"{rate / 1e6:.2f}M events/s" for name, rate in rates.items()}, indent=2))
+    print(
+        json.dumps({name: f"{rate / 1e6:.2f}M events/s" for name, rate in rates.items()}, indent=2)
+    )
 
 
 if __name__ == "__main__":

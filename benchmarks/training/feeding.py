@@ -1,12 +1,14 @@
 """How much of a training step is spent waiting for data, with one CPU core for the loader.
 
-    python -m benchmarks.training.feeding          # about 5 minutes; writes its section of benchmarks/RESULTS.md
+    python -m benchmarks.training.feeding          # about 5 minutes; writes its section of
+    benchmarks/RESULTS.md
 
-The training step is simulated: a consumer sleeps 50 ms for every batch of about 65,536 tokens. It starts shortly
-before the end of an epoch's first pool, so that changes of pools are in the figures. Everything else is the real path:
-a store of Parquet buckets, `TrainLoader`, the counting of work and the prefetching that `loop.train` does. The process
-is bound to one core. Users have 40 rows on average, or Zipf lengths up to 4,096; with three rates on each candidate or
-without, in both layouts.
+The training step is simulated: a consumer sleeps 50 ms for every batch of about 65,536 tokens. It
+starts shortly
+before the end of an epoch's first pool, so that changes of pools are in the figures. Everything
+else is the real path: a store of Parquet buckets, `TrainLoader`, the counting of work and the
+prefetching that `loop.train` does. The process is bound to one core. Users have 40 rows on average,
+or Zipf lengths up to 4,096; with three rates on each candidate or without, in both layouts.
 """
 
 import argparse
@@ -66,7 +68,9 @@ def publish(folder: Path, cfg: RunConfig, lengths: np.ndarray) -> None:
         part, name = sequences.slice(rows[0], len(rows)), f"bucket-{number:05d}.parquet"
         pq.write_table(part, folder / name)
         num_rows = int(lengths[rows].sum())
-        buckets.append(store.Bucket(name, len(rows), num_rows, (folder / name).stat().st_size, str(number)))
+        buckets.append(
+            store.Bucket(name, len(rows), num_rows, (folder / name).stat().st_size, str(number))
+        )
     num_rows = int(lengths.sum())
     manifest = store.Manifest(
         digest=f"{len(lengths)} users, {num_rows} rows",
@@ -93,7 +97,9 @@ def publish(folder: Path, cfg: RunConfig, lengths: np.ndarray) -> None:
     store.write_manifest(folder, manifest)
 
 
-def measure(cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, lengths: str, most_steps: int) -> Feeding:
+def measure(
+    cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, lengths: str, most_steps: int
+) -> Feeding:
     """One run of the simulated training over a change of pools."""
     order = pool_order(len(plan.pools), 0, cfg.seed)
     begin = max(plan.steps[order[0]] - MARGIN, 0)
@@ -134,7 +140,9 @@ def resident_bytes() -> int:
 
 def median(runs: list[Feeding]) -> Feeding:
     names = ("first_batch_ms", "waiting", "worst_wait_ms", "cpu_ms", "memory_mb")
-    return replace(runs[0], **{name: statistics.median(getattr(run, name) for run in runs) for name in names})
+    return replace(
+        runs[0], **{name: statistics.median(getattr(run, name) for run in runs) for name in names}
+    )
 
 
 def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
@@ -166,13 +174,20 @@ def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
         [
             "## Feeding",
             "",
-            f"`python -m benchmarks.training.feeding`: a step is simulated by sleeping {1000 * STEP_SECONDS:.0f} ms and holds",
-            f"about {STEP_TOKENS:,} tokens; the loader, with one thread for batches, has one core of an {cpu}.",
-            "Waiting: share of the time after the first batch, changes of pools included (goal: at most 5 %).",
-            "Processor ms: the loader's own per step. Memory: the most that was resident above what the process held",
-            f"before the loader, and what `jobs.train --dry-run` states. Medians of {repeats} runs; numpy",
-            f"{np.__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}; load average of the",
-            f"{os.cpu_count()} cores before it began: {busy:.1f} (above 0 other work took its part of them).",
+            "`python -m benchmarks.training.feeding`: a step is simulated by sleeping "
+            f"{1000 * STEP_SECONDS:.0f} ms and holds",
+            f"about {STEP_TOKENS:,} tokens; the loader, with one thread for batches, has one core "
+            f"of an {cpu}.",
+            "Waiting: share of the time after the first batch, changes of pools included (goal: "
+            "at most 5 %).",
+            "Processor ms: the loader's own per step. Memory: the most that was resident above "
+            "what the process held",
+            f"before the loader, and what `jobs.train --dry-run` states. Medians of {repeats} "
+            "runs; numpy",
+            f"{np.__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}; "
+            "load average of the",
+            f"{os.cpu_count()} cores before it began: {busy:.1f} (above 0 other work took its "
+            "part of them).",
             "",
             table([*header, "memory, MB / stated"], rows),
         ]
@@ -180,9 +195,21 @@ def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
 
 
 def as_run(found: list[Feeding], busy: float) -> dict[str, object]:
-    named = {f"{each.lengths}, {each.layout}, {'rates' if each.rates else 'no rates'}": asdict(each) for each in found}
-    environment = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": busy, "python": platform.python_version()}
-    return {"command": "python -m benchmarks.training.feeding", "environment": environment, "feeding": named}
+    named = {
+        f"{each.lengths}, {each.layout}, {'rates' if each.rates else 'no rates'}": asdict(each)
+        for each in found
+    }
+    environment = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load": busy,
+        "python": platform.python_version(),
+    }
+    return {
+        "command": "python -m benchmarks.training.feeding",
+        "environment": environment,
+        "feeding": named,
+    }
 
 
 def cpu_name() -> str:
@@ -191,7 +218,9 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=3_000_000)
     parser.add_argument("--steps", type=int, default=160, help="of a run, at most")
@@ -223,7 +252,10 @@ def main() -> None:
                 cfg = replace(base, train=train)
                 plan = step_plan(cfg)
                 for each in (cfg, with_rates(cfg)):
-                    runs = [measure(each, maps, plan, name, options.steps) for _ in range(options.repeats)]
+                    runs = [
+                        measure(each, maps, plan, name, options.steps)
+                        for _ in range(options.repeats)
+                    ]
                     found.append(median(runs))
                     print(json.dumps(asdict(found[-1])), flush=True)
     text = section(found, options.repeats, cpu_name(), busy)

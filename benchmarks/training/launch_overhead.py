@@ -1,10 +1,11 @@
-"""What a launch costs on the host, without a GPU: Python and PyTorch's own work, with kernels that do nothing.
+"""What a launch costs on the host, without a GPU: Python and PyTorch's own work, with kernels that
+do nothing.
 
     python -m benchmarks.training.launch_overhead
 
-Tensors lie on the CPU, so their allocation and their small sums count as the CPU's, and the driver's part of a launch
-is missing: for the difference that a change makes, not for a GPU's time. Least and median of series of processor time.
-"""
+Tensors lie on the CPU, so their allocation and their small sums count as the CPU's, and the
+driver's part of a launch is missing: for the difference that a change makes, not for a GPU's time.
+Least and median of series of processor time."""
 
 import gc
 import statistics
@@ -40,9 +41,38 @@ KERNELS = (
     *(adamw_kernels, jagged_kernels),
 )
 VIEWS = {  # calls that launch nothing on a GPU
-    *("view", "slice", "select", "t", "transpose", "expand", "unsqueeze", "squeeze", "as_strided", "alias", "permute"),
-    *("split", "split_with_sizes", "unbind", "_unsafe_view", "unflatten", "detach", "_indices", "_values", "_nnz"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "_sparse_coo_tensor_with_dims_and_tensors", "promote_types"),
+    *(
+        "view",
+        "slice",
+        "select",
+        "t",
+        "transpose",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "as_strided",
+        "alias",
+        "permute",
+    ),
+    *(
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "_unsafe_view",
+        "unflatten",
+        "detach",
+        "_indices",
+        "_values",
+        "_nnz",
+    ),
+    *(
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "_sparse_coo_tensor_with_dims_and_tensors",
+        "promote_types",
+    ),
 }
 
 
@@ -77,7 +107,9 @@ def without_kernels() -> Counter:
     return launches
 
 
-def microseconds(call: Callable[[], object], calls: int = 30, series: int = 15) -> tuple[float, float]:
+def microseconds(
+    call: Callable[[], object], calls: int = 30, series: int = 15
+) -> tuple[float, float]:
     for _ in range(10):
         call()
     gc.disable()
@@ -95,7 +127,11 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
     tokens, heads, width = 24, 4, 16
     half: dict[str, Any] = {"dtype": torch.bfloat16}
     q, k, v = (torch.randn(tokens, heads, width, **half, requires_grad=True) for _ in range(3))
-    offsets, grad, few = torch.tensor([0, 14, tokens]), torch.randn(tokens, heads, width, **half), torch.zeros(8)
+    offsets, grad, few = (
+        torch.tensor([0, 14, tokens]),
+        torch.randn(tokens, heads, width, **half),
+        torch.zeros(8),
+    )
     mask = {"max_seq_len": 14, "window": 4, "full_rows": 3}
     scale = {"attn_alpha": 0.1, "scaling_seq_len": 64}
     shape = STUShape(
@@ -103,7 +139,16 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
         recompute=stu.RECOMPUTABLE,
     )  # fmt: skip
     d, all_heads = 64, heads * width
-    sizes = [(d,), (d,), (sum(shape.split), d), (sum(shape.split),), (all_heads,), (all_heads,), (d, all_heads), (d,)]
+    sizes = [
+        (d,),
+        (d,),
+        (sum(shape.split), d),
+        (sum(shape.split),),
+        (all_heads,),
+        (all_heads,),
+        (d, all_heads),
+        (d,),
+    ]
     weights = STUWeights(*(torch.nn.Parameter(torch.randn(size, **half)) for size in sizes))
     x, rows = torch.randn(tokens, d, **half, requires_grad=True), stu.Sequences(offsets, 14)
 
@@ -118,10 +163,14 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
         "an in-place add_ of 8 numbers": lambda: few.add_(1),
         "attention, no grad": attend,
         "attention": attend,
-        "attention backward, 2 launches": lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True),
+        "attention backward, 2 launches": lambda: torch.autograd.grad(
+            attended, (q, k, v), grad, retain_graph=True
+        ),
         "layer, no grad, 5 launches": layer,
         "layer, 5 launches": layer,
-        "layer backward": lambda: torch.autograd.grad(out, [x, *weights], x.detach(), retain_graph=True),
+        "layer backward": lambda: torch.autograd.grad(
+            out, [x, *weights], x.detach(), retain_graph=True
+        ),
     }
 
 
@@ -130,14 +179,21 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.calls: Counter = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         self.calls[func.__name__.split(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
 
 def count_step(token_backend: str, launches: Counter) -> tuple[int, Counter]:
     """Launches of ours in a step of 12 layers, and PyTorch's calls that are no views."""
-    settings = {**ULTRA, "dropout": 0.1, "recompute": list(stu.RECOMPUTABLE), "token_backend": token_backend}
+    settings = {
+        **ULTRA,
+        "dropout": 0.1,
+        "recompute": list(stu.RECOMPUTABLE),
+        "token_backend": token_backend,
+    }
     cfg = model_config(settings, layers=12, heads=4, width=16)
     batch = random_batch(cfg, events=256, length=128, candidates=8, seed=0)
     trainee = Trainee(cfg, vocabulary(cfg), "cpu", rank=0, world_size=1)
@@ -146,7 +202,9 @@ def count_step(token_backend: str, launches: Counter) -> tuple[int, Counter]:
     launches.clear()
     with Counting() as counting:
         trainee.step(batch, 2, 100)
-    return sum(launches.values()), Counter({n: c for n, c in counting.calls.items() if n not in VIEWS})
+    return sum(launches.values()), Counter(
+        {n: c for n, c in counting.calls.items() if n not in VIEWS}
+    )
 
 
 def main() -> None:

@@ -1,12 +1,15 @@
 """How unequal the ranks of a training step are under stochastic length, and what evens them out.
 
-    python -m benchmarks.training.load_balance           # two minutes on one core; writes its section of benchmarks/RESULTS.md
+    python -m benchmarks.training.load_balance           # two minutes on one core; writes its
+    section of benchmarks/RESULTS.md
 
-A simulation of the plan that `TrainLoader` follows, without data or model: histories of Zipf lengths, their stochastic
-cuts, steps of the same number of histories. The load of a rank is its tokens (exponent 1, semi-local attention) or
-their squares summed over histories (exponent 2, full attention). A step takes as long as its heaviest rank, so
-max / mean is the factor that imbalance costs. Beside the loader's ways stands load-balanced stochastic length as
-published (ULTRA-HSTU, arXiv:2602.16986, section 4.1), where each rank knows its own histories alone.
+A simulation of the plan that `TrainLoader` follows, without data or model: histories of Zipf
+lengths, their stochastic cuts, steps of the same number of histories. The load of a rank is its
+tokens (exponent 1, semi-local attention) or their squares summed over histories (exponent 2, full
+attention). A step takes as long as its heaviest rank, so
+max / mean is the factor that imbalance costs. Beside the loader's ways stands load-balanced
+stochastic length as published (ULTRA-HSTU, arXiv:2602.16986, section 4.1), where each rank knows
+its own histories alone.
 """
 
 import argparse
@@ -25,7 +28,9 @@ METHODS = {
     "sampling": "`sampling`",
     "dealing": "`dealing`",
 }
-WARM_UP = 5  # steps of plain draws in which the published form estimates the mean load; no method is judged by them
+# steps of plain draws in which the published form estimates the mean load; no method is judged by
+# them
+WARM_UP = 5
 RECALIBRATE = 10  # steps between two messages of the published form
 DECAY = 0.9  # of each rank's moving average of its load
 
@@ -37,15 +42,21 @@ class Imbalance:
     mean_length: float  # tokens of a history
 
 
-def zipf_lengths(num: int, exponent: float, shortest: int, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths from `shortest` to `longest`, n with a probability proportional to n**-exponent, int64."""
+def zipf_lengths(
+    num: int, exponent: float, shortest: int, longest: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Lengths from `shortest` to `longest`, n with a probability proportional to n**-exponent,
+    int64.
+    """
     values = np.arange(shortest, longest + 1)
     weight = values.astype(np.float64) ** -exponent
     return rng.choice(values, num, p=weight / weight.sum())
 
 
 class Published:
-    """Each rank brings its own draws to a mean load that the ranks tell each other every `RECALIBRATE` steps."""
+    """Each rank brings its own draws to a mean load that the ranks tell each other every
+    `RECALIBRATE` steps.
+    """
 
     def __init__(self, plan: LoadPlan, num_ranks: int, seed: int) -> None:
         self.plan, self.seed = plan, seed
@@ -64,18 +75,32 @@ class Published:
         for rank, mine in enumerate(shares):
             order = np.random.default_rng([self.seed, rank, number]).permutation(len(mine))
             rows = step[mine]
-            cut[mine] = balanced_cuts(cut[mine], self.plan.whole[rows], self.plan.short[rows], self.target, order)
+            cut[mine] = balanced_cuts(
+                cut[mine], self.plan.whole[rows], self.plan.short[rows], self.target, order
+            )
         return shares, cut
 
 
 def simulate(
-    lengths: np.ndarray, cfg: StochasticLengthConfig, num_ranks: int, per_rank: int, seed: int = 0, *, published: bool
+    lengths: np.ndarray,
+    cfg: StochasticLengthConfig,
+    num_ranks: int,
+    per_rank: int,
+    seed: int = 0,
+    *,
+    published: bool,
 ) -> Imbalance:
-    """One pool of histories of these `lengths`, `num_ranks * per_rank` of them a step; `published`: not by `cfg`."""
+    """One pool of histories of these `lengths`, `num_ranks * per_rank` of them a step; `published`:
+    not by `cfg`.
+    """
     rng = np.random.default_rng([seed, 1])  # not the stream that the lengths came from
     cut = stochastic_cuts(lengths, cfg, rng)
     short = np.minimum(lengths, threshold(cfg))
-    plan = LoadPlan(cut, lengths.astype(np.float64) ** cfg.load_exponent, short.astype(np.float64) ** cfg.load_exponent)
+    plan = LoadPlan(
+        cut,
+        lengths.astype(np.float64) ** cfg.load_exponent,
+        short.astype(np.float64) ** cfg.load_exponent,
+    )
     num_steps = len(lengths) // (num_ranks * per_rank)
     steps = np.array_split(rng.permutation(len(lengths)), num_steps)
     target = plan.drawn.sum() / num_steps
@@ -89,7 +114,10 @@ def simulate(
         if number >= WARM_UP:
             load = np.where(cut, plan.short[step], plan.whole[step])
             loads.append([load[mine].sum() for mine in shares])
-            tokens, num = tokens + int(np.where(cut, short[step], lengths[step]).sum()), num + len(step)
+            tokens, num = (
+                tokens + int(np.where(cut, short[step], lengths[step]).sum()),
+                num + len(step),
+            )
     each = np.array(loads)  # [steps, ranks]
     return Imbalance(
         worst=float((each.max(1) / each.mean(1)).mean()),
@@ -98,18 +126,34 @@ def simulate(
     )
 
 
-def row(num_ranks: int, per_rank: int, num_steps: int, exponent: float, shortest: int, power: float) -> list[str]:
+def row(
+    num_ranks: int, per_rank: int, num_steps: int, exponent: float, shortest: int, power: float
+) -> list[str]:
     rng = np.random.default_rng([num_ranks, per_rank])
-    lengths = zipf_lengths(num_ranks * per_rank * (num_steps + WARM_UP), exponent, shortest, 16_384, rng)
+    lengths = zipf_lengths(
+        num_ranks * per_rank * (num_steps + WARM_UP), exponent, shortest, 16_384, rng
+    )
     cells, plain = [], 0.0
     for method in METHODS:
         balance = "none" if method == "published" else method
-        cfg = StochasticLengthConfig(alpha=1.6, max_len=16_384, balance=balance, load_exponent=power)  # pyright: ignore[reportArgumentType]
+        cfg = StochasticLengthConfig(
+            alpha=1.6, max_len=16_384, balance=balance, load_exponent=power
+        )  # pyright: ignore[reportArgumentType]
         found = simulate(lengths, cfg, num_ranks, per_rank, published=method == "published")
         plain = plain or found.mean_length
-        moved = f" ({found.mean_length / plain - 1:+.1%})" if method in ("published", "sampling") else ""
+        moved = (
+            f" ({found.mean_length / plain - 1:+.1%})"
+            if method in ("published", "sampling")
+            else ""
+        )
         cells.append(f"{found.worst:.3f} / {found.heaviest:.2f}{moved}")
-    return [f"n^-{exponent} from {shortest}", str(num_ranks), str(per_rank), f"n^{power:.0f}", *cells]
+    return [
+        f"n^-{exponent} from {shortest}",
+        str(num_ranks),
+        str(per_rank),
+        f"n^{power:.0f}",
+        *cells,
+    ]
 
 
 def section(num_steps: int) -> str:
@@ -123,27 +167,39 @@ def section(num_steps: int) -> str:
         [
             "## Load balance of stochastic length",
             "",
-            f"`python -m benchmarks.training.load_balance`: a simulation of {num_steps} steps, alpha 1.6 and max_len 16,384",
-            "(threshold 2,352), Zipf lengths n^-s from the shortest given up to 16,384. First figure: load of a",
-            "step's heaviest rank over the mean rank, averaged over steps, which is what waiting costs. Second: the",
-            "heaviest rank of all steps over the mean of all, which is what memory must hold. In brackets by how much",
+            f"`python -m benchmarks.training.load_balance`: a simulation of {num_steps} steps, "
+            "alpha 1.6 and max_len 16,384",
+            "(threshold 2,352), Zipf lengths n^-s from the shortest given up to 16,384. First "
+            "figure: load of a",
+            "step's heaviest rank over the mean rank, averaged over steps, which is what waiting "
+            "costs. Second: the",
+            "heaviest rank of all steps over the mean of all, which is what memory must hold. In "
+            "brackets by how much",
             "the mean length moved against the plain draws. As published:",
-            f"{WARM_UP} warm-up steps, the mean load told anew every {RECALIBRATE} steps. Counted, not timed; numpy",
+            f"{WARM_UP} warm-up steps, the mean load told anew every {RECALIBRATE} steps. "
+            "Counted, not timed; numpy",
             f"{np.__version__}, Python {platform.python_version()}.",
             "",
             table(["lengths", "ranks", "histories a rank", "load", *METHODS.values()], rows),
             "",
-            "As published, a rank can only turn round draws of its own that lie above the threshold: it needs",
-            "many histories a rank, and moves the mean length with few. `dealing` moves no draw and needs no",
-            "message, because every rank knows the whole step; `sampling` also brings each step to the mean load",
-            "before it is dealt, for steps of equal memory. Where one whole history outweighs the mean rank (squares,",
-            "32 histories a rank) neither can hide it; the published form does, by cutting just these every time.",
+            "As published, a rank can only turn round draws of its own that lie above the "
+            "threshold: it needs",
+            "many histories a rank, and moves the mean length with few. `dealing` moves no draw "
+            "and needs no",
+            "message, because every rank knows the whole step; `sampling` also brings each step "
+            "to the mean load",
+            "before it is dealt, for steps of equal memory. Where one whole history outweighs the "
+            "mean rank (squares,",
+            "32 histories a rank) neither can hide it; the published form does, by cutting just "
+            "these every time.",
         ]
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     text = section(options.steps)

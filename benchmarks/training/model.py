@@ -1,10 +1,14 @@
-"""Whole-model speed on one GPU: conventional HSTU, merged HSTU, semi-local attention and ULTRA-HSTU side by side.
+"""Whole-model speed on one GPU: conventional HSTU, merged HSTU, semi-local attention and ULTRA-HSTU
+side by side.
 
-    python -m benchmarks.training.model [--only NAME …] [--lengths N …]     measure → runs/model_h100.json
-    python -m benchmarks.training.model --report FILE …                     → the section of RESULTS.md
+    python -m benchmarks.training.model [--only NAME …] [--lengths N …]     measure →
+    runs/model_h100.json
+    python -m benchmarks.training.model --report FILE …                     → the section of
+    RESULTS.md
 
-Random weights and events. Every model reads the same batches of a constant number of events, `events / length` users
-and a few candidates each; a training step is the trainer's own: forward, loss, backward, both optimizers.
+Random weights and events. Every model reads the same batches of a constant number of events,
+`events / length` users and a few candidates each; a training step is the trainer's own: forward,
+loss, backward, both optimizers.
 """
 
 import argparse
@@ -37,13 +41,19 @@ ULTRA = {"attention": SEMI_LOCAL, "truncate_after_layer": 4, "truncate_to": 1024
 MODELS: dict[str, dict[str, Any]] = {
     "HSTU, interleaved": {"encoder": "hstu", "attention": CAUSAL},
     "HSTU, merged": {"encoder": "hstu_merged", "attention": CAUSAL},
-    "HSTU, merged, relative bias": {"encoder": "hstu_merged", "attention": CAUSAL, "relative_bias": True},
+    "HSTU, merged, relative bias": {
+        "encoder": "hstu_merged",
+        "attention": CAUSAL,
+        "relative_bias": True,
+    },
     "semi-local only": {"attention": SEMI_LOCAL},
     "ULTRA-HSTU": ULTRA,
     "ULTRA-HSTU, FP8": {**ULTRA, "fp8": True},
 }
 BIASED = "HSTU, merged, relative bias"
-GOALS = {  # events per second of ULTRA-HSTU, or of semi-local attention alone, over another model, at 16,384 events
+# events per second of ULTRA-HSTU, or of semi-local attention alone, over another model, at 16,384
+# events
+GOALS = {
     ("ULTRA-HSTU", "HSTU, interleaved"): {"train": 25, "infer": 25},
     ("ULTRA-HSTU", "HSTU, merged"): {"train": 8, "infer": 8},
     ("ULTRA-HSTU, FP8", "HSTU, interleaved"): {"train": 25, "infer": 25},
@@ -53,12 +63,24 @@ GOALS = {  # events per second of ULTRA-HSTU, or of semi-local attention alone, 
 
 
 def model_config(settings: dict[str, Any], layers: int, heads: int, width: int) -> RunConfig:
-    """12 layers, 4 heads of 128 unless said otherwise; 8 actions, item id, a tag and a request column."""
+    """12 layers, 4 heads of 128 unless said otherwise; 8 actions, item id, a tag and a request
+    column.
+    """
     attention = {"scaling_seq_len": 256} | settings["attention"]
-    size = {"num_layers": layers, "num_heads": heads, "d_model": heads * width, "d_qk": width, "d_v": width}
+    size = {
+        "num_layers": layers,
+        "num_heads": heads,
+        "d_model": heads * width,
+        "d_qk": width,
+        "d_v": width,
+    }
     return config.from_dict(
         {
-            "source": {"actions": [f"action_{i}" for i in range(8)], "request_columns": ["tab"], "kind": "synthetic"},
+            "source": {
+                "actions": [f"action_{i}" for i in range(8)],
+                "request_columns": ["tab"],
+                "kind": "synthetic",
+            },
             "tasks": ["action_0", "action_1", "action_2", "action_3"],
             "features": {
                 "item_id_dim": 64,
@@ -89,7 +111,9 @@ def vocabulary(cfg: RunConfig) -> FeatureMaps:
     )
 
 
-def random_batch(cfg: RunConfig, events: int, length: int, candidates: int, seed: int) -> SequenceBatch:
+def random_batch(
+    cfg: RunConfig, events: int, length: int, candidates: int, seed: int
+) -> SequenceBatch:
     """`events / length` users of `length` events and `candidates` candidates each, labelled."""
     users = events // length
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +142,10 @@ def random_batch(cfg: RunConfig, events: int, length: int, candidates: int, seed
 
 
 def median_ms(call: Callable[[int], object], device: str, repeats: int) -> float:
-    """A call among others of its kind, as in training: the host may run ahead of the device. Median of 3 series."""
+    """A call among others of its kind, as in training: the host may run ahead of the device.
+
+    Median of 3 series.
+    """
     for i in range(3):  # compiles kernels, fills the allocator
         call(i)
     times = []
@@ -135,7 +162,9 @@ def median_ms(call: Callable[[int], object], device: str, repeats: int) -> float
 
 
 def device_ms(call: Callable[[int], object], device: str) -> float:
-    """What the kernels of a call take, one after another: near the call's time, or the host is the slower side."""
+    """What the kernels of a call take, one after another: near the call's time, or the host is the
+    slower side.
+    """
     if device != "cuda":
         return math.nan
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -148,7 +177,9 @@ def device_ms(call: Callable[[int], object], device: str) -> float:
 def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) -> dict[str, float]:
     cfg = model_config(settings, options.layers, options.heads, options.width)
     device, cuda = options.device, options.device == "cuda"
-    batches = [random_batch(cfg, options.events, length, options.candidates, seed) for seed in range(2)]
+    batches = [
+        random_batch(cfg, options.events, length, options.candidates, seed) for seed in range(2)
+    ]
     work = count_work(batches[0], cfg)
     batches = [batch.to(device) for batch in batches]
     torch.manual_seed(0)
@@ -205,11 +236,16 @@ def section(run: dict[str, Any]) -> str:
     machine = run["environment"]
     parts = [
         "## Whole model",
-        f"`{run['command']}`, one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}: "
-        f"{sizes['layers']} layers, d = {sizes['heads'] * sizes['width']}, {sizes['heads']} heads of {sizes['width']}, "
-        f"{sizes['events']:,} events a batch and {sizes['candidates']} candidates a user, bf16 autocast, medians of "
-        f"3 series of {sizes['repeats']} calls. A training step is the trainer's: forward, loss, backward, both "
-        "optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 layers; window 256, full rows 256. "
+        f"`{run['command']}`, one {machine['device']}, torch {machine['torch']}, triton "
+        f"{machine['triton']}: "
+        f"{sizes['layers']} layers, d = {sizes['heads'] * sizes['width']}, {sizes['heads']} heads "
+        f"of {sizes['width']}, "
+        f"{sizes['events']:,} events a batch and {sizes['candidates']} candidates a user, bf16 "
+        "autocast, medians of "
+        f"3 series of {sizes['repeats']} calls. A training step is the trainer's: forward, loss, "
+        "backward, both "
+        "optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 layers; window 256, full rows "
+        "256. "
         + run.get("note", ""),  # what is to be known of a run, written into its file by hand
     ]
     for way, title in (("train", "Training"), ("infer", "Inference")):
@@ -225,16 +261,30 @@ def section(run: dict[str, Any]) -> str:
             ]
             complete = all(cells) and len(lengths) > 1
             rows.append([name, *shown, f"{slope(by_length, way):.2f}" if complete else "–"])
-        header = [f"{title}: ms a batch, events/s, peak memory", *(f"{n:,}" for n in lengths), "slope per user"]
+        header = [
+            f"{title}: ms a batch, events/s, peak memory",
+            *(f"{n:,}" for n in lengths),
+            "slope per user",
+        ]
         parts.append(table(header, rows))
     longest = str(lengths[-1])
-    at_longest = {name: by_length[longest] for name, by_length in found.items() if longest in by_length}
+    at_longest = {
+        name: by_length[longest] for name, by_length in found.items() if longest in by_length
+    }
     timed = {name: numbers for name, numbers in at_longest.items() if "train_device_ms" in numbers}
     rows = [
-        [name, *(f"{numbers[f'{way}_device_ms']:.1f} of {numbers[f'{way}_ms']:.1f}" for way in ("train", "infer"))]
+        [
+            name,
+            *(
+                f"{numbers[f'{way}_device_ms']:.1f} of {numbers[f'{way}_ms']:.1f}"
+                for way in ("train", "infer")
+            ),
+        ]
         for name, numbers in timed.items()
     ]
-    parts.append(table([f"ms that kernels take, at {lengths[-1]:,}", "training", "inference"], rows))
+    parts.append(
+        table([f"ms that kernels take, at {lengths[-1]:,}", "training", "inference"], rows)
+    )
     rows = []
     for (faster, slower), goals in GOALS.items():
         if faster in timed and slower in timed:
@@ -243,17 +293,28 @@ def section(run: dict[str, Any]) -> str:
                 f"{ratio(timed, faster, slower, f'{way}_device_ms'):.1f}x (goal {goals[way]}x)"
                 for way in goals
             ]
-            rows.append([f"{faster} over {slower}", *cells, f"{ratio(timed, faster, slower, 'forward_tflop'):.1f}x"])
+            rows.append(
+                [
+                    f"{faster} over {slower}",
+                    *cells,
+                    f"{ratio(timed, faster, slower, 'forward_tflop'):.1f}x",
+                ]
+            )
     parts.append(table([f"events/s at {lengths[-1]:,}", "training", "inference", "FLOP"], rows))
     return "\n\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="events a user")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="events a user"
+    )
     parser.add_argument("--events", type=int, default=65536, help="of a batch")
     parser.add_argument("--candidates", type=int, default=16, help="a user")
     parser.add_argument("--layers", type=int, default=12)
@@ -262,14 +323,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls of a series, of which 3")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "model_h100.json")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from these and end")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from these and end"
+    )
     options = parser.parse_args()
     if options.report:
         runs = [json.loads(path.read_text()) for path in options.report]
-        measured = {name: run["models"][name] for name in MODELS for run in runs if name in run["models"]}
+        measured = {
+            name: run["models"][name] for name in MODELS for run in runs if name in run["models"]
+        }
         write_section("model", section(runs[0] | {"models": measured}))
         return
-    sizes = {name: getattr(options, name) for name in ("events", "candidates", "layers", "heads", "width", "repeats")}
+    sizes = {
+        name: getattr(options, name)
+        for name in ("events", "candidates", "layers", "heads", "width", "repeats")
+    }
     other = [f"--{name} {size}" for name, size in sizes.items() if size != parser.get_default(name)]
     found: dict[str, dict[str, dict[str, float]]] = {}
     run = {
@@ -288,9 +356,13 @@ def main() -> None:
                 failed += 1
                 continue
             found.setdefault(name, {})[str(length)] = numbers
-            print(f"{name:30}{length:7} " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()), flush=True)
+            print(
+                f"{name:30}{length:7} " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()),
+                flush=True,
+            )
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(run, indent=1) + "\n")  # what is measured stays, whatever comes after
+            # what is measured stays, whatever comes after
+            options.out.write_text(json.dumps(run, indent=1) + "\n")
     raise SystemExit(bool(failed))
 
 

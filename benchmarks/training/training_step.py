@@ -1,4 +1,7 @@
-"""One training step of the whole model as a profiler sees it: its kernels by kind. A section of `benchmarks.kernels.layer`."""
+"""One training step of the whole model as a profiler sees it: its kernels by kind.
+
+A section of `benchmarks.kernels.layer`.
+"""
 
 import time
 from typing import Any
@@ -13,10 +16,30 @@ from pipeline.train.loop import Trainee
 
 STEPS = 3
 OURS = {
-    "attention": ("forward", "backward_queries", "backward_keys", "count_tiles", "write_row_tiles", "write_key_tiles"),
+    "attention": (
+        "forward",
+        "backward_queries",
+        "backward_keys",
+        "count_tiles",
+        "write_row_tiles",
+        "write_key_tiles",
+    ),
     "the layer's products": ("linear",),
-    "the layer's row kernels": ("norm_forward", "norm_backward", "gate_forward", "gate_backward", "quantize"),
-    "the token encoder": ("swish_forward", "swish_backward", "add_forward", "name_rows", "sum_runs", "finish_runs"),
+    "the layer's row kernels": (
+        "norm_forward",
+        "norm_backward",
+        "gate_forward",
+        "gate_backward",
+        "quantize",
+    ),
+    "the token encoder": (
+        "swish_forward",
+        "swish_backward",
+        "add_forward",
+        "name_rows",
+        "sum_runs",
+        "finish_runs",
+    ),
     "table optimizer": ("update_rows", "finish_rows"),
 }
 
@@ -33,7 +56,9 @@ def training_step(
     cfg = model_config(settings, layers, heads, width)
     trainee = Trainee(cfg, vocabulary(cfg), DEVICE, rank=0, world_size=1)
     targets = length // 16
-    batch = random_batch(cfg, users * (length - targets), length - targets, targets, seed=0).to(DEVICE)
+    batch = random_batch(cfg, users * (length - targets), length - targets, targets, seed=0).to(
+        DEVICE
+    )
 
     def run(steps: int) -> None:
         for step in range(steps):
@@ -45,7 +70,9 @@ def training_step(
     begin = time.perf_counter()
     run(STEPS)
     wall_ms = (time.perf_counter() - begin) / STEPS * 1e3
-    with profile(activities=[ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU]) as seen:
+    with profile(
+        activities=[ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU]
+    ) as seen:
         run(STEPS)
     kernels = {
         event.key: (event.self_device_time_total / 1e3 / STEPS, event.count / STEPS)
@@ -63,8 +90,12 @@ def training_step(
         "device_ms": total,
         "wall_ms": wall_ms,
         "launches": sum(count for _, count in kernels.values()),
-        "groups": {name: ms / total for name, ms in sorted(groups.items(), key=lambda item: -item[1])},
-        "kernels": [{"name": name[:100], "ms": ms, "calls": calls} for name, (ms, calls) in largest],
+        "groups": {
+            name: ms / total for name, ms in sorted(groups.items(), key=lambda item: -item[1])
+        },
+        "kernels": [
+            {"name": name[:100], "ms": ms, "calls": calls} for name, (ms, calls) in largest
+        ],
     }
 
 

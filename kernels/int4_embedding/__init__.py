@@ -1,1 +1,4 @@
-"""Embedding rows of four bits a number, for inference. `op.py` is the face, `reference.py` the truth."""
+"""Embedding rows of four bits a number, for inference.
+
+`op.py` is the face, `reference.py` the truth.
+"""

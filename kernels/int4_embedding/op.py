@@ -1,7 +1,8 @@
-"""Row-wise INT4 tables: packed once on the CPU, looked up and dequantised in one pass wherever they are.
+"""Row-wise INT4 tables: packed once on the CPU, looked up and dequantised in one pass wherever they
+are.
 
-A row is `1 + ceil(E / 8)` words of 32 bits: float16 scale (low half) and bias, then eight codes a word, the first in
-the lowest bits. That is E / 2 + 4 bytes where E is a multiple of 8.
+A row is `1 + ceil(E / 8)` words of 32 bits: float16 scale (low half) and bias, then eight codes a
+word, the first in the lowest bits. That is E / 2 + 4 bytes where E is a multiple of 8.
 """
 
 import torch
@@ -30,13 +31,19 @@ def quantize(table_RE: Tensor) -> Tensor:
     packed = torch.empty(num_rows, packed_words(dim), dtype=torch.int32, device=table_RE.device)
     step = max(CHUNK // max(dim, 1), 1)
     for begin in range(0, num_rows, step):
-        packed[begin : begin + step] = _pack(*quantize_reference(table_RE[begin : begin + step].float()))
+        packed[begin : begin + step] = _pack(
+            *quantize_reference(table_RE[begin : begin + step].float())
+        )
     return packed
 
 
 def _pack(codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     finite = bool(torch.isfinite(scale).all() & torch.isfinite(bias).all())
-    require(finite, "a table of finite numbers below 65,504 is needed: float16 holds the scale and bias of a row")
+    require(
+        finite,
+        "a table of finite numbers below 65,504 is needed: float16 holds the scale and bias of a "
+        "row",
+    )
     codes = torch.nn.functional.pad(codes.int(), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
     shifts = 4 * torch.arange(8, dtype=torch.int32, device=codes.device)
     words = (codes << shifts).sum(2, dtype=torch.int32)  # bits of different codes: adding is or-ing
@@ -45,16 +52,26 @@ def _pack(codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def look_up(
-    packed: Tensor, ids: Tensor, *, dim: int, dtype: torch.dtype = torch.float32, backend: Backend = "auto"
+    packed: Tensor,
+    ids: Tensor,
+    *,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Rows `ids`, int [...], of a table of width `dim` that `quantize` packed: [..., dim] in `dtype`. No gradients.
+    """Rows `ids`, int [...], of a table of width `dim` that `quantize` packed: [..., dim] in
+    `dtype`. No gradients.
 
     Raises:
         ValueError: on shapes and types that do not fit.
     """
-    fits = packed.dtype == torch.int32 and packed.dim() == 2 and packed.shape[1] == packed_words(dim)
+    fits = (
+        packed.dtype == torch.int32 and packed.dim() == 2 and packed.shape[1] == packed_words(dim)
+    )
     shown = f"got {packed.dtype} {tuple(packed.shape)}"
-    require(fits, f"the table must be int32 [R, {packed_words(dim)}] for rows of {dim} numbers, {shown}")
+    require(
+        fits, f"the table must be int32 [R, {packed_words(dim)}] for rows of {dim} numbers, {shown}"
+    )
     require(ids.dtype in (torch.int32, torch.int64), f"ids must be int32 or int64, got {ids.dtype}")
     require(dtype in FLOATS, f"dtype must be a float, got {dtype}")
     flat = ids.reshape(-1)
@@ -63,7 +80,8 @@ def look_up(
 
         return look_up_triton(packed, flat, dim, dtype).view(*ids.shape, dim)
     rows = packed.index_select(0, flat)
-    pairs = rows[:, 1:].contiguous().view(torch.uint8)  # two codes a byte, the first in its low half
+    # two codes a byte, the first in its low half
+    pairs = rows[:, 1:].contiguous().view(torch.uint8)
     codes = torch.empty(*pairs.shape, 2, dtype=torch.float32, device=packed.device)
     codes[..., 0], codes[..., 1] = pairs & 15, pairs >> 4
     scale, bias = rows[:, :1].contiguous().view(torch.float16).to(torch.float32).split(1, dim=1)

@@ -1,4 +1,6 @@
-"""Look-up of packed INT4 rows: eight codes to a 32-bit word, after one word of float16 scale and bias."""
+"""Look-up of packed INT4 rows: eight codes to a 32-bit word, after one word of float16 scale and
+bias.
+"""
 
 import triton
 import triton.language as tl
@@ -23,7 +25,8 @@ def look_up(
     header = tl.load(row, mask=valid, other=0)
     scale = header.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     bias = (header >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    codes = (codes[:, :, None] >> (4 * tl.arange(0, 8))) & 15  # a thread writes the eight numbers of its word
+    # a thread writes the eight numbers of its word
+    codes = (codes[:, :, None] >> (4 * tl.arange(0, 8))) & 15
     x = codes.to(tl.float32) * scale[:, None, None] + bias[:, None, None]
     x = tl.reshape(x.to(out.dtype.element_ty), (BLOCK_N, CODE_WORDS * 8))
     col = tl.arange(0, CODE_WORDS * 8)

@@ -11,7 +11,8 @@ TILE = 2048  # numbers a program writes: 16 a thread
 
 def look_up_triton(packed: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[N, dim]"""
-    packed, ids = packed.contiguous(), ids.contiguous()  # codes of a batch are columns of one tensor
+    # codes of a batch are columns of one tensor
+    packed, ids = packed.contiguous(), ids.contiguous()
     out = torch.empty(len(ids), dim, dtype=dtype, device=packed.device)
     if len(ids):
         code_words = next_power_of_2(packed.shape[1] - 1)

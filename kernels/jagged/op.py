@@ -1,7 +1,9 @@
 """Jagged ops: packed sequences joined, split and cut short, with offsets that stay on the device.
 
-How many rows an output has, only the host can say when it makes the tensor; callers know it from lengths that they
-kept on the host, so nothing here waits for a GPU. Offsets are int64 [B + 1] from 0 to the number of rows.
+How many rows an output has, only the host can say when it makes the tensor; callers know it from
+lengths that they
+kept on the host, so nothing here waits for a GPU. Offsets are int64 [B + 1] from 0 to the number of
+rows.
 """
 
 import torch
@@ -12,16 +14,29 @@ from kernels.jagged.reference import concatenate_reference, split_reference, tru
 
 
 def concatenate(
-    left_TE: Tensor, left_offsets: Tensor, right_TE: Tensor, right_offsets: Tensor, *, backend: Backend = "auto"
+    left_TE: Tensor,
+    left_offsets: Tensor,
+    right_TE: Tensor,
+    right_offsets: Tensor,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Sequence b of the left, then sequence b of the right: [T_left + T_right, E], offsets `left + right`.
+    """Sequence b of the left, then sequence b of the right: [T_left + T_right, E], offsets `left +
+    right`.
 
     Raises:
         ValueError: on shapes and types that do not fit.
     """
     same = left_TE.dim() == right_TE.dim() == 2 and left_TE.shape[1] == right_TE.shape[1]
-    require(same, f"both sides must be [T, E] of one width, got {tuple(left_TE.shape)}, {tuple(right_TE.shape)}")
-    require(left_TE.dtype == right_TE.dtype, f"both sides must have one type, got {left_TE.dtype}, {right_TE.dtype}")
+    require(
+        same,
+        f"both sides must be [T, E] of one width, got {tuple(left_TE.shape)}, "
+        f"{tuple(right_TE.shape)}",
+    )
+    require(
+        left_TE.dtype == right_TE.dtype,
+        f"both sides must have one type, got {left_TE.dtype}, {right_TE.dtype}",
+    )
     _check_offsets(left_offsets, right_offsets)
     chosen = choose(backend, left_TE)
     if chosen == "reference":
@@ -36,7 +51,12 @@ def concatenate(
 
 
 def split(
-    x_TE: Tensor, left_offsets: Tensor, right_offsets: Tensor, *, num_left: int, backend: Backend = "auto"
+    x_TE: Tensor,
+    left_offsets: Tensor,
+    right_offsets: Tensor,
+    *,
+    num_left: int,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The opposite of `concatenate`; `num_left` is `left_offsets[-1]`.
 
@@ -66,10 +86,11 @@ def truncate_tail(
     num_rows: int,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The first `num_context` rows of each sequence and its last `tail[b]`, and the offsets of what is left.
+    """The first `num_context` rows of each sequence and its last `tail[b]`, and the offsets of what
+    is left.
 
-    A sequence no longer than both together is untouched. `tail` int [B], on the device; `num_rows` is the sum of what
-    is left, `min(length, num_context + tail)`.
+    A sequence no longer than both together is untouched. `tail` int [B], on the device; `num_rows`
+    is the sum of what is left, `min(length, num_context + tail)`.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -77,7 +98,11 @@ def truncate_tail(
     require(x_TE.dim() == 2, f"x must be [T, E], got {tuple(x_TE.shape)}")
     _check_offsets(seq_offsets, seq_offsets)
     fits = tail.shape == (len(seq_offsets) - 1,) and not tail.is_floating_point()
-    require(fits, f"tail must be int [{len(seq_offsets) - 1}], one per sequence, got {tail.dtype} {tuple(tail.shape)}")
+    require(
+        fits,
+        f"tail must be int [{len(seq_offsets) - 1}], one per sequence, got {tail.dtype} "
+        f"{tuple(tail.shape)}",
+    )
     require(num_context >= 0, f"num_context must be 0 or more, got {num_context}")
     require(0 <= num_rows <= len(x_TE), f"num_rows must be in 0..{len(x_TE)}, got {num_rows}")
     lengths = torch.minimum(seq_offsets.diff(), tail + num_context)
@@ -88,7 +113,9 @@ def truncate_tail(
     if chosen == "triton":
         from kernels.jagged.triton_launch import TruncateTail
 
-        return TruncateTail.apply(x_TE, seq_offsets, new_offsets, num_context, num_rows), new_offsets
+        return TruncateTail.apply(
+            x_TE, seq_offsets, new_offsets, num_context, num_rows
+        ), new_offsets
     sequence = sequence_index(new_offsets, num_rows)
     at = torch.arange(num_rows, device=x_TE.device) - new_offsets[sequence]
     dropped = (seq_offsets.diff() - lengths)[sequence]
@@ -103,15 +130,26 @@ def sequence_index(offsets: Tensor, num_rows: int) -> Tensor:
     return torch.repeat_interleave(index, lengths, output_size=num_rows)
 
 
-def _places(left_offsets: Tensor, right_offsets: Tensor, num_left: int, num_right: int) -> tuple[Tensor, Tensor]:
+def _places(
+    left_offsets: Tensor, right_offsets: Tensor, num_left: int, num_right: int
+) -> tuple[Tensor, Tensor]:
     """Where the rows of either side lie in the whole."""
     device = left_offsets.device
-    left_at = torch.arange(num_left, device=device) + right_offsets[sequence_index(left_offsets, num_left)]
-    right_at = torch.arange(num_right, device=device) + left_offsets[1:][sequence_index(right_offsets, num_right)]
+    left_at = (
+        torch.arange(num_left, device=device)
+        + right_offsets[sequence_index(left_offsets, num_left)]
+    )
+    right_at = (
+        torch.arange(num_right, device=device)
+        + left_offsets[1:][sequence_index(right_offsets, num_right)]
+    )
     return left_at, right_at
 
 
 def _check_offsets(left: Tensor, right: Tensor) -> None:
     types = left.dtype == right.dtype == torch.int64 and left.dim() == 1 and len(left) >= 1
     require(types, f"offsets must be int64 [B + 1], got {left.dtype} {tuple(left.shape)}")
-    require(left.shape == right.shape, f"both sides need as many sequences, got {len(left) - 1} and {len(right) - 1}")
+    require(
+        left.shape == right.shape,
+        f"both sides need as many sequences, got {len(left) - 1} and {len(right) - 1}",
+    )

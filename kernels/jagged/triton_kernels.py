@@ -1,8 +1,9 @@
-"""Copies of whole rows between packed tensors. A program finds the sequence of each of its rows by bisection, so no
-list of tiles is needed and sequences of any length, empty ones too, share the work evenly.
+"""Copies of whole rows between packed tensors. A program finds the sequence of each of its rows by
+bisection, so no list of tiles is needed and sequences of any length, empty ones too, share the work
+evenly.
 
-Backward of a copy is the copy the other way round: no row is written twice, so nothing is added and no atomics occur.
-"""
+Backward of a copy is the copy the other way round: no row is written twice, so nothing is added and
+no atomics occur."""
 
 import triton
 import triton.language as tl
@@ -10,7 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def _bisect(offsets, other, row, num_sequences, steps, TWO: tl.constexpr):
-    """The sequence of each row: offsets[found] <= row < offsets[found + 1]; with TWO, of the sum of both offsets."""
+    """The sequence of each row: offsets[found] <= row < offsets[found + 1]; with TWO, of the sum of
+    both offsets.
+    """
     low = (row * 0).to(tl.int32)
     high = low + num_sequences
     for _ in range(steps):
@@ -23,7 +26,8 @@ def _bisect(offsets, other, row, num_sequences, steps, TWO: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "steps"])  # other lengths, the same program
+# other lengths, the same program
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "steps"])
 def concatenate_or_split(
     whole,  # [T, E]
     left,  # [rows, E]
@@ -80,7 +84,10 @@ def truncate_tail(
     written = offsets if BACKWARD else new_offsets
     seq = _bisect(written, written, row, num_sequences, steps, False)
     begin, new_begin = tl.load(offsets + seq), tl.load(new_offsets + seq)
-    length, new_length = tl.load(offsets + seq + 1) - begin, tl.load(new_offsets + seq + 1) - new_begin
+    length, new_length = (
+        tl.load(offsets + seq + 1) - begin,
+        tl.load(new_offsets + seq + 1) - new_begin,
+    )
     dropped = length - new_length
     inside = (row < num_rows)[:, None] & (col < width)
     here = row[:, None] * width + col

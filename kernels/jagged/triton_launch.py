@@ -11,7 +11,14 @@ TILE = 4096  # elements of a program's tile: 32 a thread
 WIDEST = 512
 
 
-def _launch(kernel, num_rows: int, num_sequences: int, *tensors: Tensor, extra: tuple[int, ...] = (), **flags) -> None:
+def _launch(
+    kernel,
+    num_rows: int,
+    num_sequences: int,
+    *tensors: Tensor,
+    extra: tuple[int, ...] = (),
+    **flags,
+) -> None:
     width = tensors[0].shape[1]
     if num_rows * width == 0:
         return
@@ -20,27 +27,49 @@ def _launch(kernel, num_rows: int, num_sequences: int, *tensors: Tensor, extra: 
     steps = num_sequences.bit_length()  # bisecting B sequences takes so many
     grid = cdiv(num_rows, block_t), cdiv(width, block_e)
     tensors = [x.contiguous() for x in tensors]
-    kernel[grid](*tensors, num_rows, num_sequences, steps, width, *extra, **flags, BLOCK_T=block_t, BLOCK_E=block_e)
+    kernel[grid](
+        *tensors,
+        num_rows,
+        num_sequences,
+        steps,
+        width,
+        *extra,
+        **flags,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+    )
 
 
 def _join(left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tensor) -> Tensor:
     whole = left.new_empty(len(left) + len(right), left.shape[1])
     tensors = whole, left, right, left_offsets, right_offsets
-    _launch(triton_kernels.concatenate_or_split, len(whole), len(left_offsets) - 1, *tensors, SPLIT=False)
+    _launch(
+        triton_kernels.concatenate_or_split,
+        len(whole),
+        len(left_offsets) - 1,
+        *tensors,
+        SPLIT=False,
+    )
     return whole
 
 
-def _part(whole: Tensor, num_left: int, left_offsets: Tensor, right_offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _part(
+    whole: Tensor, num_left: int, left_offsets: Tensor, right_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
     left = whole.new_empty(num_left, whole.shape[1])
     right = whole.new_empty(len(whole) - num_left, whole.shape[1])
     tensors = whole, left, right, left_offsets, right_offsets
-    _launch(triton_kernels.concatenate_or_split, len(whole), len(left_offsets) - 1, *tensors, SPLIT=True)
+    _launch(
+        triton_kernels.concatenate_or_split, len(whole), len(left_offsets) - 1, *tensors, SPLIT=True
+    )
     return left, right
 
 
 class Concatenate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tensor) -> Tensor:
+    def forward(
+        ctx, left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(left_offsets, right_offsets)
         ctx.num_left = len(left)
         return _join(left, right, left_offsets, right_offsets)
@@ -65,13 +94,20 @@ class Split(torch.autograd.Function):
 
 class TruncateTail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, long: Tensor, offsets: Tensor, new_offsets: Tensor, num_context: int, num_rows: int) -> Tensor:
+    def forward(
+        ctx, long: Tensor, offsets: Tensor, new_offsets: Tensor, num_context: int, num_rows: int
+    ) -> Tensor:
         ctx.save_for_backward(offsets, new_offsets)
         ctx.num_context, ctx.num_rows = num_context, len(long)
         short = long.new_empty(num_rows, long.shape[1])
         tensors = long, short, offsets, new_offsets
         _launch(
-            triton_kernels.truncate_tail, num_rows, len(offsets) - 1, *tensors, extra=(num_context,), BACKWARD=False
+            triton_kernels.truncate_tail,
+            num_rows,
+            len(offsets) - 1,
+            *tensors,
+            extra=(num_context,),
+            BACKWARD=False,
         )
         return short
 
@@ -82,5 +118,12 @@ class TruncateTail(torch.autograd.Function):
         long = grad.new_empty(ctx.num_rows, grad.shape[1])
         tensors = long, grad, offsets, new_offsets
         extra = (ctx.num_context,)
-        _launch(triton_kernels.truncate_tail, len(long), len(offsets) - 1, *tensors, extra=extra, BACKWARD=True)
+        _launch(
+            triton_kernels.truncate_tail,
+            len(long),
+            len(offsets) - 1,
+            *tensors,
+            extra=extra,
+            BACKWARD=True,
+        )
         return long, None, None, None, None

@@ -1,1 +1,4 @@
-"""LayerNorm: with a gate or row-wise FP8, and its backward with the residual's gradient. `op.py` is the face."""
+"""LayerNorm: with a gate or row-wise FP8, and its backward with the residual's gradient.
+
+`op.py` is the face.
+"""

@@ -1,4 +1,5 @@
-"""LayerNorm in its input's type, plain and as a gate of its own input, the ops: checks and the choice of backend.
+"""LayerNorm in its input's type, plain and as a gate of its own input, the ops: checks and the
+choice of backend.
 
 x [T, E] + weight and bias [E] → `layer_norm`, `swish_layer_norm` → [T, E]
 """
@@ -12,8 +13,11 @@ from kernels.layer_norm.reference import layer_norm_reference, swish_layer_norm_
 FLOATS = torch.float16, torch.bfloat16, torch.float32
 
 
-def layer_norm(x_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: Backend = "auto") -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias by row [T, E], in x's type, under autocast too.
+def layer_norm(
+    x_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: Backend = "auto"
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias by row [T, E], in x's type, under autocast
+    too.
 
     Two runs agree bit for bit, in the gradients of weight and bias too.
 
@@ -30,7 +34,8 @@ def layer_norm(x_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5,
 def swish_layer_norm(
     x_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: Backend = "auto"
 ) -> Tensor:
-    """x * sigmoid(`layer_norm(x)`) [T, E], in x's type; with Triton in one pass, and backward in another.
+    """x * sigmoid(`layer_norm(x)`) [T, E], in x's type; with Triton in one pass, and backward in
+    another.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -48,5 +53,8 @@ def _is_triton(x_TE: Tensor, weight: Tensor, bias: Tensor, backend: Backend) -> 
     require(fits, f"x must be [T, E], weight and bias [E], got {shown}")
     triton = choose(backend, x_TE) == "triton"
     if triton:
-        require(x_TE.dtype in FLOATS, f"the triton backend takes float16, bfloat16 and float32, got {x_TE.dtype}")
+        require(
+            x_TE.dtype in FLOATS,
+            f"the triton backend takes float16, bfloat16 and float32, got {x_TE.dtype}",
+        )
     return triton

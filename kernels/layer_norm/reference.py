@@ -1,6 +1,8 @@
-"""LayerNorm and what is fused with it, in plain PyTorch: the truth of the kernels, and FP8 where it is emulated.
+"""LayerNorm and what is fused with it, in plain PyTorch: the truth of the kernels, and FP8 where it
+is emulated.
 
-Row-wise e4m3: a row's scale is its largest magnitude / 448, 1 for a row of zeros; the row is stored over its scale.
+Row-wise e4m3: a row's scale is its largest magnitude / 448, 1 for a row of zeros; the row is stored
+over its scale.
 """
 
 import torch
@@ -11,13 +13,18 @@ FP8_MAX = 448.0
 
 
 def layer_norm_reference(x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) in x's type. Autocast would make it float32; the statistics are float32 either way."""
+    """LayerNorm(x) in x's type.
+
+    Autocast would make it float32; the statistics are float32 either way.
+    """
     with torch.autocast(x_TE.device.type, enabled=False):
         return F.layer_norm(x_TE, weight.shape, weight.to(x_TE.dtype), bias.to(x_TE.dtype), eps)
 
 
 def swish_layer_norm_reference(x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x * sigmoid(LayerNorm(x)), as HSTU's authors have it between the linear maps of their token encoder."""
+    """x * sigmoid(LayerNorm(x)), as HSTU's authors have it between the linear maps of their token
+    encoder.
+    """
     return x_TE * torch.sigmoid(layer_norm_reference(x_TE, weight, bias, eps))
 
 

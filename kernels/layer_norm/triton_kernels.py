@@ -1,5 +1,5 @@
-"""Triton kernels of LayerNorm. A program holds ROWS whole rows, so statistics need no second pass over memory, and
-backward makes them anew from x instead of keeping them."""
+"""Triton kernels of LayerNorm. A program holds ROWS whole rows, so statistics need no second pass
+over memory, and backward makes them anew from x instead of keeping them."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def normalise(x, inside, width, eps):
-    """(x - mean) / sqrt(var + eps) of float32 rows [ROWS, BLOCK], 0 outside, and 1 / sqrt(var + eps) [ROWS]."""
+    """(x - mean) / sqrt(var + eps) of float32 rows [ROWS, BLOCK], 0 outside, and 1 / sqrt(var +
+    eps) [ROWS].
+    """
     centred = tl.where(inside, x - (tl.sum(x, 1) / width)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
     return centred * rstd[:, None], rstd
@@ -39,8 +41,9 @@ def to_fp8(x, scale):
 
 @triton.jit
 def fp8_columns(BLOCK: tl.constexpr):
-    """Columns of a row's codes, stored 8 at a time as the wider rows beside them: 16 codes are one store too, but all
-    that leads there would be laid out for it, and a row's sums added in another order than where there are no codes."""
+    """Columns of a row's codes, stored 8 at a time as the wider rows beside them: 16 codes are one
+    store too, but all that leads there would be laid out for it, and a row's sums added in another
+    order than where there are no codes."""
     return tl.max_contiguous(tl.arange(0, BLOCK), 8)
 
 
@@ -58,7 +61,9 @@ def norm_forward(
     valid = columns < width
     inside = (rows < num_rows)[:, None] & valid[None, :]
     long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
-    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     hat, _ = normalise(x_RE, inside, width, eps)
@@ -68,7 +73,11 @@ def norm_forward(
         tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
     if FP8:
         by_row = fp8_scale(tl.max(tl.abs(y), 1))
-        tl.store(out_fp8 + long_rows * width + fp8_columns(BLOCK)[None, :], to_fp8(y, by_row), mask=inside)
+        tl.store(
+            out_fp8 + long_rows * width + fp8_columns(BLOCK)[None, :],
+            to_fp8(y, by_row),
+            mask=inside,
+        )
         tl.store(scale + rows, by_row, mask=rows < num_rows)
 
 
@@ -78,7 +87,9 @@ def quantize(x, out_fp8, scale, num_rows, width, stride_x, ROWS: tl.constexpr, B
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
-    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     by_row = fp8_scale(tl.max(tl.abs(x_RE), 1))
     tl.store(out_fp8 + long_rows * width + columns[None, :], to_fp8(x_RE, by_row), mask=inside)
     tl.store(scale + rows, by_row, mask=rows < num_rows)
@@ -95,20 +106,26 @@ def norm_backward(
     num_rows, width, stride_x, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""
+    """Sums over rows stay in registers until a program has seen all of its rows; the host adds the
+    programs' sums.
+    """
     columns = tl.arange(0, BLOCK)
     valid = columns < width
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_passed = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    for begin in tl.range(
+        tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES
+    ):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]
         place = long_rows * width + columns[None, :]
         d = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
-        x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         hat, rstd = normalise(x_RE, inside, width, eps)
         d_weight += d * hat
         d_bias += d
@@ -136,7 +153,9 @@ def swish_forward(
     valid = columns < width
     inside = (rows < num_rows)[:, None] & valid[None, :]
     long_rows = rows.to(tl.int64)[:, None]
-    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     hat, _ = normalise(x_RE, inside, width, eps)
@@ -160,13 +179,17 @@ def swish_backward(
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    for begin in tl.range(
+        tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES
+    ):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]
         place = long_rows * width + columns[None, :]
         d = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
-        x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         hat, rstd = normalise(x_RE, inside, width, eps)
         gate = 1 / (1 + tl.exp2((hat * w[None, :] + b[None, :]) * -LOG2_E))
         d_normed = d * x_RE * gate * (1 - gate)

@@ -11,15 +11,17 @@ from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.layer_norm import triton_kernels
 
 FP8 = torch.float8_e4m3fn
-LONGEST_STAGED = 4096  # bytes of a row: several of longer ones would fill a multiprocessor's shared memory
+# bytes of a row: several of longer ones would fill a multiprocessor's shared memory
+LONGEST_STAGED = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a program and their warps where a row is at most 512 long; longer rows are fewer, and have more warps.
+    """Rows of a program and their warps where a row is at most 512 long; longer rows are fewer, and
+    have more warps.
 
-    `per_sm` and `stages`: of a kernel that sums over rows, programs on a multiprocessor and steps of its loop that are
-    under way at once. Measured on an H100 (benchmarks/NOTES.md).
+    `per_sm` and `stages`: of a kernel that sums over rows, programs on a multiprocessor and steps
+    of its loop that are under way at once. Measured on an H100 (benchmarks/NOTES.md).
     """
 
     rows: int
@@ -35,9 +37,13 @@ class Rows:
         return max(1, self.rows // longer), block, min(8, self.warps * max(1, longer // self.rows))
 
     def stages_of(self, x_TE: Tensor) -> int:
-        """1 for rows of no whole vectors too: copied ahead under a mask, such rows came out wrong in attention."""
+        """1 for rows of no whole vectors too: copied ahead under a mask, such rows came out wrong
+        in attention.
+        """
         width = x_TE.shape[1]
-        return self.stages if width % 16 == 0 and width * x_TE.element_size() <= LONGEST_STAGED else 1
+        return (
+            self.stages if width % 16 == 0 and width * x_TE.element_size() <= LONGEST_STAGED else 1
+        )
 
     def programs(self, device: torch.device) -> int:
         """A number of the device's, so that sums repeat on it."""
@@ -50,11 +56,22 @@ SWISH_BACKWARD = Rows(1, 1, per_sm=4, stages=3)
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def launch_layer_norm(
-    x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, *, out: bool = True, fp8: bool = False
+    x_TE: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    out: bool = True,
+    fp8: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """LayerNorm(x) in `dtype`; the same as FP8 rows, and their scales; None for what was not asked."""
     num_rows, width = x_TE.shape
@@ -87,7 +104,9 @@ def launch_quantize(x_TE: Tensor) -> tuple[Tensor, Tensor]:
 def launch_layer_norm_backward(
     d_out: Tensor, x_TE: Tensor, d_residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (with `d_residual` added), d_weight, d_bias, and the sum of `d_residual` over rows; sums are float32 [E]."""
+    """dx (with `d_residual` added), d_weight, d_bias, and the sum of `d_residual` over rows; sums
+    are float32 [E].
+    """
     num_rows, width = x_TE.shape
     dx = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
     programs = BACKWARD.programs(x_TE.device)
@@ -146,7 +165,9 @@ class LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        dx, d_weight, d_bias, _ = launch_layer_norm_backward(grad.contiguous(), x, None, weight, ctx.eps)
+        dx, d_weight, d_bias, _ = launch_layer_norm_backward(
+            grad.contiguous(), x, None, weight, ctx.eps
+        )
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
 
 

@@ -1,1 +1,4 @@
-"""Linear layer with its neighbours fused: bias, SiLU and its slope, residual, row-wise FP8. A part of `kernels.stu`."""
+"""Linear layer with its neighbours fused: bias, SiLU and its slope, residual, row-wise FP8.
+
+A part of `kernels.stu`.
+"""

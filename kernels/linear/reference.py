@@ -8,7 +8,9 @@ from kernels.layer_norm.reference import through_fp8
 
 
 class Fp8Linear(torch.autograd.Function):
-    """x wᵀ + bias with x and w as row-wise FP8 holds them; backward as if they had not been rounded."""
+    """x wᵀ + bias with x and w as row-wise FP8 holds them; backward as if they had not been
+    rounded.
+    """
 
     @staticmethod
     def forward(ctx, x_TK: Tensor, w_NK: Tensor, bias: Tensor) -> Tensor:
@@ -18,7 +20,8 @@ class Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
-        x_TK, w_NK = (t.to(grad.dtype) for t in ctx.saved_tensors)  # under autocast forward ran in a smaller type
+        # under autocast forward ran in a smaller type
+        x_TK, w_NK = (t.to(grad.dtype) for t in ctx.saved_tensors)
         return grad @ w_NK, grad.T @ x_TK, grad.sum(0)
 
 

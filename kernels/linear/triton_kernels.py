@@ -1,5 +1,7 @@
-# ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated on the device)
-"""Triton kernel of a linear layer whose epilogue does what would be a pass of its own: bias, SiLU, residual, scales.
+# ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated
+# on the device)
+"""Triton kernel of a linear layer whose epilogue does what would be a pass of its own: bias, SiLU,
+residual, scales.
 
 Suffixes: M rows of a tile, N outputs of a tile, K inputs of a step.
 """
@@ -12,7 +14,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr):
-    if FAST:  # one special-function instruction instead of two; 2**-12 of error, below half precision's rounding
+    # one special-function instruction instead of two; 2**-12 of error, below half precision's
+    # rounding
+    if FAST:
         half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
@@ -25,7 +29,15 @@ def _sigmoid(x, FAST: tl.constexpr):
 
 @triton.jit
 def _tile(
-    source, row, column, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+    source,
+    row,
+    column,
+    num_rows,
+    num_columns,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """[ROWS, COLUMNS] of a row-major matrix, zeros outside of it."""
     if TMA:
@@ -33,7 +45,9 @@ def _tile(
     else:
         rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-        tile = tl.load(source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+        tile = tl.load(
+            source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0
+        )
     return tile
 
 
@@ -73,7 +87,11 @@ def _epilogue(
     if TMA_OUT:
         out.store([row, column], acc.to(out.dtype))
     else:
-        tl.store(out + long_rows * stride_out + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            out + long_rows * stride_out + columns[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -93,7 +111,8 @@ def linear(
 ):  # fmt: skip
     """out = x wᵀ + bias, SiLU of the columns from `silu_from` on, or + residual.
 
-    A program takes every `num_programs`-th tile, outputs fastest: the few row tiles at work share their x, and all
+    A program takes every `num_programs`-th tile, outputs fastest: the few row tiles at work share
+    their x, and all
     of w stays in L2. The epilogue goes in PARTS halves, so that its registers fit.
     """
     across = tl.cdiv(num_outputs, BLOCK_N)
@@ -106,7 +125,9 @@ def linear(
             b = _tile(w, column, k, num_outputs, num_inputs, stride_w, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         if PARTS == 2:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            left, right = tl.split(
+                tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            )
             _epilogue(
                 left, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
                 stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN,

@@ -13,8 +13,8 @@ from kernels.linear import triton_kernels
 
 @dataclass(frozen=True, slots=True)
 class LinearTile:
-    """Tile sizes: `rows` tokens, `outputs`, `inputs` of a step; `parts` of the epilogue; programs per multiprocessor,
-    each of which takes many tiles, or 0 for one program a tile."""
+    """Tile sizes: `rows` tokens, `outputs`, `inputs` of a step; `parts` of the epilogue; programs
+    per multiprocessor, each of which takes many tiles, or 0 for one program a tile."""
 
     rows: int
     outputs: int
@@ -37,7 +37,9 @@ def tile_size(*, outputs: int, fp8: bool, residual: bool, half: bool, hopper: bo
         return LinearTile(128, 128, 64, 4, 4, parts=2, per_sm=2, flatten=True, tma_out=True)
     if residual and outputs > 128:
         return LinearTile(128, 256, 64, 8, 3, parts=2, per_sm=1, flatten=True, tma_out=True)
-    return LinearTile(128, 128, 128 if fp8 else 64, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True)
+    return LinearTile(
+        128, 128, 128 if fp8 else 64, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True
+    )
 
 
 @cache
@@ -47,7 +49,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )
 
 
 def _by_descriptor(x: Tensor) -> bool:
@@ -57,7 +63,9 @@ def _by_descriptor(x: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PreparedLinear:
-    """All of a launch but its tensors, and how these are read: by a descriptor, or where there is none by a pointer."""
+    """All of a launch but its tensors, and how these are read: by a descriptor, or where there is
+    none by a pointer.
+    """
 
     programs: int
     descriptors: tuple[TensorDescriptor | None, ...]  # of x, w, out, slope, over no tensor
@@ -83,7 +91,9 @@ def _prepare(
     part = tile.outputs // tile.parts
     tma_out = tma and tile.tma_out and aligned_out and (silu_from or 0) % part == 0
 
-    def template(dtype: torch.dtype, rows: int, columns: int, stride: int, box: list[int]) -> TensorDescriptor:
+    def template(
+        dtype: torch.dtype, rows: int, columns: int, stride: int, box: list[int]
+    ) -> TensorDescriptor:
         return TensorDescriptor(torch.empty(0, dtype=dtype), [rows, columns], [stride, 1], box)
 
     of_x = of_w = of_out = of_slope = None
@@ -118,7 +128,8 @@ def launch_linear(
     dtype: torch.dtype | None = None,
     tile: LinearTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x wᵀ + bias [T, N] in `dtype` (x's by default), and SiLU's derivative [T, N - silu_from] with `keep_slope`.
+    """x wᵀ + bias [T, N] in `dtype` (x's by default), and SiLU's derivative [T, N - silu_from] with
+    `keep_slope`.
 
     `scales`: of the rows of x and of w, which then are FP8.
     """
@@ -135,7 +146,9 @@ def launch_linear(
     hopper, fp8 = _capability(device)[0] == 9, scales is not None
     if tile is None:
         half = x_TK.element_size() < 4
-        tile = tile_size(outputs=num_outputs, fp8=fp8, residual=residual is not None, half=half, hopper=hopper)
+        tile = tile_size(
+            outputs=num_outputs, fp8=fp8, residual=residual is not None, half=half, hopper=hopper
+        )
     prepared = _prepare(
         (num_rows, num_outputs, num_inputs),
         (x_TK.stride(0), w_NK.stride(0), num_outputs, of_slope, of_residual),

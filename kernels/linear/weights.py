@@ -1,4 +1,6 @@
-"""Weights in the form a kernel reads, a smaller type or row-wise FP8; those of a frozen model are made once."""
+"""Weights in the form a kernel reads, a smaller type or row-wise FP8; those of a frozen model are
+made once.
+"""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,11 +12,14 @@ from torch import Tensor
 from kernels.layer_norm.triton_launch import launch_quantize
 
 Form = TypeVar("Form")
-_forms: dict[int, tuple[ref, dict]] = {}  # id of a weight → it, kind → (state of the weight, its form)
+# id of a weight → it, kind → (state of the weight, its form)
+_forms: dict[int, tuple[ref, dict]] = {}
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else _form(weight, dtype, lambda: weight.detach().to(dtype))
+    return (
+        weight if weight.dtype == dtype else _form(weight, dtype, lambda: weight.detach().to(dtype))
+    )
 
 
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,9 +28,11 @@ def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _form(weight: Tensor, kind: object, build: Callable[[], Form]) -> Form:
-    """The form, kept from an earlier call if the weight is frozen and was not changed in place since.
+    """The form, kept from an earlier call if the weight is frozen and was not changed in place
+    since.
 
-    A weight that requires a gradient is never kept: fused optimizers change it without counting a version.
+    A weight that requires a gradient is never kept: fused optimizers change it without counting a
+    version.
     """
     if weight.requires_grad:
         return build()

@@ -1,6 +1,8 @@
-"""Triton kernels of Norm(A) * SiLU(U): forward, and backward, which makes Y again for the output layer's weights.
+"""Triton kernels of Norm(A) * SiLU(U): forward, and backward, which makes Y again for the output
+layer's weights.
 
-A program holds ROWS whole rows. The dropout mask is a hash of (seed, row, column) and is never stored.
+A program holds ROWS whole rows. The dropout mask is a hash of (seed, row, column) and is never
+stored.
 """
 
 import triton
@@ -19,7 +21,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _mix(x):
-    """lowbias32, a bijection of uint32 in which every bit of the input moves every bit of the output."""
+    """lowbias32, a bijection of uint32 in which every bit of the input moves every bit of the
+    output.
+    """
     x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
@@ -27,7 +31,9 @@ def _mix(x):
 
 @triton.jit
 def _drop(x, seed, rows, columns, threshold, gain, DROPOUT: tl.constexpr):
-    """x times `gain` where 24 random bits reach the threshold, else 0; the bits of `reference.dropout_mask`."""
+    """x times `gain` where 24 random bits reach the threshold, else 0; the bits of
+    `reference.dropout_mask`.
+    """
     if DROPOUT:
         by_row = _mix((rows ^ seed).to(tl.uint32))
         draw = _mix(by_row[:, None] ^ _mix(columns.to(tl.uint32))[None, :]) >> 8
@@ -50,8 +56,12 @@ def gate_forward(
     valid = columns < width
     inside = (rows < num_rows)[:, None] & valid[None, :]
     long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
-    a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    u_RE = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    u_RE = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     hat, _ = normalise(a_RE, inside, width, eps)
@@ -75,7 +85,9 @@ def gate_forward(
     if FP8:
         largest = tl.max(tl.abs(y), 1)
         if CONCAT:
-            largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(u_RE), 1), tl.max(tl.abs(a_RE), 1)))
+            largest = tl.maximum(
+                largest, tl.maximum(tl.max(tl.abs(u_RE), 1), tl.max(tl.abs(a_RE), 1))
+            )
         by_row = fp8_scale(largest)
         if CONCAT:
             place = long_rows * (3 * width) + fp8_columns(BLOCK)[None, :]
@@ -101,7 +113,9 @@ def gate_backward(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over rows stay in registers until a program has seen all of its rows; the host adds the programs' sums."""
+    """Sums over rows stay in registers until a program has seen all of its rows; the host adds the
+    programs' sums.
+    """
     columns = tl.arange(0, BLOCK)
     valid = columns < width
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
@@ -109,12 +123,18 @@ def gate_backward(
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_gate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    for begin in tl.range(
+        tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES
+    ):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]
-        a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+        x = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         hat, rstd = normalise(a_RE, inside, width, eps)
         normed = hat * w[None, :] + b[None, :]
         sigmoid = 1 / (1 + tl.exp2(x * -LOG2_E))
@@ -151,8 +171,14 @@ def gate_backward(
             grad_a += d_a
         grad_u *= sigmoid + u_RE * (1 - sigmoid)
         d_gate += grad_u
-        tl.store(da + long_rows * width + columns[None, :], grad_a.to(da.dtype.element_ty), mask=inside)
-        tl.store(du + long_rows * stride_du + columns[None, :], grad_u.to(du.dtype.element_ty), mask=inside)
+        tl.store(
+            da + long_rows * width + columns[None, :], grad_a.to(da.dtype.element_ty), mask=inside
+        )
+        tl.store(
+            du + long_rows * stride_du + columns[None, :],
+            grad_u.to(du.dtype.element_ty),
+            mask=inside,
+        )
     base = partial + tl.program_id(0) * 3 * width + columns
     tl.store(base, tl.sum(d_weight, 0), mask=valid)
     tl.store(base + width, tl.sum(d_bias, 0), mask=valid)

@@ -8,7 +8,8 @@ from kernels.layer_norm.triton_launch import FP8, Rows
 from kernels.norm_gate import triton_kernels
 from kernels.norm_gate.reference import dropout_threshold
 
-# One shape for both: only then are a row's sums added in one order, and Y made again is Y to the last bit.
+# One shape for both: only then are a row's sums added in one order, and Y made again is Y to the
+# last bit.
 FORWARD = BACKWARD = Rows(1, 1, per_sm=8, stages=4)
 
 
@@ -36,7 +37,9 @@ def launch_norm_gate_backward(
     d_out: Tensor, a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, du: Tensor, *, eps: float,
     concat_ua: bool, p: float, seed: int, out: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """da, Y made again if asked, d_weight, d_bias and the sum of du over rows; fills du, whose rows may lie apart."""
+    """da, Y made again if asked, d_weight, d_bias and the sum of du over rows; fills du, whose rows
+    may lie apart.
+    """
     num_rows, width = a_TE.shape
     da = torch.empty(num_rows, width, dtype=a_TE.dtype, device=a_TE.device)
     y = torch.empty(d_out.shape, dtype=u_TE.dtype, device=a_TE.device) if out else None

@@ -24,17 +24,26 @@ def add_position_time(
 ) -> Tensor:
     """x + position table[position modulo P] + time table[bucket of the gap] [T, E], in x's type.
 
-    `position_T` int [T]; `gap_ms_T` int64 [T] in ms, -1 for none. `anchor` says how a gap falls into one of B buckets:
-    "event" by its logarithm, "query" by its square root (`reference.BUCKETS`). Gradients of the tables are sparse and
-    may name a row several times. With Triton the sum is rounded once, gradients are added by row, in an order that
-    positions and gaps alone decide, and the host never waits for the device.
+    `position_T` int [T]; `gap_ms_T` int64 [T] in ms, -1 for none. `anchor` says how a gap falls
+    into one of B buckets: "event" by its logarithm, "query" by its square root
+    (`reference.BUCKETS`). Gradients of the tables are sparse and may name a row several times. With
+    Triton the sum is rounded once, gradients are added by row, in an order that positions and gaps
+    alone decide, and the host never waits for the device.
 
     Raises:
         ValueError: on shapes and types that do not fit.
     """
-    shapes = x_TE.dim() == position_PE.dim() == time_BE.dim() == 2 and position_PE.shape[1] == time_BE.shape[1]
+    shapes = (
+        x_TE.dim() == position_PE.dim() == time_BE.dim() == 2
+        and position_PE.shape[1] == time_BE.shape[1]
+    )
     shown = f"{tuple(x_TE.shape)}, {tuple(position_PE.shape)} and {tuple(time_BE.shape)}"
-    fits = shapes and x_TE.shape[1] == position_PE.shape[1] and len(position_PE) >= 1 and len(time_BE) >= 2
+    fits = (
+        shapes
+        and x_TE.shape[1] == position_PE.shape[1]
+        and len(position_PE) >= 1
+        and len(time_BE) >= 2
+    )
     require(fits, f"x must be [T, E] and the tables [P, E] and [2 or more, E], got {shown}")
     placed = position_T.shape == gap_ms_T.shape == x_TE.shape[:1]
     shown = f"{tuple(position_T.shape)} and {tuple(gap_ms_T.shape)}"
@@ -44,8 +53,17 @@ def add_position_time(
         return position_time_reference(x_TE, position_PE, time_BE, position_T, gap_ms_T, anchor)
     from kernels.position_time.triton_launch import AddPositionTime, launch_add
 
-    require(x_TE.dtype in FLOATS, f"the triton backend takes float16, bfloat16 and float32, got {x_TE.dtype}")
-    tensors = x_TE.contiguous(), position_PE, time_BE, position_T.contiguous(), gap_ms_T.contiguous()
+    require(
+        x_TE.dtype in FLOATS,
+        f"the triton backend takes float16, bfloat16 and float32, got {x_TE.dtype}",
+    )
+    tensors = (
+        x_TE.contiguous(),
+        position_PE,
+        time_BE,
+        position_T.contiguous(),
+        gap_ms_T.contiguous(),
+    )
     whole = position_PE.is_contiguous() and time_BE.is_contiguous()
     require(whole, "the triton backend needs contiguous tables")
     if torch.is_grad_enabled():

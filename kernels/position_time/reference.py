@@ -19,7 +19,9 @@ def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
 
 
 def age_bucket(age_ms: Tensor, num_buckets: int) -> Tensor:
-    """Bucket 0 for -1, "no real time"; the others cut the square root of the age in minutes, one each."""
+    """Bucket 0 for -1, "no real time"; the others cut the square root of the age in minutes, one
+    each.
+    """
     bucket = 1 + torch.floor(torch.sqrt(age_ms.clamp(min=0).double() / MS_PER_BUCKET)).long()
     return torch.where(age_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
 
@@ -28,12 +30,17 @@ BUCKETS = {"event": time_bucket, "query": age_bucket}
 
 
 def position_time_reference(
-    x_TE: Tensor, position_PE: Tensor, time_BE: Tensor, position_T: Tensor, gap_ms_T: Tensor, anchor: Anchor
+    x_TE: Tensor,
+    position_PE: Tensor,
+    time_BE: Tensor,
+    position_T: Tensor,
+    gap_ms_T: Tensor,
+    anchor: Anchor,
 ) -> Tensor:
     """x + position table[position modulo its rows] + time table[bucket of the gap], in x's type.
 
-    Where nothing is recorded a table is cast to x's type rather than what was read of it. Its gradient is sparse: a row
-    for each token.
+    Where nothing is recorded a table is cast to x's type rather than what was read of it. Its
+    gradient is sparse: a row for each token.
     """
     for table, index in (
         (position_PE, position_T % len(position_PE)),

@@ -1,10 +1,12 @@
-"""Triton kernels of the position and time embedding: forward, and the sums of the tables' gradients.
+"""Triton kernels of the position and time embedding: forward, and the sums of the tables'
+gradients.
 
-Both tables are one in backward: rows of the position table, then rows of the time table. A token has a key in each, the
-number of its row. Keys are sorted, and `order` says whose each is. A program takes BLOCK_N places of that order, a
-chunk: runs of one key inside the chunk are added and done with, a run that goes on in other chunks leaves a partial sum
-in each, and a second kernel adds those. So sums have an order that the keys alone give, and a row that every token has
-costs no more than others.
+Both tables are one in backward: rows of the position table, then rows of the time table. A token
+has a key in each, the number of its row. Keys are sorted, and `order` says whose each is. A program
+takes BLOCK_N places of that order, a chunk: runs of one key inside the chunk are added and done
+with, a run that goes on in other chunks leaves a partial sum in each, and a second kernel adds
+those. So sums have an order that the keys alone give, and a row that every token has costs no more
+than others.
 """
 
 import triton
@@ -29,7 +31,9 @@ def add_forward(
     valid = rows < num_rows
     inside = valid[:, None] & (columns < width)[None, :]
     long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
-    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     at = (tl.load(position + rows, mask=valid, other=0) % num_positions).to(tl.int32)
     at = tl.where(at < 0, at + num_positions, at)
     gap = tl.load(gap_ms + rows, mask=valid, other=0)
@@ -41,24 +45,32 @@ def add_forward(
         bucket = tl.floor(tl.sqrt(wide / MS_PER_BUCKET))
     bucket = tl.minimum(1 + bucket.to(tl.int64), num_buckets - 1).to(tl.int32)
     bucket = tl.where(gap < 0, 0, bucket)
-    of_position = tl.load(position_table + at.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0)
-    of_time = tl.load(time_table + bucket.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    of_position = tl.load(
+        position_table + at.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0
+    )
+    of_time = tl.load(
+        time_table + bucket.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0
+    )
     y = x_RE + of_position.to(tl.float32) + of_time.to(tl.float32)
     tl.store(out + long_rows * width + columns[None, :], y.to(out.dtype.element_ty), mask=inside)
     if KEYS:
         tl.store(keys + rows, at.to(keys.dtype.element_ty), mask=valid)
-        tl.store(keys + num_rows + rows, (num_positions + bucket).to(keys.dtype.element_ty), mask=valid)
+        tl.store(
+            keys + num_rows + rows, (num_positions + bucket).to(keys.dtype.element_ty), mask=valid
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows", "steps"])
 def name_rows(
     keys,  # int [2 T], sorted
-    ids,  # int64 [P + B] out: a row's own number in its table, or of a row without tokens that of another with some
+    # int64 [P + B] out: a row's own number in its table, or of a row without tokens that of another
+    # with some
+    ids,
     sums,  # float32 [P + B, E] out: zeros in rows without tokens
     num_rows, steps, width, num_positions, num_keys, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A sparse gradient must say how many rows it has, and the host does not know which have tokens. So it has all, and
-    a row without tokens adds zeros to one that has some."""
+    """A sparse gradient must say how many rows it has, and the host does not know which have
+    tokens. So it has all, and a row without tokens adds zeros to one that has some."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < num_keys
     first = tl.where(row < num_positions, 0, num_rows)
@@ -70,7 +82,11 @@ def name_rows(
         high = tl.where(reached, middle, high)
         low = tl.where(reached, low, tl.minimum(middle + 1, last))
     found = tl.load(keys + low, mask=valid, other=0).to(tl.int32)
-    tl.store(ids + row, (found - tl.where(row < num_positions, 0, num_positions)).to(tl.int64), mask=valid)
+    tl.store(
+        ids + row,
+        (found - tl.where(row < num_positions, 0, num_positions)).to(tl.int64),
+        mask=valid,
+    )
     empty = valid & (found != row)
     place = sums + row.to(tl.int64)[:, None] * width
     for begin in range(0, width, BLOCK_E):
@@ -85,7 +101,8 @@ def sum_runs(
     order,  # int64 [2 T]: which key of the unsorted each was
     grad,  # [T, E]
     sums,  # float32 [P + B, E] out, of keys whose run is inside a chunk
-    partial,  # float32 [chunks, 2, E] out: sums of runs that began before the chunk, and that go on after it
+    # float32 [chunks, 2, E] out: sums of runs that began before the chunk, and that go on after it
+    partial,
     num_rows, width, stride_grad, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width, BLOCK_E)
@@ -102,25 +119,34 @@ def sum_runs(
     token = tl.load(order + place, mask=valid, other=0) % num_rows
     mask = valid[:, None] & (columns < width)[None, :]
     rows = tl.load(grad + token[:, None] * stride_grad + columns[None, :], mask=mask, other=0.0)
-    run = tl.cumsum(((key != before) | (lane == 0)).to(tl.int32), 0) - 1  # number of each place's run in the chunk
+    # number of each place's run in the chunk
+    run = tl.cumsum(((key != before) | (lane == 0)).to(tl.int32), 0) - 1
     is_of = (lane[:, None] == run[None, :]) & valid[None, :]  # [runs, places]
-    total_of = tl.dot(is_of.to(rows.dtype), rows, input_precision="ieee")  # float32 sums: a product by 0 or 1 is exact
+    # float32 sums: a product by 0 or 1 is exact
+    total_of = tl.dot(is_of.to(rows.dtype), rows, input_precision="ieee")
     key_of = tl.max(tl.where(is_of, key[None, :], -1), 1)
     came, goes_on = key_of == key_before, key_of == key_after
     there = key_of >= 0
     whole = there & ~came & ~goes_on
     row = tl.maximum(key_of, 0).to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(sums + row, total_of, mask=whole[:, None] & (columns < width)[None, :])
-    # A run that came from before lies in half 0, whether or not it goes on; one that begins here and goes on in half 1.
+    # A run that came from before lies in half 0, whether or not it goes on; one that begins here
+    # and goes on in half 1.
     half = (chunk.to(tl.int64) * 2 + tl.where(came, 0, 1))[:, None] * width + columns[None, :]
-    tl.store(partial + half, total_of, mask=(there & (came | goes_on))[:, None] & (columns < width)[None, :])
+    tl.store(
+        partial + half,
+        total_of,
+        mask=(there & (came | goes_on))[:, None] & (columns < width)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def finish_runs(
     keys, partial, sums, num_rows, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """One program a chunk and block of columns: the row whose run begins there and goes on, if there is one."""
+    """One program a chunk and block of columns: the row whose run begins there and goes on, if
+    there is one.
+    """
     blocks = tl.cdiv(width, BLOCK_E)
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     total = 2 * num_rows
@@ -141,9 +167,14 @@ def finish_runs(
     more = True
     while more:
         each = next_chunk + tl.arange(0, BLOCK_C)
-        same = tl.load(keys + each * BLOCK_N, mask=each * BLOCK_N < total, other=-1).to(tl.int32) == key
+        same = (
+            tl.load(keys + each * BLOCK_N, mask=each * BLOCK_N < total, other=-1).to(tl.int32)
+            == key
+        )
         mask = same[:, None] & inside[None, :]
-        added += tl.load(partial + (each * 2)[:, None] * width + columns[None, :], mask=mask, other=0.0)
+        added += tl.load(
+            partial + (each * 2)[:, None] * width + columns[None, :], mask=mask, other=0.0
+        )
         next_chunk += BLOCK_C
         more = tl.sum(same.to(tl.int32), 0) == BLOCK_C
     tl.store(sums + key.to(tl.int64) * width + columns, began + tl.sum(added, 0), mask=inside)

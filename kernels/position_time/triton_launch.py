@@ -9,7 +9,8 @@ from kernels.position_time import triton_kernels
 from kernels.position_time.reference import Anchor
 
 TILE = 2048  # numbers that a program of the forward kernel holds: 16 a thread
-# Places of sorted keys that a program sums, and columns, by the bytes of a number: float32 has no tensor cores here.
+# Places of sorted keys that a program sums, and columns, by the bytes of a number: float32 has no
+# tensor cores here.
 SUMMED = {2: (64, 128), 4: (32, 64)}
 PARTIAL = 32  # partial sums read at a time
 NAMED = 16  # rows of the tables that a program names
@@ -19,7 +20,9 @@ def launch_add(
     x_TE: Tensor, position_PE: Tensor, time_BE: Tensor, position_T: Tensor, gap_ms_T: Tensor, anchor: Anchor,
     keep_keys: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As `reference.position_time_reference`, its sums in float32; and each token's keys [2, T], for backward."""
+    """As `reference.position_time_reference`, its sums in float32; and each token's keys [2, T],
+    for backward.
+    """
     num_rows, width = x_TE.shape
     tables = len(position_PE), len(time_BE)
     out = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
@@ -42,7 +45,8 @@ def launch_add(
 def launch_table_gradients(
     grad_TE: Tensor, keys: Tensor, num_positions: int, num_buckets: int
 ) -> tuple[Tensor, Tensor]:
-    """To which row of its table each sum belongs, int64 [P + B], and sums of the gradient's rows, float32 [P + B, E].
+    """To which row of its table each sum belongs, int64 [P + B], and sums of the gradient's rows,
+    float32 [P + B, E].
 
     Rows that no token has are zero and belong to a row that has tokens. Two runs agree bit for bit.
     """
@@ -76,8 +80,13 @@ class AddPositionTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TE, position_PE, time_BE, position_T, gap_ms_T, anchor):
         of_tables = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        out, keys = launch_add(x_TE, position_PE, time_BE, position_T, gap_ms_T, anchor, keep_keys=of_tables)
-        ctx.keys, ctx.tables = keys, tuple((table.shape, table.dtype) for table in (position_PE, time_BE))
+        out, keys = launch_add(
+            x_TE, position_PE, time_BE, position_T, gap_ms_T, anchor, keep_keys=of_tables
+        )
+        ctx.keys, ctx.tables = (
+            keys,
+            tuple((table.shape, table.dtype) for table in (position_PE, time_BE)),
+        )
         return out
 
     @staticmethod
@@ -97,6 +106,8 @@ class AddPositionTime(torch.autograd.Function):
         tables = []
         for (of_rows, values), (shape, dtype) in zip(parts, ctx.tables, strict=True):
             # With the check of its rows the host would wait for the device.
-            gradient = torch.sparse_coo_tensor(of_rows[None], values.to(dtype), shape, check_invariants=False)
+            gradient = torch.sparse_coo_tensor(
+                of_rows[None], values.to(dtype), shape, check_invariants=False
+            )
             tables.append(gradient)
         return grad, *tables, None, None, None

@@ -1,1 +1,4 @@
-"""One optimizer step of the touched rows of an embedding table. `op.py` is the face, `reference.py` the truth."""
+"""One optimizer step of the touched rows of an embedding table.
+
+`op.py` is the face, `reference.py` the truth.
+"""

@@ -1,8 +1,11 @@
-"""Fused row-wise AdamW: gradients of the same row are added and the row updated, in one pass over sorted ids.
+"""Fused row-wise AdamW: gradients of the same row are added and the row updated, in one pass over
+sorted ids.
 
-`ids` are sorted and `order` says where each one's gradient lies. A program takes BLOCK_N places of that order, a
-chunk. A run of equal ids inside one chunk is added and its row updated at once. A run that goes on in other chunks
-leaves one partial sum in each, and a second kernel adds those. All sums have an order given by the places alone.
+`ids` are sorted and `order` says where each one's gradient lies. A program takes BLOCK_N places of
+that order, a
+chunk. A run of equal ids inside one chunk is added and its row updated at once. A run that goes on
+in other chunks leaves one partial sum in each, and a second kernel adds those. All sums have an
+order given by the places alone.
 """
 
 import triton
@@ -37,7 +40,8 @@ def _update(
     if MOMENTUM:
         old_m = tl.load(m + at, mask=mask, other=0.0)
         new_m = old_m + share1 * (grad - old_m)
-    # Several threads, of several warps, read the same number and one writes it: none may write before all have read.
+    # Several threads, of several warps, read the same number and one writes it: none may write
+    # before all have read.
     tl.debug_barrier()
     tl.store(v + row, new_v, mask=active)
     if MOMENTUM:
@@ -60,7 +64,9 @@ def update_rows(
     ids,  # int [n], sorted
     order,  # int64 [n]: where the gradient of ids[i] lies
     grads,  # [n, dim]
-    partial,  # float32 [chunks, 2, dim] out: sums of runs that began before the chunk, and that go on after it
+    # float32 [chunks, 2, dim] out: sums of runs that began before the chunk, and that go on after
+    # it
+    partial,
     weight,  # [R, dim], float32 or bfloat16
     m,  # float32 [R, dim], with MOMENTUM
     v,  # float32 [R]
@@ -92,7 +98,9 @@ def update_rows(
     before = tl.load(ids + place - 1, mask=valid & (place > 0), other=-1).to(tl.int64)
     after = tl.load(ids + place + 1, mask=place + 1 < num_ids, other=-1).to(tl.int64)
     before_chunk = tl.load(ids + first - 1, mask=first > 0, other=-1).to(tl.int64)
-    after_chunk = tl.load(ids + first + BLOCK_N, mask=first + BLOCK_N < num_ids, other=-1).to(tl.int64)
+    after_chunk = tl.load(ids + first + BLOCK_N, mask=first + BLOCK_N < num_ids, other=-1).to(
+        tl.int64
+    )
     mask = valid[:, None] & (col < dim)
     grad = tl.load(grads + source[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
     starts = ((row != before) | (lane == 0)).to(tl.int32)
@@ -106,7 +114,8 @@ def update_rows(
         weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, first_row, step, lr, share1, share2,
         correct1, correct2, eps, weight_decay, dim, MOMENTUM, BLOCK_D,
     )  # fmt: skip
-    # A run that came from before lies in half 0, whether or not it goes on; one that begins here and goes on in half 1.
+    # A run that came from before lies in half 0, whether or not it goes on; one that begins here
+    # and goes on in half 1.
     to = (tl.program_id(0).to(tl.int64) * 2 + tl.where(came, 0, 1))[:, None] * dim + col
     tl.store(partial + to, grad, mask=(came | goes_on)[:, None] & (col < dim))
 

@@ -33,8 +33,20 @@ def rowwise_adamw_triton(
     ids, order = torch.sort(ids, stable=True)
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
     shares = 1 - hyper.betas[0], 1 - hyper.betas[1]
-    scalars = num_ids, dim, first_row, hyper.step, hyper.lr, *shares, *hyper.corrections, hyper.eps, hyper.weight_decay
+    scalars = (
+        num_ids,
+        dim,
+        first_row,
+        hyper.step,
+        hyper.lr,
+        *shares,
+        *hyper.corrections,
+        hyper.eps,
+        hyper.weight_decay,
+    )
     flags = {"MOMENTUM": m is not None, "BLOCK_N": block_n, "BLOCK_D": block_d}
     tables = weight, v if m is None else m, v, grad_scale
-    triton_kernels.update_rows[(chunks,)](ids, order, grads.contiguous(), partial, *tables, *scalars, **flags)
+    triton_kernels.update_rows[(chunks,)](
+        ids, order, grads.contiguous(), partial, *tables, *scalars, **flags
+    )
     triton_kernels.finish_rows[(chunks,)](ids, partial, *tables, *scalars, **flags, BLOCK_C=block_c)

@@ -1,4 +1,6 @@
-"""Sampled softmax, the op: a retrieval loss whose positions × negatives × width would not fit in memory."""
+"""Sampled softmax, the op: a retrieval loss whose positions × negatives × width would not fit in
+memory.
+"""
 
 from types import ModuleType
 
@@ -34,11 +36,13 @@ def sampled_softmax(
     temperature: float = 0.05,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The weighted mean over P positions of −log softmax of the positive among itself and R negatives; a number.
+    """The weighted mean over P positions of −log softmax of the positive among itself and R
+    negatives; a number.
 
-    Scores are cosines over `temperature`; a negative that equals the positive counts for nothing. `positives` int [P],
-    `negatives` int [P, R]; `weights` [P], 0 or more and not all 0; None: all alike. Sums are float32 for half-precision
-    vectors. Gradients reach users and items; with Triton, and on the CPU, two runs agree bit for bit.
+    Scores are cosines over `temperature`; a negative that equals the positive counts for nothing.
+    `positives` int [P], `negatives` int [P, R]; `weights` [P], 0 or more and not all 0; None: all
+    alike. Sums are float32 for half-precision vectors. Gradients reach users and items; with
+    Triton, and on the CPU, two runs agree bit for bit.
 
     Raises:
         ValueError: on shapes, types and numbers that do not fit.
@@ -47,26 +51,47 @@ def sampled_softmax(
     shown = f"{tuple(users_PD.shape)} and {tuple(items_ND.shape)}"
     require(vectors, f"users must be [P, D] and items [N, D], got {shown}")
     same = users_PD.dtype == items_ND.dtype and users_PD.dtype.is_floating_point
-    require(same, f"users and items must have one float type, got {users_PD.dtype} and {items_ND.dtype}")
+    require(
+        same, f"users and items must have one float type, got {users_PD.dtype} and {items_ND.dtype}"
+    )
     drawn = negatives.dim() == 2 and positives.shape == negatives.shape[:1] == users_PD.shape[:1]
     shown = f"{tuple(positives.shape)} and {tuple(negatives.shape)}"
-    require(drawn, f"positives must be [{len(users_PD)}] and negatives [{len(users_PD)}, R], got {shown}")
+    require(
+        drawn,
+        f"positives must be [{len(users_PD)}] and negatives [{len(users_PD)}, R], got {shown}",
+    )
     types = not (positives.is_floating_point() or negatives.is_floating_point())
-    require(types, f"positives and negatives must be item rows, got {positives.dtype} and {negatives.dtype}")
+    require(
+        types,
+        f"positives and negatives must be item rows, got {positives.dtype} and {negatives.dtype}",
+    )
     require(temperature > 0, f"temperature must be greater than 0, got {temperature}")
     wide = torch.promote_types(users_PD.dtype, torch.float32)
     weights = users_PD.new_ones(len(users_PD), dtype=wide) if weights is None else weights.to(wide)
-    require(weights.shape == positives.shape, f"weights must be [{len(users_PD)}], got {tuple(weights.shape)}")
+    require(
+        weights.shape == positives.shape,
+        f"weights must be [{len(users_PD)}], got {tuple(weights.shape)}",
+    )
     chosen = choose(backend, users_PD)
     if chosen == "reference":
-        return sampled_softmax_reference(users_PD, items_ND, positives, negatives, weights, temperature)
+        return sampled_softmax_reference(
+            users_PD, items_ND, positives, negatives, weights, temperature
+        )
     if chosen == "triton":
         from kernels.sampled_softmax import triton_launch as form
 
-        require(users_PD.dtype != torch.float64, "the triton backend takes float16, bfloat16 and float32")
+        require(
+            users_PD.dtype != torch.float64,
+            "the triton backend takes float16, bfloat16 and float32",
+        )
     else:
         form = torch_chunked
-    tensors = users_PD.contiguous(), items_ND.contiguous(), positives.contiguous(), negatives.contiguous()
+    tensors = (
+        users_PD.contiguous(),
+        items_ND.contiguous(),
+        positives.contiguous(),
+        negatives.contiguous(),
+    )
     return SampledSoftmax.apply(*tensors, weights, temperature, form)
 
 

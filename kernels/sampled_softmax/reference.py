@@ -13,12 +13,19 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def sampled_softmax_reference(
-    users_PD: Tensor, items_ND: Tensor, positives: Tensor, negatives: Tensor, weights: Tensor, temperature: float
+    users_PD: Tensor,
+    items_ND: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    weights: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """The weighted mean over P positions of −log softmax of the positive among itself and R negatives.
+    """The weighted mean over P positions of −log softmax of the positive among itself and R
+    negatives.
 
-    Scores are cosines over `temperature`; a negative that equals the positive gets COLLISION instead. HSTU,
-    arXiv:2402.17152, trains retrieval with it. `positives` int [P], `negatives` int [P, R], `weights` [P].
+    Scores are cosines over `temperature`; a negative that equals the positive gets COLLISION
+    instead. HSTU, arXiv:2402.17152, trains retrieval with it. `positives` int [P], `negatives` int
+    [P, R], `weights` [P].
     """
     user, item = normalise(users_PD), normalise(items_ND)
     score = (user * item[positives]).sum(1, keepdim=True) / temperature

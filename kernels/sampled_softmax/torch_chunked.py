@@ -1,4 +1,6 @@
-"""Sampled softmax in plain PyTorch, some positions at a time: vectors of negatives exist for one chunk only."""
+"""Sampled softmax in plain PyTorch, some positions at a time: vectors of negatives exist for one
+chunk only.
+"""
 
 from collections.abc import Iterator
 
@@ -31,12 +33,17 @@ def _scores(
 def forward(
     users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position: loss [P], log of the summed exponentials [P], gradient of the loss towards the user vector [P, D].
+    """Per position: loss [P], log of the summed exponentials [P], gradient of the loss towards the
+    user vector [P, D].
 
     All in float32, or float64 where the vectors are.
     """
     wide = torch.promote_types(users.dtype, torch.float32)
-    loss, lse, grad = users.new_empty(len(users), dtype=wide), users.new_empty(len(users), dtype=wide), []
+    loss, lse, grad = (
+        users.new_empty(len(users), dtype=wide),
+        users.new_empty(len(users), dtype=wide),
+        [],
+    )
     for part in chunks(negatives, users.shape[1]):
         raw = users[part].to(wide)
         norm = torch.linalg.vector_norm(raw, dim=1, keepdim=True)
@@ -46,7 +53,9 @@ def forward(
         loss[part] = lse[part] - scores[:, 0]
         share = (scores - lse[part, None]).exp()
         share[:, 0] = torch.expm1(-loss[part])
-        grad.append(through_norm(torch.bmm(share[:, None], vectors)[:, 0] / temperature, user, norm))
+        grad.append(
+            through_norm(torch.bmm(share[:, None], vectors)[:, 0] / temperature, user, norm)
+        )
     return loss, lse, torch.cat(grad) if grad else users.to(wide)
 
 
@@ -60,7 +69,9 @@ def item_gradients(
     share: Tensor,
     temperature: float,
 ) -> Tensor:
-    """[N, D]: the gradient of `(loss * share).sum()` towards the item vectors, in the type of `lse`."""
+    """[N, D]: the gradient of `(loss * share).sum()` towards the item vectors, in the type of
+    `lse`.
+    """
     grad = torch.zeros_like(items, dtype=lse.dtype)
     for part in chunks(negatives, users.shape[1]):
         user = normalise(users[part].to(lse.dtype))

@@ -1,9 +1,10 @@
 """Sampled softmax without the vectors of the negatives in memory.
 
-Forward, one program a position: gathers the negatives' rows block by block and, as attention does, keeps a running
-maximum, sum and weighted mean of them; that mean is the gradient towards the user, so backward needs no second pass.
-Backward towards items, one program an item: all (position, column) pairs that drew it, sorted by item, each score anew
-from the two vectors. Sums have a fixed order: no atomics. Suffixes: R negatives or pairs of a block, D the width.
+Forward, one program a position: gathers the negatives' rows block by block and, as attention does,
+keeps a running maximum, sum and weighted mean of them; that mean is the gradient towards the user,
+so backward needs no second pass. Backward towards items, one program an item: all (position,
+column) pairs that drew it, sorted by item, each score anew from the two vectors. Sums have a fixed
+order: no atomics. Suffixes: R negatives or pairs of a block, D the width.
 """
 
 import triton
@@ -44,14 +45,18 @@ def forward(
     own = own / tl.maximum(tl.sqrt(tl.sum(own * own, 0)), NORM_EPS)
     own_score = tl.sum(user * own, 0) * per_temperature
 
-    # A maximum and sums per row of a block, brought together once, at the end: no step waits for other warps.
+    # A maximum and sums per row of a block, brought together once, at the end: no step waits for
+    # other warps.
     top = tl.zeros((BLOCK_R,), tl.float32) + own_score
     total = tl.zeros((BLOCK_R,), tl.float32)
     mean = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for begin in range(0, num_negatives, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
-        item = tl.load(negatives + position * num_negatives + r, mask=r < num_negatives, other=0).to(tl.int64)
-        counts = (r < num_negatives) & (item != positive)  # a collision's logit is so low that its share is zero
+        item = tl.load(
+            negatives + position * num_negatives + r, mask=r < num_negatives, other=0
+        ).to(tl.int64)
+        # a collision's logit is so low that its share is zero
+        counts = (r < num_negatives) & (item != positive)
         mask = (r < num_negatives)[:, None] & (col < dim)
         x = tl.load(items + item[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
         per_norm = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS)
@@ -78,7 +83,8 @@ def item_gradients(
     users,  # [P, dim]
     items,  # [N, dim]
     per_user_norm,  # float32 [P]
-    shifted_lse,  # float32 [P]: lse - log(factor); factor is how much a position counts, over the temperature
+    # float32 [P]: lse - log(factor); factor is how much a position counts, over the temperature
+    shifted_lse,
     of_positive,  # float32 [P]: factor * (share of the positive - 1)
     order,  # int64 [pairs]: position * columns + column, sorted by item; column 0 is the positive
     starts,  # int64 [N + 1]: where each item's pairs begin
@@ -108,12 +114,16 @@ def item_gradients(
         drawn = tl.load(order + pair, mask=valid, other=0)
         position = drawn // columns
         is_positive = valid & (drawn == position * columns)
-        user = tl.load(users + position[:, None] * dim + col, mask=valid[:, None] & (col < dim), other=0.0)
+        user = tl.load(
+            users + position[:, None] * dim + col, mask=valid[:, None] & (col < dim), other=0.0
+        )
         user = user.to(tl.float32)
         per_norm = tl.load(per_user_norm + position, mask=valid, other=0.0)
         score = tl.sum(user * x, 1) * per_norm * per_temperature
         share = tl.exp(score - tl.load(shifted_lse + position, mask=valid, other=float("inf")))
-        share = tl.where(is_positive, tl.load(of_positive + position, mask=is_positive, other=0.0), share)
+        share = tl.where(
+            is_positive, tl.load(of_positive + position, mask=is_positive, other=0.0), share
+        )
         total += (share * per_norm)[:, None] * user
     toward = tl.sum(total, 0)
     if SPLIT:

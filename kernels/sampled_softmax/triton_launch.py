@@ -20,9 +20,13 @@ def _blocks(dim: int) -> dict[str, int]:
 def forward(
     users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position: loss, log of the summed exponentials, gradient of the loss towards the user vector; in float32."""
+    """Per position: loss, log of the summed exponentials, gradient of the loss towards the user
+    vector; in float32.
+    """
     num_positions, dim = users.shape
-    loss, lse = (torch.empty(num_positions, dtype=torch.float32, device=users.device) for _ in range(2))
+    loss, lse = (
+        torch.empty(num_positions, dtype=torch.float32, device=users.device) for _ in range(2)
+    )
     grad = torch.empty(num_positions, dim, dtype=torch.float32, device=users.device)
     if num_positions:
         sizes = negatives.shape[1], dim, 1 / temperature
@@ -60,16 +64,23 @@ def item_gradients(
     if num_parts == 1:
         return grad[:, 0]
     wide = items.float()
-    return through_norm(grad.sum(1), normalise(wide), torch.linalg.vector_norm(wide, dim=1, keepdim=True))
+    return through_norm(
+        grad.sum(1), normalise(wide), torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    )
 
 
 def _pairs_by_item(positives: Tensor, negatives: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Pairs `position * (1 + R) + column` sorted by the item they drew, and where each item's begin.
+    """Pairs `position * (1 + R) + column` sorted by the item they drew, and where each item's
+    begin.
 
-    Column 0 is the positive. Collisions count for nothing; they sort behind all items. Narrow keys: a radix sort takes
-    a pass a byte.
+    Column 0 is the positive. Collisions count for nothing; they sort behind all items. Narrow keys:
+    a radix sort takes a pass a byte.
     """
-    key = next(kind for kind in (torch.int16, torch.int32, torch.int64) if num_items <= torch.iinfo(kind).max)
+    key = next(
+        kind
+        for kind in (torch.int16, torch.int32, torch.int64)
+        if num_items <= torch.iinfo(kind).max
+    )
     ids = torch.empty(len(negatives), negatives.shape[1] + 1, dtype=key, device=negatives.device)
     ids[:, 0] = positives
     ids[:, 1:] = negatives

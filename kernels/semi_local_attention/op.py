@@ -2,8 +2,8 @@
 
     q, k, v [T, H, ·] + seq_offsets + mask → `semi_local_attention` → [T, H, V]
 
-Every layer of a batch has the same mask, so what a backend derives from it (a list of tiles) is kept with the
-`seq_offsets` tensor it came from and serves all layers, forward and backward.
+Every layer of a batch has the same mask, so what a backend derives from it (a list of tiles) is
+kept with the `seq_offsets` tensor it came from and serves all layers, forward and backward.
 """
 
 from collections.abc import Callable
@@ -29,15 +29,26 @@ from kernels.semi_local_attention.torch_blocked import (
 
 Plan = TypeVar("Plan")
 TRITON_TYPES = torch.float16, torch.bfloat16, torch.float32
-_plans: dict[int, tuple[ref, dict]] = {}  # id of seq_offsets → it, mask → (versions, tensors it was made of, plan)
+# id of seq_offsets → it, mask → (versions, tensors it was made of, plan)
+_plans: dict[int, tuple[ref, dict]] = {}
 
 
 def _require_triton(x: Tensor, width: int) -> None:
     require_triton(x)
-    _require(x.dtype in TRITON_TYPES, f"the triton backend takes float16, bfloat16 and float32, got {x.dtype}")
-    _require(max(x.shape[2], width) <= 256, f"heads must be at most 256 wide, got {x.shape[2]} and {width}")
+    _require(
+        x.dtype in TRITON_TYPES,
+        f"the triton backend takes float16, bfloat16 and float32, got {x.dtype}",
+    )
+    _require(
+        max(x.shape[2], width) <= 256,
+        f"heads must be at most 256 wide, got {x.shape[2]} and {width}",
+    )
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    _require(here, f"tensors are on {x.device}, but kernels start on the current device: torch.cuda.set_device(...)")
+    _require(
+        here,
+        f"tensors are on {x.device}, but kernels start on the current device: "
+        "torch.cuda.set_device(...)",
+    )
 
 
 @lru_cache(1024)  # a model asks the same of every layer
@@ -56,38 +67,64 @@ def _check(
     scaling_seq_len: int,
 ) -> None:
     _require(len(q) == len(k) == len(v) == 3, f"q, k, v must be [T, H, ·], got {q}, {k}, {v}")
-    _require(q == k and q[:2] == v[:2], f"q and k must be [T, H, D] and v [T, H, V], got {q}, {k}, {v}")
+    _require(
+        q == k and q[:2] == v[:2], f"q and k must be [T, H, D] and v [T, H, V], got {q}, {k}, {v}"
+    )
     same = len(set(dtypes[:3])) == 1 and dtypes[0].is_floating_point
     _require(same, f"q, k, v must have one float type, got {dtypes[:3]}")
     fits = dtypes[3] == torch.int64 and len(offsets) == 1
     _require(fits, f"seq_offsets must be int64 [B + 1], got {dtypes[3]} {tuple(offsets)}")
     batch = offsets[0] - 1
     if targets is not None:
-        _require(targets == (batch,), f"num_targets must be [{batch}], one per sequence, got {tuple(targets)}")
+        _require(
+            targets == (batch,),
+            f"num_targets must be [{batch}], one per sequence, got {tuple(targets)}",
+        )
     _require(targets is not None or not has_visible, "target_visible needs num_targets")
-    _require(window is None or window >= 0, f"window must be a distance of 0 or more, or None, got {window}")
+    _require(
+        window is None or window >= 0,
+        f"window must be a distance of 0 or more, or None, got {window}",
+    )
     _require(full_rows >= 0, f"full_rows must be 0 or more, got {full_rows}")
     _require(prefix >= 0, f"prefix must be 0 or more, got {prefix}")
     _require(scaling_seq_len >= 1, f"scaling_seq_len must be 1 or more, got {scaling_seq_len}")
-    _require(len(set(devices)) == 1, f"all tensors must be on one device, got {sorted(map(str, set(devices)))}")
+    _require(
+        len(set(devices)) == 1,
+        f"all tensors must be on one device, got {sorted(map(str, set(devices)))}",
+    )
 
 
 def _check_lengths(
-    num_tokens: int, seq_offsets: Tensor, max_seq_len: int, num_targets: Tensor | None, target_visible: Tensor | None
+    num_tokens: int,
+    seq_offsets: Tensor,
+    max_seq_len: int,
+    num_targets: Tensor | None,
+    target_visible: Tensor | None,
 ) -> None:
     """What reads values; on a GPU this would wait for the device, so it is for CPUs."""
     length = seq_offsets.diff()
     ends = int(seq_offsets[0]), int(seq_offsets[-1])
-    _require(ends == (0, num_tokens), f"seq_offsets must go from 0 to T={num_tokens}, got {ends[0]} to {ends[1]}")
+    _require(
+        ends == (0, num_tokens),
+        f"seq_offsets must go from 0 to T={num_tokens}, got {ends[0]} to {ends[1]}",
+    )
     if len(length):
         shortest, longest = int(length.min()), int(length.max())
         _require(shortest >= 0, f"seq_offsets must not fall, got a sequence of length {shortest}")
-        _require(longest <= max_seq_len, f"a sequence has {longest} tokens, above max_seq_len={max_seq_len}")
+        _require(
+            longest <= max_seq_len,
+            f"a sequence has {longest} tokens, above max_seq_len={max_seq_len}",
+        )
     if num_targets is not None:
-        _require(bool(((num_targets >= 0) & (num_targets <= length)).all()), "num_targets must be in 0..length")
+        _require(
+            bool(((num_targets >= 0) & (num_targets <= length)).all()),
+            "num_targets must be in 0..length",
+        )
         total = int(num_targets.sum())
         given = total if target_visible is None else len(target_visible)
-        _require(given == total, f"target_visible must be [{total}], one per candidate, got [{given}]")
+        _require(
+            given == total, f"target_visible must be [{total}], one per candidate, got [{given}]"
+        )
 
 
 def _shared_plan(
@@ -98,7 +135,9 @@ def _shared_plan(
     It goes with `seq_offsets`, and so must not hold that tensor itself.
     """
     everything = seq_offsets, *tensors
-    version = [None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything]
+    version = [
+        None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in everything
+    ]
     owner = id(seq_offsets)
     entry = _plans.get(owner)
     if entry is None or entry[0]() is not seq_offsets:
@@ -106,7 +145,8 @@ def _shared_plan(
     plans = entry[1]
     found = plans.get(mask)
     if found is None or found[0] != version:
-        found = plans[mask] = version, tensors, build()  # holds the tensors, so that their ids stay theirs
+        # holds the tensors, so that their ids stay theirs
+        found = plans[mask] = version, tensors, build()
     return found[2]
 
 
@@ -130,7 +170,9 @@ def triton_plan(
         seq_offsets,
         ("triton", *mask),
         tensors,
-        lambda: triton_launch.TritonPlan(seq_offsets.detach(), *tensors, num_tokens, max_seq_len, *mask),
+        lambda: triton_launch.TritonPlan(
+            seq_offsets.detach(), *tensors, num_tokens, max_seq_len, *mask
+        ),
     )
 
 
@@ -152,17 +194,22 @@ def semi_local_attention(
     out_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """SiLU(attn_alpha · q·k + bias) v / scaling_seq_len, summed over the keys that `semi_local_mask` keeps, [T, H, V].
+    """SiLU(attn_alpha · q·k + bias) v / scaling_seq_len, summed over the keys that
+    `semi_local_mask` keeps, [T, H, V].
 
-    `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are candidates;
-    `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it (context counted) and itself;
-    `window` None is plain causal. `out_dtype` is q's by default; float32 keeps the sums of half-precision inputs whole.
-    `"auto"` is Triton for CUDA tensors and the blocked PyTorch form on the CPU.
+    `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are
+    candidates; `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it
+    (context counted) and itself; `window` None is plain causal. `out_dtype` is q's by default;
+    float32 keeps the sums of half-precision inputs whole. `"auto"` is Triton for CUDA tensors and
+    the blocked PyTorch form on the CPU.
 
     Raises:
-        ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors are on the CPU.
+        ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors
+        are on the CPU.
     """
-    given = [t for t in (q_THD, k_THD, v_THV, seq_offsets, num_targets, target_visible) if t is not None]
+    given = [
+        t for t in (q_THD, k_THD, v_THV, seq_offsets, num_targets, target_visible) if t is not None
+    ]
     _check(
         q_THD.shape,
         k_THD.shape,
@@ -184,7 +231,9 @@ def semi_local_attention(
     if backend == "reference":
         keys = {"num_targets": num_targets, "target_visible": target_visible}
         sizes = {"window": window, "full_rows": full_rows, "prefix": prefix}
-        out = semi_local_attention_reference(q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale)
+        out = semi_local_attention_reference(
+            q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale
+        )
         return out.to(out_dtype or q_THD.dtype)
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
         _require_triton(q_THD, v_THV.shape[2])
@@ -194,9 +243,16 @@ def semi_local_attention(
         return triton_launch.semi_local_attention_triton(
             q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
         )
-    _require(backend in ("auto", "torch"), f"backend must be auto, triton, torch or reference, got {backend!r}")
-    plan = _shared_plan(seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask))
-    return semi_local_attention_blocked(q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale)
+    _require(
+        backend in ("auto", "torch"),
+        f"backend must be auto, triton, torch or reference, got {backend!r}",
+    )
+    plan = _shared_plan(
+        seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask)
+    )
+    return semi_local_attention_blocked(
+        q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
+    )
 
 
 def cached_attention(
@@ -214,27 +270,41 @@ def cached_attention(
     scaling_seq_len: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Serving: C new rows of B users over the keys and values cached for each user, [C, H, V]; forward only.
+    """Serving: C new rows of B users over the keys and values cached for each user, [C, H, V];
+    forward only.
 
-    `row_offsets` and `cache_offsets` int64 [B + 1]. A row sees its user's cache, or the first `visible` int32 [C] keys
-    of it, and itself: what `semi_local_attention` gives to candidates. With `causal` the rows are new events, which see
-    the whole cache and each other in order: what it gives to full rows.
+    `row_offsets` and `cache_offsets` int64 [B + 1]. A row sees its user's cache, or the first
+    `visible` int32 [C] keys of it, and itself: what `semi_local_attention` gives to candidates.
+    With `causal` the rows are new events, which see the whole cache and each other in order: what
+    it gives to full rows.
 
     Raises:
         ValueError: on shapes and types that do not fit.
     """
     q, k, v = q_CHD.shape, k_THD.shape, v_THV.shape
-    _require(len(q) == len(k) == len(v) == 3, f"q, k, v must be [C, H, D], [T, H, D], [T, H, V], got {q}, {k}, {v}")
-    _require(q[1:] == k[1:] and k[:2] == v[:2], f"q, k must be [·, H, D] and v [T, H, V], got {q}, {k}, {v}")
+    _require(
+        len(q) == len(k) == len(v) == 3,
+        f"q, k, v must be [C, H, D], [T, H, D], [T, H, V], got {q}, {k}, {v}",
+    )
+    _require(
+        q[1:] == k[1:] and k[:2] == v[:2],
+        f"q, k must be [·, H, D] and v [T, H, V], got {q}, {k}, {v}",
+    )
     own = own_k_CHD.shape, own_v_CHV.shape
-    _require(own == (q, (*q[:2], v[2])), f"own_k must be {q} and own_v {(*q[:2], v[2])}, got {own[0]} and {own[1]}")
+    _require(
+        own == (q, (*q[:2], v[2])),
+        f"own_k must be {q} and own_v {(*q[:2], v[2])}, got {own[0]} and {own[1]}",
+    )
     dtypes = {x.dtype for x in (q_CHD, own_k_CHD, own_v_CHV, k_THD, v_THV)}
     _require(len(dtypes) == 1, f"q, k, v must have one type, got {sorted(map(str, dtypes))}")
     offsets = row_offsets.dtype, cache_offsets.dtype, row_offsets.shape, cache_offsets.shape
     same = offsets[:2] == (torch.int64, torch.int64) and offsets[2] == offsets[3]
     _require(same, f"row_offsets and cache_offsets must be int64 [B + 1], got {offsets}")
     _require(visible is None or visible.shape == q[:1], f"visible must be [{q[0]}], one per row")
-    _require(not (causal and visible is not None), "visible is for candidates, causal for new events: give one of them")
+    _require(
+        not (causal and visible is not None),
+        "visible is for candidates, causal for new events: give one of them",
+    )
     options = {"causal": causal, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     tensors = q_CHD, own_k_CHD, own_v_CHV
     cache = k_THD, v_THV, cache_offsets
@@ -247,12 +317,21 @@ def cached_attention(
             ("cached", causal),
             (cache_offsets, visible),
             lambda: triton_launch.TritonPlan(
-                cache_offsets.detach(), row_offsets.detach(), visible, len(q_CHD), len(k_THD), None, 0, 0, cached=True
+                cache_offsets.detach(),
+                row_offsets.detach(),
+                visible,
+                len(q_CHD),
+                len(k_THD),
+                None,
+                0,
+                0,
+                cached=True,
             ),
         )
         return triton_launch.cached_attention_triton(*tensors, k_THD, v_THV, plan, **options)
     _require(
-        backend in ("auto", "torch", "reference"), f"backend must be auto, triton, torch or reference: {backend!r}"
+        backend in ("auto", "torch", "reference"),
+        f"backend must be auto, triton, torch or reference: {backend!r}",
     )
     attend = cached_attention_reference if backend == "reference" else cached_attention_blocked
     return attend(*tensors, row_offsets, *cache, visible=visible, **options)

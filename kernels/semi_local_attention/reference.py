@@ -1,6 +1,8 @@
-"""The truth for semi-local SiLU attention: dense, one sequence after another, differentiable by autograd.
+"""The truth for semi-local SiLU attention: dense, one sequence after another, differentiable by
+autograd.
 
-Shapes: B sequences, T packed tokens, H heads, D query-key width, V value width, C candidates of the whole batch, and
+Shapes: B sequences, T packed tokens, H heads, D query-key width, V value width, C candidates of the
+whole batch, and
 L, the length of one sequence. A sequence is `[context | history, oldest first | candidates]`.
 """
 
@@ -9,16 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOG_BUCKET = 0.301  # width of a time bucket on the natural log scale: HSTU's research code, about log10(2)
+# width of a time bucket on the natural log scale: HSTU's research code, about log10(2)
+LOG_BUCKET = 0.301
 
 
 @dataclass(frozen=True, slots=True)
 class RelativeBias:
-    """HSTU's relative attention bias (arXiv:2402.17152), shared by the heads and added to the score before SiLU.
+    """HSTU's relative attention bias (arXiv:2402.17152), shared by the heads and added to the score
+    before SiLU.
 
-    `position_table[i]` is for a key i positions before the query, its last entry also for all that are farther; a
-    candidate stands right behind the last event it sees. `time_table[b]` is for a difference in whole seconds of
-    exp(0.301 b) .. exp(0.301 (b + 1)), the last entry also for longer ones. `query_time_T` is the time that a
+    `position_table[i]` is for a key i positions before the query, its last entry also for all that
+    are farther; a candidate stands right behind the last event it sees. `time_table[b]` is for a
+    difference in whole seconds of exp(0.301 b) .. exp(0.301 (b + 1)), the last entry also for
+    longer ones. `query_time_T` is the time that a
     row asks about (HSTU's code takes that of the next event); None is the row's own.
     """
 
@@ -36,7 +41,8 @@ def whole_seconds(time_ms: Tensor) -> Tensor:
 def time_bucket(difference_s: Tensor, num_buckets: int) -> Tensor:
     """Bucket of a difference of whole seconds, of either sign; up to a second is bucket 0.
 
-    In float64: float32's logarithm is off by whole seconds after a week, by others on another device.
+    In float64: float32's logarithm is off by whole seconds after a week, by others on another
+    device.
     """
     seconds = difference_s.abs().to(torch.float64).clamp(min=1.0)
     return (seconds.log() * (1 / LOG_BUCKET)).to(torch.int64).clamp(max=num_buckets - 1)
@@ -50,15 +56,20 @@ def semi_local_mask(
     prefix: int = 0,
     target_visible: Tensor | None = None,
 ) -> Tensor:
-    """[length, length] bool, where a row may see a column: ULTRA-HSTU, arXiv:2602.16986, eq. 6-7, plus a prefix.
+    """[length, length] bool, where a row may see a column: ULTRA-HSTU, arXiv:2602.16986, eq. 6-7,
+    plus a prefix.
 
-    History rows see at most `window` positions back, the newest `full_rows` of them everything before, and all of them
-    the oldest `prefix` positions. Candidates, the last `num_targets` rows, see themselves and the history, or of it
+    History rows see at most `window` positions back, the newest `full_rows` of them everything
+    before, and all of them the oldest `prefix` positions. Candidates, the last `num_targets` rows,
+    see themselves and the history, or of it
     the first `target_visible` [num_targets] positions.
     """
     u = length - num_targets
     device = None if target_visible is None else target_visible.device
-    q, k = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
+    q, k = (
+        torch.arange(length, device=device)[:, None],
+        torch.arange(length, device=device)[None, :],
+    )
     window = length if window is None else window
     history = (k <= q) & ((q - k <= window) | (q >= u - full_rows) | (k < prefix))
     visible = torch.full((length, 1), u, device=device)
@@ -67,7 +78,9 @@ def semi_local_mask(
     return torch.where(q >= u, (k < visible) | (k == q), history)
 
 
-def relative_bias(bias: RelativeBias, rows: slice, num_targets: int, target_visible: Tensor | None) -> Tensor:
+def relative_bias(
+    bias: RelativeBias, rows: slice, num_targets: int, target_visible: Tensor | None
+) -> Tensor:
     """[L, L] bias of the sequence that holds the tokens `rows`."""
     key_time = whole_seconds(bias.event_time_T[rows])
     query_time = key_time if bias.query_time_T is None else whole_seconds(bias.query_time_T[rows])
@@ -95,15 +108,23 @@ def semi_local_attention_reference(
     attn_alpha: float,
     scaling_seq_len: int,
 ) -> Tensor:
-    """O = M ⊙ SiLU(alpha Q Kᵀ + bias) V / scaling_seq_len, no softmax; [T, H, V] in the dtype of `q_THD`."""
+    """O = M ⊙ SiLU(alpha Q Kᵀ + bias) V / scaling_seq_len, no softmax; [T, H, V] in the dtype of
+    `q_THD`.
+    """
     offsets = seq_offsets.tolist()
     counts = [0] * (len(offsets) - 1) if num_targets is None else num_targets.tolist()
     outputs, first_candidate = [], 0
     for begin, end, count in zip(offsets[:-1], offsets[1:], counts, strict=True):
         rows = slice(begin, end)
-        visible = None if target_visible is None else target_visible[first_candidate : first_candidate + count]
+        visible = (
+            None
+            if target_visible is None
+            else target_visible[first_candidate : first_candidate + count]
+        )
         first_candidate += count
-        mask = semi_local_mask(end - begin, count, window, full_rows, prefix, visible).to(q_THD.device)
+        mask = semi_local_mask(end - begin, count, window, full_rows, prefix, visible).to(
+            q_THD.device
+        )
         score = torch.einsum("qhd,khd->hqk", q_THD[rows], k_THD[rows]) * attn_alpha
         if bias is not None:
             score = score + relative_bias(bias, rows, count, visible).to(score.dtype)
@@ -126,9 +147,11 @@ def cached_attention_reference(
     attn_alpha: float,
     scaling_seq_len: int,
 ) -> Tensor:
-    """New rows over a user's cached keys and themselves, [C, H, V]: what `semi_local_attention` gives the same rows.
+    """New rows over a user's cached keys and themselves, [C, H, V]: what `semi_local_attention`
+    gives the same rows.
 
-    A row sees its user's cache, or the first `visible` int32 [C] keys of it, and its own key; with `causal` (new
+    A row sees its user's cache, or the first `visible` int32 [C] keys of it, and its own key; with
+    `causal` (new
     events instead of candidates) also the own keys of the user's new rows before it.
     """
     outputs = []
@@ -136,13 +159,19 @@ def cached_attention_reference(
     for i in range(len(rows_of) - 1):
         rows, cache = slice(rows_of[i], rows_of[i + 1]), slice(cache_of[i], cache_of[i + 1])
         num_rows, num_keys = rows.stop - rows.start, cache.stop - cache.start
-        keys, values = torch.cat([k_THD[cache], own_k_CHD[rows]]), torch.cat([v_THV[cache], own_v_CHV[rows]])
+        keys, values = (
+            torch.cat([k_THD[cache], own_k_CHD[rows]]),
+            torch.cat([v_THV[cache], own_v_CHV[rows]]),
+        )
         own = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q_CHD.device).tril()
         own = own if causal else own & own.T
         seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q_CHD.device)
         if visible is not None:
             seen = torch.arange(num_keys, device=q_CHD.device)[None, :] < visible[rows, None]
         score = torch.einsum("qhd,khd->hqk", q_CHD[rows], keys) * attn_alpha
-        weight = torch.nn.functional.silu(score).masked_fill(~torch.cat([seen, own], 1), 0.0) / scaling_seq_len
+        weight = (
+            torch.nn.functional.silu(score).masked_fill(~torch.cat([seen, own], 1), 0.0)
+            / scaling_seq_len
+        )
         outputs.append(torch.einsum("hqk,khv->qhv", weight, values))
     return torch.cat(outputs) if outputs else own_v_CHV.new_zeros(own_v_CHV.shape)

@@ -1,9 +1,11 @@
-"""Semi-local attention in plain PyTorch, for CPUs: a list of (row tile, key tile) pairs instead of an L×L score.
+"""Semi-local attention in plain PyTorch, for CPUs: a list of (row tile, key tile) pairs instead of
+an L×L score.
 
-Rows are laid out in tiles of `TILE`, each sequence padded to whole tiles; the pairs of tiles with at least one kept
-score are listed for the whole batch at once and go through batched products, some `CHUNK` scores at a time. A
-candidate's own key is an elementwise term, so the tiles right of the history are never visited. The backward computes
-the scores again. Sums run in a fixed order: two runs agree bit for bit.
+Rows are laid out in tiles of `TILE`, each sequence padded to whole tiles; the pairs of tiles with
+at least one kept score are listed for the whole batch at once and go through batched products, some
+`CHUNK` scores at a time. A candidate's own key is an elementwise term, so the tiles right of the
+history are never visited. The backward computes the scores again. Sums run in a fixed order: two
+runs agree bit for bit.
 """
 
 from dataclasses import dataclass
@@ -30,22 +32,32 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What the mask of a batch means for its tiles; the same for every layer and for backward. N tiles."""
+    """What the mask of a batch means for its tiles; the same for every layer and for backward.
+
+    N tiles.
+    """
 
     token: Tensor  # int64 [N, TILE]: the tile's tokens, some valid one past a sequence's end
     place: Tensor  # int64 [T]: where in [N * TILE] a token is
     position: Tensor  # int64 [N, TILE]: place in the sequence
     low: Tensor  # int64 [N, TILE]: the oldest key of the row's window
     high: Tensor  # int64 [N, TILE]: the newest key; -1 where there is no row
-    own_T: Tensor | None  # bool [T]: the tokens that are candidates, which see themselves; None: there are none
+    # bool [T]: the tokens that are candidates, which see themselves; None: there are none
+    own_T: Tensor | None
     prefix: int
     pairs: tuple[Tensor, Tensor, Tensor, Tensor]  # inner row, inner key, edge row, edge key
 
     def chunks(self, heads: int) -> list[Chunk]:
         size = max(1, CHUNK // (TILE * TILE * heads))
         inner_row, inner_key, edge_row, edge_key = self.pairs
-        inner = [Chunk(r, k, False) for r, k in zip(inner_row.split(size), inner_key.split(size), strict=True)]
-        edge = [Chunk(r, k, True) for r, k in zip(edge_row.split(size), edge_key.split(size), strict=True)]
+        inner = [
+            Chunk(r, k, False)
+            for r, k in zip(inner_row.split(size), inner_key.split(size), strict=True)
+        ]
+        edge = [
+            Chunk(r, k, True)
+            for r, k in zip(edge_row.split(size), edge_key.split(size), strict=True)
+        ]
         return [chunk for chunk in inner + edge if len(chunk.row)]
 
 
@@ -72,14 +84,23 @@ def plan_tiles(
     is_candidate = valid & (position >= u[seq, None])
     visible = u[seq, None].expand(-1, TILE).clone()
     if target_visible is not None:
-        visible[is_candidate] = torch.minimum(target_visible.to(torch.int64).clamp(min=0), visible[is_candidate])
+        visible[is_candidate] = torch.minimum(
+            target_visible.to(torch.int64).clamp(min=0), visible[is_candidate]
+        )
     high = torch.where(valid, torch.where(is_candidate, visible - 1, position), -1)
     banded = position < u[seq, None] - full_rows
-    low = torch.where(banded, position - window, 0) if window is not None else torch.zeros_like(position)
+    low = (
+        torch.where(banded, position - window, 0)
+        if window is not None
+        else torch.zeros_like(position)
+    )
 
-    first = torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1).clamp(min=0) // TILE
+    first = (
+        torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1).clamp(min=0) // TILE
+    )
     count = (high.amax(1) // TILE - first + 1).clamp(min=0)
-    before = torch.where(count > 0, torch.clamp(first, max=(prefix + TILE - 1) // TILE), 0)  # tiles of the prefix
+    # tiles of the prefix
+    before = torch.where(count > 0, torch.clamp(first, max=(prefix + TILE - 1) // TILE), 0)
     total = before + count
     row = torch.arange(len(seq), device=device).repeat_interleave(total)
     step = torch.arange(len(row), device=device) - (total.cumsum(0) - total)[row]
@@ -117,7 +138,8 @@ class TileBias:
 
     position_table: Tensor
     time_table: Tensor
-    rank: Tensor  # int64 [N, TILE]: the row's position, a candidate's being right behind what it sees
+    # int64 [N, TILE]: the row's position, a candidate's being right behind what it sees
+    rank: Tensor
     position: Tensor  # int64 [N, TILE]: the key's position
     query_time: Tensor  # int32 s [N, TILE]
     key_time: Tensor  # int32 s [N, TILE]
@@ -130,7 +152,9 @@ class TileBias:
         """Entries of both tables, [P, TILE, TILE] each."""
         distance = self.rank[chunk.row][:, :, None] - self.position[chunk.key][:, None, :]
         gap = self.query_time[chunk.row][:, :, None] - self.key_time[chunk.key][:, None, :]
-        return distance.clamp_(0, len(self.position_table) - 1), time_bucket(gap, len(self.time_table))
+        return distance.clamp_(0, len(self.position_table) - 1), time_bucket(
+            gap, len(self.time_table)
+        )
 
 
 def _tile_bias(bias: RelativeBias, plan: TilePlan) -> TileBias:
@@ -158,7 +182,9 @@ class _BlockedAttention(torch.autograd.Function):
         out = torch.zeros_like(tile_v)
         for chunk in plan.chunks(q.shape[1]):
             keys, values = (x.index_select(0, chunk.key) for x in (tile_k, tile_v))
-            weight = F.silu(_score(tile_q.index_select(0, chunk.row), keys, chunk, bias), inplace=True)
+            weight = F.silu(
+                _score(tile_q.index_select(0, chunk.row), keys, chunk, bias), inplace=True
+            )
             if chunk.masked:
                 weight.masked_fill_(_hidden(plan, chunk), 0.0)
             out.index_add_(0, chunk.row, torch.matmul(weight, values))
@@ -175,7 +201,9 @@ class _BlockedAttention(torch.autograd.Function):
         d_tables = [] if bias is None else [torch.zeros_like(table) for table in bias.tables]
         for chunk in plan.chunks(dq.shape[1]):
             row, key = chunk.row, chunk.key
-            q, k, v, grad = (x.index_select(0, i) for x, i in zip(all_tiles, (row, key, key, row), strict=True))
+            q, k, v, grad = (
+                x.index_select(0, i) for x, i in zip(all_tiles, (row, key, key, row), strict=True)
+            )
             score = _score(q, k, chunk, bias)
             weight, d_weight = F.silu(score), torch.matmul(grad, v.transpose(-1, -2))
             if chunk.masked:
@@ -190,16 +218,23 @@ class _BlockedAttention(torch.autograd.Function):
                 shared = d_score.sum(1).flatten()  # the heads share the tables
                 for table, bucket in zip(d_tables, bias.buckets(chunk), strict=True):
                     table += torch.bincount(bucket.flatten(), shared, len(table)).to(table.dtype)
-        grads = (_to_tokens(x, plan).to(y.dtype) for x, y in zip((dq, dk, dv), ctx.saved_tensors, strict=True))
+        grads = (
+            _to_tokens(x, plan).to(y.dtype)
+            for x, y in zip((dq, dk, dv), ctx.saved_tensors, strict=True)
+        )
         return *grads, *(d_tables or (None, None)), None, None
 
 
-def _own_key(q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, own_T: Tensor, bias: RelativeBias | None) -> Tensor:
+def _own_key(
+    q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, own_T: Tensor, bias: RelativeBias | None
+) -> Tensor:
     """What the candidates take from themselves, [T, H, V]."""
     score = (q_THD * k_THD).sum(-1)
     if bias is not None:
         query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
-        bucket = time_bucket(whole_seconds(query_time) - whole_seconds(bias.event_time_T), len(bias.time_table))
+        bucket = time_bucket(
+            whole_seconds(query_time) - whole_seconds(bias.event_time_T), len(bias.time_table)
+        )
         score = score + (bias.position_table[0] + bias.time_table[bucket])[:, None].to(score.dtype)
     return (F.silu(score) * own_T[:, None])[..., None] * v_THV
 
@@ -219,8 +254,11 @@ def semi_local_attention_blocked(
     wide = torch.promote_types(q_THD.dtype, torch.float32)
     q, k, v = q_THD.to(wide) * attn_alpha, k_THD.to(wide), v_THV.to(wide)
     tables = (None, None) if bias is None else (bias.position_table, bias.time_table)
-    with torch.autocast(q.device.type, enabled=False):  # it would take the products back to half precision
-        out = _BlockedAttention.apply(q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan))
+    # it would take the products back to half precision
+    with torch.autocast(q.device.type, enabled=False):
+        out = _BlockedAttention.apply(
+            q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan)
+        )
     if plan.own_T is not None:
         out = out + _own_key(q, k, v, plan.own_T, bias)
     return (out / scaling_seq_len).to(out_dtype or q_THD.dtype)
@@ -240,21 +278,25 @@ def cached_attention_blocked(
     attn_alpha: float,
     scaling_seq_len: int,
 ) -> Tensor:
-    """As `reference.cached_attention_reference`, a block of cached keys at a time; users one after another, as a
-    request has one or a few of them and the products of each are large."""
+    """As `reference.cached_attention_reference`, a block of cached keys at a time; users one after
+    another, as a request has one or a few of them and the products of each are large."""
     wide = torch.promote_types(q_CHD.dtype, torch.float32)
     rows_of, cache_of = row_offsets.tolist(), cache_offsets.tolist()
     out = torch.zeros(own_v_CHV.shape, dtype=wide, device=q_CHD.device)
     for i in range(len(rows_of) - 1):
         rows = slice(rows_of[i], rows_of[i + 1])
-        q, own_k, own_v = (x[rows].transpose(0, 1).to(wide) for x in (q_CHD * attn_alpha, own_k_CHD, own_v_CHV))
+        q, own_k, own_v = (
+            x[rows].transpose(0, 1).to(wide) for x in (q_CHD * attn_alpha, own_k_CHD, own_v_CHV)
+        )
         block = max(TILE, CHUNK // max(1, q.shape[0] * q.shape[1]))
         for begin in range(cache_of[i], cache_of[i + 1], block):
             keys = slice(begin, min(begin + block, cache_of[i + 1]))
             k, v = (x[keys].transpose(0, 1).to(wide) for x in (k_THD, v_THV))
             weight = F.silu(q @ k.transpose(1, 2), inplace=True)
             if visible is not None:
-                position = torch.arange(keys.start - cache_of[i], keys.stop - cache_of[i], device=q.device)
+                position = torch.arange(
+                    keys.start - cache_of[i], keys.stop - cache_of[i], device=q.device
+                )
                 weight *= position[None, :] < visible[rows, None]
             out[rows] += (weight @ v).transpose(0, 1)
         if causal:

@@ -1,4 +1,5 @@
-"""The relative bias of HSTU inside the attention kernels: looked up score by score, its tables' gradients as sums.
+"""The relative bias of HSTU inside the attention kernels: looked up score by score, its tables'
+gradients as sums.
 
 Suffixes: M rows (queries) of a tile, N keys of a tile.
 """
@@ -23,12 +24,17 @@ def spread_tables(
     cells,  # int32 [CELLS, 4] out: step, half the entries below and from it on, both buckets
     num_positions, num_times, reach, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The bias tables as the kernels look things up: without a logarithm, and a distance without its bounds."""
+    """The bias tables as the kernels look things up: without a logarithm, and a distance without
+    its bounds.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     distance = tl.minimum(tl.maximum(i - reach, 0), num_positions - 1)
     tl.store(positions + i, 0.5 * tl.load(position_table + distance), mask=i <= 2 * reach)
     inside = i < CELLS
-    step, both = tl.load(steps + 2 * i, mask=inside, other=0), tl.load(steps + 2 * i + 1, mask=inside, other=0)
+    step, both = (
+        tl.load(steps + 2 * i, mask=inside, other=0),
+        tl.load(steps + 2 * i + 1, mask=inside, other=0),
+    )
     below, above = tl.minimum(both & 0xFFFF, num_times - 1), tl.minimum(both >> 16, num_times - 1)
     place = cells + 4 * i
     tl.store(place, step, mask=inside)
@@ -39,10 +45,12 @@ def spread_tables(
 
 @triton.jit
 def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
-    """Half of the bias, and the time bucket; `distance` counts from `-reach`, `seconds` have a sign.
+    """Half of the bias, and the time bucket; `distance` counts from `-reach`, `seconds` have a
+    sign.
 
-    The upper 11 bits of a float, sign, exponent and two more, are a cell in which the time bucket changes at most once.
-    In assembly since `tl.load` moves to a layout of its own and back, and is pipelined like an operand.
+    The upper 11 bits of a float, sign, exponent and two more, are a cell in which the time bucket
+    changes at most once. In assembly since `tl.load` moves to a layout of its own and back, and is
+    pipelined like an operand.
     """
     if ON_GPU:
         near = tl.inline_asm_elementwise(
@@ -67,9 +75,13 @@ def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
         )  # fmt: skip
     else:
         near = tl.load(positions + distance)
-        place = cells + 4 * ((seconds.to(tl.float32).to(tl.int32, bitcast=True) >> 21) & (CELLS - 1))
+        place = cells + 4 * (
+            (seconds.to(tl.float32).to(tl.int32, bitcast=True) >> 21) & (CELLS - 1)
+        )
         stepped = seconds >= tl.load(place)
-        late = tl.where(stepped, tl.load(place + 2), tl.load(place + 1)).to(tl.float32, bitcast=True)
+        late = tl.where(stepped, tl.load(place + 2), tl.load(place + 1)).to(
+            tl.float32, bitcast=True
+        )
         bucket = tl.where(stepped, tl.load(place + 3) >> 16, tl.load(place + 3) & 0xFFFF)
     return near + late, bucket
 
@@ -77,7 +89,9 @@ def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
 @triton.jit
 def add_fixed(table, index, value, per_unit, mask):
     """Whole numbers add to the same sum in every order; floats do not."""
-    tl.atomic_add(table + index, tl.floor(value * per_unit + 0.5).to(tl.int64), mask=mask, sem="relaxed")
+    tl.atomic_add(
+        table + index, tl.floor(value * per_unit + 0.5).to(tl.int64), mask=mask, sem="relaxed"
+    )
 
 
 @triton.jit
@@ -85,7 +99,8 @@ def add_position_grads(
     d_score, rank, first_rank, last_rank, near, d_position, per_unit, num_positions, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's [M, N] along its diagonals; the distance of row r and key n is near + rank[r] - first_rank - n.
+    """Adds a tile's [M, N] along its diagonals; the distance of row r and key n is near + rank[r] -
+    first_rank - n.
 
     Each row is turned until equal distances, but for whole laps of N, stand below each other.
     """
@@ -93,18 +108,24 @@ def add_position_grads(
     shift = (rank - first_rank)[:, None] - turn[None, :]
     turned = tl.gather(d_score, shift & (BLOCK_N - 1), 1)
     for lap in range(-1, (last_rank - first_rank) // BLOCK_N + 1):
-        total = tl.sum(tl.where((shift >= lap * BLOCK_N) & (shift < (lap + 1) * BLOCK_N), turned, 0.0), 0)
+        total = tl.sum(
+            tl.where((shift >= lap * BLOCK_N) & (shift < (lap + 1) * BLOCK_N), turned, 0.0), 0
+        )
         distance = tl.minimum(tl.maximum(near + turn + lap * BLOCK_N, 0), num_positions - 1)
         add_fixed(d_position, distance, total, per_unit, total != 0)
 
 
 @triton.jit
 def time_buckets(asked_first, asked_last, happened, valid, num_times):
-    """The first and the last bucket of a tile, rather one too many: those of the ends of the rows' and keys' times."""
+    """The first and the last bucket of a tile, rather one too many: those of the ends of the rows'
+    and keys' times.
+    """
     first = tl.min(tl.where(valid, happened, LATEST), 0)
     last = tl.max(tl.where(valid, happened, -LATEST), 0)
     longest = tl.maximum(asked_last - first, last - asked_first)
     shortest = tl.maximum(asked_first - last, first - asked_last)
     low = tl.log2(tl.maximum(shortest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE - 1e-3
     high = tl.log2(tl.maximum(longest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE + 1e-3
-    return tl.minimum(tl.maximum(low, 0.0).to(tl.int32), num_times - 1), tl.minimum(high.to(tl.int32), num_times - 1)
+    return tl.minimum(tl.maximum(low, 0.0).to(tl.int32), num_times - 1), tl.minimum(
+        high.to(tl.int32), num_times - 1
+    )

@@ -1,14 +1,17 @@
-# ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated on the device)
-"""Triton kernels of semi-local attention: forward, against cached keys, and the two halves of backward.
+# ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated
+# on the device)
+"""Triton kernels of semi-local attention: forward, against cached keys, and the two halves of
+backward.
 
-A program is one entry of a tile list (`triton_tiles.py`) and one head; it knows nothing of the batch or its longest
-sequence.
+A program is one entry of a tile list (`triton_tiles.py`) and one head; it knows nothing of the
+batch or its longest sequence.
 
-SiLU attention has no row statistics: sums over any parts of the keys simply add. Tiles with many keys are cut into
-parts; each part writes its sum to a slot, and the last to arrive adds the slots in their order, so results do not
-depend on who came when.
+SiLU attention has no row statistics: sums over any parts of the keys simply add. Tiles with many
+keys are cut into parts; each part writes its sum to a slot, and the last to arrive adds the slots
+in their order, so results do not depend on who came when.
 
-Rows past the end of a sequence belong to the next one; masks take them out, so their values must be finite.
+Rows past the end of a sequence belong to the next one; masks take them out, so their values must be
+finite.
 Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
 """
 
@@ -32,12 +35,19 @@ FAR = tl.constexpr(2**30)
 def _rows(
     source, row, head, stride_t, stride_h, end, COUNT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """[COUNT, WIDTH] of one head from `row` on: by a descriptor over [T, H * WIDTH], or a pointer and masked loads."""
+    """[COUNT, WIDTH] of one head from `row` on: by a descriptor over [T, H * WIDTH], or a pointer
+    and masked loads.
+    """
     if TMA:
         tile = source.load([row, head * WIDTH])
     else:
         rows = row + tl.arange(0, COUNT)
-        place = source + rows.to(tl.int64)[:, None] * stride_t + head * stride_h + tl.arange(0, WIDTH)[None, :]
+        place = (
+            source
+            + rows.to(tl.int64)[:, None] * stride_t
+            + head * stride_h
+            + tl.arange(0, WIDTH)[None, :]
+        )
         tile = tl.load(place, mask=rows[:, None] < end, other=0.0)
     return tile
 
@@ -45,7 +55,9 @@ def _rows(
 @triton.jit
 def _tanh(x, FAST: tl.constexpr):
     if FAST:  # 2**-11 of error, below the rounding to half precision that follows
-        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         y = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
     return y
@@ -53,7 +65,9 @@ def _tanh(x, FAST: tl.constexpr):
 
 @triton.jit
 def _twice_slope(half, tanh):
-    """Twice SiLU's derivative at 2 half, in three instructions; the sums of what it makes are halved at the end."""
+    """Twice SiLU's derivative at 2 half, in three instructions; the sums of what it makes are
+    halved at the end.
+    """
     rise = 1 + tanh
     return rise + rise * (half - half * tanh)
 
@@ -73,16 +87,18 @@ def _store_grads(
     out, slope, sums, value, row, end, entry, head, stride_out, stride_slope, stride_sums, COUNT: tl.constexpr,
     WIDTH: tl.constexpr, TRUE: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows row..end of a gradient, heads TRUE wide, rows `stride_out` apart; with SLOPE times `slope`, that of what
-    made the operand. With SUMS the sum of the rows goes to row `entry` of `sums`: these add to the gradient of a bias.
-    Both spare a pass over the whole gradient."""
+    """Rows row..end of a gradient, heads TRUE wide, rows `stride_out` apart; with SLOPE times
+    `slope`, that of what made the operand. With SUMS the sum of the rows goes to row `entry` of
+    `sums`: these add to the gradient of a bias. Both spare a pass over the whole gradient."""
     rows, columns = row + tl.arange(0, COUNT), tl.arange(0, WIDTH)
     inside = (rows < end)[:, None]
     if WIDTH != TRUE:
         inside = inside & (columns < TRUE)[None, :]
     long_rows, place = rows.to(tl.int64)[:, None], head * TRUE + columns[None, :]
     if SLOPE:
-        value *= tl.load(slope + long_rows * stride_slope + place, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.load(slope + long_rows * stride_slope + place, mask=inside, other=0.0).to(
+            tl.float32
+        )
     tl.store(out + long_rows * stride_out + place, value.to(out.dtype.element_ty), mask=inside)
     if SUMS:
         total = tl.sum(tl.where(inside, value, 0.0), 0)
@@ -102,13 +118,17 @@ def _sum_slots(
 ):  # fmt: skip
     total = tl.zeros((COUNT, BLOCK), tl.float32)
     for part in range(parts):  # past L1, where another program's sum would not show
-        total += tl.load(_slot(partial, slot + part, head, HEADS, COUNT, BLOCK), cache_modifier=".cg")
+        total += tl.load(
+            _slot(partial, slot + part, head, HEADS, COUNT, BLOCK), cache_modifier=".cg"
+        )
     return total
 
 
 @triton.jit
 def _is_last(arrived, parts):
-    """Whether this program is the last of a tile's parts; what it stored before is seen by the one that is."""
+    """Whether this program is the last of a tile's parts; what it stored before is seen by the one
+    that is.
+    """
     tl.debug_barrier()
     last = tl.atomic_add(arrived, 1, sem="acq_rel") == parts - 1
     if last:
@@ -121,11 +141,14 @@ def _row_tile(
     row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """What a row tile visits: blocks of the prefix, of its own range, and of its own rows, numbered through."""
+    """What a row tile visits: blocks of the prefix, of its own range, and of its own rows, numbered
+    through.
+    """
     rows = row + tl.arange(0, BLOCK_M)
     low = tl.where(kind == BAND, rows - window, start)  # the oldest key of a row's window
     high = rows  # and the newest
-    low_all = tl.where(kind == BAND, row_end - 1 - window, start)  # from here on, every row sees a key
+    # from here on, every row sees a key
+    low_all = tl.where(kind == BAND, row_end - 1 - window, start)
     high_all = row  # up to here
     key = tl.where(kind == BAND, tl.maximum(row - window, start), start)
     key_end = row_end
@@ -137,7 +160,9 @@ def _row_tile(
             key_end = history_end
             own_blocks = tl.cdiv(row_end - row, BLOCK_N)
             if VISIBLE:
-                seen = tl.load(visible + target + tl.arange(0, BLOCK_M), mask=rows < row_end, other=0)
+                seen = tl.load(
+                    visible + target + tl.arange(0, BLOCK_M), mask=rows < row_end, other=0
+                )
                 high = tl.minimum(high, start + tl.maximum(seen, 0) - 1)
                 high = tl.where(rows < row_end, high, tl.max(tl.where(rows < row_end, high, 0), 0))
                 key_end = tl.max(high, 0) + 1
@@ -162,7 +187,17 @@ def _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _keep(rows, low, high, keys, prefix_end, in_prefix, is_own, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr):
+def _keep(
+    rows,
+    low,
+    high,
+    keys,
+    prefix_end,
+    in_prefix,
+    is_own,
+    HAS_PREFIX: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
     """[M, N]: high >= key >= low, or a key of the prefix; of its own rows, a row's own key."""
     if CANDIDATES:
         high = tl.where(is_own, rows, high)
@@ -188,10 +223,21 @@ def forward(
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS  # the heads of a tile share DRAM pages
+    # the heads of a tile share DRAM pages
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    row, row_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
-    kind, part, parts, slot = tl.load(tiles + 4), tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7)
+    row, row_end, start, history_end = (
+        tl.load(tiles),
+        tl.load(tiles + 1),
+        tl.load(tiles + 2),
+        tl.load(tiles + 3),
+    )
+    kind, part, parts, slot = (
+        tl.load(tiles + 4),
+        tl.load(tiles + 5),
+        tl.load(tiles + 6),
+        tl.load(tiles + 7),
+    )
     target = tl.load(tiles + 8)
     if tile >= tl.load(header):  # after the loads above, so that none waits for another
         return
@@ -215,14 +261,20 @@ def forward(
             happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
             place = tl.minimum(tl.maximum(index - start, 0), reach)
             added, _ = bias_of(
-                positions, cells, rank[:, None] - place[None, :], asked[:, None] - happened[None, :], ON_GPU
+                positions,
+                cells,
+                rank[:, None] - place[None, :],
+                asked[:, None] - happened[None, :],
+                ON_GPU,
             )
             half += added
         weight = half + half * _tanh(half, FAST)  # SiLU
         in_prefix = i < prefix_blocks
         if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
             index = first + tl.arange(0, BLOCK_N)
-            keep = _keep(rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES)
+            keep = _keep(
+                rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES
+            )
             weight = tl.where(keep, weight, 0.0)
         values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
         acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -248,14 +300,26 @@ def forward_cached(
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """New rows over a user's cached keys, and over themselves: each row its own key, or (CAUSAL) all new ones so far.
+    """New rows over a user's cached keys, and over themselves: each row its own key, or (CAUSAL)
+    all new ones so far.
 
-    A list's CANDIDATE tiles, with `row` counted in the new rows and `start`, `history_end` in the cache.
+    A list's CANDIDATE tiles, with `row` counted in the new rows and `start`, `history_end` in the
+    cache.
     """
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    row, row_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
-    part, parts, slot, first_row = tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7), tl.load(tiles + 9)
+    row, row_end, start, history_end = (
+        tl.load(tiles),
+        tl.load(tiles + 1),
+        tl.load(tiles + 2),
+        tl.load(tiles + 3),
+    )
+    part, parts, slot, first_row = (
+        tl.load(tiles + 5),
+        tl.load(tiles + 6),
+        tl.load(tiles + 7),
+        tl.load(tiles + 9),
+    )
     if tile >= tl.load(header):
         return
     rows = row + tl.arange(0, BLOCK_M)
@@ -307,9 +371,11 @@ def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
     positions, cells, event_time, query_time,
     dq,  # [T, H, OUT_D]
-    slope_q,  # [T, H, OUT_D] with SLOPE: of what made q, and dq is the gradient of what it was made of
+    # [T, H, OUT_D] with SLOPE: of what made q, and dq is the gradient of what it was made of
+    slope_q,
     sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
-    d_position, d_time,  # int64 [P], [N, BLOCK_M]: sums in units of 1 / per_unit; of time, by row of a tile, so that
+    # int64 [P], [N, BLOCK_M]: sums in units of 1 / per_unit; of time, by row of a tile, so that
+    d_position, d_time,
     # few wait for each other
     per_unit,  # float32 [1]
     partial, arrived, tiles, header, visible,
@@ -323,8 +389,18 @@ def backward_queries(
     """dq of a row tile, and what it adds to the gradients of the bias tables."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    row, row_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
-    kind, part, parts, slot = tl.load(tiles + 4), tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7)
+    row, row_end, start, history_end = (
+        tl.load(tiles),
+        tl.load(tiles + 1),
+        tl.load(tiles + 2),
+        tl.load(tiles + 3),
+    )
+    kind, part, parts, slot = (
+        tl.load(tiles + 4),
+        tl.load(tiles + 5),
+        tl.load(tiles + 6),
+        tl.load(tiles + 7),
+    )
     target = tl.load(tiles + 8)
     if tile >= tl.load(header):
         return
@@ -356,7 +432,11 @@ def backward_queries(
             happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
             place = tl.minimum(tl.maximum(index - start, 0), reach)
             added, bucket = bias_of(
-                positions, cells, rank[:, None] - place[None, :], asked[:, None] - happened[None, :], ON_GPU
+                positions,
+                cells,
+                rank[:, None] - place[None, :],
+                asked[:, None] - happened[None, :],
+                ON_GPU,
             )
             half += added
         d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
@@ -365,19 +445,33 @@ def backward_queries(
         in_prefix = i < prefix_blocks
         if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
             index = first + tl.arange(0, BLOCK_N)
-            keep = _keep(rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES)
+            keep = _keep(
+                rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES
+            )
             d_score = tl.where(keep, d_score, 0.0)
         if BIAS:
-            inside = tl.where(rows[:, None] < row_end, d_score, 0.0)  # rows of the next tile are counted there
+            # rows of the next tile are counted there
+            inside = tl.where(rows[:, None] < row_end, d_score, 0.0)
             near = first_rank - reach - (first - start)
             if near - BLOCK_N >= num_positions - 2:  # the last entry's, all of them
                 far += tl.sum(inside, 1)
             else:
                 add_position_grads(
-                    inside, rank, first_rank, last_rank, near, d_position, unit, num_positions, BLOCK_M, BLOCK_N
+                    inside,
+                    rank,
+                    first_rank,
+                    last_rank,
+                    near,
+                    d_position,
+                    unit,
+                    num_positions,
+                    BLOCK_M,
+                    BLOCK_N,
                 )
             valid = index < tl.where(is_own, row_end, range_end)
-            low_bucket, high_bucket = time_buckets(asked_first, asked_last, happened, valid, num_times)
+            low_bucket, high_bucket = time_buckets(
+                asked_first, asked_last, happened, valid, num_times
+            )
             for b in range(low_bucket, high_bucket + 1):
                 by_row = tl.sum(tl.where(bucket == b, inside, 0.0), 1)
                 add_fixed(d_time + b * BLOCK_M, tl.arange(0, BLOCK_M), by_row, unit, by_row != 0)
@@ -417,22 +511,39 @@ def backward_keys(
     FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
     SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of [N, M] products.
+    """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of
+    [N, M] products.
 
     Every tile but those of the prefix (which are cut into parts) has about the same work.
     """
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    key, key_end, start, history_end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3)
-    sequence_end, kind, part, parts = tl.load(tiles + 4), tl.load(tiles + 5), tl.load(tiles + 6), tl.load(tiles + 7)
-    slot, first_full, target, seen_by = tl.load(tiles + 8), tl.load(tiles + 9), tl.load(tiles + 10), tl.load(tiles + 11)
+    key, key_end, start, history_end = (
+        tl.load(tiles),
+        tl.load(tiles + 1),
+        tl.load(tiles + 2),
+        tl.load(tiles + 3),
+    )
+    sequence_end, kind, part, parts = (
+        tl.load(tiles + 4),
+        tl.load(tiles + 5),
+        tl.load(tiles + 6),
+        tl.load(tiles + 7),
+    )
+    slot, first_full, target, seen_by = (
+        tl.load(tiles + 8),
+        tl.load(tiles + 9),
+        tl.load(tiles + 10),
+        tl.load(tiles + 11),
+    )
     if tile >= tl.load(header):
         return
 
     band_end = tl.minimum(key_end + window, first_full)
     if HAS_PREFIX:
         band_end = tl.where(key < start + prefix, first_full, band_end)
-    full, full_end = tl.maximum(key, first_full), sequence_end  # candidates follow the full rows at once
+    # candidates follow the full rows at once
+    full, full_end = tl.maximum(key, first_full), sequence_end
     late_blocks = 0
     if CANDIDATES:
         if kind == CANDIDATE:
@@ -474,7 +585,11 @@ def backward_keys(
             asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
             rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
             added, _ = bias_of(
-                positions, cells, rank[None, :] - place[:, None], asked[None, :] - happened[:, None], ON_GPU
+                positions,
+                cells,
+                rank[None, :] - place[:, None],
+                asked[None, :] - happened[:, None],
+                ON_GPU,
             )
             half += added
         grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
@@ -482,7 +597,11 @@ def backward_keys(
         tanh = _tanh(half, FAST)
         weight = half + half * tanh
         d_score = d_weight * _twice_slope(half, tanh)
-        masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1) | (in_band & (row + BLOCK_M - 1 - window > key))
+        masked = (
+            (row + BLOCK_M > row_end)
+            | (row < key + BLOCK_N - 1)
+            | (in_band & (row + BLOCK_M - 1 - window > key))
+        )
         if VISIBLE:
             masked = masked | (row + BLOCK_M > history_end)
         if masked:

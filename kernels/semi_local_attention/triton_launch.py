@@ -1,6 +1,7 @@
 """Launches of the Triton kernels: tile lists of a batch, tile sizes, tensor descriptors, autograd.
 
-Nothing here reads a value from the device: grids are bounded by what the host knows, and a program past the end of
+Nothing here reads a value from the device: grids are bounded by what the host knows, and a program
+past the end of
 its list returns at once.
 """
 
@@ -23,7 +24,8 @@ from kernels.semi_local_attention.reference import (
     whole_seconds,
 )
 
-SPLIT_PROGRAMS = 576  # tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
+# tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
+SPLIT_PROGRAMS = 576
 SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
 ENTRY = triton_tiles.ENTRY.value
 CELLS = triton_bias.CELLS.value
@@ -39,19 +41,34 @@ class AttentionTile:
     stages: int
 
 
-def tile_sizes(kernel: str, width: int, *, half: bool, banded: bool, biased: bool, max_seq_len: int, hopper: bool):
-    """The static table, measured on an H100 (benchmarks/NOTES.md); `width` is the wider head, a power of two.
+def tile_sizes(
+    kernel: str,
+    width: int,
+    *,
+    half: bool,
+    banded: bool,
+    biased: bool,
+    max_seq_len: int,
+    hopper: bool,
+):
+    """The static table, measured on an H100 (benchmarks/NOTES.md); `width` is the wider head, a
+    power of two.
 
-    Two programs of four warps on a multiprocessor beat one of eight: stock Triton waits for both products in every
-    step, so only another program can overlap with the activation.
+    Two programs of four warps on a multiprocessor beat one of eight: stock Triton waits for both
+    products in every step, so only another program can overlap with the activation.
     """
     if not half:
         return AttentionTile(32, 32 if width <= 64 else 16, 4, 2)
     if width > 128 and hopper and not biased:
-        causal = AttentionTile(128, 64, 8, 2) if kernel == "forward" else AttentionTile(64, 64, 8, 2)
+        causal = (
+            AttentionTile(128, 64, 8, 2) if kernel == "forward" else AttentionTile(64, 64, 8, 2)
+        )
         return AttentionTile(64, 32, 4, 2) if banded and kernel == "forward" else causal
     if biased and hopper and width <= 128:
-        return {"forward": AttentionTile(64, 64, 4, 2), "backward_queries": AttentionTile(64, 32, 4, 2)}.get(kernel, AttentionTile(32, 64, 4, 3))
+        return {
+            "forward": AttentionTile(64, 64, 4, 2),
+            "backward_queries": AttentionTile(64, 32, 4, 2),
+        }.get(kernel, AttentionTile(32, 64, 4, 3))
     if width > 128 or not hopper:
         return AttentionTile(32, 32, 4, 2) if width > 128 else AttentionTile(64, 32, 4, 2)
     if width <= 64:
@@ -77,24 +94,31 @@ class TileList:
     sums: dict[int, Tensor] = field(default_factory=dict)
 
     def row_sums(self, width: int) -> Tensor:
-        """Room for the sum of each tile's rows, [capacity, width]. A tile's is written by its first entry's number, so
-        that always the same rows stay zero, and a launch need not clear it for the next."""
+        """Room for the sum of each tile's rows, [capacity, width]. A tile's is written by its first
+        entry's number, so that always the same rows stay zero, and a launch need not clear it for
+        the next."""
         if width not in self.sums:
-            self.sums[width] = torch.zeros(self.capacity, width, dtype=torch.float32, device=self.tiles.device)
+            self.sums[width] = torch.zeros(
+                self.capacity, width, dtype=torch.float32, device=self.tiles.device
+            )
         return self.sums[width]
 
     def partial(self, *shape: int) -> Tensor:
         """Room for the sums of cut tiles, [slots, *shape]; kernels that follow each other share it."""
         if shape not in self.partials:
-            self.partials[shape] = torch.empty(self.slots, *shape, dtype=torch.float32, device=self.tiles.device)
+            self.partials[shape] = torch.empty(
+                self.slots, *shape, dtype=torch.float32, device=self.tiles.device
+            )
         return self.partials[shape]
 
 
 @dataclass
 class TritonPlan:
-    """The mask of a batch; its tile lists are built on the device at first use and serve all layers and backward.
+    """The mask of a batch; its tile lists are built on the device at first use and serve all layers
+    and backward.
 
-    Launches that share a plan must follow each other on one stream: the counters of cut tiles are shared.
+    Launches that share a plan must follow each other on one stream: the counters of cut tiles are
+    shared.
     """
 
     seq_offsets: Tensor  # with `cached`, of the cache
@@ -118,8 +142,9 @@ class TritonPlan:
 
 
 def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -> TileList:
-    """Two launches. The capacity bounds what any lengths with these sums need: whole tiles, a broken tile per kind and
-    sequence, and the parts, of which `count_tiles` allows SPLIT_PROGRAMS / heads beyond one per tile."""
+    """Two launches. The capacity bounds what any lengths with these sums need: whole tiles, a
+    broken tile per kind and sequence, and the parts, of which `count_tiles` allows SPLIT_PROGRAMS /
+    heads beyond one per tile."""
     offsets, device = plan.seq_offsets, plan.seq_offsets.device
     num_sequences = len(offsets) - 1
     banded, candidates = plan.window is not None, plan.num_targets is not None
@@ -157,12 +182,15 @@ def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -
 
 @dataclass(slots=True)
 class PreparedLaunch:
-    """All of a kernel's launch that is the same for every layer: what is left to fill in are the tensors."""
+    """All of a kernel's launch that is the same for every layer: what is left to fill in are the
+    tensors.
+    """
 
     kernel: Any
     tile: AttentionTile
     programs: int
-    descriptors: list[TensorDescriptor]  # of the operands, none with pointers; their `base` is set at each launch
+    # of the operands, none with pointers; their `base` is set at each launch
+    descriptors: list[TensorDescriptor]
     partials: tuple[Tensor, ...]
     lists: tuple[Tensor, ...]
     numbers: tuple[object, ...]
@@ -171,8 +199,9 @@ class PreparedLaunch:
     compiled: Any = None
 
     def launch(self, operands: tuple[Tensor, ...], *arguments: Tensor) -> None:
-        """The compiled kernel is kept and launched directly: going through the arguments again to find it costs more
-        than the launch. With descriptors, nothing that its choice depends on differs between layers of one shape."""
+        """The compiled kernel is kept and launched directly: going through the arguments again to
+        find it costs more than the launch. With descriptors, nothing that its choice depends on
+        differs between layers of one shape."""
         sources: list[Any] = list(operands)
         for i, descriptor in enumerate(self.descriptors):
             descriptor.base = operands[i]
@@ -201,7 +230,10 @@ class GradStores:
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """What the launches of one layer shape share. Layers of a model have one shape, so a plan keeps its problems."""
+    """What the launches of one layer shape share.
+
+    Layers of a model have one shape, so a plan keeps its problems.
+    """
 
     plan: TritonPlan
     alpha: float
@@ -217,15 +249,23 @@ class AttentionProblem:
     prepared: dict[tuple[str, "GradStores | None"], PreparedLaunch] = field(default_factory=dict)
 
     def prepare(
-        self, name: str, operands: tuple[Tensor, ...], causal: bool = False, grads: "GradStores | None" = None
+        self,
+        name: str,
+        operands: tuple[Tensor, ...],
+        causal: bool = False,
+        grads: "GradStores | None" = None,
     ) -> PreparedLaunch:
-        """The launch of a kernel; `operands` are its first arguments, of which only shapes and strides count."""
+        """The launch of a kernel; `operands` are its first arguments, of which only shapes and
+        strides count.
+        """
         key = name, grads
         if key not in self.prepared:
             self.prepared[key] = self._prepare(name, operands, causal, grads)
         return self.prepared[key]
 
-    def _prepare(self, name: str, operands: tuple[Tensor, ...], causal: bool, grads: "GradStores | None") -> PreparedLaunch:
+    def _prepare(
+        self, name: str, operands: tuple[Tensor, ...], causal: bool, grads: "GradStores | None"
+    ) -> PreparedLaunch:
         plan, keys, cached = self.plan, name == "backward_keys", name == "forward_cached"
         half = self.dtype.itemsize == 2
         tile = tile_sizes(
@@ -233,8 +273,12 @@ class AttentionProblem:
             biased=self.tables is not None, max_seq_len=plan.max_seq_len, hopper=self.hopper,
         )  # fmt: skip
         tiles = plan.tile_list(keys, tile, self.heads)
-        widths = {"backward_queries": (self.d_qk,), "backward_keys": (self.d_qk, self.d_v)}.get(name, (self.d_v,))
-        partials = tuple(tiles.partial(self.heads, tile.keys if keys else tile.rows, width) for width in widths)
+        widths = {"backward_queries": (self.d_qk,), "backward_keys": (self.d_qk, self.d_v)}.get(
+            name, (self.d_v,)
+        )
+        partials = tuple(
+            tiles.partial(self.heads, tile.keys if keys else tile.rows, width) for width in widths
+        )
         if len(partials) == 2 and widths[0] == widths[1]:
             partials = partials[0], torch.empty_like(partials[0])
         visible = tiles.tiles if plan.target_visible is None else plan.target_visible
@@ -244,9 +288,22 @@ class AttentionProblem:
             flags = causal, plan.target_visible is not None
         else:
             has_prefix = plan.prefix > 0 and plan.window is not None
-            sizes = plan.num_tokens, *strides, *(self.tables or (1, 1)), plan.max_seq_len, plan.window or 0, plan.prefix
-            flags = has_prefix, plan.num_targets is not None, plan.target_visible is not None, self.tables is not None
-        # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs share an entry
+            sizes = (
+                plan.num_tokens,
+                *strides,
+                *(self.tables or (1, 1)),
+                plan.max_seq_len,
+                plan.window or 0,
+                plan.prefix,
+            )
+            flags = (
+                has_prefix,
+                plan.num_targets is not None,
+                plan.target_visible is not None,
+                self.tables is not None,
+            )
+        # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs
+        # share an entry
         fast = half and self.on_gpu and not (self.tables and name == "backward_queries")
         how = (self.hopper, fast, "ieee") if cached else (self.hopper, fast, "ieee", self.on_gpu)
         shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
@@ -276,13 +333,17 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _operand(x: Tensor, hopper: bool) -> Tensor:
-    """`x` [T, H, W] as the kernels read it: W a power of two, dense; for descriptors heads packed and 16-byte rows."""
+    """`x` [T, H, W] as the kernels read it: W a power of two, dense; for descriptors heads packed
+    and 16-byte rows.
+    """
     width = max(16, next_power_of_2(x.shape[2]))
     if width != x.shape[2]:
         return F.pad(x, (0, width - x.shape[2]))
     if x.stride(2) != 1:
         return x.contiguous()
-    packed = x.stride(1) == width and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    packed = (
+        x.stride(1) == width and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    )
     return x if packed or not hopper else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -327,25 +388,34 @@ class BiasInputs:
 
 @cache
 def time_steps(device: torch.device) -> Tensor:
-    """int32 [CELLS, 2]: the seconds, sign included, at which the time bucket changes within a cell, and the buckets
-    below and from there on, in the lower and upper 16 bits. A cell is the upper 11 bits of the seconds as float32."""
+    """int32 [CELLS, 2]: the seconds, sign included, at which the time bucket changes within a cell,
+    and the buckets below and from there on, in the lower and upper 16 bits. A cell is the upper 11
+    bits of the seconds as float32."""
     cell = torch.arange(CELLS // 2, dtype=torch.int32, device=device)
 
     def first_of(cell: Tensor) -> Tensor:
-        begin = (cell.clamp(max=(127 + 31) << 2) << 21).view(torch.float32)  # no second is beyond 2**31
+        # no second is beyond 2**31
+        begin = (cell.clamp(max=(127 + 31) << 2) << 21).view(torch.float32)
         return begin.double().ceil()
 
     first = first_of(cell)
     last = torch.maximum(first_of(cell + 1) - 1, first)
     below, above = (time_bucket(x, 2**15) for x in (first, last))
-    step = torch.where(above > below, (above.double() * LOG_BUCKET).exp().ceil(), 2.0**31 - 1).to(torch.int64)
-    forward, backward = torch.stack([step, below | above << 16], 1), torch.stack([1 - step, above | below << 16], 1)
+    step = torch.where(above > below, (above.double() * LOG_BUCKET).exp().ceil(), 2.0**31 - 1).to(
+        torch.int64
+    )
+    forward, backward = (
+        torch.stack([step, below | above << 16], 1),
+        torch.stack([1 - step, above | below << 16], 1),
+    )
     return torch.cat([forward, backward]).to(torch.int32)
 
 
 def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
     """`reach`: no distance between positions is longer."""
-    position_table, time_table = (x.detach().float().contiguous() for x in (bias.position_table, bias.time_table))
+    position_table, time_table = (
+        x.detach().float().contiguous() for x in (bias.position_table, bias.time_table)
+    )
     device = position_table.device
     positions = torch.empty(2 * reach + 1, dtype=torch.float32, device=device)
     cells = torch.empty(CELLS, 4, dtype=torch.int32, device=device)
@@ -359,10 +429,14 @@ def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
     return BiasInputs(positions, cells, event_time, query_time)
 
 
-def launch_forward(problem: AttentionProblem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None) -> Tensor:
+def launch_forward(
+    problem: AttentionProblem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None
+) -> Tensor:
     q = operands[0]
     launch = problem.prepare("forward", operands)
-    out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=problem.out_dtype, device=q.device)
+    out = torch.empty(
+        q.shape[0], problem.heads, problem.d_v, dtype=problem.out_dtype, device=q.device
+    )
     launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), out)
     return out
 
@@ -375,11 +449,11 @@ def launch_backward_queries(
     slope_q: Tensor | None = None,
     summed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Fills dq [T, H, D], whose rows may lie apart; gives the float32 gradients of the bias tables and, `summed`, the
-    sum of dq's rows [H D].
+    """Fills dq [T, H, D], whose rows may lie apart; gives the float32 gradients of the bias tables
+    and, `summed`, the sum of dq's rows [H D].
 
-    The last operand is the gradient of the output. dq is multiplied by `slope_q` [T, H, D], the slope of what made q.
-    """
+    The last operand is the gradient of the output. dq is multiplied by `slope_q` [T, H, D], the
+    slope of what made q."""
     _, _, v, grad = operands
     strides, widths = (dq.stride(0), _row_stride(slope_q)), (dq.shape[2], v.shape[2])
     grads = GradStores(strides, widths, slope_q is not None, dq[0].numel() if summed else 0)
@@ -390,12 +464,16 @@ def launch_backward_queries(
         return None, None, launch.row_sums.sum(0) if summed else None
     assert problem.tables is not None
     num_positions, num_times = problem.tables
-    sums = torch.zeros(num_positions + num_times * launch.tile.rows, dtype=torch.int64, device=dq.device)
+    sums = torch.zeros(
+        num_positions + num_times * launch.tile.rows, dtype=torch.int64, device=dq.device
+    )
     of_position, of_time = sums.tensor_split([num_positions])
     per_unit = _units(problem, grad, v)
     launch.launch(operands, *bias.all, *outs, of_position, of_time, per_unit)
     of_time = of_time.view(num_times, launch.tile.rows).sum(1)
-    d_position, d_time = ((x * (0.5 * problem.scale / per_unit.double())).float() for x in (of_position, of_time))
+    d_position, d_time = (
+        (x * (0.5 * problem.scale / per_unit.double())).float() for x in (of_position, of_time)
+    )
     return d_position, d_time, launch.row_sums.sum(0) if summed else None
 
 
@@ -404,9 +482,14 @@ def _row_stride(x: Tensor | None) -> int:
 
 
 def _units(problem: AttentionProblem, grad: Tensor, v: Tensor) -> Tensor:
-    """How many units of the whole-number sums of the bias gradients make 1.0: no sum of all pairs can pass 2**62."""
-    grad_max, v_max = (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (grad, v))
-    largest = grad_max * v_max * (2.2 * problem.d_v)  # 2.2: twice SiLU's slope, as the kernels have it
+    """How many units of the whole-number sums of the bias gradients make 1.0: no sum of all pairs
+    can pass 2**62.
+    """
+    grad_max, v_max = (
+        torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (grad, v)
+    )
+    # 2.2: twice SiLU's slope, as the kernels have it
+    largest = grad_max * v_max * (2.2 * problem.d_v)
     pairs = problem.plan.num_tokens * problem.plan.max_seq_len * problem.heads
     return (2.0**62 / (largest * pairs).clamp(min=1e-18)).reshape(1)
 
@@ -421,13 +504,17 @@ def launch_backward_keys(
     slope_v: Tensor | None = None,
     summed: bool = False,
 ) -> Tensor | None:
-    """Fills dk [T, H, D] and dv [T, H, V], whose rows may lie apart; `summed` gives the sums of both's rows
+    """Fills dk [T, H, D] and dv [T, H, V], whose rows may lie apart; `summed` gives the sums of
+    both's rows
     [H D + H V].
 
-    They are multiplied by `slope_k` and `slope_v`, the slopes of what made k and v, which have one row stride.
+    They are multiplied by `slope_k` and `slope_v`, the slopes of what made k and v, which have one
+    row stride.
     """
     strides, widths = (dk.stride(0), dv.stride(0), _row_stride(slope_k)), (dk.shape[2], dv.shape[2])
-    grads = GradStores(strides, widths, slope_k is not None, dk[0].numel() + dv[0].numel() if summed else 0)
+    grads = GradStores(
+        strides, widths, slope_k is not None, dk[0].numel() + dv[0].numel() if summed else 0
+    )
     launch = problem.prepare("backward_keys", operands, grads=grads)
     slopes = (launch.unused,) * 2 if slope_k is None else (slope_k, slope_v)
     of_bias = bias.all if bias is not None else (launch.unused,) * 4
@@ -437,7 +524,9 @@ def launch_backward_keys(
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, position_table, time_table, problem: AttentionProblem, bias: BiasInputs | None):
+    def forward(
+        ctx, q, k, v, position_table, time_table, problem: AttentionProblem, bias: BiasInputs | None
+    ):
         ctx.save_for_backward(q, k, v)
         ctx.problem, ctx.bias = problem, bias
         return launch_forward(problem, (q, k, v), bias)
@@ -471,8 +560,13 @@ def semi_local_attention_triton(
         return v_THV.new_empty(v_THV.shape, dtype=out_dtype)
     inputs, tables = None, None
     if bias is not None:
-        inputs, tables = spread_bias(bias, plan.max_seq_len), (len(bias.position_table), len(bias.time_table))
-    problem, operands = make_problem((q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables, out_dtype)
+        inputs, tables = (
+            spread_bias(bias, plan.max_seq_len),
+            (len(bias.position_table), len(bias.time_table)),
+        )
+    problem, operands = make_problem(
+        (q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables, out_dtype
+    )
     learned = (None, None) if bias is None else (bias.position_table, bias.time_table)
     if torch.is_grad_enabled():
         out = _TritonAttention.apply(*operands, *learned, problem, inputs)

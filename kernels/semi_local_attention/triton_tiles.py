@@ -1,7 +1,8 @@
-"""Triton kernels that build the tile lists of a batch, on the device and without a word to the host.
+"""Triton kernels that build the tile lists of a batch, on the device and without a word to the
+host.
 
-Entries are rows of `ENTRY` int32, sequence by sequence (so that K and V of one sequence stay in L2), longest first
-inside.
+Entries are rows of `ENTRY` int32, sequence by sequence (so that K and V of one sequence stay in
+L2), longest first inside.
 
 A row tile never mixes kinds, because tiles are anchored at the borders of the kinds:
   BAND       history rows that see `window` back, and the prefix
@@ -48,12 +49,21 @@ def _row_counts(
     if CACHED:  # no rows of the history
         full = full * 0
         history = full
-    return tl.cdiv(history - full, BLOCK_M), tl.cdiv(full, BLOCK_M), tl.cdiv(targets, BLOCK_M), parts
+    return (
+        tl.cdiv(history - full, BLOCK_M),
+        tl.cdiv(full, BLOCK_M),
+        tl.cdiv(targets, BLOCK_M),
+        parts,
+    )
 
 
 @triton.jit
-def _key_counts(history, full, targets, prefix, per_part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tiles: those of the prefix that band rows see, other history, candidates; and the parts of the first."""
+def _key_counts(
+    history, full, targets, prefix, per_part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Key tiles: those of the prefix that band rows see, other history, candidates; and the parts
+    of the first.
+    """
     all_history = tl.cdiv(history, BLOCK_N)
     of_prefix = tl.where(history > full, tl.minimum(tl.cdiv(prefix, BLOCK_N), all_history), 0)
     parts = tl.maximum(tl.cdiv(tl.cdiv(history + targets, BLOCK_M), per_part), 1)
@@ -67,10 +77,14 @@ def _entries(
 ):  # fmt: skip
     """Entries and slots of sequences."""
     if KEYS:
-        cut, one, other, parts = _key_counts(history, full, targets, prefix, per_part, BLOCK_M, BLOCK_N)
+        cut, one, other, parts = _key_counts(
+            history, full, targets, prefix, per_part, BLOCK_M, BLOCK_N
+        )
         once = one + other
     else:
-        once, full_tiles, target_tiles, parts = _row_counts(history, full, targets, per_part, BLOCK_M, BLOCK_N, CACHED)
+        once, full_tiles, target_tiles, parts = _row_counts(
+            history, full, targets, per_part, BLOCK_M, BLOCK_N, CACHED
+        )
         cut = full_tiles + target_tiles
     return once + cut * parts, tl.where(parts > 1, cut * parts, 0)
 
@@ -106,12 +120,18 @@ def count_tiles(
             offsets, num_targets, seq, seq < num_sequences, full_rows, BANDED, CANDIDATES, CACHED
         )
         if KEYS:
-            of_prefix, _, _, blocks = _key_counts(history, full, targets, prefix, 1, BLOCK_M, BLOCK_N)
+            of_prefix, _, _, blocks = _key_counts(
+                history, full, targets, prefix, 1, BLOCK_M, BLOCK_N
+            )
             work += of_prefix.to(tl.int64) * blocks
         else:
-            _, full_tiles, target_tiles, blocks = _row_counts(history, full, targets, 1, BLOCK_M, BLOCK_N, CACHED)
+            _, full_tiles, target_tiles, blocks = _row_counts(
+                history, full, targets, 1, BLOCK_M, BLOCK_N, CACHED
+            )
             work += (full_tiles + target_tiles).to(tl.int64) * blocks
-    per_part = tl.maximum(tl.cdiv(tl.sum(work, 0) * HEADS, SPLIT_PROGRAMS), SHORTEST_PART).to(tl.int32)
+    per_part = tl.maximum(tl.cdiv(tl.sum(work, 0) * HEADS, SPLIT_PROGRAMS), SHORTEST_PART).to(
+        tl.int32
+    )
 
     long_before = tl.sum(tl.zeros((BLOCK_B,), tl.int32), 0)
     slots_before = long_before
@@ -122,19 +142,31 @@ def count_tiles(
         _, history, full, targets = _sequence(
             offsets, num_targets, seq, seq < num_sequences, full_rows, BANDED, CANDIDATES, CACHED
         )
-        entries, slots = _entries(history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N)
+        entries, slots = _entries(
+            history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N
+        )
         short_before += tl.sum(tl.where(slots > 0, entries, 0), 0)
     for begin in range(0, num_sequences, BLOCK_B):
         seq = begin + tl.arange(0, BLOCK_B)
         valid = seq < num_sequences
-        _, history, full, targets = _sequence(offsets, num_targets, seq, valid, full_rows, BANDED, CANDIDATES, CACHED)
-        entries, slots = _entries(history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N)
+        _, history, full, targets = _sequence(
+            offsets, num_targets, seq, valid, full_rows, BANDED, CANDIDATES, CACHED
+        )
+        entries, slots = _entries(
+            history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N
+        )
         long, short = tl.where(slots > 0, entries, 0), tl.where(slots > 0, 0, entries)
         first_long = long_before + tl.cumsum(long, 0) - long
         first_short = short_before + tl.cumsum(short, 0) - short
         tl.store(first + seq, tl.where(slots > 0, first_long, first_short), mask=valid)
-        tl.store(first + num_sequences + seq, slots_before + tl.cumsum(slots, 0) - slots, mask=valid)
-        tl.store(first + 2 * num_sequences + seq, targets_before + tl.cumsum(targets, 0) - targets, mask=valid)
+        tl.store(
+            first + num_sequences + seq, slots_before + tl.cumsum(slots, 0) - slots, mask=valid
+        )
+        tl.store(
+            first + 2 * num_sequences + seq,
+            targets_before + tl.cumsum(targets, 0) - targets,
+            mask=valid,
+        )
         long_before += tl.sum(long, 0)
         short_before += tl.sum(short, 0)
         slots_before += tl.sum(slots, 0)
@@ -149,7 +181,9 @@ def write_row_tiles(
     num_targets,
     header,
     first,
-    tiles,  # int32 [capacity, ENTRY] out: row, row end, sequence start, history end, kind, part, parts, slot,
+    # int32 [capacity, ENTRY] out: row, row end, sequence start, history end, kind, part, parts,
+    # slot,
+    tiles,
     # number of the row as a candidate of the batch, first candidate's row
     num_sequences,
     full_rows,
@@ -162,7 +196,9 @@ def write_row_tiles(
 ):
     """One program a sequence."""
     seq = tl.program_id(0)
-    start, history, full, targets = _sequence(offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, CACHED)
+    start, history, full, targets = _sequence(
+        offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, CACHED
+    )
     if CACHED:
         first_row = tl.load(num_targets + seq).to(tl.int32)
     else:
@@ -183,7 +219,9 @@ def write_row_tiles(
         row = tl.where(is_cut, full_row, tl.maximum(band_end - BLOCK_M, 0))
         row_end = tl.where(is_cut, tl.minimum(full_row + BLOCK_M, history), band_end)
         row = tl.where(is_target, first_row + tile * BLOCK_M, start + row)
-        row_end = tl.where(is_target, tl.minimum(row + BLOCK_M, first_row + targets), start + row_end)
+        row_end = tl.where(
+            is_target, tl.minimum(row + BLOCK_M, first_row + targets), start + row_end
+        )
         place = tiles + (first_entry + entry) * ENTRY
         mask = entry < cut + band_tiles
         tl.store(place, row, mask=mask)
@@ -205,8 +243,11 @@ def write_key_tiles(
     visible,  # int32 [C]
     header,
     first,
-    tiles,  # int32 [capacity, ENTRY] out: key, key end, sequence start, history end, sequence end, kind, part, parts,
-    # slot, first FULL row, first candidate of the sequence, first row of a candidate that sees the tile
+    # int32 [capacity, ENTRY] out: key, key end, sequence start, history end, sequence end, kind,
+    # part, parts,
+    tiles,
+    # slot, first FULL row, first candidate of the sequence, first row of a candidate that sees the
+    # tile
     num_sequences,
     full_rows,
     prefix,
@@ -219,7 +260,9 @@ def write_key_tiles(
 ):
     """One program a sequence."""
     seq = tl.program_id(0)
-    start, history, full, targets = _sequence(offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, False)
+    start, history, full, targets = _sequence(
+        offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, False
+    )
     of_prefix, others, target_tiles, parts = _key_counts(
         history, full, targets, prefix, tl.load(header + 1), BLOCK_M, BLOCK_N
     )

@@ -39,10 +39,12 @@ def stu_layer(
 ) -> Tensor:
     """The layer's output [T, E].
 
-    Dropout `p` on what the output layer reads; `seed`, in 0..2**31 - 1, fixes its mask, the same on every backend,
-    and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton kernels (there, under autocast, the
-    output has autocast's type: the residual stream is in half precision), and otherwise PyTorch around
-    `semi_local_attention`. `"triton"` and `"torch"` say which attention that is, `"reference"` is dense.
+    Dropout `p` on what the output layer reads; `seed`, in 0..2**31 - 1, fixes its mask, the same on
+    every backend,
+    and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton kernels (there,
+    under autocast, the output has autocast's type: the residual stream is in half precision), and
+    otherwise PyTorch around `semi_local_attention`. `"triton"` and `"torch"` say which attention
+    that is, `"reference"` is dense.
 
     Raises:
         ValueError: on shapes and types that do not fit, FP8 on a GPU without it.
@@ -54,9 +56,17 @@ def stu_layer(
         )
 
         _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
-        require(max(shape.d_qk, shape.d_v) <= 256, f"heads must be at most 256 wide, got {shape.d_qk} and {shape.d_v}")
+        require(
+            max(shape.d_qk, shape.d_v) <= 256,
+            f"heads must be at most 256 wide, got {shape.d_qk} and {shape.d_v}",
+        )
         mask = shape.window, shape.full_rows, shape.prefix
-        rows = sequences.seq_offsets, sequences.max_seq_len, sequences.num_targets, sequences.target_visible
+        rows = (
+            sequences.seq_offsets,
+            sequences.max_seq_len,
+            sequences.num_targets,
+            sequences.target_visible,
+        )
         plan = triton_plan(len(x_TE), *rows, *mask)
         x_TE, seed = x_TE.to(_compute_dtype(x_TE)).contiguous(), _drawn(p) if seed is None else seed
         if torch.is_grad_enabled():
@@ -70,7 +80,8 @@ def stu_layer(
 def project(
     x_TE: Tensor, weights: STUWeights, shape: STUShape, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U [T, H V] as `output` takes it, Q and K [T, H, D], V [T, H, V]. As in `output`, no row needs another.
+    """U [T, H V] as `output` takes it, Q and K [T, H, D], V [T, H, V]. As in `output`, no row needs
+    another.
 
     The fused kernels are for inference: where gradients are recorded, only `stu_layer` has them.
     """
@@ -137,11 +148,16 @@ def output(
 
 
 def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
-    """Whether the fused kernels take this; on a GPU float32 is left to PyTorch, whose products are faster there."""
+    """Whether the fused kernels take this; on a GPU float32 is left to PyTorch, whose products are
+    faster there.
+    """
     half = _compute_dtype(x_TE).itemsize == 2 or not x_TE.is_cuda
     fused = choose(backend, x_TE) == "triton" and half and len(x_TE) > 0
     if fused and shape.fp8 and x_TE.is_cuda:
-        name, capability = torch.cuda.get_device_name(x_TE.device), torch.cuda.get_device_capability(x_TE.device)
+        name, capability = (
+            torch.cuda.get_device_name(x_TE.device),
+            torch.cuda.get_device_capability(x_TE.device),
+        )
         require(capability >= (8, 9), f"FP8 needs compute capability 8.9, {name} has {capability}")
     return fused
 
@@ -152,7 +168,8 @@ def _compute_dtype(x_TE: Tensor) -> torch.dtype:
 
 
 def _drawn(p: float) -> int:
-    return int(torch.randint(2**31, ())) if p > 0 else 0  # on the host: the device is not waited for
+    # on the host: the device is not waited for
+    return int(torch.randint(2**31, ())) if p > 0 else 0
 
 
 @lru_cache(1024)  # a model asks the same of every layer
@@ -161,7 +178,9 @@ def _check(x: torch.Size, weights: tuple[torch.Size, ...], shape: STUShape, p: f
     width, projected, attended = x[1], sum(shape.split), shape.split[0]
     gated = attended * (3 if shape.concat_ua else 1)
     norms = (width,), (width,), (projected, width), (projected,), (attended,), (attended,)
-    for name, size, expected in zip(STUWeights._fields, weights, (*norms, (width, gated), (width,)), strict=True):
+    for name, size, expected in zip(
+        STUWeights._fields, weights, (*norms, (width, gated), (width,)), strict=True
+    ):
         require(size == expected, f"{name} must be {expected}, got {tuple(size)}")
     require(0 <= p < 1, f"p must be in [0, 1), got {p}")
     unknown = set(shape.recompute) - set(RECOMPUTABLE)

@@ -1,4 +1,5 @@
-"""One STU layer in plain PyTorch (ULTRA-HSTU, arXiv:2602.16986, eq. 1-5): the truth, and the path of CPUs.
+"""One STU layer in plain PyTorch (ULTRA-HSTU, arXiv:2602.16986, eq. 1-5): the truth, and the path
+of CPUs.
 
 X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y + Z
 """
@@ -43,14 +44,17 @@ class STUShape:
     silu_qkv: bool = True  # False: Q, K and V stay linear, the authors' production form
     concat_ua: bool = False  # f2 reads concat[U, A, Norm(A) ⊙ U], their other difference
     fp8: bool = False  # f1 and f2 on row-wise e4m3, backward as if nothing had been rounded
-    recompute: tuple[str, ...] = ()  # of "normed_x", "uvqk", "y": made again in backward instead of kept
+    # of "normed_x", "uvqk", "y": made again in backward instead of kept
+    recompute: tuple[str, ...] = ()
 
     @property
     def split(self) -> list[int]:
         return [self.num_heads * width for width in (self.d_v, self.d_qk, self.d_qk, self.d_v)]
 
 
-def project_reference(x_TE: Tensor, weights: STUWeights, shape: STUShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def project_reference(
+    x_TE: Tensor, weights: STUWeights, shape: STUShape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U [T, H V], Q and K [T, H, D], V [T, H, V]."""
     x = F.layer_norm(x_TE, x_TE.shape[1:], weights.norm_weight, weights.norm_bias, shape.norm_eps)
     uvqk = linear_reference(x, weights.uvqk_weight, weights.uvqk_bias, fp8=shape.fp8)
@@ -67,14 +71,22 @@ def output_reference(
     x_TE: Tensor, u_TE: Tensor, a_THV: Tensor, weights: STUWeights, shape: STUShape, p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Z' [T, E]. Dropout p on what f2 reads; a seed gives the mask of the kernels, None PyTorch's own."""
+    """Z' [T, E]. Dropout p on what f2 reads; a seed gives the mask of the kernels, None PyTorch's
+    own.
+    """
     a = a_THV.flatten(1)
-    gated = F.layer_norm(a, a.shape[1:], weights.norm_attn_weight, weights.norm_attn_bias, shape.norm_eps)
+    gated = F.layer_norm(
+        a, a.shape[1:], weights.norm_attn_weight, weights.norm_attn_bias, shape.norm_eps
+    )
     gated = gated.to(u_TE.dtype) * u_TE  # autocast runs the norm itself in float32
     if shape.concat_ua:
         gated = torch.cat([u_TE, a.to(u_TE.dtype), gated], dim=1)
     if seed is None:
         gated = F.dropout(gated, p, training=p > 0)
     else:
-        gated = gated * dropout_mask(seed, gated.shape[0], gated.shape[1], p, gated.device) / (1 - p)
-    return linear_reference(gated, weights.out_weight, weights.out_bias, residual=x_TE, fp8=shape.fp8)
+        gated = (
+            gated * dropout_mask(seed, gated.shape[0], gated.shape[1], p, gated.device) / (1 - p)
+        )
+    return linear_reference(
+        gated, weights.out_weight, weights.out_bias, residual=x_TE, fp8=shape.fp8
+    )

@@ -1,10 +1,12 @@
-"""The STU layer on CUDA: nine launches of fused kernels, and an autograd function that says what is kept.
+"""The STU layer on CUDA: nine launches of fused kernels, and an autograd function that says what is
+kept.
 
     x ─norm→ X ─f1, SiLU→ U, Q, K, V ─attention→ A ─norm, gate, dropout→ Y ─f2 + x→ out
 
-Kept for backward are x and A, and unless `recompute` names them X, U..V and Y. SiLU's derivative does not follow from
-its result: U is activated only inside the gate kernels, and for Q, K, V f1 writes the derivative too where backward
-follows. Each kernel that makes a gradient applies it before it stores, so that no pass over U..V is left.
+Kept for backward are x and A, and unless `recompute` names them X, U..V and Y. SiLU's derivative
+does not follow from its result: U is activated only inside the gate kernels, and for Q, K, V f1
+writes the derivative too where backward follows. Each kernel that makes a gradient applies it
+before it stores, so that no pass over U..V is left.
 """
 
 from dataclasses import dataclass
@@ -59,7 +61,13 @@ def launch_project(
     if normed is None or shape.fp8:
         out = normed is None and (keep_normed or not shape.fp8)
         made, codes, scale = launch_layer_norm(
-            x_TE, weights.norm_weight, weights.norm_bias, shape.norm_eps, dtype, out=out, fp8=shape.fp8
+            x_TE,
+            weights.norm_weight,
+            weights.norm_bias,
+            shape.norm_eps,
+            dtype,
+            out=out,
+            fp8=shape.fp8,
         )
         normed = made if normed is None else normed
     silu_from = shape.split[0] if shape.silu_qkv else None
@@ -74,7 +82,9 @@ def launch_project(
     return Projected(uvqk, slope, shape), normed
 
 
-def attend(projected: Projected, plan: attention.TritonPlan) -> tuple[attention.Problem, tuple[Tensor, ...]]:
+def attend(
+    projected: Projected, plan: attention.TritonPlan
+) -> tuple[attention.Problem, tuple[Tensor, ...]]:
     """The attention problem of a layer and its operands q, k, v."""
     shape = projected.shape
     _, q, k, v = projected.parts(projected.uvqk)
@@ -100,7 +110,9 @@ def launch_output(
     if codes is not None and scale is not None:
         w, w_scale = quantized_weight(weights.out_weight)
         scales = scale, w_scale
-        out, _ = launch_linear(codes, w, weights.out_bias, residual=x_TE, scales=scales, dtype=x_TE.dtype)
+        out, _ = launch_linear(
+            codes, w, weights.out_bias, residual=x_TE, scales=scales, dtype=x_TE.dtype
+        )
     else:
         assert y is not None
         w = cast_weight(weights.out_weight, x_TE.dtype)
@@ -109,7 +121,12 @@ def launch_output(
 
 
 def launch_layer(
-    x_TE: Tensor, weights: STUWeights, shape: STUShape, plan: attention.TritonPlan, p: float, seed: int
+    x_TE: Tensor,
+    weights: STUWeights,
+    shape: STUShape,
+    plan: attention.TritonPlan,
+    p: float,
+    seed: int,
 ) -> Tensor:
     """The layer where nothing is recorded."""
     projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)
@@ -124,9 +141,12 @@ class FusedLayer(torch.autograd.Function):
     def forward(ctx, x_TE: Tensor, *arguments):
         *tensors, shape, plan, p, seed = arguments
         weights, ctx.types = STUWeights(*tensors), [w.dtype for w in tensors]
-        if not shape.fp8:  # FP8 is rounded from the weights themselves; else backward finds them cast already
+        # FP8 is rounded from the weights themselves; else backward finds them cast already
+        if not shape.fp8:
             casts = (cast_weight(w, x_TE.dtype) for w in (weights.uvqk_weight, weights.out_weight))
-            weights = weights._replace(**dict(zip(("uvqk_weight", "out_weight"), casts, strict=True)))
+            weights = weights._replace(
+                **dict(zip(("uvqk_weight", "out_weight"), casts, strict=True))
+            )
         keep = {name for name in ("normed_x", "uvqk", "y") if name not in shape.recompute}
         projected, normed = launch_project(
             x_TE, weights, shape, shape.silu_qkv and "uvqk" in keep, keep_normed="normed_x" in keep
@@ -148,7 +168,9 @@ class FusedLayer(torch.autograd.Function):
         dtype = x.dtype
         grad = grad.to(dtype).contiguous()
         if uvqk is None:
-            projected, normed = launch_project(x, weights, shape, shape.silu_qkv, normed, keep_normed=True)
+            projected, normed = launch_project(
+                x, weights, shape, shape.silu_qkv, normed, keep_normed=True
+            )
         else:
             projected = Projected(uvqk, slope, shape)
         if normed is None:
@@ -167,11 +189,17 @@ class FusedLayer(torch.autograd.Function):
 
         problem, operands = attend(projected, plan)
         d_heads = da.view(len(da), shape.num_heads, shape.d_v)
-        d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v)) if problem.d_v > shape.d_v else d_heads
+        d_heads = (
+            F.pad(d_heads, (0, problem.d_v - shape.d_v)) if problem.d_v > shape.d_v else d_heads
+        )
         slope_q, slope_k, slope_v = projected.slopes()
         given = *operands, d_heads
-        *_, sum_q = attention.launch_backward_queries(problem, given, dq, slope_q=slope_q, summed=True)
-        sum_kv = attention.launch_backward_keys(problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True)
+        *_, sum_q = attention.launch_backward_queries(
+            problem, given, dq, slope_q=slope_q, summed=True
+        )
+        sum_kv = attention.launch_backward_keys(
+            problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True
+        )
         del projected, operands, given, problem, da, d_heads, slope_q, slope_k, slope_v
 
         d_normed = d_uvqk @ weights.uvqk_weight.to(dtype)
@@ -181,6 +209,20 @@ class FusedLayer(torch.autograd.Function):
             d_normed, x, grad, weights.norm_weight, shape.norm_eps
         )
         grads = STUWeights(
-            d_weight, d_bias, d_uvqk_weight, d_uvqk_bias, d_norm_weight, d_norm_bias, d_out_weight, d_out_bias
+            d_weight,
+            d_bias,
+            d_uvqk_weight,
+            d_uvqk_bias,
+            d_norm_weight,
+            d_norm_bias,
+            d_out_weight,
+            d_out_bias,
         )
-        return dx, *(g.to(dtype) for g, dtype in zip(grads, ctx.types, strict=True)), None, None, None, None
+        return (
+            dx,
+            *(g.to(dtype) for g, dtype in zip(grads, ctx.types, strict=True)),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -10,7 +10,8 @@ NO_GAP = -1  # gap_ms where there is no earlier row or the time between is not r
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Rows of B sequences as flat NumPy columns, oldest first; sequence b is `offsets[b]:offsets[b + 1]`.
+    """Rows of B sequences as flat NumPy columns, oldest first; sequence b is `offsets[b]:offsets[b
+    + 1]`.
 
     Request columns are -1 where unknown.
     """
@@ -51,7 +52,9 @@ def concatenate(parts: Sequence[Events]) -> Events:
     lengths = np.concatenate([part.lengths for part in parts])
     names = [f.name for f in fields(Events) if f.name not in ("offsets", "request", "dense")]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    request = {name: np.concatenate([part.request[name] for part in parts]) for name in parts[0].request}
+    request = {
+        name: np.concatenate([part.request[name] for part in parts]) for name in parts[0].request
+    }
     dense = [part.dense for part in parts if part.dense is not None]
     return Events(
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -62,17 +65,22 @@ def concatenate(parts: Sequence[Events]) -> Events:
 
 
 def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The integers of `begin[i]..end[i]-1` one range after another, and the offsets [n + 1] of the ranges."""
+    """The integers of `begin[i]..end[i]-1` one range after another, and the offsets [n + 1] of the
+    ranges.
+    """
     lengths = end - begin
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths), offsets
 
 
-def row_gaps(event_time: np.ndarray, order_only: np.ndarray, offsets: np.ndarray, end_is_real: bool) -> np.ndarray:
-    """ms from the previous row of the sequence to each row, int64 [N], NO_GAP where that is not a real time.
+def row_gaps(
+    event_time: np.ndarray, order_only: np.ndarray, offsets: np.ndarray, end_is_real: bool
+) -> np.ndarray:
+    """ms from the previous row of the sequence to each row, int64 [N], NO_GAP where that is not a
+    real time.
 
-    An order_only row has no gap. The first timed row after such rows has one only if `end_is_real`: the last of them
-    then carries a real time.
+    An order_only row has no gap. The first timed row after such rows has one only if `end_is_real`:
+    the last of them then carries a real time.
     """
     gap = np.diff(event_time, prepend=event_time[:1])
     after_order_only = np.concatenate([[False], order_only[:-1]])
@@ -84,9 +92,16 @@ def row_gaps(event_time: np.ndarray, order_only: np.ndarray, offsets: np.ndarray
 
 
 def request_gaps(
-    history: Events, last: np.ndarray, first: np.ndarray, request_time: np.ndarray, end_is_real: bool
+    history: Events,
+    last: np.ndarray,
+    first: np.ndarray,
+    request_time: np.ndarray,
+    end_is_real: bool,
 ) -> np.ndarray:
-    """ms from the last visible event to the request, int64 [n]. That event is row `last`; none if `last < first`."""
+    """ms from the last visible event to the request, int64 [n].
+
+    That event is row `last`; none if `last < first`.
+    """
     if len(history.event_time) == 0:
         return np.full(len(last), NO_GAP, np.int64)
     row = np.maximum(last, 0)

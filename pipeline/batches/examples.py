@@ -1,8 +1,9 @@
 """Examples: which rows of a user are history, which are candidates, and what their labels are.
 
-An example is (user, request): history is every row of the user strictly earlier than the request, candidates are the
-request's rows. Two layouts hold the same examples: one sequence per request (evaluation, serving), and passes over one
-user's rows in which every row is also a candidate that sees only what lay before its request (training).
+An example is (user, request): history is every row of the user strictly earlier than the request,
+candidates are the request's rows. Two layouts hold the same examples: one sequence per request
+(evaluation, serving), and passes over one user's rows in which every row is also a candidate that
+sees only what lay before its request (training).
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ class UserEvents:
     user_id: np.ndarray  # int64 [B]
     first_position: np.ndarray  # int64 [B]
     request_begin: np.ndarray  # int64 [N], first row of the row's request
-    visible_end: np.ndarray  # int64 [N], rows begin..visible_end-1 of the user are strictly earlier than the request
+    # int64 [N], rows begin..visible_end-1 of the user are strictly earlier than the request
+    visible_end: np.ndarray
 
     @property
     def row_user(self) -> np.ndarray:
@@ -42,7 +44,9 @@ class UserEvents:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """n sequences to build from `UserEvents`, int64 [n] each: history rows and target rows, flat row numbers."""
+    """n sequences to build from `UserEvents`, int64 [n] each: history rows and target rows, flat
+    row numbers.
+    """
 
     user: np.ndarray
     history_begin: np.ndarray
@@ -93,8 +97,12 @@ def flat_events(sequences: pa.Table, cfg: RunConfig) -> Events:
     return Events(
         offsets=offsets,
         position=np.arange(offsets[-1]) + np.repeat(first_position - offsets[:-1], lengths),
-        gap_ms=row_gaps(columns["event_time"], columns["order_only"], offsets, cfg.source.order_only_end_is_real),
-        request={n: arrow_lists.flat_column(sequences, n) for n in cfg.features.request if n != "hour"},
+        gap_ms=row_gaps(
+            columns["event_time"], columns["order_only"], offsets, cfg.source.order_only_end_is_real
+        ),
+        request={
+            n: arrow_lists.flat_column(sequences, n) for n in cfg.features.request if n != "hour"
+        },
         **columns,
     )
 
@@ -106,7 +114,9 @@ def _first_of_run(values: np.ndarray, begin: np.ndarray, rows: np.ndarray) -> np
 
 
 def request_examples(users: UserEvents, t_from: int, t_to: int) -> Examples:
-    """One example per request with t_from <= its time < t_to (ms UTC); order_only rows are never candidates here."""
+    """One example per request with t_from <= its time < t_to (ms UTC); order_only rows are never
+    candidates here.
+    """
     events = users.events
     time = users.request_time
     rows = np.flatnonzero((time >= t_from) & (time < t_to) & ~events.order_only)
@@ -131,16 +141,23 @@ def _whole_requests(users: UserEvents, first: np.ndarray) -> Examples:
 def training_examples(users: UserEvents, cfg: RunConfig, rng: np.random.Generator) -> Examples:
     """One epoch's examples of these users in the configured layout, stochastic length applied."""
     examples = whole_examples(users, cfg)
-    return cut_histories(examples, stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng), cfg)
+    return cut_histories(
+        examples, stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng), cfg
+    )
 
 
 def whole_examples(users: UserEvents, cfg: RunConfig) -> Examples:
     """The training examples of these users in the configured layout, each with its whole history.
 
-    The candidates are the rows of the training period, and the order_only rows where their labels weigh something.
+    The candidates are the rows of the training period, and the order_only rows where their labels
+    weigh something.
     """
     events = users.events
-    labelled = np.ones_like(events.order_only) if cfg.train.history_label_weight > 0 else ~events.order_only
+    labelled = (
+        np.ones_like(events.order_only)
+        if cfg.train.history_label_weight > 0
+        else ~events.order_only
+    )
     training = (users.request_time < cfg.split.train_end_ms) & labelled
     if cfg.train.layout == "request":
         rows = np.flatnonzero(training)
@@ -149,20 +166,26 @@ def whole_examples(users: UserEvents, cfg: RunConfig) -> Examples:
 
 
 def cut_histories(examples: Examples, cut: np.ndarray, cfg: RunConfig) -> Examples:
-    """The same, of the histories where `cut`, bool [n], is true only as much as stochastic length keeps."""
+    """The same, of the histories where `cut`, bool [n], is true only as much as stochastic length
+    keeps.
+    """
     begin = examples.history_end - threshold(cfg.train.stochastic_length)
     if cfg.train.layout == "user":  # a pass keeps at least the rows that are its own targets
         begin = np.minimum(begin, examples.target_begin)
     return replace(
-        examples, history_begin=np.where(cut, np.maximum(begin, examples.history_begin), examples.history_begin)
+        examples,
+        history_begin=np.where(
+            cut, np.maximum(begin, examples.history_begin), examples.history_begin
+        ),
     )
 
 
 def _passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Examples:
-    """Each user's training rows, cut into passes of at most `max_targets` targets, the newest pass full.
+    """Each user's training rows, cut into passes of at most `max_targets` targets, the newest pass
+    full.
 
-    The rows of the training period are the oldest ones and order_only rows come before all others, so the targets of a
-    user are one range of rows.
+    The rows of the training period are the oldest ones and order_only rows come before all others,
+    so the targets of a user are one range of rows.
     """
     offsets = users.events.offsets
     before = np.concatenate([[0], np.cumsum(training)])
@@ -186,19 +209,24 @@ def _passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Exampl
 def example_batch(
     users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig, *, training: bool
 ) -> SequenceBatch:
-    """These examples as one batch; `training` adds what each target may see, and labels with their weights."""
+    """These examples as one batch; `training` adds what each target may see, and labels with their
+    weights.
+    """
     history = users.events.take(examples.history_begin, examples.history_end)
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     lengths = np.diff(offsets)
     targets = target_events(users, rows, offsets, np.repeat(examples.user, lengths), cfg)
     first = users.events.offsets[examples.user]
-    if cfg.features.dense:  # counted over all that lies before a request, a history cut in training included
+    # counted over all that lies before a request, a history cut in training included
+    if cfg.features.dense:
         is_whole = np.array_equal(first, examples.history_begin)
         seen = history if is_whole else users.events.take(first, examples.history_end)
         visible_rows = users.visible_end[rows] - np.repeat(first, lengths)
         targets = replace(targets, dense=candidate_features(seen, targets, visible_rows, maps, cfg))
     begin = np.repeat(examples.history_begin, lengths)
-    visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32) if training else None
+    visible = (
+        np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32) if training else None
+    )
     labels, weight = target_labels(users.events, rows, cfg) if training else (None, None)
     return collate(
         history,
@@ -212,7 +240,9 @@ def example_batch(
     )
 
 
-def target_events(users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user: np.ndarray, cfg: RunConfig) -> Events:
+def target_events(
+    users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user: np.ndarray, cfg: RunConfig
+) -> Events:
     """The rows, of the users `user`, as candidates of their requests.
 
     Time, position and gap are the request's, actions are left out.
@@ -236,8 +266,14 @@ def target_events(users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user
     )
 
 
-def target_labels(events: Events, rows: np.ndarray, cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and their loss weights, float32 [C, tasks]; weight 0 where the action of the row is unknown."""
-    known, labels = np.split(label_counts(events.action_mask[rows], events.known_mask[rows], cfg), 2, axis=1)
+def target_labels(
+    events: Events, rows: np.ndarray, cfg: RunConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and their loss weights, float32 [C, tasks]; weight 0 where the action of the row is
+    unknown.
+    """
+    known, labels = np.split(
+        label_counts(events.action_mask[rows], events.known_mask[rows], cfg), 2, axis=1
+    )
     weight = np.where(events.order_only[rows, None], cfg.train.history_label_weight, 1.0)
     return labels.astype(np.float32), (known * weight).astype(np.float32)

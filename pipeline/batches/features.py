@@ -1,7 +1,9 @@
-"""What is learned across users before training: vocabularies, bucket edges, popularity, rates of labels.
+"""What is learned across users before training: vocabularies, bucket edges, popularity, rates of
+labels.
 
-All of it comes from the training period (rows before `split.train_end_ms`); an id or value not seen there is code 0.
-The maps are saved beside the weights, and the server looks codes up in them and nowhere else.
+All of it comes from the training period (rows before `split.train_end_ms`); an id or value not seen
+there is code 0. The maps are saved beside the weights, and the server looks codes up in them and
+nowhere else.
 """
 
 import json
@@ -22,23 +24,30 @@ from pipeline.sequences import arrow_lists, store
 
 HOURS = np.arange(24, dtype=np.int64)
 MS_PER_MINUTE = 60_000
-MOST_GROUPS = 2**40  # of a dense feature: numbers of users times numbers of groups stay within int64
+# of a dense feature: numbers of users times numbers of groups stay within int64
+MOST_GROUPS = 2**40
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureMaps:
-    """Ids and values → embedding rows. Row 0 of a codes table stands for an id that is not in it."""
+    """Ids and values → embedding rows.
+
+    Row 0 of a codes table stands for an id that is not in it.
+    """
 
     item_ids: np.ndarray  # int64 [I], sorted
     item_codes: np.ndarray  # int32 [I + 1, 1 + item columns]: item id, then features.item in order
     item_count: np.ndarray  # int64 [I + 1], exposures in the training period
     user_ids: np.ndarray  # int64 [U], sorted
     user_codes: np.ndarray  # int32 [U + 1, user columns]
-    request_values: dict[str, np.ndarray]  # request column -> int64 values, sorted; code = index + 1
+    # request column -> int64 values, sorted; code = index + 1
+    request_values: dict[str, np.ndarray]
     vocab_sizes: dict[str, int]  # rows of each embedding table, row 0 included
-    base_rates: dict[str, float]  # task -> positive rate over the known labels of timed training rows
-    # Of `features.dense`: the positive rate of each task over the rows of a kind (timed, order_only, all), and per
-    # feature that is not the user's own the counts of its groups, by step of `features.dense_step_minutes`.
+    # task -> positive rate over the known labels of timed training rows
+    base_rates: dict[str, float]
+    # Of `features.dense`: the positive rate of each task over the rows of a kind (timed,
+    # order_only, all), and per feature that is not the user's own the counts of its groups, by step
+    # of `features.dense_step_minutes`.
     row_rates: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, LabelCounts] = field(default_factory=dict)
     # float64 [I + 1], 0 where unknown; empty where nothing asks for it.
@@ -53,12 +62,19 @@ class FeatureMaps:
     def request_codes(self, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
         """int32 [N, request columns], `features.request` in order."""
         codes = [_rows(values, columns[name]) for name, values in self.request_values.items()]
-        return np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((num_rows, 0), np.int32)
+        return (
+            np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((num_rows, 0), np.int32)
+        )
 
     def groups(
-        self, by: Sequence[str], item_rows: np.ndarray, request: dict[str, np.ndarray], cfg: RunConfig
+        self,
+        by: Sequence[str],
+        item_rows: np.ndarray,
+        request: dict[str, np.ndarray],
+        cfg: RunConfig,
     ) -> np.ndarray:
-        """One number per row for its values in the columns `by`, int64 [N]; 0 where any of them is unknown.
+        """One number per row for its values in the columns `by`, int64 [N]; 0 where any of them is
+        unknown.
 
         `item_rows` as `item_rows()` gives them, `request` the request columns' values.
         """
@@ -88,12 +104,18 @@ class FeatureMaps:
         return replace(self, counts={name: counts.frozen() for name, counts in self.counts.items()})
 
     def popular_items(self, num: int) -> np.ndarray:
-        """The `num` items most often shown in the training period, most popular first, ties by id, int64."""
+        """The `num` items most often shown in the training period, most popular first, ties by id,
+        int64.
+        """
         order = np.lexsort((self.item_ids, -self.item_count[1:]))
         return self.item_ids[order[:num]]
 
     def save(self, folder: Path) -> None:
-        arrays = {"item_ids": self.item_ids, "item_codes": self.item_codes, "item_count": self.item_count}
+        arrays = {
+            "item_ids": self.item_ids,
+            "item_codes": self.item_codes,
+            "item_count": self.item_count,
+        }
         arrays |= {"user_ids": self.user_ids, "user_codes": self.user_codes}
         arrays |= {"item_duration_ms": self.item_duration_ms}
         arrays |= {f"request.{name}": values for name, values in self.request_values.items()}
@@ -101,11 +123,19 @@ class FeatureMaps:
             parts = {"groups": counts.groups, "cells": counts.cells, "before": counts.before}
             arrays |= {f"counts.{name}.{part}": array for part, array in parts.items()}
         save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "features.safetensors"
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+            folder / "features.safetensors",
         )
-        facts = {"request": list(self.request_values), "vocab_sizes": self.vocab_sizes, "base_rates": self.base_rates}
+        facts = {
+            "request": list(self.request_values),
+            "vocab_sizes": self.vocab_sizes,
+            "base_rates": self.base_rates,
+        }
         facts["row_rates"] = self.row_rates
-        facts["counts"] = {name: {"start": counts.start, "span": counts.span} for name, counts in self.counts.items()}
+        facts["counts"] = {
+            name: {"start": counts.start, "span": counts.span}
+            for name, counts in self.counts.items()
+        }
         (folder / "features.json").write_text(json.dumps(facts, indent=2))
 
     @classmethod
@@ -135,18 +165,25 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
     """The maps of the published sequences under `cfg.sequence_dir`.
 
     Raises:
-        UserError: a configured column is not in its side table, or no row lies in the training period.
+        UserError: a configured column is not in its side table, or no row lies in the training
+        period.
     """
     rows = _TrainingRows.read(cfg)
     items = _side_table(cfg, "items", "item_id", rows.items)
     users = _side_table(cfg, "users", "user_id", rows.users)
-    item_ids, item_columns, item_sizes = _side_codes(items, "item_id", cfg.features.item, rows.items)
-    user_ids, user_columns, user_sizes = _side_codes(users, "user_id", cfg.features.user, rows.users)
+    item_ids, item_columns, item_sizes = _side_codes(
+        items, "item_id", cfg.features.item, rows.items
+    )
+    user_ids, user_columns, user_sizes = _side_codes(
+        users, "user_id", cfg.features.user, rows.users
+    )
     id_codes = _rows(rows.items, item_ids).astype(np.int32)
     counts = np.zeros(len(item_ids), np.int64)
     known = _rows(rows.items, item_ids)
     counts[known > 0] = rows.item_count[known[known > 0] - 1]
-    request_values = {name: HOURS if name == "hour" else rows.request[name] for name in cfg.features.request}
+    request_values = {
+        name: HOURS if name == "hour" else rows.request[name] for name in cfg.features.request
+    }
     sizes = {"item_id": len(rows.items) + 1}
     sizes |= {f"item.{name}": size for name, size in item_sizes.items()}
     sizes |= {f"user.{name}": size for name, size in user_sizes.items()}
@@ -186,17 +223,24 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
         groups = maps.num_groups([column for column in feature.by if column != "user"], cfg)
         if groups > MOST_GROUPS:
             raise UserError(
-                f"features.dense.{name}.by: {list(feature.by)} have {groups:,} combinations of values, more than the "
+                f"features.dense.{name}.by: {list(feature.by)} have {groups:,} combinations of "
+                "values, more than the "
                 f"{MOST_GROUPS:,} that are told apart"
             )
     shared = {name: feature for name, feature in cfg.features.dense.items() if not feature.live}
     parts: dict[str, list[LabelCounts]] = {name: [] for name in shared}
-    totals = {feature.rows: np.zeros(2 * len(cfg.tasks), np.int64) for feature in cfg.features.dense.values()}
+    totals = {
+        feature.rows: np.zeros(2 * len(cfg.tasks), np.int64)
+        for feature in cfg.features.dense.values()
+    }
     stored = [name for name in cfg.features.request if name != "hour"]
     for table in _buckets(cfg):
         names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
         flat = {name: arrow_lists.flat_column(table, name) for name in names}
-        flat = {name: column[flat["event_time"] < cfg.split.train_end_ms] for name, column in flat.items()}
+        flat = {
+            name: column[flat["event_time"] < cfg.split.train_end_ms]
+            for name, column in flat.items()
+        }
         labels = label_counts(flat["action_mask"], flat["known_mask"], cfg)
         item_rows = maps.item_rows(flat["item_id"])
         step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
@@ -209,7 +253,10 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
     rates = {rows: np.split(total, 2) for rows, total in totals.items()}
     return replace(
         maps,
-        row_rates={rows: (positive / np.maximum(known, 1)).tolist() for rows, (known, positive) in rates.items()},
+        row_rates={
+            rows: (positive / np.maximum(known, 1)).tolist()
+            for rows, (known, positive) in rates.items()
+        },
         counts={name: LabelCounts.merged(counted) for name, counted in parts.items()},
     )
 
@@ -232,7 +279,10 @@ class _TrainingRows:
         positives, totals = np.zeros(len(cfg.tasks)), np.zeros(len(cfg.tasks))
         for table in _buckets(cfg):
             offsets = arrow_lists.list_offsets(table)
-            flat = {name: arrow_lists.flat_column(table, name) for name in ("item_id", "event_time", "order_only", *stored)}
+            flat = {
+                name: arrow_lists.flat_column(table, name)
+                for name in ("item_id", "event_time", "order_only", *stored)
+            }
             training = flat["event_time"] < cfg.split.train_end_ms
             timed = training & ~flat["order_only"]
             items.append(np.unique(flat["item_id"][training]))
@@ -241,7 +291,10 @@ class _TrainingRows:
             users.append(np.unique(user[training]))
             for name in stored:
                 request[name].append(np.unique(flat[name][timed]))
-            action, known = (arrow_lists.flat_column(table, name)[timed] for name in ("action_mask", "known_mask"))
+            action, known = (
+                arrow_lists.flat_column(table, name)[timed]
+                for name in ("action_mask", "known_mask")
+            )
             for i, task in enumerate(cfg.tasks):
                 bit = np.int32(1 << cfg.source.actions.index(task))
                 totals[i] += np.count_nonzero(known & bit)
@@ -253,13 +306,18 @@ class _TrainingRows:
         counted, counts = np.unique(np.concatenate(timed_items), return_counts=True)
         item_count = np.zeros(len(vocabulary), np.int64)
         item_count[np.searchsorted(vocabulary, counted)] = counts
-        values = {name: np.unique(np.concatenate(parts)).astype(np.int64) for name, parts in request.items()}
+        values = {
+            name: np.unique(np.concatenate(parts)).astype(np.int64)
+            for name, parts in request.items()
+        }
         return cls(
             items=vocabulary,
             item_count=item_count,
             users=np.unique(np.concatenate(users)),
             request={name: found[found >= 0] for name, found in values.items()},
-            base_rates=dict(zip(cfg.tasks, (positives / np.maximum(totals, 1)).tolist(), strict=True)),
+            base_rates=dict(
+                zip(cfg.tasks, (positives / np.maximum(totals, 1)).tolist(), strict=True)
+            ),
         )
 
 
@@ -270,7 +328,9 @@ def _buckets(cfg: RunConfig) -> Iterator[pa.Table]:
 
 
 def _side_table(cfg: RunConfig, side: str, id_column: str, seen: np.ndarray) -> pa.Table:
-    """The side table plus a bare row for every id of the training rows that it does not list, sorted by id."""
+    """The side table plus a bare row for every id of the training rows that it does not list,
+    sorted by id.
+    """
     table = store.read_side_table(cfg.sequence_dir, side)
     if table is None:
         table = pa.table({id_column: pa.array(seen, pa.int64())})
@@ -280,7 +340,9 @@ def _side_table(cfg: RunConfig, side: str, id_column: str, seen: np.ndarray) -> 
         keys.setdefault(cfg.features.duration_ms_column, "features.duration_ms_column")
     for name, key in keys.items():
         if name not in table.column_names:
-            raise UserError(f"{key}: the {side} table has no column {name!r}; it has {table.column_names}")
+            raise UserError(
+                f"{key}: the {side} table has no column {name!r}; it has {table.column_names}"
+            )
     table = table.select([id_column, *keys])
     missing = np.setdiff1d(seen, table[id_column].to_numpy())
     if len(missing):
@@ -297,14 +359,18 @@ def _durations(items: pa.Table, cfg: RunConfig) -> np.ndarray:
     try:
         duration = items[name].cast(pa.float64()).to_numpy()
     except pa.ArrowInvalid:
-        raise UserError(f"features.duration_ms_column: {name!r} is of type {items[name].type}, not a number") from None
+        raise UserError(
+            f"features.duration_ms_column: {name!r} is of type {items[name].type}, not a number"
+        ) from None
     return np.concatenate([[0.0], np.nan_to_num(duration)])
 
 
 def _side_codes(
     table: pa.Table, id_column: str, columns: dict[str, ColumnFeature], seen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Ids [n], codes int32 [n, columns] and the vocabulary size of each column, values from the ids in `seen`."""
+    """Ids [n], codes int32 [n, columns] and the vocabulary size of each column, values from the ids
+    in `seen`.
+    """
     ids = table[id_column].to_numpy()
     training = np.isin(ids, seen)
     codes = np.zeros((len(ids), len(columns)), np.int32)
@@ -315,14 +381,19 @@ def _side_codes(
     return ids, codes, sizes
 
 
-def _category_codes(column: pa.ChunkedArray, training: np.ndarray, _: ColumnFeature) -> tuple[np.ndarray, int]:
+def _category_codes(
+    column: pa.ChunkedArray, training: np.ndarray, _: ColumnFeature
+) -> tuple[np.ndarray, int]:
     text = column.cast(pa.large_string())
     values = text.filter(pa.array(training)).unique().drop_null().sort()
-    codes = pd.Index(values.to_pandas()).get_indexer(text.to_pandas()) + 1  # 0: missing or not seen in training
+    # 0: missing or not seen in training
+    codes = pd.Index(values.to_pandas()).get_indexer(text.to_pandas()) + 1
     return codes.astype(np.int32), len(values) + 1
 
 
-def _quantile_codes(column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature) -> tuple[np.ndarray, int]:
+def _quantile_codes(
+    column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
+) -> tuple[np.ndarray, int]:
     values = column.cast(pa.float64()).to_numpy()  # null becomes nan
     seen = values[training & ~np.isnan(values)]
     inner = np.linspace(0, 1, feature.buckets + 1)[1:-1]

@@ -1,8 +1,10 @@
-"""From the published sequences to batches, in an order that depends on the seed and the epoch alone.
+"""From the published sequences to batches, in an order that depends on the seed and the epoch
+alone.
 
-A step is a place in that order, so a run resumes by its epoch and step, with as many workers as it likes. The store is
-never in memory whole: a pool of a few buckets is, and the next one while it is being read in the background. Within a
-pool the examples are shuffled, cut into steps (`plan.py`), and each step is shared out to the ranks.
+A step is a place in that order, so a run resumes by its epoch and step, with as many workers as it
+likes. The store is never in memory whole: a pool of a few buckets is, and the next one while it is
+being read in the background. Within a pool the examples are shuffled, cut into steps (`plan.py`),
+and each step is shared out to the ranks.
 """
 
 from collections import deque
@@ -62,7 +64,9 @@ class Share:
 
     users: UserEvents
     examples: Examples
-    idle: bool  # the step had no example for this rank: it takes the step's first, with labels that weigh nothing
+    # the step had no example for this rank: it takes the step's first, with labels that weigh
+    # nothing
+    idle: bool
 
 
 class TrainLoader:
@@ -74,16 +78,25 @@ class TrainLoader:
         rank, world_size: this rank's share of every step.
     """
 
-    def __init__(self, cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, rank: int = 0, world_size: int = 1) -> None:
-        self.cfg, self.maps, self.plan, self.rank, self.world_size = cfg, maps, plan, rank, world_size
+    def __init__(
+        self, cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.cfg = cfg
+        self.maps = maps
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
         self.manifest = store.read_manifest(cfg.sequence_dir)
         self.steps_per_epoch = plan.steps_per_epoch
         self._reader = ThreadPoolExecutor(1, "pool-reader")
-        self._coming: tuple[tuple[int, int], Future[Pool]] | None = None  # the pool after the one in use
+        # the pool after the one in use
+        self._coming: tuple[tuple[int, int], Future[Pool]] | None = None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         """The steps of `epoch` from `first_step` on."""
-        return made_ahead(self._batch, self.shares(epoch, first_step), self.cfg.train.loader_threads)
+        return made_ahead(
+            self._batch, self.shares(epoch, first_step), self.cfg.train.loader_threads
+        )
 
     def shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
         """What the batches are made of."""
@@ -99,12 +112,16 @@ class TrainLoader:
     def _share(self, pool: Pool, number: int) -> Share:
         balance, step = self.cfg.train.stochastic_length.balance, pool.steps[number]
         target = pool.loads.drawn.sum() / len(pool.steps)
-        shares, cut = pool.loads.shares(step, self.world_size, target, balance, [*pool.seed, number])
+        shares, cut = pool.loads.shares(
+            step, self.world_size, target, balance, [*pool.seed, number]
+        )
         mine = shares[self.rank]
         idle = len(mine) == 0
         if idle:
             mine = np.zeros(1, np.int64)
-        return Share(pool.users, cut_histories(pool.examples[step[mine]], cut[mine], self.cfg), idle)
+        return Share(
+            pool.users, cut_histories(pool.examples[step[mine]], cut[mine], self.cfg), idle
+        )
 
     def _batch(self, share: Share) -> SequenceBatch:
         batch = example_batch(share.users, share.examples, self.maps, self.cfg, training=True)
@@ -114,7 +131,9 @@ class TrainLoader:
         return batch
 
     def _pool(self, epoch: int, place: int) -> Pool:
-        """The pool at `place` of `epoch`; that which follows it is read in the background from now on."""
+        """The pool at `place` of `epoch`; that which follows it is read in the background from now
+        on.
+        """
         if self._coming is not None and self._coming[0] == (epoch, place):
             pool = self._coming[1].result()
         else:
@@ -127,7 +146,8 @@ class TrainLoader:
 
     def _read(self, epoch: int, place: int, held: Pool | None) -> Pool:
         number = self._order(epoch)[place]
-        if held is not None and held.number == number:  # the last of an epoch and the first of the next
+        # the last of an epoch and the first of the next
+        if held is not None and held.number == number:
             users, examples = held.users, held.examples
         else:
             users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
@@ -168,12 +188,17 @@ class EvaluationBatch:
 
 def split_bounds(cfg: RunConfig, split: str) -> tuple[int, int]:
     """[from, to) of a split in ms UTC."""
-    bounds = {"val": (cfg.split.val_ms, cfg.split.test_ms), "test": (cfg.split.test_ms, cfg.split.end_ms)}
+    bounds = {
+        "val": (cfg.split.val_ms, cfg.split.test_ms),
+        "test": (cfg.split.test_ms, cfg.split.end_ms),
+    }
     return bounds[split]
 
 
 def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterator[EvaluationBatch]:
-    """All requests of "val" or "test", prequential: the history holds every earlier row with its labels."""
+    """All requests of "val" or "test", prequential: the history holds every earlier row with its
+    labels.
+    """
     manifest = store.read_manifest(cfg.sequence_dir)
     for index in range(len(manifest.buckets)):
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
@@ -182,7 +207,9 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
             yield evaluation_batch(users, part, maps, cfg)
 
 
-def evaluation_batch(users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig) -> EvaluationBatch:
+def evaluation_batch(
+    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
+) -> EvaluationBatch:
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     labels, weight = target_labels(users.events, rows, cfg)
     lengths = np.diff(offsets)
@@ -197,7 +224,9 @@ def evaluation_batch(users: UserEvents, examples: Examples, maps: FeatureMaps, c
 
 
 def token_batches(examples: Examples, batch_tokens: int) -> Iterator[Examples]:
-    """Runs of examples of at most `batch_tokens` tokens, one example at least; similar lengths together."""
+    """Runs of examples of at most `batch_tokens` tokens, one example at least; similar lengths
+    together.
+    """
     order = np.argsort(examples.num_tokens, kind="stable")
     total = np.cumsum(examples.num_tokens[order])
     begin = 0

@@ -1,12 +1,14 @@
-"""Dense features of candidates: smoothed rates of the tasks' labels, in the training period and in the user's own past.
+"""Dense features of candidates: smoothed rates of the tasks' labels, in the training period and in
+the user's own past.
 
-They ride on candidates only, so that nothing in an encoded history depends on a request, and are computed here for
-training, evaluation and serving alike. A training row reads the training period's counts as of the last full step
-before its request: its own label, and what came later, is in none of its features. After the training period, and in a
-saved model, the counts are the whole period's.
+They ride on candidates only, so that nothing in an encoded history depends on a request, and are
+computed here for training, evaluation and serving alike. A training row reads the training period's
+counts as of the last full step before its request: its own label, and what came later, is in none
+of its features. After the training period, and in a saved model, the counts are the whole period's.
 
-An order_only training row carries none of them, zeros: what was known at its time is not known. Such rows also lie
-close to the ones before them, where a user's rates say more than they do about a later request, and they are many.
+An order_only training row carries none of them, zeros: what was known at its time is not known.
+Such rows also lie close to the ones before them, where a user's rates say more than they do about a
+later request, and they are many.
 """
 
 import numpy as np
@@ -16,8 +18,11 @@ from pipeline.batches.events import Events
 from pipeline.batches.features import MS_PER_MINUTE, FeatureMaps, label_counts, rows_of_kind
 from pipeline.config import DenseFeature, RunConfig
 
-PACE = 2  # columns that are there whatever `features.dense` names: how much history, and how long ago it ended
-COUNT_SCALE = 4.0  # log1p of a count, and log2 of a gap below, brought to about the size of a log-odds
+# columns that are there whatever `features.dense` names: how much history, and how long ago it
+# ended
+PACE = 2
+# log1p of a count, and log2 of a gap below, brought to about the size of a log-odds
+COUNT_SCALE = 4.0
 GAP_SCALE = 32.0
 
 
@@ -35,7 +40,8 @@ def candidate_features(
     Args:
         seen: B histories, each whole up to what the last of its candidates sees.
         targets: the candidates of the B sequences, `event_time` that of their requests.
-        visible: int64 [C], how many rows of its history each candidate sees, all strictly earlier than its request.
+        visible: int64 [C], how many rows of its history each candidate sees, all strictly earlier
+        than its request.
     """
     if not cfg.features.dense:
         return None
@@ -57,9 +63,11 @@ def candidate_features(
 
 
 def evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
-    """[n, K + 1] from counts [n, 2 K]: log-odds of each smoothed rate over `base` [K], then how much was counted.
+    """[n, K + 1] from counts [n, 2 K]: log-odds of each smoothed rate over `base` [K], then how
+    much was counted.
 
-    A rate is (positive + prior · base) / (known + prior): without a known label it says nothing, a log-odds of 0.
+    A rate is (positive + prior · base) / (known + prior): without a known label it says nothing, a
+    log-odds of 0.
     """
     base = np.clip(base, 1e-6, 1 - 1e-6)  # a task never or always seen in the training period
     values = np.empty((len(counts), len(base) + 1))
@@ -76,8 +84,14 @@ def evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
 class _OwnPast:
     """Counts over the rows of the candidate's own user that the candidate sees."""
 
-    def __init__(self, seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig) -> None:
-        self.seen, self.targets, self.visible, self.maps, self.cfg = seen, targets, visible, maps, cfg
+    def __init__(
+        self, seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig
+    ) -> None:
+        self.seen = seen
+        self.targets = targets
+        self.visible = visible
+        self.maps = maps
+        self.cfg = cfg
         self.user = np.repeat(np.arange(len(targets.lengths)), targets.lengths)
         self.labels = label_counts(seen.action_mask, seen.known_mask, cfg)
 
@@ -98,19 +112,27 @@ class _OwnPast:
         seen_group = self.maps.groups(by, self.maps.item_rows(seen.item_id), seen.request, self.cfg)
         chosen = chosen & (seen_group > 0)
         size = 1 + max(group.max(initial=0), seen_group.max(initial=0))
-        past = LabelCounts.of((seen_user * size + seen_group)[chosen], place[chosen], self.labels[chosen])
+        past = LabelCounts.of(
+            (seen_user * size + seen_group)[chosen], place[chosen], self.labels[chosen]
+        )
         asked = self.user * size + group
         return past.earlier(asked, self.visible) - past.earlier(asked, older)
 
     def _older(self, within_minutes: float | None) -> np.ndarray:
-        """int64 [C]: how many of the rows that a candidate sees are older than so many minutes at its request."""
+        """int64 [C]: how many of the rows that a candidate sees are older than so many minutes at
+        its request.
+        """
         if within_minutes is None or len(self.seen.event_time) == 0:
             return np.zeros_like(self.visible)
         since = self.targets.event_time - int(within_minutes * MS_PER_MINUTE)
         time, lengths = self.seen.event_time, self.seen.lengths
         earliest = min(int(time.min()), int(since.min()))
         span = max(int(time.max()), int(since.max())) - earliest + 1
-        # A user's times do not fall, so that users one after another, each a span apart, are one sorted list.
+        # A user's times do not fall, so that users one after another, each a span apart, are one
+        # sorted list.
         rows = np.repeat(np.arange(len(lengths)), lengths) * span + (time - earliest)
-        begin = np.searchsorted(rows, self.user * span + (since - earliest)) - self.seen.offsets[self.user]
+        begin = (
+            np.searchsorted(rows, self.user * span + (since - earliest))
+            - self.seen.offsets[self.user]
+        )
         return np.minimum(begin, self.visible)

@@ -1,7 +1,9 @@
-"""One configuration for the whole chain: frozen dataclasses, read from YAML, changed with `--set a.b=c`.
+"""One configuration for the whole chain: frozen dataclasses, read from YAML, changed with `--set
+a.b=c`.
 
-An unknown key, a value of the wrong type or out of range is a `ConfigError` naming the key and the value. The whole
-`RunConfig` is saved beside the weights and the server builds the model from that file alone.
+An unknown key, a value of the wrong type or out of range is a `ConfigError` naming the key and the
+value. The whole `RunConfig` is saved beside the weights and the server builds the model from that
+file alone.
 """
 
 from pipeline.config.data import (

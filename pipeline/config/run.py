@@ -48,17 +48,29 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(len(self.tasks) > 0, "tasks", self.tasks, "at least one action")
         for task in self.tasks:
-            require(task in self.source.actions, "tasks", task, f"one of source.actions {list(self.source.actions)}")
+            require(
+                task in self.source.actions,
+                "tasks",
+                task,
+                f"one of source.actions {list(self.source.actions)}",
+            )
         columns = [*LOG_REQUIRED, *LOG_OPTIONAL, *self.source.actions, *self.source.request_columns]
         for name in self.checks.max_null_share:
-            require(name in columns, "checks.max_null_share", name, f"one of the LOG columns {columns}")
+            require(
+                name in columns, "checks.max_null_share", name, f"one of the LOG columns {columns}"
+            )
         for key in ("max_unknown_share", "action_rate"):
             for name in getattr(self.checks, key):
                 rule = f"one of source.actions {list(self.source.actions)}"
                 require(name in self.source.actions, f"checks.{key}", name, rule)
         for name in self.features.request:
             known = (*self.source.request_columns, "hour")
-            require(name in known, "features.request", name, f"one of source.request_columns or hour {list(known)}")
+            require(
+                name in known,
+                "features.request",
+                name,
+                f"one of source.request_columns or hour {list(known)}",
+            )
         for side, columns, known in (
             ("item", self.features.item, self.items_known),
             ("user", self.features.user, self.users_known),
@@ -66,10 +78,20 @@ class RunConfig:
             rule = f"empty without a table of {side}s (source.{side}s)"
             require(not columns or known, f"features.{side}", list(columns), rule)
         bits, most = self.num_action_bits, MAX_ACTIONS
-        require(bits <= most, "features.watch_seconds + features.watch_shares", bits, f"{most} bits with the actions")
+        require(
+            bits <= most,
+            "features.watch_seconds + features.watch_shares",
+            bits,
+            f"{most} bits with the actions",
+        )
         anchored = self.model.time_anchor == "query"
-        rule = "request where model.time_anchor is query: a row of a shared pass has one place, not one per request"
-        require(not anchored or self.train.layout == "request", "train.layout", self.train.layout, rule)
+        rule = (
+            "request where model.time_anchor is query: a row of a shared pass has one place, "
+            "not one per request"
+        )
+        require(
+            not anchored or self.train.layout == "request", "train.layout", self.train.layout, rule
+        )
         for name, channel in self.model.channels.items():
             self._check_channel(f"model.channels.{name}", channel)
         duration = self.features.duration_ms_column
@@ -83,26 +105,48 @@ class RunConfig:
             rule,
         )
         for task in self.train.task_weights:
-            require(task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}")
+            require(
+                task in self.tasks, "train.task_weights", task, f"one of tasks {list(self.tasks)}"
+            )
         placeable = self.feature_tables
         for name in self.train.tables.keys() - {"default"}:
-            require(name in placeable, "train.tables", name, f"default or one of the tables {list(placeable)}")
+            require(
+                name in placeable,
+                "train.tables",
+                name,
+                f"default or one of the tables {list(placeable)}",
+            )
         for key in ("bf16_tables", "host_state_tables"):
             for name in getattr(self.train, key):
-                require(name in placeable, f"train.{key}", name, f"one of the tables {list(placeable)}")
+                require(
+                    name in placeable, f"train.{key}", name, f"one of the tables {list(placeable)}"
+                )
         for task in self.tracking.gate_max_ne:
-            require(task in self.tasks, "tracking.gate_max_ne", task, f"one of tasks {list(self.tasks)}")
-        require("/" not in self.name and self.name not in ("", ".", "..", "mlflow"), "name", self.name, "a folder name")
+            require(
+                task in self.tasks, "tracking.gate_max_ne", task, f"one of tasks {list(self.tasks)}"
+            )
+        require(
+            "/" not in self.name and self.name not in ("", ".", "..", "mlflow"),
+            "name",
+            self.name,
+            "a folder name",
+        )
 
     def _check_channel(self, key: str, channel: ChannelConfig) -> None:
         for action in channel.actions:
             rule = f"one of source.actions {list(self.source.actions)}"
             require(action in self.source.actions, f"{key}.actions", action, rule)
-        # In the user layout a candidate's own row, and later ones, lie further on in the same pass. How many of them
-        # pass the filter is known from their labels alone, so nothing before them may depend on that number.
+        # In the user layout a candidate's own row, and later ones, lie further on in the same pass.
+        # How many of them pass the filter is known from their labels alone, so nothing before them
+        # may depend on that number.
         leaks = bool(channel.actions) and channel.depends_on_later_rows
-        rule = f"request where {key} filters by actions and has full_rows under a window, max_len or truncation"
-        require(not leaks or self.train.layout == "request", "train.layout", self.train.layout, rule)
+        rule = (
+            f"request where {key} filters by actions and has full_rows under a window, max_len "
+            "or truncation"
+        )
+        require(
+            not leaks or self.train.layout == "request", "train.layout", self.train.layout, rule
+        )
 
     @property
     def num_action_bits(self) -> int:

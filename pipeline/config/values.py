@@ -12,7 +12,9 @@ S3_OPTIONS = ("endpoint_override", "region")  # of a path, behind its "?"
 
 
 class UserError(ValueError):
-    """A mistake of the user's: jobs print its one message and exit with code 2, the server answers 4xx."""
+    """A mistake of the user's: jobs print its one message and exit with code 2, the server answers
+    4xx.
+    """
 
 
 class ConfigError(UserError):
@@ -29,9 +31,13 @@ def parse_time(key: str, value: str) -> int:
     try:
         moment = datetime.fromisoformat(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{key} must be an ISO 8601 time such as 2022-05-01T00:00:00+08:00, got {value!r}") from None
+        raise ConfigError(
+            f"{key} must be an ISO 8601 time such as 2022-05-01T00:00:00+08:00, got {value!r}"
+        ) from None
     if moment.tzinfo is None:
-        raise ConfigError(f"{key} must carry its offset from UTC (2022-05-01T00:00:00+08:00), got {value!r}")
+        raise ConfigError(
+            f"{key} must carry its offset from UTC (2022-05-01T00:00:00+08:00), got {value!r}"
+        )
     return int(moment.timestamp() * 1000)
 
 
@@ -39,15 +45,26 @@ def split_s3(key: str, uri: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """s3://bucket/some/key?region=... as ("bucket/some/key", (("region", "..."), ...)).
 
     Raises:
-        ConfigError: no bucket, an unknown option, or credentials, which would be logged with the configuration.
+        ConfigError: no bucket, an unknown option, or credentials, which would be logged with the
+        configuration.
     """
     place, _, query = uri.removeprefix(S3).partition("?")
     bucket = place.partition("/")[0]
-    require("@" not in bucket, key, "s3://...", "without credentials: they come from the environment or the machine")
+    require(
+        "@" not in bucket,
+        key,
+        "s3://...",
+        "without credentials: they come from the environment or the machine",
+    )
     require(bool(bucket), key, uri, "s3://bucket/prefix")
     options = urllib.parse.parse_qsl(query, keep_blank_values=True)
     for name, _ in options:
-        require(name in S3_OPTIONS, key, uri, f"without the option {name!r}; there are {', '.join(S3_OPTIONS)}")
+        require(
+            name in S3_OPTIONS,
+            key,
+            uri,
+            f"without the option {name!r}; there are {', '.join(S3_OPTIONS)}",
+        )
     return place.rstrip("/"), tuple(options)
 
 
@@ -60,9 +77,15 @@ def build(cls: type, raw: Any, path: str) -> Any:
         if key not in names:
             where = f"{path}.{key}" if path else str(key)
             raise ConfigError(
-                f"unknown configuration key {where!r} (value {raw[key]!r}); {path or 'the top level'} has {names}"
+                f"unknown configuration key {where!r} (value {raw[key]!r}); "
+                f"{path or 'the top level'} has {names}"
             )
-    return cls(**{key: _convert(hints[key], value, f"{path}.{key}" if path else key) for key, value in raw.items()})
+    return cls(
+        **{
+            key: _convert(hints[key], value, f"{path}.{key}" if path else key)
+            for key, value in raw.items()
+        }
+    )
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

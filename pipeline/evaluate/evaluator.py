@@ -1,4 +1,5 @@
-"""Prequential evaluation: every request of a split once, alone in its sequence, its history all that lay before it.
+"""Prequential evaluation: every request of a split once, alone in its sequence, its history all
+that lay before it.
 
 model folder + sequences → metrics.json (beside the weights too), predictions/<split>.parquet, plots
 """
@@ -27,13 +28,17 @@ from pipeline.sequences import store
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "test")) -> dict[str, float]:
-    """Metrics keyed `val/ne/is_click`, and the shares of pairs and tokens that mask and truncation took away.
+def evaluate(
+    cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "test")
+) -> dict[str, float]:
+    """Metrics keyed `val/ne/is_click`, and the shares of pairs and tokens that mask and truncation
+    took away.
 
     Sequences, splits and batch size come from `cfg`, the model and its features from `model_dir`.
 
     Raises:
-        UserError: no whole model at `model_dir`, a split without a request, or CUDA asked for where there is none.
+        UserError: no whole model at `model_dir`, a split without a request, or CUDA asked for where
+        there is none.
     """
     loaded = load_model(model_dir, device(cfg))
     if cfg.evaluate.int4_tables:
@@ -48,7 +53,9 @@ def evaluate(cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "t
         pq.write_table(predictions, folder / "predictions" / f"{split}.parquet")
         metrics |= summarise(predictions, loaded.cfg.tasks, split)
         scored = {task: known_rows(predictions, task, "score")[:2] for task in loaded.cfg.tasks}
-        plots.calibration(scored, cfg.evaluate.calibration_bins, folder / f"calibration_{split}.png")
+        plots.calibration(
+            scored, cfg.evaluate.calibration_bins, folder / f"calibration_{split}.png"
+        )
         plots.roc(scored, folder / f"roc_{split}.png")
         logger.info("%s: %d rows in %.1f s", split, len(predictions), time.perf_counter() - begin)
     metrics |= shares(work)
@@ -77,7 +84,8 @@ def shares(work: Flops) -> dict[str, float]:
 
 @torch.no_grad()
 def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Flops) -> pa.Table:
-    """One row per candidate: user_id, item_id, event_time; per task label (null where unknown), score, its logit.
+    """One row per candidate: user_id, item_id, event_time; per task label (null where unknown),
+    score, its logit.
 
     On the device that the model is on, in `evaluate.precision`.
     """
@@ -85,7 +93,8 @@ def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Flops) -> pa.
     half = torch.autocast(where.type, torch.bfloat16, enabled=cfg.evaluate.precision == "bf16")
     parts = []
     for part in evaluation_batches(cfg, loaded.maps, split):
-        work.add(count_work(part.batch, loaded.cfg))  # before the batch leaves the CPU: counting reads values
+        # before the batch leaves the CPU: counting reads values
+        work.add(count_work(part.batch, loaded.cfg))
         with half:
             logits = loaded.model(part.batch.to(where)).cpu()
         scores = logits.sigmoid()
@@ -102,10 +111,16 @@ def predict(cfg: RunConfig, loaded: LoadedModel, split: str, work: Flops) -> pa.
     return pa.concat_tables(parts)
 
 
-def known_rows(predictions: pa.Table, task: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def known_rows(
+    predictions: pa.Table, task: str, column: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The task's `column`, labels and users of the rows whose label is known."""
     rows = predictions.filter(predictions[f"label.{task}"].is_valid())
-    return rows[f"{column}.{task}"].to_numpy(), rows[f"label.{task}"].to_numpy(), rows["user_id"].to_numpy()
+    return (
+        rows[f"{column}.{task}"].to_numpy(),
+        rows[f"label.{task}"].to_numpy(),
+        rows["user_id"].to_numpy(),
+    )
 
 
 def summarise(predictions: pa.Table, tasks: Sequence[str], split: str) -> dict[str, float]:
@@ -123,7 +138,9 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     counts = {}
     for split in ("val", "test"):
         bounds = split_bounds(cfg, split)
-        buckets = (store.read_bucket(cfg.sequence_dir, manifest, i) for i in range(len(manifest.buckets)))
+        buckets = (
+            store.read_bucket(cfg.sequence_dir, manifest, i) for i in range(len(manifest.buckets))
+        )
         examples = [request_examples(user_events(table, cfg), *bounds) for table in buckets]
         rows = sum(int((e.target_end - e.target_begin).sum()) for e in examples)
         counts[split] = {

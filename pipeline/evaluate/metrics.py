@@ -1,9 +1,10 @@
-"""NE, AUC and GAUC of one task, exact and mergeable: parts computed anywhere are added, then summarised once.
+"""NE, AUC and GAUC of one task, exact and mergeable: parts computed anywhere are added, then
+summarised once.
 
 - **NE**: mean log loss over the rows ÷ entropy of the positive rate of those same rows.
 - **AUC**: share of (positive, negative) pairs in the right order, a tie counting one half.
-- **GAUC**: AUC per user averaged by that user's rows; users with one class are left out, and the numbers of users and
-  rows that remain are told.
+- **GAUC**: AUC per user averaged by that user's rows; users with one class are left out, and the
+  numbers of users and rows that remain are told.
 """
 
 from dataclasses import dataclass, field
@@ -36,8 +37,17 @@ class TaskMetrics:
         NaN where a value isn't defined: a single class, or no user with both.
         """
         if not self.logits:
-            return {"ne": np.nan, "auc": np.nan, "rows": 0, "gauc": np.nan, "gauc_users": 0, "gauc_rows": 0}
-        logits, labels, users = (np.concatenate(parts) for parts in (self.logits, self.labels, self.users))
+            return {
+                "ne": np.nan,
+                "auc": np.nan,
+                "rows": 0,
+                "gauc": np.nan,
+                "gauc_users": 0,
+                "gauc_rows": 0,
+            }
+        logits, labels, users = (
+            np.concatenate(parts) for parts in (self.logits, self.labels, self.users)
+        )
         gauc, gauc_users, gauc_rows = grouped_auc(logits, labels, users)
         return {
             "ne": normalised_entropy(logits, labels),
@@ -66,13 +76,18 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return grouped_auc(scores, labels, np.zeros(len(labels), np.int64))[0]
 
 
-def grouped_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[float, int, int]:
-    """AUC per group averaged by rows over groups with both classes, and how many groups and rows those are."""
+def grouped_auc(
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> tuple[float, int, int]:
+    """AUC per group averaged by rows over groups with both classes, and how many groups and rows
+    those are.
+    """
     _, group = np.unique(groups, return_inverse=True)
     order = np.lexsort((scores, group))
     score, label, group = scores[order], labels[order].astype(np.float64), group[order]
     rows = np.bincount(group)
-    rank = _average_ranks(score, group) - (np.cumsum(rows) - rows)[group]  # from 1 inside each group
+    # from 1 inside each group
+    rank = _average_ranks(score, group) - (np.cumsum(rows) - rows)[group]
     positives = np.bincount(group, label)
     negatives = rows - positives
     both = (positives > 0) & (negatives > 0)
@@ -84,7 +99,9 @@ def grouped_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> t
 
 
 def _average_ranks(score: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Ranks from 1 over rows sorted by (group, score); equal scores of a group share the mean of their ranks."""
+    """Ranks from 1 over rows sorted by (group, score); equal scores of a group share the mean of
+    their ranks.
+    """
     starts = np.ones(len(score), bool)
     starts[1:] = (score[1:] != score[:-1]) | (group[1:] != group[:-1])
     tie = np.cumsum(starts) - 1

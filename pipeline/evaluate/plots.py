@@ -12,7 +12,9 @@ Scored = Mapping[str, tuple[np.ndarray, np.ndarray]]  # task -> scores [n] in 0.
 
 
 def calibration(scored: Scored, num_bins: int, path: Path) -> None:
-    """Mean score against the rate of positives in bins of equally many rows; the diagonal is perfect."""
+    """Mean score against the rate of positives in bins of equally many rows; the diagonal is
+    perfect.
+    """
 
     def draw(axes: Axes, scores: np.ndarray, labels: np.ndarray) -> None:
         bins = np.array_split(np.argsort(scores, kind="stable"), num_bins)
@@ -35,7 +37,9 @@ def roc(scored: Scored, path: Path) -> None:
     _panels(scored, draw, path)
 
 
-def _panels(scored: Scored, draw: Callable[[Axes, np.ndarray, np.ndarray], None], path: Path) -> None:
+def _panels(
+    scored: Scored, draw: Callable[[Axes, np.ndarray, np.ndarray], None], path: Path
+) -> None:
     figure = Figure(figsize=(3.2 * len(scored), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (task, (scores, labels)) in zip(

@@ -1,7 +1,7 @@
 """Where logs come from: a user's own Parquet, a public dataset, or a generator.
 
-An adapter or generator writes LOG, USER and ITEM tables under the run's `logs/`; a user's own files stay where they
-are. `open_logs` answers for all of them what the builder reads.
+An adapter or generator writes LOG, USER and ITEM tables under the run's `logs/`; a user's own files
+stay where they are. `open_logs` answers for all of them what the builder reads.
 """
 
 from pathlib import Path
@@ -22,7 +22,8 @@ def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
     """Write the run's logs, once: the same source and settings again are found and left alone.
 
     Raises:
-        UserError: the source is missing or broken, or other logs are there already and `overwrite` is not set.
+        UserError: the source is missing or broken, or other logs are there already and `overwrite`
+        is not set.
     """
     if cfg.source.kind == "parquet":
         files = open_logs(cfg).files
@@ -33,7 +34,10 @@ def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
 def plan_import(cfg: RunConfig) -> dict[str, object]:
     """What `import_logs` would write."""
     if cfg.source.kind == "parquet":
-        return {"import": "nothing to do, logs are read where they are", "rows": import_logs(cfg).rows}
+        return {
+            "import": "nothing to do, logs are read where they are",
+            "rows": import_logs(cfg).rows,
+        }
     return {"writes": str(cfg.log_dir), **PLANS[cfg.source.kind](cfg)}
 
 

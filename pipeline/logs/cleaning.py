@@ -1,7 +1,9 @@
-"""Rows of a source's table as checked LOG rows: names, types and ranges, and a digest of each whole row.
+"""Rows of a source's table as checked LOG rows: names, types and ranges, and a digest of each whole
+row.
 
-A row that breaks a rule keeps what can be said of it, gets a `reason` and travels on to the quarantine; nothing is
-dropped here. A file that lacks a column or has it in another type is a `UserError` before any row is read.
+A row that breaks a rule keeps what can be said of it, gets a `reason` and travels on to the
+quarantine; nothing is dropped here. A file that lacks a column or has it in another type is a
+`UserError` before any row is read.
 """
 
 import hashlib
@@ -38,8 +40,12 @@ class LogRules:
 
     @property
     def schema(self) -> pa.Schema:
-        """LOG with every optional column, nullable, and the bucket, the reason and the source's row."""
-        fields = [field.with_nullable(True) for field in log_schema(self.actions, self.request_columns)]
+        """LOG with every optional column, nullable, and the bucket, the reason and the source's
+        row.
+        """
+        fields = [
+            field.with_nullable(True) for field in log_schema(self.actions, self.request_columns)
+        ]
         return pa.schema([*fields, *EXTRA_FIELDS])
 
 
@@ -53,12 +59,15 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
         theirs = rules.columns[name]
         if theirs not in schema.names:
             configured = f" (source.columns.{name}: {theirs})" if theirs != name else ""
-            raise UserError(f"{file}: no column {theirs!r} for {name}{configured}; found {schema.names}")
+            raise UserError(
+                f"{file}: no column {theirs!r} for {name}{configured}; found {schema.names}"
+            )
     for name, theirs in rules.columns.items():
         if theirs not in schema.names:
             if theirs != name:
                 raise UserError(
-                    f"{file}: no column {theirs!r}, configured as source.columns.{name}; found {schema.names}"
+                    f"{file}: no column {theirs!r}, configured as source.columns.{name}; found "
+                    f"{schema.names}"
                 )
             continue
         found = schema.field(theirs).type
@@ -75,7 +84,11 @@ def _refused(name: str, found: pa.DataType, actions: Sequence[str]) -> str | Non
         return None if fine else "an integer, boolean or float of 0 and 1"
     if name == "event_time":
         fine = integer or (pa.types.is_timestamp(found) and found.tz is not None)
-        return None if fine else "an integer (milliseconds since 1970, UTC) or a timestamp with a time zone"
+        return (
+            None
+            if fine
+            else "an integer (milliseconds since 1970, UTC) or a timestamp with a time zone"
+        )
     if name == "order_only":
         return None if pa.types.is_boolean(found) else "boolean"
     return None if integer else "an integer"
@@ -90,7 +103,9 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
     }
     theirs = rules.columns[ROW_DIGEST]
     carried = theirs in block.column_names
-    digest = block[theirs].fill_null(0).to_numpy().astype(np.uint64) if carried else row_digest(block)
+    digest = (
+        block[theirs].fill_null(0).to_numpy().astype(np.uint64) if carried else row_digest(block)
+    )
     reason, columns = _check(columns, rules)
     bad = np.flatnonzero(reason != "")
     source_rows = np.full(block.num_rows, None, object)
@@ -99,7 +114,8 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
         source_rows[some] = [json.dumps(row, default=str, sort_keys=True) for row in rows]
     user = columns["user_id"]
     bucket = user_bucket(user.fill_null(0).to_numpy(), rules.num_buckets)
-    bucket[bad] = (digest[bad] % np.uint64(rules.num_buckets)).astype(np.int32)  # a bad row may have no user
+    # a bad row may have no user
+    bucket[bad] = (digest[bad] % np.uint64(rules.num_buckets)).astype(np.int32)
     columns |= {
         ROW_DIGEST: pa.array(digest),
         USER_BUCKET: pa.array(bucket),
@@ -110,7 +126,9 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
 
 
 def _column(block: pa.Table, theirs: str, dtype: pa.DataType) -> pa.Array:
-    """The source's column, not yet of `dtype` where a value might not fit; all null where it has none."""
+    """The source's column, not yet of `dtype` where a value might not fit; all null where it has
+    none.
+    """
     if theirs not in block.column_names:
         return pa.nulls(block.num_rows, dtype)
     column = _flat(block[theirs])
@@ -140,7 +158,9 @@ def _check(columns: dict[str, pa.Array], rules: LogRules) -> tuple[np.ndarray, d
     for name in ("user_id", "item_id", "watch_ms"):
         demand(name, value[name] < 0, f"negative_{name}")
     timed = columns["event_time"].is_valid().to_numpy(zero_copy_only=False)
-    demand("event_time", timed & (value["event_time"] < rules.earliest_ms), "event_time_before_range")
+    demand(
+        "event_time", timed & (value["event_time"] < rules.earliest_ms), "event_time_before_range"
+    )
     demand("event_time", value["event_time"] > rules.latest_ms, "event_time_in_future")
     for name in rules.actions:
         demand(name, (value[name] != 0) & (value[name] != 1), f"{name}_not_0_1")
@@ -153,7 +173,9 @@ def _check(columns: dict[str, pa.Array], rules: LogRules) -> tuple[np.ndarray, d
     }
 
 
-def _typed(column: pa.Array, value: np.ndarray, broken: np.ndarray | None, dtype: pa.DataType) -> pa.Array:
+def _typed(
+    column: pa.Array, value: np.ndarray, broken: np.ndarray | None, dtype: pa.DataType
+) -> pa.Array:
     """The column in LOG's type; a value that broke its rule and might not fit is null."""
     if broken is None or dtype == pa.int64():
         return column.cast(dtype)
@@ -162,13 +184,17 @@ def _typed(column: pa.Array, value: np.ndarray, broken: np.ndarray | None, dtype
 
 
 def unit_hint(reason: str, event_times: Sequence[int], rules: LogRules) -> str:
-    """What the times of quarantined rows look like, where another unit would put them all in range; else ""."""
+    """What the times of quarantined rows look like, where another unit would put them all in range;
+    else "".
+    """
     units = {
         "event_time_before_range": {"seconds": 1e3},
         "event_time_in_future": {"microseconds": 1e-3, "nanoseconds": 1e-6},
     }
     for unit, factor in units.get(reason, {}).items():
-        if event_times and all(rules.earliest_ms <= time * factor <= rules.latest_ms for time in event_times):
+        if event_times and all(
+            rules.earliest_ms <= time * factor <= rules.latest_ms for time in event_times
+        ):
             return f"event_time looks like {unit}, it must be in milliseconds since 1970, UTC"
     return ""
 
@@ -179,7 +205,9 @@ def user_bucket(user_id: np.ndarray, num_buckets: int) -> np.ndarray:
 
 
 def row_digest(table: pa.Table) -> np.ndarray:
-    """uint64 per row over all columns by name: equal rows agree, whatever the order of the columns or the files."""
+    """uint64 per row over all columns by name: equal rows agree, whatever the order of the columns
+    or the files.
+    """
     digest = np.zeros(table.num_rows, np.uint64)
     for name in sorted(table.column_names):
         digest = mix(digest ^ mix(_bits(_flat(table[name])) + _hash(name)))
@@ -207,7 +235,9 @@ def _bits(column: pa.Array) -> np.ndarray:
         bits = np.array([_hash(repr(value)) for value in column.to_pylist()], np.uint64)
     else:  # strings, bytes, decimals: each distinct value once
         coded = column.dictionary_encode()
-        values = np.array([_hash(repr(value)) for value in coded.dictionary.to_pylist()] or [0], np.uint64)
+        values = np.array(
+            [_hash(repr(value)) for value in coded.dictionary.to_pylist()] or [0], np.uint64
+        )
         bits = values[coded.indices.fill_null(0).to_numpy()]
     if column.null_count == 0:
         return bits

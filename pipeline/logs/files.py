@@ -1,9 +1,10 @@
 """Files of logs on a disk or in an S3 bucket, listed, opened and digested alike.
 
-A file on a disk is named by its absolute path. An object is named `s3://bucket/key?endpoint_override=...&region=...`,
-with the options that the configuration gave it, so that any worker can open it by its name alone; the key is written as
-it is, without percent signs for what a URI would not allow. Credentials are those that AWS' own tools find, in the
-environment, a profile or the machine's role. They never stand in a name.
+A file on a disk is named by its absolute path. An object is named
+`s3://bucket/key?endpoint_override=...&region=...`, with the options that the configuration gave it,
+so that any worker can open it by its name alone; the key is written as it is, without percent signs
+for what a URI would not allow. Credentials are those that AWS' own tools find, in the environment,
+a profile or the machine's role. They never stand in a name.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ CONNECTIONS = 16  # small requests under way at once: a footer is one round trip
 
 
 def list_files(path: str | Path) -> list[str]:
-    """The Parquet files at `path`, a file or a folder searched in depth, in a fixed order; none where there are none.
+    """The Parquet files at `path`, a file or a folder searched in depth, in a fixed order; none
+    where there are none.
 
     Raises:
         UserError: the place cannot be looked at: no permission, no answer.
@@ -33,10 +35,16 @@ def list_files(path: str | Path) -> list[str]:
     try:
         if filesystem.get_file_info(inner).type == fs.FileType.File:
             return [_name(inner, options)]
-        found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+        found = filesystem.get_file_info(
+            fs.FileSelector(inner, recursive=True, allow_not_found=True)
+        )
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error}") from None
-    files = [info.path for info in found if info.type == fs.FileType.File and info.path.endswith(".parquet")]
+    files = [
+        info.path
+        for info in found
+        if info.type == fs.FileType.File and info.path.endswith(".parquet")
+    ]
     return sorted(_name(file, options) for file in files)
 
 
@@ -62,7 +70,9 @@ def file_digest(file: str | Path) -> str:
 
 
 def file_stamp(file: str | Path) -> str:
-    """What changes when the file is written again: its size and time of modification, in S3 in whole seconds."""
+    """What changes when the file is written again: its size and time of modification, in S3 in
+    whole seconds.
+    """
     info = _info(file)
     return f"{info.size} {info.mtime_ns}"
 
@@ -107,7 +117,8 @@ def _rows(file: str) -> int:
 def _locate(path: str | Path) -> tuple[fs.FileSystem, str, str | None]:
     """The file system, the path as it calls it, and the options of the name (None: a disk)."""
     if not str(path).startswith(S3):
-        return fs.LocalFileSystem(), str(Path(path).absolute()), None  # workers may have another working directory
+        # workers may have another working directory
+        return fs.LocalFileSystem(), str(Path(path).absolute()), None
     inner, options = split_s3("path", str(path))
     return _s3(options), inner, str(path).partition("?")[2]
 
@@ -124,13 +135,15 @@ def _name(inner: str, options: str | None) -> str:
 def _s3(options: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
     """One client for all files of a place: it holds the connections.
 
-    Made here for its patience: as pyarrow itself reads such URIs, refused requests are repeated every 0.2 s, for 6 s.
-    """
+    Made here for its patience: as pyarrow itself reads such URIs, refused requests are repeated
+    every 0.2 s, for 6 s."""
     given = dict(options)
     return fs.S3FileSystem(
-        endpoint_override=given.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL"),  # None: AWS itself
+        # None: AWS itself
+        endpoint_override=given.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL"),
         region=given.get("region"),  # None: AWS_REGION, AWS_DEFAULT_REGION or the profile's
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=6),  # pauses that grow, 10 to 20 s in all
+        # pauses that grow, 10 to 20 s in all
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=6),
         connect_timeout=10,
         request_timeout=60,
     )

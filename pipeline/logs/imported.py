@@ -1,4 +1,6 @@
-"""Logs that we wrote ourselves: staged in a folder of their own, published by a rename, described in import.json."""
+"""Logs that we wrote ourselves: staged in a folder of their own, published by a rename, described
+in import.json.
+"""
 
 import dataclasses
 import hashlib
@@ -38,15 +40,20 @@ class LogFiles:
     imported: ImportReport | None = None
 
 
-def import_once(cfg: RunConfig, write: Callable[[RunConfig, Path], ImportReport], overwrite: bool) -> ImportReport:
-    """`write(cfg, folder)` into a staging folder that becomes `cfg.log_dir`, unless the same logs are there."""
+def import_once(
+    cfg: RunConfig, write: Callable[[RunConfig, Path], ImportReport], overwrite: bool
+) -> ImportReport:
+    """`write(cfg, folder)` into a staging folder that becomes `cfg.log_dir`, unless the same logs
+    are there.
+    """
     fingerprint = _fingerprint(cfg)
     if cfg.log_dir.exists() and not overwrite:
         found = read_import_report(cfg)
         if found.fingerprint == fingerprint:
             return found
         raise UserError(
-            f"{cfg.log_dir} holds logs of another source or other settings; choose another name or pass --overwrite"
+            f"{cfg.log_dir} holds logs of another source or other settings; choose another name "
+            "or pass --overwrite"
         )
     staging = cfg.run_dir / ".logs-staging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -61,7 +68,9 @@ def import_once(cfg: RunConfig, write: Callable[[RunConfig, Path], ImportReport]
 
 
 def _swap(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`; a kill between the two renames leaves no logs, never half of them."""
+    """Put `staging` in the place of `target`; a kill between the two renames leaves no logs, never
+    half of them.
+    """
     if target.exists():
         old = target.with_name(".logs-old")
         shutil.rmtree(old, ignore_errors=True)
@@ -79,11 +88,15 @@ def read_import_report(cfg: RunConfig) -> ImportReport:
     except FileNotFoundError:
         raise UserError(f"no imported logs at {cfg.log_dir}: run jobs.import_logs first") from None
     except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{path} is broken ({error}): run jobs.import_logs with --overwrite") from None
+        raise UserError(
+            f"{path} is broken ({error}): run jobs.import_logs with --overwrite"
+        ) from None
 
 
 def _fingerprint(cfg: RunConfig) -> str:
-    """Of everything that the written logs depend on: the settings and, where there is one, the source's files."""
+    """Of everything that the written logs depend on: the settings and, where there is one, the
+    source's files.
+    """
     source = cfg.source
     parts: list[object] = [source.kind, source.actions]
     if source.kind == "synthetic":

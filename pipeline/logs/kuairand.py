@@ -1,8 +1,10 @@
-"""KuaiRand-Pure, the subset in data/kuairand_pure_subset: timed exposures and ordered histories without times.
+"""KuaiRand-Pure, the subset in data/kuairand_pure_subset: timed exposures and ordered histories
+without times.
 
-Each history item becomes a LOG row one second before the next, the last at `last_time_ms`. That is an order and not a
-time (`order_only`), and only two actions are known of it: whether the item is in the user's tail of liked and of
-long-viewed items. Both tails reach back at least as far as the history does.
+Each history item becomes a LOG row one second before the next, the last at `last_time_ms`. That is
+an order and not a time (`order_only`), and only two actions are known of it: whether the item is in
+the user's tail of liked and of long-viewed items. Both tails reach back at least as far as the
+history does.
 """
 
 from collections.abc import Container
@@ -28,7 +30,8 @@ ACTIONS: tuple[str, ...] = (
     "is_forward",
     "is_hate",
 )
-TAILS = {"is_like": "liked_items", "long_view": "long_view_items"}  # the actions known of a history item
+# the actions known of a history item
+TAILS = {"is_like": "liked_items", "long_view": "long_view_items"}
 # The other columns of items.parquet are counters over the whole month, test period included.
 ITEM_COLUMNS = (
     "item_id",

@@ -1,13 +1,16 @@
-"""Synthetic tastes that a user shows early and is asked for after long, when nothing newer tells them.
+"""Synthetic tastes that a user shows early and is asked for after long, when nothing newer tells
+them.
 
 A user likes each lasting category or not, by a coin. The rows of a user are
 
     early   `early_rows` of them, all of lasting categories, in turn
     quiet   `quiet_rows` of them, none
-    late    every so many requests one that *asks* for a lasting category, all its candidates; each category once
+    late    every so many requests one that *asks* for a lasting category, all its candidates; each
+    category once
 
-The action `lasting` tells the taste for a row's category, wrong one time in ten, in the early and the asking rows, and
-is unknown in all others: what is scored is what was planted, and no answer helps with another.
+The action `lasting` tells the taste for a row's category, wrong one time in ten, in the early and
+the asking rows, and is unknown in all others: what is scored is what was planted, and no answer
+helps with another.
 """
 
 from dataclasses import dataclass
@@ -36,7 +39,9 @@ def plant(
     place: np.ndarray,
     rng: np.random.Generator,
 ) -> Planted:
-    """For the rows at `place` of their `owner`, one of `lengths`; `categories`, int64 [n]: the lasting ones."""
+    """For the rows at `place` of their `owner`, one of `lengths`; `categories`, int64 [n]: the
+    lasting ones.
+    """
     num = len(categories)
     shape = len(lengths), num
     order = rng.permuted(np.broadcast_to(categories, shape), axis=1)
@@ -49,4 +54,6 @@ def plant(
     about = np.where(early, place, request // apart) % num
     told = likes[owner, about] == (rng.random(len(place)) < TOLD_RIGHT)
     known = early | asks
-    return Planted(np.where(known, order[owner, about], -1), np.ma.masked_array(told.astype(np.int8), ~known))
+    return Planted(
+        np.where(known, order[owner, about], -1), np.ma.masked_array(told.astype(np.int8), ~known)
+    )

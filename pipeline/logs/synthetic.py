@@ -1,19 +1,24 @@
-"""Synthetic logs of any size: the Dirichlet-process sequences of HSTU (arXiv:2402.17152, appendix C) with a clock.
+"""Synthetic logs of any size: the Dirichlet-process sequences of HSTU (arXiv:2402.17152, appendix
+C) with a clock.
 
-As there, every item has one of `num_categories` categories, 40 % of the items are open at first and the rest open
-linearly with time; a user has up to 5 categories with a random prior over them and alpha ~ U(1, 500); row n (from 0)
-takes a category from the prior with probability alpha / (alpha + n) and otherwise that of a random earlier row, then a
-random open item of it. On top of that come requests of several candidates, in sessions, and three actions:
+As there, every item has one of `num_categories` categories, 40 % of the items are open at first and
+the rest open linearly with time; a user has up to 5 categories with a random prior over them and
+alpha ~ U(1, 500); row n (from 0) takes a category from the prior with probability alpha / (alpha +
+n) and otherwise that of a random earlier row, then a random open item of it. On top of that come
+requests of several candidates, in sessions, and three actions:
 
-    is_click   the item's appeal, the tab, the user's habit, and the *interest of the session*, one of the user's
-               categories: it shows in nothing but the session's earlier actions, so a sequence model can learn it
+    is_click   the item's appeal, the tab, the user's habit, and the *interest of the session*, one
+    of the user's
+               categories: it shows in nothing but the session's earlier actions, so a sequence
+               model can learn it
     long_view  a click, the interest of the session, a short video
-    is_like    a click, the item's appeal, and the user's first category (`home_category` in the USER table)
+    is_like    a click, the item's appeal, and the user's first category (`home_category` in the
+    USER table)
 
 `lasting_categories` adds what only a long memory can tell (`pipeline.logs.lasting`).
 
-Users come heaviest first, in files of about `rows_per_file` rows, so memory does not grow with the logs. With `by_day`
-each such chunk is cut by day and appended to the files of its days.
+Users come heaviest first, in files of about `rows_per_file` rows, so memory does not grow with the
+logs. With `by_day` each such chunk is cut by day and appended to the files of its days.
 """
 
 from collections.abc import Iterator
@@ -61,19 +66,31 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     synthetic = _checked(cfg)
     chunks = [int(lengths.sum()) for _, lengths in user_chunks(synthetic)]
     files = synthetic.num_days if synthetic.by_day else len(chunks)
-    return {"rows": sum(chunks), "users": synthetic.num_users, "items": synthetic.num_items, "files": files}
+    return {
+        "rows": sum(chunks),
+        "users": synthetic.num_users,
+        "items": synthetic.num_items,
+        "files": files,
+    }
 
 
 def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
-    """The LOG, USER and ITEM tables as Parquet under `folder`, the same for the same seed and settings."""
+    """The LOG, USER and ITEM tables as Parquet under `folder`, the same for the same seed and
+    settings.
+    """
     synthetic = _checked(cfg)
     catalogue = make_catalogue(synthetic, np.random.default_rng([cfg.seed, 0]))
     items = {"item_id": np.arange(catalogue.num_items), "category": catalogue.category}
-    pq.write_table(pa.table(items | {"duration_ms": catalogue.duration_ms}), folder / "items.parquet")
+    pq.write_table(
+        pa.table(items | {"duration_ms": catalogue.duration_ms}), folder / "items.parquet"
+    )
     (folder / "log").mkdir()
     users = pa.schema([("user_id", pa.int64()), ("home_category", pa.int64())])
     rows = 0
-    with pq.ParquetWriter(folder / "users.parquet", users) as user_file, LogWriter(synthetic, folder) as writer:
+    with (
+        pq.ParquetWriter(folder / "users.parquet", users) as user_file,
+        LogWriter(synthetic, folder) as writer,
+    ):
         for number, (first_user, lengths) in enumerate(user_chunks(synthetic)):
             rng = np.random.default_rng([cfg.seed, 1, number])
             log, homes = make_rows(synthetic, catalogue, first_user, lengths, rng)
@@ -84,7 +101,9 @@ def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
 
 
 class LogWriter:
-    """The files of the log: one per chunk of users, or one per day, which then grow chunk by chunk all at once."""
+    """The files of the log: one per chunk of users, or one per day, which then grow chunk by chunk
+    all at once.
+    """
 
     def __init__(self, cfg: SyntheticConfig, folder: Path) -> None:
         self.cfg, self.folder = cfg, folder
@@ -117,7 +136,9 @@ class LogWriter:
 
 
 def user_chunks(cfg: SyntheticConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """The users of each file, as (first user, rows of each): whole users, about `rows_per_file` rows together."""
+    """The users of each file, as (first user, rows of each): whole users, about `rows_per_file`
+    rows together.
+    """
     for first in range(0, cfg.num_users, USERS_AT_ONCE):
         rank = np.arange(first, min(first + USERS_AT_ONCE, cfg.num_users)) + 1
         wanted = np.floor(cfg.max_history / rank**cfg.length_exponent)
@@ -144,7 +165,11 @@ def make_catalogue(cfg: SyntheticConfig, rng: np.random.Generator) -> Catalogue:
 
 
 def make_rows(
-    cfg: SyntheticConfig, catalogue: Catalogue, first_user: int, lengths: np.ndarray, rng: np.random.Generator
+    cfg: SyntheticConfig,
+    catalogue: Catalogue,
+    first_user: int,
+    lengths: np.ndarray,
+    rng: np.random.Generator,
 ) -> tuple[pa.Table, pa.Table]:
     """The LOG rows of consecutive users, in the order of time, and their USER rows."""
     begin = np.cumsum(lengths) - lengths
@@ -159,8 +184,12 @@ def make_rows(
     new_request = place % cfg.candidates_per_request == 0
     request = np.cumsum(new_request) - 1  # of the chunk
     asker = owner[new_request]
-    request_time, session = _times(cfg, asker, place[new_request] // cfg.candidates_per_request, rng)
-    open_items = catalogue.num_items * (OPEN_AT_FIRST + (1 - OPEN_AT_FIRST) * _elapsed(cfg, request_time))
+    request_time, session = _times(
+        cfg, asker, place[new_request] // cfg.candidates_per_request, rng
+    )
+    open_items = catalogue.num_items * (
+        OPEN_AT_FIRST + (1 - OPEN_AT_FIRST) * _elapsed(cfg, request_time)
+    )
     item, fresh = _items(catalogue, category, open_items.astype(np.int64)[request], request, rng)
     session_owner = asker[np.flatnonzero(np.diff(session, prepend=-1))]
     interest = own[session_owner, _draw(prior[session_owner], rng)][session][request]
@@ -183,14 +212,22 @@ def make_rows(
     rows = np.flatnonzero(fresh)
     rows = rows[np.argsort(columns["event_time"][rows], kind="stable")]
     log = pa.table({name: values[rows] for name, values in columns.items()})
-    return log, pa.table({"user_id": first_user + np.arange(len(lengths)), "home_category": own[:, 0]})
+    return log, pa.table(
+        {"user_id": first_user + np.arange(len(lengths)), "home_category": own[:, 0]}
+    )
 
 
-def _priors(catalogue: Catalogue, num_users: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Each user's categories, [users, 5], and the cumulative prior over them; only the first 1 to 5 have a share."""
+def _priors(
+    catalogue: Catalogue, num_users: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each user's categories, [users, 5], and the cumulative prior over them; only the first 1 to 5
+    have a share.
+    """
     own = rng.choice(catalogue.first_open, (num_users, MAX_USER_CATEGORIES))
     share = rng.exponential(size=own.shape)  # normalised: uniform over the simplex
-    share *= np.arange(MAX_USER_CATEGORIES) < rng.integers(1, MAX_USER_CATEGORIES + 1, (num_users, 1))
+    share *= np.arange(MAX_USER_CATEGORIES) < rng.integers(
+        1, MAX_USER_CATEGORIES + 1, (num_users, 1)
+    )
     return own, np.cumsum(share, axis=1) / share.sum(axis=1, keepdims=True)
 
 
@@ -200,13 +237,18 @@ def _draw(cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _dirichlet_process(
-    prior: np.ndarray, owner: np.ndarray, place: np.ndarray, begin: np.ndarray, rng: np.random.Generator
+    prior: np.ndarray,
+    owner: np.ndarray,
+    place: np.ndarray,
+    begin: np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Which of the user's categories each row has.
 
-    A category with probability n_c / n is the category of a uniformly drawn earlier row, so each row that draws
-    nothing new points at an earlier one, and following the pointers to their roots needs log2(n) steps for all at once.
-    """
+    A category with probability n_c / n is the category of a uniformly drawn earlier row, so each
+    row that draws
+    nothing new points at an earlier one, and following the pointers to their roots needs log2(n)
+    steps for all at once."""
     alpha = rng.uniform(1, 500, len(prior))[owner]
     new = rng.random(len(owner)) < alpha / (alpha + place)
     earlier = begin[owner] + (rng.random(len(owner)) * place).astype(np.int64)
@@ -219,7 +261,9 @@ def _dirichlet_process(
 def _times(
     cfg: SyntheticConfig, asker: np.ndarray, number: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The time of each request, strictly later than the user's last, and its session, numbered over the chunk."""
+    """The time of each request, strictly later than the user's last, and its session, numbered over
+    the chunk.
+    """
     opens = (rng.random(len(asker)) < SESSION_SHARE) | (number == 0)
     gap = rng.exponential(np.where(opens, SESSION_GAP_MS, REQUEST_GAP_MS))
     gap[number == 0] = 0
@@ -227,25 +271,36 @@ def _times(
     passed = np.cumsum(gap)
     passed -= passed[firsts][asker]
     whole = np.maximum.reduceat(passed, firsts)
-    window = cfg.num_days * 24 * 3600 * 1000 - len(number)  # room for the millisecond that each request adds
-    scale = np.minimum(1, window / np.maximum(whole, 1))  # a heavy user's sessions are closer together
+    # room for the millisecond that each request adds
+    window = cfg.num_days * 24 * 3600 * 1000 - len(number)
+    # a heavy user's sessions are closer together
+    scale = np.minimum(1, window / np.maximum(whole, 1))
     start = rng.random(len(firsts)) * (window - whole * scale)
-    time = parse_time("source.synthetic.start", cfg.start) + (start[asker] + passed * scale[asker]).astype(np.int64)
+    time = parse_time("source.synthetic.start", cfg.start) + (
+        start[asker] + passed * scale[asker]
+    ).astype(np.int64)
     return time + number, np.cumsum(opens) - 1
 
 
 def _elapsed(cfg: SyntheticConfig, time: np.ndarray) -> np.ndarray:
-    return (time - parse_time("source.synthetic.start", cfg.start)) / (cfg.num_days * 24 * 3600 * 1000)
+    return (time - parse_time("source.synthetic.start", cfg.start)) / (
+        cfg.num_days * 24 * 3600 * 1000
+    )
 
 
 def _items(
-    catalogue: Catalogue, category: np.ndarray, open_items: np.ndarray, request: np.ndarray, rng: np.random.Generator
+    catalogue: Catalogue,
+    category: np.ndarray,
+    open_items: np.ndarray,
+    request: np.ndarray,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random open item of each row's category, and whether no earlier row of the request has it."""
     first = catalogue.starts[category]
     count = np.searchsorted(catalogue.keys, category * catalogue.num_items + open_items) - first
     draw = (rng.random(len(category)) * count).astype(np.int64)
-    for _ in range(MAX_USER_CATEGORIES):  # an item that the request has already: take the category's next
+    # an item that the request has already: take the category's next
+    for _ in range(MAX_USER_CATEGORIES):
         item = catalogue.keys[first + draw % count] % catalogue.num_items
         fresh = np.zeros(len(item), bool)
         fresh[np.unique(request * catalogue.num_items + item, return_index=True)[1]] = True
@@ -268,7 +323,9 @@ def _actions(
     long_view = _happens(-2.0 + 1.5 * click + 1.2 * interested - 0.5 * (np.log(duration) - 10), rng)
     like = _happens(-4.5 + 1.5 * click + 2.0 * liked + 0.5 * appeal, rng)
     watched = np.where(long_view, rng.uniform(0.6, 1.2, len(item)), rng.uniform(0, 0.4, len(item)))
-    return dict(zip(ACTIONS, (click, long_view, like), strict=True)), (duration * watched).astype(np.int64)
+    return dict(zip(ACTIONS, (click, long_view, like), strict=True)), (duration * watched).astype(
+        np.int64
+    )
 
 
 def _happens(log_odds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -283,5 +340,7 @@ def _checked(cfg: RunConfig) -> SyntheticConfig:
     ):
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise UserError(f"source.{key}: the synthetic logs have no {unknown}; they have {list(known)}")
+            raise UserError(
+                f"source.{key}: the synthetic logs have no {unknown}; they have {list(known)}"
+            )
     return cfg.source.synthetic

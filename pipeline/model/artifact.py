@@ -1,9 +1,11 @@
-"""A trained model as a folder: what the registry holds and the server loads. Nothing in it is unpickled.
+"""A trained model as a folder: what the registry holds and the server loads. Nothing in it is
+unpickled.
 
-    model.safetensors, config.json, features.json, features.safetensors, artifact.json (sha256 of the others)
+    model.safetensors, config.json, features.json, features.safetensors, artifact.json (sha256 of
+    the others)
 
-`metrics.json` joins them when the model is evaluated. The folder is staged beside its place and renamed, so that a
-reader finds a whole model or none.
+`metrics.json` joins them when the model is evaluated. The folder is staged beside its place and
+renamed, so that a reader finds a whole model or none.
 """
 
 import hashlib
@@ -34,15 +36,23 @@ class LoadedModel:
     extra: dict  # what training wrote about itself
 
 
-def save_model(folder: Path, model: RankingModel, cfg: RunConfig, maps: FeatureMaps, extra: dict) -> None:
+def save_model(
+    folder: Path, model: RankingModel, cfg: RunConfig, maps: FeatureMaps, extra: dict
+) -> None:
     """Publish the model at `folder`, in the place of whatever model was there."""
     publish_model(folder, lambda path: save_file(model.state_dict(), path), cfg, maps, extra)
 
 
 def publish_model(
-    folder: Path, write_weights: Callable[[Path], None], cfg: RunConfig, maps: FeatureMaps, extra: dict
+    folder: Path,
+    write_weights: Callable[[Path], None],
+    cfg: RunConfig,
+    maps: FeatureMaps,
+    extra: dict,
 ) -> None:
-    """The same for weights that are not a model in memory: `write_weights` makes the safetensors file at its path."""
+    """The same for weights that are not a model in memory: `write_weights` makes the safetensors
+    file at its path.
+    """
     with staged(folder) as stage:
         write_weights(stage / "model.safetensors")
         (stage / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
@@ -52,7 +62,8 @@ def publish_model(
 
 
 def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
-    """The model at `folder`, in evaluation mode and frozen, so that kernels may keep forms of its weights.
+    """The model at `folder`, in evaluation mode and frozen, so that kernels may keep forms of its
+    weights.
 
     Raises:
         UserError: there is none, or a file is missing or not what was saved.
@@ -64,7 +75,9 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
         model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (ConfigError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"the model at {folder} was saved by another version of this project: {error}") from error
+        raise UserError(
+            f"the model at {folder} was saved by another version of this project: {error}"
+        ) from error
     return LoadedModel(model.to(device).eval().requires_grad_(False), cfg, maps, extra)
 
 
@@ -80,11 +93,15 @@ def verified(folder: Path, what: str) -> dict:
         index = json.loads((folder / INDEX).read_text())
         expected = index["files"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"the {what} at {folder} is half-written: {INDEX} is missing or broken") from None
+        raise UserError(
+            f"the {what} at {folder} is half-written: {INDEX} is missing or broken"
+        ) from None
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file() or sha256_of(path) != digest:
-            raise UserError(f"the {what} at {folder} is corrupted: {name} is missing or not what was saved")
+            raise UserError(
+                f"the {what} at {folder} is corrupted: {name} is missing or not what was saved"
+            )
     return index
 
 

@@ -1,10 +1,11 @@
 """What the mask keeps, counted from lengths, and the floating-point work that follows from it.
 
 Per STU layer, forward, T tokens and `pairs` kept pairs of query and key:
-`2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v)`. With `concat_ua` the output layer's term is three
-times as large. A mixture is the sum of its channels. A Transformer layer has `2·2·T·d·ffn_dim` more and no gate; of DIN
-every pair of candidate and row is `2·(4d + 1)·ffn_dim`. The products of the token encoder and of the heads are counted;
-norms, look-ups, gates, biases and other pointwise work are not, and padding isn't work.
+`2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v)`. With `concat_ua` the output
+layer's term is three times as large. A mixture is the sum of its channels. A Transformer layer has
+`2·2·T·d·ffn_dim` more and no gate; of DIN every pair of candidate and row is `2·(4d + 1)·ffn_dim`.
+The products of the token encoder and of the heads are counted; norms, look-ups, gates, biases and
+other pointwise work are not, and padding isn't work.
 """
 
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ class Flops:
 
     candidates: int = 0
     tokens: int = 0  # of a mixture: those that pass the filters, summed over channels
-    truncated_tokens: int = 0  # of these, tokens that the later layers no longer see, or that max_len keeps out
+    # of these, tokens that the later layers no longer see, or that max_len keeps out
+    truncated_tokens: int = 0
     filtered_tokens: int = 0  # tokens that a filter keeps out of its channel, summed over channels
-    causal_pairs: int = 0  # of the untruncated sequence (of a mixture: the filtered one), once per layer
+    # of the untruncated sequence (of a mixture: the filtered one), once per layer
+    causal_pairs: int = 0
     kept_pairs: int = 0  # summed over layers
     flops: int = 0  # one forward pass
 
@@ -64,7 +67,9 @@ def kept_pairs(
     full_rows: int,
     prefix: int,
 ) -> int:
-    """Pairs that the semi-local mask keeps, by arithmetic on row numbers rather than by building a mask."""
+    """Pairs that the semi-local mask keeps, by arithmetic on row numbers rather than by building a
+    mask.
+    """
     num_tokens = int(seq_offsets[-1])
     sequence = sequence_index(seq_offsets, num_tokens)
     row = torch.arange(num_tokens, device=seq_offsets.device) - seq_offsets[sequence]
@@ -101,7 +106,9 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
     num_context = len(cfg.features.user_tokens)
     tokens = _bare_tokens(batch, num_context)
     work = Flops(candidates=int(batch.num_targets.sum()))
-    work.flops = input_flops(cfg, batch.num_tokens, batch.num_sequences) + head_flops(cfg, work.candidates)
+    work.flops = input_flops(cfg, batch.num_tokens, batch.num_sequences) + head_flops(
+        cfg, work.candidates
+    )
     if cfg.model.encoder == "din":
         work.add(_din_work(tokens, cfg.model))
     elif not cfg.model.channels:
@@ -116,22 +123,32 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
     return work
 
 
-def cached_work(history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfig) -> tuple[int, int]:
-    """Floating-point operations of `encode_history` and of `score_candidates`, both batches on the CPU.
+def cached_work(
+    history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfig
+) -> tuple[int, int]:
+    """Floating-point operations of `encode_history` and of `score_candidates`, both batches on the
+    CPU.
 
-    Of the last layer, candidates need the keys and values alone: the history's attention there is not computed. Nor
+    Of the last layer, candidates need the keys and values alone: the history's attention there is
+    not computed. Nor
     are the actions that candidates do not have.
     """
     num_context = len(cfg.features.user_tokens)
     num_candidates = candidates.num_tokens
     encode = input_flops(cfg, history.num_tokens, history.num_sequences)
-    score = input_flops(cfg, num_candidates, 0) - action_flops(cfg, num_candidates) + head_flops(cfg, num_candidates)
+    score = (
+        input_flops(cfg, num_candidates, 0)
+        - action_flops(cfg, num_candidates)
+        + head_flops(cfg, num_candidates)
+    )
     tokens = _bare_tokens(history, num_context)
     stacks = [(tokens, cfg.model)]
     if cfg.model.channels:
         stacks = [
             (
-                newest_rows(filter_rows(tokens, history, channel, cfg.source.actions), channel, num_context),
+                newest_rows(
+                    filter_rows(tokens, history, channel, cfg.source.actions), channel, num_context
+                ),
                 channel_model(cfg.model, channel),
             )
             for channel in cfg.model.channels.values()
@@ -151,11 +168,17 @@ def cached_work(history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfi
 
 
 def input_flops(cfg: RunConfig, num_rows: int, num_sequences: int) -> int:
-    """The token encoder's products: content and actions of every row, the context tokens of every sequence."""
+    """The token encoder's products: content and actions of every row, the context tokens of every
+    sequence.
+    """
     features, model = cfg.features, cfg.model
     d = model.d_model
-    content = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
-    context = sum(features.user[name].dim for group in features.user_tokens.values() for name in group)
+    content = features.item_id_dim + sum(
+        f.dim for f in (*features.item.values(), *features.request.values())
+    )
+    context = sum(
+        features.user[name].dim for group in features.user_tokens.values() for name in group
+    )
     per_row = content * 2 * d + 2 * d * d
     return 2 * (num_rows * per_row + num_sequences * context * d) + action_flops(cfg, num_rows)
 
@@ -168,7 +191,9 @@ def action_flops(cfg: RunConfig, num_rows: int) -> int:
 
 
 def head_flops(cfg: RunConfig, candidates: int) -> int:
-    """The products of the task heads, and of the rates that candidates carry into them or into their tokens."""
+    """The products of the task heads, and of the rates that candidates carry into them or into
+    their tokens.
+    """
     d, dense = cfg.model.d_model, dense_width(cfg)
     into_head = dense > 0 and cfg.model.dense_to != "token"
     into_token = dense > 0 and cfg.model.dense_to != "head"
@@ -221,12 +246,21 @@ def _interleaved(batch: SequenceBatch, num_context: int) -> Tokens:
     """The sequences of conventional HSTU: two tokens an event, one a candidate."""
     bare = _bare_tokens(batch, 0)
     twice = interleave(bare, bare.x_TE)
-    return prepend(bare.x_TE.new_empty(batch.num_sequences, num_context, 0), twice) if num_context else twice
+    return (
+        prepend(bare.x_TE.new_empty(batch.num_sequences, num_context, 0), twice)
+        if num_context
+        else twice
+    )
 
 
 def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
     """The batch's sequences with their context, without a width."""
-    offsets = batch.seq_offsets + torch.arange(batch.num_sequences + 1, device=batch.seq_offsets.device) * num_context
+    offsets = (
+        batch.seq_offsets
+        + torch.arange(batch.num_sequences + 1, device=batch.seq_offsets.device) * num_context
+    )
     visible = None if batch.target_visible is None else batch.target_visible + num_context
-    empty = torch.empty(batch.num_tokens + batch.num_sequences * num_context, 0, device=batch.seq_offsets.device)
+    empty = torch.empty(
+        batch.num_tokens + batch.num_sequences * num_context, 0, device=batch.seq_offsets.device
+    )
     return Tokens(empty, offsets, batch.num_targets, visible, batch.max_seq_len + num_context)

@@ -1,4 +1,5 @@
-"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducers → one head per task.
+"""ULTRA-HSTU (arXiv:2602.16986) as a multi-task ranker: token encoder → transducers → one head per
+task.
 
 `model.encoder` puts a baseline in the place of the transducers; everything around them stays.
 """
@@ -24,9 +25,9 @@ from pipeline.model.tokens import DenseEncoder, MakeTable, TokenEncoder, Tokens,
 class RankingModel(nn.Module):
     """Scores of the candidates of a batch.
 
-    `vocab_sizes` and `base_rates` come from the training period's `FeatureMaps`: rows of each table, and the positive
-    rate of each task, at which its head starts. Training may put its own tables in place of plain ones (`make_table`).
-    """
+    `vocab_sizes` and `base_rates` come from the training period's `FeatureMaps`: rows of each
+    table, and the positive rate of each task, at which its head starts. Training may put its own
+    tables in place of plain ones (`make_table`)."""
 
     def __init__(
         self,
@@ -38,17 +39,27 @@ class RankingModel(nn.Module):
         super().__init__()
         self.tasks = cfg.tasks
         self.item_id_dropout = cfg.features.item_id_dropout
-        self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(cfg, vocab_sizes, make_table)
+        self.encoder = (InterleavedEncoder if cfg.model.interleaved else TokenEncoder)(
+            cfg, vocab_sizes, make_table
+        )
         self.transducer = sequence_encoder(cfg, self.encoder.num_context)
         into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
-        self.dense = DenseEncoder(dense_width(cfg), cfg.model.d_model, cfg.model.token_backend) if into_head else None
+        self.dense = (
+            DenseEncoder(dense_width(cfg), cfg.model.d_model, cfg.model.token_backend)
+            if into_head
+            else None
+        )
         width = cfg.model.d_model * (max(len(cfg.model.channels), 1) + into_head)
         num_tasks, hidden = len(cfg.tasks), cfg.model.head_hidden
-        logits = Towers(num_tasks, hidden) if cfg.model.task_towers else nn.Linear(hidden, num_tasks)
+        logits = (
+            Towers(num_tasks, hidden) if cfg.model.task_towers else nn.Linear(hidden, num_tasks)
+        )
         with torch.no_grad():
             logits.bias.copy_(torch.tensor([_logit(base_rates[task]) for task in cfg.tasks]))
         hidden *= num_tasks if cfg.model.task_towers else 1
-        self.heads = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits)
+        self.heads = nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(cfg.model.dropout), logits
+        )
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
@@ -81,10 +92,12 @@ class Towers(nn.Module):
 
 
 def without_item_ids(batch: SequenceBatch, share: float) -> SequenceBatch:
-    """The batch with about this share of its item ids read as unknown, in the history and among the candidates.
+    """The batch with about this share of its item ids read as unknown, in the history and among the
+    candidates.
 
-    An id seen a few times is soon learned by heart; here each row must also do with what else is known of its item, as
-    it has to for an item that training never saw, whose embedding this trains.
+    An id seen a few times is soon learned by heart; here each row must also do with what else is
+    known of its item, as it has to for an item that training never saw, whose embedding this
+    trains.
     """
     ids, others = batch.item_codes[:, :1], batch.item_codes[:, 1:]
     dropped = torch.rand(ids.shape, device=ids.device) < share
@@ -103,12 +116,16 @@ def sequence_encoder(cfg: RunConfig, num_context: int) -> SequenceEncoder:
         return SoftmaxEncoder(model)
     if model.encoder == "din":
         return DIN(model, num_context)
-    return MixtureOfTransducers(cfg, num_context) if model.channels else Transducer(model, num_context)
+    return (
+        MixtureOfTransducers(cfg, num_context) if model.channels else Transducer(model, num_context)
+    )
 
 
 @torch.no_grad()
 def attention_variance(model: RankingModel, batch: SequenceBatch) -> list[float]:
-    """Per layer the mean over tokens of the variance that Norm(A) divides by, to be held against `norm_eps`."""
+    """Per layer the mean over tokens of the variance that Norm(A) divides by, to be held against
+    `norm_eps`.
+    """
     seen: list[float] = []
 
     def look(layer: STU, inputs: tuple[Tokens]) -> None:

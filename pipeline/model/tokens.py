@@ -1,8 +1,9 @@
-"""Codes to tokens: a `SequenceBatch` becomes the packed input of the transducer, `[context | uih | candidates]`.
+"""Codes to tokens: a `SequenceBatch` becomes the packed input of the transducer, `[context | uih |
+candidates]`.
 
-An event is one token: item and action merged by addition (ULTRA-HSTU, arXiv:2602.16986, figure 2b). A candidate has no
-action; one learned constant may stand in its place. Position and time are those of the event itself, so an encoded
-history does not depend on the request.
+An event is one token: item and action merged by addition (ULTRA-HSTU, arXiv:2602.16986, figure 2b).
+A candidate has no action; one learned constant may stand in its place. Position and time are those
+of the event itself, so an encoded history does not depend on the request.
 """
 
 from collections.abc import Callable
@@ -28,22 +29,30 @@ class Tokens:
     x_TE: Tensor
     seq_offsets: Tensor  # int64 [B + 1]
     num_targets: Tensor  # int32 [B]
-    target_visible: Tensor | None  # int32 [C]: a candidate sees the positions before this one, and itself
+    # int32 [C]: a candidate sees the positions before this one, and itself
+    target_visible: Tensor | None
     max_seq_len: int
-    host_lengths: Tensor | None = None  # int64 [2, B] on the CPU: tokens and candidates of each sequence
+    # int64 [2, B] on the CPU: tokens and candidates of each sequence
+    host_lengths: Tensor | None = None
 
     def lengths_on_host(self) -> Tensor:
-        """`host_lengths`, from which sizes of later tensors follow; where they are not given a GPU is waited for."""
+        """`host_lengths`, from which sizes of later tensors follow; where they are not given a GPU
+        is waited for.
+        """
         if self.host_lengths is None:
             return torch.stack([self.seq_offsets.diff(), self.num_targets.long()]).cpu()
         return self.host_lengths
 
 
-MakeTable = Callable[[str, int, int], nn.Module]  # a table's name, as in `train.tables`, its rows and its width
+# a table's name, as in `train.tables`, its rows and its width
+MakeTable = Callable[[str, int, int], nn.Module]
 
 
 def table(name: str, rows: int, dim: int) -> nn.Embedding:
-    """An embedding table with gradients of touched rows only. Row 0, never or rarely trained, starts as zero."""
+    """An embedding table with gradients of touched rows only.
+
+    Row 0, never or rarely trained, starts as zero.
+    """
     embedding = nn.Embedding(rows, dim, sparse=True)
     with torch.no_grad():
         embedding.weight.normal_(0, 0.02)
@@ -52,8 +61,8 @@ def table(name: str, rows: int, dim: int) -> nn.Embedding:
 
 
 class NarrowLayerNorm(nn.LayerNorm):
-    """A layer norm whose output has its input's type. Autocast would make it float32: under bfloat16 the encoder is
-    bound by memory, and the statistics are float32 either way."""
+    """A layer norm whose output has its input's type. Autocast would make it float32: under
+    bfloat16 the encoder is bound by memory, and the statistics are float32 either way."""
 
     def __init__(self, dim: int, backend: Backend) -> None:
         super().__init__(dim)
@@ -64,7 +73,10 @@ class NarrowLayerNorm(nn.LayerNorm):
 
 
 def looked_up(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rows(index)` in `dtype`. Where nothing is recorded the table is cast rather than what was read of it."""
+    """`rows(index)` in `dtype`.
+
+    Where nothing is recorded the table is cast rather than what was read of it.
+    """
     if isinstance(rows, nn.Embedding) and not torch.is_grad_enabled():
         return nn.functional.embedding(index, rows.weight.to(dtype))
     return rows(index).to(dtype)
@@ -92,41 +104,59 @@ class ContentEncoder(nn.Module):
         self.names += [f"request.{name}" for name in features.request]
         self.item_id = make_table("item_id", vocab_sizes["item_id"], features.item_id_dim)
         self.item = nn.ModuleList(
-            make_table(f"item.{name}", vocab_sizes[f"item.{name}"], f.dim) for name, f in features.item.items()
+            make_table(f"item.{name}", vocab_sizes[f"item.{name}"], f.dim)
+            for name, f in features.item.items()
         )
         self.request = nn.ModuleList(
-            make_table(f"request.{name}", vocab_sizes[f"request.{name}"], f.dim) for name, f in features.request.items()
+            make_table(f"request.{name}", vocab_sizes[f"request.{name}"], f.dim)
+            for name, f in features.request.items()
         )
-        width = features.item_id_dim + sum(f.dim for f in (*features.item.values(), *features.request.values()))
+        width = features.item_id_dim + sum(
+            f.dim for f in (*features.item.values(), *features.request.values())
+        )
         d, backend = cfg.model.d_model, cfg.model.token_backend
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * d), SwishLayerNorm(2 * d, backend), nn.Linear(2 * d, d), NarrowLayerNorm(d, backend)
+            nn.Linear(width, 2 * d),
+            SwishLayerNorm(2 * d, backend),
+            nn.Linear(2 * d, d),
+            NarrowLayerNorm(d, backend),
         )
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
         tables = [self.item_id, *self.item, *self.request]
         codes = torch.cat([item_codes, request_codes], dim=1).unbind(1)
-        return self.mlp(torch.cat([rows(code) for rows, code in zip(tables, codes, strict=True)], dim=1))
+        return self.mlp(
+            torch.cat([rows(code) for rows, code in zip(tables, codes, strict=True)], dim=1)
+        )
 
 
 class ActionEncoder(nn.Module):
-    """Bit mask of actions: per action a learned row when set, zero when known and absent, another row when unknown."""
+    """Bit mask of actions: per action a learned row when set, zero when known and absent, another
+    row when unknown.
+    """
 
     def __init__(self, num_actions: int, dim: int, d_model: int, backend: Backend = "auto") -> None:
         super().__init__()
         self.set_rows = nn.Parameter(torch.randn(num_actions, dim))
         self.unknown_rows = nn.Parameter(torch.randn(num_actions, dim))
         self.mlp = nn.Sequential(
-            nn.Linear(num_actions * dim, d_model), SwishLayerNorm(d_model, backend), nn.Linear(d_model, d_model)
+            nn.Linear(num_actions * dim, d_model),
+            SwishLayerNorm(d_model, backend),
+            nn.Linear(d_model, d_model),
         )
         self.bits: Tensor
-        self.register_buffer("bits", 2 ** torch.arange(num_actions, dtype=torch.int32), persistent=False)
+        self.register_buffer(
+            "bits", 2 ** torch.arange(num_actions, dtype=torch.int32), persistent=False
+        )
 
     def forward(self, action_mask: Tensor, known_mask: Tensor) -> Tensor:
         known = (known_mask[:, None] & self.bits) != 0
         done = ((action_mask[:, None] & self.bits) != 0) & known
         dtype = self.set_rows.dtype
-        rows = done[:, :, None].to(dtype) * self.set_rows + (~known)[:, :, None].to(dtype) * self.unknown_rows
+        rows = (
+            done[:, :, None].to(dtype) * self.set_rows
+            + (~known)[:, :, None].to(dtype) * self.unknown_rows
+        )
         return self.mlp(rows.flatten(1))
 
 
@@ -152,9 +182,12 @@ class ContextEncoder(nn.Module):
         features = cfg.features
         names = list(features.user)
         self.names = [f"user.{name}" for name in names]
-        self.groups = [[names.index(name) for name in group] for group in features.user_tokens.values()]
+        self.groups = [
+            [names.index(name) for name in group] for group in features.user_tokens.values()
+        ]
         self.user = nn.ModuleList(
-            make_table(f"user.{name}", vocab_sizes[f"user.{name}"], f.dim) for name, f in features.user.items()
+            make_table(f"user.{name}", vocab_sizes[f"user.{name}"], f.dim)
+            for name, f in features.user.items()
         )
         self.out = nn.ModuleList(
             nn.Sequential(
@@ -168,13 +201,17 @@ class ContextEncoder(nn.Module):
         """[B, context tokens, d]"""
         rows = [rows(code) for rows, code in zip(self.user, user_codes.unbind(1), strict=True)]
         grouped = [torch.cat([rows[i] for i in group], dim=1) for group in self.groups]
-        return torch.stack([out(group) for out, group in zip(self.out, grouped, strict=True)], dim=1)
+        return torch.stack(
+            [out(group) for out, group in zip(self.out, grouped, strict=True)], dim=1
+        )
 
 
 class TokenEncoder(nn.Module):
     """SequenceBatch → Tokens."""
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = table) -> None:
+    def __init__(
+        self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = table
+    ) -> None:
         super().__init__()
         model = cfg.model
         self.time_anchor: Anchor = model.time_anchor
@@ -187,11 +224,14 @@ class TokenEncoder(nn.Module):
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
         into_token = dense_width(cfg) > 0 and model.dense_to != "head"
-        self.dense = DenseEncoder(dense_width(cfg), model.d_model, self.backend) if into_token else None
+        self.dense = (
+            DenseEncoder(dense_width(cfg), model.d_model, self.backend) if into_token else None
+        )
         self.context = ContextEncoder(cfg, vocab_sizes, make_table) if self.num_context else None
         position = make_table("position", model.position_buckets, model.d_model)
         time = make_table("time", model.time_buckets, model.d_model)
-        assert isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding)  # small, never sharded
+        # small, never sharded
+        assert isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding)
         self.position, self.time = position, time
         self.dropout = nn.Dropout(model.dropout)
 
@@ -216,7 +256,14 @@ class TokenEncoder(nn.Module):
     def as_tokens(self, x_TE: Tensor, batch: SequenceBatch) -> Tokens:
         host = batch.on_host
         lengths = torch.stack([host.seq_offsets.diff(), host.num_targets.long()])
-        return Tokens(x_TE, batch.seq_offsets, batch.num_targets, batch.target_visible, batch.max_seq_len, lengths)
+        return Tokens(
+            x_TE,
+            batch.seq_offsets,
+            batch.num_targets,
+            batch.target_visible,
+            batch.max_seq_len,
+            lengths,
+        )
 
     def events(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: history rows and candidates, no context; none depends on another."""
@@ -225,7 +272,9 @@ class TokenEncoder(nn.Module):
     def candidates(self, batch: SequenceBatch) -> Tensor:
         """The same, [C, d], of a batch that holds no history rows: nothing is computed of actions."""
         x_TE = self.items(batch)
-        return self.placed(x_TE if self.candidate_action is None else x_TE + self.candidate_action, batch)
+        return self.placed(
+            x_TE if self.candidate_action is None else x_TE + self.candidate_action, batch
+        )
 
     def items(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: what was shown, on which surface, and of a candidate the rates that it carries."""
@@ -236,22 +285,34 @@ class TokenEncoder(nn.Module):
         return x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
 
     def actions(self, batch: SequenceBatch) -> Tensor:
-        """[T, d]: what the user did. A candidate's own outcome must not reach it, not even as "unknown"."""
+        """[T, d]: what the user did.
+
+        A candidate's own outcome must not reach it, not even as "unknown".
+        """
         is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
         actions, known = batch.action_mask, batch.known_mask
         if not self.heterogeneous:
             actions, known = ((actions & known) != 0).int(), (known != 0).int()
         x_TE = self.action(actions, known).masked_fill(is_target[:, None], 0)
-        return x_TE if self.candidate_action is None else x_TE + is_target[:, None] * self.candidate_action
+        return (
+            x_TE
+            if self.candidate_action is None
+            else x_TE + is_target[:, None] * self.candidate_action
+        )
 
     def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """[T, d], position and time added."""
         position, time, gap_ms = self.position, self.time, batch.gap_ms
-        if isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding):  # neither of them packed to INT4
+        # neither of them packed to INT4
+        if isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding):
             tables, anchor = (position.weight, time.weight), self.time_anchor
-            return add_position_time(x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend)
+            return add_position_time(
+                x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend
+            )
         x_TE = x_TE + looked_up(position, batch.position % position.num_embeddings, x_TE.dtype)
-        return x_TE + looked_up(time, BUCKETS[self.time_anchor](gap_ms, time.num_embeddings), x_TE.dtype)
+        return x_TE + looked_up(
+            time, BUCKETS[self.time_anchor](gap_ms, time.num_embeddings), x_TE.dtype
+        )
 
 
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:
@@ -261,7 +322,9 @@ def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Te
 
 
 def target_index(seq_offsets: Tensor, num_targets: Tensor, total: int) -> Tensor:
-    """int64 [C]: where the candidates are among the tokens; `total` is C, known without asking the device."""
+    """int64 [C]: where the candidates are among the tokens; `total` is C, known without asking the
+    device.
+    """
     ends = num_targets.long().cumsum(0)
     shift = torch.repeat_interleave(seq_offsets[1:] - ends, num_targets, output_size=total)
     return torch.arange(total, device=seq_offsets.device) + shift

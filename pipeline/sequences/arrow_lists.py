@@ -13,7 +13,10 @@ def _combined(table: pa.Table, name: str) -> pa.Array:
 
 
 def list_offsets(table: pa.Table, name: str = "item_id") -> np.ndarray:
-    """Offsets of a list column from 0, int64 [rows + 1]. A slice's own offsets do not start at 0."""
+    """Offsets of a list column from 0, int64 [rows + 1].
+
+    A slice's own offsets do not start at 0.
+    """
     if table.num_rows == 0:
         return np.zeros(1, np.int64)
     offsets = _combined(table, name).offsets.to_numpy().astype(np.int64)

@@ -1,9 +1,11 @@
-"""A bucket's rows → its file of sequences, its quarantine, and a record of both: the second half of a build.
+"""A bucket's rows → its file of sequences, its quarantine, and a record of both: the second half of
+a build.
 
-    records/bucket-00003-<key>.json   written last: the files, and what was counted; the key says from which parts
+    records/bucket-00003-<key>.json   written last: the files, and what was counted; the key says
+    from which parts
 
-A bucket whose record is there under the key of today's parts need not be built again: that is how a killed build goes
-on, and how new logs leave alone the buckets they have no row for.
+A bucket whose record is there under the key of today's parts need not be built again: that is how a
+killed build goes on, and how new logs leave alone the buckets they have no row for.
 """
 
 import hashlib
@@ -51,22 +53,31 @@ class Record:
     statistics: Statistics
 
 
-def plan_buckets(parts: Sequence[Part], retired: Mapping[str, Bucket], rules: BucketRules) -> list[BucketWork]:
+def plan_buckets(
+    parts: Sequence[Part], retired: Mapping[str, Bucket], rules: BucketRules
+) -> list[BucketWork]:
     """The buckets that have rows, in order."""
     numbers = sorted({number for part in parts for number in part.batches})
     return [_plan_bucket(number, parts, retired.get(str(number)), rules) for number in numbers]
 
 
-def _plan_bucket(number: int, parts: Sequence[Part], retired: Bucket | None, rules: BucketRules) -> BucketWork:
+def _plan_bucket(
+    number: int, parts: Sequence[Part], retired: Bucket | None, rules: BucketRules
+) -> BucketWork:
     batches = batches_of(parts, number)
     rows = sum(part.bucket_rows.get(number, 0) for part in parts)
     return BucketWork(number, batches, rows, retired, record_file(number, batches, retired, rules))
 
 
 def record_file(
-    number: int, parts: Mapping[str, object] | Sequence[str], retired: Bucket | None, rules: BucketRules
+    number: int,
+    parts: Mapping[str, object] | Sequence[str],
+    retired: Bucket | None,
+    rules: BucketRules,
 ) -> str:
-    """Named by all that the bucket depends on: `parts`, by name, and the settings that the parts' names do not hold."""
+    """Named by all that the bucket depends on: `parts`, by name, and the settings that the parts'
+    names do not hold.
+    """
     what = [store.SCHEMA_VERSION, sorted(parts), rules.max_rows_per_user, rules.utc_offset_ms]
     if retired is not None:
         what.append(retired.file)
@@ -77,7 +88,9 @@ def record_file(
 def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     """Build the bucket and write its files; the record comes last."""
     rows = read_rows(folder, work.batches, work.number, rules.logs)
-    assert rows.num_rows == work.rows, f"{rows.num_rows} rows in the parts of bucket {work.number}, indexed {work.rows}"
+    assert rows.num_rows == work.rows, (
+        f"{rows.num_rows} rows in the parts of bucket {work.number}, indexed {work.rows}"
+    )
     built = build_bucket(rows, rules.logs, rules.max_rows_per_user)
     del rows  # while the files are written
     kept, left_out = built.sequences, built.quarantine
@@ -86,8 +99,12 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     stem = f"bucket-{work.number:05d}"
     record = Record(
         number=work.number,
-        bucket=store.write_table(kept, folder, f"buckets/{stem}", users=kept.num_rows) if kept.num_rows else None,
-        quarantine=store.write_table(left_out, folder, f"quarantine/{stem}") if left_out.num_rows else None,
+        bucket=store.write_table(kept, folder, f"buckets/{stem}", users=kept.num_rows)
+        if kept.num_rows
+        else None,
+        quarantine=store.write_table(left_out, folder, f"quarantine/{stem}")
+        if left_out.num_rows
+        else None,
         statistics=count_bucket(built, rules.logs, rules.utc_offset_ms),
     )
     store.write_json(folder / work.record, asdict(record))
@@ -105,9 +122,12 @@ def find_record(folder: Path, file: str) -> Record | None:
     """The record of a bucket that was built; None where there is none, or its files are not whole."""
     try:
         raw = json.loads((folder / file).read_text())
-        bucket, quarantine = (raw[name] and Bucket(**raw[name]) for name in ("bucket", "quarantine"))
+        bucket, quarantine = (
+            raw[name] and Bucket(**raw[name]) for name in ("bucket", "quarantine")
+        )
         whole = all((folder / e.file).stat().st_size == e.bytes for e in (bucket, quarantine) if e)
         record = Record(raw["number"], bucket, quarantine, Statistics(**raw["statistics"]))
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # TypeError: fields of another version
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        # TypeError: fields of another version
         return None
     return record if whole else None

@@ -1,10 +1,13 @@
-"""LOG → SEQUENCE: one row per user, built with Ray Data and published as a store (pipeline/sequences/store.py).
+"""LOG → SEQUENCE: one row per user, built with Ray Data and published as a store
+(pipeline/sequences/store.py).
 
-    files → normalise → parts by user bucket → one vectorised pass per bucket → files by content → manifest
+    files → normalise → parts by user bucket → one vectorised pass per bucket → files by content →
+    manifest
 
-Two passes of tasks, with files between them (pipeline/sequences/parts.py, pipeline/sequences/buckets.py). Ray's object store
-carries summaries alone and never spills: rows by bucket are wanted on disk anyway, for a build that was killed to go on
-from and for the next day's logs to be added to. What is done to rows is in pipeline/logs/cleaning.py and
+Two passes of tasks, with files between them (pipeline/sequences/parts.py,
+pipeline/sequences/buckets.py). Ray's object store carries summaries alone and never spills: rows by
+bucket are wanted on disk anyway, for a build that was killed to go on from and for the next day's
+logs to be added to. What is done to rows is in pipeline/logs/cleaning.py and
 pipeline/sequences/users.py; here work is planned, handed out, verified and published.
 """
 
@@ -53,7 +56,8 @@ logger = logging.getLogger(__name__)
 
 MB = 2**20
 BUCKET_MEMORY = 256 * MB  # of building one, where `sequences.num_buckets` leaves their number to us
-MUCH_MEMORY = 4 * BUCKET_MEMORY  # worth a warning: logs have been appended for long, or a user has very many rows
+# worth a warning: logs have been appended for long, or a user has very many rows
+MUCH_MEMORY = 4 * BUCKET_MEMORY
 MEMORY_PER_BYTE = 5  # of a bucket's rows: themselves, as columns to sort by, in order, and as lists
 
 
@@ -64,13 +68,16 @@ def log_rules(cfg: RunConfig, logs: LogFiles, num_buckets: int) -> LogRules:
         actions=cfg.source.actions,
         request_columns=cfg.source.request_columns,
         earliest_ms=config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time),
-        latest_ms=config.parse_time("sequences.latest_time", latest) if latest else int(time.time() * 1000) + DAY_MS,
+        latest_ms=config.parse_time("sequences.latest_time", latest)
+        if latest
+        else int(time.time() * 1000) + DAY_MS,
         num_buckets=num_buckets,
     )
 
 
 def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
-    """The logs, the rules and the number of rows: all files' columns and types checked, without reading a row.
+    """The logs, the rules and the number of rows: all files' columns and types checked, without
+    reading a row.
 
     Raises:
         UserError: a missing or mistyped column, or no rows at all.
@@ -82,13 +89,22 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
         for file, schema in zip(logs.files, pool.map(read_schema, logs.files), strict=True):
             check_columns(schema, rules, file)
     if rows == 0:
-        raise UserError(f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} …)")
+        raise UserError(
+            f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} "
+            "…)"
+        )
     return logs, rules, rows
 
 
 def row_bytes(cfg: RunConfig) -> float:
     """Of a checked row in memory."""
-    return sum(field.type.bit_width for field in log_schema(cfg.source.actions, cfg.source.request_columns)) / 8
+    return (
+        sum(
+            field.type.bit_width
+            for field in log_schema(cfg.source.actions, cfg.source.request_columns)
+        )
+        / 8
+    )
 
 
 def bucket_memory(cfg: RunConfig, rows: float) -> float:
@@ -97,7 +113,9 @@ def bucket_memory(cfg: RunConfig, rows: float) -> float:
 
 
 def fitting_buckets(cfg: RunConfig, rows: int) -> int:
-    """As many that one takes BUCKET_MEMORY, which leaves room for logs to be appended for a good while."""
+    """As many that one takes BUCKET_MEMORY, which leaves room for logs to be appended for a good
+    while.
+    """
     return max(1, round(bucket_memory(cfg, rows) / BUCKET_MEMORY))
 
 
@@ -120,12 +138,14 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = False) -> Manifest:
     """Clean the logs, build one row per user and publish them in `cfg.sequence_dir`.
 
-    The same logs and settings again are found published and left alone. A killed build leaves what was published, and
-    the same call goes on where it was. With `append`, files that the published version does not have are added to it:
-    the result is byte for byte that of a build of all files, of those too that are gone by now.
+    The same logs and settings again are found published and left alone. A killed build leaves what
+    was published, and the same call goes on where it was. With `append`, files that the published
+    version does not have are added to it: the result is byte for byte that of a build of all files,
+    of those too that are gone by now.
 
     Raises:
-        UserError: the logs cannot be used, too many rows are bad, or other sequences are published there already and
+        UserError: the logs cannot be used, too many rows are bad, or other sequences are published
+        there already and
             neither `overwrite` nor `append` says what is to become of them.
     """
     logs, rules, _ = check_logs(cfg)
@@ -149,7 +169,9 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
         with workers(cfg.ray, cfg.runs_dir) as run:
             made = _make_parts(cfg, files, rules, folder, run)
             try:
-                manifest = build_version(cfg, logs, rules, [*held, *made], made if held else [], published, run)
+                manifest = build_version(
+                    cfg, logs, rules, [*held, *made], made if held else [], published, run
+                )
                 if cfg.checks.drift:
                     refuse_drift(folder, _readable(folder), manifest, cfg.drift)
             except UserError:  # no killed build: nothing is left to go on with
@@ -165,19 +187,24 @@ def content_settings(cfg: RunConfig) -> dict[str, Any]:
     return {
         "source": {key: source[key] for key in ("columns", "actions", "request_columns")},
         "sequences": {
-            key: sequences[key] for key in ("num_buckets", "max_rows_per_user", "earliest_time", "latest_time")
+            key: sequences[key]
+            for key in ("num_buckets", "max_rows_per_user", "earliest_time", "latest_time")
         },
     }
 
 
 def other_settings(manifest: Manifest, settings: dict[str, Any]) -> str:
-    """The keys in which these differ from the settings that a version was built with, in words; "" where none does."""
+    """The keys in which these differ from the settings that a version was built with, in words; ""
+    where none does.
+    """
     old, new = config.flatten(manifest.config), config.flatten(settings)
     return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
 
 
 def inputs_digest(settings: dict[str, Any], files: Iterable[str], sides: Sequence[object]) -> str:
-    """Of everything that a version is built from: the files of the logs by their digests, in no order."""
+    """Of everything that a version is built from: the files of the logs by their digests, in no
+    order.
+    """
     return _sha256([store.SCHEMA_VERSION, settings, sorted(files), sides])
 
 
@@ -187,7 +214,9 @@ def inputs_of(cfg: RunConfig, logs: LogFiles, all_parts: Sequence[Part]) -> str:
 
 
 def bucket_rules(cfg: RunConfig, rules: LogRules) -> BucketRules:
-    return BucketRules(rules, cfg.sequences.max_rows_per_user, int(cfg.features.hour_utc_offset * 3600 * 1000))
+    return BucketRules(
+        rules, cfg.sequences.max_rows_per_user, int(cfg.features.hour_utc_offset * 3600 * 1000)
+    )
 
 
 def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
@@ -200,7 +229,9 @@ def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
     for name, part in found.items():
         if part is None:
             file = folder / parts.PARTS / name
-            raise UserError(f"{file} is missing or cut off: run jobs.build_sequences with --overwrite")
+            raise UserError(
+                f"{file} is missing or cut off: run jobs.build_sequences with --overwrite"
+            )
     return [part for part in found.values() if part]
 
 
@@ -213,13 +244,18 @@ def held_records(folder: Path, manifest: Manifest) -> list[Record]:
     found = {file: find_record(folder, file) for file in manifest.records}
     for file, record in found.items():
         if record is None:
-            raise UserError(f"{folder / file} is missing or cut off: run jobs.build_sequences with --overwrite")
+            raise UserError(
+                f"{folder / file} is missing or cut off: run jobs.build_sequences with --overwrite"
+            )
     return [record for record in found.values() if record]
 
 
-def _make_parts(cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers) -> list[Part]:
+def _make_parts(
+    cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers
+) -> list[Part]:
     """The parts of these files, digest -> path; those that a killed build has finished are found."""
-    times = [cfg.sequences.earliest_time, cfg.sequences.latest_time]  # as configured: None moves with the clock
+    # as configured: None moves with the clock
+    times = [cfg.sequences.earliest_time, cfg.sequences.latest_time]
     forgotten = read_forgotten(folder)
     settings = {
         "columns": rules.columns,
@@ -236,7 +272,9 @@ def _make_parts(cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: 
     if found:
         logger.info("%d of %d parts are there already", len(found), len(work))
     return found + run(
-        "reading the logs", partial(write_part, rules=rules, folder=folder, forgotten=forgotten), missing
+        "reading the logs",
+        partial(write_part, rules=rules, folder=folder, forgotten=forgotten),
+        missing,
     )
 
 
@@ -249,13 +287,17 @@ def build_version(
     published: Manifest | None,
     run: Workers,
 ) -> Manifest:
-    """The version that `all_parts` make, all its files written, not yet published. Only touched buckets are built.
+    """The version that `all_parts` make, all its files written, not yet published. Only touched
+    buckets are built.
 
     Raises:
-        UserError: too many rows are bad, among all or among those of `new_parts`, or a side table cannot be used.
+        UserError: too many rows are bad, among all or among those of `new_parts`, or a side table
+        cannot be used.
     """
     folder = cfg.sequence_dir
-    retired, kept_since_ms = (published.retired, published.kept_since_ms) if published else ({}, None)
+    retired, kept_since_ms = (
+        (published.retired, published.kept_since_ms) if published else ({}, None)
+    )
     forgotten = read_forgotten(folder)
     tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
     side_tables = {
@@ -297,21 +339,38 @@ def compose(
     imported_quarantined: Mapping[str, int],
     **rest: Any,
 ) -> Manifest:
-    """The manifest of these parts and of the buckets made of them, once their files are checked; `rest` as it is."""
+    """The manifest of these parts and of the buckets made of them, once their files are checked;
+    `rest` as it is.
+    """
     totals = merge([record.statistics for record in records])
     buckets = tuple(record.bucket for record in records if record.bucket)
     quarantine = tuple(record.quarantine for record in records if record.quarantine)
     _verify(folder, buckets, totals, sum(part.rows for part in all_parts))
-    assert totals.first_event_ms is not None and totals.last_event_ms is not None, "some rows were kept"
-    contents = [[entry.file, entry.sha256] for entry in (*buckets, *quarantine, *rest["side_tables"].values())]
+    assert totals.first_event_ms is not None and totals.last_event_ms is not None, (
+        "some rows were kept"
+    )
+    contents = [
+        [entry.file, entry.sha256]
+        for entry in (*buckets, *quarantine, *rest["side_tables"].values())
+    ]
     return Manifest(
-        digest=_sha256([store.SCHEMA_VERSION, rest["actions"], rest["request_columns"], rest["num_buckets"], contents]),
+        digest=_sha256(
+            [
+                store.SCHEMA_VERSION,
+                rest["actions"],
+                rest["request_columns"],
+                rest["num_buckets"],
+                contents,
+            ]
+        ),
         num_users=sum(bucket.users for bucket in buckets),
         num_rows=totals.rows_kept,
         rows_in=totals.rows_in,
         rows_capped=totals.rows_capped,
         users_capped=totals.users_capped,
-        quarantined=dict(sorted((Counter(totals.quarantined) + Counter(imported_quarantined)).items())),
+        quarantined=dict(
+            sorted((Counter(totals.quarantined) + Counter(imported_quarantined)).items())
+        ),
         first_event_ms=totals.first_event_ms,
         last_event_ms=totals.last_event_ms,
         buckets=buckets,
@@ -322,7 +381,9 @@ def compose(
     )
 
 
-def build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, run: Workers) -> list[Record]:
+def build_buckets(
+    cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, run: Workers
+) -> list[Record]:
     folder = cfg.sequence_dir
     found = [record for record in (find_record(folder, task.record) for task in work) if record]
     done = {record.number for record in found}
@@ -340,26 +401,37 @@ def build_buckets(cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, r
     return sorted(found + run("building buckets", write, missing), key=lambda record: record.number)
 
 
-def _verify(folder: Path, buckets: Sequence[Bucket], totals: Statistics, rows_in_parts: int) -> None:
+def _verify(
+    folder: Path, buckets: Sequence[Bucket], totals: Statistics, rows_in_parts: int
+) -> None:
     """Every row that the files have is accounted for, and the files written hold what was counted."""
     files = [pq.read_metadata(folder / bucket.file) for bucket in buckets]
     written = sum(bucket.rows for bucket in buckets)
     assert len({bucket.file for bucket in buckets}) == len(buckets), "a bucket was built twice"
-    assert [meta.num_rows for meta in files] == [bucket.users for bucket in buckets], "users written and counted differ"
+    assert [meta.num_rows for meta in files] == [bucket.users for bucket in buckets], (
+        "users written and counted differ"
+    )
     assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
     accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
-    assert rows_in_parts == totals.rows_in == accounted, f"{rows_in_parts} rows read, {accounted} accounted for"
+    assert rows_in_parts == totals.rows_in == accounted, (
+        f"{rows_in_parts} rows read, {accounted} accounted for"
+    )
 
 
 def _refuse_other_sequences(
     folder: Path, published: Manifest, settings: dict[str, Any], new_files: int, append: bool
 ) -> None:
     if keys := other_settings(published, settings):
-        raise UserError(f"{folder} holds sequences of other settings ({keys}); choose another name or pass --overwrite")
+        raise UserError(
+            f"{folder} holds sequences of other settings ({keys}); choose another name or pass "
+            "--overwrite"
+        )
     if not append:
         raise UserError(
-            f"{folder} holds sequences of other logs or settings ({new_files} files of the logs are new); "
-            "pass --append to add new files, --overwrite to build from what is there now, or choose another name"
+            f"{folder} holds sequences of other logs or settings ({new_files} files of the logs "
+            "are new); "
+            "pass --append to add new files, --overwrite to build from what is there now, or "
+            "choose another name"
         )
 
 
@@ -367,7 +439,9 @@ def publish(folder: Path, manifest: Manifest) -> None:
     """Make this the version that readers see. The one before stays for those who read it still."""
     before = _readable(folder)
     if before is None or before.digest == manifest.digest:
-        others = [version for version in store.versions(folder) if version.digest != manifest.digest]
+        others = [
+            version for version in store.versions(folder) if version.digest != manifest.digest
+        ]
         before = others[0] if others else None
     store.write_manifest(folder, manifest)
     store.remove_unnamed(folder, [manifest, before] if before else [manifest])
@@ -404,7 +478,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _digests(files: Sequence[str], folder: Path) -> dict[str, str]:
-    """Digest -> file; of files with the same contents the first. Those seen before, by their stamps, are not read."""
+    """Digest -> file; of files with the same contents the first.
+
+    Those seen before, by their stamps, are not read.
+    """
     memory = folder / store.DIGESTS
     try:
         seen = json.loads(memory.read_text())
@@ -414,12 +491,16 @@ def _digests(files: Sequence[str], folder: Path) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
         digests = list(
             pool.map(
-                lambda file, stamp: seen[file][1] if seen.get(file, [""])[0] == stamp else file_digest(file),
+                lambda file, stamp: (
+                    seen[file][1] if seen.get(file, [""])[0] == stamp else file_digest(file)
+                ),
                 files,
                 stamps,
             )
         )
-    now = {file: [stamp, digest] for file, stamp, digest in zip(files, stamps, digests, strict=True)}
+    now = {
+        file: [stamp, digest] for file, stamp, digest in zip(files, stamps, digests, strict=True)
+    }
     if now != seen:
         store.write_json(memory, now)
     found: dict[str, str] = {}

@@ -1,7 +1,8 @@
-"""Users whose rows are taken in no more, in whatever logs they come: a list of keyed hashes in the store.
+"""Users whose rows are taken in no more, in whatever logs they come: a list of keyed hashes in the
+store.
 
-The key lies beside the hashes, so the list does not read as ids and does not match that of another store, but who has
-it can try ids one by one: it is as confidential as the store.
+The key lies beside the hashes, so the list does not read as ids and does not match that of another
+store, but who has it can try ids one by one: it is as confidential as the store.
 """
 
 import json

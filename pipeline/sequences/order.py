@@ -1,7 +1,8 @@
 """The order of rows by several integer columns, faster than one sort per column.
 
-Columns are packed into one 64-bit key as long as their ranges leave room, and such a key is sorted by NumPy's
-vectorised sort. `np.lexsort`, which sorts once per column, takes about ten times as long on logs.
+Columns are packed into one 64-bit key as long as their ranges leave room, and such a key is sorted
+by NumPy's vectorised sort. `np.lexsort`, which sorts once per column, takes about ten times as long
+on logs.
 """
 
 from collections.abc import Sequence
@@ -12,18 +13,25 @@ KEY_BITS = 63
 
 
 def argsort_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """The rows by the first column, then by the second, and so on. Rows equal in all of them come in any order."""
+    """The rows by the first column, then by the second, and so on.
+
+    Rows equal in all of them come in any order.
+    """
     key = pack_rows(columns)
     return np.argsort(key)
 
 
 def rank_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [rows]: the number of different smaller rows, so that equal rows share a rank and ranks have no gaps."""
+    """int64 [rows]: the number of different smaller rows, so that equal rows share a rank and ranks
+    have no gaps.
+    """
     return _ranks(pack_rows(columns))
 
 
 def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [rows] that compares as the rows do: equal where all columns agree, smaller where they come first."""
+    """int64 [rows] that compares as the rows do: equal where all columns agree, smaller where they
+    come first.
+    """
     key, bits = np.zeros(len(columns[0]), np.int64), 0
     if len(key) == 0:
         return key

@@ -1,18 +1,22 @@
-"""The rows of the logs on disk, checked and by user bucket: the first half of a build, and what the next one keeps.
+"""The rows of the logs on disk, checked and by user bucket: the first half of a build, and what the
+next one keeps.
 
-    parts/<name>.arrow   rows as `normalise` gives them, without the bucket; a record batch holds rows of one bucket
-    parts/<name>.json    written last: which batches a bucket has, and which files they were made from
+    parts/<name>.arrow   rows as `normalise` gives them, without the bucket; a record batch holds
+    rows of one bucket parts/<name>.json    written last: which batches a bucket has, and which
+    files they were made from
 
-A part is named by what it is made of: the digests of its files, and the settings that rows are checked by. So a build
-that was killed finds the parts it has finished, and one with more logs makes parts of the new files only. Rows that
-broke a rule travel with the others, reason and all, to the bucket that counts them.
+A part is named by what it is made of: the digests of its files, and the settings that rows are
+checked by. So a build that was killed finds the parts it has finished, and one with more logs makes
+parts of the new files only. Rows that broke a rule travel with the others, reason and all, to the
+bucket that counts them.
 
-A task holds RUN_ROWS rows at a time: it writes them out bucket by bucket and goes on, so that its memory does not
-depend on the size of files and row groups, and a bucket may have several batches in a part.
+A task holds RUN_ROWS rows at a time: it writes them out bucket by bucket and goes on, so that its
+memory does not depend on the size of files and row groups, and a bucket may have several batches in
+a part.
 
-Parts are Arrow files, not Parquet: a bucket's rows are found by their place in the file, while a Parquet footer, which
-describes every column of every row group, would be parsed for each pair of a part and a bucket. They are also written
-twice as fast, and read once.
+Parts are Arrow files, not Parquet: a bucket's rows are found by their place in the file, while a
+Parquet footer, which describes every column of every row group, would be parsed for each pair of a
+part and a bucket. They are also written twice as fast, and read once.
 """
 
 import hashlib
@@ -36,9 +40,11 @@ from pipeline.sequences import store
 from pipeline.sequences.forgotten import Forgotten
 
 PARTS = "parts"
-PART_ROWS = 2**20  # a task's share of the logs: files are gathered, or split by row groups, to about this many rows
+# a task's share of the logs: files are gathered, or split by row groups, to about this many rows
+PART_ROWS = 2**20
 RUN_ROWS = 2**20  # rows in memory at a time
-BATCH_ROWS = 2**17  # rows checked and sorted at a time, in the processor's cache as far as that goes
+# rows checked and sorted at a time, in the processor's cache as far as that goes
+BATCH_ROWS = 2**17
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,11 @@ class Part:
 
 
 def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[PartTask]:
-    """The parts that files make, given as digest -> path; `settings` is what `normalise` depends on.
+    """The parts that files make, given as digest -> path; `settings` is what `normalise` depends
+    on.
 
-    Small files share a part, large ones are split. The digests alone decide, not names or the order of arrival.
+    Small files share a part, large ones are split. The digests alone decide, not names or the order
+    of arrival.
     """
     digests = sorted(files)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -111,7 +119,9 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Pa
 def _group_sizes(path: str) -> list[int]:
     """Rows of each row group."""
     with open_parquet(path) as file:
-        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        return [
+            file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)
+        ]
 
 
 def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
@@ -133,7 +143,9 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
         for block in _blocks(work):
             good = normalise(block, rules)
             if forgotten.hashes:
-                good = good.filter(pa.array(~forgotten.has(good["user_id"].fill_null(-1).to_numpy())))
+                good = good.filter(
+                    pa.array(~forgotten.has(good["user_id"].fill_null(-1).to_numpy()))
+                )
                 left_out += block.num_rows - good.num_rows
             run.append(_by_bucket(good, rules.num_buckets))
             rows += block.num_rows
@@ -142,7 +154,9 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
                 run, rows = [], 0
         _write_run(run, writer)
         part = writer.close(work.sources)
-    assert part.rows + left_out == work.rows, f"{part.rows} rows read of {work.files}, their metadata say {work.rows}"
+    assert part.rows + left_out == work.rows, (
+        f"{part.rows} rows read of {work.files}, their metadata say {work.rows}"
+    )
     return part
 
 
@@ -158,7 +172,8 @@ def _blocks(work: PartTask) -> Iterator[pa.Table]:
 def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.ndarray]:
     """The rows of a block by bucket, and where each bucket begins, int64 [num_buckets + 1]."""
     bucket = rows[USER_BUCKET].to_numpy()
-    small = bucket.astype(np.int16) if num_buckets < 2**15 else bucket  # NumPy has a radix sort for 16 bits
+    # NumPy has a radix sort for 16 bits
+    small = bucket.astype(np.int16) if num_buckets < 2**15 else bucket
     order = np.argsort(small, kind="stable")
     begin = np.r_[0, np.cumsum(np.bincount(bucket, minlength=num_buckets))]
     (batch,) = rows.drop_columns([USER_BUCKET]).combine_chunks().to_batches()
@@ -167,7 +182,9 @@ def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.nda
 
 def _write_run(run: Sequence[tuple[pa.RecordBatch, np.ndarray]], writer: "PartWriter") -> None:
     for number in range(len(run[0][1]) - 1 if run else 0):
-        pieces = [rows.slice(begin[number], begin[number + 1] - begin[number]) for rows, begin in run]
+        pieces = [
+            rows.slice(begin[number], begin[number + 1] - begin[number]) for rows, begin in run
+        ]
         writer.write(number, pa.concat_batches(pieces))
 
 
@@ -230,7 +247,9 @@ def part_schema(rules: LogRules) -> pa.Schema:
 
 
 def find_part(folder: Path, name: str) -> Part | None:
-    """The index of a finished part; None where there is none, or where its file is not the one that was indexed."""
+    """The index of a finished part; None where there is none, or where its file is not the one that
+    was indexed.
+    """
     path = folder / PARTS / f"{name}.json"
     try:
         raw = json.loads(path.read_text())
@@ -244,7 +263,8 @@ def find_part(folder: Path, name: str) -> Part | None:
             batches={int(bucket): tuple(batches) for bucket, batches in raw["batches"].items()},
             bucket_rows={int(bucket): rows for bucket, rows in raw["bucket_rows"].items()},
         )
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # TypeError: fields of another version
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        # TypeError: fields of another version
         return None
     return part if whole else None
 
@@ -255,8 +275,12 @@ def open_part(folder: Path, name: str) -> Iterator[pa.ipc.RecordBatchFileReader]
         yield pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
 
 
-def read_rows(folder: Path, batches: Mapping[str, Sequence[int]], bucket: int, rules: LogRules) -> pa.Table:
-    """The rows of a bucket as `normalise` gave them, in no order: `batches` are its batches by the name of the part."""
+def read_rows(
+    folder: Path, batches: Mapping[str, Sequence[int]], bucket: int, rules: LogRules
+) -> pa.Table:
+    """The rows of a bucket as `normalise` gave them, in no order: `batches` are its batches by the
+    name of the part.
+    """
     pieces = []
     for name, of_bucket in batches.items():
         with open_part(folder, name) as reader:

@@ -17,7 +17,9 @@ def read_retired(folder: Path, entry: Bucket | None) -> pa.Table:
 
 def add_retired(sequences: pa.Table, retired: pa.Table) -> pa.Table:
     """SEQUENCE rows with the retired rows of their users in `first_position`."""
-    user, known, rows = (column.to_numpy() for column in (sequences["user_id"], retired["user_id"], retired["rows"]))
+    user, known, rows = (
+        column.to_numpy() for column in (sequences["user_id"], retired["user_id"], retired["rows"])
+    )
     place = np.searchsorted(known, user).clip(0, len(known) - 1)
     first = sequences["first_position"].to_numpy() + np.where(known[place] == user, rows[place], 0)
     column = sequences.schema.get_field_index("first_position")

@@ -12,29 +12,47 @@ from pipeline.sequences.forgotten import Forgotten
 from pipeline.sequences.store import Bucket, write_table
 
 
-def write_side_table(name: str, table: SideTable, id_column: str, folder: Path, forgotten: Forgotten) -> Bucket:
+def write_side_table(
+    name: str, table: SideTable, id_column: str, folder: Path, forgotten: Forgotten
+) -> Bucket:
     """`name` ("users" or "items") as one file, its id column int64 under our name, sorted by it.
 
     Raises:
-        UserError: there is no such column, its type is not an integer's, or an id is null or repeated.
+        UserError: there is no such column, its type is not an integer's, or an id is null or
+        repeated.
     """
     key = f"source.{name}"
-    side = pa.concat_tables([_read(file) for file in side_files(name, table)], promote_options="permissive")
+    side = pa.concat_tables(
+        [_read(file) for file in side_files(name, table)], promote_options="permissive"
+    )
     if table.id_column not in side.column_names:
-        raise UserError(f"{key}.id_column: no column {table.id_column!r} in {table.path}; found {side.column_names}")
+        raise UserError(
+            f"{key}.id_column: no column {table.id_column!r} in {table.path}; found "
+            f"{side.column_names}"
+        )
     ids = side[table.id_column]
     if not pa.types.is_integer(ids.type):
-        raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} must be an integer, found {ids.type}")
+        raise UserError(
+            f"{key}.id_column: {table.id_column!r} in {table.path} must be an integer, found "
+            f"{ids.type}"
+        )
     if ids.null_count:
-        raise UserError(f"{key}.id_column: {table.id_column!r} in {table.path} is null in {ids.null_count} rows")
+        raise UserError(
+            f"{key}.id_column: {table.id_column!r} in {table.path} is null in {ids.null_count} rows"
+        )
     values, counts = np.unique(ids.to_numpy(), return_counts=True)
     if (counts > 1).any():
         twice = values[counts > 1][0]
         raise UserError(f"{key}: {table.id_column} {twice} stands in several rows of {table.path}")
     rest = side.drop_columns([table.id_column])
     if id_column in rest.column_names:
-        raise UserError(f"{key}: {table.path} has another column called {id_column!r} beside {table.id_column!r}")
-    columns = {id_column: ids.cast(pa.int64())} | {column: rest[column] for column in rest.column_names}
+        raise UserError(
+            f"{key}: {table.path} has another column called {id_column!r} beside "
+            f"{table.id_column!r}"
+        )
+    columns = {id_column: ids.cast(pa.int64())} | {
+        column: rest[column] for column in rest.column_names
+    }
     rows = pa.table(columns).sort_by(id_column)
     if name == "users" and forgotten.hashes:
         rows = rows.filter(pa.array(~forgotten.has(rows[id_column].to_numpy())))

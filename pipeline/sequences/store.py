@@ -1,17 +1,20 @@
-"""The published sequences: a folder with Parquet files and, written last, the manifest that names them.
+"""The published sequences: a folder with Parquet files and, written last, the manifest that names
+them.
 
     sequences/manifest.json                              the published version; replaced in one step
-    sequences/versions/<digest>.json                     its manifest again, and that of the version before
-    sequences/buckets/bucket-00003-<sha256>.parquet …    SEQUENCE rows, sorted by user_id
-    sequences/tables/users-<sha256>.parquet, items-…     the side tables, id columns user_id and item_id
-    sequences/quarantine/bucket-00003-<sha256>.parquet … rows that were left out, with the reason
-    sequences/retired/bucket-00003-<sha256>.parquet …    users, and how many rows of theirs were dropped for their age
-    sequences/forgotten.json                             users whose rows are taken in no more
-    sequences/parts/, records/                           what the next build need not do again (pipeline/sequences/parts.py)
+    sequences/versions/<digest>.json                     its manifest again, and that of the version
+    before sequences/buckets/bucket-00003-<sha256>.parquet …    SEQUENCE rows, sorted by user_id
+    sequences/tables/users-<sha256>.parquet, items-…     the side tables, id columns user_id and
+    item_id sequences/quarantine/bucket-00003-<sha256>.parquet … rows that were left out, with the
+    reason sequences/retired/bucket-00003-<sha256>.parquet …    users, and how many rows of theirs
+    were dropped for their age sequences/forgotten.json                             users whose rows
+    are taken in no more
+    sequences/parts/, records/                           what the next build need not do again
+    (pipeline/sequences/parts.py)
 
-Files are named by their contents and never change, so versions share those that are the same in both. What neither the
-published version nor the one before names is removed after publishing. Training, evaluation and serving read buckets
-and side tables only.
+Files are named by their contents and never change, so versions share those that are the same in
+both. What neither the published version nor the one before names is removed after publishing.
+Training, evaluation and serving read buckets and side tables only.
 """
 
 import dataclasses
@@ -35,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 MANIFEST, VERSIONS = "manifest.json", "versions"
-LOCK, DIGESTS = ".lock", ".digests.json"  # of a build: who has the folder, and the digests of the logs' files
+# of a build: who has the folder, and the digests of the logs' files
+LOCK, DIGESTS = ".lock", ".digests.json"
 FORGOTTEN = "forgotten.json"
 
 
@@ -52,7 +56,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds. It says nothing of when or where it was built: the same logs give the same manifest."""
+    """What a store holds. It says nothing of when or where it was built: the same logs give the
+    same manifest.
+    """
 
     digest: str  # over the contents of all files; names the version
     num_users: int
@@ -70,12 +76,16 @@ class Manifest:
     buckets: tuple[Bucket, ...]
     side_tables: dict[str, Bucket]  # "users", "items": rows of the table, no users
     quarantine: tuple[Bucket, ...]  # no users
-    parts: tuple[str, ...]  # by name: the rows as they were read, from which any bucket can be built again
-    records: tuple[str, ...]  # files, one per bucket that has rows: what it was built from, and its statistics
+    # by name: the rows as they were read, from which any bucket can be built again
+    parts: tuple[str, ...]
+    # files, one per bucket that has rows: what it was built from, and its statistics
+    records: tuple[str, ...]
     config: dict[str, Any]  # the settings that the sequences depend on
     inputs: str  # digest of the source files and these settings
-    retired: dict[str, Bucket] = field(default_factory=dict)  # by bucket number: users' rows dropped for their age
-    kept_since_ms: int | None = None  # rows from before were dropped when the parts were last compacted
+    # by bucket number: users' rows dropped for their age
+    retired: dict[str, Bucket] = field(default_factory=dict)
+    # rows from before were dropped when the parts were last compacted
+    kept_since_ms: int | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -90,7 +100,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     for entry in (*manifest.buckets, *manifest.side_tables.values()):
         file = Path(folder) / entry.file
         if not file.is_file() or file.stat().st_size != entry.bytes:
-            raise UserError(f"{file} is missing or cut off: run jobs.build_sequences with --overwrite")
+            raise UserError(
+                f"{file} is missing or cut off: run jobs.build_sequences with --overwrite"
+            )
     return manifest
 
 
@@ -105,9 +117,13 @@ def _read_manifest(path: Path) -> Manifest:
             )
         return _from_json(raw)
     except FileNotFoundError:
-        raise UserError(f"no sequences are published at {path.parent}: run jobs.build_sequences first") from None
+        raise UserError(
+            f"no sequences are published at {path.parent}: run jobs.build_sequences first"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is broken ({error!r}): run jobs.build_sequences with --overwrite") from None
+        raise UserError(
+            f"{path} is broken ({error!r}): run jobs.build_sequences with --overwrite"
+        ) from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -117,8 +133,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def versions(folder: Path) -> list[Manifest]:
-    """The versions whose manifests are kept, the newest first; those that another schema wrote are left out."""
-    files = sorted((folder / VERSIONS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    """The versions whose manifests are kept, the newest first; those that another schema wrote are
+    left out.
+    """
+    files = sorted(
+        (folder / VERSIONS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+    )
     found = []
     for file in files:
         try:
@@ -129,13 +149,19 @@ def versions(folder: Path) -> list[Manifest]:
 
 
 def remove_unnamed(folder: Path, kept: Iterable[Manifest]) -> None:
-    """Remove all files that none of the versions `kept` names: those of older ones, and of builds that were given up.
+    """Remove all files that none of the versions `kept` names: those of older ones, and of builds
+    that were given up.
 
-    Who has an older version open keeps what is open; who reads it by name must be done within the life of two versions.
-    """
+    Who has an older version open keeps what is open; who reads it by name must be done within the
+    life of two versions."""
     named = {MANIFEST, LOCK, DIGESTS, FORGOTTEN}
     for manifest in kept:
-        entries = (*manifest.buckets, *manifest.quarantine, *manifest.side_tables.values(), *manifest.retired.values())
+        entries = (
+            *manifest.buckets,
+            *manifest.quarantine,
+            *manifest.side_tables.values(),
+            *manifest.retired.values(),
+        )
         named |= {entry.file for entry in entries} | set(manifest.records)
         named |= {f"parts/{name}.{kind}" for name in manifest.parts for kind in ("arrow", "json")}
         named.add(f"{VERSIONS}/{manifest.digest[:16]}.json")
@@ -163,14 +189,21 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_table(table: pa.Table, folder: Path, stem: str, users: int = 0) -> Bucket:
-    """Write `folder/<stem>-<sha256>.parquet` in one step; `users` is given for SEQUENCE, whose events are counted."""
+    """Write `folder/<stem>-<sha256>.parquet` in one step; `users` is given for SEQUENCE, whose
+    events are counted.
+    """
     target = folder / stem
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # a second attempt may run beside a lost first one
+    # a second attempt may run beside a lost first one
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with open(staged, "w+b") as file:
             pq.write_table(
-                table, file, compression="zstd", row_group_size=2**16, **(_encodings(table) if users else {})
+                table,
+                file,
+                compression="zstd",
+                row_group_size=2**16,
+                **(_encodings(table) if users else {}),
             )
             file.flush()
             os.fsync(file.fileno())
@@ -181,14 +214,20 @@ def write_table(table: pa.Table, folder: Path, stem: str, users: int = 0) -> Buc
         os.replace(staged, folder / name)
     finally:
         staged.unlink(missing_ok=True)
-    rows = int(table["item_id"].combine_chunks().value_lengths().sum().as_py()) if users else table.num_rows
+    rows = (
+        int(table["item_id"].combine_chunks().value_lengths().sum().as_py())
+        if users
+        else table.num_rows
+    )
     return Bucket(file=name, users=users, rows=rows, bytes=size, sha256=sha256)
 
 
 def _encodings(sequences: pa.Table) -> dict[str, Any]:
-    """How Parquet is to store SEQUENCE: as differences where values are many, by a dictionary where they are few.
+    """How Parquet is to store SEQUENCE: as differences where values are many, by a dictionary where
+    they are few.
 
-    Against a dictionary for everything, its default: half the time to write, two thirds of the bytes.
+    Against a dictionary for everything, its default: half the time to write, two thirds of the
+    bytes.
     """
     many = ("item_id", "event_time", "watch_ms", "request_index")
     lists = [field.name for field in sequences.schema if pa.types.is_large_list(field.type)]
@@ -207,11 +246,15 @@ def read_bucket(folder: str | Path, manifest: Manifest, index: int) -> pa.Table:
 def read_sequences(folder: str | Path) -> pa.Table:
     """All SEQUENCE rows, bucket after bucket."""
     manifest = read_manifest(folder)
-    return pa.concat_tables([read_bucket(folder, manifest, index) for index in range(len(manifest.buckets))])
+    return pa.concat_tables(
+        [read_bucket(folder, manifest, index) for index in range(len(manifest.buckets))]
+    )
 
 
 def read_side_table(folder: str | Path, name: str) -> pa.Table | None:
-    """The table called "users" or "items", sorted by its id column user_id or item_id; None where there is none."""
+    """The table called "users" or "items", sorted by its id column user_id or item_id; None where
+    there is none.
+    """
     entry = read_manifest(folder).side_tables.get(name)
     return None if entry is None else _read(Path(folder) / entry.file)
 
@@ -220,7 +263,9 @@ def _read(path: Path) -> pa.Table:
     try:
         return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): run jobs.build_sequences with --overwrite") from None
+        raise UserError(
+            f"{path} cannot be read ({error}): run jobs.build_sequences with --overwrite"
+        ) from None
 
 
 def _from_json(raw: dict[str, Any]) -> Manifest:

@@ -1,7 +1,7 @@
 """The rows of a bucket → its users' sequences, in one vectorised pass and without Ray.
 
-Duplicates, the order within a user, the cap, requests and masks are decided here; which rows are good at all, in
-pipeline/logs/cleaning.py.
+Duplicates, the order within a user, the cap, requests and masks are decided here; which rows are
+good at all, in pipeline/logs/cleaning.py.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from pipeline.logs.cleaning import REASON, SOURCE_ROW, USER_BUCKET, LogRules
 from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema, sequence_lists, sequence_schema
 from pipeline.sequences.order import argsort_rows, pack_rows, rank_rows
 
-REPEATS = np.array(["", "exact_duplicate", "key_duplicate"], object)  # why a row is left out, by a code per row
+# why a row is left out, by a code per row
+REPEATS = np.array(["", "exact_duplicate", "key_duplicate"], object)
 EXACT_DUPLICATE, KEY_DUPLICATE = 1, 2
 
 
@@ -32,13 +33,18 @@ class BuiltBucket:
 def build_bucket(rows: pa.Table, rules: LogRules, max_rows_per_user: int) -> BuiltBucket:
     """Every user of one bucket at once: `rows` in any order, as `normalise` gives them.
 
-    Order within a user: event_time, then tie_breaker where there is one, then item_id; requests of one time stay
-    together, in the order of their first rows. A request is what shares a request_id *and* a time.
+    Order within a user: event_time, then tie_breaker where there is one, then item_id; requests of
+    one time stay together, in the order of their first rows. A request is what shares a request_id
+    *and* a time.
     """
     broken, good = rows.slice(0, 0), rows
     if rows[REASON].null_count < rows.num_rows:
         broken, good = rows.filter(rows[REASON].is_valid()), rows.filter(rows[REASON].is_null())
-    keys = {field.name: _key(good, field.name) for field in rules.schema if field.name not in (REASON, SOURCE_ROW)}
+    keys = {
+        field.name: _key(good, field.name)
+        for field in rules.schema
+        if field.name not in (REASON, SOURCE_ROW)
+    }
     moment = rank_rows([keys["user_id"], keys["event_time"]])  # both sorts below begin with it
     repeated = _repeats(keys, moment)
     order = _order(keys, moment, repeated)
@@ -47,11 +53,15 @@ def build_bucket(rows: pa.Table, rules: LogRules, max_rows_per_user: int) -> Bui
     doubles = np.flatnonzero(repeated)
     left_out = good.take(pa.array(doubles))
     reasons = pa.array(REPEATS[repeated[doubles]], pa.string())
-    left_out = left_out.set_column(left_out.schema.get_field_index(REASON), rules.schema.field(REASON), reasons)
+    left_out = left_out.set_column(
+        left_out.schema.get_field_index(REASON), rules.schema.field(REASON), reasons
+    )
     quarantine = pa.concat_tables([broken, left_out]).drop_columns([USER_BUCKET])
     return BuiltBucket(
         sequences=_sequences(good, keys, kept, lengths, rules),
-        quarantine=quarantine.sort_by([(name, "ascending") for name in (REASON, ROW_DIGEST, "tie_breaker")]),
+        quarantine=quarantine.sort_by(
+            [(name, "ascending") for name in (REASON, ROW_DIGEST, "tie_breaker")]
+        ),
         rows_in=rows.num_rows,
         rows_capped=len(order) - len(kept),
         nulls={
@@ -71,10 +81,13 @@ def _key(rows: pa.Table, name: str) -> np.ndarray:
 
 
 def _repeats(keys: dict[str, np.ndarray], moment: np.ndarray) -> np.ndarray:
-    """Index into REPEATS per row: kept, the same source row again, or the same user, item and time again."""
+    """Index into REPEATS per row: kept, the same source row again, or the same user, item and time
+    again.
+    """
     repeated = np.zeros(len(moment), np.int8)
     same = ("user_id", "event_time", "item_id")
-    suspects = _shared(pack_rows([moment, keys["item_id"]]))  # few: only these are looked at closely
+    # few: only these are looked at closely
+    suspects = _shared(pack_rows([moment, keys["item_id"]]))
     rest = [name for name in keys if name not in (*same, "tie_breaker", ROW_DIGEST)]
     by_tie = ("tie_breaker", *rest, ROW_DIGEST)
     order = _sorted(keys, suspects, (*same, ROW_DIGEST, *by_tie))
@@ -99,7 +112,9 @@ def _sorted(keys: dict[str, np.ndarray], rows: np.ndarray, by: tuple[str, ...]) 
     return rows[argsort_rows([keys[name][rows] for name in by])]
 
 
-def _as_before(keys: dict[str, np.ndarray], names: tuple[str, ...], order: np.ndarray) -> np.ndarray:
+def _as_before(
+    keys: dict[str, np.ndarray], names: tuple[str, ...], order: np.ndarray
+) -> np.ndarray:
     """[order] bool: the row agrees with the one before it in all of `names`."""
     again = np.ones(len(order), bool)
     again[:1] = False
@@ -119,9 +134,13 @@ def _order(keys: dict[str, np.ndarray], moment: np.ndarray, repeated: np.ndarray
         return order  # one request at a time
     place = np.arange(len(order))
     by_request = argsort_rows([time, request, place])
-    begins = np.r_[True, (np.diff(time[by_request]) != 0) | (request[by_request[1:]] != request[by_request[:-1]])]
+    begins = np.r_[
+        True,
+        (np.diff(time[by_request]) != 0) | (request[by_request[1:]] != request[by_request[:-1]]),
+    ]
     first = np.empty_like(place)
-    first[by_request] = by_request[begins][np.cumsum(begins) - 1]  # place of the first row of each row's request
+    # place of the first row of each row's request
+    first[by_request] = by_request[begins][np.cumsum(begins) - 1]
     return order[argsort_rows([first, place])]
 
 
@@ -132,22 +151,32 @@ def _run_lengths(values: np.ndarray) -> np.ndarray:
 
 
 def _newest(lengths: np.ndarray, most: int) -> np.ndarray:
-    """Which rows, sorted by user and time, are among the last `most` of their user, who has `lengths` rows."""
+    """Which rows, sorted by user and time, are among the last `most` of their user, who has
+    `lengths` rows.
+    """
     from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
     return from_end <= most
 
 
 def _sequences(
-    good: pa.Table, keys: dict[str, np.ndarray], kept: np.ndarray, all_rows: np.ndarray, rules: LogRules
+    good: pa.Table,
+    keys: dict[str, np.ndarray],
+    kept: np.ndarray,
+    all_rows: np.ndarray,
+    rules: LogRules,
 ) -> pa.Table:
-    """SEQUENCE of the rows `kept`, in their order; `all_rows` counts each user's rows with the older ones."""
+    """SEQUENCE of the rows `kept`, in their order; `all_rows` counts each user's rows with the
+    older ones.
+    """
     user, time, request = (keys[name][kept] for name in ("user_id", "event_time", "request_id"))
     lengths = _run_lengths(user)
     offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
     starts = offsets[:-1]
     known, mask = _masks(good, rules)
     count = np.cumsum(
-        np.r_[True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]) | (request[1:] != request[:-1])][: len(kept)]
+        np.r_[
+            True, (user[1:] != user[:-1]) | (time[1:] != time[:-1]) | (request[1:] != request[:-1])
+        ][: len(kept)]
     )
     values = {
         "item_id": keys["item_id"][kept],
@@ -160,7 +189,9 @@ def _sequences(
         **{name: _filled(good, name, -1)[kept] for name in rules.request_columns},
     }
     lists = {
-        name: pa.LargeListArray.from_arrays(offsets, pa.array(values[name].astype(dtype.to_pandas_dtype()), dtype))
+        name: pa.LargeListArray.from_arrays(
+            offsets, pa.array(values[name].astype(dtype.to_pandas_dtype()), dtype)
+        )
         for name, dtype in sequence_lists(rules.request_columns).items()
     }
     scalars = {
@@ -172,7 +203,10 @@ def _sequences(
 
 
 def _masks(good: pa.Table, rules: LogRules) -> tuple[np.ndarray, np.ndarray]:
-    """Known mask and action mask, int32 per row. An action that is null, or whose known bit is 0, is not known."""
+    """Known mask and action mask, int32 per row.
+
+    An action that is null, or whose known bit is 0, is not known.
+    """
     everything = (1 << len(rules.actions)) - 1
     known = _filled(good, "known_mask", everything).astype(np.int32)
     mask = np.zeros(good.num_rows, np.int32)

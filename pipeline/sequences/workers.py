@@ -1,4 +1,6 @@
-"""One function over many items on Ray Data, with progress: how both halves of a build are spread over a cluster."""
+"""One function over many items on Ray Data, with progress: how both halves of a build are spread
+over a cluster.
+"""
 
 import logging
 import pickle
@@ -28,17 +30,22 @@ class Item(Protocol):
 
 
 class Workers(Protocol):
-    """Calls `function(item)` for each item in a task of its own and returns the results, in no order."""
+    """Calls `function(item)` for each item in a task of its own and returns the results, in no
+    order.
+    """
 
-    def __call__(self, what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]: ...
+    def __call__(
+        self, what: str, function: Callable[[Any], Any], items: Sequence[Item]
+    ) -> list[Any]: ...
 
 
 @contextmanager
 def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
     """On the cluster of `ray_cluster`, which is joined or started when there are items.
 
-    A task takes one CPU. Items and results pass through the object store, so they should be small: what is read and
-    written should be in files. A `UserError` in a task is raised as it is; a task whose worker dies is run again.
+    A task takes one CPU. Items and results pass through the object store, so they should be small:
+    what is read and written should be in files. A `UserError` in a task is raised as it is; a task
+    whose worker dies is run again.
     """
     with ExitStack() as stack:
 
@@ -53,7 +60,8 @@ def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
 
 def _run(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    # it warns that its bars are off
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -74,9 +82,12 @@ def _call(batch: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
     for item in batch["item"].to_pylist():
         try:
             results.append(function(pickle.loads(item)))
-        except UserError as error:  # Ray would wrap it in its own, with a stack that says nothing to the user
+        except UserError as error:
+            # Ray would wrap it in its own, with a stack that says nothing to the user
             results.append(error)
-    return pa.table({"number": batch["number"], "result": [pickle.dumps(result) for result in results]})
+    return pa.table(
+        {"number": batch["number"], "result": [pickle.dumps(result) for result in results]}
+    )
 
 
 class Progress:

@@ -1,4 +1,6 @@
-"""The README of a registered model version, generated from its configuration, its data and its measured numbers."""
+"""The README of a registered model version, generated from its configuration, its data and its
+measured numbers.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +16,17 @@ def render(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], run_id
     """Markdown; `metrics` as PROTOCOL's keys `split/metric/task`."""
     data = store.read_manifest(cfg.sequence_dir)
     attention = cfg.model.attention
-    window = "causal" if attention.window is None else f"window {attention.window}, full rows {attention.full_rows}"
+    window = (
+        "causal"
+        if attention.window is None
+        else f"window {attention.window}, full rows {attention.full_rows}"
+    )
     truncation = "none"
     if cfg.model.truncate_after_layer is not None:
-        truncation = f"after layer {cfg.model.truncate_after_layer} to the newest {cfg.model.truncate_to} events"
+        truncation = (
+            f"after layer {cfg.model.truncate_after_layer} to the newest "
+            f"{cfg.model.truncate_to} events"
+        )
     heads = f"{cfg.model.num_heads} (query-key {cfg.model.d_qk}, value {cfg.model.d_v})"
     size = sum(path.stat().st_size for path in model_dir.iterdir())
     period = "validation start" if not cfg.split.refit else "test start"

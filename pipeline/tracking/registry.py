@@ -2,8 +2,9 @@
 
     evaluated model, its run → model version → gate → champion → server
 
-All of it is called inside `with mlflow_server(cfg)`, but for `fetch`. Nothing that the registry holds is ever executed:
-a version is safetensors and JSON, checked against the sha256 of its tags before it is read.
+All of it is called inside `with mlflow_server(cfg)`, but for `fetch`. Nothing that the registry
+holds is ever executed: a version is safetensors and JSON, checked against the sha256 of its tags
+before it is read.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ if typing.TYPE_CHECKING:
 
 CHAMPION = "champion"
 REFIT = "refit"  # tag of a version trained on the validation rows
-FROZEN = ("tasks", "source", "features", "model", "train", "split")  # what --validated-by must have in common ...
+# what --validated-by must have in common ...
+FROZEN = ("tasks", "source", "features", "model", "train", "split")
 NOT_FROZEN = (  # ... but for these
     "split.refit",
     "source.path",
@@ -50,7 +52,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class PinnedModel:
-    """A registry version by number, with what its files must hash to: all replicas load the same thing."""
+    """A registry version by number, with what its files must hash to: all replicas load the same
+    thing.
+    """
 
     uri: str
     name: str
@@ -59,7 +63,8 @@ class PinnedModel:
 
 
 def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
-    """Make the evaluated model in `model_dir` a new version; its metrics.json goes into the run as well.
+    """Make the evaluated model in `model_dir` a new version; its metrics.json goes into the run as
+    well.
 
     Raises:
         UserError: the model has not been evaluated.
@@ -71,10 +76,13 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
         card = model_card.render(cfg, folder, metrics, run.run_id)
         (folder / "README.md").write_text(card)
         tags = {f"sha256.{name}": digest for name, digest in _digests(folder).items()}
-        if trained_on_validation(model_dir):  # its validation NE is of rows that it has learned: nothing to judge by
+        # its validation NE is of rows that it has learned: nothing to judge by
+        if trained_on_validation(model_dir):
             tags |= {REFIT: "true"}
         else:
-            tags |= {key: repr(value) for key, value in metrics.items() if key.startswith("val/ne/")}
+            tags |= {
+                key: repr(value) for key, value in metrics.items() if key.startswith("val/ne/")
+            }
         made_by = client.get_run(run.run_id)
         tags |= {"manifest": made_by.data.tags["manifest"]}
         model = client.create_logged_model(made_by.info.experiment_id, cfg.name, run.run_id)
@@ -95,7 +103,8 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
 
 
 def register_trained(cfg: RunConfig) -> int:
-    """The version of the model that the run of `cfg` trained and evaluated, registered unless it is already.
+    """The version of the model that the run of `cfg` trained and evaluated, registered unless it is
+    already.
 
     Raises:
         UserError: there is no whole, evaluated model.
@@ -121,14 +130,18 @@ def trained_on_validation(model_dir: Path) -> bool:
     return json.loads((model_dir / "config.json").read_text())["split"]["refit"]
 
 
-def promote(cfg: RunConfig, version: int | None = None, validated_by: int | None = None) -> Decision:
-    """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the gate; say why.
+def promote(
+    cfg: RunConfig, version: int | None = None, validated_by: int | None = None
+) -> Decision:
+    """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the
+    gate; say why.
 
-    The gate: `tracking.gate_max_ne` for each task it names, and a mean over tasks at most `gate_max_regression` above
-    the champion's. The reason stays on the version as a tag.
+    The gate: `tracking.gate_max_ne` for each task it names, and a mean over tasks at most
+    `gate_max_regression` above the champion's. The reason stays on the version as a tag.
 
     Args:
-        validated_by: for a version trained with `split.refit`, one of the same settings trained without it: its
+        validated_by: for a version trained with `split.refit`, one of the same settings trained
+        without it: its
             validation NE is judged, and stays with `version` for the challengers to come.
 
     Raises:
@@ -151,18 +164,22 @@ def promote(cfg: RunConfig, version: int | None = None, validated_by: int | None
     return decision
 
 
-def _validated(client: "MlflowClient", refit: "ModelVersion", other: "ModelVersion") -> "ModelVersion":
+def _validated(
+    client: "MlflowClient", refit: "ModelVersion", other: "ModelVersion"
+) -> "ModelVersion":
     """`refit` with the validation NE of `other`, as tags."""
     if REFIT not in refit.tags or REFIT in other.tags:
         raise UserError(
-            f"--validated-by takes a version trained without split.refit, for one trained with it: got {other.version} "
+            "--validated-by takes a version trained without split.refit, for one trained with "
+            f"it: got {other.version} "
             f"for {refit.version}"
         )
     one, two = (client.get_run(str(version.run_id)).data.params for version in (refit, other))
     for key in sorted(one.keys() | two.keys()):
         if key.split(".")[0] in FROZEN and key not in NOT_FROZEN and one.get(key) != two.get(key):
             raise UserError(
-                f"--validated-by {other.version}: it was trained with {key} = {two.get(key)}, version {refit.version} "
+                f"--validated-by {other.version}: it was trained with {key} = {two.get(key)}, "
+                f"version {refit.version} "
                 f"with {one.get(key)}"
             )
     for task, value in _validation_ne(other).items():
@@ -177,14 +194,20 @@ def judge(cfg: RunConfig, challenger: "ModelVersion", champion: "ModelVersion | 
     if REFIT in challenger.tags and not new:
         return Decision(
             False,
-            f"refused: version {challenger.version} was trained on the validation rows (split.refit); --validated-by "
+            f"refused: version {challenger.version} was trained on the validation rows "
+            "(split.refit); --validated-by "
             "names a version of the same settings trained without it",
         )
     if missing := [task for task in cfg.tasks if task not in new]:
-        return Decision(False, f"refused: version {challenger.version} has no validation NE of {', '.join(missing)}")
+        return Decision(
+            False,
+            f"refused: version {challenger.version} has no validation NE of {', '.join(missing)}",
+        )
     for task, highest in cfg.tracking.gate_max_ne.items():
         if not new[task] <= highest:
-            return Decision(False, f"refused: val/ne/{task} {new[task]:.4f} is above the gate's {highest:g}")
+            return Decision(
+                False, f"refused: val/ne/{task} {new[task]:.4f} is above the gate's {highest:g}"
+            )
     said = ", ".join(f"{task} {new[task]:.4f}" for task in cfg.tasks)
     if REFIT in challenger.tags:
         said += f" of version {challenger.tags['validated_by']}"
@@ -193,11 +216,15 @@ def judge(cfg: RunConfig, challenger: "ModelVersion", champion: "ModelVersion | 
     old = _validation_ne(champion)
     shared = [task for task in cfg.tasks if task in old]
     if not shared:
-        return Decision(True, f"promoted: champion {champion.version} shares no task with it, val/ne {said}")
+        return Decision(
+            True, f"promoted: champion {champion.version} shares no task with it, val/ne {said}"
+        )
     change = sum(new[task] - old[task] for task in shared) / len(shared)
     said = f"mean val/ne over {', '.join(shared)} {change:+.4f} against champion {champion.version}"
     if REFIT in challenger.tags:
-        said += f", by version {challenger.tags['validated_by']} in the place of {challenger.version}"
+        said += (
+            f", by version {challenger.tags['validated_by']} in the place of {challenger.version}"
+        )
     if champion.tags.get("manifest") != challenger.tags.get("manifest"):
         said += " (which was validated on other sequences)"
     if not change <= cfg.tracking.gate_max_regression:
@@ -216,9 +243,13 @@ def rollback(cfg: RunConfig) -> int:
         champion = _require_champion(client, name)
         previous = champion.tags.get("previous_champion")
         if not previous:
-            raise UserError(f"{name} version {champion.version} is the first champion: nothing to roll back to")
+            raise UserError(
+                f"{name} version {champion.version} is the first champion: nothing to roll back to"
+            )
         client.set_registered_model_alias(name, CHAMPION, previous)
-        client.set_model_version_tag(name, champion.version, "promotion", f"rolled back to version {previous}")
+        client.set_model_version_tag(
+            name, champion.version, "promotion", f"rolled back to version {previous}"
+        )
     return int(previous)
 
 
@@ -247,7 +278,11 @@ def _pinned(found: "ModelVersion") -> PinnedModel:
     import mlflow
 
     prefix = "sha256."
-    sha256 = {key.removeprefix(prefix): value for key, value in found.tags.items() if key.startswith(prefix)}
+    sha256 = {
+        key.removeprefix(prefix): value
+        for key, value in found.tags.items()
+        if key.startswith(prefix)
+    }
     return PinnedModel(mlflow.get_tracking_uri(), found.name, int(found.version), sha256)
 
 
@@ -268,9 +303,16 @@ def fetch(model: PinnedModel, cache: Path) -> Path:
         from mlflow.artifacts import download_artifacts
 
         cache.mkdir(parents=True, exist_ok=True)
-        with tracking_uri(model.uri), one_message(), tempfile.TemporaryDirectory(dir=cache) as staging:
-            found = Path(download_artifacts(f"models:/{model.name}/{model.version}", dst_path=staging))
-            (found / "registered_model_meta").unlink(missing_ok=True)  # MLflow's own note beside the files
+        with (
+            tracking_uri(model.uri),
+            one_message(),
+            tempfile.TemporaryDirectory(dir=cache) as staging,
+        ):
+            found = Path(
+                download_artifacts(f"models:/{model.name}/{model.version}", dst_path=staging)
+            )
+            # MLflow's own note beside the files
+            (found / "registered_model_meta").unlink(missing_ok=True)
             _check(found, model)
             if not folder.exists():  # else another replica was faster
                 os.rename(found, folder)
@@ -280,10 +322,15 @@ def fetch(model: PinnedModel, cache: Path) -> Path:
 
 def _check(folder: Path, model: PinnedModel) -> None:
     found = _digests(folder)
-    wrong = sorted(name for name in found.keys() | model.sha256.keys() if found.get(name) != model.sha256.get(name))
+    wrong = sorted(
+        name
+        for name in found.keys() | model.sha256.keys()
+        if found.get(name) != model.sha256.get(name)
+    )
     if wrong or not model.sha256:
         raise UserError(
-            f"{model.name} version {model.version}: {', '.join(wrong) or 'no file'} in {folder} does not have the "
+            f"{model.name} version {model.version}: {', '.join(wrong) or 'no file'} in {folder} "
+            "does not have the "
             "sha256 that its registration recorded; nothing was loaded"
         )
 
@@ -346,11 +393,16 @@ def _require_champion(client: "MlflowClient", name: str) -> "ModelVersion":
     found = _champion(client, name)
     if found is None:
         raise UserError(
-            f"no champion: no version of {name} has the alias {CHAMPION!r}; promote one first (jobs.promote)"
+            f"no champion: no version of {name} has the alias {CHAMPION!r}; promote one first "
+            "(jobs.promote)"
         )
     return found
 
 
 def _validation_ne(version: "ModelVersion") -> dict[str, float]:
     prefix = "val/ne/"
-    return {key.removeprefix(prefix): float(value) for key, value in version.tags.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): float(value)
+        for key, value in version.tags.items()
+        if key.startswith(prefix)
+    }

@@ -1,8 +1,10 @@
-"""MLflow runs: one per training, with params, metrics, dataset and plots; figures made elsewhere as runs of their own.
+"""MLflow runs: one per training, with params, metrics, dataset and plots; figures made elsewhere as
+runs of their own.
 
     training → run → registry.py
 
-All of it is called inside `with mlflow_server(cfg)`, but for the methods of `Run`, which know their server.
+All of it is called inside `with mlflow_server(cfg)`, but for the methods of `Run`, which know their
+server.
 """
 
 import hashlib
@@ -37,7 +39,8 @@ LONGEST_DIGEST = 36  # characters, MLflow's own limit
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One MLflow run by its id: picklable, so that rank 0 of a training logs into the run that the driver made.
+    """One MLflow run by its id: picklable, so that rank 0 of a training logs into the run that the
+    driver made.
 
     `with run:` ends it, FAILED where the block raises.
     """
@@ -45,12 +48,17 @@ class Run:
     uri: str
     run_id: str
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, model_id: str | None = None) -> None:
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int, model_id: str | None = None
+    ) -> None:
         """All of one step in one request."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        entries = [Metric(_allowed(key), float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+        entries = [
+            Metric(_allowed(key), float(value), now, step, model_id=model_id)
+            for key, value in metrics.items()
+        ]
         with tracking_uri(self.uri), one_message():  # a training worker comes by no other way
             mlflow_client().log_batch(self.run_id, metrics=entries)
 
@@ -98,7 +106,9 @@ def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False)
 
 
 def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
-    """Id and attempt of the run that `note` names, if this server has it and it read the same sequences."""
+    """Id and attempt of the run that `note` names, if this server has it and it read the same
+    sequences.
+    """
     from mlflow.exceptions import MlflowException
 
     if not note.exists():
@@ -111,12 +121,17 @@ def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
         if absent(error):
             return None
         raise
-    same = found.info.lifecycle_stage == "active" and found.data.tags.get("manifest") == manifest.digest
+    same = (
+        found.info.lifecycle_stage == "active"
+        and found.data.tags.get("manifest") == manifest.digest
+    )
     return (run_id, int(found.data.tags.get("attempt", "1"))) if same else None
 
 
 def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | None = None) -> Run:
-    """One run for one training job: params are the flattened configuration, its dataset the published sequences."""
+    """One run for one training job: params are the flattened configuration, its dataset the
+    published sequences.
+    """
     import mlflow
 
     client = mlflow_client()
@@ -131,13 +146,16 @@ def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | No
     return Run(mlflow.get_tracking_uri(), run.info.run_id)
 
 
-MADE_WHERE = ("config", "environment", "machine", "versions")  # parts of a result that are params, numbers too
+# parts of a result that are params, numbers too
+MADE_WHERE = ("config", "environment", "machine", "versions")
 
 
 def import_result(cfg: RunConfig, path: Path) -> bool:
-    """A run of experiment `<tracking.experiment>-benchmarks` for a JSON of figures that were made elsewhere.
+    """A run of experiment `<tracking.experiment>-benchmarks` for a JSON of figures that were made
+    elsewhere.
 
-    Its numbers are metrics, everything else params. False where this very file has been imported before.
+    Its numbers are metrics, everything else params. False where this very file has been imported
+    before.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -156,14 +174,20 @@ def import_result(cfg: RunConfig, path: Path) -> bool:
         run = Run(client.tracking_uri, found.info.run_id)
         metrics = {key: value for key, value in flat.items() if _is_figure(key, value)}
         with run:
-            _log_flat_params(client, run.run_id, {key: v for key, v in flat.items() if key not in metrics})
+            _log_flat_params(
+                client, run.run_id, {key: v for key, v in flat.items() if key not in metrics}
+            )
             run.log_metrics({key.removeprefix("metrics."): v for key, v in metrics.items()}, 0)
             run.log_artifacts(path)
     return True
 
 
 def _is_figure(key: str, value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and key.split(".")[0] not in MADE_WHERE
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and key.split(".")[0] not in MADE_WHERE
+    )
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:
@@ -198,18 +222,33 @@ def _log_dataset(client: "MlflowClient", run_id: str, cfg: RunConfig, manifest: 
         source=json.dumps({"uri": str(cfg.sequence_dir)}),
         profile=json.dumps({"num_rows": manifest.num_rows, "num_users": manifest.num_users}),
     )
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    client.log_inputs(
+        run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    )
 
 
 def _code_version() -> dict[str, str]:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # an installed package: there is no repository to name
+    except (OSError, subprocess.CalledProcessError):
+        # an installed package: there is no repository to name
         return {}
     return {"git_sha": found, "mlflow.source.git.commit": found.removesuffix("-dirty")}
 
 
 def _ray_job() -> dict[str, str]:
     ray = sys.modules.get("ray")  # a run outside Ray must not import it
-    return {"ray_job_id": ray.get_runtime_context().get_job_id()} if ray and ray.is_initialized() else {}
+    return (
+        {"ray_job_id": ray.get_runtime_context().get_job_id()}
+        if ray and ray.is_initialized()
+        else {}
+    )

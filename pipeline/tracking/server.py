@@ -1,8 +1,9 @@
-"""The MLflow server: the one that a configuration names, or a real one over `runs_dir/mlflow` for a job's own time.
+"""The MLflow server: the one that a configuration names, or a real one over `runs_dir/mlflow` for a
+job's own time.
 
-Everything speaks HTTP to one server, so that no two processes share its sqlite file. `tracking.py` and `registry.py`
-talk to it, inside `with mlflow_server(cfg)`, and import MLflow where they use it: two seconds that a job without it
-does not pay.
+Everything speaks HTTP to one server, so that no two processes share its sqlite file. `tracking.py`
+and `registry.py` talk to it, inside `with mlflow_server(cfg)`, and import MLflow where they use it:
+two seconds that a job without it does not pay.
 """
 
 import fcntl
@@ -37,10 +38,12 @@ STOP_TIMEOUT_S = 15
 
 @contextmanager
 def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
-    """The tracking server's address for the length of the block; `tracking.py` and `registry.py` talk to it.
+    """The tracking server's address for the length of the block; `tracking.py` and `registry.py`
+    talk to it.
 
-    With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`: the one that another
-    job has running there, or our own on `port` (None: any free one), ended with the block.
+    With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`:
+    the one that another job has running there, or our own on `port` (None: any free one), ended
+    with the block.
 
     Raises:
         UserError: the server named in the configuration does not answer, or ours does not start.
@@ -86,7 +89,9 @@ def mlflow_client(uri: str | None = None) -> "MlflowClient":
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """MLflow's errors for what a user can get wrong, a server that went away above all, as `UserError`."""
+    """MLflow's errors for what a user can get wrong, a server that went away above all, as
+    `UserError`.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -95,7 +100,9 @@ def one_message() -> Iterator[None]:
         text = str(error)
         if "failed with exception" in text:  # no answer after the retries
             where = re.search(r"https?://[^/\s]+", text)
-            raise UserError(f"the MLflow server does not answer any more ({where and where.group()})") from error
+            raise UserError(
+                f"the MLflow server does not answer any more ({where and where.group()})"
+            ) from error
         raise
 
 
@@ -107,7 +114,8 @@ def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Pope
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "server.json"
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs that start at once share one server: sqlite has one writer
+        # two jobs that start at once share one server: sqlite has one writer
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if note.exists() and _healthy(uri := json.loads(note.read_text())["uri"]):
             logger.info("joining the MLflow server at %s", uri)
             return uri, None
@@ -118,11 +126,27 @@ def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Pope
 
 def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
     uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-I", lifeline.__file__]  # a job that is killed leaves no server behind
-    command += [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # a job that is killed leaves no server behind
+    command = [sys.executable, "-I", lifeline.__file__]
+    command += [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     log = folder / "server.log"
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -139,7 +163,9 @@ def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
         if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
             _end(process)
             last = log.read_text(errors="replace").splitlines()[-3:]
-            raise UserError(f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}")
+            raise UserError(
+                f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}"
+            )
         time.sleep(0.2)
     logger.info("MLflow server at %s, over %s", uri, folder)
     return uri, process
@@ -158,7 +184,8 @@ def _end(process: subprocess.Popen) -> None:
             logger.warning("the MLflow server (pid %d) did not end on %s", process.pid, number.name)
     process.wait()
     until = time.monotonic() + STOP_TIMEOUT_S
-    while _group_lives(process.pid) and time.monotonic() < until:  # a worker that was killed takes a moment to go
+    # a worker that was killed takes a moment to go
+    while _group_lives(process.pid) and time.monotonic() < until:
         time.sleep(0.05)
 
 
@@ -191,4 +218,7 @@ def plan_server(cfg: RunConfig) -> dict[str, object]:
     uri = cfg.tracking.uri
     if uri is not None:
         _require_healthy(uri)
-    return {"tracking": uri or str(Path(cfg.runs_dir).absolute() / "mlflow"), "model": cfg.tracking.model_name}
+    return {
+        "tracking": uri or str(Path(cfg.runs_dir).absolute() / "mlflow"),
+        "model": cfg.tracking.model_name,
+    }

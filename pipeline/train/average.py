@@ -1,8 +1,9 @@
-"""The mean of the weights at evenly spaced steps of a run's last part: what it ends with under `train.average_from`.
+"""The mean of the weights at evenly spaced steps of a run's last part: what it ends with under
+`train.average_from`.
 
-A mean of few snapshots, not a moving average of every step: a table's rows that a step does not touch then cost
-nothing, and with the rate falling to 0 it is the same model but for noise (arXiv:1803.05407, stochastic weight
-averaging).
+A mean of few snapshots, not a moving average of every step: a table's rows that a step does not
+touch then cost nothing, and with the rate falling to 0 it is the same model but for noise
+(arXiv:1803.05407, stochastic weight averaging).
 """
 
 import math
@@ -14,18 +15,27 @@ from pipeline.config import TrainConfig
 
 
 class WeightAverage:
-    """`tensors`: the mean so far by name, in float32 at least; of a sharded table this rank's block."""
+    """`tensors`: the mean so far by name, in float32 at least; of a sharded table this rank's
+    block.
+    """
 
     def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
         assert cfg.average_from is not None
         self.begin, self.every = cfg.average_from, cfg.average_every
         self.weights = model.state_dict()  # the live tensors
-        kept = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in self.weights.items()}
-        self.tensors = {name: self.weights[name].to(dtype, copy=True) for name, dtype in kept.items()}
+        kept = {
+            name: torch.promote_types(weight.dtype, torch.float32)
+            for name, weight in self.weights.items()
+        }
+        self.tensors = {
+            name: self.weights[name].to(dtype, copy=True) for name, dtype in kept.items()
+        }
 
     @torch.no_grad()
     def add(self, step: int, total_steps: int) -> None:
-        """Take the weights after `step` steps into the mean, if they are of the snapshots: every so many to the end."""
+        """Take the weights after `step` steps into the mean, if they are of the snapshots: every so
+        many to the end.
+        """
         number = snapshot_number(step, total_steps, self.begin, self.every)
         if number is not None:
             for name, mean in self.tensors.items():
@@ -39,7 +49,10 @@ class WeightAverage:
 
 
 def snapshot_number(step: int, total_steps: int, begin: float, every: int) -> int | None:
-    """Which snapshot, from 1, the weights after `step` steps are; None if they are not one. The last is the end's."""
+    """Which snapshot, from 1, the weights after `step` steps are; None if they are not one.
+
+    The last is the end's.
+    """
     first = max(math.ceil(begin * total_steps), 1)
     left, between = divmod(total_steps - step, every)
     return None if between or step < first else (total_steps - first) // every - left + 1

@@ -1,11 +1,13 @@
 """Checkpoints of a training run: folders of safetensors and JSON, whole or not there.
 
-    step_00000200/shard-00001-model-….safetensors   what rank 0 has written, and so on for every rank
+    step_00000200/shard-00001-model-….safetensors   what rank 0 has written, and so on for every
+    rank
                   state.json                        where the run stands, its identity
                   artifact.json                     sha256 of the others; written last
 
-Tensors go through `torch.distributed.checkpoint` with its safetensors storage: a tensor that all ranks hold is written
-by one of them, a `Block` of a sharded table by its owner, and each file says which rows it holds. So a checkpoint
+Tensors go through `torch.distributed.checkpoint` with its safetensors storage: a tensor that all
+ranks hold is written by one of them, a `Block` of a sharded table by its owner, and each file says
+which rows it holds. So a checkpoint
 loads at any number of ranks, and nothing of it is ever unpickled.
 """
 
@@ -45,7 +47,8 @@ from pipeline.model.artifact import INDEX, sha256_of, verified
 
 logger = logging.getLogger(__name__)
 
-# Settings that say how a run is carried out, not what it computes: they may change between two attempts.
+# Settings that say how a run is carried out, not what it computes: they may change between two
+# attempts.
 FREE_SETTINGS = (
     "log_every",
     "checkpoint_every",
@@ -63,13 +66,21 @@ FREE_SETTINGS = (
     "profile_steps",
 )
 COPY_BYTES = 2**28
-SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
-SETTINGS = ("seed", "split", "tasks", "features", "model", "train")  # the sections that decide the losses
+SAFETENSORS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+# the sections that decide the losses
+SETTINGS = ("seed", "split", "tasks", "features", "model", "train")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. `step` counts optimizer steps from the start of the run, `epoch_step` from the epoch's."""
+    """Where a run stands. `step` counts optimizer steps from the start of the run, `epoch_step`
+    from the epoch's.
+    """
 
     epoch: int = 0
     epoch_step: int = 0
@@ -80,7 +91,8 @@ class TrainState:
     loss_sum: list[float] = field(default_factory=list)  # per task, since the last line of metrics
     weight_sum: list[float] = field(default_factory=list)
     bad_steps: int = 0  # left out, since loss or gradient was not finite
-    recent_losses: list[float] = field(default_factory=list)  # of the last lines of metrics, newest last
+    # of the last lines of metrics, newest last
+    recent_losses: list[float] = field(default_factory=list)
     high_losses: int = 0  # lines in a row far above the median of those
     best: float | None = None  # of train.best_metric
     best_step: int | None = None
@@ -98,7 +110,8 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """This rank's rows [first, first + len(local)) of a tensor of `num_rows` rows that the ranks hold in blocks.
+    """This rank's rows [first, first + len(local)) of a tensor of `num_rows` rows that the ranks
+    hold in blocks.
 
     The last two methods are what DCP's planners ask of an object that is not a plain tensor.
     """
@@ -119,7 +132,9 @@ class Block:
             return []
         chunk = self._chunk()
         data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.local), self.size())
-        return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+        return [
+            WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+        ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk()] if len(self.local) else []
@@ -131,7 +146,9 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
         # The default also allocates meta tensors, and on the way throws out what is no tensor.
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
@@ -146,7 +163,9 @@ def _local(tensor: Tensor | Block) -> Tensor:
 def run_identity(cfg: RunConfig, data_digest: str) -> dict[str, Any]:
     """What must not change between the attempts of one run; the number of workers may."""
     settings = to_dict(cfg)
-    settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_SETTINGS}
+    settings["train"] = {
+        key: value for key, value in settings["train"].items() if key not in FREE_SETTINGS
+    }
     chosen = flatten({key: settings[key] for key in SETTINGS})
     return chosen | {"source.actions": list(cfg.source.actions), "sequences": data_digest}
 
@@ -156,19 +175,24 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], name: str) -> 
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key):
             raise UserError(
-                f"run {name!r} began with {key} = {saved.get(key)!r} and would go on with {wanted.get(key)!r}: "
+                f"run {name!r} began with {key} = {saved.get(key)!r} and would go on with "
+                f"{wanted.get(key)!r}: "
                 "choose another name, or --restart to train it anew"
             )
 
 
 def read_tensors(folder: Path, into: Mapping[str, Tensor | Block]) -> None:
-    """Fill tensors and blocks with what the checkpoint holds under their names, each process by itself.
+    """Fill tensors and blocks with what the checkpoint holds under their names, each process by
+    itself.
 
     Raises:
         UserError: a name is missing there, or has another shape.
     """
     try:
-        reader, planner = HuggingFaceStorageReader(str(folder)), _LoadPlanner(flatten_state_dict=False)
+        reader, planner = (
+            HuggingFaceStorageReader(str(folder)),
+            _LoadPlanner(flatten_state_dict=False),
+        )
         with _alone():
             state_dict_loader.load(dict(into), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError) as error:
@@ -177,27 +201,39 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor | Block]) -> None:
 
 
 def copy_tensors(folder: Path, like: Mapping[str, Tensor], path: Path, prefix: str) -> None:
-    """What the checkpoint holds under `prefix` and the names of `like`, as one safetensors file of whole tensors.
+    """What the checkpoint holds under `prefix` and the names of `like`, as one safetensors file of
+    whole tensors.
 
-    `like` gives types and shapes, and may be on the meta device: of a tensor larger than `COPY_BYTES` only so much is
-    in memory at a time.
+    `like` gives types and shapes, and may be on the meta device: of a tensor larger than
+    `COPY_BYTES` only so much is in memory at a time.
 
     Raises:
         UserError: as `read_tensors`.
     """
-    tensors = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))  # each aligned to its type
-    small = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items() if t.nbytes <= COPY_BYTES}
+    # each aligned to its type
+    tensors = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))
+    small = {
+        name: torch.empty_like(t, device="cpu")
+        for name, t in tensors.items()
+        if t.nbytes <= COPY_BYTES
+    }
     read_tensors(folder, {prefix + name: tensor for name, tensor in small.items()})
     header, end = {}, 0
     for name, tensor in tensors.items():
         place = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        header[name] = {
+            "dtype": SAFETENSORS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": place,
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
-            for rows in [small[name]] if name in small else _row_blocks(folder, prefix + name, tensor):
+            for rows in (
+                [small[name]] if name in small else _row_blocks(folder, prefix + name, tensor)
+            ):
                 file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -224,7 +260,8 @@ class CheckpointFolder:
         return sorted(self.root.glob("step_*"))
 
     def newest(self) -> Saved | None:
-        """The newest whole checkpoint, None where there is none at all; rank 0 looks and tells the others.
+        """The newest whole checkpoint, None where there is none at all; rank 0 looks and tells the
+        others.
 
         Raises:
             UserError: there are checkpoints, and none of them is whole.
@@ -244,7 +281,10 @@ class CheckpointFolder:
             except UserError as error:
                 logger.error("skipped: %s", error)
         if folders:
-            raise UserError(f"none of the {len(folders)} checkpoints under {self.root} is whole: --restart trains anew")
+            raise UserError(
+                f"none of the {len(folders)} checkpoints under {self.root} is whole: --restart "
+                "trains anew"
+            )
         return None
 
     def at(self, step: int) -> Path:
@@ -255,11 +295,14 @@ class CheckpointFolder:
         verified(folder, "checkpoint")
         return _read_state(folder)
 
-    def save(self, tensors: Mapping[str, Tensor | Block], state: TrainState, identity: dict[str, Any]) -> None:
-        """Write a checkpoint, from every rank what it holds; when this returns, it is there and whole.
+    def save(
+        self, tensors: Mapping[str, Tensor | Block], state: TrainState, identity: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint, from every rank what it holds; when this returns, it is there and
+        whole.
 
-        All of it lies in a folder of another name until the last digest is written, so a run that is killed meanwhile
-        leaves nothing that could be taken for a checkpoint.
+        All of it lies in a folder of another name until the last digest is written, so a run that
+        is killed meanwhile leaves nothing that could be taken for a checkpoint.
         """
         place = self.at(state.step)
         stage = place.with_name(f".{place.name}.partial")
@@ -270,8 +313,12 @@ class CheckpointFolder:
         writer = HuggingFaceStorageWriter(str(stage), save_distributed=True)
         planner = _SavePlanner(flatten_state_dict=False)
         with _alone():
-            state_dict_saver.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=self.world_size == 1)
-        digests = self._gathered({path.name: sha256_of(path) for path in stage.glob(f"shard-{self.rank + 1:05d}-*")})
+            state_dict_saver.save(
+                dict(tensors), storage_writer=writer, planner=planner, no_dist=self.world_size == 1
+            )
+        digests = self._gathered(
+            {path.name: sha256_of(path) for path in stage.glob(f"shard-{self.rank + 1:05d}-*")}
+        )
         if self.rank == 0:
             text = json.dumps({"state": asdict(state), "identity": identity}, indent=2)
             (stage / "state.json").write_text(text)
@@ -318,14 +365,17 @@ def _read_state(folder: Path) -> Saved:
     try:
         return Saved(folder, TrainState(**saved["state"]), saved["identity"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint at {folder} was saved by another version of this project: {error}") from None
+        raise UserError(
+            f"the checkpoint at {folder} was saved by another version of this project: {error}"
+        ) from None
 
 
 @contextmanager
 def only_writer(folder: Path, timeout_s: float = 120) -> Iterator[None]:
     """Keep every other process out of a run's training folder for the length of the block.
 
-    The workers of a killed driver live on for some seconds: whoever resumes the run waits for their end.
+    The workers of a killed driver live on for some seconds: whoever resumes the run waits for their
+    end.
 
     Raises:
         UserError: another process is still there after `timeout_s`.
@@ -346,7 +396,10 @@ def only_writer(folder: Path, timeout_s: float = 120) -> Iterator[None]:
 
 
 class MetricsFile:
-    """One JSON line per logged step, rank 0's. A resumed run drops the lines after the checkpoint it starts from."""
+    """One JSON line per logged step, rank 0's.
+
+    A resumed run drops the lines after the checkpoint it starts from.
+    """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""What ends a training that has gone wrong or learns no more: steps that are not finite, divergence, early stop.
+"""What ends a training that has gone wrong or learns no more: steps that are not finite,
+divergence, early stop.
 
-Nothing here makes the host wait for the device: whether a step is finite is known on the device, where a bad one is
-left out, and the host looks when it reads the losses anyway, to log or to save.
+Nothing here makes the host wait for the device: whether a step is finite is known on the device,
+where a bad one is left out, and the host looks when it reads the losses anyway, to log or to save.
 """
 
 import math
@@ -28,7 +29,8 @@ class FiniteGuard:
     """Counts the steps whose losses or gradients are not finite, on the device.
 
     Args:
-        names: what `check` is given the finiteness of, in this order: tasks' losses, parameters' gradients.
+        names: what `check` is given the finiteness of, in this order: tasks' losses, parameters'
+        gradients.
         bad_steps: those that earlier attempts have counted.
     """
 
@@ -36,7 +38,8 @@ class FiniteGuard:
         self.names = list(names)
         # [left out since the last look, left out in a row, longest such row since the last look]
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.wrong = torch.zeros(len(self.names), dtype=torch.bool, device=device)  # in the last bad step
+        # in the last bad step
+        self.wrong = torch.zeros(len(self.names), dtype=torch.bool, device=device)
 
     def check(self, finite: Tensor) -> Tensor:
         """bool [], whether to leave the step out; `finite` is bool [names], the same on all ranks."""
@@ -56,11 +59,17 @@ class FiniteGuard:
         missed, row, longest = self.counts.tolist()
         self.counts = self.counts.new_tensor([0, row, row])
         if longest >= most_in_a_row:
-            wrong = [name for name, is_wrong in zip(self.names, self.wrong.tolist(), strict=True) if is_wrong]
+            wrong = [
+                name
+                for name, is_wrong in zip(self.names, self.wrong.tolist(), strict=True)
+                if is_wrong
+            ]
             more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             raise TrainingStopped(
-                f"{longest} steps in a row up to step {step} were left out, not finite in {', '.join(wrong[:NAMED])}"
-                f"{more} (train.max_bad_steps {most_in_a_row}): lower train.lr or train.embedding_lr, or look at the "
+                f"{longest} steps in a row up to step {step} were left out, not finite in "
+                f"{', '.join(wrong[:NAMED])}"
+                f"{more} (train.max_bad_steps {most_in_a_row}): lower train.lr or "
+                "train.embedding_lr, or look at the "
                 "data of these steps"
             )
         return missed
@@ -70,7 +79,8 @@ def watch_divergence(state: TrainState, loss: float, cfg: TrainConfig) -> None:
     """Take the mean loss of a line of metrics into `state`.
 
     Raises:
-        TrainingStopped: it is the last of several in a row above `max_loss_ratio` times the running median.
+        TrainingStopped: it is the last of several in a row above `max_loss_ratio` times the running
+        median.
     """
     if cfg.max_loss_ratio is None or not math.isfinite(loss):  # no step of this line counted
         return
@@ -82,14 +92,19 @@ def watch_divergence(state: TrainState, loss: float, cfg: TrainConfig) -> None:
     state.high_losses += 1
     if state.high_losses == HIGH_LINES:
         raise TrainingStopped(
-            f"training diverged: at step {state.step} the loss is {loss:.4g}, for {HIGH_LINES} lines of metrics in a "
-            f"row more than {cfg.max_loss_ratio:g} times its running median of {median:.4g} (train.max_loss_ratio): "
+            f"training diverged: at step {state.step} the loss is {loss:.4g}, for {HIGH_LINES} "
+            "lines of metrics in a "
+            f"row more than {cfg.max_loss_ratio:g} times its running median of {median:.4g} "
+            "(train.max_loss_ratio): "
             "lower train.lr or train.embedding_lr"
         )
 
 
 def improved(state: TrainState, value: float, cfg: TrainConfig) -> bool:
-    """Take a validation's `best_metric` into `state`; whether it is the best so far. NaN never is."""
+    """Take a validation's `best_metric` into `state`; whether it is the best so far.
+
+    NaN never is.
+    """
     sign = -1 if cfg.best_metric == "ne" else 1
     if math.isnan(value) or (state.best is not None and sign * value <= sign * state.best):
         state.not_better += 1

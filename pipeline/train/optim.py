@@ -1,4 +1,6 @@
-"""Row-wise AdamW for embedding tables, AdamW for everything else, and the schedule of their learning rates."""
+"""Row-wise AdamW for embedding tables, AdamW for everything else, and the schedule of their
+learning rates.
+"""
 
 import math
 from collections.abc import Collection, Mapping
@@ -11,11 +13,12 @@ from kernels.rowwise_adamw.reference import Hyper
 
 
 class RowwiseAdamW:
-    """AdamW that keeps one second moment per row and touches only the rows of the batch (kernels/rowwise_adamw).
+    """AdamW that keeps one second moment per row and touches only the rows of the batch
+    (kernels/rowwise_adamw).
 
-    The moments of the tables in `on_host` lie in the host's memory, pinned where the table is on a GPU: the kernel
-    reads and writes them there, the touched rows and nothing else. `first_rows`: of tables that are blocks of larger
-    ones, where they begin there.
+    The moments of the tables in `on_host` lie in the host's memory, pinned where the table is on a
+    GPU: the kernel reads and writes them there, the touched rows and nothing else. `first_rows`: of
+    tables that are blocks of larger ones, where they begin there.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class RowwiseAdamW:
         self.v = {name: zeros(name, w.shape[:1]) for name, w in tables.items()}
 
     @torch.no_grad()
-    def step(self, grads: dict[str, tuple[Tensor, Tensor]], lr: float, grad_scale: Tensor | None = None) -> None:
+    def step(
+        self, grads: dict[str, tuple[Tensor, Tensor]], lr: float, grad_scale: Tensor | None = None
+    ) -> None:
         """`grads`: per table rows [n], which may repeat, and their gradients [n, d].
 
-        `grad_scale`, one number, divides the gradients of a row after they were added; infinity leaves the step out.
-        """
+        `grad_scale`, one number, divides the gradients of a row after they were added; infinity
+        leaves the step out."""
         self.step_count += 1
         hyper = Hyper(self.step_count, lr, self.betas, self.eps, self.weight_decay)
         for name, (rows, grad) in grads.items():
@@ -57,8 +62,11 @@ class RowwiseAdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """The moments themselves, not copies; `step_count` is the caller's to keep."""
         if any(weight.is_cuda for weight in self.tables.values()):
-            torch.cuda.synchronize()  # moments on the host are read there, where a kernel may still be writing
-        return {f"m.{name}": m for name, m in self.m.items()} | {f"v.{name}": v for name, v in self.v.items()}
+            # moments on the host are read there, where a kernel may still be writing
+            torch.cuda.synchronize()
+        return {f"m.{name}": m for name, m in self.m.items()} | {
+            f"v.{name}": v for name, v in self.v.items()
+        }
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -1,4 +1,6 @@
-"""Where each embedding table of a model lives: whole on every rank, or in blocks of rows over all ranks."""
+"""Where each embedding table of a model lives: whole on every rank, or in blocks of rows over all
+ranks.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +47,20 @@ def table_shapes(cfg: RunConfig, vocab_sizes: dict[str, int]) -> dict[str, tuple
     features, model = cfg.features, cfg.model
     columns = *features.item.values(), *features.request.values(), *features.user.values()
     widths = features.item_id_dim, *(column.dim for column in columns)
-    shapes = {name: (vocab_sizes[name], width) for name, width in zip(cfg.feature_tables, widths, strict=True)}
+    shapes = {
+        name: (vocab_sizes[name], width)
+        for name, width in zip(cfg.feature_tables, widths, strict=True)
+    }
     # Of a fixed size, and small: always replicated.
-    return shapes | {"position": (model.position_buckets, model.d_model), "time": (model.time_buckets, model.d_model)}
+    return shapes | {
+        "position": (model.position_buckets, model.d_model),
+        "time": (model.time_buckets, model.d_model),
+    }
 
 
-def place_tables(cfg: RunConfig, vocab_sizes: dict[str, int], world_size: int) -> dict[str, Placement]:
+def place_tables(
+    cfg: RunConfig, vocab_sizes: dict[str, int], world_size: int
+) -> dict[str, Placement]:
     """The placement of every table of the model, by `train.tables` and its neighbours."""
     return {
         name: Placement(
@@ -75,7 +85,9 @@ def _sharded(train: TrainConfig, name: str, numbers: int, world_size: int) -> bo
 
 
 def describe(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
-    """The plan for `--dry-run`: of each table what it is, where it lives and what it takes; the sums of a worker."""
+    """The plan for `--dry-run`: of each table what it is, where it lives and what it takes; the
+    sums of a worker.
+    """
     tables = {}
     for name, table in plan.items():
         tables[name] = {
@@ -83,7 +95,9 @@ def describe(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
             "width": table.width,
             "dtype": str(table.dtype).removeprefix("torch."),
             "placement": "sharded" if table.sharded else "replicated",
-            "rows_of_ranks": _spans([table.span(rank) for rank in range(table.world_size)]) if table.sharded else "all",
+            "rows_of_ranks": _spans([table.span(rank) for rank in range(table.world_size)])
+            if table.sharded
+            else "all",
             "weight_bytes": table.weight_bytes,
             "state_bytes": table.state_bytes,
             "state_on": "host" if table.host_state else "device",

@@ -12,9 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Watches steps `steps[0]` to `steps[1]`, counted from 1, and writes one trace; nothing where `steps` is None."""
+    """Watches steps `steps[0]` to `steps[1]`, counted from 1, and writes one trace; nothing where
+    `steps` is None.
+    """
 
-    def __init__(self, steps: Sequence[int] | None, folder: Path | None, device: torch.device | str) -> None:
+    def __init__(
+        self, steps: Sequence[int] | None, folder: Path | None, device: torch.device | str
+    ) -> None:
         self.steps, self.folder = (steps, folder) if folder is not None else (None, None)
         self.activities = [ProfilerActivity.CPU]
         if torch.device(device).type == "cuda":

@@ -1,10 +1,12 @@
-"""Training on a Ray cluster: the loop of `loop.py` on every worker, workers and their restarts by Ray Train.
+"""Training on a Ray cluster: the loop of `loop.py` on every worker, workers and their restarts by
+Ray Train.
 
 sequences → feature maps (driver) → workers: loader + loop → checkpoints → model folder (driver)
 
-Checkpoints are `CheckpointFolder`'s, as without Ray, and not handed to Ray Train: it would upload each rank's folder by
-itself, and a checkpoint must be there as a whole or not at all. A worker learns from the folder where the run stands,
-after a crash as after a new start, at this number of workers or another.
+Checkpoints are `CheckpointFolder`'s, as without Ray, and not handed to Ray Train: it would upload
+each rank's folder by itself, and a checkpoint must be there as a whole or not at all. A worker
+learns from the folder where the run stands, after a crash as after a new start, at this number of
+workers or another.
 """
 
 import json
@@ -53,15 +55,15 @@ logger = logging.getLogger(__name__)
 def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Path:
     """Train on the published sequences and publish the model; returns its folder.
 
-    The same run name goes on from its last checkpoint; a run that is already complete trains nothing. Losses go to
-    `train/metrics.jsonl` and, where `run` is given, to that MLflow run.
+    The same run name goes on from its last checkpoint; a run that is already complete trains
+    nothing. Losses go to `train/metrics.jsonl` and, where `run` is given, to that MLflow run.
 
     Args:
         restart: forget the run's earlier training first.
 
     Raises:
-        UserError: no sequences, nothing to train on, or an earlier training under this name with other settings.
-        TrainingStopped: it went wrong; the checkpoints from before are kept.
+        UserError: no sequences, nothing to train on, or an earlier training under this name with
+        other settings. TrainingStopped: it went wrong; the checkpoints from before are kept.
     """
     folder = train_dir(cfg)
     if restart:
@@ -72,7 +74,8 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
     if before is None or not before.state.finished:
-        steps = step_plan(cfg, folder / "steps.json")  # here, so that no worker reads the store to count
+        # here, so that no worker reads the store to count
+        steps = step_plan(cfg, folder / "steps.json")
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
             _fit(cfg, _trainer(cfg, digest, steps, run))
     if run is not None and (folder / "profile").exists():
@@ -80,9 +83,19 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     trained = _chosen(cfg)
     with torch.device("meta"):  # names and shapes: tables may be larger than this machine
         like = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
-    facts = {"steps": trained.state.step, "train_seconds": trained.state.seconds, "sequences": digest}
+    facts = {
+        "steps": trained.state.step,
+        "train_seconds": trained.state.seconds,
+        "sequences": digest,
+    }
     facts |= {"mlflow_run_id": run.run_id} if run else {}
-    publish_model(cfg.model_dir, lambda path: copy_tensors(trained.folder, like, path, "model."), cfg, maps, facts)
+    publish_model(
+        cfg.model_dir,
+        lambda path: copy_tensors(trained.folder, like, path, "model."),
+        cfg,
+        maps,
+        facts,
+    )
     return cfg.model_dir
 
 
@@ -90,7 +103,8 @@ def _fit(cfg: RunConfig, trainer: TorchTrainer) -> None:
     """A user's mistake that only a worker could see is still a `UserError`, not a stack of Ray's."""
     stopped = train_dir(cfg) / STOPPED
     stopped.unlink(missing_ok=True)
-    shutil.rmtree(train_dir(cfg) / "ray", ignore_errors=True)  # Ray Train's notes of an earlier attempt
+    # Ray Train's notes of an earlier attempt
+    shutil.rmtree(train_dir(cfg) / "ray", ignore_errors=True)
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
@@ -123,7 +137,9 @@ def trained_on(cfg: RunConfig) -> str | None:
 
 
 def _checkpoints(cfg: RunConfig, rank: int = 0, world_size: int = 1) -> CheckpointFolder:
-    return CheckpointFolder(train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints, rank, world_size)
+    return CheckpointFolder(
+        train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints, rank, world_size
+    )
 
 
 def _chosen(cfg: RunConfig) -> Saved:
@@ -142,10 +158,16 @@ def train_dir(cfg: RunConfig) -> Path:
 
 def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
     train = cfg.train
-    absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))  # a worker has a current folder of its own
+    # a worker has a current folder of its own
+    absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))
     return TorchTrainer(
         train_worker,
-        train_loop_config={"cfg": config.to_dict(absolute), "digest": digest, "steps": steps, "run": run},
+        train_loop_config={
+            "cfg": config.to_dict(absolute),
+            "digest": digest,
+            "steps": steps,
+            "run": run,
+        },
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
@@ -161,7 +183,9 @@ def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> T
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """One rank. It learns where the run stands from the checkpoints, after a crash as after a new start."""
+    """One rank. It learns where the run stands from the checkpoints, after a crash as after a new
+    start.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     cfg, digest, run = config.from_dict(settings["cfg"]), settings["digest"], settings["run"]
     context = ray.train.get_context()
@@ -174,7 +198,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
         metrics = None
         if rank == 0:
-            metrics = MetricsFile(folder / "metrics.jsonl", resumed_at=resume.state.step if resume else 0)
+            metrics = MetricsFile(
+                folder / "metrics.jsonl", resumed_at=resume.state.step if resume else 0
+            )
 
         def log(step: int, values: dict[str, float]) -> None:
             if metrics is not None:
@@ -193,12 +219,15 @@ def train_worker(settings: dict[str, Any]) -> None:
                 device=device,
                 resume=resume,
                 checkpoints=checkpoints,
-                validate=Validator(cfg, maps, device, rank, world_size) if cfg.train.validate_every else None,
+                validate=Validator(cfg, maps, device, rank, world_size)
+                if cfg.train.validate_every
+                else None,
                 log=log,
                 profile_dir=folder / "profile",
             )
         except TrainingStopped as stopped:
-            # All ranks end here, at the same step. Raised, it would make Ray Train start them again, to the same end.
+            # All ranks end here, at the same step. Raised, it would make Ray Train start them
+            # again, to the same end.
             if rank == 0:
                 (folder / STOPPED).write_text(json.dumps({"reason": str(stopped)}))
 
@@ -211,7 +240,9 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     """
     train = cfg.train
     if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
-        raise UserError(f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}")
+        raise UserError(
+            f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}"
+        )
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
     with torch.device("meta"):  # shapes alone: a table may be larger than this machine
@@ -225,8 +256,13 @@ def plan(cfg: RunConfig) -> dict[str, object]:
         "steps_per_epoch": steps.steps_per_epoch,
         "epochs": train.epochs,
         "parameters": {"dense": dense, "tables": table_values},
-        # Float32 weights, their gradients and two moments: what a step needs beside tables and activations.
-        "bytes_per_worker": {"dense": 16 * dense, **placed["total"], "sequences": pool_memory(cfg, steps)},
+        # Float32 weights, their gradients and two moments: what a step needs beside tables and
+        # activations.
+        "bytes_per_worker": {
+            "dense": 16 * dense,
+            **placed["total"],
+            "sequences": pool_memory(cfg, steps),
+        },
         "tables": placed["tables"],
         "resumes_from_step": _last_step(cfg),
     }

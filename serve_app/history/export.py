@@ -1,8 +1,11 @@
-"""Events that the server was sent, taken over into the logs: what was posted becomes part of the next build.
+"""Events that the server was sent, taken over into the logs: what was posted becomes part of the
+next build.
 
-event log → runs/<name>/live_logs/*.parquet → jobs.build_sequences → jobs.deploy → the log may forget them
+event log → runs/<name>/live_logs/*.parquet → jobs.build_sequences → jobs.deploy → the log may
+forget them
 
-Only for events that no other log brings: to the builder, rows of two files that differ anywhere are two rows.
+Only for events that no other log brings: to the builder, rows of two files that differ anywhere are
+two rows.
 """
 
 import os
@@ -32,7 +35,8 @@ class Export:
 
 
 def export(cfg: RunConfig, log: EventLog) -> Export:
-    """Write the events that no earlier export holds as one more file of the logs, which the next build reads.
+    """Write the events that no earlier export holds as one more file of the logs, which the next
+    build reads.
 
     It has the columns and types of the logs' first file, so that all of them are read alike.
     """
@@ -47,11 +51,18 @@ def export(cfg: RunConfig, log: EventLog) -> Export:
         with pq.ParquetWriter(staging, schema) as writer:
             for events in _groups(log, known):
                 rows = [_row(event) for event in events]
-                columns = {theirs: [row.get(ours.get(theirs, "")) for row in rows] for theirs in schema.names}
+                columns = {
+                    theirs: [row.get(ours.get(theirs, "")) for row in rows]
+                    for theirs in schema.names
+                }
                 arrays = [_typed(columns[field.name], field) for field in schema]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
                 num_events += len(rows)
-                extra = [name for name in ("watch_ms", "request_id") if logs.columns[name] not in schema.names]
+                extra = [
+                    name
+                    for name in ("watch_ms", "request_id")
+                    if logs.columns[name] not in schema.names
+                ]
                 num_without += sum(any(row[name] is not None for name in extra) for row in rows)
         if not num_events:
             os.unlink(staging.name)
@@ -70,7 +81,10 @@ def _next_file(folder: Path) -> Path:
 
 
 def prune(cfg: RunConfig, log: EventLog) -> int:
-    """Remove the events that the published sequences hold; returns how many. Only once the server has read those."""
+    """Remove the events that the published sequences hold; returns how many.
+
+    Only once the server has read those.
+    """
     manifest = store.read_manifest(cfg.sequence_dir)
     removed = 0
     for index in range(len(manifest.buckets)):
@@ -78,7 +92,9 @@ def prune(cfg: RunConfig, log: EventLog) -> int:
             user = row["user_id"][0].as_py()
             events = log.of_user(user)
             if events:
-                times, items = (row[name].flatten().to_numpy() for name in ("event_time", "item_id"))
+                times, items = (
+                    row[name].flatten().to_numpy() for name in ("event_time", "item_id")
+                )
                 held = set(zip(times.tolist(), items.tolist(), strict=True))
                 removed += log.remove([e for e in events if (e.event_time, e.item_id) in held])
     return removed

@@ -1,7 +1,9 @@
-"""What happened since the last publication: an event log, and a history store that merges it with the published rows.
+"""What happened since the last publication: an event log, and a history store that merges it with
+the published rows.
 
 POST /v1/events → EventLog (durable before the answer) ─┐
-published sequences ────────────────────────────────────┴→ LiveHistory → SEQUENCE row → the next rank
+published sequences ────────────────────────────────────┴→ LiveHistory → SEQUENCE row → the next
+rank
 """
 
 import fcntl
@@ -24,7 +26,8 @@ from serve_app.history.published import HistoryStore, sequence_row
 from serve_app.schemas import Event, EventsRequest, EventsResponse, EventStatus, Refusal, StoreDown
 
 BUSY_TIMEOUT_S = 30.0  # for a writer's turn; a commit takes one fsync
-NO_REQUEST = np.iinfo(np.int64).max  # rows of one time without a request_id are one request, as in the builder
+# rows of one time without a request_id are one request, as in the builder
+NO_REQUEST = np.iinfo(np.int64).max
 TABLE = """
 CREATE TABLE IF NOT EXISTS event (
     user_id INTEGER NOT NULL, event_time INTEGER NOT NULL, item_id INTEGER NOT NULL, request_id INTEGER,
@@ -62,15 +65,18 @@ class EventLog(Protocol):
 
 
 class SqliteEvents:
-    """An `EventLog` in one file, for the processes of one machine: write-ahead log, synced at every commit.
+    """An `EventLog` in one file, for the processes of one machine: write-ahead log, synced at every
+    commit.
 
-    SQLite's write-ahead log needs shared memory: on a network file system two machines would destroy the file.
+    SQLite's write-ahead log needs shared memory: on a network file system two machines would
+    destroy the file.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the switch to the write-ahead log does not wait for others
+            # the switch to the write-ahead log does not wait for others
+            fcntl.flock(lock, fcntl.LOCK_EX)
             self._writer = _connect(path)
             self._writer.execute(TABLE)
         self._reader = _connect(path)  # of its own: a rank does not wait for a commit
@@ -83,45 +89,62 @@ class SqliteEvents:
                 statuses: list[EventStatus] = [self._insert(event) for event in events]
                 self._writer.execute("COMMIT")
             except BaseException:
-                if self._writer.in_transaction:  # SQLite has rolled back by itself when the disk is full
+                # SQLite has rolled back by itself when the disk is full
+                if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
         return statuses
 
     def of_user(self, user_id: int) -> list[Event]:
         with self._read_lock, _store_errors():
-            rows = self._reader.execute("SELECT * FROM event WHERE user_id = ?", (user_id,)).fetchall()
+            rows = self._reader.execute(
+                "SELECT * FROM event WHERE user_id = ?", (user_id,)
+            ).fetchall()
         return [_event(row) for row in rows]
 
     def users(self) -> list[int]:
         with self._read_lock, _store_errors():
-            return [user for (user,) in self._reader.execute("SELECT DISTINCT user_id FROM event ORDER BY user_id")]
+            return [
+                user
+                for (user,) in self._reader.execute(
+                    "SELECT DISTINCT user_id FROM event ORDER BY user_id"
+                )
+            ]
 
     def remove(self, events: Sequence[Event]) -> int:
         keys = [(event.user_id, event.event_time, event.item_id) for event in events]
         key = "DELETE FROM event WHERE user_id = ? AND event_time = ? AND item_id = ?"
-        with self._write_lock, _store_errors():  # each by itself: what is gone already need not be put back
+        # each by itself: what is gone already need not be put back
+        with self._write_lock, _store_errors():
             return sum(self._writer.execute(key, values).rowcount for values in keys)
 
     def forget(self, user_ids: Iterable[int]) -> int:
         with self._write_lock, _store_errors():
-            self._writer.execute("PRAGMA secure_delete = ON")  # overwritten, where it would only be marked as free
+            # overwritten, where it would only be marked as free
+            self._writer.execute("PRAGMA secure_delete = ON")
             of_user = "DELETE FROM event WHERE user_id = ?"
             removed = sum(self._writer.execute(of_user, (user,)).rowcount for user in user_ids)
             self._writer.execute("PRAGMA secure_delete = OFF")
-            # The write-ahead log has older pages: empty it, waiting for readers as long as for other writers.
+            # The write-ahead log has older pages: empty it, waiting for readers as long as for
+            # other writers.
             busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
-            raise StoreDown("the write-ahead log is in use and could not be emptied: forget the users again")
+            raise StoreDown(
+                "the write-ahead log is in use and could not be emptied: forget the users again"
+            )
         return removed
 
     def _insert(self, event: Event) -> EventStatus:
         row = _row(event)
-        done = self._writer.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
+        done = self._writer.execute(
+            "INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row
+        )
         if done.rowcount == 1:
             return "accepted"
         key = "SELECT * FROM event WHERE user_id = ? AND event_time = ? AND item_id = ?"
-        return "already_there" if self._writer.execute(key, row[:3]).fetchone() == row else "conflict"
+        return (
+            "already_there" if self._writer.execute(key, row[:3]).fetchone() == row else "conflict"
+        )
 
 
 @contextmanager
@@ -133,8 +156,11 @@ def _store_errors() -> Iterator[None]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # isolation_level None: transactions are begun here, not by the module; the locks keep threads apart
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    # isolation_level None: transactions are begun here, not by the module; the locks keep threads
+    # apart
+    connection = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     return connection
@@ -166,13 +192,16 @@ def _event(row: tuple) -> Event:
 
 
 class LiveHistory:
-    """A `HistoryStore`: published rows and events since, as a rebuild of the sequences with those events would have it.
+    """A `HistoryStore`: published rows and events since, as a rebuild of the sequences with those
+    events would have it.
 
-    What a publication contains is not doubled by the log. Published rows come without their request_id, so an event
-    that has one is taken for a request of its own.
+    What a publication contains is not doubled by the log. Published rows come without their
+    request_id, so an event that has one is taken for a request of its own.
     """
 
-    def __init__(self, published: HistoryStore, log: EventLog, cfg: RunConfig, max_events: int) -> None:
+    def __init__(
+        self, published: HistoryStore, log: EventLog, cfg: RunConfig, max_events: int
+    ) -> None:
         self.published, self.log, self.cfg, self.max_events = published, log, cfg, max_events
         self.digest, self.request_columns = published.digest, published.request_columns
         self.earliest_ms = config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time)
@@ -188,11 +217,15 @@ class LiveHistory:
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         """What became of each; an event that is published already is not logged."""
         new = [not self._is_published(event) for event in events]
-        logged = iter(self.log.append([event for event, fresh in zip(events, new, strict=True) if fresh]))
+        logged = iter(
+            self.log.append([event for event, fresh in zip(events, new, strict=True) if fresh])
+        )
         return [next(logged) if fresh else "already_there" for fresh in new]
 
     def append_all(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
-        """The answers to requests that wait together, from one transaction; a refused one leaves nothing behind."""
+        """The answers to requests that wait together, from one transaction; a refused one leaves
+        nothing behind.
+        """
         refusals = [self.refusal(request) for request in requests]
         accepted = [r for r, refusal in zip(requests, refusals, strict=True) if refusal is None]
         statuses = iter(self.append([event for request in accepted for event in request.events]))
@@ -211,7 +244,9 @@ class LiveHistory:
     def refusal(self, request: EventsRequest) -> Refusal | None:
         """What the sequences have no place for in events that the schema allows, if anything."""
         if len(request.events) > self.max_events:
-            return Refusal.of(["body", "events"], f"at most {self.max_events} events", len(request.events))
+            return Refusal.of(
+                ["body", "events"], f"at most {self.max_events} events", len(request.events)
+            )
         latest = int(time.time() * 1000) + DAY_MS
         actions = self.cfg.source.actions
         for i, event in enumerate(request.events):
@@ -220,7 +255,9 @@ class LiveHistory:
                 return Refusal.of(["body", "events", i, "event_time"], rule, event.event_time)
             for name in event.actions:
                 if name not in actions:
-                    return Refusal.of(["body", "events", i, "actions"], f"one of {list(actions)}", name)
+                    return Refusal.of(
+                        ["body", "events", i, "actions"], f"one of {list(actions)}", name
+                    )
             for name in event.request_features:
                 if name not in self.request_columns:
                     rule = f"one of {list(self.request_columns)}"
@@ -229,17 +266,26 @@ class LiveHistory:
 
 
 def merged(
-    published: pa.RecordBatch, events: Sequence[Event], cfg: RunConfig, request_columns: Sequence[str]
+    published: pa.RecordBatch,
+    events: Sequence[Event],
+    cfg: RunConfig,
+    request_columns: Sequence[str],
 ) -> pa.RecordBatch:
-    """One user's SEQUENCE row with `events` in their places: the order, requests and cap of `build_bucket`.
+    """One user's SEQUENCE row with `events` in their places: the order, requests and cap of
+    `build_bucket`.
 
-    Published rows keep their order among themselves, which a tie_breaker may have decided. Where the publication has
-    cut older rows off, an event older than what it kept is left out: it may be one of them.
+    Published rows keep their order among themselves, which a tie_breaker may have decided. Where
+    the publication has cut older rows off, an event older than what it kept is left out: it may be
+    one of them.
     """
     past = {name: _flat(published, name) for name in _columns(request_columns)}
     live = _live_columns(events, cfg, request_columns)
-    split = int(np.searchsorted(past["event_time"], live["event_time"].min()))  # nothing changes before
-    head, tail = ({name: values[part] for name, values in past.items()} for part in (slice(split), slice(split, None)))
+    # nothing changes before
+    split = int(np.searchsorted(past["event_time"], live["event_time"].min()))
+    head, tail = (
+        {name: values[part] for name, values in past.items()}
+        for part in (slice(split), slice(split, None))
+    )
     first_position = published["first_position"][0].as_py()
     order, request = _order(tail, live, cut=first_position > 0 and split == 0)
     merge = {name: np.concatenate([tail[name], live[name]])[order] for name in past}
@@ -251,7 +297,9 @@ def merged(
     return sequence_row(columns, request_columns, first_position + dropped)
 
 
-def _order(past: dict[str, np.ndarray], live: dict[str, np.ndarray], *, cut: bool) -> tuple[np.ndarray, np.ndarray]:
+def _order(
+    past: dict[str, np.ndarray], live: dict[str, np.ndarray], *, cut: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Which rows of past + live come in which order, and for each the number of its request.
 
     `cut`: rows older than `past` exist but are not there.
@@ -270,7 +318,8 @@ def _order(past: dict[str, np.ndarray], live: dict[str, np.ndarray], *, cut: boo
     order = order[kept[order]]
     request = _requests(past, live)[order]
     _, first, label = np.unique(request, return_index=True, return_inverse=True)
-    together = np.argsort(first[label], kind="stable")  # a request stays together, in the place of its first row
+    # a request stays together, in the place of its first row
+    together = np.argsort(first[label], kind="stable")
     return order[together], request[together]
 
 
@@ -288,23 +337,42 @@ def _requests(past: dict[str, np.ndarray], live: dict[str, np.ndarray]) -> np.nd
 
 
 def _columns(request_columns: Sequence[str]) -> list[str]:
-    names = ("item_id", "event_time", "action_mask", "known_mask", "watch_ms", "request_index", "order_only")
+    names = (
+        "item_id",
+        "event_time",
+        "action_mask",
+        "known_mask",
+        "watch_ms",
+        "request_index",
+        "order_only",
+    )
     return [*names, *request_columns]
 
 
-def _live_columns(events: Sequence[Event], cfg: RunConfig, request_columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """Events as SEQUENCE's columns, and their request_id. An action that this model does not know is left out."""
+def _live_columns(
+    events: Sequence[Event], cfg: RunConfig, request_columns: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Events as SEQUENCE's columns, and their request_id.
+
+    An action that this model does not know is left out.
+    """
     bits = {name: 1 << bit for bit, name in enumerate(cfg.source.actions)}
     columns = {
         "item_id": [event.item_id for event in events],
         "event_time": [event.event_time for event in events],
-        "action_mask": [sum(bits.get(name, 0) for name, did in event.actions.items() if did) for event in events],
+        "action_mask": [
+            sum(bits.get(name, 0) for name, did in event.actions.items() if did) for event in events
+        ],
         "known_mask": [sum(bits.get(name, 0) for name in event.actions) for event in events],
         "watch_ms": [-1 if event.watch_ms is None else event.watch_ms for event in events],
-        "request_id": [NO_REQUEST if event.request_id is None else event.request_id for event in events],
+        "request_id": [
+            NO_REQUEST if event.request_id is None else event.request_id for event in events
+        ],
         "request_index": [0] * len(events),  # numbered anew after the merge
     }
-    columns |= {name: [event.request_features.get(name, -1) for event in events] for name in request_columns}
+    columns |= {
+        name: [event.request_features.get(name, -1) for event in events] for name in request_columns
+    }
     arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
     return arrays | {"order_only": np.zeros(len(events), bool)}
 

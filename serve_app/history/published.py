@@ -1,7 +1,7 @@
 """Who did what, as of a time: from the published sequences to the history rows of a request.
 
-A store answers with a user's SEQUENCE row; `histories` cuts rows at the requests' times. serve_app/history/live.py has a
-store that also knows what happened since the last publication.
+A store answers with a user's SEQUENCE row; `histories` cuts rows at the requests' times.
+serve_app/history/live.py has a store that also knows what happened since the last publication.
 """
 
 import os
@@ -35,13 +35,15 @@ class HistoryStore(Protocol):
 
 
 class PublishedSequences:
-    """The store that the build job published, read-only and memory-mapped: replicas of a machine share its pages.
+    """The store that the build job published, read-only and memory-mapped: replicas of a machine
+    share its pages.
 
-    Parquet cannot be mapped, so the first to open a publication copies it to an Arrow file under `cache`, in the place
-    of the copy of an earlier one.
+    Parquet cannot be mapped, so the first to open a publication copies it to an Arrow file under
+    `cache`, in the place of the copy of an earlier one.
 
     Raises:
-        UserError: nothing is published there, or its masks and columns are not the ones that `cfg` names.
+        UserError: nothing is published there, or its masks and columns are not the ones that `cfg`
+        names.
     """
 
     def __init__(self, folder: Path, cfg: RunConfig, cache: Path) -> None:
@@ -85,7 +87,8 @@ def _arrow_copy(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
             for index in range(len(manifest.buckets)):
                 writer.write_table(store.read_bucket(folder, manifest, index).combine_chunks())
         staging.flush()
-        os.rename(staging.name, path)  # whole or not there; two replicas at once write the same thing
+        # whole or not there; two replicas at once write the same thing
+        os.rename(staging.name, path)
     for older in cache.glob(COPIES):
         if older != path:
             older.unlink(missing_ok=True)  # who has it mapped keeps it
@@ -93,7 +96,8 @@ def _arrow_copy(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
 
 
 def forget_copies(cache: Path) -> int:
-    """Remove the copies of publications under `cache`; whoever opens one makes it anew. Returns how many there were.
+    """Remove the copies of publications under `cache`; whoever opens one makes it anew. Returns how
+    many there were.
 
     A running server keeps what it has mapped until it reads new sequences.
     """
@@ -112,7 +116,10 @@ class Histories:
 
 
 def histories(
-    sequences: Sequence[pa.RecordBatch], request_time_ms: np.ndarray, cfg: RunConfig, max_history: int
+    sequences: Sequence[pa.RecordBatch],
+    request_time_ms: np.ndarray,
+    cfg: RunConfig,
+    max_history: int,
 ) -> Histories:
     """Of SEQUENCE row b the newest `max_history` rows strictly earlier than `request_time_ms[b]`."""
     table = pa.Table.from_batches(sequences)
@@ -120,15 +127,20 @@ def histories(
     offsets = events.offsets
     earlier = events.event_time < np.repeat(request_time_ms, events.lengths)
     before = np.concatenate([[0], np.cumsum(earlier)])
-    end = offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]  # times do not fall within a user
+    # times do not fall within a user
+    end = offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]
     begin = np.maximum(offsets[:-1], end - max_history)
-    return Histories(events.take(begin, end), table["first_position"].to_numpy() + begin - offsets[:-1])
+    return Histories(
+        events.take(begin, end), table["first_position"].to_numpy() + begin - offsets[:-1]
+    )
 
 
 def sequence_row(
     columns: dict[str, np.ndarray], request_columns: Sequence[str], first_position: int = 0
 ) -> pa.RecordBatch:
-    """One SEQUENCE row from flat columns, oldest first; a column left out is unknown, no columns are no rows."""
+    """One SEQUENCE row from flat columns, oldest first; a column left out is unknown, no columns
+    are no rows.
+    """
     num_rows = len(columns.get("item_id", ()))
     unknown = {"watch_ms": -1, "order_only": False} | dict.fromkeys(request_columns, -1)
     arrays: list[pa.Array] = [
@@ -138,5 +150,9 @@ def sequence_row(
     ]
     for name, dtype in schema.sequence_lists(request_columns).items():
         values = columns.get(name, np.full(num_rows, unknown.get(name, 0)))
-        arrays.append(pa.LargeListArray.from_arrays(pa.array([0, num_rows], pa.int64()), pa.array(values).cast(dtype)))
+        arrays.append(
+            pa.LargeListArray.from_arrays(
+                pa.array([0, num_rows], pa.int64()), pa.array(values).cast(dtype)
+            )
+        )
     return pa.RecordBatch.from_arrays(arrays, schema=schema.sequence_schema(request_columns))

@@ -1,7 +1,7 @@
 """Live events in Redis, for servers on several machines: the same face as the SQLite log.
 
-One hash per user, `<prefix>:events:<user_id>`, with a field `<event_time>:<item_id>` per event. HSETNX makes an event
-count once whoever sends it, MULTI makes a request's events visible together.
+One hash per user, `<prefix>:events:<user_id>`, with a field `<event_time>:<item_id>` per event.
+HSETNX makes an event count once whoever sends it, MULTI makes a request's events visible together.
 """
 
 import json
@@ -29,7 +29,8 @@ class RedisEvents:
     """An `EventLog` in a Redis server (6.2 or later) that writes before it answers.
 
     Raises:
-        UserError: nothing answers at `url`, or the server's settings would lose what was acknowledged.
+        UserError: nothing answers at `url`, or the server's settings would lose what was
+        acknowledged.
     """
 
     def __init__(self, url: str, prefix: str, password_file: Path | None = None) -> None:
@@ -98,9 +99,14 @@ class RedisEvents:
                     pipe.delete(self._key(user))
                     removed += pipe.execute()[0]
             try:
-                self._client.bgrewriteaof()  # the append-only file has what was added until it is written anew
-            except redis.ResponseError as error:  # one is under way, or a managed server does not let anybody ask
-                logger.warning("Redis does not rewrite its append-only file now (%s): ask it for BGREWRITEAOF", error)
+                # the append-only file has what was added until it is written anew
+                self._client.bgrewriteaof()
+            except redis.ResponseError as error:
+                # one is under way, or a managed server does not let anybody ask
+                logger.warning(
+                    "Redis does not rewrite its append-only file now (%s): ask it for BGREWRITEAOF",
+                    error,
+                )
         return removed
 
     def _key(self, user_id: int) -> str:
@@ -117,7 +123,10 @@ def _check_settings(client: redis.Redis) -> None:
         return
     wrong = {name: value for name, value in found.items() if value != SAFE[name]}
     if wrong:
-        raise ValueError(f"it has {wrong} where acknowledged events need { ({name: SAFE[name] for name in wrong}) }")
+        raise ValueError(
+            f"it has {wrong} where acknowledged events need "
+            f"{ ({name: SAFE[name] for name in wrong}) }"
+        )
 
 
 @contextmanager
@@ -140,7 +149,9 @@ def _field(event: Event) -> str:
 
 
 def _value(event: Event) -> str:
-    return json.dumps([event.request_id, event.watch_ms, event.actions, event.request_features], sort_keys=True)
+    return json.dumps(
+        [event.request_id, event.watch_ms, event.actions, event.request_features], sort_keys=True
+    )
 
 
 def _event(user_id: int, field: str, value: str) -> Event:

@@ -14,7 +14,9 @@ class MicroBatcher:
     `work` runs in a thread, so that the event loop goes on answering health checks.
     """
 
-    def __init__(self, work: Callable[[list[Any]], Sequence[Any]], max_together: int = MAX_TOGETHER) -> None:
+    def __init__(
+        self, work: Callable[[list[Any]], Sequence[Any]], max_together: int = MAX_TOGETHER
+    ) -> None:
         self._work, self._max_together = work, max_together
         self._waiting: deque[tuple[Any, asyncio.Future]] = deque()
         self._running: asyncio.Task | None = None
@@ -28,13 +30,17 @@ class MicroBatcher:
 
     async def _run(self) -> None:
         while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_together))]
-            batch = [(item, answer) for item, answer in batch if not answer.done()]  # else nobody waits any more
+            batch = [
+                self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_together))
+            ]
+            # else nobody waits any more
+            batch = [(item, answer) for item, answer in batch if not answer.done()]
             if not batch:
                 continue
             try:
                 results = await asyncio.to_thread(self._work, [item for item, _ in batch])
-            except Exception as error:  # whatever it was, it belongs to those who wait for these answers
+            except Exception as error:
+                # whatever it was, it belongs to those who wait for these answers
                 for _, answer in batch:
                     if not answer.done():
                         answer.set_exception(error)
@@ -48,7 +54,10 @@ class BatchJob(Protocol):
     """What a request asks for, looked up."""
 
     def joins(self, oldest: Self) -> bool:
-        """Whether it is worth doing in the pass of one that has waited longer. It may change while a job waits."""
+        """Whether it is worth doing in the pass of one that has waited longer.
+
+        It may change while a job waits.
+        """
         ...
 
     @property
@@ -56,14 +65,19 @@ class BatchJob(Protocol):
 
 
 class TokenBatcher:
-    """Jobs form passes of at most `max_tokens` tokens; the one that has waited longest is always in the next.
+    """Jobs form passes of at most `max_tokens` tokens; the one that has waited longest is always in
+    the next.
 
-    `prepare` makes one request a job, `work` does those of a pass; both run in a thread, never two at a time. What
-    comes while a pass is computed is looked up before the next one and may be part of it.
+    `prepare` makes one request a job, `work` does those of a pass; both run in a thread, never two
+    at a time. What comes while a pass is computed is looked up before the next one and may be part
+    of it.
     """
 
     def __init__(
-        self, prepare: Callable[[Any], BatchJob], work: Callable[[list[Any]], Sequence[Any]], max_tokens: Callable[[], int]
+        self,
+        prepare: Callable[[Any], BatchJob],
+        work: Callable[[list[Any]], Sequence[Any]],
+        max_tokens: Callable[[], int],
     ) -> None:
         self._prepare, self._work, self._max_tokens = prepare, work, max_tokens
         self._arrived: list[tuple[Any, asyncio.Future]] = []
@@ -90,7 +104,9 @@ class TokenBatcher:
                     answer.set_result(result)
 
     def _step(self, arrived: list[tuple[Any, asyncio.Future]]) -> list[tuple[asyncio.Future, Any]]:
-        """Look up what has arrived, and do one pass; whatever goes wrong belongs to those whose request it was."""
+        """Look up what has arrived, and do one pass; whatever goes wrong belongs to those whose
+        request it was.
+        """
         done: list[tuple[asyncio.Future, Any]] = []
         for item, answer in arrived:
             if answer.done():  # nobody waits any more

@@ -1,7 +1,8 @@
 """Encoded histories kept between requests, the least recently used thrown out first.
 
-The key is the content of what was encoded, so an entry is never out of date: an event that joins the history, or a
-request as of an earlier time, has another key. No store has to announce its changes.
+The key is the content of what was encoded, so an entry is never out of date: an event that joins
+the history, or a request as of an earlier time, has another key. No store has to announce its
+changes.
 """
 
 import hashlib
@@ -18,8 +19,14 @@ BYTES_PER_MB = 2**20
 
 
 def history_key(history: Events, user_codes: np.ndarray) -> bytes:
-    """A digest of one sequence: its rows in all columns, and the codes of its user, [1, user columns]."""
-    columns = [getattr(history, f.name) for f in fields(history) if f.name not in ("offsets", "request", "dense")]
+    """A digest of one sequence: its rows in all columns, and the codes of its user, [1, user
+    columns].
+    """
+    columns = [
+        getattr(history, f.name)
+        for f in fields(history)
+        if f.name not in ("offsets", "request", "dense")
+    ]
     digest = hashlib.blake2b(user_codes.tobytes(), digest_size=16)
     for column in (*columns, *(history.request[name] for name in sorted(history.request))):
         digest.update(column.tobytes())
@@ -27,7 +34,9 @@ def history_key(history: Events, user_codes: np.ndarray) -> bytes:
 
 
 class HistoryCaches:
-    """At most `max_mb` MiB of encoded histories of one model, for any thread: a shadow ranks in one of its own."""
+    """At most `max_mb` MiB of encoded histories of one model, for any thread: a shadow ranks in one
+    of its own.
+    """
 
     def __init__(self, max_mb: int) -> None:
         self.max_bytes = max_mb * BYTES_PER_MB

@@ -2,10 +2,11 @@
 
     the champion answers everybody but the canary's users
     a canary     answers a share of the users, the same ones each time
-    a shadow     answers nobody: it ranks copies afterwards, and its scores are compared with those that were sent
+    a shadow     answers nobody: it ranks copies afterwards, and its scores are compared with those
+    that were sent
 
-All of them lie in one process, so a change of roles is one assignment and needs no other replicas; what it costs is the
-memory of each version, and the shadow's share of the processor.
+All of them lie in one process, so a change of roles is one assignment and needs no other replicas;
+what it costs is the memory of each version, and the shadow's share of the processor.
 """
 
 import hashlib
@@ -37,11 +38,15 @@ from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 logger = logging.getLogger("ray.serve")
 
 CHAMPION, CANARY, SHADOW = "champion", "canary", "shadow"
-SHADOW_QUEUE = 64  # batches that may wait for the shadow; beyond them copies are dropped and counted
+# batches that may wait for the shadow; beyond them copies are dropped and counted
+SHADOW_QUEUE = 64
 
 
 def in_share(user_id: int, version: int, share: float) -> bool:
-    """Whether a canary of this version answers this user. A larger share keeps the users of a smaller one."""
+    """Whether a canary of this version answers this user.
+
+    A larger share keeps the users of a smaller one.
+    """
     digest = hashlib.blake2b(f"{version}/{user_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
@@ -50,11 +55,20 @@ class Rollout:
     """Versions by role, and what they answer. The champion's history is where posted events go."""
 
     def __init__(
-        self, rankers: dict[str, Ranker], identities: dict[str, str], share: float, metrics: ReplicaMetrics
+        self,
+        rankers: dict[str, Ranker],
+        identities: dict[str, str],
+        share: float,
+        metrics: ReplicaMetrics,
     ) -> None:
-        self.rankers, self.identities, self.share, self.metrics = rankers, identities, share, metrics
+        self.rankers = rankers
+        self.identities = identities
+        self.share = share
+        self.metrics = metrics
         self.champion = rankers[CHAMPION]
-        self._copies: queue.Queue[list[tuple[RankColumns, RankedColumns]] | None] = queue.Queue(SHADOW_QUEUE)
+        self._copies: queue.Queue[list[tuple[RankColumns, RankedColumns]] | None] = queue.Queue(
+            SHADOW_QUEUE
+        )
         if SHADOW in rankers:
             threading.Thread(target=self._follow, name="shadow", daemon=True).start()
 
@@ -93,7 +107,11 @@ class Rollout:
         """The answers to jobs of this rollout; those of one version are scored together."""
         answers: list[RankedColumns | Refusal | None] = [job.refusal for job in jobs]
         for role in (CHAMPION, CANARY):
-            mine = [(i, job) for i, job in enumerate(jobs) if job.role == role and isinstance(job.work, PreparedRequest)]
+            mine = [
+                (i, job)
+                for i, job in enumerate(jobs)
+                if job.role == role and isinstance(job.work, PreparedRequest)
+            ]
             if mine:
                 scored = self._timed(role, [job for _, job in mine])
                 for (i, _), response in zip(mine, scored, strict=True):
@@ -101,7 +119,13 @@ class Rollout:
         given = [answer for answer in answers if answer is not None]
         if SHADOW in self.rankers:
             pairs = zip(jobs, given, strict=True)
-            self._copy([(job.request, answer) for job, answer in pairs if isinstance(answer, RankedColumns)])
+            self._copy(
+                [
+                    (job.request, answer)
+                    for job, answer in pairs
+                    if isinstance(answer, RankedColumns)
+                ]
+            )
         return given
 
     def append(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
@@ -122,13 +146,17 @@ class Rollout:
     def _timed(self, role: str, jobs: list["RankJob"]) -> list[RankedColumns]:
         ranker, metrics = self.rankers[role], self.metrics
         started = time.perf_counter()
-        responses = ranker.score([job.work for job in jobs if isinstance(job.work, PreparedRequest)])
+        responses = ranker.score(
+            [job.work for job in jobs if isinstance(job.work, PreparedRequest)]
+        )
         took_s = time.perf_counter() - started + sum(job.prepared_s for job in jobs)
         labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)
         metrics.requests.labels(*labels).inc(len(responses))
         metrics.candidates.labels(*labels).inc(sum(len(response.item_id) for response in responses))
-        metrics.unknown_items.labels(*labels).inc(sum(response.unknown_items for response in responses))
+        metrics.unknown_items.labels(*labels).inc(
+            sum(response.unknown_items for response in responses)
+        )
         return [replace(response, ranker_ms=took_s * 1000) for response in responses]
 
     # The shadow --------------------------------------------------------------
@@ -149,23 +177,32 @@ class Rollout:
 
     def _compare(self, answered: list[tuple[RankColumns, RankedColumns]]) -> None:
         shadow = self.rankers[SHADOW]
-        ranked = [(request, given) for request, given in answered if shadow.refusal(request) is None]
+        ranked = [
+            (request, given) for request, given in answered if shadow.refusal(request) is None
+        ]
         self.metrics.shadow_failed.inc(len(answered) - len(ranked))
         if not ranked:
             return
         version = str(shadow.version)
-        jobs = [RankJob(self, SHADOW, request, shadow.prepare(request), 0.0) for request, _ in ranked]
+        jobs = [
+            RankJob(self, SHADOW, request, shadow.prepare(request), 0.0) for request, _ in ranked
+        ]
         responses = self._timed(SHADOW, jobs)
         for (_, given), other in zip(ranked, responses, strict=True):
             shared = [task for task in given.scores if task in other.scores]
-            changes = [np.abs(np.subtract(given.scores[task], other.scores[task])).max() for task in shared]
+            changes = [
+                np.abs(np.subtract(given.scores[task], other.scores[task])).max() for task in shared
+            ]
             self.metrics.shadow_change.labels(version).observe(max(changes, default=0.0))
             self.metrics.shadow_same_best.labels(version).inc(given.order[0] == other.order[0])
 
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """A request of a rollout, ready to be scored or refused already. A job stays with the versions that it came to."""
+    """A request of a rollout, ready to be scored or refused already.
+
+    A job stays with the versions that it came to.
+    """
 
     rollout: Rollout
     role: str
@@ -179,10 +216,15 @@ class RankJob:
 
     @property
     def likeness(self) -> int:
-        return self.rollout.rankers[self.role].likeness(self.work) if isinstance(self.work, PreparedRequest) else 0
+        return (
+            self.rollout.rankers[self.role].likeness(self.work)
+            if isinstance(self.work, PreparedRequest)
+            else 0
+        )
 
     def joins(self, oldest: "RankJob") -> bool:
-        """Of one version, and a history of like length, or one that is encoded already: it has waited for this pass
+        """Of one version, and a history of like length, or one that is encoded already: it has
+        waited for this pass
         and would wait longer for the next, while the pass takes little longer for it."""
         if self.rollout is not oldest.rollout or self.role != oldest.role:
             return False
@@ -197,15 +239,26 @@ class RankJob:
 # Loading ---------------------------------------------------------------------
 
 
-def load(user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout | None = None) -> Rollout:
-    """The rollout that `deployment.user_config` describes, each version after its first forward pass.
+def load(
+    user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout | None = None
+) -> Rollout:
+    """The rollout that `deployment.user_config` describes, each version after its first forward
+    pass.
 
-    A version that `earlier` holds already, over the same sequences and limits, is kept with what it has cached: a new
-    share for a canary, or a canary that becomes champion, loads nothing.
+    A version that `earlier` holds already, over the same sequences and limits, is kept with what it
+    has cached: a new share for a canary, or a canary that becomes champion, loads nothing.
     """
     limits = config.from_dict({"serve": user_config["limits"]}).serve
-    models = {CHAMPION: user_config["model"], CANARY: user_config["canary"], SHADOW: user_config["shadow"]}
-    known = {} if earlier is None else {earlier.identities[role]: earlier.rankers[role] for role in earlier.rankers}
+    models = {
+        CHAMPION: user_config["model"],
+        CANARY: user_config["canary"],
+        SHADOW: user_config["shadow"],
+    }
+    known = (
+        {}
+        if earlier is None
+        else {earlier.identities[role]: earlier.rankers[role] for role in earlier.rankers}
+    )
     rankers, identities = {}, {}
     log: EventLog | None = None
     for role, raw in models.items():
@@ -216,19 +269,27 @@ def load(user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout 
             log = log or open_events(limits, Path(user_config["serving"]))
             known[identity] = _load(registry.PinnedModel(**raw), user_config, limits, log)
         rankers[role] = known[identity]
-    return Rollout(rankers, identities, 0.0 if limits.canary is None else limits.canary.share, metrics)
+    return Rollout(
+        rankers, identities, 0.0 if limits.canary is None else limits.canary.share, metrics
+    )
 
 
 def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
-    """All that a loaded version depends on: its files, the sequences, the limits; not who answers whom."""
+    """All that a loaded version depends on: its files, the sequences, the limits; not who answers
+    whom.
+    """
     limits = user_config["limits"] | {"canary": None, "shadow": None}
     return json.dumps([model | {"uri": None}, user_config["digest"], limits], sort_keys=True)
 
 
-def _load(model: registry.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog) -> Ranker:
+def _load(
+    model: registry.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog
+) -> Ranker:
     folder = registry.fetch(model, Path(user_config["cache"]))
     loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
-    published = PublishedSequences(Path(user_config["sequences"]), loaded.cfg, Path(user_config["serving"]))
+    published = PublishedSequences(
+        Path(user_config["sequences"]), loaded.cfg, Path(user_config["serving"])
+    )
     history = LiveHistory(published, log, loaded.cfg, limits.max_events)
     ranker = Ranker(loaded, history, model.version, model.name, limits)
     ranker.warm()
@@ -242,7 +303,10 @@ def _what_runs(ranker: Ranker) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kernels = choose(model.attention_backend, next(ranker.model.parameters()))
     fp8 = model.fp8 if limits.fp8 is None else limits.fp8
-    return f"{where}, {kernels} kernels, {limits.precision}{' with FP8' * fp8}{', INT4 tables' * limits.int4_tables}"
+    return (
+        f"{where}, {kernels} kernels, "
+        f"{limits.precision}{' with FP8' * fp8}{', INT4 tables' * limits.int4_tables}"
+    )
 
 
 def open_events(limits: ServeConfig, folder: Path) -> EventLog:
@@ -252,6 +316,10 @@ def open_events(limits: ServeConfig, folder: Path) -> EventLog:
     try:
         from serve_app.history.redis_events import RedisEvents
     except ModuleNotFoundError:
-        raise UserError("serve.redis_url: the package redis is not installed: pip install '.[redis]'") from None
+        raise UserError(
+            "serve.redis_url: the package redis is not installed: pip install '.[redis]'"
+        ) from None
     password = limits.redis_password_file
-    return RedisEvents(limits.redis_url, limits.redis_prefix, None if password is None else Path(password))
+    return RedisEvents(
+        limits.redis_url, limits.redis_prefix, None if password is None else Path(password)
+    )

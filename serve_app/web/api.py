@@ -31,7 +31,10 @@ MOST_ERRORS = 10  # errors that one answer lists
 NO_MODEL = {503: {"model": Problem, "description": "no model answers at the moment"}}
 PROTECTED: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "no known API key"},
-    429: {"model": Problem, "description": "too many requests of this key, or of all; see Retry-After"},
+    429: {
+        "model": Problem,
+        "description": "too many requests of this key, or of all; see Retry-After",
+    },
     504: {"model": Problem, "description": "no answer in time"},
     **NO_MODEL,
 }
@@ -46,7 +49,9 @@ CHECKED: dict[int | str, dict[str, Any]] = {
 
 BINARY = {columns.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 ARROW_REQUEST: dict[str, Any] = {"requestBody": {"required": True, "content": BINARY}}
-ARROW_ANSWER: dict[int | str, dict[str, Any]] = {200: {"description": "an Arrow IPC stream", "content": BINARY}}
+ARROW_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "an Arrow IPC stream", "content": BINARY}
+}
 
 
 class Overloaded(Exception):
@@ -67,7 +72,9 @@ class Replica(Protocol):
     async def info(self) -> ModelInfo: ...
 
     async def deployments(self) -> list[str]:
-        """Ids of the updates that the running replicas answer with, each once; empty where one does not tell."""
+        """Ids of the updates that the running replicas answer with, each once; empty where one does
+        not tell.
+        """
         ...
 
     async def metrics(self) -> Mapping[str, bytes]:
@@ -87,13 +94,15 @@ def make_api(
     """The routes. No Ray in them: a test passes a replica of its own."""
     api = FastAPI(title="ULTRA-HSTU ranking", version="1", description=ABOUT)
     counts = metrics.IngressMetrics()
-    # From the inside out: nobody's work is admitted without a key, and who is still sending hears no 401 either.
+    # From the inside out: nobody's work is admitted without a key, and who is still sending hears
+    # no 401 either.
     api.add_middleware(Admission, max_wait_s=max_wait_s)
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(RequestLog, metrics=counts)
-    # Without keys nothing is asked for, and the document says nothing of them; `Protection` is what checks.
+    # Without keys nothing is asked for, and the document says nothing of them; `Protection` is what
+    # checks.
     locks = [Depends(HTTPBearer(auto_error=False, description="an API key"))] if keys else []
 
     @api.exception_handler(RequestValidationError)
@@ -115,7 +124,9 @@ def make_api(
 
     @api.exception_handler(StoreDown)
     async def _store_down(*_: object) -> Response:
-        return reply({"detail": "the event store does not answer at the moment"}, 503, {"Retry-After": "1"})
+        return reply(
+            {"detail": "the event store does not answer at the moment"}, 503, {"Retry-After": "1"}
+        )
 
     @api.post("/v1/rank", response_model=RankResponse, responses=CHECKED, dependencies=locks)
     async def rank(request: RankRequest, http: Request) -> Response:
@@ -123,16 +134,24 @@ def make_api(
         answer = await ranked(RankColumns.of(request), http)
         if isinstance(answer, Refusal):
             return _refused([answer])
-        return Response(answer.response().model_dump_json(), 200, _timing(answer), media_type="application/json")
+        return Response(
+            answer.response().model_dump_json(), 200, _timing(answer), media_type="application/json"
+        )
 
-    @api.post("/v1/rank/arrow", responses=CHECKED | ARROW_ANSWER, openapi_extra=ARROW_REQUEST, dependencies=locks)
+    @api.post(
+        "/v1/rank/arrow",
+        responses=CHECKED | ARROW_ANSWER,
+        openapi_extra=ARROW_REQUEST,
+        dependencies=locks,
+    )
     async def rank_arrow(http: Request) -> Response:
         """The same with candidates and scores as columns, for many candidates at a time.
 
-        The body is an uncompressed Arrow IPC stream with a column `item_id` (int64) and one for each request feature
-        that differs between candidates (int32, null: as in the request); under the key `rank` of the schema's metadata
-        is the rest of the request, the JSON of a `RankHead`. The answer has the columns `item_id`, `score.<task>`
-        (float32) and `place` (int32, 0 is best), and its other fields as JSON under the same key.
+        The body is an uncompressed Arrow IPC stream with a column `item_id` (int64) and one for
+        each request feature that differs between candidates (int32, null: as in the request); under
+        the key `rank` of the schema's metadata is the rest of the request, the JSON of a
+        `RankHead`. The answer has the columns `item_id`, `score.<task>` (float32) and `place`
+        (int32, 0 is best), and its other fields as JSON under the same key.
         """
         answer = await ranked(RankColumns.from_arrow(await http.body()), http)
         if isinstance(answer, Refusal):
@@ -148,7 +167,10 @@ def make_api(
 
     @api.post("/v1/events", response_model=EventsResponse, responses=CHECKED, dependencies=locks)
     async def events(request: EventsRequest, http: Request) -> Response:
-        """Keep what users did. It is on disk before the answer, and part of the history from the next rank on."""
+        """Keep what users did.
+
+        It is on disk before the answer, and part of the history from the next rank on.
+        """
         http.state.num_events = len(request.events)
         answer = await replica.append(request)
         if isinstance(answer, Refusal):
@@ -190,7 +212,9 @@ def make_api(
 
 
 def _timing(answer: RankedColumns) -> dict[str, str]:
-    return {} if answer.ranker_ms is None else {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
+    return (
+        {} if answer.ranker_ms is None else {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
+    )
 
 
 def _refused(refusals: Sequence[Refusal]) -> Response:

@@ -1,4 +1,6 @@
-"""How long a body may be, how long an answer may take, how much work may wait: ASGI layers around the routes."""
+"""How long a body may be, how long an answer may take, how much work may wait: ASGI layers around
+the routes.
+"""
 
 import asyncio
 import json
@@ -10,9 +12,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}  # what a replica works for
+# what a replica works for
+WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}
 REQUEST_WORK = 1024  # what a request costs apart from its body, in bytes of a body
-FEW = 8  # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
+# requests that may always be in flight: one pass and the batch behind it, however long a pass takes
+FEW = 8
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 RECENT = 0.95  # weight of the requests before, per request: the last twenty count
 QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
@@ -20,7 +24,9 @@ STRICT = 1 / 4  # the least that is left of both limits while most are refused
 
 
 class BodyLimit:
-    """413 for a body of more than `max_bytes`, read to its end but not kept: who is still sending hears no answer."""
+    """413 for a body of more than `max_bytes`, read to its end but not kept: who is still sending
+    hears no answer.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -40,7 +46,13 @@ class BodyLimit:
                 body += chunk
         scope.setdefault("state", {})["body_bytes"] = size
         if size > self.max_bytes:
-            detail = [{"loc": ["body"], "msg": f"at most {self.max_bytes} bytes", "input": f"{size} bytes"}]
+            detail = [
+                {
+                    "loc": ["body"],
+                    "msg": f"at most {self.max_bytes} bytes",
+                    "input": f"{size} bytes",
+                }
+            ]
             await reply({"detail": detail}, 413)(scope, receive, send)
             return
         pending = [{"type": "http.request", "body": bytes(body), "more_body": False}]
@@ -52,7 +64,9 @@ class BodyLimit:
 
 
 class Deadline:
-    """408 for a body that is not there after `timeout_s`, 504 for an answer that is not: its work is cancelled."""
+    """408 for a body that is not there after `timeout_s`, 504 for an answer that is not: its work
+    is cancelled.
+    """
 
     def __init__(self, app: ASGIApp, timeout_s: float) -> None:
         self.app, self.timeout_s = app, timeout_s
@@ -76,15 +90,17 @@ class Deadline:
                 raise
             read = "body_bytes" in scope.get("state", {})
             status, text = (504, "no answer") if read else (408, "the body was not complete")
-            problem = reply({"detail": f"{text} within {self.timeout_s:g} s"}, status, {"Retry-After": "1"})
+            problem = reply(
+                {"detail": f"{text} within {self.timeout_s:g} s"}, status, {"Retry-After": "1"}
+            )
             await problem(scope, receive, send)
 
 
 class Load:
     """How long the work in flight would take, from how fast answers come.
 
-    A request counts as `REQUEST_WORK` and its body's bytes: candidates and events are in the body, and reading them
-    before a refusal would cost what the refusal saves.
+    A request counts as `REQUEST_WORK` and its body's bytes: candidates and events are in the body,
+    and reading them before a refusal would cost what the refusal saves.
     """
 
     def __init__(self, max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,12 +115,13 @@ class Load:
         return self._in_flight * self._busy_s / self._done if self._done else 0.0
 
     def admits(self) -> bool:
-        """Whether one more may begin. To be asked once for each that comes: the answers are remembered.
+        """Whether one more may begin. To be asked once for each that comes: the answers are
+        remembered.
 
-        A stall and an overload look alike at first, and both meet limits that let much wait. With each refusal they
-        shrink, so that what is admitted in an overload waits for little; a stall ends before they have shrunk by much.
-        They follow the share of the refused smoothly: strict limits that made for the refusals that keep them strict
-        would outlast the overload.
+        A stall and an overload look alike at first, and both meet limits that let much wait. With
+        each refusal they shrink, so that what is admitted in an overload waits for little; a stall
+        ends before they have shrunk by much. They follow the share of the refused smoothly: strict
+        limits that made for the refusals that keep them strict would outlast the overload.
         """
         if not self.num_in_flight and self._clock() - self._last_done > QUIET_S:
             self._refused = 0.0
@@ -130,7 +147,9 @@ class Load:
 
 
 class Admission:
-    """429 with Retry-After for a request that would wait behind more than `serve.max_wait_ms` of work."""
+    """429 with Retry-After for a request that would wait behind more than `serve.max_wait_ms` of
+    work.
+    """
 
     def __init__(self, app: ASGIApp, max_wait_s: float) -> None:
         self.app = app
@@ -156,5 +175,7 @@ class Admission:
             work.end(size, begun)
 
 
-def reply(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def reply(
+    content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
     return Response(json.dumps(content), status, headers, media_type="application/json")

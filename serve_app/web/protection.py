@@ -17,10 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.config import UserError
 from serve_app.metrics import IngressMetrics
 
-requests_log = logging.getLogger("ray.serve.requests")  # a child of the logger that Serve writes to the replica's file
+# a child of the logger that Serve writes to the replica's file
+requests_log = logging.getLogger("ray.serve.requests")
 
 OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers and jobs.deploy, which have no key
-UNLIMITED_PATHS = ("/metrics",)  # a scraper needs a key, but a rate of its own would blind it when it matters
+# a scraper needs a key, but a rate of its own would blind it when it matters
+UNLIMITED_PATHS = ("/metrics",)
 LOGGED_PATHS = (
     *("/v1/rank", "/v1/rank/arrow", "/v1/events", "/v1/model", "/docs", "/openapi.json"),
     *UNLIMITED_PATHS,
@@ -32,7 +34,8 @@ ANYBODY = "-"  # the name in logs and rate limits where no keys are asked for
 
 
 class ApiKeys:
-    """The sha256 of each key and its name, one `<hash> <name>` a line; # begins a comment. Read again when it changes.
+    """The sha256 of each key and its name, one `<hash> <name>` a line; # begins a comment. Read
+    again when it changes.
 
     A key is a random token, not a password: a plain hash is enough.
 
@@ -82,7 +85,9 @@ def read_keys(path: Path) -> dict[str, str]:
             continue
         match = KEY_LINE.fullmatch(text)
         if match is None:  # the line is not repeated: it may be a key in the clear
-            raise UserError(f"serve.api_keys_file: {path} line {number} must be a sha256 in hex and a name")
+            raise UserError(
+                f"serve.api_keys_file: {path} line {number} must be a sha256 in hex and a name"
+            )
         names[match[1]] = match[2]
     if not names:
         raise UserError(f"serve.api_keys_file: {path} holds no key")
@@ -90,7 +95,9 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 class RateLimit:
-    """A token bucket per name: `per_s` requests a second, and as many (at least one) at once after a pause."""
+    """A token bucket per name: `per_s` requests a second, and as many (at least one) at once after
+    a pause.
+    """
 
     def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_s, self.size, self._clock = per_s, max(1.0, per_s), clock
@@ -121,9 +128,15 @@ class Protection:
         if name is None:
             state["refused"] = "key"
             detail = [
-                {"loc": ["header", "authorization"], "msg": "Bearer and a known API key", "input": "not repeated"}
+                {
+                    "loc": ["header", "authorization"],
+                    "msg": "Bearer and a known API key",
+                    "input": "not repeated",
+                }
             ]
-            await JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            await JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})(
+                scope, receive, send
+            )
             return
         state["key"] = name
         limit = None if scope["path"] in UNLIMITED_PATHS else self.rate_limit
@@ -131,13 +144,17 @@ class Protection:
         if wait > 0:
             state["refused"] = "rate_limit"
             answer = {"detail": "more requests than this key may send"}
-            await JSONResponse(answer, 429, {"Retry-After": str(math.ceil(wait))})(scope, receive, send)
+            await JSONResponse(answer, 429, {"Retry-After": str(math.ceil(wait))})(
+                scope, receive, send
+            )
             return
         await self.app(scope, receive, send)
 
 
 def _bearer(scope: Scope) -> str:
-    """The key of `Authorization: Bearer <key>`, "" where there is none: no hash in the file is that of ""."""
+    """The key of `Authorization: Bearer <key>`, "" where there is none: no hash in the file is that
+    of "".
+    """
     header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     scheme, _, key = header.decode("latin-1").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
@@ -154,7 +171,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0  # 0: the client went away, or an exception on its way out
+        # 0: the client went away, or an exception on its way out
+        started, status = time.perf_counter(), 0
         known = scope.setdefault("state", {})
         self.metrics.in_flight.inc()
 
@@ -171,7 +189,11 @@ class RequestLog:
             took_s = time.perf_counter() - started
             self._count(path, status, took_s, known)
             line = {"path": path, "status": status, "ms": round(took_s * 1000, 2)}
-            line |= {name: known[name] for name in ("key", "num_candidates", "num_events", "version") if name in known}
+            line |= {
+                name: known[name]
+                for name in ("key", "num_candidates", "num_events", "version")
+                if name in known
+            }
             self._log(line, refused=status == 429)
 
     def _log(self, line: dict[str, Any], *, refused: bool) -> None:

@@ -11,10 +11,25 @@ BAD_BODIES = {  # body -> status, place and value that the answer must name
     "nothing": (b"", 422, ["body"], "required"),
     "a list": (b"[1]", 422, ["body"], "dictionary"),
     "nested deeply": (b"[" * 100_000, 400, None, "parsing the body"),
-    "a number of 5,000 digits": (b'{"user_id": 1' + b"0" * 5000 + b"}", 400, None, "parsing the body"),
+    "a number of 5,000 digits": (
+        b'{"user_id": 1' + b"0" * 5000 + b"}",
+        400,
+        None,
+        "parsing the body",
+    ),
     "NaN": (b'{"user_id": NaN, "candidates": [{"item_id": 1}]}', 422, ["body", "user_id"], "nan"),
-    "a lone surrogate": (b'{"user_id": 3, "candidates": [{"item_id": "\\ud800"}]}', 422, None, "ud800"),
-    "no candidates": (json.dumps({**ONE, "candidates": []}).encode(), 422, ["body", "candidates"], "at least 1"),
+    "a lone surrogate": (
+        b'{"user_id": 3, "candidates": [{"item_id": "\\ud800"}]}',
+        422,
+        None,
+        "ud800",
+    ),
+    "no candidates": (
+        json.dumps({**ONE, "candidates": []}).encode(),
+        422,
+        ["body", "candidates"],
+        "at least 1",
+    ),
     "10,001 candidates": (
         json.dumps({**ONE, "candidates": [{"item_id": 1}] * 10_001}).encode(),
         422,
@@ -30,9 +45,19 @@ BAD_BODIES = {  # body -> status, place and value that the answer must name
     ),
     "no history at all": (b'{"candidates": [{"item_id": 1}]}', 422, ["body"], "got neither"),
     "a misspelt field": (json.dumps({**ONE, "userid": 4}).encode(), 422, ["body", "userid"], "4"),
-    "text for a number": (json.dumps({**ONE, "user_id": "3"}).encode(), 422, ["body", "user_id"], "3"),
+    "text for a number": (
+        json.dumps({**ONE, "user_id": "3"}).encode(),
+        422,
+        ["body", "user_id"],
+        "3",
+    ),
     "a negative item": (b'{"user_id": 3, "candidates": [{"item_id": -1}]}', 422, None, "-1"),
-    "an item beyond int64": (b'{"user_id": 3, "candidates": [{"item_id": 9223372036854775808}]}', 422, None, "9223"),
+    "an item beyond int64": (
+        b'{"user_id": 3, "candidates": [{"item_id": 9223372036854775808}]}',
+        422,
+        None,
+        "9223",
+    ),
     "seconds for ms": (
         json.dumps({**ONE, "request_time_ms": 1_651_500_000}).encode(),
         422,
@@ -45,7 +70,12 @@ BAD_BODIES = {  # body -> status, place and value that the answer must name
         ["body", "request_features"],
         "tap",
     ),
-    "an unknown task": (json.dumps({**ONE, "order_by": "is_sold"}).encode(), 422, ["body", "order_by"], "is_sold"),
+    "an unknown task": (
+        json.dumps({**ONE, "order_by": "is_sold"}).encode(),
+        422,
+        ["body", "order_by"],
+        "is_sold",
+    ),
     "5 MB": (b" " * 5_000_000, 413, ["body"], "5000000 bytes"),
 }
 

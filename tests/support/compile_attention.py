@@ -1,4 +1,6 @@
-"""Compiles the semi-local attention kernels with the static table's tiles, prints JSON; not under TRITON_INTERPRET."""
+"""Compiles the semi-local attention kernels with the static table's tiles, prints JSON; not under
+TRITON_INTERPRET.
+"""
 
 import json
 import re
@@ -26,7 +28,9 @@ POINTERS = {
 }
 
 
-def signature(name: str, constants: dict, tile: AttentionTile, width: int, descriptors: bool) -> dict[str, str]:
+def signature(
+    name: str, constants: dict, tile: AttentionTile, width: int, descriptors: bool
+) -> dict[str, str]:
     found = {}
     for argument in getattr(triton_kernels, name).arg_names:
         rows = tile.rows if argument in ("q", "grad") else tile.keys
@@ -37,7 +41,9 @@ def signature(name: str, constants: dict, tile: AttentionTile, width: int, descr
         elif argument in ("alpha", "scale"):
             found[argument] = "fp32"
         else:
-            found[argument] = next((kind for kind, names in POINTERS.items() if argument in names), "i32")
+            found[argument] = next(
+                (kind for kind, names in POINTERS.items() if argument in names), "i32"
+            )
     return found
 
 
@@ -52,11 +58,20 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
     }
     shape = {"HEADS": 4, "D": width, "V": width, "OUT_D": width, "OUT_V": width}
     shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    switches = {"HAS_PREFIX": False, "CANDIDATES": False, "VISIBLE": False, "BIAS": False, "SLOPE": True, "SUMS": True}
+    switches = {
+        "HAS_PREFIX": False,
+        "CANDIDATES": False,
+        "VISIBLE": False,
+        "BIAS": False,
+        "SLOPE": True,
+        "SUMS": True,
+    }
     constants = {**switches, **flags, **how, **shape}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = signature(name, constants, tile, width, arch == 90)
-    aligned = [i for i, (k, t) in enumerate(types.items()) if t.startswith("*") or k.startswith("stride")]
+    aligned = [
+        i for i, (k, t) in enumerate(types.items()) if t.startswith("*") or k.startswith("stride")
+    ]
     source = ASTSource(
         fn=kernel,
         signature=types,
@@ -69,7 +84,10 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     stack = re.search(r"STACK:(\d+)", usage.stdout)
     assert stack is not None, usage.stdout
@@ -99,8 +117,12 @@ def main() -> None:
         if name != "forward":
             found[f"sm_90 {name} 32"] = build(name, 90, 32, narrow, **everything)
         found[f"sm_80 {name} 128"] = build(name, 80, 128, ampere, **everything)
-        biased = tile_sizes(name, 128, banded=False, max_seq_len=1024, hopper=True, half=True, biased=True)
-        found[f"sm_90 {name} 128 bias"] = build(name, 90, 128, biased, BIAS=True, SLOPE=False, SUMS=False, **everything)
+        biased = tile_sizes(
+            name, 128, banded=False, max_seq_len=1024, hopper=True, half=True, biased=True
+        )
+        found[f"sm_90 {name} 128 bias"] = build(
+            name, 90, 128, biased, BIAS=True, SLOPE=False, SUMS=False, **everything
+        )
     cached = tile_sizes("forward", 128, banded=False, max_seq_len=4096, hopper=True, **options)
     found["sm_90 forward_cached 128"] = build("forward_cached", 90, 128, cached)
     print(json.dumps(found, indent=1))

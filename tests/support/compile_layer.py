@@ -31,22 +31,34 @@ INT64 = {"position", "gap_ms", "ids", "order"}
 FLOATS = {"eps", "gain"}
 
 
-def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps: int, stages: int) -> dict[str, Any]:
-    """Bytes of shared memory and stack, how often the PTX names an instruction, and how rows lie on threads where they
-    are summed; unnamed arguments are by type."""
+def build(
+    kernel: Any, arch: int, constants: dict, given: dict[str, str], warps: int, stages: int
+) -> dict[str, Any]:
+    """Bytes of shared memory and stack, how often the PTX names an instruction, and how rows lie on
+    threads where they are summed; unnamed arguments are by type."""
     types = {}
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         elif name in given:
             types[name] = given[name]
-        elif name.startswith(("num_", "stride_")) or name in ("width", "silu_from", "seed", "threshold", "steps"):
+        elif name.startswith(("num_", "stride_")) or name in (
+            "width",
+            "silu_from",
+            "seed",
+            "threshold",
+            "steps",
+        ):
             types[name] = "i32"
         else:
             types[name] = "fp32" if name in FLOATS else "*fp32" if name in FLOAT32 else "*bf16"
         if name in INT64:
             types[name] = "*i64"
-    aligned = [i for i, (k, t) in enumerate(types.items()) if t.startswith("*") or k.startswith(("stride", "width"))]
+    aligned = [
+        i
+        for i, (k, t) in enumerate(types.items())
+        if t.startswith("*") or k.startswith(("stride", "width"))
+    ]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
     options = {"num_warps": warps, "num_stages": stages}
@@ -61,7 +73,9 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
     assert stack is not None and registers is not None, usage
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     layouts = dict(re.findall(r"(#blocked\d*) = #ttg.blocked<(\{.*\})>", ttgir))
-    row_sums = re.findall(r"\(tensor<\d+x\d+xf32, (#blocked\d*)>\) -> tensor<\d+xf32, #ttg.slice<\{dim = 1", ttgir)
+    row_sums = re.findall(
+        r"\(tensor<\d+x\d+xf32, (#blocked\d*)>\) -> tensor<\d+xf32, #ttg.slice<\{dim = 1", ttgir
+    )
     return {
         "row_sums": sorted({layouts[name] for name in row_sums}),
         "shared": compiled.metadata.shared,
@@ -74,9 +88,23 @@ def build(kernel: Any, arch: int, constants: dict, given: dict[str, str], warps:
     }
 
 
-def build_linear(arch: int, tile: LinearTile, *, fp8: bool = False, silu: bool = False, slope: bool = False) -> dict:
-    constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.inputs, "PARTS": tile.parts}
-    constants |= {"SILU": silu, "SLOPE": slope, "RESIDUAL": not silu, "FP8": fp8, "TMA": arch == 90, "FAST": True}
+def build_linear(
+    arch: int, tile: LinearTile, *, fp8: bool = False, silu: bool = False, slope: bool = False
+) -> dict:
+    constants = {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.outputs,
+        "BLOCK_K": tile.inputs,
+        "PARTS": tile.parts,
+    }
+    constants |= {
+        "SILU": silu,
+        "SLOPE": slope,
+        "RESIDUAL": not silu,
+        "FP8": fp8,
+        "TMA": arch == 90,
+        "FAST": True,
+    }
     constants |= {"EVEN": True, "FLATTEN": tile.flatten, "TMA_OUT": tile.tma_out}
     kind = "fp8e4nv" if fp8 else "bf16"
     given = {"x": f"*{kind}", "w": f"*{kind}"}
@@ -84,13 +112,17 @@ def build_linear(arch: int, tile: LinearTile, *, fp8: bool = False, silu: bool =
         given = {"x": f"tensordesc<{kind}[{tile.rows}, {tile.inputs}]>"}
         given["w"] = f"tensordesc<{kind}[{tile.outputs}, {tile.inputs}]>"
         if tile.tma_out:
-            given |= dict.fromkeys(("out", "slope"), f"tensordesc<bf16[{tile.rows}, {tile.outputs // tile.parts}]>")
+            given |= dict.fromkeys(
+                ("out", "slope"), f"tensordesc<bf16[{tile.rows}, {tile.outputs // tile.parts}]>"
+            )
     return build(linear.linear, arch, constants, given, tile.warps, tile.stages)
 
 
 def build_position_time(arch: int) -> dict[str, dict]:
     forward = {"ROWS": placing.TILE // 512, "BLOCK": 512, "KEYS": True}
-    sums, sums32 = ({"BLOCK_N": places, "BLOCK_E": columns} for places, columns in placing.SUMMED.values())
+    sums, sums32 = (
+        {"BLOCK_N": places, "BLOCK_E": columns} for places, columns in placing.SUMMED.values()
+    )
     keys, keys32 = {"keys": "*i16"}, {"keys": "*i32", "grad": "*fp32"}
     builds = [
         ("forward, event", position_time.add_forward, {**forward, "EVENT": True}, keys),
@@ -119,22 +151,60 @@ def main() -> None:
         tile = tile_size(outputs=512, fp8=fp8, residual=not silu, half=True, hopper=hopper)
         kind = f"{'fp8 ' * fp8}{'silu' if silu else 'residual'}{' slope' * slope}"
         arch = 90 if hopper else 80
-        found[f"sm_{arch} linear {kind}"] = build_linear(arch, tile, fp8=fp8, silu=silu, slope=slope)
+        found[f"sm_{arch} linear {kind}"] = build_linear(
+            arch, tile, fp8=fp8, silu=silu, slope=slope
+        )
     codes, mixed = {"out_fp8": "*fp8e4nv"}, {"weight": "*fp32", "bias": "*fp32"}  # as in training
     gate = {"CONCAT": False, "DROPOUT": True, "OUT": True}
     rowwise = [
         ("layer_norm forward", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": False}, {}),
-        ("layer_norm forward codes", layer_norm.norm_forward, FORWARD, {"OUT": False, "FP8": True}, codes),
-        ("layer_norm forward both", layer_norm.norm_forward, FORWARD, {"OUT": True, "FP8": True}, codes),
+        (
+            "layer_norm forward codes",
+            layer_norm.norm_forward,
+            FORWARD,
+            {"OUT": False, "FP8": True},
+            codes,
+        ),
+        (
+            "layer_norm forward both",
+            layer_norm.norm_forward,
+            FORWARD,
+            {"OUT": True, "FP8": True},
+            codes,
+        ),
         ("layer_norm quantize", layer_norm.quantize, FORWARD, {}, codes),
         ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, mixed),
         ("layer_norm swish forward", layer_norm.swish_forward, FORWARD, {}, {}),
         ("layer_norm swish backward", layer_norm.swish_backward, SWISH_BACKWARD, {}, mixed),
-        ("norm_gate forward codes", norm_gate.gate_forward, GATE_FORWARD, {**gate, "OUT": False, "FP8": True}, codes),
-        ("norm_gate forward both", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": True}, codes),
+        (
+            "norm_gate forward codes",
+            norm_gate.gate_forward,
+            GATE_FORWARD,
+            {**gate, "OUT": False, "FP8": True},
+            codes,
+        ),
+        (
+            "norm_gate forward both",
+            norm_gate.gate_forward,
+            GATE_FORWARD,
+            {**gate, "FP8": True},
+            codes,
+        ),
         ("norm_gate backward", norm_gate.gate_backward, GATE_BACKWARD, gate, {}),
-        ("norm_gate forward, float32 weights", norm_gate.gate_forward, GATE_FORWARD, {**gate, "FP8": False}, mixed),
-        ("norm_gate backward, float32 weights", norm_gate.gate_backward, GATE_BACKWARD, gate, mixed),
+        (
+            "norm_gate forward, float32 weights",
+            norm_gate.gate_forward,
+            GATE_FORWARD,
+            {**gate, "FP8": False},
+            mixed,
+        ),
+        (
+            "norm_gate backward, float32 weights",
+            norm_gate.gate_backward,
+            GATE_BACKWARD,
+            gate,
+            mixed,
+        ),
     ]
     for name, kernel, rows, constants, given in rowwise:
         for width in (512, 1024) if "swish" in name else (512,):

@@ -1,4 +1,6 @@
-"""Compiles the kernels of tables and jagged rows for Hopper, prints JSON; not under TRITON_INTERPRET."""
+"""Compiles the kernels of tables and jagged rows for Hopper, prints JSON; not under
+TRITON_INTERPRET.
+"""
 
 import json
 import re
@@ -20,14 +22,43 @@ from kernels.sampled_softmax import triton_kernels as softmax
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
-    "*i64": {"left_offsets", "right_offsets", "offsets", "new_offsets", "order", "positives", "starts"},
+    "*i64": {
+        "left_offsets",
+        "right_offsets",
+        "offsets",
+        "new_offsets",
+        "order",
+        "positives",
+        "starts",
+    },
     "*i32": {"packed", "ids", "negatives"},
     "*bf16": {"whole", "left", "right", "long", "short", "out"},
     "*fp32": {
-        *("grads", "partial", "weight", "m", "v", "grad_scale", "users", "items", "loss", "lse", "grad"),
+        *(
+            "grads",
+            "partial",
+            "weight",
+            "m",
+            "v",
+            "grad_scale",
+            "users",
+            "items",
+            "loss",
+            "lse",
+            "grad",
+        ),
         *("per_user_norm", "shifted_lse", "of_positive"),
     },
-    "fp32": {"lr", "share1", "share2", "correct1", "correct2", "eps", "weight_decay", "per_temperature"},
+    "fp32": {
+        "lr",
+        "share1",
+        "share2",
+        "correct1",
+        "correct2",
+        "eps",
+        "weight_decay",
+        "per_temperature",
+    },
 }
 BUILDS = [
     (jagged.concatenate_or_split, {"SPLIT": False, "BLOCK_T": 8, "BLOCK_E": 512}),
@@ -87,7 +118,9 @@ def written_after_all_read(ptx: str) -> bool:
 def main() -> None:
     found = {}
     for kernel, constants in BUILDS:
-        flags = " ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, bool) or k == "BLOCK_D")
+        flags = " ".join(
+            f"{k}={v}" for k, v in constants.items() if isinstance(v, bool) or k == "BLOCK_D"
+        )
         found[f"{kernel.__name__} {flags}".strip()] = build(kernel, constants, {})
     kernel, constants = BUILDS[5]
     found[f"{kernel.__name__} bfloat16"] = build(kernel, constants, {"weight": "*bf16"})

@@ -7,15 +7,42 @@ import pyarrow as pa
 
 from serve_app.schemas import EVENT_EXAMPLE, RANK_EXAMPLE
 
-INSIDES = ("Traceback", 'File "', "site-packages", "serve_app", "pipeline", ".py", "sqlite", "pydantic", "tmp/")
+INSIDES = (
+    "Traceback",
+    'File "',
+    "site-packages",
+    "serve_app",
+    "pipeline",
+    ".py",
+    "sqlite",
+    "pydantic",
+    "tmp/",
+)
 
 
 def malformed(rng: random.Random) -> bytes:
     """A body that was good once."""
-    body = rng.choice([RANK_EXAMPLE, {"events": [EVENT_EXAMPLE]}, {"history": [], "candidates": [{"item_id": 1}]}])
+    body = rng.choice(
+        [RANK_EXAMPLE, {"events": [EVENT_EXAMPLE]}, {"history": [], "candidates": [{"item_id": 1}]}]
+    )
     text = json.dumps(body).encode()
     at = rng.randrange(len(text))
-    odd = rng.choice([b"", b"\x00", b"\xff", b"-", b"1e999", b"NaN", b'"', b"{", b"]", b"null", b"\\ud800", b"9" * 400])
+    odd = rng.choice(
+        [
+            b"",
+            b"\x00",
+            b"\xff",
+            b"-",
+            b"1e999",
+            b"NaN",
+            b'"',
+            b"{",
+            b"]",
+            b"null",
+            b"\\ud800",
+            b"9" * 400,
+        ]
+    )
     kind = rng.randrange(8)
     if kind == 0:
         return text[:at]
@@ -37,10 +64,21 @@ def malformed_arrow(rng: random.Random) -> bytes:
     head = {"user_id": 3, "request_features": {"tab": 1}}
     if rng.random() < 0.3:
         spoil(head, rng)
-    columns = {"item_id": pa.array([1, 2, 3], pa.int64()), "tab": pa.array([0, None, 1], pa.int32())}
+    columns = {
+        "item_id": pa.array([1, 2, 3], pa.int64()),
+        "tab": pa.array([0, None, 1], pa.int32()),
+    }
     if rng.random() < 0.2:
-        types = [pa.string(), pa.float64(), pa.list_(pa.int64()), pa.dictionary(pa.int32(), pa.string()), pa.int8()]
-        columns[rng.choice(["item_id", "tab", "", "score"])] = pa.array([None] * 3, rng.choice(types))
+        types = [
+            pa.string(),
+            pa.float64(),
+            pa.list_(pa.int64()),
+            pa.dictionary(pa.int32(), pa.string()),
+            pa.int8(),
+        ]
+        columns[rng.choice(["item_id", "tab", "", "score"])] = pa.array(
+            [None] * 3, rng.choice(types)
+        )
     table = pa.table(columns).replace_schema_metadata({"rank": json.dumps(head)})
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=rng.choice([None, None, None, "lz4", "zstd"]))
@@ -57,7 +95,23 @@ def spoil(node: dict | list, rng: random.Random) -> None:
     key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
     if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
         return spoil(node[key], rng)
-    values = [None, True, "", "x" * 5000, -1, 2**63, 2**64, 1.5, 1e300, float("inf"), [], {}, [[]], {"a": {}}, "\ud800"]
+    values = [
+        None,
+        True,
+        "",
+        "x" * 5000,
+        -1,
+        2**63,
+        2**64,
+        1.5,
+        1e300,
+        float("inf"),
+        [],
+        {},
+        [[]],
+        {"a": {}},
+        "\ud800",
+    ]
     if rng.random() < 0.2 and isinstance(node, dict):
         node[rng.choice(["", "__class__", "user_id\x00", "é" * 500])] = node.pop(key)
     else:

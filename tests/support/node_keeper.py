@@ -1,8 +1,11 @@
-"""A Ray cluster of several nodes on this machine, in a process of its own: `python tests/support/node_keeper.py FOLDER`.
+"""A Ray cluster of several nodes on this machine, in a process of its own: `python
+tests/support/node_keeper.py FOLDER`.
 
-A head without CPUs and workers of one CPU each. It prints the head's address, then does what it reads, a line each,
-and answers "done": `add NAME` starts a worker, `kill NAME` ends all its processes at once, as when a machine is lost.
-At the end of its input it stops the rest. A worker's tasks see its name as their AWS access key.
+A head without CPUs and workers of one CPU each. It prints the head's address, then does what it
+reads, a line each,
+and answers "done": `add NAME` starts a worker, `kill NAME` ends all its processes at once, as when
+a machine is lost. At the end of its input it stops the rest. A worker's tasks see its name as their
+AWS access key.
 """
 
 import contextlib
@@ -15,11 +18,14 @@ MB = 2**20
 
 
 def main(folder: str) -> None:
-    os.environ["RAY_TMPDIR"] = folder  # Ray notes there what "the" cluster is, and not for the whole machine
+    # Ray notes there what "the" cluster is, and not for the whole machine
+    os.environ["RAY_TMPDIR"] = folder
     from ray.cluster_utils import Cluster
 
     common = {"object_store_memory": 120 * MB, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "gcs_server_port": 0, **common})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "gcs_server_port": 0, **common}
+    )
     nodes = {}
     print(cluster.address, flush=True)
     try:

@@ -1,4 +1,6 @@
-"""An S3 server in the tests' own process (moto), which can be made busy, or slow for some of those who ask."""
+"""An S3 server in the tests' own process (moto), which can be made busy, or slow for some of those
+who ask.
+"""
 
 import logging
 import threading
@@ -11,7 +13,10 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from pyarrow import fs
 from werkzeug.serving import make_server
 
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request "
+    b"rate.</Message></Error>"
+)
 
 
 class Bucket:
@@ -20,7 +25,8 @@ class Bucket:
     def __init__(self) -> None:
         self.application = DomainDispatcherApplication(create_backend_app)
         self.endpoint = ""
-        self.refuse: Counter[str] = Counter()  # method -> how many of the next requests are answered 503
+        # method -> how many of the next requests are answered 503
+        self.refuse: Counter[str] = Counter()
         self.hold: str | None = None  # requests made with this access key wait for `release`
         self.held, self.release = threading.Event(), threading.Event()
 
@@ -33,12 +39,17 @@ class Bucket:
         return f"s3://logs/{prefix}{self.options}"
 
     def _store(self) -> fs.S3FileSystem:
-        return fs.S3FileSystem(region="us-east-1", endpoint_override=self.endpoint, allow_bucket_creation=True)
+        return fs.S3FileSystem(
+            region="us-east-1", endpoint_override=self.endpoint, allow_bucket_creation=True
+        )
 
     def answer(self, request: dict, start: Callable) -> Iterable[bytes]:
         if self.refuse[request["REQUEST_METHOD"]] > 0:
             self.refuse[request["REQUEST_METHOD"]] -= 1
-            start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
+            start(
+                "503 Slow Down",
+                [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))],
+            )
             return [SLOW_DOWN]
         if self.hold and f"Credential={self.hold}/" in request.get("HTTP_AUTHORIZATION", ""):
             self.held.set()

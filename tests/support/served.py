@@ -36,19 +36,24 @@ class Served:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=30, headers=replay.key_header(self.cfg))
+        self.client = httpx.Client(
+            base_url=self.url, timeout=30, headers=replay.key_header(self.cfg)
+        )
 
 
 @contextmanager
 def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Iterator[Served]:
-    """Two registered versions, the first of them champion and serving to who has a key; Ray is there already."""
+    """Two registered versions, the first of them champion and serving to who has a key; Ray is
+    there already.
+    """
     from ray import serve
 
     hashes, key = folder / "keys.sha256", folder / "key"
     key.write_text("a-key")
     hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
     options |= {"port": 0, "api_keys_file": str(hashes), "client_key_file": str(key)}
-    options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}  # a busy machine is no reason to refuse
+    # a busy machine is no reason to refuse
+    options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}
     cfg = replace(tiny_config(mlflow_runs, tracking={"model_name": name}, serve=options), name=name)
     publish_sequences(cfg)
     folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
@@ -66,14 +71,21 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
 
 
 def restore(server: Served) -> None:
-    """The first version the champion, and every replica answering with it alone, whatever a test left or killed."""
+    """The first version the champion, and every replica answering with it alone, whatever a test
+    left or killed.
+    """
     first = server.versions[0]
     if registry.champion(server.cfg).version != first:
         assert registry.rollback(server.cfg) == first
     champion_alone = {("champion", first): server.cfg.serve.num_replicas}
     if wait_until(lambda: loaded(server)).keys() - champion_alone.keys():
         deployment.deploy(server.cfg, server.dashboard_url, registry.champion(server.cfg))
-    wait_until(lambda: loaded(server) == champion_alone and len(replica_pids()) == server.cfg.serve.num_replicas)
+    wait_until(
+        lambda: (
+            loaded(server) == champion_alone
+            and len(replica_pids()) == server.cfg.serve.num_replicas
+        )
+    )
 
 
 def loaded(server: Served) -> dict[tuple[str, int], int]:
@@ -87,7 +99,9 @@ def loaded(server: Served) -> dict[tuple[str, int], int]:
 
 
 def metrics_page(server: Served) -> str:
-    """The text of /metrics, which is 503 where a replica of a busy machine does not say its numbers in time."""
+    """The text of /metrics, which is 503 where a replica of a busy machine does not say its numbers
+    in time.
+    """
 
     def page() -> str:
         answer = server.client.get("/metrics")
@@ -119,7 +133,9 @@ class Load:
         self.stop = threading.Event()
 
     def _send(self, url: str, bodies: list[bytes], headers: dict[str, str]) -> None:
-        self.answers = asyncio.run(load_test.send(url, self.load, self.asked, bodies, headers, self.stop))
+        self.answers = asyncio.run(
+            load_test.send(url, self.load, self.asked, bodies, headers, self.stop)
+        )
 
     def __enter__(self) -> "Load":
         self.sending.start()
@@ -131,13 +147,16 @@ class Load:
 
 
 def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
-    """Under load the second version is promoted, `meanwhile` happens, and the first comes back: no request fails, and
-    the versions that answer follow the deployments."""
+    """Under load the second version is promoted, `meanwhile` happens, and the first comes back: no
+    request fails, and the versions that answer follow the deployments."""
     first, second = served.versions
     with Load(served, most_seconds=90) as load:
         time.sleep(1)
         assert registry.promote(served.cfg, second).promoted
-        assert deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg)) == served.url
+        assert (
+            deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
+            == served.url
+        )
         meanwhile()
         time.sleep(2)
         assert registry.rollback(served.cfg) == first
@@ -159,7 +178,9 @@ def asked_inside(request: RankColumns) -> RankedColumns:
         async def ask(self, request: RankColumns) -> RankedColumns:
             from ray import serve
 
-            return await serve.get_deployment_handle("RankerReplica", deployment.APPLICATION).rank.remote(request)
+            return await serve.get_deployment_handle(
+                "RankerReplica", deployment.APPLICATION
+            ).rank.remote(request)
 
     return ray.get(Caller.remote().ask.remote(request))
 
@@ -168,4 +189,6 @@ def replica_pids() -> list[int]:
     from ray.util.state import list_actors
 
     name = "ServeReplica:ranking:RankerReplica"
-    return [a.pid for a in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])]
+    return [
+        a.pid for a in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])
+    ]

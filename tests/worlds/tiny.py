@@ -27,7 +27,11 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
         {
             "name": "tiny",
             "runs_dir": str(runs_dir),
-            "source": {"kind": "synthetic", "actions": ["is_click", "is_like"], "request_columns": ["tab"]},
+            "source": {
+                "kind": "synthetic",
+                "actions": ["is_click", "is_like"],
+                "request_columns": ["tab"],
+            },
             "tasks": ["is_click", "is_like"],
             "features": {
                 "request": {"tab": {"dim": 2}, "hour": {"dim": 2}},
@@ -62,7 +66,8 @@ def tiny_config(runs_dir: Path, **sections: dict) -> RunConfig:
 
 
 def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = None) -> pa.Table:
-    """Users 0, 1, … in two buckets, rows before, in and after the validation period; some with order_only rows.
+    """Users 0, 1, … in two buckets, rows before, in and after the validation period; some with
+    order_only rows.
 
     With `table`, an altered copy of what an earlier call returned, that.
     """
@@ -76,8 +81,17 @@ def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = No
     buckets = []
     for number in range(2):
         table = pa.Table.from_pylist(rows[number::2], schema=schema.sequence_schema(columns))
-        buckets.append(_write(folder, f"bucket-{number}.parquet", table, sum(map(len, table["item_id"].to_pylist()))))
-    cities = pa.table({"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]})
+        buckets.append(
+            _write(
+                folder,
+                f"bucket-{number}.parquet",
+                table,
+                sum(map(len, table["item_id"].to_pylist())),
+            )
+        )
+    cities = pa.table(
+        {"user_id": np.arange(NUM_USERS), "city": [f"city {i % 3}" for i in range(NUM_USERS)]}
+    )
     times = [time for row in rows for time in row["event_time"]]
     manifest = store.Manifest(
         digest=hashlib.sha256(str(seed).encode()).hexdigest(),
@@ -109,7 +123,8 @@ def _user(user: int, rng: np.random.Generator, cfg: RunConfig) -> dict:
     length = int(rng.integers(3, 20))
     num_order_only = int(rng.integers(0, 3)) if user % 2 else 0
     request = np.sort(rng.integers(0, length, length))
-    request[:num_order_only] = np.arange(num_order_only) - num_order_only  # each its own, before the others
+    # each its own, before the others
+    request[:num_order_only] = np.arange(num_order_only) - num_order_only
     request = np.unique(request, return_inverse=True)[1]
     start = cfg.split.val_ms - 3 * DAY_MS
     return {

@@ -1,1 +1,3 @@
-"""Sequence encoders to compare ULTRA-HSTU with: same tokens, heads, loss, data and trainer (`model.encoder`)."""
+"""Sequence encoders to compare ULTRA-HSTU with: same tokens, heads, loss, data and trainer
+(`model.encoder`).
+"""

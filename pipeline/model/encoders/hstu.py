@@ -1,4 +1,5 @@
-"""HSTU (arXiv:2402.17152) as ULTRA-HSTU's baseline: plain causal attention over the whole history in every layer.
+"""HSTU (arXiv:2402.17152) as ULTRA-HSTU's baseline: plain causal attention over the whole history
+in every layer.
 
 `hstu` reads two tokens an event, item and then action, as that paper does; `hstu_merged` one. With
 `model.relative_bias` each layer adds a learned bias of relative position and time to its scores.
@@ -29,7 +30,10 @@ class InterleavedEncoder(TokenEncoder):
 
 
 def interleave(items: Tokens, action_TE: Tensor) -> Tokens:
-    """Each history row's action behind its item; a candidate has no action. `items` have no context yet."""
+    """Each history row's action behind its item; a candidate has no action.
+
+    `items` have no context yet.
+    """
     lengths, num_targets = items.lengths_on_host()
     is_target = target_mask(items.seq_offsets, items.num_targets, len(action_TE))
     pairs = torch.stack([items.x_TE, action_TE.to(items.x_TE.dtype)], dim=1).flatten(0, 1)
@@ -55,7 +59,9 @@ class HSTU(nn.Module):
         self.layers = nn.ModuleList(STU(cfg, num_context) for _ in range(cfg.num_layers))
         shapes = {"position": cfg.position_buckets, "time": TIME_BUCKETS}
         self.bias = nn.ModuleList(
-            nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(size)) for name, size in shapes.items()})
+            nn.ParameterDict(
+                {name: nn.Parameter(0.02 * torch.randn(size)) for name, size in shapes.items()}
+            )
             for _ in range(cfg.num_layers if cfg.relative_bias else 0)
         )
         self.norm_out = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
@@ -80,8 +86,8 @@ class HSTU(nn.Module):
 def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Tensor:
     """int64 [T], ms since the sequence's first row, of the tokens that the encoder made of `batch`.
 
-    Summed up from the gaps, so that time which is only an order does not pass. Context tokens are at 0, a candidate at
-    its request.
+    Summed up from the gaps, so that time which is only an order does not pass. Context tokens are
+    at 0, a candidate at its request.
     """
     offsets, num_tokens = batch.seq_offsets, batch.num_tokens
     host_targets = batch.on_host.num_targets.long()
@@ -90,7 +96,8 @@ def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Te
     is_target = target_mask(offsets, batch.num_targets, num_tokens)
     gap = batch.gap_ms.clamp(min=0)
     passed = gap.masked_fill(is_target, 0).cumsum(0)
-    time = passed - passed[offsets[:-1].clamp(max=num_tokens - 1)][sequence]  # the first row is at 0
+    # the first row is at 0
+    time = passed - passed[offsets[:-1].clamp(max=num_tokens - 1)][sequence]
     at = target_index(offsets, batch.num_targets, num_candidates)
     num_history = (offsets.diff() - batch.num_targets)[sequence[at]]
     visible = num_history if batch.target_visible is None else batch.target_visible.long()

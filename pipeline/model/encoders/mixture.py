@@ -1,8 +1,9 @@
-"""Mixture of transducers (ULTRA-HSTU, arXiv:2602.16986): one per kind of row, so that the many do not drown the few.
+"""Mixture of transducers (ULTRA-HSTU, arXiv:2602.16986): one per kind of row, so that the many do
+not drown the few.
 
-The tokens are encoded once, with positions and gaps of the whole sequence. A channel is the context, the history rows
-that its filter lets through and every candidate, read by a transducer of its own; the candidates' outputs of all
-channels lie side by side before the heads.
+The tokens are encoded once, with positions and gaps of the whole sequence. A channel is the
+context, the history rows that its filter lets through and every candidate, read by a transducer of
+its own; the candidates' outputs of all channels lie side by side before the heads.
 """
 
 from collections.abc import Sequence
@@ -47,8 +48,11 @@ def channel_model(model: ModelConfig, channel: ChannelConfig) -> ModelConfig:
     )
 
 
-def filter_rows(tokens: Tokens, batch: SequenceBatch, channel: ChannelConfig, actions: Sequence[str]) -> Tokens:
-    """Context, candidates and the history rows on which one of the channel's actions is known and set.
+def filter_rows(
+    tokens: Tokens, batch: SequenceBatch, channel: ChannelConfig, actions: Sequence[str]
+) -> Tokens:
+    """Context, candidates and the history rows on which one of the channel's actions is known and
+    set.
 
     `tokens` are the batch's, each sequence after its context.
     """
@@ -56,13 +60,17 @@ def filter_rows(tokens: Tokens, batch: SequenceBatch, channel: ChannelConfig, ac
         return tokens
     bits = sum(1 << actions.index(action) for action in set(channel.actions))
     passes = _passes(batch, bits)
-    shift = (tokens.seq_offsets - batch.seq_offsets)[1:]  # context tokens up to and with a sequence's own
+    # context tokens up to and with a sequence's own
+    shift = (tokens.seq_offsets - batch.seq_offsets)[1:]
     at = torch.arange(batch.num_tokens, device=passes.device)
     at = at + shift[sequence_index(batch.seq_offsets, batch.num_tokens)]
-    is_kept = torch.ones(tokens.x_TE.shape[0], dtype=torch.bool, device=passes.device)  # context tokens stay
+    # context tokens stay
+    is_kept = torch.ones(tokens.x_TE.shape[0], dtype=torch.bool, device=passes.device)
     host = batch.on_host
     before = torch.nn.functional.pad(_passes(host, bits).cumsum(0), (1, 0))
-    kept_lengths = before[host.seq_offsets].diff() + tokens.lengths_on_host()[0] - host.seq_offsets.diff()
+    kept_lengths = (
+        before[host.seq_offsets].diff() + tokens.lengths_on_host()[0] - host.seq_offsets.diff()
+    )
     return select(tokens, is_kept.index_copy(0, at, passes), kept_lengths)
 
 

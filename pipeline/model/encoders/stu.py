@@ -1,12 +1,16 @@
-"""One STU layer (ULTRA-HSTU, arXiv:2602.16986, eq. 1-5) over packed sequences: the weights; the work is `stu_layer`.
+"""One STU layer (ULTRA-HSTU, arXiv:2602.16986, eq. 1-5) over packed sequences: the weights; the
+work is `stu_layer`.
 
-    X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y + Z
+    X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y +
+    Z
 
-The authors' production code differs in two places, offered as switches: `silu_qkv: false` leaves Q, K and V linear,
+The authors' production code differs in two places, offered as switches: `silu_qkv: false` leaves Q,
+K and V linear,
 and `concat_ua: true` is Y = f2(concat[U, A, Norm(A) ⊙ U]).
 
-There is no softmax, so nothing fixes the size of A: the constant divisor of the scores cancels in Norm(A) except
-through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is silent; training logs both.
+There is no softmax, so nothing fixes the size of A: the constant divisor of the scores cancels in
+Norm(A) except through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is
+silent; training logs both.
 """
 
 from torch import Tensor, nn
@@ -47,24 +51,40 @@ class STU(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         p = self.cfg.dropout if self.training else 0.0
         return stu.stu_layer(
-            tokens.x_TE, self.weights(), self.shape, sequences(tokens), p=p, backend=self.cfg.attention_backend
+            tokens.x_TE,
+            self.weights(),
+            self.shape,
+            sequences(tokens),
+            p=p,
+            backend=self.cfg.attention_backend,
         )
 
     def project(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U [T, h * d_v] as `output` takes it, Q and K [T, h, d_qk], V [T, h, d_v]; no row needs another."""
+        """U [T, h * d_v] as `output` takes it, Q and K [T, h, d_qk], V [T, h, d_v]; no row needs
+        another.
+        """
         return stu.project(x_TE, self.weights(), self.shape, backend=self.cfg.attention_backend)
 
     def attend(
-        self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, tokens: Tokens, bias: RelativeBias | None = None
+        self,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THV: Tensor,
+        tokens: Tokens,
+        bias: RelativeBias | None = None,
     ) -> Tensor:
         """A, [T, h, d_v]."""
         where = sequences(tokens)
-        return stu.attend(q_THD, k_THD, v_THV, self.shape, where, bias=bias, backend=self.cfg.attention_backend)
+        return stu.attend(
+            q_THD, k_THD, v_THV, self.shape, where, bias=bias, backend=self.cfg.attention_backend
+        )
 
     def output(self, x_TE: Tensor, u: Tensor, a_THV: Tensor) -> Tensor:
         """Z' of rows Z from their gate U and their attention A; no row needs another."""
         p = self.cfg.dropout if self.training else 0.0
-        return stu.output(x_TE, u, a_THV, self.weights(), self.shape, p=p, backend=self.cfg.attention_backend)
+        return stu.output(
+            x_TE, u, a_THV, self.weights(), self.shape, p=p, backend=self.cfg.attention_backend
+        )
 
     def weights(self) -> STUWeights:
         layers = self.norm_in, self.uvqk, self.norm_attn, self.out
@@ -72,4 +92,6 @@ class STU(nn.Module):
 
 
 def sequences(tokens: Tokens) -> stu.Sequences:
-    return stu.Sequences(tokens.seq_offsets, tokens.max_seq_len, tokens.num_targets, tokens.target_visible)
+    return stu.Sequences(
+        tokens.seq_offsets, tokens.max_seq_len, tokens.num_targets, tokens.target_visible
+    )

@@ -1,4 +1,6 @@
-"""A stack of STU layers with attention truncation: later layers keep only the newest history (arXiv:2602.16986)."""
+"""A stack of STU layers with attention truncation: later layers keep only the newest history
+(arXiv:2602.16986).
+"""
 
 from dataclasses import replace
 
@@ -14,13 +16,15 @@ from pipeline.model.tokens import Tokens
 def select(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
     """The tokens where `kept`, bool [T], is true, context and candidates among them.
 
-    `kept_lengths`, int64 [B] on the CPU, says how many those are in each sequence. What a candidate sees is counted
-    anew among the kept tokens; the mask follows from the new lengths.
+    `kept_lengths`, int64 [B] on the CPU, says how many those are in each sequence. What a candidate
+    sees is counted anew among the kept tokens; the mask follows from the new lengths.
     """
     offsets, visible = tokens.seq_offsets, tokens.target_visible
     kept_before = nn.functional.pad(kept.cumsum(0), (1, 0))
     if visible is not None:
-        first = torch.repeat_interleave(offsets[:-1], tokens.num_targets, output_size=visible.numel())
+        first = torch.repeat_interleave(
+            offsets[:-1], tokens.num_targets, output_size=visible.numel()
+        )
         visible = (kept_before[first + visible] - kept_before[first]).to(visible.dtype)
     index = torch.nonzero_static(kept, size=int(kept_lengths.sum())).squeeze(1)
     return Tokens(
@@ -34,7 +38,9 @@ def select(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
 
 
 def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
-    """Context, the newest `keep_events` events and all candidates; a history no longer than that is untouched."""
+    """Context, the newest `keep_events` events and all candidates; a history no longer than that is
+    untouched.
+    """
     lengths, num_targets = tokens.lengths_on_host()
     kept = torch.minimum(lengths, num_context + keep_events + num_targets)
     x_TE, offsets = truncate_tail(
@@ -47,11 +53,20 @@ def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
     visible = tokens.target_visible
     if visible is not None:
         dropped = torch.repeat_interleave(
-            tokens.seq_offsets.diff() - offsets.diff(), tokens.num_targets, output_size=visible.numel()
+            tokens.seq_offsets.diff() - offsets.diff(),
+            tokens.num_targets,
+            output_size=visible.numel(),
         )
         newest = (visible - dropped).clamp(min=num_context)  # what is left of it, the context whole
         visible = torch.where(visible > num_context, newest, visible).to(visible.dtype)
-    return Tokens(x_TE, offsets, tokens.num_targets, visible, int(kept.max()), torch.stack([kept, num_targets]))
+    return Tokens(
+        x_TE,
+        offsets,
+        tokens.num_targets,
+        visible,
+        int(kept.max()),
+        torch.stack([kept, num_targets]),
+    )
 
 
 class Transducer(nn.Module):
@@ -75,4 +90,6 @@ class Transducer(nn.Module):
 def candidates(tokens: Tokens) -> Tensor:
     """[C, d]"""
     num_targets = int(tokens.lengths_on_host()[1].sum())
-    return truncate_tail(tokens.x_TE, tokens.seq_offsets, tokens.num_targets, num_rows=num_targets)[0]
+    return truncate_tail(tokens.x_TE, tokens.seq_offsets, tokens.num_targets, num_rows=num_targets)[
+        0
+    ]

@@ -1,8 +1,9 @@
-"""Softmax attention: a pre-norm Transformer, and SASRec (arXiv:1808.09781) in the form of its authors' code.
+"""Softmax attention: a pre-norm Transformer, and SASRec (arXiv:1808.09781) in the form of its
+authors' code.
 
-Both see what plain causal HSTU sees, candidates blind to each other. PyTorch's `scaled_dot_product_attention` has no
-jagged form of that mask, so attention alone pads to the longest sequence, with one [B, L, L] mask for all layers;
-everything else works on packed tokens.
+Both see what plain causal HSTU sees, candidates blind to each other. PyTorch's
+`scaled_dot_product_attention` has no jagged form of that mask, so attention alone pads to the
+longest sequence, with one [B, L, L] mask for all layers; everything else works on packed tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -30,11 +31,14 @@ class Padding:
         sequence = sequence_index(offsets, num_tokens)
         position = torch.arange(num_tokens, device=offsets.device) - offsets[sequence]
         num_history = (offsets.diff() - tokens.num_targets)[sequence]
-        sees = torch.minimum(position + 1, num_history)  # so many keys from the oldest on; a candidate itself too
+        # so many keys from the oldest on; a candidate itself too
+        sees = torch.minimum(position + 1, num_history)
         if tokens.target_visible is not None:
             at = target_index(offsets, tokens.num_targets, len(tokens.target_visible))
             sees = sees.index_copy(0, at, tokens.target_visible.long())
-        padded = sees.new_zeros(len(tokens.num_targets), length).index_put((sequence, position), sees)
+        padded = sees.new_zeros(len(tokens.num_targets), length).index_put(
+            (sequence, position), sees
+        )
         key = torch.arange(length, device=offsets.device)
         # Padding too sees itself: a softmax over nothing would be NaN.
         mask = (key < padded[:, :, None]) | (key == key[:, None])
@@ -43,7 +47,9 @@ class Padding:
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, dropout: float) -> Tensor:
         """[T, H * V]"""
         q, k, v = (self._padded(x) for x in (q_THD, k_THD, v_THV))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, dropout_p=dropout
+        )
         return out.transpose(1, 2)[self.sequence, self.position].flatten(1)
 
     def _padded(self, x_THD: Tensor) -> Tensor:
@@ -93,7 +99,10 @@ class TransformerBlock(nn.Module):
         self.attention = SelfAttention(cfg)
         self.norm_ffn = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
         self.ffn = nn.Sequential(
-            nn.Linear(cfg.d_model, cfg.ffn_dim), nn.GELU(), nn.Dropout(cfg.dropout), nn.Linear(cfg.ffn_dim, cfg.d_model)
+            nn.Linear(cfg.d_model, cfg.ffn_dim),
+            nn.GELU(),
+            nn.Dropout(cfg.dropout),
+            nn.Linear(cfg.ffn_dim, cfg.d_model),
         )
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -104,7 +113,9 @@ class TransformerBlock(nn.Module):
 
 
 class SASRecBlock(nn.Module):
-    """Q = LN(x); x = LN(Q + MHA(Q, x, x)); x + FFN(x): norms without weights, keys and values not normalised."""
+    """Q = LN(x); x = LN(Q + MHA(Q, x, x)); x + FFN(x): norms without weights, keys and values not
+    normalised.
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()

@@ -1,12 +1,15 @@
-"""A history encoded once, candidates scored against it: M-FALCON (HSTU, arXiv:2402.17152, algorithm 1).
+"""A history encoded once, candidates scored against it: M-FALCON (HSTU, arXiv:2402.17152, algorithm
+1).
 
     history batch → `encode_history` → HistoryCache ─┐
     candidate batch ─────────────────────────────────┴→ `score_candidates` → logits
 
-History rows never see candidates, so what a candidate takes from them, their keys and values in each layer, is the same
-for every candidate and every request until the history changes. Semi-local attention and truncation work on the history
-alone: a layer's cache holds the rows that the layer still has. Position and time are those of the events themselves,
-so nothing in a cache depends on the request. The scores are those of `RankingModel.forward` on both together.
+History rows never see candidates, so what a candidate takes from them, their keys and values in
+each layer, is the same for every candidate and every request until the history changes. Semi-local
+attention and truncation work on the history alone: a layer's cache holds the rows that the layer
+still has. Position and time are those of the events themselves,
+so nothing in a cache depends on the request. The scores are those of `RankingModel.forward` on both
+together.
 """
 
 import itertools
@@ -31,7 +34,8 @@ class LayerCache:
 
     k_THD: Tensor
     v_THV: Tensor
-    offsets: Tensor  # int64 [B + 1]; layers with the same rows share the tensor, so that a plan serves them all
+    # int64 [B + 1]; layers with the same rows share the tensor, so that a plan serves them all
+    offsets: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,10 @@ class HistoryCache:
         return sum(x.nbytes for layer in self.layers for x in (layer.k_THD, layer.v_THV))
 
     def split(self) -> list["HistoryCache"]:
-        """One cache per history. Each has memory of its own: keeping one does not keep the others."""
+        """One cache per history.
+
+        Each has memory of its own: keeping one does not keep the others.
+        """
         num_histories = len(self.layers[0].offsets) - 1
         if num_histories == 1:
             return [self]
@@ -58,7 +65,9 @@ class HistoryCache:
                 for i, length in enumerate(offsets.diff()):
                     own[id(offsets), i] = torch.stack([torch.zeros_like(length), length])
             for i, (begin, end) in enumerate(itertools.pairwise(bounds[id(offsets)])):
-                parts[i].append(LayerCache(k[begin:end].clone(), v[begin:end].clone(), own[id(offsets), i]))
+                parts[i].append(
+                    LayerCache(k[begin:end].clone(), v[begin:end].clone(), own[id(offsets), i])
+                )
         return [HistoryCache(tuple(part)) for part in parts]
 
     @staticmethod
@@ -90,7 +99,9 @@ def encode_history(model: RankingModel, batch: SequenceBatch) -> HistoryCache:
     return HistoryCache(tuple(layers))
 
 
-def _stacks(model: RankingModel, tokens: Tokens, batch: SequenceBatch) -> list[tuple[Transducer, Tokens]]:
+def _stacks(
+    model: RankingModel, tokens: Tokens, batch: SequenceBatch
+) -> list[tuple[Transducer, Tokens]]:
     """Each transducer with the rows that it reads."""
     if isinstance(model.transducer, Transducer):
         return [(model.transducer, tokens)]
@@ -119,15 +130,22 @@ def _encode(stack: Transducer, tokens: Tokens) -> Iterator[LayerCache]:
         if depth == stack.truncate_after_layer:
             tokens = truncate(tokens, stack.num_context, stack.truncate_to)
         u, q, k, v = layer.project(tokens.x_TE)
-        yield LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets)  # not a view: it would keep u and q
+        # not a view: it would keep u and q
+        yield LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets)
         if depth < len(layers) - 1:
-            tokens = replace(tokens, x_TE=layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens)))
+            tokens = replace(
+                tokens, x_TE=layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens))
+            )
 
 
-def score_candidates(model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int) -> Tensor:
-    """Logits, float32 [C, tasks], of the candidates of B users in the order of `batch`, which holds no history rows.
+def score_candidates(
+    model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int
+) -> Tensor:
+    """Logits, float32 [C, tasks], of the candidates of B users in the order of `batch`, which holds
+    no history rows.
 
-    `cache` holds the same users' histories. At most `micro_batch` candidates pass the layers at a time.
+    `cache` holds the same users' histories. At most `micro_batch` candidates pass the layers at a
+    time.
     """
     x_CE = model.encoder.candidates(batch)
     parts = []
@@ -138,7 +156,9 @@ def score_candidates(model: RankingModel, cache: HistoryCache, batch: SequenceBa
     return model.score(torch.cat(parts), batch)
 
 
-def layer_outputs(model: RankingModel, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor) -> Tensor:
+def layer_outputs(
+    model: RankingModel, cache: HistoryCache, x_CE: Tensor, row_offsets: Tensor
+) -> Tensor:
     """[C, channels * d]: the transducers' outputs of the candidates `x_CE`."""
     outputs, caches = [], iter(cache.layers)
     for stack in _transducers(model):

@@ -1,7 +1,9 @@
-"""The candidate pass as CUDA graphs: for one user's candidates, launching the kernels takes longer than running them.
+"""The candidate pass as CUDA graphs: for one user's candidates, launching the kernels takes longer
+than running them.
 
-A graph holds fixed addresses and sizes. So a user's keys and values are copied into room of a bucket's size first, the
-candidates too, and the offsets, which the kernels read on the device, say how much of it counts.
+A graph holds fixed addresses and sizes. So a user's keys and values are copied into room of a
+bucket's size first, the candidates too, and the offsets, which the kernels read on the device, say
+how much of it counts.
 """
 
 import threading
@@ -34,8 +36,8 @@ class _Graph:
 class GraphedScorer:
     """`score_candidates` on a GPU; several users together go the ordinary way.
 
-    Besides the graphs it holds room for a history in each bucket of lengths that has come, all together at most twice
-    what the longest takes. Threads take turns: the room is shared.
+    Besides the graphs it holds room for a history in each bucket of lengths that has come, all
+    together at most twice what the longest takes. Threads take turns: the room is shared.
     """
 
     def __init__(self) -> None:
@@ -43,7 +45,9 @@ class GraphedScorer:
         self._rooms: dict[tuple[int, ...], HistoryCache] = {}
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
-    def __call__(self, model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int) -> Tensor:
+    def __call__(
+        self, model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int
+    ) -> Tensor:
         if batch.num_sequences > 1:
             return score_candidates(model, cache, batch, micro_batch)
         x_CE = model.encoder.candidates(batch)
@@ -56,7 +60,9 @@ class GraphedScorer:
             parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
         return model.score(torch.cat(parts), batch)
 
-    def _replay(self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor) -> Tensor:
+    def _replay(
+        self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor
+    ) -> Tensor:
         num_rows = len(rows)
         key = bucket(num_rows, FEWEST_ROWS), *sizes
         if key not in self._graphs:
@@ -73,7 +79,9 @@ def bucket(size: int, fewest: int) -> int:
 
 
 def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
-    """Room for one history with `sizes` rows in its layers; what lies beyond the rows that count is finite."""
+    """Room for one history with `sizes` rows in its layers; what lies beyond the rows that count is
+    finite.
+    """
     shared = {id(layer.offsets): torch.zeros_like(layer.offsets) for layer in like.layers}
     layers = []
     for layer, size in zip(like.layers, sizes, strict=True):
@@ -88,14 +96,17 @@ def fill(room: HistoryCache, cache: HistoryCache) -> None:
     for name in ("k_THD", "v_THV"):
         places = [getattr(place, name)[: len(kept.k_THD)] for place, kept in pairs]
         torch._foreach_copy_(places, [getattr(kept, name) for _, kept in pairs])  # pyright: ignore[reportPrivateImportUsage]
-    for offsets, num_rows in {id(p.offsets): (p.offsets, len(kept.k_THD)) for p, kept in pairs}.values():
+    for offsets, num_rows in {
+        id(p.offsets): (p.offsets, len(kept.k_THD)) for p, kept in pairs
+    }.values():
         offsets[1].fill_(num_rows)
 
 
 def _capture(model: RankingModel, room: HistoryCache, x_CE: Tensor) -> _Graph:
     row_offsets = torch.tensor([0, len(x_CE)], device=x_CE.device)
     half = torch.is_autocast_enabled("cuda")
-    # Autocast's own copies of weights would be freed with its block, and the graph would go on reading them.
+    # Autocast's own copies of weights would be freed with its block, and the graph would go on
+    # reading them.
     with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), half, cache_enabled=False):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -103,7 +114,8 @@ def _capture(model: RankingModel, room: HistoryCache, x_CE: Tensor) -> _Graph:
             for _ in range(WARM_UPS):
                 layer_outputs(model, room, x_CE, row_offsets)
         torch.cuda.current_stream().wait_stream(stream)
-        row_offsets[1].fill_(len(x_CE))  # a change: the list of tiles is made anew, inside the graph
+        # a change: the list of tiles is made anew, inside the graph
+        row_offsets[1].fill_(len(x_CE))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out_CE = layer_outputs(model, room, x_CE, row_offsets)

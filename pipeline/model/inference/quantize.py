@@ -1,4 +1,6 @@
-"""Number formats of inference: INT4 embedding tables (ULTRA-HSTU, arXiv:2602.16986), FP8 where training had none."""
+"""Number formats of inference: INT4 embedding tables (ULTRA-HSTU, arXiv:2602.16986), FP8 where
+training had none.
+"""
 
 import logging
 from dataclasses import replace
@@ -12,7 +14,8 @@ from pipeline.model.encoders.stu import STU
 
 logger = logging.getLogger(__name__)
 
-WORTH_BYTES = 2**16  # a table that would shrink by less stays as it is: all such tables of a model are a few hundred KB
+# a table that would shrink by less stays as it is: all such tables of a model are a few hundred KB
+WORTH_BYTES = 2**16
 
 
 class Int4Embedding(nn.Module):
@@ -43,7 +46,8 @@ def as_served(model: nn.Module, limits: ServeConfig) -> None:
 
 
 def quantize_tables(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Put INT4 tables in the place of the model's embeddings, where that saves `WORTH_BYTES` or more.
+    """Put INT4 tables in the place of the model's embeddings, where that saves `WORTH_BYTES` or
+    more.
 
     Returns:
         Per table its bytes before and after; equal where it stayed.

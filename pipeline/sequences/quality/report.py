@@ -1,4 +1,5 @@
-"""The validation report of a build: what came in, what was left out and why, and what the kept rows look like.
+"""The validation report of a build: what came in, what was left out and why, and what the kept rows
+look like.
 
 JSON for machines, and one HTML page that needs no other file.
 """
@@ -24,7 +25,11 @@ from pipeline.sequences.quality.statistics import Statistics, hints, length_quan
 
 
 def write(
-    cfg: RunConfig, totals: Statistics, rules: LogRules, imported: ImportReport | None, checks: Sequence[Check]
+    cfg: RunConfig,
+    totals: Statistics,
+    rules: LogRules,
+    imported: ImportReport | None,
+    checks: Sequence[Check],
 ) -> Path:
     """validation.json and validation.html in the run's report folder; returns the page."""
     folder = cfg.run_dir / "report"
@@ -69,10 +74,13 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
         + "</pre>"
         for reason, rows in content["samples"].items()
     )
-    nulls = {name: "all" if count == num_good else count for name, count in content["nulls"].items()}
+    nulls = {
+        name: "all" if count == num_good else count for name, count in content["nulls"].items()
+    }
     warnings = "".join(f"<p class=hint>{html.escape(hint)}</p>" for hint in content["hints"])
     verdicts = {
-        check["key"]: ("" if check["passed"] else "FAILS, limit {limit}: ".format(**check)) + check["found"]
+        check["key"]: ("" if check["passed"] else "FAILS, limit {limit}: ".format(**check))
+        + check["found"]
         for check in content["checks"]
     }
     return f"""<!doctype html>
@@ -96,8 +104,13 @@ svg {{ max-width: 100%; height: auto }}
 
 
 def _table(rows: dict[str, Any]) -> str:
-    text = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in rows.items()}
-    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in text.items())
+    text = {
+        name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in rows.items()
+    }
+    cells = (
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in text.items()
+    )
     return f"<table>{''.join(cells)}</table>"
 
 
@@ -125,7 +138,9 @@ def _day_plot(content: dict[str, Any], actions: Sequence[str]) -> str:
     for action in actions:
         known = np.array([content["day_known"].get(f"{day} {action}", 0) for day in days])
         positive = np.array([content["day_positive"].get(f"{day} {action}", 0) for day in days])
-        rate = np.divide(positive, known, out=np.full(len(days), np.nan), where=(known > 0) & (positive > 0))
+        rate = np.divide(
+            positive, known, out=np.full(len(days), np.nan), where=(known > 0) & (positive > 0)
+        )
         bottom.plot(place, rate, marker="o", markersize=3, label=action)
     bottom.set(ylabel="share of known rows", yscale="log")
     step = max(1, len(days) // 12)
@@ -144,4 +159,6 @@ def _svg(figure: Figure) -> str:
 def _moment(event_time: int | None) -> str:
     if event_time is None:
         return "none"
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=event_time)).isoformat(timespec="seconds")
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=event_time)).isoformat(
+        timespec="seconds"
+    )

@@ -1,4 +1,6 @@
-"""Counts over the rows of a build, for its report: buckets count (`count_bucket`), the driver adds up (`merge`)."""
+"""Counts over the rows of a build, for its report: buckets count (`count_bucket`), the driver adds
+up (`merge`).
+"""
 
 import json
 from collections import Counter
@@ -35,10 +37,13 @@ class Statistics:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # a few of those rows
     nulls: dict[str, int] = field(default_factory=dict)  # by LOG column
     lengths: dict[str, int] = field(default_factory=dict)  # users by number of rows
-    heaviest: dict[str, int] = field(default_factory=dict)  # rows of the users with the most, before the cap
+    # rows of the users with the most, before the cap
+    heaviest: dict[str, int] = field(default_factory=dict)
     day_rows: dict[str, int] = field(default_factory=dict)  # rows with a real time, by day
-    day_known: dict[str, int] = field(default_factory=dict)  # "day action": rows where the action is known
-    day_positive: dict[str, int] = field(default_factory=dict)  # "day action": rows where it happened
+    # "day action": rows where the action is known
+    day_known: dict[str, int] = field(default_factory=dict)
+    # "day action": rows where it happened
+    day_positive: dict[str, int] = field(default_factory=dict)
     first_event_ms: int | None = None
     last_event_ms: int | None = None
 
@@ -59,7 +64,9 @@ class Statistics:
 
 def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> Statistics:
     """Of one bucket; days begin at midnight of the given offset from UTC."""
-    lists = {name: built.sequences[name].combine_chunks() for name in built.sequences.column_names[3:]}
+    lists = {
+        name: built.sequences[name].combine_chunks() for name in built.sequences.column_names[3:]
+    }
     flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
     offsets = lists["item_id"].offsets.to_numpy()
     lengths = np.diff(offsets)
@@ -90,16 +97,21 @@ def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> S
 def _by_day(
     flat: dict[str, np.ndarray], real: np.ndarray, rules: LogRules, utc_offset_ms: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The days that have rows, int64 [D], their rows [D], and where each action is known and where it happened [A, D].
+    """The days that have rows, int64 [D], their rows [D], and where each action is known and where
+    it happened [A, D].
 
-    Rows of a user lie in the order of time, so a day is a few runs of rows: those are summed before days are sorted.
-    """
+    Rows of a user lie in the order of time, so a day is a few runs of rows: those are summed before
+    days are sorted."""
     day = (flat["event_time"][real] + utc_offset_ms) // DAY_MS
     starts = np.flatnonzero(np.r_[True, day[1:] != day[:-1]][: len(day)])
     days, code = np.unique(day[starts], return_inverse=True)
 
     def total(counted: np.ndarray) -> np.ndarray:
-        runs = np.add.reduceat(counted, starts, dtype=np.int64) if len(starts) else np.zeros(0, np.int64)
+        runs = (
+            np.add.reduceat(counted, starts, dtype=np.int64)
+            if len(starts)
+            else np.zeros(0, np.int64)
+        )
         return np.bincount(code, runs, len(days)).astype(np.int64)
 
     masks = [flat[name][real] for name in ("known_mask", "action_mask")]
@@ -129,11 +141,14 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         elif name == "samples":
             reasons = sorted({reason for value in values for reason in value})
             total.samples = {
-                reason: [row for value in values for row in value.get(reason, [])][:SAMPLES] for reason in reasons
+                reason: [row for value in values for row in value.get(reason, [])][:SAMPLES]
+                for reason in reasons
             }
         elif name == "heaviest":
             rows = {int(user): rows for value in values for user, rows in value.items()}
-            total.heaviest = _heaviest(np.array(list(rows), np.int64), np.array(list(rows.values()), np.int64))
+            total.heaviest = _heaviest(
+                np.array(list(rows), np.int64), np.array(list(rows.values()), np.int64)
+            )
         elif isinstance(start, dict):
             added = sum((Counter(value) for value in values), Counter())
             keys = sorted({key for value in values for key in value}, key=_numbers_by_size)
@@ -159,11 +174,16 @@ def length_quantiles(lengths: dict[str, int]) -> dict[str, int]:
     size = np.array([int(key) for key in lengths])
     reached = np.cumsum(list(lengths.values()))
     shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {name: int(size[np.searchsorted(reached, share * reached[-1])]) for name, share in shares.items()}
+    return {
+        name: int(size[np.searchsorted(reached, share * reached[-1])])
+        for name, share in shares.items()
+    }
 
 
 def _counts(values: np.ndarray) -> dict[str, int]:
-    keys, counts = np.unique(values.astype(str) if values.dtype == object else values, return_counts=True)
+    keys, counts = np.unique(
+        values.astype(str) if values.dtype == object else values, return_counts=True
+    )
     return {str(key): int(count) for key, count in zip(keys, counts, strict=True)}
 
 
@@ -176,14 +196,20 @@ def _heaviest(users: np.ndarray, rows: np.ndarray) -> dict[str, int]:
 def _samples(quarantine: pa.Table) -> dict[str, list[dict[str, Any]]]:
     samples: dict[str, list[dict[str, Any]]] = {}
     for reason in quarantine[REASON].unique().to_pylist():
-        rows = quarantine.filter(pc.field(REASON) == reason).slice(0, SAMPLES).drop_columns([REASON])
+        rows = (
+            quarantine.filter(pc.field(REASON) == reason).slice(0, SAMPLES).drop_columns([REASON])
+        )
         samples[reason] = [_sample(row) for row in rows.to_pylist()]
     return samples
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the quarantine as the report shows it: the source's own row where it is kept."""
-    source = json.loads(row[SOURCE_ROW]) if row[SOURCE_ROW] else {k: v for k, v in row.items() if k != SOURCE_ROW}
+    source = (
+        json.loads(row[SOURCE_ROW])
+        if row[SOURCE_ROW]
+        else {k: v for k, v in row.items() if k != SOURCE_ROW}
+    )
     return {"event_time": row["event_time"], "row": source}
 
 

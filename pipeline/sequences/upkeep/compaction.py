@@ -1,11 +1,15 @@
-"""Parts gathered into few, and rows dropped for their age: what a store that grows day by day needs now and then.
+"""Parts gathered into few, and rows dropped for their age: what a store that grows day by day needs
+now and then.
 
-    many parts ── rows of a few buckets at a time ── older than the limit? ──▶ one part per range of buckets
-                                                            └▶ retired/: per user, how many were dropped
+    many parts ── rows of a few buckets at a time ── older than the limit? ──▶ one part per range of
+    buckets
+                                                            └▶ retired/: per user, how many were
+                                                            dropped
 
-The buckets keep their bytes where no row is dropped. A user's dropped rows count in `first_position`, so that the
-positions of the others stay what they were. A row that comes after its time has been dropped stays until the next
-compaction, and is counted as one more even if it was there before.
+The buckets keep their bytes where no row is dropped. A user's dropped rows count in
+`first_position`, so that the positions of the others stay what they were. A row that comes after
+its time has been dropped stays until the next compaction, and is counted as one more even if it was
+there before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,9 +61,13 @@ class Gathered:
 def plan_gathering(
     parts: Sequence[Part], retired: Mapping[str, Bucket], num_buckets: int, since_ms: int | None
 ) -> list[Gathering]:
-    """Ranges of buckets with about PART_ROWS rows, one bucket at least; the first part stands for all sources."""
+    """Ranges of buckets with about PART_ROWS rows, one bucket at least; the first part stands for
+    all sources.
+    """
     sources = tuple(source for part in parts for source in part.sources)
-    rows = np.array([sum(part.bucket_rows.get(number, 0) for part in parts) for number in range(num_buckets)])
+    rows = np.array(
+        [sum(part.bucket_rows.get(number, 0) for part in parts) for number in range(num_buckets)]
+    )
     place = (np.cumsum(rows) - 1).clip(0) // PART_ROWS
     ranges = np.split(np.arange(num_buckets), np.flatnonzero(np.diff(place)) + 1)
     work = []
@@ -70,7 +78,11 @@ def plan_gathering(
                 name=part_name(what),
                 sources=sources if not work else (),
                 batches={number: batches_of(parts, number) for number in numbers},
-                retired={str(number): retired[str(number)] for number in numbers if str(number) in retired},
+                retired={
+                    str(number): retired[str(number)]
+                    for number in numbers
+                    if str(number) in retired
+                },
                 rows=int(rows[numbers].sum()),
             )
         )
@@ -86,21 +98,37 @@ def gather(work: Gathering, rules: LogRules, since_ms: int | None, folder: Path)
             if since_ms is not None:
                 rows, old = split_by_age(rows, since_ms)
                 if old.num_rows:
-                    counted = [read_retired(folder, retired.get(str(number))), count_by_user(old, rules)]
-                    total = pa.concat_tables(counted).group_by("user_id").aggregate([("rows", "sum")])
-                    table = total.rename_columns({"rows_sum": "rows"}).select(RETIRED.names).sort_by("user_id")
+                    counted = [
+                        read_retired(folder, retired.get(str(number))),
+                        count_by_user(old, rules),
+                    ]
+                    total = (
+                        pa.concat_tables(counted).group_by("user_id").aggregate([("rows", "sum")])
+                    )
+                    table = (
+                        total.rename_columns({"rows_sum": "rows"})
+                        .select(RETIRED.names)
+                        .sort_by("user_id")
+                    )
                     if table.num_rows:  # not all that is old was good
-                        retired[str(number)] = store.write_table(table, folder, f"retired/bucket-{number:05d}")
+                        retired[str(number)] = store.write_table(
+                            table, folder, f"retired/bucket-{number:05d}"
+                        )
                     dropped[number] = old.num_rows
             for batch in rows.drop_columns([USER_BUCKET]).combine_chunks().to_batches():
                 writer.write(number, batch)
         part = writer.close(work.sources)
-    assert part.rows + sum(dropped.values()) == work.rows, f"{part.rows} + {dropped} rows of {work.rows}"
+    assert part.rows + sum(dropped.values()) == work.rows, (
+        f"{part.rows} + {dropped} rows of {work.rows}"
+    )
     return Gathered(part, retired, dropped)
 
 
 def split_by_age(rows: pa.Table, since_ms: int) -> tuple[pa.Table, pa.Table]:
-    """Rows to keep and rows from before `since_ms`. A row without a usable time has no age and is kept."""
+    """Rows to keep and rows from before `since_ms`.
+
+    A row without a usable time has no age and is kept.
+    """
     time, reason = pc.field("event_time"), pc.field(REASON)
     no_age = time.is_null() | (reason == NOT_A_TIME)
     kept = rows.filter(no_age | (time >= since_ms))
@@ -110,4 +138,6 @@ def split_by_age(rows: pa.Table, since_ms: int) -> tuple[pa.Table, pa.Table]:
 def count_by_user(rows: pa.Table, rules: LogRules) -> pa.Table:
     """RETIRED: the rows of each user that a build would have kept: good ones, repeats once."""
     built = build_bucket(rows, rules, NO_CAP).sequences
-    return pa.table([built["user_id"], pa.array(np.diff(list_offsets(built)), pa.int64())], schema=RETIRED)
+    return pa.table(
+        [built["user_id"], pa.array(np.diff(list_offsets(built)), pa.int64())], schema=RETIRED
+    )

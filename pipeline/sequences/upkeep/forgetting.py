@@ -39,7 +39,10 @@ def plan_sweep(parts: Sequence[Part], users: np.ndarray, digests: Mapping[str, s
     """`digests`, old to new, are of source files from which the users are taken out as well."""
     work = []
     for part in parts:
-        sources = tuple(replace(source, digest=digests.get(source.digest, source.digest)) for source in part.sources)
+        sources = tuple(
+            replace(source, digest=digests.get(source.digest, source.digest))
+            for source in part.sources
+        )
         what = ["without", part.name, users.tolist(), [source.digest for source in sources]]
         work.append(Sweep(part, part_name(what), sources))
     return work
@@ -48,7 +51,10 @@ def plan_sweep(parts: Sequence[Part], users: np.ndarray, digests: Mapping[str, s
 def sweep(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> Swept:
     """A part that has nothing of the users, and no source that changed, is left as it is."""
     done = find_part(folder, work.name) or _without(work, users, rules, folder)
-    rows = {number: count - done.bucket_rows.get(number, 0) for number, count in work.part.bucket_rows.items()}
+    rows = {
+        number: count - done.bucket_rows.get(number, 0)
+        for number, count in work.part.bucket_rows.items()
+    }
     return Swept(done, {number: count for number, count in rows.items() if count})
 
 
@@ -66,8 +72,14 @@ def _without(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> P
             return batch.filter(pa.array(~theirs)) if theirs.any() else batch
 
         batches = [(number, place) for number, places in part.batches.items() for place in places]
-        looked_at = batches if part.broken else [(number, place) for number, place in batches if number in suspects]
-        found = any(rest(*batch).num_rows < reader.get_batch(batch[1]).num_rows for batch in looked_at)
+        looked_at = (
+            batches
+            if part.broken
+            else [(number, place) for number, place in batches if number in suspects]
+        )
+        found = any(
+            rest(*batch).num_rows < reader.get_batch(batch[1]).num_rows for batch in looked_at
+        )
         if not found and work.sources == part.sources:
             return part
         with PartWriter(folder, work.name, rules) as writer:
@@ -83,7 +95,9 @@ def without_users(rows: pa.Table, users: np.ndarray, column: str = "user_id") ->
 
 
 def table_without(folder: Path, entry: Bucket, users: np.ndarray) -> tuple[Bucket, int]:
-    """A table of the store, with a column user_id, without the users; and how many rows were theirs."""
+    """A table of the store, with a column user_id, without the users; and how many rows were
+    theirs.
+    """
     rows = pq.read_table(folder / entry.file)
     rest = without_users(rows, users)
     removed = rows.num_rows - rest.num_rows
@@ -117,4 +131,6 @@ def stage_without(path: Path, users: np.ndarray, column: str) -> Rewritten | Non
         pq.write_table(rest, file)
         file.flush()
         os.fsync(file.fileno())
-    return Rewritten(path, staged, file_digest(path), file_digest(staged), rows.num_rows - rest.num_rows)
+    return Rewritten(
+        path, staged, file_digest(path), file_digest(staged), rows.num_rows - rest.num_rows
+    )

@@ -1,7 +1,8 @@
-"""What is done to a published store besides building it: compaction, retention, and forgetting users.
+"""What is done to a published store besides building it: compaction, retention, and forgetting
+users.
 
-Each makes a new manifest of the published one and new files beside the old ones, and publishes it in one step, so that
-a killed run leaves what was published and can be run again.
+Each makes a new manifest of the published one and new files beside the old ones, and publishes it
+in one step, so that a killed run leaves what was published and can be run again.
 """
 
 import logging
@@ -59,10 +60,11 @@ def held_rules(manifest: Manifest) -> LogRules:
 
 
 def compact(cfg: RunConfig) -> Manifest:
-    """Gather the parts of the published sequences into few; with `sequences.keep_days`, drop rows that are too old.
+    """Gather the parts of the published sequences into few; with `sequences.keep_days`, drop rows
+    that are too old.
 
-    Without `keep_days` the version keeps its digest and its buckets. What was dropped stays on disk in the files of the
-    version before, until the next one is published.
+    Without `keep_days` the version keeps its digest and its buckets. What was dropped stays on disk
+    in the files of the version before, until the next one is published.
 
     Raises:
         UserError: nothing is published, it was built with other settings, or all rows are too old.
@@ -74,7 +76,9 @@ def compact(cfg: RunConfig) -> Manifest:
         since_ms = oldest_kept_ms(cfg, published)
         work = plan_gathering(parts, published.retired, published.num_buckets, since_ms)
         if len(parts) <= len(work) and since_ms == published.kept_since_ms:
-            logger.info("%d parts are few enough, and no rows are too old: nothing to do", len(parts))
+            logger.info(
+                "%d parts are few enough, and no rows are too old: nothing to do", len(parts)
+            )
             return published
         rules = held_rules(published)
         with workers(cfg.ray, cfg.runs_dir) as run:
@@ -85,7 +89,9 @@ def compact(cfg: RunConfig) -> Manifest:
             now = [part.part for part in gathered]
             changes = {"retired": dict(sorted(retired.items())), "kept_since_ms": since_ms}
             manifest = rebuilt(cfg, published, parts, now, dropped, run, **changes)
-        before = [version for version in store.versions(folder) if version.digest != manifest.digest][:1]
+        before = [
+            version for version in store.versions(folder) if version.digest != manifest.digest
+        ][:1]
         store.write_manifest(folder, manifest)
         store.remove_unnamed(folder, [manifest, *map(for_readers, before)])
         logger.info("%d parts in place of %d", len(now), len(parts))
@@ -93,7 +99,10 @@ def compact(cfg: RunConfig) -> Manifest:
 
 
 def oldest_kept_ms(cfg: RunConfig, published: Manifest) -> int | None:
-    """Compaction drops rows from before; None: it drops none. What was dropped once does not come back."""
+    """Compaction drops rows from before; None: it drops none.
+
+    What was dropped once does not come back.
+    """
     days, since_ms = cfg.sequences.keep_days, published.kept_since_ms
     return since_ms if days is None else max(published.last_event_ms - days * DAY_MS, since_ms or 0)
 
@@ -112,23 +121,37 @@ def rebuilt(
     run: Workers,
     **changes: Any,
 ) -> Manifest:
-    """The published version over other parts: buckets with the numbers `changed` are built again, the others stay,
-    unless what is counted of them has changed with the settings.
+    """The published version over other parts: buckets with the numbers `changed` are built again,
+    the others stay, unless what is counted of them has changed with the settings.
 
     `changes` are fields of the manifest that are not counted from the buckets.
     """
     folder, rules = cfg.sequence_dir, held_rules(published)
     bucket_rules = build.bucket_rules(cfg, rules)
     retired: Mapping[str, Bucket] = changes.get("retired", published.retired)
-    before = {task.number: task for task in plan_buckets(parts_before, published.retired, bucket_rules)}
+    before = {
+        task.number: task for task in plan_buckets(parts_before, published.retired, bucket_rules)
+    }
     counted = merge([record.statistics for record in build.held_records(folder, published)])
     work = plan_buckets(parts, retired, bucket_rules)
     if not work:
-        raise UserError(f"{folder}: no rows would be left; remove the folder of the run, if that is what is wanted")
+        raise UserError(
+            f"{folder}: no rows would be left; remove the folder of the run, if that is what is "
+            "wanted"
+        )
     for task in work:
         if task.number not in changed and before[task.number].record in published.records:
             carry_record(folder, before[task.number], task)
-    kept = ("counts", "actions", "request_columns", "num_buckets", "side_tables", "config", "inputs", "retired")
+    kept = (
+        "counts",
+        "actions",
+        "request_columns",
+        "num_buckets",
+        "side_tables",
+        "config",
+        "inputs",
+        "retired",
+    )
     rest = {name: getattr(published, name) for name in (*kept, "kept_since_ms")} | changes
     return build.compose(
         folder,
@@ -141,16 +164,19 @@ def rebuilt(
 
 
 def forget(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
-    """Take the users, int64, out of everything that the run's sequences and the files around them hold.
+    """Take the users, int64, out of everything that the run's sequences and the files around them
+    hold.
 
-    They go on a list first, so that no later build takes them in again. Then come parts, buckets, quarantine and
-    tables, as a new version in the place of all that are kept, the report, the exported events (live_logs) and the
-    predictions of evaluations. Run again, it does what a killed run left and changes nothing else.
+    They go on a list first, so that no later build takes them in again. Then come parts, buckets,
+    quarantine and tables, as a new version in the place of all that are kept, the report, the
+    exported events (live_logs) and the predictions of evaluations. Run again, it does what a killed
+    run left and changes nothing else.
 
     Returns the rows that were removed, by where they were.
 
     Raises:
-        UserError: nothing is published, it was built with other settings, or nobody else would be left.
+        UserError: nothing is published, it was built with other settings, or nobody else would be
+        left.
     """
     folder = cfg.sequence_dir
     with build.locked(folder):
@@ -159,7 +185,9 @@ def forget(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         column = cfg.source.columns.get("user_id", "user_id")
         exported = [stage_without(Path(file), users, column) for file in live_logs(cfg)]
         exported = [file for file in exported if file is not None]
-        manifest, removed = _without(cfg, published, users, {file.old_digest: file.new_digest for file in exported})
+        manifest, removed = _without(
+            cfg, published, users, {file.old_digest: file.new_digest for file in exported}
+        )
         if manifest != published:
             store.write_manifest(folder, manifest)
         store.remove_unnamed(folder, [manifest])  # the version before has the users too
@@ -185,7 +213,10 @@ def _without(
     with workers(cfg.ray, cfg.runs_dir) as run:
         task = partial(sweep, users=users, rules=rules, folder=folder)
         swept = run("taking users out of the parts", task, plan_sweep(parts, users, digests))
-        retired = {number: table_without(folder, entry, users) for number, entry in published.retired.items()}
+        retired = {
+            number: table_without(folder, entry, users)
+            for number, entry in published.retired.items()
+        }
         tables = {
             name: table_without(folder, entry, users) if name == "users" else (entry, 0)
             for name, entry in published.side_tables.items()
@@ -207,8 +238,13 @@ def _without(
         if digests:
             changes["inputs"] = build.inputs_of(cfg, open_logs(cfg), now)
         manifest = rebuilt(cfg, published, parts, now, changed, run, **changes)
-    left_out = [sum(entry.rows for entry in version.quarantine) for version in (published, manifest)]
-    rows = {"sequences": published.num_rows - manifest.num_rows, "quarantine": left_out[0] - left_out[1]}
+    left_out = [
+        sum(entry.rows for entry in version.quarantine) for version in (published, manifest)
+    ]
+    rows = {
+        "sequences": published.num_rows - manifest.num_rows,
+        "quarantine": left_out[0] - left_out[1],
+    }
     return manifest, rows | removed
 
 
