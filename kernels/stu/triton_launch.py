@@ -84,7 +84,7 @@ def launch_project(
 
 def attend(
     projected: Projected, plan: attention.TritonPlan
-) -> tuple[attention.Problem, tuple[Tensor, ...]]:
+) -> tuple[attention.AttentionProblem, tuple[Tensor, ...]]:
     """The attention problem of a layer and its operands q, k, v."""
     shape = projected.shape
     _, q, k, v = projected.parts(projected.uvqk)
