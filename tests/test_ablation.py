@@ -14,8 +14,8 @@ from pipeline.config import ConfigError, DenseFeature, RunConfig, StochasticLeng
 from pipeline.evaluate import ablation
 from pipeline.model.flops import count_work
 from pipeline.tracking.server import mlflow_server
-from tests.test_mixture import make_mixture
-from tests.test_model import make_batch, make_config, make_model
+from tests.worlds.mixture import make_mixture
+from tests.worlds.model import make_batch, make_config, make_model
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 TRUNCATED = {

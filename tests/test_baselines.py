@@ -13,8 +13,16 @@ from pipeline.model.encoders.hstu import HSTU, token_times
 from pipeline.model.flops import count_work
 from pipeline.model.ranker import RankingModel
 from pipeline.train import loop
-from tests.test_model import RATES, VOCAB, make_batch, make_config, make_maps, make_model, tokens_at
-from tests.test_train import Loader, train_config
+from tests.worlds.model import (
+    RATES,
+    VOCAB,
+    make_batch,
+    make_config,
+    make_maps,
+    make_model,
+    tokens_at,
+)
+from tests.worlds.training import Loader, train_config
 
 CAUSAL = {"window": None, "scaling_seq_len": 16}
 BASELINES = {

@@ -29,8 +29,8 @@ from pipeline.model.inference.cached_scoring import (
 )
 from pipeline.model.inference.cuda_graph import GraphedScorer, bucket, fill, make_room
 from pipeline.model.tokens import target_mask
-from tests.test_mixture import ENGAGED, EVERY_ROW, make_mixture
-from tests.test_model import make_batch, make_config, make_model, tokens_at
+from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
+from tests.worlds.model import make_batch, make_config, make_model, tokens_at
 
 TRUNCATED = {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 4}
 FULL = {"window": 3, "full_rows": 2, "extra_prefix": 2, "scaling_seq_len": 16}

@@ -26,11 +26,10 @@ from serve_app.history.live import LiveHistory, SqliteEvents
 from serve_app.history.published import histories
 from serve_app.ranking.ranker import Ranker
 from serve_app.schemas import Event, EventsRequest, RankHead, RankResponse
+from tests.worlds.live_events import NUM_USERS, START, event, logged
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parent.parent
-START = 1_651_500_000_000
-NUM_USERS = 12
 NEVER_PUBLISHED = 11  # has live events only
 
 
@@ -72,40 +71,6 @@ def build(rows: list[dict], cfg: RunConfig) -> pa.Table:
     schema = pa.schema(list(log_schema(cfg.source.actions, cfg.source.request_columns))[:-1])
     table = pa.Table.from_pylist(rows, schema=schema)
     return build_bucket(normalise(table, rules), rules, cfg.sequences.max_rows_per_user).sequences
-
-
-def logged(rng: np.random.Generator, num: int, *, request_ids: bool) -> list[dict]:
-    """LOG rows with many ties in time, unknown actions and columns; (user, item, time) never twice."""
-    rows: dict[tuple, dict] = {}
-    for _ in range(num):
-        user, item, time = (int(rng.integers(n)) for n in (NUM_USERS, 30, 25))
-        row = {
-            "user_id": user,
-            "item_id": item,
-            "event_time": START + 60_000 * time,
-            "tab": int(rng.integers(3)),
-        }
-        row |= {
-            name: int(rng.integers(2)) for name in ("is_click", "is_like") if rng.random() < 0.8
-        }
-        if rng.random() < 0.3:
-            del row["tab"]
-        if rng.random() < 0.5:
-            row["watch_ms"] = int(rng.integers(10_000))
-        if request_ids and rng.random() < 0.7:
-            row["request_id"] = int(rng.integers(3))
-        rows[user, item, time] = row
-    return list(rows.values())
-
-
-def event(row: dict) -> Event:
-    return Event(
-        actions={name: bool(row[name]) for name in ("is_click", "is_like") if name in row},
-        request_features={"tab": row["tab"]} if "tab" in row else {},
-        **{
-            name: value for name, value in row.items() if name not in ("is_click", "is_like", "tab")
-        },
-    )
 
 
 def the_same(one: pa.RecordBatch, other: pa.RecordBatch, cfg: RunConfig, uncounted: int) -> None:
@@ -328,7 +293,7 @@ def test_writers_of_several_processes_at_once(tmp_path: Path) -> None:
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from serve_app.events import SqliteEvents
+from serve_app.history.live import SqliteEvents
 from serve_app.schemas import Event
 log = SqliteEvents(Path(sys.argv[1]))
 for i in itertools.count(int(sys.argv[2])):

@@ -17,8 +17,8 @@ from pipeline.config import ConfigError, TrainConfig
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder, TrainState
 from pipeline.train.guards import TrainingStopped, improved, watch_divergence
-from tests.test_model import make_maps
-from tests.test_train import Loader, run, train_config
+from tests.worlds.model import make_maps
+from tests.worlds.training import Loader, run, train_config
 
 
 class Broken(Loader):

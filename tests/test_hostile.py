@@ -32,8 +32,8 @@ from serve_app.schemas import (
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys
 from tests.support.hostile_bodies import insides, malformed, malformed_arrow
-from tests.test_protection import hashed
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.web import hashed
 
 NUM_BODIES = 2000  # of each route; `benchmarks.serving.under_load` sends 10,000 over the wire
 NUM_EXAMPLES = 40

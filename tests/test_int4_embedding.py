@@ -17,7 +17,7 @@ from pipeline.model.inference.quantize import Int4Embedding, quantize_tables
 from pipeline.model.ranker import RankingModel
 from serve_app.history.published import PublishedSequences
 from serve_app.ranking.ranker import Ranker
-from tests.test_model import RATES, VOCAB, make_batch, make_config
+from tests.worlds.model import RATES, VOCAB, make_batch, make_config
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 

@@ -4,7 +4,6 @@ import asyncio
 import heapq
 import json
 import logging
-import math
 import re
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app import metrics
 from serve_app.columns import RankColumns, RankedColumns
@@ -21,7 +19,8 @@ from serve_app.web import limits
 from serve_app.web.api import make_api
 from serve_app.web.limits import FEW, Load
 from serve_app.web.protection import ApiKeys, RateLimit
-from tests.test_protection import EVENTS, RANK, Fixed, call, hashed
+from tests.support.exposition import sample
+from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
 
 
 class Slow(Fixed):
@@ -192,16 +191,6 @@ def test_beyond_what_can_be_done_in_time_the_answer_is_429(
     text = call(api, "GET", "/metrics").text
     assert sample(text, "ranking_refused_total", reason="overload") == statuses.count(429)
     assert sample(text, "ranking_requests_in_flight") == 1, "the scrape itself"
-
-
-def sample(text: str, name: str, **labels: str) -> float:
-    found = [
-        entry.value
-        for family in text_string_to_metric_families(text)
-        for entry in family.samples
-        if entry.name == name and labels.items() <= entry.labels.items()
-    ]
-    return sum(found) if found else math.nan
 
 
 def test_requests_are_counted_by_status_and_version(tmp_path: Path) -> None:

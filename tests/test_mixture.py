@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import config
 from pipeline.batches.collate import SequenceBatch
-from pipeline.config import ChannelConfig, ConfigError, RunConfig
+from pipeline.config import ChannelConfig, ConfigError
 from pipeline.model.artifact import load_model, save_model
 from pipeline.model.encoders.mixture import MixtureOfTransducers, filter_rows, newest_rows
 from pipeline.model.encoders.transducer import Transducer, candidates
 from pipeline.model.flops import count_work, head_flops, input_flops
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import Tokens
-from tests.test_model import (
+from tests.worlds.mixture import ENGAGED, EVERY_ROW, SEMI_LOCAL, make_mixture
+from tests.worlds.model import (
     RATES,
     VOCAB,
     assert_candidates_are_blind,
@@ -30,20 +30,6 @@ from tests.test_model import (
 
 ACTIONS = ("is_click", "is_like", "is_hate")
 CLICK, LIKE, HATE = 1, 2, 4
-SEMI_LOCAL = {"window": 2, "full_rows": 0, "scaling_seq_len": 16}
-ENGAGED = {
-    "actions": ["is_like", "is_hate"],
-    "num_layers": 1,
-    "attention": {**SEMI_LOCAL, "window": 1},
-}
-EVERY_ROW = {"num_layers": 2, "attention": SEMI_LOCAL}
-
-
-def make_mixture(layout: str = "user", **channels: dict) -> RunConfig:
-    raw = config.to_dict(make_config())
-    raw["model"]["channels"] = channels or {"engaged": ENGAGED, "all": EVERY_ROW}
-    raw["train"]["layout"] = layout
-    return config.from_dict(raw)
 
 
 def with_actions(

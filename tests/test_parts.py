@@ -22,7 +22,9 @@ from pipeline.sequences import build, parts, store
 from pipeline.sequences.buckets import find_record
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.workers import Workers
-from tests.test_sequences import NOON, ROOT, config_for, here, log
+from tests.worlds.logs import NOON, config_for, here, log
+
+ROOT = Path(__file__).parents[1]
 
 __all__ = ["here"]
 

@@ -1,78 +1,28 @@
 """API keys, rate limits and the request log, without Ray."""
 
-import asyncio
-import hashlib
 import json
 import logging
 from pathlib import Path
 
-import httpx
-import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, UserError
 from pipeline.tracking import registry
 from serve_app import deployment, replay
-from serve_app.columns import RankColumns, RankedColumns
 from serve_app.schemas import (
     EventsRequest,
     EventsResponse,
-    ModelInfo,
     Problem,
     RankRequest,
     RankResponse,
-    Refusal,
     StoreDown,
 )
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys, RateLimit, read_keys
 from tests.worlds.tiny import publish_sequences, tiny_config
+from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
 
 KEYS = {"shop": "key-of-the-shop", "app": "key-of-the-app"}
-RANK = {"user_id": 3, "candidates": [{"item_id": 1}, {"item_id": 2}]}
-EVENTS = {"events": [{"user_id": 3, "item_id": 5, "event_time": 1_651_500_000_000}]}
-
-
-class Fixed:
-    """A replica that knows nothing."""
-
-    failing: Exception | None = None
-
-    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        head = {
-            "model_version": 7,
-            "request_time_ms": request.head.request_time_ms,
-            "ordered_by": "is_click",
-        }
-        head |= {"unknown_items": 0, "unknown_user": False, "history_length": 0}
-        scores = {"is_click": np.full(len(request), 0.5, np.float32)}
-        return RankedColumns(head, request.item_id, scores, np.arange(len(request)))
-
-    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
-        if self.failing:
-            raise self.failing
-        return EventsResponse.of(["accepted"] * len(request.events))
-
-    async def info(self) -> ModelInfo:
-        return ModelInfo(
-            model_name="m",
-            model_version=7,
-            tasks=[],
-            request_features=[],
-            actions=[],
-            sequences="",
-            deployment="d",
-        )
-
-    async def deployments(self) -> list[str]:
-        return ["d"]
-
-    async def metrics(self) -> dict[str, bytes]:
-        return {}
-
-
-def hashed(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 @pytest.fixture
@@ -82,17 +32,6 @@ def keys_file(tmp_path: Path) -> Path:
         "# who may ask\n\n" + "".join(f"{hashed(key)}  {name}  # n\n" for name, key in KEYS.items())
     )
     return path
-
-
-def call(api, method: str, path: str, key: str | None = None, **arguments) -> httpx.Response:
-    async def send() -> httpx.Response:
-        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(api), base_url="http://test"
-        ) as client:
-            return await client.request(method, path, headers=headers, **arguments)
-
-    return asyncio.run(send())
 
 
 def test_only_who_has_a_key(keys_file: Path) -> None:

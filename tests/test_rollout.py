@@ -19,7 +19,7 @@ from serve_app.ranking import rollout
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
 from serve_app.schemas import RankHead, Refusal
-from tests.test_limits import sample
+from tests.support.exposition import sample
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parent.parent

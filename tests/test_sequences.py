@@ -4,8 +4,6 @@ Parquet to manifest.
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +15,14 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.config import RunConfig, UserError
-from pipeline.logs.cleaning import LogRules, user_bucket
+from pipeline.logs.cleaning import user_bucket
 from pipeline.schema import sequence_lists
 from pipeline.sequences import build, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.users import build_bucket
-from pipeline.sequences.workers import Workers
+from tests.worlds.logs import NOON, RULES, config_for, log
 
 ROOT = Path(__file__).parents[1]
-NOON = 1_650_000_000_000
-RULES = LogRules(
-    columns={},
-    actions=("click", "like"),
-    request_columns=("tab",),
-    earliest_ms=0,
-    latest_ms=2**60,
-    num_buckets=1,
-)
 
 
 def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
@@ -173,54 +162,6 @@ def test_user_bucket_is_splitmix64_on_every_machine():
 
 
 # The build from Parquet files to a manifest. One Ray cluster serves all of it.
-
-
-def log(num_users: int = 30, rows: int = 400, seed: int = 0, **columns: object) -> pa.Table:
-    rng = np.random.default_rng(seed)
-    return pa.table(
-        {
-            "user_id": rng.integers(num_users, size=rows),
-            "item_id": rng.integers(50, size=rows),
-            "event_time": NOON + rng.integers(10_000, size=rows) * 1000,
-            "click": rng.integers(2, size=rows).astype(np.int8),
-            "like": rng.integers(2, size=rows).astype(np.int8),
-            "tab": rng.integers(3, size=rows).astype(np.int32),
-            **columns,
-        }
-    )
-
-
-def config_for(folder: Path, *tables: pa.Table, **source: object) -> RunConfig:
-    (folder / "in").mkdir(exist_ok=True)
-    for number, table in enumerate(tables):
-        pq.write_table(table, folder / "in" / f"{number}.parquet")
-    return config.from_dict(
-        {
-            "name": "small",
-            "runs_dir": str(folder / "runs"),
-            "source": {
-                "kind": "parquet",
-                "path": str(folder / "in"),
-                "actions": ["click", "like"],
-                "request_columns": ["tab"],
-                **source,
-            },
-            "sequences": {"num_buckets": 3},
-            "checks": {"max_quarantined_share": 0.5},
-            "tasks": ["click"],
-        }
-    )
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets are built in this process: for what Ray has no part in."""
-
-    @contextmanager
-    def workers_here(*_: object) -> Iterator[Workers]:
-        yield lambda _, function, items: [function(item) for item in items]
-
-    monkeypatch.setattr(build, "workers", workers_here)
 
 
 def with_sequences(cfg: RunConfig, **changes: object) -> RunConfig:

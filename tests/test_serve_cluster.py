@@ -26,6 +26,7 @@ from serve_app.history.live import SqliteEvents
 from serve_app.ranking.rollout import in_share
 from serve_app.schemas import RankHead
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
+from tests.support.exposition import sample
 from tests.support.served import (
     Served,
     asked_inside,
@@ -37,7 +38,6 @@ from tests.support.served import (
     running,
     wait_until,
 )
-from tests.test_limits import sample
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS
 
 pytestmark = pytest.mark.cluster

@@ -14,6 +14,7 @@ from serve_app import replay
 from serve_app.columns import RankColumns
 from serve_app.schemas import RankHead
 from tests.support.bad_bodies import ONE
+from tests.support.exposition import sample
 from tests.support.served import (
     Served,
     asked_inside,
@@ -24,7 +25,6 @@ from tests.support.served import (
     restore,
     running,
 )
-from tests.test_limits import sample
 from tests.worlds.tiny import NOT_A_USER
 
 

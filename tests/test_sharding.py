@@ -20,7 +20,7 @@ from pipeline.train import loop, sharding
 from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
 from pipeline.train.placement import describe, place_tables
 from pipeline.train.sharding import TableMaker, drawn
-from tests.test_model import joined, labelled_batch, make_config, make_maps
+from tests.worlds.model import joined, labelled_batch, make_config, make_maps
 
 STEPS = 50
 PARTS = 6  # of a step, shared by 1, 2 or 3 ranks

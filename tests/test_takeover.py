@@ -16,7 +16,7 @@ from serve_app.history import export
 from serve_app.history.live import LiveHistory, SqliteEvents
 from serve_app.history.published import PublishedSequences
 from serve_app.schemas import Event
-from tests.test_events import START, event, logged
+from tests.worlds.live_events import START, event, logged
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 TYPES = {

@@ -11,7 +11,7 @@ from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time import triton_launch
 from kernels.position_time.op import add_position_time
 from kernels.position_time.reference import Anchor
-from tests.test_model import make_batch, make_config, make_model
+from tests.worlds.model import make_batch, make_config, make_model
 
 MINUTE = 60_000
 

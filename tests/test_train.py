@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,23 +21,8 @@ from pipeline.train import loop
 from pipeline.train.average import snapshot_number
 from pipeline.train.checkpoint import CheckpointFolder, MetricsFile
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
-from tests.test_model import joined, labelled_batch, make_config, make_maps
-
-STEPS = 6
-
-
-class Loader:
-    """Random batches; rank r of two gets the odd or even sequences of the same step."""
-
-    steps_per_epoch = STEPS
-
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.rank, self.world_size = rank, world_size
-
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
-        for step in range(first_step, STEPS):
-            parts = [labelled_batch(100 * epoch + 10 * step + part) for part in range(2)]
-            yield joined(parts) if self.world_size == 1 else parts[self.rank]
+from tests.worlds.model import joined, labelled_batch, make_maps
+from tests.worlds.training import STEPS, Loader, run, train_config
 
 
 class OneEpoch(Loader):
@@ -46,32 +30,6 @@ class OneEpoch(Loader):
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         return super().batches(0, first_step)
-
-
-def train_config(**train: object) -> RunConfig:
-    cfg = make_config(dropout=0.3)
-    settings = {"epochs": 2, "log_every": 2, "checkpoint_every": 4, "warmup_steps": 2, "lr": 0.01}
-    return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
-
-
-def run(
-    cfg: RunConfig, loader: Loader | None = None, **options: Any
-) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """The lines of losses, and the weights at the end."""
-    lines = []
-    model = loop.train(
-        cfg,
-        make_maps(),
-        loader or Loader(),
-        "data",
-        log=lambda step, values: lines.append({"step": step, **losses_of(values)}),
-        **options,
-    )
-    return lines, model.state_dict()
-
-
-def losses_of(values: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if key.startswith("train/loss")}
 
 
 # Optimizers

@@ -1,0 +1,42 @@
+"""Events as they are posted, and a log of them."""
+
+import numpy as np
+
+from serve_app.schemas import Event
+
+START = 1_651_500_000_000
+NUM_USERS = 12
+
+
+def logged(rng: np.random.Generator, num: int, *, request_ids: bool) -> list[dict]:
+    """LOG rows with many ties in time, unknown actions and columns; (user, item, time) never twice."""
+    rows: dict[tuple, dict] = {}
+    for _ in range(num):
+        user, item, time = (int(rng.integers(n)) for n in (NUM_USERS, 30, 25))
+        row = {
+            "user_id": user,
+            "item_id": item,
+            "event_time": START + 60_000 * time,
+            "tab": int(rng.integers(3)),
+        }
+        row |= {
+            name: int(rng.integers(2)) for name in ("is_click", "is_like") if rng.random() < 0.8
+        }
+        if rng.random() < 0.3:
+            del row["tab"]
+        if rng.random() < 0.5:
+            row["watch_ms"] = int(rng.integers(10_000))
+        if request_ids and rng.random() < 0.7:
+            row["request_id"] = int(rng.integers(3))
+        rows[user, item, time] = row
+    return list(rows.values())
+
+
+def event(row: dict) -> Event:
+    return Event(
+        actions={name: bool(row[name]) for name in ("is_click", "is_like") if name in row},
+        request_features={"tab": row["tab"]} if "tab" in row else {},
+        **{
+            name: value for name, value in row.items() if name not in ("is_click", "is_like", "tab")
+        },
+    )

@@ -1,0 +1,71 @@
+"""An API over a replica that answers at once, and requests to it."""
+
+import asyncio
+import hashlib
+
+import httpx
+import numpy as np
+
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.schemas import (
+    EventsRequest,
+    EventsResponse,
+    ModelInfo,
+    Refusal,
+)
+
+RANK = {"user_id": 3, "candidates": [{"item_id": 1}, {"item_id": 2}]}
+EVENTS = {"events": [{"user_id": 3, "item_id": 5, "event_time": 1_651_500_000_000}]}
+
+
+class Fixed:
+    """A replica that knows nothing."""
+
+    failing: Exception | None = None
+
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+        head = {
+            "model_version": 7,
+            "request_time_ms": request.head.request_time_ms,
+            "ordered_by": "is_click",
+        }
+        head |= {"unknown_items": 0, "unknown_user": False, "history_length": 0}
+        scores = {"is_click": np.full(len(request), 0.5, np.float32)}
+        return RankedColumns(head, request.item_id, scores, np.arange(len(request)))
+
+    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
+        if self.failing:
+            raise self.failing
+        return EventsResponse.of(["accepted"] * len(request.events))
+
+    async def info(self) -> ModelInfo:
+        return ModelInfo(
+            model_name="m",
+            model_version=7,
+            tasks=[],
+            request_features=[],
+            actions=[],
+            sequences="",
+            deployment="d",
+        )
+
+    async def deployments(self) -> list[str]:
+        return ["d"]
+
+    async def metrics(self) -> dict[str, bytes]:
+        return {}
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def call(api, method: str, path: str, key: str | None = None, **arguments) -> httpx.Response:
+    async def send() -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(api), base_url="http://test"
+        ) as client:
+            return await client.request(method, path, headers=headers, **arguments)
+
+    return asyncio.run(send())
