@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.quality import report, train_plan
-from benchmarks.report import write_section
+from benchmarks.report import read_runs, write_section
 from benchmarks.training import model
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
@@ -50,7 +50,7 @@ def test_a_plan_is_a_preset_shared_settings_and_those_of_each_run(tmp_path):
 def test_a_run_leaves_its_figures_and_is_not_made_twice(tmp_path):
     cfg = tiny_config(tmp_path / "runs", train={"batch_users": 8, "epochs": 1, "log_every": 2})
     publish_sequences(cfg)
-    out = tmp_path / "figures"
+    out = tmp_path / "figures.jsonl"
     run = train_plan.PlannedRun(
         cfg,
         "plan.yaml",
@@ -63,7 +63,7 @@ def test_a_run_leaves_its_figures_and_is_not_made_twice(tmp_path):
     )
     assert not train_plan.finished(run)
     (result,) = train_plan.carry_out(run)
-    assert json.loads((out / "tiny-0.json").read_text()) == json.loads(json.dumps(result))
+    assert read_runs(out) == [json.loads(json.dumps(result))]
     found = result["metrics"]
     assert 0 < found["val/auc/is_click"] < 1
     assert found["train/gflop_per_example"] > 0
@@ -88,16 +88,12 @@ def test_a_run_is_scored_in_every_way_that_its_weights_are_served(tmp_path, monk
     options = {
         "store": str(cfg.sequence_dir),
         "device": "cpu",
-        "out": tmp_path / "out",
+        "out": tmp_path / "out.jsonl",
         "predictions": None,
     }
     (run,) = train_plan.planned(path, argparse.Namespace(overrides=[], seeds=[0], **options))
     plain, int4 = train_plan.carry_out(run)
-    assert (
-        json.loads((tmp_path / "out" / "plain-int4-0.json").read_text())["name"]
-        == int4["name"]
-        == "plain-int4"
-    )
+    assert [run["name"] for run in read_runs(tmp_path / "out.jsonl")] == ["plain", "plain-int4"]
     assert plain["losses"] == int4["losses"]
     assert plain["metrics"]["val/ne/is_click"] != int4["metrics"]["val/ne/is_click"]
     with pytest.raises(ConfigError, match="served names 'plane'"):

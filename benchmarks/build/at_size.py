@@ -15,11 +15,13 @@ Python to its end, Ray's start included. `--rows` makes it a smoke test.
 
 import argparse
 import json
+import platform
 import random
 import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import yaml
 
 from benchmarks.build.at_size_report import section
 from benchmarks.build.process_tree import Command, Measured
-from benchmarks.report import write_section
+from benchmarks.report import write_run, write_section
 from pipeline.sequences import store
 
 RUN = Path(__file__).parents[1] / "runs" / "build.json"
@@ -245,6 +247,11 @@ def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "unbroken_s": round(unbroken, 1), "seed": options.seed, "kills": killed}
 
 
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("ray", "polars", "pyarrow")}
+    return packages | {"Python": platform.python_version()}
+
+
 def machine() -> str:
     names = [
         line.partition(":")[2].strip()
@@ -291,10 +298,14 @@ def main() -> None:
             or {"speed": 25_000_000, "memory": 100_000_000, "kills": 3_000_000}[options.what]
         )
         options.repeats = options.repeats or {"speed": 3, "memory": 1, "kills": 1}[options.what]
-        found |= {"machine": machine(), options.what: measures[options.what](options)}
+        found |= {
+            "machine": machine(),
+            "versions": versions(),
+            options.what: measures[options.what](options),
+        }
         print(json.dumps(found[options.what], indent=1))
     if not options.no_section:
-        RUN.write_text(json.dumps(found, indent=1) + "\n")
+        write_run(RUN, found)
         write_section("build", section(found))
 
 

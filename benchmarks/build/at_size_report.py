@@ -1,10 +1,8 @@
 """benchmarks/runs/build.json as the section "Building the sequences" of RESULTS.md."""
 
-import platform
 import statistics
 import textwrap
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 from benchmarks.report import table
@@ -18,11 +16,11 @@ NAMES = {
 
 
 def section(found: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "polars", "pyarrow"))
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines = [
         "## Building the sequences",
         "",
-        f"{found['machine']}; {versions}, Python {platform.python_version()}.",
+        f"{found['machine']}; {versions}.",
     ]
     for name, write in (("speed", speed), ("memory", memory), ("kills", kills)):
         if name in found:

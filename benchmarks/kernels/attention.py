@@ -32,6 +32,7 @@ from benchmarks.kernels.attention_parity import (
     make_batch,
     parity_checks,
 )
+from benchmarks.report import write_run
 from kernels.semi_local_attention.op import cached_attention, semi_local_attention
 from kernels.semi_local_attention.reference import RelativeBias
 
@@ -311,7 +312,7 @@ def main() -> None:
         return
     if arguments.cpu:
         found = {"cpu": measure_cpu()}
-        (ROOT / "runs" / "attention_cpu.json").write_text(json.dumps(found, indent=1))
+        write_run((ROOT / "runs" / "attention_cpu.json"), found)
         print(json.dumps(found, indent=1))
         return
     if arguments.smoke:
@@ -337,7 +338,7 @@ def main() -> None:
     for section, numbers in measure(arguments.no_softmax):
         found.setdefault(section, {}).update(numbers)
         # what is measured stays, whatever comes after
-        arguments.out.write_text(json.dumps(found, indent=1))
+        write_run(arguments.out, found)
         print(section, json.dumps(numbers), flush=True)
     raise SystemExit(bool(problems))
 

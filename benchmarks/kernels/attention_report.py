@@ -6,8 +6,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from benchmarks.report import write_section
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- attention: begin -->", "<!-- attention: end -->"
 LENGTHS = (1024, 4096, 8192, 16384)
 GOALS = {
     "semi-local": ((0.16, 0.48), (0.20, 0.59), (0.205, 0.61), (0.21, 0.62)),
@@ -116,8 +117,7 @@ def section(run: dict) -> str:
         f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} "
         "TFLOP/s"
     )
-    return f"""{BEGIN}
-## Semi-local attention
+    return f"""## Semi-local attention
 
 `python -m benchmarks.kernels.attention`, {versions}: 65,536 tokens a batch, 4 heads, d_qk = d_v = 128 unless said, bfloat16,
 medians with the L2 flushed, all in one run after {parity}. Ceilings of the machine in the same run: {rates}.
@@ -140,8 +140,7 @@ On a CPU (`python -m benchmarks.kernels.attention --cpu`, one thread of an AMD E
 - Cached attention, 32 users, 1,024 candidates each over 16,384 cached keys: {cached["ms"]:.2f} ms,
   {cached["tflops"]:.0f} TFLOP/s; one user, 100 candidates: {cached["one user, 100 candidates, ms"]:.3f} ms.
 - Building a tile list on the device: {lists}.
-- Host, µs a call: {host}.
-{END}"""
+- Host, µs a call: {host}."""
 
 
 def write_report(runs: list[dict]) -> None:
@@ -150,9 +149,4 @@ def write_report(runs: list[dict]) -> None:
     for other in runs:
         run |= other
     plot(run, ROOT / "plots" / "attention.png")
-    path = ROOT / "RESULTS.md"
-    text = path.read_text() if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in text:
-        text += f"\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    path.write_text(before + section(run) + rest.split(END)[1])
+    write_section("attention", section(run))

@@ -46,6 +46,7 @@ from benchmarks.kernels.layer_parity import (
     parity_checks,
     product_inputs,
 )
+from benchmarks.report import write_run
 from benchmarks.training.training_step import training_step
 from kernels.layer_norm.op import swish_layer_norm
 from kernels.layer_norm.triton_launch import (
@@ -404,7 +405,7 @@ def main() -> None:
             problems.append(f"{section}: {type(error).__name__}: {str(error)[:500]}")
             print(problems[-1], flush=True)
             continue
-        arguments.out.write_text(json.dumps(found, indent=1))
+        write_run(arguments.out, found)
         print(section, json.dumps(found[section]), flush=True)
     raise SystemExit(bool(problems))
 

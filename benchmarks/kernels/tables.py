@@ -36,6 +36,7 @@ from benchmarks.gpu import (
     versions,
 )
 from benchmarks.kernels.tables_parity import parity_checks
+from benchmarks.report import write_run
 from kernels.backend import Backend
 from kernels.int4_embedding.op import look_up, packed_words
 from kernels.jagged.op import concatenate, split, truncate_tail
@@ -294,7 +295,7 @@ def main() -> None:
         for section, case, numbers in measure():
             found.setdefault(section, {})[case] = numbers
             # what is measured stays, whatever comes after
-            arguments.out.write_text(json.dumps(found, indent=1))
+            write_run(arguments.out, found)
             print(section, case, json.dumps(numbers), flush=True)
     raise SystemExit(bool(problems))
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from benchmarks.report import write_section
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -109,8 +110,7 @@ def section(run: dict) -> str:
         f"{len(parity['wrong'])} wrong, see [NOTES.md](NOTES.md)" if parity["wrong"] else "0 wrong"
     )
     sort = run["adamw"]["1M gradients of 128"]["sort alone"]["ms"]
-    return f"""{BEGIN}
-## Tables, optimizer, sampled softmax, jagged rows
+    return f"""## Tables, optimizer, sampled softmax, jagged rows
 
 `python -m benchmarks.kernels.tables`, {versions}: medians with the L2 flushed, all in one run after {parity["cases"]} parity
 cases ({wrong}). A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
@@ -132,8 +132,7 @@ float of the table.
 
 **Jagged rows** of 512 bfloat16, 262,144 in all; of a run on a quiet host.
 
-{jagged_table(run)}
-{END}"""
+{jagged_table(run)}"""
 
 
 def write_report(runs: list[dict]) -> None:
@@ -141,9 +140,4 @@ def write_report(runs: list[dict]) -> None:
     run: dict = {}
     for other in runs:
         run |= other
-    path = ROOT / "RESULTS.md"
-    text = path.read_text()
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    path.write_text(before + section(run) + rest.split(END)[1])
+    write_section("tables", section(run))

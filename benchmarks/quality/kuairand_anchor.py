@@ -16,7 +16,6 @@ shows the mean over `--seeds`, each kept in the JSON.
 """
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -29,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from benchmarks.report import write_run
 
 TASKS = ("is_click", "long_view", "is_like", "is_profile_enter")
 HISTORY_TASKS = ("long_view", "is_like")  # what user_history.parquet labels
@@ -423,7 +424,7 @@ def main() -> None:
         "worst_difference": worst_difference(measured),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_run(options.out, result)
     print(table(measured))
     print(
         f"worst difference from a published figure: {result['worst_difference']:.4f}; figures in "

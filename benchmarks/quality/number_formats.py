@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import environment
-from benchmarks.report import table, write_section
+from benchmarks.report import table, write_run, write_section
 from benchmarks.serving.ranker import RUNS, parts_of
 from pipeline.batches.loader import EvaluationBatch, evaluation_batches
 from pipeline.config import RunConfig, ServeConfig
@@ -135,7 +135,7 @@ def main() -> None:
                 f"{name:20}{json.dumps(found[name])} {time.perf_counter() - begin:.1f} s",
                 flush=True,
             )
-            options.out.write_text(json.dumps(run, indent=1) + "\n")
+            write_run(options.out, run)
 
 
 if __name__ == "__main__":

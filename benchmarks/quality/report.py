@@ -1,7 +1,7 @@
 """The quality section of RESULTS.md: runs of `benchmarks.quality.train_plan` over seeds, beside
 LightGBM, by paired bootstrap.
 
-    python -m benchmarks.quality.report NAME … --runs FOLDER --predictions FOLDER [--anchor GLOB]
+    python -m benchmarks.quality.report NAME … --runs FILE --predictions FOLDER [--anchor GLOB]
 
 A model's figure is the mean over its seeds. Its difference to LightGBM is taken on the same rows;
 the interval is that of 1,000 samples of users with replacement, in each of which both sides see the
@@ -9,7 +9,6 @@ same users.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.report import table, write_section
+from benchmarks import report
+from benchmarks.report import RUNS, Figures, table, write_run, write_section
 from pipeline.evaluate.metrics import log_loss
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEYS = ["user_id", "item_id", "event_time"]
 
 
@@ -117,30 +117,30 @@ def paired_bootstrap(
     return found
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def spread(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
     """Mean ± standard deviation over seeds."""
-    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.4f}{deviation}"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
 
 
-def read_runs(folder: Path, name: str) -> list[dict]:
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
-    runs = sorted((run for run in runs if run["name"] == name), key=lambda run: run["seed"])
-    if not runs:
-        raise SystemExit(f"error: no runs of {name!r} in {folder}")
-    return runs
+def read_seeds(path: Path, name: str) -> list[Figures]:
+    """The runs of one name, by seed."""
+    named = [run for run in report.read_runs(path) if run["name"] == name]
+    if not named:
+        raise SystemExit(f"error: no runs of {name!r} in {path}")
+    return sorted(named, key=lambda run: run["seed"])
 
 
-def metrics_table(folder: Path, names: Sequence[str], split: str) -> str:
+def metrics_table(runs_file: Path, names: Sequence[str], split: str) -> str:
     """A row per name: metrics over seeds, the first name's mean AUC and NE taken off seed by seed,
     and the costs.
     """
     rows = []
-    whole = read_runs(folder, names[0])
+    whole = read_seeds(runs_file, names[0])
     tasks = whole[0]["config"]["tasks"]  # another model may have more
     first = {run["seed"]: means(run, split, tasks) for run in whole}
     for name in names:
-        runs = read_runs(folder, name)
+        runs = read_seeds(runs_file, name)
         found = {key: [float(run["metrics"][key]) for run in runs] for key in runs[0]["metrics"]}
         cells = [
             f"{spread(found[f'{split}/auc/{task}'])} / {spread(found[f'{split}/ne/{task}'])}"
@@ -186,41 +186,83 @@ def means(run: dict, split: str, tasks: Sequence[str]) -> tuple[float, float]:
     return auc, ne
 
 
-def difference_table(
+def measure_differences(
     names: Sequence[str],
-    runs: Path,
+    runs_file: Path,
     predictions: Path,
     anchors: Sequence[Path],
     split: str,
     samples: int,
-) -> str:
-    rows = []
+) -> Figures:
+    """What each model gains over LightGBM on the same rows, by task and metric.
+
+    Returns:
+        `models[name][task]["auc" | "ne"]` is (difference, low, high) of `paired_bootstrap`.
+    """
+    models: Figures = {}
     for name in names:
-        found = read_runs(runs, name)
+        found = read_seeds(runs_file, name)
         tasks = found[0]["config"]["tasks"]
         ours = [read_ours(predictions / f"{name}-{run['seed']}-{split}.parquet") for run in found]
         theirs = [read_anchor(path, tasks) for path in anchors]
         for other in (*ours[1:], *theirs):
             same_rows(ours[0], other, name)
-        cells = []
+
+        users = ours[0]["user_id"].to_numpy()
+        models[name] = {}
         for task in tasks:
             known = ours[0][f"label.{task}"].is_valid().to_numpy()
             labels = ours[0][f"label.{task}"].fill_null(0).to_numpy()[known].astype(bool)
-            first, second = (
-                [side[f"logit.{task}"].to_numpy()[known] for side in both]
-                for both in (ours, theirs)
-            )
-            gained = paired_bootstrap(
-                first, second, labels, ours[0]["user_id"].to_numpy()[known], samples
-            )
-            cells.append(
-                "; ".join(
-                    f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
-                    for value, low, high in gained.values()
-                )
-            )
+            first = [side[f"logit.{task}"].to_numpy()[known] for side in ours]
+            second = [side[f"logit.{task}"].to_numpy()[known] for side in theirs]
+            models[name][task] = paired_bootstrap(first, second, labels, users[known], samples)
+
+    return {"split": split, "samples": samples, "anchors": len(anchors), "models": models}
+
+
+def difference_text(differences: Figures) -> list[str]:
+    """What `measure_differences` found, as a paragraph and a table."""
+    rows = []
+    for name, tasks in differences["models"].items():
+        cells = []
+        for metrics in tasks.values():
+            intervals = [f"{d:+.4f} [{low:+.4f}, {high:+.4f}]" for d, low, high in metrics.values()]
+            cells.append("; ".join(intervals))
         rows.append([name, *cells])
-    return table(["ΔAUC; ΔNE [95 %]", *tasks], rows)
+
+    first = next(iter(differences["models"].values()))
+    return [
+        f"Against LightGBM with history features ({differences['anchors']} seeds, "
+        f"`make bench-anchor`), paired bootstrap of {differences['samples']:,} samples over users, "
+        "mean over seeds on both sides:",
+        table(["ΔAUC; ΔNE [95 %]", *first], rows),
+    ]
+
+
+def section(
+    runs_file: Path,
+    names: Sequence[str],
+    *,
+    split: str,
+    title: str,
+    differences: Figures | None = None,
+) -> str:
+    """A section of RESULTS.md: the runs of these names in a table, and what they gain."""
+    by_name = [run for name in names for run in read_seeds(runs_file, name)]
+    machines = {run["environment"]["device"] for run in by_name}
+    where = os.path.relpath(runs_file, ROOT)
+    text = [
+        f"## {title}",
+        f"`{by_name[0]['command']}` on {', '.join(sorted(machines))}; figures in `{where}`. "
+        f"{split.capitalize()} rows, mean ± standard deviation over seeds. An example is a labelled "
+        "row; training FLOP are three times those of a forward pass at the lengths that stochastic "
+        "length drew; a step's time is that of one of several runs that shared the device and its "
+        "host, no more than a hint. Differences are of the same seed.",
+        metrics_table(runs_file, names, split),
+    ]
+    if differences is not None:
+        text += difference_text(differences)
+    return "\n\n".join(text)
 
 
 def main() -> None:
@@ -230,13 +272,13 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="+", help="runs of the table, in its order")
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures"
+        "--runs", type=Path, default=RUNS / "quality.jsonl", help="JSON Lines file of the figures"
     )
     parser.add_argument(
         "--predictions",
         type=Path,
         default=None,
-        help="folder of the predictions: adds the bootstrap",
+        help="folder of the predictions: measures the differences anew",
     )
     parser.add_argument(
         "--against",
@@ -255,42 +297,34 @@ def main() -> None:
     parser.add_argument("--title", default="Quality on the KuaiRand subset")
     parser.add_argument("--print", action="store_true", help="print it and leave RESULTS.md alone")
     options = parser.parse_args()
-    runs = read_runs(options.runs, options.names[0])
-    machines = {
-        run["environment"]["device"]
-        for name in options.names
-        for run in read_runs(options.runs, name)
-    }
-    folder = os.path.relpath(options.runs, ROOT.parent)
-    text = [
-        f"## {options.title}",
-        f"`{runs[0]['command']}` on {', '.join(sorted(machines))}; figures in `{folder}`. "
-        f"{options.split.capitalize()} rows, mean ± standard deviation over seeds. An example is "
-        "a labelled row; "
-        "training FLOP are three times those of a forward pass at the lengths that stochastic "
-        "length drew; a step's "
-        "time is that of one of several runs that shared the device and its host, no more than a "
-        "hint. Differences are "
-        "of the same seed.",
-        metrics_table(options.runs, options.names, options.split),
-    ]
+
+    differences = None
     if options.predictions:
         anchors = sorted(Path().glob(options.anchor))
         if not anchors:
             raise SystemExit(f"error: no {options.anchor}: run make bench-anchor first")
-        against = options.against or options.names[:1]
-        text += [
-            f"Against LightGBM with history features ({len(anchors)} seeds, `make bench-anchor`), "
-            "paired bootstrap of "
-            f"{options.samples:,} samples over users, mean over seeds on both sides:",
-            difference_table(
-                against, options.runs, options.predictions, anchors, options.split, options.samples
-            ),
-        ]
+        differences = measure_differences(
+            options.against or options.names[:1],
+            options.runs,
+            options.predictions,
+            anchors,
+            options.split,
+            options.samples,
+        )
+        if not options.print:
+            write_run(options.runs.with_name(f"{options.runs.stem}_differences.json"), differences)
+
+    text = section(
+        options.runs,
+        options.names,
+        split=options.split,
+        title=options.title,
+        differences=differences,
+    )
     if options.print:
-        print("\n\n".join(text))
+        print(text)
     else:
-        write_section(options.section, "\n\n".join(text))
+        write_section(options.section, text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Quality of many configurations over seeds, without Ray and MLflow: one GPU or one CPU box carries
 many small runs.
 
-    plan (YAML) × seeds → train by `pipeline.train.loop` → evaluate → runs/<name>-<seed>.json +
-    predictions
+    plan (YAML) × seeds → train by `pipeline.train.loop` → evaluate → a line of
+    runs/<file>.jsonl + predictions
 
 `python -m benchmarks.quality.train_plan PLAN … --store FOLDER` trains what is not there yet;
-`python -m benchmarks.quality.report` turns the files into the table of RESULTS.md. A plan is
+`python -m benchmarks.quality.report` turns the lines into the table of RESULTS.md. A plan is
 
     config: configs/demo.yaml          # the preset that every run starts from
     set: {train.num_workers: 1}        # settings of all runs
@@ -38,6 +38,7 @@ import torch
 import yaml
 
 from benchmarks.machine import environment
+from benchmarks.report import RUNS, append_run, read_runs
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
@@ -49,8 +50,6 @@ from pipeline.model.flops import Flops
 from pipeline.model.inference.quantize import as_served
 from pipeline.sequences import store
 from pipeline.train import loop
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,6 @@ class PlannedRun:
     out: Path
     predictions: Path | None
     served: dict[str, ServeConfig]  # ways to serve the same weights that are scored too
-
-    @property
-    def file(self) -> Path:
-        return self.file_of(self.cfg.name)
-
-    def file_of(self, name: str) -> Path:
-        return self.out / f"{name}-{self.cfg.seed}.json"
 
 
 # needed, allowed
@@ -141,18 +133,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def finished(run: PlannedRun) -> bool:
-    """Whether the run's file is there and holds these settings and these sequences."""
-    if not run.file.exists():
+    """Whether `run.out` has the run, with these settings and these sequences.
+
+    Raises:
+        UserError: it has one of this name and seed with others.
+    """
+    named = [
+        saved
+        for saved in read_runs(run.out)
+        if (saved["name"], saved["seed"]) == (run.cfg.name, run.cfg.seed)
+    ]
+    if not named:
         return False
-    saved = json.loads(run.file.read_text())
+
+    (saved,) = named
     same = (
         saved["config"] == settings_of(run.cfg)
         and saved["sequences"] == store.read_manifest(run.store).digest
     )
     if not same or not {f"{split}/rows" for split in run.splits} <= saved["metrics"].keys():
         raise UserError(
-            f"{run.file} was made with other settings, sequences or splits: remove it, or use "
-            "another name"
+            f"{run.out}: {run.cfg.name} of seed {run.cfg.seed} was made with other settings, "
+            "sequences or splits: remove its line, or use another name"
         )
     return True
 
@@ -167,8 +169,8 @@ def settings_of(cfg: RunConfig) -> dict[str, Any]:
 
 
 def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
-    """Train and evaluate one run, in a process of its own; writes its files and returns them, the
-    run itself first.
+    """Train and evaluate one run, in a process of its own; appends its lines and returns
+    them, the run itself first.
     """
     torch.set_num_threads(1)  # the other cores have their own runs
     began = time.perf_counter()
@@ -235,10 +237,7 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
             },
             "config": settings_of(run.cfg),
         }
-        run.out.mkdir(parents=True, exist_ok=True)
-        staged = run.file_of(name).with_suffix(".staged")
-        staged.write_text(json.dumps(result, indent=1) + "\n")
-        staged.rename(run.file_of(name))
+        append_run(run.out, result)
         results.append(result)
     return results
 
@@ -313,7 +312,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "quality", help="folder of the figures"
+        "--out", type=Path, default=RUNS / "quality.jsonl", help="JSON Lines file of the figures"
     )
     parser.add_argument(
         "--predictions",

@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 
 from benchmarks.machine import environment
-from benchmarks.report import table, write_section
+from benchmarks.report import table, write_run, write_section
 from benchmarks.serving.under_load import PRESET, untrained
 from pipeline import config, logs
 from pipeline.cluster import ray_cluster
@@ -210,7 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = run_all(options.device, Path(folder))
     path = options.out or RUNS / f"serve_gpu_{options.device}.json"
-    path.write_text(json.dumps(run, indent=1) + "\n")
+    write_run(path, run)
     largest = max(max(row["largest_difference"].values()) for row in run["formats"].values())
     print(f"largest difference from the ranker alone {largest:.1e}; {path}")
     raise SystemExit(not largest <= LARGEST_DIFFERENCE)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import environment
-from benchmarks.report import table, write_section
+from benchmarks.report import table, write_run, write_section
 from benchmarks.training.model import NUM_ITEMS, median_ms, model_config, random_batch, vocabulary
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig
@@ -333,7 +333,7 @@ def main() -> None:
             traceback.print_exc()
             failed += 1
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(run, indent=1) + "\n")
+        write_run(options.out, run)
     wrong = [
         row
         for row in run["rows"]

@@ -36,6 +36,7 @@ import httpx
 import numpy as np
 import torch
 
+from benchmarks.report import write_run
 from benchmarks.serving.under_load_report import PLOT, RUN, write_report
 from pipeline import config, logs
 from pipeline.batches.features import fit_features
@@ -410,6 +411,15 @@ def _cache(url: str) -> tuple[float, float]:
     return hits, misses
 
 
+def machine() -> str:
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return f"{len(names)} cores of {names[0]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -436,7 +446,7 @@ def main() -> None:
                 figures = PARTS[name](stage) | {"one_process": not _pids("Api")}
                 print(json.dumps(figures), flush=True)
                 kept = json.loads(RUN.read_text()) if RUN.exists() else {}
-                RUN.write_text(json.dumps(kept | {name: figures}, indent=1) + "\n")
+                write_run(RUN, kept | {"machine": machine(), name: figures})
     write_report(json.loads(RUN.read_text()))
 
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import write_section
+
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "serving.json"
 PLOT = ROOT / "plots" / "serving.png"
-BEGIN, END = "<!-- serving: begin -->", "<!-- serving: end -->"
 
 
 ROWS = {  # part -> what it is
@@ -132,19 +133,10 @@ def _lines(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def machine() -> str:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return f"{len(names)} cores of {names[0]}"
-
-
 def section(run: dict[str, Any]) -> str:
     parts = [
-        f"{BEGIN}\n## Serving",
-        f"`make bench-serve` ({machine()}; server, generator and Ray on the same cores, other "
+        "## Serving",
+        f"`make bench-serve` ({run['machine']}; server, generator and Ray on the same cores, other "
         "work\n"
         "on the machine as the last column says): configs/serve_reference.yaml, 1,000 users of "
         "256 events,\n"
@@ -158,13 +150,8 @@ def section(run: dict[str, Any]) -> str:
         parts.append("![latency under the reference load](plots/serving.png)")
     if "overload" in run:
         parts.append(_overload(run))
-    return "\n\n".join([*parts, "\n".join(_lines(run))]) + f"\n{END}"
+    return "\n\n".join([*parts, "\n".join(_lines(run))])
 
 
 def write_report(run: dict[str, Any]) -> None:
-    path = ROOT / "RESULTS.md"
-    text = path.read_text()
-    if BEGIN not in text:
-        text = text.rstrip() + f"\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    path.write_text(before + section(run) + rest.split(END)[1])
+    write_section("serving", section(run))

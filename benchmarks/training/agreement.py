@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.machine import environment
+from benchmarks.report import write_run
 from benchmarks.training.model import ULTRA, model_config, random_batch, vocabulary
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
@@ -162,7 +163,7 @@ def main() -> None:
         "largest_difference": apart,
     }
     path = ROOT / "runs" / f"train_ways_{options.device}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_run(path, result)
     for way, found in ways.items():
         print(
             f"{way}: {len(found)} steps, largest difference of a loss from the plain loop "

@@ -9,7 +9,6 @@ with three dense features on the candidates.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.machine import environment
+from benchmarks.report import RUNS, Figures, table, write_run, write_section
 from pipeline import config, schema
 from pipeline.batches.counts import LabelCounts
 from pipeline.batches.examples import (
@@ -32,6 +33,18 @@ from pipeline.batches.features import FeatureMaps
 
 NUM_ITEMS = 20_000
 DAY_MS = 86_400_000
+
+
+STAGES = {  # what was timed → what RESULTS.md calls it
+    "user_events": "Arrow lists → flat columns with position, gap and request bounds "
+    "(`user_events`)",
+    "example_batch, one pass per user": "→ `SequenceBatch`, one pass per user, every row also a "
+    "target with its visible length and labels",
+    "example_batch, one pass per user, dense features": "the same, each target with rates of its "
+    "item, its tab and its user",
+    "example_batch, one sequence per request": "→ `SequenceBatch`, one sequence per request",
+    "example_batch, one sequence per request, dense features": "the same, with the three rates",
+}
 
 
 def bench_config(**sections: Any) -> config.RunConfig:
@@ -131,6 +144,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=256, help="sequences per batch")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cfg = bench_config()
@@ -164,9 +178,32 @@ def main() -> None:
                 example_batch(users, part, maps, settings, training=training) for part in parts
             ]
             rates[which] = tokens / median_seconds(work, options.repeats)
-    print(
-        json.dumps({name: f"{rate / 1e6:.2f}M events/s" for name, rate in rates.items()}, indent=2)
-    )
+    run = {
+        "command": "python -m benchmarks.training.collate",
+        "environment": environment("cpu"),
+        "users": options.users,
+        "repeats": options.repeats,
+        "events_per_s": {name: round(rate) for name, rate in rates.items()},
+    }
+    print(section(run))
+    if not options.dry_run:
+        write_run(RUNS / "collate.json", run)
+        write_section("data path", section(run))
+
+
+def section(run: Figures) -> str:
+    """The section of RESULTS.md from what `main` measured."""
+    machine = run["environment"]
+    rows = []
+    for name, what in STAGES.items():
+        rows.append([what, f"{run['events_per_s'][name] / 1e6:.1f}M"])
+
+    return f"""## Data path
+
+`{run["command"]}`, one of {machine["cores"]} cores ({machine["device"]}), medians of
+{run["repeats"]} runs: {run["users"]:,} synthetic users with a mean of 40 rows.
+
+{table(["", "events/s"], rows)}"""
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.report import table, write_section
+from benchmarks.machine import cpu_name
+from benchmarks.report import RUNS, Figures, table, write_run, write_section
 from benchmarks.training.collate import bench_config, make_maps, make_sequences, with_rates
 from benchmarks.training.load_balance import zipf_lengths
 from pipeline.batches.features import FeatureMaps
@@ -40,7 +41,6 @@ STEP_SECONDS = 0.05
 STEP_TOKENS = 65_536
 NUM_BUCKETS = 12
 MARGIN = 50  # steps before a change of pools and after the next one
-RUNS = Path(__file__).parents[1] / "runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +145,13 @@ def median(runs: list[Feeding]) -> Feeding:
     )
 
 
-def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
-    rows = [
-        [
+def section(run: Figures) -> str:
+    """The section of RESULTS.md from what `as_run` gave."""
+    machine = run["environment"]
+    found = [Feeding(**figures) for figures in run["feeding"].values()]
+    rows = []
+    for each in found:
+        row = [
             each.lengths,
             "one pass per user" if each.layout == "user" else "one sequence per request",
             "three" if each.rates else "none",
@@ -158,8 +162,8 @@ def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
             f"{each.first_batch_ms:,.0f}",
             f"{each.memory_mb:,.0f} / {each.bound_mb:,.0f}",
         ]
-        for each in found
-    ]
+        rows.append(row)
+
     header = [
         "lengths",
         "layout",
@@ -169,32 +173,24 @@ def section(found: list[Feeding], repeats: int, cpu: str, busy: float) -> str:
         "waiting",
         "longest wait, ms",
         "first batch, ms",
+        "memory, MB / stated",
     ]
-    return "\n".join(
-        [
-            "## Feeding",
-            "",
-            "`python -m benchmarks.training.feeding`: a step is simulated by sleeping "
-            f"{1000 * STEP_SECONDS:.0f} ms and holds",
-            f"about {STEP_TOKENS:,} tokens; the loader, with one thread for batches, has one core "
-            f"of an {cpu}.",
-            "Waiting: share of the time after the first batch, changes of pools included (goal: "
-            "at most 5 %).",
-            "Processor ms: the loader's own per step. Memory: the most that was resident above "
-            "what the process held",
-            f"before the loader, and what `jobs.train --dry-run` states. Medians of {repeats} "
-            "runs; numpy",
-            f"{np.__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}; "
-            "load average of the",
-            f"{os.cpu_count()} cores before it began: {busy:.1f} (above 0 other work took its "
-            "part of them).",
-            "",
-            table([*header, "memory, MB / stated"], rows),
-        ]
-    )
+    return f"""## Feeding
+
+`{run["command"]}`: a step is simulated by sleeping {1000 * STEP_SECONDS:.0f} ms and holds
+about {STEP_TOKENS:,} tokens; the loader, with one thread for batches, has one core of an
+{machine["cpu"]}.
+Waiting: share of the time after the first batch, changes of pools included (goal: at most 5 %).
+Processor ms: the loader's own per step. Memory: the most that was resident above what the process
+held before the loader, and what `jobs.train --dry-run` states. Medians of {run["repeats"]} runs; numpy
+{machine["numpy"]}, pyarrow {machine["pyarrow"]}, Python {machine["python"]}; load average of the
+{machine["cores"]} cores before it began: {machine["load"]:.1f} (above 0 other work took its part of
+them).
+
+{table(header, rows)}"""
 
 
-def as_run(found: list[Feeding], busy: float) -> dict[str, object]:
+def as_run(found: list[Feeding], repeats: int, busy: float) -> Figures:
     named = {
         f"{each.lengths}, {each.layout}, {'rates' if each.rates else 'no rates'}": asdict(each)
         for each in found
@@ -204,17 +200,15 @@ def as_run(found: list[Feeding], busy: float) -> dict[str, object]:
         "cores": os.cpu_count(),
         "load": busy,
         "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pyarrow": pa.__version__,
     }
     return {
         "command": "python -m benchmarks.training.feeding",
         "environment": environment,
+        "repeats": repeats,
         "feeding": named,
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 def main() -> None:
@@ -258,11 +252,11 @@ def main() -> None:
                     ]
                     found.append(median(runs))
                     print(json.dumps(asdict(found[-1])), flush=True)
-    text = section(found, options.repeats, cpu_name(), busy)
-    print(text)
+    run = as_run(found, options.repeats, busy)
+    print(section(run))
     if not options.dry_run:
-        write_section("feeding", text)
-        (RUNS / "feeding.json").write_text(json.dumps(as_run(found, busy), indent=1) + "\n")
+        write_run(RUNS / "feeding.json", run)
+        write_section("feeding", section(run))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.report import table, write_section
+from benchmarks.report import RUNS, Figures, table, write_run, write_section
 from pipeline.batches.stochastic_length import LoadPlan, balanced_cuts, stochastic_cuts, threshold
 from pipeline.config import StochasticLengthConfig
 
@@ -156,44 +156,42 @@ def row(
     ]
 
 
-def section(num_steps: int) -> str:
-    rows = [
-        row(num_ranks, per_rank, num_steps, *lengths, power)
-        for lengths in ((1.0, 256), (1.2, 64))
-        for num_ranks, per_rank in ((8, 32), (64, 32), (64, 128), (512, 32))
-        for power in (1.0, 2.0)
-    ]
-    return "\n".join(
-        [
-            "## Load balance of stochastic length",
-            "",
-            f"`python -m benchmarks.training.load_balance`: a simulation of {num_steps} steps, "
-            "alpha 1.6 and max_len 16,384",
-            "(threshold 2,352), Zipf lengths n^-s from the shortest given up to 16,384. First "
-            "figure: load of a",
-            "step's heaviest rank over the mean rank, averaged over steps, which is what waiting "
-            "costs. Second: the",
-            "heaviest rank of all steps over the mean of all, which is what memory must hold. In "
-            "brackets by how much",
-            "the mean length moved against the plain draws. As published:",
-            f"{WARM_UP} warm-up steps, the mean load told anew every {RECALIBRATE} steps. "
-            "Counted, not timed; numpy",
-            f"{np.__version__}, Python {platform.python_version()}.",
-            "",
-            table(["lengths", "ranks", "histories a rank", "load", *METHODS.values()], rows),
-            "",
-            "As published, a rank can only turn round draws of its own that lie above the "
-            "threshold: it needs",
-            "many histories a rank, and moves the mean length with few. `dealing` moves no draw "
-            "and needs no",
-            "message, because every rank knows the whole step; `sampling` also brings each step "
-            "to the mean load",
-            "before it is dealt, for steps of equal memory. Where one whole history outweighs the "
-            "mean rank (squares,",
-            "32 histories a rank) neither can hide it; the published form does, by cutting just "
-            "these every time.",
-        ]
-    )
+def measure(num_steps: int) -> Figures:
+    rows = []
+    for lengths in ((1.0, 256), (1.2, 64)):
+        for num_ranks, per_rank in ((8, 32), (64, 32), (64, 128), (512, 32)):
+            for power in (1.0, 2.0):
+                rows.append(row(num_ranks, per_rank, num_steps, *lengths, power))
+
+    return {
+        "command": "python -m benchmarks.training.load_balance",
+        "versions": {"numpy": np.__version__, "python": platform.python_version()},
+        "steps": num_steps,
+        "rows": rows,
+    }
+
+
+def section(run: Figures) -> str:
+    """The section of RESULTS.md from what `measure` gave."""
+    versions = run["versions"]
+    header = ["lengths", "ranks", "histories a rank", "load", *METHODS.values()]
+    return f"""## Load balance of stochastic length
+
+`{run["command"]}`: a simulation of {run["steps"]} steps, alpha 1.6 and max_len 16,384
+(threshold 2,352), Zipf lengths n^-s from the shortest given up to 16,384. First figure: load of a
+step's heaviest rank over the mean rank, averaged over steps, which is what waiting costs. Second:
+the heaviest rank of all steps over the mean of all, which is what memory must hold. In brackets by
+how much the mean length moved against the plain draws. As published: {WARM_UP} warm-up steps, the
+mean load told anew every {RECALIBRATE} steps. Counted, not timed; numpy {versions["numpy"]}, Python
+{versions["python"]}.
+
+{table(header, run["rows"])}
+
+As published, a rank can only flip draws of its own that lie above the threshold: it needs many
+histories a rank, and moves the mean length with few. `dealing` moves no draw and needs no message,
+because every rank knows the whole step. `sampling` also brings each step to the mean load before it
+is dealt, for steps of equal memory. Where one whole history outweighs the mean rank (squares, 32
+histories a rank) neither can hide it; the published form does, by cutting just these every time."""
 
 
 def main() -> None:
@@ -202,9 +200,10 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    text = section(options.steps)
-    write_section("load balance", text)
-    print(text)
+    run = measure(options.steps)
+    write_run(RUNS / "load_balance.json", run)
+    write_section("load balance", section(run))
+    print(section(run))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import environment
-from benchmarks.report import table, write_section
+from benchmarks.report import table, write_run, write_section
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
@@ -362,7 +362,7 @@ def main() -> None:
             )
             options.out.parent.mkdir(parents=True, exist_ok=True)
             # what is measured stays, whatever comes after
-            options.out.write_text(json.dumps(run, indent=1) + "\n")
+            write_run(options.out, run)
     raise SystemExit(bool(failed))
 
 

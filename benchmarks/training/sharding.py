@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.machine import environment
-from benchmarks.report import table, write_section
+from benchmarks.report import table, write_run, write_section
 from benchmarks.training.model import SEMI_LOCAL, model_config, random_batch, vocabulary
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
@@ -528,7 +528,7 @@ def main() -> None:
         if ranks.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
             # what is measured stays, whatever comes after
-            out.write_text(json.dumps(found, indent=1) + "\n")
+            write_run(out, found)
 
     for name, check in (
         ("parity", parity),

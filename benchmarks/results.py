@@ -1,0 +1,113 @@
+"""RESULTS.md written anew from the committed figures: every table and every generated sentence.
+
+    python -m benchmarks.results [SECTION …]      # all of them where none is named
+
+Benchmarks write their figures to benchmarks/runs/ and call this for their own section. A test holds
+RESULTS.md equal to what this writes, so that a figure in it is always one that was measured.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.build import at_size_report
+from benchmarks.kernels import attention_report, layer_report, tables_report
+from benchmarks.quality import anchor_report, long_histories, number_formats
+from benchmarks.quality import report as quality_report
+from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
+from benchmarks.serving import gpu_replica, ranker, under_load_report
+from benchmarks.training import collate, feeding, load_balance, model, sharding
+
+ENCODERS = ("ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din")
+ABLATION = (
+    "whole",
+    "causal",
+    "whole-no_mixture",
+    "whole-no_heterogeneous_actions",
+    "whole-window_0",
+    "whole-full_rows_0",
+    "whole-no_truncation",
+    "stochastic_length",
+    "whole-no_dense_features",
+    "no_recent_rates",
+    "no_item_id_dropout",
+    "no_towers",
+    "whole-fp8",
+    "whole-fp8_served",
+    "whole-int4_served",
+)
+
+
+def encoders() -> str:
+    return quality_report.section(
+        RUNS / "quality.jsonl",
+        ENCODERS,
+        split="test",
+        title="Encoders at equal training FLOP, KuaiRand subset",
+        differences=read_run(RUNS / "quality_differences.json"),
+    )
+
+
+def ablation() -> str:
+    return quality_report.section(
+        RUNS / "ablation.jsonl",
+        ABLATION,
+        split="val",
+        title="Ablation of the tuned setting, KuaiRand subset, validation",
+    )
+
+
+def runs_of(*names: str) -> list[Path]:
+    return [RUNS / f"{name}.json" for name in names]
+
+
+def runs_read(*names: str) -> list[dict]:
+    return [read_run(path) for path in runs_of(*names)]
+
+
+# Sections by the name between their marks.
+SECTIONS: dict[str, Callable[[], str]] = {
+    "attention": lambda: attention_report.section(
+        merge_runs(*runs_of("attention_h100", "attention_cpu"))
+    ),
+    "data path": lambda: collate.section(*runs_read("collate")),
+    "kuairand": lambda: anchor_report.section(*runs_read("kuairand_anchor", "demo")),
+    "load balance": lambda: load_balance.section(*runs_read("load_balance")),
+    "serving": lambda: under_load_report.section(*runs_read("serving")),
+    "tables": lambda: tables_report.section(
+        merge_runs(*runs_of("tables_h100", "tables_h100_quiet_host"))
+    ),
+    "layer": lambda: layer_report.section(*runs_read("layer_h100")),
+    "ranker": lambda: ranker.section(runs_read("ranker_cpu", "ranker_h100")),
+    "formats": lambda: number_formats.section(runs_read("formats_h100", "formats_cpu")),
+    "model": lambda: model.section(*runs_read("model_h100")),
+    "quality": encoders,
+    "ablation": ablation,
+    "long histories": lambda: long_histories.section(RUNS / "long_histories.jsonl"),
+    "feeding": lambda: feeding.section(*runs_read("feeding")),
+    "build": lambda: at_size_report.section(*runs_read("build")),
+    "sharding": lambda: sharding.section(
+        runs_read("sharding_h200_parity", "sharding_h200", "sharding_h200_large_steps")
+    ),
+    "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
+}
+
+
+def write_sections(names: Sequence[str], path: Path = RESULTS) -> None:
+    for name in names:
+        write_section(name, SECTIONS[name](), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    options = parser.parse_args()
+
+    unknown = set(options.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"no section {sorted(unknown)}; there are {', '.join(SECTIONS)}")
+    write_sections(options.sections or list(SECTIONS))
+
+
+if __name__ == "__main__":
+    main()
