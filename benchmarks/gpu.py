@@ -127,22 +127,6 @@ def time_ceilings(timer: Timer) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def strays(
-    fast: list[Tensor], plain: list[Tensor], truth: list[Tensor], floor: float = 1e-12
-) -> str | None:
-    """What strays from `truth`, float64, by more than twice plain PyTorch's error, 1e-6 of its size
-    and `floor`.
-    """
-    for i, (got, there, expected) in enumerate(zip(fast, plain, truth, strict=True)):
-        if not got.numel():
-            continue
-        worst, allowed = ((x.double() - expected).abs().max().item() for x in (got, there))
-        allowed = 2 * allowed + 1e-6 * expected.abs().max().item() + floor
-        if not worst <= allowed:  # NaN is not
-            return f"output {i}: error {worst:.2e}, allowed {allowed:.2e}"
-    return None
-
-
 @contextmanager
 def no_waiting(of: Backend = "triton") -> Iterator[None]:
     """What makes the host wait for the device raises; plain PyTorch may."""

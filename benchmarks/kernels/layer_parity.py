@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DEVICE, Check, generator, no_waiting, offsets_of, randint, randn, strays
+from benchmarks.gpu import DEVICE, Check, generator, no_waiting, offsets_of, randint, randn
+from benchmarks.kernels.accuracy import find_stray
 from kernels.backend import Backend
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.layer_norm.reference import quantize_rows_reference
@@ -122,12 +123,9 @@ def check_layer(case: Case) -> str | None:
     same type, two runs that differ, or a result that depends on what was kept."""
     truth, plain = run(case, torch.float64, "reference"), run(case, case.dtype, "reference")
     fast, again = run(case, case.dtype, "triton"), run(case, case.dtype, "triton")
-    ratios = []
-    for f, p, t in zip(fast, plain, truth, strict=True):
-        worst = [(x.double() - t).abs().max().item() for x in (f, p)]
-        ratios.append(worst[0] / max(worst[1], 1e-6 * t.abs().max().item(), 1e-30))
-    if not all(r <= 2 for r in ratios):  # NaN is not
-        return f"error over PyTorch's {[round(r, 2) for r in ratios]}"
+    stray = find_stray(fast, plain, truth, num_terms=sum(case.lengths))
+    if stray is not None:
+        return stray
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
     for recompute in ((), RECOMPUTABLE):
@@ -154,10 +152,7 @@ def check_fp8(width: int, rows: int) -> str | None:
     )
     plain = linear_reference(x, w, bias, residual=residual, fp8=True).double()
     fast = fp8_product(x, w, bias, residual)().double()
-    ratio = ((fast - truth).abs().max() / (plain - truth).abs().max()).item()
-    return (
-        None if ratio <= 2 else f"FP8 product [{rows}, {width}]: error over PyTorch's {ratio:.2f}"
-    )
+    return find_stray([fast], [plain], [truth], num_terms=width)
 
 
 def check_fused_fp8() -> str | None:
@@ -219,7 +214,8 @@ def check_gate(
         return "Y made again is another"
     if not all(torch.equal(x, y) for x, y in zip(fast, second, strict=True)):
         return "two runs differ"
-    return strays(fast, plain(dtype, torch.float32), plain(torch.float64, torch.float64))
+    in_dtype, truth = plain(dtype, torch.float32), plain(torch.float64, torch.float64)
+    return find_stray(fast, in_dtype, truth, num_terms=max(rows, width))
 
 
 def product_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -264,7 +260,8 @@ def check_norm(kind: str, rows: int, width: int, dtype: torch.dtype) -> str | No
     fast, again = run(dtype, torch.float32, "triton"), run(dtype, torch.float32, "triton")
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
-    return strays(fast, run(dtype, dtype, "torch"), run(torch.float64, torch.float64, "torch"))
+    plain, truth = run(dtype, dtype, "torch"), run(torch.float64, torch.float64, "torch")
+    return find_stray(fast, plain, truth, num_terms=max(rows, width))
 
 
 # positions and gaps of so many tokens
@@ -324,7 +321,7 @@ def check_position_time(
         )
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
-    return strays(fast, plain, truth)
+    return find_stray(fast, plain, truth, num_terms=max(1, tokens))
 
 
 # For loops with several steps under way: programs that have no step, fewer than that, as many, and

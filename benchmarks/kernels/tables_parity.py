@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DEVICE, Check, no_waiting, offsets_of, randint, randn, strays
+from benchmarks.gpu import DEVICE, Check, no_waiting, offsets_of, randint, randn
+from benchmarks.kernels.accuracy import find_stray
 from kernels.backend import Backend
 from kernels.int4_embedding.op import look_up, quantize
 from kernels.int4_embedding.reference import quantize_reference
@@ -48,7 +49,7 @@ def check_int4(num_rows: int, dim: int, dtype: torch.dtype) -> str | None:
         look_up(packed, ids, dim=dim, dtype=dtype, backend=backend)
         for backend in ("triton", "torch")
     )
-    return strays([fast], [plain], [truth])
+    return find_stray([fast], [plain], [truth])
 
 
 IDS: dict[str, Callable[[], Tensor]] = {
@@ -101,7 +102,9 @@ def check_adamw(kind: str, num_rows: int, dim: int, momentum: bool) -> str | Non
     fast, again = step(torch.float32, "triton"), step(torch.float32, "triton")
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
-    return strays(fast, step(torch.float32, "torch"), step(torch.float64, "torch"))
+    plain, truth = step(torch.float32, "torch"), step(torch.float64, "torch")
+    longest_run = max(1, len(ids))
+    return find_stray(fast, plain, truth, num_terms=longest_run)
 
 
 def check_bfloat16_rows() -> str | None:
@@ -170,9 +173,9 @@ def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str |
         return "two runs differ"
     # A loss is a difference of scores of up to 1 / 0.05, whose last bit shows where the loss is
     # exactly 0.
-    return strays(
-        fast, run(dtype, "reference"), run(torch.float64, "reference"), floor=2**-23 / 0.05
-    )
+    plain, truth = run(dtype, "reference"), run(torch.float64, "reference")
+    uses_of_an_item = num_positions * (num_negatives + 1)
+    return find_stray(fast, plain, truth, num_terms=uses_of_an_item, floor=2**-23 / 0.05)
 
 
 def parity_checks() -> list[Check]:
