@@ -14,6 +14,7 @@ from pipeline import config
 from pipeline.cluster import ray_cluster
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate import ablation, evaluator
+from pipeline.files import write_atomically
 from pipeline.sequences import store
 from pipeline.tracking import runs
 from pipeline.tracking.server import mlflow_server
@@ -46,8 +47,8 @@ def main(job: cli.Job) -> None:
             with runs.start_run(variant, manifest, {"mlflow.parentRunId": parent.run_id}) as run:
                 found[name] = train_and_evaluate(variant, run, split)
         path = cfg.run_dir / "ablation" / "ablation.md"
-        path.write_text(ablation.table(found, cfg.tasks, split))
-        path.with_suffix(".json").write_text(json.dumps(found, indent=2))
+        write_atomically(path, ablation.table(found, cfg.tasks, split))
+        write_atomically(path.with_suffix(".json"), json.dumps(found, indent=2))
         parent.log_artifacts(path)
         print(path.read_text())
         unmoved = ablation.unmoved(found, split)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from jobs import cli
 from pipeline import config
 from pipeline.config import RunConfig
+from pipeline.files import write_atomically
 from pipeline.sequences import store
 from pipeline.sequences.quality import drift
 
@@ -39,7 +40,6 @@ def main(job: cli.Job) -> None:
     changes = drift.compare(before, after, cfg.drift)
     crossed = [change.quantity for change in changes if change.crossed]
     page = cfg.run_dir / "report" / "drift.json"
-    page.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "before": before.digest,
         "after": after.digest,
@@ -47,7 +47,7 @@ def main(job: cli.Job) -> None:
         "crossed": crossed,
         "changes": [asdict(change) for change in changes],
     }
-    page.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(page, json.dumps(content, indent=1) + "\n")
     print(drift.table(changes))
     print(f"before={before.digest[:16]} after={after.digest[:16]} crossed={crossed} report={page}")
     if crossed:

@@ -15,6 +15,7 @@ from pipeline import config, logs
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import evaluator
+from pipeline.files import write_atomically
 from pipeline.sequences import build
 from pipeline.sequences.store import Manifest
 from pipeline.tracking import registry, runs
@@ -44,14 +45,13 @@ def main(job: cli.Job) -> None:
     check_server(cfg)
     if job.options.fresh:
         remove_run(cfg.run_dir)
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    (cfg.run_dir / RUN_FILE).write_text(json.dumps(config.to_dict(cfg), indent=2))
+    write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
     with (
         mlflow_server(cfg),
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
     ):
         summary = run_chain(cfg, cluster.dashboard_url, append=job.options.append)
-    (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    write_atomically(cfg.run_dir / "summary.json", json.dumps(summary, indent=2))
     print_summary(cfg, summary)
 
 

@@ -20,6 +20,7 @@ from pipeline.batches.loader import evaluation_batches, split_bounds
 from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import plots
 from pipeline.evaluate.metrics import TaskMetrics
+from pipeline.files import staged_file, write_atomically
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.flops import Flops, count_work
 from pipeline.model.inference.quantize import quantize_tables
@@ -50,7 +51,8 @@ def evaluate(
     for split in splits:
         begin = time.perf_counter()
         predictions = predict(cfg, loaded, split, work)
-        pq.write_table(predictions, folder / "predictions" / f"{split}.parquet")
+        with staged_file(folder / "predictions" / f"{split}.parquet") as stage:
+            pq.write_table(predictions, stage)
         metrics |= summarise(predictions, loaded.cfg.tasks, split)
         scored = {task: known_rows(predictions, task, "score")[:2] for task in loaded.cfg.tasks}
         plots.calibration(
@@ -60,8 +62,8 @@ def evaluate(
         logger.info("%s: %d rows in %.1f s", split, len(predictions), time.perf_counter() - begin)
     metrics |= shares(work)
     text = json.dumps(metrics, indent=2)
-    (folder / "metrics.json").write_text(text)
-    (model_dir / "metrics.json").write_text(text)
+    write_atomically(folder / "metrics.json", text)
+    write_atomically(model_dir / "metrics.json", text)
     return metrics
 
 

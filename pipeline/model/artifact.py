@@ -8,13 +8,8 @@ unpickled.
 renamed, so that a reader finds a whole model or none.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import ConfigError, RunConfig, UserError, from_dict, to_dict
+from pipeline.files import folder_digests, sha256_of, staged_folder
 from pipeline.model.ranker import RankingModel
 
 INDEX = "artifact.json"
@@ -53,11 +49,11 @@ def publish_model(
     """The same for weights that are not a model in memory: `write_weights` makes the safetensors
     file at its path.
     """
-    with staged(folder) as stage:
+    with staged_folder(folder) as stage:
         write_weights(stage / "model.safetensors")
         (stage / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
         maps.frozen().save(stage)
-        index = {"files": file_digests(stage), "extra": extra}
+        index = {"files": folder_digests(stage), "extra": extra}
         (stage / INDEX).write_text(json.dumps(index, indent=2))
 
 
@@ -82,7 +78,7 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
 
 
 def verified(folder: Path, what: str) -> dict:
-    """The index of a folder written by `staged`, after its files were held against their digests.
+    """The index of a folder that was staged with one, after its files were held against their digests.
 
     Raises:
         UserError: no such folder, no index in it, or a file that is missing or altered.
@@ -103,28 +99,3 @@ def verified(folder: Path, what: str) -> dict:
                 f"the {what} at {folder} is corrupted: {name} is missing or not what was saved"
             )
     return index
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield stage
-        old = stage.with_name(f"{stage.name}-old")
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(stage, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)

@@ -7,9 +7,7 @@ holds is ever executed: a version is safetensors and JSON, checked against the s
 before it is read.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 import typing
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, UserError
+from pipeline.files import folder_digests, publish_folder, sha256_of
 from pipeline.tracking import model_card
 from pipeline.tracking.runs import Run, start_run
 from pipeline.tracking.server import absent, mlflow_client, one_message, tracking_uri
@@ -75,7 +74,7 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
         folder = Path(shutil.copytree(model_dir, Path(staging) / "model"))
         card = model_card.render(cfg, folder, metrics, run.run_id)
         (folder / "README.md").write_text(card)
-        tags = {f"sha256.{name}": digest for name, digest in _digests(folder).items()}
+        tags = {f"sha256.{name}": digest for name, digest in folder_digests(folder).items()}
         # its validation NE is of rows that it has learned: nothing to judge by
         if trained_on_validation(model_dir):
             tags |= {REFIT: "true"}
@@ -113,7 +112,7 @@ def register_trained(cfg: RunConfig) -> int:
     from pipeline.sequences.store import read_manifest
 
     run_id = verified(cfg.model_dir, "model")["extra"].get("mlflow_run_id")
-    tag, digest = f"sha256.{INDEX}", _sha256(cfg.model_dir / INDEX)
+    tag, digest = f"sha256.{INDEX}", sha256_of(cfg.model_dir / INDEX)
     with one_message():
         for found in mlflow_client().search_model_versions(f"name = '{cfg.tracking.model_name}'"):
             if found.tags.get(tag) == digest:
@@ -315,13 +314,13 @@ def fetch(model: PinnedModel, cache: Path) -> Path:
             (found / "registered_model_meta").unlink(missing_ok=True)
             _check(found, model)
             if not folder.exists():  # else another replica was faster
-                os.rename(found, folder)
+                publish_folder(found, folder)
     _check(folder, model)
     return folder
 
 
 def _check(folder: Path, model: PinnedModel) -> None:
-    found = _digests(folder)
+    found = folder_digests(folder)
     wrong = sorted(
         name
         for name in found.keys() | model.sha256.keys()
@@ -333,16 +332,6 @@ def _check(folder: Path, model: PinnedModel) -> None:
             "does not have the "
             "sha256 that its registration recorded; nothing was loaded"
         )
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_metrics(model_dir: Path) -> dict[str, Any]:

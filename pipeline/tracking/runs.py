@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.config import RunConfig, UserError
+from pipeline.files import write_atomically
 from pipeline.tracking.server import absent, mlflow_client, one_message, tracking_uri
 
 if typing.TYPE_CHECKING:
@@ -91,10 +92,7 @@ def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False)
     earlier = None if restart else _earlier_run(note, manifest)
     if earlier is None:
         run = start_run(cfg, manifest, {"attempt": "1"})
-        note.parent.mkdir(parents=True, exist_ok=True)
-        staged = note.with_suffix(".staged")
-        staged.write_text(json.dumps({"run_id": run.run_id}))
-        staged.replace(note)
+        write_atomically(note, json.dumps({"run_id": run.run_id}))
         return run
     run_id, attempt = earlier
     client = mlflow_client()

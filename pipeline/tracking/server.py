@@ -25,6 +25,7 @@ import httpx
 from pipeline import lifeline
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
+from pipeline.files import write_atomically
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,7 +121,7 @@ def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Pope
             logger.info("joining the MLflow server at %s", uri)
             return uri, None
         uri, process = _start(folder, port or free_port())
-        note.write_text(json.dumps({"uri": uri, "pid": process.pid}))
+        write_atomically(note, json.dumps({"uri": uri, "pid": process.pid}))
     return uri, process
 
 

@@ -43,7 +43,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pipeline.config import RunConfig, UserError, flatten, to_dict
-from pipeline.model.artifact import INDEX, sha256_of, verified
+from pipeline.files import publish_folder, sha256_of, write_atomically
+from pipeline.model.artifact import INDEX, verified
 
 logger = logging.getLogger(__name__)
 
@@ -324,14 +325,13 @@ class CheckpointFolder:
             (stage / "state.json").write_text(text)
             index = {"files": digests | {"state.json": sha256_of(stage / "state.json")}}
             (stage / INDEX).write_text(json.dumps(index, indent=2))
-            if place.exists():  # half-written or corrupted: else the run would have gone on from it
-                shutil.rmtree(place)
-            stage.rename(place)
+            # a folder of that name is corrupted: else the run would have gone on from it
+            publish_folder(stage, place)
             self._retire(state.best_step)
         self._wait()
 
     def _sweep(self) -> None:
-        for left in self.root.glob(".step_*.partial"):
+        for left in self.root.glob(".step_*.partial*"):
             shutil.rmtree(left)
 
     def _retire(self, best_step: int | None) -> None:
@@ -406,7 +406,8 @@ class MetricsFile:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # A crash may have cut the last line short.
         whole = [line for line in lines if line.endswith("\n")]
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= resumed_at))
+        kept = [line for line in whole if json.loads(line)["step"] <= resumed_at]
+        write_atomically(path, "".join(kept))
         self.path = path
 
     def append(self, step: int, values: dict[str, float]) -> None:

@@ -29,6 +29,7 @@ from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
+from pipeline.files import write_atomically
 from pipeline.model.artifact import publish_model
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
@@ -229,7 +230,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             # All ranks end here, at the same step. Raised, it would make Ray Train start them
             # again, to the same end.
             if rank == 0:
-                (folder / STOPPED).write_text(json.dumps({"reason": str(stopped)}))
+                write_atomically(folder / STOPPED, json.dumps({"reason": str(stopped)}))
 
 
 def plan(cfg: RunConfig) -> dict[str, object]:

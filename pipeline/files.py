@@ -1,0 +1,112 @@
+"""Files and folders that a reader finds whole or not at all, and their digests.
+
+Whatever is written lies beside its place, under a hidden name, until it is complete:
+
+    .metrics.json.3f2a…   written → synced to disk → renamed to   metrics.json
+
+The rule of fsync, the same everywhere: *a name that others look for is given only to bytes that are
+on the disk.* A power cut then leaves the old content or the new, never an empty file under a good
+name. Folders are not synced: a rename that the cut took back leaves the old content, and everybody
+here can make the new one again.
+
+A process that is killed in between leaves its hidden file. Nobody reads it.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put `content` (text in UTF-8) at `path` in one step; makes its folder.
+
+    Raises:
+        OSError: it could not be written, on a full disk for example; the old content stays.
+    """
+    raw = content.encode() if isinstance(content, str) else content
+    with staged_file(path) as stage:
+        stage.write_bytes(raw)
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; what is there when the block ends takes its place.
+
+    A block that raises leaves nothing, and the old content.
+    """
+    with hidden_beside(path) as stage:
+        yield stage
+        publish_file(stage, path)
+
+
+@contextmanager
+def hidden_beside(path: Path) -> Iterator[Path]:
+    """A hidden name of its own beside `path`; what still bears it after the block is removed.
+
+    For a file whose own name is known only when it is written, by its digest say; `publish_file`
+    ends the block.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # two writers do not meet
+    try:
+        yield stage
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def publish_file(stage: Path, path: Path) -> None:
+    """Give a complete file of the same folder the name `path`, once its bytes are on the disk."""
+    sync_to_disk(stage)
+    os.replace(stage, path)
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield stage
+        publish_folder(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish_folder(stage: Path, folder: Path) -> None:
+    """Give a complete folder the name `folder`, once its files are on the disk.
+
+    A folder that is there makes way first. Renaming a folder onto another is not possible, so a
+    kill between the two renames leaves none at that name, never half of one.
+    """
+    for path in stage.rglob("*"):
+        if path.is_file():
+            sync_to_disk(path)
+
+    old = stage.with_name(f".{stage.name.lstrip('.')}-old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(stage, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return when the bytes of the file at `path` are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below `folder`, by its path within it, in the order of the paths."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
