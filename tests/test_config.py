@@ -78,6 +78,9 @@ MISTAKES = [
     ("serve.port=70000", "serve.port", "70000"),
     ("serve.cuda_graphs=true", "serve.cuda_graphs", "True"),
     ("name=a/b", "name", "'a/b'"),
+    # a key without a default
+    ("source.users={id_column: uid}", "source.users.path", "['id_column']"),
+    ("serve.canary={}", "serve.canary.version", "[]"),
     ("train.epochs", "--set", "'train.epochs'"),  # no value
     ("=3", "--set", "'=3'"),
     ("seed.x=3", "--set seed.x", "seed"),  # not a section

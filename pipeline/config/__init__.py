@@ -6,23 +6,17 @@ value. The whole `RunConfig` is saved beside the weights and the server builds t
 file alone.
 """
 
-from pipeline.config.data import (
-    CheckConfig,
-    ColumnFeature,
-    DenseFeature,
-    DriftConfig,
-    FeatureConfig,
-    SequenceConfig,
-    SideTable,
-    SourceConfig,
-    SplitConfig,
-    SyntheticConfig,
-)
+from pipeline.config.cluster import RayConfig
+from pipeline.config.errors import ConfigError, UserError
+from pipeline.config.features import ColumnFeature, DenseFeature, FeatureConfig, SplitConfig
+from pipeline.config.logs import SideTable, SourceConfig, SyntheticConfig
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
-from pipeline.config.operate import CanaryConfig, RayConfig, ServeConfig, TrackingConfig
+from pipeline.config.reading import parse_time
 from pipeline.config.run import RunConfig, flatten, from_dict, load, to_dict
+from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
+from pipeline.config.serving import CanaryConfig, ServeConfig
+from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import EvaluateConfig, StochasticLengthConfig, TrainConfig
-from pipeline.config.values import ConfigError, UserError, parse_time
 
 __all__ = [
     "AttentionConfig",

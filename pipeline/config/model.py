@@ -1,9 +1,10 @@
-"""The model: tokens, transducers, heads."""
+"""The model: tokens, encoder, heads."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.values import require
+from pipeline.config.errors import require
+from pipeline.config.setting import check_ranges, setting
 
 RECOMPUTABLE = "normed_x", "uvqk", "y"
 
@@ -12,194 +13,251 @@ RECOMPUTABLE = "normed_x", "uvqk", "y"
 class AttentionConfig:
     """The semi-local mask (ULTRA-HSTU, arXiv:2602.16986, eq. 6-7) and the score scale."""
 
-    window: int | None = 256  # K1: the largest distance q - k a row sees; None is plain causal
-    full_rows: int = 256  # K2: the newest history rows that see everything before them
-    extra_prefix: int = 0  # oldest events that every row sees, beside the context
-    attn_alpha: float | None = None  # None: 1 / d_qk
-    # fixed divisor of the scores; the batch's longest would differ in serving
-    scaling_seq_len: int = 4096
+    window: int | None = setting(
+        256,
+        at_least=0,
+        rule="a distance of 0 or more",
+        doc="K1: largest distance, in rows, from a query back to a key that it sees. Null: plain "
+        "causal attention.",
+    )
+    full_rows: int = setting(
+        256, at_least=0, doc="K2: number of newest history rows that see everything before them."
+    )
+    extra_prefix: int = setting(
+        0, at_least=0, doc="Number of oldest events that every row sees, beside the context."
+    )
+    attn_alpha: float | None = setting(
+        None, doc="Factor of the scores before SiLU. Null: 1 / d_qk."
+    )
+    scaling_seq_len: int = setting(
+        4096,
+        at_least=1,
+        doc="Length, in rows, by which the scores are divided. It is fixed because a batch's "
+        "longest sequence would differ in serving.",
+    )
 
     def __post_init__(self) -> None:
-        window = self.window
-        require(
-            window is None or window >= 0,
-            "model.attention.window",
-            window,
-            "a distance of 0 or more, or null",
-        )
-        for name in ("full_rows", "extra_prefix"):
-            require(
-                getattr(self, name) >= 0,
-                f"model.attention.{name}",
-                getattr(self, name),
-                "0 or more",
-            )
-        require(
-            self.scaling_seq_len >= 1,
-            "model.attention.scaling_seq_len",
-            self.scaling_seq_len,
-            "1 or more",
-        )
+        check_ranges(self, "model.attention")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelConfig:
-    """One transducer of a mixture: which history rows it reads, how many, and how."""
+    """One transducer of a mixture: which history rows it reads, how many, and how. Distances of its
+    attention count the channel's own rows.
+    """
 
-    actions: tuple[str, ...] = ()  # rows on which any of these is known and set; empty: every row
-    max_len: int | None = None  # the newest of those rows; None: all
-    num_layers: int = 2
-    # distances count the channel's own rows
+    actions: tuple[str, ...] = setting(
+        (),
+        doc="Actions of which at least one is known and set on each row that is read. Empty: every "
+        "row.",
+    )
+    max_len: int | None = setting(
+        None, at_least=1, doc="Number of the newest of those rows that are read. Null: all."
+    )
+    num_layers: int = setting(2, at_least=1, doc="Number of layers.")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    truncate_after_layer: int | None = None
-    truncate_to: int = 1024
+    truncate_after_layer: int | None = setting(
+        None,
+        doc="Layer, counted from 1, after which the older history is dropped. Null: never.",
+    )
+    truncate_to: int = setting(
+        1024, at_least=1, doc="Number of newest rows that the later layers keep."
+    )
 
     def __post_init__(self) -> None:
-        require(
-            self.max_len is None or self.max_len >= 1,
-            "model.channels.*.max_len",
-            self.max_len,
-            "1 or more",
-        )
-        require_depth(
-            "model.channels.*", self.num_layers, self.truncate_after_layer, self.truncate_to
+        check_ranges(self, "model.channels.*")
+        _refuse_truncation_after_the_last_layer(
+            "model.channels.*", self.num_layers, self.truncate_after_layer
         )
 
     @property
     def depends_on_later_rows(self) -> bool:
-        """Whether what a row sees, or whether it is kept, depends on how many rows of the channel
-        follow.
+        """True if what a row sees, or if it is kept, depends on the number of the channel's rows
+        after it.
         """
         full = self.attention.window is not None and self.attention.full_rows > 0
         return full or self.max_len is not None or self.truncate_after_layer is not None
 
 
-def require_depth(
-    section: str, num_layers: int, truncate_after_layer: int | None, truncate_to: int
+def _refuse_truncation_after_the_last_layer(
+    section: str, num_layers: int, truncate_after_layer: int | None
 ) -> None:
-    require(num_layers >= 1, f"{section}.num_layers", num_layers, "1 or more")
-    require(truncate_to >= 1, f"{section}.truncate_to", truncate_to, "1 or more")
-    after = truncate_after_layer
-    rule = f"between 1 and num_layers - 1 = {num_layers - 1}, or null"
+    """Truncation shortens the layers after it, so there must be one."""
     require(
-        after is None or 1 <= after < num_layers, f"{section}.truncate_after_layer", after, rule
+        truncate_after_layer is None or 1 <= truncate_after_layer < num_layers,
+        f"{section}.truncate_after_layer",
+        truncate_after_layer,
+        f"between 1 and num_layers - 1 = {num_layers - 1}, or null",
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """ULTRA-HSTU: tokens, stack of STU layers with truncation, one head per task; or a baseline in
-    its place.
+    """ULTRA-HSTU: tokens, a stack of STU layers with truncation, one head per task; or a baseline
+    in its place.
     """
 
-    encoder: Literal["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"] = (
-        "ultra_hstu"
+    encoder: Literal["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"] = setting(
+        "ultra_hstu", doc="Encoder of the history: ultra_hstu, or one of the baselines."
     )
-    d_model: int = 64
-    num_layers: int = 2
-    num_heads: int = 2
-    d_qk: int = 32
-    d_v: int = 32
-    dropout: float = 0.1
-    norm_eps: float = 1e-6
+    d_model: int = setting(64, at_least=1, doc="Width of a token.")
+    num_layers: int = setting(2, at_least=1, doc="Number of layers.")
+    num_heads: int = setting(2, at_least=1, doc="Number of attention heads.")
+    d_qk: int = setting(32, at_least=1, doc="Width of a query and of a key, for each head.")
+    d_v: int = setting(32, at_least=1, doc="Width of a value, for each head.")
+    dropout: float = setting(
+        0.1, at_least=0, below=1, doc="Share of the values that are dropped in training."
+    )
+    norm_eps: float = setting(1e-6, doc="Added to the variance in the layers' normalisations.")
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    # N1: later layers keep the context, the newest events and the candidates
-    truncate_after_layer: int | None = None
-    truncate_to: int = 1024  # L': newest events kept
-    channels: dict[str, ChannelConfig] = field(default_factory=dict)
-    # Mixture of transducers: one per channel, each with its own depth, mask and truncation in the
-    # place of
-    # num_layers, attention, truncate_after_layer and truncate_to here. Empty: one transducer over
-    # every row.
-    # hstu and hstu_merged: a bias of relative position and time on the scores
-    relative_bias: bool = False
-    # transformer, sasrec: width inside the feed-forward layers; din: of its attention's MLP
-    ffn_dim: int = 256
-    # item and action of an event in one token; false: two tokens, and distances count tokens
-    merge: bool = True
-    # false: an event tells whether there was any action, not which
-    heterogeneous_actions: bool = True
-    silu_qkv: bool = True  # False: SiLU on U only, the authors' production form
-    # the output layer reads concat[U, A, Norm(A) * U] instead of Norm(A) * U
-    concat_ua: bool = False
-    # learned: one constant where an event has its actions
-    candidate_action: Literal["none", "learned"] = "none"
-    action_dim: int = 8  # learned row per action, and as many for "unknown"
-    # Where a history row stands. event: its number among the user's rows and the gap to the row
-    # before, so that an encoded history serves many requests. query, the authors' form: counted
-    # back from the candidates, and the age at the request (time_buckets 2048).
-    time_anchor: Literal["event", "query"] = "event"
-    position_buckets: int = 8192
-    # bucket 0 for "no real time"; event: log buckets of the gap, query: of sqrt(age in minutes)
-    time_buckets: int = 64
-    # where features.dense enter: candidate tokens, task heads
-    dense_to: Literal["token", "head", "both"] = "token"
-    head_hidden: int = 64
-    # a hidden layer of head_hidden for each task; false: one for all of them
-    task_towers: bool = False
-    # on CUDA of the whole layer
-    attention_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-    # of the token encoder's row kernels
-    token_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-    # of normed_x, uvqk, y: on CUDA made again in backward instead of kept
-    recompute: tuple[str, ...] = ()
-    # the layers' linear maps on row-wise e4m3, forward only; where a CPU runs them, emulated
-    fp8: bool = False
+    truncate_after_layer: int | None = setting(
+        None,
+        doc="N1: layer, counted from 1, after which the older history is dropped; later layers "
+        "keep the context, the newest events and the candidates. Null: never.",
+    )
+    truncate_to: int = setting(
+        1024, at_least=1, doc="L': number of newest events that the later layers keep."
+    )
+    channels: dict[str, ChannelConfig] = setting(
+        {},
+        doc="Mixture of transducers, by a name of your own. Each has its own depth, mask and "
+        "truncation in the place of num_layers, attention, truncate_after_layer and truncate_to "
+        "of this section. Empty: one transducer over every row.",
+    )
+    relative_bias: bool = setting(
+        False,
+        doc="Add a bias of relative position and time to the scores, for the encoders hstu and "
+        "hstu_merged.",
+    )
+    ffn_dim: int = setting(
+        256,
+        at_least=1,
+        doc="Width inside the feed-forward layers of transformer and sasrec, and of the MLP in "
+        "din's attention.",
+    )
+    merge: bool = setting(
+        True,
+        doc="Item and action of an event are one token. False: two tokens, and distances count "
+        "tokens.",
+    )
+    heterogeneous_actions: bool = setting(
+        True, doc="An event tells its actions. False: it tells only if there was any."
+    )
+    silu_qkv: bool = setting(
+        True,
+        doc="SiLU on U, V, Q and K. False: on U only, the production form of the paper's authors.",
+    )
+    concat_ua: bool = setting(
+        False,
+        doc="The output layer of an STU reads concat[U, A, Norm(A) * U] instead of Norm(A) * U.",
+    )
+    candidate_action: Literal["none", "learned"] = setting(
+        "none",
+        doc="What a candidate has where an event has its actions: nothing, or one learned "
+        "constant.",
+    )
+    action_dim: int = setting(
+        8,
+        at_least=1,
+        doc='Width of the learned row of each action; "unknown" has as wide a row.',
+    )
+    time_anchor: Literal["event", "query"] = setting(
+        "event",
+        doc="Where a history row stands. event: its number among the user's rows and the gap to "
+        "the row before, so that an encoded history serves many requests. query, the authors' "
+        "form: counted back from the candidates, and the age at the request.",
+    )
+    position_buckets: int = setting(
+        8192, at_least=1, doc="Rows of the position embedding; larger positions share the last."
+    )
+    time_buckets: int = setting(
+        64,
+        at_least=2,
+        doc='Rows of the time embedding; row 0 is "no real time". event: logarithmic buckets of '
+        "the gap. query: of the square root of the age in minutes, for which the authors have "
+        "2048.",
+    )
+    dense_to: Literal["token", "head", "both"] = setting(
+        "token", doc="Where features.dense enter: the candidates' tokens, the task heads, or both."
+    )
+    head_hidden: int = setting(64, at_least=1, doc="Width of the heads' hidden layer.")
+    task_towers: bool = setting(
+        False, doc="A hidden layer for each task. False: one for all of them."
+    )
+    attention_backend: Literal["auto", "triton", "torch", "reference"] = setting(
+        "auto",
+        doc="Implementation of the attention; on CUDA of the whole layer. auto: Triton on CUDA, "
+        "PyTorch on CPU.",
+    )
+    token_backend: Literal["auto", "triton", "torch", "reference"] = setting(
+        "auto",
+        doc="Implementation of the token encoder's row kernels. auto: Triton on CUDA, PyTorch on "
+        "CPU.",
+    )
+    recompute: tuple[str, ...] = setting(
+        (),
+        doc="Of normed_x, uvqk and y those that are computed again in the backward pass on CUDA "
+        "instead of kept in memory.",
+    )
+    fp8: bool = setting(
+        False,
+        doc="The layers' linear maps use row-wise FP8 (e4m3) in the forward pass; emulated on a "
+        "CPU.",
+    )
 
     def __post_init__(self) -> None:
-        for name in (
-            "d_model",
-            "num_heads",
-            "d_qk",
-            "d_v",
-            "action_dim",
-            "position_buckets",
-            "head_hidden",
-            "ffn_dim",
-        ):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
-        require(self.time_buckets >= 2, "model.time_buckets", self.time_buckets, "2 or more")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        check_ranges(self, "model")
+        _refuse_truncation_after_the_last_layer("model", self.num_layers, self.truncate_after_layer)
+        self._refuse_unknown_recompute()
+        self._refuse_settings_that_a_baseline_ignores()
+        self._refuse_settings_that_two_tokens_ignore()
+        self._refuse_bias_without_relative_times()
+
+    def _refuse_unknown_recompute(self) -> None:
         unknown = [name for name in self.recompute if name not in RECOMPUTABLE]
+        rule = f"of {', '.join(RECOMPUTABLE)}"
+        require(not unknown, "model.recompute", list(self.recompute), rule)
+
+    def _refuse_settings_that_a_baseline_ignores(self) -> None:
+        """A baseline that ignored one of these would be compared under a wrong name."""
+        if self.encoder == "ultra_hstu":
+            return
+
+        where = f"where model.encoder is {self.encoder}"
+        window, after = self.attention.window, self.truncate_after_layer
+        require(window is None, "model.attention.window", window, f"null {where}")
+        require(after is None, "model.truncate_after_layer", after, f"null {where}")
+        require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
+        has_stu = self.encoder in ("hstu", "hstu_merged")
+        require(has_stu or not self.fp8, "model.fp8", self.fp8, f"false {where}")
+        require(self.merge, "model.merge", self.merge, f"true {where}: the encoder says it")
+
+    def _refuse_settings_that_two_tokens_ignore(self) -> None:
+        """A candidate has no action token, and a channel reads whole events."""
+        if not self.interleaved:
+            return
+
+        where = "where item and action are two tokens (model.merge: false, encoder hstu)"
+        learned = self.candidate_action
+        require(learned == "none", "model.candidate_action", learned, f"none {where}")
+        require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
+
+    def _refuse_bias_without_relative_times(self) -> None:
+        """The times of the bias are sums of the gaps between events, which only `event` has."""
+        biased = self.encoder in ("hstu", "hstu_merged") and self.time_anchor == "event"
         require(
-            not unknown, "model.recompute", list(self.recompute), f"of {', '.join(RECOMPUTABLE)}"
+            biased or not self.relative_bias,
+            "model.relative_bias",
+            self.relative_bias,
+            "false unless model.encoder is hstu or hstu_merged, and model.time_anchor event",
         )
-        require_depth("model", self.num_layers, self.truncate_after_layer, self.truncate_to)
-        # a baseline that ignored these would be compared under a wrong name
-        if self.encoder != "ultra_hstu":
-            where = f"where model.encoder is {self.encoder}"
-            require(
-                self.attention.window is None,
-                "model.attention.window",
-                self.attention.window,
-                f"null {where}",
-            )
-            after = self.truncate_after_layer
-            require(after is None, "model.truncate_after_layer", after, f"null {where}")
-            require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
-            stu = self.encoder in ("hstu", "hstu_merged")
-            require(stu or not self.fp8, "model.fp8", self.fp8, f"false {where}")
-            require(self.merge, "model.merge", self.merge, f"true {where}: the encoder says it")
-        if self.interleaved:
-            where = "where item and action are two tokens (model.merge: false, encoder hstu)"
-            require(
-                self.candidate_action == "none",
-                "model.candidate_action",
-                self.candidate_action,
-                f"none {where}",
-            )
-            require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
-        biased = self.encoder in ("hstu", "hstu_merged")
-        # its times are sums of the gaps between events
-        biased = biased and self.time_anchor == "event"
-        rule = "false unless model.encoder is hstu or hstu_merged, and model.time_anchor event"
-        require(biased or not self.relative_bias, "model.relative_bias", self.relative_bias, rule)
 
     @property
     def interleaved(self) -> bool:
+        """True if an event is two tokens, item and action."""
         return self.encoder == "hstu" or not self.merge
 
     @property
     def cacheable(self) -> bool:
-        """Whether an encoded history serves more than one request."""
+        """True if an encoded history serves more than one request."""
         return self.time_anchor == "event" and self.encoder == "ultra_hstu" and self.merge

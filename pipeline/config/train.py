@@ -3,137 +3,195 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.values import require
+from pipeline.config.errors import require
+from pipeline.config.setting import check_ranges, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StochasticLengthConfig:
-    """HSTU, arXiv:2402.17152, eq. 4: longer histories are mostly cut to max_len**(alpha/2), in
-    training only.
+    """Stochastic length (HSTU, arXiv:2402.17152, eq. 4): longer histories are mostly cut to
+    max_len**(alpha/2) rows, in training only.
     """
 
-    alpha: float = 2.0  # 2.0 keeps everything
-    max_len: int = 256
-    # How the loads of the ranks are evened out. dealing: a step's examples go to ranks by load;
-    # sampling: the draws of each step are first turned round to bring it to the mean load, as in
-    # load-balanced stochastic length, arXiv:2602.16986. The load of an example is its tokens to the
-    # power load_exponent: about 1 with a window and full rows far below the length, 2 under full
-    # attention.
-    balance: Literal["none", "sampling", "dealing"] = "none"
-    load_exponent: float = 1.0
+    alpha: float = setting(
+        2.0, above=1, at_most=2, doc="Exponent of the rule; 2.0 keeps everything."
+    )
+    max_len: int = setting(256, at_least=1, doc="Base of the rule, in rows.")
+    balance: Literal["none", "sampling", "dealing"] = setting(
+        "none",
+        doc="How the loads of the workers are evened out. dealing: the examples of a step go to "
+        "workers by load. sampling: keep and cut decisions are first flipped until the step has "
+        "the mean load, as in load-balanced stochastic length (ULTRA-HSTU, arXiv:2602.16986).",
+    )
+    load_exponent: float = setting(
+        1.0,
+        at_least=1,
+        at_most=2,
+        doc="The load of an example is its tokens to this power: about 1 with a window and full "
+        "rows far below the length, 2 under full attention.",
+    )
 
     def __post_init__(self) -> None:
-        require(1 < self.alpha <= 2, "train.stochastic_length.alpha", self.alpha, "in (1, 2]")
-        require(self.max_len >= 1, "train.stochastic_length.max_len", self.max_len, "1 or more")
-        cuts = self.alpha < 2 or self.balance != "sampling"
+        check_ranges(self, "train.stochastic_length")
+        self._refuse_sampling_without_draws()
+
+    def _refuse_sampling_without_draws(self) -> None:
+        """Where everything is kept there is no decision to flip."""
         require(
-            cuts, "train.stochastic_length.alpha", self.alpha, "below 2 where balance is sampling"
-        )
-        exponent = self.load_exponent
-        require(
-            1 <= exponent <= 2, "train.stochastic_length.load_exponent", exponent, "between 1 and 2"
+            self.alpha < 2 or self.balance != "sampling",
+            "train.stochastic_length.alpha",
+            self.alpha,
+            "below 2 where balance is sampling",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    epochs: int = 2
-    # What one step holds over all workers, one of the two: so many sequences, or tokens, about
-    # equally many in every step and at most so many and one sequence more.
-    batch_users: int | None = 32
-    batch_tokens: int | None = None
-    # files of the store that are shuffled together; twice as many are in memory
-    pool_buckets: int = 4
-    loader_threads: int = 1  # of each worker, making batches ahead
-    # one pass per user (target_visible), or one sequence per request
-    layout: Literal["user", "request"] = "user"
-    # the user layout cuts a user's rows into passes of at most so many targets
-    max_targets_per_sequence: int = 64
-    # task -> factor of its loss, 1 where not named
-    task_weights: dict[str, float] = field(default_factory=dict)
-    # loss weight of order_only rows' known labels; 0 leaves them out
-    history_label_weight: float = 0.3
+    """The training loop: batches, optimisers, workers, checkpoints, and what ends it early."""
+
+    epochs: int = setting(2, at_least=1, doc="Number of passes over the training period.")
+    batch_users: int | None = setting(
+        32,
+        at_least=1,
+        doc="Sequences of a step, over all workers. Null where train.batch_tokens is given.",
+    )
+    batch_tokens: int | None = setting(
+        None,
+        at_least=1,
+        doc="Tokens of a step, over all workers, in the place of train.batch_users: about equally "
+        "many in every step, and at most so many and one sequence more.",
+    )
+    pool_buckets: int = setting(
+        4,
+        at_least=1,
+        doc="Files of the store whose sequences are shuffled together. Twice as many are in "
+        "memory.",
+    )
+    loader_threads: int = setting(
+        1, at_least=1, doc="Threads of each worker that prefetch batches."
+    )
+    layout: Literal["user", "request"] = setting(
+        "user",
+        doc="One training sequence per pass over a user's rows, in which each target sees its own "
+        "past (user), or one per request (request).",
+    )
+    max_targets_per_sequence: int = setting(
+        64,
+        at_least=1,
+        doc="The user layout cuts a user's rows into passes of at most so many targets.",
+    )
+    task_weights: dict[str, float] = setting(
+        {}, above=0, doc="Task: factor of its loss; 1 where a task is not named."
+    )
+    history_label_weight: float = setting(
+        0.3,
+        at_least=0,
+        doc="Weight in the loss of the known labels of order_only rows; 0 leaves them out.",
+    )
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
-    lr: float = 2e-3
-    embedding_lr: float = 2e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    grad_clip: float = 1.0  # largest norm of the dense gradients
-    # The model is the mean of its weights after this share of all steps, every so many of them;
-    # null: the last weights.
-    average_from: float | None = None
-    average_every: int = 20
-    num_workers: int = 1
-    # Where embedding tables live: table (item_id, item.COLUMN, user.COLUMN, request.COLUMN, or
-    # default for all others) -> placement. auto shards a table of more than shard_above_mb, in
-    # float32, when there are several workers.
-    tables: dict[str, Literal["replicated", "sharded", "auto"]] = field(default_factory=dict)
-    shard_above_mb: int = 512
-    # rows in bfloat16, rounded by chance; these tables are always sharded
-    bf16_tables: tuple[str, ...] = ()
-    # the optimizer's moments in the host's memory, pinned; only used rows move
-    host_state_tables: tuple[str, ...] = ()
-    threads_per_worker: int = 1
-    use_gpu: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-    log_every: int = 20  # steps
-    checkpoint_every: int = 200  # steps
-    keep_checkpoints: int = 2  # the newest; with validation the best one too
-    max_failures: int = 2  # worker crashes survived
-    validate_every: int = 0  # steps; 0: never
-    validate_requests: int = 2000  # of the validation period, the same ones each time
-    # of these requests, mean over tasks: what makes a checkpoint best
-    best_metric: Literal["ne", "auc", "gauc"] = "ne"
-    publish: Literal["last", "best"] = "last"  # which checkpoint becomes the model
-    # validations in a row without a better one, after which training ends; null: never
-    patience: int | None = None
-    # in a row, left out since loss or gradient is not finite, after which training fails
-    max_bad_steps: int = 10
-    # of a line's loss to the running median: above it for 3 lines, training fails
-    max_loss_ratio: float | None = 4.0
-    # first and last step of which rank 0 leaves a trace in train/profile
-    profile_steps: tuple[int, ...] | None = None
+    lr: float = setting(2e-3, above=0, doc="Learning rate of the dense weights.")
+    embedding_lr: float = setting(2e-3, above=0, doc="Learning rate of the embedding tables.")
+    weight_decay: float = setting(0.0, at_least=0, doc="Weight decay of the dense weights.")
+    warmup_steps: int = setting(
+        100, at_least=0, doc="Steps over which the learning rates rise from 0."
+    )
+    grad_clip: float = setting(
+        1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."
+    )
+    average_from: float | None = setting(
+        None,
+        at_least=0,
+        below=1,
+        doc="Share of all steps after which the weights are averaged; the model is their mean. "
+        "Null: the model has the last weights.",
+    )
+    average_every: int = setting(
+        20, at_least=1, doc="Steps between two weights that enter the average."
+    )
+    num_workers: int = setting(1, at_least=1, doc="Number of training processes.")
+    tables: dict[str, Literal["replicated", "sharded", "auto"]] = setting(
+        {},
+        doc="Embedding table (item_id, item.COLUMN, user.COLUMN, request.COLUMN, or default for "
+        "all others): where it lives. auto shards a table above train.shard_above_mb when there "
+        "are several workers.",
+    )
+    shard_above_mb: int = setting(
+        512, at_least=0, doc="Size of a table in float32, in MiB, above which auto shards it."
+    )
+    bf16_tables: tuple[str, ...] = setting(
+        (),
+        doc="Embedding tables kept in bfloat16 and rounded stochastically; they are always "
+        "sharded.",
+    )
+    host_state_tables: tuple[str, ...] = setting(
+        (),
+        doc="Embedding tables whose optimizer moments are in the host's pinned memory; only used "
+        "rows move.",
+    )
+    threads_per_worker: int = setting(1, at_least=1, doc="Threads of PyTorch in each worker.")
+    use_gpu: bool = setting(False, doc="Each worker has one GPU.")
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", doc="Number format of the layers; bf16 keeps the weights in float32."
+    )
+    log_every: int = setting(20, at_least=1, doc="Steps between two lines of the log.")
+    checkpoint_every: int = setting(200, at_least=1, doc="Steps between two checkpoints.")
+    keep_checkpoints: int = setting(
+        2, at_least=1, doc="Number of newest checkpoints kept; with validation also the best one."
+    )
+    max_failures: int = setting(2, at_least=0, doc="Number of worker crashes that are survived.")
+    validate_every: int = setting(0, at_least=0, doc="Steps between two validations; 0: never.")
+    validate_requests: int = setting(
+        2000,
+        at_least=1,
+        doc="Number of the validation period's requests that are scored, the same ones each time.",
+    )
+    best_metric: Literal["ne", "auc", "gauc"] = setting(
+        "ne",
+        doc="Metric of these requests, as a mean over tasks, that makes a checkpoint the best.",
+    )
+    publish: Literal["last", "best"] = setting("last", doc="Checkpoint that becomes the model.")
+    patience: int | None = setting(
+        None,
+        at_least=1,
+        doc="Number of validations in a row without a better one after which training ends. Null: "
+        "it does not end early.",
+    )
+    max_bad_steps: int = setting(
+        10,
+        at_least=1,
+        doc="Number of steps in a row, left out because loss or gradient is not finite, after "
+        "which training fails.",
+    )
+    max_loss_ratio: float | None = setting(
+        4.0,
+        above=1,
+        doc="Ratio of the loss in the log to its running median; above it for 3 lines, training "
+        "fails. Null: it is not checked.",
+    )
+    profile_steps: tuple[int, ...] | None = setting(
+        None,
+        doc="First and last step of which worker 0 leaves a trace in train/profile. Null: no "
+        "trace.",
+    )
 
     def __post_init__(self) -> None:
-        positive = (
-            "epochs",
-            "pool_buckets",
-            "loader_threads",
-            "max_targets_per_sequence",
-            "num_workers",
-            "threads_per_worker",
-            "log_every",
-            "average_every",
-        )
-        for name in (
-            *positive,
-            "checkpoint_every",
-            "keep_checkpoints",
-            "validate_requests",
-            "max_bad_steps",
-        ):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        one = (self.batch_users is None) != (self.batch_tokens is None)
+        check_ranges(self, "train")
+        self._refuse_two_sizes_of_a_step()
+        self._refuse_replicated_bf16_tables()
+        self._refuse_settings_of_missing_validations()
+        self._refuse_average_of_a_checkpoint_on_the_way()
+        self._refuse_profile_out_of_order()
+
+    def _refuse_two_sizes_of_a_step(self) -> None:
+        one_given = (self.batch_users is None) != (self.batch_tokens is None)
         require(
-            one,
+            one_given,
             "train.batch_users",
             self.batch_users,
             "null where train.batch_tokens is given, and only there",
         )
-        for name in ("batch_users", "batch_tokens"):
-            size = getattr(self, name)
-            require(size is None or size >= 1, f"train.{name}", size, "1 or more")
-        for name in ("lr", "embedding_lr", "grad_clip"):
-            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "greater than 0")
-        zero_or_more = (
-            "history_label_weight",
-            "weight_decay",
-            "warmup_steps",
-            "max_failures",
-            "shard_above_mb",
-        )
-        for name in (*zero_or_more, "validate_every"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+
+    def _refuse_replicated_bf16_tables(self) -> None:
         for name in self.bf16_tables:
             placement = self.tables.get(name, self.tables.get("default", "auto"))
             require(
@@ -142,69 +200,43 @@ class TrainConfig:
                 placement,
                 "sharded or auto for a bf16_tables one",
             )
-        for task, factor in self.task_weights.items():
-            require(factor > 0, f"train.task_weights.{task}", factor, "greater than 0")
-        ratio = self.max_loss_ratio
+
+    def _refuse_settings_of_missing_validations(self) -> None:
+        if self.validate_every > 0:
+            return
+        rule = "null without validate_every"
+        require(self.patience is None, "train.patience", self.patience, rule)
+        rule = "last without validate_every"
+        require(self.publish == "last", "train.publish", self.publish, rule)
+
+    def _refuse_average_of_a_checkpoint_on_the_way(self) -> None:
+        """A checkpoint on the way holds the weights themselves, so only the last one is a mean."""
+        ends_as_planned = self.patience is None and self.publish == "last"
         require(
-            ratio is None or ratio > 1, "train.max_loss_ratio", ratio, "greater than 1, or null"
-        )
-        require(
-            self.patience is None or self.patience >= 1,
-            "train.patience",
-            self.patience,
-            "1 or more, or null",
-        )
-        validates = self.validate_every > 0
-        require(
-            validates or self.patience is None,
-            "train.patience",
-            self.patience,
-            "null without validate_every",
-        )
-        require(
-            validates or self.publish == "last",
-            "train.publish",
-            self.publish,
-            "last without validate_every",
-        )
-        begin = self.average_from
-        require(
-            begin is None or 0 <= begin < 1,
+            ends_as_planned or self.average_from is None,
             "train.average_from",
-            begin,
-            "0 or more and below 1, or null",
-        )
-        # a checkpoint on the way holds the weights themselves
-        ends = self.patience is None and self.publish == "last"
-        require(
-            ends or begin is None,
-            "train.average_from",
-            begin,
+            self.average_from,
             "null with train.patience or publish: best",
         )
+
+    def _refuse_profile_out_of_order(self) -> None:
         steps = self.profile_steps
+        in_order = steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
         rule = "a first step of 1 or more and a last one not before it, or null"
-        require(
-            steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
-            "train.profile_steps",
-            steps,
-            rule,
-        )
+        require(in_order, "train.profile_steps", steps, rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    batch_tokens: int = 8192  # tokens of one forward pass
-    device: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    int4_tables: bool = False  # score with the embedding tables that serve.int4_tables would serve
-    calibration_bins: int = 20
+    """How a trained model is scored on validation and test requests."""
+
+    batch_tokens: int = setting(8192, at_least=1, doc="Tokens of one forward pass.")
+    device: Literal["cpu", "cuda"] = setting("cpu", doc="Device of the model.")
+    precision: Literal["fp32", "bf16"] = setting("fp32", doc="Number format of the layers.")
+    int4_tables: bool = setting(
+        False, doc="Score with the embedding tables that serve.int4_tables would serve."
+    )
+    calibration_bins: int = setting(20, at_least=2, doc="Number of bins of the calibration curve.")
 
     def __post_init__(self) -> None:
-        require(self.batch_tokens >= 1, "evaluate.batch_tokens", self.batch_tokens, "1 or more")
-        require(
-            self.calibration_bins >= 2,
-            "evaluate.calibration_bins",
-            self.calibration_bins,
-            "2 or more",
-        )
+        check_ranges(self, "evaluate")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.config import UserError
-from pipeline.config.values import S3, split_s3
+from pipeline.config.reading import S3, split_s3
 
 READ_BYTES = 8 * 2**20  # of one request, where a file is read from its beginning to its end
 CONNECTIONS = 16  # small requests under way at once: a footer is one round trip

@@ -1,33 +1,70 @@
-"""From YAML values to frozen dataclasses, and the errors on the way."""
+"""From YAML to values: the file, its `--set` overrides, and each value as the type of its field."""
 
 import dataclasses
 import types
 import typing
 import urllib.parse
+from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
+
+from pipeline.config.errors import ConfigError, require
+from pipeline.config.setting import has_default
 
 S3 = "s3://"
 S3_OPTIONS = ("endpoint_override", "region")  # of a path, behind its "?"
 
 
-class UserError(ValueError):
-    """A mistake of the user's: jobs print its one message and exit with code 2, the server answers
-    4xx.
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in the file at `path`, after the `a.b=c` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: no such file, not YAML, no mapping, or an override of another form.
     """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from None
+
+    if not isinstance(raw, dict):
+        raise ConfigError(f"--config {path} must hold a mapping, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
 
 
-class ConfigError(UserError):
-    """The configuration does not say something we can run."""
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one value of `raw` in place; sections on its way are made where they are missing."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
 
-
-def require(condition: bool, key: str, value: Any, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} must be {rule}, got {value!r}")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {parent} is not a section")
+    node[last] = value
 
 
 def parse_time(key: str, value: str) -> int:
-    """An ISO 8601 time with its offset, in milliseconds since 1970 UTC."""
+    """Milliseconds since 1970 UTC of an ISO 8601 time with its offset.
+
+    Raises:
+        ConfigError: no time, or one without its offset; it names `key`.
+    """
     try:
         moment = datetime.fromisoformat(value)
     except (TypeError, ValueError):
@@ -57,22 +94,26 @@ def split_s3(key: str, uri: str) -> tuple[str, tuple[tuple[str, str], ...]]:
         "without credentials: they come from the environment or the machine",
     )
     require(bool(bucket), key, uri, "s3://bucket/prefix")
+
     options = urllib.parse.parse_qsl(query, keep_blank_values=True)
     for name, _ in options:
-        require(
-            name in S3_OPTIONS,
-            key,
-            uri,
-            f"without the option {name!r}; there are {', '.join(S3_OPTIONS)}",
-        )
+        rule = f"without the option {name!r}; there are {', '.join(S3_OPTIONS)}"
+        require(name in S3_OPTIONS, key, uri, rule)
     return place.rstrip("/"), tuple(options)
 
 
-def build(cls: type, raw: Any, path: str) -> Any:
+def build_section(cls: type, raw: Any, path: str) -> Any:
+    """An instance of the dataclass `cls` from the YAML mapping `raw`, which stands at `path`.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of the wrong type, or one that the section
+        refuses.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping, got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+
+    fields = dataclasses.fields(cls)
+    names = [field.name for field in fields]
     for key in raw:
         if key not in names:
             where = f"{path}.{key}" if path else str(key)
@@ -80,19 +121,23 @@ def build(cls: type, raw: Any, path: str) -> Any:
                 f"unknown configuration key {where!r} (value {raw[key]!r}); "
                 f"{path or 'the top level'} has {names}"
             )
-    return cls(
-        **{
-            key: _convert(hints[key], value, f"{path}.{key}" if path else key)
-            for key, value in raw.items()
-        }
-    )
+
+    for field in fields:
+        if not has_default(field) and field.name not in raw:
+            raise ConfigError(f"{path}.{field.name} must be given beside {list(raw)}")
+
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        values[key] = _convert(hints[key], value, f"{path}.{key}" if path else key)
+    return cls(**values)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """`value` from YAML as the type `hint` of a field, or a ConfigError naming `path`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, path)
+        return build_section(typing.cast(type, hint), value, path)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
@@ -106,13 +151,20 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is dict:
         require(isinstance(value, dict), path, value, "a mapping")
         return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    return _convert_scalar(hint, value, path)
+
+
+def _convert_scalar(hint: type, value: Any, path: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 2e-3 as text
             return float(value)
         except (TypeError, ValueError):
             raise ConfigError(f"{path} must be a number, got {value!r}") from None
+
     if hint is str and isinstance(value, datetime):  # YAML reads an unquoted ISO time as one
         return value.isoformat()
+
+    # bool is a subclass of int
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
     return value

@@ -1,0 +1,180 @@
+"""Where the logs come from: the user's Parquet files, a public dataset, or a generator."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.errors import require
+from pipeline.config.reading import S3, parse_time, split_s3
+from pipeline.config.setting import check_ranges, describe, setting
+from pipeline.schema import MAX_ACTIONS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideTable:
+    """A table of users or items: Parquet with an id column and categorical or numeric columns."""
+
+    path: str = field(
+        metadata=describe("Parquet file, folder of Parquet files, or s3://bucket/prefix.")
+    )
+    id_column: str = field(
+        metadata=describe("Column that holds the user_id or item_id of a row, as in the logs.")
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticConfig:
+    """Generated logs by a Dirichlet process (HSTU, arXiv:2402.17152, appendix C), with times,
+    requests, actions and long histories. Read where `source.kind` is synthetic.
+    """
+
+    num_users: int = setting(2000, at_least=1, doc="Number of users.")
+    num_items: int = setting(20_000, at_least=1, doc="Number of items.")
+    num_categories: int = setting(100, at_least=1, doc="Number of item categories.")
+    max_history: int = setting(
+        256, at_least=1, at_most=16_384, doc="Number of rows of the user with the most."
+    )
+    length_exponent: float = setting(
+        1.0,
+        doc="Exponent of Zipf's law: the user of rank r has about max_history / r**exponent rows.",
+    )
+    min_history: int = setting(
+        8, at_least=1, doc="Fewest rows of a user; at most source.synthetic.max_history."
+    )
+    candidates_per_request: int = setting(
+        4, at_least=1, doc="Number of items, and so of rows, that are shown in one request."
+    )
+    num_days: int = setting(12, at_least=1, doc="Days that the logs cover.")
+    start: str = setting(
+        "2022-04-24T00:00:00+08:00", doc="Time of the first day, ISO 8601 with its UTC offset."
+    )
+    rows_per_file: int = setting(
+        1_000_000,
+        at_least=1,
+        doc="Rows that are made, and held in memory, at a time where by_day is true.",
+    )
+    by_day: bool = setting(
+        False, doc="Write one file per day, as logs grow, instead of files of whole users."
+    )
+    lasting_categories: int = setting(
+        0,
+        at_least=0,
+        doc="Categories, beside num_categories, of tastes that show early in a history and are "
+        "asked after much later, each once; 0 makes none.",
+    )
+    early_rows: int = setting(
+        1024, doc="Number of a user's first rows, in which the lasting tastes show."
+    )
+    quiet_rows: int = setting(
+        1280, doc="Number of rows after the early ones, without any sign of the lasting tastes."
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "source.synthetic")
+        self._refuse_shortest_history_above_longest()
+        self._refuse_requests_across_lasting_phases()
+        parse_time("source.synthetic.start", self.start)
+
+    def _refuse_shortest_history_above_longest(self) -> None:
+        require(
+            self.min_history <= self.max_history,
+            "source.synthetic.min_history",
+            self.min_history,
+            "1 to max_history",
+        )
+
+    def _refuse_requests_across_lasting_phases(self) -> None:
+        """The early and the quiet rows are whole requests."""
+        if self.lasting_categories == 0:
+            return
+        for name in ("early_rows", "quiet_rows"):
+            rows = getattr(self, name)
+            require(
+                rows > 0 and rows % self.candidates_per_request == 0,
+                f"source.synthetic.{name}",
+                rows,
+                "a multiple of candidates_per_request above 0",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Where the logs are and what their columns are called."""
+
+    kind: Literal["parquet", "kuairand", "synthetic"] = setting(
+        "parquet",
+        doc="Kind of logs: Parquet files of your own, the public dataset KuaiRand, or generated "
+        "ones.",
+    )
+    path: str | None = setting(
+        None,
+        doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/data.md); the "
+        "dataset's folder for kuairand; unused for synthetic.",
+    )
+    columns: dict[str, str] = setting(
+        {}, doc="Our name of a log column: its name in your files, for those that differ."
+    )
+    actions: tuple[str, ...] = setting(
+        ("is_click",),
+        doc="Columns of 0 and 1, null where unknown, that tell what a user did. The order gives "
+        "the bits of the action mask.",
+    )
+    request_columns: tuple[str, ...] = setting(
+        (), doc="Columns of small integers that are known when a request is made, such as a tab."
+    )
+    users: SideTable | None = setting(None, doc="Table of users; null where there is none.")
+    items: SideTable | None = setting(None, doc="Table of items; null where there is none.")
+    order_only_end_is_real: bool = setting(
+        False,
+        doc="The last order_only row of a user carries a real time, not just an order; true for "
+        "KuaiRand.",
+    )
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        self._refuse_actions_that_do_not_fit_the_mask()
+        self._refuse_repeated_columns()
+        self._refuse_missing_path()
+        self._refuse_unreadable_paths()
+
+    def _refuse_actions_that_do_not_fit_the_mask(self) -> None:
+        require(len(self.actions) > 0, "source.actions", self.actions, "at least one action column")
+        most = f"at most {MAX_ACTIONS} action columns"
+        require(len(self.actions) <= MAX_ACTIONS, "source.actions", self.actions, most)
+
+    def _refuse_repeated_columns(self) -> None:
+        names = [*self.actions, *self.request_columns]
+        require(
+            len(set(names)) == len(names),
+            "source.actions + source.request_columns",
+            names,
+            "free of repeats",
+        )
+
+    def _refuse_missing_path(self) -> None:
+        if self.kind != "synthetic":
+            rule = f"a path when source.kind is {self.kind}"
+            require(self.path is not None, "source.path", self.path, rule)
+
+    def _refuse_unreadable_paths(self) -> None:
+        paths = {"source.path": self.path}
+        if self.users is not None:
+            paths["source.users.path"] = self.users.path
+        if self.items is not None:
+            paths["source.items.path"] = self.items.path
+
+        for key, path in paths.items():
+            if path is None or "://" not in path:
+                continue
+            rule = "a path of the file system, or s3://bucket/prefix"
+            require(path.startswith(S3), key, path, rule)
+            split_s3(key, path)
+
+    @property
+    def items_known(self) -> bool:
+        """True if there is a table of items; KuaiRand and the generator bring their own."""
+        return self.items is not None or self.kind != "parquet"
+
+    @property
+    def users_known(self) -> bool:
+        """True if there is a table of users; KuaiRand and the generator bring their own."""
+        return self.users is not None or self.kind != "parquet"

@@ -1,0 +1,122 @@
+"""Rules between sections: what one section says must be known to, or possible with, another.
+
+Each function takes the sections that it reads and raises a `ConfigError` naming key and value.
+"""
+
+from collections.abc import Iterable
+
+from pipeline.config.errors import require
+from pipeline.config.features import FeatureConfig, SplitConfig
+from pipeline.config.logs import SourceConfig
+from pipeline.config.model import ChannelConfig, ModelConfig
+from pipeline.config.sequences import CheckConfig
+from pipeline.config.train import TrainConfig
+from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, MAX_ACTIONS
+
+
+def refuse_unknown_actions(key: str, names: Iterable[str], source: SourceConfig) -> None:
+    for name in names:
+        rule = f"one of source.actions {list(source.actions)}"
+        require(name in source.actions, key, name, rule)
+
+
+def refuse_unknown_tasks(key: str, names: Iterable[str], tasks: tuple[str, ...]) -> None:
+    for name in names:
+        require(name in tasks, key, name, f"one of tasks {list(tasks)}")
+
+
+def refuse_checks_of_unknown_columns(checks: CheckConfig, source: SourceConfig) -> None:
+    columns = [*LOG_REQUIRED, *LOG_OPTIONAL, *source.actions, *source.request_columns]
+    for name in checks.max_null_share:
+        rule = f"one of the LOG columns {columns}"
+        require(name in columns, "checks.max_null_share", name, rule)
+
+    refuse_unknown_actions("checks.max_unknown_share", checks.max_unknown_share, source)
+    refuse_unknown_actions("checks.action_rate", checks.action_rate, source)
+
+
+def refuse_features_of_unknown_columns(features: FeatureConfig, source: SourceConfig) -> None:
+    known = (*source.request_columns, "hour")
+    for name in features.request:
+        rule = f"one of source.request_columns or hour {list(known)}"
+        require(name in known, "features.request", name, rule)
+
+    items, users = list(features.item), list(features.user)
+    rule = "empty without a table of items (source.items)"
+    require(not items or source.items_known, "features.item", items, rule)
+    rule = "empty without a table of users (source.users)"
+    require(not users or source.users_known, "features.user", users, rule)
+
+    duration = features.duration_ms_column
+    rule = "null without a table of items (source.items)"
+    known_duration = duration is None or source.items_known
+    require(known_duration, "features.duration_ms_column", duration, rule)
+
+
+def refuse_more_bits_than_the_mask_has(num_action_bits: int) -> None:
+    require(
+        num_action_bits <= MAX_ACTIONS,
+        "features.watch_seconds + features.watch_shares",
+        num_action_bits,
+        f"{MAX_ACTIONS} bits with the actions",
+    )
+
+
+def refuse_query_anchor_in_shared_passes(model: ModelConfig, train: TrainConfig) -> None:
+    """In the user layout a history row is shared by requests at different times."""
+    require(
+        model.time_anchor != "query" or train.layout == "request",
+        "train.layout",
+        train.layout,
+        "request where model.time_anchor is query: a row of a shared pass has one place, "
+        "not one per request",
+    )
+
+
+def refuse_label_leak_of_filtered_channels(
+    channels: dict[str, ChannelConfig], train: TrainConfig
+) -> None:
+    """A channel that filters rows by their actions must not let their number reach earlier rows.
+
+    In the user layout a candidate's own row, and later ones, lie further on in the same pass. How
+    many of them pass the filter is known from their labels alone, so nothing before them may
+    depend on that number.
+    """
+    for name, channel in channels.items():
+        key = f"model.channels.{name}"
+        leaks = bool(channel.actions) and channel.depends_on_later_rows
+        require(
+            not leaks or train.layout == "request",
+            "train.layout",
+            train.layout,
+            f"request where {key} filters by actions and has full_rows under a window, max_len "
+            "or truncation",
+        )
+
+
+def refuse_validation_on_trained_rows(split: SplitConfig, train: TrainConfig) -> None:
+    require(
+        not (split.refit and train.validate_every),
+        "train.validate_every",
+        train.validate_every,
+        "0 with split.refit, which trains on the validation period",
+    )
+
+
+def refuse_unknown_tables(train: TrainConfig, features: FeatureConfig) -> None:
+    """Only tables that grow with the data can be placed."""
+    tables = features.tables
+    for name in sorted(train.tables.keys() - {"default"}):
+        rule = f"default or one of the tables {list(tables)}"
+        require(name in tables, "train.tables", name, rule)
+
+    for key in ("bf16_tables", "host_state_tables"):
+        for name in getattr(train, key):
+            rule = f"one of the tables {list(tables)}"
+            require(name in tables, f"train.{key}", name, rule)
+
+
+def refuse_name_that_is_no_folder(name: str) -> None:
+    """The files of a run lie beside those of MLflow."""
+    usable = "/" not in name and name not in ("", ".", "..", "mlflow")
+    require(usable, "name", name, "a folder name")

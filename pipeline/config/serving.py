@@ -1,0 +1,171 @@
+"""The server: its replicas, limits, keys, trials of other versions, and where events are kept."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pipeline.config.errors import require
+from pipeline.config.setting import check_ranges, describe, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CanaryConfig:
+    """A registered version that answers some of the users in the champion's place."""
+
+    version: int = field(
+        metadata=describe(
+            "Number of the registered version.", at_least=1, rule="a registered version, 1 or more"
+        )
+    )
+    share: float = setting(
+        0.05, above=0, below=1, doc="Share of the users that it answers, the same ones each time."
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "serve.canary")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """The ranking server."""
+
+    host: str = setting("127.0.0.1", doc="Address that the server listens on.")
+    port: int = setting(
+        8000,
+        at_least=0,
+        below=65536,
+        rule="a port number, or 0 for any free one",
+        doc="Port that the server listens on; 0: any free one.",
+    )
+    num_replicas: int = setting(1, at_least=1, doc="Number of processes that rank.")
+    one_process: bool = setting(
+        False,
+        doc="The ingress ranks itself, which saves a call between processes. For one replica "
+        "without a GPU.",
+    )
+    use_gpu: bool = setting(False, doc="Each replica has one GPU.")
+    cuda_graphs: bool = setting(
+        False,
+        doc="Replay requests that come alone as CUDA graphs. It takes memory for up to twice the "
+        "longest history.",
+    )
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", doc="Number format of the layers and of the encoded histories that are kept."
+    )
+    fp8: bool | None = setting(
+        None, doc="As model.fp8, for serving alone. Null: as the model was trained."
+    )
+    int4_tables: bool = setting(
+        False,
+        doc="Pack embedding tables to four bits a number; evaluate.int4_tables shows what that "
+        "costs in quality.",
+    )
+    max_candidates: int = setting(10_000, at_least=1, doc="Most candidates of a request.")
+    max_body_bytes: int = setting(2_000_000, at_least=1, doc="Longest body of a request, in bytes.")
+    max_history: int = setting(16_384, at_least=1, doc="Most history rows of a request.")
+    max_events: int = setting(1_000, at_least=1, doc="Most events of one POST /v1/events.")
+    cache_mb: int = setting(
+        1024, at_least=0, doc="Encoded histories that a replica keeps, in MiB; 0: none."
+    )
+    micro_batch: int = setting(
+        1024, at_least=1, doc="Number of candidates that go through the layers together."
+    )
+    batch_tokens: int = setting(
+        16_384,
+        at_least=1,
+        doc="History rows and candidates of one forward pass over several requests.",
+    )
+    api_keys_file: str | None = setting(
+        None,
+        doc="File with a line of sha256 and name for each API key. Null: whoever reaches the port "
+        "may ask.",
+    )
+    client_key_file: str | None = setting(
+        None,
+        doc="File with one of those keys in the clear, for the requests that jobs.pipeline sends.",
+    )
+    rate_limit_per_s: float | None = setting(
+        None,
+        above=0,
+        below=math.inf,
+        doc="Most requests per second of one API key, or of all clients together without keys. "
+        "Null: no limit.",
+    )
+    max_wait_ms: float = setting(
+        500.0,
+        above=0,
+        below=math.inf,
+        doc="Longest expected wait, in milliseconds, for the work that lies before a request; "
+        "beyond it the answer is 429.",
+    )
+    request_timeout_s: float = setting(
+        10.0,
+        above=0,
+        below=math.inf,
+        doc="Longest time, in seconds, from the first byte of a request to its answer; beyond it "
+        "the answer is 504.",
+    )
+    canary: CanaryConfig | None = setting(
+        None, doc="Version that answers some of the users; null: none."
+    )
+    shadow: int | None = setting(
+        None,
+        at_least=1,
+        rule="a registered version",
+        doc="Registered version that ranks copies of the requests and answers none. Null: none.",
+    )
+    redis_url: str | None = setting(
+        None,
+        doc="Redis that keeps the posted events, redis://host:6379/0. Null: a SQLite file of the "
+        "run.",
+    )
+    redis_prefix: str = setting(
+        "ranking", doc="Prefix of the keys in Redis; servers of one prefix share their events."
+    )
+    redis_password_file: str | None = setting(None, doc="File with the password of Redis.")
+    demo_candidates: int = setting(
+        50, at_least=1, doc="Number of candidates in the request that jobs.pipeline shows."
+    )
+    parity_requests: int = setting(
+        200,
+        doc="Number of test requests whose scores over HTTP are compared with those of the "
+        "evaluation.",
+    )
+    parity_candidates: int = setting(
+        20, doc="Candidates of such a request: its own rows, filled up with popular items."
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "serve")
+        self._refuse_graphs_without_gpu()
+        self._refuse_one_process_of_many()
+        self._refuse_empty_paths()
+        self._refuse_unusable_redis()
+
+    def _refuse_graphs_without_gpu(self) -> None:
+        possible = self.use_gpu or not self.cuda_graphs
+        require(possible, "serve.cuda_graphs", self.cuda_graphs, "false without use_gpu")
+
+    def _refuse_one_process_of_many(self) -> None:
+        alone = self.num_replicas == 1 and not self.use_gpu
+        rule = "false with replicas or a GPU"
+        require(alone or not self.one_process, "serve.one_process", self.one_process, rule)
+
+    def _refuse_empty_paths(self) -> None:
+        for name in ("api_keys_file", "client_key_file", "redis_password_file"):
+            path = getattr(self, name)
+            require(path != "", f"serve.{name}", path, "a path, or null")
+
+    def _refuse_unusable_redis(self) -> None:
+        if self.redis_url is not None:
+            url = urlsplit(self.redis_url)
+            known = url.scheme in ("redis", "rediss", "unix")
+            rule = "a URL such as redis://host:6379/0, or null"
+            require(known, "serve.redis_url", self.redis_url, rule)
+            # the configuration is logged with every run
+            rule = "without a password: serve.redis_password_file"
+            require(url.password is None, "serve.redis_url", "...", rule)
+
+        rule = "a word without colons"
+        require(":" not in self.redis_prefix, "serve.redis_prefix", self.redis_prefix, rule)

@@ -1,0 +1,25 @@
+"""Tracking of runs, and the gate before a model version is promoted."""
+
+from dataclasses import dataclass
+
+from pipeline.config.setting import setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where runs and versions are kept, and what a version must show to become the champion."""
+
+    uri: str | None = setting(
+        None,
+        doc="Address of an MLflow server. Null: start one over runs_dir/mlflow on a free port for "
+        "the job's time.",
+    )
+    experiment: str = setting("ultra-hstu", doc="MLflow experiment that the runs belong to.")
+    model_name: str = setting("ultra_hstu", doc="Name of the registered model.")
+    gate_max_ne: dict[str, float] = setting(
+        {}, doc="Task: highest validation NE (normalised entropy) that may be promoted."
+    )
+    gate_max_regression: float = setting(
+        0.002,
+        doc="By how much the validation NE, as a mean over tasks, may exceed the champion's.",
+    )
