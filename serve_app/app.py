@@ -1,11 +1,9 @@
-"""The server on Ray Serve: an HTTP ingress in front of replicas that hold a model, or the two in
-one process.
+"""The server on Ray Serve: an HTTP ingress before replicas that hold a model, or both in one process.
 
-    HTTP → Api (checks, JSON) → RankerReplica (waiting requests together, one forward pass) → Ranker
-    HTTP → RankerReplica with serve.one_process: a call between processes fewer, and one replica
-    only
+    HTTP → Api (checks, JSON) → RankerReplica (requests that wait together, one forward pass)
+    HTTP → RankerReplica, with serve.one_process: one call between processes less, one replica only
 
-Which model answers is in the replica's `user_config`: a new one there is loaded and warmed beside
+Which model answers is in the replica's `user_config`. A new one there is loaded and warmed beside
 the old, which answers until one assignment swaps them.
 """
 
@@ -23,12 +21,13 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.metrics import ReplicaMetrics, exposition
+from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
-from serve_app.ranking.rollout import RankJob, Rollout, load
+from serve_app.ranking.rollout import RankJob, Rollout, load_rollout
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
-from serve_app.web.api import Overloaded, Replica, Unavailable, make_api
+from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys, RateLimit
+from serve_app.web.replica import Overloaded, Replica, Unavailable
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,35 +36,42 @@ Answer = TypeVar("Answer")
 
 
 class Ranking:
-    """Holds one rollout at a time: a champion, and versions on trial."""
+    """One rollout at a time (a champion, and versions on trial), and the requests that wait for it."""
 
     def __init__(self) -> None:
+        # Imports left hundreds of thousands of objects: without this each full collection would
+        # stop all passes.
         gc.collect()
-        # what was imported, hundreds of thousands of objects: each full collection would stop all
-        # passes
         gc.freeze()
+
         self.rollout: Rollout | None = None
-        self.deployment = self.wanted = ""  # ids of the update that answers, and of the newest
+        self.deployment = ""  # id of the update that answers
+        self.wanted = ""  # id of the newest update
         self.failed: dict[str, str] = {}
         self.loading: asyncio.Task | None = None
         self.counts = ReplicaMetrics()
-        self.batcher = TokenBatcher(self._prepare, self._answer, self._batch_tokens)
+
+        self.batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
         # events that wait together share a transaction and its fsync
-        self.appender = MicroBatcher(self._append)
+        self.appender = MicroBatcher(self._append_events)
+
+    # Updates -----------------------------------------------------------------
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's protocol: called at the start and at each update."""
         self.wanted = user_config["deployment"]
-        if self.rollout is None:  # first start: no traffic before the models are loaded and warm
-            self._take(
-                await asyncio.to_thread(load, user_config, self.counts), user_config["deployment"]
-            )
-        else:  # an update: the old versions go on answering
-            self.loading = asyncio.create_task(self._swap(user_config))
+        if self.rollout is not None:  # an update: the old versions go on answering
+            self.loading = asyncio.create_task(self._load_and_swap(user_config))
+            return
 
-    async def _swap(self, user_config: dict[str, Any]) -> None:
+        # the first start: no traffic before the models are loaded and warm
+        rollout = await asyncio.to_thread(load_rollout, user_config, self.counts)
+        self._swap(rollout, user_config["deployment"])
+
+    async def _load_and_swap(self, user_config: dict[str, Any]) -> None:
         deployment = user_config["deployment"]
         try:
-            rollout = await asyncio.to_thread(load, user_config, self.counts, self.rollout)
+            rollout = await asyncio.to_thread(load_rollout, user_config, self.counts, self.rollout)
         except Exception as error:
             # what answered goes on; jobs.deploy reads the reason from /v1/model
             logger.exception("update %s did not load", deployment)
@@ -74,44 +80,52 @@ class Ranking:
                 "failure": f"the update did not load: {error}",
             }
             return
-        if self.wanted == deployment:  # else a later update has overtaken this one
-            self._take(rollout, deployment)
-        else:
+
+        if self.wanted == deployment:
+            self._swap(rollout, deployment)
+        else:  # a later update has overtaken this one
             rollout.close()
 
-    def _take(self, rollout: Rollout, deployment: str) -> None:
+    def _swap(self, rollout: Rollout, deployment: str) -> None:
         before, self.rollout = self.rollout, rollout
-        self.deployment, self.failed = deployment, {}
+        self.deployment = deployment
+        self.failed = {}
         self.counts.loaded.roles = rollout.rankers
         if before is not None:
             before.close()
 
+    # Requests ----------------------------------------------------------------
+
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+        """Score one request, together with those that wait."""
         return await self.batcher(request)
 
-    def _prepare(self, request: RankColumns) -> RankJob:
-        return self._current.prepare(request)
+    def _prepare_job(self, request: RankColumns) -> RankJob:
+        return self._current.prepare_job(request)
 
-    def _answer(self, jobs: list[RankJob]) -> list[RankedColumns | Refusal]:
-        return jobs[0].rollout.answer(jobs)  # that of all of them, whatever was swapped meanwhile
+    def _answer_jobs(self, jobs: list[RankJob]) -> list[RankedColumns | Refusal]:
+        # jobs of a pass have one rollout, whatever was swapped meanwhile
+        return jobs[0].rollout.answer_jobs(jobs)
 
     def _batch_tokens(self) -> int:
         return self._current.champion.limits.batch_tokens
 
-    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
+    async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
+        """Keep events; on disk when it returns."""
         return await self.appender(request)
 
-    def _append(self, requests: list[EventsRequest]) -> list[EventsResponse | Refusal]:
-        return self._current.append(requests)
+    def _append_events(self, requests: list[EventsRequest]) -> list[EventsResponse | Refusal]:
+        return self._current.append_events(requests)
 
-    async def info(self) -> ModelInfo:
-        return self._current.info().model_copy(
-            update={"deployment": self.deployment, **self.failed}
-        )
+    async def model_info(self) -> ModelInfo:
+        """The versions that answer, and a later update that did not load."""
+        update = {"deployment": self.deployment, **self.failed}
+        return self._current.model_info().model_copy(update=update)
 
     async def own_metrics(self) -> tuple[str, bytes]:
-        """Which replica this is, and its numbers."""
-        return serve.get_replica_context().replica_id.unique_id, exposition(self.counts.registry)
+        """This replica's id, and its metrics as exposition text."""
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        return replica_id, exposition_text(self.counts.registry)
 
     @property
     def _current(self) -> Rollout:
@@ -136,12 +150,12 @@ class RankerWithIngress(Ranking):
         self.args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return _http_face(self, self.args)
+        return _build_api(self, self.args)
 
-    async def deployments(self) -> list[str]:
+    async def deployment_ids(self) -> list[str]:
         return [self.deployment]
 
-    async def metrics(self) -> dict[str, bytes]:
+    async def replica_metrics(self) -> dict[str, bytes]:
         return dict([await self.own_metrics()])
 
 
@@ -151,71 +165,66 @@ class Api:
     """The ingress: `make_api` over the replicas' handle."""
 
     def __init__(self, replicas: DeploymentHandle, args: "Arguments") -> None:
-        # Made once: each handle is an object of its own. Ray's default, cloudpickle, is for code;
-        # these are values.
+        # Ray's default, cloudpickle, is for code; these are values
         self.replicas = replicas.options(
             request_serialization="pickle", response_serialization="pickle"
         )
+        # made once: each handle is an object of its own
         self.ranking = self.replicas.rank
-        self.appending = self.replicas.append
-        self.asking = self.replicas.info
+        self.appending = self.replicas.append_events
+        self.asking = self.replicas.model_info
         self.args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return _http_face(self, self.args)
+        return _build_api(self, self.args)
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        if request.user_id is None:
-            return await self._with_another_try(self.ranking, request)
-        # a user's encoded history lies with one replica
-        return await self._with_another_try(
-            self.ranking.options(session_id=str(request.user_id)), request
-        )
+        method = self.ranking
+        if request.user_id is not None:  # a user's encoded history lies with one replica
+            method = method.options(session_id=str(request.user_id))
+        return await self._call(method, request)
 
-    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
-        return await self._with_another_try(self.appending, request)
+    async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
+        return await self._call(self.appending, request)
 
-    async def info(self) -> ModelInfo:
-        return await self._with_another_try(self.asking)
+    async def model_info(self) -> ModelInfo:
+        return await self._call(self.asking)
 
-    async def deployments(self) -> list[str]:
+    async def deployment_ids(self) -> list[str]:
         try:
-            return sorted({info.deployment for info in await self._of_all("info", ModelInfo)})
+            infos = await self._call_all("model_info", ModelInfo)
         except TimeoutError:  # a replica that is busy says nothing of the others' readiness
             return []
+        return sorted({info.deployment for info in infos})
 
-    async def metrics(self) -> dict[str, bytes]:
+    async def replica_metrics(self) -> dict[str, bytes]:
         try:
-            return dict(await self._of_all("own_metrics", tuple))
+            return dict(await self._call_all("own_metrics", tuple))
         except TimeoutError:
             raise Unavailable from None
 
-    async def _of_all(self, method: str, kind: type[Answer]) -> list[Answer]:
-        """What each replica answers; one that is dying is left out."""
+    async def _call_all(self, method: str, kind: type[Answer]) -> list[Answer]:
+        """The answer of each replica; one that is dying is left out."""
         asked = self.replicas.broadcast(method)
         found = await asked.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
         return [answer for answer in found if isinstance(answer, kind)]
 
-    async def _with_another_try(
-        self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest
-    ) -> Any:
-        """What a dying replica took with it is asked of the next one: no method does more when
-        called again.
-        """
+    async def _call(self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest) -> Any:
+        """One replica's answer. Retry once on another if it dies: every method is idempotent."""
         try:
             try:
-                return await _answer(method.remote(*arguments))
+                return await _wait_for(method.remote(*arguments))
             except RayActorError:
                 logger.warning("a replica died with a request; asking another")
-            return await _answer(method.remote(*arguments))
+            return await _wait_for(method.remote(*arguments))
         except RayActorError:
             raise Unavailable from None
         except BackPressureError:
             raise Overloaded from None
 
 
-async def _answer(response: Any) -> Any:
-    """What a `DeploymentResponse` brings; who stops waiting tells the replica so."""
+async def _wait_for(response: Any) -> Any:
+    """The value of a `DeploymentResponse`; a caller that stops waiting cancels the work."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -234,20 +243,27 @@ class Arguments(BaseModel):
     request_timeout_s: float = 10.0
 
 
-def _http_face(replica: Replica, args: Arguments) -> FastAPI:
-    file, rate = args.api_keys_file, args.rate_limit_per_s
+def _build_api(replica: Replica, args: Arguments) -> FastAPI:
+    keys = None
+    if args.api_keys_file is not None:
+        keys = ApiKeys(Path(args.api_keys_file))
+
+    rate_limit = None
+    if args.rate_limit_per_s is not None:
+        rate_limit = RateLimit(args.rate_limit_per_s)
+
     return make_api(
         replica,
         args.max_body_bytes,
-        ApiKeys(Path(file)) if file is not None else None,
-        RateLimit(rate) if rate is not None else None,
+        keys,
+        rate_limit,
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
     )
 
 
 def build(args: Arguments) -> serve.Application:
-    """serve_config.yaml's `import_path`."""
-    return (
-        RankerWithIngress.bind(args) if args.one_process else Api.bind(RankerReplica.bind(), args)
-    )
+    """The application; `import_path` of serve_config.yaml."""
+    if args.one_process:
+        return RankerWithIngress.bind(args)
+    return Api.bind(RankerReplica.bind(), args)

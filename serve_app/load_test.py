@@ -1,11 +1,11 @@
-"""Requests to a running server as users would send them, and how long each took.
+"""Requests to a running server as users would send them, and the time that each took.
 
-    python -m serve_app.load_test --config configs/demo.yaml --url http://127.0.0.1:8000 --rate 20
-    --seconds 60
+    python -m serve_app.load_test --config configs/demo.yaml --url http://127.0.0.1:8000 \\
+        --rate 20 --seconds 60
 
 Open loop: requests leave at seeded Poisson times whether or not earlier ones were answered, and
 each is timed from the moment when it was due, so that a server that stalls cannot slow the clock
-down. Users are those of the published sequences; a share of the requests is from *warm* ones, who
+down. Users are those of the published sequences. A share of the requests is from *warm* users, who
 asked within the last minute, the rest from *cold* ones.
 """
 
@@ -25,7 +25,7 @@ import aiohttp
 import numpy as np
 
 from pipeline import config
-from pipeline.config import RunConfig, UserError
+from pipeline.config import UserError
 from pipeline.sequences import store
 from serve_app.replay import key_header
 
@@ -37,8 +37,12 @@ PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What is sent."""
+class RequestLoad:
+    """A load to send: how many requests, from when to when, of which users.
+
+    Raises:
+        UserError: a setting is out of its range.
+    """
 
     rate: float  # requests/s, mean of a Poisson process
     seconds: float
@@ -52,26 +56,22 @@ class Load:
 
     def __post_init__(self) -> None:
         extra, begin, end = self.burst or (0, 0, 0)
-        num = self.rate * self.seconds + extra * (end - begin)
+        num_requests = self.rate * self.seconds + extra * (end - begin)
+        rate_allowed = self.rate > 0 and num_requests <= MOST_REQUESTS
+        burst_allowed = 0 <= begin <= end <= self.seconds and extra >= 0
+
         rules = {
-            "rate": (
-                self.rate > 0 and num <= MOST_REQUESTS,
-                f"above 0, and at most {MOST_REQUESTS} requests in all",
-            ),
+            "rate": (rate_allowed, f"above 0, and at most {MOST_REQUESTS} requests in all"),
             "seconds": (0 < self.seconds <= MOST_SECONDS, f"above 0, at most {MOST_SECONDS}"),
             "candidates": (self.candidates >= 1, "1 or more"),
             "warm_share": (0 <= self.warm_share <= 1, "between 0 and 1"),
             "timeout_s": (self.timeout_s > 0, "above 0"),
-            "burst": (
-                0 <= begin <= end <= self.seconds and extra >= 0,
-                "RATE:FROM:TO within --seconds",
-            ),
+            "burst": (burst_allowed, "RATE:FROM:TO within --seconds"),
         }
         for name, (allowed, rule) in rules.items():
             if not allowed:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}"
-                )
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} must be {rule}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +83,58 @@ class Arrivals:
     warm: np.ndarray  # bool [N]
 
 
-def arrivals(load: Load, users: np.ndarray) -> Arrivals:
-    """Who asks when. A request meant to be warm is cold while nobody is warm yet, and the other way
-    round.
+def draw_arrivals(load: RequestLoad, users: np.ndarray) -> Arrivals:
+    """Draw the time and the user of each request, the same for the same seed.
+
+    A request meant to be warm is cold while nobody is warm yet, and the other way round.
+
+        users [7, 8], warm_s = 60       due_s   0    1    70   71
+                                        user    7    8    7    7
+                                        warm    no   no   no   yes
     """
     rng = np.random.default_rng(load.seed)
-    extra, begin, end = load.burst or (0.0, 0.0, 0.0)
-    times = rng.uniform(0, load.seconds, rng.poisson(load.rate * load.seconds))
-    due = np.sort(
-        np.concatenate([times, rng.uniform(begin, end, rng.poisson(extra * (end - begin)))])
-    )
+    due = _draw_times(load, rng)
     num = len(due)
-    last = np.full(len(users), -np.inf)
-    chosen, warm = np.zeros(num, np.int64), np.zeros(num, bool)
+
+    last = np.full(len(users), -np.inf)  # when each user asked last
+    chosen = np.zeros(num, np.int64)
+    warm = np.zeros(num, bool)
     for i, now in enumerate(due):
         recent = now - last < load.warm_s
-        pool = np.flatnonzero(recent == (rng.random() < load.warm_share))
-        chosen[i] = pool[rng.integers(len(pool))] if len(pool) else rng.integers(len(users))
+        wants_warm = rng.random() < load.warm_share
+        pool = np.flatnonzero(recent == wants_warm)
+
+        if len(pool):
+            chosen[i] = pool[rng.integers(len(pool))]
+        else:
+            chosen[i] = rng.integers(len(users))
         warm[i] = recent[chosen[i]]
         last[chosen[i]] = now
     return Arrivals(due, users[chosen], warm)
 
 
-def bodies(load: Load, asked: Arrivals, items: np.ndarray) -> list[bytes]:
+def _draw_times(load: RequestLoad, rng: np.random.Generator) -> np.ndarray:
+    """Times of two Poisson processes, the usual load and the burst: float64 [N], rising."""
+    extra, begin, end = load.burst or (0.0, 0.0, 0.0)
+    usual = rng.uniform(0, load.seconds, rng.poisson(load.rate * load.seconds))
+    burst = rng.uniform(begin, end, rng.poisson(extra * (end - begin)))
+    return np.sort(np.concatenate([usual, burst]))
+
+
+def request_bodies(load: RequestLoad, asked: Arrivals, items: np.ndarray) -> list[bytes]:
+    """JSON of each request, its candidates drawn from `items`."""
     rng = np.random.default_rng([load.seed, 1])
-    return [
-        json.dumps(
-            {
-                "user_id": user,
-                "candidates": [{"item_id": i} for i in rng.choice(items, load.candidates).tolist()],
-            }
-        ).encode()
-        for user in asked.user.tolist()
-    ]
+    bodies = []
+    for user in asked.user.tolist():
+        drawn = rng.choice(items, load.candidates).tolist()
+        candidates = [{"item_id": item} for item in drawn]
+        bodies.append(json.dumps({"user_id": user, "candidates": candidates}).encode())
+    return bodies
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What came back, in the order of `Arrivals`."""
+    """Answers in the order of `Arrivals`."""
 
     status: np.ndarray  # int [N], `NO_ANSWER` for none within the time limit
     latency_ms: np.ndarray  # float64 [N], from when the request was due
@@ -129,129 +143,172 @@ class Answers:
     late_ms: np.ndarray  # float64 [N], how late it left: the generator's own fault
     version: np.ndarray  # int [N], 0 where the answer names none
 
+    @classmethod
+    def not_yet(cls, num: int) -> "Answers":
+        """`num` answers that have not come."""
+        return cls(
+            status=np.full(num, NO_ANSWER),
+            latency_ms=np.zeros(num),
+            ranker_ms=np.full(num, np.nan),
+            late_ms=np.zeros(num),
+            version=np.zeros(num, int),
+        )
 
-async def send(
+
+async def send_requests(
     url: str,
-    load: Load,
+    load: RequestLoad,
     asked: Arrivals,
-    sent: list[bytes],
+    bodies: list[bytes],
     headers: dict[str, str],
     stop: threading.Event | None = None,
 ) -> Answers:
-    """All of `sent` at their times; what is due after `stop` was set is `NOT_SENT`."""
-    num = len(sent)
-    answers = Answers(
-        np.zeros(num, int), np.zeros(num), np.full(num, np.nan), np.zeros(num), np.zeros(num, int)
+    """Send all of `bodies` at their times; what is due after `stop` was set is `NOT_SENT`."""
+    answers = Answers.not_yet(len(bodies))
+    halt = stop or threading.Event()
+    loop = asyncio.get_running_loop()
+    session = aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=load.timeout_s),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        headers={"content-type": "application/json", **headers},
     )
-    halt, loop = stop or threading.Event(), asyncio.get_running_loop()
-    headers = {"content-type": "application/json", **headers}
-    timeout = aiohttp.ClientTimeout(total=load.timeout_s)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=connector, headers=headers
-    ) as session:
 
-        async def one(i: int) -> None:
-            answers.late_ms[i] = (time.perf_counter() - start - asked.due_s[i]) * 1000
-            try:
-                async with session.post(f"{url}/v1/rank", data=sent[i]) as answer:
-                    body = await answer.read()
-                    answers.status[i] = answer.status
-            except (aiohttp.ClientError, TimeoutError):
-                body = b""
-            answers.latency_ms[i] = (time.perf_counter() - start - asked.due_s[i]) * 1000
-            if answers.status[i] == 200:
-                answers.version[i] = json.loads(body)["model_version"]
-                if took := TIMING.search(answer.headers.get("Server-Timing", "")):
-                    answers.ranker_ms[i] = float(took[1])
+    async def send_one(i: int) -> None:
+        due = start + asked.due_s[i]
+        answers.late_ms[i] = (time.perf_counter() - due) * 1000
+        status, text, timing = await _post(session, f"{url}/v1/rank", bodies[i])
+        answers.latency_ms[i] = (time.perf_counter() - due) * 1000
 
-        def leave() -> None:
-            """In a thread of its own: an event loop's timers are up to a millisecond late, a wait
-            is not.
-            """
-            for i in range(num):
-                if halt.wait(max(asked.due_s[i] - (time.perf_counter() - start), 0)):
-                    answers.status[i:] = NOT_SENT
-                    return
-                loop.call_soon_threadsafe(group.create_task, one(i))
+        answers.status[i] = status
+        if status == 200:
+            answers.version[i] = json.loads(text)["model_version"]
+            answers.ranker_ms[i] = _ranker_ms(timing)
 
+    def send_when_due() -> None:
+        """Run in a thread: an event loop's timers are up to a millisecond late, a wait is not."""
+        for i, due_s in enumerate(asked.due_s):
+            elapsed_s = time.perf_counter() - start
+            if halt.wait(max(due_s - elapsed_s, 0)):
+                answers.status[i:] = NOT_SENT
+                return
+            loop.call_soon_threadsafe(group.create_task, send_one(i))
+
+    async with session:
         start = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             try:
-                await asyncio.to_thread(leave)
+                await asyncio.to_thread(send_when_due)
             finally:
                 halt.set()
     return answers
 
 
-def summary(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
-    """The figures of a run, plain numbers for JSON."""
+async def _post(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[int, bytes, str]:
+    """Status, body and Server-Timing of one answer."""
+    try:
+        async with session.post(url, data=body) as answer:
+            text = await answer.read()
+    except (aiohttp.ClientError, TimeoutError):
+        return NO_ANSWER, b"", ""
+    return answer.status, text, answer.headers.get("Server-Timing", "")
+
+
+def _ranker_ms(server_timing: str) -> float:
+    found = TIMING.search(server_timing)
+    return float(found[1]) if found else np.nan
+
+
+# Figures ---------------------------------------------------------------------
+
+
+def summarize_run(load: RequestLoad, asked: Arrivals, answers: Answers) -> dict[str, Any]:
+    """Figures of a run, plain numbers for JSON. Latencies are of answers with status 200."""
     good = answers.status == 200
-    statuses, counts = np.unique(answers.status, return_counts=True)
-    overhead = answers.latency_ms - answers.ranker_ms
-    versions, per_version = np.unique(answers.version[good], return_counts=True)
-    return {
+    refused = answers.status == 429
+    overhead_ms = answers.latency_ms - answers.ranker_ms
+
+    figures: dict[str, Any] = {
         "load": asdict(load),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "requests": len(asked.due_s),
         "answered_per_s": round(float(good.sum()) / load.seconds, 2),
-        "statuses": {
-            str(status): int(count) for status, count in zip(statuses, counts, strict=True)
-        },
-        "failures": int(np.count_nonzero(~good & (answers.status != 429))),
-        "versions": {
-            str(version): int(count) for version, count in zip(versions, per_version, strict=True)
-        },
+        "statuses": _count_values(answers.status),
+        "failures": int(np.count_nonzero(~good & ~refused)),
+        "versions": _count_values(answers.version[good]),
         "warm_requests": int(asked.warm.sum()),
         "latency_ms": _percentiles(answers.latency_ms[good]),
         "warm_latency_ms": _percentiles(answers.latency_ms[good & asked.warm]),
         "cold_latency_ms": _percentiles(answers.latency_ms[good & ~asked.warm]),
         "ranker_ms": _percentiles(answers.ranker_ms[good]),
-        "overhead_ms": _percentiles(overhead[good]),
-        "refused_ms": _percentiles(answers.latency_ms[answers.status == 429]),
+        "overhead_ms": _percentiles(overhead_ms[good]),
+        "refused_ms": _percentiles(answers.latency_ms[refused]),
         "sent_late_ms": _percentiles(answers.late_ms),
-    } | (burst_figures(load, asked, answers) if load.burst else {})
+    }
+    if load.burst is not None:
+        figures |= burst_figures(load.burst, asked, answers)
+    return figures
 
 
-def burst_figures(load: Load, asked: Arrivals, answers: Answers) -> dict[str, Any]:
-    """Before, during and after a burst, and how long after its end a request was last refused or
-    slow.
+def burst_figures(
+    burst: tuple[float, float, float], asked: Arrivals, answers: Answers
+) -> dict[str, Any]:
+    """Figures before, during and after a burst, and the time until its effects were over.
+
+    `recovered_after_s` counts from the burst's end to the last request that was refused or took
+    more than twice the p99 from before.
     """
-    assert load.burst is not None
-    _, begin, end = load.burst
-    good = answers.status == 200
-    phases = {"before": asked.due_s < begin, "after": asked.due_s >= end}
-    phases["burst"] = ~phases["before"] & ~phases["after"]
-    figures = {
-        name: {
-            "requests": int(chosen.sum()),
-            "refused": int((answers.status[chosen] == 429).sum()),
-            "answered_per_s": round(
-                float((good & chosen).sum() / max(np.ptp(asked.due_s[chosen]), 1)), 1
-            ),
-            "latency_ms": _percentiles(answers.latency_ms[good & chosen]),
-        }
-        for name, chosen in phases.items()
+    _, begin, end = burst
+    due_s = asked.due_s
+    phases = {
+        "before": due_s < begin,
+        "after": due_s >= end,
+        "burst": (due_s >= begin) & (due_s < end),
     }
+    figures = {}
+    for name, chosen in phases.items():
+        figures[name] = _phase_figures(chosen, asked, answers)
+
+    slow = answers.status != 200
     normal = figures["before"]["latency_ms"]
-    slow = ~good | (answers.latency_ms > 2 * normal["p99"]) if normal else ~good
-    late = asked.due_s[phases["after"] & slow]
+    if normal:
+        slow |= answers.latency_ms > 2 * normal["p99"]
+
+    late = due_s[phases["after"] & slow]
+    recovered_s = round(float(late.max() - end), 2) if len(late) else 0.0
+    return {"phases": figures, "recovered_after_s": recovered_s}
+
+
+def _phase_figures(chosen: np.ndarray, asked: Arrivals, answers: Answers) -> dict[str, Any]:
+    good = chosen & (answers.status == 200)
+    seconds = max(np.ptp(asked.due_s[chosen]), 1)
     return {
-        "phases": figures,
-        "recovered_after_s": round(float(late.max() - end), 2) if len(late) else 0.0,
+        "requests": int(chosen.sum()),
+        "refused": int((answers.status[chosen] == 429).sum()),
+        "answered_per_s": round(float(good.sum() / seconds), 1),
+        "latency_ms": _percentiles(answers.latency_ms[good]),
     }
+
+
+def _count_values(values: np.ndarray) -> dict[str, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return {str(value): int(count) for value, count in zip(found, counts, strict=True)}
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float] | None:
+    """p50, p95, p99 and the maximum of the values that are not NaN, None without any."""
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    found = np.percentile(values, PERCENTILES)
-    named = {f"p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, found, strict=True)}
-    return named | {"max": round(float(values.max()), 2)}
+
+    figures = {}
+    for percentile in PERCENTILES:
+        figures[f"p{percentile}"] = round(float(np.percentile(values, percentile)), 2)
+    figures["max"] = round(float(values.max()), 2)
+    return figures
 
 
-def plot(load: Load, asked: Arrivals, answers: Answers, path: Path) -> None:
+def plot_latency(load: RequestLoad, asked: Arrivals, answers: Answers, path: Path) -> None:
+    """Latency over time, and its distribution, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,9 +324,12 @@ def plot(load: Load, asked: Arrivals, answers: Answers, path: Path) -> None:
     for name, chosen in groups.items():
         if not chosen.any():
             continue
-        over_time.plot(asked.due_s[chosen], answers.latency_ms[chosen], ".", ms=3, label=name)
-        falling = 1 - np.arange(chosen.sum()) / chosen.sum()
-        distribution.step(np.sort(answers.latency_ms[chosen]), falling, where="post", label=name)
+
+        latency_ms = answers.latency_ms[chosen]
+        over_time.plot(asked.due_s[chosen], latency_ms, ".", ms=3, label=name)
+        falling = 1 - np.arange(len(latency_ms)) / len(latency_ms)
+        distribution.step(np.sort(latency_ms), falling, where="post", label=name)
+
     over_time.set(xlabel="s", ylabel="ms from when the request was due", yscale="log")
     distribution.set(
         xlabel="ms", ylabel="share of requests that took longer", xscale="log", yscale="log"
@@ -282,29 +342,39 @@ def plot(load: Load, asked: Arrivals, answers: Answers, path: Path) -> None:
     plt.close(figure)
 
 
-def known_ids(cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The users of the published sequences and the items of their histories."""
-    table = store.read_sequences(cfg.sequence_dir)
-    items = np.unique(
-        np.concatenate([chunk.flatten().to_numpy() for chunk in table["item_id"].chunks])
-    )
-    return table["user_id"].to_numpy(), items
+# The run ---------------------------------------------------------------------
 
 
-def run(cfg: RunConfig, url: str, load: Load, plot_to: Path | None = None) -> dict[str, Any]:
-    """One load against the server at `url`; returns what the JSON holds.
+def known_ids(sequence_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The users of the published sequences, and the items of their histories without repeats."""
+    table = store.read_sequences(sequence_dir)
+    chunks = [chunk.flatten().to_numpy() for chunk in table["item_id"].chunks]
+    return table["user_id"].to_numpy(), np.unique(np.concatenate(chunks))
+
+
+def run_load(
+    url: str,
+    load: RequestLoad,
+    sequence_dir: Path,
+    headers: dict[str, str],
+    plot_to: Path | None = None,
+) -> dict[str, Any]:
+    """Send one load to the server at `url`; returns the figures for JSON.
 
     Raises:
         UserError: nothing is published, or no request at all was answered.
     """
-    users, items = known_ids(cfg)
-    asked = arrivals(load, users)
-    answers = asyncio.run(send(url, load, asked, bodies(load, asked, items), key_header(cfg)))
+    users, items = known_ids(sequence_dir)
+    asked = draw_arrivals(load, users)
+    bodies = request_bodies(load, asked, items)
+
+    answers = asyncio.run(send_requests(url, load, asked, bodies, headers))
     if len(answers.status) and not answers.status.any():
         raise UserError(f"--url {url}: none of {len(answers.status)} requests was answered")
+
     if plot_to is not None:
-        plot(load, asked, answers, plot_to)
-    return summary(load, asked, answers)
+        plot_latency(load, asked, answers, plot_to)
+    return summarize_run(load, asked, answers)
 
 
 def _burst(text: str) -> tuple[float, float, float]:
@@ -312,7 +382,7 @@ def _burst(text: str) -> tuple[float, float, float]:
     return rate, begin, end
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app.load_test",
         description=__doc__,
@@ -345,16 +415,20 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--plot", type=Path, help="latency over time and its distribution, PNG")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     names = ("rate", "seconds", "candidates", "warm_share", "timeout_s", "seed", "burst")
     try:
-        load = Load(**{name: getattr(options, name) for name in names})
-        figures = run(
-            config.load(options.config, options.overrides), options.url, load, options.plot
-        )
+        load = RequestLoad(**{name: getattr(options, name) for name in names})
+        cfg = config.load(options.config, options.overrides)
+        figures = run_load(options.url, load, cfg.sequence_dir, key_header(cfg), options.plot)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
     text = json.dumps(figures, indent=1)
     if options.json:
         options.json.write_text(text + "\n")

@@ -1,9 +1,8 @@
-"""What Prometheus reads at `/metrics`: the ingress counts requests, each replica what its models
-do.
+"""Metrics at `/metrics` for Prometheus: requests from the ingress, models' work from each replica.
 
-A replica hands its numbers over as exposition text; `page` puts the replicas' texts under the
-ingress' own, with a label that says whose they are. Ray's own metrics of queues and processes are
-on Ray's port, see docs/runbook.md.
+A replica hands its numbers over as exposition text. `metrics_page` puts the replicas' texts under
+the ingress' own, each sample labelled with its replica. Ray's own metrics of queues and processes
+are on Ray's port, see docs/runbook.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ class IngressMetrics:
             ("path", "status", "version"),
             registry=self.registry,
         )
+
         self.seconds = Histogram(
             "ranking_request_seconds",
             "From the first byte of a request to the last of its answer",
@@ -39,48 +39,58 @@ class IngressMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+
         self.in_flight = Gauge(
             "ranking_requests_in_flight", "Requests being answered", registry=self.registry
         )
+
         self.refused = Counter(
             "ranking_refused",
             "Answers 401 and 429 by their reason",
             ("reason",),
             registry=self.registry,
         )
+
         self.events = Counter(
             "ranking_events",
             "Events posted, by what became of them",
             ("status",),
             registry=self.registry,
         )
+
+        # a series exists from the start, so that its first increase is seen
         for reason in ("key", "rate_limit", "overload"):
-            # a series exists from the start, so that its first increase is seen
             self.refused.labels(reason)
 
     def count_events(self, answer: EventsResponse) -> None:
+        """Add the events of one request by their status."""
         for status in ("accepted", "already_there", "conflict"):
             self.events.labels(status).inc(getattr(answer, status))
 
 
 class ReplicaMetrics:
-    """What the models of one replica do, by version and by role: champion, canary, shadow."""
+    """Work of one replica's models, by version and by role: champion, canary, shadow."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         names = ("version", "role")
+
+        # work done
         self.requests = Counter(
             "ranking_ranker_requests", "Requests ranked", names, registry=self.registry
         )
+
         self.candidates = Counter(
             "ranking_ranker_candidates", "Candidates scored", names, registry=self.registry
         )
+
         self.unknown_items = Counter(
             "ranking_ranker_unknown_items",
             "Candidates never seen in training",
             names,
             registry=self.registry,
         )
+
         self.seconds = Histogram(
             "ranking_ranker_seconds",
             "One pass over requests together",
@@ -88,6 +98,8 @@ class ReplicaMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+
+        # the shadow beside the version that answered
         self.shadow_change = Histogram(
             "ranking_shadow_score_change",
             "By request, the largest difference of a score between the shadow version and the one "
@@ -96,78 +108,98 @@ class ReplicaMetrics:
             buckets=SCORE_CHANGES,
             registry=self.registry,
         )
+
         self.shadow_same_best = Counter(
             "ranking_shadow_same_best",
             "Requests of which both versions put the same candidate first",
             ("version",),
             registry=self.registry,
         )
+
         self.shadow_dropped = Counter(
             "ranking_shadow_dropped",
             "Copies not ranked: the shadow version was behind",
             registry=self.registry,
         )
+
         self.shadow_failed = Counter(
             "ranking_shadow_failed",
             "Copies that the shadow version refused or failed on",
             registry=self.registry,
         )
-        self.loaded = Versions()
+
+        # what is loaded now
+        self.loaded = LoadedVersions()
         self.registry.register(self.loaded)
 
 
-class Versions:
+class LoadedVersions:
     """A collector of what is loaded now: versions by role, and each one's cache of encoded
     histories.
     """
 
     # counters; the rest are gauges
-    CACHE = ("history_cache_hits", "history_cache_misses", "history_cache_evictions")
+    COUNTERS = ("history_cache_hits", "history_cache_misses", "history_cache_evictions")
+    LABELS = ("version", "role")
 
     def __init__(self) -> None:
         self.roles: dict[str, Any] = {}  # role -> Ranker
 
     def collect(self) -> Iterator[Metric]:
-        loaded = GaugeMetricFamily(
-            "ranking_model", "1 for each version that is loaded", labels=("version", "role")
-        )
-        families: dict[str, Metric] = {}
+        """Prometheus' protocol: a family per figure, a sample per loaded version."""
+        help_text = "1 for each version that is loaded"
+        loaded = GaugeMetricFamily("ranking_model", help_text, labels=self.LABELS)
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+
+        # a copy: a thread may swap the rollout meanwhile
         for role, ranker in list(self.roles.items()):
             labels = (str(ranker.version), role)
             loaded.add_metric(labels, 1)
-            for name, value in ranker.stats().items():
-                family = CounterMetricFamily if name in self.CACHE else GaugeMetricFamily
-                text = name.replace("_", " ").capitalize()
-                found = families.setdefault(
-                    name, family(f"ranking_{name}", text, labels=("version", "role"))
-                )
-                found.add_metric(labels, value)  # pyright: ignore[reportAttributeAccessIssue]
+
+            for name, value in ranker.cache_stats().items():
+                if name not in families:
+                    families[name] = self._new_family(name)
+                families[name].add_metric(labels, value)
+
         yield loaded
         yield from families.values()
 
+    def _new_family(self, name: str) -> CounterMetricFamily | GaugeMetricFamily:
+        kind = CounterMetricFamily if name in self.COUNTERS else GaugeMetricFamily
+        help_text = name.replace("_", " ").capitalize()
+        return kind(f"ranking_{name}", help_text, labels=self.LABELS)
 
-def exposition(registry: CollectorRegistry) -> bytes:
+
+def exposition_text(registry: CollectorRegistry) -> bytes:
+    """All metrics of the registry, as Prometheus reads them."""
     return generate_latest(registry)
 
 
-def page(own: CollectorRegistry, replicas: Mapping[str, bytes]) -> bytes:
-    """The text that Prometheus reads: `own`, and what the `replicas` sent, each sample labelled
-    with its replica.
+def metrics_page(own: CollectorRegistry, replicas: Mapping[str, bytes]) -> bytes:
+    """The page at `/metrics`: `own`, and the `replicas`' texts with a label `replica` added.
+
+    A family comes once on the page, as the format demands: samples of all replicas lie together.
     """
     families: dict[str, Metric] = {}
+
     for replica, text in sorted(replicas.items()):
         for family in text_string_to_metric_families(text.decode()):
-            merged = families.setdefault(
-                family.name, Metric(family.name, family.documentation, family.type)
-            )
+            if family.name not in families:
+                families[family.name] = Metric(family.name, family.documentation, family.type)
+
+            merged = families[family.name]
             for sample in family.samples:
-                merged.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
-    merged_registry = CollectorRegistry()
-    merged_registry.register(_Collected(list(families.values())))
-    return generate_latest(own) + generate_latest(merged_registry)
+                labels = {**sample.labels, "replica": replica}
+                merged.add_sample(sample.name, labels, sample.value)
+
+    of_replicas = CollectorRegistry()
+    of_replicas.register(_MergedFamilies(list(families.values())))
+    return generate_latest(own) + generate_latest(of_replicas)
 
 
-class _Collected:
+class _MergedFamilies:
+    """A collector of families that are there already."""
+
     def __init__(self, families: list[Metric]) -> None:
         self.families = families
 

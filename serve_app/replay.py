@@ -23,7 +23,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.inference.quantize import as_served
 from pipeline.sequences import store
-from serve_app.ranking.ranker import probabilities
+from serve_app.ranking.ranker import candidate_probabilities
 
 WARM_UP = 5  # requests sent before the clock counts
 TIMEOUT_S = 30.0
@@ -108,7 +108,7 @@ def _past(
     its time.
     """
     own = evaluation_batch(users, one, loaded.maps, loaded.cfg)
-    scores = probabilities(loaded.model, own.batch)
+    scores = candidate_probabilities(loaded.model, own.batch)
     row = int(one.target_begin[0])
     rows = range(row, int(one.target_end[0]))
     features = _features(users.events, row)
@@ -155,7 +155,7 @@ def _score_items(
         loaded.maps,
         loaded.cfg,
     )
-    return probabilities(
+    return candidate_probabilities(
         loaded.model, collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg)
     )
 

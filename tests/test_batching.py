@@ -72,7 +72,7 @@ class Length:
     def __post_init__(self) -> None:
         self.num_tokens = self.tokens
 
-    def joins(self, oldest: "Length") -> bool:
+    def may_join(self, oldest: "Length") -> bool:
         return self.tokens < 4 or self.tokens.bit_length() == oldest.tokens.bit_length()
 
 

@@ -19,7 +19,7 @@ from pipeline.model.artifact import load_model
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory, SqliteEvents
 from serve_app.history.published import PublishedSequences
-from serve_app.metrics import ReplicaMetrics, exposition
+from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import (
@@ -57,17 +57,17 @@ class Whole:
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         return self.rollout.rank([request])[0]
 
-    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
-        return self.rollout.append([request])[0]
+    async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
+        return self.rollout.append_events([request])[0]
 
-    async def info(self) -> ModelInfo:
-        return self.rollout.info()
+    async def model_info(self) -> ModelInfo:
+        return self.rollout.model_info()
 
-    async def deployments(self) -> list[str]:
-        return [self.rollout.info().deployment]
+    async def deployment_ids(self) -> list[str]:
+        return [self.rollout.model_info().deployment]
 
-    async def metrics(self) -> dict[str, bytes]:
-        return {"one": exposition(self.counts.registry)}
+    async def replica_metrics(self) -> dict[str, bytes]:
+        return {"one": exposition_text(self.counts.registry)}
 
 
 @pytest.fixture(scope="module")

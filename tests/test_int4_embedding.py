@@ -121,6 +121,6 @@ def test_the_evaluation_and_the_server_use_them_where_asked(
         losses.append(evaluator.evaluate(changed, folder, ["val"])["val/ne/is_click"])
         ranker = Ranker(load_model(folder), store, 1, "tiny", replace(cfg.serve, int4_tables=on))
         assert any(isinstance(table, Int4Embedding) for table in ranker.model.modules()) == on
-        ranker.warm()
+        ranker.warm_up()
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)

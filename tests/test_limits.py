@@ -17,7 +17,7 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.schemas import Refusal
 from serve_app.web import limits
 from serve_app.web.api import make_api
-from serve_app.web.limits import FEW, Load
+from serve_app.web.limits import FEW, Backlog
 from serve_app.web.protection import ApiKeys, RateLimit
 from tests.support.exposition import sample
 from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
@@ -61,32 +61,32 @@ def test_a_body_that_does_not_come_is_408() -> None:
 
 def test_the_wait_is_what_lies_in_flight_over_what_gets_done() -> None:
     now = 0.0
-    work = Load(0.1 * (FEW - 1), lambda: now)
+    work = Backlog(0.1 * (FEW - 1), lambda: now)
     assert work.wait_s() == 0
     for _ in range(20):  # one after another, 100 ms each, with pauses that do not count
         now += 5
-        begun = work.begin(1000)
+        begun = work.begin_work(1000)
         now += 0.1
-        work.end(1000, begun)
-    begun = [work.begin(1000) for _ in range(FEW)]
+        work.end_work(1000, begun)
+    begun = [work.begin_work(1000) for _ in range(FEW)]
     assert work.wait_s() == pytest.approx(0.1 * FEW)
-    assert not work.admits()
+    assert not work.admit_request()
     now += 0.1
-    work.end(1000, begun.pop())
+    work.end_work(1000, begun.pop())
     assert work.wait_s() == pytest.approx(0.1 * (FEW - 1))
-    assert work.admits()
+    assert work.admit_request()
     while begun:
-        work.end(1000, begun.pop())
+        work.end_work(1000, begun.pop())
     assert (work.wait_s(), work.num_in_flight) == (0, 0)
 
 
 def test_a_few_are_always_admitted_so_that_the_measure_can_recover() -> None:
     now = 0.0
-    work = Load(0.001, lambda: now)
-    begun = work.begin(1)
+    work = Backlog(0.001, lambda: now)
+    begun = work.begin_work(1)
     now += 1000
-    work.end(1, begun)
-    admitted = [work.admits() and work.begin(1) is not None for _ in range(FEW + 1)]
+    work.end_work(1, begun)
+    admitted = [work.admit_request() and work.begin_work(1) is not None for _ in range(FEW + 1)]
     assert admitted == [True] * FEW + [False]
 
 
@@ -98,7 +98,7 @@ def served(
     5 + 7 n ms, the first one after each of `stalls` so much longer; what is computed is answered
     `lag_s` later."""
     now = 0.0
-    work = Load(0.08, lambda: now)
+    work = Backlog(0.08, lambda: now)
     took, left = np.full(len(arrivals), np.nan), dict(stalls or {})
     waiting: list[tuple[int, float]] = []
     passing = False
@@ -107,14 +107,14 @@ def served(
     ]
     while todo:
         now, _, what, whose = heapq.heappop(todo)
-        if what == "arrives" and work.admits():
-            waiting.append((whose[0], work.begin(1)))
+        if what == "arrives" and work.admit_request():
+            waiting.append((whose[0], work.begin_work(1)))
         elif what == "computed":
             passing = False
             heapq.heappush(todo, (now + lag_s, -1, "answered", whose))
         elif what == "answered":
             for i, begun in whose:
-                work.end(1, begun)
+                work.end_work(1, begun)
                 took[i] = now - begun
         if waiting and not passing:
             late = sum(left.pop(at) for at in list(left) if at <= now)
@@ -221,10 +221,10 @@ def test_the_page_holds_every_replica() -> None:
         counts = metrics.ReplicaMetrics()
         counts.requests.labels("7", "champion").inc(number)
         counts.seconds.labels("7", "champion").observe(0.02)
-        texts[replica] = metrics.exposition(counts.registry)
+        texts[replica] = metrics.exposition_text(counts.registry)
     own = CollectorRegistry()
     Counter("mine", "of the ingress", registry=own).inc()
-    text = metrics.page(own, texts).decode()
+    text = metrics.metrics_page(own, texts).decode()
     assert sample(text, "ranking_ranker_requests_total", replica="two", version="7") == 4
     assert sample(text, "ranking_ranker_requests_total") == 7
     assert sample(text, "ranking_ranker_seconds_bucket", le="0.025", replica="one") == 1

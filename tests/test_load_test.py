@@ -11,13 +11,13 @@ import pytest
 
 from pipeline.config import UserError
 from serve_app import load_test
-from serve_app.load_test import Load
+from serve_app.load_test import RequestLoad
 from tests.worlds.tiny import NUM_USERS, publish_sequences, tiny_config
 
 
 def test_arrivals_are_seeded_poisson_and_half_warm() -> None:
-    load = Load(rate=20, seconds=600, seed=3)
-    asked, again = (load_test.arrivals(load, np.arange(1000)) for _ in range(2))
+    load = RequestLoad(rate=20, seconds=600, seed=3)
+    asked, again = (load_test.draw_arrivals(load, np.arange(1000)) for _ in range(2))
     for name in ("due_s", "user", "warm"):
         assert getattr(asked, name).tolist() == getattr(again, name).tolist()
     assert len(asked.due_s) == pytest.approx(12_000, abs=500)
@@ -34,7 +34,7 @@ def test_arrivals_are_seeded_poisson_and_half_warm() -> None:
 
 
 def test_more_users_asked_for_than_there_are() -> None:
-    asked = load_test.arrivals(Load(rate=50, seconds=10, warm_share=0), np.arange(5))
+    asked = load_test.draw_arrivals(RequestLoad(rate=50, seconds=10, warm_share=0), np.arange(5))
     assert asked.warm.mean() > 0.9, "five users cannot all stay cold"
 
 
@@ -73,14 +73,14 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
         finally:
             writer.close()
 
-    async def main() -> tuple[Load, load_test.Arrivals, load_test.Answers]:
+    async def main() -> tuple[RequestLoad, load_test.Arrivals, load_test.Answers]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()
-        load = Load(rate=60, seconds=1, candidates=3, timeout_s=0.5)
-        users, items = load_test.known_ids(cfg)
-        asked = load_test.arrivals(load, users)
-        sent = load_test.bodies(load, asked, items)
-        answers = await load_test.send(f"http://{host}:{port}", load, asked, sent, {})
+        load = RequestLoad(rate=60, seconds=1, candidates=3, timeout_s=0.5)
+        users, items = load_test.known_ids(cfg.sequence_dir)
+        asked = load_test.draw_arrivals(load, users)
+        sent = load_test.request_bodies(load, asked, items)
+        answers = await load_test.send_requests(f"http://{host}:{port}", load, asked, sent, {})
         server.close()
         return load, asked, answers
 
@@ -89,7 +89,7 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
     assert sorted(body["user_id"] for body in seen) == sorted(asked.user.tolist())
     assert {len(body["candidates"]) for body in seen} == {3}
     assert max(body["user_id"] for body in seen) < NUM_USERS
-    figures = load_test.summary(load, asked, answers)
+    figures = load_test.summarize_run(load, asked, answers)
     silent, refused = num // 7, num // 5 - num // 35
     assert figures["statuses"] == {"0": silent, "200": num - silent - refused, "429": refused}
     assert figures["failures"] == silent
@@ -99,13 +99,13 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
     assert figures["overhead_ms"]["p50"] == pytest.approx(
         figures["latency_ms"]["p50"] - 12.5, abs=0.02
     )
-    load_test.plot(load, asked, answers, tmp_path / "plot.png")
+    load_test.plot_latency(load, asked, answers, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_burst_and_what_comes_after_it() -> None:
-    load = Load(rate=20, seconds=40, burst=(200, 10, 20))
-    asked = load_test.arrivals(load, np.arange(1000))
+    load = RequestLoad(rate=20, seconds=40, burst=(200, 10, 20))
+    asked = load_test.draw_arrivals(load, np.arange(1000))
     during = (asked.due_s >= 10) & (asked.due_s < 20)
     assert during.sum() == pytest.approx(2200, abs=200)
     assert (~during).sum() == pytest.approx(600, abs=100)
@@ -115,7 +115,7 @@ def test_a_burst_and_what_comes_after_it() -> None:
     slow = np.flatnonzero(asked.due_s >= 20)[:30]  # a second and a half of aftermath
     latency[slow] = 100.0
     answers = load_test.Answers(status, latency, latency, np.zeros(num), np.ones(num, int))
-    figures = load_test.summary(load, asked, answers)
+    figures = load_test.summarize_run(load, asked, answers)
     assert figures["phases"]["burst"]["refused"] == np.count_nonzero(status == 429)
     assert figures["phases"]["before"]["refused"] == figures["phases"]["after"]["refused"] == 0
     assert figures["recovered_after_s"] == pytest.approx(asked.due_s[slow[-1]] - 20, abs=0.01)
@@ -134,4 +134,4 @@ def test_a_burst_and_what_comes_after_it() -> None:
 )
 def test_loads_are_bounded(settings: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Load(**{"rate": 1, "seconds": 10} | settings)
+        RequestLoad(**{"rate": 1, "seconds": 10} | settings)

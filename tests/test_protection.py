@@ -71,7 +71,7 @@ def test_keys_come_and_go_without_a_restart(
         staged = keys_file.with_name("staged")
         staged.write_text(text)
         staged.rename(keys_file)
-        assert {key: keys.name(key) for key in names} == names
+        assert {key: keys.find_name(key) for key in names} == names
     assert "stay valid" in caplog.text
 
 

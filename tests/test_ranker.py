@@ -17,7 +17,7 @@ from pipeline.model.artifact import LoadedModel, load_model
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.ranking.history_cache import HistoryCaches, history_key
-from serve_app.ranking.ranker import Ranker, probabilities
+from serve_app.ranking.ranker import Ranker, candidate_probabilities
 from serve_app.schemas import RankRequest, RankResponse
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
@@ -38,7 +38,7 @@ def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.nda
     """All requests of all days, one per sequence, and the scores of an offline evaluation."""
     ranker, users = world
     batch = evaluation_batch(users, request_examples(users, 0, 2**62), ranker.maps, ranker.cfg)
-    return batch, probabilities(ranker.model, batch.batch)
+    return batch, candidate_probabilities(ranker.model, batch.batch)
 
 
 def request_of(
@@ -153,7 +153,7 @@ def test_the_same_history_in_the_body_differs_only_by_the_user(
     body = RankRequest.model_validate(
         {"history": history, "first_position": row["first_position"]} | asked
     )
-    assert ranker.refusal(RankColumns.of(body)) is None
+    assert ranker.find_refusal(RankColumns.of(body)) is None
     by_id = RankRequest.model_validate({"user_id": 1} | asked)
     with_user = body.model_copy(update={"user_id": 1})
     np.testing.assert_allclose(as_array(ranker, [with_user]), as_array(ranker, [by_id]), atol=1e-6)
@@ -226,7 +226,7 @@ def ask(user_id: int, **changes: object) -> RankRequest:
 
 
 def hits_and_misses(ranker: Ranker) -> tuple[int, int]:
-    stats = ranker.stats()
+    stats = ranker.cache_stats()
     return stats["history_cache_hits"], stats["history_cache_misses"]
 
 
@@ -240,7 +240,7 @@ def test_a_history_is_encoded_once(fresh: Ranker) -> None:
     np.testing.assert_allclose(warm[:5], cold[5:], atol=1e-6)
     assert np.abs(warm[5:10] - cold[:5]).max() < 1e-2
     as_array(fresh, [ask(6), ask(6)])
-    assert fresh.stats()["history_cache_entries"] == 3
+    assert fresh.cache_stats()["history_cache_entries"] == 3
 
 
 def test_another_history_is_another_entry(fresh: Ranker) -> None:
@@ -279,14 +279,14 @@ def test_bf16_is_near_and_keeps_half_as_much(
 ) -> None:
     requests, scores = all_requests(world)
     as_array(fresh, requests)
-    full = fresh.stats()["history_cache_bytes"]
+    full = fresh.cache_stats()["history_cache_bytes"]
     fresh.caches = HistoryCaches(fresh.limits.cache_mb)
     fresh.limits = replace(fresh.limits, precision="bf16")
     for _ in range(2):
         difference = np.abs(as_array(fresh, requests) - scores)
         assert 1e-6 < difference.max() < 0.1
         assert difference.mean() < 5e-3
-    assert 2 * fresh.stats()["history_cache_bytes"] == full
+    assert 2 * fresh.cache_stats()["history_cache_bytes"] == full
 
 
 def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
@@ -311,14 +311,14 @@ def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     fresh.caches.max_bytes = sum(sizes) - 1
     as_array(fresh, [ask(8)])  # 4 goes, and whoever else must for 8
     assert fresh.caches.num_bytes <= fresh.caches.max_bytes
-    assert fresh.stats()["history_cache_evictions"] >= 1
+    assert fresh.cache_stats()["history_cache_evictions"] >= 1
     before = hits_and_misses(fresh)
     as_array(fresh, [ask(4)])
     assert hits_and_misses(fresh) == (before[0], before[1] + 1)
     fresh.caches = HistoryCaches(1)
     fresh.caches.max_bytes = 1
     as_array(fresh, [ask(2)])
-    assert fresh.stats()["history_cache_entries"] == 0
+    assert fresh.cache_stats()["history_cache_entries"] == 0
 
 
 NOW = int(time.time() * 1000)
@@ -357,14 +357,14 @@ def test_what_this_model_cannot_answer(
     world: tuple[Ranker, UserEvents], change: dict, field: str, value: str
 ) -> None:
     request = RankRequest.model_validate({"user_id": 1, "candidates": [{"item_id": 1}]} | change)
-    refusal = world[0].refusal(RankColumns.of(request))
+    refusal = world[0].find_refusal(RankColumns.of(request))
     assert refusal is not None
     assert field in refusal.loc
     assert value in refusal.input
 
 
 def test_warming_answers_something(world: tuple[Ranker, UserEvents]) -> None:
-    world[0].warm()
+    world[0].warm_up()
     assert world[0].store.num_users == NUM_USERS
 
 

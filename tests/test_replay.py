@@ -36,7 +36,7 @@ def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig
     worst = 0.0
     for past in requests:
         request = RankColumns.of(RankRequest.model_validate(past.body))
-        assert ranker.refusal(request) is None
+        assert ranker.find_refusal(request) is None
         assert len(request) == cfg.serve.parity_candidates
         assert cfg.split.test_ms <= request.head.request_time_ms < time.time() * 1000
         (answer,) = ranker.rank([request])
@@ -69,4 +69,4 @@ def test_the_demo_asks_for_what_came_next_and_what_is_popular(
     assert len(items) == len(set(items)) == 12
     assert items[: len(did)] == list(did)
     assert 0 < len(did) <= 6
-    assert ranker.refusal(RankColumns.of(RankRequest.model_validate(body))) is None
+    assert ranker.find_refusal(RankColumns.of(RankRequest.model_validate(body))) is None

@@ -14,7 +14,7 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.tracking.registry import PinnedModel
 from serve_app import deployment, metrics
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.metrics import ReplicaMetrics, exposition
+from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking import rollout
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
@@ -50,7 +50,7 @@ def loaded(world, canary=None, shadow=None, share=0.3, earlier=None, counts=None
     }
     cfg = tiny_config(Path(cfg.runs_dir), serve=sections)
     on_trial = [None if i is None else models[i] for i in (canary, shadow)]
-    return rollout.load(
+    return rollout.load_rollout(
         deployment.user_config(cfg, models[0], *on_trial), counts or ReplicaMetrics(), earlier
     )
 
@@ -87,7 +87,7 @@ def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
         mine = [i for i, answered in enumerate(versions) if answered == version]
         for i, alone in zip(mine, ranker.rank([requests[i] for i in mine]), strict=True):
             assert answers[i].response() == alone.response()  # pyright: ignore[reportAttributeAccessIssue]
-    text = exposition(counts.registry).decode()
+    text = exposition_text(counts.registry).decode()
     assert sample(
         text, "ranking_ranker_requests_total", version="2", role="canary"
     ) == versions.count(2)
@@ -112,10 +112,10 @@ def test_the_shadow_is_compared_and_never_seen(world) -> None:
     answers = shadowed.rank(requests)
     assert {answer.model_version for answer in answers} == {1}  # pyright: ignore[reportAttributeAccessIssue]
     counted = lambda: sample(
-        exposition(counts.registry).decode(), "ranking_shadow_score_change_count"
+        exposition_text(counts.registry).decode(), "ranking_shadow_score_change_count"
     )
     finished(counted, 10)
-    text = exposition(counts.registry).decode()
+    text = exposition_text(counts.registry).decode()
     other = shadowed.rankers[SHADOW].rank(requests)
     changes = [
         max(np.abs(np.subtract(a.scores[t], b.scores[t])).max() for t in a.scores)  # pyright: ignore
@@ -136,15 +136,15 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
     counts, release = ReplicaMetrics(), threading.Event()
     shadowed = loaded(world, shadow=2, counts=counts)
     monkeypatch.setattr(
-        shadowed.rankers[SHADOW], "score", lambda requests: release.wait(10) and 1 / 0
+        shadowed.rankers[SHADOW], "score_requests", lambda requests: release.wait(10) and 1 / 0
     )
     answers = [shadowed.rank([asking(user)])[0] for user in range(8)]
     assert all(isinstance(answer, RankedColumns) for answer in answers)
-    dropped = sample(exposition(counts.registry).decode(), "ranking_shadow_dropped_total")
+    dropped = sample(exposition_text(counts.registry).decode(), "ranking_shadow_dropped_total")
     assert dropped in (4, 5)  # three wait; the thread may have taken one more
     release.set()
     finished(
-        lambda: sample(exposition(counts.registry).decode(), "ranking_shadow_failed_total"),
+        lambda: sample(exposition_text(counts.registry).decode(), "ranking_shadow_failed_total"),
         8 - dropped,
     )
     shadowed.close()
@@ -163,14 +163,14 @@ def test_a_version_that_is_loaded_keeps_what_it_has_cached(
     assert wider.share == 0.9
     alone = loaded(world, earlier=first)
     assert list(alone.rankers) == [CHAMPION]
-    info = wider.info()
+    info = wider.model_info()
     assert (info.model_version, info.canary_version, info.canary_share, info.shadow_version) == (
         1,
         2,
         0.9,
         None,
     )
-    assert alone.info().canary_version is None
+    assert alone.model_info().canary_version is None
 
 
 def test_the_log_names_device_kernels_and_formats(world, caplog: pytest.LogCaptureFixture) -> None:
@@ -179,7 +179,7 @@ def test_the_log_names_device_kernels_and_formats(world, caplog: pytest.LogCaptu
         loaded(world)
         for formats in ({"precision": "bf16", "fp8": True}, {"int4_tables": True}):
             limits = tiny_config(Path(cfg.runs_dir), serve={"port": 0, **formats})
-            rollout.load(deployment.user_config(limits, models[1]), ReplicaMetrics())
+            rollout.load_rollout(deployment.user_config(limits, models[1]), ReplicaMetrics())
     assert [message for message in caplog.messages if "ready" in message] == [
         "tiny version 1 ready: cpu, torch kernels, fp32",
         "tiny version 2 ready: cpu, torch kernels, bf16 with FP8",
@@ -213,11 +213,11 @@ def test_the_loaded_versions_and_their_caches_are_on_the_page(world) -> None:
     counts.loaded.roles = both.rankers
     both.rank([asking(user) for user in range(12)])
     both.rank([asking(user) for user in range(12)])
-    text = exposition(counts.registry).decode()
+    text = exposition_text(counts.registry).decode()
     assert sample(text, "ranking_model", version="2", role="canary") == 1
     for role, ranker in both.rankers.items():
         assert isinstance(ranker, Ranker)
-        stats = ranker.stats()
+        stats = ranker.cache_stats()
         assert (
             sample(text, "ranking_history_cache_hits_total", role=role)
             == stats["history_cache_hits"]
@@ -234,8 +234,8 @@ def test_the_dashboard_asks_for_what_the_page_holds(world) -> None:
     """
     replica = ReplicaMetrics()
     replica.loaded.roles = loaded(world).rankers
-    page = metrics.page(
-        metrics.IngressMetrics().registry, {"one": exposition(replica.registry)}
+    page = metrics.metrics_page(
+        metrics.IngressMetrics().registry, {"one": exposition_text(replica.registry)}
     ).decode()
     families = set(re.findall(r"^# TYPE (ranking_\w+)", page, re.MULTILINE))
     families = {name.removesuffix("_total") for name in families if not name.endswith("_created")}

@@ -17,7 +17,8 @@ from serve_app.columns import MEDIA_TYPE, BadBody, RankColumns, RankedColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.ranking.ranker import Ranker
 from serve_app.schemas import ModelInfo, RankRequest, Refusal
-from serve_app.web.api import Overloaded, Unavailable, make_api
+from serve_app.web.api import make_api
+from serve_app.web.replica import Overloaded, Unavailable
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
 from tests.worlds.tiny import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
 
@@ -32,15 +33,15 @@ class InProcess:
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         if self.failing:
             raise self.failing
-        return self.ranker.refusal(request) or self.ranker.rank([request])[0]
+        return self.ranker.find_refusal(request) or self.ranker.rank([request])[0]
 
-    async def info(self) -> ModelInfo:
+    async def model_info(self) -> ModelInfo:
         if self.failing:
             raise self.failing
-        return self.ranker.info()
+        return self.ranker.model_info()
 
-    async def deployments(self) -> list[str]:
-        return [self.ranker.info().deployment]
+    async def deployment_ids(self) -> list[str]:
+        return [self.ranker.model_info().deployment]
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def measure(
 
     wanted = deployment.user_config(cfg, untrained(cfg, version=1))
     url = deployment.update(cfg, dashboard_url, wanted)
-    ranker = rollout.load(wanted, ReplicaMetrics()).champion
+    ranker = rollout.load_rollout(wanted, ReplicaMetrics()).champion
     handle = serve.get_deployment_handle("RankerReplica", deployment.APPLICATION)
     asked = requests(cfg)
     through_handle = lambda request: _scores(

@@ -1,4 +1,4 @@
-"""Requests that wait together are worked on together."""
+"""Requests that wait together are computed together; none is held back to fill a batch."""
 
 import asyncio
 from collections import deque
@@ -9,15 +9,20 @@ MAX_TOGETHER = 16  # requests of one call
 
 
 class MicroBatcher:
-    """Requests that came while a batch was computed form the next one: nothing waits for company.
+    """Batches of what came while the batch before was computed.
 
-    `work` runs in a thread, so that the event loop goes on answering health checks.
+        arrivals      a    b c d        e
+        batches       [a        ] [b c d   ] [e]
+
+    No request is held back to fill a batch. `work` runs in a thread, so that the event loop goes
+    on answering health checks. An exception of `work` goes to every request of its batch.
     """
 
     def __init__(
         self, work: Callable[[list[Any]], Sequence[Any]], max_together: int = MAX_TOGETHER
     ) -> None:
-        self._work, self._max_together = work, max_together
+        self._work = work
+        self._max_together = max_together
         self._waiting: deque[tuple[Any, asyncio.Future]] = deque()
         self._running: asyncio.Task | None = None
 
@@ -30,33 +35,38 @@ class MicroBatcher:
 
     async def _run(self) -> None:
         while self._waiting:
-            batch = [
-                self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_together))
-            ]
-            # else nobody waits any more
-            batch = [(item, answer) for item, answer in batch if not answer.done()]
-            if not batch:
+            items, answers = self._next_batch()
+            if not items:
                 continue
+
             try:
-                results = await asyncio.to_thread(self._work, [item for item, _ in batch])
+                results = await asyncio.to_thread(self._work, items)
             except Exception as error:
-                # whatever it was, it belongs to those who wait for these answers
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(error)
-                continue
-            for (_, answer), result in zip(batch, results, strict=True):
-                if not answer.done():  # else the client has gone away
-                    answer.set_result(result)
+                results = [error] * len(items)
+
+            for answer, result in zip(answers, results, strict=True):
+                _settle(answer, result)
+
+    def _next_batch(self) -> tuple[list[Any], list[asyncio.Future]]:
+        """The oldest requests, without those that nobody waits for any more."""
+        items: list[Any] = []
+        answers: list[asyncio.Future] = []
+
+        for _ in range(min(len(self._waiting), self._max_together)):
+            item, answer = self._waiting.popleft()
+            if not answer.done():
+                items.append(item)
+                answers.append(answer)
+        return items, answers
 
 
 class BatchJob(Protocol):
-    """What a request asks for, looked up."""
+    """A request with everything its computation needs."""
 
-    def joins(self, oldest: Self) -> bool:
-        """Whether it is worth doing in the pass of one that has waited longer.
+    def may_join(self, oldest: Self) -> bool:
+        """Tell whether this job may share a forward pass with `oldest`, which has waited longer.
 
-        It may change while a job waits.
+        The answer may change while a job waits.
         """
         ...
 
@@ -65,12 +75,14 @@ class BatchJob(Protocol):
 
 
 class TokenBatcher:
-    """Jobs form passes of at most `max_tokens` tokens; the one that has waited longest is always in
-    the next.
+    """Passes of at most `max_tokens` tokens; the job that has waited longest is always in the next.
 
-    `prepare` makes one request a job, `work` does those of a pass; both run in a thread, never two
-    at a time. What comes while a pass is computed is looked up before the next one and may be part
-    of it.
+        waiting, oldest first    long A   short B   long C   short D
+        next passes              [A C]    [B D]
+
+    `prepare` makes one request a job, `work` computes the jobs of a pass. Both run in a thread,
+    never two at a time. A request that comes during a pass is prepared before the next one and may
+    be part of it. A job of more than `max_tokens` tokens is a pass of its own.
     """
 
     def __init__(
@@ -79,7 +91,9 @@ class TokenBatcher:
         work: Callable[[list[Any]], Sequence[Any]],
         max_tokens: Callable[[], int],
     ) -> None:
-        self._prepare, self._work, self._max_tokens = prepare, work, max_tokens
+        self._prepare = prepare
+        self._work = work
+        self._max_tokens = max_tokens
         self._arrived: list[tuple[Any, asyncio.Future]] = []
         self._ready: list[tuple[BatchJob, asyncio.Future]] = []  # the oldest first
         self._running: asyncio.Task | None = None
@@ -94,48 +108,70 @@ class TokenBatcher:
     async def _run(self) -> None:
         while self._arrived or self._ready:
             arrived, self._arrived = self._arrived, []
-            done = await asyncio.to_thread(self._step, arrived)
+            done = await asyncio.to_thread(self._prepare_and_work, arrived)
             for answer, result in done:
-                if answer.done():  # the client has gone away
-                    continue
-                if isinstance(result, Exception):
-                    answer.set_exception(result)
-                else:
-                    answer.set_result(result)
+                _settle(answer, result)
 
-    def _step(self, arrived: list[tuple[Any, asyncio.Future]]) -> list[tuple[asyncio.Future, Any]]:
-        """Look up what has arrived, and do one pass; whatever goes wrong belongs to those whose
-        request it was.
-        """
-        done: list[tuple[asyncio.Future, Any]] = []
+    def _prepare_and_work(
+        self, arrived: list[tuple[Any, asyncio.Future]]
+    ) -> list[tuple[asyncio.Future, Any]]:
+        """Prepare what has arrived, then compute one pass; results of both, exceptions included."""
+        done = self._prepare_arrived(arrived)
+        jobs, answers = self._next_pass()
+        if not jobs:
+            return done
+
+        try:
+            results = self._work(jobs)
+        except Exception as error:
+            results = [error] * len(jobs)
+
+        done.extend(zip(answers, results, strict=True))
+        return done
+
+    def _prepare_arrived(
+        self, arrived: list[tuple[Any, asyncio.Future]]
+    ) -> list[tuple[asyncio.Future, Exception]]:
+        """Add jobs to those that are ready; returns the requests that failed already."""
+        failed: list[tuple[asyncio.Future, Exception]] = []
+
         for item, answer in arrived:
             if answer.done():  # nobody waits any more
                 continue
             try:
-                self._ready.append((self._prepare(item), answer))
+                job = self._prepare(item)
             except Exception as error:
-                done.append((answer, error))
-        jobs = self._next_pass()
-        if jobs:
-            try:
-                results = self._work([job for job, _ in jobs])
-            except Exception as error:
-                results = [error] * len(jobs)
-            done += [(answer, result) for (_, answer), result in zip(jobs, results, strict=True)]
-        return done
+                failed.append((answer, error))
+            else:
+                self._ready.append((job, answer))
+        return failed
 
-    def _next_pass(self) -> list[tuple[BatchJob, asyncio.Future]]:
+    def _next_pass(self) -> tuple[list[BatchJob], list[asyncio.Future]]:
         """The oldest job and those that join it, in the order in which they came."""
-        self._ready = [(job, answer) for job, answer in self._ready if not answer.done()]
-        if not self._ready:
-            return []
-        oldest, room = self._ready[0][0], self._max_tokens()
-        chosen, left = [], []
+        jobs: list[BatchJob] = []
+        answers: list[asyncio.Future] = []
+        left: list[tuple[BatchJob, asyncio.Future]] = []
+        room = self._max_tokens()
+
         for job, answer in self._ready:
-            if not chosen or (job.num_tokens <= room and job.joins(oldest)):
-                chosen.append((job, answer))
+            if answer.done():  # nobody waits any more
+                continue
+            if not jobs or (job.num_tokens <= room and job.may_join(jobs[0])):
+                jobs.append(job)
+                answers.append(answer)
                 room -= job.num_tokens
             else:
                 left.append((job, answer))
+
         self._ready = left
-        return chosen
+        return jobs, answers
+
+
+def _settle(answer: asyncio.Future, result: Any) -> None:
+    """Wake whoever waits for `answer` with the result, or raise it there if it is an exception."""
+    if answer.done():  # the client has gone away
+        return
+    if isinstance(result, Exception):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)

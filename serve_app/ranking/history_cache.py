@@ -1,4 +1,4 @@
-"""Encoded histories kept between requests, the least recently used thrown out first.
+"""An LRU cache of encoded histories, kept between requests.
 
 The key is the content of what was encoded, so an entry is never out of date: an event that joins
 the history, or a request as of an earlier time, has another key. No store has to announce its
@@ -16,63 +16,70 @@ from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache
 
 BYTES_PER_MB = 2**20
+NOT_HASHED = ("offsets", "request", "dense")  # `request` is, column by column
 
 
 def history_key(history: Events, user_codes: np.ndarray) -> bytes:
-    """A digest of one sequence: its rows in all columns, and the codes of its user, [1, user
-    columns].
-    """
-    columns = [
-        getattr(history, f.name)
-        for f in fields(history)
-        if f.name not in ("offsets", "request", "dense")
-    ]
+    """A digest of one sequence: its rows in all columns, and its user's codes, [1, user columns]."""
     digest = hashlib.blake2b(user_codes.tobytes(), digest_size=16)
-    for column in (*columns, *(history.request[name] for name in sorted(history.request))):
-        digest.update(column.tobytes())
+
+    for field in fields(history):
+        if field.name not in NOT_HASHED:
+            digest.update(getattr(history, field.name).tobytes())
+
+    for name in sorted(history.request):
+        digest.update(history.request[name].tobytes())
     return digest.digest()
 
 
 class HistoryCaches:
-    """At most `max_mb` MiB of encoded histories of one model, for any thread: a shadow ranks in one
-    of its own.
+    """At most `max_mb` MiB of one model's encoded histories, for any thread.
+
+    Several threads: a shadow ranks in one of its own.
     """
 
     def __init__(self, max_mb: int) -> None:
         self.max_bytes = max_mb * BYTES_PER_MB
-        self.num_bytes = self.hits = self.misses = self.evictions = 0
+        self.num_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
         self._entries: OrderedDict[bytes, HistoryCache] = OrderedDict()
         self._lock = threading.Lock()
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether `get` would find it; counts nothing."""
+        """Tell whether `find_entry` would find it; counts nothing."""
         return key in self._entries
 
-    def get(self, key: bytes) -> HistoryCache | None:
+    def find_entry(self, key: bytes) -> HistoryCache | None:
+        """The entry, now the most recently used; counts a hit or a miss."""
         with self._lock:
             found = self._entries.get(key)
             if found is None:
                 self.misses += 1
                 return None
+
             self.hits += 1
             self._entries.move_to_end(key)
             return found
 
-    def put(self, key: bytes, entry: HistoryCache) -> None:
+    def keep_entry(self, key: bytes, entry: HistoryCache) -> None:
         """Keep `entry` unless it alone is more than there is room for."""
         if entry.num_bytes > self.max_bytes:
             return
+
         with self._lock:
             if key in self._entries:
                 return
             self._entries[key] = entry
             self.num_bytes += entry.num_bytes
+
             while self.num_bytes > self.max_bytes:
                 _, oldest = self._entries.popitem(last=False)
                 self.num_bytes -= oldest.num_bytes
                 self.evictions += 1
 
-    def stats(self) -> dict[str, int]:
+    def cache_stats(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         return {
             "history_cache_hits": self.hits,

@@ -4,8 +4,8 @@ histories → keys → encoded histories, kept from earlier requests or new ─�
 candidates ──────────────────────────────────────────────────────────────┴→ scores
 """
 
-import itertools
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,20 +66,29 @@ class Ranker:
     def __init__(
         self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig
     ) -> None:
-        self.model, self.cfg, self.maps = loaded.model, loaded.cfg, loaded.maps
+        self.model = loaded.model
+        self.cfg = loaded.cfg
+        self.maps = loaded.maps
         as_served(self.model, limits)
-        self.store, self.version, self.name, self.limits = store, version, name, limits
+
+        self.store = store
+        self.version = version
+        self.name = name
+        self.limits = limits
+
         self.device = next(self.model.parameters()).device
-        self.request_columns = tuple(
-            column for column in self.cfg.features.request if column != "hour"
-        )
         self.caches = HistoryCaches(limits.cache_mb)
         self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_candidates
+
+        # the hour is computed from the request's time
+        asked = [column for column in self.cfg.features.request if column != "hour"]
+        self.request_columns = tuple(asked)
         self.earliest_ms = config.parse_time(
             "sequences.earliest_time", self.cfg.sequences.earliest_time
         )
 
-    def info(self) -> ModelInfo:
+    def model_info(self) -> ModelInfo:
+        """The version and the names that its requests may use."""
         return ModelInfo(
             model_name=self.name,
             model_version=self.version,
@@ -89,33 +98,47 @@ class Ranker:
             sequences=self.store.digest,
         )
 
-    def warm(self) -> None:
-        """One request of every shape of work, so that the first real one finds everything allocated
-        and compiled.
+    def warm_up(self) -> None:
+        """Rank one request of every shape of work, so that the first real one finds everything
+        allocated and compiled.
 
         On a GPU long histories take other kernels than short ones.
         """
-        item = self.maps.popular_items(1).tolist() or [0]
-        for length in (
-            (1, min(LONG_HISTORY, self.limits.max_history)) if self.device.type == "cuda" else (1,)
-        ):
-            rows = [
-                HistoryRow(item_id=item[0], event_time=self.earliest_ms + i) for i in range(length)
-            ]
-            for _ in ("encoded", "kept"):
-                self.rank([RankColumns(RankHead(history=rows), np.array(item, np.int64), {})])
+        lengths = [1]
+        if self.device.type == "cuda":
+            lengths.append(min(LONG_HISTORY, self.limits.max_history))
 
-    def stats(self) -> dict[str, int]:
+        popular = self.maps.popular_items(1).tolist() or [0]
+        item_id = np.array(popular, np.int64)
+        for length in lengths:
+            rows = []
+            for i in range(length):
+                rows.append(HistoryRow(item_id=popular[0], event_time=self.earliest_ms + i))
+            request = RankColumns(RankHead(history=rows), item_id, {})
+
+            self.rank([request])  # the history is encoded
+            self.rank([request])  # and found in the cache
+
+    def cache_stats(self) -> dict[str, int]:
         """Counters and sizes by name, for /metrics."""
-        return self.caches.stats()
+        return self.caches.cache_stats()
 
-    def refusal(self, request: RankColumns) -> Refusal | None:
-        """What this model cannot answer in a request that the schema allows, if anything."""
+    def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns]:
+        """Answers to requests that `find_refusal` let pass, scored together.
+
+        Scores do not depend on what else is in the batch.
+        """
+        return self.score_requests([self.prepare_request(request) for request in requests])
+
+    # Refusals ----------------------------------------------------------------
+
+    def find_refusal(self, request: RankColumns) -> Refusal | None:
+        """The first thing that this model cannot answer in a request that the schema allows."""
         limits, head = self.limits, request.head
         if len(request) > limits.max_candidates:
-            return _refuse(
-                ["candidates"], f"at most {limits.max_candidates} candidates", len(request)
-            )
+            rule = f"at most {limits.max_candidates} candidates"
+            return _refuse(["candidates"], rule, len(request))
+
         latest = int(time.time() * 1000) + DAY_MS
         if not self.earliest_ms <= head.request_time_ms <= latest:
             rule = (
@@ -123,30 +146,54 @@ class Ranker:
                 f"day from now ({latest})"
             )
             return _refuse(["request_time_ms"], rule, head.request_time_ms)
+
         if head.order_by is not None and head.order_by not in self.cfg.tasks:
             return _refuse(["order_by"], f"one of the tasks {list(self.cfg.tasks)}", head.order_by)
-        if found := self._unknown_feature(["request_features"], head.request_features):
-            return found
-        if found := self._unknown_feature(["candidates", "request_features"], request.features):
-            return found
-        return self._history_refusal(head)
 
-    def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns]:
-        """Answers to requests that `refusal` let pass, scored together; none depends on its
-        company.
-        """
-        return self.score([self.prepare(request) for request in requests])
-
-    def prepare(self, request: RankColumns) -> "PreparedRequest":
-        """What the request is about: the user's history as of its time, its candidates' features."""
-        sequence = self._sequence(request.head)
-        time_ms = np.array([request.head.request_time_ms], np.int64)
-        past = histories(
-            [self._empty() if sequence is None else sequence],
-            time_ms,
-            self.cfg,
-            self.limits.max_history,
+        return (
+            self._feature_refusal(["request_features"], head.request_features)
+            or self._feature_refusal(["candidates", "request_features"], request.features)
+            or self._history_refusal(head)
         )
+
+    def _feature_refusal(self, loc: list[str | int], features: Iterable[str]) -> Refusal | None:
+        for name in features:
+            if name not in self.request_columns:
+                return _refuse(loc, f"one of {list(self.request_columns)}", name)
+        return None
+
+    def _history_refusal(self, head: RankHead) -> Refusal | None:
+        rows = head.history or []
+        if len(rows) > self.limits.max_history:
+            return _refuse(["history"], f"at most {self.limits.max_history} rows", len(rows))
+
+        for i, row in enumerate(rows):
+            if row.event_time >= head.request_time_ms:
+                rule = f"must be before request_time_ms {head.request_time_ms}"
+                return _refuse(["history", i, "event_time"], rule, row.event_time)
+
+            actions = self.cfg.source.actions
+            for name in row.actions:
+                if name not in actions:
+                    return _refuse(["history", i, "actions"], f"one of {list(actions)}", name)
+
+            where = ["history", i, "request_features"]
+            refusal = self._feature_refusal(where, row.request_features)
+            if refusal is not None:
+                return refusal
+        return None
+
+    # Preparing a request -----------------------------------------------------
+
+    def prepare_request(self, request: RankColumns) -> PreparedRequest:
+        """Look up the user's history as of the request's time, and the candidates' features."""
+        sequence = self._find_sequence(request.head)
+        unknown_user = sequence is None
+        if sequence is None:
+            sequence = sequence_row({}, self.store.request_columns)
+
+        time_ms = np.array([request.head.request_time_ms], np.int64)
+        past = histories([sequence], time_ms, self.cfg, self.limits.max_history)
         targets = candidates(
             past.events,
             past.first_position,
@@ -157,49 +204,83 @@ class Ranker:
             self.maps,
             self.cfg,
         )
+
         user_id = NO_USER if request.user_id is None else request.user_id
-        codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
-        return PreparedRequest(
-            request=request,
-            user_id=user_id,
-            unknown_user=sequence is None,
-            past=past.events,
-            targets=targets,
-            key=history_key(past.events, codes) if self.cfg.model.cacheable else b"",
-        )
+        key = b""
+        if self.cfg.model.cacheable:
+            codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
+            key = history_key(past.events, codes)
+        return PreparedRequest(request, user_id, unknown_user, past.events, targets, key)
 
-    def likeness(self, prepared: "PreparedRequest") -> int:
-        """0 with an encoded history, else by its length."""
-        return 0 if prepared.key in self.caches else 1 + prepared.history_length.bit_length()
+    def _find_sequence(self, head: RankHead) -> pa.RecordBatch | None:
+        """The SEQUENCE row of a request: the rows that it brings, else those of its user."""
+        if head.history is None:
+            assert head.user_id is not None, "the schema asks for user_id or history"
+            return self.store.sequence(head.user_id)
 
-    def score(self, prepared: Sequence["PreparedRequest"]) -> list[RankedColumns]:
+        columns = history_columns(head.history, self.cfg.source.actions, self.request_columns)
+        return sequence_row(columns, self.store.request_columns, head.first_position)
+
+    def history_length_class(self, prepared: PreparedRequest) -> int:
+        """0 for a history that is encoded already, else 1 + the number of bits of its length.
+
+        Requests of one class take about as long, so they share a pass.
+
+            history      cached   0 rows   1 row   2..3   4..7   128..255
+            class             0        1       2      3      4          9
+        """
+        if prepared.key in self.caches:
+            return 0
+        return 1 + prepared.history_length.bit_length()
+
+    # Scoring -----------------------------------------------------------------
+
+    def score_requests(self, prepared: Sequence[PreparedRequest]) -> list[RankedColumns]:
+        """Answers to prepared requests, scored in passes of at most `limits.batch_tokens` tokens."""
         past = concatenate([one.past for one in prepared])
         targets = concatenate([one.targets for one in prepared])
         users = np.array([one.user_id for one in prepared], np.int64)
+
         if self.cfg.model.cacheable:
-            scores = self._score_cached(past, targets, users, [one.key for one in prepared])
+            keys = [one.key for one in prepared]
+            scores = self._score_cached(past, targets, users, keys)
         else:
             scores = self._score_whole(past, targets, users)
+
+        answers = []
         parts = np.split(scores, targets.offsets[1:-1])
-        return [self._answer(one, part) for one, part in zip(prepared, parts, strict=True)]
+        for one, part in zip(prepared, parts, strict=True):
+            answers.append(self._answer(one, part))
+        return answers
 
     def _score_cached(
         self, past: Events, targets: Events, users: np.ndarray, keys: Sequence[bytes]
     ) -> np.ndarray:
-        """Probabilities, float32 [C, tasks]: histories that are not in the cache first, then all
-        candidates.
+        """Probabilities, float32 [C, tasks].
+
+        Histories that are not in the cache are encoded first, each once, then all candidates are
+        scored.
         """
-        kept = {key: self.caches.get(key) for key in keys}
-        encoded = {key: cache for key, cache in kept.items() if cache is not None}
-        cold = {key: i for i, key in enumerate(keys) if key not in encoded}  # each history once
-        for key, cache in self._encode(past, users, cold):
+        encoded: dict[bytes, HistoryCache] = {}
+        missing: dict[bytes, int] = {}  # key -> which of `past`
+        for i, key in enumerate(keys):
+            kept = self.caches.find_entry(key)  # of every request, so that each is counted
+            if kept is None:
+                missing[key] = i
+            else:
+                encoded[key] = kept
+
+        for key, cache in self._encode(past, users, missing):
             encoded[key] = cache
-            self.caches.put(key, cache)
+            self.caches.keep_entry(key, cache)
+
         scores = []
-        for chosen in passes(past.lengths + targets.lengths, self.limits.batch_tokens):
-            asked = _take(targets, chosen)
-            batch = collate(_no_rows(past, len(chosen)), asked, users[chosen], self.maps, self.cfg)
+        for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
+            nothing = _without_rows(past, len(chosen))
+            asked = _take_sequences(targets, chosen)
+            batch = collate(nothing, asked, users[chosen], self.maps, self.cfg)
             caches = HistoryCache.join([encoded[keys[i]] for i in chosen])
+
             with self._precision():
                 logits = self.score_candidates(
                     self.model, caches, batch.to(self.device), self.limits.micro_batch
@@ -210,146 +291,139 @@ class Ranker:
     def _score_whole(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
         """The same for a model whose encoded history depends on the request: nothing to keep."""
         scores = []
-        for chosen in passes(past.lengths + targets.lengths, self.limits.batch_tokens):
-            batch = collate(
-                _take(past, chosen), _take(targets, chosen), users[chosen], self.maps, self.cfg
-            )
+        for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
+            history = _take_sequences(past, chosen)
+            asked = _take_sequences(targets, chosen)
+            batch = collate(history, asked, users[chosen], self.maps, self.cfg)
+
             with self._precision():
                 logits = self.model(batch.to(self.device))
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
 
     def _encode(
-        self, past: Events, users: np.ndarray, cold: dict[bytes, int]
+        self, past: Events, users: np.ndarray, missing: dict[bytes, int]
     ) -> Iterator[tuple[bytes, HistoryCache]]:
-        """The histories `cold` (key -> which of `past`), those of like length in one pass."""
+        """Encoded histories of `missing` (key -> which of `past`), those of like length in one
+        pass.
+        """
         lengths = past.lengths
-        shortest_first = sorted(cold, key=lambda key: lengths[cold[key]])
-        rows = np.array([cold[key] for key in shortest_first], np.int64)
-        for chosen in passes(lengths[rows], self.limits.batch_tokens):
-            history = _take(past, rows[chosen])
-            batch = collate(
-                history, _no_rows(past, len(chosen)), users[rows[chosen]], self.maps, self.cfg
-            )
+        shortest_first = sorted(missing, key=lambda key: lengths[missing[key]])
+        rows = np.array([missing[key] for key in shortest_first], np.int64)
+
+        for chosen in split_passes(lengths[rows], self.limits.batch_tokens):
+            history = _take_sequences(past, rows[chosen])
+            nothing = _without_rows(past, len(chosen))
+            batch = collate(history, nothing, users[rows[chosen]], self.maps, self.cfg)
+
             with self._precision():
                 caches = encode_history(self.model, batch.to(self.device)).split()
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, torch.bfloat16, self.limits.precision == "bf16"),
-        ):
+        in_bf16 = self.limits.precision == "bf16"
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, in_bf16):
             yield
 
-    def _answer(self, prepared: "PreparedRequest", scores: np.ndarray) -> RankedColumns:
+    def _answer(self, prepared: PreparedRequest, scores: np.ndarray) -> RankedColumns:
+        """The answer to one request from its candidates' scores, [C, tasks]."""
         request = prepared.request
-        codes = self.maps.item_codes[self.maps.item_rows(request.item_id), 0]
+        item_codes = self.maps.item_codes[self.maps.item_rows(request.item_id), 0]
         ordered_by = request.head.order_by or self.cfg.tasks[0]
+        by_task = {task: scores[:, i] for i, task in enumerate(self.cfg.tasks)}
+
         head = {
             "model_version": self.version,
             "request_time_ms": request.head.request_time_ms,
             "ordered_by": ordered_by,
-            "unknown_items": int(np.count_nonzero(codes == 0)),
+            "unknown_items": int(np.count_nonzero(item_codes == 0)),
             "unknown_user": prepared.unknown_user,
             "history_length": prepared.history_length,
         }
-        by_task = {task: scores[:, i] for i, task in enumerate(self.cfg.tasks)}
-        return RankedColumns(
-            head, request.item_id, by_task, np.argsort(-by_task[ordered_by], kind="stable")
-        )
-
-    def _sequence(self, head: RankHead) -> pa.RecordBatch | None:
-        if head.history is None:
-            assert head.user_id is not None, "the schema asks for user_id or history"
-            return self.store.sequence(head.user_id)
-        # stable: equal times keep their order
-        rows = sorted(head.history, key=lambda row: row.event_time)
-        bits = {action: 1 << i for i, action in enumerate(self.cfg.source.actions)}
-        columns = {
-            "item_id": [row.item_id for row in rows],
-            "event_time": [row.event_time for row in rows],
-            "order_only": [row.order_only for row in rows],
-            "action_mask": [
-                sum(bits[name] for name, did in row.actions.items() if did) for row in rows
-            ],
-            "known_mask": [sum(bits[name] for name in row.actions) for row in rows],
-            "watch_ms": [-1 if row.watch_ms is None else row.watch_ms for row in rows],
-        }
-        columns |= {
-            name: [row.request_features.get(name, -1) for row in rows]
-            for name in self.request_columns
-        }
-        arrays = {
-            name: np.array(values, bool if name == "order_only" else np.int64)
-            for name, values in columns.items()
-        }
-        return sequence_row(arrays, self.store.request_columns, head.first_position)
-
-    def _empty(self) -> pa.RecordBatch:
-        return sequence_row({}, self.store.request_columns)
-
-    def _history_refusal(self, head: RankHead) -> Refusal | None:
-        rows = head.history or []
-        if len(rows) > self.limits.max_history:
-            return _refuse(["history"], f"at most {self.limits.max_history} rows", len(rows))
-        for i, row in enumerate(rows):
-            if row.event_time >= head.request_time_ms:
-                rule = f"must be before request_time_ms {head.request_time_ms}"
-                return _refuse(["history", i, "event_time"], rule, row.event_time)
-            for name in row.actions:
-                if name not in self.cfg.source.actions:
-                    return _refuse(
-                        ["history", i, "actions"], f"one of {list(self.cfg.source.actions)}", name
-                    )
-            if found := self._unknown_feature(
-                ["history", i, "request_features"], row.request_features
-            ):
-                return found
-        return None
-
-    def _unknown_feature(self, loc: list[str | int], features: Iterable[str]) -> Refusal | None:
-        for name in features:
-            if name not in self.request_columns:
-                return _refuse(loc, f"one of {list(self.request_columns)}", name)
-        return None
+        best_first = np.argsort(-by_task[ordered_by], kind="stable")
+        return RankedColumns(head, request.item_id, by_task, best_first)
 
 
-def passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:
-    """0..n-1 in order, cut where the tokens of a pass would exceed `most`; one with more is a pass
-    of its own.
+def history_columns(
+    history: Sequence[HistoryRow], actions: Sequence[str], request_columns: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """History rows that came with a request as flat SEQUENCE columns, oldest first; equal times
+    keep their order.
+
+    A mask has bit i for the i-th of `actions`: in `known_mask` where the row tells of it, in
+    `action_mask` where the user did it.
+
+        actions = (is_click, is_like)        known_mask   action_mask
+        {}                                         0b00          0b00
+        {is_click: false}                          0b01          0b00
+        {is_click: false, is_like: true}           0b11          0b10
     """
-    cuts, total = [0], 0
+    bits = {action: 1 << i for i, action in enumerate(actions)}
+    columns: dict[str, list[int]] = defaultdict(list)
+
+    for row in sorted(history, key=lambda row: row.event_time):
+        known_mask, action_mask = 0, 0
+        for name, did in row.actions.items():
+            known_mask |= bits[name]
+            if did:
+                action_mask |= bits[name]
+
+        columns["item_id"].append(row.item_id)
+        columns["event_time"].append(row.event_time)
+        columns["order_only"].append(row.order_only)
+        columns["known_mask"].append(known_mask)
+        columns["action_mask"].append(action_mask)
+        columns["watch_ms"].append(-1 if row.watch_ms is None else row.watch_ms)
+        for name in request_columns:
+            columns[name].append(row.request_features.get(name, -1))
+
+    arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
+    if history:
+        arrays["order_only"] = arrays["order_only"].astype(bool)
+    return arrays
+
+
+def split_passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:
+    """Indices 0..n-1 in order, cut where the tokens of a pass would exceed `most`.
+
+    One sequence with more is a pass of its own.
+
+        num_tokens   5 5 5 30 5        most = 12
+        passes       [0 1] [2] [3] [4]
+    """
+    passes = []
+    begin, total = 0, 0
+
     for i, tokens in enumerate(num_tokens.tolist()):
         if total and total + tokens > most:
-            cuts.append(i)
-            total = 0
+            passes.append(np.arange(begin, i))
+            begin, total = i, 0
         total += tokens
-    return [
-        np.arange(begin, end)
-        for begin, end in itertools.pairwise([*cuts, len(num_tokens)])
-        if end > begin
-    ]
+
+    if begin < len(num_tokens):
+        passes.append(np.arange(begin, len(num_tokens)))
+    return passes
 
 
-def _take(events: Events, sequences: np.ndarray) -> Events:
+def candidate_probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:
+    """The model's probabilities for a batch's candidates, float32 [C, tasks]."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return model(batch.to(device)).sigmoid().cpu().numpy()
+
+
+def _take_sequences(events: Events, sequences: np.ndarray) -> Events:
     # all of them: as a rule a request comes alone
     if np.array_equal(sequences, np.arange(len(events.offsets) - 1)):
         return events
     return events.take(events.offsets[sequences], events.offsets[sequences + 1])
 
 
-def _no_rows(like: Events, num_sequences: int) -> Events:
+def _without_rows(like: Events, num_sequences: int) -> Events:
     """`num_sequences` sequences without a row."""
     nothing = np.zeros(num_sequences, np.int64)
     return like.take(nothing, nothing)
-
-
-def probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.ndarray:
-    """What the model says of a batch's candidates, float32 [C, tasks]."""
-    with torch.no_grad():
-        return model(batch.to(next(model.parameters()).device)).sigmoid().cpu().numpy()
 
 
 def _refuse(loc: list[str | int], rule: str, value: object) -> Refusal:

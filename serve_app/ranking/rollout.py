@@ -1,12 +1,12 @@
-"""The model versions of one replica and which of them answers whom, without Ray.
+"""Model versions of one replica by role, and the version that answers a user, without Ray.
 
-    the champion answers everybody but the canary's users
-    a canary     answers a share of the users, the same ones each time
-    a shadow     answers nobody: it ranks copies afterwards, and its scores are compared with those
-    that were sent
+    champion   answers everybody but the canary's users
+    canary     answers a share of the users, the same ones each time
+    shadow     answers nobody: it ranks copies afterwards, and its scores are compared with those
+               that were sent
 
-All of them lie in one process, so a change of roles is one assignment and needs no other replicas;
-what it costs is the memory of each version, and the shadow's share of the processor.
+All of them lie in one process, so a change of roles is one assignment and needs no other replicas.
+It costs the memory of each version, and the shadow's share of the processor.
 """
 
 import hashlib
@@ -41,18 +41,27 @@ CHAMPION, CANARY, SHADOW = "champion", "canary", "shadow"
 # batches that may wait for the shadow; beyond them copies are dropped and counted
 SHADOW_QUEUE = 64
 
+Copies = list[tuple[RankColumns, RankedColumns]]  # requests and the answers that were sent
+
 
 def in_share(user_id: int, version: int, share: float) -> bool:
-    """Whether a canary of this version answers this user.
+    """Tell whether a canary of this version answers this user.
 
-    A larger share keeps the users of a smaller one.
+    A larger share keeps the users of a smaller one; another version is tried on other users.
     """
     digest = hashlib.blake2b(f"{version}/{user_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
 class Rollout:
-    """Versions by role, and what they answer. The champion's history is where posted events go."""
+    """Versions by role, and their answers. Posted events go to the champion's history.
+
+    Args:
+        rankers: by role; the champion is always there.
+        identities: by role, everything that the loaded version depends on.
+        share: of the users, for the canary.
+        metrics: counters of this replica.
+    """
 
     def __init__(
         self,
@@ -66,135 +75,158 @@ class Rollout:
         self.share = share
         self.metrics = metrics
         self.champion = rankers[CHAMPION]
-        self._copies: queue.Queue[list[tuple[RankColumns, RankedColumns]] | None] = queue.Queue(
-            SHADOW_QUEUE
-        )
-        if SHADOW in rankers:
-            threading.Thread(target=self._follow, name="shadow", daemon=True).start()
 
-    def info(self) -> ModelInfo:
+        self._copies: queue.Queue[Copies | None] = queue.Queue(SHADOW_QUEUE)
+        if SHADOW in rankers:
+            threading.Thread(target=self._follow_champion, name="shadow", daemon=True).start()
+
+    def model_info(self) -> ModelInfo:
+        """The champion's, with the versions on trial."""
         canary, shadow = self.rankers.get(CANARY), self.rankers.get(SHADOW)
         roles = {
             "canary_version": canary and canary.version,
             "canary_share": self.share if canary else None,
             "shadow_version": shadow and shadow.version,
         }
-        return self.champion.info().model_copy(update=roles)
+        return self.champion.model_info().model_copy(update=roles)
 
-    def role(self, request: RankColumns) -> str:
-        """Who answers. A request that names no user, but brings a history, is the champion's."""
+    def choose_role(self, request: RankColumns) -> str:
+        """The role that answers. A request that names no user is the champion's."""
         canary = self.rankers.get(CANARY)
         if canary is None or request.user_id is None:
             return CHAMPION
-        return CANARY if in_share(request.user_id, canary.version, self.share) else CHAMPION
+
+        if in_share(request.user_id, canary.version, self.share):
+            return CANARY
+        return CHAMPION
 
     def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns | Refusal]:
         """An answer or a refusal for each."""
-        return self.answer([self.prepare(request) for request in requests])
+        return self.answer_jobs([self.prepare_job(request) for request in requests])
 
-    def prepare(self, request: RankColumns) -> "RankJob":
-        """Who answers the request, and with what before them."""
+    def prepare_job(self, request: RankColumns) -> "RankJob":
+        """Choose the version that answers, and look up everything it needs."""
         started = time.perf_counter()
-        role = self.role(request)
+        role = self.choose_role(request)
         ranker = self.rankers[role]
-        refusal = ranker.refusal(request)
+
+        refusal = ranker.find_refusal(request)
         if refusal is not None:
             return RankJob(self, role, request, refusal, 0.0)
-        prepared = ranker.prepare(request)
+
+        prepared = ranker.prepare_request(request)
         return RankJob(self, role, request, prepared, time.perf_counter() - started)
 
-    def answer(self, jobs: Sequence["RankJob"]) -> list[RankedColumns | Refusal]:
-        """The answers to jobs of this rollout; those of one version are scored together."""
-        answers: list[RankedColumns | Refusal | None] = [job.refusal for job in jobs]
-        for role in (CHAMPION, CANARY):
-            mine = [
-                (i, job)
-                for i, job in enumerate(jobs)
-                if job.role == role and isinstance(job.work, PreparedRequest)
-            ]
-            if mine:
-                scored = self._timed(role, [job for _, job in mine])
-                for (i, _), response in zip(mine, scored, strict=True):
-                    answers[i] = response
-        given = [answer for answer in answers if answer is not None]
-        if SHADOW in self.rankers:
-            pairs = zip(jobs, given, strict=True)
-            self._copy(
-                [
-                    (job.request, answer)
-                    for job, answer in pairs
-                    if isinstance(answer, RankedColumns)
-                ]
-            )
-        return given
+    def answer_jobs(self, jobs: Sequence["RankJob"]) -> list[RankedColumns | Refusal]:
+        """Answers to jobs of this rollout; those of one version are scored together."""
+        answers: dict[int, RankedColumns | Refusal] = {}
+        places: dict[str, list[int]] = {CHAMPION: [], CANARY: []}
+        for i, job in enumerate(jobs):
+            if isinstance(job.work, Refusal):
+                answers[i] = job.work
+            else:
+                places[job.role].append(i)
 
-    def append(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
-        """Keep what users did; what may be said of it is the champion's to know."""
+        for role, mine in places.items():
+            if mine:
+                scored = self._score_timed(role, [jobs[i] for i in mine])
+                answers.update(zip(mine, scored, strict=True))
+
+        in_order = [answers[i] for i in range(len(jobs))]
+        if SHADOW in self.rankers:
+            self._copy_to_shadow(jobs, in_order)
+        return in_order
+
+    def append_events(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
+        """Keep events of users; the champion knows which actions and columns there are."""
         history = self.champion.store
         assert isinstance(history, LiveHistory), "a server's history takes events"
         return history.append_all(requests)
 
     def close(self) -> None:
         """Let the shadow's thread end: another rollout has taken over."""
-        if SHADOW in self.rankers:
-            try:
-                self._copies.put_nowait(None)
-            except queue.Full:  # it sees the end after what waits
-                self._copies.get_nowait()
-                self._copies.put_nowait(None)
+        if SHADOW not in self.rankers:
+            return
 
-    def _timed(self, role: str, jobs: list["RankJob"]) -> list[RankedColumns]:
+        try:
+            self._copies.put_nowait(None)
+        except queue.Full:  # one copy makes room for the end, which comes after all that wait
+            self._copies.get_nowait()
+            self._copies.put_nowait(None)
+
+    def _score_timed(self, role: str, jobs: Sequence["RankJob"]) -> list[RankedColumns]:
+        """Score jobs that were not refused, and count what it took."""
         ranker, metrics = self.rankers[role], self.metrics
+        prepared = [job.work for job in jobs if isinstance(job.work, PreparedRequest)]
         started = time.perf_counter()
-        responses = ranker.score(
-            [job.work for job in jobs if isinstance(job.work, PreparedRequest)]
-        )
+        ranked = ranker.score_requests(prepared)
         took_s = time.perf_counter() - started + sum(job.prepared_s for job in jobs)
+
         labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)
-        metrics.requests.labels(*labels).inc(len(responses))
-        metrics.candidates.labels(*labels).inc(sum(len(response.item_id) for response in responses))
-        metrics.unknown_items.labels(*labels).inc(
-            sum(response.unknown_items for response in responses)
-        )
-        return [replace(response, ranker_ms=took_s * 1000) for response in responses]
+        metrics.requests.labels(*labels).inc(len(ranked))
+        candidates = metrics.candidates.labels(*labels)
+        unknown_items = metrics.unknown_items.labels(*labels)
+        for one in ranked:
+            candidates.inc(len(one.item_id))
+            unknown_items.inc(one.unknown_items)
+
+        return [replace(one, ranker_ms=took_s * 1000) for one in ranked]
 
     # The shadow --------------------------------------------------------------
 
-    def _copy(self, answered: list[tuple[RankColumns, RankedColumns]]) -> None:
-        try:
-            self._copies.put_nowait(answered)
-        except queue.Full:  # an answer never waits for the shadow
-            self.metrics.shadow_dropped.inc(len(answered))
+    def _copy_to_shadow(
+        self, jobs: Sequence["RankJob"], answers: Sequence[RankedColumns | Refusal]
+    ) -> None:
+        copies: Copies = []
+        for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, RankedColumns):
+                copies.append((job.request, answer))
 
-    def _follow(self) -> None:
-        while (answered := self._copies.get()) is not None:
+        try:
+            self._copies.put_nowait(copies)
+        except queue.Full:  # an answer never waits for the shadow
+            self.metrics.shadow_dropped.inc(len(copies))
+
+    def _follow_champion(self) -> None:
+        while (copies := self._copies.get()) is not None:
             try:
-                self._compare(answered)
+                self._compare(copies)
             except Exception:  # whatever a version on trial does, users do not see it
                 logger.exception("shadow version %s failed", self.rankers[SHADOW].version)
-                self.metrics.shadow_failed.inc(len(answered))
+                self.metrics.shadow_failed.inc(len(copies))
 
-    def _compare(self, answered: list[tuple[RankColumns, RankedColumns]]) -> None:
+    def _compare(self, copies: Copies) -> None:
+        """Rank copies with the shadow, and count how far its scores are from those that were
+        sent.
+        """
         shadow = self.rankers[SHADOW]
-        ranked = [
-            (request, given) for request, given in answered if shadow.refusal(request) is None
-        ]
-        self.metrics.shadow_failed.inc(len(answered) - len(ranked))
-        if not ranked:
+        jobs: list[RankJob] = []
+        sent: list[RankedColumns] = []
+        for request, answer in copies:
+            if shadow.find_refusal(request) is None:
+                prepared = shadow.prepare_request(request)
+                jobs.append(RankJob(self, SHADOW, request, prepared, 0.0))
+                sent.append(answer)
+
+        self.metrics.shadow_failed.inc(len(copies) - len(jobs))
+        if not jobs:
             return
+
         version = str(shadow.version)
-        jobs = [
-            RankJob(self, SHADOW, request, shadow.prepare(request), 0.0) for request, _ in ranked
-        ]
-        responses = self._timed(SHADOW, jobs)
-        for (_, given), other in zip(ranked, responses, strict=True):
-            shared = [task for task in given.scores if task in other.scores]
-            changes = [
-                np.abs(np.subtract(given.scores[task], other.scores[task])).max() for task in shared
-            ]
-            self.metrics.shadow_change.labels(version).observe(max(changes, default=0.0))
-            self.metrics.shadow_same_best.labels(version).inc(given.order[0] == other.order[0])
+        for ours, theirs in zip(sent, self._score_timed(SHADOW, jobs), strict=True):
+            same_best = ours.order[0] == theirs.order[0]
+            self.metrics.shadow_change.labels(version).observe(_largest_change(ours, theirs))
+            self.metrics.shadow_same_best.labels(version).inc(same_best)
+
+
+def _largest_change(one: RankedColumns, other: RankedColumns) -> float:
+    """The largest difference of a score over all candidates and the tasks that both have."""
+    changes = []
+    for task, scores in one.scores.items():
+        if task in other.scores:
+            changes.append(np.abs(np.subtract(scores, other.scores[task])).max())
+    return max(changes, default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,35 +243,33 @@ class RankJob:
     prepared_s: float
 
     @property
-    def refusal(self) -> Refusal | None:
-        return self.work if isinstance(self.work, Refusal) else None
+    def history_length_class(self) -> int:
+        """The ranker's class of the request; 0 for a refusal, which costs nothing."""
+        if isinstance(self.work, Refusal):
+            return 0
+        return self.rollout.rankers[self.role].history_length_class(self.work)
 
-    @property
-    def likeness(self) -> int:
-        return (
-            self.rollout.rankers[self.role].likeness(self.work)
-            if isinstance(self.work, PreparedRequest)
-            else 0
-        )
+    def may_join(self, oldest: "RankJob") -> bool:
+        """Tell whether this job may share a forward pass with `oldest`.
 
-    def joins(self, oldest: "RankJob") -> bool:
-        """Of one version, and a history of like length, or one that is encoded already: it has
-        waited for this pass
-        and would wait longer for the next, while the pass takes little longer for it."""
+        It may if both go to one version, and this job's history is encoded already or of like
+        length. Such a job adds little to the pass, and would wait longer for the next one.
+        """
         if self.rollout is not oldest.rollout or self.role != oldest.role:
             return False
-        likeness = self.likeness
-        return likeness == 0 or likeness == oldest.likeness
+
+        mine = self.history_length_class
+        return mine == 0 or mine == oldest.history_length_class
 
     @property
     def num_tokens(self) -> int:
-        return self.work.num_tokens if isinstance(self.work, PreparedRequest) else 0
+        return 0 if isinstance(self.work, Refusal) else self.work.num_tokens
 
 
 # Loading ---------------------------------------------------------------------
 
 
-def load(
+def load_rollout(
     user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout | None = None
 ) -> Rollout:
     """The rollout that `deployment.user_config` describes, each version after its first forward
@@ -254,72 +284,88 @@ def load(
         CANARY: user_config["canary"],
         SHADOW: user_config["shadow"],
     }
-    known = (
-        {}
-        if earlier is None
-        else {earlier.identities[role]: earlier.rankers[role] for role in earlier.rankers}
-    )
-    rankers, identities = {}, {}
+
+    known: dict[str, Ranker] = {}
+    if earlier is not None:
+        for role, ranker in earlier.rankers.items():
+            known[earlier.identities[role]] = ranker
+
+    rankers: dict[str, Ranker] = {}
+    identities: dict[str, str] = {}
     log: EventLog | None = None
     for role, raw in models.items():
         if raw is None:
             continue
-        identity = identities[role] = _identity(raw, user_config)
+
+        identity = _identity(raw, user_config)
         if identity not in known:
             log = log or open_events(limits, Path(user_config["serving"]))
-            known[identity] = _load(registry.PinnedModel(**raw), user_config, limits, log)
+            known[identity] = _load_ranker(registry.PinnedModel(**raw), user_config, limits, log)
         rankers[role] = known[identity]
-    return Rollout(
-        rankers, identities, 0.0 if limits.canary is None else limits.canary.share, metrics
-    )
+        identities[role] = identity
+
+    share = 0.0 if limits.canary is None else limits.canary.share
+    return Rollout(rankers, identities, share, metrics)
 
 
 def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
-    """All that a loaded version depends on: its files, the sequences, the limits; not who answers
-    whom.
+    """Everything that a loaded version depends on: its files, the sequences, the limits.
+
+    Roles are not part of it.
     """
     limits = user_config["limits"] | {"canary": None, "shadow": None}
     return json.dumps([model | {"uri": None}, user_config["digest"], limits], sort_keys=True)
 
 
-def _load(
+def _load_ranker(
     model: registry.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog
 ) -> Ranker:
     folder = registry.fetch(model, Path(user_config["cache"]))
     loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
+
     published = PublishedSequences(
         Path(user_config["sequences"]), loaded.cfg, Path(user_config["serving"])
     )
     history = LiveHistory(published, log, loaded.cfg, limits.max_events)
+
     ranker = Ranker(loaded, history, model.version, model.name, limits)
-    ranker.warm()
-    logger.info("%s version %d ready: %s", model.name, model.version, _what_runs(ranker))
+    ranker.warm_up()
+    logger.info("%s version %d ready: %s", model.name, model.version, _describe_passes(ranker))
     return ranker
 
 
-def _what_runs(ranker: Ranker) -> str:
-    """Where the ranker's passes run, by which kernels and in which number formats."""
+def _describe_passes(ranker: Ranker) -> str:
+    """Device, kernels and number formats of the ranker's passes, for the log."""
     model, limits, device = ranker.cfg.model, ranker.limits, ranker.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kernels = choose(model.attention_backend, next(ranker.model.parameters()))
+
+    formats = limits.precision
     fp8 = model.fp8 if limits.fp8 is None else limits.fp8
-    return (
-        f"{where}, {kernels} kernels, "
-        f"{limits.precision}{' with FP8' * fp8}{', INT4 tables' * limits.int4_tables}"
-    )
+    if fp8:
+        formats += " with FP8"
+    if limits.int4_tables:
+        formats += ", INT4 tables"
+    return f"{name}, {kernels} kernels, {formats}"
 
 
 def open_events(limits: ServeConfig, folder: Path) -> EventLog:
-    """The event log that the configuration names: Redis, or one file in `folder`."""
+    """The event log that the configuration names: Redis, or one file in `folder`.
+
+    Raises:
+        UserError: Redis is named, but its package is not installed.
+    """
     if limits.redis_url is None:
         return SqliteEvents(folder / "events.sqlite")
+
     try:
         from serve_app.history.redis_events import RedisEvents
     except ModuleNotFoundError:
         raise UserError(
             "serve.redis_url: the package redis is not installed: pip install '.[redis]'"
         ) from None
-    password = limits.redis_password_file
-    return RedisEvents(
-        limits.redis_url, limits.redis_prefix, None if password is None else Path(password)
-    )
+
+    password_file = None
+    if limits.redis_password_file is not None:
+        password_file = Path(limits.redis_password_file)
+    return RedisEvents(limits.redis_url, limits.redis_prefix, password_file)

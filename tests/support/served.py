@@ -120,24 +120,24 @@ def wait_until(done: Callable[[], Found]) -> Found:
     return found
 
 
-class Load:
+class BackgroundLoad:
     """Open-loop requests of all users at 20 a second while the block runs."""
 
     def __init__(self, served: Served, most_seconds: float) -> None:
-        self.load = load_test.Load(rate=20, seconds=most_seconds, candidates=5, timeout_s=30)
-        users, items = load_test.known_ids(served.cfg)
-        self.asked = load_test.arrivals(self.load, users)
-        bodies = load_test.bodies(self.load, self.asked, items)
+        self.load = load_test.RequestLoad(rate=20, seconds=most_seconds, candidates=5, timeout_s=30)
+        users, items = load_test.known_ids(served.cfg.sequence_dir)
+        self.asked = load_test.draw_arrivals(self.load, users)
+        bodies = load_test.request_bodies(self.load, self.asked, items)
         headers = dict(replay.key_header(served.cfg))
         self.sending = threading.Thread(target=self._send, args=(served.url, bodies, headers))
         self.stop = threading.Event()
 
     def _send(self, url: str, bodies: list[bytes], headers: dict[str, str]) -> None:
         self.answers = asyncio.run(
-            load_test.send(url, self.load, self.asked, bodies, headers, self.stop)
+            load_test.send_requests(url, self.load, self.asked, bodies, headers, self.stop)
         )
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> "BackgroundLoad":
         self.sending.start()
         return self
 
@@ -150,7 +150,7 @@ def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
     """Under load the second version is promoted, `meanwhile` happens, and the first comes back: no
     request fails, and the versions that answer follow the deployments."""
     first, second = served.versions
-    with Load(served, most_seconds=90) as load:
+    with BackgroundLoad(served, most_seconds=90) as load:
         time.sleep(1)
         assert registry.promote(served.cfg, second).promoted
         assert (

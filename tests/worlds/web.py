@@ -33,12 +33,12 @@ class Fixed:
         scores = {"is_click": np.full(len(request), 0.5, np.float32)}
         return RankedColumns(head, request.item_id, scores, np.arange(len(request)))
 
-    async def append(self, request: EventsRequest) -> EventsResponse | Refusal:
+    async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
         if self.failing:
             raise self.failing
         return EventsResponse.of(["accepted"] * len(request.events))
 
-    async def info(self) -> ModelInfo:
+    async def model_info(self) -> ModelInfo:
         return ModelInfo(
             model_name="m",
             model_version=7,
@@ -49,10 +49,10 @@ class Fixed:
             deployment="d",
         )
 
-    async def deployments(self) -> list[str]:
+    async def deployment_ids(self) -> list[str]:
         return ["d"]
 
-    async def metrics(self) -> dict[str, bytes]:
+    async def replica_metrics(self) -> dict[str, bytes]:
         return {}
 
 

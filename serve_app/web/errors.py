@@ -1,0 +1,54 @@
+"""One way to say what is wrong with a request: exceptions as answers."""
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from serve_app.columns import BadBody
+from serve_app.schemas import Refusal, StoreDown
+from serve_app.web.limits import json_reply
+from serve_app.web.replica import Overloaded, Unavailable
+
+MOST_ERRORS = 10  # errors that one answer lists
+TRY_AGAIN = {"Retry-After": "1"}
+
+
+def add_error_handlers(api: FastAPI) -> None:
+    """Answers to the exceptions of all routes; any other exception becomes a 500 without detail."""
+    api.add_exception_handler(RequestValidationError, _answer_invalid)
+    api.add_exception_handler(BadBody, _answer_bad_body)
+    api.add_exception_handler(Overloaded, _answer_overloaded)
+    api.add_exception_handler(Unavailable, _answer_unavailable)
+    api.add_exception_handler(StoreDown, _answer_store_down)
+
+
+def refused(refusals: Sequence[Refusal]) -> Response:
+    """422 with the first `MOST_ERRORS` refusals."""
+    listed = [refusal.model_dump() for refusal in refusals[:MOST_ERRORS]]
+    return json_reply({"detail": listed}, 422)
+
+
+async def _answer_invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    return refused([Refusal.of(one["loc"], one["msg"], one.get("input")) for one in found])
+
+
+async def _answer_bad_body(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BadBody)
+    return refused(error.refusals)
+
+
+async def _answer_overloaded(http: Request, _: Exception) -> Response:
+    http.state.refused = "overload"  # the request log counts it by its reason
+    return json_reply({"detail": "too many requests are waiting"}, 429, TRY_AGAIN)
+
+
+async def _answer_unavailable(*_: object) -> Response:
+    return json_reply({"detail": "no model answers at the moment"}, 503, TRY_AGAIN)
+
+
+async def _answer_store_down(*_: object) -> Response:
+    detail = "the event store does not answer at the moment"
+    return json_reply({"detail": detail}, 503, TRY_AGAIN)

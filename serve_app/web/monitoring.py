@@ -1,0 +1,46 @@
+"""`/metrics` for Prometheus; `/healthz` and `/readyz` for load balancers and `jobs.deploy`."""
+
+import asyncio
+
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
+
+from serve_app import metrics
+from serve_app.schemas import Ready
+from serve_app.web.limits import json_reply
+from serve_app.web.replica import RequestCounts, RunningReplica, Unavailable
+from serve_app.web.responses import NO_MODEL, PROTECTED
+
+READY_TIMEOUT_S = 2.0
+
+router = APIRouter()
+open_router = APIRouter()  # routes without a key: `protection.OPEN_PATHS`
+
+
+@router.get("/metrics", name="prometheus", response_class=PlainTextResponse, responses=PROTECTED)
+async def get_metrics(replica: RunningReplica, counts: RequestCounts) -> Response:
+    """What this ingress and all replicas have counted, for Prometheus."""
+    text = metrics.metrics_page(counts.registry, await replica.replica_metrics())
+    return Response(text, media_type=metrics.CONTENT_TYPE)
+
+
+@open_router.get("/healthz", name="healthz")
+async def get_health() -> dict[str, str]:
+    """This process lives."""
+    return {"status": "ok"}
+
+
+@open_router.get("/readyz", name="readyz", response_model=Ready, responses=NO_MODEL)
+async def get_readiness(replica: RunningReplica) -> Response:
+    """A model is loaded and answers."""
+    try:
+        info = await asyncio.wait_for(replica.model_info(), READY_TIMEOUT_S)
+    except TimeoutError:
+        raise Unavailable from None
+
+    ready = Ready(
+        model_version=info.model_version,
+        deployments=await replica.deployment_ids(),
+        failed_deployment=info.failed_deployment,
+    )
+    return json_reply(ready.model_dump())

@@ -1,0 +1,60 @@
+"""`/v1/rank` and `/v1/rank/arrow`: candidates in, scores and an order out."""
+
+from fastapi import APIRouter, Request, Response
+
+from serve_app import columns
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.schemas import RankRequest, RankResponse, Refusal
+from serve_app.web.errors import refused
+from serve_app.web.replica import Replica, RunningReplica
+from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, CHECKED
+
+router = APIRouter()
+
+
+@router.post("/v1/rank", name="rank", response_model=RankResponse, responses=CHECKED)
+async def rank_json(request: RankRequest, http: Request, replica: RunningReplica) -> Response:
+    """Score and order the candidates."""
+    answer = await _rank(replica, RankColumns.of(request), http)
+    if isinstance(answer, Refusal):
+        return refused([answer])
+
+    body = answer.response().model_dump_json()
+    return Response(body, 200, _timing(answer), media_type="application/json")
+
+
+@router.post(
+    "/v1/rank/arrow",
+    name="rank_arrow",
+    responses=CHECKED | ARROW_ANSWER,
+    openapi_extra=ARROW_REQUEST,
+)
+async def rank_arrow(http: Request, replica: RunningReplica) -> Response:
+    """The same with candidates and scores as columns, for many candidates at a time.
+
+    The body is an uncompressed Arrow IPC stream with a column `item_id` (int64) and one for
+    each request feature that differs between candidates (int32, null: as in the request); under
+    the key `rank` of the schema's metadata is the rest of the request, the JSON of a
+    `RankHead`. The answer has the columns `item_id`, `score.<task>` (float32) and `place`
+    (int32, 0 is best), and its other fields as JSON under the same key.
+    """
+    answer = await _rank(replica, RankColumns.from_arrow(await http.body()), http)
+    if isinstance(answer, Refusal):
+        return refused([answer])
+
+    return Response(answer.to_arrow(), 200, _timing(answer), media_type=columns.MEDIA_TYPE)
+
+
+async def _rank(replica: Replica, request: RankColumns, http: Request) -> RankedColumns | Refusal:
+    """The replica's answer; the request log gets the number of candidates and the version."""
+    http.state.num_candidates = len(request)
+    answer = await replica.rank(request)
+    if isinstance(answer, RankedColumns):
+        http.state.version = answer.model_version
+    return answer
+
+
+def _timing(answer: RankedColumns) -> dict[str, str]:
+    if answer.ranker_ms is None:
+        return {}
+    return {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
