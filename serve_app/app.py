@@ -1,4 +1,4 @@
-"""The server on Ray Serve: an HTTP ingress before replicas that hold a model, or both in one process.
+"""The server on Ray Serve: an HTTP ingress before replicas with a model, or both in one process.
 
     HTTP → Api (checks, JSON) → RankerReplica (requests that wait together, one forward pass)
     HTTP → RankerReplica, with serve.one_process: one call between processes less, one replica only
@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 
 
 class Ranking:
-    """One rollout at a time (a champion, and versions on trial), and the requests that wait for it."""
+    """One rollout at a time (a champion, versions on trial), and the requests that wait for it."""
 
     def __init__(self) -> None:
         # Imports left hundreds of thousands of objects: without this each full collection would

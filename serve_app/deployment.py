@@ -52,7 +52,7 @@ def user_config(
     canary: registry.PinnedModel | None = None,
     shadow: registry.PinnedModel | None = None,
 ) -> dict[str, Any]:
-    """What a replica needs to load its versions; `serve_app.ranking.rollout.load_rollout` reads it."""
+    """What a replica needs to load its versions; `ranking.rollout.load_rollout` reads it."""
     return {
         # names this update, so that its success or failure can be told from others'
         "deployment": uuid.uuid4().hex,

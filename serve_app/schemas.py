@@ -288,6 +288,7 @@ class ModelInfo(BaseModel):
     request_features: list[str]
     actions: list[str]
     sequences: str = Field(description="digest of the published sequences behind user_id")
+    server_version: str = Field(default="", description="of the software that answers")
     deployment: str = Field(default="", description="id of the update that made it answer")
     failed_deployment: str | None = Field(
         default=None, description="id of a later update that did not load"

@@ -1,4 +1,4 @@
-"""Requests that wait together are worked on together: order, room, failures and who has gone away."""
+"""Requests that wait together are computed together: order, room, failures, clients that left."""
 
 import asyncio
 import threading
@@ -64,7 +64,10 @@ def test_what_nobody_waits_for_any_more_is_not_begun() -> None:
 
 @dataclass
 class Length:
-    """A job of so many tokens, which joins those of about as many; one of less than four joins any."""
+    """A job of so many tokens, which joins those of about as many.
+
+    One of less than four joins any.
+    """
 
     tokens: int
     num_tokens: int = 0

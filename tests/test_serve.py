@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import tomllib
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import version
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import load_model
 from serve_app.columns import MEDIA_TYPE, BadBody, RankColumns, RankedColumns
@@ -21,6 +24,8 @@ from serve_app.web.api import make_api
 from serve_app.web.replica import Overloaded, Unavailable
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
 from tests.worlds.tiny import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
+
+ROOT = Path(__file__).parent.parent
 
 
 class InProcess:
@@ -253,3 +258,14 @@ def test_the_documented_schema_is_the_request(replica: InProcess) -> None:
     schemas = call(replica, "GET", "/openapi.json").json()["components"]["schemas"]
     assert schemas["RankRequest"]["properties"].keys() == RankRequest.model_fields.keys()
     assert {"RankResponse", "Candidate", "HistoryRow", "ModelInfo"} <= schemas.keys()
+
+
+def test_one_version_number(replica: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert call(replica, "GET", "/openapi.json").json()["info"]["version"] == number
+    assert call(replica, "GET", "/v1/model").json()["server_version"] == number
+
+    # without a source tree the installation says it
+    monkeypatch.setattr(version, "PYPROJECT", ROOT / "nowhere.toml")
+    monkeypatch.setattr(version.metadata, "version", lambda package: f"{package} 9")
+    assert version.package_version.__wrapped__() == "ultra-hstu-pipeline 9"

@@ -20,7 +20,7 @@ NOT_HASHED = ("offsets", "request", "dense")  # `request` is, column by column
 
 
 def history_key(history: Events, user_codes: np.ndarray) -> bytes:
-    """A digest of one sequence: its rows in all columns, and its user's codes, [1, user columns]."""
+    """Digest of one sequence: its rows in all columns, and its user's codes, [1, user columns]."""
     digest = hashlib.blake2b(user_codes.tobytes(), digest_size=16)
 
     for field in fields(history):

@@ -23,6 +23,7 @@ from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
 from pipeline.model.inference.cuda_graph import GraphedScorer
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import DAY_MS
+from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.published import HistoryStore, histories, sequence_row
 from serve_app.ranking.history_cache import HistoryCaches, history_key
@@ -96,6 +97,7 @@ class Ranker:
             request_features=list(self.request_columns),
             actions=list(self.cfg.source.actions),
             sequences=self.store.digest,
+            server_version=package_version(),
         )
 
     def warm_up(self) -> None:
@@ -194,13 +196,15 @@ class Ranker:
 
         time_ms = np.array([request.head.request_time_ms], np.int64)
         past = histories([sequence], time_ms, self.cfg, self.limits.max_history)
+
+        features = {name: request.feature(name) for name in self.request_columns}
         targets = candidates(
             past.events,
             past.first_position,
             request.item_id,
             np.array([0, len(request)]),
             time_ms,
-            {name: request.feature(name) for name in self.request_columns},
+            features,
             self.maps,
             self.cfg,
         )
@@ -236,7 +240,7 @@ class Ranker:
     # Scoring -----------------------------------------------------------------
 
     def score_requests(self, prepared: Sequence[PreparedRequest]) -> list[RankedColumns]:
-        """Answers to prepared requests, scored in passes of at most `limits.batch_tokens` tokens."""
+        """Answers to prepared requests, in passes of at most `limits.batch_tokens` tokens."""
         past = concatenate([one.past for one in prepared])
         targets = concatenate([one.targets for one in prepared])
         users = np.array([one.user_id for one in prepared], np.int64)
@@ -248,9 +252,9 @@ class Ranker:
             scores = self._score_whole(past, targets, users)
 
         answers = []
-        parts = np.split(scores, targets.offsets[1:-1])
-        for one, part in zip(prepared, parts, strict=True):
-            answers.append(self._answer(one, part))
+        scores_of_each = np.split(scores, targets.offsets[1:-1])
+        for one, mine in zip(prepared, scores_of_each, strict=True):
+            answers.append(self._answer(one, mine))
         return answers
 
     def _score_cached(

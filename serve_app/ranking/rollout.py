@@ -157,10 +157,16 @@ class Rollout:
     def _score_timed(self, role: str, jobs: Sequence["RankJob"]) -> list[RankedColumns]:
         """Score jobs that were not refused, and count what it took."""
         ranker, metrics = self.rankers[role], self.metrics
-        prepared = [job.work for job in jobs if isinstance(job.work, PreparedRequest)]
+        prepared: list[PreparedRequest] = []
+        took_s = 0.0
+        for job in jobs:
+            assert isinstance(job.work, PreparedRequest), "refusals are answered already"
+            prepared.append(job.work)
+            took_s += job.prepared_s
+
         started = time.perf_counter()
         ranked = ranker.score_requests(prepared)
-        took_s = time.perf_counter() - started + sum(job.prepared_s for job in jobs)
+        took_s += time.perf_counter() - started
 
         labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)

@@ -8,6 +8,7 @@ Routers are in `rank`, `events`, `model` and `monitoring`; layers in `limits` an
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
+from pipeline.version import package_version
 from serve_app import metrics
 from serve_app.web import events, model, monitoring, rank
 from serve_app.web.errors import add_error_handlers
@@ -37,7 +38,7 @@ def make_api(
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
         timeout_s: from the first byte to the answer; HTTP 408 or 504 beyond it.
     """
-    api = FastAPI(title="ULTRA-HSTU ranking", version="1", description=ABOUT)
+    api = FastAPI(title="ULTRA-HSTU ranking", version=package_version(), description=ABOUT)
     api.state.replica = replica
     api.state.counts = metrics.IngressMetrics()
 

@@ -141,7 +141,7 @@ class Backlog:
         self._last_done = -math.inf
 
     def wait_s(self) -> float:
-        """Estimate of the time until everything in flight is answered; 0 before the first answer."""
+        """Estimated time until everything in flight is answered; 0 before the first answer."""
         if not self._done:
             return 0.0
         return self._in_flight * self._busy_s / self._done
