@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nodes lint types serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
+.PHONY: help demo test test-nodes lint types docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,6 +33,9 @@ lint: $(READY) types  ## ruff, formatting and types
 
 types: $(READY)  ## basedpyright
 	$(BIN)/basedpyright
+
+docs-reference: $(READY)  ## write docs/reference/ from the code: settings, jobs, HTTP, metrics
+	$(BIN)/python -m tests.support.reference
 
 serve: $(READY)  ## leave the champion of the last demo answering over HTTP, until Ctrl-C
 	$(BIN)/python -m jobs.serve --config $(CONFIG)

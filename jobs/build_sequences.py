@@ -30,4 +30,4 @@ def main(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("Build and publish the sequences.", main, add_options, build.plan)
+    cli.run(__doc__ or "", main, add_options, build.plan)

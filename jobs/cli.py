@@ -24,6 +24,39 @@ class Job:
     options: argparse.Namespace
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each option, and the description in its own paragraphs."""
+
+
+def make_parser(
+    name: str, what: str, add_options: Callable[[argparse.ArgumentParser], None] | None
+) -> argparse.ArgumentParser:
+    """The command line of `python -m jobs.NAME`: what all jobs share, then the job's own options."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{name}",
+        description=what,
+        epilog="All settings and jobs: docs/reference/configuration.md, docs/reference/jobs.md",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML preset, see configs/")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting, train.epochs=1 for instance; may repeat",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and the plan, start nothing",
+    )
+    if add_options:
+        add_options(parser)
+    return parser
+
+
 def run(
     what: str,
     main: Callable[[Job], None],
@@ -35,27 +68,7 @@ def run(
     `--dry-run` prints the resolved configuration and `plan(cfg)` (files, rows, resources) and
     starts nothing; `plan` raises `UserError` for what could not run.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{Path(sys.argv[0]).stem}",
-        description=what,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="YAML preset, see configs/")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="train.epochs=1; may repeat",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved configuration and the plan, start nothing",
-    )
-    if add_options:
-        add_options(parser)
+    parser = make_parser(Path(sys.argv[0]).stem, what, add_options)
     options = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO,

@@ -11,7 +11,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, help="model folder; default: the one that this run trained"
     )
-    parser.add_argument("--splits", nargs="+", choices=["val", "test"], default=["val", "test"])
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        choices=["val", "test"],
+        default=["val", "test"],
+        help="periods to score",
+    )
 
 
 def main(job: cli.Job) -> None:

@@ -21,4 +21,4 @@ def main(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("Import the logs that source.kind names.", main, add_options, plan_import)
+    cli.run(__doc__ or "", main, add_options, plan_import)
