@@ -91,11 +91,11 @@ def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
     found = 0
     for index in rng.permutation(len(manifest.buckets)):
         tables.append(store.read_bucket(cfg.sequence_dir, manifest, int(index)))
-        found += len(request_examples(user_events(tables[-1], cfg), *split_bounds(cfg, "test")))
+        found += len(request_examples(user_events(tables[-1], cfg), *split_bounds(cfg.split, "test")))
         if found >= num:
             break
     users = user_events(pa.concat_tables(tables), cfg)
-    examples = request_examples(users, *split_bounds(cfg, "test"))
+    examples = request_examples(users, *split_bounds(cfg.split, "test"))
     if len(examples) == 0:
         raise UserError("split.t_test: the test period holds no request to replay")
     return users, examples[np.sort(rng.permutation(len(examples))[:num])]
@@ -262,7 +262,7 @@ def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
     manifest = store.read_manifest(cfg.sequence_dir)
     best: tuple[UserEvents, int] | None = None
     most = 0
-    begin, end = split_bounds(cfg, "test")
+    begin, end = split_bounds(cfg.split, "test")
     for index in range(len(manifest.buckets)):
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
         rows = np.flatnonzero(

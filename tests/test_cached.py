@@ -89,9 +89,9 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
 @torch.no_grad()
 def test_a_cached_history_gives_the_scores_of_the_plain_pass(name: str, shape: str) -> None:
     model, batch = make_model(CONFIGS[name]), make_batch(*BATCHES[shape])
-    dense = torch.randn(
-        int(batch.num_targets.sum()), dense_width(CONFIGS[name]), dtype=torch.float64
-    )
+    cfg = CONFIGS[name]
+    width = dense_width(cfg.features, len(cfg.tasks))
+    dense = torch.randn(int(batch.num_targets.sum()), width, dtype=torch.float64)
     batch = replace(batch, dense=dense)
     expected = model(batch)
     history, candidates = parts_of(batch)

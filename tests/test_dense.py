@@ -14,7 +14,7 @@ import torch
 from pipeline import config
 from pipeline.batches import features
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.counts import LabelCounts
+from pipeline.batches.counts import LabelCounts, search_sorted
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
@@ -25,7 +25,6 @@ from pipeline.batches.examples import (
 )
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.rates import dense_width
-from pipeline.batches.search import places
 from pipeline.config import DenseFeature, RunConfig, UserError
 from pipeline.model.artifact import load_model, save_model
 from pipeline.model.ranker import RankingModel
@@ -48,15 +47,15 @@ def test_counts_before_a_time_against_a_loop() -> None:
         rng.integers(0, 2, (300, 4)),
     )
     halves = [
-        LabelCounts.of(group[part], time[part], labels[part])
+        LabelCounts.from_rows(group[part], time[part], labels[part])
         for part in (slice(0, 40), slice(40, 300))
     ]
-    counts = LabelCounts.merged([*halves, LabelCounts.of(group[:0], time[:0], labels[:0])])
+    counts = LabelCounts.merge_parts([*halves, LabelCounts.from_rows(group[:0], time[:0], labels[:0])])
     asked, when = rng.integers(0, 12, 200), rng.integers(40, 80, 200)
     expected = [labels[(group == g) & (time < t)].sum(0) for g, t in zip(asked, when, strict=True)]
-    np.testing.assert_array_equal(counts.earlier(asked, when), expected)
+    np.testing.assert_array_equal(counts.count_earlier(asked, when), expected)
     totals = [labels[group == g].sum(0) for g in asked]
-    np.testing.assert_array_equal(counts.frozen().earlier(asked, when), totals)
+    np.testing.assert_array_equal(counts.whole_period().count_earlier(asked, when), totals)
 
 
 # Against plain loops
@@ -126,7 +125,7 @@ def test_every_training_and_validation_row_against_loops(
     chosen = target_rows(examples)
     width = len(cfg.tasks) + 1
     got = dense_of(users, examples, maps, cfg)
-    assert got.shape == (len(chosen), dense_width(cfg))
+    assert got.shape == (len(chosen), dense_width(cfg.features, len(cfg.tasks)))
     for i, feature in enumerate(cfg.features.dense.values()):
         expected = [expected_feature(rows[row], rows, feature, cfg) for row in chosen]
         assert np.ptp(expected, axis=0).min() > 0.1, "a feature that does not differ proves nothing"
@@ -325,4 +324,4 @@ def test_places_are_those_of_a_search_one_by_one() -> None:
     values = np.unique(rng.integers(-50_000, 50_000, 3000))
     for num in (0, 10, 5000):
         wanted = rng.integers(-60_000, 60_000, num)
-        assert places(values, wanted).tolist() == [int((values < x).sum()) for x in wanted]
+        assert search_sorted(values, wanted).tolist() == [int((values < x).sum()) for x in wanted]

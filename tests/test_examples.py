@@ -19,7 +19,7 @@ from pipeline.batches.examples import (
     user_events,
 )
 from pipeline.batches.features import FeatureMaps
-from pipeline.batches.stochastic_length import stochastic_cuts, threshold
+from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
 
 DAY = 86_400_000
 T_VAL = config.SplitConfig().val_ms
@@ -293,7 +293,7 @@ def test_stochastic_length_follows_the_formula() -> None:
     cfg = config.StochasticLengthConfig(alpha=1.6, max_len=256)
     lengths = np.full(20_000, 200)
     cut = stochastic_cuts(lengths, cfg, np.random.default_rng(0))
-    assert threshold(cfg) == 84
+    assert cut_threshold(cfg) == 84
     assert 1 - cut.mean() == pytest.approx(256**1.6 / 200**2, abs=0.01)
     assert not stochastic_cuts(np.arange(85), cfg, np.random.default_rng(0)).any()
 

@@ -10,7 +10,7 @@ from benchmarks.training.load_balance import WARM_UP, simulate, zipf_lengths
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
-from pipeline.batches.stochastic_length import balanced_cuts, deal
+from pipeline.batches.stochastic_length import balanced_cuts, deal_examples
 from pipeline.config import RunConfig, StochasticLengthConfig
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -47,10 +47,10 @@ def test_dealing_gives_every_example_once_and_every_rank_one() -> None:
     rng = np.random.default_rng(0)
     for num_ranks in (1, 3, 8):
         load = rng.random(8 * num_ranks - 7) + 0.1
-        dealt = deal(load, num_ranks)
+        dealt = deal_examples(load, num_ranks)
         assert sorted(np.concatenate(dealt).tolist()) == list(range(len(load)))
         assert min(map(len, dealt)) > 0
-    heavy = deal(np.array([9.0, 1, 1, 1]), 2)
+    heavy = deal_examples(np.array([9.0, 1, 1, 1]), 2)
     assert [rows.tolist() for rows in heavy] == [[0], [1, 2, 3]]
 
 

@@ -64,7 +64,7 @@ def steps_of(
     """What all ranks together take in each step, sorted."""
     maps, plan = fit_features(cfg), step_plan(cfg)
     ranks = [
-        list(TrainLoader(cfg, maps, plan, rank, world_size).shares(epoch, first_step))
+        list(TrainLoader(cfg, maps, plan, rank, world_size).epoch_shares(epoch, first_step))
         for rank in range(world_size)
     ]
     assert {len(shares) for shares in ranks} == {plan.steps_per_epoch - first_step}
@@ -104,7 +104,7 @@ def test_token_budget(tmp_path: Path) -> None:
     for epoch in range(2):
         steps = [
             share.examples.num_tokens
-            for share in TrainLoader(cfg, fit_features(cfg), step_plan(cfg)).shares(epoch)
+            for share in TrainLoader(cfg, fit_features(cfg), step_plan(cfg)).epoch_shares(epoch)
         ]
         tokens = np.array([step.sum() for step in steps])
         assert tokens.max() <= 40 + max(step.max() for step in steps)

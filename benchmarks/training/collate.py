@@ -119,10 +119,10 @@ def make_maps() -> FeatureMaps:
         base_rates={},
         row_rates={"timed": [0.3, 0.02]},
         counts={
-            "item": LabelCounts.of(
+            "item": LabelCounts.from_rows(
                 rng.integers(1, NUM_ITEMS, 10**6), np.arange(10**6) // 5000, labels
             ),
-            "tab": LabelCounts.of(rng.integers(1, 9, 10**6), np.arange(10**6) // 5000, labels),
+            "tab": LabelCounts.from_rows(rng.integers(1, 9, 10**6), np.arange(10**6) // 5000, labels),
         },
     )
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.report import RUNS, Figures, table, write_run, write_section
-from pipeline.batches.stochastic_length import LoadPlan, balanced_cuts, stochastic_cuts, threshold
+from pipeline.batches.stochastic_length import LoadPlan, balanced_cuts, cut_threshold, stochastic_cuts
 from pipeline.config import StochasticLengthConfig
 
 METHODS = {
@@ -66,7 +66,7 @@ class Published:
     def shares(self, step: np.ndarray, number: int) -> tuple[list[np.ndarray], np.ndarray]:
         shares = np.array_split(np.arange(len(step)), len(self.average))
         cut = self.plan.cut[step]
-        drawn = np.array([self.plan.drawn[step[mine]].sum() for mine in shares])
+        drawn = np.array([self.plan.drawn_loads[step[mine]].sum() for mine in shares])
         self.average = drawn if number == 0 else DECAY * self.average + (1 - DECAY) * drawn
         if number < WARM_UP:
             return shares, cut
@@ -95,7 +95,7 @@ def simulate(
     """
     rng = np.random.default_rng([seed, 1])  # not the stream that the lengths came from
     cut = stochastic_cuts(lengths, cfg, rng)
-    short = np.minimum(lengths, threshold(cfg))
+    short = np.minimum(lengths, cut_threshold(cfg))
     plan = LoadPlan(
         cut,
         lengths.astype(np.float64) ** cfg.load_exponent,
@@ -103,14 +103,14 @@ def simulate(
     )
     num_steps = len(lengths) // (num_ranks * per_rank)
     steps = np.array_split(rng.permutation(len(lengths)), num_steps)
-    target = plan.drawn.sum() / num_steps
+    target = plan.drawn_loads.sum() / num_steps
     alone = Published(plan, num_ranks, seed)
     loads, tokens, num = [], 0, 0
     for number, step in enumerate(steps):
         if published:
             shares, cut = alone.shares(step, number)
         else:
-            shares, cut = plan.shares(step, num_ranks, target, cfg.balance, [seed, number])
+            shares, cut = plan.share_step(step, num_ranks, target, cfg.balance, [seed, number])
         if number >= WARM_UP:
             load = np.where(cut, plan.short[step], plan.whole[step])
             loads.append([load[mine].sum() for mine in shares])

@@ -15,7 +15,7 @@ from pipeline.batches.collate import SequenceBatch, collate
 from pipeline.batches.events import Events, ranges, request_gaps, row_gaps
 from pipeline.batches.features import FeatureMaps, label_counts
 from pipeline.batches.rates import candidate_features
-from pipeline.batches.stochastic_length import stochastic_cuts, threshold
+from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
 from pipeline.config import RunConfig
 from pipeline.sequences import arrow_lists
 
@@ -169,7 +169,7 @@ def cut_histories(examples: Examples, cut: np.ndarray, cfg: RunConfig) -> Exampl
     """The same, of the histories where `cut`, bool [n], is true only as much as stochastic length
     keeps.
     """
-    begin = examples.history_end - threshold(cfg.train.stochastic_length)
+    begin = examples.history_end - cut_threshold(cfg.train.stochastic_length)
     if cfg.train.layout == "user":  # a pass keeps at least the rows that are its own targets
         begin = np.minimum(begin, examples.target_begin)
     return replace(

@@ -17,8 +17,7 @@ import pandas as pd
 import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
-from pipeline.batches.counts import LabelCounts
-from pipeline.batches.search import places
+from pipeline.batches.counts import LabelCounts, search_sorted
 from pipeline.config import ColumnFeature, RunConfig, UserError
 from pipeline.sequences import arrow_lists, store
 
@@ -101,7 +100,7 @@ class FeatureMaps:
 
     def frozen(self) -> "FeatureMaps":
         """With the counts of the whole training period: what evaluation and serving need."""
-        return replace(self, counts={name: counts.frozen() for name, counts in self.counts.items()})
+        return replace(self, counts={name: counts.whole_period() for name, counts in self.counts.items()})
 
     def popular_items(self, num: int) -> np.ndarray:
         """The `num` items most often shown in the training period, most popular first, ties by id,
@@ -249,7 +248,7 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
         for name, feature in shared.items():
             group = maps.groups(feature.by, item_rows, flat, cfg)
             chosen = rows_of_kind(flat["order_only"], feature.rows) & (group > 0)
-            parts[name].append(LabelCounts.of(group[chosen], step[chosen], labels[chosen]))
+            parts[name].append(LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen]))
     rates = {rows: np.split(total, 2) for rows, total in totals.items()}
     return replace(
         maps,
@@ -257,7 +256,7 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
             rows: (positive / np.maximum(known, 1)).tolist()
             for rows, (known, positive) in rates.items()
         },
-        counts={name: LabelCounts.merged(counted) for name, counted in parts.items()},
+        counts={name: LabelCounts.merge_parts(counted) for name, counted in parts.items()},
     )
 
 
@@ -410,5 +409,5 @@ def _rows(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Index + 1 of each `wanted` in the sorted `values`, 0 where it is absent, int64."""
     if len(values) == 0:
         return np.zeros(len(wanted), np.int64)
-    index = np.minimum(places(values, wanted), len(values) - 1)
+    index = np.minimum(search_sorted(values, wanted), len(values) - 1)
     return np.where(values[index] == wanted, index + 1, 0)

@@ -16,20 +16,20 @@ import numpy as np
 from pipeline.batches.counts import LabelCounts
 from pipeline.batches.events import Events
 from pipeline.batches.features import MS_PER_MINUTE, FeatureMaps, label_counts, rows_of_kind
-from pipeline.config import DenseFeature, RunConfig
+from pipeline.config import DenseFeature, FeatureConfig, RunConfig
 
-# columns that are there whatever `features.dense` names: how much history, and how long ago it
-# ended
-PACE = 2
+PACE = 2  # columns beside those of `features.dense`: how much history, and how long ago it ended
 # log1p of a count, and log2 of a gap below, brought to about the size of a log-odds
 COUNT_SCALE = 4.0
 GAP_SCALE = 32.0
 
 
-def dense_width(cfg: RunConfig) -> int:
+def dense_width(features: FeatureConfig, num_tasks: int) -> int:
     """F: per feature the log-odds of each task's rate over its base and one count; and the pace."""
-    num_features = len(cfg.features.dense)
-    return num_features * (len(cfg.tasks) + 1) + PACE if num_features else 0
+    num_features = len(features.dense)
+    if num_features == 0:
+        return 0
+    return num_features * (num_tasks + 1) + PACE
 
 
 def candidate_features(
@@ -41,42 +41,57 @@ def candidate_features(
         seen: B histories, each whole up to what the last of its candidates sees.
         targets: the candidates of the B sequences, `event_time` that of their requests.
         visible: int64 [C], how many rows of its history each candidate sees, all strictly earlier
-        than its request.
+            than its request.
     """
     if not cfg.features.dense:
         return None
+
     item_rows = maps.item_rows(targets.item_id)
     step = targets.event_time // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
     own = _OwnPast(seen, targets, visible, maps, cfg)
+
     columns = []
     for name, feature in cfg.features.dense.items():
         if feature.live:
-            counts = own.counts(feature, item_rows)
+            counts = own.count_visible(feature, item_rows)
         else:
             group = maps.groups(feature.by, item_rows, targets.request, cfg)
-            counts = maps.counts[name].earlier(group, step)
-        columns.append(evidence(counts, np.array(maps.row_rates[feature.rows]), feature.prior))
-    gap = np.where(targets.gap_ms < 0, 0, np.log2(1 + np.maximum(targets.gap_ms, 0)) / GAP_SCALE)
-    pace = np.stack([np.log1p(targets.position) / COUNT_SCALE, gap], axis=1)
-    values = np.concatenate([*columns, pace], axis=1).astype(np.float32)
+            counts = maps.counts[name].count_earlier(group, step)
+        base = np.array(maps.row_rates[feature.rows])
+        columns.append(rate_evidence(counts, base, feature.prior))
+
+    values = np.concatenate([*columns, _pace(targets)], axis=1).astype(np.float32)
     return np.where(targets.order_only[:, None], np.float32(0), values)
 
 
-def evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
+def _pace(targets: Events) -> np.ndarray:
+    """[C, PACE]: log1p of the rows before each candidate, log2 of the ms since the last of them."""
+    since_last = np.log2(1 + np.maximum(targets.gap_ms, 0)) / GAP_SCALE
+    gap = np.where(targets.gap_ms < 0, 0, since_last)  # NO_GAP is negative
+    return np.stack([np.log1p(targets.position) / COUNT_SCALE, gap], axis=1)
+
+
+def rate_evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndarray:
     """[n, K + 1] from counts [n, 2 K]: log-odds of each smoothed rate over `base` [K], then how
     much was counted.
 
     A rate is (positive + prior · base) / (known + prior): without a known label it says nothing, a
-    log-odds of 0.
+    log-odds of 0. With K = 1, a base of 0.5 and a prior of 2:
+
+        known, positive     rate                log-odds    log1p(known) / 4
+        0      0            1 / 2    = 0.5      0           0
+        8      6            7 / 10   = 0.7      0.85        0.55
     """
     base = np.clip(base, 1e-6, 1 - 1e-6)  # a task never or always seen in the training period
     values = np.empty((len(counts), len(base) + 1))
     most = np.zeros(len(counts), counts.dtype)
+
     for i, usual in enumerate(base):  # column by column: NumPy is slow along a short last axis
         known, positive = counts[:, i], counts[:, len(base) + i]
         rate = (positive + prior * usual) / (known + prior)
         values[:, i] = np.log(rate / (1 - rate)) - np.log(usual / (1 - usual))
         most = np.maximum(most, known)
+
     values[:, -1] = np.log1p(most) / COUNT_SCALE
     return values
 
@@ -95,44 +110,81 @@ class _OwnPast:
         self.user = np.repeat(np.arange(len(targets.lengths)), targets.lengths)
         self.labels = label_counts(seen.action_mask, seen.known_mask, cfg)
 
-    def counts(self, feature: DenseFeature, item_rows: np.ndarray) -> np.ndarray:
-        """int64 [C, 2 K], over the rows that agree with the candidate in the feature's columns."""
-        by = [name for name in feature.by if name != "user"]
+    def count_visible(self, feature: DenseFeature, item_rows: np.ndarray) -> np.ndarray:
+        """int64 [C, 2 K]: labels known and positive in the rows that agree with the candidate in
+        the feature's columns.
+
+        A candidate of item A that sees four rows of its history, two of them too old:
+
+            row of the history      0   1   2   3   4
+            item                    A   B   A   B   A
+            the candidate sees      x   x   x   x           visible = 4
+            within_minutes                  x   x   x       older = 2
+            by user and item_id             x
+            by user                         x   x
+
+        Both cases are a sum over the rows before `visible` less one over the rows before `older`.
+        """
         chosen = rows_of_kind(self.seen.order_only, feature.rows)
         older = self._older(feature.within_minutes)
-        if not by:  # every row agrees: the same counts without sorting anything
-            before = np.zeros((len(self.labels) + 1, self.labels.shape[1]), np.int64)
-            np.cumsum(self.labels & chosen[:, None], 0, out=before[1:])
-            first = self.seen.offsets[self.user]
-            return before.take(first + self.visible, axis=0) - before.take(first + older, axis=0)
-        seen = self.seen
+
+        by = [name for name in feature.by if name != "user"]
+        if by:
+            return self._count_alike(by, item_rows, chosen, older)
+        return self._count_all(chosen, older)
+
+    def _count_all(self, chosen: np.ndarray, older: np.ndarray) -> np.ndarray:
+        """Every row agrees: sums along the history, without sorting anything."""
+        before = np.zeros((len(self.labels) + 1, self.labels.shape[1]), np.int64)
+        np.cumsum(self.labels & chosen[:, None], 0, out=before[1:])
+
+        first = self.seen.offsets[self.user]
+        return before.take(first + self.visible, axis=0) - before.take(first + older, axis=0)
+
+    def _count_alike(
+        self, by: list[str], item_rows: np.ndarray, chosen: np.ndarray, older: np.ndarray
+    ) -> np.ndarray:
+        """The rows with the candidate's values in the columns `by`: counted by user and group, with
+        the place in the history as time.
+        """
+        seen, cfg = self.seen, self.cfg
         seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
         place = np.arange(len(seen_user)) - seen.offsets[seen_user]
-        group = self.maps.groups(by, item_rows, self.targets.request, self.cfg)
-        seen_group = self.maps.groups(by, self.maps.item_rows(seen.item_id), seen.request, self.cfg)
+
+        # 0: a value that the maps do not know, which agrees with nothing
+        group = self.maps.groups(by, item_rows, self.targets.request, cfg)
+        seen_group = self.maps.groups(by, self.maps.item_rows(seen.item_id), seen.request, cfg)
         chosen = chosen & (seen_group > 0)
+
+        # one number for a user and a group
         size = 1 + max(group.max(initial=0), seen_group.max(initial=0))
-        past = LabelCounts.of(
-            (seen_user * size + seen_group)[chosen], place[chosen], self.labels[chosen]
-        )
+        owned = seen_user * size + seen_group
         asked = self.user * size + group
-        return past.earlier(asked, self.visible) - past.earlier(asked, older)
+
+        past = LabelCounts.from_rows(owned[chosen], place[chosen], self.labels[chosen])
+        return past.count_earlier(asked, self.visible) - past.count_earlier(asked, older)
 
     def _older(self, within_minutes: float | None) -> np.ndarray:
-        """int64 [C]: how many of the rows that a candidate sees are older than so many minutes at
-        its request.
+        """int64 [C]: the rows of a candidate's history that are older than so many minutes at its
+        request, at most those that it sees.
+
+        A user's times do not fall, so users one after another, each a span apart, are one sorted
+        list, and one search finds where every candidate's window begins:
+
+            user                 0   0   0   1   1
+            time                 5   7   9   6   8      earliest = 5, span = 5
+            sorted list          0   2   4   6   8
+            a candidate of user 1, window from 7: 1 * 5 + 7 - 5 = 7, place 4, less offset 3: 1
         """
-        if within_minutes is None or len(self.seen.event_time) == 0:
-            return np.zeros_like(self.visible)
-        since = self.targets.event_time - int(within_minutes * MS_PER_MINUTE)
         time, lengths = self.seen.event_time, self.seen.lengths
+        if within_minutes is None or len(time) == 0:
+            return np.zeros_like(self.visible)
+
+        since = self.targets.event_time - int(within_minutes * MS_PER_MINUTE)
         earliest = min(int(time.min()), int(since.min()))
         span = max(int(time.max()), int(since.max())) - earliest + 1
-        # A user's times do not fall, so that users one after another, each a span apart, are one
-        # sorted list.
+
         rows = np.repeat(np.arange(len(lengths)), lengths) * span + (time - earliest)
-        begin = (
-            np.searchsorted(rows, self.user * span + (since - earliest))
-            - self.seen.offsets[self.user]
-        )
+        begin = np.searchsorted(rows, self.user * span + (since - earliest))
+        begin -= self.seen.offsets[self.user]
         return np.minimum(begin, self.visible)

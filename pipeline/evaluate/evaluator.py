@@ -139,7 +139,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     manifest = store.read_manifest(cfg.sequence_dir)
     counts = {}
     for split in ("val", "test"):
-        bounds = split_bounds(cfg, split)
+        bounds = split_bounds(cfg.split, split)
         buckets = (
             store.read_bucket(cfg.sequence_dir, manifest, i) for i in range(len(manifest.buckets))
         )

@@ -194,7 +194,7 @@ def head_flops(cfg: RunConfig, candidates: int) -> int:
     """The products of the task heads, and of the rates that candidates carry into them or into
     their tokens.
     """
-    d, dense = cfg.model.d_model, dense_width(cfg)
+    d, dense = cfg.model.d_model, dense_width(cfg.features, len(cfg.tasks))
     into_head = dense > 0 and cfg.model.dense_to != "token"
     into_token = dense > 0 and cfg.model.dense_to != "head"
     width = d * (max(len(cfg.model.channels), 1) + into_head)

@@ -43,9 +43,10 @@ class RankingModel(nn.Module):
             cfg, vocab_sizes, make_table
         )
         self.transducer = sequence_encoder(cfg, self.encoder.num_context)
-        into_head = dense_width(cfg) > 0 and cfg.model.dense_to != "token"
+        num_dense = dense_width(cfg.features, len(cfg.tasks))
+        into_head = num_dense > 0 and cfg.model.dense_to != "token"
         self.dense = (
-            DenseEncoder(dense_width(cfg), cfg.model.d_model, cfg.model.token_backend)
+            DenseEncoder(num_dense, cfg.model.d_model, cfg.model.token_backend)
             if into_head
             else None
         )

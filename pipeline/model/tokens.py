@@ -223,10 +223,9 @@ class TokenEncoder(nn.Module):
         self.action = ActionEncoder(num_actions, model.action_dim, model.d_model, self.backend)
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
-        into_token = dense_width(cfg) > 0 and model.dense_to != "head"
-        self.dense = (
-            DenseEncoder(dense_width(cfg), model.d_model, self.backend) if into_token else None
-        )
+        num_dense = dense_width(cfg.features, len(cfg.tasks))
+        into_token = num_dense > 0 and model.dense_to != "head"
+        self.dense = DenseEncoder(num_dense, model.d_model, self.backend) if into_token else None
         self.context = ContextEncoder(cfg, vocab_sizes, make_table) if self.num_context else None
         position = make_table("position", model.position_buckets, model.d_model)
         time = make_table("time", model.time_buckets, model.d_model)

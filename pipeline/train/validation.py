@@ -101,7 +101,7 @@ def _sampled(cfg: RunConfig) -> Iterator[tuple[UserEvents, Examples]]:
     left = cfg.train.validate_requests
     for bucket in rng.permutation(len(manifest.buckets)).tolist():
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, bucket), cfg)
-        examples = request_examples(users, *split_bounds(cfg, "val"))
+        examples = request_examples(users, *split_bounds(cfg.split, "val"))
         chosen = np.sort(rng.permutation(len(examples))[:left])
         for part in token_batches(examples[chosen], cfg.evaluate.batch_tokens):
             yield users, part
