@@ -91,7 +91,9 @@ def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
     found = 0
     for index in rng.permutation(len(manifest.buckets)):
         tables.append(store.read_bucket(cfg.sequence_dir, manifest, int(index)))
-        found += len(request_examples(user_events(tables[-1], cfg), *split_bounds(cfg.split, "test")))
+        found += len(
+            request_examples(user_events(tables[-1], cfg), *split_bounds(cfg.split, "test"))
+        )
         if found >= num:
             break
     users = user_events(pa.concat_tables(tables), cfg)

@@ -50,7 +50,9 @@ def test_counts_before_a_time_against_a_loop() -> None:
         LabelCounts.from_rows(group[part], time[part], labels[part])
         for part in (slice(0, 40), slice(40, 300))
     ]
-    counts = LabelCounts.merge_parts([*halves, LabelCounts.from_rows(group[:0], time[:0], labels[:0])])
+    counts = LabelCounts.merge_parts(
+        [*halves, LabelCounts.from_rows(group[:0], time[:0], labels[:0])]
+    )
     asked, when = rng.integers(0, 12, 200), rng.integers(40, 80, 200)
     expected = [labels[(group == g) & (time < t)].sum(0) for g, t in zip(asked, when, strict=True)]
     np.testing.assert_array_equal(counts.count_earlier(asked, when), expected)

@@ -122,7 +122,9 @@ def make_maps() -> FeatureMaps:
             "item": LabelCounts.from_rows(
                 rng.integers(1, NUM_ITEMS, 10**6), np.arange(10**6) // 5000, labels
             ),
-            "tab": LabelCounts.from_rows(rng.integers(1, 9, 10**6), np.arange(10**6) // 5000, labels),
+            "tab": LabelCounts.from_rows(
+                rng.integers(1, 9, 10**6), np.arange(10**6) // 5000, labels
+            ),
         },
     )
 

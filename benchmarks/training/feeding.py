@@ -130,7 +130,7 @@ def measure(
         worst_wait_ms=1000 * max(waits),
         cpu_ms=1000 * (time.process_time() - cpu) / num_steps,
         memory_mb=(most - before) / 2**20,
-        bound_mb=pool_memory(cfg, plan) / 2**20,
+        bound_mb=pool_memory(cfg.sequence_dir, cfg.train, plan) / 2**20,
     )
 
 

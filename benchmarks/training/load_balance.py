@@ -19,7 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.report import RUNS, Figures, table, write_run, write_section
-from pipeline.batches.stochastic_length import LoadPlan, balanced_cuts, cut_threshold, stochastic_cuts
+from pipeline.batches.stochastic_length import (
+    LoadPlan,
+    balanced_cuts,
+    cut_threshold,
+    stochastic_cuts,
+)
 from pipeline.config import StochasticLengthConfig
 
 METHODS = {

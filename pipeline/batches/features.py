@@ -100,7 +100,9 @@ class FeatureMaps:
 
     def frozen(self) -> "FeatureMaps":
         """With the counts of the whole training period: what evaluation and serving need."""
-        return replace(self, counts={name: counts.whole_period() for name, counts in self.counts.items()})
+        return replace(
+            self, counts={name: counts.whole_period() for name, counts in self.counts.items()}
+        )
 
     def popular_items(self, num: int) -> np.ndarray:
         """The `num` items most often shown in the training period, most popular first, ties by id,

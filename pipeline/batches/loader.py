@@ -3,7 +3,7 @@ alone.
 
 A step is a place in that order, so a run resumes by its epoch and step, with as many workers as it
 likes. The store is never in memory whole: a pool of a few buckets is, and the next one while it is
-being read in the background. Within a pool the examples are shuffled, cut into steps (`plan.py`),
+being read in the background. Within a pool the examples are shuffled, cut into steps (steps.py),
 and each step is shared out to the ranks.
 """
 
@@ -37,7 +37,7 @@ from pipeline.batches.steps import (
     token_counts,
 )
 from pipeline.batches.stochastic_length import LoadPlan
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, SplitConfig
 from pipeline.sequences import store
 
 AHEAD = 4  # batches: enough to bridge the time in which a pool is read on the same core
@@ -64,9 +64,7 @@ class Share:
 
     users: UserEvents
     examples: Examples
-    # the step had no example for this rank: it takes the step's first, with labels that weigh
-    # nothing
-    idle: bool
+    idle: bool  # no example was left for this rank: it takes the step's first, with weights of 0
 
 
 class TrainLoader:
@@ -74,7 +72,7 @@ class TrainLoader:
 
     Args:
         maps: of the training period.
-        plan: of the sequences and `cfg`, `plan.step_plan`; the same on every rank.
+        plan: of the sequences and `cfg`, `steps.step_plan`; the same on every rank.
         rank, world_size: this rank's share of every step.
     """
 
@@ -89,56 +87,62 @@ class TrainLoader:
         self.manifest = store.read_manifest(cfg.sequence_dir)
         self.steps_per_epoch = plan.steps_per_epoch
         self._reader = ThreadPoolExecutor(1, "pool-reader")
-        # the pool after the one in use
+        # the pool after the one in use, by its epoch and place
         self._coming: tuple[tuple[int, int], Future[Pool]] | None = None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         """The steps of `epoch` from `first_step` on."""
-        return made_ahead(
-            self._batch, self.shares(epoch, first_step), self.cfg.train.loader_threads
-        )
+        shares = self.epoch_shares(epoch, first_step)
+        return made_ahead(self._batch, shares, self.cfg.train.loader_threads)
 
-    def shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
-        """What the batches are made of."""
-        done = 0
+    def epoch_shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
+        """This rank's part of each step, of which the batches are made."""
+        done = 0  # steps of the pools before
         for place, number in enumerate(self._order(epoch)):
             num_steps = self.plan.steps[number]
+
+            # a run that goes on does not read the pools it has done
             if done + num_steps > first_step:
                 pool = self._pool(epoch, place)
                 for step in range(max(first_step - done, 0), num_steps):
                     yield self._share(pool, step)
+
             done += num_steps
 
     def _share(self, pool: Pool, number: int) -> Share:
-        balance, step = self.cfg.train.stochastic_length.balance, pool.steps[number]
-        target = pool.loads.drawn.sum() / len(pool.steps)
-        shares, cut = pool.loads.shares(
-            step, self.world_size, target, balance, [*pool.seed, number]
-        )
+        step = pool.steps[number]
+        balance = self.cfg.train.stochastic_length.balance
+        target = pool.loads.drawn_loads.sum() / len(pool.steps)
+        seed = [*pool.seed, number]
+        shares, cut = pool.loads.share_step(step, self.world_size, target, balance, seed)
+
         mine = shares[self.rank]
         idle = len(mine) == 0
         if idle:
             mine = np.zeros(1, np.int64)
-        return Share(
-            pool.users, cut_histories(pool.examples[step[mine]], cut[mine], self.cfg), idle
-        )
+
+        examples = cut_histories(pool.examples[step[mine]], cut[mine], self.cfg)
+        return Share(pool.users, examples, idle)
 
     def _batch(self, share: Share) -> SequenceBatch:
         batch = example_batch(share.users, share.examples, self.maps, self.cfg, training=True)
+
         if share.idle:
             assert batch.label_weight is not None
             batch = replace(batch, label_weight=batch.label_weight.zero_())
         return batch
 
     def _pool(self, epoch: int, place: int) -> Pool:
-        """The pool at `place` of `epoch`; that which follows it is read in the background from now
-        on.
-        """
+        """The pool at `place` of `epoch`; the one after it is prefetched in the background."""
         if self._coming is not None and self._coming[0] == (epoch, place):
             pool = self._coming[1].result()
         else:
             pool = self._read(epoch, place, None)
-        following = (epoch, place + 1) if place + 1 < len(self.plan.pools) else (epoch + 1, 0)
+
+        following = (epoch, place + 1)
+        if place + 1 == len(self.plan.pools):
+            following = (epoch + 1, 0)
+
         self._coming = None
         if following[0] < self.cfg.train.epochs:
             self._coming = following, self._reader.submit(self._read, *following, pool)
@@ -146,17 +150,22 @@ class TrainLoader:
 
     def _read(self, epoch: int, place: int, held: Pool | None) -> Pool:
         number = self._order(epoch)[place]
-        # the last of an epoch and the first of the next
         if held is not None and held.number == number:
+            # the last of an epoch is the first of the next
             users, examples = held.users, held.examples
         else:
             users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
+
+        # the generator's order: cuts, then the order of examples, then the seed of the steps
         rng = pool_rng(epoch, place, self.cfg.seed)
         loads = load_plan(examples, self.cfg, rng)
+        order = rng.permutation(len(examples))
+        seed = rng.integers(2**32, size=4).tolist()
+
         whole, short = token_counts(examples, self.cfg)
         tokens = np.where(loads.cut, short, whole)
-        steps = cut_steps(rng.permutation(len(examples)), tokens, self.plan.steps[number], self.cfg)
-        return Pool(number, users, examples, loads, steps, rng.integers(2**32, size=4).tolist())
+        steps = cut_steps(order, tokens, self.plan.steps[number], self.cfg.train)
+        return Pool(number, users, examples, loads, steps, seed)
 
     def _order(self, epoch: int) -> list[int]:
         return pool_order(len(self.plan.pools), epoch, self.cfg.seed)
@@ -166,17 +175,19 @@ def made_ahead(make: Callable[[T], U], items: Iterable[T], num_threads: int) -> 
     """`make` of each item, in order, `AHEAD` of them made or being made while one is in use."""
     with ThreadPoolExecutor(num_threads, "batches") as pool:
         coming: deque[Future[U]] = deque()
+
         for item in items:
             coming.append(pool.submit(make, item))
             if len(coming) > max(AHEAD, num_threads):
                 yield coming.popleft().result()
+
         while coming:
             yield coming.popleft().result()
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBatch:
-    """One request per sequence, and what its candidates are, row by row [C]."""
+    """One request per sequence, and its candidates' ids, times and labels, row by row [C]."""
 
     batch: SequenceBatch
     user_id: np.ndarray  # int64 [C]
@@ -186,11 +197,11 @@ class EvaluationBatch:
     known: np.ndarray  # bool [C, tasks]
 
 
-def split_bounds(cfg: RunConfig, split: str) -> tuple[int, int]:
-    """[from, to) of a split in ms UTC."""
+def split_bounds(cfg: SplitConfig, split: str) -> tuple[int, int]:
+    """[from, to) of the split "val" or "test" in ms UTC."""
     bounds = {
-        "val": (cfg.split.val_ms, cfg.split.test_ms),
-        "test": (cfg.split.test_ms, cfg.split.end_ms),
+        "val": (cfg.val_ms, cfg.test_ms),
+        "test": (cfg.test_ms, cfg.end_ms),
     }
     return bounds[split]
 
@@ -200,9 +211,11 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
     labels.
     """
     manifest = store.read_manifest(cfg.sequence_dir)
+    begin, end = split_bounds(cfg.split, split)
+
     for index in range(len(manifest.buckets)):
         users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
-        examples = request_examples(users, *split_bounds(cfg, split))
+        examples = request_examples(users, begin, end)
         for part in token_batches(examples, cfg.evaluate.batch_tokens):
             yield evaluation_batch(users, part, maps, cfg)
 
@@ -212,10 +225,11 @@ def evaluation_batch(
 ) -> EvaluationBatch:
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     labels, weight = target_labels(users.events, rows, cfg)
-    lengths = np.diff(offsets)
+    user = np.repeat(users.user_id[examples.user], np.diff(offsets))
+
     return EvaluationBatch(
         batch=example_batch(users, examples, maps, cfg, training=False),
-        user_id=np.repeat(users.user_id[examples.user], lengths),
+        user_id=user,
         item_id=users.events.item_id[rows],
         event_time=users.events.event_time[users.request_begin[rows]],
         labels=labels,
@@ -226,9 +240,13 @@ def evaluation_batch(
 def token_batches(examples: Examples, batch_tokens: int) -> Iterator[Examples]:
     """Runs of examples of at most `batch_tokens` tokens, one example at least; similar lengths
     together.
+
+        tokens by length    2   3   3   5   9       batch_tokens = 8
+        batches             [2  3   3] [5] [9]
     """
     order = np.argsort(examples.num_tokens, kind="stable")
     total = np.cumsum(examples.num_tokens[order])
+
     begin = 0
     while begin < len(order):
         used = total[begin - 1] if begin else 0

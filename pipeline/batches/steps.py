@@ -1,4 +1,4 @@
-"""Which steps an epoch has: pools of buckets, and into how many steps each is cut. Counted once,
+"""The steps of an epoch: pools of buckets, and into how many steps each is cut. Counted once,
 before any worker.
 
 A step is of the whole run, over all ranks: what it holds depends on the seed, the epoch and the
@@ -7,7 +7,6 @@ data, never on the number of workers.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +21,15 @@ from pipeline.batches.examples import (
     whole_examples,
 )
 from pipeline.batches.stochastic_length import LoadPlan, stochastic_cuts
-from pipeline.config import RunConfig, to_dict
+from pipeline.config import RunConfig, TrainConfig, to_dict
+from pipeline.files import write_atomically
 from pipeline.sequences import store
 
 # what decides how many examples and draws there are
 SETTINGS = ("seed", "source", "split", "tasks", "train")
-ROW_BYTES = 65  # of `UserEvents`, request columns left out: seven int64, two int32 and a bool
-EXAMPLE_BYTES = 65  # of `Examples`, `LoadPlan` and the order
+# a row of `UserEvents`, request columns left out: seven int64, two int32 and a bool
+ROW_BYTES = 65
+EXAMPLE_BYTES = 65  # a row of `Examples`, of `LoadPlan` and of the order
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ def pool_order(num_pools: int, epoch: int, seed: int) -> list[int]:
 
 
 def pool_rng(epoch: int, place: int, seed: int) -> np.random.Generator:
-    """What the pool at `place` in the order of `epoch` draws from: first its stochastic cuts, then
-    its order.
+    """The generator of the pool at `place` in the order of `epoch`: it draws first the stochastic
+    cuts, then the order.
     """
     return np.random.default_rng([seed, 1, epoch, place])
 
@@ -65,7 +66,7 @@ def read_pool(
 
 
 def load_plan(examples: Examples, cfg: RunConfig, rng: np.random.Generator) -> LoadPlan:
-    """What stochastic length draws for these whole examples, and what each of them weighs."""
+    """The draws of stochastic length for these whole examples, and the load of each of them."""
     lengths = cfg.train.stochastic_length
     cut = stochastic_cuts(examples.num_history, lengths, rng)
     whole, short = token_counts(examples, cfg)
@@ -86,45 +87,51 @@ def step_plan(cfg: RunConfig, cache: Path | None = None) -> StepPlan:
     settings = to_dict(cfg)
     facts = [manifest.digest, {name: settings[name] for name in SETTINGS}]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     if cache is not None and cache.exists():
         saved = json.loads(cache.read_text())
         if saved["key"] == key:
             return StepPlan(tuple(map(tuple, saved["pools"])), tuple(saved["steps"]))
-    plan = _counted(cfg, manifest)
+
+    plan = _count_steps(cfg, manifest)
     if cache is not None:
-        staged = cache.with_name(f".{cache.name}.staged")
-        staged.write_text(json.dumps({"key": key, "pools": plan.pools, "steps": plan.steps}))
-        os.replace(staged, cache)
+        content = {"key": key, "pools": plan.pools, "steps": plan.steps}
+        write_atomically(cache, json.dumps(content))
     return plan
 
 
-def pool_memory(cfg: RunConfig, plan: StepPlan) -> int:
+def pool_memory(sequence_dir: Path, train: TrainConfig, plan: StepPlan) -> int:
     """About the most bytes of sequences in one worker: two pools, and one more while Arrow columns
     are decoded.
     """
-    manifest = store.read_manifest(cfg.sequence_dir)
-    most_rows = max(sum(manifest.buckets[i].rows for i in pool) for pool in plan.pools)
-    # there up to one a row, else one in many rows
-    examples = EXAMPLE_BYTES if cfg.train.layout == "request" else 0
-    return 3 * most_rows * (ROW_BYTES + 4 * len(manifest.request_columns) + examples)
+    manifest = store.read_manifest(sequence_dir)
+    most_rows = 0
+    for pool in plan.pools:
+        rows = sum(manifest.buckets[i].rows for i in pool)
+        most_rows = max(most_rows, rows)
+
+    row_bytes = ROW_BYTES + 4 * len(manifest.request_columns)
+    if train.layout == "request":  # up to one example a row, else one in many rows
+        row_bytes += EXAMPLE_BYTES
+    return 3 * most_rows * row_bytes
 
 
-def _counted(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
+def _count_steps(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
+    # the buckets in order, as pools of nearly equal numbers
     num_buckets = len(manifest.buckets)
     num_pools = -(-num_buckets // cfg.train.pool_buckets)
-    pools = tuple(
-        tuple(group.tolist()) for group in np.array_split(np.arange(num_buckets), num_pools)
-    )
+    groups = np.array_split(np.arange(num_buckets), num_pools)
+    pools = tuple(tuple(group.tolist()) for group in groups)
+
     orders = [pool_order(num_pools, epoch, cfg.seed) for epoch in range(cfg.train.epochs)]
+
     steps = []
     for number, buckets in enumerate(pools):
         _, examples = read_pool(cfg, manifest, buckets)
-        places = [order.index(number) for order in orders]
-        steps.append(
-            num_steps(
-                examples, [pool_rng(e, place, cfg.seed) for e, place in enumerate(places)], cfg
-            )
-        )
+        rngs = []
+        for epoch, order in enumerate(orders):
+            rngs.append(pool_rng(epoch, order.index(number), cfg.seed))
+        steps.append(num_steps(examples, rngs, cfg))
     return StepPlan(pools, tuple(steps))
 
 
@@ -134,41 +141,52 @@ def num_steps(examples: Examples, rngs: list[np.random.Generator], cfg: RunConfi
     Nearest to `train.batch_users` examples a step; or as few as keep the mean step within
     `train.batch_tokens` in the epoch that draws the most tokens.
     """
+    train = cfg.train
     if len(examples) == 0:
         return 0
-    if cfg.train.batch_users is not None:
-        return max(1, round(len(examples) / cfg.train.batch_users))
-    assert cfg.train.batch_tokens is not None
+    if train.batch_users is not None:
+        return max(1, round(len(examples) / train.batch_users))
+    assert train.batch_tokens is not None
+
     whole, short = token_counts(examples, cfg)
-    cuts = (stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng) for rng in rngs)
-    tokens = max(float(np.where(cut, short, whole).sum()) for cut in cuts)
-    return min(max(1, -int(-tokens // cfg.train.batch_tokens)), len(examples))
+    most_tokens = 0.0
+    for rng in rngs:
+        cut = stochastic_cuts(examples.num_history, train.stochastic_length, rng)
+        most_tokens = max(most_tokens, float(np.where(cut, short, whole).sum()))
+
+    fewest = -int(-most_tokens // train.batch_tokens)
+    return min(max(1, fewest), len(examples))
 
 
 def cut_steps(
-    order: np.ndarray, tokens: np.ndarray, num_steps: int, cfg: RunConfig
+    order: np.ndarray, tokens: np.ndarray, num_steps: int, train: TrainConfig
 ) -> list[np.ndarray]:
     """The examples of a pool, in this `order`, as steps of nearly equal size; `tokens`: of each
     example by number.
     """
     if num_steps == 0:
         return []
-    if cfg.train.batch_users is not None:
+    if train.batch_users is not None:
         return np.array_split(order, num_steps)
     return np.split(order, step_bounds(tokens[order], num_steps)[1:-1])
 
 
 def step_bounds(tokens: np.ndarray, num_steps: int) -> np.ndarray:
-    """Where to cut examples of these `tokens`, in their order, into steps of nearly equal tokens,
-    int64 [steps + 1].
+    """The places to cut examples of these `tokens`, in their order, into steps of nearly equal
+    tokens, int64 [steps + 1].
 
     A step has one example at least, and at most the mean of all steps plus its longest example.
+
+        tokens          4   2   6   3   5       num_steps = 2
+        ends            4   6   12  15  20      ideal = 10: nearest is 12
+        steps           [4  2   6] [3   5]      bounds 0, 3, 5
     """
     assert len(tokens) >= num_steps
     ends = np.cumsum(tokens)
     ideal = ends[-1] * np.arange(1, num_steps) / num_steps
     # the nearest end of an example: its middle decides
     inner = np.searchsorted(ends - tokens / 2, ideal)
+
     # An example longer than a step would leave empty ones behind it: they take one example each.
     number = np.arange(num_steps + 1)
     bounds = np.concatenate([[0], inner, [len(tokens)]])

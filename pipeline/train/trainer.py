@@ -262,7 +262,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
         "bytes_per_worker": {
             "dense": 16 * dense,
             **placed["total"],
-            "sequences": pool_memory(cfg, steps),
+            "sequences": pool_memory(cfg.sequence_dir, cfg.train, steps),
         },
         "tables": placed["tables"],
         "resumes_from_step": _last_step(cfg),
