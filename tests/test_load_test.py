@@ -1,5 +1,5 @@
-"""The load generator: who asks when, and what it reports of a server that answers, refuses and
-keeps silent.
+"""The load generator: who asks when, and its figures of a server that answers, refuses and keeps
+silent.
 """
 
 import asyncio
@@ -20,10 +20,12 @@ def test_arrivals_are_seeded_poisson_and_half_warm() -> None:
     asked, again = (load_test.draw_arrivals(load, np.arange(1000)) for _ in range(2))
     for name in ("due_s", "user", "warm"):
         assert getattr(asked, name).tolist() == getattr(again, name).tolist()
+
     assert len(asked.due_s) == pytest.approx(12_000, abs=500)
     gaps = np.diff(asked.due_s)
     assert gaps.min() >= 0
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # of an exponential distribution
+
     assert asked.warm.mean() == pytest.approx(0.5, abs=0.03)
     last: dict[int, float] = {}
     for due, user, warm in zip(
@@ -39,8 +41,8 @@ def test_more_users_asked_for_than_there_are() -> None:
 
 
 def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) -> None:
-    """A server of a few lines: each fifth request is refused, each seventh never answered, the
-    others take 30 ms.
+    """A server of a few lines refuses each fifth request, never answers each seventh, and takes
+    30 ms for the others.
     """
     cfg = tiny_config(tmp_path / "runs")
     publish_sequences(cfg)
@@ -60,14 +62,13 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
                 if number % 7 == 0:
                     await asyncio.sleep(60)
                 await asyncio.sleep(0.03)
-                status, body = (
-                    ("429 No", b"{}") if number % 5 == 0 else ("200 OK", b'{"model_version": 4}')
-                )
+
+                status, body = "200 OK", '{"model_version": 4}'
+                if number % 5 == 0:
+                    status, body = "429 No", "{}"
                 timing = "Server-Timing: ranker;dur=12.50\r\n"
-                writer.write(
-                    f"HTTP/1.1 {status}\r\n{timing}Content-Length: {len(body)}\r\n\r\n".encode()
-                    + body
-                )
+                lines = f"HTTP/1.1 {status}\r\n{timing}Content-Length: {len(body)}\r\n\r\n"
+                writer.write((lines + body).encode())
         except (asyncio.IncompleteReadError, ConnectionError):
             return  # the client has gone
         finally:
@@ -85,10 +86,14 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
         return load, asked, answers
 
     load, asked, answers = asyncio.run(main())
+
+    # what came
     num = len(asked.due_s)
     assert sorted(body["user_id"] for body in seen) == sorted(asked.user.tolist())
     assert {len(body["candidates"]) for body in seen} == {3}
     assert max(body["user_id"] for body in seen) < NUM_USERS
+
+    # what is said of it
     figures = load_test.summarize_run(load, asked, answers)
     silent, refused = num // 7, num // 5 - num // 35
     assert figures["statuses"] == {"0": silent, "200": num - silent - refused, "429": refused}
@@ -99,6 +104,7 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
     assert figures["overhead_ms"]["p50"] == pytest.approx(
         figures["latency_ms"]["p50"] - 12.5, abs=0.02
     )
+
     load_test.plot_latency(load, asked, answers, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -109,12 +115,15 @@ def test_a_burst_and_what_comes_after_it() -> None:
     during = (asked.due_s >= 10) & (asked.due_s < 20)
     assert during.sum() == pytest.approx(2200, abs=200)
     assert (~during).sum() == pytest.approx(600, abs=100)
+
+    # every other request of the burst is refused, and the first after it are slow
     num = len(asked.due_s)
     status, latency = np.full(num, 200), np.full(num, 10.0)
     status[during & (np.arange(num) % 2 == 0)] = 429
     slow = np.flatnonzero(asked.due_s >= 20)[:30]  # a second and a half of aftermath
     latency[slow] = 100.0
     answers = load_test.Answers(status, latency, latency, np.zeros(num), np.ones(num, int))
+
     figures = load_test.summarize_run(load, asked, answers)
     assert figures["phases"]["burst"]["refused"] == np.count_nonzero(status == 429)
     assert figures["phases"]["before"]["refused"] == figures["phases"]["after"]["refused"] == 0

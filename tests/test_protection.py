@@ -47,9 +47,11 @@ def test_only_who_has_a_key(keys_file: Path) -> None:
             assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
             assert answer.json()["detail"][0]["loc"] == ["header", "authorization"]
             assert not wrong or wrong not in answer.text
+
     for path in ("/docs", "/openapi.json", "/nowhere"):
         assert call(api, "GET", path).status_code == 401
     assert call(api, "POST", "/v1/rank", json=RANK, auth=("shop", KEYS["shop"])).status_code == 401
+
     assert call(api, "GET", "/healthz").status_code == 200
     ready = {"status": "ready", "model_version": 7, "deployments": ["d"], "failed_deployment": None}
     assert call(api, "GET", "/readyz").json() == ready
@@ -92,8 +94,10 @@ def test_a_key_beyond_its_rate_waits_and_others_do_not(keys_file: Path) -> None:
     asked = [call(api, "GET", "/v1/model", KEYS["shop"]) for _ in range(2)]
     assert [answer.status_code for answer in asked] == [200, 429]
     assert asked[1].headers["Retry-After"] == "2"
+
     assert call(api, "GET", "/v1/model", KEYS["app"]).status_code == 200
     assert [call(api, "GET", path).status_code for path in ("/healthz", "/readyz") * 3] == [200] * 6
+
     now += 2
     assert [call(api, "GET", "/v1/model", KEYS["shop"]).status_code for _ in range(2)] == [200, 429]
 
@@ -119,6 +123,7 @@ def test_a_line_per_request_without_what_was_sent(
         call(api, "POST", "/v1/rank", secret, json={"user_id": "4711"})
         call(api, "POST", "/v1/rank", "4711", json=RANK)
         call(api, "GET", "/users/4711", secret)
+
     lines = [
         json.loads(record.message)
         for record in caplog.records
@@ -195,13 +200,18 @@ def test_the_document_is_complete(keys_file: Path) -> None:
     for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
         route = document["paths"][path][method]
         assert route["security"] == [{"HTTPBearer": []}]
-        expected = {"200", "401", "429", "503", "504"} | (
-            {"400", "408", "413", "422"} if method == "post" else set()
-        )
+        expected = {"200", "401", "429", "503", "504"}
+        if method == "post":
+            expected |= {"400", "408", "413", "422"}
         assert route["responses"].keys() == expected
         for status in expected - {"200"}:
             schema = route["responses"][status]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/Problem"}
+
+    for route in (route for methods in document["paths"].values() for route in methods.values()):
+        assert route["summary"], route
+        assert route["description"], route
+
     schemas = document["components"]["schemas"]
     RankRequest.model_validate(schemas["RankRequest"]["examples"][0])
     EventsRequest.model_validate(schemas["EventsRequest"]["examples"][0])

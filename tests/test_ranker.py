@@ -17,8 +17,13 @@ from pipeline.model.artifact import LoadedModel, load_model
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.ranking.history_cache import HistoryCaches, history_key
-from serve_app.ranking.ranker import Ranker, candidate_probabilities
-from serve_app.schemas import RankRequest, RankResponse
+from serve_app.ranking.ranker import (
+    Ranker,
+    candidate_probabilities,
+    history_columns,
+    split_passes,
+)
+from serve_app.schemas import HistoryRow, RankRequest, RankResponse
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
 
@@ -29,9 +34,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, UserEvents]
     table = publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, folder / "model"))
     store = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
-    return Ranker(
-        loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)
-    ), user_events(table, cfg)
+    limits = ServeConfig(max_candidates=50, max_history=30)
+    return Ranker(loaded, store, 7, "tiny", limits), user_events(table, cfg)
 
 
 def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.ndarray]:
@@ -58,27 +62,29 @@ def request_of(
 def all_requests(world: tuple[Ranker, UserEvents]) -> tuple[list[RankRequest], np.ndarray]:
     ranker, _ = world
     batch, scores = evaluated(world)
-    offsets = np.concatenate([[0], np.cumsum(batch.batch.num_targets.numpy())])
+    num_targets = batch.batch.num_targets.numpy()
+
+    # the candidates are the last rows of each sequence
     last = batch.batch.seq_offsets[1:].numpy() - 1
-    tab = list(ranker.cfg.features.request).index("tab")
-    begin = last - batch.batch.num_targets.numpy() + 1
+    begin = last - num_targets + 1
     places = np.concatenate([np.arange(b, e + 1) for b, e in zip(begin, last, strict=True)])
+    tab = list(ranker.cfg.features.request).index("tab")
     tabs = batch.batch.request_codes[places, tab].numpy() - 1
+
+    offsets = np.concatenate([[0], np.cumsum(num_targets)])
     return [request_of(batch, slice(b, e), tabs) for b, e in itertools.pairwise(offsets)], scores
 
 
 def rank(ranker: Ranker, *requests: RankRequest) -> list[RankResponse]:
-    return [
-        answer.response()
-        for answer in ranker.rank([RankColumns.of(request) for request in requests])
-    ]
+    asked = [RankColumns.of(request) for request in requests]
+    return [answer.response() for answer in ranker.rank(asked)]
 
 
 def as_array(ranker: Ranker, requests: list[RankRequest]) -> np.ndarray:
-    responses = rank(ranker, *requests)
-    return np.concatenate(
-        [np.array([r.scores[task] for task in ranker.cfg.tasks]).T for r in responses]
-    )
+    scores = []
+    for response in rank(ranker, *requests):
+        scores.append(np.array([response.scores[task] for task in ranker.cfg.tasks]).T)
+    return np.concatenate(scores)
 
 
 def test_a_past_request_gets_the_scores_of_the_evaluation(world: tuple[Ranker, UserEvents]) -> None:
@@ -90,21 +96,17 @@ def test_a_past_request_gets_the_scores_of_the_evaluation(world: tuple[Ranker, U
 
 def test_a_query_anchored_model_is_served_without_a_cache(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "runs")
-    train, model = (
-        replace(cfg.train, layout="request"),
-        replace(cfg.model, time_anchor="query", time_buckets=99),
-    )
+    train = replace(cfg.train, layout="request")
+    model = replace(cfg.model, time_anchor="query", time_buckets=99)
     cfg = replace(cfg, train=train, model=model)
     table = publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, tmp_path / "model"))
     store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
-    other = (
-        Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30)),
-        user_events(table, cfg),
-    )
-    requests, scores = all_requests(other)
-    np.testing.assert_allclose(as_array(other[0], requests), scores, atol=1e-6)
-    assert hits_and_misses(other[0]) == (0, 0)
+    ranker = Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30))
+
+    requests, scores = all_requests((ranker, user_events(table, cfg)))
+    np.testing.assert_allclose(as_array(ranker, requests), scores, atol=1e-6)
+    assert hits_and_misses(ranker) == (0, 0)
 
 
 def test_scores_do_not_depend_on_the_company(world: tuple[Ranker, UserEvents]) -> None:
@@ -149,6 +151,7 @@ def test_the_same_history_in_the_body_differs_only_by_the_user(
         }
         for i in range(len(row["item_id"]))
     ]
+
     asked = {"candidates": [{"item_id": i} for i in range(5)], "request_time_ms": now}
     body = RankRequest.model_validate(
         {"history": history, "first_position": row["first_position"]} | asked
@@ -157,6 +160,7 @@ def test_the_same_history_in_the_body_differs_only_by_the_user(
     by_id = RankRequest.model_validate({"user_id": 1} | asked)
     with_user = body.model_copy(update={"user_id": 1})
     np.testing.assert_allclose(as_array(ranker, [with_user]), as_array(ranker, [by_id]), atol=1e-6)
+
     other = body.model_copy(update={"user_id": 2})
     for nobody in (body, body.model_copy(update={"user_id": NOT_A_USER})):
         assert np.abs(as_array(ranker, [nobody]) - as_array(ranker, [by_id])).max() > 1e-4
@@ -185,10 +189,12 @@ def test_unknown_items_and_users_are_scored_and_counted(world: tuple[Ranker, Use
     assert answer.unknown_items == 2
     assert answer.unknown_user
     assert answer.history_length == 0
+
     alike = answer.scores["is_click"][1:]
     assert alike[0] == pytest.approx(alike[1], rel=1e-6), (
         "one row; a matrix product may round its rows differently"
     )
+
     (known,) = rank(ranker, RankRequest.model_validate({"user_id": 5, "candidates": asked}))
     assert not known.unknown_user
 
@@ -233,12 +239,14 @@ def hits_and_misses(ranker: Ranker) -> tuple[int, int]:
 def test_a_history_is_encoded_once(fresh: Ranker) -> None:
     cold = as_array(fresh, [ask(2), ask(4)])
     assert hits_and_misses(fresh) == (0, 2)
+
     # a candidate's gap is not cached
     warm = as_array(fresh, [ask(4), ask(2, request_time_ms=NOW + 1000), ask(2)])
     assert hits_and_misses(fresh) == (3, 2)
     np.testing.assert_allclose(warm[10:], cold[:5], atol=1e-6)
     np.testing.assert_allclose(warm[:5], cold[5:], atol=1e-6)
     assert np.abs(warm[5:10] - cold[:5]).max() < 1e-2
+
     as_array(fresh, [ask(6), ask(6)])
     assert fresh.cache_stats()["history_cache_entries"] == 3
 
@@ -261,10 +269,9 @@ def test_limits_change_nothing_in_the_scores(
     world: tuple[Ranker, UserEvents], fresh: Ranker, limits: dict
 ) -> None:
     requests, scores = all_requests(world)
-    requests, scores = (
-        requests[:40],
-        scores[: sum(len(request.candidates) for request in requests[:40])],
-    )
+    requests = requests[:40]
+    scores = scores[: sum(len(request.candidates) for request in requests)]
+
     fresh.limits = replace(fresh.limits, **limits)
     fresh.caches = HistoryCaches(fresh.limits.cache_mb)
     np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
@@ -308,17 +315,64 @@ def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     for user in (2, 4, 6, 2):
         as_array(fresh, [ask(user)])
     assert hits_and_misses(fresh) == (1, 3)
+
     fresh.caches.max_bytes = sum(sizes) - 1
     as_array(fresh, [ask(8)])  # 4 goes, and whoever else must for 8
     assert fresh.caches.num_bytes <= fresh.caches.max_bytes
     assert fresh.cache_stats()["history_cache_evictions"] >= 1
+
     before = hits_and_misses(fresh)
     as_array(fresh, [ask(4)])
     assert hits_and_misses(fresh) == (before[0], before[1] + 1)
+
     fresh.caches = HistoryCaches(1)
     fresh.caches.max_bytes = 1
     as_array(fresh, [ask(2)])
     assert fresh.cache_stats()["history_cache_entries"] == 0
+
+
+def test_requests_of_like_length_are_one_class(fresh: Ranker) -> None:
+    prepared = fresh.prepare_request(RankColumns.of(ask(2)))
+    assert prepared.history_length > 0
+    length_class = 1 + prepared.history_length.bit_length()
+    assert fresh.history_length_class(prepared) == length_class
+
+    as_array(fresh, [ask(2)])
+    assert fresh.history_length_class(prepared) == 0, "encoded already"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [
+        ([5, 5, 5, 30, 5], [[0, 1], [2], [3], [4]]),
+        ([30], [[0]]),
+        ([0, 0, 12], [[0, 1, 2]]),
+        ([], []),
+    ],
+)
+def test_passes_of_at_most_twelve_tokens(num_tokens: list[int], expected: list) -> None:
+    passes = split_passes(np.array(num_tokens, np.int64), 12)
+    assert [chosen.tolist() for chosen in passes] == expected
+
+
+def test_a_posted_history_as_columns() -> None:
+    rows = [
+        HistoryRow(item_id=3, event_time=9, actions={"is_click": False, "is_like": True}),
+        HistoryRow(item_id=1, event_time=5, actions={"is_click": False}, watch_ms=70),
+        HistoryRow(item_id=2, event_time=5, request_features={"tab": 4}, order_only=True),
+    ]
+    columns = history_columns(rows, ("is_click", "is_like"), ("tab",))
+    assert {name: values.tolist() for name, values in columns.items()} == {
+        "item_id": [1, 2, 3],  # equal times keep their order
+        "event_time": [5, 5, 9],
+        "order_only": [False, True, False],
+        "known_mask": [0b01, 0b00, 0b11],
+        "action_mask": [0b00, 0b00, 0b10],
+        "watch_ms": [70, -1, -1],
+        "tab": [-1, 4, -1],
+    }
+    assert columns["order_only"].dtype == bool
+    assert history_columns([], ("is_click",), ("tab",)) == {}
 
 
 NOW = int(time.time() * 1000)
@@ -378,6 +432,7 @@ def test_every_column_of_a_history_is_in_its_key(world: tuple[Ranker, UserEvents
         other[f"request.{name}"] = replace(
             history, request=history.request | {name: changed(column)}
         )
+
     keys = {name: history_key(events, user) for name, events in other.items()}
     keys |= {
         "itself": history_key(history, user),

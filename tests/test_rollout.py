@@ -82,11 +82,13 @@ def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
     versions = [answer.model_version for answer in answers[:-1]]  # pyright: ignore[reportAttributeAccessIssue]
     assert versions == [2 if in_share(user, 2, 0.3) else 1 for user in range(24)] + [1]
     assert set(versions) == {1, 2}
+
     for role, version in ((CHAMPION, 1), (CANARY, 2)):  # each as if it were alone
         ranker = both.rankers[role]
         mine = [i for i, answered in enumerate(versions) if answered == version]
         for i, alone in zip(mine, ranker.rank([requests[i] for i in mine]), strict=True):
             assert answers[i].response() == alone.response()  # pyright: ignore[reportAttributeAccessIssue]
+
     text = exposition_text(counts.registry).decode()
     assert sample(
         text, "ranking_ranker_requests_total", version="2", role="canary"
@@ -115,6 +117,7 @@ def test_the_shadow_is_compared_and_never_seen(world) -> None:
         exposition_text(counts.registry).decode(), "ranking_shadow_score_change_count"
     )
     finished(counted, 10)
+
     text = exposition_text(counts.registry).decode()
     other = shadowed.rankers[SHADOW].rank(requests)
     changes = [
@@ -125,6 +128,7 @@ def test_the_shadow_is_compared_and_never_seen(world) -> None:
     assert sample(text, "ranking_shadow_score_change_sum", version="3") == pytest.approx(
         sum(changes)
     )
+
     same = sum(a.order[0] == b.order[0] for a, b in zip(answers, other, strict=True))  # pyright: ignore
     assert sample(text, "ranking_shadow_same_best_total") == same
     assert sample(text, "ranking_ranker_requests_total", role="shadow") == 10
@@ -138,10 +142,13 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         shadowed.rankers[SHADOW], "score_requests", lambda requests: release.wait(10) and 1 / 0
     )
+
     answers = [shadowed.rank([asking(user)])[0] for user in range(8)]
     assert all(isinstance(answer, RankedColumns) for answer in answers)
+
     dropped = sample(exposition_text(counts.registry).decode(), "ranking_shadow_dropped_total")
     assert dropped in (4, 5)  # three wait; the thread may have taken one more
+
     release.set()
     finished(
         lambda: sample(exposition_text(counts.registry).decode(), "ranking_shadow_failed_total"),
@@ -158,18 +165,17 @@ def test_a_version_that_is_loaded_keeps_what_it_has_cached(
     monkeypatch.setattr(
         rollout, "load_model", lambda folder: pytest.fail("nothing new is to be loaded")
     )
+
     wider = loaded(world, canary=1, share=0.9, earlier=first)
     assert wider.rankers == first.rankers
     assert wider.share == 0.9
+
     alone = loaded(world, earlier=first)
     assert list(alone.rankers) == [CHAMPION]
+
     info = wider.model_info()
-    assert (info.model_version, info.canary_version, info.canary_share, info.shadow_version) == (
-        1,
-        2,
-        0.9,
-        None,
-    )
+    assert (info.model_version, info.canary_version, info.canary_share) == (1, 2, 0.9)
+    assert info.shadow_version is None
     assert alone.model_info().canary_version is None
 
 
@@ -239,6 +245,7 @@ def test_the_dashboard_asks_for_what_the_page_holds(world) -> None:
     ).decode()
     families = set(re.findall(r"^# TYPE (ranking_\w+)", page, re.MULTILINE))
     families = {name.removesuffix("_total") for name in families if not name.endswith("_created")}
+
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "ranking.json").read_text())
     asked = {
         name

@@ -51,6 +51,7 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
     hashes, key = folder / "keys.sha256", folder / "key"
     key.write_text("a-key")
     hashes.write_text(f"{hashlib.sha256(b'a-key').hexdigest()} tests\n")
+
     options |= {"port": 0, "api_keys_file": str(hashes), "client_key_file": str(key)}
     # a busy machine is no reason to refuse
     options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}
@@ -62,6 +63,7 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
         for model in folders:
             with runs.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
                 versions.append(registry.register(cfg, run, model))
+
         registry.promote(cfg, versions[0])
         try:
             url = deployment.deploy(cfg, cluster.dashboard_url, registry.champion(cfg))
@@ -147,8 +149,10 @@ class BackgroundLoad:
 
 
 def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
-    """Under load the second version is promoted, `meanwhile` happens, and the first comes back: no
-    request fails, and the versions that answer follow the deployments."""
+    """Promote the second version under load, do `meanwhile`, and roll back.
+
+    No request fails, and the versions that answer follow the deployments.
+    """
     first, second = served.versions
     with BackgroundLoad(served, most_seconds=90) as load:
         time.sleep(1)
@@ -162,6 +166,7 @@ def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
         assert registry.rollback(served.cfg) == first
         deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
         time.sleep(1)
+
     sent = load.answers.status != load_test.NOT_SENT
     assert sent.sum() > 40
     assert load.answers.status[sent].tolist() == [200] * sent.sum()
