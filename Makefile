@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nodes lint types docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
+.PHONY: help demo test test-nodes lint types docs docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+DOCS_READY := $(VENV)/.docs-ready
 CONFIG ?= configs/demo.yaml
 PORT ?= 5000
 # The first interpreter that runs and can make an environment: a shim may answer to the name and not run.
@@ -55,6 +56,9 @@ bench-build: $(BENCH_READY)  ## rows/s of the build beside Polars and map_groups
 bench-serve: $(READY)  ## the server under load: latency, overload, new versions, events while replicas are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving.under_load
 
+docs: $(DOCS_READY)  ## the documents as a site, in build/site; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## remove runs/ (models and figures too) and caches; the environment stays
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -70,4 +74,9 @@ $(READY): pyproject.toml constraints.txt
 $(BENCH_READY): $(READY)
 	@echo "Adding the benchmarks' packages to $(VENV)."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	@echo "Adding the packages of the documents' site to $(VENV)."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	@touch $@

@@ -1,8 +1,8 @@
 """Take users out of everything that a run holds of them: sequences, posted events, and what was
 made of either.
 
-Models that were trained on their rows are not changed; docs/runbook.md says what else is left to
-do.
+Models that were trained on their rows are not changed; docs/guide/deletion.md says what else is left
+to do.
 """
 
 import argparse

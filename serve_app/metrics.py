@@ -2,7 +2,7 @@
 
 A replica hands its numbers over as exposition text. `metrics_page` puts the replicas' texts under
 the ingress' own, each sample labelled with its replica. Ray's own metrics of queues and processes
-are on Ray's port, see docs/runbook.md.
+are on Ray's port, see docs/operate/monitoring.md.
 """
 
 from collections.abc import Iterator, Mapping

@@ -107,7 +107,7 @@ class SourceConfig:
     )
     path: str | None = setting(
         None,
-        doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/data.md); the "
+        doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/guide/data.md); the "
         "dataset's folder for kuairand; unused for synthetic.",
     )
     columns: dict[str, str] = setting(
