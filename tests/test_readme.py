@@ -131,7 +131,7 @@ def test_the_table_of_results_cites_what_was_measured():
 
 @pytest.mark.parametrize("document", ["README.md", "docs/start/demo.md"])
 def test_what_the_demo_prints_was_printed(document: str):
-    """Lines of output, each as it was or cut short by `...`; numbers of the answer may be rounded."""
+    """Each line of output as it was, or cut short by `...`; the answer's numbers may be rounded."""
     printed = (RUNS / "demo_output.txt").read_text()
     answer = json.loads(printed.splitlines()[-1])
     scores = {f"{x:.3f}" for of_task in answer["scores"].values() for x in of_task}
@@ -185,7 +185,7 @@ def _bare(block: str) -> list[str]:
 
 
 def write_own_logs(folder: Path) -> None:
-    """Two weeks from 1 January 2026; a user likes what is of the genre that their country prefers."""
+    """Two weeks from 1 January 2026; users like what is of the genre that their country prefers."""
     rng = np.random.default_rng(0)
     uid = np.repeat(np.arange(NUM_USERS), ROWS_PER_USER)
     video = rng.integers(0, NUM_ITEMS, len(uid))

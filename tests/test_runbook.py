@@ -1,4 +1,4 @@
-"""Whatever the documents name exists: jobs, options, settings, modules, make targets, files, links."""
+"""What the documents name exists: jobs, options, settings, modules, targets, files, links."""
 
 import contextlib
 import importlib.util

@@ -3,6 +3,8 @@
     flow.svg      the stages from logs to the server
     mask.svg      which row sees which column, from the kernels' reference mask
     examples.svg  what the requests of one user may see
+    build.svg     the two passes of a build
+    request.svg   a request's way through the server
 
 Colours are of middle brightness, so that the pictures can be read on light and on dark pages.
 """
@@ -16,6 +18,7 @@ from kernels.semi_local_attention.reference import semi_local_mask
 FOLDER = Path(__file__).parent
 
 BLUE, GREEN, ORANGE, PURPLE = "#3b7dd8", "#2f9e6e", "#d9822b", "#8a63d2"
+WHITE = "#ffffff"
 GREY = "#7a8490"  # text and arrows on an unknown background
 FAINT = "#7a849033"  # cells that are empty
 FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -71,8 +74,8 @@ def flow() -> str:
 
     for middle, (name, tool, note, colour) in zip(middles, STAGES, strict=True):
         parts.append(box(middle - width / 2, top, width, 62, colour))
-        parts.append(text(middle, top + 27, name, size=18, fill="#ffffff", bold=True))
-        parts.append(text(middle, top + 49, tool, size=14, fill="#ffffff"))
+        parts.append(text(middle, top + 27, name, size=18, fill=WHITE, bold=True))
+        parts.append(text(middle, top + 49, tool, size=14, fill=WHITE))
         parts.append(text(middle, top + 84, note, size=13))
 
     for left, right in pairwise(middles):
@@ -171,16 +174,93 @@ def examples() -> str:
         y = axis + 48 + 52 * number
         begin = events[0] - 10
         parts.append(box(begin, y - 12, events[seen - 1] + 10 - begin, 22, fill + "99", radius=4))
-        parts.append(text(begin + 8, y + 4, "history", size=13, fill="#ffffff", anchor="start"))
+        parts.append(text(begin + 8, y + 4, "history", size=13, fill=WHITE, anchor="start"))
         parts.append(f"<circle cx='{x}' cy='{y - 1}' r='9' fill='{fill}'/>")
         parts.append(text(720, y + 4, f"{name} request", size=14, anchor="start"))
     title = "A request reads only what happened strictly before it"
     return picture(930, 270, title, parts)
 
 
+def card(x: float, y: float, width: float, fill: str, title: str, *notes: str) -> list[str]:
+    """A box with a title, and its notes below it."""
+    parts = [box(x, y, width, 34, fill), text(x + width / 2, y + 23, title, size=15, fill=WHITE)]
+    for number, note in enumerate(notes):
+        parts.append(text(x + width / 2, y + 54 + 18 * number, note, size=13))
+    return parts
+
+
+def build() -> str:
+    """Files of logs become parts, parts become buckets, and one manifest publishes them."""
+    parts = []
+    columns = (
+        (20, BLUE, "log file", 3),
+        (270, ORANGE, "part", 3),
+        (520, GREEN, "bucket of users", 4),
+        (800, PURPLE, "manifest", 1),
+    )
+    middle = 106
+    places = {}
+    for x, fill, name, count in columns:
+        tops = [middle - 22 * count + 44 * i + 6 for i in range(count)]
+        places[name] = [(x, top + 16) for top in tops]
+        for top in tops:
+            parts.append(box(x, top, 150, 32, fill, radius=6))
+            parts.append(text(x + 75, top + 21, name, size=14, fill=WHITE))
+
+    for (x, y), (there, other) in zip(places["log file"], places["part"], strict=True):
+        parts.append(arrow(f"M{x + 152} {y}L{there - 3} {other}"))
+    for x, y in places["part"]:
+        for there, other in places["bucket of users"]:
+            parts.append(arrow(f"M{x + 152} {y}L{there - 3} {other}"))
+    ((there, other),) = places["manifest"]
+    for x, y in places["bucket of users"]:
+        parts.append(arrow(f"M{x + 152} {y}L{there - 3} {other}"))
+
+    notes = (
+        (220, "1. check rows, sort by bucket"),
+        (470, "2. gather the rows of a bucket"),
+        (800, "3. verify, check, publish"),
+    )
+    for x, note in notes:
+        parts.append(text(x, 226, note, size=14))
+    return picture(970, 244, "A build: log files, parts, buckets of users, manifest", parts)
+
+
+def request() -> str:
+    """A request through the ingress to a replica, and what the replica reads."""
+    top = 40
+    parts = [
+        *card(10, top, 120, GREY, "client", "POST /v1/rank"),
+        *card(190, top, 210, BLUE, "ingress", "log, deadline, body limit,", "key, rate, admission"),
+        *card(470, top, 180, GREEN, "history", "published sequences,", "live events"),
+        *card(720, top, 150, GREEN, "collate", "as in training"),
+        *card(940, top, 150, ORANGE, "model", "one pass for several"),
+        *card(720, top + 118, 150, ORANGE, "encoded histories", "LRU, by content"),
+        *card(940, top + 118, 150, PURPLE, "shadow", "ranks copies later"),
+    ]
+    level = top + 17
+    for left, right in ((130, 190), (400, 470), (650, 720), (870, 940)):
+        parts.append(arrow(f"M{left + 2} {level}H{right - 3}"))
+
+    parts.append(arrow(f"M870 {top + 135}H905V{level + 12}H938", dashed=True))
+    parts.append(arrow(f"M1015 {top + 68}V{top + 116}", dashed=True))
+    parts.append(arrow(f"M1015 {top - 2}V14H70V{top - 3}"))
+    parts.append(text(560, 32, "scores and order", size=14))
+    frame = f"x='456' y='{top - 4}' width='648' height='188' rx='12'"
+    parts.append(f"<rect {frame} fill='none' stroke='{GREY}' stroke-dasharray='3 5'/>")
+    parts.append(text(560, top + 172, "a replica", size=14))
+    return picture(1110, 236, "A request's way: ingress, history, collate, model", parts)
+
+
 def all_pictures() -> dict[str, str]:
     """SVG text by file name."""
-    return {"flow.svg": flow(), "mask.svg": mask(), "examples.svg": examples()}
+    return {
+        "flow.svg": flow(),
+        "mask.svg": mask(),
+        "examples.svg": examples(),
+        "build.svg": build(),
+        "request.svg": request(),
+    }
 
 
 if __name__ == "__main__":
