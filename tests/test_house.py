@@ -7,6 +7,7 @@ ROOMS = (
     "kernels",
     "pipeline.schema",
     "pipeline.files",
+    "pipeline.version",
     "pipeline.lifeline",
     "pipeline.config",
     "pipeline.cluster",
