@@ -1,7 +1,11 @@
-"""Launching a Triton kernel without looking through its arguments anew each time, which costs more
-than the launch.
+"""Launches of Triton kernels through one cache of what was compiled.
+
+Triton finds the compiled form of a kernel by looking through all its arguments, which costs more
+than the launch. Here it is kept under a key: `launch` builds the key from a call's arguments,
+`compiled_under` takes one that the caller made once for many launches.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Number = int | float
-# → the kernel, so that its id stays its own, and what came of it
+# → the kernel, so that its id stays its own, and its compiled form
 _compiled: dict[tuple, tuple[Any, Any]] = {}
 
 
@@ -24,43 +28,84 @@ def launch(
     device: torch.device,
     num_warps: int,
     num_stages: int = 1,
+    columns: int = 1,
 ) -> None:
-    """`kernel[(programs,)](*tensors, *varying, *fixed, *constants)`.
+    """`kernel[(programs, columns)](*tensors, *varying, *fixed, *constants)`.
 
-    The kernel compiled at the first call is kept for the next with tensors of the same types and
-    alignment and the
-    same `fixed` and `constants`. It must declare what is `varying` with `do_not_specialize`.
+    The compiled form is kept for calls with tensors of the same types and alignment, and the same
+    `fixed` and `constants`. The kernel must name what is `varying` in `do_not_specialize`.
     """
     forms = [None if x is None else _form(x) for x in tensors]
     # a kernel's own hash takes a lock
     key = id(kernel), device, *forms, fixed, constants, num_warps, num_stages
     found = _compiled.get(key)
-    if found is None:
-        everything = *tensors, *varying, *fixed, *constants
-        compiled = kernel[(programs,)](*everything, num_warps=num_warps, num_stages=num_stages)
-        if compiled is not None:  # in the interpreter there is nothing to keep
-            _compiled[key] = kernel, compiled
-    else:
-        found[1][(programs, 1, 1)](*tensors, *varying, *fixed, *constants)
+    if found is not None:
+        found[1][(programs, columns, 1)](*tensors, *varying, *fixed, *constants)
+        return
+
+    arguments = *tensors, *varying, *fixed, *constants
+    names = kernel.arg_names
+    assert len(arguments) == len(names), f"{len(arguments)} arguments where the kernel has {names}"
+    run = kernel[(programs, columns)]
+    keep_compiled(key, kernel, run(*arguments, num_warps=num_warps, num_stages=num_stages))
+
+
+def keep_compiled(key: tuple, kernel: Any, compiled: Any) -> None:
+    """Keep what a launch compiled; in the interpreter that is nothing."""
+    if compiled is not None:
+        _compiled[key] = kernel, compiled
+
+
+def compiled_under(key: tuple) -> Callable | None:
+    """The compiled form kept under `key`, or None."""
+    found = _compiled.get(key)
+    return None if found is None else found[1]
+
+
+def constants_of(kernel: Any, named: dict[str, Any]) -> tuple[Any, ...]:
+    """The constexpr arguments of a kernel, given by name, in its order."""
+    unknown = named.keys() - set(kernel.arg_names)
+    assert not unknown, f"the kernel has no {sorted(unknown)}"
+    return tuple([named[name] for name in kernel.arg_names if name in named])
+
+
+def specialised_form(x: Any) -> Any:
+    """The part of an argument that compiled code depends on.
+
+    tensor       type, and its distance from a multiple of 16 bytes
+    descriptor   type and box
+    int          1, 16 (a multiple of it) or 0 (any other), and its width: Triton's classes
+    bool, str    itself
+    float        nothing but that it is one
+    """
+    if isinstance(x, Tensor | TensorDescriptor):
+        return _form(x)
+    if isinstance(x, bool | str) or x is None:
+        return x
+    if isinstance(x, float):
+        return float
+    class_of = 1 if x == 1 else 16 * (x % 16 == 0)
+    return class_of, x >= 2**31
 
 
 def _form(x: Tensor | TensorDescriptor) -> tuple:
-    """What compiled code depends on."""
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
     return x.dtype, x.data_ptr() % 16
 
 
 def described(template: TensorDescriptor, base: Tensor) -> TensorDescriptor:
-    """`template` over another tensor of its shape and strides, 16-byte aligned as it must be: a new
-    descriptor would check all that again, which takes longer than encoding it."""
+    """`template` over another tensor of its shape and strides, 16-byte aligned as it must be.
+
+    A new descriptor would check all that again, which takes longer than encoding it.
+    """
     other = object.__new__(TensorDescriptor)
     other.__dict__ = {**template.__dict__, "base": base}
     return other
 
 
 def cdiv(x: int, y: int) -> int:
-    """Triton's own unwraps its arguments, for kernels: some microseconds on the host."""
+    """Quotient rounded up. Triton's own unwraps its arguments first: some microseconds."""
     return -(-x // y)
 
 

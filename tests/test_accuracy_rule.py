@@ -6,7 +6,8 @@ import torch
 
 from benchmarks.kernels import attention_parity, layer_parity
 from benchmarks.kernels.accuracy import find_stray, rounding_allowance
-from kernels.semi_local_attention import triton_launch
+from kernels.semi_local_attention import tile_table
+from kernels.semi_local_attention.plan import TritonPlan
 
 BIASED = attention_parity.Case(
     (21, 0, 9), (3, 0, 9), heads=1, d_qk=16, d_v=16, bias=True, dtype="float32"
@@ -19,10 +20,10 @@ RESULTS = ["output", "dq", "dk", "dv", "position table", "time table"]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    tile = triton_launch.AttentionTile(16, 16, 4, 1)
-    monkeypatch.setattr(triton_launch, "tile_sizes", lambda *_, **__: tile)
+    tile = tile_table.AttentionTile(16, 16, 4, 1)
+    monkeypatch.setattr(tile_table, "tile_sizes", lambda *_, **__: tile)
     # smoke checks change it
-    monkeypatch.setattr(triton_launch, "SPLIT_PROGRAMS", triton_launch.SPLIT_PROGRAMS)
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", tile_table.SPLIT_PROGRAMS)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_tile_left_out_is_found(monkeypatch, case, keys):
     truth = attention_parity.run(batch, torch.float64, "reference")
     assert attention_parity.judge(case, batch, plain, plain, truth) is None
 
-    tile_list = triton_launch.TritonPlan.tile_list
+    tile_list = TritonPlan.tile_list
 
     def without_the_last(plan, of_keys, tile, heads):
         made = tile_list(plan, of_keys, tile, heads)
@@ -82,7 +83,7 @@ def test_a_tile_left_out_is_found(monkeypatch, case, keys):
             made.header[0] -= 1
         return made
 
-    monkeypatch.setattr(triton_launch.TritonPlan, "tile_list", without_the_last)
+    monkeypatch.setattr(TritonPlan, "tile_list", without_the_last)
     batch = attention_parity.make_batch(case)  # a plan of its own
     monkeypatch.setattr(torch, "empty", torch.zeros)
     fast = attention_parity.run(batch, torch.float32, "triton")

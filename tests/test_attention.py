@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels.semi_local_attention.op import cached_attention, semi_local_attention
-from kernels.semi_local_attention.reference import RelativeBias, semi_local_mask, time_bucket
+from kernels.semi_local_attention.reference import semi_local_mask
+from kernels.semi_local_attention.types import RelativeBias, time_bucket
 from tests.support.accuracy import assert_as_accurate
 
 CASES = {  # lengths, candidates of each, mask

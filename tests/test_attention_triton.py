@@ -2,23 +2,34 @@
 on tiny tiles, and from the compiler that they build for Hopper and Ampere, on the tensor cores,
 within the machine's limits."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from kernels.semi_local_attention import triton_launch
-from kernels.semi_local_attention.op import cached_attention
-from kernels.semi_local_attention.reference import RelativeBias, time_bucket
-from kernels.semi_local_attention.triton_launch import (
-    AttentionTile,
-    TritonPlan,
-    cached_attention_triton,
+from kernels import launch
+from kernels.semi_local_attention import (
+    tile_table,
+    triton_bias_inputs,
+    triton_kernels,
+    triton_launch,
 )
+from kernels.semi_local_attention.op import cached_attention
+from kernels.semi_local_attention.plan import ENTRY, TritonPlan
+from kernels.semi_local_attention.tile_table import AttentionTile
+from kernels.semi_local_attention.triton_autograd import (
+    cached_attention_triton,
+    semi_local_attention_triton,
+)
+from kernels.semi_local_attention.triton_tiles import KEY_PARTS, ROW_PARTS
+from kernels.semi_local_attention.types import RelativeBias, time_bucket
 from tests.test_attention import make_inputs, run, some_bias, some_visible
 
 CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
@@ -33,9 +44,9 @@ CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(triton_launch, "tile_sizes", lambda *_, **__: AttentionTile(16, 16, 4, 1))
-    monkeypatch.setattr(triton_launch, "SPLIT_PROGRAMS", 8)
-    monkeypatch.setattr(triton_launch, "SHORTEST_PART", 1)
+    monkeypatch.setattr(tile_table, "tile_sizes", lambda *_, **__: AttentionTile(16, 16, 4, 1))
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 8)
+    monkeypatch.setattr(tile_table, "SHORTEST_PART", 1)
     # new tensors start as NaN, so that what is not written shows
     torch.use_deterministic_algorithms(True)
     yield
@@ -49,7 +60,7 @@ def run_triton(tensors, plan, bias):
         bias = RelativeBias(*tables, bias.event_time_T, bias.query_time_T)
         leaves += tables
     scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
-    out = triton_launch.semi_local_attention_triton(*leaves[:3], plan, bias=bias, **scale)
+    out = semi_local_attention_triton(*leaves[:3], plan, bias=bias, **scale)
     out.backward(tensors[3].float())
     return [out.detach(), *(x.grad for x in leaves)]
 
@@ -71,10 +82,11 @@ def test_interpreted_kernels_equal_the_reference(name):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     most_parts = 1
     for (keys, *_), tiles in plan.lists.items():
-        entries = tiles.tiles.view(-1, triton_launch.ENTRY)[: int(tiles.header[0])]
+        entries = tiles.tiles.view(-1, ENTRY)[: int(tiles.header[0])]
         assert len(entries) <= tiles.capacity
-        assert not tiles.arrived.any()  # ready for the next launch
-        most_parts = max(most_parts, int(entries[:, 7 if keys else 6].max()))
+        assert not tiles.workspace.arrived.any()  # ready for the next launch
+        parts = (KEY_PARTS if keys else ROW_PARTS).value
+        most_parts = max(most_parts, int(entries[:, parts].max()))
     assert most_parts > 1 or "in parts" not in name
 
 
@@ -92,7 +104,7 @@ def test_interpreted_descriptors(monkeypatch):
     for _ in range(2):  # a plan serves several layers
         together.grad = None
         scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
-        out = triton_launch.semi_local_attention_triton(q, k, v, plan, bias=None, **scale)
+        out = semi_local_attention_triton(q, k, v, plan, bias=None, **scale)
         out.backward(tensors[3].float(), retain_graph=True)
         torch.testing.assert_close(out.double(), truth[0], rtol=1e-5, atol=1e-5)
         expected = torch.cat([x.flatten(1) for x in truth[1:]], 1)
@@ -125,15 +137,108 @@ def test_interpreted_cached_attention(kind):
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_a_plan_goes_when_nothing_holds_it():
+    """Its device memory must not wait for Python's collector: no reference may lead back to it."""
+    tensors, offsets, num_targets = make_inputs([40, 9], [7, 0])
+    plan = TritonPlan(offsets, num_targets, None, 49, 40, 6, 3, 0)
+    gone = weakref.ref(plan)
+    gc.disable()
+    try:
+        run_triton(tensors, plan, None)
+        del plan
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_every_argument_of_a_kernel_is_named_once():
+    """For each kernel, with and without a bias; a launch without its output is refused."""
+    tensors, offsets, num_targets = make_inputs([40, 9], [7, 0])
+    operands = tuple(x.float() for x in tensors)
+    for tables in (None, (5, 4)):
+        plan = TritonPlan(offsets, num_targets, None, 49, 40, 6, 3, 0)
+        problem, fit = triton_launch.find_problem(operands[:3], plan, 0.5, 7, tables)
+        prepared = problem.prepare(plan, "forward", fit)
+        assert list(prepared.places) == triton_kernels.forward.arg_names
+        with pytest.raises(AssertionError, match="out"):
+            prepared.launch(fit)
+        # a second layer of the same shape finds all of it
+        assert triton_launch.find_problem(operands[:3], plan, 0.5, 7, tables)[0] is problem
+        assert problem.prepare(plan, "forward", fit) is prepared
+
+
+class CountedKernel:
+    """In a kernel's place, compiled or not: counts what is compiled and what is launched."""
+
+    arg_names: ClassVar = ["x", "num_rows", "width", "BLOCK"]
+
+    def __init__(self):
+        self.compiled, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.compiled += bool(options)  # only Triton's own dispatch takes them
+            self.launched.append((grid, arguments))
+            return self
+
+        return run
+
+
+def test_launches_of_one_form_share_what_was_compiled(monkeypatch):
+    monkeypatch.setattr(launch, "_compiled", {})
+    kernel, x = CountedKernel(), torch.zeros(64)
+
+    def call(x, num_rows, width):
+        options = {"device": x.device, "num_warps": 4}
+        launch.launch(kernel, 2, (x,), (num_rows,), (width,), (16,), **options)
+
+    call(x, 5, 64)
+    call(x, 7, 64)  # the number of rows varies
+    assert kernel.compiled == 1
+    assert kernel.launched[-1] == ((2, 1, 1), (x, 7, 64, 16))
+    call(x, 7, 32)
+    call(x[1:], 7, 32)  # no multiple of 16 bytes
+    assert kernel.compiled == 3
+    with pytest.raises(AssertionError, match="3 arguments"):
+        launch.launch(kernel, 1, (x,), (5,), (64,), (), device=x.device, num_warps=4)
+
+
+def test_plans_of_two_batches_share_what_was_compiled(monkeypatch):
+    kernel = CountedKernel()
+    kernel.arg_names = triton_kernels.forward.arg_names
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(triton_kernels, "forward", kernel)
+    monkeypatch.setattr(triton_launch, "_is_hopper", lambda device: True)
+    tensors, offsets, _ = make_inputs([40, 9], None)
+    operands = tuple(x.float() for x in tensors[:3])
+    for _ in range(2):
+        plan = TritonPlan(offsets, None, None, 49, 40, 6, 3, 0)
+        problem, fit = triton_launch.find_problem(operands, plan, 0.5, 7)
+        for _ in range(2):
+            triton_launch.launch_forward(plan, problem, fit)
+    assert (kernel.compiled, len(kernel.launched)) == (1, 4)
+
+
+def test_what_compiled_code_depends_on():
+    form, x = launch.specialised_form, torch.zeros(64)
+    assert form(7) == form(9)
+    assert len({form(1), form(7), form(16), form(2**31)}) == 4
+    assert form(x[1:]) != form(x)
+    assert form(0.5) == form(7.0)
+    with pytest.raises(AssertionError, match="SPLIT"):
+        launch.constants_of(CountedKernel(), {"BLOCK": 4, "SPLIT": True})
+
+
 def test_time_buckets_are_looked_up_without_a_logarithm():
     """Around every bucket's first second and every cell's, in both directions of time."""
-    steps = triton_launch.time_steps(torch.device("cpu")).long()
+    steps = triton_bias_inputs.time_steps(torch.device("cpu")).long()
     starts = (torch.arange(72, dtype=torch.float64) * 0.301).exp().ceil().long()
     cells = (torch.arange(508, 632, dtype=torch.int32) << 21).view(torch.float32).long()
     near = torch.cat([starts, cells])[:, None] + torch.arange(-70, 71)
     seconds = torch.cat([near.flatten(), torch.arange(5000)]).clamp(0, 2**31 - 1).to(torch.int32)
     seconds = torch.cat([seconds, -seconds])
-    cell = (seconds.float().view(torch.int32) >> 21) & (triton_launch.CELLS - 1)
+    cell = (seconds.float().view(torch.int32) >> 21) & (triton_bias_inputs.CELLS - 1)
     step, both = steps[cell].unbind(1)
     assert torch.equal(
         torch.where(seconds >= step, both >> 16, both & 0xFFFF), time_bucket(seconds, 129)

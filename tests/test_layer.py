@@ -22,10 +22,11 @@ from kernels.linear.triton_launch import LinearTile, launch_linear
 from kernels.linear.weights import cast_weight
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
-from kernels.semi_local_attention import triton_launch as attention
+from kernels.semi_local_attention import tile_table
 from kernels.stu import op
-from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
-from kernels.stu.reference import STUShape, STUWeights
+from kernels.stu.op import stu_layer
+from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.types import Sequences, STUShape, STUWeights
 from tests.support.accuracy import assert_as_accurate
 
 SMALL = STUShape(
@@ -56,7 +57,7 @@ CASES = {  # shape, dropout
 def interpreted(monkeypatch):
     """Small tiles."""
     monkeypatch.setattr(
-        attention, "tile_sizes", lambda *_, **__: attention.AttentionTile(16, 16, 4, 1)
+        tile_table, "tile_sizes", lambda *_, **__: tile_table.AttentionTile(16, 16, 4, 1)
     )
     monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
     # new tensors start as NaN, so that what is not written shows

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels.rowwise_adamw import triton_launch
 from kernels.rowwise_adamw.op import rowwise_adamw
-from kernels.rowwise_adamw.reference import Hyper
 from kernels.rowwise_adamw.triton_launch import rowwise_adamw_triton
+from kernels.rowwise_adamw.types import Hyper
 from tests.support.accuracy import assert_as_accurate
 
 IDS = {

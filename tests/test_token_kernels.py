@@ -10,7 +10,7 @@ from kernels.backend import Backend
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time import triton_launch
 from kernels.position_time.op import add_position_time
-from kernels.position_time.reference import Anchor
+from kernels.position_time.types import Anchor
 from tests.support.accuracy import assert_as_accurate
 from tests.worlds.model import make_batch, make_config, make_model
 

@@ -34,7 +34,7 @@ from benchmarks.kernels.attention_parity import (
 )
 from benchmarks.report import write_run
 from kernels.semi_local_attention.op import cached_attention, semi_local_attention
-from kernels.semi_local_attention.reference import RelativeBias
+from kernels.semi_local_attention.types import RelativeBias
 
 ROOT = Path(__file__).parents[1]
 CAUSAL: dict[str, int] = {}
@@ -187,7 +187,8 @@ def time_cached(
 
 def time_lists(timer: Timer, tokens: int = TOKENS) -> dict[str, float]:
     """Building the tile lists of 4,096 sequences (of 16 tokens), for rows and for keys."""
-    from kernels.semi_local_attention.triton_launch import AttentionTile, TritonPlan
+    from kernels.semi_local_attention.plan import TritonPlan
+    from kernels.semi_local_attention.tile_table import AttentionTile
 
     offsets = torch.arange(0, tokens + 1, 16, device=DEVICE)
     targets = torch.full((tokens // 16,), 4, dtype=torch.int32, device=DEVICE)

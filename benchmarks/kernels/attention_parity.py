@@ -9,9 +9,10 @@ from torch import Tensor
 
 from benchmarks.gpu import DEVICE, Check, generator, offsets_of
 from benchmarks.kernels.accuracy import find_stray
-from kernels.semi_local_attention import triton_launch
+from kernels.semi_local_attention import tile_table
 from kernels.semi_local_attention.op import Backend, cached_attention, semi_local_attention
-from kernels.semi_local_attention.reference import RelativeBias, relative_bias, semi_local_mask
+from kernels.semi_local_attention.reference import relative_bias, semi_local_mask
+from kernels.semi_local_attention.types import RelativeBias
 
 SEMI_LOCAL = {"window": 256, "full_rows": 256}
 
@@ -273,7 +274,7 @@ def smoke_checks() -> list[Check]:
 
     A program past the end of its list costs the interpreter as much as any other.
     """
-    triton_launch.SPLIT_PROGRAMS = 4
+    tile_table.SPLIT_PROGRAMS = 4
     tiny = Case(
         (21, 0, 9),
         (3, 0, 9),

@@ -60,8 +60,9 @@ from kernels.linear.triton_launch import launch_linear
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.position_time.op import add_position_time
 from kernels.position_time.triton_launch import launch_add, launch_table_gradients
-from kernels.stu.op import RECOMPUTABLE, stu_layer
-from kernels.stu.reference import STUShape, STUWeights
+from kernels.stu.op import stu_layer
+from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.types import STUShape, STUWeights
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,10 +20,11 @@ from kernels.linear.triton_launch import launch_linear
 from kernels.norm_gate.reference import norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.position_time.op import add_position_time
-from kernels.position_time.reference import Anchor
-from kernels.semi_local_attention import triton_launch
-from kernels.stu.op import RECOMPUTABLE, Sequences, stu_layer
-from kernels.stu.reference import STUShape, STUWeights
+from kernels.position_time.types import Anchor
+from kernels.semi_local_attention import tile_table
+from kernels.stu.op import stu_layer
+from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.types import Sequences, STUShape, STUWeights
 
 LAYER = STUShape(
     num_heads=4,
@@ -391,7 +392,7 @@ def smoke_checks() -> list[Check]:
 
     A program past the end of its list costs the interpreter as much as any other.
     """
-    triton_launch.SPLIT_PROGRAMS = 4
+    tile_table.SPLIT_PROGRAMS = 4
     tiny = replace(
         LAYER, num_heads=1, d_qk=16, d_v=16, window=4, full_rows=3, recompute=RECOMPUTABLE
     )

@@ -12,7 +12,7 @@ from kernels.int4_embedding.op import look_up, quantize
 from kernels.int4_embedding.reference import quantize_reference
 from kernels.jagged.op import concatenate, split, truncate_tail
 from kernels.rowwise_adamw.op import rowwise_adamw
-from kernels.rowwise_adamw.reference import Hyper
+from kernels.rowwise_adamw.types import Hyper
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
 
 

@@ -33,7 +33,8 @@ from kernels.semi_local_attention import op as attention
 from kernels.semi_local_attention import triton_kernels as attention_kernels
 from kernels.semi_local_attention import triton_launch, triton_tiles
 from kernels.stu import op as stu
-from kernels.stu.reference import STUShape, STUWeights
+from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.types import Sequences, STUShape, STUWeights
 from pipeline.train.loop import Trainee
 
 KERNELS = (
@@ -79,8 +80,8 @@ VIEWS = {  # calls that launch nothing on a GPU
 class Nothing:
     """In a kernel's place, compiled or not."""
 
-    def __init__(self, name: str, launches: Counter) -> None:
-        self.name, self.launches = name, launches
+    def __init__(self, name: str, arg_names: list[str], launches: Counter) -> None:
+        self.name, self.arg_names, self.launches = name, arg_names, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., "Nothing"]:
         return self.run
@@ -96,7 +97,7 @@ def without_kernels() -> Counter:
     for module in KERNELS:
         for name, kernel in list(vars(module).items()):
             if isinstance(kernel, triton.runtime.jit.JITFunction):
-                setattr(module, name, Nothing(name, launches))
+                setattr(module, name, Nothing(name, kernel.arg_names, launches))
     chosen = backend.choose
     for op in (stu, jagged, rowwise_adamw):
         op.choose = lambda name, x: "triton" if name == "auto" else chosen(name, x)
@@ -136,7 +137,7 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
     scale = {"attn_alpha": 0.1, "scaling_seq_len": 64}
     shape = STUShape(
         num_heads=heads, d_qk=width, d_v=width, norm_eps=1e-6, window=4, full_rows=3, prefix=0, **scale,
-        recompute=stu.RECOMPUTABLE,
+        recompute=RECOMPUTABLE,
     )  # fmt: skip
     d, all_heads = 64, heads * width
     sizes = [
@@ -150,7 +151,7 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
         (d,),
     ]
     weights = STUWeights(*(torch.nn.Parameter(torch.randn(size, **half)) for size in sizes))
-    x, rows = torch.randn(tokens, d, **half, requires_grad=True), stu.Sequences(offsets, 14)
+    x, rows = torch.randn(tokens, d, **half, requires_grad=True), Sequences(offsets, 14)
 
     def attend() -> torch.Tensor:
         return attention.semi_local_attention(q, k, v, offsets, **mask, **scale, backend="triton")
@@ -191,7 +192,7 @@ def count_step(token_backend: str, launches: Counter) -> tuple[int, Counter]:
     settings = {
         **ULTRA,
         "dropout": 0.1,
-        "recompute": list(stu.RECOMPUTABLE),
+        "recompute": list(RECOMPUTABLE),
         "token_backend": token_backend,
     }
     cfg = model_config(settings, layers=12, heads=4, width=16)

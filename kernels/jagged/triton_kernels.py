@@ -73,8 +73,8 @@ def truncate_tail(
     num_rows,  # of what is written
     num_sequences,
     steps,
-    width,
     num_context,
+    width,
     BACKWARD: tl.constexpr,  # short → long, zeros where nothing was kept; otherwise long → short
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,

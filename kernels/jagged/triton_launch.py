@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.jagged import triton_kernels
-from kernels.launch import cdiv, next_power_of_2
+from kernels.launch import cdiv, launch, next_power_of_2
 
 TILE = 4096  # elements of a program's tile: 32 a thread
 WIDEST = 512
@@ -16,27 +16,28 @@ def _launch(
     num_rows: int,
     num_sequences: int,
     *tensors: Tensor,
+    backward: bool,
     extra: tuple[int, ...] = (),
-    **flags,
 ) -> None:
+    """Copies of `num_rows` rows; `backward` is the kernel's one flag, SPLIT or BACKWARD."""
     width = tensors[0].shape[1]
     if num_rows * width == 0:
         return
+
     block_e = min(next_power_of_2(width), WIDEST)
     block_t = max(TILE // block_e, 1)
     steps = num_sequences.bit_length()  # bisecting B sequences takes so many
-    grid = cdiv(num_rows, block_t), cdiv(width, block_e)
-    tensors = [x.contiguous() for x in tensors]
-    kernel[grid](
-        *tensors,
-        num_rows,
-        num_sequences,
-        steps,
-        width,
-        *extra,
-        **flags,
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
+    launch(
+        kernel,
+        cdiv(num_rows, block_t),
+        tuple([x.contiguous() for x in tensors]),
+        (num_rows, num_sequences, steps, *extra),
+        (width,),
+        (backward, block_t, block_e),
+        device=tensors[0].device,
+        num_warps=4,
+        num_stages=3,
+        columns=cdiv(width, block_e),
     )
 
 
@@ -48,7 +49,7 @@ def _join(left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tens
         len(whole),
         len(left_offsets) - 1,
         *tensors,
-        SPLIT=False,
+        backward=False,
     )
     return whole
 
@@ -60,7 +61,11 @@ def _part(
     right = whole.new_empty(len(whole) - num_left, whole.shape[1])
     tensors = whole, left, right, left_offsets, right_offsets
     _launch(
-        triton_kernels.concatenate_or_split, len(whole), len(left_offsets) - 1, *tensors, SPLIT=True
+        triton_kernels.concatenate_or_split,
+        len(whole),
+        len(left_offsets) - 1,
+        *tensors,
+        backward=True,
     )
     return left, right
 
@@ -107,7 +112,7 @@ class TruncateTail(torch.autograd.Function):
             len(offsets) - 1,
             *tensors,
             extra=(num_context,),
-            BACKWARD=False,
+            backward=False,
         )
         return short
 
@@ -124,6 +129,6 @@ class TruncateTail(torch.autograd.Function):
             len(offsets) - 1,
             *tensors,
             extra=extra,
-            BACKWARD=True,
+            backward=True,
         )
         return long, None, None, None, None

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, choose, require
-from kernels.position_time.reference import BUCKETS, Anchor, position_time_reference
+from kernels.position_time.reference import BUCKETS, position_time_reference
+from kernels.position_time.types import Anchor
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32
 

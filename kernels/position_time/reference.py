@@ -1,12 +1,11 @@
 """Which row of the position and of the time table a token has, and their sum, in plain PyTorch."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Anchor = Literal["event", "query"]
+from kernels.position_time.types import Anchor
+
 OCTAVES = 32  # the time buckets cover gaps up to 2**32 ms, 50 days
 MS_PER_BUCKET = 60_000  # of an age, under the square root
 

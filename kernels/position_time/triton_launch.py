@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.position_time import triton_kernels
-from kernels.position_time.reference import Anchor
+from kernels.position_time.types import Anchor
 
 TILE = 2048  # numbers that a program of the forward kernel holds: 16 a thread
 # Places of sorted keys that a program sums, and columns, by the bytes of a number: float32 has no

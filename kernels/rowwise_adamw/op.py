@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, choose, require
-from kernels.rowwise_adamw.reference import Hyper, rows_and_sums, rowwise_adamw_reference
+from kernels.rowwise_adamw.reference import rows_and_sums, rowwise_adamw_reference
+from kernels.rowwise_adamw.types import Hyper
 
 
 @torch.no_grad()

@@ -1,24 +1,9 @@
 """Row-wise AdamW on distinct rows, in plain PyTorch."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Hyper:
-    """What a step needs beside tensors; `step` counts from 1."""
-
-    step: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-
-    @property
-    def corrections(self) -> tuple[float, float]:
-        return 1 - self.betas[0] ** self.step, 1 - self.betas[1] ** self.step
+from kernels.rowwise_adamw.types import Hyper
 
 
 def rowwise_adamw_reference(

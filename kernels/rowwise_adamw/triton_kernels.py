@@ -72,7 +72,6 @@ def update_rows(
     v,  # float32 [R]
     grad_scale,  # float32 []: gradients are divided by it; infinity: nothing is changed
     num_ids,
-    dim,
     first_row,  # of the block that the table is, in a larger one
     step,
     lr,
@@ -82,6 +81,7 @@ def update_rows(
     correct2,
     eps,
     weight_decay,
+    dim,
     MOMENTUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,8 +122,8 @@ def update_rows(
 
 @triton.jit(do_not_specialize=["num_ids", "first_row", "step"])
 def finish_rows(
-    ids, partial, weight, m, v, grad_scale, num_ids, dim, first_row, step, lr, share1, share2, correct1, correct2,
-    eps, weight_decay, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    ids, partial, weight, m, v, grad_scale, num_ids, first_row, step, lr, share1, share2, correct1, correct2,
+    eps, weight_decay, dim, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: the row whose run begins there and goes on, if there is one."""
     if tl.load(grad_scale) == float("inf"):

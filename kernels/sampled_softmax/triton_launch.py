@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.launch import cdiv, next_power_of_2
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.sampled_softmax import triton_kernels
 from kernels.sampled_softmax.reference import NORM_EPS, normalise
 from kernels.sampled_softmax.torch_chunked import through_norm
@@ -12,9 +12,10 @@ TILE = 4096  # numbers of a program's block of vectors: 32 a thread
 LONGEST_PART = 4096  # pairs of an item that one program adds where all items have more
 
 
-def _blocks(dim: int) -> dict[str, int]:
+def _blocks(dim: int) -> tuple[int, int]:
+    """BLOCK_R, BLOCK_D."""
     block_d = next_power_of_2(dim)
-    return {"BLOCK_R": min(max(TILE // block_d, 1), 128), "BLOCK_D": block_d}
+    return min(max(TILE // block_d, 1), 128), block_d
 
 
 def forward(
@@ -29,9 +30,17 @@ def forward(
     )
     grad = torch.empty(num_positions, dim, dtype=torch.float32, device=users.device)
     if num_positions:
-        sizes = negatives.shape[1], dim, 1 / temperature
-        tensors = users, items, positives, negatives, loss, lse, grad
-        triton_kernels.forward[(num_positions,)](*tensors, *sizes, **_blocks(dim))
+        launch(
+            triton_kernels.forward,
+            num_positions,
+            (users, items, positives, negatives, loss, lse, grad),
+            (negatives.shape[1],),
+            (dim, 1 / temperature),
+            _blocks(dim),
+            device=users.device,
+            num_warps=4,
+            num_stages=3,
+        )
     return loss, lse, grad
 
 
@@ -52,14 +61,22 @@ def item_gradients(
     factor = share / temperature
     per_norm = 1 / torch.linalg.vector_norm(users, dim=1, dtype=torch.float32).clamp(min=NORM_EPS)
     tensors = users, items, per_norm, lse - factor.log(), factor * torch.expm1(-loss), order, starts
-    sizes = columns, dim, 1 / temperature
     num_parts = min(cdiv(len(order), num_items * LONGEST_PART), 64) if num_items else 1
-    blocks = _blocks(dim)
     grad = torch.empty(num_items, num_parts, dim, dtype=torch.float32, device=items.device)
     if num_items == 0:
         return grad[:, 0]
-    triton_kernels.item_gradients[(num_items, num_parts)](
-        *tensors, grad, num_parts, *sizes, SPLIT=num_parts > 1, **blocks
+
+    launch(
+        triton_kernels.item_gradients,
+        num_items,
+        (*tensors, grad),
+        (num_parts, columns),
+        (dim, 1 / temperature),
+        (num_parts > 1, *_blocks(dim)),
+        device=items.device,
+        num_warps=4,
+        num_stages=3,
+        columns=num_parts,
     )
     if num_parts == 1:
         return grad[:, 0]

@@ -17,7 +17,6 @@ from torch import Tensor
 from kernels.backend import Backend, require_triton
 from kernels.backend import require as _require
 from kernels.semi_local_attention.reference import (
-    RelativeBias,
     cached_attention_reference,
     semi_local_attention_reference,
 )
@@ -26,6 +25,7 @@ from kernels.semi_local_attention.torch_blocked import (
     plan_tiles,
     semi_local_attention_blocked,
 )
+from kernels.semi_local_attention.types import RelativeBias
 
 Plan = TypeVar("Plan")
 TRITON_TYPES = torch.float16, torch.bfloat16, torch.float32
@@ -161,19 +161,35 @@ def triton_plan(
     prefix: int,
 ):
     """The `TritonPlan` of a batch and a mask, one for all layers."""
-    from kernels.semi_local_attention import (
-        triton_launch,  # where Triton is not installed, CPUs still work
-    )
-
     mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
-    return _shared_plan(
-        seq_offsets,
-        ("triton", *mask),
-        tensors,
-        lambda: triton_launch.TritonPlan(
-            seq_offsets.detach(), *tensors, num_tokens, max_seq_len, *mask
-        ),
-    )
+
+    def build_plan():
+        # where Triton is not installed, CPUs still work
+        from kernels.semi_local_attention.plan import TritonPlan
+
+        return TritonPlan(seq_offsets.detach(), *tensors, num_tokens, max_seq_len, *mask)
+
+    return _shared_plan(seq_offsets, ("triton", *mask), tensors, build_plan)
+
+
+def _cached_plan(
+    num_rows: int,
+    row_offsets: Tensor,
+    num_keys: int,
+    cache_offsets: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+):
+    """The `TritonPlan` of new rows over cached keys."""
+
+    def build_plan():
+        from kernels.semi_local_attention.plan import TritonPlan
+
+        offsets = cache_offsets.detach(), row_offsets.detach()
+        return TritonPlan(*offsets, visible, num_rows, num_keys, None, 0, 0, cached=True)
+
+    mask, tensors = ("cached", causal), (cache_offsets, visible)
+    return _shared_plan(row_offsets, mask, tensors, build_plan)
 
 
 def semi_local_attention(
@@ -226,6 +242,7 @@ def semi_local_attention(
     )
     if not q_THD.is_cuda:
         _check_lengths(len(q_THD), seq_offsets, max_seq_len, num_targets, target_visible)
+
     scale = {"attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
     if backend == "reference":
@@ -235,14 +252,16 @@ def semi_local_attention(
             q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale
         )
         return out.to(out_dtype or q_THD.dtype)
+
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
         _require_triton(q_THD, v_THV.shape[2])
-        from kernels.semi_local_attention import triton_launch
+        from kernels.semi_local_attention.triton_autograd import semi_local_attention_triton
 
         plan = triton_plan(len(q_THD), seq_offsets, max_seq_len, *tensors, *mask)
-        return triton_launch.semi_local_attention_triton(
+        return semi_local_attention_triton(
             q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
         )
+
     _require(
         backend in ("auto", "torch"),
         f"backend must be auto, triton, torch or reference, got {backend!r}",
@@ -253,6 +272,36 @@ def semi_local_attention(
     return semi_local_attention_blocked(
         q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
     )
+
+
+def _check_cached(
+    q_CHD: Tensor,
+    own_k_CHD: Tensor,
+    own_v_CHV: Tensor,
+    row_offsets: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    cache_offsets: Tensor,
+) -> None:
+    q, k, v = q_CHD.shape, k_THD.shape, v_THV.shape
+    _require(
+        len(q) == len(k) == len(v) == 3,
+        f"q, k, v must be [C, H, D], [T, H, D], [T, H, V], got {q}, {k}, {v}",
+    )
+    _require(
+        q[1:] == k[1:] and k[:2] == v[:2],
+        f"q, k must be [·, H, D] and v [T, H, V], got {q}, {k}, {v}",
+    )
+    own = own_k_CHD.shape, own_v_CHV.shape
+    _require(
+        own == (q, (*q[:2], v[2])),
+        f"own_k must be {q} and own_v {(*q[:2], v[2])}, got {own[0]} and {own[1]}",
+    )
+    dtypes = {x.dtype for x in (q_CHD, own_k_CHD, own_v_CHV, k_THD, v_THV)}
+    _require(len(dtypes) == 1, f"q, k, v must have one type, got {sorted(map(str, dtypes))}")
+    offsets = row_offsets.dtype, cache_offsets.dtype, row_offsets.shape, cache_offsets.shape
+    same = offsets[:2] == (torch.int64, torch.int64) and offsets[2] == offsets[3]
+    _require(same, f"row_offsets and cache_offsets must be int64 [B + 1], got {offsets}")
 
 
 def cached_attention(
@@ -281,54 +330,25 @@ def cached_attention(
     Raises:
         ValueError: on shapes and types that do not fit.
     """
-    q, k, v = q_CHD.shape, k_THD.shape, v_THV.shape
-    _require(
-        len(q) == len(k) == len(v) == 3,
-        f"q, k, v must be [C, H, D], [T, H, D], [T, H, V], got {q}, {k}, {v}",
-    )
-    _require(
-        q[1:] == k[1:] and k[:2] == v[:2],
-        f"q, k must be [·, H, D] and v [T, H, V], got {q}, {k}, {v}",
-    )
-    own = own_k_CHD.shape, own_v_CHV.shape
-    _require(
-        own == (q, (*q[:2], v[2])),
-        f"own_k must be {q} and own_v {(*q[:2], v[2])}, got {own[0]} and {own[1]}",
-    )
-    dtypes = {x.dtype for x in (q_CHD, own_k_CHD, own_v_CHV, k_THD, v_THV)}
-    _require(len(dtypes) == 1, f"q, k, v must have one type, got {sorted(map(str, dtypes))}")
-    offsets = row_offsets.dtype, cache_offsets.dtype, row_offsets.shape, cache_offsets.shape
-    same = offsets[:2] == (torch.int64, torch.int64) and offsets[2] == offsets[3]
-    _require(same, f"row_offsets and cache_offsets must be int64 [B + 1], got {offsets}")
-    _require(visible is None or visible.shape == q[:1], f"visible must be [{q[0]}], one per row")
+    _check_cached(q_CHD, own_k_CHD, own_v_CHV, row_offsets, k_THD, v_THV, cache_offsets)
+    of_rows = visible is None or visible.shape == q_CHD.shape[:1]
+    _require(of_rows, f"visible must be [{len(q_CHD)}], one per row")
     _require(
         not (causal and visible is not None),
         "visible is for candidates, causal for new events: give one of them",
     )
+
     options = {"causal": causal, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     tensors = q_CHD, own_k_CHD, own_v_CHV
     cache = k_THD, v_THV, cache_offsets
     if backend == "triton" or (backend == "auto" and q_CHD.is_cuda):
         _require_triton(q_CHD, v_THV.shape[2])
-        from kernels.semi_local_attention import triton_launch
+        from kernels.semi_local_attention.triton_autograd import cached_attention_triton
 
-        plan = _shared_plan(
-            row_offsets,
-            ("cached", causal),
-            (cache_offsets, visible),
-            lambda: triton_launch.TritonPlan(
-                cache_offsets.detach(),
-                row_offsets.detach(),
-                visible,
-                len(q_CHD),
-                len(k_THD),
-                None,
-                0,
-                0,
-                cached=True,
-            ),
-        )
-        return triton_launch.cached_attention_triton(*tensors, k_THD, v_THV, plan, **options)
+        sizes = len(q_CHD), row_offsets, len(k_THD), cache_offsets
+        plan = _cached_plan(*sizes, visible, causal)
+        return cached_attention_triton(*tensors, k_THD, v_THV, plan, **options)
+
     _require(
         backend in ("auto", "torch", "reference"),
         f"backend must be auto, triton, torch or reference: {backend!r}",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels.semi_local_attention.reference import RelativeBias, time_bucket, whole_seconds
+from kernels.semi_local_attention.types import RelativeBias, time_bucket, whole_seconds
 
 TILE = 64  # rows and keys of a tile
 CHUNK = 2**18  # scores held at a time: 1 MiB in float32, which stays in a core's cache

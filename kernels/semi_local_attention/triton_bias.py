@@ -9,14 +9,14 @@ import math
 import triton
 import triton.language as tl
 
-from kernels.semi_local_attention.reference import LOG_BUCKET
+from kernels.semi_local_attention.types import LOG_BUCKET
 
 LATEST = tl.constexpr(2**31 - 1)
 CELLS = tl.constexpr(2**11)  # of `time_steps`
 BUCKETS_PER_OCTAVE = tl.constexpr(math.log(2) / LOG_BUCKET)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_times", "reach"])
 def spread_tables(
     position_table, time_table,  # float32 [P], [N]
     steps,  # int32 [CELLS, 2], of `time_steps`

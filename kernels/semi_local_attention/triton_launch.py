@@ -1,241 +1,126 @@
-"""Launches of the Triton kernels: tile lists of a batch, tile sizes, tensor descriptors, autograd.
+"""Launches of the attention kernels: what all layers of a batch share is prepared once.
 
-Nothing here reads a value from the device: grids are bounded by what the host knows, and a program
-past the end of
-its list returns at once.
+    plan + operands → AttentionProblem → PreparedLaunch of a kernel → one launch a layer
+
+A layer then fills in its own tensors, by name. Nothing here reads a value from the device.
 """
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import next_power_of_2
-from kernels.semi_local_attention import triton_bias, triton_kernels, triton_tiles
-from kernels.semi_local_attention.reference import (
-    LOG_BUCKET,
-    RelativeBias,
-    time_bucket,
-    whole_seconds,
-)
+from kernels.launch import compiled_under, keep_compiled, next_power_of_2, specialised_form
+from kernels.semi_local_attention import tile_table, triton_kernels
+from kernels.semi_local_attention.plan import TileList, TritonPlan
+from kernels.semi_local_attention.tile_table import AttentionTile
+from kernels.semi_local_attention.triton_bias_inputs import BiasInputs, units_per_one
 
-# tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors
-SPLIT_PROGRAMS = 576
-SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
-ENTRY = triton_tiles.ENTRY.value
-CELLS = triton_bias.CELLS.value
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTile:
-    """Tile sizes of a kernel: `rows` queries, `keys` keys."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def tile_sizes(
-    kernel: str,
-    width: int,
-    *,
-    half: bool,
-    banded: bool,
-    biased: bool,
-    max_seq_len: int,
-    hopper: bool,
-):
-    """The static table, measured on an H100 (benchmarks/NOTES.md); `width` is the wider head, a
-    power of two.
-
-    Two programs of four warps on a multiprocessor beat one of eight: stock Triton waits for both
-    products in every step, so only another program can overlap with the activation.
-    """
-    if not half:
-        return AttentionTile(32, 32 if width <= 64 else 16, 4, 2)
-    if width > 128 and hopper and not biased:
-        causal = (
-            AttentionTile(128, 64, 8, 2) if kernel == "forward" else AttentionTile(64, 64, 8, 2)
-        )
-        return AttentionTile(64, 32, 4, 2) if banded and kernel == "forward" else causal
-    if biased and hopper and width <= 128:
-        return {
-            "forward": AttentionTile(64, 64, 4, 2),
-            "backward_queries": AttentionTile(64, 32, 4, 2),
-        }.get(kernel, AttentionTile(32, 64, 4, 3))
-    if width > 128 or not hopper:
-        return AttentionTile(32, 32, 4, 2) if width > 128 else AttentionTile(64, 32, 4, 2)
-    if width <= 64:
-        stages = {"backward_queries": 4, "backward_keys": 2} if width <= 32 else {}
-        return AttentionTile(64, 64, 4, stages.get(kernel, 3))
-    if kernel == "backward_queries" and not banded and max_seq_len >= 1024:
-        return AttentionTile(128, 64, 8, 3)
-    if kernel.startswith("backward"):
-        return AttentionTile(64, 64, 4, 2)
-    if max_seq_len <= 1024:
-        return AttentionTile(64, 32, 4, 3)
-    return AttentionTile(64, 64, 4, 3) if banded else AttentionTile(128, 64, 4, 2)
+OPERANDS = {
+    "forward": ("q", "k", "v"),
+    "forward_cached": ("q", "k", "v", "own_k", "own_v"),
+    "backward_queries": ("q", "k", "v", "grad"),
+    "backward_keys": ("q", "k", "v", "grad"),
+}
+ROW_OPERANDS = ("q", "grad")  # read in tiles of rows, the others in tiles of keys
+STRIDES = {"q": "q", "k": "k", "v": "v", "grad": "g", "own_k": "o", "own_v": "p"}
+PARTIALS = {  # the names of partial sums
+    "forward": ("partial",),
+    "forward_cached": ("partial",),
+    "backward_queries": ("partial",),
+    "backward_keys": ("partial_k", "partial_v"),
+}
+OF_BIAS = ("positions", "cells", "event_time", "query_time")
+OF_BIAS_GRADIENTS = ("d_position", "d_time", "per_unit")
+SLOPES = ("slope_q", "slope_k", "slope_v")
 
 
-@dataclass(frozen=True, slots=True)
-class TileList:
-    tiles: Tensor  # int32 [capacity, ENTRY]
-    header: Tensor  # int32 [2]
-    arrived: Tensor  # int32 [slots, H], zeros between launches
-    capacity: int
-    slots: int
-    partials: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    sums: dict[int, Tensor] = field(default_factory=dict)
+class GradStores(NamedTuple):
+    """Where a backward kernel's gradients go."""
 
-    def row_sums(self, width: int) -> Tensor:
-        """Room for the sum of each tile's rows, [capacity, width]. A tile's is written by its first
-        entry's number, so that always the same rows stay zero, and a launch need not clear it for
-        the next."""
-        if width not in self.sums:
-            self.sums[width] = torch.zeros(
-                self.capacity, width, dtype=torch.float32, device=self.tiles.device
-            )
-        return self.sums[width]
-
-    def partial(self, *shape: int) -> Tensor:
-        """Room for the sums of cut tiles, [slots, *shape]; kernels that follow each other share it."""
-        if shape not in self.partials:
-            self.partials[shape] = torch.empty(
-                self.slots, *shape, dtype=torch.float32, device=self.tiles.device
-            )
-        return self.partials[shape]
-
-
-@dataclass
-class TritonPlan:
-    """The mask of a batch; its tile lists are built on the device at first use and serve all layers
-    and backward.
-
-    Launches that share a plan must follow each other on one stream: the counters of cut tiles are
-    shared.
-    """
-
-    seq_offsets: Tensor  # with `cached`, of the cache
-    num_targets: Tensor | None  # with `cached`, the offsets of the new rows, int64 [B + 1]
-    target_visible: Tensor | None
-    num_tokens: int
-    max_seq_len: int
-    window: int | None
-    full_rows: int
-    prefix: int
-    cached: bool = False
-    lists: dict[tuple[bool, int, int, int], TileList] = field(default_factory=dict)
-    problems: dict[tuple, "AttentionProblem"] = field(default_factory=dict)
-
-    def tile_list(self, keys: bool, tile: AttentionTile, heads: int) -> TileList:
-        """Tiles of keys for dk and dv, or of rows."""
-        place = keys, tile.rows, tile.keys, heads
-        if place not in self.lists:
-            self.lists[place] = _build_list(self, keys, tile, heads)
-        return self.lists[place]
-
-
-def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -> TileList:
-    """Two launches. The capacity bounds what any lengths with these sums need: whole tiles, a
-    broken tile per kind and sequence, and the parts, of which `count_tiles` allows SPLIT_PROGRAMS /
-    heads beyond one per tile."""
-    offsets, device = plan.seq_offsets, plan.seq_offsets.device
-    num_sequences = len(offsets) - 1
-    banded, candidates = plan.window is not None, plan.num_targets is not None
-    kinds = 1 + (not plan.cached) * (candidates + (banded and not keys))
-    extra = -(-SPLIT_PROGRAMS // heads)
-    capacity = plan.num_tokens // (tile.keys if keys else tile.rows) + kinds * num_sequences + extra
-    flat = torch.empty(2 + 3 * num_sequences + capacity * ENTRY, dtype=torch.int32, device=device)
-    header, first, tiles = flat.split([2, 3 * num_sequences, capacity * ENTRY])
-    arrived = torch.zeros(2 * extra * heads, dtype=torch.int32, device=device)
-    targets = offsets if plan.num_targets is None else plan.num_targets
-    visible = offsets if plan.target_visible is None else plan.target_visible
-    kinds_of = {"BANDED": banded, "CANDIDATES": candidates}
-    sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    block = min(4096, next_power_of_2(num_sequences))
-    triton_tiles.count_tiles[(1,)](
-        offsets, targets, header, first, num_sequences, plan.full_rows, plan.prefix, KEYS=keys, CACHED=plan.cached,
-        HEADS=heads, SPLIT_PROGRAMS=SPLIT_PROGRAMS, SHORTEST_PART=SHORTEST_PART, BLOCK_B=block, **kinds_of, **sizes,
-        num_warps=min(16, max(1, block // 128)),
-    )  # fmt: skip
-    longest = plan.max_seq_len // (tile.keys if keys else tile.rows) + 2
-    block = max(16, min(128, next_power_of_2(longest)))
-    if keys:
-        has_visible = plan.target_visible is not None
-        triton_tiles.write_key_tiles[(num_sequences,)](
-            offsets, targets, visible, header, first, tiles, num_sequences, plan.full_rows, plan.prefix,
-            VISIBLE=has_visible, BLOCK_E=block, **kinds_of, **sizes, num_warps=2,
-        )  # fmt: skip
-    else:
-        triton_tiles.write_row_tiles[(num_sequences,)](
-            offsets, targets, header, first, tiles, num_sequences, plan.full_rows, CACHED=plan.cached, BLOCK_E=block,
-            **kinds_of, **sizes, num_warps=1,
-        )  # fmt: skip
-    return TileList(tiles, header, arrived, capacity, 2 * extra)
+    strides: tuple[tuple[str, int], ...]  # argument, distance of rows
+    widths: tuple[int, int]  # of the heads of q and k, and of v, as they are stored
+    sloped: bool  # each gradient is multiplied by a slope
+    summed: int  # width of the rows' sums, 0 without
 
 
 @dataclass(slots=True)
 class PreparedLaunch:
-    """All of a kernel's launch that is the same for every layer: what is left to fill in are the
-    tensors.
+    """A kernel's launch but for the tensors of a layer.
+
+    `arguments` has all of them in the kernel's order. A layer's own are missing: None where it must
+    bring one, a stand-in that the kernel never reads where it need not.
     """
 
     kernel: Any
     tile: AttentionTile
     programs: int
-    # of the operands, none with pointers; their `base` is set at each launch
-    descriptors: list[TensorDescriptor]
-    partials: tuple[Tensor, ...]
-    lists: tuple[Tensor, ...]
-    numbers: tuple[object, ...]
-    unused: Tensor  # stands for the bias where there is none
-    row_sums: Tensor  # or `unused`
+    descriptors: list[TensorDescriptor]  # of the operands, none with pointers
+    arguments: tuple[Any, ...]
+    places: dict[str, int]  # of the arguments
+    row_sums: Tensor | None
     compiled: Any = None
 
-    def launch(self, operands: tuple[Tensor, ...], *arguments: Tensor) -> None:
-        """The compiled kernel is kept and launched directly: going through the arguments again to
-        find it costs more than the launch. With descriptors, nothing that its choice depends on
-        differs between layers of one shape."""
-        sources: list[Any] = list(operands)
-        for i, descriptor in enumerate(self.descriptors):
+    def launch(self, operands: tuple[Tensor, ...], **tensors: Tensor) -> None:
+        """One launch, of operands (the kernel's first arguments) and other tensors by name.
+
+        With descriptors nothing that compiled code depends on differs between layers of one shape,
+        so the compiled kernel is kept here and called directly.
+        """
+        places, descriptors = self.places, self.descriptors
+        arguments = list(self.arguments)
+        for name, tensor in tensors.items():
+            arguments[places[name]] = tensor
+        arguments[: len(operands)] = descriptors or operands
+        for i, descriptor in enumerate(descriptors):
             descriptor.base = operands[i]
-            sources[i] = descriptor
-        everything = *sources, *arguments, *self.partials, *self.lists, *self.numbers
+
         if self.compiled is None:
-            options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-            compiled = self.kernel[(self.programs,)](*everything, **options)
-            if self.descriptors:
-                self.compiled = compiled
+            self._launch_first(arguments)
         else:
-            self.compiled[(self.programs, 1, 1)](*everything)
-        for descriptor in self.descriptors:
+            self.compiled[(self.programs, 1, 1)](*arguments)
+
+        for descriptor in descriptors:
             descriptor.base = None  # a plan must not keep a layer's tensors
 
+    def _launch_first(self, arguments: list[Any]) -> None:
+        missing = [name for name, place in self.places.items() if arguments[place] is None]
+        assert not missing, f"no {missing} given to {self.kernel}"
+        run = self.kernel[(self.programs,)]
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        if not self.descriptors:
+            run(*arguments, **options)
+            return
 
-@dataclass(frozen=True, slots=True)
-class GradStores:
-    """Where a backward kernel's gradients go."""
+        key = self._cache_key(arguments)
+        self.compiled = compiled_under(key)
+        if self.compiled is None:
+            self.compiled = run(*arguments, **options)
+            keep_compiled(key, self.kernel, self.compiled)
+        else:
+            self.compiled[(self.programs, 1, 1)](*arguments)
 
-    strides: tuple[int, ...]  # of their rows, and last of the slopes' rows
-    widths: tuple[int, int]  # of their heads, for q and k, and for v
-    sloped: bool
-    summed: int = 0  # width of the rows' sums, 0 without
+    def _cache_key(self, arguments: list[Any]) -> tuple:
+        """What compiled code depends on; constants are written in capitals."""
+        forms = [
+            x if name.isupper() else specialised_form(x)
+            for name, x in zip(self.places, arguments, strict=True)
+        ]
+        device = arguments[self.places["tiles"]].device
+        return id(self.kernel), device, *forms, self.tile.warps, self.tile.stages
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """What the launches of one layer shape share.
+    """What the launches of one layer shape share. Layers of a model have one shape.
 
-    Layers of a model have one shape, so a plan keeps its problems.
+    It does not hold the plan that holds it.
     """
 
-    plan: TritonPlan
     alpha: float
     scale: float
     heads: int
@@ -246,108 +131,25 @@ class AttentionProblem:
     hopper: bool
     tables: tuple[int, int] | None  # entries of the bias tables
     on_gpu: bool  # rather than in the interpreter
-    prepared: dict[tuple[str, "GradStores | None"], PreparedLaunch] = field(default_factory=dict)
+    prepared: dict[tuple, PreparedLaunch] = field(default_factory=dict)
 
     def prepare(
         self,
+        plan: TritonPlan,
         name: str,
         operands: tuple[Tensor, ...],
+        grads: GradStores | None = None,
         causal: bool = False,
-        grads: "GradStores | None" = None,
     ) -> PreparedLaunch:
-        """The launch of a kernel; `operands` are its first arguments, of which only shapes and
-        strides count.
-        """
+        """The launch of a kernel; only shapes and strides of the operands count."""
         key = name, grads
-        if key not in self.prepared:
-            self.prepared[key] = self._prepare(name, operands, causal, grads)
-        return self.prepared[key]
-
-    def _prepare(
-        self, name: str, operands: tuple[Tensor, ...], causal: bool, grads: "GradStores | None"
-    ) -> PreparedLaunch:
-        plan, keys, cached = self.plan, name == "backward_keys", name == "forward_cached"
-        half = self.dtype.itemsize == 2
-        tile = tile_sizes(
-            name.removesuffix("_cached"), max(self.d_qk, self.d_v), half=half, banded=plan.window is not None,
-            biased=self.tables is not None, max_seq_len=plan.max_seq_len, hopper=self.hopper,
-        )  # fmt: skip
-        tiles = plan.tile_list(keys, tile, self.heads)
-        widths = {"backward_queries": (self.d_qk,), "backward_keys": (self.d_qk, self.d_v)}.get(
-            name, (self.d_v,)
-        )
-        partials = tuple(
-            tiles.partial(self.heads, tile.keys if keys else tile.rows, width) for width in widths
-        )
-        if len(partials) == 2 and widths[0] == widths[1]:
-            partials = partials[0], torch.empty_like(partials[0])
-        visible = tiles.tiles if plan.target_visible is None else plan.target_visible
-        strides = [s for x in operands for s in x.stride()[:2]]
-        if cached:
-            sizes = len(operands[0]), len(operands[1]), *strides
-            flags = causal, plan.target_visible is not None
-        else:
-            has_prefix = plan.prefix > 0 and plan.window is not None
-            sizes = (
-                plan.num_tokens,
-                *strides,
-                *(self.tables or (1, 1)),
-                plan.max_seq_len,
-                plan.window or 0,
-                plan.prefix,
-            )
-            flags = (
-                has_prefix,
-                plan.num_targets is not None,
-                plan.target_visible is not None,
-                self.tables is not None,
-            )
-        # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs
-        # share an entry
-        fast = half and self.on_gpu and not (self.tables and name == "backward_queries")
-        how = (self.hopper, fast, "ieee") if cached else (self.hopper, fast, "ieee", self.on_gpu)
-        shape = self.heads, self.d_qk, self.d_v, tile.rows, tile.keys
-        strides_out, how_out = (), ()
-        if grads is not None:
-            strides_out = *grads.strides, grads.summed
-            how_out = *grads.widths, grads.sloped, grads.summed > 0
-        by_rows = {"q", "grad"}
-        names = ("q", "k", "v", "own_k", "own_v") if cached else ("q", "k", "v", "grad")
-        descriptors = []
-        if self.hopper:
-            for of, x in zip(names, operands, strict=False):
-                flat = [x.shape[0], x.shape[1] * x.shape[2]]
-                box = [tile.rows if of in by_rows else tile.keys, x.shape[2]]
-                descriptors.append(TensorDescriptor(x, flat, [x.stride(0), 1], box))
-        return PreparedLaunch(
-            kernel=getattr(triton_kernels, name), tile=tile, programs=tiles.capacity * self.heads,
-            descriptors=descriptors, partials=partials, lists=(tiles.arrived, tiles.tiles, tiles.header, visible),
-            numbers=(*sizes, self.alpha, self.scale, *strides_out, *shape, *flags, *how, *how_out), unused=tiles.tiles,
-            row_sums=tiles.row_sums(grads.summed) if grads is not None and grads.summed else tiles.tiles,
-        )  # fmt: skip
+        prepared = self.prepared.get(key)
+        if prepared is None:
+            prepared = self.prepared[key] = _prepare(plan, self, name, operands, grads, causal)
+        return prepared
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _operand(x: Tensor, hopper: bool) -> Tensor:
-    """`x` [T, H, W] as the kernels read it: W a power of two, dense; for descriptors heads packed
-    and 16-byte rows.
-    """
-    width = max(16, next_power_of_2(x.shape[2]))
-    if width != x.shape[2]:
-        return F.pad(x, (0, width - x.shape[2]))
-    if x.stride(2) != 1:
-        return x.contiguous()
-    packed = (
-        x.stride(1) == width and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    )
-    return x if packed or not hopper else x.clone(memory_format=torch.contiguous_format)
-
-
-def make_problem(
+def find_problem(
     operands: tuple[Tensor, ...],
     plan: TritonPlan,
     alpha: float,
@@ -356,92 +158,272 @@ def make_problem(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[AttentionProblem, tuple[Tensor, ...]]:
     """The problem of q, k, v (and what else a kernel reads), and these as the kernels read them."""
-    q, _, v, *_ = operands
-    shapes = tuple([(x.shape, x.stride(), x.data_ptr() % 16) for x in operands])
-    key = shapes, q.dtype, out_dtype, alpha, scaling_seq_len, tables
-    if key in plan.problems:
-        return plan.problems[key], operands
+    q = operands[0]
+    rest = q.dtype, out_dtype, alpha, scaling_seq_len, tables
+    problem = plan.problems.get((_forms_of(operands), rest))
+    if problem is not None:
+        return problem, operands
+
     hopper = _is_hopper(q.device)
-    fit = tuple(_operand(x, hopper) for x in operands)
-    if any(x is not y for x, y in zip(fit, operands, strict=True)):
-        return make_problem(fit, plan, alpha, scaling_seq_len, tables, out_dtype)
-    plan.problems[key] = AttentionProblem(
-        plan=plan, alpha=alpha, scale=1 / scaling_seq_len, heads=q.shape[1], d_qk=q.shape[2], d_v=v.shape[2],
-        dtype=q.dtype, out_dtype=out_dtype or q.dtype, hopper=hopper, tables=tables, on_gpu=q.is_cuda,
-    )  # fmt: skip
+    operands = tuple([_fit_operand(x, hopper) for x in operands])
+    key = _forms_of(operands), rest
+    if key not in plan.problems:
+        q, _, v, *_ = operands
+        plan.problems[key] = AttentionProblem(
+            alpha=alpha,
+            scale=1 / scaling_seq_len,
+            heads=q.shape[1],
+            d_qk=q.shape[2],
+            d_v=v.shape[2],
+            dtype=q.dtype,
+            out_dtype=out_dtype or q.dtype,
+            hopper=hopper,
+            tables=tables,
+            on_gpu=q.is_cuda,
+        )
     return plan.problems[key], operands
 
 
-@dataclass(frozen=True, slots=True)
-class BiasInputs:
-    """A `RelativeBias` as the kernels read it."""
-
-    positions: Tensor  # float32, as `spread_tables` leaves them
-    cells: Tensor  # int32
-    event_time: Tensor  # int32, s
-    query_time: Tensor
-
-    @property
-    def all(self) -> tuple[Tensor, ...]:
-        return self.positions, self.cells, self.event_time, self.query_time
+def _forms_of(operands: tuple[Tensor, ...]) -> tuple:
+    return tuple([(x.shape, x.stride(), x.data_ptr() % 16) for x in operands])
 
 
 @cache
-def time_steps(device: torch.device) -> Tensor:
-    """int32 [CELLS, 2]: the seconds, sign included, at which the time bucket changes within a cell,
-    and the buckets below and from there on, in the lower and upper 16 bits. A cell is the upper 11
-    bits of the seconds as float32."""
-    cell = torch.arange(CELLS // 2, dtype=torch.int32, device=device)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
-    def first_of(cell: Tensor) -> Tensor:
-        # no second is beyond 2**31
-        begin = (cell.clamp(max=(127 + 31) << 2) << 21).view(torch.float32)
-        return begin.double().ceil()
 
-    first = first_of(cell)
-    last = torch.maximum(first_of(cell + 1) - 1, first)
-    below, above = (time_bucket(x, 2**15) for x in (first, last))
-    step = torch.where(above > below, (above.double() * LOG_BUCKET).exp().ceil(), 2.0**31 - 1).to(
-        torch.int64
+def _fit_operand(x: Tensor, hopper: bool) -> Tensor:
+    """`x` [T, H, W] as the kernels read it: W a power of two, dense.
+
+    For descriptors, heads are packed and rows are a multiple of 16 bytes.
+    """
+    width = max(16, next_power_of_2(x.shape[2]))
+    if width != x.shape[2]:
+        return F.pad(x, (0, width - x.shape[2]))
+    if x.stride(2) != 1:
+        return x.contiguous()
+    if not hopper:
+        return x
+
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    packed = x.stride(1) == width
+    return x if packed and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _prepare(
+    plan: TritonPlan,
+    problem: AttentionProblem,
+    name: str,
+    operands: tuple[Tensor, ...],
+    grads: GradStores | None,
+    causal: bool,
+) -> PreparedLaunch:
+    """All arguments of a kernel by name, then in its order; every one must be named once."""
+    kernel = getattr(triton_kernels, name)
+    tile = tile_table.tile_sizes(
+        name.removesuffix("_cached"),
+        max(problem.d_qk, problem.d_v),
+        half=problem.dtype.itemsize == 2,
+        banded=plan.window is not None,
+        biased=problem.tables is not None,
+        max_seq_len=plan.max_seq_len,
+        hopper=problem.hopper,
     )
-    forward, backward = (
-        torch.stack([step, below | above << 16], 1),
-        torch.stack([1 - step, above | below << 16], 1),
+    tiles = plan.tile_list(name == "backward_keys", tile, problem.heads)
+    row_sums = None
+    if grads is not None and grads.summed:
+        row_sums = tiles.workspace.row_sums(grads.summed)
+
+    named = {
+        **_own_tensors(kernel.arg_names, tiles.tiles, problem, grads),
+        **_list_tensors(plan, problem, name, tile, tiles),
+        **_operand_strides(name, operands),
+        **_mask_numbers(plan, problem, operands, causal, cached=name == "forward_cached"),
+        **_constants(plan, problem, name, tile),
+        **_grad_arguments(grads),
+    }
+    if row_sums is not None:
+        named["sums"] = row_sums
+    assert named.keys() == set(kernel.arg_names), named.keys() ^ set(kernel.arg_names)
+
+    places = {argument: place for place, argument in enumerate(kernel.arg_names)}
+    return PreparedLaunch(
+        kernel=kernel,
+        tile=tile,
+        programs=tiles.capacity * problem.heads,
+        descriptors=_descriptors(name, operands, tile) if problem.hopper else [],
+        arguments=tuple([named[argument] for argument in kernel.arg_names]),
+        places=places,
+        row_sums=row_sums,
     )
-    return torch.cat([forward, backward]).to(torch.int32)
 
 
-def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
-    """`reach`: no distance between positions is longer."""
-    position_table, time_table = (
-        x.detach().float().contiguous() for x in (bias.position_table, bias.time_table)
-    )
-    device = position_table.device
-    positions = torch.empty(2 * reach + 1, dtype=torch.float32, device=device)
-    cells = torch.empty(CELLS, 4, dtype=torch.int32, device=device)
-    block = 512
-    triton_bias.spread_tables[(-(-max(CELLS, len(positions)) // block),)](
-        position_table, time_table, time_steps(device), positions, cells, len(position_table), len(time_table), reach,
-        BLOCK=block,
-    )  # fmt: skip
-    event_time = whole_seconds(bias.event_time_T)
-    query_time = event_time if bias.query_time_T is None else whole_seconds(bias.query_time_T)
-    return BiasInputs(positions, cells, event_time, query_time)
+def _own_tensors(
+    arguments: list[str], stand_in: Tensor, problem: AttentionProblem, grads: GradStores | None
+) -> dict[str, Tensor | None]:
+    """The arguments that a layer brings: None, or `stand_in` where it brings none."""
+    unused: list[str] = []
+    if problem.tables is None:
+        unused += OF_BIAS + OF_BIAS_GRADIENTS
+    if grads is None or not grads.sloped:
+        unused += SLOPES
+    if grads is None or not grads.summed:
+        unused.append("sums")
+
+    brought = [*STRIDES, "out", "dq", "dk", "dv", *OF_BIAS, *OF_BIAS_GRADIENTS, *SLOPES, "sums"]
+    named: dict[str, Tensor | None] = {}
+    for name in brought:
+        if name in arguments:
+            named[name] = stand_in if name in unused else None
+    return named
+
+
+def _list_tensors(
+    plan: TritonPlan, problem: AttentionProblem, name: str, tile: AttentionTile, tiles: TileList
+) -> dict[str, Tensor]:
+    visible = tiles.tiles if plan.target_visible is None else plan.target_visible
+    named = {
+        "arrived": tiles.workspace.arrived,
+        "tiles": tiles.tiles,
+        "header": tiles.header,
+        "visible": visible,
+    }
+
+    rows = tile.keys if name == "backward_keys" else tile.rows
+    widths = {"partial": problem.d_qk if name == "backward_queries" else problem.d_v}
+    widths |= {"partial_k": problem.d_qk, "partial_v": problem.d_v}
+    taken: list[int] = []
+    for partial in PARTIALS[name]:
+        width = widths[partial]
+        room = tiles.workspace.partial_sums(problem.heads, rows, width)
+        # two sums of one width need a room each
+        named[partial] = torch.empty_like(room) if width in taken else room
+        taken.append(width)
+    return named
+
+
+def _operand_strides(name: str, operands: tuple[Tensor, ...]) -> dict[str, int]:
+    strides = {}
+    for operand, x in zip(OPERANDS[name], operands, strict=True):
+        letter = STRIDES[operand]
+        strides[f"stride_{letter}t"], strides[f"stride_{letter}h"] = x.stride()[:2]
+    return strides
+
+
+def _mask_numbers(
+    plan: TritonPlan,
+    problem: AttentionProblem,
+    operands: tuple[Tensor, ...],
+    causal: bool,
+    cached: bool,
+) -> dict[str, Any]:
+    """The mask's sizes and what of it a kernel is compiled for."""
+    named = {
+        "alpha": problem.alpha,
+        "scale": problem.scale,
+        "VISIBLE": plan.target_visible is not None,
+    }
+    if cached:
+        sizes = {"num_rows": len(operands[0]), "num_keys": len(operands[1])}
+        return {**named, **sizes, "CAUSAL": causal}
+
+    num_positions, num_times = problem.tables or (1, 1)
+    return {
+        **named,
+        "num_tokens": plan.num_tokens,
+        "num_positions": num_positions,
+        "num_times": num_times,
+        "reach": plan.max_seq_len,
+        "window": plan.window or 0,
+        "prefix": plan.prefix,
+        "HAS_PREFIX": plan.prefix > 0 and plan.window is not None,
+        "CANDIDATES": plan.num_targets is not None,
+        "BIAS": problem.tables is not None,
+        "ON_GPU": problem.on_gpu,
+    }
+
+
+def _constants(
+    plan: TritonPlan, problem: AttentionProblem, name: str, tile: AttentionTile
+) -> dict[str, Any]:
+    # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs
+    # share an entry
+    adds_up = problem.tables is not None and name == "backward_queries"
+    half = problem.dtype.itemsize == 2
+    return {
+        "HEADS": problem.heads,
+        "D": problem.d_qk,
+        "V": problem.d_v,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "TMA": problem.hopper,
+        "FAST": half and problem.on_gpu and not adds_up,
+        "PRECISION": "ieee",
+    }
+
+
+def _grad_arguments(grads: GradStores | None) -> dict[str, Any]:
+    if grads is None:
+        return {}
+
+    out_d, out_v = grads.widths
+    return {
+        **dict(grads.strides),
+        "stride_sums": grads.summed,
+        "OUT_D": out_d,
+        "OUT_V": out_v,
+        "SLOPE": grads.sloped,
+        "SUMS": grads.summed > 0,
+    }
+
+
+def _descriptors(
+    name: str, operands: tuple[Tensor, ...], tile: AttentionTile
+) -> list[TensorDescriptor]:
+    """Over [T, H * width], a box of a tile's rows or keys and one head."""
+    descriptors = []
+    for operand, x in zip(OPERANDS[name], operands, strict=True):
+        rows = tile.rows if operand in ROW_OPERANDS else tile.keys
+        flat = [x.shape[0], x.shape[1] * x.shape[2]]
+        descriptors.append(TensorDescriptor(x, flat, [x.stride(0), 1], [rows, x.shape[2]]))
+    for descriptor in descriptors:
+        descriptor.base = None  # until a launch
+    return descriptors
 
 
 def launch_forward(
-    problem: AttentionProblem, operands: tuple[Tensor, ...], bias: BiasInputs | None = None
+    plan: TritonPlan,
+    problem: AttentionProblem,
+    operands: tuple[Tensor, ...],
+    bias: BiasInputs | None = None,
 ) -> Tensor:
+    """Attention [T, H, V] of q, k, v."""
     q = operands[0]
-    launch = problem.prepare("forward", operands)
+    prepared = problem.prepare(plan, "forward", operands)
     out = torch.empty(
         q.shape[0], problem.heads, problem.d_v, dtype=problem.out_dtype, device=q.device
     )
-    launch.launch(operands, *(bias.all if bias is not None else (launch.unused,) * 4), out)
+    if bias is None:
+        prepared.launch(operands, out=out)
+    else:
+        prepared.launch(operands, out=out, **bias.by_name())
+    return out
+
+
+def launch_forward_cached(
+    plan: TritonPlan, problem: AttentionProblem, operands: tuple[Tensor, ...], causal: bool
+) -> Tensor:
+    """Attention [C, H, V] of new rows over cached keys; operands q, k, v, own k, own v."""
+    q = operands[0]
+    prepared = problem.prepare(plan, "forward_cached", operands, causal=causal)
+    out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
+    prepared.launch(operands, out=out)
     return out
 
 
 def launch_backward_queries(
+    plan: TritonPlan,
     problem: AttentionProblem,
     operands: tuple[Tensor, ...],
     dq: Tensor,
@@ -449,52 +431,45 @@ def launch_backward_queries(
     slope_q: Tensor | None = None,
     summed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Fills dq [T, H, D], whose rows may lie apart; gives the float32 gradients of the bias tables
-    and, `summed`, the sum of dq's rows [H D].
+    """Fill dq [T, H, D], whose rows may lie apart.
 
     The last operand is the gradient of the output. dq is multiplied by `slope_q` [T, H, D], the
-    slope of what made q."""
+    slope of what made q.
+
+    Returns:
+        The float32 gradients of the two bias tables, and with `summed` the sum of dq's rows [H D];
+        None for what was not asked.
+    """
     _, _, v, grad = operands
-    strides, widths = (dq.stride(0), _row_stride(slope_q)), (dq.shape[2], v.shape[2])
-    grads = GradStores(strides, widths, slope_q is not None, dq[0].numel() if summed else 0)
-    launch = problem.prepare("backward_queries", operands, grads=grads)
-    outs = dq, launch.unused if slope_q is None else slope_q, launch.row_sums
+    strides = ("stride_dq", dq.stride(0)), ("stride_slope", _row_stride(slope_q))
+    widths, sum_width = (dq.shape[2], v.shape[2]), dq[0].numel() if summed else 0
+    grads = GradStores(strides, widths, slope_q is not None, sum_width)
+    prepared = problem.prepare(plan, "backward_queries", operands, grads)
+
+    tensors = {"dq": dq}
+    if slope_q is not None:
+        tensors["slope_q"] = slope_q
     if bias is None:
-        launch.launch(operands, *(launch.unused,) * 4, *outs, *(launch.unused,) * 3)
-        return None, None, launch.row_sums.sum(0) if summed else None
+        prepared.launch(operands, **tensors)
+        return None, None, _summed_rows(prepared)
+
     assert problem.tables is not None
     num_positions, num_times = problem.tables
-    sums = torch.zeros(
-        num_positions + num_times * launch.tile.rows, dtype=torch.int64, device=dq.device
-    )
+    rows = prepared.tile.rows
+    sums = torch.zeros(num_positions + num_times * rows, dtype=torch.int64, device=dq.device)
     of_position, of_time = sums.tensor_split([num_positions])
-    per_unit = _units(problem, grad, v)
-    launch.launch(operands, *bias.all, *outs, of_position, of_time, per_unit)
-    of_time = of_time.view(num_times, launch.tile.rows).sum(1)
-    d_position, d_time = (
-        (x * (0.5 * problem.scale / per_unit.double())).float() for x in (of_position, of_time)
-    )
-    return d_position, d_time, launch.row_sums.sum(0) if summed else None
+    num_pairs = plan.num_tokens * plan.max_seq_len * problem.heads
+    per_unit = units_per_one(grad, v, problem.d_v, num_pairs)
+    tensors |= {"d_position": of_position, "d_time": of_time, "per_unit": per_unit}
+    prepared.launch(operands, **tensors, **bias.by_name())
 
-
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
-
-
-def _units(problem: AttentionProblem, grad: Tensor, v: Tensor) -> Tensor:
-    """How many units of the whole-number sums of the bias gradients make 1.0: no sum of all pairs
-    can pass 2**62.
-    """
-    grad_max, v_max = (
-        torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (grad, v)
-    )
-    # 2.2: twice SiLU's slope, as the kernels have it
-    largest = grad_max * v_max * (2.2 * problem.d_v)
-    pairs = problem.plan.num_tokens * problem.plan.max_seq_len * problem.heads
-    return (2.0**62 / (largest * pairs).clamp(min=1e-18)).reshape(1)
+    unit = 0.5 * problem.scale / per_unit.double()
+    of_time = of_time.view(num_times, rows).sum(1)
+    return (of_position * unit).float(), (of_time * unit).float(), _summed_rows(prepared)
 
 
 def launch_backward_keys(
+    plan: TritonPlan,
     problem: AttentionProblem,
     operands: tuple[Tensor, ...],
     dk: Tensor,
@@ -504,96 +479,33 @@ def launch_backward_keys(
     slope_v: Tensor | None = None,
     summed: bool = False,
 ) -> Tensor | None:
-    """Fills dk [T, H, D] and dv [T, H, V], whose rows may lie apart; `summed` gives the sums of
-    both's rows
-    [H D + H V].
+    """Fill dk [T, H, D] and dv [T, H, V], whose rows may lie apart.
 
     They are multiplied by `slope_k` and `slope_v`, the slopes of what made k and v, which have one
-    row stride.
+    row stride. With `summed`, the sums of both's rows [H D + H V] are returned.
     """
-    strides, widths = (dk.stride(0), dv.stride(0), _row_stride(slope_k)), (dk.shape[2], dv.shape[2])
-    grads = GradStores(
-        strides, widths, slope_k is not None, dk[0].numel() + dv[0].numel() if summed else 0
+    strides = (
+        ("stride_dk", dk.stride(0)),
+        ("stride_dv", dv.stride(0)),
+        ("stride_slope", _row_stride(slope_k)),
     )
-    launch = problem.prepare("backward_keys", operands, grads=grads)
-    slopes = (launch.unused,) * 2 if slope_k is None else (slope_k, slope_v)
-    of_bias = bias.all if bias is not None else (launch.unused,) * 4
-    launch.launch(operands, *of_bias, dk, dv, *slopes, launch.row_sums)
-    return launch.row_sums.sum(0) if summed else None
+    sum_width = dk[0].numel() + dv[0].numel() if summed else 0
+    widths = dk.shape[2], dv.shape[2]
+    grads = GradStores(strides, widths, slope_k is not None, sum_width)
+    prepared = problem.prepare(plan, "backward_keys", operands, grads)
 
-
-class _TritonAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, q, k, v, position_table, time_table, problem: AttentionProblem, bias: BiasInputs | None
-    ):
-        ctx.save_for_backward(q, k, v)
-        ctx.problem, ctx.bias = problem, bias
-        return launch_forward(problem, (q, k, v), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        problem, bias = ctx.problem, ctx.bias
-        q, k, v = ctx.saved_tensors
-        grad = grad.to(q.dtype).contiguous()
-        operands = q, k, v, grad if grad.data_ptr() % 16 == 0 else grad.clone()
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        d_position, d_time, _ = launch_backward_queries(problem, operands, dq, bias)
-        launch_backward_keys(problem, operands, dk, dv, bias)
-        return dq, dk, dv, d_position, d_time, None, None
-
-
-def semi_local_attention_triton(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THV: Tensor,
-    plan: TritonPlan,
-    *,
-    bias: RelativeBias | None,
-    attn_alpha: float,
-    scaling_seq_len: int,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """As `reference.semi_local_attention_reference`; the sums are float32 until they are stored."""
-    if plan.num_tokens == 0:
-        return v_THV.new_empty(v_THV.shape, dtype=out_dtype)
-    inputs, tables = None, None
+    tensors = {"dk": dk, "dv": dv}
+    if slope_k is not None and slope_v is not None:
+        tensors |= {"slope_k": slope_k, "slope_v": slope_v}
     if bias is not None:
-        inputs, tables = (
-            spread_bias(bias, plan.max_seq_len),
-            (len(bias.position_table), len(bias.time_table)),
-        )
-    problem, operands = make_problem(
-        (q_THD, k_THD, v_THV), plan, attn_alpha, scaling_seq_len, tables, out_dtype
-    )
-    learned = (None, None) if bias is None else (bias.position_table, bias.time_table)
-    if torch.is_grad_enabled():
-        out = _TritonAttention.apply(*operands, *learned, problem, inputs)
-    else:
-        out = launch_forward(problem, operands, inputs)
-    return out if out.shape[2] == v_THV.shape[2] else out[..., : v_THV.shape[2]]
+        tensors |= bias.by_name()
+    prepared.launch(operands, **tensors)
+    return _summed_rows(prepared)
 
 
-def cached_attention_triton(
-    q: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: TritonPlan,
-    *,
-    causal: bool,
-    attn_alpha: float,
-    scaling_seq_len: int,
-) -> Tensor:
-    """As `reference.cached_attention_reference`, forward only."""
-    if plan.num_tokens == 0:
-        return own_v.new_empty(own_v.shape)
-    if len(k) == 0:  # no user has a cache: a descriptor needs a row
-        k, v = own_k, own_v
-    problem, operands = make_problem((q, k, v, own_k, own_v), plan, attn_alpha, scaling_seq_len)
-    launch = problem.prepare("forward_cached", operands, causal)
-    out = torch.empty(len(q), problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
-    launch.launch(operands, out)
-    return out[..., : own_v.shape[2]]
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _summed_rows(prepared: PreparedLaunch) -> Tensor | None:
+    return None if prepared.row_sums is None else prepared.row_sums.sum(0)

@@ -1,13 +1,31 @@
-"""Triton kernels that build the tile lists of a batch, on the device and without a word to the
-host.
+"""Triton kernels that build the tile lists of a batch, on the device: the host reads nothing back.
 
-Entries are rows of `ENTRY` int32, sequence by sequence (so that K and V of one sequence stay in
-L2), longest first inside.
+A list has an entry for every program and head of an attention kernel. A row tile never mixes kinds
+of rows, because tiles are anchored at the borders between the kinds:
 
-A row tile never mixes kinds, because tiles are anchored at the borders of the kinds:
-  BAND       history rows that see `window` back, and the prefix
-  FULL       history rows that see everything before them
-  CANDIDATE  rows that see the history (or its first `visible` positions) and themselves
+    rows of a sequence   0  1  2  3  4  5  6  7  8  9 | 10 11 12 13 | 14 15 16
+    kind                 ------------ BAND ---------- | --- FULL -- | CANDIDATE
+    tiles of 4 rows      [0  1][2  3  4  5][6 7 8  9] | [10 .. 13]  | [14 15 16]
+
+    BAND       history rows that see `window` back, and the prefix
+    FULL       history rows that see everything before them
+    CANDIDATE  rows that see the history (or its first `visible` positions) and themselves
+
+FULL and CANDIDATE tiles have many keys. Long ones are cut into parts, each an entry of its own:
+
+    entry   rows        kind       part of parts   slot
+    0       14 .. 17    CANDIDATE  0 of 2          0 + 0
+    1       14 .. 17    CANDIDATE  1 of 2          0 + 1
+    2       10 .. 14    FULL       0 of 2          2 + 0
+    3       10 .. 14    FULL       1 of 2          2 + 1
+    4        6 .. 10    BAND       0 of 1          -
+    5        2 ..  6    BAND       0 of 1          -
+    6        0 ..  2    BAND       0 of 1          -
+
+Every part writes its sum to its slot; the part that arrives last adds the slots. Sequences follow
+each other, so that K and V of one of them stay in L2; inside a sequence the longest tiles go first.
+
+An entry is a row of `ENTRY` int32, whose places are named below.
 """
 
 import triton
@@ -15,6 +33,58 @@ import triton.language as tl
 
 ENTRY = tl.constexpr(16)  # int32 of an entry: 64 bytes, two sectors
 BAND, FULL, CANDIDATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# Places in an entry of row tiles.
+ROW = tl.constexpr(0)  # first row
+ROW_END = tl.constexpr(1)
+ROW_START = tl.constexpr(2)  # first row of the sequence
+ROW_HISTORY_END = tl.constexpr(3)
+ROW_KIND = tl.constexpr(4)
+ROW_PART = tl.constexpr(5)
+ROW_PARTS = tl.constexpr(6)
+ROW_SLOT = tl.constexpr(7)  # of part 0
+ROW_TARGET = tl.constexpr(8)  # the first row's number among the candidates of the batch
+ROW_FIRST_TARGET = tl.constexpr(9)  # row of the sequence's first candidate
+
+# Places in an entry of key tiles.
+KEY = tl.constexpr(0)  # first key
+KEY_END = tl.constexpr(1)
+KEY_START = tl.constexpr(2)  # first row of the sequence
+KEY_HISTORY_END = tl.constexpr(3)
+KEY_SEQUENCE_END = tl.constexpr(4)
+KEY_KIND = tl.constexpr(5)  # CANDIDATE, or FULL for any key of the history
+KEY_PART = tl.constexpr(6)
+KEY_PARTS = tl.constexpr(7)
+KEY_SLOT = tl.constexpr(8)  # of part 0
+KEY_FIRST_FULL = tl.constexpr(9)  # first FULL row of the sequence
+KEY_TARGET = tl.constexpr(10)  # number of the sequence's first candidate in the batch
+KEY_SEEN_BY = tl.constexpr(11)  # row of the first candidate that sees the tile
+
+
+@triton.jit
+def row_entry(tiles):
+    """An entry of row tiles: row, row end, start, history end, kind, part, parts, slot."""
+    row, row_end = tl.load(tiles + ROW), tl.load(tiles + ROW_END)
+    start, history_end = tl.load(tiles + ROW_START), tl.load(tiles + ROW_HISTORY_END)
+    kind, part = tl.load(tiles + ROW_KIND), tl.load(tiles + ROW_PART)
+    parts, slot = tl.load(tiles + ROW_PARTS), tl.load(tiles + ROW_SLOT)
+    return row, row_end, start, history_end, kind, part, parts, slot
+
+
+@triton.jit
+def key_entry(tiles):
+    """An entry of key tiles: key, key end, start, history end, sequence end, kind, part, parts,
+    slot.
+    """
+    key, key_end = tl.load(tiles + KEY), tl.load(tiles + KEY_END)
+    start, history_end = tl.load(tiles + KEY_START), tl.load(tiles + KEY_HISTORY_END)
+    sequence_end, kind = tl.load(tiles + KEY_SEQUENCE_END), tl.load(tiles + KEY_KIND)
+    part, parts, slot = (
+        tl.load(tiles + KEY_PART),
+        tl.load(tiles + KEY_PARTS),
+        tl.load(tiles + KEY_SLOT),
+    )
+    return key, key_end, start, history_end, sequence_end, kind, part, parts, slot
 
 
 @triton.jit
@@ -89,7 +159,7 @@ def _entries(
     return once + cut * parts, tl.where(parts > 1, cut * parts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def count_tiles(
     offsets,  # int64 [B + 1]
     num_targets,  # int [B]
@@ -175,16 +245,13 @@ def count_tiles(
     tl.store(header + 1, per_part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def write_row_tiles(
     offsets,
     num_targets,
     header,
     first,
-    # int32 [capacity, ENTRY] out: row, row end, sequence start, history end, kind, part, parts,
-    # slot,
-    tiles,
-    # number of the row as a candidate of the batch, first candidate's row
+    tiles,  # int32 [capacity, ENTRY] out
     num_sequences,
     full_rows,
     BANDED: tl.constexpr,
@@ -224,30 +291,28 @@ def write_row_tiles(
         )
         place = tiles + (first_entry + entry) * ENTRY
         mask = entry < cut + band_tiles
-        tl.store(place, row, mask=mask)
-        tl.store(place + 1, row_end, mask=mask)
-        tl.store(place + 2, start + tl.zeros_like(row), mask=mask)
-        tl.store(place + 3, start + history + tl.zeros_like(row), mask=mask)
-        tl.store(place + 4, tl.where(is_target, CANDIDATE, tl.where(is_cut, FULL, BAND)), mask=mask)
-        tl.store(place + 5, tl.where(is_cut, entry % parts, 0), mask=mask)
-        tl.store(place + 6, tl.where(is_cut, parts, 1), mask=mask)
-        tl.store(place + 7, first_slot + tile * parts, mask=mask)
-        tl.store(place + 8, first_target + row - first_row, mask=mask)
-        tl.store(place + 9, first_row + tl.zeros_like(row), mask=mask)
+        kind = tl.where(is_target, CANDIDATE, tl.where(is_cut, FULL, BAND))
+        same = tl.zeros_like(row)  # spreads what all entries share
+        tl.store(place + ROW, row, mask=mask)
+        tl.store(place + ROW_END, row_end, mask=mask)
+        tl.store(place + ROW_START, start + same, mask=mask)
+        tl.store(place + ROW_HISTORY_END, start + history + same, mask=mask)
+        tl.store(place + ROW_KIND, kind, mask=mask)
+        tl.store(place + ROW_PART, tl.where(is_cut, entry % parts, 0), mask=mask)
+        tl.store(place + ROW_PARTS, tl.where(is_cut, parts, 1), mask=mask)
+        tl.store(place + ROW_SLOT, first_slot + tile * parts, mask=mask)
+        tl.store(place + ROW_TARGET, first_target + row - first_row, mask=mask)
+        tl.store(place + ROW_FIRST_TARGET, first_row + same, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def write_key_tiles(
     offsets,
     num_targets,
     visible,  # int32 [C]
     header,
     first,
-    # int32 [capacity, ENTRY] out: key, key end, sequence start, history end, sequence end, kind,
-    # part, parts,
-    tiles,
-    # slot, first FULL row, first candidate of the sequence, first row of a candidate that sees the
-    # tile
+    tiles,  # int32 [capacity, ENTRY] out
     num_sequences,
     full_rows,
     prefix,
@@ -287,15 +352,16 @@ def write_key_tiles(
                 seen_by = tl.minimum(seen_by, tl.min(sees, 1))
         place = tiles + (first_entry + entry) * ENTRY
         mask = entry < total
-        tl.store(place, start + key, mask=mask)
-        tl.store(place + 1, start + key_end, mask=mask)
-        tl.store(place + 2, start + tl.zeros_like(key), mask=mask)
-        tl.store(place + 3, start + history + tl.zeros_like(key), mask=mask)
-        tl.store(place + 4, start + history + targets + tl.zeros_like(key), mask=mask)
-        tl.store(place + 5, tl.where(is_target, CANDIDATE, FULL), mask=mask)
-        tl.store(place + 6, tl.where(is_cut, entry % parts, 0), mask=mask)
-        tl.store(place + 7, tl.where(is_cut, parts, 1), mask=mask)
-        tl.store(place + 8, first_slot + tile * parts, mask=mask)
-        tl.store(place + 9, start + history - full + tl.zeros_like(key), mask=mask)
-        tl.store(place + 10, first_target + tl.zeros_like(key), mask=mask)
-        tl.store(place + 11, start + history + seen_by, mask=mask)
+        same = tl.zeros_like(key)  # spreads what all entries share
+        tl.store(place + KEY, start + key, mask=mask)
+        tl.store(place + KEY_END, start + key_end, mask=mask)
+        tl.store(place + KEY_START, start + same, mask=mask)
+        tl.store(place + KEY_HISTORY_END, start + history + same, mask=mask)
+        tl.store(place + KEY_SEQUENCE_END, start + history + targets + same, mask=mask)
+        tl.store(place + KEY_KIND, tl.where(is_target, CANDIDATE, FULL), mask=mask)
+        tl.store(place + KEY_PART, tl.where(is_cut, entry % parts, 0), mask=mask)
+        tl.store(place + KEY_PARTS, tl.where(is_cut, parts, 1), mask=mask)
+        tl.store(place + KEY_SLOT, first_slot + tile * parts, mask=mask)
+        tl.store(place + KEY_FIRST_FULL, start + history - full + same, mask=mask)
+        tl.store(place + KEY_TARGET, first_target + same, mask=mask)
+        tl.store(place + KEY_SEEN_BY, start + history + seen_by, mask=mask)

@@ -3,7 +3,6 @@
 x [T, E] + weights + the batch's mask → `stu_layer` → [T, E]
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,20 +10,10 @@ from torch import Tensor
 
 from kernels.backend import Backend, choose, require
 from kernels.semi_local_attention.op import semi_local_attention, triton_plan
-from kernels.semi_local_attention.reference import RelativeBias
-from kernels.stu.reference import STUShape, STUWeights, output_reference, project_reference
-
-RECOMPUTABLE = "normed_x", "uvqk", "y"
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """How the rows of a batch fall into sequences, as `semi_local_attention` takes it."""
-
-    seq_offsets: Tensor
-    max_seq_len: int
-    num_targets: Tensor | None = None
-    target_visible: Tensor | None = None
+from kernels.semi_local_attention.types import RelativeBias
+from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.reference import output_reference, project_reference
+from kernels.stu.types import Sequences, STUShape, STUWeights
 
 
 def stu_layer(

@@ -4,52 +4,13 @@ of CPUs.
 X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y + Z
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.linear.reference import linear_reference
 from kernels.norm_gate.reference import dropout_mask
-
-
-class STUWeights(NamedTuple):
-    """Linear weights are [outputs, inputs], as `nn.Linear` holds them; f1's outputs are U, Q, K, V."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    uvqk_weight: Tensor
-    uvqk_bias: Tensor
-    norm_attn_weight: Tensor
-    norm_attn_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class STUShape:
-    """What a layer is, beside its weights."""
-
-    num_heads: int
-    d_qk: int
-    d_v: int
-    norm_eps: float
-    attn_alpha: float
-    scaling_seq_len: int
-    window: int | None
-    full_rows: int
-    prefix: int
-    silu_qkv: bool = True  # False: Q, K and V stay linear, the authors' production form
-    concat_ua: bool = False  # f2 reads concat[U, A, Norm(A) ⊙ U], their other difference
-    fp8: bool = False  # f1 and f2 on row-wise e4m3, backward as if nothing had been rounded
-    # of "normed_x", "uvqk", "y": made again in backward instead of kept
-    recompute: tuple[str, ...] = ()
-
-    @property
-    def split(self) -> list[int]:
-        return [self.num_heads * width for width in (self.d_v, self.d_qk, self.d_qk, self.d_v)]
+from kernels.stu.types import STUShape, STUWeights
 
 
 def project_reference(

@@ -22,7 +22,8 @@ from kernels.linear.triton_launch import launch_linear
 from kernels.linear.weights import cast_weight, quantized_weight
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.semi_local_attention import triton_launch as attention
-from kernels.stu.reference import STUShape, STUWeights
+from kernels.semi_local_attention.plan import TritonPlan
+from kernels.stu.types import STUShape, STUWeights
 
 
 @dataclass(slots=True)
@@ -83,18 +84,18 @@ def launch_project(
 
 
 def attend(
-    projected: Projected, plan: attention.TritonPlan
+    projected: Projected, plan: TritonPlan
 ) -> tuple[attention.AttentionProblem, tuple[Tensor, ...]]:
     """The attention problem of a layer and its operands q, k, v."""
     shape = projected.shape
     _, q, k, v = projected.parts(projected.uvqk)
-    return attention.make_problem((q, k, v), plan, shape.attn_alpha, shape.scaling_seq_len)
+    return attention.find_problem((q, k, v), plan, shape.attn_alpha, shape.scaling_seq_len)
 
 
-def attention_rows(projected: Projected, plan: attention.TritonPlan) -> Tensor:
+def attention_rows(projected: Projected, plan: TritonPlan) -> Tensor:
     """A [T, H V]."""
     problem, operands = attend(projected, plan)
-    a = attention.launch_forward(problem, operands)
+    a = attention.launch_forward(plan, problem, operands)
     return a[..., : projected.shape.d_v].flatten(1)
 
 
@@ -124,7 +125,7 @@ def launch_layer(
     x_TE: Tensor,
     weights: STUWeights,
     shape: STUShape,
-    plan: attention.TritonPlan,
+    plan: TritonPlan,
     p: float,
     seed: int,
 ) -> Tensor:
@@ -195,10 +196,10 @@ class FusedLayer(torch.autograd.Function):
         slope_q, slope_k, slope_v = projected.slopes()
         given = *operands, d_heads
         *_, sum_q = attention.launch_backward_queries(
-            problem, given, dq, slope_q=slope_q, summed=True
+            plan, problem, given, dq, slope_q=slope_q, summed=True
         )
         sum_kv = attention.launch_backward_keys(
-            problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True
+            plan, problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True
         )
         del projected, operands, given, problem, da, d_heads, slope_q, slope_k, slope_v
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kernels.stu.recompute import RECOMPUTABLE
 from pipeline.config.errors import require
 from pipeline.config.setting import check_ranges, setting
-
-RECOMPUTABLE = "normed_x", "uvqk", "y"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

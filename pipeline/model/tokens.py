@@ -16,7 +16,8 @@ from kernels.backend import Backend
 from kernels.jagged.op import concatenate, sequence_index
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time.op import add_position_time
-from kernels.position_time.reference import BUCKETS, Anchor
+from kernels.position_time.reference import BUCKETS
+from kernels.position_time.types import Anchor
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
 from pipeline.config import RunConfig

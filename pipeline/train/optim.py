@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.rowwise_adamw.op import rowwise_adamw
-from kernels.rowwise_adamw.reference import Hyper
+from kernels.rowwise_adamw.types import Hyper
 
 
 class RowwiseAdamW:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kernels.semi_local_attention import triton_kernels
-from kernels.semi_local_attention.triton_launch import AttentionTile, tile_sizes
+from kernels.semi_local_attention.tile_table import AttentionTile, tile_sizes
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = "forward", "backward_queries", "backward_keys"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.jagged.op import concatenate
-from kernels.semi_local_attention.reference import RelativeBias
+from kernels.semi_local_attention.types import RelativeBias
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
 from pipeline.model.encoders.stu import STU

@@ -15,9 +15,9 @@ silent; training logs both.
 
 from torch import Tensor, nn
 
-from kernels.semi_local_attention.reference import RelativeBias
+from kernels.semi_local_attention.types import RelativeBias
 from kernels.stu import op as stu
-from kernels.stu.reference import STUShape, STUWeights
+from kernels.stu.types import STUShape, STUWeights
 from pipeline.config import ModelConfig
 from pipeline.model.tokens import Tokens
 

@@ -1,0 +1,103 @@
+"""A relative bias as the attention kernels read it, and the scale of its gradients' sums."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.launch import cdiv, launch
+from kernels.semi_local_attention import triton_bias
+from kernels.semi_local_attention.types import (
+    LOG_BUCKET,
+    RelativeBias,
+    time_bucket,
+    whole_seconds,
+)
+
+CELLS = triton_bias.CELLS.value
+SPREAD = 512  # entries of both tables that a program spreads
+
+
+@dataclass(frozen=True, slots=True)
+class BiasInputs:
+    """A `RelativeBias`, spread for look-ups by `spread_bias`."""
+
+    positions: Tensor  # float32 [2 reach + 1]: half the entry of distance i - reach
+    cells: Tensor  # int32 [CELLS, 4]: where a bucket begins, half its entries, both buckets
+    event_time: Tensor  # int32 [T], s
+    query_time: Tensor  # int32 [T], s
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors under the names of the kernels' arguments."""
+        return {
+            "positions": self.positions,
+            "cells": self.cells,
+            "event_time": self.event_time,
+            "query_time": self.query_time,
+        }
+
+
+def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
+    """The bias tables spread over all distances up to `reach`, and times in whole seconds."""
+    position_table = bias.position_table.detach().float().contiguous()
+    time_table = bias.time_table.detach().float().contiguous()
+    device = position_table.device
+    positions = torch.empty(2 * reach + 1, dtype=torch.float32, device=device)
+    cells = torch.empty(CELLS, 4, dtype=torch.int32, device=device)
+
+    launch(
+        triton_bias.spread_tables,
+        cdiv(max(CELLS, len(positions)), SPREAD),
+        (position_table, time_table, time_steps(device), positions, cells),
+        (len(position_table), len(time_table), reach),
+        (),
+        (SPREAD,),
+        device=device,
+        num_warps=4,
+        num_stages=3,
+    )
+
+    event_time = whole_seconds(bias.event_time_T)
+    query_time = event_time if bias.query_time_T is None else whole_seconds(bias.query_time_T)
+    return BiasInputs(positions, cells, event_time, query_time)
+
+
+@cache
+def time_steps(device: torch.device) -> Tensor:
+    """int32 [CELLS, 2]: where the time bucket changes within a cell of seconds, and the two buckets.
+
+    A cell is the upper 11 bits of the seconds as float32: sign, exponent and two bits more. In it
+    the bucket changes at most once: at second `step`, sign included, from the bucket in the lower
+    16 bits of the second number to that in the upper 16.
+    """
+    cell = torch.arange(CELLS // 2, dtype=torch.int32, device=device)
+    first = _first_second(cell)
+    last = torch.maximum(_first_second(cell + 1) - 1, first)
+    below, above = time_bucket(first, 2**15), time_bucket(last, 2**15)
+
+    begins = (above.double() * LOG_BUCKET).exp().ceil()
+    never = 2.0**31 - 1
+    step = torch.where(above > below, begins, never).to(torch.int64)
+
+    forward = torch.stack([step, below | above << 16], 1)
+    backward = torch.stack([1 - step, above | below << 16], 1)  # the sign bit is the highest
+    return torch.cat([forward, backward]).to(torch.int32)
+
+
+def _first_second(cell: Tensor) -> Tensor:
+    """The first whole second of a cell; none is beyond 2**31."""
+    last_cell = (127 + 31) << 2
+    return (cell.clamp(max=last_cell) << 21).view(torch.float32).double().ceil()
+
+
+def units_per_one(grad: Tensor, v: Tensor, width: int, num_pairs: int) -> Tensor:
+    """How many units of the whole-number sums of the bias gradients make 1.0, float32 [1].
+
+    No sum over `num_pairs` pairs of rows, `width` products each, can pass 2**62.
+    """
+    grad_max = torch.linalg.vector_norm(grad, torch.inf, dtype=torch.float32)
+    v_max = torch.linalg.vector_norm(v, torch.inf, dtype=torch.float32)
+    steepest = 2.2  # twice SiLU's slope, as the kernels have it
+    largest = grad_max * v_max * (steepest * width)
+    return (2.0**62 / (largest * num_pairs).clamp(min=1e-18)).reshape(1)

@@ -1,0 +1,52 @@
+"""Types of the STU layer that its callers and all its forms share."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class STUWeights(NamedTuple):
+    """Linear weights are [outputs, inputs], as `nn.Linear` holds them; f1's outputs are U, Q, K, V."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    uvqk_weight: Tensor
+    uvqk_bias: Tensor
+    norm_attn_weight: Tensor
+    norm_attn_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class STUShape:
+    """What a layer is, beside its weights."""
+
+    num_heads: int
+    d_qk: int
+    d_v: int
+    norm_eps: float
+    attn_alpha: float
+    scaling_seq_len: int
+    window: int | None
+    full_rows: int
+    prefix: int
+    silu_qkv: bool = True  # False: Q, K and V stay linear, the authors' production form
+    concat_ua: bool = False  # f2 reads concat[U, A, Norm(A) ⊙ U], their other difference
+    fp8: bool = False  # f1 and f2 on row-wise e4m3, backward as if nothing had been rounded
+    recompute: tuple[str, ...] = ()  # of RECOMPUTABLE: made again in backward instead of kept
+
+    @property
+    def split(self) -> list[int]:
+        return [self.num_heads * width for width in (self.d_v, self.d_qk, self.d_qk, self.d_v)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """How the rows of a batch fall into sequences, as `semi_local_attention` takes it."""
+
+    seq_offsets: Tensor
+    max_seq_len: int
+    num_targets: Tensor | None = None
+    target_visible: Tensor | None = None
