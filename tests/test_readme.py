@@ -168,6 +168,32 @@ def test_the_comparison_cites_what_was_measured():
         assert change is None or change[0] in run["promotion"]
 
 
+# Decimals of the documents that are no measurement of ours.
+NOT_MEASURED = {
+    "versions of Python and Kubernetes": "3.11 3.12 1.37",
+    "the authors' layer, as they publish it": "3.43 22.4",
+}
+DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.]*\w)")
+
+
+def decimals(text: str) -> set[str]:
+    """Numbers with a decimal point, without their leading zero: `0.7534` and `.7534` are one."""
+    return {number.lstrip("0") for number in DECIMAL.findall(text)}
+
+
+@pytest.mark.parametrize("pattern", ["limits.md", "how-it-works/*.md", "start/demo.md"])
+def test_documents_cite_figures_of_the_results(pattern: str):
+    """The tables and texts of benchmarks/, which tests hold to the committed runs, have them all."""
+    results = [(ROOT / "benchmarks" / name).read_text() for name in ("RESULTS.md", "NOTES.md")]
+    known = decimals("\n".join([*results, (RUNS / "demo_output.txt").read_text()]))
+    known |= decimals(" ".join(NOT_MEASURED.values()))
+
+    for path in (ROOT / "docs").glob(pattern):
+        prose = BLOCK.sub("", path.read_text())
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv:[\d.]+", "", prose)
+        assert decimals(prose) <= known, path.name
+
+
 # The commands
 
 
