@@ -2,11 +2,13 @@
 own time.
 
 A private cluster has its own ports, token and short temp folder, so that it lives beside other
-people's clusters on
-the same machine, and only what was started here is stopped.
+people's clusters on the same machine, and only what was started here is stopped.
+
+`python -m pipeline.cluster` prints that environment for a cluster which `ray start` starts.
 """
 
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -16,6 +18,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +27,13 @@ from typing import IO, Any
 import ray
 
 from pipeline.config import RayConfig, UserError
+from pipeline.waiting import progress_lines
 
 logger = logging.getLogger(__name__)
 
 OWNER = "owner"  # in a local cluster's folder: the driver's pid, locked while it lives
 REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, per protocol
+OURS = ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")  # in the environment while a local cluster lives
 
 
 @contextmanager
@@ -63,40 +68,76 @@ def _joined(address: str) -> Iterator[Any]:
         context = _init(address=address, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise UserError(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     try:
         yield context
     finally:
         ray.shutdown()
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
     remove_orphans()
-    # ours alone; short: socket paths end at 107 characters
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    folder = private_folder()
     lock = _owned(folder)
+
     os.environ |= serve_environment(folder)
     use_token(runs_dir)
-    port = free_port()
-    # Ray's own actors look for "the" cluster of the machine: beside another one they must be told
-    # which is theirs.
-    ours = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    os.environ |= ours
     try:
-        yield _init(
-            address="local",
-            num_cpus=cfg.num_cpus,
-            object_store_memory=cfg.object_store_mb * 2**20,
-            include_dashboard=include_dashboard,
-            dashboard_port=free_port() if include_dashboard else None,
-            logging_level=logging.WARNING,
-            _temp_dir=str(folder / "ray"),  # which Ray opens to everybody
-        )
+        yield _started(cfg, folder, include_dashboard)
     finally:
         ray.shutdown()
-        for name in ours:
+        for name in OURS:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
         lock.close()
+
+
+def _started(cfg: RayConfig, folder: Path, include_dashboard: bool) -> Any:
+    """Start a local cluster, anew where Ray gives up: it allows its own processes 30 s, which a
+    busy machine may not keep.
+
+    Raises:
+        UserError: no start succeeded within `ray.start_timeout_s`.
+    """
+    end = time.monotonic() + cfg.start_timeout_s
+    with progress_lines("Ray's start", cfg.start_timeout_s):
+        for attempt in itertools.count():
+            # Ray's own actors look for "the" cluster of the machine: beside another one they must
+            # be told which is theirs.
+            port = free_port()
+            os.environ |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            try:
+                return _init(
+                    address="local",
+                    num_cpus=cfg.num_cpus,
+                    object_store_memory=cfg.object_store_mb * 2**20,
+                    include_dashboard=include_dashboard,
+                    dashboard_port=free_port() if include_dashboard else None,
+                    logging_level=logging.WARNING,
+                    _temp_dir=str(folder / f"ray{attempt or ''}"),  # which Ray opens to everybody
+                )
+            except (ValueError, TypeError):  # settings that Ray refuses: no matter of time
+                raise
+            except Exception as error:  # Ray raises a bare Exception where its time is up
+                ray.shutdown()
+                reason = str(error).strip().splitlines() or [repr(error)]
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"Ray did not start within {cfg.start_timeout_s:.0f} s "
+                        f"(ray.start_timeout_s): {reason[0]}"
+                    ) from error
+                logger.warning("Ray did not start, once more: %s", reason[0])
+    raise AssertionError("the loop has no other end")
+
+
+def private_folder() -> Path:
+    """A new folder for one cluster. Its path is short: those of sockets end at 107 characters."""
+    return Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
 
 
 def _owned(folder: Path) -> IO[str]:
@@ -166,8 +207,9 @@ def serve_environment(folder: Path) -> dict[str, str]:
     """What Ray Serve must find in the environment of every node before Ray starts.
 
     HAProxy in front, user code on the replica's event loop and the usual priority, unless set
-    otherwise; and instead
-    of the fixed folder and ports that all clusters of a machine would share, ones of this cluster.
+    otherwise. And a folder and ports of this cluster alone, instead of the fixed ones of all
+    clusters: Serve binds its ports with SO_REUSEPORT, so that two clusters of one user with the
+    same number get each other's requests.
     """
     # below the ports of outgoing sockets
     first = random.SystemRandom().randrange(20_000, 32_000, 2 * REPLICA_PORTS)
@@ -188,6 +230,9 @@ def serve_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy/server-state",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # where HAProxy sends what no replica takes
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + REPLICA_PORTS),
@@ -196,6 +241,19 @@ def serve_environment(folder: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
+    """A TCP port that nobody holds at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def print_environment() -> None:
+    """Print `export` lines for the shell that runs `ray start --head --temp-dir=$RAY_FOLDER`."""
+    folder = private_folder()
+    lines = {"RAY_FOLDER": str(folder), "RAY_USAGE_STATS_ENABLED": "0", **serve_environment(folder)}
+    for name, value in lines.items():
+        print(f"export {name}={value}")
+
+
+if __name__ == "__main__":
+    print_environment()

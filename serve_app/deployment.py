@@ -6,7 +6,9 @@ keep their process: only `user_config` changes.
 """
 
 import dataclasses
+import errno
 import logging
+import socket
 import time
 import uuid
 from importlib import resources
@@ -22,13 +24,14 @@ from pipeline.config import RunConfig, UserError
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
 from pipeline.tracking import registry
+from pipeline.waiting import wait_until
 from serve_app.web.protection import read_keys
 
 logger = logging.getLogger(__name__)
 
 APPLICATION = "ranking"
-TIMEOUT_S = 180.0
 POLL_S = 0.1
+PORT_WAIT_S = 15.0  # a server that has just been stopped takes a moment to let go
 SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -177,11 +180,45 @@ def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
 
     dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
     client = ServeSubmissionClient(dashboard)
-    port = _running_port(client.get_serve_details()) or cfg.serve.port or free_port()
+    port = _running_port(client.get_serve_details())
+    if port is None:
+        port = cfg.serve.port or free_port()
+        require_free_port(cfg.serve.host, port)
+
     _send(client, serve_config(cfg, wanted, port, code_of_this_job()))
     url = f"http://{cfg.serve.host}:{port}"
-    _wait(client, url, wanted["deployment"])
+    _wait(client, url, wanted["deployment"], cfg.serve.start_timeout_s)
     return url
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Refuse a port that somebody listens on, another server of ours above all.
+
+    Serve's ingress shares its port with whoever of the same user asks for it: two servers on one
+    port would answer each other's requests.
+
+    Raises:
+        UserError: the port was not free within 15 s.
+    """
+
+    def is_free() -> bool:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                # an address of another machine: nothing to find out from here
+                return error.errno != errno.EADDRINUSE
+        return True
+
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        wait_until(is_free, f"port {port} to be free", PORT_WAIT_S)
+    except TimeoutError:
+        raise UserError(
+            f"serve.port: something else listens on {host}:{port}; choose another, or 0 for any "
+            "free one"
+        ) from None
 
 
 def code_of_this_job() -> dict[str, Any]:
@@ -218,22 +255,41 @@ def _send(client: Any, filled: dict[str, Any]) -> None:
             time.sleep(SEND_PAUSE_S)
 
 
-def _wait(client: Any, url: str, deployment: str) -> None:
-    in_a_row, started = 0, time.monotonic()
-    while in_a_row < ANSWERS:
-        if time.monotonic() - started > TIMEOUT_S:
-            raise UserError(
-                f"{url} does not answer with the new version after {TIMEOUT_S:.0f} s: "
-                f"{_status(client)}"
-            )
+def _wait(client: Any, url: str, deployment: str, limit_s: float) -> None:
+    """Return when nothing but `deployment` answers at `url`.
+
+    Raises:
+        UserError: it failed to load or to start, or other answers came for `limit_s` seconds.
+    """
+    in_a_row = 0
+
+    def swapped() -> bool:
+        nonlocal in_a_row
         info = _ready(url)
-        swapped = info is not None and info["deployments"] == [deployment]
-        in_a_row = in_a_row + 1 if swapped else 0
-        if info is not None and info["failed_deployment"] == deployment:
+        if info is None:
+            in_a_row = 0
+            _require_no_failure(client)
+            return False
+
+        if info["failed_deployment"] == deployment:
             raise UserError(f"{_failure(url)}; version {info['model_version']} goes on answering")
-        if info is None and (status := _status(client)).startswith(("DEPLOY_FAILED", "UNHEALTHY")):
-            raise UserError(f"the server did not start: {status}")
-        time.sleep(POLL_S)
+        in_a_row = in_a_row + 1 if info["deployments"] == [deployment] else 0
+        return in_a_row == ANSWERS
+
+    try:
+        wait_until(swapped, f"the new version to answer at {url}", limit_s, pause_s=POLL_S)
+    except TimeoutError:
+        raise UserError(
+            f"{url} does not answer with the new version after {limit_s:.0f} s "
+            f"(serve.start_timeout_s): {_status(client)}"
+        ) from None
+
+
+def _require_no_failure(client: Any) -> None:
+    """Raises UserError where Serve has given up."""
+    status = _status(client)
+    if status.startswith(("DEPLOY_FAILED", "UNHEALTHY")):
+        raise UserError(f"the server did not start: {status}")
 
 
 def _ready(url: str) -> dict[str, Any] | None:

@@ -1,9 +1,11 @@
 """Clusters of our own, beside those of others."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +21,71 @@ def test_clusters_share_no_folder_and_no_port():
     ours = [name for name in one if name.endswith(("_LOC", "_PATH", "_BASE", "_FILE"))]
     assert len(ours) == 5
     assert all(one[name].startswith("/tmp/one/") for name in ours)
-    for name in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
-        assert one[name] != other[name]
+    ports = [name for name in one if name.endswith("_PORT")]
+    assert len(ports) == 8
+    assert [name for name in ports if one[name] == other[name]] == []
+
+
+def test_serve_has_no_port_or_folder_that_is_not_set():
+    """A new version of Ray may bring another fixed meeting point."""
+    text = next(
+        Path(sys.prefix).glob("lib/python*/site-packages/ray/serve/_private/constants.py")
+    ).read_text()
+    ports = set(re.findall(r'"(RAY_SERVE_\w+_PORT)"', text))
+    folders = set(re.findall(r'"(RAY_SERVE_\w+)", "/tmp', text))
+    # without a default, so that the configured port is taken
+    ports -= {"RAY_SERVE_WORKER_PROXY_HTTP_PORT", "RAY_SERVE_WORKER_PROXY_GRPC_PORT"}
+    assert len(folders) > 3
+    assert (ports | folders) - serve_environment(Path("/tmp/x")).keys() == set()
+
+
+def test_the_printed_environment_is_a_cluster_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cluster, "private_folder", lambda: tmp_path)
+    cluster.print_environment()
+    command = ["bash", "-c", capsys.readouterr().out + "env"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert f"RAY_FOLDER={tmp_path}" in found
+    names = {line.partition("=")[0] for line in found}
+    assert serve_environment(tmp_path).keys() <= names
+
+
+def test_a_start_that_ray_gives_up_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    folders = []
+
+    def busy(**options: Any) -> None:
+        folders.append(options["_temp_dir"])
+        if len(folders) < 3:
+            raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setattr(cluster, "_init", busy)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ, RAY_ADDRESS="local"))
+    with ray_cluster(RayConfig(), runs_dir=tmp_path):
+        assert len(set(folders)) == 3
+    assert "Ray did not start, once more: The current node timed out" in caplog.text
+
+
+def test_a_start_that_fails_for_too_long_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(**_: Any) -> None:
+        raise RuntimeError("no raylet")
+
+    monkeypatch.setattr(cluster, "_init", broken)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ, RAY_ADDRESS="local"))
+    cfg = RayConfig(start_timeout_s=0.01)
+    with (
+        pytest.raises(UserError, match=r"within 0 s \(ray.start_timeout_s\): no raylet"),
+        ray_cluster(cfg, runs_dir=tmp_path),
+    ):
+        pass
 
 
 def test_every_variable_is_one_that_ray_reads():

@@ -3,6 +3,7 @@ there.
 """
 
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import free_port
+from pipeline.config import UserError
 from pipeline.tracking import registry
 from serve_app import deployment
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -87,3 +89,15 @@ def test_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run_job("deploy", "--config", str(preset))
     assert done.returncode == 2, done.stderr
     assert "ray.address" in done.stderr
+
+
+def test_a_port_that_somebody_listens_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "PORT_WAIT_S", 0.05)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another server's ingress
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"serve.port: something else listens on .*:{port}"):
+            deployment.require_free_port("127.0.0.1", port)
+    deployment.require_free_port("127.0.0.1", port)

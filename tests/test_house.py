@@ -9,6 +9,7 @@ ROOMS = (
     "pipeline.files",
     "pipeline.version",
     "pipeline.lifeline",
+    "pipeline.waiting",
     "pipeline.config",
     "pipeline.cluster",
     "pipeline.logs",

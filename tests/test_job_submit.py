@@ -1,4 +1,6 @@
-"""The whole chain as a submitted job: a head with its own ports and token, and nothing left behind."""
+"""The whole chain as a submitted job, beside another server: a head with its own ports and token, and
+nothing left behind.
+"""
 
 import json
 import os
@@ -8,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pipeline.cluster import free_port, serve_environment
+from pipeline.cluster import free_port, remove_orphans, serve_environment
+from tests.support.patience import PATIENCE_S, wait_until
+from tests.support.processes import command_line, descendants, kill_tree, running
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).with_name("ray")
@@ -53,6 +59,22 @@ class Head:
         )
 
 
+@dataclass
+class Neighbour:
+    process: subprocess.Popen
+    port: int
+    log: Path
+    identity: str = ""
+
+    def deployment(self) -> str:
+        """Identity of what it serves, once it does."""
+        if not self.identity:
+            assert self.process.stdout is not None
+            self.identity = self.process.stdout.readline().strip()
+            assert self.identity, self.log.read_text()
+        return self.identity
+
+
 @pytest.fixture
 def head() -> Iterator[Head]:
     # short: socket paths end at 107 characters
@@ -68,9 +90,10 @@ def head() -> Iterator[Head]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
-    dashboard = free_port()
+    dashboard, port = free_port(), free_port()
+    environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
     options = {
-        "port": free_port(),
+        "port": port,
         "dashboard-port": dashboard,
         "dashboard-agent-listen-port": free_port(),
         "dashboard-agent-grpc-port": free_port(),
@@ -109,39 +132,17 @@ def head() -> Iterator[Head]:
 
 
 def wait_until_ready(head: Head, token: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    def answers() -> bool:
         assert head.process.poll() is None, head.log.read_text()
         try:
             answer = httpx.get(
                 f"{head.url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=5
             )
-            if answer.status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.5)
-    raise AssertionError(f"no dashboard after 60 s: {head.log.read_text()}")
+        except httpx.TransportError:  # not listening yet
+            return False
+        return answer.status_code == 200
 
-
-def running() -> dict[int, int]:
-    """Parent by process id, those that have ended and wait for their parent left out."""
-    rows = subprocess.run(
-        ["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
-    ).stdout
-    return {
-        int(pid): int(parent)
-        for pid, parent, state in map(str.split, rows.splitlines())
-        if state[0] != "Z"
-    }
-
-
-def descendants(root: int) -> set[int]:
-    parents, found, new = running(), set(), {root}
-    while new:
-        found |= new
-        new = {pid for pid, parent in parents.items() if parent in new} - found
-    return found - {root}
+    wait_until(answers, f"the head's dashboard ({head.log})")
 
 
 def stop(process: subprocess.Popen) -> set[int]:
@@ -150,7 +151,7 @@ def stop(process: subprocess.Popen) -> set[int]:
     """
     children = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
+    process.wait(timeout=PATIENCE_S)
     deadline = time.monotonic() + 30
     while (alive := children & running().keys()) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -159,18 +160,105 @@ def stop(process: subprocess.Popen) -> set[int]:
     return alive
 
 
-def test_the_chain_runs_as_a_submitted_job(head, tmp_path):
-    done = head.submit(
-        "-m", "jobs.pipeline", "--config", "configs/smoke.yaml", "--set", f"runs_dir={tmp_path}"
+class Watch:
+    """Ask a server all the time who it is, in a thread, and keep each deployment that answered."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/readyz"
+        self.answers: Counter[str] = Counter()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        # a connection each time: one that is kept would stay with whoever took it
+        while not self._done.wait(0.02):
+            try:
+                answer = httpx.get(self.url, timeout=5)
+            except httpx.TransportError:
+                continue
+            if answer.status_code == 200:
+                self.answers.update(answer.json()["deployments"])
+
+    def goes_on(self, what: str, more: int = 20) -> None:
+        """Wait for so many further answers."""
+        enough = self.answers.total() + more
+        wait_until(lambda: self.answers.total() >= enough, what)
+
+
+@pytest.fixture
+def neighbour(tmp_path: Path) -> Iterator[Neighbour]:
+    """Another private cluster with a server, still on its way when the test begins."""
+    port, log = free_port(), tmp_path / "neighbour.log"
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.neighbour", tmp_path / "neighbour", str(port)],
+            cwd=ROOT,
+            env=outside | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        yield Neighbour(process, port, log)
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+        remove_orphans()
+
+
+def ingress_of(head: Head) -> int:
+    """Process that answers requests: the one replica of smoke.yaml, the ingress in it."""
+    (found,) = (
+        pid
+        for pid in descendants(head.process.pid)
+        if b"ServeReplica:ranking:RankerReplica" in command_line(pid)
     )
+    return found
+
+
+def test_the_chain_runs_as_a_submitted_job_beside_another_server(
+    head: Head, neighbour: Neighbour, tmp_path: Path
+):
+    """Each server answers for itself alone: while the other starts, when its own ingress is killed,
+    and when the other's whole cluster is.
+    """
+    port = free_port()
+    options = [f"runs_dir={tmp_path}", f"serve.port={port}"]
+    sets = [word for option in options for word in ("--set", option)]
+    with Watch(port) as ours, Watch(neighbour.port) as theirs:
+        done = head.submit("-m", "jobs.pipeline", "--config", "configs/smoke.yaml", *sets)
+        check_chain(done, tmp_path / "smoke")
+        assert neighbour.deployment()
+
+        os.kill(ingress_of(head), signal.SIGKILL)
+        time.sleep(5)  # HAProxy has noticed, and asks its fallback
+        ours.goes_on("the ingress to come back")
+        theirs.goes_on("the neighbour to go on answering")
+
+        kill_tree(neighbour.process.pid)
+        ours.goes_on("answers after the neighbour's death")
+
+    assert len(ours.answers) == 1, ours.answers
+    assert list(theirs.answers) == [neighbour.deployment()]
+    assert len(descendants(head.process.pid)) > 3
+    assert stop(head.process) == set()
+
+
+def check_chain(done: subprocess.CompletedProcess[str], run_dir: Path) -> None:
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "succeeded" in output
-    summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
+    summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["promoted"]
     assert summary["parity_requests"] > 0  # asked over HTTP
     assert summary["parity_max_abs_diff"] <= 1e-5
     assert summary["test_ne"]["is_click"] < 1
-
-    assert len(descendants(head.process.pid)) > 3
-    assert stop(head.process) == set()

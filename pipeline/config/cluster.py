@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.setting import setting
+from pipeline.config.setting import check_ranges, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,3 +19,12 @@ class RayConfig:
         doc="Logical CPUs of a local cluster. Two training workers and Ray Data need more than 2.",
     )
     object_store_mb: int = setting(512, doc="Object store of a local cluster, in MiB.")
+    start_timeout_s: float = setting(
+        300.0,
+        above=0,
+        doc="Longest wait for a local cluster to start, in seconds. A start that Ray gives up on a "
+        "busy machine is tried again within it.",
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "ray")

@@ -106,6 +106,13 @@ class ServeConfig:
         doc="Longest time, in seconds, from the first byte of a request to its answer; beyond it "
         "the answer is 504.",
     )
+    start_timeout_s: float = setting(
+        600.0,
+        above=0,
+        below=math.inf,
+        doc="Longest wait, in seconds, until a started or updated server answers with its new "
+        "version.",
+    )
     canary: CanaryConfig | None = setting(
         None, doc="Version that answers some of the users; null: none."
     )

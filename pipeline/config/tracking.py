@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.setting import setting
+from pipeline.config.setting import check_ranges, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +14,9 @@ class TrackingConfig:
         doc="Address of an MLflow server. Null: start one over runs_dir/mlflow on a free port for "
         "the job's time.",
     )
+    start_timeout_s: float = setting(
+        300.0, above=0, doc="Longest wait for a server of the job's own to start, in seconds."
+    )
     experiment: str = setting("ultra-hstu", doc="MLflow experiment that the runs belong to.")
     model_name: str = setting("ultra_hstu", doc="Name of the registered model.")
     gate_max_ne: dict[str, float] = setting(
@@ -23,3 +26,6 @@ class TrackingConfig:
         0.002,
         doc="By how much the validation NE, as a mean over tasks, may exceed the champion's.",
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "tracking")

@@ -26,6 +26,7 @@ from pipeline import lifeline
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.files import write_atomically
+from pipeline.waiting import progress_lines, wait_until
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +34,6 @@ if typing.TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120  # a busy machine takes most of a minute to import MLflow three times
 STOP_TIMEOUT_S = 15
 
 
@@ -54,7 +54,9 @@ def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
         uri = cfg.tracking.uri
         _require_healthy(uri)
     else:
-        uri, process = _start_or_join(Path(cfg.runs_dir).absolute() / "mlflow", port)
+        uri, process = _start_or_join(
+            Path(cfg.runs_dir).absolute() / "mlflow", port, cfg.tracking.start_timeout_s
+        )
     try:
         with tracking_uri(uri):
             yield uri
@@ -111,21 +113,24 @@ def absent(error: "MlflowException") -> bool:
     return error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
 
 
-def _start_or_join(folder: Path, port: int | None) -> tuple[str, subprocess.Popen | None]:
+def _start_or_join(
+    folder: Path, port: int | None, limit_s: float
+) -> tuple[str, subprocess.Popen | None]:
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "server.json"
     with open(folder / "lock", "w") as lock:
         # two jobs that start at once share one server: sqlite has one writer
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with progress_lines("another job's MLflow server to start", limit_s):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if note.exists() and _healthy(uri := json.loads(note.read_text())["uri"]):
             logger.info("joining the MLflow server at %s", uri)
             return uri, None
-        uri, process = _start(folder, port or free_port())
+        uri, process = _start(folder, port or free_port(), limit_s)
         write_atomically(note, json.dumps({"uri": uri, "pid": process.pid}))
     return uri, process
 
 
-def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
+def _start(folder: Path, port: int, limit_s: float) -> tuple[str, subprocess.Popen]:
     uri = f"http://127.0.0.1:{port}"
     # a job that is killed leaves no server behind
     command = [sys.executable, "-I", lifeline.__file__]
@@ -159,15 +164,22 @@ def _start(folder: Path, port: int) -> tuple[str, subprocess.Popen]:
             cwd=folder,
             start_new_session=True,
         )
-    started = time.monotonic()
-    while not _healthy(uri):
-        if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
-            _end(process)
-            last = log.read_text(errors="replace").splitlines()[-3:]
-            raise UserError(
-                f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}"
-            )
-        time.sleep(0.2)
+
+    def healthy_or_ended() -> bool:
+        return process.poll() is not None or _healthy(uri)
+
+    try:
+        # a busy machine takes most of a minute to import MLflow three times
+        wait_until(healthy_or_ended, "the MLflow server", limit_s)
+        started = process.poll() is None
+    except TimeoutError:
+        started = False
+    if not started:
+        _end(process)
+        last = log.read_text(errors="replace").splitlines()[-3:]
+        raise UserError(
+            f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}"
+        )
     logger.info("MLflow server at %s, over %s", uri, folder)
     return uri, process
 
