@@ -31,7 +31,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def make_parser(
     name: str, what: str, add_options: Callable[[argparse.ArgumentParser], None] | None
 ) -> argparse.ArgumentParser:
-    """The command line of `python -m jobs.NAME`: what all jobs share, then the job's own options."""
+    """The command line of `python -m jobs.NAME`: options of all jobs, then the job's own."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
         description=what,

@@ -3,4 +3,7 @@
 A module of its own, which needs no PyTorch: the configuration checks against it.
 """
 
-RECOMPUTABLE = "normed_x", "uvqk", "y"
+from typing import Literal, get_args
+
+Recomputable = Literal["normed_x", "uvqk", "y"]
+RECOMPUTABLE: tuple[Recomputable, ...] = get_args(Recomputable)

@@ -37,6 +37,7 @@ class SplitConfig:
     def _refuse_periods_out_of_order(self) -> None:
         later = f"later than split.t_val {self.t_val}"
         require(self.val_ms < self.test_ms, "split.t_test", self.t_test, later)
+
         if self.t_end is not None:
             later = f"later than split.t_test {self.t_test}"
             require(self.end_ms > self.test_ms, "split.t_end", self.t_end, later)
@@ -106,6 +107,7 @@ class DenseFeature:
     def __post_init__(self) -> None:
         require(len(self.by) > 0, "features.dense.*.by", self.by, "at least one column")
         check_ranges(self, "features.dense.*")
+
         self._refuse_age_of_rows_without_a_time()
 
     def _refuse_age_of_rows_without_a_time(self) -> None:
@@ -179,6 +181,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "features")
+
         self._refuse_shares_of_an_unknown_duration()
         self._refuse_rates_by_unknown_columns()
         self._refuse_user_columns_without_a_token()
@@ -196,6 +199,7 @@ class FeatureConfig:
     def _refuse_rates_by_unknown_columns(self) -> None:
         request = [name for name in self.request if name != "hour"]
         columns = ["user", "item_id", *self.item, *request]
+
         for name, feature in self.dense.items():
             for column in feature.by:
                 require(column in columns, f"features.dense.{name}.by", column, f"one of {columns}")
@@ -205,6 +209,7 @@ class FeatureConfig:
         for name in grouped:
             rule = "a column listed in features.user"
             require(name in self.user, "features.user_tokens", name, rule)
+
         for name in self.user:
             rule = "part of a token in features.user_tokens"
             require(name in grouped, "features.user", name, rule)

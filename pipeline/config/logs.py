@@ -70,9 +70,10 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "source.synthetic")
+        parse_time("source.synthetic.start", self.start)
+
         self._refuse_shortest_history_above_longest()
         self._refuse_requests_across_lasting_phases()
-        parse_time("source.synthetic.start", self.start)
 
     def _refuse_shortest_history_above_longest(self) -> None:
         require(
@@ -86,6 +87,7 @@ class SyntheticConfig:
         """The early and the quiet rows are whole requests."""
         if self.lasting_categories == 0:
             return
+
         for name in ("early_rows", "quiet_rows"):
             rows = getattr(self, name)
             require(
@@ -138,6 +140,7 @@ class SourceConfig:
 
     def _refuse_actions_that_do_not_fit_the_mask(self) -> None:
         require(len(self.actions) > 0, "source.actions", self.actions, "at least one action column")
+
         most = f"at most {MAX_ACTIONS} action columns"
         require(len(self.actions) <= MAX_ACTIONS, "source.actions", self.actions, most)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.recompute import Recomputable
 from pipeline.config.errors import require
 from pipeline.config.setting import check_ranges, setting
 
@@ -193,10 +193,10 @@ class ModelConfig:
         doc="Implementation of the token encoder's row kernels. auto: Triton on CUDA, PyTorch on "
         "CPU.",
     )
-    recompute: tuple[str, ...] = setting(
+    recompute: tuple[Recomputable, ...] = setting(
         (),
-        doc="Of normed_x, uvqk and y those that are computed again in the backward pass on CUDA "
-        "instead of kept in memory.",
+        doc="Values of a layer that are computed again in the backward pass on CUDA instead of "
+        "kept in memory.",
     )
     fp8: bool = setting(
         False,
@@ -207,15 +207,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "model")
         _refuse_truncation_after_the_last_layer("model", self.num_layers, self.truncate_after_layer)
-        self._refuse_unknown_recompute()
+
         self._refuse_settings_that_a_baseline_ignores()
         self._refuse_settings_that_two_tokens_ignore()
         self._refuse_bias_without_relative_times()
-
-    def _refuse_unknown_recompute(self) -> None:
-        unknown = [name for name in self.recompute if name not in RECOMPUTABLE]
-        rule = f"of {', '.join(RECOMPUTABLE)}"
-        require(not unknown, "model.recompute", list(self.recompute), rule)
 
     def _refuse_settings_that_a_baseline_ignores(self) -> None:
         """A baseline that ignored one of these would be compared under a wrong name."""
@@ -227,8 +222,11 @@ class ModelConfig:
         require(window is None, "model.attention.window", window, f"null {where}")
         require(after is None, "model.truncate_after_layer", after, f"null {where}")
         require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
+
+        # both encoders of STU layers know FP8
         has_stu = self.encoder in ("hstu", "hstu_merged")
         require(has_stu or not self.fp8, "model.fp8", self.fp8, f"false {where}")
+
         require(self.merge, "model.merge", self.merge, f"true {where}: the encoder says it")
 
     def _refuse_settings_that_two_tokens_ignore(self) -> None:

@@ -122,14 +122,14 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
                 f"{path or 'the top level'} has {names}"
             )
 
-    for field in fields:
-        if not has_default(field) and field.name not in raw:
-            raise ConfigError(f"{path}.{field.name} must be given beside {list(raw)}")
-
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in raw.items():
         values[key] = _convert(hints[key], value, f"{path}.{key}" if path else key)
+
+    for field in fields:
+        if not has_default(field) and field.name not in raw:
+            raise ConfigError(f"{path}.{field.name} must be given beside {list(raw)}")
     return cls(**values)
 
 
@@ -138,19 +138,24 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build_section(typing.cast(type, hint), value, path)
+
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, path)
+
     if origin is Literal:
         require(value in args, path, value, f"one of {list(args)}")
         return value
+
     if origin is tuple:
         require(isinstance(value, list | tuple), path, value, "a list")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+
     if origin is dict:
         require(isinstance(value, dict), path, value, "a mapping")
         return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+
     return _convert_scalar(hint, value, path)
 
 

@@ -44,6 +44,7 @@ def refuse_features_of_unknown_columns(features: FeatureConfig, source: SourceCo
     items, users = list(features.item), list(features.user)
     rule = "empty without a table of items (source.items)"
     require(not items or source.items_known, "features.item", items, rule)
+
     rule = "empty without a table of users (source.users)"
     require(not users or source.users_known, "features.user", users, rule)
 

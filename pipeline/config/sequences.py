@@ -42,6 +42,7 @@ class SequenceConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "sequences")
+
         parse_time("sequences.earliest_time", self.earliest_time)
         if self.latest_time is not None:
             parse_time("sequences.latest_time", self.latest_time)

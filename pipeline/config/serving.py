@@ -145,6 +145,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "serve")
+
         self._refuse_graphs_without_gpu()
         self._refuse_one_process_of_many()
         self._refuse_empty_paths()
@@ -170,6 +171,7 @@ class ServeConfig:
             known = url.scheme in ("redis", "rediss", "unix")
             rule = "a URL such as redis://host:6379/0, or null"
             require(known, "serve.redis_url", self.redis_url, rule)
+
             # the configuration is logged with every run
             rule = "without a password: serve.redis_password_file"
             require(url.password is None, "serve.redis_url", "...", rule)

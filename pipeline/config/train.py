@@ -33,6 +33,7 @@ class StochasticLengthConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "train.stochastic_length")
+
         self._refuse_sampling_without_draws()
 
     def _refuse_sampling_without_draws(self) -> None:
@@ -176,6 +177,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")
+
         self._refuse_two_sizes_of_a_step()
         self._refuse_replicated_bf16_tables()
         self._refuse_settings_of_missing_validations()
@@ -204,8 +206,10 @@ class TrainConfig:
     def _refuse_settings_of_missing_validations(self) -> None:
         if self.validate_every > 0:
             return
+
         rule = "null without validate_every"
         require(self.patience is None, "train.patience", self.patience, rule)
+
         rule = "last without validate_every"
         require(self.publish == "last", "train.publish", self.publish, rule)
 
@@ -222,6 +226,7 @@ class TrainConfig:
     def _refuse_profile_out_of_order(self) -> None:
         steps = self.profile_steps
         in_order = steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
+
         rule = "a first step of 1 or more and a last one not before it, or null"
         require(in_order, "train.profile_steps", steps, rule)
 

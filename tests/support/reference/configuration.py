@@ -21,7 +21,7 @@ A preset is a YAML file in `configs/`. Every key that it leaves out has the defa
 one with `--set`, whose value is YAML too:
 
 ```bash
-python -m jobs.train --config configs/demo.yaml --set train.epochs=3 --set model.attention.window=null
+python -m jobs.train --config configs/demo.yaml --set train.epochs=3 --set serve.port=0
 ```
 
 A wrong key, type or value stops a job before it starts anything, with one message that names key
@@ -127,7 +127,7 @@ def value_words(entry: Entry) -> str:
 
 
 def section_key(entry: Entry) -> str | None:
-    """Key of the section that a setting holds, or holds by name; None where it holds plain values."""
+    """Key of the section that a setting holds, or holds by name; None for plain values."""
     for part in typing.get_args(entry.field.type):
         if dataclasses.is_dataclass(part):
             named = typing.get_origin(entry.field.type) is dict

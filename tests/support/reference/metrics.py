@@ -21,8 +21,8 @@ INTRODUCTION = """\
 
 ## Prometheus
 
-`GET /metrics` of the server. A histogram has `_bucket`, `_sum` and `_count` behind its name. Metrics
-of the replicas also have the label `replica`. `deploy/grafana/ranking.json` is a dashboard.
+`GET /metrics` of the server. A histogram has `_bucket`, `_sum` and `_count` behind its name.
+Metrics of the replicas also have the label `replica`. `deploy/grafana/ranking.json` is a dashboard.
 """
 
 # Names as the code writes them; TASK is one of `tasks`.
