@@ -4,8 +4,9 @@ over memory, and backward makes them anew from x instead of keeping them."""
 import triton
 import triton.language as tl
 
+from kernels.triton_math import LOG2_E, sigmoid
+
 FP8_MAX = tl.constexpr(448.0)  # of e4m3
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -191,7 +192,7 @@ def swish_backward(
             tl.float32
         )
         hat, rstd = normalise(x_RE, inside, width, eps)
-        gate = 1 / (1 + tl.exp2((hat * w[None, :] + b[None, :]) * -LOG2_E))
+        gate = sigmoid(hat * w[None, :] + b[None, :])
         d_normed = d * x_RE * gate * (1 - gate)
         d_weight += d_normed * hat
         d_bias += d_normed

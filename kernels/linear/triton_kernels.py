@@ -9,21 +9,16 @@ Suffixes: M rows of a tile, N outputs of a tile, K inputs of a step.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from kernels.triton_math import approximate_tanh, sigmoid
 
 
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr):
-    # one special-function instruction instead of two; 2**-12 of error, below half precision's
-    # rounding
+    """FAST takes one special-function instruction instead of two."""
     if FAST:
-        half = 0.5 * x
-        tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
-        )
-        y = 0.5 + 0.5 * tanh
+        y = 0.5 + 0.5 * approximate_tanh(0.5 * x)
     else:
-        y = 1 / (1 + tl.exp2(x * -LOG2_E))
+        y = sigmoid(x)
     return y
 
 
@@ -71,16 +66,16 @@ def _epilogue(
     acc += tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
     if SILU:
         if column + BLOCK_N > silu_from:
-            sigmoid = _sigmoid(acc, FAST)
+            gate = _sigmoid(acc, FAST)
             active = (columns >= silu_from)[None, :]
             if SLOPE:
-                steep = sigmoid * (1 + acc * (1 - sigmoid))
+                steep = gate * (1 + acc * (1 - gate))
                 if TMA_OUT:  # there a tile is activated whole
                     slope.store([row, column - silu_from], steep.to(slope.dtype))
                 else:
                     place = slope + long_rows * stride_slope + (columns - silu_from)[None, :]
                     tl.store(place, steep.to(slope.dtype.element_ty), mask=inside & active)
-            acc *= sigmoid if TMA_OUT else tl.where(active, sigmoid, 1.0)
+            acc *= gate if TMA_OUT else tl.where(active, gate, 1.0)
     if RESIDUAL:
         place = residual + long_rows * stride_residual + columns[None, :]
         acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)

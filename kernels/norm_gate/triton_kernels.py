@@ -15,8 +15,7 @@ from kernels.layer_norm.triton_kernels import (
     normalise_backward,
     to_fp8,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from kernels.triton_math import sigmoid
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def gate_forward(
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     hat, _ = normalise(a_RE, inside, width, eps)
-    u_RE *= 1 / (1 + tl.exp2(u_RE * -LOG2_E))
+    u_RE *= sigmoid(u_RE)
     y = (hat * w[None, :] + b[None, :]) * u_RE
     if CONCAT:
         u_RE = _drop(u_RE, seed, rows, columns, threshold, gain, DROPOUT)
@@ -137,8 +136,8 @@ def gate_backward(
         )
         hat, rstd = normalise(a_RE, inside, width, eps)
         normed = hat * w[None, :] + b[None, :]
-        sigmoid = 1 / (1 + tl.exp2(x * -LOG2_E))
-        u_RE = x * sigmoid
+        gate = sigmoid(x)
+        u_RE = x * gate
         first = 0
         if CONCAT:
             first = 2 * width
@@ -169,7 +168,7 @@ def gate_backward(
         if CONCAT:
             grad_u += d_u
             grad_a += d_a
-        grad_u *= sigmoid + u_RE * (1 - sigmoid)
+        grad_u *= gate + u_RE * (1 - gate)
         d_gate += grad_u
         tl.store(
             da + long_rows * width + columns[None, :], grad_a.to(da.dtype.element_ty), mask=inside

@@ -3,16 +3,24 @@
 """Triton kernels of semi-local attention: forward, against cached keys, and the two halves of
 backward.
 
-A program is one entry of a tile list (`triton_tiles.py`) and one head; it knows nothing of the
-batch or its longest sequence.
+A program is one entry of a tile list (`triton_tiles.py` draws one) and one head; it knows nothing of
+the batch or its longest sequence. A row tile visits its keys block by block, in three ranges that
+are numbered through:
+
+    keys of a sequence   [prefix]  . . . . . .  [own range]  . . .  [own rows]
+    BAND                  0 1                    2 3 4
+    FULL                                         0 1 2 3 4 ..
+    CANDIDATE                                    0 1 2 3 4 ..        n
+
+A BAND tile's range begins `window` before its first row, the others' at the start of the sequence.
+Only blocks that touch an edge of the mask are masked.
 
 SiLU attention has no row statistics: sums over any parts of the keys simply add. Tiles with many
 keys are cut into parts; each part writes its sum to a slot, and the last to arrive adds the slots
-in their order, so results do not depend on who came when.
+in their order, so results do not depend on which part that is.
 
 Rows past the end of a sequence belong to the next one; masks take them out, so their values must be
-finite.
-Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
+finite. Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
 """
 
 import triton
@@ -25,9 +33,20 @@ from kernels.semi_local_attention.triton_bias import (
     bias_of,
     time_buckets,
 )
-from kernels.semi_local_attention.triton_tiles import BAND, CANDIDATE, ENTRY
+from kernels.semi_local_attention.triton_tiles import (
+    BAND,
+    CANDIDATE,
+    ENTRY,
+    KEY_FIRST_FULL,
+    KEY_SEEN_BY,
+    KEY_TARGET,
+    ROW_FIRST_TARGET,
+    ROW_TARGET,
+    key_entry,
+    row_entry,
+)
+from kernels.triton_math import LOG2_E, approximate_tanh
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**30)
 
 
@@ -54,13 +73,33 @@ def _rows(
 
 @triton.jit
 def _tanh(x, FAST: tl.constexpr):
-    if FAST:  # 2**-11 of error, below the rounding to half precision that follows
-        y = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+    if FAST:
+        y = approximate_tanh(x)
     else:
         y = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
     return y
+
+
+@triton.jit
+def _half_scores(query, keys, alpha, PRECISION: tl.constexpr):
+    """Half of alpha q·k, [M, N]."""
+    return tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+
+
+@triton.jit
+def _silu(half, FAST: tl.constexpr):
+    """SiLU of twice `half`."""
+    return half + half * _tanh(half, FAST)
+
+
+@triton.jit
+def _add_values(
+    acc, weight, v, first, head, stride_t, stride_h, end, BLOCK_N: tl.constexpr, V: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + weights [M, N] times the values from row `first` on."""
+    values = _rows(v, first, head, stride_t, stride_h, end, BLOCK_N, V, TMA)
+    return tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -210,6 +249,61 @@ def _keep(
 
 
 @triton.jit
+def _mask_block(
+    x, rows, low, high, low_all, high_all, first, start, prefix, in_prefix, is_own, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """x [M, N], 0 where the row does not see the key. Inner blocks pass as they are."""
+    if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
+        index = first + tl.arange(0, BLOCK_N)
+        keep = _keep(
+            rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES
+        )
+        x = tl.where(keep, x, 0.0)
+    return x
+
+
+@triton.jit
+def _asked(query_time, rows, high, start, reach, num_tokens):
+    """The times that rows ask about, and their places in the sequence, from `reach` on.
+
+    A candidate stands right behind what it sees.
+    """
+    asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
+    rank = tl.minimum(high + 1, rows) - start
+    return asked, tl.minimum(tl.maximum(rank, 0), reach) + reach
+
+
+@triton.jit
+def _block_bias(
+    positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):  # fmt: skip
+    """Half of the bias of a block and its time buckets, [M, N]; the times of its keys [N]."""
+    index = first + tl.arange(0, BLOCK_N)
+    happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
+    place = tl.minimum(tl.maximum(index - start, 0), reach)
+    distance, seconds = rank[:, None] - place[None, :], asked[:, None] - happened[None, :]
+    added, bucket = bias_of(positions, cells, distance, seconds, ON_GPU)
+    return added, bucket, happened
+
+
+@triton.jit
+def _store_sum(
+    out, acc, partial, arrived, slot, part, parts, row, row_end, head, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    V: tl.constexpr,
+):  # fmt: skip
+    """Stores a whole tile's sum; of a cut tile a part's, and the last part the sum of all."""
+    if parts == 1:
+        _store_rows(out, acc, row, row_end, head, HEADS, BLOCK_M, V)
+    else:
+        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, V), acc)
+        if _is_last(arrived + slot * HEADS + head, parts):
+            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, V)
+            _store_rows(out, total, row, row_end, head, HEADS, BLOCK_M, V)
+
+
+@triton.jit
 def forward(
     q, k, v,  # descriptors over [T, H * width], or pointers
     positions, cells, event_time, query_time,  # of the bias: `spread_tables`, and int32 s [T], [T]
@@ -226,21 +320,11 @@ def forward(
     # the heads of a tile share DRAM pages
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    row, row_end, start, history_end = (
-        tl.load(tiles),
-        tl.load(tiles + 1),
-        tl.load(tiles + 2),
-        tl.load(tiles + 3),
-    )
-    kind, part, parts, slot = (
-        tl.load(tiles + 4),
-        tl.load(tiles + 5),
-        tl.load(tiles + 6),
-        tl.load(tiles + 7),
-    )
-    target = tl.load(tiles + 8)
+    row, row_end, start, history_end, kind, part, parts, slot = row_entry(tiles)
+    target = tl.load(tiles + ROW_TARGET)
     if tile >= tl.load(header):  # after the loads above, so that none waits for another
         return
+
     rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
         row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N, HAS_PREFIX,
         CANDIDATES, VISIBLE
@@ -248,44 +332,28 @@ def forward(
     blocks = prefix_blocks + range_blocks + own_blocks
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
     if BIAS:
-        asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
-        rank = tl.minimum(high + 1, rows) - start  # a candidate stands right behind what it sees
-        rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
+        asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
     acc = tl.zeros((BLOCK_M, V), tl.float32)
+
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
         first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
         keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
-        half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+        half = _half_scores(query, keys, alpha, PRECISION)
         if BIAS:
-            index = first + tl.arange(0, BLOCK_N)
-            happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
-            place = tl.minimum(tl.maximum(index - start, 0), reach)
-            added, _ = bias_of(
-                positions,
-                cells,
-                rank[:, None] - place[None, :],
-                asked[:, None] - happened[None, :],
-                ON_GPU,
-            )
+            added, _, _ = _block_bias(
+                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N, ON_GPU
+            )  # fmt: skip
             half += added
-        weight = half + half * _tanh(half, FAST)  # SiLU
-        in_prefix = i < prefix_blocks
-        if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
-            index = first + tl.arange(0, BLOCK_N)
-            keep = _keep(
-                rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES
-            )
-            weight = tl.where(keep, weight, 0.0)
-        values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
-        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-    acc *= scale
-    if parts == 1:
-        _store_rows(out, acc, row, row_end, head, HEADS, BLOCK_M, V)
-    else:
-        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, V), acc)
-        if _is_last(arrived + slot * HEADS + head, parts):
-            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, V)
-            _store_rows(out, total, row, row_end, head, HEADS, BLOCK_M, V)
+        weight = _mask_block(
+            _silu(half, FAST), rows, low, high, low_all, high_all, first, start, prefix, i < prefix_blocks, is_own,
+            BLOCK_N, HAS_PREFIX, CANDIDATES
+        )  # fmt: skip
+        acc = _add_values(
+            acc, weight, v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA, PRECISION
+        )  # fmt: skip
+    _store_sum(
+        out, acc * scale, partial, arrived, slot, part, parts, row, row_end, head, HEADS, BLOCK_M, V
+    )  # fmt: skip
 
 
 @triton.jit
@@ -308,22 +376,13 @@ def forward_cached(
     """
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    row, row_end, start, history_end = (
-        tl.load(tiles),
-        tl.load(tiles + 1),
-        tl.load(tiles + 2),
-        tl.load(tiles + 3),
-    )
-    part, parts, slot, first_row = (
-        tl.load(tiles + 5),
-        tl.load(tiles + 6),
-        tl.load(tiles + 7),
-        tl.load(tiles + 9),
-    )
+    row, row_end, start, history_end, _kind, part, parts, slot = row_entry(tiles)
+    first_row = tl.load(tiles + ROW_FIRST_TARGET)
     if tile >= tl.load(header):
         return
+
     rows = row + tl.arange(0, BLOCK_M)
-    high = rows * 0 + history_end - 1
+    high = rows * 0 + history_end - 1  # the newest key that a row sees
     if VISIBLE:
         seen = tl.load(visible + rows, mask=rows < row_end, other=0)
         high = tl.minimum(high, start + tl.maximum(seen, 0) - 1)
@@ -331,39 +390,89 @@ def forward_cached(
     blocks = tl.cdiv(tl.max(tl.where(rows < row_end, high, 0), 0) + 1 - start, BLOCK_N)
     query = _rows(q, row, head, stride_qt, stride_qh, num_rows, BLOCK_M, D, TMA)
     acc = tl.zeros((BLOCK_M, V), tl.float32)
+
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
         first = start + i * BLOCK_N
         keys = _rows(k, first, head, stride_kt, stride_kh, num_keys, BLOCK_N, D, TMA)
-        half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
-        weight = half + half * _tanh(half, FAST)
+        half = _half_scores(query, keys, alpha, PRECISION)
+        weight = _silu(half, FAST)
         if first + BLOCK_N - 1 > high_all:
             index = first + tl.arange(0, BLOCK_N)
             weight = tl.where(index[None, :] <= high[:, None], weight, 0.0)
-        values = _rows(v, first, head, stride_vt, stride_vh, num_keys, BLOCK_N, V, TMA)
-        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-    if part == parts - 1:
+        acc = _add_values(
+            acc, weight, v, first, head, stride_vt, stride_vh, num_keys, BLOCK_N, V, TMA, PRECISION
+        )  # fmt: skip
+
+    if part == parts - 1:  # which also takes the new rows' own keys
         own = row
         if CAUSAL:
             own = first_row
         for first in range(own, row_end, BLOCK_N):
             keys = _rows(own_k, first, head, stride_ot, stride_oh, num_rows, BLOCK_N, D, TMA)
-            half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
-            weight = half + half * _tanh(half, FAST)
+            half = _half_scores(query, keys, alpha, PRECISION)
+            weight = _silu(half, FAST)
             index = first + tl.arange(0, BLOCK_N)
             if CAUSAL:
                 weight = tl.where(index[None, :] <= rows[:, None], weight, 0.0)
             else:
                 weight = tl.where(index[None, :] == rows[:, None], weight, 0.0)
-            values = _rows(own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA)
-            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-    acc *= scale
-    if parts == 1:
-        _store_rows(out, acc, row, row_end, head, HEADS, BLOCK_M, V)
+            acc = _add_values(
+                acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA, PRECISION
+            )  # fmt: skip
+    _store_sum(
+        out, acc * scale, partial, arrived, slot, part, parts, row, row_end, head, HEADS, BLOCK_M, V
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_bias_grads(
+    d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first, asked_last, first, start,
+    range_end, is_own, d_position, d_time, unit, num_positions, num_times, reach, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds a block's [M, N] to the gradients of both bias tables.
+
+    Returns `far` [M], the sums for the last entry of the position table, with the block's own where
+    all of it is so far away.
+    """
+    inside = tl.where(rows[:, None] < row_end, d_score, 0.0)  # others count in the next tile
+    near = first_rank - reach - (first - start)
+    if near - BLOCK_N >= num_positions - 2:
+        far += tl.sum(inside, 1)
     else:
-        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, V), acc)
+        add_position_grads(
+            inside, rank, first_rank, last_rank, near, d_position, unit, num_positions, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+
+    index = first + tl.arange(0, BLOCK_N)
+    valid = index < tl.where(is_own, row_end, range_end)
+    low_bucket, high_bucket = time_buckets(asked_first, asked_last, happened, valid, num_times)
+    for b in range(low_bucket, high_bucket + 1):
+        by_row = tl.sum(tl.where(bucket == b, inside, 0.0), 1)
+        add_fixed(d_time + b * BLOCK_M, tl.arange(0, BLOCK_M), by_row, unit, by_row != 0)
+    return far
+
+
+@triton.jit
+def _store_grad_sum(
+    out, slope, sums, acc, partial, arrived, slot, part, parts, row, row_end, tile, head, stride_out, stride_slope,
+    stride_sums, HEADS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, TRUE: tl.constexpr,
+    SLOPE: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """As `_store_sum`, of a gradient; the sum of its rows goes to the entry of the tile's first part."""
+    if parts == 1:
+        _store_grads(
+            out, slope, sums, acc, row, row_end, tile - part, head, stride_out, stride_slope, stride_sums, COUNT, WIDTH,
+            TRUE, SLOPE, SUMS
+        )  # fmt: skip
+    else:
+        tl.store(_slot(partial, slot + part, head, HEADS, COUNT, WIDTH), acc)
         if _is_last(arrived + slot * HEADS + head, parts):
-            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, V)
-            _store_rows(out, total, row, row_end, head, HEADS, BLOCK_M, V)
+            total = _sum_slots(partial, slot, parts, head, HEADS, COUNT, WIDTH)
+            _store_grads(
+                out, slope, sums, total, row, row_end, tile - part, head, stride_out, stride_slope, stride_sums, COUNT,
+                WIDTH, TRUE, SLOPE, SUMS
+            )  # fmt: skip
 
 
 @triton.jit
@@ -371,13 +480,10 @@ def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
     positions, cells, event_time, query_time,
     dq,  # [T, H, OUT_D]
-    # [T, H, OUT_D] with SLOPE: of what made q, and dq is the gradient of what it was made of
-    slope_q,
+    slope_q,  # [T, H, OUT_D] with SLOPE: of what made q; dq is then the gradient of its input
     sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
-    # int64 [P], [N, BLOCK_M]: sums in units of 1 / per_unit; of time, by row of a tile, so that
-    d_position, d_time,
-    # few wait for each other
-    per_unit,  # float32 [1]
+    d_position, d_time,  # int64 [P], [N, BLOCK_M]: by row of a tile, so that few wait for each other
+    per_unit,  # float32 [1]: how many units of the two make 1
     partial, arrived, tiles, header, visible,
     num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     num_positions, num_times, reach, window, prefix, alpha, scale, stride_dq, stride_slope, stride_sums,
@@ -389,21 +495,11 @@ def backward_queries(
     """dq of a row tile, and what it adds to the gradients of the bias tables."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    row, row_end, start, history_end = (
-        tl.load(tiles),
-        tl.load(tiles + 1),
-        tl.load(tiles + 2),
-        tl.load(tiles + 3),
-    )
-    kind, part, parts, slot = (
-        tl.load(tiles + 4),
-        tl.load(tiles + 5),
-        tl.load(tiles + 6),
-        tl.load(tiles + 7),
-    )
-    target = tl.load(tiles + 8)
+    row, row_end, start, history_end, kind, part, parts, slot = row_entry(tiles)
+    target = tl.load(tiles + ROW_TARGET)
     if tile >= tl.load(header):
         return
+
     rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
         row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N, HAS_PREFIX,
         CANDIDATES, VISIBLE
@@ -412,9 +508,7 @@ def backward_queries(
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
     grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
     if BIAS:
-        asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
-        rank = tl.minimum(high + 1, rows) - start
-        rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
+        asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
         unit = tl.load(per_unit)
         first_rank, last_rank = tl.min(rank, 0), tl.max(rank, 0)
         asked_first = tl.min(tl.where(rows < row_end, asked, LATEST), 0)
@@ -422,77 +516,135 @@ def backward_queries(
         range_end = tl.max(tl.where(rows < row_end, high, 0), 0) + 1
         far = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
+
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
         first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
         keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
         values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
-        half = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (0.5 * alpha)
+        half = _half_scores(query, keys, alpha, PRECISION)
         if BIAS:
-            index = first + tl.arange(0, BLOCK_N)
-            happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
-            place = tl.minimum(tl.maximum(index - start, 0), reach)
-            added, bucket = bias_of(
-                positions,
-                cells,
-                rank[:, None] - place[None, :],
-                asked[:, None] - happened[None, :],
-                ON_GPU,
-            )
+            added, bucket, happened = _block_bias(
+                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N, ON_GPU
+            )  # fmt: skip
             half += added
         d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-        tanh = _tanh(half, FAST)
-        d_score = d_weight * _twice_slope(half, tanh)
-        in_prefix = i < prefix_blocks
-        if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
-            index = first + tl.arange(0, BLOCK_N)
-            keep = _keep(
-                rows, low, high, index, start + prefix, in_prefix, is_own, HAS_PREFIX, CANDIDATES
-            )
-            d_score = tl.where(keep, d_score, 0.0)
+        d_score = _mask_block(
+            d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all, first, start, prefix,
+            i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+        )  # fmt: skip
         if BIAS:
-            # rows of the next tile are counted there
-            inside = tl.where(rows[:, None] < row_end, d_score, 0.0)
-            near = first_rank - reach - (first - start)
-            if near - BLOCK_N >= num_positions - 2:  # the last entry's, all of them
-                far += tl.sum(inside, 1)
-            else:
-                add_position_grads(
-                    inside,
-                    rank,
-                    first_rank,
-                    last_rank,
-                    near,
-                    d_position,
-                    unit,
-                    num_positions,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
-            valid = index < tl.where(is_own, row_end, range_end)
-            low_bucket, high_bucket = time_buckets(
-                asked_first, asked_last, happened, valid, num_times
-            )
-            for b in range(low_bucket, high_bucket + 1):
-                by_row = tl.sum(tl.where(bucket == b, inside, 0.0), 1)
-                add_fixed(d_time + b * BLOCK_M, tl.arange(0, BLOCK_M), by_row, unit, by_row != 0)
+            far = _add_bias_grads(
+                d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first, asked_last,
+                first, start, range_end, is_own, d_position, d_time, unit, num_positions, num_times, reach, BLOCK_M,
+                BLOCK_N
+            )  # fmt: skip
         acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
     if BIAS:
         farther = tl.sum(far, 0)
         add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
-    acc *= 0.5 * alpha * scale
-    if parts == 1:
-        _store_grads(
-            dq, slope_q, sums, acc, row, row_end, tile - part, head, stride_dq, stride_slope,
-            stride_sums, BLOCK_M, D, OUT_D, SLOPE, SUMS
-        )  # fmt: skip
-    else:
-        tl.store(_slot(partial, slot + part, head, HEADS, BLOCK_M, D), acc)
-        if _is_last(arrived + slot * HEADS + head, parts):
-            total = _sum_slots(partial, slot, parts, head, HEADS, BLOCK_M, D)
-            _store_grads(
-                dq, slope_q, sums, total, row, row_end, tile - part, head, stride_dq, stride_slope,
-                stride_sums, BLOCK_M, D, OUT_D, SLOPE, SUMS
-            )  # fmt: skip
+    _store_grad_sum(
+        dq, slope_q, sums, acc * (0.5 * alpha * scale), partial, arrived, slot, part, parts, row, row_end, tile, head,
+        stride_dq, stride_slope, stride_sums, HEADS, BLOCK_M, D, OUT_D, SLOPE, SUMS
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_both(
+    dk, dv, slope_k, slope_v, sums, value_k, value_v, key, key_end, entry, head, stride_dk, stride_dv, stride_slope,
+    stride_sums, HEADS: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, V: tl.constexpr, OUT_D: tl.constexpr,
+    OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Rows key..key_end of dk and dv; the sums of dv's rows lie behind those of dk's."""
+    _store_grads(
+        dk, slope_k, sums, value_k, key, key_end, entry, head, stride_dk, stride_slope, stride_sums, COUNT, D, OUT_D,
+        SLOPE, SUMS
+    )  # fmt: skip
+    _store_grads(
+        dv, slope_v, sums + HEADS * OUT_D, value_v, key, key_end, entry, head, stride_dv, stride_slope, stride_sums,
+        COUNT, V, OUT_V, SLOPE, SUMS
+    )  # fmt: skip
+
+
+@triton.jit
+def _key_tile(
+    key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix, BLOCK_M: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """What a key tile visits: blocks of band rows, of full rows and candidates, and of the late
+    candidates that see it, numbered through.
+    """
+    band_end = tl.minimum(key_end + window, first_full)
+    if HAS_PREFIX:
+        band_end = tl.where(key < start + prefix, first_full, band_end)
+    # candidates follow the full rows at once
+    full, full_end = tl.maximum(key, first_full), sequence_end
+    late_blocks = 0
+    if CANDIDATES:
+        if kind == CANDIDATE:
+            band_end = key  # its own rows are its only ones
+            full_end = key_end
+        elif VISIBLE:
+            if seen_by > history_end:  # the first candidates see nothing of the tile
+                full_end = history_end
+                late_blocks = tl.cdiv(tl.maximum(sequence_end - seen_by, 0), BLOCK_M)
+    band_blocks = tl.cdiv(tl.maximum(band_end - key, 0), BLOCK_M)
+    full_blocks = tl.cdiv(tl.maximum(full_end - full, 0), BLOCK_M)
+    return full, band_end, full_end, band_blocks, full_blocks, late_blocks
+
+
+@triton.jit
+def _row_block(
+    i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks, BLOCK_M: tl.constexpr,
+    VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """First row and row end of block i, and whether it is one of the band."""
+    in_band = i < band_blocks
+    row = tl.where(in_band, key + i * BLOCK_M, full + (i - band_blocks) * BLOCK_M)
+    row_end = tl.where(in_band, band_end, full_end)
+    if VISIBLE:
+        is_late = i >= band_blocks + full_blocks
+        row = tl.where(is_late, seen_by + (i - band_blocks - full_blocks) * BLOCK_M, row)
+        row_end = tl.where(is_late, sequence_end, row_end)
+    return row, row_end, in_band
+
+
+@triton.jit
+def _keep_rows(
+    index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, target, window, prefix,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """[N, M]: the row sees the key."""
+    low = tl.where(rows < first_full, rows - window, start)
+    high = rows
+    if CANDIDATES:
+        if kind == CANDIDATE:
+            low = rows
+        elif VISIBLE:
+            is_target = (rows >= history_end) & (rows < sequence_end)
+            seen = tl.load(visible + target + rows - history_end, mask=is_target, other=0)
+            high = tl.where(is_target, start + seen - 1, rows)
+    keep = index[:, None] >= low[None, :]
+    if HAS_PREFIX:
+        keep = keep | ((index < start + prefix)[:, None] & (kind != CANDIDATE))
+    return keep & (index[:, None] <= high[None, :]) & (rows < row_end)[None, :]
+
+
+@triton.jit
+def _rows_bias(
+    positions, cells, query_time, happened, place, rows, start, history_end, sequence_end, visible, target, reach,
+    num_tokens, VISIBLE: tl.constexpr, ON_GPU: tl.constexpr,
+):  # fmt: skip
+    """Half of the bias of a key tile and a block of rows, [N, M]."""
+    rank = tl.minimum(rows, history_end) - start
+    if VISIBLE:
+        is_target = (rows >= history_end) & (rows < sequence_end)
+        seen = tl.load(visible + target + rows - history_end, mask=is_target, other=FAR)
+        rank = tl.minimum(rank, tl.maximum(seen, 0))
+    asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
+    rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
+    distance, seconds = rank[None, :] - place[:, None], asked[None, :] - happened[:, None]
+    added, _ = bias_of(positions, cells, distance, seconds, ON_GPU)
+    return added
 
 
 @triton.jit
@@ -518,45 +670,17 @@ def backward_keys(
     """
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
-    key, key_end, start, history_end = (
-        tl.load(tiles),
-        tl.load(tiles + 1),
-        tl.load(tiles + 2),
-        tl.load(tiles + 3),
-    )
-    sequence_end, kind, part, parts = (
-        tl.load(tiles + 4),
-        tl.load(tiles + 5),
-        tl.load(tiles + 6),
-        tl.load(tiles + 7),
-    )
-    slot, first_full, target, seen_by = (
-        tl.load(tiles + 8),
-        tl.load(tiles + 9),
-        tl.load(tiles + 10),
-        tl.load(tiles + 11),
-    )
+    key, key_end, start, history_end, sequence_end, kind, part, parts, slot = key_entry(tiles)
+    first_full, target = tl.load(tiles + KEY_FIRST_FULL), tl.load(tiles + KEY_TARGET)
+    seen_by = tl.load(tiles + KEY_SEEN_BY)
     if tile >= tl.load(header):
         return
 
-    band_end = tl.minimum(key_end + window, first_full)
-    if HAS_PREFIX:
-        band_end = tl.where(key < start + prefix, first_full, band_end)
-    # candidates follow the full rows at once
-    full, full_end = tl.maximum(key, first_full), sequence_end
-    late_blocks = 0
-    if CANDIDATES:
-        if kind == CANDIDATE:
-            band_end = key  # its own rows are its only ones
-            full_end = key_end
-        elif VISIBLE:
-            if seen_by > history_end:  # the first candidates see nothing of the tile
-                full_end = history_end
-                late_blocks = tl.cdiv(tl.maximum(sequence_end - seen_by, 0), BLOCK_M)
-    band_blocks = tl.cdiv(tl.maximum(band_end - key, 0), BLOCK_M)
-    full_blocks = tl.cdiv(tl.maximum(full_end - full, 0), BLOCK_M)
+    full, band_end, full_end, band_blocks, full_blocks, late_blocks = _key_tile(
+        key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix, BLOCK_M,
+        HAS_PREFIX, CANDIDATES, VISIBLE
+    )  # fmt: skip
     blocks = band_blocks + full_blocks + late_blocks
-
     index = key + tl.arange(0, BLOCK_N)
     keys = _rows(k, key, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
     values = _rows(v, key, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
@@ -565,83 +689,53 @@ def backward_keys(
         place = tl.minimum(tl.maximum(index - start, 0), reach)
     acc_k = tl.zeros((BLOCK_N, D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, V), tl.float32)
+
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
-        in_band = i < band_blocks
-        row = tl.where(in_band, key + i * BLOCK_M, full + (i - band_blocks) * BLOCK_M)
-        row_end = tl.where(in_band, band_end, full_end)
-        if VISIBLE:
-            is_late = i >= band_blocks + full_blocks
-            row = tl.where(is_late, seen_by + (i - band_blocks - full_blocks) * BLOCK_M, row)
-            row_end = tl.where(is_late, sequence_end, row_end)
+        row, row_end, in_band = _row_block(
+            i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks, BLOCK_M, VISIBLE
+        )  # fmt: skip
+        rows = row + tl.arange(0, BLOCK_M)
         query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
-        half = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * (0.5 * alpha)
+        half = _half_scores(keys, query, alpha, PRECISION)
         if BIAS:
-            rows = row + tl.arange(0, BLOCK_M)
-            rank = tl.minimum(rows, history_end) - start
-            if VISIBLE:
-                is_target = (rows >= history_end) & (rows < sequence_end)
-                seen = tl.load(visible + target + rows - history_end, mask=is_target, other=FAR)
-                rank = tl.minimum(rank, tl.maximum(seen, 0))
-            asked = tl.load(query_time + rows, mask=rows < num_tokens, other=0)
-            rank = tl.minimum(tl.maximum(rank, 0), reach) + reach
-            added, _ = bias_of(
-                positions,
-                cells,
-                rank[None, :] - place[:, None],
-                asked[None, :] - happened[:, None],
-                ON_GPU,
-            )
-            half += added
+            half += _rows_bias(
+                positions, cells, query_time, happened, place, rows, start, history_end, sequence_end, visible, target,
+                reach, num_tokens, VISIBLE, ON_GPU
+            )  # fmt: skip
         grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
         d_weight = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
         tanh = _tanh(half, FAST)
         weight = half + half * tanh
         d_score = d_weight * _twice_slope(half, tanh)
-        masked = (
-            (row + BLOCK_M > row_end)
-            | (row < key + BLOCK_N - 1)
-            | (in_band & (row + BLOCK_M - 1 - window > key))
-        )
+        masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1)
+        masked = masked | (in_band & (row + BLOCK_M - 1 - window > key))
         if VISIBLE:
             masked = masked | (row + BLOCK_M > history_end)
         if masked:
-            rows = row + tl.arange(0, BLOCK_M)
-            low = tl.where(rows < first_full, rows - window, start)
-            high = rows
-            if CANDIDATES:
-                if kind == CANDIDATE:
-                    low = rows
-                elif VISIBLE:
-                    is_target = (rows >= history_end) & (rows < sequence_end)
-                    seen = tl.load(visible + target + rows - history_end, mask=is_target, other=0)
-                    high = tl.where(is_target, start + seen - 1, rows)
-            keep = index[:, None] >= low[None, :]
-            if HAS_PREFIX:
-                keep = keep | ((index < start + prefix)[:, None] & (kind != CANDIDATE))
-            keep = keep & (index[:, None] <= high[None, :]) & (rows < row_end)[None, :]
+            keep = _keep_rows(
+                index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, target, window,
+                prefix, HAS_PREFIX, CANDIDATES, VISIBLE
+            )  # fmt: skip
             weight = tl.where(keep, weight, 0.0)
             d_score = tl.where(keep, d_score, 0.0)
         acc_v = tl.dot(weight.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
         acc_k = tl.dot(d_score.to(query.dtype), query, acc_k, input_precision=PRECISION)
+
     acc_k *= 0.5 * alpha * scale
     acc_v *= scale
     if parts == 1:
-        _store_grads(
-            dk, slope_k, sums, acc_k, key, key_end, tile - part, head, stride_dk, stride_slope,
-            stride_sums, BLOCK_N, D, OUT_D, SLOPE, SUMS
-        )  # fmt: skip
-        _store_grads(
-            dv, slope_v, sums + HEADS * OUT_D, acc_v, key, key_end, tile - part, head, stride_dv, stride_slope,
-            stride_sums, BLOCK_N, V, OUT_V, SLOPE, SUMS
+        _store_both(
+            dk, dv, slope_k, slope_v, sums, acc_k, acc_v, key, key_end, tile - part, head, stride_dk, stride_dv,
+            stride_slope, stride_sums, HEADS, BLOCK_N, D, V, OUT_D, OUT_V, SLOPE, SUMS
         )  # fmt: skip
     else:
         tl.store(_slot(partial_k, slot + part, head, HEADS, BLOCK_N, D), acc_k)
         tl.store(_slot(partial_v, slot + part, head, HEADS, BLOCK_N, V), acc_v)
         if _is_last(arrived + slot * HEADS + head, parts):
-            total = _sum_slots(partial_k, slot, parts, head, HEADS, BLOCK_N, D)
+            total_k = _sum_slots(partial_k, slot, parts, head, HEADS, BLOCK_N, D)
             _store_grads(
-                dk, slope_k, sums, total, key, key_end, tile - part, head, stride_dk, stride_slope,
-                stride_sums, BLOCK_N, D, OUT_D, SLOPE, SUMS
+                dk, slope_k, sums, total_k, key, key_end, tile - part, head, stride_dk, stride_slope, stride_sums,
+                BLOCK_N, D, OUT_D, SLOPE, SUMS
             )  # fmt: skip
             total_v = _sum_slots(partial_v, slot, parts, head, HEADS, BLOCK_N, V)
             _store_grads(
