@@ -183,7 +183,7 @@ def decimals(text: str) -> set[str]:
 
 @pytest.mark.parametrize("pattern", ["limits.md", "how-it-works/*.md", "start/demo.md"])
 def test_documents_cite_figures_of_the_results(pattern: str):
-    """The tables and texts of benchmarks/, which tests hold to the committed runs, have them all."""
+    """RESULTS and NOTES, which tests hold to the committed runs, have them all."""
     results = [(ROOT / "benchmarks" / name).read_text() for name in ("RESULTS.md", "NOTES.md")]
     known = decimals("\n".join([*results, (RUNS / "demo_output.txt").read_text()]))
     known |= decimals(" ".join(NOT_MEASURED.values()))
