@@ -109,8 +109,8 @@ class SourceConfig:
     )
     path: str | None = setting(
         None,
-        doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/guide/data.md); the "
-        "dataset's folder for kuairand; unused for synthetic.",
+        doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/guide/data.md); "
+        "the dataset's folder for kuairand; unused for synthetic.",
     )
     columns: dict[str, str] = setting(
         {}, doc="Our name of a log column: its name in your files, for those that differ."

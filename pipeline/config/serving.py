@@ -63,7 +63,11 @@ class ServeConfig:
     )
     max_candidates: int = setting(10_000, at_least=1, doc="Most candidates of a request.")
     max_body_bytes: int = setting(2_000_000, at_least=1, doc="Longest body of a request, in bytes.")
-    max_history: int = setting(16_384, at_least=1, doc="Most history rows of a request.")
+    max_history: int = setting(
+        16_384,
+        at_least=1,
+        doc="Most history rows that a request may bring; of a user_id the newest so many are read.",
+    )
     max_events: int = setting(1_000, at_least=1, doc="Most events of one POST /v1/events.")
     cache_mb: int = setting(
         1024, at_least=0, doc="Encoded histories that a replica keeps, in MiB; 0: none."
@@ -136,8 +140,8 @@ class ServeConfig:
     )
     parity_requests: int = setting(
         200,
-        doc="Number of test requests whose scores over HTTP are compared with those of the "
-        "evaluation.",
+        doc="Number of test requests whose scores over HTTP jobs.pipeline compares with those of "
+        "the model folder.",
     )
     parity_candidates: int = setting(
         20, doc="Candidates of such a request: its own rows, filled up with popular items."

@@ -92,9 +92,13 @@ class TrainConfig:
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     lr: float = setting(2e-3, above=0, doc="Learning rate of the dense weights.")
     embedding_lr: float = setting(2e-3, above=0, doc="Learning rate of the embedding tables.")
-    weight_decay: float = setting(0.0, at_least=0, doc="Weight decay of the dense weights.")
+    weight_decay: float = setting(
+        0.0, at_least=0, doc="Weight decay of AdamW, for dense weights and embedding rows."
+    )
     warmup_steps: int = setting(
-        100, at_least=0, doc="Steps over which the learning rates rise from 0."
+        100,
+        at_least=0,
+        doc="Steps over which the learning rates rise; then they fall to 0 by a cosine.",
     )
     grad_clip: float = setting(
         1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."
@@ -132,7 +136,7 @@ class TrainConfig:
     threads_per_worker: int = setting(1, at_least=1, doc="Threads of PyTorch in each worker.")
     use_gpu: bool = setting(False, doc="Each worker has one GPU.")
     precision: Literal["fp32", "bf16"] = setting(
-        "fp32", doc="Number format of the layers; bf16 keeps the weights in float32."
+        "fp32", doc="Number format of the layers' products; the weights stay in float32."
     )
     log_every: int = setting(20, at_least=1, doc="Steps between two lines of the log.")
     checkpoint_every: int = setting(200, at_least=1, doc="Steps between two checkpoints.")

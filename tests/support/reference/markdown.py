@@ -1,5 +1,6 @@
 """Small pieces of Markdown that every page is made of."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -14,10 +15,13 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Prose with the characters escaped that Markdown would read as emphasis or HTML."""
+    """Prose with the characters escaped that Markdown would read as emphasis or HTML, and with
+    links to the pages that it names.
+    """
     parts = text.split("`")
     for index in range(0, len(parts), 2):  # what stands between backquotes is shown as it is
-        parts[index] = parts[index].replace("*", r"\*").replace("<", "&lt;")
+        escaped = parts[index].replace("*", r"\*").replace("<", "&lt;")
+        parts[index] = re.sub(r"\bdocs/([\w/-]+\.md)\b", r"[docs/\1](../\1)", escaped)
     return "`".join(parts)
 
 
