@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import cli
-from pipeline import config
+from pipeline import config, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate import ablation, evaluator
 from pipeline.files import write_atomically
 from pipeline.sequences import store
-from pipeline.tracking import runs
-from pipeline.tracking.server import mlflow_server
 from pipeline.train import trainer
 
 logger = logging.getLogger(__name__)
@@ -32,19 +30,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg, split = job.cfg, job.options.split
     chosen = choose(cfg, job.options.only)
     manifest = store.read_manifest(cfg.sequence_dir)
     found: dict[str, dict[str, float]] = {}
     with (
-        mlflow_server(cfg),
+        tracking.session(cfg) as tracker,
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir),
-        runs.start_run(replace(cfg, name=f"{cfg.name} ablation"), manifest) as parent,
+        tracker.start_run(replace(cfg, name=f"{cfg.name} ablation"), manifest) as parent,
     ):
         for name, variant in chosen.items():
             logger.info("variant %s", name)
-            with runs.start_run(variant, manifest, {"mlflow.parentRunId": parent.run_id}) as run:
+            with tracker.start_run(variant, manifest, parent) as run:
                 found[name] = train_and_evaluate(variant, run, split)
         path = cfg.run_dir / "ablation" / "ablation.md"
         write_atomically(path, ablation.table(found, cfg.tasks, split))
@@ -75,7 +73,7 @@ def choose(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
     }
 
 
-def train_and_evaluate(variant: RunConfig, run: runs.Run, split: str) -> dict[str, float]:
+def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dict[str, float]:
     """The metrics of an evaluation, and the training FLOP per example."""
     shutil.rmtree(variant.run_dir, ignore_errors=True)
     variant.run_dir.mkdir(parents=True)
@@ -92,7 +90,7 @@ def train_and_evaluate(variant: RunConfig, run: runs.Run, split: str) -> dict[st
     return metrics
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     base = config.flatten(config.to_dict(cfg))
     changes = {}
     for name, variant in ablation.variants(cfg).items():
@@ -106,4 +104,4 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

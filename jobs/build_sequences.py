@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     manifest = build.build_sequences(
         job.cfg, overwrite=job.options.overwrite, append=job.options.append
     )
@@ -30,4 +30,4 @@ def main(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, build.plan)
+    cli.run(__doc__ or "", run_job, add_options, build.plan)

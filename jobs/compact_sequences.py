@@ -7,7 +7,7 @@ from pipeline.config import RunConfig
 from pipeline.sequences.upkeep import maintenance
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     manifest = maintenance.compact(job.cfg)
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} "
@@ -17,11 +17,11 @@ def main(job: cli.Job) -> None:
     )
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     manifest = maintenance.published_with(cfg)
     since_ms = maintenance.oldest_kept_ms(cfg, manifest)
     return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, plan=plan)
+    cli.run(__doc__ or "", run_job, plan=plan_job)

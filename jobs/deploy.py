@@ -10,10 +10,9 @@ import os
 from pathlib import Path
 
 from jobs import cli
+from pipeline import tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
-from pipeline.tracking import registry
-from pipeline.tracking.server import mlflow_server, plan_server
 from serve_app import deployment
 
 
@@ -26,12 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg, manifest = job.cfg, job.options.rayservice
     if manifest is None:
         _require_cluster(cfg)
-    with mlflow_server(cfg):
-        champion = registry.champion(cfg)
+    with tracking.session(cfg) as tracker:
+        champion = tracker.find_champion()
         if manifest is not None:
             print(deployment.rayservice(cfg, manifest, champion), end="")
             return
@@ -40,9 +39,9 @@ def main(job: cli.Job) -> None:
     print(f"url={url} version={champion.version}")
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     _require_cluster(cfg)
-    return {**plan_server(cfg), **deployment.plan(cfg)}
+    return {**tracking.plan_session(cfg), **deployment.plan(cfg)}
 
 
 def _require_cluster(cfg: RunConfig) -> None:
@@ -54,4 +53,4 @@ def _require_cluster(cfg: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

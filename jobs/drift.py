@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg, options = job.cfg, job.options
     if options.days is not None and options.days < 1:
         raise config.UserError(f"--days must be 1 or more, got {options.days}")
@@ -54,7 +54,7 @@ def main(job: cli.Job) -> None:
         sys.exit(1)
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     limits = {name: limit for name, limit in config.to_dict(cfg.drift).items() if limit is not None}
     return {
         "after": str(cfg.sequence_dir),
@@ -64,4 +64,4 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     metrics = evaluator.evaluate(
         job.cfg, job.options.model or job.cfg.model_dir, job.options.splits
     )
@@ -29,4 +29,4 @@ def main(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, evaluator.plan)
+    cli.run(__doc__ or "", run_job, add_options, evaluator.plan)

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
     if job.options.prune:
         print(f"removed={export.prune(job.cfg, log)}")
@@ -36,10 +36,10 @@ def main(job: cli.Job) -> None:
     )
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {"reads": events, "writes": str(live_log_dir(cfg))}
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

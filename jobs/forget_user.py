@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--users-file", help="a text file with one user_id a line")
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg, serving = job.cfg, job.cfg.run_dir / "serving"
     users = read_users(job.options.user, job.options.users_file)
     removed = maintenance.forget(cfg, users)
@@ -53,7 +53,7 @@ def read_users(given: list[int], file: str | None) -> np.ndarray:
     return np.unique(np.array([int(word) for word in words], np.int64))
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     manifest = maintenance.published_with(cfg)
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {
@@ -65,4 +65,4 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

@@ -12,7 +12,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     report = import_logs(job.cfg, overwrite=job.options.overwrite)
     print(
         f"rows={report.rows} files={len(report.files)} quarantined={report.quarantined} "
@@ -21,4 +21,4 @@ def main(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan_import)
+    cli.run(__doc__ or "", run_job, add_options, plan_import)

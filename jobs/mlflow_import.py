@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from jobs import cli
+from pipeline import tracking
 from pipeline.config import UserError
-from pipeline.tracking import runs
-from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -17,14 +16,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     files = sorted(job.options.folder.rglob("*.json"))
     if not files:
         raise UserError(f"--folder {job.options.folder}: no *.json there")
-    with mlflow_server(job.cfg):
-        imported = [path for path in files if runs.import_result(job.cfg, path)]
+    with tracking.session(job.cfg) as tracker:
+        imported = [path for path in files if tracker.import_result(path)]
     print(f"imported={len(imported)} known={len(files) - len(imported)}")
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan_server)
+    cli.run(__doc__ or "", run_job, add_options, tracking.plan_session)

@@ -3,18 +3,18 @@
 import argparse
 
 from jobs import cli
-from pipeline.tracking.server import mlflow_server, plan_server
+from pipeline import tracking
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=5000, help="port of the tracking server")
 
 
-def main(job: cli.Job) -> None:
-    with mlflow_server(job.cfg, job.options.port) as uri:
-        print(f"MLflow: {uri}")
+def run_job(job: cli.Job) -> None:
+    with tracking.session(job.cfg, job.options.port) as tracker:
+        print(f"MLflow: {tracker.server_url}")
         cli.wait_for_interrupt()
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan_server)
+    cli.run(__doc__ or "", run_job, add_options, tracking.plan_session)

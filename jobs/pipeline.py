@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import cli
-from pipeline import config, logs
+from pipeline import config, logs, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.files import write_atomically
 from pipeline.sequences import build
 from pipeline.sequences.store import Manifest
-from pipeline.tracking import registry, runs
-from pipeline.tracking.server import mlflow_server
 from pipeline.train import trainer
 from serve_app import deployment, replay
 
@@ -40,17 +38,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg = job.cfg
     check_server(cfg)
     if job.options.fresh:
         remove_run(cfg.run_dir)
     write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
     with (
-        mlflow_server(cfg),
+        tracking.session(cfg) as tracker,
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
     ):
-        summary = run_chain(cfg, cluster.dashboard_url, append=job.options.append)
+        summary = run_chain(cfg, tracker, cluster.dashboard_url, append=job.options.append)
     write_atomically(cfg.run_dir / "summary.json", json.dumps(summary, indent=2))
     print_summary(cfg, summary)
 
@@ -61,7 +59,9 @@ def check_server(cfg: RunConfig) -> None:
     replay.key_header(cfg)
 
 
-def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> dict[str, Any]:
+def run_chain(
+    cfg: RunConfig, tracker: tracking.Tracker, dashboard_url: str, *, append: bool = False
+) -> dict[str, Any]:
     """Every stage once, in order; returns what `summary.json` holds.
 
     With `append` new files of the logs join the published sequences, and training begins anew where
@@ -81,7 +81,7 @@ def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> di
     restart = append and trainer.trained_on(cfg) not in (None, manifest.digest)
     if not restart:
         trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
-    with runs.training_run(cfg, manifest, restart=restart) as run:
+    with tracker.training_run(manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
         model_dir = trainer.fit(cfg, run, restart=restart)
@@ -90,16 +90,16 @@ def run_chain(cfg: RunConfig, dashboard_url: str, *, append: bool = False) -> di
         metrics = evaluator.evaluate(cfg, model_dir)
         run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
         stage(5, "registry and gate")
-        version = registry.register_trained(cfg)
-    decision = registry.promote(cfg, version)
+        version = tracker.register_trained()
+    decision = tracker.promote_version(version)
     logger.info("version %d: %s", version, decision.reason)
-    champion = registry.champion(cfg)
+    champion = tracker.find_champion()
     stage(6, f"serving version {champion.version}")
     url = deployment.deploy(cfg, dashboard_url, champion)
     stage(7, "requests over HTTP")
     print(replay.demo_table(cfg, url))
     parity = replay.replay(
-        cfg, url, model_dir if decision.promoted else registry.download_champion(cfg)[0]
+        cfg, url, model_dir if decision.promoted else tracker.download_champion()[0]
     )
     return summarise(cfg, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
@@ -167,7 +167,7 @@ def remove_run(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
     check_server(cfg)
     return {
@@ -178,4 +178,4 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

@@ -6,9 +6,8 @@ import argparse
 import sys
 
 from jobs import cli
+from pipeline import tracking
 from pipeline.config import RunConfig
-from pipeline.tracking import registry
-from pipeline.tracking.server import mlflow_server, plan_server
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,21 +22,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
-    with mlflow_server(job.cfg):
+def run_job(job: cli.Job) -> None:
+    with tracking.session(job.cfg) as tracker:
         version = job.options.version
         if version is None:
-            version = registry.register_trained(job.cfg)
-        decision = registry.promote(job.cfg, version, job.options.validated_by)
+            version = tracker.register_trained()
+        decision = tracker.promote_version(version, job.options.validated_by)
     print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_job(cfg: RunConfig) -> dict[str, object]:
     gate = {"max_ne": cfg.tracking.gate_max_ne, "max_regression": cfg.tracking.gate_max_regression}
-    return {**plan_server(cfg), "gate": gate}
+    return {**tracking.plan_session(cfg), "gate": gate}
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, plan)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

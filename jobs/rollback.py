@@ -1,15 +1,14 @@
 """Move the alias champion back to the version that it stood on before; jobs.deploy then serves it."""
 
 from jobs import cli
-from pipeline.tracking import registry
-from pipeline.tracking.server import mlflow_server, plan_server
+from pipeline import tracking
 
 
-def main(job: cli.Job) -> None:
-    with mlflow_server(job.cfg):
-        version = registry.rollback(job.cfg)
+def run_job(job: cli.Job) -> None:
+    with tracking.session(job.cfg) as tracker:
+        version = tracker.roll_back()
     print(f"champion={version}")
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, plan=plan_server)
+    cli.run(__doc__ or "", run_job, plan=tracking.plan_session)

@@ -4,24 +4,23 @@ import json
 import shlex
 
 from jobs import cli
+from pipeline import tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
-from pipeline.tracking import registry
-from pipeline.tracking.server import mlflow_server, plan_server
 from serve_app import deployment, replay
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg = job.cfg
-    with mlflow_server(cfg) as mlflow_url:
-        champion = registry.champion(cfg)
+    with tracking.session(cfg) as tracker:
+        champion = tracker.find_champion()
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             url = deployment.deploy(cfg, cluster.dashboard_url, champion)
             print(
                 f"{champion.name} version {champion.version} answers at {url} (interactive: "
                 f"{url}/docs)"
             )
-            print(f"MLflow: {mlflow_url}")
+            print(f"MLflow: {tracker.server_url}")
             body, _ = replay.demo_request(cfg)
             body["candidates"] = body["candidates"][:5]
             key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
@@ -30,9 +29,9 @@ def main(job: cli.Job) -> None:
             cli.wait_for_interrupt()
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
-    return {**plan_server(cfg), **deployment.plan(cfg)}
+def plan_job(cfg: RunConfig) -> dict[str, object]:
+    return {**tracking.plan_session(cfg), **deployment.plan(cfg)}
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, plan=plan)
+    cli.run(__doc__ or "", run_job, plan=plan_job)

@@ -5,9 +5,8 @@ on where it was.
 import argparse
 
 from jobs import cli
+from pipeline import tracking
 from pipeline.sequences import store
-from pipeline.tracking import runs
-from pipeline.tracking.server import mlflow_server
 from pipeline.train import trainer
 
 
@@ -20,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(job: cli.Job) -> None:
+def run_job(job: cli.Job) -> None:
     cfg, restart = job.cfg, job.options.restart
     if job.options.no_tracking:
         folder = trainer.fit(cfg, restart=restart)
@@ -28,10 +27,13 @@ def main(job: cli.Job) -> None:
         manifest = store.read_manifest(cfg.sequence_dir)
         if not restart:
             trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
-        with mlflow_server(cfg), runs.training_run(cfg, manifest, restart=restart) as run:
+        with (
+            tracking.session(cfg) as tracker,
+            tracker.training_run(manifest, restart=restart) as run,
+        ):
             folder = trainer.fit(cfg, run, restart=restart)
     print(f"model={folder}")
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", main, add_options, trainer.plan)
+    cli.run(__doc__ or "", run_job, add_options, trainer.plan)

@@ -23,7 +23,7 @@ from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
-from pipeline.tracking import registry
+from pipeline.tracking import PinnedModel, fetch_model, find_version
 from pipeline.waiting import wait_until
 from serve_app.web.protection import read_keys
 
@@ -51,9 +51,9 @@ def template() -> dict[str, Any]:
 
 def user_config(
     cfg: RunConfig,
-    model: registry.PinnedModel,
-    canary: registry.PinnedModel | None = None,
-    shadow: registry.PinnedModel | None = None,
+    model: PinnedModel,
+    canary: PinnedModel | None = None,
+    shadow: PinnedModel | None = None,
 ) -> dict[str, Any]:
     """What a replica needs to load its versions; `ranking.rollout.load_rollout` reads it."""
     return {
@@ -100,7 +100,7 @@ def serve_config(
     return filled
 
 
-def deploy(cfg: RunConfig, dashboard_url: str, model: registry.PinnedModel) -> str:
+def deploy(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
     """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only
     `model` answers.
 
@@ -112,7 +112,7 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: registry.PinnedModel) -> s
     return update(cfg, dashboard_url, _checked(cfg, model))
 
 
-def rayservice(cfg: RunConfig, manifest: Path, model: registry.PinnedModel) -> str:
+def rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
     """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put
     in, as YAML.
 
@@ -132,19 +132,19 @@ def rayservice(cfg: RunConfig, manifest: Path, model: registry.PinnedModel) -> s
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _checked(cfg: RunConfig, model: registry.PinnedModel) -> dict[str, Any]:
+def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg)
     canary, shadow = _on_trial(cfg, model)
     for version in (model, canary, shadow):
         if version is not None:
-            load_model(registry.fetch(version, cache(cfg)))
+            load_model(fetch_model(version, cache(cfg)))
     return user_config(cfg, model, canary, shadow)
 
 
 def _on_trial(
-    cfg: RunConfig, champion: registry.PinnedModel
-) -> tuple[registry.PinnedModel | None, registry.PinnedModel | None]:
+    cfg: RunConfig, champion: PinnedModel
+) -> tuple[PinnedModel | None, PinnedModel | None]:
     """The canary and the shadow that the configuration names, if any."""
     wanted = {
         "serve.canary.version": None if cfg.serve.canary is None else cfg.serve.canary.version,
@@ -156,7 +156,8 @@ def _on_trial(
                 f"{key}: version {version} is the champion: there is nothing to compare it with"
             )
     canary, shadow = (
-        None if version is None else registry.pinned(cfg, version) for version in wanted.values()
+        None if version is None else find_version(cfg.tracking, version)
+        for version in wanted.values()
     )
     return canary, shadow
 

@@ -96,10 +96,10 @@ def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tracked(mlflow_runs: Path) -> Iterator[RunConfig]:
     """A tiny configuration with published sequences, whose MLflow server runs."""
-    from pipeline.tracking.server import mlflow_server
+    from pipeline.tracking import session
     from tests.worlds.tiny import publish_sequences, tiny_config
 
     cfg = tiny_config(mlflow_runs, name="tracked")
     publish_sequences(cfg)
-    with mlflow_server(cfg):
+    with session(cfg):
         yield cfg

@@ -13,7 +13,7 @@ from pipeline import config
 from pipeline.config import ConfigError, DenseFeature, RunConfig, StochasticLengthConfig, UserError
 from pipeline.evaluate import ablation
 from pipeline.model.flops import count_work
-from pipeline.tracking.server import mlflow_server
+from pipeline.tracking import session
 from tests.worlds.mixture import make_mixture
 from tests.worlds.model import make_batch, make_config, make_model
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -166,13 +166,13 @@ def test_the_job_trains_every_variant_and_fails_on_one_without_effect(
     publish_sequences(cfg)
     options = argparse.Namespace(only=["full_rows_0"], split="val")
     with pytest.raises(UserError, match="full_rows_0 changes nothing: masked_pair_share"):
-        jobs.ablation.main(cli.Job(cfg, options))
+        jobs.ablation.run_job(cli.Job(cfg, options))
     table = (cfg.run_dir / "ablation" / "ablation.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "whole",
         "full_rows_0",
     ]
-    with mlflow_server(cfg):
+    with session(cfg):
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(cfg.tracking.experiment)
         assert experiment is not None

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cluster import free_port
 from pipeline.config import UserError
-from pipeline.tracking import registry
+from pipeline.tracking import PinnedModel
 from serve_app import deployment
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -30,7 +30,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
 
     cfg = tiny_config(tmp_path)
     publish_sequences(cfg)
-    model = registry.PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
+    model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
     wanted = deployment.user_config(cfg, model)
     together = replace(cfg, serve=replace(cfg.serve, one_process=True))
     merged, filled = (

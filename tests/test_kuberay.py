@@ -20,7 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline import config
 from pipeline.config import UserError
-from pipeline.tracking import registry
+from pipeline.tracking import PinnedModel
 from serve_app import deployment
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
@@ -355,8 +355,8 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
     cfg = tiny_config(tmp_path, serve={"num_replicas": 2, "use_gpu": True})
     publish_sequences(cfg)
     folder = save_tiny_model(cfg, tmp_path / "model")
-    monkeypatch.setattr(deployment.registry, "fetch", lambda model, cache: folder)
-    champion = registry.PinnedModel("http://mlflow:5000", "tiny", 3, {})
+    monkeypatch.setattr(deployment, "fetch_model", lambda model, cache: folder)
+    champion = PinnedModel("http://mlflow:5000", "tiny", 3, {})
     filled = yaml.safe_load(deployment.rayservice(cfg, KUBERAY / "ray-service.yaml", champion))
     jsonschema.validate(filled, FILES["ray-service.yaml"])
     served = yaml.safe_load(filled["spec"].pop("serveConfigV2"))
@@ -377,7 +377,7 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_no_service_is_refused(tmp_path: Path):
-    champion = registry.PinnedModel("http://mlflow:5000", "tiny", 3, {})
+    champion = PinnedModel("http://mlflow:5000", "tiny", 3, {})
     for path, message in (
         (KUBERAY / "ray-job.yaml", "holds no RayService"),
         (tmp_path / "none", "cannot be read"),

@@ -13,8 +13,7 @@ import pytest
 
 import jobs.pipeline
 from pipeline.config import RunConfig, SideTable, SplitConfig
-from pipeline.tracking import registry
-from pipeline.tracking.server import mlflow_server
+from pipeline.tracking import session
 from serve_app import replay
 from tests.worlds.tiny import DAY_MS, NUM_ITEMS, NUM_USERS, tiny_config
 
@@ -67,12 +66,12 @@ def test_a_day_is_appended_and_trained_on(
     )
     for day in range(4):
         write_day(cfg, day)
-    with mlflow_server(cfg):
-        first = jobs.pipeline.run_chain(cfg, "")
+    with session(cfg) as tracker:
+        first = jobs.pipeline.run_chain(cfg, tracker, "")
         write_day(cfg, 4)
-        second = jobs.pipeline.run_chain(cfg, "", append=True)
-        again = jobs.pipeline.run_chain(cfg, "", append=True)
-        assert registry.champion(cfg).version == (2 if second["promoted"] else 1)
+        second = jobs.pipeline.run_chain(cfg, tracker, "", append=True)
+        again = jobs.pipeline.run_chain(cfg, tracker, "", append=True)
+        assert tracker.find_champion().version == (2 if second["promoted"] else 1)
     assert second["rows_in"] == first["rows_in"] + 200
     assert second["mlflow_run_id"] != first["mlflow_run_id"]
     assert (first["model_version"], second["model_version"]) == (1, 2)

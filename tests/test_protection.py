@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, UserError
-from pipeline.tracking import registry
+from pipeline.tracking import PinnedModel
 from serve_app import deployment, replay
 from serve_app.schemas import (
     EventsRequest,
@@ -225,7 +225,7 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         tmp_path / "runs", serve={"api_keys_file": str(keys_file), "rate_limit_per_s": 5}
     )
     publish_sequences(cfg)
-    model = registry.PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
+    model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
     filled = deployment.serve_config(cfg, deployment.user_config(cfg, model), 8123, {})
     assert filled["applications"][0]["args"] == {
         "one_process": False,

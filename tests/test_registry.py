@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
-from pipeline.tracking import registry, runs
+from pipeline.tracking import Decision, Tracker, fetch_model
+from pipeline.tracking.gate import judge_version
 from tests.worlds.tiny import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.cluster
@@ -24,8 +25,8 @@ def cfg(tracked: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
 
 def new_version(cfg: RunConfig, tmp_path: Path, val_ne: float, seed: int = 0) -> int:
     folder = save_tiny_model(cfg, tmp_path / f"model-{val_ne}-{seed}", seed, val_ne)
-    with runs.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
-        return registry.register(cfg, run, folder)
+    with Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+        return Tracker(cfg).register_model(run, folder)
 
 
 def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path: Path) -> None:
@@ -48,54 +49,54 @@ def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path:
 
 def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no version"):
-        registry.promote(cfg)
+        Tracker(cfg).promote_version()
     with pytest.raises(UserError, match="no champion"):
-        registry.champion(cfg)
+        Tracker(cfg).find_champion()
     first = new_version(cfg, tmp_path, 0.9)
-    assert registry.promote(cfg).promoted
+    assert Tracker(cfg).promote_version().promoted
     with pytest.raises(UserError, match="first champion"):
-        registry.rollback(cfg)
+        Tracker(cfg).roll_back()
     worse = new_version(cfg, tmp_path, 0.95)
-    refused = registry.promote(cfg)
+    refused = Tracker(cfg).promote_version()
     assert not refused.promoted
     assert "+0.0500" in refused.reason
-    assert registry.champion(cfg).version == first
+    assert Tracker(cfg).find_champion().version == first
     better = new_version(cfg, tmp_path, 0.8)
-    assert registry.promote(cfg).promoted
-    assert registry.champion(cfg).version == better
+    assert Tracker(cfg).promote_version().promoted
+    assert Tracker(cfg).find_champion().version == better
     tags = mlflow.MlflowClient().get_model_version(cfg.tracking.model_name, str(worse)).tags
     assert tags["promotion"] == refused.reason
-    assert registry.rollback(cfg) == first
-    assert registry.champion(cfg).version == first
-    assert registry.promote(cfg, first) == registry.Decision(
+    assert Tracker(cfg).roll_back() == first
+    assert Tracker(cfg).find_champion().version == first
+    assert Tracker(cfg).promote_version(first) == Decision(
         True, f"version {first} is the champion already"
     )
     with pytest.raises(UserError, match="no version 77"):
-        registry.promote(cfg, 77)
+        Tracker(cfg).promote_version(77)
 
 
 def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path: Path) -> None:
     new_version(cfg, tmp_path, 0.9)
-    registry.promote(cfg)
-    pinned = registry.champion(cfg)
-    folder, number = registry.download_champion(cfg)
+    Tracker(cfg).promote_version()
+    pinned = Tracker(cfg).find_champion()
+    folder, number = Tracker(cfg).download_champion()
     assert number == pinned.version == 1
     original = tmp_path / "model-0.9-0" / "model.safetensors"
     assert (folder / "model.safetensors").read_bytes() == original.read_bytes()
     new_version(cfg, tmp_path, 0.8, seed=1)
-    registry.promote(cfg)
+    Tracker(cfg).promote_version()
     assert (
-        registry.fetch(pinned, tmp_path / "other")
+        fetch_model(pinned, tmp_path / "other")
         == tmp_path / "other" / f"{cfg.tracking.model_name}-1"
     )
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        registry.fetch(pinned, folder.parent)
+        fetch_model(pinned, folder.parent)
 
 
 def test_a_registry_whose_files_changed_is_refused(cfg: RunConfig, tmp_path: Path) -> None:
     new_version(cfg, tmp_path, 0.9)
-    registry.promote(cfg)
+    Tracker(cfg).promote_version()
     source = (
         mlflow.MlflowClient()
         .get_model_version(cfg.tracking.model_name, "1")
@@ -104,7 +105,7 @@ def test_a_registry_whose_files_changed_is_refused(cfg: RunConfig, tmp_path: Pat
     (stored,) = Path(cfg.runs_dir, "mlflow", "artifacts").rglob(f"{source}/**/config.json")
     stored.write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
-        registry.fetch(registry.champion(cfg), tmp_path / "cache")
+        fetch_model(Tracker(cfg).find_champion(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [], "nothing half-written stays"
 
 
@@ -112,10 +113,10 @@ def test_an_unevaluated_model_is_not_registered(cfg: RunConfig, tmp_path: Path) 
     folder = save_tiny_model(cfg, tmp_path / "model")
     (folder / "metrics.json").unlink()
     with (
-        runs.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run,
+        Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run,
         pytest.raises(UserError, match=r"metrics\.json"),
     ):
-        registry.register(cfg, run, folder)
+        Tracker(cfg).register_model(run, folder)
 
 
 def version(number: int, ne: dict[str, float], manifest: str = "a") -> SimpleNamespace:
@@ -141,7 +142,7 @@ BOTH = {"is_click": 0.9, "is_like": 0.9}
 def test_judgement(new: dict, old: dict | None, promoted: bool, said: str, tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, tracking={"gate_max_ne": {"is_like": 1.0}})
     champion = None if old is None else version(1, old)
-    decision = registry.judge(cfg, version(2, new), champion)  # pyright: ignore[reportArgumentType]
+    decision = judge_version(cfg.tracking, cfg.tasks, version(2, new), champion)
     assert decision.promoted == promoted
     assert said in decision.reason
 
@@ -152,23 +153,24 @@ def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(
     honest = new_version(cfg, tmp_path, 0.9)
     refit_cfg = replace(cfg, split=replace(cfg.split, refit=True))
     refit = new_version(refit_cfg, tmp_path / "refit", 0.1)
-    refused = registry.promote(cfg, refit)
+    refused = Tracker(cfg).promote_version(refit)
     assert not refused.promoted
     assert "trained on the validation rows" in refused.reason
     other = new_version(replace(cfg, train=replace(cfg.train, lr=0.5)), tmp_path / "other", 0.9)
     with pytest.raises(UserError, match=r"trained with train\.lr = 0\.5, version 2 with 0\.002"):
-        registry.promote(cfg, refit, validated_by=other)
+        Tracker(cfg).promote_version(refit, validated_by=other)
     with pytest.raises(UserError, match=r"trained without split\.refit"):
-        registry.promote(cfg, honest, validated_by=refit)
-    decision = registry.promote(cfg, refit, validated_by=honest)
+        Tracker(cfg).promote_version(honest, validated_by=refit)
+    decision = Tracker(cfg).promote_version(refit, validated_by=honest)
     assert decision.promoted
     assert f"is_click 0.9000, is_like 0.9000 of version {honest}" in decision.reason
     worse = new_version(cfg, tmp_path / "worse", 0.95, seed=1)
-    assert "+0.0500" in registry.promote(cfg, worse).reason, (
+    assert "+0.0500" in Tracker(cfg).promote_version(worse).reason, (
         "the next challenger meets the borrowed figures"
     )
 
 
 def test_validation_on_other_sequences_is_said(tmp_path: Path) -> None:
-    decision = registry.judge(tiny_config(tmp_path), version(2, BOTH, "b"), version(1, BOTH))  # pyright: ignore[reportArgumentType]
+    cfg = tiny_config(tmp_path)
+    decision = judge_version(cfg.tracking, cfg.tasks, version(2, BOTH, "b"), version(1, BOTH))
     assert "other sequences" in decision.reason

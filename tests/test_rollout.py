@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.tracking.registry import PinnedModel
+from pipeline.tracking import PinnedModel
 from serve_app import deployment, metrics
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition_text

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import CanaryConfig, UserError
-from pipeline.tracking import registry
+from pipeline.tracking import Tracker
 from serve_app import deployment, replay
 from serve_app.columns import RankColumns
 from serve_app.history.live import SqliteEvents
@@ -193,7 +193,9 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
     replicas = served.cfg.serve.num_replicas
     try:
         deployment.deploy(
-            replace(served.cfg, serve=trial), served.dashboard_url, registry.champion(served.cfg)
+            replace(served.cfg, serve=trial),
+            served.dashboard_url,
+            Tracker(served.cfg).find_champion(),
         )
         trial_of_all = {
             ("champion", first): replicas,
@@ -217,7 +219,7 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
         assert answered >= expected.count(second)
         wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
     finally:  # what other tests expect
-        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
+        deployment.deploy(served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion())
     assert {ask(user) for user in users} == {first}
 
 
@@ -257,7 +259,7 @@ def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
 
 
 def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None:
-    broken = replace(registry.champion(served.cfg), sha256={"model.safetensors": "0" * 64})
+    broken = replace(Tracker(served.cfg).find_champion(), sha256={"model.safetensors": "0" * 64})
     with pytest.raises(UserError, match="sha256"):
         deployment.deploy(served.cfg, served.dashboard_url, broken)
     # where only the replicas see it

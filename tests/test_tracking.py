@@ -13,8 +13,7 @@ from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
-from pipeline.tracking import runs
-from pipeline.tracking.server import mlflow_server
+from pipeline.tracking import Run, Tracker, session
 
 pytestmark = pytest.mark.cluster
 
@@ -30,7 +29,7 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
     manifest = store.read_manifest(cfg.sequence_dir)
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "loss.png").write_bytes(b"png")
-    run = runs.start_run(cfg, manifest, {"attempt": "1"})
+    run = Tracker(cfg).start_run(cfg, manifest)
     with run:
         for step in (1, 2):
             run.log_metrics(
@@ -58,12 +57,11 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
         "plots/loss.png"
     ]
     assert found.data.tags["manifest"] == manifest.digest
-    assert found.data.tags["attempt"] == "1"
     assert len(found.data.tags.get("git_sha", "0" * 40).removesuffix("-dirty")) == 40
 
 
 def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
-    run = runs.start_run(cfg, store.read_manifest(cfg.sequence_dir))
+    run = Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir))
     with pytest.raises(KeyError), run:
         raise KeyError("lost")
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FAILED"
@@ -72,29 +70,30 @@ def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
 def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> None:
     cfg = replace(cfg, name="often")
     manifest = store.read_manifest(replace(cfg, name="tracked").sequence_dir)
-    first = runs.training_run(cfg, manifest)
+    first = Tracker(cfg).training_run(manifest)
     with pytest.raises(KeyError), first:
         raise KeyError("lost")
-    again = runs.training_run(replace(cfg, train=replace(cfg.train, log_every=7)), manifest)
+    other = replace(cfg, train=replace(cfg.train, log_every=7))
+    again = Tracker(other).training_run(manifest)
     assert again == first
     found = mlflow.MlflowClient().get_run(first.run_id)
     assert (found.info.status, found.data.tags["attempt"]) == ("RUNNING", "2")
     assert found.data.params["train.log_every"] == str(cfg.train.log_every), (
         "params are the first attempt's"
     )
-    assert runs.training_run(cfg, replace(manifest, digest="other")) != first
-    newest = runs.training_run(cfg, manifest, restart=True)
+    assert Tracker(cfg).training_run(replace(manifest, digest="other")) != first
+    newest = Tracker(cfg).training_run(manifest, restart=True)
     assert newest != first
-    assert runs.training_run(cfg, manifest) == newest
+    assert Tracker(cfg).training_run(manifest) == newest
     mlflow.MlflowClient().delete_run(newest.run_id)
-    assert runs.training_run(cfg, manifest) != newest, "what somebody deleted stays deleted"
+    assert Tracker(cfg).training_run(manifest) != newest, "what somebody deleted stays deleted"
 
 
 def test_a_second_job_joins_the_server_that_runs(tracked: RunConfig) -> None:
     before = mlflow.get_tracking_uri()
-    with mlflow_server(tracked) as uri:
-        assert uri == before
-    assert httpx.get(f"{uri}/health").status_code == 200, "it was not this block's to end"
+    with session(tracked) as tracker:
+        assert tracker.server_url == before
+    assert httpx.get(f"{before}/health").status_code == 200, "it was not this block's to end"
     assert mlflow.get_tracking_uri() == before
 
 
@@ -104,12 +103,12 @@ def test_a_server_that_is_down_is_said_at_once(tracked: RunConfig) -> None:
     started = time.monotonic()
     with (
         pytest.raises(UserError, match=f"tracking.uri: no MLflow server answers at '{uri}'"),
-        mlflow_server(absent),
+        session(absent),
     ):
         raise AssertionError("there is no server")
     assert time.monotonic() - started < 5
     with pytest.raises(UserError, match="does not answer"):
-        runs.Run(uri, "0" * 32).log_metrics({"train/loss": 1.0}, 1)
+        Run(uri, "0" * 32).log_metrics({"train/loss": 1.0}, 1)
     assert time.monotonic() - started < 30
 
 
@@ -123,8 +122,8 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
     }
     path = tmp_path / "ultra-0.json"
     path.write_text(json.dumps(figures))
-    assert runs.import_result(cfg, path)
-    assert not runs.import_result(cfg, path)
+    assert Tracker(cfg).import_result(path)
+    assert not Tracker(cfg).import_result(path)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(f"{cfg.tracking.experiment}-benchmarks")
     assert experiment is not None
@@ -141,4 +140,4 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["ultra-0.json"]
     path.write_text("[1")
     with pytest.raises(UserError, match="not a JSON object"):
-        runs.import_result(cfg, path)
+        Tracker(cfg).import_result(path)

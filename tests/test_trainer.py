@@ -285,7 +285,7 @@ def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
 
 
 def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
-    from pipeline.tracking.runs import Run
+    from pipeline.tracking import Run
     from pipeline.train import trainer
 
     cfg = replace(trained, name="untracked", train=replace(trained.train, max_failures=0))

@@ -45,7 +45,7 @@ from pipeline.config import RunConfig
 from pipeline.model.artifact import save_model
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import build
-from pipeline.tracking.registry import PinnedModel
+from pipeline.tracking import PinnedModel
 from serve_app import deployment
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ METRICS = ("ne", "auc", "gauc")
 SPLITS = ("val", "test")
 
 
-def render(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], run_id: str) -> str:
+def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], run_id: str) -> str:
     """Markdown; `metrics` as PROTOCOL's keys `split/metric/task`."""
     data = store.read_manifest(cfg.sequence_dir)
     attention = cfg.model.attention

@@ -1,8 +1,8 @@
-"""The model registry: versions, the gate on validation, and the alias `champion`.
+"""The model registry: versions, and the alias `champion`.
 
     evaluated model, its run → model version → gate → champion → server
 
-All of it is called inside `with mlflow_server(cfg)`, but for `fetch`. Nothing that the registry
+All of it is called inside a session, but for `fetch_model`. Nothing that the registry
 holds is ever executed: a version is safetensors and JSON, checked against the sha256 of its tags
 before it is read.
 """
@@ -11,22 +11,30 @@ import json
 import shutil
 import tempfile
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, TrackingConfig, UserError
 from pipeline.files import folder_digests, publish_folder, sha256_of
-from pipeline.tracking import model_card
+from pipeline.tracking.gate import (
+    NE_PREFIX,
+    REFIT,
+    Decision,
+    judge_version,
+    validation_ne,
+)
+from pipeline.tracking.model_card import render_card
 from pipeline.tracking.runs import Run, start_run
-from pipeline.tracking.server import absent, mlflow_client, one_message, tracking_uri
+from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
-REFIT = "refit"  # tag of a version trained on the validation rows
+SHA256_PREFIX = "sha256."  # of tags
 # what --validated-by must have in common ...
 FROZEN = ("tasks", "source", "features", "model", "train", "split")
 NOT_FROZEN = (  # ... but for these
@@ -44,12 +52,6 @@ NOT_FROZEN = (  # ... but for these
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    promoted: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class PinnedModel:
     """A registry version by number, with what its files must hash to: all replicas load the same
     thing.
@@ -61,36 +63,35 @@ class PinnedModel:
     sha256: dict[str, str]  # file name -> hex digest
 
 
-def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
-    """Make the evaluated model in `model_dir` a new version; its metrics.json goes into the run as
-    well.
+def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
+    """Make the evaluated model in `model_dir` a new version; returns its number.
+
+    Its metrics.json goes into the run as well.
 
     Raises:
         UserError: the model has not been evaluated.
     """
     metrics = _read_metrics(model_dir)
-    client = mlflow_client()
+    client, name = mlflow_client(), cfg.tracking.model_name
     with one_message(), tempfile.TemporaryDirectory() as staging:
+        # the files, with a card
         folder = Path(shutil.copytree(model_dir, Path(staging) / "model"))
-        card = model_card.render(cfg, folder, metrics, run.run_id)
+        card = render_card(cfg, folder, metrics, run.run_id)
         (folder / "README.md").write_text(card)
-        tags = {f"sha256.{name}": digest for name, digest in folder_digests(folder).items()}
-        # its validation NE is of rows that it has learned: nothing to judge by
-        if trained_on_validation(model_dir):
-            tags |= {REFIT: "true"}
-        else:
-            tags |= {
-                key: repr(value) for key, value in metrics.items() if key.startswith("val/ne/")
-            }
+
         made_by = client.get_run(run.run_id)
-        tags |= {"manifest": made_by.data.tags["manifest"]}
+        tags = _version_tags(folder, metrics) | {"manifest": made_by.data.tags["manifest"]}
+
+        # into the run, as MLflow's "logged model"
         model = client.create_logged_model(made_by.info.experiment_id, cfg.name, run.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
         run.log_metrics(metrics, 0, model.model_id)
-        _ensure_registered(client, cfg.tracking.model_name)
+
+        # and into the registry
+        _ensure_registered(client, name)
         version = client.create_model_version(
-            cfg.tracking.model_name,
+            name,
             f"models:/{model.model_id}",
             run.run_id,
             tags,
@@ -99,6 +100,20 @@ def register(cfg: RunConfig, run: Run, model_dir: Path) -> int:
             await_creation_for=0,  # it is there when the server answers
         )
     return int(version.version)
+
+
+def _version_tags(folder: Path, metrics: dict[str, Any]) -> dict[str, str]:
+    """What the version says of itself: its files' digests, and the validation that the gate judges."""
+    digests = folder_digests(folder)
+    tags = {f"{SHA256_PREFIX}{name}": digest for name, digest in digests.items()}
+    if trained_on_validation(folder):
+        # its validation NE is of rows that it has learned: nothing to judge by
+        return tags | {REFIT: "true"}
+
+    for key, value in metrics.items():
+        if key.startswith(NE_PREFIX):
+            tags[key] = repr(value)
+    return tags
 
 
 def register_trained(cfg: RunConfig) -> int:
@@ -112,7 +127,7 @@ def register_trained(cfg: RunConfig) -> int:
     from pipeline.sequences.store import read_manifest
 
     run_id = verified(cfg.model_dir, "model")["extra"].get("mlflow_run_id")
-    tag, digest = f"sha256.{INDEX}", sha256_of(cfg.model_dir / INDEX)
+    tag, digest = f"{SHA256_PREFIX}{INDEX}", sha256_of(cfg.model_dir / INDEX)
     with one_message():
         for found in mlflow_client().search_model_versions(f"name = '{cfg.tracking.model_name}'"):
             if found.tags.get(tag) == digest:
@@ -120,41 +135,44 @@ def register_trained(cfg: RunConfig) -> int:
     if run_id is not None:
         import mlflow
 
-        return register(cfg, Run(mlflow.get_tracking_uri(), run_id), cfg.model_dir)
+        return register_model(cfg, Run(mlflow.get_tracking_uri(), run_id), cfg.model_dir)
     with start_run(cfg, read_manifest(cfg.sequence_dir)) as run:  # it was trained without tracking
-        return register(cfg, run, cfg.model_dir)
+        return register_model(cfg, run, cfg.model_dir)
 
 
 def trained_on_validation(model_dir: Path) -> bool:
     return json.loads((model_dir / "config.json").read_text())["split"]["refit"]
 
 
-def promote(
-    cfg: RunConfig, version: int | None = None, validated_by: int | None = None
+def promote_version(
+    settings: TrackingConfig,
+    tasks: Sequence[str],
+    version: int | None = None,
+    validated_by: int | None = None,
 ) -> Decision:
     """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the
     gate; say why.
 
-    The gate: `tracking.gate_max_ne` for each task it names, and a mean over tasks at most
-    `gate_max_regression` above the champion's. The reason stays on the version as a tag.
+    The reason stays on the version as a tag.
 
     Args:
         validated_by: for a version trained with `split.refit`, one of the same settings trained
-        without it: its
-            validation NE is judged, and stays with `version` for the challengers to come.
+            without it: its validation NE is judged, and stays with `version` for the challengers to
+            come.
 
     Raises:
         UserError: no such version, or `validated_by` cannot stand for it.
     """
-    client, name = mlflow_client(), cfg.tracking.model_name
+    client, name = mlflow_client(), settings.model_name
     with one_message():
         challenger = _version(client, name, version)
         champion = _champion(client, name)
         if champion is not None and champion.version == challenger.version:
             return Decision(True, f"version {challenger.version} is the champion already")
+
         if validated_by is not None:
             challenger = _validated(client, challenger, _version(client, name, validated_by))
-        decision = judge(cfg, challenger, champion)
+        decision = judge_version(settings, tasks, challenger, champion)
         client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
         if decision.promoted:
             previous = "" if champion is None else champion.version
@@ -170,74 +188,32 @@ def _validated(
     if REFIT not in refit.tags or REFIT in other.tags:
         raise UserError(
             "--validated-by takes a version trained without split.refit, for one trained with "
-            f"it: got {other.version} "
-            f"for {refit.version}"
+            f"it: got {other.version} for {refit.version}"
         )
-    one, two = (client.get_run(str(version.run_id)).data.params for version in (refit, other))
+    one = client.get_run(str(refit.run_id)).data.params
+    two = client.get_run(str(other.run_id)).data.params
     for key in sorted(one.keys() | two.keys()):
-        if key.split(".")[0] in FROZEN and key not in NOT_FROZEN and one.get(key) != two.get(key):
+        compared = key.split(".")[0] in FROZEN and key not in NOT_FROZEN
+        if compared and one.get(key) != two.get(key):
             raise UserError(
                 f"--validated-by {other.version}: it was trained with {key} = {two.get(key)}, "
-                f"version {refit.version} "
-                f"with {one.get(key)}"
+                f"version {refit.version} with {one.get(key)}"
             )
-    for task, value in _validation_ne(other).items():
-        client.set_model_version_tag(refit.name, refit.version, f"val/ne/{task}", repr(value))
-    client.set_model_version_tag(refit.name, refit.version, "validated_by", other.version)
-    return client.get_model_version(refit.name, refit.version)
+
+    name, number = refit.name, refit.version
+    for task, value in validation_ne(other).items():
+        client.set_model_version_tag(name, number, f"{NE_PREFIX}{task}", repr(value))
+    client.set_model_version_tag(name, number, "validated_by", other.version)
+    return client.get_model_version(name, number)
 
 
-def judge(cfg: RunConfig, challenger: "ModelVersion", champion: "ModelVersion | None") -> Decision:
-    """The gate alone: both versions carry their validation NE as tags `val/ne/<task>`."""
-    new = _validation_ne(challenger)
-    if REFIT in challenger.tags and not new:
-        return Decision(
-            False,
-            f"refused: version {challenger.version} was trained on the validation rows "
-            "(split.refit); --validated-by "
-            "names a version of the same settings trained without it",
-        )
-    if missing := [task for task in cfg.tasks if task not in new]:
-        return Decision(
-            False,
-            f"refused: version {challenger.version} has no validation NE of {', '.join(missing)}",
-        )
-    for task, highest in cfg.tracking.gate_max_ne.items():
-        if not new[task] <= highest:
-            return Decision(
-                False, f"refused: val/ne/{task} {new[task]:.4f} is above the gate's {highest:g}"
-            )
-    said = ", ".join(f"{task} {new[task]:.4f}" for task in cfg.tasks)
-    if REFIT in challenger.tags:
-        said += f" of version {challenger.tags['validated_by']}"
-    if champion is None:
-        return Decision(True, f"promoted: the first champion, val/ne {said}")
-    old = _validation_ne(champion)
-    shared = [task for task in cfg.tasks if task in old]
-    if not shared:
-        return Decision(
-            True, f"promoted: champion {champion.version} shares no task with it, val/ne {said}"
-        )
-    change = sum(new[task] - old[task] for task in shared) / len(shared)
-    said = f"mean val/ne over {', '.join(shared)} {change:+.4f} against champion {champion.version}"
-    if REFIT in challenger.tags:
-        said += (
-            f", by version {challenger.tags['validated_by']} in the place of {challenger.version}"
-        )
-    if champion.tags.get("manifest") != challenger.tags.get("manifest"):
-        said += " (which was validated on other sequences)"
-    if not change <= cfg.tracking.gate_max_regression:
-        return Decision(False, f"refused: {said}, allowed {cfg.tracking.gate_max_regression:+g}")
-    return Decision(True, f"promoted: {said}")
-
-
-def rollback(cfg: RunConfig) -> int:
+def roll_back(settings: TrackingConfig) -> int:
     """Move `champion` back to the version that it stood on before; returns its number.
 
     Raises:
         UserError: there is no champion, or none before it.
     """
-    client, name = mlflow_client(), cfg.tracking.model_name
+    client, name = mlflow_client(), settings.model_name
     with one_message():
         champion = _require_champion(client, name)
         previous = champion.tags.get("previous_champion")
@@ -252,46 +228,38 @@ def rollback(cfg: RunConfig) -> int:
     return int(previous)
 
 
-def champion(cfg: RunConfig) -> PinnedModel:
+def find_champion(settings: TrackingConfig) -> PinnedModel:
     """The alias, resolved to a number once: from here on nothing moves under the caller's feet.
 
     Raises:
         UserError: no version is the champion.
     """
-    client, name = mlflow_client(), cfg.tracking.model_name
+    client, name = mlflow_client(), settings.model_name
     with one_message():
         return _pinned(_require_champion(client, name))
 
 
-def pinned(cfg: RunConfig, version: int) -> PinnedModel:
+def find_version(settings: TrackingConfig, version: int) -> PinnedModel:
     """A registered version by its number.
 
     Raises:
         UserError: there is none of that number.
     """
     with one_message():
-        return _pinned(_version(mlflow_client(), cfg.tracking.model_name, version))
+        return _pinned(_version(mlflow_client(), settings.model_name, version))
 
 
 def _pinned(found: "ModelVersion") -> PinnedModel:
     import mlflow
 
-    prefix = "sha256."
-    sha256 = {
-        key.removeprefix(prefix): value
-        for key, value in found.tags.items()
-        if key.startswith(prefix)
-    }
+    sha256 = {}
+    for key, value in found.tags.items():
+        if key.startswith(SHA256_PREFIX):
+            sha256[key.removeprefix(SHA256_PREFIX)] = value
     return PinnedModel(mlflow.get_tracking_uri(), found.name, int(found.version), sha256)
 
 
-def download_champion(cfg: RunConfig) -> tuple[Path, int]:
-    """The champion's files under `runs_dir/champions`, checked, and its version."""
-    model = champion(cfg)
-    return fetch(model, Path(cfg.runs_dir).absolute() / "champions"), model.version
-
-
-def fetch(model: PinnedModel, cache: Path) -> Path:
+def fetch_model(model: PinnedModel, cache: Path) -> Path:
     """The files of a pinned version, from `cache` or the registry, each equal to its sha256.
 
     Raises:
@@ -362,7 +330,7 @@ def _version(client: "MlflowClient", name: str, version: int | None) -> "ModelVe
     try:
         return client.get_model_version(name, str(version))
     except MlflowException as error:
-        if absent(error):
+        if is_absent(error):
             raise UserError(f"{name} has no version {version}") from None
         raise
 
@@ -373,7 +341,7 @@ def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
-        if absent(error):
+        if is_absent(error):
             return None
         raise
 
@@ -386,12 +354,3 @@ def _require_champion(client: "MlflowClient", name: str) -> "ModelVersion":
             "(jobs.promote)"
         )
     return found
-
-
-def _validation_ne(version: "ModelVersion") -> dict[str, float]:
-    prefix = "val/ne/"
-    return {
-        key.removeprefix(prefix): float(value)
-        for key, value in version.tags.items()
-        if key.startswith(prefix)
-    }

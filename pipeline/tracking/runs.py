@@ -3,8 +3,7 @@ runs of their own.
 
     training → run → registry.py
 
-All of it is called inside `with mlflow_server(cfg)`, but for the methods of `Run`, which know their
-server.
+All of it is called inside a session, but for the methods of `Run`, which know their server.
 """
 
 import hashlib
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, TrackingConfig, UserError
 from pipeline.files import write_atomically
-from pipeline.tracking.server import absent, mlflow_client, one_message, tracking_uri
+from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,7 +115,7 @@ def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
         with one_message():
             found = mlflow_client().get_run(run_id)
     except MlflowException as error:
-        if absent(error):
+        if is_absent(error):
             return None
         raise
     same = (
@@ -126,18 +125,33 @@ def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
     return (run_id, int(found.data.tags.get("attempt", "1"))) if same else None
 
 
-def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | None = None) -> Run:
+def start_run(
+    cfg: RunConfig,
+    manifest: "Manifest",
+    tags: Mapping[str, str] | None = None,
+    parent: Run | None = None,
+) -> Run:
     """One run for one training job: params are the flattened configuration, its dataset the
     published sequences.
+
+    A run with a `parent` is shown below it.
     """
     import mlflow
+
+    below = {} if parent is None else {"mlflow.parentRunId": parent.run_id}
 
     client = mlflow_client()
     with one_message():
         run = client.create_run(
             _experiment(client, cfg.tracking.experiment),
             run_name=cfg.name,
-            tags={"manifest": manifest.digest, **_code_version(), **_ray_job(), **(tags or {})},
+            tags={
+                "manifest": manifest.digest,
+                **_code_version(),
+                **_ray_job(),
+                **below,
+                **(tags or {}),
+            },
         )
         _log_params(client, run.info.run_id, cfg)
         _log_dataset(client, run.info.run_id, cfg, manifest)
@@ -148,7 +162,7 @@ def start_run(cfg: RunConfig, manifest: "Manifest", tags: Mapping[str, str] | No
 MADE_WHERE = ("config", "environment", "machine", "versions")
 
 
-def import_result(cfg: RunConfig, path: Path) -> bool:
+def import_result(settings: TrackingConfig, path: Path) -> bool:
     """A run of experiment `<tracking.experiment>-benchmarks` for a JSON of figures that were made
     elsewhere.
 
@@ -165,7 +179,7 @@ def import_result(cfg: RunConfig, path: Path) -> bool:
         raise UserError(f"{path} is not a JSON object of figures") from None
     client, digest = mlflow_client(), hashlib.sha256(content).hexdigest()
     with one_message():
-        experiment = _experiment(client, f"{cfg.tracking.experiment}-benchmarks")
+        experiment = _experiment(client, f"{settings.experiment}-benchmarks")
         if client.search_runs([experiment], f"tags.result_sha256 = '{digest}'", max_results=1):
             return False
         found = client.create_run(experiment, run_name=path.stem, tags={"result_sha256": digest})

@@ -82,11 +82,18 @@ def tracking_uri(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] None resets it
 
 
+def current_url() -> str:
+    """Address of the server whose session this is."""
+    import mlflow
+
+    return mlflow.get_tracking_uri()
+
+
 def mlflow_client(uri: str | None = None) -> "MlflowClient":
     import mlflow
 
     # Without an address MLflow would make itself a database in the current folder.
-    assert uri or mlflow.is_tracking_uri_set(), "call this inside `with mlflow_server(cfg)`"
+    assert uri or mlflow.is_tracking_uri_set(), "call this inside a session"
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -109,7 +116,7 @@ def one_message() -> Iterator[None]:
         raise
 
 
-def absent(error: "MlflowException") -> bool:
+def is_absent(error: "MlflowException") -> bool:
     return error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
 
 

@@ -33,7 +33,7 @@ from pipeline.files import write_atomically
 from pipeline.model.artifact import publish_model
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
-from pipeline.tracking.runs import Run
+from pipeline.tracking import Run
 from pipeline.train import loop
 from pipeline.train.checkpoint import (
     CheckpointFolder,

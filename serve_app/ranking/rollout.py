@@ -27,7 +27,7 @@ from kernels.backend import choose
 from pipeline import config
 from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import load_model
-from pipeline.tracking import registry
+from pipeline.tracking import PinnedModel, fetch_model
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import EventLog, LiveHistory, SqliteEvents
 from serve_app.history.published import PublishedSequences
@@ -306,7 +306,7 @@ def load_rollout(
         identity = _identity(raw, user_config)
         if identity not in known:
             log = log or open_events(limits, Path(user_config["serving"]))
-            known[identity] = _load_ranker(registry.PinnedModel(**raw), user_config, limits, log)
+            known[identity] = _load_ranker(PinnedModel(**raw), user_config, limits, log)
         rankers[role] = known[identity]
         identities[role] = identity
 
@@ -324,9 +324,9 @@ def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
 
 
 def _load_ranker(
-    model: registry.PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog
+    model: PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog
 ) -> Ranker:
-    folder = registry.fetch(model, Path(user_config["cache"]))
+    folder = fetch_model(model, Path(user_config["cache"]))
     loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
 
     published = PublishedSequences(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.cluster import ray_cluster
 from pipeline.files import folder_digests
-from pipeline.tracking.registry import PinnedModel
+from pipeline.tracking import PinnedModel
 from serve_app import deployment
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 

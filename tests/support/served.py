@@ -16,8 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
 from pipeline.sequences import store
-from pipeline.tracking import registry, runs
-from pipeline.tracking.server import mlflow_server
+from pipeline.tracking import Tracker, session
 from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns, RankedColumns
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
@@ -58,15 +57,15 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
     cfg = replace(tiny_config(mlflow_runs, tracking={"model_name": name}, serve=options), name=name)
     publish_sequences(cfg)
     folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
-    with mlflow_server(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
+    with session(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
         versions = []
         for model in folders:
-            with runs.start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
-                versions.append(registry.register(cfg, run, model))
+            with Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+                versions.append(Tracker(cfg).register_model(run, model))
 
-        registry.promote(cfg, versions[0])
+        Tracker(cfg).promote_version(versions[0])
         try:
-            url = deployment.deploy(cfg, cluster.dashboard_url, registry.champion(cfg))
+            url = deployment.deploy(cfg, cluster.dashboard_url, Tracker(cfg).find_champion())
             yield Served(cfg, url, cluster.dashboard_url, versions, folders)
         finally:
             serve.shutdown()
@@ -77,11 +76,11 @@ def restore(server: Served) -> None:
     left or killed.
     """
     first = server.versions[0]
-    if registry.champion(server.cfg).version != first:
-        assert registry.rollback(server.cfg) == first
+    if Tracker(server.cfg).find_champion().version != first:
+        assert Tracker(server.cfg).roll_back() == first
     champion_alone = {("champion", first): server.cfg.serve.num_replicas}
     if wait_until(lambda: loaded(server)).keys() - champion_alone.keys():
-        deployment.deploy(server.cfg, server.dashboard_url, registry.champion(server.cfg))
+        deployment.deploy(server.cfg, server.dashboard_url, Tracker(server.cfg).find_champion())
     wait_until(
         lambda: (
             loaded(server) == champion_alone
@@ -156,15 +155,15 @@ def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
     first, second = served.versions
     with BackgroundLoad(served, most_seconds=90) as load:
         time.sleep(1)
-        assert registry.promote(served.cfg, second).promoted
+        assert Tracker(served.cfg).promote_version(second).promoted
         assert (
-            deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
+            deployment.deploy(served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion())
             == served.url
         )
         meanwhile()
         time.sleep(2)
-        assert registry.rollback(served.cfg) == first
-        deployment.deploy(served.cfg, served.dashboard_url, registry.champion(served.cfg))
+        assert Tracker(served.cfg).roll_back() == first
+        deployment.deploy(served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion())
         time.sleep(1)
 
     sent = load.answers.status != load_test.NOT_SENT

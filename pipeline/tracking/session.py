@@ -1,0 +1,102 @@
+"""All that jobs know of tracking: a session, and in it a tracker.
+
+    with tracking.session(cfg) as tracker:
+        with tracker.start_run(cfg, manifest) as run:
+            ...
+        version = tracker.register_model(run, model_dir)
+        decision = tracker.promote_version(version)
+
+Another tracker in MLflow's place is a new `server.py`, `runs.py` and `registry.py`: everything that
+speaks to MLflow is in those three.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import RunConfig
+from pipeline.tracking import registry, runs, server
+from pipeline.tracking.gate import Decision
+from pipeline.tracking.registry import PinnedModel
+from pipeline.tracking.runs import Run
+
+if TYPE_CHECKING:
+    from pipeline.sequences.store import Manifest
+
+
+@contextmanager
+def session(cfg: RunConfig, port: int | None = None) -> Iterator["Tracker"]:
+    """A tracker for the length of the block: on the server that the configuration names, or on one
+    of the job's own, on `port` (None: any free one), which ends with the block.
+
+    Raises:
+        UserError: the server named in the configuration does not answer, or ours does not start.
+    """
+    with server.mlflow_server(cfg, port):
+        yield Tracker(cfg)
+
+
+def plan_session(cfg: RunConfig) -> dict[str, object]:
+    """Where runs and versions are, for `--dry-run`.
+
+    Raises:
+        UserError: the server named in the configuration does not answer.
+    """
+    return server.plan_server(cfg)
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """Runs and model versions of one configuration, while its session lasts."""
+
+    cfg: RunConfig
+
+    @property
+    def server_url(self) -> str:
+        """Address of the server, for people."""
+        return server.current_url()
+
+    def start_run(self, cfg: RunConfig, manifest: "Manifest", parent: Run | None = None) -> Run:
+        """A new run of the settings `cfg` on these sequences; `with run:` ends it."""
+        return runs.start_run(cfg, manifest, parent=parent)
+
+    def training_run(self, manifest: "Manifest", *, restart: bool = False) -> Run:
+        """The run of this configuration's training: a new one, or that of the attempt which it goes
+        on from.
+        """
+        return runs.training_run(self.cfg, manifest, restart=restart)
+
+    def import_result(self, path: Path) -> bool:
+        """A run for a JSON of figures that were made elsewhere; False where it is known already."""
+        return runs.import_result(self.cfg.tracking, path)
+
+    def register_model(self, run: Run, model_dir: Path) -> int:
+        """Make the evaluated model in `model_dir` a new version; returns its number."""
+        return registry.register_model(self.cfg, run, model_dir)
+
+    def register_trained(self) -> int:
+        """Version of the model that this configuration trained, registered unless it is already."""
+        return registry.register_trained(self.cfg)
+
+    def promote_version(
+        self, version: int | None = None, validated_by: int | None = None
+    ) -> Decision:
+        """Make a version (None: the newest) the champion, if the gate lets it pass."""
+        settings, tasks = self.cfg.tracking, self.cfg.tasks
+        return registry.promote_version(settings, tasks, version, validated_by)
+
+    def roll_back(self) -> int:
+        """Make the champion before this one the champion again; returns its number."""
+        return registry.roll_back(self.cfg.tracking)
+
+    def find_champion(self) -> PinnedModel:
+        """The champion, by its number: from here on nothing moves under the caller's feet."""
+        return registry.find_champion(self.cfg.tracking)
+
+    def download_champion(self) -> tuple[Path, int]:
+        """The champion's files under `runs_dir/champions`, checked, and its version."""
+        model = self.find_champion()
+        folder = registry.fetch_model(model, Path(self.cfg.runs_dir).absolute() / "champions")
+        return folder, model.version
