@@ -27,7 +27,7 @@ from benchmarks.kernels import (
 )
 from benchmarks.training.model import model_config, random_batch, vocabulary
 from pipeline.model.ranker import RankingModel
-from pipeline.train.loop import Trainee
+from pipeline.train.trainee import Trainee
 
 SEMI_LOCAL = {
     "attention": {"window": 256, "full_rows": 256},

@@ -45,11 +45,11 @@ def run_job(job: cli.Job) -> None:
             with tracker.start_run(variant, manifest, parent) as run:
                 found[name] = train_and_evaluate(variant, run, split)
         path = cfg.run_dir / "ablation" / "ablation.md"
-        write_atomically(path, ablation.table(found, cfg.tasks, split))
+        write_atomically(path, ablation.markdown_table(found, cfg.tasks, split))
         write_atomically(path.with_suffix(".json"), json.dumps(found, indent=2))
         parent.log_artifacts(path)
         print(path.read_text())
-        unmoved = ablation.unmoved(found, split)
+        unmoved = ablation.find_unmoved(found, split)
         if unmoved:
             raise UserError("; ".join(unmoved))
     print(f"table={path}")
@@ -61,7 +61,7 @@ def choose(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
     Raises:
         ConfigError: `only` names one that this configuration does not have.
     """
-    found = ablation.variants(cfg)
+    found = ablation.ablated_variants(cfg)
     unknown = set(only or ()) - found.keys()
     if unknown:
         raise ConfigError(f"--only {sorted(unknown)}: this configuration has {list(found)}")
@@ -78,7 +78,7 @@ def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dic
     shutil.rmtree(variant.run_dir, ignore_errors=True)
     variant.run_dir.mkdir(parents=True)
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
-    metrics = evaluator.evaluate(variant, trainer.fit(variant, run), [split])
+    metrics = evaluator.evaluate_model(variant, trainer.fit(variant, run), [split])
     lines = [
         json.loads(line)
         for line in (trainer.train_dir(variant) / "metrics.jsonl").read_text().splitlines()
@@ -93,7 +93,7 @@ def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dic
 def plan_job(cfg: RunConfig) -> dict[str, object]:
     base = config.flatten(config.to_dict(cfg))
     changes = {}
-    for name, variant in ablation.variants(cfg).items():
+    for name, variant in ablation.ablated_variants(cfg).items():
         flat = config.flatten(config.to_dict(variant))
         changes[name] = {
             key: flat.get(key)

@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
-    metrics = evaluator.evaluate(
+    metrics = evaluator.evaluate_model(
         job.cfg, job.options.model or job.cfg.model_dir, job.options.splits
     )
     for key, value in metrics.items():
@@ -29,4 +29,4 @@ def run_job(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, evaluator.plan)
+    cli.run(__doc__ or "", run_job, add_options, evaluator.plan_evaluation)

@@ -16,6 +16,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.files import write_atomically
+from pipeline.model.encoders import check_model
 from pipeline.sequences import build
 from pipeline.sequences.store import Manifest
 from pipeline.train import trainer
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     cfg = job.cfg
-    check_server(cfg)
+    check_settings(cfg)
     if job.options.fresh:
         remove_run(cfg.run_dir)
     write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
@@ -53,8 +54,13 @@ def run_job(job: cli.Job) -> None:
     print_summary(cfg, summary)
 
 
-def check_server(cfg: RunConfig) -> None:
-    """A key that cannot be read is said now, not after training."""
+def check_settings(cfg: RunConfig) -> None:
+    """Say now, not after the build or the training, what no stage could use.
+
+    Raises:
+        UserError: a setting that the encoder does not know, a key that cannot be read.
+    """
+    check_model(cfg.model)
     deployment.check_protection(cfg)
     replay.key_header(cfg)
 
@@ -87,7 +93,7 @@ def run_chain(
         model_dir = trainer.fit(cfg, run, restart=restart)
         train_seconds = time.perf_counter() - started
         stage(4, "evaluation on validation and test")
-        metrics = evaluator.evaluate(cfg, model_dir)
+        metrics = evaluator.evaluate_model(cfg, model_dir)
         run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
         stage(5, "registry and gate")
         version = tracker.register_trained()
@@ -169,7 +175,7 @@ def remove_run(folder: Path) -> None:
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
-    check_server(cfg)
+    check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),
         "workers": cfg.train.num_workers,

@@ -6,6 +6,7 @@ import argparse
 
 from jobs import cli
 from pipeline import tracking
+from pipeline.model.encoders import check_model
 from pipeline.sequences import store
 from pipeline.train import trainer
 
@@ -21,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     cfg, restart = job.cfg, job.options.restart
+    check_model(cfg.model)
     if job.options.no_tracking:
         folder = trainer.fit(cfg, restart=restart)
     else:

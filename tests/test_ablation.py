@@ -12,7 +12,7 @@ from jobs import cli
 from pipeline import config
 from pipeline.config import ConfigError, DenseFeature, RunConfig, StochasticLengthConfig, UserError
 from pipeline.evaluate import ablation
-from pipeline.model.flops import count_work
+from pipeline.model.work import count_work
 from pipeline.tracking import session
 from tests.worlds.mixture import make_mixture
 from tests.worlds.model import make_batch, make_config, make_model
@@ -34,13 +34,14 @@ def whole() -> RunConfig:
 
 def changes(name: str) -> dict[str, object]:
     base, variant = (
-        config.flatten(config.to_dict(cfg)) for cfg in (whole(), ablation.variants(whole())[name])
+        config.flatten(config.to_dict(cfg))
+        for cfg in (whole(), ablation.ablated_variants(whole())[name])
     )
     return {key: variant[key] for key in base if variant[key] != base[key]}
 
 
 def test_every_variant_changes_its_own_setting_alone() -> None:
-    assert list(ablation.variants(whole())) == [
+    assert list(ablation.ablated_variants(whole())) == [
         "whole",
         "no_merge",
         "no_heterogeneous_actions",
@@ -69,23 +70,27 @@ def test_what_candidates_and_histories_carry_is_taken_away_where_it_is() -> None
     dense = {"rate": DenseFeature(by=("item_id",))}
     lengths = replace(whole().train.stochastic_length, balance="sampling")
     cfg = replace(whole(), features=replace(whole().features, dense=dense, watch_seconds=(3.0,)))
-    found = ablation.variants(replace(cfg, train=replace(cfg.train, stochastic_length=lengths)))
+    found = ablation.ablated_variants(
+        replace(cfg, train=replace(cfg.train, stochastic_length=lengths))
+    )
     assert found["no_dense_features"].features.dense == {}
     assert found["no_dense_features"].features.watch_seconds == (3.0,)
     assert found["no_watch_bits"].num_action_bits == len(cfg.source.actions)
     assert found["no_load_balance"].train.stochastic_length.balance == "none"
     dealt = replace(lengths, balance="dealing")
-    alone = ablation.variants(replace(cfg, train=replace(cfg.train, stochastic_length=dealt)))
+    alone = ablation.ablated_variants(
+        replace(cfg, train=replace(cfg.train, stochastic_length=dealt))
+    )
     assert "no_load_balance" not in alone
 
 
 def test_the_time_anchor_is_compared_where_both_layouts_are_the_same() -> None:
     by_request = replace(whole(), train=replace(whole().train, layout="request"))
-    assert ablation.variants(by_request)["query_anchor"].model.time_anchor == "query"
+    assert ablation.ablated_variants(by_request)["query_anchor"].model.time_anchor == "query"
 
 
 def test_channels_lose_their_masks_and_their_mixture() -> None:
-    mixed = ablation.variants(make_mixture("request"))
+    mixed = ablation.ablated_variants(make_mixture("request"))
     assert not mixed["no_mixture"].model.channels
     assert {channel.attention.window for channel in mixed["window_0"].model.channels.values()} == {
         0
@@ -95,7 +100,7 @@ def test_channels_lose_their_masks_and_their_mixture() -> None:
 
 def test_a_baseline_has_no_ablation() -> None:
     with pytest.raises(UserError, match=r"model\.encoder is din"):
-        ablation.variants(make_config(encoder="din", attention={"window": None}))
+        ablation.ablated_variants(make_config(encoder="din", attention={"window": None}))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def test_a_baseline_has_no_ablation() -> None:
 )
 def test_every_variant_is_a_model_that_differs(name: str) -> None:
     batch = make_batch([9, 6], [2, 1])
-    variant = ablation.variants(whole())[name]
+    variant = ablation.ablated_variants(whole())[name]
     assert make_model(variant)(batch).shape == (3, 2)
     base, work = count_work(batch, whole()), count_work(batch, variant)
     if name in ("window_0", "full_rows_0"):
@@ -136,7 +141,7 @@ def test_a_switch_that_changes_nothing_is_told() -> None:
         "no_heterogeneous_actions": metrics(**{"val/ne/is_like": 0.8}),
         "fp8": metrics(),
     }
-    lines = ablation.unmoved(found, "val")
+    lines = ablation.find_unmoved(found, "val")
     assert [line.split()[0] for line in lines] == ["window_0", "fp8"]
     assert "masked_pair_share 0.5 with and without" in lines[0]
 
@@ -146,7 +151,7 @@ def test_the_table_shows_what_each_is_worth() -> None:
         "whole": metrics(),
         "window_0": metrics(**{"val/ne/is_click": 0.8, "masked_pair_share": 0.625}),
     }
-    rows = ablation.table(found, ("is_click", "is_like"), "val").splitlines()
+    rows = ablation.markdown_table(found, ("is_click", "is_like"), "val").splitlines()
     assert len(rows) == 4
     assert "+0.0500" in rows[3]
     assert "62.5%" in rows[3]

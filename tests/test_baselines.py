@@ -2,16 +2,18 @@
 by hand.
 """
 
+import typing
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config import ConfigError, ModelConfig, RunConfig
+from pipeline.model.encoders import ENCODERS, check_model
 from pipeline.model.encoders.hstu import HSTU, token_times
-from pipeline.model.flops import count_work
 from pipeline.model.ranker import RankingModel
+from pipeline.model.work import count_work
 from pipeline.train import loop
 from tests.worlds.model import (
     RATES,
@@ -38,7 +40,7 @@ each_baseline = pytest.mark.parametrize("settings", BASELINES.values(), ids=BASE
 
 
 def baseline_config(settings: dict) -> RunConfig:
-    return make_config(attention=CAUSAL, ffn_dim=12, **settings)
+    return make_config(**({"attention": CAUSAL, "ffn_dim": 12} | settings))
 
 
 @each_baseline
@@ -91,6 +93,70 @@ def test_the_trainer_reaches_every_parameter(settings: dict) -> None:
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
+CHANNELS = {
+    "clicks": {"actions": ["is_click"], "attention": CAUSAL, "num_layers": 1},
+    "newest": {"max_len": 3, "num_layers": 1},
+}
+ENCODED = {
+    **BASELINES,
+    "ultra_hstu": {"attention": {"window": 2, "full_rows": 2, "scaling_seq_len": 16}},
+    "ultra_hstu truncated": {"truncate_after_layer": 1, "truncate_to": 2},
+    "ultra_hstu of two tokens": {"merge": False},
+    "ultra_hstu of channels": {"channels": CHANNELS},
+}
+
+
+@pytest.mark.parametrize("settings", ENCODED.values(), ids=ENCODED)
+def test_the_newest_history_row_is_that_of_the_history_alone(settings: dict) -> None:
+    """With candidates behind it or without them; zeros for a user without history."""
+    model = make_model(baseline_config(settings))
+    batch = make_batch([7, 0, 4], [3, 2, 0])
+    acted = torch.full_like(batch.action_mask, 7)
+    batch = replace(batch, action_mask=acted, known_mask=acted)
+    histories = tokens_at(
+        batch,
+        torch.tensor([*range(7), *range(12, 16)]),
+        seq_offsets=torch.tensor([0, 7, 7, 11]),
+        num_targets=torch.zeros(3, dtype=torch.int32),
+        max_seq_len=7,
+    )
+
+    together, alone = (
+        model.transducer(model.encoder(part), part, last_history=True)
+        for part in (batch, histories)
+    )
+    unasked = model.transducer(model.encoder(batch), batch)
+    assert unasked.last_history_row is None
+    assert torch.equal(unasked.candidate_rows, together.candidate_rows)
+
+    if settings.get("encoder") == "din":  # its history rows depend on no other: there is none
+        assert together.last_history_row is None
+        return
+    rows = together.last_history_row
+    assert rows.shape == (3, model.transducer.width)
+    torch.testing.assert_close(rows, alone.last_history_row)
+    assert torch.equal(rows[1], torch.zeros_like(rows[1]))
+    assert rows[0].abs().max() > 0.1
+    assert rows[2].abs().max() > 0.1
+
+
+def test_the_newest_history_row_by_hand() -> None:
+    """Of STU layers it is the last norm of the token before the candidates."""
+    model, batch = make_model(baseline_config({"encoder": "hstu_merged"})), make_batch([4], [1])
+    tokens = model.encoder(batch)
+    x = tokens.x_TE
+    for layer in model.transducer.layers:
+        x = layer(replace(tokens, x_TE=x))
+    encoded = model.transducer(tokens, batch, last_history=True)
+    # 2 context rows, 4 events
+    torch.testing.assert_close(encoded.last_history_row, model.transducer.norm_out(x[[5]]))
+
+
+def test_the_configuration_names_the_encoders_that_there_are() -> None:
+    hints = typing.get_type_hints(ModelConfig)
+    assert set(typing.get_args(hints["encoder"])) == ENCODERS.keys()
+
+
 def test_hstu_reads_an_item_and_then_its_action() -> None:
     cfg = baseline_config({"encoder": "hstu"})
     model, batch = make_model(cfg), make_batch([2, 1], [1, 2])
@@ -99,7 +165,8 @@ def test_hstu_reads_an_item_and_then_its_action() -> None:
     )
     encoder = model.encoder
     items, actions = (
-        encoder.placed(part(batch), batch) for part in (encoder.items, encoder.actions)
+        encoder.add_position_and_time(part(batch), batch)
+        for part in (encoder.item_rows, encoder.action_rows)
     )
     context = encoder.context(batch.user_codes)  # pyright: ignore[reportOptionalCall]
     first = [*context[0], items[0], actions[0], items[1], actions[1], items[2]]
@@ -164,7 +231,7 @@ def one_sequence(cfg: RunConfig) -> tuple[RankingModel, torch.Tensor, torch.Tens
     """
     model, batch = make_model(cfg), make_batch([4], [1])
     tokens = model.encoder(batch)
-    return model, tokens.x_TE, model.transducer(tokens, batch)[0]
+    return model, tokens.x_TE, model.transducer(tokens, batch).candidate_rows[0]
 
 
 def softmax_attention(
@@ -228,9 +295,7 @@ def test_work_by_hand(encoder: str, by_hand: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "encoder", ["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"]
-)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
     """PyTorch counts every product of a layer; attention, which it counts unmasked or not at all,
     is taken out.
@@ -258,10 +323,11 @@ def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
     ],
 )
 def test_settings_that_a_baseline_would_ignore_are_refused(settings: dict, message: str) -> None:
+    cfg = make_config(**({"encoder": "hstu", "attention": CAUSAL} | settings))
     with pytest.raises(ConfigError, match=message):
-        make_config(**({"encoder": "hstu", "attention": CAUSAL} | settings))
+        check_model(cfg.model)
 
 
 def test_ultra_hstu_has_no_relative_bias() -> None:
     with pytest.raises(ConfigError, match=r"model\.relative_bias"):
-        make_config(relative_bias=True)
+        check_model(make_config(relative_bias=True).model)

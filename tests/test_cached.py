@@ -12,15 +12,7 @@ from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
 from pipeline.config import DenseFeature, RunConfig
-from pipeline.model.flops import (
-    action_flops,
-    cached_work,
-    count_work,
-    head_flops,
-    input_flops,
-    layer_flops,
-    projection_flops,
-)
+from pipeline.model.encoders.stu import layer_flops, projection_flops
 from pipeline.model.inference.cached_scoring import (
     HistoryCache,
     encode_history,
@@ -29,6 +21,13 @@ from pipeline.model.inference.cached_scoring import (
 )
 from pipeline.model.inference.cuda_graph import GraphedScorer, bucket, fill, make_room
 from pipeline.model.tokens import target_mask
+from pipeline.model.work import (
+    action_flops,
+    cached_work,
+    count_work,
+    head_flops,
+    input_flops,
+)
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
 from tests.worlds.model import make_batch, make_config, make_model, tokens_at
 
@@ -137,7 +136,7 @@ def test_caches_part_and_join(name: str) -> None:
     model, batch = make_model(CONFIGS[name]), make_batch([9, 0, 4, 70], [3, 5, 1, 7])
     expected = model(batch).split([3, 5, 1, 7])
     history, candidates = parts_of(batch)
-    caches = encode_history(model, history).split()
+    caches = encode_history(model, history).split_histories()
     order = [3, 1, 0]
     rows = torch.cat(
         [torch.arange(b, e) for b, e in (candidates.seq_offsets[i : i + 2].tolist() for i in order)]
@@ -149,7 +148,9 @@ def test_caches_part_and_join(name: str) -> None:
         num_targets=torch.tensor([7, 5, 3], dtype=torch.int32),
         max_seq_len=7,
     )
-    scores = score_candidates(model, HistoryCache.join([caches[i] for i in order]), chosen, 4)
+    scores = score_candidates(
+        model, HistoryCache.join_histories([caches[i] for i in order]), chosen, 4
+    )
     torch.testing.assert_close(
         scores, torch.cat([expected[i] for i in order]), rtol=1e-6, atol=1e-6
     )
@@ -214,11 +215,13 @@ def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
     assert sizes == (512, 256, 256)
     room = make_room(encode_history(model, parts_of(make_batch([400], [1]))[0]), sizes)
     fill(room, cache)
-    rows = model.encoder.candidates(candidates)
-    torch.testing.assert_close(rows, model.encoder.events(candidates), rtol=0, atol=0)
+    rows = model.encoder.candidate_rows(candidates)
+    torch.testing.assert_close(rows, model.encoder.event_rows(candidates), rtol=0, atol=0)
     padded = torch.cat([rows, torch.full((24, rows.shape[1]), 1e3, dtype=rows.dtype)])
     out = layer_outputs(model, room, padded, torch.tensor([0, 40]))[:40]
-    torch.testing.assert_close(model.score(out, candidates), model(batch), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        model.score_rows(out, candidates), model(batch), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.gpu

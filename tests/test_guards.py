@@ -17,6 +17,7 @@ from pipeline.config import ConfigError, TrainConfig
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder, TrainState
 from pipeline.train.guards import TrainingStopped, improved, watch_divergence
+from pipeline.train.trainee import Trainee
 from tests.worlds.model import make_maps
 from tests.worlds.training import Loader, run, train_config
 
@@ -39,7 +40,7 @@ class Broken(Loader):
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     cfg = train_config()
-    trainee = loop.Trainee(cfg, make_maps(), "cpu", 0, 1)
+    trainee = Trainee(cfg, make_maps(), "cpu", 0, 1)
     good, bad = (next(loader.batches(0)) for loader in (Loader(), Broken({0})))
     trainee.step(good, 0, 10)
     before = {name: tensor.clone() for name, tensor in trainee.tensors().items()}  # pyright: ignore
@@ -47,8 +48,8 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert losses.tolist() == weights.tolist() == [0, 0]
     for name, tensor in trainee.tensors().items():
         assert torch.equal(tensor, before[name]), name  # pyright: ignore
-    assert trainee.guard.take(2, 10) == 1
-    assert trainee.guard.take(2, 10) == 0
+    assert trainee.guard.take_bad_steps(2, 10) == 1
+    assert trainee.guard.take_bad_steps(2, 10) == 0
     trainee.step(good, 2, 10)
     now = trainee.tensors()
     assert any(not torch.equal(now[name], tensor) for name, tensor in before.items())  # pyright: ignore

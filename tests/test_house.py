@@ -15,6 +15,7 @@ ROOMS = (
     "pipeline.logs",
     "pipeline.sequences",
     "pipeline.batches",
+    "pipeline.evaluate.metrics",  # definitions, of which a model's head makes use
     "pipeline.model",
     "pipeline.evaluate",
     "pipeline.tracking",

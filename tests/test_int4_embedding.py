@@ -109,7 +109,7 @@ def test_the_evaluation_and_the_server_use_them_where_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_module, "WORTH_BYTES", 100)
-    for name in ("calibration", "roc"):
+    for name in ("plot_calibration", "plot_roc"):
         monkeypatch.setattr(evaluator.plots, name, lambda *_: None)
     cfg = tiny_config(tmp_path / "runs")
     publish_sequences(cfg)
@@ -118,7 +118,7 @@ def test_the_evaluation_and_the_server_use_them_where_asked(
     losses = []
     for on in (False, True):
         changed = replace(cfg, evaluate=replace(cfg.evaluate, int4_tables=on))
-        losses.append(evaluator.evaluate(changed, folder, ["val"])["val/ne/is_click"])
+        losses.append(evaluator.evaluate_model(changed, folder, ["val"])["val/ne/is_click"])
         ranker = Ranker(load_model(folder), store, 1, "tiny", replace(cfg.serve, int4_tables=on))
         assert any(isinstance(table, Int4Embedding) for table in ranker.model.modules()) == on
         ranker.warm_up()

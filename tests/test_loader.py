@@ -17,7 +17,7 @@ from pipeline.batches.loader import Share, TrainLoader, made_ahead
 from pipeline.batches.steps import step_bounds, step_plan
 from pipeline.config import ConfigError, RunConfig
 from pipeline.sequences import store
-from pipeline.train.loop import Trainee
+from pipeline.train.trainee import Trainee
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 CUTTING = {

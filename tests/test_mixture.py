@@ -10,11 +10,13 @@ import torch
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ChannelConfig, ConfigError
 from pipeline.model.artifact import load_model, save_model
-from pipeline.model.encoders.mixture import MixtureOfTransducers, filter_rows, newest_rows
-from pipeline.model.encoders.transducer import Transducer, candidates
-from pipeline.model.flops import count_work, head_flops, input_flops
+from pipeline.model.encoders.encoder import candidate_rows
+from pipeline.model.encoders.mixture import filter_rows, newest_rows
+from pipeline.model.encoders.transducer import Transducer
+from pipeline.model.encoders.ultra_hstu import UltraHSTU
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import Tokens
+from pipeline.model.work import count_work, head_flops, input_flops
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, SEMI_LOCAL, make_mixture
 from tests.worlds.model import (
     RATES,
@@ -89,7 +91,7 @@ def test_mixture_equals_dense_computation() -> None:
         make_batch([9], [2]), [2, 1, 4, 0, 7, 2, 1, 6, 2, 0, 0], [7, 7, 7, 7, 7, 0, 7, 7, 6, 0, 0]
     )
     engaged = [0, 2, 4, 7, 8]
-    assert isinstance(model.transducer, MixtureOfTransducers)
+    assert isinstance(model.transducer, UltraHSTU)
     first, second = model.transducer.transducers
     assert isinstance(first, Transducer)
     assert isinstance(second, Transducer)
@@ -237,7 +239,7 @@ def test_sizes_follow_without_reading_the_device() -> None:
             rows.x_TE.shape,
             rows.max_seq_len,
             rows.host_lengths.tolist(),
-            candidates(rows).shape,
+            candidate_rows(rows).shape,
         )
         if batch_here is batch:
             assert rows.host_lengths[0].tolist() == rows.seq_offsets.diff().tolist()

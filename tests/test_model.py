@@ -12,10 +12,12 @@ from kernels.position_time.reference import time_bucket
 from kernels.semi_local_attention.reference import semi_local_mask
 from pipeline.config import UserError
 from pipeline.model.artifact import load_model, save_model
-from pipeline.model.encoders.transducer import Transducer, truncate
-from pipeline.model.flops import count_work, head_flops, kept_pairs
+from pipeline.model.encoders.transducer import truncate_history
+from pipeline.model.encoders.ultra_hstu import UltraHSTU
+from pipeline.model.flops import kept_pairs
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import ActionEncoder, Tokens, target_mask
+from pipeline.model.work import count_work, head_flops
 from tests.worlds.model import (
     RATES,
     VOCAB,
@@ -121,7 +123,7 @@ def test_truncation_by_hand() -> None:
         target_visible=torch.tensor([2, 5, 2], dtype=torch.int32),
         max_seq_len=7,
     )
-    cut = truncate(tokens, num_context=1, keep_events=2)
+    cut = truncate_history(tokens, num_context=1, keep_events=2)
     assert [names[int(i)] for i in cut.x_TE[:, 0]] == ["c", "a3", "a4", "x", "y", "c", "b1", "z"]
     assert cut.seq_offsets.tolist() == [0, 5, 8]
     assert cut.target_visible is not None
@@ -138,7 +140,7 @@ def test_truncated_model_equals_dense_computation() -> None:
     tokens = model.encoder(batch)
     kept = torch.tensor([0, 1, 7, 8, 9, 10, 11])  # 2 context, 8 events, 2 candidates
     x = tokens.x_TE
-    assert isinstance(model.transducer, Transducer)
+    assert isinstance(model.transducer, UltraHSTU)
     for depth, layer in enumerate(model.transducer.layers):
         x = x[kept] if depth == 1 else x
         x = dense_layer(layer, x)
@@ -152,7 +154,7 @@ def test_truncated_model_equals_dense_computation() -> None:
 def test_variants_of_a_layer_equal_their_dense_computation(switches: dict[str, bool]) -> None:
     model, batch = make_model(make_config(**switches)), make_batch([8], [2])
     x = model.encoder(batch).x_TE
-    assert isinstance(model.transducer, Transducer)
+    assert isinstance(model.transducer, UltraHSTU)
     for layer in model.transducer.layers:
         x = dense_layer(layer, x)
     torch.testing.assert_close(model(batch), model.heads(model.transducer.norm_out(x[-2:])).float())

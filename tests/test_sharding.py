@@ -19,7 +19,8 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.train import loop, sharding
 from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
 from pipeline.train.placement import describe, place_tables
-from pipeline.train.sharding import TableMaker, drawn
+from pipeline.train.sharding import TableMaker, draw_rows
+from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_config, make_maps
 
 STEPS = 50
@@ -67,7 +68,7 @@ def train(
         checkpoints=checkpoints,
         log=lambda step, values: losses.append(values["train/loss"]),
     )
-    tensors = loop.Trainee(train_config(), make_maps(), "cpu", 0, 1).tensors()
+    tensors = Trainee(train_config(), make_maps(), "cpu", 0, 1).tensors()
     read_tensors(checkpoints.folders()[-1], tensors)
     return {"losses": losses, "tensors": tensors}
 
@@ -183,7 +184,7 @@ def test_tables_give_the_same_rows_under_other_settings(setting: str) -> None:
             attention = replace(cfg.model.attention, window=None, full_rows=0)
             cfg = replace(cfg, model=replace(cfg.model, encoder="hstu", attention=attention))
         torch.manual_seed(0)
-        trainee = loop.Trainee(cfg, make_maps(), "cpu", 0, 1)
+        trainee = Trainee(cfg, make_maps(), "cpu", 0, 1)
         for step in range(2):
             trainee.step(labelled_batch(step), step, 2)
         scores.append(trainee.model(labelled_batch(2)))
@@ -197,9 +198,9 @@ def test_rows_of_a_large_table_do_not_depend_on_who_draws_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sharding, "CHUNK_ROWS", 8)
-    whole = drawn("item_id", 0, 30, 4, torch.float32, "cpu", seed=1)
+    whole = draw_rows("item_id", (0, 30), 4, torch.float32, "cpu", seed=1)
     parts = [
-        drawn("item_id", first, min(first + 11, 30), 4, torch.float32, "cpu", seed=1)
+        draw_rows("item_id", (first, min(first + 11, 30)), 4, torch.float32, "cpu", seed=1)
         for first in (0, 11, 22)
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -207,8 +208,8 @@ def test_rows_of_a_large_table_do_not_depend_on_who_draws_them(
     assert whole.std().item() == pytest.approx(0.02, rel=0.2)
     assert len(whole.unique(dim=0)) == 30  # no chunk is drawn from the seed of another
     for other in (
-        drawn("item.tag", 0, 30, 4, torch.float32, "cpu", 1),
-        drawn("item_id", 0, 30, 4, torch.float32, "cpu", 2),
+        draw_rows("item.tag", (0, 30), 4, torch.float32, "cpu", 1),
+        draw_rows("item_id", (0, 30), 4, torch.float32, "cpu", 2),
     ):
         assert not torch.equal(other, whole)
 
@@ -224,7 +225,7 @@ def test_a_large_table_is_drawn_on_its_device(
     blocks = [
         TableMaker(plan, rank, "cpu", seed=5)("item_id", 30, 4).weight.detach() for rank in range(3)
     ]
-    whole = drawn("item_id", 0, 30, 4, torch.float32, "cpu", 5)
+    whole = draw_rows("item_id", (0, 30), 4, torch.float32, "cpu", 5)
     if placement == "sharded":
         assert [len(block) for block in blocks] == [10, 10, 10]
         assert torch.equal(torch.cat(blocks), whole)
@@ -265,7 +266,7 @@ def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
         "state_on": "host",
     }
     assert described["tables"]["user.age"]["rows_of_ranks"] == "all"
-    model = loop.Trainee(train_config(), make_maps(), "cpu", 0, 1)
+    model = Trainee(train_config(), make_maps(), "cpu", 0, 1)
     assert set(described["tables"]) == set(model.table_paths)
     whole = describe(place_tables(train_config(), VOCAB, 1))["total"]
     assert whole["table_weights"] == sum(table.nbytes for table in model.tables.values())
@@ -304,4 +305,4 @@ def test_a_table_that_nobody_placed_is_an_error(monkeypatch: pytest.MonkeyPatch)
         TableMaker(plan, 0, "cpu", 0)("item_id", 31, 4)
     model = torch.nn.ModuleDict({"brand": nn.Embedding(5, 2)})
     with pytest.raises(ValueError, match="table brand is not placed"):
-        TableMaker(plan, 0, "cpu", 0).check(model)
+        TableMaker(plan, 0, "cpu", 0).check_tables(model)

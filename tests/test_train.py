@@ -16,11 +16,14 @@ from kernels.rowwise_adamw.reference import rows_and_sums
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig, UserError
-from pipeline.model.flops import Flops, count_work
+from pipeline.model.flops import Flops
+from pipeline.model.work import count_work
 from pipeline.train import loop
 from pipeline.train.average import snapshot_number
 from pipeline.train.checkpoint import CheckpointFolder, MetricsFile
+from pipeline.train.meter import prefetch_batches
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
+from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_maps
 from tests.worlds.training import STEPS, Loader, run, train_config
 
@@ -147,8 +150,8 @@ def test_averaged_weights_are_the_mean_of_snapshots(tmp_path: Path) -> None:
     assert averaged_lines == lines  # the run itself goes its own way
     snapshots = []
     for step in (6, 8, 10, 12):
-        trainee = loop.Trainee(train_config(), make_maps(), "cpu", 0, 1)
-        trainee.load(folder.read(folder.at(step)))
+        trainee = Trainee(train_config(), make_maps(), "cpu", 0, 1)
+        trainee.load_checkpoint(folder.read(folder.at(step)))
         snapshots.append(trainee.model.state_dict())
     for name, tensor in averaged.items():
         torch.testing.assert_close(
@@ -267,7 +270,7 @@ def test_an_error_of_the_loader_is_seen() -> None:
         raise UserError("bucket 3 cannot be read")
 
     with pytest.raises(UserError, match="bucket 3"):
-        list(loop.prefetched(broken()))
+        list(prefetch_batches(broken()))
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_the_best_checkpoint_is_published(trained: RunConfig) -> None:
     assert len(found) > 2
     assert (last.state.best, last.state.best_step) == min((ne, step) for step, ne in found.items())
     assert load_model(trained.model_dir).extra["steps"] == last.state.best_step
-    metrics = evaluator.evaluate(trained, trained.model_dir, ["val"])
+    metrics = evaluator.evaluate_model(trained, trained.model_dir, ["val"])
     mean = np.mean([metrics[f"val/ne/{task}"] for task in trained.tasks])
     assert mean == pytest.approx(last.state.best, abs=1e-6)
 
@@ -301,7 +301,7 @@ def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(trained: RunConfig) -> tuple[RunConfig, dict[str, float]]:
-    return trained, evaluator.evaluate(trained, trained.model_dir)
+    return trained, evaluator.evaluate_model(trained, trained.model_dir)
 
 
 def test_every_request_row_is_scored_once(evaluated: tuple[RunConfig, dict[str, float]]) -> None:
@@ -356,7 +356,7 @@ def test_batch_size_changes_no_score(
     save_model(tmp_path / "copy", loaded.model, loaded.cfg, loaded.maps, {})
     small = replace(cfg, name="small", evaluate=replace(cfg.evaluate, batch_tokens=30))
     shutil.copytree(cfg.sequence_dir, small.sequence_dir)
-    assert evaluator.evaluate(small, tmp_path / "copy", ["test"])[
+    assert evaluator.evaluate_model(small, tmp_path / "copy", ["test"])[
         "test/ne/is_click"
     ] == pytest.approx(metrics["test/ne/is_click"], abs=1e-6)
 
@@ -365,4 +365,4 @@ def test_a_split_without_requests_is_refused(trained: RunConfig) -> None:
     late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
     cfg = replace(trained, split=replace(trained.split, **late))
     with pytest.raises(UserError, match="holds no request"):
-        evaluator.evaluate(cfg, trained.model_dir, ["val"])
+        evaluator.evaluate_model(cfg, trained.model_dir, ["val"])

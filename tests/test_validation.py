@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model
-from pipeline.train import validation
+from pipeline.model.heads import RankingMetrics
 from pipeline.train.validation import Validator
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
@@ -28,8 +28,8 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_all_requests_give_the_numbers_of_evaluation(cfg: RunConfig) -> None:
     loaded = load_model(cfg.model_dir)
     found = Validator(cfg, loaded.maps, "cpu")(loaded.model)
-    expected = evaluator.evaluate(cfg, cfg.model_dir, ["val"])
-    for name in validation.METRICS:
+    expected = evaluator.evaluate_model(cfg, cfg.model_dir, ["val"])
+    for name in RankingMetrics.names:
         for task in cfg.tasks:
             assert found[f"val_sample/{name}/{task}"] == pytest.approx(
                 expected[f"val/{name}/{task}"], abs=1e-6
@@ -40,11 +40,8 @@ def test_all_requests_give_the_numbers_of_evaluation(cfg: RunConfig) -> None:
 
 def scored(cfg: RunConfig, rank: int, world_size: int) -> tuple[list[tuple[int, int]], int]:
     """(user, time) of this rank's own candidates, and how many batches it takes part in."""
-    parts = list(
-        validation._shared(
-            validation._sampled(cfg), load_model(cfg.model_dir).maps, cfg, rank, world_size
-        )
-    )
+    maps = load_model(cfg.model_dir).maps
+    parts = list(Validator(cfg, maps, "cpu", rank, world_size)._shared_parts())
     return [
         row
         for part, ours in parts

@@ -46,6 +46,7 @@ from pipeline.batches.steps import step_plan
 from pipeline.config import ConfigError, RunConfig, ServeConfig, UserError
 from pipeline.evaluate import ablation, evaluator
 from pipeline.model.artifact import LoadedModel
+from pipeline.model.encoders import check_model
 from pipeline.model.flops import Flops
 from pipeline.model.inference.quantize import as_served
 from pipeline.sequences import store
@@ -84,6 +85,7 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
             f"{key}={json.dumps(value)}" for key, value in (shared | (changes or {})).items()
         ]
         configs[name] = replace(config.load(plan["config"], [*settings, *overrides]), name=name)
+        check_model(configs[name].model)
     for key, names in (
         ("ablate", [plan["ablate"]] if "ablate" in plan else []),
         ("served", plan.get("served", {})),
@@ -95,7 +97,7 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
                 )
     if "ablate" in plan:
         whole = plan["ablate"]
-        for name, variant in ablation.variants(configs[whole]).items():
+        for name, variant in ablation.ablated_variants(configs[whole]).items():
             if name != ablation.WHOLE:
                 configs[f"{whole}-{name}"] = replace(variant, name=f"{whole}-{name}")
     return configs
@@ -248,14 +250,13 @@ def score(run: PlannedRun, loaded: LoadedModel, name: str) -> dict[str, float]:
     """
     work, metrics = Flops(), {}
     for split in run.splits:
-        predictions = evaluator.predict(loaded.cfg, loaded, split, work)
-        metrics |= evaluator.summarise(predictions, run.cfg.tasks, split) | {
-            f"{split}/rows": len(predictions)
-        }
+        scores = evaluator.score_split(loaded.cfg, loaded, split, work)
+        predictions = scores.predictions
+        metrics |= scores.named_metrics(split) | {f"{split}/rows": len(predictions)}
         if run.predictions is not None:
             run.predictions.mkdir(parents=True, exist_ok=True)
             pq.write_table(predictions, run.predictions / f"{name}-{run.cfg.seed}-{split}.parquet")
-    return metrics | evaluator.shares(work)
+    return metrics | evaluator.work_shares(work)
 
 
 def mean_over_steps(lines: list[dict[str, float]], name: str) -> float:

@@ -28,11 +28,11 @@ from benchmarks.report import table, write_run, write_section
 from benchmarks.training.model import NUM_ITEMS, median_ms, model_config, random_batch, vocabulary
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig
-from pipeline.model.flops import cached_work
 from pipeline.model.inference.cached_scoring import encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import target_mask
+from pipeline.model.work import cached_work
 
 RUNS = Path(__file__).parents[1] / "runs"
 LARGEST_ERROR = 1e-5  # of a float32 score

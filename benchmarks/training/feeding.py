@@ -35,7 +35,7 @@ from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, pool_memory, pool_order, step_plan
 from pipeline.config import RunConfig
 from pipeline.sequences import store
-from pipeline.train.loop import counted, prefetched
+from pipeline.train.meter import count_batches, prefetch_batches
 
 STEP_SECONDS = 0.05
 STEP_TOKENS = 65_536
@@ -107,7 +107,7 @@ def measure(
     before, most = resident_bytes(), 0
     asked = time.perf_counter()
     loader = TrainLoader(cfg, maps, plan)
-    batches = prefetched(counted(loader.batches(0, begin), cfg))
+    batches = prefetch_batches(count_batches(loader.batches(0, begin), cfg))
     batch, _ = next(batches)
     first, cpu, started = time.perf_counter() - asked, time.process_time(), time.perf_counter()
     waits, tokens, sequences = [], batch.num_tokens, batch.num_sequences

@@ -35,7 +35,7 @@ from kernels.semi_local_attention import triton_launch, triton_tiles
 from kernels.stu import op as stu
 from kernels.stu.recompute import RECOMPUTABLE
 from kernels.stu.types import Sequences, STUShape, STUWeights
-from pipeline.train.loop import Trainee
+from pipeline.train.trainee import Trainee
 
 KERNELS = (
     *(attention_kernels, triton_tiles, norm_kernels, gate_kernels, linear_kernels, place_kernels),

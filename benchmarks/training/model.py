@@ -30,8 +30,8 @@ from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig
-from pipeline.model.flops import count_work
-from pipeline.train.loop import Trainee
+from pipeline.model.work import count_work
+from pipeline.train.trainee import Trainee
 
 ROOT = Path(__file__).parents[1]
 NUM_ITEMS = 100_000

@@ -37,6 +37,7 @@ from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder
 from pipeline.train.placement import place_tables
 from pipeline.train.sharding import ShardedEmbedding
+from pipeline.train.trainee import Trainee
 
 ROOT = Path(__file__).parents[1]
 ITEM_DIM = 128
@@ -308,12 +309,12 @@ def exchange(cfg: RunConfig, sizes: dict[str, int], ranks: Ranks) -> dict[str, f
     """The messages of one step by themselves, medians of 20, ms."""
     maps = vocabulary(cfg)
     maps.vocab_sizes["item_id"] = sizes["items"]
-    trainee = loop.Trainee(cfg, maps, ranks.device, ranks.rank, ranks.size)
+    trainee = Trainee(cfg, maps, ranks.device, ranks.rank, ranks.size)
     sizes = sizes | {"events": sizes["events"] * ranks.size}
     batch = share(zipf_batch(cfg, sizes, sizes["items"], 0), ranks.rank, ranks.size).to(
         ranks.device
     )
-    tables, codes = trainee.sharded, trainee.model.encoder.codes(batch)
+    tables, codes = trainee.sharded, trainee.model.encoder.table_codes(batch)
     assert tables is not None
 
     def timed(call: Callable[[], object]) -> float:
@@ -329,7 +330,7 @@ def exchange(cfg: RunConfig, sizes: dict[str, int], ranks: Ranks) -> dict[str, f
     times: dict[str, list[float]] = {"fetch_ms": [], "gradients_ms": []}
     distinct = 0
     for _ in range(23):
-        times["fetch_ms"].append(timed(lambda: tables.fetch(codes)))
+        times["fetch_ms"].append(timed(lambda: tables.fetch_rows(codes)))
         rows = [module.rows for module in tables.tables.values() if module.rows is not None]
         distinct = sum(map(len, rows))
         for row in rows:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import DEVICE
 from benchmarks.training.model import model_config, random_batch, vocabulary
 from kernels.stu.recompute import RECOMPUTABLE
-from pipeline.train.loop import Trainee
+from pipeline.train.trainee import Trainee
 
 STEPS = 3
 OURS = {

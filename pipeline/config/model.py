@@ -208,52 +208,6 @@ class ModelConfig:
         check_ranges(self, "model")
         _refuse_truncation_after_the_last_layer("model", self.num_layers, self.truncate_after_layer)
 
-        self._refuse_settings_that_a_baseline_ignores()
-        self._refuse_settings_that_two_tokens_ignore()
-        self._refuse_bias_without_relative_times()
-
-    def _refuse_settings_that_a_baseline_ignores(self) -> None:
-        """A baseline that ignored one of these would be compared under a wrong name."""
-        if self.encoder == "ultra_hstu":
-            return
-
-        where = f"where model.encoder is {self.encoder}"
-        window, after = self.attention.window, self.truncate_after_layer
-        require(window is None, "model.attention.window", window, f"null {where}")
-        require(after is None, "model.truncate_after_layer", after, f"null {where}")
-        require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
-
-        # both encoders of STU layers know FP8
-        has_stu = self.encoder in ("hstu", "hstu_merged")
-        require(has_stu or not self.fp8, "model.fp8", self.fp8, f"false {where}")
-
-        require(self.merge, "model.merge", self.merge, f"true {where}: the encoder says it")
-
-    def _refuse_settings_that_two_tokens_ignore(self) -> None:
-        """A candidate has no action token, and a channel reads whole events."""
-        if not self.interleaved:
-            return
-
-        where = "where item and action are two tokens (model.merge: false, encoder hstu)"
-        learned = self.candidate_action
-        require(learned == "none", "model.candidate_action", learned, f"none {where}")
-        require(not self.channels, "model.channels", list(self.channels), f"empty {where}")
-
-    def _refuse_bias_without_relative_times(self) -> None:
-        """The times of the bias are sums of the gaps between events, which only `event` has."""
-        biased = self.encoder in ("hstu", "hstu_merged") and self.time_anchor == "event"
-        require(
-            biased or not self.relative_bias,
-            "model.relative_bias",
-            self.relative_bias,
-            "false unless model.encoder is hstu or hstu_merged, and model.time_anchor event",
-        )
-
-    @property
-    def interleaved(self) -> bool:
-        """True if an event is two tokens, item and action."""
-        return self.encoder == "hstu" or not self.merge
-
     @property
     def cacheable(self) -> bool:
         """True if an encoded history serves more than one request."""

@@ -2,15 +2,23 @@
 is.
 
 A variant is the whole model's configuration with one thing off; a precision that it does not have
-is put on instead.
-A switch that changes nothing (a mask wider than every history, say) would read as "worth nothing",
-so it is an error."""
+is put on instead. A switch that changes nothing (a mask wider than every history, say) would read as
+"worth nothing", so it is an error.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import AttentionConfig, RunConfig, StochasticLengthConfig, UserError
+from pipeline.config import (
+    AttentionConfig,
+    ChannelConfig,
+    ModelConfig,
+    RunConfig,
+    StochasticLengthConfig,
+    UserError,
+)
+from pipeline.model.encoders import check_model
 
 WHOLE = "whole"
 
@@ -43,18 +51,16 @@ def _attention(cfg: RunConfig, **changes: Any) -> RunConfig:
     def changed(mask: AttentionConfig) -> AttentionConfig:
         return mask if mask.window is None else replace(mask, **changes)
 
-    channels = {
-        name: replace(channel, attention=changed(channel.attention))
-        for name, channel in cfg.model.channels.items()
-    }
+    channels = {}
+    for name, channel in cfg.model.channels.items():
+        channels[name] = replace(channel, attention=changed(channel.attention))
     return _model(cfg, attention=changed(cfg.model.attention), channels=channels)
 
 
 def _without_truncation(cfg: RunConfig) -> RunConfig:
-    channels = {
-        name: replace(channel, truncate_after_layer=None)
-        for name, channel in cfg.model.channels.items()
-    }
+    channels = {}
+    for name, channel in cfg.model.channels.items():
+        channels[name] = replace(channel, truncate_after_layer=None)
     return _model(cfg, truncate_after_layer=None, channels=channels)
 
 
@@ -64,6 +70,7 @@ def _without_merge(cfg: RunConfig) -> RunConfig:
     """
     mask = cfg.model.attention
     window = None if mask.window is None else 2 * mask.window
+
     attention = replace(
         mask, window=window, full_rows=2 * mask.full_rows, extra_prefix=2 * mask.extra_prefix
     )
@@ -80,15 +87,35 @@ def _int4(cfg: RunConfig, tables: bool) -> RunConfig:
     return replace(cfg, evaluate=replace(cfg.evaluate, int4_tables=tables))
 
 
-def _attentions(cfg: RunConfig) -> list:
-    return [channel.attention for channel in cfg.model.channels.values()] or [cfg.model.attention]
+def _transducers(cfg: ModelConfig) -> list[ChannelConfig | ModelConfig]:
+    """The settings of each transducer: the channels', or the one's."""
+    return [*cfg.channels.values()] or [cfg]
+
+
+def _has_window(cfg: RunConfig) -> bool:
+    return any(part.attention.window for part in _transducers(cfg.model))
+
+
+def _has_full_rows(cfg: RunConfig) -> bool:
+    for part in _transducers(cfg.model):
+        if part.attention.window is not None and part.attention.full_rows:
+            return True
+    return False
 
 
 def _truncates(cfg: RunConfig) -> bool:
-    return any(
-        part.truncate_after_layer is not None
-        for part in [*cfg.model.channels.values()] or [cfg.model]
-    )
+    return any(part.truncate_after_layer is not None for part in _transducers(cfg.model))
+
+
+def _balances_load(cfg: RunConfig) -> bool:
+    """One rank has nobody to share with: dealing would change nothing."""
+    balance = cfg.train.stochastic_length.balance
+    return balance == "sampling" or (balance == "dealing" and cfg.train.num_workers > 1)
+
+
+def _without_balance(cfg: RunConfig) -> RunConfig:
+    lengths = replace(cfg.train.stochastic_length, balance="none")
+    return _train(cfg, stochastic_length=lengths)
 
 
 SWITCHES: dict[str, Switch] = {
@@ -103,12 +130,12 @@ SWITCHES: dict[str, Switch] = {
         "ne",
     ),
     "window_0": Switch(
-        lambda cfg: any(mask.window for mask in _attentions(cfg)),
+        _has_window,
         lambda cfg: _attention(cfg, window=0),
         "masked_pair_share",
     ),
     "full_rows_0": Switch(
-        lambda cfg: any(mask.window is not None and mask.full_rows for mask in _attentions(cfg)),
+        _has_full_rows,
         lambda cfg: _attention(cfg, full_rows=0),
         "masked_pair_share",
     ),
@@ -123,17 +150,7 @@ SWITCHES: dict[str, Switch] = {
         lambda cfg: _train(cfg, stochastic_length=StochasticLengthConfig()),
         "ne",
     ),
-    "no_load_balance": Switch(
-        # One rank has nobody to share with: dealing would change nothing.
-        lambda cfg: (
-            cfg.train.stochastic_length.balance == "sampling"
-            or (cfg.train.stochastic_length.balance == "dealing" and cfg.train.num_workers > 1)
-        ),
-        lambda cfg: _train(
-            cfg, stochastic_length=replace(cfg.train.stochastic_length, balance="none")
-        ),
-        "ne",
-    ),
+    "no_load_balance": Switch(_balances_load, _without_balance, "ne"),
     "no_dense_features": Switch(
         lambda cfg: bool(cfg.features.dense), lambda cfg: _features(cfg, dense={}), "ne"
     ),
@@ -155,64 +172,68 @@ SWITCHES: dict[str, Switch] = {
 }
 
 
-def variants(cfg: RunConfig) -> dict[str, RunConfig]:
+def ablated_variants(cfg: RunConfig) -> dict[str, RunConfig]:
     """The whole model and, for each innovation that it has, the model without.
 
     Raises:
-        UserError: the model is a baseline.
+        UserError: the model is a baseline, or has a setting that its encoder does not know.
     """
+    check_model(cfg.model)
     if cfg.model.encoder != "ultra_hstu":
         raise UserError(
             f"model.encoder is {cfg.model.encoder}: an ablation takes parts away from ultra_hstu"
         )
-    return {WHOLE: cfg} | {
-        name: switch.changed(cfg) for name, switch in SWITCHES.items() if switch.applies(cfg)
-    }
+    found = {WHOLE: cfg}
+    for name, switch in SWITCHES.items():
+        if switch.applies(cfg):
+            found[name] = switch.changed(cfg)
+    return found
 
 
-def unmoved(metrics: Mapping[str, Mapping[str, float]], split: str) -> list[str]:
+def find_unmoved(metrics: Mapping[str, Mapping[str, float]], split: str) -> list[str]:
     """One line per variant in which what had to move stayed as it is in the whole model."""
     lines = []
+    whole = metrics[WHOLE]
     for name, found in metrics.items():
         if name == WHOLE:
             continue
         moves = SWITCHES[name].moves
-        keys = [
-            key for key in metrics[WHOLE] if key == moves or key.startswith(f"{split}/{moves}/")
-        ]
-        if all(found[key] == metrics[WHOLE][key] for key in keys):
-            same = ", ".join(f"{key} {metrics[WHOLE][key]:.6g}" for key in keys)
+        keys = [key for key in whole if key == moves or key.startswith(f"{split}/{moves}/")]
+
+        if all(found[key] == whole[key] for key in keys):
+            same = ", ".join(f"{key} {whole[key]:.6g}" for key in keys)
             lines.append(f"{name} changes nothing: {same} with and without")
     return lines
 
 
-def table(metrics: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...], split: str) -> str:
+def markdown_table(
+    metrics: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...], split: str
+) -> str:
     """Markdown, a row per variant: AUC and NE of each task, the mean NE beside the whole model's,
     shares and FLOP.
     """
+    header = ["", *(f"{task}, AUC / NE" for task in tasks), "mean NE", "Δ"]
+    header += ["pairs masked", "tokens truncated", "MFLOP, training", "inference"]
+    lines = [header, ["---"] * len(header)]
 
-    def mean_ne(name: str) -> float:
-        return sum(metrics[name][f"{split}/ne/{task}"] for task in tasks) / len(tasks)
-
-    header = [
-        "",
-        *(f"{task}, AUC / NE" for task in tasks),
-        "mean NE",
-        "Δ",
-        "pairs masked",
-        "tokens truncated",
-    ]
-    lines = [[*header, "MFLOP, training", "inference"], ["---"] * (len(header) + 2)]
+    whole_ne = _mean_ne(metrics[WHOLE], tasks, split)
     for name, found in metrics.items():
-        scores = [
-            f"{found[f'{split}/auc/{task}']:.4f} / {found[f'{split}/ne/{task}']:.4f}"
-            for task in tasks
-        ]
-        moved = "" if name == WHOLE else f"{mean_ne(name) - mean_ne(WHOLE):+.4f}"
-        shares = [f"{found[f'{what}_share']:.1%}" for what in ("masked_pair", "truncated_token")]
-        flops = [
-            f"{1e3 * found[key]:.3f}"
-            for key in ("train/gflop_per_example", "forward_gflop_per_candidate")
-        ]
-        lines.append([name, *scores, f"{mean_ne(name):.4f}", moved, *shares, *flops])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        line = [name]
+        for task in tasks:
+            auc, ne = found[f"{split}/auc/{task}"], found[f"{split}/ne/{task}"]
+            line.append(f"{auc:.4f} / {ne:.4f}")
+
+        mean_ne = _mean_ne(found, tasks, split)
+        moved = "" if name == WHOLE else f"{mean_ne - whole_ne:+.4f}"
+        line += [f"{mean_ne:.4f}", moved]
+
+        for key in ("masked_pair_share", "truncated_token_share"):
+            line.append(f"{found[key]:.1%}")
+        for key in ("train/gflop_per_example", "forward_gflop_per_candidate"):
+            line.append(f"{1e3 * found[key]:.3f}")
+        lines.append(line)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _mean_ne(found: Mapping[str, float], tasks: tuple[str, ...], split: str) -> float:
+    return sum(found[f"{split}/ne/{task}"] for task in tasks) / len(tasks)

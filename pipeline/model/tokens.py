@@ -49,7 +49,7 @@ class Tokens:
 MakeTable = Callable[[str, int, int], nn.Module]
 
 
-def table(name: str, rows: int, dim: int) -> nn.Embedding:
+def plain_table(name: str, rows: int, dim: int) -> nn.Embedding:
     """An embedding table with gradients of touched rows only.
 
     Row 0, never or rarely trained, starts as zero.
@@ -73,7 +73,7 @@ class NarrowLayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self.backend)
 
 
-def looked_up(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
+def look_up_rows(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
     """`rows(index)` in `dtype`.
 
     Where nothing is recorded the table is cast rather than what was read of it.
@@ -211,7 +211,7 @@ class TokenEncoder(nn.Module):
     """SequenceBatch → Tokens."""
 
     def __init__(
-        self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = table
+        self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = plain_table
     ) -> None:
         super().__init__()
         model = cfg.model
@@ -235,7 +235,7 @@ class TokenEncoder(nn.Module):
         self.position, self.time = position, time
         self.dropout = nn.Dropout(model.dropout)
 
-    def codes(self, batch: SequenceBatch) -> dict[str, Tensor]:
+    def table_codes(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """int32 [T] or [B]: the rows of each feature's table that `forward` looks up, in its order."""
         columns = torch.cat([batch.item_codes, batch.request_codes], dim=1).unbind(1)
         codes = dict(zip(self.content.names, columns, strict=True))
@@ -244,14 +244,14 @@ class TokenEncoder(nn.Module):
         return codes | dict(zip(self.context.names, batch.user_codes.unbind(1), strict=True))
 
     def forward(self, batch: SequenceBatch) -> Tokens:
-        tokens = self.sequence(batch)
+        tokens = self.sequence_tokens(batch)
         if self.context is not None:
-            tokens = prepend(self.context(batch.user_codes), tokens)
+            tokens = prepend_context(self.context(batch.user_codes), tokens)
         return replace(tokens, x_TE=self.dropout(tokens.x_TE))
 
-    def sequence(self, batch: SequenceBatch) -> Tokens:
+    def sequence_tokens(self, batch: SequenceBatch) -> Tokens:
         """History rows and candidates, one token each, without their context."""
-        return self.as_tokens(self.events(batch), batch)
+        return self.as_tokens(self.event_rows(batch), batch)
 
     def as_tokens(self, x_TE: Tensor, batch: SequenceBatch) -> Tokens:
         host = batch.on_host
@@ -265,18 +265,18 @@ class TokenEncoder(nn.Module):
             lengths,
         )
 
-    def events(self, batch: SequenceBatch) -> Tensor:
+    def event_rows(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: history rows and candidates, no context; none depends on another."""
-        return self.placed(self.items(batch) + self.actions(batch), batch)
+        return self.add_position_and_time(self.item_rows(batch) + self.action_rows(batch), batch)
 
-    def candidates(self, batch: SequenceBatch) -> Tensor:
+    def candidate_rows(self, batch: SequenceBatch) -> Tensor:
         """The same, [C, d], of a batch that holds no history rows: nothing is computed of actions."""
-        x_TE = self.items(batch)
-        return self.placed(
+        x_TE = self.item_rows(batch)
+        return self.add_position_and_time(
             x_TE if self.candidate_action is None else x_TE + self.candidate_action, batch
         )
 
-    def items(self, batch: SequenceBatch) -> Tensor:
+    def item_rows(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: what was shown, on which surface, and of a candidate the rates that it carries."""
         x_TE = self.content(batch.item_codes, batch.request_codes)
         if self.dense is None or batch.dense is None:  # a batch of histories alone has none
@@ -284,7 +284,7 @@ class TokenEncoder(nn.Module):
         at = target_index(batch.seq_offsets, batch.num_targets, batch.dense.shape[0])
         return x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
 
-    def actions(self, batch: SequenceBatch) -> Tensor:
+    def action_rows(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: what the user did.
 
         A candidate's own outcome must not reach it, not even as "unknown".
@@ -300,7 +300,7 @@ class TokenEncoder(nn.Module):
             else x_TE + is_target[:, None] * self.candidate_action
         )
 
-    def placed(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
+    def add_position_and_time(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """[T, d], position and time added."""
         position, time, gap_ms = self.position, self.time, batch.gap_ms
         # neither of them packed to INT4
@@ -309,8 +309,8 @@ class TokenEncoder(nn.Module):
             return add_position_time(
                 x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend
             )
-        x_TE = x_TE + looked_up(position, batch.position % position.num_embeddings, x_TE.dtype)
-        return x_TE + looked_up(
+        x_TE = x_TE + look_up_rows(position, batch.position % position.num_embeddings, x_TE.dtype)
+        return x_TE + look_up_rows(
             time, BUCKETS[self.time_anchor](gap_ms, time.num_embeddings), x_TE.dtype
         )
 
@@ -330,7 +330,7 @@ def target_index(seq_offsets: Tensor, num_targets: Tensor, total: int) -> Tensor
     return torch.arange(total, device=seq_offsets.device) + shift
 
 
-def prepend(context_BCE: Tensor, tokens: Tokens) -> Tokens:
+def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
     """Each sequence after its context tokens; no loop over sequences."""
     num_sequences, num_context, _ = context_BCE.shape
     shift = torch.arange(num_sequences + 1, device=tokens.seq_offsets.device) * num_context

@@ -32,7 +32,7 @@ class WeightAverage:
         }
 
     @torch.no_grad()
-    def add(self, step: int, total_steps: int) -> None:
+    def add_snapshot(self, step: int, total_steps: int) -> None:
         """Take the weights after `step` steps into the mean, if they are of the snapshots: every so
         many to the end.
         """
@@ -42,7 +42,7 @@ class WeightAverage:
                 mean.lerp_(self.weights[name].to(mean.dtype), 1 / number)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def publish_mean(self) -> None:
         """Put the mean in the place of the weights."""
         for name, mean in self.tensors.items():
             self.weights[name].copy_(mean)

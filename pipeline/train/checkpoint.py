@@ -99,6 +99,11 @@ class TrainState:
     best_step: int | None = None
     not_better: int = 0  # validations since
 
+    def advance(self) -> None:
+        """One optimizer step further."""
+        self.step += 1
+        self.epoch, self.epoch_step = divmod(self.step, self.steps_per_epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class Saved:

@@ -50,7 +50,7 @@ class FiniteGuard:
         self.wrong = torch.where(bad, ~finite, self.wrong)
         return bad
 
-    def take(self, step: int, most_in_a_row: int) -> int:
+    def take_bad_steps(self, step: int, most_in_a_row: int) -> int:
         """Steps left out since the last call; waits for the device.
 
         Raises:

@@ -1,18 +1,17 @@
 """Embedding tables whose rows are split over the ranks in blocks.
 
-    codes of the batch ─▶ distinct rows ─▶ their numbers, to the owners ─▶ the rows, back ─▶ looked
-    up as in any table gradients of those rows, summed over the rank's batch ─▶ to the owners ─▶
-    row-wise AdamW on their blocks
+    codes of the batch ─▶ distinct rows ─▶ their numbers, to the owners ─▶ the rows, back
+        ─▶ looked up as in any table
+    gradients of those rows, summed over the rank's batch ─▶ to the owners
+        ─▶ row-wise AdamW on their blocks
 
 All tables go together: a step has four messages (counts, row numbers, rows, gradients), however
-many there are, and
-the host waits for the device once, for the counts. Rows arrive in the order of table and number,
+many there are, and the host waits for the device once, for the counts. Rows arrive in the order of table and number,
 gradients in the order of ranks: two runs agree bit for bit.
 """
 
 import zlib
 from collections.abc import Sequence
-from functools import reduce
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.model.tokens import table
+from pipeline.model.tokens import plain_table
 from pipeline.train.placement import Placement
 
 LARGE = 2**28  # numbers: from here on a table is never whole on a host, and is drawn on its device
@@ -70,17 +69,16 @@ class TableMaker:
             raise ValueError(
                 f"the plan places {place} where the model has a table {name!r} of {rows} x {dim}"
             )
+
         first, end = place.span(self.rank)
         if rows * dim >= LARGE:
             # The same rows whatever the placement, and nothing is taken from the seed of the rest
             # of the model.
-            block = drawn(name, first, end, dim, place.dtype, self.device, self.seed)
+            block = draw_rows(name, (first, end), dim, place.dtype, self.device, self.seed)
         else:
-            block = (
-                table(name, rows, dim)
-                .weight.detach()[first:end]
-                .to(self.device, place.dtype, copy=True)
-            )
+            whole = plain_table(name, rows, dim).weight.detach()
+            block = whole[first:end].to(self.device, place.dtype, copy=True)
+
         if place.sharded:
             module = self.sharded[name] = ShardedEmbedding(block, rows, first)
         else:
@@ -88,24 +86,21 @@ class TableMaker:
         self.modules[name] = module
         return module
 
-    def check(self, model: nn.Module) -> None:
+    def check_tables(self, model: nn.Module) -> None:
         """Raises ValueError where `model` has a table that was not made here."""
         made = set(self.modules.values())
         for path, module in model.named_modules():
-            if (
-                isinstance(module, nn.Embedding | nn.EmbeddingBag | ShardedEmbedding)
-                and module not in made
-            ):
+            is_table = isinstance(module, nn.Embedding | nn.EmbeddingBag | ShardedEmbedding)
+            if is_table and module not in made:
                 raise ValueError(
                     f"the model's table {path} is not placed: TokenEncoder must make it by "
                     "`make_table`"
                 )
 
 
-def drawn(
+def draw_rows(
     name: str,
-    first: int,
-    end: int,
+    span: tuple[int, int],
     dim: int,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -113,68 +108,88 @@ def drawn(
 ) -> Tensor:
     """Rows [first, end) of a large table as it begins, on `device`: each depends on seed, name and
     its number alone.
+
+    They are drawn in chunks that begin at multiples of `CHUNK_ROWS`, each from a seed of its own:
+
+        chunks     [0 … 65535] [65536 … 131071]
+        span             [60000 … 70000)
     """
+    first, end = span
     block = torch.empty(end - first, dim, dtype=dtype, device=device)
     generator = torch.Generator(device)
+
     for begin in range(first - first % CHUNK_ROWS, end, CHUNK_ROWS):
         entropy = [seed, zlib.crc32(name.encode()), begin]
-        generator.manual_seed(
-            int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        )
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        generator.manual_seed(int(state >> np.uint64(1)))
         chunk = torch.empty(CHUNK_ROWS, dim, device=device).normal_(0, 0.02, generator=generator)
+
         low, high = max(begin, first), min(begin + CHUNK_ROWS, end)
         block[low - first : high - first] = chunk[low - begin : high - begin]
+
     if first == 0 and end > 0:
         block[0] = 0
     return block
 
 
 class ShardedTables:
-    """All sharded tables of one model, by name, and the messages between the ranks that hold them."""
+    """All sharded tables of one model, by name, and the messages between the ranks that hold them.
+
+    A rank's rows of all tables are numbered through: its slots, a table behind the other.
+    """
 
     def __init__(self, tables: dict[str, ShardedEmbedding], world_size: int) -> None:
         self.tables, self.world_size = tables, world_size
         blocks = [-(-table.num_embeddings // world_size) for table in tables.values()]
         self.widths = [table.embedding_dim for table in tables.values()]
         self.first_slots = [sum(blocks[:i]) for i in range(len(blocks))]
-        self.slots = sum(blocks)  # a rank's rows of all tables, numbered through
+        self.slots = sum(blocks)
+
         first = next(iter(tables.values())).weight
-        self.wire = reduce(
-            torch.promote_types, (table.weight.dtype for table in tables.values()), first.dtype
-        )
+        self.wire = first.dtype
+        for table in tables.values():
+            self.wire = torch.promote_types(self.wire, table.weight.dtype)
+
         self.block = torch.tensor(blocks, device=first.device)
         self.base = torch.tensor(self.first_slots, device=first.device)
         owners = torch.arange(world_size, device=first.device)[:, None] * self.slots
         self.bounds = torch.cat([(owners + self.base).flatten(), owners[-1] + self.slots])
 
     @torch.no_grad()
-    def fetch(self, codes: dict[str, Tensor]) -> None:
-        """Bring the rows that `codes`, int [n] per table, name; all ranks call it together."""
+    def fetch_rows(self, codes: dict[str, Tensor]) -> None:
+        """Bring the rows that `codes`, int [n] per table, name; all ranks call it together.
+
+        One table of 4 rows on 2 ranks, which hold the rows 0 1 and 2 3:
+
+            codes of the batch     3 0 3 1
+            owners                 1 0 1 0
+            distinct, by owner     0 1 | 3
+            slots asked for        0 1 | 1
+            rows that come back    r0 r1 r3
+            index of the batch     2 0 2 1
+        """
         codes_of = [codes[name].long() for name in self.tables]
         lengths = [len(code) for code in codes_of]
         wanted = torch.cat(codes_of)
-        repeats = torch.tensor(lengths).to(wanted.device, non_blocking=True)
-        numbers = torch.arange(len(lengths), device=wanted.device)
-        table_of = torch.repeat_interleave(numbers, repeats, output_size=len(wanted))
-        owner = wanted // self.block[table_of]
+        table_of = self._table_numbers(lengths, wanted.device)
+
         # Ordered by owner, then table, then row: what goes to one rank lies together.
+        owner = wanted // self.block[table_of]
         slot = self.base[table_of] + wanted - owner * self.block[table_of]
-        keys, number, index, before = numbered(owner * self.slots + slot, self.bounds)
+        keys, number, index, before = number_distinct(owner * self.slots + slot, self.bounds)
         counts = before.diff().view(self.world_size, -1)
         self.sent, self.asked = self._host_counts(counts)
 
+        # ask the owners
         distinct = keys.new_empty(sum(map(sum, self.sent))).scatter_(0, number, keys)
-        slots = self._swap(
-            distinct % self.slots, [sum(c) for c in self.sent], [sum(c) for c in self.asked]
-        )
-        pieces = slots.split([c for counts in self.asked for c in counts])
-        self.touched = [
-            torch.cat(pieces[i :: len(lengths)]) - first for i, first in enumerate(self.first_slots)
-        ]
-        found = [
-            t.weight[rows].to(self.wire)
-            for t, rows in zip(self.tables.values(), self.touched, strict=True)
-        ]
+        sent, asked = [sum(c) for c in self.sent], [sum(c) for c in self.asked]
+        slots = self._swap(distinct % self.slots, sent, asked)
+
+        # answer the others
+        self.touched = self._touched_rows(slots)
+        found = []
+        for table, touched in zip(self.tables.values(), self.touched, strict=True):
+            found.append(table.weight[touched].to(self.wire))
         rows = self._exchange(found, self.asked, self.sent)
 
         # A table's rows come from all owners in turn: from the place among all to the place in the
@@ -184,27 +199,47 @@ class ShardedTables:
         for module, part, at in zip(self.tables.values(), rows, index.split(lengths), strict=True):
             module.rows, module.index = part.float().requires_grad_(), at
 
+    def _table_numbers(self, lengths: list[int], device: torch.device) -> Tensor:
+        """int64 [sum of lengths]: the number of each code's table. Lengths 2, 1: 0 0 1."""
+        repeats = torch.tensor(lengths).to(device, non_blocking=True)
+        numbers = torch.arange(len(lengths), device=device)
+        return torch.repeat_interleave(numbers, repeats, output_size=sum(lengths))
+
+    def _touched_rows(self, slots: Tensor) -> list[Tensor]:
+        """Per table the rows of this rank's block that the ranks ask for, one rank after another.
+
+        slots of rank 0, then 1    a0 b0 | a0 b1      tables a and b
+        per table                  a: 0 0    b: 0 1
+        """
+        sizes = []
+        for counts in self.asked:
+            sizes += counts
+        pieces = slots.split(sizes)
+
+        touched = []
+        for i, first in enumerate(self.first_slots):
+            touched.append(torch.cat(pieces[i :: len(self.tables)]) - first)
+        return touched
+
     def _host_counts(self, counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Distinct rows by rank and table: those that this rank asks for, and those that it is
         asked for.
         """
-        asked = self._swap(
-            counts.flatten(),
-            [counts.shape[1]] * self.world_size,
-            [counts.shape[1]] * self.world_size,
-        )
+        sizes = [counts.shape[1]] * self.world_size
+        asked = self._swap(counts.flatten(), sizes, sizes)
         sent, asked = torch.stack([counts, asked.view_as(counts)]).tolist()
         return sent, asked
 
-    def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def take_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Per table the rows of this rank's block that any rank used, by their place in it and with
-        repeats, and
-        their gradients [n, d]; all ranks call it together, after `backward`."""
+        repeats, and their gradients [n, d]; all ranks call it together, after `backward`.
+        """
         grads = []
         for module in self.tables.values():
             assert module.rows is not None and module.rows.grad is not None
             grads.append(module.rows.grad)
             module.rows = module.index = None
+
         mine = self._exchange(grads, self.sent, self.asked)
         return dict(zip(self.tables, zip(self.touched, mine, strict=True), strict=True))
 
@@ -213,26 +248,44 @@ class ShardedTables:
     ) -> list[Tensor]:
         """Per table [n, d], what goes to rank 0 first: `to[rank][table]` rows.
 
-        Back comes the same of `of`.
+        Back comes the same of `of`. On the wire the rows of all tables lie together, flat:
+
+            tables a and b, 2 ranks    a0 b0 | a1 b1      a0 the rows of a that go to rank 0
         """
         if self.world_size == 1:
             return tensors
-        split = [tensor.split([counts[i] for counts in to]) for i, tensor in enumerate(tensors)]
-        flat = torch.cat(
-            [part[rank].flatten() for rank in range(self.world_size) for part in split]
-        )
-        numbers_to, numbers_of = (
-            [[n * d for n, d in zip(row, self.widths, strict=True)] for row in counts]
-            for counts in (to, of)
-        )
-        came = self._swap(flat, [sum(n) for n in numbers_to], [sum(n) for n in numbers_of])
-        pieces = came.split([n for numbers in numbers_of for n in numbers])
-        return [
-            torch.cat(pieces[i :: len(tensors)]).view(-1, width)
-            for i, width in enumerate(self.widths)
-        ]
+
+        pieces: list[list[Tensor]] = [[] for _ in to]
+        for i, tensor in enumerate(tensors):
+            rows_to = [counts[i] for counts in to]
+            for of_rank, rows in zip(pieces, tensor.split(rows_to), strict=True):
+                of_rank.append(rows.flatten())
+        in_order = []
+        for of_rank in pieces:
+            in_order += of_rank
+        flat = torch.cat(in_order)
+
+        sizes_to, sizes_of = self._flat_sizes(to), self._flat_sizes(of)
+        came = self._swap(flat, [sum(s) for s in sizes_to], [sum(s) for s in sizes_of])
+        sizes = []
+        for of_rank in sizes_of:
+            sizes += of_rank
+        parts = came.split(sizes)
+
+        tables = []
+        for i, width in enumerate(self.widths):
+            tables.append(torch.cat(parts[i :: len(tensors)]).view(-1, width))
+        return tables
+
+    def _flat_sizes(self, counts: list[list[int]]) -> list[list[int]]:
+        """Numbers by rank and table, from the rows of each."""
+        sizes = []
+        for row in counts:
+            sizes.append([n * width for n, width in zip(row, self.widths, strict=True)])
+        return sizes
 
     def _swap(self, flat: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        """`to[rank]` numbers of `flat` to each rank; back come `of[rank]` from each."""
         if self.world_size == 1:
             return flat
         came = flat.new_empty(sum(of))
@@ -240,19 +293,25 @@ class ShardedTables:
         return came
 
 
-def numbered(keys: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def number_distinct(keys: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The distinct values of `keys` [n], ascending, without waiting for the device to say how many
     there are.
 
     Returns `keys` sorted, the number (from 0) of each one's value, the same in the order of `keys`
     as given, and how many distinct values lie below each of `bounds`.
+
+        keys      7 3 7 5      bounds   0 4 8
+        sorted    3 5 7 7
+        numbers   0 1 2 2      in the order given   2 0 2 1      below the bounds   0 1 3
     """
     sorted_keys, order = torch.sort(keys)
     starts = torch.ones_like(keys, dtype=torch.bool)
     starts[1:] = sorted_keys[1:] != sorted_keys[:-1]
     count = starts.cumsum(0)
+
+    as_given = torch.empty_like(order).scatter_(0, order, count - 1)
     below = F.pad(count, (1, 0))[torch.searchsorted(sorted_keys, bounds)]
-    return sorted_keys, count - 1, torch.empty_like(order).scatter_(0, order, count - 1), below
+    return sorted_keys, count - 1, as_given, below
 
 
 # Tables that every rank holds whole
@@ -266,37 +325,62 @@ def gather_rows(
 
     `local`: per table this rank's rows [n], with repeats, and their gradients [n, d]. Three
     messages, and one wait for the device, whatever the number of tables.
+
+        rank 0    rows 5 2 5   gradients a b c    its distinct rows 2 5, sums b and a + c
+        rank 1    rows 2       gradient  d        its distinct row  2,   sum  d
+        result    rows 2 5 2   gradients b, a + c, d
     """
-    rows, grads = zip(*local.values(), strict=True)
+    rows = [rows for rows, _ in local.values()]
+    grads = [grads for _, grads in local.values()]
+    widths = [grad.shape[1] for grad in grads]
+
+    # this rank's distinct rows: keys of table and row, numbered through
     first_keys = torch.arange(len(rows) + 1, device=rows[0].device) << TABLE_BITS
-    keys = torch.cat([row + first for row, first in zip(rows, first_keys, strict=False)])
-    keys, number, index, below = numbered(keys, first_keys)
-    counts = _all_gather(below.diff(), world_size).tolist()
+    keyed = [row + first for row, first in zip(rows, first_keys[:-1], strict=True)]
+    keys, number, index, below = number_distinct(torch.cat(keyed), first_keys)
+
+    # the only wait: how many those are, by rank and table
+    counts: list[list[int]] = _all_gather(below.diff(), world_size).tolist()
     own = counts[dist.get_rank()]
     distinct = keys.new_empty(sum(own)).scatter_(0, number, keys) & ((1 << TABLE_BITS) - 1)
-    parts = zip(grads, index.split([len(row) for row in rows]), below, own, strict=False)
-    # The backward of a look-up: unlike a sum over segments it is as fast where one row has most of
-    # the gradients.
-    sums = [
-        torch.ops.aten.embedding_dense_backward(grad, at - first, n, -1, False)
-        for grad, at, first, n in parts
-    ]
+    sums = _sum_rows(grads, index.split([len(row) for row in rows]), below, own)
 
-    widths = [grad.shape[1] for grad in grads]
-    rows_of = _all_gather_jagged(distinct, [sum(c) for c in counts])
-    numbers = [[n * width for n, width in zip(c, widths, strict=True)] for c in counts]
-    sums_of = _all_gather_jagged(
-        torch.cat([part.flatten() for part in sums]), [sum(n) for n in numbers]
-    )
-    split_rows = [part.split(c) for part, c in zip(rows_of, counts, strict=True)]
-    split_sums = [part.split(n) for part, n in zip(sums_of, numbers, strict=True)]
-    return {
-        name: (
-            torch.cat([part[i] for part in split_rows]),
-            torch.cat([part[i] for part in split_sums]).view(-1, width),
-        )
-        for i, (name, width) in enumerate(zip(local, widths, strict=True))
-    }
+    # to all ranks, all tables together
+    rows_of_ranks = _all_gather_jagged(distinct, [sum(of_rank) for of_rank in counts])
+    flat = torch.cat([part.flatten() for part in sums])
+    sizes = []
+    for of_rank in counts:
+        sizes.append([n * width for n, width in zip(of_rank, widths, strict=True)])
+    sums_of_ranks = _all_gather_jagged(flat, [sum(of_rank) for of_rank in sizes])
+
+    # by table
+    row_parts = _split_ranks(rows_of_ranks, counts)
+    sum_parts = _split_ranks(sums_of_ranks, sizes)
+    gathered = {}
+    for i, (name, width) in enumerate(zip(local, widths, strict=True)):
+        gathered[name] = torch.cat(row_parts[i]), torch.cat(sum_parts[i]).view(-1, width)
+    return gathered
+
+
+def _sum_rows(
+    grads: list[Tensor], indices: Sequence[Tensor], below: Tensor, counts: list[int]
+) -> list[Tensor]:
+    """Per table the summed gradients of its `counts` distinct rows, [counts, d].
+
+    `indices` number the rows through all tables; a table's begin at its entry of `below`.
+    """
+    sums = []
+    for grad, index, first, count in zip(grads, indices, below[:-1], counts, strict=True):
+        # The backward of a look-up: unlike a sum over segments it is as fast where one row has most
+        # of the gradients.
+        sums.append(torch.ops.aten.embedding_dense_backward(grad, index - first, count, -1, False))
+    return sums
+
+
+def _split_ranks(parts: list[Tensor], sizes: list[list[int]]) -> list[tuple[Tensor, ...]]:
+    """Each rank's flat tensor, `sizes[rank][table]` of it per table → the ranks' parts by table."""
+    by_rank = [part.split(of_rank) for part, of_rank in zip(parts, sizes, strict=True)]
+    return list(zip(*by_rank, strict=True))
 
 
 def _all_gather(tensor: Tensor, world_size: int) -> Tensor:
@@ -309,7 +393,5 @@ def _all_gather(tensor: Tensor, world_size: int) -> Tensor:
 def _all_gather_jagged(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     """One flat tensor per rank, `lengths` of them; padded on the wire to the longest."""
     padded = F.pad(tensor, (0, max(lengths) - tensor.numel()))
-    return [
-        part[:length]
-        for part, length in zip(_all_gather(padded, len(lengths)), lengths, strict=True)
-    ]
+    gathered = _all_gather(padded, len(lengths))
+    return [part[:length] for part, length in zip(gathered, lengths, strict=True)]

@@ -31,6 +31,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.model.artifact import publish_model
+from pipeline.model.encoders import check_model
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
 from pipeline.tracking import Run
@@ -63,9 +64,11 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
         restart: forget the run's earlier training first.
 
     Raises:
-        UserError: no sequences, nothing to train on, or an earlier training under this name with
-        other settings. TrainingStopped: it went wrong; the checkpoints from before are kept.
+        UserError: a setting that the encoder does not know, no sequences, nothing to train on, or
+        an earlier training under this name with other settings.
+        TrainingStopped: it went wrong; the checkpoints from before are kept.
     """
+    check_model(cfg.model)
     folder = train_dir(cfg)
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
@@ -239,6 +242,7 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     Raises:
         UserError: no published sequences, or more workers than the local cluster has CPUs.
     """
+    check_model(cfg.model)
     train = cfg.train
     if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
         raise UserError(

@@ -7,7 +7,7 @@ them scores a request, never which requests are scored.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,11 +17,9 @@ from pipeline.batches.examples import Examples, UserEvents, request_examples, us
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch, split_bounds, token_batches
 from pipeline.config import RunConfig, UserError
-from pipeline.evaluate.metrics import TaskMetrics
+from pipeline.model.heads import HeadMetrics
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
-
-METRICS = ("ne", "auc", "gauc")
 
 
 class Validator:
@@ -47,49 +45,70 @@ class Validator:
         """Raises UserError where the validation period holds no request."""
         model.eval()
         device = torch.device(self.device)
-        half = torch.autocast(
-            device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"
-        )
-        counted = [TaskMetrics() for _ in self.cfg.tasks]
-        for part, ours in _shared(
-            _sampled(self.cfg), self.maps, self.cfg, self.rank, self.world_size
-        ):
+        bf16 = self.cfg.train.precision == "bf16"
+        half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+        metrics = model.heads.new_metrics()
+        for part, ours in self._shared_parts():
             with half:
-                logits = model(part.batch.to(device)).float().cpu().numpy()
+                outputs = model(part.batch.to(device)).float().cpu().numpy()
             if ours:
-                for i, task in enumerate(counted):
-                    known = part.known[:, i]
-                    task.add(logits[known, i], part.labels[known, i], part.user_id[known])
-        return summary(dict(zip(self.cfg.tasks, merged(counted, self.world_size), strict=True)))
+                metrics.add(outputs, part)
+        whole = merge_ranks(metrics, self.world_size)
+        return summarise_sample(whole.result(), whole.names)
+
+    def _shared_parts(self) -> Iterator[tuple[EvaluationBatch, bool]]:
+        """Parts in turn to the ranks, and whether a part is this rank's own.
+
+        A rank for which the last round has none scores another's: a forward pass over sharded
+        tables needs all ranks.
+
+            parts     0 1 2 3 4      two ranks
+            rank 0    0   2   4
+            rank 1      1   3   4    the last one not its own
+        """
+        parts = _sampled_parts(self.cfg)
+        while turn := list(itertools.islice(parts, self.world_size)):
+            ours = self.rank < len(turn)
+            users, part = turn[self.rank if ours else 0]
+            yield evaluation_batch(users, part, self.maps, self.cfg), ours
 
 
-def merged(counted: list[TaskMetrics], world_size: int) -> list[TaskMetrics]:
-    """The rows of all ranks, task by task, in the order of the ranks."""
+def merge_ranks(metrics: HeadMetrics, world_size: int) -> HeadMetrics:
+    """The metrics of all ranks' rows, in the order of the ranks."""
     if world_size == 1:
-        return counted
-    parts: list[list[TaskMetrics]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(parts, counted)
-    for task, *others in zip(*parts, strict=True):
-        for other in others:
-            task.merge(other)
-    return parts[0]
+        return metrics
+
+    parts: list[HeadMetrics] = [metrics] * world_size
+    dist.all_gather_object(parts, metrics)
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+    return first
 
 
-def summary(counted: dict[str, TaskMetrics]) -> dict[str, float]:
-    """Per task, and over the tasks whose sample has both classes (NaN where none has)."""
-    results = {task: metrics.result() for task, metrics in counted.items()}
-    values = {
-        f"val_sample/{name}/{task}": found[name]
-        for task, found in results.items()
-        for name in METRICS
-    }
-    for name in METRICS:
-        defined = [found[name] for found in results.values() if not math.isnan(found[name])]
-        values[f"val_sample/{name}"] = float(np.mean(defined)) if defined else math.nan
+def summarise_sample(found: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+    """`val_sample/ne/<task>` and so on for the metrics `names`, and the mean of each over the tasks
+    whose sample has both classes (NaN where none has).
+
+        found     ne/is_click 0.8, ne/is_like NaN
+        result    val_sample/ne/is_click 0.8, val_sample/ne/is_like NaN, val_sample/ne 0.8
+    """
+    values: dict[str, float] = {}
+    defined: dict[str, list[float]] = {name: [] for name in names}
+    for key, value in found.items():
+        name, _ = key.split("/", 1)
+        if name in defined:
+            values[f"val_sample/{key}"] = value
+            if not math.isnan(value):
+                defined[name].append(value)
+
+    for name, of_tasks in defined.items():
+        values[f"val_sample/{name}"] = float(np.mean(of_tasks)) if of_tasks else math.nan
     return values
 
 
-def _sampled(cfg: RunConfig) -> Iterator[tuple[UserEvents, Examples]]:
+def _sampled_parts(cfg: RunConfig) -> Iterator[tuple[UserEvents, Examples]]:
     """`train.validate_requests` requests of the validation period in parts of
     `evaluate.batch_tokens`.
 
@@ -105,29 +124,13 @@ def _sampled(cfg: RunConfig) -> Iterator[tuple[UserEvents, Examples]]:
         chosen = np.sort(rng.permutation(len(examples))[:left])
         for part in token_batches(examples[chosen], cfg.evaluate.batch_tokens):
             yield users, part
+
         left -= len(chosen)
         if left == 0:
             return
+
     if left == cfg.train.validate_requests:
         raise UserError(
             "split.t_val: the val period holds no request, so train.validate_every has nothing to "
             "score"
         )
-
-
-def _shared(
-    parts: Iterator[tuple[UserEvents, Examples]],
-    maps: FeatureMaps,
-    cfg: RunConfig,
-    rank: int,
-    world_size: int,
-) -> Iterator[tuple[EvaluationBatch, bool]]:
-    """Parts in turn to the ranks, and whether a part is this rank's own.
-
-    A rank for which the last round has none scores another's: a forward pass over sharded tables
-    needs all ranks.
-    """
-    while turn := list(itertools.islice(parts, world_size)):
-        ours = rank < len(turn)
-        users, part = turn[rank if ours else 0]
-        yield evaluation_batch(users, part, maps, cfg), ours

@@ -283,7 +283,7 @@ class Ranker:
             nothing = _without_rows(past, len(chosen))
             asked = _take_sequences(targets, chosen)
             batch = collate(nothing, asked, users[chosen], self.maps, self.cfg)
-            caches = HistoryCache.join([encoded[keys[i]] for i in chosen])
+            caches = HistoryCache.join_histories([encoded[keys[i]] for i in chosen])
 
             with self._precision():
                 logits = self.score_candidates(
@@ -321,7 +321,7 @@ class Ranker:
             batch = collate(history, nothing, users[rows[chosen]], self.maps, self.cfg)
 
             with self._precision():
-                caches = encode_history(self.model, batch.to(self.device)).split()
+                caches = encode_history(self.model, batch.to(self.device)).split_histories()
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
 
     @contextmanager

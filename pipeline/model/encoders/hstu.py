@@ -14,8 +14,10 @@ from kernels.jagged.op import concatenate
 from kernels.semi_local_attention.types import RelativeBias
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
+from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, read_rows
 from pipeline.model.encoders.stu import STU
-from pipeline.model.encoders.transducer import candidates, select
+from pipeline.model.encoders.transducer import select_tokens, stack_work
+from pipeline.model.flops import Flops
 from pipeline.model.tokens import TokenEncoder, Tokens, sequence_index, target_index, target_mask
 
 TIME_BUCKETS = 129  # of the bias: HSTU's research code has 128 and one for all that is longer
@@ -24,63 +26,100 @@ TIME_BUCKETS = 129  # of the bias: HSTU's research code has 128 and one for all 
 class InterleavedEncoder(TokenEncoder):
     """SequenceBatch → Tokens, `[context | item, action, item, action, … | candidates]`."""
 
-    def sequence(self, batch: SequenceBatch) -> Tokens:
-        items = self.as_tokens(self.placed(self.items(batch), batch), batch)
-        return interleave(items, self.placed(self.actions(batch), batch))
+    def sequence_tokens(self, batch: SequenceBatch) -> Tokens:
+        items = self.add_position_and_time(self.item_rows(batch), batch)
+        actions = self.add_position_and_time(self.action_rows(batch), batch)
+        return interleave_actions(self.as_tokens(items, batch), actions)
 
 
-def interleave(items: Tokens, action_TE: Tensor) -> Tokens:
+def interleave_actions(items: Tokens, action_TE: Tensor) -> Tokens:
     """Each history row's action behind its item; a candidate has no action.
 
     `items` have no context yet.
+
+        items      i0    i1    x      x a candidate that sees 2 tokens
+        result     i0 a0 i1 a1 x      it sees 4
     """
     lengths, num_targets = items.lengths_on_host()
     is_target = target_mask(items.seq_offsets, items.num_targets, len(action_TE))
+    visible = items.target_visible
+
     pairs = torch.stack([items.x_TE, action_TE.to(items.x_TE.dtype)], dim=1).flatten(0, 1)
     twice = Tokens(
         x_TE=pairs,
         seq_offsets=2 * items.seq_offsets,
         num_targets=items.num_targets,
-        target_visible=None if items.target_visible is None else 2 * items.target_visible,
+        target_visible=None if visible is None else 2 * visible,
         max_seq_len=2 * items.max_seq_len,
         host_lengths=torch.stack([2 * lengths, num_targets]),
     )
+
+    # every item stays, and the actions of history rows
     kept = torch.stack([torch.ones_like(is_target), ~is_target], dim=1).flatten()
-    return select(twice, kept, 2 * lengths - num_targets)
+    return select_tokens(twice, kept, 2 * lengths - num_targets)
 
 
-class HSTU(nn.Module):
-    """STU layers without window or truncation, over whatever tokens the encoder makes."""
+class HSTU(Encoder):
+    """STU layers without window or truncation, over whatever tokens the token encoder makes."""
 
-    def __init__(self, cfg: ModelConfig, num_context: int) -> None:
-        super().__init__()
-        self.num_context = num_context
-        self.interleaved = cfg.interleaved
-        self.layers = nn.ModuleList(STU(cfg, num_context) for _ in range(cfg.num_layers))
-        shapes = {"position": cfg.position_buckets, "time": TIME_BUCKETS}
-        self.bias = nn.ModuleList(
-            nn.ParameterDict(
-                {name: nn.Parameter(0.02 * torch.randn(size)) for name, size in shapes.items()}
-            )
-            for _ in range(cfg.num_layers if cfg.relative_bias else 0)
-        )
+    settings = frozenset({"fp8", "relative_bias"})
+
+    def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
+        super().__init__(cfg, layout)
+        self.interleaved = self.two_tokens_per_event(cfg)
+        self.layers = nn.ModuleList(STU(cfg, self.num_context) for _ in range(cfg.num_layers))
+        num_tables = cfg.num_layers if cfg.relative_bias else 0
+        self.bias = nn.ModuleList(_bias_tables(cfg) for _ in range(num_tables))
         self.norm_out = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
 
-    def forward(self, tokens: Tokens, batch: SequenceBatch) -> Tensor:
-        """[C, d]: the candidates' outputs, in the order of the batch."""
-        time_T = token_times(batch, self.num_context, self.interleaved) if len(self.bias) else None
+    def forward(
+        self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
+    ) -> Encoded:
+        """Candidates' rows, [C, d]; of interleaved tokens the last history row is an action's."""
+        time_T = None
+        if len(self.bias):
+            time_T = token_times(batch, self.num_context, self.interleaved)
+
         for depth, layer in enumerate(self.layers):
             assert isinstance(layer, STU)
             if time_T is None:
                 x_TE = layer(tokens)
             else:
-                tables = self.bias[depth]
-                assert isinstance(tables, nn.ParameterDict)
-                bias = RelativeBias(tables["position"], tables["time"], time_T)
-                u, q, k, v = layer.project(tokens.x_TE)
-                x_TE = layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens, bias))
+                x_TE = self._biased_layer(depth, layer, tokens, time_T)
             tokens = replace(tokens, x_TE=x_TE)
-        return self.norm_out(candidates(tokens))
+        return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
+
+    def _biased_layer(self, depth: int, layer: STU, tokens: Tokens, time_T: Tensor) -> Tensor:
+        tables = self.bias[depth]
+        assert isinstance(tables, nn.ParameterDict)
+        bias = RelativeBias(tables["position"], tables["time"], time_T)
+
+        u, q, k, v = layer.project(tokens.x_TE)
+        return layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens, bias))
+
+    @classmethod
+    def two_tokens_per_event(cls, cfg: ModelConfig) -> bool:
+        return True
+
+    @classmethod
+    def work(
+        cls, tokens: Tokens, batch: SequenceBatch, cfg: ModelConfig, layout: TokenLayout
+    ) -> Flops:
+        return stack_work(tokens, tokens, cfg, layout.num_context)
+
+
+class MergedHSTU(HSTU):
+    """HSTU with item and action of an event in one token."""
+
+    @classmethod
+    def two_tokens_per_event(cls, cfg: ModelConfig) -> bool:
+        return False
+
+
+def _bias_tables(cfg: ModelConfig) -> nn.ParameterDict:
+    position = nn.Parameter(0.02 * torch.randn(cfg.position_buckets))
+    time = nn.Parameter(0.02 * torch.randn(TIME_BUCKETS))
+    return nn.ParameterDict({"position": position, "time": time})
 
 
 def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Tensor:
@@ -88,25 +127,35 @@ def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Te
 
     Summed up from the gaps, so that time which is only an order does not pass. Context tokens are
     at 0, a candidate at its request.
+
+        rows       h0 h1 h2  x      x a candidate that sees h0 and h1
+        gap_ms      9  5  7 100     the first row's gap does not count
+        time        0  5 12 105
     """
     offsets, num_tokens = batch.seq_offsets, batch.num_tokens
     host_targets = batch.on_host.num_targets.long()
     num_candidates = int(host_targets.sum())
     sequence = sequence_index(offsets, num_tokens)
+
+    # history: the gaps up to a row, less those up to its sequence's first
     is_target = target_mask(offsets, batch.num_targets, num_tokens)
     gap = batch.gap_ms.clamp(min=0)
     passed = gap.masked_fill(is_target, 0).cumsum(0)
-    # the first row is at 0
-    time = passed - passed[offsets[:-1].clamp(max=num_tokens - 1)][sequence]
+    first_row = offsets[:-1].clamp(max=num_tokens - 1)
+    time = passed - passed[first_row][sequence]
+
+    # candidates: the time of the last row seen, and the gap from there
     at = target_index(offsets, batch.num_targets, num_candidates)
     num_history = (offsets.diff() - batch.num_targets)[sequence[at]]
     visible = num_history if batch.target_visible is None else batch.target_visible.long()
     last = time[offsets[sequence[at]] + (visible - 1).clamp(min=0)]
     time = time.index_copy(0, at, torch.where(visible > 0, last + gap[at], 0))[:, None]
+
+    # as tokens: one or two an event, behind the context
     lengths = torch.stack([batch.on_host.seq_offsets.diff(), host_targets])
     tokens = Tokens(time, offsets, batch.num_targets, None, batch.max_seq_len, lengths)
     if interleaved:
-        tokens = interleave(tokens, time)
+        tokens = interleave_actions(tokens, time)
     shift = torch.arange(batch.num_sequences + 1, device=offsets.device) * num_context
     context = time.new_zeros(batch.num_sequences * num_context, 1)
     return concatenate(context, shift, tokens.x_TE, tokens.seq_offsets, backend="torch").squeeze(1)

@@ -10,31 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
-from pipeline.config import ChannelConfig, ModelConfig, RunConfig
-from pipeline.model.encoders.transducer import Transducer, select, truncate
+from pipeline.config import ChannelConfig, ModelConfig
+from pipeline.model.encoders.transducer import select_tokens, truncate_history
 from pipeline.model.tokens import Tokens, sequence_index, target_mask
-
-
-class MixtureOfTransducers(nn.Module):
-    def __init__(self, cfg: RunConfig, num_context: int) -> None:
-        super().__init__()
-        self.actions = cfg.source.actions
-        self.num_context = num_context
-        self.channels = list(cfg.model.channels.values())
-        self.transducers = nn.ModuleList(
-            Transducer(channel_model(cfg.model, channel), num_context) for channel in self.channels
-        )
-
-    def forward(self, tokens: Tokens, batch: SequenceBatch) -> Tensor:
-        """[C, channels * d]: the candidates' outputs, in the order of the batch."""
-        outputs = []
-        for channel, transducer in zip(self.channels, self.transducers, strict=True):
-            rows = filter_rows(tokens, batch, channel, self.actions)
-            outputs.append(transducer(newest_rows(rows, channel, self.num_context)))
-        return torch.cat(outputs, dim=1)
 
 
 def channel_model(model: ModelConfig, channel: ChannelConfig) -> ModelConfig:
@@ -55,30 +36,40 @@ def filter_rows(
     set.
 
     `tokens` are the batch's, each sequence after its context.
+
+        tokens                       c  h0 h1 h2 x     c context, h history, x a candidate
+        is_click known and set          1  0  1
+        kept by actions: [is_click]  c  h0    h2 x
     """
     if not channel.actions:
         return tokens
     bits = sum(1 << actions.index(action) for action in set(channel.actions))
-    passes = _passes(batch, bits)
-    # context tokens up to and with a sequence's own
-    shift = (tokens.seq_offsets - batch.seq_offsets)[1:]
-    at = torch.arange(batch.num_tokens, device=passes.device)
-    at = at + shift[sequence_index(batch.seq_offsets, batch.num_tokens)]
+
+    # where the batch's rows lie among the tokens
+    num_context_before = (tokens.seq_offsets - batch.seq_offsets)[1:]
+    row = torch.arange(batch.num_tokens, device=tokens.seq_offsets.device)
+    row = row + num_context_before[sequence_index(batch.seq_offsets, batch.num_tokens)]
+
     # context tokens stay
-    is_kept = torch.ones(tokens.x_TE.shape[0], dtype=torch.bool, device=passes.device)
+    is_kept = torch.ones(len(tokens.x_TE), dtype=torch.bool, device=row.device)
+    is_kept = is_kept.index_copy(0, row, _passing_rows(batch, bits))
+
+    # their number, by the same rule on the host
     host = batch.on_host
-    before = torch.nn.functional.pad(_passes(host, bits).cumsum(0), (1, 0))
-    kept_lengths = (
-        before[host.seq_offsets].diff() + tokens.lengths_on_host()[0] - host.seq_offsets.diff()
-    )
-    return select(tokens, is_kept.index_copy(0, at, passes), kept_lengths)
+    passed_before = torch.nn.functional.pad(_passing_rows(host, bits).cumsum(0), (1, 0))
+    num_context = tokens.lengths_on_host()[0] - host.seq_offsets.diff()
+    kept_lengths = passed_before[host.seq_offsets].diff() + num_context
+    return select_tokens(tokens, is_kept, kept_lengths)
 
 
-def _passes(batch: SequenceBatch, bits: int) -> Tensor:
+def _passing_rows(batch: SequenceBatch, bits: int) -> Tensor:
     """bool [T]: candidates, and rows on which one of the actions `bits` is known and set."""
     is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
     return is_target | ((batch.action_mask & batch.known_mask & bits) != 0)
 
 
 def newest_rows(tokens: Tokens, channel: ChannelConfig, num_context: int) -> Tokens:
-    return tokens if channel.max_len is None else truncate(tokens, num_context, channel.max_len)
+    """The newest `max_len` history rows of a channel, with context and candidates."""
+    if channel.max_len is None:
+        return tokens
+    return truncate_history(tokens, num_context, channel.max_len)

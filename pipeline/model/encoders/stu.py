@@ -1,12 +1,14 @@
 """One STU layer (ULTRA-HSTU, arXiv:2602.16986, eq. 1-5) over packed sequences: the weights; the
 work is `stu_layer`.
 
-    X = Norm(Z);  U, Q, K, V = SiLU(f1(X));  A = (SiLU(Q Kᵀ) ⊙ M) V;  Y = f2(Norm(A) ⊙ U);  Z' = Y +
-    Z
+    X = Norm(Z)
+    U, Q, K, V = SiLU(f1(X))
+    A = (SiLU(Q Kᵀ) ⊙ M) V
+    Y = f2(Norm(A) ⊙ U)
+    Z' = Y + Z
 
 The authors' production code differs in two places, offered as switches: `silu_qkv: false` leaves Q,
-K and V linear,
-and `concat_ua: true` is Y = f2(concat[U, A, Norm(A) ⊙ U]).
+K and V linear, and `concat_ua: true` is Y = f2(concat[U, A, Norm(A) ⊙ U]).
 
 There is no softmax, so nothing fixes the size of A: the constant divisor of the scores cancels in
 Norm(A) except through its epsilon. Where Var(A) is far below `norm_eps` the attention branch is
@@ -95,3 +97,20 @@ def sequences(tokens: Tokens) -> stu.Sequences:
     return stu.Sequences(
         tokens.seq_offsets, tokens.max_seq_len, tokens.num_targets, tokens.target_visible
     )
+
+
+def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
+    """Products of one layer, forward, with `pairs` kept pairs of query and key.
+
+    2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v); with `concat_ua` the middle
+    term, the output map, is three times as large.
+    """
+    h, d = cfg.num_heads, cfg.d_model
+    attention = 2 * pairs * h * (cfg.d_qk + cfg.d_v)
+    out_width = h * cfg.d_v * (3 if cfg.concat_ua else 1)
+    return attention + projection_flops(cfg, num_tokens) + 2 * num_tokens * out_width * d
+
+
+def projection_flops(cfg: ModelConfig, num_tokens: int) -> int:
+    """Products that make U, Q, K and V of one layer."""
+    return 2 * num_tokens * cfg.d_model * 2 * cfg.num_heads * (cfg.d_qk + cfg.d_v)

@@ -9,23 +9,32 @@ from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.stu import STU
+from pipeline.model.encoders.encoder import Encoded, read_rows
+from pipeline.model.encoders.stu import STU, layer_flops
+from pipeline.model.flops import Flops, kept_pairs, mask_pairs
 from pipeline.model.tokens import Tokens
 
 
-def select(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
+def select_tokens(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
     """The tokens where `kept`, bool [T], is true, context and candidates among them.
 
     `kept_lengths`, int64 [B] on the CPU, says how many those are in each sequence. What a candidate
     sees is counted anew among the kept tokens; the mask follows from the new lengths.
+
+        tokens    c h0 h1 h2 x      x sees 3: c h0 h1
+        kept      1  1  0  1 1
+        result    c h0    h2 x      x sees 2: c h0
     """
     offsets, visible = tokens.seq_offsets, tokens.target_visible
     kept_before = nn.functional.pad(kept.cumsum(0), (1, 0))
+
     if visible is not None:
+        num_candidates = visible.numel()
         first = torch.repeat_interleave(
-            offsets[:-1], tokens.num_targets, output_size=visible.numel()
+            offsets[:-1], tokens.num_targets, output_size=num_candidates
         )
         visible = (kept_before[first + visible] - kept_before[first]).to(visible.dtype)
+
     index = torch.nonzero_static(kept, size=int(kept_lengths.sum())).squeeze(1)
     return Tokens(
         x_TE=tokens.x_TE.index_select(0, index),
@@ -37,9 +46,12 @@ def select(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
     )
 
 
-def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
+def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
     """Context, the newest `keep_events` events and all candidates; a history no longer than that is
     untouched.
+
+        tokens           c h0 h1 h2 x y      x sees 2: c h0, y sees 4: all of them
+        keep_events 2    c    h1 h2 x y      x sees 1: c,    y sees 3
     """
     lengths, num_targets = tokens.lengths_on_host()
     kept = torch.minimum(lengths, num_context + keep_events + num_targets)
@@ -50,26 +62,29 @@ def truncate(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
         num_context=num_context,
         num_rows=int(kept.sum()),
     )
+
     visible = tokens.target_visible
     if visible is not None:
+        num_dropped = tokens.seq_offsets.diff() - offsets.diff()
         dropped = torch.repeat_interleave(
-            tokens.seq_offsets.diff() - offsets.diff(),
-            tokens.num_targets,
-            output_size=visible.numel(),
+            num_dropped, tokens.num_targets, output_size=visible.numel()
         )
         newest = (visible - dropped).clamp(min=num_context)  # what is left of it, the context whole
         visible = torch.where(visible > num_context, newest, visible).to(visible.dtype)
+
     return Tokens(
-        x_TE,
-        offsets,
-        tokens.num_targets,
-        visible,
-        int(kept.max()),
-        torch.stack([kept, num_targets]),
+        x_TE=x_TE,
+        seq_offsets=offsets,
+        num_targets=tokens.num_targets,
+        target_visible=visible,
+        max_seq_len=int(kept.max()),
+        host_lengths=torch.stack([kept, num_targets]),
     )
 
 
 class Transducer(nn.Module):
+    """STU layers over one channel's tokens, and a last norm."""
+
     def __init__(self, cfg: ModelConfig, num_context: int) -> None:
         super().__init__()
         self.num_context = num_context
@@ -78,18 +93,33 @@ class Transducer(nn.Module):
         self.layers = nn.ModuleList(STU(cfg, num_context) for _ in range(cfg.num_layers))
         self.norm_out = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
 
-    def forward(self, tokens: Tokens) -> Tensor:
-        """[C, d]: the candidates' outputs, in the order of the batch."""
+    def forward(self, tokens: Tokens, *, last_history: bool = False) -> Encoded:
+        """Rows of the last layer, as `Encoder.forward`."""
         for depth, layer in enumerate(self.layers):
-            if depth == self.truncate_after_layer:
-                tokens = truncate(tokens, self.num_context, self.truncate_to)
+            tokens = self.tokens_at(depth, tokens)
             tokens = replace(tokens, x_TE=layer(tokens))
-        return self.norm_out(candidates(tokens))
+        return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
+
+    def tokens_at(self, depth: int, tokens: Tokens) -> Tokens:
+        """What is left of the previous layer's tokens for the layer at `depth`."""
+        if depth == self.truncate_after_layer:
+            return truncate_history(tokens, self.num_context, self.truncate_to)
+        return tokens
 
 
-def candidates(tokens: Tokens) -> Tensor:
-    """[C, d]"""
-    num_targets = int(tokens.lengths_on_host()[1].sum())
-    return truncate_tail(tokens.x_TE, tokens.seq_offsets, tokens.num_targets, num_rows=num_targets)[
-        0
-    ]
+def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: int) -> Flops:
+    """The layers' work on `tokens`, which are `whole` or its newest rows."""
+    work = Flops(tokens=len(whole.x_TE))
+    causal = kept_pairs(whole.seq_offsets, whole.num_targets, whole.target_visible, None, 0, 0)
+    pairs = mask_pairs(tokens, model.attention, num_context)
+
+    for depth in range(model.num_layers):
+        if depth == model.truncate_after_layer:
+            tokens = truncate_history(tokens, num_context, model.truncate_to)
+            pairs = mask_pairs(tokens, model.attention, num_context)
+        work.causal_pairs += causal
+        work.kept_pairs += pairs
+        work.flops += layer_flops(model, len(tokens.x_TE), pairs)
+
+    work.truncated_tokens = work.tokens - len(tokens.x_TE)
+    return work

@@ -1,5 +1,4 @@
-"""Softmax attention: a pre-norm Transformer, and SASRec (arXiv:1808.09781) in the form of its
-authors' code.
+"""Softmax attention: a pre-norm Transformer, and the parts that SASRec has in common with it.
 
 Both see what plain causal HSTU sees, candidates blind to each other. PyTorch's
 `scaled_dot_product_attention` has no jagged form of that mask, so attention alone pads to the
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.transducer import candidates
+from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, read_rows
+from pipeline.model.flops import Flops, kept_pairs
 from pipeline.model.tokens import Tokens, sequence_index, target_index
 
 
@@ -27,18 +27,24 @@ class Padding:
 
     @staticmethod
     def of(tokens: Tokens) -> "Padding":
-        offsets, num_tokens, length = tokens.seq_offsets, tokens.x_TE.shape[0], tokens.max_seq_len
+        """Padding of the sequences, with the mask that all layers share.
+
+        c h0 h1 x y    c context, h history, x and y candidates; y sees c and h0 alone
+        sees 1 2 3 3 2 keys from the oldest on; the diagonal is always seen
+        """
+        offsets, num_tokens, length = tokens.seq_offsets, len(tokens.x_TE), tokens.max_seq_len
         sequence = sequence_index(offsets, num_tokens)
         position = torch.arange(num_tokens, device=offsets.device) - offsets[sequence]
-        num_history = (offsets.diff() - tokens.num_targets)[sequence]
+
         # so many keys from the oldest on; a candidate itself too
+        num_history = (offsets.diff() - tokens.num_targets)[sequence]
         sees = torch.minimum(position + 1, num_history)
         if tokens.target_visible is not None:
             at = target_index(offsets, tokens.num_targets, len(tokens.target_visible))
             sees = sees.index_copy(0, at, tokens.target_visible.long())
-        padded = sees.new_zeros(len(tokens.num_targets), length).index_put(
-            (sequence, position), sees
-        )
+
+        padded = sees.new_zeros(len(tokens.num_targets), length)
+        padded = padded.index_put((sequence, position), sees)
         key = torch.arange(length, device=offsets.device)
         # Padding too sees itself: a softmax over nothing would be NaN.
         mask = (key < padded[:, :, None]) | (key == key[:, None])
@@ -59,25 +65,59 @@ class Padding:
         return padded.index_put((self.sequence, self.position), x_THD).transpose(1, 2)
 
 
-class SoftmaxEncoder(nn.Module):
-    """A stack of `block`s and a last norm."""
+class SoftmaxEncoder(Encoder):
+    """A stack of blocks, which subclasses make, and a last norm."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        block = SASRecBlock if cfg.encoder == "sasrec" else TransformerBlock
-        self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.num_layers))
+    def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
+        super().__init__(cfg, layout)
+        self.layers = nn.ModuleList(self.make_block(cfg) for _ in range(cfg.num_layers))
         self.norm_out = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
 
-    def forward(self, tokens: Tokens, batch: SequenceBatch) -> Tensor:
-        """[C, d]: the candidates' outputs, in the order of the batch."""
+    @staticmethod
+    def make_block(cfg: ModelConfig) -> nn.Module:
+        """One layer: packed rows and their `Padding` → rows."""
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
+    ) -> Encoded:
         padding = Padding.of(tokens)
         x_TE = tokens.x_TE
         for layer in self.layers:
             x_TE = layer(x_TE, padding)
-        return self.norm_out(candidates(replace(tokens, x_TE=x_TE)))
+
+        tokens = replace(tokens, x_TE=x_TE)
+        return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
+
+    @classmethod
+    def work(
+        cls, tokens: Tokens, batch: SequenceBatch, cfg: ModelConfig, layout: TokenLayout
+    ) -> Flops:
+        """Projections, attention and the feed-forward part, which has no gate."""
+        offsets, num_targets, num_tokens = tokens.seq_offsets, tokens.num_targets, len(tokens.x_TE)
+        causal = kept_pairs(offsets, num_targets, tokens.target_visible, None, 0, 0)
+
+        head_width = cfg.d_qk + cfg.d_v
+        attention = 2 * causal * cfg.num_heads * head_width
+        rows = cfg.num_heads * 2 * head_width + 2 * cfg.ffn_dim
+        layer = attention + 2 * num_tokens * cfg.d_model * rows
+
+        pairs = cfg.num_layers * causal
+        flops = cfg.num_layers * layer
+        return Flops(tokens=num_tokens, causal_pairs=pairs, kept_pairs=pairs, flops=flops)
+
+
+class Transformer(SoftmaxEncoder):
+    """Blocks of pre-norm attention and GELU."""
+
+    @staticmethod
+    def make_block(cfg: ModelConfig) -> nn.Module:
+        return TransformerBlock(cfg)
 
 
 class SelfAttention(nn.Module):
+    """Multi-head softmax attention; queries and keys may come from different rows."""
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.dropout = cfg.num_heads, cfg.dropout
@@ -89,10 +129,14 @@ class SelfAttention(nn.Module):
     def forward(self, query_TE: Tensor, keys_TE: Tensor, padding: Padding) -> Tensor:
         parts = self.query(query_TE), self.key(keys_TE), self.value(keys_TE)
         q, k, v = (x.unflatten(1, (self.num_heads, -1)) for x in parts)
-        return self.out(padding.attend(q, k, v, self.dropout if self.training else 0.0))
+
+        dropout = self.dropout if self.training else 0.0
+        return self.out(padding.attend(q, k, v, dropout))
 
 
 class TransformerBlock(nn.Module):
+    """x + MHA(LN(x)); x + FFN(LN(x))."""
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.norm_attn = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
@@ -110,27 +154,3 @@ class TransformerBlock(nn.Module):
         normed = self.norm_attn(x_TE)
         x_TE = x_TE + self.dropout(self.attention(normed, normed, padding))
         return x_TE + self.dropout(self.ffn(self.norm_ffn(x_TE)))
-
-
-class SASRecBlock(nn.Module):
-    """Q = LN(x); x = LN(Q + MHA(Q, x, x)); x + FFN(x): norms without weights, keys and values not
-    normalised.
-    """
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.norm_query = nn.LayerNorm(cfg.d_model, eps=1e-8, elementwise_affine=False)
-        self.attention = SelfAttention(cfg)
-        self.norm_ffn = nn.LayerNorm(cfg.d_model, eps=1e-8, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(cfg.d_model, cfg.ffn_dim),
-            nn.ReLU(),
-            nn.Dropout(cfg.dropout),
-            nn.Linear(cfg.ffn_dim, cfg.d_model),
-            nn.Dropout(cfg.dropout),
-        )
-
-    def forward(self, x_TE: Tensor, padding: Padding) -> Tensor:
-        query = self.norm_query(x_TE)
-        x_TE = self.norm_ffn(query + self.attention(query, x_TE, padding))
-        return x_TE + self.ffn(x_TE)

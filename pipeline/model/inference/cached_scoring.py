@@ -7,12 +7,10 @@
 History rows never see candidates, so what a candidate takes from them, their keys and values in
 each layer, is the same for every candidate and every request until the history changes. Semi-local
 attention and truncation work on the history alone: a layer's cache holds the rows that the layer
-still has. Position and time are those of the events themselves,
-so nothing in a cache depends on the request. The scores are those of `RankingModel.forward` on both
-together.
+still has. Position and time are those of the events themselves, so nothing in a cache depends on the
+request. The scores are those of `RankingModel.forward` on both together.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,9 +19,9 @@ from torch import Tensor
 
 from kernels.semi_local_attention.op import cached_attention
 from pipeline.batches.collate import SequenceBatch
-from pipeline.model.encoders.mixture import MixtureOfTransducers, filter_rows, newest_rows
 from pipeline.model.encoders.stu import STU
-from pipeline.model.encoders.transducer import Transducer, truncate
+from pipeline.model.encoders.transducer import Transducer
+from pipeline.model.encoders.ultra_hstu import UltraHSTU
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import Tokens
 
@@ -46,45 +44,61 @@ class HistoryCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers for x in (layer.k_THD, layer.v_THV))
+        return sum(layer.k_THD.nbytes + layer.v_THV.nbytes for layer in self.layers)
 
-    def split(self) -> list["HistoryCache"]:
+    def split_histories(self) -> list["HistoryCache"]:
         """One cache per history.
 
         Each has memory of its own: keeping one does not keep the others.
+
+            offsets of a layer     0 3 5        two histories of 3 and 2 rows
+            of its parts           0 3 | 0 2
         """
         num_histories = len(self.layers[0].offsets) - 1
         if num_histories == 1:
             return [self]
+
+        # layers that share their offsets go on sharing them
+        lengths: dict[int, list[int]] = {}
+        own_offsets: dict[int, list[Tensor]] = {}
         parts: list[list[LayerCache]] = [[] for _ in range(num_histories)]
-        bounds: dict[int, list[int]] = {}
-        own: dict[tuple[int, int], Tensor] = {}
-        for k, v, offsets in ((layer.k_THD, layer.v_THV, layer.offsets) for layer in self.layers):
-            if id(offsets) not in bounds:
-                bounds[id(offsets)] = offsets.tolist()
-                for i, length in enumerate(offsets.diff()):
-                    own[id(offsets), i] = torch.stack([torch.zeros_like(length), length])
-            for i, (begin, end) in enumerate(itertools.pairwise(bounds[id(offsets)])):
-                parts[i].append(
-                    LayerCache(k[begin:end].clone(), v[begin:end].clone(), own[id(offsets), i])
-                )
+        for layer in self.layers:
+            key = id(layer.offsets)
+            if key not in lengths:
+                lengths[key] = layer.offsets.diff().tolist()
+                own_offsets[key] = _single_offsets(layer.offsets)
+
+            keys, values = layer.k_THD.split(lengths[key]), layer.v_THV.split(lengths[key])
+            for i, part in enumerate(parts):
+                part.append(LayerCache(keys[i].clone(), values[i].clone(), own_offsets[key][i]))
         return [HistoryCache(tuple(part)) for part in parts]
 
     @staticmethod
-    def join(caches: Sequence["HistoryCache"]) -> "HistoryCache":
+    def join_histories(caches: Sequence["HistoryCache"]) -> "HistoryCache":
         """The histories of several caches one after another."""
         if len(caches) == 1:
             return caches[0]
+
         joined: list[LayerCache] = []
         shared: dict[tuple[int, ...], Tensor] = {}  # ids of the parts' offsets -> the joint ones
-        for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for depth in range(len(caches[0].layers)):
+            layers = [cache.layers[depth] for cache in caches]
             key = tuple(id(layer.offsets) for layer in layers)
             if key not in shared:
                 lengths = torch.cat([layer.offsets.diff() for layer in layers])
                 shared[key] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-            k = torch.cat([layer.k_THD for layer in layers])
-            joined.append(LayerCache(k, torch.cat([layer.v_THV for layer in layers]), shared[key]))
+
+            keys = torch.cat([layer.k_THD for layer in layers])
+            values = torch.cat([layer.v_THV for layer in layers])
+            joined.append(LayerCache(keys, values, shared[key]))
         return HistoryCache(tuple(joined))
+
+
+def _single_offsets(offsets: Tensor) -> list[Tensor]:
+    """Offsets [0, length] of each history by itself."""
+    lengths = offsets.diff()
+    pairs = torch.stack([torch.zeros_like(lengths), lengths], dim=1)
+    return [pair.clone() for pair in pairs]
 
 
 def encode_history(model: RankingModel, batch: SequenceBatch) -> HistoryCache:
@@ -94,48 +108,31 @@ def encode_history(model: RankingModel, batch: SequenceBatch) -> HistoryCache:
     """
     tokens = model.encoder(batch)
     layers: list[LayerCache] = []
-    for stack, rows in _stacks(model, tokens, batch):
-        layers += _encode(stack, rows)
+    for stack, rows in _ultra_hstu(model).channel_rows(tokens, batch):
+        layers += _encode_stack(stack, rows)
     return HistoryCache(tuple(layers))
 
 
-def _stacks(
-    model: RankingModel, tokens: Tokens, batch: SequenceBatch
-) -> list[tuple[Transducer, Tokens]]:
-    """Each transducer with the rows that it reads."""
-    if isinstance(model.transducer, Transducer):
-        return [(model.transducer, tokens)]
-    mixture = model.transducer
-    assert isinstance(mixture, MixtureOfTransducers)
-    stacks = []
-    for channel, stack in zip(mixture.channels, _transducers(model), strict=True):
-        rows = filter_rows(tokens, batch, channel, mixture.actions)
-        stacks.append((stack, newest_rows(rows, channel, mixture.num_context)))
-    return stacks
+def _ultra_hstu(model: RankingModel) -> UltraHSTU:
+    assert isinstance(model.transducer, UltraHSTU)  # `ModelConfig.cacheable`
+    return model.transducer
 
 
-def _transducers(model: RankingModel) -> list[Transducer]:
-    whole = model.transducer
-    stacks = whole.transducers if isinstance(whole, MixtureOfTransducers) else [whole]
-    return [stack for stack in stacks if isinstance(stack, Transducer)]
-
-
-def _layers(stack: Transducer) -> list[STU]:
+def _stu_layers(stack: Transducer) -> list[STU]:
     return [layer for layer in stack.layers if isinstance(layer, STU)]
 
 
-def _encode(stack: Transducer, tokens: Tokens) -> Iterator[LayerCache]:
-    layers = _layers(stack)
+def _encode_stack(stack: Transducer, tokens: Tokens) -> Iterator[LayerCache]:
+    layers = _stu_layers(stack)
     for depth, layer in enumerate(layers):
-        if depth == stack.truncate_after_layer:
-            tokens = truncate(tokens, stack.num_context, stack.truncate_to)
+        tokens = stack.tokens_at(depth, tokens)
         u, q, k, v = layer.project(tokens.x_TE)
         # not a view: it would keep u and q
         yield LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets)
+
         if depth < len(layers) - 1:
-            tokens = replace(
-                tokens, x_TE=layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens))
-            )
+            attended = layer.attend(q, k, v, tokens)
+            tokens = replace(tokens, x_TE=layer.output(tokens.x_TE, u, attended))
 
 
 def score_candidates(
@@ -146,14 +143,18 @@ def score_candidates(
 
     `cache` holds the same users' histories. At most `micro_batch` candidates pass the layers at a
     time.
+
+        candidates of users   a a a b b      batch.seq_offsets 0 3 5, micro_batch 2
+        passes                [a a] [a b] [b]
+        their row_offsets     0 2 2 | 0 1 2 | 0 0 1
     """
-    x_CE = model.encoder.candidates(batch)
+    x_CE = model.encoder.candidate_rows(batch)
     parts = []
     for begin in range(0, len(x_CE), micro_batch):
         rows = x_CE[begin : begin + micro_batch]
         row_offsets = batch.seq_offsets.clamp(begin, begin + len(rows)) - begin
         parts.append(layer_outputs(model, cache, rows, row_offsets))
-    return model.score(torch.cat(parts), batch)
+    return model.score_rows(torch.cat(parts), batch)
 
 
 def layer_outputs(
@@ -161,9 +162,9 @@ def layer_outputs(
 ) -> Tensor:
     """[C, channels * d]: the transducers' outputs of the candidates `x_CE`."""
     outputs, caches = [], iter(cache.layers)
-    for stack in _transducers(model):
+    for stack in _ultra_hstu(model).stacks:
         z_CE = x_CE
-        for layer in _layers(stack):
+        for layer in _stu_layers(stack):
             z_CE = _cached_layer(layer, z_CE, row_offsets, next(caches))
         outputs.append(stack.norm_out(z_CE))
     return torch.cat(outputs, dim=1)

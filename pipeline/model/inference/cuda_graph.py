@@ -50,7 +50,7 @@ class GraphedScorer:
     ) -> Tensor:
         if batch.num_sequences > 1:
             return score_candidates(model, cache, batch, micro_batch)
-        x_CE = model.encoder.candidates(batch)
+        x_CE = model.encoder.candidate_rows(batch)
         sizes = tuple(bucket(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
         with self._lock:
             if sizes not in self._rooms:
@@ -58,7 +58,7 @@ class GraphedScorer:
             room = self._rooms[sizes]
             fill(room, cache)
             parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
-        return model.score(torch.cat(parts), batch)
+        return model.score_rows(torch.cat(parts), batch)
 
     def _replay(
         self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor

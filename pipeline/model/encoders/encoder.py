@@ -1,0 +1,149 @@
+"""What every sequence encoder is: tokens of a batch → a row per candidate.
+
+A new encoder subclasses `Encoder` in a file of its own: docs/extend/encoder.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.jagged.op import truncate_tail
+from pipeline.batches.collate import SequenceBatch
+from pipeline.config import ModelConfig
+from pipeline.config.errors import require
+from pipeline.model.flops import Flops
+from pipeline.model.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """What an encoder is told about the tokens that it will read."""
+
+    num_context: int  # prefix tokens of a sequence, before its history
+    actions: tuple[str, ...] = ()  # by the number of their bit in `action_mask`
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an encoder makes of a batch of B sequences and C candidates."""
+
+    candidate_rows: Tensor  # [C, width], in the order of the batch
+    # [B, width], zeros for a user without history; None where not asked for, or where the encoder
+    # has no such row
+    last_history_row: Tensor | None = None
+
+
+class Encoder(nn.Module):
+    """Base class of the sequence encoders.
+
+    A subclass makes its weights in `__init__` and gives `forward` and `work`. It names in `settings`
+    those optional settings that it obeys: `check` refuses all others, since a baseline that ignored
+    one would be compared under a wrong name.
+    """
+
+    settings: frozenset[str] = frozenset()
+
+    def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
+        super().__init__()
+        self.num_context = layout.num_context
+        self.width = self.output_width(cfg)
+
+    def forward(
+        self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
+    ) -> Encoded:
+        """Rows of the candidates and, with `last_history`, each user's newest history row.
+
+        `tokens` are those of `batch`, each sequence behind its context tokens. No candidate may see
+        another, and no history row a candidate.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def work(
+        cls, tokens: Tokens, batch: SequenceBatch, cfg: ModelConfig, layout: TokenLayout
+    ) -> Flops:
+        """Work of one forward pass. `tokens` have offsets and lengths but no width, on the CPU."""
+        raise NotImplementedError
+
+    @classmethod
+    def output_width(cls, cfg: ModelConfig) -> int:
+        """Width of a candidate's row."""
+        return cfg.d_model
+
+    @classmethod
+    def two_tokens_per_event(cls, cfg: ModelConfig) -> bool:
+        """True where item and action of an event are two tokens, one behind the other."""
+        return not cfg.merge
+
+    @classmethod
+    def check(cls, cfg: ModelConfig) -> None:
+        """Raises ConfigError for a setting that this encoder does not know."""
+        where = f"where model.encoder is {cfg.encoder}"
+        channels = list(cfg.channels)
+        optional = [
+            ("window", "model.attention.window", cfg.attention.window, None, "null"),
+            ("truncation", "model.truncate_after_layer", cfg.truncate_after_layer, None, "null"),
+            ("channels", "model.channels", channels, [], "empty"),
+            ("fp8", "model.fp8", cfg.fp8, False, "false"),
+        ]
+        for setting, key, value, neutral, rule in optional:
+            require(setting in cls.settings or value == neutral, key, value, f"{rule} {where}")
+
+        known = "merge" in cls.settings
+        rule = f"true {where}: the encoder says it"
+        require(known or cfg.merge, "model.merge", cfg.merge, rule)
+
+        if cls.two_tokens_per_event(cfg):
+            where = "where item and action are two tokens (model.merge: false, encoder hstu)"
+            action = cfg.candidate_action
+            require(action == "none", "model.candidate_action", action, f"none {where}")
+            require(not channels, "model.channels", channels, f"empty {where}")
+
+        # its times are sums of the gaps between events
+        biased = "relative_bias" in cls.settings and cfg.time_anchor == "event"
+        rule = "false unless model.encoder is hstu or hstu_merged, and model.time_anchor event"
+        require(biased or not cfg.relative_bias, "model.relative_bias", cfg.relative_bias, rule)
+
+
+def read_rows(
+    tokens: Tokens, norm: nn.Module, num_context: int, *, last_history: bool = False
+) -> Encoded:
+    """Normalised rows of the last layer's tokens, as `Encoder.forward` returns them."""
+    candidates = norm(candidate_rows(tokens))
+    if not last_history:
+        return Encoded(candidates)
+    return Encoded(candidates, last_history_rows(tokens, norm, num_context))
+
+
+def candidate_rows(tokens: Tokens) -> Tensor:
+    """[C, d]: the last `num_targets` tokens of each sequence."""
+    num_candidates = int(tokens.lengths_on_host()[1].sum())
+    rows, _ = truncate_tail(
+        tokens.x_TE, tokens.seq_offsets, tokens.num_targets, num_rows=num_candidates
+    )
+    return rows
+
+
+def last_history_rows(tokens: Tokens, norm: nn.Module, num_context: int) -> Tensor:
+    """[B, d]: each sequence's normalised row before its candidates, zeros where it has no history.
+
+    tokens of a batch   c h h h x y | c x | c h     c context, h history, x and y candidates
+    rows read                 ^       0       ^
+    """
+    history_end = tokens.seq_offsets[1:] - tokens.num_targets
+    has_history = history_end - tokens.seq_offsets[:-1] > num_context
+
+    rows = norm(tokens.x_TE[(history_end - 1).clamp(min=0)])
+    return rows.masked_fill(~has_history[:, None], 0)
+
+
+def side_by_side(parts: Sequence[Encoded]) -> Encoded:
+    """One row from several encodings of the same candidates: [C, d] each → [C, parts * d]."""
+    if len(parts) == 1:
+        return parts[0]
+
+    candidates = torch.cat([part.candidate_rows for part in parts], dim=1)
+    last = [part.last_history_row for part in parts if part.last_history_row is not None]
+    return Encoded(candidates, torch.cat(last, dim=1) if last else None)

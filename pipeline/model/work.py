@@ -1,0 +1,139 @@
+"""Floating-point work of whole forward passes: token encoder, sequence encoder and heads.
+
+Of each linear map of T rows from n to m numbers 2·T·n·m operations are counted. `cached_work` is the
+same for M-FALCON's two passes.
+"""
+
+import torch
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.rates import dense_width
+from pipeline.config import FeatureConfig, ModelConfig, RunConfig
+from pipeline.model.encoders import ENCODERS
+from pipeline.model.encoders.encoder import TokenLayout
+from pipeline.model.encoders.hstu import interleave_actions
+from pipeline.model.encoders.mixture import filter_rows, newest_rows
+from pipeline.model.encoders.stu import layer_flops, projection_flops
+from pipeline.model.encoders.transducer import truncate_history
+from pipeline.model.encoders.ultra_hstu import channel_parts
+from pipeline.model.flops import Flops, mask_pairs
+from pipeline.model.tokens import Tokens, prepend_context
+
+
+def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
+    """The work of one forward pass over `batch`, which is on the CPU."""
+    layout = TokenLayout(len(cfg.features.user_tokens), cfg.source.actions)
+    encoder = ENCODERS[cfg.model.encoder]
+    if encoder.two_tokens_per_event(cfg.model):
+        tokens = _interleaved_tokens(batch, layout.num_context)
+    else:
+        tokens = _bare_tokens(batch, layout.num_context)
+
+    work = Flops(candidates=int(batch.num_targets.sum()))
+    work.flops = input_flops(cfg, batch.num_tokens, batch.num_sequences)
+    work.flops += head_flops(cfg, work.candidates)
+    work.add(encoder.work(tokens, batch, cfg.model, layout))
+    return work
+
+
+def cached_work(
+    history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfig
+) -> tuple[int, int]:
+    """Floating-point operations of `encode_history` and of `score_candidates`, both batches on the
+    CPU.
+
+    Of the last layer, candidates need the keys and values alone: the history's attention there is
+    not computed. Nor are the actions that candidates do not have.
+    """
+    num_context, num_candidates = len(cfg.features.user_tokens), candidates.num_tokens
+    encode = input_flops(cfg, history.num_tokens, history.num_sequences)
+    score = input_flops(cfg, num_candidates, 0) - action_flops(cfg, num_candidates)
+    score += head_flops(cfg, num_candidates)
+
+    tokens = _bare_tokens(history, num_context)
+    for channel, model in channel_parts(cfg.model):
+        passed = filter_rows(tokens, history, channel, cfg.source.actions)
+        rows = newest_rows(passed, channel, num_context)
+
+        for depth in range(model.num_layers):
+            if depth == model.truncate_after_layer:
+                rows = truncate_history(rows, num_context, model.truncate_to)
+            encode += _encoding_flops(rows, depth, model, num_context)
+
+            # each candidate sees the rows of its user that this layer has, and itself
+            pairs = (candidates.num_targets * (rows.seq_offsets.diff() + 1)).sum()
+            score += layer_flops(model, num_candidates, int(pairs))
+    return encode, score
+
+
+def _encoding_flops(rows: Tokens, depth: int, model: ModelConfig, num_context: int) -> int:
+    if depth == model.num_layers - 1:
+        return projection_flops(model, len(rows.x_TE))
+    pairs = mask_pairs(rows, model.attention, num_context)
+    return layer_flops(model, len(rows.x_TE), pairs)
+
+
+def input_flops(cfg: RunConfig, num_rows: int, num_sequences: int) -> int:
+    """The token encoder's products: content and actions of every row, the context tokens of every
+    sequence.
+    """
+    features, d = cfg.features, cfg.model.d_model
+    context = 0
+    for group in features.user_tokens.values():
+        context += sum(features.user[name].dim for name in group)
+
+    per_row = content_width(features) * 2 * d + 2 * d * d
+    return 2 * (num_rows * per_row + num_sequences * context * d) + action_flops(cfg, num_rows)
+
+
+def content_width(features: FeatureConfig) -> int:
+    """Numbers that the columns of one event are looked up as."""
+    columns = *features.item.values(), *features.request.values()
+    return features.item_id_dim + sum(column.dim for column in columns)
+
+
+def action_flops(cfg: RunConfig, num_rows: int) -> int:
+    """The action encoder's products."""
+    model = cfg.model
+    num_actions = cfg.num_action_bits if model.heterogeneous_actions else 1
+    return 2 * num_rows * (num_actions * model.action_dim + model.d_model) * model.d_model
+
+
+def head_flops(cfg: RunConfig, candidates: int) -> int:
+    """The products of the task heads, and of the rates that candidates carry into them or into
+    their tokens.
+    """
+    model, dense = cfg.model, dense_width(cfg.features, len(cfg.tasks))
+    into_head = dense > 0 and model.dense_to != "token"
+    into_token = dense > 0 and model.dense_to != "head"
+    d = model.d_model
+
+    width = ENCODERS[model.encoder].output_width(model) + d * into_head
+    towers = len(cfg.tasks) if model.task_towers else 1
+    heads = model.head_hidden * (width * towers + len(cfg.tasks))
+    rates = (into_head + into_token) * (dense * d + d * d)
+    return 2 * candidates * (heads + rates)
+
+
+def _interleaved_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
+    """The sequences of conventional HSTU: two tokens an event, one a candidate."""
+    bare = _bare_tokens(batch, 0)
+    twice = interleave_actions(bare, bare.x_TE)
+    if num_context == 0:
+        return twice
+    return prepend_context(bare.x_TE.new_empty(batch.num_sequences, num_context, 0), twice)
+
+
+def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
+    """The batch's sequences with their context, without a width."""
+    device = batch.seq_offsets.device
+    shift = torch.arange(batch.num_sequences + 1, device=device) * num_context
+    num_tokens = batch.num_tokens + batch.num_sequences * num_context
+    visible = batch.target_visible
+    return Tokens(
+        x_TE=torch.empty(num_tokens, 0, device=device),
+        seq_offsets=batch.seq_offsets + shift,
+        num_targets=batch.num_targets,
+        target_visible=None if visible is None else visible + num_context,
+        max_seq_len=batch.max_seq_len + num_context,
+    )

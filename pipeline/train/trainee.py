@@ -1,0 +1,249 @@
+"""A model with its optimizers on one rank: one step, and what a checkpoint holds.
+
+Sums, not means, cross ranks: the gradient of the summed loss and the sum of label weights are added
+over ranks and divided afterwards, so that the step does not depend on how rows fell to ranks.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.features import FeatureMaps
+from pipeline.config import RunConfig, TrainConfig
+from pipeline.model.heads import Head
+from pipeline.model.ranker import RankingModel
+from pipeline.train.average import WeightAverage
+from pipeline.train.checkpoint import Block, Saved, read_tensors
+from pipeline.train.guards import FiniteGuard
+from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
+from pipeline.train.placement import place_tables
+from pipeline.train.sharding import ShardedTables, TableMaker, gather_rows
+
+
+class Trainee:
+    """A model with its optimizers, on one rank.
+
+    `tables` are the weights of its embedding tables and `dense` all others, by their path in the
+    model; `blocks` those tables of which this rank holds some rows alone.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        maps: FeatureMaps,
+        device: torch.device | str,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.cfg, self.seed = cfg.train, cfg.seed
+        self.rank, self.world_size = rank, world_size
+
+        plan = place_tables(cfg, maps.vocab_sizes, world_size)
+        maker = TableMaker(plan, rank, device, cfg.seed)
+        self.model = model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
+        maker.check_tables(model)
+        self.head: Head = model.heads
+        self.loss_weights = head_weights(self.head, cfg.train, device)
+
+        self._find_parameters(maker)
+        self.sharded = None
+        if maker.sharded:
+            self.sharded = ShardedTables(maker.sharded, world_size)
+            model.encoder.register_forward_pre_hook(self._fetch_rows)
+
+        host_state = [self.table_paths[name] for name, place in plan.items() if place.host_state]
+        self._make_optimizers(host_state)
+        self.average = None
+        if cfg.train.average_from is not None:
+            self.average = WeightAverage(model, cfg.train)
+
+        watched = [f"the loss of {name}" for name in self.head.loss_names]
+        watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
+        self.guard = FiniteGuard(watched, device)
+        # of the dense gradients in the last step, before clipping
+        self.grad_norm = torch.zeros((), device=device)
+
+    def _find_parameters(self, maker: TableMaker) -> None:
+        paths = {module: f"{path}.weight" for path, module in self.model.named_modules()}
+        self.table_paths = {name: paths[module] for name, module in maker.modules.items()}
+        self.blocks = {self.table_paths[name]: module for name, module in maker.sharded.items()}
+
+        self.tables: dict[str, nn.Parameter] = {}
+        for path in self.table_paths.values():
+            self.tables[path] = self.model.get_parameter(path)
+        self.dense: dict[str, nn.Parameter] = {}
+        for path, parameter in self.model.named_parameters():
+            if path not in self.tables:
+                self.dense[path] = parameter
+
+    def _make_optimizers(self, host_state: list[str]) -> None:
+        decay = self.cfg.weight_decay
+        first_rows = {path: module.first_row for path, module in self.blocks.items()}
+        self.rowwise = RowwiseAdamW(
+            self.tables, weight_decay=decay, on_host=host_state, first_rows=first_rows
+        )
+        self.adamw = torch.optim.AdamW(
+            self.dense.values(), lr=self.cfg.lr, weight_decay=decay, fused=True
+        )
+
+        # as AdamW would in its first step: a checkpoint is read into these
+        for parameter in self.dense.values():
+            self.adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def _fetch_rows(self, _: nn.Module, inputs: tuple[SequenceBatch]) -> None:
+        """Before the token encoder: bring the rows that it looks up from the ranks that hold them."""
+        assert self.sharded is not None
+        self.sharded.fetch_rows(self.model.encoder.table_codes(*inputs))
+
+    def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; per part of the loss (a task) the summed loss and the summed weights
+        over all ranks, on the device.
+
+        A step whose loss or gradient is not finite changes nothing, and its sums are 0. Embedding
+        gradients are not clipped: row-wise AdamW divides each row's by the root of its own mean
+        square.
+        """
+        loss, weight = self._backward(batch, step)
+
+        # over the ranks
+        losses, weights, broken = self._reduce_dense(loss, weight, self._broken_tables())
+        total = (weights * self.loss_weights).sum().clamp(min=1e-12)
+        table_grads = self._reduce_sparse()
+
+        norms = self._clip_dense(total)
+        skip = self.guard.check(torch.cat([losses.isfinite(), norms.isfinite(), broken == 0]))
+
+        factor = learning_rate_factor(step, self.cfg.warmup_steps, total_steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.cfg.lr * factor
+        self.adamw.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]  # as GradScaler leaves it out
+        self.adamw.step()
+        # dividing by infinity leaves the step out
+        scale = torch.where(skip, torch.inf, total)
+        self.rowwise.step(table_grads, self.cfg.embedding_lr * factor, scale)
+        return torch.where(skip, 0.0, losses), torch.where(skip, 0.0, weights)
+
+    def _backward(self, batch: SequenceBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Gradients of this rank's summed loss; the loss and the weights of its parts, [L] each."""
+        # Dropout depends on where the run stands, not on how it got there: a resumed run draws the
+        # same masks.
+        seed = np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+
+        bf16 = self.cfg.precision == "bf16"
+        with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
+            outputs = self.model(batch)
+        loss, weight = self.head.loss(outputs, batch)
+        (loss * self.loss_weights).sum().backward()
+        return loss.detach(), weight
+
+    def _clip_dense(self, total: Tensor) -> Tensor:
+        """Divide the dense gradients by the total weight and clip them; [parameters] their norms
+        before clipping.
+        """
+        grads = self._dense_grads()
+        torch._foreach_div_(grads, total)  # pyright: ignore[reportPrivateImportUsage]  # one launch for all
+        norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
+        self.grad_norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(self.dense.values(), self.cfg.grad_clip, self.grad_norm)
+        return norms
+
+    def _dense_grads(self) -> list[Tensor]:
+        grads = [p.grad for p in self.dense.values() if p.grad is not None]
+        assert len(grads) == len(self.dense)
+        return grads
+
+    def _broken_tables(self) -> Tensor:
+        """float32 [tables], 1 where a gradient of this rank's is not finite."""
+        if not self.tables:
+            return torch.zeros(0, device=self.loss_weights.device)
+        values = [self._table_gradient(name) for name in self.tables]
+        norms = torch.stack(torch._foreach_norm(values))  # pyright: ignore[reportPrivateImportUsage]
+        return (~norms.isfinite()).float()
+
+    def _table_gradient(self, name: str) -> Tensor:
+        """[n, d], of this rank's batch."""
+        block = self.blocks.get(name)
+        leaf = self.tables[name] if block is None else block.rows
+        assert leaf is not None
+        assert leaf.grad is not None
+        return leaf.grad._values() if block is None else leaf.grad
+
+    def _reduce_dense(self, *sums: Tensor) -> list[Tensor]:
+        """Add dense gradients, in place, and the vectors `sums` over ranks, all in one message."""
+        if self.world_size == 1:
+            return list(sums)
+        grads = self._dense_grads()
+        flat = torch.cat([*(grad.flatten() for grad in grads), *sums])
+        dist.all_reduce(flat)
+
+        sizes = [grad.numel() for grad in grads]
+        parts = flat.split([*sizes, *map(len, sums)])
+        for grad, total in zip(grads, parts, strict=False):  # the vectors come after
+            grad.copy_(total.view_as(grad))
+        return list(parts[len(grads) :])
+
+    def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per table the rows touched by any rank, with repeats, and their gradients; of a sharded
+        one its block's.
+        """
+        touched = {}
+        for name, weight in self.tables.items():
+            if name not in self.blocks:
+                assert weight.grad is not None
+                touched[name] = weight.grad._indices()[0], weight.grad._values()
+        if self.world_size > 1:
+            touched = gather_rows(touched, self.world_size)
+
+        if self.sharded is not None:
+            for name, rows_and_grads in self.sharded.take_gradients().items():
+                touched[self.table_paths[name]] = rows_and_grads
+        return touched
+
+    def update_average(self, step: int, total_steps: int) -> None:
+        """Take the weights after `step` steps into their mean; the model ends with that mean."""
+        if self.average is None:
+            return
+        self.average.add_snapshot(step, total_steps)
+        if step == total_steps:
+            self.average.publish_mean()
+
+    def tensors(self) -> dict[str, Tensor | Block]:
+        """What a checkpoint holds, as views of the live tensors; of sharded tables the block."""
+        found: dict[str, Tensor | Block] = {}
+        for name, tensor in self.model.state_dict().items():
+            found[f"model.{name}"] = self._block(name, tensor)
+        for name, tensor in self.rowwise.state_dict().items():
+            found[f"rowwise.{name}"] = self._block(name[2:], tensor)  # after "m." or "v."
+        for name, parameter in self.dense.items():
+            for key, tensor in self.adamw.state[parameter].items():
+                found[f"adamw.{key}.{name}"] = tensor
+        if self.average is not None:
+            for name, tensor in self.average.tensors.items():
+                found[f"average.{name}"] = self._block(name, tensor)
+        return found
+
+    def _block(self, name: str, tensor: Tensor) -> Tensor | Block:
+        table = self.blocks.get(name)
+        if table is None:
+            return tensor
+        return Block(tensor, table.first_row, table.num_embeddings)
+
+    def load_checkpoint(self, saved: Saved) -> None:
+        """Raises UserError where the checkpoint holds another model."""
+        read_tensors(saved.folder, self.tensors())
+        self.rowwise.step_count = saved.state.step
+
+
+def head_weights(head: Head, cfg: TrainConfig, device: torch.device | str) -> Tensor:
+    """float32 [L]: the factor of each part of the loss, `train.task_weights` or 1."""
+    weights = [cfg.task_weights.get(name, 1.0) for name in head.loss_names]
+    return torch.tensor(weights, device=device)
