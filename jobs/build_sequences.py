@@ -30,4 +30,4 @@ def run_job(job: cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, build.plan)
+    cli.run(__doc__ or "", run_job, add_options, build.plan_build)

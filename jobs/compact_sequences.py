@@ -8,7 +8,7 @@ from pipeline.sequences.upkeep import maintenance
 
 
 def run_job(job: cli.Job) -> None:
-    manifest = maintenance.compact(job.cfg)
+    manifest = maintenance.compact_sequences(job.cfg)
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} "
         f"users={manifest.num_users} "
@@ -19,7 +19,7 @@ def run_job(job: cli.Job) -> None:
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
     manifest = maintenance.published_with(cfg)
-    since_ms = maintenance.oldest_kept_ms(cfg, manifest)
+    since_ms = maintenance.oldest_kept_ms(cfg.sequences, manifest)
     return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}
 
 

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg, serving = job.cfg, job.cfg.run_dir / "serving"
     users = read_users(job.options.user, job.options.users_file)
-    removed = maintenance.forget(cfg, users)
+    removed = maintenance.forget_users(cfg, users)
     if cfg.serve.redis_url is not None or serving.exists():
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)

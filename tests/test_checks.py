@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CheckConfig, UserError
-from pipeline.sequences.quality.checks import refuse, run_checks
+from pipeline.sequences.quality.checks import refuse_failed, run_checks
 from pipeline.sequences.quality.statistics import Statistics
 
 TOTALS = Statistics(
@@ -55,7 +55,7 @@ def test_each_limit(limits: dict, value: float | None, passes: bool):
 def test_all_that_is_broken_is_one_message():
     limits = CheckConfig(min_users=20, max_user_share=0.1, action_rate={"click": (0.3, 0.4)})
     with pytest.raises(UserError) as refused:
-        refuse(run_checks(limits, TOTALS), ["look at the clock"], Path("page.html"))
+        refuse_failed(run_checks(limits, TOTALS), ["look at the clock"], Path("page.html"))
     assert str(refused.value).splitlines() == [
         "4 checks fail, nothing published; samples and counts in page.html",
         "  checks.min_users is 20, found 10 users",
@@ -65,7 +65,7 @@ def test_all_that_is_broken_is_one_message():
         "  checks.action_rate.click is [0.3, 0.4], found 0.2000: 10 of 50 known rows",
         "  hint: look at the clock",
     ]
-    refuse(run_checks(CheckConfig(max_quarantined_share=0.5), TOTALS), [], Path("page.html"))
+    refuse_failed(run_checks(CheckConfig(max_quarantined_share=0.5), TOTALS), [], Path("page.html"))
 
 
 def test_bad_new_rows_do_not_hide_behind_good_old_ones():

@@ -27,26 +27,26 @@ HISTOGRAM = st.lists(st.integers(0, 1000), min_size=5, max_size=5).map(np.array)
 def test_the_divergence_is_symmetric_bounded_and_blind_to_size(
     before: np.ndarray, after: np.ndarray
 ):
-    found = drift.divergence(before, after)
+    found = drift.histogram_divergence(before, after)
     assert 0 <= found <= 1
-    assert found == pytest.approx(drift.divergence(after, before))
-    assert found == pytest.approx(drift.divergence(3 * before, after))
-    assert drift.divergence(before, before) == pytest.approx(0)
+    assert found == pytest.approx(drift.histogram_divergence(after, before))
+    assert found == pytest.approx(drift.histogram_divergence(3 * before, after))
+    assert drift.histogram_divergence(before, before) == pytest.approx(0)
 
 
 def test_the_divergence_by_hand():
-    assert drift.divergence(np.array([1, 0]), np.array([0, 5])) == 1
+    assert drift.histogram_divergence(np.array([1, 0]), np.array([0, 5])) == 1
     # (1, 0) against (1/2, 1/2): the middle is (3/4, 1/4)
     expected = (np.log2(4 / 3) + (np.log2(2 / 3) + np.log2(2)) / 2) / 2
-    assert drift.divergence(np.array([7, 0]), np.array([2, 2])) == pytest.approx(expected)
-    assert drift.divergence(np.zeros(2), np.zeros(2)) == 0
-    assert drift.divergence(np.zeros(2), np.array([1, 0])) == 1
+    assert drift.histogram_divergence(np.array([7, 0]), np.array([2, 2])) == pytest.approx(expected)
+    assert drift.histogram_divergence(np.zeros(2), np.zeros(2)) == 0
+    assert drift.histogram_divergence(np.zeros(2), np.array([1, 0])) == 1
 
 
 def test_a_profile_counts_what_a_loop_over_the_rows_counts(tmp_path: Path):
     cfg = tiny_config(tmp_path)
     rows = publish_sequences(cfg).to_pylist()
-    found = drift.profile(cfg.sequence_dir, store.read_manifest(cfg.sequence_dir))
+    found = drift.count_profile(cfg.sequence_dir, store.read_manifest(cfg.sequence_dir))
     events = [(row, i) for row in rows for i in range(len(row["item_id"]))]
     timed = [(row, i) for row, i in events if not row["order_only"][i]]
     assert (found.users, found.rows, found.timed) == (len(rows), len(events), len(timed))
@@ -65,7 +65,7 @@ def test_only_the_newest_days(tmp_path: Path):
     cfg = tiny_config(tmp_path)
     rows = publish_sequences(cfg).to_pylist()
     manifest = store.read_manifest(cfg.sequence_dir)
-    found = drift.profile(cfg.sequence_dir, manifest, days=2)
+    found = drift.count_profile(cfg.sequence_dir, manifest, days=2)
     since = manifest.last_event_ms - 2 * DAY_MS
     recent = [
         sum(
@@ -168,8 +168,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(compared, option: str, value: 
 
 
 def test_an_action_and_a_column_that_only_one_version_has():
-    nothing = drift.Counts.of([])
-    one = drift.Counts.count(np.array([3, 3, 4]))
+    nothing = drift.Counts.add_parts([])
+    one = drift.Counts.count_values(np.array([3, 3, 4]))
     common = {
         "digest": "",
         "users": 1,
@@ -185,7 +185,9 @@ def test_an_action_and_a_column_that_only_one_version_has():
         known={"a": 3}, positive={"a": 1}, request_values={"tab": one}, lengths=lengths, **common
     )
     crossed = {
-        change.quantity for change in drift.compare(before, after, DriftConfig()) if change.crossed
+        change.quantity
+        for change in drift.compare_profiles(before, after, DriftConfig())
+        if change.crossed
     }
     assert crossed == {"action_rate.a", "known_share.a", "request_values.tab"}
     assert (len(nothing.values), one.values.tolist(), one.rows.tolist()) == (0, [3, 4], [2, 1])

@@ -25,7 +25,7 @@ from pipeline.sequences.forgotten import read_forgotten
 from pipeline.sequences.quality import drift, report
 from pipeline.sequences.upkeep import maintenance
 from pipeline.sequences.upkeep.compaction import read_retired
-from pipeline.sequences.upkeep.maintenance import compact, forget
+from pipeline.sequences.upkeep.maintenance import compact_sequences, forget_users
 from pipeline.sequences.workers import Workers
 from serve_app.history.live import SqliteEvents
 from serve_app.history.published import PublishedSequences
@@ -138,7 +138,7 @@ def test_compaction_leaves_few_parts_and_the_same_version(built: Path):
     folder = cfg.sequence_dir
     before, held = store.read_manifest(folder), store.read_sequences(folder)
     assert len(before.parts) == DAYS
-    after = compact(cfg)
+    after = compact_sequences(cfg)
     assert len(after.parts) == 1
     assert (after.digest, after.buckets, after.quarantine) == (
         before.digest,
@@ -151,7 +151,7 @@ def test_compaction_leaves_few_parts_and_the_same_version(built: Path):
     assert sorted(path.stem for path in (folder / "parts").iterdir()) == sorted(
         [*after.parts, *after.parts]
     )
-    assert compact(cfg) == after
+    assert compact_sequences(cfg) == after
     assert build_sequences(cfg, append=True) == after  # its files are known
     write_logs(built, range(DAYS, DAYS + 1))
     appended = build_sequences(cfg, append=True)
@@ -161,7 +161,7 @@ def test_compaction_leaves_few_parts_and_the_same_version(built: Path):
 
 def test_after_compaction_new_rows_touch_their_buckets_only(built: Path):
     cfg = run_in(built)
-    before = compact(cfg)
+    before = compact_sequences(cfg)
     one_user = day(DAYS, users=1).filter(pa.array(day(DAYS, users=1)["item_id"].to_numpy() != 7))
     pq.write_table(one_user, built / "in" / f"{DAYS}.parquet")
     after = build_sequences(cfg, append=True)
@@ -172,7 +172,7 @@ def test_after_compaction_new_rows_touch_their_buckets_only(built: Path):
 def test_retention(tmp_path: Path, cap: int):
     cfg = day_by_day(tmp_path, keep_days=2, max_rows_per_user=cap)
     whole = store.read_sequences(cfg.sequence_dir)
-    manifest = compact(cfg)
+    manifest = compact_sequences(cfg)
     since = store.read_manifest(cfg.sequence_dir).kept_since_ms
     assert since == max(time[-1] for time in whole["event_time"].to_pylist()) - 2 * DAY_MS
     kept = {row["user_id"]: row for row in store.read_sequences(cfg.sequence_dir).to_pylist()}
@@ -190,7 +190,7 @@ def test_retention(tmp_path: Path, cap: int):
         assert min(rows["event_time"].to_pylist()) >= since, (
             "in the parts, quarantined and capped ones too"
         )
-    assert compact(cfg) == manifest
+    assert compact_sequences(cfg) == manifest
 
 
 def test_a_killed_compaction_leaves_what_was_published(
@@ -206,9 +206,9 @@ def test_a_killed_compaction_leaves_what_was_published(
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_manifest", kill)
         with pytest.raises(KeyboardInterrupt):
-            compact(cfg)
+            compact_sequences(cfg)
     assert store.read_manifest(cfg.sequence_dir) == before
-    assert compact(cfg) == compact(run_in(whole, keep_days=2))
+    assert compact_sequences(cfg) == compact_sequences(run_in(whole, keep_days=2))
     assert files(cfg.sequence_dir).keys() == files(whole / "runs" / "kept" / "sequences").keys()
 
 
@@ -217,19 +217,19 @@ def test_retention_day_by_day_is_retention_at_once(tmp_path: Path):
     for number in range(DAYS):
         write_logs(tmp_path / "days", range(number, number + 1))
         build_sequences(cfg, append=number > 0)
-        manifest = compact(cfg)
+        manifest = compact_sequences(cfg)
     write_logs(tmp_path / "once", range(DAYS))
     once = run_in(tmp_path / "once", keep_days=2)
     build_sequences(once)
-    assert compact(once).digest == manifest.digest
+    assert compact_sequences(once).digest == manifest.digest
     assert manifest.rows_in < 3 * 209 + 209
 
 
 def test_a_longer_keep_days_brings_nothing_back(built: Path):
     cfg = run_in(built, keep_days=2)
-    manifest = compact(cfg)
+    manifest = compact_sequences(cfg)
     longer = run_in(built, keep_days=100)
-    assert compact(longer) == manifest
+    assert compact_sequences(longer) == manifest
 
 
 USERS = np.array([3, 8])
@@ -237,10 +237,10 @@ USERS = np.array([3, 8])
 
 def test_forgotten_users_are_in_no_file_and_the_rest_is_a_build_without_them(built: Path):
     cfg = run_in(built, keep_days=4)
-    compact(cfg)  # some of their rows are retired
+    compact_sequences(cfg)  # some of their rows are retired
     write_logs(built, range(DAYS, DAYS + 1))
     build_sequences(cfg, append=True)
-    removed = forget(cfg, USERS)
+    removed = forget_users(cfg, USERS)
     assert all(
         removed[name] > 0 for name in ("sequences", "quarantine", "parts", "retired", "users")
     )
@@ -266,7 +266,7 @@ def test_forgotten_users_are_in_no_file_and_the_rest_is_a_build_without_them(bui
             pq.write_table(rows.filter(pa.array(~np.isin(rows["user_id"].to_numpy(), USERS))), file)
         expected = build_sequences(without, append=numbers.start > 0)
         if numbers.start == 0:
-            compact(without)
+            compact_sequences(without)
     assert (expected.buckets, expected.side_tables) == (manifest.buckets, manifest.side_tables)
     assert sum(entry.rows for entry in expected.quarantine) == sum(
         entry.rows for entry in manifest.quarantine
@@ -275,7 +275,7 @@ def test_forgotten_users_are_in_no_file_and_the_rest_is_a_build_without_them(bui
 
 def test_forgotten_users_do_not_come_back(built: Path):
     cfg = run_in(built)
-    forget(cfg, USERS)
+    forget_users(cfg, USERS)
     manifest = store.read_manifest(cfg.sequence_dir)
     assert build_sequences(cfg) == manifest  # the same files: nothing to do
     write_logs(built, range(DAYS, DAYS + 1))
@@ -291,7 +291,7 @@ def test_forgotten_users_do_not_come_back(built: Path):
 
 def test_a_row_without_a_user_is_nobodys(built: Path):
     cfg = run_in(built)
-    forget(cfg, np.array([0]))
+    forget_users(cfg, np.array([0]))
     rows = day(DAYS).set_column(0, "user_id", pa.array([None, 0, 4, 5] * 53, pa.int64())[:209])
     pq.write_table(rows, built / "in" / "nobody.parquet")
     before = store.read_manifest(cfg.sequence_dir).quarantined
@@ -301,12 +301,12 @@ def test_a_row_without_a_user_is_nobodys(built: Path):
 
 def test_forgetting_again_changes_nothing(built: Path):
     cfg = run_in(built)
-    forget(cfg, USERS)
+    forget_users(cfg, USERS)
     before = files(cfg.run_dir)
-    assert set(forget(cfg, USERS).values()) == {0}
+    assert set(forget_users(cfg, USERS).values()) == {0}
     assert files(cfg.run_dir) == before
-    assert set(forget(cfg, np.array([12345])).values()) == {0}
-    assert read_forgotten(cfg.sequence_dir).has(np.array([3, 4, 8, 12345])).tolist() == [
+    assert set(forget_users(cfg, np.array([12345])).values()) == {0}
+    assert read_forgotten(cfg.sequence_dir).has_users(np.array([3, 4, 8, 12345])).tolist() == [
         True,
         False,
         True,
@@ -319,8 +319,8 @@ def test_forgetting_again_changes_nothing(built: Path):
     "at",
     [
         "store.write_json",
-        "sequences.held_parts",
-        "sweep",
+        "build.held_parts",
+        "sweep_part",
         "store.write_manifest",
         "store.remove_unnamed",
     ],
@@ -344,10 +344,10 @@ def test_a_killed_run_is_finished_by_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(f"pipeline.sequences.upkeep.maintenance.{at}", kill)
         with pytest.raises(Kill):
-            forget(killed, USERS)
+            forget_users(killed, USERS)
     store.read_sequences(killed.sequence_dir)  # one version or the other is there, whole
-    forget(killed, USERS)
-    forget(whole, USERS)
+    forget_users(killed, USERS)
+    forget_users(whole, USERS)
     assert (
         store.read_manifest(killed.sequence_dir).digest
         == store.read_manifest(whole.sequence_dir).digest
@@ -367,29 +367,29 @@ def test_a_killed_run_is_finished_by_the_next(
 def test_mistakes(tmp_path: Path):
     cfg = run_in(tmp_path)
     with pytest.raises(UserError, match="no sequences are published"):
-        compact(cfg)
+        compact_sequences(cfg)
     with pytest.raises(UserError, match="no sequences are published"):
-        forget(cfg, USERS)
+        forget_users(cfg, USERS)
     cfg = day_by_day(tmp_path, days=1)
     with pytest.raises(UserError, match=r"other settings \(sequences.max_rows_per_user\)"):
-        forget(run_in(tmp_path, max_rows_per_user=5), USERS)
+        forget_users(run_in(tmp_path, max_rows_per_user=5), USERS)
     with pytest.raises(UserError, match="no rows would be left"):
-        forget(cfg, np.arange(12))
+        forget_users(cfg, np.arange(12))
     assert json.loads((cfg.sequence_dir / store.MANIFEST).read_text())["num_users"] == 12
     assert read_retired(cfg.sequence_dir, None).num_rows == 0
 
 
 def test_the_drift_of_an_appended_day(built: Path):
     cfg = run_in(built)
-    forget(cfg, np.array([11]))  # which leaves one version
+    forget_users(cfg, np.array([11]))  # which leaves one version
     with pytest.raises(UserError, match="keeps no version before"):
         drift.version_before(cfg.sequence_dir)
     write_logs(built, range(DAYS, DAYS + 1))
     before, after = store.read_manifest(cfg.sequence_dir), build_sequences(cfg, append=True)
     found = drift.version_before(cfg.sequence_dir)
     assert found == before
-    changes = drift.compare(
-        *(drift.profile(cfg.sequence_dir, m) for m in (found, after)), cfg.drift
+    changes = drift.compare_profiles(
+        *(drift.count_profile(cfg.sequence_dir, m) for m in (found, after)), cfg.drift
     )
     rows = next(change for change in changes if change.quantity == "rows")
     assert (rows.before, rows.after) == (before.num_rows, after.num_rows)
@@ -470,10 +470,10 @@ def test_the_only_user_with_retired_rows_is_forgotten(tmp_path: Path):
     pq.write_table(day(0).filter(pa.array(day(0)["user_id"].to_numpy() == USERS[0])), file)
     write_logs(tmp_path, range(DAYS, DAYS + 1))
     build_sequences(cfg)
-    (retired,) = compact(cfg).retired.values()
+    (retired,) = compact_sequences(cfg).retired.values()
     assert read_retired(cfg.sequence_dir, retired)["user_id"].to_pylist() == [USERS[0]]
     others = {row["user_id"]: row for row in store.read_sequences(cfg.sequence_dir).to_pylist()}
-    assert forget(cfg, USERS[:1])["retired"] == 1
+    assert forget_users(cfg, USERS[:1])["retired"] == 1
     assert not store.read_manifest(cfg.sequence_dir).retired
     left = {row["user_id"]: row for row in store.read_sequences(cfg.sequence_dir).to_pylist()}
     assert left == {user: row for user, row in others.items() if user != USERS[0]}
@@ -486,7 +486,7 @@ def test_where_the_days_begin_may_have_moved_since_the_build(built: Path, job: s
     before = store.read_manifest(cfg.sequence_dir)
     shutil.copytree(built, built.with_name("same"))
     for settings in (moved, run_in(built.with_name("same"))):
-        compact(settings) if job == "compact" else forget(settings, USERS)
+        compact_sequences(settings) if job == "compact" else forget_users(settings, USERS)
     after, same = (
         store.read_manifest(c.sequence_dir) for c in (cfg, run_in(built.with_name("same")))
     )
@@ -502,7 +502,7 @@ def test_a_missing_record_is_named(built: Path):
     cfg = run_in(built)
     manifest = store.read_manifest(cfg.sequence_dir)
     (cfg.sequence_dir / manifest.records[1]).unlink()
-    for job in (compact, lambda cfg: forget(cfg, USERS)):
+    for job in (compact_sequences, lambda cfg: forget_users(cfg, USERS)):
         with pytest.raises(
             UserError, match=rf"{manifest.records[1]} is missing or cut off: run .* --overwrite"
         ):

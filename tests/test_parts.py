@@ -237,8 +237,8 @@ build.build_sequences(config.load(sys.argv[1]), append=True)
 
 @pytest.mark.parametrize(
     ("at", "parts_done", "buckets_done"),
-    # 1 digests, 2-7 parts, 8-16 buckets, 17 the version, 18 the manifest
-    [(5, 1, 0), (13, 3, 1), (18, 3, 3)],
+    # 1 digests, 2-7 parts, 8-16 buckets, 17-18 the report, 19 the version, 20 the manifest
+    [(5, 1, 0), (13, 3, 1), (20, 3, 3)],
     ids=["reading", "building", "publishing"],
 )
 def test_a_killed_build_goes_on_to_the_same_result(
@@ -304,8 +304,9 @@ def test_append_keeps_the_settings(here: None, tmp_path: Path):
 def test_the_number_of_buckets_follows_the_rows_and_stays(here: None, tmp_path: Path, monkeypatch):
     cfg = folder(tmp_path, "a", day(0))
     cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, num_buckets=None))
-    monkeypatch.setattr(build, "BUCKET_MEMORY", build.bucket_memory(cfg, 301 / 4))
-    assert build.plan(cfg)["buckets"] == 4
+    row_bytes = build.row_bytes(cfg.source.actions, cfg.source.request_columns)
+    monkeypatch.setattr(build, "BUCKET_MEMORY", build.bucket_memory(301 / 4, row_bytes))
+    assert build.plan_build(cfg)["buckets"] == 4
     assert build_sequences(cfg).num_buckets == 4
     add(cfg, "1", day(1))
     assert build_sequences(cfg, append=True).num_buckets == 4

@@ -17,9 +17,9 @@ from pipeline.sequences.quality.checks import run_checks
 from pipeline.sequences.quality.statistics import (
     Statistics,
     count_bucket,
-    hints,
     length_quantiles,
-    merge,
+    log_hints,
+    merge_statistics,
 )
 from pipeline.sequences.users import build_bucket
 
@@ -116,8 +116,8 @@ def test_buckets_add_up():
     whole = counted(rows)
     users = np.array([user or 0 for user in rows["user_id"].to_pylist()])
     parts = [counted(rows.filter(pa.array(users == user))) for user in (0, 1, 2)]
-    assert merge(parts) == merge([whole])
-    assert merge([]) == Statistics()
+    assert merge_statistics(parts) == merge_statistics([whole])
+    assert merge_statistics([]) == Statistics()
 
 
 def test_length_quantiles():
@@ -132,11 +132,11 @@ def test_length_quantiles():
 
 
 def test_hints_name_the_unit_only_when_all_samples_agree():
-    assert hints(counted(log()), RULES) == [
+    assert log_hints(counted(log()), RULES) == [
         "event_time looks like seconds, it must be in milliseconds since 1970, UTC"
     ]
     rows = log().set_column(2, "event_time", pa.array([NOON // 1000, 5] + [NOON] * 5))
-    assert hints(counted(rows), RULES) == []
+    assert log_hints(counted(rows), RULES) == []
 
 
 @pytest.fixture
@@ -148,12 +148,13 @@ def test_the_page_stands_alone_and_says_what_happened(cfg: RunConfig):
     imported = ImportReport(
         kind="x", rows=7, files=[], quarantined={"bad_history": 3}, counts={"strays": 1234}
     )
-    page = report.write(
-        cfg,
-        merge([counted(log())]),
+    page = report.write_report(
+        cfg.run_dir,
+        cfg.name,
+        merge_statistics([counted(log())]),
         RULES,
         imported,
-        run_checks(CheckConfig(max_quarantined_share=0.4), merge([counted(log())])),
+        run_checks(CheckConfig(max_quarantined_share=0.4), merge_statistics([counted(log())])),
     ).read_text()
     assert page.count("<svg") == 2
     assert not re.findall(r"<(?:script|link|img|iframe)\b", page)
@@ -183,13 +184,14 @@ def test_the_page_stands_alone_and_says_what_happened(cfg: RunConfig):
 
 def test_the_page_of_logs_without_one_good_row(cfg: RunConfig):
     rows = log().set_column(0, "user_id", pa.nulls(7, pa.int64()))
-    page = report.write(cfg, merge([counted(rows)]), RULES, None, []).read_text()
+    totals = merge_statistics([counted(rows)])
+    page = report.write_report(cfg.run_dir, cfg.name, totals, RULES, None, []).read_text()
     assert "no users" in page
     assert "null_user_id" in page
 
 
 def test_the_same_counts_give_the_same_page(cfg: RunConfig):
-    pages = [
-        report.write(cfg, merge([counted(log())]), RULES, None, []).read_text() for _ in range(2)
-    ]
-    assert pages[0] == pages[1]
+    totals = merge_statistics([counted(log())])
+    first = report.write_report(cfg.run_dir, cfg.name, totals, RULES, None, []).read_text()
+    again = report.write_report(cfg.run_dir, cfg.name, totals, RULES, None, []).read_text()
+    assert first == again

@@ -20,7 +20,7 @@ from pipeline.schema import sequence_lists
 from pipeline.sequences import build, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.users import build_bucket
-from tests.worlds.logs import NOON, RULES, config_for, log
+from tests.worlds.logs import NOON, RULES, config_for, here, log
 
 ROOT = Path(__file__).parents[1]
 
@@ -384,7 +384,7 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
 def test_one_build_at_a_time(tmp_path: Path):
     cfg = config_for(tmp_path, log())
     with (
-        build.locked(cfg.sequence_dir),
+        build.lock_folder(cfg.sequence_dir),
         pytest.raises(UserError, match="another job is building sequences"),
     ):
         build_sequences(cfg)
@@ -425,7 +425,7 @@ def test_side_tables_need_one_row_per_id(tmp_path: Path, ids: dict, message: str
 
 
 def test_the_plan_reads_no_rows(tmp_path: Path):
-    plan = build.plan(config_for(tmp_path, log(rows=300), log(rows=200)))
+    plan = build.plan_build(config_for(tmp_path, log(rows=300), log(rows=200)))
     assert plan["rows"] == 500
     assert plan["files"] == 2
     assert plan["buckets"] == 3

@@ -62,7 +62,7 @@ def cfg(tmp_path: Path) -> RunConfig:
 
 def built(cfg: RunConfig) -> list[dict]:
     logs = open_logs(cfg)
-    rules = log_rules(cfg, logs, num_buckets=1)
+    rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets=1)
     for file in logs.files:
         check_columns(pq.read_schema(file), rules, file)
     rows = pa.concat_tables([normalise(pq.read_table(file), rules) for file in logs.files])

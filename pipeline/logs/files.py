@@ -20,7 +20,7 @@ from pyarrow import fs
 from pipeline.config import UserError
 from pipeline.config.reading import S3, split_s3
 
-READ_BYTES = 8 * 2**20  # of one request, where a file is read from its beginning to its end
+READ_BYTES = 8 * 2**20  # of one request, for a file that is read from beginning to end
 CONNECTIONS = 16  # small requests under way at once: a footer is one round trip
 
 
@@ -40,56 +40,56 @@ def list_files(path: str | Path) -> list[str]:
         )
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error}") from None
-    files = [
-        info.path
-        for info in found
-        if info.type == fs.FileType.File and info.path.endswith(".parquet")
-    ]
-    return sorted(_name(file, options) for file in files)
+
+    files = []
+    for info in found:
+        if info.type == fs.FileType.File and info.path.endswith(".parquet"):
+            files.append(_name(info.path, options))
+    return sorted(files)
 
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
-    """To be read by row groups; close it, or use it in a `with`.
+    """The file, to be read by row groups; close it, or use it in a `with`.
 
     Raises:
         UserError: not there, not permitted, or not Parquet.
     """
     filesystem, inner, options = _locate(file)
     try:
-        # The columns of a row group in few large requests instead of one each.
+        # of S3, the columns of a row group in few large requests instead of one each
         return pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=options is not None)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from None
 
 
 def file_digest(file: str | Path) -> str:
-    """sha256 of the contents, wherever they lie."""
+    """SHA-256 of the contents, wherever they lie, in hex."""
     filesystem, inner, _ = _locate(file)
     with filesystem.open_input_stream(inner, compression=None, buffer_size=READ_BYTES) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_stamp(file: str | Path) -> str:
-    """What changes when the file is written again: its size and time of modification, in S3 in
-    whole seconds.
+    """The file's size and time of modification (in S3 in whole seconds), which change when it is
+    written again.
     """
     info = _info(file)
     return f"{info.size} {info.mtime_ns}"
 
 
 def total_bytes(files: list[str]) -> int:
-    """Of all files together, asked many at a time."""
+    """Bytes of all files together, asked many at a time."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         return sum(pool.map(_size, files))
 
 
 def count_rows(files: list[str]) -> int:
-    """Rows by the files' own metadata, without reading them."""
+    """Rows of all files by their own metadata, without reading them."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         return sum(pool.map(_rows, files))
 
 
-def child(folder: str | Path, name: str) -> str:
+def path_inside(folder: str | Path, name: str) -> str:
     """`name` in `folder`, which may be a bucket with options behind it."""
     _, inner, options = _locate(folder)
     return _name(f"{inner.rstrip('/')}/{name}", options)
@@ -119,6 +119,7 @@ def _locate(path: str | Path) -> tuple[fs.FileSystem, str, str | None]:
     if not str(path).startswith(S3):
         # workers may have another working directory
         return fs.LocalFileSystem(), str(Path(path).absolute()), None
+
     inner, options = split_s3("path", str(path))
     return _s3(options), inner, str(path).partition("?")[2]
 
@@ -128,7 +129,9 @@ def _name(inner: str, options: str | None) -> str:
         return inner
     if "?" in inner:
         raise UserError(f"{S3}{inner}: an object with '?' in its key cannot be named here")
-    return f"{S3}{inner}?{options}" if options else f"{S3}{inner}"
+    if options:
+        return f"{S3}{inner}?{options}"
+    return f"{S3}{inner}"
 
 
 @lru_cache

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig, UserError
 from pipeline.logs.cleaning import row_digest
-from pipeline.logs.files import child, open_parquet
+from pipeline.logs.files import open_parquet, path_inside
 from pipeline.logs.imported import ImportReport
 from pipeline.schema import ROW_DIGEST
 
@@ -172,7 +172,7 @@ def _mask(actions: tuple[str, ...], known: Container[str]) -> int:
 
 
 def _open(cfg: RunConfig, name: str) -> pq.ParquetFile:
-    path = child(str(cfg.source.path), f"{name}.parquet")
+    path = path_inside(str(cfg.source.path), f"{name}.parquet")
     try:
         file = open_parquet(path)
     except UserError as error:

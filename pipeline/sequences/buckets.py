@@ -2,7 +2,7 @@
 a build.
 
     records/bucket-00003-<key>.json   written last: the files, and what was counted; the key says
-    from which parts
+                                      from which parts
 
 A bucket whose record is there under the key of today's parts need not be built again: that is how a
 killed build goes on, and how new logs leave alone the buckets they have no row for.
@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.logs.cleaning import LogRules
 from pipeline.sequences import store
@@ -25,7 +26,7 @@ from pipeline.sequences.users import build_bucket
 
 @dataclass(frozen=True)
 class BucketRules:
-    """How a bucket is built and counted."""
+    """The rules by which a bucket is built and counted."""
 
     logs: LogRules
     max_rows_per_user: int
@@ -57,8 +58,12 @@ def plan_buckets(
     parts: Sequence[Part], retired: Mapping[str, Bucket], rules: BucketRules
 ) -> list[BucketWork]:
     """The buckets that have rows, in order."""
-    numbers = sorted({number for part in parts for number in part.batches})
-    return [_plan_bucket(number, parts, retired.get(str(number)), rules) for number in numbers]
+    numbers: set[int] = set()
+    for part in parts:
+        numbers.update(part.batches)
+    return [
+        _plan_bucket(number, parts, retired.get(str(number)), rules) for number in sorted(numbers)
+    ]
 
 
 def _plan_bucket(
@@ -66,7 +71,8 @@ def _plan_bucket(
 ) -> BucketWork:
     batches = batches_of(parts, number)
     rows = sum(part.bucket_rows.get(number, 0) for part in parts)
-    return BucketWork(number, batches, rows, retired, record_file(number, batches, retired, rules))
+    record = record_file(number, batches, retired, rules)
+    return BucketWork(number, batches, rows, retired, record)
 
 
 def record_file(
@@ -75,12 +81,13 @@ def record_file(
     retired: Bucket | None,
     rules: BucketRules,
 ) -> str:
-    """Named by all that the bucket depends on: `parts`, by name, and the settings that the parts'
-    names do not hold.
+    """The name of a record, from all that the bucket depends on: `parts`, by name, and the settings
+    that the parts' names do not hold.
     """
     what = [store.SCHEMA_VERSION, sorted(parts), rules.max_rows_per_user, rules.utc_offset_ms]
     if retired is not None:
         what.append(retired.file)
+
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     return f"records/bucket-{number:05d}-{key[:16]}.json"
 
@@ -93,26 +100,26 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     )
     built = build_bucket(rows, rules.logs, rules.max_rows_per_user)
     del rows  # while the files are written
+
     kept, left_out = built.sequences, built.quarantine
     if work.retired is not None:
         kept = add_retired(kept, read_retired(folder, work.retired))
+
     stem = f"bucket-{work.number:05d}"
-    record = Record(
-        number=work.number,
-        bucket=store.write_table(kept, folder, f"buckets/{stem}", users=kept.num_rows)
-        if kept.num_rows
-        else None,
-        quarantine=store.write_table(left_out, folder, f"quarantine/{stem}")
-        if left_out.num_rows
-        else None,
-        statistics=count_bucket(built, rules.logs, rules.utc_offset_ms),
-    )
+    bucket, quarantine = None, None
+    if kept.num_rows:
+        bucket = store.write_table(kept, folder, f"buckets/{stem}", users=kept.num_rows)
+    if left_out.num_rows:
+        quarantine = store.write_table(left_out, folder, f"quarantine/{stem}")
+
+    statistics = count_bucket(built, rules.logs, rules.utc_offset_ms)
+    record = Record(work.number, bucket, quarantine, statistics)
     store.write_json(folder / work.record, asdict(record))
     return record
 
 
 def carry_record(folder: Path, before: BucketWork, now: BucketWork) -> None:
-    """The bucket as it is under its new key: its rows lie in other parts now."""
+    """Write the bucket's record under its new key: its rows lie in other parts now."""
     record = find_record(folder, before.record)
     assert record is not None, f"{folder / before.record} is gone, or a file of it"
     store.write_json(folder / now.record, asdict(record))
@@ -122,12 +129,28 @@ def find_record(folder: Path, file: str) -> Record | None:
     """The record of a bucket that was built; None where there is none, or its files are not whole."""
     try:
         raw = json.loads((folder / file).read_text())
-        bucket, quarantine = (
-            raw[name] and Bucket(**raw[name]) for name in ("bucket", "quarantine")
+        record = Record(
+            number=raw["number"],
+            bucket=_whole_file(folder, raw["bucket"]),
+            quarantine=_whole_file(folder, raw["quarantine"]),
+            statistics=Statistics(**raw["statistics"]),
         )
-        whole = all((folder / e.file).stat().st_size == e.bytes for e in (bucket, quarantine) if e)
-        record = Record(raw["number"], bucket, quarantine, Statistics(**raw["statistics"]))
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         # TypeError: fields of another version
         return None
-    return record if whole else None
+    return record
+
+
+def _whole_file(folder: Path, raw: dict[str, Any] | None) -> Bucket | None:
+    """The file that a record names, if it names one.
+
+    Raises:
+        FileNotFoundError: it is not there, or cut off.
+    """
+    if raw is None:
+        return None
+    entry = Bucket(**raw)
+    path = folder / entry.file
+    if path.stat().st_size != entry.bytes:
+        raise FileNotFoundError(path)
+    return entry

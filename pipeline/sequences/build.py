@@ -27,7 +27,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import config
-from pipeline.config import RunConfig, SideTable, UserError
+from pipeline.config import (
+    FeatureConfig,
+    RunConfig,
+    SequenceConfig,
+    SideTable,
+    SourceConfig,
+    UserError,
+)
 from pipeline.logs import LogFiles, open_logs
 from pipeline.logs.cleaning import LogRules, check_columns
 from pipeline.logs.files import CONNECTIONS, count_rows, file_digest, file_stamp, total_bytes
@@ -45,9 +52,9 @@ from pipeline.sequences.buckets import (
 from pipeline.sequences.forgotten import read_forgotten
 from pipeline.sequences.parts import Part, find_part, plan_parts, write_part
 from pipeline.sequences.quality import report
-from pipeline.sequences.quality.checks import refuse, run_checks
+from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
-from pipeline.sequences.quality.statistics import Statistics, hints, merge
+from pipeline.sequences.quality.statistics import Statistics, log_hints, merge_statistics
 from pipeline.sequences.side_tables import side_files, write_side_table
 from pipeline.sequences.store import Bucket, Manifest
 from pipeline.sequences.workers import Workers, workers
@@ -55,22 +62,32 @@ from pipeline.sequences.workers import Workers, workers
 logger = logging.getLogger(__name__)
 
 MB = 2**20
-BUCKET_MEMORY = 256 * MB  # of building one, where `sequences.num_buckets` leaves their number to us
+HOUR_MS = 3600 * 1000
+BUCKET_MEMORY = 256 * MB  # to build one, where `sequences.num_buckets` leaves their number to us
 # worth a warning: logs have been appended for long, or a user has very many rows
 MUCH_MEMORY = 4 * BUCKET_MEMORY
-MEMORY_PER_BYTE = 5  # of a bucket's rows: themselves, as columns to sort by, in order, and as lists
+MEMORY_PER_BYTE = 5  # a bucket's rows: themselves, as columns to sort by, in order, and as lists
+BUILD_AGAIN = "run jobs.build_sequences with --overwrite"
 
 
-def log_rules(cfg: RunConfig, logs: LogFiles, num_buckets: int) -> LogRules:
-    latest = cfg.sequences.latest_time
+def log_rules(
+    source: SourceConfig, sequences: SequenceConfig, logs: LogFiles, num_buckets: int
+) -> LogRules:
+    """The rules that rows are checked by; without `sequences.latest_time`, a day from now on is too
+    late.
+    """
+    earliest_ms = config.parse_time("sequences.earliest_time", sequences.earliest_time)
+    if sequences.latest_time:
+        latest_ms = config.parse_time("sequences.latest_time", sequences.latest_time)
+    else:
+        latest_ms = int(time.time() * 1000) + DAY_MS
+
     return LogRules(
         columns=logs.columns,
-        actions=cfg.source.actions,
-        request_columns=cfg.source.request_columns,
-        earliest_ms=config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time),
-        latest_ms=config.parse_time("sequences.latest_time", latest)
-        if latest
-        else int(time.time() * 1000) + DAY_MS,
+        actions=source.actions,
+        request_columns=source.request_columns,
+        earliest_ms=earliest_ms,
+        latest_ms=latest_ms,
         num_buckets=num_buckets,
     )
 
@@ -84,10 +101,13 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
     """
     logs = open_logs(cfg)
     rows = count_rows(logs.files)
-    rules = log_rules(cfg, logs, cfg.sequences.num_buckets or fitting_buckets(cfg, rows))
+    num_buckets = cfg.sequences.num_buckets or fitting_buckets(cfg.source, rows)
+    rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets)
+
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for file, schema in zip(logs.files, pool.map(read_schema, logs.files), strict=True):
             check_columns(schema, rules, file)
+
     if rows == 0:
         raise UserError(
             f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} "
@@ -96,41 +116,42 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
     return logs, rules, rows
 
 
-def row_bytes(cfg: RunConfig) -> float:
-    """Of a checked row in memory."""
-    return (
-        sum(
-            field.type.bit_width
-            for field in log_schema(cfg.source.actions, cfg.source.request_columns)
-        )
-        / 8
-    )
+def row_bytes(actions: Sequence[str], request_columns: Sequence[str]) -> float:
+    """Size of one cleaned row in memory, in bytes."""
+    bits = sum(field.type.bit_width for field in log_schema(actions, request_columns))
+    return bits / 8
 
 
-def bucket_memory(cfg: RunConfig, rows: float) -> float:
+def bucket_memory(rows: float, bytes_per_row: float) -> float:
     """Bytes that a task needs to build a bucket of so many rows."""
-    return MEMORY_PER_BYTE * row_bytes(cfg) * rows
+    return MEMORY_PER_BYTE * bytes_per_row * rows
 
 
-def fitting_buckets(cfg: RunConfig, rows: int) -> int:
-    """As many that one takes BUCKET_MEMORY, which leaves room for logs to be appended for a good
-    while.
+def fitting_buckets(source: SourceConfig, rows: int) -> int:
+    """The number of buckets of which one takes BUCKET_MEMORY, which leaves room for logs to be
+    appended for a good while.
     """
-    return max(1, round(bucket_memory(cfg, rows) / BUCKET_MEMORY))
+    needed = bucket_memory(rows, row_bytes(source.actions, source.request_columns))
+    return max(1, round(needed / BUCKET_MEMORY))
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
-    """What `build_sequences` would read and how much memory its tasks take."""
+def plan_build(cfg: RunConfig) -> dict[str, object]:
+    """The files and rows that `build_sequences` would read, and the memory that its tasks take."""
     logs, rules, rows = check_logs(cfg)
+    bytes_per_row = row_bytes(rules.actions, rules.request_columns)
+    part_memory = 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
+
     return {
         "files": len(logs.files),
         "file_mb": round(total_bytes(logs.files) / MB, 1),
         "rows": rows,
         "parts": -(-rows // parts.PART_ROWS),
-        "memory_mb_per_part": round(2 * row_bytes(cfg) * min(rows, parts.RUN_ROWS) / MB, 1),
+        "memory_mb_per_part": round(part_memory / MB, 1),
         "buckets": rules.num_buckets,
         "rows_per_bucket": rows // rules.num_buckets,
-        "memory_mb_per_bucket": round(bucket_memory(cfg, rows / rules.num_buckets) / MB, 1),
+        "memory_mb_per_bucket": round(
+            bucket_memory(rows / rules.num_buckets, bytes_per_row) / MB, 1
+        ),
         "writes": str(cfg.sequence_dir),
     }
 
@@ -145,50 +166,61 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
 
     Raises:
         UserError: the logs cannot be used, too many rows are bad, or other sequences are published
-        there already and
-            neither `overwrite` nor `append` says what is to become of them.
+            there already and neither `overwrite` nor `append` says what is to become of them.
     """
     logs, rules, _ = check_logs(cfg)
     folder = cfg.sequence_dir
-    with locked(folder):
+
+    with lock_folder(folder):
         files = _digests(logs.files, folder)
         sides = _side_digests(logs)
-        settings = content_settings(cfg)
+        settings = content_settings(cfg.source, cfg.sequences)
         published = None if overwrite else _published(folder)
+
         held: list[Part] = []
         if published is not None:
             held = held_parts(folder, published)
-            known = {source.digest for part in held for source in part.sources}
+            known = source_digests(held)
             wanted = known | files.keys() if append else files.keys()
             if published.inputs == inputs_digest(settings, wanted, sides):
                 logger.info("already published in %s, nothing to do", folder)
                 return published
+
             _refuse_other_sequences(folder, published, settings, len(files.keys() - known), append)
-            rules = log_rules(cfg, logs, published.num_buckets)
+            rules = log_rules(cfg.source, cfg.sequences, logs, published.num_buckets)
             files = {digest: file for digest, file in files.items() if digest not in known}
+
         with workers(cfg.ray, cfg.runs_dir) as run:
-            made = _make_parts(cfg, files, rules, folder, run)
+            made = _make_parts(cfg.sequences, files, rules, folder, run)
+            new_parts = made if held else []
             try:
                 manifest = build_version(
-                    cfg, logs, rules, [*held, *made], made if held else [], published, run
+                    cfg, logs, rules, [*held, *made], new_parts, published, run
                 )
                 if cfg.checks.drift:
                     refuse_drift(folder, _readable(folder), manifest, cfg.drift)
             except UserError:  # no killed build: nothing is left to go on with
                 _remove_unpublished(folder)
                 raise
-        publish(folder, manifest)
+
+        publish_version(folder, manifest)
     return manifest
 
 
-def content_settings(cfg: RunConfig) -> dict[str, Any]:
+def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
     """The settings that the sequences depend on."""
-    source, sequences = config.to_dict(cfg.source), config.to_dict(cfg.sequences)
+    of_source, of_sequences = config.to_dict(source), config.to_dict(sequences)
     return {
-        "source": {key: source[key] for key in ("columns", "actions", "request_columns")},
+        "source": {
+            "columns": of_source["columns"],
+            "actions": of_source["actions"],
+            "request_columns": of_source["request_columns"],
+        },
         "sequences": {
-            key: sequences[key]
-            for key in ("num_buckets", "max_rows_per_user", "earliest_time", "latest_time")
+            "num_buckets": of_sequences["num_buckets"],
+            "max_rows_per_user": of_sequences["max_rows_per_user"],
+            "earliest_time": of_sequences["earliest_time"],
+            "latest_time": of_sequences["latest_time"],
         },
     }
 
@@ -198,25 +230,35 @@ def other_settings(manifest: Manifest, settings: dict[str, Any]) -> str:
     where none does.
     """
     old, new = config.flatten(manifest.config), config.flatten(settings)
-    return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
+    different = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    return ", ".join(sorted(different))
+
+
+def source_digests(all_parts: Iterable[Part]) -> set[str]:
+    """The digests of the log files that the parts were made from."""
+    found: set[str] = set()
+    for part in all_parts:
+        found.update(source.digest for source in part.sources)
+    return found
 
 
 def inputs_digest(settings: dict[str, Any], files: Iterable[str], sides: Sequence[object]) -> str:
-    """Of everything that a version is built from: the files of the logs by their digests, in no
-    order.
+    """Digest of everything that a version is built from: the files of the logs by their digests, in
+    no order.
     """
     return _sha256([store.SCHEMA_VERSION, settings, sorted(files), sides])
 
 
-def inputs_of(cfg: RunConfig, logs: LogFiles, all_parts: Sequence[Part]) -> str:
-    files = {source.digest for part in all_parts for source in part.sources}
-    return inputs_digest(content_settings(cfg), files, _side_digests(logs))
+def inputs_of_parts(settings: dict[str, Any], logs: LogFiles, all_parts: Sequence[Part]) -> str:
+    """`inputs_digest` of a version that is made of these parts."""
+    return inputs_digest(settings, source_digests(all_parts), _side_digests(logs))
 
 
-def bucket_rules(cfg: RunConfig, rules: LogRules) -> BucketRules:
-    return BucketRules(
-        rules, cfg.sequences.max_rows_per_user, int(cfg.features.hour_utc_offset * 3600 * 1000)
-    )
+def bucket_rules(
+    sequences: SequenceConfig, features: FeatureConfig, rules: LogRules
+) -> BucketRules:
+    offset_ms = int(features.hour_utc_offset * HOUR_MS)
+    return BucketRules(rules, sequences.max_rows_per_user, offset_ms)
 
 
 def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
@@ -225,57 +267,59 @@ def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
     Raises:
         UserError: one is missing.
     """
-    found = {name: find_part(folder, name) for name in manifest.parts}
-    for name, part in found.items():
+    found = []
+    for name in manifest.parts:
+        part = find_part(folder, name)
         if part is None:
             file = folder / parts.PARTS / name
-            raise UserError(
-                f"{file} is missing or cut off: run jobs.build_sequences with --overwrite"
-            )
-    return [part for part in found.values() if part]
+            raise UserError(f"{file} is missing or cut off: {BUILD_AGAIN}")
+        found.append(part)
+    return found
 
 
 def held_records(folder: Path, manifest: Manifest) -> list[Record]:
-    """What the buckets of a version were built from and counted.
+    """What the buckets of a version were built from, and their counts.
 
     Raises:
         UserError: one is missing, or a file of its bucket is.
     """
-    found = {file: find_record(folder, file) for file in manifest.records}
-    for file, record in found.items():
+    found = []
+    for file in manifest.records:
+        record = find_record(folder, file)
         if record is None:
-            raise UserError(
-                f"{folder / file} is missing or cut off: run jobs.build_sequences with --overwrite"
-            )
-    return [record for record in found.values() if record]
+            raise UserError(f"{folder / file} is missing or cut off: {BUILD_AGAIN}")
+        found.append(record)
+    return found
 
 
 def _make_parts(
-    cfg: RunConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers
+    sequences: SequenceConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers
 ) -> list[Part]:
     """The parts of these files, digest -> path; those that a killed build has finished are found."""
-    # as configured: None moves with the clock
-    times = [cfg.sequences.earliest_time, cfg.sequences.latest_time]
     forgotten = read_forgotten(folder)
     settings = {
         "columns": rules.columns,
         "actions": rules.actions,
         "request_columns": rules.request_columns,
-        "times": times,
+        # as configured: None moves with the clock
+        "times": [sequences.earliest_time, sequences.latest_time],
         "num_buckets": rules.num_buckets,
         "forgotten": forgotten.hashes,
     }
+
+    found, missing = [], []
     work = plan_parts(files, settings)
-    found = [part for part in (find_part(folder, task.name) for task in work) if part]
-    names = {part.name for part in found}
-    missing = [task for task in work if task.name not in names]
+    for task in work:
+        part = find_part(folder, task.name)
+        if part is None:
+            missing.append(task)
+        else:
+            found.append(part)
+
     if found:
         logger.info("%d of %d parts are there already", len(found), len(work))
-    return found + run(
-        "reading the logs",
-        partial(write_part, rules=rules, folder=folder, forgotten=forgotten),
-        missing,
-    )
+    write = partial(write_part, rules=rules, folder=folder, forgotten=forgotten)
+    return found + run("reading the logs", write, missing)
 
 
 def build_version(
@@ -292,27 +336,23 @@ def build_version(
 
     Raises:
         UserError: too many rows are bad, among all or among those of `new_parts`, or a side table
-        cannot be used.
+            cannot be used.
     """
     folder = cfg.sequence_dir
-    retired, kept_since_ms = (
-        (published.retired, published.kept_since_ms) if published else ({}, None)
-    )
-    forgotten = read_forgotten(folder)
-    tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
-    side_tables = {
-        name: write_side_table(name, table, id_column, folder, forgotten)
-        for name, (table, id_column) in tables.items()
-        if table is not None
-    }
-    work = plan_buckets(all_parts, retired, bucket_rules(cfg, rules))
-    records = build_buckets(cfg, work, rules, run)
-    totals = merge([record.statistics for record in records])
-    broken = sum((Counter(part.broken) for part in new_parts), Counter())
-    checks = run_checks(cfg.checks, totals, sum(part.rows for part in new_parts), broken)
-    page = report.write(cfg, totals, rules, logs.imported, checks)
-    refuse(checks, hints(totals, rules), page)
-    return compose(
+    settings = content_settings(cfg.source, cfg.sequences)
+    retired = published.retired if published else {}
+    side_tables = _write_side_tables(logs, folder)
+
+    rules_of_buckets = bucket_rules(cfg.sequences, cfg.features, rules)
+    work = plan_buckets(all_parts, retired, rules_of_buckets)
+    records = build_buckets(folder, work, rules_of_buckets, run)
+
+    totals = merge_statistics([record.statistics for record in records])
+    checks = _check_counts(cfg, totals, new_parts)
+    page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks)
+    refuse_failed(checks, log_hints(totals, rules), page)
+
+    return compose_manifest(
         folder,
         all_parts,
         work,
@@ -323,14 +363,33 @@ def build_version(
         request_columns=cfg.source.request_columns,
         num_buckets=rules.num_buckets,
         side_tables=side_tables,
-        config=content_settings(cfg),
-        inputs=inputs_of(cfg, logs, all_parts),
+        config=settings,
+        inputs=inputs_of_parts(settings, logs, all_parts),
         retired=retired,
-        kept_since_ms=kept_since_ms,
+        kept_since_ms=published.kept_since_ms if published else None,
     )
 
 
-def compose(
+def _write_side_tables(logs: LogFiles, folder: Path) -> dict[str, Bucket]:
+    forgotten = read_forgotten(folder)
+    written = {}
+    if logs.users is not None:
+        written["users"] = write_side_table("users", logs.users, "user_id", folder, forgotten)
+    if logs.items is not None:
+        written["items"] = write_side_table("items", logs.items, "item_id", folder, forgotten)
+    return written
+
+
+def _check_counts(cfg: RunConfig, totals: Statistics, new_parts: Sequence[Part]) -> list[Check]:
+    new_rows = 0
+    broken: Counter[str] = Counter()
+    for part in new_parts:
+        new_rows += part.rows
+        broken.update(part.broken)
+    return run_checks(cfg.checks, totals, new_rows, broken)
+
+
+def compose_manifest(
     folder: Path,
     all_parts: Sequence[Part],
     work: Sequence[BucketWork],
@@ -342,35 +401,33 @@ def compose(
     """The manifest of these parts and of the buckets made of them, once their files are checked;
     `rest` as it is.
     """
-    totals = merge([record.statistics for record in records])
+    totals = merge_statistics([record.statistics for record in records])
     buckets = tuple(record.bucket for record in records if record.bucket)
     quarantine = tuple(record.quarantine for record in records if record.quarantine)
     _verify(folder, buckets, totals, sum(part.rows for part in all_parts))
     assert totals.first_event_ms is not None and totals.last_event_ms is not None, (
         "some rows were kept"
     )
-    contents = [
-        [entry.file, entry.sha256]
-        for entry in (*buckets, *quarantine, *rest["side_tables"].values())
+
+    # the version is named by the contents of its files
+    entries = (*buckets, *quarantine, *rest["side_tables"].values())
+    named_by = [
+        store.SCHEMA_VERSION,
+        rest["actions"],
+        rest["request_columns"],
+        rest["num_buckets"],
+        [[entry.file, entry.sha256] for entry in entries],
     ]
+    quarantined = Counter(totals.quarantined) + Counter(imported_quarantined)
+
     return Manifest(
-        digest=_sha256(
-            [
-                store.SCHEMA_VERSION,
-                rest["actions"],
-                rest["request_columns"],
-                rest["num_buckets"],
-                contents,
-            ]
-        ),
+        digest=_sha256(named_by),
         num_users=sum(bucket.users for bucket in buckets),
         num_rows=totals.rows_kept,
         rows_in=totals.rows_in,
         rows_capped=totals.rows_capped,
         users_capped=totals.users_capped,
-        quarantined=dict(
-            sorted((Counter(totals.quarantined) + Counter(imported_quarantined)).items())
-        ),
+        quarantined=dict(sorted(quarantined.items())),
         first_event_ms=totals.first_event_ms,
         last_event_ms=totals.last_event_ms,
         buckets=buckets,
@@ -382,36 +439,52 @@ def compose(
 
 
 def build_buckets(
-    cfg: RunConfig, work: Sequence[BucketWork], rules: LogRules, run: Workers
+    folder: Path, work: Sequence[BucketWork], rules: BucketRules, run: Workers
 ) -> list[Record]:
-    folder = cfg.sequence_dir
-    found = [record for record in (find_record(folder, task.record) for task in work) if record]
-    done = {record.number for record in found}
-    missing = [task for task in work if task.number not in done]
+    """The records of these buckets, by number; those that are there already are left as they are."""
+    found, missing = [], []
+    for task in work:
+        record = find_record(folder, task.record)
+        if record is None:
+            missing.append(task)
+        else:
+            found.append(record)
+
     if found:
         logger.info("%d of %d buckets stay as they are", len(found), len(work))
-    needed = [bucket_memory(cfg, task.rows) for task in work]
+    _warn_of_memory(work, rules.logs)
+
+    write = partial(write_bucket, rules=rules, folder=folder)
+    records = found + run("building buckets", write, missing)
+    return sorted(records, key=lambda record: record.number)
+
+
+def _warn_of_memory(work: Sequence[BucketWork], rules: LogRules) -> None:
+    bytes_per_row = row_bytes(rules.actions, rules.request_columns)
+    needed = [bucket_memory(task.rows, bytes_per_row) for task in work]
     if needed and max(needed) > MUCH_MEMORY:
         logger.warning(
             "a bucket takes up to %d MB of a worker's memory, on average %d MB: "
             "rebuild with more sequences.num_buckets, or see in the report who has so many rows",
-            *(max(needed) / MB, sum(needed) / len(needed) / MB),
+            max(needed) / MB,
+            sum(needed) / len(needed) / MB,
         )
-    write = partial(write_bucket, rules=bucket_rules(cfg, rules), folder=folder)
-    return sorted(found + run("building buckets", write, missing), key=lambda record: record.number)
 
 
 def _verify(
     folder: Path, buckets: Sequence[Bucket], totals: Statistics, rows_in_parts: int
 ) -> None:
     """Every row that the files have is accounted for, and the files written hold what was counted."""
-    files = [pq.read_metadata(folder / bucket.file) for bucket in buckets]
+    for bucket in buckets:
+        users = pq.read_metadata(folder / bucket.file).num_rows
+        assert users == bucket.users, f"users written and counted differ in {bucket.file}"
+
+    names = {bucket.file for bucket in buckets}
+    assert len(names) == len(buckets), "a bucket was built twice"
+
     written = sum(bucket.rows for bucket in buckets)
-    assert len({bucket.file for bucket in buckets}) == len(buckets), "a bucket was built twice"
-    assert [meta.num_rows for meta in files] == [bucket.users for bucket in buckets], (
-        "users written and counted differ"
-    )
     assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
+
     accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
     assert rows_in_parts == totals.rows_in == accounted, (
         f"{rows_in_parts} rows read, {accounted} accounted for"
@@ -421,7 +494,8 @@ def _verify(
 def _refuse_other_sequences(
     folder: Path, published: Manifest, settings: dict[str, Any], new_files: int, append: bool
 ) -> None:
-    if keys := other_settings(published, settings):
+    keys = other_settings(published, settings)
+    if keys:
         raise UserError(
             f"{folder} holds sequences of other settings ({keys}); choose another name or pass "
             "--overwrite"
@@ -429,28 +503,35 @@ def _refuse_other_sequences(
     if not append:
         raise UserError(
             f"{folder} holds sequences of other logs or settings ({new_files} files of the logs "
-            "are new); "
-            "pass --append to add new files, --overwrite to build from what is there now, or "
-            "choose another name"
+            "are new); pass --append to add new files, --overwrite to build from what is there "
+            "now, or choose another name"
         )
 
 
-def publish(folder: Path, manifest: Manifest) -> None:
+def publish_version(folder: Path, manifest: Manifest) -> None:
     """Make this the version that readers see. The one before stays for those who read it still."""
     before = _readable(folder)
     if before is None or before.digest == manifest.digest:
-        others = [
-            version for version in store.versions(folder) if version.digest != manifest.digest
-        ]
-        before = others[0] if others else None
+        before = version_but(folder, manifest.digest)
+
     store.write_manifest(folder, manifest)
     store.remove_unnamed(folder, [manifest, before] if before else [manifest])
 
 
+def version_but(folder: Path, digest: str) -> Manifest | None:
+    """The newest version that is kept and is not the one of this digest; None where there is none."""
+    for version in store.versions(folder):
+        if version.digest != digest:
+            return version
+    return None
+
+
 def _remove_unpublished(folder: Path) -> None:
     published = _readable(folder)
-    if published is not None or not (folder / store.MANIFEST).exists():
-        store.remove_unnamed(folder, [published, *store.versions(folder)] if published else [])
+    if published is not None:
+        store.remove_unnamed(folder, [published, *store.versions(folder)])
+    elif not (folder / store.MANIFEST).exists():
+        store.remove_unnamed(folder, [])
 
 
 def _published(folder: Path) -> Manifest | None:
@@ -466,8 +547,12 @@ def _readable(folder: Path) -> Manifest | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One build at a time; the lock goes with the process."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """One build at a time; the lock goes with the process.
+
+    Raises:
+        UserError: another process has it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / store.LOCK, "w") as file:
         try:
@@ -487,37 +572,33 @@ def _digests(files: Sequence[str], folder: Path) -> dict[str, str]:
         seen = json.loads(memory.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         seen = {}
-    stamps = [file_stamp(file) for file in files]
+
+    def digest_unless_seen(file: str) -> tuple[str, str]:
+        stamp = file_stamp(file)
+        stamp_seen, digest_seen = seen.get(file, (None, ""))
+        return stamp, digest_seen if stamp == stamp_seen else file_digest(file)
+
+    now, found = {}, {}
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        digests = list(
-            pool.map(
-                lambda file, stamp: (
-                    seen[file][1] if seen.get(file, [""])[0] == stamp else file_digest(file)
-                ),
-                files,
-                stamps,
-            )
-        )
-    now = {
-        file: [stamp, digest] for file, stamp, digest in zip(files, stamps, digests, strict=True)
-    }
+        for file, (stamp, digest) in zip(files, pool.map(digest_unless_seen, files), strict=True):
+            now[file] = [stamp, digest]
+            if digest in found:
+                logger.warning("%s is the same file as %s: it is read once", file, found[digest])
+            found.setdefault(digest, file)
+
     if now != seen:
         store.write_json(memory, now)
-    found: dict[str, str] = {}
-    for file, digest in zip(files, digests, strict=True):
-        if digest in found:
-            logger.warning("%s is the same file as %s: it is read once", file, found[digest])
-        found.setdefault(digest, file)
     return found
 
 
 def _side_digests(logs: LogFiles) -> list[object]:
     sides: dict[str, SideTable | None] = {"users": logs.users, "items": logs.items}
-    return [
-        [name, table.id_column, [file_digest(file) for file in side_files(name, table)]]
-        for name, table in sides.items()
-        if table
-    ]
+    digests: list[object] = []
+    for name, table in sides.items():
+        if table is not None:
+            files = [file_digest(file) for file in side_files(name, table)]
+            digests.append([name, table.id_column, files])
+    return digests
 
 
 def _sha256(what: object) -> str:

@@ -23,16 +23,17 @@ class Forgotten:
     key: tuple[int, int] = (0, 0)
     hashes: tuple[int, ...] = ()  # ascending
 
-    def has(self, user_id: np.ndarray) -> np.ndarray:
-        """[users] bool."""
+    def has_users(self, user_id: np.ndarray) -> np.ndarray:
+        """bool [n]: the ids that are on the list."""
         return np.isin(self._hash(user_id), np.array(self.hashes, np.uint64))
 
     def _hash(self, user_id: np.ndarray) -> np.ndarray:
-        first, second = (np.uint64(part) for part in self.key)
+        first, second = map(np.uint64, self.key)
         return mix(mix(user_id.astype(np.uint64) ^ first) + second)
 
 
 def read_forgotten(folder: Path) -> Forgotten:
+    """The list of the store in `folder`; nobody, where it has none."""
     try:
         raw = json.loads((folder / store.FORGOTTEN).read_text())
     except FileNotFoundError:
@@ -41,9 +42,10 @@ def read_forgotten(folder: Path) -> Forgotten:
 
 
 def add_forgotten(folder: Path, user_id: np.ndarray) -> Forgotten:
-    """The list with these users on it, written."""
+    """Put these users on the list; the key is drawn with the first of them."""
     old = read_forgotten(folder)
     key = old.key if old.hashes else (secrets.randbits(64), secrets.randbits(64))
+
     new = Forgotten(key)._hash(user_id).tolist()
     found = Forgotten(key, tuple(sorted({*old.hashes, *new})))
     if found != old:

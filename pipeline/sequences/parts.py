@@ -2,8 +2,8 @@
 next one keeps.
 
     parts/<name>.arrow   rows as `normalise` gives them, without the bucket; a record batch holds
-    rows of one bucket parts/<name>.json    written last: which batches a bucket has, and which
-    files they were made from
+                         rows of one bucket
+    parts/<name>.json    written last: the batches of each bucket, and the files they were made from
 
 A part is named by what it is made of: the digests of its files, and the settings that rows are
 checked by. So a build that was killed finds the parts it has finished, and one with more logs makes
@@ -21,12 +21,10 @@ part and a bucket. They are also written twice as fast, and read once.
 
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.files import hidden_beside, publish_file
 from pipeline.logs.cleaning import REASON, USER_BUCKET, LogRules, normalise
 from pipeline.logs.files import CONNECTIONS, open_parquet
 from pipeline.sequences import store
@@ -72,14 +71,14 @@ class PartTask:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part holds: its index."""
+    """The index of a part: the rows it holds, and where."""
 
     name: str
     sources: tuple[Source, ...]
     rows: int
     bytes: int
-    broken: dict[str, int]  # rows by the reason that they broke a rule for; repeats are found later
-    batches: dict[int, tuple[int, ...]]  # of each bucket, by their place in the file
+    broken: dict[str, int]  # rows by the rule that they broke; repeats are found later
+    batches: dict[int, tuple[int, ...]]  # each bucket's, by their place in the file
     bucket_rows: dict[int, int]
 
     @property
@@ -93,10 +92,14 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Pa
 
     Small files share a part, large ones are split. The digests alone decide, not names or the order
     of arrival.
+
+        rows of the files   300    400    900    2500       PART_ROWS = 1000, row groups of 500
+        parts               [300   400]  [900]  [1000] [1000] [500]
     """
     digests = sorted(files)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        sizes = list(pool.map(_group_sizes, [files[digest] for digest in digests]))
+        sizes = list(pool.map(_group_sizes, map(files.__getitem__, digests)))
+
     shares: list[list[Source]] = []
     rows = 0
     for digest, groups in zip(digests, sizes, strict=True):
@@ -106,22 +109,23 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Pa
                 rows = 0
             shares[-1].append(source)
             rows += source.rows
-    return [
-        PartTask(
-            name=part_name([store.SCHEMA_VERSION, settings, [asdict(source) for source in share]]),
-            files=tuple(files[source.digest] for source in share),
-            sources=tuple(share),
-        )
-        for share in shares
-    ]
+
+    return [_part_task(share, files, settings) for share in shares]
+
+
+def _part_task(
+    share: Sequence[Source], files: Mapping[str, str], settings: Mapping[str, Any]
+) -> PartTask:
+    name = part_name([store.SCHEMA_VERSION, settings, list(map(asdict, share))])
+    paths = tuple(files[source.digest] for source in share)
+    return PartTask(name, paths, tuple(share))
 
 
 def _group_sizes(path: str) -> list[int]:
     """Rows of each row group."""
     with open_parquet(path) as file:
-        return [
-            file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)
-        ]
+        groups = range(file.metadata.num_row_groups)
+        return [file.metadata.row_group(group).num_rows for group in groups]
 
 
 def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
@@ -132,6 +136,7 @@ def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
             yield Source(digest, first, group, rows)
             first, rows = group, 0
         rows += size
+
     yield Source(digest, first, len(groups), rows)
 
 
@@ -141,19 +146,21 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
     with PartWriter(folder, work.name, rules) as writer:
         run, rows = [], 0
         for block in _blocks(work):
-            good = normalise(block, rules)
+            cleaned = normalise(block, rules)
             if forgotten.hashes:
-                good = good.filter(
-                    pa.array(~forgotten.has(good["user_id"].fill_null(-1).to_numpy()))
-                )
-                left_out += block.num_rows - good.num_rows
-            run.append(_by_bucket(good, rules.num_buckets))
+                users = cleaned["user_id"].fill_null(-1).to_numpy()
+                cleaned = cleaned.filter(pa.array(~forgotten.has_users(users)))
+                left_out += block.num_rows - cleaned.num_rows
+
+            run.append(_by_bucket(cleaned, rules.num_buckets))
             rows += block.num_rows
             if rows >= RUN_ROWS:
                 _write_run(run, writer)
                 run, rows = [], 0
+
         _write_run(run, writer)
         part = writer.close(work.sources)
+
     assert part.rows + left_out == work.rows, (
         f"{part.rows} rows read of {work.files}, their metadata say {work.rows}"
     )
@@ -161,6 +168,7 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
 
 
 def _blocks(work: PartTask) -> Iterator[pa.Table]:
+    """The rows that the task names, in tables of at most BATCH_ROWS."""
     for path, source in zip(work.files, work.sources, strict=True):
         with open_parquet(path) as file:
             groups = list(range(source.first, source.end))
@@ -170,21 +178,36 @@ def _blocks(work: PartTask) -> Iterator[pa.Table]:
 
 
 def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.ndarray]:
-    """The rows of a block by bucket, and where each bucket begins, int64 [num_buckets + 1]."""
+    """The rows of a block by bucket, and where each bucket begins, int64 [num_buckets + 1].
+
+    row             a  b  c  d  e       num_buckets = 3
+    bucket          2  0  2  2  0
+    by bucket       b  e  a  c  d       begin: 0, 2, 2, 5
+    """
     bucket = rows[USER_BUCKET].to_numpy()
-    # NumPy has a radix sort for 16 bits
-    small = bucket.astype(np.int16) if num_buckets < 2**15 else bucket
+    small = bucket
+    if num_buckets < 2**15:
+        small = bucket.astype(np.int16)  # NumPy has a radix sort for 16 bits
     order = np.argsort(small, kind="stable")
-    begin = np.r_[0, np.cumsum(np.bincount(bucket, minlength=num_buckets))]
+
+    sizes = np.bincount(bucket, minlength=num_buckets)
+    begin = np.r_[0, np.cumsum(sizes)]
+
     (batch,) = rows.drop_columns([USER_BUCKET]).combine_chunks().to_batches()
     return batch.take(pa.array(order)), begin
 
 
 def _write_run(run: Sequence[tuple[pa.RecordBatch, np.ndarray]], writer: "PartWriter") -> None:
-    for number in range(len(run[0][1]) - 1 if run else 0):
-        pieces = [
-            rows.slice(begin[number], begin[number + 1] - begin[number]) for rows, begin in run
-        ]
+    """Write the blocks of a run bucket by bucket: one batch for each bucket that has rows."""
+    if not run:
+        return
+    num_buckets = len(run[0][1]) - 1
+
+    for number in range(num_buckets):
+        pieces = []
+        for rows, begin in run:
+            size = begin[number + 1] - begin[number]
+            pieces.append(rows.slice(begin[number], size))
         writer.write(number, pa.concat_batches(pieces))
 
 
@@ -194,11 +217,13 @@ class PartWriter:
     def __init__(self, folder: Path, name: str, rules: LogRules) -> None:
         self.name = name
         self._path = folder / PARTS / f"{name}.arrow"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._staged = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
-        self._file = pa.OSFile(str(self._staged), "wb")
+
+        self._stack = ExitStack()
+        self._staged = self._stack.enter_context(hidden_beside(self._path))
+        self._file = self._stack.enter_context(pa.OSFile(str(self._staged), "wb"))
         options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         self._writer = pa.ipc.new_file(self._file, part_schema(rules), options=options)
+
         self._num_batches = 0
         self._batches: dict[int, list[int]] = {}
         self._rows: Counter[int] = Counter()
@@ -208,17 +233,18 @@ class PartWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._staged.unlink(missing_ok=True)
+        self._stack.close()
 
     def write(self, bucket: int, rows: pa.RecordBatch) -> None:
         """Rows of one bucket; a bucket may come several times, in any order."""
         if rows.num_rows == 0:
             return
+
         self._writer.write_batch(rows)
         self._batches.setdefault(bucket, []).append(self._num_batches)
         self._num_batches += 1
         self._rows[bucket] += rows.num_rows
+
         reason = rows[REASON]
         if reason.null_count < rows.num_rows:
             self._broken.update(reason.drop_null().to_pylist())
@@ -227,17 +253,18 @@ class PartWriter:
         """Put the part in its place, then its index."""
         self._writer.close()
         self._file.close()
-        _to_disk(self._staged)
+        batches = {bucket: tuple(found) for bucket, found in sorted(self._batches.items())}
+
         part = Part(
             name=self.name,
             sources=tuple(sources),
             rows=self._rows.total(),
             bytes=self._staged.stat().st_size,
             broken=dict(sorted(self._broken.items())),
-            batches={bucket: tuple(batches) for bucket, batches in sorted(self._batches.items())},
+            batches=batches,
             bucket_rows=dict(sorted(self._rows.items())),
         )
-        os.replace(self._staged, self._path)
+        publish_file(self._staged, self._path)
         store.write_json(self._path.with_suffix(".json"), asdict(part))
         return part
 
@@ -252,21 +279,28 @@ def find_part(folder: Path, name: str) -> Part | None:
     """
     path = folder / PARTS / f"{name}.json"
     try:
-        raw = json.loads(path.read_text())
-        whole = path.with_suffix(".arrow").stat().st_size == raw["bytes"]
-        part = Part(
-            name=raw["name"],
-            sources=tuple(Source(**source) for source in raw["sources"]),
-            rows=raw["rows"],
-            bytes=raw["bytes"],
-            broken=raw["broken"],
-            batches={int(bucket): tuple(batches) for bucket, batches in raw["batches"].items()},
-            bucket_rows={int(bucket): rows for bucket, rows in raw["bucket_rows"].items()},
-        )
+        part = _part_from_json(json.loads(path.read_text()))
+        size = path.with_suffix(".arrow").stat().st_size
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         # TypeError: fields of another version
         return None
-    return part if whole else None
+    return part if size == part.bytes else None
+
+
+def _part_from_json(raw: dict[str, Any]) -> Part:
+    """JSON has neither tuples nor numbers as keys."""
+    batches = {int(bucket): tuple(places) for bucket, places in raw["batches"].items()}
+    bucket_rows = {int(bucket): rows for bucket, rows in raw["bucket_rows"].items()}
+
+    return Part(
+        name=raw["name"],
+        sources=tuple(Source(**source) for source in raw["sources"]),
+        rows=raw["rows"],
+        bytes=raw["bytes"],
+        broken=raw["broken"],
+        batches=batches,
+        bucket_rows=bucket_rows,
+    )
 
 
 @contextmanager
@@ -284,8 +318,10 @@ def read_rows(
     pieces = []
     for name, of_bucket in batches.items():
         with open_part(folder, name) as reader:
-            pieces += [reader.get_batch(number) for number in of_bucket]
+            pieces += map(reader.get_batch, of_bucket)
     rows = pa.Table.from_batches(pieces, part_schema(rules))
+
+    # the bucket, which the parts do not repeat for each row
     place = rules.schema.get_field_index(USER_BUCKET)
     numbers = pa.array(np.full(rows.num_rows, bucket, np.int32))
     return rows.add_column(place, rules.schema.field(USER_BUCKET), numbers)
@@ -297,11 +333,6 @@ def batches_of(parts: Sequence[Part], bucket: int) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def _to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def part_name(what: object) -> str:
-    """From all that the part is made of, as JSON."""
+    """The name of a part from all that it is made of, as JSON."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

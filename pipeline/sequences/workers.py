@@ -1,5 +1,5 @@
-"""One function over many items on Ray Data, with progress: how both halves of a build are spread
-over a cluster.
+"""One function over many items on Ray Data, with progress: both halves of a build are spread over a
+cluster by it.
 """
 
 import logging
@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Item(Protocol):
-    """A task's work."""
+    """The work of one task."""
 
     @property
     def rows(self) -> int: ...
@@ -53,27 +53,30 @@ def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
             if not items:
                 return []
             stack.enter_context(ray_cluster(cfg, runs_dir=runs_dir))
-            return _run(what, function, items)
+            return _run_tasks(what, function, items)
 
         yield run
 
 
-def _run(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
+def _run_tasks(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # it warns that its bars are off
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+    # one block, and so one task, per item
     rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         partial(_call, function=function), batch_size=None, batch_format="pyarrow"
     )
+
     results, progress = [], Progress(what, items)
     for row in tasks.iter_rows():
         result = pickle.loads(row["result"])
         if isinstance(result, UserError):
             raise result
         results.append(result)
-        progress.add(row["number"])
+        progress.add_item(row["number"])
     return results
 
 
@@ -85,30 +88,37 @@ def _call(batch: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
         except UserError as error:
             # Ray would wrap it in its own, with a stack that says nothing to the user
             results.append(error)
-    return pa.table(
-        {"number": batch["number"], "result": [pickle.dumps(result) for result in results]}
-    )
+
+    return pa.table({"number": batch["number"], "result": list(map(pickle.dumps, results))})
 
 
 class Progress:
-    """Lines in the log: how far, by rows, and about how long it still takes."""
+    """Lines in the log: the share of the rows that is done, and the time left at this rate."""
 
     def __init__(self, what: str, items: Sequence[Item]) -> None:
         self._what, self._items = what, items
         self._total = sum(item.rows for item in items)
+
         self._done, self._rows = 0, 0
         self._began = self._said = time.monotonic()
 
-    def add(self, number: int) -> None:
+    def add_item(self, number: int) -> None:
         self._done += 1
         self._rows += self._items[number].rows
+
         now = time.monotonic()
         if now - self._said < SECONDS_BETWEEN_LINES or self._rows == 0:
             return
         self._said = now
-        left = (now - self._began) * (self._total - self._rows) / self._rows
+
+        elapsed = now - self._began
+        left = elapsed * (self._total - self._rows) / self._rows
         logger.info(
             "%s: %d of %d, %.0f %% of the rows, %.1f million rows/s, about %.0f s left",
-            *(self._what, self._done, len(self._items), 100 * self._rows / self._total),
-            *(self._rows / (now - self._began) / 1e6, left),
+            self._what,
+            self._done,
+            len(self._items),
+            100 * self._rows / self._total,
+            self._rows / elapsed / 1e6,
+            left,
         )

@@ -1,4 +1,4 @@
-"""What a build must show to be published: the limits of `checks` in the configuration, held against
+"""The limits that a build must keep to be published: `checks` in the configuration, held against
 its counts.
 """
 
@@ -16,7 +16,7 @@ from pipeline.sequences.quality.statistics import Statistics
 class Check:
     """One limit and what was found."""
 
-    key: str  # of the configuration
+    key: str  # in the configuration
     value: float | None  # None: there were no rows to take it from
     limit: float | tuple[float, ...]
     passed: bool
@@ -37,7 +37,7 @@ def run_checks(
     return [*_checks(limits, totals), *_quarantined(new_broken or {}, new_rows, limits, new=True)]
 
 
-def refuse(checks: Sequence[Check], hints: Sequence[str], page: Path) -> None:
+def refuse_failed(checks: Sequence[Check], hints: Sequence[str], page: Path) -> None:
     """Go on only if everything has passed.
 
     Raises:
@@ -46,67 +46,73 @@ def refuse(checks: Sequence[Check], hints: Sequence[str], page: Path) -> None:
     broken = [check for check in checks if not check.passed]
     if not broken:
         return
-    lines = [f"{check.key} is {_text(check.limit)}, found {check.found}" for check in broken]
-    lines += [f"hint: {hint}" for hint in hints]
+
     what = "1 check fails" if len(broken) == 1 else f"{len(broken)} checks fail"
-    raise UserError(
-        "\n  ".join([f"{what}, nothing published; samples and counts in {page}", *lines])
-    )
+    lines = [f"{what}, nothing published; samples and counts in {page}"]
+    for check in broken:
+        lines.append(f"{check.key} is {_text(check.limit)}, found {check.found}")
+    for hint in hints:
+        lines.append(f"hint: {hint}")
+    raise UserError("\n  ".join(lines))
 
 
 def _checks(limits: CheckConfig, totals: Statistics) -> Iterator[Check]:
-    users = sum(totals.lengths.values())
-    yield Check(
-        "checks.min_users", users, limits.min_users, users >= limits.min_users, f"{users} users"
-    )
-    kept = totals.rows_kept
-    yield Check(
-        "checks.min_rows", kept, limits.min_rows, kept >= limits.min_rows, f"{kept} rows kept"
-    )
+    # sizes
+    users, kept, good = sum(totals.lengths.values()), totals.rows_kept, totals.rows_good
+    yield _at_least("min_users", users, limits.min_users, f"{users} users")
+    yield _at_least("min_rows", kept, limits.min_rows, f"{kept} rows kept")
+
+    # rows that are left out
     yield from _quarantined(totals.quarantined, totals.rows_in, limits)
-    good = totals.rows_good
     beyond = f"good rows are beyond sequences.max_rows_per_user: {totals.rows_capped}"
     yield _share("max_capped_share", totals.rows_capped, good, limits.max_capped_share, beyond)
+
+    # the user with the most rows comes first
     user, rows = next(iter(totals.heaviest.items()), ("", 0))
-    yield _share(
-        "max_user_share", rows, good, limits.max_user_share, f"good rows are of user {user}: {rows}"
-    )
+    heaviest = f"good rows are of user {user}: {rows}"
+    yield _share("max_user_share", rows, good, limits.max_user_share, heaviest)
+
+    # missing values
     for name, limit in limits.max_null_share.items():
-        of = totals.rows_in if name in LOG_REQUIRED else good
+        whole = totals.rows_in if name in LOG_REQUIRED else good
         nulls = totals.nulls.get(name, 0)
-        yield _share(f"max_null_share.{name}", nulls, of, limit, f"rows have no {name}: {nulls}")
+        yield _share(f"max_null_share.{name}", nulls, whole, limit, f"rows have no {name}: {nulls}")
+
+    # actions, over the rows with a real time
     timed = sum(totals.day_rows.values())
     for name, limit in limits.max_unknown_share.items():
-        unknown = timed - totals.of_action(name)[0]
-        yield _share(
-            f"max_unknown_share.{name}",
-            unknown,
-            timed,
-            limit,
-            f"rows do not know {name}: {unknown}",
-        )
+        known, _ = totals.count_action(name)
+        unknown = timed - known
+        found = f"rows do not know {name}: {unknown}"
+        yield _share(f"max_unknown_share.{name}", unknown, timed, limit, found)
+
     for name, bounds in limits.action_rate.items():
-        yield _rate(name, bounds, *totals.of_action(name))
+        known, positive = totals.count_action(name)
+        yield _rate(name, bounds, known, positive)
 
 
 def _quarantined(
-    bad: Mapping[str, int], of: int, limits: CheckConfig, *, new: bool = False
+    bad: Mapping[str, int], whole: int, limits: CheckConfig, *, new: bool = False
 ) -> Iterator[Check]:
-    if of:
-        reasons = ", ".join(f"{reason} {rows}" for reason, rows in Counter(bad).most_common())
-        name, rows = (
-            ("max_quarantined_share of new rows", "new rows")
-            if new
-            else ("max_quarantined_share", "rows")
-        )
-        yield _share(
-            name, sum(bad.values()), of, limits.max_quarantined_share, f"{rows} are bad: {reasons}"
-        )
+    if whole == 0:
+        return
+    name, rows = "max_quarantined_share", "rows"
+    if new:
+        name, rows = "max_quarantined_share of new rows", "new rows"
+
+    reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(bad).most_common())
+    found = f"{rows} are bad: {reasons}"
+    yield _share(name, sum(bad.values()), whole, limits.max_quarantined_share, found)
+
+
+def _at_least(name: str, value: int, limit: int, found: str) -> Check:
+    return Check(f"checks.{name}", value, limit, value >= limit, found)
 
 
 def _share(name: str, part: int, whole: int, limit: float, of_what: str) -> Check:
     if whole == 0:
         return Check(f"checks.{name}", None, limit, True, "no rows")  # min_rows says so
+
     share = part / whole
     return Check(f"checks.{name}", share, limit, share <= limit, f"{share:.2%}: {of_what}")
 
@@ -115,16 +121,14 @@ def _rate(action: str, bounds: tuple[float, ...], known: int, positive: int) -> 
     key = f"checks.action_rate.{action}"
     if known == 0:
         return Check(key, None, bounds, False, "no row with a real time where it is known")
+
     rate = positive / known
     lowest, highest = bounds
-    return Check(
-        key,
-        rate,
-        bounds,
-        lowest <= rate <= highest,
-        f"{rate:.4f}: {positive} of {known} known rows",
-    )
+    found = f"{rate:.4f}: {positive} of {known} known rows"
+    return Check(key, rate, bounds, lowest <= rate <= highest, found)
 
 
 def _text(limit: float | tuple[float, ...]) -> str:
-    return f"[{limit[0]:g}, {limit[1]:g}]" if isinstance(limit, tuple) else f"{limit:g}"
+    if isinstance(limit, tuple):
+        return f"[{limit[0]:g}, {limit[1]:g}]"
+    return f"{limit:g}"

@@ -1,13 +1,13 @@
-"""How far one version of the sequences is from another: sizes, action rates, lengths, request
+"""The distance of one version of the sequences from another: sizes, action rates, lengths, request
 values and items.
 
-    store, store → profile, profile → compare → a list of changes, each with its distance and its
-    limit
+    store, store → profile, profile → changes, each with its distance and its limit
 
 A profile is counted from the published buckets, one bucket in memory at a time, so any two stores
 can be compared.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,29 +27,37 @@ MAX_LOG_LENGTH = 63
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How often each value occurs: `values` int64, ascending and without repeats, `rows` int64."""
+    """The rows of each value: `values` int64, ascending and without repeats, `rows` int64."""
 
     values: np.ndarray
     rows: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence["Counts"]) -> "Counts":
-        values = np.concatenate([part.values for part in parts] or [np.zeros(0, np.int64)])
-        rows = np.concatenate([part.rows for part in parts] or [np.zeros(0, np.int64)])
+    def add_parts(cls, parts: Sequence["Counts"]) -> "Counts":
+        """The rows of all parts together.
+
+        values, rows        3: 5, 7: 1      and     1: 2, 7: 4
+        together            1: 2, 3: 5, 7: 5
+        """
+        nothing = np.zeros(0, np.int64)
+        values = np.concatenate([nothing, *(part.values for part in parts)])
+        rows = np.concatenate([nothing, *(part.rows for part in parts)])
+
         unique, place = np.unique(values, return_inverse=True)
         total = np.zeros(len(unique), np.int64)
         np.add.at(total, place, rows)
         return cls(unique, total)
 
     @classmethod
-    def count(cls, values: np.ndarray) -> "Counts":
+    def count_values(cls, values: np.ndarray) -> "Counts":
         counted = pa.array(values, pa.int64()).value_counts()
-        return cls.of([cls(counted.field("values").to_numpy(), counted.field("counts").to_numpy())])
+        unsorted = cls(counted.field("values").to_numpy(), counted.field("counts").to_numpy())
+        return cls.add_parts([unsorted])
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a version holds, or the newest days of it."""
+    """Counts of a version, or of the newest days of it."""
 
     digest: str
     users: int
@@ -79,7 +87,9 @@ class Change:
 def find_store(folder: str | Path) -> Path:
     """The store in a run's folder, or the folder itself where it is one."""
     inside = Path(folder) / "sequences"
-    return inside if (inside / store.MANIFEST).exists() else Path(folder)
+    if (inside / store.MANIFEST).exists():
+        return inside
+    return Path(folder)
 
 
 def version_before(folder: Path) -> Manifest:
@@ -98,7 +108,7 @@ def version_before(folder: Path) -> Manifest:
     )
 
 
-def profile(folder: Path, manifest: Manifest, days: int | None = None) -> Profile:
+def count_profile(folder: Path, manifest: Manifest, days: int | None = None) -> Profile:
     """Counts over a version; with `days`, over its rows of real time later than so many days before
     its newest one.
 
@@ -106,13 +116,30 @@ def profile(folder: Path, manifest: Manifest, days: int | None = None) -> Profil
         UserError: a bucket cannot be read, or no row is left.
     """
     since = None if days is None else manifest.last_event_ms - days * DAY_MS
-    buckets = (store.read_bucket(folder, manifest, index) for index in range(len(manifest.buckets)))
-    parts = [part for part in (_count(bucket, manifest, since) for bucket in buckets) if part.rows]
+
+    parts = []
+    for index in range(len(manifest.buckets)):
+        counted = _count_bucket(store.read_bucket(folder, manifest, index), manifest, since)
+        if counted.rows:
+            parts.append(counted)
+
     if not parts:
-        raise UserError(
-            f"{folder}: version {manifest.digest[:16]} has no rows"
-            + (f" in {days} days" if days else "")
-        )
+        within = f" in {days} days" if days else ""
+        raise UserError(f"{folder}: version {manifest.digest[:16]} has no rows{within}")
+    return _add_profiles(parts, manifest)
+
+
+def _add_profiles(parts: Sequence[Profile], manifest: Manifest) -> Profile:
+    known: Counter[str] = Counter()
+    positive: Counter[str] = Counter()
+    for part in parts:
+        known.update(part.known)
+        positive.update(part.positive)
+
+    request_values = {}
+    for name in manifest.request_columns:
+        request_values[name] = Counts.add_parts([part.request_values[name] for part in parts])
+
     return Profile(
         digest=manifest.digest,
         users=sum(part.users for part in parts),
@@ -120,65 +147,60 @@ def profile(folder: Path, manifest: Manifest, days: int | None = None) -> Profil
         first_event_ms=min(part.first_event_ms for part in parts),
         last_event_ms=max(part.last_event_ms for part in parts),
         timed=sum(part.timed for part in parts),
-        known={action: sum(part.known[action] for part in parts) for action in manifest.actions},
-        positive={
-            action: sum(part.positive[action] for part in parts) for action in manifest.actions
-        },
+        known=dict(known),
+        positive=dict(positive),
         lengths=np.sum([part.lengths for part in parts], axis=0),
-        request_values={
-            name: Counts.of([part.request_values[name] for part in parts])
-            for name in manifest.request_columns
-        },
-        items=Counts.of([part.items for part in parts]),
+        request_values=request_values,
+        items=Counts.add_parts([part.items for part in parts]),
     )
 
 
-def _count(sequences: pa.Table, manifest: Manifest, since: int | None) -> Profile:
-    """Of one bucket."""
-    names = (
-        "item_id",
-        "event_time",
-        "action_mask",
-        "known_mask",
-        "order_only",
-        *manifest.request_columns,
-    )
+def _count_bucket(sequences: pa.Table, manifest: Manifest, since: int | None) -> Profile:
+    names = ["item_id", "event_time", "action_mask", "known_mask", "order_only"]
+    names += manifest.request_columns
     flat = {name: flat_column(sequences, name) for name in names}
     owner = np.repeat(np.arange(sequences.num_rows), np.diff(list_offsets(sequences)))
     real = ~flat["order_only"]
+
     if since is not None:
         recent = real & (flat["event_time"] > since)
         flat = {name: values[recent] for name, values in flat.items()}
         owner, real = owner[recent], real[recent]
+
+    # users by the number of their rows
     lengths = np.bincount(owner, minlength=1)
     lengths = lengths[lengths > 0]
-    known, happened = flat["known_mask"][real], flat["action_mask"][real]
+    log_lengths = np.log2(lengths).astype(np.int64)
+
     return Profile(
         digest=manifest.digest,
         users=len(lengths),
         rows=len(owner),
         first_event_ms=int(flat["event_time"].min(initial=2**62)),
         last_event_ms=int(flat["event_time"].max(initial=0)),
-        timed=len(known),
-        known={
-            action: int((known >> bit & 1).sum()) for bit, action in enumerate(manifest.actions)
-        },
-        positive={
-            action: int((happened >> bit & 1).sum()) for bit, action in enumerate(manifest.actions)
-        },
-        lengths=np.bincount(np.log2(lengths).astype(np.int64), minlength=MAX_LOG_LENGTH + 1),
-        request_values={name: Counts.count(flat[name]) for name in manifest.request_columns},
-        items=Counts.count(flat["item_id"]),
+        timed=int(real.sum()),
+        known=_count_bits(flat["known_mask"][real], manifest.actions),
+        positive=_count_bits(flat["action_mask"][real], manifest.actions),
+        lengths=np.bincount(log_lengths, minlength=MAX_LOG_LENGTH + 1),
+        request_values={name: Counts.count_values(flat[name]) for name in manifest.request_columns},
+        items=Counts.count_values(flat["item_id"]),
     )
 
 
-def compare(before: Profile, after: Profile, limits: DriftConfig) -> list[Change]:
+def _count_bits(masks: np.ndarray, actions: Sequence[str]) -> dict[str, int]:
+    """The masks that have the bit of each action."""
+    return {action: int((masks >> bit & 1).sum()) for bit, action in enumerate(actions)}
+
+
+def compare_profiles(before: Profile, after: Profile, limits: DriftConfig) -> list[Change]:
     """Every quantity, whether or not it has a limit; an action or column that one of the two lacks
     counts as empty.
     """
     return [
-        Change(quantity, was, now, distance, limit, limit is not None and distance > limit)
-        for quantity, was, now, distance, limit in _distances(before, after, limits)
+        *_size_changes(before, after, limits),
+        *_action_changes(before, after, limits),
+        *_histogram_changes(before, after, limits),
+        *_item_changes(before.items, after.items, limits),
     ]
 
 
@@ -193,75 +215,78 @@ def refuse_drift(
     """
     if before is None:
         return
-    changes = compare(profile(folder, before), profile(folder, after), limits)
+
     lines = [
-        f"drift.{change.quantity}: limit {change.limit:g}, distance {change.distance:.4f} "
-        f"({_text(change.before)} before, {_text(change.after)} now)"
-        for change in changes
-        if change.crossed
+        f"the new version is too far from {before.digest[:16]}, nothing published (checks.drift)"
     ]
-    if lines:
-        what = (
-            f"the new version is too far from {before.digest[:16]}, nothing published "
-            "(checks.drift)"
-        )
-        raise UserError("\n  ".join([what, *lines]))
+    was, now = count_profile(folder, before), count_profile(folder, after)
+    for change in compare_profiles(was, now, limits):
+        if change.crossed:
+            lines.append(
+                f"drift.{change.quantity}: limit {change.limit:g}, distance {change.distance:.4f} "
+                f"({_text(change.before)} before, {_text(change.after)} now)"
+            )
+    if len(lines) > 1:
+        raise UserError("\n  ".join(lines))
 
 
-def _distances(
-    before: Profile, after: Profile, limits: DriftConfig
-) -> Iterator[tuple[str, float | str, float | str, float, float | None]]:
-    yield (
-        "users",
-        before.users,
-        after.users,
-        relative_change(before.users, after.users),
-        limits.users,
-    )
-    yield "rows", before.rows, after.rows, relative_change(before.rows, after.rows), limits.rows
-    for quantity in ("first_event_ms", "last_event_ms"):
-        was, now = getattr(before, quantity), getattr(after, quantity)
-        name = quantity.removesuffix("_ms") + "_days"
-        yield name, _moment(was), _moment(now), (now - was) / DAY_MS, None
+def _change(
+    quantity: str, was: float | str, now: float | str, distance: float, limit: float | None
+) -> Change:
+    crossed = limit is not None and distance > limit
+    return Change(quantity, was, now, distance, limit, crossed)
+
+
+def _size_changes(before: Profile, after: Profile, limits: DriftConfig) -> Iterator[Change]:
+    users = relative_change(before.users, after.users)
+    rows = relative_change(before.rows, after.rows)
+    yield _change("users", before.users, after.users, users, limits.users)
+    yield _change("rows", before.rows, after.rows, rows, limits.rows)
+
+    was, now = before.first_event_ms, after.first_event_ms
+    yield _change("first_event_days", _moment(was), _moment(now), (now - was) / DAY_MS, None)
+    was, now = before.last_event_ms, after.last_event_ms
+    yield _change("last_event_days", _moment(was), _moment(now), (now - was) / DAY_MS, None)
+
+
+def _action_changes(before: Profile, after: Profile, limits: DriftConfig) -> Iterator[Change]:
     for action in dict.fromkeys([*before.known, *after.known]):
-        (was, was_known), (now, now_known) = _rates(before, action), _rates(after, action)
-        yield f"action_rate.{action}", was, now, relative_change(was, now), limits.action_rate
-        yield (
-            f"known_share.{action}",
-            was_known,
-            now_known,
-            abs(now_known - was_known),
-            limits.known_share,
-        )
-    was, now = (version.rows / version.users for version in (before, after))
-    yield "lengths", was, now, divergence(before.lengths, after.lengths), limits.lengths
-    nothing = Counts.of([])
+        was, was_known = _rates(before, action)
+        now, now_known = _rates(after, action)
+
+        distance = relative_change(was, now)
+        yield _change(f"action_rate.{action}", was, now, distance, limits.action_rate)
+        distance = abs(now_known - was_known)
+        yield _change(f"known_share.{action}", was_known, now_known, distance, limits.known_share)
+
+
+def _histogram_changes(before: Profile, after: Profile, limits: DriftConfig) -> Iterator[Change]:
+    was, now = before.rows / before.users, after.rows / after.users
+    distance = histogram_divergence(before.lengths, after.lengths)
+    yield _change("lengths", was, now, distance, limits.lengths)
+
+    nothing = Counts.add_parts([])
     for name in dict.fromkeys([*before.request_values, *after.request_values]):
-        was, now = (version.request_values.get(name, nothing) for version in (before, after))
-        yield (
-            f"request_values.{name}",
-            len(was.values),
-            len(now.values),
-            _of_counts(was, now),
-            limits.request_values,
-        )
-    was, now = before.items, after.items
-    yield "items", len(was.values), len(now.values), _of_counts(was, now), limits.items
-    new, gone = ~np.isin(now.values, was.values), ~np.isin(was.values, now.values)
-    yield (
-        "new_item_rows",
-        0,
-        int(new.sum()),
-        float(now.rows[new].sum() / now.rows.sum()),
-        limits.new_item_rows,
-    )
-    yield (
-        "gone_item_rows",
-        int(gone.sum()),
-        0,
-        float(was.rows[gone].sum() / was.rows.sum()),
-        limits.gone_item_rows,
-    )
+        was = before.request_values.get(name, nothing)
+        now = after.request_values.get(name, nothing)
+        yield _values_change(f"request_values.{name}", was, now, limits.request_values)
+
+
+def _item_changes(was: Counts, now: Counts, limits: DriftConfig) -> Iterator[Change]:
+    yield _values_change("items", was, now, limits.items)
+
+    new = ~np.isin(now.values, was.values)
+    share = float(now.rows[new].sum() / now.rows.sum())
+    yield _change("new_item_rows", 0, int(new.sum()), share, limits.new_item_rows)
+
+    gone = ~np.isin(was.values, now.values)
+    share = float(was.rows[gone].sum() / was.rows.sum())
+    yield _change("gone_item_rows", int(gone.sum()), 0, share, limits.gone_item_rows)
+
+
+def _values_change(quantity: str, was: Counts, now: Counts, limit: float | None) -> Change:
+    distance = _counts_divergence(was, now)
+    return _change(quantity, len(was.values), len(now.values), distance, limit)
 
 
 def _rates(version: Profile, action: str) -> tuple[float, float]:
@@ -269,7 +294,8 @@ def _rates(version: Profile, action: str) -> tuple[float, float]:
     known.
     """
     known = version.known.get(action, 0)
-    return version.positive.get(action, 0) / max(known, 1), known / max(version.timed, 1)
+    positive = version.positive.get(action, 0)
+    return positive / max(known, 1), known / max(version.timed, 1)
 
 
 def relative_change(before: float, after: float) -> float:
@@ -279,7 +305,7 @@ def relative_change(before: float, after: float) -> float:
     return abs(after - before) / (max(before, after) or 1)
 
 
-def divergence(before: np.ndarray, after: np.ndarray) -> float:
+def histogram_divergence(before: np.ndarray, after: np.ndarray) -> float:
     """Jensen-Shannon divergence, to base 2, of two histograms over the same bins (Lin 1991): from 0
     to 1.
 
@@ -287,59 +313,61 @@ def divergence(before: np.ndarray, after: np.ndarray) -> float:
     """
     if not before.sum() or not after.sum():
         return float(bool(before.sum()) != bool(after.sum()))
+
     seen = (before > 0) | (after > 0)
     p, q = before[seen] / before.sum(), after[seen] / after.sum()
     middle = (p + q) / 2
-    kept = [
-        part * np.log2(part / middle, where=part > 0, out=np.zeros_like(middle)) for part in (p, q)
-    ]
-    return float(min(1.0, max(0.0, (kept[0].sum() + kept[1].sum()) / 2)))
+    divergence = (_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2
+    return float(min(1.0, max(0.0, divergence)))
 
 
-def _of_counts(before: Counts, after: Counts) -> float:
+def _relative_entropy(part: np.ndarray, middle: np.ndarray) -> float:
+    """Kullback-Leibler divergence in bits; a bin of 0 adds nothing."""
+    logs = np.log2(part / middle, where=part > 0, out=np.zeros_like(middle))
+    return (part * logs).sum()
+
+
+def _counts_divergence(before: Counts, after: Counts) -> float:
+    """`histogram_divergence` over the values that either has.
+
+    before              3: 5, 7: 1      values      1   3   7
+    after               1: 2, 7: 4      bins        0   5   1
+                                                    2   0   4
+    """
     values = np.union1d(before.values, after.values)
     bins = np.zeros((2, len(values)), np.int64)
-    for row, counts in zip(bins, (before, after), strict=True):
-        row[np.searchsorted(values, counts.values)] = counts.rows
-    return divergence(*bins)
+    bins[0, np.searchsorted(values, before.values)] = before.rows
+    bins[1, np.searchsorted(values, after.values)] = after.rows
+    return histogram_divergence(bins[0], bins[1])
 
 
-def table(changes: Sequence[Change]) -> str:
-    """For a terminal; what has crossed its limit is marked."""
+def format_table(changes: Sequence[Change]) -> str:
+    """The changes as lines for a terminal; those that crossed their limit are marked."""
     rows = [("", "quantity", "before", "after", "distance", "limit")]
     for change in changes:
+        mark = "!" if change.crossed else ""
         limit = "" if change.limit is None else f"{change.limit:g}"
         was, now = _text(change.before), _text(change.after)
-        rows.append(
-            (
-                "!" if change.crossed else "",
-                change.quantity,
-                was,
-                now,
-                f"{change.distance:.4f}",
-                limit,
-            )
-        )
+        rows.append((mark, change.quantity, was, now, f"{change.distance:.4f}", limit))
+
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in cells
-        )
-        for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    )
+    lines = []
+    for row in rows:
+        cells = []
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            cells.append(cell.ljust(width) if place < 2 else cell.rjust(width))
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
 def _text(value: float | str) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.4f}"
-    )
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}"
 
 
 def _moment(time_ms: int) -> str:
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time_ms)).strftime(
-        "%Y-%m-%d %H:%M"
-    )
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time_ms)
+    return moment.strftime("%Y-%m-%d %H:%M")

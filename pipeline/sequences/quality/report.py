@@ -1,5 +1,5 @@
-"""The validation report of a build: what came in, what was left out and why, and what the kept rows
-look like.
+"""The validation report of a build: the rows that came in, those left out and why, and the shape of
+those kept.
 
 JSON for machines, and one HTML page that needs no other file.
 """
@@ -17,46 +17,74 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pipeline.config import RunConfig
+from pipeline.files import write_atomically
 from pipeline.logs.cleaning import LogRules
 from pipeline.logs.imported import ImportReport
 from pipeline.sequences.quality.checks import Check
-from pipeline.sequences.quality.statistics import Statistics, hints, length_quantiles
+from pipeline.sequences.quality.statistics import Statistics, length_quantiles, log_hints
+
+STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; \
+padding: 0 1em; color: #222 }
+td { padding: .15em 1.2em .15em 0; border-bottom: 1px solid #ddd } td + td { text-align: right }
+pre { overflow-x: auto; background: #f5f5f5; padding: .6em } \
+.hint { background: #fff3cd; padding: .6em }
+svg { max-width: 100%; height: auto }"""
 
 
-def write(
-    cfg: RunConfig,
+def write_report(
+    run_dir: Path,
+    name: str,
     totals: Statistics,
     rules: LogRules,
     imported: ImportReport | None,
     checks: Sequence[Check],
 ) -> Path:
-    """validation.json and validation.html in the run's report folder; returns the page."""
-    folder = cfg.run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    """validation.json and validation.html in the report folder of the run called `name`; returns
+    the page.
+    """
+    folder = run_dir / "report"
     content = {
-        "run": cfg.name,
+        "run": name,
         "users": sum(totals.lengths.values()),
         "import_quarantined": imported.quarantined if imported else {},
         "import_counts": imported.counts if imported else {},
-        "checks": [asdict(check) for check in checks],
-        "hints": hints(totals, rules),
+        "checks": list(map(asdict, checks)),
+        "hints": log_hints(totals, rules),
         "length_quantiles": length_quantiles(totals.lengths),
         **asdict(totals),
     }
-    (folder / "validation.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / "validation.json", json.dumps(content, indent=1) + "\n")
+
     page = folder / "validation.html"
-    page.write_text(_page(content, rules))
+    write_atomically(page, _page(content, rules))
     return page
 
 
 def _page(content: dict[str, Any], rules: LogRules) -> str:
+    run = html.escape(content["run"])
     left_out = content["quarantined"] | content["import_quarantined"]
-    num_good = content["rows_in"] - sum(content["quarantined"].values())
-    overview = {
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Validation of {run}</title><style>
+{STYLE}
+</style></head><body>
+<h1>Validation of {run}</h1>
+{_hints(content["hints"])}
+{_table(_overview(content))}
+<h2>Checks</h2>{_table(_verdicts(content["checks"]))}
+<h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
+<h2>Rows per user</h2>{_length_plot(content["lengths"])}
+<h2>Rows and action rates per day</h2>{_day_plot(content, rules.actions)}
+<h2>Nulls per column</h2>{_table(_nulls(content))}
+<h2>Samples of quarantined rows</h2>{_samples(content["samples"]) or "<p>none</p>"}
+</body></html>
+"""
+
+
+def _overview(content: dict[str, Any]) -> dict[str, Any]:
+    rows = {
         "rows read": content["rows_in"],
         "rows kept": content["rows_kept"],
-        "rows quarantined": content["rows_in"] - num_good,
+        "rows quarantined": sum(content["quarantined"].values()),
         "older rows beyond the cap": content["rows_capped"],
         "users beyond the cap": content["users_capped"],
         "rows with an order but no time": content["order_only_rows"],
@@ -64,61 +92,59 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
         "users": content["users"],
         "first event": _moment(content["first_event_ms"]),
         "last event": _moment(content["last_event_ms"]),
-        **{f"rows per user, {name}": value for name, value in content["length_quantiles"].items()},
-        **{f"rows of user {user}": rows for user, rows in content["heaviest"].items()},
-        **{f"import: {name}": value for name, value in content["import_counts"].items()},
     }
-    samples = "".join(
-        f"<h3>{html.escape(reason)}</h3><pre>"
-        + html.escape("\n".join(json.dumps(row["row"]) for row in rows))
-        + "</pre>"
-        for reason, rows in content["samples"].items()
-    )
-    nulls = {
-        name: "all" if count == num_good else count for name, count in content["nulls"].items()
-    }
-    warnings = "".join(f"<p class=hint>{html.escape(hint)}</p>" for hint in content["hints"])
-    verdicts = {
-        check["key"]: ("" if check["passed"] else "FAILS, limit {limit}: ".format(**check))
-        + check["found"]
-        for check in content["checks"]
-    }
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Validation of {html.escape(content["run"])}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }}
-td {{ padding: .15em 1.2em .15em 0; border-bottom: 1px solid #ddd }} td + td {{ text-align: right }}
-pre {{ overflow-x: auto; background: #f5f5f5; padding: .6em }} .hint {{ background: #fff3cd; padding: .6em }}
-svg {{ max-width: 100%; height: auto }}
-</style></head><body>
-<h1>Validation of {html.escape(content["run"])}</h1>
-{warnings}
-{_table(overview)}
-<h2>Checks</h2>{_table(verdicts)}
-<h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
-<h2>Rows per user</h2>{_length_plot(content["lengths"])}
-<h2>Rows and action rates per day</h2>{_day_plot(content, rules.actions)}
-<h2>Nulls per column</h2>{_table(nulls)}
-<h2>Samples of quarantined rows</h2>{samples or "<p>none</p>"}
-</body></html>
-"""
+    for name, value in content["length_quantiles"].items():
+        rows[f"rows per user, {name}"] = value
+    for user, count in content["heaviest"].items():
+        rows[f"rows of user {user}"] = count
+    for name, value in content["import_counts"].items():
+        rows[f"import: {name}"] = value
+    return rows
+
+
+def _verdicts(checks: Sequence[dict[str, Any]]) -> dict[str, str]:
+    verdicts = {}
+    for check in checks:
+        verdict = "" if check["passed"] else f"FAILS, limit {check['limit']}: "
+        verdicts[check["key"]] = verdict + check["found"]
+    return verdicts
+
+
+def _nulls(content: dict[str, Any]) -> dict[str, Any]:
+    num_good = content["rows_in"] - sum(content["quarantined"].values())
+    nulls = {}
+    for name, count in content["nulls"].items():
+        nulls[name] = "all" if count == num_good else count
+    return nulls
+
+
+def _hints(hints: Sequence[str]) -> str:
+    return "".join(f"<p class=hint>{html.escape(hint)}</p>" for hint in hints)
+
+
+def _samples(samples: dict[str, list[dict[str, Any]]]) -> str:
+    text = ""
+    for reason, rows in samples.items():
+        lines = "\n".join(json.dumps(row["row"]) for row in rows)
+        text += f"<h3>{html.escape(reason)}</h3><pre>{html.escape(lines)}</pre>"
+    return text
 
 
 def _table(rows: dict[str, Any]) -> str:
-    text = {
-        name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in rows.items()
-    }
-    cells = (
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in text.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
+    cells = ""
+    for name, value in rows.items():
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        cells += f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
+    return f"<table>{cells}</table>"
 
 
 def _length_plot(lengths: dict[str, int]) -> str:
     if not lengths:
         return "<p>no users</p>"
-    size, users = np.array([int(key) for key in lengths]), np.array(list(lengths.values()))
+
+    size, users = np.array(list(map(int, lengths))), np.array(list(lengths.values()))
     edges = np.unique(np.geomspace(1, size.max() + 1, 33).round())
+
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.hist(size, bins=edges.tolist(), weights=users)
@@ -130,19 +156,22 @@ def _day_plot(content: dict[str, Any], actions: Sequence[str]) -> str:
     days = list(content["day_rows"])
     if not days:
         return "<p>no rows with a real time</p>"
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
     place = np.arange(len(days))
+
     top.bar(place, list(content["day_rows"].values()))
     top.set(ylabel="rows")
+
     for action in actions:
         known = np.array([content["day_known"].get(f"{day} {action}", 0) for day in days])
         positive = np.array([content["day_positive"].get(f"{day} {action}", 0) for day in days])
-        rate = np.divide(
-            positive, known, out=np.full(len(days), np.nan), where=(known > 0) & (positive > 0)
-        )
+        some = (known > 0) & (positive > 0)
+        rate = np.divide(positive, known, out=np.full(len(days), np.nan), where=some)
         bottom.plot(place, rate, marker="o", markersize=3, label=action)
     bottom.set(ylabel="share of known rows", yscale="log")
+
     step = max(1, len(days) // 12)
     bottom.set_xticks(place[::step], days[::step], rotation=45)
     bottom.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -159,6 +188,5 @@ def _svg(figure: Figure) -> str:
 def _moment(event_time: int | None) -> str:
     if event_time is None:
         return "none"
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=event_time)).isoformat(
-        timespec="seconds"
-    )
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=event_time)
+    return moment.isoformat(timespec="seconds")

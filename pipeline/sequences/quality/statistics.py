@@ -4,7 +4,7 @@ up (`merge`).
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,10 @@ class Statistics:
     lengths: dict[str, int] = field(default_factory=dict)  # users by number of rows
     # rows of the users with the most, before the cap
     heaviest: dict[str, int] = field(default_factory=dict)
-    day_rows: dict[str, int] = field(default_factory=dict)  # rows with a real time, by day
-    # "day action": rows where the action is known
+    # rows with a real time, by day; by "day action", those where the action is known and where it
+    # happened
+    day_rows: dict[str, int] = field(default_factory=dict)
     day_known: dict[str, int] = field(default_factory=dict)
-    # "day action": rows where it happened
     day_positive: dict[str, int] = field(default_factory=dict)
     first_event_ms: int | None = None
     last_event_ms: int | None = None
@@ -53,39 +53,43 @@ class Statistics:
         doubles = sum(self.quarantined.get(reason, 0) for reason in DOUBLES)
         return self.rows_kept + self.rows_capped + doubles
 
-    def of_action(self, action: str) -> tuple[int, int]:
+    def count_action(self, action: str) -> tuple[int, int]:
         """Rows with a real time where the action is known, and where it happened."""
-        known, positive = (
-            sum(rows for key, rows in counts.items() if key.partition(" ")[2] == action)
-            for counts in (self.day_known, self.day_positive)
-        )
-        return known, positive
+        return _over_days(self.day_known, action), _over_days(self.day_positive, action)
+
+
+def _over_days(counts: dict[str, int], action: str) -> int:
+    """The rows of one action, from counts by "day action"."""
+    return sum(rows for key, rows in counts.items() if key.partition(" ")[2] == action)
 
 
 def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> Statistics:
-    """Of one bucket; days begin at midnight of the given offset from UTC."""
-    lists = {
-        name: built.sequences[name].combine_chunks() for name in built.sequences.column_names[3:]
-    }
-    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
-    offsets = lists["item_id"].offsets.to_numpy()
+    """Counts over one bucket; days begin at midnight of the given offset from UTC."""
+    users, flat = built.sequences, {}
+    for name in users.column_names[3:]:  # behind the scalar columns
+        flat[name] = users[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+    offsets = users["item_id"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
-    dropped = built.sequences["first_position"].to_numpy()
+    last_rows = offsets[1:] - 1
+    dropped = users["first_position"].to_numpy()
+
     times, real = flat["event_time"], ~flat["order_only"]
     days, rows, known, positive = _by_day(flat, real, rules, utc_offset_ms)
     dates = days.astype("datetime64[D]").astype(str).tolist()
+
     return Statistics(
         rows_in=built.rows_in,
         rows_kept=len(times),
         rows_capped=built.rows_capped,
         users_capped=int((dropped > 0).sum()),
         order_only_rows=int((~real).sum()),
-        requests=int((flat["request_index"][offsets[1:] - 1] + 1).sum()),
+        requests=int((flat["request_index"][last_rows] + 1).sum()),
         quarantined=_counts(built.quarantine[REASON].to_numpy()),
         samples=_samples(built.quarantine),
         nulls=built.nulls,
         lengths=_counts(lengths),
-        heaviest=_heaviest(built.sequences["user_id"].to_numpy(), lengths + dropped),
+        heaviest=_heaviest(users["user_id"].to_numpy(), lengths + dropped),
         day_rows=dict(zip(dates, rows.tolist(), strict=True)),
         day_known=_per_action(dates, known, rules),
         day_positive=_per_action(dates, positive, rules),
@@ -101,116 +105,151 @@ def _by_day(
     it happened [A, D].
 
     Rows of a user lie in the order of time, so a day is a few runs of rows: those are summed before
-    days are sorted."""
+    days are sorted.
+
+        day of each row     1  1  2  2  2  1  2         two users
+        starts              0     2        5  6
+        runs                2     3        1  1
+        by day              day 1: 2 + 1, day 2: 3 + 1
+    """
     day = (flat["event_time"][real] + utc_offset_ms) // DAY_MS
     starts = np.flatnonzero(np.r_[True, day[1:] != day[:-1]][: len(day)])
     days, code = np.unique(day[starts], return_inverse=True)
 
-    def total(counted: np.ndarray) -> np.ndarray:
-        runs = (
-            np.add.reduceat(counted, starts, dtype=np.int64)
-            if len(starts)
-            else np.zeros(0, np.int64)
-        )
+    def sum_by_day(counted: np.ndarray) -> np.ndarray:
+        runs = np.zeros(0, np.int64)
+        if len(starts):
+            runs = np.add.reduceat(counted, starts, dtype=np.int64)
         return np.bincount(code, runs, len(days)).astype(np.int64)
 
-    masks = [flat[name][real] for name in ("known_mask", "action_mask")]
-    bits = range(len(rules.actions))
-    known, positive = (np.array([total(mask >> bit & 1) for bit in bits]) for mask in masks)
-    return days, total(np.ones(len(day), np.int64)), known, positive
+    known, positive = [], []
+    for bit in range(len(rules.actions)):
+        known.append(sum_by_day(flat["known_mask"][real] >> bit & 1))
+        positive.append(sum_by_day(flat["action_mask"][real] >> bit & 1))
+
+    rows = sum_by_day(np.ones(len(day), np.int64))
+    return days, rows, np.array(known), np.array(positive)
 
 
 def _per_action(dates: list[str], counts: np.ndarray, rules: LogRules) -> dict[str, int]:
     """[A, D] counts as {"day action": rows}, without those of 0."""
-    return {
-        f"{date} {action}": int(count)
-        for action, row in zip(rules.actions, counts, strict=True)
-        for date, count in zip(dates, row, strict=True)
-        if count
-    }
+    found = {}
+    for action, row in zip(rules.actions, counts.tolist(), strict=True):
+        for date, count in zip(dates, row, strict=True):
+            if count:
+                found[f"{date} {action}"] = count
+    return found
 
 
-def merge(parts: Sequence[Statistics]) -> Statistics:
+def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
     """All buckets together."""
     total = Statistics()
     for name, start in asdict(total).items():
         values = [getattr(part, name) for part in parts]
         if name in ("first_event_ms", "last_event_ms"):
-            times = [value for value in values if value is not None]
-            setattr(total, name, (min if name == "first_event_ms" else max)(times, default=None))
+            merged = _merge_times(values, min if name == "first_event_ms" else max)
         elif name == "samples":
-            reasons = sorted({reason for value in values for reason in value})
-            total.samples = {
-                reason: [row for value in values for row in value.get(reason, [])][:SAMPLES]
-                for reason in reasons
-            }
+            merged = _merge_samples(values)
         elif name == "heaviest":
-            rows = {int(user): rows for value in values for user, rows in value.items()}
-            total.heaviest = _heaviest(
-                np.array(list(rows), np.int64), np.array(list(rows.values()), np.int64)
-            )
+            merged = _merge_heaviest(values)
         elif isinstance(start, dict):
-            added = sum((Counter(value) for value in values), Counter())
-            keys = sorted({key for value in values for key in value}, key=_numbers_by_size)
-            setattr(total, name, {key: added[key] for key in keys})
+            merged = _add_counts(values)
         else:
-            setattr(total, name, sum(values))
+            merged = sum(values)
+        setattr(total, name, merged)
     return total
 
 
-def hints(totals: Statistics, rules: LogRules) -> list[str]:
-    """What might be wrong with the logs as a whole, where the bad rows show it."""
+def _merge_times(values: Sequence[int | None], choose: Callable[..., int | None]) -> int | None:
+    times = [value for value in values if value is not None]
+    return choose(times, default=None)
+
+
+def _merge_samples(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The first few rows of each reason, the reasons in the order of their names."""
+    samples: dict[str, list[Any]] = {}
+    for part in parts:
+        for reason, rows in part.items():
+            samples.setdefault(reason, []).extend(rows)
+    return {reason: samples[reason][:SAMPLES] for reason in sorted(samples)}
+
+
+def _merge_heaviest(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Buckets share no user."""
+    rows: dict[str, int] = {}
+    for part in parts:
+        rows.update(part)
+    users = np.array(list(map(int, rows)), np.int64)
+    return _heaviest(users, np.array(list(rows.values()), np.int64))
+
+
+def _add_counts(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The sums by key, numbers by their size and then texts."""
+    added: Counter[str] = Counter()
+    for part in parts:
+        added.update(part)
+    return {key: added[key] for key in sorted(added, key=_numbers_by_size)}
+
+
+def log_hints(totals: Statistics, rules: LogRules) -> list[str]:
+    """Likely mistakes in the logs as a whole, where the bad rows show them."""
     found = []
     for reason, rows in totals.samples.items():
         times = [row["event_time"] for row in rows if row["event_time"] is not None]
-        found.append(unit_hint(reason, times, rules))
-    return [hint for hint in found if hint]
+        hint = unit_hint(reason, times, rules)
+        if hint:
+            found.append(hint)
+    return found
 
 
 def length_quantiles(lengths: dict[str, int]) -> dict[str, int]:
     """min, p50, p90, p99, max of rows per user, from the histogram."""
     if not lengths:
         return {}
-    size = np.array([int(key) for key in lengths])
+
+    size = np.array(list(map(int, lengths)))
     reached = np.cumsum(list(lengths.values()))
-    shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {
-        name: int(size[np.searchsorted(reached, share * reached[-1])])
-        for name, share in shares.items()
-    }
+
+    quantiles = {}
+    for name, share in (("min", 0.0), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0)):
+        place = np.searchsorted(reached, share * reached[-1])
+        quantiles[name] = int(size[place])
+    return quantiles
 
 
 def _counts(values: np.ndarray) -> dict[str, int]:
-    keys, counts = np.unique(
-        values.astype(str) if values.dtype == object else values, return_counts=True
-    )
-    return {str(key): int(count) for key, count in zip(keys, counts, strict=True)}
+    if values.dtype == object:
+        values = values.astype(str)
+    keys, counts = np.unique(values, return_counts=True)
+    return _as_text_keys(keys, counts)
+
+
+def _as_text_keys(keys: np.ndarray, counts: np.ndarray) -> dict[str, int]:
+    return dict(zip(map(str, keys.tolist()), counts.tolist(), strict=True))
 
 
 def _heaviest(users: np.ndarray, rows: np.ndarray) -> dict[str, int]:
     """The users with the most rows, the largest first; equal ones by id."""
     order = np.lexsort((users, -rows))[:HEAVIEST]
-    return {str(user): int(count) for user, count in zip(users[order], rows[order], strict=True)}
+    return _as_text_keys(users[order], rows[order])
 
 
 def _samples(quarantine: pa.Table) -> dict[str, list[dict[str, Any]]]:
     samples: dict[str, list[dict[str, Any]]] = {}
     for reason in quarantine[REASON].unique().to_pylist():
-        rows = (
-            quarantine.filter(pc.field(REASON) == reason).slice(0, SAMPLES).drop_columns([REASON])
-        )
-        samples[reason] = [_sample(row) for row in rows.to_pylist()]
+        rows = quarantine.filter(pc.field(REASON) == reason).slice(0, SAMPLES)
+        samples[reason] = list(map(_sample, rows.drop_columns([REASON]).to_pylist()))
     return samples
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the quarantine as the report shows it: the source's own row where it is kept."""
-    source = (
-        json.loads(row[SOURCE_ROW])
-        if row[SOURCE_ROW]
-        else {k: v for k, v in row.items() if k != SOURCE_ROW}
-    )
-    return {"event_time": row["event_time"], "row": source}
+    time = row["event_time"]
+    if row[SOURCE_ROW]:
+        return {"event_time": time, "row": json.loads(row[SOURCE_ROW])}
+
+    checked = {name: value for name, value in row.items() if name != SOURCE_ROW}
+    return {"event_time": time, "row": checked}
 
 
 def _numbers_by_size(key: str) -> tuple[int, str]:

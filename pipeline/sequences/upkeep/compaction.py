@@ -1,10 +1,9 @@
 """Parts gathered into few, and rows dropped for their age: what a store that grows day by day needs
 now and then.
 
-    many parts ── rows of a few buckets at a time ── older than the limit? ──▶ one part per range of
-    buckets
-                                                            └▶ retired/: per user, how many were
-                                                            dropped
+    many parts ── rows of a few buckets at a time ── kept ──▶ one part per range of buckets
+                                                  └─ older than the limit ──▶ retired/: the number
+                                                                              dropped, by user
 
 The buckets keep their bytes where no row is dropped. A user's dropped rows count in
 `first_position`, so that the positions of the others stay what they were. A row that comes after
@@ -63,33 +62,39 @@ def plan_gathering(
 ) -> list[Gathering]:
     """Ranges of buckets with about PART_ROWS rows, one bucket at least; the first part stands for
     all sources.
+
+        bucket              0    1    2    3    4       PART_ROWS = 1000
+        rows                400  400  300  900  0
+        sum of rows         400  800  1100 2000 2000
+        part                0    0    1    1    1
     """
-    sources = tuple(source for part in parts for source in part.sources)
-    rows = np.array(
-        [sum(part.bucket_rows.get(number, 0) for part in parts) for number in range(num_buckets)]
-    )
+    sources: list[Source] = []
+    rows = np.zeros(num_buckets, np.int64)
+    for part in parts:
+        sources += part.sources
+        for number, count in part.bucket_rows.items():
+            rows[number] += count
+
+    # a new part where the sum of rows enters another PART_ROWS
     place = (np.cumsum(rows) - 1).clip(0) // PART_ROWS
     ranges = np.split(np.arange(num_buckets), np.flatnonzero(np.diff(place)) + 1)
+
+    names = sorted(part.name for part in parts)
     work = []
-    for numbers in (numbers.tolist() for numbers in ranges):
-        what = ["gathered", sorted(part.name for part in parts), numbers, since_ms]
-        work.append(
-            Gathering(
-                name=part_name(what),
-                sources=sources if not work else (),
-                batches={number: batches_of(parts, number) for number in numbers},
-                retired={
-                    str(number): retired[str(number)]
-                    for number in numbers
-                    if str(number) in retired
-                },
-                rows=int(rows[numbers].sum()),
-            )
+    for numbers in map(np.ndarray.tolist, ranges):
+        before = {str(number): retired[str(number)] for number in numbers if str(number) in retired}
+        gathering = Gathering(
+            name=part_name(["gathered", names, numbers, since_ms]),
+            sources=() if work else tuple(sources),
+            batches={number: batches_of(parts, number) for number in numbers},
+            retired=before,
+            rows=int(rows[numbers].sum()),
         )
+        work.append(gathering)
     return work
 
 
-def gather(work: Gathering, rules: LogRules, since_ms: int | None, folder: Path) -> Gathered:
+def gather_part(work: Gathering, rules: LogRules, since_ms: int | None, folder: Path) -> Gathered:
     """Write the part, bucket by bucket, and the tables of what was dropped."""
     retired, dropped = dict(work.retired), {}
     with PartWriter(folder, work.name, rules) as writer:
@@ -98,30 +103,28 @@ def gather(work: Gathering, rules: LogRules, since_ms: int | None, folder: Path)
             if since_ms is not None:
                 rows, old = split_by_age(rows, since_ms)
                 if old.num_rows:
-                    counted = [
-                        read_retired(folder, retired.get(str(number))),
-                        count_by_user(old, rules),
-                    ]
-                    total = (
-                        pa.concat_tables(counted).group_by("user_id").aggregate([("rows", "sum")])
-                    )
-                    table = (
-                        total.rename_columns({"rows_sum": "rows"})
-                        .select(RETIRED.names)
-                        .sort_by("user_id")
-                    )
-                    if table.num_rows:  # not all that is old was good
-                        retired[str(number)] = store.write_table(
-                            table, folder, f"retired/bucket-{number:05d}"
-                        )
                     dropped[number] = old.num_rows
+                    table = _add_dropped(folder, retired.get(str(number)), old, rules)
+                    if table.num_rows:  # not all that is old was good
+                        stem = f"retired/bucket-{number:05d}"
+                        retired[str(number)] = store.write_table(table, folder, stem)
+
             for batch in rows.drop_columns([USER_BUCKET]).combine_chunks().to_batches():
                 writer.write(number, batch)
+
         part = writer.close(work.sources)
+
     assert part.rows + sum(dropped.values()) == work.rows, (
         f"{part.rows} + {dropped} rows of {work.rows}"
     )
     return Gathered(part, retired, dropped)
+
+
+def _add_dropped(folder: Path, before: Bucket | None, old: pa.Table, rules: LogRules) -> pa.Table:
+    """RETIRED: what a bucket's users had dropped before, and these rows."""
+    counted = pa.concat_tables([read_retired(folder, before), count_by_user(old, rules)])
+    total = counted.group_by("user_id").aggregate([("rows", "sum")])
+    return total.rename_columns({"rows_sum": "rows"}).select(RETIRED.names).sort_by("user_id")
 
 
 def split_by_age(rows: pa.Table, since_ms: int) -> tuple[pa.Table, pa.Table]:
@@ -131,13 +134,15 @@ def split_by_age(rows: pa.Table, since_ms: int) -> tuple[pa.Table, pa.Table]:
     """
     time, reason = pc.field("event_time"), pc.field(REASON)
     no_age = time.is_null() | (reason == NOT_A_TIME)
+    has_age = reason.is_null() | (reason != NOT_A_TIME)
+
     kept = rows.filter(no_age | (time >= since_ms))
-    return kept, rows.filter((time < since_ms) & (reason.is_null() | (reason != NOT_A_TIME)))
+    old = rows.filter((time < since_ms) & has_age)
+    return kept, old
 
 
 def count_by_user(rows: pa.Table, rules: LogRules) -> pa.Table:
     """RETIRED: the rows of each user that a build would have kept: good ones, repeats once."""
     built = build_bucket(rows, rules, NO_CAP).sequences
-    return pa.table(
-        [built["user_id"], pa.array(np.diff(list_offsets(built)), pa.int64())], schema=RETIRED
-    )
+    lengths = np.diff(list_offsets(built))
+    return pa.table([built["user_id"], pa.array(lengths, pa.int64())], schema=RETIRED)

@@ -1,6 +1,5 @@
 """Rows of some users taken out of what a store holds: one part, one table, one file at a time."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.files import publish_file, sha256_of
 from pipeline.logs.cleaning import REASON, LogRules, user_bucket
-from pipeline.logs.files import file_digest
 from pipeline.sequences import store
 from pipeline.sequences.parts import Part, PartWriter, Source, find_part, open_part, part_name
 from pipeline.sequences.store import Bucket
@@ -36,61 +35,75 @@ class Swept:
 
 
 def plan_sweep(parts: Sequence[Part], users: np.ndarray, digests: Mapping[str, str]) -> list[Sweep]:
-    """`digests`, old to new, are of source files from which the users are taken out as well."""
+    """A task for each part. `digests`, old to new, are of source files from which the users are
+    taken out as well.
+    """
     work = []
     for part in parts:
-        sources = tuple(
-            replace(source, digest=digests.get(source.digest, source.digest))
-            for source in part.sources
-        )
+        sources = []
+        for source in part.sources:
+            digest = digests.get(source.digest, source.digest)
+            sources.append(replace(source, digest=digest))
+
         what = ["without", part.name, users.tolist(), [source.digest for source in sources]]
-        work.append(Sweep(part, part_name(what), sources))
+        work.append(Sweep(part, part_name(what), tuple(sources)))
     return work
 
 
-def sweep(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> Swept:
-    """A part that has nothing of the users, and no source that changed, is left as it is."""
+def sweep_part(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> Swept:
+    """Write the part without the users; one that has nothing of them, and no source that changed,
+    is left as it is.
+    """
     done = find_part(folder, work.name) or _without(work, users, rules, folder)
-    rows = {
-        number: count - done.bucket_rows.get(number, 0)
-        for number, count in work.part.bucket_rows.items()
-    }
-    return Swept(done, {number: count for number, count in rows.items() if count})
+
+    removed = {}
+    for number, before in work.part.bucket_rows.items():
+        rows = before - done.bucket_rows.get(number, 0)
+        if rows:
+            removed[number] = rows
+    return Swept(done, removed)
 
 
 def _without(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> Part:
     part = work.part
     suspects = set(user_bucket(users, rules.num_buckets).tolist())
+
     with open_part(folder, part.name) as reader:
 
-        def rest(number: int, place: int) -> pa.RecordBatch:
+        def read_rest(number: int, place: int) -> tuple[pa.RecordBatch, bool]:
+            """The batch without the users, and whether it had any of them."""
             batch = reader.get_batch(place)
-            # A row that broke a rule lies in a bucket of its own digest's, whoever's it is.
+            # a row that broke a rule lies in a bucket of its own digest's, whoever's it is
             if number not in suspects and batch[REASON].null_count == batch.num_rows:
-                return batch
+                return batch, False
             theirs = np.isin(batch["user_id"].fill_null(-1).to_numpy(), users)
-            return batch.filter(pa.array(~theirs)) if theirs.any() else batch
+            if not theirs.any():
+                return batch, False
+            return batch.filter(pa.array(~theirs)), True
 
-        batches = [(number, place) for number, places in part.batches.items() for place in places]
-        looked_at = (
-            batches
-            if part.broken
-            else [(number, place) for number, place in batches if number in suspects]
-        )
-        found = any(
-            rest(*batch).num_rows < reader.get_batch(batch[1]).num_rows for batch in looked_at
-        )
+        batches = []
+        for number, places in part.batches.items():
+            batches += [(number, place) for place in places]
+
+        # only where they can be: in their own buckets, or among broken rows
+        found = False
+        for number, place in batches:
+            if not found and (part.broken or number in suspects):
+                _, found = read_rest(number, place)
         if not found and work.sources == part.sources:
             return part
+
         with PartWriter(folder, work.name, rules) as writer:
             for number, place in batches:
-                writer.write(number, rest(number, place))
+                rest, _ = read_rest(number, place)
+                writer.write(number, rest)
             return writer.close(work.sources)
 
 
 def without_users(rows: pa.Table, users: np.ndarray, column: str = "user_id") -> pa.Table:
     """The rows of all others, and those without a user."""
-    theirs = np.isin(rows[column].cast(pa.int64()).fill_null(-1).to_numpy(), users)
+    owner = rows[column].cast(pa.int64()).fill_null(-1).to_numpy()
+    theirs = np.isin(owner, users)
     return rows.filter(pa.array(~theirs)) if theirs.any() else rows
 
 
@@ -101,13 +114,16 @@ def table_without(folder: Path, entry: Bucket, users: np.ndarray) -> tuple[Bucke
     rows = pq.read_table(folder / entry.file)
     rest = without_users(rows, users)
     removed = rows.num_rows - rest.num_rows
+    if not removed:
+        return entry, 0
+
     stem = entry.file.removesuffix(".parquet").rpartition("-")[0]
-    return (store.write_table(rest, folder, stem) if removed else entry), removed
+    return store.write_table(rest, folder, stem), removed
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A file of rows that was written again beside itself; `replace` puts it in its place."""
+    """A file of rows that was written again beside itself; `publish_rest` puts it in its place."""
 
     path: Path
     staged: Path
@@ -115,22 +131,21 @@ class Rewritten:
     new_digest: str
     removed: int
 
-    def replace(self) -> None:
-        os.replace(self.staged, self.path)
+    def publish_rest(self) -> None:
+        publish_file(self.staged, self.path)
 
 
 def stage_without(path: Path, users: np.ndarray, column: str) -> Rewritten | None:
     """The Parquet file at `path` without the users, staged; None where they have no row in it."""
     staged = path.with_name(f".{path.name}.without")
     staged.unlink(missing_ok=True)  # of a run that was killed
+
     rows = pq.read_table(path)
     rest = without_users(rows, users, column)
-    if rest.num_rows == rows.num_rows:
+    removed = rows.num_rows - rest.num_rows
+    if not removed:
         return None
+
     with staged.open("wb") as file:
         pq.write_table(rest, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return Rewritten(
-        path, staged, file_digest(path), file_digest(staged), rows.num_rows - rest.num_rows
-    )
+    return Rewritten(path, staged, sha256_of(path), sha256_of(staged), removed)
