@@ -24,6 +24,8 @@ from tests.worlds.logs import NOON, RULES, config_for, here, log
 
 ROOT = Path(__file__).parents[1]
 
+__all__ = ["here"]  # a fixture
+
 
 def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
     """One user's rows as a SEQUENCE row, and the reason of each row left out: PROTOCOL's words, one
