@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.logs.cleaning import LogRules
 from pipeline.sequences import store
 from pipeline.sequences.parts import Part, batches_of, read_rows
-from pipeline.sequences.quality.statistics import Statistics, count_bucket
+from pipeline.sequences.quality.statistics import Statistics, count_bucket, merge_statistics
 from pipeline.sequences.retired import add_retired, read_retired
 from pipeline.sequences.store import Bucket
 from pipeline.sequences.users import build_bucket
@@ -118,6 +118,11 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     return record
 
 
+def total_statistics(records: Sequence[Record]) -> Statistics:
+    """The counts over all these buckets."""
+    return merge_statistics([record.statistics for record in records])
+
+
 def carry_record(folder: Path, before: BucketWork, now: BucketWork) -> None:
     """Write the bucket's record under its new key: its rows lie in other parts now."""
     record = find_record(folder, before.record)
@@ -126,7 +131,7 @@ def carry_record(folder: Path, before: BucketWork, now: BucketWork) -> None:
 
 
 def find_record(folder: Path, file: str) -> Record | None:
-    """The record of a bucket that was built; None where there is none, or its files are not whole."""
+    """The record of a bucket that was built; None where there is none, or a file is not whole."""
     try:
         raw = json.loads((folder / file).read_text())
         record = Record(

@@ -47,6 +47,7 @@ from pipeline.sequences.buckets import (
     Record,
     find_record,
     plan_buckets,
+    total_statistics,
     write_bucket,
 )
 from pipeline.sequences.forgotten import read_forgotten
@@ -54,7 +55,7 @@ from pipeline.sequences.parts import Part, find_part, plan_parts, write_part
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
-from pipeline.sequences.quality.statistics import Statistics, log_hints, merge_statistics
+from pipeline.sequences.quality.statistics import Statistics, log_hints
 from pipeline.sequences.side_tables import side_files, write_side_table
 from pipeline.sequences.store import Bucket, Manifest
 from pipeline.sequences.workers import Workers, workers
@@ -295,7 +296,7 @@ def held_records(folder: Path, manifest: Manifest) -> list[Record]:
 def _make_parts(
     sequences: SequenceConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers
 ) -> list[Part]:
-    """The parts of these files, digest -> path; those that a killed build has finished are found."""
+    """The parts of these files, digest -> path; those that a killed build finished are found."""
     forgotten = read_forgotten(folder)
     settings = {
         "columns": rules.columns,
@@ -347,7 +348,7 @@ def build_version(
     work = plan_buckets(all_parts, retired, rules_of_buckets)
     records = build_buckets(folder, work, rules_of_buckets, run)
 
-    totals = merge_statistics([record.statistics for record in records])
+    totals = total_statistics(records)
     checks = _check_counts(cfg, totals, new_parts)
     page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks)
     refuse_failed(checks, log_hints(totals, rules), page)
@@ -401,10 +402,15 @@ def compose_manifest(
     """The manifest of these parts and of the buckets made of them, once their files are checked;
     `rest` as it is.
     """
-    totals = merge_statistics([record.statistics for record in records])
-    buckets = tuple(record.bucket for record in records if record.bucket)
-    quarantine = tuple(record.quarantine for record in records if record.quarantine)
-    _verify(folder, buckets, totals, sum(part.rows for part in all_parts))
+    totals = total_statistics(records)
+    buckets, quarantine = [], []
+    for record in records:
+        if record.bucket:
+            buckets.append(record.bucket)
+        if record.quarantine:
+            quarantine.append(record.quarantine)
+
+    _verify(folder, buckets, totals, all_parts)
     assert totals.first_event_ms is not None and totals.last_event_ms is not None, (
         "some rows were kept"
     )
@@ -419,10 +425,13 @@ def compose_manifest(
         [[entry.file, entry.sha256] for entry in entries],
     ]
     quarantined = Counter(totals.quarantined) + Counter(imported_quarantined)
+    names = [part.name for part in all_parts]
+    record_files = [task.record for task in work]
+    num_users = sum(bucket.users for bucket in buckets)
 
     return Manifest(
         digest=_sha256(named_by),
-        num_users=sum(bucket.users for bucket in buckets),
+        num_users=num_users,
         num_rows=totals.rows_kept,
         rows_in=totals.rows_in,
         rows_capped=totals.rows_capped,
@@ -430,10 +439,10 @@ def compose_manifest(
         quarantined=dict(sorted(quarantined.items())),
         first_event_ms=totals.first_event_ms,
         last_event_ms=totals.last_event_ms,
-        buckets=buckets,
-        quarantine=quarantine,
-        parts=tuple(sorted(part.name for part in all_parts)),
-        records=tuple(task.record for task in work),
+        buckets=tuple(buckets),
+        quarantine=tuple(quarantine),
+        parts=tuple(sorted(names)),
+        records=tuple(record_files),
         **rest,
     )
 
@@ -441,7 +450,7 @@ def compose_manifest(
 def build_buckets(
     folder: Path, work: Sequence[BucketWork], rules: BucketRules, run: Workers
 ) -> list[Record]:
-    """The records of these buckets, by number; those that are there already are left as they are."""
+    """The records of these buckets, by number; buckets that are there already stay as they are."""
     found, missing = [], []
     for task in work:
         record = find_record(folder, task.record)
@@ -472,19 +481,21 @@ def _warn_of_memory(work: Sequence[BucketWork], rules: LogRules) -> None:
 
 
 def _verify(
-    folder: Path, buckets: Sequence[Bucket], totals: Statistics, rows_in_parts: int
+    folder: Path, buckets: Sequence[Bucket], totals: Statistics, all_parts: Sequence[Part]
 ) -> None:
-    """Every row that the files have is accounted for, and the files written hold what was counted."""
+    """Every row of the parts is accounted for, and the files written hold what was counted."""
+    written = 0
+    files: set[str] = set()
     for bucket in buckets:
+        assert bucket.file not in files, f"{bucket.file} was built twice"
+        files.add(bucket.file)
+        written += bucket.rows
+
         users = pq.read_metadata(folder / bucket.file).num_rows
         assert users == bucket.users, f"users written and counted differ in {bucket.file}"
-
-    names = {bucket.file for bucket in buckets}
-    assert len(names) == len(buckets), "a bucket was built twice"
-
-    written = sum(bucket.rows for bucket in buckets)
     assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
 
+    rows_in_parts = sum(part.rows for part in all_parts)
     accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
     assert rows_in_parts == totals.rows_in == accounted, (
         f"{rows_in_parts} rows read, {accounted} accounted for"
@@ -519,7 +530,7 @@ def publish_version(folder: Path, manifest: Manifest) -> None:
 
 
 def version_but(folder: Path, digest: str) -> Manifest | None:
-    """The newest version that is kept and is not the one of this digest; None where there is none."""
+    """The newest version that is kept, but for that of this digest; None where there is none."""
     for version in store.versions(folder):
         if version.digest != digest:
             return version

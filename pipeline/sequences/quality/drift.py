@@ -132,7 +132,18 @@ def count_profile(folder: Path, manifest: Manifest, days: int | None = None) -> 
 def _add_profiles(parts: Sequence[Profile], manifest: Manifest) -> Profile:
     known: Counter[str] = Counter()
     positive: Counter[str] = Counter()
+    users = rows = timed = last = 0
+    first = 2**62
+    items = []
+    lengths = np.zeros(MAX_LOG_LENGTH + 1, np.int64)
     for part in parts:
+        users += part.users
+        rows += part.rows
+        timed += part.timed
+        first = min(first, part.first_event_ms)
+        last = max(last, part.last_event_ms)
+        items.append(part.items)
+        lengths += part.lengths
         known.update(part.known)
         positive.update(part.positive)
 
@@ -142,16 +153,16 @@ def _add_profiles(parts: Sequence[Profile], manifest: Manifest) -> Profile:
 
     return Profile(
         digest=manifest.digest,
-        users=sum(part.users for part in parts),
-        rows=sum(part.rows for part in parts),
-        first_event_ms=min(part.first_event_ms for part in parts),
-        last_event_ms=max(part.last_event_ms for part in parts),
-        timed=sum(part.timed for part in parts),
+        users=users,
+        rows=rows,
+        first_event_ms=first,
+        last_event_ms=last,
+        timed=timed,
         known=dict(known),
         positive=dict(positive),
-        lengths=np.sum([part.lengths for part in parts], axis=0),
+        lengths=lengths,
         request_values=request_values,
-        items=Counts.add_parts([part.items for part in parts]),
+        items=Counts.add_parts(items),
     )
 
 

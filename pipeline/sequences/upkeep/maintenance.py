@@ -20,12 +20,11 @@ from pipeline.logs.cleaning import LogRules
 from pipeline.logs.imported import read_import_report
 from pipeline.schema import DAY_MS
 from pipeline.sequences import build, store
-from pipeline.sequences.buckets import BucketRules, carry_record, plan_buckets
+from pipeline.sequences.buckets import BucketRules, carry_record, plan_buckets, total_statistics
 from pipeline.sequences.forgotten import add_forgotten
 from pipeline.sequences.parts import Part
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import run_checks
-from pipeline.sequences.quality.statistics import merge_statistics
 from pipeline.sequences.store import Bucket, Manifest
 from pipeline.sequences.upkeep.compaction import gather_part, plan_gathering
 from pipeline.sequences.upkeep.forgetting import (
@@ -94,14 +93,15 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
             task = partial(gather_part, rules=rules.logs, since_ms=since_ms, folder=folder)
             gathered = run("gathering the parts", task, work)
 
+            now: list[Part] = []
             dropped: set[int] = set()
             retired: dict[str, Bucket] = {}
             for one in gathered:
+                now.append(one.part)
                 dropped.update(one.dropped)
                 retired.update(one.retired)
             retired = dict(sorted(retired.items()))
 
-            now = [one.part for one in gathered]
             changes = {"retired": retired, "kept_since_ms": since_ms}
             manifest = rebuild_version(
                 folder, published, parts, now, dropped, rules, run, **changes
@@ -155,7 +155,7 @@ def rebuild_version(
         UserError: no rows would be left.
     """
     records = build.held_records(folder, published)
-    counted = merge_statistics([record.statistics for record in records])
+    counted = total_statistics(records)
 
     retired: Mapping[str, Bucket] = changes.get("retired", published.retired)
     work = plan_buckets(parts, retired, rules)
@@ -233,8 +233,12 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
 
 
 def _stage_files(files: Iterable[Path], users: np.ndarray, column: str) -> list[Rewritten]:
-    staged = [stage_without(file, users, column) for file in files]
-    return [file for file in staged if file is not None]
+    staged = []
+    for file in files:
+        rewritten = stage_without(file, users, column)
+        if rewritten is not None:
+            staged.append(rewritten)
+    return staged
 
 
 def _publish_files(files: Sequence[Rewritten]) -> int:
@@ -260,7 +264,9 @@ def _without(
 
         changed: set[int] = set()  # buckets
         removed = {"parts": 0, "retired": 0, "users": 0}
+        now: list[Part] = []
         for one in swept:
+            now.append(one.part)
             changed.update(one.removed)
             removed["parts"] += sum(one.removed.values())
 
@@ -277,7 +283,6 @@ def _without(
         if "users" in tables:
             tables["users"], removed["users"] = table_without(folder, tables["users"], users)
 
-        now = [one.part for one in swept]
         if now == parts and not changed and not removed["users"]:
             return published, {"sequences": 0, "quarantine": 0, **removed}
 
@@ -304,7 +309,7 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
         return
 
     records = build.held_records(cfg.sequence_dir, manifest)
-    totals = merge_statistics([record.statistics for record in records])
+    totals = total_statistics(records)
     checks = run_checks(cfg.checks, totals)
     imported = None if cfg.source.kind == "parquet" else read_import_report(cfg)
     report.write_report(cfg.run_dir, cfg.name, totals, held_rules(manifest), imported, checks)
