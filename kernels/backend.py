@@ -28,6 +28,7 @@ def choose(backend: Backend, x: Tensor) -> Backend:
         return "triton" if x.is_cuda else "torch"
     if backend == "triton":
         require_triton(x)
+
     return backend
 
 

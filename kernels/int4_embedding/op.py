@@ -29,11 +29,13 @@ def quantize(table_RE: Tensor) -> Tensor:
     require(fits, f"the table must be floats [R, E], got {table_RE.dtype} {tuple(table_RE.shape)}")
     num_rows, dim = table_RE.shape
     packed = torch.empty(num_rows, packed_words(dim), dtype=torch.int32, device=table_RE.device)
+
     step = max(CHUNK // max(dim, 1), 1)
     for begin in range(0, num_rows, step):
         packed[begin : begin + step] = _pack(
             *quantize_reference(table_RE[begin : begin + step].float())
         )
+
     return packed
 
 
@@ -44,6 +46,7 @@ def _pack(codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         "a table of finite numbers below 65,504 is needed: float16 holds the scale and bias of a "
         "row",
     )
+
     codes = torch.nn.functional.pad(codes.int(), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
     shifts = 4 * torch.arange(8, dtype=torch.int32, device=codes.device)
     words = (codes << shifts).sum(2, dtype=torch.int32)  # bits of different codes: adding is or-ing
@@ -68,6 +71,7 @@ def look_up(
     fits = (
         packed.dtype == torch.int32 and packed.dim() == 2 and packed.shape[1] == packed_words(dim)
     )
+
     shown = f"got {packed.dtype} {tuple(packed.shape)}"
     require(
         fits, f"the table must be int32 [R, {packed_words(dim)}] for rows of {dim} numbers, {shown}"

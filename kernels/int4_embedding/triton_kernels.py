@@ -22,6 +22,7 @@ def look_up(
     row = packed + tl.load(ids + n, mask=valid, other=0).to(tl.int64) * words
     word = tl.arange(0, CODE_WORDS)
     codes = tl.load(row[:, None] + 1 + word, mask=valid[:, None] & (word < words - 1), other=0)
+
     header = tl.load(row, mask=valid, other=0)
     scale = header.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     bias = (header >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -14,6 +14,7 @@ def look_up_triton(packed: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) ->
     # codes of a batch are columns of one tensor
     packed, ids = packed.contiguous(), ids.contiguous()
     out = torch.empty(len(ids), dim, dtype=dtype, device=packed.device)
+
     if len(ids):
         code_words = next_power_of_2(packed.shape[1] - 1)
         block = max(TILE // (8 * code_words), 1)
@@ -28,4 +29,5 @@ def look_up_triton(packed: Tensor, ids: Tensor, dim: int, dtype: torch.dtype) ->
             num_warps=4,
             num_stages=3,
         )
+
     return out

@@ -38,6 +38,7 @@ def concatenate(
         f"both sides must have one type, got {left_TE.dtype}, {right_TE.dtype}",
     )
     _check_offsets(left_offsets, right_offsets)
+
     chosen = choose(backend, left_TE)
     if chosen == "reference":
         return concatenate_reference(left_TE, left_offsets, right_TE, right_offsets)
@@ -66,6 +67,7 @@ def split(
     require(x_TE.dim() == 2, f"x must be [T, E], got {tuple(x_TE.shape)}")
     require(0 <= num_left <= len(x_TE), f"num_left must be in 0..{len(x_TE)}, got {num_left}")
     _check_offsets(left_offsets, right_offsets)
+
     chosen = choose(backend, x_TE)
     if chosen == "reference":
         return split_reference(x_TE, left_offsets, right_offsets)
@@ -107,6 +109,7 @@ def truncate_tail(
     require(0 <= num_rows <= len(x_TE), f"num_rows must be in 0..{len(x_TE)}, got {num_rows}")
     lengths = torch.minimum(seq_offsets.diff(), tail + num_context)
     new_offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
     chosen = choose(backend, x_TE)
     if chosen == "reference":
         return truncate_tail_reference(x_TE, seq_offsets, num_context, tail), new_offsets
@@ -117,6 +120,7 @@ def truncate_tail(
             x_TE, seq_offsets, new_offsets, num_context, num_rows
         ), new_offsets
     sequence = sequence_index(new_offsets, num_rows)
+
     at = torch.arange(num_rows, device=x_TE.device) - new_offsets[sequence]
     dropped = (seq_offsets.diff() - lengths)[sequence]
     source = seq_offsets[sequence] + at + torch.where(at >= num_context, dropped, 0)
@@ -139,6 +143,7 @@ def _places(
         torch.arange(num_left, device=device)
         + right_offsets[sequence_index(left_offsets, num_left)]
     )
+
     right_at = (
         torch.arange(num_right, device=device)
         + left_offsets[1:][sequence_index(right_offsets, num_right)]

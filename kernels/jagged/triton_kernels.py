@@ -47,6 +47,7 @@ def concatenate_or_split(
     seq = _bisect(left_offsets, right_offsets, row, num_sequences, steps, True)
     left_begin, right_begin = tl.load(left_offsets + seq), tl.load(right_offsets + seq)
     length = tl.load(left_offsets + seq + 1) - left_begin
+
     at = row - left_begin - right_begin
     is_left = at < length
     left_at = (left_begin + at)[:, None] * width + col
@@ -54,6 +55,7 @@ def concatenate_or_split(
     inside = (row < num_rows)[:, None] & (col < width)
     in_left, in_right = inside & is_left[:, None], inside & ~is_left[:, None]
     whole_at = row[:, None] * width + col
+
     if SPLIT:
         x = tl.load(whole + whole_at, mask=inside)
         tl.store(left + left_at, x, mask=in_left)
@@ -83,14 +85,17 @@ def truncate_tail(
     col = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     written = offsets if BACKWARD else new_offsets
     seq = _bisect(written, written, row, num_sequences, steps, False)
+
     begin, new_begin = tl.load(offsets + seq), tl.load(new_offsets + seq)
     length, new_length = (
         tl.load(offsets + seq + 1) - begin,
         tl.load(new_offsets + seq + 1) - new_begin,
     )
+
     dropped = length - new_length
     inside = (row < num_rows)[:, None] & (col < width)
     here = row[:, None] * width + col
+
     if BACKWARD:
         at = row - begin
         is_tail = at >= num_context + dropped

@@ -51,6 +51,7 @@ def _join(left: Tensor, right: Tensor, left_offsets: Tensor, right_offsets: Tens
         *tensors,
         backward=False,
     )
+
     return whole
 
 
@@ -67,6 +68,7 @@ def _part(
         *tensors,
         backward=True,
     )
+
     return left, right
 
 
@@ -77,6 +79,7 @@ class Concatenate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(left_offsets, right_offsets)
         ctx.num_left = len(left)
+
         return _join(left, right, left_offsets, right_offsets)
 
     @staticmethod
@@ -105,6 +108,7 @@ class TruncateTail(torch.autograd.Function):
         ctx.save_for_backward(offsets, new_offsets)
         ctx.num_context, ctx.num_rows = num_context, len(long)
         short = long.new_empty(num_rows, long.shape[1])
+
         tensors = long, short, offsets, new_offsets
         _launch(
             triton_kernels.truncate_tail,
@@ -114,6 +118,7 @@ class TruncateTail(torch.autograd.Function):
             extra=(num_context,),
             backward=False,
         )
+
         return short
 
     @staticmethod
@@ -122,6 +127,7 @@ class TruncateTail(torch.autograd.Function):
         offsets, new_offsets = ctx.saved_tensors
         long = grad.new_empty(ctx.num_rows, grad.shape[1])
         tensors = long, grad, offsets, new_offsets
+
         extra = (ctx.num_context,)
         _launch(
             triton_kernels.truncate_tail,
@@ -131,4 +137,5 @@ class TruncateTail(torch.autograd.Function):
             extra=extra,
             backward=True,
         )
+
         return long, None, None, None, None

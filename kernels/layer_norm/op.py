@@ -26,6 +26,7 @@ def layer_norm(
     """
     if not _is_triton(x_TE, weight, bias, backend):
         return layer_norm_reference(x_TE, weight, bias, eps)
+
     from kernels.layer_norm.triton_launch import LayerNorm
 
     return LayerNorm.apply(x_TE.contiguous(), weight, bias, eps)
@@ -42,6 +43,7 @@ def swish_layer_norm(
     """
     if not _is_triton(x_TE, weight, bias, backend):
         return swish_layer_norm_reference(x_TE, weight, bias, eps)
+
     from kernels.layer_norm.triton_launch import SwishLayerNorm
 
     return SwishLayerNorm.apply(x_TE.contiguous(), weight, bias, eps)
@@ -51,10 +53,12 @@ def _is_triton(x_TE: Tensor, weight: Tensor, bias: Tensor, backend: Backend) -> 
     fits = x_TE.dim() == 2 and weight.shape == bias.shape == x_TE.shape[1:]
     shown = f"{tuple(x_TE.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
     require(fits, f"x must be [T, E], weight and bias [E], got {shown}")
+
     triton = choose(backend, x_TE) == "triton"
     if triton:
         require(
             x_TE.dtype in FLOATS,
             f"the triton backend takes float16, bfloat16 and float32, got {x_TE.dtype}",
         )
+
     return triton

@@ -33,10 +33,12 @@ def quantize_rows_reference(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     wide = x_TE.float()
     largest = wide.abs().amax(1)
     scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+
     return (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def through_fp8(x_TE: Tensor) -> Tensor:
     """x as FP8 holds it, in x's type."""
     codes, scale = quantize_rows_reference(x_TE)
+
     return (codes.float() * scale[:, None]).to(x_TE.dtype)

@@ -67,11 +67,13 @@ def norm_forward(
     )
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+
     hat, _ = normalise(x_RE, inside, width, eps)
     y = hat * w[None, :] + b[None, :]
     place = long_rows * width + columns[None, :]
     if OUT:
         tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
     if FP8:
         by_row = fp8_scale(tl.max(tl.abs(y), 1))
         tl.store(
@@ -113,9 +115,11 @@ def norm_backward(
     columns = tl.arange(0, BLOCK)
     valid = columns < width
     w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_passed = tl.zeros((ROWS, BLOCK), tl.float32)
+
     for begin in tl.range(
         tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES
     ):
@@ -128,6 +132,7 @@ def norm_backward(
             tl.float32
         )
         hat, rstd = normalise(x_RE, inside, width, eps)
+
         d_weight += d * hat
         d_bias += d
         grad = normalise_backward(d * w[None, :], hat, rstd, width)
@@ -136,6 +141,7 @@ def norm_backward(
             d_passed += passed
             grad += passed
         tl.store(dx + place, grad.to(dx.dtype.element_ty), mask=inside)
+
     base = partial + tl.program_id(0) * 3 * width + columns
     tl.store(base, tl.sum(d_weight, 0), mask=valid)
     tl.store(base + width, tl.sum(d_bias, 0), mask=valid)
@@ -180,6 +186,7 @@ def swish_backward(
     b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+
     for begin in tl.range(
         tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES
     ):
@@ -191,13 +198,16 @@ def swish_backward(
         x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
             tl.float32
         )
+
         hat, rstd = normalise(x_RE, inside, width, eps)
         gate = sigmoid(hat * w[None, :] + b[None, :])
         d_normed = d * x_RE * gate * (1 - gate)
+
         d_weight += d_normed * hat
         d_bias += d_normed
         grad = d * gate + normalise_backward(d_normed * w[None, :], hat, rstd, width)
         tl.store(dx + place, grad.to(dx.dtype.element_ty), mask=inside)
+
     base = partial + tl.program_id(0) * 2 * width + columns
     tl.store(base, tl.sum(d_weight, 0), mask=valid)
     tl.store(base + width, tl.sum(d_bias, 0), mask=valid)

@@ -79,6 +79,7 @@ def launch_layer_norm(
     y = torch.empty(num_rows, width, dtype=dtype, device=device) if out else None
     codes = torch.empty(num_rows, width, dtype=FP8, device=device) if fp8 else None
     scale = torch.empty(num_rows, dtype=torch.float32, device=device) if fp8 else None
+
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
@@ -92,6 +93,7 @@ def launch_quantize(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = x_TE.shape
     codes = torch.empty(num_rows, width, dtype=FP8, device=x_TE.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x_TE.device)
+
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
@@ -111,6 +113,7 @@ def launch_layer_norm_backward(
     dx = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
     programs = BACKWARD.programs(x_TE.device)
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=x_TE.device)
+
     rows, block, warps = BACKWARD.of(width)
     launch(
         triton_kernels.norm_backward, programs, (d_out, x_TE, d_residual, weight, dx, partial), (num_rows,),
@@ -125,6 +128,7 @@ def launch_swish(x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     """x * sigmoid(LayerNorm(x)), in x's type."""
     num_rows, width = x_TE.shape
     y = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
+
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
@@ -142,6 +146,7 @@ def launch_swish_backward(
     dx = torch.empty(num_rows, width, dtype=x_TE.dtype, device=x_TE.device)
     programs = SWISH_BACKWARD.programs(x_TE.device)
     partial = torch.empty(programs, 2, width, dtype=torch.float32, device=x_TE.device)
+
     rows, block, warps = SWISH_BACKWARD.of(width)
     launch(
         triton_kernels.swish_backward, programs, (d_out, x_TE, weight, bias, dx, partial), (num_rows,),

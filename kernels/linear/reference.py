@@ -22,6 +22,7 @@ class Fp8Linear(torch.autograd.Function):
         (grad,) = grads
         # under autocast forward ran in a smaller type
         x_TK, w_NK = (t.to(grad.dtype) for t in ctx.saved_tensors)
+
         return grad @ w_NK, grad.T @ x_TK, grad.sum(0)
 
 
@@ -33,4 +34,5 @@ def linear_reference(
     out = Fp8Linear.apply(x_TK, w_NK, bias) if fp8 else F.linear(x_TK, w_NK, bias)
     if silu_from is not None:
         out = torch.cat([out[:, :silu_from], F.silu(out[:, silu_from:])], dim=1)
+
     return out if residual is None else residual + out

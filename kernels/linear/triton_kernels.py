@@ -40,6 +40,7 @@ def _tile(
     else:
         rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+
         tile = tl.load(
             source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0
         )
@@ -60,22 +61,26 @@ def _epilogue(
     if not EVEN:
         inside = inside & valid[None, :]
     long_rows = rows.to(tl.int64)[:, None]
+
     if FP8:
         by_row = tl.load(x_scale + rows, mask=rows < num_rows, other=0.0)
         acc *= by_row[:, None] * tl.load(w_scale + columns, mask=valid, other=0.0)[None, :]
     acc += tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
+
     if SILU:
         if column + BLOCK_N > silu_from:
             gate = _sigmoid(acc, FAST)
             active = (columns >= silu_from)[None, :]
             if SLOPE:
                 steep = gate * (1 + acc * (1 - gate))
+
                 if TMA_OUT:  # there a tile is activated whole
                     slope.store([row, column - silu_from], steep.to(slope.dtype))
                 else:
                     place = slope + long_rows * stride_slope + (columns - silu_from)[None, :]
                     tl.store(place, steep.to(slope.dtype.element_ty), mask=inside & active)
             acc *= gate if TMA_OUT else tl.where(active, gate, 1.0)
+
     if RESIDUAL:
         place = residual + long_rows * stride_residual + columns[None, :]
         acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -112,9 +117,11 @@ def linear(
     """
     across = tl.cdiv(num_outputs, BLOCK_N)
     tiles = tl.cdiv(num_rows, BLOCK_M) * across
+
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         row, column = (tile // across) * BLOCK_M, (tile % across) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
         for k in range(0, num_inputs, BLOCK_K):
             a = _tile(x, row, k, num_rows, num_inputs, stride_x, BLOCK_M, BLOCK_K, TMA)
             b = _tile(w, column, k, num_outputs, num_inputs, stride_w, BLOCK_N, BLOCK_K, TMA)

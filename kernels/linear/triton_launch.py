@@ -100,6 +100,7 @@ def _prepare(
     if tma:
         of_x = template(x_dtype, num_rows, num_inputs, strides[0], [tile.rows, tile.inputs])
         of_w = template(x_dtype, num_outputs, num_inputs, strides[1], [tile.outputs, tile.inputs])
+
     if tma_out:
         of_out = template(dtype, num_rows, num_outputs, strides[2], [tile.rows, part])
     if tma_out and sloped and silu_from is not None:
@@ -108,6 +109,7 @@ def _prepare(
     programs = min(tiles, _multiprocessors(device) * tile.per_sm) if tile.per_sm else tiles
     fast, even = dtype.itemsize == 2 and device.type == "cuda", num_outputs % tile.outputs == 0
     silu, silu_from = silu_from is not None, num_outputs if silu_from is None else silu_from
+
     return PreparedLinear(
         programs=programs, descriptors=(of_x, of_w, of_out, of_slope),
         fixed=(num_outputs, num_inputs, *strides, silu_from),
@@ -137,18 +139,22 @@ def launch_linear(
     num_outputs, device = w_NK.shape[0], x_TK.device
     dtype = dtype or x_TK.dtype
     out = torch.empty(num_rows, num_outputs, dtype=dtype, device=device)
+
     slope = None
     if keep_slope and silu_from is not None:
         slope = torch.empty(num_rows, num_outputs - silu_from, dtype=dtype, device=device)
+
     if not num_rows:
         return out, slope
     of_slope, of_residual = (0 if t is None else t.stride(0) for t in (slope, residual))
+
     hopper, fp8 = _capability(device)[0] == 9, scales is not None
     if tile is None:
         half = x_TK.element_size() < 4
         tile = tile_size(
             outputs=num_outputs, fp8=fp8, residual=residual is not None, half=half, hopper=hopper
         )
+
     prepared = _prepare(
         (num_rows, num_outputs, num_inputs),
         (x_TK.stride(0), w_NK.stride(0), num_outputs, of_slope, of_residual),
@@ -161,10 +167,9 @@ def launch_linear(
         tile,
         device,
     )
-    tensors = [
-        x if template is None or x is None else described(template, x)
-        for x, template in zip((x_TK, w_NK, out, slope), prepared.descriptors, strict=True)
-    ]
+
+    pairs = zip((x_TK, w_NK, out, slope), prepared.descriptors, strict=True)
+    tensors = [x if form is None or x is None else described(form, x) for x, form in pairs]
     launch(
         triton_kernels.linear, prepared.programs, (*tensors, bias, residual, *(scales or (None, None))),
         (num_rows,), prepared.fixed, prepared.constants,

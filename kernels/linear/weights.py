@@ -36,11 +36,13 @@ def _form(weight: Tensor, kind: object, build: Callable[[], Form]) -> Form:
     """
     if weight.requires_grad:
         return build()
+
     owner = id(weight)
     entry = _forms.get(owner)
     if entry is None or entry[0]() is not weight:
         entry = _forms[owner] = ref(weight, lambda _: _forms.pop(owner, None)), {}
     state = weight.data_ptr(), weight.device, 0 if weight.is_inference() else weight._version
+
     found = entry[1].get(kind)
     if found is None or found[0] != state:
         found = entry[1][kind] = state, build()

@@ -13,6 +13,7 @@ def dropout_mask(seed: int, num_rows: int, width: int, p: float, device: torch.d
     """
     by_row = _mix(torch.arange(num_rows, device=device) ^ seed)
     draw = _mix(by_row[:, None] ^ _mix(torch.arange(width, device=device))[None, :]) >> 8
+
     return draw >= dropout_threshold(p)
 
 
@@ -27,6 +28,7 @@ def _mix(x: Tensor) -> Tensor:
     """
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+
     return x ^ (x >> 16)
 
 
@@ -38,6 +40,7 @@ def norm_gate_reference(
     probability p.
     """
     gate = F.silu(u_TE)
+
     y = (
         F.layer_norm(a_TE, weight.shape, weight.to(a_TE.dtype), bias.to(a_TE.dtype), eps).to(
             u_TE.dtype
@@ -48,4 +51,5 @@ def norm_gate_reference(
         y = torch.cat([gate, a_TE.to(u_TE.dtype), y], dim=1)
     if p == 0:
         return y
+
     return y * dropout_mask(seed, y.shape[0], y.shape[1], p, y.device) / (1 - p)

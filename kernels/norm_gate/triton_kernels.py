@@ -40,6 +40,12 @@ def _drop(x, seed, rows, columns, threshold, gain, DROPOUT: tl.constexpr):
     return x
 
 
+@triton.jit
+def _read(x, place, inside):
+    """Numbers at `place` in float32, 0 outside."""
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_rows", "seed"])
 def gate_forward(
     a, u,  # [T, E]
@@ -55,17 +61,14 @@ def gate_forward(
     valid = columns < width
     inside = (rows < num_rows)[:, None] & valid[None, :]
     long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
-    a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    u_RE = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
-    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    a_RE = _read(a, long_rows * stride_a + columns[None, :], inside)
+    u_RE = _read(u, long_rows * stride_u + columns[None, :], inside)
+    w, b = _read(weight, columns, valid), _read(bias, columns, valid)
+
     hat, _ = normalise(a_RE, inside, width, eps)
     u_RE *= sigmoid(u_RE)
     y = (hat * w[None, :] + b[None, :]) * u_RE
+
     if CONCAT:
         u_RE = _drop(u_RE, seed, rows, columns, threshold, gain, DROPOUT)
         a_RE = _drop(a_RE, seed, rows, columns + width, threshold, gain, DROPOUT)
@@ -74,6 +77,7 @@ def gate_forward(
     else:
         y = _drop(y, seed, rows, columns, threshold, gain, DROPOUT)
         place = long_rows * width + columns[None, :]
+
     if OUT:
         if CONCAT:
             tl.store(out + place, u_RE.to(out.dtype.element_ty), mask=inside)
@@ -81,12 +85,14 @@ def gate_forward(
             tl.store(out + place + 2 * width, y.to(out.dtype.element_ty), mask=inside)
         else:
             tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
     if FP8:
         largest = tl.max(tl.abs(y), 1)
         if CONCAT:
             largest = tl.maximum(
                 largest, tl.maximum(tl.max(tl.abs(u_RE), 1), tl.max(tl.abs(a_RE), 1))
             )
+
         by_row = fp8_scale(largest)
         if CONCAT:
             place = long_rows * (3 * width) + fp8_columns(BLOCK)[None, :]
@@ -117,35 +123,35 @@ def gate_backward(
     """
     columns = tl.arange(0, BLOCK)
     valid = columns < width
-    w = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
-    b = tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)
+    w, b = _read(weight, columns, valid), _read(bias, columns, valid)
+
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_gate = tl.zeros((ROWS, BLOCK), tl.float32)
+
     for begin in tl.range(
         tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES
     ):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & valid[None, :]
         long_rows = rows.to(tl.int64)[:, None]
-        a_RE = tl.load(a + long_rows * stride_a + columns[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        x = tl.load(u + long_rows * stride_u + columns[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        a_RE = _read(a, long_rows * stride_a + columns[None, :], inside)
+        x = _read(u, long_rows * stride_u + columns[None, :], inside)
+
         hat, rstd = normalise(a_RE, inside, width, eps)
         normed = hat * w[None, :] + b[None, :]
         gate = sigmoid(x)
         u_RE = x * gate
+
         first = 0
         if CONCAT:
             first = 2 * width
             place = long_rows * (3 * width) + columns[None, :]
-            d_u = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
-            d_a = tl.load(d_out + place + width, mask=inside, other=0.0).to(tl.float32)
+            d_u = _read(d_out, place, inside)
+            d_a = _read(d_out, place + width, inside)
             d_u = _drop(d_u, seed, rows, columns, threshold, gain, DROPOUT)
             d_a = _drop(d_a, seed, rows, columns + width, threshold, gain, DROPOUT)
+
             if OUT:
                 u_out = _drop(u_RE, seed, rows, columns, threshold, gain, DROPOUT)
                 a_out = _drop(a_RE, seed, rows, columns + width, threshold, gain, DROPOUT)
@@ -154,21 +160,26 @@ def gate_backward(
             place += first
         else:
             place = long_rows * width + columns[None, :]
-        d_y = tl.load(d_out + place, mask=inside, other=0.0).to(tl.float32)
+
+        d_y = _read(d_out, place, inside)
         if DROPOUT:
             d_y = _drop(d_y, seed, rows, columns + first, threshold, gain, DROPOUT)
+
         if OUT:
             y = _drop(normed * u_RE, seed, rows, columns + first, threshold, gain, DROPOUT)
             tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
         d_normed = tl.where(inside, d_y * u_RE, 0.0)
         d_weight += d_normed * hat
         d_bias += d_normed
+
         grad_u = d_y * normed
         grad_a = normalise_backward(d_normed * w[None, :], hat, rstd, width)
         if CONCAT:
             grad_u += d_u
             grad_a += d_a
         grad_u *= gate + u_RE * (1 - gate)
+
         d_gate += grad_u
         tl.store(
             da + long_rows * width + columns[None, :], grad_a.to(da.dtype.element_ty), mask=inside
@@ -178,6 +189,7 @@ def gate_backward(
             grad_u.to(du.dtype.element_ty),
             mask=inside,
         )
+
     base = partial + tl.program_id(0) * 3 * width + columns
     tl.store(base, tl.sum(d_weight, 0), mask=valid)
     tl.store(base + width, tl.sum(d_bias, 0), mask=valid)

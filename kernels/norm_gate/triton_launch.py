@@ -23,6 +23,7 @@ def launch_norm_gate(
     y = torch.empty(shape, dtype=u_TE.dtype, device=device) if out else None
     codes = torch.empty(shape, dtype=FP8, device=device) if fp8 else None
     scale = torch.empty(num_rows, dtype=torch.float32, device=device) if fp8 else None
+
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
@@ -43,10 +44,12 @@ def launch_norm_gate_backward(
     num_rows, width = a_TE.shape
     da = torch.empty(num_rows, width, dtype=a_TE.dtype, device=a_TE.device)
     y = torch.empty(d_out.shape, dtype=u_TE.dtype, device=a_TE.device) if out else None
+
     programs = BACKWARD.programs(a_TE.device)
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=a_TE.device)
     rows, block, warps = BACKWARD.of(width)
     stages = 1 if concat_ua else BACKWARD.stages_of(a_TE)  # five rows a step spill as it is
+
     strides = a_TE.stride(0), u_TE.stride(0), du.stride(0)
     launch(
         triton_kernels.gate_backward, programs, (d_out, a_TE, u_TE, weight, bias, da, du, y, partial),

@@ -39,6 +39,7 @@ def add_position_time(
         and position_PE.shape[1] == time_BE.shape[1]
     )
     shown = f"{tuple(x_TE.shape)}, {tuple(position_PE.shape)} and {tuple(time_BE.shape)}"
+
     fits = (
         shapes
         and x_TE.shape[1] == position_PE.shape[1]
@@ -50,6 +51,7 @@ def add_position_time(
     shown = f"{tuple(position_T.shape)} and {tuple(gap_ms_T.shape)}"
     require(placed, f"position and gap_ms must be [{len(x_TE)}], one per token, got {shown}")
     require(anchor in BUCKETS, f"anchor must be one of {', '.join(BUCKETS)}, got {anchor!r}")
+
     if choose(backend, x_TE) != "triton":
         return position_time_reference(x_TE, position_PE, time_BE, position_T, gap_ms_T, anchor)
     from kernels.position_time.triton_launch import AddPositionTime, launch_add
@@ -67,6 +69,7 @@ def add_position_time(
     )
     whole = position_PE.is_contiguous() and time_BE.is_contiguous()
     require(whole, "the triton backend needs contiguous tables")
+
     if torch.is_grad_enabled():
         return AddPositionTime.apply(*tensors, anchor)
     return launch_add(*tensors, anchor, keep_keys=False)[0]

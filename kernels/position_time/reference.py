@@ -14,6 +14,7 @@ def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
     """Bucket 0 for -1, "no real gap"; the others cut log2(1 + gap) evenly."""
     per_octave = (num_buckets - 1) / OCTAVES
     bucket = 1 + torch.floor(torch.log2(1 + gap_ms.clamp(min=0).double()) * per_octave).long()
+
     return torch.where(gap_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
 
 
@@ -22,6 +23,7 @@ def age_bucket(age_ms: Tensor, num_buckets: int) -> Tensor:
     each.
     """
     bucket = 1 + torch.floor(torch.sqrt(age_ms.clamp(min=0).double() / MS_PER_BUCKET)).long()
+
     return torch.where(age_ms < 0, 0, bucket.clamp(max=num_buckets - 1))
 
 
@@ -49,4 +51,5 @@ def position_time_reference(
             x_TE = x_TE + F.embedding(index, table, sparse=True).to(x_TE.dtype)
         else:
             x_TE = x_TE + F.embedding(index, table.to(x_TE.dtype))
+
     return x_TE

@@ -38,6 +38,7 @@ def add_forward(
     at = tl.where(at < 0, at + num_positions, at)
     gap = tl.load(gap_ms + rows, mask=valid, other=0)
     wide = tl.maximum(gap, 0).to(tl.float64)
+
     if EVENT:
         per_octave = (num_buckets - 1).to(tl.float64) * (1 / OCTAVES)  # exact, a power of two
         bucket = tl.floor(tl.log2(1 + wide) * per_octave)
@@ -76,12 +77,14 @@ def name_rows(
     first = tl.where(row < num_positions, 0, num_rows)
     last = first + num_rows - 1
     low, high = first, last  # the first place whose key is at least the row, or the table's last
+
     for _ in range(steps):
         middle = (low + high) // 2
         reached = tl.load(keys + middle, mask=valid, other=0).to(tl.int32) >= row
         high = tl.where(reached, middle, high)
         low = tl.where(reached, low, tl.minimum(middle + 1, last))
     found = tl.load(keys + low, mask=valid, other=0).to(tl.int32)
+
     tl.store(
         ids + row,
         (found - tl.where(row < num_positions, 0, num_positions)).to(tl.int64),
@@ -89,6 +92,7 @@ def name_rows(
     )
     empty = valid & (found != row)
     place = sums + row.to(tl.int64)[:, None] * width
+
     for begin in range(0, width, BLOCK_E):
         columns = begin + tl.arange(0, BLOCK_E)
         mask = empty[:, None] & (columns < width)[None, :]
@@ -129,6 +133,7 @@ def sum_runs(
     there = key_of >= 0
     whole = there & ~came & ~goes_on
     row = tl.maximum(key_of, 0).to(tl.int64)[:, None] * width + columns[None, :]
+
     tl.store(sums + row, total_of, mask=whole[:, None] & (columns < width)[None, :])
     # A run that came from before lies in half 0, whether or not it goes on; one that begins here
     # and goes on in half 1.

@@ -30,9 +30,11 @@ def launch_add(
     if keep_keys:  # the fewer bits the fewer passes of the sort
         kind = torch.int16 if sum(tables) < 2**15 else torch.int32
         keys = torch.empty(2, num_rows, dtype=kind, device=x_TE.device)
+
     if num_rows:
         block = max(16, next_power_of_2(width))
         rows = max(TILE // block, 1)
+
         launch(
             triton_kernels.add_forward, cdiv(num_rows, rows),
             (x_TE, position_PE, time_BE, position_T, gap_ms_T, out, keys), (num_rows,),
@@ -52,25 +54,31 @@ def launch_table_gradients(
     """
     num_rows, width = grad_TE.shape
     num_keys, device = num_positions + num_buckets, grad_TE.device
+
     keys, order = torch.sort(keys.flatten(), stable=True)
     chunk, columns = SUMMED[grad_TE.element_size()]
     block = min(columns, max(16, next_power_of_2(width)))
     blocks, chunks = cdiv(width, block), cdiv(2 * num_rows, chunk)
+
     ids = torch.empty(num_keys, dtype=torch.int64, device=device)
     sums = torch.empty(num_keys, width, dtype=torch.float32, device=device)
     partial = torch.empty(chunks, 2, width, dtype=torch.float32, device=device)
+
     launch(
         triton_kernels.name_rows, cdiv(num_keys, NAMED), (keys, ids, sums), (num_rows, num_rows.bit_length()),
         (width, num_positions, num_keys), (NAMED, block), device=device, num_warps=4,
     )  # fmt: skip
+
     launch(
         triton_kernels.sum_runs, chunks * blocks, (keys, order, grad_TE, sums, partial), (num_rows,),
         (width, grad_TE.stride(0)), (chunk, block), device=device, num_warps=4,
     )  # fmt: skip
+
     launch(
         triton_kernels.finish_runs, chunks * blocks, (keys, partial, sums), (num_rows,), (width,),
         (chunk, PARTIAL, block), device=device, num_warps=4,
     )  # fmt: skip
+
     return ids, sums
 
 
@@ -103,6 +111,7 @@ class AddPositionTime(torch.autograd.Function):
         else:
             ids, sums = launch_table_gradients(rows, ctx.keys, *sizes)
             parts = list(zip(ids.split(sizes), sums.split(sizes), strict=True))
+
         tables = []
         for (of_rows, values), (shape, dtype) in zip(parts, ctx.tables, strict=True):
             # With the check of its rows the host would wait for the device.
@@ -110,4 +119,5 @@ class AddPositionTime(torch.autograd.Function):
                 of_rows[None], values.to(dtype), shape, check_invariants=False
             )
             tables.append(gradient)
+
         return grad, *tables, None, None, None

@@ -27,6 +27,7 @@ def rowwise_adamw_reference(
     beta1, beta2 = hyper.betas
     correct1, correct2 = hyper.corrections
     grad = grad.to(v.dtype)
+
     new_m = grad
     if m is not None:
         new_m = m[rows].lerp(grad, 1 - beta1)
@@ -36,6 +37,7 @@ def rowwise_adamw_reference(
     update = (new_m / correct1) / ((new_v / correct2).sqrt() + hyper.eps)[:, None]
     old = weight[rows].to(v.dtype)
     new = old - hyper.lr * (update + hyper.weight_decay * old)
+
     if weight.dtype == torch.bfloat16:
         at = (rows[:, None] + first_row) * weight.shape[1] + torch.arange(
             weight.shape[1], device=rows.device

@@ -35,6 +35,7 @@ def _update(
     old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     old_v = tl.load(v + row, mask=active, other=0.0)
     mean = tl.sum(tl.where(col < dim, grad * grad, 0.0), 1) / dim
+
     new_v = old_v + share2 * (mean - old_v)
     new_m = grad
     if MOMENTUM:
@@ -46,6 +47,7 @@ def _update(
     tl.store(v + row, new_v, mask=active)
     if MOMENTUM:
         tl.store(m + at, new_m, mask=mask)
+
     update = (new_m / correct1) / (tl.sqrt(new_v / correct2) + eps)[:, None]
     new = old - lr * (update + weight_decay * old)
     if weight.dtype.element_ty == tl.bfloat16:
@@ -59,14 +61,18 @@ def _add_within_runs(sum_a, starts_a, sum_b, starts_b):
     return tl.where(starts_b != 0, sum_b, sum_a + sum_b), starts_a | starts_b
 
 
+@triton.jit
+def _row_at(ids, place, inside):
+    """The row that place of the sorted ids names, -1 outside."""
+    return tl.load(ids + place, mask=inside, other=-1).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["num_ids", "first_row", "step"])
 def update_rows(
     ids,  # int [n], sorted
     order,  # int64 [n]: where the gradient of ids[i] lies
     grads,  # [n, dim]
-    # float32 [chunks, 2, dim] out: sums of runs that began before the chunk, and that go on after
-    # it
-    partial,
+    partial,  # float32 [chunks, 2, dim] out: sums of runs that come from before, and that go on
     weight,  # [R, dim], float32 or bfloat16
     m,  # float32 [R, dim], with MOMENTUM
     v,  # float32 [R]
@@ -92,23 +98,24 @@ def update_rows(
     lane = tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
     place = first + lane
+
     valid = place < num_ids
-    row = tl.load(ids + place, mask=valid, other=-1).to(tl.int64)
+    row = _row_at(ids, place, valid)
     source = tl.load(order + place, mask=valid, other=0)
-    before = tl.load(ids + place - 1, mask=valid & (place > 0), other=-1).to(tl.int64)
-    after = tl.load(ids + place + 1, mask=place + 1 < num_ids, other=-1).to(tl.int64)
-    before_chunk = tl.load(ids + first - 1, mask=first > 0, other=-1).to(tl.int64)
-    after_chunk = tl.load(ids + first + BLOCK_N, mask=first + BLOCK_N < num_ids, other=-1).to(
-        tl.int64
-    )
+
+    before = _row_at(ids, place - 1, valid & (place > 0))
+    after = _row_at(ids, place + 1, place + 1 < num_ids)
+    before_chunk = _row_at(ids, first - 1, first > 0)
+    after_chunk = _row_at(ids, first + BLOCK_N, first + BLOCK_N < num_ids)
     mask = valid[:, None] & (col < dim)
     grad = tl.load(grads + source[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
+
     starts = ((row != before) | (lane == 0)).to(tl.int32)
     if tl.sum(starts, 0) < BLOCK_N:
         starts_too = starts[:, None] + tl.zeros((BLOCK_N, BLOCK_D), tl.int32)
         grad, _ = tl.associative_scan((grad, starts_too), 0, _add_within_runs)
-
     ends = valid & ((row != after) | (lane == BLOCK_N - 1))  # here lies the sum of a run
+
     came, goes_on = ends & (row == before_chunk), ends & (row == after_chunk)
     _update(
         weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, first_row, step, lr, share1, share2,
@@ -129,19 +136,23 @@ def finish_rows(
     if tl.load(grad_scale) == float("inf"):
         return
     chunk = tl.program_id(0).to(tl.int64)
+
     last = (chunk + 1) * BLOCK_N - 1
     if last + 1 >= num_ids:
         return
     row = tl.load(ids + last).to(tl.int64)
     if tl.load(ids + last + 1).to(tl.int64) != row:
         return
+
     begin = chunk * BLOCK_N
     if tl.load(ids + begin - 1, mask=begin > 0, other=-1).to(tl.int64) == row:
         return  # it began earlier
     col = tl.arange(0, BLOCK_D)
+
     total = tl.load(partial + (chunk * 2 + 1) * dim + col, mask=col < dim, other=0.0)
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     next_chunk = chunk + 1
+
     more = True
     while more:
         each = next_chunk + tl.arange(0, BLOCK_C)
@@ -151,6 +162,7 @@ def finish_rows(
         sums += tl.load(partial + (each * 2)[:, None] * dim + col, mask=mask, other=0.0)
         next_chunk += BLOCK_C
         more = tl.sum(same.to(tl.int32), 0) == BLOCK_C
+
     grad = (total + tl.sum(sums, 0))[None, :]
     rows = row + tl.zeros((1,), tl.int64)
     _update(

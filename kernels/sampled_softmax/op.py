@@ -47,31 +47,15 @@ def sampled_softmax(
     Raises:
         ValueError: on shapes, types and numbers that do not fit.
     """
-    vectors = users_PD.dim() == items_ND.dim() == 2 and users_PD.shape[1] == items_ND.shape[1]
-    shown = f"{tuple(users_PD.shape)} and {tuple(items_ND.shape)}"
-    require(vectors, f"users must be [P, D] and items [N, D], got {shown}")
-    same = users_PD.dtype == items_ND.dtype and users_PD.dtype.is_floating_point
-    require(
-        same, f"users and items must have one float type, got {users_PD.dtype} and {items_ND.dtype}"
-    )
-    drawn = negatives.dim() == 2 and positives.shape == negatives.shape[:1] == users_PD.shape[:1]
-    shown = f"{tuple(positives.shape)} and {tuple(negatives.shape)}"
-    require(
-        drawn,
-        f"positives must be [{len(users_PD)}] and negatives [{len(users_PD)}, R], got {shown}",
-    )
-    types = not (positives.is_floating_point() or negatives.is_floating_point())
-    require(
-        types,
-        f"positives and negatives must be item rows, got {positives.dtype} and {negatives.dtype}",
-    )
-    require(temperature > 0, f"temperature must be greater than 0, got {temperature}")
+    _check(users_PD, items_ND, positives, negatives, temperature)
+
     wide = torch.promote_types(users_PD.dtype, torch.float32)
     weights = users_PD.new_ones(len(users_PD), dtype=wide) if weights is None else weights.to(wide)
     require(
         weights.shape == positives.shape,
         f"weights must be [{len(users_PD)}], got {tuple(weights.shape)}",
     )
+
     chosen = choose(backend, users_PD)
     if chosen == "reference":
         return sampled_softmax_reference(
@@ -86,13 +70,35 @@ def sampled_softmax(
         )
     else:
         form = torch_chunked
-    tensors = (
-        users_PD.contiguous(),
-        items_ND.contiguous(),
-        positives.contiguous(),
-        negatives.contiguous(),
-    )
+    tensors = [x.contiguous() for x in (users_PD, items_ND, positives, negatives)]
     return SampledSoftmax.apply(*tensors, weights, temperature, form)
+
+
+def _check(
+    users_PD: Tensor, items_ND: Tensor, positives: Tensor, negatives: Tensor, temperature: float
+) -> None:
+    vectors = users_PD.dim() == items_ND.dim() == 2 and users_PD.shape[1] == items_ND.shape[1]
+    shown = f"{tuple(users_PD.shape)} and {tuple(items_ND.shape)}"
+    require(vectors, f"users must be [P, D] and items [N, D], got {shown}")
+
+    same = users_PD.dtype == items_ND.dtype and users_PD.dtype.is_floating_point
+    require(
+        same, f"users and items must have one float type, got {users_PD.dtype} and {items_ND.dtype}"
+    )
+
+    drawn = negatives.dim() == 2 and positives.shape == negatives.shape[:1] == users_PD.shape[:1]
+    shown = f"{tuple(positives.shape)} and {tuple(negatives.shape)}"
+    require(
+        drawn,
+        f"positives must be [{len(users_PD)}] and negatives [{len(users_PD)}, R], got {shown}",
+    )
+
+    types = not (positives.is_floating_point() or negatives.is_floating_point())
+    require(
+        types,
+        f"positives and negatives must be item rows, got {positives.dtype} and {negatives.dtype}",
+    )
+    require(temperature > 0, f"temperature must be greater than 0, got {temperature}")
 
 
 class SampledSoftmax(torch.autograd.Function):
@@ -105,6 +111,7 @@ class SampledSoftmax(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         loss, lse, user_grad = form.forward(users, items, positives, negatives, temperature)
         share = weights / weights.sum()
+
         ctx.save_for_backward(users, items, positives, negatives, loss, lse, user_grad, share)
         ctx.temperature, ctx.form = temperature, form
         return (loss * share).sum()
@@ -116,7 +123,9 @@ class SampledSoftmax(torch.autograd.Function):
         of_users = of_items = None
         if ctx.needs_input_grad[0]:
             of_users = ((grad * share)[:, None] * user_grad).to(users.dtype)
+
         if ctx.needs_input_grad[1]:
             tensors = users, items, positives, negatives, loss, lse, share
             of_items = (ctx.form.item_gradients(*tensors, ctx.temperature) * grad).to(items.dtype)
+
         return of_users, of_items, None, None, None, None, None

@@ -25,6 +25,7 @@ def _scores(
     """ids [p, 1 + R], the positive first; their normalised vectors [p, 1 + R, D]; and their scores."""
     ids = torch.cat([positives[:, None], negatives], dim=1)
     vectors = normalise(items[ids].to(user.dtype))
+
     scores = torch.bmm(vectors, user[:, :, None])[:, :, 0] / temperature
     scores[:, 1:].masked_fill_(negatives == positives[:, None], COLLISION)
     return ids, vectors, scores
@@ -44,6 +45,7 @@ def forward(
         users.new_empty(len(users), dtype=wide),
         [],
     )
+
     for part in chunks(negatives, users.shape[1]):
         raw = users[part].to(wide)
         norm = torch.linalg.vector_norm(raw, dim=1, keepdim=True)
@@ -51,11 +53,13 @@ def forward(
         _, vectors, scores = _scores(user, items, positives[part], negatives[part], temperature)
         lse[part] = torch.logsumexp(scores, dim=1)
         loss[part] = lse[part] - scores[:, 0]
+
         share = (scores - lse[part, None]).exp()
         share[:, 0] = torch.expm1(-loss[part])
         grad.append(
             through_norm(torch.bmm(share[:, None], vectors)[:, 0] / temperature, user, norm)
         )
+
     return loss, lse, torch.cat(grad) if grad else users.to(wide)
 
 
@@ -73,9 +77,11 @@ def item_gradients(
     `lse`.
     """
     grad = torch.zeros_like(items, dtype=lse.dtype)
+
     for part in chunks(negatives, users.shape[1]):
         user = normalise(users[part].to(lse.dtype))
         ids, _, scores = _scores(user, items, positives[part], negatives[part], temperature)
+
         factor = (scores - lse[part, None]).exp()
         factor[:, 0] = torch.expm1(-loss[part])  # share - 1, without its cancellation
         factor *= share[part, None] / temperature

@@ -40,6 +40,7 @@ def forward(
     user = tl.load(users + position * dim + col, mask=col < dim, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(user * user, 0))
     user = user / tl.maximum(norm, NORM_EPS)
+
     positive = tl.load(positives + position).to(tl.int64)
     own = tl.load(items + positive * dim + col, mask=col < dim, other=0.0).to(tl.float32)
     own = own / tl.maximum(tl.sqrt(tl.sum(own * own, 0)), NORM_EPS)
@@ -55,13 +56,16 @@ def forward(
         item = tl.load(
             negatives + position * num_negatives + r, mask=r < num_negatives, other=0
         ).to(tl.int64)
+
         # a collision's logit is so low that its share is zero
         counts = (r < num_negatives) & (item != positive)
         mask = (r < num_negatives)[:, None] & (col < dim)
         x = tl.load(items + item[:, None] * dim + col, mask=mask, other=0.0).to(tl.float32)
+
         per_norm = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS)
         score = tl.sum(x * user, 1) * per_norm * per_temperature
         score = tl.where(counts, score, float("-inf"))
+
         new_top = tl.maximum(top, score)
         shrink, share = tl.exp(top - new_top), tl.exp(score - new_top)
         total = total * shrink + share
@@ -71,6 +75,7 @@ def forward(
     highest = tl.max(top, 0)
     shrink, own_share = tl.exp(top - highest), tl.exp(own_score - highest)
     whole = tl.sum(total * shrink, 0) + own_share
+
     out = highest + tl.log(whole)
     tl.store(lse + position, out)
     tl.store(loss + position, out - own_score)
@@ -100,18 +105,22 @@ def item_gradients(
     item = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(starts + item), tl.load(starts + item + 1)
     col = tl.arange(0, BLOCK_D)
+
     x = tl.load(items + item * dim + col, mask=col < dim, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, 0))
     x = x / tl.maximum(norm, NORM_EPS)
+
     if SPLIT:
         length = tl.cdiv(tl.cdiv(end - begin, num_parts), BLOCK_R) * BLOCK_R
         begin += tl.program_id(1) * length
         end = tl.minimum(end, begin + length)
+
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for at in range(begin, end, BLOCK_R):
         pair = at + tl.arange(0, BLOCK_R)
         valid = pair < end
         drawn = tl.load(order + pair, mask=valid, other=0)
+
         position = drawn // columns
         is_positive = valid & (drawn == position * columns)
         user = tl.load(
@@ -119,6 +128,7 @@ def item_gradients(
         )
         user = user.to(tl.float32)
         per_norm = tl.load(per_user_norm + position, mask=valid, other=0.0)
+
         score = tl.sum(user * x, 1) * per_norm * per_temperature
         share = tl.exp(score - tl.load(shifted_lse + position, mask=valid, other=float("inf")))
         share = tl.where(
@@ -126,6 +136,7 @@ def item_gradients(
         )
         total += (share * per_norm)[:, None] * user
     toward = tl.sum(total, 0)
+
     if SPLIT:
         place = grad + (item * num_parts + tl.program_id(1)) * dim + col
         tl.store(place, toward, mask=col < dim)

@@ -29,6 +29,7 @@ def forward(
         torch.empty(num_positions, dtype=torch.float32, device=users.device) for _ in range(2)
     )
     grad = torch.empty(num_positions, dim, dtype=torch.float32, device=users.device)
+
     if num_positions:
         launch(
             triton_kernels.forward,
@@ -41,6 +42,7 @@ def forward(
             num_warps=4,
             num_stages=3,
         )
+
     return loss, lse, grad
 
 
@@ -58,10 +60,12 @@ def item_gradients(
     num_items, dim = items.shape
     columns = negatives.shape[1] + 1
     order, starts = _pairs_by_item(positives, negatives, num_items)
+
     factor = share / temperature
     per_norm = 1 / torch.linalg.vector_norm(users, dim=1, dtype=torch.float32).clamp(min=NORM_EPS)
     tensors = users, items, per_norm, lse - factor.log(), factor * torch.expm1(-loss), order, starts
     num_parts = min(cdiv(len(order), num_items * LONGEST_PART), 64) if num_items else 1
+
     grad = torch.empty(num_items, num_parts, dim, dtype=torch.float32, device=items.device)
     if num_items == 0:
         return grad[:, 0]
@@ -80,6 +84,7 @@ def item_gradients(
     )
     if num_parts == 1:
         return grad[:, 0]
+
     wide = items.float()
     return through_norm(
         grad.sum(1), normalise(wide), torch.linalg.vector_norm(wide, dim=1, keepdim=True)
@@ -98,9 +103,11 @@ def _pairs_by_item(positives: Tensor, negatives: Tensor, num_items: int) -> tupl
         for kind in (torch.int16, torch.int32, torch.int64)
         if num_items <= torch.iinfo(kind).max
     )
+
     ids = torch.empty(len(negatives), negatives.shape[1] + 1, dtype=key, device=negatives.device)
     ids[:, 0] = positives
     ids[:, 1:] = negatives
     ids[:, 1:].masked_fill_(negatives == positives[:, None], num_items)
     ids, order = torch.sort(ids.flatten(), stable=True)
+
     return order, torch.searchsorted(ids, torch.arange(num_items + 1, dtype=key, device=ids.device))

@@ -51,6 +51,24 @@ def _require_triton(x: Tensor, width: int) -> None:
     )
 
 
+def _check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    num_targets: Tensor | None,
+    target_visible: Tensor | None,
+    mask: tuple[int | None, int, int],
+    scaling_seq_len: int,
+) -> None:
+    """What can be told without reading values."""
+    given = [x for x in (q, k, v, seq_offsets, num_targets, target_visible) if x is not None]
+    dtypes, devices = tuple([x.dtype for x in given]), tuple([x.device for x in given])
+    targets = None if num_targets is None else num_targets.shape
+    shapes = q.shape, k.shape, v.shape, seq_offsets.shape, targets
+    _check(*shapes, target_visible is not None, dtypes, devices, *mask, scaling_seq_len)
+
+
 @lru_cache(1024)  # a model asks the same of every layer
 def _check(
     q: torch.Size,
@@ -223,34 +241,17 @@ def semi_local_attention(
         ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors
         are on the CPU.
     """
-    given = [
-        t for t in (q_THD, k_THD, v_THV, seq_offsets, num_targets, target_visible) if t is not None
-    ]
-    _check(
-        q_THD.shape,
-        k_THD.shape,
-        v_THV.shape,
-        seq_offsets.shape,
-        None if num_targets is None else num_targets.shape,
-        target_visible is not None,
-        tuple([t.dtype for t in given]),
-        tuple([t.device for t in given]),
-        window,
-        full_rows,
-        prefix,
-        scaling_seq_len,
-    )
-    if not q_THD.is_cuda:
-        _check_lengths(len(q_THD), seq_offsets, max_seq_len, num_targets, target_visible)
-
-    scale = {"attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
+    _check_inputs(q_THD, k_THD, v_THV, seq_offsets, *tensors, mask, scaling_seq_len)
+    if not q_THD.is_cuda:
+        _check_lengths(len(q_THD), seq_offsets, max_seq_len, *tensors)
+
+    qkv = q_THD, k_THD, v_THV
+    rest = {"bias": bias, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     if backend == "reference":
-        keys = {"num_targets": num_targets, "target_visible": target_visible}
-        sizes = {"window": window, "full_rows": full_rows, "prefix": prefix}
-        out = semi_local_attention_reference(
-            q_THD, k_THD, v_THV, seq_offsets, **keys, **sizes, bias=bias, **scale
-        )
+        named = {"num_targets": num_targets, "target_visible": target_visible, "window": window}
+        named |= {"full_rows": full_rows, "prefix": prefix}
+        out = semi_local_attention_reference(*qkv, seq_offsets, **named, **rest)
         return out.to(out_dtype or q_THD.dtype)
 
     if backend == "triton" or (backend == "auto" and q_THD.is_cuda):
@@ -258,20 +259,14 @@ def semi_local_attention(
         from kernels.semi_local_attention.triton_autograd import semi_local_attention_triton
 
         plan = triton_plan(len(q_THD), seq_offsets, max_seq_len, *tensors, *mask)
-        return semi_local_attention_triton(
-            q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
-        )
+        return semi_local_attention_triton(*qkv, plan, out_dtype=out_dtype, **rest)
 
-    _require(
-        backend in ("auto", "torch"),
-        f"backend must be auto, triton, torch or reference, got {backend!r}",
-    )
+    known = backend in ("auto", "torch")
+    _require(known, f"backend must be auto, triton, torch or reference, got {backend!r}")
     plan = _shared_plan(
         seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask)
     )
-    return semi_local_attention_blocked(
-        q_THD, k_THD, v_THV, plan, bias=bias, out_dtype=out_dtype, **scale
-    )
+    return semi_local_attention_blocked(*qkv, plan, out_dtype=out_dtype, **rest)
 
 
 def _check_cached(

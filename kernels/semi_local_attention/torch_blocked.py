@@ -47,18 +47,17 @@ class TilePlan:
     prefix: int
     pairs: tuple[Tensor, Tensor, Tensor, Tensor]  # inner row, inner key, edge row, edge key
 
-    def chunks(self, heads: int) -> list[Chunk]:
+    def cut_chunks(self, heads: int) -> list[Chunk]:
+        """The pairs in groups of at most CHUNK scores, those without a mask first."""
         size = max(1, CHUNK // (TILE * TILE * heads))
         inner_row, inner_key, edge_row, edge_key = self.pairs
-        inner = [
-            Chunk(r, k, False)
-            for r, k in zip(inner_row.split(size), inner_key.split(size), strict=True)
-        ]
-        edge = [
-            Chunk(r, k, True)
-            for r, k in zip(edge_row.split(size), edge_key.split(size), strict=True)
-        ]
-        return [chunk for chunk in inner + edge if len(chunk.row)]
+
+        chunks = []
+        for rows, keys, masked in ((inner_row, inner_key, False), (edge_row, edge_key, True)):
+            for row, key in zip(rows.split(size), keys.split(size), strict=True):
+                if len(row):
+                    chunks.append(Chunk(row, key, masked))
+        return chunks
 
 
 def plan_tiles(
@@ -69,48 +68,67 @@ def plan_tiles(
     full_rows: int,
     prefix: int,
 ) -> TilePlan:
-    """The tiles of a batch and the pairs of them with a kept score, without a loop over sequences."""
+    """The tiles of a batch and the pairs of them with a kept score, without a loop over sequences.
+
+    One sequence of 5 tiles, a window of less than one tile, the prefix in tile 0:
+
+        row tile     0    1     2       3         4
+        key tiles    0    0 1   0 1 2   0 . 2 3   0 . . 3 4
+                     the prefix's tiles, then those from the window's first key to the newest key
+    """
     length = seq_offsets.diff()
+    u = length if num_targets is None else length - num_targets
+    device = seq_offsets.device
+
+    # the tokens of each tile
     tiles = (length + TILE - 1) // TILE
     first_tile = tiles.cumsum(0) - tiles
-    device = seq_offsets.device
     seq = torch.arange(len(length), device=device).repeat_interleave(tiles)
     index = torch.arange(len(seq), device=device) - first_tile[seq]  # of the tile in its sequence
     position = index[:, None] * TILE + torch.arange(TILE, device=device)
     valid = position < length[seq, None]
     token = torch.where(valid, seq_offsets[seq, None] + position, seq_offsets[seq, None])
 
-    u = length if num_targets is None else length - num_targets
+    # the keys of each row
     is_candidate = valid & (position >= u[seq, None])
     visible = u[seq, None].expand(-1, TILE).clone()
     if target_visible is not None:
-        visible[is_candidate] = torch.minimum(
-            target_visible.to(torch.int64).clamp(min=0), visible[is_candidate]
-        )
+        seen = target_visible.to(torch.int64).clamp(min=0)
+        visible[is_candidate] = torch.minimum(seen, visible[is_candidate])
     high = torch.where(valid, torch.where(is_candidate, visible - 1, position), -1)
-    banded = position < u[seq, None] - full_rows
-    low = (
-        torch.where(banded, position - window, 0)
-        if window is not None
-        else torch.zeros_like(position)
-    )
+    low = torch.zeros_like(position)
+    if window is not None:
+        banded = position < u[seq, None] - full_rows
+        low = torch.where(banded, position - window, 0)
 
-    first = (
-        torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1).clamp(min=0) // TILE
-    )
+    pairs = _tile_pairs(low, high, seq, first_tile, prefix)
+    own = is_candidate[valid] if num_targets is not None else None
+    place = valid.flatten().nonzero()[:, 0]
+    return TilePlan(token, place, position, low, high, own, prefix, pairs)
+
+
+def _tile_pairs(
+    low: Tensor, high: Tensor, seq: Tensor, first_tile: Tensor, prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row and key tiles of the pairs that keep all scores, and of those that keep some."""
+    # key tiles of each row tile: of the prefix, and of the range behind it
+    oldest = torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1)
+    first = oldest.clamp(min=0) // TILE
     count = (high.amax(1) // TILE - first + 1).clamp(min=0)
-    # tiles of the prefix
-    before = torch.where(count > 0, torch.clamp(first, max=(prefix + TILE - 1) // TILE), 0)
+    prefix_tiles = (prefix + TILE - 1) // TILE
+    before = torch.where(count > 0, torch.clamp(first, max=prefix_tiles), 0)
     total = before + count
-    row = torch.arange(len(seq), device=device).repeat_interleave(total)
-    step = torch.arange(len(row), device=device) - (total.cumsum(0) - total)[row]
+
+    # one entry a pair
+    row = torch.arange(len(seq), device=seq.device).repeat_interleave(total)
+    step = torch.arange(len(row), device=seq.device) - (total.cumsum(0) - total)[row]
     key_index = torch.where(step < before[row], step, first[row] + step - before[row])
     key = first_tile[seq[row]] + key_index
+
     begin, end = key_index * TILE, key_index * TILE + TILE
-    inner = (end <= high.amin(1)[row] + 1) & ((begin >= low.amax(1)[row]) | (end <= prefix))
-    pairs = (row[inner], key[inner], row[~inner], key[~inner])
-    own = is_candidate[valid] if num_targets is not None else None
-    return TilePlan(token, valid.flatten().nonzero()[:, 0], position, low, high, own, prefix, pairs)
+    seen_by_all = end <= high.amin(1)[row] + 1
+    inner = seen_by_all & ((begin >= low.amax(1)[row]) | (end <= prefix))
+    return row[inner], key[inner], row[~inner], key[~inner]
 
 
 def _hidden(plan: TilePlan, chunk: Chunk) -> Tensor:
@@ -180,7 +198,8 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, position_table, time_table, plan: TilePlan, bias: TileBias | None):
         tile_q, tile_k, tile_v = (_to_tiles(x, plan) for x in (q, k, v))
         out = torch.zeros_like(tile_v)
-        for chunk in plan.chunks(q.shape[1]):
+
+        for chunk in plan.cut_chunks(q.shape[1]):
             keys, values = (x.index_select(0, chunk.key) for x in (tile_k, tile_v))
             weight = F.silu(
                 _score(tile_q.index_select(0, chunk.row), keys, chunk, bias), inplace=True
@@ -188,6 +207,7 @@ class _BlockedAttention(torch.autograd.Function):
             if chunk.masked:
                 weight.masked_fill_(_hidden(plan, chunk), 0.0)
             out.index_add_(0, chunk.row, torch.matmul(weight, values))
+
         ctx.save_for_backward(q, k, v)
         ctx.plan, ctx.bias = plan, bias
         return _to_tokens(out, plan)
@@ -199,29 +219,32 @@ class _BlockedAttention(torch.autograd.Function):
         all_tiles = [_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV)]
         dq, dk, dv = (torch.zeros_like(x) for x in all_tiles[:3])
         d_tables = [] if bias is None else [torch.zeros_like(table) for table in bias.tables]
-        for chunk in plan.chunks(dq.shape[1]):
+
+        for chunk in plan.cut_chunks(dq.shape[1]):
             row, key = chunk.row, chunk.key
             q, k, v, grad = (
                 x.index_select(0, i) for x, i in zip(all_tiles, (row, key, key, row), strict=True)
             )
+
             score = _score(q, k, chunk, bias)
             weight, d_weight = F.silu(score), torch.matmul(grad, v.transpose(-1, -2))
             if chunk.masked:
                 hidden = _hidden(plan, chunk)
                 weight.masked_fill_(hidden, 0.0)
                 d_weight.masked_fill_(hidden, 0.0)
+
             d_score = torch.ops.aten.silu_backward(d_weight, score)
             dv.index_add_(0, key, torch.matmul(weight.transpose(-1, -2), grad))
             dq.index_add_(0, row, torch.matmul(d_score, k))
             dk.index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q))
+
             if bias is not None:
                 shared = d_score.sum(1).flatten()  # the heads share the tables
                 for table, bucket in zip(d_tables, bias.buckets(chunk), strict=True):
                     table += torch.bincount(bucket.flatten(), shared, len(table)).to(table.dtype)
-        grads = (
-            _to_tokens(x, plan).to(y.dtype)
-            for x, y in zip((dq, dk, dv), ctx.saved_tensors, strict=True)
-        )
+
+        pairs = zip((dq, dk, dv), ctx.saved_tensors, strict=True)
+        grads = [_to_tokens(x, plan).to(y.dtype) for x, y in pairs]
         return *grads, *(d_tables or (None, None)), None, None
 
 
@@ -283,11 +306,14 @@ def cached_attention_blocked(
     wide = torch.promote_types(q_CHD.dtype, torch.float32)
     rows_of, cache_of = row_offsets.tolist(), cache_offsets.tolist()
     out = torch.zeros(own_v_CHV.shape, dtype=wide, device=q_CHD.device)
+
     for i in range(len(rows_of) - 1):
         rows = slice(rows_of[i], rows_of[i + 1])
         q, own_k, own_v = (
             x[rows].transpose(0, 1).to(wide) for x in (q_CHD * attn_alpha, own_k_CHD, own_v_CHV)
         )
+
+        # the cache, block by block
         block = max(TILE, CHUNK // max(1, q.shape[0] * q.shape[1]))
         for begin in range(cache_of[i], cache_of[i + 1], block):
             keys = slice(begin, min(begin + block, cache_of[i + 1]))
@@ -299,6 +325,8 @@ def cached_attention_blocked(
                 )
                 weight *= position[None, :] < visible[rows, None]
             out[rows] += (weight @ v).transpose(0, 1)
+
+        # and the new rows themselves
         if causal:
             out[rows] += (F.silu(q @ own_k.transpose(1, 2)).tril() @ own_v).transpose(0, 1)
         else:

@@ -30,12 +30,14 @@ def spread_tables(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     distance = tl.minimum(tl.maximum(i - reach, 0), num_positions - 1)
     tl.store(positions + i, 0.5 * tl.load(position_table + distance), mask=i <= 2 * reach)
+
     inside = i < CELLS
     step, both = (
         tl.load(steps + 2 * i, mask=inside, other=0),
         tl.load(steps + 2 * i + 1, mask=inside, other=0),
     )
     below, above = tl.minimum(both & 0xFFFF, num_times - 1), tl.minimum(both >> 16, num_times - 1)
+
     place = cells + 4 * i
     tl.store(place, step, mask=inside)
     tl.store(place + 1, (0.5 * tl.load(time_table + below)).to(tl.int32, bitcast=True), mask=inside)
@@ -59,6 +61,7 @@ def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
             ld.global.nc.f32 $0, [place]; }""",
             "=f,r,l", [distance, positions.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
+
         late, bucket = tl.inline_asm_elementwise(
             """{ .reg .f32 number; .reg .b32 cell, step, below, above, both; .reg .b64 place; .reg .pred from;
             cvt.rn.f32.s32 number, $2;
@@ -107,6 +110,7 @@ def add_position_grads(
     turn = tl.arange(0, BLOCK_N)
     shift = (rank - first_rank)[:, None] - turn[None, :]
     turned = tl.gather(d_score, shift & (BLOCK_N - 1), 1)
+
     for lap in range(-1, (last_rank - first_rank) // BLOCK_N + 1):
         total = tl.sum(
             tl.where((shift >= lap * BLOCK_N) & (shift < (lap + 1) * BLOCK_N), turned, 0.0), 0
@@ -124,6 +128,7 @@ def time_buckets(asked_first, asked_last, happened, valid, num_times):
     last = tl.max(tl.where(valid, happened, -LATEST), 0)
     longest = tl.maximum(asked_last - first, last - asked_first)
     shortest = tl.maximum(asked_first - last, first - asked_last)
+
     low = tl.log2(tl.maximum(shortest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE - 1e-3
     high = tl.log2(tl.maximum(longest, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE + 1e-3
     return tl.minimum(tl.maximum(low, 0.0).to(tl.int32), num_times - 1), tl.minimum(

@@ -134,11 +134,13 @@ def _store_grads(
     if WIDTH != TRUE:
         inside = inside & (columns < TRUE)[None, :]
     long_rows, place = rows.to(tl.int64)[:, None], head * TRUE + columns[None, :]
+
     if SLOPE:
         value *= tl.load(slope + long_rows * stride_slope + place, mask=inside, other=0.0).to(
             tl.float32
         )
     tl.store(out + long_rows * stride_out + place, value.to(out.dtype.element_ty), mask=inside)
+
     if SUMS:
         total = tl.sum(tl.where(inside, value, 0.0), 0)
         tl.store(sums + entry * stride_sums + head * TRUE + columns, total, mask=columns < TRUE)
@@ -191,6 +193,7 @@ def _row_tile(
     high_all = row  # up to here
     key = tl.where(kind == BAND, tl.maximum(row - window, start), start)
     key_end = row_end
+
     own_blocks = 0
     if CANDIDATES:
         if kind == CANDIDATE:
@@ -198,6 +201,7 @@ def _row_tile(
             high_all = history_end - 1
             key_end = history_end
             own_blocks = tl.cdiv(row_end - row, BLOCK_N)
+
             if VISIBLE:
                 seen = tl.load(
                     visible + target + tl.arange(0, BLOCK_M), mask=rows < row_end, other=0
@@ -207,6 +211,7 @@ def _row_tile(
                 key_end = tl.max(high, 0) + 1
                 high_all = tl.min(high, 0)
     prefix_blocks = 0
+
     if HAS_PREFIX:
         if kind == BAND:
             if key <= start + prefix:
@@ -214,6 +219,7 @@ def _row_tile(
             else:
                 prefix_blocks = tl.cdiv(prefix, BLOCK_N)
     range_blocks = tl.cdiv(key_end - key, BLOCK_N)
+
     return rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks
 
 
@@ -242,9 +248,11 @@ def _keep(
         high = tl.where(is_own, rows, high)
         low = tl.where(is_own, rows, low)
     keep = keys[None, :] >= low[:, None]
+
     if HAS_PREFIX:
         low = tl.where(in_prefix, FAR, low)  # the range has its own blocks
         keep = (keys[None, :] >= low[:, None]) | ((keys < prefix_end)[None, :] & (is_own == 0))
+
     return keep & (keys[None, :] <= high[:, None])
 
 
@@ -331,6 +339,7 @@ def forward(
     )  # fmt: skip
     blocks = prefix_blocks + range_blocks + own_blocks
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+
     if BIAS:
         asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
     acc = tl.zeros((BLOCK_M, V), tl.float32)
@@ -339,6 +348,7 @@ def forward(
         first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
         keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
         half = _half_scores(query, keys, alpha, PRECISION)
+
         if BIAS:
             added, _, _ = _block_bias(
                 positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N, ON_GPU
@@ -348,6 +358,7 @@ def forward(
             _silu(half, FAST), rows, low, high, low_all, high_all, first, start, prefix, i < prefix_blocks, is_own,
             BLOCK_N, HAS_PREFIX, CANDIDATES
         )  # fmt: skip
+
         acc = _add_values(
             acc, weight, v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA, PRECISION
         )  # fmt: skip
@@ -380,9 +391,9 @@ def forward_cached(
     first_row = tl.load(tiles + ROW_FIRST_TARGET)
     if tile >= tl.load(header):
         return
-
     rows = row + tl.arange(0, BLOCK_M)
     high = rows * 0 + history_end - 1  # the newest key that a row sees
+
     if VISIBLE:
         seen = tl.load(visible + rows, mask=rows < row_end, other=0)
         high = tl.minimum(high, start + tl.maximum(seen, 0) - 1)
@@ -395,10 +406,12 @@ def forward_cached(
         first = start + i * BLOCK_N
         keys = _rows(k, first, head, stride_kt, stride_kh, num_keys, BLOCK_N, D, TMA)
         half = _half_scores(query, keys, alpha, PRECISION)
+
         weight = _silu(half, FAST)
         if first + BLOCK_N - 1 > high_all:
             index = first + tl.arange(0, BLOCK_N)
             weight = tl.where(index[None, :] <= high[:, None], weight, 0.0)
+
         acc = _add_values(
             acc, weight, v, first, head, stride_vt, stride_vh, num_keys, BLOCK_N, V, TMA, PRECISION
         )  # fmt: skip
@@ -410,12 +423,14 @@ def forward_cached(
         for first in range(own, row_end, BLOCK_N):
             keys = _rows(own_k, first, head, stride_ot, stride_oh, num_rows, BLOCK_N, D, TMA)
             half = _half_scores(query, keys, alpha, PRECISION)
+
             weight = _silu(half, FAST)
             index = first + tl.arange(0, BLOCK_N)
             if CAUSAL:
                 weight = tl.where(index[None, :] <= rows[:, None], weight, 0.0)
             else:
                 weight = tl.where(index[None, :] == rows[:, None], weight, 0.0)
+
             acc = _add_values(
                 acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA, PRECISION
             )  # fmt: skip
@@ -507,6 +522,7 @@ def backward_queries(
     blocks = prefix_blocks + range_blocks + own_blocks
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
     grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
+
     if BIAS:
         asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
         unit = tl.load(per_unit)
@@ -522,16 +538,19 @@ def backward_queries(
         keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
         values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
         half = _half_scores(query, keys, alpha, PRECISION)
+
         if BIAS:
             added, bucket, happened = _block_bias(
                 positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N, ON_GPU
             )  # fmt: skip
             half += added
+
         d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         d_score = _mask_block(
             d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all, first, start, prefix,
             i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
         )  # fmt: skip
+
         if BIAS:
             far = _add_bias_grads(
                 d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first, asked_last,
@@ -539,6 +558,7 @@ def backward_queries(
                 BLOCK_N
             )  # fmt: skip
         acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
+
     if BIAS:
         farther = tl.sum(far, 0)
         add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
@@ -578,6 +598,7 @@ def _key_tile(
         band_end = tl.where(key < start + prefix, first_full, band_end)
     # candidates follow the full rows at once
     full, full_end = tl.maximum(key, first_full), sequence_end
+
     late_blocks = 0
     if CANDIDATES:
         if kind == CANDIDATE:
@@ -587,6 +608,7 @@ def _key_tile(
             if seen_by > history_end:  # the first candidates see nothing of the tile
                 full_end = history_end
                 late_blocks = tl.cdiv(tl.maximum(sequence_end - seen_by, 0), BLOCK_M)
+
     band_blocks = tl.cdiv(tl.maximum(band_end - key, 0), BLOCK_M)
     full_blocks = tl.cdiv(tl.maximum(full_end - full, 0), BLOCK_M)
     return full, band_end, full_end, band_blocks, full_blocks, late_blocks
@@ -601,6 +623,7 @@ def _row_block(
     in_band = i < band_blocks
     row = tl.where(in_band, key + i * BLOCK_M, full + (i - band_blocks) * BLOCK_M)
     row_end = tl.where(in_band, band_end, full_end)
+
     if VISIBLE:
         is_late = i >= band_blocks + full_blocks
         row = tl.where(is_late, seen_by + (i - band_blocks - full_blocks) * BLOCK_M, row)
@@ -626,6 +649,7 @@ def _keep_rows(
     keep = index[:, None] >= low[None, :]
     if HAS_PREFIX:
         keep = keep | ((index < start + prefix)[:, None] & (kind != CANDIDATE))
+
     return keep & (index[:, None] <= high[None, :]) & (rows < row_end)[None, :]
 
 
@@ -680,10 +704,12 @@ def backward_keys(
         key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix, BLOCK_M,
         HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
+
     blocks = band_blocks + full_blocks + late_blocks
     index = key + tl.arange(0, BLOCK_N)
     keys = _rows(k, key, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
     values = _rows(v, key, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
+
     if BIAS:
         happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
         place = tl.minimum(tl.maximum(index - start, 0), reach)
@@ -697,18 +723,21 @@ def backward_keys(
         rows = row + tl.arange(0, BLOCK_M)
         query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
         half = _half_scores(keys, query, alpha, PRECISION)
+
         if BIAS:
             half += _rows_bias(
                 positions, cells, query_time, happened, place, rows, start, history_end, sequence_end, visible, target,
                 reach, num_tokens, VISIBLE, ON_GPU
             )  # fmt: skip
         grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
+
         d_weight = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
         tanh = _tanh(half, FAST)
         weight = half + half * tanh
         d_score = d_weight * _twice_slope(half, tanh)
         masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1)
         masked = masked | (in_band & (row + BLOCK_M - 1 - window > key))
+
         if VISIBLE:
             masked = masked | (row + BLOCK_M > history_end)
         if masked:

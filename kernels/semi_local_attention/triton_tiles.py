@@ -94,6 +94,7 @@ def _sequence(
     """Start, history length, full rows and candidates of sequences."""
     start = tl.load(offsets + seq, mask=valid, other=0).to(tl.int32)
     length = tl.load(offsets + seq + 1, mask=valid, other=0).to(tl.int32) - start
+
     if CACHED:  # the history is elsewhere, `num_targets` are the offsets of the new rows
         first_target = tl.load(num_targets + seq, mask=valid, other=0)
         targets = (tl.load(num_targets + seq + 1, mask=valid, other=0) - first_target).to(tl.int32)
@@ -103,6 +104,7 @@ def _sequence(
     else:
         targets = length * 0
     history = length - targets
+
     if BANDED:
         full = tl.minimum(history, full_rows)
     else:
@@ -199,6 +201,7 @@ def count_tiles(
                 history, full, targets, 1, BLOCK_M, BLOCK_N, CACHED
             )
             work += (full_tiles + target_tiles).to(tl.int64) * blocks
+
     per_part = tl.maximum(tl.cdiv(tl.sum(work, 0) * HEADS, SPLIT_PROGRAMS), SHORTEST_PART).to(
         tl.int32
     )
@@ -225,9 +228,11 @@ def count_tiles(
         entries, slots = _entries(
             history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N
         )
+
         long, short = tl.where(slots > 0, entries, 0), tl.where(slots > 0, 0, entries)
         first_long = long_before + tl.cumsum(long, 0) - long
         first_short = short_before + tl.cumsum(short, 0) - short
+
         tl.store(first + seq, tl.where(slots > 0, first_long, first_short), mask=valid)
         tl.store(
             first + num_sequences + seq, slots_before + tl.cumsum(slots, 0) - slots, mask=valid
@@ -237,6 +242,7 @@ def count_tiles(
             targets_before + tl.cumsum(targets, 0) - targets,
             mask=valid,
         )
+
         long_before += tl.sum(long, 0)
         short_before += tl.sum(short, 0)
         slots_before += tl.sum(slots, 0)
@@ -266,15 +272,18 @@ def write_row_tiles(
     start, history, full, targets = _sequence(
         offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, CACHED
     )
+
     if CACHED:
         first_row = tl.load(num_targets + seq).to(tl.int32)
     else:
         first_row = start + history
+
     band_tiles, full_tiles, target_tiles, parts = _row_counts(
         history, full, targets, tl.load(header + 1), BLOCK_M, BLOCK_N, CACHED
     )
     first_entry, first_slot = tl.load(first + seq), tl.load(first + num_sequences + seq)
     first_target = tl.load(first + 2 * num_sequences + seq)
+
     cut = (target_tiles + full_tiles) * parts
     for begin in range(0, cut + band_tiles, BLOCK_E):
         entry = begin + tl.arange(0, BLOCK_E)
@@ -283,15 +292,16 @@ def write_row_tiles(
         is_target = is_cut & (tile < target_tiles)
         full_row = history - full + (target_tiles + full_tiles - 1 - tile) * BLOCK_M
         band_end = history - full - (entry - cut) * BLOCK_M
+
         row = tl.where(is_cut, full_row, tl.maximum(band_end - BLOCK_M, 0))
         row_end = tl.where(is_cut, tl.minimum(full_row + BLOCK_M, history), band_end)
         row = tl.where(is_target, first_row + tile * BLOCK_M, start + row)
-        row_end = tl.where(
-            is_target, tl.minimum(row + BLOCK_M, first_row + targets), start + row_end
-        )
+        target_end = tl.minimum(row + BLOCK_M, first_row + targets)
+        row_end = tl.where(is_target, target_end, start + row_end)
         place = tiles + (first_entry + entry) * ENTRY
         mask = entry < cut + band_tiles
         kind = tl.where(is_target, CANDIDATE, tl.where(is_cut, FULL, BAND))
+
         same = tl.zeros_like(row)  # spreads what all entries share
         tl.store(place + ROW, row, mask=mask)
         tl.store(place + ROW_END, row_end, mask=mask)
@@ -303,6 +313,18 @@ def write_row_tiles(
         tl.store(place + ROW_SLOT, first_slot + tile * parts, mask=mask)
         tl.store(place + ROW_TARGET, first_target + row - first_row, mask=mask)
         tl.store(place + ROW_FIRST_TARGET, first_row + same, mask=mask)
+
+
+@triton.jit
+def _first_seeing(visible, key, targets, BLOCK_M: tl.constexpr):
+    """The first of a sequence's candidates that sees more than `key` positions, or their number."""
+    found = tl.zeros_like(key) + targets
+    for i in range(0, targets, BLOCK_M):
+        target = i + tl.arange(0, BLOCK_M)
+        seen = tl.load(visible + target, mask=target < targets, other=0)
+        sees = tl.where(seen[None, :] > key[:, None], target[None, :], targets)
+        found = tl.minimum(found, tl.min(sees, 1))
+    return found
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -328,6 +350,7 @@ def write_key_tiles(
     start, history, full, targets = _sequence(
         offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, False
     )
+
     of_prefix, others, target_tiles, parts = _key_counts(
         history, full, targets, prefix, tl.load(header + 1), BLOCK_M, BLOCK_N
     )
@@ -339,19 +362,17 @@ def write_key_tiles(
         entry = begin + tl.arange(0, BLOCK_E)
         is_cut = entry < cut
         is_target = entry >= cut + others
+
         tile = tl.where(is_cut, entry // parts, entry - cut + of_prefix)
         key = tl.where(is_target, history + (entry - cut - others) * BLOCK_N, tile * BLOCK_N)
         key_end = tl.minimum(key + BLOCK_N, tl.where(is_target, history + targets, history))
+
         seen_by = tl.zeros_like(key)
         if VISIBLE:
-            seen_by += targets
-            for i in range(0, targets, BLOCK_M):
-                target = i + tl.arange(0, BLOCK_M)
-                seen = tl.load(visible + first_target + target, mask=target < targets, other=0)
-                sees = tl.where(seen[None, :] > key[:, None], target[None, :], targets)
-                seen_by = tl.minimum(seen_by, tl.min(sees, 1))
+            seen_by = _first_seeing(visible + first_target, key, targets, BLOCK_M)
         place = tiles + (first_entry + entry) * ENTRY
         mask = entry < total
+
         same = tl.zeros_like(key)  # spreads what all entries share
         tl.store(place + KEY, start + key, mask=mask)
         tl.store(place + KEY_END, start + key_end, mask=mask)

@@ -1,6 +1,13 @@
 """One STU layer, the op: checks and the choice of backend.
 
-x [T, E] + weights + the batch's mask → `stu_layer` → [T, E]
+    x [T, E] + weights + the batch's mask → `stu_layer` → [T, E]
+
+Which code runs, with `backend` "auto":
+
+    tensors                  in `stu_layer`                 in `project`, `output`
+    CUDA, half precision     fused kernels, own backward    fused kernels; PyTorch to train
+    CUDA, float32            PyTorch, Triton's attention    PyTorch
+    CPU                      PyTorch, blocked attention     PyTorch
 """
 
 from functools import lru_cache
@@ -29,8 +36,7 @@ def stu_layer(
     """The layer's output [T, E].
 
     Dropout `p` on what the output layer reads; `seed`, in 0..2**31 - 1, fixes its mask, the same on
-    every backend,
-    and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton kernels (there,
+    every backend, and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton kernels (there,
     under autocast, the output has autocast's type: the residual stream is in half precision), and
     otherwise PyTorch around `semi_local_attention`. `"triton"` and `"torch"` say which attention
     that is, `"reference"` is dense.
@@ -39,10 +45,8 @@ def stu_layer(
         ValueError: on shapes and types that do not fit, FP8 on a GPU without it.
     """
     if is_fused(x_TE, shape, backend):
-        from kernels.stu.triton_launch import (  # where Triton is not installed, CPUs still work
-            FusedLayer,
-            launch_layer,
-        )
+        # where Triton is not installed, CPUs still work
+        from kernels.stu.triton_launch import FusedLayer, launch_layer
 
         _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
         require(
@@ -57,10 +61,12 @@ def stu_layer(
             sequences.target_visible,
         )
         plan = triton_plan(len(x_TE), *rows, *mask)
-        x_TE, seed = x_TE.to(_compute_dtype(x_TE)).contiguous(), _drawn(p) if seed is None else seed
+        x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
+        seed = _drawn(p) if seed is None else seed
         if torch.is_grad_enabled():
             return FusedLayer.apply(x_TE, *weights, shape, plan, p, seed)
         return launch_layer(x_TE, weights, shape, plan, p, seed)
+
     u, q, k, v = project(x_TE, weights, shape, backend=backend)
     a = attend(q, k, v, shape, sequences, backend=backend)
     return output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)
@@ -77,6 +83,7 @@ def project(
     _check(x_TE.shape, tuple(w.shape for w in weights), shape, 0.0)
     if torch.is_grad_enabled() or not is_fused(x_TE, shape, backend):
         return project_reference(x_TE, weights, shape)
+
     from kernels.stu.triton_launch import launch_project
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
@@ -129,6 +136,7 @@ def output(
     _check(x_TE.shape, tuple(w.shape for w in weights), shape, p)
     if torch.is_grad_enabled() or not is_fused(x_TE, shape, backend):
         return output_reference(x_TE, u_TE, a_THV, weights, shape, p, seed)
+
     from kernels.stu.triton_launch import launch_output
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
@@ -137,16 +145,15 @@ def output(
 
 
 def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
-    """Whether the fused kernels take this; on a GPU float32 is left to PyTorch, whose products are
-    faster there.
+    """True where the fused kernels take this.
+
+    On a GPU float32 is left to PyTorch, whose products are faster there.
     """
     half = _compute_dtype(x_TE).itemsize == 2 or not x_TE.is_cuda
     fused = choose(backend, x_TE) == "triton" and half and len(x_TE) > 0
     if fused and shape.fp8 and x_TE.is_cuda:
-        name, capability = (
-            torch.cuda.get_device_name(x_TE.device),
-            torch.cuda.get_device_capability(x_TE.device),
-        )
+        name = torch.cuda.get_device_name(x_TE.device)
+        capability = torch.cuda.get_device_capability(x_TE.device)
         require(capability >= (8, 9), f"FP8 needs compute capability 8.9, {name} has {capability}")
     return fused
 
@@ -166,11 +173,13 @@ def _check(x: torch.Size, weights: tuple[torch.Size, ...], shape: STUShape, p: f
     require(len(x) == 2, f"x must be [T, E], got {tuple(x)}")
     width, projected, attended = x[1], sum(shape.split), shape.split[0]
     gated = attended * (3 if shape.concat_ua else 1)
-    norms = (width,), (width,), (projected, width), (projected,), (attended,), (attended,)
-    for name, size, expected in zip(
-        STUWeights._fields, weights, (*norms, (width, gated), (width,)), strict=True
-    ):
+    norm, uvqk = ((width,), (width,)), ((projected, width), (projected,))
+    norm_attn, out = ((attended,), (attended,)), ((width, gated), (width,))
+    sizes = *norm, *uvqk, *norm_attn, *out
+
+    for name, size, expected in zip(STUWeights._fields, weights, sizes, strict=True):
         require(size == expected, f"{name} must be {expected}, got {tuple(size)}")
+
     require(0 <= p < 1, f"p must be in [0, 1), got {p}")
     unknown = set(shape.recompute) - set(RECOMPUTABLE)
     require(not unknown, f"recompute may name {RECOMPUTABLE}, got {sorted(unknown)}")

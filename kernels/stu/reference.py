@@ -19,6 +19,7 @@ def project_reference(
     """U [T, H V], Q and K [T, H, D], V [T, H, V]."""
     x = F.layer_norm(x_TE, x_TE.shape[1:], weights.norm_weight, weights.norm_bias, shape.norm_eps)
     uvqk = linear_reference(x, weights.uvqk_weight, weights.uvqk_bias, fp8=shape.fp8)
+
     if shape.silu_qkv:
         u, *qkv = F.silu(uvqk).split(shape.split, dim=1)
     else:
@@ -42,12 +43,14 @@ def output_reference(
     gated = gated.to(u_TE.dtype) * u_TE  # autocast runs the norm itself in float32
     if shape.concat_ua:
         gated = torch.cat([u_TE, a.to(u_TE.dtype), gated], dim=1)
+
     if seed is None:
         gated = F.dropout(gated, p, training=p > 0)
     else:
         gated = (
             gated * dropout_mask(seed, gated.shape[0], gated.shape[1], p, gated.device) / (1 - p)
         )
+
     return linear_reference(
         gated, weights.out_weight, weights.out_bias, residual=x_TE, fp8=shape.fp8
     )

@@ -23,6 +23,7 @@ from kernels.linear.weights import cast_weight, quantized_weight
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.semi_local_attention import triton_launch as attention
 from kernels.semi_local_attention.plan import TritonPlan
+from kernels.stu.recompute import RECOMPUTABLE
 from kernels.stu.types import STUShape, STUWeights
 
 
@@ -41,12 +42,13 @@ class Projected:
     def parts(self, of: Tensor) -> list[Tensor]:
         """U [T, H V] and Q, K, V [T, H, ·] of a tensor laid out like `uvqk`."""
         u, *qkv = of.split_with_sizes(self.shape.split, dim=1)
-        return [u, *map(self._heads, qkv)]
+        return [u, *[self._heads(x) for x in qkv]]
 
     def slopes(self) -> list[Tensor] | list[None]:
         if self.slope is None:
             return [None, None, None]
-        return list(map(self._heads, self.slope.split_with_sizes(self.shape.split[1:], dim=1)))
+        slopes = self.slope.split_with_sizes(self.shape.split[1:], dim=1)
+        return [self._heads(x) for x in slopes]
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], self.shape.num_heads, -1)
@@ -58,6 +60,9 @@ def launch_project(
 ) -> tuple[Projected, Tensor | None]:  # fmt: skip
     """f1 of the normalised x, and that if it is to be kept or was given."""
     dtype = x_TE.dtype
+    silu_from = shape.split[0] if shape.silu_qkv else None
+    options: dict[str, Any] = {"silu_from": silu_from, "keep_slope": keep_slope, "dtype": dtype}
+
     codes = scale = None
     if normed is None or shape.fp8:
         out = normed is None and (keep_normed or not shape.fp8)
@@ -71,8 +76,7 @@ def launch_project(
             fp8=shape.fp8,
         )
         normed = made if normed is None else normed
-    silu_from = shape.split[0] if shape.silu_qkv else None
-    options: dict[str, Any] = {"silu_from": silu_from, "keep_slope": keep_slope, "dtype": dtype}
+
     if codes is not None and scale is not None:
         w, w_scale = quantized_weight(weights.uvqk_weight)
         uvqk, slope = launch_linear(codes, w, weights.uvqk_bias, scales=(scale, w_scale), **options)
@@ -108,6 +112,7 @@ def launch_output(
         a_TE, u_TE, weights.norm_attn_weight, weights.norm_attn_bias, eps=shape.norm_eps, concat_ua=shape.concat_ua,
         p=p, seed=seed, out=keep_y or not shape.fp8, fp8=shape.fp8,
     )  # fmt: skip
+
     if codes is not None and scale is not None:
         w, w_scale = quantized_weight(weights.out_weight)
         scales = scale, w_scale
@@ -118,6 +123,7 @@ def launch_output(
         assert y is not None
         w = cast_weight(weights.out_weight, x_TE.dtype)
         out, _ = launch_linear(y, w, weights.out_bias, residual=x_TE)
+
     return out, y if keep_y else None
 
 
@@ -135,25 +141,51 @@ def launch_layer(
     return launch_output(x_TE, a, projected.u, weights, shape, p, seed, keep_y=False)[0]
 
 
+def attention_backward(
+    projected: Projected, plan: TritonPlan, da: Tensor, d_qkv: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Fill the gradients of what made Q, K and V; return their sums over rows, Q's and K and V's."""
+    shape = projected.shape
+    problem, operands = attend(projected, plan)
+    d_heads = da.view(len(da), shape.num_heads, shape.d_v)
+    if problem.d_v > shape.d_v:
+        d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v))
+
+    given = *operands, d_heads
+    dq, dk, dv = d_qkv
+    slope_q, slope_k, slope_v = projected.slopes()
+    *_, sum_q = attention.launch_backward_queries(
+        plan, problem, given, dq, slope_q=slope_q, summed=True
+    )
+    sum_kv = attention.launch_backward_keys(
+        plan, problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True
+    )
+    assert sum_q is not None and sum_kv is not None
+    return sum_q, sum_kv
+
+
 class FusedLayer(torch.autograd.Function):
     """As `reference`, project to output, of (x, *weights, shape, plan, dropout, seed)."""
 
     @staticmethod
     def forward(ctx, x_TE: Tensor, *arguments):
         *tensors, shape, plan, p, seed = arguments
-        weights, ctx.types = STUWeights(*tensors), [w.dtype for w in tensors]
+        weights = STUWeights(*tensors)
+        ctx.types = [w.dtype for w in tensors]
         # FP8 is rounded from the weights themselves; else backward finds them cast already
         if not shape.fp8:
-            casts = (cast_weight(w, x_TE.dtype) for w in (weights.uvqk_weight, weights.out_weight))
             weights = weights._replace(
-                **dict(zip(("uvqk_weight", "out_weight"), casts, strict=True))
+                uvqk_weight=cast_weight(weights.uvqk_weight, x_TE.dtype),
+                out_weight=cast_weight(weights.out_weight, x_TE.dtype),
             )
-        keep = {name for name in ("normed_x", "uvqk", "y") if name not in shape.recompute}
+
+        keep = set(RECOMPUTABLE) - set(shape.recompute)
         projected, normed = launch_project(
             x_TE, weights, shape, shape.silu_qkv and "uvqk" in keep, keep_normed="normed_x" in keep
         )
         a = attention_rows(projected, plan)
         out, y = launch_output(x_TE, a, projected.u, weights, shape, p, seed, "y" in keep)
+
         kept = [normed if "normed_x" in keep else None, y]
         kept += [projected.uvqk, projected.slope] if "uvqk" in keep else [None, None]
         ctx.save_for_backward(x_TE, a, *kept, *weights)
@@ -165,9 +197,10 @@ class FusedLayer(torch.autograd.Function):
     def backward(ctx, grad):
         shape, plan, p, seed = ctx.rest
         x, a, normed, y, uvqk, slope, *tensors = ctx.saved_tensors
-        weights = STUWeights(*tensors)
-        dtype = x.dtype
+        weights, dtype = STUWeights(*tensors), x.dtype
         grad = grad.to(dtype).contiguous()
+
+        # what was not kept
         if uvqk is None:
             projected, normed = launch_project(
                 x, weights, shape, shape.silu_qkv, normed, keep_normed=True
@@ -177,8 +210,10 @@ class FusedLayer(torch.autograd.Function):
         if normed is None:
             norm = weights.norm_weight, weights.norm_bias
             normed, _, _ = launch_layer_norm(x, *norm, shape.norm_eps, dtype)
+
+        # f2, and the gate
         d_uvqk = torch.empty_like(projected.uvqk)
-        du, dq, dk, dv = projected.parts(d_uvqk)
+        du, *d_qkv = projected.parts(d_uvqk)
         d_y = grad @ weights.out_weight.to(dtype)
         da, made, d_norm_weight, d_norm_bias, sum_u = launch_norm_gate_backward(
             d_y, a, projected.u, weights.norm_attn_weight, weights.norm_attn_bias, du, eps=shape.norm_eps,
@@ -188,42 +223,18 @@ class FusedLayer(torch.autograd.Function):
         d_out_weight = grad.T @ y
         del d_y, made, y
 
-        problem, operands = attend(projected, plan)
-        d_heads = da.view(len(da), shape.num_heads, shape.d_v)
-        d_heads = (
-            F.pad(d_heads, (0, problem.d_v - shape.d_v)) if problem.d_v > shape.d_v else d_heads
-        )
-        slope_q, slope_k, slope_v = projected.slopes()
-        given = *operands, d_heads
-        *_, sum_q = attention.launch_backward_queries(
-            plan, problem, given, dq, slope_q=slope_q, summed=True
-        )
-        sum_kv = attention.launch_backward_keys(
-            plan, problem, given, dk, dv, slope_k=slope_k, slope_v=slope_v, summed=True
-        )
-        del projected, operands, given, problem, da, d_heads, slope_q, slope_k, slope_v
+        sum_q, sum_kv = attention_backward(projected, plan, da, d_qkv)
+        del projected, da
 
+        # f1, and the norm
         d_normed = d_uvqk @ weights.uvqk_weight.to(dtype)
         d_uvqk_weight = d_uvqk.T @ normed
         d_uvqk_bias = torch.cat([sum_u, sum_q, sum_kv])  # of each part from the kernel that made it
         dx, d_weight, d_bias, d_out_bias = launch_layer_norm_backward(
             d_normed, x, grad, weights.norm_weight, shape.norm_eps
         )
-        grads = STUWeights(
-            d_weight,
-            d_bias,
-            d_uvqk_weight,
-            d_uvqk_bias,
-            d_norm_weight,
-            d_norm_bias,
-            d_out_weight,
-            d_out_bias,
-        )
-        return (
-            dx,
-            *(g.to(dtype) for g, dtype in zip(grads, ctx.types, strict=True)),
-            None,
-            None,
-            None,
-            None,
-        )
+
+        of_norm, of_uvqk = (d_weight, d_bias), (d_uvqk_weight, d_uvqk_bias)
+        grads = *of_norm, *of_uvqk, d_norm_weight, d_norm_bias, d_out_weight, d_out_bias
+        cast = [g.to(dtype) for g, dtype in zip(grads, ctx.types, strict=True)]
+        return dx, *cast, None, None, None, None
