@@ -32,9 +32,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     cfg, split = job.cfg, job.options.split
-    chosen = choose(cfg, job.options.only)
+    chosen = choose_variants(cfg, job.options.only)
     manifest = store.read_manifest(cfg.sequence_dir)
     found: dict[str, dict[str, float]] = {}
+
     with (
         tracking.session(cfg) as tracker,
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir),
@@ -44,18 +45,20 @@ def run_job(job: cli.Job) -> None:
             logger.info("variant %s", name)
             with tracker.start_run(variant, manifest, parent) as run:
                 found[name] = train_and_evaluate(variant, run, split)
+
         path = cfg.run_dir / "ablation" / "ablation.md"
         write_atomically(path, ablation.markdown_table(found, cfg.tasks, split))
         write_atomically(path.with_suffix(".json"), json.dumps(found, indent=2))
         parent.log_artifacts(path)
         print(path.read_text())
+
         unmoved = ablation.find_unmoved(found, split)
         if unmoved:
             raise UserError("; ".join(unmoved))
     print(f"table={path}")
 
 
-def choose(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
+def choose_variants(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
     """The variants, each with a folder of its own under the run's that reads the run's sequences.
 
     Raises:
@@ -65,12 +68,13 @@ def choose(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConfig]:
     unknown = set(only or ()) - found.keys()
     if unknown:
         raise ConfigError(f"--only {sorted(unknown)}: this configuration has {list(found)}")
+
     folder = cfg.run_dir / "ablation"
-    return {
-        name: replace(variant, name=name, runs_dir=str(folder))
-        for name, variant in found.items()
-        if not only or name in (ablation.WHOLE, *only)
-    }
+    chosen = {}
+    for name, variant in found.items():
+        if not only or name in (ablation.WHOLE, *only):
+            chosen[name] = replace(variant, name=name, runs_dir=str(folder))
+    return chosen
 
 
 def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dict[str, float]:
@@ -78,14 +82,12 @@ def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dic
     shutil.rmtree(variant.run_dir, ignore_errors=True)
     variant.run_dir.mkdir(parents=True)
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
-    metrics = evaluator.evaluate_model(variant, trainer.fit(variant, run), [split])
-    lines = [
-        json.loads(line)
-        for line in (trainer.train_dir(variant) / "metrics.jsonl").read_text().splitlines()
-    ]
-    metrics["train/gflop_per_example"] = sum(
-        line["train/gflop_per_example"] for line in lines
-    ) / len(lines)
+    metrics = evaluator.evaluate_model(variant, trainer.fit_model(variant, run), [split])
+
+    text = (trainer.train_dir(variant) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    gflop = [line["train/gflop_per_example"] for line in lines]
+    metrics["train/gflop_per_example"] = sum(gflop) / len(gflop)
     run.log_metrics(metrics, lines[-1]["step"])
     return metrics
 
@@ -95,12 +97,11 @@ def plan_job(cfg: RunConfig) -> dict[str, object]:
     changes = {}
     for name, variant in ablation.ablated_variants(cfg).items():
         flat = config.flatten(config.to_dict(variant))
-        changes[name] = {
-            key: flat.get(key)
-            for key in base.keys() | flat.keys()
-            if flat.get(key) != base.get(key)
-        }
-    return {"variants": changes, **trainer.plan(cfg)}
+        changes[name] = {}
+        for key in base.keys() | flat.keys():
+            if flat.get(key) != base.get(key):
+                changes[name][key] = flat.get(key)
+    return {"variants": changes, **trainer.plan_training(cfg)}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def make_parser(
         epilog="All settings and jobs: docs/reference/configuration.md, docs/reference/jobs.md",
         formatter_class=_HelpFormatter,
     )
+
     parser.add_argument("--config", required=True, help="YAML preset, see configs/")
     parser.add_argument(
         "--set",
@@ -78,17 +79,11 @@ def run(
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     # `with` blocks end what they started
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
     try:
         cfg = config.load(options.config, options.overrides)
         if options.dry_run:
-            print(yaml.safe_dump(config.to_dict(cfg), sort_keys=False).rstrip())
-            # what belongs together, a table say, on one line
-            planned = {"plan": plan(cfg) if plan else {}}
-            print(
-                yaml.safe_dump(
-                    planned, sort_keys=False, default_flow_style=None, width=200
-                ).rstrip()
-            )
+            _print_plan(cfg, plan(cfg) if plan else {})
             return
         main(Job(cfg, options))
     except config.UserError as error:
@@ -97,9 +92,18 @@ def run(
         sys.exit(2)
 
 
+def _print_plan(cfg: config.RunConfig, planned: dict[str, object]) -> None:
+    print(yaml.safe_dump(config.to_dict(cfg), sort_keys=False).rstrip())
+
+    # what belongs together, a table say, on one line
+    text = yaml.safe_dump({"plan": planned}, sort_keys=False, default_flow_style=None, width=200)
+    print(text.rstrip())
+
+
 def wait_for_interrupt() -> None:
     """Until Ctrl-C; on TERM the exit passes through here too."""
     print("Ctrl-C stops it.", flush=True)
+
     try:
         while True:
             time.sleep(3600)

@@ -29,19 +29,21 @@ def run_job(job: cli.Job) -> None:
     cfg, manifest = job.cfg, job.options.rayservice
     if manifest is None:
         _require_cluster(cfg)
+
     with tracking.session(cfg) as tracker:
         champion = tracker.find_champion()
         if manifest is not None:
-            print(deployment.rayservice(cfg, manifest, champion), end="")
+            print(deployment.fill_rayservice(cfg, manifest, champion), end="")
             return
+
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
-            url = deployment.deploy(cfg, cluster.dashboard_url, champion)
+            url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
     print(f"url={url} version={champion.version}")
 
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
     _require_cluster(cfg)
-    return {**tracking.plan_session(cfg), **deployment.plan(cfg)}
+    return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}
 
 
 def _require_cluster(cfg: RunConfig) -> None:

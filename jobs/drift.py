@@ -32,12 +32,16 @@ def run_job(job: cli.Job) -> None:
     cfg, options = job.cfg, job.options
     if options.days is not None and options.days < 1:
         raise config.UserError(f"--days must be 1 or more, got {options.days}")
+
+    # the two versions: a folder that was named, else the published sequences and those before
     later = drift.find_store(options.after) if options.after else cfg.sequence_dir
     earlier = drift.find_store(options.before) if options.before else later
     manifest = store.read_manifest(earlier) if options.before else drift.version_before(later)
+
     before = drift.count_profile(earlier, manifest, options.days)
     after = drift.count_profile(later, store.read_manifest(later), options.days)
     changes = drift.compare_profiles(before, after, cfg.drift)
+
     crossed = [change.quantity for change in changes if change.crossed]
     page = cfg.run_dir / "report" / "drift.json"
     content = {
@@ -48,6 +52,7 @@ def run_job(job: cli.Job) -> None:
         "changes": [asdict(change) for change in changes],
     }
     write_atomically(page, json.dumps(content, indent=1) + "\n")
+
     print(drift.format_table(changes))
     print(f"before={before.digest[:16]} after={after.digest[:16]} crossed={crossed} report={page}")
     if crossed:

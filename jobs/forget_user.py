@@ -1,8 +1,8 @@
 """Take users out of everything that a run holds of them: sequences, posted events, and what was
 made of either.
 
-Models that were trained on their rows are not changed; docs/guide/deletion.md says what else is left
-to do.
+Models that were trained on their rows are not changed; docs/guide/deletion.md says what else is
+left to do.
 """
 
 import argparse
@@ -27,14 +27,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg, serving = job.cfg, job.cfg.run_dir / "serving"
     users = read_users(job.options.user, job.options.users_file)
+
     removed = maintenance.forget_users(cfg, users)
     if cfg.serve.redis_url is not None or serving.exists():
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
-    print(
-        f"users={len(users)} removed: "
-        + " ".join(f"{where}={rows}" for where, rows in removed.items())
-    )
+
+    counts = [f"{where}={rows}" for where, rows in removed.items()]
+    print(f"users={len(users)} removed: {' '.join(counts)}")
 
 
 def read_users(given: list[int], file: str | None) -> np.ndarray:
@@ -45,11 +45,13 @@ def read_users(given: list[int], file: str | None) -> np.ndarray:
             words += Path(file).read_text().split()
         except OSError as error:
             raise UserError(f"--users-file {file}: {error.strerror}") from None
+
     for word in words:
         if not word.isdecimal() or int(word) >= 2**63:
             raise UserError(f"a user_id must be an integer from 0 to 2**63 - 1, got {word!r}")
     if not words:
         raise UserError("nobody to forget: give --user or --users-file")
+
     return np.unique(np.array([int(word) for word in words], np.int64))
 
 

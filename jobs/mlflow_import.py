@@ -20,6 +20,7 @@ def run_job(job: cli.Job) -> None:
     files = sorted(job.options.folder.rglob("*.json"))
     if not files:
         raise UserError(f"--folder {job.options.folder}: no *.json there")
+
     with tracking.session(job.cfg) as tracker:
         imported = [path for path in files if tracker.import_result(path)]
     print(f"imported={len(imported)} known={len(files) - len(imported)}")

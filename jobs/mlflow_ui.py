@@ -1,4 +1,4 @@
-"""Open the tracking server over past runs until Ctrl-C: parameters, metrics, plots, model versions."""
+"""Open the tracking server over past runs until Ctrl-C: parameters, metrics, plots, versions."""
 
 import argparse
 

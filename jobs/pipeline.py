@@ -44,12 +44,14 @@ def run_job(job: cli.Job) -> None:
     check_settings(cfg)
     if job.options.fresh:
         remove_run(cfg.run_dir)
+
     write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
     with (
         tracking.session(cfg) as tracker,
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
     ):
         summary = run_chain(cfg, tracker, cluster.dashboard_url, append=job.options.append)
+
     write_atomically(cfg.run_dir / "summary.json", json.dumps(summary, indent=2))
     print_summary(cfg, summary)
 
@@ -73,9 +75,10 @@ def run_chain(
     With `append` new files of the logs join the published sequences, and training begins anew where
     the last one read others; without a new file, or after a kill, it goes on where it was.
     """
-    stage(1, "logs")
+    print_stage(1, "logs")
     logs.import_logs(cfg)
-    stage(2, "sequences")
+
+    print_stage(2, "sequences")
     manifest = build.build_sequences(cfg, append=append)
     logger.info(
         "%d users, %d rows; quarantined %s",
@@ -83,31 +86,36 @@ def run_chain(
         manifest.num_rows,
         manifest.quarantined,
     )
-    stage(3, "training")
+
+    print_stage(3, "training")
     restart = append and trainer.trained_on(cfg) not in (None, manifest.digest)
     if not restart:
-        trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
+        trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
     with tracker.training_run(manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
-        model_dir = trainer.fit(cfg, run, restart=restart)
+        model_dir = trainer.fit_model(cfg, run, restart=restart)
         train_seconds = time.perf_counter() - started
-        stage(4, "evaluation on validation and test")
+
+        print_stage(4, "evaluation on validation and test")
         metrics = evaluator.evaluate_model(cfg, model_dir)
         run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
-        stage(5, "registry and gate")
+
+        print_stage(5, "registry and gate")
         version = tracker.register_trained()
     decision = tracker.promote_version(version)
     logger.info("version %d: %s", version, decision.reason)
+
     champion = tracker.find_champion()
-    stage(6, f"serving version {champion.version}")
-    url = deployment.deploy(cfg, dashboard_url, champion)
-    stage(7, "requests over HTTP")
+    print_stage(6, f"serving version {champion.version}")
+    url = deployment.deploy_model(cfg, dashboard_url, champion)
+
+    print_stage(7, "requests over HTTP")
     print(replay.demo_table(cfg, url))
-    parity = replay.replay(
-        cfg, url, model_dir if decision.promoted else tracker.download_champion()[0]
-    )
-    return summarise(cfg, manifest, train_seconds, metrics) | {
+    served = model_dir if decision.promoted else tracker.download_champion()[0]
+    parity = replay.replay(cfg, url, served)
+
+    return summarise_run(cfg, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
         "model_version": version,
         "promoted": decision.promoted,
@@ -119,17 +127,17 @@ def run_chain(
     }
 
 
-def summarise(
+def summarise_run(
     cfg: RunConfig, manifest: Manifest, train_seconds: float, metrics: dict[str, float]
 ) -> dict[str, Any]:
     def by_task(split: str, metric: str) -> dict[str, float]:
         return {task: metrics[f"{split}/{metric}/{task}"] for task in cfg.tasks}
 
-    tables = {
-        f"{split}_{metric}": by_task(split, metric)
-        for split in ("val", "test")
-        for metric in ("auc", "ne", "gauc")
-    }
+    tables = {}
+    for split in ("val", "test"):
+        for metric in ("auc", "ne", "gauc"):
+            tables[f"{split}_{metric}"] = by_task(split, metric)
+
     return {
         "rows_in": manifest.rows_in,
         "quarantined": manifest.quarantined,
@@ -148,14 +156,17 @@ def print_summary(cfg: RunConfig, summary: dict[str, Any]) -> None:
     print(f"{'':22}" + "".join(f"{task:>18}" for task in cfg.tasks))
     for name in ("val_auc", "val_ne", "test_auc", "test_ne", "test_gauc"):
         print(f"{name:22}" + "".join(f"{summary[name][task]:18.4f}" for task in cfg.tasks))
+
     for name, value in summary.items():
-        if not isinstance(value, dict) and name != "promotion":
-            print(f"{name:22}{value:.3g}" if isinstance(value, float) else f"{name:22}{value}")
+        if isinstance(value, dict) or name == "promotion":
+            continue
+        shown = f"{value:.3g}" if isinstance(value, float) else value
+        print(f"{name:22}{shown}")
     print(f"{'quarantined':22}{summary['quarantined']}")
     print(f"all of it in {cfg.run_dir / 'summary.json'}")
 
 
-def stage(number: int, what: str) -> None:
+def print_stage(number: int, what: str) -> None:
     print(f"== {number}/7 {what}", flush=True)
 
 

@@ -28,6 +28,7 @@ def run_job(job: cli.Job) -> None:
         if version is None:
             version = tracker.register_trained()
         decision = tracker.promote_version(version, job.options.validated_by)
+
     print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Move the alias champion back to the version that it stood on before; jobs.deploy then serves it."""
+"""Move the alias champion back to the version before; jobs.deploy then serves it."""
 
 from jobs import cli
 from pipeline import tracking

@@ -15,22 +15,25 @@ def run_job(job: cli.Job) -> None:
     with tracking.session(cfg) as tracker:
         champion = tracker.find_champion()
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
-            url = deployment.deploy(cfg, cluster.dashboard_url, champion)
+            url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
             print(
                 f"{champion.name} version {champion.version} answers at {url} (interactive: "
                 f"{url}/docs)"
             )
             print(f"MLflow: {tracker.server_url}")
+
+            # a request to begin with
             body, _ = replay.demo_request(cfg)
             body["candidates"] = body["candidates"][:5]
             key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
             sent = shlex.quote(json.dumps(body))
             print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
+
             cli.wait_for_interrupt()
 
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
-    return {**tracking.plan_session(cfg), **deployment.plan(cfg)}
+    return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}
 
 
 if __name__ == "__main__":

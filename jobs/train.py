@@ -23,19 +23,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg, restart = job.cfg, job.options.restart
     check_model(cfg.model)
+
     if job.options.no_tracking:
-        folder = trainer.fit(cfg, restart=restart)
+        folder = trainer.fit_model(cfg, restart=restart)
     else:
         manifest = store.read_manifest(cfg.sequence_dir)
         if not restart:
-            trainer.earlier(cfg)  # a mistake is told before the MLflow run is touched
+            trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
         with (
             tracking.session(cfg) as tracker,
             tracker.training_run(manifest, restart=restart) as run,
         ):
-            folder = trainer.fit(cfg, run, restart=restart)
+            folder = trainer.fit_model(cfg, run, restart=restart)
+
     print(f"model={folder}")
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, trainer.plan)
+    cli.run(__doc__ or "", run_job, add_options, trainer.plan_training)

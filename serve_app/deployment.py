@@ -40,12 +40,12 @@ PODS = {"host": "0.0.0.0", "port": 8000}
 ANSWERS = 3  # in a row from the new version alone, before the old one counts as gone
 
 
-def cache(cfg: RunConfig) -> Path:
+def cache_folder(cfg: RunConfig) -> Path:
     """Where checked model files lie on every node that serves."""
     return Path(cfg.runs_dir).absolute() / "champions"
 
 
-def template() -> dict[str, Any]:
+def read_template() -> dict[str, Any]:
     return yaml.safe_load(resources.files("serve_app").joinpath("serve_config.yaml").read_text())
 
 
@@ -64,7 +64,7 @@ def user_config(
         "shadow": None if shadow is None else dataclasses.asdict(shadow),
         "sequences": str(cfg.sequence_dir),
         "digest": store.read_manifest(cfg.sequence_dir).digest,
-        "cache": str(cache(cfg)),
+        "cache": str(cache_folder(cfg)),
         # the mapped copy of the sequences, and the events since
         "serving": str(cfg.run_dir / "serving"),
         "limits": config.to_dict(cfg.serve),
@@ -75,7 +75,7 @@ def serve_config(
     cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env: dict[str, Any]
 ) -> dict[str, Any]:
     """serve_config.yaml with everything put in."""
-    filled = template()
+    filled = read_template()
     filled["http_options"] |= {"host": cfg.serve.host, "port": port}
     (application,) = filled["applications"]
     application["runtime_env"] = runtime_env
@@ -100,7 +100,7 @@ def serve_config(
     return filled
 
 
-def deploy(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
+def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
     """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only
     `model` answers.
 
@@ -109,10 +109,10 @@ def deploy(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
     Raises:
         UserError: the version does not load, or nothing answered in time.
     """
-    return update(cfg, dashboard_url, _checked(cfg, model))
+    return send_update(cfg, dashboard_url, _checked(cfg, model))
 
 
-def rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
+def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
     """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put
     in, as YAML.
 
@@ -138,7 +138,7 @@ def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     canary, shadow = _on_trial(cfg, model)
     for version in (model, canary, shadow):
         if version is not None:
-            load_model(fetch_model(version, cache(cfg)))
+            load_model(fetch_model(version, cache_folder(cfg)))
     return user_config(cfg, model, canary, shadow)
 
 
@@ -173,7 +173,7 @@ def check_protection(cfg: RunConfig) -> None:
         )
 
 
-def update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
+def send_update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
     """Send the configuration with `wanted` as the replicas' `user_config`, and wait until nothing
     else answers.
     """
@@ -323,7 +323,7 @@ def _status(client: Any) -> str:
     )
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_serving(cfg: RunConfig) -> dict[str, object]:
     """What would be served, for `--dry-run`."""
     manifest = store.read_manifest(cfg.sequence_dir)
     check_protection(cfg)

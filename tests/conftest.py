@@ -25,6 +25,7 @@ import pytest
 from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import RayConfig, RunConfig
+from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +63,7 @@ def kuairand(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
 @pytest.fixture(scope="session")
 def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A runs_dir over which `jobs.mlflow_ui` has its server running: `mlflow_server` of a test
+    """A runs_dir over which `jobs.mlflow_ui` has its server running: a `session` of a test
     joins it.
 
     TERM to the job ends the server and its workers.
@@ -88,7 +89,7 @@ def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "runs"
     finally:
         job.send_signal(signal.SIGTERM)
-        assert job.wait(60) == 128 + signal.SIGTERM
+        assert job.wait(PATIENCE_S) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.killpg(json.loads(note.read_text())["pid"], 0)
 

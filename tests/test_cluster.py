@@ -12,6 +12,7 @@ import pytest
 from pipeline import cluster
 from pipeline.cluster import ray_cluster, serve_environment, use_token
 from pipeline.config import RayConfig, UserError
+from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,7 +170,7 @@ def test_a_second_cluster_lives_and_ends_beside_the_first(local_ray: None, tmp_p
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE_S,
         check=True,
     )
     words = dict(
@@ -215,7 +216,7 @@ def test_sigterm_stops_what_was_started(tmp_path: Path):
     folder = Path(process.stdout.readline().strip())
     assert folder.exists()
     process.terminate()
-    assert process.wait(60) == 128 + 15
+    assert process.wait(PATIENCE_S) == 128 + 15
     assert not folder.exists()
 
 

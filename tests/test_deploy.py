@@ -15,6 +15,7 @@ from pipeline.cluster import free_port
 from pipeline.config import UserError
 from pipeline.tracking import PinnedModel
 from serve_app import deployment
+from tests.support.patience import PATIENCE_S
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
         deployment.serve_config(c, wanted, 8123, {"working_dir": f"local://{ROOT}"})
         for c in (together, cfg)
     )
-    for config in (deployment.template(), merged, filled):
+    for config in (deployment.read_template(), merged, filled):
         ServeDeploySchema.model_validate(config)
         assert config.keys() <= ServeDeploySchema.model_fields.keys()
         assert config["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
@@ -60,7 +61,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
 
 def run_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"jobs.{name}", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.cluster

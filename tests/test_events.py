@@ -311,7 +311,7 @@ def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
         acknowledged += [int(line) for line in itertools.islice(writer.stdout, 50)]
         os.kill(writer.pid, signal.SIGKILL)
         acknowledged += [int(line) for line in writer.stdout if line.endswith("\n")]
-        assert writer.wait(10) == -signal.SIGKILL
+        assert writer.wait(60) == -signal.SIGKILL
         writer.stdout.close()
     kept = [event.item_id for event in SqliteEvents(path).of_user(1)]
     assert len(kept) == len(set(kept))

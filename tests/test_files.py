@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from pipeline import files
+from tests.support.patience import PATIENCE_S
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipeline import files
+from tests.support.patience import PATIENCE_S
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -39,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write_and_die(path: Path, what: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), what], timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), what], timeout=PATIENCE_S)
     assert done.returncode == -signal.SIGKILL
 
 

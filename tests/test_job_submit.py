@@ -55,7 +55,7 @@ class Head:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=PATIENCE_S,
         )
 
 

@@ -348,7 +348,7 @@ def test_the_job_runs_the_chain_again_after_a_failure():
 
 def test_the_service_is_served_as_serve_config_says():
     ours = yaml.safe_load(read("ray-service.yaml")["spec"]["serveConfigV2"])
-    assert ours == deployment.template() | {"http_options": deployment.PODS}
+    assert ours == deployment.read_template() | {"http_options": deployment.PODS}
 
 
 def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -357,7 +357,7 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
     folder = save_tiny_model(cfg, tmp_path / "model")
     monkeypatch.setattr(deployment, "fetch_model", lambda model, cache: folder)
     champion = PinnedModel("http://mlflow:5000", "tiny", 3, {})
-    filled = yaml.safe_load(deployment.rayservice(cfg, KUBERAY / "ray-service.yaml", champion))
+    filled = yaml.safe_load(deployment.fill_rayservice(cfg, KUBERAY / "ray-service.yaml", champion))
     jsonschema.validate(filled, FILES["ray-service.yaml"])
     served = yaml.safe_load(filled["spec"].pop("serveConfigV2"))
     unfilled = read("ray-service.yaml")
@@ -383,7 +383,7 @@ def test_what_is_no_service_is_refused(tmp_path: Path):
         (tmp_path / "none", "cannot be read"),
     ):
         with pytest.raises(UserError, match=rf"--rayservice .*{message}"):
-            deployment.rayservice(tiny_config(tmp_path), path, champion)
+            deployment.fill_rayservice(tiny_config(tmp_path), path, champion)
 
 
 def test_no_secret_stands_in_a_file():

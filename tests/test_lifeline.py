@@ -7,31 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from pipeline import cluster, lifeline
+from tests.support.patience import PATIENCE_S, wait_until
+from tests.support.processes import gone
 
 PARENT = """
 import subprocess, sys
 child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
 subprocess.Popen([sys.executable, "-I", sys.argv[1], *child], stdin=subprocess.PIPE, start_new_session=True).wait()
 """
-
-
-def gone(pid: int) -> bool:
-    """It has ended; one that nobody has waited for yet is a zombie, Z."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def wait_until(reached, what: str, limit_s: float = 60) -> None:
-    end = time.monotonic() + limit_s
-    while not reached():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
 
 
 def test_a_command_ends_with_the_process_that_started_it() -> None:
@@ -48,7 +34,7 @@ def test_a_command_ends_with_the_process_that_started_it() -> None:
 def test_a_command_that_ends_by_itself_gives_its_exit_code() -> None:
     command = [sys.executable, "-I", lifeline.__file__, sys.executable, "-c", "raise SystemExit(3)"]
     held = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert held.wait(60) == 3
+    assert held.wait(PATIENCE_S) == 3
     slow = [sys.executable, "-c", "print('here', flush=True); import time; time.sleep(600)"]
     held = subprocess.Popen(
         [*command[:3], *slow], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
@@ -56,7 +42,7 @@ def test_a_command_that_ends_by_itself_gives_its_exit_code() -> None:
     assert held.stdout is not None
     assert held.stdout.readline() == b"here\n"
     os.killpg(held.pid, signal.SIGTERM)
-    assert held.wait(60) == 256 - signal.SIGTERM
+    assert held.wait(PATIENCE_S) == 256 - signal.SIGTERM
 
 
 def test_the_folder_of_a_killed_driver_goes_and_those_of_the_living_stay(tmp_path: Path) -> None:

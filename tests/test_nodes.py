@@ -25,11 +25,11 @@ from pipeline import config
 from pipeline.config import RunConfig
 from pipeline.logs import import_logs
 from pipeline.sequences import store
+from tests.support.patience import PATIENCE_S
 from tests.support.s3_server import Bucket, s3_bucket
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 120  # for any one step of any of this, on a machine that does other things
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.nodes, pytest.mark.timeout(600)]
 
 
@@ -187,7 +187,7 @@ def test_training_loses_the_node_of_one_of_its_workers(
     publish_sequences(unbroken)
     lost = replace(unbroken, name="lost")
     shutil.copytree(unbroken.sequence_dir, lost.sequence_dir)
-    trainer.fit(unbroken)
+    trainer.fit_model(unbroken)
 
     nodes.add("leaves")  # beside the one that the build left
     metrics = lost.run_dir / "train" / "metrics.jsonl"

@@ -38,7 +38,7 @@ def test_a_day_is_appended_and_trained_on(
     local_ray: None, mlflow_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        jobs.pipeline.deployment, "deploy", lambda cfg, dashboard_url, model: "served"
+        jobs.pipeline.deployment, "deploy_model", lambda cfg, dashboard_url, model: "served"
     )
     monkeypatch.setattr(replay, "demo_table", lambda cfg, url: "")
     monkeypatch.setattr(

@@ -235,10 +235,10 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "max_wait_ms": 500.0,
         "request_timeout_s": 10.0,
     }
-    assert deployment.plan(cfg)["api_keys"] == str(keys_file)
+    assert deployment.plan_serving(cfg)["api_keys"] == str(keys_file)
     keys_file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        deployment.plan(cfg)
+        deployment.plan_serving(cfg)
 
 
 def test_a_job_has_a_key_for_its_own_requests(tmp_path: Path, keys_file: Path) -> None:

@@ -34,7 +34,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[Pin
     publish_sequences(cfg)
     models = []
     for version in (1, 2, 3):
-        folder = save_tiny_model(cfg, deployment.cache(cfg) / f"tiny-{version}", seed=version)
+        folder = save_tiny_model(
+            cfg, deployment.cache_folder(cfg) / f"tiny-{version}", seed=version
+        )
         digests = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
         }
@@ -208,7 +210,7 @@ def test_settings_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"shadow": 3}, "serve.shadow"),
     ):
         with pytest.raises(UserError, match=f"{key}: version 3 is the champion"):
-            deployment.deploy(
+            deployment.deploy_model(
                 tiny_config(tmp_path, serve=section), "", PinnedModel("", "tiny", 3, {})
             )
 

@@ -27,6 +27,7 @@ from serve_app.ranking.rollout import in_share
 from serve_app.schemas import RankHead
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
 from tests.support.exposition import sample
+from tests.support.patience import wait_until
 from tests.support.served import (
     Served,
     asked_inside,
@@ -36,7 +37,6 @@ from tests.support.served import (
     replica_pids,
     restore,
     running,
-    wait_until,
 )
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS
 
@@ -192,7 +192,7 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
     trial = replace(served.cfg.serve, canary=CanaryConfig(version=second, share=0.4), shadow=second)
     replicas = served.cfg.serve.num_replicas
     try:
-        deployment.deploy(
+        deployment.deploy_model(
             replace(served.cfg, serve=trial),
             served.dashboard_url,
             Tracker(served.cfg).find_champion(),
@@ -202,7 +202,7 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
             ("canary", second): replicas,
             ("shadow", second): replicas,
         }
-        wait_until(lambda: loaded(served) == trial_of_all)
+        wait_until(lambda: loaded(served) == trial_of_all, "the trial everywhere")
         expected = [second if in_share(user, second, 0.4) else first for user in users]
         assert set(expected) == {first, second}
         assert [ask(user) for user in users] == expected
@@ -217,9 +217,14 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
             page(), "ranking_ranker_requests_total", version=str(second), role="canary"
         )
         assert answered >= expected.count(second)
-        wait_until(lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS)
+        wait_until(
+            lambda: sample(page(), "ranking_shadow_score_change_count") >= NUM_USERS,
+            "the shadow's scores",
+        )
     finally:  # what other tests expect
-        deployment.deploy(served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion())
+        deployment.deploy_model(
+            served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion()
+        )
     assert {ask(user) for user in users} == {first}
 
 
@@ -255,16 +260,16 @@ def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
             misses.append(missed() - before)
         return misses == [NUM_USERS, 0]
 
-    wait_until(sticky)
+    wait_until(sticky, "a user to stay with a replica")
 
 
 def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None:
     broken = replace(Tracker(served.cfg).find_champion(), sha256={"model.safetensors": "0" * 64})
     with pytest.raises(UserError, match="sha256"):
-        deployment.deploy(served.cfg, served.dashboard_url, broken)
+        deployment.deploy_model(served.cfg, served.dashboard_url, broken)
     # where only the replicas see it
     with pytest.raises(UserError, match=r"did not load.*goes on answering"):
-        deployment.update(
+        deployment.send_update(
             served.cfg, served.dashboard_url, deployment.user_config(served.cfg, broken)
         )
     assert served.client.post("/v1/rank", json=ONE).status_code == 200

@@ -25,6 +25,8 @@ from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model, save_model
 from pipeline.train.guards import TrainingStopped
+from tests.support.patience import PATIENCE_S, wait_until
+from tests.support.processes import command_line
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +68,7 @@ def trained(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCon
 
     cfg = train_config(tmp_path_factory.mktemp("runs"), "unbroken")
     publish_sequences(cfg)
-    assert trainer.fit(cfg) == cfg.model_dir
+    assert trainer.fit_model(cfg) == cfg.model_dir
     return cfg
 
 
@@ -81,7 +83,7 @@ def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
     killed = []
     killer = threading.Thread(target=lambda: killed.append(kill_worker_after(cfg, step=60)))
     killer.start()
-    trainer.fit(cfg)
+    trainer.fit_model(cfg)
     killer.join(1)
     assert killed, "training ended before the worker was killed"
     expected, found = losses(trained), losses(cfg)
@@ -129,13 +131,6 @@ def our_processes() -> list[int]:
     return sorted(found)
 
 
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
 def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
     trained: RunConfig, mlflow_runs: Path, tmp_path: Path
 ) -> None:
@@ -165,12 +160,9 @@ def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
         driver.kill()
         driver.wait()
         assert not cfg.model_dir.exists()
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=PATIENCE_S)
         # Ray's agents go on asking for the cluster that died, for a minute
-        end = time.monotonic() + 180
-        while left := marked(mark):
-            assert time.monotonic() < end, [command_line(pid) for pid in left]
-            time.sleep(0.1)
+        wait_until(lambda: not marked(mark), "the killed job's processes to end")
     finally:
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)
@@ -211,7 +203,7 @@ def test_a_finished_run_trains_nothing_more(trained: RunConfig) -> None:
     from pipeline.train import trainer
 
     before, seconds = losses(trained), load_model(trained.model_dir).extra["train_seconds"]
-    trainer.fit(trained)
+    trainer.fit_model(trained)
     assert losses(trained) == before
     assert load_model(trained.model_dir).extra["train_seconds"] == seconds
 
@@ -222,7 +214,7 @@ def test_the_best_checkpoint_is_published(trained: RunConfig) -> None:
     """
     from pipeline.train import trainer
 
-    last = trainer.earlier(trained)
+    last = trainer.earlier_checkpoint(trained)
     assert last is not None
     lines = [
         json.loads(line)
@@ -246,7 +238,7 @@ def test_a_training_gone_wrong_is_one_message_and_not_tried_again(trained: RunCo
     with pytest.raises(
         TrainingStopped, match=r"steps in a row up to step 7 .* the loss of is_click"
     ):
-        trainer.fit(cfg)
+        trainer.fit_model(cfg)
     assert not cfg.model_dir.exists()
 
 
@@ -256,7 +248,7 @@ def test_other_settings_under_the_same_name_are_refused_before_a_worker_starts(
     from pipeline.train import trainer
 
     with pytest.raises(UserError, match=r"train\.lr"):
-        trainer.fit(replace(trained, train=replace(trained.train, lr=0.5)))
+        trainer.fit_model(replace(trained, train=replace(trained.train, lr=0.5)))
 
 
 def test_a_corrupted_checkpoint_is_skipped(
@@ -268,20 +260,20 @@ def test_a_corrupted_checkpoint_is_skipped(
     shutil.copytree(trained.run_dir, cfg.run_dir)
     newest = sorted((trainer.train_dir(cfg) / "checkpoints").iterdir())[-1]
     next(newest.glob("*.safetensors")).write_bytes(b"")
-    assert trainer.plan(cfg)["resumes_from_step"] < max(losses(trained))
+    assert trainer.plan_training(cfg)["resumes_from_step"] < max(losses(trained))
     assert newest.name in caplog.text
 
 
 def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
     from pipeline.train import trainer
 
-    plan = trainer.plan(replace(trained, name="unbroken"))
+    plan = trainer.plan_training(replace(trained, name="unbroken"))
     assert plan["world_size"] == 2
     assert plan["steps_per_epoch"] * trained.train.epochs == max(losses(trained))
     model = load_model(trained.model_dir).model
     assert sum(plan["parameters"].values()) == sum(p.numel() for p in model.parameters())
     with pytest.raises(UserError, match=r"ray\.num_cpus"):
-        trainer.plan(replace(trained, train=replace(trained.train, num_workers=9)))
+        trainer.plan_training(replace(trained, train=replace(trained.train, num_workers=9)))
 
 
 def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
@@ -293,7 +285,7 @@ def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
     with pytest.raises(
         UserError, match=r"MLflow server does not answer any more \(http://127\.0\.0\.1:9\)"
     ):
-        trainer.fit(cfg, Run("http://127.0.0.1:9", "no such run"))
+        trainer.fit_model(cfg, Run("http://127.0.0.1:9", "no such run"))
 
 
 # Evaluation

@@ -1,8 +1,8 @@
 """The gate before a version is promoted: what its validation must show. No tracking server here.
 
-A version says what it showed in its tags: `val/ne/<task>` for each task, `manifest` for the sequences,
-`refit` where it was trained on the validation rows, and `validated_by` for the version that then
-stands for it.
+A version says what it showed in its tags: `val/ne/<task>` for each task, `manifest` for the
+sequences, `refit` where it was trained on the validation rows, and `validated_by` for the version
+that then stands for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def _refusal(
 def _compared(
     settings: TrackingConfig, shared: Sequence[str], challenger: Version, champion: Version
 ) -> Decision:
-    """Both versions have the tasks `shared`: how much is the challenger's mean above the other's?"""
+    """The decision by the challenger's mean over the tasks `shared`, beside the champion's."""
     new, old = validation_ne(challenger), validation_ne(champion)
     change = sum(new[task] - old[task] for task in shared) / len(shared)
 

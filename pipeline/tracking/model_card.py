@@ -33,7 +33,8 @@ def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], r
     end = cfg.split.t_val if not cfg.split.refit else cfg.split.t_test
     return f"""# {cfg.tracking.model_name}, trained as `{cfg.name}`
 
-ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one sequence, a probability per action.
+ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one \
+sequence, a probability per action.
 
 | | |
 |---|---|
@@ -43,17 +44,21 @@ ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one s
 | truncation | {truncation} |
 | files | {size / 1e6:.1f} MB, safetensors and JSON; their sha256 are tags of this version |
 | MLflow run | {run_id} |
-| sequences | digest {data.digest}: {data.num_rows:,} rows of {data.num_users:,} users, from {cfg.source.kind} |
+| sequences | digest {data.digest}: {data.num_rows:,} rows of {data.num_users:,} users, \
+from {cfg.source.kind} |
 | training period | rows before {end} ({period}), seed {cfg.seed}, {cfg.train.epochs} epochs |
 
 ## Measured
-Prequential: the history of a request holds every strictly earlier row. NE below 1 is better than the tasks' base rates.
+Prequential: the history of a request holds every strictly earlier row. NE below 1 is \
+better than the tasks' base rates.
 
 {_metric_table(cfg, metrics)}
 
 ## Limits
-- Items and users not seen in the training period share one embedding row each; their scores rest on the history alone.
-- Probabilities follow the logging policy of the training period and say nothing of items that it never showed.
+- Items and users not seen in the training period share one embedding row each; their scores rest \
+on the history alone.
+- Probabilities follow the logging policy of the training period and say nothing of items \
+that it never showed.
 - Loaded by this project's code from the files above; nothing in this version is executed.
 """
 

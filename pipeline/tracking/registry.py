@@ -103,7 +103,7 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
 
 
 def _version_tags(folder: Path, metrics: dict[str, Any]) -> dict[str, str]:
-    """What the version says of itself: its files' digests, and the validation that the gate judges."""
+    """Digests of the files as tags, and the validation figures that the gate judges."""
     digests = folder_digests(folder)
     tags = {f"{SHA256_PREFIX}{name}": digest for name, digest in digests.items()}
     if trained_on_validation(folder):

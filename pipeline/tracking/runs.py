@@ -88,11 +88,13 @@ def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False)
     import mlflow
 
     note = cfg.run_dir / MLFLOW_RUN
+
     earlier = None if restart else _earlier_run(note, manifest)
     if earlier is None:
         run = start_run(cfg, manifest, {"attempt": "1"})
         write_atomically(note, json.dumps({"run_id": run.run_id}))
         return run
+
     run_id, attempt = earlier
     client = mlflow_client()
     with one_message():
@@ -110,6 +112,7 @@ def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
 
     if not note.exists():
         return None
+
     run_id = json.loads(note.read_text())["run_id"]
     try:
         with one_message():
@@ -118,11 +121,11 @@ def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
         if is_absent(error):
             return None
         raise
-    same = (
-        found.info.lifecycle_stage == "active"
-        and found.data.tags.get("manifest") == manifest.digest
-    )
-    return (run_id, int(found.data.tags.get("attempt", "1"))) if same else None
+
+    deleted = found.info.lifecycle_stage != "active"
+    if deleted or found.data.tags.get("manifest") != manifest.digest:
+        return None
+    return run_id, int(found.data.tags.get("attempt", "1"))
 
 
 def start_run(
@@ -177,19 +180,26 @@ def import_result(settings: TrackingConfig, path: Path) -> bool:
         flat = config.flatten(dict(json.loads(content)))
     except (ValueError, TypeError):
         raise UserError(f"{path} is not a JSON object of figures") from None
+
+    metrics: dict[str, float] = {}
+    params: dict[str, Any] = {}
+    for key, value in flat.items():
+        if _is_figure(key, value):
+            metrics[key.removeprefix("metrics.")] = value
+        else:
+            params[key] = value
+
     client, digest = mlflow_client(), hashlib.sha256(content).hexdigest()
     with one_message():
         experiment = _experiment(client, f"{settings.experiment}-benchmarks")
         if client.search_runs([experiment], f"tags.result_sha256 = '{digest}'", max_results=1):
             return False
+
         found = client.create_run(experiment, run_name=path.stem, tags={"result_sha256": digest})
         run = Run(client.tracking_uri, found.info.run_id)
-        metrics = {key: value for key, value in flat.items() if _is_figure(key, value)}
         with run:
-            _log_flat_params(
-                client, run.run_id, {key: v for key, v in flat.items() if key not in metrics}
-            )
-            run.log_metrics({key.removeprefix("metrics."): v for key, v in metrics.items()}, 0)
+            _log_flat_params(client, run.run_id, params)
+            run.log_metrics(metrics, 0)
             run.log_artifacts(path)
     return True
 
@@ -240,15 +250,8 @@ def _log_dataset(client: "MlflowClient", run_id: str, cfg: RunConfig, manifest: 
 
 
 def _code_version() -> dict[str, str]:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    command = ["git", "-C", str(Path(__file__).parent), "describe"]
+    command += ["--always", "--dirty", "--abbrev=40"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -259,8 +262,6 @@ def _code_version() -> dict[str, str]:
 
 def _ray_job() -> dict[str, str]:
     ray = sys.modules.get("ray")  # a run outside Ray must not import it
-    return (
-        {"ray_job_id": ray.get_runtime_context().get_job_id()}
-        if ray and ray.is_initialized()
-        else {}
-    )
+    if ray is None or not ray.is_initialized():
+        return {}
+    return {"ray_job_id": ray.get_runtime_context().get_job_id()}

@@ -39,8 +39,8 @@ STOP_TIMEOUT_S = 15
 
 @contextmanager
 def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
-    """The tracking server's address for the length of the block; `tracking.py` and `registry.py`
-    talk to it.
+    """The tracking server's address for the length of the block; `runs.py` and `registry.py` talk
+    to it.
 
     With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`:
     the one that another job has running there, or our own on `port` (None: any free one), ended
@@ -49,14 +49,13 @@ def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
     Raises:
         UserError: the server named in the configuration does not answer, or ours does not start.
     """
-    process = None
+    process, limit_s = None, cfg.tracking.start_timeout_s
     if cfg.tracking.uri is not None:
         uri = cfg.tracking.uri
-        _require_healthy(uri)
+        _require_healthy(uri, limit_s)
     else:
-        uri, process = _start_or_join(
-            Path(cfg.runs_dir).absolute() / "mlflow", port, cfg.tracking.start_timeout_s
-        )
+        uri, process = _start_or_join(Path(cfg.runs_dir).absolute() / "mlflow", port, limit_s)
+
     try:
         with tracking_uri(uri):
             yield uri
@@ -125,13 +124,17 @@ def _start_or_join(
 ) -> tuple[str, subprocess.Popen | None]:
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "server.json"
+
     with open(folder / "lock", "w") as lock:
         # two jobs that start at once share one server: sqlite has one writer
         with progress_lines("another job's MLflow server to start", limit_s):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if note.exists() and _healthy(uri := json.loads(note.read_text())["uri"]):
-            logger.info("joining the MLflow server at %s", uri)
-            return uri, None
+        if note.exists():
+            uri = json.loads(note.read_text())["uri"]
+            if _healthy(uri, limit_s):
+                logger.info("joining the MLflow server at %s", uri)
+                return uri, None
+
         uri, process = _start(folder, port or free_port(), limit_s)
         write_atomically(note, json.dumps({"uri": uri, "pid": process.pid}))
     return uri, process
@@ -139,27 +142,23 @@ def _start_or_join(
 
 def _start(folder: Path, port: int, limit_s: float) -> tuple[str, subprocess.Popen]:
     uri = f"http://127.0.0.1:{port}"
+    options = {
+        "host": "127.0.0.1",
+        "port": str(port),
+        "workers": "1",
+        "backend-store-uri": f"sqlite:///{folder / 'mlflow.db'}",
+        "artifacts-destination": str(folder / "artifacts"),
+    }
     # a job that is killed leaves no server behind
-    command = [sys.executable, "-I", lifeline.__file__]
-    command += [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-I", lifeline.__file__, sys.executable, "-m", "mlflow", "server"]
+    for name, value in options.items():
+        command += [f"--{name}", value]
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
+
     log = folder / "server.log"
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -198,11 +197,13 @@ def _end(process: subprocess.Popen) -> None:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
+
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             logger.warning("the MLflow server (pid %d) did not end on %s", process.pid, number.name)
     process.wait()
+
     until = time.monotonic() + STOP_TIMEOUT_S
     # a worker that was killed takes a moment to go
     while _group_lives(process.pid) and time.monotonic() < until:
@@ -217,16 +218,21 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def _require_healthy(uri: str) -> None:
-    if not _healthy(uri):
+def _require_healthy(uri: str, limit_s: float) -> None:
+    if not _healthy(uri, limit_s):
         raise UserError(f"tracking.uri: no MLflow server answers at {uri!r}")
 
 
-def _healthy(uri: str) -> bool:
+def _healthy(uri: str, limit_s: float = 5) -> bool:
+    """True if a server answers at `uri`; one that is there but slow is given `limit_s` seconds."""
     try:
-        return httpx.get(f"{uri.rstrip('/')}/health", timeout=5).status_code == 200
+        with progress_lines(f"an answer from {uri}", limit_s):
+            answer = httpx.get(
+                f"{uri.rstrip('/')}/health", timeout=httpx.Timeout(limit_s, connect=5)
+            )
     except (httpx.HTTPError, httpx.InvalidURL):
         return False
+    return answer.status_code == 200
 
 
 def plan_server(cfg: RunConfig) -> dict[str, object]:
@@ -237,7 +243,7 @@ def plan_server(cfg: RunConfig) -> dict[str, object]:
     """
     uri = cfg.tracking.uri
     if uri is not None:
-        _require_healthy(uri)
+        _require_healthy(uri, cfg.tracking.start_timeout_s)
     return {
         "tracking": uri or str(Path(cfg.runs_dir).absolute() / "mlflow"),
         "model": cfg.tracking.model_name,

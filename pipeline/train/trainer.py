@@ -54,7 +54,7 @@ STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the
 logger = logging.getLogger(__name__)
 
 
-def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Path:
+def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Path:
     """Train on the published sequences and publish the model; returns its folder.
 
     The same run name goes on from its last checkpoint; a run that is already complete trains
@@ -72,18 +72,21 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
     folder = train_dir(cfg)
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
+
     digest = store.read_manifest(cfg.sequence_dir).digest
-    before = earlier(cfg)  # tells a mistake before any worker starts
+    before = earlier_checkpoint(cfg)  # tells a mistake before any worker starts
     maps = fit_features(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
+
     if before is None or not before.state.finished:
         # here, so that no worker reads the store to count
         steps = step_plan(cfg, folder / "steps.json")
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            _fit(cfg, _trainer(cfg, digest, steps, run))
+            _run_trainer(cfg, _make_trainer(cfg, digest, steps, run))
     if run is not None and (folder / "profile").exists():
         run.log_artifacts(folder / "profile", "profile")
+
     trained = _chosen(cfg)
     with torch.device("meta"):  # names and shapes: tables may be larger than this machine
         like = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
@@ -92,23 +95,23 @@ def fit(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Pat
         "train_seconds": trained.state.seconds,
         "sequences": digest,
     }
-    facts |= {"mlflow_run_id": run.run_id} if run else {}
-    publish_model(
-        cfg.model_dir,
-        lambda path: copy_tensors(trained.folder, like, path, "model."),
-        cfg,
-        maps,
-        facts,
-    )
+    if run is not None:
+        facts["mlflow_run_id"] = run.run_id
+
+    def write_weights(path: Path) -> None:
+        copy_tensors(trained.folder, like, path, "model.")
+
+    publish_model(cfg.model_dir, write_weights, cfg, maps, facts)
     return cfg.model_dir
 
 
-def _fit(cfg: RunConfig, trainer: TorchTrainer) -> None:
-    """A user's mistake that only a worker could see is still a `UserError`, not a stack of Ray's."""
+def _run_trainer(cfg: RunConfig, trainer: TorchTrainer) -> None:
+    """Run it to its end; a user's mistake that only a worker could see is a `UserError` as well."""
     stopped = train_dir(cfg) / STOPPED
     stopped.unlink(missing_ok=True)
     # Ray Train's notes of an earlier attempt
     shutil.rmtree(train_dir(cfg) / "ray", ignore_errors=True)
+
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
@@ -117,11 +120,12 @@ def _fit(cfg: RunConfig, trainer: TorchTrainer) -> None:
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
         raise
+
     if stopped.exists():
         raise TrainingStopped(json.loads(stopped.read_text())["reason"])
 
 
-def earlier(cfg: RunConfig) -> Saved | None:
+def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     """The checkpoint that this run would go on from.
 
     Raises:
@@ -135,7 +139,7 @@ def earlier(cfg: RunConfig) -> Saved | None:
 
 
 def trained_on(cfg: RunConfig) -> str | None:
-    """Digest of the sequences that the run's newest checkpoint has read; None where there is none."""
+    """Digest of the sequences that the newest checkpoint has read; None where there is none."""
     found = _checkpoints(cfg).newest()
     return None if found is None else found.identity["sequences"]
 
@@ -160,23 +164,23 @@ def train_dir(cfg: RunConfig) -> Path:
     return cfg.run_dir / "train"
 
 
-def _trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
+def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
     train = cfg.train
     # a worker has a current folder of its own
     absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))
+    settings = {"cfg": config.to_dict(absolute), "digest": digest, "steps": steps, "run": run}
+
+    backend, resources = "gloo", {"CPU": 1}
+    if train.use_gpu:
+        backend, resources = "nccl", {"CPU": 1, "GPU": 1}
     return TorchTrainer(
         train_worker,
-        train_loop_config={
-            "cfg": config.to_dict(absolute),
-            "digest": digest,
-            "steps": steps,
-            "run": run,
-        },
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1},
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -192,12 +196,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     cfg, digest, run = config.from_dict(settings["cfg"]), settings["digest"], settings["run"]
+
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(cfg.train.threads_per_worker)
     folder, device = train_dir(cfg), ray.train.torch.get_device()
     maps = FeatureMaps.load(folder)
     checkpoints = _checkpoints(cfg, rank, world_size)
+
     with only_writer(folder) if rank == 0 else nullcontext():
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
         metrics = None
@@ -206,7 +212,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 folder / "metrics.jsonl", resumed_at=resume.state.step if resume else 0
             )
 
-        def log(step: int, values: dict[str, float]) -> None:
+        def log_step(step: int, values: dict[str, float]) -> None:
             if metrics is not None:
                 metrics.append(step, values)
                 if run is not None:
@@ -226,7 +232,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 validate=Validator(cfg, maps, device, rank, world_size)
                 if cfg.train.validate_every
                 else None,
-                log=log,
+                log=log_step,
                 profile_dir=folder / "profile",
             )
         except TrainingStopped as stopped:
@@ -236,7 +242,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 write_atomically(folder / STOPPED, json.dumps({"reason": str(stopped)}))
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
+def plan_training(cfg: RunConfig) -> dict[str, object]:
     """What training would do, for `--dry-run`: sizes and steps, without starting anything.
 
     Raises:
@@ -248,13 +254,16 @@ def plan(cfg: RunConfig) -> dict[str, object]:
         raise UserError(
             f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}"
         )
+
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
     with torch.device("meta"):  # shapes alone: a table may be larger than this machine
         model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
     table_values = sum(table.rows * table.width for table in tables.values())
-    dense = sum(parameter.numel() for parameter in model.parameters()) - table_values
+    all_values = sum(parameter.numel() for parameter in model.parameters())
+    dense = all_values - table_values
     placed, steps = describe(tables), step_plan(cfg)
+
     return {
         "world_size": train.num_workers,
         "device": "cuda" if train.use_gpu else "cpu",
@@ -275,4 +284,4 @@ def plan(cfg: RunConfig) -> dict[str, object]:
 
 def _last_step(cfg: RunConfig) -> int:
     found = _checkpoints(cfg).newest()
-    return found.state.step if found else 0
+    return 0 if found is None else found.state.step

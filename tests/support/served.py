@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,10 +19,8 @@ from pipeline.sequences import store
 from pipeline.tracking import Tracker, session
 from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns, RankedColumns
+from tests.support.patience import wait_until
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
-
-Found = TypeVar("Found")
-WAIT_S = 60  # a replica that was killed may take a busy machine half a minute to replace
 
 
 @dataclass
@@ -65,7 +63,7 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
 
         Tracker(cfg).promote_version(versions[0])
         try:
-            url = deployment.deploy(cfg, cluster.dashboard_url, Tracker(cfg).find_champion())
+            url = deployment.deploy_model(cfg, cluster.dashboard_url, Tracker(cfg).find_champion())
             yield Served(cfg, url, cluster.dashboard_url, versions, folders)
         finally:
             serve.shutdown()
@@ -79,13 +77,16 @@ def restore(server: Served) -> None:
     if Tracker(server.cfg).find_champion().version != first:
         assert Tracker(server.cfg).roll_back() == first
     champion_alone = {("champion", first): server.cfg.serve.num_replicas}
-    if wait_until(lambda: loaded(server)).keys() - champion_alone.keys():
-        deployment.deploy(server.cfg, server.dashboard_url, Tracker(server.cfg).find_champion())
+    if wait_until(lambda: loaded(server), "a loaded model").keys() - champion_alone.keys():
+        deployment.deploy_model(
+            server.cfg, server.dashboard_url, Tracker(server.cfg).find_champion()
+        )
     wait_until(
         lambda: (
             loaded(server) == champion_alone
             and len(replica_pids()) == server.cfg.serve.num_replicas
-        )
+        ),
+        "the champion alone on every replica",
     )
 
 
@@ -109,16 +110,7 @@ def metrics_page(server: Served) -> str:
         assert answer.status_code in (200, 503), answer.text
         return answer.text if answer.status_code == 200 else ""
 
-    return wait_until(page)
-
-
-def wait_until(done: Callable[[], Found]) -> Found:
-    """What `done` returns once it is something."""
-    end = time.monotonic() + WAIT_S
-    while not (found := done()):
-        assert time.monotonic() < end, f"not within {WAIT_S} s"
-        time.sleep(0.1)
-    return found
+    return wait_until(page, "the page of metrics")
 
 
 class BackgroundLoad:
@@ -157,13 +149,17 @@ def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
         time.sleep(1)
         assert Tracker(served.cfg).promote_version(second).promoted
         assert (
-            deployment.deploy(served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion())
+            deployment.deploy_model(
+                served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion()
+            )
             == served.url
         )
         meanwhile()
         time.sleep(2)
         assert Tracker(served.cfg).roll_back() == first
-        deployment.deploy(served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion())
+        deployment.deploy_model(
+            served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion()
+        )
         time.sleep(1)
 
     sent = load.answers.status != load_test.NOT_SENT
