@@ -63,7 +63,7 @@ def check_settings(cfg: RunConfig) -> None:
         UserError: a setting that the encoder does not know, a key that cannot be read.
     """
     check_model(cfg.model)
-    deployment.check_protection(cfg)
+    deployment.check_protection(cfg.serve)
     replay.key_header(cfg)
 
 

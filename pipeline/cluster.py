@@ -53,6 +53,7 @@ def ray_cluster(
     if ray.is_initialized():
         yield ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
         return
+
     address = cfg.address or os.environ.get("RAY_ADDRESS", "local")
     if address != "local":
         yield from _joined(address)
@@ -68,6 +69,8 @@ def _joined(address: str) -> Iterator[Any]:
         context = _init(address=address, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         raise UserError(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
+
+    # for whatever in this process asks for "the" cluster of the machine
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     try:
@@ -126,6 +129,7 @@ def _started(cfg: RayConfig, folder: Path, include_dashboard: bool) -> Any:
             except Exception as error:  # Ray raises a bare Exception where its time is up
                 ray.shutdown()
                 reason = str(error).strip().splitlines() or [repr(error)]
+
                 if time.monotonic() > end:
                     raise UserError(
                         f"Ray did not start within {cfg.start_timeout_s:.0f} s "
@@ -172,6 +176,7 @@ def _init(**options: Any) -> Any:
     """
     answer = signal.getsignal(signal.SIGTERM)
     context = ray.init(**options)
+
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, answer)
     return context
@@ -188,6 +193,7 @@ def use_token(runs_dir: Path) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_AUTH_MODE" in os.environ:
         return
+
     path = runs_dir.absolute() / ".ray-token"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -196,6 +202,7 @@ def use_token(runs_dir: Path) -> None:
     except FileExistsError:
         logger.debug("reusing %s", path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
     # RAY_AUTH_MODE stays unset: Ray has read it already where it was imported before, and switches
     # itself to tokens in `ray.init`, with a warning that there is nothing to do about.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(

@@ -20,7 +20,7 @@ import yaml
 
 from pipeline import config
 from pipeline.cluster import free_port
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, ServeConfig, UserError
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
@@ -46,6 +46,7 @@ def cache_folder(cfg: RunConfig) -> Path:
 
 
 def read_template() -> dict[str, Any]:
+    """serve_config.yaml as it is in the package."""
     return yaml.safe_load(resources.files("serve_app").joinpath("serve_config.yaml").read_text())
 
 
@@ -72,29 +73,31 @@ def user_config(
 
 
 def serve_config(
-    cfg: RunConfig, wanted: dict[str, Any], port: int, runtime_env: dict[str, Any]
+    settings: ServeConfig, wanted: dict[str, Any], port: int, runtime_env: dict[str, Any]
 ) -> dict[str, Any]:
     """serve_config.yaml with everything put in."""
     filled = read_template()
-    filled["http_options"] |= {"host": cfg.serve.host, "port": port}
+    filled["http_options"] |= {"host": settings.host, "port": port}
     (application,) = filled["applications"]
     application["runtime_env"] = runtime_env
+
+    keys_file = settings.api_keys_file
     application["args"] |= {
-        "one_process": cfg.serve.one_process,
-        "max_body_bytes": cfg.serve.max_body_bytes,
-        "api_keys_file": None
-        if cfg.serve.api_keys_file is None
-        else str(Path(cfg.serve.api_keys_file).absolute()),
-        "rate_limit_per_s": cfg.serve.rate_limit_per_s,
-        "max_wait_ms": cfg.serve.max_wait_ms,
-        "request_timeout_s": cfg.serve.request_timeout_s,
+        "one_process": settings.one_process,
+        "max_body_bytes": settings.max_body_bytes,
+        "api_keys_file": None if keys_file is None else str(Path(keys_file).absolute()),
+        "rate_limit_per_s": settings.rate_limit_per_s,
+        "max_wait_ms": settings.max_wait_ms,
+        "request_timeout_s": settings.request_timeout_s,
     }
+
     ingress, ranker = application["deployments"]
-    ranker |= {"num_replicas": cfg.serve.num_replicas, "user_config": wanted}
-    ranker["ray_actor_options"] |= {"num_gpus": int(cfg.serve.use_gpu)}
-    # it takes the ingress' place: as many requests at once, and nobody to be routed to
-    if cfg.serve.one_process:
-        ranker |= {name: ingress[name] for name in ("max_ongoing_requests", "max_queued_requests")}
+    ranker |= {"num_replicas": settings.num_replicas, "user_config": wanted}
+    ranker["ray_actor_options"] |= {"num_gpus": int(settings.use_gpu)}
+    if settings.one_process:
+        # it takes the ingress' place: as many requests at once, and nobody to be routed to
+        for name in ("max_ongoing_requests", "max_queued_requests"):
+            ranker[name] = ingress[name]
         del ranker["request_router_config"]
         application["deployments"] = [ranker]
     return filled
@@ -125,16 +128,20 @@ def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
         document = yaml.safe_load(manifest.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--rayservice {manifest} cannot be read: {error}") from None
+
     if not isinstance(document, dict) or document.get("kind") != "RayService":
         raise UserError(f"--rayservice {manifest} holds no RayService")
-    filled = serve_config(cfg, _checked(cfg, model), PODS["port"], {}) | {"http_options": PODS}
+
+    filled = serve_config(cfg.serve, _checked(cfg, model), PODS["port"], {}) | {
+        "http_options": PODS
+    }
     document["spec"]["serveConfigV2"] = yaml.safe_dump(filled, sort_keys=False)
     return yaml.safe_dump(document, sort_keys=False)
 
 
 def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
-    check_protection(cfg)
+    check_protection(cfg.serve)
     canary, shadow = _on_trial(cfg, model)
     for version in (model, canary, shadow):
         if version is not None:
@@ -146,30 +153,27 @@ def _on_trial(
     cfg: RunConfig, champion: PinnedModel
 ) -> tuple[PinnedModel | None, PinnedModel | None]:
     """The canary and the shadow that the configuration names, if any."""
-    wanted = {
-        "serve.canary.version": None if cfg.serve.canary is None else cfg.serve.canary.version,
-        "serve.shadow": cfg.serve.shadow,
-    }
+    canary = None if cfg.serve.canary is None else cfg.serve.canary.version
+    wanted = {"serve.canary.version": canary, "serve.shadow": cfg.serve.shadow}
+    found: list[PinnedModel | None] = []
+
     for key, version in wanted.items():
         if version == champion.version:
             raise UserError(
                 f"{key}: version {version} is the champion: there is nothing to compare it with"
             )
-    canary, shadow = (
-        None if version is None else find_version(cfg.tracking, version)
-        for version in wanted.values()
-    )
-    return canary, shadow
+        found.append(None if version is None else find_version(cfg.tracking, version))
+    return found[0], found[1]
 
 
-def check_protection(cfg: RunConfig) -> None:
+def check_protection(settings: ServeConfig) -> None:
     """A broken file of keys is a UserError here, before anything is touched."""
-    if cfg.serve.api_keys_file is not None:
-        read_keys(Path(cfg.serve.api_keys_file))
-    elif cfg.serve.host not in LOOPBACK:
+    if settings.api_keys_file is not None:
+        read_keys(Path(settings.api_keys_file))
+    elif settings.host not in LOOPBACK:
         logger.warning(
             "serve.api_keys_file is not set: whoever reaches %s may rank and post events",
-            cfg.serve.host,
+            settings.host,
         )
 
 
@@ -186,7 +190,7 @@ def send_update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> s
         port = cfg.serve.port or free_port()
         require_free_port(cfg.serve.host, port)
 
-    _send(client, serve_config(cfg, wanted, port, code_of_this_job()))
+    _send(client, serve_config(cfg.serve, wanted, port, code_of_this_job()))
     url = f"http://{cfg.serve.host}:{port}"
     _wait(client, url, wanted["deployment"], cfg.serve.start_timeout_s)
     return url
@@ -313,20 +317,17 @@ def _failure(url: str) -> str:
 
 def _status(client: Any) -> str:
     application = client.get_serve_details()["applications"].get(APPLICATION, {})
-    messages = [
-        entry["message"]
-        for entry in application.get("deployments", {}).values()
-        if entry["message"]
-    ]
-    return ": ".join(
-        [application.get("status", "no application"), application.get("message", ""), *messages]
-    )
+    said = [application.get("status", "no application"), application.get("message", "")]
+    for entry in application.get("deployments", {}).values():
+        if entry["message"]:
+            said.append(entry["message"])
+    return ": ".join(said)
 
 
 def plan_serving(cfg: RunConfig) -> dict[str, object]:
     """What would be served, for `--dry-run`."""
     manifest = store.read_manifest(cfg.sequence_dir)
-    check_protection(cfg)
+    check_protection(cfg.serve)
     return {
         "sequences": {
             "folder": str(cfg.sequence_dir),

@@ -47,7 +47,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kuairand(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """The demo's configuration with its sequences published: all of the committed KuaiRand subset."""
+    """The demo's configuration with its sequences published: all of the KuaiRand subset."""
     from pipeline.logs import import_logs
     from pipeline.sequences.build import build_sequences
 

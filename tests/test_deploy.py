@@ -35,7 +35,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     wanted = deployment.user_config(cfg, model)
     together = replace(cfg, serve=replace(cfg.serve, one_process=True))
     merged, filled = (
-        deployment.serve_config(c, wanted, 8123, {"working_dir": f"local://{ROOT}"})
+        deployment.serve_config(c.serve, wanted, 8123, {"working_dir": f"local://{ROOT}"})
         for c in (together, cfg)
     )
     for config in (deployment.read_template(), merged, filled):

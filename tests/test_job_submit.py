@@ -1,5 +1,5 @@
-"""The whole chain as a submitted job, beside another server: a head with its own ports and token, and
-nothing left behind.
+"""The whole chain as a submitted job, beside another server: a head with its own ports and token,
+and nothing left behind.
 """
 
 import json

@@ -16,7 +16,8 @@ from tests.support.processes import gone
 PARENT = """
 import subprocess, sys
 child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
-subprocess.Popen([sys.executable, "-I", sys.argv[1], *child], stdin=subprocess.PIPE, start_new_session=True).wait()
+command = [sys.executable, "-I", sys.argv[1], *child]
+subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True).wait()
 """
 
 

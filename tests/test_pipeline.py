@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 
 
 def write_day(cfg: RunConfig, day: int) -> None:
-    """Rows of one day; the first two are before validation begins, the last two in the test period."""
+    """Rows of one day; days 0 and 1 lie before validation begins, 3 and 4 in the test period."""
     rng, rows = np.random.default_rng(day), 200
     table = {
         "user_id": rng.integers(NUM_USERS, size=rows),

@@ -226,7 +226,7 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
     )
     publish_sequences(cfg)
     model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
-    filled = deployment.serve_config(cfg, deployment.user_config(cfg, model), 8123, {})
+    filled = deployment.serve_config(cfg.serve, deployment.user_config(cfg, model), 8123, {})
     assert filled["applications"][0]["args"] == {
         "one_process": False,
         "max_body_bytes": 2_000_000,

@@ -15,12 +15,12 @@ SPLITS = ("val", "test")
 def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], run_id: str) -> str:
     """Markdown; `metrics` as PROTOCOL's keys `split/metric/task`."""
     data = store.read_manifest(cfg.sequence_dir)
+
+    # the model in words
     attention = cfg.model.attention
-    window = (
-        "causal"
-        if attention.window is None
-        else f"window {attention.window}, full rows {attention.full_rows}"
-    )
+    window = "causal"
+    if attention.window is not None:
+        window = f"window {attention.window}, full rows {attention.full_rows}"
     truncation = "none"
     if cfg.model.truncate_after_layer is not None:
         truncation = (
@@ -29,8 +29,10 @@ def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], r
         )
     heads = f"{cfg.model.num_heads} (query-key {cfg.model.d_qk}, value {cfg.model.d_v})"
     size = sum(path.stat().st_size for path in model_dir.iterdir())
-    period = "validation start" if not cfg.split.refit else "test start"
-    end = cfg.split.t_val if not cfg.split.refit else cfg.split.t_test
+
+    period, end = "validation start", cfg.split.t_val
+    if cfg.split.refit:
+        period, end = "test start", cfg.split.t_test
     return f"""# {cfg.tracking.model_name}, trained as `{cfg.name}`
 
 ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one \
@@ -66,10 +68,12 @@ that it never showed.
 def _metric_table(cfg: RunConfig, metrics: Mapping[str, float]) -> str:
     rows = ["| | " + " | ".join(cfg.tasks) + " |", "|---" * (len(cfg.tasks) + 1) + "|"]
     for split in SPLITS:
+        learned = " (rows it was trained on)" if split == "val" and cfg.split.refit else ""
+
         for metric in METRICS:
             values = [metrics.get(f"{split}/{metric}/{task}") for task in cfg.tasks]
-            if any(value is not None for value in values):
-                cells = ["–" if value is None else f"{value:.4f}" for value in values]
-                learned = " (rows it was trained on)" if split == "val" and cfg.split.refit else ""
-                rows.append(f"| {split} {metric.upper()}{learned} | " + " | ".join(cells) + " |")
+            if values == [None] * len(values):
+                continue
+            cells = ["–" if value is None else f"{value:.4f}" for value in values]
+            rows.append(f"| {split} {metric.upper()}{learned} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
