@@ -259,6 +259,7 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         rate_limit,
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
+        id_is_sent=True,
     )
 
 

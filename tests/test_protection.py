@@ -130,6 +130,7 @@ def test_a_line_per_request_without_what_was_sent(
         if record.name == "ray.serve.requests"
     ]
     assert all(line.pop("ms") >= 0 for line in lines)
+    assert len({line.pop("request_id") for line in lines}) == 5
     assert lines == [
         {"path": "/v1/rank", "status": 200, "key": "app", "num_candidates": 2, "version": 7},
         {"path": "/v1/events", "status": 200, "key": "app", "num_events": 1},
@@ -200,7 +201,7 @@ def test_the_document_is_complete(keys_file: Path) -> None:
     for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
         route = document["paths"][path][method]
         assert route["security"] == [{"HTTPBearer": []}]
-        expected = {"200", "401", "429", "503", "504"}
+        expected = {"200", "401", "429", "500", "503", "504"}
         if method == "post":
             expected |= {"400", "408", "413", "422"}
         assert route["responses"].keys() == expected

@@ -15,6 +15,7 @@ from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline
 from serve_app.web.protection import ApiKeys, Protection, RateLimit, RequestLog
 from serve_app.web.replica import Replica
+from serve_app.web.responses import FAILED
 
 ABOUT = "Scores and orders candidates for a user by what that user did before, as of any time."
 
@@ -27,6 +28,7 @@ def make_api(
     *,
     max_wait_s: float = 0.5,
     timeout_s: float = 10.0,
+    id_is_sent: bool = False,
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
 
@@ -37,8 +39,14 @@ def make_api(
         rate_limit: per key, None is without limit.
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
         timeout_s: from the first byte to the answer; HTTP 408 or 504 beyond it.
+        id_is_sent: as of `RequestLog`.
     """
-    api = FastAPI(title="ULTRA-HSTU ranking", version=package_version(), description=ABOUT)
+    api = FastAPI(
+        title="ULTRA-HSTU ranking",
+        version=package_version(),
+        description=ABOUT,
+        responses=FAILED,
+    )
     api.state.replica = replica
     api.state.counts = metrics.IngressMetrics()
 
@@ -48,7 +56,7 @@ def make_api(
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(Deadline, timeout_s=timeout_s)
-    api.add_middleware(RequestLog, metrics=api.state.counts)
+    api.add_middleware(RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent)
     add_error_handlers(api)
 
     # For the OpenAPI document alone: `Protection` does the checking.

@@ -15,7 +15,7 @@ TRY_AGAIN = {"Retry-After": "1"}
 
 
 def add_error_handlers(api: FastAPI) -> None:
-    """Answers to the exceptions of all routes; any other exception becomes a 500 without detail."""
+    """Answers to the exceptions of all routes; `RequestLog` answers any other one with a 500."""
     api.add_exception_handler(RequestValidationError, _answer_invalid)
     api.add_exception_handler(BadBody, _answer_bad_body)
     api.add_exception_handler(Overloaded, _answer_overloaded)

@@ -103,11 +103,14 @@ class Deadline:
             started = started or message["type"] == "http.response.start"
             await send(message)
 
+        deadline = asyncio.timeout(self.timeout_s)
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with deadline:
                 await self.app(scope, receive, send_and_note)
         except TimeoutError:
-            if started:  # half an answer cannot be taken back: the connection ends
+            # one of a replica's own is a failure like others; half an answer cannot be taken back:
+            # the connection ends
+            if started or not deadline.expired():
                 raise
             body_was_read = "body_bytes" in scope.get("state", {})
             await self._too_late(body_was_read)(scope, receive, send)

@@ -3,13 +3,12 @@
 import asyncio
 
 from fastapi import APIRouter, Response
-from fastapi.responses import PlainTextResponse
 
 from serve_app import metrics
 from serve_app.schemas import Ready
 from serve_app.web.limits import json_reply
 from serve_app.web.replica import RequestCounts, RunningReplica, Unavailable
-from serve_app.web.responses import NO_MODEL, PROTECTED
+from serve_app.web.responses import METRICS_ANSWER, NO_MODEL, PROTECTED
 
 READY_TIMEOUT_S = 2.0
 
@@ -17,7 +16,9 @@ router = APIRouter()
 open_router = APIRouter()  # routes without a key: `protection.OPEN_PATHS`
 
 
-@router.get("/metrics", name="prometheus", response_class=PlainTextResponse, responses=PROTECTED)
+@router.get(
+    "/metrics", name="prometheus", response_class=Response, responses=PROTECTED | METRICS_ANSWER
+)
 async def get_metrics(replica: RunningReplica, counts: RequestCounts) -> Response:
     """What this ingress and all replicas have counted, for Prometheus."""
     text = metrics.metrics_page(counts.registry, await replica.replica_metrics())

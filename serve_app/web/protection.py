@@ -7,10 +7,12 @@ import logging
 import math
 import re
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +21,7 @@ from serve_app.metrics import IngressMetrics
 
 # a child of the logger that Serve writes to the replica's file
 requests_log = logging.getLogger("ray.serve.requests")
+logger = logging.getLogger("ray.serve")
 
 OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers and jobs.deploy, which have no key
 # a scraper needs a key, but a rate of its own would blind it when it matters
@@ -29,12 +32,10 @@ LOGGED_PATHS = (
     *OPEN_PATHS,
 )
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
-LOGGED_FIELDS = (
-    "key",
-    "num_candidates",
-    "num_events",
-    "version",
-)  # of what layers and routes noted
+# what layers and routes noted of a request
+LOGGED_FIELDS = ("key", "num_candidates", "num_events", "version")
+REQUEST_ID = b"x-request-id"
+SANE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}")  # safe in a header and in a line of a log
 REFUSALS_LOGGED_PER_S = 5.0
 ANYBODY = "-"  # the name in logs and rate limits where no keys are asked for
 
@@ -204,14 +205,23 @@ def _bearer_key(scope: Scope) -> str:
 
 
 class RequestLog:
-    """One JSON line and one count per request.
+    """One JSON line, one count and one id per request; 500 for an exception that nothing expected.
 
-    Nothing that a client sent is logged but the route.
+    The id is the client's `X-Request-Id` where it is a sane token, else a new one. The answer's
+    header, the line and the traceback of a failure carry it. Nothing else that a client sent is
+    logged but the route.
+
+    Args:
+        app: what is inside.
+        metrics: of this ingress.
+        id_is_sent: whether a layer outside sends back the id of the request's header, as Ray
+            Serve's does.
     """
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: IngressMetrics, id_is_sent: bool = False) -> None:
         self.app = app
         self.metrics = metrics
+        self.id_is_sent = id_is_sent
         self.refusals = RateLimit(REFUSALS_LOGGED_PER_S)
         self.not_logged = 0
 
@@ -221,28 +231,47 @@ class RequestLog:
             return
 
         started = time.perf_counter()
-        status = 0  # stays: the client went away, or an exception is on its way out
+        status = 0  # stays: the client went away
         known = scope.setdefault("state", {})
+        known["request_id"], is_of_client = _find_request_id(scope)
+        sends_id = not (self.id_is_sent and is_of_client)
         self.metrics.in_flight.inc()
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if sends_id:
+                    header = (REQUEST_ID, known["request_id"].encode())
+                    message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         try:
             await self.app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            status = 0
+        except Exception:
+            logger.exception("request %s failed", known["request_id"])
+            half_sent = status != 0
+            status = 500
+            if half_sent:  # half an answer cannot be taken back: the connection ends
+                raise
+            await _answer_failed()(scope, receive, send_and_note)
         finally:
-            path = scope["path"] if scope["path"] in LOGGED_PATHS else "other"
-            took_s = time.perf_counter() - started
-            self._count(path, status, took_s, known)
+            self._note(scope["path"], status, time.perf_counter() - started, known)
 
-            line = {"path": path, "status": status, "ms": round(took_s * 1000, 2)}
-            for name in LOGGED_FIELDS:
-                if name in known:
-                    line[name] = known[name]
-            self._log(line, refused=status == 429)
+    def _note(self, path: str, status: int, took_s: float, known: dict[str, Any]) -> None:
+        """Count and log a request that is over."""
+        if path not in LOGGED_PATHS:
+            path = "other"
+        self._count(path, status, took_s, known)
+
+        line = {"path": path, "status": status, "ms": round(took_s * 1000, 2)}
+        line["request_id"] = known["request_id"]
+        for name in LOGGED_FIELDS:
+            if name in known:
+                line[name] = known[name]
+        self._log(line, refused=status == 429)
 
     def _log(self, line: dict[str, Any], *, refused: bool) -> None:
         """Write `line`; in an overload few of the refusals: a line costs more than a refusal."""
@@ -261,3 +290,15 @@ class RequestLog:
         self.metrics.seconds.labels(path).observe(took_s)
         if "refused" in known:
             self.metrics.refused.labels(known["refused"]).inc()
+
+
+def _find_request_id(scope: Scope) -> tuple[str, bool]:
+    """The request's id, and whether the client gave it."""
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID and SANE_ID.fullmatch(value):
+            return value.decode(), True
+    return uuid.uuid4().hex, False
+
+
+def _answer_failed() -> JSONResponse:
+    return JSONResponse({"detail": "the server failed on this request"}, 500)

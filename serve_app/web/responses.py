@@ -9,6 +9,14 @@ Responses = dict[int | str, dict[str, Any]]
 
 NO_MODEL: Responses = {503: {"model": Problem, "description": "no model answers at the moment"}}
 
+# all routes
+FAILED: Responses = {
+    500: {
+        "model": Problem,
+        "description": "the server failed; its log has the reason under the answer's X-Request-Id",
+    }
+}
+
 # routes that ask for a key
 PROTECTED: Responses = {
     401: {"model": Problem, "description": "no known API key"},
@@ -32,3 +40,9 @@ CHECKED: Responses = {
 _BINARY = {columns.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 ARROW_REQUEST: dict[str, Any] = {"requestBody": {"required": True, "content": _BINARY}}
 ARROW_ANSWER: Responses = {200: {"description": "an Arrow IPC stream", "content": _BINARY}}
+METRICS_ANSWER: Responses = {
+    200: {
+        "description": "Prometheus' text format",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}

@@ -60,9 +60,19 @@ def hashed(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def call(api, method: str, path: str, key: str | None = None, **arguments) -> httpx.Response:
+def call(
+    api,
+    method: str,
+    path: str,
+    key: str | None = None,
+    headers: dict[str, str] | None = None,
+    **arguments,
+) -> httpx.Response:
+    headers = dict(headers or {})
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+
     async def send() -> httpx.Response:
-        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(api), base_url="http://test"
         ) as client:
