@@ -34,12 +34,26 @@ from tests.test_attention import make_inputs, run, some_bias, some_visible
 
 CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
     "causal, odd widths": ([23, 0, 30], None, {}, False, False, (25, 9)),
-    "semi-local, full rows in parts": ([70, 9], None, {"window": 10, "full_rows": 8}, False, False, (16, 16)),
-    "prefix in parts": ([50, 0, 19], [12, 0, 2], {"window": 3, "full_rows": 2, "prefix": 20}, True, False, (8, 16)),
+    "semi-local, full rows in parts": (
+        [70, 9],
+        None,
+        {"window": 10, "full_rows": 8},
+        False,
+        False,
+        (16, 16),
+    ),
+    "prefix in parts": (
+        [50, 0, 19],
+        [12, 0, 2],
+        {"window": 3, "full_rows": 2, "prefix": 20},
+        True,
+        False,
+        (8, 16),
+    ),
     "all candidates": ([19, 1], [19, 1], {"window": 4, "full_rows": 4}, False, False, (16, 16)),
     "bias": ([41, 7], [10, 2], {"window": 12, "full_rows": 5, "prefix": 2}, True, True, (16, 16)),
     "bias, causal": ([37], None, {}, False, True, (16, 16)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def judge(
 
 
 def check_parity(case: Case) -> str | None:
-    """What is wrong with the Triton backend on a case: results that stray, or two runs that differ."""
+    """The first fault of the Triton backend on a case: results that stray, or runs that differ."""
     batch, dtype = make_batch(case), getattr(torch, case.dtype)
     truth = run(batch, torch.float64, "torch" if max(case.lengths) > 8192 else "reference")
     plain = run(batch, dtype, "reference")

@@ -119,8 +119,10 @@ def section(run: dict) -> str:
     )
     return f"""## Semi-local attention
 
-`python -m benchmarks.kernels.attention`, {versions}: 65,536 tokens a batch, 4 heads, d_qk = d_v = 128 unless said, bfloat16,
-medians with the L2 flushed, all in one run after {parity}. Ceilings of the machine in the same run: {rates}.
+`python -m benchmarks.kernels.attention`, {versions}: 65,536 tokens a batch, 4 heads, d_qk = d_v \
+= 128 unless said, bfloat16,
+medians with the L2 flushed, all in one run after {parity}. Ceilings of the machine in the same \
+run: {rates}.
 What was tried, and why a goal is missed, is in [NOTES.md](NOTES.md).
 
 {main_table(run)}
@@ -128,17 +130,20 @@ What was tried, and why a goal is missed, is in [NOTES.md](NOTES.md).
 ![times against sequence length](plots/attention.png)
 
 Over cuDNN causal at 16,384 of the same run: {ratios}.
-Time per user grows from 1,024 to 16,384 with a log-log slope of {slope["forward_ms"]:.2f} forward and
+Time per user grows from 1,024 to 16,384 with a log-log slope of {slope["forward_ms"]:.2f} \
+forward and
 {slope["backward_ms"]:.2f} backward (1 is linear).
 
 {other_table(run)}
 
-On a CPU (`python -m benchmarks.kernels.attention --cpu`, one thread of an AMD EPYC, 2 heads of 32, float32, processor time):
+On a CPU (`python -m benchmarks.kernels.attention --cpu`, one thread of an AMD EPYC, 2 heads of \
+32, float32, processor time):
 
 {cpu_table(run)}
 
 - Cached attention, 32 users, 1,024 candidates each over 16,384 cached keys: {cached["ms"]:.2f} ms,
-  {cached["tflops"]:.0f} TFLOP/s; one user, 100 candidates: {cached["one user, 100 candidates, ms"]:.3f} ms.
+  {cached["tflops"]:.0f} TFLOP/s; one user, 100 candidates: \
+{cached["one user, 100 candidates, ms"]:.3f} ms.
 - Building a tile list on the device: {lists}.
 - Host, µs a call: {host}."""
 

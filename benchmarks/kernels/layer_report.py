@@ -102,14 +102,17 @@ def section(run: dict) -> str:
     remarks = "\n".join(f"- {remark}" for remark in run.get("remarks", []))
     return f"""## The layer
 
-`python -m benchmarks.kernels.layer`, {versions}: d = 512, 4 heads of 128, 65,536 tokens, window 256 and full rows 256,
-bfloat16, medians with the L2 flushed, all in one run after {parity}. Ceilings in the same run: {rates}.
+`python -m benchmarks.kernels.layer`, {versions}: d = 512, 4 heads of 128, 65,536 tokens, window \
+256 and full rows 256,
+bfloat16, medians with the L2 flushed, all in one run after {parity}. Ceilings in the same run: \
+{rates}.
 
 {layer_table(run)}
 
 {remarks}
 
-What is kept counts the layer's input. All recompute keeps {kept:.2f} of what nothing recomputed keeps (goal 1/3), and
+What is kept counts the layer's input. All recompute keeps {kept:.2f} of what nothing recomputed \
+keeps (goal 1/3), and
 takes {longer:.1%} longer (goal 8 %).
 
 {products}
@@ -124,7 +127,8 @@ FP8 is row-wise e4m3; weights are quantised once, outside of the times:
   (goals: 6.5 in bfloat16, 5.8 in FP8; a user of the authors' code published 9.30).
 - Host, µs a layer: {host}.
 
-One training step of the whole model, {step["tokens"]:,} tokens, {step["layers"]} layers of d = 512, dropout, optimizer:
+One training step of the whole model, {step["tokens"]:,} tokens, {step["layers"]} layers of d = \
+512, dropout, optimizer:
 {step["device_ms"]:.1f} ms of device time{clock}.
 
 {groups}

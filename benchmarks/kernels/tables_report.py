@@ -112,16 +112,21 @@ def section(run: dict) -> str:
     sort = run["adamw"]["1M gradients of 128"]["sort alone"]["ms"]
     return f"""## Tables, optimizer, sampled softmax, jagged rows
 
-`python -m benchmarks.kernels.tables`, {versions}: medians with the L2 flushed, all in one run after {parity["cases"]} parity
+`python -m benchmarks.kernels.tables`, {versions}: medians with the L2 flushed, all in one run \
+after {parity["cases"]} parity
 cases ({wrong}). A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
 
-**INT4 look-up**, 1M random rows of a table far above the L2, dequantised to bfloat16. Bytes are the packed rows read
-and the rows written; "gather of the same bytes" is the look-up's access pattern without its arithmetic.
+**INT4 look-up**, 1M random rows of a table far above the L2, dequantised to bfloat16. Bytes are \
+the packed rows read
+and the rows written; "gather of the same bytes" is the look-up's access pattern without its \
+arithmetic.
 
 {int4_table(run)}
 
-**Row-wise AdamW**, 1M gradients of 128 floats into a table of 4M rows, sorting included ({sort:.3f} ms of it). Bytes
-are each gradient once, and each touched row and its state in and out once. The state is what the optimizer adds to a
+**Row-wise AdamW**, 1M gradients of 128 floats into a table of 4M rows, sorting included \
+({sort:.3f} ms of it). Bytes
+are each gradient once, and each touched row and its state in and out once. The state is what the \
+optimizer adds to a
 float of the table.
 
 {adamw_table(run)}

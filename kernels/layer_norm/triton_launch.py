@@ -73,7 +73,7 @@ def launch_layer_norm(
     out: bool = True,
     fp8: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """LayerNorm(x) in `dtype`; the same as FP8 rows, and their scales; None for what was not asked."""
+    """LayerNorm(x) in `dtype`, as FP8 rows, and their scales; None for what was not asked."""
     num_rows, width = x_TE.shape
     device = x_TE.device
     y = torch.empty(num_rows, width, dtype=dtype, device=device) if out else None
@@ -83,8 +83,9 @@ def launch_layer_norm(
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
-            triton_kernels.norm_forward, cdiv(num_rows, rows), (x_TE, weight, bias, y, codes, scale),
-            (num_rows,), (width, x_TE.stride(0), eps), (rows, block, out, fp8), device=device, num_warps=warps,
+            triton_kernels.norm_forward, cdiv(num_rows, rows),
+            (x_TE, weight, bias, y, codes, scale), (num_rows,), (width, x_TE.stride(0), eps),
+            (rows, block, out, fp8), device=device, num_warps=warps,
         )  # fmt: skip
     return y, codes, scale
 
@@ -116,9 +117,10 @@ def launch_layer_norm_backward(
 
     rows, block, warps = BACKWARD.of(width)
     launch(
-        triton_kernels.norm_backward, programs, (d_out, x_TE, d_residual, weight, dx, partial), (num_rows,),
-        (width, x_TE.stride(0), eps), (rows, block, d_residual is not None, BACKWARD.stages_of(x_TE)),
-        device=x_TE.device, num_warps=warps,
+        triton_kernels.norm_backward, programs, (d_out, x_TE, d_residual, weight, dx, partial),
+        (num_rows,), (width, x_TE.stride(0), eps),
+        (rows, block, d_residual is not None, BACKWARD.stages_of(x_TE)), device=x_TE.device,
+        num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias, passed = partial.sum(0).unbind(0)
     return dx, d_weight, d_bias, passed
@@ -132,8 +134,9 @@ def launch_swish(x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     if num_rows:
         rows, block, warps = FORWARD.of(width)
         launch(
-            triton_kernels.swish_forward, cdiv(num_rows, rows), (x_TE, weight, bias, y), (num_rows,),
-            (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device, num_warps=warps,
+            triton_kernels.swish_forward, cdiv(num_rows, rows), (x_TE, weight, bias, y),
+            (num_rows,), (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device,
+            num_warps=warps,
         )  # fmt: skip
     return y
 
@@ -149,8 +152,8 @@ def launch_swish_backward(
 
     rows, block, warps = SWISH_BACKWARD.of(width)
     launch(
-        triton_kernels.swish_backward, programs, (d_out, x_TE, weight, bias, dx, partial), (num_rows,),
-        (width, x_TE.stride(0), eps), (rows, block, SWISH_BACKWARD.stages_of(x_TE)),
+        triton_kernels.swish_backward, programs, (d_out, x_TE, weight, bias, dx, partial),
+        (num_rows,), (width, x_TE.stride(0), eps), (rows, block, SWISH_BACKWARD.stages_of(x_TE)),
         device=x_TE.device, num_warps=warps,
     )  # fmt: skip
     d_weight, d_bias = partial.sum(0).unbind(0)

@@ -27,8 +27,8 @@ class Fp8Linear(torch.autograd.Function):
 
 
 def linear_reference(
-    x_TK: Tensor, w_NK: Tensor, bias: Tensor, *, silu_from: int | None = None, residual: Tensor | None = None,
-    fp8: bool = False,
+    x_TK: Tensor, w_NK: Tensor, bias: Tensor, *, silu_from: int | None = None,
+    residual: Tensor | None = None, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """x wᵀ + bias, SiLU on the outputs from `silu_from` on, or + residual."""
     out = Fp8Linear.apply(x_TK, w_NK, bias) if fp8 else F.linear(x_TK, w_NK, bias)

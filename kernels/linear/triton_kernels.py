@@ -49,10 +49,10 @@ def _tile(
 
 @triton.jit
 def _epilogue(
-    acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out, stride_slope,
-    stride_residual, silu_from, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr,
-    RESIDUAL: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
-    TMA_OUT: tl.constexpr,
+    acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs,
+    stride_out, stride_slope, stride_residual, silu_from, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL: tl.constexpr,
+    FP8: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """Scales, bias, then SiLU or the residual, and the stores of a [BLOCK_M, BLOCK_N] of sums."""
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -104,10 +104,11 @@ def linear(
     residual,  # [M, N]
     x_scale,  # float32 [M] of FP8 rows
     w_scale,  # float32 [N]
-    num_rows, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_slope, stride_residual, silu_from,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr,
-    SLOPE: tl.constexpr, RESIDUAL: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
-    EVEN: tl.constexpr, FLATTEN: tl.constexpr, TMA_OUT: tl.constexpr,
+    num_rows, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_slope,
+    stride_residual, silu_from, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL: tl.constexpr,
+    FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
+    FLATTEN: tl.constexpr, TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """out = x wᵀ + bias, SiLU of the columns from `silu_from` on, or + residual.
 
@@ -131,18 +132,18 @@ def linear(
                 tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             )
             _epilogue(
-                left, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
-                stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN,
-                TMA_OUT
+                left, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows,
+                num_outputs, stride_out, stride_slope, stride_residual, silu_from, BLOCK_M,
+                BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN, TMA_OUT
             )  # fmt: skip
             _epilogue(
-                right, row, column + BLOCK_N // 2, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs,
-                stride_out, stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8,
-                FAST, EVEN, TMA_OUT
+                right, row, column + BLOCK_N // 2, out, slope, bias, residual, x_scale, w_scale,
+                num_rows, num_outputs, stride_out, stride_slope, stride_residual, silu_from,
+                BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN, TMA_OUT
             )  # fmt: skip
         else:
             _epilogue(
-                acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs, stride_out,
-                stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN,
-                TMA_OUT
+                acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows,
+                num_outputs, stride_out, stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N,
+                SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN, TMA_OUT
             )  # fmt: skip

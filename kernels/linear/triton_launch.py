@@ -113,8 +113,10 @@ def _prepare(
     return PreparedLinear(
         programs=programs, descriptors=(of_x, of_w, of_out, of_slope),
         fixed=(num_outputs, num_inputs, *strides, silu_from),
-        constants=(tile.rows, tile.outputs, tile.inputs, tile.parts, silu, sloped, residual, fp8, tma, fast, even,
-                   tile.flatten, tma_out),
+        constants=(
+            tile.rows, tile.outputs, tile.inputs, tile.parts, silu, sloped, residual, fp8, tma,
+            fast, even, tile.flatten, tma_out,
+        ),
     )  # fmt: skip
 
 
@@ -171,8 +173,8 @@ def launch_linear(
     pairs = zip((x_TK, w_NK, out, slope), prepared.descriptors, strict=True)
     tensors = [x if form is None or x is None else described(form, x) for x, form in pairs]
     launch(
-        triton_kernels.linear, prepared.programs, (*tensors, bias, residual, *(scales or (None, None))),
-        (num_rows,), prepared.fixed, prepared.constants,
-        device=device, num_warps=tile.warps, num_stages=tile.stages,
+        triton_kernels.linear, prepared.programs,
+        (*tensors, bias, residual, *(scales or (None, None))), (num_rows,), prepared.fixed,
+        prepared.constants, device=device, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, slope

@@ -33,8 +33,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def norm_gate_reference(
-    a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float, concat_ua: bool = False, p: float = 0.0,
-    seed: int = 0,
+    a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float,
+    concat_ua: bool = False, p: float = 0.0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Norm(A) * SiLU(U) [T, E], or concat[SiLU(U), A, Norm(A) * SiLU(U)] [T, 3 E]; dropped out with
     probability p.

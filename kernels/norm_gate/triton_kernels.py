@@ -53,8 +53,8 @@ def gate_forward(
     out,  # [T, Y], Y = E, or 3 E: U, A, Norm(A) * U
     out_fp8,  # e4m3 [T, Y]
     scale,  # float32 [T]
-    num_rows, seed, width, stride_a, stride_u, threshold, gain, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
+    num_rows, seed, width, stride_a, stride_u, threshold, gain, eps, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
     FP8: tl.constexpr,
 ):  # fmt: skip
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -114,8 +114,8 @@ def gate_backward(
     du,  # [T, E], rows `stride_du` apart
     out,  # [T, Y], made again
     partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, du
-    num_rows, seed, width, stride_a, stride_u, stride_du, threshold, gain, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
+    num_rows, seed, width, stride_a, stride_u, stride_du, threshold, gain, eps, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows stay in registers until a program has seen all of its rows; the host adds the

@@ -147,7 +147,8 @@ def sum_runs(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def finish_runs(
-    keys, partial, sums, num_rows, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr
+    keys, partial, sums, num_rows, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr
 ):  # fmt: skip
     """One program a chunk and block of columns: the row whose run begins there and goes on, if
     there is one.

@@ -17,8 +17,8 @@ NAMED = 16  # rows of the tables that a program names
 
 
 def launch_add(
-    x_TE: Tensor, position_PE: Tensor, time_BE: Tensor, position_T: Tensor, gap_ms_T: Tensor, anchor: Anchor,
-    keep_keys: bool,
+    x_TE: Tensor, position_PE: Tensor, time_BE: Tensor, position_T: Tensor, gap_ms_T: Tensor,
+    anchor: Anchor, keep_keys: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As `reference.position_time_reference`, its sums in float32; and each token's keys [2, T],
     for backward.
@@ -65,13 +65,14 @@ def launch_table_gradients(
     partial = torch.empty(chunks, 2, width, dtype=torch.float32, device=device)
 
     launch(
-        triton_kernels.name_rows, cdiv(num_keys, NAMED), (keys, ids, sums), (num_rows, num_rows.bit_length()),
-        (width, num_positions, num_keys), (NAMED, block), device=device, num_warps=4,
+        triton_kernels.name_rows, cdiv(num_keys, NAMED), (keys, ids, sums),
+        (num_rows, num_rows.bit_length()), (width, num_positions, num_keys), (NAMED, block),
+        device=device, num_warps=4,
     )  # fmt: skip
 
     launch(
-        triton_kernels.sum_runs, chunks * blocks, (keys, order, grad_TE, sums, partial), (num_rows,),
-        (width, grad_TE.stride(0)), (chunk, block), device=device, num_warps=4,
+        triton_kernels.sum_runs, chunks * blocks, (keys, order, grad_TE, sums, partial),
+        (num_rows,), (width, grad_TE.stride(0)), (chunk, block), device=device, num_warps=4,
     )  # fmt: skip
 
     launch(

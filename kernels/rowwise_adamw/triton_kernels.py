@@ -24,8 +24,8 @@ def _round_by_chance(x, at, step):
 
 @triton.jit
 def _update(
-    weight, m, v, row, grad, active, grad_scale, first_row, step, lr, share1, share2, correct1, correct2, eps,
-    weight_decay, dim, MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr,
+    weight, m, v, row, grad, active, grad_scale, first_row, step, lr, share1, share2, correct1,
+    correct2, eps, weight_decay, dim, MOMENTUM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` [N] of the table where `active`, with the gradients [N, BLOCK_D]."""
     col = tl.arange(0, BLOCK_D)
@@ -118,8 +118,8 @@ def update_rows(
 
     came, goes_on = ends & (row == before_chunk), ends & (row == after_chunk)
     _update(
-        weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, first_row, step, lr, share1, share2,
-        correct1, correct2, eps, weight_decay, dim, MOMENTUM, BLOCK_D,
+        weight, m, v, row, grad, ends & ~goes_on & ~came, grad_scale, first_row, step, lr, share1,
+        share2, correct1, correct2, eps, weight_decay, dim, MOMENTUM, BLOCK_D,
     )  # fmt: skip
     # A run that came from before lies in half 0, whether or not it goes on; one that begins here
     # and goes on in half 1.
@@ -129,8 +129,9 @@ def update_rows(
 
 @triton.jit(do_not_specialize=["num_ids", "first_row", "step"])
 def finish_rows(
-    ids, partial, weight, m, v, grad_scale, num_ids, first_row, step, lr, share1, share2, correct1, correct2,
-    eps, weight_decay, dim, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    ids, partial, weight, m, v, grad_scale, num_ids, first_row, step, lr, share1, share2, correct1,
+    correct2, eps, weight_decay, dim, MOMENTUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: the row whose run begins there and goes on, if there is one."""
     if tl.load(grad_scale) == float("inf"):
@@ -166,6 +167,6 @@ def finish_rows(
     grad = (total + tl.sum(sums, 0))[None, :]
     rows = row + tl.zeros((1,), tl.int64)
     _update(
-        weight, m, v, rows, grad, rows >= 0, grad_scale, first_row, step, lr, share1, share2, correct1, correct2,
-        eps, weight_decay, dim, MOMENTUM, BLOCK_D,
+        weight, m, v, rows, grad, rows >= 0, grad_scale, first_row, step, lr, share1, share2,
+        correct1, correct2, eps, weight_decay, dim, MOMENTUM, BLOCK_D,
     )  # fmt: skip

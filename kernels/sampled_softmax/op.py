@@ -106,8 +106,8 @@ class SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, weights: Tensor, temperature: float,
-        form: ModuleType,
+        ctx, users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, weights: Tensor,
+        temperature: float, form: ModuleType,
     ) -> Tensor:  # fmt: skip
         loss, lse, user_grad = form.forward(users, items, positives, negatives, temperature)
         share = weights / weights.sum()

@@ -22,7 +22,7 @@ def chunks(negatives: Tensor, dim: int) -> Iterator[slice]:
 def _scores(
     user: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [p, 1 + R], the positive first; their normalised vectors [p, 1 + R, D]; and their scores."""
+    """ids [p, 1 + R], the positive first; their unit vectors [p, 1 + R, D]; and their scores."""
     ids = torch.cat([positives[:, None], negatives], dim=1)
     vectors = normalise(items[ids].to(user.dtype))
 

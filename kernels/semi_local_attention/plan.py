@@ -22,7 +22,7 @@ LIST_STAGES = 3  # Triton's own number of stages
 
 @dataclass
 class Workspace:
-    """Device memory that launches over one tile list share: they follow each other on one stream."""
+    """Device memory that launches over one tile list share, one after another on one stream."""
 
     capacity: int  # entries of the list
     slots: int  # partial sums of cut tiles

@@ -1,4 +1,4 @@
-"""Sizes of the attention kernels' tiles: a static table, and into how many parts long tiles are cut.
+"""Sizes of the attention kernels' tiles, and into how many parts long tiles are cut.
 
 Nothing here needs Triton or a GPU.
 """

@@ -1,4 +1,4 @@
-"""Semi-local attention on Triton as PyTorch sees it: one autograd function, and cached attention."""
+"""Semi-local attention on Triton as PyTorch sees it: an autograd function, and cached attention."""
 
 import torch
 from torch import Tensor

@@ -63,7 +63,8 @@ def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
         )  # fmt: skip
 
         late, bucket = tl.inline_asm_elementwise(
-            """{ .reg .f32 number; .reg .b32 cell, step, below, above, both; .reg .b64 place; .reg .pred from;
+            """{ .reg .f32 number; .reg .b32 cell, step, below, above, both; .reg .b64 place;
+            .reg .pred from;
             cvt.rn.f32.s32 number, $2;
             mov.b32 cell, number;
             shr.u32 cell, cell, 21;
@@ -73,8 +74,8 @@ def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
             selp.b32 $0, above, below, from;
             shr.u32 cell, both, 16;
             and.b32 both, both, 65535;
-            selp.b32 $1, cell, both, from; }""",
-            "=f,=r,r,l", [seconds, cells.to(tl.int64)], dtype=(tl.float32, tl.int32), is_pure=True, pack=1,
+            selp.b32 $1, cell, both, from; }""", "=f,=r,r,l", [seconds,
+            cells.to(tl.int64)], dtype=(tl.float32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
         near = tl.load(positions + distance)
@@ -99,8 +100,8 @@ def add_fixed(table, index, value, per_unit, mask):
 
 @triton.jit
 def add_position_grads(
-    d_score, rank, first_rank, last_rank, near, d_position, per_unit, num_positions, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    d_score, rank, first_rank, last_rank, near, d_position, per_unit, num_positions,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile's [M, N] along its diagonals; the distance of row r and key n is near + rank[r] -
     first_rank - n.

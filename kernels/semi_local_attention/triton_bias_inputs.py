@@ -65,7 +65,7 @@ def spread_bias(bias: RelativeBias, reach: int) -> BiasInputs:
 
 @cache
 def time_steps(device: torch.device) -> Tensor:
-    """int32 [CELLS, 2]: where the time bucket changes within a cell of seconds, and the two buckets.
+    """int32 [CELLS, 2]: where the time bucket changes in a cell of seconds, and its two buckets.
 
     A cell is the upper 11 bits of the seconds as float32: sign, exponent and two bits more. In it
     the bucket changes at most once: at second `step`, sign included, from the bucket in the lower

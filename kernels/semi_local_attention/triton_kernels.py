@@ -3,9 +3,9 @@
 """Triton kernels of semi-local attention: forward, against cached keys, and the two halves of
 backward.
 
-A program is one entry of a tile list (`triton_tiles.py` draws one) and one head; it knows nothing of
-the batch or its longest sequence. A row tile visits its keys block by block, in three ranges that
-are numbered through:
+A program is one entry of a tile list (`triton_tiles.py` draws one) and one head; it knows nothing
+of the batch or its longest sequence. A row tile visits its keys block by block, in three ranges
+that are numbered through:
 
     keys of a sequence   [prefix]  . . . . . .  [own range]  . . .  [own rows]
     BAND                  0 1                    2 3 4
@@ -52,7 +52,8 @@ FAR = tl.constexpr(2**30)
 
 @triton.jit
 def _rows(
-    source, row, head, stride_t, stride_h, end, COUNT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+    source, row, head, stride_t, stride_h, end, COUNT: tl.constexpr, WIDTH: tl.constexpr,
+    TMA: tl.constexpr
 ):  # fmt: skip
     """[COUNT, WIDTH] of one head from `row` on: by a descriptor over [T, H * WIDTH], or a pointer
     and masked loads.
@@ -123,8 +124,9 @@ def _store_rows(
 
 @triton.jit
 def _store_grads(
-    out, slope, sums, value, row, end, entry, head, stride_out, stride_slope, stride_sums, COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, TRUE: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    out, slope, sums, value, row, end, entry, head, stride_out, stride_slope, stride_sums,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, TRUE: tl.constexpr, SLOPE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """Rows row..end of a gradient, heads TRUE wide, rows `stride_out` apart; with SLOPE times
     `slope`, that of what made the operand. With SUMS the sum of the rows goes to row `entry` of
@@ -180,7 +182,8 @@ def _is_last(arrived, parts):
 @triton.jit
 def _row_tile(
     row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """What a row tile visits: blocks of the prefix, of its own range, and of its own rows, numbered
     through.
@@ -258,8 +261,8 @@ def _keep(
 
 @triton.jit
 def _mask_block(
-    x, rows, low, high, low_all, high_all, first, start, prefix, in_prefix, is_own, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    x, rows, low, high, low_all, high_all, first, start, prefix, in_prefix, is_own,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """x [M, N], 0 where the row does not see the key. Inner blocks pass as they are."""
     if (first + BLOCK_N - 1 > high_all) | (first < low_all) | in_prefix | is_own:
@@ -284,8 +287,8 @@ def _asked(query_time, rows, high, start, reach, num_tokens):
 
 @triton.jit
 def _block_bias(
-    positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    positions, cells, event_time, rank, asked, first, start, reach, num_tokens,
+    BLOCK_N: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Half of the bias of a block and its time buckets, [M, N]; the times of its keys [N]."""
     index = first + tl.arange(0, BLOCK_N)
@@ -298,8 +301,8 @@ def _block_bias(
 
 @triton.jit
 def _store_sum(
-    out, acc, partial, arrived, slot, part, parts, row, row_end, head, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
-    V: tl.constexpr,
+    out, acc, partial, arrived, slot, part, parts, row, row_end, head, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Stores a whole tile's sum; of a cut tile a part's, and the last part the sum of all."""
     if parts == 1:
@@ -318,12 +321,11 @@ def forward(
     out,  # [T, H, V]
     partial,  # float32 [slots, H, BLOCK_M, V]
     arrived,  # int32 [slots, H], zeros
-    tiles, header, visible,
-    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    num_positions, num_times, reach, window, prefix, alpha, scale,
-    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    tiles, header, visible, num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+    stride_vh, num_positions, num_times, reach, window, prefix, alpha, scale, HEADS: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     # the heads of a tile share DRAM pages
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -334,8 +336,8 @@ def forward(
         return
 
     rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
-        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N, HAS_PREFIX,
-        CANDIDATES, VISIBLE
+        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N,
+        HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
     blocks = prefix_blocks + range_blocks + own_blocks
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
@@ -351,16 +353,18 @@ def forward(
 
         if BIAS:
             added, _, _ = _block_bias(
-                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N, ON_GPU
+                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
+                ON_GPU
             )  # fmt: skip
             half += added
         weight = _mask_block(
-            _silu(half, FAST), rows, low, high, low_all, high_all, first, start, prefix, i < prefix_blocks, is_own,
-            BLOCK_N, HAS_PREFIX, CANDIDATES
+            _silu(half, FAST), rows, low, high, low_all, high_all, first, start, prefix,
+            i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
         )  # fmt: skip
 
         acc = _add_values(
-            acc, weight, v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA, PRECISION
+            acc, weight, v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA,
+            PRECISION
         )  # fmt: skip
     _store_sum(
         out, acc * scale, partial, arrived, slot, part, parts, row, row_end, head, HEADS, BLOCK_M, V
@@ -373,11 +377,11 @@ def forward_cached(
     k, v,  # [T, H, ·] the cache
     own_k, own_v,  # [C, H, ·] of the new rows
     out,  # [C, H, V]
-    partial, arrived, tiles, header, visible,
-    num_rows, num_keys, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    stride_pt, stride_ph, alpha, scale,
-    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    partial, arrived, tiles, header, visible, num_rows, num_keys, stride_qt, stride_qh, stride_kt,
+    stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_pt, stride_ph, alpha, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, TMA: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """New rows over a user's cached keys, and over themselves: each row its own key, or (CAUSAL)
     all new ones so far.
@@ -432,7 +436,8 @@ def forward_cached(
                 weight = tl.where(index[None, :] == rows[:, None], weight, 0.0)
 
             acc = _add_values(
-                acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA, PRECISION
+                acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA,
+                PRECISION
             )  # fmt: skip
     _store_sum(
         out, acc * scale, partial, arrived, slot, part, parts, row, row_end, head, HEADS, BLOCK_M, V
@@ -441,9 +446,9 @@ def forward_cached(
 
 @triton.jit
 def _add_bias_grads(
-    d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first, asked_last, first, start,
-    range_end, is_own, d_position, d_time, unit, num_positions, num_times, reach, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first,
+    asked_last, first, start, range_end, is_own, d_position, d_time, unit, num_positions, num_times,
+    reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds a block's [M, N] to the gradients of both bias tables.
 
@@ -456,7 +461,8 @@ def _add_bias_grads(
         far += tl.sum(inside, 1)
     else:
         add_position_grads(
-            inside, rank, first_rank, last_rank, near, d_position, unit, num_positions, BLOCK_M, BLOCK_N
+            inside, rank, first_rank, last_rank, near, d_position, unit, num_positions, BLOCK_M,
+            BLOCK_N
         )  # fmt: skip
 
     index = first + tl.arange(0, BLOCK_N)
@@ -470,23 +476,23 @@ def _add_bias_grads(
 
 @triton.jit
 def _store_grad_sum(
-    out, slope, sums, acc, partial, arrived, slot, part, parts, row, row_end, tile, head, stride_out, stride_slope,
-    stride_sums, HEADS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, TRUE: tl.constexpr,
-    SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    out, slope, sums, acc, partial, arrived, slot, part, parts, row, row_end, tile, head,
+    stride_out, stride_slope, stride_sums, HEADS: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, TRUE: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """As `_store_sum`, of a gradient; the sum of its rows goes to the entry of the tile's first part."""
+    """As `_store_sum`, of a gradient; the sum of its rows lies at the tile's first part."""
     if parts == 1:
         _store_grads(
-            out, slope, sums, acc, row, row_end, tile - part, head, stride_out, stride_slope, stride_sums, COUNT, WIDTH,
-            TRUE, SLOPE, SUMS
+            out, slope, sums, acc, row, row_end, tile - part, head, stride_out, stride_slope,
+            stride_sums, COUNT, WIDTH, TRUE, SLOPE, SUMS
         )  # fmt: skip
     else:
         tl.store(_slot(partial, slot + part, head, HEADS, COUNT, WIDTH), acc)
         if _is_last(arrived + slot * HEADS + head, parts):
             total = _sum_slots(partial, slot, parts, head, HEADS, COUNT, WIDTH)
             _store_grads(
-                out, slope, sums, total, row, row_end, tile - part, head, stride_out, stride_slope, stride_sums, COUNT,
-                WIDTH, TRUE, SLOPE, SUMS
+                out, slope, sums, total, row, row_end, tile - part, head, stride_out, stride_slope,
+                stride_sums, COUNT, WIDTH, TRUE, SLOPE, SUMS
             )  # fmt: skip
 
 
@@ -497,15 +503,15 @@ def backward_queries(
     dq,  # [T, H, OUT_D]
     slope_q,  # [T, H, OUT_D] with SLOPE: of what made q; dq is then the gradient of its input
     sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
-    d_position, d_time,  # int64 [P], [N, BLOCK_M]: by row of a tile, so that few wait for each other
+    d_position, d_time,  # int64 [P], [N, BLOCK_M]: by row, so that few wait for each other
     per_unit,  # float32 [1]: how many units of the two make 1
-    partial, arrived, tiles, header, visible,
-    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    num_positions, num_times, reach, window, prefix, alpha, scale, stride_dq, stride_slope, stride_sums,
-    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
-    SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    partial, arrived, tiles, header, visible, num_tokens, stride_qt, stride_qh, stride_kt,
+    stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, num_positions, num_times, reach, window,
+    prefix, alpha, scale, stride_dq, stride_slope, stride_sums, HEADS: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dq of a row tile, and what it adds to the gradients of the bias tables."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -516,8 +522,8 @@ def backward_queries(
         return
 
     rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
-        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N, HAS_PREFIX,
-        CANDIDATES, VISIBLE
+        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N,
+        HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
     blocks = prefix_blocks + range_blocks + own_blocks
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
@@ -541,21 +547,22 @@ def backward_queries(
 
         if BIAS:
             added, bucket, happened = _block_bias(
-                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N, ON_GPU
+                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
+                ON_GPU
             )  # fmt: skip
             half += added
 
         d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         d_score = _mask_block(
-            d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all, first, start, prefix,
-            i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+            d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all,
+            first, start, prefix, i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
         )  # fmt: skip
 
         if BIAS:
             far = _add_bias_grads(
-                d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first, asked_last,
-                first, start, range_end, is_own, d_position, d_time, unit, num_positions, num_times, reach, BLOCK_M,
-                BLOCK_N
+                d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank,
+                asked_first, asked_last, first, start, range_end, is_own, d_position, d_time, unit,
+                num_positions, num_times, reach, BLOCK_M, BLOCK_N
             )  # fmt: skip
         acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -563,32 +570,35 @@ def backward_queries(
         farther = tl.sum(far, 0)
         add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
     _store_grad_sum(
-        dq, slope_q, sums, acc * (0.5 * alpha * scale), partial, arrived, slot, part, parts, row, row_end, tile, head,
-        stride_dq, stride_slope, stride_sums, HEADS, BLOCK_M, D, OUT_D, SLOPE, SUMS
+        dq, slope_q, sums, acc * (0.5 * alpha * scale), partial, arrived, slot, part, parts, row,
+        row_end, tile, head, stride_dq, stride_slope, stride_sums, HEADS, BLOCK_M, D, OUT_D, SLOPE,
+        SUMS
     )  # fmt: skip
 
 
 @triton.jit
 def _store_both(
-    dk, dv, slope_k, slope_v, sums, value_k, value_v, key, key_end, entry, head, stride_dk, stride_dv, stride_slope,
-    stride_sums, HEADS: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, V: tl.constexpr, OUT_D: tl.constexpr,
-    OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    dk, dv, slope_k, slope_v, sums, value_k, value_v, key, key_end, entry, head, stride_dk,
+    stride_dv, stride_slope, stride_sums, HEADS: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """Rows key..key_end of dk and dv; the sums of dv's rows lie behind those of dk's."""
     _store_grads(
-        dk, slope_k, sums, value_k, key, key_end, entry, head, stride_dk, stride_slope, stride_sums, COUNT, D, OUT_D,
-        SLOPE, SUMS
+        dk, slope_k, sums, value_k, key, key_end, entry, head, stride_dk, stride_slope, stride_sums,
+        COUNT, D, OUT_D, SLOPE, SUMS
     )  # fmt: skip
     _store_grads(
-        dv, slope_v, sums + HEADS * OUT_D, value_v, key, key_end, entry, head, stride_dv, stride_slope, stride_sums,
-        COUNT, V, OUT_V, SLOPE, SUMS
+        dv, slope_v, sums + HEADS * OUT_D, value_v, key, key_end, entry, head, stride_dv,
+        stride_slope, stride_sums, COUNT, V, OUT_V, SLOPE, SUMS
     )  # fmt: skip
 
 
 @triton.jit
 def _key_tile(
-    key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix, BLOCK_M: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+    key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix,
+    BLOCK_M: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """What a key tile visits: blocks of band rows, of full rows and candidates, and of the late
     candidates that see it, numbered through.
@@ -616,8 +626,8 @@ def _key_tile(
 
 @triton.jit
 def _row_block(
-    i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks, BLOCK_M: tl.constexpr,
-    VISIBLE: tl.constexpr,
+    i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks,
+    BLOCK_M: tl.constexpr, VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """First row and row end of block i, and whether it is one of the band."""
     in_band = i < band_blocks
@@ -633,8 +643,8 @@ def _row_block(
 
 @triton.jit
 def _keep_rows(
-    index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, target, window, prefix,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+    index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, target,
+    window, prefix, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """[N, M]: the row sees the key."""
     low = tl.where(rows < first_full, rows - window, start)
@@ -655,8 +665,8 @@ def _keep_rows(
 
 @triton.jit
 def _rows_bias(
-    positions, cells, query_time, happened, place, rows, start, history_end, sequence_end, visible, target, reach,
-    num_tokens, VISIBLE: tl.constexpr, ON_GPU: tl.constexpr,
+    positions, cells, query_time, happened, place, rows, start, history_end, sequence_end, visible,
+    target, reach, num_tokens, VISIBLE: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Half of the bias of a key tile and a block of rows, [N, M]."""
     rank = tl.minimum(rows, history_end) - start
@@ -679,12 +689,13 @@ def backward_keys(
     dv,  # [T, H, OUT_V]
     slope_k, slope_v,  # [T, H, OUT_D], [T, H, OUT_V] with SLOPE, likewise
     sums,  # float32 [entries, H * OUT_D + H * OUT_V] with SUMS: of the rows of dk and dv
-    partial_k, partial_v, arrived, tiles, header, visible,
-    num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    num_positions, num_times, reach, window, prefix, alpha, scale, stride_dk, stride_dv, stride_slope, stride_sums,
-    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
+    partial_k, partial_v, arrived, tiles, header, visible, num_tokens, stride_qt, stride_qh,
+    stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, num_positions, num_times,
+    reach, window, prefix, alpha, scale, stride_dk, stride_dv, stride_slope, stride_sums,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
     SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of
@@ -701,8 +712,8 @@ def backward_keys(
         return
 
     full, band_end, full_end, band_blocks, full_blocks, late_blocks = _key_tile(
-        key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix, BLOCK_M,
-        HAS_PREFIX, CANDIDATES, VISIBLE
+        key, key_end, start, history_end, sequence_end, kind, first_full, seen_by, window, prefix,
+        BLOCK_M, HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
 
     blocks = band_blocks + full_blocks + late_blocks
@@ -718,7 +729,8 @@ def backward_keys(
 
     for i in range(blocks * part // parts, blocks * (part + 1) // parts):
         row, row_end, in_band = _row_block(
-            i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks, BLOCK_M, VISIBLE
+            i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks,
+            BLOCK_M, VISIBLE
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)
         query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
@@ -726,8 +738,8 @@ def backward_keys(
 
         if BIAS:
             half += _rows_bias(
-                positions, cells, query_time, happened, place, rows, start, history_end, sequence_end, visible, target,
-                reach, num_tokens, VISIBLE, ON_GPU
+                positions, cells, query_time, happened, place, rows, start, history_end,
+                sequence_end, visible, target, reach, num_tokens, VISIBLE, ON_GPU
             )  # fmt: skip
         grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
 
@@ -742,8 +754,8 @@ def backward_keys(
             masked = masked | (row + BLOCK_M > history_end)
         if masked:
             keep = _keep_rows(
-                index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, target, window,
-                prefix, HAS_PREFIX, CANDIDATES, VISIBLE
+                index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible,
+                target, window, prefix, HAS_PREFIX, CANDIDATES, VISIBLE
             )  # fmt: skip
             weight = tl.where(keep, weight, 0.0)
             d_score = tl.where(keep, d_score, 0.0)
@@ -754,8 +766,9 @@ def backward_keys(
     acc_v *= scale
     if parts == 1:
         _store_both(
-            dk, dv, slope_k, slope_v, sums, acc_k, acc_v, key, key_end, tile - part, head, stride_dk, stride_dv,
-            stride_slope, stride_sums, HEADS, BLOCK_N, D, V, OUT_D, OUT_V, SLOPE, SUMS
+            dk, dv, slope_k, slope_v, sums, acc_k, acc_v, key, key_end, tile - part, head,
+            stride_dk, stride_dv, stride_slope, stride_sums, HEADS, BLOCK_N, D, V, OUT_D, OUT_V,
+            SLOPE, SUMS
         )  # fmt: skip
     else:
         tl.store(_slot(partial_k, slot + part, head, HEADS, BLOCK_N, D), acc_k)
@@ -763,11 +776,11 @@ def backward_keys(
         if _is_last(arrived + slot * HEADS + head, parts):
             total_k = _sum_slots(partial_k, slot, parts, head, HEADS, BLOCK_N, D)
             _store_grads(
-                dk, slope_k, sums, total_k, key, key_end, tile - part, head, stride_dk, stride_slope, stride_sums,
-                BLOCK_N, D, OUT_D, SLOPE, SUMS
+                dk, slope_k, sums, total_k, key, key_end, tile - part, head, stride_dk,
+                stride_slope, stride_sums, BLOCK_N, D, OUT_D, SLOPE, SUMS
             )  # fmt: skip
             total_v = _sum_slots(partial_v, slot, parts, head, HEADS, BLOCK_N, V)
             _store_grads(
-                dv, slope_v, sums + HEADS * OUT_D, total_v, key, key_end, tile - part, head, stride_dv, stride_slope,
-                stride_sums, BLOCK_N, V, OUT_V, SLOPE, SUMS
+                dv, slope_v, sums + HEADS * OUT_D, total_v, key, key_end, tile - part, head,
+                stride_dv, stride_slope, stride_sums, BLOCK_N, V, OUT_V, SLOPE, SUMS
             )  # fmt: skip

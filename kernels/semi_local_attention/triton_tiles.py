@@ -89,7 +89,8 @@ def key_entry(tiles):
 
 @triton.jit
 def _sequence(
-    offsets, num_targets, seq, valid, full_rows, BANDED: tl.constexpr, CANDIDATES: tl.constexpr, CACHED: tl.constexpr
+    offsets, num_targets, seq, valid, full_rows, BANDED: tl.constexpr, CANDIDATES: tl.constexpr,
+    CACHED: tl.constexpr
 ):  # fmt: skip
     """Start, history length, full rows and candidates of sequences."""
     start = tl.load(offsets + seq, mask=valid, other=0).to(tl.int32)
@@ -114,7 +115,8 @@ def _sequence(
 
 @triton.jit
 def _row_counts(
-    history, full, targets, per_part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CACHED: tl.constexpr
+    history, full, targets, per_part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CACHED: tl.constexpr
 ):  # fmt: skip
     """Row tiles of each kind, and into how many parts a FULL or CANDIDATE tile is cut."""
     parts = tl.maximum(tl.cdiv(tl.cdiv(history, BLOCK_N), per_part), 1)
@@ -144,8 +146,8 @@ def _key_counts(
 
 @triton.jit
 def _entries(
-    history, full, targets, prefix, per_part, KEYS: tl.constexpr, CACHED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    history, full, targets, prefix, per_part, KEYS: tl.constexpr, CACHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Entries and slots of sequences."""
     if KEYS:

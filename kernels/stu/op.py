@@ -36,10 +36,10 @@ def stu_layer(
     """The layer's output [T, E].
 
     Dropout `p` on what the output layer reads; `seed`, in 0..2**31 - 1, fixes its mask, the same on
-    every backend, and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton kernels (there,
-    under autocast, the output has autocast's type: the residual stream is in half precision), and
-    otherwise PyTorch around `semi_local_attention`. `"triton"` and `"torch"` say which attention
-    that is, `"reference"` is dense.
+    every backend, and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton
+    kernels, and otherwise PyTorch around `semi_local_attention`. Fused under autocast, the output
+    has autocast's type: the residual stream is in half precision. `"triton"` and `"torch"`
+    say which attention that is, `"reference"` is dense.
 
     Raises:
         ValueError: on shapes and types that do not fit, FP8 on a GPU without it.

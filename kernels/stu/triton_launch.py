@@ -55,8 +55,8 @@ class Projected:
 
 
 def launch_project(
-    x_TE: Tensor, weights: STUWeights, shape: STUShape, keep_slope: bool, normed: Tensor | None = None,
-    keep_normed: bool = False,
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, keep_slope: bool,
+    normed: Tensor | None = None, keep_normed: bool = False,
 ) -> tuple[Projected, Tensor | None]:  # fmt: skip
     """f1 of the normalised x, and that if it is to be kept or was given."""
     dtype = x_TE.dtype
@@ -104,13 +104,13 @@ def attention_rows(projected: Projected, plan: TritonPlan) -> Tensor:
 
 
 def launch_output(
-    x_TE: Tensor, a_TE: Tensor, u_TE: Tensor, weights: STUWeights, shape: STUShape, p: float, seed: int,
-    keep_y: bool,
+    x_TE: Tensor, a_TE: Tensor, u_TE: Tensor, weights: STUWeights, shape: STUShape, p: float,
+    seed: int, keep_y: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """x + f2 of the gated A, and Y if it is to be kept."""
     y, codes, scale = launch_norm_gate(
-        a_TE, u_TE, weights.norm_attn_weight, weights.norm_attn_bias, eps=shape.norm_eps, concat_ua=shape.concat_ua,
-        p=p, seed=seed, out=keep_y or not shape.fp8, fp8=shape.fp8,
+        a_TE, u_TE, weights.norm_attn_weight, weights.norm_attn_bias, eps=shape.norm_eps,
+        concat_ua=shape.concat_ua, p=p, seed=seed, out=keep_y or not shape.fp8, fp8=shape.fp8,
     )  # fmt: skip
 
     if codes is not None and scale is not None:
@@ -144,7 +144,7 @@ def launch_layer(
 def attention_backward(
     projected: Projected, plan: TritonPlan, da: Tensor, d_qkv: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Fill the gradients of what made Q, K and V; return their sums over rows, Q's and K and V's."""
+    """Fill the gradients of what made Q, K, V; return their sums over rows, Q's and K and V's."""
     shape = projected.shape
     problem, operands = attend(projected, plan)
     d_heads = da.view(len(da), shape.num_heads, shape.d_v)
@@ -216,8 +216,8 @@ class FusedLayer(torch.autograd.Function):
         du, *d_qkv = projected.parts(d_uvqk)
         d_y = grad @ weights.out_weight.to(dtype)
         da, made, d_norm_weight, d_norm_bias, sum_u = launch_norm_gate_backward(
-            d_y, a, projected.u, weights.norm_attn_weight, weights.norm_attn_bias, du, eps=shape.norm_eps,
-            concat_ua=shape.concat_ua, p=p, seed=seed, out=y is None,
+            d_y, a, projected.u, weights.norm_attn_weight, weights.norm_attn_bias, du,
+            eps=shape.norm_eps, concat_ua=shape.concat_ua, p=p, seed=seed, out=y is None,
         )  # fmt: skip
         y = made if y is None else y
         d_out_weight = grad.T @ y

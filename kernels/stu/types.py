@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class STUWeights(NamedTuple):
-    """Linear weights are [outputs, inputs], as `nn.Linear` holds them; f1's outputs are U, Q, K, V."""
+    """Linear weights are [outputs, inputs], as in `nn.Linear`; f1's outputs are U, Q, K, V."""
 
     norm_weight: Tensor
     norm_bias: Tensor

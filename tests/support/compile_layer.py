@@ -1,4 +1,4 @@
-"""Compiles the kernels of the STU layer beside attention, prints JSON; not under TRITON_INTERPRET."""
+"""Compiles the kernels of the STU layer beside attention, prints JSON; never interpreted."""
 
 import json
 import re
