@@ -19,7 +19,7 @@ from pipeline.model.inference.cached_scoring import (
     layer_outputs,
     score_candidates,
 )
-from pipeline.model.inference.cuda_graph import GraphedScorer, bucket, fill, make_room
+from pipeline.model.inference.cuda_graph import GraphedScorer, bucket_size, fill_room, make_room
 from pipeline.model.tokens import target_mask
 from pipeline.model.work import (
     action_flops,
@@ -211,10 +211,10 @@ def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
     model, batch = make_model(CONFIGS["truncation"]), make_batch([300], [40])
     history, candidates = parts_of(batch)
     cache = encode_history(model, history)
-    sizes = tuple(bucket(len(layer.k_THD), 256) for layer in cache.layers)
+    sizes = tuple(bucket_size(len(layer.k_THD), 256) for layer in cache.layers)
     assert sizes == (512, 256, 256)
     room = make_room(encode_history(model, parts_of(make_batch([400], [1]))[0]), sizes)
-    fill(room, cache)
+    fill_room(room, cache)
     rows = model.encoder.candidate_rows(candidates)
     torch.testing.assert_close(rows, model.encoder.event_rows(candidates), rtol=0, atol=0)
     padded = torch.cat([rows, torch.full((24, rows.shape[1]), 1e3, dtype=rows.dtype)])

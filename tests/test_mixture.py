@@ -120,7 +120,7 @@ def test_one_channel_over_every_row_is_the_plain_model() -> None:
 
 
 def test_no_candidate_learns_of_a_later_label_through_a_filter() -> None:
-    """Whatever is done later, and whether it is known, is nothing to a candidate; visible rows are."""
+    """What is done later, known or not, is nothing to a candidate; visible rows are."""
     model, batch = make_model(make_mixture()), make_batch([9], [3])
     batch = replace(batch, target_visible=torch.tensor([2, 5, 9], dtype=torch.int32))
     # row 5: the own row of the candidate that sees five

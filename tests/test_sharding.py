@@ -18,7 +18,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ConfigError, RunConfig
 from pipeline.train import loop, sharding
 from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
-from pipeline.train.placement import describe, place_tables
+from pipeline.train.placement import describe_tables, place_tables
 from pipeline.train.sharding import TableMaker, draw_rows
 from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_config, make_maps
@@ -146,7 +146,7 @@ def test_sharded_tables_train_like_whole_ones(
 
 
 def test_one_rank_needs_no_messages_and_equals_plain_tables(plain: dict, sharded: dict) -> None:
-    """The block is the whole table; sums over the batch are added in another order, nothing else."""
+    """The block is the whole table; only the order of sums over the batch differs."""
     assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-6)
 
 
@@ -254,7 +254,7 @@ def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
     cfg = train_config(
         tables={"item_id": "sharded"}, bf16_tables=("item_id",), host_state_tables=("item_id",)
     )
-    described = describe(place_tables(cfg, VOCAB | {"item_id": 31}, 3))
+    described = describe_tables(place_tables(cfg, VOCAB | {"item_id": 31}, 3))
     assert described["tables"]["item_id"] == {
         "rows": 31,
         "width": 4,
@@ -268,7 +268,7 @@ def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
     assert described["tables"]["user.age"]["rows_of_ranks"] == "all"
     model = Trainee(train_config(), make_maps(), "cpu", 0, 1)
     assert set(described["tables"]) == set(model.table_paths)
-    whole = describe(place_tables(train_config(), VOCAB, 1))["total"]
+    whole = describe_tables(place_tables(train_config(), VOCAB, 1))["total"]
     assert whole["table_weights"] == sum(table.nbytes for table in model.tables.values())
     moments = *model.rowwise.m.values(), *model.rowwise.v.values()
     assert whole["table_state"] == sum(moment.nbytes for moment in moments)

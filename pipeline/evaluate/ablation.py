@@ -2,8 +2,8 @@
 is.
 
 A variant is the whole model's configuration with one thing off; a precision that it does not have
-is put on instead. A switch that changes nothing (a mask wider than every history, say) would read as
-"worth nothing", so it is an error.
+is put on instead. A switch that changes nothing (a mask wider than every history, say) would read
+as "worth nothing", so it is an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from pipeline.config import (
     ModelConfig,
     RunConfig,
     StochasticLengthConfig,
+    TrainConfig,
     UserError,
 )
 from pipeline.model.encoders import check_model
@@ -45,46 +46,46 @@ def _features(cfg: RunConfig, **changes: Any) -> RunConfig:
     return replace(cfg, features=replace(cfg.features, **changes))
 
 
-def _attention(cfg: RunConfig, **changes: Any) -> RunConfig:
+def _evaluate(cfg: RunConfig, **changes: Any) -> RunConfig:
+    return replace(cfg, evaluate=replace(cfg.evaluate, **changes))
+
+
+def _change_masks(cfg: ModelConfig, **changes: Any) -> ModelConfig:
     """Changed in the one transducer, or in every channel; a causal mask stays one."""
 
-    def changed(mask: AttentionConfig) -> AttentionConfig:
+    def changed_mask(mask: AttentionConfig) -> AttentionConfig:
         return mask if mask.window is None else replace(mask, **changes)
 
     channels = {}
-    for name, channel in cfg.model.channels.items():
-        channels[name] = replace(channel, attention=changed(channel.attention))
-    return _model(cfg, attention=changed(cfg.model.attention), channels=channels)
+    for name, channel in cfg.channels.items():
+        channels[name] = replace(channel, attention=changed_mask(channel.attention))
+    return replace(cfg, attention=changed_mask(cfg.attention), channels=channels)
 
 
-def _without_truncation(cfg: RunConfig) -> RunConfig:
+def _without_truncation(cfg: ModelConfig) -> ModelConfig:
     channels = {}
-    for name, channel in cfg.model.channels.items():
+    for name, channel in cfg.channels.items():
         channels[name] = replace(channel, truncate_after_layer=None)
-    return _model(cfg, truncate_after_layer=None, channels=channels)
+    return replace(cfg, truncate_after_layer=None, channels=channels)
 
 
-def _without_merge(cfg: RunConfig) -> RunConfig:
+def _without_merge(cfg: ModelConfig) -> ModelConfig:
     """Two tokens an event, and twice the tokens in every distance, so that the mask keeps the same
     events.
     """
-    mask = cfg.model.attention
+    mask = cfg.attention
     window = None if mask.window is None else 2 * mask.window
 
     attention = replace(
         mask, window=window, full_rows=2 * mask.full_rows, extra_prefix=2 * mask.extra_prefix
     )
-    return _model(
+    return replace(
         cfg,
         merge=False,
         candidate_action="none",
         attention=attention,
-        truncate_to=2 * cfg.model.truncate_to,
+        truncate_to=2 * cfg.truncate_to,
     )
-
-
-def _int4(cfg: RunConfig, tables: bool) -> RunConfig:
-    return replace(cfg, evaluate=replace(cfg.evaluate, int4_tables=tables))
 
 
 def _transducers(cfg: ModelConfig) -> list[ChannelConfig | ModelConfig]:
@@ -92,36 +93,36 @@ def _transducers(cfg: ModelConfig) -> list[ChannelConfig | ModelConfig]:
     return [*cfg.channels.values()] or [cfg]
 
 
-def _has_window(cfg: RunConfig) -> bool:
-    return any(part.attention.window for part in _transducers(cfg.model))
+def _has_window(cfg: ModelConfig) -> bool:
+    return any(part.attention.window for part in _transducers(cfg))
 
 
-def _has_full_rows(cfg: RunConfig) -> bool:
-    for part in _transducers(cfg.model):
+def _has_full_rows(cfg: ModelConfig) -> bool:
+    for part in _transducers(cfg):
         if part.attention.window is not None and part.attention.full_rows:
             return True
     return False
 
 
-def _truncates(cfg: RunConfig) -> bool:
-    return any(part.truncate_after_layer is not None for part in _transducers(cfg.model))
+def _truncates(cfg: ModelConfig) -> bool:
+    return any(part.truncate_after_layer is not None for part in _transducers(cfg))
 
 
-def _balances_load(cfg: RunConfig) -> bool:
+def _balances_load(cfg: TrainConfig) -> bool:
     """One rank has nobody to share with: dealing would change nothing."""
-    balance = cfg.train.stochastic_length.balance
-    return balance == "sampling" or (balance == "dealing" and cfg.train.num_workers > 1)
+    balance = cfg.stochastic_length.balance
+    return balance == "sampling" or (balance == "dealing" and cfg.num_workers > 1)
 
 
-def _without_balance(cfg: RunConfig) -> RunConfig:
-    lengths = replace(cfg.train.stochastic_length, balance="none")
-    return _train(cfg, stochastic_length=lengths)
+def _without_balance(cfg: TrainConfig) -> TrainConfig:
+    lengths = replace(cfg.stochastic_length, balance="none")
+    return replace(cfg, stochastic_length=lengths)
 
 
 SWITCHES: dict[str, Switch] = {
     "no_merge": Switch(
         lambda cfg: cfg.model.merge and not cfg.model.channels,
-        _without_merge,
+        lambda cfg: replace(cfg, model=_without_merge(cfg.model)),
         "forward_gflop_per_candidate",
     ),
     "no_heterogeneous_actions": Switch(
@@ -130,16 +131,20 @@ SWITCHES: dict[str, Switch] = {
         "ne",
     ),
     "window_0": Switch(
-        _has_window,
-        lambda cfg: _attention(cfg, window=0),
+        lambda cfg: _has_window(cfg.model),
+        lambda cfg: replace(cfg, model=_change_masks(cfg.model, window=0)),
         "masked_pair_share",
     ),
     "full_rows_0": Switch(
-        _has_full_rows,
-        lambda cfg: _attention(cfg, full_rows=0),
+        lambda cfg: _has_full_rows(cfg.model),
+        lambda cfg: replace(cfg, model=_change_masks(cfg.model, full_rows=0)),
         "masked_pair_share",
     ),
-    "no_truncation": Switch(_truncates, _without_truncation, "truncated_token_share"),
+    "no_truncation": Switch(
+        lambda cfg: _truncates(cfg.model),
+        lambda cfg: replace(cfg, model=_without_truncation(cfg.model)),
+        "truncated_token_share",
+    ),
     "no_mixture": Switch(
         lambda cfg: bool(cfg.model.channels),
         lambda cfg: _model(cfg, channels={}),
@@ -150,7 +155,11 @@ SWITCHES: dict[str, Switch] = {
         lambda cfg: _train(cfg, stochastic_length=StochasticLengthConfig()),
         "ne",
     ),
-    "no_load_balance": Switch(_balances_load, _without_balance, "ne"),
+    "no_load_balance": Switch(
+        lambda cfg: _balances_load(cfg.train),
+        lambda cfg: replace(cfg, train=_without_balance(cfg.train)),
+        "ne",
+    ),
     "no_dense_features": Switch(
         lambda cfg: bool(cfg.features.dense), lambda cfg: _features(cfg, dense={}), "ne"
     ),
@@ -167,8 +176,12 @@ SWITCHES: dict[str, Switch] = {
     ),
     "no_fp8": Switch(lambda cfg: cfg.model.fp8, lambda cfg: _model(cfg, fp8=False), "ne"),
     "fp8": Switch(lambda cfg: not cfg.model.fp8, lambda cfg: _model(cfg, fp8=True), "ne"),
-    "no_int4": Switch(lambda cfg: cfg.evaluate.int4_tables, lambda cfg: _int4(cfg, False), "ne"),
-    "int4": Switch(lambda cfg: not cfg.evaluate.int4_tables, lambda cfg: _int4(cfg, True), "ne"),
+    "no_int4": Switch(
+        lambda cfg: cfg.evaluate.int4_tables, lambda cfg: _evaluate(cfg, int4_tables=False), "ne"
+    ),
+    "int4": Switch(
+        lambda cfg: not cfg.evaluate.int4_tables, lambda cfg: _evaluate(cfg, int4_tables=True), "ne"
+    ),
 }
 
 

@@ -78,7 +78,7 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
 
 
 def verified(folder: Path, what: str) -> dict:
-    """The index of a folder that was staged with one, after its files were held against their digests.
+    """The index of a folder that was staged with one, its files held against their digests.
 
     Raises:
         UserError: no such folder, no index in it, or a file that is missing or altered.

@@ -1,8 +1,8 @@
 """What the mask keeps, counted from lengths: the terms of a forward pass that depend on it.
 
 Products of matrices are counted; norms, look-ups, gates, biases and other pointwise work are not,
-and padding isn't work. Each encoder counts its own layers (`Encoder.work`); `work.py` adds the token
-encoder and the heads.
+and padding isn't work. Each encoder counts its own layers (`Encoder.work`); `work.py` adds the
+token encoder and the heads.
 """
 
 from dataclasses import dataclass

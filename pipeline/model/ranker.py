@@ -1,7 +1,7 @@
 """The ranking model: token encoder → sequence encoder (`model.encoder`) → head.
 
-ULTRA-HSTU (arXiv:2602.16986) is one of the sequence encoders; with a baseline in its place everything
-around it stays.
+ULTRA-HSTU (arXiv:2602.16986) is one of the sequence encoders; with a baseline in its place
+everything around it stays.
 """
 
 from dataclasses import replace

@@ -6,7 +6,7 @@ A candidate has no action; one learned constant may stand in its place. Position
 of the event itself, so an encoded history does not depend on the request.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from kernels.position_time.reference import BUCKETS
 from kernels.position_time.types import Anchor
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
-from pipeline.config import RunConfig
+from pipeline.config import ColumnFeature, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +104,12 @@ class ContentEncoder(nn.Module):
         self.names = ["item_id", *(f"item.{name}" for name in features.item)]
         self.names += [f"request.{name}" for name in features.request]
         self.item_id = make_table("item_id", vocab_sizes["item_id"], features.item_id_dim)
-        self.item = nn.ModuleList(
-            make_table(f"item.{name}", vocab_sizes[f"item.{name}"], f.dim)
-            for name, f in features.item.items()
-        )
-        self.request = nn.ModuleList(
-            make_table(f"request.{name}", vocab_sizes[f"request.{name}"], f.dim)
-            for name, f in features.request.items()
-        )
-        width = features.item_id_dim + sum(
-            f.dim for f in (*features.item.values(), *features.request.values())
-        )
+        self.item = column_tables("item", features.item, vocab_sizes, make_table)
+        self.request = column_tables("request", features.request, vocab_sizes, make_table)
+
+        width = features.item_id_dim
+        for column in (*features.item.values(), *features.request.values()):
+            width += column.dim
         d, backend = cfg.model.d_model, cfg.model.token_backend
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * d),
@@ -124,11 +119,25 @@ class ContentEncoder(nn.Module):
         )
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
+        """[T, d], from codes [T, 1 + item columns] and [T, request columns]."""
         tables = [self.item_id, *self.item, *self.request]
         codes = torch.cat([item_codes, request_codes], dim=1).unbind(1)
-        return self.mlp(
-            torch.cat([rows(code) for rows, code in zip(tables, codes, strict=True)], dim=1)
-        )
+        rows = [table(code) for table, code in zip(tables, codes, strict=True)]
+        return self.mlp(torch.cat(rows, dim=1))
+
+
+def column_tables(
+    side: str,
+    columns: Mapping[str, ColumnFeature],
+    vocab_sizes: dict[str, int],
+    make_table: MakeTable,
+) -> nn.ModuleList:
+    """A table for each column of a side: `item.tag`, `request.tab` and so on."""
+    tables = nn.ModuleList()
+    for name, column in columns.items():
+        path = f"{side}.{name}"
+        tables.append(make_table(path, vocab_sizes[path], column.dim))
+    return tables
 
 
 class ActionEncoder(nn.Module):
@@ -151,6 +160,13 @@ class ActionEncoder(nn.Module):
         )
 
     def forward(self, action_mask: Tensor, known_mask: Tensor) -> Tensor:
+        """[T, d], from bit masks int32 [T].
+
+        actions      click  like  hate
+        known          1      1     0
+        set            1      0     0
+        row          set_0    0   unknown_2
+        """
         known = (known_mask[:, None] & self.bits) != 0
         done = ((action_mask[:, None] & self.bits) != 0) & known
         dtype = self.set_rows.dtype
@@ -183,28 +199,25 @@ class ContextEncoder(nn.Module):
         features = cfg.features
         names = list(features.user)
         self.names = [f"user.{name}" for name in names]
-        self.groups = [
-            [names.index(name) for name in group] for group in features.user_tokens.values()
-        ]
-        self.user = nn.ModuleList(
-            make_table(f"user.{name}", vocab_sizes[f"user.{name}"], f.dim)
-            for name, f in features.user.items()
-        )
-        self.out = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(sum(features.user[name].dim for name in group), cfg.model.d_model),
-                nn.LayerNorm(cfg.model.d_model),
-            )
-            for group in features.user_tokens.values()
-        )
+        self.user = column_tables("user", features.user, vocab_sizes, make_table)
+
+        d = cfg.model.d_model
+        self.groups: list[list[int]] = []  # numbers of each token's columns
+        self.out = nn.ModuleList()
+        for group in features.user_tokens.values():
+            self.groups.append([names.index(name) for name in group])
+            width = sum(features.user[name].dim for name in group)
+            self.out.append(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)))
 
     def forward(self, user_codes: Tensor) -> Tensor:
         """[B, context tokens, d]"""
-        rows = [rows(code) for rows, code in zip(self.user, user_codes.unbind(1), strict=True)]
-        grouped = [torch.cat([rows[i] for i in group], dim=1) for group in self.groups]
-        return torch.stack(
-            [out(group) for out, group in zip(self.out, grouped, strict=True)], dim=1
-        )
+        codes = user_codes.unbind(1)
+        rows = [table(code) for table, code in zip(self.user, codes, strict=True)]
+
+        tokens = []
+        for out, group in zip(self.out, self.groups, strict=True):
+            tokens.append(out(torch.cat([rows[i] for i in group], dim=1)))
+        return torch.stack(tokens, dim=1)
 
 
 class TokenEncoder(nn.Module):
@@ -236,7 +249,7 @@ class TokenEncoder(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def table_codes(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """int32 [T] or [B]: the rows of each feature's table that `forward` looks up, in its order."""
+        """int32 [T] or [B]: the rows of each feature's table that `forward` looks up, in order."""
         columns = torch.cat([batch.item_codes, batch.request_codes], dim=1).unbind(1)
         codes = dict(zip(self.content.names, columns, strict=True))
         if self.context is None:
@@ -270,14 +283,14 @@ class TokenEncoder(nn.Module):
         return self.add_position_and_time(self.item_rows(batch) + self.action_rows(batch), batch)
 
     def candidate_rows(self, batch: SequenceBatch) -> Tensor:
-        """The same, [C, d], of a batch that holds no history rows: nothing is computed of actions."""
+        """The same, [C, d], of a batch without history rows: no action is computed."""
         x_TE = self.item_rows(batch)
-        return self.add_position_and_time(
-            x_TE if self.candidate_action is None else x_TE + self.candidate_action, batch
-        )
+        if self.candidate_action is not None:
+            x_TE = x_TE + self.candidate_action
+        return self.add_position_and_time(x_TE, batch)
 
     def item_rows(self, batch: SequenceBatch) -> Tensor:
-        """[T, d]: what was shown, on which surface, and of a candidate the rates that it carries."""
+        """[T, d]: what was shown, on which surface, and the rates that a candidate carries."""
         x_TE = self.content(batch.item_codes, batch.request_codes)
         if self.dense is None or batch.dense is None:  # a batch of histories alone has none
             return x_TE
@@ -294,11 +307,9 @@ class TokenEncoder(nn.Module):
         if not self.heterogeneous:
             actions, known = ((actions & known) != 0).int(), (known != 0).int()
         x_TE = self.action(actions, known).masked_fill(is_target[:, None], 0)
-        return (
-            x_TE
-            if self.candidate_action is None
-            else x_TE + is_target[:, None] * self.candidate_action
-        )
+        if self.candidate_action is None:
+            return x_TE
+        return x_TE + is_target[:, None] * self.candidate_action
 
     def add_position_and_time(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """[T, d], position and time added."""
@@ -309,10 +320,11 @@ class TokenEncoder(nn.Module):
             return add_position_time(
                 x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend
             )
-        x_TE = x_TE + look_up_rows(position, batch.position % position.num_embeddings, x_TE.dtype)
-        return x_TE + look_up_rows(
-            time, BUCKETS[self.time_anchor](gap_ms, time.num_embeddings), x_TE.dtype
-        )
+
+        number = batch.position % position.num_embeddings
+        bucket = BUCKETS[self.time_anchor](gap_ms, time.num_embeddings)
+        x_TE = x_TE + look_up_rows(position, number, x_TE.dtype)
+        return x_TE + look_up_rows(time, bucket, x_TE.dtype)
 
 
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:
@@ -331,7 +343,12 @@ def target_index(seq_offsets: Tensor, num_targets: Tensor, total: int) -> Tensor
 
 
 def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
-    """Each sequence after its context tokens; no loop over sequences."""
+    """Each sequence after its context tokens; no loop over sequences.
+
+    context    c0 | c1
+    tokens     h0 h1 x | y            offsets 0 3 4
+    result     c0 h0 h1 x | c1 y      offsets 0 4 6
+    """
     num_sequences, num_context, _ = context_BCE.shape
     shift = torch.arange(num_sequences + 1, device=tokens.seq_offsets.device) * num_context
     context = context_BCE.flatten(0, 1).to(tokens.x_TE.dtype)

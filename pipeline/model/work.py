@@ -1,7 +1,7 @@
 """Floating-point work of whole forward passes: token encoder, sequence encoder and heads.
 
-Of each linear map of T rows from n to m numbers 2·T·n·m operations are counted. `cached_work` is the
-same for M-FALCON's two passes.
+Of each linear map of T rows from n to m numbers 2·T·n·m operations are counted. `cached_work` is
+the same for M-FALCON's two passes.
 """
 
 import torch

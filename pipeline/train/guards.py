@@ -5,6 +5,7 @@ Nothing here makes the host wait for the device: whether a step is finite is kno
 where a bad one is left out, and the host looks when it reads the losses anyway, to log or to save.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ class FiniteGuard:
         self.wrong = torch.zeros(len(self.names), dtype=torch.bool, device=device)
 
     def check(self, finite: Tensor) -> Tensor:
-        """bool [], whether to leave the step out; `finite` is bool [names], the same on all ranks."""
+        """bool [], true to leave the step out; `finite` is bool [names], the same on all ranks."""
         bad = ~finite.all()
         missed, row, longest = self.counts
         row = (row + 1) * bad
@@ -59,18 +60,12 @@ class FiniteGuard:
         missed, row, longest = self.counts.tolist()
         self.counts = self.counts.new_tensor([0, row, row])
         if longest >= most_in_a_row:
-            wrong = [
-                name
-                for name, is_wrong in zip(self.names, self.wrong.tolist(), strict=True)
-                if is_wrong
-            ]
+            wrong = list(itertools.compress(self.names, self.wrong.tolist()))
             more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             raise TrainingStopped(
                 f"{longest} steps in a row up to step {step} were left out, not finite in "
-                f"{', '.join(wrong[:NAMED])}"
-                f"{more} (train.max_bad_steps {most_in_a_row}): lower train.lr or "
-                "train.embedding_lr, or look at the "
-                "data of these steps"
+                f"{', '.join(wrong[:NAMED])}{more} (train.max_bad_steps {most_in_a_row}): lower "
+                "train.lr or train.embedding_lr, or look at the data of these steps"
             )
         return missed
 
@@ -93,10 +88,8 @@ def watch_divergence(state: TrainState, loss: float, cfg: TrainConfig) -> None:
     if state.high_losses == HIGH_LINES:
         raise TrainingStopped(
             f"training diverged: at step {state.step} the loss is {loss:.4g}, for {HIGH_LINES} "
-            "lines of metrics in a "
-            f"row more than {cfg.max_loss_ratio:g} times its running median of {median:.4g} "
-            "(train.max_loss_ratio): "
-            "lower train.lr or train.embedding_lr"
+            f"lines of metrics in a row more than {cfg.max_loss_ratio:g} times its running median "
+            f"of {median:.4g} (train.max_loss_ratio): lower train.lr or train.embedding_lr"
         )
 
 

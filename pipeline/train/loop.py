@@ -1,7 +1,7 @@
 """The training loop of one rank: runs by a plain call, under `torch.distributed`, and inside Ray
 Train.
 
-    loader → batches → `Trainee.step` → … → what `Cadence` says is due: report, validation, checkpoint
+    loader → batches → `Trainee.step` → what `Cadence` says is due: report, validation, checkpoint
 """
 
 import logging
@@ -304,7 +304,7 @@ def validation_line(state: TrainState, found: dict[str, float], metric: str) -> 
 
 
 def take_losses(state: TrainState, trainee: Trainee) -> dict[str, float]:
-    """Mean losses since the last line, `train/loss` the one that is minimised; the sums start anew."""
+    """Mean losses since the last line, `train/loss` the one that is minimised; sums start anew."""
     factors = trainee.loss_weights.tolist()
     loss, weight = 0, 0
     of_parts: dict[str, float] = {}

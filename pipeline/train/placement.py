@@ -33,12 +33,12 @@ class Placement:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the largest block."""
+        """Bytes of the largest block."""
         return self.block * self.width * self.dtype.itemsize
 
     @property
     def state_bytes(self) -> int:
-        """Of the largest block: a float32 first moment per number, a second one per row."""
+        """Bytes of the largest block: a float32 first moment per number, a second one per row."""
         return 4 * self.block * (self.width + 1)
 
 
@@ -62,20 +62,21 @@ def place_tables(
     cfg: RunConfig, vocab_sizes: dict[str, int], world_size: int
 ) -> dict[str, Placement]:
     """The placement of every table of the model, by `train.tables` and its neighbours."""
-    return {
-        name: Placement(
-            rows,
-            width,
-            name in cfg.feature_tables and _sharded(cfg.train, name, rows * width, world_size),
-            world_size,
-            torch.bfloat16 if name in cfg.train.bf16_tables else torch.float32,
-            name in cfg.train.host_state_tables,
+    train, plan = cfg.train, {}
+    for name, (rows, width) in table_shapes(cfg, vocab_sizes).items():
+        grows = name in cfg.feature_tables
+        plan[name] = Placement(
+            rows=rows,
+            width=width,
+            sharded=grows and _is_sharded(train, name, rows * width, world_size),
+            world_size=world_size,
+            dtype=torch.bfloat16 if name in train.bf16_tables else torch.float32,
+            host_state=name in train.host_state_tables,
         )
-        for name, (rows, width) in table_shapes(cfg, vocab_sizes).items()
-    }
+    return plan
 
 
-def _sharded(train: TrainConfig, name: str, numbers: int, world_size: int) -> bool:
+def _is_sharded(train: TrainConfig, name: str, numbers: int, world_size: int) -> bool:
     placement = train.tables.get(name, train.tables.get("default", "auto"))
     if placement == "auto":
         # The exchange is what brings bfloat16 rows to the batch as float32, with one rank too.
@@ -84,32 +85,33 @@ def _sharded(train: TrainConfig, name: str, numbers: int, world_size: int) -> bo
     return placement == "sharded"
 
 
-def describe(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
-    """The plan for `--dry-run`: of each table what it is, where it lives and what it takes; the
-    sums of a worker.
-    """
+def describe_tables(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
+    """The plan for `--dry-run`: where each table lives, what it takes, and the sums of a worker."""
     tables = {}
+    total = {"table_weights": 0, "table_state": 0, "table_state_on_host": 0}
     for name, table in plan.items():
         tables[name] = {
             "rows": table.rows,
             "width": table.width,
             "dtype": str(table.dtype).removeprefix("torch."),
             "placement": "sharded" if table.sharded else "replicated",
-            "rows_of_ranks": _spans([table.span(rank) for rank in range(table.world_size)])
-            if table.sharded
-            else "all",
+            "rows_of_ranks": _name_spans(table) if table.sharded else "all",
             "weight_bytes": table.weight_bytes,
             "state_bytes": table.state_bytes,
             "state_on": "host" if table.host_state else "device",
         }
-    weights = sum(table.weight_bytes for table in plan.values())
-    host = sum(table.state_bytes for table in plan.values() if table.host_state)
-    state = sum(table.state_bytes for table in plan.values()) - host
-    total = {"table_weights": weights, "table_state": state, "table_state_on_host": host}
+        state = "table_state_on_host" if table.host_state else "table_state"
+        total["table_weights"] += table.weight_bytes
+        total[state] += table.state_bytes
     return {"tables": tables, "total": total}
 
 
-def _spans(spans: list[tuple[int, int]]) -> str:
-    """Of few ranks all, of many the first two and the last: `0-499 | 500-998`."""
-    named = [f"{first}-{end - 1}" if end > first else "none" for first, end in spans]
-    return " | ".join(named if len(named) <= 4 else [*named[:2], "…", named[-1]])
+def _name_spans(table: Placement) -> str:
+    """Few ranks all, of many the first two and the last: `0-499 | 500-998`."""
+    named = []
+    for rank in range(table.world_size):
+        first, end = table.span(rank)
+        named.append(f"{first}-{end - 1}" if end > first else "none")
+    if len(named) > 4:
+        named = [*named[:2], "…", named[-1]]
+    return " | ".join(named)

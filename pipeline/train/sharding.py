@@ -6,10 +6,11 @@
         ─▶ row-wise AdamW on their blocks
 
 All tables go together: a step has four messages (counts, row numbers, rows, gradients), however
-many there are, and the host waits for the device once, for the counts. Rows arrive in the order of table and number,
-gradients in the order of ranks: two runs agree bit for bit.
+many there are, and the host waits for the device once, for the counts. Rows arrive in the order of
+table and number, gradients in the order of ranks: two runs agree bit for bit.
 """
 
+import itertools
 import zlib
 from collections.abc import Sequence
 
@@ -133,7 +134,7 @@ def draw_rows(
 
 
 class ShardedTables:
-    """All sharded tables of one model, by name, and the messages between the ranks that hold them.
+    """All sharded tables of one model, and the messages between the ranks that hold them.
 
     A rank's rows of all tables are numbered through: its slots, a table behind the other.
     """
@@ -142,7 +143,7 @@ class ShardedTables:
         self.tables, self.world_size = tables, world_size
         blocks = [-(-table.num_embeddings // world_size) for table in tables.values()]
         self.widths = [table.embedding_dim for table in tables.values()]
-        self.first_slots = [sum(blocks[:i]) for i in range(len(blocks))]
+        self.first_slots = list(itertools.accumulate(blocks[:-1], initial=0))
         self.slots = sum(blocks)
 
         first = next(iter(tables.values())).weight
@@ -169,7 +170,7 @@ class ShardedTables:
             index of the batch     2 0 2 1
         """
         codes_of = [codes[name].long() for name in self.tables]
-        lengths = [len(code) for code in codes_of]
+        lengths = list(map(len, codes_of))
         wanted = torch.cat(codes_of)
         table_of = self._table_numbers(lengths, wanted.device)
 
@@ -182,7 +183,7 @@ class ShardedTables:
 
         # ask the owners
         distinct = keys.new_empty(sum(map(sum, self.sent))).scatter_(0, number, keys)
-        sent, asked = [sum(c) for c in self.sent], [sum(c) for c in self.asked]
+        sent, asked = list(map(sum, self.sent)), list(map(sum, self.asked))
         slots = self._swap(distinct % self.slots, sent, asked)
 
         # answer the others
@@ -266,7 +267,7 @@ class ShardedTables:
         flat = torch.cat(in_order)
 
         sizes_to, sizes_of = self._flat_sizes(to), self._flat_sizes(of)
-        came = self._swap(flat, [sum(s) for s in sizes_to], [sum(s) for s in sizes_of])
+        came = self._swap(flat, list(map(sum, sizes_to)), list(map(sum, sizes_of)))
         sizes = []
         for of_rank in sizes_of:
             sizes += of_rank
@@ -330,8 +331,7 @@ def gather_rows(
         rank 1    rows 2       gradient  d        its distinct row  2,   sum  d
         result    rows 2 5 2   gradients b, a + c, d
     """
-    rows = [rows for rows, _ in local.values()]
-    grads = [grads for _, grads in local.values()]
+    rows, grads = zip(*local.values(), strict=True)
     widths = [grad.shape[1] for grad in grads]
 
     # this rank's distinct rows: keys of table and row, numbered through
@@ -343,15 +343,15 @@ def gather_rows(
     counts: list[list[int]] = _all_gather(below.diff(), world_size).tolist()
     own = counts[dist.get_rank()]
     distinct = keys.new_empty(sum(own)).scatter_(0, number, keys) & ((1 << TABLE_BITS) - 1)
-    sums = _sum_rows(grads, index.split([len(row) for row in rows]), below, own)
+    sums = _sum_rows(grads, index.split(list(map(len, rows))), below, own)
 
     # to all ranks, all tables together
-    rows_of_ranks = _all_gather_jagged(distinct, [sum(of_rank) for of_rank in counts])
+    rows_of_ranks = _all_gather_jagged(distinct, list(map(sum, counts)))
     flat = torch.cat([part.flatten() for part in sums])
     sizes = []
     for of_rank in counts:
         sizes.append([n * width for n, width in zip(of_rank, widths, strict=True)])
-    sums_of_ranks = _all_gather_jagged(flat, [sum(of_rank) for of_rank in sizes])
+    sums_of_ranks = _all_gather_jagged(flat, list(map(sum, sizes)))
 
     # by table
     row_parts = _split_ranks(rows_of_ranks, counts)
@@ -363,7 +363,7 @@ def gather_rows(
 
 
 def _sum_rows(
-    grads: list[Tensor], indices: Sequence[Tensor], below: Tensor, counts: list[int]
+    grads: Sequence[Tensor], indices: Sequence[Tensor], below: Tensor, counts: list[int]
 ) -> list[Tensor]:
     """Per table the summed gradients of its `counts` distinct rows, [counts, d].
 

@@ -19,7 +19,7 @@ from pipeline.train.checkpoint import Block, Saved, read_tensors
 from pipeline.train.guards import FiniteGuard
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 from pipeline.train.placement import place_tables
-from pipeline.train.sharding import ShardedTables, TableMaker, gather_rows
+from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows
 
 
 class Trainee:
@@ -67,12 +67,15 @@ class Trainee:
 
     def _find_parameters(self, maker: TableMaker) -> None:
         paths = {module: f"{path}.weight" for path, module in self.model.named_modules()}
-        self.table_paths = {name: paths[module] for name, module in maker.modules.items()}
-        self.blocks = {self.table_paths[name]: module for name, module in maker.sharded.items()}
-
+        self.table_paths: dict[str, str] = {}
         self.tables: dict[str, nn.Parameter] = {}
-        for path in self.table_paths.values():
+        self.blocks: dict[str, ShardedEmbedding] = {}
+        for name, module in maker.modules.items():
+            path = self.table_paths[name] = paths[module]
             self.tables[path] = self.model.get_parameter(path)
+            if name in maker.sharded:
+                self.blocks[path] = maker.sharded[name]
+
         self.dense: dict[str, nn.Parameter] = {}
         for path, parameter in self.model.named_parameters():
             if path not in self.tables:
@@ -97,7 +100,7 @@ class Trainee:
             }
 
     def _fetch_rows(self, _: nn.Module, inputs: tuple[SequenceBatch]) -> None:
-        """Before the token encoder: bring the rows that it looks up from the ranks that hold them."""
+        """Bring the rows that the token encoder looks up from the ranks that hold them."""
         assert self.sharded is not None
         self.sharded.fetch_rows(self.model.encoder.table_codes(*inputs))
 
@@ -165,7 +168,7 @@ class Trainee:
         """float32 [tables], 1 where a gradient of this rank's is not finite."""
         if not self.tables:
             return torch.zeros(0, device=self.loss_weights.device)
-        values = [self._table_gradient(name) for name in self.tables]
+        values = list(map(self._table_gradient, self.tables))
         norms = torch.stack(torch._foreach_norm(values))  # pyright: ignore[reportPrivateImportUsage]
         return (~norms.isfinite()).float()
 
@@ -182,10 +185,10 @@ class Trainee:
         if self.world_size == 1:
             return list(sums)
         grads = self._dense_grads()
-        flat = torch.cat([*(grad.flatten() for grad in grads), *sums])
+        flat = torch.cat([*map(torch.flatten, grads), *sums])
         dist.all_reduce(flat)
 
-        sizes = [grad.numel() for grad in grads]
+        sizes = map(torch.numel, grads)
         parts = flat.split([*sizes, *map(len, sums)])
         for grad, total in zip(grads, parts, strict=False):  # the vectors come after
             grad.copy_(total.view_as(grad))

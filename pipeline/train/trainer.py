@@ -46,7 +46,7 @@ from pipeline.train.checkpoint import (
     run_identity,
 )
 from pipeline.train.guards import TrainingStopped
-from pipeline.train.placement import describe, place_tables
+from pipeline.train.placement import describe_tables, place_tables
 from pipeline.train.validation import Validator
 
 STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the driver
@@ -262,7 +262,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     table_values = sum(table.rows * table.width for table in tables.values())
     all_values = sum(parameter.numel() for parameter in model.parameters())
     dense = all_values - table_values
-    placed, steps = describe(tables), step_plan(cfg)
+    placed, steps = describe_tables(tables), step_plan(cfg)
 
     return {
         "world_size": train.num_workers,

@@ -1,4 +1,4 @@
-"""Deep Interest Network (arXiv:1706.06978): each candidate weighs the rows it sees by a small MLP."""
+"""Deep Interest Network (arXiv:1706.06978): each candidate weighs the rows it sees by an MLP."""
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class DIN(Encoder):
     def work(
         cls, tokens: Tokens, batch: SequenceBatch, cfg: ModelConfig, layout: TokenLayout
     ) -> Flops:
-        """Every candidate weighs every row that it sees, and not itself: 2·(4d + 1)·ffn_dim each."""
+        """Every candidate weighs every row that it sees, not itself: 2·(4d + 1)·ffn_dim each."""
         num_candidates = int(tokens.num_targets.sum())
         visible = tokens.target_visible
         if visible is None:

@@ -38,9 +38,9 @@ class Encoded:
 class Encoder(nn.Module):
     """Base class of the sequence encoders.
 
-    A subclass makes its weights in `__init__` and gives `forward` and `work`. It names in `settings`
-    those optional settings that it obeys: `check` refuses all others, since a baseline that ignored
-    one would be compared under a wrong name.
+    A subclass makes its weights in `__init__` and gives `forward` and `work`. It names in
+    `settings` those optional settings that it obeys: `check` refuses all others, since a baseline
+    that ignored one would be compared under a wrong name.
     """
 
     settings: frozenset[str] = frozenset()

@@ -68,7 +68,7 @@ class UltraHSTU(Encoder):
 
 
 def channel_parts(cfg: ModelConfig) -> list[tuple[ChannelConfig, ModelConfig]]:
-    """Each channel with the settings of its transducer; without channels one that reads every row."""
+    """Each channel with its transducer's settings; without channels one that reads every row."""
     if not cfg.channels:
         return [(EVERY_ROW, cfg)]
     return [(channel, channel_model(cfg, channel)) for channel in cfg.channels.values()]

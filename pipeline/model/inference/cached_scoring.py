@@ -7,8 +7,8 @@
 History rows never see candidates, so what a candidate takes from them, their keys and values in
 each layer, is the same for every candidate and every request until the history changes. Semi-local
 attention and truncation work on the history alone: a layer's cache holds the rows that the layer
-still has. Position and time are those of the events themselves, so nothing in a cache depends on the
-request. The scores are those of `RankingModel.forward` on both together.
+still has. Position and time are those of the events themselves, so nothing in a cache depends on
+the request. The scores are those of `RankingModel.forward` on both together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,15 +82,18 @@ class HistoryCache:
         joined: list[LayerCache] = []
         shared: dict[tuple[int, ...], Tensor] = {}  # ids of the parts' offsets -> the joint ones
         for depth in range(len(caches[0].layers)):
-            layers = [cache.layers[depth] for cache in caches]
-            key = tuple(id(layer.offsets) for layer in layers)
-            if key not in shared:
-                lengths = torch.cat([layer.offsets.diff() for layer in layers])
-                shared[key] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            keys, values, offsets = [], [], []
+            for cache in caches:
+                layer = cache.layers[depth]
+                keys.append(layer.k_THD)
+                values.append(layer.v_THV)
+                offsets.append(layer.offsets)
 
-            keys = torch.cat([layer.k_THD for layer in layers])
-            values = torch.cat([layer.v_THV for layer in layers])
-            joined.append(LayerCache(keys, values, shared[key]))
+            key = tuple(map(id, offsets))
+            if key not in shared:
+                lengths = torch.cat([one.diff() for one in offsets])
+                shared[key] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            joined.append(LayerCache(torch.cat(keys), torch.cat(values), shared[key]))
         return HistoryCache(tuple(joined))
 
 

@@ -51,12 +51,12 @@ class GraphedScorer:
         if batch.num_sequences > 1:
             return score_candidates(model, cache, batch, micro_batch)
         x_CE = model.encoder.candidate_rows(batch)
-        sizes = tuple(bucket(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
+        sizes = tuple(bucket_size(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
         with self._lock:
             if sizes not in self._rooms:
                 self._rooms[sizes] = make_room(cache, sizes)
             room = self._rooms[sizes]
-            fill(room, cache)
+            fill_room(room, cache)
             parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
         return model.score_rows(torch.cat(parts), batch)
 
@@ -64,7 +64,7 @@ class GraphedScorer:
         self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor
     ) -> Tensor:
         num_rows = len(rows)
-        key = bucket(num_rows, FEWEST_ROWS), *sizes
+        key = bucket_size(num_rows, FEWEST_ROWS), *sizes
         if key not in self._graphs:
             self._graphs[key] = _capture(model, room, rows.new_zeros(key[0], rows.shape[1]))
         captured = self._graphs[key]
@@ -74,7 +74,8 @@ class GraphedScorer:
         return captured.out_CE[:num_rows].clone()
 
 
-def bucket(size: int, fewest: int) -> int:
+def bucket_size(size: int, fewest: int) -> int:
+    """The smallest power of two that holds `size`, `fewest` at least: 70 rows lie in 128."""
     return max(fewest, 1 << (size - 1).bit_length())
 
 
@@ -82,23 +83,31 @@ def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
     """Room for one history with `sizes` rows in its layers; what lies beyond the rows that count is
     finite.
     """
-    shared = {id(layer.offsets): torch.zeros_like(layer.offsets) for layer in like.layers}
+    shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
     layers = []
     for layer, size in zip(like.layers, sizes, strict=True):
-        k, v = (x.new_zeros(size, *x.shape[1:]) for x in (layer.k_THD, layer.v_THV))
-        layers.append(LayerCache(k, v, shared[id(layer.offsets)]))
+        keys = layer.k_THD.new_zeros(size, *layer.k_THD.shape[1:])
+        values = layer.v_THV.new_zeros(size, *layer.v_THV.shape[1:])
+        offsets = shared.setdefault(id(layer.offsets), torch.zeros_like(layer.offsets))
+        layers.append(LayerCache(keys, values, offsets))
     return HistoryCache(tuple(layers))
 
 
-def fill(room: HistoryCache, cache: HistoryCache) -> None:
+def fill_room(room: HistoryCache, cache: HistoryCache) -> None:
     """Copy a history into the room, and its lengths."""
-    pairs = list(zip(room.layers, cache.layers, strict=True))
-    for name in ("k_THD", "v_THV"):
-        places = [getattr(place, name)[: len(kept.k_THD)] for place, kept in pairs]
-        torch._foreach_copy_(places, [getattr(kept, name) for _, kept in pairs])  # pyright: ignore[reportPrivateImportUsage]
-    for offsets, num_rows in {
-        id(p.offsets): (p.offsets, len(kept.k_THD)) for p, kept in pairs
-    }.values():
+    key_places, keys, value_places, values = [], [], [], []
+    lengths: dict[int, tuple[Tensor, int]] = {}
+    for place, kept in zip(room.layers, cache.layers, strict=True):
+        num_rows = len(kept.k_THD)
+        key_places.append(place.k_THD[:num_rows])
+        keys.append(kept.k_THD)
+        value_places.append(place.v_THV[:num_rows])
+        values.append(kept.v_THV)
+        lengths[id(place.offsets)] = place.offsets, num_rows
+
+    torch._foreach_copy_(key_places, keys)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_copy_(value_places, values)  # pyright: ignore[reportPrivateImportUsage]
+    for offsets, num_rows in lengths.values():
         offsets[1].fill_(num_rows)
 
 

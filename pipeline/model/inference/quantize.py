@@ -19,7 +19,7 @@ WORTH_BYTES = 2**16
 
 
 class Int4Embedding(nn.Module):
-    """An `nn.Embedding` of four bits a number, with row-wise float16 scale and bias; no gradients."""
+    """An `nn.Embedding` of four bits a number, with row-wise float16 scale and bias, frozen."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -53,16 +53,29 @@ def quantize_tables(model: nn.Module) -> dict[str, tuple[int, int]]:
         Per table its bytes before and after; equal where it stayed.
     """
     found: dict[str, tuple[int, int]] = {}
+    changed = total_before = total_after = 0
     for parent_name, parent in list(model.named_modules()):
         for name, table in list(parent.named_children()):
             if not isinstance(table, nn.Embedding):
                 continue
-            before = table.weight.numel() * table.weight.element_size()
+
+            before = table.weight.nbytes
             after = table.num_embeddings * packed_words(table.embedding_dim) * torch.int32.itemsize
-            if worth := before - after >= WORTH_BYTES:
+            if before - after >= WORTH_BYTES:
                 setattr(parent, name, Int4Embedding(table.weight))
-            found[f"{parent_name}.{name}".lstrip(".")] = before, after if worth else before
-    before, after = (sum(sizes) for sizes in zip(*found.values(), strict=True)) if found else (0, 0)
-    changed = sum(a < b for b, a in found.values())
-    logger.info("INT4: %d of %d tables, %d bytes instead of %d", changed, len(found), after, before)
+                changed += 1
+            else:
+                after = before
+
+            found[f"{parent_name}.{name}".lstrip(".")] = before, after
+            total_before += before
+            total_after += after
+
+    logger.info(
+        "INT4: %d of %d tables, %d bytes instead of %d",
+        changed,
+        len(found),
+        total_after,
+        total_before,
+    )
     return found
