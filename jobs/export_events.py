@@ -12,7 +12,7 @@ import argparse
 from jobs import cli
 from pipeline.config import RunConfig
 from pipeline.logs import live_log_dir
-from serve_app.history import export
+from serve_app.history.export import export_events, prune_events
 from serve_app.ranking.rollout import open_events
 
 
@@ -27,13 +27,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
     if job.options.prune:
-        print(f"removed={export.prune(job.cfg, log)}")
+        print(f"removed={prune_events(job.cfg, log)}")
         return
-    done = export.export(job.cfg, log)
-    print(
-        f"file={done.path} events={done.num_events} "
-        f"without_watch_ms_or_request_id={done.num_without}"
-    )
+    done = export_events(job.cfg, log)
+    print(f"file={done.path} events={done.num_events} dropped={done.dropped}")
 
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:

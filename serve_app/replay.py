@@ -22,6 +22,7 @@ from pipeline.batches.loader import evaluation_batch, split_bounds
 from pipeline.config import RunConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.inference.quantize import as_served
+from pipeline.schema import WATCH_MS, EventColumns
 from pipeline.sequences import store
 from serve_app.ranking.ranker import candidate_probabilities
 
@@ -178,12 +179,28 @@ def _history(cfg: RunConfig, events: Events, begin: int, end: int) -> list[dict[
             "item_id": int(events.item_id[i]),
             "event_time": int(events.event_time[i]),
             "order_only": bool(events.order_only[i]),
-            "watch_ms": int(events.watch_ms[i]) if events.watch_ms[i] >= 0 else None,
+            **_outcomes(cfg.source.events, events, i),
             "actions": dict(_actions(cfg, int(events.action_mask[i]), int(events.known_mask[i]))),
             "request_features": _features(events, i),
         }
         for i in range(begin, end)
     ]
+
+
+def _outcomes(columns: EventColumns, events: Events, row: int) -> dict[str, Any]:
+    """`watch_ms` and `outcomes` of a history row, as far as the model reads them."""
+    watch_ms, outcomes = None, {}
+    for column in columns.outcomes:
+        if column.name not in events.outcomes:
+            continue
+        value = events.outcomes[column.name][row].item()
+        if column.is_unknown(value):
+            continue
+        if column == WATCH_MS:
+            watch_ms = value
+        else:
+            outcomes[column.name] = value
+    return {"watch_ms": watch_ms, "outcomes": outcomes}
 
 
 def _actions(cfg: RunConfig, action_mask: int, known_mask: int) -> Iterator[tuple[str, bool]]:

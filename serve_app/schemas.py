@@ -6,10 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.schema import WATCH_MS
+
 Id = Annotated[int, Field(ge=0, lt=2**63)]
 TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
 # Request columns by name. One that is left out is unknown, which has an embedding of its own.
 RequestFeatures = dict[str, Annotated[int, Field(ge=-(2**31), lt=2**31)]]
+# Numbers that came with an event, by the names of `source.outcome_columns`.
+Outcomes = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 
 LONGEST_ECHO = 400  # characters of what a client sent that an error repeats
 
@@ -27,17 +31,31 @@ class _Strict(BaseModel):
         return type(self).model_validate_json, (self.model_dump_json(exclude_defaults=True),)
 
 
-class HistoryRow(_Strict):
-    """Something that the user was shown before."""
+class PostedRow(_Strict):
+    """Something that a user was shown, and what came of it."""
 
     item_id: Id
-    event_time: TimeMs = Field(description="before request_time_ms; rows may come in any order")
+    event_time: TimeMs
     actions: dict[str, bool] = Field(
         default_factory=dict,
         description="did the user do it: true or false; an action left out is unknown",
     )
     request_features: RequestFeatures = Field(default_factory=dict)
     watch_ms: Id | None = None
+    outcomes: Outcomes = Field(
+        default_factory=dict,
+        description="numbers that came with it, such as a price; one left out is unknown",
+    )
+
+    def find_outcome(self, name: str) -> float | None:
+        """The outcome of this name, None where it is unknown."""
+        return self.watch_ms if name == WATCH_MS.name else self.outcomes.get(name)
+
+
+class HistoryRow(PostedRow):
+    """Something that the user was shown before."""
+
+    event_time: TimeMs = Field(description="before request_time_ms; rows may come in any order")
     order_only: bool = Field(
         default=False, description="event_time gives the order of the rows but is no real time"
     )
@@ -154,23 +172,16 @@ EVENT_EXAMPLE = {
 }
 
 
-class Event(_Strict):
+class Event(PostedRow):
     """Something that the user was shown, and what came of it. (user_id, item_id, event_time) names
     it.
     """
 
     user_id: Id
-    item_id: Id
-    event_time: TimeMs
-    actions: dict[str, bool] = Field(
-        default_factory=dict,
-        description="did the user do it: true or false; an action left out is unknown",
-    )
     request_features: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=dict)
     request_id: Annotated[int, Field(ge=0, lt=2**63 - 1)] | None = Field(
         default=None, description="shown together; default: what has the same event_time"
     )
-    watch_ms: Id | None = None
 
 
 class EventsRequest(_Strict):

@@ -140,7 +140,7 @@ def test_more_groups_than_are_told_apart_are_refused(
     world: tuple[RunConfig, pa.Table, FeatureMaps], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, _, maps = world
-    groups = maps.num_groups(["item_id", "tab"], cfg)
+    groups = maps.num_groups(["item_id", "tab"], cfg.features)
     assert groups == (len(maps.item_ids) + 1) * maps.vocab_sizes["request.tab"]
     monkeypatch.setattr(features, "MOST_GROUPS", groups - 1)
     with pytest.raises(

@@ -19,11 +19,11 @@ import pytest
 from pipeline.config import RunConfig, ServeConfig
 from pipeline.logs.cleaning import LogRules, normalise
 from pipeline.model.artifact import LoadedModel, load_model
-from pipeline.schema import log_schema, sequence_lists
 from pipeline.sequences.users import build_bucket
 from serve_app.columns import RankColumns
-from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.live import LiveHistory
 from serve_app.history.published import histories
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.ranker import Ranker
 from serve_app.schemas import Event, EventsRequest, RankHead, RankResponse
 from tests.worlds.live_events import NUM_USERS, START, event, logged
@@ -52,7 +52,7 @@ class Built:
     digest = "built"
 
     def __init__(self, table: pa.Table, cfg: RunConfig) -> None:
-        self.request_columns = cfg.source.request_columns
+        self.columns = cfg.source.events
         self.rows = {
             row["user_id"][0].as_py(): row for row in (table.slice(i, 1) for i in range(len(table)))
         }
@@ -64,18 +64,16 @@ class Built:
 
 def build(rows: list[dict], cfg: RunConfig) -> pa.Table:
     """What the build job makes of LOG rows."""
-    names = [field.name for field in log_schema(cfg.source.actions, cfg.source.request_columns)]
-    rules = LogRules(
-        {n: n for n in names}, cfg.source.actions, cfg.source.request_columns, 0, 2**60, 1
-    )
-    schema = pa.schema(list(log_schema(cfg.source.actions, cfg.source.request_columns))[:-1])
+    log_schema = cfg.source.events.log_schema()
+    rules = LogRules({name: name for name in log_schema.names}, cfg.source.events, 0, 2**60, 1)
+    schema = pa.schema(list(log_schema)[:-1])
     table = pa.Table.from_pylist(rows, schema=schema)
     return build_bucket(normalise(table, rules), rules, cfg.sequences.max_rows_per_user).sequences
 
 
 def the_same(one: pa.RecordBatch, other: pa.RecordBatch, cfg: RunConfig, uncounted: int) -> None:
     assert one["first_position"][0].as_py() + uncounted == other["first_position"][0].as_py()
-    for name in sequence_lists(cfg.source.request_columns):
+    for name in cfg.source.events.sequence_lists():
         assert one[name].to_pylist() == other[name].to_pylist(), name
 
 
@@ -236,7 +234,7 @@ def test_what_the_sequences_have_no_place_for(
     refusal, answer = history.append_all([bad, EventsRequest.model_validate({"events": [good]})])
     assert (refusal.loc, refusal.input) == (loc, value)  # pyright: ignore[reportAttributeAccessIssue]
     assert answer.status == ["accepted"]  # pyright: ignore[reportAttributeAccessIssue]
-    many = history.refusal(EventsRequest.model_validate({"events": [good] * 3}))
+    many = history.find_refusal(EventsRequest.model_validate({"events": [good] * 3}))
     assert many is not None
     assert (many.loc, many.input) == (["body", "events"], "3")
 
@@ -293,7 +291,7 @@ def test_writers_of_several_processes_at_once(tmp_path: Path) -> None:
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from serve_app.history.live import SqliteEvents
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.schemas import Event
 log = SqliteEvents(Path(sys.argv[1]))
 for i in itertools.count(int(sys.argv[2])):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.position_time.reference import age_bucket
-from pipeline import config, schema
+from pipeline import config
 from pipeline.batches.collate import SequenceBatch, candidates, collate, query_anchored
 from pipeline.batches.events import Events, row_gaps
 from pipeline.batches.examples import (
@@ -20,6 +20,7 @@ from pipeline.batches.examples import (
 )
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
+from pipeline.schema import EventColumns
 
 DAY = 86_400_000
 T_VAL = config.SplitConfig().val_ms
@@ -67,7 +68,7 @@ def make_sequences(rng: np.random.Generator, num_users: int = 16, longest: int =
                 "tab": rng.integers(0, 3, length).tolist(),
             }
         )
-    return pa.Table.from_pylist(rows, schema=schema.sequence_schema(["tab"]))
+    return pa.Table.from_pylist(rows, schema=EventColumns(request=("tab",)).sequence_schema())
 
 
 def make_maps(num_items: int = 40) -> FeatureMaps:
@@ -258,14 +259,15 @@ def test_watch_time_is_bits_of_the_history_alone(rng: np.random.Generator) -> No
     maps = replace(make_maps(), item_duration_ms=duration)
     users = user_events(table, cfg)
     watch_ms = rng.choice([-1, 1999, 2000, 29_999, 30_000], len(users.events.item_id))
-    users = replace(users, events=replace(users.events, watch_ms=watch_ms))
+    users = replace(users, events=replace(users.events, outcomes={"watch_ms": watch_ms}))
     examples = request_examples(users, T_VAL, 2**62)
     plain = example_batch(users, examples, maps, cfg, training=False)
     batch = example_batch(users, examples, maps, watching, training=False)
     rows = users.events.take(examples.history_begin, examples.history_end)
     place = np.concatenate([np.arange(n) < n - t for n, t in lengths_of(batch)])
     expected_known, expected = [], []
-    for watched, item in zip(rows.watch_ms.tolist(), rows.item_id.tolist(), strict=True):
+    watched_ms = rows.outcomes["watch_ms"].tolist()
+    for watched, item in zip(watched_ms, rows.item_id.tolist(), strict=True):
         length = duration[item + 1] if item < 40 else 0
         known = [watched >= 0, watched >= 0, watched >= 0 and length > 0]
         is_long = [watched >= 2000, watched >= 30_000, watched >= 0.5 * length]
@@ -299,11 +301,11 @@ def test_stochastic_length_follows_the_formula() -> None:
 
 
 def test_events_take_copies_ranges() -> None:
-    names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", "watch_ms")
-    columns = {name: np.arange(6) for name in names}
-    events = Events(
-        offsets=np.array([0, 6]), position=np.arange(6), gap_ms=np.arange(6), request={}, **columns
-    )
+    names = ("item_id", "event_time", "order_only", "action_mask", "known_mask")
+    columns = {name: np.arange(6) for name in (*names, "position", "gap_ms")}
+    outcomes = {"price": np.arange(6) / 2}
+    events = Events(offsets=np.array([0, 6]), request={}, outcomes=outcomes, **columns)
     taken = events.take(np.array([4, 1, 2]), np.array([6, 1, 4]))
     assert taken.item_id.tolist() == [4, 5, 2, 3]
+    assert taken.outcomes["price"].tolist() == [2.0, 2.5, 1.0, 1.5]
     assert taken.offsets.tolist() == [0, 2, 2, 4]

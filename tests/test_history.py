@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import RunConfig, UserError
+from pipeline.schema import EventColumns
 from serve_app.history.published import PublishedSequences, histories, sequence_row
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, tiny_config
 
@@ -71,7 +72,7 @@ def test_a_row_from_columns_equals_the_published_one(cfg: RunConfig, table: pa.T
         for name in ("item_id", "event_time", "action_mask", "tab")
     }
     columns |= {name: np.array(row[name].to_pylist()[0]) for name in ("known_mask", "order_only")}
-    made = sequence_row(columns, cfg.source.request_columns, row["first_position"][0].as_py())
+    made = sequence_row(columns, cfg.source.events, row["first_position"][0].as_py())
     now = np.array([2**60])
     published, built = histories(row.to_batches(), now, cfg, 100), histories([made], now, cfg, 100)
     assert built.first_position == published.first_position
@@ -89,7 +90,9 @@ def test_a_row_from_columns_equals_the_published_one(cfg: RunConfig, table: pa.T
 
 
 def test_no_rows_at_all(cfg: RunConfig) -> None:
-    found = histories([sequence_row({}, ["tab"])] * 2, np.array([5, 6]), cfg, 100)
+    found = histories(
+        [sequence_row({}, EventColumns(request=("tab",)))] * 2, np.array([5, 6]), cfg, 100
+    )
     assert found.events.offsets.tolist() == [0, 0, 0]
 
 

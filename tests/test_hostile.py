@@ -17,8 +17,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance, unsuppor
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import load_model
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout

@@ -27,8 +27,8 @@ from pipeline.sequences.upkeep import maintenance
 from pipeline.sequences.upkeep.compaction import read_retired
 from pipeline.sequences.upkeep.maintenance import compact_sequences, forget_users
 from pipeline.sequences.workers import Workers
-from serve_app.history.live import SqliteEvents
 from serve_app.history.published import PublishedSequences
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.schemas import Event
 
 START = 1_650_000_000_000

@@ -304,7 +304,7 @@ def test_append_keeps_the_settings(here: None, tmp_path: Path):
 def test_the_number_of_buckets_follows_the_rows_and_stays(here: None, tmp_path: Path, monkeypatch):
     cfg = folder(tmp_path, "a", day(0))
     cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, num_buckets=None))
-    row_bytes = build.row_bytes(cfg.source.actions, cfg.source.request_columns)
+    row_bytes = build.row_bytes(cfg.source.events)
     monkeypatch.setattr(build, "BUCKET_MEMORY", build.bucket_memory(301 / 4, row_bytes))
     assert build.plan_build(cfg)["buckets"] == 4
     assert build_sequences(cfg).num_buckets == 4

@@ -14,15 +14,12 @@ from pipeline.batches.examples import UserEvents, request_examples, user_events
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
+from serve_app.history.rows import posted_columns
 from serve_app.ranking.history_cache import HistoryCaches, history_key
-from serve_app.ranking.ranker import (
-    Ranker,
-    candidate_probabilities,
-    history_columns,
-    split_passes,
-)
+from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
@@ -355,24 +352,30 @@ def test_passes_of_at_most_twelve_tokens(num_tokens: list[int], expected: list) 
     assert [chosen.tolist() for chosen in passes] == expected
 
 
-def test_a_posted_history_as_columns() -> None:
+def test_posted_rows_as_columns() -> None:
+    columns = EventColumns(
+        actions=("is_click", "is_like"),
+        request=("tab",),
+        declared=(outcome_column("price", "float", 0),),
+    )
     rows = [
-        HistoryRow(item_id=3, event_time=9, actions={"is_click": False, "is_like": True}),
         HistoryRow(item_id=1, event_time=5, actions={"is_click": False}, watch_ms=70),
-        HistoryRow(item_id=2, event_time=5, request_features={"tab": 4}, order_only=True),
+        HistoryRow(item_id=2, event_time=5, request_features={"tab": 4}, outcomes={"price": 2.5}),
+        HistoryRow(item_id=3, event_time=9, actions={"is_click": False, "is_like": True}),
     ]
-    columns = history_columns(rows, ("is_click", "is_like"), ("tab",))
-    assert {name: values.tolist() for name, values in columns.items()} == {
-        "item_id": [1, 2, 3],  # equal times keep their order
+    flat = posted_columns(rows, columns)
+    assert np.isnan(flat["price"]).tolist() == [True, False, True]
+    flat["price"] = np.nan_to_num(flat["price"])
+    assert {name: values.tolist() for name, values in flat.items()} == {
+        "item_id": [1, 2, 3],
         "event_time": [5, 5, 9],
-        "order_only": [False, True, False],
         "known_mask": [0b01, 0b00, 0b11],
         "action_mask": [0b00, 0b00, 0b10],
         "watch_ms": [70, -1, -1],
         "tab": [-1, 4, -1],
+        "price": [0.0, 2.5, 0.0],
     }
-    assert columns["order_only"].dtype == bool
-    assert history_columns([], ("is_click",), ("tab",)) == {}
+    assert posted_columns([], columns) == {}
 
 
 NOW = int(time.time() * 1000)
@@ -426,12 +429,14 @@ def test_every_column_of_a_history_is_in_its_key(world: tuple[Ranker, UserEvents
     _, users = world
     begin, end = users.events.offsets[:1], users.events.offsets[1:2]
     history, user = users.events.take(begin, end), np.zeros((1, 2), np.int32)
-    rows = {f.name for f in fields(history)} - {"offsets", "request", "dense"}
+    mappings = {"request", "outcomes"}
+    rows = {f.name for f in fields(history)} - {"offsets", "dense"} - mappings
     other = {name: replace(history, **{name: changed(getattr(history, name))}) for name in rows}
-    for name, column in history.request.items():
-        other[f"request.{name}"] = replace(
-            history, request=history.request | {name: changed(column)}
-        )
+    for mapping in mappings:
+        columns = getattr(history, mapping)
+        for name, column in columns.items():
+            another = replace(history, **{mapping: columns | {name: changed(column)}})
+            other[f"{mapping}.{name}"] = another
 
     keys = {name: history_key(events, user) for name, events in other.items()}
     keys |= {

@@ -14,8 +14,9 @@ import pytest
 
 from pipeline.cluster import free_port
 from pipeline.config import ConfigError, UserError
-from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences, histories
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.rollout import open_events
 from serve_app.schemas import Event, StoreDown
 from tests.worlds.tiny import publish_sequences, tiny_config

@@ -12,6 +12,7 @@ from pipeline import config
 from pipeline.config import CheckConfig, RunConfig
 from pipeline.logs import ImportReport
 from pipeline.logs.cleaning import LogRules, normalise
+from pipeline.schema import EventColumns
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import run_checks
 from pipeline.sequences.quality.statistics import (
@@ -43,8 +44,7 @@ RULES = LogRules(
             *("known_mask", "tie_breaker", "row_digest"),
         )
     },
-    actions=("click", "like"),
-    request_columns=("tab",),
+    events=EventColumns(actions=("click", "like"), request=("tab",)),
     earliest_ms=NOON - 10 * DAY,
     latest_ms=NOON + 10 * DAY,
     num_buckets=1,

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.logs.cleaning import user_bucket
-from pipeline.schema import sequence_lists
 from pipeline.sequences import build, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.users import build_bucket
@@ -440,5 +439,5 @@ def test_lists_of_every_schema_column():
         "user_id",
         "user_bucket",
         "first_position",
-        *sequence_lists(("tab",)),
+        *RULES.events.sequence_lists(),
     ]

@@ -22,7 +22,7 @@ from pipeline.config import CanaryConfig, UserError
 from pipeline.tracking import Tracker
 from serve_app import deployment, replay
 from serve_app.columns import RankColumns
-from serve_app.history.live import SqliteEvents
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.rollout import in_share
 from serve_app.schemas import RankHead
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused

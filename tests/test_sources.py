@@ -19,7 +19,7 @@ from pipeline.config import RunConfig, SyntheticConfig, UserError
 from pipeline.logs import import_logs, open_logs, plan_import, synthetic
 from pipeline.logs.cleaning import LogRules, check_columns, normalise, row_digest
 from pipeline.logs.kuairand import ACTIONS
-from pipeline.schema import DAY_MS
+from pipeline.schema import DAY_MS, EventColumns
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data" / "kuairand_pure_subset"
@@ -328,8 +328,7 @@ def rules(**columns: str) -> LogRules:
     )
     return LogRules(
         columns={name: name for name in (*names, "tie_breaker", "row_digest")} | columns,
-        actions=("click",),
-        request_columns=("tab",),
+        events=EventColumns(actions=("click",), request=("tab",)),
         earliest_ms=1000,
         latest_ms=10_000,
         num_buckets=4,

@@ -8,13 +8,15 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import UserError
-from pipeline.schema import sequence_lists, sequence_schema
+from pipeline.schema import EventColumns
 from pipeline.sequences import store
 from pipeline.sequences.store import Manifest, write_table
 
+EVENTS = EventColumns(actions=("click",), request=("tab",))
+
 
 def sequences(first_user: int) -> pa.Table:
-    lists = {name: [[1, 0], [1]] for name in sequence_lists(("tab",))} | {
+    lists = {name: [[1, 0], [1]] for name in EVENTS.sequence_lists()} | {
         "order_only": [[True, False], [False]]
     }
     scalars = {
@@ -22,7 +24,7 @@ def sequences(first_user: int) -> pa.Table:
         "user_bucket": [0, 0],
         "first_position": [0, 7],
     }
-    return pa.table(scalars | lists, schema=sequence_schema(("tab",)))
+    return pa.table(scalars | lists, schema=EVENTS.sequence_schema())
 
 
 @pytest.fixture

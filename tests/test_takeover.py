@@ -12,9 +12,10 @@ from pipeline.logs import open_logs
 from pipeline.logs.cleaning import check_columns, normalise
 from pipeline.sequences.build import log_rules
 from pipeline.sequences.users import build_bucket
-from serve_app.history import export
-from serve_app.history.live import LiveHistory, SqliteEvents
+from serve_app.history.export import export_events, prune_events
+from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.schemas import Event
 from tests.worlds.live_events import START, event, logged
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -75,13 +76,13 @@ def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Pat
     rows = logged(np.random.default_rng(0), 120, request_ids=True)
     events = [event(row) for row in rows]
     log.append(events[:80])
-    first = export.export(cfg, log)
+    first = export_events(cfg, log)
     with_watch = sum(e.watch_ms is not None for e in events[:80])
-    assert (first.num_events, first.num_without) == (80, with_watch)
+    assert (first.num_events, first.dropped) == (80, {"watch_ms": with_watch})
     log.append(events[80:])
-    second = export.export(cfg, log)
+    second = export_events(cfg, log)
     assert second.num_events == len(events) - 80 > 0
-    assert export.export(cfg, log).path is None
+    assert export_events(cfg, log).path is None
     assert first.path is not None
     assert second.path is not None
     assert pq.read_schema(first.path).equals(pq.read_schema(tmp_path / "own" / "log.parquet"))
@@ -112,7 +113,7 @@ def test_an_export_never_takes_the_place_of_another(cfg: RunConfig, tmp_path: Pa
     paths = []
     for number in range(3):
         log.append(events[30 * number : 30 * number + 30])
-        path = export.export(cfg, log).path
+        path = export_events(cfg, log).path
         assert path is not None
         paths.append(path)
         if number == 1:
@@ -137,7 +138,7 @@ def test_only_what_the_sequences_hold_is_forgotten(tmp_path: Path) -> None:
         PublishedSequences(cfg.sequence_dir, cfg, tmp_path), log, cfg, max_events=10
     )
     before = history.sequence(user)
-    assert export.prune(cfg, log) == 1
+    assert prune_events(cfg, log) == 1
     assert (log.of_user(user), log.of_user(999)) == (others[:1], others[1:])
     assert history.sequence(user) == before
-    assert export.prune(cfg, log) == 0
+    assert prune_events(cfg, log) == 0

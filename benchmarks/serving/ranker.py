@@ -199,12 +199,12 @@ def reference_ranker(options: argparse.Namespace) -> dict[str, Any]:
     class Generated:
         """Every user of the reference load, in memory."""
 
-        digest, request_columns = "", ("tab",)
+        digest, columns = "", cfg.source.events
 
         def __init__(self) -> None:
-            self.rows = [sequence_row(self._columns(), self.request_columns) for _ in range(users)]
+            self.rows = [sequence_row(self._rows(), self.columns) for _ in range(users)]
 
-        def _columns(self) -> dict[str, np.ndarray]:
+        def _rows(self) -> dict[str, np.ndarray]:
             return {
                 "item_id": rng.integers(0, NUM_ITEMS, events),
                 "event_time": start + np.arange(events) * 60_000,

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.machine import environment
 from benchmarks.report import RUNS, Figures, table, write_run, write_section
-from pipeline import config, schema
+from pipeline import config
 from pipeline.batches.counts import LabelCounts
 from pipeline.batches.examples import (
     example_batch,
@@ -98,7 +98,7 @@ def make_sequences(lengths: np.ndarray, cfg: config.RunConfig, rows_before: int)
         pa.array(np.zeros(num_users, np.int32)),
         pa.array(np.zeros(num_users, np.int64)),
     ]
-    return pa.Table.from_arrays([*scalars, *lists], schema=schema.sequence_schema(["tab"]))
+    return pa.Table.from_arrays([*scalars, *lists], schema=cfg.source.events.sequence_schema())
 
 
 def make_maps() -> FeatureMaps:

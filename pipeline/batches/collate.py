@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches.events import NO_GAP, Events, request_gaps
+from pipeline.batches.events import NO_GAP, Events, offsets_of, request_gaps
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.rates import candidate_features
-from pipeline.config import RunConfig
+from pipeline.config import FeatureConfig, RunConfig
+from pipeline.schema import WATCH_MS
 
 MS_PER_HOUR = 3_600_000
 
@@ -47,6 +48,9 @@ class SequenceBatch:
     max_seq_len: int  # longest sequence
     # int32 [C]: the candidate sees uih tokens 0..target_visible-1; None: all
     target_visible: Tensor | None = None
+    # int32 [T, history columns]: `features.history` in order, 0 unknown and on candidates, then the
+    # buckets from 1; None where the configuration names none
+    history_codes: Tensor | None = None
     dense: Tensor | None = None  # float32 [C, F]: rates and counts, `features.dense`
     labels: Tensor | None = None  # float32 [C, tasks]
     label_weight: Tensor | None = None  # float32 [C, tasks], 0 where the action is unknown
@@ -69,19 +73,17 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         device = torch.device(device)
-        if device.type == "cpu" and self.position.device.type == "cpu":
+        to_cpu = device.type == "cpu"
+        if to_cpu and self.position.device.type == "cpu":
             return self
-        tensors = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        # Back to the CPU nothing may be in flight when the values are read.
-        moved = {
-            name: tensor.to(device, non_blocking=device.type != "cpu")
-            for name, tensor in tensors.items()
-        }
-        return replace(self, **moved, host=None if device.type == "cpu" else self.on_host)
+
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                # Back to the CPU nothing may be in flight when the values are read.
+                moved[field.name] = value.to(device, non_blocking=not to_cpu)
+        return replace(self, **moved, host=None if to_cpu else self.on_host)
 
 
 def candidates(
@@ -115,13 +117,11 @@ def candidates(
         known_mask=zeros,
         position=np.repeat(first_position + history.lengths, lengths),
         gap_ms=np.repeat(gap, lengths),
-        watch_ms=np.full(len(item_id), -1),
         request=request,
+        outcomes={},
     )
-    return replace(
-        targets,
-        dense=candidate_features(history, targets, np.repeat(history.lengths, lengths), maps, cfg),
-    )
+    visible = np.repeat(history.lengths, lengths)
+    return replace(targets, dense=candidate_features(history, targets, visible, maps, cfg))
 
 
 def collate(
@@ -144,40 +144,47 @@ def collate(
     """
     num_history, num_targets = history.lengths, targets.lengths
     assert targets.dense is not None or not cfg.features.dense or num_targets.sum() == 0
-    offsets = np.concatenate([[0], np.cumsum(num_history + num_targets)]).astype(np.int64)
-    at_history = np.arange(history.offsets[-1]) + np.repeat(
-        offsets[:-1] - history.offsets[:-1], num_history
-    )
-    at_targets = np.arange(targets.offsets[-1]) + np.repeat(
-        offsets[1:] - targets.offsets[1:], num_targets
-    )
 
-    def merge(past: np.ndarray, now: np.ndarray) -> np.ndarray:
-        merged = np.empty(offsets[-1], past.dtype)
+    # where history rows and candidates lie among the tokens
+    offsets = offsets_of(num_history + num_targets)
+    history_shift = offsets[:-1] - history.offsets[:-1]
+    target_shift = offsets[1:] - targets.offsets[1:]
+    at_history = np.arange(history.offsets[-1]) + np.repeat(history_shift, num_history)
+    at_targets = np.arange(targets.offsets[-1]) + np.repeat(target_shift, num_targets)
+
+    def merge(past: np.ndarray, now: np.ndarray | int) -> np.ndarray:
+        merged = np.empty((offsets[-1], *past.shape[1:]), past.dtype)
         merged[at_history], merged[at_targets] = past, now
         return merged
-
-    no_action = np.zeros(len(at_targets), np.int32)
-    event_time = merge(history.event_time, targets.event_time)
-    order_only = merge(history.order_only, targets.order_only)
-    columns = {
-        name: merge(history.request[name], targets.request[name]) if name != "hour" else
-        hour_of_day(event_time, order_only, cfg.features.hour_utc_offset)
-        for name in cfg.features.request
-    }  # fmt: skip
 
     def tensor(array: np.ndarray | None) -> Tensor | None:
         return None if array is None else torch.from_numpy(array)
 
-    position, gap_ms = (
-        merge(history.position, targets.position),
-        merge(history.gap_ms, targets.gap_ms),
-    )
+    # request columns, and the derived hour
+    event_time = merge(history.event_time, targets.event_time)
+    order_only = merge(history.order_only, targets.order_only)
+    columns = {}
+    for name in cfg.features.request:
+        if name == "hour":
+            columns[name] = hour_of_day(event_time, order_only, cfg.features.hour_utc_offset)
+        else:
+            columns[name] = merge(history.request[name], targets.request[name])
+
+    position = merge(history.position, targets.position)
+    gap_ms = merge(history.gap_ms, targets.gap_ms)
     if cfg.model.time_anchor == "query":
         position, gap_ms = query_anchored(
             event_time, order_only, offsets, num_targets, cfg.model.position_buckets
         )
-    action_mask, known_mask = history_masks(history, maps, cfg)
+
+    # what the user did, and what came of it: of the history alone
+    action_mask, known_mask = history_masks(
+        history, maps, cfg.features, num_actions=len(cfg.source.actions)
+    )
+    history_codes = None
+    if cfg.features.history:
+        history_codes = merge(bucket_codes(history, cfg.features), 0)
+
     items = maps.item_rows(merge(history.item_id, targets.item_id))
     lengths = np.diff(offsets)
     return SequenceBatch(
@@ -185,13 +192,14 @@ def collate(
         num_targets=torch.from_numpy(num_targets.astype(np.int32)),
         item_codes=torch.from_numpy(maps.item_codes.take(items, axis=0)),
         request_codes=torch.from_numpy(maps.request_codes(columns, int(offsets[-1]))),
-        action_mask=torch.from_numpy(merge(action_mask, no_action)),
-        known_mask=torch.from_numpy(merge(known_mask, no_action)),
+        action_mask=torch.from_numpy(merge(action_mask, 0)),
+        known_mask=torch.from_numpy(merge(known_mask, 0)),
         position=torch.from_numpy(position),
         gap_ms=torch.from_numpy(gap_ms),
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
         target_visible=tensor(target_visible),
+        history_codes=tensor(history_codes),
         dense=tensor(targets.dense),
         labels=tensor(labels),
         label_weight=tensor(label_weight),
@@ -210,41 +218,68 @@ def query_anchored(
     Candidates are at position 0, the newest event at 1, the one before at 2, the last of the
     `buckets` for all older ones; the gap is the time from the row to the request, NO_GAP where the
     row's time is only an order.
+
+        rows        10 20 50 90 | 100 100      two candidates, 4 buckets
+        position     3  3  2  1 |   0   0
+        gap_ms      90 80 50 10 |   0   0
     """
+    if len(event_time) == 0:
+        return np.zeros(0, np.int64), event_time
+
     lengths = np.diff(offsets)
     first_target = offsets[1:] - num_targets
     back = np.repeat(first_target, lengths) - np.arange(offsets[-1])
-    request_time = (
-        event_time[np.minimum(first_target, max(len(event_time) - 1, 0))]
-        if len(event_time)
-        else event_time
-    )
+
+    # a last sequence without candidates would ask for the row behind the end
+    request_time = event_time[np.minimum(first_target, len(event_time) - 1)]
     age = np.repeat(request_time, lengths) - event_time
     return np.clip(back, 0, buckets - 1), np.where(order_only, NO_GAP, age)
 
 
 def history_masks(
-    history: Events, maps: FeatureMaps, cfg: RunConfig
+    history: Events, maps: FeatureMaps, features: FeatureConfig, num_actions: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The action mask and the known mask of history rows with the bits of the watch-time
     thresholds, int32 [N].
+
+        actions: bit 0           watch_seconds [2, 30]: bits 1 and 2
+        watch_ms     -1   1999   2000   30000
+        known         1    111    111     111
+        action        1      1     11     111      where the action of bit 0 happened
     """
-    features = cfg.features
     action, known = history.action_mask, history.known_mask
-    if cfg.num_action_bits == len(cfg.source.actions):
+    if not features.watch_seconds and not features.watch_shares:
         return action, known
-    seen = history.watch_ms >= 0
-    bits = [(seen, history.watch_ms >= 1000 * seconds) for seconds in features.watch_seconds]
+
+    watch_ms = history.outcomes[WATCH_MS.name]
+    seen = watch_ms >= 0
+    bits = [(seen, watch_ms >= 1000 * seconds) for seconds in features.watch_seconds]
     if features.watch_shares:
         duration = maps.item_duration_ms[maps.item_rows(history.item_id)]  # 0: unknown
-        bits += [
-            (seen & (duration > 0), history.watch_ms >= share * duration)
-            for share in features.watch_shares
-        ]
-    for bit, (is_known, is_long) in enumerate(bits, start=len(cfg.source.actions)):
+        timed = seen & (duration > 0)
+        bits += [(timed, watch_ms >= share * duration) for share in features.watch_shares]
+
+    for bit, (is_known, is_long) in enumerate(bits, start=num_actions):
         known = known | (is_known.astype(np.int32) << bit)
         action = action | ((is_known & is_long).astype(np.int32) << bit)
     return action, known
+
+
+def bucket_codes(history: Events, features: FeatureConfig) -> np.ndarray:
+    """int32 [N, history columns]: the bucket of each outcome that `features.history` names.
+
+    edges [5, 20]
+    value   unknown   4.9    5   19.9   20
+    code    0         1      2   2      3
+    """
+    codes = np.empty((len(history.item_id), len(features.history)), np.int32)
+    for i, (name, feature) in enumerate(features.history.items()):
+        value = history.outcomes[name]
+        # NaN of a float, -1 of an int, which is 0 or more
+        unknown = np.isnan(value) if value.dtype.kind == "f" else value < 0
+        bucket = 1 + np.searchsorted(feature.edges, value, side="right")
+        codes[:, i] = np.where(unknown, 0, bucket)
+    return codes
 
 
 def hour_of_day(event_time: np.ndarray, order_only: np.ndarray, utc_offset: float) -> np.ndarray:

@@ -13,7 +13,7 @@ class Events:
     """Rows of B sequences as flat NumPy columns, oldest first; sequence b is `offsets[b]:offsets[b
     + 1]`.
 
-    Request columns are -1 where unknown.
+    A request column or an outcome that is not known has its `schema.Column.unknown`.
     """
 
     offsets: np.ndarray  # int64 [B + 1]
@@ -24,8 +24,9 @@ class Events:
     known_mask: np.ndarray  # int32 [N]
     position: np.ndarray  # int64 [N]
     gap_ms: np.ndarray  # int64 [N]
-    watch_ms: np.ndarray  # int64 [N], -1 where unknown
     request: dict[str, np.ndarray]  # int32 [N] per request column
+    # int64 or float64 [N] per outcome that the model reads; of candidates none
+    outcomes: dict[str, np.ndarray]
     dense: np.ndarray | None = None  # float32 [N, F], `features.dense`; candidates only
 
     @property
@@ -33,44 +34,67 @@ class Events:
         return np.diff(self.offsets)
 
     def take(self, begin: np.ndarray, end: np.ndarray) -> "Events":
-        """The rows `begin[i]:end[i]` as sequence i, int64 [n] each."""
+        """The rows `begin[i]:end[i]` as sequence i, int64 [n] each.
+
+        rows      0 1 2 3 4 5     begin = 4 1 2     end = 6 1 4
+        taken     4 5 | | 2 3     offsets = 0 2 2 4
+        """
         index, offsets = ranges(begin, end)
-        names = [f.name for f in fields(self) if f.name not in ("offsets", "request", "dense")]
-        columns = {name: getattr(self, name)[index] for name in names}
+        columns = {name: getattr(self, name)[index] for name in PLAIN}
         return Events(
             offsets=offsets,
-            request={n: column[index] for n, column in self.request.items()},
+            request={name: column[index] for name, column in self.request.items()},
+            outcomes={name: column[index] for name, column in self.outcomes.items()},
             dense=None if self.dense is None else self.dense[index],
             **columns,
         )
+
+
+# the fields that are one column each, of every row
+PLAIN = tuple(
+    field.name
+    for field in fields(Events)
+    if field.name not in ("offsets", "request", "outcomes", "dense")
+)
 
 
 def concatenate(parts: Sequence[Events]) -> Events:
     """The sequences of all parts, which agree in what columns they have."""
     if len(parts) == 1:
         return parts[0]
+
     lengths = np.concatenate([part.lengths for part in parts])
-    names = [f.name for f in fields(Events) if f.name not in ("offsets", "request", "dense")]
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    request = {
-        name: np.concatenate([part.request[name] for part in parts]) for name in parts[0].request
-    }
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAIN}
     dense = [part.dense for part in parts if part.dense is not None]
     return Events(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        request=request,
+        offsets=offsets_of(lengths),
+        request=_concatenate_each([part.request for part in parts]),
+        outcomes=_concatenate_each([part.outcomes for part in parts]),
         dense=np.concatenate(dense) if dense else None,
         **columns,
     )
 
 
+def _concatenate_each(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """int64 [n + 1], where each of n rows of these lengths begins, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
 def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The integers of `begin[i]..end[i]-1` one range after another, and the offsets [n + 1] of the
     ranges.
+
+        begin, end   4..6   1..1   2..4
+        integers     4 5           2 3         offsets = 0 2 2 4
     """
     lengths = end - begin
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths), offsets
+    offsets = offsets_of(lengths)
+    shift = np.repeat(begin - offsets[:-1], lengths)
+    return np.arange(offsets[-1]) + shift, offsets
 
 
 def row_gaps(
@@ -81,11 +105,17 @@ def row_gaps(
 
     An order_only row has no gap. The first timed row after such rows has one only if `end_is_real`:
     the last of them then carries a real time.
+
+        event_time    10  20  50  90    7        order_only: the first two
+        end_is_real   -1  -1  30  40   -1        offsets = 0 4 5
+        otherwise     -1  -1  -1  40   -1
     """
     gap = np.diff(event_time, prepend=event_time[:1])
+
     after_order_only = np.concatenate([[False], order_only[:-1]])
     unreal = order_only if end_is_real else order_only | after_order_only
     gap[unreal] = NO_GAP
+
     starts = offsets[:-1][np.diff(offsets) > 0]
     gap[starts] = NO_GAP
     return gap

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.batches.collate import SequenceBatch, collate
-from pipeline.batches.events import Events, ranges, request_gaps, row_gaps
+from pipeline.batches.events import Events, offsets_of, ranges, request_gaps, row_gaps
 from pipeline.batches.features import FeatureMaps, label_counts
 from pipeline.batches.rates import candidate_features
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
-from pipeline.config import RunConfig
+from pipeline.config import FeatureConfig, RunConfig, SourceConfig, TrainConfig
 from pipeline.sequences import arrow_lists
 
 
@@ -71,10 +71,12 @@ class Examples:
 
 def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
     """SEQUENCE rows as flat columns, with position, gap and request bounds of every row."""
-    events = flat_events(sequences, cfg)
+    events = flat_events(sequences, cfg.source, cfg.features)
     rows = np.arange(events.offsets[-1])
     begin = np.repeat(events.offsets[:-1], events.lengths)
-    request_begin = _first_of_run(arrow_lists.flat_column(sequences, "request_index"), begin, rows)
+
+    request_index = arrow_lists.flat_column(sequences, "request_index")
+    request_begin = _first_of_run(request_index, begin, rows)
     time_begin = _first_of_run(events.event_time, begin, rows)
     return UserEvents(
         events=events,
@@ -85,30 +87,40 @@ def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
     )
 
 
-def flat_events(sequences: pa.Table, cfg: RunConfig) -> Events:
-    """SEQUENCE rows as flat columns, with position and gap of every row."""
+def flat_events(sequences: pa.Table, source: SourceConfig, features: FeatureConfig) -> Events:
+    """SEQUENCE rows as flat columns, with position and gap of every row.
+
+    Of the request columns and the outcomes those that `features` name.
+    """
     offsets = arrow_lists.list_offsets(sequences)
     lengths = np.diff(offsets)
-    columns = {
-        name: arrow_lists.flat_column(sequences, name)
-        for name in ("item_id", "event_time", "order_only", "action_mask", "known_mask", "watch_ms")
-    }
     first_position = sequences["first_position"].to_numpy()
+
+    def read(*names: str) -> dict[str, np.ndarray]:
+        return {name: arrow_lists.flat_column(sequences, name) for name in names}
+
+    columns = read("item_id", "event_time", "order_only", "action_mask", "known_mask")
+    stored = [name for name in features.request if name != "hour"]
+    gap_ms = row_gaps(
+        columns["event_time"], columns["order_only"], offsets, source.order_only_end_is_real
+    )
     return Events(
         offsets=offsets,
         position=np.arange(offsets[-1]) + np.repeat(first_position - offsets[:-1], lengths),
-        gap_ms=row_gaps(
-            columns["event_time"], columns["order_only"], offsets, cfg.source.order_only_end_is_real
-        ),
-        request={
-            n: arrow_lists.flat_column(sequences, n) for n in cfg.features.request if n != "hour"
-        },
+        gap_ms=gap_ms,
+        request=read(*stored),
+        outcomes=read(*features.outcomes),
         **columns,
     )
 
 
 def _first_of_run(values: np.ndarray, begin: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """For each row the first row of its run of equal values inside its user."""
+    """For each row the first row of its run of equal values inside its user.
+
+    rows     0 1 2 3 4        begin = 0 0 0 3 3
+    values   5 5 6 6 6
+    first    0 0 2 3 3
+    """
     starts = (rows == begin) | (values != np.roll(values, 1))
     return np.maximum.accumulate(np.where(starts, rows, 0))
 
@@ -125,7 +137,12 @@ def request_examples(users: UserEvents, t_from: int, t_to: int) -> Examples:
 
 
 def _whole_requests(users: UserEvents, first: np.ndarray) -> Examples:
-    """The requests that begin at the rows `first`, each with its whole visible history."""
+    """The requests that begin at the rows `first`, each with its whole visible history.
+
+    rows            0 1 2 3 4          request_begin = 0 1 1 3 3
+    starts, stops   0..1  1..3  3..5
+    first           1 3                targets 1..3 and 3..5
+    """
     user = users.row_user[first]
     starts = np.flatnonzero(users.request_begin == np.arange(len(users.request_begin)))
     stops = np.append(starts[1:], len(users.request_begin))
@@ -141,9 +158,8 @@ def _whole_requests(users: UserEvents, first: np.ndarray) -> Examples:
 def training_examples(users: UserEvents, cfg: RunConfig, rng: np.random.Generator) -> Examples:
     """One epoch's examples of these users in the configured layout, stochastic length applied."""
     examples = whole_examples(users, cfg)
-    return cut_histories(
-        examples, stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng), cfg
-    )
+    cut = stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng)
+    return cut_histories(examples, cut, cfg.train)
 
 
 def whole_examples(users: UserEvents, cfg: RunConfig) -> Examples:
@@ -152,51 +168,54 @@ def whole_examples(users: UserEvents, cfg: RunConfig) -> Examples:
     The candidates are the rows of the training period, and the order_only rows where their labels
     weigh something.
     """
-    events = users.events
-    labelled = (
-        np.ones_like(events.order_only)
-        if cfg.train.history_label_weight > 0
-        else ~events.order_only
-    )
-    training = (users.request_time < cfg.split.train_end_ms) & labelled
+    training = users.request_time < cfg.split.train_end_ms
+    if cfg.train.history_label_weight == 0:
+        training &= ~users.events.order_only
+
     if cfg.train.layout == "request":
         rows = np.flatnonzero(training)
         return _whole_requests(users, rows[users.request_begin[rows] == rows])
-    return _passes(users, training, cfg.train.max_targets_per_sequence)
+    return _cut_passes(users, training, cfg.train.max_targets_per_sequence)
 
 
-def cut_histories(examples: Examples, cut: np.ndarray, cfg: RunConfig) -> Examples:
+def cut_histories(examples: Examples, cut: np.ndarray, train: TrainConfig) -> Examples:
     """The same, of the histories where `cut`, bool [n], is true only as much as stochastic length
     keeps.
     """
-    begin = examples.history_end - cut_threshold(cfg.train.stochastic_length)
-    if cfg.train.layout == "user":  # a pass keeps at least the rows that are its own targets
+    begin = examples.history_end - cut_threshold(train.stochastic_length)
+    if train.layout == "user":  # a pass keeps at least the rows that are its own targets
         begin = np.minimum(begin, examples.target_begin)
-    return replace(
-        examples,
-        history_begin=np.where(
-            cut, np.maximum(begin, examples.history_begin), examples.history_begin
-        ),
-    )
+
+    newest = np.maximum(begin, examples.history_begin)
+    return replace(examples, history_begin=np.where(cut, newest, examples.history_begin))
 
 
-def _passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Examples:
-    """Each user's training rows, cut into passes of at most `max_targets` targets, the newest pass
-    full.
+def _cut_passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Examples:
+    """Each user's training rows, cut into passes of at most `max_targets` targets; the newest pass
+    is full.
+
+        rows of a user      0 1 2 3 4 5 6 7      max_targets = 3
+        training            x x x x x x x .
+        passes, in order    [4 5 6] [1 2 3] [0]
 
     The rows of the training period are the oldest ones and order_only rows come before all others,
     so the targets of a user are one range of rows.
     """
     offsets = users.events.offsets
-    before = np.concatenate([[0], np.cumsum(training)])
+    before = offsets_of(training)  # training rows before each row
+
+    # the users who have targets, and where theirs lie
     num_targets = before[offsets[1:]] - before[offsets[:-1]]
-    rows = np.flatnonzero(training)
     user = np.flatnonzero(num_targets)
-    stop = rows[before[offsets[user + 1]] - 1] + 1
+    rows = np.flatnonzero(training)
     start = rows[before[offsets[user]]]
+    stop = rows[before[offsets[user + 1]] - 1] + 1
+
+    # pass 0 of a user is the newest
     num_passes = -(-num_targets[user] // max_targets)
-    passes, _ = ranges(np.zeros_like(num_passes), num_passes)
-    target_end = np.repeat(stop, num_passes) - passes * max_targets
+    number, _ = ranges(np.zeros_like(num_passes), num_passes)
+    target_end = np.repeat(stop, num_passes) - number * max_targets
+
     return Examples(
         user=np.repeat(user, num_passes),
         history_begin=np.repeat(offsets[user], num_passes),
@@ -215,19 +234,24 @@ def example_batch(
     history = users.events.take(examples.history_begin, examples.history_end)
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     lengths = np.diff(offsets)
-    targets = target_events(users, rows, offsets, np.repeat(examples.user, lengths), cfg)
-    first = users.events.offsets[examples.user]
+    end_is_real = cfg.source.order_only_end_is_real
+    user = np.repeat(examples.user, lengths)
+    targets = target_events(users, rows, offsets, user, end_is_real)
+
     # counted over all that lies before a request, a history cut in training included
     if cfg.features.dense:
+        first = users.events.offsets[examples.user]
         is_whole = np.array_equal(first, examples.history_begin)
         seen = history if is_whole else users.events.take(first, examples.history_end)
         visible_rows = users.visible_end[rows] - np.repeat(first, lengths)
         targets = replace(targets, dense=candidate_features(seen, targets, visible_rows, maps, cfg))
-    begin = np.repeat(examples.history_begin, lengths)
-    visible = (
-        np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32) if training else None
-    )
-    labels, weight = target_labels(users.events, rows, cfg) if training else (None, None)
+
+    visible, labels, weight = None, None, None
+    if training:
+        begin = np.repeat(examples.history_begin, lengths)
+        visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+        labels, weight = target_labels(users.events, rows, cfg)
+
     return collate(
         history,
         targets,
@@ -241,16 +265,16 @@ def example_batch(
 
 
 def target_events(
-    users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user: np.ndarray, cfg: RunConfig
+    users: UserEvents, rows: np.ndarray, offsets: np.ndarray, user: np.ndarray, end_is_real: bool
 ) -> Events:
     """The rows, of the users `user`, as candidates of their requests.
 
-    Time, position and gap are the request's, actions are left out.
+    Time, position and gap are the request's, actions and outcomes are left out.
     """
     events = users.events
     first, visible_end = events.offsets[user], users.visible_end[rows]
     time = events.event_time[users.request_begin[rows]]
-    gap = request_gaps(events, visible_end - 1, first, time, cfg.source.order_only_end_is_real)
+    gap = request_gaps(events, visible_end - 1, first, time, end_is_real)
     no_action = np.zeros(len(rows), np.int32)
     return Events(
         offsets=offsets,
@@ -261,8 +285,8 @@ def target_events(
         known_mask=no_action,
         position=users.first_position[user] + visible_end - first,
         gap_ms=np.where(events.order_only[rows], -1, gap),
-        watch_ms=np.full(len(rows), -1),  # an outcome
         request={name: column[rows] for name, column in events.request.items()},
+        outcomes={},
     )
 
 
@@ -272,8 +296,7 @@ def target_labels(
     """Labels and their loss weights, float32 [C, tasks]; weight 0 where the action of the row is
     unknown.
     """
-    known, labels = np.split(
-        label_counts(events.action_mask[rows], events.known_mask[rows], cfg), 2, axis=1
-    )
+    counts = label_counts(events.action_mask[rows], events.known_mask[rows], cfg.task_bits)
+    known, labels = np.split(counts, 2, axis=1)
     weight = np.where(events.order_only[rows, None], cfg.train.history_label_weight, 1.0)
     return labels.astype(np.float32), (known * weight).astype(np.float32)

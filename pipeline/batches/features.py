@@ -18,7 +18,7 @@ import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
 from pipeline.batches.counts import LabelCounts, search_sorted
-from pipeline.config import ColumnFeature, RunConfig, UserError
+from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
 from pipeline.sequences import arrow_lists, store
 
 HOURS = np.arange(24, dtype=np.int64)
@@ -53,14 +53,14 @@ class FeatureMaps:
     item_duration_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
-        return _rows(self.item_ids, item_id)
+        return _find_rows(self.item_ids, item_id)
 
     def user_rows(self, user_id: np.ndarray) -> np.ndarray:
-        return _rows(self.user_ids, user_id)
+        return _find_rows(self.user_ids, user_id)
 
     def request_codes(self, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
         """int32 [N, request columns], `features.request` in order."""
-        codes = [_rows(values, columns[name]) for name, values in self.request_values.items()]
+        codes = [_find_rows(values, columns[name]) for name, values in self.request_values.items()]
         return (
             np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((num_rows, 0), np.int32)
         )
@@ -70,33 +70,37 @@ class FeatureMaps:
         by: Sequence[str],
         item_rows: np.ndarray,
         request: dict[str, np.ndarray],
-        cfg: RunConfig,
+        features: FeatureConfig,
     ) -> np.ndarray:
         """One number per row for its values in the columns `by`, int64 [N]; 0 where any of them is
         unknown.
 
         `item_rows` as `item_rows()` gives them, `request` the request columns' values.
+
+            by item_id, tab; 4 codes of tab
+            codes     (2, 3)   (1, 0)   (5, 1)
+            group     11       0        21
         """
         group, known = np.zeros(len(item_rows), np.int64), np.ones(len(item_rows), bool)
         for name in by:
             if name == "item_id":
                 code = item_rows
-            elif name in cfg.features.item:
-                code = self.item_codes[item_rows, 1 + list(cfg.features.item).index(name)]
+            elif name in features.item:
+                code = self.item_codes[item_rows, 1 + list(features.item).index(name)]
             else:
-                code = _rows(self.request_values[name], request[name])
-            group = group * self._num_codes(name, cfg) + code
+                code = _find_rows(self.request_values[name], request[name])
+            group = group * self._num_codes(name, features) + code
             known &= code > 0
         return np.where(known, group, 0)
 
-    def num_groups(self, by: Sequence[str], cfg: RunConfig) -> int:
+    def num_groups(self, by: Sequence[str], features: FeatureConfig) -> int:
         """The numbers of `groups` are below this."""
-        return math.prod(self._num_codes(name, cfg) for name in by)
+        return math.prod(self._num_codes(name, features) for name in by)
 
-    def _num_codes(self, name: str, cfg: RunConfig) -> int:
+    def _num_codes(self, name: str, features: FeatureConfig) -> int:
         if name == "item_id":
             return len(self.item_ids) + 1
-        return self.vocab_sizes[f"item.{name}" if name in cfg.features.item else f"request.{name}"]
+        return self.vocab_sizes[f"item.{name}" if name in features.item else f"request.{name}"]
 
     def frozen(self) -> "FeatureMaps":
         """With the counts of the whole training period: what evaluation and serving need."""
@@ -178,9 +182,9 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
     user_ids, user_columns, user_sizes = _side_codes(
         users, "user_id", cfg.features.user, rows.users
     )
-    id_codes = _rows(rows.items, item_ids).astype(np.int32)
+    id_codes = _find_rows(rows.items, item_ids).astype(np.int32)
     counts = np.zeros(len(item_ids), np.int64)
-    known = _rows(rows.items, item_ids)
+    known = _find_rows(rows.items, item_ids)
     counts[known > 0] = rows.item_count[known[known > 0] - 1]
     request_values = {
         name: HOURS if name == "hour" else rows.request[name] for name in cfg.features.request
@@ -203,13 +207,21 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
     return _with_counts(maps, cfg) if cfg.features.dense else maps
 
 
-def label_counts(action_mask: np.ndarray, known_mask: np.ndarray, cfg: RunConfig) -> np.ndarray:
-    """bool [N, 2 tasks]: which labels of a row are known, and which are known and positive."""
-    labels = np.empty((len(known_mask), 2 * len(cfg.tasks)), bool)
-    for i, task in enumerate(cfg.tasks):  # column by column: NumPy is slow along a short last axis
-        bit = np.int32(1 << cfg.source.actions.index(task))
+def label_counts(
+    action_mask: np.ndarray, known_mask: np.ndarray, task_bits: Sequence[int]
+) -> np.ndarray:
+    """bool [N, 2 tasks]: which labels of a row are known, and which are known and positive.
+
+    task_bits 0, 2            known     positive
+    action 101, known 001     1 0       1 0
+    action 100, known 101     1 1       0 1
+    """
+    num_tasks = len(task_bits)
+    labels = np.empty((len(known_mask), 2 * num_tasks), bool)
+    for i, place in enumerate(task_bits):  # column by column: NumPy is slow along a short last axis
+        bit = np.int32(1 << place)
         labels[:, i] = (known_mask & bit) != 0
-        labels[:, len(cfg.tasks) + i] = (action_mask & known_mask & bit) != 0
+        labels[:, num_tasks + i] = (action_mask & known_mask & bit) != 0
     return labels
 
 
@@ -221,7 +233,8 @@ def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
 def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
     """The maps with what `features.dense` counts over the training period."""
     for name, feature in cfg.features.dense.items():
-        groups = maps.num_groups([column for column in feature.by if column != "user"], cfg)
+        by = [column for column in feature.by if column != "user"]
+        groups = maps.num_groups(by, cfg.features)
         if groups > MOST_GROUPS:
             raise UserError(
                 f"features.dense.{name}.by: {list(feature.by)} have {groups:,} combinations of "
@@ -242,13 +255,13 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
             name: column[flat["event_time"] < cfg.split.train_end_ms]
             for name, column in flat.items()
         }
-        labels = label_counts(flat["action_mask"], flat["known_mask"], cfg)
+        labels = label_counts(flat["action_mask"], flat["known_mask"], cfg.task_bits)
         item_rows = maps.item_rows(flat["item_id"])
         step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
         for rows, total in totals.items():
             total += labels[rows_of_kind(flat["order_only"], rows)].sum(0)
         for name, feature in shared.items():
-            group = maps.groups(feature.by, item_rows, flat, cfg)
+            group = maps.groups(feature.by, item_rows, flat, cfg.features)
             chosen = rows_of_kind(flat["order_only"], feature.rows) & (group > 0)
             parts[name].append(LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen]))
     rates = {rows: np.split(total, 2) for rows, total in totals.items()}
@@ -407,7 +420,7 @@ def _with_unknown(codes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((1, codes.shape[1]), np.int32), codes.astype(np.int32)])
 
 
-def _rows(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _find_rows(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Index + 1 of each `wanted` in the sorted `values`, 0 where it is absent, int64."""
     if len(values) == 0:
         return np.zeros(len(wanted), np.int64)

@@ -121,7 +121,7 @@ class TrainLoader:
         if idle:
             mine = np.zeros(1, np.int64)
 
-        examples = cut_histories(pool.examples[step[mine]], cut[mine], self.cfg)
+        examples = cut_histories(pool.examples[step[mine]], cut[mine], self.cfg.train)
         return Share(pool.users, examples, idle)
 
     def _batch(self, share: Share) -> SequenceBatch:

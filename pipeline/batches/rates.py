@@ -55,7 +55,7 @@ def candidate_features(
         if feature.live:
             counts = own.count_visible(feature, item_rows)
         else:
-            group = maps.groups(feature.by, item_rows, targets.request, cfg)
+            group = maps.groups(feature.by, item_rows, targets.request, cfg.features)
             counts = maps.counts[name].count_earlier(group, step)
         base = np.array(maps.row_rates[feature.rows])
         columns.append(rate_evidence(counts, base, feature.prior))
@@ -108,7 +108,7 @@ class _OwnPast:
         self.maps = maps
         self.cfg = cfg
         self.user = np.repeat(np.arange(len(targets.lengths)), targets.lengths)
-        self.labels = label_counts(seen.action_mask, seen.known_mask, cfg)
+        self.labels = label_counts(seen.action_mask, seen.known_mask, cfg.task_bits)
 
     def count_visible(self, feature: DenseFeature, item_rows: np.ndarray) -> np.ndarray:
         """int64 [C, 2 K]: labels known and positive in the rows that agree with the candidate in
@@ -147,13 +147,14 @@ class _OwnPast:
         """The rows with the candidate's values in the columns `by`: counted by user and group, with
         the place in the history as time.
         """
-        seen, cfg = self.seen, self.cfg
+        seen, features = self.seen, self.cfg.features
+        seen_items = self.maps.item_rows(seen.item_id)
         seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
         place = np.arange(len(seen_user)) - seen.offsets[seen_user]
 
         # 0: a value that the maps do not know, which agrees with nothing
-        group = self.maps.groups(by, item_rows, self.targets.request, cfg)
-        seen_group = self.maps.groups(by, self.maps.item_rows(seen.item_id), seen.request, cfg)
+        group = self.maps.groups(by, item_rows, self.targets.request, features)
+        seen_group = self.maps.groups(by, seen_items, seen.request, features)
         chosen = chosen & (seen_group > 0)
 
         # one number for a user and a group

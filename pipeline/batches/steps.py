@@ -75,7 +75,7 @@ def load_plan(examples: Examples, cfg: RunConfig, rng: np.random.Generator) -> L
 
 def token_counts(examples: Examples, cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each of these whole examples as it is and with its history cut, float64 [n]."""
-    everywhere = cut_histories(examples, np.ones(len(examples), bool), cfg)
+    everywhere = cut_histories(examples, np.ones(len(examples), bool), cfg.train)
     return examples.num_tokens.astype(np.float64), everywhere.num_tokens.astype(np.float64)
 
 

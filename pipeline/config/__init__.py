@@ -8,7 +8,13 @@ file alone.
 
 from pipeline.config.cluster import RayConfig
 from pipeline.config.errors import ConfigError, UserError
-from pipeline.config.features import ColumnFeature, DenseFeature, FeatureConfig, SplitConfig
+from pipeline.config.features import (
+    ColumnFeature,
+    DenseFeature,
+    FeatureConfig,
+    HistoryFeature,
+    SplitConfig,
+)
 from pipeline.config.logs import SideTable, SourceConfig, SyntheticConfig
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
 from pipeline.config.reading import parse_time
@@ -29,6 +35,7 @@ __all__ = [
     "DriftConfig",
     "EvaluateConfig",
     "FeatureConfig",
+    "HistoryFeature",
     "ModelConfig",
     "RayConfig",
     "RunConfig",

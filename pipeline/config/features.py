@@ -1,11 +1,14 @@
 """What a batch holds: the split by time, and the columns that become features."""
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.config.errors import require
 from pipeline.config.reading import parse_time
 from pipeline.config.setting import check_ranges, describe, setting
+from pipeline.schema import WATCH_MS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +80,27 @@ class ColumnFeature:
 
     def __post_init__(self) -> None:
         check_ranges(self, "features.*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryFeature:
+    """An outcome column of the history, as an embedding of the bucket that its value lies in.
+
+    An unknown value has an embedding of its own.
+    """
+
+    edges: tuple[float, ...] = field(
+        metadata=describe(
+            "Rising numbers: one bucket below the first edge, one from each edge to the next, and "
+            "one from the last edge on."
+        )
+    )
+
+    def __post_init__(self) -> None:
+        rising = all(low < high for low, high in itertools.pairwise(self.edges))
+        finite = all(math.isfinite(edge) for edge in self.edges)
+        usable = len(self.edges) > 0 and rising and finite
+        require(usable, "features.history.*.edges", self.edges, "rising numbers, at least one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +193,11 @@ class FeatureConfig:
         doc="Column of the item table with the duration in milliseconds, for "
         "features.watch_shares.",
     )
+    history: dict[str, HistoryFeature] = setting(
+        {},
+        doc="Outcome column, watch_ms or one of source.outcome_columns: the buckets in which the "
+        "model reads it on history rows.",
+    )
     dense: dict[str, DenseFeature] = setting(
         {}, doc="Name of your own: rates that the candidates carry."
     )
@@ -222,6 +251,14 @@ class FeatureConfig:
                 feature.kind,
                 "categorical",
             )
+
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        """The outcome columns of the history that the model reads."""
+        names = list(self.history)
+        if self.watch_seconds or self.watch_shares:
+            names.append(WATCH_MS.name)
+        return tuple(dict.fromkeys(names))
 
     @property
     def tables(self) -> tuple[str, ...]:

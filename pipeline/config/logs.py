@@ -6,7 +6,7 @@ from typing import Literal
 from pipeline.config.errors import require
 from pipeline.config.reading import S3, parse_time, split_s3
 from pipeline.config.setting import check_ranges, describe, setting
-from pipeline.schema import MAX_ACTIONS
+from pipeline.schema import MAX_ACTIONS, RESERVED, EventColumns, outcome_column
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +99,27 @@ class SyntheticConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomeColumn:
+    """A number that comes with an event, such as a price paid. It is seen in the history only."""
+
+    type: Literal["float", "int"] = setting("float", doc="Type of the numbers.")
+    at_least: float | None = setting(
+        0.0,
+        doc="Smallest number allowed; a row with a smaller one is quarantined. Null, with floats "
+        "alone: any number.",
+    )
+
+    def __post_init__(self) -> None:
+        self._refuse_ints_below_0()
+
+    def _refuse_ints_below_0(self) -> None:
+        """An unknown int is stored as -1."""
+        usable = self.type == "float" or (self.at_least is not None and self.at_least >= 0)
+        rule = "0 or more where type is int"
+        require(usable, "source.outcome_columns.*.at_least", self.at_least, rule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """Where the logs are and what their columns are called."""
 
@@ -122,6 +143,11 @@ class SourceConfig:
     )
     request_columns: tuple[str, ...] = setting(
         (), doc="Columns of small integers that are known when a request is made, such as a tab."
+    )
+    outcome_columns: dict[str, OutcomeColumn] = setting(
+        {},
+        doc="Columns of numbers that come with an event, beside watch_ms: a price, a dwell time. "
+        "History rows carry them, candidates do not.",
     )
     users: SideTable | None = setting(None, doc="Table of users; null where there is none.")
     items: SideTable | None = setting(None, doc="Table of items; null where there is none.")
@@ -152,6 +178,9 @@ class SourceConfig:
             names,
             "free of repeats",
         )
+        for name in self.outcome_columns:
+            free = name not in RESERVED and name not in names
+            require(free, "source.outcome_columns", name, "a name that no other column has")
 
     def _refuse_missing_path(self) -> None:
         if self.kind != "synthetic":
@@ -171,6 +200,14 @@ class SourceConfig:
             rule = "a path of the file system, or s3://bucket/prefix"
             require(path.startswith(S3), key, path, rule)
             split_s3(key, path)
+
+    @property
+    def events(self) -> EventColumns:
+        """All columns of this source's events."""
+        declared = []
+        for name, column in self.outcome_columns.items():
+            declared.append(outcome_column(name, column.type, column.at_least))
+        return EventColumns(self.actions, self.request_columns, tuple(declared))
 
     @property
     def items_known(self) -> bool:

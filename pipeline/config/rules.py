@@ -11,7 +11,7 @@ from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ChannelConfig, ModelConfig
 from pipeline.config.sequences import CheckConfig
 from pipeline.config.train import TrainConfig
-from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, MAX_ACTIONS
+from pipeline.schema import MAX_ACTIONS
 
 
 def refuse_unknown_actions(key: str, names: Iterable[str], source: SourceConfig) -> None:
@@ -26,7 +26,7 @@ def refuse_unknown_tasks(key: str, names: Iterable[str], tasks: tuple[str, ...])
 
 
 def refuse_checks_of_unknown_columns(checks: CheckConfig, source: SourceConfig) -> None:
-    columns = [*LOG_REQUIRED, *LOG_OPTIONAL, *source.actions, *source.request_columns]
+    columns = [column.name for column in source.events.log_columns]
     for name in checks.max_null_share:
         rule = f"one of the LOG columns {columns}"
         require(name in columns, "checks.max_null_share", name, rule)
@@ -40,6 +40,11 @@ def refuse_features_of_unknown_columns(features: FeatureConfig, source: SourceCo
     for name in features.request:
         rule = f"one of source.request_columns or hour {list(known)}"
         require(name in known, "features.request", name, rule)
+
+    outcomes = [column.name for column in source.events.outcomes]
+    for name in features.history:
+        rule = f"watch_ms or one of source.outcome_columns: {outcomes}"
+        require(name in outcomes, "features.history", name, rule)
 
     items, users = list(features.item), list(features.user)
     rule = "empty without a table of items (source.items)"

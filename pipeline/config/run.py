@@ -66,6 +66,11 @@ class RunConfig:
         rules.refuse_name_that_is_no_folder(self.name)
 
     @property
+    def task_bits(self) -> tuple[int, ...]:
+        """The bit of each task in an action mask."""
+        return tuple(self.source.actions.index(task) for task in self.tasks)
+
+    @property
     def num_action_bits(self) -> int:
         """Bits of a history row's action mask: source.actions, then the watch-time thresholds."""
         features = self.features

@@ -10,7 +10,7 @@ from pipeline.config import RunConfig, SideTable
 from pipeline.logs import kuairand, parquet, synthetic
 from pipeline.logs.files import count_rows
 from pipeline.logs.imported import ImportReport, LogFiles, import_once, read_import_report
-from pipeline.schema import LOG_OPTIONAL, LOG_REQUIRED, ROW_DIGEST
+from pipeline.schema import ROW_DIGEST
 
 __all__ = ["ImportReport", "LogFiles", "import_logs", "live_log_dir", "open_logs", "plan_import"]
 
@@ -57,7 +57,7 @@ def open_logs(cfg: RunConfig) -> LogFiles:
         UserError: there are no files, or the import has not run.
     """
     source = cfg.source
-    known = [*LOG_REQUIRED, *source.actions, *source.request_columns, *LOG_OPTIONAL, ROW_DIGEST]
+    known = [*(column.name for column in source.events.log_columns), ROW_DIGEST]
     if source.kind == "parquet":
         assert source.path is not None, "SourceConfig asks for it"
         files = [*parquet.parquet_files("source.path", source.path), *live_logs(cfg)]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import UserError
-from pipeline.schema import LOG_REQUIRED, ROW_DIGEST, log_schema
+from pipeline.schema import LOG_KEYS, LOG_REQUIRED, ROW_DIGEST, Column, EventColumns
 
 USER_BUCKET, REASON, SOURCE_ROW = "user_bucket", "reason", "source_row"
 EXTRA_FIELDS = (
@@ -32,20 +32,21 @@ class LogRules:
     """What the builder demands of a row, and where it finds it."""
 
     columns: dict[str, str]  # LOG column -> name in the files
-    actions: tuple[str, ...]
-    request_columns: tuple[str, ...]
+    events: EventColumns
     earliest_ms: int
     latest_ms: int
     num_buckets: int
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return self.events.actions
 
     @property
     def schema(self) -> pa.Schema:
         """LOG with every optional column, nullable, and the bucket, the reason and the source's
         row.
         """
-        fields = [
-            field.with_nullable(True) for field in log_schema(self.actions, self.request_columns)
-        ]
+        fields = [field.with_nullable(True) for field in self.events.log_schema()]
         return pa.schema([*fields, *EXTRA_FIELDS])
 
 
@@ -55,13 +56,15 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
     Raises:
         UserError: naming the column, what was configured and what was found.
     """
-    for name in (*LOG_REQUIRED, *rules.actions, *rules.request_columns):
+    for name in rules.events.required:
         theirs = rules.columns[name]
         if theirs not in schema.names:
             configured = f" (source.columns.{name}: {theirs})" if theirs != name else ""
             raise UserError(
                 f"{file}: no column {theirs!r} for {name}{configured}; found {schema.names}"
             )
+
+    by_name = {column.name: column for column in rules.events.log_columns}
     for name, theirs in rules.columns.items():
         if theirs not in schema.names:
             if theirs != name:
@@ -70,52 +73,60 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
                     f"{schema.names}"
                 )
             continue
+
         found = schema.field(theirs).type
-        if wanted := _refused(name, found, rules.actions):
+        wanted = _refused_type(by_name.get(name), found)
+        if wanted is not None:
             where = f"{theirs!r} (source.columns.{name})" if theirs != name else repr(name)
             raise UserError(f"{file}: column {where} must be {wanted}, found {found}")
 
 
-def _refused(name: str, found: pa.DataType, actions: Sequence[str]) -> str | None:
-    """What the column must be, where `found` is not that."""
-    integer = pa.types.is_integer(found)
-    if name in actions:
-        fine = integer or pa.types.is_boolean(found) or pa.types.is_floating(found)
+def _refused_type(column: Column | None, found: pa.DataType) -> str | None:
+    """The types that the column may have, None where `found` is one; of no column: the digest."""
+    integer, floating = pa.types.is_integer(found), pa.types.is_floating(found)
+    if column is None:
+        return None if integer else "an integer"
+    if column.role == "action":
+        fine = integer or floating or pa.types.is_boolean(found)
         return None if fine else "an integer, boolean or float of 0 and 1"
-    if name == "event_time":
+    if column.name == "event_time":
         fine = integer or (pa.types.is_timestamp(found) and found.tz is not None)
-        return (
-            None
-            if fine
-            else "an integer (milliseconds since 1970, UTC) or a timestamp with a time zone"
-        )
-    if name == "order_only":
+        rule = "an integer (milliseconds since 1970, UTC) or a timestamp with a time zone"
+        return None if fine else rule
+    if pa.types.is_boolean(column.dtype):
         return None if pa.types.is_boolean(found) else "boolean"
+    if column.is_float:
+        fine = integer or floating or pa.types.is_decimal(found)
+        return None if fine else "a number"
     return None if integer else "an integer"
 
 
 def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
     """A block of the source's rows, in any order, as `rules.schema`."""
     columns = {
-        field.name: _column(block, rules.columns[field.name], field.type)
-        for field in log_schema(rules.actions, rules.request_columns)
-        if field.name != ROW_DIGEST
+        column.name: _read_column(block, rules.columns[column.name], column.dtype)
+        for column in rules.events.log_columns
     }
     theirs = rules.columns[ROW_DIGEST]
-    carried = theirs in block.column_names
-    digest = (
-        block[theirs].fill_null(0).to_numpy().astype(np.uint64) if carried else row_digest(block)
-    )
-    reason, columns = _check(columns, rules)
+    if theirs in block.column_names:
+        digest = block[theirs].fill_null(0).to_numpy().astype(np.uint64)
+    else:
+        digest = row_digest(block)
+
+    reason, columns = _check_values(columns, rules)
     bad = np.flatnonzero(reason != "")
+
+    # bad rows as they came, for the quarantine
     source_rows = np.full(block.num_rows, None, object)
     for some in np.array_split(bad, len(bad) // ROWS_AT_ONCE + 1):
         rows = block.take(pa.array(some)).to_pylist()
         source_rows[some] = [json.dumps(row, default=str, sort_keys=True) for row in rows]
+
     user = columns["user_id"]
     bucket = user_bucket(user.fill_null(0).to_numpy(), rules.num_buckets)
     # a bad row may have no user
     bucket[bad] = (digest[bad] % np.uint64(rules.num_buckets)).astype(np.int32)
+
     columns |= {
         ROW_DIGEST: pa.array(digest),
         USER_BUCKET: pa.array(bucket),
@@ -125,21 +136,28 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
     return pa.table([columns[name] for name in rules.schema.names], schema=rules.schema)
 
 
-def _column(block: pa.Table, theirs: str, dtype: pa.DataType) -> pa.Array:
-    """The source's column, not yet of `dtype` where a value might not fit; all null where it has
-    none.
+def _read_column(block: pa.Table, theirs: str, dtype: pa.DataType) -> pa.Array:
+    """The source's column, not yet of `dtype` where a value might not fit.
+
+    All null where the source has no such column. A NaN among numbers is a null.
     """
     if theirs not in block.column_names:
         return pa.nulls(block.num_rows, dtype)
+
     column = _flat(block[theirs])
+    if pa.types.is_floating(dtype):
+        numbers = column.cast(dtype).to_numpy(zero_copy_only=False)
+        return pa.array(numbers, dtype, from_pandas=True)
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("ms", "UTC"), safe=False)
-    if pa.types.is_boolean(dtype):
+    if pa.types.is_boolean(dtype) or pa.types.is_floating(column.type):
         return column
-    return column if pa.types.is_floating(column.type) else column.cast(pa.int64(), safe=False)
+    return column.cast(pa.int64(), safe=False)
 
 
-def _check(columns: dict[str, pa.Array], rules: LogRules) -> tuple[np.ndarray, dict[str, pa.Array]]:
+def _check_values(
+    columns: dict[str, pa.Array], rules: LogRules
+) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """The first rule that each row breaks ("" for none), and the columns in LOG's types."""
     reason = np.full(len(columns["user_id"]), "", object)
     broken_values: dict[str, np.ndarray] = {}
@@ -149,36 +167,58 @@ def _check(columns: dict[str, pa.Array], rules: LogRules) -> tuple[np.ndarray, d
             reason[broken & (reason == "")] = why
             broken_values[name] = broken
 
-    value = {
-        name: column.fill_null(pa.scalar(0).cast(column.type)).to_numpy(zero_copy_only=False)
-        for name, column in columns.items()
-    }
+    value = {name: _filled_with_0(column) for name, column in columns.items()}
     for name in LOG_REQUIRED:
         demand(name, columns[name].is_null().to_numpy(zero_copy_only=False), f"null_{name}")
-    for name in ("user_id", "item_id", "watch_ms"):
-        demand(name, value[name] < 0, f"negative_{name}")
+
+    ids = [column for column in LOG_KEYS if column.at_least is not None]
+    for column in (*ids, *rules.events.outcomes):
+        if column.is_float:
+            demand(column.name, np.isinf(value[column.name]), f"{column.name}_infinite")
+        if column.at_least is not None:
+            known = columns[column.name].is_valid().to_numpy(zero_copy_only=False)
+            too_small = known & (value[column.name] < column.at_least)
+            demand(column.name, too_small, _below(column))
+
+    time = value["event_time"]
     timed = columns["event_time"].is_valid().to_numpy(zero_copy_only=False)
-    demand(
-        "event_time", timed & (value["event_time"] < rules.earliest_ms), "event_time_before_range"
-    )
-    demand("event_time", value["event_time"] > rules.latest_ms, "event_time_in_future")
+    demand("event_time", timed & (time < rules.earliest_ms), "event_time_before_range")
+    demand("event_time", time > rules.latest_ms, "event_time_in_future")
+
     for name in rules.actions:
         demand(name, (value[name] != 0) & (value[name] != 1), f"{name}_not_0_1")
-    for name in (*rules.request_columns, "known_mask"):
-        top = 2**31 - 1 if name != "known_mask" else (1 << len(rules.actions)) - 1
+
+    tops = {column.name: column.at_most for column in rules.events.request_columns}
+    for name, top in (tops | {"known_mask": (1 << len(rules.actions)) - 1}).items():
         demand(name, (value[name] < 0) | (value[name] > top), f"{name}_out_of_range")
+
+    types = {column.name: column.dtype for column in rules.events.log_columns}
     return reason, {
-        name: _typed(column, value[name], broken_values.get(name), rules.schema.field(name).type)
+        name: _typed(column, value[name], broken_values.get(name), types[name])
         for name, column in columns.items()
     }
+
+
+def _filled_with_0(column: pa.Array) -> np.ndarray:
+    """The column's values, 0 in the place of null."""
+    zero = pa.scalar(0).cast(column.type)
+    return column.fill_null(zero).to_numpy(zero_copy_only=False)
+
+
+def _below(column: Column) -> str:
+    """The reason of a row whose value is below the column's bound."""
+    if column.at_least == 0:
+        return f"negative_{column.name}"
+    return f"{column.name}_below_{column.at_least:g}"
 
 
 def _typed(
     column: pa.Array, value: np.ndarray, broken: np.ndarray | None, dtype: pa.DataType
 ) -> pa.Array:
     """The column in LOG's type; a value that broke its rule and might not fit is null."""
-    if broken is None or dtype == pa.int64():
+    if broken is None or dtype in (pa.int64(), pa.float64()):
         return column.cast(dtype)
+
     absent = column.is_null().to_numpy(zero_copy_only=False) | broken
     return pa.array(np.where(absent, 0, value), mask=absent).cast(dtype)
 

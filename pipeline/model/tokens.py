@@ -20,7 +20,7 @@ from kernels.position_time.reference import BUCKETS
 from kernels.position_time.types import Anchor
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
-from pipeline.config import ColumnFeature, RunConfig
+from pipeline.config import ColumnFeature, HistoryFeature, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,26 @@ class ActionEncoder(nn.Module):
         return self.mlp(rows.flatten(1))
 
 
+class OutcomeEncoder(nn.Module):
+    """The buckets of a history row's outcomes: a learned row each, summed.
+
+    The tables are small, so they are one parameter with the columns one after another.
+    """
+
+    def __init__(self, history: dict[str, HistoryFeature], d_model: int) -> None:
+        super().__init__()
+        # one row for unknown, and a bucket more than there are edges
+        sizes = [len(feature.edges) + 2 for feature in history.values()]
+        self.rows = nn.Parameter(torch.empty(sum(sizes), d_model).normal_(0, 0.02))
+        self.first: Tensor
+        first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        self.register_buffer("first", first, persistent=False)
+
+    def forward(self, history_codes: Tensor) -> Tensor:
+        """[T, d] from int32 [T, history columns]."""
+        return nn.functional.embedding(history_codes + self.first, self.rows).sum(1)
+
+
 class DenseEncoder(nn.Module):
     """Rates and counts of a candidate through a small MLP, as nothing at the start of training."""
 
@@ -235,6 +255,8 @@ class TokenEncoder(nn.Module):
         self.heterogeneous = model.heterogeneous_actions
         num_actions = cfg.num_action_bits if self.heterogeneous else 1
         self.action = ActionEncoder(num_actions, model.action_dim, model.d_model, self.backend)
+        history = cfg.features.history
+        self.outcome = OutcomeEncoder(history, model.d_model) if history else None
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
         num_dense = dense_width(cfg.features, len(cfg.tasks))
@@ -298,7 +320,7 @@ class TokenEncoder(nn.Module):
         return x_TE.index_add(0, at, self.dense(batch.dense).to(x_TE.dtype))
 
     def action_rows(self, batch: SequenceBatch) -> Tensor:
-        """[T, d]: what the user did.
+        """[T, d]: what the user did, and what came of it.
 
         A candidate's own outcome must not reach it, not even as "unknown".
         """
@@ -306,7 +328,13 @@ class TokenEncoder(nn.Module):
         actions, known = batch.action_mask, batch.known_mask
         if not self.heterogeneous:
             actions, known = ((actions & known) != 0).int(), (known != 0).int()
-        x_TE = self.action(actions, known).masked_fill(is_target[:, None], 0)
+
+        x_TE = self.action(actions, known)
+        if self.outcome is not None:
+            assert batch.history_codes is not None, "collate makes them where the model reads them"
+            x_TE = x_TE + self.outcome(batch.history_codes).to(x_TE.dtype)
+
+        x_TE = x_TE.masked_fill(is_target[:, None], 0)
         if self.candidate_action is None:
             return x_TE
         return x_TE + is_target[:, None] * self.candidate_action

@@ -39,7 +39,7 @@ from pipeline.logs import LogFiles, open_logs
 from pipeline.logs.cleaning import LogRules, check_columns
 from pipeline.logs.files import CONNECTIONS, count_rows, file_digest, file_stamp, total_bytes
 from pipeline.logs.parquet import read_schema
-from pipeline.schema import DAY_MS, log_schema
+from pipeline.schema import DAY_MS, EventColumns
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
     BucketRules,
@@ -85,8 +85,7 @@ def log_rules(
 
     return LogRules(
         columns=logs.columns,
-        actions=source.actions,
-        request_columns=source.request_columns,
+        events=source.events,
         earliest_ms=earliest_ms,
         latest_ms=latest_ms,
         num_buckets=num_buckets,
@@ -117,10 +116,9 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
     return logs, rules, rows
 
 
-def row_bytes(actions: Sequence[str], request_columns: Sequence[str]) -> float:
+def row_bytes(events: EventColumns) -> float:
     """Size of one cleaned row in memory, in bytes."""
-    bits = sum(field.type.bit_width for field in log_schema(actions, request_columns))
-    return bits / 8
+    return sum(field.type.bit_width for field in events.log_schema()) / 8
 
 
 def bucket_memory(rows: float, bytes_per_row: float) -> float:
@@ -132,14 +130,14 @@ def fitting_buckets(source: SourceConfig, rows: int) -> int:
     """The number of buckets of which one takes BUCKET_MEMORY, which leaves room for logs to be
     appended for a good while.
     """
-    needed = bucket_memory(rows, row_bytes(source.actions, source.request_columns))
+    needed = bucket_memory(rows, row_bytes(source.events))
     return max(1, round(needed / BUCKET_MEMORY))
 
 
 def plan_build(cfg: RunConfig) -> dict[str, object]:
     """The files and rows that `build_sequences` would read, and the memory that its tasks take."""
     logs, rules, rows = check_logs(cfg)
-    bytes_per_row = row_bytes(rules.actions, rules.request_columns)
+    bytes_per_row = row_bytes(rules.events)
     part_memory = 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
 
     return {
@@ -211,12 +209,11 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
 def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
     """The settings that the sequences depend on."""
     of_source, of_sequences = config.to_dict(source), config.to_dict(sequences)
+    keys = ["columns", "actions", "request_columns"]
+    if source.outcome_columns:  # sequences without such columns keep their digests
+        keys.append("outcome_columns")
     return {
-        "source": {
-            "columns": of_source["columns"],
-            "actions": of_source["actions"],
-            "request_columns": of_source["request_columns"],
-        },
+        "source": {key: of_source[key] for key in keys},
         "sequences": {
             "num_buckets": of_sequences["num_buckets"],
             "max_rows_per_user": of_sequences["max_rows_per_user"],
@@ -300,13 +297,15 @@ def _make_parts(
     forgotten = read_forgotten(folder)
     settings = {
         "columns": rules.columns,
-        "actions": rules.actions,
-        "request_columns": rules.request_columns,
+        "actions": rules.events.actions,
+        "request_columns": rules.events.request,
         # as configured: None moves with the clock
         "times": [sequences.earliest_time, sequences.latest_time],
         "num_buckets": rules.num_buckets,
         "forgotten": forgotten.hashes,
     }
+    for column in rules.events.declared:  # parts without such columns keep their names
+        settings[f"outcome {column.name}"] = [str(column.dtype), column.at_least]
 
     found, missing = [], []
     work = plan_parts(files, settings)
@@ -362,6 +361,7 @@ def build_version(
         counts=logs.imported.counts if logs.imported else {},
         actions=cfg.source.actions,
         request_columns=cfg.source.request_columns,
+        outcome_columns=config.to_dict(cfg.source)["outcome_columns"],
         num_buckets=rules.num_buckets,
         side_tables=side_tables,
         config=settings,
@@ -469,7 +469,7 @@ def build_buckets(
 
 
 def _warn_of_memory(work: Sequence[BucketWork], rules: LogRules) -> None:
-    bytes_per_row = row_bytes(rules.actions, rules.request_columns)
+    bytes_per_row = row_bytes(rules.events)
     needed = [bucket_memory(task.rows, bytes_per_row) for task in work]
     if needed and max(needed) > MUCH_MEMORY:
         logger.warning(

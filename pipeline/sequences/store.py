@@ -1,16 +1,16 @@
 """The published sequences: a folder with Parquet files and, written last, the manifest that names
 them.
 
-    sequences/manifest.json                              the published version; replaced in one step
-    sequences/versions/<digest>.json                     its manifest again, and that of the version
-    before sequences/buckets/bucket-00003-<sha256>.parquet …    SEQUENCE rows, sorted by user_id
-    sequences/tables/users-<sha256>.parquet, items-…     the side tables, id columns user_id and
-    item_id sequences/quarantine/bucket-00003-<sha256>.parquet … rows that were left out, with the
-    reason sequences/retired/bucket-00003-<sha256>.parquet …    users, and how many rows of theirs
-    were dropped for their age sequences/forgotten.json                             users whose rows
-    are taken in no more
-    sequences/parts/, records/                           what the next build need not do again
-    (pipeline/sequences/parts.py)
+    sequences/
+      manifest.json                                the published version; replaced in one step
+      versions/<digest>.json                       its manifest again, and the one before
+      buckets/bucket-00003-<sha256>.parquet …      SEQUENCE rows, sorted by user_id
+      tables/users-<sha256>.parquet, items-…       the side tables, by user_id and item_id
+      quarantine/bucket-00003-<sha256>.parquet …   rows that were left out, with the reason
+      retired/bucket-00003-<sha256>.parquet …      how many rows of users were dropped for their age
+      forgotten.json                               users whose rows are taken in no more
+      parts/, records/                             what the next build need not do again
+                                                   (pipeline/sequences/parts.py)
 
 Files are named by their contents and never change, so versions share those that are the same in
 both. What neither the published version nor the one before names is removed after publishing.
@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import UserError
-from pipeline.schema import sequence_schema
+from pipeline.schema import EventColumns, outcome_column
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,18 @@ class Manifest:
     retired: dict[str, Bucket] = field(default_factory=dict)
     # rows from before were dropped when the parts were last compacted
     kept_since_ms: int | None = None
+    # as in `source.outcome_columns`
+    outcome_columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def events(self) -> EventColumns:
+        """The columns of the events that the store was built from."""
+        declared = [
+            outcome_column(name, column["type"], column["at_least"])
+            for name, column in self.outcome_columns.items()
+        ]
+        return EventColumns(self.actions, self.request_columns, tuple(declared))
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -128,8 +139,11 @@ def _read_manifest(path: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish: from the second rename on, readers see this version."""
+    content = dataclasses.asdict(manifest)
+    if not manifest.outcome_columns:  # earlier versions of this code read such a manifest too
+        del content["outcome_columns"]
     for path in (folder / VERSIONS / f"{manifest.digest[:16]}.json", folder / MANIFEST):
-        write_json(path, dataclasses.asdict(manifest))
+        write_json(path, content)
 
 
 def versions(folder: Path) -> list[Manifest]:
@@ -226,20 +240,24 @@ def _encodings(sequences: pa.Table) -> dict[str, Any]:
     """How Parquet is to store SEQUENCE: as differences where values are many, by a dictionary where
     they are few.
 
-    Against a dictionary for everything, its default: half the time to write, two thirds of the
-    bytes.
+    Many are the values of `request_index` and of whatever has 64 bits. Against a dictionary for
+    everything, its default: half the time to write, two thirds of the bytes.
     """
-    many = ("item_id", "event_time", "watch_ms", "request_index")
-    lists = [field.name for field in sequences.schema if pa.types.is_large_list(field.type)]
+    by_dictionary, as_differences = [], []
+    for column in sequences.schema:
+        if pa.types.is_large_list(column.type):
+            many = pa.types.is_int64(column.type.value_type) or column.name == "request_index"
+            chosen = as_differences if many else by_dictionary
+            chosen.append(f"{column.name}.list.element")
     return {
-        "use_dictionary": [f"{name}.list.element" for name in lists if name not in many],
-        "column_encoding": {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in many},
+        "use_dictionary": by_dictionary,
+        "column_encoding": dict.fromkeys(as_differences, "DELTA_BINARY_PACKED"),
     }
 
 
 def read_bucket(folder: str | Path, manifest: Manifest, index: int) -> pa.Table:
     """The SEQUENCE rows of one bucket, sorted by user_id."""
-    schema = sequence_schema(manifest.request_columns)
+    schema = manifest.events.sequence_schema()
     return _read(Path(folder) / manifest.buckets[index].file).cast(schema)
 
 

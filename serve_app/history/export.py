@@ -1,16 +1,15 @@
 """Events that the server was sent, taken over into the logs: what was posted becomes part of the
 next build.
 
-event log → runs/<name>/live_logs/*.parquet → jobs.build_sequences → jobs.deploy → the log may
-forget them
+    event log → runs/<name>/live_logs/*.parquet → jobs.build_sequences → jobs.deploy
+                                                                       → the log may forget them
 
 Only for events that no other log brings: to the builder, rows of two files that differ anywhere are
 two rows.
 """
 
-import os
-import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig
+from pipeline.files import hidden_beside, publish_file
 from pipeline.logs import live_log_dir, open_logs
 from pipeline.logs.parquet import read_schema
 from pipeline.sequences import store
@@ -25,16 +25,20 @@ from serve_app.history.live import EventLog
 from serve_app.schemas import Event
 
 ROWS_PER_WRITE = 50_000
+LogRow = dict[str, float | None]  # by LOG column
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
+    """One file of events, and what it could not hold."""
+
     path: Path | None  # None: there was nothing new
     num_events: int
-    num_without: int  # events with a watch_ms or request_id that the logs have no column for
+    # events with a value that the logs have no column for, by LOG column
+    dropped: dict[str, int]
 
 
-def export(cfg: RunConfig, log: EventLog) -> Export:
+def export_events(cfg: RunConfig, log: EventLog) -> Export:
     """Write the events that no earlier export holds as one more file of the logs, which the next
     build reads.
 
@@ -42,36 +46,41 @@ def export(cfg: RunConfig, log: EventLog) -> Export:
     """
     logs = open_logs(cfg)
     schema = read_schema(logs.files[0])
-    ours = {theirs: name for name, theirs in logs.columns.items()}
+    names = {theirs: name for name, theirs in logs.columns.items()}
     folder = live_log_dir(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = _exported(folder, logs.columns)
-    num_events, num_without = 0, 0
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".live-", delete=False) as staging:
-        with pq.ParquetWriter(staging, schema) as writer:
-            for events in _groups(log, known):
-                rows = [_row(event) for event in events]
-                columns = {
-                    theirs: [row.get(ours.get(theirs, "")) for row in rows]
-                    for theirs in schema.names
-                }
-                arrays = [_typed(columns[field.name], field) for field in schema]
+    known = _exported_keys(folder, logs.columns)
+
+    num_events = 0
+    dropped: Counter[str] = Counter()
+    with hidden_beside(folder / "events.parquet") as stage:
+        with pq.ParquetWriter(stage, schema) as writer:
+            for events in _new_events(log, known):
+                rows = [_log_row(event) for event in events]
+                arrays = []
+                for field in schema:
+                    name = names.get(field.name, "")
+                    arrays.append(_typed_array([row.get(name) for row in rows], field))
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
                 num_events += len(rows)
-                extra = [
-                    name
-                    for name in ("watch_ms", "request_id")
-                    if logs.columns[name] not in schema.names
-                ]
-                num_without += sum(any(row[name] is not None for name in extra) for row in rows)
-        if not num_events:
-            os.unlink(staging.name)
-            return Export(None, 0, 0)
-        staging.flush()
-        os.fsync(staging.fileno())
+                dropped += _count_dropped(rows, logs.columns, schema)
+
+        if num_events == 0:
+            return Export(None, 0, {})
         path = _next_file(folder)
-        os.rename(staging.name, path)
-    return Export(path, num_events, num_without)
+        publish_file(stage, path)
+    return Export(path, num_events, dict(sorted(dropped.items())))
+
+
+def _count_dropped(
+    rows: Sequence[LogRow], columns: dict[str, str], schema: pa.Schema
+) -> Counter[str]:
+    """The values of `rows` by LOG column, of the columns that the logs' files do not have."""
+    missing = {name for name, theirs in columns.items() if theirs not in schema.names}
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(name for name in missing if row.get(name) is not None)
+    return counts
 
 
 def _next_file(folder: Path) -> Path:
@@ -80,7 +89,7 @@ def _next_file(folder: Path) -> Path:
     return folder / f"events-{max(numbers, default=-1) + 1:05}.parquet"
 
 
-def prune(cfg: RunConfig, log: EventLog) -> int:
+def prune_events(cfg: RunConfig, log: EventLog) -> int:
     """Remove the events that the published sequences hold; returns how many.
 
     Only once the server has read those.
@@ -89,23 +98,24 @@ def prune(cfg: RunConfig, log: EventLog) -> int:
     removed = 0
     for index in range(len(manifest.buckets)):
         for row in store.read_bucket(cfg.sequence_dir, manifest, index).to_batches(max_chunksize=1):
-            user = row["user_id"][0].as_py()
-            events = log.of_user(user)
-            if events:
-                times, items = (
-                    row[name].flatten().to_numpy() for name in ("event_time", "item_id")
-                )
-                held = set(zip(times.tolist(), items.tolist(), strict=True))
-                removed += log.remove([e for e in events if (e.event_time, e.item_id) in held])
+            events = log.of_user(row["user_id"][0].as_py())
+            if not events:
+                continue
+
+            time, item = (row[name].flatten().to_numpy() for name in ("event_time", "item_id"))
+            held = set(zip(time.tolist(), item.tolist(), strict=True))
+            removed += log.remove([e for e in events if (e.event_time, e.item_id) in held])
     return removed
 
 
-def _groups(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[list[Event]]:
+def _new_events(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[list[Event]]:
     """New events, user after user in a fixed order, in groups of about `ROWS_PER_WRITE`."""
     waiting: list[Event] = []
     for user in sorted(log.users()):
-        events = sorted(log.of_user(user), key=lambda event: (event.event_time, event.item_id))
-        waiting += [e for e in events if (e.user_id, e.event_time, e.item_id) not in known]
+        for event in sorted(log.of_user(user), key=lambda event: (event.event_time, event.item_id)):
+            if (event.user_id, event.event_time, event.item_id) not in known:
+                waiting.append(event)
+
         if len(waiting) >= ROWS_PER_WRITE:
             yield waiting
             waiting = []
@@ -113,12 +123,14 @@ def _groups(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[list[Ev
         yield waiting
 
 
-def _exported(folder: Path, columns: dict[str, str]) -> set[tuple[int, int, int]]:
+def _exported_keys(folder: Path, columns: dict[str, str]) -> set[tuple[int, int, int]]:
+    """User, time and item of the events that earlier exports hold."""
     names = [columns[name] for name in ("user_id", "event_time", "item_id")]
     found: set[tuple[int, int, int]] = set()
     for file in folder.glob("*.parquet"):
         table = pq.read_table(file, columns=names)
-        found |= set(zip(*(_integers(table[name]) for name in names), strict=True))
+        user, time, item = (_integers(table[name]) for name in names)
+        found |= set(zip(user, time, item, strict=True))
     return found
 
 
@@ -129,21 +141,26 @@ def _integers(column: pa.ChunkedArray) -> list[int]:
     return column.cast(pa.int64()).to_pylist()
 
 
-def _row(event: Event) -> dict[str, int | None]:
+def _log_row(event: Event) -> LogRow:
     """LOG's columns; an action that the client did not name stays null: unknown, not "no"."""
+    actions = {name: int(did) for name, did in event.actions.items()}
     return {
         "user_id": event.user_id,
         "item_id": event.item_id,
         "event_time": event.event_time,
         "request_id": event.request_id,
         "watch_ms": event.watch_ms,
-        **{name: int(did) for name, did in event.actions.items()},
+        **actions,
         **event.request_features,
+        **event.outcomes,
     }
 
 
-def _typed(values: list[int | None], field: pa.Field) -> pa.Array:
-    """As the logs have it: integers, booleans, floats, or a time with its zone."""
+def _typed_array(values: list[float | None], field: pa.Field) -> pa.Array:
+    """As the logs have it: integers, booleans, floats, decimals, or a time with its zone."""
+    if any(isinstance(value, float) for value in values):
+        return pa.array(values, pa.float64()).cast(field.type)
+
     numbers = pa.array(values, pa.int64())
     if pa.types.is_timestamp(field.type):
         return numbers.cast(pa.timestamp("ms", "UTC")).cast(field.type)

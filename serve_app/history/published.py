@@ -4,8 +4,6 @@ A store answers with a user's SEQUENCE row; `histories` cuts rows at the request
 serve_app/history/live.py has a store that also knows what happened since the last publication.
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline import schema
-from pipeline.batches.events import Events
+from pipeline.batches.events import Events, offsets_of
 from pipeline.batches.examples import flat_events
 from pipeline.config import RunConfig, UserError
+from pipeline.files import staged_file
+from pipeline.schema import EventColumns
 from pipeline.sequences import store
 
 COPIES = "sequences-*.arrow"  # of publications, in the server's folder
@@ -27,7 +26,7 @@ class HistoryStore(Protocol):
     """Anything that knows users' sequences."""
 
     digest: str  # of the publication that it holds
-    request_columns: tuple[str, ...]  # of its SEQUENCE rows
+    columns: EventColumns  # of its SEQUENCE rows
 
     def sequence(self, user_id: int) -> pa.RecordBatch | None:
         """The user's row of SEQUENCE, None for a user never seen."""
@@ -48,23 +47,26 @@ class PublishedSequences:
 
     def __init__(self, folder: Path, cfg: RunConfig, cache: Path) -> None:
         manifest = store.read_manifest(folder)
-        if tuple(manifest.actions) != cfg.source.actions:
-            raise UserError(
-                f"the sequences at {folder} have the actions {list(manifest.actions)}, "
-                f"the model was trained with {list(cfg.source.actions)}"
-            )
+        _check_columns(folder, manifest.events, cfg)
         self.digest = manifest.digest
-        self.request_columns = tuple(manifest.request_columns)
-        mapped = _arrow_copy(folder, manifest, cache)
+        self.columns = manifest.events
+
+        mapped = _copy_to_arrow(folder, manifest, cache)
         reader = pa.ipc.open_file(pa.memory_map(str(mapped)))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        ids = [batch["user_id"].to_numpy() for batch in self._batches]
-        user = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+
+        # the users in order, and where each one's row lies
+        users, batches, rows = [], [], []
+        for number, batch in enumerate(self._batches):
+            users.append(batch["user_id"].to_numpy())
+            batches.append(np.full(len(batch), number))
+            rows.append(np.arange(len(batch)))
+        nothing = np.zeros(0, np.int64)
+        user = np.concatenate([nothing, *users])
         order = np.argsort(user, kind="stable")
-        lengths = [len(part) for part in ids]
         self._user = user[order]
-        self._batch = np.repeat(np.arange(len(ids)), lengths)[order]
-        self._row = np.concatenate([np.arange(n) for n in lengths])[order] if ids else order
+        self._batch = np.concatenate([nothing, *batches])[order]
+        self._row = np.concatenate([nothing, *rows])[order]
 
     @property
     def num_users(self) -> int:
@@ -77,18 +79,36 @@ class PublishedSequences:
         return self._batches[self._batch[place]].slice(int(self._row[place]), 1)
 
 
-def _arrow_copy(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
+def _check_columns(folder: Path, published: EventColumns, cfg: RunConfig) -> None:
+    """The publication has the actions and the outcomes that the model reads."""
+    if published.actions != cfg.source.actions:
+        raise UserError(
+            f"the sequences at {folder} have the actions {list(published.actions)}, "
+            f"the model was trained with {list(cfg.source.actions)}"
+        )
+    found = {column.name: column.dtype for column in published.outcomes}
+    trained = {column.name: column.dtype for column in cfg.source.events.outcomes}
+    for name in cfg.features.outcomes:
+        if found.get(name) != trained[name]:
+            raise UserError(
+                f"the sequences at {folder} have the outcomes {list(found)}, "
+                f"the model reads {name!r} of type {trained[name]}"
+            )
+
+
+def _copy_to_arrow(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
     path = cache / f"sequences-{manifest.digest[:32]}.arrow"
     if path.exists():
         return path
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cache, prefix=".sequences-", delete=False) as staging:
-        with pa.ipc.new_file(staging, schema.sequence_schema(manifest.request_columns)) as writer:
-            for index in range(len(manifest.buckets)):
-                writer.write_table(store.read_bucket(folder, manifest, index).combine_chunks())
-        staging.flush()
-        # whole or not there; two replicas at once write the same thing
-        os.rename(staging.name, path)
+
+    # two replicas at once write the same thing
+    with (
+        staged_file(path) as stage,
+        pa.ipc.new_file(str(stage), manifest.events.sequence_schema()) as writer,
+    ):
+        for index in range(len(manifest.buckets)):
+            writer.write_table(store.read_bucket(folder, manifest, index).combine_chunks())
+
     for older in cache.glob(COPIES):
         if older != path:
             older.unlink(missing_ok=True)  # who has it mapped keeps it
@@ -121,38 +141,43 @@ def histories(
     cfg: RunConfig,
     max_history: int,
 ) -> Histories:
-    """Of SEQUENCE row b the newest `max_history` rows strictly earlier than `request_time_ms[b]`."""
+    """The newest `max_history` rows of SEQUENCE row b strictly earlier than `request_time_ms[b]`.
+
+    event_time   10 20 20 30      request_time_ms = 30, max_history = 2
+    earlier       x  x  x  .
+    taken            x  x         one older row is counted in `first_position`
+    """
     table = pa.Table.from_batches(sequences)
-    events = flat_events(table, cfg)
+    events = flat_events(table, cfg.source, cfg.features)
     offsets = events.offsets
+
+    # times do not fall within a user, so that earlier rows are the first ones
     earlier = events.event_time < np.repeat(request_time_ms, events.lengths)
-    before = np.concatenate([[0], np.cumsum(earlier)])
-    # times do not fall within a user
+    before = offsets_of(earlier)
     end = offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]
     begin = np.maximum(offsets[:-1], end - max_history)
-    return Histories(
-        events.take(begin, end), table["first_position"].to_numpy() + begin - offsets[:-1]
-    )
+
+    left_out = begin - offsets[:-1]
+    first_position = table["first_position"].to_numpy() + left_out
+    return Histories(events.take(begin, end), first_position)
 
 
 def sequence_row(
-    columns: dict[str, np.ndarray], request_columns: Sequence[str], first_position: int = 0
+    flat: dict[str, np.ndarray], columns: EventColumns, first_position: int = 0
 ) -> pa.RecordBatch:
     """One SEQUENCE row from flat columns, oldest first; a column left out is unknown, no columns
     are no rows.
     """
-    num_rows = len(columns.get("item_id", ()))
-    unknown = {"watch_ms": -1, "order_only": False} | dict.fromkeys(request_columns, -1)
+    num_rows = len(flat.get("item_id", ()))
+    offsets = pa.array([0, num_rows], pa.int64())
+    unknown = columns.unknown_values()
+
     arrays: list[pa.Array] = [
         pa.array([-1], pa.int64()),
         pa.array([0], pa.int32()),
         pa.array([first_position], pa.int64()),
     ]
-    for name, dtype in schema.sequence_lists(request_columns).items():
-        values = columns.get(name, np.full(num_rows, unknown.get(name, 0)))
-        arrays.append(
-            pa.LargeListArray.from_arrays(
-                pa.array([0, num_rows], pa.int64()), pa.array(values).cast(dtype)
-            )
-        )
-    return pa.RecordBatch.from_arrays(arrays, schema=schema.sequence_schema(request_columns))
+    for name, dtype in columns.sequence_lists().items():
+        values = flat[name] if name in flat else np.full(num_rows, unknown[name])
+        arrays.append(pa.LargeListArray.from_arrays(offsets, pa.array(values).cast(dtype)))
+    return pa.RecordBatch.from_arrays(arrays, schema=columns.sequence_schema())

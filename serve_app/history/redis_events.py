@@ -149,14 +149,16 @@ def _field(event: Event) -> str:
 
 
 def _value(event: Event) -> str:
-    return json.dumps(
-        [event.request_id, event.watch_ms, event.actions, event.request_features], sort_keys=True
-    )
+    """What is kept of an event: as before outcomes had names of their own, where it has none."""
+    value = [event.request_id, event.watch_ms, event.actions, event.request_features]
+    if event.outcomes:
+        value.append(event.outcomes)
+    return json.dumps(value, sort_keys=True)
 
 
 def _event(user_id: int, field: str, value: str) -> Event:
     event_time, _, item_id = field.partition(":")
-    request_id, watch_ms, actions, features = json.loads(value)
+    request_id, watch_ms, actions, features, *outcomes = json.loads(value)
     return Event.model_construct(
         user_id=user_id,
         item_id=int(item_id),
@@ -165,4 +167,5 @@ def _event(user_id: int, field: str, value: str) -> Event:
         request_features=features,
         request_id=request_id,
         watch_ms=watch_ms,
+        outcomes=outcomes[0] if outcomes else {},
     )

@@ -16,7 +16,7 @@ from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache
 
 BYTES_PER_MB = 2**20
-NOT_HASHED = ("offsets", "request", "dense")  # `request` is, column by column
+NOT_HASHED = ("offsets", "request", "outcomes", "dense")  # the two mappings are, by column
 
 
 def history_key(history: Events, user_codes: np.ndarray) -> bytes:
@@ -27,8 +27,9 @@ def history_key(history: Events, user_codes: np.ndarray) -> bytes:
         if field.name not in NOT_HASHED:
             digest.update(getattr(history, field.name).tobytes())
 
-    for name in sorted(history.request):
-        digest.update(history.request[name].tobytes())
+    for columns in (history.request, history.outcomes):
+        for name in sorted(columns):
+            digest.update(columns[name].tobytes())
     return digest.digest()
 
 

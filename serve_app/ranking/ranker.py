@@ -5,7 +5,6 @@ candidates ───────────────────────
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pipeline.schema import DAY_MS
 from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.published import HistoryStore, histories, sequence_row
+from serve_app.history.rows import find_refused_outcome, posted_columns
 from serve_app.ranking.history_cache import HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal
 
@@ -181,6 +181,8 @@ class Ranker:
 
             where = ["history", i, "request_features"]
             refusal = self._feature_refusal(where, row.request_features)
+            if refusal is None:
+                refusal = find_refused_outcome(["history", i], row, self.store.columns)
             if refusal is not None:
                 return refusal
         return None
@@ -192,7 +194,7 @@ class Ranker:
         sequence = self._find_sequence(request.head)
         unknown_user = sequence is None
         if sequence is None:
-            sequence = sequence_row({}, self.store.request_columns)
+            sequence = sequence_row({}, self.store.columns)
 
         time_ms = np.array([request.head.request_time_ms], np.int64)
         past = histories([sequence], time_ms, self.cfg, self.limits.max_history)
@@ -222,8 +224,11 @@ class Ranker:
             assert head.user_id is not None, "the schema asks for user_id or history"
             return self.store.sequence(head.user_id)
 
-        columns = history_columns(head.history, self.cfg.source.actions, self.request_columns)
-        return sequence_row(columns, self.store.request_columns, head.first_position)
+        # equal times keep their order
+        rows = sorted(head.history, key=lambda row: row.event_time)
+        flat = posted_columns(rows, self.store.columns)
+        flat["order_only"] = np.array([row.order_only for row in rows], bool)
+        return sequence_row(flat, self.store.columns, head.first_position)
 
     def history_length_class(self, prepared: PreparedRequest) -> int:
         """0 for a history that is encoded already, else 1 + the number of bits of its length.
@@ -347,45 +352,6 @@ class Ranker:
         }
         best_first = np.argsort(-by_task[ordered_by], kind="stable")
         return RankedColumns(head, request.item_id, by_task, best_first)
-
-
-def history_columns(
-    history: Sequence[HistoryRow], actions: Sequence[str], request_columns: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """History rows that came with a request as flat SEQUENCE columns, oldest first; equal times
-    keep their order.
-
-    A mask has bit i for the i-th of `actions`: in `known_mask` where the row tells of it, in
-    `action_mask` where the user did it.
-
-        actions = (is_click, is_like)        known_mask   action_mask
-        {}                                         0b00          0b00
-        {is_click: false}                          0b01          0b00
-        {is_click: false, is_like: true}           0b11          0b10
-    """
-    bits = {action: 1 << i for i, action in enumerate(actions)}
-    columns: dict[str, list[int]] = defaultdict(list)
-
-    for row in sorted(history, key=lambda row: row.event_time):
-        known_mask, action_mask = 0, 0
-        for name, did in row.actions.items():
-            known_mask |= bits[name]
-            if did:
-                action_mask |= bits[name]
-
-        columns["item_id"].append(row.item_id)
-        columns["event_time"].append(row.event_time)
-        columns["order_only"].append(row.order_only)
-        columns["known_mask"].append(known_mask)
-        columns["action_mask"].append(action_mask)
-        columns["watch_ms"].append(-1 if row.watch_ms is None else row.watch_ms)
-        for name in request_columns:
-            columns[name].append(row.request_features.get(name, -1))
-
-    arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
-    if history:
-        arrays["order_only"] = arrays["order_only"].astype(bool)
-    return arrays
 
 
 def split_passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:

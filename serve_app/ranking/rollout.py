@@ -29,8 +29,9 @@ from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import load_model
 from pipeline.tracking import PinnedModel, fetch_model
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.history.live import EventLog, LiveHistory, SqliteEvents
+from serve_app.history.live import EventLog, LiveHistory
 from serve_app.history.published import PublishedSequences
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics
 from serve_app.ranking.ranker import PreparedRequest, Ranker
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal

@@ -12,14 +12,14 @@ import pytest
 from pipeline import config
 from pipeline.config import RunConfig
 from pipeline.logs.cleaning import LogRules
+from pipeline.schema import EventColumns
 from pipeline.sequences import build
 from pipeline.sequences.workers import Workers
 
 NOON = 1_650_000_000_000
 RULES = LogRules(
     columns={},
-    actions=("click", "like"),
-    request_columns=("tab",),
+    events=EventColumns(actions=("click", "like"), request=("tab",)),
     earliest_ms=0,
     latest_ms=2**60,
     num_buckets=1,

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import config, schema
+from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig
 from pipeline.model.artifact import save_model
@@ -75,12 +75,11 @@ def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = No
     rows = [_user(user, rng, cfg) for user in range(NUM_USERS)]
     if table is not None:
         rows = sorted(table.to_pylist(), key=lambda row: row["user_id"])
-    columns = cfg.source.request_columns
     folder = cfg.sequence_dir
     folder.mkdir(parents=True)
     buckets = []
     for number in range(2):
-        table = pa.Table.from_pylist(rows[number::2], schema=schema.sequence_schema(columns))
+        table = pa.Table.from_pylist(rows[number::2], schema=cfg.source.events.sequence_schema())
         buckets.append(
             _write(
                 folder,
@@ -105,7 +104,7 @@ def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = No
         first_event_ms=min(times),
         last_event_ms=max(times),
         actions=cfg.source.actions,
-        request_columns=columns,
+        request_columns=cfg.source.request_columns,
         num_buckets=2,
         buckets=tuple(buckets),
         side_tables={"users": _write(folder, "users.parquet", cities, NUM_USERS)},

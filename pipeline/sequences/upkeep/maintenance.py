@@ -57,8 +57,7 @@ def held_rules(manifest: Manifest) -> LogRules:
     """For rows that were checked when their part was made."""
     return LogRules(
         columns={},
-        actions=manifest.actions,
-        request_columns=manifest.request_columns,
+        events=manifest.events,
         earliest_ms=0,
         latest_ms=2**62,
         num_buckets=manifest.num_buckets,
@@ -176,6 +175,7 @@ def rebuild_version(
         "counts": published.counts,
         "actions": published.actions,
         "request_columns": published.request_columns,
+        "outcome_columns": published.outcome_columns,
         "num_buckets": published.num_buckets,
         "side_tables": published.side_tables,
         "config": published.config,

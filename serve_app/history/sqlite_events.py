@@ -1,0 +1,167 @@
+"""Live events in an SQLite file, for the processes of one machine."""
+
+import fcntl
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from serve_app.schemas import Event, EventStatus, StoreDown
+
+BUSY_TIMEOUT_S = 30.0  # for a writer's turn; a commit takes one fsync
+TABLE = """
+CREATE TABLE IF NOT EXISTS event (
+    user_id INTEGER NOT NULL,
+    event_time INTEGER NOT NULL,
+    item_id INTEGER NOT NULL,
+    request_id INTEGER,
+    watch_ms INTEGER,
+    actions TEXT NOT NULL,
+    request_features TEXT NOT NULL,
+    outcomes TEXT NOT NULL DEFAULT '{}',
+    PRIMARY KEY (user_id, event_time, item_id)
+) WITHOUT ROWID
+"""
+# a file of before outcomes had names of their own
+ADD_OUTCOMES = "ALTER TABLE event ADD COLUMN outcomes TEXT NOT NULL DEFAULT '{}'"
+COLUMNS = "user_id, event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
+KEY = "user_id = ? AND event_time = ? AND item_id = ?"
+
+
+class SqliteEvents:
+    """An `EventLog` in one file: write-ahead log, synced at every commit.
+
+    SQLite's write-ahead log needs shared memory: on a network file system two machines would
+    destroy the file. A file of an earlier version is migrated in place, its events stay.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            # the switch to the write-ahead log does not wait for others
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._writer = _connect(path)
+            _prepare_table(self._writer)
+
+        self._reader = _connect(path)  # of its own: a rank does not wait for a commit
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+
+    def append(self, events: Sequence[Event]) -> list[EventStatus]:
+        with self._write_lock, _store_errors():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                statuses: list[EventStatus] = [self._insert(event) for event in events]
+                self._writer.execute("COMMIT")
+            except BaseException:
+                # SQLite has rolled back by itself when the disk is full
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+        return statuses
+
+    def of_user(self, user_id: int) -> list[Event]:
+        query = f"SELECT {COLUMNS} FROM event WHERE user_id = ?"
+        with self._read_lock, _store_errors():
+            rows = self._reader.execute(query, (user_id,)).fetchall()
+        return [_from_row(row) for row in rows]
+
+    def users(self) -> list[int]:
+        query = "SELECT DISTINCT user_id FROM event ORDER BY user_id"
+        with self._read_lock, _store_errors():
+            rows = self._reader.execute(query).fetchall()
+        return [user for (user,) in rows]
+
+    def remove(self, events: Sequence[Event]) -> int:
+        removed = 0
+        # each by itself: what is gone already need not be put back
+        with self._write_lock, _store_errors():
+            for event in events:
+                key = event.user_id, event.event_time, event.item_id
+                removed += self._writer.execute(f"DELETE FROM event WHERE {KEY}", key).rowcount
+        return removed
+
+    def forget(self, user_ids: Iterable[int]) -> int:
+        removed = 0
+        with self._write_lock, _store_errors():
+            # overwritten, where it would only be marked as free
+            self._writer.execute("PRAGMA secure_delete = ON")
+            for user in user_ids:
+                done = self._writer.execute("DELETE FROM event WHERE user_id = ?", (user,))
+                removed += done.rowcount
+            self._writer.execute("PRAGMA secure_delete = OFF")
+
+            # The write-ahead log has older pages: empty it, waiting for readers as long as for
+            # other writers.
+            busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreDown(
+                "the write-ahead log is in use and could not be emptied: forget the users again"
+            )
+        return removed
+
+    def _insert(self, event: Event) -> EventStatus:
+        row = _to_row(event)
+        places = ", ".join("?" * len(row))
+        insert = f"INSERT INTO event ({COLUMNS}) VALUES ({places}) ON CONFLICT DO NOTHING"
+        if self._writer.execute(insert, row).rowcount == 1:
+            return "accepted"
+
+        query = f"SELECT {COLUMNS} FROM event WHERE {KEY}"
+        kept = self._writer.execute(query, row[:3]).fetchone()
+        return "already_there" if kept == row else "conflict"
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # locked for too long, disk full, file gone
+        raise StoreDown(str(error)) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # isolation_level None: transactions are begun here, not by the module; the locks keep threads
+    # apart
+    connection = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _prepare_table(connection: sqlite3.Connection) -> None:
+    """Make the table, or give that of an earlier version what it lacks."""
+    connection.execute(TABLE)
+    found = connection.execute("SELECT name FROM pragma_table_info('event')").fetchall()
+    if ("outcomes",) not in found:
+        connection.execute(ADD_OUTCOMES)
+
+
+def _to_row(event: Event) -> tuple[int, int, int, int | None, int | None, str, str, str]:
+    return (
+        event.user_id,
+        event.event_time,
+        event.item_id,
+        event.request_id,
+        event.watch_ms,
+        json.dumps(event.actions, sort_keys=True),  # by name: the next model may have other actions
+        json.dumps(event.request_features, sort_keys=True),
+        json.dumps(event.outcomes, sort_keys=True),
+    )
+
+
+def _from_row(row: tuple) -> Event:
+    user_id, event_time, item_id, request_id, watch_ms, actions, features, outcomes = row
+    return Event.model_construct(
+        user_id=user_id,
+        item_id=item_id,
+        event_time=event_time,
+        actions=json.loads(actions),
+        request_features=json.loads(features),
+        request_id=request_id,
+        watch_ms=watch_ms,
+        outcomes=json.loads(outcomes),
+    )
