@@ -27,7 +27,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes as JSON: half of the time that pickling candidate by candidate takes."""
+        """Between processes as JSON: half of the time that pickling each candidate takes."""
         return type(self).model_validate_json, (self.model_dump_json(exclude_defaults=True),)
 
 

@@ -1,5 +1,5 @@
-"""Event columns are declared once: what is published keeps its bytes, files of before are read, and a
-number that is declared in YAML alone goes the whole way.
+"""Event columns are declared once: what is published keeps its bytes, files of before are read, and
+a number that is declared in YAML alone goes the whole way.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ __all__ = ["here"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend" / "column.md"
 
-# What stores of before declared columns were --------------------------------------------------------
+# What stores of before declared columns were ---------------------------------
 
 # sha256 of the manifest, which names every file by its own, as the code before them wrote it
 MANIFEST = "c93198c23b5576c8ac6e92522d26821b48210d1571b6f42f7b7880f495cd60ea"
@@ -113,7 +113,7 @@ def test_a_store_without_declared_columns_keeps_its_bytes(here: None, tmp_path: 
         assert hashlib.sha256(found).hexdigest() == entry.sha256
 
 
-# Event logs of before -------------------------------------------------------------------------------
+# Event logs of before --------------------------------------------------------
 
 OLD_FILE = """
 CREATE TABLE event (
@@ -170,7 +170,7 @@ def test_redis_values_of_before_are_read_and_compared(tmp_path: Path) -> None:
     assert redis_events._event(3, redis_events._field(PRICED), value) == PRICED
 
 
-# Rules of a declared column -------------------------------------------------------------------------
+# Rules of a declared column --------------------------------------------------
 
 COLUMNS = EventColumns(
     actions=("click",),
@@ -305,7 +305,7 @@ def test_posted_numbers_that_the_sequences_have_no_place_for(
     assert log.of_user(1) == []
 
 
-# The whole way --------------------------------------------------------------------------------------
+# The whole way ---------------------------------------------------------------
 
 T_VAL, T_TEST = "2022-04-15T07:00:00+00:00", "2022-04-15T07:40:00+00:00"
 TEST_MS = config.parse_time("t_test", T_TEST)

@@ -345,7 +345,7 @@ def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _as_digit(column: np.ndarray) -> tuple[np.ndarray, int]:
-    """The column counted from its smallest value, int64 of 0 or more, and the bits that it needs."""
+    """The column counted from its smallest value, int64 from 0 on, and the bits that it needs."""
     low, high = int(column.min()), int(column.max())
     width = (high - low).bit_length()
     if width <= KEY_BITS and low >= -(2**63) and high < 2**63:
