@@ -116,6 +116,10 @@ class RankedColumns:
     def unknown_items(self) -> int:
         return self.head["unknown_items"]
 
+    @property
+    def live_events(self) -> bool:
+        return self.head.get("live_events", True)
+
     def response(self) -> RankResponse:
         return RankResponse.model_construct(
             **self.head,

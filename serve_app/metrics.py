@@ -91,6 +91,13 @@ class ReplicaMetrics:
             registry=self.registry,
         )
 
+        self.without_live_events = Counter(
+            "ranking_ranker_without_live_events",
+            "Requests ranked from published rows alone: the event store did not answer",
+            names,
+            registry=self.registry,
+        )
+
         self.seconds = Histogram(
             "ranking_ranker_seconds",
             "One pass over requests together",

@@ -159,6 +159,11 @@ class RankResponse(BaseModel):
         description="neither a published sequence nor an event has user_id: no history"
     )
     history_length: int
+    live_events: bool = Field(
+        default=True,
+        description="there only where false: the event store did not answer, and the history is "
+        "what was published",
+    )
 
 
 EVENT_EXAMPLE = {
@@ -282,6 +287,9 @@ class Ready(BaseModel):
     model_version: int
     deployments: list[str]
     failed_deployment: str | None
+    live_events: bool = Field(
+        default=True, description="false: the event store does not answer, ranking goes on"
+    )
 
 
 def _ascii(text: str) -> str:
@@ -315,6 +323,9 @@ class ModelInfo(BaseModel):
     )
     shadow_version: int | None = Field(
         default=None, description="ranks copies of the requests and answers none"
+    )
+    live_events: bool = Field(
+        default=True, description="did the event store answer the newest look-up"
     )
 
 

@@ -117,7 +117,9 @@ class SqliteEvents:
 def _store_errors() -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:  # locked for too long, disk full, file gone
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError):  # mistakes of ours
+        raise
+    except sqlite3.DatabaseError as error:  # locked for too long, disk full, pages broken
         raise StoreDown(str(error)) from error
 
 

@@ -4,8 +4,9 @@ histories → keys → encoded histories, kept from earlier requests or new ─�
 candidates ──────────────────────────────────────────────────────────────┴→ scores
 """
 
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,10 +25,13 @@ from pipeline.model.inference.quantize import as_served
 from pipeline.schema import DAY_MS
 from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.history.live import LiveHistory
 from serve_app.history.published import HistoryStore, histories, sequence_row
 from serve_app.history.rows import find_refused_outcome, posted_columns
 from serve_app.ranking.history_cache import HistoryCaches, history_key
-from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal
+from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal, StoreDown
+
+logger = logging.getLogger("ray.serve")
 
 NO_USER = -1  # in no vocabulary: the codes of an unknown user
 LONG_HISTORY = 2048  # rows: beyond where kernels choose other tiles
@@ -40,6 +44,7 @@ class PreparedRequest:
     request: RankColumns
     user_id: int
     unknown_user: bool
+    live_events: bool  # False: the event store did not answer
     past: Events
     targets: Events
     key: bytes  # of the encoded history; empty for a model that keeps none
@@ -73,6 +78,7 @@ class Ranker:
         as_served(self.model, limits)
 
         self.store = store
+        self.outage = StoreOutage()
         self.version = version
         self.name = name
         self.limits = limits
@@ -98,6 +104,7 @@ class Ranker:
             actions=list(self.cfg.source.actions),
             sequences=self.store.digest,
             server_version=package_version(),
+            live_events=not self.outage.is_on,
         )
 
     def warm_up(self) -> None:
@@ -191,7 +198,7 @@ class Ranker:
 
     def prepare_request(self, request: RankColumns) -> PreparedRequest:
         """Look up the user's history as of the request's time, and the candidates' features."""
-        sequence = self._find_sequence(request.head)
+        sequence, live_events = self._find_sequence(request.head)
         unknown_user = sequence is None
         if sequence is None:
             sequence = sequence_row({}, self.store.columns)
@@ -216,19 +223,41 @@ class Ranker:
         if self.cfg.model.cacheable:
             codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
             key = history_key(past.events, codes)
-        return PreparedRequest(request, user_id, unknown_user, past.events, targets, key)
+        return PreparedRequest(
+            request, user_id, unknown_user, live_events, past.events, targets, key
+        )
 
-    def _find_sequence(self, head: RankHead) -> pa.RecordBatch | None:
-        """The SEQUENCE row of a request: the rows that it brings, else those of its user."""
+    def _find_sequence(self, head: RankHead) -> tuple[pa.RecordBatch | None, bool]:
+        """The SEQUENCE row of a request: the rows that it brings, else those of its user.
+
+        Beside it False where the user's posted events should be in it and are not.
+        """
         if head.history is None:
             assert head.user_id is not None, "the schema asks for user_id or history"
-            return self.store.sequence(head.user_id)
+            return self._find_user(head.user_id)
 
         # equal times keep their order
         rows = sorted(head.history, key=lambda row: row.event_time)
         flat = posted_columns(rows, self.store.columns)
         flat["order_only"] = np.array([row.order_only for row in rows], bool)
-        return sequence_row(flat, self.store.columns, head.first_position)
+        return sequence_row(flat, self.store.columns, head.first_position), True
+
+    def _find_user(self, user_id: int) -> tuple[pa.RecordBatch | None, bool]:
+        """What a user did; without an event store that answers, what is published of it."""
+        if not isinstance(self.store, LiveHistory):
+            return self.store.sequence(user_id), True
+
+        if self.outage.may_ask():
+            started = time.monotonic()
+            try:
+                row = self.store.sequence(user_id)
+            except StoreDown as error:
+                self.outage.begin(started, error)
+            else:
+                self.outage.end()
+                return row, True
+
+        return self.store.published.sequence(user_id), False
 
     def history_length_class(self, prepared: PreparedRequest) -> int:
         """0 for a history that is encoded already, else 1 + the number of bits of its length.
@@ -350,8 +379,46 @@ class Ranker:
             "unknown_user": prepared.unknown_user,
             "history_length": prepared.history_length,
         }
+        if not prepared.live_events:
+            head["live_events"] = False
         best_first = np.argsort(-by_task[ordered_by], kind="stable")
         return RankedColumns(head, request.item_id, by_task, best_first)
+
+
+class StoreOutage:
+    """An event store that did not answer is left alone for a while.
+
+    A look-up may take seconds to fail, and every request waits for it. The pause is `PAUSES` times
+    as long as that, so that ranking loses little of its time to a store that hangs.
+
+        asked     x . . . . . x . . . . . x
+        answered  no          no          yes: from here on every time
+    """
+
+    PAUSES = 10
+    SHORTEST_S = 1.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.is_on = False
+        self._clock = clock
+        self._ask_again = 0.0
+
+    def may_ask(self) -> bool:
+        return not self.is_on or self._clock() >= self._ask_again
+
+    def begin(self, asked: float, error: StoreDown) -> None:
+        """Note a look-up that failed; `asked` is when it began."""
+        now = self._clock()
+        self._ask_again = now + max(self.SHORTEST_S, self.PAUSES * (now - asked))
+        if not self.is_on:
+            logger.error("ranking without live events: the event store does not answer: %s", error)
+        self.is_on = True
+
+    def end(self) -> None:
+        """Note a look-up that succeeded."""
+        if self.is_on:
+            logger.info("the event store answers again")
+        self.is_on = False
 
 
 def split_passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Sequence
@@ -177,6 +178,8 @@ class Rollout:
         for one in ranked:
             candidates.inc(len(one.item_id))
             unknown_items.inc(one.unknown_items)
+            if not one.live_events:
+                metrics.without_live_events.labels(*labels).inc()
 
         return [replace(one, ranker_ms=took_s * 1000) for one in ranked]
 
@@ -360,10 +363,17 @@ def open_events(limits: ServeConfig, folder: Path) -> EventLog:
     """The event log that the configuration names: Redis, or one file in `folder`.
 
     Raises:
-        UserError: Redis is named, but its package is not installed.
+        UserError: Redis is named, but its package is not installed; or the file is no database.
     """
     if limits.redis_url is None:
-        return SqliteEvents(folder / "events.sqlite")
+        path = folder / "events.sqlite"
+        try:
+            return SqliteEvents(path)
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"the event store {path} cannot be read: {error}; restore it, or move it away to "
+                "start an empty one"
+            ) from None
 
     try:
         from serve_app.history.redis_events import RedisEvents

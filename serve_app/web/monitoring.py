@@ -43,5 +43,6 @@ async def get_readiness(replica: RunningReplica) -> Response:
         model_version=info.model_version,
         deployments=await replica.deployment_ids(),
         failed_deployment=info.failed_deployment,
+        live_events=info.live_events,
     )
     return json_reply(ready.model_dump())

@@ -19,7 +19,8 @@ async def rank_json(request: RankRequest, http: Request, replica: RunningReplica
     if isinstance(answer, Refusal):
         return refused([answer])
 
-    body = answer.response().model_dump_json()
+    # live_events is there only where the ranker has set it
+    body = answer.response().model_dump_json(exclude_unset=True)
     return Response(body, 200, _timing(answer), media_type="application/json")
 
 
