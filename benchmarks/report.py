@@ -1,26 +1,13 @@
-"""Figures on disk and in RESULTS.md: runs as lines of JSON, tables, sections between two marks.
+"""Figures of a benchmark on disk, and sections of RESULTS.md between two marks."""
 
-A run is one line of JSON, alone in its file or one of many in a JSON Lines file. In the latter the
-configurations of a plan's runs are nearly the same, so each is kept as what it changes:
-
-    {"base": "3f9c0d1e", "config": {…}}                       a configuration, once
-    {"name": …, "seed": 0, "metrics": {…}, "base": "3f9c0d1e", "changes": {"train.lr": 0.1}}
-"""
-
-import fcntl
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import flatten
+from pipeline.figures import Figures
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 RUNS = Path(__file__).parent / "runs"
-MOST_CHANGES = 40  # a configuration further away than this becomes a base of its own
-
-Figures = dict[str, Any]
 
 
 def write_run(path: Path, run: Figures) -> None:
@@ -39,71 +26,6 @@ def merge_runs(*paths: Path) -> Figures:
     for path in paths:
         merged |= read_run(path)
     return merged
-
-
-def append_run(path: Path, run: Figures) -> None:
-    """Add a run with its `config` to a JSON Lines file; processes may append at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        known = [json.loads(line) for line in file]
-        bases = [entry for entry in known if "config" in entry]
-
-        rest = {key: value for key, value in run.items() if key != "config"}
-        lines = []
-        close = [base for base in bases if _is_close(base["config"], run["config"])]
-        if close:
-            base = close[0]
-        else:
-            digest = hashlib.sha256(json.dumps(run["config"]).encode()).hexdigest()[:8]
-            base = {"base": digest, "config": run["config"]}
-            lines.append(base)
-
-        changes = _changes(base["config"], run["config"])
-        lines.append(rest | {"base": base["base"], "changes": changes})
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_runs(path: Path) -> list[Figures]:
-    """All runs of a JSON Lines file, each with its whole `config`; none where there is no file."""
-    if not path.exists():
-        return []
-
-    bases: dict[str, Figures] = {}
-    runs = []
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if "config" in entry:
-            bases[entry["base"]] = entry["config"]
-            continue
-
-        changes, base = entry.pop("changes"), entry.pop("base")
-        runs.append(entry | {"config": _changed(bases[base], changes)})
-    return runs
-
-
-def _is_close(base: Figures, config: Figures) -> bool:
-    changes = _changes(base, config)
-    return len(changes) <= MOST_CHANGES and _changed(base, changes) == config
-
-
-def _changes(base: Figures, config: Figures) -> Figures:
-    """Flat keys of `config` that `base` has with another value, or does not have."""
-    before, after = flatten(base), flatten(config)
-    missing = object()
-    return {key: value for key, value in after.items() if before.get(key, missing) != value}
-
-
-def _changed(base: Figures, changes: Figures) -> Figures:
-    copied = json.loads(json.dumps(base))
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        section = copied
-        for name in parents:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return copied
 
 
 def write_section(name: str, text: str, path: Path = RESULTS) -> None:

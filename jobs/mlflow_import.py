@@ -1,29 +1,54 @@
-"""Show figures that were made elsewhere, on a GPU say, in the MLflow UI: a run per JSON file, each
-file once.
+"""Show figures that were made elsewhere, on a GPU say, in the MLflow UI: a run per JSON file, and a
+run per line of a JSON Lines file, each once.
 """
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from jobs import cli
 from pipeline import tracking
 from pipeline.config import UserError
+from pipeline.figures import Figures, read_runs
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--folder", type=Path, default=Path("benchmarks/runs"), help="of *.json, folders in it too"
+        "--folder",
+        type=Path,
+        default=Path("benchmarks/runs"),
+        help="of *.json and *.jsonl, folders in it too",
     )
 
 
 def run_job(job: cli.Job) -> None:
-    files = sorted(job.options.folder.rglob("*.json"))
-    if not files:
-        raise UserError(f"--folder {job.options.folder}: no *.json there")
+    found = list(read_figures(job.options.folder))
+    if not found:
+        raise UserError(f"--folder {job.options.folder}: no *.json or *.jsonl there")
 
+    imported = 0
     with tracking.session(job.cfg) as tracker:
-        imported = [path for path in files if tracker.import_result(path)]
-    print(f"imported={len(imported)} known={len(files) - len(imported)}")
+        for name, figures in found:
+            imported += tracker.import_result(name, figures)
+    print(f"imported={imported} known={len(found) - imported}")
+
+
+def read_figures(folder: Path) -> Iterator[tuple[str, Figures]]:
+    """Names of runs and their figures, file by file.
+
+    Raises:
+        UserError: a file or a line of it is not a JSON object.
+    """
+    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+        try:
+            if path.suffix == ".json":
+                yield path.stem, dict(json.loads(path.read_text()))
+                continue
+            for number, run in enumerate(read_runs(path)):
+                yield f"{path.stem}/{run.get('name', number)}-{run.get('seed', 0)}", run
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{path} is not a JSON object of figures") from None
 
 
 if __name__ == "__main__":

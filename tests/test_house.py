@@ -11,6 +11,7 @@ ROOMS = (
     "pipeline.lifeline",
     "pipeline.waiting",
     "pipeline.config",
+    "pipeline.figures",
     "pipeline.cluster",
     "pipeline.logs",
     "pipeline.sequences",

@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from benchmarks.quality import report, train_plan
-from benchmarks.report import read_runs, write_section
+from benchmarks.report import write_section
 from benchmarks.training import model
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate import metrics
+from pipeline.figures import read_runs
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.report import RUNS, Figures, read_run, read_runs
+from benchmarks.report import RUNS, read_run
 from benchmarks.training import feeding
+from pipeline.figures import Figures, read_runs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

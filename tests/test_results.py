@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks import results
-from benchmarks.report import RESULTS, RUNS, append_run, read_runs, read_section
+from benchmarks.report import RESULTS, RUNS, read_section
+from pipeline.figures import append_run, read_runs
 
 MARKS = re.compile(r"<!-- ([\w ]+): begin -->\n(.*?)\n<!-- \1: end -->", re.DOTALL)
 DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.]*\w)")

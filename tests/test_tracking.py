@@ -9,9 +9,11 @@ import httpx
 import mlflow
 import pytest
 
+from jobs.mlflow_import import read_figures
 from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import RunConfig, UserError
+from pipeline.figures import append_run
 from pipeline.sequences import store
 from pipeline.tracking import Run, Tracker, session
 
@@ -120,10 +122,10 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
         "ours": {"causal 4096": {"forward_ms": 0.5}},
         "config": {"model": {"d_model": 64}},
     }
-    path = tmp_path / "ultra-0.json"
-    path.write_text(json.dumps(figures))
-    assert Tracker(cfg).import_result(path)
-    assert not Tracker(cfg).import_result(path)
+    (tmp_path / "ultra-0.json").write_text(json.dumps(figures))
+    ((name, read),) = read_figures(tmp_path)
+    assert Tracker(cfg).import_result(name, read)
+    assert not Tracker(cfg).import_result(name, read)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(f"{cfg.tracking.experiment}-benchmarks")
     assert experiment is not None
@@ -138,6 +140,16 @@ def test_figures_made_elsewhere_become_a_run_once(cfg: RunConfig, tmp_path: Path
     }
     assert run.data.params == params
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["ultra-0.json"]
-    path.write_text("[1")
-    with pytest.raises(UserError, match="not a JSON object"):
-        Tracker(cfg).import_result(path)
+
+
+def test_figures_are_read_from_files_and_from_lines(tmp_path: Path) -> None:
+    run = {"name": "plain", "seed": 1, "metrics": {"auc": 0.7}, "config": {"lr": 0.1}}
+    append_run(tmp_path / "quality.jsonl", run)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "speed.json").write_text('{"ms": 3}')
+    assert list(read_figures(tmp_path)) == [("speed", {"ms": 3}), ("quality/plain-1", run)]
+
+    for broken in ("[1", '{"base": "none", "changes": {}}'):
+        (tmp_path / "broken.jsonl").write_text(broken)
+        with pytest.raises(UserError, match=r"broken.jsonl is not a JSON object"):
+            list(read_figures(tmp_path))

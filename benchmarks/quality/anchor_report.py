@@ -1,6 +1,7 @@
 """The section "KuaiRand subset" of RESULTS.md: the anchors, and the demo on the same rows."""
 
-from benchmarks.report import Figures, table
+from benchmarks.report import table
+from pipeline.figures import Figures
 
 NAMES = {
     "rates_to_30_april": "smoothed rates, fitted to 30 April",

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks import report
-from benchmarks.report import RUNS, Figures, table, write_run, write_section
+from benchmarks.report import RUNS, table, write_run, write_section
 from pipeline.evaluate.metrics import log_loss
+from pipeline.figures import Figures, read_runs
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["user_id", "item_id", "event_time"]
@@ -125,7 +125,7 @@ def spread(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
 
 def read_seeds(path: Path, name: str) -> list[Figures]:
     """The runs of one name, by seed."""
-    named = [run for run in report.read_runs(path) if run["name"] == name]
+    named = [run for run in read_runs(path) if run["name"] == name]
     if not named:
         raise SystemExit(f"error: no runs of {name!r} in {path}")
     return sorted(named, key=lambda run: run["seed"])

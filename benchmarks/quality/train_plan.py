@@ -38,13 +38,14 @@ import torch
 import yaml
 
 from benchmarks.machine import environment
-from benchmarks.report import RUNS, append_run, read_runs
+from benchmarks.report import RUNS
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
 from pipeline.config import ConfigError, RunConfig, ServeConfig, UserError
 from pipeline.evaluate import ablation, evaluator
+from pipeline.figures import append_run, read_runs
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.encoders import check_model
 from pipeline.model.flops import Flops

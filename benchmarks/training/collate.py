@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.machine import environment
-from benchmarks.report import RUNS, Figures, table, write_run, write_section
+from benchmarks.report import RUNS, table, write_run, write_section
 from pipeline import config
 from pipeline.batches.counts import LabelCounts
 from pipeline.batches.examples import (
@@ -30,6 +30,7 @@ from pipeline.batches.examples import (
     user_events,
 )
 from pipeline.batches.features import FeatureMaps
+from pipeline.figures import Figures
 
 NUM_ITEMS = 20_000
 DAY_MS = 86_400_000

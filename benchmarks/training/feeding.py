@@ -27,13 +27,14 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.machine import cpu_name
-from benchmarks.report import RUNS, Figures, table, write_run, write_section
+from benchmarks.report import RUNS, table, write_run, write_section
 from benchmarks.training.collate import bench_config, make_maps, make_sequences, with_rates
 from benchmarks.training.load_balance import zipf_lengths
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, pool_memory, pool_order, step_plan
 from pipeline.config import RunConfig
+from pipeline.figures import Figures
 from pipeline.sequences import store
 from pipeline.train.meter import count_batches, prefetch_batches
 

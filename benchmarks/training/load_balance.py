@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.report import RUNS, Figures, table, write_run, write_section
+from benchmarks.report import RUNS, table, write_run, write_section
 from pipeline.batches.stochastic_length import (
     LoadPlan,
     balanced_cuts,
@@ -26,6 +26,7 @@ from pipeline.batches.stochastic_length import (
     stochastic_cuts,
 )
 from pipeline.config import StochasticLengthConfig
+from pipeline.figures import Figures
 
 METHODS = {
     "none": "plain",

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.config import RunConfig, TrackingConfig, UserError
+from pipeline.config import RunConfig, TrackingConfig
+from pipeline.figures import Figures
 from pipeline.files import write_atomically
 from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
 
@@ -165,22 +166,13 @@ def start_run(
 MADE_WHERE = ("config", "environment", "machine", "versions")
 
 
-def import_result(settings: TrackingConfig, path: Path) -> bool:
-    """A run of experiment `<tracking.experiment>-benchmarks` for a JSON of figures that were made
-    elsewhere.
+def import_result(settings: TrackingConfig, name: str, figures: Figures) -> bool:
+    """Show figures that were made elsewhere as a run of `<tracking.experiment>-benchmarks`.
 
-    Its numbers are metrics, everything else params. False where this very file has been imported
-    before.
-
-    Raises:
-        UserError: the file is not a JSON object.
+    Their numbers are metrics, everything else params; the whole is an artifact. False where the
+    same figures have been imported before.
     """
-    content = path.read_bytes()
-    try:
-        flat = config.flatten(dict(json.loads(content)))
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is not a JSON object of figures") from None
-
+    flat = config.flatten(figures)
     metrics: dict[str, float] = {}
     params: dict[str, Any] = {}
     for key, value in flat.items():
@@ -189,18 +181,19 @@ def import_result(settings: TrackingConfig, path: Path) -> bool:
         else:
             params[key] = value
 
-    client, digest = mlflow_client(), hashlib.sha256(content).hexdigest()
+    client = mlflow_client()
+    digest = hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
     with one_message():
         experiment = _experiment(client, f"{settings.experiment}-benchmarks")
         if client.search_runs([experiment], f"tags.result_sha256 = '{digest}'", max_results=1):
             return False
 
-        found = client.create_run(experiment, run_name=path.stem, tags={"result_sha256": digest})
+        found = client.create_run(experiment, run_name=name, tags={"result_sha256": digest})
         run = Run(client.tracking_uri, found.info.run_id)
         with run:
             _log_flat_params(client, run.run_id, params)
             run.log_metrics(metrics, 0)
-            run.log_artifacts(path)
+            client.log_dict(run.run_id, figures, f"{name}.json")
     return True
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import RunConfig
+from pipeline.figures import Figures
 from pipeline.tracking import registry, runs, server
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import PinnedModel
@@ -68,9 +69,9 @@ class Tracker:
         """
         return runs.training_run(self.cfg, manifest, restart=restart)
 
-    def import_result(self, path: Path) -> bool:
+    def import_result(self, name: str, figures: Figures) -> bool:
         """A run for a JSON of figures that were made elsewhere; False where it is known already."""
-        return runs.import_result(self.cfg.tracking, path)
+        return runs.import_result(self.cfg.tracking, name, figures)
 
     def register_model(self, run: Run, model_dir: Path) -> int:
         """Make the evaluated model in `model_dir` a new version; returns its number."""
