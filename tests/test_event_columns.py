@@ -235,7 +235,7 @@ def test_types_that_are_no_numbers_are_refused() -> None:
 
 
 def test_repeats_are_told_apart_by_numbers_too() -> None:
-    """Of two rows of one event the one with the smaller values stays, in whatever order they come."""
+    """The row with the smallest values of an event stays, in whatever order the rows come."""
     rows = block(item_id=[4] * 5, price=[2.0, None, 0.5, 7.0, 0.0], change=[0.0] * 5)
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]):
         built = build_bucket(normalise(rows.take(order), RULES), RULES, 100)

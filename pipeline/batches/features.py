@@ -277,7 +277,7 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
 
 @dataclass(frozen=True, slots=True)
 class _TrainingRows:
-    """Facts about the rows of the training period; `items` and `users` also count order_only rows."""
+    """Facts about the rows of the training period; `items` and `users` know order_only rows too."""
 
     items: np.ndarray  # int64, sorted
     item_count: np.ndarray  # timed rows of each

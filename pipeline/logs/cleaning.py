@@ -240,7 +240,7 @@ def unit_hint(reason: str, event_times: Sequence[int], rules: LogRules) -> str:
 
 
 def user_bucket(user_id: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Bucket of each user: splitmix64's last steps, the same on every machine and in every version."""
+    """Bucket of each user: splitmix64's last steps, the same on every machine and for good."""
     return (mix(user_id.astype(np.uint64)) % np.uint64(num_buckets)).astype(np.int32)
 
 

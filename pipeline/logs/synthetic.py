@@ -295,7 +295,7 @@ def _items(
     request: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random open item of each row's category, and whether no earlier row of the request has it."""
+    """A random open item of each row's category, and if no earlier row of the request has it."""
     first = catalogue.starts[category]
     count = np.searchsorted(catalogue.keys, category * catalogue.num_items + open_items) - first
     draw = (rng.random(len(category)) * count).astype(np.int64)
