@@ -54,7 +54,7 @@ def test_a_prefix_has_the_files_of_the_folder(bucket: Bucket, folder: Path):
     assert relative(there, "s3://logs/listed") == relative(here, str(folder)) == names
     assert all(file.endswith(bucket.options) for file in there)  # a name alone opens it
     assert files.list_files(there[1]) == [there[1]]
-    assert files.child(place, "z.parquet") == there[2]
+    assert files.path_inside(place, "z.parquet") == there[2]
     assert [files.base_name(file) for file in there] == ["a.parquet", "b c.parquet", "z.parquet"]
 
 

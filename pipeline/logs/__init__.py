@@ -60,8 +60,14 @@ def open_logs(cfg: RunConfig) -> LogFiles:
     known = [*(column.name for column in source.events.log_columns), ROW_DIGEST]
     if source.kind == "parquet":
         assert source.path is not None, "SourceConfig asks for it"
-        files = [*parquet.parquet_files("source.path", source.path), *live_logs(cfg)]
-        return LogFiles(files, parquet.column_mapping(source, known), source.users, source.items)
+        found = parquet.find_logs("source.path", source.path)
+        return LogFiles(
+            files=[*found.files, *live_logs(cfg)],
+            columns=parquet.column_mapping(source, known),
+            users=source.users,
+            items=source.items,
+            left_out=found.left_out,
+        )
     report = read_import_report(cfg)
     return LogFiles(
         files=[*(str(cfg.log_dir / file) for file in report.files), *live_logs(cfg)],

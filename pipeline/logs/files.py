@@ -9,9 +9,11 @@ a profile or the machine's role. They never stand in a name.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,29 +25,161 @@ from pipeline.config.reading import S3, split_s3
 READ_BYTES = 8 * 2**20  # of one request, for a file that is read from beginning to end
 CONNECTIONS = 16  # small requests under way at once: a footer is one round trip
 
+ENDINGS = (".parquet", ".parq", ".pq")  # a file that has one and is not Parquet is an error
+MAGICS = (b"PAR1", b"PARE")  # at both ends of a file; the second: with an encrypted footer
+PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")  # gzip, zstd, …
+HIDDEN = "a name that begins with _ or ."
+NOT_PARQUET = "not Parquet"
+CUT_OFF = "Parquet that is cut off, or being written"
+DELTA_LOG, HUDI_LOG, ICEBERG_LOG = "_delta_log", ".hoodie", "metadata"
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The Parquet files of a place, and what else lies there: file -> why it is left out."""
+
+    files: list[str]
+    left_out: dict[str, str]
+
 
 def list_files(path: str | Path) -> list[str]:
+    """The Parquet files that `find_files` finds."""
+    return find_files(path).files
+
+
+def find_files(path: str | Path) -> FoundFiles:
     """The Parquet files at `path`, a file or a folder searched in depth, in a fixed order; none
     where there are none.
 
+    Names count as they do for Spark and Hive: what begins with `_` or `.`, file or folder, is left
+    out, but for a partition's folder such as `_day=1`. A file of an unknown ending is looked into.
+
+        logs/day=1/part-0.parquet       read
+        logs/day=1/part-1.pq            read
+        logs/day=1/part-2               read if it begins and ends with PAR1
+        logs/_temporary/0/part-3.parquet, logs/.part-4.parquet     left out
+        logs/notes.txt                                             left out
+
     Raises:
-        UserError: the place cannot be looked at: no permission, no answer.
+        UserError: the place cannot be looked at: no permission, no answer. It is a table of Delta,
+            Iceberg or Hudi. A Parquet file is compressed as a whole.
     """
     filesystem, inner, options = _locate(path)
     try:
-        if filesystem.get_file_info(inner).type == fs.FileType.File:
-            return [_name(inner, options)]
+        is_file = filesystem.get_file_info(inner).type == fs.FileType.File
+        _refuse_inside_table(filesystem, inner, is_file, path)
+        if is_file:
+            return FoundFiles([_name(inner, options)], {})
         found = filesystem.get_file_info(
             fs.FileSelector(inner, recursive=True, allow_not_found=True)
         )
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error}") from None
 
-    files = []
+    known, unknown, left_out = [], [], {}
     for info in found:
-        if info.type == fs.FileType.File and info.path.endswith(".parquet"):
-            files.append(_name(info.path, options))
-    return sorted(files)
+        parts = info.path.removeprefix(inner).strip("/").split("/")
+        _refuse_table(path, parts)
+        if info.type != fs.FileType.File:
+            continue
+
+        name = _name(info.path, options)
+        if any(map(_is_hidden, parts)):
+            left_out[name] = HIDDEN
+        elif info.base_name.lower().endswith(ENDINGS):
+            known.append(name)
+        else:
+            unknown.append(name)
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for name, reason in zip(unknown, pool.map(_why_no_parquet, unknown), strict=True):
+            if reason is None:
+                known.append(name)
+            else:
+                left_out[name] = reason
+    return FoundFiles(sorted(known), dict(sorted(left_out.items())))
+
+
+def _is_hidden(part: str) -> bool:
+    """True for a part of a path that Spark and Hive pass over; `_day=1` is a partition."""
+    return part.startswith(".") or (part.startswith("_") and "=" not in part)
+
+
+def _why_no_parquet(file: str) -> str | None:
+    """The reason to leave out a file whose ending says nothing; None: it is Parquet.
+
+    Raises:
+        UserError: it cannot be read, or it is Parquet that was compressed as a whole.
+    """
+    filesystem, inner, _ = _locate(file)
+    try:
+        with filesystem.open_input_file(inner) as opened:
+            size = opened.size()
+            head = opened.read_at(min(size, 8), 0)
+            tail = opened.read_at(min(size, 4), max(size - 4, 0))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+    if head.startswith(MAGICS):
+        return None if size > 8 and tail.startswith(MAGICS) else CUT_OFF
+
+    endings = PurePosixPath(inner.lower()).suffixes
+    if head.startswith(PACKED) and any(ending in ENDINGS for ending in endings):
+        raise UserError(
+            f"{file} is a Parquet file that was compressed as a whole: unpack it (gunzip, for "
+            "instance; Parquet compresses its columns itself), or take it out of the folder"
+        )
+    return NOT_PARQUET
+
+
+def _refuse_inside_table(
+    filesystem: fs.FileSystem, inner: str, is_file: bool, path: str | Path
+) -> None:
+    """A partition, a file or the data folder of a table is no more than its folder is.
+
+    path                    looked at above it
+    table/day=1/x.parquet   table/day=1, table
+    table/data              table
+    """
+    above = []
+    place = PurePosixPath(inner)
+    while len(place.parts) > 1 and (is_file or "=" in place.name or place.name == "data"):
+        place, is_file = place.parent, False
+        above.append(place)
+
+    for folder in above:
+        logs = [str(folder / DELTA_LOG), str(folder / HUDI_LOG)]
+        inside = fs.FileSelector(str(folder / ICEBERG_LOG), allow_not_found=True)
+        try:
+            found = [*filesystem.get_file_info(logs), *filesystem.get_file_info(inside)]
+        except OSError:
+            return  # who may read one file need not be allowed to look around it
+        for info in found:
+            if info.type != fs.FileType.NotFound:
+                _refuse_table(path, PurePosixPath(info.path).parts[-2:])
+
+
+def _refuse_table(path: str | Path, parts: Sequence[str]) -> None:
+    """Go on only if the parts of a path are not those of a table's own log.
+
+    Raises:
+        UserError: they are, with how to get at the rows.
+    """
+    if DELTA_LOG in parts:
+        kind = "Delta"
+    elif HUDI_LOG in parts:
+        kind = "Hudi"
+    elif ICEBERG_LOG in parts[:-1] and ".metadata.json" in parts[-1]:
+        kind = "Iceberg"
+    else:
+        return
+
+    raise UserError(
+        f"{path} is of a table of {kind}, whose own log says which files hold its rows; others lie "
+        "there still, with rows that were deleted or replaced. Export the table to plain Parquet "
+        f"and read that, for instance with Spark: spark.read.format('{kind.lower()}')"
+        ".load(TABLE).write.parquet(FOLDER)"
+    )
 
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
@@ -85,8 +219,13 @@ def total_bytes(files: list[str]) -> int:
 
 def count_rows(files: list[str]) -> int:
     """Rows of all files by their own metadata, without reading them."""
+    return sum(rows_by_file(files).values())
+
+
+def rows_by_file(files: list[str]) -> dict[str, int]:
+    """Rows of each file by its own metadata."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return sum(pool.map(_rows, files))
+        return dict(zip(files, pool.map(_rows, files), strict=True))
 
 
 def path_inside(folder: str | Path, name: str) -> str:

@@ -38,6 +38,7 @@ class LogFiles:
     users: SideTable | None
     items: SideTable | None
     imported: ImportReport | None = None
+    left_out: dict[str, str] = field(default_factory=dict)  # file beside the logs -> why not read
 
 
 def import_once(

@@ -1,24 +1,52 @@
 """A user's own logs: Parquet files read where they lie, with a mapping of column names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.config import SourceConfig, UserError
-from pipeline.logs.files import list_files, open_parquet
+from pipeline.logs.files import FoundFiles, find_files, open_parquet
 
 
 def parquet_files(key: str, path: str | Path) -> list[str]:
+    """The files that `find_logs` finds."""
+    return find_logs(key, path).files
+
+
+def find_logs(key: str, path: str | Path) -> FoundFiles:
     """The Parquet files at `path`, a file or a folder searched in depth, on a disk or in S3, in a
-    fixed order.
+    fixed order; and what is left out.
 
     Raises:
-        UserError: there is nothing, naming the configuration key.
+        UserError: there is nothing to read, or the place is a table of Delta, Iceberg or Hudi,
+            naming the configuration key.
     """
-    files = list_files(path)
-    if not files:
-        raise UserError(f"{key}: no Parquet files at {str(path)!r}")
-    return files
+    try:
+        found = find_files(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+    if not found.files:
+        others = f"; left out: {count_reasons(found.left_out)}" if found.left_out else ""
+        raise UserError(f"{key}: no Parquet files at {str(path)!r}{others}")
+    return found
+
+
+def count_reasons(left_out: Mapping[str, str]) -> str:
+    """The files that were left out, by reason, with one file for each.
+
+    {"a/_x": "hidden", "a/_y": "hidden"}    2 (hidden: a/_x …)
+    """
+    files: dict[str, list[str]] = {}
+    for file, reason in left_out.items():
+        files.setdefault(reason, []).append(file)
+
+    words = []
+    for reason, found in files.items():
+        more = " …" if len(found) > 1 else ""
+        words.append(f"{len(found)} ({reason}: {found[0]}{more})")
+    return ", ".join(words)
 
 
 def read_schema(file: str) -> pa.Schema:

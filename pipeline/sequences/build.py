@@ -37,8 +37,8 @@ from pipeline.config import (
 )
 from pipeline.logs import LogFiles, open_logs
 from pipeline.logs.cleaning import LogRules, check_columns
-from pipeline.logs.files import CONNECTIONS, count_rows, file_digest, file_stamp, total_bytes
-from pipeline.logs.parquet import read_schema
+from pipeline.logs.files import CONNECTIONS, file_digest, file_stamp, rows_by_file, total_bytes
+from pipeline.logs.parquet import count_reasons, read_schema
 from pipeline.schema import DAY_MS, EventColumns
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
@@ -92,15 +92,19 @@ def log_rules(
     )
 
 
-def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
-    """The logs, the rules and the number of rows: all files' columns and types checked, without
+def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
+    """The logs, the rules and the rows of each file: all files' columns and types checked, without
     reading a row.
 
     Raises:
         UserError: a missing or mistyped column, or no rows at all.
     """
     logs = open_logs(cfg)
-    rows = count_rows(logs.files)
+    if logs.left_out:
+        logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
+
+    rows_of_files = rows_by_file(logs.files)
+    rows = sum(rows_of_files.values())
     num_buckets = cfg.sequences.num_buckets or fitting_buckets(cfg.source, rows)
     rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets)
 
@@ -113,7 +117,7 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, int]:
             f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} "
             "…)"
         )
-    return logs, rules, rows
+    return logs, rules, rows_of_files
 
 
 def row_bytes(events: EventColumns) -> float:
@@ -136,12 +140,14 @@ def fitting_buckets(source: SourceConfig, rows: int) -> int:
 
 def plan_build(cfg: RunConfig) -> dict[str, object]:
     """The files and rows that `build_sequences` would read, and the memory that its tasks take."""
-    logs, rules, rows = check_logs(cfg)
+    logs, rules, rows_of_files = check_logs(cfg)
+    rows = sum(rows_of_files.values())
     bytes_per_row = row_bytes(rules.events)
     part_memory = 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
 
     return {
         "files": len(logs.files),
+        "files_left_out": len(logs.left_out),
         "file_mb": round(total_bytes(logs.files) / MB, 1),
         "rows": rows,
         "parts": -(-rows // parts.PART_ROWS),
@@ -167,11 +173,12 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
         UserError: the logs cannot be used, too many rows are bad, or other sequences are published
             there already and neither `overwrite` nor `append` says what is to become of them.
     """
-    logs, rules, _ = check_logs(cfg)
+    logs, rules, rows_of_files = check_logs(cfg)
     folder = cfg.sequence_dir
 
     with lock_folder(folder):
         files = _digests(logs.files, folder)
+        present = files
         sides = _side_digests(logs)
         settings = content_settings(cfg.source, cfg.sequences)
         published = None if overwrite else _published(folder)
@@ -192,9 +199,10 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
         with workers(cfg.ray, cfg.runs_dir) as run:
             made = _make_parts(cfg.sequences, files, rules, folder, run)
             new_parts = made if held else []
+            inputs = _list_inputs(logs, rows_of_files, present, held)
             try:
                 manifest = build_version(
-                    cfg, logs, rules, [*held, *made], new_parts, published, run
+                    cfg, logs, rules, [*held, *made], new_parts, published, run, inputs
                 )
                 if cfg.checks.drift:
                     refuse_drift(folder, _readable(folder), manifest, cfg.drift)
@@ -204,6 +212,29 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
 
         publish_version(folder, manifest)
     return manifest
+
+
+def _list_inputs(
+    logs: LogFiles, rows: Mapping[str, int], present: Mapping[str, str], held: Sequence[Part]
+) -> report.InputFiles:
+    """The files of a version: those that are there, given as digest -> file, and those that only
+    its parts remember.
+    """
+    digest_of = {file: digest for digest, file in present.items()}
+    read: dict[str, int] = {}
+    left_out = dict(logs.left_out)
+    for file in logs.files:
+        if file in digest_of:
+            read[file] = rows[file]
+        else:
+            left_out[file] = "the same bytes as another file"
+
+    gone: Counter[str] = Counter()
+    for part in held:
+        for source in part.sources:
+            if source.digest not in present:
+                gone[source.digest] += source.rows
+    return report.InputFiles(read, left_out, len(gone), gone.total())
 
 
 def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
@@ -330,6 +361,7 @@ def build_version(
     new_parts: Sequence[Part],
     published: Manifest | None,
     run: Workers,
+    inputs: report.InputFiles,
 ) -> Manifest:
     """The version that `all_parts` make, all its files written, not yet published. Only touched
     buckets are built.
@@ -349,7 +381,7 @@ def build_version(
 
     totals = total_statistics(records)
     checks = _check_counts(cfg, totals, new_parts)
-    page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks)
+    page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs)
     refuse_failed(checks, log_hints(totals, rules), page)
 
     return compose_manifest(

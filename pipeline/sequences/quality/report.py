@@ -8,7 +8,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,28 @@ pre { overflow-x: auto; background: #f5f5f5; padding: .6em } \
 svg { max-width: 100%; height: auto }"""
 
 
+FILES_SHOWN = 200  # on the page; validation.json has all
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """The files that a version was built from."""
+
+    rows: dict[str, int] = field(default_factory=dict)  # of each file that is there
+    left_out: dict[str, str] = field(default_factory=dict)  # file beside them -> why
+    gone: int = 0  # files that were read for an earlier version and are there no more
+    gone_rows: int = 0
+
+
+def read_inputs(run_dir: Path) -> InputFiles:
+    """The files that the run's last report names; none where there is no report, or an older one."""
+    try:
+        content = json.loads((run_dir / "report" / "validation.json").read_text())
+        return InputFiles(**content["input_files"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return InputFiles()
+
+
 def write_report(
     run_dir: Path,
     name: str,
@@ -38,6 +60,7 @@ def write_report(
     rules: LogRules,
     imported: ImportReport | None,
     checks: Sequence[Check],
+    inputs: InputFiles,
 ) -> Path:
     """validation.json and validation.html in the report folder of the run called `name`; returns
     the page.
@@ -50,6 +73,7 @@ def write_report(
         "import_counts": imported.counts if imported else {},
         "checks": list(map(asdict, checks)),
         "hints": log_hints(totals, rules),
+        "input_files": asdict(inputs),
         "length_quantiles": length_quantiles(totals.lengths),
         **asdict(totals),
     }
@@ -70,6 +94,7 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
 <h1>Validation of {run}</h1>
 {_hints(content["hints"])}
 {_table(_overview(content))}
+<h2>Files</h2>{_files(content["input_files"])}
 <h2>Checks</h2>{_table(_verdicts(content["checks"]))}
 <h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
 <h2>Rows per user</h2>{_length_plot(content["lengths"])}
@@ -100,6 +125,29 @@ def _overview(content: dict[str, Any]) -> dict[str, Any]:
     for name, value in content["import_counts"].items():
         rows[f"import: {name}"] = value
     return rows
+
+
+def _files(inputs: dict[str, Any]) -> str:
+    """The rows of each file, and why others are left out."""
+    lines: dict[str, Any] = {
+        "files read": len(inputs["rows"]),
+        "files left out": len(inputs["left_out"]),
+    }
+    if inputs["gone"]:
+        lines["files read before, gone by now"] = inputs["gone"]
+        lines["rows of those"] = inputs["gone_rows"]
+
+    shown = _first_lines(inputs["rows"]) | _first_lines(inputs["left_out"], "left out: ")
+    return f"{_table(lines)}<details><summary>each file</summary>{_table(shown)}</details>"
+
+
+def _first_lines(lines: dict[str, Any], before: str = "") -> dict[str, Any]:
+    shown = {}
+    for name, value in list(lines.items())[:FILES_SHOWN]:
+        shown[f"{before}{name}"] = value
+    if len(lines) > FILES_SHOWN:
+        shown[f"{before}more in validation.json"] = len(lines) - FILES_SHOWN
+    return shown
 
 
 def _verdicts(checks: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -312,4 +312,6 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
     totals = total_statistics(records)
     checks = run_checks(cfg.checks, totals)
     imported = None if cfg.source.kind == "parquet" else read_import_report(cfg)
-    report.write_report(cfg.run_dir, cfg.name, totals, held_rules(manifest), imported, checks)
+    inputs = report.read_inputs(cfg.run_dir)
+    rules = held_rules(manifest)
+    report.write_report(cfg.run_dir, cfg.name, totals, rules, imported, checks, inputs)
