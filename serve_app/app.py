@@ -241,6 +241,7 @@ class Arguments(BaseModel):
     rate_limit_per_s: float | None = None
     max_wait_ms: float = 500.0
     request_timeout_s: float = 10.0
+    body_timeout_s: float = 2.0
 
 
 def _build_api(replica: Replica, args: Arguments) -> FastAPI:
@@ -259,6 +260,7 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         rate_limit,
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
+        body_timeout_s=args.body_timeout_s,
         id_is_sent=True,
     )
 

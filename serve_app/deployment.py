@@ -89,6 +89,7 @@ def serve_config(
         "rate_limit_per_s": settings.rate_limit_per_s,
         "max_wait_ms": settings.max_wait_ms,
         "request_timeout_s": settings.request_timeout_s,
+        "body_timeout_s": settings.body_timeout_s,
     }
 
     ingress, ranker = application["deployments"]

@@ -110,6 +110,13 @@ class ServeConfig:
         doc="Longest time, in seconds, from the first byte of a request to its answer; beyond it "
         "the answer is 504.",
     )
+    body_timeout_s: float = setting(
+        2.0,
+        above=0,
+        below=math.inf,
+        doc="Longest time, in seconds, until the body of a request is there; beyond it the answer "
+        "is 408.",
+    )
     start_timeout_s: float = setting(
         600.0,
         above=0,

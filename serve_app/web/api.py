@@ -1,6 +1,6 @@
 """The HTTP API without Ray: routes by subject, layers around them, answers to exceptions.
 
-    request → RequestLog → Deadline → BodyLimit → Protection → Admission → a router → the replica
+    request → RequestLog → Deadline → Protection → BodyLimit → Admission → a router → the replica
 
 Routers are in `rank`, `events`, `model` and `monitoring`; layers in `limits` and `protection`.
 """
@@ -28,6 +28,7 @@ def make_api(
     *,
     max_wait_s: float = 0.5,
     timeout_s: float = 10.0,
+    body_timeout_s: float = 2.0,
     id_is_sent: bool = False,
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
@@ -38,7 +39,8 @@ def make_api(
         keys: who may ask; None is everybody.
         rate_limit: per key, None is without limit.
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
-        timeout_s: from the first byte to the answer; HTTP 408 or 504 beyond it.
+        timeout_s: from the first byte to the answer; HTTP 504 beyond it.
+        body_timeout_s: until the body is there; HTTP 408 beyond it.
         id_is_sent: as of `RequestLog`.
     """
     api = FastAPI(
@@ -50,11 +52,10 @@ def make_api(
     api.state.replica = replica
     api.state.counts = metrics.IngressMetrics()
 
-    # From the inside out. No work is admitted without a key. A client that is still sending hears
-    # no 401 either: its body is read first.
+    # From the inside out. Without a key no work is admitted and no body is waited for.
     api.add_middleware(Admission, max_wait_s=max_wait_s)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
-    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent)
     add_error_handlers(api)

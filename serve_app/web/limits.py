@@ -3,6 +3,7 @@ routes.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import time
@@ -30,34 +31,42 @@ def json_reply(
     return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
+async def drain_body(receive: Receive, longest_s: float) -> None:
+    """Read what is left of a body, for at most `longest_s`, and keep nothing of it.
+
+    Clients ignore an answer while they are still sending.
+    """
+    # who is still sending when the time is over may miss the answer
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(longest_s):
+            while (await receive()).get("more_body", False):
+                pass
+
+
 class BodyLimit:
-    """413 for a body of more than `max_bytes`.
+    """413 for a body of more than `max_bytes`, 408 for one that is not there after `timeout_s`.
 
     A longer body is drained, not stored: clients ignore a response while they are still sending.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        body = bytearray()
-        size = 0
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-
-            chunk = message.get("body", b"")
-            more = message.get("more_body", False)
-            size += len(chunk)
-            if size <= self.max_bytes:
-                body += chunk
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                body, size = await self._read_body(receive)
+        except TimeoutError:
+            await late_body(self.timeout_s)(scope, receive, send)
+            return
+        if body is None:
+            return
 
         scope.setdefault("state", {})["body_bytes"] = size
         if size > self.max_bytes:
@@ -71,6 +80,23 @@ class BodyLimit:
             return pending.pop() if pending else await receive()
 
         await self.app(scope, receive_again, send)
+
+    async def _read_body(self, receive: Receive) -> tuple[bytearray | None, int]:
+        """The body, in part where it is too long, and its size; None: the client went away."""
+        body = bytearray()
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None, size
+
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(chunk)
+            if size <= self.max_bytes:
+                body += chunk
+        return body, size
 
     def _too_long(self, size: int) -> Response:
         problem = {
@@ -113,15 +139,17 @@ class Deadline:
             if started or not deadline.expired():
                 raise
             body_was_read = "body_bytes" in scope.get("state", {})
-            await self._too_late(body_was_read)(scope, receive, send)
+            answer = late_answer if body_was_read else late_body
+            await answer(self.timeout_s)(scope, receive, send)
 
-    def _too_late(self, body_was_read: bool) -> Response:
-        if body_was_read:
-            status, text = 504, "no answer"
-        else:
-            status, text = 408, "the body was not complete"
-        detail = f"{text} within {self.timeout_s:g} s"
-        return json_reply({"detail": detail}, status, {"Retry-After": "1"})
+
+def late_body(timeout_s: float) -> Response:
+    detail = f"the body was not complete within {timeout_s:g} s"
+    return json_reply({"detail": detail}, 408, {"Retry-After": "1"})
+
+
+def late_answer(timeout_s: float) -> Response:
+    return json_reply({"detail": f"no answer within {timeout_s:g} s"}, 504, {"Retry-After": "1"})
 
 
 class Backlog:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.config import UserError
 from serve_app.metrics import IngressMetrics
+from serve_app.web.limits import drain_body
 
 # a child of the logger that Serve writes to the replica's file
 requests_log = logging.getLogger("ray.serve.requests")
@@ -37,6 +38,7 @@ LOGGED_FIELDS = ("key", "num_candidates", "num_events", "version")
 REQUEST_ID = b"x-request-id"
 SANE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}")  # safe in a header and in a line of a log
 REFUSALS_LOGGED_PER_S = 5.0
+REFUSED_BODY_S = 0.25  # how long a refused client may still send
 ANYBODY = "-"  # the name in logs and rate limits where no keys are asked for
 
 
@@ -157,8 +159,13 @@ class Protection:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             refusal = self._find_refusal(scope)
 
-        answer = self.app if refusal is None else refusal
-        await answer(scope, receive, send)
+        if refusal is None:
+            await self.app(scope, receive, send)
+            return
+
+        # a body that comes with its headers is gone at once; a slow one is not waited for
+        await drain_body(receive, REFUSED_BODY_S)
+        await refusal(scope, receive, send)
 
     def _find_refusal(self, scope: Scope) -> JSONResponse | None:
         """The answer to who may not ask; the request log learns the key's name or the reason."""
