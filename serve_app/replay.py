@@ -93,11 +93,13 @@ def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
     for index in rng.permutation(len(manifest.buckets)):
         tables.append(store.read_bucket(cfg.sequence_dir, manifest, int(index)))
         found += len(
-            request_examples(user_events(tables[-1], cfg), *split_bounds(cfg.split, "test"))
+            request_examples(
+                user_events(tables[-1], cfg.source, cfg.features), *split_bounds(cfg.split, "test")
+            )
         )
         if found >= num:
             break
-    users = user_events(pa.concat_tables(tables), cfg)
+    users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
     examples = request_examples(users, *split_bounds(cfg.split, "test"))
     if len(examples) == 0:
         raise UserError("split.t_test: the test period holds no request to replay")
@@ -283,7 +285,9 @@ def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
     most = 0
     begin, end = split_bounds(cfg.split, "test")
     for index in range(len(manifest.buckets)):
-        users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
+        users = user_events(
+            store.read_bucket(cfg.sequence_dir, manifest, index), cfg.source, cfg.features
+        )
         rows = np.flatnonzero(
             (users.request_time >= begin) & (users.request_time < end) & ~users.events.order_only
         )

@@ -122,7 +122,7 @@ def test_every_training_and_validation_row_against_loops(
     world: tuple[RunConfig, pa.Table, FeatureMaps],
 ) -> None:
     cfg, table, maps = world
-    users, rows = user_events(table, cfg), rows_of(table)
+    users, rows = user_events(table, cfg.source, cfg.features), rows_of(table)
     examples = request_examples(users, 0, 2**62)
     chosen = target_rows(examples)
     width = len(cfg.tasks) + 1
@@ -153,8 +153,8 @@ def test_a_row_without_a_real_time_carries_nothing(
     world: tuple[RunConfig, pa.Table, FeatureMaps],
 ) -> None:
     cfg, table, maps = world
-    users = user_events(table, cfg)
-    examples = training_examples(users, cfg, np.random.default_rng(0))
+    users = user_events(table, cfg.source, cfg.features)
+    examples = training_examples(users, cfg.split, cfg.train, np.random.default_rng(0))
     order_only = users.events.order_only[target_rows(examples)]
     dense = dense_of(users, examples, maps, cfg)
     assert order_only.sum() > 5
@@ -169,7 +169,7 @@ def test_both_layouts_and_a_cut_history_give_the_same_numbers(
     world: tuple[RunConfig, pa.Table, FeatureMaps],
 ) -> None:
     cfg, table, maps = world
-    users = user_events(table, cfg)
+    users = user_events(table, cfg.source, cfg.features)
     by_row = {}
     cut = {"alpha": 1.2, "max_len": 3}
     for layout in ("user", "request"):
@@ -178,7 +178,7 @@ def test_both_layouts_and_a_cut_history_give_the_same_numbers(
             cfg.train, layout=layout, max_targets_per_sequence=3, stochastic_length=lengths
         )
         changed = replace(cfg, train=train)
-        examples = training_examples(users, changed, np.random.default_rng(0))
+        examples = training_examples(users, changed.split, changed.train, np.random.default_rng(0))
         assert (examples.history_begin > users.events.offsets[examples.user]).any()
         dense = dense_of(users, examples, maps, changed)
         order = np.argsort(target_rows(examples), kind="stable")
@@ -197,7 +197,7 @@ def test_a_saved_model_knows_the_whole_training_period(
         tmp_path / "model", RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {}
     )
     saved = load_model(tmp_path / "model").maps
-    users = user_events(table, cfg)
+    users = user_events(table, cfg.source, cfg.features)
     later = request_examples(users, cfg.split.val_ms, 2**62)
     np.testing.assert_array_equal(
         dense_of(users, later, maps, cfg), dense_of(users, later, saved, cfg)
@@ -228,7 +228,7 @@ def own_label_moves(
     """For how many of some training rows what `see` returns depends on the row's own label."""
     table = publish_sequences(replace(cfg, runs_dir=str(folder / "plain")))
     maps = fit_features(replace(cfg, runs_dir=str(folder / "plain")))
-    events = user_events(table, cfg).events
+    events = user_events(table, cfg.source, cfg.features).events
     rows = np.flatnonzero((events.event_time < cfg.split.train_end_ms) & ~events.order_only)[::4]
     moved = 0
     for row in rows.tolist():
@@ -246,8 +246,8 @@ def batch_of_row(
     cfg: RunConfig, maps: FeatureMaps, table: pa.Table, row: int
 ) -> tuple[SequenceBatch, int]:
     """The training pass that has this row among its targets, and which of them it is."""
-    users = user_events(table, cfg)
-    examples = training_examples(users, cfg, np.random.default_rng(0))
+    users = user_events(table, cfg.source, cfg.features)
+    examples = training_examples(users, cfg.split, cfg.train, np.random.default_rng(0))
     number = int(np.flatnonzero((examples.target_begin <= row) & (row < examples.target_end))[0])
     one = examples[number : number + 1]
     return example_batch(users, one, maps, cfg, training=True), row - int(one.target_begin[0])

@@ -93,7 +93,7 @@ def rng() -> np.random.Generator:
 
 def test_requests_see_strictly_earlier_rows_only(rng: np.random.Generator) -> None:
     cfg, table = make_config(), make_sequences(rng)
-    users = user_events(table, cfg)
+    users = user_events(table, cfg.source, cfg.features)
     examples = request_examples(users, T_VAL, 2**62)
     expected = []
     for number, row in enumerate(table.to_pylist()):
@@ -120,8 +120,8 @@ def test_every_training_row_is_a_target_once(
     rng: np.random.Generator, layout: str, weight: float
 ) -> None:
     cfg = make_config(layout=layout, history_label_weight=weight, max_targets_per_sequence=5)
-    users = user_events(make_sequences(rng), cfg)
-    examples = training_examples(users, cfg, rng)
+    users = user_events(make_sequences(rng), cfg.source, cfg.features)
+    examples = training_examples(users, cfg.split, cfg.train, rng)
     targets = np.concatenate(
         [np.arange(b, e) for b, e in zip(examples.target_begin, examples.target_end, strict=True)]
     )
@@ -146,11 +146,17 @@ def batch_rows(batch: SequenceBatch, number: int) -> dict[str, list]:
 
 def test_both_layouts_give_a_candidate_the_same_columns(rng: np.random.Generator) -> None:
     cfg, table, maps = make_config(), make_sequences(rng), make_maps()
-    users = user_events(table, cfg)
-    by_user = example_batch(users, training_examples(users, cfg, rng), maps, cfg, training=True)
+    users = user_events(table, cfg.source, cfg.features)
+    by_user = example_batch(
+        users, training_examples(users, cfg.split, cfg.train, rng), maps, cfg, training=True
+    )
     request_cfg = make_config(layout="request")
     by_request = example_batch(
-        users, training_examples(users, request_cfg, rng), maps, request_cfg, training=True
+        users,
+        training_examples(users, request_cfg.split, request_cfg.train, rng),
+        maps,
+        request_cfg,
+        training=True,
     )
     names = ("item_codes", "request_codes", "position", "gap_ms")
 
@@ -178,12 +184,12 @@ def corrupt_after(table: pa.Table, number: int, visible: int, cfg: config.RunCon
         rows[number]["action_mask"][i] ^= 3
         rows[number]["known_mask"][i] ^= 3
         rows[number]["watch_ms"][i] = 77
-    return user_events(pa.Table.from_pylist(rows, schema=table.schema), cfg)
+    return user_events(pa.Table.from_pylist(rows, schema=table.schema), cfg.source, cfg.features)
 
 
 def assert_nothing_from_the_future(table: pa.Table, cfg: config.RunConfig, build) -> None:
     """Whatever happens at or after a request changes none of its inputs."""
-    users = user_events(table, cfg)
+    users = user_events(table, cfg.source, cfg.features)
     examples = request_examples(users, T_VAL, 2**62)
     for i in range(0, len(examples), 3):
         one = examples[i : i + 1]
@@ -218,7 +224,7 @@ def test_a_planted_leak_is_found(rng: np.random.Generator) -> None:
 
 def test_serving_builds_the_batch_that_evaluation_builds(rng: np.random.Generator) -> None:
     cfg, table, maps = make_config(), make_sequences(rng), make_maps()
-    users = user_events(table, cfg)
+    users = user_events(table, cfg.source, cfg.features)
     examples = request_examples(users, T_VAL, 2**62)
     offline = example_batch(users, examples, maps, cfg, training=False)
     history = users.events.take(examples.history_begin, examples.history_end)
@@ -257,7 +263,7 @@ def test_watch_time_is_bits_of_the_history_alone(rng: np.random.Generator) -> No
     watching = replace(cfg, features=features)
     duration = np.concatenate([[0.0], rng.integers(0, 2, 40) * 40_000.0])
     maps = replace(make_maps(), item_duration_ms=duration)
-    users = user_events(table, cfg)
+    users = user_events(table, cfg.source, cfg.features)
     watch_ms = rng.choice([-1, 1999, 2000, 29_999, 30_000], len(users.events.item_id))
     users = replace(users, events=replace(users.events, outcomes={"watch_ms": watch_ms}))
     examples = request_examples(users, T_VAL, 2**62)

@@ -84,8 +84,8 @@ def test_every_example_is_in_one_step_whatever_the_number_of_ranks(
     tmp_path: Path, how: str
 ) -> None:
     cfg = world(tmp_path, **CUTTING[how])
-    users = user_events(store.read_sequences(cfg.sequence_dir), cfg)
-    whole = Share(users, whole_examples(users, cfg), idle=False)
+    users = user_events(store.read_sequences(cfg.sequence_dir), cfg.source, cfg.features)
+    whole = Share(users, whole_examples(users, cfg.split, cfg.train), idle=False)
     targets = sorted(
         (row_of(whole, i)[0], *row_of(whole, i)[3:]) for i in range(len(whole.examples))
     )

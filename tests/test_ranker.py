@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, UserEvents]
     loaded = load_model(save_tiny_model(cfg, folder / "model"))
     store = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
     limits = ServeConfig(max_candidates=50, max_history=30)
-    return Ranker(loaded, store, 7, "tiny", limits), user_events(table, cfg)
+    return Ranker(loaded, store, 7, "tiny", limits), user_events(table, cfg.source, cfg.features)
 
 
 def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.ndarray]:
@@ -101,7 +101,7 @@ def test_a_query_anchored_model_is_served_without_a_cache(tmp_path: Path) -> Non
     store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
     ranker = Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30))
 
-    requests, scores = all_requests((ranker, user_events(table, cfg)))
+    requests, scores = all_requests((ranker, user_events(table, cfg.source, cfg.features)))
     np.testing.assert_allclose(as_array(ranker, requests), scores, atol=1e-6)
     assert hits_and_misses(ranker) == (0, 0)
 

@@ -300,7 +300,7 @@ def test_every_request_row_is_scored_once(evaluated: tuple[RunConfig, dict[str, 
     cfg, metrics = evaluated
     from pipeline.sequences import store
 
-    users = user_events(store.read_sequences(cfg.sequence_dir), cfg)
+    users = user_events(store.read_sequences(cfg.sequence_dir), cfg.source, cfg.features)
     for split, bounds in {
         "val": (cfg.split.val_ms, cfg.split.test_ms),
         "test": (cfg.split.test_ms, cfg.split.end_ms),

@@ -154,15 +154,15 @@ def main() -> None:
     dense = with_rates(cfg)
     lengths = np.random.default_rng(0).poisson(40, options.users)
     sequences, maps = make_sequences(lengths, cfg, rows_before=30), make_maps()
-    users = user_events(sequences, cfg)
+    users = user_events(sequences, cfg.source, cfg.features)
     num_rows = int(users.events.offsets[-1])
     rates = {
         "user_events": num_rows
-        / median_seconds(lambda: user_events(sequences, cfg), options.repeats)
+        / median_seconds(lambda: user_events(sequences, cfg.source, cfg.features), options.repeats)
     }
     layouts = {
         "example_batch, one pass per user": (
-            training_examples(users, cfg, np.random.default_rng(0)),
+            training_examples(users, cfg.split, cfg.train, np.random.default_rng(0)),
             True,
         ),
         "example_batch, one sequence per request": (

@@ -121,7 +121,8 @@ def candidates(
         outcomes={},
     )
     visible = np.repeat(history.lengths, lengths)
-    return replace(targets, dense=candidate_features(history, targets, visible, maps, cfg))
+    dense = candidate_features(history, targets, visible, maps, cfg.features, cfg.task_bits)
+    return replace(targets, dense=dense)
 
 
 def collate(

@@ -6,6 +6,7 @@ candidates are the request's rows. Two layouts hold the same examples: one seque
 sees only what lay before its request (training).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.batches.events import Events, offsets_of, ranges, request_gaps, ro
 from pipeline.batches.features import FeatureMaps, label_counts
 from pipeline.batches.rates import candidate_features
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
-from pipeline.config import FeatureConfig, RunConfig, SourceConfig, TrainConfig
+from pipeline.config import FeatureConfig, RunConfig, SourceConfig, SplitConfig, TrainConfig
 from pipeline.sequences import arrow_lists
 
 
@@ -69,9 +70,9 @@ class Examples:
         return self.num_history + (self.target_end - self.target_begin)
 
 
-def user_events(sequences: pa.Table, cfg: RunConfig) -> UserEvents:
+def user_events(sequences: pa.Table, source: SourceConfig, features: FeatureConfig) -> UserEvents:
     """SEQUENCE rows as flat columns, with position, gap and request bounds of every row."""
-    events = flat_events(sequences, cfg.source, cfg.features)
+    events = flat_events(sequences, source, features)
     rows = np.arange(events.offsets[-1])
     begin = np.repeat(events.offsets[:-1], events.lengths)
 
@@ -155,27 +156,29 @@ def _whole_requests(users: UserEvents, first: np.ndarray) -> Examples:
     )
 
 
-def training_examples(users: UserEvents, cfg: RunConfig, rng: np.random.Generator) -> Examples:
+def training_examples(
+    users: UserEvents, split: SplitConfig, train: TrainConfig, rng: np.random.Generator
+) -> Examples:
     """One epoch's examples of these users in the configured layout, stochastic length applied."""
-    examples = whole_examples(users, cfg)
-    cut = stochastic_cuts(examples.num_history, cfg.train.stochastic_length, rng)
-    return cut_histories(examples, cut, cfg.train)
+    examples = whole_examples(users, split, train)
+    cut = stochastic_cuts(examples.num_history, train.stochastic_length, rng)
+    return cut_histories(examples, cut, train)
 
 
-def whole_examples(users: UserEvents, cfg: RunConfig) -> Examples:
+def whole_examples(users: UserEvents, split: SplitConfig, train: TrainConfig) -> Examples:
     """The training examples of these users in the configured layout, each with its whole history.
 
     The candidates are the rows of the training period, and the order_only rows where their labels
     weigh something.
     """
-    training = users.request_time < cfg.split.train_end_ms
-    if cfg.train.history_label_weight == 0:
+    training = users.request_time < split.train_end_ms
+    if train.history_label_weight == 0:
         training &= ~users.events.order_only
 
-    if cfg.train.layout == "request":
+    if train.layout == "request":
         rows = np.flatnonzero(training)
         return _whole_requests(users, rows[users.request_begin[rows] == rows])
-    return _cut_passes(users, training, cfg.train.max_targets_per_sequence)
+    return _cut_passes(users, training, train.max_targets_per_sequence)
 
 
 def cut_histories(examples: Examples, cut: np.ndarray, train: TrainConfig) -> Examples:
@@ -244,13 +247,16 @@ def example_batch(
         is_whole = np.array_equal(first, examples.history_begin)
         seen = history if is_whole else users.events.take(first, examples.history_end)
         visible_rows = users.visible_end[rows] - np.repeat(first, lengths)
-        targets = replace(targets, dense=candidate_features(seen, targets, visible_rows, maps, cfg))
+        dense = candidate_features(seen, targets, visible_rows, maps, cfg.features, cfg.task_bits)
+        targets = replace(targets, dense=dense)
 
     visible, labels, weight = None, None, None
     if training:
         begin = np.repeat(examples.history_begin, lengths)
         visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
-        labels, weight = target_labels(users.events, rows, cfg)
+        labels, weight = target_labels(
+            users.events, rows, cfg.task_bits, cfg.train.history_label_weight
+        )
 
     return collate(
         history,
@@ -291,12 +297,14 @@ def target_events(
 
 
 def target_labels(
-    events: Events, rows: np.ndarray, cfg: RunConfig
+    events: Events, rows: np.ndarray, task_bits: Sequence[int], order_only_weight: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and their loss weights, float32 [C, tasks]; weight 0 where the action of the row is
-    unknown.
+    """Labels and their loss weights, float32 [C, tasks].
+
+    The weight is 0 where the action of the row is unknown, `order_only_weight` in order_only rows,
+    and 1 in all others.
     """
-    counts = label_counts(events.action_mask[rows], events.known_mask[rows], cfg.task_bits)
+    counts = label_counts(events.action_mask[rows], events.known_mask[rows], task_bits)
     known, labels = np.split(counts, 2, axis=1)
-    weight = np.where(events.order_only[rows, None], cfg.train.history_label_weight, 1.0)
+    weight = np.where(events.order_only[rows, None], order_only_weight, 1.0)
     return labels.astype(np.float32), (known * weight).astype(np.float32)

@@ -174,8 +174,8 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         period.
     """
     rows = _TrainingRows.read(cfg)
-    items = _side_table(cfg, "items", "item_id", rows.items)
-    users = _side_table(cfg, "users", "user_id", rows.users)
+    items = _side_table(cfg.sequence_dir, cfg.features, "items", "item_id", rows.items)
+    users = _side_table(cfg.sequence_dir, cfg.features, "users", "user_id", rows.users)
     item_ids, item_columns, item_sizes = _side_codes(
         items, "item_id", cfg.features.item, rows.items
     )
@@ -202,7 +202,7 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         request_values=request_values,
         vocab_sizes=sizes,
         base_rates=rows.base_rates,
-        item_duration_ms=_durations(items, cfg),
+        item_duration_ms=_durations(items, cfg.features.duration_ms_column),
     )
     return _with_counts(maps, cfg) if cfg.features.dense else maps
 
@@ -248,7 +248,7 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
         for feature in cfg.features.dense.values()
     }
     stored = [name for name in cfg.features.request if name != "hour"]
-    for table in _buckets(cfg):
+    for table in _buckets(cfg.sequence_dir):
         names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
         flat = {name: arrow_lists.flat_column(table, name) for name in names}
         flat = {
@@ -291,7 +291,7 @@ class _TrainingRows:
         items, timed_items, users = [], [], []
         request: dict[str, list[np.ndarray]] = {name: [] for name in stored}
         positives, totals = np.zeros(len(cfg.tasks)), np.zeros(len(cfg.tasks))
-        for table in _buckets(cfg):
+        for table in _buckets(cfg.sequence_dir):
             offsets = arrow_lists.list_offsets(table)
             flat = {
                 name: arrow_lists.flat_column(table, name)
@@ -335,23 +335,25 @@ class _TrainingRows:
         )
 
 
-def _buckets(cfg: RunConfig) -> Iterator[pa.Table]:
-    manifest = store.read_manifest(cfg.sequence_dir)
+def _buckets(sequence_dir: Path) -> Iterator[pa.Table]:
+    manifest = store.read_manifest(sequence_dir)
     for index in range(len(manifest.buckets)):
-        yield store.read_bucket(cfg.sequence_dir, manifest, index)
+        yield store.read_bucket(sequence_dir, manifest, index)
 
 
-def _side_table(cfg: RunConfig, side: str, id_column: str, seen: np.ndarray) -> pa.Table:
+def _side_table(
+    sequence_dir: Path, features: FeatureConfig, side: str, id_column: str, seen: np.ndarray
+) -> pa.Table:
     """The side table plus a bare row for every id of the training rows that it does not list,
     sorted by id.
     """
-    table = store.read_side_table(cfg.sequence_dir, side)
+    table = store.read_side_table(sequence_dir, side)
     if table is None:
         table = pa.table({id_column: pa.array(seen, pa.int64())})
-    columns = list(cfg.features.item if side == "items" else cfg.features.user)
+    columns = list(features.item if side == "items" else features.user)
     keys = dict.fromkeys(columns, f"features.{side[:-1]}")
-    if side == "items" and cfg.features.duration_ms_column is not None:
-        keys.setdefault(cfg.features.duration_ms_column, "features.duration_ms_column")
+    if side == "items" and features.duration_ms_column is not None:
+        keys.setdefault(features.duration_ms_column, "features.duration_ms_column")
     for name, key in keys.items():
         if name not in table.column_names:
             raise UserError(
@@ -365,9 +367,8 @@ def _side_table(cfg: RunConfig, side: str, id_column: str, seen: np.ndarray) -> 
     return table.sort_by(id_column)
 
 
-def _durations(items: pa.Table, cfg: RunConfig) -> np.ndarray:
+def _durations(items: pa.Table, name: str | None) -> np.ndarray:
     """float64 [I + 1], ms, 0 for an unknown item or duration; empty where no column is named."""
-    name = cfg.features.duration_ms_column
     if name is None:
         return np.zeros(0)
     try:

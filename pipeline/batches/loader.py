@@ -158,11 +158,11 @@ class TrainLoader:
 
         # the generator's order: cuts, then the order of examples, then the seed of the steps
         rng = pool_rng(epoch, place, self.cfg.seed)
-        loads = load_plan(examples, self.cfg, rng)
+        loads = load_plan(examples, self.cfg.train, rng)
         order = rng.permutation(len(examples))
         seed = rng.integers(2**32, size=4).tolist()
 
-        whole, short = token_counts(examples, self.cfg)
+        whole, short = token_counts(examples, self.cfg.train)
         tokens = np.where(loads.cut, short, whole)
         steps = cut_steps(order, tokens, self.plan.steps[number], self.cfg.train)
         return Pool(number, users, examples, loads, steps, seed)
@@ -214,7 +214,8 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
     begin, end = split_bounds(cfg.split, split)
 
     for index in range(len(manifest.buckets)):
-        users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
+        sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
+        users = user_events(sequences, cfg.source, cfg.features)
         examples = request_examples(users, begin, end)
         for part in token_batches(examples, cfg.evaluate.batch_tokens):
             yield evaluation_batch(users, part, maps, cfg)
@@ -224,7 +225,9 @@ def evaluation_batch(
     users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
 ) -> EvaluationBatch:
     rows, offsets = ranges(examples.target_begin, examples.target_end)
-    labels, weight = target_labels(users.events, rows, cfg)
+    labels, weight = target_labels(
+        users.events, rows, cfg.task_bits, cfg.train.history_label_weight
+    )
     user = np.repeat(users.user_id[examples.user], np.diff(offsets))
 
     return EvaluationBatch(

@@ -11,12 +11,14 @@ Such rows also lie close to the ones before them, where a user's rates say more 
 later request, and they are many.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pipeline.batches.counts import LabelCounts
 from pipeline.batches.events import Events
 from pipeline.batches.features import MS_PER_MINUTE, FeatureMaps, label_counts, rows_of_kind
-from pipeline.config import DenseFeature, FeatureConfig, RunConfig
+from pipeline.config import DenseFeature, FeatureConfig
 
 PACE = 2  # columns beside those of `features.dense`: how much history, and how long ago it ended
 # log1p of a count, and log2 of a gap below, brought to about the size of a log-odds
@@ -33,7 +35,12 @@ def dense_width(features: FeatureConfig, num_tasks: int) -> int:
 
 
 def candidate_features(
-    seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig
+    seen: Events,
+    targets: Events,
+    visible: np.ndarray,
+    maps: FeatureMaps,
+    features: FeatureConfig,
+    task_bits: Sequence[int],
 ) -> np.ndarray | None:
     """float32 [C, F], 0 for order_only candidates; None where the configuration names no feature.
 
@@ -42,20 +49,21 @@ def candidate_features(
         targets: the candidates of the B sequences, `event_time` that of their requests.
         visible: int64 [C], how many rows of its history each candidate sees, all strictly earlier
             than its request.
+        task_bits: the bit of each task in an action mask.
     """
-    if not cfg.features.dense:
+    if not features.dense:
         return None
 
     item_rows = maps.item_rows(targets.item_id)
-    step = targets.event_time // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
-    own = _OwnPast(seen, targets, visible, maps, cfg)
+    step = targets.event_time // (features.dense_step_minutes * MS_PER_MINUTE)
+    own = _OwnPast(seen, targets, visible, maps, features, task_bits)
 
     columns = []
-    for name, feature in cfg.features.dense.items():
+    for name, feature in features.dense.items():
         if feature.live:
             counts = own.count_visible(feature, item_rows)
         else:
-            group = maps.groups(feature.by, item_rows, targets.request, cfg.features)
+            group = maps.groups(feature.by, item_rows, targets.request, features)
             counts = maps.counts[name].count_earlier(group, step)
         base = np.array(maps.row_rates[feature.rows])
         columns.append(rate_evidence(counts, base, feature.prior))
@@ -100,15 +108,21 @@ class _OwnPast:
     """Counts over the rows of the candidate's own user that the candidate sees."""
 
     def __init__(
-        self, seen: Events, targets: Events, visible: np.ndarray, maps: FeatureMaps, cfg: RunConfig
+        self,
+        seen: Events,
+        targets: Events,
+        visible: np.ndarray,
+        maps: FeatureMaps,
+        features: FeatureConfig,
+        task_bits: Sequence[int],
     ) -> None:
         self.seen = seen
         self.targets = targets
         self.visible = visible
         self.maps = maps
-        self.cfg = cfg
+        self.features = features
         self.user = np.repeat(np.arange(len(targets.lengths)), targets.lengths)
-        self.labels = label_counts(seen.action_mask, seen.known_mask, cfg.task_bits)
+        self.labels = label_counts(seen.action_mask, seen.known_mask, task_bits)
 
     def count_visible(self, feature: DenseFeature, item_rows: np.ndarray) -> np.ndarray:
         """int64 [C, 2 K]: labels known and positive in the rows that agree with the candidate in
@@ -147,7 +161,7 @@ class _OwnPast:
         """The rows with the candidate's values in the columns `by`: counted by user and group, with
         the place in the history as time.
         """
-        seen, features = self.seen, self.cfg.features
+        seen, features = self.seen, self.features
         seen_items = self.maps.item_rows(seen.item_id)
         seen_user = np.repeat(np.arange(len(seen.lengths)), seen.lengths)
         place = np.arange(len(seen_user)) - seen.offsets[seen_user]

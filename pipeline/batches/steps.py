@@ -61,21 +61,21 @@ def read_pool(
 ) -> tuple[UserEvents, Examples]:
     """The users of these buckets and their training examples, each with its whole history."""
     tables = [store.read_bucket(cfg.sequence_dir, manifest, i) for i in buckets]
-    users = user_events(pa.concat_tables(tables), cfg)
-    return users, whole_examples(users, cfg)
+    users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
+    return users, whole_examples(users, cfg.split, cfg.train)
 
 
-def load_plan(examples: Examples, cfg: RunConfig, rng: np.random.Generator) -> LoadPlan:
+def load_plan(examples: Examples, train: TrainConfig, rng: np.random.Generator) -> LoadPlan:
     """The draws of stochastic length for these whole examples, and the load of each of them."""
-    lengths = cfg.train.stochastic_length
+    lengths = train.stochastic_length
     cut = stochastic_cuts(examples.num_history, lengths, rng)
-    whole, short = token_counts(examples, cfg)
+    whole, short = token_counts(examples, train)
     return LoadPlan(cut, whole**lengths.load_exponent, short**lengths.load_exponent)
 
 
-def token_counts(examples: Examples, cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+def token_counts(examples: Examples, train: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each of these whole examples as it is and with its history cut, float64 [n]."""
-    everywhere = cut_histories(examples, np.ones(len(examples), bool), cfg.train)
+    everywhere = cut_histories(examples, np.ones(len(examples), bool), train)
     return examples.num_tokens.astype(np.float64), everywhere.num_tokens.astype(np.float64)
 
 
@@ -131,24 +131,23 @@ def _count_steps(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
         rngs = []
         for epoch, order in enumerate(orders):
             rngs.append(pool_rng(epoch, order.index(number), cfg.seed))
-        steps.append(num_steps(examples, rngs, cfg))
+        steps.append(num_steps(examples, rngs, cfg.train))
     return StepPlan(pools, tuple(steps))
 
 
-def num_steps(examples: Examples, rngs: list[np.random.Generator], cfg: RunConfig) -> int:
+def num_steps(examples: Examples, rngs: list[np.random.Generator], train: TrainConfig) -> int:
     """Steps of a pool of these whole examples, given what each epoch draws its cuts from.
 
     Nearest to `train.batch_users` examples a step; or as few as keep the mean step within
     `train.batch_tokens` in the epoch that draws the most tokens.
     """
-    train = cfg.train
     if len(examples) == 0:
         return 0
     if train.batch_users is not None:
         return max(1, round(len(examples) / train.batch_users))
     assert train.batch_tokens is not None
 
-    whole, short = token_counts(examples, cfg)
+    whole, short = token_counts(examples, train)
     most_tokens = 0.0
     for rng in rngs:
         cut = stochastic_cuts(examples.num_history, train.stochastic_length, rng)

@@ -159,7 +159,9 @@ def _count_split(cfg: RunConfig, split: str) -> dict[str, int]:
     manifest = store.read_manifest(cfg.sequence_dir)
     requests = rows = tokens = 0
     for index in range(len(manifest.buckets)):
-        users = user_events(store.read_bucket(cfg.sequence_dir, manifest, index), cfg)
+        users = user_events(
+            store.read_bucket(cfg.sequence_dir, manifest, index), cfg.source, cfg.features
+        )
         examples = request_examples(users, *split_bounds(cfg.split, split))
         requests += len(examples)
         rows += int((examples.target_end - examples.target_begin).sum())

@@ -119,7 +119,9 @@ def _sampled_parts(cfg: RunConfig) -> Iterator[tuple[UserEvents, Examples]]:
     rng = np.random.default_rng([cfg.seed, 3])
     left = cfg.train.validate_requests
     for bucket in rng.permutation(len(manifest.buckets)).tolist():
-        users = user_events(store.read_bucket(cfg.sequence_dir, manifest, bucket), cfg)
+        users = user_events(
+            store.read_bucket(cfg.sequence_dir, manifest, bucket), cfg.source, cfg.features
+        )
         examples = request_examples(users, *split_bounds(cfg.split, "val"))
         chosen = np.sort(rng.permutation(len(examples))[:left])
         for part in token_batches(examples[chosen], cfg.evaluate.batch_tokens):
