@@ -19,7 +19,7 @@ def run_job(job: cli.Job) -> None:
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
     manifest = maintenance.published_with(cfg)
-    since_ms = maintenance.oldest_kept_ms(cfg.sequences, manifest)
+    since_ms = maintenance.oldest_kept_ms(cfg.sequences, cfg.sequence_dir, manifest)
     return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}
 
 

@@ -98,7 +98,8 @@ def run_in(folder: Path, **sequence_settings: object) -> RunConfig:
             "source": source,
             "sequences": {
                 "num_buckets": 3,
-                "latest_time": "2030-01-01T00:00:00Z",
+                "latest_time": "2100-01-01T00:00:00Z",
+                "max_dropped_share": 1,
                 **sequence_settings,
             },
             "checks": {"max_quarantined_share": 0.5},
@@ -223,6 +224,47 @@ def test_retention_day_by_day_is_retention_at_once(tmp_path: Path):
     build_sequences(once)
     assert compact_sequences(once).digest == manifest.digest
     assert manifest.rows_in < 3 * 209 + 209
+
+
+STRAYS = {"years after the others": START + 900 * DAY_MS, "after the clock": START + 9999 * DAY_MS}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_one_row_of_another_time_moves_neither_retention_nor_drift(tmp_path: Path, stray: str):
+    """Retention and drift go by the newest event: 2,509 rows, and one of a user's wrong clock."""
+    found = []
+    for name in ("without", "with"):
+        write_logs(tmp_path / name, range(12))
+        cfg = run_in(tmp_path / name, keep_days=3)
+        if name == "with":
+            one = day(0).slice(0, 1)
+            one = one.set_column(2, "event_time", pa.array([STRAYS[stray]]))
+            pq.write_table(one, tmp_path / name / "in" / "stray.parquet")
+
+        manifest = build_sequences(cfg)
+        newest_day = drift.count_profile(cfg.sequence_dir, manifest, days=1)
+        found.append((newest_day.rows, compact_sequences(cfg)))
+
+    (rows, without), (rows_with, with_stray) = found
+    assert without.kept_since_ms == with_stray.kept_since_ms == START + 9 * DAY_MS - 1
+    assert with_stray.rows_in == without.rows_in + 1
+    assert 100 < rows == rows_with
+
+
+def test_a_compaction_that_would_drop_too_much_is_refused(built: Path):
+    cfg = run_in(built, keep_days=2, max_dropped_share=0.5)
+    before, held = store.read_manifest(cfg.sequence_dir), files(cfg.sequence_dir)
+    told = (
+        r"would drop \d+ of 1,254 rows \(6\d.\d\d%\), those from before 2022-04-.*keep_days: 2\), "
+        r"and nothing is changed: sequences.max_dropped_share is 0.5. .* set it to 0.6\d for this run"
+    )
+    with pytest.raises(UserError, match=told) as refused:
+        compact_sequences(cfg)
+    assert store.read_manifest(cfg.sequence_dir) == before
+    assert files(cfg.sequence_dir).keys() == held.keys()
+
+    enough = float(str(refused.value).partition("set it to ")[2].split()[0])
+    assert compact_sequences(run_in(built, keep_days=2, max_dropped_share=enough)) != before
 
 
 def test_a_longer_keep_days_brings_nothing_back(built: Path):

@@ -29,6 +29,13 @@ class SequenceConfig:
         doc="Age in days, counted back from the newest event, above which jobs.compact_sequences "
         "drops events. Null: it drops none.",
     )
+    max_dropped_share: float = setting(
+        0.5,
+        at_least=0,
+        at_most=1,
+        doc="Largest share of the rows that one run of jobs.compact_sequences may drop for their "
+        "age; it refuses to drop more.",
+    )
     earliest_time: str = setting(
         "2000-01-01T00:00:00+00:00",
         doc="Earliest event_time, ISO 8601 with its UTC offset. An earlier one, seconds read as "

@@ -7,6 +7,7 @@ A profile is counted from the published buckets, one bucket in memory at a time,
 can be compared.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipeline.config import DriftConfig, UserError
 from pipeline.schema import DAY_MS
 from pipeline.sequences import store
 from pipeline.sequences.arrow_lists import flat_column, list_offsets
+from pipeline.sequences.quality.newest import find_newest
 from pipeline.sequences.store import Manifest
 
 MAX_LOG_LENGTH = 63
@@ -109,17 +111,20 @@ def version_before(folder: Path) -> Manifest:
 
 
 def count_profile(folder: Path, manifest: Manifest, days: int | None = None) -> Profile:
-    """Counts over a version; with `days`, over its rows of real time later than so many days before
-    its newest one.
+    """Counts over a version; with `days`, over its rows of real time in so many days up to its
+    newest event, which a few stray rows do not move (quality/newest.py).
 
     Raises:
         UserError: a bucket cannot be read, or no row is left.
     """
-    since = None if days is None else manifest.last_event_ms - days * DAY_MS
+    span = None
+    if days is not None:
+        newest_ms = find_newest(folder, manifest, now_ms=int(time.time() * 1000))
+        span = newest_ms - days * DAY_MS, newest_ms
 
     parts = []
     for index in range(len(manifest.buckets)):
-        counted = _count_bucket(store.read_bucket(folder, manifest, index), manifest, since)
+        counted = _count_bucket(store.read_bucket(folder, manifest, index), manifest, span)
         if counted.rows:
             parts.append(counted)
 
@@ -166,15 +171,19 @@ def _add_profiles(parts: Sequence[Profile], manifest: Manifest) -> Profile:
     )
 
 
-def _count_bucket(sequences: pa.Table, manifest: Manifest, since: int | None) -> Profile:
+def _count_bucket(sequences: pa.Table, manifest: Manifest, span: tuple[int, int] | None) -> Profile:
+    """Counts over a bucket; with `span`, over its rows of real time after the first time and up to
+    the second.
+    """
     names = ["item_id", "event_time", "action_mask", "known_mask", "order_only"]
     names += manifest.request_columns
     flat = {name: flat_column(sequences, name) for name in names}
     owner = np.repeat(np.arange(sequences.num_rows), np.diff(list_offsets(sequences)))
     real = ~flat["order_only"]
 
-    if since is not None:
-        recent = real & (flat["event_time"] > since)
+    if span is not None:
+        after, until = span
+        recent = real & (flat["event_time"] > after) & (flat["event_time"] <= until)
         flat = {name: values[recent] for name, values in flat.items()}
         owner, real = owner[recent], real[recent]
 

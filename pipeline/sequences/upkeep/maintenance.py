@@ -5,9 +5,12 @@ in one step, so that a killed run leaves what was published and can be run again
 """
 
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,9 @@ from pipeline.sequences.forgotten import add_forgotten
 from pipeline.sequences.parts import Part
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import run_checks
+from pipeline.sequences.quality.newest import find_newest
 from pipeline.sequences.store import Bucket, Manifest
-from pipeline.sequences.upkeep.compaction import gather_part, plan_gathering
+from pipeline.sequences.upkeep.compaction import Gathered, gather_part, plan_gathering
 from pipeline.sequences.upkeep.forgetting import (
     Rewritten,
     plan_sweep,
@@ -72,13 +76,14 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
     in the files of the version before, until the next one is published.
 
     Raises:
-        UserError: nothing is published, it was built with other settings, or all rows are too old.
+        UserError: nothing is published, it was built with other settings, or more rows are too old
+            than `sequences.max_dropped_share` allows.
     """
     folder = cfg.sequence_dir
     with build.lock_folder(folder):
         published = published_with(cfg)
         parts = build.held_parts(folder, published)
-        since_ms = oldest_kept_ms(cfg.sequences, published)
+        since_ms = oldest_kept_ms(cfg.sequences, folder, published)
 
         work = plan_gathering(parts, published.retired, published.num_buckets, since_ms)
         if len(parts) <= len(work) and since_ms == published.kept_since_ms:
@@ -91,6 +96,11 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
         with workers(cfg.ray, cfg.runs_dir) as run:
             task = partial(gather_part, rules=rules.logs, since_ms=since_ms, folder=folder)
             gathered = run("gathering the parts", task, work)
+            try:
+                _refuse_large_drop(cfg.sequences, gathered, since_ms)
+            except UserError:
+                store.remove_unnamed(folder, [published, *store.versions(folder)])
+                raise
 
             now: list[Part] = []
             dropped: set[int] = set()
@@ -113,19 +123,46 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
         return manifest
 
 
+def _refuse_large_drop(
+    cfg: SequenceConfig, gathered: Sequence[Gathered], since_ms: int | None
+) -> None:
+    """Go on only if the share of the rows that would be dropped is within the limit.
+
+    Raises:
+        UserError: it is not, with the figures.
+    """
+    kept = dropped = 0
+    for one in gathered:
+        kept += one.part.rows
+        dropped += sum(one.dropped.values())
+    if since_ms is None or dropped <= cfg.max_dropped_share * (kept + dropped):
+        return
+
+    oldest = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=since_ms)
+    share = dropped / (kept + dropped)
+    raise UserError(
+        f"compaction would drop {dropped:,} of {kept + dropped:,} rows ({share:.2%}), those from "
+        f"before {oldest.isoformat(timespec='seconds')} (sequences.keep_days: {cfg.keep_days}), "
+        f"and nothing is changed: sequences.max_dropped_share is {cfg.max_dropped_share:g}. Where "
+        f"that is meant, set it to {math.ceil(share * 100) / 100:g} for this run"
+    )
+
+
 def _bucket_rules(cfg: RunConfig, published: Manifest) -> BucketRules:
     return build.bucket_rules(cfg.sequences, cfg.features, held_rules(published))
 
 
-def oldest_kept_ms(cfg: SequenceConfig, published: Manifest) -> int | None:
+def oldest_kept_ms(cfg: SequenceConfig, folder: Path, published: Manifest) -> int | None:
     """The time before which compaction drops rows; None: it drops none.
 
-    What was dropped once does not come back.
+    Days are counted back from the newest event, which a few stray rows do not move
+    (quality/newest.py). What was dropped once does not come back.
     """
     since_ms = published.kept_since_ms
     if cfg.keep_days is None:
         return since_ms
-    return max(published.last_event_ms - cfg.keep_days * DAY_MS, since_ms or 0)
+    newest_ms = find_newest(folder, published, now_ms=int(time.time() * 1000))
+    return max(newest_ms - cfg.keep_days * DAY_MS, since_ms or 0)
 
 
 def for_readers(manifest: Manifest) -> Manifest:
