@@ -1,4 +1,4 @@
-"""The anchors' cheap part: the cleaning, the split and the published figures of the smoothed rates."""
+"""The anchors' cheap part: cleaning, split and the published figures of the smoothed rates."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The plan of the house: arrows between its rooms point one way, and no modules go round in circles."""
+"""The plan of the house: arrows between its rooms point one way, and no module reaches itself."""
 
 from tests.support.house import LIBRARY, circles, import_graph
 

@@ -1,4 +1,4 @@
-"""INT4 tables: the formula, the packing, the look-up of either backend, and a model that uses them."""
+"""INT4 tables: the formula, the packing, the look-up of both backends, a model that uses them."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -4,7 +4,8 @@ each other and us.
 No API server stands behind these tests. The fields below are written down from KubeRay's CRDs
 (ray.io/v1; which ones: docs/operate/kubernetes.md) and Kubernetes' core/v1, as far as our files use
 them, with what the operator and Kubernetes refuse beyond types; anything else in a file is refused,
-so a slip of the pen is found. `kubectl apply --dry-run=server` on a cluster with KubeRay asks the real ones.
+so a slip of the pen is found. `kubectl apply --dry-run=server` on a cluster with KubeRay asks the
+real ones.
 """
 
 import copy

@@ -256,7 +256,8 @@ def test_a_compaction_that_would_drop_too_much_is_refused(built: Path):
     before, held = store.read_manifest(cfg.sequence_dir), files(cfg.sequence_dir)
     told = (
         r"would drop \d+ of 1,254 rows \(6\d.\d\d%\), those from before 2022-04-.*keep_days: 2\), "
-        r"and nothing is changed: sequences.max_dropped_share is 0.5. .* set it to 0.6\d for this run"
+        r"and nothing is changed: sequences.max_dropped_share is 0.5. "
+        r".* set it to 0.6\d for this run"
     )
     with pytest.raises(UserError, match=told) as refused:
         compact_sequences(cfg)

@@ -1,4 +1,4 @@
-"""RESULTS.md says what was measured: its tables are those of benchmarks/runs, its prose cites them."""
+"""RESULTS.md says what was measured: tables are those of benchmarks/runs, prose cites them."""
 
 import re
 import shutil

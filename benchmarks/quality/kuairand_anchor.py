@@ -231,7 +231,7 @@ def history_features(data: Path, events: pd.DataFrame) -> pd.DataFrame:
 
 
 def labelled_history(users: pd.DataFrame) -> pd.DataFrame:
-    """One row per history item; long-viewed and liked where that tail of the user holds the item."""
+    """A row per history item; long-viewed and liked where that tail of the user holds the item."""
     history = exploded(users, "history_items")
     for task, tail in (("long_view", "long_view_items"), ("is_like", "liked_items")):
         positive = exploded(users, tail).drop_duplicates().assign(**{task: 1})

@@ -254,10 +254,10 @@ def section(
     text = [
         f"## {title}",
         f"`{by_name[0]['command']}` on {', '.join(sorted(machines))}; figures in `{where}`. "
-        f"{split.capitalize()} rows, mean ± standard deviation over seeds. An example is a labelled "
-        "row; training FLOP are three times those of a forward pass at the lengths that stochastic "
-        "length drew; a step's time is that of one of several runs that shared the device and its "
-        "host, no more than a hint. Differences are of the same seed.",
+        f"{split.capitalize()} rows, mean ± standard deviation over seeds. An example is a "
+        "labelled row; training FLOP are three times those of a forward pass at the lengths that "
+        "stochastic length drew; a step's time is that of one of several runs that shared the "
+        "device and its host, no more than a hint. Differences are of the same seed.",
         metrics_table(runs_file, names, split),
     ]
     if differences is not None:

@@ -175,7 +175,7 @@ def _overhead(stage: Stage, *, apart: bool) -> dict[str, Any]:
 
 
 def reference(stage: Stage) -> dict[str, Any]:
-    """100 candidates, histories of 256 events, half of the requests from users of the last minute."""
+    """100 candidates, histories of 256 events; half of the users asked in the last minute."""
     url = stage.deploy(2)
     stage.load(url, REFERENCE_RATE, 5)
     before = _cache(url)
@@ -199,7 +199,7 @@ def overload(stage: Stage) -> dict[str, Any]:
 
 
 def rollout(stage: Stage) -> dict[str, Any]:
-    """Promote, a replica killed, roll back, a shadow: while requests come in at the reference rate."""
+    """Promote, a killed replica, roll back, a shadow, while requests come at the reference rate."""
     url = stage.deploy(2, replicas=2)
     stage.model(3)
     done: list[str] = []

@@ -183,10 +183,10 @@ about {STEP_TOKENS:,} tokens; the loader, with one thread for batches, has one c
 {machine["cpu"]}.
 Waiting: share of the time after the first batch, changes of pools included (goal: at most 5 %).
 Processor ms: the loader's own per step. Memory: the most that was resident above what the process
-held before the loader, and what `jobs.train --dry-run` states. Medians of {run["repeats"]} runs; numpy
-{machine["numpy"]}, pyarrow {machine["pyarrow"]}, Python {machine["python"]}; load average of the
-{machine["cores"]} cores before it began: {machine["load"]:.1f} (above 0 other work took its part of
-them).
+held before the loader, and what `jobs.train --dry-run` states. Medians of {run["repeats"]} runs;
+numpy {machine["numpy"]}, pyarrow {machine["pyarrow"]}, Python {machine["python"]}; load average of
+the {machine["cores"]} cores before it began: {machine["load"]:.1f} (above 0 other work took
+its part of them).
 
 {table(header, rows)}"""
 

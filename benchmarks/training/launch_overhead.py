@@ -136,9 +136,16 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
     mask = {"max_seq_len": 14, "window": 4, "full_rows": 3}
     scale = {"attn_alpha": 0.1, "scaling_seq_len": 64}
     shape = STUShape(
-        num_heads=heads, d_qk=width, d_v=width, norm_eps=1e-6, window=4, full_rows=3, prefix=0, **scale,
+        num_heads=heads,
+        d_qk=width,
+        d_v=width,
+        norm_eps=1e-6,
+        window=4,
+        full_rows=3,
+        prefix=0,
         recompute=RECOMPUTABLE,
-    )  # fmt: skip
+        **scale,
+    )
     d, all_heads = 64, heads * width
     sizes = [
         (d,),

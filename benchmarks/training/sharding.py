@@ -213,7 +213,7 @@ HOST = ((), ("item_id", "item.tag", "user.age", "request.tab"))
 
 
 def resume(ranks: Ranks, table_gb: float) -> dict[str, Any]:
-    """A run that goes on at another number of ranks, twice, against the unbroken run of one rank."""
+    """A run resumed twice at another number of ranks, against the unbroken run of one rank."""
     cfg, sizes = small_run(ranks, items=int(table_gb * 2**30 / (4 * 64)))
     cfg = with_train(cfg, tables=SHARDED, checkpoint_every=10)
     folder = Path(tempfile.gettempdir()) / f"sharding-{os.environ.get('MASTER_PORT', 'alone')}"
@@ -271,7 +271,7 @@ class Traffic:
 def speed(
     cfg: RunConfig, sizes: dict[str, int], ranks: Ranks, alone: bool = False
 ) -> dict[str, Any]:
-    """Median over the lines of a run, without the first two (compilation, the allocator's growth)."""
+    """Median over the lines of a run but the first two (compilation, the allocator's growth)."""
     world_size = 1 if alone else ranks.size
     cuda = ranks.device != "cpu"
     if cuda:
@@ -424,9 +424,10 @@ def section(runs: list[dict[str, Any]]) -> str:
     table of times.
     """
     machine = runs[0]["environment"]
+    commands = dict.fromkeys(found["command"] for found in runs)
     parts = [
         "## Sharded tables",
-        f"{', '.join(f'`{command}`' for command in dict.fromkeys(found['command'] for found in runs))}: "
+        f"{', '.join(f'`{command}`' for command in commands)}: "
         f"{machine['device']}, {runs[0]['ranks']} ranks, {machine['cores']} cores, torch "
         f"{machine['torch']}.",
     ]

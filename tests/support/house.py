@@ -162,7 +162,8 @@ def main() -> None:
         rooms["/".join(parent.parts[:2])].append(path)
 
     print(
-        f"{'':28} {'lines':>7} {'compr.':>8} {'blank':>8} {'one word':>9} {'RunConfig':>10} {'long':>6}"
+        f"{'':28} {'lines':>7} {'compr.':>8} {'blank':>8} {'one word':>9} {'RunConfig':>10}"
+        f" {'long':>6}"
     )
     for room, paths in sorted(rooms.items()):
         counted = Density()

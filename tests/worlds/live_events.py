@@ -9,7 +9,7 @@ NUM_USERS = 12
 
 
 def logged(rng: np.random.Generator, num: int, *, request_ids: bool) -> list[dict]:
-    """LOG rows with many ties in time, unknown actions and columns; (user, item, time) never twice."""
+    """LOG rows with many ties in time and unknown actions; (user, item, time) never twice."""
     rows: dict[tuple, dict] = {}
     for _ in range(num):
         user, item, time = (int(rng.integers(n)) for n in (NUM_USERS, 30, 25))

@@ -1,4 +1,4 @@
-"""Small models of random weights and batches of random tokens, for tests of the model and its training."""
+"""Small models of random weights and batches of random tokens, for the model's tests."""
 
 from dataclasses import replace
 

@@ -45,7 +45,7 @@ class InputFiles:
 
 
 def read_inputs(run_dir: Path) -> InputFiles:
-    """The files that the run's last report names; none where there is no report, or an older one."""
+    """Files that the run's last report names; none where there is no report, or an older one."""
     try:
         content = json.loads((run_dir / "report" / "validation.json").read_text())
         return InputFiles(**content["input_files"])
