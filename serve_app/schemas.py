@@ -10,10 +10,13 @@ from pipeline.schema import WATCH_MS
 
 Id = Annotated[int, Field(ge=0, lt=2**63)]
 TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
+# The bound makes pydantic read the text as UTF-8, which has no lone surrogates ("\ud800"): they
+# would fail between processes, beyond any check.
+Name = Annotated[str, Field(min_length=1)]
 # Request columns by name. One that is left out is unknown, which has an embedding of its own.
-RequestFeatures = dict[str, Annotated[int, Field(ge=-(2**31), lt=2**31)]]
+RequestFeatures = dict[Name, Annotated[int, Field(ge=-(2**31), lt=2**31)]]
 # Numbers that came with an event, by the names of `source.outcome_columns`.
-Outcomes = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+Outcomes = dict[Name, Annotated[float, Field(allow_inf_nan=False)]]
 
 LONGEST_ECHO = 400  # characters of what a client sent that an error repeats
 
@@ -36,7 +39,7 @@ class PostedRow(_Strict):
 
     item_id: Id
     event_time: TimeMs
-    actions: dict[str, bool] = Field(
+    actions: dict[Name, bool] = Field(
         default_factory=dict,
         description="did the user do it: true or false; an action left out is unknown",
     )
@@ -97,7 +100,7 @@ class RankHead(_Strict):
         description="the history is what happened before; a past time asks for past scores",
     )
     request_features: RequestFeatures = Field(default_factory=dict)
-    order_by: str | None = Field(
+    order_by: Name | None = Field(
         default=None, description="the task to order by; default: the model's first"
     )
 
@@ -183,7 +186,9 @@ class Event(PostedRow):
     """
 
     user_id: Id
-    request_features: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=dict)
+    request_features: dict[Name, Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        default_factory=dict
+    )
     request_id: Annotated[int, Field(ge=0, lt=2**63 - 1)] | None = Field(
         default=None, description="shown together; default: what has the same event_time"
     )

@@ -34,7 +34,7 @@ from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys
 from tests.support.hostile_bodies import insides, malformed, malformed_arrow
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
-from tests.worlds.web import hashed
+from tests.worlds.web import between_processes, hashed
 
 NUM_BODIES = 2000  # of each route; `benchmarks.serving.under_load` sends 10,000 over the wire
 NUM_EXAMPLES = 40
@@ -56,10 +56,10 @@ class Whole:
         self.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, self.counts)
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        return self.rollout.rank([request])[0]
+        return self.rollout.rank([between_processes(request)])[0]
 
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
-        return self.rollout.append_events([request])[0]
+        return self.rollout.append_events([between_processes(request)])[0]
 
     async def model_info(self) -> ModelInfo:
         return self.rollout.model_info()

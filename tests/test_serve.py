@@ -24,6 +24,7 @@ from serve_app.web.api import make_api
 from serve_app.web.replica import Overloaded, Unavailable
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
 from tests.worlds.tiny import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.web import between_processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +39,7 @@ class InProcess:
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         if self.failing:
             raise self.failing
+        request = between_processes(request)
         return self.ranker.find_refusal(request) or self.ranker.rank([request])[0]
 
     async def model_info(self) -> ModelInfo:

@@ -24,6 +24,25 @@ BAD_BODIES = {  # body -> status, place and value that the answer must name
         None,
         "ud800",
     ),
+    "a lone surrogate for a task": (
+        b'{"user_id": 3, "order_by": "\\ud800", "candidates": [{"item_id": 1}]}',
+        422,
+        ["body", "order_by"],
+        "ud800",
+    ),
+    "a lone surrogate for a column": (
+        b'{"user_id": 3, "request_features": {"\\ud800": 1}, "candidates": [{"item_id": 1}]}',
+        422,
+        None,
+        "request_features",
+    ),
+    "a lone surrogate for an action": (
+        b'{"history": [{"item_id": 1, "event_time": 1, "actions": {"\\ud800": true}}],'
+        b' "candidates": [{"item_id": 1}]}',
+        422,
+        None,
+        "actions",
+    ),
     "no candidates": (
         json.dumps({**ONE, "candidates": []}).encode(),
         422,

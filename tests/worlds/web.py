@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+import pickle
+from typing import TypeVar
 
 import httpx
 import numpy as np
@@ -14,6 +16,7 @@ from serve_app.schemas import (
     Refusal,
 )
 
+Sent = TypeVar("Sent")
 RANK = {"user_id": 3, "candidates": [{"item_id": 1}, {"item_id": 2}]}
 EVENTS = {"events": [{"user_id": 3, "item_id": 5, "event_time": 1_651_500_000_000}]}
 
@@ -54,6 +57,11 @@ class Fixed:
 
     async def replica_metrics(self) -> dict[str, bytes]:
         return {}
+
+
+def between_processes(request: Sent) -> Sent:
+    """The request as a replica behind the ingress gets it."""
+    return pickle.loads(pickle.dumps(request))
 
 
 def hashed(key: str) -> str:
