@@ -84,7 +84,7 @@ def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dic
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
     metrics = evaluator.evaluate_model(variant, trainer.fit_model(variant, run), [split])
 
-    text = (trainer.train_dir(variant) / "metrics.jsonl").read_text()
+    text = (variant.train_dir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     gflop = [line["train/gflop_per_example"] for line in lines]
     metrics["train/gflop_per_example"] = sum(gflop) / len(gflop)

@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs import cli
 from pipeline import tracking
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RayConfig, RunConfig, UserError
 from serve_app import deployment
 
 
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg, manifest = job.cfg, job.options.rayservice
     if manifest is None:
-        _require_cluster(cfg)
+        _require_cluster(cfg.ray)
 
     with tracking.session(cfg) as tracker:
         champion = tracker.find_champion()
@@ -42,12 +42,12 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
-    _require_cluster(cfg)
+    _require_cluster(cfg.ray)
     return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}
 
 
-def _require_cluster(cfg: RunConfig) -> None:
-    if cfg.ray.address is None and "RAY_ADDRESS" not in os.environ:
+def _require_cluster(cfg: RayConfig) -> None:
+    if cfg.address is None and "RAY_ADDRESS" not in os.environ:
         raise UserError(
             "ray.address: no cluster to deploy to; set it, submit this job with `ray job submit`, "
             "or use jobs.serve, which starts a server of its own"

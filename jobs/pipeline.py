@@ -52,8 +52,10 @@ def run_job(job: cli.Job) -> None:
     ):
         summary = run_chain(cfg, tracker, cluster.dashboard_url, append=job.options.append)
 
-    write_atomically(cfg.run_dir / "summary.json", json.dumps(summary, indent=2))
-    print_summary(cfg, summary)
+    path = cfg.run_dir / "summary.json"
+    write_atomically(path, json.dumps(summary, indent=2))
+    print_summary(cfg.name, cfg.tasks, summary)
+    print(f"all of it in {path}")
 
 
 def check_settings(cfg: RunConfig) -> None:
@@ -88,7 +90,7 @@ def run_chain(
     )
 
     print_stage(3, "training")
-    restart = append and trainer.trained_on(cfg) not in (None, manifest.digest)
+    restart = append and trainer.trained_on(cfg.train_dir, cfg.train) not in (None, manifest.digest)
     if not restart:
         trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
     with tracker.training_run(manifest, restart=restart) as run:
@@ -115,7 +117,7 @@ def run_chain(
     served = model_dir if decision.promoted else tracker.download_champion()[0]
     parity = replay.replay(cfg, url, served)
 
-    return summarise_run(cfg, manifest, train_seconds, metrics) | {
+    return summarise_run(cfg.tasks, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
         "model_version": version,
         "promoted": decision.promoted,
@@ -128,10 +130,10 @@ def run_chain(
 
 
 def summarise_run(
-    cfg: RunConfig, manifest: Manifest, train_seconds: float, metrics: dict[str, float]
+    tasks: tuple[str, ...], manifest: Manifest, train_seconds: float, metrics: dict[str, float]
 ) -> dict[str, Any]:
     def by_task(split: str, metric: str) -> dict[str, float]:
-        return {task: metrics[f"{split}/{metric}/{task}"] for task in cfg.tasks}
+        return {task: metrics[f"{split}/{metric}/{task}"] for task in tasks}
 
     tables = {}
     for split in ("val", "test"):
@@ -151,19 +153,18 @@ def summarise_run(
     }
 
 
-def print_summary(cfg: RunConfig, summary: dict[str, Any]) -> None:
-    print(f"\n{cfg.name}: version {summary['model_version']} {summary['promotion']}")
-    print(f"{'':22}" + "".join(f"{task:>18}" for task in cfg.tasks))
-    for name in ("val_auc", "val_ne", "test_auc", "test_ne", "test_gauc"):
-        print(f"{name:22}" + "".join(f"{summary[name][task]:18.4f}" for task in cfg.tasks))
+def print_summary(name: str, tasks: tuple[str, ...], summary: dict[str, Any]) -> None:
+    print(f"\n{name}: version {summary['model_version']} {summary['promotion']}")
+    print(f"{'':22}" + "".join(f"{task:>18}" for task in tasks))
+    for key in ("val_auc", "val_ne", "test_auc", "test_ne", "test_gauc"):
+        print(f"{key:22}" + "".join(f"{summary[key][task]:18.4f}" for task in tasks))
 
-    for name, value in summary.items():
-        if isinstance(value, dict) or name == "promotion":
+    for key, value in summary.items():
+        if isinstance(value, dict) or key == "promotion":
             continue
         shown = f"{value:.3g}" if isinstance(value, float) else value
-        print(f"{name:22}{shown}")
+        print(f"{key:22}{shown}")
     print(f"{'quarantined':22}{summary['quarantined']}")
-    print(f"all of it in {cfg.run_dir / 'summary.json'}")
 
 
 def print_stage(number: int, what: str) -> None:

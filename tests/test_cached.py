@@ -176,7 +176,8 @@ def test_counted_work_is_that_of_one_pass_without_the_histories_last_layer(name:
         for n in num_rows
     )
     last = layer_flops(cfg.model, sum(num_rows), pairs) - projection_flops(cfg.model, sum(num_rows))
-    actions = action_flops(cfg, 9)  # of the candidates, which have none
+    # of the candidates, which have none
+    actions = action_flops(cfg.model, cfg.num_action_bits, 9)
     assert (
         sum(cached_work(history, candidates, cfg)) == count_work(batch, cfg).flops - last - actions
     )
@@ -185,20 +186,22 @@ def test_counted_work_is_that_of_one_pass_without_the_histories_last_layer(name:
 def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
     both, (history, candidates) = CONFIGS["mixture"], parts_of(make_batch([40, 0, 9], [3, 5, 1]))
     none = [
-        input_flops(both, history.num_tokens, 3),
-        input_flops(both, 9, 0) - action_flops(both, 9),
+        input_flops(both.features, both.model, history.num_tokens, 3)
+        + action_flops(both.model, both.num_action_bits, history.num_tokens),
+        input_flops(both.features, both.model, 9, 0),
     ]
     alone = [
         cached_work(history, candidates, make_mixture("request", **{name: config.to_dict(channel)}))
         for name, channel in both.model.channels.items()
     ]
-    heads = [
-        head_flops(make_mixture("request", **{n: config.to_dict(c)}), 9)
-        for n, c in both.model.channels.items()
-    ]
+    heads = []
+    for name, channel in both.model.channels.items():
+        cfg = make_mixture("request", **{name: config.to_dict(channel)})
+        heads.append(head_flops(cfg.features, cfg.model, len(cfg.tasks), 9))
+    whole_head = head_flops(both.features, both.model, len(both.tasks), 9)
     together = cached_work(history, candidates, both)
     assert together[0] - none[0] == sum(work[0] - none[0] for work in alone)
-    assert together[1] - none[1] - head_flops(both, 9) == sum(
+    assert together[1] - none[1] - whole_head == sum(
         work[1] - none[1] - head for work, head in zip(alone, heads, strict=True)
     )
 

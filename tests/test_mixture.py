@@ -16,7 +16,7 @@ from pipeline.model.encoders.transducer import Transducer
 from pipeline.model.encoders.ultra_hstu import UltraHSTU
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import Tokens
-from pipeline.model.work import count_work, head_flops, input_flops
+from pipeline.model.work import action_flops, count_work, head_flops, input_flops
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, SEMI_LOCAL, make_mixture
 from tests.worlds.model import (
     RATES,
@@ -207,7 +207,10 @@ def test_work_of_a_mixture_by_hand() -> None:
     for tokens, pairs in layers:
         expected += 2 * tokens * d_model * 4 * heads * width + 2 * tokens * heads * width * d_model
         expected += 2 * pairs * heads * 2 * width
-    assert work.flops == expected + input_flops(cfg, batch.num_tokens, 1) + head_flops(cfg, 1)
+    expected += input_flops(cfg.features, cfg.model, batch.num_tokens, 1)
+    expected += action_flops(cfg.model, cfg.num_action_bits, batch.num_tokens)
+    expected += head_flops(cfg.features, cfg.model, len(cfg.tasks), 1)
+    assert work.flops == expected
 
 
 def test_artifact_of_a_mixture_keeps_scores(tmp_path) -> None:

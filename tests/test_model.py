@@ -303,7 +303,12 @@ def test_a_wide_output_layer_costs_three_times_the_narrow_one() -> None:
 
 
 def test_towers_cost_a_hidden_layer_for_each_task() -> None:
-    shared, towers = (head_flops(make_config(task_towers=own), 3) for own in (False, True))
+    found = []
+    for own in (False, True):
+        cfg = make_config(task_towers=own)
+        found.append(head_flops(cfg.features, cfg.model, len(cfg.tasks), 3))
+
+    shared, towers = found
     assert shared == 2 * 3 * (16 * 8 + 8 * 2)  # d 16, hidden 8, 2 tasks, 3 candidates
     assert towers == 2 * 3 * (16 * 8 * 2 + 8 * 2)
 

@@ -258,7 +258,7 @@ def test_a_corrupted_checkpoint_is_skipped(
 
     cfg = replace(trained, name="damaged")
     shutil.copytree(trained.run_dir, cfg.run_dir)
-    newest = sorted((trainer.train_dir(cfg) / "checkpoints").iterdir())[-1]
+    newest = sorted((cfg.train_dir / "checkpoints").iterdir())[-1]
     next(newest.glob("*.safetensors")).write_bytes(b"")
     assert trainer.plan_training(cfg)["resumes_from_step"] < max(losses(trained))
     assert newest.name in caplog.text

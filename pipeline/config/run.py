@@ -103,6 +103,11 @@ class RunConfig:
         return self.run_dir / "sequences"
 
     @property
+    def train_dir(self) -> Path:
+        """Checkpoints, feature maps and metrics.jsonl of the training."""
+        return self.run_dir / "train"
+
+    @property
     def model_dir(self) -> Path:
         """What the registry holds: model.safetensors, config.json, features.*, metrics.json."""
         return self.run_dir / "model"

@@ -20,7 +20,7 @@ from kernels.position_time.reference import BUCKETS
 from kernels.position_time.types import Anchor
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
-from pipeline.config import ColumnFeature, HistoryFeature, RunConfig
+from pipeline.config import ColumnFeature, FeatureConfig, HistoryFeature, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,14 @@ class SwishLayerNorm(nn.Module):
 class ContentEncoder(nn.Module):
     """Item id, item columns and request columns of one event through a small MLP."""
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable) -> None:
+    def __init__(
+        self,
+        features: FeatureConfig,
+        model: ModelConfig,
+        vocab_sizes: dict[str, int],
+        make_table: MakeTable,
+    ) -> None:
         super().__init__()
-        features = cfg.features
         self.names = ["item_id", *(f"item.{name}" for name in features.item)]
         self.names += [f"request.{name}" for name in features.request]
         self.item_id = make_table("item_id", vocab_sizes["item_id"], features.item_id_dim)
@@ -110,7 +115,7 @@ class ContentEncoder(nn.Module):
         width = features.item_id_dim
         for column in (*features.item.values(), *features.request.values()):
             width += column.dim
-        d, backend = cfg.model.d_model, cfg.model.token_backend
+        d, backend = model.d_model, model.token_backend
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * d),
             SwishLayerNorm(2 * d, backend),
@@ -214,20 +219,24 @@ class DenseEncoder(nn.Module):
 class ContextEncoder(nn.Module):
     """One prefix token per group of user columns. Its own linear layer tells a token what it is."""
 
-    def __init__(self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable) -> None:
+    def __init__(
+        self,
+        features: FeatureConfig,
+        d_model: int,
+        vocab_sizes: dict[str, int],
+        make_table: MakeTable,
+    ) -> None:
         super().__init__()
-        features = cfg.features
         names = list(features.user)
         self.names = [f"user.{name}" for name in names]
         self.user = column_tables("user", features.user, vocab_sizes, make_table)
 
-        d = cfg.model.d_model
         self.groups: list[list[int]] = []  # numbers of each token's columns
         self.out = nn.ModuleList()
         for group in features.user_tokens.values():
             self.groups.append([names.index(name) for name in group])
             width = sum(features.user[name].dim for name in group)
-            self.out.append(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)))
+            self.out.append(nn.Sequential(nn.Linear(width, d_model), nn.LayerNorm(d_model)))
 
     def forward(self, user_codes: Tensor) -> Tensor:
         """[B, context tokens, d]"""
@@ -247,22 +256,28 @@ class TokenEncoder(nn.Module):
         self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = plain_table
     ) -> None:
         super().__init__()
-        model = cfg.model
+        features, model = cfg.features, cfg.model
         self.time_anchor: Anchor = model.time_anchor
         self.backend: Backend = model.token_backend
-        self.num_context = len(cfg.features.user_tokens)
-        self.content = ContentEncoder(cfg, vocab_sizes, make_table)
+        self.num_context = len(features.user_tokens)
+        self.content = ContentEncoder(features, model, vocab_sizes, make_table)
+
         self.heterogeneous = model.heterogeneous_actions
         num_actions = cfg.num_action_bits if self.heterogeneous else 1
         self.action = ActionEncoder(num_actions, model.action_dim, model.d_model, self.backend)
-        history = cfg.features.history
-        self.outcome = OutcomeEncoder(history, model.d_model) if history else None
+        self.outcome = None
+        if features.history:
+            self.outcome = OutcomeEncoder(features.history, model.d_model)
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
-        num_dense = dense_width(cfg.features, len(cfg.tasks))
+
+        num_dense = dense_width(features, len(cfg.tasks))
         into_token = num_dense > 0 and model.dense_to != "head"
         self.dense = DenseEncoder(num_dense, model.d_model, self.backend) if into_token else None
-        self.context = ContextEncoder(cfg, vocab_sizes, make_table) if self.num_context else None
+        self.context = None
+        if self.num_context:
+            self.context = ContextEncoder(features, model.d_model, vocab_sizes, make_table)
+
         position = make_table("position", model.position_buckets, model.d_model)
         time = make_table("time", model.time_buckets, model.d_model)
         # small, never sharded

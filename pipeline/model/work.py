@@ -30,8 +30,9 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
         tokens = _bare_tokens(batch, layout.num_context)
 
     work = Flops(candidates=int(batch.num_targets.sum()))
-    work.flops = input_flops(cfg, batch.num_tokens, batch.num_sequences)
-    work.flops += head_flops(cfg, work.candidates)
+    work.flops = input_flops(cfg.features, cfg.model, batch.num_tokens, batch.num_sequences)
+    work.flops += action_flops(cfg.model, cfg.num_action_bits, batch.num_tokens)
+    work.flops += head_flops(cfg.features, cfg.model, len(cfg.tasks), work.candidates)
     work.add(encoder.work(tokens, batch, cfg.model, layout))
     return work
 
@@ -46,9 +47,10 @@ def cached_work(
     not computed. Nor are the actions that candidates do not have.
     """
     num_context, num_candidates = len(cfg.features.user_tokens), candidates.num_tokens
-    encode = input_flops(cfg, history.num_tokens, history.num_sequences)
-    score = input_flops(cfg, num_candidates, 0) - action_flops(cfg, num_candidates)
-    score += head_flops(cfg, num_candidates)
+    encode = input_flops(cfg.features, cfg.model, history.num_tokens, history.num_sequences)
+    encode += action_flops(cfg.model, cfg.num_action_bits, history.num_tokens)
+    score = input_flops(cfg.features, cfg.model, num_candidates, 0)
+    score += head_flops(cfg.features, cfg.model, len(cfg.tasks), num_candidates)
 
     tokens = _bare_tokens(history, num_context)
     for channel, model in channel_parts(cfg.model):
@@ -73,17 +75,19 @@ def _encoding_flops(rows: Tokens, depth: int, model: ModelConfig, num_context: i
     return layer_flops(model, len(rows.x_TE), pairs)
 
 
-def input_flops(cfg: RunConfig, num_rows: int, num_sequences: int) -> int:
-    """The token encoder's products: content and actions of every row, the context tokens of every
-    sequence.
+def input_flops(
+    features: FeatureConfig, model: ModelConfig, num_rows: int, num_sequences: int
+) -> int:
+    """The token encoder's products without actions: the content of every row, the context tokens of
+    every sequence.
     """
-    features, d = cfg.features, cfg.model.d_model
+    d = model.d_model
     context = 0
     for group in features.user_tokens.values():
         context += sum(features.user[name].dim for name in group)
 
     per_row = content_width(features) * 2 * d + 2 * d * d
-    return 2 * (num_rows * per_row + num_sequences * context * d) + action_flops(cfg, num_rows)
+    return 2 * (num_rows * per_row + num_sequences * context * d)
 
 
 def content_width(features: FeatureConfig) -> int:
@@ -92,25 +96,24 @@ def content_width(features: FeatureConfig) -> int:
     return features.item_id_dim + sum(column.dim for column in columns)
 
 
-def action_flops(cfg: RunConfig, num_rows: int) -> int:
-    """The action encoder's products."""
-    model = cfg.model
-    num_actions = cfg.num_action_bits if model.heterogeneous_actions else 1
+def action_flops(model: ModelConfig, num_bits: int, num_rows: int) -> int:
+    """The action encoder's products, for masks of `num_bits` (`RunConfig.num_action_bits`)."""
+    num_actions = num_bits if model.heterogeneous_actions else 1
     return 2 * num_rows * (num_actions * model.action_dim + model.d_model) * model.d_model
 
 
-def head_flops(cfg: RunConfig, candidates: int) -> int:
+def head_flops(features: FeatureConfig, model: ModelConfig, num_tasks: int, candidates: int) -> int:
     """The products of the task heads, and of the rates that candidates carry into them or into
     their tokens.
     """
-    model, dense = cfg.model, dense_width(cfg.features, len(cfg.tasks))
+    dense = dense_width(features, num_tasks)
     into_head = dense > 0 and model.dense_to != "token"
     into_token = dense > 0 and model.dense_to != "head"
     d = model.d_model
 
     width = ENCODERS[model.encoder].output_width(model) + d * into_head
-    towers = len(cfg.tasks) if model.task_towers else 1
-    heads = model.head_hidden * (width * towers + len(cfg.tasks))
+    towers = num_tasks if model.task_towers else 1
+    heads = model.head_hidden * (width * towers + num_tasks)
     rates = (into_head + into_token) * (dense * d + d * d)
     return 2 * candidates * (heads + rates)
 

@@ -5,7 +5,7 @@ measured numbers.
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, SplitConfig
 from pipeline.sequences import store
 
 METRICS = ("ne", "auc", "gauc")
@@ -54,7 +54,7 @@ from {cfg.source.kind} |
 Prequential: the history of a request holds every strictly earlier row. NE below 1 is \
 better than the tasks' base rates.
 
-{_metric_table(cfg, metrics)}
+{_metric_table(cfg.tasks, cfg.split, metrics)}
 
 ## Limits
 - Items and users not seen in the training period share one embedding row each; their scores rest \
@@ -65,13 +65,15 @@ that it never showed.
 """
 
 
-def _metric_table(cfg: RunConfig, metrics: Mapping[str, float]) -> str:
-    rows = ["| | " + " | ".join(cfg.tasks) + " |", "|---" * (len(cfg.tasks) + 1) + "|"]
+def _metric_table(
+    tasks: tuple[str, ...], periods: SplitConfig, metrics: Mapping[str, float]
+) -> str:
+    rows = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for split in SPLITS:
-        learned = " (rows it was trained on)" if split == "val" and cfg.split.refit else ""
+        learned = " (rows it was trained on)" if split == "val" and periods.refit else ""
 
         for metric in METRICS:
-            values = [metrics.get(f"{split}/{metric}/{task}") for task in cfg.tasks]
+            values = [metrics.get(f"{split}/{metric}/{task}") for task in tasks]
             if values == [None] * len(values):
                 continue
             cells = ["–" if value is None else f"{value:.4f}" for value in values]

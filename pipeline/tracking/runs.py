@@ -157,8 +157,8 @@ def start_run(
                 **(tags or {}),
             },
         )
-        _log_params(client, run.info.run_id, cfg)
-        _log_dataset(client, run.info.run_id, cfg, manifest)
+        _log_params(client, run.info.run_id, config.flatten(config.to_dict(cfg)))
+        _log_dataset(client, run.info.run_id, cfg.sequence_dir, manifest)
     return Run(mlflow.get_tracking_uri(), run.info.run_id)
 
 
@@ -191,7 +191,7 @@ def import_result(settings: TrackingConfig, name: str, figures: Figures) -> bool
         found = client.create_run(experiment, run_name=name, tags={"result_sha256": digest})
         run = Run(client.tracking_uri, found.info.run_id)
         with run:
-            _log_flat_params(client, run.run_id, params)
+            _log_params(client, run.run_id, params)
             run.log_metrics(metrics, 0)
             client.log_dict(run.run_id, figures, f"{name}.json")
     return True
@@ -210,11 +210,7 @@ def _experiment(client: "MlflowClient", name: str) -> str:
     return found.experiment_id if found else client.create_experiment(name)
 
 
-def _log_params(client: "MlflowClient", run_id: str, cfg: RunConfig) -> None:
-    _log_flat_params(client, run_id, config.flatten(config.to_dict(cfg)))
-
-
-def _log_flat_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) -> None:
+def _log_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
     params = [Param(_allowed(key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
@@ -227,14 +223,14 @@ def _allowed(key: str) -> str:
     return re.sub(r"[^\w\-.: /]", "_", key)
 
 
-def _log_dataset(client: "MlflowClient", run_id: str, cfg: RunConfig, manifest: "Manifest") -> None:
+def _log_dataset(client: "MlflowClient", run_id: str, folder: Path, manifest: "Manifest") -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
         name="sequences",
         digest=manifest.digest[:LONGEST_DIGEST],
         source_type="local",
-        source=json.dumps({"uri": str(cfg.sequence_dir)}),
+        source=json.dumps({"uri": str(folder)}),
         profile=json.dumps({"num_rows": manifest.num_rows, "num_users": manifest.num_users}),
     )
     client.log_inputs(

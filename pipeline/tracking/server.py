@@ -2,7 +2,7 @@
 job's own time.
 
 Everything speaks HTTP to one server, so that no two processes share its sqlite file. `tracking.py`
-and `registry.py` talk to it, inside `with mlflow_server(cfg)`, and import MLflow where they use it:
+and `registry.py` talk to it, inside `with mlflow_server(...)`, and import MLflow where they use it:
 two seconds that a job without it does not pay.
 """
 
@@ -24,7 +24,7 @@ import httpx
 
 from pipeline import lifeline
 from pipeline.cluster import free_port
-from pipeline.config import RunConfig, UserError
+from pipeline.config import TrackingConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.waiting import progress_lines, wait_until
 
@@ -38,7 +38,9 @@ STOP_TIMEOUT_S = 15
 
 
 @contextmanager
-def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
+def mlflow_server(
+    settings: TrackingConfig, runs_dir: str, port: int | None = None
+) -> Iterator[str]:
     """The tracking server's address for the length of the block; `runs.py` and `registry.py` talk
     to it.
 
@@ -49,12 +51,12 @@ def mlflow_server(cfg: RunConfig, port: int | None = None) -> Iterator[str]:
     Raises:
         UserError: the server named in the configuration does not answer, or ours does not start.
     """
-    process, limit_s = None, cfg.tracking.start_timeout_s
-    if cfg.tracking.uri is not None:
-        uri = cfg.tracking.uri
+    process, limit_s = None, settings.start_timeout_s
+    if settings.uri is not None:
+        uri = settings.uri
         _require_healthy(uri, limit_s)
     else:
-        uri, process = _start_or_join(Path(cfg.runs_dir).absolute() / "mlflow", port, limit_s)
+        uri, process = _start_or_join(Path(runs_dir).absolute() / "mlflow", port, limit_s)
 
     try:
         with tracking_uri(uri):
@@ -235,16 +237,16 @@ def _healthy(uri: str, limit_s: float = 5) -> bool:
     return answer.status_code == 200
 
 
-def plan_server(cfg: RunConfig) -> dict[str, object]:
+def plan_server(settings: TrackingConfig, runs_dir: str) -> dict[str, object]:
     """Where runs and versions are, for `--dry-run`.
 
     Raises:
         UserError: the server named in the configuration does not answer.
     """
-    uri = cfg.tracking.uri
+    uri = settings.uri
     if uri is not None:
-        _require_healthy(uri, cfg.tracking.start_timeout_s)
+        _require_healthy(uri, settings.start_timeout_s)
     return {
-        "tracking": uri or str(Path(cfg.runs_dir).absolute() / "mlflow"),
-        "model": cfg.tracking.model_name,
+        "tracking": uri or str(Path(runs_dir).absolute() / "mlflow"),
+        "model": settings.model_name,
     }

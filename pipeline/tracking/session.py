@@ -35,7 +35,7 @@ def session(cfg: RunConfig, port: int | None = None) -> Iterator["Tracker"]:
     Raises:
         UserError: the server named in the configuration does not answer, or ours does not start.
     """
-    with server.mlflow_server(cfg, port):
+    with server.mlflow_server(cfg.tracking, cfg.runs_dir, port):
         yield Tracker(cfg)
 
 
@@ -45,7 +45,7 @@ def plan_session(cfg: RunConfig) -> dict[str, object]:
     Raises:
         UserError: the server named in the configuration does not answer.
     """
-    return server.plan_server(cfg)
+    return server.plan_server(cfg.tracking, cfg.runs_dir)
 
 
 @dataclass(frozen=True, slots=True)

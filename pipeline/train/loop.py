@@ -78,7 +78,7 @@ def train(
     torch.manual_seed(cfg.seed)
     trainee = Trainee(cfg, maps, device, rank, world_size)
     identity = run_identity(cfg, data_digest)
-    state = _first_state(trainee, cfg, loader, resume, identity)
+    state = _first_state(trainee, loader, resume, identity, cfg.name)
     if state.finished:
         return trainee.model
 
@@ -253,7 +253,7 @@ class Progress:
 
 
 def _first_state(
-    trainee: Trainee, cfg: RunConfig, loader: Loader, resume: Saved | None, identity: dict
+    trainee: Trainee, loader: Loader, resume: Saved | None, identity: dict, run_name: str
 ) -> TrainState:
     """Where the run begins, the trainee set to it."""
     if resume is None:
@@ -262,11 +262,11 @@ def _first_state(
             steps_per_epoch=loader.steps_per_epoch, loss_sum=zeros, weight_sum=[*zeros]
         )
 
-    check_identity(resume.identity, identity, cfg.name)
+    check_identity(resume.identity, identity, run_name)
     before, now = resume.state.steps_per_epoch, loader.steps_per_epoch
     if before != now:
         raise UserError(
-            f"run {cfg.name!r} began with {before} steps an epoch and would go on with {now} "
+            f"run {run_name!r} began with {before} steps an epoch and would go on with {now} "
             f"(train.num_workers {trainee.world_size}): --restart trains it anew"
         )
     trainee.load_checkpoint(resume)

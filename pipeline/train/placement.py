@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config import FeatureConfig, ModelConfig, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,15 @@ class Placement:
         return 4 * self.block * (self.width + 1)
 
 
-def table_shapes(cfg: RunConfig, vocab_sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+def table_shapes(
+    features: FeatureConfig, model: ModelConfig, vocab_sizes: dict[str, int]
+) -> dict[str, tuple[int, int]]:
     """Rows and width of every table of the model, by the name it has in `train.tables`."""
-    features, model = cfg.features, cfg.model
     columns = *features.item.values(), *features.request.values(), *features.user.values()
     widths = features.item_id_dim, *(column.dim for column in columns)
     shapes = {
         name: (vocab_sizes[name], width)
-        for name, width in zip(cfg.feature_tables, widths, strict=True)
+        for name, width in zip(features.tables, widths, strict=True)
     }
     # Of a fixed size, and small: always replicated.
     return shapes | {
@@ -63,7 +64,8 @@ def place_tables(
 ) -> dict[str, Placement]:
     """The placement of every table of the model, by `train.tables` and its neighbours."""
     train, plan = cfg.train, {}
-    for name, (rows, width) in table_shapes(cfg, vocab_sizes).items():
+    shapes = table_shapes(cfg.features, cfg.model, vocab_sizes)
+    for name, (rows, width) in shapes.items():
         grows = name in cfg.feature_tables
         plan[name] = Placement(
             rows=rows,

@@ -28,7 +28,7 @@ from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.model.artifact import publish_model
 from pipeline.model.encoders import check_model
@@ -69,7 +69,7 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         TrainingStopped: it went wrong; the checkpoints from before are kept.
     """
     check_model(cfg.model)
-    folder = train_dir(cfg)
+    folder, train = cfg.train_dir, cfg.train
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -83,11 +83,11 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         # here, so that no worker reads the store to count
         steps = step_plan(cfg, folder / "steps.json")
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            _run_trainer(cfg, _make_trainer(cfg, digest, steps, run))
+            _run_trainer(_make_trainer(cfg, digest, steps, run), folder)
     if run is not None and (folder / "profile").exists():
         run.log_artifacts(folder / "profile", "profile")
 
-    trained = _chosen(cfg)
+    trained = _chosen_checkpoint(_open_checkpoints(folder, train), train.publish)
     with torch.device("meta"):  # names and shapes: tables may be larger than this machine
         like = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
     facts = {
@@ -105,12 +105,12 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
     return cfg.model_dir
 
 
-def _run_trainer(cfg: RunConfig, trainer: TorchTrainer) -> None:
+def _run_trainer(trainer: TorchTrainer, folder: Path) -> None:
     """Run it to its end; a user's mistake that only a worker could see is a `UserError` as well."""
-    stopped = train_dir(cfg) / STOPPED
+    stopped = folder / STOPPED
     stopped.unlink(missing_ok=True)
     # Ray Train's notes of an earlier attempt
-    shutil.rmtree(train_dir(cfg) / "ray", ignore_errors=True)
+    shutil.rmtree(folder / "ray", ignore_errors=True)
 
     try:
         trainer.fit()
@@ -131,37 +131,34 @@ def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     Raises:
         UserError: the run began with other settings or data, or none of its checkpoints is whole.
     """
-    found = _checkpoints(cfg).newest()
+    found = _open_checkpoints(cfg.train_dir, cfg.train).newest()
     if found is not None:
         digest = store.read_manifest(cfg.sequence_dir).digest
         check_identity(found.identity, run_identity(cfg, digest), cfg.name)
     return found
 
 
-def trained_on(cfg: RunConfig) -> str | None:
-    """Digest of the sequences that the newest checkpoint has read; None where there is none."""
-    found = _checkpoints(cfg).newest()
+def trained_on(folder: Path, train: TrainConfig) -> str | None:
+    """Digest of the sequences that the newest checkpoint below `folder` (`RunConfig.train_dir`) has
+    read; None where there is none.
+    """
+    found = _open_checkpoints(folder, train).newest()
     return None if found is None else found.identity["sequences"]
 
 
-def _checkpoints(cfg: RunConfig, rank: int = 0, world_size: int = 1) -> CheckpointFolder:
-    return CheckpointFolder(
-        train_dir(cfg) / "checkpoints", cfg.train.keep_checkpoints, rank, world_size
-    )
+def _open_checkpoints(
+    folder: Path, train: TrainConfig, rank: int = 0, world_size: int = 1
+) -> CheckpointFolder:
+    return CheckpointFolder(folder / "checkpoints", train.keep_checkpoints, rank, world_size)
 
 
-def _chosen(cfg: RunConfig) -> Saved:
+def _chosen_checkpoint(checkpoints: CheckpointFolder, publish: str) -> Saved:
     """The checkpoint that becomes the model, by `train.publish`."""
-    checkpoints = _checkpoints(cfg)
     last = checkpoints.newest()
     assert last is not None
-    if cfg.train.publish == "last" or last.state.best_step is None:
+    if publish == "last" or last.state.best_step is None:
         return last
     return checkpoints.read(checkpoints.at(last.state.best_step))
-
-
-def train_dir(cfg: RunConfig) -> Path:
-    return cfg.run_dir / "train"
 
 
 def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
@@ -184,7 +181,7 @@ def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None)
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=str(train_dir(cfg)),
+            storage_path=str(cfg.train_dir),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
@@ -200,9 +197,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(cfg.train.threads_per_worker)
-    folder, device = train_dir(cfg), ray.train.torch.get_device()
+    folder, device = cfg.train_dir, ray.train.torch.get_device()
     maps = FeatureMaps.load(folder)
-    checkpoints = _checkpoints(cfg, rank, world_size)
+    checkpoints = _open_checkpoints(folder, cfg.train, rank, world_size)
 
     with only_writer(folder) if rank == 0 else nullcontext():
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
@@ -263,6 +260,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     all_values = sum(parameter.numel() for parameter in model.parameters())
     dense = all_values - table_values
     placed, steps = describe_tables(tables), step_plan(cfg)
+    before = _open_checkpoints(cfg.train_dir, train).newest()
 
     return {
         "world_size": train.num_workers,
@@ -278,10 +276,5 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
             "sequences": pool_memory(cfg.sequence_dir, cfg.train, steps),
         },
         "tables": placed["tables"],
-        "resumes_from_step": _last_step(cfg),
+        "resumes_from_step": 0 if before is None else before.state.step,
     }
-
-
-def _last_step(cfg: RunConfig) -> int:
-    found = _checkpoints(cfg).newest()
-    return 0 if found is None else found.state.step

@@ -67,11 +67,40 @@ class Validator:
             rank 0    0   2   4
             rank 1      1   3   4    the last one not its own
         """
-        parts = _sampled_parts(self.cfg)
+        parts = self._sampled_parts()
         while turn := list(itertools.islice(parts, self.world_size)):
             ours = self.rank < len(turn)
             users, part = turn[self.rank if ours else 0]
             yield evaluation_batch(users, part, self.maps, self.cfg), ours
+
+    def _sampled_parts(self) -> Iterator[tuple[UserEvents, Examples]]:
+        """`train.validate_requests` requests of the validation period in parts of
+        `evaluate.batch_tokens`.
+
+        Users fall to buckets by a hash, so all requests of some buckets are a sample of them all,
+        and the others need not be read.
+        """
+        cfg = self.cfg
+        manifest = store.read_manifest(cfg.sequence_dir)
+        rng = np.random.default_rng([cfg.seed, 3])
+        left = cfg.train.validate_requests
+        for bucket in rng.permutation(len(manifest.buckets)).tolist():
+            sequences = store.read_bucket(cfg.sequence_dir, manifest, bucket)
+            users = user_events(sequences, cfg.source, cfg.features)
+            examples = request_examples(users, *split_bounds(cfg.split, "val"))
+            chosen = np.sort(rng.permutation(len(examples))[:left])
+            for part in token_batches(examples[chosen], cfg.evaluate.batch_tokens):
+                yield users, part
+
+            left -= len(chosen)
+            if left == 0:
+                return
+
+        if left == cfg.train.validate_requests:
+            raise UserError(
+                "split.t_val: the val period holds no request, so train.validate_every has nothing "
+                "to score"
+            )
 
 
 def merge_ranks(metrics: HeadMetrics, world_size: int) -> HeadMetrics:
@@ -106,33 +135,3 @@ def summarise_sample(found: dict[str, float], names: Sequence[str]) -> dict[str,
     for name, of_tasks in defined.items():
         values[f"val_sample/{name}"] = float(np.mean(of_tasks)) if of_tasks else math.nan
     return values
-
-
-def _sampled_parts(cfg: RunConfig) -> Iterator[tuple[UserEvents, Examples]]:
-    """`train.validate_requests` requests of the validation period in parts of
-    `evaluate.batch_tokens`.
-
-    Users fall to buckets by a hash, so all requests of some buckets are a sample of them all, and
-    the others need not be read.
-    """
-    manifest = store.read_manifest(cfg.sequence_dir)
-    rng = np.random.default_rng([cfg.seed, 3])
-    left = cfg.train.validate_requests
-    for bucket in rng.permutation(len(manifest.buckets)).tolist():
-        users = user_events(
-            store.read_bucket(cfg.sequence_dir, manifest, bucket), cfg.source, cfg.features
-        )
-        examples = request_examples(users, *split_bounds(cfg.split, "val"))
-        chosen = np.sort(rng.permutation(len(examples))[:left])
-        for part in token_batches(examples[chosen], cfg.evaluate.batch_tokens):
-            yield users, part
-
-        left -= len(chosen)
-        if left == 0:
-            return
-
-    if left == cfg.train.validate_requests:
-        raise UserError(
-            "split.t_val: the val period holds no request, so train.validate_every has nothing to "
-            "score"
-        )
