@@ -27,15 +27,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
     if job.options.prune:
-        print(f"removed={prune_events(job.cfg, log)}")
+        print(f"removed={prune_events(job.cfg.sequence_dir, log)}")
         return
-    done = export_events(job.cfg, log)
+    done = export_events(job.cfg.source, job.cfg.run_dir, log)
     print(f"file={done.path} events={done.num_events} dropped={done.dropped}")
 
 
 def plan_job(cfg: RunConfig) -> dict[str, object]:
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
-    return {"reads": events, "writes": str(live_log_dir(cfg))}
+    return {"reads": events, "writes": str(live_log_dir(cfg.run_dir))}
 
 
 if __name__ == "__main__":

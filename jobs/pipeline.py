@@ -66,7 +66,7 @@ def check_settings(cfg: RunConfig) -> None:
     """
     check_model(cfg.model)
     deployment.check_protection(cfg.serve)
-    replay.key_header(cfg)
+    replay.key_header(cfg.serve)
 
 
 def run_chain(

@@ -20,7 +20,7 @@ import yaml
 
 from pipeline import config
 from pipeline.cluster import free_port
-from pipeline.config import RunConfig, ServeConfig, UserError
+from pipeline.config import RunConfig, ServeConfig, TrackingConfig, UserError
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
@@ -40,9 +40,9 @@ PODS = {"host": "0.0.0.0", "port": 8000}
 ANSWERS = 3  # in a row from the new version alone, before the old one counts as gone
 
 
-def cache_folder(cfg: RunConfig) -> Path:
+def cache_folder(runs_dir: str) -> Path:
     """Where checked model files lie on every node that serves."""
-    return Path(cfg.runs_dir).absolute() / "champions"
+    return Path(runs_dir).absolute() / "champions"
 
 
 def read_template() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def user_config(
         "shadow": None if shadow is None else dataclasses.asdict(shadow),
         "sequences": str(cfg.sequence_dir),
         "digest": store.read_manifest(cfg.sequence_dir).digest,
-        "cache": str(cache_folder(cfg)),
+        "cache": str(cache_folder(cfg.runs_dir)),
         # the mapped copy of the sequences, and the events since
         "serving": str(cfg.run_dir / "serving"),
         "limits": config.to_dict(cfg.serve),
@@ -113,7 +113,7 @@ def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
     Raises:
         UserError: the version does not load, or nothing answered in time.
     """
-    return send_update(cfg, dashboard_url, _checked(cfg, model))
+    return send_update(cfg.serve, dashboard_url, _checked(cfg, model))
 
 
 def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
@@ -143,19 +143,19 @@ def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
 def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg.serve)
-    canary, shadow = _on_trial(cfg, model)
+    canary, shadow = _on_trial(cfg.serve, cfg.tracking, model)
     for version in (model, canary, shadow):
         if version is not None:
-            load_model(fetch_model(version, cache_folder(cfg)))
+            load_model(fetch_model(version, cache_folder(cfg.runs_dir)))
     return user_config(cfg, model, canary, shadow)
 
 
 def _on_trial(
-    cfg: RunConfig, champion: PinnedModel
+    serve: ServeConfig, tracking: TrackingConfig, champion: PinnedModel
 ) -> tuple[PinnedModel | None, PinnedModel | None]:
     """The canary and the shadow that the configuration names, if any."""
-    canary = None if cfg.serve.canary is None else cfg.serve.canary.version
-    wanted = {"serve.canary.version": canary, "serve.shadow": cfg.serve.shadow}
+    canary = None if serve.canary is None else serve.canary.version
+    wanted = {"serve.canary.version": canary, "serve.shadow": serve.shadow}
     found: list[PinnedModel | None] = []
 
     for key, version in wanted.items():
@@ -163,7 +163,7 @@ def _on_trial(
             raise UserError(
                 f"{key}: version {version} is the champion: there is nothing to compare it with"
             )
-        found.append(None if version is None else find_version(cfg.tracking, version))
+        found.append(None if version is None else find_version(tracking, version))
     return found[0], found[1]
 
 
@@ -178,7 +178,7 @@ def check_protection(settings: ServeConfig) -> None:
         )
 
 
-def send_update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
+def send_update(settings: ServeConfig, dashboard_url: str, wanted: dict[str, Any]) -> str:
     """Send the configuration with `wanted` as the replicas' `user_config`, and wait until nothing
     else answers.
     """
@@ -188,12 +188,12 @@ def send_update(cfg: RunConfig, dashboard_url: str, wanted: dict[str, Any]) -> s
     client = ServeSubmissionClient(dashboard)
     port = _running_port(client.get_serve_details())
     if port is None:
-        port = cfg.serve.port or free_port()
-        require_free_port(cfg.serve.host, port)
+        port = settings.port or free_port()
+        require_free_port(settings.host, port)
 
-    _send(client, serve_config(cfg.serve, wanted, port, code_of_this_job()))
-    url = f"http://{cfg.serve.host}:{port}"
-    _wait(client, url, wanted["deployment"], cfg.serve.start_timeout_s)
+    _send(client, serve_config(settings, wanted, port, code_of_this_job()))
+    url = f"http://{settings.host}:{port}"
+    _wait(client, url, wanted["deployment"], settings.start_timeout_s)
     return url
 
 

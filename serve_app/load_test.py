@@ -424,7 +424,7 @@ def main() -> None:
     try:
         load = RequestLoad(**{name: getattr(options, name) for name in names})
         cfg = config.load(options.config, options.overrides)
-        figures = run_load(options.url, load, cfg.sequence_dir, key_header(cfg), options.plot)
+        figures = run_load(options.url, load, cfg.sequence_dir, key_header(cfg.serve), options.plot)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

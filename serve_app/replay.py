@@ -5,7 +5,7 @@ published sequences → past test requests → evaluation path (examples, collat
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.batches.events import Events
 from pipeline.batches.examples import Examples, UserEvents, request_examples, user_events
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import evaluation_batch, split_bounds
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, ServeConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import WATCH_MS, EventColumns
@@ -60,7 +60,7 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     as_served(loaded.model, cfg.serve)  # what that costs is the evaluation's to say
     requests = past_requests(cfg, loaded)
     worst, elapsed_ms = 0.0, []
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg)) as client:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         for past in requests[:WARM_UP]:
             _rank(client, past.body)
         for past in requests:
@@ -78,10 +78,13 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
     """
     users, examples = _sample(cfg, cfg.serve.parity_requests)
     half = len(examples) // 2
-    return [
-        _past(cfg, loaded, users, examples[i : i + 1], with_history=i >= half)
-        for i in range(len(examples))
-    ]
+    num_items = cfg.serve.parity_candidates
+
+    requests = []
+    for i in range(len(examples)):
+        one = examples[i : i + 1]
+        requests.append(_past(loaded, users, one, num_items, with_history=i >= half))
+    return requests
 
 
 def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
@@ -107,7 +110,7 @@ def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
 
 
 def _past(
-    cfg: RunConfig, loaded: LoadedModel, users: UserEvents, one: Examples, *, with_history: bool
+    loaded: LoadedModel, users: UserEvents, one: Examples, num_items: int, *, with_history: bool
 ) -> PastRequest:
     """The request of one example: its own rows as the evaluation scores them, then popular items at
     its time.
@@ -121,7 +124,7 @@ def _past(
         {"item_id": int(users.events.item_id[i]), "request_features": _features(users.events, i)}
         for i in rows
     ]
-    fill = _popular(loaded.maps, cfg.serve.parity_candidates - len(asked), own.item_id)
+    fill = _popular(loaded.maps, num_items - len(asked), own.item_id)
     if len(fill):
         scores = np.concatenate([scores, _score_items(loaded, users, one, fill, features)])
         asked += [{"item_id": item} for item in fill.tolist()]
@@ -131,9 +134,9 @@ def _past(
         "request_features": features,
     }
     if with_history:
-        body["history"] = _history(
-            loaded.cfg, users.events, int(one.history_begin[0]), int(one.history_end[0])
-        )
+        rows = range(int(one.history_begin[0]), int(one.history_end[0]))
+        columns = loaded.cfg.source.events
+        body["history"] = [_history_row(users.events, i, columns) for i in rows]
         body["first_position"] = int(users.first_position[one.user[0]])
     return PastRequest(body | {"candidates": asked}, scores)
 
@@ -175,18 +178,17 @@ def _features(events: Events, row: int) -> dict[str, int]:
     return {name: int(column[row]) for name, column in events.request.items() if column[row] >= 0}
 
 
-def _history(cfg: RunConfig, events: Events, begin: int, end: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "item_id": int(events.item_id[i]),
-            "event_time": int(events.event_time[i]),
-            "order_only": bool(events.order_only[i]),
-            **_outcomes(cfg.source.events, events, i),
-            "actions": dict(_actions(cfg, int(events.action_mask[i]), int(events.known_mask[i]))),
-            "request_features": _features(events, i),
-        }
-        for i in range(begin, end)
-    ]
+def _history_row(events: Events, row: int, columns: EventColumns) -> dict[str, Any]:
+    """A row of the history, as a client posts it."""
+    action_mask, known_mask = int(events.action_mask[row]), int(events.known_mask[row])
+    return {
+        "item_id": int(events.item_id[row]),
+        "event_time": int(events.event_time[row]),
+        "order_only": bool(events.order_only[row]),
+        **_outcomes(columns, events, row),
+        "actions": dict(_actions(columns.actions, action_mask, known_mask)),
+        "request_features": _features(events, row),
+    }
 
 
 def _outcomes(columns: EventColumns, events: Events, row: int) -> dict[str, Any]:
@@ -205,8 +207,9 @@ def _outcomes(columns: EventColumns, events: Events, row: int) -> dict[str, Any]
     return {"watch_ms": watch_ms, "outcomes": outcomes}
 
 
-def _actions(cfg: RunConfig, action_mask: int, known_mask: int) -> Iterator[tuple[str, bool]]:
-    for bit, name in enumerate(cfg.source.actions):
+def _actions(names: Sequence[str], action_mask: int, known_mask: int) -> Iterator[tuple[str, bool]]:
+    """The actions that are known of a row, and which of them happened."""
+    for bit, name in enumerate(names):
         if known_mask >> bit & 1:
             yield name, bool(action_mask >> bit & 1)
 
@@ -226,15 +229,15 @@ def _rank(client: httpx.Client, body: dict[str, Any]) -> tuple[dict[str, Any], f
         time.sleep(float(answer.headers["Retry-After"]))
 
 
-def key_header(cfg: RunConfig) -> dict[str, str]:
+def key_header(serve: ServeConfig) -> dict[str, str]:
     """With which a job may ask the server that it started.
 
     Raises:
         UserError: the server asks for a key, and there is none to be read.
     """
-    file = cfg.serve.client_key_file
+    file = serve.client_key_file
     if file is None:
-        if cfg.serve.api_keys_file is not None:
+        if serve.api_keys_file is not None:
             raise UserError(
                 "serve.client_key_file must hold a key for this job's own requests: "
                 "serve.api_keys_file is set"
@@ -262,14 +265,13 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
     shown = later[np.sort(first)][: cfg.serve.demo_candidates // 2]
     items = events.item_id[shown]
     fill = _popular(maps, cfg.serve.demo_candidates - len(items), items)
-    did = {
-        int(events.item_id[i]): ", ".join(
-            name
-            for name, done in _actions(cfg, int(events.action_mask[i]), int(events.known_mask[i]))
-            if done
-        )
-        for i in shown
-    }
+
+    did = {}
+    for i in shown:
+        action_mask, known_mask = int(events.action_mask[i]), int(events.known_mask[i])
+        actions = _actions(cfg.source.actions, action_mask, known_mask)
+        did[int(events.item_id[i])] = ", ".join(name for name, done in actions if done)
+
     body = {
         "user_id": int(users.user_id[user]),
         "request_time_ms": int(events.event_time[row]),
@@ -306,7 +308,7 @@ def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
 def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
     """`demo_request` ranked by the server, the `top` best as plain text."""
     body, did = demo_request(cfg)
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg)) as client:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         answer, _ = _rank(client, body)
     lines = [
         f"user {body['user_id']}, {len(body['candidates'])} candidates, history of "

@@ -294,7 +294,7 @@ def test_posted_numbers_that_the_sequences_have_no_place_for(
             return None
 
     log = SqliteEvents(tmp_path / "events.sqlite")
-    history = LiveHistory(Nobody(), log, config.from_dict({}), max_events=10)
+    history = LiveHistory(Nobody(), log, config.from_dict({}).sequences, max_events=10)
     body = {"user_id": 1, "item_id": 2, "event_time": NOON}
     (refusal,) = history.append_all(
         [EventsRequest.model_validate({"events": [body, body | {"outcomes": outcomes}]})]
@@ -447,8 +447,10 @@ def test_a_column_declared_in_yaml_alone_goes_the_whole_way(
 
     # the rest is posted, and ranked with what was published before
     log = SqliteEvents(tmp_path / "events.sqlite")
-    published = PublishedSequences(early_cfg.sequence_dir, loaded.cfg, tmp_path / "cache")
-    history = LiveHistory(published, log, loaded.cfg, max_events=1000)
+    published = PublishedSequences(
+        early_cfg.sequence_dir, loaded.cfg.source, loaded.cfg.features, tmp_path / "cache"
+    )
+    history = LiveHistory(published, log, loaded.cfg.sequences, max_events=1000)
     ranker = Ranker(loaded, history, 1, "priced", ServeConfig())
     before = ask(ranker, bodies)
     events = [as_event(row) for row in late.to_pylist()]
@@ -465,7 +467,7 @@ def test_a_column_declared_in_yaml_alone_goes_the_whole_way(
     assert np.abs(ask(ranker, bodies) - expected).max() > 1e-3, "the prices count"
 
     # exported, and read again by the next build
-    done = export_events(early_cfg, log)
+    done = export_events(early_cfg.source, early_cfg.run_dir, log)
     assert (done.num_events, done.dropped) == (late.num_rows, {})
     build_sequences(early_cfg, append=True)
     for index in range(2):
@@ -488,7 +490,7 @@ def test_a_model_and_sequences_that_disagree_are_refused(
     )
     build_sequences(plain)
     with pytest.raises(UserError, match="the model reads 'price'"):
-        PublishedSequences(plain.sequence_dir, priced, tmp_path / "cache")
+        PublishedSequences(plain.sequence_dir, priced.source, priced.features, tmp_path / "cache")
     with pytest.raises(UserError, match=r"other settings.*source\.outcome_columns"):
         build_sequences(dataclasses.replace(priced, name="priced"), append=True)
 

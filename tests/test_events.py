@@ -115,7 +115,7 @@ def test_live_rows_are_where_a_rebuild_would_have_them(
     old.append({"user_id": 0, "item_id": 29, "event_time": START + 10**8, "is_click": 1})
     rebuilt = Built(build(old + new, cfg), cfg)
     published = Built(build(old, cfg), cfg)
-    history = LiveHistory(published, log, cfg, max_events=1000)
+    history = LiveHistory(published, log, cfg.sequences, max_events=1000)
     history.append([event(new[i]) for i in rng.permutation(len(new))])
     log.append([event(row) for row in old[::3]])  # published meanwhile: not doubled
     assert set(rebuilt.rows) == {
@@ -128,7 +128,10 @@ def test_live_rows_are_where_a_rebuild_would_have_them(
         assert expected is not None
         uncounted = older_than_cut(new, published.sequence(user), user)
         the_same(found, expected, cfg, uncounted)
-        one, other = (histories([row] * len(times), times, cfg, 6) for row in (found, expected))
+        one, other = (
+            histories([row] * len(times), times, cfg.source, cfg.features, 6)
+            for row in (found, expected)
+        )
         assert (one.first_position + uncounted).tolist() == other.first_position.tolist()
         for name in (
             "offsets",
@@ -153,7 +156,7 @@ def test_scores_after_events_are_those_after_a_rebuild(
 ) -> None:
     cfg = loaded.cfg
     rows = logged(np.random.default_rng(1), 300, request_ids=False)
-    history = LiveHistory(Built(build(rows[:150], cfg), cfg), log, cfg, max_events=1000)
+    history = LiveHistory(Built(build(rows[:150], cfg), cfg), log, cfg.sequences, max_events=1000)
     rankers = [
         Ranker(loaded, store, 1, "tiny", ServeConfig())
         for store in (history, Built(build(rows, cfg), cfg))
@@ -177,7 +180,7 @@ def test_published_order_and_order_only_rows_stay(loaded: LoadedModel, log: Sqli
     base = {"user_id": 1, "event_time": START, "is_click": 1}
     old = [base | {"item_id": item, "tie_breaker": tie} for item, tie in ((5, 0), (3, 1), (9, 2))]
     old += [base | {"item_id": 8, "event_time": START - 1, "order_only": True}]
-    history = LiveHistory(Built(build(old, cfg), cfg), log, cfg, max_events=10)
+    history = LiveHistory(Built(build(old, cfg), cfg), log, cfg.sequences, max_events=10)
     history.append([event(base | {"item_id": item}) for item in (4, 7)])
     found = history.sequence(1)
     assert found is not None
@@ -191,7 +194,7 @@ def test_an_event_is_kept_once_and_the_answer_says_so(
 ) -> None:
     row = {"user_id": 1, "item_id": 2, "event_time": START, "is_click": 1}
     published = Built(build([row], loaded.cfg), loaded.cfg)
-    history = LiveHistory(published, log, loaded.cfg, max_events=10)
+    history = LiveHistory(published, log, loaded.cfg.sequences, max_events=10)
     other = row | {"item_id": 3}
     assert history.append([event(other), event(row), event(other)]) == [
         "accepted",
@@ -228,7 +231,9 @@ def test_what_the_sequences_have_no_place_for(
     loaded: LoadedModel, log: SqliteEvents, name: str
 ) -> None:
     changes, loc, value = BAD_EVENTS[name]
-    history = LiveHistory(Built(build([], loaded.cfg), loaded.cfg), log, loaded.cfg, max_events=2)
+    history = LiveHistory(
+        Built(build([], loaded.cfg), loaded.cfg), log, loaded.cfg.sequences, max_events=2
+    )
     good = {"user_id": 1, "item_id": 2, "event_time": START}
     bad = EventsRequest.model_validate({"events": [good | changes]})
     refusal, answer = history.append_all([bad, EventsRequest.model_validate({"events": [good]})])

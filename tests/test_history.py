@@ -27,7 +27,7 @@ def table(cfg: RunConfig) -> pa.Table:
 def test_every_user_is_found_and_nobody_else(
     cfg: RunConfig, table: pa.Table, tmp_path: Path
 ) -> None:
-    published = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     assert published.num_users == NUM_USERS
     for row in table.to_pylist():
         found = published.sequence(row["user_id"])
@@ -40,7 +40,7 @@ def test_every_user_is_found_and_nobody_else(
 def test_only_strictly_earlier_rows_and_the_newest_of_them(
     cfg: RunConfig, table: pa.Table, tmp_path: Path
 ) -> None:
-    published = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     asked = [
         (row["user_id"], time)
         for row in table.to_pylist()
@@ -48,7 +48,13 @@ def test_only_strictly_earlier_rows_and_the_newest_of_them(
     ]
     rows = [published.sequence(user) for user, _ in asked]
     for cap in (10_000, 3):
-        found = histories([r for r in rows if r], np.array([time for _, time in asked]), cfg, cap)
+        found = histories(
+            [r for r in rows if r],
+            np.array([time for _, time in asked]),
+            cfg.source,
+            cfg.features,
+            cap,
+        )
         for i, (user, time) in enumerate(asked):
             (row,) = table.filter(pa.compute.equal(table["user_id"], user)).to_pylist()
             earlier = [
@@ -74,7 +80,10 @@ def test_a_row_from_columns_equals_the_published_one(cfg: RunConfig, table: pa.T
     columns |= {name: np.array(row[name].to_pylist()[0]) for name in ("known_mask", "order_only")}
     made = sequence_row(columns, cfg.source.events, row["first_position"][0].as_py())
     now = np.array([2**60])
-    published, built = histories(row.to_batches(), now, cfg, 100), histories([made], now, cfg, 100)
+    published, built = (
+        histories(row.to_batches(), now, cfg.source, cfg.features, 100),
+        histories([made], now, cfg.source, cfg.features, 100),
+    )
     assert built.first_position == published.first_position
     for name in (
         "item_id",
@@ -98,20 +107,20 @@ def test_no_rows_at_all(cfg: RunConfig) -> None:
 
 def test_the_copy_is_made_once_and_whole(cfg: RunConfig, table: pa.Table, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    PublishedSequences(cfg.sequence_dir, cfg, cache)
+    PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, cache)
     (copy,) = cache.iterdir()
     written = copy.stat().st_mtime_ns
-    PublishedSequences(cfg.sequence_dir, cfg, cache)
+    PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, cache)
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [written]
 
 
 def test_a_new_publication_takes_the_place_of_the_old_copy(
     cfg: RunConfig, table: pa.Table, tmp_path: Path
 ) -> None:
-    old = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    old = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     shutil.rmtree(cfg.sequence_dir)
     renewed = publish_sequences(cfg, seed=1)
-    new = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    new = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1
     for published, expected in ((old, table), (new, renewed)):
         found = published.sequence(2)
@@ -127,9 +136,9 @@ def test_masks_of_other_actions_are_refused(
 ) -> None:
     other = replace(cfg, source=replace(cfg.source, actions=("is_like", "is_click")))
     with pytest.raises(UserError, match="is_like"):
-        PublishedSequences(cfg.sequence_dir, other, tmp_path / "cache")
+        PublishedSequences(cfg.sequence_dir, other.source, other.features, tmp_path / "cache")
 
 
 def test_nothing_published(cfg: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sequences are published"):
-        PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+        PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")

@@ -47,9 +47,9 @@ class Whole:
         cfg = tiny_config(folder / "runs")
         publish_sequences(cfg)
         loaded = load_model(save_tiny_model(cfg, folder / "model"))
-        published = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
+        published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache")
         history = LiveHistory(
-            published, SqliteEvents(folder / "events.sqlite"), cfg, max_events=100
+            published, SqliteEvents(folder / "events.sqlite"), cfg.sequences, max_events=100
         )
         self.counts = ReplicaMetrics()
         ranker = Ranker(loaded, history, 1, "tiny", ServeConfig(max_candidates=50, max_history=50))

@@ -114,7 +114,7 @@ def test_the_evaluation_and_the_server_use_them_where_asked(
     cfg = tiny_config(tmp_path / "runs")
     publish_sequences(cfg)
     folder = save_tiny_model(cfg, tmp_path / "model")
-    store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    store = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     losses = []
     for on in (False, True):
         changed = replace(cfg, evaluate=replace(cfg.evaluate, int4_tables=on))

@@ -467,7 +467,7 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     serving = cfg.run_dir / "serving"
     log = SqliteEvents(serving / "events.sqlite")
     log.append([Event(user_id=user, item_id=1, event_time=START) for user in (3, 4)])
-    published = PublishedSequences(cfg.sequence_dir, cfg, serving)
+    published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
     assert published.sequence(3) is not None
     predictions = cfg.run_dir / "evaluation" / "predictions" / "test.parquet"
     predictions.parent.mkdir(parents=True)
@@ -491,7 +491,7 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
         assert what in out
     assert (log.of_user(3), len(log.of_user(4))) == ([], 1)
     assert pq.read_table(predictions)["user_id"].to_pylist() == [4]
-    again = PublishedSequences(cfg.sequence_dir, cfg, serving)
+    again = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
     assert (again.sequence(3), again.sequence(8)) == (None, None)
     assert again.sequence(4) is not None
     assert len(list(serving.glob("sequences-*"))) == 1

@@ -248,13 +248,13 @@ def test_a_job_has_a_key_for_its_own_requests(tmp_path: Path, keys_file: Path) -
     key = tmp_path / "key"
     sections = {"api_keys_file": str(keys_file)}
     with pytest.raises(UserError, match=r"serve\.client_key_file"):
-        replay.key_header(tiny_config(tmp_path, serve=sections))
+        replay.key_header(tiny_config(tmp_path, serve=sections).serve)
     asking = tiny_config(tmp_path, serve=sections | {"client_key_file": str(key)})
     with pytest.raises(UserError, match=r"serve\.client_key_file"):
-        replay.key_header(asking)
+        replay.key_header(asking.serve)
     key.write_text(KEYS["app"] + "\n")
-    assert replay.key_header(asking) == {"Authorization": f"Bearer {KEYS['app']}"}
-    assert replay.key_header(tiny_config(tmp_path)) == {}
+    assert replay.key_header(asking.serve) == {"Authorization": f"Bearer {KEYS['app']}"}
+    assert replay.key_header(tiny_config(tmp_path).serve) == {}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, UserEvents]
     cfg = tiny_config(folder / "runs")
     table = publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, folder / "model"))
-    store = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
+    store = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache")
     limits = ServeConfig(max_candidates=50, max_history=30)
     return Ranker(loaded, store, 7, "tiny", limits), user_events(table, cfg.source, cfg.features)
 
@@ -98,7 +98,7 @@ def test_a_query_anchored_model_is_served_without_a_cache(tmp_path: Path) -> Non
     cfg = replace(cfg, train=train, model=model)
     table = publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, tmp_path / "model"))
-    store = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    store = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     ranker = Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30))
 
     requests, scores = all_requests((ranker, user_events(table, cfg.source, cfg.features)))

@@ -123,9 +123,9 @@ def test_forgotten_events_are_in_no_file(server: Server, tmp_path: Path) -> None
 def test_a_history_is_the_same_over_either_log(server: Server, tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "runs")
     table = publish_sequences(cfg)
-    published = PublishedSequences(cfg.sequence_dir, cfg, tmp_path / "cache")
+    published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
     logs = (log_of(server, tmp_path), SqliteEvents(tmp_path / "events.sqlite"))
-    one, other = (LiveHistory(published, log, cfg, max_events=100) for log in logs)
+    one, other = (LiveHistory(published, log, cfg.sequences, max_events=100) for log in logs)
     rng = np.random.default_rng(0)
     times = np.concatenate([row.as_py() for row in table["event_time"]])
     for _ in range(20):
@@ -145,7 +145,10 @@ def test_a_history_is_the_same_over_either_log(server: Server, tmp_path: Path) -
         if found is not None and expected is not None:
             assert found.equals(expected)
             as_of = np.array([times.min(), int(np.median(times)), times.max() + 1])
-            cut, same = (histories([row] * 3, as_of, cfg, 100).events for row in (found, expected))
+            cut, same = (
+                histories([row] * 3, as_of, cfg.source, cfg.features, 100).events
+                for row in (found, expected)
+            )
             assert cut.item_id.tolist() == same.item_id.tolist()
             assert cut.offsets.tolist() == same.offsets.tolist()
 

@@ -24,7 +24,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Ranker]:
     publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, cfg.model_dir))
     return cfg, Ranker(
-        loaded, PublishedSequences(cfg.sequence_dir, cfg, folder / "cache"), 1, "tiny", cfg.serve
+        loaded,
+        PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache"),
+        1,
+        "tiny",
+        cfg.serve,
     )
 
 

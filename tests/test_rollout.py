@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[Pin
     models = []
     for version in (1, 2, 3):
         folder = save_tiny_model(
-            cfg, deployment.cache_folder(cfg) / f"tiny-{version}", seed=version
+            cfg, deployment.cache_folder(cfg.runs_dir) / f"tiny-{version}", seed=version
         )
         digests = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()

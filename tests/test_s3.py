@@ -166,7 +166,8 @@ def test_a_build_from_s3_publishes_what_a_build_from_disk_does(
         # a log that the server's events became, on disk as ever
         (tmp_path / name / "live_logs").mkdir(parents=True)
         shutil.copy(
-            open_logs(smoke_logs).files[0], tmp_path / name / "live_logs" / "events-00000.parquet"
+            open_logs(smoke_logs.source, smoke_logs.run_dir).files[0],
+            tmp_path / name / "live_logs" / "events-00000.parquet",
         )
         return build_sequences(cfg).digest
 

@@ -57,7 +57,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
     cfg = tiny_config(folder / "runs")
     publish_sequences(cfg)
     loaded = load_model(save_tiny_model(cfg, folder / "model"))
-    sequences = PublishedSequences(cfg.sequence_dir, cfg, folder / "cache")
+    sequences = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache")
     return InProcess(Ranker(loaded, sequences, 1, "tiny", ServeConfig()))
 
 

@@ -270,6 +270,6 @@ def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None
     # where only the replicas see it
     with pytest.raises(UserError, match=r"did not load.*goes on answering"):
         deployment.send_update(
-            served.cfg, served.dashboard_url, deployment.user_config(served.cfg, broken)
+            served.cfg.serve, served.dashboard_url, deployment.user_config(served.cfg, broken)
         )
     assert served.client.post("/v1/rank", json=ONE).status_code == 200

@@ -138,7 +138,7 @@ def small_synthetic(folder: Path, **changes: object) -> RunConfig:
 def test_an_import_is_done_once(tmp_path: Path):
     cfg = small_synthetic(tmp_path)
     with pytest.raises(UserError, match=r"no imported logs .*run jobs.import_logs first"):
-        open_logs(cfg)
+        open_logs(cfg.source, cfg.run_dir)
     first = import_logs(cfg)
     stamps = [file.stat().st_mtime_ns for file in sorted(cfg.log_dir.rglob("*.parquet"))]
     assert import_logs(cfg) == first
@@ -151,7 +151,7 @@ def test_an_import_is_done_once(tmp_path: Path):
     assert import_logs(other, overwrite=True).fingerprint != first.fingerprint
     (cfg.log_dir / "import.json").write_text("{")
     with pytest.raises(UserError, match=r"import.json is broken"):
-        open_logs(cfg)
+        open_logs(cfg.source, cfg.run_dir)
 
 
 def test_an_import_that_dies_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -62,7 +62,7 @@ def cfg(tmp_path: Path) -> RunConfig:
 
 
 def built(cfg: RunConfig) -> list[dict]:
-    logs = open_logs(cfg)
+    logs = open_logs(cfg.source, cfg.run_dir)
     rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets=1)
     for file in logs.files:
         check_columns(pq.read_schema(file), rules, file)
@@ -76,17 +76,17 @@ def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Pat
     rows = logged(np.random.default_rng(0), 120, request_ids=True)
     events = [event(row) for row in rows]
     log.append(events[:80])
-    first = export_events(cfg, log)
+    first = export_events(cfg.source, cfg.run_dir, log)
     with_watch = sum(e.watch_ms is not None for e in events[:80])
     assert (first.num_events, first.dropped) == (80, {"watch_ms": with_watch})
     log.append(events[80:])
-    second = export_events(cfg, log)
+    second = export_events(cfg.source, cfg.run_dir, log)
     assert second.num_events == len(events) - 80 > 0
-    assert export_events(cfg, log).path is None
+    assert export_events(cfg.source, cfg.run_dir, log).path is None
     assert first.path is not None
     assert second.path is not None
     assert pq.read_schema(first.path).equals(pq.read_schema(tmp_path / "own" / "log.parquet"))
-    assert open_logs(cfg).files == [
+    assert open_logs(cfg.source, cfg.run_dir).files == [
         str(tmp_path / "own" / "log.parquet"),
         str(first.path),
         str(second.path),
@@ -113,7 +113,7 @@ def test_an_export_never_takes_the_place_of_another(cfg: RunConfig, tmp_path: Pa
     paths = []
     for number in range(3):
         log.append(events[30 * number : 30 * number + 30])
-        path = export_events(cfg, log).path
+        path = export_events(cfg.source, cfg.run_dir, log).path
         assert path is not None
         paths.append(path)
         if number == 1:
@@ -135,10 +135,13 @@ def test_only_what_the_sequences_hold_is_forgotten(tmp_path: Path) -> None:
     ]
     log.append([held, *others])
     history = LiveHistory(
-        PublishedSequences(cfg.sequence_dir, cfg, tmp_path), log, cfg, max_events=10
+        PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path),
+        log,
+        cfg.sequences,
+        max_events=10,
     )
     before = history.sequence(user)
-    assert prune_events(cfg, log) == 1
+    assert prune_events(cfg.sequence_dir, log) == 1
     assert (log.of_user(user), log.of_user(999)) == (others[:1], others[1:])
     assert history.sequence(user) == before
-    assert prune_events(cfg, log) == 0
+    assert prune_events(cfg.sequence_dir, log) == 0

@@ -83,7 +83,7 @@ class Stage:
         )
         on_trial = None if shadow is None else self.model(shadow, **model)
         wanted = deployment.user_config(cfg, self.model(version, **model), shadow=on_trial)
-        return deployment.send_update(cfg, self.dashboard_url, wanted)
+        return deployment.send_update(cfg.serve, self.dashboard_url, wanted)
 
     def model(self, version: int, **model: Any) -> PinnedModel:
         """Made once: what that takes from the server is no part of a change of version."""
@@ -133,7 +133,7 @@ def untrained(cfg: RunConfig, version: int) -> PinnedModel:
     """A model of random weights in the place where the server keeps the versions that it has
     fetched and checked.
     """
-    folder = deployment.cache_folder(cfg) / f"{cfg.tracking.model_name}-{version}"
+    folder = deployment.cache_folder(cfg.runs_dir) / f"{cfg.tracking.model_name}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(version)
     maps = fit_features(cfg)

@@ -20,6 +20,8 @@ from pipeline.config.setting import setting
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import EvaluateConfig, TrainConfig
 
+LOG_FOLDER = "logs"  # of a run: what an import writes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -96,7 +98,7 @@ class RunConfig:
     @property
     def log_dir(self) -> Path:
         """LOG, USER and ITEM Parquet written by an adapter or generator."""
-        return self.run_dir / "logs"
+        return self.run_dir / LOG_FOLDER
 
     @property
     def sequence_dir(self) -> Path:

@@ -4,12 +4,20 @@ An adapter or generator writes LOG, USER and ITEM tables under the run's `logs/`
 stay where they are. `open_logs` answers for all of them what the builder reads.
 """
 
+from functools import partial
 from pathlib import Path
 
-from pipeline.config import RunConfig, SideTable
+from pipeline.config import RunConfig, SideTable, SourceConfig
+from pipeline.config.run import LOG_FOLDER
 from pipeline.logs import kuairand, parquet, synthetic
 from pipeline.logs.files import count_rows
-from pipeline.logs.imported import ImportReport, LogFiles, import_once, read_import_report
+from pipeline.logs.imported import (
+    ImportReport,
+    LogFiles,
+    import_once,
+    read_import_report,
+    source_fingerprint,
+)
 from pipeline.schema import ROW_DIGEST
 
 __all__ = ["ImportReport", "LogFiles", "import_logs", "live_log_dir", "open_logs", "plan_import"]
@@ -26,9 +34,11 @@ def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
         is not set.
     """
     if cfg.source.kind == "parquet":
-        files = open_logs(cfg).files
+        files = open_logs(cfg.source, cfg.run_dir).files
         return ImportReport(kind="parquet", rows=count_rows(files), files=files)
-    return import_once(cfg, WRITERS[cfg.source.kind], overwrite)
+
+    write = partial(WRITERS[cfg.source.kind], cfg.source, cfg.seed)
+    return import_once(cfg.log_dir, write, source_fingerprint(cfg.source, cfg.seed), overwrite)
 
 
 def plan_import(cfg: RunConfig) -> dict[str, object]:
@@ -38,41 +48,43 @@ def plan_import(cfg: RunConfig) -> dict[str, object]:
             "import": "nothing to do, logs are read where they are",
             "rows": import_logs(cfg).rows,
         }
-    return {"writes": str(cfg.log_dir), **PLANS[cfg.source.kind](cfg)}
+    return {"writes": str(cfg.log_dir), **PLANS[cfg.source.kind](cfg.source)}
 
 
-def live_log_dir(cfg: RunConfig) -> Path:
+def live_log_dir(run_dir: Path) -> Path:
     """Where `jobs.export_events` puts what the server was sent."""
-    return cfg.run_dir / "live_logs"
+    return run_dir / "live_logs"
 
 
-def live_logs(cfg: RunConfig) -> list[str]:
-    return sorted(str(file) for file in live_log_dir(cfg).glob("*.parquet"))
+def live_logs(run_dir: Path) -> list[str]:
+    return sorted(str(file) for file in live_log_dir(run_dir).glob("*.parquet"))
 
 
-def open_logs(cfg: RunConfig) -> LogFiles:
-    """The Parquet files of the logs, what their columns are called, and the side tables.
+def open_logs(source: SourceConfig, run_dir: Path) -> LogFiles:
+    """The Parquet files of a run's logs, what their columns are called, and the side tables.
 
     Raises:
         UserError: there are no files, or the import has not run.
     """
-    source = cfg.source
     known = [*(column.name for column in source.events.log_columns), ROW_DIGEST]
     if source.kind == "parquet":
         assert source.path is not None, "SourceConfig asks for it"
         found = parquet.find_logs("source.path", source.path)
         return LogFiles(
-            files=[*found.files, *live_logs(cfg)],
+            files=[*found.files, *live_logs(run_dir)],
             columns=parquet.column_mapping(source, known),
             users=source.users,
             items=source.items,
             left_out=found.left_out,
         )
-    report = read_import_report(cfg)
+
+    log_dir = run_dir / LOG_FOLDER
+    report = read_import_report(log_dir)
+    written = [str(log_dir / file) for file in report.files]
     return LogFiles(
-        files=[*(str(cfg.log_dir / file) for file in report.files), *live_logs(cfg)],
+        files=[*written, *live_logs(run_dir)],
         columns={name: name for name in known},
-        users=SideTable(path=str(cfg.log_dir / "users.parquet"), id_column="user_id"),
-        items=SideTable(path=str(cfg.log_dir / "items.parquet"), id_column="item_id"),
+        users=SideTable(path=str(log_dir / "users.parquet"), id_column="user_id"),
+        items=SideTable(path=str(log_dir / "items.parquet"), id_column="item_id"),
         imported=report,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import config
-from pipeline.config import RunConfig, SideTable, UserError
+from pipeline.config import SideTable, SourceConfig, UserError
 from pipeline.logs.files import base_name, file_digest, list_files
 
 REPORT = "import.json"
@@ -42,27 +42,30 @@ class LogFiles:
 
 
 def import_once(
-    cfg: RunConfig, write: Callable[[RunConfig, Path], ImportReport], overwrite: bool
+    log_dir: Path, write: Callable[[Path], ImportReport], fingerprint: str, overwrite: bool
 ) -> ImportReport:
-    """`write(cfg, folder)` into a staging folder that becomes `cfg.log_dir`, unless the same logs
-    are there.
+    """Call `write` with a staging folder that becomes `log_dir`, unless the same logs are there:
+    those of this `fingerprint`.
+
+    Raises:
+        UserError: other logs are there, and `overwrite` is not set.
     """
-    fingerprint = _fingerprint(cfg)
-    if cfg.log_dir.exists() and not overwrite:
-        found = read_import_report(cfg)
+    if log_dir.exists() and not overwrite:
+        found = read_import_report(log_dir)
         if found.fingerprint == fingerprint:
             return found
         raise UserError(
-            f"{cfg.log_dir} holds logs of another source or other settings; choose another name "
+            f"{log_dir} holds logs of another source or other settings; choose another name "
             "or pass --overwrite"
         )
-    staging = cfg.run_dir / ".logs-staging"
+
+    staging = log_dir.with_name(".logs-staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        report = dataclasses.replace(write(cfg, staging), fingerprint=fingerprint)
+        report = dataclasses.replace(write(staging), fingerprint=fingerprint)
         (staging / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-        _swap(staging, cfg.log_dir)
+        _swap(staging, log_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report
@@ -82,26 +85,25 @@ def _swap(staging: Path, target: Path) -> None:
         staging.rename(target)
 
 
-def read_import_report(cfg: RunConfig) -> ImportReport:
-    path = cfg.log_dir / REPORT
+def read_import_report(log_dir: Path) -> ImportReport:
+    path = log_dir / REPORT
     try:
         return ImportReport(**json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(f"no imported logs at {cfg.log_dir}: run jobs.import_logs first") from None
+        raise UserError(f"no imported logs at {log_dir}: run jobs.import_logs first") from None
     except (json.JSONDecodeError, TypeError) as error:
         raise UserError(
             f"{path} is broken ({error}): run jobs.import_logs with --overwrite"
         ) from None
 
 
-def _fingerprint(cfg: RunConfig) -> str:
-    """Of everything that the written logs depend on: the settings and, where there is one, the
-    source's files.
+def source_fingerprint(source: SourceConfig, seed: int) -> str:
+    """SHA-256 over everything that the written logs depend on: the settings and, where there is
+    one, the source's files.
     """
-    source = cfg.source
     parts: list[object] = [source.kind, source.actions]
     if source.kind == "synthetic":
-        parts += [cfg.seed, config.to_dict(source.synthetic)]
+        parts += [seed, config.to_dict(source.synthetic)]
     else:
         assert source.path is not None, "SourceConfig asks for it"
         parts += [[base_name(file), file_digest(file)] for file in list_files(source.path)]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import SourceConfig, UserError
 from pipeline.logs.cleaning import row_digest
 from pipeline.logs.files import open_parquet, path_inside
 from pipeline.logs.imported import ImportReport
@@ -68,21 +68,21 @@ LOG = pa.schema(
 BAD_HISTORY = "history_not_before_first_event"
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
-    return {"source_rows": {name: _open(cfg, name).metadata.num_rows for name in FILES}}
+def plan(source: SourceConfig) -> dict[str, object]:
+    return {"source_rows": {name: _open(source, name).metadata.num_rows for name in FILES}}
 
 
-def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
+def write_logs(source: SourceConfig, _seed: int, folder: Path) -> ImportReport:
     """The LOG, USER and ITEM tables and the quarantined histories, as Parquet under `folder`."""
-    tables = {name: _open(cfg, name).read() for name in FILES}
-    unknown = [name for name in cfg.source.actions if name not in ACTIONS]
+    tables = {name: _open(source, name).read() for name in FILES}
+    unknown = [name for name in source.actions if name not in ACTIONS]
     if unknown:
         raise UserError(f"source.actions: KuaiRand has no {unknown}; it has {list(ACTIONS)}")
     events, histories = tables["events"], tables["user_history"]
     late = _not_before_first_event(histories, events)
     good, bad = histories.filter(pa.array(~late)), histories.filter(pa.array(late))
-    history_log, outside = history_rows(good, cfg.source.actions)
-    log = pa.concat_tables([event_rows(events, cfg.source.actions), history_log])
+    history_log, outside = history_rows(good, source.actions)
+    log = pa.concat_tables([event_rows(events, source.actions), history_log])
     (folder / "log").mkdir()
     pq.write_table(log, folder / "log" / "part-00000.parquet", row_group_size=2**17)
     pq.write_table(tables["users"], folder / "users.parquet")
@@ -171,8 +171,8 @@ def _mask(actions: tuple[str, ...], known: Container[str]) -> int:
     return sum(1 << bit for bit, name in enumerate(actions) if name in known)
 
 
-def _open(cfg: RunConfig, name: str) -> pq.ParquetFile:
-    path = path_inside(str(cfg.source.path), f"{name}.parquet")
+def _open(source: SourceConfig, name: str) -> pq.ParquetFile:
+    path = path_inside(str(source.path), f"{name}.parquet")
     try:
         file = open_parquet(path)
     except UserError as error:

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import RunConfig, SyntheticConfig, UserError, parse_time
+from pipeline.config import SourceConfig, SyntheticConfig, UserError, parse_time
 from pipeline.logs import lasting
 from pipeline.logs.imported import ImportReport
 from pipeline.schema import DAY_MS
@@ -62,8 +62,8 @@ class Catalogue:
         return len(self.category)
 
 
-def plan(cfg: RunConfig) -> dict[str, object]:
-    synthetic = _checked(cfg)
+def plan(source: SourceConfig) -> dict[str, object]:
+    synthetic = _checked(source)
     chunks = [int(lengths.sum()) for _, lengths in user_chunks(synthetic)]
     files = synthetic.num_days if synthetic.by_day else len(chunks)
     return {
@@ -74,12 +74,12 @@ def plan(cfg: RunConfig) -> dict[str, object]:
     }
 
 
-def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
+def write_logs(source: SourceConfig, seed: int, folder: Path) -> ImportReport:
     """The LOG, USER and ITEM tables as Parquet under `folder`, the same for the same seed and
     settings.
     """
-    synthetic = _checked(cfg)
-    catalogue = make_catalogue(synthetic, np.random.default_rng([cfg.seed, 0]))
+    synthetic = _checked(source)
+    catalogue = make_catalogue(synthetic, np.random.default_rng([seed, 0]))
     items = {"item_id": np.arange(catalogue.num_items), "category": catalogue.category}
     pq.write_table(
         pa.table(items | {"duration_ms": catalogue.duration_ms}), folder / "items.parquet"
@@ -92,7 +92,7 @@ def write_logs(cfg: RunConfig, folder: Path) -> ImportReport:
         LogWriter(synthetic, folder) as writer,
     ):
         for number, (first_user, lengths) in enumerate(user_chunks(synthetic)):
-            rng = np.random.default_rng([cfg.seed, 1, number])
+            rng = np.random.default_rng([seed, 1, number])
             log, homes = make_rows(synthetic, catalogue, first_user, lengths, rng)
             writer.write(log)
             user_file.write_table(homes.cast(users))
@@ -332,15 +332,15 @@ def _happens(log_odds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rng.random(len(log_odds)) < 1 / (1 + np.exp(-log_odds))).astype(np.int8)
 
 
-def _checked(cfg: RunConfig) -> SyntheticConfig:
-    actions = (*ACTIONS, lasting.ACTION) if cfg.source.synthetic.lasting_categories else ACTIONS
+def _checked(source: SourceConfig) -> SyntheticConfig:
+    actions = (*ACTIONS, lasting.ACTION) if source.synthetic.lasting_categories else ACTIONS
     for key, names, known in (
-        ("actions", cfg.source.actions, actions),
-        ("request_columns", cfg.source.request_columns, REQUEST_COLUMNS),
+        ("actions", source.actions, actions),
+        ("request_columns", source.request_columns, REQUEST_COLUMNS),
     ):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise UserError(
                 f"source.{key}: the synthetic logs have no {unknown}; they have {list(known)}"
             )
-    return cfg.source.synthetic
+    return source.synthetic

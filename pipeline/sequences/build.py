@@ -99,7 +99,7 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
     Raises:
         UserError: a missing or mistyped column, or no rows at all.
     """
-    logs = open_logs(cfg)
+    logs = open_logs(cfg.source, cfg.run_dir)
     if logs.left_out:
         logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import RunConfig
+from pipeline.config import SourceConfig
 from pipeline.files import hidden_beside, publish_file
 from pipeline.logs import live_log_dir, open_logs
 from pipeline.logs.parquet import read_schema
@@ -38,16 +38,16 @@ class Export:
     dropped: dict[str, int]
 
 
-def export_events(cfg: RunConfig, log: EventLog) -> Export:
+def export_events(source: SourceConfig, run_dir: Path, log: EventLog) -> Export:
     """Write the events that no earlier export holds as one more file of the logs, which the next
     build reads.
 
     It has the columns and types of the logs' first file, so that all of them are read alike.
     """
-    logs = open_logs(cfg)
+    logs = open_logs(source, run_dir)
     schema = read_schema(logs.files[0])
     names = {theirs: name for name, theirs in logs.columns.items()}
-    folder = live_log_dir(cfg)
+    folder = live_log_dir(run_dir)
     known = _exported_keys(folder, logs.columns)
 
     num_events = 0
@@ -89,15 +89,16 @@ def _next_file(folder: Path) -> Path:
     return folder / f"events-{max(numbers, default=-1) + 1:05}.parquet"
 
 
-def prune_events(cfg: RunConfig, log: EventLog) -> int:
+def prune_events(sequence_dir: Path, log: EventLog) -> int:
     """Remove the events that the published sequences hold; returns how many.
 
     Only once the server has read those.
     """
-    manifest = store.read_manifest(cfg.sequence_dir)
+    manifest = store.read_manifest(sequence_dir)
     removed = 0
     for index in range(len(manifest.buckets)):
-        for row in store.read_bucket(cfg.sequence_dir, manifest, index).to_batches(max_chunksize=1):
+        sequences = store.read_bucket(sequence_dir, manifest, index)
+        for row in sequences.to_batches(max_chunksize=1):
             events = log.of_user(row["user_id"][0].as_py())
             if not events:
                 continue

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import config
-from pipeline.config import RunConfig
+from pipeline.config import SequenceConfig
 from pipeline.schema import DAY_MS, EventColumns
 from serve_app.history.published import HistoryStore, sequence_row
 from serve_app.history.rows import find_refused_outcome, posted_columns
@@ -59,15 +59,15 @@ class LiveHistory:
     """
 
     def __init__(
-        self, published: HistoryStore, log: EventLog, cfg: RunConfig, max_events: int
+        self, published: HistoryStore, log: EventLog, cfg: SequenceConfig, max_events: int
     ) -> None:
         self.published = published
         self.log = log
         self.max_events = max_events
         self.digest = published.digest
         self.columns = published.columns
-        self.max_rows = cfg.sequences.max_rows_per_user
-        self.earliest_ms = config.parse_time("sequences.earliest_time", cfg.sequences.earliest_time)
+        self.max_rows = cfg.max_rows_per_user
+        self.earliest_ms = config.parse_time("sequences.earliest_time", cfg.earliest_time)
 
     def sequence(self, user_id: int) -> pa.RecordBatch | None:
         published, events = self.published.sequence(user_id), self.log.of_user(user_id)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.batches.events import Events, offsets_of
 from pipeline.batches.examples import flat_events
-from pipeline.config import RunConfig, UserError
+from pipeline.config import FeatureConfig, SourceConfig, UserError
 from pipeline.files import staged_file
 from pipeline.schema import EventColumns
 from pipeline.sequences import store
@@ -41,13 +41,15 @@ class PublishedSequences:
     `cache`, in the place of the copy of an earlier one.
 
     Raises:
-        UserError: nothing is published there, or its masks and columns are not the ones that `cfg`
-        names.
+        UserError: nothing is published there, or its masks and columns are not the ones that
+        `source` and `features` name.
     """
 
-    def __init__(self, folder: Path, cfg: RunConfig, cache: Path) -> None:
+    def __init__(
+        self, folder: Path, source: SourceConfig, features: FeatureConfig, cache: Path
+    ) -> None:
         manifest = store.read_manifest(folder)
-        _check_columns(folder, manifest.events, cfg)
+        _check_columns(folder, manifest.events, source, features)
         self.digest = manifest.digest
         self.columns = manifest.events
 
@@ -79,16 +81,18 @@ class PublishedSequences:
         return self._batches[self._batch[place]].slice(int(self._row[place]), 1)
 
 
-def _check_columns(folder: Path, published: EventColumns, cfg: RunConfig) -> None:
+def _check_columns(
+    folder: Path, published: EventColumns, source: SourceConfig, features: FeatureConfig
+) -> None:
     """The publication has the actions and the outcomes that the model reads."""
-    if published.actions != cfg.source.actions:
+    if published.actions != source.actions:
         raise UserError(
             f"the sequences at {folder} have the actions {list(published.actions)}, "
-            f"the model was trained with {list(cfg.source.actions)}"
+            f"the model was trained with {list(source.actions)}"
         )
     found = {column.name: column.dtype for column in published.outcomes}
-    trained = {column.name: column.dtype for column in cfg.source.events.outcomes}
-    for name in cfg.features.outcomes:
+    trained = {column.name: column.dtype for column in source.events.outcomes}
+    for name in features.outcomes:
         if found.get(name) != trained[name]:
             raise UserError(
                 f"the sequences at {folder} have the outcomes {list(found)}, "
@@ -138,7 +142,8 @@ class Histories:
 def histories(
     sequences: Sequence[pa.RecordBatch],
     request_time_ms: np.ndarray,
-    cfg: RunConfig,
+    source: SourceConfig,
+    features: FeatureConfig,
     max_history: int,
 ) -> Histories:
     """The newest `max_history` rows of SEQUENCE row b strictly earlier than `request_time_ms[b]`.
@@ -148,7 +153,7 @@ def histories(
     taken            x  x         one older row is counted in `first_position`
     """
     table = pa.Table.from_batches(sequences)
-    events = flat_events(table, cfg.source, cfg.features)
+    events = flat_events(table, source, features)
     offsets = events.offsets
 
     # times do not fall within a user, so that earlier rows are the first ones

@@ -204,7 +204,9 @@ class Ranker:
             sequence = sequence_row({}, self.store.columns)
 
         time_ms = np.array([request.head.request_time_ms], np.int64)
-        past = histories([sequence], time_ms, self.cfg, self.limits.max_history)
+        past = histories(
+            [sequence], time_ms, self.cfg.source, self.cfg.features, self.limits.max_history
+        )
 
         features = {name: request.feature(name) for name in self.request_columns}
         targets = candidates(

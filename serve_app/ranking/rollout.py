@@ -334,9 +334,12 @@ def _load_ranker(
     loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
 
     published = PublishedSequences(
-        Path(user_config["sequences"]), loaded.cfg, Path(user_config["serving"])
+        Path(user_config["sequences"]),
+        loaded.cfg.source,
+        loaded.cfg.features,
+        Path(user_config["serving"]),
     )
-    history = LiveHistory(published, log, loaded.cfg, limits.max_events)
+    history = LiveHistory(published, log, loaded.cfg.sequences, limits.max_events)
 
     ranker = Ranker(loaded, history, model.version, model.name, limits)
     ranker.warm_up()

@@ -21,13 +21,13 @@ def main(runs_dir: Path, port: int) -> None:
     cfg = replace(cfg, ray=replace(cfg.ray, num_cpus=1, object_store_mb=100))
     publish_sequences(cfg)
     # where the server keeps the versions that it has fetched
-    folder = deployment.cache_folder(cfg) / f"{cfg.tracking.model_name}-7"
+    folder = deployment.cache_folder(cfg.runs_dir) / f"{cfg.tracking.model_name}-7"
     save_tiny_model(cfg, folder)
     model = PinnedModel("", cfg.tracking.model_name, 7, folder_digests(folder))
 
     with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
         wanted = deployment.user_config(cfg, model)
-        deployment.send_update(cfg, cluster.dashboard_url, wanted)
+        deployment.send_update(cfg.serve, cluster.dashboard_url, wanted)
         print(wanted["deployment"], flush=True)
         time.sleep(3600)
 

@@ -34,7 +34,7 @@ class Served:
 
     def __post_init__(self) -> None:
         self.client = httpx.Client(
-            base_url=self.url, timeout=30, headers=replay.key_header(self.cfg)
+            base_url=self.url, timeout=30, headers=replay.key_header(self.cfg.serve)
         )
 
 
@@ -121,7 +121,7 @@ class BackgroundLoad:
         users, items = load_test.known_ids(served.cfg.sequence_dir)
         self.asked = load_test.draw_arrivals(self.load, users)
         bodies = load_test.request_bodies(self.load, self.asked, items)
-        headers = dict(replay.key_header(served.cfg))
+        headers = dict(replay.key_header(served.cfg.serve))
         self.sending = threading.Thread(target=self._send, args=(served.url, bodies, headers))
         self.stop = threading.Event()
 

@@ -251,7 +251,7 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         add_forgotten(folder, users)
 
         column = cfg.source.columns.get("user_id", "user_id")
-        exported = _stage_files(map(Path, live_logs(cfg)), users, column)
+        exported = _stage_files(map(Path, live_logs(cfg.run_dir)), users, column)
         digests = {file.old_digest: file.new_digest for file in exported}
 
         manifest, removed = _without(cfg, published, users, digests)
@@ -326,7 +326,9 @@ def _without(
         changes: dict[str, Any] = {"retired": retired, "side_tables": tables}
         if digests:
             settings = build.content_settings(cfg.source, cfg.sequences)
-            changes["inputs"] = build.inputs_of_parts(settings, open_logs(cfg), now)
+            changes["inputs"] = build.inputs_of_parts(
+                settings, open_logs(cfg.source, cfg.run_dir), now
+            )
         manifest = rebuild_version(folder, published, parts, now, changed, rules, run, **changes)
 
     rows = {
@@ -348,7 +350,7 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
     records = build.held_records(cfg.sequence_dir, manifest)
     totals = total_statistics(records)
     checks = run_checks(cfg.checks, totals)
-    imported = None if cfg.source.kind == "parquet" else read_import_report(cfg)
+    imported = None if cfg.source.kind == "parquet" else read_import_report(cfg.log_dir)
     inputs = report.read_inputs(cfg.run_dir)
     rules = held_rules(manifest)
     report.write_report(cfg.run_dir, cfg.name, totals, rules, imported, checks, inputs)
