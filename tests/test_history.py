@@ -100,7 +100,11 @@ def test_a_row_from_columns_equals_the_published_one(cfg: RunConfig, table: pa.T
 
 def test_no_rows_at_all(cfg: RunConfig) -> None:
     found = histories(
-        [sequence_row({}, EventColumns(request=("tab",)))] * 2, np.array([5, 6]), cfg, 100
+        [sequence_row({}, EventColumns(request=("tab",)))] * 2,
+        np.array([5, 6]),
+        cfg.source,
+        cfg.features,
+        100,
     )
     assert found.events.offsets.tolist() == [0, 0, 0]
 
