@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.batches.examples import UserEvents, request_examples, user_events
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.history.rows import posted_columns
-from serve_app.ranking.history_cache import HistoryCaches, history_key
+from serve_app.ranking.history_cache import HistoryCaches, history_key, resident_bytes
 from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
@@ -283,14 +285,14 @@ def test_bf16_is_near_and_keeps_half_as_much(
 ) -> None:
     requests, scores = all_requests(world)
     as_array(fresh, requests)
-    full = fresh.cache_stats()["history_cache_bytes"]
+    full = sum(entry.num_bytes for entry in fresh.caches._entries.values())
     fresh.caches = HistoryCaches(fresh.limits.cache_mb)
     fresh.limits = replace(fresh.limits, precision="bf16")
     for _ in range(2):
         difference = np.abs(as_array(fresh, requests) - scores)
         assert 1e-6 < difference.max() < 0.1
         assert difference.mean() < 5e-3
-    assert 2 * fresh.cache_stats()["history_cache_bytes"] == full
+    assert 2 * sum(entry.num_bytes for entry in fresh.caches._entries.values()) == full
 
 
 def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
@@ -306,7 +308,7 @@ def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
 
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     as_array(fresh, [ask(2), ask(4), ask(6)])
-    sizes = [entry.num_bytes for entry in fresh.caches._entries.values()]
+    sizes = [resident_bytes(entry) for entry in fresh.caches._entries.values()]
     fresh.caches = HistoryCaches(1)
     fresh.caches.max_bytes = sum(sizes)
     for user in (2, 4, 6, 2):
@@ -326,6 +328,20 @@ def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     fresh.caches.max_bytes = 1
     as_array(fresh, [ask(2)])
     assert fresh.cache_stats()["history_cache_entries"] == 0
+
+
+def test_many_short_histories_are_counted_by_what_they_cost() -> None:
+    """One row of two layers has 64 bytes of numbers, and takes some 2,800 of memory."""
+    offsets = torch.tensor([0, 1])
+    caches = HistoryCaches(1)
+    for i in range(1000):
+        layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)
+        caches.keep_entry(str(i).encode(), HistoryCache((layer, layer)))
+
+    stats = caches.cache_stats()
+    assert stats["history_cache_bytes"] <= 2**20
+    assert stats["history_cache_entries"] == 2**20 // (64 + 3 * 1024)
+    assert stats["history_cache_evictions"] == 1000 - stats["history_cache_entries"]
 
 
 def test_requests_of_like_length_are_one_class(fresh: Ranker) -> None:
