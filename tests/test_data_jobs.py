@@ -2,6 +2,7 @@
 codes.
 """
 
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -11,7 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.sequences import store
+from pipeline.sequences.build import build_sequences
+from tests.worlds.logs import config_for, here, log
+
+__all__ = ["here"]  # a fixture
+
 ROOT = Path(__file__).parents[1]
+T = 1_767_600_000_000
 DEMO = str(ROOT / "configs" / "demo.yaml")
 
 
@@ -39,16 +47,16 @@ def plan_of(out: str) -> dict:
 
 def own_logs(tmp_path: Path, **columns: object) -> list[str]:
     """Logs that configs/own_logs.yaml describes, and the arguments that read them."""
-    log = {
+    rows = {
         "uid": [1, 2],
         "video": [3, 4],
-        "shown_at": [1_767_600_000_000] * 2,
+        "shown_at": [T] * 2,
         "clicked": [0, 1],
         "liked": [0, 0],
     }
     (tmp_path / "log").mkdir()
     pq.write_table(
-        pa.table(log | {"surface": [0, 1], "played_ms": [10, 20]} | columns),
+        pa.table(rows | {"surface": [0, 1], "played_ms": [10, 20]} | columns),
         tmp_path / "log" / "a.parquet",
     )
     pq.write_table(pa.table({"uid": [1], "country": ["x"]}), tmp_path / "users.parquet")
@@ -127,6 +135,24 @@ def test_the_plan_of_own_logs(run, tmp_path: Path):
         ),
         ({}, ["source.path=/nowhere"], "source.path: no Parquet files at '/nowhere'"),
         ({}, ["source.colums={}"], "unknown configuration key 'source.colums'"),
+        (
+            {"request_id": [5, 5]},
+            [],
+            "column 'request_id' has a name that changes how rows are read (docs/guide/data.md, "
+            "LOG), and source.columns does not speak of it: set source.columns.request_id="
+            "request_id if it is meant, source.columns.request_id='' if not",
+        ),
+        ({"row_digest": [1, 1]}, [], "column 'row_digest' has a name that changes how rows are"),
+        (
+            {},
+            ["source.columns.item_id=''"],
+            "source.columns.item_id: only an optional column can be left out, by ''",
+        ),
+        (
+            {"watch_ms": [1, 1]},
+            ["source.request_columns=[watch_ms]", "features.request={}"],
+            "source.actions + source.request_columns must be free of names that LOG has",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
@@ -143,3 +169,30 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_reserved_name_is_read_or_not_as_the_mapping_says(tmp_path: Path, here: None):
+    """A known_mask of 0 says that no action is known, or is a column like any other."""
+    rows = log().append_column("known_mask", pa.array([0] * 400, pa.int32()))
+    found = {}
+    for name in ("", "known_mask"):
+        (tmp_path / f"as{name}").mkdir()
+        cfg = config_for(tmp_path / f"as{name}", rows, columns={"known_mask": name})
+        manifest = build_sequences(cfg)
+        table = store.read_sequences(cfg.sequence_dir)
+        found[name] = {mask for masks in table["known_mask"].to_pylist() for mask in masks}
+        named = manifest.config["source"]["columns"]
+        assert named == ({} if name else {"known_mask": ""})  # its own name is as none
+    assert found == {"": {3}, "known_mask": {0}}
+
+
+def test_the_line_of_a_build_accounts_for_every_row(
+    run, tmp_path: Path, here: None, caplog: pytest.LogCaptureFixture
+):
+    arguments = own_logs(tmp_path, uid=[1, 1], video=[3, 4], shown_at=[T, T + 1])
+    few = ["--set", "sequences.max_rows_per_user=1", "--set", "checks.max_user_share=1"]
+    with caplog.at_level(logging.INFO):
+        code, out, _ = run("build_sequences", *arguments, *few, "--set", "checks.action_rate={}")
+    assert code == 0
+    assert "users=1 rows=1 rows_in=2 capped=1 quarantined={}" in out
+    assert "1 older rows of 1 users are beyond sequences.max_rows_per_user (1)" in caplog.text

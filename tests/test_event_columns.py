@@ -27,7 +27,7 @@ from pipeline.config import FeatureConfig, HistoryFeature, RunConfig, ServeConfi
 from pipeline.logs.cleaning import LogRules, check_columns, normalise
 from pipeline.model.artifact import LoadedModel, load_model, save_model
 from pipeline.model.ranker import RankingModel
-from pipeline.schema import EventColumns, outcome_column
+from pipeline.schema import LOG_OPTIONAL, EventColumns, outcome_column
 from pipeline.sequences import store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.users import _sort_key, argsort_rows, build_bucket
@@ -95,7 +95,7 @@ def messy_log() -> pa.Table:
 
 @pytest.mark.skipif(pa.__version__ != WRITTEN_BY, reason="another pyarrow writes other bytes")
 def test_a_store_without_declared_columns_keeps_its_bytes(here: None, tmp_path: Path) -> None:
-    cfg = config_for(tmp_path, messy_log())
+    cfg = config_for(tmp_path, messy_log(), columns={name: name for name in LOG_OPTIONAL})
     sequences = dataclasses.replace(
         cfg.sequences, max_rows_per_user=8, latest_time="2026-01-01T00:00:00+00:00"
     )

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from pipeline import config
 from pipeline.config import RunConfig
 from pipeline.logs import import_logs
+from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 from pipeline.sequences import store
 from tests.support.patience import PATIENCE_S
 from tests.support.s3_server import Bucket, s3_bucket
@@ -165,6 +166,7 @@ def from_parquet(logs: RunConfig, name: str, root: str, bucket: Bucket | None = 
     }
     raw = config.to_dict(logs) | {"name": name}
     raw["source"] |= {"kind": "parquet", "path": f"{root}/log{options}", **tables}
+    raw["source"]["columns"] = {name: name for name in (*LOG_OPTIONAL, ROW_DIGEST)}
     return config.from_dict(raw)
 
 

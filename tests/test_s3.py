@@ -16,6 +16,7 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.logs import files, import_logs, open_logs
 from pipeline.logs.files import count_rows
 from pipeline.logs.parquet import parquet_files, read_schema
+from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 from pipeline.sequences.build import build_sequences
 from tests.support.s3_server import Bucket, s3_bucket
 
@@ -162,6 +163,7 @@ def test_a_build_from_s3_publishes_what_a_build_from_disk_does(
             for key in sides
         }
         raw["source"] |= {"kind": "parquet", "path": f"{root}/log{options}", **tables}
+        raw["source"]["columns"] = {name: name for name in (*LOG_OPTIONAL, ROW_DIGEST)}
         cfg = config.from_dict(raw)
         # a log that the server's events became, on disk as ever
         (tmp_path / name / "live_logs").mkdir(parents=True)

@@ -134,7 +134,10 @@ class SourceConfig:
         "the dataset's folder for kuairand; unused for synthetic.",
     )
     columns: dict[str, str] = setting(
-        {}, doc="Our name of a log column: its name in your files, for those that differ."
+        {},
+        doc="Our name of a log column: its name in your files, for those that differ. An optional "
+        "column whose name your files have must be named here: by its own name to be read, by '' "
+        "not to be.",
     )
     actions: tuple[str, ...] = setting(
         ("is_click",),
@@ -178,6 +181,10 @@ class SourceConfig:
             names,
             "free of repeats",
         )
+        for name in names:
+            free = name not in RESERVED
+            rule = "free of names that LOG has for something else (docs/guide/data.md)"
+            require(free, "source.actions + source.request_columns", name, rule)
         for name in self.outcome_columns:
             free = name not in RESERVED and name not in names
             require(free, "source.outcome_columns", name, "a name that no other column has")

@@ -67,7 +67,7 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
     by_name = {column.name: column for column in rules.events.log_columns}
     for name, theirs in rules.columns.items():
         if theirs not in schema.names:
-            if theirs != name:
+            if theirs not in (name, ""):  # "": not to be read
                 raise UserError(
                     f"{file}: no column {theirs!r}, configured as source.columns.{name}; found "
                     f"{schema.names}"

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from pipeline.config import SourceConfig, UserError
 from pipeline.logs.files import FoundFiles, find_files, open_parquet
+from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 
 
 def parquet_files(key: str, path: str | Path) -> list[str]:
@@ -54,9 +55,25 @@ def read_schema(file: str) -> pa.Schema:
         return parquet.schema_arrow
 
 
+def refuse_unasked_columns(schema: pa.Schema, source: SourceConfig, file: str) -> None:
+    """Go on only if `source.columns` speaks of every column whose name would change how rows are
+    read: a `request_id` or `known_mask` of one's own may mean something else.
+
+    Raises:
+        UserError: naming the column, and how to have it read or not.
+    """
+    for name in schema.names:
+        if name in (*LOG_OPTIONAL, ROW_DIGEST) and name not in source.columns:
+            raise UserError(
+                f"{file}: column {name!r} has a name that changes how rows are read "
+                f"(docs/guide/data.md, LOG), and source.columns does not speak of it: set "
+                f"source.columns.{name}={name} if it is meant, source.columns.{name}='' if not"
+            )
+
+
 def column_mapping(source: SourceConfig, known: list[str]) -> dict[str, str]:
     """LOG column -> name in the files, for all of `known`; names that `source.columns` leaves out
-    are the same.
+    are the same, and "" stands for an optional column that is not to be read.
 
     Raises:
         UserError: `source.columns` maps something that is no LOG column.
@@ -65,5 +82,9 @@ def column_mapping(source: SourceConfig, known: list[str]) -> dict[str, str]:
         if name not in known:
             raise UserError(
                 f"source.columns: {name!r} is not a column of the logs; it maps some of {known}"
+            )
+        if not source.columns[name] and name not in (*LOG_OPTIONAL, ROW_DIGEST):
+            raise UserError(
+                f"source.columns.{name}: only an optional column can be left out, by ''"
             )
     return {name: source.columns.get(name, name) for name in known}

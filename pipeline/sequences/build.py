@@ -35,10 +35,10 @@ from pipeline.config import (
     SourceConfig,
     UserError,
 )
-from pipeline.logs import LogFiles, open_logs
+from pipeline.logs import LogFiles, live_logs, open_logs
 from pipeline.logs.cleaning import LogRules, check_columns
 from pipeline.logs.files import CONNECTIONS, file_digest, file_stamp, rows_by_file, total_bytes
-from pipeline.logs.parquet import count_reasons, read_schema
+from pipeline.logs.parquet import count_reasons, read_schema, refuse_unasked_columns
 from pipeline.schema import DAY_MS, EventColumns
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
@@ -108,9 +108,14 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
     num_buckets = cfg.sequences.num_buckets or fitting_buckets(cfg.source, rows)
     rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets)
 
+    own: set[str] = set()
+    if cfg.source.kind == "parquet":
+        own = set(logs.files) - set(live_logs(cfg.run_dir))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for file, schema in zip(logs.files, pool.map(read_schema, logs.files), strict=True):
             check_columns(schema, rules, file)
+            if file in own:
+                refuse_unasked_columns(schema, cfg.source, file)
 
     if rows == 0:
         raise UserError(
@@ -211,6 +216,13 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
                 raise
 
         publish_version(folder, manifest)
+    if manifest.rows_capped:
+        logger.info(
+            "%d older rows of %d users are beyond sequences.max_rows_per_user (%d) and left out",
+            manifest.rows_capped,
+            manifest.users_capped,
+            cfg.sequences.max_rows_per_user,
+        )
     return manifest
 
 
@@ -240,6 +252,9 @@ def _list_inputs(
 def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
     """The settings that the sequences depend on."""
     of_source, of_sequences = config.to_dict(source), config.to_dict(sequences)
+    # a column under its own name is the same as one that is not named
+    columns = of_source["columns"].items()
+    of_source["columns"] = {ours: theirs for ours, theirs in columns if ours != theirs}
     keys = ["columns", "actions", "request_columns"]
     if source.outcome_columns:  # sequences without such columns keep their digests
         keys.append("outcome_columns")
