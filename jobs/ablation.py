@@ -92,7 +92,8 @@ def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dic
     return metrics
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     base = config.flatten(config.to_dict(cfg))
     changes = {}
     for name, variant in ablation.ablated_variants(cfg).items():

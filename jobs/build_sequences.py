@@ -30,5 +30,9 @@ def run_job(job: cli.Job) -> None:
     )
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return build.plan_build(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, build.plan_build)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

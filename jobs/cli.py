@@ -62,11 +62,11 @@ def run(
     what: str,
     main: Callable[[Job], None],
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
-    plan: Callable[[config.RunConfig], dict[str, object]] | None = None,
+    plan: Callable[[Job], dict[str, object]] | None = None,
 ) -> None:
     """Parse the command line, then `main(job)`.
 
-    `--dry-run` prints the resolved configuration and `plan(cfg)` (files, rows, resources) and
+    `--dry-run` prints the resolved configuration and `plan(job)` (files, rows, resources) and
     starts nothing; `plan` raises `UserError` for what could not run.
     """
     parser = make_parser(Path(sys.argv[0]).stem, what, add_options)
@@ -81,11 +81,11 @@ def run(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
     try:
-        cfg = config.load(options.config, options.overrides)
+        job = Job(config.load(options.config, options.overrides), options)
         if options.dry_run:
-            _print_plan(cfg, plan(cfg) if plan else {})
+            _print_plan(job.cfg, plan(job) if plan else {})
             return
-        main(Job(cfg, options))
+        main(job)
     except config.UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

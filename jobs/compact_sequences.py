@@ -3,7 +3,6 @@ sequences.keep_days.
 """
 
 from jobs import cli
-from pipeline.config import RunConfig
 from pipeline.sequences.upkeep import maintenance
 
 
@@ -17,7 +16,8 @@ def run_job(job: cli.Job) -> None:
     )
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     manifest = maintenance.published_with(cfg)
     since_ms = maintenance.oldest_kept_ms(cfg.sequences, cfg.sequence_dir, manifest)
     return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}

@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs import cli
 from pipeline import tracking
 from pipeline.cluster import ray_cluster
-from pipeline.config import RayConfig, RunConfig, UserError
+from pipeline.config import RayConfig, UserError
 from serve_app import deployment
 
 
@@ -41,7 +41,8 @@ def run_job(job: cli.Job) -> None:
     print(f"url={url} version={champion.version}")
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     _require_cluster(cfg.ray)
     return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 
 from jobs import cli
 from pipeline import config
-from pipeline.config import RunConfig
 from pipeline.files import write_atomically
 from pipeline.sequences import store
 from pipeline.sequences.quality import drift
@@ -59,7 +58,8 @@ def run_job(job: cli.Job) -> None:
         sys.exit(1)
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     limits = {name: limit for name, limit in config.to_dict(cfg.drift).items() if limit is not None}
     return {
         "after": str(cfg.sequence_dir),

@@ -28,5 +28,9 @@ def run_job(job: cli.Job) -> None:
         print(f"{key:40} {value:,.4f}")
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return evaluator.plan_evaluation(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, evaluator.plan_evaluation)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

@@ -10,7 +10,6 @@ in both.
 import argparse
 
 from jobs import cli
-from pipeline.config import RunConfig
 from pipeline.logs import live_log_dir
 from serve_app.history.export import export_events, prune_events
 from serve_app.ranking.rollout import open_events
@@ -33,7 +32,8 @@ def run_job(job: cli.Job) -> None:
     print(f"file={done.path} events={done.num_events} dropped={done.dropped}")
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {"reads": events, "writes": str(live_log_dir(cfg.run_dir))}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs import cli
-from pipeline.config import RunConfig, UserError
+from pipeline.config import UserError
 from pipeline.sequences.upkeep import maintenance
 from serve_app.history.published import forget_copies
 from serve_app.ranking.rollout import open_events
@@ -55,7 +55,8 @@ def read_users(given: list[int], file: str | None) -> np.ndarray:
     return np.unique(np.array([int(word) for word in words], np.int64))
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     manifest = maintenance.published_with(cfg)
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {

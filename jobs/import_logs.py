@@ -20,5 +20,9 @@ def run_job(job: cli.Job) -> None:
     )
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return plan_import(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, plan_import)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

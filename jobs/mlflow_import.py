@@ -51,5 +51,9 @@ def read_figures(folder: Path) -> Iterator[tuple[str, Figures]]:
             raise UserError(f"{path} is not a JSON object of figures") from None
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return tracking.plan_session(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, tracking.plan_session)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

@@ -16,5 +16,9 @@ def run_job(job: cli.Job) -> None:
         cli.wait_for_interrupt()
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return tracking.plan_session(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, tracking.plan_session)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

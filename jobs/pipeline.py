@@ -187,8 +187,9 @@ def remove_run(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
+    cfg = job.cfg
     check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),

@@ -7,7 +7,6 @@ import sys
 
 from jobs import cli
 from pipeline import tracking
-from pipeline.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +33,8 @@ def run_job(job: cli.Job) -> None:
         sys.exit(1)
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg = job.cfg
     gate = {"max_ne": cfg.tracking.gate_max_ne, "max_regression": cfg.tracking.gate_max_regression}
     return {**tracking.plan_session(cfg), "gate": gate}
 

@@ -10,5 +10,9 @@ def run_job(job: cli.Job) -> None:
     print(f"champion={version}")
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return tracking.plan_session(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, plan=tracking.plan_session)
+    cli.run(__doc__ or "", run_job, plan=plan_job)

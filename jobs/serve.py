@@ -6,7 +6,6 @@ import shlex
 from jobs import cli
 from pipeline import tracking
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig
 from serve_app import deployment, replay
 
 
@@ -32,8 +31,8 @@ def run_job(job: cli.Job) -> None:
             cli.wait_for_interrupt()
 
 
-def plan_job(cfg: RunConfig) -> dict[str, object]:
-    return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return {**tracking.plan_session(job.cfg), **deployment.plan_serving(job.cfg)}
 
 
 if __name__ == "__main__":

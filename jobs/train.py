@@ -39,5 +39,9 @@ def run_job(job: cli.Job) -> None:
     print(f"model={folder}")
 
 
+def plan_job(job: cli.Job) -> dict[str, object]:
+    return trainer.plan_training(job.cfg)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, add_options, trainer.plan_training)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

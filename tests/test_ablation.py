@@ -191,4 +191,4 @@ def test_the_job_trains_every_variant_and_fails_on_one_without_effect(
     assert children == {"whole", "full_rows_0"}
     assert parent.info.status == "FAILED"
     with pytest.raises(ConfigError, match="--only"):
-        jobs.ablation.choose(cfg, ["no_such"])
+        jobs.ablation.choose_variants(cfg, ["no_such"])

@@ -34,20 +34,8 @@ class Switch:
     moves: str
 
 
-def _model(cfg: RunConfig, **changes: Any) -> RunConfig:
-    return replace(cfg, model=replace(cfg.model, **changes))
-
-
-def _train(cfg: RunConfig, **changes: Any) -> RunConfig:
-    return replace(cfg, train=replace(cfg.train, **changes))
-
-
-def _features(cfg: RunConfig, **changes: Any) -> RunConfig:
-    return replace(cfg, features=replace(cfg.features, **changes))
-
-
-def _evaluate(cfg: RunConfig, **changes: Any) -> RunConfig:
-    return replace(cfg, evaluate=replace(cfg.evaluate, **changes))
+def _change(cfg: RunConfig, section: str, **changes: Any) -> RunConfig:
+    return replace(cfg, **{section: replace(getattr(cfg, section), **changes)})
 
 
 def _change_masks(cfg: ModelConfig, **changes: Any) -> ModelConfig:
@@ -127,7 +115,7 @@ SWITCHES: dict[str, Switch] = {
     ),
     "no_heterogeneous_actions": Switch(
         lambda cfg: cfg.model.heterogeneous_actions,
-        lambda cfg: _model(cfg, heterogeneous_actions=False),
+        lambda cfg: _change(cfg, "model", heterogeneous_actions=False),
         "ne",
     ),
     "window_0": Switch(
@@ -147,12 +135,12 @@ SWITCHES: dict[str, Switch] = {
     ),
     "no_mixture": Switch(
         lambda cfg: bool(cfg.model.channels),
-        lambda cfg: _model(cfg, channels={}),
+        lambda cfg: _change(cfg, "model", channels={}),
         "forward_gflop_per_candidate",
     ),
     "no_stochastic_length": Switch(
         lambda cfg: cfg.train.stochastic_length.alpha < 2,
-        lambda cfg: _train(cfg, stochastic_length=StochasticLengthConfig()),
+        lambda cfg: _change(cfg, "train", stochastic_length=StochasticLengthConfig()),
         "ne",
     ),
     "no_load_balance": Switch(
@@ -161,26 +149,32 @@ SWITCHES: dict[str, Switch] = {
         "ne",
     ),
     "no_dense_features": Switch(
-        lambda cfg: bool(cfg.features.dense), lambda cfg: _features(cfg, dense={}), "ne"
+        lambda cfg: bool(cfg.features.dense), lambda cfg: _change(cfg, "features", dense={}), "ne"
     ),
     "no_watch_bits": Switch(
         lambda cfg: bool(cfg.features.watch_seconds or cfg.features.watch_shares),
-        lambda cfg: _features(cfg, watch_seconds=(), watch_shares=(), duration_ms_column=None),
+        lambda cfg: _change(
+            cfg, "features", watch_seconds=(), watch_shares=(), duration_ms_column=None
+        ),
         "ne",
     ),
     "query_anchor": Switch(
         # In the user layout it would also be another layout, with many times the sequences.
         lambda cfg: cfg.model.time_anchor == "event" and cfg.train.layout == "request",
-        lambda cfg: _model(cfg, time_anchor="query"),
+        lambda cfg: _change(cfg, "model", time_anchor="query"),
         "ne",
     ),
-    "no_fp8": Switch(lambda cfg: cfg.model.fp8, lambda cfg: _model(cfg, fp8=False), "ne"),
-    "fp8": Switch(lambda cfg: not cfg.model.fp8, lambda cfg: _model(cfg, fp8=True), "ne"),
+    "no_fp8": Switch(lambda cfg: cfg.model.fp8, lambda cfg: _change(cfg, "model", fp8=False), "ne"),
+    "fp8": Switch(lambda cfg: not cfg.model.fp8, lambda cfg: _change(cfg, "model", fp8=True), "ne"),
     "no_int4": Switch(
-        lambda cfg: cfg.evaluate.int4_tables, lambda cfg: _evaluate(cfg, int4_tables=False), "ne"
+        lambda cfg: cfg.evaluate.int4_tables,
+        lambda cfg: _change(cfg, "evaluate", int4_tables=False),
+        "ne",
     ),
     "int4": Switch(
-        lambda cfg: not cfg.evaluate.int4_tables, lambda cfg: _evaluate(cfg, int4_tables=True), "ne"
+        lambda cfg: not cfg.evaluate.int4_tables,
+        lambda cfg: _change(cfg, "evaluate", int4_tables=True),
+        "ne",
     ),
 }
 
