@@ -15,7 +15,7 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def choose(backend: Backend, x: Tensor) -> Backend:
+def choose_backend(backend: Backend, x: Tensor) -> Backend:
     """`"auto"` is Triton for CUDA tensors and plain PyTorch on the CPU; the reference runs only
     when asked for.
 

@@ -94,7 +94,7 @@ def _form(x: Tensor | TensorDescriptor) -> tuple:
     return x.dtype, x.data_ptr() % 16
 
 
-def described(template: TensorDescriptor, base: Tensor) -> TensorDescriptor:
+def descriptor_like(template: TensorDescriptor, base: Tensor) -> TensorDescriptor:
     """`template` over another tensor of its shape and strides, 16-byte aligned as it must be.
 
     A new descriptor would check all that again, which takes longer than encoding it.

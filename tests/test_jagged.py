@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import triton_launch
-from kernels.jagged.op import concatenate, split, truncate_tail
+from kernels.jagged.op import concatenate_sequences, split_sequences, truncate_tail
 
 LENGTHS = {
     "one": ([1], [1]),
@@ -55,17 +55,21 @@ def test_concatenate_and_split(name: str, width: int) -> None:
     whole = draw(len(left) + len(right), width)
 
     expected = outputs_and_grads(
-        (concatenate(left, left_offsets, right, right_offsets, backend="reference"),), (left, right)
+        (concatenate_sequences(left, left_offsets, right, right_offsets, backend="reference"),),
+        (left, right),
     )
-    plain = concatenate(left, left_offsets, right, right_offsets)
+    plain = concatenate_sequences(left, left_offsets, right, right_offsets)
     triton = triton_launch.Concatenate.apply(left, right, left_offsets, right_offsets)
     for out in (plain, triton):
         assert_same(outputs_and_grads((out,), (left, right)), expected)
 
     expected = outputs_and_grads(
-        split(whole, left_offsets, right_offsets, num_left=len(left), backend="reference"), (whole,)
+        split_sequences(
+            whole, left_offsets, right_offsets, num_left=len(left), backend="reference"
+        ),
+        (whole,),
     )
-    plain = split(whole, left_offsets, right_offsets, num_left=len(left))
+    plain = split_sequences(whole, left_offsets, right_offsets, num_left=len(left))
     triton = triton_launch.Split.apply(whole, len(left), left_offsets, right_offsets)
     for out in (plain, triton):
         assert_same(outputs_and_grads(out, (whole,)), expected)
@@ -114,6 +118,6 @@ def test_what_does_not_fit_is_refused(
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     fitting = {"left_TE": torch.ones(4, 2), "left_offsets": offsets_of([1, 3])}
     fitting |= {"right_TE": torch.ones(5, 2), "right_offsets": offsets_of([0, 5])}
-    concatenate(**fitting)
+    concatenate_sequences(**fitting)
     with pytest.raises(ValueError, match=message):
-        concatenate(**{**fitting, **change})
+        concatenate_sequences(**{**fitting, **change})

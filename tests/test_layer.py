@@ -69,7 +69,7 @@ def interpreted(monkeypatch):
 def make_layer(shape: STUShape, width: int = 20) -> tuple[Tensor, list[Tensor], Tensor]:
     """x, weights and a gradient in float64, of values that float32 holds."""
     torch.manual_seed(0)
-    attended, projected = shape.split[0], sum(shape.split)
+    attended, projected = shape.uvqk_widths[0], sum(shape.uvqk_widths)
     gated = attended * (3 if shape.concat_ua else 1)
     sizes = [
         (width,),

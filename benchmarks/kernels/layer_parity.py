@@ -73,7 +73,7 @@ def parity_cases() -> list[Case]:
 def make_layer(shape: STUShape, width: int, seed: int = 0) -> list[Tensor]:
     """Weights in float64, of values that bfloat16 holds."""
     draws = generator(seed)
-    attended, projected = shape.split[0], sum(shape.split)
+    attended, projected = shape.uvqk_widths[0], sum(shape.uvqk_widths)
     gated = attended * (3 if shape.concat_ua else 1)
     sizes = [
         (width,),

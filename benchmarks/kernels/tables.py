@@ -39,7 +39,7 @@ from benchmarks.kernels.tables_parity import parity_checks
 from benchmarks.report import write_run
 from kernels.backend import Backend
 from kernels.int4_embedding.op import look_up, packed_words
-from kernels.jagged.op import concatenate, split, truncate_tail
+from kernels.jagged.op import concatenate_sequences, split_sequences, truncate_tail
 from kernels.rowwise_adamw.op import rowwise_adamw
 from kernels.rowwise_adamw.types import Hyper
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
@@ -198,13 +198,13 @@ def time_jagged(
 
         calls: dict[str, tuple[Callable[[Backend], object], int]] = {
             "concatenate": (
-                lambda backend, x=x, y=y, a=offsets, b=short: concatenate(
+                lambda backend, x=x, y=y, a=offsets, b=short: concatenate_sequences(
                     x, a, y, b, backend=backend
                 ),
                 2 * (len(x) + len(y)),
             ),
             "split": (
-                lambda backend, x=x, a=short, b=offsets - short: split(
+                lambda backend, x=x, a=short, b=offsets - short: split_sequences(
                     x, a, b, num_left=len(x) // 4, backend=backend
                 ),
                 2 * len(x),

@@ -10,7 +10,7 @@ from benchmarks.kernels.accuracy import find_stray
 from kernels.backend import Backend
 from kernels.int4_embedding.op import look_up, quantize
 from kernels.int4_embedding.reference import quantize_reference
-from kernels.jagged.op import concatenate, split, truncate_tail
+from kernels.jagged.op import concatenate_sequences, split_sequences, truncate_tail
 from kernels.rowwise_adamw.op import rowwise_adamw
 from kernels.rowwise_adamw.types import Hyper
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
@@ -28,8 +28,10 @@ def check_jagged(
     backends: tuple[Backend, ...] = "triton", "torch"
     for backend in backends:
         with no_waiting(backend):
-            whole = concatenate(left, left_offsets, right, right_offsets, backend=backend)
-            parts = split(whole, left_offsets, right_offsets, num_left=len(left), backend=backend)
+            whole = concatenate_sequences(left, left_offsets, right, right_offsets, backend=backend)
+            parts = split_sequences(
+                whole, left_offsets, right_offsets, num_left=len(left), backend=backend
+            )
             short, offsets = truncate_tail(
                 left, left_offsets, tail, num_context=2, num_rows=kept, backend=backend
             )

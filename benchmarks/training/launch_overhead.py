@@ -98,9 +98,9 @@ def without_kernels() -> Counter:
         for name, kernel in list(vars(module).items()):
             if isinstance(kernel, triton.runtime.jit.JITFunction):
                 setattr(module, name, Nothing(name, kernel.arg_names, launches))
-    chosen = backend.choose
+    chosen = backend.choose_backend
     for op in (stu, jagged, rowwise_adamw):
-        op.choose = lambda name, x: "triton" if name == "auto" else chosen(name, x)
+        op.choose_backend = lambda name, x: "triton" if name == "auto" else chosen(name, x)
     backend.INTERPRETED = True
     triton_launch._is_hopper = lambda device: True
     linear._capability = lambda device: (9, 0)
@@ -150,8 +150,8 @@ def calls_of_a_layer() -> dict[str, Callable[[], object]]:
     sizes = [
         (d,),
         (d,),
-        (sum(shape.split), d),
-        (sum(shape.split),),
+        (sum(shape.uvqk_widths), d),
+        (sum(shape.uvqk_widths),),
         (all_heads,),
         (all_heads,),
         (d, all_heads),

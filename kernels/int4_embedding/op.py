@@ -8,7 +8,7 @@ word, the first in the lowest bits. That is E / 2 + 4 bytes where E is a multipl
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.int4_embedding.reference import quantize_reference
 
 CHUNK = 2**24  # numbers packed at a time: what is made on the way is several times as large
@@ -79,7 +79,7 @@ def look_up(
     require(ids.dtype in (torch.int32, torch.int64), f"ids must be int32 or int64, got {ids.dtype}")
     require(dtype in FLOATS, f"dtype must be a float, got {dtype}")
     flat = ids.reshape(-1)
-    if choose(backend, packed) == "triton":
+    if choose_backend(backend, packed) == "triton":
         from kernels.int4_embedding.triton_launch import look_up_triton
 
         return look_up_triton(packed, flat, dim, dtype).view(*ids.shape, dim)

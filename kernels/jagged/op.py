@@ -9,11 +9,11 @@ rows.
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.jagged.reference import concatenate_reference, split_reference, truncate_tail_reference
 
 
-def concatenate(
+def concatenate_sequences(
     left_TE: Tensor,
     left_offsets: Tensor,
     right_TE: Tensor,
@@ -39,7 +39,7 @@ def concatenate(
     )
     _check_offsets(left_offsets, right_offsets)
 
-    chosen = choose(backend, left_TE)
+    chosen = choose_backend(backend, left_TE)
     if chosen == "reference":
         return concatenate_reference(left_TE, left_offsets, right_TE, right_offsets)
     if chosen == "triton":
@@ -51,7 +51,7 @@ def concatenate(
     return out.index_copy(0, left_at, left_TE).index_copy(0, right_at, right_TE)
 
 
-def split(
+def split_sequences(
     x_TE: Tensor,
     left_offsets: Tensor,
     right_offsets: Tensor,
@@ -59,7 +59,7 @@ def split(
     num_left: int,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The opposite of `concatenate`; `num_left` is `left_offsets[-1]`.
+    """The opposite of `concatenate_sequences`; `num_left` is `left_offsets[-1]`.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -68,7 +68,7 @@ def split(
     require(0 <= num_left <= len(x_TE), f"num_left must be in 0..{len(x_TE)}, got {num_left}")
     _check_offsets(left_offsets, right_offsets)
 
-    chosen = choose(backend, x_TE)
+    chosen = choose_backend(backend, x_TE)
     if chosen == "reference":
         return split_reference(x_TE, left_offsets, right_offsets)
     if chosen == "triton":
@@ -110,7 +110,7 @@ def truncate_tail(
     lengths = torch.minimum(seq_offsets.diff(), tail + num_context)
     new_offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
-    chosen = choose(backend, x_TE)
+    chosen = choose_backend(backend, x_TE)
     if chosen == "reference":
         return truncate_tail_reference(x_TE, seq_offsets, num_context, tail), new_offsets
     if chosen == "triton":

@@ -7,7 +7,7 @@ x [T, E] + weight and bias [E] → `layer_norm`, `swish_layer_norm` → [T, E]
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.layer_norm.reference import layer_norm_reference, swish_layer_norm_reference
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32
@@ -54,7 +54,7 @@ def _is_triton(x_TE: Tensor, weight: Tensor, bias: Tensor, backend: Backend) -> 
     shown = f"{tuple(x_TE.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
     require(fits, f"x must be [T, E], weight and bias [E], got {shown}")
 
-    triton = choose(backend, x_TE) == "triton"
+    triton = choose_backend(backend, x_TE) == "triton"
     if triton:
         require(
             x_TE.dtype in FLOATS,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import cdiv, described, launch
+from kernels.launch import cdiv, descriptor_like, launch
 from kernels.linear import triton_kernels
 
 
@@ -171,7 +171,7 @@ def launch_linear(
     )
 
     pairs = zip((x_TK, w_NK, out, slope), prepared.descriptors, strict=True)
-    tensors = [x if form is None or x is None else described(form, x) for x, form in pairs]
+    tensors = [x if form is None or x is None else descriptor_like(form, x) for x, form in pairs]
     launch(
         triton_kernels.linear, prepared.programs,
         (*tensors, bias, residual, *(scales or (None, None))), (num_rows,), prepared.fixed,

@@ -6,7 +6,7 @@ tokens [T, E] + a position and a gap each → `add_position_time` → [T, E]
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.position_time.reference import BUCKETS, position_time_reference
 from kernels.position_time.types import Anchor
 
@@ -52,7 +52,7 @@ def add_position_time(
     require(placed, f"position and gap_ms must be [{len(x_TE)}], one per token, got {shown}")
     require(anchor in BUCKETS, f"anchor must be one of {', '.join(BUCKETS)}, got {anchor!r}")
 
-    if choose(backend, x_TE) != "triton":
+    if choose_backend(backend, x_TE) != "triton":
         return position_time_reference(x_TE, position_PE, time_BE, position_T, gap_ms_T, anchor)
     from kernels.position_time.triton_launch import AddPositionTime, launch_add
 

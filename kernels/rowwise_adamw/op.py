@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.rowwise_adamw.reference import rows_and_sums, rowwise_adamw_reference
 from kernels.rowwise_adamw.types import Hyper
 
@@ -35,7 +35,7 @@ def rowwise_adamw(
         ValueError: on shapes and types that do not fit.
     """
     _check(weight, m, v, ids, grads, hyper)
-    if choose(backend, weight) == "triton":
+    if choose_backend(backend, weight) == "triton":
         from kernels.rowwise_adamw.triton_launch import rowwise_adamw_triton
 
         require(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.sampled_softmax import torch_chunked
 from kernels.sampled_softmax.reference import sampled_softmax_reference
 
@@ -56,7 +56,7 @@ def sampled_softmax(
         f"weights must be [{len(users_PD)}], got {tuple(weights.shape)}",
     )
 
-    chosen = choose(backend, users_PD)
+    chosen = choose_backend(backend, users_PD)
     if chosen == "reference":
         return sampled_softmax_reference(
             users_PD, items_ND, positives, negatives, weights, temperature

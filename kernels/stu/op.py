@@ -4,7 +4,7 @@
 
 Which code runs, with `backend` "auto":
 
-    tensors                  in `stu_layer`                 in `project`, `output`
+    tensors                  in `stu_layer`                 in `project_uvqk`, `gated_output`
     CUDA, half precision     fused kernels, own backward    fused kernels; PyTorch to train
     CUDA, float32            PyTorch, Triton's attention    PyTorch
     CPU                      PyTorch, blocked attention     PyTorch
@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, choose, require
+from kernels.backend import Backend, choose_backend, require
 from kernels.semi_local_attention.op import semi_local_attention, triton_plan
 from kernels.semi_local_attention.types import RelativeBias
 from kernels.stu.recompute import RECOMPUTABLE
@@ -67,16 +67,17 @@ def stu_layer(
             return FusedLayer.apply(x_TE, *weights, shape, plan, p, seed)
         return launch_layer(x_TE, weights, shape, plan, p, seed)
 
-    u, q, k, v = project(x_TE, weights, shape, backend=backend)
-    a = attend(q, k, v, shape, sequences, backend=backend)
-    return output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)
+    u, q, k, v = project_uvqk(x_TE, weights, shape, backend=backend)
+    a = attend_rows(q, k, v, shape, sequences, backend=backend)
+    return gated_output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)
 
 
-def project(
+def project_uvqk(
     x_TE: Tensor, weights: STUWeights, shape: STUShape, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U [T, H V] as `output` takes it, Q and K [T, H, D], V [T, H, V]. As in `output`, no row needs
-    another.
+    """U [T, H V] as `gated_output` takes it, Q and K [T, H, D], V [T, H, V].
+
+    No row needs another, as in `gated_output`.
 
     The fused kernels are for inference: where gradients are recorded, only `stu_layer` has them.
     """
@@ -88,11 +89,11 @@ def project(
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
     projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)
-    u, q, k, v = projected.parts(projected.uvqk)
+    u, q, k, v = projected.split_parts(projected.uvqk)
     return u, q, k, v
 
 
-def attend(
+def attend_rows(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THV: Tensor,
@@ -121,7 +122,7 @@ def attend(
     )
 
 
-def output(
+def gated_output(
     x_TE: Tensor,
     u_TE: Tensor,
     a_THV: Tensor,
@@ -132,7 +133,7 @@ def output(
     seed: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The layer's output [T, E] from its input, the U of `project` and A."""
+    """The layer's output [T, E] from its input, the U of `project_uvqk` and A."""
     _check(x_TE.shape, tuple(w.shape for w in weights), shape, p)
     if torch.is_grad_enabled() or not is_fused(x_TE, shape, backend):
         return output_reference(x_TE, u_TE, a_THV, weights, shape, p, seed)
@@ -150,7 +151,7 @@ def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
     On a GPU float32 is left to PyTorch, whose products are faster there.
     """
     half = _compute_dtype(x_TE).itemsize == 2 or not x_TE.is_cuda
-    fused = choose(backend, x_TE) == "triton" and half and len(x_TE) > 0
+    fused = choose_backend(backend, x_TE) == "triton" and half and len(x_TE) > 0
     if fused and shape.fp8 and x_TE.is_cuda:
         name = torch.cuda.get_device_name(x_TE.device)
         capability = torch.cuda.get_device_capability(x_TE.device)
@@ -171,7 +172,7 @@ def _drawn(p: float) -> int:
 @lru_cache(1024)  # a model asks the same of every layer
 def _check(x: torch.Size, weights: tuple[torch.Size, ...], shape: STUShape, p: float) -> None:
     require(len(x) == 2, f"x must be [T, E], got {tuple(x)}")
-    width, projected, attended = x[1], sum(shape.split), shape.split[0]
+    width, projected, attended = x[1], sum(shape.uvqk_widths), shape.uvqk_widths[0]
     gated = attended * (3 if shape.concat_ua else 1)
     norm, uvqk = ((width,), (width,)), ((projected, width), (projected,))
     norm_attn, out = ((attended,), (attended,)), ((width, gated), (width,))

@@ -21,9 +21,9 @@ def project_reference(
     uvqk = linear_reference(x, weights.uvqk_weight, weights.uvqk_bias, fp8=shape.fp8)
 
     if shape.silu_qkv:
-        u, *qkv = F.silu(uvqk).split(shape.split, dim=1)
+        u, *qkv = F.silu(uvqk).split(shape.uvqk_widths, dim=1)
     else:
-        u, *qkv = uvqk.split(shape.split, dim=1)
+        u, *qkv = uvqk.split(shape.uvqk_widths, dim=1)
         u = F.silu(u)
     q, k, v = (z.unflatten(1, (shape.num_heads, -1)) for z in qkv)
     return u, q, k, v

@@ -37,17 +37,17 @@ class Projected:
 
     @property
     def u(self) -> Tensor:
-        return self.uvqk[:, : self.shape.split[0]]
+        return self.uvqk[:, : self.shape.uvqk_widths[0]]
 
-    def parts(self, of: Tensor) -> list[Tensor]:
+    def split_parts(self, of: Tensor) -> list[Tensor]:
         """U [T, H V] and Q, K, V [T, H, ·] of a tensor laid out like `uvqk`."""
-        u, *qkv = of.split_with_sizes(self.shape.split, dim=1)
+        u, *qkv = of.split_with_sizes(self.shape.uvqk_widths, dim=1)
         return [u, *[self._heads(x) for x in qkv]]
 
-    def slopes(self) -> list[Tensor] | list[None]:
+    def head_slopes(self) -> list[Tensor] | list[None]:
         if self.slope is None:
             return [None, None, None]
-        slopes = self.slope.split_with_sizes(self.shape.split[1:], dim=1)
+        slopes = self.slope.split_with_sizes(self.shape.uvqk_widths[1:], dim=1)
         return [self._heads(x) for x in slopes]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def launch_project(
 ) -> tuple[Projected, Tensor | None]:  # fmt: skip
     """f1 of the normalised x, and that if it is to be kept or was given."""
     dtype = x_TE.dtype
-    silu_from = shape.split[0] if shape.silu_qkv else None
+    silu_from = shape.uvqk_widths[0] if shape.silu_qkv else None
     options: dict[str, Any] = {"silu_from": silu_from, "keep_slope": keep_slope, "dtype": dtype}
 
     codes = scale = None
@@ -87,18 +87,18 @@ def launch_project(
     return Projected(uvqk, slope, shape), normed
 
 
-def attend(
+def attention_problem(
     projected: Projected, plan: TritonPlan
 ) -> tuple[attention.AttentionProblem, tuple[Tensor, ...]]:
     """The attention problem of a layer and its operands q, k, v."""
     shape = projected.shape
-    _, q, k, v = projected.parts(projected.uvqk)
+    _, q, k, v = projected.split_parts(projected.uvqk)
     return attention.find_problem((q, k, v), plan, shape.attn_alpha, shape.scaling_seq_len)
 
 
 def attention_rows(projected: Projected, plan: TritonPlan) -> Tensor:
     """A [T, H V]."""
-    problem, operands = attend(projected, plan)
+    problem, operands = attention_problem(projected, plan)
     a = attention.launch_forward(plan, problem, operands)
     return a[..., : projected.shape.d_v].flatten(1)
 
@@ -146,14 +146,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients of what made Q, K, V; return their sums over rows, Q's and K and V's."""
     shape = projected.shape
-    problem, operands = attend(projected, plan)
+    problem, operands = attention_problem(projected, plan)
     d_heads = da.view(len(da), shape.num_heads, shape.d_v)
     if problem.d_v > shape.d_v:
         d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v))
 
     given = *operands, d_heads
     dq, dk, dv = d_qkv
-    slope_q, slope_k, slope_v = projected.slopes()
+    slope_q, slope_k, slope_v = projected.head_slopes()
     *_, sum_q = attention.launch_backward_queries(
         plan, problem, given, dq, slope_q=slope_q, summed=True
     )
@@ -213,7 +213,7 @@ class FusedLayer(torch.autograd.Function):
 
         # f2, and the gate
         d_uvqk = torch.empty_like(projected.uvqk)
-        du, *d_qkv = projected.parts(d_uvqk)
+        du, *d_qkv = projected.split_parts(d_uvqk)
         d_y = grad @ weights.out_weight.to(dtype)
         da, made, d_norm_weight, d_norm_bias, sum_u = launch_norm_gate_backward(
             d_y, a, projected.u, weights.norm_attn_weight, weights.norm_attn_bias, du,

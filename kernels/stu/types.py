@@ -38,7 +38,7 @@ class STUShape:
     recompute: tuple[str, ...] = ()  # of RECOMPUTABLE: made again in backward instead of kept
 
     @property
-    def split(self) -> list[int]:
+    def uvqk_widths(self) -> list[int]:
         return [self.num_heads * width for width in (self.d_v, self.d_qk, self.d_qk, self.d_v)]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import Backend
-from kernels.jagged.op import concatenate, sequence_index
+from kernels.jagged.op import concatenate_sequences, sequence_index
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time.op import add_position_time
 from kernels.position_time.reference import BUCKETS
@@ -397,7 +397,7 @@ def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
     context = context_BCE.flatten(0, 1).to(tokens.x_TE.dtype)
     visible = tokens.target_visible
     return Tokens(
-        x_TE=concatenate(context, shift, tokens.x_TE, tokens.seq_offsets),
+        x_TE=concatenate_sequences(context, shift, tokens.x_TE, tokens.seq_offsets),
         seq_offsets=tokens.seq_offsets + shift,
         num_targets=tokens.num_targets,
         target_visible=None if visible is None else visible + num_context,

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.backend import choose
+from kernels.backend import choose_backend
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig, TrainConfig, UserError
@@ -183,7 +183,7 @@ class Progress:
     def tell_device(self) -> None:
         weights = self.trainee.loss_weights
         where = torch.cuda.get_device_name(weights.device) if weights.is_cuda else "CPU"
-        kernels = choose("auto", weights)
+        kernels = choose_backend("auto", weights)
         self._say("%d x %s, %s kernels", self.trainee.world_size, where, kernels)
 
     def tell_attention(self, batch: SequenceBatch, norm_eps: float) -> None:

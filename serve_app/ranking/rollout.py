@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.backend import choose
+from kernels.backend import choose_backend
 from pipeline import config
 from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import load_model
@@ -351,7 +351,7 @@ def _describe_passes(ranker: Ranker) -> str:
     """Device, kernels and number formats of the ranker's passes, for the log."""
     model, limits, device = ranker.cfg.model, ranker.limits, ranker.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    kernels = choose(model.attention_backend, next(ranker.model.parameters()))
+    kernels = choose_backend(model.attention_backend, next(ranker.model.parameters()))
 
     formats = limits.precision
     fp8 = model.fp8 if limits.fp8 is None else limits.fp8

@@ -133,7 +133,7 @@ def dense_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     assert isinstance(layer, STU)
     silu, cfg = torch.nn.functional.silu, layer.cfg
-    u, q, k, v = layer.uvqk(layer.norm_in(x)).split(layer.shape.split, dim=1)
+    u, q, k, v = layer.uvqk(layer.norm_in(x)).split(layer.shape.uvqk_widths, dim=1)
     u, q, k, v = (silu(u), silu(q), silu(k), silu(v)) if cfg.silu_qkv else (silu(u), q, k, v)
     mask = semi_local_mask(len(x), 2, cfg.attention.window, cfg.attention.full_rows, prefix=2)
     heads = []

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.jagged.op import concatenate
+from kernels.jagged.op import concatenate_sequences
 from kernels.semi_local_attention.types import RelativeBias
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
@@ -158,4 +158,6 @@ def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Te
         tokens = interleave_actions(tokens, time)
     shift = torch.arange(batch.num_sequences + 1, device=offsets.device) * num_context
     context = time.new_zeros(batch.num_sequences * num_context, 1)
-    return concatenate(context, shift, tokens.x_TE, tokens.seq_offsets, backend="torch").squeeze(1)
+    return concatenate_sequences(
+        context, shift, tokens.x_TE, tokens.seq_offsets, backend="torch"
+    ).squeeze(1)

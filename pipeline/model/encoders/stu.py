@@ -46,7 +46,7 @@ class STU(nn.Module):
         )
         d, width = cfg.d_model, cfg.num_heads * cfg.d_v
         self.norm_in = nn.LayerNorm(d, eps=cfg.norm_eps)
-        self.uvqk = nn.Linear(d, sum(self.shape.split))
+        self.uvqk = nn.Linear(d, sum(self.shape.uvqk_widths))
         self.norm_attn = nn.LayerNorm(width, eps=cfg.norm_eps)
         self.out = nn.Linear(width * (3 if cfg.concat_ua else 1), d)
 
@@ -65,7 +65,9 @@ class STU(nn.Module):
         """U [T, h * d_v] as `output` takes it, Q and K [T, h, d_qk], V [T, h, d_v]; no row needs
         another.
         """
-        return stu.project(x_TE, self.weights(), self.shape, backend=self.cfg.attention_backend)
+        return stu.project_uvqk(
+            x_TE, self.weights(), self.shape, backend=self.cfg.attention_backend
+        )
 
     def attend(
         self,
@@ -77,14 +79,14 @@ class STU(nn.Module):
     ) -> Tensor:
         """A, [T, h, d_v]."""
         where = sequences(tokens)
-        return stu.attend(
+        return stu.attend_rows(
             q_THD, k_THD, v_THV, self.shape, where, bias=bias, backend=self.cfg.attention_backend
         )
 
     def output(self, x_TE: Tensor, u: Tensor, a_THV: Tensor) -> Tensor:
         """Z' of rows Z from their gate U and their attention A; no row needs another."""
         p = self.cfg.dropout if self.training else 0.0
-        return stu.output(
+        return stu.gated_output(
             x_TE, u, a_THV, self.weights(), self.shape, p=p, backend=self.cfg.attention_backend
         )
 
