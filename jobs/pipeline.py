@@ -13,7 +13,7 @@ from typing import Any
 from jobs import cli
 from pipeline import config, logs, tracking
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig, UserError
+from pipeline.config import ModelConfig, RunConfig, ServeConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.files import write_atomically
 from pipeline.model.encoders import check_model
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     cfg = job.cfg
-    check_settings(cfg)
+    check_settings(cfg.model, cfg.serve)
     if job.options.fresh:
         remove_run(cfg.run_dir)
 
@@ -58,15 +58,15 @@ def run_job(job: cli.Job) -> None:
     print(f"all of it in {path}")
 
 
-def check_settings(cfg: RunConfig) -> None:
+def check_settings(model: ModelConfig, serve: ServeConfig) -> None:
     """Say now, not after the build or the training, what no stage could use.
 
     Raises:
         UserError: a setting that the encoder does not know, a key that cannot be read.
     """
-    check_model(cfg.model)
-    deployment.check_protection(cfg.serve)
-    replay.key_header(cfg.serve)
+    check_model(model)
+    deployment.check_protection(serve)
+    replay.key_header(serve)
 
 
 def run_chain(
@@ -190,7 +190,7 @@ def remove_run(folder: Path) -> None:
 def plan_job(job: cli.Job) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
     cfg = job.cfg
-    check_settings(cfg)
+    check_settings(cfg.model, cfg.serve)
     return {
         "import_logs": logs.plan_import(cfg),
         "workers": cfg.train.num_workers,
