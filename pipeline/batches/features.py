@@ -123,46 +123,50 @@ class FeatureMaps:
         }
         arrays |= {"user_ids": self.user_ids, "user_codes": self.user_codes}
         arrays |= {"item_duration_ms": self.item_duration_ms}
-        arrays |= {f"request.{name}": values for name, values in self.request_values.items()}
+        for name, values in self.request_values.items():
+            arrays[f"request.{name}"] = values
         for name, counts in self.counts.items():
-            parts = {"groups": counts.groups, "cells": counts.cells, "before": counts.before}
-            arrays |= {f"counts.{name}.{part}": array for part, array in parts.items()}
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            folder / "features.safetensors",
-        )
+            arrays[f"counts.{name}.groups"] = counts.groups
+            arrays[f"counts.{name}.cells"] = counts.cells
+            arrays[f"counts.{name}.before"] = counts.before
+
+        packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(packed, folder / "features.safetensors")
+
         facts = {
             "request": list(self.request_values),
             "vocab_sizes": self.vocab_sizes,
             "base_rates": self.base_rates,
         }
         facts["row_rates"] = self.row_rates
-        facts["counts"] = {
-            name: {"start": counts.start, "span": counts.span}
-            for name, counts in self.counts.items()
-        }
+        facts["counts"] = {}
+        for name, counts in self.counts.items():
+            facts["counts"][name] = {"start": counts.start, "span": counts.span}
         (folder / "features.json").write_text(json.dumps(facts, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> "FeatureMaps":
         facts = json.loads((folder / "features.json").read_text())
         arrays = load_file(folder / "features.safetensors")
+
+        counts = {}
+        for name, bounds in facts["counts"].items():
+            counts[name] = LabelCounts(
+                groups=arrays.pop(f"counts.{name}.groups"),
+                cells=arrays.pop(f"counts.{name}.cells"),
+                before=arrays.pop(f"counts.{name}.before"),
+                start=bounds["start"],
+                span=bounds["span"],
+            )
+
+        request_values = {name: arrays.pop(f"request.{name}") for name in facts["request"]}
         return cls(
-            request_values={name: arrays.pop(f"request.{name}") for name in facts["request"]},
+            request_values=request_values,
             vocab_sizes=facts["vocab_sizes"],
             base_rates=facts["base_rates"],
             row_rates=facts["row_rates"],
-            counts={
-                name: LabelCounts(
-                    groups=arrays.pop(f"counts.{name}.groups"),
-                    cells=arrays.pop(f"counts.{name}.cells"),
-                    before=arrays.pop(f"counts.{name}.before"),
-                    start=bounds["start"],
-                    span=bounds["span"],
-                )
-                for name, bounds in facts["counts"].items()
-            },
-            **arrays,
+            counts=counts,
+            **arrays,  # what is left
         )
 
 
@@ -186,13 +190,20 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
     counts = np.zeros(len(item_ids), np.int64)
     known = _find_rows(rows.items, item_ids)
     counts[known > 0] = rows.item_count[known[known > 0] - 1]
-    request_values = {
-        name: HOURS if name == "hour" else rows.request[name] for name in cfg.features.request
-    }
+
+    # rows of every embedding table
     sizes = {"item_id": len(rows.items) + 1}
-    sizes |= {f"item.{name}": size for name, size in item_sizes.items()}
-    sizes |= {f"user.{name}": size for name, size in user_sizes.items()}
-    sizes |= {f"request.{name}": len(values) + 1 for name, values in request_values.items()}
+    for name, size in item_sizes.items():
+        sizes[f"item.{name}"] = size
+    for name, size in user_sizes.items():
+        sizes[f"user.{name}"] = size
+
+    request_values = {}
+    for name in cfg.features.request:
+        values = HOURS if name == "hour" else rows.request[name]
+        request_values[name] = values
+        sizes[f"request.{name}"] = len(values) + 1
+
     maps = FeatureMaps(
         item_ids=item_ids,
         item_codes=_with_unknown(np.column_stack([id_codes, item_columns])),
@@ -238,41 +249,39 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
         if groups > MOST_GROUPS:
             raise UserError(
                 f"features.dense.{name}.by: {list(feature.by)} have {groups:,} combinations of "
-                "values, more than the "
-                f"{MOST_GROUPS:,} that are told apart"
+                f"values, more than the {MOST_GROUPS:,} that are told apart"
             )
+
     shared = {name: feature for name, feature in cfg.features.dense.items() if not feature.live}
     parts: dict[str, list[LabelCounts]] = {name: [] for name in shared}
-    totals = {
-        feature.rows: np.zeros(2 * len(cfg.tasks), np.int64)
-        for feature in cfg.features.dense.values()
-    }
+    totals: dict[str, np.ndarray] = {}  # labels known and positive, by the kind of rows
+    for feature in cfg.features.dense.values():
+        totals[feature.rows] = np.zeros(2 * len(cfg.tasks), np.int64)
+
     stored = [name for name in cfg.features.request if name != "hour"]
+    names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
     for table in _buckets(cfg.sequence_dir):
-        names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
-        flat = {name: arrow_lists.flat_column(table, name) for name in names}
-        flat = {
-            name: column[flat["event_time"] < cfg.split.train_end_ms]
-            for name, column in flat.items()
-        }
+        training = arrow_lists.flat_column(table, "event_time") < cfg.split.train_end_ms
+        flat = {name: arrow_lists.flat_column(table, name)[training] for name in names}
+
         labels = label_counts(flat["action_mask"], flat["known_mask"], cfg.task_bits)
         item_rows = maps.item_rows(flat["item_id"])
         step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
         for rows, total in totals.items():
             total += labels[rows_of_kind(flat["order_only"], rows)].sum(0)
+
         for name, feature in shared.items():
             group = maps.groups(feature.by, item_rows, flat, cfg.features)
             chosen = rows_of_kind(flat["order_only"], feature.rows) & (group > 0)
             parts[name].append(LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen]))
-    rates = {rows: np.split(total, 2) for rows, total in totals.items()}
-    return replace(
-        maps,
-        row_rates={
-            rows: (positive / np.maximum(known, 1)).tolist()
-            for rows, (known, positive) in rates.items()
-        },
-        counts={name: LabelCounts.merge_parts(counted) for name, counted in parts.items()},
-    )
+
+    row_rates = {}
+    for rows, total in totals.items():
+        known, positive = np.split(total, 2)
+        row_rates[rows] = (positive / np.maximum(known, 1)).tolist()
+
+    counts = {name: LabelCounts.merge_parts(counted) for name, counted in parts.items()}
+    return replace(maps, row_rates=row_rates, counts=counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,12 +300,12 @@ class _TrainingRows:
         items, timed_items, users = [], [], []
         request: dict[str, list[np.ndarray]] = {name: [] for name in stored}
         positives, totals = np.zeros(len(cfg.tasks)), np.zeros(len(cfg.tasks))
+
         for table in _buckets(cfg.sequence_dir):
             offsets = arrow_lists.list_offsets(table)
-            flat = {
-                name: arrow_lists.flat_column(table, name)
-                for name in ("item_id", "event_time", "order_only", *stored)
-            }
+            names = ("item_id", "event_time", "order_only", *stored)
+            flat = {name: arrow_lists.flat_column(table, name) for name in names}
+
             training = flat["event_time"] < cfg.split.train_end_ms
             timed = training & ~flat["order_only"]
             items.append(np.unique(flat["item_id"][training]))
@@ -305,14 +314,14 @@ class _TrainingRows:
             users.append(np.unique(user[training]))
             for name in stored:
                 request[name].append(np.unique(flat[name][timed]))
-            action, known = (
-                arrow_lists.flat_column(table, name)[timed]
-                for name in ("action_mask", "known_mask")
-            )
+
+            action = arrow_lists.flat_column(table, "action_mask")[timed]
+            known = arrow_lists.flat_column(table, "known_mask")[timed]
             for i, task in enumerate(cfg.tasks):
                 bit = np.int32(1 << cfg.source.actions.index(task))
                 totals[i] += np.count_nonzero(known & bit)
                 positives[i] += np.count_nonzero(action & known & bit)
+
         if totals.max(initial=0) == 0:
             end = "split.t_test" if cfg.split.refit else "split.t_val"
             raise UserError(f"no row with a known label lies before {end}: nothing to train on")
@@ -320,18 +329,19 @@ class _TrainingRows:
         counted, counts = np.unique(np.concatenate(timed_items), return_counts=True)
         item_count = np.zeros(len(vocabulary), np.int64)
         item_count[np.searchsorted(vocabulary, counted)] = counts
-        values = {
-            name: np.unique(np.concatenate(parts)).astype(np.int64)
-            for name, parts in request.items()
-        }
+
+        known_values = {}
+        for name, parts in request.items():
+            values = np.unique(np.concatenate(parts)).astype(np.int64)
+            known_values[name] = values[values >= 0]
+
+        rates = (positives / np.maximum(totals, 1)).tolist()
         return cls(
             items=vocabulary,
             item_count=item_count,
             users=np.unique(np.concatenate(users)),
-            request={name: found[found >= 0] for name, found in values.items()},
-            base_rates=dict(
-                zip(cfg.tasks, (positives / np.maximum(totals, 1)).tolist(), strict=True)
-            ),
+            request=known_values,
+            base_rates=dict(zip(cfg.tasks, rates, strict=True)),
         )
 
 

@@ -103,8 +103,8 @@ def prune_events(sequence_dir: Path, log: EventLog) -> int:
             if not events:
                 continue
 
-            time, item = (row[name].flatten().to_numpy() for name in ("event_time", "item_id"))
-            held = set(zip(time.tolist(), item.tolist(), strict=True))
+            time, item = row["event_time"].flatten(), row["item_id"].flatten()
+            held = set(zip(time.to_pylist(), item.to_pylist(), strict=True))
             removed += log.remove([e for e in events if (e.event_time, e.item_id) in held])
     return removed
 
@@ -126,11 +126,11 @@ def _new_events(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[lis
 
 def _exported_keys(folder: Path, columns: dict[str, str]) -> set[tuple[int, int, int]]:
     """User, time and item of the events that earlier exports hold."""
-    names = [columns[name] for name in ("user_id", "event_time", "item_id")]
+    names = [columns["user_id"], columns["event_time"], columns["item_id"]]
     found: set[tuple[int, int, int]] = set()
     for file in folder.glob("*.parquet"):
         table = pq.read_table(file, columns=names)
-        user, time, item = (_integers(table[name]) for name in names)
+        user, time, item = map(_integers, table.select(names).columns)
         found |= set(zip(user, time, item, strict=True))
     return found
 

@@ -161,9 +161,10 @@ def merge_events(
     live = posted_columns(events, columns)
     live["order_only"] = np.zeros(len(events), bool)
     live["request_index"] = np.zeros(len(events), np.int64)  # numbered anew below
-    live["request_id"] = np.array(
-        [NO_REQUEST if event.request_id is None else event.request_id for event in events], np.int64
-    )
+    live["request_id"] = np.full(len(events), NO_REQUEST)
+    for i, event in enumerate(events):
+        if event.request_id is not None:
+            live["request_id"][i] = event.request_id
 
     # only what follows the first event is merged
     split = int(np.searchsorted(past["event_time"], live["event_time"].min()))
@@ -200,7 +201,8 @@ def _merged_order(
     A request that has rows in several places comes together in the place of its first row.
     """
     num_past = len(past["item_id"])
-    time, item = (np.concatenate([past[name], live[name]]) for name in ("event_time", "item_id"))
+    time = np.concatenate([past["event_time"], live["event_time"]])
+    item = np.concatenate([past["item_id"], live["item_id"]])
 
     # one number per row that compares by time, then item
     _, time_rank = np.unique(time, return_inverse=True)

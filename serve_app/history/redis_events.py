@@ -61,10 +61,17 @@ class RedisEvents:
                 pipe.hsetnx(key, field, value)
                 pipe.hget(key, field)
             answers = pipe.execute()
-        return [
-            "accepted" if fresh else "already_there" if kept == value else "conflict"
-            for fresh, kept, (_, _, value) in zip(answers[::2], answers[1::2], rows, strict=True)
-        ]
+
+        # two answers for each event: was it new, and what is kept
+        statuses: list[EventStatus] = []
+        for fresh, kept, (_, _, value) in zip(answers[::2], answers[1::2], rows, strict=True):
+            if fresh:
+                statuses.append("accepted")
+            elif kept == value:
+                statuses.append("already_there")
+            else:
+                statuses.append("conflict")
+        return statuses
 
     def of_user(self, user_id: int) -> list[Event]:
         with _store_errors():
@@ -121,12 +128,13 @@ def _check_settings(client: redis.Redis) -> None:
         client.ping()
         logger.warning("Redis does not say how it keeps data (%s): it must have %s", error, SAFE)
         return
-    wrong = {name: value for name, value in found.items() if value != SAFE[name]}
+
+    wrong, needed = {}, {}
+    for name, value in SAFE.items():
+        if found[name] != value:
+            wrong[name], needed[name] = found[name], value
     if wrong:
-        raise ValueError(
-            f"it has {wrong} where acknowledged events need "
-            f"{ ({name: SAFE[name] for name in wrong}) }"
-        )
+        raise ValueError(f"it has {wrong} where acknowledged events need {needed}")
 
 
 @contextmanager
