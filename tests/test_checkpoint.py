@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the right ones kept, and the same at any number of ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from pipeline.train.checkpoint import (
     Block,
     CheckpointFolder,
     TrainState,
+    check_identity,
     copy_tensors,
     only_writer,
     read_tensors,
+    run_identity,
 )
+from tests.worlds.model import make_config
 
 ROWS = {"long": 7, "short": 2}  # fewer rows than ranks: one rank holds none
 
@@ -202,3 +206,16 @@ def test_one_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
         raise AssertionError("two at once")
     with only_writer(tmp_path, timeout_s=0):
         assert tmp_path.exists()
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_stood_at_its_default() -> None:
+    cfg = make_config()
+    identity = run_identity(cfg, "data")
+    older = {key: value for key, value in identity.items() if key != "train.lr"}
+    check_identity(older, identity, "run")
+
+    faster = run_identity(replace(cfg, train=replace(cfg.train, lr=0.5)), "data")
+    with pytest.raises(UserError, match=r"began with train.lr = 0.002 and would go on with 0.5"):
+        check_identity(older, faster, "run")
+    with pytest.raises(UserError, match=r"began with train.gone = 1 and would go on with None"):
+        check_identity(older | {"train.gone": 1}, identity, "run")

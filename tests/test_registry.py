@@ -11,6 +11,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
 from pipeline.tracking import Decision, Tracker, fetch_model
 from pipeline.tracking.gate import judge_version
+from pipeline.version import package_version
 from tests.worlds.tiny import save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.cluster
@@ -39,6 +40,7 @@ def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path:
         "sha256.README.md",
     } <= version.tags.keys()
     assert version.tags["val/ne/is_like"] == "0.9"
+    assert version.tags["software_version"] == package_version()
     assert version.tags["manifest"] == store.read_manifest(cfg.sequence_dir).digest
     assert "| val NE | 0.9000 | 0.9000 |" in version.description
     assert client.get_run(version.run_id).data.metrics["test/auc/is_click"] == 0.7

@@ -28,6 +28,7 @@ from pipeline.tracking.gate import (
 from pipeline.tracking.model_card import render_card
 from pipeline.tracking.runs import Run, start_run
 from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
+from pipeline.version import package_version
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,7 @@ if typing.TYPE_CHECKING:
 
 CHAMPION = "champion"
 SHA256_PREFIX = "sha256."  # of tags
+SOFTWARE = "software_version"  # of this project, that registered the version
 # what --validated-by must have in common ...
 FROZEN = ("tasks", "source", "features", "model", "train", "split")
 NOT_FROZEN = (  # ... but for these
@@ -103,9 +105,10 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
 
 
 def _version_tags(folder: Path, metrics: dict[str, Any]) -> dict[str, str]:
-    """Digests of the files as tags, and the validation figures that the gate judges."""
+    """Digests of the files and our version as tags, and the figures that the gate judges."""
     digests = folder_digests(folder)
     tags = {f"{SHA256_PREFIX}{name}": digest for name, digest in digests.items()}
+    tags[SOFTWARE] = package_version()
     if trained_on_validation(folder):
         # its validation NE is of rows that it has learned: nothing to judge by
         return tags | {REFIT: "true"}

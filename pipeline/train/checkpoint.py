@@ -177,11 +177,19 @@ def run_identity(cfg: RunConfig, data_digest: str) -> dict[str, Any]:
 
 
 def check_identity(saved: dict[str, Any], wanted: dict[str, Any], name: str) -> None:
-    """Raises UserError naming the first setting in which the saved run differs."""
+    """Hold the identity of a run that goes on against that of the checkpoint.
+
+    A setting that the checkpoint's version did not have stood at its default there.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    defaults = to_dict(RunConfig())
+    began = flatten({key: defaults[key] for key in SETTINGS}) | saved
     for key in sorted(saved.keys() | wanted.keys()):
-        if saved.get(key) != wanted.get(key):
+        if began.get(key) != wanted.get(key):
             raise UserError(
-                f"run {name!r} began with {key} = {saved.get(key)!r} and would go on with "
+                f"run {name!r} began with {key} = {began.get(key)!r} and would go on with "
                 f"{wanted.get(key)!r}: "
                 "choose another name, or --restart to train it anew"
             )
