@@ -25,7 +25,8 @@ def run_job(job: cli.Job) -> None:
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} "
         f"users={manifest.num_users} "
-        f"rows={manifest.num_rows} rows_in={manifest.rows_in} capped={manifest.rows_capped} "
+        f"rows={manifest.num_rows} rows_in={manifest.rows_in} "
+        f"merged={manifest.rows_merged} capped={manifest.rows_capped} "
         f"quarantined={manifest.quarantined}"
     )
 

@@ -83,9 +83,10 @@ def run_chain(
     print_stage(2, "sequences")
     manifest = build.build_sequences(cfg, append=append)
     logger.info(
-        "%d users, %d rows; beyond sequences.max_rows_per_user %d, quarantined %s",
+        "%d users, %d rows; merged %d, beyond sequences.max_rows_per_user %d, quarantined %s",
         manifest.num_users,
         manifest.num_rows,
+        manifest.rows_merged,
         manifest.rows_capped,
         manifest.quarantined,
     )
@@ -143,6 +144,7 @@ def summarise_run(
 
     return {
         "rows_in": manifest.rows_in,
+        "rows_merged": manifest.rows_merged,
         "rows_capped": manifest.rows_capped,
         "quarantined": manifest.quarantined,
         "users": manifest.num_users,

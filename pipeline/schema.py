@@ -80,7 +80,7 @@ ROW_DIGEST = "row_digest"
 # names that are taken, in LOG, in SEQUENCE or among the features
 RESERVED = frozenset(
     {*LOG_REQUIRED, *LOG_OPTIONAL, ROW_DIGEST, "user_bucket", "reason", "source_row", "hour"}
-    | {"first_position", "action_mask", "request_index"}
+    | {"source_file", "first_position", "action_mask", "request_index"}
 )
 
 

@@ -194,5 +194,5 @@ def test_the_line_of_a_build_accounts_for_every_row(
     with caplog.at_level(logging.INFO):
         code, out, _ = run("build_sequences", *arguments, *few, "--set", "checks.action_rate={}")
     assert code == 0
-    assert "users=1 rows=1 rows_in=2 capped=1 quarantined={}" in out
+    assert "users=1 rows=1 rows_in=2 merged=0 capped=1 quarantined={}" in out
     assert "1 older rows of 1 users are beyond sequences.max_rows_per_user (1)" in caplog.text

@@ -30,7 +30,9 @@ from pipeline.model.ranker import RankingModel
 from pipeline.schema import LOG_OPTIONAL, EventColumns, outcome_column
 from pipeline.sequences import store
 from pipeline.sequences.build import build_sequences
-from pipeline.sequences.users import _sort_key, argsort_rows, build_bucket
+from pipeline.sequences.packed_keys import argsort_rows, sort_key
+from pipeline.sequences.repeats import RepeatRule
+from pipeline.sequences.users import build_bucket
 from pipeline.train import loop
 from serve_app.columns import RankColumns
 from serve_app.history import redis_events
@@ -50,8 +52,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "extend" / "column.md"
 # What stores of before declared columns were ---------------------------------
 
 # sha256 of the manifest, which names every file by its own, as the code before them wrote it
-MANIFEST = "c93198c23b5576c8ac6e92522d26821b48210d1571b6f42f7b7880f495cd60ea"
-DIGEST = "61b09e2fb98063a4f37ea5e177ab518d34cbc90a9932a7186a558a44676aef05"
+MANIFEST = "f1d4db73ef720d2bde718009081ae6715cab3d1f110d865343ba60e4be0d3e8a"
+DIGEST = "2c55e438e1e624dca67fb554afd1d33d2631c68b1e91a98599f447765995f048"
 WRITTEN_BY = "25.0.1"  # of pyarrow, whose version is in the bytes
 
 
@@ -97,7 +99,7 @@ def messy_log() -> pa.Table:
 def test_a_store_without_declared_columns_keeps_its_bytes(here: None, tmp_path: Path) -> None:
     cfg = config_for(tmp_path, messy_log(), columns={name: name for name in LOG_OPTIONAL})
     sequences = dataclasses.replace(
-        cfg.sequences, max_rows_per_user=8, latest_time="2026-01-01T00:00:00+00:00"
+        cfg.sequences, repeats="first", max_rows_per_user=8, latest_time="2026-01-01T00:00:00+00:00"
     )
     checks = dataclasses.replace(cfg.checks, max_quarantined_share=1.0)
     cfg = dataclasses.replace(cfg, sequences=sequences, checks=checks)
@@ -221,7 +223,7 @@ def test_values_are_checked_and_unknown_ones_stay_unknown(
     clean = normalise(rows, RULES)
     assert clean["reason"].to_pylist() == reasons
 
-    found = build_bucket(clean, RULES, 100).sequences[name].to_pylist()[0]
+    found = build_bucket(clean, RULES, 100, RepeatRule()).sequences[name].to_pylist()[0]
     unknown = [value == -1 if name == "visits" else np.isnan(value) for value in found]
     assert [None if no else value for value, no in zip(found, unknown, strict=True)] == kept
 
@@ -237,13 +239,14 @@ def test_types_that_are_no_numbers_are_refused() -> None:
 def test_repeats_are_told_apart_by_numbers_too() -> None:
     """The row with the smallest values of an event stays, in whatever order the rows come."""
     rows = block(item_id=[4] * 5, price=[2.0, None, 0.5, 7.0, 0.0], change=[0.0] * 5)
+    first = RepeatRule(merge=False)
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]):
-        built = build_bucket(normalise(rows.take(order), RULES), RULES, 100)
+        built = build_bucket(normalise(rows.take(order), RULES), RULES, 100, first)
         assert built.sequences["price"].to_pylist() == [[0.0]]
         assert built.quarantine["reason"].to_pylist() == ["key_duplicate"] * 4
 
     numbers = [3.0, -1.5, None, 0.0, -np.inf, np.inf, -0.0, 1e-300, -1e300]
-    keys = _sort_key(pa.table({"x": pa.array(numbers)}), "x")
+    keys = sort_key(pa.table({"x": pa.array(numbers)}), "x")
     ordered = [numbers[i] for i in argsort_rows([keys])]
     assert ordered[-1] is None
     assert ordered[:-1] == sorted(x for x in numbers if x is not None)

@@ -19,6 +19,7 @@ import pytest
 from pipeline.config import RunConfig, ServeConfig
 from pipeline.logs.cleaning import LogRules, normalise
 from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.users import build_bucket
 from serve_app.columns import RankColumns
 from serve_app.history.live import LiveHistory
@@ -68,7 +69,9 @@ def build(rows: list[dict], cfg: RunConfig) -> pa.Table:
     rules = LogRules({name: name for name in log_schema.names}, cfg.source.events, 0, 2**60, 1)
     schema = pa.schema(list(log_schema)[:-1])
     table = pa.Table.from_pylist(rows, schema=schema)
-    return build_bucket(normalise(table, rules), rules, cfg.sequences.max_rows_per_user).sequences
+    return build_bucket(
+        normalise(table, rules), rules, cfg.sequences.max_rows_per_user, RepeatRule()
+    ).sequences
 
 
 def the_same(one: pa.RecordBatch, other: pa.RecordBatch, cfg: RunConfig, uncounted: int) -> None:

@@ -285,7 +285,7 @@ def test_a_folder_that_an_older_version_wrote(here: None, tmp_path: Path):
     (cfg.sequence_dir / "manifest.json").write_text(
         '{"schema_version": 1, "buckets": [], "digest": "0123"}'
     )
-    with pytest.raises(UserError, match=r"has schema version 1, this code reads 2: .* --overwrite"):
+    with pytest.raises(UserError, match=r"has schema version 1, this code reads 3: .* --overwrite"):
         build_sequences(cfg)
     build_sequences(cfg, overwrite=True)
     assert store.read_sequences(cfg.sequence_dir).num_rows

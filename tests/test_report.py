@@ -22,6 +22,7 @@ from pipeline.sequences.quality.statistics import (
     log_hints,
     merge_statistics,
 )
+from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.users import build_bucket
 
 NOON = 1_650_024_000_000  # 2022-04-15 12:00 UTC
@@ -67,7 +68,8 @@ def log() -> pa.Table:
 
 
 def counted(rows: pa.Table, utc_offset_ms: int = 0) -> Statistics:
-    return count_bucket(build_bucket(normalise(rows, RULES), RULES, 100), RULES, utc_offset_ms)
+    built = build_bucket(normalise(rows, RULES), RULES, 100, RepeatRule())
+    return count_bucket(built, RULES, utc_offset_ms)
 
 
 def test_counts_of_a_bucket():

@@ -18,15 +18,58 @@ from pipeline.config import RunConfig, UserError
 from pipeline.logs.cleaning import user_bucket
 from pipeline.sequences import build, store
 from pipeline.sequences.build import build_sequences
+from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.users import build_bucket
-from tests.worlds.logs import NOON, RULES, config_for, here, log
+from tests.worlds.logs import FIRST, MERGE, NOON, RULES, config_for, here, log
 
 ROOT = Path(__file__).parents[1]
 
 __all__ = ["here"]  # a fixture
 
 
-def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
+def known_actions(row: dict) -> dict[str, bool]:
+    mask = 3 if row["known_mask"] is None else row["known_mask"]
+    told = {}
+    for bit, name in enumerate(("click", "like")):
+        if row[name] is not None and mask >> bit & 1:
+            told[name] = bool(row[name])
+    return told
+
+
+def plain_merge(rows: list[dict], last_file: bool) -> tuple[dict, list[int]]:
+    """The rows of an event, the first of them first, as one row; and those that contradict."""
+    one = rows[0] | {"order_only": bool(rows[0]["order_only"])}
+    told: dict[str, bool] = {}
+    contradicting = []
+    agreeing = []
+
+    for name in ("tab", "request_id", "order_only"):  # column by column, as the docstring says
+        for row in rows:
+            value = bool(row[name]) if name == "order_only" else row[name]
+            if value is None or row["number"] in contradicting:
+                continue
+            if one[name] is None:
+                one[name] = value
+            if value != one[name]:
+                contradicting.append(row["number"])
+
+    for row in rows:
+        if row["number"] not in contradicting:
+            agreeing.append(row)
+            for name, did in known_actions(row).items():
+                told[name] = told.get(name, False) or did
+
+    watched = [(row["source_file"], row["watch_ms"]) for row in agreeing]
+    watched = [pair for pair in watched if pair[1] is not None]
+    if not last_file:
+        watched = [(0, value) for _, value in watched]
+    one["watch_ms"] = max(watched)[1] if watched else None
+
+    one |= {"click": told.get("click"), "like": told.get("like"), "known_mask": None}
+    return one, contradicting
+
+
+def plain_user(rows: list[dict], cap: int, rule: RepeatRule) -> tuple[dict, dict[int, str]]:
     """One user's rows as a SEQUENCE row, and the reason of each row left out: PROTOCOL's words, one
     by one.
     """
@@ -38,25 +81,31 @@ def plain_user(rows: list[dict], cap: int) -> tuple[dict, dict[int, str]]:
             row["tie_breaker"],
             *(last if row[name] is None else row[name] for name in rest),
             row["row_digest"],
+            row["source_file"],
         )
 
     def full_rank(row: dict) -> tuple:
         tie, *others = rank(row)
         return (last if tie is None else tie, *others)
 
-    reasons, sources, keys, kept = {}, set(), set(), []
+    reasons, sources, kept = {}, set(), []
     for row in sorted(rows, key=full_rank):
         source = (row["event_time"], row["item_id"], row["row_digest"])
         if source in sources:
             reasons[row["number"]] = "exact_duplicate"
         sources.add(source)
+    events: dict[tuple, list[dict]] = {}
     for row in sorted((row for row in rows if row["number"] not in reasons), key=full_rank):
-        key = (row["event_time"], row["item_id"])
-        if key in keys:
-            reasons[row["number"]] = "key_duplicate"
+        events.setdefault((row["event_time"], row["item_id"]), []).append(row)
+    for first, *others in events.values():
+        if rule.merge and others:
+            one, contradicting = plain_merge([first, *others], rule.file_order is not None)
+            kept.append(one)
+            reasons |= {row["number"]: "merged" for row in others}
+            reasons |= dict.fromkeys(contradicting, "contradicts_its_event")
         else:
-            kept.append(row)
-        keys.add(key)
+            kept.append(first)
+            reasons |= {row["number"]: "key_duplicate" for row in others}
     kept.sort(
         key=lambda row: (
             row["event_time"],
@@ -99,6 +148,7 @@ def small(most: int) -> st.SearchStrategy:
     return st.one_of(st.none(), st.integers(0, most))
 
 
+RULES_OF_REPEATS = [FIRST, MERGE, RepeatRule(file_order={0: 0, 1: 1, 2: 2})]
 LOG_ROW = st.fixed_dictionaries(
     {
         "user_id": st.integers(0, 2),
@@ -113,6 +163,7 @@ LOG_ROW = st.fixed_dictionaries(
         "known_mask": small(3),
         "tie_breaker": small(2),
         "row_digest": st.integers(0, 2),
+        "source_file": st.integers(0, 2),
     }
 )
 
@@ -123,30 +174,44 @@ def as_block(rows: list[dict]) -> pa.Table:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(LOG_ROW, max_size=24), st.integers(1, 6))
-def test_the_vectorised_pass_equals_a_plain_function_of_one_user(rows: list[dict], cap: int):
+@given(st.lists(LOG_ROW, max_size=24), st.integers(1, 6), st.sampled_from(RULES_OF_REPEATS))
+def test_the_vectorised_pass_equals_a_plain_function_of_one_user(
+    rows: list[dict], cap: int, rule: RepeatRule
+):
     rows = [row | {"number": number} for number, row in enumerate(rows)]
     built = build_bucket(
-        as_block([{k: v for k, v in row.items() if k != "number"} for row in rows]), RULES, cap
+        as_block([{k: v for k, v in row.items() if k != "number"} for row in rows]),
+        RULES,
+        cap,
+        rule,
     )
     expected, reasons = {}, []
     for user in sorted({row["user_id"] for row in rows}):
-        expected[user], left_out = plain_user([row for row in rows if row["user_id"] == user], cap)
+        expected[user], left_out = plain_user(
+            [row for row in rows if row["user_id"] == user], cap, rule
+        )
         reasons += left_out.values()
     found = {row.pop("user_id"): row for row in built.sequences.to_pylist()}
     assert list(found) == list(expected)
     for user, row in found.items():
         row.pop("user_bucket")
         assert row == expected[user]
-    assert sorted(built.quarantine["reason"].to_pylist()) == sorted(reasons)
+    assert built.rows_merged == reasons.count("merged")
+    quarantined = [reason for reason in reasons if reason != "merged"]
+    assert sorted(built.quarantine["reason"].to_pylist()) == sorted(quarantined)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(LOG_ROW, min_size=1, max_size=24), st.randoms(use_true_random=False))
-def test_the_order_of_the_rows_changes_nothing(rows: list[dict], random):
+@given(
+    st.lists(LOG_ROW, min_size=1, max_size=24),
+    st.randoms(use_true_random=False),
+    st.sampled_from(RULES_OF_REPEATS),
+)
+def test_the_order_of_the_rows_changes_nothing(rows: list[dict], random, rule: RepeatRule):
     shuffled = random.sample(rows, len(rows))
-    one, other = (build_bucket(as_block(some), RULES, 5) for some in (rows, shuffled))
+    one, other = (build_bucket(as_block(some), RULES, 5, rule) for some in (rows, shuffled))
     assert one.sequences.equals(other.sequences)
+    assert one.quarantine.equals(other.quarantine)
 
 
 def test_user_bucket_is_splitmix64_on_every_machine():
@@ -434,7 +499,7 @@ def test_the_plan_reads_no_rows(tmp_path: Path):
 
 
 def test_lists_of_every_schema_column():
-    table = build_bucket(as_block([]), RULES, 5).sequences
+    table = build_bucket(as_block([]), RULES, 5, MERGE).sequences
     assert table.column_names == [
         "user_id",
         "user_bucket",

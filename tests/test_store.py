@@ -41,6 +41,7 @@ def published(tmp_path: Path) -> Path:
         num_users=4,
         num_rows=6,
         rows_in=9,
+        rows_merged=0,
         rows_capped=1,
         users_capped=1,
         quarantined={"key_duplicate": 2},
@@ -93,7 +94,9 @@ def test_a_broken_manifest(published: Path, text: str):
 def test_a_manifest_of_another_time(published: Path):
     raw = json.loads((published / store.MANIFEST).read_text())
     (published / store.MANIFEST).write_text(json.dumps(raw | {"schema_version": 99}))
-    with pytest.raises(UserError, match="has schema version 99, this code reads 2"):
+    with pytest.raises(
+        UserError, match=f"has schema version 99, this code reads {store.SCHEMA_VERSION}"
+    ):
         store.read_manifest(published)
 
 

@@ -11,6 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.logs import open_logs
 from pipeline.logs.cleaning import check_columns, normalise
 from pipeline.sequences.build import log_rules
+from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.users import build_bucket
 from serve_app.history.export import export_events, prune_events
 from serve_app.history.live import LiveHistory
@@ -68,7 +69,9 @@ def built(cfg: RunConfig) -> list[dict]:
         check_columns(pq.read_schema(file), rules, file)
     rows = pa.concat_tables([normalise(pq.read_table(file), rules) for file in logs.files])
     assert rows["reason"].null_count == len(rows)
-    return build_bucket(rows, rules, cfg.sequences.max_rows_per_user).sequences.to_pylist()
+    return build_bucket(
+        rows, rules, cfg.sequences.max_rows_per_user, RepeatRule()
+    ).sequences.to_pylist()
 
 
 def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Path) -> None:

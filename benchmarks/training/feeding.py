@@ -78,6 +78,7 @@ def publish(folder: Path, cfg: RunConfig, lengths: np.ndarray) -> None:
         num_users=len(lengths),
         num_rows=num_rows,
         rows_in=num_rows,
+        rows_merged=0,
         rows_capped=0,
         users_capped=0,
         quarantined={},

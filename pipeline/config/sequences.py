@@ -1,6 +1,7 @@
 """From logs to sequences: a row per user, and what a version must show to be published."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.config.errors import require
 from pipeline.config.reading import parse_time
@@ -22,6 +23,17 @@ class SequenceConfig:
         16_384,
         at_least=1,
         doc="Newest rows of a user that are kept; older ones are counted in first_position.",
+    )
+    repeats: Literal["merge", "first"] = setting(
+        "merge",
+        doc="What becomes of rows of one user, item and time. merge: they become one row, where an "
+        "action is true if it is true in any of them, and unknown if it is unknown in all. first: "
+        "the first by tie_breaker stays, the others are quarantined.",
+    )
+    repeated_outcomes: Literal["largest", "last_file"] = setting(
+        "largest",
+        doc="Number that merged rows keep of watch_ms and of each of source.outcome_columns: the "
+        "largest, or that of the file whose path sorts last.",
     )
     keep_days: int | None = setting(
         None,

@@ -18,10 +18,12 @@ from pipeline.config import UserError
 from pipeline.schema import LOG_KEYS, LOG_REQUIRED, ROW_DIGEST, Column, EventColumns
 
 USER_BUCKET, REASON, SOURCE_ROW = "user_bucket", "reason", "source_row"
+SOURCE_FILE = "source_file"
 EXTRA_FIELDS = (
     pa.field(USER_BUCKET, pa.int32()),
     pa.field(REASON, pa.string()),  # null: the row is good
     pa.field(SOURCE_ROW, pa.string()),  # of a row with a reason: the source's row, as JSON
+    pa.field(SOURCE_FILE, pa.int64()),  # where it came from: the first bits of the file's digest
 )
 ROWS_AT_ONCE = 10_000  # bad rows that are Python objects at a time
 NULL_BITS = np.uint64(0x9E3779B97F4A7C15)
@@ -101,8 +103,8 @@ def _refused_type(column: Column | None, found: pa.DataType) -> str | None:
     return None if integer else "an integer"
 
 
-def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
-    """A block of the source's rows, in any order, as `rules.schema`."""
+def normalise(block: pa.Table, rules: LogRules, source_file: int = 0) -> pa.Table:
+    """A block of one source file's rows, in any order, as `rules.schema`."""
     columns = {
         column.name: _read_column(block, rules.columns[column.name], column.dtype)
         for column in rules.events.log_columns
@@ -132,6 +134,7 @@ def normalise(block: pa.Table, rules: LogRules) -> pa.Table:
         USER_BUCKET: pa.array(bucket),
         REASON: pa.array(reason, pa.string(), mask=reason == ""),
         SOURCE_ROW: pa.array(source_rows, pa.string()),
+        SOURCE_FILE: pa.array(np.full(block.num_rows, source_file)),
     }
     return pa.table([columns[name] for name in rules.schema.names], schema=rules.schema)
 

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.logs.cleaning import LogRules
+from pipeline.logs.cleaning import SOURCE_FILE, LogRules
 from pipeline.sequences import store
 from pipeline.sequences.parts import Part, batches_of, read_rows
 from pipeline.sequences.quality.statistics import Statistics, count_bucket, merge_statistics
+from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.retired import add_retired, read_retired
 from pipeline.sequences.store import Bucket
 from pipeline.sequences.users import build_bucket
@@ -31,6 +32,7 @@ class BucketRules:
     logs: LogRules
     max_rows_per_user: int
     utc_offset_ms: int  # where the days of the statistics begin
+    repeats: RepeatRule
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ def record_file(
     that the parts' names do not hold.
     """
     what = [store.SCHEMA_VERSION, sorted(parts), rules.max_rows_per_user, rules.utc_offset_ms]
+    what.append(rules.repeats.merge)
+    if rules.repeats.file_order is not None:
+        what.append(sorted(rules.repeats.file_order.items()))
     if retired is not None:
         what.append(retired.file)
 
@@ -98,10 +103,12 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     assert rows.num_rows == work.rows, (
         f"{rows.num_rows} rows in the parts of bucket {work.number}, indexed {work.rows}"
     )
-    built = build_bucket(rows, rules.logs, rules.max_rows_per_user)
+    built = build_bucket(rows, rules.logs, rules.max_rows_per_user, rules.repeats)
     del rows  # while the files are written
 
-    kept, left_out = built.sequences, built.quarantine
+    kept = built.sequences
+    # the same rows give the same bytes, in whatever files they came: those are in the statistics
+    left_out = built.quarantine.drop_columns([SOURCE_FILE])
     if work.retired is not None:
         kept = add_retired(kept, read_retired(folder, work.retired))
 

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from pipeline.config import (
     SourceConfig,
     UserError,
 )
-from pipeline.logs import LogFiles, live_logs, open_logs
+from pipeline.logs import LogFiles, live_log_dir, live_logs, open_logs
 from pipeline.logs.cleaning import LogRules, check_columns
 from pipeline.logs.files import CONNECTIONS, file_digest, file_stamp, rows_by_file, total_bytes
 from pipeline.logs.parquet import count_reasons, read_schema, refuse_unasked_columns
@@ -56,6 +57,7 @@ from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
 from pipeline.sequences.quality.statistics import Statistics, log_hints
+from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import side_files, write_side_table
 from pipeline.sequences.store import Bucket, Manifest
 from pipeline.sequences.workers import Workers, workers
@@ -204,7 +206,7 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
         with workers(cfg.ray, cfg.runs_dir) as run:
             made = _make_parts(cfg.sequences, files, rules, folder, run)
             new_parts = made if held else []
-            inputs = _list_inputs(logs, rows_of_files, present, held)
+            inputs = _list_inputs(logs, rows_of_files, present, held, made)
             try:
                 manifest = build_version(
                     cfg, logs, rules, [*held, *made], new_parts, published, run, inputs
@@ -227,10 +229,14 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
 
 
 def _list_inputs(
-    logs: LogFiles, rows: Mapping[str, int], present: Mapping[str, str], held: Sequence[Part]
+    logs: LogFiles,
+    rows: Mapping[str, int],
+    present: Mapping[str, str],
+    held: Sequence[Part],
+    made: Sequence[Part],
 ) -> report.InputFiles:
     """The files of a version: those that are there, given as digest -> file, and those that only
-    its parts remember.
+    the parts of the version before, `held`, remember.
     """
     digest_of = {file: digest for digest, file in present.items()}
     read: dict[str, int] = {}
@@ -246,7 +252,12 @@ def _list_inputs(
         for source in part.sources:
             if source.digest not in present:
                 gone[source.digest] += source.rows
-    return report.InputFiles(read, left_out, len(gone), gone.total())
+
+    paths = {}
+    for part in (*held, *made):
+        for source in part.sources:
+            paths[str(source.key)] = present.get(source.digest, source.path)
+    return report.InputFiles(read, left_out, len(gone), gone.total(), paths)
 
 
 def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
@@ -263,6 +274,8 @@ def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[st
         "sequences": {
             "num_buckets": of_sequences["num_buckets"],
             "max_rows_per_user": of_sequences["max_rows_per_user"],
+            "repeats": of_sequences["repeats"],
+            "repeated_outcomes": of_sequences["repeated_outcomes"],
             "earliest_time": of_sequences["earliest_time"],
             "latest_time": of_sequences["latest_time"],
         },
@@ -299,10 +312,29 @@ def inputs_of_parts(settings: dict[str, Any], logs: LogFiles, all_parts: Sequenc
 
 
 def bucket_rules(
-    sequences: SequenceConfig, features: FeatureConfig, rules: LogRules
+    sequences: SequenceConfig,
+    features: FeatureConfig,
+    rules: LogRules,
+    all_parts: Sequence[Part],
+    run_dir: Path,
 ) -> BucketRules:
+    """The rules for the buckets of these parts."""
     offset_ms = int(features.hour_utc_offset * HOUR_MS)
-    return BucketRules(rules, sequences.max_rows_per_user, offset_ms)
+    repeats = RepeatRule(merge=sequences.repeats == "merge")
+    if repeats.merge and sequences.repeated_outcomes == "last_file":
+        repeats = replace(repeats, file_order=_file_order(all_parts, live_log_dir(run_dir)))
+    return BucketRules(rules, sequences.max_rows_per_user, offset_ms, repeats)
+
+
+def _file_order(all_parts: Sequence[Part], live_dir: Path) -> dict[int, int]:
+    """Place of each file by its key: by path, as dated names sort; posted events come last."""
+    paths: dict[int, tuple[bool, str]] = {}
+    for part in all_parts:
+        for source in part.sources:
+            posted = Path(source.path).parent == live_dir
+            paths[source.key] = (posted, source.path)
+    in_order = sorted(paths, key=lambda key: (paths[key], key))
+    return {key: place for place, key in enumerate(in_order)}
 
 
 def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
@@ -390,7 +422,7 @@ def build_version(
     retired = published.retired if published else {}
     side_tables = _write_side_tables(logs, folder)
 
-    rules_of_buckets = bucket_rules(cfg.sequences, cfg.features, rules)
+    rules_of_buckets = bucket_rules(cfg.sequences, cfg.features, rules, all_parts, cfg.run_dir)
     work = plan_buckets(all_parts, retired, rules_of_buckets)
     records = build_buckets(folder, work, rules_of_buckets, run)
 
@@ -481,6 +513,7 @@ def compose_manifest(
         num_users=num_users,
         num_rows=totals.rows_kept,
         rows_in=totals.rows_in,
+        rows_merged=totals.rows_merged,
         rows_capped=totals.rows_capped,
         users_capped=totals.users_capped,
         quarantined=dict(sorted(quarantined.items())),
@@ -543,7 +576,8 @@ def _verify(
     assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
 
     rows_in_parts = sum(part.rows for part in all_parts)
-    accounted = totals.rows_kept + totals.rows_capped + sum(totals.quarantined.values())
+    accounted = totals.rows_kept + totals.rows_merged + totals.rows_capped
+    accounted += sum(totals.quarantined.values())
     assert rows_in_parts == totals.rows_in == accounted, (
         f"{rows_in_parts} rows read, {accounted} accounted for"
     )

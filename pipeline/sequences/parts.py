@@ -54,6 +54,8 @@ class Source:
     first: int
     end: int
     rows: int
+    path: str  # where the file lay when it was read
+    key: int  # stands for the file in its rows, and stays when users are taken out of it
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Pa
     shares: list[list[Source]] = []
     rows = 0
     for digest, groups in zip(digests, sizes, strict=True):
-        for source in _pieces(digest, groups):
+        for source in _pieces(digest, files[digest], groups):
             if not shares or rows + source.rows > PART_ROWS:
                 shares.append([])
                 rows = 0
@@ -116,7 +118,9 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Pa
 def _part_task(
     share: Sequence[Source], files: Mapping[str, str], settings: Mapping[str, Any]
 ) -> PartTask:
-    name = part_name([store.SCHEMA_VERSION, settings, list(map(asdict, share))])
+    # files are known by their contents, wherever they lie
+    groups = [[source.digest, source.first, source.end] for source in share]
+    name = part_name([store.SCHEMA_VERSION, settings, groups])
     paths = tuple(files[source.digest] for source in share)
     return PartTask(name, paths, tuple(share))
 
@@ -128,16 +132,22 @@ def _group_sizes(path: str) -> list[int]:
         return [file.metadata.row_group(group).num_rows for group in groups]
 
 
-def _pieces(digest: str, groups: Sequence[int]) -> Iterator[Source]:
+def _pieces(digest: str, path: str, groups: Sequence[int]) -> Iterator[Source]:
     """A file in row groups of about PART_ROWS rows together."""
+    key = file_key(digest)
     first, rows = 0, 0
     for group, size in enumerate(groups):
         if rows and rows + size > PART_ROWS:
-            yield Source(digest, first, group, rows)
+            yield Source(digest, first, group, rows, path, key)
             first, rows = group, 0
         rows += size
 
-    yield Source(digest, first, len(groups), rows)
+    yield Source(digest, first, len(groups), rows, path, key)
+
+
+def file_key(digest: str) -> int:
+    """The first 63 bits of a file's digest."""
+    return int(digest[:16], 16) >> 1
 
 
 def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgotten) -> Part:
@@ -145,8 +155,8 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
     left_out = 0
     with PartWriter(folder, work.name, rules) as writer:
         run, rows = [], 0
-        for block in _blocks(work):
-            cleaned = normalise(block, rules)
+        for source, block in _blocks(work):
+            cleaned = normalise(block, rules, source.key)
             if forgotten.hashes:
                 users = cleaned["user_id"].fill_null(-1).to_numpy()
                 cleaned = cleaned.filter(pa.array(~forgotten.has_users(users)))
@@ -167,14 +177,14 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
     return part
 
 
-def _blocks(work: PartTask) -> Iterator[pa.Table]:
-    """The rows that the task names, in tables of at most BATCH_ROWS."""
+def _blocks(work: PartTask) -> Iterator[tuple[Source, pa.Table]]:
+    """The rows that the task names, in tables of at most BATCH_ROWS of one file."""
     for path, source in zip(work.files, work.sources, strict=True):
         with open_parquet(path) as file:
             groups = list(range(source.first, source.end))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, use_threads=False):
                 if batch.num_rows:
-                    yield pa.Table.from_batches([batch])
+                    yield source, pa.Table.from_batches([batch])
 
 
 def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.ndarray]:

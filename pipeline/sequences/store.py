@@ -36,7 +36,7 @@ from pipeline.schema import EventColumns, outcome_column
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST, VERSIONS = "manifest.json", "versions"
 # of a build: who has the folder, and the digests of the logs' files
 LOCK, DIGESTS = ".lock", ".digests.json"
@@ -63,7 +63,9 @@ class Manifest:
     digest: str  # over the contents of all files; names the version
     num_users: int
     num_rows: int
-    rows_in: int  # LOG rows read: num_rows + rows_capped + what the builder quarantined
+    # LOG rows read: num_rows + rows_merged + rows_capped + what the builder quarantined
+    rows_in: int
+    rows_merged: int  # into another row of the same user, item and time
     rows_capped: int  # older rows beyond sequences.max_rows_per_user
     users_capped: int  # the users who had such rows
     quarantined: dict[str, int]  # rows by reason, those of the import's own tables included

@@ -14,8 +14,11 @@ from pipeline.config import RunConfig
 from pipeline.logs.cleaning import LogRules
 from pipeline.schema import EventColumns
 from pipeline.sequences import build
+from pipeline.sequences.repeats import RepeatRule
+from pipeline.sequences.upkeep import maintenance
 from pipeline.sequences.workers import Workers
 
+MERGE, FIRST = RepeatRule(), RepeatRule(merge=False)
 NOON = 1_650_000_000_000
 RULES = LogRules(
     columns={},
@@ -71,4 +74,5 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def workers_here(*_: object) -> Iterator[Workers]:
         yield lambda _, function, items: [function(item) for item in items]
 
-    monkeypatch.setattr(build, "workers", workers_here)
+    for module in (build, maintenance):
+        monkeypatch.setattr(module, "workers", workers_here)

@@ -97,6 +97,7 @@ def publish_sequences(cfg: RunConfig, seed: int = 0, table: pa.Table | None = No
         num_users=NUM_USERS,
         num_rows=len(times),
         rows_in=len(times),
+        rows_merged=0,
         rows_capped=0,
         users_capped=0,
         quarantined={},

@@ -42,6 +42,8 @@ class InputFiles:
     left_out: dict[str, str] = field(default_factory=dict)  # file beside them -> why
     gone: int = 0  # files that were read for an earlier version and are there no more
     gone_rows: int = 0
+    # by `source_file`, as text: where the file lay when it was read
+    paths: dict[str, str] = field(default_factory=dict)
 
 
 def read_inputs(run_dir: Path) -> InputFiles:
@@ -76,6 +78,7 @@ def write_report(
         "input_files": asdict(inputs),
         "length_quantiles": length_quantiles(totals.lengths),
         **asdict(totals),
+        "quarantined_files": _name_files(totals.quarantined_files, inputs.paths),
     }
     write_atomically(folder / "validation.json", json.dumps(content, indent=1) + "\n")
 
@@ -84,9 +87,22 @@ def write_report(
     return page
 
 
+def _name_files(counts: dict[str, int], paths: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Rows by file and reason, from counts by "source_file reason".
+
+    The file with the most comes first.
+    """
+    by_file: dict[str, dict[str, int]] = {}
+    for key, rows in counts.items():
+        file, _, reason = key.partition(" ")
+        by_file.setdefault(paths.get(file, file), {})[reason] = rows
+    return dict(sorted(by_file.items(), key=lambda entry: -sum(entry[1].values())))
+
+
 def _page(content: dict[str, Any], rules: LogRules) -> str:
     run = html.escape(content["run"])
     left_out = content["quarantined"] | content["import_quarantined"]
+    samples = _samples(content["samples"], content["input_files"]["paths"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Validation of {run}</title><style>
 {STYLE}
@@ -97,10 +113,11 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
 <h2>Files</h2>{_files(content["input_files"])}
 <h2>Checks</h2>{_table(_verdicts(content["checks"]))}
 <h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
+{_bad_files(content["quarantined_files"])}
 <h2>Rows per user</h2>{_length_plot(content["lengths"])}
 <h2>Rows and action rates per day</h2>{_day_plot(content, rules.actions)}
 <h2>Nulls per column</h2>{_table(_nulls(content))}
-<h2>Samples of quarantined rows</h2>{_samples(content["samples"]) or "<p>none</p>"}
+<h2>Samples of quarantined rows</h2>{samples or "<p>none</p>"}
 </body></html>
 """
 
@@ -109,6 +126,7 @@ def _overview(content: dict[str, Any]) -> dict[str, Any]:
     rows = {
         "rows read": content["rows_in"],
         "rows kept": content["rows_kept"],
+        "rows merged into others of their user, item and time": content["rows_merged"],
         "rows quarantined": sum(content["quarantined"].values()),
         "older rows beyond the cap": content["rows_capped"],
         "users beyond the cap": content["users_capped"],
@@ -141,6 +159,16 @@ def _files(inputs: dict[str, Any]) -> str:
     return f"{_table(lines)}<details><summary>each file</summary>{_table(shown)}</details>"
 
 
+def _bad_files(by_file: dict[str, dict[str, int]]) -> str:
+    """The quarantined rows of each file."""
+    lines = {}
+    for file, reasons in by_file.items():
+        lines[file] = ", ".join(f"{reason} {rows}" for reason, rows in reasons.items())
+    if not lines:
+        return ""
+    return f"<details><summary>by file</summary>{_table(_first_lines(lines))}</details>"
+
+
 def _first_lines(lines: dict[str, Any], before: str = "") -> dict[str, Any]:
     shown = {}
     for name, value in list(lines.items())[:FILES_SHOWN]:
@@ -170,12 +198,17 @@ def _hints(hints: Sequence[str]) -> str:
     return "".join(f"<p class=hint>{html.escape(hint)}</p>" for hint in hints)
 
 
-def _samples(samples: dict[str, list[dict[str, Any]]]) -> str:
+def _samples(samples: dict[str, list[dict[str, Any]]], paths: dict[str, str]) -> str:
     text = ""
     for reason, rows in samples.items():
-        lines = "\n".join(json.dumps(row["row"]) for row in rows)
+        lines = "\n".join(_sample_line(row, paths) for row in rows)
         text += f"<h3>{html.escape(reason)}</h3><pre>{html.escape(lines)}</pre>"
     return text
+
+
+def _sample_line(row: dict[str, Any], paths: dict[str, str]) -> str:
+    file = paths.get(str(row["file"]))
+    return json.dumps(row["row"]) + (f"   {Path(file).name}" if file else "")
 
 
 def _table(rows: dict[str, Any]) -> str:

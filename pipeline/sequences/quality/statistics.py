@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.logs.cleaning import REASON, SOURCE_ROW, LogRules, unit_hint
+from pipeline.logs.cleaning import REASON, SOURCE_FILE, SOURCE_ROW, LogRules, unit_hint
 from pipeline.schema import DAY_MS
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 5  # quarantined rows shown per reason
 HEAVIEST = 5  # users shown with their rows
-DOUBLES = ("exact_duplicate", "key_duplicate")  # reasons of rows that are good by themselves
+# reasons of rows that are good by themselves
+DOUBLES = ("exact_duplicate", "key_duplicate", "contradicts_its_event")
 
 
 @dataclass
@@ -29,11 +30,14 @@ class Statistics:
 
     rows_in: int = 0
     rows_kept: int = 0
+    rows_merged: int = 0  # into another row of their event
     rows_capped: int = 0
     users_capped: int = 0  # users who had more rows than are kept
     order_only_rows: int = 0
     requests: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)  # rows by reason
+    # the same by "source_file reason"
+    quarantined_files: dict[str, int] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # a few of those rows
     nulls: dict[str, int] = field(default_factory=dict)  # by LOG column
     lengths: dict[str, int] = field(default_factory=dict)  # users by number of rows
@@ -49,9 +53,9 @@ class Statistics:
 
     @property
     def rows_good(self) -> int:
-        """Rows without a reason of their own: kept, capped, or a double of one that is."""
+        """Rows without a reason of their own: kept, merged, capped, or a double of one that is."""
         doubles = sum(self.quarantined.get(reason, 0) for reason in DOUBLES)
-        return self.rows_kept + self.rows_capped + doubles
+        return self.rows_kept + self.rows_merged + self.rows_capped + doubles
 
     def count_action(self, action: str) -> tuple[int, int]:
         """Rows with a real time where the action is known, and where it happened."""
@@ -81,11 +85,13 @@ def count_bucket(built: "BuiltBucket", rules: LogRules, utc_offset_ms: int) -> S
     return Statistics(
         rows_in=built.rows_in,
         rows_kept=len(times),
+        rows_merged=built.rows_merged,
         rows_capped=built.rows_capped,
         users_capped=int((dropped > 0).sum()),
         order_only_rows=int((~real).sum()),
         requests=int((flat["request_index"][last_rows] + 1).sum()),
         quarantined=_counts(built.quarantine[REASON].to_numpy()),
+        quarantined_files=_counts_by_file(built.quarantine),
         samples=_samples(built.quarantine),
         nulls=built.nulls,
         lengths=_counts(lengths),
@@ -224,6 +230,15 @@ def _counts(values: np.ndarray) -> dict[str, int]:
     return _as_text_keys(keys, counts)
 
 
+def _counts_by_file(quarantine: pa.Table) -> dict[str, int]:
+    """Rows by "source_file reason"."""
+    counted = quarantine.group_by([SOURCE_FILE, REASON]).aggregate([([], "count_all")])
+    found = {}
+    for row in counted.sort_by([(SOURCE_FILE, "ascending"), (REASON, "ascending")]).to_pylist():
+        found[f"{row[SOURCE_FILE]} {row[REASON]}"] = row["count_all"]
+    return found
+
+
 def _as_text_keys(keys: np.ndarray, counts: np.ndarray) -> dict[str, int]:
     return dict(zip(map(str, keys.tolist()), counts.tolist(), strict=True))
 
@@ -244,12 +259,12 @@ def _samples(quarantine: pa.Table) -> dict[str, list[dict[str, Any]]]:
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the quarantine as the report shows it: the source's own row where it is kept."""
-    time = row["event_time"]
+    time, file = row["event_time"], row[SOURCE_FILE]
     if row[SOURCE_ROW]:
-        return {"event_time": time, "row": json.loads(row[SOURCE_ROW])}
+        return {"event_time": time, "file": file, "row": json.loads(row[SOURCE_ROW])}
 
-    checked = {name: value for name, value in row.items() if name != SOURCE_ROW}
-    return {"event_time": time, "row": checked}
+    checked = {name: value for name, value in row.items() if name not in (SOURCE_ROW, SOURCE_FILE)}
+    return {"event_time": time, "file": file, "row": checked}
 
 
 def _numbers_by_size(key: str) -> tuple[int, str]:

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.logs.cleaning import REASON, USER_BUCKET, LogRules
+from pipeline.logs.cleaning import REASON, USER_BUCKET
 from pipeline.sequences import store
 from pipeline.sequences.arrow_lists import list_offsets
+from pipeline.sequences.buckets import BucketRules
 from pipeline.sequences.parts import (
     PART_ROWS,
     Part,
@@ -94,12 +95,14 @@ def plan_gathering(
     return work
 
 
-def gather_part(work: Gathering, rules: LogRules, since_ms: int | None, folder: Path) -> Gathered:
+def gather_part(
+    work: Gathering, rules: BucketRules, since_ms: int | None, folder: Path
+) -> Gathered:
     """Write the part, bucket by bucket, and the tables of what was dropped."""
     retired, dropped = dict(work.retired), {}
-    with PartWriter(folder, work.name, rules) as writer:
+    with PartWriter(folder, work.name, rules.logs) as writer:
         for number, batches in work.batches.items():
-            rows = read_rows(folder, batches, number, rules)
+            rows = read_rows(folder, batches, number, rules.logs)
             if since_ms is not None:
                 rows, old = split_by_age(rows, since_ms)
                 if old.num_rows:
@@ -120,7 +123,9 @@ def gather_part(work: Gathering, rules: LogRules, since_ms: int | None, folder: 
     return Gathered(part, retired, dropped)
 
 
-def _add_dropped(folder: Path, before: Bucket | None, old: pa.Table, rules: LogRules) -> pa.Table:
+def _add_dropped(
+    folder: Path, before: Bucket | None, old: pa.Table, rules: BucketRules
+) -> pa.Table:
     """RETIRED: what a bucket's users had dropped before, and these rows."""
     counted = pa.concat_tables([read_retired(folder, before), count_by_user(old, rules)])
     total = counted.group_by("user_id").aggregate([("rows", "sum")])
@@ -141,8 +146,8 @@ def split_by_age(rows: pa.Table, since_ms: int) -> tuple[pa.Table, pa.Table]:
     return kept, old
 
 
-def count_by_user(rows: pa.Table, rules: LogRules) -> pa.Table:
+def count_by_user(rows: pa.Table, rules: BucketRules) -> pa.Table:
     """RETIRED: the rows of each user that a build would have kept: good ones, repeats once."""
-    built = build_bucket(rows, rules, NO_CAP).sequences
+    built = build_bucket(rows, rules.logs, NO_CAP, rules.repeats).sequences
     lengths = np.diff(list_offsets(built))
     return pa.table([built["user_id"], pa.array(lengths, pa.int64())], schema=RETIRED)

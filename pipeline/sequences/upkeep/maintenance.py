@@ -92,9 +92,9 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
             )
             return published
 
-        rules = _bucket_rules(cfg, published)
+        rules = _bucket_rules(cfg, published, parts)
         with workers(cfg.ray, cfg.runs_dir) as run:
-            task = partial(gather_part, rules=rules.logs, since_ms=since_ms, folder=folder)
+            task = partial(gather_part, rules=rules, since_ms=since_ms, folder=folder)
             gathered = run("gathering the parts", task, work)
             try:
                 _refuse_large_drop(cfg.sequences, gathered, since_ms)
@@ -148,8 +148,9 @@ def _refuse_large_drop(
     )
 
 
-def _bucket_rules(cfg: RunConfig, published: Manifest) -> BucketRules:
-    return build.bucket_rules(cfg.sequences, cfg.features, held_rules(published))
+def _bucket_rules(cfg: RunConfig, published: Manifest, parts: Sequence[Part]) -> BucketRules:
+    rules = held_rules(published)
+    return build.bucket_rules(cfg.sequences, cfg.features, rules, parts, cfg.run_dir)
 
 
 def oldest_kept_ms(cfg: SequenceConfig, folder: Path, published: Manifest) -> int | None:
@@ -292,8 +293,8 @@ def _without(
 ) -> tuple[Manifest, dict[str, int]]:
     """The published version without the users, its files written; and the rows removed."""
     folder = cfg.sequence_dir
-    rules = _bucket_rules(cfg, published)
     parts = build.held_parts(folder, published)
+    rules = _bucket_rules(cfg, published, parts)
 
     with workers(cfg.ray, cfg.runs_dir) as run:
         task = partial(sweep_part, users=users, rules=rules.logs, folder=folder)

@@ -1,0 +1,98 @@
+"""Rows ordered by several columns at once.
+
+The columns are packed into one 64-bit key as long as their ranges leave room, and such a key is
+sorted by NumPy's vectorised sort. `np.lexsort`, which sorts once per column, takes about ten times
+as long on logs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+KEY_BITS = 63
+LAST_KEY = np.iinfo(np.int64).max
+
+
+def sort_key(rows: pa.Table, name: str) -> np.ndarray:
+    """A column as integers to sort and compare by; null sorts last.
+
+    Of a float the bits, turned so that they compare as the numbers do:
+
+        value       -2.5   -0.0    0.0    2.5   null
+        key        small      0      0  large   last
+    """
+    column = rows[name]
+    if pa.types.is_floating(column.type):
+        # adding 0.0 makes -0.0 and 0.0 one value
+        bits = (column.fill_null(0).to_numpy() + 0.0).view(np.int64)
+        key = np.where(bits < 0, bits ^ LAST_KEY, bits)
+        return np.where(column.is_null().to_numpy(), LAST_KEY, key)
+
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    last = np.iinfo(column.type.to_pandas_dtype()).max
+    return column.fill_null(last).to_numpy()
+
+
+def argsort_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows by the first column, then by the second, and so on.
+
+    Rows equal in all of them come in any order.
+    """
+    return np.argsort(pack_rows(columns))
+
+
+def rank_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 [rows]: the number of different smaller rows.
+
+    Equal rows share a rank, and ranks have no gaps.
+
+        columns  (2, 5)  (1, 9)  (2, 5)  (2, 7)
+        rank     1       0       1       2
+    """
+    return _rank_values(pack_rows(columns))
+
+
+def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 [rows] that compares as the rows do: equal where all columns agree, smaller where they
+    come first.
+
+        columns  10 11 13   counted from the smallest   0 1 3      2 bits
+                  7  7  6                               1 1 0      1 bit
+        key                 first << 1 | second         1 3 6
+    """
+    key, bits = np.zeros(len(columns[0]), np.int64), 0
+    if len(key) == 0:
+        return key
+
+    for column in columns:
+        digit, width = _as_digit(column)
+        if bits + width > KEY_BITS:
+            key = _rank_values(key)
+            bits = int(key.max()).bit_length()
+        if bits + width > KEY_BITS:
+            digit = _rank_values(digit)
+            width = int(digit.max()).bit_length()  # two ranks fit: there are fewer than 2**31 rows
+        key = key << width | digit if bits else digit
+        bits += width
+    return key
+
+
+def _as_digit(column: np.ndarray) -> tuple[np.ndarray, int]:
+    """The column counted from its smallest value, int64 from 0 on, and the bits that it needs."""
+    low, high = int(column.min()), int(column.max())
+    width = (high - low).bit_length()
+    if width <= KEY_BITS and low >= -(2**63) and high < 2**63:
+        return column.astype(np.int64, copy=False) - low, width
+    ranks = _rank_values(column)
+    return ranks, int(ranks.max()).bit_length()
+
+
+def _rank_values(values: np.ndarray) -> np.ndarray:
+    """int64 [rows]: the number of different smaller values."""
+    order = np.argsort(values)
+    values = values[order]
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.cumsum(np.r_[False, values[1:] != values[:-1]])
+    return ranks
