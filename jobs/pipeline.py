@@ -13,10 +13,10 @@ from typing import Any
 from jobs import cli
 from pipeline import config, logs, tracking
 from pipeline.cluster import ray_cluster
-from pipeline.config import ModelConfig, RunConfig, ServeConfig, UserError
+from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.files import write_atomically
-from pipeline.model.encoders import check_model
+from pipeline.model.encoders import check_run
 from pipeline.sequences import build
 from pipeline.sequences.store import Manifest
 from pipeline.train import trainer
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     cfg = job.cfg
-    check_settings(cfg.model, cfg.serve)
+    check_settings(cfg)
     if job.options.fresh:
         remove_run(cfg.run_dir)
 
@@ -58,15 +58,15 @@ def run_job(job: cli.Job) -> None:
     print(f"all of it in {path}")
 
 
-def check_settings(model: ModelConfig, serve: ServeConfig) -> None:
+def check_settings(cfg: RunConfig) -> None:
     """Say now, not after the build or the training, what no stage could use.
 
     Raises:
         UserError: a setting that the encoder does not know, a key that cannot be read.
     """
-    check_model(model)
-    deployment.check_protection(serve)
-    replay.key_header(serve)
+    check_run(cfg)
+    deployment.check_protection(cfg.serve)
+    replay.key_header(cfg.serve)
 
 
 def run_chain(
@@ -192,7 +192,7 @@ def remove_run(folder: Path) -> None:
 def plan_job(job: cli.Job) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
     cfg = job.cfg
-    check_settings(cfg.model, cfg.serve)
+    check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),
         "workers": cfg.train.num_workers,

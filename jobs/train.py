@@ -6,7 +6,7 @@ import argparse
 
 from jobs import cli
 from pipeline import tracking
-from pipeline.model.encoders import check_model
+from pipeline.model.encoders import check_run
 from pipeline.sequences import store
 from pipeline.train import trainer
 
@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     cfg, restart = job.cfg, job.options.restart
-    check_model(cfg.model)
+    check_run(cfg)
 
     if job.options.no_tracking:
         folder = trainer.fit_model(cfg, restart=restart)

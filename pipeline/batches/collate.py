@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.batches.events import NO_GAP, Events, offsets_of, request_gaps
 from pipeline.batches.features import FeatureMaps
+from pipeline.batches.next_items import NextItems
 from pipeline.batches.rates import candidate_features
 from pipeline.config import FeatureConfig, RunConfig
 from pipeline.schema import WATCH_MS
@@ -54,6 +55,13 @@ class SequenceBatch:
     dense: Tensor | None = None  # float32 [C, F]: rates and counts, `features.dense`
     labels: Tensor | None = None  # float32 [C, tasks]
     label_weight: Tensor | None = None  # float32 [C, tasks], 0 where the action is unknown
+    # in training for retrieval, P next items in all, ordered by sequence: their number per
+    # sequence, int32 [B]; the history rows of its sequence that lie before each, int32 [P], 1 or
+    # more; its code in the table of item ids, int64 [P]; its weight, float32 [P]
+    num_next: Tensor | None = None
+    next_visible: Tensor | None = None
+    next_code: Tensor | None = None
+    next_weight: Tensor | None = None
     host: "SequenceBatch | None" = None  # on a GPU: the batch on the CPU of which this is a copy
 
     @property
@@ -135,6 +143,7 @@ def collate(
     target_visible: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     label_weight: np.ndarray | None = None,
+    next_items: NextItems | None = None,
 ) -> SequenceBatch:
     """One batch of B sequences: history b, then candidates b. No Python per sequence, no padding.
 
@@ -142,6 +151,7 @@ def collate(
         user_id: int64 [B].
         target_visible: int32 [C], how many rows of its history each candidate sees; None: all.
         labels, label_weight: float32 [C, tasks], in training.
+        next_items: in training for retrieval.
     """
     num_history, num_targets = history.lengths, targets.lengths
     assert targets.dense is not None or not cfg.features.dense or num_targets.sum() == 0
@@ -204,6 +214,10 @@ def collate(
         dense=tensor(targets.dense),
         labels=tensor(labels),
         label_weight=tensor(label_weight),
+        num_next=None if next_items is None else tensor(next_items.num),
+        next_visible=None if next_items is None else tensor(next_items.visible),
+        next_code=None if next_items is None else tensor(next_items.code),
+        next_weight=None if next_items is None else tensor(next_items.weight),
     )
 
 

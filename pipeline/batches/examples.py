@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.batches.collate import SequenceBatch, collate
 from pipeline.batches.events import Events, offsets_of, ranges, request_gaps, row_gaps
 from pipeline.batches.features import FeatureMaps, label_counts
+from pipeline.batches.next_items import NextItems, next_items, positive_bits
 from pipeline.batches.rates import candidate_features
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
 from pipeline.config import FeatureConfig, RunConfig, SourceConfig, SplitConfig, TrainConfig
@@ -250,13 +251,19 @@ def example_batch(
         dense = candidate_features(seen, targets, visible_rows, maps, cfg.features, cfg.task_bits)
         targets = replace(targets, dense=dense)
 
-    visible, labels, weight = None, None, None
+    visible, labels, weight, following = None, None, None, None
     if training:
         begin = np.repeat(examples.history_begin, lengths)
         visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
         labels, weight = target_labels(
             users.events, rows, cfg.task_bits, cfg.train.history_label_weight
         )
+        if cfg.retrieval.enabled:
+            following = _next_items(users.events, rows, offsets, visible, maps, cfg)
+            if not cfg.tasks:  # nothing to score: no candidates
+                none = np.zeros_like(lengths)
+                targets = targets.take(none, none)
+                visible, labels, weight = visible[:0], labels[:0], weight[:0]
 
     return collate(
         history,
@@ -267,7 +274,31 @@ def example_batch(
         target_visible=visible,
         labels=labels,
         label_weight=weight,
+        next_items=following,
     )
+
+
+def _next_items(
+    events: Events,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    visible: np.ndarray,
+    maps: FeatureMaps,
+    cfg: RunConfig,
+) -> NextItems:
+    bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
+    weight = cfg.train.history_label_weight
+    return next_items(events, rows, offsets, visible, maps, bits, weight)
+
+
+def history_batch(
+    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
+) -> SequenceBatch:
+    """The histories of these examples as one batch without candidates."""
+    history = users.events.take(examples.history_begin, examples.history_end)
+    none = np.zeros(len(examples), np.int64)
+    targets = users.events.take(none, none)
+    return collate(history, targets, users.user_id[examples.user], maps, cfg)
 
 
 def target_events(

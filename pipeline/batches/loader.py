@@ -130,6 +130,8 @@ class TrainLoader:
         if share.idle:
             assert batch.label_weight is not None
             batch = replace(batch, label_weight=batch.label_weight.zero_())
+            if batch.next_weight is not None:
+                batch = replace(batch, next_weight=batch.next_weight.zero_())
         return batch
 
     def _pool(self, epoch: int, place: int) -> Pool:

@@ -18,6 +18,7 @@ from pipeline.config.features import (
 from pipeline.config.logs import SideTable, SourceConfig, SyntheticConfig
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
 from pipeline.config.reading import parse_time
+from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.run import RunConfig, flatten, from_dict, load, to_dict
 from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
 from pipeline.config.serving import CanaryConfig, ServeConfig
@@ -38,6 +39,7 @@ __all__ = [
     "HistoryFeature",
     "ModelConfig",
     "RayConfig",
+    "RetrievalConfig",
     "RunConfig",
     "SequenceConfig",
     "ServeConfig",

@@ -109,6 +109,39 @@ def refuse_validation_on_trained_rows(split: SplitConfig, train: TrainConfig) ->
     )
 
 
+def refuse_retrieval_of_missing_rows(model: ModelConfig, train: TrainConfig) -> None:
+    """A next item is found from the encoder's row of the event before it.
+
+    Every row of a shared pass that has a target behind it must outlast the truncation, and the
+    tables that items are looked up in must be whole.
+    """
+    shared = train.layout == "user" and model.truncate_after_layer is not None
+    targets = train.max_targets_per_sequence
+    rule = f"train.max_targets_per_sequence ({targets}) or more where retrieval.enabled"
+    require(
+        not shared or model.truncate_to >= targets, "model.truncate_to", model.truncate_to, rule
+    )
+
+    rule = "replicated where retrieval.enabled: the head reads the rows of every item"
+    for name, place in train.tables.items():
+        require(place != "sharded", f"train.tables.{name}", place, rule)
+    require(
+        not train.bf16_tables,
+        "train.bf16_tables",
+        train.bf16_tables,
+        "empty where retrieval.enabled",
+    )
+
+
+def refuse_settings_of_missing_tasks(features: FeatureConfig, train: TrainConfig) -> None:
+    """Without tasks there are no candidates to carry rates, and no task to validate."""
+    rule = "empty with tasks: []: candidates carry them"
+    require(not features.dense, "features.dense", list(features.dense), rule)
+
+    rule = "0 with tasks: []: it scores the tasks"
+    require(train.validate_every == 0, "train.validate_every", train.validate_every, rule)
+
+
 def refuse_unknown_tables(train: TrainConfig, features: FeatureConfig) -> None:
     """Only tables that grow with the data can be placed."""
     tables = features.tables

@@ -14,6 +14,7 @@ from pipeline.config.features import FeatureConfig, SplitConfig
 from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.reading import build_section, read_yaml
+from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
 from pipeline.config.serving import ServeConfig
 from pipeline.config.setting import setting
@@ -36,10 +37,12 @@ class RunConfig:
     drift: DriftConfig = field(default_factory=DriftConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     tasks: tuple[str, ...] = setting(
-        ("is_click",), doc="Actions to predict; each gets a head of the model."
+        ("is_click",),
+        doc="Actions to predict; each gets a head of the model. Empty only with retrieval.enabled.",
     )
     features: FeatureConfig = field(default_factory=FeatureConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -49,7 +52,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         source, features, train = self.source, self.features, self.train
 
-        require(len(self.tasks) > 0, "tasks", self.tasks, "at least one action")
+        needs_tasks = not self.retrieval.enabled
+        rule = "at least one action without retrieval.enabled"
+        require(len(self.tasks) > 0 or not needs_tasks, "tasks", self.tasks, rule)
         rules.refuse_unknown_actions("tasks", self.tasks, source)
         rules.refuse_unknown_tasks("train.task_weights", train.task_weights, self.tasks)
         rules.refuse_unknown_tasks("tracking.gate_max_ne", self.tracking.gate_max_ne, self.tasks)
@@ -66,6 +71,11 @@ class RunConfig:
         rules.refuse_label_leak_of_filtered_channels(self.model.channels, train)
         rules.refuse_validation_on_trained_rows(self.split, train)
         rules.refuse_name_that_is_no_folder(self.name)
+        if self.retrieval.enabled:
+            rules.refuse_unknown_actions("retrieval.positives", self.retrieval.positives, source)
+            rules.refuse_retrieval_of_missing_rows(self.model, train)
+        if not self.tasks:
+            rules.refuse_settings_of_missing_tasks(features, train)
 
     @property
     def task_bits(self) -> tuple[int, ...]:

@@ -61,6 +61,11 @@ class RankingHead(nn.Sequential):
         self, cfg: ModelConfig, width: int, tasks: tuple[str, ...], base_rates: dict[str, float]
     ) -> None:
         num_tasks, hidden = len(tasks), cfg.head_hidden
+        if num_tasks == 0:  # a model for retrieval alone
+            super().__init__()
+            self.loss_names = tasks
+            return
+
         logits = Towers(num_tasks, hidden) if cfg.task_towers else nn.Linear(hidden, num_tasks)
         biases = [_logit(base_rates[task]) for task in tasks]
         with torch.no_grad():
@@ -69,6 +74,9 @@ class RankingHead(nn.Sequential):
         hidden *= num_tasks if cfg.task_towers else 1
         super().__init__(nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(cfg.dropout), logits)
         self.loss_names = tasks
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.loss_names else input.new_zeros(len(input), 0)
 
     def loss(self, outputs: Tensor, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Log losses of the known labels, which have a weight above 0.

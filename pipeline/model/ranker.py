@@ -1,4 +1,4 @@
-"""The ranking model: token encoder → sequence encoder (`model.encoder`) → head.
+"""The model: token encoder → sequence encoder (`model.encoder`) → heads.
 
 ULTRA-HSTU (arXiv:2602.16986) is one of the sequence encoders; with a baseline in its place
 everything around it stays.
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
 from pipeline.config import RunConfig
-from pipeline.model.encoders import ENCODERS, check_model
-from pipeline.model.encoders.encoder import TokenLayout
+from pipeline.model.encoders import ENCODERS, check_run
+from pipeline.model.encoders.encoder import Encoded, TokenLayout
 from pipeline.model.encoders.hstu import InterleavedEncoder
 from pipeline.model.encoders.stu import STU
 from pipeline.model.heads import RankingHead
+from pipeline.model.retrieval import RetrievalHead
 from pipeline.model.tokens import DenseEncoder, MakeTable, TokenEncoder, Tokens, plain_table
 
 
 class RankingModel(nn.Module):
-    """Scores of the candidates of a batch.
+    """Scores of the candidates of a batch; with `retrieval.enabled` also vectors of users and items
+    (`retrieval`).
 
     `vocab_sizes` and `base_rates` come from the training period's `FeatureMaps`: rows of each
     table, and the positive rate of each task, at which its head starts. Training may put its own
@@ -40,7 +42,7 @@ class RankingModel(nn.Module):
     ) -> None:
         super().__init__()
         model = cfg.model
-        check_model(model)
+        check_run(cfg)
         self.item_id_dropout = cfg.features.item_id_dropout
 
         encoder = ENCODERS[model.encoder]
@@ -57,13 +59,21 @@ class RankingModel(nn.Module):
             width += model.d_model
         self.heads = RankingHead(model, width, cfg.tasks, base_rates)
 
+        self.retrieval = None
+        if cfg.retrieval.enabled:
+            self.retrieval = RetrievalHead(
+                cfg.retrieval, cfg.features, model, self.transducer.width, self.encoder.content
+            )
+
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Logits, float32 [C, tasks], candidates in the order of the batch."""
+        return self.score_rows(self.encode(batch).candidate_rows, batch)
+
+    def encode(self, batch: SequenceBatch, *, last_history: bool = False) -> Encoded:
+        """The sequence encoder's rows of the batch; in training some item ids are left out."""
         if self.training and self.item_id_dropout > 0:
             batch = without_item_ids(batch, self.item_id_dropout)
-
-        encoded = self.transducer(self.encoder(batch), batch)
-        return self.score_rows(encoded.candidate_rows, batch)
+        return self.transducer(self.encoder(batch), batch, last_history=last_history)
 
     def score_rows(self, x_CE: Tensor, batch: SequenceBatch) -> Tensor:
         """Logits of the batch's candidates from the encoder's rows, float32 [C, tasks]."""

@@ -35,6 +35,10 @@ class Tokens:
     max_seq_len: int
     # int64 [2, B] on the CPU: tokens and candidates of each sequence
     host_lengths: Tensor | None = None
+    # Of next items (`SequenceBatch.num_next`): their number in each sequence, int32 [B], and how
+    # many positions lie before each, int32 [P]. They are no tokens: their rows are the last before.
+    num_next: Tensor | None = None
+    next_visible: Tensor | None = None
 
     def lengths_on_host(self) -> Tensor:
         """`host_lengths`, from which sizes of later tensors follow; where they are not given a GPU
@@ -122,6 +126,14 @@ class ContentEncoder(nn.Module):
             nn.Linear(2 * d, d),
             NarrowLayerNorm(d, backend),
         )
+
+    def item_features(self, item_codes: Tensor) -> Tensor:
+        """[N, widths]: the embeddings of id and item columns side by side, of codes [N, 1 + item
+        columns].
+        """
+        tables = [self.item_id, *self.item]
+        rows = [table(code) for table, code in zip(tables, item_codes.unbind(1), strict=True)]
+        return torch.cat(rows, dim=1)
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
         """[T, d], from codes [T, 1 + item columns] and [T, request columns]."""
@@ -313,6 +325,8 @@ class TokenEncoder(nn.Module):
             batch.target_visible,
             batch.max_seq_len,
             lengths,
+            batch.num_next,
+            batch.next_visible,
         )
 
     def event_rows(self, batch: SequenceBatch) -> Tensor:
@@ -395,7 +409,7 @@ def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
     num_sequences, num_context, _ = context_BCE.shape
     shift = torch.arange(num_sequences + 1, device=tokens.seq_offsets.device) * num_context
     context = context_BCE.flatten(0, 1).to(tokens.x_TE.dtype)
-    visible = tokens.target_visible
+    visible, next_visible = tokens.target_visible, tokens.next_visible
     return Tokens(
         x_TE=concatenate_sequences(context, shift, tokens.x_TE, tokens.seq_offsets),
         seq_offsets=tokens.seq_offsets + shift,
@@ -403,4 +417,6 @@ def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
         target_visible=None if visible is None else visible + num_context,
         max_seq_len=tokens.max_seq_len + num_context,
         host_lengths=tokens.lengths_on_host() + torch.tensor([[num_context], [0]]),
+        num_next=tokens.num_next,
+        next_visible=None if next_visible is None else next_visible + num_context,
     )

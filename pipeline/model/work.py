@@ -20,8 +20,11 @@ from pipeline.model.flops import Flops, mask_pairs
 from pipeline.model.tokens import Tokens, prepend_context
 
 
-def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
-    """The work of one forward pass over `batch`, which is on the CPU."""
+def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flops:
+    """The work of one forward pass over `batch`, which is on the CPU.
+
+    `num_items`: those that each next item is told apart from, where the batch has such.
+    """
     layout = TokenLayout(len(cfg.features.user_tokens), cfg.source.actions)
     encoder = ENCODERS[cfg.model.encoder]
     if encoder.two_tokens_per_event(cfg.model):
@@ -34,6 +37,11 @@ def count_work(batch: SequenceBatch, cfg: RunConfig) -> Flops:
     work.flops += action_flops(cfg.model, cfg.num_action_bits, batch.num_tokens)
     work.flops += head_flops(cfg.features, cfg.model, len(cfg.tasks), work.candidates)
     work.add(encoder.work(tokens, batch, cfg.model, layout))
+
+    if batch.next_code is not None:
+        work.flops += retrieval_flops(cfg, len(batch.next_code), num_items)
+        if not cfg.tasks:  # its examples are the next items
+            work.candidates = len(batch.next_code)
     return work
 
 
@@ -116,6 +124,21 @@ def head_flops(features: FeatureConfig, model: ModelConfig, num_tasks: int, cand
     heads = model.head_hidden * (width * towers + num_tasks)
     rates = (into_head + into_token) * (dense * d + d * d)
     return 2 * candidates * (heads + rates)
+
+
+def retrieval_flops(cfg: RunConfig, num_next: int, num_items: int) -> int:
+    """The products of the retrieval head: the vectors of the next items' users and of `num_items`
+    items, and the score of each pair.
+    """
+    d, dim = cfg.model.d_model, cfg.retrieval.dim
+    width = ENCODERS[cfg.model.encoder].output_width(cfg.model)
+    features = cfg.features
+    if cfg.retrieval.item_tower == "linear":
+        columns = features.item.values()
+        of_item = (features.item_id_dim + sum(column.dim for column in columns)) * dim
+    else:
+        of_item = content_width(features) * 2 * d + 2 * d * d + d * dim
+    return 2 * (num_items * of_item + num_next * (width * dim + num_items * dim))
 
 
 def _interleaved_tokens(batch: SequenceBatch, num_context: int) -> Tokens:

@@ -88,7 +88,7 @@ def train(
     progress.tell_device()
     profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
 
-    batches = remaining_batches(loader, state, cfg)
+    batches = remaining_batches(loader, state, cfg, maps.vocab_sizes["item_id"] - 1)
     for batch, work in progress.meter.wait_for_batches(batches):
         progress.meter.count_step(batch, work)
         batch = batch.to(device)
@@ -274,13 +274,16 @@ def _first_state(
 
 
 def remaining_batches(
-    loader: Loader, state: TrainState, cfg: RunConfig
+    loader: Loader, state: TrainState, cfg: RunConfig, num_items: int
 ) -> Iterator[tuple[SequenceBatch, Flops]]:
-    """What is left of the run from `state` on, each batch made while the one before it is used."""
+    """What is left of the run from `state` on, each batch made while the one before it is used.
+
+    `num_items`: those of the training period, which a next item is told apart from.
+    """
     first_epoch, first_step = state.epoch, state.epoch_step
     for epoch in range(first_epoch, cfg.train.epochs):
         batches = loader.batches(epoch, first_step if epoch == first_epoch else 0)
-        yield from prefetch_batches(count_batches(batches, cfg))
+        yield from prefetch_batches(count_batches(batches, cfg, num_items))
 
 
 def progress_line(state: TrainState, total_steps: int, values: dict[str, float]) -> str:
@@ -308,7 +311,7 @@ def take_losses(state: TrainState, trainee: Trainee) -> dict[str, float]:
     factors = trainee.loss_weights.tolist()
     loss, weight = 0, 0
     of_parts: dict[str, float] = {}
-    sums = zip(trainee.head.loss_names, factors, state.loss_sum, state.weight_sum, strict=True)
+    sums = zip(trainee.loss_names, factors, state.loss_sum, state.weight_sum, strict=True)
     for name, factor, part_loss, part_weight in sums:
         loss += factor * part_loss
         weight += factor * part_weight

@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 def count_batches(
-    batches: Iterator[SequenceBatch], cfg: RunConfig
+    batches: Iterator[SequenceBatch], cfg: RunConfig, num_items: int = 0
 ) -> Iterator[tuple[SequenceBatch, Flops]]:
     """Each batch with the work of one forward pass over it, counted before it leaves the CPU."""
     for batch in batches:
-        yield batch, count_work(batch, cfg)
+        yield batch, count_work(batch, cfg, num_items)
 
 
 def prefetch_batches(batches: Iterator[T]) -> Iterator[T]:

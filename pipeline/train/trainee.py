@@ -4,6 +4,8 @@ Sums, not means, cross ranks: the gradient of the summed loss and the sum of lab
 over ranks and divided afterwards, so that the step does not depend on how rows fell to ranks.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -11,12 +13,13 @@ from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.model.heads import Head
 from pipeline.model.ranker import RankingModel
 from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import Block, Saved, read_tensors
 from pipeline.train.guards import FiniteGuard
+from pipeline.train.next_item import LOSS_NAME, NextItemLoss
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 from pipeline.train.placement import place_tables
 from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows
@@ -45,7 +48,15 @@ class Trainee:
         self.model = model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
         maker.check_tables(model)
         self.head: Head = model.heads
-        self.loss_weights = head_weights(self.head, cfg.train, device)
+        self.loss_names = self.head.loss_names
+        weights = head_weights(self.head, cfg.train)
+        self.next_item = None
+        if cfg.retrieval.enabled:
+            _refuse_sharded_items(maker.sharded)
+            self.next_item = NextItemLoss(cfg, maps, device)
+            self.loss_names = (*self.loss_names, LOSS_NAME)
+            weights.append(cfg.retrieval.weight)
+        self.loss_weights = torch.tensor(weights, device=device)
 
         self._find_parameters(maker)
         self.sharded = None
@@ -59,7 +70,7 @@ class Trainee:
         if cfg.train.average_from is not None:
             self.average = WeightAverage(model, cfg.train)
 
-        watched = [f"the loss of {name}" for name in self.head.loss_names]
+        watched = [f"the loss of {name}" for name in self.loss_names]
         watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
         self.guard = FiniteGuard(watched, device)
         # of the dense gradients in the last step, before clipping
@@ -143,8 +154,12 @@ class Trainee:
 
         bf16 = self.cfg.precision == "bf16"
         with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
-            outputs = self.model(batch)
+            encoded = self.model.encode(batch)
+            outputs = self.model.score_rows(encoded.candidate_rows, batch)
         loss, weight = self.head.loss(outputs, batch)
+        if self.next_item is not None:
+            next_loss, next_weight = self.next_item(self.model, encoded, batch)
+            loss, weight = torch.cat([loss, next_loss]), torch.cat([weight, next_weight])
         (loss * self.loss_weights).sum().backward()
         return loss.detach(), weight
 
@@ -246,7 +261,17 @@ class Trainee:
         self.rowwise.step_count = saved.state.step
 
 
-def head_weights(head: Head, cfg: TrainConfig, device: torch.device | str) -> Tensor:
-    """float32 [L]: the factor of each part of the loss, `train.task_weights` or 1."""
-    weights = [cfg.task_weights.get(name, 1.0) for name in head.loss_names]
-    return torch.tensor(weights, device=device)
+def head_weights(head: Head, cfg: TrainConfig) -> list[float]:
+    """The factor of each part of the head's loss, `train.task_weights` or 1."""
+    return [cfg.task_weights.get(name, 1.0) for name in head.loss_names]
+
+
+def _refuse_sharded_items(sharded: Collection[str]) -> None:
+    """The retrieval head looks up every item in each step, not the batch's alone."""
+    for name in sharded:
+        if name == "item_id" or name.startswith("item."):
+            raise UserError(
+                f"train.tables: {name} is sharded over the workers by its size "
+                "(train.shard_above_mb), and retrieval.enabled needs it whole on each: "
+                f"train.tables.{name}: replicated, or fewer columns"
+            )

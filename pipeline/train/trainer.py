@@ -31,7 +31,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.model.artifact import publish_model
-from pipeline.model.encoders import check_model
+from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
 from pipeline.tracking import Run
@@ -68,7 +68,7 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         an earlier training under this name with other settings.
         TrainingStopped: it went wrong; the checkpoints from before are kept.
     """
-    check_model(cfg.model)
+    check_run(cfg)
     folder, train = cfg.train_dir, cfg.train
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
@@ -245,7 +245,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     Raises:
         UserError: no published sequences, or more workers than the local cluster has CPUs.
     """
-    check_model(cfg.model)
+    check_run(cfg)
     train = cfg.train
     if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
         raise UserError(

@@ -4,7 +4,8 @@ docs/extend/encoder.md adds one: a file here, its entry in `ENCODERS`, its name 
 pipeline/config/model.py.
 """
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.config.errors import require
 from pipeline.model.encoders.din import DIN
 from pipeline.model.encoders.encoder import Encoder
 from pipeline.model.encoders.hstu import HSTU, MergedHSTU
@@ -29,3 +30,12 @@ def check_model(cfg: ModelConfig) -> None:
     before they start anything.
     """
     ENCODERS[cfg.encoder].check(cfg)
+
+
+def check_run(cfg: RunConfig) -> None:
+    """`check_model`, and that the encoder has the rows that retrieval reads."""
+    check_model(cfg.model)
+    if cfg.retrieval.enabled:
+        rule = f"an encoder with history rows where retrieval.enabled: {cfg.model.encoder} has none"
+        found = ENCODERS[cfg.model.encoder].has_history_rows
+        require(found, "model.encoder", cfg.model.encoder, rule)

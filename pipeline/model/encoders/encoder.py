@@ -33,6 +33,9 @@ class Encoded:
     # [B, width], zeros for a user without history; None where not asked for, or where the encoder
     # has no such row
     last_history_row: Tensor | None = None
+    # [P, width]: the row that lies before each next item (`Tokens.num_next`), zeros where the
+    # layers no longer have one; None where the batch has none
+    next_rows: Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -44,6 +47,8 @@ class Encoder(nn.Module):
     """
 
     settings: frozenset[str] = frozenset()
+    # True where `Encoded.last_history_row` and `next_rows` are given: retrieval needs them
+    has_history_rows = False
 
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__()
@@ -53,7 +58,8 @@ class Encoder(nn.Module):
     def forward(
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
     ) -> Encoded:
-        """Rows of the candidates and, with `last_history`, each user's newest history row.
+        """Rows of the candidates, with `last_history` each user's newest history row, and those
+        before the next items where `tokens` have such.
 
         `tokens` are those of `batch`, each sequence behind its context tokens. No candidate may see
         another, and no history row a candidate.
@@ -112,9 +118,8 @@ def read_rows(
 ) -> Encoded:
     """Normalised rows of the last layer's tokens, as `Encoder.forward` returns them."""
     candidates = norm(candidate_rows(tokens))
-    if not last_history:
-        return Encoded(candidates)
-    return Encoded(candidates, last_history_rows(tokens, norm, num_context))
+    last = last_history_rows(tokens, norm, num_context) if last_history else None
+    return Encoded(candidates, last, next_rows(tokens, norm, num_context))
 
 
 def candidate_rows(tokens: Tokens) -> Tensor:
@@ -139,11 +144,33 @@ def last_history_rows(tokens: Tokens, norm: nn.Module, num_context: int) -> Tens
     return rows.masked_fill(~has_history[:, None], 0)
 
 
+def next_rows(tokens: Tokens, norm: nn.Module, num_context: int) -> Tensor | None:
+    """[P, d]: the normalised row before each next item, zeros where no event is left before it.
+
+    tokens of a batch   c h h h | c h h        c context, h history
+    next items           1 of the first sequence, 2 of the second
+    next_visible            3       2 3        tokens that lie before them
+    rows read             ^         ^ ^
+    """
+    visible, num = tokens.next_visible, tokens.num_next
+    if visible is None or num is None:
+        return None
+
+    first = torch.repeat_interleave(tokens.seq_offsets[:-1], num, output_size=visible.numel())
+    rows = norm(tokens.x_TE[(first + visible - 1).clamp(min=0)])
+    return rows.masked_fill((visible <= num_context)[:, None], 0)
+
+
 def side_by_side(parts: Sequence[Encoded]) -> Encoded:
-    """One row from several encodings of the same candidates: [C, d] each → [C, parts * d]."""
+    """One row from several encodings of the same batch: [C, d] each → [C, parts * d]."""
     if len(parts) == 1:
         return parts[0]
 
     candidates = torch.cat([part.candidate_rows for part in parts], dim=1)
     last = [part.last_history_row for part in parts if part.last_history_row is not None]
-    return Encoded(candidates, torch.cat(last, dim=1) if last else None)
+    following = [part.next_rows for part in parts if part.next_rows is not None]
+    return Encoded(
+        candidates,
+        torch.cat(last, dim=1) if last else None,
+        torch.cat(following, dim=1) if following else None,
+    )

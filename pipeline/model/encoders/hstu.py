@@ -52,6 +52,8 @@ def interleave_actions(items: Tokens, action_TE: Tensor) -> Tokens:
         target_visible=None if visible is None else 2 * visible,
         max_seq_len=2 * items.max_seq_len,
         host_lengths=torch.stack([2 * lengths, num_targets]),
+        num_next=items.num_next,
+        next_visible=None if items.next_visible is None else 2 * items.next_visible,
     )
 
     # every item stays, and the actions of history rows
@@ -63,6 +65,7 @@ class HSTU(Encoder):
     """STU layers without window or truncation, over whatever tokens the token encoder makes."""
 
     settings = frozenset({"fp8", "relative_bias"})
+    has_history_rows = True
 
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__(cfg, layout)

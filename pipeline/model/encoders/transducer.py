@@ -25,24 +25,25 @@ def select_tokens(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
         kept      1  1  0  1 1
         result    c h0    h2 x      x sees 2: c h0
     """
-    offsets, visible = tokens.seq_offsets, tokens.target_visible
+    offsets = tokens.seq_offsets
     kept_before = nn.functional.pad(kept.cumsum(0), (1, 0))
 
-    if visible is not None:
-        num_candidates = visible.numel()
-        first = torch.repeat_interleave(
-            offsets[:-1], tokens.num_targets, output_size=num_candidates
-        )
-        visible = (kept_before[first + visible] - kept_before[first]).to(visible.dtype)
+    def count_kept(visible: Tensor | None, num: Tensor | None) -> Tensor | None:
+        if visible is None or num is None:
+            return None
+        first = torch.repeat_interleave(offsets[:-1], num, output_size=visible.numel())
+        return (kept_before[first + visible] - kept_before[first]).to(visible.dtype)
 
     index = torch.nonzero_static(kept, size=int(kept_lengths.sum())).squeeze(1)
     return Tokens(
         x_TE=tokens.x_TE.index_select(0, index),
         seq_offsets=kept_before[offsets],
         num_targets=tokens.num_targets,
-        target_visible=visible,
+        target_visible=count_kept(tokens.target_visible, tokens.num_targets),
         max_seq_len=int(kept_lengths.max()),
         host_lengths=torch.stack([kept_lengths, tokens.lengths_on_host()[1]]),
+        num_next=tokens.num_next,
+        next_visible=count_kept(tokens.next_visible, tokens.num_next),
     )
 
 
@@ -63,22 +64,24 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
         num_rows=int(kept.sum()),
     )
 
-    visible = tokens.target_visible
-    if visible is not None:
-        num_dropped = tokens.seq_offsets.diff() - offsets.diff()
-        dropped = torch.repeat_interleave(
-            num_dropped, tokens.num_targets, output_size=visible.numel()
-        )
+    num_dropped = tokens.seq_offsets.diff() - offsets.diff()
+
+    def count_left(visible: Tensor | None, num: Tensor | None) -> Tensor | None:
+        if visible is None or num is None:
+            return None
+        dropped = torch.repeat_interleave(num_dropped, num, output_size=visible.numel())
         newest = (visible - dropped).clamp(min=num_context)  # what is left of it, the context whole
-        visible = torch.where(visible > num_context, newest, visible).to(visible.dtype)
+        return torch.where(visible > num_context, newest, visible).to(visible.dtype)
 
     return Tokens(
         x_TE=x_TE,
         seq_offsets=offsets,
         num_targets=tokens.num_targets,
-        target_visible=visible,
+        target_visible=count_left(tokens.target_visible, tokens.num_targets),
         max_seq_len=int(kept.max()),
         host_lengths=torch.stack([kept, num_targets]),
+        num_next=tokens.num_next,
+        next_visible=count_left(tokens.next_visible, tokens.num_next),
     )
 
 

@@ -68,6 +68,8 @@ class Padding:
 class SoftmaxEncoder(Encoder):
     """A stack of blocks, which subclasses make, and a last norm."""
 
+    has_history_rows = True
+
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__(cfg, layout)
         self.layers = nn.ModuleList(self.make_block(cfg) for _ in range(cfg.num_layers))

@@ -19,6 +19,7 @@ class UltraHSTU(Encoder):
     """Transducers side by side, each with the rows of its channel."""
 
     settings = frozenset({"window", "truncation", "channels", "fp8", "merge"})
+    has_history_rows = True
 
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__(cfg, layout)
