@@ -23,7 +23,8 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
-from serve_app.ranking.rollout import RankJob, Rollout, load_rollout
+from serve_app.ranking.lookups import Lookups
+from serve_app.ranking.rollout import RankJob, ReceivedRequest, Rollout, load_rollout
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys, RateLimit
@@ -51,6 +52,7 @@ class Ranking:
         self.loading: asyncio.Task | None = None
         self.counts = ReplicaMetrics()
 
+        self.look_up = Lookups()
         self.batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
         # events that wait together share a transaction and its fsync
         self.appender = MicroBatcher(self._append_events)
@@ -98,10 +100,10 @@ class Ranking:
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         """Score one request, together with those that wait."""
-        return await self.batcher(request)
+        return await self.batcher(await self.look_up(self._current.receive(request)))
 
-    def _prepare_job(self, request: RankColumns) -> RankJob:
-        return self._current.prepare_job(request)
+    def _prepare_job(self, received: ReceivedRequest) -> RankJob:
+        return received.prepare()
 
     def _answer_jobs(self, jobs: list[RankJob]) -> list[RankedColumns | Refusal]:
         # jobs of a pass have one rollout, whatever was swapped meanwhile

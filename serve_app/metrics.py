@@ -64,7 +64,7 @@ class IngressMetrics:
 
     def count_events(self, answer: EventsResponse) -> None:
         """Add the events of one request by their status."""
-        for status in ("accepted", "already_there", "conflict"):
+        for status in ("accepted", "already_there", "conflict", "over_quota"):
             self.events.labels(status).inc(getattr(answer, status))
 
 

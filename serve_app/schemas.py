@@ -202,19 +202,22 @@ class EventsRequest(_Strict):
     events: list[Event] = Field(min_length=1)
 
 
-EventStatus = Literal["accepted", "already_there", "conflict"]
+EventStatus = Literal["accepted", "already_there", "conflict", "over_quota"]
+END_OF_TIME = 2**62  # ms, after any event
+EventKey = tuple[int, int]  # event_time and item_id: one user's event
 
 
 EVENTS_ANSWER_EXAMPLE = {
     "accepted": 1,
     "already_there": 1,
     "conflict": 0,
+    "over_quota": 0,
     "status": ["accepted", "already_there"],
 }
 
 
 class EventsResponse(BaseModel):
-    """All of the events are on disk, or were before."""
+    """All of the events are on disk, or were before; but for those that are `over_quota`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EVENTS_ANSWER_EXAMPLE]})
 
@@ -223,6 +226,11 @@ class EventsResponse(BaseModel):
         description="sent before with the same values, or part of the published sequences"
     )
     conflict: int = Field(description="sent before with other values, which stay")
+    over_quota: int = Field(
+        default=0,
+        description="not kept: the server has as many events of this user as it takes between "
+        "two publications",
+    )
     status: list[EventStatus] = Field(description="of each event of the request")
 
     @classmethod
@@ -232,6 +240,7 @@ class EventsResponse(BaseModel):
             accepted=count("accepted"),
             already_there=count("already_there"),
             conflict=count("conflict"),
+            over_quota=count("over_quota"),
             status=status,
         )
 

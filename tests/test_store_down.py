@@ -44,11 +44,11 @@ class Breakable(SqliteEvents):
             raise StoreDown("not there")
         return super().append(events)
 
-    def of_user(self, *arguments, **options):
+    def newest_of_user(self, *arguments, **options):
         self.num_asked += 1
         if self.is_down:
             raise StoreDown("not there")
-        return super().of_user(*arguments, **options)
+        return super().newest_of_user(*arguments, **options)
 
 
 class Whole(Fixed):
@@ -112,18 +112,20 @@ def test_ranking_goes_on_from_published_rows_and_says_so(tmp_path: Path) -> None
 def test_a_store_is_asked_again_after_ten_times_as_long_as_it_took_to_fail() -> None:
     now = 100.0
     outage = StoreOutage(lambda: now)
-    assert outage.may_ask()
+    assert outage.begin_asking()
 
     for took_s, pause_s in ((0.001, 1.0), (5.0, 50.0)):
         now += took_s
         outage.begin(now - took_s, StoreDown("no"))
         now += pause_s - 0.01
-        assert not outage.may_ask()
+        assert not outage.begin_asking()
         now += 0.02
-        assert outage.may_ask()
+        assert outage.begin_asking()
+        assert not outage.begin_asking(), "one goes ahead, the others do not wait for it"
 
     outage.end()
-    assert outage.may_ask()
+    assert outage.begin_asking()
+    assert outage.begin_asking()
     assert not outage.is_on
 
 

@@ -69,6 +69,19 @@ class ServeConfig:
         doc="Most history rows that a request may bring; of a user_id the newest so many are read.",
     )
     max_events: int = setting(1_000, at_least=1, doc="Most events of one POST /v1/events.")
+    max_user_events: int = setting(
+        10_000,
+        at_least=1,
+        doc="Most posted events of one user that are kept until jobs.export_events --prune; those "
+        "beyond are answered over_quota.",
+    )
+    lookup_timeout_s: float = setting(
+        2.0,
+        above=0,
+        below=math.inf,
+        doc="Longest wait, in seconds, for a user's posted events; beyond it the request is ranked "
+        "from the published rows.",
+    )
     cache_mb: int = setting(
         1024, at_least=0, doc="Encoded histories that a replica keeps, in MiB; 0: none."
     )
@@ -161,6 +174,7 @@ class ServeConfig:
         self._refuse_one_process_of_many()
         self._refuse_empty_paths()
         self._refuse_unusable_redis()
+        self._refuse_limits_that_disagree()
 
     def _refuse_graphs_without_gpu(self) -> None:
         possible = self.use_gpu or not self.cuda_graphs
@@ -189,3 +203,11 @@ class ServeConfig:
 
         rule = "a word without colons"
         require(":" not in self.redis_prefix, "serve.redis_prefix", self.redis_prefix, rule)
+
+    def _refuse_limits_that_disagree(self) -> None:
+        """What one limit allows, no other may make impossible."""
+        total = self.request_timeout_s
+        rule = f"below serve.request_timeout_s {total:g}, which is for the whole request"
+        for name in ("lookup_timeout_s", "body_timeout_s"):
+            seconds = getattr(self, name)
+            require(seconds < total, f"serve.{name}", seconds, rule)

@@ -6,6 +6,7 @@ published rows.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -16,11 +17,16 @@ from pipeline import config
 from pipeline.config import SequenceConfig
 from pipeline.schema import DAY_MS, EventColumns
 from serve_app.history.published import HistoryStore, sequence_row
-from serve_app.history.rows import find_refused_outcome, posted_columns
-from serve_app.schemas import Event, EventsRequest, EventsResponse, EventStatus, Refusal
-
-# rows of one time without a request_id are one request, as in the builder
-NO_REQUEST = np.iinfo(np.int64).max
+from serve_app.history.rows import NO_REQUEST, find_refused_outcome
+from serve_app.schemas import (
+    END_OF_TIME,
+    Event,
+    EventKey,
+    EventsRequest,
+    EventsResponse,
+    EventStatus,
+    Refusal,
+)
 
 
 class EventLog(Protocol):
@@ -35,6 +41,22 @@ class EventLog(Protocol):
 
     def of_user(self, user_id: int) -> list[Event]:
         """In any order."""
+        ...
+
+    def newest_of_user(
+        self, user_id: int, before_ms: int, most: int, columns: EventColumns
+    ) -> dict[str, np.ndarray]:
+        """The newest `most` events earlier than `before_ms`, and all that have the time of the
+        oldest of those, as `rows.event_columns`; empty for none.
+        """
+        ...
+
+    def keys_of_user(self, user_id: int, before_ms: int = END_OF_TIME) -> list[EventKey]:
+        """Time and item of every event earlier than `before_ms`, in any order."""
+        ...
+
+    def count_events(self, user_ids: Sequence[int]) -> list[int]:
+        """How many events each of these users has."""
         ...
 
     def users(self) -> Iterable[int]:
@@ -59,33 +81,104 @@ class LiveHistory:
     """
 
     def __init__(
-        self, published: HistoryStore, log: EventLog, cfg: SequenceConfig, max_events: int
+        self,
+        published: HistoryStore,
+        log: EventLog,
+        cfg: SequenceConfig,
+        max_events: int,
+        max_user_events: int = 10_000,
     ) -> None:
         self.published = published
         self.log = log
         self.max_events = max_events
+        self.max_user_events = max_user_events
         self.digest = published.digest
         self.columns = published.columns
         self.max_rows = cfg.max_rows_per_user
         self.earliest_ms = config.parse_time("sequences.earliest_time", cfg.earliest_time)
 
-    def sequence(self, user_id: int) -> pa.RecordBatch | None:
-        published, events = self.published.sequence(user_id), self.log.of_user(user_id)
+    def sequence(self, user_id: int, before_ms: int = END_OF_TIME) -> pa.RecordBatch | None:
+        """The user's SEQUENCE row; of the log it has the newest events before `before_ms`."""
+        published = self.published.sequence(user_id)
+        events = self.log.newest_of_user(user_id, before_ms, self.max_rows, self.columns)
         if not events:
             return published
         if published is None:
             published = sequence_row({}, self.columns)
-        return merge_events(published, events, self.columns, self.max_rows)
+
+        num_older = 0
+        if len(events["event_time"]) >= self.max_rows:
+            oldest_ms = int(events["event_time"].min())
+            num_older = self._count_older(user_id, oldest_ms, published)
+        return merge_events(published, events, self.columns, self.max_rows, num_older)
+
+    def _count_older(self, user_id: int, before_ms: int, published: pa.RecordBatch) -> int:
+        """How many logged events lie before `before_ms` and are not among the published rows.
+
+        Where the publication has cut rows off, an event older than what it kept may be one of them.
+        """
+        keys = self.log.keys_of_user(user_id, before_ms)
+        if not keys:
+            return 0
+        times = _flat_values(published, "event_time")
+        items = _flat_values(published, "item_id")
+        is_cut = len(times) > 0 and published["first_position"][0].as_py() > 0
+        first = (int(times[0]), int(items[0])) if is_cut else (-1, -1)
+
+        # only few have the time of a published row: the rest need no closer look
+        logged_times, _ = zip(*keys, strict=True)
+        doubtful = np.isin(np.array(logged_times), times)
+        doubtful |= np.array(logged_times) <= first[0]
+
+        known = set(zip(times.tolist(), items.tolist(), strict=True))
+        num_there = 0
+        for place in np.flatnonzero(doubtful).tolist():
+            num_there += keys[place] in known or keys[place] <= first
+        return len(keys) - num_there
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         """Status of each event; one that is published already is not logged."""
         statuses: list[EventStatus] = ["already_there"] * len(events)
         new = [i for i, event in enumerate(events) if not self._is_published(event)]
 
-        logged = self.log.append([events[i] for i in new])
-        for i, status in zip(new, logged, strict=True):
+        over_quota = self._find_over_quota([events[i] for i in new])
+        kept: list[int] = []
+        for i, is_over in zip(new, over_quota, strict=True):
+            if is_over:
+                statuses[i] = "over_quota"
+            else:
+                kept.append(i)
+
+        logged = self.log.append([events[i] for i in kept])
+        for i, status in zip(kept, logged, strict=True):
             statuses[i] = status
         return statuses
+
+    def _find_over_quota(self, events: Sequence[Event]) -> list[bool]:
+        """True for each event that its user has no room for.
+
+        An event that is there already needs none. Two replicas that append for one user at once may
+        exceed the quota by what one of them was sent.
+        """
+        num_posted = Counter(event.user_id for event in events)
+        users = list(num_posted)
+        num_kept = dict(zip(users, self.log.count_events(users), strict=True))
+
+        # only of those who may run out of room it matters which events are there
+        keys: dict[int, set[EventKey]] = {}
+        for user in users:
+            if num_kept[user] + num_posted[user] > self.max_user_events:
+                keys[user] = set(self.log.keys_of_user(user))
+
+        over = []
+        for event in events:
+            mine = keys.get(event.user_id)
+            key = (event.event_time, event.item_id)
+            is_over = mine is not None and key not in mine and len(mine) >= self.max_user_events
+            if mine is not None and not is_over:
+                mine.add(key)
+            over.append(is_over)
+        return over
 
     def append_all(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
         """The answers to requests that wait together, from one transaction; a refused one leaves
@@ -144,27 +237,27 @@ class LiveHistory:
 
 
 def merge_events(
-    published: pa.RecordBatch, events: Sequence[Event], columns: EventColumns, max_rows: int
+    published: pa.RecordBatch,
+    events: dict[str, np.ndarray],
+    columns: EventColumns,
+    max_rows: int,
+    num_older: int = 0,
 ) -> pa.RecordBatch:
-    """One user's SEQUENCE row with `events` in their places: the order, requests and cap of
-    `build_bucket`.
+    """One user's SEQUENCE row with `events` (`rows.event_columns`) in their places: the order,
+    requests and cap of `build_bucket`.
 
     Published rows keep their order among themselves, which a tie_breaker may have decided. Where
     the publication has cut older rows off, an event older than what it kept is left out: it may be
-    one of them.
+    one of them. `num_older` events that are older than `events` are counted and not there.
 
         published   10 20 30 40        events 25 50        max_rows = 5
         head, tail  10 20 | 30 40      nothing changes before the first event
         merged      10 20 25 30 40 50  the oldest is dropped and counted
     """
     past = {name: _flat_values(published, name) for name in columns.sequence_lists()}
-    live = posted_columns(events, columns)
-    live["order_only"] = np.zeros(len(events), bool)
-    live["request_index"] = np.zeros(len(events), np.int64)  # numbered anew below
-    live["request_id"] = np.full(len(events), NO_REQUEST)
-    for i, event in enumerate(events):
-        if event.request_id is not None:
-            live["request_id"][i] = event.request_id
+    num_events = len(events["item_id"])
+    live = events | {"order_only": np.zeros(num_events, bool)}
+    live["request_index"] = np.zeros(num_events, np.int64)  # numbered anew below
 
     # only what follows the first event is merged
     split = int(np.searchsorted(past["event_time"], live["event_time"].min()))
@@ -182,7 +275,7 @@ def merge_events(
             merged += values[split - 1] + 1 if split else 0
         flat[name] = np.concatenate([values[:split], merged])[dropped:]
     flat["request_index"] -= flat["request_index"][:1].copy()
-    return sequence_row(flat, columns, first_position + dropped)
+    return sequence_row(flat, columns, first_position + dropped + num_older)
 
 
 def _merged_order(

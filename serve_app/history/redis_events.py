@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import redis
 import redis.backoff
 import redis.retry
 
 from pipeline.config import UserError
-from serve_app.schemas import Event, EventStatus, StoreDown
+from pipeline.schema import EventColumns
+from serve_app.history.rows import event_columns
+from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,6 +80,37 @@ class RedisEvents:
         with _store_errors():
             found = self._client.hgetall(self._key(user_id))
         return [_event(user_id, field, value) for field, value in found.items()]  # pyright: ignore
+
+    def newest_of_user(
+        self, user_id: int, before_ms: int, most: int, columns: EventColumns
+    ) -> dict[str, np.ndarray]:
+        keys = sorted(self.keys_of_user(user_id, before_ms), reverse=True)
+        if len(keys) > most:
+            since_ms = keys[most - 1][0]
+            keys = [key for key in keys if key[0] >= since_ms]
+
+        fields = [f"{event_time}:{item_id}" for event_time, item_id in keys]
+        events: list[Event] = []
+        for begin in range(0, len(fields), SCAN):
+            asked = fields[begin : begin + SCAN]
+            with _store_errors():
+                found = self._client.hmget(self._key(user_id), asked)
+            for field, value in zip(asked, found, strict=True):  # pyright: ignore
+                if value is not None:  # forgotten meanwhile
+                    events.append(_event(user_id, field, value))  # pyright: ignore
+        return event_columns(events, columns) if events else {}
+
+    def keys_of_user(self, user_id: int, before_ms: int = END_OF_TIME) -> list[EventKey]:
+        with _store_errors():
+            fields = self._client.hkeys(self._key(user_id))
+        keys = [_read_field(field) for field in fields]  # pyright: ignore
+        return [key for key in keys if key[0] < before_ms]
+
+    def count_events(self, user_ids: Sequence[int]) -> list[int]:
+        with _store_errors(), self._client.pipeline(transaction=False) as pipe:
+            for user in user_ids:
+                pipe.hlen(self._key(user))
+            return pipe.execute()
 
     def users(self) -> Iterator[int]:
         """All who have events, each once."""
@@ -156,6 +190,11 @@ def _field(event: Event) -> str:
     return f"{event.event_time}:{event.item_id}"
 
 
+def _read_field(field: str) -> EventKey:
+    event_time, _, item_id = field.partition(":")
+    return int(event_time), int(item_id)
+
+
 def _value(event: Event) -> str:
     """What is kept of an event: as before outcomes had names of their own, where it has none."""
     value = [event.request_id, event.watch_ms, event.actions, event.request_features]
@@ -165,12 +204,12 @@ def _value(event: Event) -> str:
 
 
 def _event(user_id: int, field: str, value: str) -> Event:
-    event_time, _, item_id = field.partition(":")
+    event_time, item_id = _read_field(field)
     request_id, watch_ms, actions, features, *outcomes = json.loads(value)
     return Event.model_construct(
         user_id=user_id,
-        item_id=int(item_id),
-        event_time=int(event_time),
+        item_id=item_id,
+        event_time=event_time,
         actions=actions,
         request_features=features,
         request_id=request_id,

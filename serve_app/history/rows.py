@@ -1,13 +1,20 @@
 """Rows as clients post them, events and the history of a rank request, as SEQUENCE's columns."""
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.schema import WATCH_MS, EventColumns
-from serve_app.schemas import PostedRow, Refusal
+from serve_app.schemas import Event, PostedRow, Refusal
+
+# rows of one time without a request_id are one request, as in the builder
+NO_REQUEST = np.iinfo(np.int64).max
+# event_time, item_id, request_id, watch_ms; then actions, request_features, outcomes as JSON
+LoggedRow = tuple[int, int, int | None, int | None, str, str, str]
+Value = TypeVar("Value")
 
 
 def posted_columns(rows: Sequence[PostedRow], columns: EventColumns) -> dict[str, np.ndarray]:
@@ -47,6 +54,55 @@ def posted_columns(rows: Sequence[PostedRow], columns: EventColumns) -> dict[str
         name: np.array(found, np.float64 if name in floats else np.int64)
         for name, found in values.items()
     }
+
+
+def event_columns(events: Sequence[Event], columns: EventColumns) -> dict[str, np.ndarray]:
+    """`posted_columns` of events, and their `request_id`: NO_REQUEST where there is none."""
+    flat = posted_columns(events, columns)
+    flat["request_id"] = _fill_unknown([event.request_id for event in events], NO_REQUEST)
+    return flat
+
+
+def logged_columns(rows: Sequence[LoggedRow], columns: EventColumns) -> dict[str, np.ndarray]:
+    """`event_columns` of events as a log has them, in a tenth of the time.
+
+    Few of the texts differ, and each is read once.
+    """
+    event_time, item_id, request_id, watch_ms, actions, features, outcomes = zip(*rows, strict=True)
+    flat = {
+        "item_id": np.array(item_id, np.int64),
+        "event_time": np.array(event_time, np.int64),
+        "request_id": _fill_unknown(request_id, NO_REQUEST),
+    }
+
+    bits = {action: 1 << bit for bit, action in enumerate(columns.actions)}
+    named = lambda did: sum(bits.get(name, 0) for name in did)
+    done = lambda did: sum(bits.get(name, 0) for name, value in did.items() if value)
+    flat["known_mask"] = np.array(_read_each(actions, named), np.int64)
+    flat["action_mask"] = np.array(_read_each(actions, done), np.int64)
+
+    for column in columns.request_columns:
+        values = _read_each(features, lambda found, name=column.name: found.get(name))
+        flat[column.name] = _fill_unknown(values, column.unknown)
+    for column in columns.outcomes:
+        values = watch_ms
+        if column.name != WATCH_MS.name:
+            values = _read_each(outcomes, lambda found, name=column.name: found.get(name))
+        dtype = np.float64 if column.is_float else np.int64
+        flat[column.name] = _fill_unknown(values, column.unknown, dtype)
+    return flat
+
+
+def _read_each(texts: Sequence[str], take: Callable[[dict[str, Any]], Value]) -> list[Value]:
+    """`take` of the object in each JSON text."""
+    values = {text: take(json.loads(text)) for text in set(texts)}
+    return [values[text] for text in texts]
+
+
+def _fill_unknown(
+    values: Sequence[float | None], unknown: float | None, dtype: type = np.int64
+) -> np.ndarray:
+    return np.array([unknown if value is None else value for value in values], dtype)
 
 
 def find_refused_outcome(

@@ -2,13 +2,18 @@
 
 import fcntl
 import json
+import queue
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from serve_app.schemas import Event, EventStatus, StoreDown
+import numpy as np
+
+from pipeline.schema import EventColumns
+from serve_app.history.rows import logged_columns
+from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
 BUSY_TIMEOUT_S = 30.0  # for a writer's turn; a commit takes one fsync
 TABLE = """
@@ -26,6 +31,7 @@ CREATE TABLE IF NOT EXISTS event (
 """
 # a file of before outcomes had names of their own
 ADD_OUTCOMES = "ALTER TABLE event ADD COLUMN outcomes TEXT NOT NULL DEFAULT '{}'"
+LOGGED_ROW = "event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
 COLUMNS = "user_id, event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
 KEY = "user_id = ? AND event_time = ? AND item_id = ?"
 
@@ -45,8 +51,10 @@ class SqliteEvents:
             self._writer = _connect(path)
             _prepare_table(self._writer)
 
-        self._reader = _connect(path)  # of its own: a rank does not wait for a commit
-        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._write_lock = threading.Lock()
+        # Connections of their own: a look-up waits neither for a commit nor for another look-up.
+        self._path = path
+        self._idle_readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         with self._write_lock, _store_errors():
@@ -62,16 +70,37 @@ class SqliteEvents:
         return statuses
 
     def of_user(self, user_id: int) -> list[Event]:
-        query = f"SELECT {COLUMNS} FROM event WHERE user_id = ?"
-        with self._read_lock, _store_errors():
-            rows = self._reader.execute(query, (user_id,)).fetchall()
+        rows = self._read(f"SELECT {COLUMNS} FROM event WHERE user_id = ?", user_id)
         return [_from_row(row) for row in rows]
 
+    def newest_of_user(
+        self, user_id: int, before_ms: int, most: int, columns: EventColumns
+    ) -> dict[str, np.ndarray]:
+        # both queries are ranges of the primary key
+        oldest = (
+            "SELECT event_time FROM event WHERE user_id = ? AND event_time < ? "
+            "ORDER BY event_time DESC LIMIT 1 OFFSET ?"
+        )
+        found = self._read(oldest, user_id, before_ms, most - 1)
+        since_ms = found[0][0] if found else 0
+
+        newest = (
+            f"SELECT {LOGGED_ROW} FROM event "
+            "WHERE user_id = ? AND event_time >= ? AND event_time < ?"
+        )
+        rows = self._read(newest, user_id, since_ms, before_ms)
+        return logged_columns(rows, columns) if rows else {}
+
+    def keys_of_user(self, user_id: int, before_ms: int = END_OF_TIME) -> list[EventKey]:
+        query = "SELECT event_time, item_id FROM event WHERE user_id = ? AND event_time < ?"
+        return self._read(query, user_id, before_ms)
+
+    def count_events(self, user_ids: Sequence[int]) -> list[int]:
+        query = "SELECT COUNT(*) FROM event WHERE user_id = ?"
+        return [self._read(query, user)[0][0] for user in user_ids]
+
     def users(self) -> list[int]:
-        query = "SELECT DISTINCT user_id FROM event ORDER BY user_id"
-        with self._read_lock, _store_errors():
-            rows = self._reader.execute(query).fetchall()
-        return [user for (user,) in rows]
+        return [user for (user,) in self._read("SELECT DISTINCT user_id FROM event ORDER BY 1")]
 
     def remove(self, events: Sequence[Event]) -> int:
         removed = 0
@@ -100,6 +129,19 @@ class SqliteEvents:
                 "the write-ahead log is in use and could not be emptied: forget the users again"
             )
         return removed
+
+    def _read(self, query: str, *values: int) -> list[tuple]:
+        """The rows of a query, over a connection that nobody else uses meanwhile."""
+        with _store_errors():
+            try:
+                connection = self._idle_readers.get_nowait()
+            except queue.Empty:
+                connection = _connect(self._path)
+
+            try:
+                return connection.execute(query, values).fetchall()
+            finally:
+                self._idle_readers.put(connection)
 
     def _insert(self, event: Event) -> EventStatus:
         row = _to_row(event)

@@ -38,6 +38,14 @@ LONG_HISTORY = 2048  # rows: beyond where kernels choose other tiles
 
 
 @dataclass(frozen=True, slots=True)
+class FoundHistory:
+    """The SEQUENCE row behind a request."""
+
+    sequence: pa.RecordBatch | None  # None: nobody knows the user
+    live_events: bool  # False: the user's posted events should be in it and are not
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedRequest:
     """A request with all that its scores depend on, `past` and `targets` of one sequence each."""
 
@@ -196,10 +204,61 @@ class Ranker:
 
     # Preparing a request -----------------------------------------------------
 
-    def prepare_request(self, request: RankColumns) -> PreparedRequest:
-        """Look up the user's history as of the request's time, and the candidates' features."""
-        sequence, live_events = self._find_sequence(request.head)
-        unknown_user = sequence is None
+    def must_look_up(self, head: RankHead) -> bool:
+        """Tell whether `find_history` will ask the event store, which may take its time."""
+        return head.history is None and isinstance(self.store, LiveHistory) and self.outage.may_ask
+
+    def find_history(self, head: RankHead) -> FoundHistory:
+        """The rows that a request brings, else those of its user as of the request's time.
+
+        Without an event store that answers it is what is published of the user.
+        """
+        if head.history is not None:
+            # equal times keep their order
+            rows = sorted(head.history, key=lambda row: row.event_time)
+            flat = posted_columns(rows, self.store.columns)
+            flat["order_only"] = np.array([row.order_only for row in rows], bool)
+            return FoundHistory(sequence_row(flat, self.store.columns, head.first_position), True)
+
+        assert head.user_id is not None, "the schema asks for user_id or history"
+        if not isinstance(self.store, LiveHistory):
+            return FoundHistory(self.store.sequence(head.user_id), True)
+
+        if self.outage.begin_asking():
+            started = time.monotonic()
+            try:
+                row = self.store.sequence(head.user_id, head.request_time_ms)
+            except StoreDown as error:
+                if self._is_in_time(started):
+                    self.outage.begin(started, error)
+            else:
+                if self._is_in_time(started):
+                    self.outage.end()
+                return FoundHistory(row, True)
+
+        return self.find_published(head.user_id)
+
+    def _is_in_time(self, started: float) -> bool:
+        """False for a look-up that nobody waits for any more: the outage is noted already."""
+        return time.monotonic() - started <= self.limits.lookup_timeout_s
+
+    def find_published(self, user_id: int) -> FoundHistory:
+        """What is published of a user, in the place of a look-up that failed or takes too long."""
+        assert isinstance(self.store, LiveHistory), "no other store fails"
+        return FoundHistory(self.store.published.sequence(user_id), False)
+
+    def prepare_request(
+        self, request: RankColumns, found: FoundHistory | None = None
+    ) -> PreparedRequest:
+        """Cut the history at the request's time, and look up the candidates' features.
+
+        `found` is what `find_history` says of the request; it is asked here where it was not
+        before.
+        """
+        if found is None:
+            found = self.find_history(request.head)
+        unknown_user = found.sequence is None
+        sequence = found.sequence
         if sequence is None:
             sequence = sequence_row({}, self.store.columns)
 
@@ -226,40 +285,8 @@ class Ranker:
             codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
             key = history_key(past.events, codes)
         return PreparedRequest(
-            request, user_id, unknown_user, live_events, past.events, targets, key
+            request, user_id, unknown_user, found.live_events, past.events, targets, key
         )
-
-    def _find_sequence(self, head: RankHead) -> tuple[pa.RecordBatch | None, bool]:
-        """The SEQUENCE row of a request: the rows that it brings, else those of its user.
-
-        Beside it False where the user's posted events should be in it and are not.
-        """
-        if head.history is None:
-            assert head.user_id is not None, "the schema asks for user_id or history"
-            return self._find_user(head.user_id)
-
-        # equal times keep their order
-        rows = sorted(head.history, key=lambda row: row.event_time)
-        flat = posted_columns(rows, self.store.columns)
-        flat["order_only"] = np.array([row.order_only for row in rows], bool)
-        return sequence_row(flat, self.store.columns, head.first_position), True
-
-    def _find_user(self, user_id: int) -> tuple[pa.RecordBatch | None, bool]:
-        """What a user did; without an event store that answers, what is published of it."""
-        if not isinstance(self.store, LiveHistory):
-            return self.store.sequence(user_id), True
-
-        if self.outage.may_ask():
-            started = time.monotonic()
-            try:
-                row = self.store.sequence(user_id)
-            except StoreDown as error:
-                self.outage.begin(started, error)
-            else:
-                self.outage.end()
-                return row, True
-
-        return self.store.published.sequence(user_id), False
 
     def history_length_class(self, prepared: PreparedRequest) -> int:
         """0 for a history that is encoded already, else 1 + the number of bits of its length.
@@ -390,23 +417,36 @@ class Ranker:
 class StoreOutage:
     """An event store that did not answer is left alone for a while.
 
-    A look-up may take seconds to fail, and every request waits for it. The pause is `PAUSES` times
-    as long as that, so that ranking loses little of its time to a store that hangs.
+    A look-up may take seconds to fail. The pause is `PAUSES` times as long as that, and after it
+    one look-up goes ahead of the others, so that few requests wait for a store that hangs.
 
         asked     x . . . . . x . . . . . x
         answered  no          no          yes: from here on every time
+
+    Look-ups of several threads share it. Each change is one assignment; a race between two costs
+    one look-up more.
     """
 
     PAUSES = 10
     SHORTEST_S = 1.0
+    PROBE_S = 30.0  # until a look-up that went ahead counts as lost
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.is_on = False
         self._clock = clock
         self._ask_again = 0.0
 
+    @property
     def may_ask(self) -> bool:
         return not self.is_on or self._clock() >= self._ask_again
+
+    def begin_asking(self) -> bool:
+        """Tell whether to ask now; during an outage no other look-up may until this one ends."""
+        if not self.may_ask:
+            return False
+        if self.is_on:
+            self._ask_again = self._clock() + self.PROBE_S
+        return True
 
     def begin(self, asked: float, error: StoreDown) -> None:
         """Note a look-up that failed; `asked` is when it began."""

@@ -34,8 +34,8 @@ from serve_app.history.live import EventLog, LiveHistory
 from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics
-from serve_app.ranking.ranker import PreparedRequest, Ranker
-from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
+from serve_app.ranking.ranker import FoundHistory, PreparedRequest, Ranker
+from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal, StoreDown
 
 logger = logging.getLogger("ray.serve")
 
@@ -104,20 +104,12 @@ class Rollout:
 
     def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns | Refusal]:
         """An answer or a refusal for each."""
-        return self.answer_jobs([self.prepare_job(request) for request in requests])
+        return self.answer_jobs([self.receive(request).prepare() for request in requests])
 
-    def prepare_job(self, request: RankColumns) -> "RankJob":
-        """Choose the version that answers, and look up everything it needs."""
-        started = time.perf_counter()
+    def receive(self, request: RankColumns) -> "ReceivedRequest":
+        """Choose the version that answers; nothing is looked up yet."""
         role = self.choose_role(request)
-        ranker = self.rankers[role]
-
-        refusal = ranker.find_refusal(request)
-        if refusal is not None:
-            return RankJob(self, role, request, refusal, 0.0)
-
-        prepared = ranker.prepare_request(request)
-        return RankJob(self, role, request, prepared, time.perf_counter() - started)
+        return ReceivedRequest(self, role, request, self.rankers[role].find_refusal(request))
 
     def answer_jobs(self, jobs: Sequence["RankJob"]) -> list[RankedColumns | Refusal]:
         """Answers to jobs of this rollout; those of one version are scored together."""
@@ -239,6 +231,49 @@ def _largest_change(one: RankedColumns, other: RankedColumns) -> float:
     return max(changes, default=0.0)
 
 
+@dataclass(slots=True)
+class ReceivedRequest:
+    """A request of a rollout on its way to a `RankJob`: its history is found, then prepared.
+
+    It stays with the versions that it came to.
+    """
+
+    rollout: Rollout
+    role: str
+    request: RankColumns
+    refusal: Refusal | None
+    found: FoundHistory | None = None
+
+    @property
+    def ranker(self) -> Ranker:
+        return self.rollout.rankers[self.role]
+
+    def must_look_up(self) -> bool:
+        """Tell whether `look_up` may have to wait for the event store."""
+        return self.refusal is None and self.ranker.must_look_up(self.request.head)
+
+    def look_up(self) -> FoundHistory:
+        """The request's history, from the event store too; runs beside the ranking thread."""
+        return self.ranker.find_history(self.request.head)
+
+    def give_up(self, asked: float) -> FoundHistory:
+        """The published history, since the store has not answered `look_up`, begun at `asked`."""
+        limit = self.ranker.limits.lookup_timeout_s
+        self.ranker.outage.begin(asked, StoreDown(f"no answer within {limit:g} s"))
+        assert self.request.user_id is not None, "only a user's history is looked up"
+        return self.ranker.find_published(self.request.user_id)
+
+    def prepare(self) -> "RankJob":
+        """The job, with everything that its scores depend on."""
+        if self.refusal is not None:
+            return RankJob(self.rollout, self.role, self.request, self.refusal, 0.0)
+
+        started = time.perf_counter()
+        prepared = self.ranker.prepare_request(self.request, self.found)
+        took_s = time.perf_counter() - started
+        return RankJob(self.rollout, self.role, self.request, prepared, took_s)
+
+
 @dataclass(frozen=True, slots=True)
 class RankJob:
     """A request of a rollout, ready to be scored or refused already.
@@ -339,7 +374,9 @@ def _load_ranker(
         loaded.cfg.features,
         Path(user_config["serving"]),
     )
-    history = LiveHistory(published, log, loaded.cfg.sequences, limits.max_events)
+    history = LiveHistory(
+        published, log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
+    )
 
     ranker = Ranker(loaded, history, model.version, model.name, limits)
     ranker.warm_up()
