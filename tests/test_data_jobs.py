@@ -131,7 +131,8 @@ def test_the_plan_of_own_logs(run, tmp_path: Path):
         (
             {"liked": ["no", "no"]},
             [],
-            "column 'liked' must be an integer, boolean or float of 0 and 1, found string",
+            "column 'liked' must be an integer, boolean or float of 0 and 1, or have a rule: "
+            "source.actions={bought: {column: event, equals: purchase}}, found string",
         ),
         ({}, ["source.path=/nowhere"], "source.path: no Parquet files at '/nowhere'"),
         ({}, ["source.colums={}"], "unknown configuration key 'source.colums'"),

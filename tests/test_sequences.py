@@ -356,7 +356,7 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(here: None, 
         "item_id": [1, 1, None, 1, 1, 1, 1, 1],
         "event_time": [NOON, NOON, NOON, None, NOON // 1000, NOON * 1000, NOON, NOON],
         "click": [0, 0, 0, 0, 0, 0, 2, 0],
-        "like": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float("nan")],
+        "like": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float("nan"), 0.5],
         "tab": [0, 0, 0, 0, 0, 0, 0, 0],
     }
     good = log(rows=100)
@@ -387,13 +387,13 @@ def test_bad_rows_are_quarantined_by_reason_with_the_row_as_it_came(here: None, 
     [
         (
             "event_time",
-            NOON // 1000 + np.arange(400),
-            r"(?s)event_time_before_range 400.*looks like seconds",
+            np.where(np.arange(400) % 2, NOON, NOON // 1000),
+            r"(?s)event_time_before_range 200.*looks like seconds",
         ),
         (
             "event_time",
-            NOON * 1000 + np.arange(400),
-            r"(?s)event_time_in_future 400.*looks like microseconds",
+            np.where(np.arange(400) % 2, NOON, NOON * 1000),
+            r"(?s)event_time_in_future 200.*looks like microseconds",
         ),
         (
             "user_id",
@@ -437,7 +437,7 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
         build_sequences(config_for(tmp_path, log(), columns={"watch_ms": "secs"}))
     with pytest.raises(UserError, match=r"source.columns: 'userid' is not a column of the logs"):
         build_sequences(config_for(tmp_path, log(), columns={"userid": "user_id"}))
-    with pytest.raises(UserError, match=r"column 'event_time' must be an integer .*found string"):
+    with pytest.raises(UserError, match=r"holds 2022-05-01, .* no offset: set .* zone: UTC}"):
         build_sequences(config_for(tmp_path, log(event_time=["2022-05-01"] * 400)))
     with pytest.raises(UserError, match="column 'item_id' must be an integer, found double"):
         build_sequences(config_for(tmp_path, log(item_id=np.zeros(400))))

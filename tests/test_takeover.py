@@ -1,5 +1,6 @@
 """Posted events on their way into the logs, and out of the log once the sequences hold them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import RunConfig
+from pipeline.config import ColumnReading, RunConfig
 from pipeline.logs import open_logs
 from pipeline.logs.cleaning import check_columns, normalise
 from pipeline.sequences.build import log_rules
@@ -108,6 +109,43 @@ def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Pat
         expected = (mask, sum(bits[name] for name in e.actions), e.request_features.get("tab", -1))
         assert found.pop((e.user_id, e.event_time, e.item_id)) == expected
     assert list(found) == [(0, START, 1)]
+
+
+def test_events_of_logs_that_are_read_by_rules_are_exported_as_they_are(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
+    """No row of one `event_type` could hold an event that was clicked and liked."""
+    log_file = tmp_path / "own" / "log.parquet"
+    rows = pq.read_table(log_file).append_column("kind", pa.array(["click"]))
+    local = rows["shown_at"].cast(pa.timestamp("ms", "UTC")).cast(pa.timestamp("ms"))
+    pq.write_table(rows.set_column(2, "shown_at", local), log_file)
+    columns = {
+        "user_id": "uid",
+        "request_id": "",
+        "event_time": ColumnReading(column="shown_at", zone="UTC"),
+        "is_click": ColumnReading(column="kind", equals=("click",)),
+        "is_like": ColumnReading(column="kind", equals=("like",)),
+    }
+    cfg = replace(cfg, source=replace(cfg.source, columns=columns))
+
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    log.append(
+        [
+            Event(
+                user_id=7,
+                item_id=8,
+                event_time=START,
+                actions={"is_click": True, "is_like": True},
+                watch_ms=5,
+            )
+        ]
+    )
+    assert export_events(cfg.source, cfg.run_dir, log).dropped == {}
+    assert export_events(cfg.source, cfg.run_dir, log).path is None
+    users = {user["user_id"]: user for user in built(cfg)}
+    assert (users[0]["action_mask"], users[0]["known_mask"]) == ([1], [3])
+    assert (users[7]["action_mask"], users[7]["event_time"]) == ([3], [START])
+    assert users[7]["watch_ms"] == [5]
 
 
 def test_an_export_never_takes_the_place_of_another(cfg: RunConfig, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.config.features import (
     HistoryFeature,
     SplitConfig,
 )
-from pipeline.config.logs import SideTable, SourceConfig, SyntheticConfig
+from pipeline.config.logs import ColumnReading, SideTable, SourceConfig, SyntheticConfig
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
 from pipeline.config.reading import parse_time
 from pipeline.config.retrieval import RetrievalConfig
@@ -31,6 +31,7 @@ __all__ = [
     "ChannelConfig",
     "CheckConfig",
     "ColumnFeature",
+    "ColumnReading",
     "ConfigError",
     "DenseFeature",
     "DriftConfig",

@@ -1,12 +1,16 @@
-"""Where the logs come from: the user's Parquet files, a public dataset, or a generator."""
+"""Where the logs come from: the user's own files, a public dataset, or a generator."""
 
+import math
+import zoneinfo
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.config.errors import require
+from pipeline.config.errors import ConfigError, require
 from pipeline.config.reading import S3, parse_time, split_s3
 from pipeline.config.setting import check_ranges, describe, setting
-from pipeline.schema import MAX_ACTIONS, RESERVED, EventColumns, outcome_column
+from pipeline.schema import MAX_ACTIONS, RESERVED, WATCH_MS, EventColumns, outcome_column
+
+Unit = Literal["ns", "us", "ms", "s", "min", "h", "d"]  # of time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +124,126 @@ class OutcomeColumn:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnReading:
+    """How a log column is read from a column of your files, where its name alone does not say it.
+
+    In YAML `equals` and `unknown` are one value or a list.
+    """
+
+    column: str = field(metadata=describe("Name in your files."))
+    unit: Unit | None = setting(
+        None,
+        doc="Of event_time and watch_ms: unit of the numbers. Null: milliseconds.",
+    )
+    start: str | None = setting(
+        None,
+        doc="Of event_time: what the number 0 stands for, ISO 8601 with its UTC offset. Null: the "
+        "beginning of 1970, UTC.",
+    )
+    zone: str | None = setting(
+        None,
+        doc="Of event_time: zone of dates and times that carry none, such as UTC or Europe/Berlin. "
+        "Of the hour that comes twice in autumn the first one is meant.",
+    )
+    format: str | None = setting(
+        None,
+        doc='Of event_time: form of times that are text, as strptime has it: "%m/%d/%Y %I:%M:%S '
+        '%p". Null: ISO 8601.',
+    )
+    equals: tuple[str, ...] = setting((), doc="Of an action: the values that mean yes.")
+    at_least: float | None = setting(None, doc="Of an action: numbers from here on mean yes.")
+    at_most: float | None = setting(None, doc="Of an action: numbers up to here mean yes.")
+    unknown: tuple[str, ...] = setting(
+        (), doc="Of an action, a request column or an outcome: values that mean unknown."
+    )
+    text: bool = setting(
+        False,
+        doc="Of a request column: its values are text. The sequences hold a number of 31 bits for "
+        "each, requests give the text.",
+    )
+
+    @classmethod
+    def complete_yaml(cls, raw: Any) -> Any:
+        """One value of `equals` or `unknown` as a list of texts.
+
+        {column: rating, unknown: -1}    {column: rating, unknown: ["-1"]}
+        """
+        if not isinstance(raw, dict):
+            return raw
+        lists = {}
+        for key in ("equals", "unknown"):
+            if key in raw:
+                value = raw[key]
+                values = value if isinstance(value, list | tuple) else [value]
+                lists[key] = [_as_text(value) for value in values]
+        return raw | lists
+
+    @property
+    def has_rule(self) -> bool:
+        """True if a rule says which values mean yes."""
+        return bool(self.equals) or self.at_least is not None or self.at_most is not None
+
+    def check(self, name: str, role: str) -> None:
+        """Refuse what does not fit the log column `name`, which has this role.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        allowed = {"column"}
+        if name == "event_time":
+            allowed |= {"unit", "start", "zone", "format"}
+        elif role == "action":
+            allowed |= {"equals", "at_least", "at_most", "unknown"}
+        elif role == "request":
+            allowed |= {"unknown", "text"}
+        elif role == "outcome":
+            allowed |= {"unknown", "unit"} if name == WATCH_MS.name else {"unknown"}
+
+        key = f"source.columns.{name}"
+        for option in self.__dataclass_fields__:
+            value = getattr(self, option)
+            unset = value is None or value is False or value == ()
+            rule = f"left out: of {name} there are {sorted(allowed)}"
+            require(unset or option in allowed, f"{key}.{option}", value, rule)
+
+        require(bool(self.column), f"{key}.column", self.column, "the name of a column")
+        for option in ("at_least", "at_most"):
+            value = getattr(self, option)
+            require(value is None or math.isfinite(value), f"{key}.{option}", value, "a number")
+        bounded = self.at_least is not None or self.at_most is not None
+        require(
+            not (self.equals and bounded),
+            f"{key}.equals",
+            list(self.equals),
+            "left out beside at_least and at_most",
+        )
+        self._check_times(key)
+
+    def _check_times(self, key: str) -> None:
+        if self.start is not None:
+            parse_time(f"{key}.start", self.start)
+        if self.zone is not None:
+            require(_is_zone(self.zone), f"{key}.zone", self.zone, "a zone such as Europe/Berlin")
+
+
+def _as_text(value: Any) -> str:
+    """A YAML scalar as the text that stands in a file: true, 1, 4.5."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _is_zone(zone: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(zone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """Where the logs are and what their columns are called."""
 
@@ -133,19 +257,22 @@ class SourceConfig:
         doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/guide/data.md); "
         "the dataset's folder for kuairand; unused for synthetic.",
     )
-    columns: dict[str, str] = setting(
+    columns: dict[str, str | ColumnReading] = setting(
         {},
-        doc="Our name of a log column: its name in your files, for those that differ. An optional "
-        "column whose name your files have must be named here: by its own name to be read, by '' "
-        "not to be.",
+        doc="Our name of a log column: its name in your files, for those that differ, or how it is "
+        "read: {column: ts, unit: s}. An optional column whose name your files have must be named "
+        "here: by its own name to be read, by '' not to be.",
     )
     actions: tuple[str, ...] = setting(
         ("is_click",),
-        doc="Columns of 0 and 1, null where unknown, that tell what a user did. The order gives "
-        "the bits of the action mask.",
+        doc="What a user did: columns of 0 and 1, null where unknown. The order gives the bits of "
+        "the action mask. Or a mapping, {bought: {column: event_type, equals: purchase}}, which is "
+        "the list of its names, and of each an entry in source.columns.",
     )
     request_columns: tuple[str, ...] = setting(
-        (), doc="Columns of small integers that are known when a request is made, such as a tab."
+        (),
+        doc="Columns of small integers, booleans or text that are known when a request is made, "
+        "such as a tab.",
     )
     outcome_columns: dict[str, OutcomeColumn] = setting(
         {},
@@ -161,11 +288,35 @@ class SourceConfig:
     )
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
+    @classmethod
+    def complete_yaml(cls, raw: Any) -> Any:
+        """Actions that are a mapping as their names, and `columns` that say how they are read.
+
+        actions: {bought: {column: event_type, equals: purchase}}
+
+        actions: [bought]
+        columns: {bought: {column: event_type, equals: purchase}}
+
+        Raises:
+            ConfigError: `columns` speaks of such an action too.
+        """
+        if not isinstance(raw, dict) or not isinstance(raw.get("actions"), dict):
+            return raw
+
+        columns = dict(raw.get("columns") or {})
+        for name, reading in raw["actions"].items():
+            if name in columns:
+                raise ConfigError(f"source.columns.{name}: source.actions.{name} says it already")
+            if reading is not None:
+                columns[name] = reading
+        return raw | {"actions": list(raw["actions"]), "columns": columns}
+
     def __post_init__(self) -> None:
         self._refuse_actions_that_do_not_fit_the_mask()
         self._refuse_repeated_columns()
         self._refuse_missing_path()
         self._refuse_unreadable_paths()
+        self._refuse_readings_of_other_columns()
 
     def _refuse_actions_that_do_not_fit_the_mask(self) -> None:
         require(len(self.actions) > 0, "source.actions", self.actions, "at least one action column")
@@ -207,6 +358,27 @@ class SourceConfig:
             rule = "a path of the file system, or s3://bucket/prefix"
             require(path.startswith(S3), key, path, rule)
             split_s3(key, path)
+
+    def _refuse_readings_of_other_columns(self) -> None:
+        roles = {column.name: column.role for column in self.events.log_columns}
+        for name, reading in self.readings.items():
+            rule = f"one of the log's columns {list(roles)}"
+            require(name in roles, "source.columns", name, rule)
+            reading.check(name, roles[name])
+
+    @property
+    def readings(self) -> dict[str, ColumnReading]:
+        """The log columns of which more than the name is said."""
+        found = {}
+        for name, given in self.columns.items():
+            if isinstance(given, ColumnReading):
+                found[name] = given
+        return found
+
+    def column_name(self, name: str) -> str:
+        """The log column's name in the files, "" where it is not to be read."""
+        given = self.columns.get(name, name)
+        return given.column if isinstance(given, ColumnReading) else given
 
     @property
     def events(self) -> EventColumns:

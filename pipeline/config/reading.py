@@ -109,6 +109,9 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
         ConfigError: an unknown or missing key, a value of the wrong type, or one that the section
         refuses.
     """
+    # a section may have short forms
+    if hasattr(cls, "complete_yaml"):
+        raw = cls.complete_yaml(raw)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping, got {raw!r}")
 
@@ -142,7 +145,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
+        return _convert(_choose_hint(args, value), value, path)
 
     if origin is Literal:
         require(value in args, path, value, f"one of {list(args)}")
@@ -157,6 +160,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
 
     return _convert_scalar(hint, value, path)
+
+
+def _choose_hint(hints: Sequence[Any], value: Any) -> Any:
+    """The one of several types that the YAML value has: a section's where it is a mapping."""
+    others = [hint for hint in hints if hint is not type(None)]
+    for hint in others:
+        if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            return hint
+    return others[0]
 
 
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:

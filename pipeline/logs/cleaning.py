@@ -8,13 +8,22 @@ quarantine; nothing is dropped here. A file that lacks a column or has it in ano
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import UserError
+from pipeline.config import ColumnReading, UserError
+from pipeline.logs.columns import (
+    as_number,
+    is_number,
+    is_text,
+    plain_values,
+    read_column,
+    without_views,
+)
+from pipeline.logs.times import needs_zone
 from pipeline.schema import LOG_KEYS, LOG_REQUIRED, ROW_DIGEST, Column, EventColumns
 
 USER_BUCKET, REASON, SOURCE_ROW = "user_bucket", "reason", "source_row"
@@ -25,6 +34,8 @@ EXTRA_FIELDS = (
     pa.field(SOURCE_ROW, pa.string()),  # of a row with a reason: the source's row, as JSON
     pa.field(SOURCE_FILE, pa.int64()),  # where it came from: the first bits of the file's digest
 )
+# in the metadata of a file's schema: its columns have LOG's own names and types, as ours do
+LOG_FORM = b"log_form"
 ROWS_AT_ONCE = 10_000  # bad rows that are Python objects at a time
 NULL_BITS = np.uint64(0x9E3779B97F4A7C15)
 
@@ -38,6 +49,8 @@ class LogRules:
     earliest_ms: int
     latest_ms: int
     num_buckets: int
+    # LOG column -> how it is read, of those of which more than a name is said
+    readings: Mapping[str, ColumnReading] = field(default_factory=dict)
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -52,70 +65,161 @@ class LogRules:
         return pa.schema([*fields, *EXTRA_FIELDS])
 
 
+def has_log_form(schema: pa.Schema) -> bool:
+    """True for a file that we wrote with LOG's own names and types."""
+    return LOG_FORM in (schema.metadata or {})
+
+
+def log_form(events: EventColumns) -> pa.Schema:
+    """The schema of such a file."""
+    fields = [pa.field(column.name, column.dtype) for column in events.log_columns]
+    return pa.schema(fields, metadata={LOG_FORM: b"1"})
+
+
+def rules_of_file(schema: pa.Schema, rules: LogRules) -> LogRules:
+    """The rules for a file of this schema, whose columns may be LOG's own."""
+    if not has_log_form(schema):
+        return rules
+    return replace(rules, columns={name: name for name in rules.columns}, readings={})
+
+
 def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
-    """The file has what the configuration names, in types that can be read as LOG's.
+    """The file has the keys, and whatever it has is of a type that can be read as LOG's.
 
     Raises:
         UserError: naming the column, what was configured and what was found.
     """
-    for name in rules.events.required:
-        theirs = rules.columns[name]
-        if theirs not in schema.names:
-            configured = f" (source.columns.{name}: {theirs})" if theirs != name else ""
-            raise UserError(
-                f"{file}: no column {theirs!r} for {name}{configured}; found {schema.names}"
-            )
+    rules = rules_of_file(schema, rules)
+    for name in LOG_REQUIRED:
+        if rules.columns[name] not in schema.names:
+            raise UserError(f"{file}: {_lacks(name, rules, schema)}")
 
     by_name = {column.name: column for column in rules.events.log_columns}
     for name, theirs in rules.columns.items():
         if theirs not in schema.names:
-            if theirs not in (name, ""):  # "": not to be read
-                raise UserError(
-                    f"{file}: no column {theirs!r}, configured as source.columns.{name}; found "
-                    f"{schema.names}"
-                )
             continue
-
-        found = schema.field(theirs).type
-        wanted = _refused_type(by_name.get(name), found)
+        found = plain_type(schema.field(theirs).type)
+        wanted = _refused_type(by_name.get(name), found, rules.readings.get(name))
         if wanted is not None:
             where = f"{theirs!r} (source.columns.{name})" if theirs != name else repr(name)
             raise UserError(f"{file}: column {where} must be {wanted}, found {found}")
 
 
-def _refused_type(column: Column | None, found: pa.DataType) -> str | None:
+def check_presence(schemas: Mapping[str, pa.Schema], rules: LogRules) -> dict[str, int]:
+    """How many of the files lack a column that others have, by LOG column: it is unknown there.
+
+    Raises:
+        UserError: no file at all has a column that the configuration names.
+    """
+    missing = {}
+    for name, theirs in rules.columns.items():
+        named = name in rules.events.required or theirs not in (name, "")
+        if not named:
+            continue
+        lacking = []
+        for file, schema in schemas.items():
+            if rules_of_file(schema, rules).columns[name] not in schema.names:
+                lacking.append(file)
+        if len(lacking) == len(schemas):
+            first = lacking[0]
+            raise UserError(f"{first}: {_lacks(name, rules, schemas[first])}")
+        if lacking:
+            missing[name] = len(lacking)
+    return missing
+
+
+def _lacks(name: str, rules: LogRules, schema: pa.Schema) -> str:
+    theirs = rules.columns[name]
+    if theirs == name:
+        return f"no column {theirs!r} for {name}; found {schema.names}"
+    if name in rules.events.required:
+        configured = f"(source.columns.{name}: {theirs})"
+        return f"no column {theirs!r} for {name} {configured}; found {schema.names}"
+    return f"no column {theirs!r}, configured as source.columns.{name}; found {schema.names}"
+
+
+def plain_type(found: pa.DataType) -> pa.DataType:
+    """The type of the values, without a dictionary or an extension around them."""
+    if isinstance(found, pa.BaseExtensionType):
+        found = found.storage_type
+    return found.value_type if pa.types.is_dictionary(found) else found
+
+
+def _refused_type(
+    column: Column | None, found: pa.DataType, reading: ColumnReading | None
+) -> str | None:
     """The types that the column may have, None where `found` is one; of no column: the digest."""
-    integer, floating = pa.types.is_integer(found), pa.types.is_floating(found)
+    integer, number, text = pa.types.is_integer(found), is_number(found), is_text(found)
     if column is None:
         return None if integer else "an integer"
-    if column.role == "action":
-        fine = integer or floating or pa.types.is_boolean(found)
-        return None if fine else "an integer, boolean or float of 0 and 1"
+    if pa.types.is_null(found):
+        return None if column.role != "key" else f"{column.name}, not a column of nulls"
     if column.name == "event_time":
-        fine = integer or (pa.types.is_timestamp(found) and found.tz is not None)
-        rule = "an integer (milliseconds since 1970, UTC) or a timestamp with a time zone"
-        return None if fine else rule
+        return _refused_time(found, reading)
+    if column.role == "key":
+        return None if integer else "an integer"
+
+    flag = pa.types.is_boolean(found)
+    if column.role == "action":
+        return _refused_action(found, reading)
     if pa.types.is_boolean(column.dtype):
-        return None if pa.types.is_boolean(found) else "boolean"
-    if column.is_float:
-        fine = integer or floating or pa.types.is_decimal(found)
-        return None if fine else "a number"
-    return None if integer else "an integer"
+        return None if flag else "boolean"
+    if column.role == "request":
+        if reading is not None and reading.text:
+            return None if text or number or flag else "text, a number or a boolean"
+        options = f"{{column: {column.name}, text: true}}"
+        rule = f"an integer; of text set source.columns.{column.name}={options}"
+        return None if number or flag else rule
+    return None if number else "a number"
+
+
+def _refused_time(found: pa.DataType, reading: ColumnReading | None) -> str | None:
+    name = "event_time" if reading is None else reading.column
+    if needs_zone(found):
+        known = reading is not None and reading.zone is not None
+        option = f"source.columns.event_time={{column: {name}, zone: UTC}}"
+        rule = f"a time with a zone: set {option}, or the zone that it was written in"
+        return None if known else rule
+    fine = is_number(found) or is_text(found) or pa.types.is_timestamp(found)
+    return None if fine else "a number, a timestamp, a date or text"
+
+
+def _refused_action(found: pa.DataType, reading: ColumnReading | None) -> str | None:
+    number, text, flag = is_number(found), is_text(found), pa.types.is_boolean(found)
+    if reading is None or not reading.has_rule:
+        rule = "an integer, boolean or float of 0 and 1"
+        if text:
+            rule += ", or have a rule: source.actions={bought: {column: event, equals: purchase}}"
+        return None if number or flag else rule
+
+    if reading.equals:
+        words = [value for value in reading.equals if as_number(value) is None]
+        if number and words:
+            return f"text, to equal {words[0]!r}"
+        return None if number or text or flag else "a number, text or boolean"
+    return None if number or text else "a number, to be held against at_least and at_most"
 
 
 def normalise(block: pa.Table, rules: LogRules, source_file: int = 0) -> pa.Table:
     """A block of one source file's rows, in any order, as `rules.schema`."""
-    columns = {
-        column.name: _read_column(block, rules.columns[column.name], column.dtype)
-        for column in rules.events.log_columns
-    }
+    rules = rules_of_file(block.schema, rules)
+    block = without_views(block)
+    columns: dict[str, pa.Array] = {}
+    unreadable: dict[str, np.ndarray] = {}
+    for column in rules.events.log_columns:
+        name = column.name
+        read = read_column(block, column, rules.readings.get(name, rules.columns[name]))
+        columns[name] = read.values
+        if read.unreadable is not None:
+            unreadable[name] = read.unreadable
+
     theirs = rules.columns[ROW_DIGEST]
     if theirs in block.column_names:
         digest = block[theirs].fill_null(0).to_numpy().astype(np.uint64)
     else:
         digest = row_digest(block)
 
-    reason, columns = _check_values(columns, rules)
+    reason, columns = _check_values(columns, unreadable, rules)
     bad = np.flatnonzero(reason != "")
 
     # bad rows as they came, for the quarantine
@@ -139,27 +243,8 @@ def normalise(block: pa.Table, rules: LogRules, source_file: int = 0) -> pa.Tabl
     return pa.table([columns[name] for name in rules.schema.names], schema=rules.schema)
 
 
-def _read_column(block: pa.Table, theirs: str, dtype: pa.DataType) -> pa.Array:
-    """The source's column, not yet of `dtype` where a value might not fit.
-
-    All null where the source has no such column. A NaN among numbers is a null.
-    """
-    if theirs not in block.column_names:
-        return pa.nulls(block.num_rows, dtype)
-
-    column = _flat(block[theirs])
-    if pa.types.is_floating(dtype):
-        numbers = column.cast(dtype).to_numpy(zero_copy_only=False)
-        return pa.array(numbers, dtype, from_pandas=True)
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("ms", "UTC"), safe=False)
-    if pa.types.is_boolean(dtype) or pa.types.is_floating(column.type):
-        return column
-    return column.cast(pa.int64(), safe=False)
-
-
 def _check_values(
-    columns: dict[str, pa.Array], rules: LogRules
+    columns: dict[str, pa.Array], unreadable: Mapping[str, np.ndarray], rules: LogRules
 ) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """The first rule that each row breaks ("" for none), and the columns in LOG's types."""
     reason = np.full(len(columns["user_id"]), "", object)
@@ -171,6 +256,8 @@ def _check_values(
             broken_values[name] = broken
 
     value = {name: _filled_with_0(column) for name, column in columns.items()}
+    for name, broken in unreadable.items():
+        demand(name, broken, f"{name}_unreadable")
     for name in LOG_REQUIRED:
         demand(name, columns[name].is_null().to_numpy(zero_copy_only=False), f"null_{name}")
 
@@ -253,7 +340,7 @@ def row_digest(table: pa.Table) -> np.ndarray:
     """
     digest = np.zeros(table.num_rows, np.uint64)
     for name in sorted(table.column_names):
-        digest = mix(digest ^ mix(_bits(_flat(table[name])) + _hash(name)))
+        digest = mix(digest ^ mix(_bits(plain_values(table[name])) + _hash(name)))
     return digest
 
 
@@ -309,9 +396,3 @@ def mix(h: np.ndarray) -> np.ndarray:
 
 def _hash(text: str) -> np.uint64:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64)[0]
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    """One array: `combine_chunks` gives a chunked one for some types and for none at all."""
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)

@@ -83,8 +83,8 @@ def column_mapping(source: SourceConfig, known: list[str]) -> dict[str, str]:
             raise UserError(
                 f"source.columns: {name!r} is not a column of the logs; it maps some of {known}"
             )
-        if not source.columns[name] and name not in (*LOG_OPTIONAL, ROW_DIGEST):
+        if not source.column_name(name) and name not in (*LOG_OPTIONAL, ROW_DIGEST):
             raise UserError(
                 f"source.columns.{name}: only an optional column can be left out, by ''"
             )
-    return {name: source.columns.get(name, name) for name in known}
+    return {name: source.column_name(name) for name in known}

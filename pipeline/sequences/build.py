@@ -37,9 +37,10 @@ from pipeline.config import (
     UserError,
 )
 from pipeline.logs import LogFiles, live_log_dir, live_logs, open_logs
-from pipeline.logs.cleaning import LogRules, check_columns
+from pipeline.logs.cleaning import LogRules, check_columns, check_presence
 from pipeline.logs.files import CONNECTIONS, file_digest, file_stamp, rows_by_file, total_bytes
 from pipeline.logs.parquet import count_reasons, read_schema, refuse_unasked_columns
+from pipeline.logs.time_check import check_times
 from pipeline.schema import DAY_MS, EventColumns
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
@@ -91,12 +92,13 @@ def log_rules(
         earliest_ms=earliest_ms,
         latest_ms=latest_ms,
         num_buckets=num_buckets,
+        readings=source.readings if source.kind == "parquet" else {},
     )
 
 
 def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
-    """The logs, the rules and the rows of each file: all files' columns and types checked, without
-    reading a row.
+    """The logs, the rules and the rows of each file: all files' columns and types checked, and the
+    first times of a few files.
 
     Raises:
         UserError: a missing or mistyped column, or no rows at all.
@@ -114,16 +116,20 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
     if cfg.source.kind == "parquet":
         own = set(logs.files) - set(live_logs(cfg.run_dir))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for file, schema in zip(logs.files, pool.map(read_schema, logs.files), strict=True):
-            check_columns(schema, rules, file)
-            if file in own:
-                refuse_unasked_columns(schema, cfg.source, file)
+        schemas = dict(zip(logs.files, pool.map(read_schema, logs.files), strict=True))
+    for file, schema in schemas.items():
+        check_columns(schema, rules, file)
+        if file in own:
+            refuse_unasked_columns(schema, cfg.source, file)
+    for name, files in check_presence(schemas, rules).items():
+        logger.warning("%s: %d of %d files have no such column", name, files, len(schemas))
 
     if rows == 0:
         raise UserError(
             f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} "
             "…)"
         )
+    check_times([file for file in logs.files if rows_of_files[file]], rules)
     return logs, rules, rows_of_files
 
 
@@ -382,6 +388,10 @@ def _make_parts(
         "num_buckets": rules.num_buckets,
         "forgotten": forgotten.hashes,
     }
+    if rules.readings:  # parts of plain columns keep their names
+        settings["readings"] = {
+            name: config.to_dict(reading) for name, reading in rules.readings.items()
+        }
     for column in rules.events.declared:  # parts without such columns keep their names
         settings[f"outcome {column.name}"] = [str(column.dtype), column.at_least]
 

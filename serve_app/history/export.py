@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.config import SourceConfig
 from pipeline.files import hidden_beside, publish_file
 from pipeline.logs import live_log_dir, open_logs
+from pipeline.logs.cleaning import has_log_form, log_form
 from pipeline.logs.parquet import read_schema
 from pipeline.sequences import store
 from serve_app.history.live import EventLog
@@ -42,11 +43,16 @@ def export_events(source: SourceConfig, run_dir: Path, log: EventLog) -> Export:
     """Write the events that no earlier export holds as one more file of the logs, which the next
     build reads.
 
-    It has the columns and types of the logs' first file, so that all of them are read alike.
+    It has the columns and types of the logs' first file, so that all of them are read alike; where
+    `source.columns` says more than names, those of LOG: no event is a row per action, say.
     """
     logs = open_logs(source, run_dir)
-    schema = read_schema(logs.files[0])
-    names = {theirs: name for name, theirs in logs.columns.items()}
+    if source.readings:
+        schema = log_form(source.events)
+        names = {name: name for name in schema.names}
+    else:
+        schema = read_schema(logs.files[0])
+        names = {theirs: name for name, theirs in logs.columns.items()}
     folder = live_log_dir(run_dir)
     known = _exported_keys(folder, logs.columns)
 
@@ -76,6 +82,7 @@ def _count_dropped(
     rows: Sequence[LogRow], columns: dict[str, str], schema: pa.Schema
 ) -> Counter[str]:
     """The values of `rows` by LOG column, of the columns that the logs' files do not have."""
+    columns = columns if not has_log_form(schema) else {name: name for name in columns}
     missing = {name for name, theirs in columns.items() if theirs not in schema.names}
     counts: Counter[str] = Counter()
     for row in rows:
@@ -126,9 +133,11 @@ def _new_events(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[lis
 
 def _exported_keys(folder: Path, columns: dict[str, str]) -> set[tuple[int, int, int]]:
     """User, time and item of the events that earlier exports hold."""
-    names = [columns["user_id"], columns["event_time"], columns["item_id"]]
     found: set[tuple[int, int, int]] = set()
     for file in folder.glob("*.parquet"):
+        names = ["user_id", "event_time", "item_id"]
+        if not has_log_form(pq.read_schema(file)):
+            names = [columns[name] for name in names]
         table = pq.read_table(file, columns=names)
         user, time, item = map(_integers, table.select(names).columns)
         found |= set(zip(user, time, item, strict=True))

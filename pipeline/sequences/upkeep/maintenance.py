@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig, SequenceConfig, UserError
 from pipeline.logs import live_logs, open_logs
-from pipeline.logs.cleaning import LogRules
+from pipeline.logs.cleaning import LogRules, has_log_form
 from pipeline.logs.imported import read_import_report
 from pipeline.schema import DAY_MS
 from pipeline.sequences import build, store
@@ -251,7 +252,7 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         published = published_with(cfg)
         add_forgotten(folder, users)
 
-        column = cfg.source.columns.get("user_id", "user_id")
+        column = cfg.source.column_name("user_id")
         exported = _stage_files(map(Path, live_logs(cfg.run_dir)), users, column)
         digests = {file.old_digest: file.new_digest for file in exported}
 
@@ -273,7 +274,8 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
 def _stage_files(files: Iterable[Path], users: np.ndarray, column: str) -> list[Rewritten]:
     staged = []
     for file in files:
-        rewritten = stage_without(file, users, column)
+        own = "user_id" if has_log_form(pq.read_schema(file)) else column
+        rewritten = stage_without(file, users, own)
         if rewritten is not None:
             staged.append(rewritten)
     return staged

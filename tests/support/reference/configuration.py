@@ -77,18 +77,28 @@ def _walk(cls: type, key: str) -> Iterator[tuple[str, type]]:
         hint = typing.cast(Any, field.type)
         if dataclasses.is_dataclass(hint):
             yield from _walk(typing.cast(type, hint), inner)
-        for part in typing.get_args(hint):
+        for part in _parts(hint):
             if dataclasses.is_dataclass(part):
                 name = f"{inner}.NAME" if typing.get_origin(hint) is dict else inner
                 yield from _walk(typing.cast(type, part), name)
+
+
+def _parts(hint: Any) -> list[Any]:
+    """The types inside a type: of a mapping to one of several, those several."""
+    found = []
+    for part in typing.get_args(hint):
+        inside = typing.get_args(part)
+        found += inside if typing.get_origin(part) in (types.UnionType, typing.Union) else [part]
+    return found
 
 
 def type_words(hint: Any) -> str:
     """A field's type as a reader of YAML says it: `list of numbers, or null`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        inner = next(part for part in args if part is not type(None))
-        return f"{type_words(inner)}, or null"
+        words = [type_words(part) for part in args if part is not type(None)]
+        null = ", or null" if type(None) in args else ""
+        return " or ".join(words) + null
     if origin is Literal:
         return ", ".join(f"`{_yaml(choice)}`" for choice in args)
     if origin is tuple:
@@ -104,8 +114,8 @@ def _plural(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return type_words(hint)
     words = type_words(hint)
-    if words == "text":
-        return "texts"
+    if words.startswith("text"):
+        return words.replace("text", "texts").replace("section", "sections")
     return words.replace("list of", "lists of") if words.startswith("list") else f"{words}s"
 
 
@@ -128,7 +138,7 @@ def value_words(entry: Entry) -> str:
 
 def section_key(entry: Entry) -> str | None:
     """Key of the section that a setting holds, or holds by name; None for plain values."""
-    for part in typing.get_args(entry.field.type):
+    for part in _parts(entry.field.type):
         if dataclasses.is_dataclass(part):
             named = typing.get_origin(entry.field.type) is dict
             return f"{entry.key}.NAME" if named else entry.key
