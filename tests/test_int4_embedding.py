@@ -118,7 +118,9 @@ def test_the_evaluation_and_the_server_use_them_where_asked(
     losses = []
     for on in (False, True):
         changed = replace(cfg, evaluate=replace(cfg.evaluate, int4_tables=on))
-        losses.append(evaluator.evaluate_model(changed, folder, ["val"])["val/ne/is_click"])
+        name = "int4" if on else None
+        found = evaluator.evaluate_model(changed, folder, ["val"], name)
+        losses.append(found["val/ne/is_click"])
         ranker = Ranker(load_model(folder), store, 1, "tiny", replace(cfg.serve, int4_tables=on))
         assert any(isinstance(table, Int4Embedding) for table in ranker.model.modules()) == on
         ranker.warm_up()

@@ -48,7 +48,6 @@ from pipeline.evaluate import ablation, evaluator
 from pipeline.figures import append_run, read_runs
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.encoders import check_model
-from pipeline.model.flops import Flops
 from pipeline.model.inference.quantize import as_served
 from pipeline.sequences import store
 from pipeline.train import loop
@@ -249,15 +248,14 @@ def score(run: PlannedRun, loaded: LoadedModel, name: str) -> dict[str, float]:
     """The metrics of the plan's splits and what a candidate cost; the predictions where they are
     wanted.
     """
-    work, metrics = Flops(), {}
-    for split in run.splits:
-        scores = evaluator.score_split(loaded.cfg, loaded, split, work)
+    found, metrics = evaluator.score_store(loaded.cfg, loaded, run.splits), {}
+    for split, scores in found.splits.items():
         predictions = scores.predictions
         metrics |= scores.named_metrics(split) | {f"{split}/rows": len(predictions)}
         if run.predictions is not None:
             run.predictions.mkdir(parents=True, exist_ok=True)
             pq.write_table(predictions, run.predictions / f"{name}-{run.cfg.seed}-{split}.parquet")
-    return metrics | evaluator.work_shares(work)
+    return metrics | evaluator.work_shares(evaluator.total_work(found.work))
 
 
 def mean_over_steps(lines: list[dict[str, float]], name: str) -> float:

@@ -138,6 +138,17 @@ def request_examples(users: UserEvents, t_from: int, t_to: int) -> Examples:
     return _whole_requests(users, first)
 
 
+def request_passes(users: UserEvents, t_from: int, t_to: int, max_targets: int) -> Examples:
+    """The candidates of `request_examples` with all requests of a user in one sequence, or in
+    several of at most `max_targets` candidates.
+
+    Its history is what the last of them sees; `example_batch(shared=True)` says how much each does.
+    """
+    time = users.request_time
+    inside = (time >= t_from) & (time < t_to) & ~users.events.order_only
+    return _cut_passes(users, inside, max_targets)
+
+
 def _whole_requests(users: UserEvents, first: np.ndarray) -> Examples:
     """The requests that begin at the rows `first`, each with its whole visible history.
 
@@ -202,8 +213,8 @@ def _cut_passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Ex
         training            x x x x x x x .
         passes, in order    [4 5 6] [1 2 3] [0]
 
-    The rows of the training period are the oldest ones and order_only rows come before all others,
-    so the targets of a user are one range of rows.
+    The rows of a period follow each other and order_only rows come before all others, so the
+    targets of a user are one range of rows.
     """
     offsets = users.events.offsets
     before = offsets_of(training)  # training rows before each row
@@ -230,10 +241,16 @@ def _cut_passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Ex
 
 
 def example_batch(
-    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig, *, training: bool
+    users: UserEvents,
+    examples: Examples,
+    maps: FeatureMaps,
+    cfg: RunConfig,
+    *,
+    training: bool,
+    shared: bool = False,
 ) -> SequenceBatch:
     """These examples as one batch; `training` adds what each target may see, and labels with their
-    weights.
+    weights; `shared`, for examples of several requests, what each target may see alone.
     """
     history = users.events.take(examples.history_begin, examples.history_end)
     rows, offsets = ranges(examples.target_begin, examples.target_end)
@@ -252,13 +269,15 @@ def example_batch(
         targets = replace(targets, dense=dense)
 
     visible, labels, weight, following = None, None, None, None
-    if training:
+    if training or shared:
         begin = np.repeat(examples.history_begin, lengths)
         visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+    if training:
         labels, weight = target_labels(
             users.events, rows, cfg.task_bits, cfg.train.history_label_weight
         )
         if cfg.retrieval.enabled:
+            assert visible is not None
             following = _next_items(users.events, rows, offsets, visible, maps, cfg)
             if not cfg.tasks:  # nothing to score: no candidates
                 none = np.zeros_like(lengths)

@@ -189,7 +189,7 @@ def made_ahead(make: Callable[[T], U], items: Iterable[T], num_threads: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBatch:
-    """One request per sequence, and its candidates' ids, times and labels, row by row [C]."""
+    """Sequences to score, and their candidates' ids, times and labels, row by row [C]."""
 
     batch: SequenceBatch
     user_id: np.ndarray  # int64 [C]
@@ -224,8 +224,14 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
 
 
 def evaluation_batch(
-    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
+    users: UserEvents,
+    examples: Examples,
+    maps: FeatureMaps,
+    cfg: RunConfig,
+    *,
+    shared: bool = False,
 ) -> EvaluationBatch:
+    """The candidates of these examples; `shared` where one example holds several requests."""
     rows, offsets = ranges(examples.target_begin, examples.target_end)
     labels, weight = target_labels(
         users.events, rows, cfg.task_bits, cfg.train.history_label_weight
@@ -233,7 +239,7 @@ def evaluation_batch(
     user = np.repeat(users.user_id[examples.user], np.diff(offsets))
 
     return EvaluationBatch(
-        batch=example_batch(users, examples, maps, cfg, training=False),
+        batch=example_batch(users, examples, maps, cfg, training=False, shared=shared),
         user_id=user,
         item_id=users.events.item_id[rows],
         event_time=users.events.event_time[users.request_begin[rows]],

@@ -240,10 +240,19 @@ class EvaluateConfig:
     """How a trained model is scored on validation and test requests."""
 
     batch_tokens: int = setting(8192, at_least=1, doc="Tokens of one forward pass.")
-    device: Literal["cpu", "cuda"] = setting("cpu", doc="Device of the model.")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", doc="Device of the model. auto: a GPU where there are any, else the CPU."
+    )
     precision: Literal["fp32", "bf16"] = setting("fp32", doc="Number format of the layers.")
     int4_tables: bool = setting(
         False, doc="Score with the embedding tables that serve.int4_tables would serve."
+    )
+    sample: float | None = setting(
+        None,
+        above=0,
+        below=1,
+        doc="Share of the users to score for a quick look, drawn by the seed. Its metrics are kept "
+        "beside those of the whole, never in their place.",
     )
     calibration_bins: int = setting(20, at_least=2, doc="Number of bins of the calibration curve.")
 

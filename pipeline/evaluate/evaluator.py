@@ -1,14 +1,15 @@
-"""Prequential evaluation: every request of a split once, alone in its sequence, its history all
-that lay before it.
+"""Prequential evaluation: every request of a split once, its history all that lay before it.
 
-model folder + sequences → metrics.json (beside the weights too), predictions/<split>.parquet, plots
+model folder + sequences → metrics.json (beside the weights too), predictions/<split>.parquet,
+                           slices and plots
 """
 
 import json
 import logging
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,93 +17,289 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.batches.examples import request_examples, user_events
-from pipeline.batches.loader import evaluation_batches, split_bounds
+from pipeline.batches.loader import split_bounds
 from pipeline.config import EvaluateConfig, RunConfig, UserError
-from pipeline.evaluate import plots
-from pipeline.files import staged_file, write_atomically
-from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.evaluate import agreement, plots
+from pipeline.evaluate.item_rates import ItemCounts, baseline_metrics, merge_counts
+from pipeline.evaluate.parts import (
+    EvaluationJob,
+    PartScores,
+    SplitScores,
+    plan_parts,
+    score_users,
+)
+from pipeline.evaluate.spread import cluster_has_gpu, is_worth_workers, score_parts
+from pipeline.files import sha256_of, staged_file, write_atomically
+from pipeline.model.artifact import INDEX, LoadedModel, load_model
 from pipeline.model.flops import Flops
-from pipeline.model.heads import HeadMetrics
-from pipeline.model.inference.quantize import quantize_tables
-from pipeline.model.work import count_work
 from pipeline.sequences import store
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("val", "test")
+
 
 @dataclass(frozen=True, slots=True)
-class SplitScores:
-    """The scored candidates of one split.
+class StoreScores:
+    """The scored candidates of a whole store, by split."""
 
-    `predictions` has a row per candidate: user_id, item_id, event_time, and what the model's head
-    says of it (`RankingHead.prediction_columns`).
-    """
-
-    predictions: pa.Table
-    metrics: HeadMetrics
-
-    def named_metrics(self, split: str) -> dict[str, float]:
-        """`val/ne/is_click` and so on."""
-        return {f"{split}/{name}": value for name, value in self.metrics.result().items()}
+    splits: dict[str, SplitScores]
+    work: dict[str, Flops]
+    item_counts: ItemCounts
 
 
 def evaluate_model(
-    cfg: RunConfig, model_dir: Path, splits: Sequence[str] = ("val", "test")
+    cfg: RunConfig, model_dir: Path, splits: Sequence[str] = SPLITS, name: str | None = None
 ) -> dict[str, float]:
-    """Metrics keyed `val/ne/is_click`, and the shares of pairs and tokens that mask and truncation
-    took away.
+    """Metrics keyed `val/ne/is_click`, those of the item's smoothed rate, `val/baseline_ne/…`, and
+    the shares of pairs and tokens that mask and truncation took away.
 
-    Sequences, splits and batch size come from `cfg`, the model and its features from `model_dir`.
+    Sequences, split and batch size come from `cfg`; the model, its features, tasks and actions from
+    `model_dir`. Spread over the workers of the Ray cluster that this process is connected to. A
+    split without a request is told, and has no metrics. With `evaluate.sample` the metrics are of
+    those users alone, under `evaluation/sample`, and say so: `sample_share`.
+
+    Args:
+        name: scores other rows, or under other settings, than the model's own evaluation; the files
+            lie in `evaluation/<name>`, and the model's metrics.json stays.
 
     Raises:
-        UserError: no whole model at `model_dir`, a split without a request, or CUDA asked for where
-        there is none.
+        UserError: no whole model at `model_dir`, labels of other tasks, rows or settings that are
+        not those of the model's own metrics and no `name`, no request in any split, or CUDA asked
+        for where there is none.
     """
-    loaded = load_model(model_dir, evaluation_device(cfg.evaluate))
-    if cfg.evaluate.int4_tables:
-        quantize_tables(loaded.model)
-    folder = cfg.run_dir / "evaluation"
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    loaded = load_model(model_dir)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    agreement.refuse_other_labels(cfg, loaded, manifest)
+    is_whole = name is None and cfg.evaluate.sample is None
+    if is_whole:
+        _refuse_other_rows(cfg, loaded, model_dir, manifest)
+    _tell_empty_splits(cfg, manifest, splits)
 
+    begin = time.perf_counter()
+    scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest)
+    found = [split for split in splits if len(scores.splits[split].predictions)]
+    if not found:
+        raise UserError(
+            f"{', '.join(f'split.t_{split}' for split in splits)}: the {' and '.join(splits)} "
+            "period holds no request"
+        )
+
+    folder = _evaluation_folder(cfg, name)
     metrics: dict[str, float] = {}
-    work = Flops()
-    for split in splits:
-        begin = time.perf_counter()
-        scores = score_split(cfg, loaded, split, work)
-        metrics |= scores.named_metrics(split)
-        _write_split(scores.predictions, loaded.cfg.tasks, split, folder, cfg.evaluate)
-        seconds = time.perf_counter() - begin
-        logger.info("%s: %d rows in %.1f s", split, len(scores.predictions), seconds)
+    for split in found:
+        metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder)
+    if cfg.evaluate.sample is not None:
+        metrics["sample_share"] = cfg.evaluate.sample
+    _log_seconds(scores, time.perf_counter() - begin)
 
-    metrics |= work_shares(work)
-    text = json.dumps(metrics, indent=2)
-    write_atomically(folder / "metrics.json", text)
-    write_atomically(model_dir / "metrics.json", text)
+    work = {split: scores.work[split] for split in found}
+    if is_whole:
+        return _publish_whole(cfg, metrics, work, manifest.digest, model_dir, folder)
+    metrics |= work_shares(total_work(work))
+    write_metrics(folder / "metrics.json", metrics)
     return metrics
 
 
-def _write_split(
-    predictions: pa.Table, tasks: Sequence[str], split: str, folder: Path, cfg: EvaluateConfig
+def _refuse_other_rows(
+    cfg: RunConfig, loaded: LoadedModel, model_dir: Path, manifest: store.Manifest
 ) -> None:
-    """The predictions of a split as Parquet, and their plots."""
+    differences = agreement.find_differences(cfg, loaded, model_dir, manifest.digest)
+    if differences:
+        raise UserError(
+            f"{differences}: the metrics of {model_dir} are of the former and are not overwritten; "
+            "--as NAME scores these rows under a name of their own"
+        )
+
+
+def _tell_empty_splits(cfg: RunConfig, manifest: store.Manifest, splits: Sequence[str]) -> None:
+    """Say before anything is scored that a period lies outside of the data."""
+    for split in splits:
+        begin, end = split_bounds(cfg.split, split)
+        if begin > manifest.last_event_ms or end <= manifest.first_event_ms:
+            logger.warning(
+                "split.t_%s: the %s period holds no request, the sequences lie outside of it; "
+                "there will be no %s metrics",
+                split,
+                split,
+                split,
+            )
+
+
+def _score_store(
+    cfg: RunConfig,
+    model: RunConfig,
+    model_dir: Path,
+    splits: Sequence[str],
+    manifest: store.Manifest,
+) -> StoreScores:
+    """All parts of the store, here or on the workers of the cluster."""
+    parts = plan_parts(manifest)
+    spread = is_worth_workers(parts)
+    device = evaluation_device(cfg.evaluate, on_cluster=spread)
+    job = EvaluationJob(
+        cfg=scoring_config(cfg, model),
+        model_dir=model_dir,
+        digest=sha256_of(model_dir / INDEX),
+        splits=tuple(splits),
+        device=device,
+    )
+    return _merged(score_parts(job, parts, spread=spread), splits)
+
+
+def scoring_config(cfg: RunConfig, model: RunConfig) -> RunConfig:
+    """The settings of a scoring: labels, order and features of the model, all else of `cfg`."""
+    return replace(
+        model,
+        name=cfg.name,
+        runs_dir=cfg.runs_dir,
+        seed=cfg.seed,
+        split=cfg.split,
+        evaluate=cfg.evaluate,
+    )
+
+
+def score_store(cfg: RunConfig, loaded: LoadedModel, splits: Sequence[str]) -> StoreScores:
+    """Score the candidates of these splits once with a model at hand, in this process, on the
+    device that the model is on.
+    """
+    parts = plan_parts(store.read_manifest(cfg.sequence_dir))
+    scoring = scoring_config(cfg, loaded.cfg)
+    return _merged((score_users(scoring, loaded, splits, part) for part in parts), splits)
+
+
+def _merged(parts: Iterator[PartScores], splits: Sequence[str]) -> StoreScores:
+    """The whole from its parts, in their order."""
+    predictions: dict[str, list[pa.Table]] = {split: [] for split in splits}
+    metrics, counts = {}, []
+    work = {split: Flops() for split in splits}
+
+    for part in parts:
+        counts.append(part.item_counts)
+        for split, scores in part.splits.items():
+            predictions[split].append(scores.predictions)
+            work[split].add(part.work[split])
+            if split in metrics:
+                metrics[split].merge(scores.metrics)
+            else:
+                metrics[split] = scores.metrics
+
+    found = {}
+    for split in splits:
+        found[split] = SplitScores(pa.concat_tables(predictions[split]), metrics[split])
+    return StoreScores(found, work, merge_counts(counts))
+
+
+def _evaluation_folder(cfg: RunConfig, name: str | None) -> Path:
+    """Where files of an evaluation go: one by name, and samples, have folders of their own."""
+    folder = cfg.run_dir / "evaluation"
+    if name is not None:
+        folder /= name
+    if cfg.evaluate.sample is not None:
+        folder /= "sample"
+    return folder
+
+
+def _report_split(
+    cfg: RunConfig, tasks: Sequence[str], split: str, scores: StoreScores, folder: Path
+) -> dict[str, float]:
+    """Write predictions, slices and plots of a split; returns its metrics."""
+    found = scores.splits[split]
     with staged_file(folder / "predictions" / f"{split}.parquet") as stage:
-        pq.write_table(predictions, stage)
+        pq.write_table(found.predictions, stage)
 
     scored = {}
     for task in tasks:
-        known = predictions.filter(predictions[f"label.{task}"].is_valid())
+        known = found.predictions.filter(found.predictions[f"label.{task}"].is_valid())
         scored[task] = known[f"score.{task}"].to_numpy(), known[f"label.{task}"].to_numpy()
-
-    calibration = folder / f"calibration_{split}.png"
-    plots.plot_calibration(scored, cfg.calibration_bins, calibration)
+    plots.plot_calibration(
+        scored, cfg.evaluate.calibration_bins, folder / f"calibration_{split}.png"
+    )
     plots.plot_roc(scored, folder / f"roc_{split}.png")
 
+    metrics = found.named_metrics(split)
+    baseline = baseline_metrics(scores.item_counts, found.predictions, tasks)
+    return metrics | {f"{split}/{key}": value for key, value in baseline.items()}
 
-def evaluation_device(cfg: EvaluateConfig) -> str:
-    """Raises UserError where `evaluate.device` is cuda and this process has no such device."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("evaluate.device is cuda, but no CUDA device is visible here")
+
+def _log_seconds(scores: StoreScores, seconds: float) -> None:
+    rows = []
+    for split, found in scores.splits.items():
+        rows.append(f"{len(found.predictions):,} {split}")
+    logger.info("%s rows scored in %.1f s", " and ".join(rows), seconds)
+
+
+def _publish_whole(
+    cfg: RunConfig,
+    metrics: dict[str, float],
+    work: dict[str, Flops],
+    digest: str,
+    model_dir: Path,
+    folder: Path,
+) -> dict[str, float]:
+    """Put the metrics beside the weights, with what they are of; those of a split that was not
+    scored this time stay.
+    """
+    record = agreement.read_record(model_dir)
+    earlier = read_metrics(model_dir) if record else {}
+    kept = {}
+    for key, value in earlier.items():
+        split = key.partition("/")[0]
+        if split in SPLITS and split not in work:
+            kept[key] = value
+
+    counts = dict(record.get("work", {})) | {split: asdict(found) for split, found in work.items()}
+    whole = total_work({split: Flops(**found) for split, found in counts.items()})
+    metrics = kept | metrics | work_shares(whole)
+
+    of = agreement.rows_and_settings(cfg, digest)
+    write_atomically(model_dir / agreement.RECORD, json.dumps({"of": of, "work": counts}, indent=2))
+    for path in (folder / "metrics.json", model_dir / "metrics.json"):
+        write_metrics(path, metrics)
+    return metrics
+
+
+def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """As JSON, which has no NaN: an undefined metric is null."""
+    defined = {}
+    for key, value in metrics.items():
+        defined[key] = value if math.isfinite(value) else None
+    write_atomically(path, json.dumps(defined, indent=2, allow_nan=False))
+
+
+def read_metrics(model_dir: Path) -> dict[str, float]:
+    """The metrics of a model's evaluation, NaN where one is not defined.
+
+    Raises:
+        UserError: it has not been evaluated.
+    """
+    try:
+        found = json.loads((model_dir / "metrics.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{model_dir} holds no metrics.json of an evaluation: {error}") from None
+    return {key: math.nan if value is None else value for key, value in found.items()}
+
+
+def evaluation_device(cfg: EvaluateConfig, *, on_cluster: bool = False) -> str:
+    """The device that `evaluate.device` means, here or on the workers of the cluster.
+
+    Raises:
+        UserError: it is cuda, and there is no such device.
+    """
+    found = cluster_has_gpu() if on_cluster else torch.cuda.is_available()
+    if cfg.device == "cuda" and not found:
+        where = "in the Ray cluster" if on_cluster else "visible here"
+        raise UserError(f"evaluate.device is cuda, but no CUDA device is {where}")
+    if cfg.device == "auto":
+        return "cuda" if found else "cpu"
     return cfg.device
+
+
+def total_work(by_split: Mapping[str, Flops]) -> Flops:
+    total = Flops()
+    for work in by_split.values():
+        total.add(work)
+    return total
 
 
 def work_shares(work: Flops) -> dict[str, float]:
@@ -115,43 +312,9 @@ def work_shares(work: Flops) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def score_split(cfg: RunConfig, loaded: LoadedModel, split: str, work: Flops) -> SplitScores:
-    """Score every candidate of a split once; the work of it is added to `work`.
-
-    On the device that the model is on, in `evaluate.precision`.
-
-    Raises:
-        UserError: the split holds no request.
-    """
-    model, head = loaded.model, loaded.model.heads
-    where = next(model.parameters()).device
-    bf16 = cfg.evaluate.precision == "bf16"
-    half = torch.autocast(where.type, torch.bfloat16, enabled=bf16)
-
-    parts, metrics = [], head.new_metrics()
-    for part in evaluation_batches(cfg, loaded.maps, split):
-        # before the batch leaves the CPU: counting reads values
-        work.add(count_work(part.batch, loaded.cfg))
-        with half:
-            outputs = model(part.batch.to(where)).cpu()
-        metrics.add(outputs.numpy(), part)
-
-        columns = {
-            "user_id": pa.array(part.user_id),
-            "item_id": pa.array(part.item_id),
-            "event_time": pa.array(part.event_time),
-        }
-        parts.append(pa.table(columns | head.prediction_columns(outputs, part)))
-
-    if not parts:
-        raise UserError(f"split.t_{split}: the {split} period holds no request")
-    return SplitScores(pa.concat_tables(parts), metrics)
-
-
 def plan_evaluation(cfg: RunConfig) -> dict[str, object]:
     """What evaluation would read, for `--dry-run`."""
-    counts = {split: _count_split(cfg, split) for split in ("val", "test")}
+    counts = {split: _count_split(cfg, split) for split in SPLITS}
     return {"model": str(cfg.model_dir), "sequences": str(cfg.sequence_dir), **counts}
 
 

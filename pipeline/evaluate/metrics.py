@@ -42,7 +42,7 @@ class TaskMetrics:
     def result(self) -> dict[str, float]:
         """ne, auc, gauc, the rows behind ne and auc, the users and rows behind gauc.
 
-        NaN where a value isn't defined: a single class, or no user with both.
+        NaN where a value isn't defined: a single class, no user with both, a score that is NaN.
         """
         if not self.logits:
             none: dict[str, float] = {"ne": np.nan, "auc": np.nan, "rows": 0}
@@ -113,6 +113,9 @@ def grouped_auc(
     >>> grouped_auc(scores, labels, np.array([1, 1, 2, 2, 2, 3]))
     (0.7, 2, 5)
     """
+    if np.isnan(scores).any():
+        # NaN has no rank: sorted last, it would be whatever the order of the rows makes of it
+        return float("nan"), 0, 0
     _, group = np.unique(groups, return_inverse=True)
     order = np.lexsort((scores, group))
     score, label, group = scores[order], labels[order].astype(np.float64), group[order]

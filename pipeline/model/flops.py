@@ -7,11 +7,10 @@ token encoder and the heads.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.config import AttentionConfig
-from pipeline.model.tokens import Tokens, sequence_index
+from pipeline.model.tokens import Tokens
 
 
 @dataclass
@@ -63,28 +62,30 @@ def kept_pairs(
     full_rows: int,
     prefix: int,
 ) -> int:
-    """Pairs that the semi-local mask keeps, by arithmetic on row numbers rather than by building a
-    mask.
+    """Pairs that the semi-local mask keeps, by arithmetic on lengths: no mask is built.
 
-        row        0 1 2 3 4 x      x a candidate that sees the 5 rows before it and itself
-        keys seen  1 2 2 2 5 6      window 1, full_rows 1, prefix 0
+    row        0 1 2 3 4 x      x a candidate that sees the 5 rows before it and itself
+    keys seen  1 2 2 2 5 6      window 1, full_rows 1, prefix 0
     """
-    num_tokens = int(seq_offsets[-1])
-    sequence = sequence_index(seq_offsets, num_tokens)
-    row = torch.arange(num_tokens, device=seq_offsets.device) - seq_offsets[sequence]
-    history = (seq_offsets.diff() - num_targets)[sequence]
-    is_target = row >= history
+    targets = num_targets.long()
+    history = seq_offsets.diff() - targets
 
-    causal = row + 1
-    if window is None:
-        keys = causal
-    else:
-        before_window = (row - window).clamp(min=0)
-        semi_local = causal - before_window + before_window.clamp(max=prefix)
-        keys = torch.where(row >= history - full_rows, causal, semi_local)
+    keys = _sum_to(history)  # causal: row r sees r + 1 keys
+    if window is not None:
+        # all but the newest rows see as many as lie in the prefix and the window, once there are
+        banded = (history - full_rows).clamp(min=0)
+        most = window + 1 + prefix
+        short = banded.clamp(max=most)
+        keys = keys - _sum_to(banded) + _sum_to(short) + (banded - short) * most
 
-    visible = history[is_target] if target_visible is None else target_visible.long()
-    return int(keys[~is_target].sum() + (visible + 1).sum())
+    # a candidate sees itself too
+    visible = history.repeat_interleave(targets) if target_visible is None else target_visible
+    return int(keys.sum() + (visible.long() + 1).sum())
+
+
+def _sum_to(count: Tensor) -> Tensor:
+    """1 + 2 + … + count, each."""
+    return count * (count + 1) // 2
 
 
 def mask_pairs(tokens: Tokens, attention: AttentionConfig, num_context: int) -> int:

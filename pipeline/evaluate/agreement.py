@@ -1,0 +1,75 @@
+"""Whose numbers an evaluation makes: what must agree with the model, and what must not change
+between two evaluations of it.
+
+`metrics.json` beside the weights is what the gate reads. It is of one kind of rows and settings,
+those that `evaluation.json` beside it names; any other evaluation has a name of its own.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RunConfig, UserError, flatten, to_dict
+from pipeline.model.artifact import LoadedModel
+from pipeline.sequences.store import Manifest
+
+RECORD = "evaluation.json"  # beside metrics.json: the rows and settings that it is of
+
+
+def refuse_other_labels(cfg: RunConfig, loaded: LoadedModel, manifest: Manifest) -> None:
+    """Refuse a configuration under which the model's scores would meet other labels.
+
+    Raises:
+        UserError: names what differs, the model's value and the given one.
+    """
+    model = loaded.cfg
+    pairs = {
+        "tasks": (model.tasks, cfg.tasks),
+        "source.actions": (model.source.actions, cfg.source.actions),
+        "the sequences' actions": (model.source.actions, manifest.actions),
+    }
+    for name, (ours, given) in pairs.items():
+        if tuple(ours) != tuple(given):
+            raise UserError(
+                f"{name}: the model was trained with {list(ours)}, got {list(given)}; labels are "
+                "read in the model's order, so evaluate it under the settings it was trained with"
+            )
+
+
+def rows_and_settings(cfg: RunConfig, digest: str) -> dict[str, Any]:
+    """What decides an evaluation's numbers, beside the model: the sequences, by their digest, the
+    periods and the number formats.
+    """
+    chosen = flatten({"split": to_dict(cfg.split)}) | {"sequences": digest}
+    chosen["evaluate.precision"] = cfg.evaluate.precision
+    chosen["evaluate.int4_tables"] = cfg.evaluate.int4_tables
+    return chosen
+
+
+def find_differences(cfg: RunConfig, loaded: LoadedModel, model_dir: Path, digest: str) -> str:
+    """What sets this evaluation apart from the model's own, in words; "" where it is that one.
+
+    The model's own is of the sequences and the split of its training, in the number formats of its
+    first evaluation.
+    """
+    given = rows_and_settings(cfg, digest)
+    trained_on = loaded.extra.get("sequences", digest)
+    own = rows_and_settings(loaded.cfg, trained_on)
+    for key in ("evaluate.precision", "evaluate.int4_tables"):
+        own[key] = given[key]
+    own |= read_record(model_dir).get("of", {})
+
+    lines = []
+    for key, value in given.items():
+        if value != own.get(key):
+            lines.append(f"{key} is {own.get(key)!r} of the model and {value!r} here")
+    return "; ".join(lines)
+
+
+def read_record(model_dir: Path) -> Mapping[str, Any]:
+    """What `evaluation.json` holds; nothing before the first evaluation."""
+    try:
+        return json.loads((model_dir / RECORD).read_text())
+    except FileNotFoundError:
+        return {}

@@ -1,0 +1,269 @@
+"""The work of an evaluation in parts, each some users of one bucket, that any process can score.
+
+    model folder + sequences → `plan_parts` → `score_part`, anywhere, in any order → `PartScores`
+
+A part is cut by the store alone, and its predictions are in the order of the store, so the whole is
+the same whichever workers score it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.events import offsets_of, ranges
+from pipeline.batches.examples import (
+    Examples,
+    UserEvents,
+    request_examples,
+    request_passes,
+    user_events,
+)
+from pipeline.batches.loader import (
+    EvaluationBatch,
+    evaluation_batch,
+    split_bounds,
+    token_batches,
+)
+from pipeline.config import EvaluateConfig, RunConfig, SplitConfig
+from pipeline.evaluate.item_rates import ItemCounts, count_items
+from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.model.flops import Flops
+from pipeline.model.heads import HeadMetrics
+from pipeline.model.inference.quantize import quantize_tables
+from pipeline.model.inference.shared_scoring import score_shared, shared_form
+from pipeline.model.work import count_work
+from pipeline.sequences import store
+
+ROWS_OF_A_PART = 250_000  # of the store: a second or two of work, and little memory
+MOST_TARGETS = 4096  # candidates of one pass over a user's rows
+COUNTED_TOKENS = 2**20  # tokens whose lengths are counted at once
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationJob:
+    """What all parts of an evaluation have in common. Small: it goes to every worker.
+
+    `cfg` has the tasks, actions and features of the model.
+    """
+
+    cfg: RunConfig
+    model_dir: Path
+    digest: str  # of the model's index, so that a worker does not go on with another
+    splits: tuple[str, ...]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPart:
+    """Users `first` .. `last - 1` of a bucket, in its order."""
+
+    bucket: int
+    first: int
+    last: int
+    rows: int  # of the store, about
+
+
+@dataclass(frozen=True, slots=True)
+class SplitScores:
+    """The scored candidates of one split.
+
+    `predictions` has a row per candidate, in the order of the store: user_id, item_id, event_time,
+    history_rows (rows of the user before the request), user_is_new (no row in the training period),
+    and what the model's head says (`RankingHead.prediction_columns`).
+    """
+
+    predictions: pa.Table
+    metrics: HeadMetrics
+
+    def named_metrics(self, split: str) -> dict[str, float]:
+        """`val/ne/is_click` and so on."""
+        return {f"{split}/{name}": value for name, value in self.metrics.result().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PartScores:
+    """What a part adds to the whole."""
+
+    splits: dict[str, SplitScores]
+    work: dict[str, Flops]  # by split
+    item_counts: ItemCounts
+
+
+def plan_parts(manifest: store.Manifest) -> list[EvaluationPart]:
+    """Buckets, and large ones in ranges of users."""
+    parts = []
+    for bucket, entry in enumerate(manifest.buckets):
+        num_parts = max(1, min(-(-entry.rows // ROWS_OF_A_PART), entry.users))
+        bounds = np.linspace(0, entry.users, num_parts + 1).astype(int).tolist()
+        for first, last in pairwise(bounds):
+            parts.append(EvaluationPart(bucket, first, last, entry.rows // num_parts))
+    return parts
+
+
+def load_for(job: EvaluationJob) -> LoadedModel:
+    """The job's model on its device; a process keeps the last one for its next part."""
+    return _load(job.model_dir, job.digest, job.device, job.cfg.evaluate.int4_tables)
+
+
+@lru_cache(maxsize=1)
+def _load(model_dir: Path, digest: str, device: str, int4: bool) -> LoadedModel:
+    loaded = load_model(model_dir, device)
+    if int4:
+        quantize_tables(loaded.model)
+    return loaded
+
+
+def score_part(job: EvaluationJob, part: EvaluationPart) -> PartScores:
+    """Score the candidates of a part's users once, in every split of the job."""
+    return score_users(job.cfg, load_for(job), job.splits, part)
+
+
+def score_users(
+    cfg: RunConfig, loaded: LoadedModel, splits: Sequence[str], part: EvaluationPart
+) -> PartScores:
+    """The same with a model at hand, on the device that it is on."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    sequences = store.read_bucket(cfg.sequence_dir, manifest, part.bucket)
+    sequences = sequences.slice(part.first, part.last - part.first)
+    users = user_events(sequences, cfg.source, cfg.features)
+
+    if cfg.evaluate.sample is not None:
+        chosen = sampled_users(users.user_id, cfg.evaluate.sample, cfg.seed)
+        users = user_events(sequences.filter(pa.array(chosen)), cfg.source, cfg.features)
+
+    scores: dict[str, SplitScores] = {}
+    work: dict[str, Flops] = {}
+    for split in splits:
+        bounds = split_bounds(cfg.split, split)
+        scores[split] = _score_split(cfg, loaded, users, bounds)
+        work[split] = _count_requests(users, request_examples(users, *bounds), cfg)
+    return PartScores(scores, work, count_items(users, cfg.split, cfg.task_bits))
+
+
+def sampled_users(user_id: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """bool [n]: about this share of the users, the same ones in every store and split.
+
+    Decided by a hash of user and seed (splitmix64), so a part needs to know of no other.
+    """
+    with np.errstate(over="ignore"):
+        x = user_id.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return x < np.uint64(min(int(share * 2**64), 2**64 - 1))
+
+
+@torch.no_grad()
+def _score_split(
+    cfg: RunConfig, loaded: LoadedModel, users: UserEvents, bounds: tuple[int, int]
+) -> SplitScores:
+    model, head = loaded.model, loaded.model.heads
+    where = next(model.parameters()).device
+    bf16 = cfg.evaluate.precision == "bf16"
+    half = torch.autocast(where.type, torch.bfloat16, enabled=bf16)
+    shared = shared_form(cfg.model) != "none"
+
+    tables, rows, metrics = [], [], head.new_metrics()
+    for examples in _passes(users, bounds, cfg.evaluate, shared=shared):
+        part = evaluation_batch(users, examples, loaded.maps, cfg, shared=shared)
+        batch = part.batch.to(where)
+        with half:
+            outputs = score_shared(model, batch, cfg.model) if shared else model(batch)
+        outputs = outputs.cpu()
+        metrics.add(outputs.numpy(), part)
+
+        tables.append(pa.table(_candidate_columns(part) | head.prediction_columns(outputs, part)))
+        rows.append(ranges(examples.target_begin, examples.target_end)[0])
+
+    if not tables:
+        nothing = evaluation_batch(users, _no_examples(), loaded.maps, cfg, shared=shared)
+        outputs = torch.zeros(0, len(cfg.tasks))
+        tables = [pa.table(_candidate_columns(nothing) | head.prediction_columns(outputs, nothing))]
+        rows = [np.zeros(0, np.int64)]
+
+    in_store = np.concatenate(rows)
+    order = np.argsort(in_store, kind="stable")
+    predictions = pa.concat_tables(tables).take(pa.array(order))
+    known = _user_columns(users, in_store[order], cfg.split)
+    for name, values in known.items():
+        predictions = predictions.append_column(name, pa.array(values))
+    return SplitScores(predictions.combine_chunks(), metrics)
+
+
+def _passes(
+    users: UserEvents, bounds: tuple[int, int], cfg: EvaluateConfig, *, shared: bool
+) -> Iterator[Examples]:
+    if shared:
+        examples = request_passes(users, *bounds, MOST_TARGETS)
+    else:
+        examples = request_examples(users, *bounds)
+    return token_batches(examples, cfg.batch_tokens)
+
+
+def _no_examples() -> Examples:
+    nothing = np.zeros(0, np.int64)
+    return Examples(nothing, nothing, nothing, nothing, nothing)
+
+
+def _candidate_columns(part: EvaluationBatch) -> dict[str, pa.Array]:
+    return {
+        "user_id": pa.array(part.user_id),
+        "item_id": pa.array(part.item_id),
+        "event_time": pa.array(part.event_time),
+    }
+
+
+def _user_columns(users: UserEvents, rows: np.ndarray, split: SplitConfig) -> dict[str, np.ndarray]:
+    """What slices need to know of the user of each candidate, the rows `rows` of `users`."""
+    user = users.row_user[rows]
+    first = users.events.offsets[:-1][user]
+    trained_before = offsets_of(users.request_time < split.train_end_ms)
+    num_trained = np.diff(trained_before[users.events.offsets])
+    return {
+        "history_rows": users.first_position[user] + users.visible_end[rows] - first,
+        "user_is_new": num_trained[user] == 0,
+    }
+
+
+def _count_requests(users: UserEvents, examples: Examples, cfg: RunConfig) -> Flops:
+    """The work of these requests, each alone in its sequence as serving has it."""
+    work = Flops()
+    for part in token_batches(examples, COUNTED_TOKENS):
+        work.add(count_work(_lengths_alone(users, part, cfg), cfg))
+    return work
+
+
+def _lengths_alone(users: UserEvents, examples: Examples, cfg: RunConfig) -> SequenceBatch:
+    """A batch to count the work of: lengths, and where a channel filters rows, their actions."""
+    num_targets = examples.target_end - examples.target_begin
+    offsets = torch.from_numpy(offsets_of(examples.num_tokens))
+    num_tokens = int(offsets[-1])
+    empty = torch.zeros(1, dtype=torch.int32).expand(num_tokens)
+
+    action_mask, known_mask = empty, empty
+    if any(channel.actions for channel in cfg.model.channels.values()):
+        # candidates carry no action, but a filter lets them through
+        rows, _ = ranges(examples.history_begin, examples.history_begin + examples.num_tokens)
+        rows = np.minimum(rows, len(users.events.item_id) - 1)
+        action_mask = torch.from_numpy(users.events.action_mask[rows])
+        known_mask = torch.from_numpy(users.events.known_mask[rows])
+
+    return SequenceBatch(
+        seq_offsets=offsets,
+        num_targets=torch.from_numpy(num_targets.astype(np.int32)),
+        item_codes=empty[:, None],
+        request_codes=empty[:, None],
+        action_mask=action_mask,
+        known_mask=known_mask,
+        position=torch.zeros(1, dtype=torch.int64).expand(num_tokens),
+        gap_ms=empty,
+        user_codes=empty[:0, None],
+        max_seq_len=int(examples.num_tokens.max(initial=0)),
+    )

@@ -1,0 +1,133 @@
+"""Parts of an evaluation spread over Ray's workers, or one after another in this process.
+
+The results come back in the order of the parts, whoever made them: the number of workers and the
+order in which they finish change nothing.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.config import UserError
+from pipeline.evaluate.parts import EvaluationJob, EvaluationPart, PartScores, score_part
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+SMALL_STORE = 200_000  # rows: scored here before a worker has imported what it needs
+
+
+def score_parts(
+    job: EvaluationJob, parts: Sequence[EvaluationPart], *, spread: bool
+) -> Iterator[PartScores]:
+    """The scores of each part, in order; `spread` over the Ray cluster of this process.
+
+    A worker has one CPU and, where the job's device is cuda, one GPU.
+    """
+    with Progress(parts) as progress:
+        if spread:
+            yield from _run_tasks(job, parts, progress)
+            return
+        for number, part in enumerate(parts):
+            yield score_part(job, part)
+            progress.add_part(number)
+
+
+def is_worth_workers(parts: Sequence[EvaluationPart]) -> bool:
+    """True where this process is connected to Ray and there is something to share."""
+    ray = sys.modules.get("ray")  # an evaluation outside Ray must not import it
+    if ray is None or not ray.is_initialized():
+        return False
+    return len(parts) > 1 and sum(part.rows for part in parts) >= SMALL_STORE
+
+
+def cluster_has_gpu() -> bool:
+    """True where a GPU is registered in the cluster that this process is connected to."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def _run_tasks(
+    job: EvaluationJob, parts: Sequence[EvaluationPart], progress: "Progress"
+) -> Iterator[PartScores]:
+    import ray
+
+    task = ray.remote(num_cpus=1, num_gpus=1 if job.device == "cuda" else 0)(_score)
+    shared_job = ray.put(job)
+    pending: dict[Any, int] = {}
+    for number, part in enumerate(parts):
+        pending[task.remote(shared_job, part)] = number
+
+    done: dict[int, Any] = {}  # by the part's number, until its turn
+    next_part = 0
+    try:
+        while next_part < len(parts):
+            for reference in ray.wait(list(pending))[0]:
+                number = pending.pop(reference)
+                done[number] = reference
+                progress.add_part(number)
+
+            while next_part in done:
+                yield _taken(ray.get(done.pop(next_part)))
+                next_part += 1
+    finally:
+        for reference in pending:
+            ray.cancel(reference, force=True)
+
+
+def _score(job: EvaluationJob, part: EvaluationPart) -> PartScores | UserError:
+    try:
+        return score_part(job, part)
+    except UserError as error:
+        # Ray would wrap it in its own, with a stack that says nothing to the user
+        return error
+
+
+def _taken(result: PartScores | UserError) -> PartScores:
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+class Progress:
+    """A line in the log every 10 s while the block runs: the parts that are done, and the time left
+    at this rate.
+    """
+
+    def __init__(self, parts: Sequence[EvaluationPart]) -> None:
+        self._parts = parts
+        self._total = max(sum(part.rows for part in parts), 1)
+        self._done, self._rows = 0, 0
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._teller = threading.Thread(target=self._tell, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        self._teller.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._teller.join()
+
+    def add_part(self, number: int) -> None:
+        self._done += 1
+        self._rows += self._parts[number].rows
+
+    def line(self) -> str:
+        """What the log says at this moment."""
+        elapsed = time.monotonic() - self._began
+        left = "no part done yet"
+        if self._rows:
+            left = f"about {elapsed * (self._total - self._rows) / self._rows:.0f} s left"
+        share = 100 * self._rows / self._total
+        done = f"{self._done} of {len(self._parts)} parts, {share:.0f} % of the rows"
+        return f"evaluation: {done}, {elapsed:.0f} s, {left}"
+
+    def _tell(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_LINES):
+            logger.info("%s", self.line())
