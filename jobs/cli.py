@@ -1,5 +1,5 @@
 """The face all jobs share: `--config`, `--set`, `--dry-run`, one message and exit code 2 for a
-user's mistake.
+user's mistake, one message and exit code 1 for an outage, which is worth another try.
 """
 
 import argparse
@@ -86,10 +86,10 @@ def run(
             _print_plan(job.cfg, plan(job) if plan else {})
             return
         main(job)
-    except config.UserError as error:
+    except (config.UserError, config.Outage) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, config.UserError) else 1)
 
 
 def _print_plan(cfg: config.RunConfig, planned: dict[str, object]) -> None:

@@ -19,7 +19,7 @@ from pipeline.files import write_atomically
 from pipeline.model.encoders import check_run
 from pipeline.sequences import build
 from pipeline.sequences.store import Manifest
-from pipeline.train import trainer
+from pipeline.train import supervision, trainer
 from serve_app import deployment, replay
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg = job.cfg
     check_settings(cfg)
-    if job.options.fresh:
-        remove_run(cfg.run_dir)
+    supervision.refuse_impossible_size(cfg.ray, cfg.train)
+    with supervision.only_training(cfg):
+        if job.options.fresh:
+            remove_run(cfg.run_dir)
 
-    write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
-    with (
-        tracking.session(cfg) as tracker,
-        ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
-    ):
-        summary = run_chain(cfg, tracker, cluster.dashboard_url, append=job.options.append)
+        write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
+        with (
+            tracking.session(cfg) as tracker,
+            ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
+        ):
+            summary = run_chain(cfg, tracker, cluster.dashboard_url, append=job.options.append)
 
     path = cfg.run_dir / "summary.json"
     write_atomically(path, json.dumps(summary, indent=2))

@@ -8,7 +8,7 @@ from jobs import cli
 from pipeline import tracking
 from pipeline.model.encoders import check_run
 from pipeline.sequences import store
-from pipeline.train import trainer
+from pipeline.train import supervision, trainer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +24,21 @@ def run_job(job: cli.Job) -> None:
     cfg, restart = job.cfg, job.options.restart
     check_run(cfg)
 
-    if job.options.no_tracking:
-        folder = trainer.fit_model(cfg, restart=restart)
-    else:
-        manifest = store.read_manifest(cfg.sequence_dir)
+    # mistakes are told before the MLflow run is touched
+    supervision.refuse_impossible_size(cfg.ray, cfg.train)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    with supervision.only_training(cfg):
         if not restart:
-            trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
-        with (
-            tracking.session(cfg) as tracker,
-            tracker.training_run(manifest, restart=restart) as run,
-        ):
-            folder = trainer.fit_model(cfg, run, restart=restart)
+            trainer.earlier_checkpoint(cfg)
+
+        if job.options.no_tracking:
+            folder = trainer.fit_model(cfg, restart=restart)
+        else:
+            with (
+                tracking.session(cfg) as tracker,
+                tracker.training_run(manifest, restart=restart) as run,
+            ):
+                folder = trainer.fit_model(cfg, run, restart=restart)
 
     print(f"model={folder}")
 

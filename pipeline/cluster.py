@@ -26,13 +26,15 @@ from typing import IO, Any
 
 import ray
 
-from pipeline.config import RayConfig, UserError
+from pipeline.config import Outage, RayConfig, UserError
 from pipeline.waiting import progress_lines
 
 logger = logging.getLogger(__name__)
 
 OWNER = "owner"  # in a local cluster's folder: the driver's pid, locked while it lives
 REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, per protocol
+# This process's cluster is a private one, so nobody but us has room on it, and it does not grow.
+_is_private = False
 OURS = ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")  # in the environment while a local cluster lives
 
 
@@ -48,7 +50,8 @@ def ray_cluster(
     inside the block only: it reads its settings from the environment when it is imported.
 
     Raises:
-        UserError: no cluster answers at the given address.
+        UserError: the given address has not the form of one.
+        Outage: no cluster answers there, or none of our own starts.
     """
     if ray.is_initialized():
         yield ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
@@ -61,6 +64,13 @@ def ray_cluster(
         yield from _local(cfg, Path(runs_dir), include_dashboard)
 
 
+def is_private(cfg: RayConfig) -> bool:
+    """True where `ray_cluster` is connected to a cluster of our own, or would start one."""
+    if ray.is_initialized():
+        return _is_private
+    return (cfg.address or os.environ.get("RAY_ADDRESS", "local")) == "local"
+
+
 def _joined(address: str) -> Iterator[Any]:
     host, _, port = address.rpartition(":")
     try:
@@ -68,7 +78,9 @@ def _joined(address: str) -> Iterator[Any]:
             socket.create_connection((host, int(port)), timeout=10).close()
         context = _init(address=address, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
-        raise UserError(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
+        # an address of no form is a mistake, one that does not answer is not
+        kind = Outage if isinstance(error, OSError) else UserError
+        raise kind(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
 
     # for whatever in this process asks for "the" cluster of the machine
     before = os.environ.get("RAY_ADDRESS")
@@ -84,6 +96,7 @@ def _joined(address: str) -> Iterator[Any]:
 
 
 def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
+    global _is_private
     remove_orphans()
     folder = private_folder()
     lock = _owned(folder)
@@ -91,8 +104,11 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
     os.environ |= serve_environment(folder)
     use_token(runs_dir)
     try:
-        yield _started(cfg, folder, include_dashboard)
+        context = _started(cfg, folder, include_dashboard)
+        _is_private = True
+        yield context
     finally:
+        _is_private = False
         ray.shutdown()
         for name in OURS:
             os.environ.pop(name, None)
@@ -105,7 +121,7 @@ def _started(cfg: RayConfig, folder: Path, include_dashboard: bool) -> Any:
     busy machine may not keep.
 
     Raises:
-        UserError: no start succeeded within `ray.start_timeout_s`.
+        Outage: no start succeeded within `ray.start_timeout_s`.
     """
     end = time.monotonic() + cfg.start_timeout_s
     with progress_lines("Ray's start", cfg.start_timeout_s):
@@ -131,7 +147,7 @@ def _started(cfg: RayConfig, folder: Path, include_dashboard: bool) -> Any:
                 reason = str(error).strip().splitlines() or [repr(error)]
 
                 if time.monotonic() > end:
-                    raise UserError(
+                    raise Outage(
                         f"Ray did not start within {cfg.start_timeout_s:.0f} s "
                         f"(ray.start_timeout_s): {reason[0]}"
                     ) from error

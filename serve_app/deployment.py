@@ -20,7 +20,7 @@ import yaml
 
 from pipeline import config
 from pipeline.cluster import free_port
-from pipeline.config import RunConfig, ServeConfig, TrackingConfig, UserError
+from pipeline.config import Outage, RunConfig, ServeConfig, TrackingConfig, UserError
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
@@ -253,7 +253,7 @@ def _send(client: Any, filled: dict[str, Any]) -> None:
         except RuntimeError as error:  # the client's one error for every HTTP status
             reason = str(error).strip()
             if not left:
-                raise UserError(f"the dashboard did not take the configuration: {reason}") from None
+                raise Outage(f"the dashboard did not take the configuration: {reason}") from None
             logger.warning(
                 "the dashboard did not take the configuration, once more: %s",
                 reason.splitlines()[-1],
@@ -265,7 +265,8 @@ def _wait(client: Any, url: str, deployment: str, limit_s: float) -> None:
     """Return when nothing but `deployment` answers at `url`.
 
     Raises:
-        UserError: it failed to load or to start, or other answers came for `limit_s` seconds.
+        UserError: the new version failed to load.
+        Outage: Serve gave up, or other answers came for `limit_s` seconds.
     """
     in_a_row = 0
 
@@ -285,17 +286,17 @@ def _wait(client: Any, url: str, deployment: str, limit_s: float) -> None:
     try:
         wait_until(swapped, f"the new version to answer at {url}", limit_s, pause_s=POLL_S)
     except TimeoutError:
-        raise UserError(
+        raise Outage(
             f"{url} does not answer with the new version after {limit_s:.0f} s "
             f"(serve.start_timeout_s): {_status(client)}"
         ) from None
 
 
 def _require_no_failure(client: Any) -> None:
-    """Raises UserError where Serve has given up."""
+    """Raises Outage where Serve has given up."""
     status = _status(client)
     if status.startswith(("DEPLOY_FAILED", "UNHEALTHY")):
-        raise UserError(f"the server did not start: {status}")
+        raise Outage(f"the server did not start: {status}")
 
 
 def _ready(url: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import cluster
 from pipeline.cluster import ray_cluster, serve_environment, use_token
-from pipeline.config import RayConfig, UserError
+from pipeline.config import Outage, RayConfig, UserError
 from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_a_start_that_fails_for_too_long_is_an_error(
     monkeypatch.setattr(os, "environ", dict(os.environ, RAY_ADDRESS="local"))
     cfg = RayConfig(start_timeout_s=0.01)
     with (
-        pytest.raises(UserError, match=r"within 0 s \(ray.start_timeout_s\): no raylet"),
+        pytest.raises(Outage, match=r"within 0 s \(ray.start_timeout_s\): no raylet"),
         ray_cluster(cfg, runs_dir=tmp_path),
     ):
         pass
@@ -123,11 +123,14 @@ def test_authentication_chosen_by_the_user_stays(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
-def test_an_address_where_no_cluster_is(address: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("address", "kind"), [("127.0.0.1:1", Outage), ("nonsense", UserError)])
+def test_an_address_where_no_cluster_is(
+    address: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    """One that does not answer is worth another try, one of no form is not."""
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     with (
-        pytest.raises(UserError, match=f"ray.address: no Ray cluster to join at '{address}'"),
+        pytest.raises(kind, match=f"ray.address: no Ray cluster to join at '{address}'"),
         ray_cluster(RayConfig(address=address)),
     ):
         pass

@@ -78,7 +78,7 @@ def test_mlflow_down(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     preset.write_text(f"runs_dir: {tmp_path}/runs\ntracking: {{uri: '{uri}'}}\n")
     done = run_job("promote", "--config", str(preset))
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, "worth another try"
     assert f"no MLflow server answers at '{uri}'" in done.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -68,6 +68,23 @@ def test_bad_steps_are_counted_and_training_goes_on() -> None:
     assert all(math.isfinite(line["train/loss"]) for line in lines)
 
 
+def test_a_line_without_a_counted_step_has_no_loss() -> None:
+    """A mean over nothing is no 0, which would be the best loss of all and move the median."""
+    lines = []
+    loop.train(
+        train_config(max_loss_ratio=2.0),
+        make_maps(),
+        Broken({2, 3}),  # the second line of metrics, log_every 2
+        "data",
+        log=lambda _, values: lines.append(values),
+    )
+    empty = lines[1]
+    assert empty["train/bad_steps"] == 2
+    assert [name for name in empty if name.startswith("train/loss")] == []
+    assert "train/loss" in lines[0]
+    assert "train/loss" in lines[2]
+
+
 def test_too_many_in_a_row_stop_it_with_step_and_tensors(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, 3)
     cfg = train_config(max_bad_steps=3, checkpoint_every=1)

@@ -17,7 +17,17 @@ WITHOUT_RAY = (
     "pipeline/model/**/*.py",
     *(
         f"pipeline/train/{name}.py"
-        for name in ("average", "checkpoint", "guards", "loop", "optim", "profile", "validation")
+        for name in (
+            "average",
+            "checkpoint",
+            "guards",
+            "interruption",
+            "loop",
+            "metrics",
+            "optim",
+            "profile",
+            "validation",
+        )
     ),
     "pipeline/evaluate/*.py",
     "benchmarks/quality/train_plan.py",

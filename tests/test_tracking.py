@@ -1,8 +1,13 @@
 """Runs on a real MLflow server, and joining one that is there."""
 
 import json
+import shutil
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -12,10 +17,10 @@ import pytest
 from jobs.mlflow_import import read_figures
 from pipeline import config
 from pipeline.cluster import free_port
-from pipeline.config import RunConfig, UserError
+from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import append_run
 from pipeline.sequences import store
-from pipeline.tracking import Run, Tracker, session
+from pipeline.tracking import Run, Tracker, server, session
 
 pytestmark = pytest.mark.cluster
 
@@ -99,17 +104,61 @@ def test_a_second_job_joins_the_server_that_runs(tracked: RunConfig) -> None:
     assert mlflow.get_tracking_uri() == before
 
 
+def test_a_server_outlives_the_job_that_started_it_while_another_uses_it(tmp_path: Path) -> None:
+    """And it ends with the last one. A program on the port of one that is gone is not taken for it,
+    nor is the original's by a copy of the folder.
+    """
+    folder = tmp_path / "runs" / "mlflow"
+    settings = TrackingConfig()
+    starter, joiner = (server._shared_server(folder, None, settings) for _ in range(2))
+    uri = starter.__enter__()
+    assert joiner.__enter__() == uri
+    starter.__exit__(None, None, None)
+    assert httpx.get(f"{uri}/health").status_code == 200
+
+    copied = tmp_path / "copy" / "mlflow"
+    copied.mkdir(parents=True)
+    for name in ("server.json", "alive", "users"):
+        shutil.copy(folder / name, copied)
+    assert not server._is_alive(copied)
+
+    joiner.__exit__(None, None, None)
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{uri}/health")
+    with impostor(int(uri.rpartition(":")[2])):
+        assert httpx.get(f"{uri}/health").status_code == 200
+        assert not server._is_alive(folder)
+
+
+@contextmanager
+def impostor(port: int) -> Iterator[None]:
+    """A program that says 200 to everything."""
+
+    class Yes(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    listening = HTTPServer(("127.0.0.1", port), Yes)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        yield
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
 def test_a_server_that_is_down_is_said_at_once(tracked: RunConfig) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     absent = replace(tracked, tracking=replace(tracked.tracking, uri=uri))
     started = time.monotonic()
     with (
-        pytest.raises(UserError, match=f"tracking.uri: no MLflow server answers at '{uri}'"),
+        pytest.raises(Outage, match=f"tracking.uri: no MLflow server answers at '{uri}'"),
         session(absent),
     ):
         raise AssertionError("there is no server")
     assert time.monotonic() - started < 5
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(Outage, match="does not answer"):
         Run(uri, "0" * 32).log_metrics({"train/loss": 1.0}, 1)
     assert time.monotonic() - started < 30
 

@@ -20,7 +20,7 @@ from pipeline.model.flops import Flops
 from pipeline.model.work import count_work
 from pipeline.train import loop
 from pipeline.train.average import snapshot_number
-from pipeline.train.checkpoint import CheckpointFolder, MetricsFile
+from pipeline.train.checkpoint import CheckpointFolder
 from pipeline.train.meter import prefetch_batches
 from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
 from pipeline.train.trainee import Trainee
@@ -271,14 +271,3 @@ def test_an_error_of_the_loader_is_seen() -> None:
 
     with pytest.raises(UserError, match="bucket 3"):
         list(prefetch_batches(broken()))
-
-
-def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, resumed_at=0)
-    for step in (2, 4, 6):
-        first.append(step, {"train/loss": 1 / step})
-    with path.open("a") as file:
-        file.write('{"step": 8, "train/lo')  # the line at which it was killed
-    MetricsFile(path, resumed_at=4).append(6, {"train/loss": 0.5})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 6]

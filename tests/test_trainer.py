@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from pipeline import config
 from pipeline.batches.examples import request_examples, user_events
-from pipeline.config import RunConfig, UserError
+from pipeline.config import Outage, RunConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.model.artifact import load_model, save_model
 from pipeline.train.guards import TrainingStopped
@@ -276,16 +276,32 @@ def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
         trainer.plan_training(replace(trained, train=replace(trained.train, num_workers=9)))
 
 
-def test_a_lost_mlflow_server_is_one_message(trained: RunConfig) -> None:
+def test_a_dead_tracker_stops_no_training_and_is_told_at_the_end(trained: RunConfig) -> None:
     from pipeline.tracking import Run
     from pipeline.train import trainer
 
     cfg = replace(trained, name="untracked", train=replace(trained.train, max_failures=0))
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
     with pytest.raises(
-        UserError, match=r"MLflow server does not answer any more \(http://127\.0\.0\.1:9\)"
+        Outage, match=r"complete, .*does not answer any more \(http://127\.0\.0\.1:9\)"
     ):
         trainer.fit_model(cfg, Run("http://127.0.0.1:9", "no such run"))
+    assert losses(cfg) == losses(trained)
+    assert cfg.model_dir.exists()
+
+
+def test_a_mistake_that_a_worker_finds_is_not_tried_again(
+    trained: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.train import trainer
+
+    late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
+    cfg = replace(trained, name="late", split=replace(trained.split, **late))
+    shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
+    with pytest.raises(UserError, match="the val period holds no request"):
+        trainer.fit_model(cfg)
+    said = capfd.readouterr().err
+    assert said.count("Var(A) by layer at the start") == 1, "no second attempt did a step"
 
 
 # Evaluation

@@ -7,7 +7,7 @@ file alone.
 """
 
 from pipeline.config.cluster import RayConfig
-from pipeline.config.errors import ConfigError, UserError
+from pipeline.config.errors import ConfigError, Outage, UserError
 from pipeline.config.features import (
     ColumnFeature,
     DenseFeature,
@@ -39,6 +39,7 @@ __all__ = [
     "FeatureConfig",
     "HistoryFeature",
     "ModelConfig",
+    "Outage",
     "RayConfig",
     "RetrievalConfig",
     "RunConfig",

@@ -1,4 +1,6 @@
-"""The mistakes of a user, and the one form that a message about a setting has."""
+"""The mistakes of a user, an outage of what a job needs, and the one form that a message about a
+setting has.
+"""
 
 from typing import Any
 
@@ -11,6 +13,12 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """The configuration does not say something we can run."""
+
+
+class Outage(RuntimeError):
+    """Something that a job needs does not answer, or started too slowly: jobs print its one message
+    and exit with code 1, since the same command is worth another try.
+    """
 
 
 def require(condition: bool, key: str, value: Any, rule: str) -> None:

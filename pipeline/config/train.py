@@ -144,6 +144,12 @@ class TrainConfig:
         2, at_least=1, doc="Number of newest checkpoints kept; with validation also the best one."
     )
     max_failures: int = setting(2, at_least=0, doc="Number of worker crashes that are survived.")
+    stop_timeout_s: float = setting(
+        60.0,
+        at_least=0,
+        doc="Longest wait for a last checkpoint when the job is asked to end (SIGTERM, Ctrl-C), in "
+        "seconds.",
+    )
     validate_every: int = setting(0, at_least=0, doc="Steps between two validations; 0: never.")
     validate_requests: int = setting(
         2000,

@@ -14,16 +14,16 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.config import RunConfig, TrackingConfig
+from pipeline.config import Outage, RunConfig, TrackingConfig
 from pipeline.figures import Figures
 from pipeline.files import write_atomically
-from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
+from pipeline.tracking.server import is_absent, mlflow_client, one_message
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +43,7 @@ class Run:
     """One MLflow run by its id: picklable, so that rank 0 of a training logs into the run that the
     driver made.
 
-    `with run:` ends it, FAILED where the block raises.
+    `with run:` ends it: FAILED where the block raises, KILLED where somebody ended the job.
     """
 
     uri: str
@@ -53,15 +53,30 @@ class Run:
         self, metrics: Mapping[str, float], step: int, model_id: str | None = None
     ) -> None:
         """All of one step in one request."""
+        self.log_history([(step, time.time(), metrics)], model_id)
+
+    def log_history(
+        self,
+        history: Iterable[tuple[int, float, Mapping[str, float]]],
+        model_id: str | None = None,
+    ) -> None:
+        """Several steps in one request: each its number, when it was, in seconds since 1970, and
+        its metrics. MLflow takes 1,000 numbers at once.
+
+        Raises:
+            Outage: the server does not answer.
+        """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        entries = [
-            Metric(_allowed(key), float(value), now, step, model_id=model_id)
-            for key, value in metrics.items()
-        ]
-        with tracking_uri(self.uri), one_message():  # a training worker comes by no other way
-            mlflow_client().log_batch(self.run_id, metrics=entries)
+        entries = []
+        for step, at_seconds, metrics in history:
+            for key, value in metrics.items():
+                when_ms = int(at_seconds * 1000)
+                entries.append(
+                    Metric(_allowed(key), float(value), when_ms, step, model_id=model_id)
+                )
+        with one_message():
+            mlflow_client(self.uri).log_batch(self.run_id, metrics=entries)
 
     def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
         """A file, or everything in a folder."""
@@ -78,7 +93,15 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.end("FINISHED" if kind is None else "FAILED")
+        if kind is None:
+            self.end("FINISHED")
+            return
+
+        ended_by_somebody = issubclass(kind, KeyboardInterrupt | SystemExit)
+        try:
+            self.end("KILLED" if ended_by_somebody else "FAILED")
+        except Outage as error:  # what the block raised says more
+            logger.warning("run %s is not marked as ended: %s", self.run_id, error)
 
 
 def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False) -> Run:

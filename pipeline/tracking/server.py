@@ -1,5 +1,5 @@
-"""The MLflow server: the one that a configuration names, or a real one over `runs_dir/mlflow` for a
-job's own time.
+"""The MLflow server: the one that a configuration names, or a real one over `runs_dir/mlflow` for
+as long as a job uses it.
 
 Everything speaks HTTP to one server, so that no two processes share its sqlite file. `tracking.py`
 and `registry.py` talk to it, inside `with mlflow_server(...)`, and import MLflow where they use it:
@@ -12,19 +12,22 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import IO, Any
 
 import httpx
 
 from pipeline import lifeline
 from pipeline.cluster import free_port
-from pipeline.config import TrackingConfig, UserError
+from pipeline.config import Outage, TrackingConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.waiting import progress_lines, wait_until
 
@@ -35,6 +38,12 @@ if typing.TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 15
+LINGER_S = 5
+
+# files beside the server's database
+USERS = "users"  # each job that uses the server holds a shared lock on it
+PROOF = "alive"  # the server itself holds an exclusive one
+NOTE = "server.json"  # its address, process and machine
 
 
 @contextmanager
@@ -44,35 +53,41 @@ def mlflow_server(
     """The tracking server's address for the length of the block; `runs.py` and `registry.py` talk
     to it.
 
-    With `tracking.uri` that server, which must answer. Otherwise a server over `runs_dir/mlflow`:
-    the one that another job has running there, or our own on `port` (None: any free one), ended
-    with the block.
+    With `tracking.uri` that server, which must answer. Otherwise the one over `runs_dir/mlflow`,
+    which all jobs of that folder share: started on `port` (None: any free one) by the first of
+    them, ended with the last.
 
     Raises:
-        UserError: the server named in the configuration does not answer, or ours does not start.
+        Outage: the server named in the configuration does not answer, or ours does not start.
     """
-    process, limit_s = None, settings.start_timeout_s
-    if settings.uri is not None:
-        uri = settings.uri
-        _require_healthy(uri, limit_s)
+    if settings.uri is None:
+        server = _shared_server(Path(runs_dir).absolute() / "mlflow", port, settings)
     else:
-        uri, process = _start_or_join(Path(runs_dir).absolute() / "mlflow", port, limit_s)
+        _require_healthy(settings.uri, settings.start_timeout_s)
+        server = nullcontext(settings.uri)
 
-    try:
-        with tracking_uri(uri):
-            yield uri
-    finally:
-        if process is not None:
-            _end(process)
+    with server as uri, tracking_uri(uri):
+        yield uri
+
+
+CLIENT_ENVIRONMENT = {
+    # Seven retries of two minutes each, MLflow's default, are silence when the server is gone.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def _set_client_environment() -> None:
+    for name, value in CLIENT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
 def tracking_uri(uri: str) -> Iterator[None]:
-    # Seven retries, MLflow's default, are four minutes of silence when the server is gone.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    _set_client_environment()
     import mlflow
 
     before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
@@ -91,6 +106,7 @@ def current_url() -> str:
 
 
 def mlflow_client(uri: str | None = None) -> "MlflowClient":
+    _set_client_environment()  # a training worker comes by no other way
     import mlflow
 
     # Without an address MLflow would make itself a database in the current folder.
@@ -100,8 +116,10 @@ def mlflow_client(uri: str | None = None) -> "MlflowClient":
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """MLflow's errors for what a user can get wrong, a server that went away above all, as
-    `UserError`.
+    """MLflow's error for a server that went away as one message.
+
+    Raises:
+        Outage: it does not answer after the retries.
     """
     from mlflow.exceptions import MlflowException
 
@@ -111,7 +129,7 @@ def one_message() -> Iterator[None]:
         text = str(error)
         if "failed with exception" in text:  # no answer after the retries
             where = re.search(r"https?://[^/\s]+", text)
-            raise UserError(
+            raise Outage(
                 f"the MLflow server does not answer any more ({where and where.group()})"
             ) from error
         raise
@@ -121,25 +139,68 @@ def is_absent(error: "MlflowException") -> bool:
     return error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
 
 
-def _start_or_join(
-    folder: Path, port: int | None, limit_s: float
-) -> tuple[str, subprocess.Popen | None]:
+@contextmanager
+def _shared_server(folder: Path, port: int | None, settings: TrackingConfig) -> Iterator[str]:
+    """The server over `folder`, kept alive by this process's lock for the length of the block."""
+    limit_s = settings.start_timeout_s
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "server.json"
+    with open(folder / USERS, "a") as users:
+        with progress_lines("an MLflow server that nobody used to end", limit_s):
+            fcntl.flock(users, fcntl.LOCK_SH)
+        uri = _start_or_join(folder, port, limit_s)
+        try:
+            yield uri
+        finally:
+            _end_if_unused(folder, users)
+
+
+def _start_or_join(folder: Path, port: int | None, limit_s: float) -> str:
+    note = folder / NOTE
 
     with open(folder / "lock", "w") as lock:
         # two jobs that start at once share one server: sqlite has one writer
         with progress_lines("another job's MLflow server to start", limit_s):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if note.exists():
-            uri = json.loads(note.read_text())["uri"]
-            if _healthy(uri, limit_s):
-                logger.info("joining the MLflow server at %s", uri)
-                return uri, None
+        if _is_alive(folder):
+            return _join(json.loads(note.read_text()), folder, limit_s)
 
         uri, process = _start(folder, port or free_port(), limit_s)
-        write_atomically(note, json.dumps({"uri": uri, "pid": process.pid}))
-    return uri, process
+        # so that its process goes when it ends, whoever ends it
+        threading.Thread(target=process.wait, daemon=True).start()
+        facts = {"uri": uri, "pid": process.pid, "host": socket.gethostname()}
+        write_atomically(note, json.dumps(facts))
+    return uri
+
+
+def _join(found: dict[str, Any], folder: Path, limit_s: float) -> str:
+    """The address of the server that runs over `folder` already."""
+    uri, host = found["uri"], found["host"]
+    if host != socket.gethostname():
+        raise UserError(
+            f"the MLflow server over {folder} runs on {host}, for that machine alone: give all "
+            "machines one server of yours (tracking.uri)"
+        )
+    if not _healthy(uri, limit_s):
+        raise Outage(f"the MLflow server over {folder} does not answer at {uri}")
+    logger.info("joining the MLflow server at %s", uri)
+    return uri
+
+
+def _is_alive(folder: Path) -> bool:
+    """True while the server that was started over this very folder runs.
+
+    It holds the lock on a file in there. An answer at the address that it once had proves nothing:
+    any program may listen there by now, and a copy of the folder names the original's address.
+    """
+    proof = folder / PROOF
+    if not proof.exists():
+        return False
+    with open(proof) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _start(folder: Path, port: int, limit_s: float) -> tuple[str, subprocess.Popen]:
@@ -151,8 +212,9 @@ def _start(folder: Path, port: int, limit_s: float) -> tuple[str, subprocess.Pop
         "backend-store-uri": f"sqlite:///{folder / 'mlflow.db'}",
         "artifacts-destination": str(folder / "artifacts"),
     }
-    # a job that is killed leaves no server behind
-    command = [sys.executable, "-I", lifeline.__file__, sys.executable, "-m", "mlflow", "server"]
+    # jobs that are killed leave no server behind
+    command = [sys.executable, "-I", lifeline.__file__, str(folder / USERS), str(folder / PROOF)]
+    command += [sys.executable, "-m", "mlflow", "server"]
     for name, value in options.items():
         command += [f"--{name}", value]
     quiet = {
@@ -166,7 +228,7 @@ def _start(folder: Path, port: int, limit_s: float) -> tuple[str, subprocess.Pop
         process = subprocess.Popen(
             command,
             env=os.environ | quiet,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=folder,
@@ -183,33 +245,45 @@ def _start(folder: Path, port: int, limit_s: float) -> tuple[str, subprocess.Pop
     except TimeoutError:
         started = False
     if not started:
-        _end(process)
+        _end(process.pid, folder)
         last = log.read_text(errors="replace").splitlines()[-3:]
-        raise UserError(
-            f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}"
-        )
+        raise Outage(f"the MLflow server over {folder} did not start ({log}): {' / '.join(last)}")
     logger.info("MLflow server at %s, over %s", uri, folder)
     return uri, process
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end_if_unused(folder: Path, users: IO[str]) -> None:
+    """End the server unless another job uses it, which then ends it, or `lifeline` does."""
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    if _is_alive(folder):
+        _end(json.loads((folder / NOTE).read_text())["pid"], folder)
+
+
+def _end(group: int, folder: Path) -> None:
     """End the server and its workers: the process group that it leads, and nothing else."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, number)
+            os.killpg(group, number)
         except ProcessLookupError:
+            return
+        if _waited(lambda: not _is_alive(folder), STOP_TIMEOUT_S):
             break
+        logger.warning("the MLflow server (pid %d) did not end on %s", group, number.name)
 
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            logger.warning("the MLflow server (pid %d) did not end on %s", process.pid, number.name)
-    process.wait()
-
-    until = time.monotonic() + STOP_TIMEOUT_S
     # a worker that was killed takes a moment to go
-    while _group_lives(process.pid) and time.monotonic() < until:
+    _waited(lambda: not _group_lives(group), LINGER_S)
+
+
+def _waited(happened: Callable[[], bool], limit_s: float) -> bool:
+    until = time.monotonic() + limit_s
+    while not happened():
+        if time.monotonic() > until:
+            return False
         time.sleep(0.05)
+    return True
 
 
 def _group_lives(group: int) -> bool:
@@ -222,7 +296,7 @@ def _group_lives(group: int) -> bool:
 
 def _require_healthy(uri: str, limit_s: float) -> None:
     if not _healthy(uri, limit_s):
-        raise UserError(f"tracking.uri: no MLflow server answers at {uri!r}")
+        raise Outage(f"tracking.uri: no MLflow server answers at {uri!r}")
 
 
 def _healthy(uri: str, limit_s: float = 5) -> bool:
@@ -241,7 +315,7 @@ def plan_server(settings: TrackingConfig, runs_dir: str) -> dict[str, object]:
     """Where runs and versions are, for `--dry-run`.
 
     Raises:
-        UserError: the server named in the configuration does not answer.
+        Outage: the server named in the configuration does not answer.
     """
     uri = settings.uri
     if uri is not None:

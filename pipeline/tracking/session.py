@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def session(cfg: RunConfig, port: int | None = None) -> Iterator["Tracker"]:
-    """A tracker for the length of the block: on the server that the configuration names, or on one
-    of the job's own, on `port` (None: any free one), which ends with the block.
+    """A tracker for the length of the block: on the server that the configuration names, or on the
+    one that the jobs of its `runs_dir` share, on `port` (None: any free one) where it is started
+    here. It ends with the last of them.
 
     Raises:
-        UserError: the server named in the configuration does not answer, or ours does not start.
+        Outage: the server named in the configuration does not answer, or ours does not start.
     """
     with server.mlflow_server(cfg.tracking, cfg.runs_dir, port):
         yield Tracker(cfg)
@@ -43,7 +44,7 @@ def plan_session(cfg: RunConfig) -> dict[str, object]:
     """Where runs and versions are, for `--dry-run`.
 
     Raises:
-        UserError: the server named in the configuration does not answer.
+        Outage: the server named in the configuration does not answer.
     """
     return server.plan_server(cfg.tracking, cfg.runs_dir)
 

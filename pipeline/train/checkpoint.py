@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pipeline.config import RunConfig, UserError, flatten, to_dict
-from pipeline.files import publish_folder, sha256_of, write_atomically
+from pipeline.files import publish_folder, sha256_of
 from pipeline.model.artifact import INDEX, verified
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ FREE_SETTINGS = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_failures",
+    "stop_timeout_s",
     "threads_per_worker",
     "loader_threads",
     "num_workers",
@@ -406,23 +407,3 @@ def only_writer(folder: Path, timeout_s: float = 120) -> Iterator[None]:
                     ) from None
                 time.sleep(0.2)
         yield
-
-
-class MetricsFile:
-    """One JSON line per logged step, rank 0's.
-
-    A resumed run drops the lines after the checkpoint it starts from.
-    """
-
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A crash may have cut the last line short.
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= resumed_at]
-        write_atomically(path, "".join(kept))
-        self.path = path
-
-    def append(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")

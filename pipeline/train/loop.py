@@ -28,7 +28,9 @@ from pipeline.train.checkpoint import (
     run_identity,
 )
 from pipeline.train.guards import improved, watch_divergence
+from pipeline.train.interruption import Wishes
 from pipeline.train.meter import Meter, count_batches, prefetch_batches
+from pipeline.train.optim import learning_rate_factor
 from pipeline.train.profile import StepProfiler
 from pipeline.train.trainee import Trainee
 
@@ -62,6 +64,7 @@ def train(
     validate: Validate | None = None,
     log: Log | None = None,
     profile_dir: Path | None = None,
+    wishes: Wishes | None = None,
 ) -> RankingModel:
     """Train to the last step of the last epoch, or to an early stop, from `resume` on where it is
     given.
@@ -69,7 +72,10 @@ def train(
     `checkpoints` get one every `train.checkpoint_every` steps, at every validation better than all
     before, and at the end; `validate` is called every `train.validate_every` steps; `log` gets
     values that are the same on all ranks, every `train.log_every` steps and after a validation.
-    Rank 0 leaves its trace of `train.profile_steps` in `profile_dir`.
+    Rank 0 leaves its trace of `train.profile_steps` in `profile_dir`. `wishes` may ask for a
+    checkpoint at once, or for one and the end: then the run is not finished, and goes on from there
+    another time. On a CPU that takes a step, on a GPU up to `train.log_every`, since looking for it
+    makes the host wait for the device.
 
     Raises:
         UserError: `resume` is of a run with other settings or data.
@@ -94,13 +100,15 @@ def train(
         batch = batch.to(device)
         if state.step == 0:
             progress.tell_attention(batch, cfg.model.norm_eps)
+        wished = (False, False) if wishes is None else wishes.take_wishes()
         with profiler.step(state.step + 1):
-            progress.add_losses(*trainee.step(batch, state.step, total_steps))
+            progress.add_losses(*trainee.step(batch, state.step, total_steps, wished))
         state.advance()
         trainee.update_average(state.step, total_steps)
 
         due = cadence.due_after(state.step)
-        if not due.anything:
+        save, stop = agreed_wishes(trainee, due) if wishes is not None else (False, False)
+        if not (due.anything or save or stop):
             continue
         progress.read_device()
         if due.report:
@@ -110,8 +118,12 @@ def train(
         progress.log_values()
         if progress.stops_early():
             break
-        if checkpoints is not None and (due.checkpoint or progress.is_best) and not due.end:
+        save = save or stop or due.checkpoint or progress.is_best
+        if checkpoints is not None and save and not due.end:
             checkpoints.save(trainee.tensors(), state, identity)
+        if stop and wishes is not None and not due.end:
+            wishes.tell_stopped(state.step)
+            return trainee.model
 
     state.finished = True
     if checkpoints is not None:
@@ -131,6 +143,13 @@ class Due:
     @property
     def anything(self) -> bool:
         return self.report or self.validation or self.checkpoint
+
+
+def agreed_wishes(trainee: Trainee, due: Due) -> tuple[bool, bool]:
+    """(save, stop), the same on all ranks: after each step of a CPU, with the reports of a GPU."""
+    if due.report or trainee.wishes.device.type == "cpu":
+        return trainee.take_wishes()
+    return False, False
 
 
 class Cadence:
@@ -217,6 +236,8 @@ class Progress:
         self.values |= self.meter.take_speed(self.state)
         self.values["train/bad_steps"] = self.state.bad_steps
         self.values["train/grad_norm"] = float(self.trainee.grad_norm)
+        factor = learning_rate_factor(self.state.step - 1, self.cfg.warmup_steps, self.total_steps)
+        self.values["train/lr"] = self.cfg.lr * factor
         self._say("%s", progress_line(self.state, self.total_steps, self.values))
 
     def validate(self, validate: Validate) -> None:
@@ -291,8 +312,9 @@ def progress_line(state: TrainState, total_steps: int, values: dict[str, float])
     left = (total_steps - state.step) * values["train/step_ms"] / 1000
     epoch = (state.step - 1) // state.steps_per_epoch + 1
     examples, tokens = values["train/examples_per_s"], values["train/tokens_per_s"]
+    loss = f"{values['train/loss']:.4f}" if "train/loss" in values else "undefined"
     return (
-        f"step {state.step}/{total_steps} epoch {epoch} | loss {values['train/loss']:.4f} | "
+        f"step {state.step}/{total_steps} epoch {epoch} | loss {loss} | "
         f"{examples:,.0f} examples/s, {tokens:,.0f} tokens/s | "
         f"waiting for data {values['train/data_wait_share']:.1%} | {left:.0f} s left"
     )
@@ -307,7 +329,11 @@ def validation_line(state: TrainState, found: dict[str, float], metric: str) -> 
 
 
 def take_losses(state: TrainState, trainee: Trainee) -> dict[str, float]:
-    """Mean losses since the last line, `train/loss` the one that is minimised; sums start anew."""
+    """Mean losses since the last line, `train/loss` the one that is minimised; sums start anew.
+
+    A part without a known label since then has no mean and is left out, `train/loss` too where no
+    part has one: a 0 would be the best loss of all.
+    """
     factors = trainee.loss_weights.tolist()
     loss, weight = 0, 0
     of_parts: dict[str, float] = {}
@@ -315,8 +341,9 @@ def take_losses(state: TrainState, trainee: Trainee) -> dict[str, float]:
     for name, factor, part_loss, part_weight in sums:
         loss += factor * part_loss
         weight += factor * part_weight
-        of_parts[f"train/loss/{name}"] = part_loss / max(part_weight, 1e-12)
+        if part_weight > 0:
+            of_parts[f"train/loss/{name}"] = part_loss / part_weight
 
     zeros = [0.0] * len(factors)
     state.loss_sum, state.weight_sum = zeros, [*zeros]
-    return {"train/loss": loss / max(weight, 1e-12), **of_parts}
+    return {"train/loss": loss / weight, **of_parts} if weight > 0 else {}

@@ -75,6 +75,8 @@ class Trainee:
         self.guard = FiniteGuard(watched, device)
         # of the dense gradients in the last step, before clipping
         self.grad_norm = torch.zeros((), device=device)
+        # ranks that asked to [save, stop] since the last look
+        self.wishes = torch.zeros(2, device=device)
 
     def _find_parameters(self, maker: TableMaker) -> None:
         paths = {module: f"{path}.weight" for path, module in self.model.named_modules()}
@@ -115,9 +117,17 @@ class Trainee:
         assert self.sharded is not None
         self.sharded.fetch_rows(self.model.encoder.table_codes(*inputs))
 
-    def step(self, batch: SequenceBatch, step: int, total_steps: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        batch: SequenceBatch,
+        step: int,
+        total_steps: int,
+        wishes: tuple[bool, bool] = (False, False),
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step; per part of the loss (a task) the summed loss and the summed weights
         over all ranks, on the device.
+
+        `wishes` of this rank, (save, stop), reach all ranks with the step's sums.
 
         A step whose loss or gradient is not finite changes nothing, and its sums are 0. Embedding
         gradients are not clipped: row-wise AdamW divides each row's by the root of its own mean
@@ -126,7 +136,11 @@ class Trainee:
         loss, weight = self._backward(batch, step)
 
         # over the ranks
-        losses, weights, broken = self._reduce_dense(loss, weight, self._broken_tables())
+        wished = torch.tensor(wishes, dtype=torch.float32, device=loss.device)
+        losses, weights, broken, wished = self._reduce_dense(
+            loss, weight, self._broken_tables(), wished
+        )
+        self.wishes += wished
         total = (weights * self.loss_weights).sum().clamp(min=1e-12)
         table_grads = self._reduce_sparse()
 
@@ -142,6 +156,12 @@ class Trainee:
         scale = torch.where(skip, torch.inf, total)
         self.rowwise.step(table_grads, self.cfg.embedding_lr * factor, scale)
         return torch.where(skip, 0.0, losses), torch.where(skip, 0.0, weights)
+
+    def take_wishes(self) -> tuple[bool, bool]:
+        """(save, stop) that any rank has wished since the last call; waits for the device."""
+        save, stop = (self.wishes > 0).tolist()
+        self.wishes = torch.zeros_like(self.wishes)
+        return save, stop
 
     def _backward(self, batch: SequenceBatch, step: int) -> tuple[Tensor, Tensor]:
         """Gradients of this rank's summed loss; the loss and the weights of its parts, [L] each."""

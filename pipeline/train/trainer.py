@@ -9,47 +9,37 @@ learns from the folder where the run stands, after a crash as after a new start,
 workers or another.
 """
 
-import json
 import logging
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
-import ray.train.torch
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import config
-from pipeline.batches.features import FeatureMaps, fit_features
-from pipeline.batches.loader import TrainLoader
+from pipeline.batches.features import fit_features
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig, TrainConfig, UserError
-from pipeline.files import write_atomically
+from pipeline.config import Outage, RunConfig, TrainConfig
 from pipeline.model.artifact import publish_model
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
 from pipeline.tracking import Run
-from pipeline.train import loop
 from pipeline.train.checkpoint import (
     CheckpointFolder,
-    MetricsFile,
     Saved,
     check_identity,
     copy_tensors,
-    only_writer,
     run_identity,
 )
-from pipeline.train.guards import TrainingStopped
+from pipeline.train.metrics import METRICS, MetricsFeed
 from pipeline.train.placement import describe_tables, place_tables
-from pipeline.train.validation import Validator
-
-STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the driver
+from pipeline.train.supervision import refuse_impossible_size, run_attempt
+from pipeline.train.worker import open_checkpoints, train_worker, worker_resources
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +53,14 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
     Args:
         restart: forget the run's earlier training first.
 
+    On SIGTERM and Ctrl-C a last checkpoint is saved.
+
     Raises:
-        UserError: a setting that the encoder does not know, no sequences, nothing to train on, or
-        an earlier training under this name with other settings.
+        UserError: a setting that the encoder does not know, no sequences, nothing to train on,
+        more workers than the machine has room for, or an earlier training under this name with
+        other settings.
         TrainingStopped: it went wrong; the checkpoints from before are kept.
+        Outage: the model is published, and the tracker did not take all of the metrics.
     """
     check_run(cfg)
     folder, train = cfg.train_dir, cfg.train
@@ -80,14 +74,16 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
     maps.save(folder)
 
     if before is None or not before.state.finished:
+        refuse_impossible_size(cfg.ray, train)
         # here, so that no worker reads the store to count
         steps = step_plan(cfg, folder / "steps.json")
-        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            _run_trainer(_make_trainer(cfg, digest, steps, run), folder)
-    if run is not None and (folder / "profile").exists():
-        run.log_artifacts(folder / "profile", "profile")
+        # Train's cleaner of placement groups asks the dashboard, and complains where there is none
+        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
+            # Ray Train's notes of an earlier attempt
+            shutil.rmtree(folder / "ray", ignore_errors=True)
+            run_attempt(_make_trainer(cfg, digest, steps, run), train, folder)
 
-    trained = _chosen_checkpoint(_open_checkpoints(folder, train), train.publish)
+    trained = _chosen_checkpoint(open_checkpoints(folder, train), train.publish)
     with torch.device("meta"):  # names and shapes: tables may be larger than this machine
         like = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
     facts = {
@@ -102,27 +98,26 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         copy_tensors(trained.folder, like, path, "model.")
 
     publish_model(cfg.model_dir, write_weights, cfg, maps, facts)
+    if run is not None:
+        complete_run(run, folder)
     return cfg.model_dir
 
 
-def _run_trainer(trainer: TorchTrainer, folder: Path) -> None:
-    """Run it to its end; a user's mistake that only a worker could see is a `UserError` as well."""
-    stopped = folder / STOPPED
-    stopped.unlink(missing_ok=True)
-    # Ray Train's notes of an earlier attempt
-    shutil.rmtree(folder / "ray", ignore_errors=True)
+def complete_run(run: Run, folder: Path) -> None:
+    """Send what the tracker's run lacks of the training in `folder`.
 
+    Raises:
+        Outage: it does not answer; the next attempt sends the rest.
+    """
     try:
-        trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps what a worker raised
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from error
-        raise
-
-    if stopped.exists():
-        raise TrainingStopped(json.loads(stopped.read_text())["reason"])
+        MetricsFeed(folder, run.run_id, run.log_history).send_rest()
+        if (folder / "profile").exists():
+            run.log_artifacts(folder / "profile", "profile")
+    except Outage as error:
+        raise Outage(
+            f"training is complete, and {error}: the same command sends the rest of "
+            f"{folder / METRICS}"
+        ) from error
 
 
 def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
@@ -131,7 +126,7 @@ def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     Raises:
         UserError: the run began with other settings or data, or none of its checkpoints is whole.
     """
-    found = _open_checkpoints(cfg.train_dir, cfg.train).newest()
+    found = open_checkpoints(cfg.train_dir, cfg.train).newest()
     if found is not None:
         digest = store.read_manifest(cfg.sequence_dir).digest
         check_identity(found.identity, run_identity(cfg, digest), cfg.name)
@@ -142,14 +137,8 @@ def trained_on(folder: Path, train: TrainConfig) -> str | None:
     """Digest of the sequences that the newest checkpoint below `folder` (`RunConfig.train_dir`) has
     read; None where there is none.
     """
-    found = _open_checkpoints(folder, train).newest()
+    found = open_checkpoints(folder, train).newest()
     return None if found is None else found.identity["sequences"]
-
-
-def _open_checkpoints(
-    folder: Path, train: TrainConfig, rank: int = 0, world_size: int = 1
-) -> CheckpointFolder:
-    return CheckpointFolder(folder / "checkpoints", train.keep_checkpoints, rank, world_size)
 
 
 def _chosen_checkpoint(checkpoints: CheckpointFolder, publish: str) -> Saved:
@@ -167,9 +156,7 @@ def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None)
     absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))
     settings = {"cfg": config.to_dict(absolute), "digest": digest, "steps": steps, "run": run}
 
-    backend, resources = "gloo", {"CPU": 1}
-    if train.use_gpu:
-        backend, resources = "nccl", {"CPU": 1, "GPU": 1}
+    backend = "nccl" if train.use_gpu else "gloo"
     return TorchTrainer(
         train_worker,
         train_loop_config=settings,
@@ -177,7 +164,7 @@ def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None)
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=worker_resources(train),
         ),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -185,58 +172,6 @@ def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None)
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """One rank. It learns where the run stands from the checkpoints, after a crash as after a new
-    start.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    cfg, digest, run = config.from_dict(settings["cfg"]), settings["digest"], settings["run"]
-
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(cfg.train.threads_per_worker)
-    folder, device = cfg.train_dir, ray.train.torch.get_device()
-    maps = FeatureMaps.load(folder)
-    checkpoints = _open_checkpoints(folder, cfg.train, rank, world_size)
-
-    with only_writer(folder) if rank == 0 else nullcontext():
-        resume = checkpoints.newest()  # the other ranks wait here for rank 0
-        metrics = None
-        if rank == 0:
-            metrics = MetricsFile(
-                folder / "metrics.jsonl", resumed_at=resume.state.step if resume else 0
-            )
-
-        def log_step(step: int, values: dict[str, float]) -> None:
-            if metrics is not None:
-                metrics.append(step, values)
-                if run is not None:
-                    run.log_metrics(values, step)
-
-        try:
-            loop.train(
-                cfg,
-                maps,
-                TrainLoader(cfg, maps, settings["steps"], rank, world_size),
-                digest,
-                rank=rank,
-                world_size=world_size,
-                device=device,
-                resume=resume,
-                checkpoints=checkpoints,
-                validate=Validator(cfg, maps, device, rank, world_size)
-                if cfg.train.validate_every
-                else None,
-                log=log_step,
-                profile_dir=folder / "profile",
-            )
-        except TrainingStopped as stopped:
-            # All ranks end here, at the same step. Raised, it would make Ray Train start them
-            # again, to the same end.
-            if rank == 0:
-                write_atomically(folder / STOPPED, json.dumps({"reason": str(stopped)}))
 
 
 def plan_training(cfg: RunConfig) -> dict[str, object]:
@@ -247,10 +182,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     """
     check_run(cfg)
     train = cfg.train
-    if cfg.ray.address is None and train.num_workers > cfg.ray.num_cpus:
-        raise UserError(
-            f"train.num_workers is {train.num_workers}, ray.num_cpus only {cfg.ray.num_cpus}"
-        )
+    refuse_impossible_size(cfg.ray, train)
 
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
@@ -260,7 +192,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     all_values = sum(parameter.numel() for parameter in model.parameters())
     dense = all_values - table_values
     placed, steps = describe_tables(tables), step_plan(cfg)
-    before = _open_checkpoints(cfg.train_dir, train).newest()
+    before = open_checkpoints(cfg.train_dir, train).newest()
 
     return {
         "world_size": train.num_workers,

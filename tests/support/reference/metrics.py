@@ -31,6 +31,7 @@ RUN_METRICS = {
     "train/loss/TASK": "Mean loss of a task since the last line, in nats.",
     "train/bad_steps": "Steps left out so far because loss or gradient was not finite.",
     "train/grad_norm": "Norm of the dense gradients of the last step, before clipping.",
+    "train/lr": "Learning rate of the dense weights in the last step.",
     "train/examples_per_s": "Training targets per second, over all workers.",
     "train/tokens_per_s": "Tokens per second, over all workers.",
     "train/gflop_per_example": "Floating-point operations of a training target, forward and "

@@ -1,0 +1,142 @@
+"""One rank of a training inside Ray Train: it finds out where the run stands, and runs the loop.
+
+A user's mistake that only a worker can see ends the training, and is not tried again: the worker
+leaves the reason in `stopped.json` for the driver, and whoever is started after it returns at once.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline import config
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.steps import StepPlan
+from pipeline.config import RunConfig, TrainConfig, UserError
+from pipeline.files import write_atomically
+from pipeline.tracking import Run
+from pipeline.train import loop
+from pipeline.train.checkpoint import CheckpointFolder, only_writer
+from pipeline.train.guards import TrainingStopped
+from pipeline.train.interruption import WishWatcher
+from pipeline.train.metrics import METRICS, MetricsFeed, MetricsFile
+from pipeline.train.validation import Validator
+
+STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the driver
+
+
+def worker_resources(train: TrainConfig) -> dict[str, float]:
+    """What Ray gives to each worker."""
+    return {"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1}
+
+
+def open_checkpoints(
+    folder: Path, train: TrainConfig, rank: int = 0, world_size: int = 1
+) -> CheckpointFolder:
+    return CheckpointFolder(folder / "checkpoints", train.keep_checkpoints, rank, world_size)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """One rank. It learns where the run stands from the checkpoints, after a crash as after a new
+    start.
+
+    Raises:
+        UserError: a mistake that only a worker could see, for the driver in `stopped.json` as well.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    cfg = config.from_dict(settings["cfg"])
+    folder = cfg.train_dir
+    if (folder / STOPPED).exists():
+        return
+
+    try:
+        _train_rank(cfg, settings["steps"], settings["digest"], settings["run"])
+    except TrainingStopped as stopped:
+        # All ranks end here, at the same step, so nobody waits for another.
+        if ray.train.get_context().get_world_rank() == 0:
+            write_atomically(folder / STOPPED, json.dumps({"diverged": str(stopped)}))
+    except UserError as mistake:
+        # Raised, so that Ray Train ends the ranks that wait for this one. It starts all of them
+        # once more, and they return.
+        write_atomically(folder / STOPPED, json.dumps({"mistake": str(mistake)}))
+        raise
+
+
+def raise_reason(folder: Path) -> None:
+    """Raise what the workers have left in `stopped.json`, if anything.
+
+    Raises:
+        TrainingStopped: it went wrong.
+        UserError: a mistake that only a worker could see.
+    """
+    if not (folder / STOPPED).exists():
+        return
+    reason = json.loads((folder / STOPPED).read_text())
+    if "diverged" in reason:
+        raise TrainingStopped(reason["diverged"])
+    raise UserError(reason["mistake"])
+
+
+def _train_rank(cfg: RunConfig, steps: StepPlan, digest: str, run: Run | None) -> None:
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(cfg.train.threads_per_worker)
+    folder, device = cfg.train_dir, ray.train.torch.get_device()
+    maps = FeatureMaps.load(folder)
+    checkpoints = open_checkpoints(folder, cfg.train, rank, world_size)
+    validator = None
+    if cfg.train.validate_every:
+        validator = Validator(cfg, maps, device, rank, world_size)
+
+    with only_writer(folder) if rank == 0 else nullcontext():
+        resume = checkpoints.newest()  # the other ranks wait here for rank 0
+        begin = resume.state.step if resume else 0
+        metrics = _open_metrics(folder, begin, run) if rank == 0 else nullcontext(_log_nothing)
+        with metrics as log, WishWatcher(folder, rank) as wishes:
+            loop.train(
+                cfg,
+                maps,
+                TrainLoader(cfg, maps, steps, rank, world_size),
+                digest,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                resume=resume,
+                checkpoints=checkpoints,
+                validate=validator,
+                log=log,
+                profile_dir=folder / "profile",
+                wishes=wishes,
+            )
+
+
+def _log_nothing(step: int, values: dict[str, float]) -> None:
+    """What the ranks but the first log."""
+
+
+@contextmanager
+def _open_metrics(folder: Path, begin: int, run: Run | None) -> Iterator[loop.Log]:
+    """A function that logs to the run's file, from where the tracker's run is fed."""
+    file = MetricsFile(folder / METRICS, resumed_at=begin)
+    if run is None:
+        yield file.append
+        return
+
+    feed = MetricsFeed(folder, run.run_id, run.log_history)
+    feed.start()
+
+    def log(step: int, values: dict[str, float]) -> None:
+        file.append(step, values)
+        feed.notify()
+
+    try:
+        yield log
+    finally:
+        feed.close()
