@@ -268,6 +268,23 @@ def test_training_lowers_the_loss_and_the_artifact_finds_the_same_items(
     assert torch.equal(loaded.retrieval.item_vectors(codes), model.retrieval.item_vectors(codes))
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [{"loss": "uniform"}, {"loss": "popularity"}, {"loss": "in_batch", "memory": "axbn"}],
+    ids=["uniform", "popularity", "in_batch"],
+)
+def test_sampled_losses_train_too(
+    folder: Path, users: UserEvents, maps: FeatureMaps, loss: dict
+) -> None:
+    train = {"epochs": 1, "log_every": 4, "warmup_steps": 2, "max_targets_per_sequence": 6}
+    section = {"enabled": True, "dim": 8, "negatives": 16} | loss
+    cfg = retrieval_config(folder, train=train, retrieval=section)
+    lines: list[dict[str, float]] = []
+    loader = Repeated(training_batch(users, maps, cfg))
+    loop.train(cfg, maps, loader, "data", log=lambda step, values: lines.append(values))
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.1
+
+
 def test_a_joint_run_scores_candidates_as_the_tasks_alone_would(
     folder: Path, users: UserEvents, maps: FeatureMaps
 ) -> None:

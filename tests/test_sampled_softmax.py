@@ -48,7 +48,7 @@ def make_case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def loss_and_grads(
-    form, users: Tensor, items: Tensor, *rest: Tensor, temperature: float = 0.05
+    form, users: Tensor, items: Tensor, *rest: Tensor, log_rates: Tensor | None = None
 ) -> list[Tensor]:
     leaves = users.clone().requires_grad_(), items.clone().requires_grad_()
     if form == "reference":
@@ -57,22 +57,25 @@ def loss_and_grads(
             *leaves,
             *ids,
             weights=weights.to(users.dtype),
-            temperature=temperature,
+            log_rates=log_rates,
             backend="reference",
         )
     else:
-        loss = SampledSoftmax.apply(*leaves, *rest, temperature, form)
+        loss = SampledSoftmax.apply(*leaves, *rest, 0.05, form, log_rates)
     return [loss.detach(), *torch.autograd.grad(3 * loss, leaves)]
 
 
+@pytest.mark.parametrize("rated", [False, True])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "no positions"])
-def test_loss_and_gradients(name: str) -> None:
+def test_loss_and_gradients(name: str, rated: bool) -> None:
     users, items, positives, negatives, weights = make_case(name)
     rest = positives, negatives, weights
-    truth = loss_and_grads("reference", users.double(), items.double(), *rest)
-    plain = loss_and_grads("reference", users, items, *rest)
+    rates = torch.linspace(-3, 5, len(items)) if rated else None
+    wide = None if rates is None else rates.double()
+    truth = loss_and_grads("reference", users.double(), items.double(), *rest, log_rates=wide)
+    plain = loss_and_grads("reference", users, items, *rest, log_rates=rates)
     for form in (torch_chunked, triton_launch):
-        fast, again = (loss_and_grads(form, users, items, *rest) for _ in range(2))
+        fast, again = (loss_and_grads(form, users, items, *rest, log_rates=rates) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)), form.__name__
         assert_as_accurate(fast, plain, truth, num_terms=negatives.numel() + len(positives))
 
@@ -127,6 +130,7 @@ def test_gradients_in_float64() -> None:
         ({"negatives": torch.zeros(3, 4, dtype=torch.int64)}, r"negatives \[2, R\]"),
         ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
         ({"weights": torch.ones(3)}, r"weights must be \[2\], got \(3,\)"),
+        ({"log_rates": torch.ones(2)}, r"log_rates must be \[5\], got \(2,\)"),
         ({"backend": "triton"}, "needs CUDA"),
     ],
 )

@@ -33,6 +33,7 @@ def sampled_softmax(
     negatives: Tensor,
     *,
     weights: Tensor | None = None,
+    log_rates: Tensor | None = None,
     temperature: float = 0.05,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -41,8 +42,10 @@ def sampled_softmax(
 
     Scores are cosines over `temperature`; a negative that equals the positive counts for nothing.
     `positives` int [P], `negatives` int [P, R]; `weights` [P], 0 or more and not all 0; None: all
-    alike. Sums are float32 for half-precision vectors. Gradients reach users and items; with
-    Triton, and on the CPU, two runs agree bit for bit.
+    alike. `log_rates` [N], float32, is taken from the scores of negatives: with the log of how
+    often an item is expected among the R drawn, the loss is that of all items in expectation
+    (logQ correction). Sums are float32 for half-precision vectors. Gradients reach users and items;
+    with Triton, and on the CPU, two runs agree bit for bit.
 
     Raises:
         ValueError: on shapes, types and numbers that do not fit.
@@ -56,10 +59,15 @@ def sampled_softmax(
         f"weights must be [{len(users_PD)}], got {tuple(weights.shape)}",
     )
 
+    if log_rates is not None:
+        shown = tuple(log_rates.shape)
+        require(shown == (len(items_ND),), f"log_rates must be [{len(items_ND)}], got {shown}")
+        log_rates = log_rates.to(wide).contiguous()
+
     chosen = choose_backend(backend, users_PD)
     if chosen == "reference":
         return sampled_softmax_reference(
-            users_PD, items_ND, positives, negatives, weights, temperature
+            users_PD, items_ND, positives, negatives, weights, temperature, log_rates
         )
     if chosen == "triton":
         from kernels.sampled_softmax import triton_launch as form
@@ -71,7 +79,7 @@ def sampled_softmax(
     else:
         form = torch_chunked
     tensors = [x.contiguous() for x in (users_PD, items_ND, positives, negatives)]
-    return SampledSoftmax.apply(*tensors, weights, temperature, form)
+    return SampledSoftmax.apply(*tensors, weights, temperature, form, log_rates)
 
 
 def _check(
@@ -107,25 +115,28 @@ class SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, weights: Tensor,
-        temperature: float, form: ModuleType,
+        temperature: float, form: ModuleType, log_rates: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        loss, lse, user_grad = form.forward(users, items, positives, negatives, temperature)
+        drawn = users, items, positives, negatives
+        loss, lse, user_grad = form.forward(*drawn, temperature, log_rates)
         share = weights / weights.sum()
 
-        ctx.save_for_backward(users, items, positives, negatives, loss, lse, user_grad, share)
+        ctx.save_for_backward(*drawn, loss, lse, user_grad, share, log_rates)
         ctx.temperature, ctx.form = temperature, form
         return (loss * share).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        users, items, positives, negatives, loss, lse, user_grad, share = ctx.saved_tensors
+        *drawn, loss, lse, user_grad, share, log_rates = ctx.saved_tensors
+        users, items, positives, negatives = drawn
         of_users = of_items = None
         if ctx.needs_input_grad[0]:
             of_users = ((grad * share)[:, None] * user_grad).to(users.dtype)
 
         if ctx.needs_input_grad[1]:
             tensors = users, items, positives, negatives, loss, lse, share
-            of_items = (ctx.form.item_gradients(*tensors, ctx.temperature) * grad).to(items.dtype)
+            found = ctx.form.item_gradients(*tensors, ctx.temperature, log_rates)
+            of_items = (found * grad).to(items.dtype)
 
-        return of_users, of_items, None, None, None, None, None
+        return of_users, of_items, None, None, None, None, None, None

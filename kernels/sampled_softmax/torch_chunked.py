@@ -20,19 +20,31 @@ def chunks(negatives: Tensor, dim: int) -> Iterator[slice]:
 
 
 def _scores(
-    user: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
+    user: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    log_rates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids [p, 1 + R], the positive first; their unit vectors [p, 1 + R, D]; and their scores."""
     ids = torch.cat([positives[:, None], negatives], dim=1)
     vectors = normalise(items[ids].to(user.dtype))
 
     scores = torch.bmm(vectors, user[:, :, None])[:, :, 0] / temperature
+    if log_rates is not None:
+        scores[:, 1:] -= log_rates[negatives]
     scores[:, 1:].masked_fill_(negatives == positives[:, None], COLLISION)
     return ids, vectors, scores
 
 
 def forward(
-    users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
+    users: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    log_rates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per position: loss [P], log of the summed exponentials [P], gradient of the loss towards the
     user vector [P, D].
@@ -50,7 +62,8 @@ def forward(
         raw = users[part].to(wide)
         norm = torch.linalg.vector_norm(raw, dim=1, keepdim=True)
         user = raw / norm.clamp(min=NORM_EPS)
-        _, vectors, scores = _scores(user, items, positives[part], negatives[part], temperature)
+        drawn = positives[part], negatives[part]
+        _, vectors, scores = _scores(user, items, *drawn, temperature, log_rates)
         lse[part] = torch.logsumexp(scores, dim=1)
         loss[part] = lse[part] - scores[:, 0]
 
@@ -72,6 +85,7 @@ def item_gradients(
     lse: Tensor,
     share: Tensor,
     temperature: float,
+    log_rates: Tensor | None = None,
 ) -> Tensor:
     """[N, D]: the gradient of `(loss * share).sum()` towards the item vectors, in the type of
     `lse`.
@@ -80,7 +94,8 @@ def item_gradients(
 
     for part in chunks(negatives, users.shape[1]):
         user = normalise(users[part].to(lse.dtype))
-        ids, _, scores = _scores(user, items, positives[part], negatives[part], temperature)
+        drawn = positives[part], negatives[part]
+        ids, _, scores = _scores(user, items, *drawn, temperature, log_rates)
 
         factor = (scores - lse[part, None]).exp()
         factor[:, 0] = torch.expm1(-loss[part])  # share - 1, without its cancellation

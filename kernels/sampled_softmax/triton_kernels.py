@@ -26,12 +26,14 @@ def forward(
     items,  # [N, dim]
     positives,  # int [P]
     negatives,  # int [P, num_negatives]
+    log_rates,  # float32 [N]: less of a negative's score; read with RATES only
     loss,  # float32 [P] out
     lse,  # float32 [P] out: log of the summed exponentials
     grad,  # float32 [P, dim] out: of the loss, towards the user
     num_negatives,
     dim,
     per_temperature,
+    RATES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -64,6 +66,8 @@ def forward(
 
         per_norm = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS)
         score = tl.sum(x * user, 1) * per_norm * per_temperature
+        if RATES:
+            score -= tl.load(log_rates + item, mask=r < num_negatives, other=0.0)
         score = tl.where(counts, score, float("-inf"))
 
         new_top = tl.maximum(top, score)
@@ -93,11 +97,13 @@ def item_gradients(
     of_positive,  # float32 [P]: factor * (share of the positive - 1)
     order,  # int64 [pairs]: position * columns + column, sorted by item; column 0 is the positive
     starts,  # int64 [N + 1]: where each item's pairs begin
+    log_rates,  # float32 [N], with RATES
     grad,  # [N, dim] out; with SPLIT float32 [N, parts, dim]: sums towards the normalised item
     num_parts,
     columns,
     dim,
     per_temperature,
+    RATES: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -130,6 +136,8 @@ def item_gradients(
         per_norm = tl.load(per_user_norm + position, mask=valid, other=0.0)
 
         score = tl.sum(user * x, 1) * per_norm * per_temperature
+        if RATES:
+            score -= tl.load(log_rates + item)
         share = tl.exp(score - tl.load(shifted_lse + position, mask=valid, other=float("inf")))
         share = tl.where(
             is_positive, tl.load(of_positive + position, mask=is_positive, other=0.0), share

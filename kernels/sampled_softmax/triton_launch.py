@@ -19,7 +19,12 @@ def _blocks(dim: int) -> tuple[int, int]:
 
 
 def forward(
-    users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor, temperature: float
+    users: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    log_rates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per position: loss, log of the summed exponentials, gradient of the loss towards the user
     vector; in float32.
@@ -34,10 +39,10 @@ def forward(
         launch(
             triton_kernels.forward,
             num_positions,
-            (users, items, positives, negatives, loss, lse, grad),
+            (users, items, positives, negatives, log_rates, loss, lse, grad),
             (negatives.shape[1],),
             (dim, 1 / temperature),
-            _blocks(dim),
+            (log_rates is not None, *_blocks(dim)),
             device=users.device,
             num_warps=4,
             num_stages=3,
@@ -55,6 +60,7 @@ def item_gradients(
     lse: Tensor,
     share: Tensor,
     temperature: float,
+    log_rates: Tensor | None = None,
 ) -> Tensor:
     """[N, D]: the gradient of `(loss * share).sum()` towards the item vectors, in float32."""
     num_items, dim = items.shape
@@ -73,10 +79,10 @@ def item_gradients(
     launch(
         triton_kernels.item_gradients,
         num_items,
-        (*tensors, grad),
+        (*tensors, log_rates, grad),
         (num_parts, columns),
         (dim, 1 / temperature),
-        (num_parts > 1, *_blocks(dim)),
+        (log_rates is not None, num_parts > 1, *_blocks(dim)),
         device=items.device,
         num_warps=4,
         num_stages=3,

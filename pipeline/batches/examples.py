@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from pipeline.batches.collate import SequenceBatch, collate
 from pipeline.batches.events import Events, offsets_of, ranges, request_gaps, row_gaps
-from pipeline.batches.features import FeatureMaps, label_counts
-from pipeline.batches.next_items import NextItems, next_items, positive_bits
+from pipeline.batches.features import FeatureMaps, label_counts, positive_bits
+from pipeline.batches.next_items import NextItems, next_items
 from pipeline.batches.rates import candidate_features
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
 from pipeline.config import FeatureConfig, RunConfig, SourceConfig, SplitConfig, TrainConfig

@@ -51,6 +51,8 @@ class FeatureMaps:
     counts: dict[str, LabelCounts] = field(default_factory=dict)
     # float64 [I + 1], 0 where unknown; empty where nothing asks for it.
     item_duration_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    # int64 [I + 1]: events of the training period that count as next items; empty without retrieval
+    next_count: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
         return _find_rows(self.item_ids, item_id)
@@ -123,6 +125,8 @@ class FeatureMaps:
         }
         arrays |= {"user_ids": self.user_ids, "user_codes": self.user_codes}
         arrays |= {"item_duration_ms": self.item_duration_ms}
+        if len(self.next_count):
+            arrays["next_count"] = self.next_count
         for name, values in self.request_values.items():
             arrays[f"request.{name}"] = values
         for name, counts in self.counts.items():
@@ -215,7 +219,42 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         base_rates=rows.base_rates,
         item_duration_ms=_durations(items, cfg.features.duration_ms_column),
     )
+    if cfg.retrieval.enabled:
+        maps = replace(maps, next_count=_count_next_items(maps, cfg))
     return _with_counts(maps, cfg) if cfg.features.dense else maps
+
+
+def _count_next_items(maps: FeatureMaps, cfg: RunConfig) -> np.ndarray:
+    """int64 [I + 1]: the training period's events of each item that `retrieval.positives` names."""
+    bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
+    counts = np.zeros(len(maps.item_ids) + 1, np.int64)
+    for table in _buckets(cfg.sequence_dir):
+        names = ("event_time", "action_mask", "known_mask")
+        time, action, known = (arrow_lists.flat_column(table, name) for name in names)
+        chosen = (time < cfg.split.train_end_ms) & positive_rows(action, known, bits)
+        if cfg.train.history_label_weight == 0:
+            chosen &= ~arrow_lists.flat_column(table, "order_only")
+        rows = maps.item_rows(arrow_lists.flat_column(table, "item_id")[chosen])
+        counts += np.bincount(rows, minlength=len(counts))
+    return counts
+
+
+def positive_bits(actions: Sequence[str], positives: Sequence[str]) -> int:
+    """The bits of `retrieval.positives` in an action mask; 0 for every event."""
+    return sum(1 << actions.index(action) for action in set(positives))
+
+
+def positive_rows(action_mask: np.ndarray, known_mask: np.ndarray, bits: int) -> np.ndarray:
+    """bool [N]: the events that count as next items.
+
+    bits 110                          0: all
+    action 010, known 011       true
+    action 010, known 001      false
+    action 001, known 111      false
+    """
+    if bits == 0:
+        return np.ones(len(action_mask), bool)
+    return (action_mask & known_mask & bits) != 0
 
 
 def label_counts(

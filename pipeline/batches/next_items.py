@@ -6,13 +6,12 @@ Targets are those of examples.py, so the two kinds of training read the same row
 for from the last row before its request: never from its own row, nor from one shown beside it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.batches.events import Events, offsets_of
-from pipeline.batches.features import FeatureMaps
+from pipeline.batches.features import FeatureMaps, positive_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +22,6 @@ class NextItems:
     visible: np.ndarray  # int32 [P]: history rows before it, 1 or more
     code: np.ndarray  # int64 [P]: row in the table of item ids, 1 or more
     weight: np.ndarray  # float32 [P]
-
-
-def positive_bits(actions: Sequence[str], positives: Sequence[str]) -> int:
-    """The bits of `retrieval.positives` in an action mask; 0 for every event."""
-    return sum(1 << actions.index(action) for action in set(positives))
-
-
-def positive_rows(action_mask: np.ndarray, known_mask: np.ndarray, bits: int) -> np.ndarray:
-    """bool [N]: the events that count as next items.
-
-    bits 110                          0: all
-    action 010, known 011       true
-    action 010, known 001      false
-    action 001, known 111      false
-    """
-    if bits == 0:
-        return np.ones(len(action_mask), bool)
-    return (action_mask & known_mask & bits) != 0
 
 
 def next_items(

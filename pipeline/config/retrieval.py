@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.config.errors import require
 from pipeline.config.setting import check_ranges, setting
 
 
@@ -32,9 +33,19 @@ class RetrievalConfig:
         "retrieval.temperature, or their dot product.",
     )
     temperature: float = setting(0.05, above=0, doc="Divisor of the cosines.")
-    loss: Literal["full"] = setting(
+    loss: Literal["full", "uniform", "popularity", "in_batch"] = setting(
         "full",
-        doc="Items that a next item is told apart from. full: all items of the training period.",
+        doc="Items that a next item is told apart from. full: all items of the training period. "
+        "uniform, popularity: retrieval.negatives of them, drawn anew for each next item, all "
+        "alike or as often as they are next items. in_batch: the other next items of the step.",
+    )
+    negatives: int = setting(
+        128, at_least=1, doc="Items drawn for each next item, for loss: uniform and popularity."
+    )
+    logq_correction: bool = setting(
+        True,
+        doc="Take from a negative's score the log of how often it is expected, for loss: "
+        "popularity and in_batch. Else popular items are learned as wrong.",
     )
     label_smoothing: float = setting(
         0.0,
@@ -46,5 +57,34 @@ class RetrievalConfig:
         1.0, above=0, doc="Factor of the loss of a next item, where that of a task's label is 1."
     )
 
+    memory: Literal["none", "xbm", "xbn", "axbn"] = setting(
+        "none",
+        doc="Vectors of earlier steps' items as further negatives, for loss: in_batch. xbm: as "
+        "they were. xbn: moved to the mean and spread of the step's vectors. axbn: to a filtered "
+        "mean and spread (our reconstruction).",
+    )
+    memory_size: int = setting(4096, at_least=1, doc="Number of the vectors that are kept.")
+    memory_noise: float = setting(
+        0.01,
+        at_least=0,
+        doc="Variance by which mean and spread may wander in a step, for memory: axbn; that of a "
+        "measurement is 1 / vectors of the step.",
+    )
+
     def __post_init__(self) -> None:
         check_ranges(self, "retrieval")
+
+        self._refuse_settings_of_another_loss()
+
+    def _refuse_settings_of_another_loss(self) -> None:
+        sampled = self.loss in ("uniform", "popularity")
+        rule = f"cosine where retrieval.loss is {self.loss}"
+        require(not sampled or self.score == "cosine", "retrieval.score", self.score, rule)
+
+        smooth = self.label_smoothing
+        rule = f"0 where retrieval.loss is {self.loss}"
+        require(self.loss == "full" or smooth == 0, "retrieval.label_smoothing", smooth, rule)
+
+        rule = f"none where retrieval.loss is {self.loss}"
+        in_batch = self.loss == "in_batch"
+        require(in_batch or self.memory == "none", "retrieval.memory", self.memory, rule)

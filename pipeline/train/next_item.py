@@ -1,13 +1,19 @@
 """The loss of a next item: how well the row before it tells it from other items.
 
-rows before the next items → user vectors ─┐
-                                           ├→ −log softmax of the next item's score
-items of the training period → vectors ────┘
+    rows before the next items → user vectors ─┐
+                                               ├→ −log softmax of the next item's score
+    items that it is told apart from → vectors ┘
+
+`retrieval.loss` says which items those are. Item numbers here are codes less one: number i is row i
++ 1 of the table of ids.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig
@@ -15,22 +21,33 @@ from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.ranker import RankingModel
 from pipeline.model.retrieval import RetrievalHead
 from pipeline.train.log_partition import log_partition
+from pipeline.train.memory import CrossBatchMemory
 
 LOSS_NAME = "next_item"
+NO_WEIGHT = 1e-30  # in the place of 0, so that a mean over nothing is 0 and not undefined
 
 
 class NextItemLoss:
     """Summed losses and weights of a batch's next items.
 
-    The items are those of the training period, number i with the code i + 1: an item that training
-    never saw could only be learned as wrong.
+    The items are those of the training period: one that training never saw could only be learned as
+    wrong.
     """
 
     def __init__(self, cfg: RunConfig, maps: FeatureMaps, device: torch.device | str) -> None:
         self.cfg, self.id_dropout = cfg.retrieval, cfg.features.item_id_dropout
         codes = torch.from_numpy(maps.item_codes)
-        seen = codes[codes[:, 0] > 0]
-        self.item_codes = seen[seen[:, 0].argsort()].to(device)
+        seen = codes[:, 0] > 0
+        order = codes[seen, 0].argsort()
+        self.item_codes = codes[seen][order].to(device)
+
+        self.popularity = None
+        if self.cfg.loss in ("popularity", "in_batch"):
+            counts = torch.from_numpy(maps.next_count)[seen][order].float()
+            self.popularity = (counts / counts.sum()).to(device)
+        self.memory = None
+        if self.cfg.memory != "none":
+            self.memory = CrossBatchMemory(self.cfg, device)
 
     def __call__(
         self, model: RankingModel, encoded: Encoded, batch: SequenceBatch
@@ -42,26 +59,102 @@ class NextItemLoss:
 
         # rows of zeros: nothing of the history was left there
         weight = batch.next_weight * (rows != 0).any(1)
-        users = head.user_vectors(rows) * head.score_scale
-        losses = self._full(head, users, batch.next_code - 1)
-        return (losses * weight).sum().view(1), weight.sum().view(1)
+        users, item = head.user_vectors(rows), batch.next_code - 1
+        if self.cfg.loss == "full":
+            loss = (self._full(head, users, item) * weight).sum()
+        elif self.cfg.loss == "in_batch":
+            loss = (self._in_batch(head, users, item) * weight).sum()
+        else:
+            loss = self._sampled(head, users, item, weight)
+        return loss.view(1), weight.sum().view(1)
 
     def _full(self, head: RetrievalHead, users: Tensor, item: Tensor) -> Tensor:
         """[P]: against all items; with label smoothing a share of the target is every item's.
 
         −(1 − s)·score(item) − s·mean score + log Σ exp score
         """
-        items = head.item_vectors(self._codes())
+        users = users * head.score_scale
+        items = head.item_vectors(self._codes(self.item_codes))
         score = (users * items[item]).sum(1)
         smoothing = self.cfg.label_smoothing
         if smoothing > 0:
             score = torch.lerp(score, users @ items.mean(0), smoothing)
         return log_partition(users, items) - score
 
-    def _codes(self) -> Tensor:
+    def _sampled(self, head: RetrievalHead, users: Tensor, item: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sum of the losses against items drawn for each next item."""
+        shape, num_items = (len(item), self.cfg.negatives), len(self.item_codes)
+        log_rates = None
+        if self.popularity is None:
+            drawn = draw_negatives(num_items, *shape, device=item.device)
+        else:
+            drawn = draw_by_share(self.popularity, shape)
+            if self.cfg.logq_correction:
+                log_rates = (self.popularity * self.cfg.negatives).clamp(min=NO_WEIGHT).log()
+
+        # of a large catalogue only the vectors that are used
+        codes = self.item_codes
+        if num_items > drawn.numel() + len(item):
+            used, place = torch.unique(torch.cat([item[:, None], drawn], 1), return_inverse=True)
+            codes, item, drawn = codes[used], place[:, 0], place[:, 1:]
+            log_rates = None if log_rates is None else log_rates[used]
+
+        mean = sampled_softmax(
+            users,
+            head.item_vectors(self._codes(codes)),
+            item,
+            drawn,
+            weights=weight.clamp(min=NO_WEIGHT),
+            log_rates=log_rates,
+            temperature=self.cfg.temperature,
+        )
+        return mean * weight.sum()
+
+    def _in_batch(self, head: RetrievalHead, users: Tensor, item: Tensor) -> Tensor:
+        """[P]: against the other next items of the step, and those in memory.
+
+        One that is there several times counts as often. With the logQ correction (Yi et al., RecSys
+        2019, here on negatives alone) the sum over n of them stands for one over all items: item j
+        has the weight count_j / (n · share_j).
+        """
+        own, place, counts = torch.unique(item, return_inverse=True, return_counts=True)
+        vectors = head.item_vectors(self._codes(self.item_codes[own]))
+        users = users * head.score_scale
+        score = (users * vectors[place]).sum(1)
+
+        items, codes, times = vectors, own, counts
+        if self.memory is not None:
+            self.memory.match_moments(vectors)
+            items = torch.cat([vectors, self.memory.vectors])
+            codes = torch.cat([own, self.memory.codes])
+            times = torch.cat([counts, self.memory.counts])
+
+        bias = times.to(users.dtype).log()
+        if self.cfg.logq_correction:
+            assert self.popularity is not None
+            bias = bias - self.popularity[codes].log() - times.sum().to(users.dtype).log()
+        others = log_partition(users, items, bias, codes, item)
+
+        if self.memory is not None:
+            self.memory.keep_vectors(vectors, own, counts)
+        return torch.logaddexp(score, others) - score
+
+    def _codes(self, codes: Tensor) -> Tensor:
         """The items' codes; as in the history, a share of the ids is read as unknown."""
         if self.id_dropout == 0:
-            return self.item_codes
-        ids, others = self.item_codes[:, :1], self.item_codes[:, 1:]
+            return codes
+        ids, others = codes[:, :1], codes[:, 1:]
         dropped = torch.rand(ids.shape, device=ids.device) < self.id_dropout
         return torch.cat([ids.masked_fill(dropped, 0), others], dim=1)
+
+
+def draw_by_share(share: Tensor, shape: tuple[int, int]) -> Tensor:
+    """int64 numbers below len(share), with replacement, each as often as its share.
+
+    share         .5  .3  .2
+    running sum   .5  .8   1
+    uniform .6 lies below the second: 1 is drawn
+    """
+    sums = share.cumsum(0)
+    uniform = torch.rand(math.prod(shape), device=share.device) * sums[-1]
+    return torch.searchsorted(sums, uniform, right=True).clamp(max=len(share) - 1).view(shape)

@@ -47,7 +47,7 @@ POINTERS = {
             "lse",
             "grad",
         ),
-        *("per_user_norm", "shifted_lse", "of_positive"),
+        *("per_user_norm", "shifted_lse", "of_positive", "log_rates"),
     },
     "fp32": {
         "lr",
@@ -70,9 +70,10 @@ BUILDS = [
     (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_D": 128}),
     (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_D": 16}),
     (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 32, "BLOCK_C": 128, "BLOCK_D": 64}),
-    (softmax.forward, {"BLOCK_R": 64, "BLOCK_D": 64}),
-    (softmax.item_gradients, {"SPLIT": False, "BLOCK_R": 64, "BLOCK_D": 64}),
-    (softmax.item_gradients, {"SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (softmax.forward, {"RATES": False, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (softmax.forward, {"RATES": True, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (softmax.item_gradients, {"RATES": False, "SPLIT": False, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (softmax.item_gradients, {"RATES": True, "SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),
 ]
 
 
