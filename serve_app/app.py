@@ -10,6 +10,7 @@ the old, which answers until one assignment swaps them.
 import asyncio
 import gc
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,9 @@ from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
 from serve_app.ranking.lookups import Lookups
 from serve_app.ranking.rollout import RankJob, ReceivedRequest, Rollout, load_rollout
+from serve_app.recommend.jobs import receive_list
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys, RateLimit
@@ -33,6 +37,7 @@ from serve_app.web.replica import Overloaded, Replica, Unavailable
 logger = logging.getLogger("ray.serve")
 
 BROADCAST_TIMEOUT_S = 2.0
+USERS_TOGETHER = 4  # of one request for many users' lists
 Answer = TypeVar("Answer")
 
 
@@ -101,6 +106,19 @@ class Ranking:
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         """Score one request, together with those that wait."""
         return await self.batcher(await self.look_up(self._current.receive(request)))
+
+    async def recommend(
+        self, requests: Sequence[RecommendRequest]
+    ) -> list[RecommendedList | Refusal]:
+        """A list for each user; a few users at a time, so that other requests get in between."""
+        answers: list[RecommendedList | Refusal] = []
+        for begin in range(0, len(requests), USERS_TOGETHER):
+            some = requests[begin : begin + USERS_TOGETHER]
+            answers += await asyncio.gather(*[self._recommend_one(request) for request in some])
+        return answers
+
+    async def _recommend_one(self, request: RecommendRequest) -> RecommendedList | Refusal:
+        return await self.batcher(await self.look_up(receive_list(self._current, request)))
 
     def _prepare_job(self, received: ReceivedRequest) -> RankJob:
         return received.prepare()
@@ -173,6 +191,7 @@ class Api:
         )
         # made once: each handle is an object of its own
         self.ranking = self.replicas.rank
+        self.recommending = self.replicas.recommend
         self.appending = self.replicas.append_events
         self.asking = self.replicas.model_info
         self.args = args
@@ -185,6 +204,14 @@ class Api:
         if request.user_id is not None:  # a user's encoded history lies with one replica
             method = method.options(session_id=str(request.user_id))
         return await self._call(method, request)
+
+    async def recommend(
+        self, requests: Sequence[RecommendRequest]
+    ) -> list[RecommendedList | Refusal]:
+        method = self.recommending
+        if len(requests) == 1 and requests[0].user_id is not None:
+            method = method.options(session_id=str(requests[0].user_id))
+        return await self._call(method, list(requests))
 
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
         return await self._call(self.appending, request)
@@ -211,7 +238,7 @@ class Api:
         found = await asked.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
         return [answer for answer in found if isinstance(answer, kind)]
 
-    async def _call(self, method: DeploymentHandle, *arguments: RankColumns | EventsRequest) -> Any:
+    async def _call(self, method: DeploymentHandle, *arguments: Any) -> Any:
         """One replica's answer. Retry once on another if it dies: every method is idempotent."""
         try:
             try:
@@ -244,6 +271,7 @@ class Arguments(BaseModel):
     max_wait_ms: float = 500.0
     request_timeout_s: float = 10.0
     body_timeout_s: float = 2.0
+    max_recommend_users: int = 100
 
 
 def _build_api(replica: Replica, args: Arguments) -> FastAPI:
@@ -263,6 +291,7 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
         body_timeout_s=args.body_timeout_s,
+        max_recommend_users=args.max_recommend_users,
         id_is_sent=True,
     )
 

@@ -81,7 +81,7 @@ class RankColumns:
             BadBody: not an Arrow stream, a column or type that does not belong there, or a bad
             head.
         """
-        table = _read_table(body)
+        table = read_stream(body, "item_id")
         head = _read_head(table.schema.metadata or {})
         if table.num_rows == 0:
             raise BadBody([Refusal.of(["body", "item_id"], "at least one candidate", 0)])
@@ -143,9 +143,13 @@ class RankedColumns:
         return sink.getvalue().to_pybytes()
 
 
-def _read_table(body: bytes) -> pa.Table:
-    """The stream's batches, after a check of every type and buffer: a body may claim what it does
-    not hold.
+def read_stream(body: bytes, ids: str) -> pa.Table:
+    """The stream's batches: a column `ids` (int64, no nulls) and others of int32.
+
+    Every type and buffer is checked first: a body may claim what it does not hold.
+
+    Raises:
+        BadBody: not an Arrow stream, or a column or type that does not belong there.
     """
     try:
         for i, message in enumerate(pa.ipc.MessageReader.open_stream(body)):
@@ -156,25 +160,23 @@ def _read_table(body: bytes) -> pa.Table:
                     [Refusal.of(["body"], "a schema and uncompressed record batches", message.type)]
                 )
         stream = pa.ipc.open_stream(body)
-        _check_schema(stream.schema)
+        _check_schema(stream.schema, ids)
         table = stream.read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadBody(
             [Refusal.of(["body"], f"not an Arrow IPC stream: {error}", f"{len(body)} bytes")]
         ) from None
-    if table["item_id"].null_count:
-        raise BadBody(
-            [Refusal.of(["body", "item_id"], "no nulls", f"{table['item_id'].null_count} nulls")]
-        )
+    if table[ids].null_count:
+        raise BadBody([Refusal.of(["body", ids], "no nulls", f"{table[ids].null_count} nulls")])
     return table
 
 
-def _check_schema(schema: pa.Schema) -> None:
-    if schema.names.count("item_id") != 1 or len(set(schema.names)) != len(schema.names):
-        raise BadBody([Refusal.of(["body"], "one column item_id, and no name twice", schema.names)])
+def _check_schema(schema: pa.Schema, ids: str) -> None:
+    if schema.names.count(ids) != 1 or len(set(schema.names)) != len(schema.names):
+        raise BadBody([Refusal.of(["body"], f"one column {ids}, and no name twice", schema.names)])
     for field in schema:
-        wanted = pa.int64() if field.name == "item_id" else pa.int32()
+        wanted = pa.int64() if field.name == ids else pa.int32()
         if field.type != wanted:
             raise BadBody([Refusal.of(["body", field.name], f"must be {wanted}", field.type)])
 

@@ -90,6 +90,7 @@ def serve_config(
         "max_wait_ms": settings.max_wait_ms,
         "request_timeout_s": settings.request_timeout_s,
         "body_timeout_s": settings.body_timeout_s,
+        "max_recommend_users": settings.max_recommend_users,
     }
 
     ingress, ranker = application["deployments"]

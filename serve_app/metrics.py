@@ -106,6 +106,37 @@ class ReplicaMetrics:
             registry=self.registry,
         )
 
+        # recommended lists
+        self.list_seconds = Histogram(
+            "ranking_recommend_seconds",
+            "Work for a recommended list by its stage: history, encode, retrieve, features, rank, "
+            "choose",
+            (*names, "stage"),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+
+        self.list_items = Counter(
+            "ranking_recommend_items",
+            "Items of recommended lists, by the source that found them",
+            (*names, "source"),
+            registry=self.registry,
+        )
+
+        self.lists_by_popularity = Counter(
+            "ranking_recommend_popular_lists",
+            "Recommended lists of users without history: what is popular",
+            names,
+            registry=self.registry,
+        )
+
+        self.lists_empty = Counter(
+            "ranking_recommend_empty_lists",
+            "Recommended lists for which exclusions and filters left no item",
+            names,
+            registry=self.registry,
+        )
+
         # the shadow beside the version that answered
         self.shadow_change = Histogram(
             "ranking_shadow_score_change",
@@ -141,8 +172,8 @@ class ReplicaMetrics:
 
 
 class LoadedVersions:
-    """A collector of what is loaded now: versions by role, and each one's cache of encoded
-    histories.
+    """A collector of what is loaded now: versions by role, each one's cache of encoded histories,
+    and its index.
     """
 
     # counters; the rest are gauges
@@ -163,7 +194,7 @@ class LoadedVersions:
             labels = (str(ranker.version), role)
             loaded.add_metric(labels, 1)
 
-            for name, value in ranker.cache_stats().items():
+            for name, value in {**ranker.cache_stats(), **ranker.index_stats()}.items():
                 if name not in families:
                     families[name] = self._new_family(name)
                 families[name].add_metric(labels, value)

@@ -25,8 +25,9 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-class _Strict(BaseModel):
-    # a misspelt field or "5" for 5 is a mistake, said so
+class StrictModel(BaseModel):
+    """A part of a request: a misspelt field, or "5" for 5, is a mistake, said so."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -34,7 +35,7 @@ class _Strict(BaseModel):
         return type(self).model_validate_json, (self.model_dump_json(exclude_defaults=True),)
 
 
-class PostedRow(_Strict):
+class PostedRow(StrictModel):
     """Something that a user was shown, and what came of it."""
 
     item_id: Id
@@ -64,7 +65,7 @@ class HistoryRow(PostedRow):
     )
 
 
-class Candidate(_Strict):
+class Candidate(StrictModel):
     item_id: Id
     request_features: RequestFeatures = Field(
         default_factory=dict, description="override the request's, for this item"
@@ -79,7 +80,7 @@ RANK_EXAMPLE = {
 }
 
 
-class RankHead(_Strict):
+class RankHead(StrictModel):
     """A rank request without its candidates: whose history they follow, and when.
 
     The history is that of `user_id` as the server knows it, or the `history` that comes along; with
@@ -194,7 +195,7 @@ class Event(PostedRow):
     )
 
 
-class EventsRequest(_Strict):
+class EventsRequest(StrictModel):
     """Events in any order; sending one again changes nothing."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [EVENT_EXAMPLE]}]})
@@ -310,6 +311,23 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()[:LONGEST_ECHO]
 
 
+class IndexInfo(BaseModel):
+    """The items that the version can recommend."""
+
+    version: str = Field(description="digest of the index's files")
+    items: int
+    columns: dict[str, str] = Field(
+        description="name -> integer, number, text or boolean: what filters and caps may name"
+    )
+    search: Literal["exact", "ivf", "none"] = Field(
+        description="none: the model has no retrieval head, and recommends what is popular"
+    )
+    dimensions: int = Field(description="of an item's vector; 0 without a retrieval head")
+    recall: float = Field(
+        description="share of the 100 best items that a search finds, of a sample of users"
+    )
+
+
 class ModelInfo(BaseModel):
     """What is answering now."""
 
@@ -341,6 +359,13 @@ class ModelInfo(BaseModel):
     live_events: bool = Field(
         default=True, description="did the event store answer the newest look-up"
     )
+    index: IndexInfo | None = Field(
+        default=None, description="of /v1/recommend; null: the version was registered without one"
+    )
+
+
+class NoIndex(Exception):
+    """The version that answers was registered without an item index."""
 
 
 class StoreDown(Exception):

@@ -4,7 +4,6 @@ server's insides.
 
 import asyncio
 import random
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,77 +13,34 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
 
-from pipeline.config import ServeConfig
-from pipeline.model.artifact import load_model
-from serve_app.columns import RankColumns, RankedColumns
-from serve_app.history.live import LiveHistory
-from serve_app.history.published import PublishedSequences
-from serve_app.history.sqlite_events import SqliteEvents
-from serve_app.metrics import ReplicaMetrics, exposition_text
-from serve_app.ranking.ranker import Ranker
-from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import (
     RANK_EXAMPLE,
-    EventsRequest,
-    EventsResponse,
-    ModelInfo,
-    Refusal,
 )
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys
 from tests.support.hostile_bodies import insides, malformed, malformed_arrow
-from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
-from tests.worlds.web import between_processes, hashed
+from tests.worlds.recommender import Served
+from tests.worlds.web import hashed
 
 NUM_BODIES = 2000  # of each route; `benchmarks.serving.under_load` sends 10,000 over the wire
 NUM_EXAMPLES = 40
-
-
-class Whole:
-    """Everything of a replica but Ray."""
-
-    def __init__(self, folder: Path) -> None:
-        cfg = tiny_config(folder / "runs")
-        publish_sequences(cfg)
-        loaded = load_model(save_tiny_model(cfg, folder / "model"))
-        published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache")
-        history = LiveHistory(
-            published, SqliteEvents(folder / "events.sqlite"), cfg.sequences, max_events=100
-        )
-        self.counts = ReplicaMetrics()
-        ranker = Ranker(loaded, history, 1, "tiny", ServeConfig(max_candidates=50, max_history=50))
-        self.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, self.counts)
-
-    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        return self.rollout.rank([between_processes(request)])[0]
-
-    async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
-        return self.rollout.append_events([between_processes(request)])[0]
-
-    async def model_info(self) -> ModelInfo:
-        return self.rollout.model_info()
-
-    async def deployment_ids(self) -> list[str]:
-        return [self.rollout.model_info().deployment]
-
-    async def replica_metrics(self) -> dict[str, bytes]:
-        return {"one": exposition_text(self.counts.registry)}
+POSTED = ("/v1/rank", "/v1/events", "/v1/recommend")
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    return make_api(Whole(tmp_path_factory.mktemp("hostile")), max_body_bytes=100_000)
+    return make_api(Served(tmp_path_factory.mktemp("hostile")), max_body_bytes=100_000)
 
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     folder = tmp_path_factory.mktemp("locked")
     (folder / "keys").write_text(f"{hashed('secret')} shop\n")
-    return make_api(Whole(folder), 100_000, ApiKeys(folder / "keys"))
+    return make_api(Served(folder), 100_000, ApiKeys(folder / "keys"))
 
 
 # The Arrow body is binary: `malformed_arrow` below. There is nothing to get wrong in a GET.
-CASES = [(path, "POST", mode) for path in ("/v1/rank", "/v1/events") for mode in GenerationMode]
+CASES = [(path, "POST", mode) for path in POSTED for mode in GenerationMode]
 CASES += [(path, "GET", GenerationMode.POSITIVE) for path in ("/v1/model", "/metrics", "/readyz")]
 
 
@@ -137,7 +93,7 @@ def assert_says_nothing(text: str, path: str) -> None:
         assert not insides(text), text[:500]
 
 
-@pytest.mark.parametrize("path", ["/v1/rank", "/v1/events", "/v1/rank/arrow"])
+@pytest.mark.parametrize("path", [*POSTED, "/v1/rank/arrow"])
 def test_malformed_bodies(api: FastAPI, path: str) -> None:
     async def ask() -> list[tuple[bytes, httpx.Response]]:
         rng = random.Random(path)

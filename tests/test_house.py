@@ -18,6 +18,8 @@ ROOMS = (
     "pipeline.batches",
     "pipeline.evaluate.metrics",  # definitions, of which a model's head makes use
     "pipeline.model",
+    "pipeline.index",
+    "pipeline.recommend",
     "pipeline.evaluate",
     "pipeline.tracking",
     "pipeline.train",

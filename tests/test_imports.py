@@ -37,7 +37,10 @@ WITHOUT_RAY = (
         for name in ("collate", "examples", "features", "loader", "stochastic_length")
     ),
     "pipeline/sequences/store.py",
+    "pipeline/index/*.py",
+    "pipeline/recommend/*.py",
     "serve_app/ranking/ranker.py",
+    "serve_app/recommend/recommender.py",
 )
 IMPORT_ALL = """
 import importlib, sys

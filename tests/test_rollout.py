@@ -1,6 +1,5 @@
 """Champion, canary and shadow in one replica, without Ray."""
 
-import hashlib
 import json
 import re
 import threading
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.files import folder_digests
+from pipeline.index.folder import build_index
 from pipeline.tracking import PinnedModel
 from serve_app import deployment, metrics
 from serve_app.columns import RankColumns, RankedColumns
@@ -37,9 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[Pin
         folder = save_tiny_model(
             cfg, deployment.cache_folder(cfg.runs_dir) / f"tiny-{version}", seed=version
         )
-        digests = {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
-        }
+        build_index(cfg, folder)
+        digests = folder_digests(folder)
         models.append(PinnedModel("http://127.0.0.1:1", "tiny", version, digests))
     return cfg, models
 

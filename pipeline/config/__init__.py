@@ -15,6 +15,7 @@ from pipeline.config.features import (
     HistoryFeature,
     SplitConfig,
 )
+from pipeline.config.index import FollowedConfig, IndexConfig
 from pipeline.config.logs import ColumnReading, SideTable, SourceConfig, SyntheticConfig
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
 from pipeline.config.reading import parse_time
@@ -37,7 +38,9 @@ __all__ = [
     "DriftConfig",
     "EvaluateConfig",
     "FeatureConfig",
+    "FollowedConfig",
     "HistoryFeature",
+    "IndexConfig",
     "ModelConfig",
     "Outage",
     "RayConfig",

@@ -11,6 +11,7 @@ from pipeline.config import rules
 from pipeline.config.cluster import RayConfig
 from pipeline.config.errors import require
 from pipeline.config.features import FeatureConfig, SplitConfig
+from pipeline.config.index import IndexConfig
 from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.reading import build_section, read_yaml
@@ -45,6 +46,7 @@ class RunConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -61,6 +63,11 @@ class RunConfig:
         for name, channel in self.model.channels.items():
             key = f"model.channels.{name}.actions"
             rules.refuse_unknown_actions(key, channel.actions, source)
+
+        rules.refuse_unknown_actions("index.popular_actions", self.index.popular_actions, source)
+        if self.index.followed is not None:
+            followed = self.index.followed.action
+            rules.refuse_unknown_actions("index.followed.action", [followed], source)
 
         rules.refuse_checks_of_unknown_columns(self.checks, source)
         rules.refuse_features_of_unknown_columns(features, source)

@@ -62,6 +62,23 @@ class ServeConfig:
         "costs in quality.",
     )
     max_candidates: int = setting(10_000, at_least=1, doc="Most candidates of a request.")
+    max_recommended: int = setting(
+        500, at_least=1, doc="Most items of a recommended list; the n of a request."
+    )
+    max_recommend_users: int = setting(
+        100, at_least=1, doc="Most users of one request for recommended lists."
+    )
+    retrieved_candidates: int = setting(
+        500,
+        at_least=1,
+        doc="Items that are retrieved for a recommended list and then ranked, of all sources.",
+    )
+    popular_candidates: int = setting(
+        50, at_least=0, doc="Of these, what is popular; more where the model retrieves nothing."
+    )
+    followed_candidates: int = setting(
+        50, at_least=0, doc="Of these, recent items of followed authors (index.followed)."
+    )
     max_body_bytes: int = setting(2_000_000, at_least=1, doc="Longest body of a request, in bytes.")
     max_history: int = setting(
         16_384,
@@ -170,11 +187,22 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "serve")
 
+        self._refuse_lists_beyond_candidates()
         self._refuse_graphs_without_gpu()
         self._refuse_one_process_of_many()
         self._refuse_empty_paths()
         self._refuse_unusable_redis()
         self._refuse_limits_that_disagree()
+
+    def _refuse_lists_beyond_candidates(self) -> None:
+        retrieved = self.retrieved_candidates
+        limit = f"at most serve.retrieved_candidates ({retrieved})"
+        possible = self.max_recommended <= retrieved
+        require(possible, "serve.max_recommended", self.max_recommended, limit)
+
+        parts = self.popular_candidates + self.followed_candidates
+        name = "serve.popular_candidates + serve.followed_candidates"
+        require(parts <= retrieved, name, parts, limit)
 
     def _refuse_graphs_without_gpu(self) -> None:
         possible = self.use_gpu or not self.cuda_graphs

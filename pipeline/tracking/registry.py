@@ -68,12 +68,17 @@ class PinnedModel:
 def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
     """Make the evaluated model in `model_dir` a new version; returns its number.
 
-    Its metrics.json goes into the run as well.
+    Its metrics.json goes into the run as well. The index of its items is built now, and is part of
+    the version.
 
     Raises:
-        UserError: the model has not been evaluated.
+        UserError: the model has not been evaluated, or its items cannot be indexed.
     """
+    from pipeline.index.folder import build_index
+
     metrics = _read_metrics(model_dir)
+    if cfg.index.enabled:
+        build_index(cfg, model_dir)
     client, name = mlflow_client(), cfg.tracking.model_name
     with one_message(), tempfile.TemporaryDirectory() as staging:
         # the files, with a card

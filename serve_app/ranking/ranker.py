@@ -18,6 +18,7 @@ from pipeline import config
 from pipeline.batches.collate import SequenceBatch, candidates, collate
 from pipeline.batches.events import Events, concatenate
 from pipeline.config import ServeConfig
+from pipeline.index.folder import LoadedIndex
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
@@ -26,10 +27,10 @@ from pipeline.schema import DAY_MS
 from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
-from serve_app.history.published import HistoryStore, histories, sequence_row
+from serve_app.history.published import Histories, HistoryStore, histories, sequence_row
 from serve_app.history.rows import find_refused_outcome, posted_columns
 from serve_app.ranking.history_cache import HistoryCaches, history_key
-from serve_app.schemas import HistoryRow, ModelInfo, RankHead, Refusal, StoreDown
+from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,6 +44,17 @@ class FoundHistory:
 
     sequence: pa.RecordBatch | None  # None: nobody knows the user
     live_events: bool  # False: the user's posted events should be in it and are not
+
+
+@dataclass(frozen=True, slots=True)
+class CutHistory:
+    """What a user did before a request: `past` is one sequence."""
+
+    user_id: int
+    unknown_user: bool
+    live_events: bool  # False: the event store did not answer
+    past: Histories
+    key: bytes  # of the encoded history; empty for a model that keeps none
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +87,17 @@ class Ranker:
         version: the registry's number, part of every response.
         name: of the registered model.
         limits: of a request; the operator's, not the ones that the model was trained with.
+        index: the items that the version can recommend, None where it has no index.
     """
 
     def __init__(
-        self, loaded: LoadedModel, store: HistoryStore, version: int, name: str, limits: ServeConfig
+        self,
+        loaded: LoadedModel,
+        store: HistoryStore,
+        version: int,
+        name: str,
+        limits: ServeConfig,
+        index: LoadedIndex | None = None,
     ) -> None:
         self.model = loaded.model
         self.cfg = loaded.cfg
@@ -90,6 +109,7 @@ class Ranker:
         self.version = version
         self.name = name
         self.limits = limits
+        self.index = index
 
         self.device = next(self.model.parameters()).device
         self.caches = HistoryCaches(limits.cache_mb)
@@ -113,6 +133,7 @@ class Ranker:
             sequences=self.store.digest,
             server_version=package_version(),
             live_events=not self.outage.is_on,
+            index=None if self.index is None else IndexInfo(**self.index.describe()),
         )
 
     def warm_up(self) -> None:
@@ -139,6 +160,12 @@ class Ranker:
     def cache_stats(self) -> dict[str, int]:
         """Counters and sizes by name, for /metrics."""
         return self.caches.cache_stats()
+
+    def index_stats(self) -> dict[str, float]:
+        """Sizes by name, for /metrics; empty for a version without an index."""
+        if self.index is None:
+            return {}
+        return {"index_items": len(self.index.catalogue), "index_recall": self.index.recall}
 
     def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns]:
         """Answers to requests that `find_refusal` let pass, scored together.
@@ -257,35 +284,47 @@ class Ranker:
         """
         if found is None:
             found = self.find_history(request.head)
-        unknown_user = found.sequence is None
+        return self.add_candidates(self.cut_history(request.head, found), request)
+
+    def cut_history(self, head: RankHead, found: FoundHistory) -> CutHistory:
+        """The part of `found` that lies before the request's time."""
         sequence = found.sequence
         if sequence is None:
             sequence = sequence_row({}, self.store.columns)
 
-        time_ms = np.array([request.head.request_time_ms], np.int64)
+        time_ms = np.array([head.request_time_ms], np.int64)
         past = histories(
             [sequence], time_ms, self.cfg.source, self.cfg.features, self.limits.max_history
         )
+        user_id = NO_USER if head.user_id is None else head.user_id
+        key = b""
+        if self.cfg.model.cacheable:
+            codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
+            key = history_key(past.events, codes)
+        return CutHistory(user_id, found.sequence is None, found.live_events, past, key)
 
+    def add_candidates(self, history: CutHistory, request: RankColumns) -> PreparedRequest:
+        """The request's candidates with their features, behind its history."""
+        past = history.past
         features = {name: request.feature(name) for name in self.request_columns}
         targets = candidates(
             past.events,
             past.first_position,
             request.item_id,
             np.array([0, len(request)]),
-            time_ms,
+            np.array([request.head.request_time_ms], np.int64),
             features,
             self.maps,
             self.cfg,
         )
-
-        user_id = NO_USER if request.user_id is None else request.user_id
-        key = b""
-        if self.cfg.model.cacheable:
-            codes = self.maps.user_codes[self.maps.user_rows(np.array([user_id]))]
-            key = history_key(past.events, codes)
         return PreparedRequest(
-            request, user_id, unknown_user, found.live_events, past.events, targets, key
+            request,
+            history.user_id,
+            history.unknown_user,
+            history.live_events,
+            past.events,
+            targets,
+            history.key,
         )
 
     def history_length_class(self, prepared: PreparedRequest) -> int:
@@ -348,7 +387,7 @@ class Ranker:
             batch = collate(nothing, asked, users[chosen], self.maps, self.cfg)
             caches = HistoryCache.join_histories([encoded[keys[i]] for i in chosen])
 
-            with self._precision():
+            with self.precision():
                 logits = self.score_candidates(
                     self.model, caches, batch.to(self.device), self.limits.micro_batch
                 )
@@ -363,7 +402,7 @@ class Ranker:
             asked = _take_sequences(targets, chosen)
             batch = collate(history, asked, users[chosen], self.maps, self.cfg)
 
-            with self._precision():
+            with self.precision():
                 logits = self.model(batch.to(self.device))
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
@@ -383,12 +422,13 @@ class Ranker:
             nothing = _without_rows(past, len(chosen))
             batch = collate(history, nothing, users[rows[chosen]], self.maps, self.cfg)
 
-            with self._precision():
+            with self.precision():
                 caches = encode_history(self.model, batch.to(self.device)).split_histories()
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
 
     @contextmanager
-    def _precision(self) -> Iterator[None]:
+    def precision(self) -> Iterator[None]:
+        """In this block passes run in the number format that the operator wants."""
         in_bf16 = self.limits.precision == "bf16"
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, in_bf16):
             yield

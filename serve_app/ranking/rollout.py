@@ -16,7 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 from kernels.backend import choose_backend
 from pipeline import config
 from pipeline.config import ServeConfig, UserError
+from pipeline.index.folder import load_index
 from pipeline.model.artifact import load_model
 from pipeline.tracking import PinnedModel, fetch_model
 from serve_app.columns import RankColumns, RankedColumns
@@ -35,6 +36,8 @@ from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics
 from serve_app.ranking.ranker import FoundHistory, PreparedRequest, Ranker
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.recommender import Recommender
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal, StoreDown
 
 logger = logging.getLogger("ray.serve")
@@ -78,6 +81,13 @@ class Rollout:
         self.metrics = metrics
         self.champion = rankers[CHAMPION]
 
+        # the shadow answers nobody
+        self.recommenders: dict[str, Recommender] = {}
+        for role in (CHAMPION, CANARY):
+            index = rankers[role].index if role in rankers else None
+            if index is not None:
+                self.recommenders[role] = Recommender(rankers[role], index)
+
         self._copies: queue.Queue[Copies | None] = queue.Queue(SHADOW_QUEUE)
         if SHADOW in rankers:
             threading.Thread(target=self._follow_champion, name="shadow", daemon=True).start()
@@ -113,13 +123,13 @@ class Rollout:
 
     def answer_jobs(self, jobs: Sequence["RankJob"]) -> list[RankedColumns | Refusal]:
         """Answers to jobs of this rollout; those of one version are scored together."""
-        answers: dict[int, RankedColumns | Refusal] = {}
+        answers: dict[int, Any] = {}
         places: dict[str, list[int]] = {CHAMPION: [], CANARY: []}
         for i, job in enumerate(jobs):
-            if isinstance(job.work, Refusal):
-                answers[i] = job.work
-            else:
+            if isinstance(job.work, PreparedRequest):
                 places[job.role].append(i)
+            else:
+                answers[i] = job.work
 
         for role, mine in places.items():
             if mine:
@@ -129,7 +139,7 @@ class Rollout:
         in_order = [answers[i] for i in range(len(jobs))]
         if SHADOW in self.rankers:
             self._copy_to_shadow(jobs, in_order)
-        return in_order
+        return [_finished(job, answer) for job, answer in zip(jobs, in_order, strict=True)]
 
     def append_events(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
         """Keep events of users; the champion knows which actions and columns there are."""
@@ -278,19 +288,21 @@ class ReceivedRequest:
 class RankJob:
     """A request of a rollout, ready to be scored or refused already.
 
-    A job stays with the versions that it came to.
+    A job stays with the versions that it came to. `work` that is not a `PreparedRequest` is the
+    answer already; `finish` makes the answer of what was ranked, where that is not it.
     """
 
     rollout: Rollout
     role: str
     request: RankColumns
-    work: PreparedRequest | Refusal
+    work: PreparedRequest | Refusal | RecommendedList
     prepared_s: float
+    finish: Callable[[RankedColumns], RecommendedList] | None = None
 
     @property
     def history_length_class(self) -> int:
-        """The ranker's class of the request; 0 for a refusal, which costs nothing."""
-        if isinstance(self.work, Refusal):
+        """The ranker's class of the request; 0 for an answer that is there, which costs nothing."""
+        if not isinstance(self.work, PreparedRequest):
             return 0
         return self.rollout.rankers[self.role].history_length_class(self.work)
 
@@ -308,7 +320,14 @@ class RankJob:
 
     @property
     def num_tokens(self) -> int:
-        return 0 if isinstance(self.work, Refusal) else self.work.num_tokens
+        return self.work.num_tokens if isinstance(self.work, PreparedRequest) else 0
+
+
+def _finished(job: RankJob, answer: Any) -> Any:
+    """The answer that is sent."""
+    if job.finish is None or not isinstance(answer, RankedColumns):
+        return answer
+    return job.finish(answer)
 
 
 # Loading ---------------------------------------------------------------------
@@ -378,7 +397,8 @@ def _load_ranker(
         published, log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
     )
 
-    ranker = Ranker(loaded, history, model.version, model.name, limits)
+    index = load_index(loaded, folder)
+    ranker = Ranker(loaded, history, model.version, model.name, limits, index)
     ranker.warm_up()
     logger.info("%s version %d ready: %s", model.name, model.version, _describe_passes(ranker))
     return ranker

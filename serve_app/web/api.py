@@ -2,7 +2,8 @@
 
     request → RequestLog → Deadline → Protection → BodyLimit → Admission → a router → the replica
 
-Routers are in `rank`, `events`, `model` and `monitoring`; layers in `limits` and `protection`.
+Routers are in `rank`, `recommend`, `events`, `model` and `monitoring`; layers in `limits` and
+`protection`.
 """
 
 from fastapi import Depends, FastAPI
@@ -10,14 +11,17 @@ from fastapi.security import HTTPBearer
 
 from pipeline.version import package_version
 from serve_app import metrics
-from serve_app.web import events, model, monitoring, rank
+from serve_app.web import events, model, monitoring, rank, recommend
 from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline
 from serve_app.web.protection import ApiKeys, Protection, RateLimit, RequestLog
 from serve_app.web.replica import Replica
 from serve_app.web.responses import FAILED
 
-ABOUT = "Scores and orders candidates for a user by what that user did before, as of any time."
+ABOUT = (
+    "Recommends items to a user, and scores and orders candidates, by what that user did before, "
+    "as of any time."
+)
 
 
 def make_api(
@@ -29,6 +33,7 @@ def make_api(
     max_wait_s: float = 0.5,
     timeout_s: float = 10.0,
     body_timeout_s: float = 2.0,
+    max_recommend_users: int = 100,
     id_is_sent: bool = False,
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
@@ -41,6 +46,7 @@ def make_api(
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
         timeout_s: from the first byte to the answer; HTTP 504 beyond it.
         body_timeout_s: until the body is there; HTTP 408 beyond it.
+        max_recommend_users: of one request; HTTP 422 beyond it.
         id_is_sent: as of `RequestLog`.
     """
     api = FastAPI(
@@ -50,6 +56,7 @@ def make_api(
         responses=FAILED,
     )
     api.state.replica = replica
+    api.state.max_recommend_users = max_recommend_users
     api.state.counts = metrics.IngressMetrics()
 
     # From the inside out. Without a key no work is admitted and no body is waited for.
@@ -65,7 +72,7 @@ def make_api(
     if keys is not None:
         locks.append(Depends(HTTPBearer(auto_error=False, description="an API key")))
 
-    for router in (rank.router, events.router, model.router, monitoring.router):
+    for router in (rank.router, recommend.router, events.router, model.router, monitoring.router):
         api.include_router(router, dependencies=locks)
     api.include_router(monitoring.open_router)
     return api

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from serve_app.columns import BadBody
-from serve_app.schemas import Refusal, StoreDown
+from serve_app.schemas import NoIndex, Refusal, StoreDown
 from serve_app.web.limits import json_reply
 from serve_app.web.replica import Overloaded, Unavailable
 
@@ -20,6 +20,7 @@ def add_error_handlers(api: FastAPI) -> None:
     api.add_exception_handler(BadBody, _answer_bad_body)
     api.add_exception_handler(Overloaded, _answer_overloaded)
     api.add_exception_handler(Unavailable, _answer_unavailable)
+    api.add_exception_handler(NoIndex, _answer_no_index)
     api.add_exception_handler(StoreDown, _answer_store_down)
 
 
@@ -47,6 +48,11 @@ async def _answer_overloaded(http: Request, _: Exception) -> Response:
 
 async def _answer_unavailable(*_: object) -> Response:
     return json_reply({"detail": "no model answers at the moment"}, 503, TRY_AGAIN)
+
+
+async def _answer_no_index(*_: object) -> Response:
+    detail = "the version that answers was registered without an item index (index.enabled)"
+    return json_reply({"detail": detail}, 409)
 
 
 async def _answer_store_down(*_: object) -> Response:

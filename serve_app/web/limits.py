@@ -14,7 +14,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # paths that a replica works for, by the kind of work: each kind has a backlog of its own
-WORK_PATHS = {"/v1/rank": "rank", "/v1/rank/arrow": "rank", "/v1/events": "events"}
+WORK_PATHS = {
+    "/v1/rank": "rank",
+    "/v1/rank/arrow": "rank",
+    "/v1/events": "events",
+    "/v1/recommend": "recommend",
+    "/v1/recommend/batch": "recommend_many",
+    "/v1/recommend/arrow": "recommend_many",
+}
 REQUEST_WORK = 1024  # cost of a request apart from its body, in bytes of a body
 # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 FEW = 8

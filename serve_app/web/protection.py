@@ -28,13 +28,14 @@ OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers and jobs.deploy, whic
 # a scraper needs a key, but a rate of its own would blind it when it matters
 UNLIMITED_PATHS = ("/metrics",)
 LOGGED_PATHS = (
+    *("/v1/recommend", "/v1/recommend/batch", "/v1/recommend/arrow"),
     *("/v1/rank", "/v1/rank/arrow", "/v1/events", "/v1/model", "/docs", "/openapi.json"),
     *UNLIMITED_PATHS,
     *OPEN_PATHS,
 )
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
 # what layers and routes noted of a request
-LOGGED_FIELDS = ("key", "num_candidates", "num_events", "version")
+LOGGED_FIELDS = ("key", "num_candidates", "num_events", "num_users", "version")
 REQUEST_ID = b"x-request-id"
 SANE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}")  # safe in a header and in a line of a log
 REFUSALS_LOGGED_PER_S = 5.0

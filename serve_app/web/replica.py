@@ -4,13 +4,15 @@
 parameters (`replica: RunningReplica`), so a test passes a replica of its own and needs no Ray.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import IngressMetrics
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 
 
@@ -29,6 +31,12 @@ class Replica(Protocol):
     """
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal: ...
+
+    async def recommend(
+        self, requests: Sequence[RecommendRequest]
+    ) -> list[RecommendedList | Refusal]:
+        """A list or a refusal for each; may raise `NoIndex`."""
+        ...
 
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal: ...
 

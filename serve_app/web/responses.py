@@ -37,6 +37,12 @@ CHECKED: Responses = {
     **PROTECTED,
 }
 
+# routes that need an index
+INDEXED: Responses = {
+    409: {"model": Problem, "description": "the version that answers has no item index"},
+    **CHECKED,
+}
+
 _BINARY = {columns.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 ARROW_REQUEST: dict[str, Any] = {"requestBody": {"required": True, "content": _BINARY}}
 ARROW_ANSWER: Responses = {200: {"description": "an Arrow IPC stream", "content": _BINARY}}

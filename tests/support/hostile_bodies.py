@@ -19,11 +19,25 @@ INSIDES = (
     "tmp/",
 )
 
+RECOMMEND = {
+    "user_id": 3,
+    "n": 4,
+    "exclude": {"seen": False, "items": [12]},
+    "filter": {"author": [1, 2], "name": "item 7"},
+    "diversify": {"per": "author", "at_most": 1},
+    "explain": True,
+}
+
 
 def malformed(rng: random.Random) -> bytes:
     """A body that was good once."""
     body = rng.choice(
-        [RANK_EXAMPLE, {"events": [EVENT_EXAMPLE]}, {"history": [], "candidates": [{"item_id": 1}]}]
+        [
+            RANK_EXAMPLE,
+            {"events": [EVENT_EXAMPLE]},
+            {"history": [], "candidates": [{"item_id": 1}]},
+            RECOMMEND,
+        ]
     )
     text = json.dumps(body).encode()
     at = rng.randrange(len(text))

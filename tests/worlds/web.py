@@ -3,16 +3,20 @@
 import asyncio
 import hashlib
 import pickle
+from collections.abc import Sequence
 from typing import TypeVar
 
 import httpx
 import numpy as np
 
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import (
     EventsRequest,
     EventsResponse,
     ModelInfo,
+    NoIndex,
     Refusal,
 )
 
@@ -35,6 +39,11 @@ class Fixed:
         head |= {"unknown_items": 0, "unknown_user": False, "history_length": 0}
         scores = {"is_click": np.full(len(request), 0.5, np.float32)}
         return RankedColumns(head, request.item_id, scores, np.arange(len(request)))
+
+    async def recommend(
+        self, requests: Sequence[RecommendRequest]
+    ) -> list[RecommendedList | Refusal]:
+        raise NoIndex
 
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
         if self.failing:

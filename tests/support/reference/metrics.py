@@ -90,12 +90,15 @@ def server_metrics() -> list[ServerMetric]:
 
 
 class _EmptyRanker:
-    """A ranker to the eyes of the metrics: it has a version and an empty cache."""
+    """A ranker to the eyes of the metrics: it has a version, an empty cache and an index."""
 
     version = 1
 
     def cache_stats(self) -> dict[str, int]:
         return HistoryCaches(1).cache_stats()
+
+    def index_stats(self) -> dict[str, float]:
+        return {"index_items": 0, "index_recall": 1.0}
 
 
 def written_run_metrics() -> set[str]:

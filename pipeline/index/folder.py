@@ -1,0 +1,225 @@
+"""The index as a folder inside its model's: built when the version is registered, loaded with it.
+
+    model/index/
+      catalogue.parquet      ids, popularity, columns for filters
+      vectors.safetensors    items' vectors, where the model has a retrieval head
+      lists.faiss            inverted lists, beyond index.ivf_above
+      artifact.json          sha256 of the others, and of the model that it belongs to
+
+A model that is promoted changes all vectors, so an index serves its own model and no other.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.batches.collate import collate
+from pipeline.batches.examples import UserEvents, user_events
+from pipeline.config import IndexConfig, RunConfig, UserError, to_dict
+from pipeline.config.reading import build_section
+from pipeline.files import folder_digests, sha256_of, staged_folder
+from pipeline.index import ivf, towers
+from pipeline.index.catalogue import Catalogue, make_table
+from pipeline.index.exact import ExactIndex, VectorIndex
+from pipeline.index.popularity import count_items
+from pipeline.index.towers import RetrievalHead
+from pipeline.model.artifact import INDEX as DIGESTS
+from pipeline.model.artifact import LoadedModel, load_model, verified
+from pipeline.sequences import store
+
+FOLDER = "index"  # inside the model's
+CATALOGUE, VECTORS, LISTS = "catalogue.parquet", "vectors.safetensors", "lists.faiss"
+RECALL_USERS, RECALL_ITEMS = 256, 100
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedIndex:
+    """What can be recommended by one model."""
+
+    catalogue: Catalogue
+    vectors: VectorIndex | None  # None: the model has no retrieval head
+    # share of the 100 best items that a search finds, of a sample of users
+    recall: float
+    version: str  # digest of the folder's files
+    settings: IndexConfig  # with which it was built
+
+    @property
+    def kind(self) -> str:
+        """How vectors are searched: exact, ivf, or none."""
+        if self.vectors is None:
+            return "none"
+        return "exact" if isinstance(self.vectors, ExactIndex) else "ivf"
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for people, as `GET /v1/model` and logs say them."""
+        dim = 0 if self.vectors is None else self.vectors.vectors.shape[1]
+        return {
+            "version": self.version,
+            "items": len(self.catalogue),
+            "columns": {name: column.kind for name, column in self.catalogue.columns.items()},
+            "search": self.kind,
+            "dimensions": dim,
+            "recall": self.recall,
+        }
+
+
+def build_index(cfg: RunConfig, model_dir: Path) -> Path:
+    """Build the index of the model at `model_dir` from the published sequences; returns its folder.
+
+    Items are those that the model's feature maps know: of the training rows and of the item table.
+    One of the same model, sequences and settings that is there already stays.
+
+    Raises:
+        UserError: no whole model or no sequences, a configured column is missing, or the package
+            for inverted lists is.
+    """
+    folder = model_dir / FOLDER
+    facts = {
+        "model": sha256_of(model_dir / DIGESTS),
+        "sequences": store.read_manifest(cfg.sequence_dir).digest,
+        "settings": to_dict(cfg.index),
+    }
+    if _is_built(folder, facts):
+        return folder
+
+    loaded = load_model(model_dir)
+    item_ids = loaded.maps.item_ids
+    if len(item_ids) == 0:
+        raise UserError("index.enabled: the training period holds no item to recommend")
+    counts = count_items(cfg.sequence_dir, item_ids, cfg.split.train_end_ms, cfg.source, cfg.index)
+    items = store.read_side_table(cfg.sequence_dir, "items")
+    table = make_table(item_ids, counts.popularity, counts.first_seen, items, cfg.index)
+    if cfg.index.followed is not None and cfg.index.followed.time_column is not None:
+        table = _with_recency(table, cfg.index.followed.time_column)
+
+    with staged_folder(folder) as stage:
+        pq.write_table(table, stage / CATALOGUE)
+        head = towers.find_head(loaded.model)
+        if head is not None:
+            _write_vectors(stage, loaded, head, cfg)
+        digests = {"files": folder_digests(stage), "extra": facts}
+        (stage / DIGESTS).write_text(json.dumps(digests, indent=2))
+    return folder
+
+
+def _is_built(folder: Path, facts: dict[str, Any]) -> bool:
+    """Tell whether a whole index of these facts is at `folder`."""
+    try:
+        return verified(folder, "index")["extra"] == facts
+    except UserError:  # none, or half of one: it is built anew
+        return False
+
+
+def _with_recency(table: pa.Table, name: str) -> pa.Table:
+    """The table with the item table's own time in the place of the first row's; null is oldest."""
+    catalogue = Catalogue(table)
+    column = catalogue.columns[name]
+    if column.kind not in ("integer", "number"):
+        raise UserError(f"index.followed.time_column: {name!r} holds no numbers and no times")
+
+    recency = np.where(column.known, column.values, -np.inf).astype(np.float64)
+    place = table.column_names.index("recency")
+    return table.set_column(place, "recency", pa.array(recency))
+
+
+def _write_vectors(stage: Path, loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> None:
+    vectors = towers.item_vectors(loaded.model, head, loaded.maps.item_codes[1:]).cpu()
+    if not bool(torch.isfinite(vectors).all()):
+        raise UserError("the model's item vectors are not all finite: it cannot be indexed")
+
+    tensors = {"items": vectors}
+    limit = cfg.index.ivf_above
+    if limit is not None and len(vectors) > limit:
+        ivf.write_lists(vectors.numpy(), stage / LISTS)
+        # users for whom the search is held against the exact one at each load
+        tensors["users"] = _sample_users(loaded, head, cfg)
+    save_file(tensors, stage / VECTORS)
+
+
+def _sample_users(loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> Tensor:
+    """Vectors of up to `RECALL_USERS` users as of the end of the training period."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    parts: list[Tensor] = []
+    found = 0
+    for index in range(len(manifest.buckets)):
+        if found >= RECALL_USERS:
+            break
+        table = store.read_bucket(cfg.sequence_dir, manifest, index)
+        users = user_events(table.slice(0, RECALL_USERS - found), cfg.source, cfg.features)
+        end_ms = np.full(len(users.user_id), cfg.split.train_end_ms)
+        parts.append(vectors_as_of(loaded, head, users, end_ms).cpu())
+        found += len(users.user_id)
+    return torch.cat(parts)
+
+
+def vectors_as_of(
+    loaded: LoadedModel, head: RetrievalHead, users: UserEvents, time_ms: np.ndarray
+) -> Tensor:
+    """Vectors of these users by what they did before `time_ms`, int64 [B]: float32 [B, d]."""
+    begin, end = rows_before(users, time_ms)
+    history = users.events.take(begin, end)
+    nothing = users.events.take(begin, begin)
+    batch = collate(history, nothing, users.user_id, loaded.maps, loaded.cfg)
+    return towers.user_vectors(loaded.model, head, batch)
+
+
+def rows_before(users: UserEvents, time_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each user, and the end of the rows strictly earlier than `time_ms`, int64 [B].
+
+    Times do not fall within a user.
+
+        event_time of a user   10 20 20 30      time_ms 30
+        rows                    x  x  x
+    """
+    events = users.events
+    earlier = events.event_time < np.repeat(time_ms, events.lengths)
+    before = np.concatenate([[0], np.cumsum(earlier)])
+    begin = events.offsets[:-1]
+    return begin, begin + before[events.offsets[1:]] - before[begin]
+
+
+def load_index(loaded: LoadedModel, model_dir: Path) -> LoadedIndex | None:
+    """The index in `model_dir`, on the device of its model; None where the version has none.
+
+    Raises:
+        UserError: it is cut off or altered, or another model's.
+    """
+    folder = model_dir / FOLDER
+    if not folder.exists():
+        return None
+
+    extra = verified(folder, "index")["extra"]
+    if extra.get("model") != sha256_of(model_dir / DIGESTS):
+        raise UserError(
+            f"the index at {folder} belongs to another model: build it anew (jobs.promote)"
+        )
+
+    settings = build_section(IndexConfig, extra["settings"], "index")
+    catalogue = Catalogue(pq.read_table(folder / CATALOGUE))
+    vectors, recall = None, 1.0
+    if (folder / VECTORS).exists():
+        vectors, recall = _load_vectors(folder, loaded, settings)
+    return LoadedIndex(catalogue, vectors, recall, sha256_of(folder / DIGESTS)[:16], settings)
+
+
+def _load_vectors(
+    folder: Path, loaded: LoadedModel, settings: IndexConfig
+) -> tuple[VectorIndex, float]:
+    device = next(loaded.model.parameters()).device
+    tensors = load_file(folder / VECTORS)
+    vectors = tensors["items"].to(device)
+    path = folder / LISTS
+    if not path.exists():
+        return ExactIndex(vectors), 1.0
+
+    assert settings.ivf_above is not None, "the lists were written by that setting"
+    index = ivf.ListIndex(vectors, path, settings.ivf_probes, settings.ivf_above)
+    return index, ivf.measure_recall(index, tensors["users"].to(device), RECALL_ITEMS)

@@ -1,0 +1,51 @@
+"""Vectors of items and of users from a model's retrieval head: their product is the score."""
+
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.model.ranker import RankingModel
+
+ITEMS_AT_ONCE = 8192
+
+
+class RetrievalHead(Protocol):
+    """The part of a model that gives vectors."""
+
+    def user_vectors(self, rows: Tensor) -> Tensor:
+        """float32 [B, d], from the rows of users' newest events."""
+        ...
+
+    def item_vectors(self, item_codes: Tensor) -> Tensor:
+        """float32 [N, d], from int32 [N, 1 + item columns]."""
+        ...
+
+
+def find_head(model: RankingModel) -> RetrievalHead | None:
+    """The model's retrieval head, None where it was trained without one."""
+    return cast(RetrievalHead | None, getattr(model, "retrieval", None))
+
+
+@torch.no_grad()
+def item_vectors(model: RankingModel, head: RetrievalHead, item_codes: np.ndarray) -> Tensor:
+    """float32 [N, d] on the model's device, from codes int32 [N, 1 + item columns]."""
+    device = next(model.parameters()).device
+    codes = torch.from_numpy(np.ascontiguousarray(item_codes)).to(device)
+    parts = [head.item_vectors(part) for part in codes.split(ITEMS_AT_ONCE)]
+    return torch.cat(parts).float()
+
+
+@torch.no_grad()
+def user_vectors(model: RankingModel, head: RetrievalHead, batch: SequenceBatch) -> Tensor:
+    """float32 [B, d] on the model's device, from histories without candidates.
+
+    Of a user without history it says nothing: such users are recommended what is popular.
+    """
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    encoded = model.transducer(model.encoder(batch), batch, last_history=True)
+    assert encoded.last_history_row is not None, "a model with the head has such rows"
+    return head.user_vectors(encoded.last_history_row).float()

@@ -1,0 +1,1 @@
+"""Recommended lists online: history, retrieval, one ranking pass, choice."""

@@ -1,0 +1,96 @@
+"""Lists for many users as columns: the body and the answer of `/v1/recommend/arrow`.
+
+The body is one Arrow IPC stream: a column `user_id` (int64) and a column per request feature that
+differs between users (int32, null: as in the options); in the schema's metadata, under `recommend`,
+the JSON of `ArrowOptions`.
+The answer has a row per item: `user_id`, `place` (int32, 0 is best), `item_id`, `score`,
+`retrieval_score` (float32) and `source`; under `recommend` the other fields of each user's answer.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from serve_app.columns import BadBody, read_stream
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.schemas import ArrowOptions, ListOptions, RecommendRequest
+from serve_app.schemas import Refusal
+
+OPTIONS = b"recommend"  # the metadata key
+USER_ID = "user_id"
+
+
+def read_requests(body: bytes) -> list[RecommendRequest]:
+    """The request of each user of the body.
+
+    Raises:
+        BadBody: not an Arrow stream, a column or type that does not belong there, or bad options.
+    """
+    table = read_stream(body, USER_ID)
+    options = _read_options(table.schema.metadata or {})
+    if table.num_rows == 0:
+        raise BadBody([Refusal.of(["body", USER_ID], "at least one user", 0)])
+
+    users = table[USER_ID].to_pylist()
+    if min(users) < 0:
+        raise BadBody([Refusal.of(["body", USER_ID], "must be 0 or more", min(users))])
+
+    shared = {name: getattr(options, name) for name in ListOptions.model_fields}
+    shared |= {"request_time_ms": options.request_time_ms, "order_by": options.order_by}
+    features = {name: table[name].to_pylist() for name in table.column_names if name != USER_ID}
+    requests = []
+    for row, user_id in enumerate(users):
+        own = {name: column[row] for name, column in features.items() if column[row] is not None}
+        request = RecommendRequest.model_construct(  # validated already
+            user_id=user_id, request_features=options.request_features | own, **shared
+        )
+        requests.append(request)
+    return requests
+
+
+def _read_options(metadata: dict[bytes, bytes]) -> ArrowOptions:
+    try:
+        return ArrowOptions.model_validate_json(metadata.get(OPTIONS, b"{}"))
+    except ValidationError as error:
+        where = ["body", OPTIONS.decode()]
+        found = [Refusal.of([*where, *e["loc"]], e["msg"], e.get("input")) for e in error.errors()]
+        raise BadBody(found) from None
+
+
+def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[RecommendedList]) -> bytes:
+    """The lists, one behind the other."""
+    table = lists_table([request.user_id for request in requests], lists)
+    heads = []
+    for request, one in zip(requests, lists, strict=True):
+        heads.append({"user_id": request.user_id} | one.head)
+    table = table.replace_schema_metadata({OPTIONS: json.dumps(heads)})
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def lists_table(users: Sequence[int | None], lists: Sequence[RecommendedList]) -> pa.Table:
+    """A row per user and item, the best first; also what `jobs.recommend` writes."""
+    lengths = [len(one.item_id) for one in lists]
+    places = [np.arange(length, dtype=np.int32) for length in lengths]
+    scores = _joined([one.retrieval_score for one in lists], np.float32)
+    sources = [source for one in lists for source in one.source]
+    return pa.table(
+        {
+            USER_ID: pa.array(np.repeat(np.array(users, np.int64), lengths)),
+            "place": _joined(places, np.int32),
+            "item_id": _joined([one.item_id for one in lists], np.int64),
+            "score": _joined([one.score for one in lists], np.float32),
+            "retrieval_score": pa.array(scores, mask=np.isnan(scores)),
+            "source": pa.array(sources, pa.string()),
+        }
+    )
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])

@@ -1,0 +1,122 @@
+"""A served version of a few users that can recommend: the tiny world with an index over it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import IndexConfig, ServeConfig
+from pipeline.index.catalogue import Catalogue, make_table
+from pipeline.index.exact import ExactIndex
+from pipeline.index.folder import build_index, load_index
+from pipeline.index.towers import item_vectors
+from pipeline.model.artifact import load_model
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.history.live import LiveHistory
+from serve_app.history.published import PublishedSequences
+from serve_app.history.sqlite_events import SqliteEvents
+from serve_app.metrics import ReplicaMetrics, exposition_text
+from serve_app.ranking.ranker import Ranker
+from serve_app.ranking.rollout import CHAMPION, Rollout
+from serve_app.recommend.jobs import receive_list
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.schemas import RecommendRequest
+from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
+from tests.worlds.tiny import NUM_ITEMS, publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.web import between_processes
+
+LIMITS = ServeConfig(
+    max_candidates=50,
+    max_history=50,
+    max_recommended=20,
+    max_recommend_users=6,
+    retrieved_candidates=30,
+    popular_candidates=5,
+    followed_candidates=5,
+)
+
+
+class TinyHead(nn.Module):
+    """Vectors of 4 numbers from random weights."""
+
+    def __init__(self, width: int, num_codes: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.items = torch.randn(num_codes, 4, generator=generator)
+        self.users = torch.randn(width, 4, generator=generator)
+
+    def user_vectors(self, rows: Tensor) -> Tensor:
+        return nn.functional.normalize(rows @ self.users, dim=1)
+
+    def item_vectors(self, item_codes: Tensor) -> Tensor:
+        return nn.functional.normalize(self.items[item_codes[:, 0].long()], dim=1)
+
+
+class Served:
+    """Everything of a replica but Ray; `with_index` False: a version registered without one."""
+
+    def __init__(self, folder: Path, *, with_index: bool = True) -> None:
+        self.cfg = tiny_config(folder / "runs")
+        self.table = publish_sequences(self.cfg)
+        save_tiny_model(self.cfg, self.cfg.model_dir)
+        self.counts = ReplicaMetrics()
+        self.ranker = self._load_ranker(folder, with_index=with_index)
+        self.rollout = Rollout({CHAMPION: self.ranker}, {CHAMPION: ""}, 0.0, self.counts)
+        self.counts.loaded.roles = self.rollout.rankers
+
+    def _load_ranker(self, folder: Path, *, with_index: bool) -> Ranker:
+        cfg = self.cfg
+        loaded = load_model(cfg.model_dir)
+        published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache")
+        history = LiveHistory(
+            published, SqliteEvents(folder / "events.sqlite"), cfg.sequences, max_events=100
+        )
+        if not with_index:
+            return Ranker(loaded, history, 1, "tiny", LIMITS)
+
+        # a head of random weights, and columns that the tiny logs do not have
+        head = TinyHead(loaded.model.transducer.width, loaded.maps.vocab_sizes["item_id"])
+        loaded.model.retrieval = head
+        build_index(cfg, cfg.model_dir)
+        index = load_index(loaded, cfg.model_dir)
+        assert index is not None
+        ids, settings = index.catalogue.item_ids, IndexConfig(title_column="name")
+        items = pa.table(
+            {
+                "item_id": np.arange(NUM_ITEMS),
+                "author": np.arange(NUM_ITEMS) % 5,
+                "name": [f"item {i}" for i in range(NUM_ITEMS)],
+            }
+        )
+        table = make_table(
+            ids, index.catalogue.popularity, index.catalogue.recency, items, settings
+        )
+        vectors = ExactIndex(item_vectors(loaded.model, head, loaded.maps.item_codes[1:]))
+        index = replace(index, catalogue=Catalogue(table), vectors=vectors, settings=settings)
+        return Ranker(loaded, history, 1, "tiny", LIMITS, index)
+
+    async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+        return self.rollout.rank([between_processes(request)])[0]
+
+    async def recommend(
+        self, requests: Sequence[RecommendRequest]
+    ) -> list[RecommendedList | Refusal]:
+        sent = between_processes(list(requests))
+        jobs = [receive_list(self.rollout, one).prepare() for one in sent]
+        return between_processes(self.rollout.answer_jobs(jobs))
+
+    async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
+        return self.rollout.append_events([between_processes(request)])[0]
+
+    async def model_info(self) -> ModelInfo:
+        return self.rollout.model_info()
+
+    async def deployment_ids(self) -> list[str]:
+        return [self.rollout.model_info().deployment]
+
+    async def replica_metrics(self) -> dict[str, bytes]:
+        return {"one": exposition_text(self.counts.registry)}
