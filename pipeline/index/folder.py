@@ -30,9 +30,9 @@ from pipeline.index import ivf, towers
 from pipeline.index.catalogue import Catalogue, make_table
 from pipeline.index.exact import ExactIndex, VectorIndex
 from pipeline.index.popularity import count_items
-from pipeline.index.towers import RetrievalHead
 from pipeline.model.artifact import INDEX as DIGESTS
 from pipeline.model.artifact import LoadedModel, load_model, verified
+from pipeline.model.retrieval import RetrievalHead
 from pipeline.sequences import store
 
 FOLDER = "index"  # inside the model's
@@ -102,7 +102,7 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
 
     with staged_folder(folder) as stage:
         pq.write_table(table, stage / CATALOGUE)
-        head = towers.find_head(loaded.model)
+        head = loaded.model.retrieval
         if head is not None:
             _write_vectors(stage, loaded, head, cfg)
         digests = {"files": folder_digests(stage), "extra": facts}

@@ -1,32 +1,14 @@
 """Vectors of items and of users from a model's retrieval head: their product is the score."""
 
-from typing import Protocol, cast
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.model.ranker import RankingModel
+from pipeline.model.retrieval import RetrievalHead
 
 ITEMS_AT_ONCE = 8192
-
-
-class RetrievalHead(Protocol):
-    """The part of a model that gives vectors."""
-
-    def user_vectors(self, rows: Tensor) -> Tensor:
-        """float32 [B, d], from the rows of users' newest events."""
-        ...
-
-    def item_vectors(self, item_codes: Tensor) -> Tensor:
-        """float32 [N, d], from int32 [N, 1 + item columns]."""
-        ...
-
-
-def find_head(model: RankingModel) -> RetrievalHead | None:
-    """The model's retrieval head, None where it was trained without one."""
-    return cast(RetrievalHead | None, getattr(model, "retrieval", None))
 
 
 @torch.no_grad()
@@ -45,7 +27,6 @@ def user_vectors(model: RankingModel, head: RetrievalHead, batch: SequenceBatch)
     Of a user without history it says nothing: such users are recommended what is popular.
     """
     device = next(model.parameters()).device
-    batch = batch.to(device)
-    encoded = model.transducer(model.encoder(batch), batch, last_history=True)
+    encoded = model.encode(batch.to(device), last_history=True)
     assert encoded.last_history_row is not None, "a model with the head has such rows"
     return head.user_vectors(encoded.last_history_row).float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.batches.collate import collate
 from pipeline.index.folder import LoadedIndex
-from pipeline.index.towers import find_head, user_vectors
+from pipeline.index.towers import user_vectors
 from pipeline.recommend.filters import FilterError
 from pipeline.recommend.retriever import SOURCES, NoVectors, Retrieved, Retriever, Wish
 from serve_app.columns import RankColumns, RankedColumns
@@ -51,7 +51,7 @@ class Recommender:
     def __init__(self, ranker: Ranker, index: LoadedIndex) -> None:
         self.ranker = ranker
         self.index = index
-        self.head = find_head(ranker.model)
+        self.head = ranker.model.retrieval
         self.retriever = Retriever(index, ranker.limits)
         self._vectors: OrderedDict[bytes, Tensor] = OrderedDict()
 

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor, nn
 
 from pipeline.config import IndexConfig, ServeConfig
 from pipeline.index.catalogue import Catalogue, make_table
-from pipeline.index.exact import ExactIndex
 from pipeline.index.folder import build_index, load_index
-from pipeline.index.towers import item_vectors
 from pipeline.model.artifact import load_model
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
@@ -40,27 +36,15 @@ LIMITS = ServeConfig(
 )
 
 
-class TinyHead(nn.Module):
-    """Vectors of 4 numbers from random weights."""
-
-    def __init__(self, width: int, num_codes: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        self.items = torch.randn(num_codes, 4, generator=generator)
-        self.users = torch.randn(width, 4, generator=generator)
-
-    def user_vectors(self, rows: Tensor) -> Tensor:
-        return nn.functional.normalize(rows @ self.users, dim=1)
-
-    def item_vectors(self, item_codes: Tensor) -> Tensor:
-        return nn.functional.normalize(self.items[item_codes[:, 0].long()], dim=1)
-
-
 class Served:
     """Everything of a replica but Ray; `with_index` False: a version registered without one."""
 
     def __init__(self, folder: Path, *, with_index: bool = True) -> None:
-        self.cfg = tiny_config(folder / "runs")
+        self.cfg = tiny_config(
+            folder / "runs",
+            retrieval={"enabled": True, "dim": 4},
+            train={"max_targets_per_sequence": 6},
+        )
         self.table = publish_sequences(self.cfg)
         save_tiny_model(self.cfg, self.cfg.model_dir)
         self.counts = ReplicaMetrics()
@@ -78,9 +62,7 @@ class Served:
         if not with_index:
             return Ranker(loaded, history, 1, "tiny", LIMITS)
 
-        # a head of random weights, and columns that the tiny logs do not have
-        head = TinyHead(loaded.model.transducer.width, loaded.maps.vocab_sizes["item_id"])
-        loaded.model.retrieval = head
+        # with columns that the tiny logs do not have
         build_index(cfg, cfg.model_dir)
         index = load_index(loaded, cfg.model_dir)
         assert index is not None
@@ -95,8 +77,7 @@ class Served:
         table = make_table(
             ids, index.catalogue.popularity, index.catalogue.recency, items, settings
         )
-        vectors = ExactIndex(item_vectors(loaded.model, head, loaded.maps.item_codes[1:]))
-        index = replace(index, catalogue=Catalogue(table), vectors=vectors, settings=settings)
+        index = replace(index, catalogue=Catalogue(table), settings=settings)
         return Ranker(loaded, history, 1, "tiny", LIMITS, index)
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
