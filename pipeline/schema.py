@@ -60,6 +60,9 @@ LOG_KEYS = (
     Column("item_id", pa.int64(), "key", at_least=0),
     Column("event_time", pa.int64(), "key"),  # its range is `sequences.earliest_time` and the clock
 )
+# ids that may be text in the logs (pipeline/logs/ids.py); request_id is nobody's to see again
+NAMED_IDS = ("user_id", "item_id")
+TEXT_IDS = (*NAMED_IDS, "request_id")
 WATCH_MS = Column("watch_ms", pa.int64(), "outcome", unknown=-1, at_least=0)
 LOG_OPTIONAL_COLUMNS = (
     # rows shown together; absent: rows of one user with equal event_time
@@ -101,6 +104,8 @@ class EventColumns:
     actions: tuple[str, ...] = ()
     request: tuple[str, ...] = ()
     declared: tuple[Column, ...] = ()  # outcomes beside watch_ms
+    # of TEXT_IDS those that are text in the logs; here their codes stand for them, int64
+    text_ids: tuple[str, ...] = ()
 
     @property
     def request_columns(self) -> tuple[Column, ...]:

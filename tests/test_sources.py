@@ -347,7 +347,7 @@ def block(**columns: object) -> pa.Table:
         ({}, None),
         ({"user_id": pa.array([None], pa.int64())}, "null_user_id"),
         ({"item_id": [-2]}, "negative_item_id"),
-        ({"user_id": pa.array([2**63], pa.uint64())}, "negative_user_id"),
+        ({"user_id": pa.array([2**63], pa.uint64())}, "user_id_unreadable"),
         ({"event_time": [999]}, "event_time_before_range"),
         ({"event_time": [10_001]}, "event_time_in_future"),
         ({"event_time": [1000]}, None),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pipeline.config.errors import ConfigError, require
 from pipeline.config.reading import S3, parse_time, split_s3
 from pipeline.config.setting import check_ranges, describe, setting
-from pipeline.schema import MAX_ACTIONS, RESERVED, WATCH_MS, EventColumns, outcome_column
+from pipeline.schema import MAX_ACTIONS, RESERVED, TEXT_IDS, WATCH_MS, EventColumns, outcome_column
 
 Unit = Literal["ns", "us", "ms", "s", "min", "h", "d"]  # of time
 
@@ -154,12 +154,13 @@ class ColumnReading:
     at_least: float | None = setting(None, doc="Of an action: numbers from here on mean yes.")
     at_most: float | None = setting(None, doc="Of an action: numbers up to here mean yes.")
     unknown: tuple[str, ...] = setting(
-        (), doc="Of an action, a request column or an outcome: values that mean unknown."
+        (), doc="Of an id, an action, a request column or an outcome: values that mean unknown."
     )
     text: bool = setting(
         False,
         doc="Of a request column: its values are text. The sequences hold a number of 31 bits for "
-        "each, requests give the text.",
+        "each, requests give the text. Of user_id, item_id or request_id: its numbers are read as "
+        "the text of their digits, such as hashes of 64 bits; a column of text needs no word.",
     )
 
     @classmethod
@@ -192,6 +193,8 @@ class ColumnReading:
         allowed = {"column"}
         if name == "event_time":
             allowed |= {"unit", "start", "zone", "format"}
+        elif name in TEXT_IDS:
+            allowed |= {"unknown", "text"}
         elif role == "action":
             allowed |= {"equals", "at_least", "at_most", "unknown"}
         elif role == "request":

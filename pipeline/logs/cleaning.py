@@ -23,8 +23,9 @@ from pipeline.logs.columns import (
     read_column,
     without_views,
 )
+from pipeline.logs.ids import code_ids, id_kind, is_text_id
 from pipeline.logs.times import needs_zone
-from pipeline.schema import LOG_KEYS, LOG_REQUIRED, ROW_DIGEST, Column, EventColumns
+from pipeline.schema import LOG_KEYS, LOG_REQUIRED, ROW_DIGEST, TEXT_IDS, Column, EventColumns
 
 USER_BUCKET, REASON, SOURCE_ROW = "user_bucket", "reason", "source_row"
 SOURCE_FILE = "source_file"
@@ -128,6 +129,26 @@ def check_presence(schemas: Mapping[str, pa.Schema], rules: LogRules) -> dict[st
     return missing
 
 
+def find_text_ids(schemas: Mapping[str, pa.Schema], rules: LogRules) -> tuple[str, ...]:
+    """The ids of TEXT_IDS that are text in these files, or called text in the configuration.
+
+    Raises:
+        UserError: one is text in a file and a number in another.
+    """
+    found = []
+    for name in TEXT_IDS:
+        types = {}
+        for file, schema in schemas.items():
+            theirs = rules_of_file(schema, rules).columns[name]
+            if theirs in schema.names:
+                types[file] = schema.field(theirs).type
+
+        called_text = name in rules.readings and rules.readings[name].text
+        if called_text or is_text_id(name, types):
+            found.append(name)
+    return tuple(found)
+
+
 def _lacks(name: str, rules: LogRules, schema: pa.Schema) -> str:
     theirs = rules.columns[name]
     if theirs == name:
@@ -154,10 +175,10 @@ def _refused_type(
         return None if integer else "an integer"
     if pa.types.is_null(found):
         return None if column.role != "key" else f"{column.name}, not a column of nulls"
+    if column.name in TEXT_IDS:
+        return None if id_kind(found) is not None else "whole numbers or text"
     if column.name == "event_time":
         return _refused_time(found, reading)
-    if column.role == "key":
-        return None if integer else "an integer"
 
     flag = pa.types.is_boolean(found)
     if column.role == "action":
@@ -200,14 +221,30 @@ def _refused_action(found: pa.DataType, reading: ColumnReading | None) -> str | 
     return None if number or text else "a number, to be held against at_least and at_most"
 
 
-def normalise(block: pa.Table, rules: LogRules, source_file: int = 0) -> pa.Table:
-    """A block of one source file's rows, in any order, as `rules.schema`."""
+def normalise(
+    block: pa.Table,
+    rules: LogRules,
+    source_file: int = 0,
+    texts: dict[str, list[pa.Array]] | None = None,
+) -> pa.Table:
+    """A block of one source file's rows, in any order, as `rules.schema`.
+
+    `texts`, by LOG column, takes the distinct ids of the block where they are text.
+    """
     rules = rules_of_file(block.schema, rules)
     block = without_views(block)
+    ids = code_ids(block, rules.columns, rules.readings, rules.events.text_ids)
+    if texts is not None:
+        for name, found in ids.texts.items():
+            texts.setdefault(name, []).append(found)
+
     columns: dict[str, pa.Array] = {}
     unreadable: dict[str, np.ndarray] = {}
     for column in rules.events.log_columns:
         name = column.name
+        if name in ids.codes:
+            columns[name], unreadable[name] = ids.codes[name], ids.unreadable[name]
+            continue
         read = read_column(block, column, rules.readings.get(name, rules.columns[name]))
         columns[name] = read.values
         if read.unreadable is not None:
@@ -217,7 +254,7 @@ def normalise(block: pa.Table, rules: LogRules, source_file: int = 0) -> pa.Tabl
     if theirs in block.column_names:
         digest = block[theirs].fill_null(0).to_numpy().astype(np.uint64)
     else:
-        digest = row_digest(block)
+        digest = row_digest(ids.rows)
 
     reason, columns = _check_values(columns, unreadable, rules)
     bad = np.flatnonzero(reason != "")

@@ -56,7 +56,7 @@ def read_column(block: pa.Table, column: Column, reading: ColumnReading | str) -
     if column.role == "action":
         return _read_action(values, how)
     if how.unknown:
-        values = _without(values, how.unknown)
+        values = without_values(values, how.unknown)
     if column.role == "request" and how.text:
         return ReadColumn(text_codes(values))
     if pa.types.is_boolean(column.dtype):
@@ -113,7 +113,7 @@ def _marked(before: pa.Array, after: pa.Array) -> ReadColumn:
     return ReadColumn(after, lost if lost.any() else None)
 
 
-def _without(values: pa.Array, unknown: tuple[str, ...]) -> pa.Array:
+def without_values(values: pa.Array, unknown: tuple[str, ...]) -> pa.Array:
     """The values, null where they are one of `unknown`."""
     is_unknown = _is_one_of(values, unknown)
     return pc.if_else(pa.array(~is_unknown), values, pa.scalar(None, values.type))
@@ -166,7 +166,7 @@ def _read_action(values: pa.Array, how: ColumnReading) -> ReadColumn:
         empty = pc.equal(pc.utf8_trim_whitespace(values), "")
         values = pc.if_else(empty, pa.scalar(None, values.type), values)
     if how.unknown:
-        values = _without(values, how.unknown)
+        values = without_values(values, how.unknown)
 
     if how.equals:
         number = _with_nan_unknown(values)
@@ -221,7 +221,7 @@ def _read_floats(values: pa.Array, dtype: pa.DataType) -> ReadColumn:
     if is_number(values.type):
         numbers = values.cast(dtype, safe=False).to_numpy(zero_copy_only=False)
         return ReadColumn(pa.array(numbers, dtype, from_pandas=True))
-    return _marked(_without(values, ("",)), _as_floats(values).cast(dtype))
+    return _marked(without_values(values, ("",)), _as_floats(values).cast(dtype))
 
 
 def _read_integers(values: pa.Array, how: ColumnReading) -> ReadColumn:
@@ -237,7 +237,7 @@ def _read_integers(values: pa.Array, how: ColumnReading) -> ReadColumn:
 
     present = values
     if is_text(values.type):
-        present = _without(values, ("",))
+        present = without_values(values, ("",))
     numbers = _as_floats(present)
     if how.unit:
         return _marked(present, times.read_times(numbers, how))
@@ -254,7 +254,7 @@ def _read_flags(values: pa.Array) -> ReadColumn:
     if pa.types.is_boolean(values.type):
         return ReadColumn(values)
     if is_text(values.type):
-        values = _without(values, ("",))
+        values = without_values(values, ("",))
     numbers = _as_floats(values, flags=True)
     value = numbers.fill_null(0).to_numpy()
     readable = numbers.is_valid().to_numpy(zero_copy_only=False) & np.isin(value, (0, 1))

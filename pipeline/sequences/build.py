@@ -37,11 +37,11 @@ from pipeline.config import (
     UserError,
 )
 from pipeline.logs import LogFiles, live_log_dir, live_logs, open_logs
-from pipeline.logs.cleaning import LogRules, check_columns, check_presence
+from pipeline.logs.cleaning import LogRules, check_columns, check_presence, find_text_ids
 from pipeline.logs.files import CONNECTIONS, file_digest, file_stamp, rows_by_file, total_bytes
 from pipeline.logs.parquet import count_reasons, read_schema, refuse_unasked_columns
 from pipeline.logs.time_check import check_times
-from pipeline.schema import DAY_MS, EventColumns
+from pipeline.schema import DAY_MS, NAMED_IDS, EventColumns
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
     BucketRules,
@@ -52,11 +52,13 @@ from pipeline.sequences.buckets import (
     total_statistics,
     write_bucket,
 )
+from pipeline.sequences.dictionary import write_dictionaries, write_pairs
 from pipeline.sequences.forgotten import read_forgotten
-from pipeline.sequences.parts import Part, find_part, plan_parts, write_part
+from pipeline.sequences.parts import PARTS, Part, find_part, plan_parts, write_part
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
+from pipeline.sequences.quality.own_ids import name_ids
 from pipeline.sequences.quality.statistics import Statistics, log_hints
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import side_files, write_side_table
@@ -123,6 +125,9 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
             refuse_unasked_columns(schema, cfg.source, file)
     for name, files in check_presence(schemas, rules).items():
         logger.warning("%s: %d of %d files have no such column", name, files, len(schemas))
+
+    text_ids = find_text_ids(schemas, rules)
+    rules = replace(rules, events=replace(rules.events, text_ids=text_ids))
 
     if rows == 0:
         raise UserError(
@@ -206,7 +211,8 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
                 return published
 
             _refuse_other_sequences(folder, published, settings, len(files.keys() - known), append)
-            rules = log_rules(cfg.source, cfg.sequences, logs, published.num_buckets)
+            _refuse_other_ids(folder, published, rules)
+            rules = replace(rules, num_buckets=published.num_buckets)
             files = {digest: file for digest, file in files.items() if digest not in known}
 
         with workers(cfg.ray, cfg.runs_dir) as run:
@@ -392,7 +398,9 @@ def _make_parts(
         settings["readings"] = {
             name: config.to_dict(reading) for name, reading in rules.readings.items()
         }
-    for column in rules.events.declared:  # parts without such columns keep their names
+    if rules.events.text_ids:  # parts without such columns keep their names
+        settings["text_ids"] = rules.events.text_ids
+    for column in rules.events.declared:  # so here
         settings[f"outcome {column.name}"] = [str(column.dtype), column.at_least]
 
     found, missing = [], []
@@ -430,13 +438,19 @@ def build_version(
     folder = cfg.sequence_dir
     settings = content_settings(cfg.source, cfg.sequences)
     retired = published.retired if published else {}
-    side_tables = _write_side_tables(logs, folder)
+    side_tables, side_pairs = _write_side_tables(logs, rules, folder)
+
+    pairs = _new_pairs(all_parts, published)
+    for column, files in side_pairs.items():
+        pairs[column] |= files
+    before = published.dictionaries if published else {}
+    dictionaries = write_dictionaries(folder, pairs, before, rules.num_buckets, run)
 
     rules_of_buckets = bucket_rules(cfg.sequences, cfg.features, rules, all_parts, cfg.run_dir)
     work = plan_buckets(all_parts, retired, rules_of_buckets)
     records = build_buckets(folder, work, rules_of_buckets, run)
 
-    totals = total_statistics(records)
+    totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
     checks = _check_counts(cfg, totals, new_parts)
     page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs)
     refuse_failed(checks, log_hints(totals, rules), page)
@@ -453,6 +467,8 @@ def build_version(
         outcome_columns=config.to_dict(cfg.source)["outcome_columns"],
         num_buckets=rules.num_buckets,
         side_tables=side_tables,
+        text_ids=rules.events.text_ids,
+        dictionaries=dictionaries,
         config=settings,
         inputs=inputs_of_parts(settings, logs, all_parts),
         retired=retired,
@@ -460,14 +476,36 @@ def build_version(
     )
 
 
-def _write_side_tables(logs: LogFiles, folder: Path) -> dict[str, Bucket]:
+def _write_side_tables(
+    logs: LogFiles, rules: LogRules, folder: Path
+) -> tuple[dict[str, Bucket], dict[str, dict[str, int]]]:
+    """The side tables, and by column the files of their ids that are text, with their bytes."""
     forgotten = read_forgotten(folder)
-    written = {}
-    if logs.users is not None:
-        written["users"] = write_side_table("users", logs.users, "user_id", folder, forgotten)
-    if logs.items is not None:
-        written["items"] = write_side_table("items", logs.items, "item_id", folder, forgotten)
-    return written
+    tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
+    written: dict[str, Bucket] = {}
+    pairs: dict[str, dict[str, int]] = {}
+    for name, (table, column) in tables.items():
+        if table is None:
+            continue
+        text = column in rules.events.text_ids
+        written[name], ids = write_side_table(name, table, column, folder, forgotten, text=text)
+        if ids is not None:
+            stem = f"{PARTS}/side-{name}"
+            pairs[column] = write_pairs(folder, stem, column, ids, rules.num_buckets, forgotten)
+    return written, pairs
+
+
+def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[str, dict[str, int]]:
+    """By column of text ids: the files with those of the parts that `published` lacks, and their
+    bytes.
+    """
+    held = set(published.parts) if published else set()
+    found: dict[str, dict[str, int]] = {name: {} for name in NAMED_IDS}
+    for part in all_parts:
+        if part.name not in held:
+            for column, size in part.ids.items():
+                found[column][part.ids_file(column)] = size
+    return found
 
 
 def _check_counts(cfg: RunConfig, totals: Statistics, new_parts: Sequence[Part]) -> list[Check]:
@@ -505,7 +543,9 @@ def compose_manifest(
     )
 
     # the version is named by the contents of its files
-    entries = (*buckets, *quarantine, *rest["side_tables"].values())
+    entries = [*buckets, *quarantine, *rest["side_tables"].values()]
+    for chunks in rest["dictionaries"].values():
+        entries += chunks.values()
     named_by = [
         store.SCHEMA_VERSION,
         rest["actions"],
@@ -608,6 +648,18 @@ def _refuse_other_sequences(
             "are new); pass --append to add new files, --overwrite to build from what is there "
             "now, or choose another name"
         )
+
+
+def _refuse_other_ids(folder: Path, published: Manifest, rules: LogRules) -> None:
+    """Go on only if ids are text here that are text in the published version."""
+    for name in NAMED_IDS:
+        before = "text" if name in published.text_ids else "numbers"
+        now = "text" if name in rules.events.text_ids else "numbers"
+        if before != now:
+            raise UserError(
+                f"{name}: the new files have {now}, the sequences published in {folder} have "
+                f"{before}: write it as before, or build from all files with --overwrite"
+            )
 
 
 def publish_version(folder: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@ next one keeps.
 
     parts/<name>.arrow   rows as `normalise` gives them, without the bucket; a record batch holds
                          rows of one bucket
+    parts/<name>.user_id.arrow, …   the distinct ids, where they are text (dictionary.py)
     parts/<name>.json    written last: the batches of each bucket, and the files they were made from
 
 A part is named by what it is made of: the digests of its files, and the settings that rows are
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pipeline.files import hidden_beside, publish_file
 from pipeline.logs.cleaning import REASON, USER_BUCKET, LogRules, normalise
 from pipeline.logs.files import CONNECTIONS, open_parquet
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import IdWriter, has_dictionary
 from pipeline.sequences.forgotten import Forgotten
 
 PARTS = "parts"
@@ -82,10 +84,15 @@ class Part:
     broken: dict[str, int]  # rows by the rule that they broke; repeats are found later
     batches: dict[int, tuple[int, ...]]  # each bucket's, by their place in the file
     bucket_rows: dict[int, int]
+    # of ids that are text, by column: the bytes of their file; a compaction leaves none
+    ids: dict[str, int] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
         return f"{PARTS}/{self.name}.arrow"
+
+    def ids_file(self, column: str) -> str:
+        return f"{PARTS}/{self.name}.{column}.arrow"
 
 
 def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[PartTask]:
@@ -153,10 +160,11 @@ def file_key(digest: str) -> int:
 def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgotten) -> Part:
     """Read, check and sort by bucket what `work` names; the part is there when this returns."""
     left_out = 0
-    with PartWriter(folder, work.name, rules) as writer:
+    with PartWriter(folder, work.name, rules, with_ids=True) as writer:
         run, rows = [], 0
+        texts: dict[str, list[pa.Array]] = {}
         for source, block in _blocks(work):
-            cleaned = normalise(block, rules, source.key)
+            cleaned = normalise(block, rules, source.key, texts)
             if forgotten.hashes:
                 users = cleaned["user_id"].fill_null(-1).to_numpy()
                 cleaned = cleaned.filter(pa.array(~forgotten.has_users(users)))
@@ -166,9 +174,11 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
             rows += block.num_rows
             if rows >= RUN_ROWS:
                 _write_run(run, writer)
-                run, rows = [], 0
+                writer.write_ids(texts, forgotten)
+                run, rows, texts = [], 0, {}
 
         _write_run(run, writer)
+        writer.write_ids(texts, forgotten)
         part = writer.close(work.sources)
 
     assert part.rows + left_out == work.rows, (
@@ -222,9 +232,12 @@ def _write_run(run: Sequence[tuple[pa.RecordBatch, np.ndarray]], writer: "PartWr
 
 
 class PartWriter:
-    """A part under way. Nothing is seen of it before `close`, and nothing remains of it without."""
+    """A part under way. Nothing is seen of it before `close`, and nothing remains of it without.
 
-    def __init__(self, folder: Path, name: str, rules: LogRules) -> None:
+    `with_ids`: its ids go into files beside it, where they are text.
+    """
+
+    def __init__(self, folder: Path, name: str, rules: LogRules, *, with_ids: bool = False) -> None:
         self.name = name
         self._path = folder / PARTS / f"{name}.arrow"
 
@@ -233,6 +246,8 @@ class PartWriter:
         self._file = self._stack.enter_context(pa.OSFile(str(self._staged), "wb"))
         options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         self._writer = pa.ipc.new_file(self._file, part_schema(rules), options=options)
+        columns = has_dictionary(rules.events.text_ids) if with_ids else []
+        self.ids = self._stack.enter_context(IdWriter(self._path, columns, rules.num_buckets))
 
         self._num_batches = 0
         self._batches: dict[int, list[int]] = {}
@@ -259,6 +274,12 @@ class PartWriter:
         if reason.null_count < rows.num_rows:
             self._broken.update(reason.drop_null().to_pylist())
 
+    def write_ids(self, texts: Mapping[str, Sequence[pa.Array]], forgotten: Forgotten) -> None:
+        """Ids that are text, by column, without those of users who were forgotten."""
+        for column, found in texts.items():
+            if column in self.ids.columns:
+                self.ids.write(column, found, forgotten)
+
     def close(self, sources: Sequence[Source]) -> Part:
         """Put the part in its place, then its index."""
         self._writer.close()
@@ -273,9 +294,13 @@ class PartWriter:
             broken=dict(sorted(self._broken.items())),
             batches=batches,
             bucket_rows=dict(sorted(self._rows.items())),
+            ids=self.ids.close(),
         )
         publish_file(self._staged, self._path)
-        store.write_json(self._path.with_suffix(".json"), asdict(part))
+        index = asdict(part)
+        if not part.ids:
+            del index["ids"]
+        store.write_json(self._path.with_suffix(".json"), index)
         return part
 
 
@@ -290,11 +315,13 @@ def find_part(folder: Path, name: str) -> Part | None:
     path = folder / PARTS / f"{name}.json"
     try:
         part = _part_from_json(json.loads(path.read_text()))
-        size = path.with_suffix(".arrow").stat().st_size
+        whole = path.with_suffix(".arrow").stat().st_size == part.bytes
+        for column, size in part.ids.items():
+            whole &= (folder / part.ids_file(column)).stat().st_size == size
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         # TypeError: fields of another version
         return None
-    return part if size == part.bytes else None
+    return part if whole else None
 
 
 def _part_from_json(raw: dict[str, Any]) -> Part:
@@ -310,6 +337,7 @@ def _part_from_json(raw: dict[str, Any]) -> Part:
         broken=raw["broken"],
         batches=batches,
         bucket_rows=bucket_rows,
+        ids=raw.get("ids", {}),
     )
 
 

@@ -6,6 +6,7 @@ them.
       versions/<digest>.json                       its manifest again, and the one before
       buckets/bucket-00003-<sha256>.parquet …      SEQUENCE rows, sorted by user_id
       tables/users-<sha256>.parquet, items-…       the side tables, by user_id and item_id
+      ids/user_id-00003-<sha256>.parquet …         codes and texts of ids, where they are text
       quarantine/bucket-00003-<sha256>.parquet …   rows that were left out, with the reason
       retired/bucket-00003-<sha256>.parquet …      how many rows of users were dropped for their age
       forgotten.json                               users whose rows are taken in no more
@@ -14,7 +15,7 @@ them.
 
 Files are named by their contents and never change, so versions share those that are the same in
 both. What neither the published version nor the one before names is removed after publishing.
-Training, evaluation and serving read buckets and side tables only.
+Training, evaluation and serving read buckets, side tables and ids only.
 """
 
 import dataclasses
@@ -90,6 +91,10 @@ class Manifest:
     kept_since_ms: int | None = None
     # as in `source.outcome_columns`
     outcome_columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # of user_id, item_id and request_id those that are text in the logs; the rows have their codes
+    text_ids: tuple[str, ...] = ()
+    # by column: by number of the chunk, the codes and texts of ids (dictionary.py)
+    dictionaries: dict[str, dict[str, Bucket]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -99,7 +104,15 @@ class Manifest:
             outcome_column(name, column["type"], column["at_least"])
             for name, column in self.outcome_columns.items()
         ]
-        return EventColumns(self.actions, self.request_columns, tuple(declared))
+        return EventColumns(self.actions, self.request_columns, tuple(declared), self.text_ids)
+
+    @property
+    def dictionary_files(self) -> list[Bucket]:
+        """The files of all dictionaries."""
+        found: list[Bucket] = []
+        for chunks in self.dictionaries.values():
+            found += chunks.values()
+        return found
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -110,7 +123,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     manifest = _read_manifest(path)
-    for entry in (*manifest.buckets, *manifest.side_tables.values()):
+    for entry in (
+        *manifest.buckets,
+        *manifest.side_tables.values(),
+        *manifest.dictionary_files,
+    ):
         file = Path(folder) / entry.file
         if not file.is_file() or file.stat().st_size != entry.bytes:
             raise UserError(
@@ -142,8 +159,10 @@ def _read_manifest(path: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish: from the second rename on, readers see this version."""
     content = dataclasses.asdict(manifest)
-    if not manifest.outcome_columns:  # earlier versions of this code read such a manifest too
-        del content["outcome_columns"]
+    # without them, earlier versions of this code read such a manifest too
+    for name in ("outcome_columns", "text_ids", "dictionaries"):
+        if not content[name]:
+            del content[name]
     for path in (folder / VERSIONS / f"{manifest.digest[:16]}.json", folder / MANIFEST):
         write_json(path, content)
 
@@ -177,9 +196,11 @@ def remove_unnamed(folder: Path, kept: Iterable[Manifest]) -> None:
             *manifest.quarantine,
             *manifest.side_tables.values(),
             *manifest.retired.values(),
+            *manifest.dictionary_files,
         )
         named |= {entry.file for entry in entries} | set(manifest.records)
-        named |= {f"parts/{name}.{kind}" for name in manifest.parts for kind in ("arrow", "json")}
+        endings = ("arrow", "json", *(f"{name}.arrow" for name in manifest.text_ids))
+        named |= {f"parts/{name}.{ending}" for name in manifest.parts for ending in endings}
         named.add(f"{VERSIONS}/{manifest.digest[:16]}.json")
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
         if path.is_dir():
@@ -296,4 +317,9 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
         raw[name] = {key: Bucket(**entry) for key, entry in raw[name].items()}
     for name in ("actions", "request_columns", "parts", "records"):
         raw[name] = tuple(raw[name])
+    raw["text_ids"] = tuple(raw.get("text_ids", ()))
+    raw["dictionaries"] = {
+        column: {number: Bucket(**entry) for number, entry in chunks.items()}
+        for column, chunks in raw.get("dictionaries", {}).items()
+    }
     return Manifest(**raw)

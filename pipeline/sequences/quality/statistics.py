@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.logs.cleaning import REASON, SOURCE_FILE, SOURCE_ROW, LogRules, unit_hint
-from pipeline.schema import DAY_MS
+from pipeline.logs.ids import as_text_advice
+from pipeline.schema import DAY_MS, NAMED_IDS
 
 if TYPE_CHECKING:
     from pipeline.sequences.users import BuiltBucket
 
 SAMPLES = 5  # quarantined rows shown per reason
 HEAVIEST = 5  # users shown with their rows
+MANY_HASHES = 0.2  # share of rows with a negative or too large id, from which it looks like a hash
 # reasons of rows that are good by themselves
 DOUBLES = ("exact_duplicate", "key_duplicate", "contradicts_its_event")
 
@@ -205,7 +207,16 @@ def log_hints(totals: Statistics, rules: LogRules) -> list[str]:
         hint = unit_hint(reason, times, rules)
         if hint:
             found.append(hint)
+    for name in NAMED_IDS:
+        bad = sum(totals.quarantined.get(reason, 0) for reason in reasons_of_hashes(name))
+        if bad > MANY_HASHES * totals.rows_in:
+            found.append(f"if {name} is a hash of 64 bits, signed or not: {as_text_advice(name)}")
     return found
+
+
+def reasons_of_hashes(name: str) -> tuple[str, str]:
+    """Why rows are left out whose id is below 0, or above what int64 holds."""
+    return f"negative_{name}", f"{name}_unreadable"
 
 
 def length_quantiles(lengths: dict[str, int]) -> dict[str, int]:

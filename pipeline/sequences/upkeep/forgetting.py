@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline.files import publish_file, sha256_of
 from pipeline.logs.cleaning import REASON, LogRules, user_bucket
+from pipeline.logs.ids import code_column
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import copy_pairs
 from pipeline.sequences.parts import Part, PartWriter, Source, find_part, open_part, part_name
 from pipeline.sequences.store import Bucket
 
@@ -93,16 +95,23 @@ def _without(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> P
         if not found and work.sources == part.sources:
             return part
 
-        with PartWriter(folder, work.name, rules) as writer:
+        with PartWriter(folder, work.name, rules, with_ids=bool(part.ids)) as writer:
             for number, place in batches:
                 rest, _ = read_rest(number, place)
                 writer.write(number, rest)
+            for column in part.ids:
+                copy_pairs(folder / part.file, column, rules.num_buckets, users, writer.ids)
             return writer.close(work.sources)
 
 
-def without_users(rows: pa.Table, users: np.ndarray, column: str = "user_id") -> pa.Table:
-    """The rows of all others, and those without a user."""
-    owner = rows[column].cast(pa.int64()).fill_null(-1).to_numpy()
+def without_users(
+    rows: pa.Table, users: np.ndarray, column: str = "user_id", *, text: bool = False
+) -> pa.Table:
+    """The rows of all others, and those without a user; `text`: the column has ids that are
+    text.
+    """
+    coded = code_column(rows[column], text=text)
+    owner = coded.codes.cast(pa.int64()).fill_null(-1).to_numpy()
     theirs = np.isin(owner, users)
     return rows.filter(pa.array(~theirs)) if theirs.any() else rows
 
@@ -135,13 +144,13 @@ class Rewritten:
         publish_file(self.staged, self.path)
 
 
-def stage_without(path: Path, users: np.ndarray, column: str) -> Rewritten | None:
+def stage_without(path: Path, users: np.ndarray, column: str, *, text: bool) -> Rewritten | None:
     """The Parquet file at `path` without the users, staged; None where they have no row in it."""
     staged = path.with_name(f".{path.name}.without")
     staged.unlink(missing_ok=True)  # of a run that was killed
 
     rows = pq.read_table(path)
-    rest = without_users(rows, users, column)
+    rest = without_users(rows, users, column, text=text)
     removed = rows.num_rows - rest.num_rows
     if not removed:
         return None

@@ -25,11 +25,13 @@ from pipeline.logs.imported import read_import_report
 from pipeline.schema import DAY_MS
 from pipeline.sequences import build, store
 from pipeline.sequences.buckets import BucketRules, carry_record, plan_buckets, total_statistics
+from pipeline.sequences.dictionary import chunks_without
 from pipeline.sequences.forgotten import add_forgotten
 from pipeline.sequences.parts import Part
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import run_checks
 from pipeline.sequences.quality.newest import find_newest
+from pipeline.sequences.quality.own_ids import name_ids
 from pipeline.sequences.store import Bucket, Manifest
 from pipeline.sequences.upkeep.compaction import Gathered, gather_part, plan_gathering
 from pipeline.sequences.upkeep.forgetting import (
@@ -217,6 +219,8 @@ def rebuild_version(
         "outcome_columns": published.outcome_columns,
         "num_buckets": published.num_buckets,
         "side_tables": published.side_tables,
+        "text_ids": published.text_ids,
+        "dictionaries": published.dictionaries,
         "config": published.config,
         "inputs": published.inputs,
         "retired": published.retired,
@@ -253,7 +257,8 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         add_forgotten(folder, users)
 
         column = cfg.source.column_name("user_id")
-        exported = _stage_files(map(Path, live_logs(cfg.run_dir)), users, column)
+        text = "user_id" in published.text_ids
+        exported = _stage_files(map(Path, live_logs(cfg.run_dir)), users, column, text=text)
         digests = {file.old_digest: file.new_digest for file in exported}
 
         manifest, removed = _without(cfg, published, users, digests)
@@ -266,16 +271,18 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         removed["live_logs"] = _publish_files(exported)
 
     predictions = sorted(cfg.run_dir.rglob("predictions/*.parquet"))
-    predicted = _stage_files(predictions, users, "user_id")
+    predicted = _stage_files(predictions, users, "user_id", text=text)
     removed["predictions"] = _publish_files(predicted)
     return removed
 
 
-def _stage_files(files: Iterable[Path], users: np.ndarray, column: str) -> list[Rewritten]:
+def _stage_files(
+    files: Iterable[Path], users: np.ndarray, column: str, *, text: bool
+) -> list[Rewritten]:
     staged = []
     for file in files:
         own = "user_id" if has_log_form(pq.read_schema(file)) else column
-        rewritten = stage_without(file, users, own)
+        rewritten = stage_without(file, users, own, text=text)
         if rewritten is not None:
             staged.append(rewritten)
     return staged
@@ -323,10 +330,20 @@ def _without(
         if "users" in tables:
             tables["users"], removed["users"] = table_without(folder, tables["users"], users)
 
-        if now == parts and not changed and not removed["users"]:
+        dictionaries = dict(published.dictionaries)
+        if "user_id" in dictionaries:
+            dictionaries["user_id"], removed["ids"] = chunks_without(
+                folder, "user_id", dictionaries["user_id"], users, published.num_buckets
+            )
+
+        if now == parts and not changed and not any(map(removed.get, ("users", "ids"))):
             return published, {"sequences": 0, "quarantine": 0, **removed}
 
-        changes: dict[str, Any] = {"retired": retired, "side_tables": tables}
+        changes: dict[str, Any] = {
+            "retired": retired,
+            "side_tables": tables,
+            "dictionaries": dictionaries,
+        }
         if digests:
             settings = build.content_settings(cfg.source, cfg.sequences)
             changes["inputs"] = build.inputs_of_parts(
@@ -351,7 +368,12 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
         return
 
     records = build.held_records(cfg.sequence_dir, manifest)
-    totals = total_statistics(records)
+    totals = name_ids(
+        cfg.sequence_dir,
+        manifest.dictionaries,
+        total_statistics(records),
+        manifest.num_buckets,
+    )
     checks = run_checks(cfg.checks, totals)
     imported = None if cfg.source.kind == "parquet" else read_import_report(cfg.log_dir)
     inputs = report.read_inputs(cfg.run_dir)
