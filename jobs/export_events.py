@@ -26,10 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
     if job.options.prune:
-        print(f"removed={prune_events(job.cfg.sequence_dir, log)}")
+        print(f"removed={prune_events(job.cfg.sequence_dir, job.cfg.sequences, log)}")
         return
-    done = export_events(job.cfg.source, job.cfg.run_dir, log)
-    print(f"file={done.path} events={done.num_events} dropped={done.dropped}")
+    done = export_events(job.cfg.source, job.cfg.sequences, job.cfg.run_dir, log)
+    print(
+        f"file={done.path} events={done.num_events} dropped={done.dropped} refused={done.refused}"
+    )
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

@@ -9,13 +9,15 @@ on the disk.* A power cut then leaves the old content or the new, never an empty
 name. Folders are not synced: a rename that the cut took back leaves the old content, and everybody
 here can make the new one again.
 
-A process that is killed in between leaves its hidden file. Nobody reads it.
+A process that is killed in between leaves its hidden file. Nobody reads it. Where there can be rows
+of users in it, the next writer removes it, and whoever forgets users (`sweep_staged`).
 """
 
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +59,23 @@ def hidden_beside(path: Path) -> Iterator[Path]:
         yield stage
     finally:
         stage.unlink(missing_ok=True)
+
+
+def sweep_staged(folder: Path, pattern: str, min_age_s: float = 0.0) -> int:
+    """Remove what killed writers of files `pattern` left in the folder; returns how many there
+    were.
+
+    A younger one than `min_age_s` may be of a writer that is at work.
+    """
+    removed = 0
+    for stage in folder.glob(f".{pattern}.*"):
+        try:
+            if time.time() - stage.stat().st_mtime >= min_age_s:
+                stage.unlink()
+                removed += 1
+        except FileNotFoundError:  # published, or swept by another
+            continue
+    return removed
 
 
 def publish_file(stage: Path, path: Path) -> None:

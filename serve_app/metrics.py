@@ -6,13 +6,13 @@ are on Ray's port, see docs/operate/monitoring.md.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.schemas import EventsResponse
+from serve_app.schemas import EventsResponse, EventStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -64,7 +64,7 @@ class IngressMetrics:
 
     def count_events(self, answer: EventsResponse) -> None:
         """Add the events of one request by their status."""
-        for status in ("accepted", "already_there", "conflict", "over_quota"):
+        for status in get_args(EventStatus):
             self.events.labels(status).inc(getattr(answer, status))
 
 

@@ -196,20 +196,23 @@ class Event(PostedRow):
 
 
 class EventsRequest(StrictModel):
-    """Events in any order; sending one again changes nothing."""
+    """Events in any order. Sending one again adds what was not known of it: an exposure may be
+    posted when it happens, its outcome later.
+    """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [EVENT_EXAMPLE]}]})
 
     events: list[Event] = Field(min_length=1)
 
 
-EventStatus = Literal["accepted", "already_there", "conflict", "over_quota"]
+EventStatus = Literal["accepted", "merged", "already_there", "conflict", "over_quota"]
 END_OF_TIME = 2**62  # ms, after any event
 EventKey = tuple[int, int]  # event_time and item_id: one user's event
 
 
 EVENTS_ANSWER_EXAMPLE = {
     "accepted": 1,
+    "merged": 0,
     "already_there": 1,
     "conflict": 0,
     "over_quota": 0,
@@ -223,10 +226,17 @@ class EventsResponse(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [EVENTS_ANSWER_EXAMPLE]})
 
     accepted: int
-    already_there: int = Field(
-        description="sent before with the same values, or part of the published sequences"
+    merged: int = Field(
+        default=0,
+        description="known before, and now with more: an action that was unknown or false, a "
+        "larger number",
     )
-    conflict: int = Field(description="sent before with other values, which stay")
+    already_there: int = Field(
+        description="sent before with all that it says, or part of the published sequences"
+    )
+    conflict: int = Field(
+        description="sent before with another request column or request_id, which stay"
+    )
     over_quota: int = Field(
         default=0,
         description="not kept: the server has as many events of this user as it takes between "
@@ -239,6 +249,7 @@ class EventsResponse(BaseModel):
         count = status.count
         return cls(
             accepted=count("accepted"),
+            merged=count("merged"),
             already_there=count("already_there"),
             conflict=count("conflict"),
             over_quota=count("over_quota"),

@@ -204,8 +204,14 @@ def test_an_event_is_kept_once_and_the_answer_says_so(
         "already_there",
         "already_there",
     ]
-    assert history.append([event(other | {"is_click": 0})]) == ["conflict"]
-    assert [e.actions for e in log.of_user(1)] == [{"is_click": True}]
+    assert history.append([event(other | {"is_click": 0})]) == ["already_there"]
+    assert history.append([event(other | {"tab": 1}), event(other | {"tab": 2})]) == [
+        "merged",
+        "conflict",
+    ]
+    assert [(e.actions, e.request_features) for e in log.of_user(1)] == [
+        ({"is_click": True}, {"tab": 1})
+    ]
     assert log.of_user(2) == []
 
 

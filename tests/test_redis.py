@@ -93,7 +93,9 @@ def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) 
         1, 2, actions={"is_click": True}, request_features={"tab": 3}, request_id=7, watch_ms=9
     )
     assert log.append([full, event(1, 3), event(2, 2)]) == ["accepted"] * 3
-    assert other.append([full, event(1, 2, watch_ms=1), event(1, 2, START + 1)]) == [
+    less, another_tab = event(1, 2, watch_ms=1), event(1, 2, request_features={"tab": 4})
+    assert other.append([full, less, another_tab, event(1, 2, START + 1)]) == [
+        "already_there",
         "already_there",
         "conflict",
         "accepted",

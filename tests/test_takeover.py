@@ -80,16 +80,14 @@ def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Pat
     rows = logged(np.random.default_rng(0), 120, request_ids=True)
     events = [event(row) for row in rows]
     log.append(events[:80])
-    first = export_events(cfg.source, cfg.run_dir, log)
-    with_watch = sum(e.watch_ms is not None for e in events[:80])
-    assert (first.num_events, first.dropped) == (80, {"watch_ms": with_watch})
+    first = export_events(cfg.source, cfg.sequences, cfg.run_dir, log)
+    assert (first.num_events, first.dropped, first.refused) == (80, {}, {})
     log.append(events[80:])
-    second = export_events(cfg.source, cfg.run_dir, log)
+    second = export_events(cfg.source, cfg.sequences, cfg.run_dir, log)
     assert second.num_events == len(events) - 80 > 0
-    assert export_events(cfg.source, cfg.run_dir, log).path is None
+    assert export_events(cfg.source, cfg.sequences, cfg.run_dir, log).path is None
     assert first.path is not None
     assert second.path is not None
-    assert pq.read_schema(first.path).equals(pq.read_schema(tmp_path / "own" / "log.parquet"))
     assert open_logs(cfg.source, cfg.run_dir).files == [
         str(tmp_path / "own" / "log.parquet"),
         str(first.path),
@@ -140,8 +138,8 @@ def test_events_of_logs_that_are_read_by_rules_are_exported_as_they_are(
             )
         ]
     )
-    assert export_events(cfg.source, cfg.run_dir, log).dropped == {}
-    assert export_events(cfg.source, cfg.run_dir, log).path is None
+    assert export_events(cfg.source, cfg.sequences, cfg.run_dir, log).dropped == {}
+    assert export_events(cfg.source, cfg.sequences, cfg.run_dir, log).path is None
     users = {user["user_id"]: user for user in built(cfg)}
     assert (users[0]["action_mask"], users[0]["known_mask"]) == ([1], [3])
     assert (users[7]["action_mask"], users[7]["event_time"]) == ([3], [START])
@@ -154,13 +152,13 @@ def test_an_export_never_takes_the_place_of_another(cfg: RunConfig, tmp_path: Pa
     paths = []
     for number in range(3):
         log.append(events[30 * number : 30 * number + 30])
-        path = export_events(cfg.source, cfg.run_dir, log).path
+        path = export_events(cfg.source, cfg.sequences, cfg.run_dir, log).path
         assert path is not None
         paths.append(path)
         if number == 1:
             paths[0].unlink()  # its rows are built
     assert len({*paths}) == 3
-    kept = [pq.read_table(path)["shown_at"] for path in paths[1:]]
+    kept = [pq.read_table(path)["event_time"] for path in paths[1:]]
     assert [len(times) > 0 for times in kept] == [True, True]
 
 
@@ -182,7 +180,7 @@ def test_only_what_the_sequences_hold_is_forgotten(tmp_path: Path) -> None:
         max_events=10,
     )
     before = history.sequence(user)
-    assert prune_events(cfg.sequence_dir, log) == 1
+    assert prune_events(cfg.sequence_dir, cfg.sequences, log) == 1
     assert (log.of_user(user), log.of_user(999)) == (others[:1], others[1:])
     assert history.sequence(user) == before
-    assert prune_events(cfg.sequence_dir, log) == 0
+    assert prune_events(cfg.sequence_dir, cfg.sequences, log) == 0

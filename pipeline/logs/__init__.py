@@ -20,7 +20,17 @@ from pipeline.logs.imported import (
 )
 from pipeline.schema import ROW_DIGEST
 
-__all__ = ["ImportReport", "LogFiles", "import_logs", "live_log_dir", "open_logs", "plan_import"]
+__all__ = [
+    "LIVE_FILES",
+    "ImportReport",
+    "LogFiles",
+    "import_logs",
+    "live_log_dir",
+    "open_logs",
+    "plan_import",
+]
+
+LIVE_FILES = "events-*.parquet"
 
 WRITERS = {"kuairand": kuairand.write_logs, "synthetic": synthetic.write_logs}
 PLANS = {"kuairand": kuairand.plan, "synthetic": synthetic.plan}

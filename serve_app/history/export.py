@@ -4,29 +4,37 @@ next build.
     event log → runs/<name>/live_logs/*.parquet → jobs.build_sequences → jobs.deploy
                                                                        → the log may forget them
 
-Only for events that no other log brings: to the builder, rows of two files that differ anywhere are
-two rows.
+The files have LOG's own columns and types, whatever the other logs look like. An event to which
+something was added since is exported again, and the build merges its rows
+(pipeline/sequences/repeats.py).
 """
 
+import logging
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import SourceConfig
-from pipeline.files import hidden_beside, publish_file
-from pipeline.logs import live_log_dir, open_logs
-from pipeline.logs.cleaning import has_log_form, log_form
-from pipeline.logs.parquet import read_schema
+from pipeline.config import SequenceConfig, SourceConfig
+from pipeline.files import hidden_beside, publish_file, sweep_staged
+from pipeline.logs import LIVE_FILES, live_log_dir
+from pipeline.logs.cleaning import log_form, row_digest
+from pipeline.schema import LOG_REQUIRED, EventColumns
 from pipeline.sequences import store
-from serve_app.history.live import EventLog
+from serve_app.history.live import EventLog, compare_events, published_event
+from serve_app.history.posting import PostingRules
+from serve_app.history.published import STALE_S
 from serve_app.schemas import Event
 
 ROWS_PER_WRITE = 50_000
 LogRow = dict[str, float | None]  # by LOG column
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,95 +43,148 @@ class Export:
 
     path: Path | None  # None: there was nothing new
     num_events: int
-    # events with a value that the logs have no column for, by LOG column
+    # values that the sequences have no column for by now, by name: left out of their events
     dropped: dict[str, int]
+    # events that the build would not take, by the field that is wrong: left in the event log
+    refused: dict[str, int]
 
 
-def export_events(source: SourceConfig, run_dir: Path, log: EventLog) -> Export:
-    """Write the events that no earlier export holds as one more file of the logs, which the next
-    build reads.
+def export_events(
+    source: SourceConfig, sequences: SequenceConfig, run_dir: Path, log: EventLog
+) -> Export:
+    """Write the events that no earlier export holds as they are now as one more file of the logs,
+    which the next build reads.
 
-    It has the columns and types of the logs' first file, so that all of them are read alike; where
-    `source.columns` says more than names, those of LOG: no event is a row per action, say.
+    With `sequences.repeats: first` the build keeps one row of an event, so an event that was
+    exported once is not exported again.
     """
-    logs = open_logs(source, run_dir)
-    if source.readings:
-        schema = log_form(source.events)
-        names = {name: name for name in schema.names}
-    else:
-        schema = read_schema(logs.files[0])
-        names = {theirs: name for name, theirs in logs.columns.items()}
+    schema = log_form(source.events)
+    compared = schema.names if sequences.repeats == "merge" else list(LOG_REQUIRED)
+    rules = PostingRules.of(sequences, source.events)
     folder = live_log_dir(run_dir)
-    known = _exported_keys(folder, logs.columns)
+    sweep_staged(folder, LIVE_FILES, min_age_s=STALE_S)
+    exported = _exported_digests(folder, compared)
 
     num_events = 0
     dropped: Counter[str] = Counter()
-    with hidden_beside(folder / "events.parquet") as stage:
+    refused: Counter[str] = Counter()
+    with hidden_beside(folder / "events-new.parquet") as stage:
         with pq.ParquetWriter(stage, schema) as writer:
-            for events in _new_events(log, known):
-                rows = [_log_row(event) for event in events]
-                arrays = []
-                for field in schema:
-                    name = names.get(field.name, "")
-                    arrays.append(_typed_array([row.get(name) for row in rows], field))
-                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            for events in _batches_of_events(log):
+                good = _refuse_events(events, rules, refused)
+                rows = _log_table(good, schema)
+                new = ~np.isin(row_digest(rows.select(compared)), exported)
+                rows = rows.filter(pa.array(new))
 
-                num_events += len(rows)
-                dropped += _count_dropped(rows, logs.columns, schema)
+                writer.write_table(rows)
+                num_events += rows.num_rows
+                dropped += _count_dropped(events, source.events)
 
-        if num_events == 0:
-            return Export(None, 0, {})
-        path = _next_file(folder)
-        publish_file(stage, path)
-    return Export(path, num_events, dict(sorted(dropped.items())))
+        path = None
+        if num_events:
+            path = _next_file(folder)
+            publish_file(stage, path)
+    return Export(path, num_events, _by_name(dropped), _by_name(refused))
 
 
-def _count_dropped(
-    rows: Sequence[LogRow], columns: dict[str, str], schema: pa.Schema
-) -> Counter[str]:
-    """The values of `rows` by LOG column, of the columns that the logs' files do not have."""
-    columns = columns if not has_log_form(schema) else {name: name for name in columns}
-    missing = {name for name, theirs in columns.items() if theirs not in schema.names}
+def _refuse_events(
+    events: Sequence[Event], rules: PostingRules, refused: Counter[str]
+) -> list[Event]:
+    """The events without what has no column by now; those that are refused all the same are counted
+    and left out.
+    """
+    now_ms = int(time.time() * 1000)
+    good = []
+    for event in events:
+        stripped = _strip_unknown(event, rules.columns)
+        refusal = rules.find_refusal(stripped, [], now_ms)
+        if refusal is None:
+            good.append(stripped)
+            continue
+
+        field = ".".join(map(str, refusal.loc))
+        if field not in refused:
+            logger.warning("%s must be %s, got %s: %r", field, refusal.msg, refusal.input, event)
+        refused[field] += 1
+    return good
+
+
+def _strip_unknown(event: Event, columns: EventColumns) -> Event:
+    """The event without actions, request columns and outcomes that the sequences do not have."""
+    declared = [column.name for column in columns.declared]
+    return event.model_copy(
+        update={
+            "actions": _only(event.actions, columns.actions),
+            "request_features": _only(event.request_features, columns.request),
+            "outcomes": _only(event.outcomes, declared),
+        }
+    )
+
+
+def _only(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _count_dropped(events: Sequence[Event], columns: EventColumns) -> Counter[str]:
+    """The values by name of which `_strip_unknown` frees the events."""
     counts: Counter[str] = Counter()
-    for row in rows:
-        counts.update(name for name in missing if row.get(name) is not None)
+    for event in events:
+        stripped = _strip_unknown(event, columns)
+        counts.update(event.actions.keys() - stripped.actions.keys())
+        counts.update(event.request_features.keys() - stripped.request_features.keys())
+        counts.update(event.outcomes.keys() - stripped.outcomes.keys())
     return counts
+
+
+def _by_name(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
 def _next_file(folder: Path) -> Path:
     """Behind all that are there: somebody may have removed those that are built."""
-    numbers = (int(path.stem.removeprefix("events-")) for path in folder.glob("events-*.parquet"))
+    numbers = (int(path.stem.removeprefix("events-")) for path in folder.glob(LIVE_FILES))
     return folder / f"events-{max(numbers, default=-1) + 1:05}.parquet"
 
 
-def prune_events(sequence_dir: Path, log: EventLog) -> int:
-    """Remove the events that the published sequences hold; returns how many.
+def prune_events(sequence_dir: Path, sequences: SequenceConfig, log: EventLog) -> int:
+    """Remove the events of which the published sequences hold all that is known; returns how many.
 
     Only once the server has read those.
     """
     manifest = store.read_manifest(sequence_dir)
     removed = 0
     for index in range(len(manifest.buckets)):
-        sequences = store.read_bucket(sequence_dir, manifest, index)
-        for row in sequences.to_batches(max_chunksize=1):
+        table = store.read_bucket(sequence_dir, manifest, index)
+        for row in table.to_batches(max_chunksize=1):
             events = log.of_user(row["user_id"][0].as_py())
-            if not events:
-                continue
-
-            time, item = row["event_time"].flatten(), row["item_id"].flatten()
-            held = set(zip(time.to_pylist(), item.to_pylist(), strict=True))
-            removed += log.remove([e for e in events if (e.event_time, e.item_id) in held])
+            held = [e for e in events if _is_held(row, e, manifest.events, sequences)]
+            removed += log.remove(held)
     return removed
 
 
-def _new_events(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[list[Event]]:
-    """New events, user after user in a fixed order, in groups of about `ROWS_PER_WRITE`."""
+def _is_held(
+    row: pa.RecordBatch, event: Event, columns: EventColumns, sequences: SequenceConfig
+) -> bool:
+    """True if the user's SEQUENCE row has the event, and all that is known of it."""
+    times = row["event_time"].flatten().to_numpy()
+    items = row["item_id"].flatten().to_numpy()
+    places = np.flatnonzero((times == event.event_time) & (items == event.item_id))
+    if len(places) == 0:
+        return False
+    if sequences.repeats == "first":
+        return True
+
+    stripped = _strip_unknown(event, columns)
+    known = published_event(row, int(places[0]), stripped, columns)
+    last_outcome = sequences.repeated_outcomes == "last_file"
+    return compare_events(known, stripped, last_outcome) != "merged"
+
+
+def _batches_of_events(log: EventLog) -> Iterator[list[Event]]:
+    """All events, user after user in a fixed order, in groups of about `ROWS_PER_WRITE`."""
     waiting: list[Event] = []
     for user in sorted(log.users()):
-        for event in sorted(log.of_user(user), key=lambda event: (event.event_time, event.item_id)):
-            if (event.user_id, event.event_time, event.item_id) not in known:
-                waiting.append(event)
-
+        waiting += sorted(log.of_user(user), key=lambda event: (event.event_time, event.item_id))
         if len(waiting) >= ROWS_PER_WRITE:
             yield waiting
             waiting = []
@@ -131,24 +192,19 @@ def _new_events(log: EventLog, known: set[tuple[int, int, int]]) -> Iterator[lis
         yield waiting
 
 
-def _exported_keys(folder: Path, columns: dict[str, str]) -> set[tuple[int, int, int]]:
-    """User, time and item of the events that earlier exports hold."""
-    found: set[tuple[int, int, int]] = set()
-    for file in folder.glob("*.parquet"):
-        names = ["user_id", "event_time", "item_id"]
-        if not has_log_form(pq.read_schema(file)):
-            names = [columns[name] for name in names]
-        table = pq.read_table(file, columns=names)
-        user, time, item = map(_integers, table.select(names).columns)
-        found |= set(zip(user, time, item, strict=True))
-    return found
+def _exported_digests(folder: Path, compared: Sequence[str]) -> np.ndarray:
+    """Digests, uint64, of the rows that earlier exports hold, over the columns `compared`."""
+    found = [np.zeros(0, np.uint64)]
+    for file in sorted(folder.glob(LIVE_FILES)):
+        names = [name for name in compared if name in pq.read_schema(file).names]
+        found.append(row_digest(pq.read_table(file, columns=names)))
+    return np.concatenate(found)
 
 
-def _integers(column: pa.ChunkedArray) -> list[int]:
-    """Ids, or times in ms, whatever type the logs give them."""
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("ms", "UTC"))
-    return column.cast(pa.int64()).to_pylist()
+def _log_table(events: Sequence[Event], schema: pa.Schema) -> pa.Table:
+    """The events as LOG rows."""
+    rows = [_log_row(event) for event in events]
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def _log_row(event: Event) -> LogRow:
@@ -164,14 +220,3 @@ def _log_row(event: Event) -> LogRow:
         **event.request_features,
         **event.outcomes,
     }
-
-
-def _typed_array(values: list[float | None], field: pa.Field) -> pa.Array:
-    """As the logs have it: integers, booleans, floats, decimals, or a time with its zone."""
-    if any(isinstance(value, float) for value in values):
-        return pa.array(values, pa.float64()).cast(field.type)
-
-    numbers = pa.array(values, pa.int64())
-    if pa.types.is_timestamp(field.type):
-        return numbers.cast(pa.timestamp("ms", "UTC")).cast(field.type)
-    return numbers.cast(field.type)

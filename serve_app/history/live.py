@@ -7,17 +7,19 @@ published rows.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import config
 from pipeline.config import SequenceConfig
-from pipeline.schema import DAY_MS, EventColumns
+from pipeline.schema import WATCH_MS, Column, EventColumns
+from serve_app.history.merging import merge_postings
+from serve_app.history.posting import PostingRules
 from serve_app.history.published import HistoryStore, sequence_row
-from serve_app.history.rows import NO_REQUEST, find_refused_outcome
+from serve_app.history.rows import NO_REQUEST
 from serve_app.schemas import (
     END_OF_TIME,
     Event,
@@ -36,7 +38,7 @@ class EventLog(Protocol):
     """
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
-        """Durable when it returns, all or none."""
+        """Durable when it returns, all or none; postings of one event merge by `merge_postings`."""
         ...
 
     def of_user(self, user_id: int) -> list[Event]:
@@ -64,7 +66,7 @@ class EventLog(Protocol):
         ...
 
     def remove(self, events: Sequence[Event]) -> int:
-        """Take these out; how many there were."""
+        """Take out those to which nothing was added since they were read; how many there were."""
         ...
 
     def forget(self, user_ids: Iterable[int]) -> int:
@@ -76,7 +78,8 @@ class LiveHistory:
     """A `HistoryStore`: published rows and events since, as a rebuild of the sequences with those
     events would have it.
 
-    What a publication contains is not doubled by the log. Published rows come without their
+    What a publication contains is not doubled by the log: an event of a published row adds to it,
+    unless `sequences.repeats` is `first`. Published rows come without their
     request_id, so an event that has one is taken for a request of its own.
     """
 
@@ -95,7 +98,9 @@ class LiveHistory:
         self.digest = published.digest
         self.columns = published.columns
         self.max_rows = cfg.max_rows_per_user
-        self.earliest_ms = config.parse_time("sequences.earliest_time", cfg.earliest_time)
+        self.merges = cfg.repeats == "merge"
+        self.last_outcome = cfg.repeated_outcomes == "last_file"  # posted events come last
+        self.rules = PostingRules.of(cfg, self.columns)
 
     def sequence(self, user_id: int, before_ms: int = END_OF_TIME) -> pa.RecordBatch | None:
         """The user's SEQUENCE row; of the log it has the newest events before `before_ms`."""
@@ -110,6 +115,8 @@ class LiveHistory:
         if len(events["event_time"]) >= self.max_rows:
             oldest_ms = int(events["event_time"].min())
             num_older = self._count_older(user_id, oldest_ms, published)
+        if self.merges:
+            published = add_to_published(published, events, self.columns, self.last_outcome)
         return merge_events(published, events, self.columns, self.max_rows, num_older)
 
     def _count_older(self, user_id: int, before_ms: int, published: pa.RecordBatch) -> int:
@@ -137,9 +144,9 @@ class LiveHistory:
         return len(keys) - num_there
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
-        """Status of each event; one that is published already is not logged."""
-        statuses: list[EventStatus] = ["already_there"] * len(events)
-        new = [i for i, event in enumerate(events) if not self._is_published(event)]
+        """Status of each event; one that says no more than the published row is not logged."""
+        statuses: list[EventStatus] = [self._compare_published(event) for event in events]
+        new = [i for i, status in enumerate(statuses) if status in ("accepted", "merged")]
 
         over_quota = self._find_over_quota([events[i] for i in new])
         kept: list[int] = []
@@ -151,7 +158,8 @@ class LiveHistory:
 
         logged = self.log.append([events[i] for i in kept])
         for i, status in zip(kept, logged, strict=True):
-            statuses[i] = status
+            if status != "accepted":  # else new to the log, and perhaps no more than that
+                statuses[i] = status
         return statuses
 
     def _find_over_quota(self, events: Sequence[Event]) -> list[bool]:
@@ -199,13 +207,20 @@ class LiveHistory:
                 answers.append(refusal)
         return answers
 
-    def _is_published(self, event: Event) -> bool:
+    def _compare_published(self, event: Event) -> EventStatus:
+        """The status that the event has by the published rows alone."""
         row = self.published.sequence(event.user_id)
         if row is None:
-            return False
+            return "accepted"
         same_time = _flat_values(row, "event_time") == event.event_time
-        same_item = _flat_values(row, "item_id") == event.item_id
-        return bool((same_time & same_item).any())
+        places = np.flatnonzero(same_time & (_flat_values(row, "item_id") == event.item_id))
+        if len(places) == 0:
+            return "accepted"
+        if not self.merges:
+            return "already_there"
+
+        known = published_event(row, int(places[0]), event, self.columns)
+        return compare_events(known, event, self.last_outcome)
 
     def find_refusal(self, request: EventsRequest) -> Refusal | None:
         """The first thing in events that the schema allows and the sequences have no place for."""
@@ -213,27 +228,114 @@ class LiveHistory:
             rule = f"at most {self.max_events} events"
             return Refusal.of(["body", "events"], rule, len(request.events))
 
-        latest = int(time.time() * 1000) + DAY_MS
+        now_ms = int(time.time() * 1000)
         for i, event in enumerate(request.events):
-            refusal = self._refuse_event(event, i, latest)
+            refusal = self.rules.find_refusal(event, ["body", "events", i], now_ms)
             if refusal is not None:
                 return refusal
         return None
 
-    def _refuse_event(self, event: Event, place: int, latest: int) -> Refusal | None:
-        loc = ["body", "events", place]
-        if not self.earliest_ms <= event.event_time <= latest:
-            rule = f"in ms since 1970, between {self.earliest_ms} and a day from now ({latest})"
-            return Refusal.of([*loc, "event_time"], rule, event.event_time)
 
-        actions, request_columns = list(self.columns.actions), list(self.columns.request)
-        for name in event.actions:
-            if name not in actions:
-                return Refusal.of([*loc, "actions"], f"one of {actions}", name)
-        for name in event.request_features:
-            if name not in request_columns:
-                return Refusal.of([*loc, "request_features"], f"one of {request_columns}", name)
-        return find_refused_outcome(["events", place], event, self.columns)
+def published_event(row: pa.RecordBatch, place: int, event: Event, columns: EventColumns) -> Event:
+    """The published row at `place` of a user's SEQUENCE row, as a posting of `event`.
+
+    Its request_id is not published: it is taken to be the event's.
+    """
+    value = {name: _flat_values(row, name)[place].item() for name in columns.sequence_lists()}
+    actions = {}
+    for bit, name in enumerate(columns.actions):
+        if value["known_mask"] >> bit & 1:
+            actions[name] = bool(value["action_mask"] >> bit & 1)
+
+    features = {}
+    for column in columns.request_columns:
+        if not column.is_unknown(value[column.name]):
+            features[column.name] = value[column.name]
+
+    outcomes = {}
+    for column in columns.outcomes:
+        if not column.is_unknown(value[column.name]):
+            outcomes[column.name] = value[column.name]
+    watch_ms = outcomes.pop(WATCH_MS.name, None)
+
+    known = {"actions": actions, "request_features": features, "outcomes": outcomes}
+    return event.model_copy(update=known | {"watch_ms": watch_ms})
+
+
+def compare_events(known: Event, event: Event, last_outcome: bool) -> EventStatus:
+    """The status of an event of which so much is published."""
+    merged = merge_postings(known, event)
+    if merged is None:
+        return "conflict"
+    if last_outcome and not _says_outcomes(known, event):
+        return "merged"
+    return "already_there" if merged == known else "merged"
+
+
+def _says_outcomes(known: Event, event: Event) -> bool:
+    """True if the numbers of the event, where it has any, are those that are known."""
+    if event.watch_ms not in (None, known.watch_ms):
+        return False
+    return all(known.outcomes.get(name) == value for name, value in event.outcomes.items())
+
+
+def add_to_published(
+    published: pa.RecordBatch,
+    events: dict[str, np.ndarray],
+    columns: EventColumns,
+    last_outcome: bool,
+) -> pa.RecordBatch:
+    """One user's SEQUENCE row with what `events` add to the rows that it has, by the rule of
+    `merge_postings`; `last_outcome`: a posted number takes the place of a published one.
+
+        published   1 a click no, watch 900     event   1 a click yes, watch 700
+        result      1 a click yes, watch 900
+    """
+    past = {name: _flat_values(published, name) for name in columns.sequence_lists()}
+    place, event = _same_events(past, events)
+    if len(place) == 0:
+        return published
+
+    def change(name: str, merge: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        values = past[name].copy()
+        values[place] = merge(values[place], events[name][event])
+        past[name] = values
+
+    change("known_mask", np.bitwise_or)
+    change("action_mask", np.bitwise_or)
+    for column in columns.request_columns:
+        change(column.name, lambda old, new, no=column.unknown: np.where(old == no, new, old))
+    for column in columns.outcomes:
+        if last_outcome:
+            change(column.name, partial(_replace_known, column))
+        else:
+            change(column.name, np.fmax)  # an unknown one is NaN, or -1
+    return sequence_row(past, columns, published["first_position"][0].as_py())
+
+
+def _replace_known(column: Column, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    unknown = np.isnan(new) if column.is_float else new == column.unknown
+    return np.where(unknown, old, new)
+
+
+def _same_events(
+    past: dict[str, np.ndarray], live: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The places in `past` and in `live` of the rows that have one time and item, pair by pair."""
+    # few have a time in common
+    times = np.intersect1d(past["event_time"], live["event_time"])
+    places = {}
+    for place in np.flatnonzero(np.isin(past["event_time"], times)).tolist():
+        places[past["event_time"][place], past["item_id"][place]] = place
+
+    found: list[int] = []
+    events: list[int] = []
+    for event in np.flatnonzero(np.isin(live["event_time"], times)).tolist():
+        key = live["event_time"][event], live["item_id"][event]
+        if key in places:
+            found.append(places[key])
+            events.append(event)
+    return np.array(found, np.int64), np.array(events, np.int64)
 
 
 def merge_events(

@@ -15,11 +15,12 @@ import pyarrow as pa
 from pipeline.batches.events import Events, offsets_of
 from pipeline.batches.examples import flat_events
 from pipeline.config import FeatureConfig, SourceConfig, UserError
-from pipeline.files import staged_file
+from pipeline.files import staged_file, sweep_staged
 from pipeline.schema import EventColumns
 from pipeline.sequences import store
 
 COPIES = "sequences-*.arrow"  # of publications, in the server's folder
+STALE_S = 3600.0  # age of a file under way whose writer is dead
 
 
 class HistoryStore(Protocol):
@@ -113,6 +114,7 @@ def _copy_to_arrow(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
         for index in range(len(manifest.buckets)):
             writer.write_table(store.read_bucket(folder, manifest, index).combine_chunks())
 
+    sweep_staged(cache, COPIES, min_age_s=STALE_S)
     for older in cache.glob(COPIES):
         if older != path:
             older.unlink(missing_ok=True)  # who has it mapped keeps it
@@ -120,15 +122,15 @@ def _copy_to_arrow(folder: Path, manifest: store.Manifest, cache: Path) -> Path:
 
 
 def forget_copies(cache: Path) -> int:
-    """Remove the copies of publications under `cache`; whoever opens one makes it anew. Returns how
-    many there were.
+    """Remove the copies of publications under `cache`, and those that a killed replica left half
+    made; whoever opens one makes it anew. Returns how many there were.
 
     A running server keeps what it has mapped until it reads new sequences.
     """
     copies = list(cache.glob(COPIES))
     for copy in copies:
         copy.unlink(missing_ok=True)
-    return len(copies)
+    return len(copies) + sweep_staged(cache, COPIES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 One hash per user, `<prefix>:events:<user_id>`, with a field `<event_time>:<item_id>` per event.
 HSETNX makes an event count once whoever sends it, MULTI makes a request's events visible together.
+What is added to an event later goes in by WATCH: from the value that was read, or not at all.
 """
 
 import json
@@ -17,6 +18,7 @@ import redis.retry
 
 from pipeline.config import UserError
 from pipeline.schema import EventColumns
+from serve_app.history.merging import merge_postings
 from serve_app.history.rows import event_columns
 from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
@@ -25,6 +27,11 @@ logger = logging.getLogger("ray.serve")
 TIMEOUT_S = 5.0  # of connecting and of one answer
 TRIES = 3  # of one command, over a connection that broke; appending the same twice is harmless
 SAFE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+MERGE_TRIES = 100  # of adding to an event, while others write to the same user's
+REMOVE_UNCHANGED = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
 SCAN = 1000  # keys of one step of `users`
 
 
@@ -67,14 +74,39 @@ class RedisEvents:
 
         # two answers for each event: was it new, and what is kept
         statuses: list[EventStatus] = []
-        for fresh, kept, (_, _, value) in zip(answers[::2], answers[1::2], rows, strict=True):
+        for event, fresh, kept, row in zip(events, answers[::2], answers[1::2], rows, strict=True):
             if fresh:
                 statuses.append("accepted")
-            elif kept == value:
+            elif kept == row[2]:
                 statuses.append("already_there")
             else:
-                statuses.append("conflict")
+                statuses.append(self._merge(event))
         return statuses
+
+    def _merge(self, event: Event) -> EventStatus:
+        """Add what this posting of an event says to what is kept of it."""
+        key, field = self._key(event.user_id), _field(event)
+        with _store_errors(), self._client.pipeline(transaction=True) as pipe:
+            for _ in range(MERGE_TRIES):
+                pipe.watch(key)
+                kept: str | None = pipe.hget(key, field)  # pyright: ignore[reportAssignmentType]
+                merged: Event | None = event  # None kept: forgotten meanwhile
+                if kept is not None:
+                    merged = merge_postings(_event(event.user_id, field, kept), event)
+                if merged is None:
+                    return "conflict"
+                new = _value(merged)
+                if new == kept:
+                    return "already_there"
+
+                pipe.multi()
+                pipe.hset(key, field, new)
+                try:
+                    pipe.execute()
+                    return "accepted" if kept is None else "merged"
+                except redis.WatchError:  # somebody else wrote to this user's events
+                    continue
+        raise StoreDown("too many others write to the events of this user: send it again")
 
     def of_user(self, user_id: int) -> list[Event]:
         with _store_errors():
@@ -123,12 +155,13 @@ class RedisEvents:
                     yield user
 
     def remove(self, events: Sequence[Event]) -> int:
-        """Forget these; returns how many there were."""
+        """Forget those that are still as given; returns how many there were."""
         if not events:
             return 0
         with _store_errors(), self._client.pipeline(transaction=True) as pipe:
             for event in events:
-                pipe.hdel(self._key(event.user_id), _field(event))
+                key, field = self._key(event.user_id), _field(event)
+                pipe.eval(REMOVE_UNCHANGED, 1, key, field, _value(event))
             return sum(pipe.execute())
 
     def forget(self, user_ids: Iterable[int]) -> int:

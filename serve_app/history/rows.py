@@ -111,7 +111,7 @@ def find_refused_outcome(
     """The first outcome of `row`, which lies at `loc`, that the sequences have no place for."""
     known = {column.name: column for column in columns.declared}
     for name, value in row.outcomes.items():
-        where = ["body", *loc, "outcomes"]
+        where = [*loc, "outcomes"]
         if name == WATCH_MS.name:
             return Refusal.of(where, "watch_ms is a field of its own", name)
         if name not in known:

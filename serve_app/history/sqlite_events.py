@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.schema import EventColumns
+from serve_app.history.merging import merge_postings
 from serve_app.history.rows import logged_columns
 from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
@@ -33,7 +34,7 @@ CREATE TABLE IF NOT EXISTS event (
 ADD_OUTCOMES = "ALTER TABLE event ADD COLUMN outcomes TEXT NOT NULL DEFAULT '{}'"
 LOGGED_ROW = "event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
 COLUMNS = "user_id, event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
-KEY = "user_id = ? AND event_time = ? AND item_id = ?"
+KEY = "user_id = ? AND event_time = ? AND item_id = ?"  # as a row begins
 
 
 class SqliteEvents:
@@ -104,11 +105,12 @@ class SqliteEvents:
 
     def remove(self, events: Sequence[Event]) -> int:
         removed = 0
+        places = ", ".join("?" * len(COLUMNS.split(", ")))
         # each by itself: what is gone already need not be put back
         with self._write_lock, _store_errors():
             for event in events:
-                key = event.user_id, event.event_time, event.item_id
-                removed += self._writer.execute(f"DELETE FROM event WHERE {KEY}", key).rowcount
+                delete = f"DELETE FROM event WHERE ({COLUMNS}) IS ({places})"
+                removed += self._writer.execute(delete, _to_row(event)).rowcount
         return removed
 
     def forget(self, user_ids: Iterable[int]) -> int:
@@ -152,7 +154,19 @@ class SqliteEvents:
 
         query = f"SELECT {COLUMNS} FROM event WHERE {KEY}"
         kept = self._writer.execute(query, row[:3]).fetchone()
-        return "already_there" if kept == row else "conflict"
+        if kept == row:
+            return "already_there"
+
+        merged = merge_postings(_from_row(kept), event)
+        if merged is None:
+            return "conflict"
+        new = _to_row(merged)
+        if new == kept:
+            return "already_there"
+        self._writer.execute(
+            f"UPDATE event SET ({COLUMNS}) = ({places}) WHERE {KEY}", new + new[:3]
+        )
+        return "merged"
 
 
 @contextmanager

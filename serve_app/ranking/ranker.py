@@ -224,7 +224,7 @@ class Ranker:
             where = ["history", i, "request_features"]
             refusal = self._feature_refusal(where, row.request_features)
             if refusal is None:
-                refusal = find_refused_outcome(["history", i], row, self.store.columns)
+                refusal = find_refused_outcome(["body", "history", i], row, self.store.columns)
             if refusal is not None:
                 return refusal
         return None

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig, SequenceConfig, UserError
-from pipeline.logs import live_logs, open_logs
+from pipeline.files import sweep_staged
+from pipeline.logs import LIVE_FILES, live_log_dir, live_logs, open_logs
 from pipeline.logs.cleaning import LogRules, has_log_form
 from pipeline.logs.imported import read_import_report
 from pipeline.schema import DAY_MS
@@ -257,6 +258,7 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         add_forgotten(folder, users)
 
         column = cfg.source.column_name("user_id")
+        sweep_staged(live_log_dir(cfg.run_dir), LIVE_FILES)
         text = "user_id" in published.text_ids
         exported = _stage_files(map(Path, live_logs(cfg.run_dir)), users, column, text=text)
         digests = {file.old_digest: file.new_digest for file in exported}

@@ -1,0 +1,53 @@
+"""What an event must be for the sequences to have a place for it.
+
+Asked when it is posted, and again when it is exported, by then perhaps for other settings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline import config
+from pipeline.config import SequenceConfig
+from pipeline.schema import DAY_MS, EventColumns
+from serve_app.history.rows import find_refused_outcome
+from serve_app.schemas import Event, Refusal
+
+
+@dataclass(frozen=True)
+class PostingRules:
+    """The columns and the times that the builder takes (`cleaning.LogRules`).
+
+    The types of the fields have the ranges of LOG's columns already (serve_app/schemas.py).
+    """
+
+    columns: EventColumns
+    earliest_ms: int
+    latest_ms: int | None  # None: a day after the clock
+
+    @classmethod
+    def of(cls, cfg: SequenceConfig, columns: EventColumns) -> "PostingRules":
+        latest_ms = None
+        if cfg.latest_time is not None:
+            latest_ms = config.parse_time("sequences.latest_time", cfg.latest_time)
+        earliest_ms = config.parse_time("sequences.earliest_time", cfg.earliest_time)
+        return cls(columns, earliest_ms, latest_ms)
+
+    def find_refusal(self, event: Event, loc: Sequence[str | int], now_ms: int) -> Refusal | None:
+        """The first thing in the event, which lies at `loc`, that the sequences have no place
+        for.
+        """
+        latest_ms, latest_rule = now_ms + DAY_MS, "a day from now"
+        if self.latest_ms is not None and self.latest_ms < latest_ms:
+            latest_ms, latest_rule = self.latest_ms, "sequences.latest_time"
+        if not self.earliest_ms <= event.event_time <= latest_ms:
+            rule = f"in ms since 1970, between {self.earliest_ms} and {latest_rule} ({latest_ms})"
+            return Refusal.of([*loc, "event_time"], rule, event.event_time)
+
+        actions, request_columns = list(self.columns.actions), list(self.columns.request)
+        for name in event.actions:
+            if name not in actions:
+                return Refusal.of([*loc, "actions"], f"one of {actions}", name)
+        for name in event.request_features:
+            if name not in request_columns:
+                return Refusal.of([*loc, "request_features"], f"one of {request_columns}", name)
+        return find_refused_outcome(loc, event, self.columns)
