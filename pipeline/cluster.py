@@ -253,6 +253,15 @@ def serve_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy/server-state",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # What an ingress that dies had taken in, another one answers: no request of ours does harm
+        # when it is done twice.
+        "RAY_SERVE_HAPROXY_RETRY_ON": os.environ.get(
+            "RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response"
+        ),
+        # a client that sends nothing: Ray's hour would keep its connection
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": os.environ.get(
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "60"
+        ),
         # where HAProxy sends what no replica takes
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),

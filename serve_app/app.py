@@ -91,7 +91,7 @@ class Ranking:
         if self.wanted == deployment:
             self._swap(rollout, deployment)
         else:  # a later update has overtaken this one
-            rollout.close()
+            rollout.close(self._current)
 
     def _swap(self, rollout: Rollout, deployment: str) -> None:
         before, self.rollout = self.rollout, rollout
@@ -99,7 +99,7 @@ class Ranking:
         self.failed = {}
         self.counts.loaded.roles = rollout.rankers
         if before is not None:
-            before.close()
+            before.close(rollout)
 
     # Requests ----------------------------------------------------------------
 
@@ -144,13 +144,17 @@ class Ranking:
 
     async def own_metrics(self) -> tuple[str, bytes]:
         """This replica's id, and its metrics as exposition text."""
-        replica_id = serve.get_replica_context().replica_id.unique_id
-        return replica_id, exposition_text(self.counts.registry)
+        return _own_id(), exposition_text(self.counts.registry)
 
     @property
     def _current(self) -> Rollout:
         assert self.rollout is not None, "Serve sends nothing before reconfigure has returned"
         return self.rollout
+
+
+def _own_id() -> str:
+    """Serve's id of this process."""
+    return serve.get_replica_context().replica_id.unique_id
 
 
 @serve.deployment(name="RankerReplica")
@@ -175,6 +179,9 @@ class RankerWithIngress(Ranking):
     async def deployment_ids(self) -> list[str]:
         return [self.deployment]
 
+    async def ingress_metrics(self, own: bytes) -> dict[str, bytes]:
+        return {_own_id(): own}
+
     async def replica_metrics(self) -> dict[str, bytes]:
         return dict([await self.own_metrics()])
 
@@ -182,7 +189,7 @@ class RankerWithIngress(Ranking):
 @serve.deployment
 @serve.ingress(None)
 class Api:
-    """The ingress: `make_api` over the replicas' handle."""
+    """The ingress, in several processes: `make_api` over the replicas' handle."""
 
     def __init__(self, replicas: DeploymentHandle, args: "Arguments") -> None:
         # Ray's default, cloudpickle, is for code; these are values
@@ -195,9 +202,13 @@ class Api:
         self.appending = self.replicas.append_events
         self.asking = self.replicas.model_info
         self.args = args
+        context = serve.get_replica_context()
+        self.ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        self.api: FastAPI | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return _build_api(self, self.args)
+        self.api = _build_api(self, self.args)
+        return self.api
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         method = self.ranking
@@ -226,15 +237,29 @@ class Api:
             return []
         return sorted({info.deployment for info in infos})
 
+    async def own_counts(self) -> tuple[str, bytes]:
+        """This ingress' id, and its metrics as exposition text."""
+        assert self.api is not None, "Serve builds the API before it calls anything"
+        return _own_id(), exposition_text(self.api.state.counts.registry)
+
+    async def ingress_metrics(self, own: bytes) -> dict[str, bytes]:
+        try:
+            found = dict(await self._call_all("own_counts", tuple, self.ingresses))
+        except TimeoutError:
+            raise Unavailable from None
+        return {**found, _own_id(): own}
+
     async def replica_metrics(self) -> dict[str, bytes]:
         try:
             return dict(await self._call_all("own_metrics", tuple))
         except TimeoutError:
             raise Unavailable from None
 
-    async def _call_all(self, method: str, kind: type[Answer]) -> list[Answer]:
-        """The answer of each replica; one that is dying is left out."""
-        asked = self.replicas.broadcast(method)
+    async def _call_all(
+        self, method: str, kind: type[Answer], processes: DeploymentHandle | None = None
+    ) -> list[Answer]:
+        """The answer of each replica, or of other `processes`; one that is dying is left out."""
+        asked = (processes or self.replicas).broadcast(method)
         found = await asked.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
         return [answer for answer in found if isinstance(answer, kind)]
 
@@ -272,6 +297,7 @@ class Arguments(BaseModel):
     request_timeout_s: float = 10.0
     body_timeout_s: float = 2.0
     max_recommend_users: int = 100
+    hosts: list[str] | None = None
 
 
 def _build_api(replica: Replica, args: Arguments) -> FastAPI:
@@ -293,6 +319,7 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         body_timeout_s=args.body_timeout_s,
         max_recommend_users=args.max_recommend_users,
         id_is_sent=True,
+        hosts=None if args.hosts is None else frozenset(args.hosts),
     )
 
 

@@ -36,7 +36,9 @@ SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # where a server on Kubernetes listens: KubeRay's services expect it there
-PODS = {"host": "0.0.0.0", "port": 8000}
+POD_OPTIONS: dict[str, Any] = {"host": "0.0.0.0", "port": 8000}
+# requests in flight of one process that autoscaling aims at
+INGRESS_TARGET, RANKER_TARGET = 16, 4
 ANSWERS = 3  # in a row from the new version alone, before the old one counts as gone
 
 
@@ -82,19 +84,25 @@ def serve_config(
     application["runtime_env"] = runtime_env
 
     keys_file = settings.api_keys_file
+    rate_limit = settings.rate_limit_per_s
+    if rate_limit is not None and not settings.one_process:
+        rate_limit /= settings.num_ingress  # HAProxy deals requests out evenly
     application["args"] |= {
         "one_process": settings.one_process,
         "max_body_bytes": settings.max_body_bytes,
         "api_keys_file": None if keys_file is None else str(Path(keys_file).absolute()),
-        "rate_limit_per_s": settings.rate_limit_per_s,
+        "rate_limit_per_s": rate_limit,
         "max_wait_ms": settings.max_wait_ms,
         "request_timeout_s": settings.request_timeout_s,
         "body_timeout_s": settings.body_timeout_s,
         "max_recommend_users": settings.max_recommend_users,
+        "hosts": _local_names(settings),
     }
 
     ingress, ranker = application["deployments"]
-    ranker |= {"num_replicas": settings.num_replicas, "user_config": wanted}
+    ingress |= _number_of_processes(settings.num_ingress, settings.max_ingress, INGRESS_TARGET)
+    ranker |= _number_of_processes(settings.num_replicas, settings.max_replicas, RANKER_TARGET)
+    ranker["user_config"] = wanted
     ranker["ray_actor_options"] |= {"num_gpus": int(settings.use_gpu)}
     if settings.one_process:
         # it takes the ingress' place: as many requests at once, and nobody to be routed to
@@ -103,6 +111,22 @@ def serve_config(
         del ranker["request_router_config"]
         application["deployments"] = [ranker]
     return filled
+
+
+def _local_names(settings: ServeConfig) -> list[str] | None:
+    """The names that requests may call a keyless server of this machine by; None: no such
+    server.
+    """
+    is_open = settings.api_keys_file is None and settings.host in LOOPBACK
+    return [*LOOPBACK, *settings.allowed_hosts] if is_open else None
+
+
+def _number_of_processes(least: int, most: int | None, target: int) -> dict[str, Any]:
+    """Serve's settings for a fixed number of processes, or for one that follows the load."""
+    if most is None:
+        return {"num_replicas": least}
+    limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": target}
+    return {"num_replicas": None, "autoscaling_config": limits}
 
 
 def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
@@ -134,9 +158,10 @@ def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
     if not isinstance(document, dict) or document.get("kind") != "RayService":
         raise UserError(f"--rayservice {manifest} holds no RayService")
 
-    filled = serve_config(cfg.serve, _checked(cfg, model), PODS["port"], {}) | {
-        "http_options": PODS
-    }
+    # every pod of the cluster may reach it, whatever address the configuration names
+    host, port = POD_OPTIONS["host"], POD_OPTIONS["port"]
+    in_pods = dataclasses.replace(cfg, serve=dataclasses.replace(cfg.serve, host=host))
+    filled = serve_config(in_pods.serve, _checked(in_pods, model), port, {})
     document["spec"]["serveConfigV2"] = yaml.safe_dump(filled, sort_keys=False)
     return yaml.safe_dump(document, sort_keys=False)
 
@@ -187,12 +212,14 @@ def send_update(settings: ServeConfig, dashboard_url: str, wanted: dict[str, Any
 
     dashboard = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
     client = ServeSubmissionClient(dashboard)
-    port = _running_port(client.get_serve_details())
+    details = client.get_serve_details()
+    port = _running_port(details)
     if port is None:
         port = settings.port or free_port()
         require_free_port(settings.host, port)
 
-    _send(client, serve_config(settings, wanted, port, code_of_this_job()))
+    filled = serve_config(settings, wanted, port, code_of_this_job())
+    _send(client, beside_others(filled, details))
     url = f"http://{settings.host}:{port}"
     _wait(client, url, wanted["deployment"], settings.start_timeout_s)
     return url
@@ -241,6 +268,43 @@ def code_of_this_job() -> dict[str, Any]:
 def _running_port(details: dict[str, Any]) -> int | None:
     """A server that runs keeps its port whatever the configuration says."""
     return details["http_options"]["port"] if details.get("applications") else None
+
+
+def beside_others(filled: dict[str, Any], details: dict[str, Any]) -> dict[str, Any]:
+    """`filled` with the applications that run on the cluster already: what a PUT does not name,
+    Serve ends.
+
+    Raises:
+        UserError: another application answers at the same route.
+    """
+    (ours,) = filled["applications"]
+    applications = [ours]
+    for name, running in details.get("applications", {}).items():
+        # None: somebody's own code started it, and no PUT ends it
+        config_of_it = running.get("deployed_app_config")
+        if name == APPLICATION:
+            _tell_replaced_run(ours, config_of_it)
+            continue
+
+        if running.get("route_prefix") == ours["route_prefix"]:
+            raise UserError(
+                f"the application {name!r} of this cluster answers at {ours['route_prefix']} "
+                "already: give it another route_prefix, or this server a cluster of its own"
+            )
+        if config_of_it is not None:
+            applications.append(config_of_it)
+    return filled | {"applications": applications}
+
+
+def _tell_replaced_run(ours: dict[str, Any], running: dict[str, Any] | None) -> None:
+    """Warn where the server of another run is about to be replaced."""
+    folders = []
+    for application in (ours, running or {}):
+        for entry in application.get("deployments", []):
+            if entry.get("user_config"):
+                folders.append(entry["user_config"]["serving"])
+    if len(set(folders)) > 1:
+        logger.warning("the server of %s is replaced by that of %s", folders[1], folders[0])
 
 
 def _send(client: Any, filled: dict[str, Any]) -> None:
@@ -338,9 +402,21 @@ def plan_serving(cfg: RunConfig) -> dict[str, object]:
             "rows": manifest.num_rows,
         },
         "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
-        "replicas": f"{cfg.serve.num_replicas}{' with the ingress in it' * cfg.serve.one_process}",
+        "processes": _describe_processes(cfg.serve),
         "canary": None if cfg.serve.canary is None else config.to_dict(cfg.serve.canary),
         "shadow": cfg.serve.shadow,
         "events": cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite"),
         "api_keys": cfg.serve.api_keys_file or "none: open to whoever reaches it",
     }
+
+
+def _describe_processes(settings: ServeConfig) -> str:
+    if settings.one_process:
+        return "1 that ranks, with the ingress in it"
+
+    def count(least: int, most: int | None) -> str:
+        return str(least) if most is None else f"{least} to {most}"
+
+    ingresses = count(settings.num_ingress, settings.max_ingress)
+    rankers = count(settings.num_replicas, settings.max_replicas)
+    return f"{ingresses} of the ingress, {rankers} that rank"

@@ -1,7 +1,7 @@
 """Metrics at `/metrics` for Prometheus: requests from the ingress, models' work from each replica.
 
-A replica hands its numbers over as exposition text. `metrics_page` puts the replicas' texts under
-the ingress' own, each sample labelled with its replica. Ray's own metrics of queues and processes
+Each process hands its numbers over as exposition text. `metrics_page` puts the texts together, each
+sample labelled with its process. Ray's own metrics of queues and processes
 are on Ray's port, see docs/operate/monitoring.md.
 """
 
@@ -46,7 +46,7 @@ class IngressMetrics:
 
         self.refused = Counter(
             "ranking_refused",
-            "Answers 401 and 429 by their reason",
+            "Requests refused before any work, by reason: 401, 403, 429 and 503",
             ("reason",),
             registry=self.registry,
         )
@@ -59,7 +59,7 @@ class IngressMetrics:
         )
 
         # a series exists from the start, so that its first increase is seen
-        for reason in ("key", "rate_limit", "overload"):
+        for reason in ("key", "host", "rate_limit", "overload", "unavailable"):
             self.refused.labels(reason)
 
     def count_events(self, answer: EventsResponse) -> None:
@@ -213,26 +213,31 @@ def exposition_text(registry: CollectorRegistry) -> bytes:
     return generate_latest(registry)
 
 
-def metrics_page(own: CollectorRegistry, replicas: Mapping[str, bytes]) -> bytes:
-    """The page at `/metrics`: `own`, and the `replicas`' texts with a label `replica` added.
+def metrics_page(ingresses: Mapping[str, bytes], replicas: Mapping[str, bytes]) -> bytes:
+    """The page at `/metrics` from the texts of all processes: each sample has the label `ingress`
+    or `replica` with the id of its process.
+    """
+    merged = [*_merge_texts(ingresses, "ingress"), *_merge_texts(replicas, "replica")]
+    registry = CollectorRegistry()
+    registry.register(_MergedFamilies(merged))
+    return generate_latest(registry)
 
-    A family comes once on the page, as the format demands: samples of all replicas lie together.
+
+def _merge_texts(texts: Mapping[str, bytes], label: str) -> list[Metric]:
+    """The families of all texts. Each comes once, as the format demands: its samples lie
+    together.
     """
     families: dict[str, Metric] = {}
 
-    for replica, text in sorted(replicas.items()):
+    for process, text in sorted(texts.items()):
         for family in text_string_to_metric_families(text.decode()):
             if family.name not in families:
                 families[family.name] = Metric(family.name, family.documentation, family.type)
 
             merged = families[family.name]
             for sample in family.samples:
-                labels = {**sample.labels, "replica": replica}
-                merged.add_sample(sample.name, labels, sample.value)
-
-    of_replicas = CollectorRegistry()
-    of_replicas.register(_MergedFamilies(list(families.values())))
-    return generate_latest(own) + generate_latest(of_replicas)
+                merged.add_sample(sample.name, {**sample.labels, label: process}, sample.value)
+    return list(families.values())
 
 
 class _MergedFamilies:

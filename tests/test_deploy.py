@@ -102,3 +102,52 @@ def test_a_port_that_somebody_listens_on_is_refused(monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match=rf"serve.port: something else listens on .*:{port}"):
             deployment.require_free_port("127.0.0.1", port)
     deployment.require_free_port("127.0.0.1", port)
+
+
+def test_other_applications_of_the_cluster_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
+    model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
+    filled = deployment.serve_config(cfg.serve, deployment.user_config(cfg, model), 8123, {})
+    other = {"name": "shop", "route_prefix": "/shop", "import_path": "shop:app"}
+    theirs = {"route_prefix": "/shop", "deployed_app_config": other}
+    by_hand = {"route_prefix": "/hand", "deployed_app_config": None}
+    (before,) = filled["applications"]
+    ours = {"route_prefix": "/", "deployed_app_config": before}
+
+    running = {"applications": {"shop": theirs, "by hand": by_hand, "ranking": ours}}
+    assert deployment.beside_others(filled, running)["applications"] == [before, other]
+    assert not caplog.messages
+
+    with pytest.raises(UserError, match="'shop' of this cluster answers at /"):
+        deployment.beside_others(filled, {"applications": {"shop": theirs | {"route_prefix": "/"}}})
+
+    another = replace(cfg, name="another")
+    publish_sequences(another)
+    wanted = deployment.user_config(another, model)
+    replacing = deployment.serve_config(another.serve, wanted, 8123, {})
+    deployment.beside_others(replacing, running)
+    assert "is replaced by that of" in caplog.text
+    assert "another/serving" in caplog.text
+
+
+def test_processes_are_fixed_or_follow_the_load(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, serve={"num_ingress": 2, "max_ingress": 6, "rate_limit_per_s": 10})
+    filled = deployment.serve_config(cfg.serve, {}, 8123, {})
+    ingress, ranker = filled["applications"][0]["deployments"]
+    assert ingress["num_replicas"] is None
+    assert ingress["autoscaling_config"]["min_replicas"] == 2
+    assert ingress["autoscaling_config"]["max_replicas"] == 6
+    assert (ranker["num_replicas"], "autoscaling_config" in ranker) == (1, False)
+    assert filled["applications"][0]["args"]["rate_limit_per_s"] == 5, "each of two takes half"
+
+    for section, key in (
+        ({"num_replicas": 3, "max_replicas": 2}, "serve.max_replicas"),
+        ({"num_ingress": 3, "max_ingress": 2}, "serve.max_ingress"),
+        ({"lookup_timeout_s": 20}, "serve.lookup_timeout_s"),
+        ({"body_timeout_s": 10}, "serve.body_timeout_s"),
+    ):
+        with pytest.raises(UserError, match=key):
+            tiny_config(tmp_path, serve=section)

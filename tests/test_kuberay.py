@@ -349,10 +349,12 @@ def test_the_job_runs_the_chain_again_after_a_failure():
 
 def test_the_service_is_served_as_serve_config_says():
     ours = yaml.safe_load(read("ray-service.yaml")["spec"]["serveConfigV2"])
-    assert ours == deployment.read_template() | {"http_options": deployment.PODS}
+    assert ours == deployment.read_template() | {"http_options": deployment.POD_OPTIONS}
 
 
-def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_service_is_filled_with_a_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     cfg = tiny_config(tmp_path, serve={"num_replicas": 2, "use_gpu": True})
     publish_sequences(cfg)
     folder = save_tiny_model(cfg, tmp_path / "model")
@@ -365,7 +367,9 @@ def test_the_service_is_filled_with_a_champion(tmp_path: Path, monkeypatch: pyte
     del unfilled["spec"]["serveConfigV2"]
     assert filled == unfilled
     ServeDeploySchema.model_validate(served)
-    assert served["http_options"] == deployment.PODS
+    assert served["http_options"] == deployment.POD_OPTIONS
+    assert served["applications"][0]["args"]["hosts"] is None, "pods have names of their own"
+    assert "whoever reaches 0.0.0.0 may rank" in caplog.text, "there are no keys"
     (ranker,) = (
         entry
         for entry in served["applications"][0]["deployments"]

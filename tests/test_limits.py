@@ -17,9 +17,10 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.schemas import Refusal
 from serve_app.web import limits
 from serve_app.web.api import make_api
-from serve_app.web.limits import FEW, Backlog
+from serve_app.web.limits import FEW, STUCK_S, Admission, Backlog
 from serve_app.web.protection import ApiKeys, RateLimit
 from tests.support.exposition import sample
+from tests.support.patience import PATIENCE_S
 from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
 
 
@@ -201,6 +202,56 @@ def test_beyond_what_can_be_done_in_time_the_answer_is_429(
     assert sample(text, "ranking_requests_in_flight") == 1, "the scrape itself"
 
 
+def test_a_refusal_is_503_where_nothing_is_answered_at_all() -> None:
+    now = 0.0
+    work = Backlog(0.001, lambda: now)
+    for ok in (True, False, False):
+        begun = work.begin_work(1)
+        now += 1
+        work.end_work(1, begun, ok=ok)
+    for _ in range(FEW):
+        assert work.admit_request()
+        work.begin_work(1)
+
+    assert not work.admit_request()
+    assert not work.is_stuck(), "these have just come"
+    now += 2 * STUCK_S
+    assert work.is_stuck()
+
+    class Gone(Fixed):
+        async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+            await asyncio.sleep(PATIENCE_S)
+            raise AssertionError("nobody waits so long")
+
+    async def load() -> list[int]:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await client.get("/healthz")  # builds the layers
+            asked = [asyncio.create_task(client.post("/v1/rank", json=RANK)) for _ in range(FEW)]
+            backlog = admission(api).backlogs["/v1/rank"]
+            while backlog.num_in_flight < FEW:
+                await asyncio.sleep(0.01)
+            backlog._begun -= 2 * STUCK_S
+            backlog._done, backlog._busy_s = 1.0, 1.0
+            refused = await client.post("/v1/rank", json=RANK)
+            for task in asked:
+                task.cancel()
+            return [refused.status_code]
+
+    api = make_api(Gone(), 2_000_000)
+    assert asyncio.run(load()) == [503]
+    text = call(api, "GET", "/metrics").text
+    assert sample(text, "ranking_refused_total", reason="unavailable") == 1
+
+
+def admission(api) -> Admission:
+    """The layer of an API that has been asked something."""
+    layer = api.middleware_stack
+    while not isinstance(layer, Admission):
+        layer = layer.app
+    return layer
+
+
 def test_requests_are_counted_by_status_and_version(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{hashed('secret')} shop\n")
@@ -232,13 +283,18 @@ def test_the_page_holds_every_replica() -> None:
         counts.seconds.labels("7", "champion").observe(0.02)
         texts[replica] = metrics.exposition_text(counts.registry)
 
-    own = CollectorRegistry()
-    Counter("mine", "of the ingress", registry=own).inc()
+    ingresses = {}
+    for ingress, number in (("left", 5), ("right", 6)):
+        own = CollectorRegistry()
+        Counter("mine", "of the ingress", registry=own).inc(number)
+        ingresses[ingress] = metrics.exposition_text(own)
 
-    text = metrics.metrics_page(own, texts).decode()
+    text = metrics.metrics_page(ingresses, texts).decode()
+    assert sample(text, "mine_total", ingress="right") == 6
+    assert sample(text, "mine_total") == 11
+    assert text.count("# TYPE mine_total") == 1
     assert sample(text, "ranking_ranker_requests_total", replica="two", version="7") == 4
     assert sample(text, "ranking_ranker_requests_total") == 7
     assert sample(text, "ranking_ranker_seconds_bucket", le="0.025", replica="one") == 1
-    assert sample(text, "mine_total") == 1
     names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
     assert len(names) == len(set(names)), "a family must come once"

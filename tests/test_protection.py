@@ -2,11 +2,12 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, UserError
+from pipeline.config import ConfigError, ServeConfig, UserError
 from pipeline.tracking import PinnedModel
 from serve_app import deployment, replay
 from serve_app.schemas import (
@@ -233,10 +234,11 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "one_process": False,
         "max_body_bytes": 2_000_000,
         "api_keys_file": str(keys_file),
-        "rate_limit_per_s": 5.0,
+        "rate_limit_per_s": 2.5,  # of each ingress
         "max_wait_ms": 500.0,
         "request_timeout_s": 10.0,
         "body_timeout_s": 2.0,
+        "hosts": None,
     }
     assert deployment.plan_serving(cfg)["api_keys"] == str(keys_file)
     keys_file.unlink()
@@ -263,3 +265,31 @@ def test_a_job_has_a_key_for_its_own_requests(tmp_path: Path, keys_file: Path) -
 def test_settings_out_of_range(tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"serve\.{key}.*{value!r}"):
         tiny_config(tmp_path, serve={key: value})
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "127.0.0.1:8000"}, 200),
+        ({"Host": "localhost", "Origin": "http://localhost:3000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1:8000", "Origin": "https://evil.example"}, 403),
+        ({"Host": "127.0.0.1:8000", "Origin": "null"}, 403),
+    ],
+)
+def test_pages_of_the_web_do_not_reach_a_keyless_local_server(headers, status: int) -> None:
+    local = ServeConfig()
+    hosts = deployment._local_names(local)
+    assert hosts is not None
+    api = make_api(Fixed(), 2_000_000, hosts=frozenset(hosts))
+    for path in ("/v1/rank", "/v1/events"):
+        body = RANK if path == "/v1/rank" else EVENTS
+        answer = call(api, "POST", path, headers=headers, json=body)
+        assert answer.status_code == status
+    assert "evil" not in answer.text
+
+    # whoever has keys, or an address of the network, has names of its own
+    assert deployment._local_names(replace(local, host="0.0.0.0")) is None
+    assert deployment._local_names(replace(local, api_keys_file="keys")) is None

@@ -20,7 +20,7 @@ from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.history.rows import posted_columns
-from serve_app.ranking.history_cache import HistoryCaches, history_key, resident_bytes
+from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key, resident_bytes
 from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
@@ -216,7 +216,7 @@ def fresh(world: tuple[Ranker, UserEvents]) -> Iterator[Ranker]:
     """The ranker with an empty cache, and as it was afterwards."""
     ranker, _ = world
     limits, caches = ranker.limits, ranker.caches
-    ranker.caches = HistoryCaches(limits.cache_mb)
+    ranker.caches = HistoryCaches(CacheBudget(limits.cache_mb))
     yield ranker
     ranker.limits, ranker.caches = limits, caches
 
@@ -272,7 +272,7 @@ def test_limits_change_nothing_in_the_scores(
     scores = scores[: sum(len(request.candidates) for request in requests)]
 
     fresh.limits = replace(fresh.limits, **limits)
-    fresh.caches = HistoryCaches(fresh.limits.cache_mb)
+    fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
     np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
     np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
     hits, misses = hits_and_misses(fresh)
@@ -285,14 +285,14 @@ def test_bf16_is_near_and_keeps_half_as_much(
 ) -> None:
     requests, scores = all_requests(world)
     as_array(fresh, requests)
-    full = sum(entry.num_bytes for entry in fresh.caches._entries.values())
-    fresh.caches = HistoryCaches(fresh.limits.cache_mb)
+    full = sum(entry.num_bytes for entry in fresh.caches.budget.entries.values())
+    fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
     fresh.limits = replace(fresh.limits, precision="bf16")
     for _ in range(2):
         difference = np.abs(as_array(fresh, requests) - scores)
         assert 1e-6 < difference.max() < 0.1
         assert difference.mean() < 5e-3
-    assert 2 * sum(entry.num_bytes for entry in fresh.caches._entries.values()) == full
+    assert 2 * sum(entry.num_bytes for entry in fresh.caches.budget.entries.values()) == full
 
 
 def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
@@ -308,24 +308,24 @@ def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
 
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     as_array(fresh, [ask(2), ask(4), ask(6)])
-    sizes = [resident_bytes(entry) for entry in fresh.caches._entries.values()]
-    fresh.caches = HistoryCaches(1)
-    fresh.caches.max_bytes = sum(sizes)
+    sizes = [resident_bytes(entry) for entry in fresh.caches.budget.entries.values()]
+    fresh.caches = HistoryCaches(CacheBudget(1))
+    fresh.caches.budget.max_bytes = sum(sizes)
     for user in (2, 4, 6, 2):
         as_array(fresh, [ask(user)])
     assert hits_and_misses(fresh) == (1, 3)
 
-    fresh.caches.max_bytes = sum(sizes) - 1
+    fresh.caches.budget.max_bytes = sum(sizes) - 1
     as_array(fresh, [ask(8)])  # 4 goes, and whoever else must for 8
-    assert fresh.caches.num_bytes <= fresh.caches.max_bytes
+    assert fresh.caches.num_bytes <= fresh.caches.budget.max_bytes
     assert fresh.cache_stats()["history_cache_evictions"] >= 1
 
     before = hits_and_misses(fresh)
     as_array(fresh, [ask(4)])
     assert hits_and_misses(fresh) == (before[0], before[1] + 1)
 
-    fresh.caches = HistoryCaches(1)
-    fresh.caches.max_bytes = 1
+    fresh.caches = HistoryCaches(CacheBudget(1))
+    fresh.caches.budget.max_bytes = 1
     as_array(fresh, [ask(2)])
     assert fresh.cache_stats()["history_cache_entries"] == 0
 
@@ -333,7 +333,7 @@ def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
 def test_many_short_histories_are_counted_by_what_they_cost() -> None:
     """One row of two layers has 64 bytes of numbers, and takes some 2,800 of memory."""
     offsets = torch.tensor([0, 1])
-    caches = HistoryCaches(1)
+    caches = HistoryCaches(CacheBudget(1))
     for i in range(1000):
         layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)
         caches.keep_entry(str(i).encode(), HistoryCache((layer, layer)))

@@ -17,6 +17,7 @@ from serve_app import deployment, metrics
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking import rollout
+from serve_app.ranking.history_cache import resident_bytes
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
 from serve_app.schemas import RankHead, Refusal
@@ -181,6 +182,47 @@ def test_a_version_that_is_loaded_keeps_what_it_has_cached(
     assert alone.model_info().canary_version is None
 
 
+def test_versions_share_one_budget_of_memory(world) -> None:
+    both = loaded(world, canary=1)
+    for ranker in both.rankers.values():
+        ranker.rank([asking(user) for user in range(6)])
+    champion, canary = (both.rankers[role].caches for role in (CHAMPION, CANARY))
+    budget = champion.budget
+    assert canary.budget is budget
+    assert budget.num_bytes == champion.num_bytes + canary.num_bytes
+    assert budget.num_bytes == sum(map(resident_bytes, budget.entries.values()))
+
+    # the canary's new histories push the oldest out, which are the champion's
+    budget.max_bytes = budget.num_bytes
+    both.rankers[CANARY].rank([asking(user) for user in range(6, 12)])
+    assert champion.evictions > 0
+    assert budget.num_bytes <= budget.max_bytes
+
+    alone = loaded(world, earlier=both)
+    both.close(alone)
+    assert budget.num_bytes == champion.num_bytes > 0
+    assert alone.shared is both.shared
+    both.rankers[CANARY].rank([asking(3)])
+    assert canary.num_bytes == 0, "a version that is gone keeps nothing"
+
+
+def test_updates_leave_no_open_files(world) -> None:
+    def num_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    cfg, models = world
+    current = loaded(world)
+    for round_ in range(8):
+        if round_ == 2:
+            before = num_open()
+        limits = tiny_config(Path(cfg.runs_dir), serve={"port": 0, "micro_batch": 100 + round_})
+        wanted = deployment.user_config(limits, models[round_ % 3])
+        after = rollout.load_rollout(wanted, ReplicaMetrics(), current)
+        current.close(after)
+        current = after
+    assert num_open() <= before
+
+
 def test_the_log_names_device_kernels_and_formats(world, caplog: pytest.LogCaptureFixture) -> None:
     cfg, models = world
     with caplog.at_level("INFO", logger="ray.serve"):
@@ -242,9 +284,9 @@ def test_the_dashboard_asks_for_what_the_page_holds(world) -> None:
     """
     replica = ReplicaMetrics()
     replica.loaded.roles = loaded(world).rankers
-    page = metrics.metrics_page(
-        metrics.IngressMetrics().registry, {"one": exposition_text(replica.registry)}
-    ).decode()
+    own = exposition_text(metrics.IngressMetrics().registry)
+    texts = {"one": exposition_text(replica.registry)}
+    page = metrics.metrics_page({"own": own}, texts).decode()
     families = set(re.findall(r"^# TYPE (ranking_\w+)", page, re.MULTILINE))
     families = {name.removesuffix("_total") for name in families if not name.endswith("_created")}
 

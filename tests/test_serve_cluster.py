@@ -6,6 +6,7 @@ Each test finds it answering with the first version alone.
 import itertools
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 
 from pipeline.config import CanaryConfig, UserError
 from pipeline.tracking import Tracker
-from serve_app import deployment, replay
+from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.rollout import in_share
@@ -29,6 +30,7 @@ from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
 from tests.support.exposition import sample
 from tests.support.patience import wait_until
 from tests.support.served import (
+    BackgroundLoad,
     Served,
     asked_inside,
     loaded,
@@ -152,6 +154,29 @@ def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> No
     """No request fails, each answer names its version, and the versions follow the deployments."""
     promoted_and_back(served, lambda: os.kill(replica_pids()[0], signal.SIGKILL))
     assert served.client.post("/v1/rank", json=ONE).json()["model_version"] == served.versions[0]
+
+
+def test_an_ingress_killed_under_load_is_hardly_seen(served: Served) -> None:
+    """What the killed one had taken in, the other answers."""
+    before = replica_pids("Api")
+    assert len(before) == served.cfg.serve.num_ingress == 2
+    with BackgroundLoad(served, most_seconds=60) as load:
+        time.sleep(1)
+        os.kill(before[0], signal.SIGKILL)
+        time.sleep(3)
+
+    sent = load.answers.status != load_test.NOT_SENT
+    assert sent.sum() > 40
+    failed = load.answers.status[sent] != 200
+    assert failed.sum() <= 3, load.answers.status[sent][failed]
+    wait_until(lambda: len(set(replica_pids("Api")) - set(before)) == 1, "another ingress")
+
+    # whichever ingress is asked, the page has both
+    def ingresses() -> set[str]:
+        return set(re.findall(r'ranking_requests_in_flight{ingress="(\w+)"}', metrics_page(served)))
+
+    wait_until(lambda: len(ingresses()) == 2, "both ingresses on the page")
+    assert metrics_page(served).count("# TYPE ranking_requests_total") == 1
 
 
 def test_events_posted_while_a_replica_is_killed_are_there_once(served: Served) -> None:

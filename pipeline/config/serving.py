@@ -39,6 +39,23 @@ class ServeConfig:
         doc="Port that the server listens on; 0: any free one.",
     )
     num_replicas: int = setting(1, at_least=1, doc="Number of processes that rank.")
+    max_replicas: int | None = setting(
+        None,
+        at_least=1,
+        doc="Processes that rank under load; Serve starts and ends them between num_replicas and "
+        "this. Null: num_replicas at all times.",
+    )
+    num_ingress: int = setting(
+        2,
+        at_least=1,
+        doc="Number of processes that take requests over HTTP; with two, one may die and requests "
+        "go on.",
+    )
+    max_ingress: int | None = setting(
+        None,
+        at_least=1,
+        doc="Such processes under load, as max_replicas. Null: num_ingress at all times.",
+    )
     one_process: bool = setting(
         False,
         doc="The ingress ranks itself, which saves a call between processes. For one replica "
@@ -100,7 +117,10 @@ class ServeConfig:
         "from the published rows.",
     )
     cache_mb: int = setting(
-        1024, at_least=0, doc="Encoded histories that a replica keeps, in MiB; 0: none."
+        1024,
+        at_least=0,
+        doc="Encoded histories that a replica keeps, of all its versions together, in MiB; 0: "
+        "none.",
     )
     micro_batch: int = setting(
         1024, at_least=1, doc="Number of candidates that go through the layers together."
@@ -114,6 +134,11 @@ class ServeConfig:
         None,
         doc="File with a line of sha256 and name for each API key. Null: whoever reaches the port "
         "may ask.",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        doc="Names beside localhost that requests may call a server on 127.0.0.1 without keys by; "
+        "pages of other names are refused.",
     )
     client_key_file: str | None = setting(
         None,
@@ -209,7 +234,7 @@ class ServeConfig:
         require(possible, "serve.cuda_graphs", self.cuda_graphs, "false without use_gpu")
 
     def _refuse_one_process_of_many(self) -> None:
-        alone = self.num_replicas == 1 and not self.use_gpu
+        alone = self.num_replicas == 1 and self.max_replicas is None and not self.use_gpu
         rule = "false with replicas or a GPU"
         require(alone or not self.one_process, "serve.one_process", self.one_process, rule)
 
@@ -234,6 +259,11 @@ class ServeConfig:
 
     def _refuse_limits_that_disagree(self) -> None:
         """What one limit allows, no other may make impossible."""
+        for least, most in (("num_replicas", "max_replicas"), ("num_ingress", "max_ingress")):
+            number, limit = getattr(self, least), getattr(self, most)
+            enough = limit is None or limit >= number
+            require(enough, f"serve.{most}", limit, f"serve.{least} {number} or more, or null")
+
         total = self.request_timeout_s
         rule = f"below serve.request_timeout_s {total:g}, which is for the whole request"
         for name in ("lookup_timeout_s", "body_timeout_s"):

@@ -49,53 +49,84 @@ def resident_bytes(entry: HistoryCache) -> int:
     return entry.num_bytes + ENTRY_BYTES + LAYER_BYTES * len(entry.layers)
 
 
-class HistoryCaches:
-    """At most `max_mb` MiB of one model's encoded histories, for any thread.
+class CacheBudget:
+    """Memory that the caches of all versions share: of all their entries the one that was used
+    longest ago goes first.
 
-    Several threads: a shadow ranks in one of its own.
+    For any thread: a shadow ranks in one of its own.
     """
 
     def __init__(self, max_mb: int) -> None:
         self.max_bytes = max_mb * BYTES_PER_MB
         self.num_bytes = 0
+        self.entries: OrderedDict[tuple[HistoryCaches, bytes], HistoryCache] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def make_room(self) -> None:
+        """Evict until the entries are within the budget; the caller holds the lock."""
+        while self.num_bytes > self.max_bytes:
+            (owner, _), oldest = self.entries.popitem(last=False)
+            size = resident_bytes(oldest)
+            self.num_bytes -= size
+            owner.num_bytes -= size
+            owner.num_entries -= 1
+            owner.evictions += 1
+
+
+class HistoryCaches:
+    """One model's encoded histories, within a budget that it may share with other models."""
+
+    def __init__(self, budget: CacheBudget) -> None:
+        self.budget = budget
+        self.num_bytes = 0
+        self.num_entries = 0
         self.hits = 0
         self.misses = 0
         self.evictions = 0
-        self._entries: OrderedDict[bytes, HistoryCache] = OrderedDict()
-        self._lock = threading.Lock()
+        self._is_closed = False
 
     def __contains__(self, key: bytes) -> bool:
         """Tell whether `find_entry` would find it; counts nothing."""
-        return key in self._entries
+        return (self, key) in self.budget.entries
 
     def find_entry(self, key: bytes) -> HistoryCache | None:
         """The entry, now the most recently used; counts a hit or a miss."""
-        with self._lock:
-            found = self._entries.get(key)
+        budget = self.budget
+        with budget.lock:
+            found = budget.entries.get((self, key))
             if found is None:
                 self.misses += 1
                 return None
 
             self.hits += 1
-            self._entries.move_to_end(key)
+            budget.entries.move_to_end((self, key))
             return found
 
     def keep_entry(self, key: bytes, entry: HistoryCache) -> None:
         """Keep `entry` unless it alone is more than there is room for."""
-        size = resident_bytes(entry)
-        if size > self.max_bytes:
+        budget, size = self.budget, resident_bytes(entry)
+        if size > budget.max_bytes:
             return
 
-        with self._lock:
-            if key in self._entries:
+        with budget.lock:
+            if self._is_closed or (self, key) in budget.entries:
                 return
-            self._entries[key] = entry
+            budget.entries[self, key] = entry
+            budget.num_bytes += size
             self.num_bytes += size
+            self.num_entries += 1
+            budget.make_room()
 
-            while self.num_bytes > self.max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self.num_bytes -= resident_bytes(oldest)
-                self.evictions += 1
+    def close(self) -> None:
+        """Give the memory back: the model is gone. What it still ranks is not kept."""
+        with self.budget.lock:
+            self._is_closed = True
+            mine = [place for place in self.budget.entries if place[0] is self]
+            for place in mine:
+                del self.budget.entries[place]
+            self.budget.num_bytes -= self.num_bytes
+            self.num_bytes = 0
+            self.num_entries = 0
 
     def cache_stats(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
@@ -103,6 +134,6 @@ class HistoryCaches:
             "history_cache_hits": self.hits,
             "history_cache_misses": self.misses,
             "history_cache_evictions": self.evictions,
-            "history_cache_entries": len(self._entries),
+            "history_cache_entries": self.num_entries,
             "history_cache_bytes": self.num_bytes,
         }

@@ -29,8 +29,8 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import Histories, HistoryStore, histories, sequence_row
 from serve_app.history.rows import find_refused_outcome, posted_columns
-from serve_app.ranking.history_cache import HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
+from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key
 
 logger = logging.getLogger("ray.serve")
 
@@ -88,6 +88,7 @@ class Ranker:
         name: of the registered model.
         limits: of a request; the operator's, not the ones that the model was trained with.
         index: the items that the version can recommend, None where it has no index.
+        budget: for encoded histories, shared with other rankers; None: one of its own.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Ranker:
         name: str,
         limits: ServeConfig,
         index: LoadedIndex | None = None,
+        budget: CacheBudget | None = None,
     ) -> None:
         self.model = loaded.model
         self.cfg = loaded.cfg
@@ -112,7 +114,7 @@ class Ranker:
         self.index = index
 
         self.device = next(self.model.parameters()).device
-        self.caches = HistoryCaches(limits.cache_mb)
+        self.caches = HistoryCaches(budget or CacheBudget(limits.cache_mb))
         self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_candidates
 
         # the hour is computed from the request's time

@@ -35,6 +35,7 @@ from serve_app.history.live import EventLog, LiveHistory
 from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics
+from serve_app.ranking.history_cache import CacheBudget
 from serve_app.ranking.ranker import FoundHistory, PreparedRequest, Ranker
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.recommender import Recommender
@@ -66,6 +67,7 @@ class Rollout:
         identities: by role, everything that the loaded version depends on.
         share: of the users, for the canary.
         metrics: counters of this replica.
+        shared: what the rollouts of a process hand on; None: nothing is.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Rollout:
         identities: dict[str, str],
         share: float,
         metrics: ReplicaMetrics,
+        shared: "Shared | None" = None,
     ) -> None:
+        self.shared = shared
         self.rankers = rankers
         self.identities = identities
         self.share = share
@@ -147,8 +151,15 @@ class Rollout:
         assert isinstance(history, LiveHistory), "a server's history takes events"
         return history.append_all(requests)
 
-    def close(self) -> None:
-        """Let the shadow's thread end: another rollout has taken over."""
+    def close(self, successor: "Rollout | None" = None) -> None:
+        """Let the shadow's thread end, and give back the memory of versions that `successor` does
+        not have.
+        """
+        kept = [] if successor is None else list(successor.rankers.values())
+        for ranker in self.rankers.values():
+            if ranker not in kept:
+                ranker.caches.close()
+
         if SHADOW not in self.rankers:
             return
 
@@ -333,6 +344,17 @@ def _finished(job: RankJob, answer: Any) -> Any:
 # Loading ---------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the versions of a process have in common, and an update hands on: the connections of one
+    event log, and the memory for encoded histories.
+    """
+
+    settings: str  # that they were made with
+    log: EventLog
+    budget: CacheBudget
+
+
 def load_rollout(
     user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout | None = None
 ) -> Rollout:
@@ -354,22 +376,31 @@ def load_rollout(
         for role, ranker in earlier.rankers.items():
             known[earlier.identities[role]] = ranker
 
+    shared = _find_shared(limits, Path(user_config["serving"]), earlier)
     rankers: dict[str, Ranker] = {}
     identities: dict[str, str] = {}
-    log: EventLog | None = None
     for role, raw in models.items():
         if raw is None:
             continue
 
         identity = _identity(raw, user_config)
         if identity not in known:
-            log = log or open_events(limits, Path(user_config["serving"]))
-            known[identity] = _load_ranker(PinnedModel(**raw), user_config, limits, log)
+            known[identity] = _load_ranker(PinnedModel(**raw), user_config, limits, shared)
         rankers[role] = known[identity]
         identities[role] = identity
 
     share = 0.0 if limits.canary is None else limits.canary.share
-    return Rollout(rankers, identities, share, metrics)
+    return Rollout(rankers, identities, share, metrics, shared)
+
+
+def _find_shared(limits: ServeConfig, folder: Path, earlier: Rollout | None) -> Shared:
+    """What `earlier` hands on, or new where the settings have changed."""
+    names = (limits.redis_url, limits.redis_prefix, limits.redis_password_file, limits.cache_mb)
+    settings = json.dumps([*names, str(folder)])
+    before = None if earlier is None else earlier.shared
+    if before is not None and before.settings == settings:
+        return before
+    return Shared(settings, open_events(limits, folder), CacheBudget(limits.cache_mb))
 
 
 def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
@@ -382,7 +413,7 @@ def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
 
 
 def _load_ranker(
-    model: PinnedModel, user_config: dict[str, Any], limits: ServeConfig, log: EventLog
+    model: PinnedModel, user_config: dict[str, Any], limits: ServeConfig, shared: Shared
 ) -> Ranker:
     folder = fetch_model(model, Path(user_config["cache"]))
     loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
@@ -394,11 +425,13 @@ def _load_ranker(
         Path(user_config["serving"]),
     )
     history = LiveHistory(
-        published, log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
+        published, shared.log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
     )
 
     index = load_index(loaded, folder)
-    ranker = Ranker(loaded, history, model.version, model.name, limits, index)
+    ranker = Ranker(
+        loaded, history, model.version, model.name, limits, index, shared.budget
+    )
     ranker.warm_up()
     logger.info("%s version %d ready: %s", model.name, model.version, _describe_passes(ranker))
     return ranker

@@ -1,6 +1,6 @@
 """The HTTP API without Ray: routes by subject, layers around them, answers to exceptions.
 
-    request → RequestLog → Deadline → Protection → BodyLimit → Admission → a router → the replica
+    request → RequestLog → Deadline → LocalHosts → Protection → BodyLimit → Admission → a router
 
 Routers are in `rank`, `recommend`, `events`, `model` and `monitoring`; layers in `limits` and
 `protection`.
@@ -14,7 +14,7 @@ from serve_app import metrics
 from serve_app.web import events, model, monitoring, rank, recommend
 from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline
-from serve_app.web.protection import ApiKeys, Protection, RateLimit, RequestLog
+from serve_app.web.protection import ApiKeys, LocalHosts, Protection, RateLimit, RequestLog
 from serve_app.web.replica import Replica
 from serve_app.web.responses import FAILED
 
@@ -35,6 +35,7 @@ def make_api(
     body_timeout_s: float = 2.0,
     max_recommend_users: int = 100,
     id_is_sent: bool = False,
+    hosts: frozenset[str] | None = None,
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
 
@@ -48,6 +49,7 @@ def make_api(
         body_timeout_s: until the body is there; HTTP 408 beyond it.
         max_recommend_users: of one request; HTTP 422 beyond it.
         id_is_sent: as of `RequestLog`.
+        hosts: names that a request may call this server by; None is all.
     """
     api = FastAPI(
         title="ULTRA-HSTU ranking",
@@ -63,6 +65,7 @@ def make_api(
     api.add_middleware(Admission, max_wait_s=max_wait_s)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
+    api.add_middleware(LocalHosts, hosts=hosts)
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent)
     add_error_handlers(api)

@@ -28,6 +28,7 @@ FEW = 8
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 RECENT = 0.95  # weight of the requests before, per request: the last twenty count
 QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
+STUCK_S = 3.0  # without one good answer while requests wait: no overload, nobody answers
 STRICT = 1 / 4  # the least that is left of both limits while most are refused
 
 
@@ -177,6 +178,8 @@ class Backlog:
         self._done = 0.0  # work, in bytes
         self._busy_s = 0.0
         self._last_done = -math.inf
+        self._begun = -math.inf  # the first request since nothing was in flight
+        self._last_good = -math.inf
 
     def wait_s(self) -> float:
         """Estimated time until everything in flight is answered; 0 before the first answer."""
@@ -205,15 +208,25 @@ class Backlog:
         self._refused = RECENT * self._refused + (1 - RECENT) * (not admitted)
         return admitted
 
+    def is_stuck(self) -> bool:
+        """Tell whether requests wait and none was answered for a while: an outage, no overload."""
+        waited_s = self._clock() - max(self._last_good, self._begun)
+        return self.num_in_flight > 0 and waited_s > STUCK_S
+
     def begin_work(self, work: float) -> float:
         """Add a request; returns the time that `end_work` asks for."""
+        now = self._clock()
+        if not self.num_in_flight:
+            self._begun = now
         self.num_in_flight += 1
         self._in_flight += work
-        return self._clock()
+        return now
 
-    def end_work(self, work: float, begun: float) -> None:
-        """Take a request out, answered or not."""
+    def end_work(self, work: float, begun: float, *, ok: bool = True) -> None:
+        """Take a request out, answered or not; `ok`: by whoever does the work."""
         now = self._clock()
+        if ok:
+            self._last_good = now
         self.num_in_flight -= 1
         self._in_flight -= work
 
@@ -225,7 +238,10 @@ class Backlog:
 
 
 class Admission:
-    """429 with Retry-After for a request that would wait behind more work than `max_wait_s`."""
+    """429 with Retry-After for a request that would wait behind more work than `max_wait_s`.
+
+    503 where nothing that waits is answered at all: that is an outage, and no client is to blame.
+    """
 
     def __init__(self, app: ASGIApp, max_wait_s: float) -> None:
         self.app = app
@@ -243,15 +259,32 @@ class Admission:
 
         state = scope.setdefault("state", {})
         if not backlog.admit_request():
-            state["refused"] = "overload"
-            retry = {"Retry-After": str(math.ceil(backlog.wait_s()))}
-            refusal = json_reply({"detail": "too much work is waiting"}, 429, retry)
-            await refusal(scope, receive, send)
+            await _refuse_work(backlog, state)(scope, receive, send)
             return
+
+        status = 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
 
         work = REQUEST_WORK + state.get("body_bytes", 0)
         begun = backlog.begin_work(work)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, send_and_note)
         finally:
-            backlog.end_work(work, begun)
+            backlog.end_work(work, begun, ok=0 < status < 500)
+
+
+def _refuse_work(backlog: Backlog, state: dict[str, Any]) -> Response:
+    """The answer to a request that is not admitted; the request log learns the reason."""
+    if backlog.is_stuck():
+        state["refused"] = "unavailable"
+        detail = {"detail": "no model answers at the moment"}
+        return json_reply(detail, 503, {"Retry-After": "1"})
+
+    state["refused"] = "overload"
+    retry = {"Retry-After": str(math.ceil(backlog.wait_s()))}
+    return json_reply({"detail": "too much work is waiting"}, 429, retry)

@@ -20,8 +20,10 @@ open_router = APIRouter()  # routes without a key: `protection.OPEN_PATHS`
     "/metrics", name="prometheus", response_class=Response, responses=PROTECTED | METRICS_ANSWER
 )
 async def get_metrics(replica: RunningReplica, counts: RequestCounts) -> Response:
-    """What this ingress and all replicas have counted, for Prometheus."""
-    text = metrics.metrics_page(counts.registry, await replica.replica_metrics())
+    """What all ingresses and replicas have counted, for Prometheus."""
+    own = metrics.exposition_text(counts.registry)
+    ingresses = await replica.ingress_metrics(own)
+    text = metrics.metrics_page(ingresses, await replica.replica_metrics())
     return Response(text, media_type=metrics.CONTENT_TYPE)
 
 

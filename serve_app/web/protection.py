@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.config import UserError
 from serve_app.metrics import IngressMetrics
+from serve_app.schemas import Refusal
 from serve_app.web.limits import drain_body
 
 # a child of the logger that Serve writes to the replica's file
@@ -210,6 +212,43 @@ def _bearer_key(scope: Scope) -> str:
             scheme, _, key = value.decode("latin-1").partition(" ")
             return key.strip() if scheme.lower() == "bearer" else ""
     return ""
+
+
+class LocalHosts:
+    """403 for a request that a page of the web had a browser send to a server of this machine.
+
+    Such a server needs no key from whoever is on the machine, and a browser is. A name that was
+    bound anew to 127.0.0.1 (DNS rebinding) shows in `Host`, a foreign page in `Origin`.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        self.app = app
+        self.hosts = hosts  # None: every name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        foreign = self._find_foreign(scope) if scope["type"] == "http" else None
+        if foreign is None:
+            await self.app(scope, receive, send)
+            return
+
+        scope.setdefault("state", {})["refused"] = "host"
+        rule = "a name of this machine; others need a server with keys (serve.api_keys_file)"
+        problem = Refusal.of(["header", foreign], rule, "not repeated")
+        await drain_body(receive, REFUSED_BODY_S)
+        answer = JSONResponse({"detail": [problem.model_dump()]}, 403)
+        await answer(scope, receive, send)
+
+    def _find_foreign(self, scope: Scope) -> str | None:
+        """The header that names another machine; a client that sends neither is no browser."""
+        if self.hosts is None:
+            return None
+        for name, value in scope["headers"]:
+            text = value.decode("latin-1")
+            if name == b"host" and urlsplit(f"//{text}").hostname not in self.hosts:
+                return "host"
+            if name == b"origin" and urlsplit(text).hostname not in self.hosts:
+                return "origin"
+        return None
 
 
 class RequestLog:

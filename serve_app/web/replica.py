@@ -49,6 +49,10 @@ class Replica(Protocol):
         """
         ...
 
+    async def ingress_metrics(self, own: bytes) -> Mapping[str, bytes]:
+        """Exposition text of each ingress, by its id; `own` is this one's."""
+        ...
+
     async def replica_metrics(self) -> Mapping[str, bytes]:
         """Exposition text of each replica, by the replica's id."""
         ...

@@ -185,10 +185,10 @@ def asked_inside(request: RankColumns) -> RankedColumns:
     return ray.get(Caller.remote().ask.remote(request))
 
 
-def replica_pids() -> list[int]:
+def replica_pids(deployment_name: str = "RankerReplica") -> list[int]:
     from ray.util.state import list_actors
 
-    name = "ServeReplica:ranking:RankerReplica"
+    name = f"ServeReplica:ranking:{deployment_name}"
     return [
         a.pid for a in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])
     ]

@@ -64,6 +64,9 @@ class Fixed:
     async def deployment_ids(self) -> list[str]:
         return ["d"]
 
+    async def ingress_metrics(self, own: bytes) -> dict[str, bytes]:
+        return {"own": own}
+
     async def replica_metrics(self) -> dict[str, bytes]:
         return {}
 
