@@ -238,6 +238,7 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "max_wait_ms": 500.0,
         "request_timeout_s": 10.0,
         "body_timeout_s": 2.0,
+        "max_recommend_users": 100,
         "hosts": None,
     }
     assert deployment.plan_serving(cfg)["api_keys"] == str(keys_file)

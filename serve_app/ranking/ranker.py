@@ -29,8 +29,8 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import Histories, HistoryStore, histories, sequence_row
 from serve_app.history.rows import find_refused_outcome, posted_columns
-from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key
+from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
 logger = logging.getLogger("ray.serve")
 

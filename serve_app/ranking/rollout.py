@@ -429,9 +429,7 @@ def _load_ranker(
     )
 
     index = load_index(loaded, folder)
-    ranker = Ranker(
-        loaded, history, model.version, model.name, limits, index, shared.budget
-    )
+    ranker = Ranker(loaded, history, model.version, model.name, limits, index, shared.budget)
     ranker.warm_up()
     logger.info("%s version %d ready: %s", model.name, model.version, _describe_passes(ranker))
     return ranker

@@ -99,5 +99,8 @@ class Served:
     async def deployment_ids(self) -> list[str]:
         return [self.rollout.model_info().deployment]
 
+    async def ingress_metrics(self, own: bytes) -> dict[str, bytes]:
+        return {"own": own}
+
     async def replica_metrics(self) -> dict[str, bytes]:
         return {"one": exposition_text(self.counts.registry)}
