@@ -21,6 +21,7 @@ from pipeline.sequences import build
 from pipeline.sequences.store import Manifest
 from pipeline.train import supervision, trainer
 from serve_app import deployment, replay
+from serve_app.recommend import replay as replay_lists
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def run_chain(
     print(replay.demo_table(cfg, url))
     served = model_dir if decision.promoted else tracker.download_champion()[0]
     parity = replay.replay(cfg, url, served)
+    recommended = recommend(cfg, url, served) if cfg.index.enabled else {}
 
     return summarise_run(cfg.tasks, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
@@ -130,6 +132,20 @@ def run_chain(
         "parity_max_abs_diff": parity.max_abs_diff,
         "http_p50_ms": parity.p50_ms,
         "http_p99_ms": parity.p99_ms,
+        **recommended,
+    }
+
+
+def recommend(cfg: RunConfig, url: str, served: Path) -> dict[str, Any]:
+    """Show a recommended list, and hold lists over HTTP against offline ones."""
+    print(replay_lists.demo_list(cfg, url))
+    lists = replay_lists.replay_lists(cfg, url, served)
+    return {
+        "list_requests": lists.num_requests,
+        "lists_equal": lists.num_equal,
+        "lists_max_abs_diff": lists.max_abs_diff,
+        "lists_http_p50_ms": lists.p50_ms,
+        "lists_http_p99_ms": lists.p99_ms,
     }
 
 

@@ -62,9 +62,9 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     worst, elapsed_ms = 0.0, []
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         for past in requests[:WARM_UP]:
-            _rank(client, past.body)
+            post_body(client, "/v1/rank", past.body)
         for past in requests:
-            answer, took_ms = _rank(client, past.body)
+            answer, took_ms = post_body(client, "/v1/rank", past.body)
             elapsed_ms.append(took_ms)
             served = np.array([answer["scores"][task] for task in cfg.tasks]).T
             worst = max(worst, float(np.abs(served - past.scores).max()))
@@ -76,7 +76,7 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
     """A seeded sample of the test requests, each filled up to `serve.parity_candidates` with
     popular items.
     """
-    users, examples = _sample(cfg, cfg.serve.parity_requests)
+    users, examples = sample_requests(cfg, cfg.serve.parity_requests)
     half = len(examples) // 2
     num_items = cfg.serve.parity_candidates
 
@@ -87,7 +87,7 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
     return requests
 
 
-def _sample(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
+def sample_requests(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
     """`num` test requests, or all there are, from as many buckets in random order as it takes."""
     manifest = store.read_manifest(cfg.sequence_dir)
     rng = np.random.default_rng(cfg.seed)
@@ -214,17 +214,23 @@ def _actions(names: Sequence[str], action_mask: int, known_mask: int) -> Iterato
             yield name, bool(action_mask >> bit & 1)
 
 
-def _rank(client: httpx.Client, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """The answer, and the ms it took; a server with a rate limit is asked again when it says."""
+def post_body(
+    client: httpx.Client, path: str, body: dict[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """The answer, and the ms it took; a server with a rate limit is asked again when it says.
+
+    Raises:
+        UserError: another answer than 200.
+    """
     while True:
         started = time.perf_counter()
-        answer = client.post("/v1/rank", json=body)
+        answer = client.post(path, json=body)
         took_ms = (time.perf_counter() - started) * 1000
         if answer.status_code == 200:
             return answer.json(), took_ms
         if answer.status_code != 429:
             raise UserError(
-                f"POST {client.base_url}/v1/rank answered {answer.status_code}: {answer.text[:500]}"
+                f"POST {client.base_url}{path} answered {answer.status_code}: {answer.text[:500]}"
             )
         time.sleep(float(answer.headers["Retry-After"]))
 
@@ -309,7 +315,7 @@ def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
     """`demo_request` ranked by the server, the `top` best as plain text."""
     body, did = demo_request(cfg)
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
-        answer, _ = _rank(client, body)
+        answer, _ = post_body(client, "/v1/rank", body)
     lines = [
         f"user {body['user_id']}, {len(body['candidates'])} candidates, history of "
         f"{answer['history_length']} rows, "

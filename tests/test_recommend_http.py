@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from pipeline.batches.examples import user_events
-from pipeline.index.folder import rows_before
+from pipeline.index.histories import history_before
 from serve_app.columns import MEDIA_TYPE, RankColumns
 from serve_app.schemas import RankRequest
 from serve_app.web.api import make_api
@@ -99,9 +99,9 @@ def test_candidates_are_the_nearest_to_the_user(served: Served, ask):
     answer = ask(user_id=3, n=20, explain=True)
     users = user_events(served.table, served.cfg.source, served.cfg.features)
     place = users.user_id.tolist().index(3)
-    begin, end = rows_before(users, np.full(len(users.user_id), 2**60))
-    history = users.events.take(begin[place : place + 1], end[place : place + 1])
-    assert history.item_id.tolist() == served.table.to_pylist()[place]["item_id"]
+    history = history_before(users, np.full(len(users.user_id), 2**60)).events
+    mine = history.item_id[history.offsets[place] : history.offsets[place + 1]]
+    assert mine.tolist() == served.table.to_pylist()[place]["item_id"]
 
     scores = {item["item_id"]: item["retrieval_score"] for item in answer["items"]}
     index = served.ranker.index

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.batches.collate import collate
-from pipeline.batches.examples import UserEvents, user_events
+from pipeline.batches.examples import user_events
 from pipeline.config import IndexConfig, RunConfig, UserError, to_dict
 from pipeline.config.reading import build_section
 from pipeline.files import folder_digests, sha256_of, staged_folder
 from pipeline.index import ivf, towers
 from pipeline.index.catalogue import Catalogue, make_table
 from pipeline.index.exact import ExactIndex, VectorIndex
+from pipeline.index.histories import history_before
 from pipeline.index.popularity import count_items
 from pipeline.model.artifact import INDEX as DIGESTS
 from pipeline.model.artifact import LoadedModel, load_model, verified
@@ -155,35 +155,11 @@ def _sample_users(loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> T
         table = store.read_bucket(cfg.sequence_dir, manifest, index)
         users = user_events(table.slice(0, RECALL_USERS - found), cfg.source, cfg.features)
         end_ms = np.full(len(users.user_id), cfg.split.train_end_ms)
-        parts.append(vectors_as_of(loaded, head, users, end_ms).cpu())
+        history = history_before(users, end_ms).events
+        batch = towers.history_batch(history, users.user_id, loaded.maps, loaded.cfg)
+        parts.append(towers.user_vectors(loaded.model, head, batch).cpu())
         found += len(users.user_id)
     return torch.cat(parts)
-
-
-def vectors_as_of(
-    loaded: LoadedModel, head: RetrievalHead, users: UserEvents, time_ms: np.ndarray
-) -> Tensor:
-    """Vectors of these users by what they did before `time_ms`, int64 [B]: float32 [B, d]."""
-    begin, end = rows_before(users, time_ms)
-    history = users.events.take(begin, end)
-    nothing = users.events.take(begin, begin)
-    batch = collate(history, nothing, users.user_id, loaded.maps, loaded.cfg)
-    return towers.user_vectors(loaded.model, head, batch)
-
-
-def rows_before(users: UserEvents, time_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each user, and the end of the rows strictly earlier than `time_ms`, int64 [B].
-
-    Times do not fall within a user.
-
-        event_time of a user   10 20 20 30      time_ms 30
-        rows                    x  x  x
-    """
-    events = users.events
-    earlier = events.event_time < np.repeat(time_ms, events.lengths)
-    before = np.concatenate([[0], np.cumsum(earlier)])
-    begin = events.offsets[:-1]
-    return begin, begin + before[events.offsets[1:]] - before[begin]
 
 
 def load_index(loaded: LoadedModel, model_dir: Path) -> LoadedIndex | None:

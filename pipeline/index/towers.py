@@ -4,7 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.collate import SequenceBatch, collate
+from pipeline.batches.events import Events
+from pipeline.batches.features import FeatureMaps
+from pipeline.config import RunConfig
 from pipeline.model.ranker import RankingModel
 from pipeline.model.retrieval import RetrievalHead
 
@@ -30,3 +33,11 @@ def user_vectors(model: RankingModel, head: RetrievalHead, batch: SequenceBatch)
     encoded = model.encode(batch.to(device), last_history=True)
     assert encoded.last_history_row is not None, "a model with the head has such rows"
     return head.user_vectors(encoded.last_history_row).float()
+
+
+def history_batch(
+    history: Events, user_id: np.ndarray, maps: FeatureMaps, cfg: RunConfig
+) -> SequenceBatch:
+    """The histories of B users without candidates, as `user_vectors` reads them."""
+    begin = history.offsets[:-1]
+    return collate(history, history.take(begin, begin), user_id, maps, cfg)

@@ -10,10 +10,10 @@ The answer has a row per item: `user_id`, `place` (int32, 0 is best), `item_id`,
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from pipeline.recommend.tables import lists_table
 from serve_app.columns import BadBody, read_stream
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import ArrowOptions, ListOptions, RecommendRequest
@@ -72,25 +72,3 @@ def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[Recommende
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
-
-
-def lists_table(users: Sequence[int | None], lists: Sequence[RecommendedList]) -> pa.Table:
-    """A row per user and item, the best first; also what `jobs.recommend` writes."""
-    lengths = [len(one.item_id) for one in lists]
-    places = [np.arange(length, dtype=np.int32) for length in lengths]
-    scores = _joined([one.retrieval_score for one in lists], np.float32)
-    sources = [source for one in lists for source in one.source]
-    return pa.table(
-        {
-            USER_ID: pa.array(np.repeat(np.array(users, np.int64), lengths)),
-            "place": _joined(places, np.int32),
-            "item_id": _joined([one.item_id for one in lists], np.int64),
-            "score": _joined([one.score for one in lists], np.float32),
-            "retrieval_score": pa.array(scores, mask=np.isnan(scores)),
-            "source": pa.array(sources, pa.string()),
-        }
-    )
-
-
-def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *parts])

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches.collate import collate
 from pipeline.index.folder import LoadedIndex
-from pipeline.index.towers import user_vectors
+from pipeline.index.towers import history_batch, user_vectors
 from pipeline.recommend.filters import FilterError
 from pipeline.recommend.retriever import SOURCES, NoVectors, Retrieved, Retriever, Wish
 from serve_app.columns import RankColumns, RankedColumns
@@ -192,10 +191,9 @@ class Recommender:
             self._vectors.move_to_end(found.key)
             return kept
 
-        ranker, events = self.ranker, found.past.events
-        nothing = np.zeros(1, np.int64)
+        ranker = self.ranker
         user = np.array([found.user_id])
-        batch = collate(events, events.take(nothing, nothing), user, ranker.maps, ranker.cfg)
+        batch = history_batch(found.past.events, user, ranker.maps, ranker.cfg)
         with ranker.precision():
             vector = user_vectors(ranker.model, self.head, batch)[0]
 

@@ -1,0 +1,94 @@
+"""Recommend items to every user of the published sequences with the champion: Parquet files of
+user_id, place, item_id, score, retrieval_score and source.
+
+The lists are those that POST /v1/recommend would answer with, for the same request at the same time
+and without events posted since.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from jobs import cli
+from pipeline import config, tracking
+from pipeline.config import RunConfig, UserError
+from pipeline.recommend.everybody import SharedRequest, recommend_everybody
+from pipeline.sequences import store
+from serve_app.recommend.schemas import ArrowOptions
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--request",
+        default="{}",
+        metavar="JSON",
+        help="n, exclude, filter, diversify, order_by and request_features, as in the body of POST "
+        "/v1/recommend",
+    )
+    parser.add_argument(
+        "--as-of",
+        metavar="TIME",
+        help="recommend by what happened before, as 2022-05-03T00:00:00+08:00; default: now",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the lists; default: recommendations of the run"
+    )
+
+
+def run_job(job: cli.Job) -> None:
+    cfg, options = job.cfg, job.options
+    time_ms, asked = _read_request(job)
+    out = options.out or cfg.run_dir / "recommendations"
+    with tracking.session(cfg) as tracker:
+        model_dir, version = tracker.download_champion()
+
+    request = SharedRequest(
+        wish=asked.wish(),
+        task=asked.order_by or cfg.tasks[0],
+        time_ms=time_ms,
+        features=asked.request_features,
+    )
+    summary = recommend_everybody(cfg, model_dir, request, out)
+    print(f"version={version} lists={out}")
+    for key, value in summary.items():
+        print(f"{key:22}{value}")
+
+
+def _read_request(job: cli.Job) -> tuple[int, ArrowOptions]:
+    """The time of the lists, and what they are to be."""
+    options = job.options
+    try:
+        asked = ArrowOptions.model_validate_json(options.request)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"--request {where}: {first['msg']}, got {first['input']!r}") from None
+
+    limit = job.cfg.serve.max_recommended
+    if asked.n > limit:
+        raise UserError(
+            f"--request n: at most {limit} items (serve.max_recommended), got {asked.n}"
+        )
+    if options.as_of is None:
+        return int(time.time() * 1000), asked
+    return config.parse_time("--as-of", options.as_of), asked
+
+
+def plan_job(job: cli.Job) -> dict[str, object]:
+    cfg: RunConfig = job.cfg
+    time_ms, asked = _read_request(job)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    return {
+        **tracking.plan_session(cfg),
+        "users": manifest.num_users,
+        "tasks": len(manifest.buckets),
+        "time_ms": time_ms,
+        "request": asked.model_dump(exclude_defaults=True, exclude={"request_time_ms"}),
+        "out": str(job.options.out or cfg.run_dir / "recommendations"),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

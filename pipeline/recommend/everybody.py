@@ -1,0 +1,167 @@
+"""Lists for all users of the published sequences, on Ray Data: a task and a file per bucket.
+
+model with its index + sequences → recommendations/bucket-00003.parquet …, recommendations.json
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.batches.examples import user_events
+from pipeline.config import RunConfig, UserError, from_dict, to_dict
+from pipeline.files import staged_folder
+from pipeline.index.folder import load_index
+from pipeline.index.histories import history_before
+from pipeline.model.artifact import load_model
+from pipeline.model.inference.quantize import as_served
+from pipeline.recommend.offline import Audience, OfflineRecommender
+from pipeline.recommend.retriever import Wish
+from pipeline.recommend.tables import lists_table
+from pipeline.sequences import store
+from pipeline.sequences.workers import workers
+
+SUMMARY = "recommendations.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRequest:
+    """What all users have in common."""
+
+    wish: Wish
+    task: str  # to order by
+    time_ms: int
+    features: dict[str, int] = field(default_factory=dict)  # request column -> value
+
+
+@dataclass(frozen=True, slots=True)
+class BucketTask:
+    """One bucket of users."""
+
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketResult:
+    """What became of a bucket."""
+
+    users: int
+    by_popularity: int  # users without history at the time
+    empty: int
+    items: int
+
+
+def recommend_everybody(
+    cfg: RunConfig, model_dir: Path, request: SharedRequest, out: Path
+) -> dict[str, Any]:
+    """Write a list for each user to the folder `out`; returns its summary.
+
+    The folder takes the place of an earlier one in one step.
+
+    Raises:
+        UserError: the model has no index, the wish cannot be answered, or `out` holds something
+            else.
+    """
+    if out.exists() and not (out / SUMMARY).exists():
+        raise UserError(f"--out: {out} holds no {SUMMARY}: it is not a folder of lists")
+    recommender = load_recommender(cfg, model_dir)
+    check_request(recommender, request)
+
+    manifest = store.read_manifest(cfg.sequence_dir)
+    tasks = [BucketTask(i, bucket.rows) for i, bucket in enumerate(manifest.buckets)]
+    with staged_folder(out) as stage, workers(cfg.ray, cfg.runs_dir) as run:
+        write = partial(
+            recommend_bucket,
+            settings=to_dict(cfg),
+            model_dir=model_dir.absolute(),
+            request=request,
+            folder=stage.absolute(),
+        )
+        results: list[BucketResult] = run("recommending", write, tasks)
+        summary = {
+            "index_version": recommender.index.version,
+            "sequences": manifest.digest,
+            "time_ms": request.time_ms,
+            "ordered_by": request.task,
+            "users": sum(result.users for result in results),
+            "items": sum(result.items for result in results),
+            "users_by_popularity": sum(result.by_popularity for result in results),
+            "empty_lists": sum(result.empty for result in results),
+        }
+        (stage / SUMMARY).write_text(json.dumps(summary, indent=2))
+    return summary
+
+
+def check_request(recommender: OfflineRecommender, request: SharedRequest) -> None:
+    """Tell a mistake before any worker starts.
+
+    Raises:
+        UserError: a task, a request column or an item column that the version does not have.
+    """
+    cfg = recommender.loaded.cfg
+    if request.task not in cfg.tasks:
+        raise UserError(
+            f"order_by must be one of the tasks {list(cfg.tasks)}, got {request.task!r}"
+        )
+    known = [name for name in cfg.features.request if name != "hour"]
+    for name in request.features:
+        if name not in known:
+            raise UserError(f"request_features must be of {known}, got {name!r}")
+    try:
+        recommender.retriever.check_wish(request.wish)
+    except ValueError as error:
+        raise UserError(str(error) or "diversify.mmr: the index holds no item vectors") from None
+
+
+def load_recommender(cfg: RunConfig, model_dir: Path) -> OfflineRecommender:
+    """The version at `model_dir` in the number formats that `cfg.serve` gives it.
+
+    Raises:
+        UserError: no whole model, or no index in it.
+    """
+    loaded = load_model(model_dir)
+    as_served(loaded.model, cfg.serve)
+    index = load_index(loaded, model_dir)
+    if index is None:
+        raise UserError(
+            f"the model at {model_dir} has no item index: register it with index.enabled"
+        )
+    return OfflineRecommender(loaded, index, cfg.serve)
+
+
+def recommend_bucket(
+    task: BucketTask,
+    settings: dict[str, Any],
+    model_dir: Path,
+    request: SharedRequest,
+    folder: Path,
+) -> BucketResult:
+    """The lists of one bucket's users, written to a file of `folder`."""
+    cfg = from_dict(settings)
+    recommender = load_recommender(cfg, model_dir)
+    table = store.read_bucket(cfg.sequence_dir, store.read_manifest(cfg.sequence_dir), task.number)
+    loaded = recommender.loaded
+    users = user_events(table, loaded.cfg.source, loaded.cfg.features)
+
+    num = len(users.user_id)
+    times = np.full(num, request.time_ms)
+    past = history_before(users, times, cfg.serve.max_history)
+    features = {}
+    for name, value in request.features.items():
+        features[name] = np.full(num, value, np.int32)
+
+    audience = Audience(users.user_id, times, past, features)
+    lists = recommender.recommend(audience, request.wish, request.task)
+    written = lists_table(users.user_id.tolist(), lists)
+    pq.write_table(written, folder / f"bucket-{task.number:05d}.parquet")
+    return BucketResult(
+        users=len(lists),
+        by_popularity=sum(one.by_popularity for one in lists),
+        empty=sum(len(one.item_id) == 0 for one in lists),
+        items=written.num_rows,
+    )

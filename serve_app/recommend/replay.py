@@ -1,0 +1,122 @@
+"""Past requests as recommend requests, over HTTP and offline: are the lists the same?
+
+past test requests → `OfflineRecommender` ↔ POST /v1/recommend
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from pipeline.batches.examples import Examples, UserEvents
+from pipeline.config import RunConfig
+from pipeline.index.histories import PastRows
+from pipeline.recommend.everybody import load_recommender
+from pipeline.recommend.offline import Audience, UserList
+from pipeline.recommend.retriever import Wish
+from serve_app.replay import TIMEOUT_S, demo_request, key_header, post_body, sample_requests
+
+PATH = "/v1/recommend"
+SHOWN = 10  # items of a list
+
+
+@dataclass(frozen=True, slots=True)
+class ListReport:
+    num_requests: int
+    num_equal: int  # the same items in the same order
+    max_abs_diff: float  # of the scores, place by place
+    p50_ms: float  # of one client that waits for each answer
+    p99_ms: float
+
+
+def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
+    """`serve.parity_requests` test requests against the server at `url`, which serves the version
+    in `model_dir`.
+
+    Raises:
+        UserError: the version has no index, or the test period holds no request.
+    """
+    recommender = load_recommender(cfg, model_dir)
+    users, examples = sample_requests(cfg, cfg.serve.parity_requests)
+    audience = past_audience(users, examples, cfg.serve.max_history)
+    wish = Wish(num=min(SHOWN, cfg.serve.max_recommended))
+    lists = recommender.recommend(audience, wish, cfg.tasks[0])
+
+    num_equal, worst, elapsed_ms = 0, 0.0, []
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+        for number, expected in enumerate(lists):
+            body = request_body(audience, number) | {"n": wish.num}
+            answer, took_ms = post_body(client, PATH, body)
+            elapsed_ms.append(took_ms)
+            num_equal += served_items(answer) == expected.item_id.tolist()
+            worst = max(worst, score_difference(answer, expected))
+    p50, p99 = np.percentile(elapsed_ms, [50, 99])
+    return ListReport(len(lists), num_equal, worst, float(p50), float(p99))
+
+
+def past_audience(users: UserEvents, examples: Examples, max_history: int) -> Audience:
+    """The users of past requests, as of each one's time and with its request columns."""
+    begin = np.maximum(examples.history_begin, examples.history_end - max_history)
+    left_out = begin - users.events.offsets[examples.user]
+    first_position = users.first_position[examples.user] + left_out
+    first = examples.target_begin
+    return Audience(
+        user_id=users.user_id[examples.user],
+        time_ms=users.request_time[first],
+        past=PastRows(users.events.take(begin, examples.history_end), first_position),
+        features={name: column[first] for name, column in users.events.request.items()},
+    )
+
+
+def request_body(audience: Audience, number: int) -> dict[str, Any]:
+    """One user's request as it would be sent."""
+    features = {}
+    for name, column in audience.features.items():
+        if column[number] >= 0:
+            features[name] = int(column[number])
+    return {
+        "user_id": int(audience.user_id[number]),
+        "request_time_ms": int(audience.time_ms[number]),
+        "request_features": features,
+    }
+
+
+def served_items(answer: dict[str, Any]) -> list[int]:
+    return [item["item_id"] for item in answer["items"]]
+
+
+def score_difference(answer: dict[str, Any], expected: UserList) -> float:
+    """The largest difference of a place's score; infinite where the lists are not of one length."""
+    scores = np.array([item["score"] for item in answer["items"]])
+    if len(scores) != len(expected.score):
+        return np.inf
+    return float(np.abs(scores - expected.score).max(initial=0.0))
+
+
+def demo_list(cfg: RunConfig, url: str, top: int = SHOWN) -> str:
+    """The list that the server recommends to the user of `demo_request`, as plain text."""
+    body, did = demo_request(cfg)
+    del body["candidates"]
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+        answer, _ = post_body(client, PATH, body | {"n": min(top, cfg.serve.max_recommended)})
+
+    has_titles = any("title" in item for item in answer["items"])
+    lines = [
+        f"recommended to user {body['user_id']}: the best of {answer['num_allowed']} items that "
+        f"were not seen, index {answer['index_version']}",
+        f"{'':>4} {'item':>10}{'score':>10}{'retrieval':>11}  {'source':10}what happened",
+    ]
+    for place, item in enumerate(answer["items"], 1):
+        product = item["retrieval_score"]
+        shown = f"{product:11.4f}" if product is not None else f"{'-':>11}"
+        happened = ""
+        if item["item_id"] in did:
+            happened = f"shown next: {did[item['item_id']] or 'nothing'}"
+        title = f"  {item['title']}" if has_titles else ""
+        lines.append(
+            f"{place:>4} {item['item_id']:>10}{item['score']:10.4f}{shown}  "
+            f"{item['source']:10}{happened}{title}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
