@@ -7,18 +7,11 @@ gets a local cluster.
 """
 
 import argparse
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import cli
-from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig
 from pipeline.evaluate import evaluator
-from pipeline.sequences import store
-
-LARGE_STORE = 3_000_000  # rows: a minute of work, against the seconds of a cluster's start
+from pipeline.evaluate.spread import evaluation_cluster
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,22 +37,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg, options = job.cfg, job.options
     model_dir = options.model or cfg.model_dir
-    with workers(cfg):
+    with evaluation_cluster(cfg):
         metrics = evaluator.evaluate_model(cfg, model_dir, options.splits, options.name)
 
     for key, value in metrics.items():
         print(f"{key:40} {value:,.4f}")
-
-
-@contextmanager
-def workers(cfg: RunConfig) -> Iterator[None]:
-    """The Ray cluster to score on, where there is one or the store is large."""
-    joins = cfg.ray.address is not None or "RAY_ADDRESS" in os.environ
-    if joins or store.read_manifest(cfg.sequence_dir).num_rows >= LARGE_STORE:
-        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
-            yield
-    else:
-        yield
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

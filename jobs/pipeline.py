@@ -5,6 +5,7 @@ requests over HTTP.
 import argparse
 import json
 import logging
+import math
 import shutil
 import time
 from pathlib import Path
@@ -29,6 +30,12 @@ RUN_FILE = "run.json"  # marks a folder as a run's own, so that --fresh removes 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force-first",
+        action="store_true",
+        help="promote a first champion that does not beat the item's smoothed rate; the registry "
+        "says so",
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--fresh",
@@ -53,10 +60,16 @@ def run_job(job: cli.Job) -> None:
             tracking.session(cfg) as tracker,
             ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
         ):
-            summary = run_chain(cfg, tracker, cluster.dashboard_url, append=job.options.append)
+            summary = run_chain(
+                cfg,
+                tracker,
+                cluster.dashboard_url,
+                append=job.options.append,
+                force_first=job.options.force_first,
+            )
 
     path = cfg.run_dir / "summary.json"
-    write_atomically(path, json.dumps(summary, indent=2))
+    write_atomically(path, json.dumps(without_nan(summary), indent=2, allow_nan=False))
     print_summary(cfg.name, cfg.tasks, summary)
     print(f"all of it in {path}")
 
@@ -73,7 +86,12 @@ def check_settings(cfg: RunConfig) -> None:
 
 
 def run_chain(
-    cfg: RunConfig, tracker: tracking.Tracker, dashboard_url: str, *, append: bool = False
+    cfg: RunConfig,
+    tracker: tracking.Tracker,
+    dashboard_url: str,
+    *,
+    append: bool = False,
+    force_first: bool = False,
 ) -> dict[str, Any]:
     """Every stage once, in order; returns what `summary.json` holds.
 
@@ -110,11 +128,14 @@ def run_chain(
 
         print_stage(5, "registry and gate")
         version = tracker.register_trained()
-    decision = tracker.promote_version(version)
+    rows = tracking.RowsAtHand(
+        evaluator.row_tags(cfg), lambda folder: evaluator.score_champion(cfg, folder)
+    )
+    decision = tracker.promote_version(version, rows=rows, force_first=force_first)
     logger.info("version %d: %s", version, decision.reason)
 
-    champion = tracker.find_champion()
-    print_stage(6, f"serving version {champion.version}")
+    champion = find_servable(tracker, manifest, decision)
+    print_stage(6, f"serving version {champion.version} of {champion.name}")
     url = deployment.deploy_model(cfg, dashboard_url, champion)
 
     print_stage(7, "requests over HTTP")
@@ -149,11 +170,43 @@ def recommend(cfg: RunConfig, url: str, served: Path) -> dict[str, Any]:
     }
 
 
+def find_servable(
+    tracker: tracking.Tracker, manifest: Manifest, decision: tracking.Decision
+) -> tracking.PinnedModel:
+    """The champion, if it reads what these sequences hold.
+
+    Raises:
+        UserError: there is none, or it is of other data.
+    """
+    try:
+        champion = tracker.find_champion()
+    except UserError as error:
+        raise UserError(f"{decision.reason}: there is nothing to serve ({error})") from None
+
+    if not decision.promoted:
+        logger.info(
+            "the champion is %s version %d, of runs/%s",
+            champion.name,
+            champion.version,
+            champion.trained_as,
+        )
+    tracker.require_fit(champion, manifest)
+    return champion
+
+
+def without_nan(value: Any) -> Any:
+    """Nested values fit for JSON: a number that is not defined is null."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def summarise_run(
     tasks: tuple[str, ...], manifest: Manifest, train_seconds: float, metrics: dict[str, float]
 ) -> dict[str, Any]:
     def by_task(split: str, metric: str) -> dict[str, float]:
-        return {task: metrics[f"{split}/{metric}/{task}"] for task in tasks}
+        # a period without a request has no metrics
+        return {task: metrics.get(f"{split}/{metric}/{task}", math.nan) for task in tasks}
 
     tables = {}
     for split in ("val", "test"):

@@ -1,12 +1,18 @@
 """Register a run's model and make it the champion, if its validation passes the gate; exit code 1
 if it does not.
+
+Where the champion was validated on other rows, it is scored anew on those of this run.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 from jobs import cli
 from pipeline import tracking
+from pipeline.evaluate import evaluator
+from pipeline.evaluate.spread import evaluation_cluster
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +25,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="VERSION",
         help="for split.refit: a version trained without it is judged",
     )
+    parser.add_argument(
+        "--force-first",
+        action="store_true",
+        help="promote a first champion that does not beat the item's smoothed rate; the registry "
+        "says so",
+    )
 
 
 def run_job(job: cli.Job) -> None:
-    with tracking.session(job.cfg) as tracker:
-        version = job.options.version
+    cfg, options = job.cfg, job.options
+
+    def score(model_dir: Path) -> Mapping[str, float]:
+        with evaluation_cluster(cfg):
+            return evaluator.score_champion(cfg, model_dir)
+
+    with tracking.session(cfg) as tracker:
+        version = options.version
         if version is None:
             version = tracker.register_trained()
-        decision = tracker.promote_version(version, job.options.validated_by)
+        decision = tracker.promote_version(
+            version,
+            options.validated_by,
+            rows=tracking.RowsAtHand(evaluator.row_tags(cfg), score),
+            force_first=options.force_first,
+        )
 
     print(f"version={version} {decision.reason}")
     if not decision.promoted:

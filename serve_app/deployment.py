@@ -20,8 +20,8 @@ import yaml
 
 from pipeline import config
 from pipeline.cluster import free_port
-from pipeline.config import Outage, RunConfig, ServeConfig, TrackingConfig, UserError
-from pipeline.model.artifact import load_model
+from pipeline.config import Outage, RunConfig, ServeConfig, UserError
+from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
 from pipeline.waiting import wait_until
@@ -169,15 +169,25 @@ def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
 def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg.serve)
-    canary, shadow = _on_trial(cfg.serve, cfg.tracking, model)
+    canary, shadow = _on_trial(cfg.serve, model)
     for version in (model, canary, shadow):
         if version is not None:
-            load_model(fetch_model(version, cache_folder(cfg.runs_dir)))
+            loaded = load_model(fetch_model(version, cache_folder(cfg.runs_dir)))
+            _refuse_broken_weights(loaded, version)
     return user_config(cfg, model, canary, shadow)
 
 
+def _refuse_broken_weights(loaded: LoadedModel, version: PinnedModel) -> None:
+    for name, weight in loaded.model.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{version.name} version {version.version} is not served: {name} holds numbers "
+                "that are not finite"
+            )
+
+
 def _on_trial(
-    serve: ServeConfig, tracking: TrackingConfig, champion: PinnedModel
+    serve: ServeConfig, champion: PinnedModel
 ) -> tuple[PinnedModel | None, PinnedModel | None]:
     """The canary and the shadow that the configuration names, if any."""
     canary = None if serve.canary is None else serve.canary.version
@@ -189,7 +199,7 @@ def _on_trial(
             raise UserError(
                 f"{key}: version {version} is the champion: there is nothing to compare it with"
             )
-        found.append(None if version is None else find_version(tracking, version))
+        found.append(None if version is None else find_version(champion.name, version))
     return found[0], found[1]
 
 

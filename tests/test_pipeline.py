@@ -67,7 +67,7 @@ def test_a_day_is_appended_and_trained_on(
     for day in range(4):
         write_day(cfg, day)
     with session(cfg) as tracker:
-        first = jobs.pipeline.run_chain(cfg, tracker, "")
+        first = jobs.pipeline.run_chain(cfg, tracker, "", force_first=True)
         write_day(cfg, 4)
         second = jobs.pipeline.run_chain(cfg, tracker, "", append=True)
         again = jobs.pipeline.run_chain(cfg, tracker, "", append=True)

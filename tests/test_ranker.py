@@ -13,7 +13,7 @@ import torch
 
 from pipeline.batches.examples import UserEvents, request_examples, user_events
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch
-from pipeline.config import ServeConfig
+from pipeline.config import ServeConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from pipeline.schema import EventColumns, outcome_column
@@ -468,3 +468,14 @@ def changed(column: np.ndarray) -> np.ndarray:
     column = column.copy()
     column[-1] = not column[-1] if column.dtype == bool else column[-1] + 1
     return column
+
+
+def test_a_model_of_nan_is_not_taken_into_service(world: tuple[Ranker, UserEvents]) -> None:
+    ranker, _ = world
+    broken = copy.copy(ranker)
+    broken.model = copy.deepcopy(ranker.model)
+    with torch.no_grad():
+        next(broken.model.heads.parameters()).fill_(float("nan"))
+    ranker.warm_up()
+    with pytest.raises(UserError, match=r"tiny version 7 is not served: its scores of is_click"):
+        broken.warm_up()

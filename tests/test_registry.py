@@ -2,17 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlflow
 import pytest
 
 from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
-from pipeline.tracking import Decision, Tracker, fetch_model
-from pipeline.tracking.gate import judge_version
+from pipeline.tracking import Decision, RowsAtHand, Tracker, fetch_model
 from pipeline.version import package_version
-from tests.worlds.tiny import save_tiny_model, tiny_config
+from tests.worlds.tiny import save_tiny_model
 
 pytestmark = pytest.mark.cluster
 
@@ -33,7 +31,7 @@ def new_version(cfg: RunConfig, tmp_path: Path, val_ne: float, seed: int = 0) ->
 def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path: Path) -> None:
     number = new_version(cfg, tmp_path, 0.9)
     client = mlflow.MlflowClient()
-    version = client.get_model_version(cfg.tracking.model_name, str(number))
+    version = client.get_model_version(cfg.model_name, str(number))
     assert {
         "sha256.model.safetensors",
         "sha256.config.json",
@@ -41,6 +39,9 @@ def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path:
     } <= version.tags.keys()
     assert version.tags["val/ne/is_like"] == "0.9"
     assert version.tags["software_version"] == package_version()
+    assert version.tags["val/baseline_ne/is_like"] == "0.99"
+    assert version.tags["split.t_val"] == cfg.split.t_val
+    assert version.tags["trained_as"] == cfg.name
     assert version.tags["manifest"] == store.read_manifest(cfg.sequence_dir).digest
     assert "| val NE | 0.9000 | 0.9000 |" in version.description
     assert client.get_run(version.run_id).data.metrics["test/auc/is_click"] == 0.7
@@ -66,7 +67,7 @@ def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:
     better = new_version(cfg, tmp_path, 0.8)
     assert Tracker(cfg).promote_version().promoted
     assert Tracker(cfg).find_champion().version == better
-    tags = mlflow.MlflowClient().get_model_version(cfg.tracking.model_name, str(worse)).tags
+    tags = mlflow.MlflowClient().get_model_version(cfg.model_name, str(worse)).tags
     assert tags["promotion"] == refused.reason
     assert Tracker(cfg).roll_back() == first
     assert Tracker(cfg).find_champion().version == first
@@ -87,10 +88,7 @@ def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path:
     assert (folder / "model.safetensors").read_bytes() == original.read_bytes()
     new_version(cfg, tmp_path, 0.8, seed=1)
     Tracker(cfg).promote_version()
-    assert (
-        fetch_model(pinned, tmp_path / "other")
-        == tmp_path / "other" / f"{cfg.tracking.model_name}-1"
-    )
+    assert fetch_model(pinned, tmp_path / "other") == tmp_path / "other" / pinned.folder_name
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         fetch_model(pinned, folder.parent)
@@ -100,9 +98,7 @@ def test_a_registry_whose_files_changed_is_refused(cfg: RunConfig, tmp_path: Pat
     new_version(cfg, tmp_path, 0.9)
     Tracker(cfg).promote_version()
     source = (
-        mlflow.MlflowClient()
-        .get_model_version(cfg.tracking.model_name, "1")
-        .source.removeprefix("models:/")
+        mlflow.MlflowClient().get_model_version(cfg.model_name, "1").source.removeprefix("models:/")
     )
     (stored,) = Path(cfg.runs_dir, "mlflow", "artifacts").rglob(f"{source}/**/config.json")
     stored.write_text("{}")
@@ -119,34 +115,6 @@ def test_an_unevaluated_model_is_not_registered(cfg: RunConfig, tmp_path: Path) 
         pytest.raises(UserError, match=r"metrics\.json"),
     ):
         Tracker(cfg).register_model(run, folder)
-
-
-def version(number: int, ne: dict[str, float], manifest: str = "a") -> SimpleNamespace:
-    tags = {f"val/ne/{task}": repr(value) for task, value in ne.items()} | {"manifest": manifest}
-    return SimpleNamespace(version=str(number), tags=tags)
-
-
-BOTH = {"is_click": 0.9, "is_like": 0.9}
-
-
-@pytest.mark.parametrize(
-    ("new", "old", "promoted", "said"),
-    [
-        (BOTH, None, True, "first champion"),
-        (BOTH | {"is_like": 1.01}, None, False, "val/ne/is_like 1.0100 is above the gate's 1"),
-        (BOTH | {"is_like": float("nan")}, None, False, "val/ne/is_like nan"),
-        ({"is_click": 0.9}, None, False, "no validation NE of is_like"),
-        (BOTH, {"is_click": 0.899, "is_like": 0.899}, True, "+0.0010"),
-        (BOTH, {"is_click": 0.89, "is_like": 0.9}, False, "allowed +0.002"),
-        (BOTH | {"is_click": float("nan")}, BOTH, False, "nan"),
-    ],
-)
-def test_judgement(new: dict, old: dict | None, promoted: bool, said: str, tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path, tracking={"gate_max_ne": {"is_like": 1.0}})
-    champion = None if old is None else version(1, old)
-    decision = judge_version(cfg.tracking, cfg.tasks, version(2, new), champion)
-    assert decision.promoted == promoted
-    assert said in decision.reason
 
 
 def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(
@@ -172,7 +140,32 @@ def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(
     )
 
 
-def test_validation_on_other_sequences_is_said(tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path)
-    decision = judge_version(cfg.tracking, cfg.tasks, version(2, BOTH, "b"), version(1, BOTH))
-    assert "other sequences" in decision.reason
+def test_a_champion_of_other_rows_is_scored_on_the_challengers(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
+    """Yesterday's champion and today's challenger were validated on other days."""
+    new_version(cfg, tmp_path, 0.9)
+    assert Tracker(cfg).promote_version().promoted
+    today = replace(cfg, split=replace(cfg.split, t_val="2022-05-02T00:00:00Z"))
+    challenger = new_version(today, tmp_path / "today", 0.95)
+    refused = Tracker(today).promote_version(challenger)
+    assert "was not scored on these: split.t_val" in refused.reason
+
+    scored = []
+
+    def score(folder: Path) -> dict[str, float]:
+        scored.append(folder)
+        return {"is_click": 0.97, "is_like": float("nan")}
+
+    manifest = store.read_manifest(cfg.sequence_dir).digest
+    tags = {"manifest": manifest} | {
+        f"split.{name}": getattr(today.split, name) for name in ("t_val", "t_test")
+    }
+    elsewhere = RowsAtHand(tags | {"manifest": "of another folder"}, score)
+    assert not Tracker(today).promote_version(challenger, rows=elsewhere).promoted
+    assert not scored
+
+    decision = Tracker(today).promote_version(challenger, rows=RowsAtHand(tags, score))
+    assert decision.promoted
+    assert "over is_click -0.0200 against champion 1, scored anew" in decision.reason
+    assert (scored[0] / "model.safetensors").exists()

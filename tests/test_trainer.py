@@ -373,4 +373,4 @@ def test_a_split_without_requests_is_refused(trained: RunConfig) -> None:
     late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
     cfg = replace(trained, split=replace(trained.split, **late))
     with pytest.raises(UserError, match="holds no request"):
-        evaluator.evaluate_model(cfg, trained.model_dir, ["val"])
+        evaluator.evaluate_model(cfg, trained.model_dir, ["val"], name="late")

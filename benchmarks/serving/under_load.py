@@ -133,15 +133,18 @@ def untrained(cfg: RunConfig, version: int) -> PinnedModel:
     """A model of random weights in the place where the server keeps the versions that it has
     fetched and checked.
     """
-    folder = deployment.cache_folder(cfg.runs_dir) / f"{cfg.tracking.model_name}-{version}"
-    shutil.rmtree(folder, ignore_errors=True)
+    cache = deployment.cache_folder(cfg.runs_dir)
+    folder = cache / "new"
     torch.manual_seed(version)
     maps = fit_features(cfg)
     save_model(folder, RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
     }
-    return PinnedModel("", cfg.tracking.model_name, version, digests)
+    model = PinnedModel("", cfg.model_name, version, digests)
+    shutil.rmtree(cache / model.folder_name, ignore_errors=True)
+    folder.rename(cache / model.folder_name)
+    return model
 
 
 # Parts -----------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """Where the logs come from: the user's own files, a public dataset, or a generator."""
 
+import dataclasses
+import hashlib
+import json
 import math
+import re
 import zoneinfo
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -390,6 +394,24 @@ class SourceConfig:
         for name, column in self.outcome_columns.items():
             declared.append(outcome_column(name, column.type, column.at_least))
         return EventColumns(self.actions, self.request_columns, tuple(declared))
+
+    @property
+    def data_name(self) -> str:
+        """Names where the data comes from, in letters that a registry takes: the end of its path,
+        or its kind, and a digest of the whole.
+
+            data/own_logs/log     own_logs-log-4f5a26
+            generated logs        synthetic-0c9a71
+        """
+        if self.path is None:
+            made_by = json.dumps(dataclasses.asdict(self.synthetic), sort_keys=True)
+            place, readable = made_by, self.kind
+        else:
+            place = self.path.partition("?")[0].rstrip("/")
+            readable = "-".join(place.removeprefix(S3).split("/")[-2:])
+
+        digest = hashlib.sha256(f"{self.kind} {place}".encode()).hexdigest()[:6]
+        return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', readable).strip('_.-')}-{digest}"
 
     @property
     def items_known(self) -> bool:

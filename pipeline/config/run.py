@@ -113,6 +113,11 @@ class RunConfig:
         return Path(self.runs_dir).absolute() / self.name
 
     @property
+    def model_name(self) -> str:
+        """Name of the registered model: versions of one name compete to be its champion."""
+        return self.tracking.model_name or self.source.data_name
+
+    @property
     def log_dir(self) -> Path:
         """LOG, USER and ITEM Parquet written by an adapter or generator."""
         return self.run_dir / LOG_FOLDER

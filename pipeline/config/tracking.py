@@ -18,7 +18,11 @@ class TrackingConfig:
         300.0, above=0, doc="Longest wait for a server of the job's own to start, in seconds."
     )
     experiment: str = setting("ultra-hstu", doc="MLflow experiment that the runs belong to.")
-    model_name: str = setting("ultra_hstu", doc="Name of the registered model.")
+    model_name: str | None = setting(
+        None,
+        doc="Name of the registered model. Null: one for each source of data, made of its kind and "
+        "path; --dry-run shows it.",
+    )
     gate_max_ne: dict[str, float] = setting(
         {}, doc="Task: highest validation NE (normalised entropy) that may be promoted."
     )

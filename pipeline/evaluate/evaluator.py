@@ -101,6 +101,40 @@ def evaluate_model(
     return metrics
 
 
+def row_tags(cfg: RunConfig) -> dict[str, str]:
+    """Which validation rows `cfg` stands for, in the tags of a registered version; no sequences,
+    and they are none.
+    """
+    manifest = cfg.sequence_dir / store.MANIFEST
+    digest = store.read_manifest(cfg.sequence_dir).digest if manifest.exists() else ""
+    return {
+        "manifest": digest,
+        "split.t_val": str(cfg.split.t_val),
+        "split.t_test": str(cfg.split.t_test),
+    }
+
+
+def score_champion(cfg: RunConfig, model_dir: Path) -> dict[str, float]:
+    """NE of a model by task on the validation rows of `cfg`, whatever rows it was validated on: for
+    the gate. Nothing is written.
+
+    Raises:
+        UserError: the model reads other actions than the sequences hold.
+    """
+    model = load_model(model_dir).cfg
+    manifest = store.read_manifest(cfg.sequence_dir)
+    if tuple(model.source.actions) != tuple(manifest.actions):
+        raise UserError(
+            f"source.actions: the model reads {list(model.source.actions)}, the sequences hold "
+            f"{list(manifest.actions)}"
+        )
+
+    whole = replace(cfg, evaluate=replace(cfg.evaluate, sample=None))
+    scores = _score_store(whole, model, model_dir, ["val"], manifest)
+    found = scores.splits["val"].metrics.result()
+    return {task: found[f"ne/{task}"] for task in model.tasks}
+
+
 def _refuse_other_rows(
     cfg: RunConfig, loaded: LoadedModel, model_dir: Path, manifest: store.Manifest
 ) -> None:

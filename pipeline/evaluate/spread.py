@@ -5,18 +5,22 @@ order in which they finish change nothing.
 """
 
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from pipeline.config import UserError
+from pipeline.config import RunConfig, UserError
 from pipeline.evaluate.parts import EvaluationJob, EvaluationPart, PartScores, score_part
+from pipeline.sequences.store import read_manifest
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+LARGE_STORE = 3_000_000  # rows: a minute of work, against the seconds of a cluster's start
 SMALL_STORE = 200_000  # rows: scored here before a worker has imported what it needs
 
 
@@ -34,6 +38,21 @@ def score_parts(
         for number, part in enumerate(parts):
             yield score_part(job, part)
             progress.add_part(number)
+
+
+@contextmanager
+def evaluation_cluster(cfg: RunConfig) -> Iterator[None]:
+    """The Ray cluster to score on for the length of the block: one that there is to join
+    (`ray.address`, or that of a submitted job), and for a large store a local one.
+    """
+    from pipeline.cluster import ray_cluster
+
+    joins = cfg.ray.address is not None or "RAY_ADDRESS" in os.environ
+    if joins or read_manifest(cfg.sequence_dir).num_rows >= LARGE_STORE:
+        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+            yield
+    else:
+        yield
 
 
 def is_worth_workers(parts: Sequence[EvaluationPart]) -> bool:

@@ -2,13 +2,15 @@
 measured numbers.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config import RunConfig, SplitConfig
 from pipeline.sequences import store
 
-METRICS = ("ne", "auc", "gauc")
+METRICS = ("ne", "baseline_ne", "auc", "baseline_auc", "gauc")
+NAMES = {"baseline_ne": "NE of the item's rate", "baseline_auc": "AUC of the item's rate"}
 SPLITS = ("val", "test")
 
 
@@ -33,7 +35,7 @@ def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], r
     period, end = "validation start", cfg.split.t_val
     if cfg.split.refit:
         period, end = "test start", cfg.split.t_test
-    return f"""# {cfg.tracking.model_name}, trained as `{cfg.name}`
+    return f"""# {cfg.model_name}, trained as `{cfg.name}`
 
 ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one \
 sequence, a probability per action.
@@ -73,9 +75,10 @@ def _metric_table(
         learned = " (rows it was trained on)" if split == "val" and periods.refit else ""
 
         for metric in METRICS:
-            values = [metrics.get(f"{split}/{metric}/{task}") for task in tasks]
-            if values == [None] * len(values):
+            values = [metrics.get(f"{split}/{metric}/{task}", math.nan) for task in tasks]
+            if all(math.isnan(value) for value in values):
                 continue
-            cells = ["–" if value is None else f"{value:.4f}" for value in values]
-            rows.append(f"| {split} {metric.upper()}{learned} | " + " | ".join(cells) + " |")
+            cells = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
+            name = NAMES.get(metric, metric.upper())
+            rows.append(f"| {split} {name}{learned} | " + " | ".join(cells) + " |")
     return "\n".join(rows)

@@ -7,22 +7,27 @@ holds is ever executed: a version is safetensors and JSON, checked against the s
 before it is read.
 """
 
+import hashlib
 import json
+import math
 import shutil
 import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import RunConfig, TrackingConfig, UserError
 from pipeline.files import folder_digests, publish_folder, sha256_of
 from pipeline.tracking.gate import (
+    BASELINE_PREFIX,
     NE_PREFIX,
     REFIT,
+    ROWS,
     Decision,
+    baseline_ne,
     judge_version,
+    row_differences,
     validation_ne,
 )
 from pipeline.tracking.model_card import render_card
@@ -34,9 +39,12 @@ if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+    from pipeline.sequences.store import Manifest
+
 CHAMPION = "champion"
 SHA256_PREFIX = "sha256."  # of tags
 SOFTWARE = "software_version"  # of this project, that registered the version
+TRAINED_AS = "trained_as"  # tag: the name of the run that trained it
 # what --validated-by must have in common ...
 FROZEN = ("tasks", "source", "features", "model", "train", "split")
 NOT_FROZEN = (  # ... but for these
@@ -63,6 +71,23 @@ class PinnedModel:
     name: str
     version: int
     sha256: dict[str, str]  # file name -> hex digest
+    trained_as: str = ""  # the name of the run that trained it
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder in a cache, by content: a version of another registry, or of one that
+        began anew, may bear the same number.
+        """
+        content = json.dumps(self.sha256, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowsAtHand:
+    """Validation rows that the gate can score the champion on, where its figures are of others."""
+
+    tags: Mapping[str, str]  # as `gate.ROWS`: which rows these are
+    score: Callable[[Path], Mapping[str, float]]  # model folder -> NE by task
 
 
 def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
@@ -79,7 +104,7 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
     metrics = _read_metrics(model_dir)
     if cfg.index.enabled:
         build_index(cfg, model_dir)
-    client, name = mlflow_client(), cfg.tracking.model_name
+    client, name = mlflow_client(), cfg.model_name
     with one_message(), tempfile.TemporaryDirectory() as staging:
         # the files, with a card
         folder = Path(shutil.copytree(model_dir, Path(staging) / "model"))
@@ -87,13 +112,16 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
         (folder / "README.md").write_text(card)
 
         made_by = client.get_run(run.run_id)
-        tags = _version_tags(folder, metrics) | {"manifest": made_by.data.tags["manifest"]}
+        tags = _version_tags(folder, metrics) | {
+            "manifest": made_by.data.tags["manifest"],
+            TRAINED_AS: cfg.name,
+        }
 
         # into the run, as MLflow's "logged model"
         model = client.create_logged_model(made_by.info.experiment_id, cfg.name, run.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
-        run.log_metrics(metrics, 0, model.model_id)
+        run.log_metrics(_defined(metrics), 0, model.model_id)
 
         # and into the registry
         _ensure_registered(client, name)
@@ -109,19 +137,25 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
     return int(version.version)
 
 
-def _version_tags(folder: Path, metrics: dict[str, Any]) -> dict[str, str]:
+def _version_tags(folder: Path, metrics: Mapping[str, float]) -> dict[str, str]:
     """Digests of the files and our version as tags, and the figures that the gate judges."""
     digests = folder_digests(folder)
     tags = {f"{SHA256_PREFIX}{name}": digest for name, digest in digests.items()}
     tags[SOFTWARE] = package_version()
+    split = json.loads((folder / "config.json").read_text())["split"]
+    tags |= {"split.t_val": str(split["t_val"]), "split.t_test": str(split["t_test"])}
     if trained_on_validation(folder):
         # its validation NE is of rows that it has learned: nothing to judge by
         return tags | {REFIT: "true"}
 
     for key, value in metrics.items():
-        if key.startswith(NE_PREFIX):
+        if key.startswith((NE_PREFIX, BASELINE_PREFIX)):
             tags[key] = repr(value)
     return tags
+
+
+def _defined(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def register_trained(cfg: RunConfig) -> int:
@@ -137,7 +171,7 @@ def register_trained(cfg: RunConfig) -> int:
     run_id = verified(cfg.model_dir, "model")["extra"].get("mlflow_run_id")
     tag, digest = f"{SHA256_PREFIX}{INDEX}", sha256_of(cfg.model_dir / INDEX)
     with one_message():
-        for found in mlflow_client().search_model_versions(f"name = '{cfg.tracking.model_name}'"):
+        for found in mlflow_client().search_model_versions(f"name = '{cfg.model_name}'"):
             if found.tags.get(tag) == digest:
                 return int(found.version)
     if run_id is not None:
@@ -154,9 +188,14 @@ def trained_on_validation(model_dir: Path) -> bool:
 
 def promote_version(
     settings: TrackingConfig,
+    name: str,
     tasks: Sequence[str],
     version: int | None = None,
     validated_by: int | None = None,
+    *,
+    rows: RowsAtHand | None = None,
+    cache: Path | None = None,
+    force_first: bool = False,
 ) -> Decision:
     """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the
     gate; say why.
@@ -167,11 +206,14 @@ def promote_version(
         validated_by: for a version trained with `split.refit`, one of the same settings trained
             without it: its validation NE is judged, and stays with `version` for the challengers to
             come.
+        rows, cache: what a champion is scored on, and where its files are kept, if its own figures
+            are of other rows than the challenger's.
+        force_first: a first champion need not beat the item's smoothed rate.
 
     Raises:
         UserError: no such version, or `validated_by` cannot stand for it.
     """
-    client, name = mlflow_client(), settings.model_name
+    client = mlflow_client()
     with one_message():
         challenger = _version(client, name, version)
         champion = _champion(client, name)
@@ -180,13 +222,49 @@ def promote_version(
 
         if validated_by is not None:
             challenger = _validated(client, challenger, _version(client, name, validated_by))
-        decision = judge_version(settings, tasks, challenger, champion)
+        decision = _judged(settings, tasks, challenger, champion, rows, cache, force_first)
         client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
         if decision.promoted:
             previous = "" if champion is None else champion.version
             client.set_model_version_tag(name, challenger.version, "previous_champion", previous)
             client.set_registered_model_alias(name, CHAMPION, challenger.version)
     return decision
+
+
+def _judged(
+    settings: TrackingConfig,
+    tasks: Sequence[str],
+    challenger: "ModelVersion",
+    champion: "ModelVersion | None",
+    rows: RowsAtHand | None,
+    cache: Path | None,
+    force_first: bool,
+) -> Decision:
+    """The gate's decision, the champion scored on the challenger's rows where its figures are of
+    others.
+    """
+    champion_ne = None
+    differences = "" if champion is None else row_differences(challenger, champion)
+    if champion is not None and differences and rows is not None and cache is not None:
+        elsewhere = [tag for tag in ROWS if rows.tags[tag] != challenger.tags.get(tag)]
+        if not elsewhere:
+            try:
+                champion_ne = rows.score(fetch_model(_pinned(champion), cache))
+            except UserError as error:
+                whose = f"champion {champion.version}, trained as {_trained_as(champion)}"
+                return Decision(
+                    False,
+                    f"refused: {whose}, cannot be scored on the rows of version "
+                    f"{challenger.version}: {error}",
+                )
+
+    return judge_version(
+        settings, tasks, challenger, champion, champion_ne=champion_ne, force_first=force_first
+    )
+
+
+def _trained_as(version: "ModelVersion") -> str:
+    return version.tags.get(TRAINED_AS, "another run")
 
 
 def _validated(
@@ -209,19 +287,21 @@ def _validated(
             )
 
     name, number = refit.name, refit.version
-    for task, value in validation_ne(other).items():
-        client.set_model_version_tag(name, number, f"{NE_PREFIX}{task}", repr(value))
+    figures = {NE_PREFIX: validation_ne(other), BASELINE_PREFIX: baseline_ne(other)}
+    for prefix, by_task in figures.items():
+        for task, value in by_task.items():
+            client.set_model_version_tag(name, number, f"{prefix}{task}", repr(value))
     client.set_model_version_tag(name, number, "validated_by", other.version)
     return client.get_model_version(name, number)
 
 
-def roll_back(settings: TrackingConfig) -> int:
+def roll_back(name: str) -> int:
     """Move `champion` back to the version that it stood on before; returns its number.
 
     Raises:
         UserError: there is no champion, or none before it.
     """
-    client, name = mlflow_client(), settings.model_name
+    client = mlflow_client()
     with one_message():
         champion = _require_champion(client, name)
         previous = champion.tags.get("previous_champion")
@@ -236,25 +316,24 @@ def roll_back(settings: TrackingConfig) -> int:
     return int(previous)
 
 
-def find_champion(settings: TrackingConfig) -> PinnedModel:
+def find_champion(name: str) -> PinnedModel:
     """The alias, resolved to a number once: from here on nothing moves under the caller's feet.
 
     Raises:
         UserError: no version is the champion.
     """
-    client, name = mlflow_client(), settings.model_name
     with one_message():
-        return _pinned(_require_champion(client, name))
+        return _pinned(_require_champion(mlflow_client(), name))
 
 
-def find_version(settings: TrackingConfig, version: int) -> PinnedModel:
+def find_version(name: str, version: int) -> PinnedModel:
     """A registered version by its number.
 
     Raises:
         UserError: there is none of that number.
     """
     with one_message():
-        return _pinned(_version(mlflow_client(), settings.model_name, version))
+        return _pinned(_version(mlflow_client(), name, version))
 
 
 def _pinned(found: "ModelVersion") -> PinnedModel:
@@ -264,7 +343,8 @@ def _pinned(found: "ModelVersion") -> PinnedModel:
     for key, value in found.tags.items():
         if key.startswith(SHA256_PREFIX):
             sha256[key.removeprefix(SHA256_PREFIX)] = value
-    return PinnedModel(mlflow.get_tracking_uri(), found.name, int(found.version), sha256)
+    uri, number = mlflow.get_tracking_uri(), int(found.version)
+    return PinnedModel(uri, found.name, number, sha256, _trained_as(found))
 
 
 def fetch_model(model: PinnedModel, cache: Path) -> Path:
@@ -273,7 +353,7 @@ def fetch_model(model: PinnedModel, cache: Path) -> Path:
     Raises:
         UserError: a file is missing, changed or not listed.
     """
-    folder = cache / f"{model.name}-{model.version}"
+    folder = cache / model.folder_name
     if not folder.exists():
         from mlflow.artifacts import download_artifacts
 
@@ -295,6 +375,27 @@ def fetch_model(model: PinnedModel, cache: Path) -> Path:
     return folder
 
 
+def require_fit(folder: Path, model: PinnedModel, manifest: "Manifest") -> None:
+    """Refuse the version at `folder` where it reads events of another kind than the sequences hold.
+
+    Raises:
+        UserError: names whose version it is, and what differs.
+    """
+    source = json.loads((folder / "config.json").read_text())["source"]
+    wanted = {
+        "source.actions": list(manifest.actions),
+        "source.request_columns": list(manifest.request_columns),
+    }
+    for key, here in wanted.items():
+        there = list(source[key.removeprefix("source.")])
+        if there != here:
+            raise UserError(
+                f"{model.name} version {model.version} is of runs/{model.trained_as or '?'} and "
+                f"does not fit these sequences: its {key} are {there}, theirs {here}; "
+                "tracking.model_name of another name keeps the two apart"
+            )
+
+
 def _check(folder: Path, model: PinnedModel) -> None:
     found = folder_digests(folder)
     wrong = sorted(
@@ -310,11 +411,12 @@ def _check(folder: Path, model: PinnedModel) -> None:
         )
 
 
-def _read_metrics(model_dir: Path) -> dict[str, Any]:
+def _read_metrics(model_dir: Path) -> dict[str, float]:
     try:
-        return json.loads((model_dir / "metrics.json").read_text())
+        found = json.loads((model_dir / "metrics.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{model_dir} holds no metrics.json of an evaluation: {error}") from None
+    return {key: math.nan if value is None else value for key, value in found.items()}
 
 
 def _ensure_registered(client: "MlflowClient", name: str) -> None:

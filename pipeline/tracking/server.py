@@ -320,7 +320,4 @@ def plan_server(settings: TrackingConfig, runs_dir: str) -> dict[str, object]:
     uri = settings.uri
     if uri is not None:
         _require_healthy(uri, settings.start_timeout_s)
-    return {
-        "tracking": uri or str(Path(runs_dir).absolute() / "mlflow"),
-        "model": settings.model_name,
-    }
+    return {"tracking": uri or str(Path(runs_dir).absolute() / "mlflow")}

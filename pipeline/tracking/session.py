@@ -20,7 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.figures import Figures
 from pipeline.tracking import registry, runs, server
 from pipeline.tracking.gate import Decision
-from pipeline.tracking.registry import PinnedModel
+from pipeline.tracking.registry import PinnedModel, RowsAtHand
 from pipeline.tracking.runs import Run
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plan_session(cfg: RunConfig) -> dict[str, object]:
     Raises:
         Outage: the server named in the configuration does not answer.
     """
-    return server.plan_server(cfg.tracking, cfg.runs_dir)
+    return server.plan_server(cfg.tracking, cfg.runs_dir) | {"model": cfg.model_name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +83,51 @@ class Tracker:
         return registry.register_trained(self.cfg)
 
     def promote_version(
-        self, version: int | None = None, validated_by: int | None = None
+        self,
+        version: int | None = None,
+        validated_by: int | None = None,
+        *,
+        rows: RowsAtHand | None = None,
+        force_first: bool = False,
     ) -> Decision:
-        """Make a version (None: the newest) the champion, if the gate lets it pass."""
-        settings, tasks = self.cfg.tracking, self.cfg.tasks
-        return registry.promote_version(settings, tasks, version, validated_by)
+        """Make a version (None: the newest) the champion, if the gate lets it pass.
+
+        `rows` are those that a champion of other rows is scored on; `force_first` lets a first
+        champion pass that does not beat the item's smoothed rate.
+        """
+        cfg = self.cfg
+        return registry.promote_version(
+            cfg.tracking,
+            cfg.model_name,
+            cfg.tasks,
+            version,
+            validated_by,
+            rows=rows,
+            cache=self._cache,
+            force_first=force_first,
+        )
 
     def roll_back(self) -> int:
         """Make the champion before this one the champion again; returns its number."""
-        return registry.roll_back(self.cfg.tracking)
+        return registry.roll_back(self.cfg.model_name)
 
     def find_champion(self) -> PinnedModel:
         """The champion, by its number: from here on nothing moves under the caller's feet."""
-        return registry.find_champion(self.cfg.tracking)
+        return registry.find_champion(self.cfg.model_name)
 
     def download_champion(self) -> tuple[Path, int]:
         """The champion's files under `runs_dir/champions`, checked, and its version."""
         model = self.find_champion()
-        folder = registry.fetch_model(model, Path(self.cfg.runs_dir).absolute() / "champions")
-        return folder, model.version
+        return registry.fetch_model(model, self._cache), model.version
+
+    def require_fit(self, model: PinnedModel, manifest: "Manifest") -> None:
+        """Refuse a version that cannot read these sequences, before a server is asked to load it.
+
+        Raises:
+            UserError: names whose version it is, and what differs.
+        """
+        registry.require_fit(registry.fetch_model(model, self._cache), model, manifest)
+
+    @property
+    def _cache(self) -> Path:
+        return Path(self.cfg.runs_dir).absolute() / "champions"

@@ -17,7 +17,7 @@ import torch
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch, candidates, collate
 from pipeline.batches.events import Events, concatenate
-from pipeline.config import ServeConfig
+from pipeline.config import ServeConfig, UserError
 from pipeline.index.folder import LoadedIndex
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
@@ -143,6 +143,9 @@ class Ranker:
         allocated and compiled.
 
         On a GPU long histories take other kernels than short ones.
+
+        Raises:
+            UserError: the model gives scores that are not finite.
         """
         lengths = [1]
         if self.device.type == "cuda":
@@ -156,8 +159,18 @@ class Ranker:
                 rows.append(HistoryRow(item_id=popular[0], event_time=self.earliest_ms + i))
             request = RankColumns(RankHead(history=rows), item_id, {})
 
-            self.rank([request])  # the history is encoded
-            self.rank([request])  # and found in the cache
+            self._refuse_broken_scores(self.rank([request]))  # the history is encoded
+            self._refuse_broken_scores(self.rank([request]))  # and found in the cache
+
+    def _refuse_broken_scores(self, ranked: Sequence[RankedColumns]) -> None:
+        """An answer of NaN would be nulls in an order of chance."""
+        for answer in ranked:
+            for task, scores in answer.scores.items():
+                if not np.isfinite(scores).all():
+                    raise UserError(
+                        f"{self.name} version {self.version} is not served: its scores of {task} "
+                        f"are not finite ({scores[0]}) for a request to begin with"
+                    )
 
     def cache_stats(self) -> dict[str, int]:
         """Counters and sizes by name, for /metrics."""

@@ -21,9 +21,10 @@ def main(runs_dir: Path, port: int) -> None:
     cfg = replace(cfg, ray=replace(cfg.ray, num_cpus=1, object_store_mb=100))
     publish_sequences(cfg)
     # where the server keeps the versions that it has fetched
-    folder = deployment.cache_folder(cfg.runs_dir) / f"{cfg.tracking.model_name}-7"
-    save_tiny_model(cfg, folder)
-    model = PinnedModel("", cfg.tracking.model_name, 7, folder_digests(folder))
+    cache = deployment.cache_folder(cfg.runs_dir)
+    folder = save_tiny_model(cfg, cache / "new")
+    model = PinnedModel("", cfg.model_name, 7, folder_digests(folder))
+    folder.rename(cache / model.folder_name)
 
     with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
         wanted = deployment.user_config(cfg, model)

@@ -158,5 +158,6 @@ def save_tiny_model(cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float =
                 parameter.normal_(std=0.3)
     save_model(folder, model, cfg, maps, {})
     metrics = {f"val/ne/{task}": val_ne for task in cfg.tasks} | {"test/auc/is_click": 0.7}
+    metrics |= {f"val/baseline_ne/{task}": 0.99 for task in cfg.tasks}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
