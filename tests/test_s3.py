@@ -14,8 +14,8 @@ import pytest
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.logs import files, import_logs, open_logs
-from pipeline.logs.files import count_rows
-from pipeline.logs.parquet import parquet_files, read_schema
+from pipeline.logs.parquet import find_logs
+from pipeline.logs.rows import count_rows, read_schema
 from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 from pipeline.sequences.build import build_sequences
 from tests.support.s3_server import Bucket, s3_bucket
@@ -112,11 +112,11 @@ def test_a_busy_store_is_asked_again(bucket: Bucket, folder: Path):
 
 def test_what_is_not_there(bucket: Bucket):
     with pytest.raises(UserError, match=r"source.path: no Parquet files at 's3://logs/none\?"):
-        parquet_files("source.path", f"s3://logs/none{bucket.options}")
+        find_logs("source.path", f"s3://logs/none{bucket.options}")
     with pytest.raises(
         UserError, match=r"source.path: no Parquet files at 's3://no-such-bucket/x\?"
     ):
-        parquet_files("source.path", f"s3://no-such-bucket/x{bucket.options}")
+        find_logs("source.path", f"s3://no-such-bucket/x{bucket.options}")
     with pytest.raises(UserError, match=r"s3://logs/none.parquet\?.* cannot be read as Parquet"):
         read_schema(f"s3://logs/none.parquet{bucket.options}")
 
@@ -131,9 +131,9 @@ def test_what_is_not_there(bucket: Bucket):
             "source.path must be without the option 'secret_key'; there are endpoint_override",
         ),
         (
-            "gs://logs/x",
-            "source.path must be a path of the file system, or s3://bucket/prefix, got "
-            "'gs://logs/x'",
+            "hdfs://logs/x",
+            "source.path must be a path of the file system, s3://bucket/prefix or "
+            "gs://bucket/prefix, got 'hdfs://logs/x'",
         ),
     ],
 )

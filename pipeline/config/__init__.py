@@ -16,7 +16,7 @@ from pipeline.config.features import (
     SplitConfig,
 )
 from pipeline.config.index import FollowedConfig, IndexConfig
-from pipeline.config.logs import ColumnReading, SideTable, SourceConfig, SyntheticConfig
+from pipeline.config.logs import ColumnReading, FileFormat, SideTable, SourceConfig, SyntheticConfig
 from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
 from pipeline.config.reading import parse_time
 from pipeline.config.retrieval import RetrievalConfig
@@ -38,6 +38,7 @@ __all__ = [
     "DriftConfig",
     "EvaluateConfig",
     "FeatureConfig",
+    "FileFormat",
     "FollowedConfig",
     "HistoryFeature",
     "IndexConfig",

@@ -1,5 +1,6 @@
 """Where the logs come from: the user's own files, a public dataset, or a generator."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.config.errors import ConfigError, require
-from pipeline.config.reading import S3, parse_time, split_s3
+from pipeline.config.reading import GCS, S3, parse_time, split_s3
 from pipeline.config.setting import check_ranges, describe, setting
 from pipeline.schema import MAX_ACTIONS, RESERVED, TEXT_IDS, WATCH_MS, EventColumns, outcome_column
 
@@ -18,15 +19,62 @@ Unit = Literal["ns", "us", "ms", "s", "min", "h", "d"]  # of time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileFormat:
+    """What files are that are no Parquet. Files that end in .csv, .tsv, .json, .jsonl or .ndjson,
+    packed or not, need none of it where the first line of CSV names its columns.
+    """
+
+    kind: Literal["parquet", "csv", "json"] | None = setting(
+        None,
+        doc="Kind of the files; json is a JSON object a line. Null: csv where separator or names "
+        "are given, else by the endings of the files.",
+    )
+    separator: str | None = setting(
+        None,
+        doc='Text between two columns of CSV, such as ";" or "::". Null: a tab in files that end '
+        "in .tsv, else a comma.",
+    )
+    names: tuple[str, ...] = setting(
+        (), doc="Names of the columns of CSV without a line of names; empty: the first line."
+    )
+    quote: str | None = setting(
+        None,
+        doc='Character around columns of CSV that hold the separator; empty: none. Null: " where '
+        "the separator is a comma or a semicolon, else none.",
+    )
+    encoding: str = setting("utf8", doc="Encoding of CSV, such as latin-1.")
+
+    def __post_init__(self) -> None:
+        require(self.separator != "", "source.format.separator", self.separator, "a text")
+        one = self.quote is None or len(self.quote) <= 1
+        require(one, "source.format.quote", self.quote, "one character, or empty")
+        unique = len(set(self.names)) == len(self.names)
+        require(unique, "source.format.names", list(self.names), "free of repeats")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            require(False, "source.format.encoding", self.encoding, "an encoding such as latin-1")
+
+    @property
+    def text_kind(self) -> str | None:
+        """csv or json where the format says so, None where it does not."""
+        if self.kind in ("csv", "json"):
+            return self.kind
+        by_options = self.kind is None and (self.separator is not None or bool(self.names))
+        return "csv" if by_options else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SideTable:
-    """A table of users or items: Parquet with an id column and categorical or numeric columns."""
+    """A table of users or items: an id column and columns for `features`."""
 
     path: str = field(
-        metadata=describe("Parquet file, folder of Parquet files, or s3://bucket/prefix.")
+        metadata=describe("File, folder of files, or s3://bucket/prefix, as source.path.")
     )
     id_column: str = field(
         metadata=describe("Column that holds the user_id or item_id of a row, as in the logs.")
     )
+    format: FileFormat = field(default_factory=FileFormat)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,14 +304,15 @@ class SourceConfig:
 
     kind: Literal["parquet", "kuairand", "synthetic"] = setting(
         "parquet",
-        doc="Kind of logs: Parquet files of your own, the public dataset KuaiRand, or generated "
-        "ones.",
+        doc="Kind of logs: files of your own, the public dataset KuaiRand, or generated ones.",
     )
     path: str | None = setting(
         None,
-        doc="Parquet file, folder of Parquet files, or s3://bucket/prefix (docs/guide/data.md); "
-        "the dataset's folder for kuairand; unused for synthetic.",
+        doc="Parquet, CSV or JSON-lines file, folder of files, pattern such as logs/*.csv, or "
+        "s3://bucket/prefix (docs/guide/data.md); the dataset's folder for kuairand; unused for "
+        "synthetic.",
     )
+    format: FileFormat = field(default_factory=FileFormat)
     columns: dict[str, str | ColumnReading] = setting(
         {},
         doc="Our name of a log column: its name in your files, for those that differ, or how it is "
@@ -362,9 +411,10 @@ class SourceConfig:
         for key, path in paths.items():
             if path is None or "://" not in path:
                 continue
-            rule = "a path of the file system, or s3://bucket/prefix"
-            require(path.startswith(S3), key, path, rule)
-            split_s3(key, path)
+            rule = "a path of the file system, s3://bucket/prefix or gs://bucket/prefix"
+            require(path.startswith((S3, GCS)), key, path, rule)
+            if path.startswith(S3):
+                split_s3(key, path)
 
     def _refuse_readings_of_other_columns(self) -> None:
         roles = {column.name: column.role for column in self.events.log_columns}

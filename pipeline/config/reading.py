@@ -15,6 +15,7 @@ from pipeline.config.errors import ConfigError, require
 from pipeline.config.setting import has_default
 
 S3 = "s3://"
+GCS = "gs://"
 S3_OPTIONS = ("endpoint_override", "region")  # of a path, behind its "?"
 
 

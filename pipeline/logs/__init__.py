@@ -10,7 +10,6 @@ from pathlib import Path
 from pipeline.config import RunConfig, SideTable, SourceConfig
 from pipeline.config.run import LOG_FOLDER
 from pipeline.logs import kuairand, parquet, synthetic
-from pipeline.logs.files import count_rows
 from pipeline.logs.imported import (
     ImportReport,
     LogFiles,
@@ -18,6 +17,7 @@ from pipeline.logs.imported import (
     read_import_report,
     source_fingerprint,
 )
+from pipeline.logs.rows import count_rows
 from pipeline.schema import ROW_DIGEST
 
 __all__ = [
@@ -45,7 +45,7 @@ def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
     """
     if cfg.source.kind == "parquet":
         files = open_logs(cfg.source, cfg.run_dir).files
-        return ImportReport(kind="parquet", rows=count_rows(files), files=files)
+        return ImportReport(kind="parquet", rows=count_rows(files, cfg.source.format), files=files)
 
     write = partial(WRITERS[cfg.source.kind], cfg.source, cfg.seed)
     return import_once(cfg.log_dir, write, source_fingerprint(cfg.source, cfg.seed), overwrite)
@@ -71,7 +71,7 @@ def live_logs(run_dir: Path) -> list[str]:
 
 
 def open_logs(source: SourceConfig, run_dir: Path) -> LogFiles:
-    """The Parquet files of a run's logs, what their columns are called, and the side tables.
+    """The files of a run's logs, what their columns are called, and the side tables.
 
     Raises:
         UserError: there are no files, or the import has not run.
@@ -79,7 +79,7 @@ def open_logs(source: SourceConfig, run_dir: Path) -> LogFiles:
     known = [*(column.name for column in source.events.log_columns), ROW_DIGEST]
     if source.kind == "parquet":
         assert source.path is not None, "SourceConfig asks for it"
-        found = parquet.find_logs("source.path", source.path)
+        found = parquet.find_logs("source.path", source.path, source.format)
         return LogFiles(
             files=[*found.files, *live_logs(run_dir)],
             columns=parquet.column_mapping(source, known),

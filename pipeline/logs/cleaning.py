@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ColumnReading, UserError
+from pipeline.config import ColumnReading, FileFormat, UserError
 from pipeline.logs.columns import (
     as_number,
     is_number,
@@ -52,6 +52,17 @@ class LogRules:
     num_buckets: int
     # LOG column -> how it is read, of those of which more than a name is said
     readings: Mapping[str, ColumnReading] = field(default_factory=dict)
+    format: FileFormat = field(default_factory=FileFormat)
+
+    @property
+    def id_columns(self) -> list[str]:
+        """The columns of ids in the files."""
+        return [self.columns[name] for name in ("user_id", "item_id", "request_id")]
+
+    @property
+    def named_columns(self) -> list[str]:
+        """The columns of the files that LOG is read from."""
+        return list(dict.fromkeys(theirs for theirs in self.columns.values() if theirs))
 
     @property
     def actions(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Files of logs on a disk or in an S3 bucket, listed, opened and digested alike.
+"""Files of logs on a disk or in a bucket, listed, opened and digested alike.
 
 A file on a disk is named by its absolute path. An object is named
 `s3://bucket/key?endpoint_override=...&region=...`, with the options that the configuration gave it,
@@ -9,9 +9,11 @@ a profile or the machine's role. They never stand in a name.
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -19,9 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.config import UserError
-from pipeline.config.reading import S3, split_s3
+from pipeline.config import FileFormat, UserError
+from pipeline.config.reading import GCS, S3, split_s3
+from pipeline.logs.text_files import has_text_ending, text_kind
 
+PLAIN = FileFormat()
 READ_BYTES = 8 * 2**20  # of one request, for a file that is read from beginning to end
 CONNECTIONS = 16  # small requests under way at once: a footer is one round trip
 
@@ -36,20 +40,21 @@ DELTA_LOG, HUDI_LOG, ICEBERG_LOG = "_delta_log", ".hoodie", "metadata"
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """The Parquet files of a place, and what else lies there: file -> why it is left out."""
+    """The files of a place, and what else lies there: file -> why it is left out."""
 
     files: list[str]
     left_out: dict[str, str]
 
 
 def list_files(path: str | Path) -> list[str]:
-    """The Parquet files that `find_files` finds."""
+    """The files that `find_files` finds."""
     return find_files(path).files
 
 
-def find_files(path: str | Path) -> FoundFiles:
-    """The Parquet files at `path`, a file or a folder searched in depth, in a fixed order; none
-    where there are none.
+def find_files(path: str | Path, form: FileFormat = PLAIN) -> FoundFiles:
+    """The files of `form` at `path`, a file, a folder searched in depth or a pattern, in a fixed
+    order; none where there are none. Without a form they are Parquet, or else CSV or JSON lines by
+    their endings.
 
     Names count as they do for Spark and Hive: what begins with `_` or `.`, file or folder, is left
     out, but for a partition's folder such as `_day=1`. A file of an unknown ending is looked into.
@@ -64,9 +69,13 @@ def find_files(path: str | Path) -> FoundFiles:
         UserError: the place cannot be looked at: no permission, no answer. It is a table of Delta,
             Iceberg or Hudi. A Parquet file is compressed as a whole.
     """
-    filesystem, inner, options = _locate(path)
+    filesystem, inner, options = locate(path)
+    pattern = None
     try:
-        is_file = filesystem.get_file_info(inner).type == fs.FileType.File
+        there = filesystem.get_file_info(inner).type
+        if there == fs.FileType.NotFound:
+            inner, pattern = _split_pattern(inner)
+        is_file = there == fs.FileType.File
         _refuse_inside_table(filesystem, inner, is_file, path)
         if is_file:
             return FoundFiles([_name(inner, options)], {})
@@ -84,8 +93,16 @@ def find_files(path: str | Path) -> FoundFiles:
             continue
 
         name = _name(info.path, options)
+        if pattern is not None and not pattern.fullmatch(info.path):
+            continue
         if any(map(_is_hidden, parts)):
             left_out[name] = HIDDEN
+        elif form.text_kind is not None:
+            usual = pattern is not None or has_text_ending(name, form.text_kind)
+            if usual and text_kind(name, form) is not None:
+                known.append(name)
+            else:
+                left_out[name] = f"not {form.text_kind} by its name"
         elif info.base_name.lower().endswith(ENDINGS):
             known.append(name)
         else:
@@ -97,7 +114,53 @@ def find_files(path: str | Path) -> FoundFiles:
                 known.append(name)
             else:
                 left_out[name] = reason
+
+    if not known and form.kind is None:
+        known = _text_files(path, left_out, form)
     return FoundFiles(sorted(known), dict(sorted(left_out.items())))
+
+
+def _text_files(path: str | Path, left_out: dict[str, str], form: FileFormat) -> list[str]:
+    """Files that are CSV or JSON lines by their endings, taken out of those left out in place.
+
+    Raises:
+        UserError: there are both.
+    """
+    kinds = {}
+    for name, reason in left_out.items():
+        kind = text_kind(name, form)
+        if reason == NOT_PARQUET and kind is not None:
+            kinds[name] = kind
+    if len(set(kinds.values())) > 1:
+        raise UserError(
+            f"{path} has files of CSV and of JSON lines, and none of Parquet: set the format's "
+            "kind to csv or json"
+        )
+    for name in kinds:
+        del left_out[name]
+    return list(kinds)
+
+
+def _split_pattern(inner: str) -> tuple[str, re.Pattern[str] | None]:
+    """The folder before the first wildcard, and the pattern of the whole path; None without one.
+
+    *, ? and [ab] stay within a folder's or a file's name, ** does not.
+
+    /logs/day=*/part-?.csv      /logs, and /logs/day=[^/]*/part-[^/].csv
+    """
+    parts = inner.split("/")
+    wild = [place for place, part in enumerate(parts) if any(sign in part for sign in "*?[")]
+    if not wild:
+        return inner, None
+
+    words = []
+    for piece in re.split(r"(\*\*/?|\*|\?|\[[^\]]*\])", inner):
+        known = {"**": ".*", "**/": "(.*/)?", "*": "[^/]*", "?": "[^/]"}
+        if piece.startswith("["):
+            words.append(piece)
+        else:
+            words.append(known.get(piece) or re.escape(piece))
+    return "/".join(parts[: wild[0]]) or "/", re.compile("".join(words))
 
 
 def _is_hidden(part: str) -> bool:
@@ -111,7 +174,7 @@ def _why_no_parquet(file: str) -> str | None:
     Raises:
         UserError: it cannot be read, or it is Parquet that was compressed as a whole.
     """
-    filesystem, inner, _ = _locate(file)
+    filesystem, inner, _ = locate(file)
     try:
         with filesystem.open_input_file(inner) as opened:
             size = opened.size()
@@ -188,7 +251,7 @@ def open_parquet(file: str | Path) -> pq.ParquetFile:
     Raises:
         UserError: not there, not permitted, or not Parquet.
     """
-    filesystem, inner, options = _locate(file)
+    filesystem, inner, options = locate(file)
     try:
         # of S3, the columns of a row group in few large requests instead of one each
         return pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=options is not None)
@@ -198,7 +261,7 @@ def open_parquet(file: str | Path) -> pq.ParquetFile:
 
 def file_digest(file: str | Path) -> str:
     """SHA-256 of the contents, wherever they lie, in hex."""
-    filesystem, inner, _ = _locate(file)
+    filesystem, inner, _ = locate(file)
     with filesystem.open_input_stream(inner, compression=None, buffer_size=READ_BYTES) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -217,30 +280,19 @@ def total_bytes(files: list[str]) -> int:
         return sum(pool.map(_size, files))
 
 
-def count_rows(files: list[str]) -> int:
-    """Rows of all files by their own metadata, without reading them."""
-    return sum(rows_by_file(files).values())
-
-
-def rows_by_file(files: list[str]) -> dict[str, int]:
-    """Rows of each file by its own metadata."""
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return dict(zip(files, pool.map(_rows, files), strict=True))
-
-
 def path_inside(folder: str | Path, name: str) -> str:
     """`name` in `folder`, which may be a bucket with options behind it."""
-    _, inner, options = _locate(folder)
+    _, inner, options = locate(folder)
     return _name(f"{inner.rstrip('/')}/{name}", options)
 
 
 def base_name(file: str | Path) -> str:
     """The name in its folder, without the options behind it."""
-    return Path(_locate(file)[1]).name
+    return Path(locate(file)[1]).name
 
 
 def _info(file: str | Path) -> fs.FileInfo:
-    filesystem, inner, _ = _locate(file)
+    filesystem, inner, _ = locate(file)
     return filesystem.get_file_info(inner)
 
 
@@ -248,16 +300,13 @@ def _size(file: str) -> int:
     return _info(file).size
 
 
-def _rows(file: str) -> int:
-    with open_parquet(file) as parquet:
-        return parquet.metadata.num_rows
-
-
-def _locate(path: str | Path) -> tuple[fs.FileSystem, str, str | None]:
+def locate(path: str | Path) -> tuple[fs.FileSystem, str, str | None]:
     """The file system, the path as it calls it, and the options of the name (None: a disk)."""
+    if str(path).startswith(GCS):
+        return _gcs(), str(path).removeprefix(GCS).rstrip("/"), GCS
     if not str(path).startswith(S3):
-        # workers may have another working directory
-        return fs.LocalFileSystem(), str(Path(path).absolute()), None
+        # workers may have another working directory, and another home
+        return fs.LocalFileSystem(), str(Path(path).expanduser().absolute()), None
 
     inner, options = split_s3("path", str(path))
     return _s3(options), inner, str(path).partition("?")[2]
@@ -266,11 +315,18 @@ def _locate(path: str | Path) -> tuple[fs.FileSystem, str, str | None]:
 def _name(inner: str, options: str | None) -> str:
     if options is None:
         return inner
+    if options == GCS:
+        return f"{GCS}{inner}"
     if "?" in inner:
         raise UserError(f"{S3}{inner}: an object with '?' in its key cannot be named here")
     if options:
         return f"{S3}{inner}?{options}"
     return f"{S3}{inner}"
+
+
+@lru_cache
+def _gcs() -> fs.GcsFileSystem:
+    return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=20))
 
 
 @lru_cache

@@ -1,36 +1,33 @@
-"""A user's own logs: Parquet files read where they lie, with a mapping of column names."""
+"""A user's own logs: files read where they lie, with a mapping of column names."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.config import SourceConfig, UserError
-from pipeline.logs.files import FoundFiles, find_files, open_parquet
+from pipeline.config import FileFormat, SourceConfig, UserError
+from pipeline.logs.files import PLAIN, FoundFiles, find_files
 from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 
 
-def parquet_files(key: str, path: str | Path) -> list[str]:
-    """The files that `find_logs` finds."""
-    return find_logs(key, path).files
-
-
-def find_logs(key: str, path: str | Path) -> FoundFiles:
-    """The Parquet files at `path`, a file or a folder searched in depth, on a disk or in S3, in a
-    fixed order; and what is left out.
+def find_logs(key: str, path: str | Path, form: FileFormat = PLAIN) -> FoundFiles:
+    """The files at `path`, a file, a folder searched in depth or a pattern, on a disk or in a
+    bucket, in a fixed order; and what is left out.
 
     Raises:
         UserError: there is nothing to read, or the place is a table of Delta, Iceberg or Hudi,
             naming the configuration key.
     """
     try:
-        found = find_files(path)
+        found = find_files(path, form)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
     if not found.files:
         others = f"; left out: {count_reasons(found.left_out)}" if found.left_out else ""
-        raise UserError(f"{key}: no Parquet files at {str(path)!r}{others}")
+        kind = {"csv": "CSV files", "json": "files of JSON lines"}.get(form.text_kind or "")
+        nor = "" if kind or form.kind else ", nor CSV or JSON lines"
+        raise UserError(f"{key}: no {kind or 'Parquet files'} at {str(path)!r}{nor}{others}")
     return found
 
 
@@ -48,11 +45,6 @@ def count_reasons(left_out: Mapping[str, str]) -> str:
         more = " …" if len(found) > 1 else ""
         words.append(f"{len(found)} ({reason}: {found[0]}{more})")
     return ", ".join(words)
-
-
-def read_schema(file: str) -> pa.Schema:
-    with open_parquet(file) as parquet:
-        return parquet.schema_arrow
 
 
 def refuse_unasked_columns(schema: pa.Schema, source: SourceConfig, file: str) -> None:

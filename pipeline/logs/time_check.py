@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pipeline.config import ColumnReading, UserError
 from pipeline.logs.cleaning import LogRules, rules_of_file
 from pipeline.logs.columns import is_number, is_text, plain_values
-from pipeline.logs.files import open_parquet
+from pipeline.logs.rows import open_rows
 from pipeline.logs.times import UNIT_WORDS, guess_unit, read_times, show_time
 from pipeline.schema import DAY_MS
 
@@ -53,12 +53,12 @@ def _spread(files: Sequence[str]) -> list[str]:
 
 def first_rows(file: str, rules: LogRules) -> pa.Array | None:
     """The times among a file's first rows; None of a file that we wrote, or without any."""
-    with open_parquet(file) as parquet:
-        if rules_of_file(parquet.schema_arrow, rules) is not rules:
+    name = rules.columns["event_time"]
+    with open_rows(file, rules.format, columns=[name]) as rows:
+        if rules_of_file(rows.schema, rules) is not rules:
             return None
-        name = rules.columns["event_time"]
-        for batch in parquet.iter_batches(SAMPLE_ROWS, columns=[name], use_threads=False):
-            values = plain_values(pa.Table.from_batches([batch])[name]).drop_null()
+        for block in rows.blocks(SAMPLE_ROWS, [0]):
+            values = plain_values(block[name]).drop_null()
             return values if len(values) else None
     return None
 

@@ -38,8 +38,9 @@ from pipeline.config import (
 )
 from pipeline.logs import LogFiles, live_log_dir, live_logs, open_logs
 from pipeline.logs.cleaning import LogRules, check_columns, check_presence, find_text_ids
-from pipeline.logs.files import CONNECTIONS, file_digest, file_stamp, rows_by_file, total_bytes
-from pipeline.logs.parquet import count_reasons, read_schema, refuse_unasked_columns
+from pipeline.logs.files import CONNECTIONS, PLAIN, file_digest, file_stamp, total_bytes
+from pipeline.logs.parquet import count_reasons, refuse_unasked_columns
+from pipeline.logs.rows import read_schema, rows_by_file
 from pipeline.logs.time_check import check_times
 from pipeline.schema import DAY_MS, NAMED_IDS, EventColumns
 from pipeline.sequences import parts, store
@@ -95,6 +96,7 @@ def log_rules(
         latest_ms=latest_ms,
         num_buckets=num_buckets,
         readings=source.readings if source.kind == "parquet" else {},
+        format=source.format,
     )
 
 
@@ -109,7 +111,7 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
     if logs.left_out:
         logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
 
-    rows_of_files = rows_by_file(logs.files)
+    rows_of_files = rows_by_file(logs.files, cfg.source.format)
     rows = sum(rows_of_files.values())
     num_buckets = cfg.sequences.num_buckets or fitting_buckets(cfg.source, rows)
     rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets)
@@ -118,7 +120,8 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
     if cfg.source.kind == "parquet":
         own = set(logs.files) - set(live_logs(cfg.run_dir))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        schemas = dict(zip(logs.files, pool.map(read_schema, logs.files), strict=True))
+        read = partial(read_schema, form=rules.format, ids=rules.id_columns)
+        schemas = dict(zip(logs.files, pool.map(read, logs.files), strict=True))
     for file, schema in schemas.items():
         check_columns(schema, rules, file)
         if file in own:
@@ -279,6 +282,8 @@ def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[st
     columns = of_source["columns"].items()
     of_source["columns"] = {ours: theirs for ours, theirs in columns if ours != theirs}
     keys = ["columns", "actions", "request_columns"]
+    if source.format != PLAIN:
+        keys.append("format")
     if source.outcome_columns:  # sequences without such columns keep their digests
         keys.append("outcome_columns")
     return {
@@ -398,13 +403,15 @@ def _make_parts(
         settings["readings"] = {
             name: config.to_dict(reading) for name, reading in rules.readings.items()
         }
+    if rules.format != PLAIN:
+        settings["format"] = config.to_dict(rules.format)
     if rules.events.text_ids:  # parts without such columns keep their names
         settings["text_ids"] = rules.events.text_ids
     for column in rules.events.declared:  # so here
         settings[f"outcome {column.name}"] = [str(column.dtype), column.at_least]
 
     found, missing = [], []
-    work = plan_parts(files, settings)
+    work = plan_parts(files, settings, rules.format)
     for task in work:
         part = find_part(folder, task.name)
         if part is None:
@@ -752,6 +759,8 @@ def _side_digests(logs: LogFiles) -> list[object]:
         if table is not None:
             files = [file_digest(file) for file in side_files(name, table)]
             digests.append([name, table.id_column, files])
+            if table.format != PLAIN:
+                digests.append([name, config.to_dict(table.format)])
     return digests
 
 

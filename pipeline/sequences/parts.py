@@ -27,15 +27,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config import FileFormat
 from pipeline.files import hidden_beside, publish_file
 from pipeline.logs.cleaning import REASON, USER_BUCKET, LogRules, normalise
-from pipeline.logs.files import CONNECTIONS, open_parquet
+from pipeline.logs.files import CONNECTIONS, PLAIN
+from pipeline.logs.rows import open_rows
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import IdWriter, has_dictionary
 from pipeline.sequences.forgotten import Forgotten
@@ -95,7 +98,9 @@ class Part:
         return f"{PARTS}/{self.name}.{column}.arrow"
 
 
-def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[PartTask]:
+def plan_parts(
+    files: Mapping[str, str], settings: Mapping[str, Any], form: FileFormat = PLAIN
+) -> list[PartTask]:
     """The parts that files make, given as digest -> path; `settings` is what `normalise` depends
     on.
 
@@ -107,7 +112,7 @@ def plan_parts(files: Mapping[str, str], settings: Mapping[str, Any]) -> list[Pa
     """
     digests = sorted(files)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        sizes = list(pool.map(_group_sizes, map(files.__getitem__, digests)))
+        sizes = list(pool.map(partial(_group_sizes, form=form), map(files.__getitem__, digests)))
 
     shares: list[list[Source]] = []
     rows = 0
@@ -132,11 +137,10 @@ def _part_task(
     return PartTask(name, paths, tuple(share))
 
 
-def _group_sizes(path: str) -> list[int]:
-    """Rows of each row group."""
-    with open_parquet(path) as file:
-        groups = range(file.metadata.num_row_groups)
-        return [file.metadata.row_group(group).num_rows for group in groups]
+def _group_sizes(path: str, form: FileFormat) -> list[int]:
+    """Rows of each row group; a text file is one."""
+    with open_rows(path, form, count=True) as file:
+        return file.group_rows()
 
 
 def _pieces(digest: str, path: str, groups: Sequence[int]) -> Iterator[Source]:
@@ -163,7 +167,7 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
     with PartWriter(folder, work.name, rules, with_ids=True) as writer:
         run, rows = [], 0
         texts: dict[str, list[pa.Array]] = {}
-        for source, block in _blocks(work):
+        for source, block in _blocks(work, rules):
             cleaned = normalise(block, rules, source.key, texts)
             if forgotten.hashes:
                 users = cleaned["user_id"].fill_null(-1).to_numpy()
@@ -187,14 +191,12 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
     return part
 
 
-def _blocks(work: PartTask) -> Iterator[tuple[Source, pa.Table]]:
+def _blocks(work: PartTask, rules: LogRules) -> Iterator[tuple[Source, pa.Table]]:
     """The rows that the task names, in tables of at most BATCH_ROWS of one file."""
     for path, source in zip(work.files, work.sources, strict=True):
-        with open_parquet(path) as file:
-            groups = list(range(source.first, source.end))
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, use_threads=False):
-                if batch.num_rows:
-                    yield source, pa.Table.from_batches([batch])
+        with open_rows(path, rules.format, rules.id_columns, rules.named_columns) as file:
+            for block in file.blocks(BATCH_ROWS, range(source.first, source.end)):
+                yield source, block
 
 
 def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.ndarray]:

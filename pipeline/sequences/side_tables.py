@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import SideTable, UserError
-from pipeline.logs.files import open_parquet
 from pipeline.logs.ids import LONGEST_ID, CodedColumn, as_text_advice, code_column, id_kind
-from pipeline.logs.parquet import parquet_files
+from pipeline.logs.parquet import find_logs
+from pipeline.logs.rows import read_table
 from pipeline.sequences.forgotten import Forgotten
 from pipeline.sequences.store import Bucket, write_table
 
@@ -30,7 +30,7 @@ def write_side_table(
         UserError: there is no such column, its ids are not of the logs' kind, or one is null or
         repeated.
     """
-    files = [_read(file) for file in side_files(name, table)]
+    files = [read_table(file, table.format, table.id_column) for file in side_files(name, table)]
     side = pa.concat_tables(files, promote_options="permissive")
     ids = _checked_ids(f"source.{name}", table, side, id_column, text=text)
 
@@ -88,9 +88,4 @@ def _checked_ids(
 
 
 def side_files(name: str, table: SideTable) -> list[str]:
-    return parquet_files(f"source.{name}.path", table.path)
-
-
-def _read(file: str) -> pa.Table:
-    with open_parquet(file) as parquet:
-        return parquet.read()
+    return find_logs(f"source.{name}.path", table.path, table.format).files

@@ -1,0 +1,209 @@
+"""CSV, JSON lines, patterns and home folders: the same rows as Parquet, or one message."""
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import config
+from pipeline.config import FileFormat, RunConfig, UserError
+from pipeline.logs import text_files
+from pipeline.logs.files import find_files, list_files
+from pipeline.logs.rows import count_rows, open_rows, read_schema, read_table
+from pipeline.logs.text_files import UNIT_SEPARATOR, _Replaced, text_kind
+from pipeline.sequences import build, store
+from tests.worlds.logs import config_for, here, log
+
+__all__ = ["here"]
+
+
+def as_csv(rows: pa.Table, separator: str = ",", *, header: bool = True) -> str:
+    lines = [separator.join(rows.column_names)] if header else []
+    for row in rows.to_pylist():
+        values = ["" if value is None else str(value) for value in row.values()]
+        lines.append(separator.join(values))
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: pa.Table) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows.to_pylist())
+
+
+def of_files(folder: Path, files: dict[str, bytes | str], **source: object) -> RunConfig:
+    """The configuration of logs in these files, which are all in one folder."""
+    folder.mkdir()
+    cfg = config_for(folder, **source)
+    for name, content in files.items():
+        path = folder / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = content.encode() if isinstance(content, str) else content
+        path.write_bytes(data)
+    return cfg
+
+
+def sequences(cfg: RunConfig) -> list[dict]:
+    build.build_sequences(cfg)
+    return store.read_sequences(cfg.sequence_dir).sort_by("user_id").to_pylist()
+
+
+ROWS = log(rows=120)
+NAMES = ROWS.column_names
+FIRST, SECOND = ROWS.slice(0, 50), ROWS.slice(50)
+TEXTS = {
+    "csv": ({"a.csv": as_csv(FIRST), "b.csv": as_csv(SECOND.select(NAMES[::-1]))}, {}),
+    "tsv, packed": ({"a.tsv.gz": gzip.compress(as_csv(ROWS, "\t").encode())}, {}),
+    "separator of two": (
+        {"ratings.dat": as_csv(ROWS, "::", header=False), "README": "no log"},
+        {"format": {"separator": "::", "names": NAMES}},
+    ),
+    "json": ({"a.jsonl": as_json(FIRST), "b.json": as_json(SECOND)}, {}),
+    "partitions": (
+        {f"day={day}/part.parquet": b"" for day in (1, 2)},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", TEXTS)
+def test_text_makes_the_sequences_that_parquet_makes(here: None, tmp_path: Path, form: str):
+    (tmp_path / "plain").mkdir()
+    expected = sequences(config_for(tmp_path / "plain", ROWS))
+    files, source = TEXTS[form]
+    for name, rows in zip(files, (FIRST, SECOND), strict=False):
+        if form == "partitions":
+            sink = io.BytesIO()
+            pq.write_table(rows, sink)
+            files[name] = sink.getvalue()
+    assert sequences(of_files(tmp_path / "text", files, **source)) == expected
+
+
+def test_later_rows_of_a_text_file_fail_no_build(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What the first block promises need not hold for all: such rows are quarantined."""
+    monkeypatch.setattr(text_files, "FIRST_BYTES", 500)
+    text = as_csv(ROWS)
+    text += "x7,1,1650000000000,1,0,0\n7,1,noon,1,0,0\n7,1,1650000000000,1,0,0.5\n"
+    cfg = of_files(tmp_path / "a", {"a.csv": text})
+    manifest = build.build_sequences(cfg)
+    bad = {reason: rows for reason, rows in manifest.quarantined.items() if "dupl" not in reason}
+    assert len(bad) == 3
+    assert bad["event_time_unreadable"] == bad["tab_unreadable"] == 1
+    assert manifest.rows_in == 123
+
+
+def test_json_fields_that_nobody_asked_for_may_be_anything(here: None, tmp_path: Path):
+    lines = []
+    for number, row in enumerate(ROWS.to_pylist()):
+        extra = {"style": {"size": number}} if number % 2 else {"style": "large", "image": [1]}
+        lines.append(json.dumps(row | extra))
+    cfg = of_files(tmp_path / "a", {"a.jsonl": "\n".join(lines)})
+    with pytest.raises(UserError, match=r"a.jsonl cannot be read as JSON lines \(.*style"):
+        list(open_rows_of(cfg.source.path))
+    lines[1::2] = [json.dumps(row) for row in ROWS.to_pylist()[1::2]]
+    (tmp_path / "a/in/a.jsonl").write_text("\n".join(lines))
+    assert build.build_sequences(cfg).rows_in == 120
+
+
+def open_rows_of(path: str | None) -> list[pa.Table]:
+    assert path is not None
+    with open_rows(list_files(path)[0], FileFormat()) as rows:
+        return list(rows.blocks(1000, [0]))
+
+
+def test_ids_keep_their_leading_zeros(tmp_path: Path):
+    file = tmp_path / "a.csv"
+    file.write_text("user,asin,time\n1,0000013714,5\n2,B000,6\n")
+    schema = read_schema(str(file), ids=("user", "asin"))
+    assert schema.field("user").type == pa.int64()
+    assert schema.field("asin").type == pa.string()
+    file.write_text("user,asin,time\n1,0000013714,5\n2,7,6\n")
+    assert read_schema(str(file), ids=("user", "asin")).field("asin").type == pa.string()
+    with open_rows(str(file), FileFormat(), ("user", "asin")) as rows:
+        (block,) = rows.blocks(10, [0])
+    assert block.to_pylist()[0] == {"user": 1, "asin": "0000013714", "time": "5"}
+
+
+def test_quotes_and_encodings(tmp_path: Path):
+    film = tmp_path / "movies.dat"
+    film.write_bytes('1::Amélie (2001)::a|b\n2::12" Angry: Men::c\n'.encode("latin-1"))
+    form = FileFormat(separator="::", names=("id", "title", "genres"), encoding="latin-1")
+    table = read_table(str(film), form, "id")
+    assert table["title"].to_pylist() == ["Amélie (2001)", '12" Angry: Men']
+    assert table["id"].type == pa.int64()
+    comma = tmp_path / "a.csv"
+    comma.write_text('id,title\n1,"Yes, Minister"\n')
+    assert read_table(str(comma), FileFormat(), "id")["title"].to_pylist() == ["Yes, Minister"]
+    with pytest.raises(UserError, match=r"movies.dat cannot be read as CSV .*source.format"):
+        read_table(str(film), FileFormat(separator="::", names=("id",)), "id")
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 1000])
+def test_a_separator_is_found_wherever_blocks_break(size: int):
+    text = b"a::b:c::d\n:::\n::::"
+    stream = _Replaced(io.BytesIO(text), b"::", UNIT_SEPARATOR)
+    found = b""
+    while piece := stream.read(size):
+        assert len(piece) <= size
+        found += piece
+    assert found == text.replace(b"::", UNIT_SEPARATOR)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "kind"),
+    [
+        ("a.parquet", {}, None),
+        ("a.dat", {}, None),
+        ("a.csv.gz", {}, "csv"),
+        ("s3://b/a.tsv?region=x", {}, "csv"),
+        ("a.ndjson", {}, "json"),
+        ("a.dat", {"separator": "::"}, "csv"),
+        ("a.dat", {"names": ["a"]}, "csv"),
+        ("a.txt", {"kind": "json"}, "json"),
+        ("a.csv", {"kind": "parquet"}, None),
+        ("a.parquet", {"kind": "csv"}, None),  # of posted events
+    ],
+)
+def test_what_a_file_is_by_name_and_format(name: str, form: dict, kind: str | None):
+    given = {**form, "names": tuple(form.get("names", ()))}
+    assert text_kind(name, FileFormat(**given)) == kind
+
+
+def test_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("day=1/a.csv", "day=1/.b.csv", "day=2/a.csv", "other/a.csv", "day=1/a.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a,b\n1,2\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    relative = [Path(file).relative_to(tmp_path) for file in list_files("~/day=*/*.csv")]
+    assert [str(path) for path in relative] == ["day=1/a.csv", "day=2/a.csv"]
+    assert len(list_files(f"{tmp_path}/**/a.csv")) == 3
+    assert len(list_files("~/day=1")) == 1
+    assert count_rows(list_files("~")) == 3
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"files of CSV and of JSON lines.*kind to csv or json"):
+        list_files(tmp_path)
+    found = find_files(tmp_path, FileFormat(kind="json"))
+    assert [Path(file).name for file in found.files] == ["a.jsonl", "a.txt"]
+    pq.write_table(pa.table({"a": np.arange(3)}), tmp_path / "p.parquet")
+    assert [Path(file).name for file in list_files(tmp_path)] == ["p.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"separator": ""}, "source.format.separator must be a text"),
+        ({"quote": '""'}, "source.format.quote must be one character"),
+        ({"encoding": "latin-99"}, "source.format.encoding must be an encoding"),
+        ({"kind": "xml"}, "source.format.kind must be one of"),
+        ({"names": ["a", "a"]}, "source.format.names must be free of repeats"),
+    ],
+)
+def test_formats_that_cannot_be(form: dict, message: str):
+    with pytest.raises(config.ConfigError, match=message):
+        config.from_dict({"source": {"kind": "parquet", "path": "x", "format": form}})
