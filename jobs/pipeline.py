@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from pipeline.evaluate import evaluator
 from pipeline.files import write_atomically
 from pipeline.model.encoders import check_run
 from pipeline.sequences import build
-from pipeline.sequences.store import Manifest
+from pipeline.sequences.store import Manifest, read_manifest
 from pipeline.train import supervision, trainer
+from pipeline.train.warm_start import earlier_start, start_from
 from serve_app import deployment, replay
 from serve_app.recommend import replay as replay_lists
 
@@ -43,7 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="remove what an earlier run of this name left, then begin",
     )
     choice.add_argument(
-        "--append", action="store_true", help="add the logs that came since, then train anew on all"
+        "--append",
+        action="store_true",
+        help="add the logs that came since, and train on them from the champion",
     )
 
 
@@ -58,7 +62,12 @@ def run_job(job: cli.Job) -> None:
         write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
         with (
             tracking.session(cfg) as tracker,
-            ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster,
+            ray_cluster(
+                cfg.ray,
+                runs_dir=cfg.runs_dir,
+                include_dashboard=True,
+                keep_logs=cfg.run_dir / "serving" / "logs",
+            ) as cluster,
         ):
             summary = run_chain(
                 cfg,
@@ -95,14 +104,11 @@ def run_chain(
 ) -> dict[str, Any]:
     """Every stage once, in order; returns what `summary.json` holds.
 
-    With `append` new files of the logs join the published sequences, and training begins anew where
-    the last one read others; without a new file, or after a kill, it goes on where it was.
+    With `append` new files of the logs join the published sequences. Where the last training read
+    others a new one begins, with the champion's weights if they fit and rows have joined the
+    training period; without a new file, or after a kill, it goes on where it was.
     """
-    print_stage(1, "logs")
-    logs.import_logs(cfg)
-
-    print_stage(2, "sequences")
-    manifest = build.build_sequences(cfg, append=append)
+    manifest = prepare_sequences(cfg, append=append)
     logger.info(
         "%d users, %d rows; merged %d, beyond sequences.max_rows_per_user %d, quarantined %s",
         manifest.num_users,
@@ -114,12 +120,13 @@ def run_chain(
 
     print_stage(3, "training")
     restart = append and trainer.trained_on(cfg.train_dir, cfg.train) not in (None, manifest.digest)
+    cfg, champion = choose_start(cfg, tracker, append=append, restart=restart)
     if not restart:
         trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
     with tracker.training_run(manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
-        model_dir = trainer.fit_model(cfg, run, restart=restart)
+        model_dir = trainer.fit_model(cfg, run, restart=restart, champion=champion)
         train_seconds = time.perf_counter() - started
 
         print_stage(4, "evaluation on validation and test")
@@ -199,6 +206,45 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def prepare_sequences(cfg: RunConfig, *, append: bool) -> Manifest:
+    """The run's own sequences, built; or those of `sequences.from_run`, as they are."""
+    if cfg.sequences.from_run is not None:
+        print_stage(2, f"sequences of run {cfg.sequences.from_run}")
+        return read_manifest(cfg.sequence_dir)
+
+    print_stage(1, "logs")
+    logs.import_logs(cfg)
+    print_stage(2, "sequences")
+    return build.build_sequences(cfg, append=append)
+
+
+def choose_start(
+    cfg: RunConfig, tracker: tracking.Tracker, *, append: bool, restart: bool
+) -> tuple[RunConfig, Path | None]:
+    """The settings with `train.init`, and the champion's folder where a training begins with it."""
+    with_champion = replace(cfg, train=replace(cfg.train, init="champion"))
+    if cfg.train.init == "champion":
+        return cfg, tracker.download_champion()[0]
+    if not append:
+        return cfg, None
+    if not restart:
+        return (with_champion if earlier_start(cfg.train_dir) else cfg), None
+
+    try:
+        folder, version = tracker.download_champion()
+        start = start_from(with_champion, folder)
+    except UserError as reason:
+        logger.info("training begins anew: %s", reason)
+        return cfg, None
+    logger.info(
+        "training goes on from champion %d: new are rows since %s, of those before a share of %g",
+        version,
+        start.targets_since,
+        cfg.train.replay_share,
+    )
+    return with_champion, folder
 
 
 def summarise_run(

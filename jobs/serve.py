@@ -13,7 +13,10 @@ def run_job(job: cli.Job) -> None:
     cfg = job.cfg
     with tracking.session(cfg) as tracker:
         champion = tracker.find_champion()
-        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
+        logs = cfg.run_dir / "serving" / "logs"
+        with ray_cluster(
+            cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True, keep_logs=logs
+        ) as cluster:
             url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
             print(
                 f"{champion.name} version {champion.version} answers at {url} (interactive: "

@@ -5,10 +5,9 @@ on where it was.
 import argparse
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.model.encoders import check_run
-from pipeline.sequences import store
-from pipeline.train import supervision, trainer
+from pipeline.config import UserError
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +20,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.model.encoders import check_run
+    from pipeline.sequences import store
+    from pipeline.train import supervision, trainer
+
     cfg, restart = job.cfg, job.options.restart
     check_run(cfg)
 
@@ -32,18 +36,23 @@ def run_job(job: cli.Job) -> None:
             trainer.earlier_checkpoint(cfg)
 
         if job.options.no_tracking:
+            if cfg.train.init == "champion":
+                raise UserError("--no-tracking: train.init=champion asks the registry")
             folder = trainer.fit_model(cfg, restart=restart)
         else:
-            with (
-                tracking.session(cfg) as tracker,
-                tracker.training_run(manifest, restart=restart) as run,
-            ):
-                folder = trainer.fit_model(cfg, run, restart=restart)
+            with tracking.session(cfg) as tracker:
+                champion = None
+                if cfg.train.init == "champion":
+                    champion, _ = tracker.download_champion()
+                with tracker.training_run(manifest, restart=restart) as run:
+                    folder = trainer.fit_model(cfg, run, restart=restart, champion=champion)
 
     print(f"model={folder}")
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.train import trainer
+
     return trainer.plan_training(job.cfg)
 
 

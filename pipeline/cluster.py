@@ -40,7 +40,11 @@ OURS = ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")  # in the environment while a loca
 
 @contextmanager
 def ray_cluster(
-    cfg: RayConfig, *, runs_dir: str | Path = "runs", include_dashboard: bool = False
+    cfg: RayConfig,
+    *,
+    runs_dir: str | Path = "runs",
+    include_dashboard: bool = False,
+    keep_logs: Path | None = None,
 ) -> Iterator[Any]:
     """Connect to Ray for the length of the block and yield Ray's context (`.dashboard_url`,
     `.address_info`).
@@ -48,6 +52,8 @@ def ray_cluster(
     In this order: a connection that this process already has (left open afterwards), `cfg.address`,
     the RAY_ADDRESS that `ray job submit` sets, and otherwise a local cluster. Import `ray.serve`
     inside the block only: it reads its settings from the environment when it is imported.
+
+    The logs of the servers on a local cluster, which goes with its folder, are left in `keep_logs`.
 
     Raises:
         UserError: the given address has not the form of one.
@@ -61,7 +67,7 @@ def ray_cluster(
     if address != "local":
         yield from _joined(address)
     else:
-        yield from _local(cfg, Path(runs_dir), include_dashboard)
+        yield from _local(cfg, Path(runs_dir), include_dashboard, keep_logs)
 
 
 def is_private(cfg: RayConfig) -> bool:
@@ -95,7 +101,9 @@ def _joined(address: str) -> Iterator[Any]:
             os.environ["RAY_ADDRESS"] = before
 
 
-def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[Any]:
+def _local(
+    cfg: RayConfig, runs_dir: Path, include_dashboard: bool, keep_logs: Path | None
+) -> Iterator[Any]:
     global _is_private
     remove_orphans()
     folder = private_folder()
@@ -112,8 +120,17 @@ def _local(cfg: RayConfig, runs_dir: Path, include_dashboard: bool) -> Iterator[
         ray.shutdown()
         for name in OURS:
             os.environ.pop(name, None)
+        if keep_logs is not None:
+            _copy_server_logs(folder, keep_logs)
         shutil.rmtree(folder, ignore_errors=True)
         lock.close()
+
+
+def _copy_server_logs(folder: Path, place: Path) -> None:
+    """What Serve's processes said, tracebacks and requests, in the place of an earlier cluster's."""
+    for logs in folder.glob("ray*/session_latest/logs/serve"):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(logs, place, ignore_dangling_symlinks=True)
 
 
 def _started(cfg: RayConfig, folder: Path, include_dashboard: bool) -> Any:

@@ -67,6 +67,16 @@ def test_no_import_of_ray_or_mlflow():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_mistake_is_told_before_the_seconds_that_imports_take(tmp_path: Path):
+    blocked = "import runpy, sys; sys.modules.update(ray=None, mlflow=None, torch=None); "
+    blocked += "sys.argv[0] = 'jobs/train.py'; runpy.run_module('jobs.train', run_name='__main__')"
+    options = ["--config", "configs/smoke.yaml", "--set", "train.epoch=1"]
+    command = [sys.executable, "-c", blocked, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "unknown configuration key 'train.epoch'" in done.stderr
+
+
 def test_the_block_blocks():
     for name in ("ray", "mlflow", "ray.data"):
         done = import_blocked([name])

@@ -69,9 +69,14 @@ def test_a_day_is_appended_and_trained_on(
     with session(cfg) as tracker:
         first = jobs.pipeline.run_chain(cfg, tracker, "", force_first=True)
         write_day(cfg, 4)
+        day_on = SplitConfig(t_val="2026-01-04T00:00:00Z", t_test="2026-01-05T00:00:00Z")
+        cfg = replace(cfg, split=day_on)
         second = jobs.pipeline.run_chain(cfg, tracker, "", append=True)
+        begun = json.loads((cfg.train_dir / "warm_start.json").read_text())
         again = jobs.pipeline.run_chain(cfg, tracker, "", append=True)
         assert tracker.find_champion().version == (2 if second["promoted"] else 1)
+    assert begun["targets_since"] == "2026-01-03T00:00:00+00:00", "the end of the champion's"
+    assert "/train_before/" in begun["checkpoint"], "its optimizer's moments go on"
     assert second["rows_in"] == first["rows_in"] + 200
     assert second["mlflow_run_id"] != first["mlflow_run_id"]
     assert (first["model_version"], second["model_version"]) == (1, 2)

@@ -181,12 +181,44 @@ def whole_examples(users: UserEvents, split: SplitConfig, train: TrainConfig) ->
     """The training examples of these users in the configured layout, each with its whole history.
 
     The candidates are the rows of the training period, and the order_only rows where their labels
-    weigh something.
+    weigh something. With `train.targets_since` those before it make examples of their own, of
+    which a share is taken.
     """
     training = users.request_time < split.train_end_ms
     if train.history_label_weight == 0:
         training &= ~users.events.order_only
+    if train.since_ms is None:
+        return _cut_examples(users, training, train)
 
+    recent = (users.request_time >= train.since_ms) & ~users.events.order_only
+    older = _cut_examples(users, training & ~recent, train)
+    older = older[_is_replayed(users, older, train.since_ms, train.replay_share)]
+    return _joined(older, _cut_examples(users, training & recent, train))
+
+
+def _is_replayed(users: UserEvents, examples: Examples, since_ms: int, share: float) -> np.ndarray:
+    """bool [n], true for about a `share` of the examples: others for each `since_ms`, the same
+    ones however often they are asked for.
+    """
+    place = examples.target_begin - users.events.offsets[examples.user]
+    place += users.first_position[examples.user]
+    # splitmix64's last steps over user, place and time
+    key = users.user_id[examples.user].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    key ^= place.astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93) + np.uint64(since_ms)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = (key ^ (key >> np.uint64(shift))) * np.uint64(factor)
+    return (key ^ (key >> np.uint64(31))) < np.uint64(min(share * 2.0**64, 2.0**64 - 2**11))
+
+
+def _joined(first: Examples, second: Examples) -> Examples:
+    columns = []
+    for name in Examples.__slots__:
+        columns.append(np.concatenate([getattr(first, name), getattr(second, name)]))
+    return Examples(*columns)
+
+
+def _cut_examples(users: UserEvents, training: np.ndarray, train: TrainConfig) -> Examples:
+    """Examples of the rows where `training`, bool [N], in the configured layout."""
     if train.layout == "request":
         rows = np.flatnonzero(training)
         return _whole_requests(users, rows[users.request_begin[rows] == rows])

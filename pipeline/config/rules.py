@@ -155,7 +155,7 @@ def refuse_unknown_tables(train: TrainConfig, features: FeatureConfig) -> None:
             require(name in tables, f"train.{key}", name, rule)
 
 
-def refuse_name_that_is_no_folder(name: str) -> None:
+def refuse_name_that_is_no_folder(key: str, name: str) -> None:
     """The files of a run lie beside those of MLflow."""
     usable = "/" not in name and name not in ("", ".", "..", "mlflow")
-    require(usable, "name", name, "a folder name")
+    require(usable, key, name, "a folder name")

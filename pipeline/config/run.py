@@ -77,7 +77,9 @@ class RunConfig:
         rules.refuse_query_anchor_in_shared_passes(self.model, train)
         rules.refuse_label_leak_of_filtered_channels(self.model.channels, train)
         rules.refuse_validation_on_trained_rows(self.split, train)
-        rules.refuse_name_that_is_no_folder(self.name)
+        rules.refuse_name_that_is_no_folder("name", self.name)
+        if self.sequences.from_run is not None:
+            rules.refuse_name_that_is_no_folder("sequences.from_run", self.sequences.from_run)
         if self.retrieval.enabled:
             rules.refuse_unknown_actions("retrieval.positives", self.retrieval.positives, source)
             rules.refuse_retrieval_of_missing_rows(self.model, train)
@@ -124,7 +126,9 @@ class RunConfig:
 
     @property
     def sequence_dir(self) -> Path:
-        return self.run_dir / "sequences"
+        """The published sequences: the run's own, or those of `sequences.from_run`."""
+        run = self.sequences.from_run or self.name
+        return Path(self.runs_dir).absolute() / run / "sequences"
 
     @property
     def train_dir(self) -> Path:

@@ -12,6 +12,11 @@ from pipeline.config.setting import check_ranges, setting
 class SequenceConfig:
     """How log rows become one row per user."""
 
+    from_run: str | None = setting(
+        None,
+        doc="Another run of the same runs_dir whose published sequences this one reads: one build "
+        "serves many trainings. Null: its own.",
+    )
     num_buckets: int | None = setting(
         None,
         at_least=1,

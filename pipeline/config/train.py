@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.config.errors import require
+from pipeline.config.reading import parse_time
 from pipeline.config.setting import check_ranges, setting
 
 
@@ -50,6 +51,24 @@ class StochasticLengthConfig:
 class TrainConfig:
     """The training loop: batches, optimisers, workers, checkpoints, and what ends it early."""
 
+    init: Literal["random", "champion"] = setting(
+        "random",
+        doc="Weights to begin with. champion: those of the registered champion, embedding rows by "
+        "id, and of the rows that it has learned a train.replay_share only; jobs.pipeline --append "
+        "does so by itself.",
+    )
+    targets_since: str | None = setting(
+        None,
+        doc="ISO 8601 time with its UTC offset: of the rows before it a train.replay_share only is "
+        "trained on, and all of them stay history. Null: with init champion the end of the "
+        "champion's training period, else all rows are trained on.",
+    )
+    replay_share: float = setting(
+        0.1,
+        at_least=0,
+        at_most=1,
+        doc="Share of the sequences before train.targets_since that are trained on again.",
+    )
     epochs: int = setting(2, at_least=1, doc="Number of passes over the training period.")
     batch_users: int | None = setting(
         32,
@@ -187,12 +206,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")
+        if self.targets_since is not None:
+            parse_time("train.targets_since", self.targets_since)
 
         self._refuse_two_sizes_of_a_step()
         self._refuse_replicated_bf16_tables()
         self._refuse_settings_of_missing_validations()
         self._refuse_average_of_a_checkpoint_on_the_way()
         self._refuse_profile_out_of_order()
+
+    @property
+    def since_ms(self) -> int | None:
+        """`targets_since` in ms since 1970, UTC."""
+        if self.targets_since is None:
+            return None
+        return parse_time("train.targets_since", self.targets_since)
 
     def _refuse_two_sizes_of_a_step(self) -> None:
         one_given = (self.batch_users is None) != (self.batch_tokens is None)

@@ -194,6 +194,7 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
         UserError: the logs cannot be used, too many rows are bad, or other sequences are published
             there already and neither `overwrite` nor `append` says what is to become of them.
     """
+    store.require_own(cfg.sequences)
     logs, rules, rows_of_files = check_logs(cfg)
     folder = cfg.sequence_dir
 

@@ -32,7 +32,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import UserError
+from pipeline.config import SequenceConfig, UserError
 from pipeline.schema import EventColumns, outcome_column
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,19 @@ class Manifest:
         for chunks in self.dictionaries.values():
             found += chunks.values()
         return found
+
+
+def require_own(sequences: SequenceConfig) -> None:
+    """Refuse to change sequences that belong to another run.
+
+    Raises:
+        UserError: `sequences.from_run` is set.
+    """
+    if sequences.from_run is not None:
+        raise UserError(
+            f"sequences.from_run is {sequences.from_run!r}: its sequences are only read here, and "
+            "changed by a job of that name"
+        )
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -65,6 +65,7 @@ def train(
     log: Log | None = None,
     profile_dir: Path | None = None,
     wishes: Wishes | None = None,
+    begin_with: Callable[[Trainee], None] | None = None,
 ) -> RankingModel:
     """Train to the last step of the last epoch, or to an early stop, from `resume` on where it is
     given.
@@ -75,7 +76,8 @@ def train(
     Rank 0 leaves its trace of `train.profile_steps` in `profile_dir`. `wishes` may ask for a
     checkpoint at once, or for one and the end: then the run is not finished, and goes on from there
     another time. On a CPU that takes a step, on a GPU up to `train.log_every`, since looking for it
-    makes the host wait for the device.
+    makes the host wait for the device. Without `resume`, `begin_with` may set other weights than
+    the random ones.
 
     Raises:
         UserError: `resume` is of a run with other settings or data.
@@ -83,6 +85,8 @@ def train(
     """
     torch.manual_seed(cfg.seed)
     trainee = Trainee(cfg, maps, device, rank, world_size)
+    if begin_with is not None and resume is None:
+        begin_with(trainee)
     identity = run_identity(cfg, data_digest)
     state = _first_state(trainee, loader, resume, identity, cfg.name)
     if state.finished:

@@ -39,12 +39,25 @@ from pipeline.train.checkpoint import (
 from pipeline.train.metrics import METRICS, MetricsFeed
 from pipeline.train.placement import describe_tables, place_tables
 from pipeline.train.supervision import refuse_impossible_size, run_attempt
+from pipeline.train.warm_start import (
+    WarmStart,
+    aside,
+    earlier_start,
+    prepare_start,
+    with_start,
+)
 from pipeline.train.worker import open_checkpoints, train_worker, worker_resources
 
 logger = logging.getLogger(__name__)
 
 
-def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) -> Path:
+def fit_model(
+    cfg: RunConfig,
+    run: Run | None = None,
+    *,
+    restart: bool = False,
+    champion: Path | None = None,
+) -> Path:
     """Train on the published sequences and publish the model; returns its folder.
 
     The same run name goes on from its last checkpoint; a run that is already complete trains
@@ -52,6 +65,7 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
 
     Args:
         restart: forget the run's earlier training first.
+        champion: folder of the model that a first attempt begins with; None for random weights.
 
     On SIGTERM and Ctrl-C a last checkpoint is saved.
 
@@ -63,9 +77,9 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         Outage: the model is published, and the tracker did not take all of the metrics.
     """
     check_run(cfg)
+    start = prepare_start(cfg, champion, restart=restart)
+    cfg = with_start(cfg, start)
     folder, train = cfg.train_dir, cfg.train
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
 
     digest = store.read_manifest(cfg.sequence_dir).digest
     before = earlier_checkpoint(cfg)  # tells a mistake before any worker starts
@@ -81,7 +95,7 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
             # Ray Train's notes of an earlier attempt
             shutil.rmtree(folder / "ray", ignore_errors=True)
-            run_attempt(_make_trainer(cfg, digest, steps, run), train, folder)
+            run_attempt(_make_trainer(cfg, digest, steps, run, start), train, folder)
 
     trained = _chosen_checkpoint(open_checkpoints(folder, train), train.publish)
     with torch.device("meta"):  # names and shapes: tables may be larger than this machine
@@ -98,6 +112,7 @@ def fit_model(cfg: RunConfig, run: Run | None = None, *, restart: bool = False) 
         copy_tensors(trained.folder, like, path, "model.")
 
     publish_model(cfg.model_dir, write_weights, cfg, maps, facts)
+    shutil.rmtree(aside(cfg), ignore_errors=True)
     if run is not None:
         complete_run(run, folder)
     return cfg.model_dir
@@ -126,6 +141,7 @@ def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     Raises:
         UserError: the run began with other settings or data, or none of its checkpoints is whole.
     """
+    cfg = with_start(cfg, earlier_start(cfg.train_dir))
     found = open_checkpoints(cfg.train_dir, cfg.train).newest()
     if found is not None:
         digest = store.read_manifest(cfg.sequence_dir).digest
@@ -150,11 +166,14 @@ def _chosen_checkpoint(checkpoints: CheckpointFolder, publish: str) -> Saved:
     return checkpoints.read(checkpoints.at(last.state.best_step))
 
 
-def _make_trainer(cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None) -> TorchTrainer:
+def _make_trainer(
+    cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None, start: WarmStart | None
+) -> TorchTrainer:
     train = cfg.train
     # a worker has a current folder of its own
     absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))
     settings = {"cfg": config.to_dict(absolute), "digest": digest, "steps": steps, "run": run}
+    settings["start"] = start
 
     backend = "nccl" if train.use_gpu else "gloo"
     return TorchTrainer(

@@ -27,7 +27,9 @@ from pipeline.train.checkpoint import CheckpointFolder, only_writer
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.interruption import WishWatcher
 from pipeline.train.metrics import METRICS, MetricsFeed, MetricsFile
+from pipeline.train.trainee import Trainee
 from pipeline.train.validation import Validator
+from pipeline.train.warm_start import WarmStart, load_start
 
 STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the driver
 
@@ -57,7 +59,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         return
 
     try:
-        _train_rank(cfg, settings["steps"], settings["digest"], settings["run"])
+        _train_rank(cfg, settings)
     except TrainingStopped as stopped:
         # All ranks end here, at the same step, so nobody waits for another.
         if ray.train.get_context().get_world_rank() == 0:
@@ -84,7 +86,10 @@ def raise_reason(folder: Path) -> None:
     raise UserError(reason["mistake"])
 
 
-def _train_rank(cfg: RunConfig, steps: StepPlan, digest: str, run: Run | None) -> None:
+def _train_rank(cfg: RunConfig, settings: dict[str, Any]) -> None:
+    steps: StepPlan = settings["steps"]
+    run: Run | None = settings["run"]
+    start: WarmStart | None = settings["start"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(cfg.train.threads_per_worker)
@@ -95,6 +100,10 @@ def _train_rank(cfg: RunConfig, steps: StepPlan, digest: str, run: Run | None) -
     if cfg.train.validate_every:
         validator = Validator(cfg, maps, device, rank, world_size)
 
+    def begin_with(trainee: Trainee) -> None:
+        if start is not None:
+            load_start(trainee, start, maps, cfg)
+
     with only_writer(folder) if rank == 0 else nullcontext():
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
         begin = resume.state.step if resume else 0
@@ -104,7 +113,7 @@ def _train_rank(cfg: RunConfig, steps: StepPlan, digest: str, run: Run | None) -
                 cfg,
                 maps,
                 TrainLoader(cfg, maps, steps, rank, world_size),
-                digest,
+                settings["digest"],
                 rank=rank,
                 world_size=world_size,
                 device=device,
@@ -114,6 +123,7 @@ def _train_rank(cfg: RunConfig, steps: StepPlan, digest: str, run: Run | None) -
                 log=log,
                 profile_dir=folder / "profile",
                 wishes=wishes,
+                begin_with=begin_with,
             )
 
 

@@ -83,6 +83,7 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
         UserError: nothing is published, it was built with other settings, or more rows are too old
             than `sequences.max_dropped_share` allows.
     """
+    store.require_own(cfg.sequences)
     folder = cfg.sequence_dir
     with build.lock_folder(folder):
         published = published_with(cfg)
@@ -252,6 +253,7 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         UserError: nothing is published, it was built with other settings, or nobody else would be
             left.
     """
+    store.require_own(cfg.sequences)
     folder = cfg.sequence_dir
     with build.lock_folder(folder):
         published = published_with(cfg)
