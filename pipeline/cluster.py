@@ -127,7 +127,7 @@ def _local(
 
 
 def _copy_server_logs(folder: Path, place: Path) -> None:
-    """What Serve's processes said, tracebacks and requests, in the place of an earlier cluster's."""
+    """Leave what Serve's processes said in the place of an earlier cluster's logs."""
     for logs in folder.glob("ray*/session_latest/logs/serve"):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(logs, place, ignore_dangling_symlinks=True)
