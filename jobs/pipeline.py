@@ -120,13 +120,13 @@ def run_chain(
 
     print_stage(3, "training")
     restart = append and trainer.trained_on(cfg.train_dir, cfg.train) not in (None, manifest.digest)
-    cfg, champion = choose_start(cfg, tracker, append=append, restart=restart)
+    cfg, beginning = choose_start(cfg, tracker, append=append, restart=restart)
     if not restart:
         trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
     with tracker.training_run(manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
-        model_dir = trainer.fit_model(cfg, run, restart=restart, champion=champion)
+        model_dir = trainer.fit_model(cfg, run, restart=restart, champion=beginning)
         train_seconds = time.perf_counter() - started
 
         print_stage(4, "evaluation on validation and test")
