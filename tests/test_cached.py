@@ -16,6 +16,7 @@ from pipeline.model.encoders.stu import layer_flops, projection_flops
 from pipeline.model.inference.cached_scoring import (
     HistoryCache,
     encode_history,
+    encode_history_rows,
     layer_outputs,
     score_candidates,
 )
@@ -102,6 +103,20 @@ def test_a_cached_history_gives_the_scores_of_the_plain_pass(name: str, shape: s
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_pass_gives_caches_and_the_newest_rows(name: str) -> None:
+    model = make_model(CONFIGS[name])
+    history, _ = parts_of(make_batch(*BATCHES["several users"]))
+    with torch.no_grad():
+        cache, rows = encode_history_rows(model, history)
+        expected = model.encode(history, last_history=True).last_history_row
+        alone = encode_history(model, history)
+    torch.testing.assert_close(rows, expected)
+    for one, other in zip(cache.layers, alone.layers, strict=True):
+        torch.testing.assert_close(one.k_THD, other.k_THD)
+        torch.testing.assert_close(one.v_THV, other.v_THV)
+
+
 def test_without_context_tokens() -> None:
     raw = CONFIGS["truncation"]
     cfg: RunConfig = replace(raw, features=replace(raw.features, user={}, user_tokens={}))

@@ -18,6 +18,7 @@ from pipeline.recommend.filters import Condition, filter_items, find_column
 
 MODEL, FOLLOWED, POPULAR = "model", "followed", "popular"
 SOURCES = (MODEL, FOLLOWED, POPULAR)
+LOOK_AHEAD = 10  # times as many popular items as are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +167,13 @@ class Retriever:
 
     def _popular(self, allowed: np.ndarray, num: int) -> np.ndarray:
         """The `num` most popular allowed rows."""
+        num = max(num, 0)
         popular = self.catalogue.popular_rows
-        return popular[allowed[popular]][: max(num, 0)]
+        first = popular[: LOOK_AHEAD * num]  # as a rule enough of these are allowed
+        found = first[allowed[first]]
+        if len(found) < num:
+            found = popular[allowed[popular]]
+        return found[:num]
 
     def _followed(
         self, allowed: np.ndarray, history: Events, actions: tuple[str, ...]

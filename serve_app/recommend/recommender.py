@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.index.folder import LoadedIndex
 from pipeline.index.towers import history_batch, user_vectors
+from pipeline.model.inference.cached_scoring import encode_history_rows
 from pipeline.recommend.filters import FilterError
 from pipeline.recommend.retriever import SOURCES, NoVectors, Retrieved, Retriever, Wish
 from serve_app.columns import RankColumns, RankedColumns
@@ -191,16 +192,26 @@ class Recommender:
             self._vectors.move_to_end(found.key)
             return kept
 
-        ranker = self.ranker
-        user = np.array([found.user_id])
-        batch = history_batch(found.past.events, user, ranker.maps, ranker.cfg)
-        with ranker.precision():
-            vector = user_vectors(ranker.model, self.head, batch)[0]
-
+        vector = self._encode_user(found)
         if found.key:  # empty: what was encoded depends on the request
             self._vectors[found.key] = vector
             if len(self._vectors) > VECTORS_KEPT:
                 self._vectors.popitem(last=False)
+        return vector
+
+    def _encode_user(self, found: CutHistory) -> Tensor:
+        """The vector, from a pass that also gives what ranking keeps of the history."""
+        ranker = self.ranker
+        assert self.head is not None
+        user = np.array([found.user_id])
+        batch = history_batch(found.past.events, user, ranker.maps, ranker.cfg).to(ranker.device)
+
+        with ranker.precision():
+            if not found.key:
+                return user_vectors(ranker.model, self.head, batch)[0]
+            cache, rows = encode_history_rows(ranker.model, batch)
+            vector = self.head.user_vectors(rows).float()[0]
+        ranker.caches.keep_entry(found.key, cache)
         return vector
 
     # Explanations ------------------------------------------------------------

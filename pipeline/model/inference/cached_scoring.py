@@ -11,7 +11,7 @@ still has. Position and time are those of the events themselves, so nothing in a
 the request. The scores are those of `RankingModel.forward` on both together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.semi_local_attention.op import cached_attention
 from pipeline.batches.collate import SequenceBatch
+from pipeline.model.encoders.encoder import last_history_rows
 from pipeline.model.encoders.stu import STU
 from pipeline.model.encoders.transducer import Transducer
 from pipeline.model.encoders.ultra_hstu import UltraHSTU
@@ -112,8 +113,21 @@ def encode_history(model: RankingModel, batch: SequenceBatch) -> HistoryCache:
     tokens = model.encoder(batch)
     layers: list[LayerCache] = []
     for stack, rows in _ultra_hstu(model).channel_rows(tokens, batch):
-        layers += _encode_stack(stack, rows)
+        kept, _ = _encode_stack(stack, rows, to_the_end=False)
+        layers += kept
     return HistoryCache(tuple(layers))
+
+
+def encode_history_rows(model: RankingModel, batch: SequenceBatch) -> tuple[HistoryCache, Tensor]:
+    """The same, and `Encoded.last_history_row` of the batch, [B, width], from one pass."""
+    tokens = model.encoder(batch)
+    layers: list[LayerCache] = []
+    rows: list[Tensor] = []
+    for stack, read in _ultra_hstu(model).channel_rows(tokens, batch):
+        kept, encoded = _encode_stack(stack, read, to_the_end=True)
+        layers += kept
+        rows.append(last_history_rows(encoded, stack.norm_out, stack.num_context))
+    return HistoryCache(tuple(layers)), torch.cat(rows, dim=1)
 
 
 def _ultra_hstu(model: RankingModel) -> UltraHSTU:
@@ -125,17 +139,22 @@ def _stu_layers(stack: Transducer) -> list[STU]:
     return [layer for layer in stack.layers if isinstance(layer, STU)]
 
 
-def _encode_stack(stack: Transducer, tokens: Tokens) -> Iterator[LayerCache]:
+def _encode_stack(
+    stack: Transducer, tokens: Tokens, *, to_the_end: bool
+) -> tuple[list[LayerCache], Tokens]:
+    """The cache of each layer; `to_the_end` the last layer's tokens, else those before it."""
     layers = _stu_layers(stack)
+    kept: list[LayerCache] = []
     for depth, layer in enumerate(layers):
         tokens = stack.tokens_at(depth, tokens)
         u, q, k, v = layer.project(tokens.x_TE)
         # not a view: it would keep u and q
-        yield LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets)
+        kept.append(LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets))
 
-        if depth < len(layers) - 1:
+        if to_the_end or depth < len(layers) - 1:
             attended = layer.attend(q, k, v, tokens)
             tokens = replace(tokens, x_TE=layer.output(tokens.x_TE, u, attended))
+    return kept, tokens
 
 
 def score_candidates(
