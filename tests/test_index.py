@@ -11,7 +11,7 @@ import torch
 from pipeline import config
 from pipeline.config import IndexConfig, RunConfig, UserError
 from pipeline.index import ivf
-from pipeline.index.catalogue import make_table
+from pipeline.index.catalogue import Catalogue, make_table
 from pipeline.index.exact import ExactIndex, top_rows
 from pipeline.index.folder import build_index, load_index
 from pipeline.index.popularity import count_items
@@ -47,6 +47,15 @@ def test_columns_keep_their_kind_and_what_is_unknown():
 
 def test_the_most_popular_first_ties_by_id():
     assert make_catalogue().popular_rows.tolist() == [1, 3, 6, 0, 7, 5, 2, 4]
+
+
+def test_ids_that_are_text_are_given_back_as_text():
+    texts = pa.array([f"sku-{i}" for i in range(8)])
+    table = make_table(ITEM_IDS, POPULARITY, FIRST_SEEN, None, IndexConfig(), texts)
+    catalogue = Catalogue(table)
+    assert catalogue.own_ids(np.array([3, 0])).tolist() == ["sku-3", "sku-0"]
+    assert catalogue.columns == {}, "an id is no column of the item table"
+    assert make_catalogue().own_ids(np.array([3, 0])).tolist() == [40, 10]
 
 
 def test_rows_of_ids_each_once():

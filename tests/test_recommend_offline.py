@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from pipeline.recommend.everybody import (
 from pipeline.recommend.filters import Range
 from pipeline.recommend.offline import Audience, OfflineRecommender, UserList, user_ranges
 from pipeline.recommend.retriever import ColumnCap, MarginalRelevance, Wish
+from pipeline.recommend.tables import lists_table
 from serve_app.recommend.replay import (
     past_audience,
     request_body,
@@ -110,6 +112,26 @@ def test_a_list_depends_on_time_and_columns(recommender: OfflineRecommender, aud
     changed = recommender.recommend(other, wish, "is_click")
     scores = [np.abs(a.score - b.score).max() for a, b in zip(now, changed, strict=True)]
     assert max(scores) > 1e-3
+
+
+def test_a_table_of_lists_with_ids_of_text():
+    scores = np.array([0.5, 0.25], np.float32)
+    one = UserList(
+        np.array(["b", "a"], object), scores, np.full(2, np.nan, np.float32), ["x"] * 2, True
+    )
+    none = UserList(np.array([], object), scores[:0], scores[:0], [], False)
+    table = lists_table(np.array(["ann", "bob"], object), [none, one])
+    assert table.schema.field("item_id").type == table.schema.field("user_id").type == pa.string()
+    assert table.to_pydict() == {
+        "user_id": ["bob", "bob"],
+        "place": [0, 1],
+        "item_id": ["b", "a"],
+        "score": [0.5, 0.25],
+        "retrieval_score": [None, None],
+        "source": ["x", "x"],
+    }
+    empty = lists_table(np.zeros(0, np.int64), [])
+    assert empty.schema.field("item_id").type == pa.int64()
 
 
 def test_passes_hold_so_many_tokens():

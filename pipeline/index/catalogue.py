@@ -13,7 +13,8 @@ import pyarrow as pa
 from pipeline.config import IndexConfig, UserError
 
 ITEM_ID, POPULARITY, RECENCY = "item_id", "popularity", "recency"
-OWN_COLUMNS = (ITEM_ID, POPULARITY, RECENCY)
+ITEM_TEXT = "item_text"  # where item ids are text; item_id has their codes then
+OWN_COLUMNS = (ITEM_ID, ITEM_TEXT, POPULARITY, RECENCY)
 PREFIX = "column."  # of the item table's columns, which may have any name
 
 Kind = Literal["integer", "number", "text", "boolean"]
@@ -44,7 +45,8 @@ class Catalogue:
 
     Args:
         table: `item_id` (int64, rising), `popularity` (int64), `recency` (float64, the larger the
-            newer), and the item table's columns, each under `PREFIX` and its name.
+            newer), where ids are text `item_text`, and the item table's columns, each under
+            `PREFIX` and its name.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -52,6 +54,10 @@ class Catalogue:
         self.item_ids = table[ITEM_ID].to_numpy()
         self.popularity = table[POPULARITY].to_numpy()
         self.recency = table[RECENCY].to_numpy()
+        self._texts: np.ndarray | None = None
+        if ITEM_TEXT in table.column_names:
+            self._texts = np.array(table[ITEM_TEXT].to_pylist(), object)
+
         self.columns: dict[str, ItemColumn] = {}
         for name in table.column_names:
             if name not in OWN_COLUMNS:
@@ -64,6 +70,10 @@ class Catalogue:
     def popular_rows(self) -> np.ndarray:
         """All rows, the most popular first, ties by id, int64 [N]."""
         return np.argsort(-self.popularity, kind="stable")
+
+    def own_ids(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of these rows as the logs have them: int64, or objects of text."""
+        return self.item_ids[rows] if self._texts is None else self._texts[rows]
 
     def find_rows(self, item_id: np.ndarray) -> np.ndarray:
         """The rows of these ids that are in the catalogue, each once, rising."""
@@ -103,6 +113,7 @@ def make_table(
     recency: np.ndarray,
     items: pa.Table | None,
     cfg: IndexConfig,
+    texts: pa.Array | None = None,
 ) -> pa.Table:
     """The table of a `Catalogue`.
 
@@ -111,6 +122,7 @@ def make_table(
     Args:
         item_ids: int64 [N], rising.
         items: the published item table, None where there is none.
+        texts: the ids as the logs have them, where they are text.
 
     Raises:
         UserError: a configured column is missing, or of a type that a filter cannot compare.
@@ -120,6 +132,8 @@ def make_table(
         POPULARITY: pa.array(popularity, pa.int64()),
         RECENCY: pa.array(recency, pa.float64()),
     }
+    if texts is not None:
+        arrays[ITEM_TEXT] = texts
     names = _wanted_columns(items, cfg)
     if items is None or not names:
         return pa.table(arrays)

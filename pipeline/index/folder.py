@@ -26,7 +26,7 @@ from pipeline.config import IndexConfig, RunConfig, UserError, to_dict
 from pipeline.config.reading import build_section
 from pipeline.files import folder_digests, sha256_of, staged_folder
 from pipeline.index import ivf, towers
-from pipeline.index.catalogue import Catalogue, make_table
+from pipeline.index.catalogue import ITEM_ID, RECENCY, Catalogue, make_table
 from pipeline.index.exact import ExactIndex, VectorIndex
 from pipeline.index.histories import history_before
 from pipeline.index.popularity import count_items
@@ -34,6 +34,7 @@ from pipeline.model.artifact import INDEX as DIGESTS
 from pipeline.model.artifact import LoadedModel, load_model, verified
 from pipeline.model.retrieval import RetrievalHead
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import own_ids
 
 FOLDER = "index"  # inside the model's
 CATALOGUE, VECTORS, LISTS = "catalogue.parquet", "vectors.safetensors", "lists.faiss"
@@ -82,9 +83,10 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
             for inverted lists is.
     """
     folder = model_dir / FOLDER
+    manifest = store.read_manifest(cfg.sequence_dir)
     facts = {
         "model": sha256_of(model_dir / DIGESTS),
-        "sequences": store.read_manifest(cfg.sequence_dir).digest,
+        "sequences": manifest.digest,
         "settings": to_dict(cfg.index),
     }
     if _is_built(folder, facts):
@@ -96,7 +98,10 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
         raise UserError("index.enabled: the training period holds no item to recommend")
     counts = count_items(cfg.sequence_dir, item_ids, cfg.split.train_end_ms, cfg.source, cfg.index)
     items = store.read_side_table(cfg.sequence_dir, "items")
-    table = make_table(item_ids, counts.popularity, counts.first_seen, items, cfg.index)
+    texts = None
+    if ITEM_ID in manifest.text_ids:
+        texts = own_ids(cfg.sequence_dir, manifest, ITEM_ID, item_ids)
+    table = make_table(item_ids, counts.popularity, counts.first_seen, items, cfg.index, texts)
     if cfg.index.followed is not None and cfg.index.followed.time_column is not None:
         table = _with_recency(table, cfg.index.followed.time_column)
 
@@ -126,8 +131,8 @@ def _with_recency(table: pa.Table, name: str) -> pa.Table:
         raise UserError(f"index.followed.time_column: {name!r} holds no numbers and no times")
 
     recency = np.where(column.known, column.values, -np.inf).astype(np.float64)
-    place = table.column_names.index("recency")
-    return table.set_column(place, "recency", pa.array(recency))
+    place = table.column_names.index(RECENCY)
+    return table.set_column(place, RECENCY, pa.array(recency))
 
 
 def _write_vectors(stage: Path, loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> None:

@@ -23,6 +23,7 @@ from pipeline.recommend.offline import Audience, OfflineRecommender
 from pipeline.recommend.retriever import Wish
 from pipeline.recommend.tables import lists_table
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import own_ids
 from pipeline.sequences.workers import workers
 
 SUMMARY = "recommendations.json"
@@ -144,7 +145,8 @@ def recommend_bucket(
     """The lists of one bucket's users, written to a file of `folder`."""
     cfg = from_dict(settings)
     recommender = load_recommender(cfg, model_dir)
-    table = store.read_bucket(cfg.sequence_dir, store.read_manifest(cfg.sequence_dir), task.number)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    table = store.read_bucket(cfg.sequence_dir, manifest, task.number)
     loaded = recommender.loaded
     users = user_events(table, loaded.cfg.source, loaded.cfg.features)
 
@@ -157,7 +159,8 @@ def recommend_bucket(
 
     audience = Audience(users.user_id, times, past, features)
     lists = recommender.recommend(audience, request.wish, request.task)
-    written = lists_table(users.user_id.tolist(), lists)
+    own = own_ids(cfg.sequence_dir, manifest, "user_id", users.user_id)
+    written = lists_table(own.to_numpy(zero_copy_only=False), lists)
     pq.write_table(written, folder / f"bucket-{task.number:05d}.parquet")
     return BucketResult(
         users=len(lists),

@@ -24,7 +24,7 @@ UNKNOWN = -1  # of a request column
 class UserList:
     """The K items of one user's list, the best first."""
 
-    item_id: np.ndarray  # int64 [K]
+    item_id: np.ndarray  # int64 [K], or text
     score: np.ndarray  # float32 [K], probability of the task that orders the list
     retrieval_score: np.ndarray  # float32 [K], nan where there is none
     source: list[str]
@@ -141,7 +141,7 @@ class OfflineRecommender:
     def _choose(self, retrieved: Retrieved, scores: np.ndarray, wish: Wish) -> UserList:
         places = self.retriever.choose(wish, retrieved, scores)
         return UserList(
-            item_id=self.index.catalogue.item_ids[retrieved.rows[places]],
+            item_id=self.index.catalogue.own_ids(retrieved.rows[places]),
             score=scores[places],
             retrieval_score=retrieved.scores[places],
             source=[retrieved.first_source(place) for place in places.tolist()],

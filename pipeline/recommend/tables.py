@@ -6,17 +6,6 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-COLUMNS = pa.schema(
-    [
-        pa.field("user_id", pa.int64()),
-        pa.field("place", pa.int32()),
-        pa.field("item_id", pa.int64()),
-        pa.field("score", pa.float32()),
-        pa.field("retrieval_score", pa.float32()),
-        pa.field("source", pa.string()),
-    ]
-)
-
 
 class ItemList(Protocol):
     """The K items of a list, the best first."""
@@ -34,31 +23,40 @@ class ItemList(Protocol):
     def source(self) -> list[str]: ...
 
 
-def lists_table(user_ids: Sequence[int | None], lists: Sequence[ItemList]) -> pa.Table:
+def lists_table(user_ids: np.ndarray, lists: Sequence[ItemList]) -> pa.Table:
     """The lists one behind the other; `place` 0 is best, an unknown retrieval_score is null.
 
     user_id   place   item_id   score
     3         0       10        .52
     3         1       11        .31
     8         0       10        .44
+
+    Args:
+        user_ids: int64 [B], or text as the logs have it.
     """
     lengths = [len(one.item_id) for one in lists]
-    places = [np.arange(length) for length in lengths]
-    retrieval = _joined([one.retrieval_score for one in lists])
+    places = [np.arange(length, dtype=np.int32) for length in lengths]
+    retrieval = _joined([one.retrieval_score for one in lists], np.float32)
     sources: list[str] = []
     for one in lists:
         sources += one.source
 
-    columns = [
-        pa.array(np.repeat(np.array(user_ids, object), lengths), pa.int64()),
-        pa.array(_joined(places).astype(np.int32)),
-        pa.array(_joined([one.item_id for one in lists]).astype(np.int64)),
-        pa.array(_joined([one.score for one in lists]).astype(np.float32)),
-        pa.array(retrieval.astype(np.float32), mask=np.isnan(retrieval)),
-        pa.array(sources, pa.string()),
-    ]
-    return pa.Table.from_arrays(columns, schema=COLUMNS)
+    return pa.table(
+        {
+            "user_id": _id_array(np.repeat(user_ids, lengths)),
+            "place": _joined(places, np.int32),
+            "item_id": _id_array(_joined([one.item_id for one in lists], np.int64)),
+            "score": _joined([one.score for one in lists], np.float32),
+            "retrieval_score": pa.array(retrieval, mask=np.isnan(retrieval)),
+            "source": pa.array(sources, pa.string()),
+        }
+    )
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0)
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _id_array(ids: np.ndarray) -> pa.Array:
+    """int64, or string where they are text."""
+    return pa.array(ids, pa.string() if ids.dtype == object else pa.int64())

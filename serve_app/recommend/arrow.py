@@ -10,6 +10,7 @@ The answer has a row per item: `user_id`, `place` (int32, 0 is best), `item_id`,
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -62,7 +63,7 @@ def _read_options(metadata: dict[bytes, bytes]) -> ArrowOptions:
 
 def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[RecommendedList]) -> bytes:
     """The lists, one behind the other."""
-    table = lists_table([request.user_id for request in requests], lists)
+    table = lists_table(np.array([request.user_id for request in requests], np.int64), lists)
     heads = []
     for request, one in zip(requests, lists, strict=True):
         heads.append({"user_id": request.user_id} | one.head)

@@ -13,7 +13,7 @@ class RecommendedList:
     """The K items of a list, the best first."""
 
     head: dict[str, Any]  # the fields of `RecommendResponse` that are not per item
-    item_id: np.ndarray  # int64 [K]
+    item_id: np.ndarray  # int64 [K], or text
     score: np.ndarray  # float32 [K]
     retrieval_score: np.ndarray  # float32 [K], nan where there is none
     source: list[str]

@@ -135,7 +135,7 @@ class Recommender:
         prepared.stage_s["choose"] = _seconds_since(started)
         return RecommendedList(
             head=self._head(prepared, BY_POPULARITY if retrieved.by_popularity else task),
-            item_id=self.index.catalogue.item_ids[rows],
+            item_id=self.index.catalogue.own_ids(rows),
             score=scores[places],
             retrieval_score=retrieved.scores[places],
             source=[retrieved.first_source(place) for place in places.tolist()],
@@ -249,8 +249,8 @@ class Recommender:
         nearest = np.argsort(-cosine, kind="stable")[:MOST_LIKE]
 
         found = []
-        for place in nearest.tolist():
-            item_id = int(self.index.catalogue.item_ids[seen[place]])
+        own = self.index.catalogue.own_ids(seen[nearest]).tolist()
+        for item_id, place in zip(own, nearest.tolist(), strict=True):
             found.append(LikeItem.model_construct(item_id=item_id, cosine=float(cosine[place])))
         return found
 

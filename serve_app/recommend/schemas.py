@@ -147,7 +147,7 @@ Source = Literal["model", "followed", "popular"]
 class LikeItem(BaseModel):
     """An item of the user's history."""
 
-    item_id: int
+    item_id: int | str
     cosine: float = Field(description="of its vector and the recommended item's")
 
 
@@ -168,7 +168,7 @@ class Explanation(BaseModel):
 class RecommendedItem(BaseModel):
     """One place of a list."""
 
-    item_id: int
+    item_id: int | str
     score: float = Field(description="probability of `ordered_by` from the ranking model")
     retrieval_score: float | None = Field(
         description="product with the user's vector; null without history or retrieval head"
