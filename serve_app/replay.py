@@ -118,12 +118,10 @@ def _past(
     own = evaluation_batch(users, one, loaded.maps, loaded.cfg)
     scores = candidate_probabilities(loaded.model, own.batch)
     row = int(one.target_begin[0])
-    rows = range(row, int(one.target_end[0]))
     features = _features(users.events, row)
-    asked = [
-        {"item_id": int(users.events.item_id[i]), "request_features": _features(users.events, i)}
-        for i in rows
-    ]
+    asked = []
+    for item, i in zip(own.item_id.tolist(), own.rows.tolist(), strict=True):
+        asked.append({"item_id": item, "request_features": _features(users.events, i)})
     fill = _popular(loaded.maps, num_items - len(asked), own.item_id)
     if len(fill):
         scores = np.concatenate([scores, _score_items(loaded, users, one, fill, features)])

@@ -50,6 +50,32 @@ class Events:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class UserEvents:
+    """All rows of some users, and for each row the request it belongs to."""
+
+    events: Events
+    user_id: np.ndarray  # int64 [B]
+    first_position: np.ndarray  # int64 [B]
+    request_begin: np.ndarray  # int64 [N], first row of the row's request
+    # int64 [N], rows begin..visible_end-1 of the user are strictly earlier than the request
+    visible_end: np.ndarray
+
+    @property
+    def row_user(self) -> np.ndarray:
+        """Which user each row is of, int64 [N]."""
+        return np.repeat(np.arange(len(self.user_id)), self.events.lengths)
+
+    def users_of(self, rows: np.ndarray) -> np.ndarray:
+        """Which user each of these rows is of, int64 [n]."""
+        return np.searchsorted(self.events.offsets, rows, side="right") - 1
+
+    @property
+    def request_time(self) -> np.ndarray:
+        """When each row's request was made, int64 [N], ms UTC."""
+        return self.events.event_time[self.request_begin]
+
+
 # the fields that are one column each, of every row
 PLAIN = tuple(
     field.name

@@ -13,35 +13,26 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.batches.collate import SequenceBatch, collate
-from pipeline.batches.events import Events, offsets_of, ranges, request_gaps, row_gaps
+from pipeline.batches.events import (
+    Events,
+    UserEvents,
+    offsets_of,
+    ranges,
+    request_gaps,
+    row_gaps,
+)
 from pipeline.batches.features import FeatureMaps, label_counts, positive_bits
+from pipeline.batches.negatives import (
+    Candidates,
+    negative_labels,
+    own_candidates,
+    with_negatives,
+)
 from pipeline.batches.next_items import NextItems, next_items
 from pipeline.batches.rates import candidate_features
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
 from pipeline.config import FeatureConfig, RunConfig, SourceConfig, SplitConfig, TrainConfig
 from pipeline.sequences import arrow_lists
-
-
-@dataclass(frozen=True, slots=True)
-class UserEvents:
-    """All rows of some users, and for each row the request it belongs to."""
-
-    events: Events
-    user_id: np.ndarray  # int64 [B]
-    first_position: np.ndarray  # int64 [B]
-    request_begin: np.ndarray  # int64 [N], first row of the row's request
-    # int64 [N], rows begin..visible_end-1 of the user are strictly earlier than the request
-    visible_end: np.ndarray
-
-    @property
-    def row_user(self) -> np.ndarray:
-        """Which user each row is of, int64 [N]."""
-        return np.repeat(np.arange(len(self.user_id)), self.events.lengths)
-
-    @property
-    def request_time(self) -> np.ndarray:
-        """When each row's request was made, int64 [N], ms UTC."""
-        return self.events.event_time[self.request_begin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +263,26 @@ def _cut_passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Ex
     )
 
 
+def example_candidates(
+    users: UserEvents,
+    examples: Examples,
+    maps: FeatureMaps,
+    cfg: RunConfig,
+    epoch: int | None = None,
+) -> Candidates:
+    """What these examples ask: their rows and, by `examples.negatives`, items drawn beside them.
+
+    `epoch` in training, where each draws its own; else the same for every run.
+    """
+    rows, offsets = ranges(examples.target_begin, examples.target_end)
+    if cfg.examples.negatives == 0:
+        return own_candidates(users, rows, offsets)
+
+    seed = (0,) if epoch is None else (1, cfg.seed, epoch)
+    per_positive = cfg.examples.negatives
+    return with_negatives(users, rows, offsets, maps, cfg.task_bits, per_positive, seed)
+
+
 def example_batch(
     users: UserEvents,
     examples: Examples,
@@ -280,16 +291,23 @@ def example_batch(
     *,
     training: bool,
     shared: bool = False,
+    epoch: int = 0,
+    candidates: Candidates | None = None,
 ) -> SequenceBatch:
     """These examples as one batch; `training` adds what each target may see, and labels with their
     weights; `shared`, for examples of several requests, what each target may see alone.
+
+    `candidates`: those of the examples, where they are at hand.
     """
+    if candidates is None:
+        candidates = example_candidates(users, examples, maps, cfg, epoch if training else None)
     history = users.events.take(examples.history_begin, examples.history_end)
-    rows, offsets = ranges(examples.target_begin, examples.target_end)
+    rows, offsets = candidates.rows, candidates.offsets
     lengths = np.diff(offsets)
     end_is_real = cfg.source.order_only_end_is_real
     user = np.repeat(examples.user, lengths)
     targets = target_events(users, rows, offsets, user, end_is_real)
+    targets = replace(targets, item_id=candidates.item_id)
 
     # counted over all that lies before a request, a history cut in training included
     if cfg.features.dense:
@@ -305,15 +323,13 @@ def example_batch(
         begin = np.repeat(examples.history_begin, lengths)
         visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
     if training:
-        labels, weight = target_labels(
-            users.events, rows, cfg.task_bits, cfg.train.history_label_weight
-        )
+        labels, weight = candidate_labels(users.events, candidates, cfg)
         if cfg.retrieval.enabled:
-            assert visible is not None
-            following = _next_items(users.events, rows, offsets, visible, maps, cfg)
+            following = _next_items(users, examples, maps, cfg)
             if not cfg.tasks:  # nothing to score: no candidates
                 none = np.zeros_like(lengths)
                 targets = targets.take(none, none)
+                assert visible is not None
                 visible, labels, weight = visible[:0], labels[:0], weight[:0]
 
     return collate(
@@ -330,16 +346,15 @@ def example_batch(
 
 
 def _next_items(
-    events: Events,
-    rows: np.ndarray,
-    offsets: np.ndarray,
-    visible: np.ndarray,
-    maps: FeatureMaps,
-    cfg: RunConfig,
+    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
 ) -> NextItems:
+    rows, offsets = ranges(examples.target_begin, examples.target_end)
+    begin = np.repeat(examples.history_begin, np.diff(offsets))
+    visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+
     bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
     weight = cfg.train.history_label_weight
-    return next_items(events, rows, offsets, visible, maps, bits, weight)
+    return next_items(users.events, rows, offsets, visible, maps, bits, weight)
 
 
 def history_batch(
@@ -376,6 +391,17 @@ def target_events(
         request={name: column[rows] for name, column in events.request.items()},
         outcomes={},
     )
+
+
+def candidate_labels(
+    events: Events, candidates: Candidates, cfg: RunConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """`target_labels` of candidates: a drawn item is a negative where its row is a positive."""
+    weight = cfg.train.history_label_weight
+    labels, weights = target_labels(events, candidates.rows, cfg.task_bits, weight)
+    if cfg.examples.negatives == 0:
+        return labels, weights
+    return negative_labels(candidates, labels, weights)
 
 
 def target_labels(

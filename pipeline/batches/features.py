@@ -178,8 +178,8 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
     """The maps of the published sequences under `cfg.sequence_dir`.
 
     Raises:
-        UserError: a configured column is not in its side table, or no row lies in the training
-        period.
+        UserError: a configured column is not in its side table, no row lies in the training
+        period, or the labels of a task are all alike there.
     """
     rows = _TrainingRows.read(cfg)
     items = _side_table(cfg.sequence_dir, cfg.features, "items", "item_id", rows.items)
@@ -339,6 +339,7 @@ class _TrainingRows:
         items, timed_items, users = [], [], []
         request: dict[str, list[np.ndarray]] = {name: [] for name in stored}
         positives, totals = np.zeros(len(cfg.tasks)), np.zeros(len(cfg.tasks))
+        classes = TaskCounts.none(len(cfg.tasks))
 
         for table in _buckets(cfg.sequence_dir):
             offsets = arrow_lists.list_offsets(table)
@@ -360,6 +361,8 @@ class _TrainingRows:
                 bit = np.int32(1 << cfg.source.actions.index(task))
                 totals[i] += np.count_nonzero(known & bit)
                 positives[i] += np.count_nonzero(action & known & bit)
+            weighed = training if cfg.train.history_label_weight else timed
+            classes = classes.add_rows(table, weighed, cfg.task_bits)
 
         if cfg.tasks and totals.max() == 0:
             end = "split.t_test" if cfg.split.refit else "split.t_val"
@@ -374,6 +377,9 @@ class _TrainingRows:
             values = np.unique(np.concatenate(parts)).astype(np.int64)
             known_values[name] = values[values >= 0]
 
+        refuse_one_class(cfg, classes)
+        # each drawn item is one more known label
+        totals += cfg.examples.negatives * positives
         rates = (positives / np.maximum(totals, 1)).tolist()
         return cls(
             items=vocabulary,
@@ -382,6 +388,58 @@ class _TrainingRows:
             request=known_values,
             base_rates=dict(zip(cfg.tasks, rates, strict=True)),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCounts:
+    """Labels of each task, int64 [tasks]."""
+
+    known: np.ndarray
+    positive: np.ndarray
+
+    @classmethod
+    def none(cls, num_tasks: int) -> "TaskCounts":
+        return cls(np.zeros(num_tasks, np.int64), np.zeros(num_tasks, np.int64))
+
+    def add_rows(
+        self, table: pa.Table, chosen: np.ndarray, task_bits: Sequence[int]
+    ) -> "TaskCounts":
+        """With those of the rows of SEQUENCE where `chosen`, bool [N], is true."""
+        action = arrow_lists.flat_column(table, "action_mask")[chosen]
+        known = arrow_lists.flat_column(table, "known_mask")[chosen]
+        counts = label_counts(action, known, task_bits).sum(0, dtype=np.int64)
+        num_known, num_positive = np.split(counts, 2)
+        return TaskCounts(self.known + num_known, self.positive + num_positive)
+
+
+def refuse_one_class(cfg: RunConfig, counts: TaskCounts) -> None:
+    """Go on only if every task has something to tell apart.
+
+    Raises:
+        UserError: the labels of a task are all alike in the training period, or there are none.
+    """
+    end = "split.t_test" if cfg.split.refit else "split.t_val"
+    for task, known, positive in zip(
+        cfg.tasks, counts.known.tolist(), counts.positive.tolist(), strict=True
+    ):
+        if known == 0:
+            raise UserError(
+                f"tasks: {task} is known in no row of the training period, before {end}: take it "
+                "out of tasks"
+            )
+
+        alike = f"in all {known:,} rows of the training period, before {end}, that know it"
+        if positive == 0:
+            raise UserError(
+                f"tasks: {task} is 0 {alike}: nothing can be learned of it. Take it out of tasks, "
+                "or see in source.columns how it is read"
+            )
+        if positive == known and cfg.examples.negatives == 0:
+            raise UserError(
+                f"tasks: {task} is 1 {alike}: there is nothing to tell apart. Where the logs hold "
+                "positives only, set examples.negatives, to 4 for instance: so many items are "
+                "drawn beside each"
+            )
 
 
 def _buckets(sequence_dir: Path) -> Iterator[pa.Table]:

@@ -16,14 +16,14 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.events import ranges
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
+    candidate_labels,
     cut_histories,
     example_batch,
+    example_candidates,
     request_examples,
-    target_labels,
     user_events,
 )
 from pipeline.batches.features import FeatureMaps
@@ -51,6 +51,7 @@ class Pool:
     """The examples of some buckets, shuffled and cut into steps."""
 
     number: int  # in the plan
+    epoch: int
     users: UserEvents
     examples: Examples  # whole
     loads: LoadPlan
@@ -65,6 +66,7 @@ class Share:
     users: UserEvents
     examples: Examples
     idle: bool  # no example was left for this rank: it takes the step's first, with weights of 0
+    epoch: int = 0
 
 
 class TrainLoader:
@@ -122,10 +124,12 @@ class TrainLoader:
             mine = np.zeros(1, np.int64)
 
         examples = cut_histories(pool.examples[step[mine]], cut[mine], self.cfg.train)
-        return Share(pool.users, examples, idle)
+        return Share(pool.users, examples, idle, pool.epoch)
 
     def _batch(self, share: Share) -> SequenceBatch:
-        batch = example_batch(share.users, share.examples, self.maps, self.cfg, training=True)
+        batch = example_batch(
+            share.users, share.examples, self.maps, self.cfg, training=True, epoch=share.epoch
+        )
 
         if share.idle:
             assert batch.label_weight is not None
@@ -167,7 +171,7 @@ class TrainLoader:
         whole, short = token_counts(examples, self.cfg.train)
         tokens = np.where(loads.cut, short, whole)
         steps = cut_steps(order, tokens, self.plan.steps[number], self.cfg.train)
-        return Pool(number, users, examples, loads, steps, seed)
+        return Pool(number, epoch, users, examples, loads, steps, seed)
 
     def _order(self, epoch: int) -> list[int]:
         return pool_order(len(self.plan.pools), epoch, self.cfg.seed)
@@ -192,11 +196,13 @@ class EvaluationBatch:
     """Sequences to score, and their candidates' ids, times and labels, row by row [C]."""
 
     batch: SequenceBatch
+    rows: np.ndarray  # int64 [C], of the users' events; of a drawn item the row it stands beside
     user_id: np.ndarray  # int64 [C]
     item_id: np.ndarray  # int64 [C]
     event_time: np.ndarray  # int64 [C], the request's, ms UTC
     labels: np.ndarray  # float32 [C, tasks]
     known: np.ndarray  # bool [C, tasks]
+    drawn: np.ndarray  # bool [C], items that were not observed: `examples.negatives`
 
 
 def split_bounds(cfg: SplitConfig, split: str) -> tuple[int, int]:
@@ -232,19 +238,22 @@ def evaluation_batch(
     shared: bool = False,
 ) -> EvaluationBatch:
     """The candidates of these examples; `shared` where one example holds several requests."""
-    rows, offsets = ranges(examples.target_begin, examples.target_end)
-    labels, weight = target_labels(
-        users.events, rows, cfg.task_bits, cfg.train.history_label_weight
+    candidates = example_candidates(users, examples, maps, cfg)
+    labels, weight = candidate_labels(users.events, candidates, cfg)
+    batch = example_batch(
+        users, examples, maps, cfg, training=False, shared=shared, candidates=candidates
     )
-    user = np.repeat(users.user_id[examples.user], np.diff(offsets))
 
+    rows = candidates.rows
     return EvaluationBatch(
-        batch=example_batch(users, examples, maps, cfg, training=False, shared=shared),
-        user_id=user,
-        item_id=users.events.item_id[rows],
+        batch=batch,
+        rows=rows,
+        user_id=np.repeat(users.user_id[examples.user], np.diff(candidates.offsets)),
+        item_id=candidates.item_id,
         event_time=users.events.event_time[users.request_begin[rows]],
         labels=labels,
         known=weight > 0,
+        drawn=candidates.drawn,
     )
 
 

@@ -8,6 +8,7 @@ file alone.
 
 from pipeline.config.cluster import RayConfig
 from pipeline.config.errors import ConfigError, Outage, UserError
+from pipeline.config.examples import ExampleConfig
 from pipeline.config.features import (
     ColumnFeature,
     DenseFeature,
@@ -37,6 +38,7 @@ __all__ = [
     "DenseFeature",
     "DriftConfig",
     "EvaluateConfig",
+    "ExampleConfig",
     "FeatureConfig",
     "FileFormat",
     "FollowedConfig",

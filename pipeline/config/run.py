@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config import rules
 from pipeline.config.cluster import RayConfig
 from pipeline.config.errors import require
+from pipeline.config.examples import ExampleConfig
 from pipeline.config.features import FeatureConfig, SplitConfig
 from pipeline.config.index import IndexConfig
 from pipeline.config.logs import SourceConfig
@@ -41,6 +42,7 @@ class RunConfig:
         ("is_click",),
         doc="Actions to predict; each gets a head of the model. Empty only with retrieval.enabled.",
     )
+    examples: ExampleConfig = field(default_factory=ExampleConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)

@@ -91,6 +91,8 @@ def evaluate_model(
         metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder)
     if cfg.evaluate.sample is not None:
         metrics["sample_share"] = cfg.evaluate.sample
+    if loaded.cfg.examples.negatives:  # what the metrics tell positives from
+        metrics["drawn_negatives"] = float(loaded.cfg.examples.negatives)
     _log_seconds(scores, time.perf_counter() - begin)
 
     work = {split: scores.work[split] for split in found}

@@ -38,11 +38,19 @@ class ItemCounts:
         return np.where(seen, place, len(self.item_id))
 
 
-def count_items(users: UserEvents, split: SplitConfig, task_bits: Sequence[int]) -> ItemCounts:
-    """Count the timed rows of the training period of these users."""
+def count_items(
+    users: UserEvents, split: SplitConfig, task_bits: Sequence[int], negatives: int = 0
+) -> ItemCounts:
+    """Count the timed rows of the training period of these users.
+
+    With `examples.negatives` an item is drawn about as often as it has rows: so many known labels
+    more for each positive.
+    """
     events = users.events
     chosen = (users.request_time < split.train_end_ms) & ~events.order_only
     labels = label_counts(events.action_mask[chosen], events.known_mask[chosen], task_bits)
+    labels = labels.astype(np.int64)
+    labels[:, : len(task_bits)] += negatives * labels[:, len(task_bits) :]
     return _grouped(events.item_id[chosen], np.ones(chosen.sum(), np.int64), labels)
 
 

@@ -31,7 +31,7 @@ from pipeline.batches.loader import (
     split_bounds,
     token_batches,
 )
-from pipeline.config import EvaluateConfig, RunConfig, SplitConfig
+from pipeline.config import EvaluateConfig, ExampleConfig, RunConfig, SplitConfig
 from pipeline.evaluate.item_rates import ItemCounts, count_items
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.flops import Flops
@@ -144,7 +144,8 @@ def score_users(
         bounds = split_bounds(cfg.split, split)
         scores[split] = _score_split(cfg, loaded, users, bounds)
         work[split] = _count_requests(users, request_examples(users, *bounds), cfg)
-    return PartScores(scores, work, count_items(users, cfg.split, cfg.task_bits))
+    counts = count_items(users, cfg.split, cfg.task_bits, cfg.examples.negatives)
+    return PartScores(scores, work, counts)
 
 
 def sampled_users(user_id: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -179,13 +180,15 @@ def _score_split(
         outputs = outputs.cpu()
         metrics.add(outputs.numpy(), part)
 
-        tables.append(pa.table(_candidate_columns(part) | head.prediction_columns(outputs, part)))
-        rows.append(ranges(examples.target_begin, examples.target_end)[0])
+        columns = _candidate_columns(part, cfg.examples) | head.prediction_columns(outputs, part)
+        tables.append(pa.table(columns))
+        rows.append(part.rows)
 
     if not tables:
         nothing = evaluation_batch(users, _no_examples(), loaded.maps, cfg, shared=shared)
         outputs = torch.zeros(0, len(cfg.tasks))
-        tables = [pa.table(_candidate_columns(nothing) | head.prediction_columns(outputs, nothing))]
+        columns = _candidate_columns(nothing, cfg.examples)
+        tables = [pa.table(columns | head.prediction_columns(outputs, nothing))]
         rows = [np.zeros(0, np.int64)]
 
     in_store = np.concatenate(rows)
@@ -212,12 +215,15 @@ def _no_examples() -> Examples:
     return Examples(nothing, nothing, nothing, nothing, nothing)
 
 
-def _candidate_columns(part: EvaluationBatch) -> dict[str, pa.Array]:
-    return {
+def _candidate_columns(part: EvaluationBatch, examples: ExampleConfig) -> dict[str, pa.Array]:
+    columns = {
         "user_id": pa.array(part.user_id),
         "item_id": pa.array(part.item_id),
         "event_time": pa.array(part.event_time),
     }
+    if examples.negatives:
+        columns["drawn"] = pa.array(part.drawn)
+    return columns
 
 
 def _user_columns(users: UserEvents, rows: np.ndarray, split: SplitConfig) -> dict[str, np.ndarray]:

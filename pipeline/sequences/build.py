@@ -60,7 +60,7 @@ from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
 from pipeline.sequences.quality.own_ids import name_ids
-from pipeline.sequences.quality.statistics import Statistics, log_hints
+from pipeline.sequences.quality.statistics import Statistics, log_hints, positives_only
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import side_files, write_side_table
 from pipeline.sequences.store import Bucket, Manifest
@@ -462,6 +462,13 @@ def build_version(
     checks = _check_counts(cfg, totals, new_parts)
     page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs)
     refuse_failed(checks, log_hints(totals, rules), page)
+    only = positives_only(totals, rules)
+    if only:
+        logger.warning(
+            "%s: true wherever known, logs of positives only; to train on it set "
+            "examples.negatives",
+            ", ".join(only),
+        )
 
     return compose_manifest(
         folder,

@@ -56,7 +56,7 @@ from {cfg.source.kind} |
 Prequential: the history of a request holds every strictly earlier row. NE below 1 is \
 better than the tasks' base rates.
 
-{_metric_table(cfg.tasks, cfg.split, metrics)}
+{_drawn_note(cfg)}{_metric_table(cfg.tasks, cfg.split, metrics)}
 
 ## Limits
 - Items and users not seen in the training period share one embedding row each; their scores rest \
@@ -65,6 +65,17 @@ on the history alone.
 that it never showed.
 - Loaded by this project's code from the files above; nothing in this version is executed.
 """
+
+
+def _drawn_note(cfg: RunConfig) -> str:
+    """What the negatives are, where the logs have none."""
+    if cfg.examples.negatives == 0:
+        return ""
+    return (
+        f"**Drawn negatives.** Beside each positive {cfg.examples.negatives} items that the user "
+        "has no row of up to then, drawn by popularity (`examples.negatives`), in training and in "
+        "these figures. They tell what was chosen from what was drawn, not from what was shown.\n\n"
+    )
 
 
 def _metric_table(

@@ -75,7 +75,7 @@ SAFETENSORS = {
     torch.int64: "I64",
 }
 # the sections that decide the losses
-SETTINGS = ("seed", "split", "tasks", "features", "model", "train")
+SETTINGS = ("seed", "split", "tasks", "examples", "features", "model", "train")
 
 
 @dataclass

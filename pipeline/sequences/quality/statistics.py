@@ -211,6 +211,22 @@ def log_hints(totals: Statistics, rules: LogRules) -> list[str]:
         bad = sum(totals.quarantined.get(reason, 0) for reason in reasons_of_hashes(name))
         if bad > MANY_HASHES * totals.rows_in:
             found.append(f"if {name} is a hash of 64 bits, signed or not: {as_text_advice(name)}")
+
+    for action in positives_only(totals, rules):
+        found.append(
+            f"{action} is true wherever it is known: logs of positives only, without what was "
+            "shown and not chosen. To train on it set examples.negatives"
+        )
+    return found
+
+
+def positives_only(totals: Statistics, rules: LogRules) -> list[str]:
+    """The actions that are false in no row with a real time."""
+    found = []
+    for action in rules.actions:
+        known, positive = totals.count_action(action)
+        if 0 < known == positive:
+            found.append(action)
     return found
 
 
