@@ -15,6 +15,8 @@ import yaml
 
 from pipeline import config
 
+CHECK_S = 2.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -100,12 +102,17 @@ def _print_plan(cfg: config.RunConfig, planned: dict[str, object]) -> None:
     print(text.rstrip())
 
 
-def wait_for_interrupt() -> None:
-    """Until Ctrl-C; on TERM the exit passes through here too."""
+def wait_for_interrupt(check: Callable[[], None] | None = None) -> None:
+    """Until Ctrl-C; on TERM the exit passes through here too.
+
+    `check` is called every `CHECK_S` and raises what else ends the wait.
+    """
     print("Ctrl-C stops it.", flush=True)
 
     try:
         while True:
-            time.sleep(3600)
+            time.sleep(CHECK_S)
+            if check is not None:
+                check()
     except KeyboardInterrupt:
         print("\nstopping", flush=True)

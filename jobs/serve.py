@@ -1,37 +1,74 @@
-"""Serve the champion until Ctrl-C, on a Ray cluster and an MLflow server of this job's own."""
+"""Serve the champion until Ctrl-C or SIGTERM, on a Ray cluster and an MLflow server of this job's
+own.
+
+What is in flight when it is asked to end is answered first. It ends with exit code 1 when its
+cluster dies, so that a supervisor starts it again. Where MLflow does not answer it serves the
+champion that it served last. Logs are kept under runs/NAME/serving/logs."""
 
 import json
+import logging
 import shlex
+from contextlib import ExitStack
 
 from jobs import cli
 from pipeline import tracking
-from pipeline.cluster import ray_cluster
+from pipeline.cluster import lost_processes, ray_cluster
+from pipeline.config import Outage, RunConfig
+from pipeline.tracking import PinnedModel
 from serve_app import deployment, replay
+
+logger = logging.getLogger(__name__)
 
 
 def run_job(job: cli.Job) -> None:
     cfg = job.cfg
-    with tracking.session(cfg) as tracker:
-        champion = tracker.find_champion()
-        logs = cfg.run_dir / "serving" / "logs"
-        with ray_cluster(
-            cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True, keep_logs=logs
-        ) as cluster:
+    with ExitStack() as stack:
+        champion, mlflow_url = find_champion(cfg, stack)
+        logs = deployment.make_serving_folder(cfg) / "logs"
+        cluster = stack.enter_context(
+            ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True, keep_logs=logs)
+        )
+
+        try:
             url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
-            print(
-                f"{champion.name} version {champion.version} answers at {url} (interactive: "
-                f"{url}/docs)"
-            )
-            print(f"MLflow: {tracker.server_url}")
+            print_start(cfg, champion, url, mlflow_url)
+            cli.wait_for_interrupt(require_cluster)
+        finally:
+            if not lost_processes():
+                deployment.end_server(cfg.serve)
 
-            # a request to begin with
-            body, _ = replay.demo_request(cfg)
-            body["candidates"] = body["candidates"][:5]
-            key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
-            sent = shlex.quote(json.dumps(body))
-            print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
 
-            cli.wait_for_interrupt()
+def find_champion(cfg: RunConfig, stack: ExitStack) -> tuple[PinnedModel, str]:
+    """The champion and where MLflow is; without MLflow what was served last."""
+    try:
+        tracker = stack.enter_context(tracking.session(cfg))
+    except Outage as error:
+        champion = deployment.recall_champion(cfg)
+        if champion is None:
+            raise
+        logger.warning("serving version %d, as the last time: %s", champion.version, error)
+        return champion, "does not answer"
+    return tracker.find_champion(), tracker.server_url
+
+
+def require_cluster() -> None:
+    """Raise where the cluster of this job has lost a process that it cannot live without."""
+    lost = lost_processes()
+    if lost:
+        raise Outage(f"the server is gone: its Ray cluster has lost {', '.join(lost)}")
+
+
+def print_start(cfg: RunConfig, champion: PinnedModel, url: str, mlflow_url: str) -> None:
+    """Addresses, and a request to begin with."""
+    print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")
+    print(f"MLflow: {mlflow_url}")
+    print(f"logs: {cfg.run_dir / 'serving' / 'logs'}")
+
+    body, _ = replay.demo_request(cfg)
+    body["candidates"] = body["candidates"][:5]
+    key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
+    sent = shlex.quote(json.dumps(body))
+    print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

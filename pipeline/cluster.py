@@ -35,6 +35,7 @@ OWNER = "owner"  # in a local cluster's folder: the driver's pid, locked while i
 REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, per protocol
 # This process's cluster is a private one, so nobody but us has room on it, and it does not grow.
 _is_private = False
+KEPT_LOGS = 10  # starts of the server whose logs are kept
 OURS = ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")  # in the environment while a local cluster lives
 
 
@@ -53,7 +54,7 @@ def ray_cluster(
     the RAY_ADDRESS that `ray job submit` sets, and otherwise a local cluster. Import `ray.serve`
     inside the block only: it reads its settings from the environment when it is imported.
 
-    The logs of the servers on a local cluster, which goes with its folder, are left in `keep_logs`.
+    The logs of the servers on a local cluster, which goes with its folder, lie in `keep_logs`.
 
     Raises:
         UserError: the given address has not the form of one.
@@ -75,6 +76,38 @@ def is_private(cfg: RayConfig) -> bool:
     if ray.is_initialized():
         return _is_private
     return (cfg.address or os.environ.get("RAY_ADDRESS", "local")) == "local"
+
+
+def lost_processes() -> list[str]:
+    """Names of processes of our own cluster that have ended and that it cannot live without.
+
+    Only for a cluster that this process started: of another one nothing is known.
+    """
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    if node is None or not _is_private:
+        return []
+    return [name for name, _ in node.dead_processes()]
+
+
+def keep_serve_logs(context: Any, folder: Path) -> Path:
+    """Let the logs of Serve's processes lie in `folder`, whatever becomes of a cluster of our own;
+    returns where.
+
+    Call it before anything of Serve starts. A start has a folder of its own, and the newest
+    `KEPT_LOGS` stay.
+    """
+    logs = folder / time.strftime("%Y%m%d-%H%M%S")
+    logs.mkdir(parents=True, exist_ok=True)
+
+    in_session = Path(context.address_info["session_dir"]) / "logs" / "serve"
+    if not in_session.exists():
+        in_session.symlink_to(logs)
+
+    for older in sorted(folder.iterdir())[:-KEPT_LOGS]:
+        shutil.rmtree(older, ignore_errors=True)
+    return logs
 
 
 def _joined(address: str) -> Iterator[Any]:
@@ -114,23 +147,16 @@ def _local(
     try:
         context = _started(cfg, folder, include_dashboard)
         _is_private = True
+        if keep_logs is not None:
+            keep_serve_logs(context, keep_logs)
         yield context
     finally:
         _is_private = False
         ray.shutdown()
         for name in OURS:
             os.environ.pop(name, None)
-        if keep_logs is not None:
-            _copy_server_logs(folder, keep_logs)
         shutil.rmtree(folder, ignore_errors=True)
         lock.close()
-
-
-def _copy_server_logs(folder: Path, place: Path) -> None:
-    """Leave what Serve's processes said in the place of an earlier cluster's logs."""
-    for logs in folder.glob("ray*/session_latest/logs/serve"):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(logs, place, ignore_dangling_symlinks=True)
 
 
 def _started(cfg: RayConfig, folder: Path, include_dashboard: bool) -> Any:
@@ -274,6 +300,10 @@ def serve_environment(folder: Path) -> dict[str, str]:
         # when it is done twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": os.environ.get(
             "RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response"
+        ),
+        # between an ingress' last request and its end: as long as HAProxy needs to hear of it
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": os.environ.get(
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2"
         ),
         # a client that sends nothing: Ray's hour would keep its connection
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": os.environ.get(

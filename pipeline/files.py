@@ -13,6 +13,7 @@ A process that is killed in between leaves its hidden file. Nobody reads it. Whe
 of users in it, the next writer removes it, and whoever forgets users (`sweep_staged`).
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -129,3 +130,14 @@ def folder_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file below `folder`, by its path within it, in the order of the paths."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
+
+
+def make_private_folder(folder: Path) -> None:
+    """A folder that its user alone may enter, what is in it included.
+
+    One that is there already is closed to others too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # of another user, or on a file system without modes
+    with contextlib.suppress(PermissionError):
+        folder.chmod(0o700)

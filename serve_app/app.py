@@ -172,9 +172,14 @@ class RankerWithIngress(Ranking):
     def __init__(self, args: "Arguments") -> None:
         super().__init__()
         self.args = args
+        self.api: FastAPI | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return _build_api(self, self.args)
+        self.api = _build_api(self, self.args)
+        return self.api
+
+    async def drain(self) -> int:
+        return await _drain(self.api, self.args)
 
     async def deployment_ids(self) -> list[str]:
         return [self.deployment]
@@ -237,6 +242,10 @@ class Api:
             return []
         return sorted({info.deployment for info in infos})
 
+    async def drain(self) -> int:
+        """Take nothing in any more and answer what is there; returns how much is left of it."""
+        return await _drain(self.api, self.args)
+
     async def own_counts(self) -> tuple[str, bytes]:
         """This ingress' id, and its metrics as exposition text."""
         assert self.api is not None, "Serve builds the API before it calls anything"
@@ -275,6 +284,11 @@ class Api:
             raise Unavailable from None
         except BackPressureError:
             raise Overloaded from None
+
+
+async def _drain(api: FastAPI | None, args: "Arguments") -> int:
+    assert api is not None, "Serve builds the API before it calls anything"
+    return await api.state.gate.close_and_wait(args.request_timeout_s)
 
 
 async def _wait_for(response: Any) -> Any:

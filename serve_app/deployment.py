@@ -5,8 +5,10 @@ The same on a cluster of the job's own and on one that it was submitted to. Repl
 keep their process: only `user_config` changes.
 """
 
+import asyncio
 import dataclasses
 import errno
+import json
 import logging
 import socket
 import time
@@ -21,6 +23,7 @@ import yaml
 from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import Outage, RunConfig, ServeConfig, UserError
+from pipeline.files import make_private_folder, staged_file
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
@@ -69,7 +72,7 @@ def user_config(
         "digest": store.read_manifest(cfg.sequence_dir).digest,
         "cache": str(cache_folder(cfg.runs_dir)),
         # the mapped copy of the sequences, and the events since
-        "serving": str(cfg.run_dir / "serving"),
+        "serving": str(make_serving_folder(cfg)),
         "limits": config.to_dict(cfg.serve),
     }
 
@@ -138,7 +141,52 @@ def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
     Raises:
         UserError: the version does not load, or nothing answered in time.
     """
-    return send_update(cfg.serve, dashboard_url, _checked(cfg, model))
+    url = send_update(cfg.serve, dashboard_url, _checked(cfg, model))
+    _remember_champion(cfg, model)
+    return url
+
+
+def end_server(settings: ServeConfig) -> None:
+    """Let what is in flight be answered and nothing more in, then end the server's processes."""
+    from ray import serve
+
+    ingress = "RankerReplica" if settings.one_process else "Api"
+    longest_s = settings.request_timeout_s + 1
+
+    async def drain() -> list[int]:
+        handle = serve.get_deployment_handle(ingress, APPLICATION)
+        return await handle.broadcast("drain").results_async(timeout_s=longest_s)
+
+    try:
+        left = sum(asyncio.run(drain()))
+    except Exception as error:  # half of a server has to end all the same
+        logger.warning("the server ends without draining: %s", error)
+    else:
+        logger.info("requests that were not answered in time: %d", left)
+    serve.delete(APPLICATION)
+
+
+def make_serving_folder(cfg: RunConfig) -> Path:
+    """The server's folder of a run, for its user alone: it holds what users did."""
+    folder = cfg.run_dir / "serving"
+    make_private_folder(folder)
+    return folder
+
+
+def _remember_champion(cfg: RunConfig, model: PinnedModel) -> None:
+    """Note what is served, for a start without MLflow; its files are in the cache."""
+    note = cache_folder(cfg.runs_dir) / f"{model.name}.json"
+    with staged_file(note) as stage:
+        stage.write_text(json.dumps(dataclasses.asdict(model)))
+
+
+def recall_champion(cfg: RunConfig) -> PinnedModel | None:
+    """What `deploy_model` served last of this model name, None where that is not known."""
+    note = cache_folder(cfg.runs_dir) / f"{cfg.tracking.model_name}.json"
+    try:
+        return PinnedModel(**json.loads(note.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:

@@ -1,6 +1,7 @@
 """The HTTP API without Ray: routes by subject, layers around them, answers to exceptions.
 
-    request → RequestLog → Deadline → LocalHosts → Protection → BodyLimit → Admission → a router
+    request → RequestLog → Draining → Deadline → LocalHosts → Protection → BodyLimit → Admission
+    → a router
 
 Routers are in `rank`, `recommend`, `events`, `model` and `monitoring`; layers in `limits` and
 `protection`.
@@ -13,7 +14,7 @@ from pipeline.version import package_version
 from serve_app import metrics
 from serve_app.web import events, model, monitoring, rank, recommend
 from serve_app.web.errors import add_error_handlers
-from serve_app.web.limits import Admission, BodyLimit, Deadline
+from serve_app.web.limits import Admission, BodyLimit, Deadline, Draining, Gate
 from serve_app.web.protection import ApiKeys, LocalHosts, Protection, RateLimit, RequestLog
 from serve_app.web.replica import Replica
 from serve_app.web.responses import FAILED
@@ -60,6 +61,7 @@ def make_api(
     api.state.replica = replica
     api.state.max_recommend_users = max_recommend_users
     api.state.counts = metrics.IngressMetrics()
+    api.state.gate = Gate()
 
     # From the inside out. Without a key no work is admitted and no body is waited for.
     api.add_middleware(Admission, max_wait_s=max_wait_s)
@@ -67,6 +69,7 @@ def make_api(
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
     api.add_middleware(LocalHosts, hosts=hosts)
     api.add_middleware(Deadline, timeout_s=timeout_s)
+    api.add_middleware(Draining, gate=api.state.gate)
     api.add_middleware(RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent)
     add_error_handlers(api)
 

@@ -27,6 +27,7 @@ REQUEST_WORK = 1024  # cost of a request apart from its body, in bytes of a body
 FEW = 8
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 RECENT = 0.95  # weight of the requests before, per request: the last twenty count
+ENDING_BODY_S = 0.25  # how long a client may still send to a server that ends
 QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
 STUCK_S = 3.0  # without one good answer while requests wait: no overload, nobody answers
 STRICT = 1 / 4  # the least that is left of both limits while most are refused
@@ -49,6 +50,51 @@ async def drain_body(receive: Receive, longest_s: float) -> None:
         async with asyncio.timeout(longest_s):
             while (await receive()).get("more_body", False):
                 pass
+
+
+class Draining:
+    """503 for what comes while the server ends; what it has taken in is answered first.
+
+    `/healthz` passes. Load balancers see `/readyz` fail and go elsewhere.
+    """
+
+    def __init__(self, app: ASGIApp, gate: "Gate") -> None:
+        self.app = app
+        self.gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/healthz":
+            await self.app(scope, receive, send)
+            return
+
+        if self.gate.is_closed:
+            scope.setdefault("state", {})["refused"] = "unavailable"
+            await drain_body(receive, ENDING_BODY_S)
+            answer = json_reply({"detail": "the server is ending"}, 503, {"Retry-After": "1"})
+            await answer(scope, receive, send)
+            return
+
+        self.gate.num_inside += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.gate.num_inside -= 1
+
+
+class Gate:
+    """What `Draining` lets in, and how much of it is still inside."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self.num_inside = 0
+
+    async def close_and_wait(self, longest_s: float) -> int:
+        """Let nothing in any more; returns how many are inside still, 0 unless time is up."""
+        self.is_closed = True
+        end = time.monotonic() + longest_s
+        while self.num_inside and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return self.num_inside
 
 
 class BodyLimit:

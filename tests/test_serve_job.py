@@ -1,0 +1,102 @@
+"""How the server's job begins without MLflow, ends with its cluster, and drains."""
+
+import asyncio
+import os
+import stat
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from jobs import cli
+from jobs.serve import find_champion, require_cluster
+from pipeline import cluster
+from pipeline.cluster import KEPT_LOGS, free_port, keep_serve_logs
+from pipeline.config import Outage
+from pipeline.tracking import PinnedModel
+from serve_app import deployment
+from serve_app.columns import RankColumns, RankedColumns
+from serve_app.schemas import Refusal
+from serve_app.web.api import make_api
+from tests.worlds.tiny import publish_sequences, tiny_config
+from tests.worlds.web import RANK, Fixed
+
+
+def test_what_is_in_flight_is_answered_and_nothing_else_let_in() -> None:
+    class Waiting(Fixed):
+        def __init__(self) -> None:
+            self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+
+        async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+            self.begun.set()
+            await self.go_on.wait()
+            return await super().rank(request)
+
+    async def main() -> None:
+        replica = Waiting()
+        api = make_api(replica, 2_000_000)
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            inside = asyncio.create_task(client.post("/v1/rank", json=RANK))
+            await replica.begun.wait()
+            assert await api.state.gate.close_and_wait(0.01) == 1
+
+            late = await client.post("/v1/rank", json=RANK)
+            assert (late.status_code, late.headers["Retry-After"]) == (503, "1")
+            assert (await client.get("/readyz")).status_code == 503
+            assert (await client.get("/healthz")).status_code == 200
+
+            replica.go_on.set()
+            assert await api.state.gate.close_and_wait(10) == 0
+            assert (await inside).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_without_mlflow_the_champion_of_the_last_time_is_served(tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    cfg = tiny_config(tmp_path / "runs", tracking={"uri": nowhere, "model_name": "tiny"})
+    with ExitStack() as stack, pytest.raises(Outage):
+        find_champion(cfg, stack)
+
+    model = PinnedModel(nowhere, "tiny", 3, {"config.json": "0" * 64})
+    deployment._remember_champion(cfg, model)
+    with ExitStack() as stack:
+        assert find_champion(cfg, stack) == (model, "does not answer")
+
+
+def test_the_job_ends_with_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "CHECK_S", 0.001)
+    lost: list[str] = []
+    monkeypatch.setattr("jobs.serve.lost_processes", lambda: lost)
+    require_cluster()
+    lost.append("raylet")
+    with pytest.raises(Outage, match="lost raylet"):
+        cli.wait_for_interrupt(require_cluster)
+    assert cluster.lost_processes() == [], "no cluster of ours runs"
+
+
+def test_logs_outlive_the_cluster(tmp_path: Path) -> None:
+    session = tmp_path / "session"
+    (session / "logs").mkdir(parents=True)
+    kept = tmp_path / "run" / "logs"
+    for start in range(KEPT_LOGS + 3):
+        (kept / f"2026010{start:02}-000000").mkdir(parents=True)
+
+    context = SimpleNamespace(address_info={"session_dir": str(session)})
+    folder = keep_serve_logs(context, kept)
+    (session / "logs" / "serve" / "replica.log").write_text("why it did not load")
+    assert (folder / "replica.log").read_text() == "why it did not load"
+    assert len(list(kept.iterdir())) == KEPT_LOGS
+    assert folder in list(kept.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_what_users_did_is_for_their_server_alone(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
+    model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
+    serving = Path(deployment.user_config(cfg, model)["serving"])
+    assert stat.S_IMODE(serving.stat().st_mode) == 0o700
