@@ -41,6 +41,7 @@ def test_a_day_is_appended_and_trained_on(
         jobs.pipeline.deployment, "deploy_model", lambda cfg, dashboard_url, model: "served"
     )
     monkeypatch.setattr(replay, "demo_table", lambda cfg, url: "")
+    monkeypatch.setattr(jobs.pipeline, "recommend", lambda cfg, url, served: {})
     monkeypatch.setattr(
         replay, "replay", lambda cfg, url, model_dir: replay.Report(0, 0.0, 0.0, 0.0)
     )
