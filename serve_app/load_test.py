@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from serve_app.replay import key_header
 MOST_REQUESTS = 200_000  # of one run: their bodies are made before the first is sent
 MOST_SECONDS = 3600
 NO_ANSWER, NOT_SENT = 0, -1  # in the place of an HTTP status
-TIMING = re.compile(r"ranker;dur=([0-9.]+)")
+TIMING = re.compile(r"(?:ranker|recommender);dur=([0-9.]+)")
 PERCENTILES = (50, 95, 99)
 
 
@@ -47,6 +47,8 @@ class RequestLoad:
     rate: float  # requests/s, mean of a Poisson process
     seconds: float
     candidates: int = 100
+    # items of a recommended list: /v1/recommend is asked in the place of /v1/rank
+    recommend: int | None = None
     warm_share: float = 0.5  # requests of users who asked within the last `warm_s`
     warm_s: float = 60.0
     timeout_s: float = 10.0  # of one request
@@ -64,6 +66,7 @@ class RequestLoad:
             "rate": (rate_allowed, f"above 0, and at most {MOST_REQUESTS} requests in all"),
             "seconds": (0 < self.seconds <= MOST_SECONDS, f"above 0, at most {MOST_SECONDS}"),
             "candidates": (self.candidates >= 1, "1 or more"),
+            "recommend": (self.recommend is None or self.recommend >= 1, "1 or more"),
             "warm_share": (0 <= self.warm_share <= 1, "between 0 and 1"),
             "timeout_s": (self.timeout_s > 0, "above 0"),
             "burst": (burst_allowed, "RATE:FROM:TO within --seconds"),
@@ -72,6 +75,11 @@ class RequestLoad:
             if not allowed:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def path(self) -> str:
+        """The endpoint that is asked."""
+        return "/v1/rank" if self.recommend is None else "/v1/recommend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +130,11 @@ def _draw_times(load: RequestLoad, rng: np.random.Generator) -> np.ndarray:
 
 
 def request_bodies(load: RequestLoad, asked: Arrivals, items: np.ndarray) -> list[bytes]:
-    """JSON of each request, its candidates drawn from `items`."""
+    """JSON of each request; candidates are drawn from `items`."""
+    if load.recommend is not None:
+        wanted = [{"user_id": user, "n": load.recommend} for user in asked.user.tolist()]
+        return [json.dumps(body).encode() for body in wanted]
+
     rng = np.random.default_rng([load.seed, 1])
     bodies = []
     for user in asked.user.tolist():
@@ -176,7 +188,7 @@ async def send_requests(
     async def send_one(i: int) -> None:
         due = start + asked.due_s[i]
         answers.late_ms[i] = (time.perf_counter() - due) * 1000
-        status, text, timing = await _post(session, f"{url}/v1/rank", bodies[i])
+        status, text, timing = await _post(session, f"{url}{load.path}", bodies[i])
         answers.latency_ms[i] = (time.perf_counter() - due) * 1000
 
         answers.status[i] = status
@@ -401,6 +413,12 @@ def _parser() -> argparse.ArgumentParser:
         "--candidates", type=int, default=100, help="of a request (default %(default)s)"
     )
     parser.add_argument(
+        "--recommend",
+        type=int,
+        metavar="N",
+        help="ask /v1/recommend for N items, in the place of /v1/rank with candidates",
+    )
+    parser.add_argument(
         "--warm-share",
         type=float,
         default=0.5,
@@ -420,7 +438,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = _parser().parse_args()
-    names = ("rate", "seconds", "candidates", "warm_share", "timeout_s", "seed", "burst")
+    names = [field.name for field in fields(RequestLoad) if field.name != "warm_s"]
     try:
         load = RequestLoad(**{name: getattr(options, name) for name in names})
         cfg = config.load(options.config, options.overrides)

@@ -109,6 +109,15 @@ def test_every_answer_is_counted_and_timed_from_when_it_was_due(tmp_path: Path) 
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_recommended_lists_are_asked_for_in_their_place() -> None:
+    load = RequestLoad(rate=10, seconds=1, recommend=7)
+    asked = load_test.draw_arrivals(load, np.arange(5))
+    bodies = [json.loads(body) for body in load_test.request_bodies(load, asked, np.arange(3))]
+    assert bodies == [{"user_id": user, "n": 7} for user in asked.user.tolist()]
+    assert (load.path, RequestLoad(rate=1, seconds=1).path) == ("/v1/recommend", "/v1/rank")
+    assert load_test.TIMING.search("recommender;dur=3.25")[1] == "3.25"  # pyright: ignore[reportOptionalSubscript]
+
+
 def test_a_burst_and_what_comes_after_it() -> None:
     load = RequestLoad(rate=20, seconds=40, burst=(200, 10, 20))
     asked = load_test.draw_arrivals(load, np.arange(1000))
