@@ -155,6 +155,9 @@ STARS = {"column": "stars", "at_least": 4}
         ("stars", -1, {"column": "stars", "at_least": 4, "unknown": -1}, None),
         ("stars", -1, {"column": "stars", "unknown": -1}, None),
         ("stars", 1.0, {"column": "stars", "unknown": [-1, 2]}, 1),
+        ("paid_at", 5, {"column": "paid_at", "present": True, "unknown": -1}, 1),
+        ("paid_at", -1, {"column": "paid_at", "present": True, "unknown": -1}, 0),
+        ("paid_at", "", {"column": "paid_at", "present": True}, 0),
     ],
 )
 def test_actions_by_value_and_by_threshold(column: str, value, option: dict, expected):
@@ -215,7 +218,7 @@ def test_actions_as_a_mapping_are_a_list_and_their_columns():
         ({"event_time": {"column": "t", "zone": "Europe/Bonn"}}, "event_time.zone must be a zone"),
         ({"event_time": {"column": "t", "unit": "w"}}, "event_time.unit must be one of"),
         ({"event_time": {"unit": "s"}}, "source.columns.event_time.column must be given"),
-        ({"click": {"column": "c", "equals": 1, "at_least": 1}}, "left out beside at_least"),
+        ({"click": {"column": "c", "equals": 1, "at_least": 1}}, "left out beside another rule"),
         ({"event_time": {"column": "t", "start": "2020"}}, "event_time.start must be an ISO"),
         ({"nothing": {"column": "t", "unit": "s"}}, "source.columns must be one of the log's"),
     ],

@@ -205,6 +205,9 @@ class ColumnReading:
     equals: tuple[str, ...] = setting((), doc="Of an action: the values that mean yes.")
     at_least: float | None = setting(None, doc="Of an action: numbers from here on mean yes.")
     at_most: float | None = setting(None, doc="Of an action: numbers up to here mean yes.")
+    present: bool = setting(
+        False, doc="Of an action: any value means yes; null, NaN and '' mean no."
+    )
     unknown: tuple[str, ...] = setting(
         (), doc="Of an id, an action, a request column or an outcome: values that mean unknown."
     )
@@ -234,7 +237,8 @@ class ColumnReading:
     @property
     def has_rule(self) -> bool:
         """True if a rule says which values mean yes."""
-        return bool(self.equals) or self.at_least is not None or self.at_most is not None
+        bounded = self.at_least is not None or self.at_most is not None
+        return bool(self.equals) or bounded or self.present
 
     def check(self, name: str, role: str) -> None:
         """Refuse what does not fit the log column `name`, which has this role.
@@ -248,7 +252,7 @@ class ColumnReading:
         elif name in TEXT_IDS:
             allowed |= {"unknown", "text"}
         elif role == "action":
-            allowed |= {"equals", "at_least", "at_most", "unknown"}
+            allowed |= {"equals", "at_least", "at_most", "present", "unknown"}
         elif role == "request":
             allowed |= {"unknown", "text"}
         elif role == "outcome":
@@ -266,12 +270,9 @@ class ColumnReading:
             value = getattr(self, option)
             require(value is None or math.isfinite(value), f"{key}.{option}", value, "a number")
         bounded = self.at_least is not None or self.at_most is not None
-        require(
-            not (self.equals and bounded),
-            f"{key}.equals",
-            list(self.equals),
-            "left out beside at_least and at_most",
-        )
+        alone = bool(self.equals) + bounded + self.present <= 1
+        rule = "left out beside another rule: equals, at_least and at_most, or present"
+        require(alone, f"{key}.equals", list(self.equals), rule)
         self._check_times(key)
 
     def _check_times(self, key: str) -> None:

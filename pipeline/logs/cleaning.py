@@ -224,6 +224,8 @@ def _refused_action(found: pa.DataType, reading: ColumnReading | None) -> str | 
             rule += ", or have a rule: source.actions={bought: {column: event, equals: purchase}}"
         return None if number or flag else rule
 
+    if reading.present:
+        return None
     if reading.equals:
         words = [value for value in reading.equals if as_number(value) is None]
         if number and words:

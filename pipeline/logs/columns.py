@@ -160,6 +160,7 @@ def _read_action(values: pa.Array, how: ColumnReading) -> ReadColumn:
 
     rule                   view   purchase    ''
     equals purchase        0      1           null
+    present                1      1           0
     """
     if is_text(values.type):
         values = values.cast(pa.large_string())
@@ -168,6 +169,9 @@ def _read_action(values: pa.Array, how: ColumnReading) -> ReadColumn:
     if how.unknown:
         values = without_values(values, how.unknown)
 
+    if how.present:
+        there = _with_nan_unknown(values).is_valid().to_numpy(zero_copy_only=False)
+        return ReadColumn(pa.array(there.astype(np.int64)))
     if how.equals:
         number = _with_nan_unknown(values)
         return ReadColumn(_yes_or_no(number, _is_one_of(number, how.equals)))

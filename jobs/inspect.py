@@ -1,0 +1,150 @@
+"""Look at a folder of logs and write a preset that builds, trains and serves.
+
+Prints every column with examples and what it is likely to be. Nothing is changed but the file that
+-o names.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import config
+from pipeline.config import UserError
+from pipeline.files import write_atomically
+from pipeline.logs.columns import plain_values
+from pipeline.logs.looking.guess import Guess, guess_columns
+from pipeline.logs.looking.preset import write_preset
+from pipeline.logs.looking.sample import Sample, take_sample
+from pipeline.logs.looking.side import SideGuess, guess_side
+from pipeline.logs.times import show_time
+
+EXAMPLES, WIDEST = 3, 44
+SPARSE = 0.5  # of the ids that a side table has: below it is worth a word
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.inspect",
+        description=__doc__,
+        epilog="What the settings mean: docs/guide/data.md",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", help="file, folder, pattern or bucket of logs")
+    parser.add_argument("--users", metavar="PATH", help="table of users")
+    parser.add_argument("--items", metavar="PATH", help="table of items")
+    parser.add_argument("--name", help="name of the run; the folder's by default")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the preset here; else it is printed"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
+    try:
+        inspect_logs(options)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def inspect_logs(options: argparse.Namespace) -> None:
+    """Print what the logs are likely to be, and write the preset.
+
+    Raises:
+        UserError: nothing can be read, no user, item or time is found, or the preset exists.
+    """
+    if options.output and Path(options.output).exists():
+        raise UserError(f"-o {options.output}: it is there already; name another file")
+
+    logs = take_sample(options.path, "PATH")
+    guess = guess_columns(logs.rows)
+    print_logs(logs, guess)
+    if guess.missing:
+        raise UserError(
+            f"no column of {options.path} looks like {' or '.join(guess.missing)}: copy "
+            "configs/own_logs.yaml and name it in source.columns"
+        )
+
+    sides = {}
+    for key, path in (("users", options.users), ("items", options.items)):
+        sides[key] = look_at_side(key, path, logs, guess) if path else None
+
+    name = options.name or re.sub(r"\W+", "_", Path(options.path).stem).strip("_") or "logs"
+    text = write_preset(name, logs, guess, sides["users"], sides["items"])
+    if not options.output:
+        print(f"\n{text}", end="")
+        return
+    write_atomically(Path(options.output), text)
+    config.load(options.output)  # what was written can be read
+    print(f"\nwrote {options.output}; next:")
+    print(f"  python -m jobs.build_sequences --config {options.output}")
+    print(f"  python -m jobs.train --config {options.output}")
+
+
+def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
+    """The side table, printed."""
+    ours = f"{key[:-1]}_id"
+    theirs = guess.columns.get(ours, ours)
+    sample = take_sample(path, f"--{key}")
+    side = guess_side(sample, key, plain_values(logs.rows[theirs]), theirs)
+
+    print(f"\n{key}: {describe_place(sample)}")
+    print_columns(
+        sample.rows, {side.id_column: "id"} | {n: kind_words(k) for n, k in side.features.items()}
+    )
+    print(f"{side.joined:.0%} of the logs' ids are in {side.id_column!r}", end="")
+    print(": is it the right table and column?" if side.joined < SPARSE else "")
+    return side
+
+
+def kind_words(kind: dict[str, Any]) -> str:
+    return {"quantile": "number, by quantiles"}.get(kind.get("kind", ""), "category")
+
+
+def describe_place(sample: Sample) -> str:
+    size = f"{sample.bytes / 2**20:,.1f} MB"
+    rows = f"{sample.rows.num_rows:,} rows" + ("" if sample.is_whole else " looked at")
+    left = f", {len(sample.left_out)} left out" if sample.left_out else ""
+    return f"{len(sample.files)} files, {size}{left}, {rows}"
+
+
+def print_logs(logs: Sample, guess: Guess) -> None:
+    print(f"logs: {describe_place(logs)}")
+    print_columns(logs.rows, guess.roles)
+    if guess.times is not None and len(known := guess.times.drop_null()):
+        first, last = min(known.to_pylist()), max(known.to_pylist())
+        print(f"times from {show_time(first)} to {show_time(last)}")
+    for ours in ("user_id", "item_id"):
+        theirs = guess.columns.get(ours, ours)
+        if theirs in logs.rows.column_names:
+            print(f"{len(logs.rows[theirs].unique()):,} different {theirs}")
+    if len(guess.actions) == 1 and "happened" in guess.actions:
+        print("no action is told: every row is taken as one that happened, and none that did not")
+
+
+def print_columns(rows: pa.Table, roles: dict[str, str]) -> None:
+    """A line per column: name, type, nulls, different values, examples, what it is taken for."""
+    lines = [("column", "type", "null", "different", "examples", "taken for")]
+    for name in rows.column_names:
+        column = plain_values(rows[name])
+        different = "" if pa.types.is_nested(column.type) else f"{len(column.unique()):,}"
+        null = f"{column.null_count / max(len(column), 1):.0%}"
+        examples = ", ".join(str(value) for value in column.drop_null()[:EXAMPLES].to_pylist())
+        if len(examples) > WIDEST:
+            examples = examples[: WIDEST - 1] + "…"
+        lines.append((name, str(column.type), null, different, examples, roles.get(name, "")))
+
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  " + "  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""What the columns of unknown logs are likely to be, by their names and values."""
+
+# pyarrow makes its compute functions when it is imported
+# pyright: reportAttributeAccessIssue=false
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import ColumnReading
+from pipeline.logs.columns import is_number, is_text, plain_values
+from pipeline.logs.times import guess_unit, needs_zone, read_times
+from pipeline.schema import LOG_OPTIONAL, RESERVED
+
+USER = re.compile(r"^(.*_)?(user|uid|visitor|customer|client|member|reviewer|msno|person)")
+ITEM = re.compile(
+    r"^(item|product|parent_asin|asin|video|movie|track|song|article|news|content|book|ad_?id|"
+    r"sku|campaign|business|listing|offer|doc)"
+)
+TIME = re.compile(r"(time|^ts$|date|^t_|created|_at$)")
+ORDER = re.compile(r"^(position|order|seq|step|rank|index)$")
+EVENT = re.compile(r"^(event|action|behavio|feedback|interaction|type$)")
+STARS = re.compile(r"(rating|stars?$|score|overall|grade)")
+SHARE = re.compile(r"(ratio|percent|pct|completion)")
+WATCH = re.compile(
+    r"(watch|play|dwell|listen|spent|viewed).*(ms|sec|time|length|duration)|watch_ms"
+)
+PRICE = re.compile(r"(price|amount|revenue|cost)")
+REQUEST = re.compile(
+    r"^(tab|surface|device|os|platform|page|channel|region|country|browser|slot|is_organic)"
+)
+FORMATS = (
+    "%m/%d/%Y %I:%M:%S %p",
+    "%m %d, %Y",
+    "%d.%m.%Y %H:%M",
+    "%d/%m/%Y %H:%M:%S",
+    "%Y/%m/%d %H:%M:%S",
+    "%Y%m%d",
+)
+MOST_ACTIONS, MOST_VALUES = 8, 50
+SHARE_OF_STARS = 0.8  # 4 of 5, 8 of 10
+
+
+@dataclass
+class Guess:
+    """How a log is read: as in `source`, and why."""
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    actions: dict[str, Any] = field(default_factory=dict)
+    request: list[str] = field(default_factory=list)
+    outcomes: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)  # column of the files -> what it is
+    times: pa.Array | None = None  # int64 ms of the sample
+    missing: list[str] = field(default_factory=list)  # what no column was found for
+
+
+def guess_columns(rows: pa.Table) -> Guess:
+    """The columns' meanings from some of the rows."""
+    values = {name: plain_values(rows[name]) for name in rows.column_names}
+    guess = Guess()
+    _guess_time(values, guess)
+    _guess_ids(values, guess)
+    _guess_actions(values, guess)
+    _guess_others(values, guess)
+    for name in values:
+        if name in (*LOG_OPTIONAL, "row_digest") and name not in guess.columns:
+            guess.columns[name] = ""
+    return guess
+
+
+def plain_name(name: str) -> str:
+    """A column's name in lower case with single underscores: userID:token as userid."""
+    return re.sub(r"[^a-z0-9]+", "_", name.partition(":")[0].lower()).strip("_")
+
+
+def log_name(text: str, taken: set[str]) -> str:
+    """A name of ours for an action or a column that no other has."""
+    name = plain_name(text) or "value"
+    while name in taken or name in RESERVED:
+        name += "_"
+    return name
+
+
+def _left(values: dict[str, pa.Array], guess: Guess) -> list[str]:
+    return [name for name in values if name not in guess.roles]
+
+
+# Time ------------------------------------------------------------------------
+
+
+def _guess_time(values: dict[str, pa.Array], guess: Guess) -> None:
+    """The column whose values are times, one with the name of a time first; an order, else."""
+    found: list[tuple[bool, bool, int, str, dict[str, Any]]] = []
+    for name, column in values.items():
+        option = time_option(name, column)
+        if option is not None:
+            named = bool(TIME.search(plain_name(name)))
+            is_fine = not pa.types.is_date(column.type)
+            found.append((named, is_fine, -len(found), name, option))
+    if not found:
+        for name, column in values.items():
+            counted = TIME.search(plain_name(name)) or ORDER.search(plain_name(name))
+            if counted and is_number(column.type):
+                order: dict[str, Any] = {"unit": "s", "start": "2020-01-01T00:00:00+00:00"}
+                found.append((True, True, -len(found), name, order))
+    if not found:
+        guess.missing.append("event_time")
+        return
+
+    *_, name, option = max(found, key=lambda one: one[:3])
+    guess.columns["event_time"] = {"column": name, **option} if option else name
+    guess.roles[name] = "time" + (f", {_words(option)}" if option else "")
+    guess.times = read_times(values[name], ColumnReading(column=name, **option))
+
+
+def _words(option: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in option.items())
+
+
+def time_option(name: str, column: pa.Array) -> dict[str, Any] | None:
+    """The options with which the values are times of our days; None where they are none."""
+    column = column.drop_null().slice(0, 1000)
+    kind = column.type
+    if len(column) == 0:
+        return None
+    if needs_zone(kind):
+        return {"zone": "UTC"}
+    if pa.types.is_timestamp(kind):
+        return {}
+    if is_number(kind):
+        number = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        number = number[np.isfinite(number) & (number > 0)]
+        unit = guess_unit(number)
+        return {} if unit == "ms" else None if unit is None else {"unit": unit}
+    if not is_text(kind):
+        return None
+
+    # numbers as text may be ids or counts
+    numbers = pc.all(pc.match_substring_regex(column, r"^\s*-?[\d.]+\s*$")).as_py()
+    if numbers:
+        return time_option(name, column.cast(pa.float64()))
+    options: list[dict[str, Any]] = [{}, {"zone": "UTC"}]
+    options += [{"format": form, "zone": "UTC"} for form in FORMATS]
+    for option in options:
+        times = read_times(column, ColumnReading(column=name, **option))
+        if times.null_count <= 0.01 * len(times):
+            return option
+    return None
+
+
+# Ids -------------------------------------------------------------------------
+
+
+def _guess_ids(values: dict[str, pa.Array], guess: Guess) -> None:
+    """By name; without names the first column with fewer values than rows is the user, and the one
+    with the most values of the others the item.
+    """
+    for ours, pattern in (("user_id", USER), ("item_id", ITEM)):
+        named = [name for name in _left(values, guess) if pattern.match(plain_name(name))]
+        named = [name for name in named if not _is_flag(values[name])]
+        exact = [name for name in named if re.search(r"id$|asin$", plain_name(name))]
+        choice = (exact or named)[:1]
+        if not choice:
+            choice = _by_values(values, guess, ours)
+        if not choice:
+            guess.missing.append(ours)
+            continue
+
+        name = choice[0]
+        guess.roles[name] = "user" if ours == "user_id" else "item"
+        if name != ours:
+            guess.columns[ours] = name
+
+
+def _by_values(values: dict[str, pa.Array], guess: Guess, ours: str) -> list[str]:
+    found = []
+    for name in _left(values, guess):
+        column = values[name]
+        if not pa.types.is_integer(column.type) and not is_text(column.type):
+            continue
+        distinct, rows = pc.count_distinct(column).as_py(), len(column)
+        if rows <= 2 * MOST_ACTIONS or not MOST_ACTIONS < distinct <= rows * 0.95:
+            continue
+        found.append((name, distinct))
+    if ours == "user_id":
+        return [name for name, _ in found[:1]]
+    return [name for name, _ in sorted(found, key=lambda one: -one[1])[:1]]
+
+
+def _is_flag(column: pa.Array) -> bool:
+    """True for values of 0 and 1, true and false, with -1 or null for unknown."""
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        return True
+    if not is_number(kind):
+        return False
+    number = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    distinct = set(np.unique(number[~np.isnan(number)]).tolist())
+    return distinct <= {-1.0, 0.0, 1.0} and len(distinct) > 0
+
+
+# Actions ---------------------------------------------------------------------
+
+
+def _guess_actions(values: dict[str, pa.Array], guess: Guess) -> None:
+    """Columns of 0 and 1, an event type, stars, shares; else every row is one action."""
+    taken: set[str] = set()
+    for name in _left(values, guess):
+        column, plain = values[name], plain_name(name)
+        if EVENT.match(plain) or (name.startswith("column_") and _are_words(column)):
+            _add_event_type(name, column, guess, taken)
+        elif _is_flag(column) and not REQUEST.match(plain):
+            ours = log_name(name, taken)
+            number = column.cast(pa.float64(), safe=False) if is_number(column.type) else None
+            option: dict[str, Any] = {"column": name}
+            if number is not None and pc.any(pc.equal(number, -1)).as_py():
+                option["unknown"] = -1
+            guess.actions[ours] = None if ours == name and len(option) == 1 else option
+            guess.roles[name] = f"action {ours}"
+        elif (STARS.search(plain) or SHARE.search(plain)) and is_number(column.type):
+            top = pc.max(column).as_py()
+            if top is None or top <= 0:
+                continue
+            share = SHARE_OF_STARS if STARS.search(plain) else 0.5
+            ours = log_name("liked" if STARS.search(plain) else "long", taken)
+            bound = round(float(top) * share, 2)
+            guess.actions[ours] = {"column": name, "at_least": bound}
+            guess.roles[name] = f"action {ours}: from {bound:g} on, of {float(top):g}"
+        taken |= set(guess.actions)
+
+    if not guess.actions:
+        # no good row is without a user
+        user = next((name for name, role in guess.roles.items() if role == "user"), None)
+        if user is not None:
+            guess.actions["happened"] = {"column": user, "present": True}
+
+
+def _are_words(column: pa.Array) -> bool:
+    """True for a few different short words, as a column without a name has for its actions."""
+    if not is_text(column.type) or pc.count_distinct(column).as_py() > MOST_ACTIONS:
+        return False
+    return bool(pc.all(pc.match_substring_regex(column, r"^[A-Za-z_ -]{1,20}$")).as_py())
+
+
+def _add_event_type(name: str, column: pa.Array, guess: Guess, taken: set[str]) -> None:
+    counts = column.drop_null().value_counts()
+    if not 1 <= len(counts) <= MOST_VALUES:
+        return
+    ordered = sorted(counts.to_pylist(), key=lambda one: -one["counts"])[:MOST_ACTIONS]
+    for one in ordered:
+        ours = log_name(str(one["values"]), taken | set(guess.actions))
+        guess.actions[ours] = {"column": name, "equals": one["values"]}
+    guess.roles[name] = f"event type: {', '.join(str(one['values']) for one in ordered)}"
+
+
+# The rest --------------------------------------------------------------------
+
+
+def _guess_others(values: dict[str, pa.Array], guess: Guess) -> None:
+    """Request columns, watch time and prices."""
+    taken = set(guess.actions)
+    for name in _left(values, guess):
+        column, plain = values[name], plain_name(name)
+        if WATCH.search(plain) and is_number(column.type) and "watch_ms" not in guess.columns:
+            number = column.drop_null().cast(pa.float64(), safe=False).to_numpy()
+            in_seconds = len(number) > 0 and np.nanmedian(number) < 1000
+            guess.columns["watch_ms"] = {"column": name, "unit": "s"} if in_seconds else name
+            guess.roles[name] = "watch time, " + ("seconds" if in_seconds else "milliseconds")
+        elif PRICE.search(plain) and is_number(column.type):
+            ours = log_name(name, taken)
+            guess.outcomes.append(ours)
+            if ours != name:
+                guess.columns[ours] = name
+            guess.roles[name] = "outcome"
+        elif REQUEST.match(plain) and pc.count_distinct(column).as_py() <= MOST_VALUES:
+            ours = log_name(name, taken)
+            guess.request.append(ours)
+            if is_text(column.type):
+                guess.columns[ours] = {"column": name, "text": True}
+            elif ours != name:
+                guess.columns[ours] = name
+            guess.roles[name] = "request column"

@@ -1,0 +1,75 @@
+"""Which columns of a table of users or items are worth an embedding."""
+
+# pyarrow makes its compute functions when it is imported
+# pyright: reportAttributeAccessIssue=false
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.logs.columns import is_number, is_text, plain_values
+from pipeline.logs.looking.guess import ITEM, USER, plain_name
+from pipeline.logs.looking.sample import Sample
+
+MOST_CATEGORIES = 5000
+FEW_NUMBERS = 32  # different whole numbers up to here are categories
+WORTH = 0.5  # of a category's values, the share of rows that may be alone with theirs
+MOST_FEATURES = 8
+
+
+@dataclass
+class SideGuess:
+    """A side table as in `source`, and its columns as in `features`."""
+
+    sample: Sample
+    id_column: str
+    joined: float  # share of the logs' sampled ids that the sampled table has
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGuess:
+    """The table of `side`, users or items; `ids` are the logs', from their column `id_name`."""
+    columns = {name: plain_values(sample.rows[name]) for name in sample.rows.column_names}
+    wanted = set(_texts(ids))
+    pattern = USER if side == "users" else ITEM
+    shares: dict[str, float] = {}
+    for name, column in columns.items():
+        is_id = pa.types.is_integer(column.type) or is_text(column.type)
+        if is_id and pc.count_distinct(column).as_py() == len(column):
+            shares[name] = len(wanted & set(_texts(column))) / max(len(wanted), 1)
+
+    def fitness(name: str) -> tuple[float, bool, bool]:
+        return round(shares[name], 2), name == id_name, bool(pattern.match(plain_name(name)))
+
+    best = max(shares, key=fitness, default=next(iter(columns)))
+    guess = SideGuess(sample, best, shares.get(best, 0))
+    for name, column in columns.items():
+        kind = _feature(column) if name != guess.id_column else None
+        if kind is not None and len(guess.features) < MOST_FEATURES:
+            guess.features[name] = kind
+    return guess
+
+
+def _texts(column: pa.Array) -> list[str]:
+    return [str(value) for value in column.drop_null().unique().to_pylist()]
+
+
+def _feature(column: pa.Array) -> dict[str, Any] | None:
+    """How a column becomes an embedding; None where it is no good for that."""
+    kind, known = column.type, column.drop_null()
+    if len(known) == 0 or pa.types.is_nested(kind):
+        return None
+    distinct = pc.count_distinct(known).as_py()
+    if distinct < 2:
+        return None
+    if is_number(kind) and not (pa.types.is_integer(kind) and distinct <= FEW_NUMBERS):
+        number = known.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        return {"dim": 8, "kind": "quantile"} if np.isfinite(number).any() else None
+    if distinct > min(MOST_CATEGORIES, max(WORTH * len(known), 2)):
+        return None
+    if is_number(kind) or is_text(kind) or pa.types.is_boolean(kind):
+        return {"dim": 8}
+    return None

@@ -1,0 +1,230 @@
+"""`jobs.inspect` on small look-alikes of public logs: each builds by what it writes and at most
+three edits.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import inspect
+from pipeline import config
+from pipeline.batches.features import fit_features
+from pipeline.sequences import build, store
+from tests.worlds.logs import here
+
+__all__ = ["here"]
+
+START = int(datetime(2020, 3, 1, tzinfo=UTC).timestamp())
+ROWS = 400
+
+
+class Draw:
+    """The columns that most logs have, drawn with one seed."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+        self.user = self.rng.integers(1, 30, ROWS)
+        self.item = self.rng.integers(100, 160, ROWS)
+        self.seconds = START + np.sort(self.rng.integers(0, 10 * 86_400, ROWS))
+
+    def choice(self, *values: object) -> list:
+        return self.rng.choice(np.array(values, object), ROWS).tolist()
+
+    def local(self, form: str) -> list[str]:
+        return [datetime.fromtimestamp(int(s), UTC).strftime(form) for s in self.seconds]
+
+
+def write_csv(path: Path, columns: dict, separator: str = ",", *, header: bool = True) -> None:
+    lines = [separator.join(columns)] if header else []
+    for row in zip(*columns.values(), strict=True):
+        lines.append(separator.join("" if value is None else str(value) for value in row))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def retail_rocket(folder: Path, draw: Draw) -> None:
+    events = draw.choice("view", "addtocart", "transaction")
+    bought = [7 if event == "transaction" else None for event in events]
+    columns = {"timestamp": draw.seconds * 1000, "visitorid": draw.user, "event": events}
+    write_csv(folder / "events.csv", columns | {"itemid": draw.item, "transactionid": bought})
+
+
+def rees46(folder: Path, draw: Draw) -> None:
+    columns = {
+        "event_time": draw.local("%Y-%m-%d %H:%M:%S UTC"),
+        "event_type": draw.choice("view", "cart", "remove_from_cart", "purchase"),
+        "product_id": draw.item,
+        "category_id": draw.item * 10**15,
+        "category_code": draw.choice("electronics.phone", None),
+        "brand": draw.choice("acme", None),
+        "price": np.round(draw.rng.random(ROWS) * 100, 2),
+        "user_id": draw.user,
+        "user_session": draw.choice("a-1", "b-2"),
+    }
+    write_csv(folder / "2020-Mar.csv", columns)
+
+
+def taobao(folder: Path, draw: Draw) -> None:
+    category = draw.item % 7 + 2_000_000
+    event = draw.choice("pv", "buy", "cart", "fav")
+    columns = dict(zip("abcde", (draw.user, draw.item, category, event, draw.seconds), strict=True))
+    write_csv(folder / "UserBehavior.csv", columns, header=False)
+
+
+def mind(folder: Path, draw: Draw) -> None:
+    """MIND's behaviors.tsv, with its impressions spread out: a row of it holds a list of them."""
+    columns = {
+        "impression_id": np.arange(ROWS) // 4,
+        "user_id": [f"U{user}" for user in draw.user],
+        "time": draw.local("%m/%d/%Y %I:%M:%S %p"),
+        "news_id": [f"N{item}" for item in draw.item],
+        "clicked": draw.choice(0, 0, 1),
+    }
+    write_csv(folder / "behaviors.tsv", columns, "\t")
+
+
+def yambda(folder: Path, draw: Draw) -> None:
+    """Times are seconds from the log's own beginning."""
+    columns = {
+        "uid": pa.array(draw.user, pa.uint32()),
+        "timestamp": pa.array(draw.seconds - START, pa.uint32()),
+        "item_id": pa.array(draw.item, pa.uint32()),
+        "is_organic": pa.array(draw.choice(0, 1), pa.uint8()),
+        "played_ratio_pct": pa.array(draw.rng.integers(0, 101, ROWS), pa.uint16()),
+        "track_length_seconds": pa.array(draw.rng.integers(60, 300, ROWS), pa.uint32()),
+    }
+    pq.write_table(pa.table(columns), folder / "listens.parquet")
+
+
+def lastfm(folder: Path, draw: Draw) -> None:
+    columns = {
+        "userid": [f"user_{user:06}" for user in draw.user],
+        "timestamp": draw.local("%Y-%m-%dT%H:%M:%SZ"),
+        "artid": draw.choice("f1b1cf71-bd35-4e99-8624-24a6e15f133a", ""),
+        "artname": [f'The 12" {item // 2}' for item in draw.item],
+        "traid": ["" if item % 5 == 0 else f"track-{item}" for item in draw.item],
+        "traname": [f"Song {item}" for item in draw.item],
+    }
+    write_csv(
+        folder / "userid-timestamp-artid-artname-traid-traname.tsv", columns, "\t", header=False
+    )
+
+
+def criteo(folder: Path, draw: Draw) -> None:
+    """The attribution set: seconds from the beginning, -1 for what never happened."""
+    columns = {
+        "timestamp": draw.seconds - START,
+        "uid": draw.user,
+        "campaign": draw.item,
+        "conversion": draw.choice(0, 1),
+        "conversion_timestamp": draw.choice(-1, 100),
+        "click": draw.choice(0, 1),
+        "cost": np.round(draw.rng.random(ROWS), 4),
+        "cat1": draw.rng.integers(0, 9, ROWS),
+    }
+    write_csv(folder / "criteo.tsv", columns, "\t")
+
+
+def amazon(folder: Path, draw: Draw) -> None:
+    lines = []
+    for user, item, seconds in zip(draw.user, draw.item, draw.seconds, strict=True):
+        row = {"reviewerID": f"A{user}", "asin": f"{item:010}", "overall": float(user % 5 + 1)}
+        row |= {"reviewText": "good", "unixReviewTime": int(seconds), "helpful": [2, 3]}
+        row |= {"style": {"Color:": "red"}} if item % 2 else {}
+        lines.append(json.dumps(row))
+    (folder / "reviews.json").write_text("\n".join(lines))
+
+
+# what is looked at · the edits · the actions, and how many of the rows each has
+SHAPES: dict[str, tuple[Callable[[Path, Draw], None], list[str], set[str]]] = {
+    "retail_rocket": (retail_rocket, [], {"view", "addtocart", "transaction"}),
+    "rees46": (rees46, [], {"view", "cart", "remove_from_cart", "purchase"}),
+    "taobao": (taobao, [], {"pv", "buy", "cart", "fav"}),
+    "mind": (mind, [], {"clicked"}),
+    "yambda": (yambda, [], {"long"}),
+    "lastfm": (lastfm, ["source.columns.item_id=column_6"], {"happened"}),
+    "criteo": (criteo, [], {"conversion", "click"}),
+    "amazon": (amazon, [], {"liked"}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_public_log_builds_by_what_is_written(
+    here: None, tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]
+):
+    write, edits, actions = SHAPES[shape]
+    assert len(edits) <= 3
+    (tmp_path / "logs").mkdir()
+    draw = Draw()
+    write(tmp_path / "logs", draw)
+    preset = tmp_path / "preset.yaml"
+    inspect.main([str(tmp_path / "logs"), "-o", str(preset)])
+    assert f"wrote {preset}" in capsys.readouterr().out
+
+    cfg = config.load(preset, [f"runs_dir={tmp_path}", "sequences.num_buckets=2", *edits])
+    assert set(cfg.source.actions) == actions
+    manifest = build.build_sequences(cfg)
+    lost = sum(rows for why, rows in manifest.quarantined.items() if why != "null_item_id")
+    assert manifest.rows_in == ROWS
+    assert manifest.num_rows > 0.9 * (ROWS - manifest.quarantined.get("null_item_id", 0))
+    assert lost < 0.05 * ROWS
+    assert manifest.num_users == len(np.unique(draw.user))
+    assert cfg.split.val_ms < cfg.split.test_ms < manifest.last_event_ms
+    fit_features(cfg)
+
+    # every action of the logs is there, and not in all rows, but where there is no other kind
+    rows = store.read_sequences(cfg.sequence_dir)
+    masks = rows["action_mask"].combine_chunks().flatten().to_numpy()
+    for bit, action in enumerate(cfg.source.actions):
+        share = ((masks >> bit) & 1).mean()
+        assert share == 1 if action == "happened" else 0 < share < 1
+
+
+def test_side_tables_are_joined_and_their_features_written(
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    draw = Draw()
+    (tmp_path / "logs").mkdir()
+    retail_rocket(tmp_path / "logs", draw)
+    items = {"id": np.arange(100, 160), "genre": [f"g{i % 3}" for i in range(60)]}
+    items |= {"length": np.arange(60) / 7, "title": [f"t{i}" for i in range(60)]}
+    pq.write_table(pa.table(items), tmp_path / "items.parquet")
+    write_csv(
+        tmp_path / "users.csv", {"visitorid": range(1000, 1030), "country": ["de", "fr"] * 15}
+    )
+    preset = tmp_path / "preset.yaml"
+    where = ["--items", str(tmp_path / "items.parquet"), "--users", str(tmp_path / "users.csv")]
+    inspect.main([str(tmp_path / "logs"), *where, "-o", str(preset)])
+    out = capsys.readouterr().out
+    assert "100% of the logs' ids are in 'id'" in out
+    assert "0% of the logs' ids are in 'visitorid': is it the right table" in out
+    cfg = config.load(preset, [f"runs_dir={tmp_path}"])
+    assert {name: kind.kind for name, kind in cfg.features.item.items()} == {
+        "genre": "categorical",
+        "length": "quantile",
+    }
+    assert cfg.source.users is not None
+    assert cfg.source.users.id_column == "visitorid"
+
+
+def test_what_cannot_be_looked_at_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "notes.csv").write_text("name,note\na,b\nc,d\n")
+    (tmp_path / "there.yaml").write_text("name: x\n")
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "PATH: no Parquet, CSV or JSON lines at"),
+        ([str(tmp_path / "notes.csv")], "looks like event_time or user_id or item_id"),
+        ([str(tmp_path), "-o", str(tmp_path / "there.yaml")], "is there already"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            inspect.main(arguments)
+        assert stopped.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert message in err
