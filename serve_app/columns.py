@@ -4,15 +4,15 @@ go out as.
     JSON  → RankRequest ─┐                                          ┌→ RankResponse → JSON
     Arrow ───────────────┴→ RankColumns → ranker → RankedColumns ───┴→ Arrow
 
-The Arrow body is one IPC stream: a column `item_id` (int64) and a column per request feature
-(int32, null where the request's own holds), and in the schema's metadata, under `rank`, the rest of
-the request as the JSON of `RankHead`.
-The answer has `item_id`, `score.<task>` (float32) and `place` (int32, 0 is best), and its other
-fields under `rank`."""
+The Arrow body is one IPC stream: a column `item_id` (int64, or string) and a column per request
+feature (int32, null where the request's own holds), and in the schema's metadata, under `rank`, the
+rest of the request as the JSON of `RankHead`. The answer has `item_id`, `score.<task>` (float32)
+and `place` (int32, 0 is best), and its other fields under `rank`.
+"""
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,14 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from pipeline.logs.ids import LONGEST_ID, text_codes
+from serve_app.ids import TextId, id_text
 from serve_app.schemas import RankHead, RankRequest, RankResponse, Refusal
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 HEAD = b"rank"  # the metadata key
 UNKNOWN = -1  # of a request column
+ID_TYPES = (pa.int64(), pa.string(), pa.large_string())
 
 
 class BadBody(ValueError):
@@ -43,6 +46,7 @@ class RankColumns:
     item_id: np.ndarray  # int64 [C]
     # int32 [C], -1 is unknown; a column that is left out is the request's
     features: Mapping[str, np.ndarray]
+    item_text: Sequence[str] | None = None  # [C], of ids that are text; `item_id` has their codes
 
     @property
     def user_id(self) -> int | None:
@@ -60,11 +64,13 @@ class RankColumns:
     @classmethod
     def of(cls, request: RankRequest) -> "RankColumns":
         asked, shared = request.candidates, request.request_features
+        items = [candidate.item_id for candidate in asked]
         names = {name for candidate in asked for name in candidate.request_features}
         head = {name: getattr(request, name) for name in RankHead.model_fields}
         return cls(
             head=RankHead.model_construct(**head),  # validated already
-            item_id=np.array([candidate.item_id for candidate in asked], np.int64),
+            item_id=np.array(items, np.int64),
+            item_text=_texts_of(items),
             features={
                 name: np.array(
                     [c.request_features.get(name, shared.get(name, UNKNOWN)) for c in asked],
@@ -85,17 +91,13 @@ class RankColumns:
         head = _read_head(table.schema.metadata or {})
         if table.num_rows == 0:
             raise BadBody([Refusal.of(["body", "item_id"], "at least one candidate", 0)])
-        item_id = table["item_id"].to_numpy()
-        if item_id.min() < 0:
-            raise BadBody(
-                [Refusal.of(["body", "item_id"], "must be 0 or more", int(item_id.min()))]
-            )
+        item_id, item_text = read_ids(table, "item_id")
         features = {}
         for name in table.column_names:
             if name != "item_id":
                 shared = head.request_features.get(name, UNKNOWN)
                 features[name] = table[name].fill_null(shared).to_numpy()
-        return cls(head, item_id, features)
+        return cls(head, item_id, features, item_text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class RankedColumns:
     scores: dict[str, np.ndarray]  # task -> float32 [C]
     order: np.ndarray  # int64 [C], the rows best first
     ranker_ms: float | None = None  # of the pass that it was part of: a header of its own
+    item_text: Sequence[str] | None = None  # as of `RankColumns`
 
     @property
     def model_version(self) -> int:
@@ -123,7 +126,7 @@ class RankedColumns:
     def response(self) -> RankResponse:
         return RankResponse.model_construct(
             **self.head,
-            item_ids=self.item_id.tolist(),
+            item_ids=self.item_id.tolist() if self.item_text is None else list(self.item_text),
             scores={task: values.tolist() for task, values in self.scores.items()},
             order=self.order.tolist(),
         )
@@ -131,7 +134,8 @@ class RankedColumns:
     def to_arrow(self) -> bytes:
         place = np.empty(len(self.order), np.int32)
         place[self.order] = np.arange(len(self.order), dtype=np.int32)
-        columns = {"item_id": self.item_id} | {
+        items = self.item_id if self.item_text is None else pa.array(self.item_text, pa.string())
+        columns = {"item_id": items} | {
             f"score.{task}": values for task, values in self.scores.items()
         }
         table = pa.table(columns | {"place": place}).replace_schema_metadata(
@@ -144,7 +148,7 @@ class RankedColumns:
 
 
 def read_stream(body: bytes, ids: str) -> pa.Table:
-    """The stream's batches: a column `ids` (int64, no nulls) and others of int32.
+    """The stream's batches: a column `ids` (int64 or text, no nulls) and others of int32.
 
     Every type and buffer is checked first: a body may claim what it does not hold.
 
@@ -176,9 +180,49 @@ def _check_schema(schema: pa.Schema, ids: str) -> None:
     if schema.names.count(ids) != 1 or len(set(schema.names)) != len(schema.names):
         raise BadBody([Refusal.of(["body"], f"one column {ids}, and no name twice", schema.names)])
     for field in schema:
-        wanted = pa.int64() if field.name == ids else pa.int32()
-        if field.type != wanted:
-            raise BadBody([Refusal.of(["body", field.name], f"must be {wanted}", field.type)])
+        allowed = ID_TYPES if field.name == ids else (pa.int32(),)
+        if field.type not in allowed:
+            rule = f"must be {' or '.join(map(str, allowed))}"
+            raise BadBody([Refusal.of(["body", field.name], rule, field.type)])
+
+
+def read_ids(table: pa.Table, name: str) -> tuple[np.ndarray, list[str] | None]:
+    """A column of ids that `read_stream` let pass: int64 [n], and the texts where they are text.
+
+    Raises:
+        BadBody: one is negative, empty or too long.
+    """
+    if table.schema.field(name).type == pa.int64():
+        ids = table[name].to_numpy()
+        if ids.min(initial=0) < 0:
+            raise BadBody([Refusal.of(["body", name], "must be 0 or more", int(ids.min()))])
+        return ids, None
+
+    texts = table[name].to_pylist()
+    for text in texts:
+        if not 0 < len(text) <= LONGEST_ID:
+            rule = f"must be text of 1 to {LONGEST_ID} characters"
+            raise BadBody([Refusal.of(["body", name], rule, text)])
+    return text_codes(texts), texts
+
+
+def _texts_of(items: Sequence[int]) -> list[str] | None:
+    """The texts of candidates that are text.
+
+    Raises:
+        BadBody: some are text and some are integers.
+    """
+    kinds = set(map(type, items))
+    if TextId not in kinds:
+        return None
+    texts = []
+    for place, item in enumerate(items):
+        text = id_text(item)
+        if text is None:
+            where = ["body", "candidates", place, "item_id"]
+            raise BadBody([Refusal.of(where, "must be text like those of the others", item)])
+        texts.append(text)
+    return texts
 
 
 def _is_compressed(message: pa.ipc.Message) -> bool:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.schema import WATCH_MS
+from serve_app.ids import Id, IdForm
 
-Id = Annotated[int, Field(ge=0, lt=2**63)]
+Milliseconds = Annotated[int, Field(ge=0, lt=2**63)]
 TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
 # The bound makes pydantic read the text as UTF-8, which has no lone surrogates ("\ud800"): they
 # would fail between processes, beyond any check.
@@ -45,7 +46,7 @@ class PostedRow(StrictModel):
         description="did the user do it: true or false; an action left out is unknown",
     )
     request_features: RequestFeatures = Field(default_factory=dict)
-    watch_ms: Id | None = None
+    watch_ms: Milliseconds | None = None
     outcomes: Outcomes = Field(
         default_factory=dict,
         description="numbers that came with it, such as a price; one left out is unknown",
@@ -150,7 +151,7 @@ class RankResponse(BaseModel):
 
     model_version: int
     request_time_ms: int
-    item_ids: list[int]
+    item_ids: list[int | str] = Field(description="as the request has them")
     scores: dict[str, list[float]] = Field(description="task -> probability of each candidate")
     order: list[int] = Field(
         description="by falling score of `ordered_by`; equal scores keep the request's order"
@@ -190,7 +191,7 @@ class Event(PostedRow):
     request_features: dict[Name, Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default_factory=dict
     )
-    request_id: Annotated[int, Field(ge=0, lt=2**63 - 1)] | None = Field(
+    request_id: Annotated[int, IdForm(below=2**63 - 1)] | None = Field(
         default=None, description="shown together; default: what has the same event_time"
     )
 
@@ -282,7 +283,7 @@ PROBLEM_EXAMPLES = [
         "detail": [
             {
                 "loc": ["body", "candidates", 0, "item_id"],
-                "msg": "Input should be a valid integer",
+                "msg": "must be an integer, as item_id is in the published sequences",
                 "input": "x",
             }
         ]
@@ -349,6 +350,11 @@ class ModelInfo(BaseModel):
     tasks: list[str]
     request_features: list[str]
     actions: list[str]
+    text_ids: list[str] = Field(
+        default_factory=list,
+        description="of user_id, item_id and request_id, those that are text; the others are "
+        "integers",
+    )
     sequences: str = Field(description="digest of the published sequences behind user_id")
     server_version: str = Field(default="", description="of the software that answers")
     deployment: str = Field(default="", description="id of the update that made it answer")

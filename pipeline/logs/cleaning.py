@@ -83,8 +83,11 @@ def has_log_form(schema: pa.Schema) -> bool:
 
 
 def log_form(events: EventColumns) -> pa.Schema:
-    """The schema of such a file."""
-    fields = [pa.field(column.name, column.dtype) for column in events.log_columns]
+    """The schema of such a file; ids that are text are text in it."""
+    fields = []
+    for column in events.log_columns:
+        is_text = column.name in events.text_ids
+        fields.append(pa.field(column.name, pa.string() if is_text else column.dtype))
     return pa.schema(fields, metadata={LOG_FORM: b"1"})
 
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,11 @@ from pipeline.sequences import store
 from serve_app.history.live import EventLog, compare_events, published_event
 from serve_app.history.posting import PostingRules
 from serve_app.history.published import STALE_S
+from serve_app.ids import own_id
 from serve_app.schemas import Event
 
 ROWS_PER_WRITE = 50_000
-LogRow = dict[str, float | None]  # by LOG column
+LogRow = dict[str, float | str | None]  # by LOG column
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ def export_events(
     With `sequences.repeats: first` the build keeps one row of an event, so an event that was
     exported once is not exported again.
     """
-    schema = log_form(source.events)
+    columns = replace(source.events, text_ids=_text_ids(run_dir))
+    schema = log_form(columns)
     compared = schema.names if sequences.repeats == "merge" else list(LOG_REQUIRED)
-    rules = PostingRules.of(sequences, source.events)
+    rules = PostingRules.of(sequences, columns)
     folder = live_log_dir(run_dir)
     sweep_staged(folder, LIVE_FILES, min_age_s=STALE_S)
     exported = _exported_digests(folder, compared)
@@ -85,6 +87,14 @@ def export_events(
             path = _next_file(folder)
             publish_file(stage, path)
     return Export(path, num_events, _by_name(dropped), _by_name(refused))
+
+
+def _text_ids(run_dir: Path) -> tuple[str, ...]:
+    """The ids that are text in the sequences that the server has; without them nothing is."""
+    folder = run_dir / "sequences"
+    if not (folder / store.MANIFEST).exists():
+        return ()
+    return store.read_manifest(folder).text_ids
 
 
 def _refuse_events(
@@ -211,10 +221,10 @@ def _log_row(event: Event) -> LogRow:
     """LOG's columns; an action that the client did not name stays null: unknown, not "no"."""
     actions = {name: int(did) for name, did in event.actions.items()}
     return {
-        "user_id": event.user_id,
-        "item_id": event.item_id,
+        "user_id": own_id(event.user_id),
+        "item_id": own_id(event.item_id),
         "event_time": event.event_time,
-        "request_id": event.request_id,
+        "request_id": None if event.request_id is None else own_id(event.request_id),
         "watch_ms": event.watch_ms,
         **actions,
         **event.request_features,

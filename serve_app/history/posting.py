@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pipeline import config
 from pipeline.config import SequenceConfig
-from pipeline.schema import DAY_MS, EventColumns
-from serve_app.history.rows import find_refused_outcome
+from pipeline.schema import DAY_MS, TEXT_IDS, EventColumns
+from serve_app.history.rows import find_refused_outcome, refuse_other_kind
 from serve_app.schemas import Event, Refusal
 
 
@@ -42,6 +42,12 @@ class PostingRules:
         if not self.earliest_ms <= event.event_time <= latest_ms:
             rule = f"in ms since 1970, between {self.earliest_ms} and {latest_rule} ({latest_ms})"
             return Refusal.of([*loc, "event_time"], rule, event.event_time)
+
+        for name in TEXT_IDS:
+            value = getattr(event, name)
+            refusal = refuse_other_kind([*loc, name], value, name, self.columns.text_ids)
+            if refusal is not None:
+                return refusal
 
         actions, request_columns = list(self.columns.actions), list(self.columns.request)
         for name in event.actions:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import redis
@@ -20,6 +21,7 @@ from pipeline.config import UserError
 from pipeline.schema import EventColumns
 from serve_app.history.merging import merge_postings
 from serve_app.history.rows import event_columns
+from serve_app.ids import id_text, read_id
 from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
 logger = logging.getLogger("ray.serve")
@@ -220,7 +222,7 @@ def _read(password_file: Path) -> str:
 
 
 def _field(event: Event) -> str:
-    return f"{event.event_time}:{event.item_id}"
+    return f"{event.event_time}:{int(event.item_id)}"
 
 
 def _read_field(field: str) -> EventKey:
@@ -229,23 +231,33 @@ def _read_field(field: str) -> EventKey:
 
 
 def _value(event: Event) -> str:
-    """What is kept of an event: as before outcomes had names of their own, where it has none."""
-    value = [event.request_id, event.watch_ms, event.actions, event.request_features]
-    if event.outcomes:
+    """What is kept of an event: as before outcomes had names of their own, where it has none; with
+    the texts of its ids, where they are text.
+    """
+    request_id = None if event.request_id is None else int(event.request_id)
+    value: list[Any] = [request_id, event.watch_ms, event.actions, event.request_features]
+    texts = [id_text(event.user_id), id_text(event.item_id), id_text(event.request_id)]
+    with_texts = any(text is not None for text in texts)
+    if event.outcomes or with_texts:
         value.append(event.outcomes)
+    if with_texts:
+        value.append(texts)
     return json.dumps(value, sort_keys=True)
 
 
 def _event(user_id: int, field: str, value: str) -> Event:
     event_time, item_id = _read_field(field)
-    request_id, watch_ms, actions, features, *outcomes = json.loads(value)
+    request_id, watch_ms, actions, features, *more = json.loads(value)
+    outcomes = more[0] if more else {}
+    texts = more[1] if len(more) > 1 else [None] * 3
+    user_text, item_text, request_text = texts
     return Event.model_construct(
-        user_id=user_id,
-        item_id=item_id,
+        user_id=read_id(user_id, user_text),
+        item_id=read_id(item_id, item_text),
         event_time=event_time,
         actions=actions,
         request_features=features,
-        request_id=request_id,
+        request_id=None if request_id is None else read_id(request_id, request_text),
         watch_ms=watch_ms,
-        outcomes=outcomes[0] if outcomes else {},
+        outcomes=outcomes,
     )

@@ -2,12 +2,13 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.schema import WATCH_MS, EventColumns
+from serve_app.ids import TextId, own_id
 from serve_app.schemas import Event, PostedRow, Refusal
 
 # rows of one time without a request_id are one request, as in the builder
@@ -103,6 +104,17 @@ def _fill_unknown(
     values: Sequence[float | None], unknown: float | None, dtype: type = np.int64
 ) -> np.ndarray:
     return np.array([unknown if value is None else value for value in values], dtype)
+
+
+def refuse_other_kind(
+    loc: Sequence[str | int], value: int | None, column: str, text_ids: Collection[str]
+) -> Refusal | None:
+    """The refusal of an id that is text where `column` has integers, or the other way round."""
+    if value is None or isinstance(value, TextId) == (column in text_ids):
+        return None
+    wanted = "text" if column in text_ids else "an integer"
+    rule = f"must be {wanted}, as {column} is in the published sequences"
+    return Refusal.of(loc, rule, own_id(value))
 
 
 def find_refused_outcome(

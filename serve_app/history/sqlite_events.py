@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.schema import EventColumns
 from serve_app.history.merging import merge_postings
 from serve_app.history.rows import logged_columns
+from serve_app.ids import id_text, read_id
 from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
 BUSY_TIMEOUT_S = 30.0  # for a writer's turn; a commit takes one fsync
@@ -27,13 +28,22 @@ CREATE TABLE IF NOT EXISTS event (
     actions TEXT NOT NULL,
     request_features TEXT NOT NULL,
     outcomes TEXT NOT NULL DEFAULT '{}',
+    user_text TEXT,
+    item_text TEXT,
+    request_text TEXT,
     PRIMARY KEY (user_id, event_time, item_id)
 ) WITHOUT ROWID
 """
-# a file of before outcomes had names of their own
-ADD_OUTCOMES = "ALTER TABLE event ADD COLUMN outcomes TEXT NOT NULL DEFAULT '{}'"
+# what a file of an earlier version may lack
+ADDED = {
+    "outcomes": "TEXT NOT NULL DEFAULT '{}'",
+    # of ids that are text, whose codes the integers are
+    "user_text": "TEXT",
+    "item_text": "TEXT",
+    "request_text": "TEXT",
+}
 LOGGED_ROW = "event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
-COLUMNS = "user_id, event_time, item_id, request_id, watch_ms, actions, request_features, outcomes"
+COLUMNS = f"user_id, {LOGGED_ROW}, user_text, item_text, request_text"
 KEY = "user_id = ? AND event_time = ? AND item_id = ?"  # as a row begins
 
 
@@ -194,11 +204,12 @@ def _prepare_table(connection: sqlite3.Connection) -> None:
     """Make the table, or give that of an earlier version what it lacks."""
     connection.execute(TABLE)
     found = connection.execute("SELECT name FROM pragma_table_info('event')").fetchall()
-    if ("outcomes",) not in found:
-        connection.execute(ADD_OUTCOMES)
+    for name, declared in ADDED.items():
+        if (name,) not in found:
+            connection.execute(f"ALTER TABLE event ADD COLUMN {name} {declared}")
 
 
-def _to_row(event: Event) -> tuple[int, int, int, int | None, int | None, str, str, str]:
+def _to_row(event: Event) -> tuple[int | str | None, ...]:
     return (
         event.user_id,
         event.event_time,
@@ -208,18 +219,22 @@ def _to_row(event: Event) -> tuple[int, int, int, int | None, int | None, str, s
         json.dumps(event.actions, sort_keys=True),  # by name: the next model may have other actions
         json.dumps(event.request_features, sort_keys=True),
         json.dumps(event.outcomes, sort_keys=True),
+        id_text(event.user_id),
+        id_text(event.item_id),
+        id_text(event.request_id),
     )
 
 
 def _from_row(row: tuple) -> Event:
-    user_id, event_time, item_id, request_id, watch_ms, actions, features, outcomes = row
+    user_id, event_time, item_id, request_id, watch_ms, actions, features, outcomes, *texts = row
+    user_text, item_text, request_text = texts
     return Event.model_construct(
-        user_id=user_id,
-        item_id=item_id,
+        user_id=read_id(user_id, user_text),
+        item_id=read_id(item_id, item_text),
         event_time=event_time,
         actions=json.loads(actions),
         request_features=json.loads(features),
-        request_id=request_id,
+        request_id=None if request_id is None else read_id(request_id, request_text),
         watch_ms=watch_ms,
         outcomes=json.loads(outcomes),
     )

@@ -28,7 +28,8 @@ from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import Histories, HistoryStore, histories, sequence_row
-from serve_app.history.rows import find_refused_outcome, posted_columns
+from serve_app.history.rows import find_refused_outcome, posted_columns, refuse_other_kind
+from serve_app.ids import read_id
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
@@ -132,6 +133,7 @@ class Ranker:
             tasks=list(self.cfg.tasks),
             request_features=list(self.request_columns),
             actions=list(self.cfg.source.actions),
+            text_ids=list(self.store.columns.text_ids),
             sequences=self.store.digest,
             server_version=package_version(),
             live_events=not self.outage.is_on,
@@ -209,11 +211,25 @@ class Ranker:
         if head.order_by is not None and head.order_by not in self.cfg.tasks:
             return _refuse(["order_by"], f"one of the tasks {list(self.cfg.tasks)}", head.order_by)
 
+        refusal = self._kind_refusal(request)
+        if refusal is not None:
+            return refusal
         return (
             self._feature_refusal(["request_features"], head.request_features)
             or self._feature_refusal(["candidates", "request_features"], request.features)
             or self._history_refusal(head)
         )
+
+    def _kind_refusal(self, request: RankColumns) -> Refusal | None:
+        """The first id that is text where the sequences have integers, or the other way round."""
+        text_ids = self.store.columns.text_ids
+        refusal = refuse_other_kind(["body", "user_id"], request.user_id, "user_id", text_ids)
+        if refusal is None and len(request):
+            text = None if request.item_text is None else request.item_text[0]
+            first = read_id(int(request.item_id[0]), text)
+            where = ["body", "candidates", 0, "item_id"]
+            refusal = refuse_other_kind(where, first, "item_id", text_ids)
+        return refusal
 
     def _feature_refusal(self, loc: list[str | int], features: Iterable[str]) -> Refusal | None:
         for name in features:
@@ -236,8 +252,12 @@ class Ranker:
                 if name not in actions:
                     return _refuse(["history", i, "actions"], f"one of {list(actions)}", name)
 
-            where = ["history", i, "request_features"]
-            refusal = self._feature_refusal(where, row.request_features)
+            where = ["body", "history", i, "item_id"]
+            text_ids = self.store.columns.text_ids
+            refusal = refuse_other_kind(where, row.item_id, "item_id", text_ids)
+            if refusal is None:
+                where = ["history", i, "request_features"]
+                refusal = self._feature_refusal(where, row.request_features)
             if refusal is None:
                 refusal = find_refused_outcome(["body", "history", i], row, self.store.columns)
             if refusal is not None:
@@ -466,7 +486,9 @@ class Ranker:
         if not prepared.live_events:
             head["live_events"] = False
         best_first = np.argsort(-by_task[ordered_by], kind="stable")
-        return RankedColumns(head, request.item_id, by_task, best_first)
+        return RankedColumns(
+            head, request.item_id, by_task, best_first, item_text=request.item_text
+        )
 
 
 class StoreOutage:

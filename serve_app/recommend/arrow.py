@@ -15,7 +15,8 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.recommend.tables import lists_table
-from serve_app.columns import BadBody, read_stream
+from serve_app.columns import BadBody, read_ids, read_stream
+from serve_app.ids import TextId, own_id
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import ArrowOptions, ListOptions, RecommendRequest
 from serve_app.schemas import Refusal
@@ -35,9 +36,10 @@ def read_requests(body: bytes) -> list[RecommendRequest]:
     if table.num_rows == 0:
         raise BadBody([Refusal.of(["body", USER_ID], "at least one user", 0)])
 
-    users = table[USER_ID].to_pylist()
-    if min(users) < 0:
-        raise BadBody([Refusal.of(["body", USER_ID], "must be 0 or more", min(users))])
+    codes, texts = read_ids(table, USER_ID)
+    users: list[int] = codes.tolist()
+    if texts is not None:
+        users = [TextId(code, text) for code, text in zip(users, texts, strict=True)]
 
     shared = {name: getattr(options, name) for name in ListOptions.model_fields}
     shared |= {"request_time_ms": options.request_time_ms, "order_by": options.order_by}
@@ -66,7 +68,7 @@ def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[Recommende
     table = lists_table(np.array([request.user_id for request in requests], np.int64), lists)
     heads = []
     for request, one in zip(requests, lists, strict=True):
-        heads.append({"user_id": request.user_id} | one.head)
+        heads.append({"user_id": request.user_id and own_id(request.user_id)} | one.head)
     table = table.replace_schema_metadata({OPTIONS: json.dumps(heads)})
 
     sink = pa.BufferOutputStream()
