@@ -12,6 +12,7 @@ import numpy as np
 
 from jobs import cli
 from pipeline.config import UserError
+from pipeline.logs.ids import LONGEST_ID, text_codes
 from pipeline.sequences.upkeep import maintenance
 from serve_app.history.published import forget_copies
 from serve_app.ranking.rollout import open_events
@@ -19,14 +20,15 @@ from serve_app.ranking.rollout import open_events
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--user", type=int, action="append", default=[], help="a user_id; may repeat"
+        "--user", action="append", default=[], help="a user_id, as your logs have it; may repeat"
     )
     parser.add_argument("--users-file", help="a text file with one user_id a line")
 
 
 def run_job(job: cli.Job) -> None:
     cfg, serving = job.cfg, job.cfg.run_dir / "serving"
-    users = read_users(job.options.user, job.options.users_file)
+    text = "user_id" in maintenance.published_with(cfg).text_ids
+    users = read_users(job.options.user, job.options.users_file, text=text)
 
     removed = maintenance.forget_users(cfg, users)
     if cfg.serve.redis_url is not None or serving.exists():
@@ -37,22 +39,26 @@ def run_job(job: cli.Job) -> None:
     print(f"users={len(users)} removed: {' '.join(counts)}")
 
 
-def read_users(given: list[int], file: str | None) -> np.ndarray:
-    """The ids of both, int64, ascending, each once."""
-    words = [str(user) for user in given]
+def read_users(given: list[str], file: str | None, *, text: bool) -> np.ndarray:
+    """The ids of both, int64, ascending, each once; of text ids their codes."""
+    words = list(given)
     if file is not None:
         try:
-            words += Path(file).read_text().split()
+            lines = Path(file).read_text().splitlines()
         except OSError as error:
             raise UserError(f"--users-file {file}: {error.strerror}") from None
+        for line in filter(None, lines):
+            words += [line] if text else line.split()  # text may have spaces within
 
     for word in words:
-        if not word.isdecimal() or int(word) >= 2**63:
+        if not text and (not word.isdecimal() or int(word) >= 2**63):
             raise UserError(f"a user_id must be an integer from 0 to 2**63 - 1, got {word!r}")
+        if not 0 < len(word) <= LONGEST_ID:
+            raise UserError(f"a user_id must have 1 to {LONGEST_ID} characters, got {word!r}")
     if not words:
         raise UserError("nobody to forget: give --user or --users-file")
 
-    return np.unique(np.array([int(word) for word in words], np.int64))
+    return np.unique(text_codes(words) if text else np.array(list(map(int, words)), np.int64))
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

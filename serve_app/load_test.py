@@ -27,6 +27,7 @@ import numpy as np
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import own_ids
 from serve_app.replay import key_header
 
 MOST_REQUESTS = 200_000  # of one run: their bodies are made before the first is sent
@@ -87,7 +88,7 @@ class Arrivals:
     """N requests in the order in which they are due."""
 
     due_s: np.ndarray  # float64 [N] since the start
-    user: np.ndarray  # int64 [N]
+    user: np.ndarray  # [N], ids
     warm: np.ndarray  # bool [N]
 
 
@@ -358,10 +359,15 @@ def plot_latency(load: RequestLoad, asked: Arrivals, answers: Answers, path: Pat
 
 
 def known_ids(sequence_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The users of the published sequences, and the items of their histories without repeats."""
-    table = store.read_sequences(sequence_dir)
+    """The users of the published sequences, and the items of their histories without repeats, as
+    clients have them: int64, or texts.
+    """
+    manifest, table = store.read_manifest(sequence_dir), store.read_sequences(sequence_dir)
     chunks = [chunk.flatten().to_numpy() for chunk in table["item_id"].chunks]
-    return table["user_id"].to_numpy(), np.unique(np.concatenate(chunks))
+    items = np.unique(np.concatenate(chunks))
+    users = own_ids(sequence_dir, manifest, "user_id", table["user_id"].to_numpy())
+    names = own_ids(sequence_dir, manifest, "item_id", items)
+    return users.to_numpy(zero_copy_only=False), names.to_numpy(zero_copy_only=False)
 
 
 def run_load(

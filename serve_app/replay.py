@@ -20,10 +20,12 @@ from pipeline.batches.examples import Examples, UserEvents, request_examples, us
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import evaluation_batch, split_bounds
 from pipeline.config import RunConfig, ServeConfig, UserError
+from pipeline.logs.ids import OwnId
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import WATCH_MS, EventColumns
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import own_ids
 from serve_app.ranking.ranker import candidate_probabilities
 
 WARM_UP = 5  # requests sent before the clock counts
@@ -84,7 +86,22 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
     for i in range(len(examples)):
         one = examples[i : i + 1]
         requests.append(_past(loaded, users, one, num_items, with_history=i >= half))
+    use_own_ids([past.body for past in requests], cfg.sequence_dir)
     return requests
+
+
+def use_own_ids(bodies: Sequence[dict[str, Any]], sequence_dir: Path) -> None:
+    """Put the ids that clients have in the place of codes, in the bodies of rank requests."""
+    manifest = store.read_manifest(sequence_dir)
+    rows: list[dict[str, Any]] = []
+    for body in bodies:
+        rows += [*body.get("candidates", ()), *body.get("history", ())]
+
+    for column, named in (("user_id", bodies), ("item_id", rows)):
+        codes = np.array([one[column] for one in named], np.int64)
+        texts = own_ids(sequence_dir, manifest, column, codes).to_pylist()
+        for one, text in zip(named, texts, strict=True):
+            one[column] = text
 
 
 def sample_requests(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
@@ -253,7 +270,7 @@ def key_header(serve: ServeConfig) -> dict[str, str]:
         raise UserError(f"serve.client_key_file: {file}: {error.strerror}") from None
 
 
-def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
+def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[OwnId, str]]:
     """One user's next exposures and popular items, `serve.demo_candidates` in all, and what the
     user did to the former.
 
@@ -270,11 +287,11 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
     items = events.item_id[shown]
     fill = _popular(maps, cfg.serve.demo_candidates - len(items), items)
 
-    did = {}
+    happened = []
     for i in shown:
         action_mask, known_mask = int(events.action_mask[i]), int(events.known_mask[i])
         actions = _actions(cfg.source.actions, action_mask, known_mask)
-        did[int(events.item_id[i])] = ", ".join(name for name, done in actions if done)
+        happened.append(", ".join(name for name, done in actions if done))
 
     body = {
         "user_id": int(users.user_id[user]),
@@ -282,7 +299,9 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[int, str]]:
         "request_features": _features(events, row),
         "candidates": [{"item_id": item} for item in [*items.tolist(), *fill.tolist()]],
     }
-    return body, did
+    use_own_ids([body], cfg.sequence_dir)
+    shown_items = [one["item_id"] for one in body["candidates"][: len(happened)]]
+    return body, dict(zip(shown_items, happened, strict=True))
 
 
 def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:

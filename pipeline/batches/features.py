@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.batches.counts import LabelCounts, search_sorted
 from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
+from pipeline.schema import NAMED_IDS, EventColumns
 from pipeline.sequences import arrow_lists, store
 
 HOURS = np.arange(24, dtype=np.int64)
@@ -53,6 +54,22 @@ class FeatureMaps:
     item_duration_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     # int64 [I + 1]: events of the training period that count as next items; empty without retrieval
     next_count: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    # of user_id and item_id those that are text in the sequences; the ids here are their codes
+    text_ids: tuple[str, ...] = ()
+
+    def refuse_other_ids(self, columns: EventColumns, where: str | Path) -> None:
+        """Go on only if the sequences at `where` have ids of the kinds that the model knows.
+
+        Raises:
+            UserError: an id is text in one of them and an integer in the other.
+        """
+        for name in NAMED_IDS:
+            if (name in self.text_ids) != (name in columns.text_ids):
+                kinds = ("text", "integers") if name in self.text_ids else ("integers", "text")
+                raise UserError(
+                    f"{name}: the model was trained on ids that are {kinds[0]}, the sequences at "
+                    f"{where} have {kinds[1]}: train again on them"
+                )
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
         return _find_rows(self.item_ids, item_id)
@@ -146,6 +163,8 @@ class FeatureMaps:
         facts["counts"] = {}
         for name, counts in self.counts.items():
             facts["counts"][name] = {"start": counts.start, "span": counts.span}
+        if self.text_ids:
+            facts["text_ids"] = list(self.text_ids)
         (folder / "features.json").write_text(json.dumps(facts, indent=2))
 
     @classmethod
@@ -170,6 +189,7 @@ class FeatureMaps:
             base_rates=facts["base_rates"],
             row_rates=facts["row_rates"],
             counts=counts,
+            text_ids=tuple(facts.get("text_ids", ())),
             **arrays,  # what is left
         )
 
@@ -208,6 +228,7 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         request_values[name] = values
         sizes[f"request.{name}"] = len(values) + 1
 
+    text_ids = store.read_manifest(cfg.sequence_dir).text_ids
     maps = FeatureMaps(
         item_ids=item_ids,
         item_codes=_with_unknown(np.column_stack([id_codes, item_columns])),
@@ -218,6 +239,7 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         vocab_sizes=sizes,
         base_rates=rows.base_rates,
         item_duration_ms=_durations(items, cfg.features.duration_ms_column),
+        text_ids=tuple(name for name in NAMED_IDS if name in text_ids),
     )
     if cfg.retrieval.enabled:
         maps = replace(maps, next_count=_count_next_items(maps, cfg))

@@ -33,6 +33,7 @@ from pipeline.files import sha256_of, staged_file, write_atomically
 from pipeline.model.artifact import INDEX, LoadedModel, load_model
 from pipeline.model.flops import Flops
 from pipeline.sequences import store
+from pipeline.sequences.dictionary import name_rows
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def evaluate_model(
     loaded = load_model(model_dir)
     manifest = store.read_manifest(cfg.sequence_dir)
     agreement.refuse_other_labels(cfg, loaded, manifest)
+    loaded.maps.refuse_other_ids(manifest.events, cfg.sequence_dir)
     is_whole = name is None and cfg.evaluate.sample is None
     if is_whole:
         _refuse_other_rows(cfg, loaded, model_dir, manifest)
@@ -88,7 +90,7 @@ def evaluate_model(
     folder = _evaluation_folder(cfg, name)
     metrics: dict[str, float] = {}
     for split in found:
-        metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder)
+        metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder, manifest)
     if cfg.evaluate.sample is not None:
         metrics["sample_share"] = cfg.evaluate.sample
     if loaded.cfg.examples.negatives:  # what the metrics tell positives from
@@ -237,12 +239,17 @@ def _evaluation_folder(cfg: RunConfig, name: str | None) -> Path:
 
 
 def _report_split(
-    cfg: RunConfig, tasks: Sequence[str], split: str, scores: StoreScores, folder: Path
+    cfg: RunConfig,
+    tasks: Sequence[str],
+    split: str,
+    scores: StoreScores,
+    folder: Path,
+    manifest: store.Manifest,
 ) -> dict[str, float]:
     """Write predictions, slices and plots of a split; returns its metrics."""
     found = scores.splits[split]
     with staged_file(folder / "predictions" / f"{split}.parquet") as stage:
-        pq.write_table(found.predictions, stage)
+        pq.write_table(name_rows(cfg.sequence_dir, manifest, found.predictions), stage)
 
     scored = {}
     for task in tasks:

@@ -299,6 +299,15 @@ def own_ids(folder: str | Path, manifest: Manifest, column: str, codes: np.ndarr
     return texts_of(folder, chunks, codes, manifest.num_buckets)
 
 
+def name_rows(folder: str | Path, manifest: Manifest, rows: pa.Table) -> pa.Table:
+    """A table for people: its columns user_id and item_id as people have those ids."""
+    for column in NAMED_IDS:
+        if column in manifest.text_ids and column in rows.column_names:
+            named = own_ids(folder, manifest, column, rows[column].to_numpy())
+            rows = rows.set_column(rows.column_names.index(column), column, named)
+    return rows
+
+
 def texts_of(
     folder: str | Path, chunks: Mapping[str, Bucket], codes: np.ndarray, num_chunks: int
 ) -> pa.Array:

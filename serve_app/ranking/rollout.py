@@ -424,6 +424,7 @@ def _load_ranker(
         loaded.cfg.features,
         Path(user_config["serving"]),
     )
+    loaded.maps.refuse_other_ids(published.columns, user_config["sequences"])
     history = LiveHistory(
         published, shared.log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
     )
