@@ -206,7 +206,7 @@ def test_nothing_left_is_an_empty_list_that_says_so(served: Served, ask):
             "one of the index's columns",
         ),
         ({"diversify": {"mmr": 1.5}}, ["body", "diversify", "mmr"], "less than or equal to 1"),
-        ({"exclude": {"items": [-1]}}, ["body", "exclude", "items", 0], "greater than or equal"),
+        ({"exclude": {"items": [-1]}}, ["body", "exclude", "items", 0], "an integer from 0"),
         ({"order_by": "is_sold"}, ["body", "order_by"], "one of the tasks"),
         ({"request_features": {"x": 1}}, ["body", "request_features"], "one of ['tab']"),
         ({"top": 3}, ["body", "top"], "Extra inputs"),
