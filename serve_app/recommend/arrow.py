@@ -1,8 +1,8 @@
 """Lists for many users as columns: the body and the answer of `/v1/recommend/arrow`.
 
-The body is one Arrow IPC stream: a column `user_id` (int64) and a column per request feature that
-differs between users (int32, null: as in the options); in the schema's metadata, under `recommend`,
-the JSON of `ArrowOptions`.
+The body is one Arrow IPC stream: a column `user_id` (int64, or string) and a column per request
+feature that differs between users (int32, null: as in the options); in the schema's metadata, under
+`recommend`, the JSON of `ArrowOptions`.
 The answer has a row per item: `user_id`, `place` (int32, 0 is best), `item_id`, `score`,
 `retrieval_score` (float32) and `source`; under `recommend` the other fields of each user's answer.
 """
@@ -65,10 +65,13 @@ def _read_options(metadata: dict[bytes, bytes]) -> ArrowOptions:
 
 def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[RecommendedList]) -> bytes:
     """The lists, one behind the other."""
-    table = lists_table(np.array([request.user_id for request in requests], np.int64), lists)
-    heads = []
-    for request, one in zip(requests, lists, strict=True):
-        heads.append({"user_id": request.user_id and own_id(request.user_id)} | one.head)
+    users = []
+    for request in requests:
+        assert request.user_id is not None, "the body has a column of them"
+        users.append(own_id(request.user_id))
+    is_text = isinstance(users[0], str)
+    table = lists_table(np.array(users, object if is_text else np.int64), lists)
+    heads = [{"user_id": user} | one.head for user, one in zip(users, lists, strict=True)]
     table = table.replace_schema_metadata({OPTIONS: json.dumps(heads)})
 
     sink = pa.BufferOutputStream()

@@ -17,6 +17,7 @@ from pipeline.model.inference.cached_scoring import encode_history_rows
 from pipeline.recommend.filters import FilterError
 from pipeline.recommend.retriever import SOURCES, NoVectors, Retrieved, Retriever, Wish
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.history.rows import refuse_other_kind
 from serve_app.ranking.ranker import CutHistory, FoundHistory, PreparedRequest, Ranker
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import Explanation, LikeItem, RecommendRequest
@@ -64,6 +65,13 @@ class Recommender:
         refusal = self.ranker.find_refusal(RankColumns(head_of(request), NO_ITEMS, {}))
         if refusal is not None:
             return refusal
+
+        text_ids = self.ranker.store.columns.text_ids
+        for place, item in enumerate(request.exclude.items):
+            where = ["body", "exclude", "items", place]
+            refusal = refuse_other_kind(where, item, "item_id", text_ids)
+            if refusal is not None:
+                return refusal
 
         try:
             self.retriever.check_wish(request.wish())

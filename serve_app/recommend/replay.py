@@ -16,7 +16,14 @@ from pipeline.index.histories import PastRows
 from pipeline.recommend.everybody import load_recommender
 from pipeline.recommend.offline import Audience, UserList
 from pipeline.recommend.retriever import Wish
-from serve_app.replay import TIMEOUT_S, demo_request, key_header, post_body, sample_requests
+from serve_app.replay import (
+    TIMEOUT_S,
+    demo_request,
+    key_header,
+    post_body,
+    sample_requests,
+    use_own_ids,
+)
 
 PATH = "/v1/recommend"
 SHOWN = 10  # items of a list
@@ -44,10 +51,12 @@ def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
     wish = Wish(num=min(SHOWN, cfg.serve.max_recommended))
     lists = recommender.recommend(audience, wish, cfg.tasks[0])
 
+    bodies = [request_body(audience, number) | {"n": wish.num} for number in range(len(lists))]
+    use_own_ids(bodies, cfg.sequence_dir)
+
     num_equal, worst, elapsed_ms = 0, 0.0, []
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
-        for number, expected in enumerate(lists):
-            body = request_body(audience, number) | {"n": wish.num}
+        for body, expected in zip(bodies, lists, strict=True):
             answer, took_ms = post_body(client, PATH, body)
             elapsed_ms.append(took_ms)
             num_equal += served_items(answer) == expected.item_id.tolist()
@@ -83,7 +92,7 @@ def request_body(audience: Audience, number: int) -> dict[str, Any]:
     }
 
 
-def served_items(answer: dict[str, Any]) -> list[int]:
+def served_items(answer: dict[str, Any]) -> list[int | str]:
     return [item["item_id"] for item in answer["items"]]
 
 

@@ -66,12 +66,12 @@ async def recommend_batch(
 async def recommend_arrow(http: Request, replica: RunningReplica) -> Response:
     """The same for several users with users and items as columns.
 
-    The body is an uncompressed Arrow IPC stream with a column `user_id` (int64) and one for each
-    request feature that differs between users (int32, null: as in the options); under the key
-    `recommend` of the schema's metadata is the JSON of an `ArrowOptions`. The answer has a row for
-    each user and item: `user_id`, `place` (int32, 0 is best), `item_id`, `score`,
-    `retrieval_score` (float32) and `source`; under the same key is a JSON list of the other fields
-    of each user's answer.
+    The body is an uncompressed Arrow IPC stream with a column `user_id` (int64, or string) and
+    one for each request feature that differs between users (int32, null: as in the options);
+    under the key `recommend` of the schema's metadata is the JSON of an `ArrowOptions`. The
+    answer has a row for each user and item: `user_id`, `place` (int32, 0 is best), `item_id`,
+    `score`, `retrieval_score` (float32) and `source`; under the same key is a JSON list of the
+    other fields of each user's answer.
     """
     requests = arrow.read_requests(await http.body())
     lists = await _recommend(replica, requests, http)
