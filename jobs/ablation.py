@@ -14,7 +14,7 @@ from pipeline import config, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate import ablation, evaluator
-from pipeline.files import write_atomically
+from pipeline.files import json_text, write_atomically
 from pipeline.sequences import store
 from pipeline.train import trainer
 
@@ -44,11 +44,11 @@ def run_job(job: cli.Job) -> None:
         for name, variant in chosen.items():
             logger.info("variant %s", name)
             with tracker.start_run(variant, manifest, parent) as run:
-                found[name] = train_and_evaluate(variant, run, split)
+                found[name] = train_and_evaluate(variant, tracker, run, split)
 
         path = cfg.run_dir / "ablation" / "ablation.md"
         write_atomically(path, ablation.markdown_table(found, cfg.tasks, split))
-        write_atomically(path.with_suffix(".json"), json.dumps(found, indent=2))
+        write_atomically(path.with_suffix(".json"), json_text(found))
         parent.log_artifacts(path)
         print(path.read_text())
 
@@ -77,18 +77,23 @@ def choose_variants(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConf
     return chosen
 
 
-def train_and_evaluate(variant: RunConfig, run: tracking.Run, split: str) -> dict[str, float]:
+def train_and_evaluate(
+    variant: RunConfig, tracker: tracking.Tracker, run: tracking.Run, split: str
+) -> dict[str, float]:
     """The metrics of an evaluation, and the training FLOP per example."""
     shutil.rmtree(variant.run_dir, ignore_errors=True)
     variant.run_dir.mkdir(parents=True)
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
-    metrics = evaluator.evaluate_model(variant, trainer.fit_model(variant, run), [split])
+    model_dir = trainer.fit_model(variant, run)
+    metrics = evaluator.evaluate_model(variant, model_dir, [split])
+    tracker.log_evaluation(model_dir, metrics, evaluator.evaluation_folder(variant))
 
     text = (variant.train_dir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     gflop = [line["train/gflop_per_example"] for line in lines]
     metrics["train/gflop_per_example"] = sum(gflop) / len(gflop)
-    run.log_metrics(metrics, lines[-1]["step"])
+    key = "train/gflop_per_example"
+    run.log_metrics({key: metrics[key]}, lines[-1]["step"])
     return metrics
 
 

@@ -1,5 +1,5 @@
 """Score validation and test requests with a trained model: metrics.json, predictions, slices and
-plots.
+plots. They go into the MLflow run of the training, too.
 
 The parts of a store are scored by the workers of a Ray cluster where there is one to join
 (`ray.address`, or the one that this job was submitted to), in this process otherwise; a large store
@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from jobs import cli
+from pipeline import tracking
 from pipeline.evaluate import evaluator
 from pipeline.evaluate.spread import evaluation_cluster
 
@@ -32,6 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="score other rows or under other settings than the model's own evaluation: the files "
         "go to evaluation/NAME, and the model's metrics.json stays",
     )
+    parser.add_argument(
+        "--no-tracking", action="store_true", help="leave the model's MLflow run as it is"
+    )
 
 
 def run_job(job: cli.Job) -> None:
@@ -39,6 +43,11 @@ def run_job(job: cli.Job) -> None:
     model_dir = options.model or cfg.model_dir
     with evaluation_cluster(cfg):
         metrics = evaluator.evaluate_model(cfg, model_dir, options.splits, options.name)
+    if not options.no_tracking and tracking.is_tracked(model_dir):
+        name = evaluator.evaluation_name(cfg, options.name)
+        folder = evaluator.evaluation_folder(cfg, options.name)
+        with tracking.session(cfg) as tracker:
+            tracker.log_evaluation(model_dir, metrics, folder, name)
 
     for key, value in metrics.items():
         print(f"{key:40} {value:,.4f}")

@@ -17,7 +17,7 @@ from pipeline import config, logs, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.evaluate import evaluator
-from pipeline.files import write_atomically
+from pipeline.files import json_text, write_atomically
 from pipeline.model.encoders import check_run
 from pipeline.sequences import build
 from pipeline.sequences.store import Manifest, read_manifest
@@ -78,7 +78,7 @@ def run_job(job: cli.Job) -> None:
             )
 
     path = cfg.run_dir / "summary.json"
-    write_atomically(path, json.dumps(without_nan(summary), indent=2, allow_nan=False))
+    write_atomically(path, json_text(summary))
     print_summary(cfg.name, cfg.tasks, summary)
     print(f"all of it in {path}")
 
@@ -131,7 +131,7 @@ def run_chain(
 
         print_stage(4, "evaluation on validation and test")
         metrics = evaluator.evaluate_model(cfg, model_dir)
-        run.log_artifacts(cfg.run_dir / "evaluation", "evaluation")
+        tracker.log_evaluation(model_dir, metrics, evaluator.evaluation_folder(cfg))
 
         print_stage(5, "registry and gate")
         version = tracker.register_trained()
@@ -199,13 +199,6 @@ def find_servable(
         )
     tracker.require_fit(champion, manifest)
     return champion
-
-
-def without_nan(value: Any) -> Any:
-    """Nested values fit for JSON: a number that is not defined is null."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def prepare_sequences(cfg: RunConfig, *, append: bool) -> Manifest:

@@ -15,6 +15,8 @@ of users in it, the next writer removes it, and whoever forgets users (`sweep_st
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,6 +25,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -34,6 +37,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     raw = content.encode() if isinstance(content, str) else content
     with staged_file(path) as stage:
         stage.write_bytes(raw)
+
+
+def json_text(values: Any) -> str:
+    """JSON of plain values. It has no NaN and no infinity: such a number is null.
+
+    >>> json_text({"ne": float("nan"), "auc": [0.5]}).split()
+    ['{', '"ne":', 'null,', '"auc":', '[', '0.5', ']', '}']
+    """
+    return json.dumps(_without_nan(values), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -23,6 +23,9 @@ class TrackingConfig:
         doc="Name of the registered model. Null: one for each source of data, made of its kind and "
         "path; --dry-run shows it.",
     )
+    log_predictions: bool = setting(
+        False, doc="Upload the predictions of an evaluation, a row per candidate, into its run."
+    )
     gate_max_ne: dict[str, float] = setting(
         {}, doc="Task: highest validation NE (normalised entropy) that may be promoted."
     )

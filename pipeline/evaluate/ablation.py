@@ -6,6 +6,7 @@ is put on instead. A switch that changes nothing (a mask wider than every histor
 as "worth nothing", so it is an error.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -205,7 +206,11 @@ def find_unmoved(metrics: Mapping[str, Mapping[str, float]], split: str) -> list
         if name == WHOLE:
             continue
         moves = SWITCHES[name].moves
-        keys = [key for key in whole if key == moves or key.startswith(f"{split}/{moves}/")]
+        keys = []
+        for key, value in whole.items():
+            is_meant = key == moves or key.startswith(f"{split}/{moves}/")
+            if is_meant and math.isfinite(value):
+                keys.append(key)
 
         if all(found[key] == whole[key] for key in keys):
             same = ", ".join(f"{key} {whole[key]:.6g}" for key in keys)
@@ -243,4 +248,10 @@ def markdown_table(
 
 
 def _mean_ne(found: Mapping[str, float], tasks: tuple[str, ...], split: str) -> float:
-    return sum(found[f"{split}/ne/{task}"] for task in tasks) / len(tasks)
+    """Over the tasks that the split defines; which those are depends on its rows alone."""
+    defined = []
+    for task in tasks:
+        value = found[f"{split}/ne/{task}"]
+        if math.isfinite(value):
+            defined.append(value)
+    return sum(defined) / len(defined) if defined else math.nan

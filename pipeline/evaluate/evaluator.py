@@ -19,7 +19,7 @@ import torch
 from pipeline.batches.examples import request_examples, user_events
 from pipeline.batches.loader import split_bounds
 from pipeline.config import EvaluateConfig, RunConfig, UserError
-from pipeline.evaluate import agreement, plots
+from pipeline.evaluate import agreement, plots, slices
 from pipeline.evaluate.item_rates import ItemCounts, baseline_metrics, merge_counts
 from pipeline.evaluate.parts import (
     EvaluationJob,
@@ -29,7 +29,7 @@ from pipeline.evaluate.parts import (
     score_users,
 )
 from pipeline.evaluate.spread import cluster_has_gpu, is_worth_workers, score_parts
-from pipeline.files import sha256_of, staged_file, write_atomically
+from pipeline.files import json_text, sha256_of, staged_file, write_atomically
 from pipeline.model.artifact import INDEX, LoadedModel, load_model
 from pipeline.model.flops import Flops
 from pipeline.sequences import store
@@ -87,10 +87,12 @@ def evaluate_model(
             "period holds no request"
         )
 
-    folder = _evaluation_folder(cfg, name)
+    folder = evaluation_folder(cfg, name)
     metrics: dict[str, float] = {}
+    sliced: dict[str, list[slices.Slice]] = {}
     for split in found:
         metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder, manifest)
+        sliced[split] = _report_slices(loaded.cfg, split, scores, folder)
     if cfg.evaluate.sample is not None:
         metrics["sample_share"] = cfg.evaluate.sample
     if loaded.cfg.examples.negatives:  # what the metrics tell positives from
@@ -99,6 +101,7 @@ def evaluate_model(
 
     work = {split: scores.work[split] for split in found}
     if is_whole:
+        _publish_slices(sliced, model_dir)
         return _publish_whole(cfg, metrics, work, manifest.digest, model_dir, folder)
     metrics |= work_shares(total_work(work))
     write_metrics(folder / "metrics.json", metrics)
@@ -228,14 +231,17 @@ def _merged(parts: Iterator[PartScores], splits: Sequence[str]) -> StoreScores:
     return StoreScores(found, work, merge_counts(counts))
 
 
-def _evaluation_folder(cfg: RunConfig, name: str | None) -> Path:
-    """Where files of an evaluation go: one by name, and samples, have folders of their own."""
-    folder = cfg.run_dir / "evaluation"
-    if name is not None:
-        folder /= name
+def evaluation_name(cfg: RunConfig, name: str | None = None) -> str | None:
+    """The name under which an evaluation is kept; None for the model's own of all users."""
+    parts = [] if name is None else [name]
     if cfg.evaluate.sample is not None:
-        folder /= "sample"
-    return folder
+        parts.append("sample")
+    return "/".join(parts) or None
+
+
+def evaluation_folder(cfg: RunConfig, name: str | None = None) -> Path:
+    """Where the files of an evaluation go: one by name, and samples, have folders of their own."""
+    return cfg.run_dir / "evaluation" / (evaluation_name(cfg, name) or "")
 
 
 def _report_split(
@@ -246,10 +252,12 @@ def _report_split(
     folder: Path,
     manifest: store.Manifest,
 ) -> dict[str, float]:
-    """Write predictions, slices and plots of a split; returns its metrics."""
+    """Write predictions and plots of a split; returns its metrics."""
     found = scores.splits[split]
     with staged_file(folder / "predictions" / f"{split}.parquet") as stage:
         pq.write_table(name_rows(cfg.sequence_dir, manifest, found.predictions), stage)
+    if not tasks:  # a model for retrieval alone
+        return {}
 
     scored = {}
     for task in tasks:
@@ -263,6 +271,26 @@ def _report_split(
     metrics = found.named_metrics(split)
     baseline = baseline_metrics(scores.item_counts, found.predictions, tasks)
     return metrics | {f"{split}/{key}": value for key, value in baseline.items()}
+
+
+def _report_slices(
+    model: RunConfig, split: str, scores: StoreScores, folder: Path
+) -> list[slices.Slice]:
+    """Write the slices of a split as a table and as a picture."""
+    predictions = scores.splits[split].predictions
+    offset = model.features.hour_utc_offset
+    lines = slices.slice_lines(predictions, scores.item_counts, model.tasks, offset)
+    slices.write_slices(folder / f"slices_{split}.json", slices.as_table(lines))
+    if lines:
+        plots.plot_slices(lines, model.tasks, folder / f"slices_{split}.png")
+    return lines
+
+
+def _publish_slices(sliced: Mapping[str, Sequence[slices.Slice]], model_dir: Path) -> None:
+    """Put the slices beside the weights; those of a split not scored this time stay."""
+    whole = slices.read_slices(model_dir) | dict(sliced)
+    tables = {split: slices.as_table(lines) for split, lines in whole.items()}
+    slices.write_slices(model_dir / slices.SLICES, tables)
 
 
 def _log_seconds(scores: StoreScores, seconds: float) -> None:
@@ -304,10 +332,7 @@ def _publish_whole(
 
 def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     """As JSON, which has no NaN: an undefined metric is null."""
-    defined = {}
-    for key, value in metrics.items():
-        defined[key] = value if math.isfinite(value) else None
-    write_atomically(path, json.dumps(defined, indent=2, allow_nan=False))
+    write_atomically(path, json_text(dict(metrics)))
 
 
 def read_metrics(model_dir: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Calibration and ROC of a split's predictions as PNG, one panel per task."""
+"""Calibration, ROC and slices of a split's predictions as PNG, one panel per task or kind."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pipeline.evaluate.slices import Slice
+
+ROC_POINTS = 2000  # of a curve, more than a panel has pixels
 Scored = Mapping[str, tuple[np.ndarray, np.ndarray]]  # task -> scores [n] in 0..1, labels [n]
 
 
@@ -39,11 +42,38 @@ def plot_roc(scored: Scored, path: Path) -> None:
         false_rate = np.cumsum(~hit) / max((~hit).sum(), 1)
         true_rate = np.cumsum(hit) / max(hit.sum(), 1)
 
-        axes.plot(false_rate, true_rate)
+        points = np.unique(np.linspace(0, len(hit) - 1, ROC_POINTS).astype(int))
+        axes.plot(false_rate[points], true_rate[points])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
 
     _draw_panels(scored, draw_panel, path)
+
+
+def plot_slices(lines: Sequence[Slice], tasks: Sequence[str], path: Path) -> None:
+    """AUC and calibration by slice: a column of panels for each kind, a line for each task."""
+    kinds = list(dict.fromkeys(line.by for line in lines))
+    figure = Figure(figsize=(4.2 * len(kinds), 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(kinds), squeeze=False)
+
+    for column, kind in enumerate(kinds):
+        of_kind = [line for line in lines if line.by == kind]
+        names = list(dict.fromkeys(line.slice for line in of_kind))
+        top, bottom = panels[0][column], panels[1][column]
+        for task in tasks:
+            mine = {line.slice: line for line in of_kind if line.task == task}
+            top.plot(names, [mine[name].auc for name in names], "o-", markersize=3, label=task)
+            bottom.plot(names, [mine[name].calibration for name in names], "o-", markersize=3)
+
+        top.set(title=f"by {kind}", ylabel="AUC")
+        bottom.axhline(1, color="grey", linewidth=0.8)
+        bottom.set(ylabel="mean score / rate of positives")
+        for axes in (top, bottom):
+            axes.tick_params(axis="x", rotation=60, labelsize=8)
+
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def _draw_panels(

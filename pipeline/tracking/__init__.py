@@ -1,5 +1,6 @@
 """Runs, model versions and the champion. Others import this package and none of its modules."""
 
+from pipeline.tracking.evaluation import is_tracked
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import PinnedModel, RowsAtHand, fetch_model, find_version
 from pipeline.tracking.runs import Run
@@ -13,6 +14,7 @@ __all__ = [
     "Tracker",
     "fetch_model",
     "find_version",
+    "is_tracked",
     "plan_session",
     "session",
 ]

@@ -3,10 +3,11 @@ measured numbers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import RunConfig, SplitConfig
+from pipeline.evaluate import slices
 from pipeline.sequences import store
 
 METRICS = ("ne", "baseline_ne", "auc", "baseline_auc", "gauc")
@@ -58,6 +59,9 @@ better than the tasks' base rates.
 
 {_drawn_note(cfg)}{_metric_table(cfg.tasks, cfg.split, metrics)}
 
+## By slice
+{_slice_table(cfg.tasks, slices.read_slices(model_dir))}
+
 ## Limits
 - Items and users not seen in the training period share one embedding row each; their scores rest \
 on the history alone.
@@ -89,7 +93,39 @@ def _metric_table(
             values = [metrics.get(f"{split}/{metric}/{task}", math.nan) for task in tasks]
             if all(math.isnan(value) for value in values):
                 continue
-            cells = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
+            cells = [_number(value, 4) for value in values]
             name = NAMES.get(metric, metric.upper())
             rows.append(f"| {split} {name}{learned} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _slice_table(tasks: tuple[str, ...], by_split: Mapping[str, Sequence[slices.Slice]]) -> str:
+    """AUC and calibration of the last split that was scored, by new and known users, length of the
+    history and popularity of the item. Hours are in the evaluation's own table.
+    """
+    found = [(split, by_split[split]) for split in SPLITS if by_split.get(split)]
+    if not found:
+        return "Not measured."
+    split, lines = found[-1]
+
+    titles = []
+    for task in tasks:
+        titles += [f"{task} rows", "AUC", "calibration"]
+    table = [f"| {split} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+
+    by_slice: dict[tuple[str, str], dict[str, slices.Slice]] = {}
+    for line in lines:
+        if line.by != "hour":
+            by_slice.setdefault((line.by, line.slice), {})[line.task] = line
+
+    for (by, name), of_tasks in by_slice.items():
+        cells = []
+        for task in tasks:
+            line = of_tasks[task]
+            cells += [f"{line.rows:,}", _number(line.auc, 4), _number(line.calibration, 2)]
+        table.append(f"| {by} {name} | " + " | ".join(cells) + " |")
+    return "\n".join(table)
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"

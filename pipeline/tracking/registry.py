@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.config import RunConfig, TrackingConfig, UserError
 from pipeline.files import folder_digests, publish_folder, sha256_of
+from pipeline.tracking.evaluation import split_counts
 from pipeline.tracking.gate import (
     BASELINE_PREFIX,
     NE_PREFIX,
@@ -121,7 +122,8 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
         model = client.create_logged_model(made_by.info.experiment_id, cfg.name, run.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
-        run.log_metrics(_defined(metrics), 0, model.model_id)
+        numbers, _ = split_counts(metrics)
+        run.log_metrics(numbers, _last_step(folder), model.model_id)
 
         # and into the registry
         _ensure_registered(client, name)
@@ -154,8 +156,11 @@ def _version_tags(folder: Path, metrics: Mapping[str, float]) -> dict[str, str]:
     return tags
 
 
-def _defined(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+def _last_step(folder: Path) -> int:
+    """The optimizer step that the model is of: where its metrics stand beside the losses."""
+    from pipeline.model.artifact import INDEX
+
+    return int(json.loads((folder / INDEX).read_text())["extra"].get("steps", 0))
 
 
 def register_trained(cfg: RunConfig) -> int:

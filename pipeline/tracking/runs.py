@@ -73,7 +73,7 @@ class Run:
             for key, value in metrics.items():
                 when_ms = int(at_seconds * 1000)
                 entries.append(
-                    Metric(_allowed(key), float(value), when_ms, step, model_id=model_id)
+                    Metric(allowed_name(key), float(value), when_ms, step, model_id=model_id)
                 )
         with one_message():
             mlflow_client(self.uri).log_batch(self.run_id, metrics=entries)
@@ -236,12 +236,12 @@ def _experiment(client: "MlflowClient", name: str) -> str:
 def _log_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    params = [Param(_allowed(key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
+    params = [Param(allowed_name(key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
     for start in range(0, len(params), PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
 
 
-def _allowed(key: str) -> str:
+def allowed_name(key: str) -> str:
     """MLflow takes letters, digits and `_-.: /` in names; a user's column may hold more."""
     return re.sub(r"[^\w\-.: /]", "_", key)
 

@@ -10,7 +10,7 @@ Another tracker in MLflow's place is a new `server.py`, `runs.py` and `registry.
 speaks to MLflow is in those three.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import RunConfig
 from pipeline.figures import Figures
-from pipeline.tracking import registry, runs, server
+from pipeline.tracking import evaluation, registry, runs, server
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import PinnedModel, RowsAtHand
 from pipeline.tracking.runs import Run
@@ -73,6 +73,26 @@ class Tracker:
     def import_result(self, name: str, figures: Figures) -> bool:
         """A run for a JSON of figures that were made elsewhere; False where it is known already."""
         return runs.import_result(self.cfg.tracking, name, figures)
+
+    def log_evaluation(
+        self,
+        model_dir: Path,
+        metrics: Mapping[str, float],
+        folder: Path,
+        name: str | None = None,
+    ) -> str | None:
+        """Log an evaluation into the run that trained the model; its id, None where there is none.
+
+        `folder` holds its files, `name` is that of an evaluation of other rows or settings.
+        """
+        return evaluation.log_evaluation(
+            server.current_url(),
+            model_dir,
+            metrics,
+            folder,
+            name,
+            with_predictions=self.cfg.tracking.log_predictions,
+        )
 
     def register_model(self, run: Run, model_dir: Path) -> int:
         """Make the evaluated model in `model_dir` a new version; returns its number."""
