@@ -455,7 +455,8 @@ def test_a_build_that_drifts_is_not_published(built: Path):
         build_sequences(cfg, append=True)
     assert before.digest[:16] in str(refused.value)
     assert store.read_manifest(cfg.sequence_dir) == before
-    assert files(cfg.sequence_dir).keys() == held
+    more = files(cfg.sequence_dir).keys() - held
+    assert all(str(name).startswith("parts/") for name in more)
     pq.write_table(day(DAYS), built / "in" / "x.parquet")
     assert build_sequences(cfg, append=True).num_rows > before.num_rows
 

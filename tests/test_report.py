@@ -158,6 +158,7 @@ def test_the_page_stands_alone_and_says_what_happened(cfg: RunConfig):
         imported,
         run_checks(CheckConfig(max_quarantined_share=0.4), merge_statistics([counted(log())])),
         report.InputFiles(),
+        report.PeriodReport(),
     ).read_text()
     assert page.count("<svg") == 2
     assert not re.findall(r"<(?:script|link|img|iframe)\b", page)
@@ -189,7 +190,7 @@ def test_the_page_of_logs_without_one_good_row(cfg: RunConfig):
     rows = log().set_column(0, "user_id", pa.nulls(7, pa.int64()))
     totals = merge_statistics([counted(rows)])
     page = report.write_report(
-        cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles()
+        cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles(), report.PeriodReport()
     ).read_text()
     assert "no users" in page
     assert "null_user_id" in page
@@ -198,9 +199,9 @@ def test_the_page_of_logs_without_one_good_row(cfg: RunConfig):
 def test_the_same_counts_give_the_same_page(cfg: RunConfig):
     totals = merge_statistics([counted(log())])
     first = report.write_report(
-        cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles()
+        cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles(), report.PeriodReport()
     ).read_text()
     again = report.write_report(
-        cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles()
+        cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles(), report.PeriodReport()
     ).read_text()
     assert first == again

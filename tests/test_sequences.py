@@ -418,7 +418,11 @@ def test_too_many_bad_rows_fail_the_build_and_publish_nothing(
     assert (cfg.run_dir / "report" / "validation.html").exists()
     with pytest.raises(UserError, match="no sequences are published"):
         store.read_manifest(cfg.sequence_dir)
-    assert sorted(path.name for path in cfg.sequence_dir.iterdir()) == [".digests.json", ".lock"]
+    assert sorted(path.name for path in cfg.sequence_dir.iterdir()) == [
+        ".digests.json",
+        ".lock",
+        "parts",  # what was read
+    ]
 
 
 def test_what_is_refused_before_ray_starts(tmp_path: Path):

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.batches.counts import LabelCounts, search_sorted
 from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
+from pipeline.logs.arrow_errors import reading_file
 from pipeline.schema import NAMED_IDS, EventColumns
 from pipeline.sequences import arrow_lists, store
 
@@ -521,7 +522,9 @@ def _side_codes(
     sizes = {}
     for i, (name, feature) in enumerate(columns.items()):
         encode = _quantile_codes if feature.kind == "quantile" else _category_codes
-        codes[:, i], sizes[name] = encode(table[name], training, feature)
+        key = f"features.{'item' if id_column == 'item_id' else 'user'}.{name}"
+        with reading_file(f"{key} ({feature.kind}, of type {table[name].type})"):
+            codes[:, i], sizes[name] = encode(table[name], training, feature)
     return ids, codes, sizes
 
 

@@ -114,10 +114,11 @@ class TrainConfig:
     weight_decay: float = setting(
         0.0, at_least=0, doc="Weight decay of AdamW, for dense weights and embedding rows."
     )
-    warmup_steps: int = setting(
-        100,
+    warmup_steps: int | None = setting(
+        None,
         at_least=0,
-        doc="Steps over which the learning rates rise; then they fall to 0 by a cosine.",
+        doc="Steps over which the learning rates rise; then they fall to 0 by a cosine. At most a "
+        "fifth of the run's steps. Null: 100, or a fifth where that is less.",
     )
     grad_clip: float = setting(
         1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."

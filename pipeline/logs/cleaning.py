@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import ColumnReading, FileFormat, UserError
+from pipeline.logs.arrow_errors import reading_column
 from pipeline.logs.columns import (
     as_number,
     is_number,
@@ -105,6 +106,11 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
         UserError: naming the column, what was configured and what was found.
     """
     rules = rules_of_file(schema, rules)
+    doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if doubled:
+        raise UserError(
+            f"{file}: several columns are called {doubled[0]!r}; give each its own name"
+        )
     for name in LOG_REQUIRED:
         if rules.columns[name] not in schema.names:
             raise UserError(f"{file}: {_lacks(name, rules, schema)}")
@@ -261,7 +267,8 @@ def normalise(
         if name in ids.codes:
             columns[name], unreadable[name] = ids.codes[name], ids.unreadable[name]
             continue
-        read = read_column(block, column, rules.readings.get(name, rules.columns[name]))
+        with reading_column(rules.columns[name]):
+            read = read_column(block, column, rules.readings.get(name, rules.columns[name]))
         columns[name] = read.values
         if read.unreadable is not None:
             unreadable[name] = read.unreadable
@@ -393,7 +400,8 @@ def row_digest(table: pa.Table) -> np.ndarray:
     """
     digest = np.zeros(table.num_rows, np.uint64)
     for name in sorted(table.column_names):
-        digest = mix(digest ^ mix(_bits(plain_values(table[name])) + _hash(name)))
+        with reading_column(name):
+            digest = mix(digest ^ mix(_bits(plain_values(table[name])) + _hash(name)))
     return digest
 
 

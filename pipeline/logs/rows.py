@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import FileFormat
+from pipeline.logs.arrow_errors import reading_column, reading_file
 from pipeline.logs.files import CONNECTIONS, PLAIN, file_stamp, locate, open_parquet
 from pipeline.logs.text_files import TextFile, text_kind
 
@@ -29,8 +30,8 @@ class RowFile(Protocol):
 
 
 class _ParquetRows:
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._file = file
+    def __init__(self, file: pq.ParquetFile, path: str) -> None:
+        self._file, self._path = file, path
         self.schema = file.schema_arrow
 
     def group_rows(self) -> list[int]:
@@ -38,9 +39,24 @@ class _ParquetRows:
         return [self._file.metadata.row_group(group).num_rows for group in groups]
 
     def blocks(self, rows: int, groups: Sequence[int]) -> Iterator[pa.Table]:
-        for batch in self._file.iter_batches(rows, row_groups=list(groups), use_threads=False):
+        batches = self._file.iter_batches(rows, row_groups=list(groups), use_threads=False)
+        while True:
+            with reading_file(self._path):
+                try:
+                    batch = next(batches, None)
+                except (pa.ArrowException, OSError):
+                    self._name_damaged(groups)
+                    raise
+            if batch is None:
+                return
             if batch.num_rows:
                 yield pa.Table.from_batches([batch])
+
+    def _name_damaged(self, groups: Sequence[int]) -> None:
+        """Raises ColumnTrouble for the first column that cannot be read by itself."""
+        for name in self.schema.names:
+            with reading_column(name):
+                self._file.read_row_groups(list(groups), columns=[name], use_threads=False)
 
 
 class _TextRows:
@@ -79,7 +95,7 @@ def open_rows(
     """
     if text_kind(file, form) is None:
         with open_parquet(file) as parquet:
-            yield _ParquetRows(parquet)
+            yield _ParquetRows(parquet, file)
         return
 
     text = _open_text(file, form, tuple(ids), None if columns is None else tuple(columns))
@@ -133,6 +149,6 @@ def read_table(file: str, form: FileFormat, id_column: str) -> pa.Table:
         UserError: it cannot be read.
     """
     if text_kind(file, form) is None:
-        with open_parquet(file) as parquet:
+        with open_parquet(file) as parquet, reading_file(file):
             return parquet.read()
     return _open_text(file, form, (id_column,), None).read_all()

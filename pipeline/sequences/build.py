@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline import config
@@ -60,6 +61,7 @@ from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
 from pipeline.sequences.quality.own_ids import name_ids
+from pipeline.sequences.quality.periods import count_periods
 from pipeline.sequences.quality.statistics import Statistics, log_hints, positives_only
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import side_files, write_side_table
@@ -229,8 +231,9 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
                 )
                 if cfg.checks.drift:
                     refuse_drift(folder, _readable(folder), manifest, cfg.drift)
-            except UserError:  # no killed build: nothing is left to go on with
-                _remove_unpublished(folder)
+            except UserError:
+                # the logs need not be read again by the next build, of a mended setting
+                _remove_unpublished(folder, made)
                 raise
 
         publish_version(folder, manifest)
@@ -460,7 +463,10 @@ def build_version(
 
     totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
     checks = _check_counts(cfg, totals, new_parts)
-    page = report.write_report(cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs)
+    periods = report_periods(cfg, folder, records, side_tables)
+    page = report.write_report(
+        cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs, periods
+    )
     refuse_failed(checks, log_hints(totals, rules), page)
     only = positives_only(totals, rules)
     if only:
@@ -489,6 +495,21 @@ def build_version(
         retired=retired,
         kept_since_ms=published.kept_since_ms if published else None,
     )
+
+
+def report_periods(
+    cfg: RunConfig, folder: Path, records: Sequence[Record], side_tables: Mapping[str, Bucket]
+) -> report.PeriodReport:
+    """Rows and labels of each period of the split, and how many items the item table knows."""
+    buckets = [record.bucket for record in records if record.bucket is not None]
+    actions = cfg.source.actions
+    counts = count_periods(folder, buckets, cfg.split, len(actions), with_items=True)
+
+    known = None
+    if "items" in side_tables:
+        table = pq.read_table(folder / side_tables["items"].file, columns=["item_id"])
+        known = int(np.isin(counts.items, table["item_id"].to_numpy()).sum())
+    return report.PeriodReport(counts.by_name(actions, actions), len(counts.items), known)
 
 
 def _write_side_tables(
@@ -695,12 +716,14 @@ def version_but(folder: Path, digest: str) -> Manifest | None:
     return None
 
 
-def _remove_unpublished(folder: Path) -> None:
+def _remove_unpublished(folder: Path, made: Sequence[Part]) -> None:
+    """Remove what a refused build has written, but for its parts."""
+    parts_made = [part.name for part in made]
     published = _readable(folder)
     if published is not None:
-        store.remove_unnamed(folder, [published, *store.versions(folder)])
+        store.remove_unnamed(folder, [published, *store.versions(folder)], parts_made)
     elif not (folder / store.MANIFEST).exists():
-        store.remove_unnamed(folder, [])
+        store.remove_unnamed(folder, [], parts_made)
 
 
 def _published(folder: Path) -> Manifest | None:

@@ -36,6 +36,7 @@ import pyarrow as pa
 
 from pipeline.config import FileFormat
 from pipeline.files import hidden_beside, publish_file
+from pipeline.logs.arrow_errors import reading_file
 from pipeline.logs.cleaning import REASON, USER_BUCKET, LogRules, normalise
 from pipeline.logs.files import CONNECTIONS, PLAIN
 from pipeline.logs.rows import open_rows
@@ -43,7 +44,7 @@ from pipeline.sequences import store
 from pipeline.sequences.dictionary import IdWriter, has_dictionary
 from pipeline.sequences.forgotten import Forgotten
 
-PARTS = "parts"
+PARTS = store.PARTS
 # a task's share of the logs: files are gathered, or split by row groups, to about this many rows
 PART_ROWS = 2**20
 RUN_ROWS = 2**20  # rows in memory at a time
@@ -168,7 +169,8 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
         run, rows = [], 0
         texts: dict[str, list[pa.Array]] = {}
         for source, block in _blocks(work, rules):
-            cleaned = normalise(block, rules, source.key, texts)
+            with reading_file(source.path):
+                cleaned = normalise(block, rules, source.key, texts)
             if forgotten.hashes:
                 users = cleaned["user_id"].fill_null(-1).to_numpy()
                 cleaned = cleaned.filter(pa.array(~forgotten.has_users(users)))

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import SideTable, UserError
+from pipeline.logs.arrow_errors import reading_file
 from pipeline.logs.ids import LONGEST_ID, CodedColumn, as_text_advice, code_column, id_kind
 from pipeline.logs.parquet import find_logs
 from pipeline.logs.rows import read_table
@@ -31,7 +32,8 @@ def write_side_table(
         repeated.
     """
     files = [read_table(file, table.format, table.id_column) for file in side_files(name, table)]
-    side = pa.concat_tables(files, promote_options="permissive")
+    with reading_file(f"source.{name}: {table.path}"):
+        side = pa.concat_tables(files, promote_options="permissive")
     ids = _checked_ids(f"source.{name}", table, side, id_column, text=text)
 
     rest = side.drop_columns([table.id_column])

@@ -24,7 +24,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from pipeline.schema import EventColumns, outcome_column
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 3
-MANIFEST, VERSIONS = "manifest.json", "versions"
+MANIFEST, VERSIONS, PARTS = "manifest.json", "versions", "parts"
 # of a build: who has the folder, and the digests of the logs' files
 LOCK, DIGESTS = ".lock", ".digests.json"
 FORGOTTEN = "forgotten.json"
@@ -196,9 +196,9 @@ def versions(folder: Path) -> list[Manifest]:
     return found
 
 
-def remove_unnamed(folder: Path, kept: Iterable[Manifest]) -> None:
-    """Remove all files that none of the versions `kept` names: those of older ones, and of builds
-    that were given up.
+def remove_unnamed(folder: Path, kept: Iterable[Manifest], parts: Collection[str] = ()) -> None:
+    """Remove all files that none of the versions `kept` names, nor `parts`: those of older
+    versions, and of builds that were given up.
 
     Who has an older version open keeps what is open; who reads it by name must be done within the
     life of two versions."""
@@ -215,10 +215,13 @@ def remove_unnamed(folder: Path, kept: Iterable[Manifest]) -> None:
         endings = ("arrow", "json", *(f"{name}.arrow" for name in manifest.text_ids))
         named |= {f"parts/{name}.{ending}" for name in manifest.parts for ending in endings}
         named.add(f"{VERSIONS}/{manifest.digest[:16]}.json")
+
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()
+        elif path.parent.name == PARTS and path.name.partition(".")[0] in parts:
+            continue
         elif str(path.relative_to(folder)) not in named:
             path.unlink(missing_ok=True)
 

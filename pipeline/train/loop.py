@@ -30,7 +30,7 @@ from pipeline.train.checkpoint import (
 from pipeline.train.guards import improved, watch_divergence
 from pipeline.train.interruption import Wishes
 from pipeline.train.meter import Meter, count_batches, prefetch_batches
-from pipeline.train.optim import learning_rate_factor
+from pipeline.train.optim import learning_rate_factor, resolve_warmup
 from pipeline.train.profile import StepProfiler
 from pipeline.train.trainee import Trainee
 
@@ -240,7 +240,8 @@ class Progress:
         self.values |= self.meter.take_speed(self.state)
         self.values["train/bad_steps"] = self.state.bad_steps
         self.values["train/grad_norm"] = float(self.trainee.grad_norm)
-        factor = learning_rate_factor(self.state.step - 1, self.cfg.warmup_steps, self.total_steps)
+        warmup = resolve_warmup(self.cfg.warmup_steps, self.total_steps)
+        factor = learning_rate_factor(self.state.step - 1, warmup, self.total_steps)
         self.values["train/lr"] = self.cfg.lr * factor
         self._say("%s", progress_line(self.state, self.total_steps, self.values))
 

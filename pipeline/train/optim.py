@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.rowwise_adamw.op import rowwise_adamw
 from kernels.rowwise_adamw.types import Hyper
+from pipeline.config import UserError
 
 
 class RowwiseAdamW:
@@ -67,6 +68,35 @@ class RowwiseAdamW:
         return {f"m.{name}": m for name, m in self.m.items()} | {
             f"v.{name}": v for name, v in self.v.items()
         }
+
+
+WARMUP_STEPS = 100  # where the configuration names no number
+
+
+def resolve_warmup(warmup_steps: int | None, total_steps: int) -> int:
+    """Steps of warm-up of a run of so many steps: those of `train.warmup_steps`, or our own."""
+    if warmup_steps is not None:
+        return warmup_steps
+    return min(WARMUP_STEPS, longest_warmup(total_steps))
+
+
+def longest_warmup(total_steps: int) -> int:
+    """A fifth of the run: what comes after is to be most of it."""
+    return total_steps // 5
+
+
+def refuse_long_warmup(warmup_steps: int | None, total_steps: int) -> None:
+    """Go on only if a warm-up that somebody set leaves most of the run to train in.
+
+    Raises:
+        UserError: it is longer than a fifth of the steps.
+    """
+    longest = longest_warmup(total_steps)
+    if warmup_steps is not None and warmup_steps > longest:
+        raise UserError(
+            f"train.warmup_steps is {warmup_steps}, more than a fifth of the {total_steps} steps "
+            f"of this run: set it to {longest} or less, to null, or train longer (train.epochs)"
+        )
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -20,7 +20,7 @@ from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import Block, Saved, read_tensors
 from pipeline.train.guards import FiniteGuard
 from pipeline.train.next_item import LOSS_NAME, NextItemLoss
-from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
+from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, resolve_warmup
 from pipeline.train.placement import place_tables
 from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows
 
@@ -147,7 +147,8 @@ class Trainee:
         norms = self._clip_dense(total)
         skip = self.guard.check(torch.cat([losses.isfinite(), norms.isfinite(), broken == 0]))
 
-        factor = learning_rate_factor(step, self.cfg.warmup_steps, total_steps)
+        warmup = resolve_warmup(self.cfg.warmup_steps, total_steps)
+        factor = learning_rate_factor(step, warmup, total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = self.cfg.lr * factor
         self.adamw.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]  # as GradScaler leaves it out

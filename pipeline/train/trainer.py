@@ -37,6 +37,8 @@ from pipeline.train.checkpoint import (
     run_identity,
 )
 from pipeline.train.metrics import METRICS, MetricsFeed
+from pipeline.train.optim import refuse_long_warmup, resolve_warmup
+from pipeline.train.periods import check_periods
 from pipeline.train.placement import describe_tables, place_tables
 from pipeline.train.supervision import refuse_impossible_size, run_attempt
 from pipeline.train.warm_start import (
@@ -83,6 +85,7 @@ def fit_model(
 
     digest = store.read_manifest(cfg.sequence_dir).digest
     before = earlier_checkpoint(cfg)  # tells a mistake before any worker starts
+    check_periods(cfg)
     maps = fit_features(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     maps.save(folder)
@@ -91,6 +94,7 @@ def fit_model(
         refuse_impossible_size(cfg.ray, train)
         # here, so that no worker reads the store to count
         steps = step_plan(cfg, folder / "steps.json")
+        refuse_long_warmup(train.warmup_steps, steps.steps_per_epoch * train.epochs)
         # Train's cleaner of placement groups asks the dashboard, and complains where there is none
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
             # Ray Train's notes of an earlier attempt
@@ -211,6 +215,8 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     all_values = sum(parameter.numel() for parameter in model.parameters())
     dense = all_values - table_values
     placed, steps = describe_tables(tables), step_plan(cfg)
+    total_steps = steps.steps_per_epoch * train.epochs
+    refuse_long_warmup(train.warmup_steps, total_steps)
     before = open_checkpoints(cfg.train_dir, train).newest()
 
     return {
@@ -218,6 +224,8 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
         "device": "cuda" if train.use_gpu else "cpu",
         "steps_per_epoch": steps.steps_per_epoch,
         "epochs": train.epochs,
+        "warmup_steps": resolve_warmup(train.warmup_steps, total_steps),
+        "periods": check_periods(cfg),
         "parameters": {"dense": dense, "tables": table_values},
         # Float32 weights, their gradients and two moments: what a step needs beside tables and
         # activations.

@@ -101,7 +101,7 @@ def _quarantined(
         name, rows = "max_quarantined_share of new rows", "new rows"
 
     reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(bad).most_common())
-    found = f"{rows} are bad: {reasons}"
+    found = f"{rows} are bad: {reasons or 'none'}"
     yield _share(name, sum(bad.values()), whole, limits.max_quarantined_share, found)
 
 

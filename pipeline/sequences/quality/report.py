@@ -46,6 +46,15 @@ class InputFiles:
     paths: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PeriodReport:
+    """What the periods of the split hold, and the items of all rows."""
+
+    periods: dict[str, dict[str, int]] = field(default_factory=dict)  # as PeriodCounts.by_name
+    items: int = 0
+    items_known: int | None = None  # of those in the item table; None: there is none
+
+
 def read_inputs(run_dir: Path) -> InputFiles:
     """Files that the run's last report names; none where there is no report, or an older one."""
     try:
@@ -63,6 +72,7 @@ def write_report(
     imported: ImportReport | None,
     checks: Sequence[Check],
     inputs: InputFiles,
+    periods: PeriodReport,
 ) -> Path:
     """validation.json and validation.html in the report folder of the run called `name`; returns
     the page.
@@ -76,6 +86,7 @@ def write_report(
         "checks": list(map(asdict, checks)),
         "hints": log_hints(totals, rules),
         "input_files": asdict(inputs),
+        "split": asdict(periods),
         "length_quantiles": length_quantiles(totals.lengths),
         **asdict(totals),
         "quarantined_files": _name_files(totals.quarantined_files, inputs.paths),
@@ -114,6 +125,7 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
 <h2>Checks</h2>{_table(_verdicts(content["checks"]))}
 <h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
 {_bad_files(content["quarantined_files"])}
+<h2>Periods of the split</h2>{_period_table(content["split"]["periods"])}
 <h2>Rows per user</h2>{_length_plot(content["lengths"])}
 <h2>Rows and action rates per day</h2>{_day_plot(content, rules.actions)}
 <h2>Nulls per column</h2>{_table(_nulls(content))}
@@ -133,6 +145,7 @@ def _overview(content: dict[str, Any]) -> dict[str, Any]:
         "rows with an order but no time": content["order_only_rows"],
         "requests": content["requests"],
         "users": content["users"],
+        **_item_lines(content["split"]),
         "first event": _moment(content["first_event_ms"]),
         "last event": _moment(content["last_event_ms"]),
     }
@@ -143,6 +156,25 @@ def _overview(content: dict[str, Any]) -> dict[str, Any]:
     for name, value in content["import_counts"].items():
         rows[f"import: {name}"] = value
     return rows
+
+
+def _item_lines(split: dict[str, Any]) -> dict[str, Any]:
+    lines: dict[str, Any] = {"items": split["items"]}
+    if split["items_known"] is not None:
+        lines["items that the item table knows"] = split["items_known"]
+    return lines
+
+
+def _period_table(periods: dict[str, dict[str, int]]) -> str:
+    """Rows of each period, and for each action its positives among the known labels."""
+    lines = {}
+    for period, counts in periods.items():
+        for name, count in counts.items():
+            if name == "rows":
+                lines[f"{period}: rows"] = count
+            elif f"{name} known" in counts:
+                lines[f"{period}: {name}"] = f"{count:,} of {counts[f'{name} known']:,}"
+    return _table(lines)
 
 
 def _files(inputs: dict[str, Any]) -> str:

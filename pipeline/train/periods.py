@@ -1,0 +1,60 @@
+"""What the periods of the split hold, told before anything is trained."""
+
+import logging
+
+import numpy as np
+
+from pipeline.config import RunConfig, UserError
+from pipeline.sequences import store
+from pipeline.sequences.quality.periods import PERIODS, PeriodCounts, count_periods
+
+logger = logging.getLogger(__name__)
+
+
+def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
+    """Rows and labels of each period for the tasks of the configuration, as `by_name` has them.
+
+    An empty validation or test period, and a task without a positive there, are said; training
+    needs neither.
+
+    Raises:
+        UserError: the validation period is empty, and `train.validate_every` asks for its rows.
+    """
+    manifest = store.read_manifest(cfg.sequence_dir)
+    num_actions = len(manifest.actions)
+    counts = count_periods(cfg.sequence_dir, manifest.buckets, cfg.split, num_actions)
+
+    for number, period in enumerate(PERIODS[1:], start=1):
+        if counts.rows[number] == 0:
+            _tell_empty(cfg, period, manifest)
+        else:
+            _tell_tasks_without_positives(cfg, period, number, counts)
+    return counts.by_name(manifest.actions, cfg.tasks)
+
+
+def _tell_empty(cfg: RunConfig, period: str, manifest: store.Manifest) -> None:
+    first, last = _moment(manifest.first_event_ms), _moment(manifest.last_event_ms)
+    message = (
+        f"split.t_{period}: the {period} period holds no row, the events lie from {first} to {last}"
+    )
+    if period == "val" and cfg.train.validate_every:
+        raise UserError(f"{message}: train.validate_every has nothing to score")
+    logger.warning("%s: there will be no %s metrics", message, period)
+
+
+def _tell_tasks_without_positives(
+    cfg: RunConfig, period: str, number: int, counts: PeriodCounts
+) -> None:
+    for task, bit in zip(cfg.tasks, cfg.task_bits, strict=True):
+        if counts.positive[number, bit] == 0:
+            logger.warning(
+                "tasks: %s has no positive among its %d known labels of the %s period: its "
+                "metrics there are undefined",
+                task,
+                counts.known[number, bit],
+                period,
+            )
+
+
+def _moment(time_ms: int) -> str:
+    return f"{np.datetime64(time_ms, 'ms').astype('datetime64[s]')}Z"

@@ -1,0 +1,157 @@
+"""Mistakes that are told before the work they would spoil, each in one message."""
+
+import dataclasses
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import RunConfig, UserError
+from pipeline.sequences import build, store
+from pipeline.sequences.build import build_sequences
+from pipeline.sequences.parts import find_part
+from pipeline.train.optim import refuse_long_warmup, resolve_warmup
+from pipeline.train.periods import check_periods
+from tests.worlds.logs import NOON, config_for, here, log
+
+__all__ = ["here"]  # a fixture
+
+DAY = 24 * 3600 * 1000
+
+
+def days_of_logs(folder: Path, num_days: int = 6) -> RunConfig:
+    """One row an hour; `like` only on the first day."""
+    hours = np.arange(num_days * 24)
+    table = log(rows=len(hours))
+    table = table.set_column(2, "event_time", pa.array(NOON + hours * DAY // 24))
+    table = table.set_column(4, "like", pa.array((hours == 3).astype(np.int8)))
+    cfg = config_for(folder, table)
+    split = replace(cfg.split, t_val="2022-04-18T05:20:00Z", t_test="2022-04-19T05:20:00Z")
+    return replace(cfg, split=split, tasks=("click", "like"))
+
+
+def test_a_refused_build_keeps_its_parts(here: None, tmp_path: Path, monkeypatch) -> None:
+    cfg = config_for(tmp_path, log())
+    strict = replace(cfg, checks=replace(cfg.checks, min_rows=1_000_000))
+    with pytest.raises(UserError, match="min_rows"):
+        build_sequences(strict)
+    kept = list((cfg.sequence_dir / "parts").glob("*.json"))
+    assert len(kept) == 1
+    assert find_part(cfg.sequence_dir, kept[0].stem) is not None
+    assert not (cfg.sequence_dir / "buckets").exists()
+
+    monkeypatch.setattr(build, "write_part", lambda *_, **__: pytest.fail("read again"))
+    build_sequences(cfg)
+
+
+def test_what_the_periods_hold_is_said(
+    here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = days_of_logs(tmp_path)
+    build_sequences(cfg)
+    with caplog.at_level(logging.WARNING):
+        found = check_periods(cfg)
+    assert {name: counts["rows"] for name, counts in found.items()} == {
+        "train": 72,
+        "val": 24,
+        "test": 48,
+    }
+    assert found["train"]["like"] == 1
+    assert "like has no positive among its 24 known labels of the val period" in caplog.text
+    assert "click" not in caplog.text
+
+    late = replace(cfg.split, t_val="2022-05-01T00:00:00Z", t_test="2022-05-02T00:00:00Z")
+    caplog.clear()
+    check_periods(replace(cfg, split=late))
+    assert "split.t_val: the val period holds no row, the events lie from 2022-04-15" in caplog.text
+    validating = replace(cfg, split=late, train=replace(cfg.train, validate_every=5))
+    with pytest.raises(UserError, match=r"split\.t_val.*train\.validate_every has nothing"):
+        check_periods(validating)
+
+    page = (cfg.run_dir / "report" / "validation.html").read_text()
+    for line in ("<td>val: rows</td><td>24</td>", "<td>train: like</td><td>1 of 72</td>"):
+        assert line in page
+
+
+def test_items_that_the_item_table_knows_are_counted(here: None, tmp_path: Path) -> None:
+    table = log(rows=200)
+    pq.write_table(pa.table({"id": np.arange(10, 70)}), tmp_path / "items.parquet")
+    items = {"path": str(tmp_path / "items.parquet"), "id_column": "id"}
+    cfg = config_for(tmp_path, table, items=items)
+    build_sequences(cfg)
+    seen = np.unique(table["item_id"])
+    page = (cfg.run_dir / "report" / "validation.html").read_text()
+    assert f"<td>items</td><td>{len(seen)}</td>" in page
+    known = (seen >= 10).sum()
+    assert f"<td>items that the item table knows</td><td>{known}</td>" in page
+
+
+def test_the_file_of_each_bad_row_is_named(here: None, tmp_path: Path) -> None:
+    good = log(rows=50)
+    bad = log(rows=50, seed=1, click=pa.array([2, 3, *[0] * 48], pa.int8()))
+    cfg = config_for(tmp_path, good, bad)
+    build_sequences(cfg)
+    page = (cfg.run_dir / "report" / "validation.html").read_text()
+    assert "in/1.parquet</td><td>click_not_0_1 2" in page
+    assert "   1.parquet" in page
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(25, 5), (647, 100), (4, 0)])
+def test_a_warm_up_is_a_part_of_the_run(steps: int, warmup: int) -> None:
+    assert resolve_warmup(None, steps) == warmup
+    assert resolve_warmup(7, steps) == 7
+    refuse_long_warmup(None, steps)
+    refuse_long_warmup(warmup, steps)
+    with pytest.raises(UserError, match=rf"train\.warmup_steps is {steps}.*set it to {steps // 5}"):
+        refuse_long_warmup(steps, steps)
+
+
+def damaged(path: Path) -> None:
+    """Bytes of the column `tab` overwritten."""
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(5)
+    raw = bytearray(path.read_bytes())
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    raw[begin : begin + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(bytes(raw))
+
+
+def test_a_damaged_page_is_one_message(here: None, tmp_path: Path) -> None:
+    cfg = config_for(tmp_path, log(rows=50))
+    file = tmp_path / "in" / "0.parquet"
+    damaged(file)
+    with pytest.raises(UserError, match=rf"{file}: column 'tab': ") as refused:
+        build_sequences(cfg)
+    assert "\n" not in str(refused.value)
+
+
+def test_columns_of_one_name_are_one_message(here: None, tmp_path: Path) -> None:
+    table = log(rows=5)
+    doubled = pa.Table.from_arrays([*table.columns, table["tab"]], [*table.column_names, "tab"])
+    cfg = config_for(tmp_path, doubled)
+    with pytest.raises(UserError, match="several columns are called 'tab'"):
+        build_sequences(cfg)
+
+
+@pytest.mark.parametrize(
+    "values", [pa.array([[1], [2], [3]]), pa.array([{"a": 1}] * 3), pa.array([b"\xff"] * 3)]
+)
+def test_a_feature_of_no_usable_type_is_one_message(
+    here: None, tmp_path: Path, values: pa.Array
+) -> None:
+    from pipeline.batches.features import fit_features
+
+    pq.write_table(pa.table({"id": [1, 2, 3], "kind": values}), tmp_path / "items.parquet")
+    items = {"path": str(tmp_path / "items.parquet"), "id_column": "id"}
+    cfg = config_for(tmp_path, log(rows=200), items=items)
+    raw = dataclasses.replace(cfg, split=replace(cfg.split, t_val="2022-04-15T06:00:00Z"))
+    build_sequences(raw)
+    from pipeline.config import ColumnFeature
+
+    features = replace(raw.features, item={"kind": ColumnFeature(dim=4)})
+    with pytest.raises(UserError, match=r"features\.item\.kind"):
+        fit_features(replace(raw, features=features))
+    assert store.read_manifest(raw.sequence_dir).num_rows
