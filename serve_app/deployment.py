@@ -24,7 +24,8 @@ from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import Outage, RunConfig, ServeConfig, UserError
 from pipeline.files import make_private_folder, staged_file
-from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.index.folder import load_indexed
+from pipeline.model.artifact import LoadedModel
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
 from pipeline.waiting import wait_until
@@ -220,7 +221,7 @@ def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     canary, shadow = _on_trial(cfg.serve, model)
     for version in (model, canary, shadow):
         if version is not None:
-            loaded = load_model(fetch_model(version, cache_folder(cfg.runs_dir)))
+            loaded, _ = load_indexed(fetch_model(version, cache_folder(cfg.runs_dir)))
             _refuse_broken_weights(loaded, version)
     return user_config(cfg, model, canary, shadow)
 

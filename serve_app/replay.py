@@ -20,8 +20,9 @@ from pipeline.batches.examples import Examples, UserEvents, request_examples, us
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import evaluation_batch, split_bounds
 from pipeline.config import RunConfig, ServeConfig, UserError
+from pipeline.index.folder import load_indexed
 from pipeline.logs.ids import OwnId
-from pipeline.model.artifact import LoadedModel, load_model
+from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import WATCH_MS, EventColumns
 from pipeline.sequences import store
@@ -58,7 +59,7 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     Raises:
         UserError: the test period holds no request.
     """
-    loaded = load_model(model_dir)
+    loaded, _ = load_indexed(model_dir)
     as_served(loaded.model, cfg.serve)  # what that costs is the evaluation's to say
     requests = past_requests(cfg, loaded)
     worst, elapsed_ms = 0.0, []

@@ -1,6 +1,7 @@
 """The index: which items there are, what is known of them, and which are nearest to a user."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,19 @@ import pytest
 import torch
 
 from pipeline import config
-from pipeline.config import IndexConfig, RunConfig, UserError
+from pipeline.batches.features import FeatureMaps, _side_codes
+from pipeline.config import (
+    ColumnFeature,
+    FeatureConfig,
+    IndexConfig,
+    RetrievalConfig,
+    RunConfig,
+    UserError,
+)
 from pipeline.index import ivf
 from pipeline.index.catalogue import Catalogue, make_table
 from pipeline.index.exact import ExactIndex, top_rows
-from pipeline.index.folder import build_index, load_index
+from pipeline.index.folder import build_index, load_index, load_indexed
 from pipeline.index.popularity import count_items
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
@@ -228,6 +237,116 @@ def test_a_folder_cut_in_the_middle_is_refused(world: RunConfig, name: str, mess
         assert load_index(load_model(world.model_dir), world.model_dir) is not None
     finally:
         path.write_bytes(whole)
+
+
+# Items that came after training -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def maps_and_items() -> tuple[FeatureMaps, pa.Table, FeatureConfig]:
+    """Maps of items 0, 2, …, 18, of which 18 was never shown; a category, a number, a duration."""
+    shown = np.arange(0, 18, 2)
+    features = FeatureConfig(
+        item={
+            "lang": ColumnFeature(dim=2),
+            "price": ColumnFeature(dim=2, kind="quantile", buckets=4),
+        },
+        duration_ms_column="ms",
+        watch_shares=(0.5,),
+    )
+    items = item_table(np.arange(0, 20, 2))
+    ids, columns, sizes = _side_codes(items, "item_id", features.item, shown)
+    codes = np.column_stack([np.append(np.arange(1, 10), 0), columns])
+    maps = FeatureMaps(
+        item_ids=ids,
+        item_codes=np.concatenate([np.zeros((1, 3)), codes]).astype(np.int32),
+        item_count=np.ones(11, np.int64),
+        user_ids=np.zeros(0, np.int64),
+        user_codes=np.zeros((1, 0), np.int32),
+        request_values={},
+        vocab_sizes={"item_id": 10} | {f"item.{name}": size for name, size in sizes.items()},
+        base_rates={},
+        item_duration_ms=np.append(0.0, 100.0 * ids),
+    )
+    return maps, items, features
+
+
+def item_table(ids: np.ndarray) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": ids,
+            "lang": [["de", "en", "fr"][i % 3] for i in ids.tolist()],
+            "price": ids.astype(float) ** 2,
+            "ms": 100 * ids,
+        }
+    )
+
+
+def test_a_new_item_has_the_codes_of_its_columns(maps_and_items):
+    maps, _, features = maps_and_items
+    today = item_table(np.array([*range(0, 20, 2), 3, 7, 99]))
+    today = today.set_column(1, "lang", pa.array([*today["lang"].to_pylist()[:-1], "xx"]))
+    grown = maps.with_new_items(today, features)
+
+    rows = grown.item_rows(np.array([2, 18, 3, 7, 99, 5]))
+    assert rows.tolist() == [2, 10, 11, 12, 13, 0]
+    lang, price = grown.item_codes[rows, 1], grown.item_codes[rows, 2]
+    like = grown.item_codes[grown.item_rows(np.array([0, 4, 16])), 1:]
+    assert lang.tolist()[2:4] == [like[0, 0], like[1, 0]], "3 as 0, 7 as 4"
+    assert grown.item_codes[rows, 0].tolist() == [2, 0, 0, 0, 0, 0]
+    assert (lang[4], price[4]) == (0, like[2, 1]), "an unknown word, and the highest prices"
+    assert grown.item_duration_ms[rows].tolist() == [200, 1800, 300, 700, 9900, 0]
+    np.testing.assert_array_equal(grown.item_codes[:11], maps.item_codes)
+
+
+def test_trained_items_that_changed_are_refused(maps_and_items):
+    maps, items, features = maps_and_items
+    words = items["lang"].to_pylist()
+    words[1] = "de" if words[1] != "de" else "en"
+    with pytest.raises(UserError, match=r"columns of 1 items .* changed since \(\[2\]\): train"):
+        maps.with_new_items(items.set_column(1, "lang", pa.array(words)), features)
+
+
+def test_counts_of_items_stay_with_them(world: RunConfig):
+    """New rows lie behind the old ones, so that no group of the counts is another's."""
+    loaded = load_model(world.model_dir)
+    maps, features = loaded.maps, loaded.cfg.features
+    new = int(maps.item_ids.max()) + 1
+    items = pa.table({"item_id": np.append(maps.item_ids, new)})
+    grown = maps.with_new_items(items, features)
+
+    asked = np.array([maps.item_ids[3], new])
+    old = maps.groups(["item_id"], maps.item_rows(asked), {}, features)
+    now = grown.groups(["item_id"], grown.item_rows(asked), {}, features)
+    assert old.tolist() == now.tolist()
+    assert now[1] == 0, "nothing was counted of it"
+
+
+def test_new_items_travel_with_the_index(world: RunConfig, tmp_path: Path):
+    known = load_model(world.model_dir).maps.item_ids
+    later = replace(
+        world,
+        runs_dir=str(tmp_path),
+        retrieval=RetrievalConfig(enabled=True, dim=4),
+        train=replace(world.train, max_targets_per_sequence=6),
+    )
+    publish_sequences(later)
+    model_dir = save_tiny_model(later, tmp_path / "model")
+    table = pa.table({"item_id": pa.array([*known.tolist(), 70, 71], pa.int64())})
+    manifest = store.read_manifest(later.sequence_dir)
+    items = store.write_table(table, later.sequence_dir, "tables/items")
+    tables = manifest.side_tables | {"items": items}
+    store.write_manifest(later.sequence_dir, replace(manifest, side_tables=tables))
+    build_index(later, model_dir)
+
+    loaded, index = load_indexed(model_dir)
+    assert index is not None
+    assert index.catalogue.item_ids.tolist() == [*known.tolist(), 70, 71]
+    assert loaded.maps.item_rows(np.array([70, 71])).tolist() == [len(known) + 1, len(known) + 2]
+    assert index.vectors is not None
+    vectors = index.vectors.vectors
+    torch.testing.assert_close(vectors[-1], vectors[-2])  # no columns: both the unknown id
+    assert not torch.allclose(vectors[0], vectors[-1])
 
 
 def test_without_faiss_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -55,6 +55,9 @@ class FeatureMaps:
     item_duration_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     # int64 [I + 1]: events of the training period that count as next items; empty without retrieval
     next_count: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    # int64, sorted: items that came after training (`with_new_items`), behind those of `item_ids`
+    # in the item tables
+    new_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     # of user_id and item_id those that are text in the sequences; the ids here are their codes
     text_ids: tuple[str, ...] = ()
 
@@ -73,7 +76,11 @@ class FeatureMaps:
                 )
 
     def item_rows(self, item_id: np.ndarray) -> np.ndarray:
-        return _find_rows(self.item_ids, item_id)
+        rows = _find_rows(self.item_ids, item_id)
+        if len(self.new_ids) == 0:
+            return rows
+        new = _find_rows(self.new_ids, item_id)
+        return np.where(new > 0, len(self.item_ids) + new, rows)
 
     def user_rows(self, user_id: np.ndarray) -> np.ndarray:
         return _find_rows(self.user_ids, user_id)
@@ -104,7 +111,8 @@ class FeatureMaps:
         group, known = np.zeros(len(item_rows), np.int64), np.ones(len(item_rows), bool)
         for name in by:
             if name == "item_id":
-                code = item_rows
+                # nothing was counted of an item that came after training
+                code = np.where(item_rows <= len(self.item_ids), item_rows, 0)
             elif name in features.item:
                 code = self.item_codes[item_rows, 1 + list(features.item).index(name)]
             else:
@@ -126,6 +134,42 @@ class FeatureMaps:
         """With the counts of the whole training period: what evaluation and serving need."""
         return replace(
             self, counts={name: counts.whole_period() for name, counts in self.counts.items()}
+        )
+
+    def with_new_items(self, items: pa.Table, features: FeatureConfig) -> "FeatureMaps":
+        """The maps with those of `items`, the item table of today, that training did not know.
+
+        Such an item has the unknown id's code 0 and the codes of its columns: the vocabularies are
+        made anew from the items of the training rows, as they were for training.
+
+        Raises:
+            UserError: the columns of an item that was trained on have changed since.
+        """
+        trained = self.item_ids[self.item_codes[1:, 0] > 0]
+        table = _with_bare_rows(items, features, "items", "item_id", trained)
+        ids, columns, _ = _side_codes(table, "item_id", features.item, trained)
+
+        old = _find_rows(self.item_ids, ids)
+        is_trained = np.isin(ids, trained)
+        changed = (columns[is_trained] != self.item_codes[old[is_trained], 1:]).any(1)
+        if changed.any():
+            raise UserError(
+                f"the item table: columns of {np.count_nonzero(changed)} items that the model was "
+                f"trained on have changed since ({ids[is_trained][changed][:5].tolist()}): train "
+                "anew"
+            )
+
+        new = old == 0
+        codes = np.column_stack([np.zeros(np.count_nonzero(new), np.int32), columns[new]])
+        durations = self.item_duration_ms
+        if len(durations):
+            of_today = _durations(table, features.duration_ms_column)[1:]
+            durations = np.concatenate([durations, of_today[new]])
+        return replace(
+            self,
+            new_ids=ids[new],
+            item_codes=np.concatenate([self.item_codes, codes.astype(np.int32)]),
+            item_duration_ms=durations,
         )
 
     def popular_items(self, num: int) -> np.ndarray:
@@ -474,12 +518,19 @@ def _buckets(sequence_dir: Path) -> Iterator[pa.Table]:
 def _side_table(
     sequence_dir: Path, features: FeatureConfig, side: str, id_column: str, seen: np.ndarray
 ) -> pa.Table:
-    """The side table plus a bare row for every id of the training rows that it does not list,
-    sorted by id.
-    """
+    """The published side table, as `_with_bare_rows`."""
     table = store.read_side_table(sequence_dir, side)
     if table is None:
         table = pa.table({id_column: pa.array(seen, pa.int64())})
+    return _with_bare_rows(table, features, side, id_column, seen)
+
+
+def _with_bare_rows(
+    table: pa.Table, features: FeatureConfig, side: str, id_column: str, seen: np.ndarray
+) -> pa.Table:
+    """The configured columns of a side table, with a bare row for every id of the training rows
+    that it does not list, sorted by id.
+    """
     columns = list(features.item if side == "items" else features.user)
     keys = dict.fromkeys(columns, f"features.{side[:-1]}")
     if side == "items" and features.duration_ms_column is not None:

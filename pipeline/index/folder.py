@@ -4,13 +4,15 @@
       catalogue.parquet      ids, popularity, columns for filters
       vectors.safetensors    items' vectors, where the model has a retrieval head
       lists.faiss            inverted lists, beyond index.ivf_above
+      new_items.safetensors  items that came after training: ids and codes of their columns
       artifact.json          sha256 of the others, and of the model that it belongs to
 
 A model that is promoted changes all vectors, so an index serves its own model and no other.
 """
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.batches.examples import user_events
+from pipeline.batches.features import FeatureMaps
 from pipeline.config import IndexConfig, RunConfig, UserError, to_dict
 from pipeline.config.reading import build_section
 from pipeline.files import folder_digests, sha256_of, staged_folder
@@ -36,8 +41,11 @@ from pipeline.model.retrieval import RetrievalHead
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import own_ids
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "index"  # inside the model's
 CATALOGUE, VECTORS, LISTS = "catalogue.parquet", "vectors.safetensors", "lists.faiss"
+NEW_ITEMS = "new_items.safetensors"
 RECALL_USERS, RECALL_ITEMS = 256, 100
 
 
@@ -75,8 +83,9 @@ class LoadedIndex:
 def build_index(cfg: RunConfig, model_dir: Path) -> Path:
     """Build the index of the model at `model_dir` from the published sequences; returns its folder.
 
-    Items are those that the model's feature maps know: of the training rows and of the item table.
-    One of the same model, sequences and settings that is there already stays.
+    Items are those that the model's feature maps know, of the training rows and of the item table,
+    and those that the item table has had since: known by their columns and the unknown id. One of
+    the same model, sequences and settings that is there already stays.
 
     Raises:
         UserError: no whole model or no sequences, a configured column is missing, or the package
@@ -93,11 +102,12 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
         return folder
 
     loaded = load_model(model_dir)
-    item_ids = loaded.maps.item_ids
+    items = store.read_side_table(cfg.sequence_dir, "items")
+    maps = _maps_of_today(loaded, items)
+    item_ids = np.union1d(maps.item_ids, maps.new_ids)
     if len(item_ids) == 0:
         raise UserError("index.enabled: the training period holds no item to recommend")
     counts = count_items(cfg.sequence_dir, item_ids, cfg.split.train_end_ms, cfg.source, cfg.index)
-    items = store.read_side_table(cfg.sequence_dir, "items")
     texts = None
     if ITEM_ID in manifest.text_ids:
         texts = own_ids(cfg.sequence_dir, manifest, ITEM_ID, item_ids)
@@ -109,7 +119,10 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
         pq.write_table(table, stage / CATALOGUE)
         head = loaded.model.retrieval
         if head is not None:
-            _write_vectors(stage, loaded, head, cfg)
+            codes = maps.item_codes[maps.item_rows(item_ids)]
+            _write_vectors(stage, loaded, head, codes, cfg)
+        if len(maps.new_ids):
+            _write_new_items(stage, loaded.maps, maps)
         digests = {"files": folder_digests(stage), "extra": facts}
         (stage / DIGESTS).write_text(json.dumps(digests, indent=2))
     return folder
@@ -135,8 +148,30 @@ def _with_recency(table: pa.Table, name: str) -> pa.Table:
     return table.set_column(place, RECENCY, pa.array(recency))
 
 
-def _write_vectors(stage: Path, loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> None:
-    vectors = towers.item_vectors(loaded.model, head, loaded.maps.item_codes[1:]).cpu()
+def _maps_of_today(loaded: LoadedModel, items: pa.Table | None) -> FeatureMaps:
+    """The model's maps with the items that came since its training."""
+    if items is None:
+        return loaded.maps
+    try:
+        return loaded.maps.with_new_items(items, loaded.cfg.features)
+    except UserError as error:
+        logger.warning("the index has no items that came after training: %s", error)
+        return loaded.maps
+
+
+def _write_new_items(stage: Path, trained: FeatureMaps, today: FeatureMaps) -> None:
+    num_trained = len(trained.item_codes)
+    tensors = {"ids": today.new_ids, "codes": today.item_codes[num_trained:]}
+    if len(today.item_duration_ms):
+        tensors["durations"] = today.item_duration_ms[num_trained:]
+    packed = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_arrays(packed, stage / NEW_ITEMS)
+
+
+def _write_vectors(
+    stage: Path, loaded: LoadedModel, head: RetrievalHead, item_codes: np.ndarray, cfg: RunConfig
+) -> None:
+    vectors = towers.item_vectors(loaded.model, head, item_codes).cpu()
     if not bool(torch.isfinite(vectors).all()):
         raise UserError("the model's item vectors are not all finite: it cannot be indexed")
 
@@ -165,6 +200,33 @@ def _sample_users(loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> T
         parts.append(towers.user_vectors(loaded.model, head, batch).cpu())
         found += len(users.user_id)
     return torch.cat(parts)
+
+
+def load_indexed(model_dir: Path, device: str = "cpu") -> tuple[LoadedModel, LoadedIndex | None]:
+    """The model at `model_dir` and its index, None where it has none.
+
+    The model's feature maps know the items of the index that came after training.
+
+    Raises:
+        UserError: as of `load_model` and `load_index`.
+    """
+    loaded = load_model(model_dir, device)
+    index = load_index(loaded, model_dir)
+    path = model_dir / FOLDER / NEW_ITEMS
+    if index is None or not path.exists():
+        return loaded, index
+
+    arrays, maps = load_arrays(path), loaded.maps
+    durations = maps.item_duration_ms
+    if "durations" in arrays:
+        durations = np.concatenate([durations, arrays["durations"]])
+    maps = replace(
+        maps,
+        new_ids=arrays["ids"],
+        item_codes=np.concatenate([maps.item_codes, arrays["codes"]]),
+        item_duration_ms=durations,
+    )
+    return replace(loaded, maps=maps), index
 
 
 def load_index(loaded: LoadedModel, model_dir: Path) -> LoadedIndex | None:

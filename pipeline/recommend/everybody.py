@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from pipeline.batches.examples import user_events
 from pipeline.config import RunConfig, UserError, from_dict, to_dict
 from pipeline.files import staged_folder
-from pipeline.index.folder import load_index
+from pipeline.index.folder import load_indexed
 from pipeline.index.histories import history_before
-from pipeline.model.artifact import load_model
 from pipeline.model.inference.quantize import as_served
 from pipeline.recommend.offline import Audience, OfflineRecommender
 from pipeline.recommend.retriever import Wish
@@ -125,9 +124,8 @@ def load_recommender(cfg: RunConfig, model_dir: Path) -> OfflineRecommender:
     Raises:
         UserError: no whole model, or no index in it.
     """
-    loaded = load_model(model_dir)
+    loaded, index = load_indexed(model_dir)
     as_served(loaded.model, cfg.serve)
-    index = load_index(loaded, model_dir)
     if index is None:
         raise UserError(
             f"the model at {model_dir} has no item index: register it with index.enabled"

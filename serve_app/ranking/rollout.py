@@ -27,8 +27,7 @@ import torch
 from kernels.backend import choose_backend
 from pipeline import config
 from pipeline.config import ServeConfig, UserError
-from pipeline.index.folder import load_index
-from pipeline.model.artifact import load_model
+from pipeline.index.folder import load_indexed
 from pipeline.tracking import PinnedModel, fetch_model
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import EventLog, LiveHistory
@@ -416,7 +415,7 @@ def _load_ranker(
     model: PinnedModel, user_config: dict[str, Any], limits: ServeConfig, shared: Shared
 ) -> Ranker:
     folder = fetch_model(model, Path(user_config["cache"]))
-    loaded = load_model(folder, "cuda" if limits.use_gpu else "cpu")
+    loaded, index = load_indexed(folder, "cuda" if limits.use_gpu else "cpu")
 
     published = PublishedSequences(
         Path(user_config["sequences"]),
@@ -429,7 +428,6 @@ def _load_ranker(
         published, shared.log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
     )
 
-    index = load_index(loaded, folder)
     ranker = Ranker(loaded, history, model.version, model.name, limits, index, shared.budget)
     ranker.warm_up()
     logger.info("%s version %d ready: %s", model.name, model.version, _describe_passes(ranker))

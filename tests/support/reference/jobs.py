@@ -23,6 +23,7 @@ EXAMPLES = {
     "ablation": "configs/demo.yaml --split val",
     "promote": "configs/demo.yaml --version 3",
     "rollback": "configs/demo.yaml",
+    "refresh_index": "configs/demo.yaml",
     "recommend": "configs/demo.yaml --as-of 2022-05-03T00:00:00+08:00",
     "serve": "configs/demo.yaml --set serve.port=8000",
     "deploy": "configs/demo.yaml --set ray.address=auto",
