@@ -118,6 +118,12 @@ def run_chain(
         manifest.quarantined,
     )
 
+    if "val" in evaluator.tell_empty_splits(cfg, manifest):
+        raise UserError(
+            "split.t_val: the validation period holds no request, so no model of it could pass the "
+            "gate; nothing is trained"
+        )
+
     print_stage(3, "training")
     restart = append and trainer.trained_on(cfg.train_dir, cfg.train) not in (None, manifest.digest)
     cfg, beginning = choose_start(cfg, tracker, append=append, restart=restart)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import RunConfig, SourceConfig, TrackingConfig, UserError
+from pipeline.config import ConfigError, RunConfig, SourceConfig, TrackingConfig, UserError
 from pipeline.evaluate import evaluator
 from pipeline.files import folder_digests
 from pipeline.model.artifact import load_model, save_model
@@ -213,3 +213,9 @@ def test_each_source_of_data_has_a_registered_model_of_its_own(tmp_path: Path) -
     assert own.startswith("own-log-")
     assert SourceConfig(path="data/own/log/", actions=("click", "buy")).data_name == own
     assert tiny_config(tmp_path, tracking={"model_name": "mine"}).model_name == "mine"
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "it's", ""])
+def test_a_name_that_the_registry_refuses_is_told_at_once(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.model_name must be letters"):
+        TrackingConfig(model_name=name)

@@ -1,7 +1,9 @@
 """Tracking of runs, and the gate before a model version is promoted."""
 
+import re
 from dataclasses import dataclass
 
+from pipeline.config.errors import require
 from pipeline.config.setting import check_ranges, setting
 
 
@@ -36,3 +38,12 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "tracking")
+
+        self._refuse_name_that_mlflow_refuses()
+
+    def _refuse_name_that_mlflow_refuses(self) -> None:
+        """MLflow would say so after the training."""
+        name = self.model_name
+        allowed = name is None or re.fullmatch(r"[\w.-][\w. -]*", name) is not None
+        rule = "letters, digits, '.', '_', '-' and spaces, or null"
+        require(allowed, "tracking.model_name", name, rule)

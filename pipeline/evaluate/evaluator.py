@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,7 +77,7 @@ def evaluate_model(
     is_whole = name is None and cfg.evaluate.sample is None
     if is_whole:
         _refuse_other_rows(cfg, loaded, model_dir, manifest)
-    _tell_empty_splits(cfg, manifest, splits)
+    tell_empty_splits(cfg, manifest, splits)
 
     begin = time.perf_counter()
     scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest)
@@ -153,18 +154,31 @@ def _refuse_other_rows(
         )
 
 
-def _tell_empty_splits(cfg: RunConfig, manifest: store.Manifest, splits: Sequence[str]) -> None:
-    """Say before anything is scored that a period lies outside of the data."""
+def tell_empty_splits(
+    cfg: RunConfig, manifest: store.Manifest, splits: Sequence[str] = SPLITS
+) -> list[str]:
+    """The splits whose period lies outside of the data, each said in the log: known without reading
+    a row, so before anything is trained or scored.
+    """
+    empty = []
     for split in splits:
         begin, end = split_bounds(cfg.split, split)
         if begin > manifest.last_event_ms or end <= manifest.first_event_ms:
+            empty.append(split)
             logger.warning(
-                "split.t_%s: the %s period holds no request, the sequences lie outside of it; "
-                "there will be no %s metrics",
+                "split.t_%s: the %s period holds no request, the sequences are of %s to %s; there "
+                "will be no %s metrics",
                 split,
                 split,
+                _iso_time(manifest.first_event_ms),
+                _iso_time(manifest.last_event_ms),
                 split,
             )
+    return empty
+
+
+def _iso_time(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")
 
 
 def _score_store(

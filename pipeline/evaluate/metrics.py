@@ -68,7 +68,8 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     >>> log_loss(np.array([0.0, 100.0]), np.array([True, False])).round(4).tolist()
     [0.6931, 100.0]
     """
-    return np.logaddexp(0, logits) - np.where(labels, logits, 0)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        return np.logaddexp(0, logits) - np.where(labels, logits, 0)
 
 
 def normalised_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
