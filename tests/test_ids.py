@@ -20,9 +20,9 @@ from pipeline.sequences.build import build_sequences
 from pipeline.sequences.dictionary import merge_pairs, own_ids, read_dictionary
 from pipeline.sequences.store import Manifest
 from pipeline.sequences.upkeep import maintenance
-from tests.worlds.logs import config_for, log
+from tests.worlds.logs import config_for, here, log
 
-pytest_plugins = ("tests.worlds.logs",)
+__all__ = ["here"]  # a fixture
 FIRST, SECOND = uuid.UUID(int=7), uuid.UUID("c56a4180-65aa-42ec-a945-5fd21dec0538")
 
 
