@@ -331,6 +331,20 @@ def test_ids_to_forget_are_read_as_the_logs_have_them(tmp_path: Path) -> None:
         read_users(["x"], None, text=False)
 
 
+def test_redis_has_the_same_words_for_an_event() -> None:
+    """What it keeps of one, and reads again."""
+    redis_events = pytest.importorskip("serve_app.history.redis_events")
+    raw = {"event_time": 5, "actions": {"is_click": True}}
+    for ids in (
+        {"user_id": "007", "item_id": "a:b", "request_id": "s"},
+        {"user_id": 7, "item_id": 8},
+    ):
+        event = Event.model_validate(raw | ids)
+        field, value = redis_events._field(event), redis_events._value(event)
+        again = redis_events._event(int(event.user_id), field, value)
+        assert again.model_dump() == event.model_dump()
+
+
 def test_an_event_keeps_its_texts(tmp_path: Path) -> None:
     """In a file of events, where the codes are its keys; and beside one that has numbers."""
     log = SqliteEvents(tmp_path / "events.sqlite")

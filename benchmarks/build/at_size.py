@@ -1,10 +1,15 @@
 """The build of the sequences at size: beside Polars and Ray's `map_groups`, its memory, and killed
 at random.
 
-    python -m benchmarks.build.at_size speed      # 25M rows: rows/s of the build, Polars and
-    map_groups, the same lists out python -m benchmarks.build.at_size memory     # 25M and 100M rows
-    with an object store of 2 GB: peak memory of all processes python -m benchmarks.build.at_size
-    kills      # SIGKILL at a random moment, run again: the same manifest?
+    python -m benchmarks.build.at_size speed
+        25M rows: rows/s of the build, Polars and map_groups, the same lists out
+    python -m benchmarks.build.at_size memory
+        25M and 100M rows with an object store of 2 GB: peak memory of all processes
+    python -m benchmarks.build.at_size kills
+        SIGKILL at a random moment, run again: the same manifest?
+    python -m benchmarks.build.at_size text_ids
+        100M rows, 10M users: the same logs with ids of text and of integers, in turn; time, peak
+        memory, and the former killed and resumed
 
 Each writes its part of benchmarks/runs/build.json and the section of benchmarks/RESULTS.md. Logs
 come from the synthetic generator (one file a day, 20 days, 200 rows a user on average, Zipf lengths
@@ -14,12 +19,15 @@ Python to its end, Ray's start included. `--rows` makes it a smoke test.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import random
 import shutil
 import statistics
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +47,7 @@ from pipeline.sequences import store
 RUN = Path(__file__).parents[1] / "runs" / "build.json"
 LONGEST = 16_384
 ROWS_PER_USER = 200
+ROWS_PER_TEXT_USER = 10  # most rows are of users with few: the dictionary is large
 DAYS = 20
 PEER_LISTS = (
     "item_id",
@@ -65,10 +74,12 @@ def zipf_exponent(rows: int, users: int, shortest: int) -> float:
     return round(high, 6)
 
 
-def preset(options: argparse.Namespace, rows: int, name: str) -> Path:
+def preset(
+    options: argparse.Namespace, rows: int, name: str, rows_per_user: int = ROWS_PER_USER
+) -> Path:
     """A configuration file for logs of about so many rows."""
-    users = max(1, rows // ROWS_PER_USER)
-    shortest = 16
+    users = max(1, rows // rows_per_user)
+    shortest = 16 if rows_per_user == ROWS_PER_USER else 4
     content = {
         "name": name,
         "runs_dir": str(options.folder),
@@ -107,9 +118,11 @@ def run(
     return Command(command, options.folder / "output.log").finish(sample_memory=sample_memory)
 
 
-def make_logs(options: argparse.Namespace, rows: int, name: str) -> tuple[Path, Path, int]:
+def make_logs(
+    options: argparse.Namespace, rows: int, name: str, rows_per_user: int = ROWS_PER_USER
+) -> tuple[Path, Path, int]:
     """The preset, the folder of the logs and how many rows there are; made once."""
-    path = preset(options, rows, name)
+    path = preset(options, rows, name, rows_per_user)
     run(options, job("import_logs", path))
     logs = options.folder / name / "logs" / "log"
     return path, logs, sum(pq.read_metadata(file).num_rows for file in logs.glob("*.parquet"))
@@ -247,6 +260,86 @@ def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "unbroken_s": round(unbroken, 1), "seed": options.seed, "kills": killed}
 
 
+def write_text_logs(logs: Path, folder: Path) -> None:
+    """The logs with a UUID in the place of each user_id, and 24 hexadecimal digits of item_id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(logs.glob("*.parquet")):
+        if (folder / file.name).exists():
+            continue
+        rows = pq.read_table(file)
+        for name, width in (("user_id", 16), ("item_id", 12)):
+            coded = rows[name].combine_chunks().dictionary_encode()
+            texts = [_text_of(number, width) for number in coded.dictionary.to_pylist()]
+            named = pa.array(texts).take(coded.indices)
+            rows = rows.set_column(rows.column_names.index(name), name, named)
+        pq.write_table(rows, folder / file.name, row_group_size=2**17)
+
+
+def _text_of(number: int, width: int) -> str:
+    raw = hashlib.blake2b(str(number).encode(), digest_size=width).digest()
+    return str(uuid.UUID(bytes=raw)) if width == 16 else raw.hex()
+
+
+def own_logs(options: argparse.Namespace, name: str, logs: Path) -> Path:
+    """A preset that reads logs like a user's own."""
+    content = yaml.safe_load((options.folder / "ids.yaml").read_text())
+    content["name"] = name
+    kept = {key: content["source"][key] for key in ("actions", "request_columns")}
+    optional = {key: key for key in ("request_id", "watch_ms", "tie_breaker")}
+    content["source"] = kept | {"kind": "parquet", "path": str(logs), "columns": optional}
+    path = options.folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def measure_text_ids(options: argparse.Namespace) -> dict[str, Any]:
+    _, logs, rows = make_logs(options, options.rows, "ids", ROWS_PER_TEXT_USER)
+    texts = options.folder / "ids_as_text"
+    write_text_logs(logs, texts)
+    presets = {
+        "integers": own_logs(options, "ids_integers", logs),
+        "texts": own_logs(options, "ids_texts", texts),
+    }
+    found: dict[str, Any] = {"rows": rows, "load_average": [round(os.getloadavg()[0], 1)]}
+    for name in presets:
+        found[name] = {"seconds": [], "peak_mb": []}
+    for _ in range(options.repeats):  # in turn: what the machine does else hits both
+        for name, path in presets.items():
+            shutil.rmtree(sequences_of(options, f"ids_{name}"), ignore_errors=True)
+            measured = run(options, job("build_sequences", path), sample_memory=True)
+            found[name]["seconds"].append(round(measured.seconds, 1))
+            found[name]["peak_mb"].append(round(measured.peak_bytes / 2**20))
+            found["load_average"].append(round(os.getloadavg()[0], 1))
+            print(name, measured.seconds, flush=True)
+
+    folder = sequences_of(options, "ids_texts")
+    manifest = store.read_manifest(folder)
+    found["users"] = manifest.num_users
+    found["dictionary_mb"] = round(sum(one.bytes for one in manifest.dictionary_files) / 2**20)
+    times = [found[name]["seconds"] for name in ("texts", "integers")]
+    ratios = [text / number for text, number in zip(*times, strict=True)]
+    found["ratio"] = round(statistics.median(ratios), 2)
+    found["kills"] = _kill_text_build(options, presets["texts"], manifest.digest, times[0][-1])
+    return found
+
+
+def _kill_text_build(
+    options: argparse.Namespace, path: Path, wanted: str, unbroken_s: float
+) -> list[dict[str, Any]]:
+    rng, killed = random.Random(options.seed), []
+    while len(killed) < options.kills:
+        shutil.rmtree(sequences_of(options, "ids_texts"))
+        command = Command(job("build_sequences", path), options.folder / "output.log")
+        after = rng.uniform(0, unbroken_s)
+        if not command.kill_after(after, only_driver=len(killed) % 2 == 0):
+            continue  # it was done already
+        run(options, job("build_sequences", path))
+        digest = store.read_manifest(sequences_of(options, "ids_texts")).digest
+        killed.append({"after_s": round(after, 1), "same_digest": digest == wanted})
+        print(killed[-1], flush=True)
+    return killed
+
+
 def versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("ray", "polars", "pyarrow")}
     return packages | {"Python": platform.python_version()}
@@ -268,7 +361,7 @@ def main() -> None:
     )
     parser.add_argument(
         "what",
-        choices=["speed", "memory", "kills", "report"],
+        choices=["speed", "memory", "kills", "text_ids", "report"],
         help="report: only write the section again",
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_build").absolute())
@@ -292,12 +385,21 @@ def main() -> None:
     options.folder = options.folder.absolute()
     found = json.loads(RUN.read_text()) if RUN.exists() else {}
     if options.what != "report":
-        measures = {"speed": measure_speed, "memory": measure_memory, "kills": measure_kills}
-        options.rows = (
-            options.rows
-            or {"speed": 25_000_000, "memory": 100_000_000, "kills": 3_000_000}[options.what]
-        )
-        options.repeats = options.repeats or {"speed": 3, "memory": 1, "kills": 1}[options.what]
+        measures = {
+            "speed": measure_speed,
+            "memory": measure_memory,
+            "kills": measure_kills,
+            "text_ids": measure_text_ids,
+        }
+        rows = {
+            "speed": 25_000_000,
+            "memory": 100_000_000,
+            "kills": 3_000_000,
+            "text_ids": 100_000_000,
+        }
+        repeats = {"speed": 3, "memory": 1, "kills": 1, "text_ids": 3}
+        options.rows = options.rows or rows[options.what]
+        options.repeats = options.repeats or repeats[options.what]
         found |= {
             "machine": machine(),
             "versions": versions(),

@@ -22,7 +22,8 @@ def section(found: dict[str, Any]) -> str:
         "",
         f"{found['machine']}; {versions}.",
     ]
-    for name, write in (("speed", speed), ("memory", memory), ("kills", kills)):
+    sections = {"speed": speed, "memory": memory, "kills": kills, "text_ids": text_ids}
+    for name, write in sections.items():
         if name in found:
             lines += ["", *write(found[name])]
     return "\n".join(lines)
@@ -109,6 +110,29 @@ def kills(found: dict[str, Any]) -> list[str]:
                 ["second run, s", *_column(cases, "resumed_s")],
             ],
         ),
+    ]
+
+
+def text_ids(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, what in (("integers", "ids of integers"), ("texts", "ids of text")):
+        figures = found[name]
+        seconds = ", ".join(map(str, figures["seconds"]))
+        rows.append([what, seconds, f"{statistics.median(figures['peak_mb']):,.0f}"])
+    kills = found["kills"]
+    same = sum(kill["same_digest"] for kill in kills)
+    load = found["load_average"]
+    return [
+        _paragraph(
+            f"`python -m benchmarks.build.at_size text_ids --rows {found['rows']}`: the same logs "
+            f"of {found['users']:,} users with integers, and with UUIDs of users and 24 digits of "
+            "items, in turn, whole commands. The machine did other work meanwhile (load average "
+            f"{min(load)} to {max(load)}). Text takes **{found['ratio']:.2f} times** as long, the "
+            f"median of the pairs; its dictionaries are {found['dictionary_mb']} MiB. Killed at a "
+            f"random moment and run again, it has the same digest in {same} of {len(kills)} cases.",
+        ),
+        "",
+        table(["", "seconds", "peak, MiB"], rows),
     ]
 
 
