@@ -14,6 +14,8 @@ from jobs import cli
 from pipeline.config import UserError
 from pipeline.logs.ids import LONGEST_ID, text_codes
 from pipeline.sequences.upkeep import maintenance
+from serve_app.deployment import served_folder
+from serve_app.feedback.served_log import forget_served
 from serve_app.history.published import forget_copies
 from serve_app.ranking.rollout import open_events
 
@@ -34,6 +36,7 @@ def run_job(job: cli.Job) -> None:
     if cfg.serve.redis_url is not None or serving.exists():
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
+    removed["served_rows"] = forget_served(served_folder(cfg), users.tolist())
 
     counts = [f"{where}={rows}" for where, rows in removed.items()]
     print(f"users={len(users)} removed: {' '.join(counts)}")

@@ -22,6 +22,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.feedback.served_log import ServedLogSettings
 from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
 from serve_app.ranking.lookups import Lookups
@@ -181,6 +182,9 @@ class RankerWithIngress(Ranking):
     async def drain(self) -> int:
         return await _drain(self.api, self.args)
 
+    def __del__(self) -> None:  # Serve calls it when it ends a process in peace
+        _close_served_log(self.api)
+
     async def deployment_ids(self) -> list[str]:
         return [self.deployment]
 
@@ -246,6 +250,9 @@ class Api:
         """Take nothing in any more and answer what is there; returns how much is left of it."""
         return await _drain(self.api, self.args)
 
+    def __del__(self) -> None:  # Serve calls it when it ends a process in peace
+        _close_served_log(self.api)
+
     async def own_counts(self) -> tuple[str, bytes]:
         """This ingress' id, and its metrics as exposition text."""
         assert self.api is not None, "Serve builds the API before it calls anything"
@@ -288,7 +295,16 @@ class Api:
 
 async def _drain(api: FastAPI | None, args: "Arguments") -> int:
     assert api is not None, "Serve builds the API before it calls anything"
-    return await api.state.gate.close_and_wait(args.request_timeout_s)
+    left = await api.state.gate.close_and_wait(args.request_timeout_s)
+    await asyncio.to_thread(_close_served_log, api)
+    return left
+
+
+def _close_served_log(api: FastAPI | None) -> None:
+    """Write what an ingress that ends has not written yet."""
+    if api is not None and api.state.served is not None:
+        api.state.served.close()
+        api.state.served = None
 
 
 async def _wait_for(response: Any) -> Any:
@@ -312,6 +328,7 @@ class Arguments(BaseModel):
     body_timeout_s: float = 2.0
     max_recommend_users: int = 100
     hosts: list[str] | None = None
+    served_log: ServedLogSettings | None = None
 
 
 def _build_api(replica: Replica, args: Arguments) -> FastAPI:
@@ -334,6 +351,8 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         max_recommend_users=args.max_recommend_users,
         id_is_sent=True,
         hosts=None if args.hosts is None else frozenset(args.hosts),
+        served_log=args.served_log,
+        name=_own_id(),
     )
 
 

@@ -52,6 +52,10 @@ class RankColumns:
     def user_id(self) -> int | None:
         return self.head.user_id
 
+    @property
+    def trial_key(self) -> str | None:
+        return self.head.trial_key
+
     def __len__(self) -> int:
         return len(self.item_id)
 
@@ -110,6 +114,8 @@ class RankedColumns:
     order: np.ndarray  # int64 [C], the rows best first
     ranker_ms: float | None = None  # of the pass that it was part of: a header of its own
     item_text: Sequence[str] | None = None  # as of `RankColumns`
+    role: str = ""  # of the version: champion or canary
+    sequences: str = ""  # digest of the published sequences behind the history
 
     @property
     def model_version(self) -> int:

@@ -101,6 +101,7 @@ def serve_config(
         "body_timeout_s": settings.body_timeout_s,
         "max_recommend_users": settings.max_recommend_users,
         "hosts": _local_names(settings),
+        "served_log": _served_log(settings, wanted["serving"]) if wanted else None,
     }
 
     ingress, ranker = application["deployments"]
@@ -115,6 +116,24 @@ def serve_config(
         del ranker["request_router_config"]
         application["deployments"] = [ranker]
     return filled
+
+
+def served_folder(cfg: RunConfig) -> str:
+    """Where the served log of a run lies: a folder or s3://…"""
+    return cfg.serve.served_folder or str(cfg.run_dir / "serving" / "served")
+
+
+def _served_log(settings: ServeConfig, serving: str) -> dict[str, Any] | None:
+    """`feedback.served_log.ServedLogSettings` of the ingresses."""
+    if not settings.served_log or settings.served_share == 0:
+        return None
+    return {
+        "folder": settings.served_folder or f"{serving}/served",
+        "share": settings.served_share,
+        "histories": settings.served_histories,
+        "places": settings.served_places,
+        "days": settings.served_days,
+    }
 
 
 def _local_names(settings: ServeConfig) -> list[str] | None:

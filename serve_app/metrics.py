@@ -58,9 +58,18 @@ class IngressMetrics:
             registry=self.registry,
         )
 
+        self.served = Counter(
+            "ranking_served",
+            "Answers for the log of what was served: written, or dropped since it was behind",
+            ("status",),
+            registry=self.registry,
+        )
+
         # a series exists from the start, so that its first increase is seen
         for reason in ("key", "host", "rate_limit", "overload", "unavailable"):
             self.refused.labels(reason)
+        for status in ("written", "dropped"):
+            self.served.labels(status)
 
     def count_events(self, answer: EventsResponse) -> None:
         """Add the events of one request by their status."""

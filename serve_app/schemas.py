@@ -105,6 +105,11 @@ class RankHead(StrictModel):
     order_by: Name | None = Field(
         default=None, description="the task to order by; default: the model's first"
     )
+    trial_key: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        default=None,
+        description="in the place of user_id where a canary's share is drawn, a session say: the "
+        "same key is answered by the same version",
+    )
 
     @model_validator(mode="after")
     def _some_history(self) -> Self:
@@ -128,6 +133,7 @@ class RankRequest(RankHead):
 
 
 RANK_ANSWER_EXAMPLE = {
+    "request_id": 5_233_471_000_912_345,
     "model_version": 4,
     "request_time_ms": 1_651_766_399_000,
     "item_ids": [10, 11],
@@ -149,6 +155,9 @@ class RankResponse(BaseModel):
         protected_namespaces=(), json_schema_extra={"examples": [RANK_ANSWER_EXAMPLE]}
     )
 
+    request_id: int = Field(
+        description="names what was served; events that come of it carry it as their request_id"
+    )
     model_version: int
     request_time_ms: int
     item_ids: list[int | str] = Field(description="as the request has them")

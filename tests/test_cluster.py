@@ -223,14 +223,5 @@ def test_sigterm_stops_what_was_started(tmp_path: Path):
     assert not folder.exists()
 
 
-def test_what_a_server_said_outlives_its_cluster(tmp_path: Path):
-    said = tmp_path / "cluster" / "ray" / "session_latest" / "logs" / "serve"
-    said.mkdir(parents=True)
-    (said / "replica.log").write_text("why the version did not load")
-    for _ in range(2):  # a second cluster of the run takes the place of the first
-        cluster._copy_server_logs(tmp_path / "cluster", tmp_path / "kept")
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["replica.log"]
-
-
 def test_free_ports_are_free():
     assert len({cluster.free_port() for _ in range(5)}) > 1

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,9 @@ def test_a_line_per_request_without_what_was_sent(
     api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
     secret = KEYS["app"]
     with caplog.at_level(logging.INFO, logger="ray.serve.requests"):
+        random.seed(0)  # a random id may hold any digits
+        served_as = random.getrandbits(53)
+        random.seed(0)
         call(api, "POST", "/v1/rank?user=4711", secret, json=RANK | {"user_id": 4711})
         call(api, "POST", "/v1/events", secret, json=EVENTS)
         call(api, "POST", "/v1/rank", secret, json={"user_id": "4711"})
@@ -133,6 +137,7 @@ def test_a_line_per_request_without_what_was_sent(
     ]
     assert all(line.pop("ms") >= 0 for line in lines)
     assert len({line.pop("request_id") for line in lines}) == 5
+    assert lines[0].pop("served_as") == served_as
     assert lines == [
         {"path": "/v1/rank", "status": 200, "key": "app", "num_candidates": 2, "version": 7},
         {"path": "/v1/events", "status": 200, "key": "app", "num_events": 1},
@@ -240,6 +245,13 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "body_timeout_s": 2.0,
         "max_recommend_users": 100,
         "hosts": None,
+        "served_log": {
+            "folder": str(cfg.run_dir / "serving" / "served"),
+            "share": 1.0,
+            "histories": False,
+            "places": 100,
+            "days": 30.0,
+        },
     }
     assert deployment.plan_serving(cfg)["api_keys"] == str(keys_file)
     keys_file.unlink()

@@ -36,12 +36,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[Pin
     publish_sequences(cfg)
     models = []
     for version in (1, 2, 3):
-        folder = save_tiny_model(
-            cfg, deployment.cache_folder(cfg.runs_dir) / f"tiny-{version}", seed=version
-        )
+        cache = deployment.cache_folder(cfg.runs_dir)
+        folder = save_tiny_model(cfg, cache / "new", seed=version)
         build_index(cfg, folder)
         digests = folder_digests(folder)
-        models.append(PinnedModel("http://127.0.0.1:1", "tiny", version, digests))
+        model = PinnedModel("http://127.0.0.1:1", "tiny", version, digests)
+        folder.rename(cache / model.folder_name)
+        models.append(model)
     return cfg, models
 
 

@@ -171,6 +171,7 @@ def test_an_arrow_body_gets_the_same_answer_as_columns(replica: InProcess) -> No
     place = table["place"].to_numpy()
     assert np.argsort(place).tolist() == plain["order"]
     rest = json.loads(table.schema.metadata[b"rank"])
+    assert rest.pop("request_id") != plain.pop("request_id"), "each answer has its own"
     assert rest == {
         name: value for name, value in plain.items() if name not in ("item_ids", "scores", "order")
     }

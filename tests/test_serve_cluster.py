@@ -129,10 +129,9 @@ def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> Non
     asked = ONE | {"request_time_ms": 1_651_500_000_000}
     over_http = served.client.post("/v1/rank", json=asked).json()
     head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
-    assert (
-        asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump(exclude_unset=True)
-        == over_http
-    )
+    assert asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump(
+        exclude_unset=True
+    ) == {name: value for name, value in over_http.items() if name != "request_id"}
 
 
 def test_the_most_candidates_allowed(served: Served) -> None:

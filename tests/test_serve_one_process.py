@@ -76,10 +76,9 @@ def test_a_handle_inside_the_cluster_gets_the_same_answer(served: Served) -> Non
         "/v1/rank", json=ONE | {"request_time_ms": 1_651_500_000_000}
     ).json()
     head = RankHead(user_id=3, request_time_ms=1_651_500_000_000)
-    assert (
-        asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump(exclude_unset=True)
-        == over_http
-    )
+    assert asked_inside(RankColumns(head, np.array([1]), {})).response().model_dump(
+        exclude_unset=True
+    ) == {name: value for name, value in over_http.items() if name != "request_id"}
 
 
 @pytest.mark.cluster

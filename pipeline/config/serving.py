@@ -188,6 +188,24 @@ class ServeConfig:
         rule="a registered version",
         doc="Registered version that ranks copies of the requests and answers none. Null: none.",
     )
+    served_log: bool = setting(
+        True, doc="Write what was served to rotating Parquet files, for export and verdict."
+    )
+    served_folder: str | None = setting(
+        None, doc="Where those files lie: a folder or s3://…. Null: serving/served of the run."
+    )
+    served_share: float = setting(
+        1.0, at_least=0, at_most=1, doc="Share of the answers that are written."
+    )
+    served_histories: bool = setting(
+        False, doc="Write the answers to requests that bring a history of their own, too."
+    )
+    served_places: int = setting(
+        100, at_least=1, doc="Best places of an answer that are written, a row each."
+    )
+    served_days: float = setting(
+        30.0, above=0, doc="Days that a file is kept; of a bucket its own rules decide."
+    )
     redis_url: str | None = setting(
         None,
         doc="Redis that keeps the posted events, redis://host:6379/0. Null: a SQLite file of the "
@@ -239,7 +257,7 @@ class ServeConfig:
         require(alone or not self.one_process, "serve.one_process", self.one_process, rule)
 
     def _refuse_empty_paths(self) -> None:
-        for name in ("api_keys_file", "client_key_file", "redis_password_file"):
+        for name in ("api_keys_file", "client_key_file", "redis_password_file", "served_folder"):
             path = getattr(self, name)
             require(path != "", f"serve.{name}", path, "a path, or null")
 

@@ -49,8 +49,8 @@ SHADOW_QUEUE = 64
 Copies = list[tuple[RankColumns, RankedColumns]]  # requests and the answers that were sent
 
 
-def in_share(user_id: int, version: int, share: float) -> bool:
-    """Tell whether a canary of this version answers this user.
+def in_share(user_id: int | str, version: int, share: float) -> bool:
+    """Tell whether a canary of this version answers this user, or this key of a client.
 
     A larger share keeps the users of a smaller one; another version is tried on other users.
     """
@@ -106,14 +106,15 @@ class Rollout:
         return self.champion.model_info().model_copy(update=roles)
 
     def choose_role(self, request: RankColumns) -> str:
-        """The role that answers. A request that names no user is the champion's."""
+        """The role that answers; the champion where a request names neither a user nor a key."""
         canary = self.rankers.get(CANARY)
-        if canary is None or request.user_id is None:
+        key = getattr(request, "trial_key", None)
+        if key is None:
+            key = request.user_id
+        if canary is None or key is None:
             return CHAMPION
 
-        if in_share(request.user_id, canary.version, self.share):
-            return CANARY
-        return CHAMPION
+        return CANARY if in_share(key, canary.version, self.share) else CHAMPION
 
     def rank(self, requests: Sequence[RankColumns]) -> list[RankedColumns | Refusal]:
         """An answer or a refusal for each."""
@@ -193,7 +194,10 @@ class Rollout:
             if not one.live_events:
                 metrics.without_live_events.labels(*labels).inc()
 
-        return [replace(one, ranker_ms=took_s * 1000) for one in ranked]
+        return [
+            replace(one, ranker_ms=took_s * 1000, role=role, sequences=ranker.store.digest)
+            for one in ranked
+        ]
 
     # The shadow --------------------------------------------------------------
 

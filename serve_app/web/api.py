@@ -12,6 +12,7 @@ from fastapi.security import HTTPBearer
 
 from pipeline.version import package_version
 from serve_app import metrics
+from serve_app.feedback.served_log import ServedLog, ServedLogSettings
 from serve_app.web import events, model, monitoring, rank, recommend
 from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline, Draining, Gate
@@ -37,6 +38,8 @@ def make_api(
     max_recommend_users: int = 100,
     id_is_sent: bool = False,
     hosts: frozenset[str] | None = None,
+    served_log: ServedLogSettings | None = None,
+    name: str = "ingress",
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
 
@@ -51,6 +54,8 @@ def make_api(
         max_recommend_users: of one request; HTTP 422 beyond it.
         id_is_sent: as of `RequestLog`.
         hosts: names that a request may call this server by; None is all.
+        served_log: where what is served is written; None is nowhere.
+        name: of this ingress, part of the names of files that it writes.
     """
     api = FastAPI(
         title="ULTRA-HSTU ranking",
@@ -62,6 +67,9 @@ def make_api(
     api.state.max_recommend_users = max_recommend_users
     api.state.counts = metrics.IngressMetrics()
     api.state.gate = Gate()
+    api.state.served = None
+    if served_log is not None:
+        api.state.served = ServedLog(served_log, name, api.state.counts)
 
     # From the inside out. Without a key no work is admitted and no body is waited for.
     api.add_middleware(Admission, max_wait_s=max_wait_s)

@@ -37,7 +37,7 @@ LOGGED_PATHS = (
 )
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
 # what layers and routes noted of a request
-LOGGED_FIELDS = ("key", "num_candidates", "num_events", "num_users", "version")
+LOGGED_FIELDS = ("key", "num_candidates", "num_events", "num_users", "version", "served_as")
 REQUEST_ID = b"x-request-id"
 SANE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}")  # safe in a header and in a line of a log
 REFUSALS_LOGGED_PER_S = 5.0

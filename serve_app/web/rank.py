@@ -1,9 +1,13 @@
 """`/v1/rank` and `/v1/rank/arrow`: candidates in, scores and an order out."""
 
+import random
+from dataclasses import replace
+
 from fastapi import APIRouter, Request, Response
 
 from serve_app import columns
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.feedback.served_log import ServedLog
 from serve_app.schemas import RankRequest, RankResponse, Refusal
 from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
@@ -47,11 +51,24 @@ async def rank_arrow(http: Request, replica: RunningReplica) -> Response:
 
 
 async def _rank(replica: Replica, request: RankColumns, http: Request) -> RankedColumns | Refusal:
-    """The replica's answer; the request log gets the number of candidates and the version."""
+    """The replica's answer with an id of its own.
+
+    The request log gets the number of candidates and the version, the served log what was served.
+    """
     http.state.num_candidates = len(request)
     answer = await replica.rank(request)
-    if isinstance(answer, RankedColumns):
-        http.state.version = answer.model_version
+    if not isinstance(answer, RankedColumns):
+        return answer
+
+    # as many bits as a JavaScript client can hold
+    request_id = random.getrandbits(53)
+    answer = replace(answer, head={"request_id": request_id, **answer.head})
+    http.state.version = answer.model_version
+    http.state.served_as = request_id
+
+    served: ServedLog | None = http.app.state.served
+    if served is not None:
+        served.note_answer(request, answer, request_id)
     return answer
 
 
