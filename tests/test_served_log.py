@@ -4,6 +4,7 @@ import json
 import logging
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,8 @@ class Scored(Fixed):
         head |= {"history_length": 4}
         scores = {"is_click": np.arange(num, dtype=np.float32) / 10}
         order = np.arange(num)[::-1]
-        return RankedColumns(head, request.item_id, scores, order, 2.5, "canary", "digest")
+        answer = RankedColumns(head, request.item_id, scores, order, 2.5)
+        return replace(answer, role="canary", sequences="digest")
 
 
 def api_with(folder: Path, **settings: object):
