@@ -4,8 +4,9 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipeline.logs.columns import as_number, text_code
 from pipeline.schema import WATCH_MS
 from serve_app.ids import Id, IdForm
 
@@ -14,8 +15,18 @@ TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
 # The bound makes pydantic read the text as UTF-8, which has no lone surrogates ("\ud800"): they
 # would fail between processes, beyond any check.
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _text_as_code(value: Any) -> Any:
+    """The number that stands for a text in a request column; "5" for 5 stays the mistake it is."""
+    if isinstance(value, str) and value and as_number(value) is None:
+        return text_code(value)
+    return value
+
+
 # Request columns by name. One that is left out is unknown, which has an embedding of its own.
-RequestFeatures = dict[Name, Annotated[int, Field(ge=-(2**31), lt=2**31)]]
+RequestFeature = Annotated[int, BeforeValidator(_text_as_code)]
+RequestFeatures = dict[Name, Annotated[RequestFeature, Field(ge=-(2**31), lt=2**31)]]
 # Numbers that came with an event, by the names of `source.outcome_columns`.
 Outcomes = dict[Name, Annotated[float, Field(allow_inf_nan=False)]]
 
@@ -197,7 +208,7 @@ class Event(PostedRow):
     """
 
     user_id: Id
-    request_features: dict[Name, Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+    request_features: dict[Name, Annotated[RequestFeature, Field(ge=0, lt=2**31)]] = Field(
         default_factory=dict
     )
     request_id: Annotated[int, IdForm(below=2**63 - 1)] | None = Field(

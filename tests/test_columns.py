@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from pipeline import config
 from pipeline.config import ColumnReading, ConfigError, UserError
@@ -19,6 +20,7 @@ from pipeline.logs.columns import text_code
 from pipeline.logs.times import guess_unit, read_times
 from pipeline.schema import EventColumns, outcome_column
 from pipeline.sequences import build, store
+from serve_app.schemas import Event
 from tests.worlds.logs import NOON, config_for, here, log
 
 __all__ = ["here"]
@@ -319,3 +321,11 @@ def test_an_action_that_older_files_lack_is_unknown_there(
     tabs = rows["tab"].combine_chunks().flatten().to_numpy()
     assert np.bincount(known, minlength=4).tolist() == [0, 50, 0, 50]
     assert (tabs == -1).sum() == 50
+
+
+def test_requests_give_the_text_of_a_request_column():
+    posted = {"user_id": 1, "item_id": 2, "event_time": NOON, "request_features": {"tab": "home"}}
+    assert Event.model_validate(posted).request_features == {"tab": text_code("home")}
+    posted["request_features"] = {"tab": "5"}
+    with pytest.raises(ValidationError):
+        Event.model_validate(posted)
