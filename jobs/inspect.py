@@ -104,7 +104,9 @@ def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
 
 
 def kind_words(kind: dict[str, Any]) -> str:
-    return {"quantile": "number, by quantiles"}.get(kind.get("kind", ""), "category")
+    return {"quantile": "number, by quantiles", "list": "list"}.get(
+        kind.get("kind", ""), "category"
+    )
 
 
 def describe_place(sample: Sample) -> str:

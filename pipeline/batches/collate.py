@@ -38,14 +38,14 @@ class SequenceBatch:
 
     seq_offsets: Tensor  # int64 [B + 1], from 0 to T
     num_targets: Tensor  # int32 [B]
-    item_codes: Tensor  # int32 [T, 1 + item columns]: item id, then `features.item` in order
+    item_codes: Tensor  # int32 [T, 1 + item codes]: item id, then `features.item` in order
     request_codes: Tensor  # int32 [T, request columns]: `features.request` in order
     # int32 [T], bit per action of source.actions, then per watch-time threshold
     action_mask: Tensor
     known_mask: Tensor  # int32 [T]
     position: Tensor  # int64 [T]
     gap_ms: Tensor  # int64 [T]
-    user_codes: Tensor  # int32 [B, user columns]: `features.user` in order
+    user_codes: Tensor  # int32 [B, user codes]: `features.user` in order
     max_seq_len: int  # longest sequence
     # int32 [C]: the candidate sees uih tokens 0..target_visible-1; None: all
     target_visible: Tensor | None = None

@@ -8,7 +8,7 @@ nowhere else.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,10 +37,11 @@ class FeatureMaps:
     """
 
     item_ids: np.ndarray  # int64 [I], sorted
-    item_codes: np.ndarray  # int32 [I + 1, 1 + item columns]: item id, then features.item in order
+    # int32 [I + 1, 1 + item codes]: item id, then features.item in order, a list's codes together
+    item_codes: np.ndarray
     item_count: np.ndarray  # int64 [I + 1], exposures in the training period
     user_ids: np.ndarray  # int64 [U], sorted
-    user_codes: np.ndarray  # int32 [U + 1, user columns]
+    user_codes: np.ndarray  # int32 [U + 1, user codes], in the same way
     # request column -> int64 values, sorted; code = index + 1
     request_values: dict[str, np.ndarray]
     vocab_sizes: dict[str, int]  # rows of each embedding table, row 0 included
@@ -114,7 +115,7 @@ class FeatureMaps:
                 # nothing was counted of an item that came after training
                 code = np.where(item_rows <= len(self.item_ids), item_rows, 0)
             elif name in features.item:
-                code = self.item_codes[item_rows, 1 + list(features.item).index(name)]
+                code = self.item_codes[item_rows, 1 + first_code(features.item, name)]
             else:
                 code = _find_rows(self.request_values[name], request[name])
             group = group * self._num_codes(name, features) + code
@@ -237,6 +238,19 @@ class FeatureMaps:
             text_ids=tuple(facts.get("text_ids", ())),
             **arrays,  # what is left
         )
+
+
+def first_code(columns: Mapping[str, ColumnFeature], name: str) -> int:
+    """Place of a column's first code among those of its side.
+
+    genre (a list of 8), year      genre 0, year 8
+    """
+    place = 0
+    for other, column in columns.items():
+        if other == name:
+            return place
+        place += column.num_codes
+    raise KeyError(name)
 
 
 def fit_features(cfg: RunConfig) -> FeatureMaps:
@@ -569,29 +583,71 @@ def _side_codes(
     """
     ids = table[id_column].to_numpy()
     training = np.isin(ids, seen)
-    codes = np.zeros((len(ids), len(columns)), np.int32)
-    sizes = {}
-    for i, (name, feature) in enumerate(columns.items()):
-        encode = _quantile_codes if feature.kind == "quantile" else _category_codes
+    encoders = {"quantile": _quantile_codes, "list": _list_codes, "categorical": _category_codes}
+    codes, sizes = [np.zeros((len(ids), 0), np.int32)], {}
+    for name, feature in columns.items():
         key = f"features.{'item' if id_column == 'item_id' else 'user'}.{name}"
         with reading_file(f"{key} ({feature.kind}, of type {table[name].type})"):
-            codes[:, i], sizes[name] = encode(table[name], training, feature)
-    return ids, codes, sizes
+            found, sizes[name] = encoders[feature.kind](table[name], training, feature)
+        codes.append(found.reshape(len(ids), feature.num_codes))
+    return ids, np.concatenate(codes, axis=1), sizes
 
 
 def _category_codes(
-    column: pa.ChunkedArray, training: np.ndarray, _: ColumnFeature
+    column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
 ) -> tuple[np.ndarray, int]:
     text = column.cast(pa.large_string())
-    values = text.filter(pa.array(training)).unique().drop_null().sort()
+    values = _vocabulary(text.filter(pa.array(training)), feature.most_values)
     # 0: missing or not seen in training
     codes = pd.Index(values.to_pandas()).get_indexer(text.to_pandas()) + 1
     return codes.astype(np.int32), len(values) + 1
 
 
+def _vocabulary(text: pa.ChunkedArray, most: int | None) -> pa.ChunkedArray | pa.Array:
+    """The different texts in their order; the `most` frequent alone, of equals the first."""
+    values = text.unique().drop_null().sort()
+    if most is None or len(values) <= most:
+        return values
+    counts = text.drop_null().to_pandas().value_counts()
+    ordered = sorted(counts.items(), key=lambda one: (-one[1], str(one[0])))
+    return pa.array(sorted(str(value) for value, _ in ordered[:most]), pa.large_string())
+
+
+def _list_codes(
+    column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
+) -> tuple[np.ndarray, int]:
+    """int32 [n, list_length]: the codes of each row's values, then zeros.
+
+    genres        a|b    b|c|a    null      a, b, c seen: codes 1, 2, 3
+    codes         1 2 0  2 3 1    0 0 0     a list_length of 3
+    """
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lists = column.to_pandas().tolist()
+    else:
+        texts = column.cast(pa.large_string()).to_pylist()
+        lists = [None if text is None else text.split(feature.separator) for text in texts]
+
+    # each value once, in its order
+    values = np.full((len(lists), feature.list_length), None, object)
+    for row, found in enumerate(lists):
+        if found is None:
+            continue
+        texts = dict.fromkeys(str(value).strip() for value in found if value is not None)
+        texts.pop("", None)
+        kept = list(texts)[: feature.list_length]
+        values[row, : len(kept)] = kept
+
+    flat = pa.chunked_array([pa.array(values.ravel().tolist(), pa.large_string())])
+    codes, size = _category_codes(flat, np.repeat(training, feature.list_length), feature)
+    return codes.reshape(values.shape), size
+
+
 def _quantile_codes(
     column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
 ) -> tuple[np.ndarray, int]:
+    if pa.types.is_temporal(column.type):
+        width = pa.int32() if column.type.bit_width == 32 else pa.int64()
+        column = column.cast(width)
     values = column.cast(pa.float64()).to_numpy()  # null becomes nan
     seen = values[training & ~np.isnan(values)]
     inner = np.linspace(0, 1, feature.buckets + 1)[1:-1]

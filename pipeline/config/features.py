@@ -71,15 +71,32 @@ class ColumnFeature:
     """One column as an embedding. Code 0 is "missing or not seen in the training period"."""
 
     dim: int = setting(8, at_least=1, doc="Width of the embedding.")
-    kind: Literal["categorical", "quantile"] = setting(
+    kind: Literal["categorical", "quantile", "list"] = setting(
         "categorical",
-        doc="categorical: one row per value. quantile: a number, one row per bucket of its "
-        "quantiles in the training period.",
+        doc="categorical: one row per value. quantile: a number, a date or a time, one row per "
+        "bucket of its quantiles in the training period. list: a list, or text with a separator; "
+        "the mean of its values' rows.",
     )
     buckets: int = setting(16, at_least=2, doc="Number of buckets of a quantile column.")
+    most_values: int | None = setting(
+        None,
+        at_least=1,
+        doc="Of a categorical column or a list: number of values with a row of their own, those of "
+        "the most items or users; the others are as missing. Null: all.",
+    )
+    list_length: int = setting(
+        8, at_least=1, doc="Values of a list that are read of an item or user; later ones are not."
+    )
+    separator: str = setting("|", doc="Text between the values of a list that is text.")
 
     def __post_init__(self) -> None:
         check_ranges(self, "features.*")
+        require(self.separator != "", "features.*.separator", self.separator, "a text")
+
+    @property
+    def num_codes(self) -> int:
+        """Codes that an item or user has of the column."""
+        return self.list_length if self.kind == "list" else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +244,8 @@ class FeatureConfig:
 
     def _refuse_rates_by_unknown_columns(self) -> None:
         request = [name for name in self.request if name != "hour"]
-        columns = ["user", "item_id", *self.item, *request]
+        single = [name for name, column in self.item.items() if column.num_codes == 1]
+        columns = ["user", "item_id", *single, *request]
 
         for name, feature in self.dense.items():
             for column in feature.by:

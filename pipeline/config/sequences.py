@@ -81,6 +81,13 @@ class CheckConfig:
     max_quarantined_share: float = setting(
         0.1, at_least=0, at_most=1, doc="Largest share of the rows read that are quarantined."
     )
+    min_joined_share: float = setting(
+        0.0,
+        at_least=0,
+        at_most=1,
+        doc="Smallest share of the users and of the items in the logs that their side tables have; "
+        "a table that has none is refused in any case.",
+    )
     max_capped_share: float = setting(
         1.0,
         at_least=0,

@@ -111,7 +111,9 @@ class ContentEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.names = ["item_id", *(f"item.{name}" for name in features.item)]
+        self.item_sizes = [1, *(column.num_codes for column in features.item.values())]
         self.names += [f"request.{name}" for name in features.request]
+        self.sizes = [*self.item_sizes, *(1 for _ in features.request)]
         self.item_id = make_table("item_id", vocab_sizes["item_id"], features.item_id_dim)
         self.item = column_tables("item", features.item, vocab_sizes, make_table)
         self.request = column_tables("request", features.request, vocab_sizes, make_table)
@@ -129,18 +131,29 @@ class ContentEncoder(nn.Module):
 
     def item_features(self, item_codes: Tensor) -> Tensor:
         """[N, widths]: the embeddings of id and item columns side by side, of codes [N, 1 + item
-        columns].
+        codes].
         """
-        tables = [self.item_id, *self.item]
-        rows = [table(code) for table, code in zip(tables, item_codes.unbind(1), strict=True)]
-        return torch.cat(rows, dim=1)
+        codes = item_codes.split(self.item_sizes, dim=1)
+        rows = map(mean_rows, [self.item_id, *self.item], codes)
+        return torch.cat(list(rows), dim=1)
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
-        """[T, d], from codes [T, 1 + item columns] and [T, request columns]."""
-        tables = [self.item_id, *self.item, *self.request]
-        codes = torch.cat([item_codes, request_codes], dim=1).unbind(1)
-        rows = [table(code) for table, code in zip(tables, codes, strict=True)]
-        return self.mlp(torch.cat(rows, dim=1))
+        """[T, d], from codes [T, 1 + item codes] and [T, request columns]."""
+        codes = torch.cat([item_codes, request_codes], dim=1).split(self.sizes, dim=1)
+        rows = map(mean_rows, [self.item_id, *self.item, *self.request], codes)
+        return self.mlp(torch.cat(list(rows), dim=1))
+
+
+def mean_rows(table: nn.Module, codes: Tensor) -> Tensor:
+    """[N, width]: the mean of a table's rows over the codes [N, k] that are not 0; nothing where
+    all are. Of one code its row, which 0 has too.
+    """
+    num_rows, num_codes = codes.shape
+    if num_codes == 1:
+        return table(codes[:, 0])
+    rows = table(codes.reshape(-1)).view(num_rows, num_codes, -1)
+    known = (codes > 0).to(rows.dtype)
+    return (rows * known[:, :, None]).sum(1) / known.sum(1, keepdim=True).clamp(min=1)
 
 
 def column_tables(
@@ -241,6 +254,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         names = list(features.user)
         self.names = [f"user.{name}" for name in names]
+        self.sizes = [column.num_codes for column in features.user.values()]
         self.user = column_tables("user", features.user, vocab_sizes, make_table)
 
         self.groups: list[list[int]] = []  # numbers of each token's columns
@@ -252,8 +266,8 @@ class ContextEncoder(nn.Module):
 
     def forward(self, user_codes: Tensor) -> Tensor:
         """[B, context tokens, d]"""
-        codes = user_codes.unbind(1)
-        rows = [table(code) for table, code in zip(self.user, codes, strict=True)]
+        codes = user_codes.split(self.sizes, dim=1)
+        rows = list(map(mean_rows, self.user, codes))
 
         tokens = []
         for out, group in zip(self.out, self.groups, strict=True):
@@ -298,12 +312,14 @@ class TokenEncoder(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def table_codes(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """int32 [T] or [B]: the rows of each feature's table that `forward` looks up, in order."""
-        columns = torch.cat([batch.item_codes, batch.request_codes], dim=1).unbind(1)
-        codes = dict(zip(self.content.names, columns, strict=True))
+        """int32 [T] or [B], of lists times their length: the rows of each feature's table that
+        `forward` looks up, in order.
+        """
+        columns = torch.cat([batch.item_codes, batch.request_codes], dim=1)
+        codes = _by_table(self.content.names, columns, self.content.sizes)
         if self.context is None:
             return codes
-        return codes | dict(zip(self.context.names, batch.user_codes.unbind(1), strict=True))
+        return codes | _by_table(self.context.names, batch.user_codes, self.context.sizes)
 
     def forward(self, batch: SequenceBatch) -> Tokens:
         tokens = self.sequence_tokens(batch)
@@ -382,6 +398,14 @@ class TokenEncoder(nn.Module):
         bucket = BUCKETS[self.time_anchor](gap_ms, time.num_embeddings)
         x_TE = x_TE + look_up_rows(position, number, x_TE.dtype)
         return x_TE + look_up_rows(time, bucket, x_TE.dtype)
+
+
+def _by_table(names: list[str], codes: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+    """Flat codes by table, from [N, all codes]."""
+    found = {}
+    for name, own in zip(names, codes.split(sizes, dim=1), strict=True):
+        found[name] = own.reshape(-1)
+    return found
 
 
 def target_mask(seq_offsets: Tensor, num_targets: Tensor, num_tokens: int) -> Tensor:

@@ -64,7 +64,12 @@ from pipeline.sequences.quality.own_ids import name_ids
 from pipeline.sequences.quality.periods import count_periods
 from pipeline.sequences.quality.statistics import Statistics, log_hints, positives_only
 from pipeline.sequences.repeats import RepeatRule
-from pipeline.sequences.side_tables import side_files, write_side_table
+from pipeline.sequences.side_tables import (
+    check_feature_columns,
+    check_joins,
+    side_files,
+    write_side_table,
+)
 from pipeline.sequences.store import Bucket, Manifest
 from pipeline.sequences.workers import Workers, workers
 
@@ -140,6 +145,10 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
             "…)"
         )
     check_times([file for file in logs.files if rows_of_files[file]], rules)
+    if logs.users is not None:
+        check_feature_columns("users", logs.users, cfg.features.user)
+    if logs.items is not None:
+        check_feature_columns("items", logs.items, cfg.features.item)
     return logs, rules, rows_of_files
 
 
@@ -461,6 +470,7 @@ def build_version(
     work = plan_buckets(all_parts, retired, rules_of_buckets)
     records = build_buckets(folder, work, rules_of_buckets, run)
 
+    _check_joins(cfg, folder, side_tables, records)
     totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
     checks = _check_counts(cfg, totals, new_parts)
     periods = report_periods(cfg, folder, records, side_tables)
@@ -529,6 +539,19 @@ def _write_side_tables(
             stem = f"{PARTS}/side-{name}"
             pairs[column] = write_pairs(folder, stem, column, ids, rules.num_buckets, forgotten)
     return written, pairs
+
+
+def _check_joins(
+    cfg: RunConfig, folder: Path, side_tables: Mapping[str, Bucket], records: Sequence[Record]
+) -> None:
+    """Side tables that join too little are refused, by the first bucket of users."""
+    built = next((record.bucket for record in records if record.bucket is not None), None)
+    if built is None:
+        return
+    for name, column in (("users", "user_id"), ("items", "item_id")):
+        if name in side_tables:
+            least = cfg.checks.min_joined_share
+            check_joins(name, column, folder, side_tables[name], built, least)
 
 
 def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[str, dict[str, int]]:

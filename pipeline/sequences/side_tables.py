@@ -1,17 +1,26 @@
 """USER and ITEM tables of the source → side tables of the store."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.config import SideTable, UserError
+from pipeline.config import ColumnFeature, SideTable, UserError
 from pipeline.logs.arrow_errors import reading_file
+from pipeline.logs.cleaning import plain_type
+from pipeline.logs.columns import is_number, is_text
 from pipeline.logs.ids import LONGEST_ID, CodedColumn, as_text_advice, code_column, id_kind
 from pipeline.logs.parquet import find_logs
-from pipeline.logs.rows import read_table
+from pipeline.logs.rows import read_schema, read_table
 from pipeline.sequences.forgotten import Forgotten
 from pipeline.sequences.store import Bucket, write_table
+
+logger = logging.getLogger(__name__)
+
+FEWEST_TO_JUDGE = 20  # ids, of which a table that is the right one has some
 
 
 def write_side_table(
@@ -51,6 +60,79 @@ def write_side_table(
     if name == "users" and forgotten.hashes:
         rows = rows.filter(pa.array(~forgotten.has_users(rows[id_column].to_numpy())))
     return write_table(rows, folder, f"tables/{name}"), ids.texts
+
+
+def check_feature_columns(
+    name: str, table: SideTable, columns: Mapping[str, ColumnFeature]
+) -> None:
+    """Go on only if the table has the columns of `features`, in types that they can be read from.
+
+    Raises:
+        UserError: naming the feature, the column and its type.
+    """
+    if not columns:
+        return
+    fields: dict[str, pa.Field] = {}
+    for file in side_files(name, table):
+        for field in read_schema(file, table.format, [table.id_column]):
+            fields.setdefault(field.name, field)
+
+    for column, feature in columns.items():
+        key = f"features.{name[:-1]}.{column}"
+        if column not in fields:
+            raise UserError(
+                f"{key}: the {name} table {table.path} has no such column; it has {list(fields)}"
+            )
+        refused = refused_feature_type(plain_type(fields[column].type), feature)
+        if refused is not None:
+            raise UserError(f"{key}: {refused}, found {fields[column].type} in {table.path}")
+
+
+def refused_feature_type(found: pa.DataType, feature: ColumnFeature) -> str | None:
+    """What the column of such a feature must be; None where `found` is it."""
+    kinds = pa.types
+    is_list = kinds.is_list(found) or kinds.is_large_list(found)
+    inner = found.value_type if is_list else found
+    if kinds.is_nested(inner) or kinds.is_binary(inner):
+        return "must be numbers, text, dates, or lists of them"
+    if feature.kind == "list":
+        fine = is_list or is_text(found) or kinds.is_null(found)
+        return None if fine else "must be lists, or text with a separator, where kind is list"
+    if is_list:
+        return "is a list: set kind: list"
+    if feature.kind == "quantile":
+        number = is_number(found) or kinds.is_temporal(found) or kinds.is_boolean(found)
+        rule = "must be numbers, dates or times where kind is quantile"
+        return None if number or kinds.is_null(found) else rule
+    return None
+
+
+def check_joins(
+    name: str, id_column: str, folder: Path, side: Bucket, bucket: Bucket, least: float
+) -> None:
+    """Say what share of the ids of one bucket's sequences the table has; buckets are users at
+    random.
+
+    Raises:
+        UserError: it has none of them, or a smaller share than `least`.
+    """
+    ids = pq.read_table(folder / bucket.file, columns=[id_column])[id_column].combine_chunks()
+    if name == "items":
+        ids = ids.flatten()
+    wanted = np.unique(ids.to_numpy())
+    known = pq.read_table(folder / side.file, columns=[id_column])[id_column].to_numpy()
+    found = int(np.isin(wanted, known).sum())
+
+    share = found / max(len(wanted), 1)
+    logger.info("source.%s: the table has %.1f%% of the %s seen", name, 100 * share, name)
+    nothing = found == 0 and len(wanted) >= FEWEST_TO_JUDGE
+    if nothing or share < least:
+        raise UserError(
+            f"source.{name}: the table has {share:.1%} of the {name} in the logs, of "
+            f"{len(wanted)} looked at such as {wanted[:3].tolist()}; in the table there are "
+            f"{known[:3].tolist()}: is id_column the right one? checks.min_joined_share is "
+            f"{least:g}"
+        )
 
 
 def _checked_ids(

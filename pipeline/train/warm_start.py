@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline import config
-from pipeline.batches.features import FeatureMaps
+from pipeline.batches.features import FeatureMaps, first_code
 from pipeline.config import FeatureConfig, RunConfig, UserError
 from pipeline.files import sha256_of, write_atomically
 from pipeline.model.artifact import INDEX, verified
@@ -264,12 +264,17 @@ def match_vocabularies(
     new_users = new.user_codes[new.user_rows(shared_users)]
 
     found = {"item_id": _match_codes(old_items[:, 0], new_items[:, 0], new.vocab_sizes["item_id"])}
-    for place, name in enumerate(features.item, 1):
-        size = new.vocab_sizes[f"item.{name}"]
-        found[f"item.{name}"] = _match_codes(old_items[:, place], new_items[:, place], size)
-    for place, name in enumerate(features.user):
-        size = new.vocab_sizes[f"user.{name}"]
-        found[f"user.{name}"] = _match_codes(old_users[:, place], new_users[:, place], size)
+    sides = (
+        ("item", features.item, old_items[:, 1:], new_items[:, 1:]),
+        ("user", features.user, old_users, new_users),
+    )
+    for side, columns, before, after in sides:
+        for name, column in columns.items():
+            place = first_code(columns, name)
+            own = slice(place, place + column.num_codes)
+            size = new.vocab_sizes[f"{side}.{name}"]
+            pairs = before[:, own].ravel(), after[:, own].ravel()
+            found[f"{side}.{name}"] = _match_codes(*pairs, size)
 
     for name, values in new.request_values.items():
         codes = old.request_codes({name: values} | dict.fromkeys(old.request_values, values), 0)

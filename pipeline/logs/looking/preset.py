@@ -145,4 +145,7 @@ def _model_and_training(logs: Sample, guess: Guess) -> str:
     }
     train = {"epochs": 2, "batch_users": batch, "num_workers": 1}
     train["warmup_steps"] = max(1, min(100, steps // 20))
-    return _dump({"model": model, "train": train, "serve": {"port": 0}})
+    sections = {"model": model, "train": train, "serve": {"port": 0}}
+    if set(guess.actions) == {"happened"}:  # no row says that something did not happen
+        sections = {"examples": {"negatives": 4}, **sections}
+    return _dump(sections)

@@ -17,6 +17,7 @@ from pipeline.logs.looking.sample import Sample
 MOST_CATEGORIES = 5000
 FEW_NUMBERS = 32  # different whole numbers up to here are categories
 WORTH = 0.5  # of a category's values, the share of rows that may be alone with theirs
+SHARE_OF_LISTS = 0.2  # of texts that have a | between their parts, as genres have
 MOST_FEATURES = 8
 
 
@@ -53,6 +54,11 @@ def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGu
     return guess
 
 
+def _share_with_bars(column: pa.Array) -> float:
+    found = pc.match_substring_regex(column, r"^[^|]+(\|[^|]+)+$")
+    return pc.sum(found).as_py() / len(column)
+
+
 def _texts(column: pa.Array) -> list[str]:
     return [str(value) for value in column.drop_null().unique().to_pylist()]
 
@@ -60,6 +66,8 @@ def _texts(column: pa.Array) -> list[str]:
 def _feature(column: pa.Array) -> dict[str, Any] | None:
     """How a column becomes an embedding; None where it is no good for that."""
     kind, known = column.type, column.drop_null()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return None if pa.types.is_nested(kind.value_type) else {"dim": 8, "kind": "list"}
     if len(known) == 0 or pa.types.is_nested(kind):
         return None
     distinct = pc.count_distinct(known).as_py()
@@ -68,6 +76,10 @@ def _feature(column: pa.Array) -> dict[str, Any] | None:
     if is_number(kind) and not (pa.types.is_integer(kind) and distinct <= FEW_NUMBERS):
         number = known.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         return {"dim": 8, "kind": "quantile"} if np.isfinite(number).any() else None
+    if pa.types.is_temporal(kind):
+        return {"dim": 8, "kind": "quantile"}
+    if is_text(kind) and _share_with_bars(known) > SHARE_OF_LISTS:
+        return {"dim": 8, "kind": "list"}
     if distinct > min(MOST_CATEGORIES, max(WORTH * len(known), 2)):
         return None
     if is_number(kind) or is_text(kind) or pa.types.is_boolean(kind):
