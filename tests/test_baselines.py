@@ -2,6 +2,7 @@
 by hand.
 """
 
+import math
 import typing
 from dataclasses import replace
 
@@ -35,6 +36,13 @@ BASELINES = {
     "transformer": {"encoder": "transformer"},
     "sasrec": {"encoder": "sasrec"},
     "din": {"encoder": "din"},
+    "fuxi_alpha": {"encoder": "fuxi_alpha"},
+    "fuxi_beta": {"encoder": "fuxi_beta"},
+    "lares": {"encoder": "lares", "num_layers": 1, "loop": {"pre_layers": 1, "steps": 2}},
+    "lares of blocks": {
+        "encoder": "lares",
+        "loop": {"layer": "transformer", "join": "gate", "steps": 1},
+    },
 }
 each_baseline = pytest.mark.parametrize("settings", BASELINES.values(), ids=BASELINES)
 
@@ -267,6 +275,64 @@ def test_sasrec_by_its_definition() -> None:
     torch.testing.assert_close(model.transducer.norm_out(x[-1]), out)
 
 
+@pytest.mark.parametrize("encoder", ["fuxi_alpha", "fuxi_beta"])
+def test_fuxi_by_its_definition(encoder: str) -> None:
+    """A loop over pairs of rows; the time of a row is that of `token_times`."""
+    cfg = baseline_config({"encoder": encoder, "num_layers": 1})
+    model, x, out = one_sequence(cfg)
+    (layer,) = model.transducer.layers
+    batch, silu = make_batch([4], [1]), torch.nn.functional.silu
+    time = token_times(batch, 2, interleaved=False).tolist()
+    u, v, *qk = silu(layer.uvqk(rms_norm(x))).split(layer.widths, dim=1)
+
+    rows = []
+    for i in range(len(x)):
+        position, elapsed, latent = (torch.zeros(16).double() for _ in range(3))
+        for j in range(i + 1):
+            gap = time[i] - time[j]
+            position += layer.position[i - j] * v[j]
+            if encoder == "fuxi_beta":
+                elapsed += layer.time[0] * (gap + 1) ** -layer.time[1] * v[j]
+                continue
+            bucket = min(int(math.log(max(gap, 1)) / 0.301), 128)
+            elapsed += layer.time[bucket] * v[j]
+            heads = [
+                silu(a @ b) / 16
+                for a, b in zip(*(y.split(8) for y in (qk[0][i], qk[1][j])), strict=True)
+            ]
+            latent += torch.cat([heads[0] * v[j][:8], heads[1] * v[j][8:]])
+        rows.append(torch.cat([latent, position, elapsed][encoder == "fuxi_beta" :]))
+
+    z = layer.out(u * rms_norm(torch.stack(rows))) + x
+    normed = rms_norm(z)
+    z = z + layer.ffn_out(silu(layer.ffn_in(normed)) * layer.ffn_gate(normed))
+    torch.testing.assert_close(model.transducer.norm_out(z[-1]), out, rtol=1e-5, atol=1e-6)
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_lares_by_its_definition() -> None:
+    loop = {"layer": "transformer", "pre_layers": 1, "steps": 3}
+    model, x, out = one_sequence(
+        baseline_config({"encoder": "lares", "num_layers": 1, "loop": loop})
+    )
+
+    def block(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        normed = layer.norm_attn(x)
+        x = x + softmax_attention(layer.attention, normed, normed)
+        return x + layer.ffn(layer.norm_ffn(x))
+
+    lares = model.transducer
+    h = block(lares.pre[0], x)
+    state = torch.zeros_like(h)
+    for _ in range(3):
+        joined = lares.join.both(torch.cat([state, h], dim=1))
+        state = block(lares.core[0], lares.norm_step(joined))
+    torch.testing.assert_close(lares.norm_out(state[-1]), out)
+
+
 def test_din_by_its_definition() -> None:
     model, x, out = one_sequence(baseline_config({"encoder": "din"}))
     c = x[-1]
@@ -305,9 +371,11 @@ def test_work_is_what_pytorch_counts_but_for_the_mask(encoder: str) -> None:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(batch)
-    linear = counter.get_flop_counts()["Global"][torch.ops.aten.addmm]
+    counted = counter.get_flop_counts()["Global"]
+    linear = counted[torch.ops.aten.addmm] + counted.get(torch.ops.aten.mm, 0)
     work = count_work(batch, cfg)
-    attention = 0 if encoder == "din" else 2 * work.kept_pairs * 2 * 16
+    width = {"din": 0, "fuxi_alpha": 4 * 8}.get(encoder, 2 * 8)  # of a pair, in each head
+    attention = 2 * work.kept_pairs * 2 * width
     assert linear == work.flops - attention
 
 

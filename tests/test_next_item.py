@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError, RetrievalConfig
+from pipeline.train.alignment import contrast, partners
 from pipeline.train.log_partition import log_partition
 from pipeline.train.memory import EPS, CrossBatchMemory, MomentFilter, move_moments
 from pipeline.train.next_item import NextItemLoss, draw_by_share
@@ -180,3 +181,20 @@ def test_no_noise_gives_the_running_average_and_much_noise_the_step() -> None:
 def test_settings_of_another_loss_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RetrievalConfig(**settings)
+
+
+def test_partners_are_other_places_with_the_same_item() -> None:
+    item = torch.tensor([7, 5, 7, 5, 9, 7])
+    assert partners(item).tolist() == [2, 3, 5, 1, 4, 0]
+
+
+def test_aligned_rows_lose_less_and_a_place_with_the_same_item_is_no_negative() -> None:
+    a = unit_vectors(6, 1)
+    item = torch.tensor([1, 2, 3, 4, 5, 5])
+    near, far = contrast(a, a, item, 0.1), contrast(a, unit_vectors(6, 2), item, 0.1)
+    assert near < far
+
+    scores = a @ a.T / 0.1
+    scores[4, 5] = scores[5, 4] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(6))
+    torch.testing.assert_close(near, expected)  # symmetric: both directions are alike

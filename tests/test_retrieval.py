@@ -42,6 +42,9 @@ ENCODERS = {
     "hstu_merged": {"encoder": "hstu_merged", "attention": CAUSAL, "relative_bias": True},
     "transformer": {"encoder": "transformer", "attention": CAUSAL},
     "sasrec": {"encoder": "sasrec", "attention": CAUSAL},
+    "fuxi_alpha": {"encoder": "fuxi_alpha", "attention": CAUSAL},
+    "fuxi_beta": {"encoder": "fuxi_beta", "attention": CAUSAL},
+    "lares": {"encoder": "lares", "attention": CAUSAL, "loop": {"steps": 2}},
 }
 each_encoder = pytest.mark.parametrize("model", ENCODERS.values(), ids=ENCODERS)
 

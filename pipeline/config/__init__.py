@@ -18,7 +18,7 @@ from pipeline.config.features import (
 )
 from pipeline.config.index import FollowedConfig, IndexConfig
 from pipeline.config.logs import ColumnReading, FileFormat, SideTable, SourceConfig, SyntheticConfig
-from pipeline.config.model import AttentionConfig, ChannelConfig, ModelConfig
+from pipeline.config.model import AttentionConfig, ChannelConfig, LoopConfig, ModelConfig
 from pipeline.config.reading import parse_time
 from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.run import RunConfig, flatten, from_dict, load, to_dict
@@ -44,6 +44,7 @@ __all__ = [
     "FollowedConfig",
     "HistoryFeature",
     "IndexConfig",
+    "LoopConfig",
     "ModelConfig",
     "Outage",
     "RayConfig",

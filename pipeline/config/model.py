@@ -91,14 +91,47 @@ def _refuse_truncation_after_the_last_layer(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """The loop of the encoder lares: model.num_layers layers, gone through again and again."""
+
+    layer: Literal["stu", "transformer"] = setting(
+        "stu", doc="Kind of the layers: those of hstu_merged or of transformer."
+    )
+    pre_layers: int = setting(2, at_least=0, doc="Layers before the loop.")
+    steps: int = setting(4, at_least=1, doc="Times that the loop is gone through.")
+    random_steps: bool = setting(
+        True, doc="Training draws the number of steps for each batch, from 1 to twice steps."
+    )
+    join: Literal["linear", "mean", "gate"] = setting(
+        "linear",
+        doc="How a step's input is made of the step before and the rows before the loop: a linear "
+        "map of both, their mean, or a mean by one learned share.",
+    )
+    noise: float = setting(
+        1.0, at_least=0, doc="Standard deviation of the loop's first state in training; 0 else."
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.loop")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """ULTRA-HSTU: tokens, a stack of STU layers with truncation, one head per task; or a baseline
     in its place.
     """
 
-    encoder: Literal["ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din"] = setting(
-        "ultra_hstu", doc="Encoder of the history: ultra_hstu, or one of the baselines."
-    )
+    encoder: Literal[
+        "ultra_hstu",
+        "hstu",
+        "hstu_merged",
+        "transformer",
+        "sasrec",
+        "din",
+        "fuxi_alpha",
+        "fuxi_beta",
+        "lares",
+    ] = setting("ultra_hstu", doc="Encoder of the history: ultra_hstu, or one of the baselines.")
     d_model: int = setting(64, at_least=1, doc="Width of a token.")
     num_layers: int = setting(2, at_least=1, doc="Number of layers.")
     num_heads: int = setting(2, at_least=1, doc="Number of attention heads.")
@@ -131,9 +164,10 @@ class ModelConfig:
     ffn_dim: int = setting(
         256,
         at_least=1,
-        doc="Width inside the feed-forward layers of transformer and sasrec, and of the MLP in "
-        "din's attention.",
+        doc="Width inside the feed-forward layers of transformer, sasrec, fuxi_alpha, fuxi_beta "
+        "and lares, and of the MLP in din's attention.",
     )
+    loop: LoopConfig = field(default_factory=LoopConfig)
     merge: bool = setting(
         True,
         doc="Item and action of an event are one token. False: two tokens, and distances count "

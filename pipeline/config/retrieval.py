@@ -53,6 +53,21 @@ class RetrievalConfig:
         below=1,
         doc="Share of the target probability that is spread evenly over all items, for loss: full.",
     )
+    align_trajectories: float = setting(
+        0.0,
+        at_least=0,
+        doc="Weight of LARES's first alignment: a history's row from a second pass and the row of "
+        "another history with the same next item are to be near. It costs that second pass.",
+    )
+    align_steps: float = setting(
+        0.0,
+        at_least=0,
+        doc="Weight of its second alignment: the rows of an earlier step and of the last, for the "
+        "encoder lares.",
+    )
+    align_temperature: float = setting(
+        0.1, above=0, doc="Divisor of the cosines of the alignments."
+    )
     weight: float = setting(
         1.0, above=0, doc="Factor of the loss of a next item, where that of a task's label is 1."
     )

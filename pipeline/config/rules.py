@@ -9,6 +9,7 @@ from pipeline.config.errors import require
 from pipeline.config.features import FeatureConfig, SplitConfig
 from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ChannelConfig, ModelConfig
+from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.sequences import CheckConfig
 from pipeline.config.train import TrainConfig
 from pipeline.schema import MAX_ACTIONS
@@ -109,7 +110,9 @@ def refuse_validation_on_trained_rows(split: SplitConfig, train: TrainConfig) ->
     )
 
 
-def refuse_retrieval_of_missing_rows(model: ModelConfig, train: TrainConfig) -> None:
+def refuse_impossible_retrieval(
+    retrieval: RetrievalConfig, model: ModelConfig, train: TrainConfig
+) -> None:
     """A next item is found from the encoder's row of the event before it.
 
     Every row of a shared pass that has a target behind it must outlast the truncation, and the
@@ -121,6 +124,10 @@ def refuse_retrieval_of_missing_rows(model: ModelConfig, train: TrainConfig) -> 
     require(
         not shared or model.truncate_to >= targets, "model.truncate_to", model.truncate_to, rule
     )
+
+    aligned = max(retrieval.align_trajectories, retrieval.align_steps)
+    rule = "lares where retrieval.align_trajectories or align_steps is above 0"
+    require(aligned == 0 or model.encoder == "lares", "model.encoder", model.encoder, rule)
 
     rule = "replicated where retrieval.enabled: the head reads the rows of every item"
     for name, place in train.tables.items():

@@ -84,7 +84,7 @@ class RunConfig:
             rules.refuse_name_that_is_no_folder("sequences.from_run", self.sequences.from_run)
         if self.retrieval.enabled:
             rules.refuse_unknown_actions("retrieval.positives", self.retrieval.positives, source)
-            rules.refuse_retrieval_of_missing_rows(self.model, train)
+            rules.refuse_impossible_retrieval(self.retrieval, self.model, train)
         if not self.tasks:
             rules.refuse_settings_of_missing_tasks(features, train)
 

@@ -290,6 +290,18 @@ class EvaluateConfig:
         "beside those of the whole, never in their place.",
     )
     calibration_bins: int = setting(20, at_least=2, doc="Number of bins of the calibration curve.")
+    retrieval_protocol: Literal["global_time", "leave_one_out"] = setting(
+        "global_time",
+        doc="What a retrieval model is asked for. global_time: all items that a user took in the "
+        "period, from the history before it. leave_one_out: the last of them, from the history "
+        "before its request.",
+    )
+    remove_seen: bool = setting(
+        True, doc="Items of a user's history are neither listed nor asked for."
+    )
+    cutoffs: tuple[int, ...] = setting(
+        (10, 50), at_least=1, doc="Lengths K of the lists: hr_K, recall_K, ndcg_K and so on."
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, "evaluate")

@@ -29,6 +29,7 @@ from pipeline.evaluate.parts import (
     plan_parts,
     score_users,
 )
+from pipeline.evaluate.retrieval import evaluate_retrieval
 from pipeline.evaluate.spread import cluster_has_gpu, is_worth_workers, score_parts
 from pipeline.files import json_text, sha256_of, staged_file, write_atomically
 from pipeline.model.artifact import INDEX, LoadedModel, load_model
@@ -94,6 +95,8 @@ def evaluate_model(
     for split in found:
         metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder, manifest)
         sliced[split] = _report_slices(loaded.cfg, split, scores, folder)
+    if loaded.cfg.retrieval.enabled and cfg.evaluate.sample is None:
+        metrics |= evaluate_retrieval(cfg, loaded, found, evaluation_device(cfg.evaluate))
     if cfg.evaluate.sample is not None:
         metrics["sample_share"] = cfg.evaluate.sample
     if loaded.cfg.examples.negatives:  # what the metrics tell positives from
@@ -277,10 +280,10 @@ def _report_split(
     for task in tasks:
         known = found.predictions.filter(found.predictions[f"label.{task}"].is_valid())
         scored[task] = known[f"score.{task}"].to_numpy(), known[f"label.{task}"].to_numpy()
-    plots.plot_calibration(
-        scored, cfg.evaluate.calibration_bins, folder / f"calibration_{split}.png"
-    )
-    plots.plot_roc(scored, folder / f"roc_{split}.png")
+    if scored:
+        bins = cfg.evaluate.calibration_bins
+        plots.plot_calibration(scored, bins, folder / f"calibration_{split}.png")
+        plots.plot_roc(scored, folder / f"roc_{split}.png")
 
     metrics = found.named_metrics(split)
     baseline = baseline_metrics(scores.item_counts, found.predictions, tasks)

@@ -20,6 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.ranker import RankingModel
 from pipeline.model.retrieval import RetrievalHead
+from pipeline.train.alignment import contrast, draw_rows, partners
 from pipeline.train.log_partition import log_partition
 from pipeline.train.memory import CrossBatchMemory
 
@@ -50,9 +51,15 @@ class NextItemLoss:
             self.memory = CrossBatchMemory(self.cfg, device)
 
     def __call__(
-        self, model: RankingModel, encoded: Encoded, batch: SequenceBatch
+        self,
+        model: RankingModel,
+        encoded: Encoded,
+        batch: SequenceBatch,
+        again: Encoded | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the losses and sum of the weights, [1] each."""
+        """Sum of the losses and sum of the weights, [1] each; `again` is a second pass over the
+        batch, for the alignments.
+        """
         head, rows = model.retrieval, encoded.next_rows
         assert head is not None and rows is not None
         assert batch.next_code is not None and batch.next_weight is not None
@@ -66,7 +73,26 @@ class NextItemLoss:
             loss = (self._in_batch(head, users, item) * weight).sum()
         else:
             loss = self._sampled(head, users, item, weight)
+
+        if again is not None:
+            loss = loss + self._aligned(encoded, again, item) * weight.sum()
         return loss.view(1), weight.sum().view(1)
+
+    @property
+    def needs_second_pass(self) -> bool:
+        return self.cfg.align_trajectories > 0 or self.cfg.align_steps > 0
+
+    def _aligned(self, encoded: Encoded, again: Encoded, item: Tensor) -> Tensor:
+        """The alignments by their weights, for a next item; a number."""
+        first, a, s = encoded.next_rows, again.next_rows, again.step_rows
+        assert first is not None and a is not None and s is not None
+        chosen = draw_rows(len(item), item.device)
+        of, temperature = item[chosen], self.cfg.align_temperature
+
+        b = first[partners(item)[chosen]]
+        trajectories = contrast(a[chosen], b, of, temperature)
+        steps = contrast(a[chosen], s[chosen], of, temperature)
+        return self.cfg.align_trajectories * trajectories + self.cfg.align_steps * steps
 
     def _full(self, head: RetrievalHead, users: Tensor, item: Tensor) -> Tensor:
         """[P]: against all items; with label smoothing a share of the target is every item's.

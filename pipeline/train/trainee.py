@@ -179,7 +179,9 @@ class Trainee:
             outputs = self.model.score_rows(encoded.candidate_rows, batch)
         loss, weight = self.head.loss(outputs, batch)
         if self.next_item is not None:
-            next_loss, next_weight = self.next_item(self.model, encoded, batch)
+            with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
+                again = self.model.encode(batch) if self.next_item.needs_second_pass else None
+            next_loss, next_weight = self.next_item(self.model, encoded, batch, again)
             loss, weight = torch.cat([loss, next_loss]), torch.cat([weight, next_weight])
         (loss * self.loss_weights).sum().backward()
         return loss.detach(), weight

@@ -8,7 +8,9 @@ from pipeline.config import ModelConfig, RunConfig
 from pipeline.config.errors import require
 from pipeline.model.encoders.din import DIN
 from pipeline.model.encoders.encoder import Encoder
+from pipeline.model.encoders.fuxi import FuXiAlpha, FuXiBeta
 from pipeline.model.encoders.hstu import HSTU, MergedHSTU
+from pipeline.model.encoders.lares import LARES
 from pipeline.model.encoders.sasrec import SASRec
 from pipeline.model.encoders.transformer import Transformer
 from pipeline.model.encoders.ultra_hstu import UltraHSTU
@@ -20,6 +22,9 @@ ENCODERS: dict[str, type[Encoder]] = {
     "transformer": Transformer,
     "sasrec": SASRec,
     "din": DIN,
+    "fuxi_alpha": FuXiAlpha,
+    "fuxi_beta": FuXiBeta,
+    "lares": LARES,
 }
 
 

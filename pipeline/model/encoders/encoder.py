@@ -36,6 +36,8 @@ class Encoded:
     # [P, width]: the row that lies before each next item (`Tokens.num_next`), zeros where the
     # layers no longer have one; None where the batch has none
     next_rows: Tensor | None = None
+    # [P, width]: the same after an earlier step, of an encoder that goes in steps; in training
+    step_rows: Tensor | None = None
 
 
 class Encoder(nn.Module):

@@ -52,13 +52,17 @@ class Padding:
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, dropout: float) -> Tensor:
         """[T, H * V]"""
-        q, k, v = (self._padded(x) for x in (q_THD, k_THD, v_THV))
+        q, k, v = (self.pad_heads(x) for x in (q_THD, k_THD, v_THV))
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, dropout_p=dropout
         )
-        return out.transpose(1, 2)[self.sequence, self.position].flatten(1)
+        return self.pack_heads(out)
 
-    def _padded(self, x_THD: Tensor) -> Tensor:
+    def pack_heads(self, x_BHLD: Tensor) -> Tensor:
+        """[T, H * D]"""
+        return x_BHLD.transpose(1, 2)[self.sequence, self.position].flatten(1)
+
+    def pad_heads(self, x_THD: Tensor) -> Tensor:
         """[B, H, L, D]"""
         batch, _, length, _ = self.mask.shape
         padded = x_THD.new_zeros(batch, length, *x_THD.shape[1:])
@@ -99,14 +103,17 @@ class SoftmaxEncoder(Encoder):
         offsets, num_targets, num_tokens = tokens.seq_offsets, tokens.num_targets, len(tokens.x_TE)
         causal = kept_pairs(offsets, num_targets, tokens.target_visible, None, 0, 0)
 
-        head_width = cfg.d_qk + cfg.d_v
-        attention = 2 * causal * cfg.num_heads * head_width
-        rows = cfg.num_heads * 2 * head_width + 2 * cfg.ffn_dim
-        layer = attention + 2 * num_tokens * cfg.d_model * rows
-
         pairs = cfg.num_layers * causal
-        flops = cfg.num_layers * layer
+        flops = cfg.num_layers * block_flops(cfg, num_tokens, causal)
         return Flops(tokens=num_tokens, causal_pairs=pairs, kept_pairs=pairs, flops=flops)
+
+
+def block_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
+    """Products of one block, forward, with `pairs` kept pairs of query and key."""
+    head_width = cfg.d_qk + cfg.d_v
+    attention = 2 * pairs * cfg.num_heads * head_width
+    rows = cfg.num_heads * 2 * head_width + 2 * cfg.ffn_dim
+    return attention + 2 * num_tokens * cfg.d_model * rows
 
 
 class Transformer(SoftmaxEncoder):

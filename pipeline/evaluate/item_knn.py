@@ -1,0 +1,69 @@
+"""ItemKNN: items that the same users took. The baseline of a retrieval model.
+
+The score of an item is the sum of its cosines with the items of a user's history, where an item is
+the set of the users who took it in the training period. With X, users by items, its columns divided
+by the roots of their sums, that is XᵀX h for a history h: no matrix of items by items is made.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.batches.events import ranges
+from pipeline.batches.examples import Examples, UserEvents, user_events
+from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
+from pipeline.config import RunConfig
+from pipeline.sequences import store
+
+
+class ItemKNN:
+    """Scores of all items for users by their histories.
+
+    Args:
+        user, item: int64 [n] each, who took what in the training period; pairs may repeat.
+        bits: of the events that count (`retrieval.positives`).
+    """
+
+    def __init__(self, user: np.ndarray, item: np.ndarray, maps: FeatureMaps, bits: int) -> None:
+        self.maps, self.bits, self.num_items = maps, bits, len(maps.item_ids)
+        pairs = np.unique(user * self.num_items + item)
+        user, item = np.divmod(pairs, self.num_items)
+        taken = np.bincount(item, minlength=self.num_items)
+
+        index = torch.from_numpy(np.stack([user, item]))
+        shape = (int(user.max(initial=-1)) + 1, self.num_items)
+        scale = torch.from_numpy(1 / np.sqrt(np.maximum(taken, 1))).float()
+        self.by_user = torch.sparse_coo_tensor(
+            index, scale[index[1]], shape, check_invariants=True
+        ).coalesce()
+
+    @classmethod
+    def fit(cls, cfg: RunConfig, model: RunConfig, maps: FeatureMaps) -> "ItemKNN":
+        """Of the training period of the sequences of `cfg`, by what counts for the `model`."""
+        bits = positive_bits(model.source.actions, model.retrieval.positives)
+        manifest = store.read_manifest(cfg.sequence_dir)
+        users, items, num_users = [], [], 0
+        for index in range(len(manifest.buckets)):
+            sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
+            part = user_events(sequences, model.source, model.features)
+            events = part.events
+            counts = positive_rows(events.action_mask, events.known_mask, bits)
+            rows = np.flatnonzero((part.request_time < model.split.train_end_ms) & counts)
+            item = maps.item_rows(events.item_id[rows]) - 1
+            users.append(part.row_user[rows][item >= 0] + num_users)
+            items.append(item[item >= 0])
+            num_users += len(part.user_id)
+        return cls(np.concatenate(users), np.concatenate(items), maps, bits)
+
+    def scores(self, users: UserEvents, examples: Examples) -> Tensor:
+        """float32 [U, N], by the items of each history that count."""
+        rows, offsets = ranges(examples.history_begin, examples.history_end)
+        events = users.events
+        counts = positive_rows(events.action_mask[rows], events.known_mask[rows], self.bits)
+        item = self.maps.item_rows(events.item_id[rows]) - 1
+        owner = np.repeat(np.arange(len(examples)), np.diff(offsets))
+        kept = counts & (item >= 0)
+
+        history = torch.zeros(self.num_items, len(examples))
+        history[torch.from_numpy(item[kept]), torch.from_numpy(owner[kept])] = 1
+        return torch.sparse.mm(self.by_user.T, torch.sparse.mm(self.by_user, history)).T

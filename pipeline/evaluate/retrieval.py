@@ -1,0 +1,240 @@
+"""Evaluation of retrieval: where the items that users took in a period stand among all items.
+
+    model folder + sequences → `val/hr_10`, `val/ndcg_10`, …; the same of two baselines,
+                               `val/popularity/hr_10` and `val/item_knn/hr_10`
+
+Two protocols (`evaluate.retrieval_protocol`). global_time: the history is all that lies before the
+period, and every item taken in the period is asked for. leave_one_out: the last item of each user
+in the period is asked for, its history is all that lies before its request. Taken are the events
+that `retrieval.positives` names; an item that the model does not know counts as missed.
+
+Users without a history get the list of popular items, as the server answers them.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.batches.events import offsets_of, ranges
+from pipeline.batches.examples import Examples, UserEvents, history_batch, user_events
+from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
+from pipeline.batches.loader import split_bounds, token_batches
+from pipeline.config import RunConfig
+from pipeline.evaluate.item_knn import ItemKNN
+from pipeline.evaluate.retrieval_metrics import (
+    RetrievalMetrics,
+    positive_ranks,
+    remove_seen,
+    top_items,
+)
+from pipeline.model.artifact import LoadedModel
+from pipeline.sequences import store
+
+MOST_SCORES = 2**26  # numbers in memory at once
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """U users with their histories, and the items that are asked for: item numbers from 0 in the
+    order of `FeatureMaps.item_ids`, −1 for an unknown one.
+    """
+
+    examples: Examples  # without targets
+    offsets: np.ndarray  # int64 [U + 1], of the users among the items
+    item: np.ndarray  # int64 [P]
+
+    def __getitem__(self, index: np.ndarray) -> "Asked":
+        begin, end = self.offsets[index], self.offsets[index + 1]
+        chosen, offsets = ranges(begin, end)
+        return Asked(self.examples[index], offsets, self.item[chosen])
+
+
+def evaluate_retrieval(
+    cfg: RunConfig, loaded: LoadedModel, splits: Sequence[str], device: str
+) -> dict[str, float]:
+    """Metrics by split, of the model and of both baselines; a period in which nobody took an item
+    has none.
+
+    Sequences, split and protocol come from `cfg`, all else from the model's own configuration.
+    """
+    maps, model = loaded.maps, loaded.model.to(device)
+    assert model.retrieval is not None
+    with torch.no_grad():
+        items = model.retrieval.item_vectors(torch.from_numpy(maps.item_codes[1:]).to(device))
+    knn = ItemKNN.fit(cfg, loaded.cfg, maps)
+
+    found: dict[str, float] = {}
+    for split in splits:
+        names = ("", "popularity/", "item_knn/")
+        metrics = {
+            name: RetrievalMetrics(maps.next_count[1:], cfg.evaluate.cutoffs) for name in names
+        }
+        for users, asked in asked_parts(cfg, loaded, split):
+            for part in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
+                seen = seen_items(users, part.examples, maps)
+                popularity = _popularity(maps, len(part.examples))
+                scores = _model_scores(loaded, users, part.examples, items, popularity)
+                add_lists(metrics[""], scores, part, seen, cfg)
+                add_lists(metrics["popularity/"], popularity, part, seen, cfg)
+                add_lists(metrics["item_knn/"], knn.scores(users, part.examples), part, seen, cfg)
+
+        if metrics[""].num_users == 0:
+            logger.warning("%s: no user took an item; there are no retrieval metrics", split)
+            continue
+        for name, values in metrics.items():
+            found |= {f"{split}/{name}{key}": value for key, value in values.result().items()}
+    return found
+
+
+def asked_parts(
+    cfg: RunConfig, loaded: LoadedModel, split: str
+) -> Iterator[tuple[UserEvents, Asked]]:
+    """The users of each bucket of the store who took an item in the period."""
+    manifest = store.read_manifest(cfg.sequence_dir)
+    own, protocol = loaded.cfg, cfg.evaluate.retrieval_protocol
+    bits = positive_bits(own.source.actions, own.retrieval.positives)
+    begin, end = split_bounds(cfg.split, split)
+    for index in range(len(manifest.buckets)):
+        sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
+        users = user_events(sequences, own.source, own.features)
+        taken = taken_rows(users, begin, end, bits)
+        if protocol == "global_time":
+            asked = all_of_period(users, taken, begin, loaded.maps)
+        else:
+            asked = last_of_period(users, taken, loaded.maps)
+        if cfg.evaluate.remove_seen:
+            asked = without_repeats(users, asked, loaded.maps)
+        if len(asked.examples):
+            yield users, asked
+
+
+def taken_rows(users: UserEvents, begin: int, end: int, bits: int) -> np.ndarray:
+    """int64: the rows of requests in [begin, end) ms that count as next items."""
+    events, time = users.events, users.request_time
+    inside = (time >= begin) & (time < end) & ~events.order_only
+    return np.flatnonzero(inside & positive_rows(events.action_mask, events.known_mask, bits))
+
+
+def all_of_period(users: UserEvents, taken: np.ndarray, begin: int, maps: FeatureMaps) -> Asked:
+    """Each user's different items among the rows `taken`, after all that lies before `begin`.
+
+    items of a user   4 7 | 9 7 9      the period begins at |
+    history           4 7
+    asked for         7 9
+    """
+    user, item = users.row_user[taken], maps.item_rows(users.events.item_id[taken]) - 1
+    pairs = np.unique(np.stack([user, item]), axis=1)
+    who, counts = np.unique(pairs[0], return_counts=True)
+
+    first = users.events.offsets[who]
+    earlier = offsets_of(users.request_time < begin)
+    history_end = first + earlier[users.events.offsets[who + 1]] - earlier[first]
+    return Asked(_histories(users, who, history_end), offsets_of(counts), pairs[1])
+
+
+def last_of_period(users: UserEvents, taken: np.ndarray, maps: FeatureMaps) -> Asked:
+    """Each user's last of the rows `taken`, after all that lies before its request."""
+    user = users.row_user[taken]
+    is_last = np.append(user[1:] != user[:-1], True)[: len(user)]
+    rows = taken[is_last]
+    item = maps.item_rows(users.events.item_id[rows]) - 1
+    examples = _histories(users, user[is_last], users.visible_end[rows])
+    return Asked(examples, np.arange(len(rows) + 1), item)
+
+
+def _histories(users: UserEvents, user: np.ndarray, history_end: np.ndarray) -> Examples:
+    return Examples(user, users.events.offsets[user], history_end, history_end, history_end)
+
+
+def without_repeats(users: UserEvents, asked: Asked, maps: FeatureMaps) -> Asked:
+    """Without the items that are in the user's history already, and without users that have no
+    other.
+    """
+    num_items = len(maps.item_ids)
+    user, seen = seen_items(users, asked.examples, maps)
+    owner = np.repeat(np.arange(len(asked.examples)), np.diff(asked.offsets))
+    is_new = ~np.isin(owner * num_items + asked.item, user * num_items + seen)
+    is_new |= asked.item < 0
+
+    counts = np.bincount(owner[is_new], minlength=len(asked.examples))
+    left = Asked(asked.examples, offsets_of(counts), asked.item[is_new])
+    return left[np.flatnonzero(counts)]
+
+
+def seen_items(
+    users: UserEvents, examples: Examples, maps: FeatureMaps
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of an example's number and an item of its history that the model knows, int64 [S]."""
+    rows, offsets = ranges(examples.history_begin, examples.history_end)
+    item = maps.item_rows(users.events.item_id[rows]) - 1
+    user = np.repeat(np.arange(len(examples)), np.diff(offsets))
+    known = item >= 0
+    return user[known], item[known]
+
+
+def _user_chunks(asked: Asked, num_items: int, batch_tokens: int) -> Iterator[Asked]:
+    """Users of at most `batch_tokens` history rows together, and few enough for their scores."""
+    most = max(MOST_SCORES // max(num_items, 1), 1)
+    numbered = Examples(np.arange(len(asked.examples)), *_bounds(asked.examples))
+    for part in token_batches(numbered, batch_tokens):
+        for begin in range(0, len(part), most):
+            yield asked[part.user[begin : begin + most]]
+
+
+def _bounds(examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    return (
+        examples.history_begin,
+        examples.history_end,
+        examples.target_begin,
+        examples.target_end,
+    )
+
+
+def _popularity(maps: FeatureMaps, num_users: int) -> Tensor:
+    """float32 [U, N]: how often each item was taken in the training period."""
+    return torch.from_numpy(maps.next_count[1:]).float().repeat(num_users, 1)
+
+
+@torch.no_grad()
+def _model_scores(
+    loaded: LoadedModel, users: UserEvents, examples: Examples, items: Tensor, popularity: Tensor
+) -> Tensor:
+    """[U, N] on the CPU; of users without a history the popularity."""
+    model = loaded.model
+    assert model.retrieval is not None
+    batch = history_batch(users, examples, loaded.maps, loaded.cfg)
+    encoded = model.encode(batch.to(items.device), last_history=True)
+    assert encoded.last_history_row is not None
+    scores = (model.retrieval.user_vectors(encoded.last_history_row) @ items.T).cpu()
+
+    unknown = torch.from_numpy(examples.num_history == 0)
+    return torch.where(unknown[:, None], popularity, scores)
+
+
+def add_lists(
+    metrics: RetrievalMetrics,
+    scores: Tensor,
+    asked: Asked,
+    seen: tuple[np.ndarray, np.ndarray],
+    cfg: RunConfig,
+) -> None:
+    """Rank these users' items by `scores`, [U, N], and add them."""
+    scores = scores.clone()
+    if cfg.evaluate.remove_seen:
+        remove_seen(scores, *(torch.from_numpy(part) for part in seen))
+
+    num_items = scores.shape[1]
+    counts = np.diff(asked.offsets)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    known = asked.item >= 0
+    ranks = np.full(len(asked.item), num_items)  # behind all: what is not known is not found
+    pairs = torch.from_numpy(owner[known]), torch.from_numpy(asked.item[known])
+    ranks[known] = positive_ranks(scores, *pairs).numpy()
+    top = top_items(scores, min(max(metrics.cutoffs), num_items)).numpy()
+    metrics.add(counts, ranks, asked.item[known], top)
