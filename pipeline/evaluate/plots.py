@@ -63,14 +63,15 @@ def plot_slices(lines: Sequence[Slice], tasks: Sequence[str], path: Path) -> Non
         top, bottom = panels[0][column], panels[1][column]
         for task in tasks:
             mine = {line.slice: line for line in of_kind if line.task == task}
-            top.plot(names, [mine[name].auc for name in names], "o-", markersize=3, label=task)
-            bottom.plot(names, [mine[name].calibration for name in names], "o-", markersize=3)
+            places = range(len(names))
+            top.plot(places, [mine[name].auc for name in names], "o-", markersize=3, label=task)
+            bottom.plot(places, [mine[name].calibration for name in names], "o-", markersize=3)
 
         top.set(title=f"by {kind}", ylabel="AUC")
         bottom.axhline(1, color="grey", linewidth=0.8)
         bottom.set(ylabel="mean score / rate of positives")
         for axes in (top, bottom):
-            axes.tick_params(axis="x", rotation=60, labelsize=8)
+            axes.set_xticks(range(len(names)), names, rotation=60, fontsize=8)
 
     panels[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
