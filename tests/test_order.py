@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sequences.users import argsort_rows, pack_rows, rank_rows
+from pipeline.sequences.packed_keys import argsort_rows, pack_rows, rank_rows
 
 LAST = 2**63 - 1
 KINDS = {
