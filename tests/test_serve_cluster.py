@@ -25,6 +25,7 @@ from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.rollout import in_share
+from serve_app.recommend.replay import replay_lists
 from serve_app.schemas import RankHead
 from tests.support.bad_bodies import BAD_BODIES, ONE, check_refused
 from tests.support.exposition import sample
@@ -147,6 +148,13 @@ def test_offline_and_http_agree(served: Served) -> None:
     assert report.max_abs_diff <= 1e-5
     other = replay.replay(served.cfg, served.url, served.folders[1])
     assert other.max_abs_diff > 1e-2, "another model's scores must not pass"
+
+    lists = replay_lists(served.cfg, served.url, served.folders[0])
+    assert lists.num_requests == report.num_requests
+    assert lists.max_abs_diff <= 1e-5
+    other_lists = replay_lists(served.cfg, served.url, served.folders[1])
+    assert other_lists.max_abs_diff > 1e-2
+    assert other_lists.num_equal < lists.num_equal
 
 
 def test_promote_roll_back_and_a_replica_killed_under_load(served: Served) -> None:

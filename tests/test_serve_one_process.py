@@ -12,6 +12,7 @@ import pytest
 from pipeline.config import ConfigError, ServeConfig
 from serve_app import replay
 from serve_app.columns import RankColumns
+from serve_app.recommend.replay import replay_lists
 from serve_app.schemas import RankHead
 from tests.support.bad_bodies import ONE
 from tests.support.exposition import sample
@@ -68,6 +69,7 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
     assert sample(page, "ranking_requests_total", path="/v1/rank", status="200") >= 2
     assert sample(page, "ranking_ranker_requests_total", version=str(first)) >= 2
     assert replay.replay(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
+    assert replay_lists(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
 
 
 @pytest.mark.cluster

@@ -52,7 +52,14 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
     options |= {"port": 0, "api_keys_file": str(hashes), "client_key_file": str(key)}
     # a busy machine is no reason to refuse
     options |= {"max_wait_ms": 20_000, "request_timeout_s": 60}
-    cfg = replace(tiny_config(mlflow_runs, tracking={"model_name": name}, serve=options), name=name)
+    cfg = tiny_config(
+        mlflow_runs,
+        tracking={"model_name": name},
+        serve=options,
+        retrieval={"enabled": True, "dim": 4},
+        train={"max_targets_per_sequence": 6},
+    )
+    cfg = replace(cfg, name=name)
     publish_sequences(cfg)
     folders = [save_tiny_model(cfg, folder / str(seed), seed, 0.9 - seed / 10) for seed in (0, 1)]
     with session(cfg), ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
