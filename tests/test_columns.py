@@ -329,3 +329,29 @@ def test_requests_give_the_text_of_a_request_column():
     posted["request_features"] = {"tab": "5"}
     with pytest.raises(ValidationError):
         Event.model_validate(posted)
+
+
+def test_files_of_every_age_read_as_the_plain_form_does(here: None, tmp_path: Path):
+    """Columns added, dropped, widened, reordered and encoded, under partitions: one digest."""
+    rows = log(rows=150)
+    parts = [rows.slice(50 * place, 50) for place in range(3)]
+    for folder in ("plain", "mixed"):
+        (tmp_path / folder).mkdir()
+    plain = build.build_sequences(config_for(tmp_path / "plain", *parts))
+
+    first = parts[0].append_column("note", pa.array(["x"] * 50, pa.string_view()))
+    second = parts[1].select(rows.column_names[::-1])
+    third = parts[2].append_column("tags", pa.array([["a"]] * 50, pa.large_list(pa.large_string())))
+    for name, dtype in (("user_id", pa.int32()), ("item_id", pa.uint16()), ("tab", pa.int64())):
+        place = second.column_names.index(name)
+        second = second.set_column(place, name, second[name].cast(dtype))
+    for name in ("item_id", "click", "tab"):
+        place = third.column_names.index(name)
+        third = third.set_column(place, name, third[name].dictionary_encode())
+
+    mixed = config_for(tmp_path / "mixed")
+    for day, part in enumerate((first, second, third)):
+        folder = tmp_path / "mixed" / "in" / f"day={day}"
+        folder.mkdir()
+        pq.write_table(part, folder / "part.parquet")
+    assert build.build_sequences(mixed).digest == plain.digest
