@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import RunConfig, UserError
+from pipeline import config
+from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.sequences import build, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.parts import find_part
@@ -155,3 +156,15 @@ def test_a_feature_of_no_usable_type_is_one_message(
     with pytest.raises(UserError, match=r"features\.item\.kind"):
         fit_features(replace(raw, features=features))
     assert store.read_manifest(raw.sequence_dir).num_rows
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "a:b", "it's", "", " a"])
+def test_names_that_mlflow_does_not_take_are_refused_when_they_are_read(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.model_name"):
+        config.from_dict({"tracking": {"model_name": name}})
+    assert config.from_dict({"tracking": {"model_name": "my model-1.2"}})
+
+    if "/" in name or not name.strip() or name != name.strip():
+        source = {"kind": "parquet", "path": "x", "actions": [name]}
+        with pytest.raises(ConfigError, match="tasks"):
+            config.from_dict({"source": source, "tasks": [name]})

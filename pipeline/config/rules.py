@@ -14,6 +14,8 @@ from pipeline.config.sequences import CheckConfig
 from pipeline.config.train import TrainConfig
 from pipeline.schema import MAX_ACTIONS
 
+LONGEST_TASK = 200  # characters; MLflow's names have 250, `val_sample/gauc/` among them
+
 
 def refuse_unknown_actions(key: str, names: Iterable[str], source: SourceConfig) -> None:
     for name in names:
@@ -160,6 +162,17 @@ def refuse_unknown_tables(train: TrainConfig, features: FeatureConfig) -> None:
         for name in getattr(train, key):
             rule = f"one of the tables {list(tables)}"
             require(name in tables, f"train.{key}", name, rule)
+
+
+def refuse_names_that_tracking_refuses(tasks: tuple[str, ...]) -> None:
+    """MLflow has a metric of each task, `val/ne/<task>`, and reads its name as a path."""
+    for task in tasks:
+        usable = task.strip() == task and task not in ("", ".", "..") and "/" not in task
+        rule = (
+            "a name without / and spaces around it, as MLflow has metrics of it; source.columns "
+            "gives a column another name"
+        )
+        require(usable and len(task) <= LONGEST_TASK, "tasks", task, rule)
 
 
 def refuse_name_that_is_no_folder(key: str, name: str) -> None:

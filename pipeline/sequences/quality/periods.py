@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import SplitConfig
@@ -14,13 +16,14 @@ from pipeline.sequences.store import Bucket
 
 COLUMNS = ["event_time", "order_only", "action_mask", "known_mask"]
 PERIODS = ("train", "val", "test")
+LARGEST_MARKED = 2**25  # bytes of a bitmap
 READERS = 2  # files that are decoded at a time, for speed at little memory
 
 
 @dataclass(frozen=True)
 class PeriodCounts:
     """Rows with a real time of each period, int64 [3], their labels, int64 [3, actions], and the
-    items of all rows, int64, sorted.
+    items of all rows, int64, each once.
     """
 
     rows: np.ndarray
@@ -67,8 +70,20 @@ def _added(parts: Iterator[PeriodCounts], num_actions: int) -> PeriodCounts:
         rows += part.rows
         known += part.known
         positive += part.positive
-        items = np.union1d(items, part.items)
+        items = _distinct(np.concatenate([items, part.items]))
     return PeriodCounts(rows, known, positive, items)
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Each value once, of those that are 0 or more; in a tenth of the time of sorting.
+
+    Small ids are marks in a bitmap, others go through Arrow's hash table.
+    """
+    if len(values) and values.max() < LARGEST_MARKED:
+        marks = np.zeros(values.max() + 1, bool)
+        marks[values] = True
+        return np.flatnonzero(marks)
+    return pc.unique(pa.array(values)).to_numpy()
 
 
 def _count_file(
@@ -78,7 +93,7 @@ def _count_file(
     table = pq.read_table(file, columns=wanted, use_threads=False)
     items = np.zeros(0, np.int64)
     if with_items:
-        items = np.unique(flat_column(table, "item_id"))
+        items = _distinct(flat_column(table, "item_id"))
 
     # 0 training, 1 validation, 2 test, 3 from split.t_end on
     timed = ~flat_column(table, "order_only")
