@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import SplitConfig
@@ -83,7 +82,7 @@ def _distinct(values: np.ndarray) -> np.ndarray:
         marks = np.zeros(values.max() + 1, bool)
         marks[values] = True
         return np.flatnonzero(marks)
-    return pc.unique(pa.array(values)).to_numpy()
+    return pa.array(values).unique().to_numpy()
 
 
 def _count_file(
