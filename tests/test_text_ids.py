@@ -19,8 +19,10 @@ from pipeline.logs.ids import id_code
 from pipeline.model.artifact import load_model
 from pipeline.sequences import build, store
 from pipeline.sequences.dictionary import read_dictionary
+from pipeline.sequences.quality.drift import compare_profiles, count_profile
 from pipeline.sequences.upkeep import maintenance
 from pipeline.sequences.workers import Workers
+from pipeline.train.warm_start import start_from
 from serve_app import load_test, replay
 from serve_app.columns import MEDIA_TYPE, RankColumns
 from serve_app.history.export import export_events, prune_events
@@ -162,6 +164,15 @@ def test_a_model_of_numbers_does_not_meet_sequences_of_text(
     message = "user_id: the model was trained on ids that are integers, .* have text: train again"
     with pytest.raises(UserError, match=message):
         load_model(cfg.model_dir).maps.refuse_other_ids(columns, world.cfg.sequence_dir)
+    with pytest.raises(UserError, match="user_id: the model was trained on ids that are text"):
+        start_from(cfg, world.cfg.model_dir)
+
+    # nor are their items compared
+    profiles = []
+    for folder in (cfg.sequence_dir, world.cfg.sequence_dir):
+        profiles.append(count_profile(folder, store.read_manifest(folder)))
+    with pytest.raises(UserError, match=r"item_id: numbers in version .*, text in"):
+        compare_profiles(*profiles, cfg.drift)
 
 
 # HTTP ------------------------------------------------------------------------

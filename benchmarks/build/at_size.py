@@ -19,6 +19,7 @@ Python to its end, Ray's start included. `--rows` makes it a smoke test.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ import statistics
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +342,10 @@ def _kill_text_build(
 
 
 def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("ray", "polars", "pyarrow")}
+    packages = {}
+    for name in ("ray", "polars", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):  # only the comparison needs Polars
+            packages[name] = version(name)
     return packages | {"Python": platform.python_version()}
 
 
@@ -402,7 +406,7 @@ def main() -> None:
         options.repeats = options.repeats or repeats[options.what]
         found |= {
             "machine": machine(),
-            "versions": versions(),
+            "versions": found.get("versions", {}) | versions(),
             options.what: measures[options.what](options),
         }
         print(json.dumps(found[options.what], indent=1))

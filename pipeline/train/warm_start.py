@@ -27,6 +27,7 @@ from pipeline.batches.features import FeatureMaps, first_code
 from pipeline.config import FeatureConfig, RunConfig, UserError
 from pipeline.files import sha256_of, write_atomically
 from pipeline.model.artifact import INDEX, verified
+from pipeline.sequences import store
 from pipeline.train.checkpoint import CheckpointFolder, read_tensors
 from pipeline.train.trainee import Trainee
 
@@ -67,6 +68,8 @@ def start_from(cfg: RunConfig, model: Path) -> WarmStart:
     verified(model, "model")
     began = config.from_dict(json.loads((model / "config.json").read_text()))
     _refuse_other_shape(cfg, began)
+    columns = store.read_manifest(cfg.sequence_dir).events
+    FeatureMaps.load(model).refuse_other_ids(columns, cfg.sequence_dir)
 
     since_ms, end_ms = cfg.train.since_ms or began.split.train_end_ms, cfg.split.train_end_ms
     since = datetime.fromtimestamp(since_ms / 1000, UTC).isoformat()

@@ -72,6 +72,7 @@ class Profile:
     lengths: np.ndarray  # int64 [64], users with 2**i to 2**(i+1) - 1 rows
     request_values: dict[str, Counts]
     items: Counts
+    text_ids: tuple[str, ...] = ()  # `items` counts codes where item_id is one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ def _add_profiles(parts: Sequence[Profile], manifest: Manifest) -> Profile:
         lengths=lengths,
         request_values=request_values,
         items=Counts.add_parts(items),
+        text_ids=manifest.text_ids,
     )
 
 
@@ -215,7 +217,16 @@ def _count_bits(masks: np.ndarray, actions: Sequence[str]) -> dict[str, int]:
 def compare_profiles(before: Profile, after: Profile, limits: DriftConfig) -> list[Change]:
     """Every quantity, whether or not it has a limit; an action or column that one of the two lacks
     counts as empty.
+
+    Raises:
+        UserError: items are text in one and numbers in the other.
     """
+    if ("item_id" in before.text_ids) != ("item_id" in after.text_ids):
+        kinds = ("text", "numbers") if "item_id" in before.text_ids else ("numbers", "text")
+        raise UserError(
+            f"item_id: {kinds[0]} in version {before.digest[:16]}, {kinds[1]} in "
+            f"{after.digest[:16]}: their items cannot be compared"
+        )
     return [
         *_size_changes(before, after, limits),
         *_action_changes(before, after, limits),
