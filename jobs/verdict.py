@@ -1,0 +1,94 @@
+"""Judge a canary by what users did: rates of each task by version, and their difference with an
+interval that may be read every day.
+
+It reads the served log and the posted events, writes `report/verdict.html` and `.json`, and logs
+the figures to MLflow. With `--promote-if TASK` the canary becomes champion if it is better at TASK,
+worse at none and not slower than it may be; exit code 1 if not (yet)."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+from jobs import cli
+from pipeline import tracking
+from pipeline.config import RunConfig, UserError
+from pipeline.files import write_atomically
+from serve_app.deployment import served_folder
+from serve_app.feedback.served_log import read_served
+from serve_app.feedback.verdict import judge_trial, render_page
+from serve_app.ranking.rollout import open_events
+from serve_app.schemas import Event
+
+COLUMNS = ("request_id", "unit", "served_at", "place", "version", "role", "ranker_ms")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--canary", type=int, help="its version; default: serve.canary.version")
+    parser.add_argument("--promote-if", metavar="TASK", help="make it champion if TASK is better")
+    parser.add_argument(
+        "--max-slower",
+        type=float,
+        default=0.5,
+        help="by how much the p99 of its passes may exceed the champion's, as a share",
+    )
+
+
+def run_job(job: cli.Job) -> None:
+    cfg, task = job.cfg, job.options.promote_if
+    version = find_canary(cfg, job.options.canary)
+    if task is not None and task not in cfg.tasks:
+        raise UserError(f"--promote-if: one of the tasks {list(cfg.tasks)}, got {task!r}")
+
+    served = read_served(served_folder(cfg), COLUMNS)
+    verdict = judge_trial(served, all_events(cfg), cfg.tasks, version, job.options.max_slower)
+    if verdict is None:
+        raise UserError(
+            f"{served_folder(cfg)} has no answers of the canary {version} beside the champion's"
+        )
+
+    figures = verdict.as_figures()
+    write_atomically(cfg.run_dir / "report" / "verdict.json", json.dumps(figures))
+    write_atomically(cfg.run_dir / "report" / "verdict.html", render_page(verdict))
+    for one in verdict.tasks:
+        print(
+            f"{one.task}: champion {one.champion:.5f}, canary {one.canary:.5f}, difference "
+            f"{one.difference:+.5f} in [{one.low:+.5f}, {one.high:+.5f}]: {one.says}"
+        )
+
+    with tracking.session(cfg) as tracker:
+        tracker.import_result(f"verdict-{version}", json.loads(json.dumps(figures)))
+        if task is None:
+            return
+        if not verdict.may_promote(task):
+            print(f"version {version} is not promoted")
+            sys.exit(1)
+        decision = tracker.promote_version(version)
+    print(f"version={version} {decision.reason}")
+    if not decision.promoted:
+        sys.exit(1)
+
+
+def find_canary(cfg: RunConfig, given: int | None) -> int:
+    """The version on trial."""
+    if given is not None:
+        return given
+    if cfg.serve.canary is None:
+        raise UserError("which version is on trial? give --canary, or set serve.canary")
+    return cfg.serve.canary.version
+
+
+def all_events(cfg: RunConfig) -> Iterator[Event]:
+    """What was posted and is not pruned yet."""
+    log = open_events(cfg.serve, cfg.run_dir / "serving")
+    for user in log.users():
+        yield from log.of_user(user)
+
+
+def plan_job(job: cli.Job) -> dict[str, object]:
+    version = find_canary(job.cfg, job.options.canary)
+    return {"canary": version, "reads": served_folder(job.cfg)}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

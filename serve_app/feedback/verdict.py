@@ -1,0 +1,213 @@
+"""Champion against canary by what users did: rates of each task by version, and their difference
+with an interval that may be looked at every day.
+
+    served log ─┐ request_id
+    events ─────┴→ answers and outcomes of each unit → rates by role → difference, interval
+
+A unit is a user, or a key that the client gave: its answers all come from one version. Units are
+independent of each other, answers of one unit are not, so the variance is that of units.
+
+The interval is an asymptotic confidence sequence (Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas,
+arXiv:2103.06476, theorem 2.2): with probability 1 - alpha it holds the true difference at all times
+at once, however often somebody looks and stops.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from serve_app.ranking.rollout import CANARY, CHAMPION
+from serve_app.schemas import Event
+
+ALPHA = 0.05
+TUNED_UNITS = 1000.0  # effective number of units at which the interval is narrowest
+FEWEST_UNITS = 30  # of a version, before anything is said
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCounts:
+    """Answers and outcomes of the units of one version."""
+
+    answers: np.ndarray  # float64 [U]
+    outcomes: np.ndarray  # float64 [U]
+
+    @property
+    def rate(self) -> float:
+        """Outcomes per answer."""
+        return float(self.outcomes.sum() / self.answers.sum())
+
+    @property
+    def variance(self) -> float:
+        """Of the rate, over units: a ratio's, by its linear form."""
+        num = len(self.answers)
+        residual = self.outcomes - self.rate * self.answers
+        return float((residual**2).sum() / (num * self.answers.mean()) ** 2)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskVerdict:
+    """One task: the canary's rate less the champion's, and what is known of it."""
+
+    task: str
+    champion: float
+    canary: float
+    difference: float
+    low: float
+    high: float
+    says: str  # better, worse or undecided
+
+
+def interval_width(variance: float, num_units: float, alpha: float = ALPHA) -> float:
+    """Half the width of the interval around a difference whose variance is `variance`, from
+    `num_units` units.
+
+        units (at TUNED_UNITS = 1000)     100    1,000    10,000
+        standard errors, alpha .05       3.86     3.04      3.24
+    """
+    rho = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / TUNED_UNITS
+    grown = num_units * rho + 1
+    factor = 2 * grown / (num_units * rho) * math.log(math.sqrt(grown) / alpha)
+    return math.sqrt(variance * factor)
+
+
+def compare_counts(
+    task: str, champion: UnitCounts, canary: UnitCounts, alpha: float = ALPHA
+) -> TaskVerdict:
+    """The verdict on one task."""
+    difference = canary.rate - champion.rate
+    fewest = min(len(champion.answers), len(canary.answers))
+    half = math.inf
+    if fewest >= FEWEST_UNITS:
+        num_units = 1 / (1 / len(champion.answers) + 1 / len(canary.answers))
+        half = interval_width(champion.variance + canary.variance, num_units, alpha)
+
+    low, high = difference - half, difference + half
+    says = "better" if low > 0 else "worse" if high < 0 else "undecided"
+    return TaskVerdict(task, champion.rate, canary.rate, difference, low, high, says)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a trial has shown so far."""
+
+    versions: dict[str, int]  # by role
+    answers: dict[str, int]  # by role
+    units: dict[str, int]  # by role
+    tasks: list[TaskVerdict]
+    p99_ms: dict[str, float]  # of the ranker's passes, by role
+    is_slow: bool
+
+    @property
+    def canary_share(self) -> float:
+        """Share of the answers."""
+        return self.answers[CANARY] / sum(self.answers.values())
+
+    def may_promote(self, task: str) -> bool:
+        """True if `task` is better, no other is worse, and the canary is not slow."""
+        says = {one.task: one.says for one in self.tasks}
+        return says[task] == "better" and "worse" not in says.values() and not self.is_slow
+
+    def as_figures(self) -> dict[str, Any]:
+        """Plain values, for JSON and MLflow."""
+        return asdict(self) | {"canary_share": self.canary_share}
+
+
+def judge_trial(
+    served: pa.Table,
+    events: Iterable[Event],
+    tasks: Sequence[str],
+    canary_version: int,
+    max_slower: float,
+) -> Verdict | None:
+    """The verdict on `canary_version` from the rows of `read_served` and the events; None where one
+    of the versions has not answered anybody.
+
+    Only answers since the canary's first one count, and of the champion's those of its newest
+    version. `max_slower` is by how much the p99 of the canary's passes may exceed the champion's.
+    """
+    answers = _each_answer_once(served)
+    of_canary = (answers["role"] == CANARY) & (answers["version"] == canary_version)
+    if not of_canary.any():
+        return None
+    in_trial = answers["served_at"] >= answers["served_at"][of_canary].min()
+    of_champion = in_trial & (answers["role"] == CHAMPION)
+    if not of_champion.any():
+        return None
+    champion_version = int(answers["version"][of_champion].max())
+    of_champion &= answers["version"] == champion_version
+
+    roles = {CHAMPION: of_champion, CANARY: of_canary}
+    done = _outcomes_by_request(events, tasks)
+    units = {role: np.unique(answers["unit"][mine]) for role, mine in roles.items()}
+    verdicts = []
+    for task in tasks:
+        outcomes = np.array([done[task].get(one, 0) for one in answers["request_id"].tolist()])
+        counts = {}
+        for role, mine in roles.items():
+            _, unit = np.unique(answers["unit"][mine], return_inverse=True)
+            num_answers = np.bincount(unit).astype(float)
+            counts[role] = UnitCounts(num_answers, np.bincount(unit, outcomes[mine]))
+        verdicts.append(compare_counts(task, counts[CHAMPION], counts[CANARY]))
+
+    p99 = {role: float(np.percentile(answers["ranker_ms"][m], 99)) for role, m in roles.items()}
+    return Verdict(
+        {CHAMPION: champion_version, CANARY: canary_version},
+        {role: int(mine.sum()) for role, mine in roles.items()},
+        {role: len(found) for role, found in units.items()},
+        verdicts,
+        p99,
+        p99[CANARY] > (1 + max_slower) * p99[CHAMPION],
+    )
+
+
+def _each_answer_once(served: pa.Table) -> dict[str, np.ndarray]:
+    """A row per answer that has a unit; the log has one per place."""
+    first = np.array(served["place"]) == 0
+    known = ~np.array(served["unit"].is_null())
+    kept = served.filter(pa.array(first & known))
+    return {name: kept[name].to_numpy() for name in kept.column_names}
+
+
+def _outcomes_by_request(
+    events: Iterable[Event], tasks: Sequence[str]
+) -> dict[str, dict[int, int]]:
+    """How many events of each request did what, by task."""
+    done: dict[str, dict[int, int]] = {task: {} for task in tasks}
+    for event in events:
+        if event.request_id is None:
+            continue
+        for task in tasks:
+            if event.actions.get(task):
+                done[task][event.request_id] = done[task].get(event.request_id, 0) + 1
+    return done
+
+
+def render_page(verdict: Verdict) -> str:
+    """The verdict as a page of HTML, complete in itself."""
+    rows = []
+    for one in verdict.tasks:
+        values = (one.champion, one.canary, one.difference, one.low, one.high)
+        cells = "".join(f"<td>{value:.5f}</td>" for value in values)
+        rows.append(f"<tr><td>{one.task}</td>{cells}<td>{one.says}</td></tr>")
+
+    roles = []
+    for role, version in verdict.versions.items():
+        roles.append(
+            f"<li>{role}: version {version}, {verdict.answers[role]:,} answers to "
+            f"{verdict.units[role]:,} users, p99 of a pass {verdict.p99_ms[role]:.1f} ms</li>"
+        )
+    slow = "<p><b>The canary is slower than it may be.</b></p>" if verdict.is_slow else ""
+    return (
+        "<!doctype html><meta charset=utf-8><title>Verdict</title>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}"
+        "td,th{padding:.3em 1em;text-align:right}</style>"
+        f"<h1>Canary version {verdict.versions[CANARY]}</h1><ul>{''.join(roles)}</ul>{slow}"
+        "<table><tr><th>task</th><th>champion</th><th>canary</th><th>difference</th>"
+        f"<th>from</th><th>to</th><th></th></tr>{''.join(rows)}</table>"
+        f"<p>Outcomes per answer. The interval holds the true difference with probability "
+        f"{1 - ALPHA:.0%} at all times at once: it may be read every day.</p>"
+    )

@@ -1,0 +1,92 @@
+"""A canary judged on simulated users: no false alarms however often one looks, and a planted
+difference is found.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from serve_app.feedback.served_log import FIXED
+from serve_app.feedback.verdict import UnitCounts, compare_counts, judge_trial, render_page
+from serve_app.schemas import Event
+
+NUM_USERS, NUM_DAYS = 400, 25
+
+
+def simulate(rng: np.random.Generator, gain: float, num_users: int = NUM_USERS) -> list[str]:
+    """What the verdict says on each day of a trial: users come back and differ in how much they
+    click; a fifth of them has the canary.
+    """
+    tastes = rng.beta(2, 8, num_users)
+    habits = rng.gamma(1.0, 1.0, num_users)
+    has_canary = rng.random(num_users) < 0.2
+    rates = np.minimum(np.where(has_canary, tastes * (1 + gain), tastes), 1.0)
+    answers, clicks = np.zeros(num_users), np.zeros(num_users)
+
+    said = []
+    for _ in range(NUM_DAYS):
+        today = rng.poisson(habits)
+        answers += today
+        clicks += rng.binomial(today, rates)
+        counts = []
+        for role in (~has_canary, has_canary):
+            seen = role & (answers > 0)
+            counts.append(UnitCounts(answers[seen], clicks[seen]))
+        said.append(compare_counts("click", *counts).says)
+    return said
+
+
+def test_no_more_than_one_false_alarm_in_twenty_trials_that_are_read_every_day() -> None:
+    rng = np.random.default_rng(0)
+    trials = [simulate(rng, 0.0) for _ in range(200)]  # 5,000 days of peeking
+    alarmed = sum(set(said) != {"undecided"} for said in trials)
+    assert alarmed <= 0.05 * len(trials)
+
+
+def test_a_planted_difference_is_found_with_its_sign() -> None:
+    rng = np.random.default_rng(1)
+    assert sum(simulate(rng, 0.8, 2000)[-1] == "better" for _ in range(20)) >= 18
+    assert sum(simulate(rng, -0.7, 2000)[-1] == "worse" for _ in range(20)) >= 18
+
+
+def served_rows(answers: list[tuple[int, str, str, int, int]], ms: dict[str, float]) -> pa.Table:
+    rows = []
+    for request_id, unit, role, version, served_at in answers:
+        for place in range(2):
+            row = {"request_id": request_id, "unit": unit, "role": role, "version": version}
+            rows.append(row | {"served_at": served_at, "place": place, "ranker_ms": ms[role]})
+    return pa.Table.from_pylist(rows, schema=FIXED)
+
+
+def test_outcomes_find_the_answer_that_they_came_of() -> None:
+    ms = {"champion": 5.0, "canary": 6.0}
+    answers = [(0, "old", "champion", 1, 10), (1, "early", "champion", 2, 20)]
+    for i in range(40):
+        answers += [(100 + i, f"a{i}", "champion", 2, 50), (200 + i, f"b{i}", "canary", 3, 50)]
+    answers.append((300, "a0", "champion", 2, 60))
+
+    events = []
+    for request_id in [1, *range(100, 110), *range(200, 235), 300, 999]:
+        did = {"click": True, "like": request_id == 300}
+        events.append(Event(user_id=1, item_id=1, event_time=1, request_id=request_id, actions=did))
+    events.append(Event(user_id=1, item_id=2, event_time=1, actions={"click": True}))
+
+    verdict = judge_trial(served_rows(answers, ms), events, ("click", "like"), 3, 0.5)
+    assert verdict is not None
+    assert verdict.versions == {"champion": 2, "canary": 3}
+    assert verdict.answers == {"champion": 41, "canary": 40}
+    assert verdict.units == {"champion": 40, "canary": 40}
+    click, like = verdict.tasks
+    assert click.champion == pytest.approx(11 / 41)
+    assert click.canary == pytest.approx(35 / 40)
+    assert (click.says, like.says) == ("better", "undecided")
+    assert verdict.may_promote("click")
+    assert not verdict.may_promote("like")
+    assert "Canary version 3" in render_page(verdict)
+    assert verdict.as_figures()["canary_share"] == pytest.approx(40 / 81)
+
+    slow = served_rows(answers, ms | {"canary": 9.0})
+    verdict = judge_trial(slow, events, ("click",), 3, 0.5)
+    assert verdict is not None
+    assert not verdict.may_promote("click"), "a guardrail"
+    assert judge_trial(served_rows(answers, ms), events, ("click",), 4, 0.5) is None
