@@ -91,10 +91,10 @@ def find_files(path: str | Path, form: FileFormat = PLAIN) -> FoundFiles:
         _refuse_table(path, parts)
         if info.type != fs.FileType.File:
             continue
-
-        name = _name(info.path, options)
         if pattern is not None and not pattern.fullmatch(info.path):
             continue
+
+        name = _name(info.path, options)
         if any(map(_is_hidden, parts)):
             left_out[name] = HIDDEN
         elif form.text_kind is not None:
@@ -108,16 +108,22 @@ def find_files(path: str | Path, form: FileFormat = PLAIN) -> FoundFiles:
         else:
             unknown.append(name)
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for name, reason in zip(unknown, pool.map(_why_no_parquet, unknown), strict=True):
-            if reason is None:
-                known.append(name)
-            else:
-                left_out[name] = reason
-
+    known += _parquet_files(unknown, left_out)
     if not known and form.kind is None:
         known = _text_files(path, left_out, form)
     return FoundFiles(sorted(known), dict(sorted(left_out.items())))
+
+
+def _parquet_files(unknown: list[str], left_out: dict[str, str]) -> list[str]:
+    """Those of the files that are Parquet by their contents; the others go to `left_out`."""
+    found = []
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for name, reason in zip(unknown, pool.map(_why_no_parquet, unknown), strict=True):
+            if reason is None:
+                found.append(name)
+            else:
+                left_out[name] = reason
+    return found
 
 
 def _text_files(path: str | Path, left_out: dict[str, str], form: FileFormat) -> list[str]:
