@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jobs import cli
 from pipeline import config, logs, tracking
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
-from pipeline.evaluate import evaluator
+from pipeline.evaluate import comparison_page, evaluator
 from pipeline.files import json_text, write_atomically
 from pipeline.model.encoders import check_run
 from pipeline.sequences import build
@@ -28,6 +29,7 @@ from serve_app.recommend import replay as replay_lists
 
 logger = logging.getLogger(__name__)
 
+SAMPLES = 200  # of users, for the intervals of the comparison
 RUN_FILE = "run.json"  # marks a folder as a run's own, so that --fresh removes nothing else
 
 
@@ -37,6 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="promote a first champion that does not beat the item's smoothed rate; the registry "
         "says so",
+    )
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="at the end train the same preset with this setting changed, and compare; may repeat",
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
@@ -54,10 +63,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     cfg = job.cfg
     check_settings(cfg)
+    baseline = None
+    if job.options.beside:
+        overrides = [*job.options.overrides, *job.options.beside]
+        baseline = read_baseline(cfg, job.options.config, overrides)
     supervision.refuse_impossible_size(cfg.ray, cfg.train)
     with supervision.only_training(cfg):
         if job.options.fresh:
             remove_run(cfg.run_dir)
+            if baseline is not None:
+                shutil.rmtree(baseline.train_dir, ignore_errors=True)
 
         write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
         with (
@@ -75,6 +90,7 @@ def run_job(job: cli.Job) -> None:
                 cluster.dashboard_url,
                 append=job.options.append,
                 force_first=job.options.force_first,
+                baseline=baseline,
             )
 
     path = cfg.run_dir / "summary.json"
@@ -101,12 +117,14 @@ def run_chain(
     *,
     append: bool = False,
     force_first: bool = False,
+    baseline: RunConfig | None = None,
 ) -> dict[str, Any]:
     """Every stage once, in order; returns what `summary.json` holds.
 
     With `append` new files of the logs join the published sequences. Where the last training read
     others a new one begins, with the champion's weights if they fit and rows have joined the
-    training period; without a new file, or after a kill, it goes on where it was.
+    training period; without a new file, or after a kill, it goes on where it was. `baseline` is
+    trained on the same sequences at the end, to be compared with.
     """
     manifest = prepare_sequences(cfg, append=append)
     logger.info(
@@ -157,6 +175,9 @@ def run_chain(
     parity = replay.replay(cfg, url, served)
     recommended = recommend(cfg, url, served) if cfg.index.enabled else {}
 
+    print_stage(8, "comparison")
+    page = compare(cfg, tracker, manifest, metrics, baseline)
+
     return summarise_run(cfg.tasks, manifest, train_seconds, metrics) | {
         "mlflow_run_id": run.run_id,
         "model_version": version,
@@ -167,6 +188,7 @@ def run_chain(
         "http_p50_ms": parity.p50_ms,
         "http_p99_ms": parity.p99_ms,
         **recommended,
+        "comparison": None if page is None else str(page),
     }
 
 
@@ -181,6 +203,57 @@ def recommend(cfg: RunConfig, url: str, served: Path) -> dict[str, Any]:
         "lists_http_p50_ms": lists.p50_ms,
         "lists_http_p99_ms": lists.p99_ms,
     }
+
+
+def compare(
+    cfg: RunConfig,
+    tracker: tracking.Tracker,
+    manifest: Manifest,
+    metrics: Mapping[str, float],
+    baseline: RunConfig | None,
+) -> Path | None:
+    """Hold the run against the item's smoothed rate, and against a baseline where there is one,
+    which is trained and evaluated first and not registered; returns the page.
+
+    None where no row was scored that could be compared.
+    """
+    scored = []
+    for split in ("test", "val"):
+        if any(f"{split}/ne/{task}" in metrics for task in cfg.tasks):
+            scored.append(split)
+    if not scored:
+        logger.info("nothing to compare: no row of a task was scored")
+        return None
+
+    names = [cfg.name]
+    if baseline is not None:
+        names.append(baseline.name)
+        anew = trainer.trained_on(baseline.train_dir, baseline.train) not in (None, manifest.digest)
+        with tracker.start_run(baseline, manifest) as run:
+            model = trainer.fit_model(baseline, run, restart=anew)
+            found = evaluator.evaluate_model(baseline, model)
+            tracker.log_evaluation(model, found, evaluator.evaluation_folder(baseline))
+
+    comparison = comparison_page.compare_runs(cfg, names, scored[0], SAMPLES, with_item_rate=True)
+    print(comparison_page.console_table(comparison))
+    page = comparison_page.write_page(cfg.run_dir / "comparison", comparison)
+    tracker.log_comparison(comparison.models, comparison.run_ids, page.parent)
+    return page
+
+
+def read_baseline(cfg: RunConfig, preset: str, overrides: list[str]) -> RunConfig:
+    """The preset with other settings, under a name of its own, on the sequences of `cfg`.
+
+    Raises:
+        UserError: a setting that its encoder does not know.
+    """
+    baseline = config.load(preset, overrides)
+    encoder = baseline.model.encoder
+    other = encoder if encoder != cfg.model.encoder else "beside"
+    shared = replace(baseline.sequences, from_run=cfg.sequences.from_run or cfg.name)
+    baseline = replace(baseline, name=f"{cfg.name}_{other}", sequences=shared)
+    check_run(baseline)
+    return baseline
 
 
 def find_servable(
@@ -288,7 +361,7 @@ def print_summary(name: str, tasks: tuple[str, ...], summary: dict[str, Any]) ->
 
 
 def print_stage(number: int, what: str) -> None:
-    print(f"== {number}/7 {what}", flush=True)
+    print(f"== {number}/8 {what}", flush=True)
 
 
 def remove_run(folder: Path) -> None:

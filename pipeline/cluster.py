@@ -143,6 +143,8 @@ def _local(
     lock = _owned(folder)
 
     os.environ |= serve_environment(folder)
+    # one machine, which nobody calls back: Train's watcher has nothing to find, and writes errors
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     use_token(runs_dir)
     try:
         context = _started(cfg, folder, include_dashboard)

@@ -1,5 +1,7 @@
 """Models beside each other: paired differences with intervals, against plain resampling."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,13 @@ from pipeline.evaluate.comparison import (
     metric_of,
     read_scores,
     slice_rows,
+)
+from pipeline.evaluate.comparison_page import (
+    console_table,
+    differing_settings,
+    make_comparison,
+    read_facts,
+    write_page,
 )
 
 
@@ -140,3 +149,37 @@ def test_only_the_same_rows_are_compared(tmp_path: Path) -> None:
         read_scores({"a": first, "c": other}, "test")
     with pytest.raises(UserError, match=r"run 'd' has no predictions of test .* jobs\.evaluate"):
         read_scores({"a": first, "d": tmp_path / "d"}, "test")
+
+
+def test_the_page_needs_no_other_file_and_says_what_is_clear(tmp_path: Path) -> None:
+    rows = make_rows()
+    facts = {}
+    for name, width in (("good", 16), ("worse", 8)):
+        folder = tmp_path / name
+        (folder / "model").mkdir(parents=True)
+        (folder / "train").mkdir()
+        settings = {"name": name, "model": {"encoder": "<hstu>", "num_layers": 2, "d_model": width}}
+        (folder / "model" / "config.json").write_text(json.dumps(settings))
+        extra = {"steps": 30, "train_seconds": 7.5, "mlflow_run_id": "0" * 32}
+        (folder / "model" / "artifact.json").write_text(json.dumps({"extra": extra}))
+        lines = [{"step": step, "train/loss": 1 / step} for step in (10, 20, 30)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "train" / "metrics.jsonl").write_text(text)
+        facts[name] = read_facts(name, folder)
+
+    comparison = make_comparison(rows, facts, "test", samples=50)
+    assert differing_settings(facts) == {"model.d_model": {"good": 16, "worse": 8}}
+    page = write_page(tmp_path, comparison).read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is loaded from elsewhere"
+    assert "&lt;hstu&gt;" in page
+    assert 'class="worse"' in page
+    assert "smoothed rate" not in page
+
+    said = console_table(comparison).splitlines()
+    assert said[1].startswith("good") and said[1].endswith("held against")
+    assert said[2].startswith("worse") and said[2].endswith("0 / 6 of 6")
+    figures = json.loads((tmp_path / "comparison.json").read_text())
+    assert figures["metrics"]["good/auc/is_click"] == comparison.metrics["good"]["auc"]["is_click"]
+    assert figures["costs"]["worse"]["train_seconds"] == 7.5
+    assert comparison.run_ids == {"good": "0" * 32, "worse": "0" * 32}

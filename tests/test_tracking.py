@@ -1,6 +1,7 @@
 """Runs on a real MLflow server, and joining one that is there."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -21,6 +22,8 @@ from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import append_run
 from pipeline.sequences import store
 from pipeline.tracking import Run, Tracker, server, session
+from pipeline.tracking.provenance import provenance_tags
+from pipeline.tracking.runs import run_params
 
 pytestmark = pytest.mark.cluster
 
@@ -47,9 +50,15 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
     client = mlflow.MlflowClient()
     found = client.get_run(run.run_id)
     assert found.info.status == "FINISHED"
-    params = {key: str(value)[:6000] for key, value in config.flatten(config.to_dict(cfg)).items()}
-    assert len(params) > 100, "more than one request takes"
-    assert found.data.params == params
+    assert found.data.params == {key: str(value) for key, value in run_params(cfg).items()}
+    whole = client.download_artifacts(run.run_id, "config.yaml", str(tmp_path))
+    assert config.load(whole) == cfg
+    tags = found.data.tags
+    assert tags["mlflow.user"] and tags["mlflow.source.name"] and tags["version.torch"]
+    assert tags["rows"] == str(manifest.num_rows)
+    assert cfg.model.encoder in tags["mlflow.note.content"]
+    experiment = client.get_experiment(found.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train/loss")] == [
         (1, 1.0),
         (2, 0.5),
@@ -65,6 +74,39 @@ def test_a_run_holds_params_metrics_dataset_plots_and_tags(cfg: RunConfig, tmp_p
     ]
     assert found.data.tags["manifest"] == manifest.digest
     assert len(found.data.tags.get("git_sha", "0" * 40).removesuffix("-dirty")) == 40
+
+
+def test_a_run_is_named_by_what_differs_from_the_one_before(cfg: RunConfig) -> None:
+    manifest = store.read_manifest(cfg.sequence_dir)
+    faster = replace(cfg, train=replace(cfg.train, lr=0.5))
+    names = []
+    for settings in (cfg, cfg, faster):
+        run = Tracker(settings).start_run(settings, manifest)
+        names.append(mlflow.MlflowClient().get_run(run.run_id).info.run_name)
+        time.sleep(0.01)  # the newest is by the millisecond
+    assert names == ["tracked", "tracked · again", "tracked · train.lr=0.5"]
+
+
+def test_params_are_what_a_training_used() -> None:
+    for preset in ("demo", "kuairand", "smoke"):
+        params = run_params(config.load(f"configs/{preset}.yaml"))
+        assert len(params) <= 80
+        assert {"model.encoder", "model.num_layers", "split.t_val"} <= params.keys()
+        sections = {key.partition(".")[0] for key in params}
+        assert sections.isdisjoint({"serve", "drift", "checks", "ray", "tracking", "runs_dir"})
+    assert "source.synthetic" not in run_params(config.load("configs/demo.yaml"))
+
+
+def test_a_run_says_which_submitted_job_and_code_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = {"working_dir": "gcs://_ray_pkg_0123.zip"}
+    job = {"metadata": {"job_submission_id": "raysubmit_7"}, "runtime_env": package}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    monkeypatch.setenv("GIT_SHA", "c0ffee")
+    tags = provenance_tags()
+    assert tags["ray_submission_id"] == "raysubmit_7"
+    assert tags["ray_package"] == "gcs://_ray_pkg_0123.zip"
+    assert tags["mlflow.source.git.commit"] == "c0ffee"
+    assert re.fullmatch("[0-9a-f]{16}", tags["code_digest"])
 
 
 def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
@@ -85,9 +127,7 @@ def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> N
     assert again == first
     found = mlflow.MlflowClient().get_run(first.run_id)
     assert (found.info.status, found.data.tags["attempt"]) == ("RUNNING", "2")
-    assert found.data.params["train.log_every"] == str(cfg.train.log_every), (
-        "params are the first attempt's"
-    )
+    assert "train.log_every" not in found.data.params, "params are the first attempt's"
     assert Tracker(cfg).training_run(replace(manifest, digest="other")) != first
     newest = Tracker(cfg).training_run(manifest, restart=True)
     assert newest != first

@@ -2,7 +2,12 @@
 
 from pipeline.tracking.evaluation import is_tracked
 from pipeline.tracking.gate import Decision
-from pipeline.tracking.registry import PinnedModel, RowsAtHand, fetch_model, find_version
+from pipeline.tracking.registry import (
+    PinnedModel,
+    RowsAtHand,
+    fetch_model,
+    find_version,
+)
 from pipeline.tracking.runs import Run
 from pipeline.tracking.session import Tracker, plan_session, session
 

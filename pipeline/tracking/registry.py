@@ -32,7 +32,7 @@ from pipeline.tracking.gate import (
     validation_ne,
 )
 from pipeline.tracking.model_card import render_card
-from pipeline.tracking.runs import Run, start_run
+from pipeline.tracking.runs import Run, link_model, run_settings, start_run
 from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
 from pipeline.version import package_version
 
@@ -122,6 +122,7 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
         model = client.create_logged_model(made_by.info.experiment_id, cfg.name, run.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
+        link_model(run, model.model_id)
         numbers, _ = split_counts(metrics)
         run.log_metrics(numbers, _last_step(folder), model.model_id)
 
@@ -281,8 +282,7 @@ def _validated(
             "--validated-by takes a version trained without split.refit, for one trained with "
             f"it: got {other.version} for {refit.version}"
         )
-    one = client.get_run(str(refit.run_id)).data.params
-    two = client.get_run(str(other.run_id)).data.params
+    one, two = (run_settings(client, str(version.run_id)) for version in (refit, other))
     for key in sorted(one.keys() | two.keys()):
         compared = key.split(".")[0] in FROZEN and key not in NOT_FROZEN
         if compared and one.get(key) != two.get(key):

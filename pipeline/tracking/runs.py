@@ -10,19 +10,21 @@ import hashlib
 import json
 import logging
 import re
-import subprocess
-import sys
+import tempfile
 import time
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline import config
-from pipeline.config import Outage, RunConfig, TrackingConfig
+from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import Figures
 from pipeline.files import write_atomically
+from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.server import is_absent, mlflow_client, one_message
 
 if typing.TYPE_CHECKING:
@@ -34,6 +36,15 @@ logger = logging.getLogger(__name__)
 
 MLFLOW_RUN = "mlflow_run.json"  # in a run's folder: which MLflow run its training logs into
 PARAMS_PER_REQUEST = 100  # MLflow's own limit
+# of an experiment: without it MLflow opens its pages for agents (Traces, Sessions, Judges)
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+CONFIG = "config.yaml"  # artifact: the whole configuration
+RUN_NAME = "run"  # tag: the configuration's name, which several runs may share
+PARAM_SECTIONS = ("source", "sequences", "split", "model", "features", "retrieval", "train")
+WHOLE_SECTIONS = ("split", "model")  # shown at their defaults too
+MOST_PARAMS = 80
+MOST_CHANGES = 3  # in a run's name
+LONGEST_CHANGE = 60  # characters
 LONGEST_PARAM = 6000  # characters, MLflow's own limit
 LONGEST_DIGEST = 36  # characters, MLflow's own limit
 
@@ -161,28 +172,124 @@ def start_run(
     """One run for one training job: params are the flattened configuration, its dataset the
     published sequences.
 
-    A run with a `parent` is shown below it.
+    A run with a `parent` is shown below it. The whole configuration is its artifact config.yaml;
+    params are what the run used of it.
     """
     import mlflow
 
     below = {} if parent is None else {"mlflow.parentRunId": parent.run_id}
+    counts = {"rows": str(manifest.num_rows), "users": str(manifest.num_users)}
+    params = run_params(cfg)
 
     client = mlflow_client()
     with one_message():
+        experiment = _experiment(client, cfg.tracking.experiment)
+        earlier = None if parent else _last_of_name(client, experiment, cfg.name)
         run = client.create_run(
-            _experiment(client, cfg.tracking.experiment),
-            run_name=cfg.name,
+            experiment,
+            run_name=cfg.name if earlier is None else name_by_change(cfg.name, earlier, params),
             tags={
+                RUN_NAME: cfg.name,
                 "manifest": manifest.digest,
-                **_code_version(),
-                **_ray_job(),
+                "mlflow.note.content": describe_run(cfg, manifest),
+                **provenance_tags(),
+                **counts,
                 **below,
                 **(tags or {}),
             },
         )
-        _log_params(client, run.info.run_id, config.flatten(config.to_dict(cfg)))
-        _log_dataset(client, run.info.run_id, cfg.sequence_dir, manifest)
-    return Run(mlflow.get_tracking_uri(), run.info.run_id)
+        run_id = run.info.run_id
+        _log_params(client, run_id, params)
+        _log_dataset(client, run_id, cfg.sequence_dir, manifest)
+        client.log_text(run_id, yaml.safe_dump(config.to_dict(cfg), sort_keys=False), CONFIG)
+    return Run(mlflow.get_tracking_uri(), run_id)
+
+
+def _last_of_name(client: "MlflowClient", experiment: str, name: str) -> Mapping[str, str] | None:
+    """Params of the newest run of this configuration's name."""
+    quote = '"' if "'" in name else "'"
+    wanted = f"tags.{RUN_NAME} = {quote}{name}{quote}"
+    found = client.search_runs(
+        [experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return found[0].data.params if found else None
+
+
+def name_by_change(name: str, earlier: Mapping[str, str], params: Mapping[str, Any]) -> str:
+    """The name with what has changed since the run before it: `demo · train.lr=0.01`."""
+    changes = []
+    for key, value in params.items():
+        if earlier.get(allowed_name(key)) != str(value)[:LONGEST_PARAM]:
+            changes.append(f"{key}={value}")
+    if not changes:
+        return f"{name} · again"
+    shown = ", ".join(change[:LONGEST_CHANGE] for change in changes[:MOST_CHANGES])
+    more = len(changes) - MOST_CHANGES
+    return f"{name} · {shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def run_params(cfg: RunConfig) -> dict[str, Any]:
+    """What tells trainings apart: model, split and the settings that are not at their default, at
+    most `MOST_PARAMS`. Settings of the server, of checks and of machines say nothing of a training.
+
+    A mapping of columns is one param, in JSON.
+    """
+    raw, defaults = config.to_dict(cfg), config.to_dict(RunConfig())
+    params: dict[str, Any] = {"name": cfg.name, "seed": cfg.seed, "tasks": ", ".join(cfg.tasks)}
+    for section in PARAM_SECTIONS:
+        if section == "retrieval" and not cfg.retrieval.enabled:
+            continue
+        for key, value in raw[section].items():
+            is_default = value == defaults[section].get(key)
+            if value in (None, [], {}) or (is_default and section not in WHOLE_SECTIONS):
+                continue
+            if key == "synthetic" and cfg.source.kind != "synthetic":
+                continue
+            params[f"{section}.{key}"] = value
+
+    for key, value in params.items():
+        if isinstance(value, dict | list):
+            params[key] = json.dumps(value)
+    return dict(list(params.items())[:MOST_PARAMS])
+
+
+def describe_run(cfg: RunConfig, manifest: "Manifest") -> str:
+    """A sentence or two of Markdown, which MLflow shows above everything else."""
+    model = cfg.model
+    return (
+        f"`{model.encoder}`, {model.num_layers} layers of {model.d_model}, for "
+        f"{', '.join(cfg.tasks) or 'retrieval'}. {manifest.num_rows:,} rows of "
+        f"{manifest.num_users:,} users, trained on rows before {cfg.split.t_val}. The whole "
+        "configuration is `config.yaml` under Artifacts."
+    )
+
+
+def comparison_run(
+    settings: TrackingConfig,
+    models: Sequence[str],
+    compared: Mapping[str, str | None],
+    folder: Path,
+) -> Run:
+    """A run that holds the files of a comparison, and names the runs that it compares."""
+    import mlflow
+
+    client = mlflow_client()
+    lines = [f"- {name}: run `{run_id}`" for name, run_id in compared.items()]
+    tags = {
+        "kind": "comparison",
+        "mlflow.note.content": "\n".join(lines),
+        **provenance_tags(),
+    }
+    for name, run_id in compared.items():
+        tags[f"compared.{allowed_name(name)}"] = run_id or ""
+    with one_message():
+        found = client.create_run(
+            _experiment(client, settings.experiment), run_name=" | ".join(models), tags=tags
+        )
+        run = Run(mlflow.get_tracking_uri(), found.info.run_id)
+        with run:
+            run.log_artifacts(folder)
+    return run
 
 
 # parts of a result that are params, numbers too
@@ -229,8 +336,14 @@ def _is_figure(key: str, value: Any) -> bool:
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:
+    """Id of an experiment, which opens on MLflow's view of trainings, not on that of agents."""
+    kind, ours = EXPERIMENT_KIND
     found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    if found is None:
+        return client.create_experiment(name, tags={kind: ours})
+    if kind not in found.tags:
+        client.set_experiment_tag(found.experiment_id, kind, ours)
+    return found.experiment_id
 
 
 def _log_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) -> None:
@@ -241,9 +354,38 @@ def _log_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) ->
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
 
 
+def run_settings(client: "MlflowClient", run_id: str) -> dict[str, Any]:
+    """The flattened configuration of a run. A setting that its version did not have stood at its
+    default there.
+
+    Raises:
+        UserError: the run's configuration is gone.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = client.download_artifacts(run_id, CONFIG, folder)
+        except MlflowException as error:
+            raise UserError(f"run {run_id} has no {CONFIG} any more: {error}") from error
+        saved = yaml.safe_load(Path(path).read_text())
+    return config.flatten(config.to_dict(RunConfig())) | config.flatten(saved)
+
+
+def link_model(run: Run, model_id: str) -> None:
+    """Show MLflow's "logged model" as what came out of the run."""
+    from mlflow.entities import LoggedModelOutput
+
+    mlflow_client().log_outputs(run.run_id, [LoggedModelOutput(model_id, step=0)])
+
+
 def allowed_name(key: str) -> str:
-    """MLflow takes letters, digits and `_-.: /` in names; a user's column may hold more."""
-    return re.sub(r"[^\w\-.: /]", "_", key)
+    """MLflow takes letters, digits and `_-.: /` in names, which must also be plain paths; a user's
+    column may hold more.
+    """
+    usable = re.sub(r"[^\w\-.: /]", "_", key)
+    parts = [part for part in usable.split("/") if part not in ("", ".", "..")]
+    return "/".join(parts)
 
 
 def _log_dataset(client: "MlflowClient", run_id: str, folder: Path, manifest: "Manifest") -> None:
@@ -259,21 +401,3 @@ def _log_dataset(client: "MlflowClient", run_id: str, folder: Path, manifest: "M
     client.log_inputs(
         run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     )
-
-
-def _code_version() -> dict[str, str]:
-    command = ["git", "-C", str(Path(__file__).parent), "describe"]
-    command += ["--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        # an installed package: there is no repository to name
-        return {}
-    return {"git_sha": found, "mlflow.source.git.commit": found.removesuffix("-dirty")}
-
-
-def _ray_job() -> dict[str, str]:
-    ray = sys.modules.get("ray")  # a run outside Ray must not import it
-    if ray is None or not ray.is_initialized():
-        return {}
-    return {"ray_job_id": ray.get_runtime_context().get_job_id()}

@@ -10,9 +10,9 @@ Another tracker in MLflow's place is a new `server.py`, `runs.py` and `registry.
 speaks to MLflow is in those three.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,11 +64,21 @@ class Tracker:
         """A new run of the settings `cfg` on these sequences; `with run:` ends it."""
         return runs.start_run(cfg, manifest, parent=parent)
 
+    def start_trial(self, cfg: RunConfig, name: str, manifest: "Manifest", parent: Run) -> Run:
+        """A run of one trial of a search, below the search's own."""
+        return runs.start_run(replace(cfg, name=name), manifest, {"kind": "trial"}, parent)
+
     def training_run(self, manifest: "Manifest", *, restart: bool = False) -> Run:
         """The run of this configuration's training: a new one, or that of the attempt which it goes
         on from.
         """
         return runs.training_run(self.cfg, manifest, restart=restart)
+
+    def log_comparison(
+        self, models: Sequence[str], compared: Mapping[str, str | None], folder: Path
+    ) -> Run:
+        """A run with the files of a comparison; `compared` names the runs, and their ids here."""
+        return runs.comparison_run(self.cfg.tracking, models, compared, folder)
 
     def import_result(self, name: str, figures: Figures) -> bool:
         """A run for a JSON of figures that were made elsewhere; False where it is known already."""

@@ -20,6 +20,7 @@ EXAMPLES = {
     "build_sequences": "configs/demo.yaml --dry-run",
     "train": "configs/demo.yaml --set train.epochs=2 --restart",
     "evaluate": "configs/demo.yaml --splits val",
+    "compare": "configs/demo.yaml demo demo_sasrec --item-rate",
     "ablation": "configs/demo.yaml --split val",
     "promote": "configs/demo.yaml --version 3",
     "rollback": "configs/demo.yaml",

@@ -1,0 +1,65 @@
+"""Hold runs against the first of them, on the same rows: metrics with intervals, curves, slices and
+costs, as one HTML page and as a run of MLflow.
+"""
+
+import argparse
+
+from jobs import cli
+from pipeline.config import UserError
+
+# what takes seconds to import is imported where it is used, after the settings were read
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names of runs under runs_dir")
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="test", help="period whose rows are compared"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=300, help="bootstrap samples of users, for the intervals"
+    )
+    parser.add_argument(
+        "--item-rate",
+        action="store_true",
+        help="add the item's smoothed rate in the training period, a model without a user",
+    )
+    parser.add_argument(
+        "--no-tracking", action="store_true", help="files under the first run only, no MLflow"
+    )
+
+
+def run_job(job: cli.Job) -> None:
+    cfg, options = job.cfg, job.options
+    refuse_wrong_options(options.runs, options.samples)
+
+    from pipeline.evaluate import comparison_page
+
+    comparison = comparison_page.compare_runs(
+        cfg, options.runs, options.split, options.samples, with_item_rate=options.item_rate
+    )
+    print(comparison_page.console_table(comparison))
+    page = comparison_page.write_page(cfg.run_dir / "comparison", comparison)
+
+    if not options.no_tracking:
+        from pipeline import tracking
+
+        with tracking.session(cfg) as tracker:
+            tracker.log_comparison(comparison.models, comparison.run_ids, page.parent)
+    print(f"comparison={page}")
+
+
+def refuse_wrong_options(runs: list[str], samples: int) -> None:
+    """Raises UserError for a run that is named twice, or no samples."""
+    if len(set(runs)) < len(runs):
+        raise UserError(f"RUN: each run once, got {' '.join(runs)}")
+    if samples < 1:
+        raise UserError(f"--samples must be 1 or more, got {samples}")
+
+
+def plan_job(job: cli.Job) -> dict[str, object]:
+    refuse_wrong_options(job.options.runs, job.options.samples)
+    return {"runs": job.options.runs, "writes": str(job.cfg.run_dir / "comparison")}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

@@ -1,0 +1,379 @@
+"""A comparison as one HTML file that needs no other: table, differences, settings, curves, slices,
+and quality beside what it cost.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipeline.config import RunConfig, UserError, flatten
+from pipeline.evaluate.comparison import (
+    LESS_IS_BETTER,
+    METRICS,
+    Difference,
+    ScoredRows,
+    compare_models,
+    item_rate_logits,
+    mean_over_tasks,
+    measure_rows,
+    read_scores,
+    slice_rows,
+)
+from pipeline.files import write_atomically
+
+ITEM_RATE = "smoothed rate"  # the model that knows the item alone
+# sections that do not decide what a model is
+NOT_COMPARED = ("name", "runs_dir", "serve", "drift", "ray", "tracking", "checks", "index")
+CURVES = {"train/loss": "training loss", "val_sample/ne": "validation NE while training"}
+COSTS = {"train_seconds": "seconds of training", "gflop_per_example": "10⁹ FLOP an example"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run's folder says beside its predictions."""
+
+    name: str
+    settings: dict[str, Any]  # flattened
+    costs: dict[str, float]  # steps, train_seconds, gflop_per_example, examples_per_s
+    curves: dict[str, list[tuple[int, float]]]  # (step, value) of each metric of `CURVES`
+    mlflow_run_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that the page shows. The first model is what the others are held against."""
+
+    split: str
+    samples: int
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    num_rows: int
+    num_users: int
+    facts: dict[str, RunFacts]  # of the models that are runs
+    metrics: dict[str, dict[str, dict[str, float]]]  # model, metric, task
+    differences: dict[str, dict[str, dict[str, Difference]]]  # model but the first, task, metric
+    slices: dict[str, dict[str, Any]] = field(default_factory=dict)  # rows, and AUC by model
+
+    @property
+    def run_ids(self) -> dict[str, str | None]:
+        """MLflow's id of each model that is a run; None where it was not tracked."""
+        return {name: facts.mlflow_run_id for name, facts in self.facts.items()}
+
+
+def compare_runs(
+    cfg: RunConfig, runs: Sequence[str], split: str, samples: int, *, with_item_rate: bool
+) -> Comparison:
+    """Runs of one `runs_dir` on the rows that all of them have scored, by their names; with
+    `with_item_rate` also the item's smoothed rate over the training period of `cfg`.
+
+    Raises:
+        UserError: a run that is not trained or not evaluated, or was on other rows.
+    """
+    folders = {name: Path(cfg.runs_dir).absolute() / name for name in runs}
+    facts = {name: read_facts(name, folder) for name, folder in folders.items()}
+    rows = read_scores(folders, split)
+    if with_item_rate:
+        rows.logits[ITEM_RATE] = item_rate_logits(cfg, rows)
+    return make_comparison(rows, facts, split, samples)
+
+
+def write_page(folder: Path, comparison: Comparison) -> Path:
+    """comparison.html, and comparison.json with its figures beside it; the path of the first."""
+    page = folder / "comparison.html"
+    write_atomically(page, render_page(comparison))
+    figures = json.dumps(as_figures(comparison), indent=2, allow_nan=False)
+    write_atomically(page.with_suffix(".json"), figures)
+    return page
+
+
+def read_facts(name: str, folder: Path) -> RunFacts:
+    """Settings, costs and curves of a run.
+
+    Raises:
+        UserError: it has no model.
+    """
+    model = folder / "model"
+    if not (model / "artifact.json").exists():
+        raise UserError(f"run {name!r} has no model at {model}: train it first")
+    extra = json.loads((model / "artifact.json").read_text())["extra"]
+    settings = flatten(json.loads((model / "config.json").read_text()))
+
+    lines: list[dict[str, float]] = []
+    metrics = folder / "train" / "metrics.jsonl"
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    costs = {}
+    for key in ("steps", "train_seconds"):
+        if key in extra:
+            costs[key] = float(extra[key])
+    for key in ("gflop_per_example", "examples_per_s"):
+        values = [line[f"train/{key}"] for line in lines if f"train/{key}" in line]
+        if values:
+            costs[key] = sum(values) / len(values)
+
+    curves = {}
+    for key in CURVES:
+        points = [(int(line["step"]), line[key]) for line in lines if key in line]
+        if points:
+            curves[key] = points
+    return RunFacts(name, settings, costs, curves, extra.get("mlflow_run_id"))
+
+
+def make_comparison(
+    rows: ScoredRows, facts: Mapping[str, RunFacts], split: str, samples: int
+) -> Comparison:
+    """Metrics of all models, and the differences of each from the first."""
+    first, *others = models = tuple(rows.logits)
+    differences: dict[str, dict[str, dict[str, Difference]]] = {}
+    for model in others:
+        differences[model] = {}
+        for task in rows.tasks:
+            differences[model][task] = compare_models(rows, first, model, task, samples)
+
+    slices = {}
+    for name, inside in slice_rows(rows).items():
+        part = rows.take(inside)
+        by_model = {}
+        for model in models:
+            by_model[model] = mean_over_tasks(measure_rows(part, model)["auc"])
+        slices[name] = {"rows": int(inside.sum()), "auc": by_model}
+
+    return Comparison(
+        split=split,
+        samples=samples,
+        models=models,
+        tasks=rows.tasks,
+        num_rows=len(rows.user_id),
+        num_users=len(set(rows.user_id.tolist())),
+        facts=dict(facts),
+        metrics={model: measure_rows(rows, model) for model in models},
+        differences=differences,
+        slices=slices,
+    )
+
+
+def console_table(comparison: Comparison) -> str:
+    """A line a model: mean AUC and NE, and how clearly they differ from the first one's."""
+    width = max(len(model) for model in comparison.models)
+    lines = [f"{'':{width}}   mean AUC   mean NE   clearly better / worse in (task metric)"]
+    for model in comparison.models:
+        auc, ne = (mean_over_tasks(comparison.metrics[model][name]) for name in ("auc", "ne"))
+        lines.append(f"{model:{width}}  {auc:9.4f} {ne:9.4f}   {_verdict(comparison, model)}")
+    return "\n".join(lines)
+
+
+def _verdict(comparison: Comparison, model: str) -> str:
+    if model not in comparison.differences:
+        return "what the others are held against"
+    better, worse = 0, 0
+    total = len(comparison.tasks) * len(METRICS)
+    for by_metric in comparison.differences[model].values():
+        for name, difference in by_metric.items():
+            if difference.is_clear:
+                is_better = (difference.value < 0) == (name in LESS_IS_BETTER)
+                better, worse = better + is_better, worse + (not is_better)
+    return f"{better} / {worse} of {total}"
+
+
+def as_figures(comparison: Comparison) -> dict[str, Any]:
+    """Metrics and differences as plain values, fit for JSON: what is not defined is null."""
+    differences = {}
+    for model, by_task in comparison.differences.items():
+        for task, by_metric in by_task.items():
+            for name, found in by_metric.items():
+                interval = {"value": found.value, "low": found.low, "high": found.high}
+                differences[f"{model}/{name}/{task}"] = {
+                    key: _defined(value) for key, value in interval.items()
+                }
+    metrics = {}
+    for model, by_metric in comparison.metrics.items():
+        for name, by_task in by_metric.items():
+            for task, value in by_task.items():
+                metrics[f"{model}/{name}/{task}"] = _defined(value)
+    return {
+        "split": comparison.split,
+        "samples": comparison.samples,
+        "rows": comparison.num_rows,
+        "users": comparison.num_users,
+        "metrics": metrics,
+        "differences": differences,
+        "costs": {name: facts.costs for name, facts in comparison.facts.items()},
+    }
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def render_page(comparison: Comparison) -> str:
+    """The whole page."""
+    first = comparison.models[0]
+    title = html.escape(" · ".join(comparison.models))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem}}
+table {{border-collapse: collapse; margin: .5rem 0 1.5rem}}
+td, th {{padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right}}
+td:first-child, th:first-child {{text-align: left}}
+.better {{color: #0a7a2f}} .worse {{color: #b3261e}} .unclear {{color: #777}}
+img {{max-width: 100%}}
+</style></head><body>
+<h1>{title}</h1>
+<p>{comparison.num_rows:,} rows of {comparison.num_users:,} users, split {comparison.split}; every
+model has scored the same rows. Tasks: {html.escape(", ".join(comparison.tasks))}.</p>
+<h2>Quality and cost</h2>
+{_quality_table(comparison)}
+<h2>Differences from {html.escape(first)}</h2>
+<p>With the interval that holds 95 % of {comparison.samples:,} paired bootstrap samples over users.
+Grey: it holds 0, so the difference may be chance.</p>
+{_difference_table(comparison)}
+<h2>Settings that differ</h2>
+{_settings_table(comparison.facts)}
+<h2>Curves</h2>
+{_curves(comparison.facts)}
+<h2>Quality against cost</h2>
+{_cost_plot(comparison)}
+<h2>Slices</h2>
+<p>Mean AUC over tasks.</p>
+{_slice_table(comparison)}
+</body></html>
+"""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    text = "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"
+    for row in rows:
+        text += "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
+    return f"<table>{text}</table>"
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _quality_table(comparison: Comparison) -> str:
+    head = ["", "encoder", "layers", "width", "mean AUC", "mean NE", "mean GAUC"]
+    head += ["steps", *COSTS.values(), "examples/s"]
+    rows = []
+    for model in comparison.models:
+        facts = comparison.facts.get(model)
+        settings = {} if facts is None else facts.settings
+        costs = {} if facts is None else facts.costs
+        row = [html.escape(model)]
+        for key in ("model.encoder", "model.num_layers", "model.d_model"):
+            row.append(html.escape(str(settings.get(key, "–"))))
+        for name in ("auc", "ne", "gauc"):
+            row.append(_number(mean_over_tasks(comparison.metrics[model][name])))
+        row.append(_number(costs.get("steps"), ",.0f"))
+        row.append(_number(costs.get("train_seconds"), ",.1f"))
+        row.append(_number(costs.get("gflop_per_example"), ".4f"))
+        row.append(_number(costs.get("examples_per_s"), ",.0f"))
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _difference_table(comparison: Comparison) -> str:
+    head = ["", "task", *(name.upper() for name in METRICS)]
+    rows = []
+    for model, by_task in comparison.differences.items():
+        for task, by_metric in by_task.items():
+            cells = [_difference_cell(name, by_metric[name]) for name in METRICS]
+            rows.append([html.escape(model), html.escape(task), *cells])
+    return _table(head, rows)
+
+
+def _difference_cell(metric: str, found: Difference) -> str:
+    if not math.isfinite(found.value):
+        return "–"
+    kind = "unclear"
+    if found.is_clear:
+        kind = "better" if (found.value < 0) == (metric in LESS_IS_BETTER) else "worse"
+    text = f"{found.value:+.4f} [{_number(found.low, '+.4f')}, {_number(found.high, '+.4f')}]"
+    return f'<span class="{kind}">{text}</span>'
+
+
+def differing_settings(facts: Mapping[str, RunFacts]) -> dict[str, dict[str, Any]]:
+    """Keys on which the runs do not agree, with each run's value."""
+    keys: dict[str, None] = {}
+    for run in facts.values():
+        keys |= dict.fromkeys(run.settings)
+
+    found = {}
+    for key in keys:
+        if key.split(".")[0] in NOT_COMPARED:
+            continue
+        values = {name: run.settings.get(key) for name, run in facts.items()}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            found[key] = values
+    return found
+
+
+def _settings_table(facts: Mapping[str, RunFacts]) -> str:
+    found = differing_settings(facts)
+    if not found:
+        return "<p>None.</p>"
+    names = list(facts)
+    rows = []
+    for key, values in sorted(found.items()):
+        cells = [html.escape(str(values[name])) for name in names]
+        rows.append([f"<code>{html.escape(key)}</code>", *cells])
+    return _table(["", *map(html.escape, names)], rows)
+
+
+def _slice_table(comparison: Comparison) -> str:
+    rows = []
+    for name, found in comparison.slices.items():
+        cells = [_number(found["auc"][model]) for model in comparison.models]
+        rows.append([name, f"{found['rows']:,}", *cells])
+    return _table(["", "rows", *map(html.escape, comparison.models)], rows)
+
+
+def _curves(facts: Mapping[str, RunFacts]) -> str:
+    shown = [key for key in CURVES if any(key in run.curves for run in facts.values())]
+    if not shown:
+        return "<p>No run has any.</p>"
+
+    figure = Figure(figsize=(5.5 * len(shown), 3.5), layout="constrained")
+    for place, key in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        for name, run in facts.items():
+            if key in run.curves:
+                steps, values = zip(*run.curves[key], strict=True)
+                axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
+        axes.set(xlabel="step", title=CURVES[key])
+        axes.legend()
+    return _picture(figure, "curves by step")
+
+
+def _cost_plot(comparison: Comparison) -> str:
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for place, (key, words) in enumerate(COSTS.items(), 1):
+        axes = figure.add_subplot(1, len(COSTS), place)
+        for model in comparison.models:
+            auc = mean_over_tasks(comparison.metrics[model]["auc"])
+            facts = comparison.facts.get(model)
+            if facts is None:
+                axes.axhline(auc, linestyle=":", color="grey", label=model)
+            elif key in facts.costs:
+                axes.plot(facts.costs[key], auc, "o", label=model)
+        axes.set(xlabel=words, ylabel="mean AUC")
+        axes.legend()
+    return _picture(figure, "mean AUC against cost")
+
+
+def _picture(figure: Figure, words: str) -> str:
+    FigureCanvasAgg(figure)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    text = base64.b64encode(png.getvalue()).decode()
+    return f'<img alt="{words}" src="data:image/png;base64,{text}">'
