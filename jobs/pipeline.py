@@ -175,7 +175,7 @@ def run_chain(
     parity = replay.replay(cfg, url, served)
     recommended = recommend(cfg, url, served) if cfg.index.enabled else {}
 
-    print_stage(8, "comparison")
+    print("== comparison", flush=True)
     page = compare(cfg, tracker, manifest, metrics, baseline)
 
     return summarise_run(cfg.tasks, manifest, train_seconds, metrics) | {
@@ -361,7 +361,7 @@ def print_summary(name: str, tasks: tuple[str, ...], summary: dict[str, Any]) ->
 
 
 def print_stage(number: int, what: str) -> None:
-    print(f"== {number}/8 {what}", flush=True)
+    print(f"== {number}/7 {what}", flush=True)
 
 
 def remove_run(folder: Path) -> None:

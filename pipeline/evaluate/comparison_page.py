@@ -34,7 +34,13 @@ ITEM_RATE = "smoothed rate"  # the model that knows the item alone
 # sections that do not decide what a model is
 NOT_COMPARED = ("name", "runs_dir", "serve", "drift", "ray", "tracking", "checks", "index")
 CURVES = {"train/loss": "training loss", "val_sample/ne": "validation NE while training"}
-COSTS = {"train_seconds": "seconds of training", "gflop_per_example": "10⁹ FLOP an example"}
+COSTS = {"train_seconds": "seconds of training", "mflop_per_example": "10⁶ FLOP an example"}
+
+# a cost, the metric of each line that it is the mean of, and their ratio
+LOGGED_COSTS = (
+    ("mflop_per_example", "train/gflop_per_example", 1000),
+    ("examples_per_s", "train/examples_per_s", 1),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class RunFacts:
 
     name: str
     settings: dict[str, Any]  # flattened
-    costs: dict[str, float]  # steps, train_seconds, gflop_per_example, examples_per_s
+    costs: dict[str, float]  # steps, train_seconds, mflop_per_example, examples_per_s
     curves: dict[str, list[tuple[int, float]]]  # (step, value) of each metric of `CURVES`
     mlflow_run_id: str | None
 
@@ -115,10 +121,10 @@ def read_facts(name: str, folder: Path) -> RunFacts:
     for key in ("steps", "train_seconds"):
         if key in extra:
             costs[key] = float(extra[key])
-    for key in ("gflop_per_example", "examples_per_s"):
-        values = [line[f"train/{key}"] for line in lines if f"train/{key}" in line]
+    for key, logged, factor in LOGGED_COSTS:
+        values = [line[logged] for line in lines if logged in line]
         if values:
-            costs[key] = sum(values) / len(values)
+            costs[key] = factor * sum(values) / len(values)
 
     curves = {}
     for key in CURVES:
@@ -276,7 +282,7 @@ def _quality_table(comparison: Comparison) -> str:
             row.append(_number(mean_over_tasks(comparison.metrics[model][name])))
         row.append(_number(costs.get("steps"), ",.0f"))
         row.append(_number(costs.get("train_seconds"), ",.1f"))
-        row.append(_number(costs.get("gflop_per_example"), ".4f"))
+        row.append(_number(costs.get("mflop_per_example"), ",.3f"))
         row.append(_number(costs.get("examples_per_s"), ",.0f"))
         rows.append(row)
     return _table(head, rows)
