@@ -306,3 +306,17 @@ def test_pages_of_the_web_do_not_reach_a_keyless_local_server(headers, status: i
     # whoever has keys, or an address of the network, has names of its own
     assert deployment._local_names(replace(local, host="0.0.0.0")) is None
     assert deployment._local_names(replace(local, api_keys_file="keys")) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"serve": {"redis_url": "redis://h/0?password=hunter2"}}, "serve.redis_url"),
+        ({"serve": {"redis_url": "redis://:hunter2@h/0"}}, "serve.redis_url"),
+        ({"tracking": {"uri": "http://user:hunter2@mlflow:5000"}}, "tracking.uri"),
+    ],
+)
+def test_secrets_do_not_enter_the_configuration(tmp_path: Path, section: dict, key: str) -> None:
+    with pytest.raises(ConfigError, match=key) as refused:
+        tiny_config(tmp_path, **section)
+    assert "hunter2" not in str(refused.value)

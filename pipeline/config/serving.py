@@ -270,7 +270,8 @@ class ServeConfig:
 
             # the configuration is logged with every run
             rule = "without a password: serve.redis_password_file"
-            require(url.password is None, "serve.redis_url", "...", rule)
+            is_secret = url.password is not None or "password" in url.query.lower()
+            require(not is_secret, "serve.redis_url", "...", rule)
 
         rule = "a word without colons"
         require(":" not in self.redis_prefix, "serve.redis_prefix", self.redis_prefix, rule)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from pipeline.config.errors import require
 from pipeline.config.setting import check_ranges, setting
@@ -38,6 +39,11 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "tracking")
+
+        # the configuration is logged with every run
+        if self.uri is not None:
+            rule = "without a password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            require(urlsplit(self.uri).password is None, "tracking.uri", "...", rule)
 
         self._refuse_name_that_mlflow_refuses()
 
