@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.build import at_size_report
 from benchmarks.kernels import attention_report, layer_report, tables_report
-from benchmarks.quality import anchor_report, long_histories, number_formats
+from benchmarks.quality import anchor_report, long_histories, number_formats, retrieval_report
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
 from benchmarks.serving import gpu_replica, ranker, recommend, under_load_report
@@ -85,6 +85,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": encoders,
     "ablation": ablation,
     "long histories": lambda: long_histories.section(RUNS / "long_histories.jsonl"),
+    "retrieval": lambda: retrieval_report.section(*runs_read("retrieval_ml1m")),
     "feeding": lambda: feeding.section(*runs_read("feeding")),
     "build": lambda: at_size_report.section(*runs_read("build")),
     "sharding": lambda: sharding.section(

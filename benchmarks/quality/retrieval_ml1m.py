@@ -275,7 +275,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
             assert sums is not None
             lost, weight = sums[:, 0].tolist()
             line = {
-                "name": name, "changes": options.set, "seed": seed, "split": options.split,
+                "name": name, "set": json.loads(options.set), "seed": seed, "split": options.split,
                 "epoch": epoch + 1, "end": last, "loss": lost / weight,
                 "seconds": time.perf_counter() - begin,
                 "train_tflop": flops * epochs / 1e12, "rows_per_epoch": rows,
@@ -327,7 +327,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of ML-1M as Parquet")
     parser.add_argument("--split", choices=["val", "test"], default="val")
-    parser.add_argument("--names", dest="plan", nargs="+", type=parse_plan, metavar="NAME[:JSON]")
+    parser.add_argument(
+        "--names",
+        dest="plan",
+        nargs="+",
+        type=parse_plan,
+        default=[(name, "{}") for name in RUNS],
+        metavar="NAME[:JSON]",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--budget", type=float, default=3600, help="seconds")
