@@ -156,6 +156,7 @@ def test_two_endings_are_one_table_and_the_report_names_every_file(
     assert f"left out of the logs: 1 (a name that begins with _ or .: {logs}" in caplog.text
 
     report = json.loads((cfg.run_dir / "report" / "validation.json").read_text())["input_files"]
+    assert set(report.pop("paths").values()) == set(report["rows"])
     assert report == {
         "rows": {str(logs / "0.parquet"): 400, str(logs / "1.pq"): 400},
         "left_out": {

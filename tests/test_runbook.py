@@ -21,7 +21,7 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglo
 # docs/reference/ is written from the code, see test_reference.py
 BY_HAND = [name for name in DOCUMENTS if not name.startswith("docs/reference/")]
 # they start servers of their own or read a person's disk
-LOCAL = {"serve", "mlflow_ui", "mlflow_import"}
+LOCAL = {"serve", "mlflow_ui", "mlflow_import", "inspect"}
 # what the recipes of docs/extend invent
 INVENTED = ("csv_days", "mean_pool", "scale_rows", "<", "{")
 FOLDERS = "pipeline|kernels|serve_app|jobs|tests|benchmarks|configs|deploy|docs"

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,9 @@ from pipeline.schema import NAMED_IDS
 from pipeline.sequences import store
 from pipeline.sequences.forgotten import Forgotten, read_forgotten
 from pipeline.sequences.store import Bucket, Manifest
-from pipeline.sequences.workers import Workers
+
+if TYPE_CHECKING:  # reading a dictionary needs no Ray
+    from pipeline.sequences.workers import Workers
 
 IDS = "ids"
 PAIRS = pa.schema([("code", pa.int64()), ("id", pa.string())])
@@ -254,7 +257,7 @@ def write_dictionaries(
     pairs: Mapping[str, Mapping[str, int]],
     published: Dictionaries,
     num_chunks: int,
-    run: Workers,
+    run: "Workers",
 ) -> dict[str, dict[str, Bucket]]:
     """The chunks of every dictionary, by column and number: the published ones and new ids.
 
