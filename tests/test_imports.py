@@ -38,7 +38,10 @@ WITHOUT_RAY = (
     ),
     "pipeline/sequences/store.py",
     "pipeline/index/*.py",
-    "pipeline/recommend/*.py",
+    *(
+        f"pipeline/recommend/{name}.py"
+        for name in ("diversify", "filters", "offline", "retriever", "tables")
+    ),
     "serve_app/ranking/ranker.py",
     "serve_app/recommend/recommender.py",
 )
