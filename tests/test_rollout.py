@@ -167,7 +167,7 @@ def test_a_version_that_is_loaded_keeps_what_it_has_cached(
     first = loaded(world, canary=1)
     first.rank([asking(user) for user in range(5)])
     monkeypatch.setattr(
-        rollout, "load_model", lambda folder: pytest.fail("nothing new is to be loaded")
+        rollout, "load_indexed", lambda folder, device: pytest.fail("nothing new is to be loaded")
     )
 
     wider = loaded(world, canary=1, share=0.9, earlier=first)

@@ -54,7 +54,7 @@ from pipeline.sequences.buckets import (
     total_statistics,
     write_bucket,
 )
-from pipeline.sequences.dictionary import write_dictionaries, write_pairs
+from pipeline.sequences.dictionary import texts_of, write_dictionaries, write_pairs
 from pipeline.sequences.forgotten import read_forgotten
 from pipeline.sequences.parts import PARTS, Part, find_part, plan_parts, write_part
 from pipeline.sequences.quality import report
@@ -66,8 +66,8 @@ from pipeline.sequences.quality.statistics import Statistics, log_hints, positiv
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import (
     check_feature_columns,
-    check_joins,
     side_files,
+    side_joins,
     write_side_table,
 )
 from pipeline.sequences.store import Bucket, Manifest
@@ -470,7 +470,7 @@ def build_version(
     work = plan_buckets(all_parts, retired, rules_of_buckets)
     records = build_buckets(folder, work, rules_of_buckets, run)
 
-    _check_joins(cfg, folder, side_tables, records)
+    _check_joins(cfg, rules, folder, side_tables, dictionaries, records)
     totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
     checks = _check_counts(cfg, totals, new_parts)
     periods = report_periods(cfg, folder, records, side_tables)
@@ -542,16 +542,33 @@ def _write_side_tables(
 
 
 def _check_joins(
-    cfg: RunConfig, folder: Path, side_tables: Mapping[str, Bucket], records: Sequence[Record]
+    cfg: RunConfig,
+    rules: LogRules,
+    folder: Path,
+    side_tables: Mapping[str, Bucket],
+    dictionaries: Mapping[str, Mapping[str, Bucket]],
+    records: Sequence[Record],
 ) -> None:
-    """Side tables that join too little are refused, by the first bucket of users."""
-    built = next((record.bucket for record in records if record.bucket is not None), None)
-    if built is None:
-        return
+    """Side tables that join too little are refused."""
+    buckets = [record.bucket for record in records if record.bucket is not None]
     for name, column in (("users", "user_id"), ("items", "item_id")):
-        if name in side_tables:
-            least = cfg.checks.min_joined_share
-            check_joins(name, column, folder, side_tables[name], built, least)
+        if name not in side_tables or not buckets:
+            continue
+
+        join = side_joins(name, column, folder, side_tables[name], buckets)
+        logger.info("source.%s: the table has %.1f%% of the %s seen", name, 100 * join.share, name)
+        if not join.is_enough(cfg.checks.min_joined_share):
+            seen, known = join.examples
+            if column in rules.events.text_ids:
+                chunks = dictionaries.get(column, {})
+                seen = texts_of(folder, chunks, np.array(seen), rules.num_buckets).to_pylist()
+                known = texts_of(folder, chunks, np.array(known), rules.num_buckets).to_pylist()
+            raise UserError(
+                f"source.{name}: the table has {join.share:.1%} of the {name} in the logs, of "
+                f"{join.wanted} looked at such as {seen}; in the table there are {known}: is "
+                f"id_column the right one? checks.min_joined_share is "
+                f"{cfg.checks.min_joined_share:g}"
+            )
 
 
 def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
 """USER and ITEM tables of the source → side tables of the store."""
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,6 @@ from pipeline.logs.parquet import find_logs
 from pipeline.logs.rows import read_schema, read_table
 from pipeline.sequences.forgotten import Forgotten
 from pipeline.sequences.store import Bucket, write_table
-
-logger = logging.getLogger(__name__)
 
 FEWEST_TO_JUDGE = 20  # ids, of which a table that is the right one has some
 
@@ -107,32 +105,46 @@ def refused_feature_type(found: pa.DataType, feature: ColumnFeature) -> str | No
     return None
 
 
-def check_joins(
-    name: str, id_column: str, folder: Path, side: Bucket, bucket: Bucket, least: float
-) -> None:
-    """Say what share of the ids of one bucket's sequences the table has; buckets are users at
-    random.
+@dataclass(frozen=True, slots=True)
+class SideJoin:
+    """How many ids of the logs a side table has."""
 
-    Raises:
-        UserError: it has none of them, or a smaller share than `least`.
+    wanted: int  # distinct ids that were looked for
+    found: int  # of them, in the table
+    examples: tuple[list[int], list[int]]  # a few of the logs, a few of the table
+
+    @property
+    def share(self) -> float:
+        return self.found / max(self.wanted, 1)
+
+    def is_enough(self, least: float) -> bool:
+        """A few ids without a match prove nothing; many do."""
+        nothing = self.found == 0 and self.wanted >= FEWEST_TO_JUDGE
+        return not nothing and self.share >= least
+
+
+def side_joins(
+    name: str, id_column: str, folder: Path, side: Bucket, buckets: Sequence[Bucket]
+) -> SideJoin:
+    """The join of a side table with the sequences of one bucket: buckets are users at random.
+
+    A table of which one bucket has nothing is held against the next, up to the first match: it may
+    be a small table of rare ids.
     """
-    ids = pq.read_table(folder / bucket.file, columns=[id_column])[id_column].combine_chunks()
-    if name == "items":
-        ids = ids.flatten()
-    wanted = np.unique(ids.to_numpy())
     known = pq.read_table(folder / side.file, columns=[id_column])[id_column].to_numpy()
-    found = int(np.isin(wanted, known).sum())
+    wanted = np.empty(0, np.int64)
+    found = 0
 
-    share = found / max(len(wanted), 1)
-    logger.info("source.%s: the table has %.1f%% of the %s seen", name, 100 * share, name)
-    nothing = found == 0 and len(wanted) >= FEWEST_TO_JUDGE
-    if nothing or share < least:
-        raise UserError(
-            f"source.{name}: the table has {share:.1%} of the {name} in the logs, of "
-            f"{len(wanted)} looked at such as {wanted[:3].tolist()}; in the table there are "
-            f"{known[:3].tolist()}: is id_column the right one? checks.min_joined_share is "
-            f"{least:g}"
-        )
+    for bucket in buckets:
+        ids = pq.read_table(folder / bucket.file, columns=[id_column])[id_column].combine_chunks()
+        if name == "items":
+            ids = ids.flatten()
+        wanted = np.union1d(wanted, ids.to_numpy())
+        found = int(np.isin(wanted, known).sum())
+        if found:
+            break
+
+    return SideJoin(len(wanted), found, (wanted[:3].tolist(), known[:3].tolist()))
 
 
 def _checked_ids(

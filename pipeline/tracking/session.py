@@ -12,7 +12,7 @@ speaks to MLflow is in those three.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,10 +63,6 @@ class Tracker:
     def start_run(self, cfg: RunConfig, manifest: "Manifest", parent: Run | None = None) -> Run:
         """A new run of the settings `cfg` on these sequences; `with run:` ends it."""
         return runs.start_run(cfg, manifest, parent=parent)
-
-    def start_trial(self, cfg: RunConfig, name: str, manifest: "Manifest", parent: Run) -> Run:
-        """A run of one trial of a search, below the search's own."""
-        return runs.start_run(replace(cfg, name=name), manifest, {"kind": "trial"}, parent)
 
     def training_run(self, manifest: "Manifest", *, restart: bool = False) -> Run:
         """The run of this configuration's training: a new one, or that of the attempt which it goes

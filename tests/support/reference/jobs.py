@@ -29,6 +29,7 @@ EXAMPLES = {
     "serve": "configs/demo.yaml --set serve.port=8000",
     "deploy": "configs/demo.yaml --set ray.address=auto",
     "export_events": "configs/demo.yaml",
+    "verdict": "configs/demo.yaml --canary 4",
     "drift": "configs/demo.yaml --days 7",
     "compact_sequences": "configs/demo.yaml --set sequences.keep_days=90",
     "forget_user": "configs/demo.yaml --user 17 --user 42",
