@@ -166,14 +166,8 @@ def run_chain(
     logger.info("version %d: %s", version, decision.reason)
 
     champion = find_servable(tracker, manifest, decision)
-    print_stage(6, f"serving version {champion.version} of {champion.name}")
-    url = deployment.deploy_model(cfg, dashboard_url, champion)
-
-    print_stage(7, "requests over HTTP")
-    print(replay.demo_table(cfg, url))
     served = model_dir if decision.promoted else tracker.download_champion()[0]
-    parity = replay.replay(cfg, url, served)
-    recommended = recommend(cfg, url, served) if cfg.index.enabled else {}
+    over_http = serve_and_replay(cfg, dashboard_url, champion, served)
 
     print("== comparison", flush=True)
     page = compare(cfg, tracker, manifest, metrics, baseline)
@@ -183,12 +177,29 @@ def run_chain(
         "model_version": version,
         "promoted": decision.promoted,
         "promotion": decision.reason,
+        **over_http,
+        "comparison": None if page is None else str(page),
+    }
+
+
+def serve_and_replay(
+    cfg: RunConfig, dashboard_url: str, champion: tracking.PinnedModel, served: Path
+) -> dict[str, Any]:
+    """Deploy the champion, whose model lies in `served` too, and hold its answers against it."""
+    print_stage(6, f"serving version {champion.version} of {champion.name}")
+    url = deployment.deploy_model(cfg, dashboard_url, champion)
+
+    print_stage(7, "requests over HTTP")
+    print(replay.demo_table(cfg, url))
+    parity = replay.replay(cfg, url, served)
+    recommended = recommend(cfg, url, served) if cfg.index.enabled else {}
+
+    return {
         "parity_requests": parity.num_requests,
         "parity_max_abs_diff": parity.max_abs_diff,
         "http_p50_ms": parity.p50_ms,
         "http_p99_ms": parity.p99_ms,
         **recommended,
-        "comparison": None if page is None else str(page),
     }
 
 

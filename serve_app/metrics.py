@@ -77,6 +77,43 @@ class IngressMetrics:
             self.events.labels(status).inc(getattr(answer, status))
 
 
+class ListMetrics:
+    """Recommended lists of one replica's models, by version and role."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        names = ("version", "role")
+
+        self.seconds = Histogram(
+            "ranking_recommend_seconds",
+            "Work for a recommended list by its stage: history, encode, retrieve, features, rank, "
+            "choose",
+            (*names, "stage"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+
+        self.items = Counter(
+            "ranking_recommend_items",
+            "Items of recommended lists, by the source that found them",
+            (*names, "source"),
+            registry=registry,
+        )
+
+        self.by_popularity = Counter(
+            "ranking_recommend_popular_lists",
+            "Recommended lists of users without history: what is popular",
+            names,
+            registry=registry,
+        )
+
+        self.empty = Counter(
+            "ranking_recommend_empty_lists",
+            "Recommended lists for which exclusions and filters left no item",
+            names,
+            registry=registry,
+        )
+
+
 class ReplicaMetrics:
     """Work of one replica's models, by version and by role: champion, canary, shadow."""
 
@@ -115,36 +152,7 @@ class ReplicaMetrics:
             registry=self.registry,
         )
 
-        # recommended lists
-        self.list_seconds = Histogram(
-            "ranking_recommend_seconds",
-            "Work for a recommended list by its stage: history, encode, retrieve, features, rank, "
-            "choose",
-            (*names, "stage"),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-
-        self.list_items = Counter(
-            "ranking_recommend_items",
-            "Items of recommended lists, by the source that found them",
-            (*names, "source"),
-            registry=self.registry,
-        )
-
-        self.lists_by_popularity = Counter(
-            "ranking_recommend_popular_lists",
-            "Recommended lists of users without history: what is popular",
-            names,
-            registry=self.registry,
-        )
-
-        self.lists_empty = Counter(
-            "ranking_recommend_empty_lists",
-            "Recommended lists for which exclusions and filters left no item",
-            names,
-            registry=self.registry,
-        )
+        self.lists = ListMetrics(self.registry)
 
         # the shadow beside the version that answered
         self.shadow_change = Histogram(

@@ -57,12 +57,12 @@ class ReceivedList(ReceivedRequest):
         metrics = self.rollout.metrics
         labels = (str(finished.model_version), self.role)
         for stage, seconds in prepared.stage_s.items():
-            metrics.list_seconds.labels(*labels, stage).observe(seconds)
+            metrics.lists.seconds.labels(*labels, stage).observe(seconds)
         for source in finished.source:
-            metrics.list_items.labels(*labels, source).inc()
+            metrics.lists.items.labels(*labels, source).inc()
 
         if len(finished.item_id) == 0:
-            metrics.lists_empty.labels(*labels).inc()
+            metrics.lists.empty.labels(*labels).inc()
         elif prepared.retrieved.by_popularity:
-            metrics.lists_by_popularity.labels(*labels).inc()
+            metrics.lists.by_popularity.labels(*labels).inc()
         return finished
