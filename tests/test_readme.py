@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OWN_LOGS = (ROOT / "docs/start/own-logs.md").read_text()
 COMPARE = (ROOT / "docs/start/compare.md").read_text()
-NUM_USERS, NUM_ITEMS, ROWS_PER_USER = 60, 80, 40
+NUM_USERS, NUM_ITEMS, ROWS_PER_USER = 600, 80, 40
 
 NUMBER = re.compile(r"(?<![\w.,])\.?\d+(?:,\d{3})*(?:\.\d+)?")
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -212,11 +212,16 @@ def _bare(block: str) -> list[str]:
 
 
 def write_own_logs(folder: Path) -> None:
-    """Two weeks from 1 January 2026; users like what is of the genre that their country prefers."""
+    """Two weeks from 1 January 2026; users like what is of the genre that their country prefers.
+
+    People of two countries click more than the others. An item's rate does not know that, so that
+    few steps of training are enough to pass the gate.
+    """
     rng = np.random.default_rng(0)
     uid = np.repeat(np.arange(NUM_USERS), ROWS_PER_USER)
     video = rng.integers(0, NUM_ITEMS, len(uid))
-    clicked = rng.random(len(uid)) < np.where(video % 4 == uid % 4, 0.7, 0.2)
+    eager = np.where(uid % 2 == 0, 0.6, 0.0)
+    clicked = rng.random(len(uid)) < eager + np.where(video % 4 == uid % 4, 0.3, 0.1)
     start = pd.Timestamp("2026-01-01T00:00:00Z").value // 1_000_000
     log = {
         "uid": uid,
