@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from jobs import cli
+from jobs import cli, inspect
 from tests.support.reference.markdown import anchor, plain, table
 
 ROOT = Path(__file__).parents[3]
@@ -40,8 +40,8 @@ EXAMPLES = {
 INTRODUCTION = """\
 # Jobs
 
-A job is `python -m jobs.NAME`. All of them take these options. A mistake of yours is one message on
-stderr and exit code 2.
+A job is `python -m jobs.NAME`. All of them but `jobs.inspect` take these options. A mistake of
+yours is one message on stderr and exit code 2.
 """
 
 
@@ -87,13 +87,15 @@ def shared_options() -> list[argparse.Action]:
 
 def write_page() -> str:
     known = job_names()
-    ordered = [name for name in EXAMPLES if name in known]
-    ordered += [name for name in known if name not in EXAMPLES]
-    faces = [read_job(name) for name in ordered]
+    faces = [read_job(name) for name in EXAMPLES if name in known]
 
-    parts = [INTRODUCTION, _options_table(shared_options()), _contents(faces)]
+    about = inspect.__doc__ or ""
+    looking = JobFace("inspect", about, inspect.make_parser())  # it has no configuration yet
+
+    parts = [INTRODUCTION, _options_table(shared_options()), _contents([looking, *faces])]
+    parts.append(_write_job(looking, "data/my_logs -o my_logs.yaml"))
     for face in faces:
-        parts.append(_write_job(face))
+        parts.append(_write_job(face, f"--config {EXAMPLES[face.name]}"))
     return "\n".join(parts)
 
 
@@ -105,7 +107,7 @@ def _contents(faces: list[JobFace]) -> str:
     return table(["Job", "What it does"], rows)
 
 
-def _write_job(face: JobFace) -> str:
+def _write_job(face: JobFace, example: str) -> str:
     name = f"jobs.{face.name}"
     lines = [anchor(name), "", f"## `{name}`", ""]
     for paragraph in face.about.strip().split("\n\n"):
@@ -114,8 +116,7 @@ def _write_job(face: JobFace) -> str:
         else:
             lines += [plain(" ".join(paragraph.split())), ""]
 
-    if face.name in EXAMPLES:
-        lines += ["```bash", f"python -m {name} --config {EXAMPLES[face.name]}", "```", ""]
+    lines += ["```bash", f"python -m {name} {example}", "```", ""]
     options = own_options(face.parser)
     if options:
         lines.append(_options_table(options))
@@ -127,6 +128,10 @@ def _options_table(actions: list[argparse.Action]) -> str:
 
 
 def _spelling(action: argparse.Action) -> str:
+    if not action.option_strings:
+        more = " ..." if action.nargs == "+" else ""
+        return f"`{action.metavar}{more}`"
+
     names = ", ".join(action.option_strings)
     if action.nargs == 0:
         return f"`{names}`"

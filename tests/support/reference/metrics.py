@@ -77,7 +77,8 @@ def server_metrics() -> list[ServerMetric]:
     """Every metric that a server with one model may export."""
     replica = ReplicaMetrics()
     found = []
-    for place, counts in (("ingress", IngressMetrics()), ("replica", replica)):
+    holders = (("ingress", IngressMetrics()), ("replica", replica), ("replica", replica.lists))
+    for place, counts in holders:
         for metric in vars(counts).values():
             if isinstance(metric, MetricWrapperBase):
                 labels = tuple(metric._labelnames)
