@@ -264,14 +264,17 @@ def test_a_corrupted_checkpoint_is_skipped(
     assert newest.name in caplog.text
 
 
-def test_plan_says_what_training_would_take(trained: RunConfig) -> None:
-    from pipeline.train import trainer
+def test_plan_says_what_training_would_take(
+    trained: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.train import supervision, trainer
 
     plan = trainer.plan_training(replace(trained, name="unbroken"))
     assert plan["world_size"] == 2
     assert plan["steps_per_epoch"] * trained.train.epochs == max(losses(trained))
     model = load_model(trained.model_dir).model
     assert sum(plan["parameters"].values()) == sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(supervision, "is_private", lambda _: True)  # as without the tests' cluster
     with pytest.raises(UserError, match=r"ray\.num_cpus"):
         trainer.plan_training(replace(trained, train=replace(trained.train, num_workers=9)))
 
@@ -291,10 +294,12 @@ def test_a_dead_tracker_stops_no_training_and_is_told_at_the_end(trained: RunCon
 
 
 def test_a_mistake_that_a_worker_finds_is_not_tried_again(
-    trained: RunConfig, capfd: pytest.CaptureFixture[str]
+    trained: RunConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.train import trainer
 
+    # a mistake that the driver overlooks
+    monkeypatch.setattr(trainer, "check_periods", lambda cfg: {})
     late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
     cfg = replace(trained, name="late", split=replace(trained.split, **late))
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
