@@ -141,7 +141,7 @@ def test_what_the_demo_prints_was_printed(document: str):
     shown = [block for block in blocks if block.startswith(("==", "$ curl"))]
     assert shown
     for line in "".join(shown).splitlines():
-        if line.startswith(('{"model_version"', ' "order"')):
+        if line.startswith(('{"request_id"', ' "order"')):
             rounded = set(re.findall(r"0\.\d+", line))
             assert rounded <= scores, line
             assert set(re.findall(r'"(\w+)":', line)) <= {*answer, *answer["scores"]}, line
