@@ -172,6 +172,16 @@ def test_equal_scores_stand_in_the_order_of_codes() -> None:
     assert top_items(scores, 3).tolist() == [[1, 0, 2], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("levels", [3, 50, 100_000])
+def test_the_first_items_are_those_of_a_stable_sort(levels: int) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    scores = torch.randint(0, levels, (60, 41), generator=generator) / 7
+    scores[torch.rand(60, 41, generator=generator) < 0.3] = -torch.inf  # seen
+    sorted_whole = scores.sort(dim=1, descending=True, stable=True).indices
+    for k in (1, 10, 60):
+        assert torch.equal(top_items(scores, k), sorted_whole[:, :k])
+
+
 def test_the_lists_themselves_by_hand() -> None:
     """Two users, lists [0, 1] and [0, 2] of four items, of which 8, 4, 2, 2 of 16 events are."""
     metrics = RetrievalMetrics(np.array([8, 4, 2, 2]), [2])

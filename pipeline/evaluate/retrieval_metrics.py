@@ -36,7 +36,20 @@ def positive_ranks(scores_UN: Tensor, user: Tensor, item: Tensor) -> Tensor:
 
 def top_items(scores_UN: Tensor, k: int) -> Tensor:
     """int64 [U, k]: the first items of each user's list."""
-    return scores_UN.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    k = min(k, scores_UN.shape[1])
+    best = scores_UN.topk(k, dim=1)
+
+    # equal scores by number
+    number, order = best.indices.sort(dim=1)
+    place = best.values.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    top = number.gather(1, place)
+
+    # topk does not say which of several equal items it takes for the last places
+    tied = (scores_UN >= best.values[:, -1:]).sum(1) > k
+    if tied.any():
+        whole = scores_UN[tied].sort(dim=1, descending=True, stable=True).indices
+        top[tied] = whole[:, :k]
+    return top
 
 
 class RetrievalMetrics:
