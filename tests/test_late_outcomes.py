@@ -2,6 +2,7 @@
 the history that a rank sees, in the export and in the build.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EventLog]:
         yield SqliteEvents(tmp_path / "events.sqlite")
         return
     redis_events = pytest.importorskip("serve_app.history.redis_events")
-    if SERVER is None:
+    if SERVER is None and "CI" not in os.environ:  # in CI its absence fails the tests
         pytest.skip("redis-server is not installed")
     server = Server(tmp_path, *DURABLE)
     yield redis_events.RedisEvents(server.url, "late")
