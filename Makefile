@@ -27,7 +27,8 @@ demo: $(READY)  ## real logs -> sequences -> training -> registry -> HTTP, in mi
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --fresh $(BESIDE)
 
 test: $(READY)  ## every test that needs no GPU, but for those that lose nodes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not nodes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster and not nodes" -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not nodes"
 
 test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nodes

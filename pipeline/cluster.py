@@ -32,11 +32,18 @@ from pipeline.waiting import progress_lines
 logger = logging.getLogger(__name__)
 
 OWNER = "owner"  # in a local cluster's folder: the driver's pid, locked while it lives
-REPLICA_PORTS = 200  # ports a local cluster sets aside for Serve's replicas, per protocol
+# Ports of ours lie below those of outgoing sockets (32768 and up on Linux): what is free when it is
+# chosen would else be some connection's by the time a server binds it.
+SINGLE_PORTS = range(26_000, 32_000)
+BLOCKS_OF_PORTS = range(20_000, 26_000)
+REPLICA_PORTS = 50  # ports a local cluster sets aside for Serve's replicas, per protocol
 # This process's cluster is a private one, so nobody but us has room on it, and it does not grow.
 _is_private = False
 KEPT_LOGS = 10  # starts of the server whose logs are kept
 OURS = ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")  # in the environment while a local cluster lives
+# By the folder of a cluster, a socket that is bound and never listens: the sign that a block of
+# ports is that cluster's.
+_signs: dict[Path, socket.socket] = {}
 
 
 @contextmanager
@@ -155,6 +162,7 @@ def _local(
     finally:
         _is_private = False
         ray.shutdown()
+        release_replica_ports(folder)
         for name in OURS:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
@@ -279,8 +287,7 @@ def serve_environment(folder: Path) -> dict[str, str]:
     clusters: Serve binds its ports with SO_REUSEPORT, so that two clusters of one user with the
     same number get each other's requests.
     """
-    # below the ports of outgoing sockets
-    first = random.SystemRandom().randrange(20_000, 32_000, 2 * REPLICA_PORTS)
+    first = reserve_replica_ports(folder)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
@@ -321,11 +328,60 @@ def serve_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def reserve_replica_ports(folder: Path) -> int:
+    """First of 2 * `REPLICA_PORTS` ports that are nobody's, and stay this cluster's until
+    `release_replica_ports` or the end of this process.
+
+    The port before the block is bound as a sign to all other processes of the machine, so that no
+    two clusters take one block.
+
+    Raises:
+        Outage: all blocks are taken.
+    """
+    signs = list(BLOCKS_OF_PORTS)[:: 2 * REPLICA_PORTS + 1][:-1]
+    random.SystemRandom().shuffle(signs)
+
+    for number in signs:
+        sign = socket.socket()
+        try:
+            sign.bind(("127.0.0.1", number))
+        except OSError:  # another cluster's block
+            sign.close()
+            continue
+
+        first = number + 1
+        if all(_is_free(port) for port in range(first, first + 2 * REPLICA_PORTS)):
+            _signs[folder] = sign
+            return first
+        sign.close()
+
+    raise Outage(f"all blocks of ports in {BLOCKS_OF_PORTS} are taken: end clusters not in use")
+
+
+def release_replica_ports(folder: Path) -> None:
+    """Let other clusters have the ports of the cluster in `folder`, which has ended."""
+    _signs.pop(folder).close()
+
+
 def free_port() -> int:
-    """A TCP port that nobody holds at this moment."""
+    """A TCP port that nobody holds at this moment, and that no outgoing connection is given.
+
+    Raises:
+        Outage: a thousand that were tried are taken.
+    """
+    for port in random.SystemRandom().sample(SINGLE_PORTS, 1000):
+        if _is_free(port):
+            return port
+    raise Outage(f"no free port was found in {SINGLE_PORTS}")
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def print_environment() -> None:

@@ -223,5 +223,46 @@ def test_sigterm_stops_what_was_started(tmp_path: Path):
     assert not folder.exists()
 
 
-def test_free_ports_are_free():
-    assert len({cluster.free_port() for _ in range(5)}) > 1
+def test_free_ports_are_free_and_no_outgoing_connection_gets_one():
+    found = {cluster.free_port() for _ in range(5)}
+    assert len(found) > 1
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(found) < lowest
+
+
+def test_no_two_processes_take_the_same_block_of_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each cluster has its own block until there is none; one that ends gives its block back."""
+    few = range(20_000, 20_000 + 6 * (2 * cluster.REPLICA_PORTS + 1))
+    code = (
+        "import sys; from pathlib import Path; from pipeline import cluster\n"
+        f"cluster.BLOCKS_OF_PORTS = {few}\n"
+        "for n in range(2):\n"
+        "    print(cluster.reserve_replica_ports(Path(str(n))), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    monkeypatch.setattr(cluster, "BLOCKS_OF_PORTS", few)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=-1, stdout=-1, cwd=ROOT, text=True
+    ) as other:
+        assert other.stdin is not None and other.stdout is not None
+        theirs = {int(other.stdout.readline()) for _ in range(2)}
+
+        ours: list[int] = []
+
+        def take_all() -> None:
+            while True:
+                ours.append(cluster.reserve_replica_ports(tmp_path / str(len(ours))))
+
+        with pytest.raises(Outage, match="taken"):
+            take_all()
+        assert len(theirs) == 2
+        assert theirs.isdisjoint(ours)
+        assert len(set(ours)) == len(ours) > 0
+
+        cluster.release_replica_ports(tmp_path / "0")
+        assert cluster.reserve_replica_ports(tmp_path / "0") == ours[0]
+        for number in range(len(ours)):
+            cluster.release_replica_ports(tmp_path / str(number))
+        other.stdin.close()

@@ -425,6 +425,18 @@ NOW = int(time.time() * 1000)
             "is_bought",
         ),
     ],
+    # names that do not hold the clock: each worker of the tests collects the same ones
+    ids=[
+        "candidates",
+        "seconds",
+        "microseconds",
+        "request feature",
+        "feature of a candidate",
+        "order",
+        "history",
+        "event time",
+        "action",
+    ],
 )
 def test_what_this_model_cannot_answer(
     world: tuple[Ranker, UserEvents], change: dict, field: str, value: str
