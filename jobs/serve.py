@@ -3,11 +3,16 @@ own.
 
 What is in flight when it is asked to end is answered first. It ends with exit code 1 when its
 cluster dies, so that a supervisor starts it again. Where MLflow does not answer it serves the
-champion that it served last. Logs are kept under runs/NAME/serving/logs."""
+champion that it served last. Where there is a screen it opens the page for people. Logs are kept
+under runs/NAME/serving/logs."""
 
+import argparse
 import json
 import logging
+import os
 import shlex
+import sys
+import webbrowser
 from contextlib import ExitStack
 
 from jobs import cli
@@ -32,6 +37,8 @@ def run_job(job: cli.Job) -> None:
         try:
             url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
             print_start(cfg, champion, url, mlflow_url)
+            if deployment.has_page(cfg.serve) and not job.options.no_browser:
+                open_page(url)
             cli.wait_for_interrupt(require_cluster)
         finally:
             if not lost_processes():
@@ -61,6 +68,8 @@ def require_cluster() -> None:
 def print_start(cfg: RunConfig, champion: PinnedModel, url: str, mlflow_url: str) -> None:
     """Addresses, and a request to begin with."""
     print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")
+    if deployment.has_page(cfg.serve):
+        print(f"a page to look at: {url}/")
     print(f"MLflow: {mlflow_url}")
     print(f"logs: {cfg.run_dir / 'serving' / 'logs'}")
 
@@ -71,9 +80,22 @@ def print_start(cfg: RunConfig, champion: PinnedModel, url: str, mlflow_url: str
     print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
 
 
+def open_page(url: str) -> None:
+    """Show the page in a browser, where there is a screen to show it on."""
+    has_screen = sys.platform in ("darwin", "win32")
+    if has_screen or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(url)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-browser", action="store_true", help="do not open the page in a browser"
+    )
+
+
 def plan_job(job: cli.Job) -> dict[str, object]:
     return {**tracking.plan_session(job.cfg), **deployment.plan_serving(job.cfg)}
 
 
 if __name__ == "__main__":
-    cli.run(__doc__ or "", run_job, plan=plan_job)
+    cli.run(__doc__ or "", run_job, add_options, plan_job)

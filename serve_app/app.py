@@ -24,6 +24,8 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.feedback.served_log import ServedLogSettings
 from serve_app.metrics import ReplicaMetrics, exposition_text
+from serve_app.page.schemas import Question, Shown
+from serve_app.page.showcase import Showcase
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
 from serve_app.ranking.lookups import Lookups
 from serve_app.ranking.rollout import RankJob, ReceivedRequest, Rollout, load_rollout
@@ -32,6 +34,7 @@ from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
 from serve_app.web.api import make_api
+from serve_app.web.page.routes import PageSettings
 from serve_app.web.protection import ApiKeys, RateLimit
 from serve_app.web.replica import Overloaded, Replica, Unavailable
 
@@ -52,6 +55,7 @@ class Ranking:
         gc.freeze()
 
         self.rollout: Rollout | None = None
+        self.showcase: Showcase | None = None  # of that rollout
         self.deployment = ""  # id of the update that answers
         self.wanted = ""  # id of the newest update
         self.failed: dict[str, str] = {}
@@ -96,6 +100,7 @@ class Ranking:
 
     def _swap(self, rollout: Rollout, deployment: str) -> None:
         before, self.rollout = self.rollout, rollout
+        self.showcase = Showcase(rollout)
         self.deployment = deployment
         self.failed = {}
         self.counts.loaded.roles = rollout.rankers
@@ -137,6 +142,11 @@ class Ranking:
 
     def _append_events(self, requests: list[EventsRequest]) -> list[EventsResponse | Refusal]:
         return self._current.append_events(requests)
+
+    async def show(self, question: Question) -> Shown | Refusal:
+        """What the page for people asks for: files and the event store, beside the event loop."""
+        assert self.showcase is not None, "Serve sends nothing before reconfigure has returned"
+        return await asyncio.to_thread(self.showcase.answer, question)
 
     async def model_info(self) -> ModelInfo:
         """The versions that answer, and a later update that did not load."""
@@ -210,6 +220,7 @@ class Api:
         self.recommending = self.replicas.recommend
         self.appending = self.replicas.append_events
         self.asking = self.replicas.model_info
+        self.showing = self.replicas.show
         self.args = args
         context = serve.get_replica_context()
         self.ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
@@ -235,6 +246,9 @@ class Api:
 
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
         return await self._call(self.appending, request)
+
+    async def show(self, question: Question) -> Shown | Refusal:
+        return await self._call(self.showing, question)
 
     async def model_info(self) -> ModelInfo:
         return await self._call(self.asking)
@@ -329,6 +343,7 @@ class Arguments(BaseModel):
     max_recommend_users: int = 100
     hosts: list[str] | None = None
     served_log: ServedLogSettings | None = None
+    page: PageSettings | None = None
 
 
 def _build_api(replica: Replica, args: Arguments) -> FastAPI:
@@ -352,6 +367,7 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         id_is_sent=True,
         hosts=None if args.hosts is None else frozenset(args.hosts),
         served_log=args.served_log,
+        page=args.page,
         name=_own_id(),
     )
 

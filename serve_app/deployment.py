@@ -29,6 +29,7 @@ from pipeline.model.artifact import LoadedModel
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
 from pipeline.waiting import wait_until
+from serve_app.page.catalogue import check_columns
 from serve_app.web.protection import read_keys
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def serve_config(
         "max_recommend_users": settings.max_recommend_users,
         "hosts": _local_names(settings),
         "served_log": _served_log(settings, wanted["serving"]) if wanted else None,
+        "page": _page(settings),
     }
 
     ingress, ranker = application["deployments"]
@@ -136,12 +138,30 @@ def _served_log(settings: ServeConfig, serving: str) -> dict[str, Any] | None:
     }
 
 
+def has_page(settings: ServeConfig) -> bool:
+    """Tell whether there is a page at /; it shows what users did to whoever may ask."""
+    if settings.page == "auto":
+        return _is_local(settings)
+    return settings.page == "on"
+
+
+def _page(settings: ServeConfig) -> dict[str, Any] | None:
+    """`web.page.routes.PageSettings` of the ingresses."""
+    if not has_page(settings):
+        return None
+    return {"picture_hosts": list(settings.page_picture_hosts)}
+
+
+def _is_local(settings: ServeConfig) -> bool:
+    """True for a server without keys that only this machine reaches."""
+    return settings.api_keys_file is None and settings.host in LOOPBACK
+
+
 def _local_names(settings: ServeConfig) -> list[str] | None:
     """The names that requests may call a keyless server of this machine by; None: no such
     server.
     """
-    is_open = settings.api_keys_file is None and settings.host in LOOPBACK
-    return [*LOOPBACK, *settings.allowed_hosts] if is_open else None
+    return [*LOOPBACK, *settings.allowed_hosts] if _is_local(settings) else None
 
 
 def _number_of_processes(least: int, most: int | None, target: int) -> dict[str, Any]:
@@ -237,6 +257,7 @@ def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
 def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg.serve)
+    check_columns(cfg.sequence_dir, cfg.serve)
     canary, shadow = _on_trial(cfg.serve, model)
     for version in (model, canary, shadow):
         if version is not None:
@@ -277,8 +298,11 @@ def check_protection(settings: ServeConfig) -> None:
         read_keys(Path(settings.api_keys_file))
     elif settings.host not in LOOPBACK:
         logger.warning(
-            "serve.api_keys_file is not set: whoever reaches %s may rank and post events",
+            "serve.api_keys_file is not set: whoever reaches %s may %s",
             settings.host,
+            "see what users did, rank and post events"
+            if has_page(settings)
+            else "rank and post events",
         )
 
 
@@ -473,6 +497,7 @@ def plan_serving(cfg: RunConfig) -> dict[str, object]:
     """What would be served, for `--dry-run`."""
     manifest = store.read_manifest(cfg.sequence_dir)
     check_protection(cfg.serve)
+    check_columns(cfg.sequence_dir, cfg.serve)
     return {
         "sequences": {
             "folder": str(cfg.sequence_dir),
@@ -481,6 +506,7 @@ def plan_serving(cfg: RunConfig) -> dict[str, object]:
         },
         "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
         "processes": _describe_processes(cfg.serve),
+        "page": has_page(cfg.serve),
         "canary": None if cfg.serve.canary is None else config.to_dict(cfg.serve.canary),
         "shadow": cfg.serve.shadow,
         "events": cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite"),

@@ -245,6 +245,7 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "body_timeout_s": 2.0,
         "max_recommend_users": 100,
         "hosts": None,
+        "page": None,
         "served_log": {
             "folder": str(cfg.run_dir / "serving" / "served"),
             "share": 1.0,

@@ -1,12 +1,15 @@
 """The server: its replicas, limits, keys, trials of other versions, and where events are kept."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
 from pipeline.config.errors import require
 from pipeline.config.setting import check_ranges, describe, setting
+
+PICTURE_HOST = re.compile(r"https?://[a-z0-9.-]+(:\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +218,31 @@ class ServeConfig:
         "ranking", doc="Prefix of the keys in Redis; servers of one prefix share their events."
     )
     redis_password_file: str | None = setting(None, doc="File with the password of Redis.")
+    page: Literal["auto", "on", "off"] = setting(
+        "auto",
+        doc="A page for people at /, which shows what users did. Auto: on a server without keys "
+        "that listens on its own machine alone.",
+    )
+    page_users: int = setting(
+        5,
+        at_least=0,
+        at_most=100,
+        doc="Users of the published sequences that the page offers as examples; none where keys "
+        "are required.",
+    )
+    page_title_column: str | None = setting(
+        None,
+        doc="Column of the item table with the titles that the page shows. Null: "
+        "index.title_column of the version.",
+    )
+    page_picture_column: str | None = setting(
+        None,
+        doc="Column of the item table with the addresses of pictures that the page shows. Null: "
+        "none.",
+    )
+    page_picture_hosts: tuple[str, ...] = setting(
+        (), doc="Where the page may load these pictures from, https://img.example.com say."
+    )
     demo_candidates: int = setting(
         50, at_least=1, doc="Number of candidates in the request that jobs.pipeline shows."
     )
@@ -236,6 +264,7 @@ class ServeConfig:
         self._refuse_empty_paths()
         self._refuse_unusable_redis()
         self._refuse_limits_that_disagree()
+        self._refuse_pictures_from_anywhere()
 
     def _refuse_lists_beyond_candidates(self) -> None:
         retrieved = self.retrieved_candidates
@@ -288,3 +317,14 @@ class ServeConfig:
         for name in ("lookup_timeout_s", "body_timeout_s"):
             seconds = getattr(self, name)
             require(seconds < total, f"serve.{name}", seconds, rule)
+
+    def _refuse_pictures_from_anywhere(self) -> None:
+        # they become part of the page's Content-Security-Policy
+        rule = "addresses such as https://img.example.com, without a path"
+        for host in self.page_picture_hosts:
+            is_host = PICTURE_HOST.fullmatch(host) is not None
+            require(is_host, "serve.page_picture_hosts", host, rule)
+
+        named = self.page_picture_column is None or len(self.page_picture_hosts) > 0
+        rule = "the hosts of serve.page_picture_column"
+        require(named, "serve.page_picture_hosts", list(self.page_picture_hosts), rule)

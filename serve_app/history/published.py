@@ -49,6 +49,7 @@ class PublishedSequences:
     def __init__(
         self, folder: Path, source: SourceConfig, features: FeatureConfig, cache: Path
     ) -> None:
+        self.folder = folder
         manifest = store.read_manifest(folder)
         _check_columns(folder, manifest.events, source, features)
         self.digest = manifest.digest
@@ -80,6 +81,20 @@ class PublishedSequences:
         if place == len(self._user) or self._user[place] != user_id:
             return None
         return self._batches[self._batch[place]].slice(int(self._row[place]), 1)
+
+    def count_events(self, most_users: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `most_users` users, evenly among all, and how many of each one's events have a
+        time, int64 [n].
+        """
+        places = np.linspace(0, self.num_users - 1, min(most_users, self.num_users))
+        users = self._user[places.astype(np.int64)]
+        counts = []
+        for user_id in users.tolist():
+            row = self.sequence(user_id)
+            assert row is not None, "a user of this publication"
+            order_only = row["order_only"].flatten().to_numpy(zero_copy_only=False)
+            counts.append(np.count_nonzero(~order_only))
+        return users, np.array(counts, np.int64)
 
 
 def _check_columns(

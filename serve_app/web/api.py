@@ -16,7 +16,16 @@ from serve_app.feedback.served_log import ServedLog, ServedLogSettings
 from serve_app.web import events, model, monitoring, rank, recommend
 from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline, Draining, Gate
-from serve_app.web.protection import ApiKeys, LocalHosts, Protection, RateLimit, RequestLog
+from serve_app.web.page import routes as page_routes
+from serve_app.web.page.routes import PageSettings
+from serve_app.web.protection import (
+    OPEN_PATHS,
+    ApiKeys,
+    LocalHosts,
+    Protection,
+    RateLimit,
+    RequestLog,
+)
 from serve_app.web.replica import Replica
 from serve_app.web.responses import FAILED
 
@@ -39,6 +48,7 @@ def make_api(
     id_is_sent: bool = False,
     hosts: frozenset[str] | None = None,
     served_log: ServedLogSettings | None = None,
+    page: PageSettings | None = None,
     name: str = "ingress",
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
@@ -55,6 +65,7 @@ def make_api(
         id_is_sent: as of `RequestLog`.
         hosts: names that a request may call this server by; None is all.
         served_log: where what is served is written; None is nowhere.
+        page: the page for people at /; None is none.
         name: of this ingress, part of the names of files that it writes.
     """
     api = FastAPI(
@@ -71,10 +82,13 @@ def make_api(
     if served_log is not None:
         api.state.served = ServedLog(served_log, name, api.state.counts)
 
+    # a browser asks for the page before anybody can give it a key
+    open_paths = OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
+
     # From the inside out. Without a key no work is admitted and no body is waited for.
     api.add_middleware(Admission, max_wait_s=max_wait_s)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
-    api.add_middleware(Protection, keys=keys, rate_limit=rate_limit)
+    api.add_middleware(Protection, keys=keys, rate_limit=rate_limit, open_paths=open_paths)
     api.add_middleware(LocalHosts, hosts=hosts)
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(Draining, gate=api.state.gate)
@@ -89,4 +103,7 @@ def make_api(
     for router in (rank.router, recommend.router, events.router, model.router, monitoring.router):
         api.include_router(router, dependencies=locks)
     api.include_router(monitoring.open_router)
+    if page is not None:
+        api.include_router(page_routes.router)
+        api.include_router(page_routes.files_router(page, needs_key=keys is not None))
     return api

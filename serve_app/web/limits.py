@@ -21,6 +21,9 @@ WORK_PATHS = {
     "/v1/recommend": "recommend",
     "/v1/recommend/batch": "recommend_many",
     "/v1/recommend/arrow": "recommend_many",
+    "/page/start": "page",
+    "/page/user": "page",
+    "/page/items": "page",
 }
 REQUEST_WORK = 1024  # cost of a request apart from its body, in bytes of a body
 # requests that may always be in flight: one pass and the batch behind it, however long a pass takes

@@ -8,7 +8,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ UNLIMITED_PATHS = ("/metrics",)
 LOGGED_PATHS = (
     *("/v1/recommend", "/v1/recommend/batch", "/v1/recommend/arrow"),
     *("/v1/rank", "/v1/rank/arrow", "/v1/events", "/v1/model", "/docs", "/openapi.json"),
+    *("/", "/page/start", "/page/user", "/page/items"),
     *UNLIMITED_PATHS,
     *OPEN_PATHS,
 )
@@ -149,17 +150,24 @@ class RateLimit:
 class Protection:
     """401 without a known key, 429 for a key's requests beyond its rate.
 
-    `OPEN_PATHS` pass.
+    `open_paths` pass.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, rate_limit: RateLimit | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys | None,
+        rate_limit: RateLimit | None,
+        open_paths: Collection[str] = OPEN_PATHS,
+    ) -> None:
         self.app = app
+        self.open_paths = open_paths
         self.keys = keys
         self.rate_limit = rate_limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = None
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in self.open_paths:
             refusal = self._find_refusal(scope)
 
         if refusal is None:

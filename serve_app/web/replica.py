@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import IngressMetrics
+from serve_app.page.schemas import Question, Shown
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
@@ -41,6 +42,10 @@ class Replica(Protocol):
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal: ...
 
     async def model_info(self) -> ModelInfo: ...
+
+    async def show(self, question: Question) -> Shown | Refusal:
+        """What the page for people asks for."""
+        ...
 
     async def deployment_ids(self) -> list[str]:
         """Ids of the updates that the running replicas answer with, each once.

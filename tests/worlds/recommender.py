@@ -16,6 +16,8 @@ from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics, exposition_text
+from serve_app.page.schemas import Question, Shown
+from serve_app.page.showcase import Showcase
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.recommend.jobs import receive_list
@@ -92,6 +94,9 @@ class Served:
 
     async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
         return self.rollout.append_events([between_processes(request)])[0]
+
+    async def show(self, question: Question) -> Shown | Refusal:
+        return between_processes(Showcase(self.rollout).answer(between_processes(question)))
 
     async def model_info(self) -> ModelInfo:
         return self.rollout.model_info()
