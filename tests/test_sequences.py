@@ -494,7 +494,7 @@ def test_side_tables_need_one_row_per_id(tmp_path: Path, ids: dict, message: str
         build_sequences(cfg)
 
 
-def test_the_plan_reads_no_rows(tmp_path: Path):
+def test_the_plan_writes_nothing(tmp_path: Path):
     plan = build.plan_build(config_for(tmp_path, log(rows=300), log(rows=200)))
     assert plan["rows"] == 500
     assert plan["files"] == 2

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.sequences import build, store
+from pipeline.sequences import build, preview, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.parts import find_part
 from pipeline.train.optim import refuse_long_warmup, resolve_warmup
@@ -69,6 +69,9 @@ def test_what_the_periods_hold_is_said(
     caplog.clear()
     check_periods(replace(cfg, split=late))
     assert "split.t_val: the val period holds no row, the events lie from 2022-04-15" in caplog.text
+    early = replace(cfg.split, t_val="2022-01-01T00:00:00Z", t_test="2022-01-02T00:00:00Z")
+    with pytest.raises(UserError, match=r"split\.t_val: no row lies before it, .* from 2022-04-15"):
+        check_periods(replace(cfg, split=early))
     validating = replace(cfg, split=late, train=replace(cfg.train, validate_every=5))
     with pytest.raises(UserError, match=r"split\.t_val.*train\.validate_every has nothing"):
         check_periods(validating)
@@ -76,6 +79,50 @@ def test_what_the_periods_hold_is_said(
     page = (cfg.run_dir / "report" / "validation.html").read_text()
     for line in ("<td>val: rows</td><td>24</td>", "<td>train: like</td><td>1 of 72</td>"):
         assert line in page
+
+
+def test_the_plan_of_a_build_knows_the_largest_user(tmp_path: Path) -> None:
+    plan = build.plan_build(config_for(tmp_path, log(num_users=1000, rows=9000)))
+    assert plan["rows_looked_at"] == 9000
+    assert plan["memory_mb_of_largest_bucket"] == plan["memory_mb_per_bucket"]
+
+    table = log(num_users=1000, rows=9000, user_id=pa.array(np.r_[[7] * 6000, np.arange(3000)]))
+    plan = build.plan_build(config_for(tmp_path, table))
+    assert plan["rows_of_largest_user"] == 6001
+    assert plan["memory_mb_of_largest_bucket"] > 1.9 * plan["memory_mb_per_bucket"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.arange(1000, 1060), r"source\.items: the table has 0\.0% of the items .*id_column"),
+        (np.arange(10, 20), r"20\.0% of the items .*checks\.min_joined_share is 0\.5"),
+        ([1, 2, None], "'id' in .*is null in 1 rows"),
+        ([1, 2, 2], "id 2 stands in several rows"),
+        (["a", "b"], r"is text \(string\), item_id in the logs is a number"),
+    ],
+)
+def test_the_plan_of_a_build_looks_into_side_tables(
+    tmp_path: Path, ids: object, message: str
+) -> None:
+    pq.write_table(pa.table({"id": ids}), tmp_path / "items.parquet")
+    items = {"path": str(tmp_path / "items.parquet"), "id_column": "id"}
+    cfg = config_for(tmp_path, log(rows=200), items=items)
+    with pytest.raises(UserError, match=message):
+        build.plan_build(replace(cfg, checks=replace(cfg.checks, min_joined_share=0.5)))
+
+
+def test_a_poor_join_of_some_rows_is_said_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preview, "SAMPLE_ROWS", 100)
+    pq.write_table(pa.table({"id": [f"i{i}" for i in range(40)]}), tmp_path / "items.parquet")
+    items = {"path": str(tmp_path / "items.parquet"), "id_column": "id"}
+    table = log(rows=200, item_id=pa.array([f"j{i % 30}" for i in range(200)]))
+    plan = build.plan_build(config_for(tmp_path, table, items=items))
+    assert plan["joined"] == {"items": 0.0}
+    assert plan["rows_looked_at"] == 100
+    assert "such as ['j0', 'j1', 'j2']; in the table there are ['i0', 'i1', 'i2']" in caplog.text
 
 
 def test_items_that_the_item_table_knows_are_counted(here: None, tmp_path: Path) -> None:
@@ -106,9 +153,11 @@ def test_a_warm_up_is_a_part_of_the_run(steps: int, warmup: int) -> None:
     assert resolve_warmup(None, steps) == warmup
     assert resolve_warmup(7, steps) == 7
     refuse_long_warmup(None, steps)
-    refuse_long_warmup(warmup, steps)
-    with pytest.raises(UserError, match=rf"train\.warmup_steps is {steps}.*set it to {steps // 5}"):
-        refuse_long_warmup(steps, steps)
+
+    longest = steps // 10
+    refuse_long_warmup(longest, steps)
+    with pytest.raises(UserError, match=rf"train\.warmup_steps is {longest + 1}.*to {longest} or"):
+        refuse_long_warmup(longest + 1, steps)
 
 
 def damaged(path: Path) -> None:

@@ -28,7 +28,6 @@ import random
 import shutil
 import statistics
 import sys
-import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,11 +167,16 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
         "polars-streaming": (rows, peer, polars("polars-streaming")),
     }
     seconds: dict[str, list[float]] = {name: [] for name in (*contestants, "map_groups")}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in seconds}
+    load_average = [os.getloadavg()[0]]
     for turn in range(options.repeats):  # side by side: what the machine does else hits all alike
         for name, (_, out, command) in contestants.items():
             shutil.rmtree(out, ignore_errors=True)
-            seconds[name].append(run(options, command()).seconds)
-            print(name, round(seconds[name][-1], 1), flush=True)
+            measured = run(options, command())
+            seconds[name].append(measured.seconds)
+            cpu_seconds[name].append(measured.cpu_seconds)
+            load_average.append(os.getloadavg()[0])
+            print(name, round(measured.seconds, 1), round(measured.cpu_seconds, 1), flush=True)
             if name != "build" and turn == 0:
                 check_same_lists(sequences_of(options, "speed"), peer)
     run(options, job("build_sequences", few_path))
@@ -187,19 +191,22 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
             str(peer),
             *cluster,
         ]
-        seconds["map_groups"].append(run(options, command).seconds)
-        print("map_groups", round(seconds["map_groups"][-1], 1), flush=True)
+        measured = run(options, command)
+        seconds["map_groups"].append(measured.seconds)
+        cpu_seconds["map_groups"].append(measured.cpu_seconds)
+        print("map_groups", round(measured.seconds, 1), round(measured.cpu_seconds, 1), flush=True)
         check_same_lists(sequences_of(options, "map_groups"), peer)
     shutil.rmtree(peer)
     of = dict.fromkeys(contestants, rows) | {"map_groups": few_rows}
-    return {
-        name: {
+    found: dict[str, Any] = {"load_average": [round(value, 1) for value in load_average]}
+    for name, times in seconds.items():
+        found[name] = {
             "rows": of[name],
             "seconds": [round(value, 2) for value in times],
+            "cpu_seconds": [round(value, 1) for value in cpu_seconds[name]],
             "rows_per_s": round(of[name] / statistics.median(times)),
         }
-        for name, times in seconds.items()
-    }
+    return found
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -264,21 +271,40 @@ def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
 def write_text_logs(logs: Path, folder: Path) -> None:
     """The logs with a UUID in the place of each user_id, and 24 hexadecimal digits of item_id."""
     folder.mkdir(parents=True, exist_ok=True)
+    missing = []
     for file in sorted(logs.glob("*.parquet")):
-        if (folder / file.name).exists():
-            continue
+        if not (folder / file.name).exists():
+            missing.append(file)
+    if not missing:
+        return
+
+    texts = {name: _texts_of(missing, name) for name in ("user_id", "item_id")}
+    for file in missing:
         rows = pq.read_table(file)
-        for name, width in (("user_id", 16), ("item_id", 12)):
-            coded = rows[name].combine_chunks().dictionary_encode()
-            texts = [_text_of(number, width) for number in coded.dictionary.to_pylist()]
-            named = pa.array(texts).take(coded.indices)
-            rows = rows.set_column(rows.column_names.index(name), name, named)
+        for name, text in texts.items():
+            place = rows.column_names.index(name)
+            named = pa.chunked_array([text.take(part) for part in rows[name].chunks])
+            rows = rows.set_column(place, name, named)
         pq.write_table(rows, folder / file.name, row_group_size=2**17)
 
 
-def _text_of(number: int, width: int) -> str:
-    raw = hashlib.blake2b(str(number).encode(), digest_size=width).digest()
-    return str(uuid.UUID(bytes=raw)) if width == 16 else raw.hex()
+def _texts_of(files: Sequence[Path], name: str) -> pa.Array:
+    """The text of each number from 0 to the largest in a column of these files."""
+    largest = 0
+    for file in files:
+        numbers = pq.read_table(file, columns=[name])[name]
+        largest = max(largest, pc.max(numbers).as_py())
+    of = _user_text if name == "user_id" else _item_text
+    return pa.array([of(number) for number in range(largest + 1)], pa.string())
+
+
+def _user_text(number: int) -> str:
+    digits = hashlib.blake2b(number.to_bytes(8), digest_size=16).hexdigest()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def _item_text(number: int) -> str:
+    return hashlib.blake2b(number.to_bytes(8), digest_size=12).hexdigest()
 
 
 def own_logs(options: argparse.Namespace, name: str, logs: Path) -> Path:
@@ -303,25 +329,35 @@ def measure_text_ids(options: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"rows": rows, "load_average": [round(os.getloadavg()[0], 1)]}
     for name in presets:
-        found[name] = {"seconds": [], "peak_mb": []}
+        found[name] = {"seconds": [], "cpu_seconds": [], "peak_mb": []}
     for _ in range(options.repeats):  # in turn: what the machine does else hits both
         for name, path in presets.items():
             shutil.rmtree(sequences_of(options, f"ids_{name}"), ignore_errors=True)
             measured = run(options, job("build_sequences", path), sample_memory=True)
             found[name]["seconds"].append(round(measured.seconds, 1))
+            found[name]["cpu_seconds"].append(round(measured.cpu_seconds, 1))
             found[name]["peak_mb"].append(round(measured.peak_bytes / 2**20))
             found["load_average"].append(round(os.getloadavg()[0], 1))
-            print(name, measured.seconds, flush=True)
+            print(name, found[name], flush=True)
 
     folder = sequences_of(options, "ids_texts")
     manifest = store.read_manifest(folder)
     found["users"] = manifest.num_users
     found["dictionary_mb"] = round(sum(one.bytes for one in manifest.dictionary_files) / 2**20)
-    times = [found[name]["seconds"] for name in ("texts", "integers")]
-    ratios = [text / number for text, number in zip(*times, strict=True)]
-    found["ratio"] = round(statistics.median(ratios), 2)
-    found["kills"] = _kill_text_build(options, presets["texts"], manifest.digest, times[0][-1])
+    found["ratio"] = _median_ratio(found, "seconds")
+    found["cpu_ratio"] = _median_ratio(found, "cpu_seconds")
+    print(json.dumps(found), flush=True)  # the kills take as long again
+    unbroken_s = found["texts"]["seconds"][-1]
+    found["kills"] = _kill_text_build(options, presets["texts"], manifest.digest, unbroken_s)
     return found
+
+
+def _median_ratio(found: dict[str, Any], what: str) -> float:
+    """The median over the pairs of runs: text over integers."""
+    ratios = []
+    for text, number in zip(found["texts"][what], found["integers"][what], strict=True):
+        ratios.append(text / number)
+    return round(statistics.median(ratios), 2)
 
 
 def _kill_text_build(

@@ -118,7 +118,9 @@ def text_ids(found: dict[str, Any]) -> list[str]:
     for name, what in (("integers", "ids of integers"), ("texts", "ids of text")):
         figures = found[name]
         seconds = ", ".join(map(str, figures["seconds"]))
-        rows.append([what, seconds, f"{statistics.median(figures['peak_mb']):,.0f}"])
+        cpu_seconds = ", ".join(map(str, figures["cpu_seconds"]))
+        peak = f"{statistics.median(figures['peak_mb']):,.0f}"
+        rows.append([what, seconds, cpu_seconds, peak])
     kills = found["kills"]
     same = sum(kill["same_digest"] for kill in kills)
     load = found["load_average"]
@@ -127,12 +129,13 @@ def text_ids(found: dict[str, Any]) -> list[str]:
             f"`python -m benchmarks.build.at_size text_ids --rows {found['rows']}`: the same logs "
             f"of {found['users']:,} users with integers, and with UUIDs of users and 24 digits of "
             "items, in turn, whole commands. The machine did other work meanwhile (load average "
-            f"{min(load)} to {max(load)}). Text takes **{found['ratio']:.2f} times** as long, the "
-            f"median of the pairs; its dictionaries are {found['dictionary_mb']} MiB. Killed at a "
+            f"{min(load)} to {max(load)}). Text takes **{found['ratio']:.2f} times** as long and "
+            f"**{found['cpu_ratio']:.2f} times** the processor's seconds, medians of the pairs; "
+            f"its dictionaries are {found['dictionary_mb']} MiB. Killed at a "
             f"random moment and run again, it has the same digest in {same} of {len(kills)} cases.",
         ),
         "",
-        table(["", "seconds", "peak, MiB"], rows),
+        table(["", "seconds", "seconds of processors", "peak, MiB"], rows),
     ]
 
 

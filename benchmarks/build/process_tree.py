@@ -1,5 +1,5 @@
-"""A command in a process group of its own: how long it took, how much memory all of its processes
-held, and its end.
+"""A command in a process group of its own: how long it took, how much of the processor and how much
+memory all of its processes took, and its end.
 
 Its processes are those with a mark in their environment, which children inherit, also those of Ray
 that leave the tree."""
@@ -21,6 +21,7 @@ SECONDS_TO_END = 60  # for what a killed driver leaves behind
 @dataclass
 class Measured:
     seconds: float
+    cpu_seconds: float = 0.0  # of all processes, each as it was seen last
     samples: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, bytes
     output: str = ""
 
@@ -49,13 +50,19 @@ class Command:
             RuntimeError: it failed, with the end of its output.
         """
         measured = Measured(0.0)
+        cpu_seconds: dict[int, float] = {}  # by process: one that has ended keeps its last value
+        next_sample = 0.0
         while self.process.poll() is None:
-            if sample_memory:
-                measured.samples.append((time.perf_counter() - self.started, self.memory_bytes()))
-                time.sleep(SECONDS_BETWEEN_SAMPLES)
-            else:
-                time.sleep(0.02)
+            passed = time.perf_counter() - self.started
+            if passed >= next_sample:
+                processes = self.processes()
+                cpu_seconds.update(_cpu_seconds(processes))
+                if sample_memory:
+                    measured.samples.append((passed, memory_bytes(processes)))
+                next_sample = time.perf_counter() - self.started + SECONDS_BETWEEN_SAMPLES
+            time.sleep(0.02)
         measured.seconds = time.perf_counter() - self.started
+        measured.cpu_seconds = sum(cpu_seconds.values())
         measured.output = self.log.read_text()
         if self.process.returncode:
             raise RuntimeError(f"exit code {self.process.returncode}\n{measured.output[-3000:]}")
@@ -73,27 +80,6 @@ class Command:
                 except OSError:
                     continue  # it has ended, or is another user's
         return found
-
-    def memory_bytes(self) -> int:
-        """Memory of all processes, what they share counted once.
-
-        Private pages and pages of files by their proportional share (Pss_Anon, Pss_File: a page
-        that n processes map counts 1/n in each). Ray's object store is a file in /dev/shm, pages of
-        which no process may have mapped at the moment: its allocated blocks are counted in place of
-        Pss_Shmem.
-        """
-        total, stores = 0, {}
-        for pid in self.processes():
-            try:
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += sum(_kilobytes(rollup, name) for name in ("Pss_Anon", "Pss_File")) * 1024
-                for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                    if "/dev/shm/" in os.readlink(descriptor):
-                        status = os.stat(descriptor)
-                        stores[status.st_dev, status.st_ino] = status.st_blocks * 512
-            except OSError:
-                continue  # it has ended meanwhile
-        return total + sum(stores.values())
 
     def kill_after(self, seconds: float, *, only_driver: bool) -> bool:
         """SIGKILL to the command after so long, or to it and all that it has started; False if it
@@ -115,6 +101,42 @@ class Command:
                 _kill(left)
             time.sleep(0.1)
         return True
+
+
+def memory_bytes(processes: Sequence[int]) -> int:
+    """Memory of these processes, what they share counted once.
+
+    Private pages and pages of files by their proportional share (Pss_Anon, Pss_File: a page
+    that n processes map counts 1/n in each). Ray's object store is a file in /dev/shm, pages of
+    which no process may have mapped at the moment: its allocated blocks are counted in place of
+    Pss_Shmem.
+    """
+    total, stores = 0, {}
+    for pid in processes:
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += sum(_kilobytes(rollup, name) for name in ("Pss_Anon", "Pss_File")) * 1024
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                if "/dev/shm/" in os.readlink(descriptor):
+                    status = os.stat(descriptor)
+                    stores[status.st_dev, status.st_ino] = status.st_blocks * 512
+        except OSError:
+            continue  # it has ended meanwhile
+    return total + sum(stores.values())
+
+
+def _cpu_seconds(processes: Sequence[int]) -> dict[int, float]:
+    """Seconds of the processor that each has used itself, without those it has started."""
+    found = {}
+    for pid in processes:
+        try:
+            # the fields behind the name, which may hold anything but ends in the last bracket
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        user_ticks, system_ticks = int(fields[11]), int(fields[12])
+        found[pid] = (user_ticks + system_ticks) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def _kill(pids: Sequence[int]) -> None:

@@ -118,7 +118,7 @@ class TrainConfig:
         None,
         at_least=0,
         doc="Steps over which the learning rates rise; then they fall to 0 by a cosine. At most a "
-        "fifth of the run's steps. Null: 100, or a fifth where that is less.",
+        "tenth of the run's steps. Null: 100, or a fifth of a short run's steps.",
     )
     grad_clip: float = setting(
         1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."

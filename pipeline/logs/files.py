@@ -85,38 +85,56 @@ def find_files(path: str | Path, form: FileFormat = PLAIN) -> FoundFiles:
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error}") from None
 
-    known, unknown, left_out = [], [], {}
+    names, left_out = [], {}
     for info in found:
         parts = info.path.removeprefix(inner).strip("/").split("/")
         _refuse_table(path, parts)
-        if info.type != fs.FileType.File:
-            continue
-        if pattern is not None and not pattern.fullmatch(info.path):
+        is_wanted = pattern is None or pattern.fullmatch(info.path)
+        if info.type != fs.FileType.File or not is_wanted:
             continue
 
         name = _name(info.path, options)
         if any(map(_is_hidden, parts)):
             left_out[name] = HIDDEN
-        elif form.text_kind is not None:
-            usual = pattern is not None or has_text_ending(name, form.text_kind)
-            if usual and text_kind(name, form) is not None:
-                known.append(name)
-            else:
-                left_out[name] = f"not {form.text_kind} by its name"
-        elif info.base_name.lower().endswith(ENDINGS):
-            known.append(name)
         else:
-            unknown.append(name)
+            names.append(name)
 
-    known += _parquet_files(unknown, left_out)
-    if not known and form.kind is None:
-        known = _text_files(path, left_out, form)
+    if form.text_kind is not None:
+        known = _text_files_by_form(names, left_out, form, any_ending=pattern is not None)
+    else:
+        known = _parquet_files(names, left_out)
+        if not known and form.kind is None:
+            known = _text_files(path, left_out, form)
     return FoundFiles(sorted(known), dict(sorted(left_out.items())))
 
 
-def _parquet_files(unknown: list[str], left_out: dict[str, str]) -> list[str]:
-    """Those of the files that are Parquet by their contents; the others go to `left_out`."""
+def _text_files_by_form(
+    names: Sequence[str], left_out: dict[str, str], form: FileFormat, *, any_ending: bool
+) -> list[str]:
+    """The files that the form calls CSV or JSON lines; the others go to `left_out`.
+
+    `any_ending`: a pattern has chosen them, whatever their endings.
+    """
+    kind = form.text_kind
+    assert kind is not None, "the caller has asked for it"
     found = []
+    for name in names:
+        usual = any_ending or has_text_ending(name, kind)
+        if usual and text_kind(name, form) is not None:
+            found.append(name)
+        else:
+            left_out[name] = f"not {kind} by its name"
+    return found
+
+
+def _parquet_files(names: Sequence[str], left_out: dict[str, str]) -> list[str]:
+    """Those of the files that are Parquet by their endings, or else by their contents; the others
+    go to `left_out`.
+    """
+    found, unknown = [], []
+    for name in names:
+        ending_tells = base_name(name).lower().endswith(ENDINGS)
+        (found if ending_tells else unknown).append(name)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for name, reason in zip(unknown, pool.map(_why_no_parquet, unknown), strict=True):
             if reason is None:

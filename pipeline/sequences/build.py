@@ -30,11 +30,13 @@ import pyarrow.parquet as pq
 
 from pipeline import config
 from pipeline.config import (
+    CheckConfig,
     FeatureConfig,
     RunConfig,
     SequenceConfig,
     SideTable,
     SourceConfig,
+    SplitConfig,
     UserError,
 )
 from pipeline.logs import LogFiles, live_log_dir, live_logs, open_logs
@@ -57,6 +59,7 @@ from pipeline.sequences.buckets import (
 from pipeline.sequences.dictionary import texts_of, write_dictionaries, write_pairs
 from pipeline.sequences.forgotten import read_forgotten
 from pipeline.sequences.parts import PARTS, Part, find_part, plan_parts, write_part
+from pipeline.sequences.preview import IdSample, sample_ids
 from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
@@ -66,6 +69,8 @@ from pipeline.sequences.quality.statistics import Statistics, log_hints, positiv
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import (
     check_feature_columns,
+    read_side_table,
+    refuse_poor_join,
     side_files,
     side_joins,
     write_side_table,
@@ -171,26 +176,75 @@ def fitting_buckets(source: SourceConfig, rows: int) -> int:
 
 
 def plan_build(cfg: RunConfig) -> dict[str, object]:
-    """The files and rows that `build_sequences` would read, and the memory that its tasks take."""
+    """The files and rows that `build_sequences` would read, and the memory that its tasks take.
+
+    Raises:
+        UserError: the logs or a side table cannot be used, as far as some of the rows show it.
+    """
     logs, rules, rows_of_files = check_logs(cfg)
     rows = sum(rows_of_files.values())
     bytes_per_row = row_bytes(rules.events)
     part_memory = 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
+    rows_per_bucket = rows // rules.num_buckets
+
+    sample = sample_ids([file for file in logs.files if rows_of_files[file]], rules)
+    joined = _check_sampled_joins(logs, rules, sample, rows, cfg.checks.min_joined_share)
+    # a user is never divided
+    user_rows = round(sample.largest_user() * rows)
+    largest_bucket = max(rows_per_bucket, user_rows)
 
     return {
         "files": len(logs.files),
         "files_left_out": len(logs.left_out),
         "file_mb": round(total_bytes(logs.files) / MB, 1),
         "rows": rows,
+        "rows_looked_at": sample.rows,
+        "joined": joined,
         "parts": -(-rows // parts.PART_ROWS),
         "memory_mb_per_part": round(part_memory / MB, 1),
         "buckets": rules.num_buckets,
-        "rows_per_bucket": rows // rules.num_buckets,
-        "memory_mb_per_bucket": round(
-            bucket_memory(rows / rules.num_buckets, bytes_per_row) / MB, 1
-        ),
+        "rows_per_bucket": rows_per_bucket,
+        "memory_mb_per_bucket": round(bucket_memory(rows_per_bucket, bytes_per_row) / MB, 1),
+        "rows_of_largest_user": user_rows,
+        "memory_mb_of_largest_bucket": round(bucket_memory(largest_bucket, bytes_per_row) / MB, 1),
         "writes": str(cfg.sequence_dir),
     }
+
+
+def _check_sampled_joins(
+    logs: LogFiles, rules: LogRules, sample: IdSample, rows: int, least: float
+) -> dict[str, float]:
+    """Share of the sample's ids that each side table has, by table, all of whose rows are read.
+
+    Raises:
+        UserError: a table cannot be used, or joins too little and the sample is all there is.
+    """
+    shares = {}
+    for name, table, column in _side_tables(logs):
+        text = column in rules.events.text_ids
+        side, texts = read_side_table(name, table, column, text=text)
+        join = sample.join(column, side[column].to_numpy())
+        shares[name] = round(join.share, 3)
+
+        known = side[column] if texts is None else texts
+        try:
+            refuse_poor_join(
+                name, join, least, sample.examples[column], known.slice(0, 3).to_pylist()
+            )
+        except UserError as error:
+            if sample.rows == rows:
+                raise
+            logger.warning("%s (of the first rows of some files)", error)
+    return shares
+
+
+def _side_tables(logs: LogFiles) -> list[tuple[str, SideTable, str]]:
+    """The side tables that there are: name, table and our id column."""
+    found = []
+    for name, table, column in (("users", logs.users, "user_id"), ("items", logs.items, "item_id")):
+        if table is not None:
+            found.append((name, table, column))
+    return found
 
 
 def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = False) -> Manifest:
@@ -246,14 +300,18 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
                 raise
 
         publish_version(folder, manifest)
+    _tell_capped(manifest, cfg.sequences.max_rows_per_user)
+    return manifest
+
+
+def _tell_capped(manifest: Manifest, max_rows_per_user: int) -> None:
     if manifest.rows_capped:
         logger.info(
             "%d older rows of %d users are beyond sequences.max_rows_per_user (%d) and left out",
             manifest.rows_capped,
             manifest.users_capped,
-            cfg.sequences.max_rows_per_user,
+            max_rows_per_user,
         )
-    return manifest
 
 
 def _list_inputs(
@@ -470,21 +528,15 @@ def build_version(
     work = plan_buckets(all_parts, retired, rules_of_buckets)
     records = build_buckets(folder, work, rules_of_buckets, run)
 
-    _check_joins(cfg, rules, folder, side_tables, dictionaries, records)
+    _check_joins(cfg.checks.min_joined_share, rules, folder, side_tables, dictionaries, records)
+    periods = report_periods(cfg.split, cfg.source.actions, folder, records, side_tables)
     totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
-    checks = _check_counts(cfg, totals, new_parts)
-    periods = report_periods(cfg, folder, records, side_tables)
+    checks = _check_counts(cfg.checks, totals, new_parts)
     page = report.write_report(
         cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs, periods
     )
     refuse_failed(checks, log_hints(totals, rules), page)
-    only = positives_only(totals, rules)
-    if only:
-        logger.warning(
-            "%s: true wherever known, logs of positives only; to train on it set "
-            "examples.negatives",
-            ", ".join(only),
-        )
+    _tell_positives_only(totals, rules)
 
     return compose_manifest(
         folder,
@@ -507,13 +559,26 @@ def build_version(
     )
 
 
+def _tell_positives_only(totals: Statistics, rules: LogRules) -> None:
+    only = positives_only(totals, rules)
+    if only:
+        logger.warning(
+            "%s: true wherever known, logs of positives only; to train on it set "
+            "examples.negatives",
+            ", ".join(only),
+        )
+
+
 def report_periods(
-    cfg: RunConfig, folder: Path, records: Sequence[Record], side_tables: Mapping[str, Bucket]
+    split: SplitConfig,
+    actions: Sequence[str],
+    folder: Path,
+    records: Sequence[Record],
+    side_tables: Mapping[str, Bucket],
 ) -> report.PeriodReport:
     """Rows and labels of each period of the split, and how many items the item table knows."""
     buckets = [record.bucket for record in records if record.bucket is not None]
-    actions = cfg.source.actions
-    counts = count_periods(folder, buckets, cfg.split, len(actions), with_items=True)
+    counts = count_periods(folder, buckets, split, len(actions), with_items=True)
 
     known = None
     if "items" in side_tables:
@@ -527,12 +592,9 @@ def _write_side_tables(
 ) -> tuple[dict[str, Bucket], dict[str, dict[str, int]]]:
     """The side tables, and by column the files of their ids that are text, with their bytes."""
     forgotten = read_forgotten(folder)
-    tables = {"users": (logs.users, "user_id"), "items": (logs.items, "item_id")}
     written: dict[str, Bucket] = {}
     pairs: dict[str, dict[str, int]] = {}
-    for name, (table, column) in tables.items():
-        if table is None:
-            continue
+    for name, table, column in _side_tables(logs):
         text = column in rules.events.text_ids
         written[name], ids = write_side_table(name, table, column, folder, forgotten, text=text)
         if ids is not None:
@@ -542,33 +604,28 @@ def _write_side_tables(
 
 
 def _check_joins(
-    cfg: RunConfig,
+    least: float,
     rules: LogRules,
     folder: Path,
     side_tables: Mapping[str, Bucket],
     dictionaries: Mapping[str, Mapping[str, Bucket]],
     records: Sequence[Record],
 ) -> None:
-    """Side tables that join too little are refused."""
+    """Side tables that join less than the share `least` are refused."""
     buckets = [record.bucket for record in records if record.bucket is not None]
     for name, column in (("users", "user_id"), ("items", "item_id")):
         if name not in side_tables or not buckets:
             continue
 
-        join = side_joins(name, column, folder, side_tables[name], buckets)
+        join, seen, known = side_joins(name, column, folder, side_tables[name], buckets)
         logger.info("source.%s: the table has %.1f%% of the %s seen", name, 100 * join.share, name)
-        if not join.is_enough(cfg.checks.min_joined_share):
-            seen, known = join.examples
-            if column in rules.events.text_ids:
-                chunks = dictionaries.get(column, {})
-                seen = texts_of(folder, chunks, np.array(seen), rules.num_buckets).to_pylist()
-                known = texts_of(folder, chunks, np.array(known), rules.num_buckets).to_pylist()
-            raise UserError(
-                f"source.{name}: the table has {join.share:.1%} of the {name} in the logs, of "
-                f"{join.wanted} looked at such as {seen}; in the table there are {known}: is "
-                f"id_column the right one? checks.min_joined_share is "
-                f"{cfg.checks.min_joined_share:g}"
-            )
+        examples = [seen.tolist(), known.tolist()]
+        if column in rules.events.text_ids:
+            chunks = dictionaries.get(column, {})
+            for place, codes in enumerate((seen, known)):
+                texts = texts_of(folder, chunks, codes, rules.num_buckets)
+                examples[place] = texts.to_pylist()
+        refuse_poor_join(name, join, least, *examples)
 
 
 def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[str, dict[str, int]]:
@@ -584,13 +641,15 @@ def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[st
     return found
 
 
-def _check_counts(cfg: RunConfig, totals: Statistics, new_parts: Sequence[Part]) -> list[Check]:
+def _check_counts(
+    checks: CheckConfig, totals: Statistics, new_parts: Sequence[Part]
+) -> list[Check]:
     new_rows = 0
     broken: Counter[str] = Counter()
     for part in new_parts:
         new_rows += part.rows
         broken.update(part.broken)
-    return run_checks(cfg.checks, totals, new_rows, broken)
+    return run_checks(checks, totals, new_rows, broken)
 
 
 def compose_manifest(

@@ -12,7 +12,14 @@ from pipeline.config import ColumnFeature, SideTable, UserError
 from pipeline.logs.arrow_errors import reading_file
 from pipeline.logs.cleaning import plain_type
 from pipeline.logs.columns import is_number, is_text
-from pipeline.logs.ids import LONGEST_ID, CodedColumn, as_text_advice, code_column, id_kind
+from pipeline.logs.ids import (
+    LONGEST_ID,
+    CodedColumn,
+    OwnId,
+    as_text_advice,
+    code_column,
+    id_kind,
+)
 from pipeline.logs.parquet import find_logs
 from pipeline.logs.rows import read_schema, read_table
 from pipeline.sequences.forgotten import Forgotten
@@ -35,6 +42,20 @@ def write_side_table(
     Where ids are text in the logs, the file has their codes, and the ids are returned beside it.
 
     Raises:
+        UserError: as `read_side_table`.
+    """
+    rows, texts = read_side_table(name, table, id_column, text=text)
+    if name == "users" and forgotten.hashes:
+        rows = rows.filter(pa.array(~forgotten.has_users(rows[id_column].to_numpy())))
+    return write_table(rows, folder, f"tables/{name}"), texts
+
+
+def read_side_table(
+    name: str, table: SideTable, id_column: str, *, text: bool
+) -> tuple[pa.Table, pa.Array | None]:
+    """The table of `write_side_table`, and where its ids are text those of them that differ.
+
+    Raises:
         UserError: there is no such column, its ids are not of the logs' kind, or one is null or
         repeated.
     """
@@ -53,11 +74,8 @@ def write_side_table(
     columns = {id_column: ids.codes.cast(pa.int64())}
     for column in rest.column_names:
         columns[column] = rest[column]
-    rows = pa.table(columns).sort_by(id_column)  # the files' own schema metadata is left behind
-
-    if name == "users" and forgotten.hashes:
-        rows = rows.filter(pa.array(~forgotten.has_users(rows[id_column].to_numpy())))
-    return write_table(rows, folder, f"tables/{name}"), ids.texts
+    # the files' own schema metadata is left behind
+    return pa.table(columns).sort_by(id_column), ids.texts
 
 
 def check_feature_columns(
@@ -111,7 +129,6 @@ class SideJoin:
 
     wanted: int  # distinct ids that were looked for
     found: int  # of them, in the table
-    examples: tuple[list[int], list[int]]  # a few of the logs, a few of the table
 
     @property
     def share(self) -> float:
@@ -125,8 +142,9 @@ class SideJoin:
 
 def side_joins(
     name: str, id_column: str, folder: Path, side: Bucket, buckets: Sequence[Bucket]
-) -> SideJoin:
-    """The join of a side table with the sequences of one bucket: buckets are users at random.
+) -> tuple[SideJoin, np.ndarray, np.ndarray]:
+    """The join of a side table with the sequences of one bucket, buckets being users at random, and
+    the codes of a few ids of the logs and of the table.
 
     A table of which one bucket has nothing is held against the next, up to the first match: it may
     be a small table of rare ids.
@@ -144,7 +162,25 @@ def side_joins(
         if found:
             break
 
-    return SideJoin(len(wanted), found, (wanted[:3].tolist(), known[:3].tolist()))
+    return SideJoin(len(wanted), found), wanted[:3], known[:3]
+
+
+def refuse_poor_join(
+    name: str, join: SideJoin, least: float, seen: Sequence[OwnId], known: Sequence[OwnId]
+) -> None:
+    """Go on only if the table `name` has the share `least` of the ids in the logs, and not none of
+    many; `seen` are a few ids of the logs, `known` of the table.
+
+    Raises:
+        UserError: it has not.
+    """
+    if join.is_enough(least):
+        return
+    raise UserError(
+        f"source.{name}: the table has {join.share:.1%} of the {name} in the logs, of "
+        f"{join.wanted} looked at such as {list(seen)}; in the table there are {list(known)}: is "
+        f"id_column the right one? checks.min_joined_share is {least:g}"
+    )
 
 
 def _checked_ids(

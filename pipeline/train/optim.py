@@ -74,27 +74,26 @@ WARMUP_STEPS = 100  # where the configuration names no number
 
 
 def resolve_warmup(warmup_steps: int | None, total_steps: int) -> int:
-    """Steps of warm-up of a run of so many steps: those of `train.warmup_steps`, or our own."""
+    """Steps of warm-up of a run of so many steps: those of `train.warmup_steps`, or our own.
+
+    Our own are up to a fifth of a short run: they are chosen for its length.
+    """
     if warmup_steps is not None:
         return warmup_steps
-    return min(WARMUP_STEPS, longest_warmup(total_steps))
-
-
-def longest_warmup(total_steps: int) -> int:
-    """A fifth of the run: what comes after is to be most of it."""
-    return total_steps // 5
+    return min(WARMUP_STEPS, total_steps // 5)
 
 
 def refuse_long_warmup(warmup_steps: int | None, total_steps: int) -> None:
-    """Go on only if a warm-up that somebody set leaves most of the run to train in.
+    """Go on only if a warm-up that somebody set leaves most of the run to train in: one that is
+    longer than a tenth was chosen for a longer run.
 
     Raises:
-        UserError: it is longer than a fifth of the steps.
+        UserError: it is longer than a tenth of the steps.
     """
-    longest = longest_warmup(total_steps)
+    longest = total_steps // 10
     if warmup_steps is not None and warmup_steps > longest:
         raise UserError(
-            f"train.warmup_steps is {warmup_steps}, more than a fifth of the {total_steps} steps "
+            f"train.warmup_steps is {warmup_steps}, more than a tenth of the {total_steps} steps "
             f"of this run: set it to {longest} or less, to null, or train longer (train.epochs)"
         )
 

@@ -18,12 +18,18 @@ def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
     needs neither.
 
     Raises:
-        UserError: the validation period is empty, and `train.validate_every` asks for its rows.
+        UserError: there is no row to train on, or the validation period is empty, and
+        `train.validate_every` asks for its rows.
     """
     manifest = store.read_manifest(cfg.sequence_dir)
     num_actions = len(manifest.actions)
     counts = count_periods(cfg.sequence_dir, manifest.buckets, cfg.split, num_actions)
 
+    last = "test" if cfg.split.refit else "val"
+    if cfg.tasks and sum(counts.rows[: PERIODS.index(last)]) == 0:
+        raise UserError(
+            f"split.t_{last}: no row lies before it, {_span(manifest)}: nothing to train on"
+        )
     for number, period in enumerate(PERIODS[1:], start=1):
         if counts.rows[number] == 0:
             _tell_empty(cfg, period, manifest)
@@ -33,10 +39,7 @@ def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
 
 
 def _tell_empty(cfg: RunConfig, period: str, manifest: store.Manifest) -> None:
-    first, last = _moment(manifest.first_event_ms), _moment(manifest.last_event_ms)
-    message = (
-        f"split.t_{period}: the {period} period holds no row, the events lie from {first} to {last}"
-    )
+    message = f"split.t_{period}: the {period} period holds no row, {_span(manifest)}"
     if period == "val" and cfg.train.validate_every:
         raise UserError(f"{message}: train.validate_every has nothing to score")
     logger.warning("%s: there will be no %s metrics", message, period)
@@ -54,6 +57,11 @@ def _tell_tasks_without_positives(
                 counts.known[number, bit],
                 period,
             )
+
+
+def _span(manifest: store.Manifest) -> str:
+    first, last = _moment(manifest.first_event_ms), _moment(manifest.last_event_ms)
+    return f"the events lie from {first} to {last}"
 
 
 def _moment(time_ms: int) -> str:

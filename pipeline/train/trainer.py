@@ -206,6 +206,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     check_run(cfg)
     train = cfg.train
     refuse_impossible_size(cfg.ray, train)
+    periods = check_periods(cfg)
 
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
@@ -225,7 +226,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
         "steps_per_epoch": steps.steps_per_epoch,
         "epochs": train.epochs,
         "warmup_steps": resolve_warmup(train.warmup_steps, total_steps),
-        "periods": check_periods(cfg),
+        "periods": periods,
         "parameters": {"dense": dense, "tables": table_values},
         # Float32 weights, their gradients and two moments: what a step needs beside tables and
         # activations.

@@ -381,6 +381,8 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
     checks = run_checks(cfg.checks, totals)
     imported = None if cfg.source.kind == "parquet" else read_import_report(cfg.log_dir)
     inputs = report.read_inputs(cfg.run_dir)
-    periods = build.report_periods(cfg, cfg.sequence_dir, records, manifest.side_tables)
+    periods = build.report_periods(
+        cfg.split, cfg.source.actions, cfg.sequence_dir, records, manifest.side_tables
+    )
     rules = held_rules(manifest)
     report.write_report(cfg.run_dir, cfg.name, totals, rules, imported, checks, inputs, periods)
