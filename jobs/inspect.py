@@ -18,7 +18,7 @@ from pipeline.files import write_atomically
 from pipeline.logs.columns import plain_values
 from pipeline.logs.looking.guess import Guess, guess_columns
 from pipeline.logs.looking.preset import write_preset
-from pipeline.logs.looking.sample import Sample, take_sample
+from pipeline.logs.looking.sample import Sample, spread_sample, take_sample
 from pipeline.logs.looking.side import SideGuess, guess_side
 from pipeline.logs.times import show_time
 
@@ -62,8 +62,8 @@ def inspect_logs(options: argparse.Namespace) -> None:
     if options.output and Path(options.output).exists():
         raise UserError(f"-o {options.output}: it is there already; name another file")
 
-    logs = take_sample(options.path, "PATH")
-    guess = guess_columns(logs.rows)
+    logs = spread_sample(take_sample(options.path, "PATH"))
+    guess = guess_columns(logs.rows, logs.request_id)
     print_logs(logs, guess)
     if guess.missing:
         raise UserError(
@@ -118,6 +118,9 @@ def describe_place(sample: Sample) -> str:
 
 def print_logs(logs: Sample, guess: Guess) -> None:
     print(f"logs: {describe_place(logs)}")
+    if logs.format.impressions is not None:
+        columns = ", ".join(logs.format.impressions.columns)
+        print(f"a row holds a list of exposures in {columns}; below, a row for each of them")
     print_columns(logs.rows, guess.roles)
     if guess.times is not None and len(known := guess.times.drop_null()):
         first, last = min(known.to_pylist()), max(known.to_pylist())

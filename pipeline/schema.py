@@ -106,6 +106,7 @@ class EventColumns:
     declared: tuple[Column, ...] = ()  # outcomes beside watch_ms
     # of TEXT_IDS those that are text in the logs; here their codes stand for them, int64
     text_ids: tuple[str, ...] = ()
+    text_request: tuple[str, ...] = ()  # of `request` those that are text, with a code for each
 
     @property
     def request_columns(self) -> tuple[Column, ...]:

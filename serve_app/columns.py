@@ -5,29 +5,31 @@ go out as.
     Arrow ───────────────┴→ RankColumns → ranker → RankedColumns ───┴→ Arrow
 
 The Arrow body is one IPC stream: a column `item_id` (int64, or string) and a column per request
-feature (int32, null where the request's own holds), and in the schema's metadata, under `rank`, the
-rest of the request as the JSON of `RankHead`. The answer has `item_id`, `score.<task>` (float32)
-and `place` (int32, 0 is best), and its other fields under `rank`.
+feature (int32, or the logs' own text; null where the request's own holds), and in the schema's
+metadata, under `rank`, the rest of the request as the JSON of `RankHead`. The answer has `item_id`,
+`score.<task>` (float32) and `place` (int32, 0 is best), and its other fields under `rank`.
 """
 
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from pipeline.logs.columns import text_codes as feature_codes
 from pipeline.logs.ids import LONGEST_ID, text_codes
 from serve_app.ids import TextId, id_text
-from serve_app.schemas import RankHead, RankRequest, RankResponse, Refusal
+from serve_app.schemas import RankHead, RankRequest, RankResponse, Refusal, TextValue
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 HEAD = b"rank"  # the metadata key
 UNKNOWN = -1  # of a request column
 ID_TYPES = (pa.int64(), pa.string(), pa.large_string())
+FEATURE_TYPES = (pa.int32(), pa.string(), pa.large_string())
 
 
 class BadBody(ValueError):
@@ -47,6 +49,8 @@ class RankColumns:
     # int32 [C], -1 is unknown; a column that is left out is the request's
     features: Mapping[str, np.ndarray]
     item_text: Sequence[str] | None = None  # [C], of ids that are text; `item_id` has their codes
+    # of the features that came as text one value each; `features` has their codes
+    feature_texts: Mapping[str, TextValue] = field(default_factory=dict)
 
     @property
     def user_id(self) -> int | None:
@@ -70,11 +74,18 @@ class RankColumns:
         asked, shared = request.candidates, request.request_features
         items = [candidate.item_id for candidate in asked]
         names = {name for candidate in asked for name in candidate.request_features}
+        texts: dict[str, TextValue] = {}
+        for candidate in asked:
+            for name, value in candidate.request_features.items():
+                if isinstance(value, TextValue):
+                    texts.setdefault(name, value)
+
         head = {name: getattr(request, name) for name in RankHead.model_fields}
         return cls(
             head=RankHead.model_construct(**head),  # validated already
             item_id=np.array(items, np.int64),
             item_text=_texts_of(items),
+            feature_texts=texts,
             features={
                 name: np.array(
                     [c.request_features.get(name, shared.get(name, UNKNOWN)) for c in asked],
@@ -96,12 +107,16 @@ class RankColumns:
         if table.num_rows == 0:
             raise BadBody([Refusal.of(["body", "item_id"], "at least one candidate", 0)])
         item_id, item_text = read_ids(table, "item_id")
-        features = {}
+        features, texts = {}, {}
         for name in table.column_names:
-            if name != "item_id":
-                shared = head.request_features.get(name, UNKNOWN)
-                features[name] = table[name].fill_null(shared).to_numpy()
-        return cls(head, item_id, features, item_text)
+            if name == "item_id":
+                continue
+            codes, text = read_feature(table[name])
+            shared = head.request_features.get(name, UNKNOWN)
+            features[name] = codes.fill_null(int(shared)).to_numpy()
+            if text is not None:
+                texts[name] = text
+        return cls(head, item_id, features, item_text, texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +169,7 @@ class RankedColumns:
 
 
 def read_stream(body: bytes, ids: str) -> pa.Table:
-    """The stream's batches: a column `ids` (int64 or text, no nulls) and others of int32.
+    """The stream's batches: a column `ids` (int64 or text, no nulls) and others of int32 or text.
 
     Every type and buffer is checked first: a body may claim what it does not hold.
 
@@ -185,11 +200,11 @@ def read_stream(body: bytes, ids: str) -> pa.Table:
 def _check_schema(schema: pa.Schema, ids: str) -> None:
     if schema.names.count(ids) != 1 or len(set(schema.names)) != len(schema.names):
         raise BadBody([Refusal.of(["body"], f"one column {ids}, and no name twice", schema.names)])
-    for field in schema:
-        allowed = ID_TYPES if field.name == ids else (pa.int32(),)
-        if field.type not in allowed:
+    for column in schema:
+        allowed = ID_TYPES if column.name == ids else FEATURE_TYPES
+        if column.type not in allowed:
             rule = f"must be {' or '.join(map(str, allowed))}"
-            raise BadBody([Refusal.of(["body", field.name], rule, field.type)])
+            raise BadBody([Refusal.of(["body", column.name], rule, column.type)])
 
 
 def read_ids(table: pa.Table, name: str) -> tuple[np.ndarray, list[str] | None]:
@@ -210,6 +225,18 @@ def read_ids(table: pa.Table, name: str) -> tuple[np.ndarray, list[str] | None]:
             rule = f"must be text of 1 to {LONGEST_ID} characters"
             raise BadBody([Refusal.of(["body", name], rule, text)])
     return text_codes(texts), texts
+
+
+def read_feature(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, TextValue | None]:
+    """A request feature that `read_stream` let pass: int32 codes, null where unknown, and one of
+    the texts where it has text.
+    """
+    if column.type == pa.int32():
+        return column, None
+    values = column.combine_chunks()
+    codes = pa.chunked_array([feature_codes(values).cast(pa.int32())])
+    known = values.filter(codes.is_valid())
+    return codes, TextValue(known[0].as_py()) if len(known) else None
 
 
 def _texts_of(items: Sequence[int]) -> list[str] | None:

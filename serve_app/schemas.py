@@ -4,9 +4,17 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
-from pipeline.logs.columns import as_number, text_code
+from pipeline.logs.columns import text_code
 from pipeline.schema import WATCH_MS
 from serve_app.ids import Id, IdForm
 
@@ -17,16 +25,41 @@ TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-def _text_as_code(value: Any) -> Any:
-    """The number that stands for a text in a request column; "5" for 5 stays the mistake it is."""
-    if isinstance(value, str) and value and as_number(value) is None:
-        return text_code(value)
-    return value
+class TextValue(int):
+    """The number that stands for a text in a request column, and the text.
+
+    A column of numbers refuses it (`rows.refuse_text_values`).
+    """
+
+    text: str
+
+    def __new__(cls, text: str) -> "TextValue":
+        made = super().__new__(cls, text_code(text))
+        made.text = text
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextValue, (self.text,)
+
+
+def _read_feature(value: Any, read_number: ValidatorFunctionWrapHandler) -> int:
+    """The text that the logs have as `TextValue`, or a number."""
+    return TextValue(value) if isinstance(value, str) and value else read_number(value)
+
+
+def own_value(value: int) -> int | str:
+    """The value as the client has it."""
+    return value.text if isinstance(value, TextValue) else value
 
 
 # Request columns by name. One that is left out is unknown, which has an embedding of its own.
-RequestFeature = Annotated[int, BeforeValidator(_text_as_code)]
-RequestFeatures = dict[Name, Annotated[RequestFeature, Field(ge=-(2**31), lt=2**31)]]
+RequestFeature = Annotated[
+    int,
+    Field(ge=-(2**31), lt=2**31),
+    WrapValidator(_read_feature),
+    PlainSerializer(own_value, when_used="json"),
+]
+RequestFeatures = dict[Name, RequestFeature]
 # Numbers that came with an event, by the names of `source.outcome_columns`.
 Outcomes = dict[Name, Annotated[float, Field(allow_inf_nan=False)]]
 

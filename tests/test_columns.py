@@ -3,6 +3,8 @@ one message that names the setting.
 """
 
 import datetime
+import json
+import pickle
 from decimal import Decimal
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -14,13 +16,15 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import config
-from pipeline.config import ColumnReading, ConfigError, UserError
+from pipeline.config import ColumnReading, ConfigError, RunConfig, UserError
 from pipeline.logs.cleaning import LogRules, check_columns, normalise
 from pipeline.logs.columns import text_code
 from pipeline.logs.times import guess_unit, read_times
 from pipeline.schema import EventColumns, outcome_column
 from pipeline.sequences import build, store
-from serve_app.schemas import Event
+from serve_app.columns import HEAD, RankColumns
+from serve_app.history.posting import PostingRules
+from serve_app.schemas import Event, RankRequest, Refusal, own_value
 from tests.worlds.logs import NOON, config_for, here, log
 
 __all__ = ["here"]
@@ -325,10 +329,57 @@ def test_an_action_that_older_files_lack_is_unknown_there(
 
 def test_requests_give_the_text_of_a_request_column():
     posted = {"user_id": 1, "item_id": 2, "event_time": NOON, "request_features": {"tab": "home"}}
-    assert Event.model_validate(posted).request_features == {"tab": text_code("home")}
-    posted["request_features"] = {"tab": "5"}
-    with pytest.raises(ValidationError):
-        Event.model_validate(posted)
+    event = Event.model_validate(posted)
+    assert event.request_features == {"tab": text_code("home")}
+    between_processes = pickle.loads(pickle.dumps(event)).request_features["tab"]
+    assert own_value(between_processes) == "home"
+    for wrong in ("", None, 1.5, True, 2**31):
+        with pytest.raises(ValidationError):
+            Event.model_validate(posted | {"request_features": {"tab": wrong}})
+
+
+def test_text_for_a_column_of_numbers_is_refused():
+    source = {"kind": "parquet", "path": "x", "request_columns": ["tab"]}
+    posted = {"user_id": 1, "item_id": 2, "event_time": NOON, "request_features": {"tab": "5"}}
+    event = Event.model_validate(posted)
+    numbers = config.from_dict({"source": source})
+    refusal = find_posting_refusal(numbers, event)
+    assert refusal is not None
+    assert refusal.loc == ["body", "events", 0, "request_features", "tab"]
+    assert "must be an integer" in refusal.msg
+    assert refusal.input == "5"
+
+    text = config.from_dict(
+        {"source": source | {"columns": {"tab": {"column": "tab", "text": True}}}}
+    )
+    assert text.source.events.text_request == ("tab",)
+    assert find_posting_refusal(text, event) is None
+
+
+def find_posting_refusal(cfg: RunConfig, event: Event) -> Refusal | None:
+    rules = PostingRules.of(cfg.sequences, cfg.source.events)
+    return rules.find_refusal(event, ["body", "events", 0], NOON)
+
+
+def test_arrow_bodies_take_the_text_of_a_request_column():
+    """As JSON does, null and '' as the request has it."""
+    head = {"user_id": 3, "request_features": {"tab": "away"}}
+    tabs = ["home", None, "away", ""]
+    table = pa.table({"item_id": [5, 6, 7, 8], "tab": tabs}).replace_schema_metadata(
+        {HEAD: json.dumps(head)}
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    found = RankColumns.from_arrow(sink.getvalue().to_pybytes())
+
+    candidates = []
+    for item, tab in zip([5, 6, 7, 8], tabs, strict=True):
+        candidates.append({"item_id": item} | ({"request_features": {"tab": tab}} if tab else {}))
+    same = RankColumns.of(RankRequest.model_validate(head | {"candidates": candidates}))
+    assert found.feature("tab").tolist() == same.feature("tab").tolist()
+    assert found.feature("tab")[0] == text_code("home")
+    assert own_value(found.feature_texts["tab"]) == own_value(same.feature_texts["tab"]) == "home"
 
 
 def test_files_of_every_age_read_as_the_plain_form_does(here: None, tmp_path: Path):

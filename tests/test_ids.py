@@ -293,6 +293,33 @@ def build_appended(folder: Path, *tables: pa.Table, **source: object) -> tuple[R
     return cfg, manifest
 
 
+def test_an_id_that_a_side_table_had_stays_in_the_dictionary(here: None, tmp_path: Path) -> None:
+    """So that all that was ever published can be named: users and lists are those of one build."""
+    days = [as_text(distinct_log(seed=seed)) for seed in range(2)]
+    seen = sorted(set(days[0]["item_id"].to_pylist()))
+    table = {"path": str(tmp_path / "items.parquet"), "id_column": "id"}
+    write_items = lambda ids: pq.write_table(pa.table({"id": ids}), tmp_path / "items.parquet")
+
+    (tmp_path / "a").mkdir()
+    write_items([*seen, "only in the table"])
+    cfg = config_for(tmp_path / "a", days[0], items=table)
+    build_sequences(cfg)
+    write_items(seen)
+    pq.write_table(days[1], tmp_path / "a/in/1.parquet")
+    appended = build_sequences(cfg, append=True)
+    _, names = read_dictionary(cfg.sequence_dir, appended, "item_id")
+    assert "only in the table" in names.to_pylist()
+
+    (tmp_path / "b").mkdir()
+    cfg = config_for(tmp_path / "b", *days, items=table)
+    once = build_sequences(cfg)
+    _, of_one_build = read_dictionary(cfg.sequence_dir, once, "item_id")
+    assert set(names.to_pylist()) - set(of_one_build.to_pylist()) == {"only in the table"}
+    assert appended.buckets == once.buckets
+    assert appended.side_tables == once.side_tables
+    assert appended.digest != once.digest  # it names the dictionary too
+
+
 def test_appended_dictionaries_are_those_of_one_build(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

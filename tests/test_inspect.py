@@ -77,15 +77,17 @@ def taobao(folder: Path, draw: Draw) -> None:
 
 
 def mind(folder: Path, draw: Draw) -> None:
-    """MIND's behaviors.tsv, with its impressions spread out: a row of it holds a list of them."""
+    """MIND's behaviors.tsv: a row holds what was clicked before, and a list of four impressions."""
+    shown = [f"N{item}-{click}" for item, click in zip(draw.item, draw.choice(0, 1), strict=True)]
+    draw.user = np.repeat(draw.user[::4], 4)
     columns = {
-        "impression_id": np.arange(ROWS) // 4,
-        "user_id": [f"U{user}" for user in draw.user],
-        "time": draw.local("%m/%d/%Y %I:%M:%S %p"),
-        "news_id": [f"N{item}" for item in draw.item],
-        "clicked": draw.choice(0, 0, 1),
+        "impression": np.arange(ROWS // 4) + 1,
+        "user": [f"U{user}" for user in draw.user[::4]],
+        "time": [time.replace("/0", "/") for time in draw.local("%m/%d/%Y %I:%M:%S %p")[::4]],
+        "history": [f"N{item} N7" if item % 3 else "" for item in draw.item[::4]],
+        "impressions": [" ".join(shown[begin : begin + 4]) for begin in range(0, ROWS, 4)],
     }
-    write_csv(folder / "behaviors.tsv", columns, "\t")
+    write_csv(folder / "behaviors.tsv", columns, "\t", header=False)
 
 
 def yambda(folder: Path, draw: Draw) -> None:

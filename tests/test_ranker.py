@@ -405,6 +405,16 @@ NOW = int(time.time() * 1000)
         ({"request_time_ms": NOW * 1000}, "request_time_ms", str(NOW * 1000)),
         ({"request_features": {"tap": 1}}, "request_features", "tap"),
         ({"candidates": [{"item_id": 1, "request_features": {"hour": 1}}]}, "candidates", "hour"),
+        ({"request_features": {"tab": "home"}}, "tab", "home"),
+        ({"candidates": [{"item_id": 1, "request_features": {"tab": "5"}}]}, "tab", "5"),
+        (
+            {
+                "user_id": None,
+                "history": [{"item_id": 1, "event_time": 5, "request_features": {"tab": "home"}}],
+            },
+            "tab",
+            "home",
+        ),
         ({"order_by": "is_bought"}, "order_by", "is_bought"),
         ({"user_id": None, "history": [{"item_id": 1, "event_time": NOW}] * 31}, "history", "31"),
         (

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
@@ -141,6 +142,28 @@ def test_a_place_that_cannot_be_is_refused_with_the_configuration(path: str, mes
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as refused:
         config.from_dict({"source": {"kind": "parquet", "path": path}})
     assert "key:secret" not in str(refused.value)
+
+
+def test_paths_of_google_cloud_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Listed, opened and digested by their names; a folder stands in for Google's service."""
+    assert isinstance(files.locate("gs://my-bucket/logs")[0], fs.GcsFileSystem)
+    there = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    monkeypatch.setattr(files, "_gcs", lambda: there)
+    file = tmp_path / "my-bucket/logs/day=1/a.parquet"
+    file.parent.mkdir(parents=True)
+    rows = pa.table({"user_id": [1, 2]})
+    pq.write_table(rows, file)
+    (file.parent / "_SUCCESS").touch()
+
+    found = find_logs("source.path", "gs://my-bucket/logs")
+    assert found.files == ["gs://my-bucket/logs/day=1/a.parquet"]
+    assert list(found.left_out) == ["gs://my-bucket/logs/day=1/_SUCCESS"]
+    assert find_logs("source.path", "gs://my-bucket/logs/day=*/*.parquet").files == found.files
+    assert read_schema(found.files[0]) == rows.schema
+    assert files.file_digest(found.files[0]) == files.file_digest(file)
+    assert files.total_bytes(found.files) == file.stat().st_size
+    with pytest.raises(UserError, match="no Parquet files at 'gs://my-bucket/none'"):
+        find_logs("source.path", "gs://my-bucket/none")
 
 
 def test_a_side_table_is_checked_too():

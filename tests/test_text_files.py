@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
+from pipeline.batches.features import fit_features
 from pipeline.config import FileFormat, RunConfig, UserError
 from pipeline.logs import text_files
 from pipeline.logs.files import find_files, list_files
 from pipeline.logs.rows import count_rows, open_rows, read_schema, read_table
 from pipeline.logs.text_files import UNIT_SEPARATOR, _Replaced, text_kind
 from pipeline.sequences import build, store
+from pipeline.sequences.dictionary import read_dictionary
 from tests.worlds.logs import config_for, here, log
 
 __all__ = ["here"]
@@ -88,13 +90,31 @@ def test_later_rows_of_a_text_file_fail_no_build(
     """What the first block promises need not hold for all: such rows are quarantined."""
     monkeypatch.setattr(text_files, "FIRST_BYTES", 500)
     text = as_csv(ROWS)
-    text += "x7,1,1650000000000,1,0,0\n7,1,noon,1,0,0\n7,1,1650000000000,1,0,0.5\n"
+    text += "7,1,noon,1,0,0\n7,1,1650000000000,1,0,0.5\n7,,1650000000000,1,0,0\n"
     cfg = of_files(tmp_path / "a", {"a.csv": text})
     manifest = build.build_sequences(cfg)
     bad = {reason: rows for reason, rows in manifest.quarantined.items() if "dupl" not in reason}
     assert len(bad) == 3
     assert bad["event_time_unreadable"] == bad["tab_unreadable"] == 1
     assert manifest.rows_in == 123
+
+
+@pytest.mark.parametrize("later", ["x7", "007"])
+def test_ids_are_text_if_one_of_them_is(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+):
+    """Far behind what the first block shows, and in a later file of a side table too."""
+    monkeypatch.setattr(text_files, "FIRST_BYTES", 500)
+    text = as_csv(ROWS) + f"{later},1,1650000000000,1,0,0\n"
+    users = "id,country\n" + "".join(f"{user},de\n" for user in range(200)) + f"{later},fr\n"
+    (tmp_path / "users.csv").write_text(users)
+    table = {"path": str(tmp_path / "users.csv"), "id_column": "id"}
+    cfg = of_files(tmp_path / "a", {"a.csv": text}, users=table)
+    manifest = build.build_sequences(cfg)
+    assert manifest.text_ids == ("user_id",)
+    _, names = read_dictionary(cfg.sequence_dir, manifest, "user_id")
+    assert {later, "7"} <= set(names.to_pylist())
+    assert manifest.num_users == len(ROWS["user_id"].unique()) + 1
 
 
 def test_json_fields_that_nobody_asked_for_may_be_anything(here: None, tmp_path: Path):
@@ -141,6 +161,46 @@ def test_quotes_and_encodings(tmp_path: Path):
     assert read_table(str(comma), FileFormat(), "id")["title"].to_pylist() == ["Yes, Minister"]
     with pytest.raises(UserError, match=r"movies.dat cannot be read as CSV .*source.format"):
         read_table(str(film), FileFormat(separator="::", names=("id",)), "id")
+
+
+# preset · its ratings · separator · their first day and last
+MOVIELENS = {
+    "ml_1m": ("ratings.dat", "::", "2000-04-26", "2001-02-01"),
+    "ml_100k": ("u.data", "\t", "1997-09-20", "1998-04-22"),
+}
+
+
+@pytest.mark.parametrize("preset", MOVIELENS)
+def test_movielens_as_it_is_unpacked_builds_by_its_preset(here: None, tmp_path: Path, preset: str):
+    name, separator, first, last = MOVIELENS[preset]
+    rng = np.random.default_rng(0)
+    days = np.array([first, last], "datetime64[s]").astype(np.int64)
+    columns = [rng.integers(1, 41, 500), rng.integers(1, 31, 500), rng.integers(1, 6, 500)]
+    lines = []
+    for row in zip(*columns, rng.integers(*days, 500), strict=True):
+        lines.append(separator.join(map(str, row)))
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    films = [f"{film}::Amélie, {film}: 100% (2001)::Comedy|Drama's" for film in range(1, 31)]
+    (tmp_path / "movies.dat").write_bytes("\n".join(films).encode("latin-1"))
+
+    changes = [f"source.path={tmp_path / name}", f"runs_dir={tmp_path}"]
+    if preset == "ml_1m":
+        changes.append(f"source.items.path={tmp_path / 'movies.dat'}")
+    yaml = Path(__file__).parents[1] / f"configs/{preset}.yaml"
+    assert len(yaml.read_text().splitlines()) <= 16
+    cfg = config.load(yaml, changes)
+
+    manifest = build.build_sequences(cfg)
+    assert manifest.rows_in == 500
+    assert manifest.num_rows + manifest.rows_merged == 500
+    assert manifest.num_users == 40
+    maps = fit_features(cfg)
+    assert ("item.genres" in maps.vocab_sizes) == (preset == "ml_1m")
+    if preset == "ml_1m":
+        assert maps.vocab_sizes["item.genres"] == 3
+        titles = store.read_side_table(cfg.sequence_dir, "items")
+        assert titles is not None
+        assert titles["title"][0].as_py() == "Amélie, 1: 100% (2001)"
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 1000])

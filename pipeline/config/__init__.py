@@ -17,7 +17,14 @@ from pipeline.config.features import (
     SplitConfig,
 )
 from pipeline.config.index import FollowedConfig, IndexConfig
-from pipeline.config.logs import ColumnReading, FileFormat, SideTable, SourceConfig, SyntheticConfig
+from pipeline.config.logs import (
+    ColumnReading,
+    FileFormat,
+    Impressions,
+    SideTable,
+    SourceConfig,
+    SyntheticConfig,
+)
 from pipeline.config.model import AttentionConfig, ChannelConfig, LoopConfig, ModelConfig
 from pipeline.config.reading import parse_time
 from pipeline.config.retrieval import RetrievalConfig
@@ -43,6 +50,7 @@ __all__ = [
     "FileFormat",
     "FollowedConfig",
     "HistoryFeature",
+    "Impressions",
     "IndexConfig",
     "LoopConfig",
     "ModelConfig",

@@ -19,9 +19,39 @@ Unit = Literal["ns", "us", "ms", "s", "min", "h", "d"]  # of time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Impressions:
+    """Lists of exposures in one row of a log, each of which becomes a row of its own: text such as
+    "N1-0 N2-1", lists of structs, or several lists that go together.
+    """
+
+    columns: tuple[str, ...] = field(
+        metadata=describe("Columns of the lists, of one length in each row.")
+    )
+    separator: str = setting(" ", doc="Text between two exposures, where they are text.")
+    names: tuple[str, ...] = setting(
+        (),
+        doc="Names for the parts of an exposure that is text: [item_id, clicked] of N1-0. Structs "
+        "have the names of their fields; empty: the exposure is one value under the column's name.",
+    )
+    part_separator: str = setting("-", doc="Text between two parts; the last ones count.")
+
+    def __post_init__(self) -> None:
+        key = "source.format.impressions"
+        require(len(self.columns) > 0, f"{key}.columns", list(self.columns), "at least one column")
+        for name in ("separator", "part_separator"):
+            require(getattr(self, name) != "", f"{key}.{name}", "", "a text")
+        for name in ("columns", "names"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"{key}.{name}", values, "free of repeats")
+        one = len(self.columns) == 1 or not self.names
+        require(one, f"{key}.names", list(self.names), "empty where there are several columns")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileFormat:
-    """What files are that are no Parquet. Files that end in .csv, .tsv, .json, .jsonl or .ndjson,
-    packed or not, need none of it where the first line of CSV names its columns.
+    """What files are that are no Parquet, or whose rows hold lists of exposures. Files that end in
+    .csv, .tsv, .json, .jsonl or .ndjson, packed or not, need none of it where the first line of CSV
+    names its columns.
     """
 
     kind: Literal["parquet", "csv", "json"] | None = setting(
@@ -43,6 +73,9 @@ class FileFormat:
         "the separator is a comma or a semicolon, else none.",
     )
     encoding: str = setting("utf8", doc="Encoding of CSV, such as latin-1.")
+    impressions: Impressions | None = setting(
+        None, doc="Lists of exposures in a row of the logs; null where a row is one exposure."
+    )
 
     def __post_init__(self) -> None:
         require(self.separator != "", "source.format.separator", self.separator, "a text")
@@ -373,6 +406,7 @@ class SourceConfig:
         self._refuse_repeated_columns()
         self._refuse_missing_path()
         self._refuse_unreadable_paths()
+        self._refuse_impressions_of_side_tables()
         self._refuse_readings_of_other_columns()
 
     def _refuse_actions_that_do_not_fit_the_mask(self) -> None:
@@ -417,6 +451,11 @@ class SourceConfig:
             if path.startswith(S3):
                 split_s3(key, path)
 
+    def _refuse_impressions_of_side_tables(self) -> None:
+        for key, table in (("users", self.users), ("items", self.items)):
+            given = table.format.impressions if table is not None else None
+            require(given is None, f"source.{key}.format.impressions", given, "left out")
+
     def _refuse_readings_of_other_columns(self) -> None:
         roles = {column.name: column.role for column in self.events.log_columns}
         for name, reading in self.readings.items():
@@ -444,7 +483,14 @@ class SourceConfig:
         declared = []
         for name, column in self.outcome_columns.items():
             declared.append(outcome_column(name, column.type, column.at_least))
-        return EventColumns(self.actions, self.request_columns, tuple(declared))
+        readings = self.readings
+        text_request = []
+        for name in self.request_columns:
+            if name in readings and readings[name].text:
+                text_request.append(name)
+        return EventColumns(
+            self.actions, self.request_columns, tuple(declared), text_request=tuple(text_request)
+        )
 
     @property
     def data_name(self) -> str:

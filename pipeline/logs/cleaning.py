@@ -61,6 +61,12 @@ class LogRules:
         return [self.columns[name] for name in ("user_id", "item_id", "request_id")]
 
     @property
+    def number_ids(self) -> list[str]:
+        """Those of them that hold numbers."""
+        names = [name for name in TEXT_IDS if name not in self.events.text_ids]
+        return [self.columns[name] for name in names]
+
+    @property
     def named_columns(self) -> list[str]:
         """The columns of the files that LOG is read from."""
         return list(dict.fromkeys(theirs for theirs in self.columns.values() if theirs))

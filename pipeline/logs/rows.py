@@ -1,17 +1,23 @@
 """A file of logs or of a side table, opened by what it is: Parquet, CSV or JSON lines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import FileFormat
+from pipeline.config import FileFormat, Impressions, UserError
 from pipeline.logs.arrow_errors import reading_column, reading_file
+from pipeline.logs.cleaning import LOG_FORM
 from pipeline.logs.files import CONNECTIONS, PLAIN, file_stamp, locate, open_parquet
+from pipeline.logs.impressions import count_exposures, spread_rows, spread_schema
 from pipeline.logs.text_files import TextFile, text_kind
+
+USUAL_EXPOSURES = 16  # of a row: blocks are read so much smaller, to be of the usual size spread
+COUNTED_ROWS = 2**16
+Result = TypeVar("Result")
 
 
 class RowFile(Protocol):
@@ -24,8 +30,12 @@ class RowFile(Protocol):
         """Rows of each group."""
         ...
 
-    def blocks(self, rows: int, groups: Sequence[int]) -> Iterator[pa.Table]:
-        """The rows of these groups, in tables of at most so many."""
+    def blocks(
+        self, rows: int, groups: Sequence[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """The rows of these groups, in tables of at most so many; of Parquet these columns alone
+        where some are named.
+        """
         ...
 
 
@@ -38,8 +48,13 @@ class _ParquetRows:
         groups = range(self._file.metadata.num_row_groups)
         return [self._file.metadata.row_group(group).num_rows for group in groups]
 
-    def blocks(self, rows: int, groups: Sequence[int]) -> Iterator[pa.Table]:
-        batches = self._file.iter_batches(rows, row_groups=list(groups), use_threads=False)
+    def blocks(
+        self, rows: int, groups: Sequence[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        wanted = None if columns is None else list(columns)
+        batches = self._file.iter_batches(
+            rows, row_groups=list(groups), columns=wanted, use_threads=False
+        )
         while True:
             with reading_file(self._path):
                 try:
@@ -69,9 +84,56 @@ class _TextRows:
     def group_rows(self) -> list[int]:
         return [self._count]
 
-    def blocks(self, rows: int, groups: Sequence[int]) -> Iterator[pa.Table]:
+    def blocks(
+        self, rows: int, groups: Sequence[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
         if groups:
             yield from self._file.blocks(rows)
+
+
+class _SpreadRows:
+    """A file whose rows hold lists of exposures, as rows of one exposure."""
+
+    def __init__(self, inner: RowFile, how: Impressions, path: str, *, count: bool) -> None:
+        self._inner, self._how, self._path = inner, how, path
+        self.schema = self._told(lambda: spread_schema(inner.schema, how))
+        self._groups: list[int] | None = None
+        if not count:
+            return
+        # Parquet says how many rows it has, and not how long their lists are
+        key = path, file_stamp(path), how
+        if key not in _exposures:
+            groups = range(len(inner.group_rows()))
+            _exposures[key] = [self._count(group) for group in groups]
+        self._groups = _exposures[key]
+
+    def group_rows(self) -> list[int]:
+        if self._groups is None:
+            return [0] * len(self._inner.group_rows())
+        return self._groups
+
+    def blocks(
+        self, rows: int, groups: Sequence[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        for block in self._inner.blocks(max(1, rows // USUAL_EXPOSURES), groups):
+            spread = self._told(lambda block=block: spread_rows(block, self._how))
+            for start in range(0, spread.num_rows, rows):
+                yield spread.slice(start, rows)
+
+    def _count(self, group: int) -> int:
+        total = 0
+        for block in self._inner.blocks(COUNTED_ROWS, [group], self._how.columns):
+            total += self._told(lambda block=block: count_exposures(block, self._how))
+        return total
+
+    def _told(self, work: Callable[[], Result]) -> Result:
+        try:
+            return work()
+        except UserError as error:
+            raise UserError(f"{self._path}: {error}") from None
+
+
+_exposures: dict[tuple[str, str, Impressions], list[int]] = {}  # by row group
 
 
 @contextmanager
@@ -86,21 +148,30 @@ def open_rows(
     """The file's rows.
 
     Args:
-        ids: columns of ids, which in CSV are numbers or text by what they all are.
+        ids: columns of ids that are numbers, or that are of CSV numbers if all are.
         columns: the fields that are read of JSON.
-        count: `group_rows` is going to be asked for, for which text is read once.
+        count: `group_rows` is going to be asked for, for which text is read once. Then all of the
+            ids of CSV tell what they are, and else those of the first megabyte.
 
     Raises:
         UserError: not there, not permitted, or not of its format.
     """
+    how = form.impressions
+    if how is not None and columns is not None:
+        columns = [*columns, *how.columns]
+
     if text_kind(file, form) is None:
         with open_parquet(file) as parquet:
-            yield _ParquetRows(parquet, file)
+            rows = _ParquetRows(parquet, file)
+            # rows that we wrote hold one exposure each
+            ours = LOG_FORM in (rows.schema.metadata or {})
+            yield rows if how is None or ours else _SpreadRows(rows, how, file, count=count)
         return
 
     text = _open_text(file, form, tuple(ids), None if columns is None else tuple(columns))
-    rows = _count_text(file, file_stamp(file), form, text) if count else 0
-    yield _TextRows(text, rows)
+    scanned = _scan_text(file, form, text) if count else 0
+    rows = _TextRows(text, scanned)
+    yield rows if how is None else _SpreadRows(rows, how, file, count=count)
 
 
 def _open_text(
@@ -110,19 +181,23 @@ def _open_text(
     return TextFile(filesystem, inner, file, form, ids, columns)
 
 
-_counts: dict[tuple[str, str, FileFormat], int] = {}
+# what this process has found of text files: rows, and which of the ids asked for are numbers
+_scans: dict[tuple[str, str, FileFormat], tuple[int, dict[str, bool]]] = {}
 
 
-def _count_text(file: str, stamp: str, form: FileFormat, text: TextFile) -> int:
-    """Rows of a text file, which this process counts once."""
-    key = file, stamp, form
-    if key not in _counts:
-        _counts[key] = text.count_rows()
-    return _counts[key]
+def _scan_text(file: str, form: FileFormat, text: TextFile) -> int:
+    """Rows of a text file, which this process reads once, and its ids as they all are."""
+    key = file, file_stamp(file), form
+    rows, numbers = _scans.get(key, (None, {}))
+    if rows is None or not set(text.id_columns()) <= numbers.keys():
+        rows, numbers = text.scan()
+        _scans[key] = rows, numbers
+    text.take_as_text([name for name, is_number in numbers.items() if not is_number])
+    return rows
 
 
 def read_schema(file: str, form: FileFormat = PLAIN, ids: Sequence[str] = ()) -> pa.Schema:
-    with open_rows(file, form, ids) as rows:
+    with open_rows(file, form, ids, count=bool(ids)) as rows:
         return rows.schema
 
 
@@ -131,11 +206,13 @@ def count_rows(files: Sequence[str], form: FileFormat = PLAIN) -> int:
     return sum(rows_by_file(files, form).values())
 
 
-def rows_by_file(files: Sequence[str], form: FileFormat = PLAIN) -> dict[str, int]:
-    """Rows of each file."""
+def rows_by_file(
+    files: Sequence[str], form: FileFormat = PLAIN, ids: Sequence[str] = ()
+) -> dict[str, int]:
+    """Rows of each file; `ids` as of `open_rows`."""
 
     def rows_of(file: str) -> int:
-        with open_rows(file, form, count=True) as rows:
+        with open_rows(file, form, ids, count=True) as rows:
             return sum(rows.group_rows())
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:

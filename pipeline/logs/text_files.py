@@ -78,7 +78,8 @@ class TextFile:
     """One CSV or JSON-lines file.
 
     Args:
-        ids: columns of ids; of CSV they are numbers where all of the first block are.
+        ids: columns of ids; of CSV they are numbers where all of the first block are, unless
+            `take_as_text` says more.
         columns: those that are read of JSON, whose other fields may be anything; None: all.
     """
 
@@ -99,21 +100,39 @@ class TextFile:
         except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
             raise self._refusal(error) from None
 
-    def count_rows(self) -> int:
-        """Rows, for which the file is read once."""
-        return sum(block.num_rows for block in self.blocks(BLOCK_BYTES))
+    def scan(self) -> tuple[int, dict[str, bool]]:
+        """Rows, and of each column of ids if all of it are numbers, for which the file is read
+        once.
+        """
+        numbers = {name: self._is_number(name) for name in self.id_columns()}
+        rows = 0
+        for block in self._raw_blocks():
+            rows += block.num_rows
+            for name, is_number in numbers.items():
+                if is_number and not self._is_json:
+                    numbers[name] = _all_whole(block[name])
+        return rows, numbers
+
+    def take_as_text(self, ids: Sequence[str]) -> None:
+        """Read these columns of CSV as the text that they are."""
+        for name in ids:
+            if not self._is_json and self._is_number(name):
+                place = self.schema.get_field_index(name)
+                self.schema = self.schema.set(place, pa.field(name, pa.string()))
 
     def blocks(self, rows: int) -> Iterator[pa.Table]:
         """All rows in tables of at most so many."""
+        for batch in self._raw_blocks():
+            for start in range(0, batch.num_rows, rows):
+                piece = pa.Table.from_batches([batch.slice(start, rows)])
+                yield self._with_number_ids(piece)
+
+    def _raw_blocks(self) -> Iterator[pa.RecordBatch]:
         try:
             if self._is_json:
-                reader = self._open_json()
+                yield from self._open_json()
             else:
-                reader = self._open_csv(self._as_text(), BLOCK_BYTES)
-            for batch in reader:
-                for start in range(0, batch.num_rows, rows):
-                    piece = pa.Table.from_batches([batch.slice(start, rows)])
-                    yield self._with_number_ids(piece)
+                yield from self._open_csv(self._as_text(), BLOCK_BYTES)
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._refusal(error) from None
 
@@ -124,12 +143,11 @@ class TextFile:
                 options = json.ReadOptions(block_size=BLOCK_BYTES)
                 return json.read_json(self._stream(), read_options=options)
 
-            texts = {}
-            for name in self._id_columns():
-                if not pa.types.is_integer(self.schema.field(name).type):
-                    texts[name] = pa.string()
+            texts: dict[str, pa.DataType] = dict.fromkeys(self.id_columns(), pa.string())
             stream, (reading, parsing, converting) = self._stream(), self._csv_options(texts)
-            return csv.read_csv(stream, reading, parsing, converting)
+            table = csv.read_csv(stream, reading, parsing, converting)
+            self.take_as_text([name for name in texts if not _all_whole(table[name])])
+            return self._with_number_ids(table)
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._refusal(error) from None
 
@@ -185,26 +203,29 @@ class TextFile:
 
         schema = self._open_csv({}, FIRST_BYTES).schema
         self.schema = schema
-        if not any(pa.types.is_integer(schema.field(name).type) for name in self._id_columns()):
+        if not any(map(self._is_number, self.id_columns())):
             return schema
 
         # leading zeros, or text after the first numbers
         first = next(iter(self._open_csv(self._as_text(), FIRST_BYTES)), None)
-        for name in self._id_columns():
+        for name in self.id_columns():
             if first is not None and not _all_whole(first[name]):
                 place = schema.get_field_index(name)
                 schema = schema.set(place, pa.field(name, pa.string()))
         return schema
 
-    def _id_columns(self) -> list[str]:
+    def id_columns(self) -> list[str]:
+        """Those of `ids` that the file has."""
         return [name for name in self._ids if name in self.schema.names]
+
+    def _is_number(self, name: str) -> bool:
+        return pa.types.is_integer(self.schema.field(name).type)
 
     def _with_number_ids(self, block: pa.Table) -> pa.Table:
         """Ids as the schema has them. One that is no number is null, among ids that are."""
-        for name in self._id_columns():
+        for name in self.id_columns():
             place = block.schema.get_field_index(name)
-            dtype = self.schema.field(name).type
-            if not pa.types.is_integer(dtype) or pa.types.is_integer(block[name].type):
+            if not self._is_number(name) or pa.types.is_integer(block[name].type):
                 continue
             text = pc.utf8_trim_whitespace(block[name])
             whole = pc.if_else(pc.match_substring_regex(text, WHOLE), text, pa.scalar(None))

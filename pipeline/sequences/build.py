@@ -45,7 +45,7 @@ from pipeline.logs.files import CONNECTIONS, PLAIN, file_digest, file_stamp, tot
 from pipeline.logs.parquet import count_reasons, refuse_unasked_columns
 from pipeline.logs.rows import read_schema, rows_by_file
 from pipeline.logs.time_check import check_times
-from pipeline.schema import DAY_MS, NAMED_IDS, EventColumns
+from pipeline.schema import DAY_MS, NAMED_IDS, TEXT_IDS, EventColumns
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
     BucketRules,
@@ -123,7 +123,8 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
     if logs.left_out:
         logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
 
-    rows_of_files = rows_by_file(logs.files, cfg.source.format)
+    ids = [logs.columns[name] for name in TEXT_IDS]
+    rows_of_files = rows_by_file(logs.files, cfg.source.format, ids)
     rows = sum(rows_of_files.values())
     num_buckets = cfg.sequences.num_buckets or fitting_buckets(cfg.source, rows)
     rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets)
@@ -518,9 +519,7 @@ def build_version(
     retired = published.retired if published else {}
     side_tables, side_pairs = _write_side_tables(logs, rules, folder)
 
-    pairs = _new_pairs(all_parts, published)
-    for column, files in side_pairs.items():
-        pairs[column] |= files
+    pairs = _new_pairs(all_parts, published, side_pairs)
     before = published.dictionaries if published else {}
     dictionaries = write_dictionaries(folder, pairs, before, rules.num_buckets, run)
 
@@ -628,9 +627,13 @@ def _check_joins(
         refuse_poor_join(name, join, least, *examples)
 
 
-def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[str, dict[str, int]]:
-    """By column of text ids: the files with those of the parts that `published` lacks, and their
-    bytes.
+def _new_pairs(
+    all_parts: Sequence[Part],
+    published: Manifest | None,
+    of_side_tables: Mapping[str, Mapping[str, int]],
+) -> dict[str, dict[str, int]]:
+    """By column of text ids: the files with those of the side tables and of the parts that
+    `published` lacks, and their bytes.
     """
     held = set(published.parts) if published else set()
     found: dict[str, dict[str, int]] = {name: {} for name in NAMED_IDS}
@@ -638,6 +641,8 @@ def _new_pairs(all_parts: Sequence[Part], published: Manifest | None) -> dict[st
         if part.name not in held:
             for column, size in part.ids.items():
                 found[column][part.ids_file(column)] = size
+    for column, files in of_side_tables.items():
+        found[column] |= files
     return found
 
 

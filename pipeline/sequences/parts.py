@@ -196,7 +196,7 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
 def _blocks(work: PartTask, rules: LogRules) -> Iterator[tuple[Source, pa.Table]]:
     """The rows that the task names, in tables of at most BATCH_ROWS of one file."""
     for path, source in zip(work.files, work.sources, strict=True):
-        with open_rows(path, rules.format, rules.id_columns, rules.named_columns) as file:
+        with open_rows(path, rules.format, rules.number_ids, rules.named_columns) as file:
             for block in file.blocks(BATCH_ROWS, range(source.first, source.end)):
                 yield source, block
 

@@ -64,9 +64,9 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
 
 
 def _first_rows(file: str, rows: int, rules: LogRules) -> pa.Table:
-    with open_rows(file, rules.format, rules.id_columns, rules.named_columns) as opened:
+    with open_rows(file, rules.format, rules.number_ids, rules.named_columns) as opened:
         pieces, count = [opened.schema.empty_table()], 0
-        for block in opened.blocks(rows, range(len(opened.group_rows()))):
+        for block in opened.blocks(rows, [0]):
             pieces.append(block.slice(0, rows - count))
             count += pieces[-1].num_rows
             if count >= rows:

@@ -104,7 +104,19 @@ class Manifest:
             outcome_column(name, column["type"], column["at_least"])
             for name, column in self.outcome_columns.items()
         ]
-        return EventColumns(self.actions, self.request_columns, tuple(declared), self.text_ids)
+        text_request = []
+        columns = self.config.get("source", {}).get("columns", {})
+        for name in self.request_columns:
+            reading = columns.get(name)
+            if isinstance(reading, dict) and reading.get("text"):
+                text_request.append(name)
+        return EventColumns(
+            self.actions,
+            self.request_columns,
+            tuple(declared),
+            self.text_ids,
+            tuple(text_request),
+        )
 
     @property
     def dictionary_files(self) -> list[Bucket]:

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pipeline import config
 from pipeline.config import SequenceConfig
 from pipeline.schema import DAY_MS, TEXT_IDS, EventColumns
-from serve_app.history.rows import find_refused_outcome, refuse_other_kind
+from serve_app.history.rows import (
+    find_refused_outcome,
+    refuse_other_kind,
+    refuse_text_values,
+)
 from serve_app.schemas import Event, Refusal
 
 
@@ -56,4 +60,6 @@ class PostingRules:
         for name in event.request_features:
             if name not in request_columns:
                 return Refusal.of([*loc, "request_features"], f"one of {request_columns}", name)
-        return find_refused_outcome(loc, event, self.columns)
+        where = [*loc, "request_features"]
+        refusal = refuse_text_values(where, event.request_features, self.columns)
+        return refusal or find_refused_outcome(loc, event, self.columns)

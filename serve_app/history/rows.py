@@ -2,14 +2,14 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.schema import WATCH_MS, EventColumns
 from serve_app.ids import TextId, own_id
-from serve_app.schemas import Event, PostedRow, Refusal
+from serve_app.schemas import Event, PostedRow, Refusal, TextValue
 
 # rows of one time without a request_id are one request, as in the builder
 NO_REQUEST = np.iinfo(np.int64).max
@@ -115,6 +115,17 @@ def refuse_other_kind(
     wanted = "text" if column in text_ids else "an integer"
     rule = f"must be {wanted}, as {column} is in the published sequences"
     return Refusal.of(loc, rule, own_id(value))
+
+
+def refuse_text_values(
+    loc: Sequence[str | int], values: Mapping[str, int], columns: EventColumns
+) -> Refusal | None:
+    """The refusal of a text for a request column that holds numbers."""
+    for name, value in values.items():
+        if isinstance(value, TextValue) and name not in columns.text_request:
+            rule = "must be an integer, as the column has numbers in the logs"
+            return Refusal.of([*loc, name], rule, value.text)
+    return None
 
 
 def find_refused_outcome(

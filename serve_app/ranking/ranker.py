@@ -6,9 +6,10 @@ candidates ───────────────────────
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,12 @@ from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import Histories, HistoryStore, histories, sequence_row
-from serve_app.history.rows import find_refused_outcome, posted_columns, refuse_other_kind
+from serve_app.history.rows import (
+    find_refused_outcome,
+    posted_columns,
+    refuse_other_kind,
+    refuse_text_values,
+)
 from serve_app.ids import read_id
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
@@ -216,7 +222,9 @@ class Ranker:
             return refusal
         return (
             self._feature_refusal(["request_features"], head.request_features)
-            or self._feature_refusal(["candidates", "request_features"], request.features)
+            or self._feature_refusal(
+                ["candidates", "request_features"], request.features, request.feature_texts
+            )
             or self._history_refusal(head)
         )
 
@@ -231,11 +239,19 @@ class Ranker:
             refusal = refuse_other_kind(where, first, "item_id", text_ids)
         return refusal
 
-    def _feature_refusal(self, loc: list[str | int], features: Iterable[str]) -> Refusal | None:
+    def _feature_refusal(
+        self,
+        loc: list[str | int],
+        features: Mapping[str, Any],
+        texts: Mapping[str, int] | None = None,
+    ) -> Refusal | None:
+        """`texts`: values of the features that came as text, where `features` has codes alone."""
         for name in features:
             if name not in self.request_columns:
                 return _refuse(loc, f"one of {list(self.request_columns)}", name)
-        return None
+
+        values = features if texts is None else texts
+        return refuse_text_values(["body", *loc], values, self.cfg.source.events)
 
     def _history_refusal(self, head: RankHead) -> Refusal | None:
         rows = head.history or []

@@ -1,8 +1,8 @@
 """Lists for many users as columns: the body and the answer of `/v1/recommend/arrow`.
 
 The body is one Arrow IPC stream: a column `user_id` (int64, or string) and a column per request
-feature that differs between users (int32, null: as in the options); in the schema's metadata, under
-`recommend`, the JSON of `ArrowOptions`.
+feature that differs between users (int32, or text; null: as in the options); in the schema's
+metadata, under `recommend`, the JSON of `ArrowOptions`.
 The answer has a row per item: `user_id`, `place` (int32, 0 is best), `item_id`, `score`,
 `retrieval_score` (float32) and `source`; under `recommend` the other fields of each user's answer.
 """
@@ -19,7 +19,7 @@ from serve_app.columns import BadBody, read_ids, read_stream
 from serve_app.ids import TextId, own_id
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import ArrowOptions, ListOptions, RecommendRequest
-from serve_app.schemas import Refusal
+from serve_app.schemas import Refusal, TextValue
 
 OPTIONS = b"recommend"  # the metadata key
 USER_ID = "user_id"
@@ -43,7 +43,10 @@ def read_requests(body: bytes) -> list[RecommendRequest]:
 
     shared = {name: getattr(options, name) for name in ListOptions.model_fields}
     shared |= {"request_time_ms": options.request_time_ms, "order_by": options.order_by}
-    features = {name: table[name].to_pylist() for name in table.column_names if name != USER_ID}
+    features: dict[str, list[int | None]] = {}
+    for name in table.column_names:
+        if name != USER_ID:
+            features[name] = _values_of(table[name])
     requests = []
     for row, user_id in enumerate(users):
         own = {name: column[row] for name, column in features.items() if column[row] is not None}
@@ -52,6 +55,13 @@ def read_requests(body: bytes) -> list[RecommendRequest]:
         )
         requests.append(request)
     return requests
+
+
+def _values_of(column: pa.ChunkedArray) -> list[int | None]:
+    """A request feature's value for each user, None where it is the options'."""
+    if column.type == pa.int32():
+        return column.to_pylist()
+    return [TextValue(text) if text else None for text in column.to_pylist()]
 
 
 def _read_options(metadata: dict[bytes, bytes]) -> ArrowOptions:

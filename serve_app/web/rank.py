@@ -38,9 +38,10 @@ async def rank_arrow(http: Request, replica: RunningReplica) -> Response:
     """The same with candidates and scores as columns, for many candidates at a time.
 
     The body is an uncompressed Arrow IPC stream with a column `item_id` (int64, or string) and
-    one for each request feature that differs between candidates (int32, null: as in the
-    request); under the key `rank` of the schema's metadata is the rest of the request, the JSON
-    of a `RankHead`. The answer has the columns `item_id`, `score.<task>` (float32) and `place`
+    one for each request feature that differs between candidates (int32, or text as in the logs;
+    null: as in the request); under the key `rank` of the schema's metadata is the rest of the
+    request, the JSON of a `RankHead`. The answer has the columns `item_id`, `score.<task>`
+    (float32) and `place`
     (int32, 0 is best), and its other fields as JSON under the same key.
     """
     answer = await _rank(replica, RankColumns.from_arrow(await http.body()), http)

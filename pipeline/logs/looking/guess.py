@@ -58,10 +58,17 @@ class Guess:
     missing: list[str] = field(default_factory=list)  # what no column was found for
 
 
-def guess_columns(rows: pa.Table) -> Guess:
-    """The columns' meanings from some of the rows."""
+def guess_columns(rows: pa.Table, request_id: str | None = None) -> Guess:
+    """The columns' meanings from some of the rows.
+
+    Args:
+        request_id: column that is known to tell apart what was shown together.
+    """
     values = {name: plain_values(rows[name]) for name in rows.column_names}
     guess = Guess()
+    if request_id is not None:
+        guess.columns["request_id"] = request_id
+        guess.roles[request_id] = "request"
     _guess_time(values, guess)
     _guess_ids(values, guess)
     _guess_actions(values, guess)
@@ -203,6 +210,14 @@ def _is_flag(column: pa.Array) -> bool:
     return distinct <= {-1.0, 0.0, 1.0} and len(distinct) > 0
 
 
+def _is_text_flag(column: pa.Array) -> bool:
+    """True for the texts 0 and 1, as parts of a longer text are."""
+    if not is_text(column.type):
+        return False
+    distinct = set(column.drop_null().unique().to_pylist())
+    return bool(distinct) and distinct <= {"0", "1"}
+
+
 # Actions ---------------------------------------------------------------------
 
 
@@ -213,6 +228,10 @@ def _guess_actions(values: dict[str, pa.Array], guess: Guess) -> None:
         column, plain = values[name], plain_name(name)
         if EVENT.match(plain) or (name.startswith("column_") and _are_words(column)):
             _add_event_type(name, column, guess, taken)
+        elif _is_text_flag(column):
+            ours = log_name(name, taken)
+            guess.actions[ours] = {"column": name, "equals": 1}
+            guess.roles[name] = f"action {ours}"
         elif _is_flag(column) and not REQUEST.match(plain):
             ours = log_name(name, taken)
             number = column.cast(pa.float64(), safe=False) if is_number(column.type) else None

@@ -62,6 +62,10 @@ def _form(form: FileFormat) -> dict[str, Any]:
         given["names"] = list(form.names)
     if form.encoding != "utf8":
         given["encoding"] = form.encoding
+    if form.impressions is not None:
+        given["impressions"] = {"columns": list(form.impressions.columns)}
+        if form.impressions.names:
+            given["impressions"]["names"] = list(form.impressions.names)
     return given
 
 

@@ -1,12 +1,19 @@
 """The first rows of an unknown file, with what is needed to read it at all: separator and names."""
 
+# pyarrow makes its compute functions when it is imported
+# pyright: reportAttributeAccessIssue=false
+
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.config import FileFormat, UserError
+from pipeline.config import FileFormat, Impressions, UserError
+from pipeline.logs.columns import is_text, plain_values
 from pipeline.logs.files import PLAIN, find_files, locate, total_bytes
+from pipeline.logs.impressions import is_list, spread_rows
+from pipeline.logs.looking.guess import ITEM, plain_name
 from pipeline.logs.rows import open_rows
 from pipeline.logs.text_files import CSV_ENDINGS, JSON_ENDINGS, PACKED_ENDINGS, text_kind
 
@@ -14,6 +21,7 @@ SAMPLE_ROWS = 100_000
 FIRST_BYTES = 2**16
 SEPARATORS = ("\t", "::", ",", ";", "|", "\x01")
 MIN_COLUMNS = 2
+LABELLED = r"^\S+-[01](\s\S+-[01])*$"  # items that were shown, and if each was clicked
 VALUE = re.compile(r"^-?\d+(\.\d+)?$|^\d{4}-\d\d-\d\d")  # no name of a column
 
 
@@ -26,8 +34,9 @@ class Sample:
     left_out: dict[str, str]
     bytes: int
     format: FileFormat
-    rows: pa.Table
+    rows: pa.Table  # one exposure each, where the files have lists of them
     is_whole: bool  # `rows` are all there are
+    request_id: str | None = None  # of lists of exposures, the column that tells them apart
 
 
 def take_sample(path: str, key: str) -> Sample:
@@ -50,6 +59,54 @@ def take_sample(path: str, key: str) -> Sample:
     if rows.num_rows == 0:
         raise UserError(f"{key}: the files at {path!r} have no rows")
     return Sample(path, files, left_out, total_bytes(files), form, rows, is_whole)
+
+
+def spread_sample(sample: Sample) -> Sample:
+    """The sample with a row for each exposure, where its rows hold lists of them."""
+    how = guess_impressions(sample.rows)
+    if how is None:
+        return sample
+    return replace(
+        sample,
+        format=replace(sample.format, impressions=how),
+        rows=spread_rows(sample.rows, how),
+        request_id=_distinct_column(sample.rows, how),
+    )
+
+
+def guess_impressions(rows: pa.Table) -> Impressions | None:
+    """The lists of exposures in each row; None where there are none.
+
+    N1-0 N2-1 N3-0                text of an item and 0 or 1, as MIND has it
+    [{item: 1, clicked: 0}, …]    structs with an item
+    [1, 2], [0, 1]                lists of one length in every row, one of items
+    """
+    lists = {}
+    for name in rows.column_names:
+        values = plain_values(rows[name]).drop_null()
+        if is_text(values.type) and len(values):
+            if pc.all(pc.match_substring_regex(values.slice(0, 1000), LABELLED)).as_py():
+                return Impressions(columns=(name,), names=("item_id", "clicked"))
+        elif is_list(values.type):
+            inner = values.type.value_type
+            if pa.types.is_struct(inner) and any(ITEM.match(plain_name(f.name)) for f in inner):
+                return Impressions(columns=(name,))
+            if not pa.types.is_nested(inner):
+                lists[name] = pc.list_value_length(rows[name]).fill_null(0).combine_chunks()
+
+    items = [name for name in lists if ITEM.match(plain_name(name))]
+    together = [name for name in lists if items and lists[name].equals(lists[items[0]])]
+    return Impressions(columns=tuple(together)) if len(together) > 1 else None
+
+
+def _distinct_column(rows: pa.Table, how: Impressions) -> str | None:
+    """The first column that has another value in every row."""
+    for name in rows.column_names:
+        column = rows[name]
+        is_id = pa.types.is_integer(column.type) or is_text(column.type)
+        if name not in how.columns and is_id and len(column.unique()) == rows.num_rows:
+            return name
+    return None
 
 
 def _as_text(others: list[str]) -> tuple[FileFormat, list[str]]:
