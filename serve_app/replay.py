@@ -4,6 +4,7 @@ published sequences → past test requests → evaluation path (examples, collat
 /v1/rank
 """
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,20 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
         one = examples[i : i + 1]
         requests.append(_past(loaded, users, one, num_items, with_history=i >= half))
     use_own_ids([past.body for past in requests], cfg.sequence_dir)
+    for past in requests:
+        leave_out_long_history(past.body, cfg.serve)
     return requests
+
+
+def leave_out_long_history(body: dict[str, Any], limits: ServeConfig) -> None:
+    """Have a rank request bring no history that is more than the server takes; it then reads the
+    user's own.
+    """
+    if "history" not in body:
+        return
+    too_long = len(body["history"]) > limits.max_history
+    if too_long or len(json.dumps(body)) > limits.max_body_bytes:
+        del body["history"], body["first_position"]
 
 
 def use_own_ids(bodies: Sequence[dict[str, Any]], sequence_dir: Path) -> None:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, ServeConfig
 from pipeline.model.artifact import load_model
 from serve_app import replay
 from serve_app.columns import RankColumns
@@ -48,6 +48,18 @@ def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig
         assert np.ptp(served) > 0.01
         worst = max(worst, float(np.abs(served - past.scores).max()))
     assert worst < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("limits", "stays"), [({}, True), ({"max_history": 2}, False), ({"max_body_bytes": 150}, False)]
+)
+def test_a_history_that_the_server_would_refuse_is_not_sent(limits: dict, stays: bool) -> None:
+    """The default limits are each by itself: 16,384 rows can be more than 2 MB."""
+    rows = [{"item_id": item, "event_time": item, "actions": {"click": True}} for item in range(3)]
+    body = {"user_id": 3, "history": rows, "first_position": 5, "candidates": [{"item_id": 1}]}
+    replay.leave_out_long_history(body, ServeConfig(**limits))
+    assert ("history" in body) == ("first_position" in body) == stays
+    assert body["user_id"] == 3
 
 
 def test_a_skewed_server_is_noticed(world: tuple[RunConfig, Ranker]) -> None:

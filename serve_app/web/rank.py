@@ -41,8 +41,7 @@ async def rank_arrow(http: Request, replica: RunningReplica) -> Response:
     one for each request feature that differs between candidates (int32, or text as in the logs;
     null: as in the request); under the key `rank` of the schema's metadata is the rest of the
     request, the JSON of a `RankHead`. The answer has the columns `item_id`, `score.<task>`
-    (float32) and `place`
-    (int32, 0 is best), and its other fields as JSON under the same key.
+    (float32) and `place` (int32, 0 is best), and its other fields as JSON under the same key.
     """
     answer = await _rank(replica, RankColumns.from_arrow(await http.body()), http)
     if isinstance(answer, Refusal):
