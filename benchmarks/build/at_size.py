@@ -307,9 +307,9 @@ def _item_text(number: int) -> str:
     return hashlib.blake2b(number.to_bytes(8), digest_size=12).hexdigest()
 
 
-def own_logs(options: argparse.Namespace, name: str, logs: Path) -> Path:
-    """A preset that reads logs like a user's own."""
-    content = yaml.safe_load((options.folder / "ids.yaml").read_text())
+def own_logs(options: argparse.Namespace, made_by: Path, name: str, logs: Path) -> Path:
+    """A preset that reads logs like a user's own; `made_by`: the preset that has made them."""
+    content = yaml.safe_load(made_by.read_text())
     content["name"] = name
     kept = {key: content["source"][key] for key in ("actions", "request_columns")}
     optional = {key: key for key in ("request_id", "watch_ms", "tie_breaker")}
@@ -319,14 +319,18 @@ def own_logs(options: argparse.Namespace, name: str, logs: Path) -> Path:
     return path
 
 
-def measure_text_ids(options: argparse.Namespace) -> dict[str, Any]:
-    _, logs, rows = make_logs(options, options.rows, "ids", ROWS_PER_TEXT_USER)
-    texts = options.folder / "ids_as_text"
+def make_text_logs(options: argparse.Namespace, rows: int, name: str) -> tuple[Path, Path, int]:
+    """The presets of the same logs with ids of integers and of text, and their rows."""
+    made_by, logs, rows = make_logs(options, rows, name, ROWS_PER_TEXT_USER)
+    texts = options.folder / f"{name}_as_text"
     write_text_logs(logs, texts)
-    presets = {
-        "integers": own_logs(options, "ids_integers", logs),
-        "texts": own_logs(options, "ids_texts", texts),
-    }
+    integers = own_logs(options, made_by, f"{name}_integers", logs)
+    return integers, own_logs(options, made_by, f"{name}_texts", texts), rows
+
+
+def measure_text_ids(options: argparse.Namespace) -> dict[str, Any]:
+    integers, texts, rows = make_text_logs(options, options.rows, "ids")
+    presets = {"integers": integers, "texts": texts}
     found: dict[str, Any] = {"rows": rows, "load_average": [round(os.getloadavg()[0], 1)]}
     for name in presets:
         found[name] = {"seconds": [], "cpu_seconds": [], "peak_mb": []}
@@ -346,10 +350,18 @@ def measure_text_ids(options: argparse.Namespace) -> dict[str, Any]:
     found["dictionary_mb"] = round(sum(one.bytes for one in manifest.dictionary_files) / 2**20)
     found["ratio"] = _median_ratio(found, "seconds")
     found["cpu_ratio"] = _median_ratio(found, "cpu_seconds")
-    print(json.dumps(found), flush=True)  # the kills take as long again
-    unbroken_s = found["texts"]["seconds"][-1]
-    found["kills"] = _kill_text_build(options, presets["texts"], manifest.digest, unbroken_s)
-    return found
+    print(json.dumps(found), flush=True)  # what follows may take as long again
+    return found | measure_text_kills(options)
+
+
+def measure_text_kills(options: argparse.Namespace) -> dict[str, Any]:
+    """Builds of text ids, killed at a random moment and run again, of `--kill-rows` rows."""
+    _, preset, rows = make_text_logs(options, options.kill_rows or options.rows, "kill_ids")
+    folder = sequences_of(options, "kill_ids_texts")
+    shutil.rmtree(folder, ignore_errors=True)
+    unbroken_s = run(options, job("build_sequences", preset)).seconds
+    wanted = store.read_manifest(folder).digest
+    return {"kill_rows": rows, "kills": _kill_text_build(options, preset, wanted, unbroken_s)}
 
 
 def _median_ratio(found: dict[str, Any], what: str) -> float:
@@ -365,13 +377,13 @@ def _kill_text_build(
 ) -> list[dict[str, Any]]:
     rng, killed = random.Random(options.seed), []
     while len(killed) < options.kills:
-        shutil.rmtree(sequences_of(options, "ids_texts"))
+        shutil.rmtree(sequences_of(options, "kill_ids_texts"))
         command = Command(job("build_sequences", path), options.folder / "output.log")
         after = rng.uniform(0, unbroken_s)
         if not command.kill_after(after, only_driver=len(killed) % 2 == 0):
             continue  # it was done already
         run(options, job("build_sequences", path))
-        digest = store.read_manifest(sequences_of(options, "ids_texts")).digest
+        digest = store.read_manifest(sequences_of(options, "kill_ids_texts")).digest
         killed.append({"after_s": round(after, 1), "same_digest": digest == wanted})
         print(killed[-1], flush=True)
     return killed
@@ -415,6 +427,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="runs of each; 3 for speed, 1 for memory")
     parser.add_argument("--map-groups-repeats", type=int, default=3)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument(
+        "--kill-rows", type=int, help="text_ids: rows of the builds that are killed; default: all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of Ray")
     parser.add_argument("--object-store-mb", type=int, default=2000)

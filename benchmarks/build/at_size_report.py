@@ -131,8 +131,9 @@ def text_ids(found: dict[str, Any]) -> list[str]:
             "items, in turn, whole commands. The machine did other work meanwhile (load average "
             f"{min(load)} to {max(load)}). Text takes **{found['ratio']:.2f} times** as long and "
             f"**{found['cpu_ratio']:.2f} times** the processor's seconds, medians of the pairs; "
-            f"its dictionaries are {found['dictionary_mb']} MiB. Killed at a "
-            f"random moment and run again, it has the same digest in {same} of {len(kills)} cases.",
+            f"its dictionaries are {found['dictionary_mb']} MiB. Killed at a random moment and run "
+            f"again, a build of {found['kill_rows'] / 1e6:.1f}M rows has the same digest in {same} "
+            f"of {len(kills)} cases.",
         ),
         "",
         table(["", "seconds", "seconds of processors", "peak, MiB"], rows),
