@@ -9,7 +9,7 @@ import pytest
 from benchmarks.training.load_balance import WARM_UP, simulate, zipf_lengths
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
-from pipeline.batches.steps import step_plan
+from pipeline.batches.steps import cut_steps, deal_steps, step_plan
 from pipeline.batches.stochastic_length import balanced_cuts, deal_examples
 from pipeline.config import RunConfig, StochasticLengthConfig
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -52,6 +52,21 @@ def test_dealing_gives_every_example_once_and_every_rank_one() -> None:
         assert min(map(len, dealt)) > 0
     heavy = deal_examples(np.array([9.0, 1, 1, 1]), 2)
     assert [rows.tolist() for rows in heavy] == [[0], [1, 2, 3]]
+
+
+def test_steps_of_a_reader_come_to_equal_loads() -> None:
+    """By what they hold themselves, since no other rank's examples make up for a heavy one."""
+    rng = np.random.default_rng(0)
+    load = zipf_lengths(5000, 1.2, 64, 4096, rng).astype(np.float64)
+    order = rng.permutation(len(load))
+
+    def loads(steps: list[np.ndarray]) -> np.ndarray:
+        assert sorted(np.concatenate(steps).tolist()) == list(range(len(load)))
+        return np.array([load[step].sum() for step in steps]) / (load.sum() / len(steps))
+
+    assert loads(cut_steps(order, load, 500)).max() > 1.3
+    assert loads(deal_steps(order, load, 500)).max() < 1.05
+    assert [len(step) for step in deal_steps(order[:3], load, 5)] == [1, 1, 1, 0, 0]
 
 
 def world(folder: Path, balance: str) -> RunConfig:

@@ -14,7 +14,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.examples import user_events, whole_examples
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import Share, TrainLoader, made_ahead
-from pipeline.batches.steps import step_bounds, step_plan
+from pipeline.batches.steps import deck_slices, rank_decks, step_bounds, step_plan
 from pipeline.config import ConfigError, RunConfig
 from pipeline.sequences import store
 from pipeline.train.trainee import Trainee
@@ -97,6 +97,82 @@ def test_every_example_is_in_one_step_whatever_the_number_of_ranks(
     for world_size in (2, 3, 5):
         assert steps_of(cfg, 1, world_size) == epochs[1]
     assert steps_of(cfg, 1, 3, first_step=4) == epochs[1][4:]  # a run that goes on with other ranks
+
+
+@pytest.mark.parametrize(
+    ("how", "readers"),
+    [("users", 2), ("tokens", 5), ("short, sampling", 3), ("short, dealing", 2), ("tiny steps", 3)],
+)
+def test_steps_depend_on_the_readers_and_on_no_number_of_ranks(
+    tmp_path: Path, how: str, readers: int
+) -> None:
+    cfg = world(tmp_path, readers=readers, **CUTTING[how])
+    one_reader = steps_of(world(tmp_path / "one", **CUTTING[how]), 1, 1)
+    steps = steps_of(cfg, 1, readers)
+    assert all(steps), "an empty step"
+
+    # the targets of the epoch, each once, in other steps than those of one reader
+    assert targets_of(steps) == targets_of(one_reader)
+    assert steps != one_reader
+    for world_size in (1, 2, 7):
+        assert steps_of(cfg, 1, world_size) == steps
+    # a run that goes on with other ranks, in the middle of a pool
+    assert steps_of(cfg, 1, 2, first_step=3) == steps[3:]
+
+
+def targets_of(steps: list[list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    """User and bounds of the targets of all examples, sorted."""
+    return sorted((row[0], *row[3:]) for step in steps for row in step)
+
+
+def test_a_rank_reads_its_own_buckets_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two readers, two buckets: one each, in planning, in training and in the next epoch."""
+    cfg = world(tmp_path, batch_users=5, readers=2)
+    maps, plan, read = fit_features(cfg), step_plan(cfg), []
+    assert plan.pools == ((0, 1),)
+    reading = store.read_bucket
+    monkeypatch.setattr(store, "read_bucket", lambda *args: read.append(args[2]) or reading(*args))
+
+    users = []
+    for rank in range(2):
+        read.clear()
+        loader = TrainLoader(cfg, maps, plan, rank, world_size=2)
+        shares = [share for epoch in range(3) for share in loader.epoch_shares(epoch)]
+        assert read == [rank]
+        users.append({int(user) for share in shares for user in share.users.user_id})
+    assert users[0].isdisjoint(users[1])
+
+
+def test_a_rank_whose_deck_is_empty_takes_steps_all_the_same(tmp_path: Path) -> None:
+    """With more decks than users a rank has no example of its own, and adds nothing."""
+    cfg = world(tmp_path, batch_users=5, readers=60)
+    maps, plan = fit_features(cfg), step_plan(cfg)
+    shares = [next(TrainLoader(cfg, maps, plan, rank, 60).epoch_shares(0)) for rank in range(60)]
+    assert {share.idle for share in shares} == {False, True}
+    assert all(len(share.examples) for share in shares)
+
+
+@pytest.mark.parametrize(("readers", "ranks"), [(1, 4), (2, 4), (4, 2), (3, 8), (8, 3)])
+def test_every_deck_is_read_and_its_sharers_take_turns(readers: int, ranks: int) -> None:
+    found = [rank_decks(readers, rank, ranks) for rank in range(ranks)]
+    assert {deck for share in found for deck in share.decks} == set(range(readers))
+    for deck in range(readers):
+        sharing = [share for share in found if deck in share.decks]
+        assert sorted(share.turn for share in sharing) == list(range(len(sharing)))
+        assert {share.sharers for share in sharing} == {len(sharing)}
+
+
+def test_decks_take_every_user_of_a_pool_once() -> None:
+    for buckets, readers in ((1, 3), (3, 2), (4, 4), (5, 8)):
+        taken = [piece for deck in range(readers) for piece in deck_slices(buckets, readers, deck)]
+        assert sum(last - first for _, first, last in taken) == pytest.approx(buckets)
+        ends = {}
+        for place, first, last in taken:
+            assert first == ends.get(place, 0.0)  # where the deck before has ended
+            ends[place] = last
+        assert ends == dict.fromkeys(range(buckets), 1.0)
 
 
 def test_token_budget(tmp_path: Path) -> None:

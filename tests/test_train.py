@@ -143,6 +143,27 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
         assert torch.equal(tensor, resumed_weights[name]), name
 
 
+def test_checkpoints_and_validations_are_reported_once_and_in_order(tmp_path: Path) -> None:
+    """With the newest line of metrics; lines alone are not, since every rank waits for a report."""
+    told = []
+
+    def report(values: dict[str, float], folder: Path | None) -> None:
+        assert folder is None or (folder / "artifact.json").exists()
+        name = None if folder is None else folder.name
+        told.append((values["step"], name, values.get("val_sample/ne"), "train/loss" in values))
+
+    cfg = train_config(checkpoint_every=4, validate_every=6)
+    folder = CheckpointFolder(tmp_path, keep=3)
+    found = iter([0.9, 0.95])
+    run(cfg, checkpoints=folder, validate=lambda _: {"val_sample/ne": next(found)}, report=report)
+    assert told == [
+        (4, "step_00000004", None, True),
+        (6, "step_00000006", 0.9, True),  # the best so far
+        (8, "step_00000008", 0.9, True),
+        (12, "step_00000012", 0.95, True),
+    ]
+
+
 def test_averaged_weights_are_the_mean_of_snapshots(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=20)
     lines, last = run(train_config(checkpoint_every=1), checkpoints=folder)

@@ -229,6 +229,21 @@ def test_the_best_checkpoint_is_published(trained: RunConfig) -> None:
     assert mean == pytest.approx(last.state.best, abs=1e-6)
 
 
+def test_ray_train_knows_the_checkpoints_and_their_metrics(trained: RunConfig) -> None:
+    """Ours, where they lie: it copies none and keeps no other."""
+    from pipeline.train import trainer
+
+    notes = json.loads((trained.train_dir / trainer.RAY_NOTES).read_text())
+    told = {found["checkpoint_dir_name"]: found["metrics"] for found in notes["checkpoint_results"]}
+    last = trainer.earlier_checkpoint(trained)
+    assert last is not None
+    values = told[f"checkpoints/{last.folder.name}"]
+    assert values["step"] == last.state.step
+    assert values["val_sample/ne"] >= last.state.best
+    assert values["train/loss"] == losses(trained)[last.state.step]["train/loss"]
+    assert {path.name for path in trained.train_dir.iterdir() if path.is_dir()} == {"checkpoints"}
+
+
 def test_a_training_gone_wrong_is_one_message_and_not_tried_again(trained: RunConfig) -> None:
     from pipeline.train import trainer
 
@@ -270,7 +285,7 @@ def test_plan_says_what_training_would_take(
     from pipeline.train import supervision, trainer
 
     plan = trainer.plan_training(replace(trained, name="unbroken"))
-    assert plan["world_size"] == 2
+    assert plan["world_size"] == plan["readers"] == 2
     assert plan["steps_per_epoch"] * trained.train.epochs == max(losses(trained))
     model = load_model(trained.model_dir).model
     assert sum(plan["parameters"].values()) == sum(p.numel() for p in model.parameters())

@@ -60,12 +60,14 @@ class Feeding:
     bound_mb: float  # what `pool_memory` says
 
 
-def publish(folder: Path, cfg: RunConfig, lengths: np.ndarray) -> None:
-    """Users of these lengths in `NUM_BUCKETS` buckets."""
+def publish(
+    folder: Path, cfg: RunConfig, lengths: np.ndarray, num_buckets: int = NUM_BUCKETS
+) -> None:
+    """Users of these lengths in so many buckets."""
     (folder / store.VERSIONS).mkdir(parents=True)
     sequences = make_sequences(lengths, cfg, rows_before=int(lengths.max()))
     buckets = []
-    for number, rows in enumerate(np.array_split(np.arange(len(lengths)), NUM_BUCKETS)):
+    for number, rows in enumerate(np.array_split(np.arange(len(lengths)), num_buckets)):
         part, name = sequences.slice(rows[0], len(rows)), f"bucket-{number:05d}.parquet"
         pq.write_table(part, folder / name)
         num_rows = int(lengths[rows].sum())
@@ -87,7 +89,7 @@ def publish(folder: Path, cfg: RunConfig, lengths: np.ndarray) -> None:
         last_event_ms=0,
         actions=cfg.source.actions,
         request_columns=cfg.source.request_columns,
-        num_buckets=NUM_BUCKETS,
+        num_buckets=num_buckets,
         buckets=tuple(buckets),
         side_tables={},
         quarantine=(),

@@ -2,9 +2,10 @@
 alone.
 
 A step is a place in that order, so a run resumes by its epoch and step, with as many workers as it
-likes. The store is never in memory whole: a pool of a few buckets is, and the next one while it is
-being read in the background. Within a pool the examples are shuffled, cut into steps (steps.py),
-and each step is shared out to the ranks.
+likes. The store is never in memory whole: a rank's decks of one pool are, and those of the next one
+while they are being read in the background. The examples of a deck are shuffled and cut into steps
+(steps.py). A rank takes its decks' part of a step, or its share of that where several have the same
+deck.
 """
 
 from collections import deque
@@ -30,10 +31,12 @@ from pipeline.batches.features import FeatureMaps
 from pipeline.batches.steps import (
     StepPlan,
     cut_steps,
+    deal_steps,
+    deck_rng,
     load_plan,
     pool_order,
-    pool_rng,
-    read_pool,
+    rank_decks,
+    read_decks,
     token_counts,
 )
 from pipeline.batches.stochastic_length import LoadPlan
@@ -47,16 +50,24 @@ U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
+class Deck:
+    """The examples of a pool that one reader reads, shuffled and cut into steps."""
+
+    numbers: np.ndarray  # int64 [n], its examples among those of the pool
+    loads: LoadPlan
+    steps: list[np.ndarray]  # for each step the places of its examples in `numbers`
+    seed: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Pool:
-    """The examples of some buckets, shuffled and cut into steps."""
+    """One rank's decks of a pool."""
 
     number: int  # in the plan
     epoch: int
     users: UserEvents
     examples: Examples  # whole
-    loads: LoadPlan
-    steps: list[np.ndarray]  # the examples of each step
-    seed: list[int]
+    decks: list[Deck]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class Share:
 
     users: UserEvents
     examples: Examples
-    idle: bool  # no example was left for this rank: it takes the step's first, with weights of 0
+    idle: bool  # no example was left for this rank: it takes another's, with weights of 0
     epoch: int = 0
 
 
@@ -84,8 +95,7 @@ class TrainLoader:
         self.cfg = cfg
         self.maps = maps
         self.plan = plan
-        self.rank = rank
-        self.world_size = world_size
+        self.own = rank_decks(plan.readers, rank, world_size)
         self.manifest = store.read_manifest(cfg.sequence_dir)
         self.steps_per_epoch = plan.steps_per_epoch
         self._reader = ThreadPoolExecutor(1, "pool-reader")
@@ -112,18 +122,26 @@ class TrainLoader:
             done += num_steps
 
     def _share(self, pool: Pool, number: int) -> Share:
-        step = pool.steps[number]
         balance = self.cfg.train.stochastic_length.balance
-        target = pool.loads.drawn_loads.sum() / len(pool.steps)
-        seed = [*pool.seed, number]
-        shares, cut = pool.loads.share_step(step, self.world_size, target, balance, seed)
+        rows, cuts, others = [], [], []
 
-        mine = shares[self.rank]
-        idle = len(mine) == 0
+        for deck in pool.decks:
+            step = deck.steps[number]
+            target = deck.loads.drawn_loads.sum() / len(deck.steps)
+            seed = [*deck.seed, number]
+            shares, cut = deck.loads.share_step(step, self.own.sharers, target, balance, seed)
+
+            mine = shares[self.own.turn]
+            rows.append(deck.numbers[step[mine]])
+            cuts.append(cut[mine])
+            others.append((deck.numbers[step[:1]], cut[:1]))
+
+        idle = sum(map(len, rows)) == 0
         if idle:
-            mine = np.zeros(1, np.int64)
+            rows, cuts = _any_example(others)
 
-        examples = cut_histories(pool.examples[step[mine]], cut[mine], self.cfg.train)
+        chosen = pool.examples[np.concatenate(rows)]
+        examples = cut_histories(chosen, np.concatenate(cuts), self.cfg.train)
         return Share(pool.users, examples, idle, pool.epoch)
 
     def _batch(self, share: Share) -> SequenceBatch:
@@ -159,22 +177,64 @@ class TrainLoader:
         if held is not None and held.number == number:
             # the last of an epoch is the first of the next
             users, examples = held.users, held.examples
+            numbers = [deck.numbers for deck in held.decks]
         else:
-            users, examples = read_pool(self.cfg, self.manifest, self.plan.pools[number])
+            users, examples, numbers = self._read_decks(self.plan.pools[number])
+
+        decks = []
+        for deck, own in zip(self.own.decks, numbers, strict=True):
+            rng = deck_rng(epoch, place, deck, self.cfg.seed)
+            decks.append(self._shuffle(own, examples, self.plan.steps[number], rng))
+        return Pool(number, epoch, users, examples, decks)
+
+    def _read_decks(
+        self, buckets: tuple[int, ...]
+    ) -> tuple[UserEvents, Examples, list[np.ndarray]]:
+        """Users and examples of this rank's decks, and the numbers of each deck's examples."""
+        readers = self.plan.readers
+        found = read_decks(self.cfg, self.manifest, buckets, self.own.decks, readers)
+        users, examples, numbers = found
+
+        if len(examples) == 0:
+            # a step needs some example from every rank: one that is another's, with weights of 0
+            users, examples, _ = read_decks(self.cfg, self.manifest, buckets, [0], readers=1)
+        return users, examples, numbers
+
+    def _shuffle(
+        self, numbers: np.ndarray, examples: Examples, num_steps: int, rng: np.random.Generator
+    ) -> Deck:
+        train, own = self.cfg.train, examples[numbers]
 
         # the generator's order: cuts, then the order of examples, then the seed of the steps
-        rng = pool_rng(epoch, place, self.cfg.seed)
-        loads = load_plan(examples, self.cfg.train, rng)
-        order = rng.permutation(len(examples))
+        loads = load_plan(own, train, rng)
+        order = rng.permutation(len(own))
         seed = rng.integers(2**32, size=4).tolist()
 
-        whole, short = token_counts(examples, self.cfg.train)
-        tokens = np.where(loads.cut, short, whole)
-        steps = cut_steps(order, tokens, self.plan.steps[number], self.cfg.train)
-        return Pool(number, epoch, users, examples, loads, steps, seed)
+        sizes = None
+        if train.batch_tokens is not None:
+            whole, short = token_counts(own, train)
+            sizes = np.where(loads.cut, short, whole)
+
+        if self.plan.readers > 1 and train.stochastic_length.balance == "dealing":
+            steps = deal_steps(order, loads.drawn_loads if sizes is None else sizes, num_steps)
+        else:
+            steps = cut_steps(order, sizes, num_steps)
+        return Deck(numbers, loads, steps, seed)
 
     def _order(self, epoch: int) -> list[int]:
         return pool_order(len(self.plan.pools), epoch, self.cfg.seed)
+
+
+def _any_example(
+    others: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The first example of a step, of another rank, and whether it is cut; one of another step
+    where no deck of this rank has any.
+    """
+    for row, cut in others:
+        if len(row):
+            return [row], [cut]
+    return [np.zeros(1, np.int64)], [np.zeros(1, bool)]
 
 
 def made_ahead(make: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:

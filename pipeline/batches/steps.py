@@ -1,18 +1,27 @@
 """The steps of an epoch: pools of buckets, and into how many steps each is cut. Counted once,
 before any worker.
 
-A step is of the whole run, over all ranks: what it holds depends on the seed, the epoch and the
-data, never on the number of workers.
+    pool     a few buckets, which are in memory together
+    deck     the users of a pool that one reader reads, shuffled and cut by itself; a pool has as
+             many decks as the plan has readers
+    step     the next part of every deck
+
+A step is of the whole run, over all ranks: what it holds depends on the seed, the epoch, the data
+and the number of readers, never on the number of workers. A rank reads its own decks and no others
+(`rank_decks`).
 """
 
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.batches.events import offsets_of
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
@@ -20,7 +29,7 @@ from pipeline.batches.examples import (
     user_events,
     whole_examples,
 )
-from pipeline.batches.stochastic_length import LoadPlan, stochastic_cuts
+from pipeline.batches.stochastic_length import LoadPlan, deal_examples, stochastic_cuts
 from pipeline.config import RunConfig, TrainConfig, to_dict
 from pipeline.files import write_atomically
 from pipeline.sequences import store
@@ -29,6 +38,7 @@ from pipeline.sequences import store
 SETTINGS = ("seed", "source", "split", "tasks", "train")
 # a row of `UserEvents`, request columns left out: seven int64, two int32 and a bool
 ROW_BYTES = 65
+DEALT_STEPS = 16
 EXAMPLE_BYTES = 65  # a row of `Examples`, of `LoadPlan` and of the order
 
 
@@ -38,6 +48,7 @@ class StepPlan:
 
     pools: tuple[tuple[int, ...], ...]  # numbers of buckets
     steps: tuple[int, ...]  # of each pool, the same in every epoch
+    readers: int = 1  # decks of every pool
 
     @property
     def steps_per_epoch(self) -> int:
@@ -49,20 +60,86 @@ def pool_order(num_pools: int, epoch: int, seed: int) -> list[int]:
     return np.random.default_rng([seed, 2, epoch]).permutation(num_pools).tolist()
 
 
-def pool_rng(epoch: int, place: int, seed: int) -> np.random.Generator:
-    """The generator of the pool at `place` in the order of `epoch`: it draws first the stochastic
-    cuts, then the order.
+def deck_rng(epoch: int, place: int, deck: int, seed: int) -> np.random.Generator:
+    """The generator of a deck of the pool at `place` in the order of `epoch`: it draws first the
+    stochastic cuts, then the order.
     """
-    return np.random.default_rng([seed, 1, epoch, place])
+    of_deck = [deck] if deck else []
+    return np.random.default_rng([seed, 1, epoch, place, *of_deck])
 
 
-def read_pool(
-    cfg: RunConfig, manifest: store.Manifest, buckets: tuple[int, ...]
-) -> tuple[UserEvents, Examples]:
-    """The users of these buckets and their training examples, each with its whole history."""
-    tables = [store.read_bucket(cfg.sequence_dir, manifest, i) for i in buckets]
+@dataclass(frozen=True, slots=True)
+class DeckShare:
+    """The decks of one rank, and its turn among the ranks that have the same ones."""
+
+    decks: tuple[int, ...]
+    turn: int
+    sharers: int
+
+
+def rank_decks(readers: int, rank: int, world_size: int) -> DeckShare:
+    """Whole decks for each rank; where there are more ranks than decks, several share one.
+
+    readers = 4, two ranks      decks 0 2 | 1 3
+    readers = 2, four ranks     deck 0 | 1 | 0 | 1, each with two sharers
+    """
+    if world_size <= readers:
+        return DeckShare(tuple(range(rank, readers, world_size)), 0, 1)
+    deck = rank % readers
+    return DeckShare((deck,), rank // readers, len(range(deck, world_size, readers)))
+
+
+def deck_slices(num_buckets: int, readers: int, deck: int) -> list[tuple[int, float, float]]:
+    """What a deck takes of the buckets of a pool: their places, and from and to which part of their
+    users.
+
+        3 buckets, 2 readers    deck 0: all of the first, (1, 0.0, 0.5)
+                                deck 1: (1, 0.5, 1.0), all of the last
+    """
+    begin, end = deck * num_buckets / readers, (deck + 1) * num_buckets / readers
+    slices = []
+    for place in range(num_buckets):
+        first, last = max(begin - place, 0.0), min(end - place, 1.0)
+        if first < last:
+            slices.append((place, first, last))
+    return slices
+
+
+def read_decks(
+    cfg: RunConfig,
+    manifest: store.Manifest,
+    buckets: tuple[int, ...],
+    decks: Sequence[int],
+    readers: int,
+) -> tuple[UserEvents, Examples, list[np.ndarray]]:
+    """The users of these decks of the pool of `buckets`, their training examples, each with its
+    whole history, and for each deck the numbers of its examples.
+    """
+    tables, num_users = [], []
+    for deck in decks:
+        own = _deck_table(cfg.sequence_dir, manifest, buckets, deck, readers)
+        tables.append(own)
+        num_users.append(len(own))
     users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
-    return users, whole_examples(users, cfg.split, cfg.train)
+    examples = whole_examples(users, cfg.split, cfg.train)
+
+    numbers = []
+    user_bounds = offsets_of(np.array(num_users))
+    for first, last in itertools.pairwise(user_bounds):
+        inside = (first <= examples.user) & (examples.user < last)
+        numbers.append(np.flatnonzero(inside))
+    return users, examples, numbers
+
+
+def _deck_table(
+    folder: Path, manifest: store.Manifest, buckets: tuple[int, ...], deck: int, readers: int
+) -> pa.Table:
+    tables = []
+    for place, first, last in deck_slices(len(buckets), readers, deck):
+        table = store.read_bucket(folder, manifest, buckets[place])
+        begin, end = round(first * len(table)), round(last * len(table))
+        tables.append(table.slice(begin, end - begin))
+    return pa.concat_tables(tables)
 
 
 def load_plan(examples: Examples, train: TrainConfig, rng: np.random.Generator) -> LoadPlan:
@@ -91,24 +168,28 @@ def step_plan(cfg: RunConfig, cache: Path | None = None) -> StepPlan:
     if cache is not None and cache.exists():
         saved = json.loads(cache.read_text())
         if saved["key"] == key:
-            return StepPlan(tuple(map(tuple, saved["pools"])), tuple(saved["steps"]))
+            pools = tuple(map(tuple, saved["pools"]))
+            return StepPlan(pools, tuple(saved["steps"]), saved["readers"])
 
     plan = _count_steps(cfg, manifest)
     if cache is not None:
-        content = {"key": key, "pools": plan.pools, "steps": plan.steps}
+        content = {"key": key, **asdict(plan)}
         write_atomically(cache, json.dumps(content))
     return plan
 
 
 def pool_memory(sequence_dir: Path, train: TrainConfig, plan: StepPlan) -> int:
-    """About the most bytes of sequences in one worker: two pools, and one more while Arrow columns
-    are decoded.
+    """About the most bytes of sequences in one worker: its decks of two pools, and of one more
+    while Arrow columns are decoded.
     """
     manifest = store.read_manifest(sequence_dir)
     most_rows = 0
     for pool in plan.pools:
         rows = sum(manifest.buckets[i].rows for i in pool)
         most_rows = max(most_rows, rows)
+
+    own = rank_decks(plan.readers, 0, train.num_workers)
+    most_rows = most_rows * len(own.decks) // plan.readers
 
     row_bytes = ROW_BYTES + 4 * len(manifest.request_columns)
     if train.layout == "request":  # up to one example a row, else one in many rows
@@ -118,8 +199,9 @@ def pool_memory(sequence_dir: Path, train: TrainConfig, plan: StepPlan) -> int:
 
 def _count_steps(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
     # the buckets in order, as pools of nearly equal numbers
+    readers = cfg.train.readers or 1
     num_buckets = len(manifest.buckets)
-    num_pools = -(-num_buckets // cfg.train.pool_buckets)
+    num_pools = -(-num_buckets // (readers * cfg.train.pool_buckets))
     groups = np.array_split(np.arange(num_buckets), num_pools)
     pools = tuple(tuple(group.tolist()) for group in groups)
 
@@ -127,47 +209,91 @@ def _count_steps(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
 
     steps = []
     for number, buckets in enumerate(pools):
-        _, examples = read_pool(cfg, manifest, buckets)
-        rngs = []
-        for epoch, order in enumerate(orders):
-            rngs.append(pool_rng(epoch, order.index(number), cfg.seed))
-        steps.append(num_steps(examples, rngs, cfg.train))
-    return StepPlan(pools, tuple(steps))
+        places = [order.index(number) for order in orders]
+        sizes = []
+        for deck in range(readers):
+            _, examples, _ = read_decks(cfg, manifest, buckets, [deck], readers)
+            rngs = []
+            for epoch, place in enumerate(places):
+                rngs.append(deck_rng(epoch, place, deck, cfg.seed))
+            sizes.append(deck_size(examples, rngs, cfg.train))
+        steps.append(num_steps(sizes, cfg.train))
+    return StepPlan(pools, tuple(steps), readers)
 
 
-def num_steps(examples: Examples, rngs: list[np.random.Generator], train: TrainConfig) -> int:
-    """Steps of a pool of these whole examples, given what each epoch draws its cuts from.
+@dataclass(frozen=True, slots=True)
+class DeckSize:
+    """What the number of steps is counted from."""
 
-    Nearest to `train.batch_users` examples a step; or as few as keep the mean step within
-    `train.batch_tokens` in the epoch that draws the most tokens.
-    """
-    if len(examples) == 0:
-        return 0
-    if train.batch_users is not None:
-        return max(1, round(len(examples) / train.batch_users))
-    assert train.batch_tokens is not None
+    examples: int
+    tokens: tuple[float, ...]  # by epoch, as its cuts are drawn; none where nobody asks
+
+
+def deck_size(examples: Examples, rngs: list[np.random.Generator], train: TrainConfig) -> DeckSize:
+    """The size of a deck of these whole examples, given what each epoch draws its cuts from."""
+    if train.batch_tokens is None:
+        return DeckSize(len(examples), ())
 
     whole, short = token_counts(examples, train)
-    most_tokens = 0.0
+    tokens = []
     for rng in rngs:
         cut = stochastic_cuts(examples.num_history, train.stochastic_length, rng)
-        most_tokens = max(most_tokens, float(np.where(cut, short, whole).sum()))
-
-    fewest = -int(-most_tokens // train.batch_tokens)
-    return min(max(1, fewest), len(examples))
+        tokens.append(float(np.where(cut, short, whole).sum()))
+    return DeckSize(len(examples), tuple(tokens))
 
 
-def cut_steps(
-    order: np.ndarray, tokens: np.ndarray, num_steps: int, train: TrainConfig
-) -> list[np.ndarray]:
-    """The examples of a pool, in this `order`, as steps of nearly equal size; `tokens`: of each
-    example by number.
+def num_steps(decks: list[DeckSize], train: TrainConfig) -> int:
+    """Steps of a pool of these decks.
+
+    Nearest to `train.batch_users` examples a step; or as few as keep the mean step within
+    `train.batch_tokens` in the epoch that draws the most tokens. At most as many as the largest
+    deck has examples, so that none is empty.
+    """
+    num_examples = sum(deck.examples for deck in decks)
+    if num_examples == 0:
+        return 0
+
+    if train.batch_users is not None:
+        wanted = round(num_examples / train.batch_users)
+    else:
+        assert train.batch_tokens is not None
+        tokens = np.array([deck.tokens for deck in decks]).sum(axis=0)
+        wanted = -int(-tokens.max() // train.batch_tokens)
+
+    largest = max(deck.examples for deck in decks)
+    return min(max(1, wanted), largest)
+
+
+def cut_steps(order: np.ndarray, sizes: np.ndarray | None, num_steps: int) -> list[np.ndarray]:
+    """The examples of a deck, in this `order`, as steps of nearly equal size.
+
+    `sizes`, of each example by its number, are what is to be equal; None for the number of
+    examples. A deck of fewer examples than steps has none left for the last ones.
     """
     if num_steps == 0:
         return []
-    if train.batch_users is not None:
+    if sizes is None or len(order) < num_steps:
         return np.array_split(order, num_steps)
-    return np.split(order, step_bounds(tokens[order], num_steps)[1:-1])
+    return np.split(order, step_bounds(sizes[order], num_steps)[1:-1])
+
+
+def deal_steps(order: np.ndarray, sizes: np.ndarray, num_steps: int) -> list[np.ndarray]:
+    """As `cut_steps`, and evener: each `DEALT_STEPS` steps in a row share out what they have
+    together, the heaviest first.
+
+    A rank that reads alone has no other to make up for its heavy examples in the same step.
+    """
+    if num_steps == 0 or len(order) < num_steps:
+        return cut_steps(order, None, num_steps)
+    bounds = step_bounds(sizes[order], num_steps)
+
+    steps = []
+    for first in range(0, num_steps, DEALT_STEPS):
+        last = min(first + DEALT_STEPS, num_steps)
+        together = order[bounds[first] : bounds[last]]
+        for dealt in deal_examples(sizes[together], last - first):
+            steps.append(together[dealt])
+    return steps
 
 
 def step_bounds(tokens: np.ndarray, num_steps: int) -> np.ndarray:

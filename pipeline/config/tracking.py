@@ -29,6 +29,12 @@ class TrackingConfig:
     log_predictions: bool = setting(
         False, doc="Upload the predictions of an evaluation, a row per candidate, into its run."
     )
+    usage_every_s: float = setting(
+        10.0,
+        at_least=0,
+        doc="Seconds between two samples of what a training worker takes of its machine: CPU, "
+        "memory, GPU; more with over 8 workers. 0: none.",
+    )
     gate_max_ne: dict[str, float] = setting(
         {}, doc="Task: highest validation NE (normalised entropy) that may be promoted."
     )

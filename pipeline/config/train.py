@@ -79,13 +79,20 @@ class TrainConfig:
         None,
         at_least=1,
         doc="Tokens of a step, over all workers, in the place of train.batch_users: about equally "
-        "many in every step, and at most so many and one sequence more.",
+        "many in every step, and at most so many and one sequence more of each reader.",
     )
     pool_buckets: int = setting(
         4,
         at_least=1,
-        doc="Files of the store whose sequences are shuffled together. Twice as many are in "
-        "memory.",
+        doc="Files of the store that a reader shuffles together, with those of the other readers. "
+        "Twice as many are in memory.",
+    )
+    readers: int | None = setting(
+        None,
+        at_least=1,
+        doc="Parts of the store, each read by one worker alone. The order of the examples depends "
+        "on their number, not on that of the workers. Null: as many as train.num_workers when the "
+        "run begins, and no others when it goes on with more workers or fewer.",
     )
     loader_threads: int = setting(
         1, at_least=1, doc="Threads of each worker that prefetch batches."

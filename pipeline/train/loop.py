@@ -30,6 +30,7 @@ from pipeline.train.checkpoint import (
 from pipeline.train.guards import improved, watch_divergence
 from pipeline.train.interruption import Wishes
 from pipeline.train.meter import Meter, count_batches, prefetch_batches
+from pipeline.train.milestones import Milestones, Report
 from pipeline.train.optim import learning_rate_factor, resolve_warmup
 from pipeline.train.profile import StepProfiler
 from pipeline.train.trainee import Trainee
@@ -66,13 +67,15 @@ def train(
     profile_dir: Path | None = None,
     wishes: Wishes | None = None,
     begin_with: Callable[[Trainee], None] | None = None,
+    report: Report | None = None,
 ) -> RankingModel:
     """Train to the last step of the last epoch, or to an early stop, from `resume` on where it is
     given.
 
     `checkpoints` get one every `train.checkpoint_every` steps, at every validation better than all
     before, and at the end; `validate` is called every `train.validate_every` steps; `log` gets
-    values that are the same on all ranks, every `train.log_every` steps and after a validation.
+    values that are the same on all ranks, every `train.log_every` steps and after a validation, and
+    `report` the newest of them with each checkpoint and each validation, on every rank.
     Rank 0 leaves its trace of `train.profile_steps` in `profile_dir`. `wishes` may ask for a
     checkpoint at once, or for one and the end: then the run is not finished, and goes on from there
     another time. On a CPU that takes a step, on a GPU up to `train.log_every`, since looking for it
@@ -96,6 +99,7 @@ def train(
     cadence = Cadence(cfg.train, total_steps, validates=validate is not None)
     progress = Progress(trainee, state, total_steps, log)
     progress.tell_device()
+    milestones = Milestones(trainee, state, identity, checkpoints, report)
     profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
 
     batches = remaining_batches(loader, state, cfg, maps.vocab_sizes["item_id"] - 1)
@@ -123,15 +127,14 @@ def train(
         if progress.stops_early():
             break
         save = save or stop or due.checkpoint or progress.is_best
-        if checkpoints is not None and save and not due.end:
-            checkpoints.save(trainee.tensors(), state, identity)
+        if (save or due.validation) and not due.end:
+            milestones.pass_one(progress.newest, save=save)
         if stop and wishes is not None and not due.end:
             wishes.tell_stopped(state.step)
             return trainee.model
 
     state.finished = True
-    if checkpoints is not None:
-        checkpoints.save(trainee.tensors(), state, identity)
+    milestones.pass_one(progress.newest, save=True)
     return trainee.model
 
 
@@ -186,8 +189,8 @@ class Progress:
     """What a run says of itself: losses, speed and validations, to `log` and on rank 0 to the
     console.
 
-    `values` are those of the present step, and `is_best` says whether its validation beat all
-    before.
+    `values` are those of the present step, `newest` the newest of each name, and `is_best` says
+    whether its validation beat all before.
     """
 
     def __init__(
@@ -201,6 +204,7 @@ class Progress:
         sums = [state.loss_sum, state.weight_sum]
         self.sums = torch.tensor(sums, dtype=torch.float64, device=device)
         self.values: dict[str, float] = {}
+        self.newest: dict[str, float] = {}
         self.is_best = False
 
     def tell_device(self) -> None:
@@ -261,6 +265,7 @@ class Progress:
         """
         if self.log is not None and self.values:
             self.log(self.state.step, self.values)
+        self.newest |= self.values
         if "train/loss" in self.values:
             watch_divergence(self.state, self.values["train/loss"], self.cfg)
 

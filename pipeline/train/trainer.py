@@ -3,10 +3,10 @@ Ray Train.
 
 sequences → feature maps (driver) → workers: loader + loop → checkpoints → model folder (driver)
 
-Checkpoints are `CheckpointFolder`'s, as without Ray, and not handed to Ray Train: it would upload
-each rank's folder by itself, and a checkpoint must be there as a whole or not at all. A worker
-learns from the folder where the run stands, after a crash as after a new start, at this number of
-workers or another.
+Checkpoints are `CheckpointFolder`'s, as without Ray: a checkpoint must be there as a whole or not
+at all. Ray Train is told of each, with the newest metrics, and copies none (`worker._report`). A
+worker learns from the folder where the run stands, after a crash as after a new start, at this
+number of workers or another.
 """
 
 import logging
@@ -52,6 +52,8 @@ from pipeline.train.worker import open_checkpoints, train_worker, worker_resourc
 
 logger = logging.getLogger(__name__)
 
+RAY_NOTES = "checkpoint_manager_snapshot.json"  # of Ray Train, in the training folder
+
 
 def fit_model(
     cfg: RunConfig,
@@ -81,10 +83,12 @@ def fit_model(
     check_run(cfg)
     start = prepare_start(cfg, champion, restart=restart)
     cfg = with_start(cfg, start)
-    folder, train = cfg.train_dir, cfg.train
+    folder = cfg.train_dir
 
     digest = store.read_manifest(cfg.sequence_dir).digest
     before = earlier_checkpoint(cfg)  # tells a mistake before any worker starts
+    cfg = with_readers(cfg, before)
+    train = cfg.train
     check_periods(cfg)
     maps = fit_features(cfg)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +101,8 @@ def fit_model(
         refuse_long_warmup(train.warmup_steps, steps.steps_per_epoch * train.epochs)
         # Train's cleaner of placement groups asks the dashboard, and complains where there is none
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
-            # Ray Train's notes of an earlier attempt
-            shutil.rmtree(folder / "ray", ignore_errors=True)
+            # Ray Train's notes of an earlier attempt: they name checkpoints that may be gone
+            (folder / RAY_NOTES).unlink(missing_ok=True)
             run_attempt(_make_trainer(cfg, digest, steps, run, start), train, folder)
 
     trained = _chosen_checkpoint(open_checkpoints(folder, train), train.publish)
@@ -149,8 +153,19 @@ def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     found = open_checkpoints(cfg.train_dir, cfg.train).newest()
     if found is not None:
         digest = store.read_manifest(cfg.sequence_dir).digest
-        check_identity(found.identity, run_identity(cfg, digest), cfg.name)
+        wanted = run_identity(with_readers(cfg, found), digest)
+        check_identity(found.identity, wanted, cfg.name)
     return found
+
+
+def with_readers(cfg: RunConfig, before: Saved | None) -> RunConfig:
+    """The settings with the number of readers: where they leave it open, as many as the run has
+    workers when it begins, and as many as it began with when it goes on from `before`.
+    """
+    if cfg.train.readers is not None:
+        return cfg
+    readers = cfg.train.num_workers if before is None else before.identity.get("train.readers")
+    return replace(cfg, train=replace(cfg.train, readers=readers))
 
 
 def trained_on(folder: Path, train: TrainConfig) -> str | None:
@@ -190,8 +205,9 @@ def _make_trainer(
             resources_per_worker=worker_resources(train),
         ),
         run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=str(cfg.train_dir),
+            # its folder holds ours, so that it may name our checkpoints
+            name=cfg.train_dir.name,
+            storage_path=str(cfg.train_dir.parent),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
@@ -208,6 +224,8 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     refuse_impossible_size(cfg.ray, train)
     periods = check_periods(cfg)
 
+    before = open_checkpoints(cfg.train_dir, train).newest()
+    cfg = with_readers(cfg, before)
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
     with torch.device("meta"):  # shapes alone: a table may be larger than this machine
@@ -218,11 +236,11 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     placed, steps = describe_tables(tables), step_plan(cfg)
     total_steps = steps.steps_per_epoch * train.epochs
     refuse_long_warmup(train.warmup_steps, total_steps)
-    before = open_checkpoints(cfg.train_dir, train).newest()
 
     return {
         "world_size": train.num_workers,
         "device": "cuda" if train.use_gpu else "cpu",
+        "readers": steps.readers,
         "steps_per_epoch": steps.steps_per_epoch,
         "epochs": train.epochs,
         "warmup_steps": resolve_warmup(train.warmup_steps, total_steps),

@@ -7,13 +7,14 @@ leaves the reason in `stopped.json` for the driver, and whoever is started after
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipeline import config
 from pipeline.batches.features import FeatureMaps
@@ -28,6 +29,7 @@ from pipeline.train.guards import TrainingStopped
 from pipeline.train.interruption import WishWatcher
 from pipeline.train.metrics import METRICS, MetricsFeed, MetricsFile
 from pipeline.train.trainee import Trainee
+from pipeline.train.usage import UsageMonitor
 from pipeline.train.validation import Validator
 from pipeline.train.warm_start import WarmStart, load_start
 
@@ -53,6 +55,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         UserError: a mistake that only a worker could see, for the driver in `stopped.json` as well.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # each rank would print all values of each report
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     cfg = config.from_dict(settings["cfg"])
     folder = cfg.train_dir
     if (folder / STOPPED).exists():
@@ -108,7 +112,8 @@ def _train_rank(cfg: RunConfig, settings: dict[str, Any]) -> None:
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
         begin = resume.state.step if resume else 0
         metrics = _open_metrics(folder, begin, run) if rank == 0 else nullcontext(_log_nothing)
-        with metrics as log, WishWatcher(folder, rank) as wishes:
+        usage = _watch_usage(cfg, run, device, rank, world_size)
+        with metrics as log, usage, WishWatcher(folder, rank) as wishes:
             loop.train(
                 cfg,
                 maps,
@@ -124,7 +129,33 @@ def _train_rank(cfg: RunConfig, settings: dict[str, Any]) -> None:
                 profile_dir=folder / "profile",
                 wishes=wishes,
                 begin_with=begin_with,
+                report=_report,
             )
+
+
+def _watch_usage(
+    cfg: RunConfig, run: Run | None, device: torch.device, rank: int, world_size: int
+) -> AbstractContextManager[object]:
+    if run is None:
+        return nullcontext()
+    every_s = cfg.tracking.usage_every_s
+    return UsageMonitor(run.log_metrics, every_s, device, rank, world_size)
+
+
+def _report(values: dict[str, float], folder: Path | None) -> None:
+    """Tell Ray Train, for its dashboard and for Tune; all ranks call it, and it keeps what rank 0
+    says.
+
+    The checkpoint is there already, from all ranks: Ray Train notes where, and copies nothing.
+    """
+    first = ray.train.get_context().get_world_rank() == 0
+    saved = Checkpoint.from_directory(str(folder)) if first and folder is not None else None
+    ray.train.report(
+        values,
+        checkpoint=saved,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        delete_local_checkpoint_after_upload=False,
+    )
 
 
 def _log_nothing(step: int, values: dict[str, float]) -> None:
