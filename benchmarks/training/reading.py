@@ -129,11 +129,12 @@ def section(run: Figures) -> str:
 `{run["command"]}`: users of 40 rows on average, and users of Zipf lengths from 64 to 4,096 rows,
 each in {NUM_BUCKETS} buckets; an epoch of steps of {STEP_TOKENS:,} tokens a rank, pools of
 {run["pool_buckets"]} buckets a reader. The bytes are those of the process, from disk or cache; the
-last 64 kB of a file, where its index is, are read twice. With one reader every rank reads the whole store; with as many readers as ranks each reads its share, and
-a step holds another sample of the same users. The last column is what the ranks wait for each
-other, without stochastic length. One reader can deal a step evenly; decks are as even as the users
-that the hash has given them, so a few hundred users of very different lengths are better read by
-one. {machine["cpu"]}, pyarrow {machine["pyarrow"]}, Python {machine["python"]}.
+last 64 kB of a file, where its index is, are read twice. With one reader every rank reads the whole
+store; with as many readers as ranks each reads its share, and a step holds another sample of the
+same users. The last column is what the ranks wait for each other, without stochastic length. One
+reader can deal a step evenly; decks are as even as the users that the hash has given them, so a few
+hundred users of very different lengths are better read by one. {machine["cpu"]}, pyarrow
+{machine["pyarrow"]}, Python {machine["python"]}.
 
 {table(header, rows)}"""
 
