@@ -80,6 +80,17 @@ def test_every_ray_start_names_its_memory_spill_folder_and_metrics_port(cluster)
             assert option in start
 
 
+def test_every_node_has_the_shared_folder_before_its_container_starts(cluster):
+    """Checkpoints and sequences are read on other nodes than they were written on."""
+    mounts = [c for c in cluster["initialization_commands"] if "mount -t nfs4" in c]
+    assert len(mounts) == 1, "of all nodes: no node type has commands of its own"
+    assert mounts[0].rstrip(")").endswith(":/ /shared")
+    assert "--volume=/shared:/shared" in cluster["docker"]["run_options"]
+    for node_type in cluster["available_node_types"].values():
+        assert "initialization_commands" not in node_type
+        assert "docker" not in node_type
+
+
 def test_token_auth_and_ingress_variables_reach_every_node(cluster):
     options = " ".join(cluster["docker"]["run_options"])
     for variable in (

@@ -23,41 +23,26 @@ from pipeline import config
 from pipeline.config import UserError
 from pipeline.tracking import PinnedModel
 from serve_app import deployment
+from tests.support.kubernetes import (
+    BOOL,
+    COUNT,
+    LABEL,
+    PORT,
+    QUANTITIES,
+    SECRET_KEY,
+    STRING,
+    STRINGS,
+    each,
+    fields,
+    one_of,
+)
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parents[1]
 KUBERAY = ROOT / "deploy" / "kuberay"
-STRING, BOOL = {"type": "string"}, {"type": "boolean"}
-COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}  # int32
-LABEL = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
-PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
-QUANTITY = {"type": "string", "pattern": r"^[0-9]+(m|Ki|Mi|Gi|Ti)?$"}
-STRINGS = {"type": "object", "additionalProperties": STRING}
-
-
-def fields(required: str = "", **known: dict) -> dict:
-    """An object of these fields alone."""
-    return {
-        "type": "object",
-        "properties": known,
-        "required": required.split(),
-        "additionalProperties": False,
-    }
-
-
-def each(of: dict) -> dict:
-    return {"type": "array", "items": of, "minItems": 1}
-
-
-def one_of(*values: str) -> dict:
-    return {"enum": list(values)}
-
-
 # A RayJob's or RayService's cluster is named after it, with a suffix, and that one's services with
 # another.
 METADATA = fields("name", name=LABEL | {"maxLength": 47}, annotations=STRINGS, labels=STRINGS)
-QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
-SECRET_KEY = fields("secretKeyRef", secretKeyRef=fields("name key", name=STRING, key=STRING))
 # a name, one value
 ENV = fields("name", name=STRING, value=STRING, valueFrom=SECRET_KEY) | {"maxProperties": 2}
 CONTAINER = fields(
@@ -76,7 +61,7 @@ VOLUME = fields(
     "name",
     name=LABEL,
     persistentVolumeClaim=fields("claimName", claimName=STRING),
-    emptyDir=fields(sizeLimit=QUANTITY),
+    emptyDir=fields(sizeLimit=QUANTITIES["additionalProperties"]),
     secret=fields("secretName", secretName=STRING),
 ) | {"minProperties": 2, "maxProperties": 2}  # a name, one source
 POD = fields(
@@ -86,6 +71,9 @@ POD = fields(
         containers=each(CONTAINER),
         volumes=each(VOLUME),
         serviceAccountName=STRING,
+        securityContext=fields(
+            fsGroup=COUNT, fsGroupChangePolicy=one_of("OnRootMismatch", "Always")
+        ),
         terminationGracePeriodSeconds=COUNT,
         tolerations=each(
             fields(
@@ -270,8 +258,11 @@ def test_pods_are_alike_where_they_must_be(name: str):
         assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
         assert pod["serviceAccountName"] == account["metadata"]["name"]
+        # the user of Ray's images may write to a volume of the network only by its group
+        assert pod["securityContext"]["fsGroup"] == 100
         # Ray counts the limits
         assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert "ephemeral-storage" in container["resources"]["limits"], "what spills is counted"
     assert len(images) == len(environments) == 1
     variables = dict(environments.pop())
     serve = (
