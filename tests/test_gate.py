@@ -77,6 +77,18 @@ def test_a_task_that_the_rows_do_not_define_is_left_out_and_named() -> None:
     assert not judge_version(GATE, TASKS, worse, version(1, BOTH)).promoted
 
 
+def test_a_task_that_only_the_champion_predicts_is_named() -> None:
+    """Two versions of other tasks are held against each other by what both predict."""
+    wider = version(1, BOTH | {"is_follow": 0.5})
+    decision = judge_version(GATE, TASKS, version(2, BOTH), wider)
+    assert decision.promoted
+    assert "over is_click, is_like +0.0000" in decision.reason
+    assert "(no longer predicted: is_follow)" in decision.reason
+
+    decision = judge_version(GATE, (*TASKS, "is_follow"), wider, version(3, BOTH))
+    assert "left out, not defined on both sides: is_follow" in decision.reason
+
+
 @pytest.mark.parametrize("champion", [None, version(1, BOTH)])
 @pytest.mark.parametrize("value", [NAN, math.inf])
 def test_a_model_whose_scores_are_no_numbers_is_never_promoted(

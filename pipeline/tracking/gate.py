@@ -175,7 +175,7 @@ def _compared(
         said += f", by version {stand_in} in the place of {challenger.version}"
     if scored_anew:
         said += ", scored anew on the challenger's rows"
-    said += _left_out(tasks, shared)
+    said += _left_out(tasks, shared) + _given_up(tasks, old)
 
     if not change <= settings.gate_max_regression:
         return Decision(False, f"refused: {said}, allowed {settings.gate_max_regression:+g}")
@@ -185,6 +185,12 @@ def _compared(
 def _left_out(tasks: Sequence[str], counted: Mapping[str, float] | Sequence[str]) -> str:
     missing = [task for task in tasks if task not in counted]
     return f" (left out, not defined on both sides: {', '.join(missing)})" if missing else ""
+
+
+def _given_up(tasks: Sequence[str], old: Mapping[str, float]) -> str:
+    """Names what the champion predicts and the challenger does not."""
+    gone = [task for task in old if task not in tasks]
+    return f" (no longer predicted: {', '.join(gone)})" if gone else ""
 
 
 def _stand_in(challenger: Version) -> str:
