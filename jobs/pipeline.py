@@ -122,8 +122,9 @@ def run_chain(
     """Every stage once, in order; returns what `summary.json` holds.
 
     With `append` new files of the logs join the published sequences. Where the last training read
-    others a new one begins, with the champion's weights if they fit and rows have joined the
-    training period; without a new file, or after a kill, it goes on where it was. `baseline` is
+    others, or had another split, a new one begins, with the champion's weights if they fit and rows
+    have joined the training period; with neither, or after a kill, it goes on where it was.
+    `baseline` is
     trained on the same sequences at the end, to be compared with.
     """
     manifest = prepare_sequences(cfg, append=append)
@@ -143,7 +144,7 @@ def run_chain(
         )
 
     print_stage(3, "training")
-    restart = append and trainer.trained_on(cfg.train_dir, cfg.train) not in (None, manifest.digest)
+    restart = append and trainer.trained_on_other_rows(cfg, manifest.digest)
     cfg, beginning = choose_start(cfg, tracker, append=append, restart=restart)
     if not restart:
         trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
@@ -239,7 +240,7 @@ def compare(
     names = [cfg.name]
     if baseline is not None:
         names.append(baseline.name)
-        anew = trainer.trained_on(baseline.train_dir, baseline.train) not in (None, manifest.digest)
+        anew = trainer.trained_on_other_rows(baseline, manifest.digest)
         with tracker.start_run(baseline, manifest) as run:
             model = trainer.fit_model(baseline, run, restart=anew)
             found = evaluator.evaluate_model(baseline, model)

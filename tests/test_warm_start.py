@@ -15,8 +15,9 @@ from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
 from pipeline.model.artifact import load_model, save_model
 from pipeline.sequences import store
 from pipeline.train import loop
-from pipeline.train.checkpoint import CheckpointFolder
+from pipeline.train.checkpoint import CheckpointFolder, TrainState, run_identity
 from pipeline.train.trainee import Trainee
+from pipeline.train.trainer import trained_on_other_rows
 from pipeline.train.warm_start import (
     WarmStart,
     load_start,
@@ -139,6 +140,36 @@ def test_moments_go_on_where_the_checkpoint_is_there(
     rows = match_vocabularies(maps, new_maps, day_on.features)["item_id"]
     moments = before.rowwise.v[path][rows] * torch.from_numpy(rows > 0)
     assert torch.equal(trainee.rowwise.v[path], moments)
+
+
+def test_a_day_has_its_own_passes_and_a_warm_up_that_fits(
+    champion: tuple[RunConfig, Path],
+) -> None:
+    """Settings of a long training from nothing are no obstacle to a short one from the champion."""
+    base, folder = champion
+    cfg = later(base, epochs=3, warmup_steps=100)
+    train = with_start(cfg, start_from(cfg, folder)).train
+    assert (train.epochs, train.warmup_steps) == (1, None)
+    cfg = later(base, epochs=3, champion_epochs=2)
+    assert with_start(cfg, start_from(cfg, folder)).train.epochs == 2
+    assert with_start(cfg, None).train.epochs == 3, "from nothing"
+
+
+def test_other_rows_are_told_by_sequences_and_split(
+    champion: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
+    """Where no file came but the days moved on, a training does not go on where it was."""
+    base, _ = champion
+    cfg = replace(base, name="today", runs_dir=str(tmp_path))
+    assert not trained_on_other_rows(cfg, "a"), "no training yet"
+
+    checkpoints = CheckpointFolder(cfg.train_dir / "checkpoints", keep=1)
+    state = TrainState(steps_per_epoch=1, finished=True)
+    checkpoints.save({"weight": torch.zeros(2)}, state, run_identity(cfg, "a"))
+    assert not trained_on_other_rows(cfg, "a")
+    assert trained_on_other_rows(cfg, "b")
+    assert trained_on_other_rows(later(cfg), "a")
+    assert not trained_on_other_rows(replace(cfg, seed=7), "a"), "a mistake, told elsewhere"
 
 
 def test_new_rows_are_targets_and_a_share_of_the_old_ones(champion: tuple[RunConfig, Path]) -> None:

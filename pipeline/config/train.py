@@ -70,6 +70,12 @@ class TrainConfig:
         doc="Share of the sequences before train.targets_since that are trained on again.",
     )
     epochs: int = setting(2, at_least=1, doc="Number of passes over the training period.")
+    champion_epochs: int = setting(
+        1,
+        at_least=1,
+        doc="The same with init champion, which has had its passes over the older rows: on few new "
+        "ones several soon learn them by heart.",
+    )
     batch_users: int | None = setting(
         32,
         at_least=1,
@@ -125,7 +131,8 @@ class TrainConfig:
         None,
         at_least=0,
         doc="Steps over which the learning rates rise; then they fall to 0 by a cosine. At most a "
-        "tenth of the run's steps. Null: 100, or a fifth of a short run's steps.",
+        "tenth of the run's steps. Null, and with init champion: 100, or a fifth of a short run's "
+        "steps.",
     )
     grad_clip: float = setting(
         1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."

@@ -23,7 +23,7 @@ from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
-from pipeline.config import Outage, RunConfig, TrainConfig
+from pipeline.config import Outage, RunConfig
 from pipeline.model.artifact import publish_model
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
@@ -168,12 +168,16 @@ def with_readers(cfg: RunConfig, before: Saved | None) -> RunConfig:
     return replace(cfg, train=replace(cfg.train, readers=readers))
 
 
-def trained_on(folder: Path, train: TrainConfig) -> str | None:
-    """Digest of the sequences that the newest checkpoint below `folder` (`RunConfig.train_dir`) has
-    read; None where there is none.
+def trained_on_other_rows(cfg: RunConfig, digest: str) -> bool:
+    """True where the run's newest checkpoint has read other sequences than those of `digest`, or
+    under another split: the days have moved on.
     """
-    found = open_checkpoints(folder, train).newest()
-    return None if found is None else found.identity["sequences"]
+    found = open_checkpoints(cfg.train_dir, cfg.train).newest()
+    if found is None:
+        return False
+    now = run_identity(cfg, digest)
+    rows = [key for key in now if key == "sequences" or key.startswith("split.")]
+    return any(found.identity.get(key) != now[key] for key in rows)
 
 
 def _chosen_checkpoint(checkpoints: CheckpointFolder, publish: str) -> Saved:

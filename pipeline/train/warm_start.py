@@ -141,10 +141,18 @@ def aside(cfg: RunConfig) -> Path:
 
 
 def with_start(cfg: RunConfig, start: WarmStart | None) -> RunConfig:
-    """The settings with the time from which rows are new."""
+    """The settings of a training that begins so: the time from which rows are new, its own number
+    of passes, and a warm-up that fits however few steps a day has.
+    """
     if start is None:
         return cfg
-    return replace(cfg, train=replace(cfg.train, targets_since=start.targets_since))
+    train = replace(
+        cfg.train,
+        targets_since=start.targets_since,
+        epochs=cfg.train.champion_epochs,
+        warmup_steps=None,
+    )
+    return replace(cfg, train=train)
 
 
 def own_checkpoint(folder: Path, model: Path) -> Path | None:
