@@ -27,6 +27,7 @@ from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.page.schemas import Question, Shown
 from serve_app.page.showcase import Showcase
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
+from serve_app.ranking.explain import Explanations
 from serve_app.ranking.lookups import Lookups
 from serve_app.ranking.rollout import RankJob, ReceivedRequest, Rollout, load_rollout
 from serve_app.recommend.jobs import receive_list
@@ -37,6 +38,7 @@ from serve_app.web.api import make_api
 from serve_app.web.page.routes import PageSettings
 from serve_app.web.protection import ApiKeys, RateLimit
 from serve_app.web.replica import Overloaded, Replica, Unavailable
+from serve_app.web.tracing import make_tracer
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,6 +65,7 @@ class Ranking:
         self.counts = ReplicaMetrics()
 
         self.look_up = Lookups()
+        self.explain = Explanations()
         self.batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
         # events that wait together share a transaction and its fsync
         self.appender = MicroBatcher(self._append_events)
@@ -111,7 +114,11 @@ class Ranking:
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         """Score one request, together with those that wait."""
-        return await self.batcher(await self.look_up(self._current.receive(request)))
+        received = await self.look_up(self._current.receive(request))
+        answer = await self.batcher(received)
+        if request.head.explain and isinstance(answer, RankedColumns):
+            return await self.explain(received, answer)
+        return answer
 
     async def recommend(
         self, requests: Sequence[RecommendRequest]
@@ -340,8 +347,11 @@ class Arguments(BaseModel):
     max_wait_ms: float = 500.0
     request_timeout_s: float = 10.0
     body_timeout_s: float = 2.0
+    max_rank_users: int = 100
     max_recommend_users: int = 100
     hosts: list[str] | None = None
+    trace_context: bool = False
+    otlp_endpoint: str | None = None
     served_log: ServedLogSettings | None = None
     page: PageSettings | None = None
 
@@ -355,6 +365,10 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
     if args.rate_limit_per_s is not None:
         rate_limit = RateLimit(args.rate_limit_per_s)
 
+    tracer = None
+    if args.trace_context:
+        tracer = make_tracer(args.otlp_endpoint)
+
     return make_api(
         replica,
         args.max_body_bytes,
@@ -363,11 +377,13 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
         body_timeout_s=args.body_timeout_s,
+        max_rank_users=args.max_rank_users,
         max_recommend_users=args.max_recommend_users,
         id_is_sent=True,
         hosts=None if args.hosts is None else frozenset(args.hosts),
         served_log=args.served_log,
         page=args.page,
+        tracer=tracer,
         name=_own_id(),
     )
 

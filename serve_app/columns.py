@@ -7,27 +7,36 @@ go out as.
 The Arrow body is one IPC stream: a column `item_id` (int64, or string) and a column per request
 feature (int32, or the logs' own text; null where the request's own holds), and in the schema's
 metadata, under `rank`, the rest of the request as the JSON of `RankHead`. The answer has `item_id`,
-`score.<task>` (float32) and `place` (int32, 0 is best), and its other fields under `rank`.
+`score.<task>` (float32) and `place` (int32, 0 is best), and its other fields under `rank`; with
+`top_k` its rows are the best alone, and `candidate` (int32) says which of the request's they are.
 """
 
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.logs.columns import text_codes as feature_codes
 from pipeline.logs.ids import LONGEST_ID, text_codes
 from serve_app.ids import TextId, id_text
-from serve_app.schemas import RankHead, RankRequest, RankResponse, Refusal, TextValue
+from serve_app.schemas import (
+    RankExplanation,
+    RankHead,
+    RankRequest,
+    RankResponse,
+    Refusal,
+    TextValue,
+)
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 HEAD = b"rank"  # the metadata key
 UNKNOWN = -1  # of a request column
+Head = TypeVar("Head", bound=BaseModel)
 ID_TYPES = (pa.int64(), pa.string(), pa.large_string())
 FEATURE_TYPES = (pa.int32(), pa.string(), pa.large_string())
 
@@ -63,6 +72,16 @@ class RankColumns:
     def __len__(self) -> int:
         return len(self.item_id)
 
+    def take(self, rows: np.ndarray) -> "RankColumns":
+        """These candidates alone."""
+        texts = self.item_text
+        return replace(
+            self,
+            item_id=self.item_id[rows],
+            features={name: column[rows] for name, column in self.features.items()},
+            item_text=None if texts is None else [texts[row] for row in rows.tolist()],
+        )
+
     def feature(self, name: str) -> np.ndarray:
         """int32 [C]"""
         if name in self.features:
@@ -71,28 +90,34 @@ class RankColumns:
 
     @classmethod
     def of(cls, request: RankRequest) -> "RankColumns":
-        asked, shared = request.candidates, request.request_features
+        """The same as columns.
+
+        Raises:
+            BadBody: some item ids are text and some are integers.
+        """
+        asked = request.candidates
         items = [candidate.item_id for candidate in asked]
-        names = {name for candidate in asked for name in candidate.request_features}
+        names: set[str] = set()
         texts: dict[str, TextValue] = {}
         for candidate in asked:
+            names.update(candidate.request_features)
             for name, value in candidate.request_features.items():
                 if isinstance(value, TextValue):
                     texts.setdefault(name, value)
+
+        features = {}
+        for name in sorted(names):
+            shared = request.request_features.get(name, UNKNOWN)
+            values = [candidate.request_features.get(name, shared) for candidate in asked]
+            features[name] = np.array(values, np.int32)
 
         head = {name: getattr(request, name) for name in RankHead.model_fields}
         return cls(
             head=RankHead.model_construct(**head),  # validated already
             item_id=np.array(items, np.int64),
             item_text=_texts_of(items),
+            features=features,
             feature_texts=texts,
-            features={
-                name: np.array(
-                    [c.request_features.get(name, shared.get(name, UNKNOWN)) for c in asked],
-                    np.int32,
-                )
-                for name in sorted(names)
-            },
         )
 
     @classmethod
@@ -103,19 +128,11 @@ class RankColumns:
             head.
         """
         table = read_stream(body, "item_id")
-        head = _read_head(table.schema.metadata or {})
+        head = read_head(table.schema.metadata or {}, RankHead)
         if table.num_rows == 0:
             raise BadBody([Refusal.of(["body", "item_id"], "at least one candidate", 0)])
         item_id, item_text = read_ids(table, "item_id")
-        features, texts = {}, {}
-        for name in table.column_names:
-            if name == "item_id":
-                continue
-            codes, text = read_feature(table[name])
-            shared = head.request_features.get(name, UNKNOWN)
-            features[name] = codes.fill_null(int(shared)).to_numpy()
-            if text is not None:
-                texts[name] = text
+        features, texts = read_features(table, ["item_id"], head.request_features)
         return cls(head, item_id, features, item_text, texts)
 
 
@@ -129,6 +146,8 @@ class RankedColumns:
     order: np.ndarray  # int64 [C], the rows best first
     ranker_ms: float | None = None  # of the pass that it was part of: a header of its own
     item_text: Sequence[str] | None = None  # as of `RankColumns`
+    rows: np.ndarray | None = None  # int64 [C]: which of the request's; None: all, in their order
+    explanation: RankExplanation | None = None
     role: str = ""  # of the version: champion or canary
     sequences: str = ""  # digest of the published sequences behind the history
 
@@ -144,32 +163,71 @@ class RankedColumns:
     def live_events(self) -> bool:
         return self.head.get("live_events", True)
 
+    def best(self, num: int) -> "RankedColumns":
+        """The best `num` rows alone, the best first.
+
+        scores   .1 .4 .4 .2      num = 2
+        rows     1 2
+        """
+        rows = self.order[:num]
+        texts = self.item_text
+        return replace(
+            self,
+            item_id=self.item_id[rows],
+            scores={task: values[rows] for task, values in self.scores.items()},
+            order=np.arange(len(rows)),
+            item_text=None if texts is None else [texts[row] for row in rows.tolist()],
+            rows=rows,
+        )
+
     def response(self) -> RankResponse:
+        """The answer as an object of the HTTP API; fields that were not asked for are unset."""
+        extra: dict[str, Any] = {}
+        if self.rows is not None:
+            extra["candidates"] = self.rows.tolist()
+        if self.explanation is not None:
+            extra["explanation"] = self.explanation
+
         return RankResponse.model_construct(
             **self.head,
             item_ids=self.item_id.tolist() if self.item_text is None else list(self.item_text),
             scores={task: values.tolist() for task, values in self.scores.items()},
             order=self.order.tolist(),
+            **extra,
         )
 
     def to_arrow(self) -> bytes:
+        """The answer as the Arrow stream that the module describes."""
+        head = self.head
+        if self.explanation is not None:
+            head = head | {"explanation": self.explanation.model_dump(mode="json")}
+        return write_stream(self.table().replace_schema_metadata({HEAD: json.dumps(head)}))
+
+    def table(self) -> pa.Table:
+        """The rows as columns: `item_id`, `score.<task>`, `place`, and `candidate` with `top_k`."""
         place = np.empty(len(self.order), np.int32)
         place[self.order] = np.arange(len(self.order), dtype=np.int32)
+
         items = self.item_id if self.item_text is None else pa.array(self.item_text, pa.string())
-        columns = {"item_id": items} | {
-            f"score.{task}": values for task, values in self.scores.items()
-        }
-        table = pa.table(columns | {"place": place}).replace_schema_metadata(
-            {HEAD: json.dumps(self.head)}
-        )
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        return sink.getvalue().to_pybytes()
+        columns: dict[str, Any] = {"item_id": items}
+        for task, values in self.scores.items():
+            columns[f"score.{task}"] = values
+        columns["place"] = place
+        if self.rows is not None:
+            columns["candidate"] = self.rows.astype(np.int32)
+        return pa.table(columns)
 
 
-def read_stream(body: bytes, ids: str) -> pa.Table:
-    """The stream's batches: a column `ids` (int64 or text, no nulls) and others of int32 or text.
+def write_stream(table: pa.Table) -> bytes:
+    """The table as one Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def read_stream(body: bytes, *ids: str) -> pa.Table:
+    """The stream's batches: columns `ids` (int64 or text, no nulls) and others of int32 or text.
 
     Every type and buffer is checked first: a body may claim what it does not hold.
 
@@ -192,16 +250,20 @@ def read_stream(body: bytes, ids: str) -> pa.Table:
         raise BadBody(
             [Refusal.of(["body"], f"not an Arrow IPC stream: {error}", f"{len(body)} bytes")]
         ) from None
-    if table[ids].null_count:
-        raise BadBody([Refusal.of(["body", ids], "no nulls", f"{table[ids].null_count} nulls")])
+    for name in ids:
+        if table[name].null_count:
+            nulls = f"{table[name].null_count} nulls"
+            raise BadBody([Refusal.of(["body", name], "no nulls", nulls)])
     return table
 
 
-def _check_schema(schema: pa.Schema, ids: str) -> None:
-    if schema.names.count(ids) != 1 or len(set(schema.names)) != len(schema.names):
-        raise BadBody([Refusal.of(["body"], f"one column {ids}, and no name twice", schema.names)])
+def _check_schema(schema: pa.Schema, ids: Sequence[str]) -> None:
+    for name in ids:
+        if schema.names.count(name) != 1 or len(set(schema.names)) != len(schema.names):
+            rule = f"one column {name}, and no name twice"
+            raise BadBody([Refusal.of(["body"], rule, schema.names)])
     for column in schema:
-        allowed = ID_TYPES if column.name == ids else FEATURE_TYPES
+        allowed = ID_TYPES if column.name in ids else FEATURE_TYPES
         if column.type not in allowed:
             rule = f"must be {' or '.join(map(str, allowed))}"
             raise BadBody([Refusal.of(["body", column.name], rule, column.type)])
@@ -225,6 +287,24 @@ def read_ids(table: pa.Table, name: str) -> tuple[np.ndarray, list[str] | None]:
             rule = f"must be text of 1 to {LONGEST_ID} characters"
             raise BadBody([Refusal.of(["body", name], rule, text)])
     return text_codes(texts), texts
+
+
+def read_features(
+    table: pa.Table, ids: Sequence[str], shared: Mapping[str, int]
+) -> tuple[dict[str, np.ndarray], dict[str, TextValue]]:
+    """All columns but `ids`: int32 [n] each, nulls as in `shared`, and a text of those that have
+    text.
+    """
+    features, texts = {}, {}
+    for name in table.column_names:
+        if name in ids:
+            continue
+        codes, text = read_feature(table[name])
+        unknown = int(shared.get(name, UNKNOWN))
+        features[name] = codes.fill_null(unknown).to_numpy()
+        if text is not None:
+            texts[name] = text
+    return features, texts
 
 
 def read_feature(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, TextValue | None]:
@@ -281,19 +361,24 @@ def _is_compressed(message: pa.ipc.Message) -> bool:
     return header != 0 and field(header + struct.unpack_from("<I", data, header)[0], 3) != 0
 
 
-def _read_head(metadata: Mapping[bytes, bytes]) -> RankHead:
+def read_head(metadata: Mapping[bytes, bytes], kind: type[Head]) -> Head:
+    """The JSON under `rank` of a schema's metadata.
+
+    Raises:
+        BadBody: there is none, or it is no such object.
+    """
     if HEAD not in metadata:
-        raise BadBody(
-            [
-                Refusal.of(
-                    ["body", HEAD.decode()], "missing from the schema's metadata", list(metadata)
-                )
-            ]
-        )
+        rule = "missing from the schema's metadata"
+        raise BadBody([Refusal.of(["body", HEAD.decode()], rule, list(metadata))])
     try:
-        return RankHead.model_validate_json(metadata[HEAD])
+        return kind.model_validate_json(metadata[HEAD])
     except ValidationError as error:
-        where = ["body", HEAD.decode()]
-        raise BadBody(
-            [Refusal.of([*where, *e["loc"]], e["msg"], e.get("input")) for e in error.errors()]
-        ) from None
+        raise BadBody(refusals_of(error, ["body", HEAD.decode()])) from None
+
+
+def refusals_of(error: ValidationError, where: Sequence[str]) -> list[Refusal]:
+    """What pydantic found wrong in the object that lies at `where`."""
+    found = []
+    for one in error.errors():
+        found.append(Refusal.of([*where, *one["loc"]], one["msg"], one.get("input")))
+    return found

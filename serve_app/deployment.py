@@ -31,6 +31,7 @@ from pipeline.tracking import PinnedModel, fetch_model, find_version
 from pipeline.waiting import wait_until
 from serve_app.page.catalogue import check_columns
 from serve_app.web.protection import read_keys
+from serve_app.web.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,11 @@ def serve_config(
         "max_wait_ms": settings.max_wait_ms,
         "request_timeout_s": settings.request_timeout_s,
         "body_timeout_s": settings.body_timeout_s,
+        "max_rank_users": settings.max_rank_users,
         "max_recommend_users": settings.max_recommend_users,
         "hosts": _local_names(settings),
+        "trace_context": settings.trace_context,
+        "otlp_endpoint": settings.otlp_endpoint,
         "served_log": _served_log(settings, wanted["serving"]) if wanted else None,
         "page": _page(settings),
     }
@@ -258,6 +262,8 @@ def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
     check_protection(cfg.serve)
     check_columns(cfg.sequence_dir, cfg.serve)
+    if cfg.serve.trace_context:
+        make_tracer(cfg.serve.otlp_endpoint)  # raises where the packages are missing
     canary, shadow = _on_trial(cfg.serve, model)
     for version in (model, canary, shadow):
         if version is not None:

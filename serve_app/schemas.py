@@ -125,8 +125,8 @@ RANK_EXAMPLE = {
 }
 
 
-class RankHead(StrictModel):
-    """A rank request without its candidates: whose history they follow, and when.
+class UserHead(StrictModel):
+    """Whose history a request follows, and as of when.
 
     The history is that of `user_id` as the server knows it, or the `history` that comes along; with
     both, `user_id` gives the user's features alone.
@@ -166,6 +166,17 @@ class RankHead(StrictModel):
         return self
 
 
+class RankHead(UserHead):
+    """A rank request without its candidates."""
+
+    top_k: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="answer with the best so many candidates; default: with all"
+    )
+    explain: bool = Field(
+        default=False, description="say of each answered candidate why it has its score"
+    )
+
+
 class RankRequest(RankHead):
     """Score `candidates` for a user the server knows (`user_id`) or for somebody whose `history`
     comes along.
@@ -190,9 +201,53 @@ RANK_ANSWER_EXAMPLE = {
 }
 
 
+class RowEffect(BaseModel):
+    """A row of the history, and what it does to a candidate's score."""
+
+    row: int = Field(description="place in the history, 0 is the oldest")
+    item_id: int | str | None = Field(
+        description="null: a text id that neither the request nor the version's index has"
+    )
+    event_time: int
+    change: float = Field(
+        description="the score minus the score without this row: positive where it speaks for the "
+        "candidate"
+    )
+
+
+class CandidateRates(BaseModel):
+    """One of `features.dense`, as the model reads it for a candidate."""
+
+    rates: dict[str, float] = Field(description="task -> smoothed rate")
+    rows: int = Field(description="rows with a known label behind them")
+
+
+class CandidateReasons(BaseModel):
+    """Why a candidate has its score."""
+
+    history: list[RowEffect] = Field(
+        description="the five rows whose removal moves the score most, the largest change first"
+    )
+    rates: dict[str, CandidateRates] = Field(description="name in features.dense -> its rates")
+    unknown: list[str] = Field(
+        description="what the model did not see in training: item_id, item.NAME of the item table, "
+        "request.NAME"
+    )
+
+
+class RankExplanation(BaseModel):
+    """Reasons for the scores of `ordered_by`."""
+
+    rows_tried: int = Field(description="newest rows of the history that were left out in turn")
+    note: str | None = Field(description="said where that is not the whole history")
+    candidates: list[CandidateReasons] = Field(description="follow item_ids")
+
+
 class RankResponse(BaseModel):
     """`item_ids` and each list of `scores` follow the request's candidates; `order` lists their
     places, best first.
+
+    With `top_k` they hold the best candidates alone, best first, and `order` counts them.
     """
 
     model_config = ConfigDict(
@@ -209,6 +264,10 @@ class RankResponse(BaseModel):
     order: list[int] = Field(
         description="by falling score of `ordered_by`; equal scores keep the request's order"
     )
+    candidates: list[int] | None = Field(
+        default=None,
+        description="there only with top_k: which of the request's candidates item_ids are",
+    )
     ordered_by: str
     unknown_items: int = Field(
         description="candidates not seen in training: scored from the shared unknown row"
@@ -222,6 +281,7 @@ class RankResponse(BaseModel):
         description="there only where false: the event store did not answer, and the history is "
         "what was published",
     )
+    explanation: RankExplanation | None = Field(default=None, description="there only with explain")
 
 
 EVENT_EXAMPLE = {
@@ -331,6 +391,29 @@ class Refusal(BaseModel):
         )
 
 
+class RankBatchRequest(StrictModel):
+    """Candidates of several users, each with a history and a time of their own."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"requests": [RANK_EXAMPLE]}]})
+
+    requests: list[RankRequest] = Field(min_length=1)
+
+
+class RefusedRow(BaseModel):
+    """One of several requests that has no answer, while others have."""
+
+    row: int = Field(description="which of the requests, 0 is the first")
+    status: int = Field(description="the HTTP status that it would have had alone")
+    detail: list[Refusal] | str
+
+
+class RankBatchResponse(BaseModel):
+    """An answer for each request, in their order; null for those that are `refused`."""
+
+    answers: list[RankResponse | None]
+    refused: list[RefusedRow]
+
+
 PROBLEM_EXAMPLES = [
     {
         "detail": [
@@ -393,6 +476,25 @@ class IndexInfo(BaseModel):
     )
 
 
+class FeatureInfo(BaseModel):
+    """One thing that the model reads."""
+
+    name: str = Field(
+        description="item_id, or a name behind what has it: item.NAME, user.NAME and request.NAME "
+        "are columns, history.NAME an outcome of history rows, rates.NAME what was counted"
+    )
+    kind: Literal["categorical", "quantile", "list", "buckets", "rates"] = Field(
+        description="buckets: of numbers between fixed edges; rates: smoothed, one a task"
+    )
+    num_values: int | None = Field(
+        default=None,
+        description="values, buckets of values, that the model tells apart; others are unknown",
+    )
+    by: list[str] = Field(
+        default_factory=list, description="of rates: columns in which the counted rows agree"
+    )
+
+
 class ModelInfo(BaseModel):
     """What is answering now."""
 
@@ -403,6 +505,9 @@ class ModelInfo(BaseModel):
     tasks: list[str]
     request_features: list[str]
     actions: list[str]
+    features: list[FeatureInfo] = Field(
+        default_factory=list, description="all that the model reads"
+    )
     text_ids: list[str] = Field(
         default_factory=list,
         description="of user_id, item_id and request_id, those that are text; the others are "

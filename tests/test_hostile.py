@@ -17,7 +17,7 @@ from serve_app.schemas import (
     RANK_EXAMPLE,
 )
 from serve_app.web.api import make_api
-from serve_app.web.protection import ApiKeys
+from serve_app.web.protection import OPEN_PATHS, ApiKeys
 from tests.support.hostile_bodies import insides, malformed, malformed_arrow
 from tests.worlds.recommender import Served
 from tests.worlds.web import hashed
@@ -84,7 +84,8 @@ def test_the_document_of_a_locked_server_is_true_too(locked: FastAPI) -> None:
             ]
 
     for answer in asyncio.run(ask()):
-        assert answer.status_code == (200 if answer.url.path in ("/healthz", "/readyz") else 401)
+        is_open = answer.url.path in OPEN_PATHS
+        assert answer.status_code == (200 if is_open else 401)
         assert_says_nothing(answer.text, answer.url.path)
 
 

@@ -50,7 +50,7 @@ def test_only_who_has_a_key(keys_file: Path) -> None:
             assert answer.json()["detail"][0]["loc"] == ["header", "authorization"]
             assert not wrong or wrong not in answer.text
 
-    for path in ("/docs", "/openapi.json", "/nowhere"):
+    for path in ("/openapi.json", "/nowhere"):
         assert call(api, "GET", path).status_code == 401
     assert call(api, "POST", "/v1/rank", json=RANK, auth=("shop", KEYS["shop"])).status_code == 401
 
@@ -243,9 +243,12 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "max_wait_ms": 500.0,
         "request_timeout_s": 10.0,
         "body_timeout_s": 2.0,
+        "max_rank_users": 100,
         "max_recommend_users": 100,
         "hosts": None,
         "page": None,
+        "trace_context": False,
+        "otlp_endpoint": None,
         "served_log": {
             "folder": str(cfg.run_dir / "serving" / "served"),
             "share": 1.0,

@@ -104,6 +104,16 @@ def rate_evidence(counts: np.ndarray, base: np.ndarray, prior: float) -> np.ndar
     return values
 
 
+def read_evidence(values: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `rate_evidence` was made of, from its [n, K + 1]: the smoothed rates [n, K], and the
+    largest number of known labels behind them, [n].
+    """
+    base = np.clip(base, 1e-6, 1 - 1e-6)
+    log_odds = values[:, :-1] + np.log(base / (1 - base))
+    rates = 1 / (1 + np.exp(-log_odds))
+    return rates, np.expm1(values[:, -1] * COUNT_SCALE)
+
+
 class _OwnPast:
     """Counts over the rows of the candidate's own user that the candidate sees."""
 

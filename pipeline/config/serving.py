@@ -82,6 +82,15 @@ class ServeConfig:
         "costs in quality.",
     )
     max_candidates: int = setting(10_000, at_least=1, doc="Most candidates of a request.")
+    max_explain_tokens: int = setting(
+        65_536,
+        at_least=0,
+        doc="History rows and candidates that explaining one answer may rank again; where all rows "
+        "of a history would be more, the newest are tried.",
+    )
+    max_rank_users: int = setting(
+        100, at_least=1, doc="Most users of one request that ranks for several."
+    )
     max_recommended: int = setting(
         500, at_least=1, doc="Most items of a recommended list; the n of a request."
     )
@@ -182,6 +191,16 @@ class ServeConfig:
         doc="Longest wait, in seconds, until a started or updated server answers with its new "
         "version.",
     )
+    trace_context: bool = setting(
+        False,
+        doc="Go on with the OpenTelemetry trace of a request's traceparent, or begin one: answers "
+        "and log lines name it. Needs the extra otel.",
+    )
+    otlp_endpoint: str | None = setting(
+        None,
+        doc="Collector that a span for each request goes to, "
+        "http://127.0.0.1:4318/v1/traces say. Null: spans are not kept.",
+    )
     canary: CanaryConfig | None = setting(
         None, doc="Version that answers some of the users; null: none."
     )
@@ -261,6 +280,7 @@ class ServeConfig:
         self._refuse_lists_beyond_candidates()
         self._refuse_graphs_without_gpu()
         self._refuse_one_process_of_many()
+        self._refuse_spans_without_traces()
         self._refuse_empty_paths()
         self._refuse_unusable_redis()
         self._refuse_limits_that_disagree()
@@ -284,6 +304,18 @@ class ServeConfig:
         alone = self.num_replicas == 1 and self.max_replicas is None and not self.use_gpu
         rule = "false with replicas or a GPU"
         require(alone or not self.one_process, "serve.one_process", self.one_process, rule)
+
+    def _refuse_spans_without_traces(self) -> None:
+        if self.otlp_endpoint is None:
+            return
+        rule = "null without serve.trace_context"
+        require(self.trace_context, "serve.otlp_endpoint", self.otlp_endpoint, rule)
+
+        url = urlsplit(self.otlp_endpoint)
+        rule = "an http or https URL without a password"
+        usable = url.scheme in ("http", "https") and url.hostname and url.password is None
+        shown = "..." if url.password is not None else self.otlp_endpoint
+        require(bool(usable), "serve.otlp_endpoint", shown, rule)
 
     def _refuse_empty_paths(self) -> None:
         for name in ("api_keys_file", "client_key_file", "redis_password_file", "served_folder"):

@@ -167,6 +167,7 @@ def served_table(served: Sequence[Served], places: int) -> pa.Table:
     parts = []
     for one in served:
         best = one.answer.order[:places]
+        asked = best if one.answer.rows is None else one.answer.rows[best]
         head, num = one.request.head, len(best)
         user, key = one.request.user_id, head.trial_key
         unit = key if key is not None else None if user is None else str(user)
@@ -189,7 +190,7 @@ def served_table(served: Sequence[Served], places: int) -> pa.Table:
 
         for name in sorted({*head.request_features, *one.request.features}):
             names.append(FEATURE + name)
-            arrays.append(pa.array(one.request.feature(name)[best], pa.int32()))
+            arrays.append(pa.array(one.request.feature(name)[asked], pa.int32()))
         for task, scores in one.answer.scores.items():
             names.append(SCORE + task)
             arrays.append(pa.array(scores[best], pa.float32()))

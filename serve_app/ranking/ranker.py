@@ -36,6 +36,7 @@ from serve_app.history.rows import (
     refuse_text_values,
 )
 from serve_app.ids import read_id
+from serve_app.ranking.describe import describe_features
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
@@ -112,6 +113,7 @@ class Ranker:
         self.cfg = loaded.cfg
         self.maps = loaded.maps
         as_served(self.model, limits)
+        self.features = describe_features(self.cfg.features, self.maps)
 
         self.store = store
         self.outage = StoreOutage()
@@ -139,6 +141,7 @@ class Ranker:
             tasks=list(self.cfg.tasks),
             request_features=list(self.request_columns),
             actions=list(self.cfg.source.actions),
+            features=self.features,
             text_ids=list(self.store.columns.text_ids),
             sequences=self.store.digest,
             server_version=package_version(),
@@ -431,18 +434,46 @@ class Ranker:
             encoded[key] = cache
             self.caches.keep_entry(key, cache)
 
+        kept_of_each = [encoded[key] for key in keys]
+        return self._score_encoded(past, targets, users, kept_of_each, self.score_candidates)
+
+    def _score_encoded(
+        self,
+        past: Events,
+        targets: Events,
+        users: np.ndarray,
+        encoded: Sequence[HistoryCache],
+        score: Callable[..., torch.Tensor],
+    ) -> np.ndarray:
+        """Probabilities from the encoded history of each sequence, float32 [C, tasks]."""
         scores = []
         for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
             nothing = _without_rows(past, len(chosen))
             asked = _take_sequences(targets, chosen)
             batch = collate(nothing, asked, users[chosen], self.maps, self.cfg)
-            caches = HistoryCache.join_histories([encoded[keys[i]] for i in chosen])
+            caches = HistoryCache.join_histories([encoded[i] for i in chosen])
 
             with self.precision():
-                logits = self.score_candidates(
-                    self.model, caches, batch.to(self.device), self.limits.micro_batch
-                )
+                logits = score(self.model, caches, batch.to(self.device), self.limits.micro_batch)
             scores.append(logits.sigmoid().cpu().numpy())
+        return np.concatenate(scores)
+
+    def score_apart(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
+        """The scores of `score_requests` for sequences that nobody will ask for again, float32
+        [C, tasks]: nothing is kept or counted, so it may run beside other passes.
+        """
+        if not self.cfg.model.cacheable:
+            return self._score_whole(past, targets, users)
+
+        scores = []
+        for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
+            history, asked = _take_sequences(past, chosen), _take_sequences(targets, chosen)
+            every = {str(i).encode(): i for i in range(len(chosen))}
+            encoded = dict(self._encode(history, users[chosen], every))
+            in_order = [encoded[key] for key in every]
+            scores.append(
+                self._score_encoded(history, asked, users[chosen], in_order, score_candidates)
+            )
         return np.concatenate(scores)
 
     def _score_whole(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:

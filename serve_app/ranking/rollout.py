@@ -293,9 +293,18 @@ class ReceivedRequest:
             return RankJob(self.rollout, self.role, self.request, self.refusal, 0.0)
 
         started = time.perf_counter()
+        if self.found is None:
+            self.found = self.ranker.find_history(self.request.head)
         prepared = self.ranker.prepare_request(self.request, self.found)
         took_s = time.perf_counter() - started
-        return RankJob(self.rollout, self.role, self.request, prepared, took_s)
+        return RankJob(self.rollout, self.role, self.request, prepared, took_s, self._choose_best())
+
+    def _choose_best(self) -> Callable[[RankedColumns], RankedColumns] | None:
+        """What `top_k` makes of an answer."""
+        num = self.request.head.top_k
+        if num is None:
+            return None
+        return lambda ranked: ranked.best(num)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +320,7 @@ class RankJob:
     request: RankColumns
     work: PreparedRequest | Refusal | RecommendedList
     prepared_s: float
-    finish: Callable[[RankedColumns], RecommendedList] | None = None
+    finish: Callable[[RankedColumns], RecommendedList | RankedColumns] | None = None
 
     @property
     def history_length_class(self) -> int:

@@ -3,6 +3,7 @@
 The body is one Arrow IPC stream: a column `user_id` (int64, or string) and a column per request
 feature that differs between users (int32, or text; null: as in the options); in the schema's
 metadata, under `recommend`, the JSON of `ArrowOptions`.
+
 The answer has a row per item: `user_id`, `place` (int32, 0 is best), `item_id`, `score`,
 `retrieval_score` (float32) and `source`; under `recommend` the other fields of each user's answer.
 """
@@ -15,8 +16,8 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.recommend.tables import lists_table
-from serve_app.columns import BadBody, read_ids, read_stream
-from serve_app.ids import TextId, own_id
+from serve_app.columns import BadBody, read_ids, read_stream, refusals_of, write_stream
+from serve_app.ids import own_id, read_id
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import ArrowOptions, ListOptions, RecommendRequest
 from serve_app.schemas import Refusal, TextValue
@@ -36,25 +37,48 @@ def read_requests(body: bytes) -> list[RecommendRequest]:
     if table.num_rows == 0:
         raise BadBody([Refusal.of(["body", USER_ID], "at least one user", 0)])
 
-    codes, texts = read_ids(table, USER_ID)
-    users: list[int] = codes.tolist()
-    if texts is not None:
-        users = [TextId(code, text) for code, text in zip(users, texts, strict=True)]
-
+    # what all users have in common
     shared = {name: getattr(options, name) for name in ListOptions.model_fields}
     shared |= {"request_time_ms": options.request_time_ms, "order_by": options.order_by}
-    features: dict[str, list[int | None]] = {}
-    for name in table.column_names:
-        if name != USER_ID:
-            features[name] = _values_of(table[name])
+
+    own_features = _features_by_row(table)
     requests = []
-    for row, user_id in enumerate(users):
-        own = {name: column[row] for name, column in features.items() if column[row] is not None}
+    for user_id, own in zip(read_users(table), own_features, strict=True):
+        features = options.request_features | own
         request = RecommendRequest.model_construct(  # validated already
-            user_id=user_id, request_features=options.request_features | own, **shared
+            user_id=user_id, request_features=features, **shared
         )
         requests.append(request)
     return requests
+
+
+def read_users(table: pa.Table) -> list[int]:
+    """The column `user_id` as a request has it: integers, or codes that have their text along.
+
+    Raises:
+        BadBody: one is negative, empty or too long.
+    """
+    codes, texts = read_ids(table, USER_ID)
+    users: list[int] = []
+    for row, code in enumerate(codes.tolist()):
+        users.append(read_id(code, None if texts is None else texts[row]))
+    return users
+
+
+def _features_by_row(table: pa.Table) -> list[dict[str, int]]:
+    """The request features that each row has of its own; a null is none.
+
+    tab    1   null  2
+    rows   {tab: 1}  {}  {tab: 2}
+    """
+    rows: list[dict[str, int]] = [{} for _ in range(table.num_rows)]
+    for name in table.column_names:
+        if name == USER_ID:
+            continue
+        for row, value in enumerate(_values_of(table[name])):
+            if value is not None:
+                rows[row][name] = value
+    return rows
 
 
 def _values_of(column: pa.ChunkedArray) -> list[int | None]:
@@ -65,12 +89,15 @@ def _values_of(column: pa.ChunkedArray) -> list[int | None]:
 
 
 def _read_options(metadata: dict[bytes, bytes]) -> ArrowOptions:
+    """The options of the schema's metadata; all defaults where it has none.
+
+    Raises:
+        BadBody: one is wrong.
+    """
     try:
         return ArrowOptions.model_validate_json(metadata.get(OPTIONS, b"{}"))
     except ValidationError as error:
-        where = ["body", OPTIONS.decode()]
-        found = [Refusal.of([*where, *e["loc"]], e["msg"], e.get("input")) for e in error.errors()]
-        raise BadBody(found) from None
+        raise BadBody(refusals_of(error, ["body", OPTIONS.decode()])) from None
 
 
 def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[RecommendedList]) -> bytes:
@@ -79,12 +106,11 @@ def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[Recommende
     for request in requests:
         assert request.user_id is not None, "the body has a column of them"
         users.append(own_id(request.user_id))
+
     is_text = isinstance(users[0], str)
     table = lists_table(np.array(users, object if is_text else np.int64), lists)
-    heads = [{"user_id": user} | one.head for user, one in zip(users, lists, strict=True)]
-    table = table.replace_schema_metadata({OPTIONS: json.dumps(heads)})
 
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    heads = []
+    for user, one in zip(users, lists, strict=True):
+        heads.append({"user_id": user} | one.head)
+    return write_stream(table.replace_schema_metadata({OPTIONS: json.dumps(heads)}))

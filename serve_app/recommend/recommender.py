@@ -21,7 +21,7 @@ from serve_app.history.rows import refuse_other_kind
 from serve_app.ranking.ranker import CutHistory, FoundHistory, PreparedRequest, Ranker
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import Explanation, LikeItem, RecommendRequest
-from serve_app.schemas import RankHead, Refusal
+from serve_app.schemas import RankHead, Refusal, UserHead
 
 VECTORS_KEPT = 16_384  # users' vectors: 4 MB at 64 dimensions
 MOST_LIKE = 3  # items of the history that an explanation names
@@ -265,7 +265,7 @@ class Recommender:
 
 def head_of(request: RecommendRequest) -> RankHead:
     """The part of a request that ranking knows."""
-    fields = {name: getattr(request, name) for name in RankHead.model_fields}
+    fields = {name: getattr(request, name) for name in UserHead.model_fields}
     return RankHead.model_construct(**fields)
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pipeline.recommend.filters import Condition, Range
 from pipeline.recommend.retriever import ColumnCap, MarginalRelevance, Wish
 from serve_app.ids import Id
-from serve_app.schemas import Name, RankHead, RequestFeatures, StrictModel, TimeMs, now_ms
+from serve_app.schemas import Name, RequestFeatures, StrictModel, TimeMs, UserHead, now_ms
 
 LONGEST_TEXT = 1000
 MOST_VALUES = 1000  # of a filter's list
@@ -118,7 +118,7 @@ RECOMMEND_EXAMPLE = {
 }
 
 
-class RecommendRequest(RankHead, ListOptions):
+class RecommendRequest(UserHead, ListOptions):
     """Recommend items to a user the server knows (`user_id`) or to somebody whose `history` comes
     along.
     """

@@ -3,9 +3,11 @@
     request → RequestLog → Draining → Deadline → LocalHosts → Protection → BodyLimit → Admission
     → a router
 
-Routers are in `rank`, `recommend`, `events`, `model` and `monitoring`; layers in `limits` and
-`protection`.
+Routers are in `rank`, `rank_batch`, `recommend`, `events`, `model`, `open_inference`, `monitoring`
+and `docs`; layers in `limits` and `protection`.
 """
+
+from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -13,7 +15,16 @@ from fastapi.security import HTTPBearer
 from pipeline.version import package_version
 from serve_app import metrics
 from serve_app.feedback.served_log import ServedLog, ServedLogSettings
-from serve_app.web import events, model, monitoring, rank, recommend
+from serve_app.web import (
+    docs,
+    events,
+    model,
+    monitoring,
+    open_inference,
+    rank,
+    rank_batch,
+    recommend,
+)
 from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline, Draining, Gate
 from serve_app.web.page import routes as page_routes
@@ -28,6 +39,10 @@ from serve_app.web.protection import (
 )
 from serve_app.web.replica import Replica
 from serve_app.web.responses import FAILED
+from serve_app.web.tracing import TraceContext
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 ABOUT = (
     "Recommends items to a user, and scores and orders candidates, by what that user did before, "
@@ -44,11 +59,13 @@ def make_api(
     max_wait_s: float = 0.5,
     timeout_s: float = 10.0,
     body_timeout_s: float = 2.0,
+    max_rank_users: int = 100,
     max_recommend_users: int = 100,
     id_is_sent: bool = False,
     hosts: frozenset[str] | None = None,
     served_log: ServedLogSettings | None = None,
     page: PageSettings | None = None,
+    tracer: "Tracer | None" = None,
     name: str = "ingress",
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
@@ -61,11 +78,12 @@ def make_api(
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
         timeout_s: from the first byte to the answer; HTTP 504 beyond it.
         body_timeout_s: until the body is there; HTTP 408 beyond it.
-        max_recommend_users: of one request; HTTP 422 beyond it.
+        max_rank_users, max_recommend_users: of one request; HTTP 422 beyond it.
         id_is_sent: as of `RequestLog`.
         hosts: names that a request may call this server by; None is all.
         served_log: where what is served is written; None is nowhere.
         page: the page for people at /; None is none.
+        tracer: of OpenTelemetry, goes on with the traces of requests; None costs nothing.
         name: of this ingress, part of the names of files that it writes.
     """
     api = FastAPI(
@@ -73,8 +91,12 @@ def make_api(
         version=package_version(),
         description=ABOUT,
         responses=FAILED,
+        docs_url=None,  # FastAPI's page loads scripts from another host; `docs` has one of ours
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     api.state.replica = replica
+    api.state.max_rank_users = max_rank_users
     api.state.max_recommend_users = max_recommend_users
     api.state.counts = metrics.IngressMetrics()
     api.state.gate = Gate()
@@ -85,7 +107,7 @@ def make_api(
     # a browser asks for the page before anybody can give it a key
     open_paths = OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
 
-    # From the inside out. Without a key no work is admitted and no body is waited for.
+    # from the inside out: without a key no work is admitted and no body is waited for
     api.add_middleware(Admission, max_wait_s=max_wait_s)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     api.add_middleware(Protection, keys=keys, rate_limit=rate_limit, open_paths=open_paths)
@@ -93,17 +115,28 @@ def make_api(
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(Draining, gate=api.state.gate)
     api.add_middleware(RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent)
+    if tracer is not None:
+        api.add_middleware(TraceContext, tracer=tracer)
     add_error_handlers(api)
+    _add_routes(api, page, with_keys=keys is not None)
+    return api
 
-    # For the OpenAPI document alone: `Protection` does the checking.
+
+def _add_routes(api: FastAPI, page: PageSettings | None, *, with_keys: bool) -> None:
+    """All routers; a new subject is one more."""
+    # for the OpenAPI document alone: `Protection` does the checking
     locks = []
-    if keys is not None:
+    if with_keys:
         locks.append(Depends(HTTPBearer(auto_error=False, description="an API key")))
 
-    for router in (rank.router, recommend.router, events.router, model.router, monitoring.router):
+    protected = (
+        *(rank.router, rank_batch.router, recommend.router, events.router, model.router),
+        *(open_inference.router, monitoring.router),
+    )
+    for router in protected:
         api.include_router(router, dependencies=locks)
-    api.include_router(monitoring.open_router)
+    for router in (monitoring.open_router, open_inference.open_router, docs.open_router):
+        api.include_router(router)
     if page is not None:
         api.include_router(page_routes.router)
-        api.include_router(page_routes.files_router(page, needs_key=keys is not None))
-    return api
+        api.include_router(page_routes.files_router(page, needs_key=with_keys))

@@ -7,7 +7,7 @@ from serve_app.web.errors import refused
 from serve_app.web.replica import RequestCounts, RunningReplica
 from serve_app.web.responses import CHECKED
 
-router = APIRouter()
+router = APIRouter(tags=["events"])
 
 
 @router.post("/v1/events", name="events", response_model=EventsResponse, responses=CHECKED)

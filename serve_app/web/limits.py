@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 WORK_PATHS = {
     "/v1/rank": "rank",
     "/v1/rank/arrow": "rank",
+    "/v1/rank/batch": "rank_many",
+    "/v1/rank/batch/arrow": "rank_many",
     "/v1/events": "events",
     "/v1/recommend": "recommend",
     "/v1/recommend/batch": "recommend_many",
@@ -25,6 +27,7 @@ WORK_PATHS = {
     "/page/user": "page",
     "/page/items": "page",
 }
+LIVE_PATHS = ("/healthz", "/v2/health/live")  # of a process that ends, too
 REQUEST_WORK = 1024  # cost of a request apart from its body, in bytes of a body
 # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 FEW = 8
@@ -58,7 +61,7 @@ async def drain_body(receive: Receive, longest_s: float) -> None:
 class Draining:
     """503 for what comes while the server ends; what it has taken in is answered first.
 
-    `/healthz` passes. Load balancers see `/readyz` fail and go elsewhere.
+    Its own health passes. Load balancers see `/readyz` fail and go elsewhere.
     """
 
     def __init__(self, app: ASGIApp, gate: "Gate") -> None:
@@ -66,7 +69,7 @@ class Draining:
         self.gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/healthz":
+        if scope["type"] != "http" or scope["path"] in LIVE_PATHS:
             await self.app(scope, receive, send)
             return
 

@@ -6,7 +6,7 @@ from serve_app.schemas import ModelInfo
 from serve_app.web.replica import RunningReplica
 from serve_app.web.responses import PROTECTED
 
-router = APIRouter()
+router = APIRouter(tags=["model"])
 
 
 @router.get("/v1/model", name="model", responses=PROTECTED)

@@ -26,19 +26,24 @@ from serve_app.web.limits import drain_body
 requests_log = logging.getLogger("ray.serve.requests")
 logger = logging.getLogger("ray.serve")
 
-OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers and jobs.deploy, which have no key
+# for load balancers and jobs.deploy, which have no key; the page /docs asks for one itself
+OPEN_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs")
 # a scraper needs a key, but a rate of its own would blind it when it matters
 UNLIMITED_PATHS = ("/metrics",)
 LOGGED_PATHS = (
     *("/v1/recommend", "/v1/recommend/batch", "/v1/recommend/arrow"),
-    *("/v1/rank", "/v1/rank/arrow", "/v1/events", "/v1/model", "/docs", "/openapi.json"),
+    *("/v1/rank", "/v1/rank/arrow", "/v1/rank/batch", "/v1/rank/batch/arrow"),
+    *("/v1/events", "/v1/model", "/v2", "/openapi.json"),
     *("/", "/page/start", "/page/user", "/page/items"),
     *UNLIMITED_PATHS,
     *OPEN_PATHS,
 )
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
 # what layers and routes noted of a request
-LOGGED_FIELDS = ("key", "num_candidates", "num_events", "num_users", "version", "served_as")
+LOGGED_FIELDS = (
+    *("key", "num_candidates", "num_events", "num_users", "version", "served_as"),
+    "trace_id",
+)
 REQUEST_ID = b"x-request-id"
 SANE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}")  # safe in a header and in a line of a log
 REFUSALS_LOGGED_PER_S = 5.0

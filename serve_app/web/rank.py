@@ -13,13 +13,13 @@ from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
 from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, CHECKED
 
-router = APIRouter()
+router = APIRouter(tags=["rank"])
 
 
 @router.post("/v1/rank", name="rank", response_model=RankResponse, responses=CHECKED)
 async def rank_json(request: RankRequest, http: Request, replica: RunningReplica) -> Response:
     """Score and order the candidates."""
-    answer = await _rank(replica, RankColumns.of(request), http)
+    answer = await _rank_one(replica, RankColumns.of(request), http)
     if isinstance(answer, Refusal):
         return refused([answer])
 
@@ -43,19 +43,29 @@ async def rank_arrow(http: Request, replica: RunningReplica) -> Response:
     request, the JSON of a `RankHead`. The answer has the columns `item_id`, `score.<task>`
     (float32) and `place` (int32, 0 is best), and its other fields as JSON under the same key.
     """
-    answer = await _rank(replica, RankColumns.from_arrow(await http.body()), http)
+    answer = await _rank_one(replica, RankColumns.from_arrow(await http.body()), http)
     if isinstance(answer, Refusal):
         return refused([answer])
 
     return Response(answer.to_arrow(), 200, _timing(answer), media_type=columns.MEDIA_TYPE)
 
 
-async def _rank(replica: Replica, request: RankColumns, http: Request) -> RankedColumns | Refusal:
-    """The replica's answer with an id of its own.
-
-    The request log gets the number of candidates and the version, the served log what was served.
-    """
+async def _rank_one(
+    replica: Replica, request: RankColumns, http: Request
+) -> RankedColumns | Refusal:
+    """`rank_columns` of a request of its own: the request log gets what it was."""
     http.state.num_candidates = len(request)
+    answer = await rank_columns(replica, request, http)
+    if isinstance(answer, RankedColumns):
+        http.state.version = answer.model_version
+        http.state.served_as = answer.head["request_id"]
+    return answer
+
+
+async def rank_columns(
+    replica: Replica, request: RankColumns, http: Request
+) -> RankedColumns | Refusal:
+    """The replica's answer with an id of its own; the served log gets what was served."""
     answer = await replica.rank(request)
     if not isinstance(answer, RankedColumns):
         return answer
@@ -63,9 +73,6 @@ async def _rank(replica: Replica, request: RankColumns, http: Request) -> Ranked
     # as many bits as a JavaScript client can hold
     request_id = random.getrandbits(53)
     answer = replace(answer, head={"request_id": request_id, **answer.head})
-    http.state.version = answer.model_version
-    http.state.served_as = request_id
-
     served: ServedLog | None = http.app.state.served
     if served is not None:
         served.note_answer(request, answer, request_id)

@@ -18,7 +18,7 @@ from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
 from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, INDEXED
 
-router = APIRouter()
+router = APIRouter(tags=["recommend"])
 
 
 @router.post("/v1/recommend", name="recommend", response_model=RecommendResponse, responses=INDEXED)

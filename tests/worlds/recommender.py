@@ -18,6 +18,7 @@ from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics, exposition_text
 from serve_app.page.schemas import Question, Shown
 from serve_app.page.showcase import Showcase
+from serve_app.ranking.explain import Explanations
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.recommend.jobs import receive_list
@@ -83,7 +84,11 @@ class Served:
         return Ranker(loaded, history, 1, "tiny", LIMITS, index)
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
-        return self.rollout.rank([between_processes(request)])[0]
+        received = self.rollout.receive(between_processes(request))
+        answer = self.rollout.answer_jobs([received.prepare()])[0]
+        if request.head.explain and isinstance(answer, RankedColumns):
+            answer = await Explanations()(received, answer)
+        return between_processes(answer)
 
     async def recommend(
         self, requests: Sequence[RecommendRequest]

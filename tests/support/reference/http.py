@@ -1,6 +1,7 @@
 """docs/reference/http.md: every endpoint and every object of the OpenAPI document."""
 
 import json
+import re
 from typing import Any, cast
 
 from serve_app.web.api import make_api
@@ -14,7 +15,7 @@ INTRODUCTION = """\
 
 The server answers on `serve.host` and `serve.port`; `/docs` is this page to try out, and
 `/openapi.json` the document that it is written from. Times are in milliseconds since 1970, UTC.
-Where `serve.api_keys_file` is set, every endpoint but `/healthz` and `/readyz` asks for a header
+Where `serve.api_keys_file` is set, every endpoint but the health routes asks for a header
 `Authorization: Bearer KEY`. A field that an object does not have, or `"5"` for 5, is refused.
 """
 
@@ -51,7 +52,7 @@ def write_page() -> str:
 
 
 def _endpoint_id(path: str) -> str:
-    return path.strip("/").replace("/", "-")
+    return re.sub("[^a-z0-9]+", "-", path).strip("-")
 
 
 def _write_endpoint(
