@@ -1,11 +1,11 @@
 """Semi-local attention in plain PyTorch, for CPUs: a list of (row tile, key tile) pairs instead of
 an L×L score.
 
-Rows are laid out in tiles of `TILE`, each sequence padded to whole tiles; the pairs of tiles with
-at least one kept score are listed for the whole batch at once and go through batched products, some
-`CHUNK` scores at a time. A candidate's own key is an elementwise term, so the tiles right of the
-history are never visited. The backward computes the scores again. Sums run in a fixed order: two
-runs agree bit for bit.
+Rows are laid out in tiles, each sequence padded to whole tiles; the pairs of tiles with at least
+one kept score are listed for the whole batch at once and go through batched products, some `CHUNK`
+scores at a time. A candidate's own key is a term by itself, so the tiles right of the history are
+never visited. The backward computes the scores again where they are too many to keep. Sums run in a
+fixed order: two runs agree bit for bit.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,12 @@ from torch.nn import functional as F
 
 from kernels.semi_local_attention.types import RelativeBias, time_bucket, whole_seconds
 
-TILE = 64  # rows and keys of a tile
+# Rows and keys of a tile. Of rows shorter than four tiles much of the last one is padding: smaller
+# ones waste less of it, and of the mask's edge.
+TILE, SHORT_TILE = 64, 32
 CHUNK = 2**18  # scores held at a time: 1 MiB in float32, which stays in a core's cache
+# Scores of a layer that are kept for backward, with the weights that they became: 32 MiB in float32.
+KEPT_SCORES = 2**22
 
 
 @dataclass(frozen=True)
@@ -31,25 +35,87 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class TileLayout:
+    """Where packed rows lie in N tiles of S, each sequence padded to whole tiles.
+
+    rows of two sequences    a b c | d      S = 2
+    tiles                    a b  c a  d d      past a sequence's end its first row stands in
+    """
+
+    index: Tensor  # int64 [N, S]: the row that lies there
+    place: Tensor  # int64 [R]: where in [N * S] a row lies
+    sequence: Tensor  # int64 [N]
+    first_tile: Tensor  # int64 [B]: of each sequence
+    valid: Tensor  # bool [N, S]: false past a sequence's end
+    number: Tensor  # int64 [N, S]: of the row among its sequence's rows
+
+    @staticmethod
+    def of(offsets: Tensor, size: int) -> "TileLayout":
+        length, device = offsets.diff(), offsets.device
+        tiles = (length + size - 1) // size
+        first_tile = tiles.cumsum(0) - tiles
+        sequence = torch.arange(len(length), device=device).repeat_interleave(tiles)
+
+        tile = torch.arange(len(sequence), device=device) - first_tile[sequence]
+        number = tile[:, None] * size + torch.arange(size, device=device)
+        valid = number < length[sequence, None]
+        index = offsets[sequence, None] + torch.where(valid, number, 0)
+        place = valid.flatten().nonzero()[:, 0]
+        return TileLayout(index, place, sequence, first_tile, valid, number)
+
+
+class HeadTiles:
+    """Rows of H heads to tiles and back: one gather of head rows, no transposed copy."""
+
+    def __init__(self, layout: TileLayout, heads: int) -> None:
+        self.shape = len(layout.index), heads, layout.index.shape[1]
+        self.num_rows = len(layout.place)
+        head = torch.arange(heads, device=layout.index.device)
+        self.rows = (layout.index[:, None, :] * heads + head[:, None]).flatten()
+
+        # [R, H]: where in [N, H, S] a row's heads lie
+        size = layout.index.shape[1]
+        tile, column = layout.place // size, layout.place % size
+        self.places = ((tile[:, None] * heads + head) * size + column[:, None]).flatten()
+
+    def to_tiles(self, x_RHD: Tensor) -> Tensor:
+        """[N, H, S, D]"""
+        heads_of_rows = x_RHD.contiguous().flatten(0, 1)
+        return heads_of_rows.index_select(0, self.rows).view(*self.shape, x_RHD.shape[2])
+
+    def to_rows(self, x_NHSD: Tensor) -> Tensor:
+        """[R, H, D]"""
+        heads_of_rows = x_NHSD.flatten(0, 2).index_select(0, self.places)
+        return heads_of_rows.unflatten(0, (self.num_rows, self.shape[1]))
+
+
+@dataclass(frozen=True)
 class TilePlan:
     """What the mask of a batch means for its tiles; the same for every layer and for backward.
 
-    N tiles.
+    N tiles of S rows or keys.
     """
 
-    token: Tensor  # int64 [N, TILE]: the tile's tokens, some valid one past a sequence's end
-    place: Tensor  # int64 [T]: where in [N * TILE] a token is
-    position: Tensor  # int64 [N, TILE]: place in the sequence
-    low: Tensor  # int64 [N, TILE]: the oldest key of the row's window
-    high: Tensor  # int64 [N, TILE]: the newest key; -1 where there is no row
-    # bool [T]: the tokens that are candidates, which see themselves; None: there are none
-    own_T: Tensor | None
+    layout: TileLayout
+    position: Tensor  # int64 [N, S]: place in the sequence
+    low: Tensor  # int64 [N, S]: the oldest key of the row's window
+    high: Tensor  # int64 [N, S]: the newest key; -1 where there is no row
+    own: Tensor  # int64 [C]: the tokens that are candidates, which see themselves
     prefix: int
     pairs: tuple[Tensor, Tensor, Tensor, Tensor]  # inner row, inner key, edge row, edge key
 
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pairs[0]) + len(self.pairs[2])
+
+    @property
+    def pair_scores(self) -> int:
+        """Scores of a pair of tiles in one head."""
+        return self.position.shape[1] ** 2
+
     def cut_chunks(self, heads: int) -> list[Chunk]:
         """The pairs in groups of at most CHUNK scores, those without a mask first."""
-        size = max(1, CHUNK // (TILE * TILE * heads))
+        size = max(1, CHUNK // (self.pair_scores * heads))
         inner_row, inner_key, edge_row, edge_key = self.pairs
 
         chunks = []
@@ -77,45 +143,40 @@ def plan_tiles(
                      the prefix's tiles, then those from the window's first key to the newest key
     """
     length = seq_offsets.diff()
-    u = length if num_targets is None else length - num_targets
-    device = seq_offsets.device
-
-    # the tokens of each tile
-    tiles = (length + TILE - 1) // TILE
-    first_tile = tiles.cumsum(0) - tiles
-    seq = torch.arange(len(length), device=device).repeat_interleave(tiles)
-    index = torch.arange(len(seq), device=device) - first_tile[seq]  # of the tile in its sequence
-    position = index[:, None] * TILE + torch.arange(TILE, device=device)
-    valid = position < length[seq, None]
-    token = torch.where(valid, seq_offsets[seq, None] + position, seq_offsets[seq, None])
+    longest = int(length.max()) if len(length) else 0
+    size = SHORT_TILE if longest <= 4 * TILE else TILE
+    layout = TileLayout.of(seq_offsets, size)
+    position, valid, seq = layout.number, layout.valid, layout.sequence
 
     # the keys of each row
-    is_candidate = valid & (position >= u[seq, None])
-    visible = u[seq, None].expand(-1, TILE).clone()
+    u = (length if num_targets is None else length - num_targets)[seq, None]
+    is_candidate = valid & (position >= u)
+    visible = u.expand(-1, size).clone()
     if target_visible is not None:
         seen = target_visible.to(torch.int64).clamp(min=0)
         visible[is_candidate] = torch.minimum(seen, visible[is_candidate])
     high = torch.where(valid, torch.where(is_candidate, visible - 1, position), -1)
     low = torch.zeros_like(position)
     if window is not None:
-        banded = position < u[seq, None] - full_rows
+        banded = position < u - full_rows
         low = torch.where(banded, position - window, 0)
 
-    pairs = _tile_pairs(low, high, seq, first_tile, prefix)
-    own = is_candidate[valid] if num_targets is not None else None
-    place = valid.flatten().nonzero()[:, 0]
-    return TilePlan(token, place, position, low, high, own, prefix, pairs)
+    pairs = _tile_pairs(low, high, layout, prefix)
+    own = layout.index[is_candidate]
+    return TilePlan(layout, position, low, high, own, prefix, pairs)
 
 
 def _tile_pairs(
-    low: Tensor, high: Tensor, seq: Tensor, first_tile: Tensor, prefix: int
+    low: Tensor, high: Tensor, layout: TileLayout, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row and key tiles of the pairs that keep all scores, and of those that keep some."""
+    seq, size = layout.sequence, low.shape[1]
+
     # key tiles of each row tile: of the prefix, and of the range behind it
     oldest = torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1)
-    first = oldest.clamp(min=0) // TILE
-    count = (high.amax(1) // TILE - first + 1).clamp(min=0)
-    prefix_tiles = (prefix + TILE - 1) // TILE
+    first = oldest.clamp(min=0) // size
+    count = (high.amax(1) // size - first + 1).clamp(min=0)
+    prefix_tiles = (prefix + size - 1) // size
     before = torch.where(count > 0, torch.clamp(first, max=prefix_tiles), 0)
     total = before + count
 
@@ -123,31 +184,22 @@ def _tile_pairs(
     row = torch.arange(len(seq), device=seq.device).repeat_interleave(total)
     step = torch.arange(len(row), device=seq.device) - (total.cumsum(0) - total)[row]
     key_index = torch.where(step < before[row], step, first[row] + step - before[row])
-    key = first_tile[seq[row]] + key_index
+    key = layout.first_tile[seq[row]] + key_index
 
-    begin, end = key_index * TILE, key_index * TILE + TILE
+    begin, end = key_index * size, key_index * size + size
     seen_by_all = end <= high.amin(1)[row] + 1
     inner = seen_by_all & ((begin >= low.amax(1)[row]) | (end <= prefix))
     return row[inner], key[inner], row[~inner], key[~inner]
 
 
-def _hidden(plan: TilePlan, chunk: Chunk) -> Tensor:
-    """[P, 1, TILE, TILE] bool, where a row does not see a key."""
+def _seen(plan: TilePlan, chunk: Chunk) -> Tensor:
+    """[P, 1, S, S] bool, where a row sees a key."""
     key = plan.position[chunk.key][:, None, None, :]
     low, high = plan.low[chunk.row][:, None, :, None], plan.high[chunk.row][:, None, :, None]
-    before = key < low
+    within = key >= low
     if plan.prefix:
-        before &= key >= plan.prefix
-    return before | (key > high)
-
-
-def _to_tiles(x_THD: Tensor, plan: TilePlan) -> Tensor:
-    """[N, H, TILE, D]"""
-    return x_THD[plan.token].transpose(1, 2).contiguous()
-
-
-def _to_tokens(x_NHMD: Tensor, plan: TilePlan) -> Tensor:
-    return x_NHMD.transpose(1, 2).flatten(0, 1)[plan.place]
+        within |= key < plan.prefix
+    return within & (key <= high)
 
 
 @dataclass(frozen=True)
@@ -156,110 +208,174 @@ class TileBias:
 
     position_table: Tensor
     time_table: Tensor
-    # int64 [N, TILE]: the row's position, a candidate's being right behind what it sees
+    # int64 [N, S]: the row's position, a candidate's being right behind what it sees
     rank: Tensor
-    position: Tensor  # int64 [N, TILE]: the key's position
-    query_time: Tensor  # int32 s [N, TILE]
-    key_time: Tensor  # int32 s [N, TILE]
+    position: Tensor  # int64 [N, S]: the key's position
+    query_time: Tensor  # int32 s [N, S]
+    key_time: Tensor  # int32 s [N, S]
+    own_bucket: Tensor  # int64 [C]: of the candidates' own keys in the table of times
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.position_table, self.time_table
 
     def buckets(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Entries of both tables, [P, TILE, TILE] each."""
+        """Entries of both tables, [P, S, S] each."""
         distance = self.rank[chunk.row][:, :, None] - self.position[chunk.key][:, None, :]
         gap = self.query_time[chunk.row][:, :, None] - self.key_time[chunk.key][:, None, :]
         return distance.clamp_(0, len(self.position_table) - 1), time_bucket(
             gap, len(self.time_table)
         )
 
+    def own_rows(self) -> tuple[Tensor, Tensor]:
+        """The same of the candidates' own keys, [C] each: the key is at no distance."""
+        return torch.zeros_like(self.own_bucket), self.own_bucket
+
 
 def _tile_bias(bias: RelativeBias, plan: TilePlan) -> TileBias:
-    query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
+    asked = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
+    query_time, key_time = whole_seconds(asked), whole_seconds(bias.event_time_T)
     rank = torch.where(plan.high < plan.position, plan.high + 1, plan.position)
-    times = whole_seconds(query_time)[plan.token], whole_seconds(bias.event_time_T)[plan.token]
-    return TileBias(bias.position_table, bias.time_table, rank, plan.position, *times)
+
+    index = plan.layout.index
+    own_gap = query_time[plan.own] - key_time[plan.own]
+    own_bucket = time_bucket(own_gap, len(bias.time_table))
+    tables = bias.position_table, bias.time_table
+    return TileBias(*tables, rank, plan.position, query_time[index], key_time[index], own_bucket)
+
+
+def _bias_scores(bias: TileBias, entries: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    distance, bucket = entries
+    return (bias.position_table[distance] + bias.time_table[bucket]).to(dtype)
 
 
 def _score(q: Tensor, k: Tensor, chunk: Chunk, bias: TileBias | None) -> Tensor:
-    """[P, H, TILE, TILE]"""
+    """[P, H, S, S]"""
     score = torch.matmul(q, k.transpose(-1, -2))
     if bias is not None:
-        distance, bucket = bias.buckets(chunk)
-        score += (bias.position_table[distance] + bias.time_table[bucket])[:, None].to(score.dtype)
+        score += _bias_scores(bias, bias.buckets(chunk), score.dtype)[:, None]
+    return score
+
+
+def _weights(score: Tensor, seen: Tensor | None) -> Tensor:
+    """SiLU of the scores, 0 where the row does not see the key."""
+    weight = F.silu(score)
+    # a product, which costs a tenth of filling by a mask; tiles never hold two sequences, so what
+    # is not finite stays in its own
+    return weight if seen is None else weight.mul_(seen)
+
+
+def _own_scores(q_CHD: Tensor, k_CHD: Tensor, bias: TileBias | None) -> Tensor:
+    """[C, H]: of the candidates with themselves."""
+    score = (q_CHD * k_CHD).sum(-1)
+    if bias is not None:
+        score += _bias_scores(bias, bias.own_rows(), score.dtype)[:, None]
     return score
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Everything but the candidates' own keys."""
+    """The sum over the keys that each row sees, its own included."""
 
     @staticmethod
     def forward(ctx, q, k, v, position_table, time_table, plan: TilePlan, bias: TileBias | None):
-        tile_q, tile_k, tile_v = (_to_tiles(x, plan) for x in (q, k, v))
+        heads = q.shape[1]
+        tiles = HeadTiles(plan.layout, heads)
+        tile_q, tile_k, tile_v = (tiles.to_tiles(x) for x in (q, k, v))
         out = torch.zeros_like(tile_v)
+        num_scores = plan.num_pairs * plan.pair_scores * heads
+        keep = any(ctx.needs_input_grad) and num_scores <= KEPT_SCORES
 
-        for chunk in plan.cut_chunks(q.shape[1]):
+        kept = []
+        chunks = plan.cut_chunks(heads)
+        for chunk in chunks:
             keys, values = (x.index_select(0, chunk.key) for x in (tile_k, tile_v))
-            weight = F.silu(
-                _score(tile_q.index_select(0, chunk.row), keys, chunk, bias), inplace=True
-            )
-            if chunk.masked:
-                weight.masked_fill_(_hidden(plan, chunk), 0.0)
+            seen = _seen(plan, chunk) if chunk.masked else None
+            score = _score(tile_q.index_select(0, chunk.row), keys, chunk, bias)
+            weight = _weights(score, seen)
             out.index_add_(0, chunk.row, torch.matmul(weight, values))
+            if keep:
+                kept.append((score, weight, seen))
+
+        out_THV = tiles.to_rows(out)
+        if len(plan.own):
+            own = [x.index_select(0, plan.own) for x in (q, k, v)]
+            weight = F.silu(_own_scores(own[0], own[1], bias))
+            out_THV.index_add_(0, plan.own, weight[..., None] * own[2])
 
         ctx.save_for_backward(q, k, v)
-        ctx.plan, ctx.bias = plan, bias
-        return _to_tokens(out, plan)
+        ctx.plan, ctx.bias, ctx.tiles, ctx.chunks = plan, bias, tiles, chunks
+        # made here, neither inputs nor outputs: they may be kept as they are
+        ctx.kept = kept if keep else None
+        return out_THV
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THV):
-        plan, bias = ctx.plan, ctx.bias
-        all_tiles = [_to_tiles(x, plan) for x in (*ctx.saved_tensors, grad_THV)]
-        dq, dk, dv = (torch.zeros_like(x) for x in all_tiles[:3])
+        plan, bias, tiles = ctx.plan, ctx.bias, ctx.tiles
+        all_tiles = [tiles.to_tiles(x) for x in (*ctx.saved_tensors, grad_THV)]
+        d_tiles = [torch.zeros_like(x) for x in all_tiles[:3]]
         d_tables = [] if bias is None else [torch.zeros_like(table) for table in bias.tables]
 
-        for chunk in plan.cut_chunks(dq.shape[1]):
+        for i, chunk in enumerate(ctx.chunks):
             row, key = chunk.row, chunk.key
             q, k, v, grad = (
-                x.index_select(0, i) for x, i in zip(all_tiles, (row, key, key, row), strict=True)
+                x.index_select(0, at) for x, at in zip(all_tiles, (row, key, key, row), strict=True)
             )
+            if ctx.kept is not None:
+                score, weight, seen = ctx.kept[i]
+            else:
+                seen = _seen(plan, chunk) if chunk.masked else None
+                score = _score(q, k, chunk, bias)
+                weight = _weights(score, seen)
 
-            score = _score(q, k, chunk, bias)
-            weight, d_weight = F.silu(score), torch.matmul(grad, v.transpose(-1, -2))
-            if chunk.masked:
-                hidden = _hidden(plan, chunk)
-                weight.masked_fill_(hidden, 0.0)
-                d_weight.masked_fill_(hidden, 0.0)
-
+            d_weight = torch.matmul(grad, v.transpose(-1, -2))
+            if seen is not None:
+                d_weight *= seen
             d_score = torch.ops.aten.silu_backward(d_weight, score)
-            dv.index_add_(0, key, torch.matmul(weight.transpose(-1, -2), grad))
-            dq.index_add_(0, row, torch.matmul(d_score, k))
-            dk.index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q))
 
+            d_tiles[0].index_add_(0, row, torch.matmul(d_score, k))
+            d_tiles[1].index_add_(0, key, torch.matmul(d_score.transpose(-1, -2), q))
+            d_tiles[2].index_add_(0, key, torch.matmul(weight.transpose(-1, -2), grad))
             if bias is not None:
-                shared = d_score.sum(1).flatten()  # the heads share the tables
-                for table, bucket in zip(d_tables, bias.buckets(chunk), strict=True):
-                    table += torch.bincount(bucket.flatten(), shared, len(table)).to(table.dtype)
+                _add_to_tables(d_tables, bias.buckets(chunk), d_score.sum(1))
 
-        pairs = zip((dq, dk, dv), ctx.saved_tensors, strict=True)
-        grads = [_to_tokens(x, plan).to(y.dtype) for x, y in pairs]
+        ctx.kept = None
+        grads = [tiles.to_rows(x) for x in d_tiles]
+        if len(plan.own):
+            _add_own_gradients(grads, d_tables, ctx.saved_tensors, grad_THV, plan.own, bias)
         return *grads, *(d_tables or (None, None)), None, None
 
 
-def _own_key(
-    q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, own_T: Tensor, bias: RelativeBias | None
-) -> Tensor:
-    """What the candidates take from themselves, [T, H, V]."""
-    score = (q_THD * k_THD).sum(-1)
+def _add_to_tables(
+    d_tables: list[Tensor], entries: tuple[Tensor, Tensor], d_score: Tensor
+) -> None:
+    """Add the scores' gradients, summed over heads, to the entries of the bias's two tables."""
+    flat = d_score.flatten()
+    for table, entry in zip(d_tables, entries, strict=True):
+        table += torch.bincount(entry.flatten(), flat, len(table)).to(table.dtype)
+
+
+def _add_own_gradients(
+    grads: list[Tensor],
+    d_tables: list[Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    grad_THV: Tensor,
+    own: Tensor,
+    bias: TileBias | None,
+) -> None:
+    """Add, in place, what the candidates' own keys give to the gradients of Q, K, V [T, H, ·] and
+    of the tables.
+    """
+    q, k, v, grad = (x.index_select(0, own) for x in (*qkv, grad_THV))
+    score = _own_scores(q, k, bias)
+    d_score = torch.ops.aten.silu_backward((grad * v).sum(-1), score)
+
+    d_q, d_k, d_v = grads
+    d_q.index_add_(0, own, d_score[..., None] * k)
+    d_k.index_add_(0, own, d_score[..., None] * q)
+    d_v.index_add_(0, own, F.silu(score)[..., None] * grad)
     if bias is not None:
-        query_time = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
-        bucket = time_bucket(
-            whole_seconds(query_time) - whole_seconds(bias.event_time_T), len(bias.time_table)
-        )
-        score = score + (bias.position_table[0] + bias.time_table[bucket])[:, None].to(score.dtype)
-    return (F.silu(score) * own_T[:, None])[..., None] * v_THV
+        _add_to_tables(d_tables, bias.own_rows(), d_score.sum(1))
 
 
 def semi_local_attention_blocked(
@@ -282,8 +398,6 @@ def semi_local_attention_blocked(
         out = _BlockedAttention.apply(
             q, k, v, *tables, plan, None if bias is None else _tile_bias(bias, plan)
         )
-    if plan.own_T is not None:
-        out = out + _own_key(q, k, v, plan.own_T, bias)
     return (out / scaling_seq_len).to(out_dtype or q_THD.dtype)
 
 
