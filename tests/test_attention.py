@@ -5,6 +5,7 @@ float64 truth.
 import pytest
 import torch
 
+from kernels.semi_local_attention import torch_blocked
 from kernels.semi_local_attention.op import cached_attention, semi_local_attention
 from kernels.semi_local_attention.reference import semi_local_mask
 from kernels.semi_local_attention.types import RelativeBias, time_bucket
@@ -55,6 +56,23 @@ def some_bias(total, seed=0):
     tables = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (50, 20))
     time = torch.randint(0, 5_000_000, (total,), generator=generator).cumsum(0)
     return RelativeBias(*tables, time, time + 700_000)
+
+
+def test_kept_scores_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward with the scores that forward kept, and with scores that it makes again."""
+    tensors, offsets, num_targets = make_inputs([70, 20, 5], [9, 3, 0])
+    found = []
+    for most in (2**22, 0):
+        monkeypatch.setattr(torch_blocked, "KEPT_SCORES", most)
+        q, k, v = (x.float().requires_grad_() for x in tensors[:3])
+        out = semi_local_attention(
+            q, k, v, offsets.clone(), max_seq_len=70, num_targets=num_targets, window=11,
+            full_rows=4, prefix=3, bias=None, attn_alpha=0.3, scaling_seq_len=8, backend="torch",
+        )  # fmt: skip
+        out.backward(tensors[3].float())
+        found.append((q.grad, k.grad, v.grad))
+    for kept, again in zip(*found, strict=True):
+        assert kept is not None and torch.equal(kept, again)
 
 
 def run(tensors, offsets, *, dtype=torch.float64, backend, bias=None, **options):

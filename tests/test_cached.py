@@ -242,6 +242,25 @@ def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
     )
 
 
+@torch.no_grad()
+def test_what_is_not_finite_leaves_the_room_with_its_history() -> None:
+    model = make_model(CONFIGS["truncation"])
+    longer, shorter = (
+        encode_history(model, parts_of(make_batch([length], [1]))[0]) for length in (300, 70)
+    )
+    room = make_room(longer, tuple(bucket_size(len(layer.k_THD), 256) for layer in longer.layers))
+    for layer in longer.layers:
+        layer.k_THD.fill_(torch.nan)
+        layer.v_THV.fill_(torch.inf)
+    fill_room(room, longer)
+    fill_room(room, shorter)
+    for place, kept in zip(room.layers, shorter.layers, strict=True):
+        num_rows = len(kept.k_THD)
+        assert torch.equal(place.k_THD[:num_rows], kept.k_THD)
+        for tensor in (place.k_THD, place.v_THV):
+            assert (tensor[num_rows : num_rows + 128] == 0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()

@@ -75,6 +75,17 @@ def test_numbers_beyond_float16_are_refused() -> None:
         look_up(quantize(torch.ones(2, 8)), torch.tensor([0]), dim=16)
 
 
+def test_rows_that_lose_more_than_four_bits_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 16)
+    weight[2] = 100 + 0.01 * weight[2]  # float16 holds the bias in steps of .06
+    weight[4] *= 1e-8
+    weight[5] = 0
+    with caplog.at_level("WARNING"):
+        quantize_module.warn_of_coarse_rows("item_id", weight, Int4Embedding(weight))
+    assert "INT4: 2 of 6 rows of item_id" in caplog.text
+
+
 def test_a_model_with_int4_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_module, "WORTH_BYTES", 100)
     torch.manual_seed(0)

@@ -41,6 +41,18 @@ def test_heads_start_at_the_base_rates() -> None:
     assert scores[1] == pytest.approx(0.02, abs=0.02)
 
 
+@pytest.mark.parametrize("towers", [False, True])
+@torch.no_grad()
+def test_logits_are_float32_under_autocast(towers: bool) -> None:
+    model = make_model(make_config(task_towers=towers)).float()
+    x_CE = torch.randn(1000, model.heads[0].in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.heads(x_CE)
+    assert logits.dtype == torch.float32
+    # rounded to bfloat16, 1,000 logits near each other would be some hundred different numbers
+    assert len(logits[:, 0].unique()) > 950
+
+
 def test_a_tower_is_of_its_task_alone() -> None:
     model, batch = make_model(make_config(task_towers=True)), make_batch([5, 3], [2, 3])
     hidden = model.heads[0]

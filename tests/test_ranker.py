@@ -13,9 +13,10 @@ import torch
 
 from pipeline.batches.examples import UserEvents, request_examples, user_events
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch
-from pipeline.config import ServeConfig, UserError
+from pipeline.config import ConfigError, ServeConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
+from pipeline.model.inference.quantize import as_served
 from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
@@ -23,6 +24,7 @@ from serve_app.history.rows import posted_columns
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key, resident_bytes
 from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
+from tests.worlds.model import make_config, make_model
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
 
@@ -304,6 +306,13 @@ def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
         as_array(Ranker(loaded, ranker.store, 1, "tiny", limits), requests) - scores
     )
     assert 1e-4 < difference.max() < 0.3
+
+
+def test_fp8_of_a_model_with_concat_ua_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.fp8.*model\.concat_ua"):
+        make_config(fp8=True, concat_ua=True)
+    with pytest.raises(UserError, match=r"serve\.fp8 is true.*model\.concat_ua"):
+        as_served(make_model(make_config(concat_ua=True)), ServeConfig(fp8=True))
 
 
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:

@@ -22,7 +22,7 @@ from pipeline.train import loop
 from pipeline.train.average import snapshot_number
 from pipeline.train.checkpoint import CheckpointFolder
 from pipeline.train.meter import prefetch_batches
-from pipeline.train.optim import RowwiseAdamW, learning_rate_factor
+from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor
 from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_maps
 from tests.worlds.training import STEPS, Loader, run, train_config
@@ -71,6 +71,60 @@ def test_rowwise_adamw_by_hand_and_untouched_rows_stay(beta1: float) -> None:
     untouched = torch.tensor([0, 1, 3])
     assert torch.equal(weight[untouched], before[untouched])
     assert ("w" in optimizer.m) == (beta1 > 0)
+
+
+def test_tables_of_one_width_share_a_store_and_train_as_alone() -> None:
+    torch.manual_seed(0)
+    names = {"age": (5, 3), "tag": (4, 3), "item": (6, 2)}
+    tables = {name: nn.Parameter(torch.randn(shape)) for name, shape in names.items()}
+    copies = {name: nn.Parameter(table.detach().clone()) for name, table in tables.items()}
+    ours = RowwiseAdamW(tables, weight_decay=0.1)
+    alone = {name: RowwiseAdamW({name: table}, weight_decay=0.1) for name, table in copies.items()}
+    assert list(ours.stores) == ["width 3", "item"]
+
+    for _ in range(3):
+        grads = {}
+        for name, (rows, width) in names.items():
+            grads[name] = torch.randint(0, rows, (7,)), torch.randn(7, width)
+        ours.step(ours.join_rows(grads), 0.1, torch.tensor(2.0))
+        for name, each in alone.items():
+            each.step({name: grads[name]}, 0.1, torch.tensor(2.0))
+    for name, each in alone.items():
+        assert torch.equal(tables[name], copies[name]), name
+        assert torch.equal(ours.m[name], each.m[name])
+        assert torch.equal(ours.v[name], each.v[name])
+
+
+def test_flat_buffers_train_as_parameters_by_themselves() -> None:
+    torch.manual_seed(0)
+    layer, plain = nn.Linear(3, 5), nn.Linear(3, 5)
+    plain.load_state_dict(layer.state_dict())
+    parameters = dict(layer.named_parameters())
+    ours = DenseAdamW(parameters, lr=0.1, weight_decay=0.1, num_sums=2)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+
+    for step in range(4):
+        x, total = torch.randn(2, 3), torch.tensor(3.0)
+        ours.zero_gradients()
+        layer(x).square().sum().backward()
+        norms, whole = ours.divide_and_clip(total, 0.5)
+        skip = torch.tensor(step == 2)
+        ours.step(0.05, skip)
+        theirs.zero_grad()
+        plain(x).square().sum().backward()
+        for parameter in plain.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= total
+        expected = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None])
+        assert torch.equal(norms, expected)
+        assert torch.equal(whole, nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+        theirs.param_groups[0]["lr"] = 0.05
+        if not skip:
+            theirs.step()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameters[name], parameter)
+        assert torch.equal(ours.state[name]["exp_avg"], theirs.state[parameter]["exp_avg"])
+    assert ours.step_count == 3
 
 
 def test_rows_and_sums_adds_repeated_rows() -> None:

@@ -133,9 +133,9 @@ def test_moments_go_on_where_the_checkpoint_is_there(
     trainee = Trainee(day_on, new_maps, "cpu", 0, 1)
     load_start(trainee, start, new_maps, day_on)
     assert trainee.rowwise.step_count == saved.state.step
-    for path, parameter in trainee.dense.items():
-        moment = before.adamw.state[before.dense[path]]["exp_avg_sq"]
-        assert torch.equal(trainee.adamw.state[parameter]["exp_avg_sq"], moment), path
+    for path in trainee.dense:
+        moment = before.adamw.state[path]["exp_avg_sq"]
+        assert torch.equal(trainee.adamw.state[path]["exp_avg_sq"], moment), path
     path = trainee.table_paths["item_id"]
     rows = match_vocabularies(maps, new_maps, day_on.features)["item_id"]
     moments = before.rowwise.v[path][rows] * torch.from_numpy(rows > 0)

@@ -21,7 +21,7 @@ from kernels.semi_local_attention.types import RelativeBias, time_bucket, whole_
 # ones waste less of it, and of the mask's edge.
 TILE, SHORT_TILE = 64, 32
 CHUNK = 2**18  # scores held at a time: 1 MiB in float32, which stays in a core's cache
-# Scores of a layer that are kept for backward, with the weights that they became: 32 MiB in float32.
+# Scores of a layer up to which they are kept for backward, with their weights: 32 MiB in float32.
 KEPT_SCORES = 2**22
 
 
@@ -346,9 +346,7 @@ class _BlockedAttention(torch.autograd.Function):
         return *grads, *(d_tables or (None, None)), None, None
 
 
-def _add_to_tables(
-    d_tables: list[Tensor], entries: tuple[Tensor, Tensor], d_score: Tensor
-) -> None:
+def _add_to_tables(d_tables: list[Tensor], entries: tuple[Tensor, Tensor], d_score: Tensor) -> None:
     """Add the scores' gradients, summed over heads, to the entries of the bias's two tables."""
     flat = d_score.flatten()
     for table, entry in zip(d_tables, entries, strict=True):

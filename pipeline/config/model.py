@@ -241,6 +241,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "model")
         _refuse_truncation_after_the_last_layer("model", self.num_layers, self.truncate_after_layer)
+        rule = "false where model.concat_ua is true: U, A and Norm(A) * U would share one scale"
+        require(not (self.fp8 and self.concat_ua), "model.fp8", self.fp8, rule)
 
     @property
     def cacheable(self) -> bool:

@@ -76,7 +76,20 @@ class RankingHead(nn.Sequential):
         self.loss_names = tasks
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.loss_names else input.new_zeros(len(input), 0)
+        """Logits [C, tasks], in float32 under autocast too: in bfloat16 a user's thousand
+        candidates would share some 75 scores.
+        """
+        if not self.loss_names:
+            return input.new_zeros(len(input), 0)
+        *hidden, logits = self
+        x_CH = input
+        for layer in hidden:
+            x_CH = layer(x_CH)
+
+        weight = logits.weight
+        assert isinstance(weight, Tensor)
+        with torch.autocast(x_CH.device.type, enabled=False):
+            return logits(x_CH.to(weight.dtype))
 
     def loss(self, outputs: Tensor, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Log losses of the known labels, which have a weight above 0.

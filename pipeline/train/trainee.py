@@ -4,7 +4,7 @@ Sums, not means, cross ranks: the gradient of the summed loss and the sum of lab
 over ranks and divided afterwards, so that the step does not depend on how rows fell to ranks.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import Block, Saved, read_tensors
 from pipeline.train.guards import FiniteGuard
 from pipeline.train.next_item import LOSS_NAME, NextItemLoss
-from pipeline.train.optim import RowwiseAdamW, learning_rate_factor, resolve_warmup
+from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor, resolve_warmup
 from pipeline.train.placement import place_tables
 from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows
 
@@ -100,17 +100,9 @@ class Trainee:
         self.rowwise = RowwiseAdamW(
             self.tables, weight_decay=decay, on_host=host_state, first_rows=first_rows
         )
-        self.adamw = torch.optim.AdamW(
-            self.dense.values(), lr=self.cfg.lr, weight_decay=decay, fused=True
-        )
-
-        # as AdamW would in its first step: a checkpoint is read into these
-        for parameter in self.dense.values():
-            self.adamw.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        # losses and weights, broken tables and wishes
+        num_sums = 2 * len(self.loss_weights) + len(self.tables) + 2
+        self.adamw = DenseAdamW(self.dense, lr=self.cfg.lr, weight_decay=decay, num_sums=num_sums)
 
     def _fetch_rows(self, _: nn.Module, inputs: tuple[SequenceBatch]) -> None:
         """Bring the rows that the token encoder looks up from the ranks that hold them."""
@@ -135,24 +127,20 @@ class Trainee:
         """
         loss, weight = self._backward(batch, step)
 
-        # over the ranks
+        # over the ranks: the dense gradients are on their way while rows are counted
         wished = torch.tensor(wishes, dtype=torch.float32, device=loss.device)
-        losses, weights, broken, wished = self._reduce_dense(
-            loss, weight, self._broken_tables(), wished
-        )
+        finish = self._send_dense(loss, weight, self._broken_tables(), wished)
+        table_grads = self._reduce_sparse()
+        losses, weights, broken, wished = finish()
         self.wishes += wished
         total = (weights * self.loss_weights).sum().clamp(min=1e-12)
-        table_grads = self._reduce_sparse()
 
-        norms = self._clip_dense(total)
+        norms, self.grad_norm = self.adamw.divide_and_clip(total, self.cfg.grad_clip)
         skip = self.guard.check(torch.cat([losses.isfinite(), norms.isfinite(), broken == 0]))
 
         warmup = resolve_warmup(self.cfg.warmup_steps, total_steps)
         factor = learning_rate_factor(step, warmup, total_steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.cfg.lr * factor
-        self.adamw.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]  # as GradScaler leaves it out
-        self.adamw.step()
+        self.adamw.step(self.cfg.lr * factor, skip)
         # dividing by infinity leaves the step out
         scale = torch.where(skip, torch.inf, total)
         self.rowwise.step(table_grads, self.cfg.embedding_lr * factor, scale)
@@ -169,9 +157,12 @@ class Trainee:
         # Dropout depends on where the run stands, not on how it got there: a resumed run draws the
         # same masks.
         seed = np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]
-        torch.manual_seed(int(seed))
-        self.model.train()
-        self.model.zero_grad(set_to_none=True)
+        seed_generators(int(seed))
+        if not self.model.training:  # each of some hundred modules is told
+            self.model.train()
+        self.adamw.zero_gradients()
+        for table in self.tables.values():
+            table.grad = None
 
         bf16 = self.cfg.precision == "bf16"
         with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
@@ -185,22 +176,6 @@ class Trainee:
             loss, weight = torch.cat([loss, next_loss]), torch.cat([weight, next_weight])
         (loss * self.loss_weights).sum().backward()
         return loss.detach(), weight
-
-    def _clip_dense(self, total: Tensor) -> Tensor:
-        """Divide the dense gradients by the total weight and clip them; [parameters] their norms
-        before clipping.
-        """
-        grads = self._dense_grads()
-        torch._foreach_div_(grads, total)  # pyright: ignore[reportPrivateImportUsage]  # one launch for all
-        norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
-        self.grad_norm = torch.linalg.vector_norm(norms)
-        nn.utils.clip_grads_with_norm_(self.dense.values(), self.cfg.grad_clip, self.grad_norm)
-        return norms
-
-    def _dense_grads(self) -> list[Tensor]:
-        grads = [p.grad for p in self.dense.values() if p.grad is not None]
-        assert len(grads) == len(self.dense)
-        return grads
 
     def _broken_tables(self) -> Tensor:
         """float32 [tables], 1 where a gradient of this rank's is not finite."""
@@ -218,29 +193,33 @@ class Trainee:
         assert leaf.grad is not None
         return leaf.grad._values() if block is None else leaf.grad
 
-    def _reduce_dense(self, *sums: Tensor) -> list[Tensor]:
-        """Add dense gradients, in place, and the vectors `sums` over ranks, all in one message."""
+    def _send_dense(self, *sums: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Add dense gradients, in place, and the vectors `sums` over ranks, all in one message; the
+        result waits for it and gives the sums.
+        """
         if self.world_size == 1:
-            return list(sums)
-        grads = self._dense_grads()
-        flat = torch.cat([*map(torch.flatten, grads), *sums])
-        dist.all_reduce(flat)
+            return lambda: sums
+        torch.cat(sums, out=self.adamw.sums)
+        work = dist.all_reduce(self.adamw.message, async_op=True)
 
-        sizes = map(torch.numel, grads)
-        parts = flat.split([*sizes, *map(len, sums)])
-        for grad, total in zip(grads, parts, strict=False):  # the vectors come after
-            grad.copy_(total.view_as(grad))
-        return list(parts[len(grads) :])
+        def finish() -> tuple[Tensor, ...]:
+            assert work is not None
+            work.wait()
+            # the buffer is zeroed before the next step
+            return self.adamw.sums.clone().split(list(map(len, sums)))
+
+        return finish
 
     def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per table the rows touched by any rank, with repeats, and their gradients; of a sharded
-        one its block's.
+        """Per store of `rowwise` the rows touched by any rank, with repeats, and their gradients;
+        of a sharded table its block's.
         """
         touched = {}
         for name, weight in self.tables.items():
             if name not in self.blocks:
                 assert weight.grad is not None
                 touched[name] = weight.grad._indices()[0], weight.grad._values()
+        touched = self.rowwise.join_rows(touched)
         if self.world_size > 1:
             touched = gather_rows(touched, self.world_size)
 
@@ -264,9 +243,8 @@ class Trainee:
             found[f"model.{name}"] = self._block(name, tensor)
         for name, tensor in self.rowwise.state_dict().items():
             found[f"rowwise.{name}"] = self._block(name[2:], tensor)  # after "m." or "v."
-        for name, parameter in self.dense.items():
-            for key, tensor in self.adamw.state[parameter].items():
-                found[f"adamw.{key}.{name}"] = tensor
+        for name, tensor in self.adamw.state_dict().items():
+            found[f"adamw.{name}"] = tensor
         if self.average is not None:
             for name, tensor in self.average.tensors.items():
                 found[f"average.{name}"] = self._block(name, tensor)
@@ -282,6 +260,13 @@ class Trainee:
         """Raises UserError where the checkpoint holds another model."""
         read_tensors(saved.folder, self.tensors())
         self.rowwise.step_count = saved.state.step
+
+
+def seed_generators(seed: int) -> None:
+    """As `torch.manual_seed`, which also writes down who called it: as long as a small layer."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def head_weights(head: Head, cfg: TrainConfig) -> list[float]:
