@@ -92,6 +92,7 @@ class TrainLoader:
     def __init__(
         self, cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, rank: int = 0, world_size: int = 1
     ) -> None:
+        self._made_of = cfg, maps, plan, rank, world_size
         self.cfg = cfg
         self.maps = maps
         self.plan = plan
@@ -101,6 +102,10 @@ class TrainLoader:
         self._reader = ThreadPoolExecutor(1, "pool-reader")
         # the pool after the one in use, by its epoch and place
         self._coming: tuple[tuple[int, int], Future[Pool]] | None = None
+
+    def __reduce__(self) -> tuple:
+        """In another process it is a loader anew: threads and what they read stay here."""
+        return TrainLoader, self._made_of
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         """The steps of `epoch` from `first_step` on."""

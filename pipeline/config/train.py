@@ -103,6 +103,11 @@ class TrainConfig:
     loader_threads: int = setting(
         1, at_least=1, doc="Threads of each worker that prefetch batches."
     )
+    loader_process: bool = setting(
+        False,
+        doc="Each worker's batches are made in a process of their own, which starts in some "
+        "seconds. False: in threads of the worker, whose Python waits for theirs.",
+    )
     layout: Literal["user", "request"] = setting(
         "user",
         doc="One training sequence per pass over a user's rows, in which each target sees its own "

@@ -7,7 +7,9 @@ Train.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +20,6 @@ from kernels.backend import choose_backend
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig, TrainConfig, UserError
-from pipeline.model.flops import Flops
 from pipeline.model.ranker import RankingModel, attention_variance
 from pipeline.train.checkpoint import (
     CheckpointFolder,
@@ -29,6 +30,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.guards import improved, watch_divergence
 from pipeline.train.interruption import Wishes
+from pipeline.train.loader_process import Counted, LoaderProcess, MakeBatches
 from pipeline.train.meter import Meter, count_batches, prefetch_batches
 from pipeline.train.milestones import Milestones, Report
 from pipeline.train.optim import learning_rate_factor, resolve_warmup
@@ -102,18 +104,50 @@ def train(
     milestones = Milestones(trainee, state, identity, checkpoints, report)
     profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
 
-    batches = remaining_batches(loader, state, cfg, maps.vocab_sizes["item_id"] - 1)
+    make_batches = partial(remaining_batches, loader, cfg, maps.vocab_sizes["item_id"] - 1)
+    with open_batches(make_batches, state, cfg.train) as batches:
+        steps = take_steps(trainee, batches, progress, profiler, wishes)
+        _train_on(steps, trainee, cadence, progress, milestones, validate, wishes)
+    return trainee.model
+
+
+def take_steps(
+    trainee: Trainee,
+    batches: Iterator[Counted],
+    progress: "Progress",
+    profiler: StepProfiler,
+    wishes: Wishes | None,
+) -> Iterator[None]:
+    """One step for each batch; the run's state moves on."""
+    state, total_steps = progress.state, progress.total_steps
+    device = trainee.loss_weights.device
     for batch, work in progress.meter.wait_for_batches(batches):
         progress.meter.count_step(batch, work)
         batch = batch.to(device)
         if state.step == 0:
-            progress.tell_attention(batch, cfg.model.norm_eps)
+            progress.tell_attention(batch, trainee.norm_eps)
         wished = (False, False) if wishes is None else wishes.take_wishes()
         with profiler.step(state.step + 1):
             progress.add_losses(*trainee.step(batch, state.step, total_steps, wished))
         state.advance()
         trainee.update_average(state.step, total_steps)
+        yield
 
+
+def _train_on(
+    steps: Iterator[None],
+    trainee: Trainee,
+    cadence: "Cadence",
+    progress: "Progress",
+    milestones: Milestones,
+    validate: Validate | None,
+    wishes: Wishes | None,
+) -> None:
+    """Go through the steps, with what is due after each, to the end of the run or to where it is
+    stopped.
+    """
+    state = progress.state
+    for _ in steps:
         due = cadence.due_after(state.step)
         save, stop = agreed_wishes(trainee, due) if wishes is not None else (False, False)
         if not (due.anything or save or stop):
@@ -131,11 +165,10 @@ def train(
             milestones.pass_one(progress.newest, save=save)
         if stop and wishes is not None and not due.end:
             wishes.tell_stopped(state.step)
-            return trainee.model
+            return
 
     state.finished = True
     milestones.pass_one(progress.newest, save=True)
-    return trainee.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,16 +338,30 @@ def _first_state(
 
 
 def remaining_batches(
-    loader: Loader, state: TrainState, cfg: RunConfig, num_items: int
-) -> Iterator[tuple[SequenceBatch, Flops]]:
-    """What is left of the run from `state` on, each batch made while the one before it is used.
+    loader: Loader, cfg: RunConfig, num_items: int, first_epoch: int, first_step: int
+) -> Iterator[Counted]:
+    """What is left of the run from a step of an epoch on.
 
     `num_items`: those of the training period, which a next item is told apart from.
     """
-    first_epoch, first_step = state.epoch, state.epoch_step
     for epoch in range(first_epoch, cfg.train.epochs):
         batches = loader.batches(epoch, first_step if epoch == first_epoch else 0)
-        yield from prefetch_batches(count_batches(batches, cfg, num_items))
+        yield from count_batches(batches, cfg, num_items)
+
+
+@contextmanager
+def open_batches(
+    make_batches: MakeBatches, state: TrainState, train: TrainConfig
+) -> Iterator[Iterator[Counted]]:
+    """What is left of the run, each batch made while the one before it is used: in a thread, or
+    with `train.loader_process` in a process that ends with the block.
+    """
+    if not train.loader_process:
+        yield prefetch_batches(make_batches(state.epoch, state.epoch_step))
+        return
+    place = state.epoch, state.epoch_step
+    with LoaderProcess(make_batches, *place, pin_memory=train.use_gpu) as process:
+        yield prefetch_batches(process.batches())
 
 
 def progress_line(state: TrainState, total_steps: int, values: dict[str, float]) -> str:

@@ -40,7 +40,7 @@ class Trainee:
         rank: int,
         world_size: int,
     ) -> None:
-        self.cfg, self.seed = cfg.train, cfg.seed
+        self.cfg, self.seed, self.norm_eps = cfg.train, cfg.seed, cfg.model.norm_eps
         self.rank, self.world_size = rank, world_size
 
         plan = place_tables(cfg, maps.vocab_sizes, world_size)

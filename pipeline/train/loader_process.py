@@ -1,0 +1,233 @@
+"""Batches made in a process of their own, whose Python does not wait for the trainer's, nor the
+trainer's for it.
+
+    loader process:  loader → batches → work counted ── socket ──→ trainer: `LoaderProcess.batches`
+
+A batch crosses as one buffer: its columns one after another, behind a header that says where each
+lies. The trainer reads it into memory that its tensors are views of, pinned where they go on to a
+GPU.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.model.flops import Flops
+
+Counted = tuple[SequenceBatch, Flops]  # a batch and the work of one forward pass over it
+MakeBatches = Callable[[int, int], Iterator[Counted]]  # from an epoch and a step of it on
+
+LENGTHS = struct.Struct("<QQ")  # bytes of a message's header and of its buffer
+ALIGNED = 64  # bytes between the beginnings of columns
+ENDS_IN_S = 5.0  # for the process to end by itself, before it is ended
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where a column of a batch lies in the buffer."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What stands before a buffer; an `error` or the `end` has none."""
+
+    columns: tuple[Column, ...] = ()
+    max_seq_len: int = 0
+    work: Flops | None = None
+    error: Exception | None = None
+    end: bool = False
+
+
+class LoaderProcess:
+    """A process that makes the rest of a run's batches, started at once.
+
+    It ends when the last batch was read, with the block, and when this process is gone.
+
+        with LoaderProcess(make_batches, epoch, step) as loader:
+            for batch, work in loader.batches(): ...
+
+    Args:
+        make_batches: called in the new process, so it must be picklable.
+        epoch, step: where the run stands.
+        pin_memory: batches lie in pinned memory, from which a GPU copies without its host waiting.
+    """
+
+    def __init__(
+        self, make_batches: MakeBatches, epoch: int, step: int, *, pin_memory: bool = False
+    ) -> None:
+        self.pin_memory = pin_memory
+        self._ours, theirs = socket.socketpair()
+        # not forked: this process has threads, and locks that they may hold
+        context = multiprocessing.get_context("spawn")
+        self.process: BaseProcess = context.Process(
+            target=send_batches,
+            args=(theirs, make_batches, epoch, step),
+            name="loader",
+            daemon=True,
+        )
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> "LoaderProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def batches(self) -> Iterator[Counted]:
+        """The batches in order.
+
+        Raises:
+            Exception: what the loader raised, as it was where it can be sent.
+            RuntimeError: the process is gone.
+        """
+        while True:
+            header = self._read_header()
+            if header.error is not None:
+                self.close()
+                raise header.error
+            if header.end:
+                self.close()
+                return
+            yield self._read_batch(header)
+
+    def close(self) -> None:
+        """End the process, which sees that nobody reads any more."""
+        self._ours.close()
+        self.process.join(ENDS_IN_S)
+        if self.process.is_alive():  # in the middle of a long read
+            self.process.kill()
+            self.process.join()
+
+    def _read_header(self) -> Header:
+        try:
+            lengths = self._read(bytearray(LENGTHS.size))
+            num_header, self._num_buffer = LENGTHS.unpack(lengths)
+            return pickle.loads(self._read(bytearray(num_header)))
+        except EOFError:
+            self.process.join(ENDS_IN_S)
+            code = self.process.exitcode
+            raise RuntimeError(
+                f"the process that makes batches is gone, exit code {code}"
+                + (": killed, as one is that takes too much memory" if code == -9 else "")
+            ) from None
+
+    def _read_batch(self, header: Header) -> Counted:
+        buffer = torch.empty(self._num_buffer, dtype=torch.uint8, pin_memory=self.pin_memory)
+        self._read(buffer.numpy())
+        assert header.work is not None
+        return unpack_batch(header, buffer), header.work
+
+    def _read(self, into: bytearray | np.ndarray) -> bytearray | np.ndarray:
+        """Fill `into`. Raises EOFError where the other side has closed."""
+        rest = memoryview(into)
+        while len(rest):
+            try:
+                count = self._ours.recv_into(rest)
+            except ConnectionResetError:
+                count = 0
+            if count == 0:
+                raise EOFError
+            rest = rest[count:]
+        return into
+
+
+def send_batches(to: socket.socket, make_batches: MakeBatches, epoch: int, step: int) -> None:
+    """The loader's process: batches one after another, then the end or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    torch.set_num_threads(1)
+    for header, columns in messages(make_batches, epoch, step):
+        try:
+            send_message(to, header, columns)
+        except (BrokenPipeError, ConnectionResetError):
+            break  # the trainer needs no more
+    to.close()
+    # threads may still be making batches that nobody waits for
+    os._exit(0)
+
+
+def messages(
+    make_batches: MakeBatches, epoch: int, step: int
+) -> Iterator[tuple[Header, list[np.ndarray]]]:
+    """What is sent: batches, then the end or an error of the loader."""
+    try:
+        for batch, work in make_batches(epoch, step):
+            yield pack_batch(batch, work)
+    except Exception as error:
+        yield Header(error=sendable(error)), []
+        return
+    yield Header(end=True), []
+
+
+def sendable(error: Exception) -> Exception:
+    """The error itself where it can be pickled, else one with its message."""
+    try:
+        again = pickle.loads(pickle.dumps(error))
+    except Exception:
+        again = None
+    if type(again) is type(error) and str(again) == str(error):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def send_message(to: socket.socket, header: Header, columns: list[np.ndarray]) -> None:
+    """A header and the columns that it places."""
+    packed = pickle.dumps(header)
+    size = 0
+    if header.columns:
+        last = header.columns[-1]
+        size = last.begin + int(np.prod(last.shape, dtype=np.int64)) * last.dtype.itemsize
+
+    buffer = bytearray(size)
+    for place, column in zip(header.columns, columns, strict=True):
+        flat = column.reshape(-1).view(np.uint8)
+        buffer[place.begin : place.begin + len(flat)] = flat.data
+    to.sendall(LENGTHS.pack(len(packed), size) + packed)
+    to.sendall(buffer)
+
+
+def pack_batch(batch: SequenceBatch, work: Flops) -> tuple[Header, list[np.ndarray]]:
+    """A batch's header, and its columns in the header's order.
+
+    columns   seq_offsets 24 bytes, num_targets 8 bytes
+    begin     0                     64
+    """
+    places: list[Column] = []
+    arrays: list[np.ndarray] = []
+    end = 0
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        array = np.ascontiguousarray(value.numpy()).reshape(tuple(value.shape))
+        places.append(Column(field.name, array.dtype, array.shape, end))
+        arrays.append(array)
+        end += -(-array.nbytes // ALIGNED) * ALIGNED
+    return Header(tuple(places), batch.max_seq_len, work), arrays
+
+
+def unpack_batch(header: Header, buffer: Tensor) -> SequenceBatch:
+    """The batch, its tensors views of `buffer`, uint8."""
+    columns: dict[str, Tensor] = {}
+    for place in header.columns:
+        count = int(np.prod(place.shape, dtype=np.int64))
+        dtype = torch.from_numpy(np.empty(0, place.dtype)).dtype
+        part = buffer[place.begin : place.begin + count * place.dtype.itemsize]
+        columns[place.name] = part.view(dtype).view(place.shape)
+    return SequenceBatch(**columns, max_seq_len=header.max_seq_len)  # pyright: ignore[reportArgumentType]
