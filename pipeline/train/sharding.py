@@ -324,8 +324,8 @@ def gather_rows(
     """The rows that any rank used, and their gradients: each rank's distinct rows, one rank after
     another.
 
-    `local`: per table this rank's rows [n], with repeats, and their gradients [n, d]. Three
-    messages, and one wait for the device, whatever the number of tables.
+    `local`: per table this rank's rows [n], with repeats, and their gradients [n, d]. Two messages,
+    and one wait for the device, whatever the number of tables.
 
         rank 0    rows 5 2 5   gradients a b c    its distinct rows 2 5, sums b and a + c
         rank 1    rows 2       gradient  d        its distinct row  2,   sum  d
@@ -345,13 +345,21 @@ def gather_rows(
     distinct = keys.new_empty(sum(own)).scatter_(0, number, keys) & ((1 << TABLE_BITS) - 1)
     sums = _sum_rows(grads, index.split(list(map(len, rows))), below, own)
 
-    # to all ranks, all tables together
-    rows_of_ranks = _all_gather_jagged(distinct, list(map(sum, counts)))
-    flat = torch.cat([part.flatten() for part in sums])
+    # to all ranks, all tables together: the bits of the rows' numbers, then the sums
+    dtype = grads[0].dtype
+    flat = torch.cat([distinct.view(dtype), *map(torch.flatten, sums)])
     sizes = []
     for of_rank in counts:
         sizes.append([n * width for n, width in zip(of_rank, widths, strict=True)])
-    sums_of_ranks = _all_gather_jagged(flat, list(map(sum, sizes)))
+    row_words = [sum(of_rank) * distinct.itemsize // dtype.itemsize for of_rank in counts]
+    sum_words = list(map(sum, sizes))
+    lengths = [rows + numbers for rows, numbers in zip(row_words, sum_words, strict=True)]
+    of_ranks = _all_gather_jagged(flat, lengths)
+
+    rows_of_ranks, sums_of_ranks = [], []
+    for part, words in zip(of_ranks, row_words, strict=True):
+        rows_of_ranks.append(part[:words].clone().view(distinct.dtype))
+        sums_of_ranks.append(part[words:])
 
     # by table
     row_parts = _split_ranks(rows_of_ranks, counts)
