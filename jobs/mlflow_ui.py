@@ -13,6 +13,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     with tracking.session(job.cfg, job.options.port) as tracker:
         print(f"MLflow: {tracker.server_url}")
+        print(f"runs:   {tracker.list_url}")
         cli.wait_for_interrupt()
 
 

@@ -41,7 +41,7 @@ def here() -> Iterator[None]:
 
     @contextmanager
     def workers_here(*_: object) -> Iterator[Workers]:
-        yield lambda _, function, items: [function(item) for item in items]
+        yield lambda _, function, items, memory_bytes=0: [function(item) for item in items]
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (build, maintenance):

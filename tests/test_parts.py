@@ -223,7 +223,7 @@ from pipeline.sequences import build, parts
 
 @contextmanager
 def workers_here(*_):
-    yield lambda what, function, items: [function(item) for item in items]
+    yield lambda what, function, items, memory_bytes=0: [function(item) for item in items]
 
 replace, left = os.replace, [int(sys.argv[2])]
 
@@ -266,7 +266,7 @@ def test_a_killed_build_goes_on_to_the_same_result(
 
     @contextmanager
     def counting(*_: object) -> Iterator[Workers]:
-        def run(what: str, function: Callable, items: Sequence) -> list:
+        def run(what: str, function: Callable, items: Sequence, memory_bytes: float = 0) -> list:
             asked[what] = len(items)
             return [function(item) for item in items]
 

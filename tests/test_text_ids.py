@@ -52,7 +52,7 @@ def item_name(number: int) -> str:
 @contextmanager
 def workers_here(*_: object) -> Iterator[Workers]:
     """Buckets are built in this process."""
-    yield lambda _, function, items: [function(item) for item in items]
+    yield lambda _, function, items, memory_bytes=0: [function(item) for item in items]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -109,6 +109,25 @@ def test_a_run_says_which_submitted_job_and_code_it_is_of(monkeypatch: pytest.Mo
     assert re.fullmatch("[0-9a-f]{16}", tags["code_digest"])
 
 
+def test_the_list_of_runs_has_columns_that_tell_them_apart(cfg: RunConfig) -> None:
+    """In a tag of the experiment, which an address names; other tasks bring other columns."""
+    tracker, client = Tracker(cfg), mlflow.MlflowClient()
+    manifest = store.read_manifest(cfg.sequence_dir)
+    with tracker.start_run(cfg, manifest) as run:
+        experiment = client.get_run(run.run_id).info.experiment_id
+    listed = f"/#/experiments/{experiment}/runs?viewStateShareKey=trainings"
+    assert tracker.list_url == tracker.server_url + listed
+
+    def columns() -> list[str]:
+        tags = client.get_experiment(experiment).tags
+        return json.loads(tags["mlflow.sharedViewState.trainings"])["selectedColumns"]
+
+    task = cfg.tasks[0]
+    assert {"params.`model.encoder`", f"metrics.`val/ne/{task}`", "tags.`attempt`"} <= {*columns()}
+    with tracker.start_run(replace(cfg, tasks=cfg.tasks[1:]), manifest):
+        assert f"metrics.`val/ne/{task}`" not in columns()
+
+
 def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
     run = Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir))
     with pytest.raises(KeyError), run:

@@ -19,6 +19,11 @@ class RayConfig:
         doc="Logical CPUs of a local cluster. Two training workers and Ray Data need more than 2.",
     )
     object_store_mb: int = setting(512, doc="Object store of a local cluster, in MiB.")
+    data_labels: dict[str, str] = setting(
+        {},
+        doc="Label of a cluster's nodes: its value where tasks of a build run, such as pool: "
+        "cpu_data. Empty: they run anywhere, on GPU nodes too.",
+    )
     start_timeout_s: float = setting(
         300.0,
         above=0,

@@ -168,6 +168,11 @@ def bucket_memory(rows: float, bytes_per_row: float) -> float:
     return MEMORY_PER_BYTE * bytes_per_row * rows
 
 
+def part_memory(rows: float, bytes_per_row: float) -> float:
+    """Bytes that a task needs to read a part of so many rows."""
+    return 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
+
+
 def fitting_buckets(source: SourceConfig, rows: int) -> int:
     """The number of buckets of which one takes BUCKET_MEMORY, which leaves room for logs to be
     appended for a good while.
@@ -185,7 +190,6 @@ def plan_build(cfg: RunConfig) -> dict[str, object]:
     logs, rules, rows_of_files = check_logs(cfg)
     rows = sum(rows_of_files.values())
     bytes_per_row = row_bytes(rules.events)
-    part_memory = 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
     rows_per_bucket = rows // rules.num_buckets
 
     sample = sample_ids([file for file in logs.files if rows_of_files[file]], rules)
@@ -202,7 +206,7 @@ def plan_build(cfg: RunConfig) -> dict[str, object]:
         "rows_looked_at": sample.rows,
         "joined": joined,
         "parts": -(-rows // parts.PART_ROWS),
-        "memory_mb_per_part": round(part_memory / MB, 1),
+        "memory_mb_per_part": round(part_memory(rows, bytes_per_row) / MB, 1),
         "buckets": rules.num_buckets,
         "rows_per_bucket": rows_per_bucket,
         "memory_mb_per_bucket": round(bucket_memory(rows_per_bucket, bytes_per_row) / MB, 1),
@@ -494,7 +498,9 @@ def _make_parts(
     if found:
         logger.info("%d of %d parts are there already", len(found), len(work))
     write = partial(write_part, rules=rules, folder=folder, forgotten=forgotten)
-    return found + run("reading the logs", write, missing)
+    most_rows = max((task.rows for task in missing), default=0)
+    memory = part_memory(most_rows, row_bytes(rules.events))
+    return found + run("reading the logs", write, missing, memory)
 
 
 def build_version(
@@ -734,7 +740,9 @@ def build_buckets(
     _warn_of_memory(work, rules.logs)
 
     write = partial(write_bucket, rules=rules, folder=folder)
-    records = found + run("building buckets", write, missing)
+    most_rows = max((task.rows for task in missing), default=0)
+    memory = bucket_memory(most_rows, row_bytes(rules.logs.events))
+    records = found + run("building buckets", write, missing, memory)
     return sorted(records, key=lambda record: record.number)
 
 

@@ -5,7 +5,7 @@ cluster by it.
 import logging
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray.data
 
-from pipeline.cluster import ray_cluster
+from pipeline.cluster import is_private, ray_cluster
 from pipeline.config import RayConfig, UserError
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,15 @@ class Item(Protocol):
 
 class Workers(Protocol):
     """Calls `function(item)` for each item in a task of its own and returns the results, in no
-    order.
+    order. A task takes about so many bytes of its machine's memory.
     """
 
     def __call__(
-        self, what: str, function: Callable[[Any], Any], items: Sequence[Item]
+        self,
+        what: str,
+        function: Callable[[Any], Any],
+        items: Sequence[Item],
+        memory_bytes: float = 0,
     ) -> list[Any]: ...
 
 
@@ -43,22 +47,51 @@ class Workers(Protocol):
 def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
     """On the cluster of `ray_cluster`, which is joined or started when there are items.
 
-    A task takes one CPU. Items and results pass through the object store, so they should be small:
+    A task takes one CPU and its memory, on a joined cluster on nodes with the labels
+    `cfg.data_labels`. Items and results pass through the object store, so they should be small:
     what is read and written should be in files. A `UserError` in a task is raised as it is; a task
     whose worker dies is run again.
     """
     with ExitStack() as stack:
 
-        def run(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
+        def run(
+            what: str,
+            function: Callable[[Any], Any],
+            items: Sequence[Item],
+            memory_bytes: float = 0,
+        ) -> list[Any]:
             if not items:
                 return []
             stack.enter_context(ray_cluster(cfg, runs_dir=runs_dir))
-            return _run_tasks(what, function, items)
+            needs: dict[str, Any] = {"memory": schedulable_memory(memory_bytes, ray.nodes())}
+            if cfg.data_labels and not is_private(cfg):  # its one node has none
+                needs["label_selector"] = cfg.data_labels
+            return _run_tasks(what, function, items, needs)
 
         yield run
 
 
-def _run_tasks(what: str, function: Callable[[Any], Any], items: Sequence[Item]) -> list[Any]:
+def schedulable_memory(needed: float, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """The bytes to ask of Ray's scheduler for a task: what it needs, and never more than the
+    largest of these nodes (`ray.nodes()`) has, since that task would wait for ever.
+
+        needed      600 MB      9 GB
+        nodes       4 GB, 8 GB
+        asked       600 MB      8 GB
+    """
+    largest = 0.0
+    for node in nodes:
+        if node["Alive"]:
+            largest = max(largest, node["Resources"].get("memory", 0.0))
+    return int(min(needed, largest))
+
+
+def _run_tasks(
+    what: str,
+    function: Callable[[Any], Any],
+    items: Sequence[Item],
+    needs: Mapping[str, Any],
+) -> list[Any]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # it warns that its bars are off
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -67,7 +100,7 @@ def _run_tasks(what: str, function: Callable[[Any], Any], items: Sequence[Item])
     # one block, and so one task, per item
     rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(_call, function=function), batch_size=None, batch_format="pyarrow"
+        partial(_call, function=function), batch_size=None, batch_format="pyarrow", **needs
     )
 
     results, progress = [], Progress(what, items)

@@ -24,6 +24,7 @@ from pipeline import config
 from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import Figures
 from pipeline.files import write_atomically
+from pipeline.tracking.columns import VIEW_TAG, view_state, view_url
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.server import is_absent, mlflow_client, one_message
 
@@ -183,7 +184,7 @@ def start_run(
 
     client = mlflow_client()
     with one_message():
-        experiment = _experiment(client, cfg.tracking.experiment)
+        experiment = _experiment(client, cfg.tracking.experiment, cfg.tasks)
         earlier = None if parent else _last_of_name(client, experiment, cfg.name)
         run = client.create_run(
             experiment,
@@ -335,15 +336,34 @@ def _is_figure(key: str, value: Any) -> bool:
     )
 
 
-def _experiment(client: "MlflowClient", name: str) -> str:
-    """Id of an experiment, which opens on MLflow's view of trainings, not on that of agents."""
+def _experiment(client: "MlflowClient", name: str, tasks: Sequence[str] = ()) -> str:
+    """Id of an experiment, which opens on MLflow's view of trainings, not on that of agents.
+
+    With `tasks` it gets the list of runs with columns for them.
+    """
     kind, ours = EXPERIMENT_KIND
+    tags = {kind: ours}
+    if tasks:
+        tags[VIEW_TAG] = view_state(tasks)
+
     found = client.get_experiment_by_name(name)
     if found is None:
-        return client.create_experiment(name, tags={kind: ours})
-    if kind not in found.tags:
-        client.set_experiment_tag(found.experiment_id, kind, ours)
+        return client.create_experiment(name, tags=tags)
+    for key, value in tags.items():
+        if found.tags.get(key) != value:
+            client.set_experiment_tag(found.experiment_id, key, value)
     return found.experiment_id
+
+
+def list_url(settings: TrackingConfig, server: str) -> str:
+    """Address of the experiment's list of runs with columns that tell them apart; that of the
+    server where there is none yet.
+    """
+    with one_message():
+        found = mlflow_client().get_experiment_by_name(settings.experiment)
+    if found is None or VIEW_TAG not in found.tags:
+        return server
+    return view_url(server, found.experiment_id)
 
 
 def _log_params(client: "MlflowClient", run_id: str, flat: Mapping[str, Any]) -> None:

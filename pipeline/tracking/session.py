@@ -60,6 +60,11 @@ class Tracker:
         """Address of the server, for people."""
         return server.current_url()
 
+    @property
+    def list_url(self) -> str:
+        """Address of the list of runs, for people."""
+        return runs.list_url(self.cfg.tracking, server.current_url())
+
     def start_run(self, cfg: RunConfig, manifest: "Manifest", parent: Run | None = None) -> Run:
         """A new run of the settings `cfg` on these sequences; `with run:` ends it."""
         return runs.start_run(cfg, manifest, parent=parent)

@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.v2._internal.execution import context as ray_context
 
 from pipeline import config
 from pipeline.batches.features import FeatureMaps
@@ -56,7 +57,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # each rank would print all values of each report
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    logging.getLogger(ray_context.__file__).setLevel(logging.WARNING)
     cfg = config.from_dict(settings["cfg"])
     folder = cfg.train_dir
     if (folder / STOPPED).exists():

@@ -72,7 +72,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def workers_here(*_: object) -> Iterator[Workers]:
-        yield lambda _, function, items: [function(item) for item in items]
+        yield lambda _, function, items, memory_bytes=0: [function(item) for item in items]
 
     for module in (build, maintenance):
         monkeypatch.setattr(module, "workers", workers_here)
