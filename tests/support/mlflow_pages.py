@@ -1,6 +1,6 @@
 """Pictures of MLflow's pages as people see them: docs/images/mlflow_*.png.
 
-    python -m benchmarks.mlflow_pages --runs-dir runs        # needs chromium, and runs to show
+    python -m tests.support.mlflow_pages --runs-dir runs        # needs chromium, and runs to show
 
 The runs are those of `--runs-dir`, its newest two with a model. Debian's package `chromium` is
 enough: nothing is downloaded.
@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline import tracking
 from pipeline.config import RunConfig
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = (1500, 850)
 COLOURS = 64  # of a picture: pages are flat, and a picture stays below 150 kB
