@@ -141,7 +141,7 @@ def test_popularity_is_the_share_of_items_that_were_shown_less_often(served: Ser
     )
     codes = np.array([10, 11, 12, 99])
     facts = ItemCatalogue(maps, None, None).describe(codes, codes.tolist())
-    assert [fact.percentile for fact in facts] == [50.0, None, 87.5, None]
+    assert [fact.percentile for fact in facts] == [50, None, 87.5, None]
     assert [fact.num_shown for fact in facts] == [1, 0, 5, 0]
     assert [fact.is_known for fact in facts] == [True, False, True, False]
 

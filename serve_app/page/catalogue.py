@@ -87,7 +87,7 @@ class ItemCatalogue:
 
         facts = []
         for i, item_id in enumerate(own):
-            share = round(float(percentile[i]), 1) if num_shown[i] > 0 else None
+            share = float(percentile[i]) if num_shown[i] > 0 else None
             facts.append(
                 ItemFacts(
                     item_id=item_id,

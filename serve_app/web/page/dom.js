@@ -29,6 +29,11 @@ export function counted(number, one, many = `${one}s`) {
   return `${number.toLocaleString()} ${number === 1 ? one : many}`;
 }
 
+export function percent(share) {
+  const number = 100 * share;
+  return `${number.toFixed(number < 1 ? 2 : 1)} %`;
+}
+
 const moments = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 export function timeText(ms) {

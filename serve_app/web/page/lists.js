@@ -1,16 +1,17 @@
 /* One list of items, the best first. Rows keep their elements, so that they move when the order
    changes, and the keyboard stays where it was. */
 
-import { counted, make, spoken } from "./dom.js";
+import { counted, make, percent, spoken } from "./dom.js";
 
 const MOVE = { duration: 450, easing: "cubic-bezier(.2, .7, .2, 1)" };
 
 export class ItemList {
-  /* `acts`: [{ name, label }], what can be done with a row; `press(list, row, act)` does it. */
-  constructor(name, acts, press) {
-    this.name = name;
+  /* `acts`: [{ name, label }], what can be done with a row; `press(list, row, act)` does it.
+     `explain(list, row)` promises more reasons than a row has; it is asked when somebody wants them. */
+  constructor(name, acts, press, explain) {
     this.acts = acts;
     this.press = press;
+    this.explain = explain;
     this.rows = new Map(); // item id -> its element
     this.places = new Map(); // item id -> place of the last time, 1 is best
     this.title = make("h2", {}, name);
@@ -74,6 +75,7 @@ export class ItemList {
     parts.more.addEventListener("click", () => {
       parts.why.hidden = !parts.why.hidden;
       parts.more.setAttribute("aria-expanded", String(!parts.why.hidden));
+      this.fillReasons(element);
     });
 
     parts.buttons = this.acts.map((act) => {
@@ -101,8 +103,7 @@ export class ItemList {
     showPicture(parts.picture, row.fact?.picture);
     parts.marks.replaceChildren(...row.marks.map((mark) => make("span", { class: `mark ${mark.kind ?? ""}` }, mark.text)));
     parts.scores.replaceChildren(...Object.entries(row.scores).map(([task, score]) => scoreOf(task, score, row.orderedBy, best)));
-    parts.why.replaceChildren(...row.why.map((reason) => make("li", {}, reason)));
-
+    this.fillReasons(element);
     parts.more.setAttribute("aria-label", `why? ${name}`);
     parts.buttons.forEach((button, index) => {
       const act = this.acts[index];
@@ -110,6 +111,21 @@ export class ItemList {
       button.setAttribute("aria-label", `${act.label}: ${name}`);
       button.setAttribute("aria-pressed", String(act.isDone(row.done)));
     });
+  }
+
+  /* Why the row has its score, where somebody has asked. */
+  async fillReasons(element) {
+    const { row, parts } = element;
+    if (parts.why.hidden) {
+      return;
+    }
+    const items = (reasons) => reasons.map((reason) => make("li", {}, reason));
+    const first = items(row.why);
+    parts.why.replaceChildren(...first);
+    const more = await this.explain(this, row);
+    if (element.row === row) {
+      parts.why.replaceChildren(...first, ...items(more));
+    }
   }
 
   /* Rows glide from where they were. */
@@ -184,6 +200,5 @@ function scoreText(task, score) {
   if (task === "popularity") {
     return score.toLocaleString();
   }
-  const percent = 100 * score;
-  return `${percent.toFixed(percent < 1 ? 2 : 1)} %`;
+  return percent(score);
 }

@@ -2,7 +2,7 @@
 
    server.js asks, lists.js and timeline.js show, state below is all that is remembered. */
 
-import { byId, counted, make, milliseconds, spoken, timeText } from "./dom.js";
+import { byId, counted, make, milliseconds, percent, spoken, timeText } from "./dom.js";
 import { ItemList } from "./lists.js";
 import { ask, ServerError, useKey } from "./server.js";
 import { findMoments, showTimeline } from "./timeline.js";
@@ -10,6 +10,8 @@ import { findMoments, showTimeline } from "./timeline.js";
 const HEALTH_MS = 10_000;
 const SETTLE_MS = 150; // a slider that moves is asked for when it rests
 const MINUTE_MS = 60_000;
+const LEAST_CHANGE = 0.0001; // of a probability, to be worth a line
+const MOST_EFFECTS = 3; // lines about the history
 
 const state = {
   model: null, // GET /v1/model
@@ -40,7 +42,7 @@ async function begin() {
 
   const roles = Object.keys(state.start.trial_keys).sort().reverse(); // champion, canary
   lists = (roles.length === 2 ? roles : ["champion"]).map((role) => {
-    const list = new ItemList(role, acts, act);
+    const list = new ItemList(role, acts, act, explain);
     list.role = role;
     return list;
   });
@@ -349,7 +351,7 @@ async function learn(ids) {
 }
 
 function showList(list, got) {
-  list.time = got.body.request_time_ms;
+  list.body = got.body;
   list.requestId = state.kind === "rank" ? got.answer.request_id : null;
   const rows = got.items.map((row) => ({
     ...row,
@@ -385,8 +387,10 @@ function marksOf(row) {
   if (next !== undefined) {
     marks.push({ kind: "done", text: `shown next: ${deeds(next.actions)}` });
   }
-  if (fact?.percentile !== null && fact?.percentile !== undefined) {
+  if (fact?.num_shown > 0) {
     marks.push({ text: `popularity: top ${Math.max(1, Math.ceil(100 - fact.percentile))} %` });
+  } else {
+    marks.push({ text: "not shown in training" });
   }
   if (fact?.is_known === false) {
     marks.push({ kind: "odd", text: "unknown to the model" });
@@ -398,9 +402,8 @@ function reasons(row) {
   const fact = state.facts.get(row.id);
   const found = [];
   if (fact?.num_shown > 0) {
-    found.push(`Shown ${counted(fact.num_shown, "time")} in training: more often than ${fact.percentile} % of the items.`);
-  } else {
-    found.push("Never shown in training.");
+    const share = Math.floor(10 * fact.percentile) / 10;
+    found.push(`Shown ${counted(fact.num_shown, "time")} in training: more often than ${share} % of the items.`);
   }
   if (fact?.is_known === false) {
     found.push("Scored from the row that all unknown items share.");
@@ -418,6 +421,45 @@ function reasons(row) {
     }
   }
   return found;
+}
+
+/* What the server says of one row's score: the history rows that move it most, and the rates that
+   the model reads. It costs a few passes, so it is asked for one row at a time. */
+async function explain(list, row) {
+  const body = { ...list.body, candidates: [{ item_id: row.id }], explain: true };
+  const got = await guarded(() => ask("/v1/rank", body));
+  if (got === undefined) {
+    return [];
+  }
+
+  const { explanation, ordered_by: task } = got.answer;
+  const [reason] = explanation.candidates;
+  const effects = reason.history.filter((effect) => Math.abs(effect.change) >= LEAST_CHANGE);
+  await learn(effects.flatMap((effect) => (effect.item_id === null ? [] : [effect.item_id])));
+  const found = effects.slice(0, MOST_EFFECTS).map((effect) => effectText(effect, task));
+
+  const rates = Object.entries(reason.rates).filter(([, rate]) => rate.rows > 0);
+  if (rates.length > 0) {
+    const texts = rates.map(([name, rate]) => `${spoken(name)} ${percent(rate.rates[task])} of ${rate.rows}`);
+    found.push(`Rates of ${spoken(task)} that the model reads: ${texts.join(", ")}.`);
+  }
+  const unknown = reason.unknown.filter((name) => name !== "item_id");
+  if (unknown.length > 0) {
+    found.push(`Not seen in training: ${unknown.map((name) => spoken(name.replace(".", " "))).join(", ")}.`);
+  }
+  if (explanation.note) {
+    found.push(explanation.note);
+  }
+  return found;
+}
+
+function effectText(effect, task) {
+  const row = state.rows.find((one) => one.item_id === effect.item_id && one.event_time === effect.event_time);
+  const what = effect.item_id === null ? "an item" : nameOf(effect.item_id);
+  const did = row === undefined ? "" : `, ${deeds(row.actions)}`;
+  const sign = effect.change > 0 ? "+" : "−";
+  const size = (100 * Math.abs(effect.change)).toFixed(2);
+  return `${sign}${size} points of ${spoken(task)} from ${what}${did} in the history.`;
 }
 
 function deeds(actions) {
@@ -444,7 +486,7 @@ function act(list, row, one) {
     }
 
     // a later act is added to the event of the first one: the same showing of the item
-    const shown = before ?? { item_id: row.id, event_time: list.time, request_features: features(), request_id: list.requestId };
+    const shown = before ?? { item_id: row.id, event_time: list.body.request_time_ms, request_features: list.body.request_features, request_id: list.requestId };
     const event = { ...shown, actions: one.actions(before?.actions) };
     const earlier = new Map(list.places);
     const kept = await keepEvent(event);

@@ -1,6 +1,6 @@
 /* The newest events of a user, the newest first. */
 
-import { counted, make, milliseconds, spoken, timeText } from "./dom.js";
+import { counted, make, spoken, timeText } from "./dom.js";
 
 /* Positions of the slider: before each of the user's times, then the present.
 
@@ -36,9 +36,8 @@ function timelineRow(row, fact, isLater) {
     const isKnown = Object.keys(row.actions).length > 0;
     marks.push(make("span", { class: "mark" }, isKnown ? "passed over" : "shown"));
   }
-  if (row.watch_ms !== null && row.watch_ms !== undefined) {
-    const watched = row.watch_ms < 1000 ? milliseconds(row.watch_ms) : `${(row.watch_ms / 1000).toFixed(1)} s`;
-    marks.push(make("span", { class: "mark" }, watched));
+  if (row.watch_ms > 0) {
+    marks.push(make("span", { class: "mark" }, `${(row.watch_ms / 1000).toFixed(1)} s`));
   }
   if (isLater) {
     marks.push(make("span", { class: "mark" }, "later"));
