@@ -41,6 +41,11 @@ TRIED_KEYS = 100_000
 LATEST_MS = 2**53 - 1
 
 
+def count_all_events(sequence: pa.RecordBatch) -> int:
+    """Events of the user of one SEQUENCE row, of those too that it has no room for."""
+    return len(sequence["item_id"][0]) + sequence["first_position"][0].as_py()
+
+
 class Showcase:
     """What the page shows of one rollout; read when it is asked for, and kept.
 
@@ -114,10 +119,12 @@ class Showcase:
         order = np.argsort(num_events, kind="stable")
         places = np.linspace(len(order) // 2, len(order) - 1, settings.page_users)
         chosen = order[np.unique(places.round().astype(np.int64))][::-1]
-        own = self._own_ids("user_id", users[chosen])
+        codes = users[chosen]
         examples = []
-        for user_id, num in zip(own, num_events[chosen].tolist(), strict=True):
-            examples.append(ExampleUser(user_id=user_id, num_events=num))
+        for code, user_id in zip(codes.tolist(), self._own_ids("user_id", codes), strict=True):
+            row = self.published.sequence(code)
+            assert row is not None, "a user of this publication"
+            examples.append(ExampleUser(user_id=user_id, num_events=count_all_events(row)))
         return examples
 
     def _trial_keys(self) -> dict[str, str]:
@@ -152,8 +159,7 @@ class Showcase:
         num_events = 0
         if found.sequence is not None:
             codes, rows = self._newest_rows(user_id, found.sequence)
-            num_events = len(found.sequence["item_id"][0])
-            num_events += found.sequence["first_position"][0].as_py()
+            num_events = count_all_events(found.sequence)
 
         distinct, first = np.unique(codes, return_index=True)
         own = [rows[place].item_id for place in first.tolist()]

@@ -12,6 +12,7 @@ const SETTLE_MS = 150; // a slider that moves is asked for when it rests
 const MINUTE_MS = 60_000;
 const LEAST_CHANGE = 0.0001; // of a probability, to be worth a line
 const MOST_EFFECTS = 3; // lines about the history
+const SOURCES = { model: "near to this history", followed: "of a followed author", popular: "popular" };
 
 const state = {
   model: null, // GET /v1/model
@@ -114,10 +115,11 @@ function fillControls() {
       "label",
       {},
       `${spoken(name)} `,
-      make("input", { type: "number", min: "0", size: "4", "data-feature": name, placeholder: "any", onchange: () => guarded(refresh) }),
+      make("input", { type: "number", min: "0", size: "4", "data-feature": name, placeholder: "any", onchange: () => guarded(replay) }),
     ),
   );
-  byId("features").replaceChildren(...inputs);
+  byId("features").replaceChildren("sent along:", ...inputs);
+  byId("features").hidden = inputs.length === 0;
 
   byId("items").value = state.candidates.join(" ");
   byId("rows").placeholder = [12, 7].map((item, i) => `${item}${i === 0 ? ` ${acts[0].label}` : ""}`).join("\n");
@@ -146,6 +148,7 @@ async function chooseHistory(history) {
 }
 
 async function beginAnew() {
+  state.turn += 1; // what was asked for somebody else is too late now
   state.posted.clear();
   lists.forEach((list) => list.forget());
   const who = state.who;
@@ -374,6 +377,9 @@ function showList(list, got) {
   if (answer.note) {
     notes.push(answer.note);
   }
+  if (!isPresent()) {
+    notes.push("a past moment, in which nothing can be clicked");
+  }
   notes.push(milliseconds(got.tookMs));
   return list.show(rows, { title: `${name}, version ${answer.model_version}`, note: notes.join(" · ") });
 }
@@ -411,10 +417,10 @@ function reasons(row) {
 
   const seen = state.rows.slice(0, future()).filter((one) => one.item_id === row.id);
   if (seen.length > 0) {
-    found.push(`In this history ${counted(seen.length, "time")}, the last time ${deeds(seen.at(-1).actions)}.`);
+    found.push(`In this history ${counted(seen.length, "time")}, the last time: ${deeds(seen.at(-1).actions)}.`);
   }
   if (row.found) {
-    found.push(`Found as ${row.found.sources.map((source) => ({ model: "near to this history", followed: "from a followed author", popular: "popular" })[source]).join(", ")}.`);
+    found.push(`Found as: ${row.found.sources.map((source) => SOURCES[source]).join(", ")}.`);
     if (row.found.like.length > 0) {
       const likes = row.found.like.map((like) => `${nameOf(like.item_id)} (${like.cosine.toFixed(2)})`);
       found.push(`Nearest in the history: ${likes.join(", ")}.`);
@@ -440,7 +446,7 @@ async function explain(list, row) {
 
   const rates = Object.entries(reason.rates).filter(([, rate]) => rate.rows > 0);
   if (rates.length > 0) {
-    const texts = rates.map(([name, rate]) => `${spoken(name)} ${percent(rate.rates[task])} of ${rate.rows}`);
+    const texts = rates.map(([name, rate]) => `${spoken(name)} ${percent(rate.rates[task])} (${counted(rate.rows, "row")})`);
     found.push(`Rates of ${spoken(task)} that the model reads: ${texts.join(", ")}.`);
   }
   const unknown = reason.unknown.filter((name) => name !== "item_id");
@@ -456,10 +462,9 @@ async function explain(list, row) {
 function effectText(effect, task) {
   const row = state.rows.find((one) => one.item_id === effect.item_id && one.event_time === effect.event_time);
   const what = effect.item_id === null ? "an item" : nameOf(effect.item_id);
-  const did = row === undefined ? "" : `, ${deeds(row.actions)}`;
-  const sign = effect.change > 0 ? "+" : "−";
-  const size = (100 * Math.abs(effect.change)).toFixed(2);
-  return `${sign}${size} points of ${spoken(task)} from ${what}${did} in the history.`;
+  const did = row === undefined ? "" : ` (${deeds(row.actions)})`;
+  const size = `${(100 * Math.abs(effect.change)).toFixed(2)} points of ${spoken(task)}`;
+  return `${what}${did} in the history ${effect.change > 0 ? "adds" : "takes"} ${size}.`;
 }
 
 function deeds(actions) {
@@ -489,11 +494,18 @@ function act(list, row, one) {
     const shown = before ?? { item_id: row.id, event_time: list.body.request_time_ms, request_features: list.body.request_features, request_id: list.requestId };
     const event = { ...shown, actions: one.actions(before?.actions) };
     const earlier = new Map(list.places);
+    const who = state.who;
     const kept = await keepEvent(event);
+    if (who !== state.who) {
+      return;
+    }
     state.posted.set(row.id, event);
     await readTimeline();
     fillMoment();
     const took = await refresh();
+    if (took.isLate) {
+      return;
+    }
     tellChange(one, row.id, earlier.get(row.id), list.places.get(row.id), { ...took, keptMs: kept });
   });
 }
