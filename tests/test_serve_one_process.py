@@ -59,6 +59,7 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
     assert served.client.get("/readyz").json()["deployments"] == [info["deployment"]]
     assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
     assert served.client.post("/v1/rank", json=ONE | {"user_id": "3"}).status_code == 422
+    check_rank_options(served, info)
     event = {"user_id": NOT_A_USER, "item_id": 5, "event_time": 1_651_500_000_000}
     asked = ONE | {"user_id": NOT_A_USER}
     before = served.client.post("/v1/rank", json=asked).json()
@@ -70,6 +71,26 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
     assert sample(page, "ranking_ranker_requests_total", version=str(first)) >= 2
     assert replay.replay(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
     assert replay_lists(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
+
+
+def check_rank_options(served: Served, info: dict) -> None:
+    """What reaches a replica through the server, and back: reasons, the best alone, several users,
+    the protocol's metadata.
+    """
+    best = served.client.post("/v1/rank", json=ONE | {"explain": True, "top_k": 1}).json()
+    assert len(best["item_ids"]) == len(best["explanation"]["candidates"]) == 1
+    assert best["explanation"]["rows_tried"] == best["history_length"]
+
+    requests = [ONE, ONE | {"order_by": "is_sold"}]
+    batch = served.client.post("/v1/rank/batch", json={"requests": requests}).json()
+    assert batch["answers"][0]["item_ids"] == [one["item_id"] for one in ONE["candidates"]]
+    assert [one["row"] for one in batch["refused"]] == [1]
+
+    named = served.client.get(f"/v2/models/{info['model_name']}").json()
+    assert named["versions"] == [str(info["model_version"])]
+    assert [one["name"] for one in named["outputs"]] == info["tasks"]
+    assert httpx.head(f"{served.url}/v2/health/ready").status_code == 200
+    assert "openapi.json" in httpx.get(f"{served.url}/docs").text
 
 
 @pytest.mark.cluster

@@ -86,21 +86,9 @@ def make_api(
         tracer: of OpenTelemetry, goes on with the traces of requests; None costs nothing.
         name: of this ingress, part of the names of files that it writes.
     """
-    api = FastAPI(
-        title="ULTRA-HSTU ranking",
-        version=package_version(),
-        description=ABOUT,
-        responses=FAILED,
-        docs_url=None,  # FastAPI's page loads scripts from another host; `docs` has one of ours
-        redoc_url=None,
-        generate_unique_id_function=lambda route: route.name,
-    )
-    api.state.replica = replica
+    api = _new_app(replica)
     api.state.max_rank_users = max_rank_users
     api.state.max_recommend_users = max_recommend_users
-    api.state.counts = metrics.IngressMetrics()
-    api.state.gate = Gate()
-    api.state.served = None
     if served_log is not None:
         api.state.served = ServedLog(served_log, name, api.state.counts)
 
@@ -119,6 +107,24 @@ def make_api(
         api.add_middleware(TraceContext, tracer=tracer)
     add_error_handlers(api)
     _add_routes(api, page, with_keys=keys is not None)
+    return api
+
+
+def _new_app(replica: Replica) -> FastAPI:
+    """An app without routes, and what its routes and layers share."""
+    api = FastAPI(
+        title="ULTRA-HSTU ranking",
+        version=package_version(),
+        description=ABOUT,
+        responses=FAILED,
+        docs_url=None,  # FastAPI's page loads scripts from another host; `docs` has one of ours
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    api.state.replica = replica
+    api.state.counts = metrics.IngressMetrics()
+    api.state.gate = Gate()
+    api.state.served = None
     return api
 
 
