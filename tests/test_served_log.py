@@ -84,6 +84,14 @@ def test_the_best_places_of_an_answer_are_rows(
     assert again["request_id"] != answer["request_id"]
 
 
+def test_what_the_page_looks_at_is_served_to_nobody(tmp_path: Path) -> None:
+    api = api_with(tmp_path)
+    for key in ("page-0", "session", "page-17"):
+        call(api, "POST", "/v1/rank", json=ASKED | {"trial_key": key})
+    api.state.served.close()
+    assert {row["unit"] for row in read_rows(tmp_path)} == {"session"}
+
+
 def test_histories_and_keys_of_clients_where_they_are_asked_for(tmp_path: Path) -> None:
     api = api_with(tmp_path, histories=True)
     call(api, "POST", "/v1/rank", json=OWN_HISTORY | {"trial_key": "session"})

@@ -25,6 +25,7 @@ from pipeline.files import make_private_folder, staged_file
 from pipeline.schema import DAY_MS
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.metrics import IngressMetrics
+from serve_app.page.schemas import TRIAL_KEY
 
 logger = logging.getLogger("ray.serve")
 
@@ -90,6 +91,8 @@ class ServedLog:
 
     def note_answer(self, request: RankColumns, answer: RankedColumns, request_id: int) -> None:
         """Keep what was served, if it is in the sample."""
+        if (request.trial_key or "").startswith(TRIAL_KEY):
+            return  # the page looks at lists and serves nobody
         if request.head.history is not None and not self.settings.histories:
             return
         if random.random() >= self.settings.share:

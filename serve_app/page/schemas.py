@@ -8,6 +8,9 @@ from pydantic import BaseModel, Field
 from serve_app.ids import Id
 from serve_app.schemas import StrictModel
 
+# Begins the trial_key of whatever the page asks: it looks at lists and serves nobody, so they are
+# not in the served log.
+TRIAL_KEY = "page-"
 MOST_ITEMS = 1000  # of one question
 
 
@@ -46,7 +49,7 @@ class PageStart(BaseModel):
     candidates: list[int | str] = Field(description="items to rank: popular ones and others")
     list_length: int = Field(description="of a recommended list")
     trial_keys: dict[str, str] = Field(
-        description="role -> a trial_key that it answers; empty without a canary"
+        description="role -> a trial_key that it answers: champion, and canary where there is one"
     )
 
 

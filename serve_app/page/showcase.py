@@ -17,6 +17,7 @@ from serve_app.history.rows import refuse_other_kind
 from serve_app.ids import own_id
 from serve_app.page.catalogue import ItemCatalogue, TextColumn, published_column
 from serve_app.page.schemas import (
+    TRIAL_KEY,
     ExampleUser,
     ItemFacts,
     ItemsQuestion,
@@ -36,7 +37,6 @@ NUM_CANDIDATES = 20
 SAMPLED_USERS = 2000  # among which the examples are chosen
 FRESH_MS = 7 * DAY_MS  # age of the newest event beyond which a publication is of the past
 STEP_MS = 60_000  # the page's present is so long after the newest event of such a one
-TRIAL_KEY = "page-"  # begins the page's trial keys
 TRIED_KEYS = 100_000
 LATEST_MS = 2**53 - 1
 
@@ -129,18 +129,18 @@ class Showcase:
 
     def _trial_keys(self) -> dict[str, str]:
         """A key that the champion answers and one that the canary does, to ask both."""
+        keys = [f"{TRIAL_KEY}{number}" for number in range(TRIED_KEYS)]
         canary = self.rollout.rankers.get(CANARY)
         if canary is None:
-            return {}
+            return {CHAMPION: keys[0]}
 
         found: dict[str, str] = {}
-        for number in range(TRIED_KEYS):
-            key = f"{TRIAL_KEY}{number}"
+        for key in keys:
             is_canary = in_share(key, canary.version, self.rollout.share)
             found.setdefault(CANARY if is_canary else CHAMPION, key)
             if len(found) == 2:
                 break
-        return found
+        return {role: found[role] for role in (CHAMPION, CANARY) if role in found}
 
     # A user ------------------------------------------------------------------
 

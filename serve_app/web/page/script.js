@@ -35,14 +35,14 @@ let acts = []; // what can be done with a row
 // To begin with ---------------------------------------------------------------
 
 async function begin() {
-  state.model = (await ask("/v1/model")).answer;
-  state.start = (await ask("/page/start", {})).answer;
+  state.model = (await ask("v1/model")).answer;
+  state.start = (await ask("page/start", {})).answer;
   state.openedAt = performance.now();
   state.candidates = state.start.candidates;
   acts = findActs(state.model);
 
-  const roles = Object.keys(state.start.trial_keys).sort().reverse(); // champion, canary
-  lists = (roles.length === 2 ? roles : ["champion"]).map((role) => {
+  const roles = Object.keys(state.start.trial_keys); // champion, perhaps canary
+  lists = roles.map((role) => {
     const list = new ItemList(role, acts, act, explain);
     list.role = role;
     return list;
@@ -173,7 +173,7 @@ async function readTimeline() {
 
   const who = state.who;
   const wasPresent = isPresent();
-  const { answer } = await ask("/page/user", { user_id: who.userId });
+  const { answer } = await ask("page/user", { user_id: who.userId });
   if (who !== state.who) {
     return;
   }
@@ -269,14 +269,16 @@ function sayMoment() {
 
 function requestBody(role) {
   const time = momentTime();
-  const body = { request_time_ms: time, request_features: features(), order_by: byId("order").value };
+  const body = {
+    request_time_ms: time,
+    request_features: features(),
+    order_by: byId("order").value,
+    trial_key: state.start.trial_keys[role],
+  };
   if (state.who.history === undefined) {
     body.user_id = state.who.userId;
   } else {
     body.history = timed(state.who.history, time).map(({ item_id, event_time, actions }) => ({ item_id, event_time, actions }));
-  }
-  if (lists.length === 2) {
-    body.trial_key = state.start.trial_keys[role];
   }
   return body;
 }
@@ -301,12 +303,12 @@ async function askList(list) {
   const body = requestBody(list.role);
   if (state.kind === "recommend") {
     const asked = { ...body, n: state.start.list_length, explain: true };
-    const got = await ask("/v1/recommend", asked);
+    const got = await ask("v1/recommend", asked);
     return { ...got, body, items: got.answer.items.map((item) => recommendedRow(item, got.answer)) };
   }
 
   const asked = { ...body, candidates: itemsToRank().map((item) => ({ item_id: item })) };
-  const got = await ask("/v1/rank", asked);
+  const got = await ask("v1/rank", asked);
   return { ...got, body, items: got.answer.order.map((place) => rankedRow(place, got.answer)) };
 }
 
@@ -348,7 +350,7 @@ function relatives(row) {
 async function learn(ids) {
   const missing = [...new Set(ids)].filter((id) => !state.facts.has(id));
   if (missing.length > 0) {
-    const { answer } = await ask("/page/items", { item_ids: missing });
+    const { answer } = await ask("page/items", { item_ids: missing });
     answer.forEach((fact) => state.facts.set(fact.item_id, fact));
   }
 }
@@ -433,7 +435,7 @@ function reasons(row) {
    the model reads. It costs a few passes, so it is asked for one row at a time. */
 async function explain(list, row) {
   const body = { ...list.body, candidates: [{ item_id: row.id }], explain: true };
-  const got = await guarded(() => ask("/v1/rank", body));
+  const got = await guarded(() => ask("v1/rank", body));
   if (got === undefined) {
     return [];
   }
@@ -519,7 +521,7 @@ async function keepEvent(event) {
     return null;
   }
 
-  const { answer, tookMs } = await ask("/v1/events", { events: [{ user_id: state.who.userId, ...event }] });
+  const { answer, tookMs } = await ask("v1/events", { events: [{ user_id: state.who.userId, ...event }] });
   const status = answer.status[0];
   if (status === "over_quota" || status === "conflict") {
     throw new ServerError(`The event was not kept: ${status.replaceAll("_", " ")}.`, 0);
@@ -576,7 +578,7 @@ async function guarded(work) {
 async function showHealth() {
   const node = byId("health");
   try {
-    const { answer, tookMs } = await ask("/readyz");
+    const { answer, tookMs } = await ask("readyz");
     const isWhole = answer.live_events;
     node.className = isWhole ? "good" : "poor";
     node.textContent = isWhole ? `Ready, ${milliseconds(tookMs)}` : "Ranking without live events";
