@@ -23,6 +23,7 @@ ROOMS = (
     "pipeline.evaluate",
     "pipeline.tracking",
     "pipeline.train",
+    "pipeline.search",
     "serve_app",
     "jobs",
 )

@@ -21,7 +21,7 @@ from pipeline.cluster import free_port
 from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import append_run
 from pipeline.sequences import store
-from pipeline.tracking import Run, Tracker, server, session
+from pipeline.tracking import Run, Tracker, noted_run, server, session
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.runs import run_params
 
@@ -153,6 +153,21 @@ def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> N
     assert Tracker(cfg).training_run(manifest) == newest
     mlflow.MlflowClient().delete_run(newest.run_id)
     assert Tracker(cfg).training_run(manifest) != newest, "what somebody deleted stays deleted"
+
+
+def test_a_trial_is_a_run_below_its_search_named_by_its_values(cfg: RunConfig) -> None:
+    tracker, manifest = Tracker(cfg), store.read_manifest(cfg.sequence_dir)
+    parent = tracker.start_run(cfg, manifest)
+    trial = replace(cfg, name="trial-01")
+    drawn = {"train.lr": cfg.train.lr, "features.item_id_dim": 16}
+    run = tracker.trial_run(trial, manifest, parent, drawn)
+    assert tracker.trial_run(trial, manifest, parent, drawn) == run
+    assert noted_run(trial) == run.run_id and noted_run(replace(cfg, name="none")) is None
+    found = mlflow.MlflowClient().get_run(run.run_id)
+    assert found.info.run_name == f"trial-01 · train.lr={cfg.train.lr}, features.item_id_dim=16"
+    assert found.data.tags["mlflow.parentRunId"] == parent.run_id
+    values = {key: str(value) for key, value in drawn.items()}
+    assert found.data.params.items() >= values.items(), "one at its default, too"
 
 
 def test_a_second_job_joins_the_server_that_runs(tracked: RunConfig) -> None:

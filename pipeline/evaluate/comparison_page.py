@@ -2,17 +2,14 @@
 and quality beside what it cost.
 """
 
-import base64
 import html
-import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.config import RunConfig, UserError, flatten
@@ -28,6 +25,7 @@ from pipeline.evaluate.comparison import (
     read_scores,
     slice_rows,
 )
+from pipeline.evaluate.page_parts import embedded_picture, html_table, number_text, page_head
 from pipeline.files import write_atomically
 
 ITEM_RATE = "smoothed rate"  # the model that knows the item alone
@@ -224,15 +222,7 @@ def render_page(comparison: Comparison) -> str:
     """The whole page."""
     first = comparison.models[0]
     title = html.escape(" · ".join(comparison.models))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem}}
-table {{border-collapse: collapse; margin: .5rem 0 1.5rem}}
-td, th {{padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right}}
-td:first-child, th:first-child {{text-align: left}}
-.better {{color: #0a7a2f}} .worse {{color: #b3261e}} .unclear {{color: #777}}
-img {{max-width: 100%}}
-</style></head><body>
+    return f"""{page_head(title)}
 <h1>{title}</h1>
 <p>{comparison.num_rows:,} rows of {comparison.num_users:,} users, split {comparison.split}; every
 model has scored the same rows. Tasks: {html.escape(", ".join(comparison.tasks))}.</p>
@@ -255,18 +245,6 @@ Grey: it holds 0, so the difference may be chance.</p>
 """
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    text = "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"
-    for row in rows:
-        text += "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
-    return f"<table>{text}</table>"
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
-
-
 def _quality_table(comparison: Comparison) -> str:
     head = ["", "encoder", "layers", "width", "mean AUC", "mean NE", "mean GAUC"]
     head += ["steps", *COSTS.values(), "examples/s"]
@@ -279,13 +257,13 @@ def _quality_table(comparison: Comparison) -> str:
         for key in ("model.encoder", "model.num_layers", "model.d_model"):
             row.append(html.escape(str(settings.get(key, "–"))))
         for name in ("auc", "ne", "gauc"):
-            row.append(_number(mean_over_tasks(comparison.metrics[model][name])))
-        row.append(_number(costs.get("steps"), ",.0f"))
-        row.append(_number(costs.get("train_seconds"), ",.1f"))
-        row.append(_number(costs.get("mflop_per_example"), ",.3f"))
-        row.append(_number(costs.get("examples_per_s"), ",.0f"))
+            row.append(number_text(mean_over_tasks(comparison.metrics[model][name])))
+        row.append(number_text(costs.get("steps"), ",.0f"))
+        row.append(number_text(costs.get("train_seconds"), ",.1f"))
+        row.append(number_text(costs.get("mflop_per_example"), ",.3f"))
+        row.append(number_text(costs.get("examples_per_s"), ",.0f"))
         rows.append(row)
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _difference_table(comparison: Comparison) -> str:
@@ -295,7 +273,7 @@ def _difference_table(comparison: Comparison) -> str:
         for task, by_metric in by_task.items():
             cells = [_difference_cell(name, by_metric[name]) for name in METRICS]
             rows.append([html.escape(model), html.escape(task), *cells])
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _difference_cell(metric: str, found: Difference) -> str:
@@ -304,7 +282,9 @@ def _difference_cell(metric: str, found: Difference) -> str:
     kind = "unclear"
     if found.is_clear:
         kind = "better" if (found.value < 0) == (metric in LESS_IS_BETTER) else "worse"
-    text = f"{found.value:+.4f} [{_number(found.low, '+.4f')}, {_number(found.high, '+.4f')}]"
+    text = (
+        f"{found.value:+.4f} [{number_text(found.low, '+.4f')}, {number_text(found.high, '+.4f')}]"
+    )
     return f'<span class="{kind}">{text}</span>'
 
 
@@ -333,15 +313,15 @@ def _settings_table(facts: Mapping[str, RunFacts]) -> str:
     for key, values in sorted(found.items()):
         cells = [html.escape(str(values[name])) for name in names]
         rows.append([f"<code>{html.escape(key)}</code>", *cells])
-    return _table(["", *map(html.escape, names)], rows)
+    return html_table(["", *map(html.escape, names)], rows)
 
 
 def _slice_table(comparison: Comparison) -> str:
     rows = []
     for name, found in comparison.slices.items():
-        cells = [_number(found["auc"][model]) for model in comparison.models]
+        cells = [number_text(found["auc"][model]) for model in comparison.models]
         rows.append([name, f"{found['rows']:,}", *cells])
-    return _table(["", "rows", *map(html.escape, comparison.models)], rows)
+    return html_table(["", "rows", *map(html.escape, comparison.models)], rows)
 
 
 def _curves(facts: Mapping[str, RunFacts]) -> str:
@@ -358,7 +338,7 @@ def _curves(facts: Mapping[str, RunFacts]) -> str:
                 axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
         axes.set(xlabel="step", title=CURVES[key])
         axes.legend()
-    return _picture(figure, "curves by step")
+    return embedded_picture(figure, "curves by step")
 
 
 def _cost_plot(comparison: Comparison) -> str:
@@ -374,12 +354,4 @@ def _cost_plot(comparison: Comparison) -> str:
                 axes.plot(facts.costs[key], auc, "o", label=model)
         axes.set(xlabel=words, ylabel="mean AUC")
         axes.legend()
-    return _picture(figure, "mean AUC against cost")
-
-
-def _picture(figure: Figure, words: str) -> str:
-    FigureCanvasAgg(figure)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    text = base64.b64encode(png.getvalue()).decode()
-    return f'<img alt="{words}" src="data:image/png;base64,{text}">'
+    return embedded_picture(figure, "mean AUC against cost")

@@ -8,7 +8,7 @@ from pipeline.tracking.registry import (
     fetch_model,
     find_version,
 )
-from pipeline.tracking.runs import Run
+from pipeline.tracking.runs import Run, noted_run
 from pipeline.tracking.session import Tracker, plan_session, session
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "fetch_model",
     "find_version",
     "is_tracked",
+    "noted_run",
     "plan_session",
     "session",
 ]

@@ -97,6 +97,12 @@ class Run:
         with one_message():
             log(self.run_id, str(path), artifact_path)
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        client = mlflow_client(self.uri)
+        with one_message():
+            for key, value in tags.items():
+                client.set_tag(self.run_id, key, value)
+
     def end(self, status: str = "FINISHED") -> None:
         with one_message():
             mlflow_client(self.uri).set_terminated(self.run_id, status)
@@ -116,10 +122,18 @@ class Run:
             logger.warning("run %s is not marked as ended: %s", self.run_id, error)
 
 
-def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False) -> Run:
+def training_run(
+    cfg: RunConfig,
+    manifest: "Manifest",
+    *,
+    restart: bool = False,
+    parent: Run | None = None,
+    drawn: Mapping[str, Any] | None = None,
+) -> Run:
     """The MLflow run of this training: a new one, or that of the attempt which it goes on from.
 
-    Its params stay those of the first attempt; the tag `attempt` counts.
+    Its params stay those of the first attempt; the tag `attempt` counts. `parent` and `drawn` are
+    as in `start_run`.
     """
     import mlflow
 
@@ -127,7 +141,7 @@ def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False)
 
     earlier = None if restart else _earlier_run(note, manifest)
     if earlier is None:
-        run = start_run(cfg, manifest, {"attempt": "1"})
+        run = start_run(cfg, manifest, {"attempt": "1"}, parent, drawn)
         write_atomically(note, json.dumps({"run_id": run.run_id}))
         return run
 
@@ -138,6 +152,15 @@ def training_run(cfg: RunConfig, manifest: "Manifest", *, restart: bool = False)
         client.set_tag(run_id, "attempt", str(attempt + 1))
     logger.info("attempt %d of MLflow run %s", attempt + 1, run_id)
     return Run(mlflow.get_tracking_uri(), run_id)
+
+
+def noted_run(cfg: RunConfig) -> str | None:
+    """Id of the MLflow run that the training of this name logs into; None where it is not tracked.
+
+    It asks no server.
+    """
+    note = cfg.run_dir / MLFLOW_RUN
+    return json.loads(note.read_text())["run_id"] if note.exists() else None
 
 
 def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
@@ -169,26 +192,32 @@ def start_run(
     manifest: "Manifest",
     tags: Mapping[str, str] | None = None,
     parent: Run | None = None,
+    drawn: Mapping[str, Any] | None = None,
 ) -> Run:
     """One run for one training job: params are the flattened configuration, its dataset the
     published sequences.
 
     A run with a `parent` is shown below it. The whole configuration is its artifact config.yaml;
-    params are what the run used of it.
+    params are what the run used of it, and the settings `drawn` for it, which name it.
     """
     import mlflow
 
     below = {} if parent is None else {"mlflow.parentRunId": parent.run_id}
     counts = {"rows": str(manifest.num_rows), "users": str(manifest.num_users)}
-    params = run_params(cfg)
+    params = run_params(cfg) | dict(drawn or {})
 
     client = mlflow_client()
     with one_message():
         experiment = _experiment(client, cfg.tracking.experiment, cfg.tasks)
-        earlier = None if parent else _last_of_name(client, experiment, cfg.name)
+        if drawn is not None:
+            name = name_by_change(cfg.name, {}, drawn)
+        elif parent is None and (earlier := _last_of_name(client, experiment, cfg.name)):
+            name = name_by_change(cfg.name, earlier, params)
+        else:
+            name = cfg.name
         run = client.create_run(
             experiment,
-            run_name=cfg.name if earlier is None else name_by_change(cfg.name, earlier, params),
+            run_name=name,
             tags={
                 RUN_NAME: cfg.name,
                 "manifest": manifest.digest,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
 from pipeline.figures import Figures
@@ -74,6 +74,14 @@ class Tracker:
         on from.
         """
         return runs.training_run(self.cfg, manifest, restart=restart)
+
+    def trial_run(
+        self, cfg: RunConfig, manifest: "Manifest", parent: Run, drawn: Mapping[str, Any]
+    ) -> Run:
+        """The run of one trial of a search, below the search's own: a new one, or that of the
+        attempt which it goes on from. `drawn` are the settings that tell trials apart.
+        """
+        return runs.training_run(cfg, manifest, parent=parent, drawn=drawn)
 
     def log_comparison(
         self, models: Sequence[str], compared: Mapping[str, str | None], folder: Path

@@ -24,22 +24,16 @@ from pipeline.batches.features import fit_features
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
 from pipeline.config import Outage, RunConfig
-from pipeline.model.artifact import publish_model
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
 from pipeline.tracking import Run
-from pipeline.train.checkpoint import (
-    CheckpointFolder,
-    Saved,
-    check_identity,
-    copy_tensors,
-    run_identity,
-)
+from pipeline.train.checkpoint import Saved, check_identity, run_identity
 from pipeline.train.metrics import METRICS, MetricsFeed
 from pipeline.train.optim import refuse_long_warmup, resolve_warmup
 from pipeline.train.periods import check_periods
 from pipeline.train.placement import describe_tables, place_tables
+from pipeline.train.publish import open_checkpoints, publish_training
 from pipeline.train.supervision import refuse_impossible_size, run_attempt
 from pipeline.train.warm_start import (
     WarmStart,
@@ -48,7 +42,7 @@ from pipeline.train.warm_start import (
     prepare_start,
     with_start,
 )
-from pipeline.train.worker import open_checkpoints, train_worker, worker_resources
+from pipeline.train.worker import train_worker, worker_resources
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +99,7 @@ def fit_model(
             (folder / RAY_NOTES).unlink(missing_ok=True)
             run_attempt(_make_trainer(cfg, digest, steps, run, start), train, folder)
 
-    trained = _chosen_checkpoint(open_checkpoints(folder, train), train.publish)
-    with torch.device("meta"):  # names and shapes: tables may be larger than this machine
-        like = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).state_dict()
-    facts = {
-        "steps": trained.state.step,
-        "train_seconds": trained.state.seconds,
-        "sequences": digest,
-    }
-    if run is not None:
-        facts["mlflow_run_id"] = run.run_id
-
-    def write_weights(path: Path) -> None:
-        copy_tensors(trained.folder, like, path, "model.")
-
-    publish_model(cfg.model_dir, write_weights, cfg, maps, facts)
+    publish_training(cfg, maps, digest, None if run is None else run.run_id)
     shutil.rmtree(aside(cfg), ignore_errors=True)
     if run is not None:
         complete_run(run, folder)
@@ -178,15 +158,6 @@ def trained_on_other_rows(cfg: RunConfig, digest: str) -> bool:
     now = run_identity(cfg, digest)
     rows = [key for key in now if key == "sequences" or key.startswith("split.")]
     return any(found.identity.get(key) != now[key] for key in rows)
-
-
-def _chosen_checkpoint(checkpoints: CheckpointFolder, publish: str) -> Saved:
-    """The checkpoint that becomes the model, by `train.publish`."""
-    last = checkpoints.newest()
-    assert last is not None
-    if publish == "last" or last.state.best_step is None:
-        return last
-    return checkpoints.read(checkpoints.at(last.state.best_step))
 
 
 def _make_trainer(

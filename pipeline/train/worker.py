@@ -25,10 +25,11 @@ from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.tracking import Run
 from pipeline.train import loop
-from pipeline.train.checkpoint import CheckpointFolder, only_writer
+from pipeline.train.checkpoint import only_writer
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.interruption import WishWatcher
 from pipeline.train.metrics import METRICS, MetricsFeed, MetricsFile
+from pipeline.train.publish import open_checkpoints
 from pipeline.train.trainee import Trainee
 from pipeline.train.usage import UsageMonitor
 from pipeline.train.validation import Validator
@@ -40,12 +41,6 @@ STOPPED = "stopped.json"  # why a training cannot go on, from its workers to the
 def worker_resources(train: TrainConfig) -> dict[str, float]:
     """What Ray gives to each worker."""
     return {"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1}
-
-
-def open_checkpoints(
-    folder: Path, train: TrainConfig, rank: int = 0, world_size: int = 1
-) -> CheckpointFolder:
-    return CheckpointFolder(folder / "checkpoints", train.keep_checkpoints, rank, world_size)
 
 
 def train_worker(settings: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ EXAMPLES = {
     "train": "configs/demo.yaml --set train.epochs=2 --restart",
     "evaluate": "configs/demo.yaml --splits val",
     "compare": "configs/demo.yaml demo demo_sasrec --item-rate",
+    "tune": "configs/demo.yaml --space configs/spaces/demo.yaml",
     "ablation": "configs/demo.yaml --split val",
     "promote": "configs/demo.yaml --version 3",
     "rollback": "configs/demo.yaml",

@@ -1,0 +1,75 @@
+"""Search for settings: trainings with values drawn from a space, as many at once as the cluster has
+room for, the worse ones ended early (Ray Tune, ASHA); a table, a page, and the best as a preset.
+
+Each trial is a run of its own, NAME-tune-00 and so on, on the sequences of this preset's run. The
+same command goes on with a search that was ended or killed.
+"""
+
+import argparse
+from pathlib import Path
+
+from jobs import cli
+from pipeline.search import space as spaces
+
+# what takes seconds to import is imported where it is used, after the settings were read
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--space", type=Path, required=True, help="YAML: the settings to draw, and how many trials"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="forget the search of this name, with its trials"
+    )
+    parser.add_argument("--no-tracking", action="store_true", help="files only, no MLflow")
+
+
+def run_job(job: cli.Job) -> None:
+    base = job.cfg
+    space = spaces.read_space(job.options.space, base)
+    trials = spaces.draw_trials(base, space)
+
+    from pipeline import tracking
+    from pipeline.search import results, tuning
+    from pipeline.search.tracked import TrialRuns
+    from pipeline.sequences import store
+    from pipeline.train import supervision
+
+    tuning.check_search(base, trials)
+    own = spaces.search_config(base)
+    manifest = store.read_manifest(own.sequence_dir)
+    with supervision.only_training(own):
+        if job.options.restart:
+            tuning.forget_search(base)
+        tuning.open_search(base, space, trials)
+
+        if job.options.no_tracking:
+            found = tuning.run_search(base, space, trials)
+        else:
+            with tracking.session(own) as tracker, tracker.training_run(manifest) as parent:
+                with TrialRuns(tracker, manifest, parent, trials) as runs:
+                    found = tuning.run_search(base, space, trials, [runs])
+                tuning.log_search(parent, found, own.run_dir)
+
+    print(results.results_table(found))
+    print(f"page={own.run_dir / 'search.html'}")
+    best = results.require_best(found)
+    print(f"best={best.trial.name} model={best.trial.cfg.model_dir}")
+    print(f"preset={own.run_dir / 'best.yaml'}")
+
+
+def plan_job(job: cli.Job) -> dict[str, object]:
+    space = spaces.read_space(job.options.space, job.cfg)
+    trials = spaces.draw_trials(job.cfg, space)
+
+    from pipeline.search import tuning
+
+    tuning.check_search(job.cfg, trials)
+    return {
+        "trials": {trial.name: trial.settings for trial in trials},
+        "writes": str(spaces.search_config(job.cfg).run_dir),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(__doc__ or "", run_job, add_options, plan_job)
