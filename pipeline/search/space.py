@@ -34,6 +34,7 @@ NOT_SEARCHED = (
     "train.init",
     "train.targets_since",
     "train.num_workers",
+    "train.readers",
     "train.use_gpu",
     "train.validate_every",
     "train.validate_requests",

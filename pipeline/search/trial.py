@@ -87,6 +87,9 @@ def _train(
     torch.set_num_threads(cfg.train.threads_per_worker)
     folder, key = cfg.train_dir, objective(cfg)
     maps = fit_features(cfg) if shared_maps is None else FeatureMaps.load(shared_maps)
+    # the order of examples that jobs.train would begin with under these settings
+    readers = cfg.train.readers or cfg.train.num_workers
+    cfg = replace(cfg, train=replace(cfg.train, readers=readers))
     steps = step_plan(cfg, folder / "steps.json")
     total_steps = steps.steps_per_epoch * cfg.train.epochs
     refuse_long_warmup(cfg.train.warmup_steps, total_steps)
