@@ -21,7 +21,7 @@ from pipeline.config import (
 )
 from pipeline.index import ivf
 from pipeline.index.catalogue import Catalogue, make_table
-from pipeline.index.exact import ExactIndex, top_rows
+from pipeline.index.exact import ExactIndex, top_rows, top_rows_on_device
 from pipeline.index.folder import build_index, load_index, load_indexed
 from pipeline.index.popularity import count_items
 from pipeline.model.artifact import load_model
@@ -124,7 +124,14 @@ def test_exact_search_is_a_sort_with_ties_by_row():
 def test_nothing_allowed_is_nothing_found():
     index = ExactIndex(torch.ones(5, 2))
     assert index.search(torch.ones(2), 3, np.zeros(5, bool)).tolist() == []
-    assert top_rows(torch.tensor([3.0, 9, 3, 9, 3]), 3).tolist() == [1, 3, 0]
+
+
+@pytest.mark.parametrize("num", [1, 3, 5])
+def test_the_best_rows_on_host_and_device(num: int):
+    scores = torch.tensor([3.0, 9, -torch.inf, 9, 3])
+    expected = [1, 3, 0, 4, 2][:num]
+    assert top_rows(scores, num).tolist() == expected
+    assert top_rows_on_device(scores, num).tolist() == expected
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ class ServeConfig:
     )
     max_candidates: int = setting(10_000, at_least=1, doc="Most candidates of a request.")
     max_explain_tokens: int = setting(
-        65_536,
+        32_768,
         at_least=0,
         doc="History rows and candidates that explaining one answer may rank again; where all rows "
         "of a history would be more, the newest are tried.",
