@@ -1,9 +1,9 @@
 """A file of logs or of a side table, opened by what it is: Parquet, CSV or JSON lines."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,6 @@ from pipeline.logs.text_files import TextFile, text_kind
 
 USUAL_EXPOSURES = 16  # of a row: blocks are read so much smaller, to be of the usual size spread
 COUNTED_ROWS = 2**16
-Result = TypeVar("Result")
 
 
 class RowFile(Protocol):
@@ -96,7 +95,8 @@ class _SpreadRows:
 
     def __init__(self, inner: RowFile, how: Impressions, path: str, *, count: bool) -> None:
         self._inner, self._how, self._path = inner, how, path
-        self.schema = self._told(lambda: spread_schema(inner.schema, how))
+        with _naming(path):
+            self.schema = spread_schema(inner.schema, how)
         self._groups: list[int] | None = None
         if not count:
             return
@@ -116,24 +116,30 @@ class _SpreadRows:
         self, rows: int, groups: Sequence[int], columns: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
         for block in self._inner.blocks(max(1, rows // USUAL_EXPOSURES), groups):
-            spread = self._told(lambda block=block: spread_rows(block, self._how))
+            with _naming(self._path):
+                spread = spread_rows(block, self._how)
             for start in range(0, spread.num_rows, rows):
                 yield spread.slice(start, rows)
 
     def _count(self, group: int) -> int:
         total = 0
         for block in self._inner.blocks(COUNTED_ROWS, [group], self._how.columns):
-            total += self._told(lambda block=block: count_exposures(block, self._how))
+            with _naming(self._path):
+                total += count_exposures(block, self._how)
         return total
 
-    def _told(self, work: Callable[[], Result]) -> Result:
-        try:
-            return work()
-        except UserError as error:
-            raise UserError(f"{self._path}: {error}") from None
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """A mistake that is told in the block names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
-_exposures: dict[tuple[str, str, Impressions], list[int]] = {}  # by row group
+# what this process has counted: exposures by row group
+_exposures: dict[tuple[str, str, Impressions], list[int]] = {}
 
 
 @contextmanager
