@@ -12,7 +12,13 @@ from pathlib import Path
 
 from benchmarks.build import at_size_report
 from benchmarks.kernels import attention_report, layer_report, tables_report
-from benchmarks.quality import anchor_report, long_histories, number_formats, retrieval_report
+from benchmarks.quality import (
+    anchor_report,
+    day_by_day_report,
+    long_histories,
+    number_formats,
+    retrieval_report,
+)
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
 from benchmarks.serving import gpu_replica, ranker, recommend, under_load_report
@@ -84,6 +90,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "model": lambda: model.section(*runs_read("model_h100")),
     "quality": encoders,
     "ablation": ablation,
+    "day by day": lambda: day_by_day_report.section(
+        day_by_day_report.read_days(day_by_day_report.RUNS_FILE),
+        *runs_read("day_by_day_differences"),
+    ),
     "long histories": lambda: long_histories.section(RUNS / "long_histories.jsonl"),
     "retrieval": lambda: retrieval_report.section(*runs_read("retrieval_ml1m")),
     "feeding": lambda: feeding.section(*runs_read("feeding")),

@@ -18,6 +18,7 @@ OUTSIDE = (
     "benchmarks/RESULTS.md",
     "benchmarks/NOTES.md",
     "benchmarks/plots/attention.png",
+    "benchmarks/plots/day_by_day.png",
     "benchmarks/plots/serving.png",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
