@@ -3,6 +3,7 @@
 {"author_id": 7, "lang": ["en", "de"], "duration_s": Range(at_least=10, below=60)}
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,8 +85,14 @@ def _places(column: ItemColumn, name: str, wanted: list[Scalar]) -> np.ndarray:
 
     if column.kind != "text":
         return np.array(wanted, column.values.dtype)
-    known = {word: place for place, word in enumerate(column.words)}
-    return np.array([known[word] for word in wanted if word in known], column.values.dtype)
+
+    # words are sorted, and may be as many as there are items
+    places = []
+    for word in map(str, wanted):
+        place = bisect_left(column.words, word)
+        if place < len(column.words) and column.words[place] == word:
+            places.append(place)
+    return np.array(places, column.values.dtype)
 
 
 def _in_range(column: ItemColumn, name: str, bounds: Range) -> np.ndarray:
