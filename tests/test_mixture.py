@@ -204,8 +204,10 @@ def test_work_of_a_mixture_by_hand() -> None:
     assert work.filtered_token_share == pytest.approx(3 / 18)
     heads, d_model, width = 2, 16, 8
     expected = 0
-    for tokens, pairs in layers:
-        expected += 2 * tokens * d_model * 4 * heads * width + 2 * tokens * heads * width * d_model
+    # of each stack's last layer the candidate alone, which sees 5 and 6
+    for tokens, rows, pairs in [(5, 1, 5), (9, 9, 3 + 6 * 3 + 9), (6, 1, 6)]:
+        of_token, of_row = 2 * heads * width, 3 * heads * width
+        expected += 2 * d_model * (tokens * of_token + rows * of_row)
         expected += 2 * pairs * heads * 2 * width
     expected += input_flops(cfg.features, cfg.model, batch.num_tokens, 1)
     expected += action_flops(cfg.model, cfg.num_action_bits, batch.num_tokens)

@@ -307,11 +307,11 @@ def test_work_of_a_batch_by_hand() -> None:
 
 
 def test_a_wide_output_layer_costs_three_times_the_narrow_one() -> None:
-    """9 tokens of width 16 from 2 heads of 8, in each of 2 layers."""
+    """Of 2 heads of 8, width 16: 9 tokens in the first layer, the candidate alone in the last."""
     narrow, wide = (
         count_work(make_batch([6], [1]), make_config(concat_ua=on)) for on in (False, True)
     )
-    assert wide.flops - narrow.flops == 2 * (2 * 9 * (2 * 16) * 16)
+    assert wide.flops - narrow.flops == 2 * (9 + 1) * (2 * 16) * 16
 
 
 def test_towers_cost_a_hidden_layer_for_each_task() -> None:

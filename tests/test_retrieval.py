@@ -302,6 +302,9 @@ def test_a_joint_run_scores_candidates_as_the_tasks_alone_would(
 
     # 16 numbers of an id and 2 of a tab, through a hidden layer of 32 to 16 and to 8
     assert with_next.next_code is not None
+    # where every row is made: else the last layer has those before the next items more
+    on_gpu = replace(joint.train, use_gpu=True)
+    joint, alone = replace(joint, train=on_gpu), replace(alone, train=on_gpu)
     work = count_work(with_next, joint, num_items=50).flops - count_work(without, alone).flops
     of_items = 50 * (18 * 32 + 32 * 16 + 16 * 8)
     of_users = len(with_next.next_code) * (16 * 8 + 50 * 8)

@@ -25,7 +25,7 @@ from kernels.semi_local_attention.torch_blocked import (
     plan_tiles,
     semi_local_attention_blocked,
 )
-from kernels.semi_local_attention.types import RelativeBias
+from kernels.semi_local_attention.types import QueryRows, RelativeBias
 
 Plan = TypeVar("Plan")
 TRITON_TYPES = torch.float16, torch.bfloat16, torch.float32
@@ -223,6 +223,7 @@ def semi_local_attention(
     full_rows: int = 0,
     prefix: int = 0,
     bias: RelativeBias | None = None,
+    query_rows: QueryRows | None = None,
     attn_alpha: float,
     scaling_seq_len: int,
     out_dtype: torch.dtype | None = None,
@@ -234,17 +235,22 @@ def semi_local_attention(
     `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are
     candidates; `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it
     (context counted) and itself; `window` None is plain causal. `out_dtype` is q's by default;
-    float32 keeps the sums of half-precision inputs whole. `"auto"` is Triton for CUDA tensors and
-    the blocked PyTorch form on the CPU.
+    float32 keeps the sums of half-precision inputs whole. With `query_rows` only those tokens ask,
+    q and the result are [R, H, ·], and the backend is the blocked PyTorch form. `"auto"` is Triton
+    for CUDA tensors and the blocked PyTorch form on the CPU.
 
     Raises:
         ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors
         are on the CPU.
     """
     mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
-    _check_inputs(q_THD, k_THD, v_THV, seq_offsets, *tensors, mask, scaling_seq_len)
+    if query_rows is not None:
+        fits = q_THD.shape == (len(query_rows.index), *k_THD.shape[1:]) and not q_THD.is_cuda
+        _require(fits and backend in ("auto", "torch"), "query_rows: q [R, H, D] on the CPU")
+    asked = q_THD if query_rows is None else k_THD
+    _check_inputs(asked, k_THD, v_THV, seq_offsets, *tensors, mask, scaling_seq_len)
     if not q_THD.is_cuda:
-        _check_lengths(len(q_THD), seq_offsets, max_seq_len, *tensors)
+        _check_lengths(len(k_THD), seq_offsets, max_seq_len, *tensors)
 
     qkv = q_THD, k_THD, v_THV
     rest = {"bias": bias, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
@@ -263,8 +269,11 @@ def semi_local_attention(
 
     known = backend in ("auto", "torch")
     _require(known, f"backend must be auto, triton, torch or reference, got {backend!r}")
+    key, sources = ("torch", *mask), tensors
+    if query_rows is not None:
+        key, sources = ("torch rows", *mask), (*tensors, query_rows.index, query_rows.offsets)
     plan = _shared_plan(
-        seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask)
+        seq_offsets, key, sources, lambda: plan_tiles(seq_offsets, *tensors, *mask, query_rows)
     )
     return semi_local_attention_blocked(*qkv, plan, out_dtype=out_dtype, **rest)
 

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels.semi_local_attention.types import RelativeBias, time_bucket, whole_seconds
+from kernels.semi_local_attention.types import (
+    QueryRows,
+    RelativeBias,
+    time_bucket,
+    whole_seconds,
+)
 
 # Rows and keys of a tile. Of rows shorter than four tiles much of the last one is padding: smaller
 # ones waste less of it, and of the mask's edge.
@@ -93,14 +98,17 @@ class HeadTiles:
 class TilePlan:
     """What the mask of a batch means for its tiles; the same for every layer and for backward.
 
-    N tiles of S rows or keys.
+    N tiles of S rows, and M of S keys: the same ones unless only some tokens ask.
     """
 
-    layout: TileLayout
-    position: Tensor  # int64 [N, S]: place in the sequence
+    rows: TileLayout
+    keys: TileLayout
+    row_token: Tensor  # int64 [N, S]: the row's token
+    row_position: Tensor  # int64 [N, S]: its place in the sequence
     low: Tensor  # int64 [N, S]: the oldest key of the row's window
     high: Tensor  # int64 [N, S]: the newest key; -1 where there is no row
-    own: Tensor  # int64 [C]: the tokens that are candidates, which see themselves
+    own_row: Tensor  # int64 [C]: the rows that are candidates, which see themselves
+    own: Tensor  # int64 [C]: their tokens
     prefix: int
     pairs: tuple[Tensor, Tensor, Tensor, Tensor]  # inner row, inner key, edge row, edge key
 
@@ -111,7 +119,12 @@ class TilePlan:
     @property
     def pair_scores(self) -> int:
         """Scores of a pair of tiles in one head."""
-        return self.position.shape[1] ** 2
+        return self.low.shape[1] ** 2
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [M, S]: a key's place in its sequence."""
+        return self.keys.number
 
     def cut_chunks(self, heads: int) -> list[Chunk]:
         """The pairs in groups of at most CHUNK scores, those without a mask first."""
@@ -133,6 +146,7 @@ def plan_tiles(
     window: int | None,
     full_rows: int,
     prefix: int,
+    query_rows: QueryRows | None = None,
 ) -> TilePlan:
     """The tiles of a batch and the pairs of them with a kept score, without a loop over sequences.
 
@@ -145,8 +159,13 @@ def plan_tiles(
     length = seq_offsets.diff()
     longest = int(length.max()) if len(length) else 0
     size = SHORT_TILE if longest <= 4 * TILE else TILE
-    layout = TileLayout.of(seq_offsets, size)
-    position, valid, seq = layout.number, layout.valid, layout.sequence
+    keys = rows = TileLayout.of(seq_offsets, size)
+    token, position = keys.index, keys.number
+    if query_rows is not None:
+        rows = TileLayout.of(query_rows.offsets, size)
+        token = query_rows.index[rows.index]
+        position = token - seq_offsets[rows.sequence, None]
+    valid, seq = rows.valid, rows.sequence
 
     # the keys of each row
     u = (length if num_targets is None else length - num_targets)[seq, None]
@@ -154,6 +173,10 @@ def plan_tiles(
     visible = u.expand(-1, size).clone()
     if target_visible is not None:
         seen = target_visible.to(torch.int64).clamp(min=0)
+        if query_rows is not None:  # candidates are numbered through the batch
+            assert num_targets is not None
+            first = (num_targets.cumsum(0) - num_targets)[seq, None]
+            seen = seen[(first + position - u)[is_candidate]]
         visible[is_candidate] = torch.minimum(seen, visible[is_candidate])
     high = torch.where(valid, torch.where(is_candidate, visible - 1, position), -1)
     low = torch.zeros_like(position)
@@ -161,16 +184,16 @@ def plan_tiles(
         banded = position < u - full_rows
         low = torch.where(banded, position - window, 0)
 
-    pairs = _tile_pairs(low, high, layout, prefix)
-    own = layout.index[is_candidate]
-    return TilePlan(layout, position, low, high, own, prefix, pairs)
+    pairs = _tile_pairs(low, high, seq, keys, prefix)
+    own_row, own = rows.index[is_candidate], token[is_candidate]
+    return TilePlan(rows, keys, token, position, low, high, own_row, own, prefix, pairs)
 
 
 def _tile_pairs(
-    low: Tensor, high: Tensor, layout: TileLayout, prefix: int
+    low: Tensor, high: Tensor, seq: Tensor, keys: TileLayout, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row and key tiles of the pairs that keep all scores, and of those that keep some."""
-    seq, size = layout.sequence, low.shape[1]
+    size = low.shape[1]
 
     # key tiles of each row tile: of the prefix, and of the range behind it
     oldest = torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1)
@@ -184,7 +207,7 @@ def _tile_pairs(
     row = torch.arange(len(seq), device=seq.device).repeat_interleave(total)
     step = torch.arange(len(row), device=seq.device) - (total.cumsum(0) - total)[row]
     key_index = torch.where(step < before[row], step, first[row] + step - before[row])
-    key = layout.first_tile[seq[row]] + key_index
+    key = keys.first_tile[seq[row]] + key_index
 
     begin, end = key_index * size, key_index * size + size
     seen_by_all = end <= high.amin(1)[row] + 1
@@ -235,13 +258,13 @@ class TileBias:
 def _tile_bias(bias: RelativeBias, plan: TilePlan) -> TileBias:
     asked = bias.event_time_T if bias.query_time_T is None else bias.query_time_T
     query_time, key_time = whole_seconds(asked), whole_seconds(bias.event_time_T)
-    rank = torch.where(plan.high < plan.position, plan.high + 1, plan.position)
+    rank = torch.where(plan.high < plan.row_position, plan.high + 1, plan.row_position)
 
-    index = plan.layout.index
     own_gap = query_time[plan.own] - key_time[plan.own]
     own_bucket = time_bucket(own_gap, len(bias.time_table))
     tables = bias.position_table, bias.time_table
-    return TileBias(*tables, rank, plan.position, query_time[index], key_time[index], own_bucket)
+    times = query_time[plan.row_token], key_time[plan.keys.index]
+    return TileBias(*tables, rank, plan.position, *times, own_bucket)
 
 
 def _bias_scores(bias: TileBias, entries: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
@@ -279,9 +302,11 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, position_table, time_table, plan: TilePlan, bias: TileBias | None):
         heads = q.shape[1]
-        tiles = HeadTiles(plan.layout, heads)
-        tile_q, tile_k, tile_v = (tiles.to_tiles(x) for x in (q, k, v))
-        out = torch.zeros_like(tile_v)
+        keys_at = rows_at = HeadTiles(plan.keys, heads)
+        if plan.rows is not plan.keys:
+            rows_at = HeadTiles(plan.rows, heads)
+        tile_q, tile_k, tile_v = rows_at.to_tiles(q), keys_at.to_tiles(k), keys_at.to_tiles(v)
+        out = v.new_zeros(*tile_q.shape[:3], v.shape[2])
         num_scores = plan.num_pairs * plan.pair_scores * heads
         keep = any(ctx.needs_input_grad) and num_scores <= KEPT_SCORES
 
@@ -296,23 +321,26 @@ class _BlockedAttention(torch.autograd.Function):
             if keep:
                 kept.append((score, weight, seen))
 
-        out_THV = tiles.to_rows(out)
+        out_RHV = rows_at.to_rows(out)
         if len(plan.own):
-            own = [x.index_select(0, plan.own) for x in (q, k, v)]
-            weight = F.silu(_own_scores(own[0], own[1], bias))
-            out_THV.index_add_(0, plan.own, weight[..., None] * own[2])
+            own_q = q.index_select(0, plan.own_row)
+            own_k, own_v = (x.index_select(0, plan.own) for x in (k, v))
+            weight = F.silu(_own_scores(own_q, own_k, bias))
+            out_RHV.index_add_(0, plan.own_row, weight[..., None] * own_v)
 
         ctx.save_for_backward(q, k, v)
-        ctx.plan, ctx.bias, ctx.tiles, ctx.chunks = plan, bias, tiles, chunks
+        ctx.plan, ctx.bias, ctx.tiles, ctx.chunks = plan, bias, (rows_at, keys_at), chunks
         # made here, neither inputs nor outputs: they may be kept as they are
         ctx.kept = kept if keep else None
-        return out_THV
+        return out_RHV
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_THV):
-        plan, bias, tiles = ctx.plan, ctx.bias, ctx.tiles
-        all_tiles = [tiles.to_tiles(x) for x in (*ctx.saved_tensors, grad_THV)]
+    def backward(ctx, grad_RHV):
+        plan, bias, (rows_at, keys_at) = ctx.plan, ctx.bias, ctx.tiles
+        layouts = rows_at, keys_at, keys_at, rows_at
+        tensors = *ctx.saved_tensors, grad_RHV
+        all_tiles = [at.to_tiles(x) for at, x in zip(layouts, tensors, strict=True)]
         d_tiles = [torch.zeros_like(x) for x in all_tiles[:3]]
         d_tables = [] if bias is None else [torch.zeros_like(table) for table in bias.tables]
 
@@ -340,9 +368,9 @@ class _BlockedAttention(torch.autograd.Function):
                 _add_to_tables(d_tables, bias.buckets(chunk), d_score.sum(1))
 
         ctx.kept = None
-        grads = [tiles.to_rows(x) for x in d_tiles]
+        grads = [at.to_rows(x) for at, x in zip(layouts[:3], d_tiles, strict=True)]
         if len(plan.own):
-            _add_own_gradients(grads, d_tables, ctx.saved_tensors, grad_THV, plan.own, bias)
+            _add_own_gradients(grads, d_tables, ctx.saved_tensors, grad_RHV, plan, bias)
         return *grads, *(d_tables or (None, None)), None, None
 
 
@@ -357,19 +385,21 @@ def _add_own_gradients(
     grads: list[Tensor],
     d_tables: list[Tensor],
     qkv: tuple[Tensor, Tensor, Tensor],
-    grad_THV: Tensor,
-    own: Tensor,
+    grad_RHV: Tensor,
+    plan: TilePlan,
     bias: TileBias | None,
 ) -> None:
-    """Add, in place, what the candidates' own keys give to the gradients of Q, K, V [T, H, ·] and
-    of the tables.
+    """Add, in place, what the candidates' own keys give to the gradients of Q [R, H, D], K and V
+    [T, H, ·] and of the tables.
     """
-    q, k, v, grad = (x.index_select(0, own) for x in (*qkv, grad_THV))
+    rows, own = plan.own_row, plan.own
+    q, grad = (x.index_select(0, rows) for x in (qkv[0], grad_RHV))
+    k, v = (x.index_select(0, own) for x in qkv[1:])
     score = _own_scores(q, k, bias)
     d_score = torch.ops.aten.silu_backward((grad * v).sum(-1), score)
 
     d_q, d_k, d_v = grads
-    d_q.index_add_(0, own, d_score[..., None] * k)
+    d_q.index_add_(0, rows, d_score[..., None] * k)
     d_k.index_add_(0, own, d_score[..., None] * q)
     d_v.index_add_(0, own, F.silu(score)[..., None] * grad)
     if bias is not None:

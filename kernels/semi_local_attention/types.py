@@ -27,6 +27,19 @@ class RelativeBias:
     query_time_T: Tensor | None = None  # int64 [T], ms
 
 
+@dataclass(frozen=True, slots=True)
+class QueryRows:
+    """The tokens that ask, where not all do: of a last layer those whose rows somebody reads.
+
+    tokens of a batch    c h h x y | c h x      only x and y of both are read
+    index                3 4 7
+    offsets              0 2 3
+    """
+
+    index: Tensor  # int64 [R], ascending
+    offsets: Tensor  # int64 [B + 1]: those of each sequence
+
+
 def whole_seconds(time_ms: Tensor) -> Tensor:
     """Seconds of milliseconds, rounded down: int32, good until 2038."""
     return time_ms.div(1000, rounding_mode="floor").to(torch.int32)

@@ -17,9 +17,13 @@ from torch import Tensor
 
 from kernels.backend import Backend, choose_backend, require
 from kernels.semi_local_attention.op import semi_local_attention, triton_plan
-from kernels.semi_local_attention.types import RelativeBias
+from kernels.semi_local_attention.types import QueryRows, RelativeBias
 from kernels.stu.recompute import RECOMPUTABLE
-from kernels.stu.reference import output_reference, project_reference
+from kernels.stu.reference import (
+    output_reference,
+    project_reference,
+    project_rows_reference,
+)
 from kernels.stu.types import Sequences, STUShape, STUWeights
 
 
@@ -72,6 +76,28 @@ def stu_layer(
     return gated_output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)
 
 
+def stu_layer_rows(
+    x_TE: Tensor,
+    weights: STUWeights,
+    shape: STUShape,
+    sequences: Sequences,
+    rows: QueryRows,
+    *,
+    bias: RelativeBias | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """The output [R, E] of some rows alone, on the CPU: K and V are made of all rows, the rest of
+    these. Dropout draws for these rows only.
+
+    Raises:
+        ValueError: on shapes and types that do not fit.
+    """
+    _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
+    u, q, k, v = project_rows_reference(x_TE, weights, shape, rows.index)
+    a = attend_rows(q, k, v, shape, sequences, bias=bias, query_rows=rows, backend="torch")
+    return output_reference(x_TE.index_select(0, rows.index), u, a, weights, shape, p)
+
+
 def project_uvqk(
     x_TE: Tensor, weights: STUWeights, shape: STUShape, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,9 +127,10 @@ def attend_rows(
     sequences: Sequences,
     *,
     bias: RelativeBias | None = None,
+    query_rows: QueryRows | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A [T, H, V]."""
+    """A [T, H, V], or [R, H, V] of `query_rows`."""
     return semi_local_attention(
         q_THD,
         k_THD,
@@ -116,6 +143,7 @@ def attend_rows(
         full_rows=shape.full_rows,
         prefix=shape.prefix,
         bias=bias,
+        query_rows=query_rows,
         attn_alpha=shape.attn_alpha,
         scaling_seq_len=shape.scaling_seq_len,
         backend=backend,

@@ -29,6 +29,30 @@ def project_reference(
     return u, q, k, v
 
 
+def project_rows_reference(
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U [R, H V] and Q [R, H, D] of the rows `index`, int64 [R], K [T, H, D] and V [T, H, V] of
+    all.
+    """
+    x = F.layer_norm(x_TE, x_TE.shape[1:], weights.norm_weight, weights.norm_bias, shape.norm_eps)
+    widths = shape.uvqk_widths
+    of_rows = widths[0] + widths[1]
+    weight, bias = weights.uvqk_weight, weights.uvqk_bias
+    uq = linear_reference(x.index_select(0, index), weight[:of_rows], bias[:of_rows], fp8=shape.fp8)
+    kv = linear_reference(x, weight[of_rows:], bias[of_rows:], fp8=shape.fp8)
+
+    if shape.silu_qkv:
+        u, q = F.silu(uq).split(widths[:2], dim=1)
+        k, v = F.silu(kv).split(widths[2:], dim=1)
+    else:
+        u, q = uq.split(widths[:2], dim=1)
+        k, v = kv.split(widths[2:], dim=1)
+        u = F.silu(u)
+    heads = shape.num_heads, -1
+    return u, q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
+
+
 def output_reference(
     x_TE: Tensor, u_TE: Tensor, a_THV: Tensor, weights: STUWeights, shape: STUShape, p: float = 0.0,
     seed: int | None = None,

@@ -7,8 +7,10 @@ token encoder and the heads.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from kernels.semi_local_attention.types import QueryRows
 from pipeline.config import AttentionConfig
 from pipeline.model.tokens import Tokens
 
@@ -81,6 +83,28 @@ def kept_pairs(
     # a candidate sees itself too
     visible = history.repeat_interleave(targets) if target_visible is None else target_visible
     return int(keys.sum() + (visible.long() + 1).sum())
+
+
+def row_pairs(
+    tokens: Tokens, rows: QueryRows, window: int | None, full_rows: int, prefix: int
+) -> int:
+    """As `kept_pairs`, of some rows alone."""
+    offsets, targets = tokens.seq_offsets, tokens.num_targets.long()
+    count = rows.offsets.diff()
+    position = rows.index - offsets[:-1].repeat_interleave(count)
+    history = (offsets.diff() - targets).repeat_interleave(count)
+
+    keys = position + 1
+    if window is not None:
+        banded = position < history - full_rows
+        keys = torch.where(banded, keys.clamp(max=window + 1 + prefix), keys)
+    of_history = keys[position < history].sum()
+
+    # all candidates are among the rows
+    visible = tokens.target_visible
+    if visible is None:
+        visible = (offsets.diff() - targets).repeat_interleave(targets)
+    return int(of_history + (visible.long() + 1).sum())
 
 
 def _sum_to(count: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
+from kernels.semi_local_attention.types import QueryRows
 from pipeline.batches.collate import SequenceBatch
-from pipeline.config import ModelConfig
+from pipeline.config import AttentionConfig, ModelConfig
 from pipeline.config.errors import require
-from pipeline.model.flops import Flops
-from pipeline.model.tokens import Tokens
+from pipeline.model.flops import Flops, kept_pairs, row_pairs
+from pipeline.model.tokens import Tokens, target_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class TokenLayout:
 
     num_context: int  # prefix tokens of a sequence, before its history
     actions: tuple[str, ...] = ()  # by the number of their bit in `action_mask`
+    # for counting: True where the last layer makes rows that nobody reads, as on a GPU
+    every_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,53 @@ def read_rows(
     candidates = norm(candidate_rows(tokens))
     last = last_history_rows(tokens, norm, num_context) if last_history else None
     return Encoded(candidates, last, next_rows(tokens, norm, num_context))
+
+
+def last_rows(tokens: Tokens, num_context: int, *, last_history: bool) -> QueryRows | None:
+    """The rows of the last layer that `read_rows` reads: of all others that layer needs the keys
+    and values alone. None on a GPU, whose kernels make every row.
+    """
+    offsets, num_targets = tokens.seq_offsets, tokens.num_targets
+    if tokens.x_TE.is_cuda:
+        return None
+
+    num_tokens = len(tokens.x_TE)
+    read = target_mask(offsets, num_targets, num_tokens)
+    if last_history:
+        newest = offsets[1:] - num_targets - 1
+        read[newest[newest >= offsets[:-1] + num_context]] = True
+    if tokens.next_visible is not None and tokens.num_next is not None:
+        before = torch.repeat_interleave(offsets[:-1], tokens.num_next) + tokens.next_visible - 1
+        read[before[tokens.next_visible > num_context]] = True
+
+    index = read.nonzero()[:, 0]
+    return QueryRows(index, torch.searchsorted(index, offsets))
+
+
+def last_layer_size(
+    tokens: Tokens, layout: TokenLayout, attention: AttentionConfig | None = None
+) -> tuple[int, int]:
+    """Rows that pass the last layer, and the pairs that its mask keeps of them; `attention` None is
+    plain causal.
+    """
+    mask = (None, 0, 0)
+    if attention is not None:
+        mask = attention.window, attention.full_rows, layout.num_context + attention.extra_prefix
+    if layout.every_row:
+        pairs = kept_pairs(tokens.seq_offsets, tokens.num_targets, tokens.target_visible, *mask)
+        return len(tokens.x_TE), pairs
+
+    rows = last_rows(tokens, layout.num_context, last_history=False)
+    assert rows is not None, "counted on the CPU"
+    return len(rows.index), row_pairs(tokens, rows, *mask)
+
+
+def spread_rows(x_RE: Tensor, rows: QueryRows | None, num_tokens: int) -> Tensor:
+    """[T, d]: the last layer's rows in their places, zeros in those that nobody reads."""
+    if rows is None:
+        return x_RE
+    x_TE = x_RE.new_zeros(num_tokens, x_RE.shape[1])
+    return x_TE.index_copy(0, rows.index, x_RE)
 
 
 def candidate_rows(tokens: Tokens) -> Tensor:

@@ -27,11 +27,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernels.semi_local_attention.types import QueryRows
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, read_rows
+from pipeline.model.encoders.encoder import (
+    Encoded,
+    Encoder,
+    TokenLayout,
+    last_layer_size,
+    last_rows,
+    read_rows,
+    spread_rows,
+)
 from pipeline.model.encoders.hstu import token_times
-from pipeline.model.encoders.transformer import Padding
+from pipeline.model.encoders.transformer import Padding, chosen_rows
 from pipeline.model.flops import Flops, kept_pairs
 from pipeline.model.tokens import Tokens, target_index
 
@@ -56,9 +65,11 @@ class FuXiAlpha(Encoder):
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
     ) -> Encoded:
         maps = ChannelMaps.of(tokens, token_times(batch, self.num_context, interleaved=False))
+        rows = last_rows(tokens, self.num_context, last_history=last_history)
         x_TE = tokens.x_TE
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x_TE = layer(x_TE, maps)
+        x_TE = spread_rows(self.layers[-1](x_TE, maps, rows), rows, len(x_TE))
 
         tokens = replace(tokens, x_TE=x_TE)
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
@@ -73,12 +84,16 @@ class FuXiAlpha(Encoder):
             tokens.seq_offsets, tokens.num_targets, tokens.target_visible, None, 0, 0
         )
         latent, channels = int(cls.has_latent), 2 + int(cls.has_latent)
-        attention = 2 * causal * h * (channels * cfg.d_v + latent * cfg.d_qk)
+        of_pair = 2 * h * (channels * cfg.d_v + latent * cfg.d_qk)
+        # of each token v and k; of each row that is made u and the output map, which are of all
+        # channels' width, q and the feed-forward part
+        of_token = 2 * d * (h * cfg.d_v + latent * h * cfg.d_qk)
+        of_row = 2 * d * (2 * channels * h * cfg.d_v + latent * h * cfg.d_qk + 3 * cfg.ffn_dim)
 
-        # u and the output map are of all channels' width, v of one's
-        inner = (2 * channels + 1) * h * cfg.d_v + latent * 2 * h * cfg.d_qk
-        layer = attention + 2 * num_tokens * d * (inner + 3 * cfg.ffn_dim)
-        pairs, flops = cfg.num_layers * causal, cfg.num_layers * layer
+        num_rows, last_pairs = last_layer_size(tokens, layout)
+        flops = (cfg.num_layers - 1) * (causal * of_pair + num_tokens * (of_token + of_row))
+        flops += last_pairs * of_pair + num_tokens * of_token + num_rows * of_row
+        pairs = cfg.num_layers * causal
         return Flops(tokens=num_tokens, causal_pairs=pairs, kept_pairs=pairs, flops=flops)
 
 
@@ -128,6 +143,21 @@ class ChannelMaps:
         distance = gaps(place) if num_candidates else alike
         return ChannelMaps(padding, distance, gaps(time_T))
 
+    def of_rows(self, rows: QueryRows | None) -> "ChannelMaps":
+        """The same of some queries, [B, R, L] each."""
+        if rows is None:
+            return self
+        padding = self.padding.of_rows(rows)
+        place = padding.sequence, padding.position
+        token = self.padding.sequence[rows.index], self.padding.position[rows.index]
+
+        def gather(values: Tensor) -> Tensor:
+            of_batch = values.expand(len(self.elapsed_ms), -1, -1)
+            padded = values.new_zeros(len(of_batch), padding.mask.shape[2], values.shape[2])
+            return padded.index_put(place, of_batch[token])
+
+        return ChannelMaps(padding, gather(self.distance), gather(self.elapsed_ms))
+
 
 class FuXiLayer(nn.Module):
     """One layer; its rows are packed, its maps padded."""
@@ -158,20 +188,30 @@ class FuXiLayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x_TE: Tensor, maps: ChannelMaps) -> Tensor:
+    def forward(self, x_TE: Tensor, maps: ChannelMaps, rows: QueryRows | None = None) -> Tensor:
+        """[T, d], or [R, d] of `rows`, for which U, Q and what follows are made alone."""
         silu, heads = nn.functional.silu, self.cfg.num_heads
-        u, v, *qk = silu(self.uvqk(self.norm_in(x_TE))).split(self.widths, dim=1)
+        asking = maps.of_rows(rows)
+        normed = self.norm_in(x_TE)
+        of_rows = chosen_rows(normed, rows)
+        maps_of = self.uvqk.weight.split(self.widths)
+        u = silu(nn.functional.linear(of_rows, maps_of[0]))
+        v = silu(nn.functional.linear(normed, maps_of[1]))
         v = maps.padding.pad_heads(v.unflatten(1, (heads, -1)))  # [B, H, L, V]
 
-        channels = [self._shared(self.position_map(maps), v), self._shared(self.time_map(maps), v)]
+        channels = [
+            self._shared(map_of(asking), v) for map_of in (self.position_map, self.time_map)
+        ]
         if self.has_latent:
-            q, k = (maps.padding.pad_heads(x.unflatten(1, (heads, -1))) for x in qk)
+            q = silu(nn.functional.linear(of_rows, maps_of[2])).unflatten(1, (heads, -1))
+            k = silu(nn.functional.linear(normed, maps_of[3])).unflatten(1, (heads, -1))
+            q, k = asking.padding.pad_heads(q), maps.padding.pad_heads(k)
             scores = silu(q @ k.transpose(2, 3)) / self.cfg.attention.scaling_seq_len
-            channels.insert(0, (scores * maps.mask) @ v)
+            channels.insert(0, (scores * asking.mask) @ v)
 
-        packed = [maps.padding.pack_heads(channel) for channel in channels]
+        packed = [asking.padding.pack_heads(channel) for channel in channels]
         y = u * self.norm_channels(torch.cat(packed, dim=1))
-        z = self.out(self.dropout(y)) + x_TE
+        z = self.out(self.dropout(y)) + chosen_rows(x_TE, rows)
 
         normed = self.dropout(self.norm_ffn(z))
         return self.ffn_out(silu(self.ffn_in(normed)) * self.ffn_gate(normed)) + z

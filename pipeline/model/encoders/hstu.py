@@ -14,7 +14,14 @@ from kernels.jagged.op import concatenate_sequences
 from kernels.semi_local_attention.types import RelativeBias
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, read_rows
+from pipeline.model.encoders.encoder import (
+    Encoded,
+    Encoder,
+    TokenLayout,
+    last_rows,
+    read_rows,
+    spread_rows,
+)
 from pipeline.model.encoders.stu import STU
 from pipeline.model.encoders.transducer import select_tokens, stack_work
 from pipeline.model.flops import Flops
@@ -85,20 +92,18 @@ class HSTU(Encoder):
 
         for depth, layer in enumerate(self.layers):
             assert isinstance(layer, STU)
-            if time_T is None:
-                x_TE = layer(tokens)
-            else:
-                x_TE = self._biased_layer(depth, layer, tokens, time_T)
-            tokens = replace(tokens, x_TE=x_TE)
+            rows = None
+            if depth == len(self.layers) - 1:
+                rows = last_rows(tokens, self.num_context, last_history=last_history)
+            bias = None if time_T is None else self._layer_bias(depth, time_T)
+            x_TE = layer(tokens, rows=rows, bias=bias)
+            tokens = replace(tokens, x_TE=spread_rows(x_TE, rows, len(tokens.x_TE)))
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
 
-    def _biased_layer(self, depth: int, layer: STU, tokens: Tokens, time_T: Tensor) -> Tensor:
+    def _layer_bias(self, depth: int, time_T: Tensor) -> RelativeBias:
         tables = self.bias[depth]
         assert isinstance(tables, nn.ParameterDict)
-        bias = RelativeBias(tables["position"], tables["time"], time_T)
-
-        u, q, k, v = layer.project(tokens.x_TE)
-        return layer.output(tokens.x_TE, u, layer.attend(q, k, v, tokens, bias))
+        return RelativeBias(tables["position"], tables["time"], time_T)
 
     @classmethod
     def two_tokens_per_event(cls, cfg: ModelConfig) -> bool:
@@ -108,7 +113,7 @@ class HSTU(Encoder):
     def work(
         cls, tokens: Tokens, batch: SequenceBatch, cfg: ModelConfig, layout: TokenLayout
     ) -> Flops:
-        return stack_work(tokens, tokens, cfg, layout.num_context)
+        return stack_work(tokens, tokens, cfg, layout)
 
 
 class MergedHSTU(HSTU):

@@ -18,10 +18,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kernels.semi_local_attention.types import QueryRows
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
 from pipeline.config.errors import require
-from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, next_rows, read_rows
+from pipeline.model.encoders.encoder import (
+    Encoded,
+    Encoder,
+    TokenLayout,
+    last_layer_size,
+    last_rows,
+    next_rows,
+    read_rows,
+    spread_rows,
+)
 from pipeline.model.encoders.stu import STU, layer_flops
 from pipeline.model.encoders.transformer import Padding, TransformerBlock, block_flops
 from pipeline.model.flops import Flops, kept_pairs
@@ -29,7 +39,8 @@ from pipeline.model.tokens import Tokens
 
 CUT = 3  # of the noise, in standard deviations
 
-Run = Callable[[nn.Module, Tensor], Tensor]  # a layer and its rows → its rows
+# a layer, its rows and those of them that are read, None for all → its rows
+Run = Callable[[nn.Module, Tensor, QueryRows | None], Tensor]
 
 
 class LARES(Encoder):
@@ -57,14 +68,17 @@ class LARES(Encoder):
         run = self._runner(tokens)
         h_TE = tokens.x_TE
         for layer in self.pre:
-            h_TE = run(layer, h_TE)
+            h_TE = run(layer, h_TE, None)
 
         num_steps, read_step = self._draw_steps()
         state, between = self._first_state(h_TE), h_TE
+        read = last_rows(tokens, self.num_context, last_history=last_history)
         for step in range(num_steps):
             state = self.norm_step(self.join(state, h_TE)).to(h_TE.dtype)
             for layer in self.core:
-                state = run(layer, state)
+                last = step == num_steps - 1 and layer is self.core[-1]
+                rows = read if last else None
+                state = spread_rows(run(layer, state, rows), rows, len(h_TE))
             if step == read_step:
                 between = state
 
@@ -77,9 +91,9 @@ class LARES(Encoder):
 
     def _runner(self, tokens: Tokens) -> Run:
         if self.loop.layer == "stu":
-            return lambda layer, x_TE: layer(replace(tokens, x_TE=x_TE))
+            return lambda layer, x_TE, rows: layer(replace(tokens, x_TE=x_TE), rows=rows)
         padding = Padding.of(tokens)
-        return lambda layer, x_TE: layer(x_TE, padding)
+        return lambda layer, x_TE, rows: layer(x_TE, padding, rows)
 
     def _draw_steps(self) -> tuple[int, int]:
         """How many steps are taken, and after which of them the state is read besides."""
@@ -117,7 +131,9 @@ class LARES(Encoder):
         joined = 2 if cfg.loop.join == "linear" else 0
         joins = cfg.loop.steps * 2 * num_tokens * joined * cfg.d_model * cfg.d_model
         pairs = num_layers * causal
-        flops = num_layers * of_layer(cfg, num_tokens, causal) + joins
+        num_rows, last_pairs = last_layer_size(tokens, layout)
+        last = of_layer(cfg, num_tokens, last_pairs, num_rows)
+        flops = (num_layers - 1) * of_layer(cfg, num_tokens, causal) + last + joins
         return Flops(tokens=num_tokens, causal_pairs=pairs, kept_pairs=pairs, flops=flops)
 
 

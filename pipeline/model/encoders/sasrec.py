@@ -2,8 +2,14 @@
 
 from torch import Tensor, nn
 
+from kernels.semi_local_attention.types import QueryRows
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.transformer import Padding, SelfAttention, SoftmaxEncoder
+from pipeline.model.encoders.transformer import (
+    Padding,
+    SelfAttention,
+    SoftmaxEncoder,
+    chosen_rows,
+)
 
 
 class SASRec(SoftmaxEncoder):
@@ -32,7 +38,7 @@ class SASRecBlock(nn.Module):
             nn.Dropout(cfg.dropout),
         )
 
-    def forward(self, x_TE: Tensor, padding: Padding) -> Tensor:
-        query = self.norm_query(x_TE)
-        x_TE = self.norm_ffn(query + self.attention(query, x_TE, padding))
-        return x_TE + self.ffn(x_TE)
+    def forward(self, x_TE: Tensor, padding: Padding, rows: QueryRows | None = None) -> Tensor:
+        query = self.norm_query(chosen_rows(x_TE, rows))
+        x_RE = self.norm_ffn(query + self.attention(query, x_TE, padding, rows))
+        return x_RE + self.ffn(x_RE)

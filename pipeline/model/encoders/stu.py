@@ -17,7 +17,7 @@ silent; training logs both.
 
 from torch import Tensor, nn
 
-from kernels.semi_local_attention.types import RelativeBias
+from kernels.semi_local_attention.types import QueryRows, RelativeBias
 from kernels.stu import op as stu
 from kernels.stu.types import STUShape, STUWeights
 from pipeline.config import ModelConfig
@@ -50,8 +50,25 @@ class STU(nn.Module):
         self.norm_attn = nn.LayerNorm(width, eps=cfg.norm_eps)
         self.out = nn.Linear(width * (3 if cfg.concat_ua else 1), d)
 
-    def forward(self, tokens: Tokens) -> Tensor:
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        rows: QueryRows | None = None,
+        bias: RelativeBias | None = None,
+    ) -> Tensor:
+        """[T, d]; with `rows` [R, d] of these alone."""
         p = self.cfg.dropout if self.training else 0.0
+        if rows is not None:
+            # the other forms of attention make every row
+            if self.cfg.attention_backend not in ("auto", "torch"):
+                return self(tokens, bias=bias).index_select(0, rows.index)
+            where, weights = sequences(tokens), self.weights()
+            return stu.stu_layer_rows(tokens.x_TE, weights, self.shape, where, rows, bias=bias, p=p)
+
+        if bias is not None:
+            u, q, k, v = self.project(tokens.x_TE)
+            return self.output(tokens.x_TE, u, self.attend(q, k, v, tokens, bias))
         return stu.stu_layer(
             tokens.x_TE,
             self.weights(),
@@ -101,16 +118,20 @@ def sequences(tokens: Tokens) -> stu.Sequences:
     )
 
 
-def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
+def layer_flops(cfg: ModelConfig, num_tokens: int, pairs: int, num_rows: int | None = None) -> int:
     """Products of one layer, forward, with `pairs` kept pairs of query and key.
 
     2·T·d·(2h·d_qk + 2h·d_v) + 2·T·h·d_v·d + 2·pairs·h·(d_qk + d_v); with `concat_ua` the middle
-    term, the output map, is three times as large.
+    term, the output map, is three times as large. Where only `num_rows` are made, U, Q and the
+    output are of these.
     """
     h, d = cfg.num_heads, cfg.d_model
+    rows = num_tokens if num_rows is None else num_rows
     attention = 2 * pairs * h * (cfg.d_qk + cfg.d_v)
     out_width = h * cfg.d_v * (3 if cfg.concat_ua else 1)
-    return attention + projection_flops(cfg, num_tokens) + 2 * num_tokens * out_width * d
+    # U and Q are as wide as V and K
+    projected = (projection_flops(cfg, num_tokens) + projection_flops(cfg, rows)) // 2
+    return attention + projected + 2 * rows * out_width * d
 
 
 def projection_flops(cfg: ModelConfig, num_tokens: int) -> int:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.encoder import Encoded, read_rows
+from pipeline.model.encoders.encoder import (
+    Encoded,
+    TokenLayout,
+    last_layer_size,
+    last_rows,
+    read_rows,
+    spread_rows,
+)
 from pipeline.model.encoders.stu import STU, layer_flops
 from pipeline.model.flops import Flops, kept_pairs, mask_pairs
 from pipeline.model.tokens import Tokens
@@ -100,7 +107,11 @@ class Transducer(nn.Module):
         """Rows of the last layer, as `Encoder.forward`."""
         for depth, layer in enumerate(self.layers):
             tokens = self.tokens_at(depth, tokens)
-            tokens = replace(tokens, x_TE=layer(tokens))
+            rows = None
+            if depth == len(self.layers) - 1:
+                rows = last_rows(tokens, self.num_context, last_history=last_history)
+            x_TE = spread_rows(layer(tokens, rows=rows), rows, len(tokens.x_TE))
+            tokens = replace(tokens, x_TE=x_TE)
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
 
     def tokens_at(self, depth: int, tokens: Tokens) -> Tokens:
@@ -110,8 +121,9 @@ class Transducer(nn.Module):
         return tokens
 
 
-def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: int) -> Flops:
+def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, layout: TokenLayout) -> Flops:
     """The layers' work on `tokens`, which are `whole` or its newest rows."""
+    num_context = layout.num_context
     work = Flops(tokens=len(whole.x_TE))
     causal = kept_pairs(whole.seq_offsets, whole.num_targets, whole.target_visible, None, 0, 0)
     pairs = mask_pairs(tokens, model.attention, num_context)
@@ -122,7 +134,11 @@ def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, num_context: i
             pairs = mask_pairs(tokens, model.attention, num_context)
         work.causal_pairs += causal
         work.kept_pairs += pairs
-        work.flops += layer_flops(model, len(tokens.x_TE), pairs)
+        if depth < model.num_layers - 1:
+            work.flops += layer_flops(model, len(tokens.x_TE), pairs)
+
+    num_rows, pairs = last_layer_size(tokens, layout, model.attention)
+    work.flops += layer_flops(model, len(tokens.x_TE), pairs, num_rows)
 
     work.truncated_tokens = work.tokens - len(tokens.x_TE)
     return work

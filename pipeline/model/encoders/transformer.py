@@ -10,9 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kernels.semi_local_attention.types import QueryRows
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
-from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, read_rows
+from pipeline.model.encoders.encoder import (
+    Encoded,
+    Encoder,
+    TokenLayout,
+    last_layer_size,
+    last_rows,
+    read_rows,
+    spread_rows,
+)
 from pipeline.model.flops import Flops, kept_pairs
 from pipeline.model.tokens import Tokens, sequence_index, target_index
 
@@ -50,9 +59,24 @@ class Padding:
         mask = (key < padded[:, :, None]) | (key == key[:, None])
         return Padding(sequence, position, mask[:, None])
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, dropout: float) -> Tensor:
-        """[T, H * V]"""
-        q, k, v = (self.pad_heads(x) for x in (q_THD, k_THD, v_THV))
+    def of_rows(self, rows: QueryRows) -> "Padding":
+        """Where some of the tokens lie in [B, R], and what these see, [B, 1, R, L]."""
+        token = rows.index
+        sequence = self.sequence[token]
+        number = torch.arange(len(token), device=token.device) - rows.offsets[sequence]
+        longest = int(rows.offsets.diff().max()) if len(token) else 0
+
+        num_sequences, length = self.mask.shape[0], self.mask.shape[-1]
+        # where no row is, everything is seen, as a softmax over nothing would be NaN
+        mask = self.mask.new_ones(num_sequences, longest, length)
+        sees = self.mask[sequence, 0, self.position[token]]
+        return Padding(sequence, number, mask.index_put((sequence, number), sees)[:, None])
+
+    def attend(
+        self, q_RHD: Tensor, k_THD: Tensor, v_THV: Tensor, dropout: float, keys: "Padding"
+    ) -> Tensor:
+        """[R, H * V]; `keys` says where keys and values lie."""
+        q, k, v = self.pad_heads(q_RHD), keys.pad_heads(k_THD), keys.pad_heads(v_THV)
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, dropout_p=dropout
         )
@@ -81,16 +105,18 @@ class SoftmaxEncoder(Encoder):
 
     @staticmethod
     def make_block(cfg: ModelConfig) -> nn.Module:
-        """One layer: packed rows and their `Padding` → rows."""
+        """One layer: packed rows and their `Padding` → rows, all or those of `QueryRows`."""
         raise NotImplementedError
 
     def forward(
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
     ) -> Encoded:
         padding = Padding.of(tokens)
+        rows = last_rows(tokens, self.num_context, last_history=last_history)
         x_TE = tokens.x_TE
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x_TE = layer(x_TE, padding)
+        x_TE = spread_rows(self.layers[-1](x_TE, padding, rows), rows, len(x_TE))
 
         tokens = replace(tokens, x_TE=x_TE)
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
@@ -104,16 +130,21 @@ class SoftmaxEncoder(Encoder):
         causal = kept_pairs(offsets, num_targets, tokens.target_visible, None, 0, 0)
 
         pairs = cfg.num_layers * causal
-        flops = cfg.num_layers * block_flops(cfg, num_tokens, causal)
+        flops = (cfg.num_layers - 1) * block_flops(cfg, num_tokens, causal)
+        num_rows, last_pairs = last_layer_size(tokens, layout)
+        flops += block_flops(cfg, num_tokens, last_pairs, num_rows)
         return Flops(tokens=num_tokens, causal_pairs=pairs, kept_pairs=pairs, flops=flops)
 
 
-def block_flops(cfg: ModelConfig, num_tokens: int, pairs: int) -> int:
-    """Products of one block, forward, with `pairs` kept pairs of query and key."""
-    head_width = cfg.d_qk + cfg.d_v
-    attention = 2 * pairs * cfg.num_heads * head_width
-    rows = cfg.num_heads * 2 * head_width + 2 * cfg.ffn_dim
-    return attention + 2 * num_tokens * cfg.d_model * rows
+def block_flops(cfg: ModelConfig, num_tokens: int, pairs: int, num_rows: int | None = None) -> int:
+    """Products of one block, forward, with `pairs` kept pairs of query and key; where only
+    `num_rows` are made, all but keys and values are of these.
+    """
+    rows = num_tokens if num_rows is None else num_rows
+    heads = cfg.num_heads * (cfg.d_qk + cfg.d_v)
+    attention = 2 * pairs * heads
+    # keys and values; queries, the output map and the feed-forward part
+    return attention + 2 * cfg.d_model * (num_tokens * heads + rows * (heads + 2 * cfg.ffn_dim))
 
 
 class Transformer(SoftmaxEncoder):
@@ -135,12 +166,21 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(cfg.d_model, cfg.num_heads * cfg.d_v)
         self.out = nn.Linear(cfg.num_heads * cfg.d_v, cfg.d_model)
 
-    def forward(self, query_TE: Tensor, keys_TE: Tensor, padding: Padding) -> Tensor:
-        parts = self.query(query_TE), self.key(keys_TE), self.value(keys_TE)
+    def forward(
+        self, query_RE: Tensor, keys_TE: Tensor, padding: Padding, rows: QueryRows | None = None
+    ) -> Tensor:
+        """[R, d]; without `rows` every token asks."""
+        parts = self.query(query_RE), self.key(keys_TE), self.value(keys_TE)
         q, k, v = (x.unflatten(1, (self.num_heads, -1)) for x in parts)
 
         dropout = self.dropout if self.training else 0.0
-        return self.out(padding.attend(q, k, v, dropout))
+        asking = padding if rows is None else padding.of_rows(rows)
+        return self.out(asking.attend(q, k, v, dropout, padding))
+
+
+def chosen_rows(x_TE: Tensor, rows: QueryRows | None) -> Tensor:
+    """[R, d]: of `rows`, else all."""
+    return x_TE if rows is None else x_TE.index_select(0, rows.index)
 
 
 class TransformerBlock(nn.Module):
@@ -159,7 +199,8 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x_TE: Tensor, padding: Padding) -> Tensor:
+    def forward(self, x_TE: Tensor, padding: Padding, rows: QueryRows | None = None) -> Tensor:
         normed = self.norm_attn(x_TE)
-        x_TE = x_TE + self.dropout(self.attention(normed, normed, padding))
-        return x_TE + self.dropout(self.ffn(self.norm_ffn(x_TE)))
+        attended = self.attention(chosen_rows(normed, rows), normed, padding, rows)
+        x_RE = chosen_rows(x_TE, rows) + self.dropout(attended)
+        return x_RE + self.dropout(self.ffn(self.norm_ffn(x_RE)))

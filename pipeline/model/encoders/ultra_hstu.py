@@ -63,7 +63,7 @@ class UltraHSTU(Encoder):
         for channel, model in channel_parts(cfg):
             passed = filter_rows(tokens, batch, channel, layout.actions)
             newest = newest_rows(passed, channel, layout.num_context)
-            total.add(stack_work(passed, newest, model, layout.num_context))
+            total.add(stack_work(passed, newest, model, layout))
             total.filtered_tokens += len(tokens.x_TE) - len(passed.x_TE)
         return total
 
