@@ -2,6 +2,8 @@
 again on resuming.
 """
 
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -173,6 +175,19 @@ def test_decks_take_every_user_of_a_pool_once() -> None:
             assert first == ends.get(place, 0.0)  # where the deck before has ended
             ends[place] = last
         assert ends == dict.fromkeys(range(buckets), 1.0)
+
+
+def test_steps_are_counted_alike_by_tasks_in_any_order(tmp_path: Path) -> None:
+    cfg = world(tmp_path, readers=2, **CUTTING["short"])
+    asked = []
+
+    def elsewhere(what: str, function: Callable, items: Sequence, memory_bytes: float = 0) -> list:
+        asked.extend(items)
+        assert memory_bytes > 0
+        return [pickle.loads(pickle.dumps(function))(item) for item in reversed(items)]
+
+    assert step_plan(cfg, run=elsewhere) == step_plan(cfg)
+    assert [(task.pool, task.deck) for task in asked] == [(0, 0), (0, 1)]
 
 
 def test_token_budget(tmp_path: Path) -> None:

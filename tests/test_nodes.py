@@ -65,7 +65,7 @@ class Nodes:
             "AWS_ACCESS_KEY_ID": "driver",
         }
         self.keeper = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "node_keeper.py", folder],
+            [sys.executable, ROOT / "tests" / "support" / "node_keeper.py", folder],
             env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

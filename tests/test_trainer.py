@@ -279,6 +279,17 @@ def test_a_corrupted_checkpoint_is_skipped(
     assert newest.name in caplog.text
 
 
+def test_steps_of_a_large_store_are_counted_by_tasks(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.batches.steps import step_plan
+    from pipeline.train import trainer
+
+    monkeypatch.setattr(trainer, "LARGE_STORE", 0)
+    cfg = replace(trained, train=replace(trained.train, readers=2))
+    assert trainer._plan_steps(cfg, tmp_path / "steps.json") == step_plan(cfg)
+
+
 def test_plan_says_what_training_would_take(
     trained: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,12 @@ and the number of readers, never on the number of workers. A rank reads its own 
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +36,9 @@ from pipeline.batches.stochastic_length import LoadPlan, deal_examples, stochast
 from pipeline.config import RunConfig, TrainConfig, to_dict
 from pipeline.files import write_atomically
 from pipeline.sequences import store
+
+if typing.TYPE_CHECKING:  # it imports Ray
+    from pipeline.sequences.workers import Workers
 
 # what decides how many examples and draws there are
 SETTINGS = ("seed", "source", "split", "tasks", "train")
@@ -156,9 +162,16 @@ def token_counts(examples: Examples, train: TrainConfig) -> tuple[np.ndarray, np
     return examples.num_tokens.astype(np.float64), everywhere.num_tokens.astype(np.float64)
 
 
-def step_plan(cfg: RunConfig, cache: Path | None = None) -> StepPlan:
-    """The plan for the published sequences: one pass over the store, unless `cache` holds it for
-    them and `cfg`.
+def run_here(
+    what: str, function: Callable[[Any], Any], items: Sequence[Any], memory_bytes: float = 0
+) -> list[Any]:
+    """`Workers` that are this process."""
+    return [function(item) for item in items]
+
+
+def step_plan(cfg: RunConfig, cache: Path | None = None, run: "Workers" = run_here) -> StepPlan:
+    """The plan for the published sequences: one pass over the store, a deck a task of `run`, unless
+    `cache` holds it for them and `cfg`.
     """
     manifest = store.read_manifest(cfg.sequence_dir)
     settings = to_dict(cfg)
@@ -171,7 +184,7 @@ def step_plan(cfg: RunConfig, cache: Path | None = None) -> StepPlan:
             pools = tuple(map(tuple, saved["pools"]))
             return StepPlan(pools, tuple(saved["steps"]), saved["readers"])
 
-    plan = _count_steps(cfg, manifest)
+    plan = _count_steps(cfg, manifest, run)
     if cache is not None:
         content = {"key": key, **asdict(plan)}
         write_atomically(cache, json.dumps(content))
@@ -197,7 +210,16 @@ def pool_memory(sequence_dir: Path, train: TrainConfig, plan: StepPlan) -> int:
     return 3 * most_rows * row_bytes
 
 
-def _count_steps(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
+@dataclass(frozen=True, slots=True)
+class DeckWork:
+    """A deck to be counted."""
+
+    pool: int
+    deck: int
+    rows: int  # about
+
+
+def _count_steps(cfg: RunConfig, manifest: store.Manifest, run: "Workers") -> StepPlan:
     # the buckets in order, as pools of nearly equal numbers
     readers = cfg.train.readers or 1
     num_buckets = len(manifest.buckets)
@@ -205,20 +227,34 @@ def _count_steps(cfg: RunConfig, manifest: store.Manifest) -> StepPlan:
     groups = np.array_split(np.arange(num_buckets), num_pools)
     pools = tuple(tuple(group.tolist()) for group in groups)
 
-    orders = [pool_order(num_pools, epoch, cfg.seed) for epoch in range(cfg.train.epochs)]
+    work = []
+    for number, buckets in enumerate(pools):
+        rows = sum(manifest.buckets[i].rows for i in buckets)
+        work += [DeckWork(number, deck, rows // readers) for deck in range(readers)]
+    most_rows = max(task.rows for task in work)
+
+    count = partial(count_deck, cfg=cfg, manifest=manifest, pools=pools)
+    found = dict(run("counting steps", count, work, 3 * most_rows * ROW_BYTES))
 
     steps = []
-    for number, buckets in enumerate(pools):
-        places = [order.index(number) for order in orders]
-        sizes = []
-        for deck in range(readers):
-            _, examples, _ = read_decks(cfg, manifest, buckets, [deck], readers)
-            rngs = []
-            for epoch, place in enumerate(places):
-                rngs.append(deck_rng(epoch, place, deck, cfg.seed))
-            sizes.append(deck_size(examples, rngs, cfg.train))
+    for number in range(num_pools):
+        sizes = [found[task] for task in work if task.pool == number]
         steps.append(num_steps(sizes, cfg.train))
     return StepPlan(pools, tuple(steps), readers)
+
+
+def count_deck(
+    work: DeckWork, cfg: RunConfig, manifest: store.Manifest, pools: tuple[tuple[int, ...], ...]
+) -> "tuple[DeckWork, DeckSize]":
+    """The size of one deck, with the draws of every epoch."""
+    readers = cfg.train.readers or 1
+    _, examples, _ = read_decks(cfg, manifest, pools[work.pool], [work.deck], readers)
+
+    rngs = []
+    for epoch in range(cfg.train.epochs):
+        place = pool_order(len(pools), epoch, cfg.seed).index(work.pool)
+        rngs.append(deck_rng(epoch, place, work.deck, cfg.seed))
+    return work, deck_size(examples, rngs, cfg.train)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,12 @@ import json
 from collections.abc import Sequence
 
 VIEW = "trainings"
+TRAINING_PAGES = "workflowType=machine_learning"  # else a new browser shows the menu for agents
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 MOST_TASKS = 2  # a list is as wide as a screen
+WIDTH = 104  # of a column, in pixels
+# what MLflow shows before all others: its own names
+FIRST = ("attributes.`Run Name`", "runDateAndNestInfo", "attributes.`Duration`")
 
 PARAMS = ("model.encoder", "model.num_layers", "model.d_model")
 SPEED = ("train/examples_per_s", "train/gflop_per_example")
@@ -35,9 +39,16 @@ def shown_columns(tasks: Sequence[str]) -> list[str]:
 
 def view_state(tasks: Sequence[str]) -> str:
     """The value of the tag `VIEW_TAG`: what is not in it stands at MLflow's default."""
-    return json.dumps({"selectedColumns": shown_columns(tasks)})
+    columns = shown_columns(tasks)
+    state = {
+        "selectedColumns": columns,
+        "columnOrder": [*FIRST, *columns],
+        "columnWidths": dict.fromkeys(columns, WIDTH),
+    }
+    return json.dumps(state)
 
 
 def view_url(server: str, experiment_id: str) -> str:
     """Address of the list of an experiment's runs with these columns."""
-    return f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
+    page = f"{server}/#/experiments/{experiment_id}/runs"
+    return f"{page}?viewStateShareKey={VIEW}&{TRAINING_PAGES}"

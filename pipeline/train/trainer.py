@@ -27,6 +27,7 @@ from pipeline.config import Outage, RunConfig
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
+from pipeline.sequences.workers import workers
 from pipeline.tracking import Run
 from pipeline.train.checkpoint import Saved, check_identity, run_identity
 from pipeline.train.metrics import METRICS, MetricsFeed
@@ -46,6 +47,7 @@ from pipeline.train.worker import train_worker, worker_resources
 
 logger = logging.getLogger(__name__)
 
+LARGE_STORE = 3_000_000  # rows: seconds of counting, against those of a cluster's start
 RAY_NOTES = "checkpoint_manager_snapshot.json"  # of Ray Train, in the training folder
 
 
@@ -91,7 +93,7 @@ def fit_model(
     if before is None or not before.state.finished:
         refuse_impossible_size(cfg.ray, train)
         # here, so that no worker reads the store to count
-        steps = step_plan(cfg, folder / "steps.json")
+        steps = _plan_steps(cfg, folder / "steps.json")
         refuse_long_warmup(train.warmup_steps, steps.steps_per_epoch * train.epochs)
         # Train's cleaner of placement groups asks the dashboard, and complains where there is none
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
@@ -160,13 +162,24 @@ def trained_on_other_rows(cfg: RunConfig, digest: str) -> bool:
     return any(found.identity.get(key) != now[key] for key in rows)
 
 
+def _plan_steps(cfg: RunConfig, cache: Path) -> StepPlan:
+    """The steps, counted on the cluster where the store is large."""
+    if store.read_manifest(cfg.sequence_dir).num_rows < LARGE_STORE:
+        return step_plan(cfg, cache)
+    with workers(cfg.ray, cfg.runs_dir) as run:
+        return step_plan(_absolute(cfg), cache, run)
+
+
+def _absolute(cfg: RunConfig) -> RunConfig:
+    """For a worker, which has a current folder of its own."""
+    return replace(cfg, runs_dir=str(cfg.run_dir.parent))
+
+
 def _make_trainer(
     cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None, start: WarmStart | None
 ) -> TorchTrainer:
     train = cfg.train
-    # a worker has a current folder of its own
-    absolute = replace(cfg, runs_dir=str(cfg.run_dir.parent))
-    settings = {"cfg": config.to_dict(absolute), "digest": digest, "steps": steps, "run": run}
+    settings = {"cfg": config.to_dict(_absolute(cfg)), "digest": digest, "steps": steps, "run": run}
     settings["start"] = start
 
     backend = "nccl" if train.use_gpu else "gloo"

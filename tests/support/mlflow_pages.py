@@ -19,10 +19,12 @@ from PIL import Image
 
 from pipeline import tracking
 from pipeline.config import RunConfig
+from pipeline.tracking.columns import TRAINING_PAGES
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-SIZE = (1500, 850)
+SIZE = (2000, 850)
+PAGE_SHARE = 0.743  # of the width: right of it is a panel that opens by itself in a new browser
 COLOURS = 64  # of a picture: pages are flat, and a picture stays below 150 kB
 PAGE_MS = 60_000  # of the page's own clock, which stands still while it waits for the server
 
@@ -44,15 +46,15 @@ def page_urls(client: MlflowClient, server: str, cfg: RunConfig, list_url: str) 
         raise ValueError(f"{len(runs)} finished runs, {len(versions)} versions: two and one needed")
 
     compared = f"runs={json.dumps(runs[:2])}&experiments={json.dumps([number])}"
+    compared = compared.replace(" ", "").replace('"', "%22")
     model = versions[0]
-    run = f"{server}/#/experiments/{number}/runs/{model.run_id}"
+    trained = f"{server}/#/experiments/{number}/runs"
     return {
         "list": list_url,
-        "run": run,
-        "curves": f"{run}/model-metrics",
-        "system": f"{run}/system-metrics",
-        "compare": f"{server}/#/compare-runs?{compared}".replace(" ", "").replace('"', "%22"),
-        "model": f"{server}/#/models/{model.name}/versions/{model.version}",
+        "run": f"{trained}/{model.run_id}?{TRAINING_PAGES}",
+        "system": f"{trained}/{runs[0]}/system-metrics?{TRAINING_PAGES}",
+        "compare": f"{server}/#/compare-runs?{compared}&{TRAINING_PAGES}",
+        "model": f"{server}/#/models/{model.name}/versions/{model.version}?{TRAINING_PAGES}",
     }
 
 
@@ -73,7 +75,8 @@ def take_picture(browser: str, url: str, path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=300)
 
     with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        page = picture.convert("RGB").crop((0, 0, int(PAGE_SHARE * width), height))
+        few = page.quantize(COLOURS, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
 
 
