@@ -41,6 +41,8 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
 
 # The Arrow body is binary: `malformed_arrow` below. There is nothing to get wrong in a GET.
 CASES = [(path, "POST", mode) for path in POSTED for mode in GenerationMode]
+CASES += [("/v1/rank/batch", "POST", GenerationMode.POSITIVE)]
+CASES += [("/v2/models/{name}", "GET", GenerationMode.POSITIVE)]
 CASES += [(path, "GET", GenerationMode.POSITIVE) for path in ("/v1/model", "/metrics", "/readyz")]
 
 
