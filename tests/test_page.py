@@ -95,7 +95,7 @@ def test_it_begins_with_users_of_many_and_few_events(served: Served, api: FastAP
     chosen = [num_timed[user] for user in users]
     assert len(set(users)) == 5
     assert chosen == sorted(chosen, reverse=True)
-    assert chosen[0] == max(num_timed.values())
+    assert chosen[0] == sorted(num_timed.values())[-2], "of 24 users the longest is too rare"
     totals = [len(rows[user]["item_id"]) + rows[user]["first_position"] for user in users]
     assert [user["num_events"] for user in start["users"]] == totals
 
@@ -440,7 +440,7 @@ def test_pictures_for_the_documents(url: str, visit) -> None:
     assert SCREENSHOTS is not None
     for name, width, scheme in (("page", 1280, "light"), ("page-narrow", 400, "dark")):
         here = visit(os.environ.get("PAGE_URL", url), width=width, scheme=scheme)
-        expect(here.page.locator("#news")).to_contain_text("Click, like or skip one")
+        expect(here.page.locator("#news")).to_contain_text("Now click, like or skip one")
         rows(here).nth(2).get_by_role("button", name="click").click()
         expect(here.page.locator("#news.moved")).to_contain_text("Event kept in")
         second = rows(here).nth(1)

@@ -34,6 +34,7 @@ from serve_app.schemas import RankHead, Refusal
 
 NUM_ROWS = 50  # of a timeline
 NUM_CANDIDATES = 20
+LONG = 0.99  # share of the users whose histories are no longer than the longest example's
 SAMPLED_USERS = 2000  # among which the examples are chosen
 FRESH_MS = 7 * DAY_MS  # age of the newest event beyond which a publication is of the past
 STEP_MS = 60_000  # the page's present is so long after the newest event of such a one
@@ -115,9 +116,10 @@ class Showcase:
         if len(users) == 0:
             return []
 
-        # evenly between a user of middle length and the longest
+        # evenly between a middling and a long history; the very longest are like nobody else's
         order = np.argsort(num_events, kind="stable")
-        places = np.linspace(len(order) // 2, len(order) - 1, settings.page_users)
+        longest = int(LONG * (len(order) - 1))
+        places = np.linspace(len(order) // 2, longest, settings.page_users)
         chosen = order[np.unique(places.round().astype(np.int64))][::-1]
         codes = users[chosen]
         examples = []

@@ -121,7 +121,7 @@ export class ItemList {
     }
     const items = (reasons) => reasons.map((reason) => make("li", {}, reason));
     const first = items(row.why);
-    parts.why.replaceChildren(...first);
+    parts.why.replaceChildren(...first, make("li", {}, "…"));
     const more = await this.explain(this, row);
     if (element.row === row) {
       parts.why.replaceChildren(...first, ...items(more));

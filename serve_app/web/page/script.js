@@ -396,7 +396,8 @@ function marksOf(row) {
     marks.push({ kind: "done", text: `shown next: ${deeds(next.actions)}` });
   }
   if (fact?.num_shown > 0) {
-    marks.push({ text: `popularity: top ${Math.max(1, Math.ceil(100 - fact.percentile))} %` });
+    const share = fact.percentile >= 50 ? `top ${upTo(100 - fact.percentile)}` : `last ${upTo(fact.percentile)}`;
+    marks.push({ text: `popularity: ${share} %` });
   } else {
     marks.push({ text: "not shown in training" });
   }
@@ -404,6 +405,10 @@ function marksOf(row) {
     marks.push({ kind: "odd", text: "unknown to the model" });
   }
   return marks;
+}
+
+function upTo(share) {
+  return Math.max(1, Math.ceil(share));
 }
 
 function reasons(row) {
@@ -456,7 +461,7 @@ async function explain(list, row) {
     found.push(`Not seen in training: ${unknown.map((name) => spoken(name.replace(".", " "))).join(", ")}.`);
   }
   if (explanation.note) {
-    found.push(explanation.note);
+    found.push(`${sentence(explanation.note)}.`);
   }
   return found;
 }
@@ -539,8 +544,14 @@ function tell(text, kind = "") {
 function tellFirst({ numRows, tookMs, rankerMs, isLate }) {
   if (!isLate) {
     const whose = state.who.history === undefined ? `User ${state.who.userId}` : "Your history";
-    tell(`${whose}: ${counted(numRows, "item")} ranked in ${milliseconds(tookMs)}${rankerText(rankerMs)}. Click, like or skip one.`);
+    tell(`${whose}: ${counted(numRows, "item")} ranked in ${milliseconds(tookMs)}${rankerText(rankerMs)}. Now ${labels()} one.`);
   }
+}
+
+/* What the buttons of a row say: click, like or skip */
+function labels() {
+  const words = acts.map((one) => one.label);
+  return `${words.slice(0, -1).join(", ")} or ${words.at(-1)}`;
 }
 
 function tellChange(one, id, from, to, { moved, numRows, tookMs, rankerMs, keptMs }) {
@@ -555,7 +566,11 @@ function tellChange(one, id, from, to, { moved, numRows, tookMs, rankerMs, keptM
     text += `Event kept in ${milliseconds(keptMs)}, `;
   }
   text += `ranked again in ${milliseconds(tookMs)}${rankerText(rankerMs)}.`;
-  tell(text[0].toUpperCase() + text.slice(1), "moved");
+  tell(sentence(text), "moved");
+}
+
+function sentence(text) {
+  return text[0].toUpperCase() + text.slice(1);
 }
 
 function rankerText(rankerMs) {
