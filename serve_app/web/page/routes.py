@@ -22,6 +22,9 @@ FILES = {
     "/page/server.js": ("server.js", "text/javascript; charset=utf-8"),
     "/page/lists.js": ("lists.js", "text/javascript; charset=utf-8"),
     "/page/timeline.js": ("timeline.js", "text/javascript; charset=utf-8"),
+    "/page/reasons.js": ("reasons.js", "text/javascript; charset=utf-8"),
+    "/page/news.js": ("news.js", "text/javascript; charset=utf-8"),
+    "/page/state.js": ("state.js", "text/javascript; charset=utf-8"),
     "/page/dom.js": ("dom.js", "text/javascript; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }

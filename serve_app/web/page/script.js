@@ -1,36 +1,19 @@
 /* The page: whose list, as of when, and what happens to it when they act.
 
-   server.js asks, lists.js and timeline.js show, state below is all that is remembered. */
+   server.js asks; lists.js, timeline.js, reasons.js and news.js show; state.js is all that is
+   remembered. */
 
-import { byId, counted, make, milliseconds, percent, spoken, timeText } from "./dom.js";
+import { byId, counted, make, milliseconds, spoken, timeText } from "./dom.js";
 import { ItemList } from "./lists.js";
+import { guarded, rankerText, tell, tellChange, tellFirst } from "./news.js";
+import { explain, marksOf, reasons } from "./reasons.js";
 import { ask, ServerError, useKey } from "./server.js";
+import { future, isPresent, learn, momentTime, present, state } from "./state.js";
 import { findMoments, showTimeline } from "./timeline.js";
 
 const HEALTH_MS = 10_000;
 const SETTLE_MS = 150; // a slider that moves is asked for when it rests
 const MINUTE_MS = 60_000;
-const LEAST_CHANGE = 0.0001; // of a probability, to be worth a line
-const MOST_EFFECTS = 3; // lines about the history
-const SOURCES = { model: "near to this history", followed: "of a followed author", popular: "popular" };
-
-const state = {
-  model: null, // GET /v1/model
-  start: null, // POST /page/start
-  openedAt: 0,
-  who: null, // { userId } or { history: [{ item_id, actions }] }
-  rows: [], // the newest events, the oldest first
-  numEvents: 0,
-  moments: [],
-  moment: 0, // place in moments; behind the last one: the present
-  candidates: [],
-  kind: "rank", // or "recommend"
-  facts: new Map(), // item id -> what is known of it
-  posted: new Map(), // item id -> the event that was posted of it
-  turn: 0, // counts questions, so that late answers are left out
-};
-let lists = []; // of the champion, and of a canary
-let acts = []; // what can be done with a row
 
 // To begin with ---------------------------------------------------------------
 
@@ -39,16 +22,16 @@ async function begin() {
   state.start = (await ask("page/start", {})).answer;
   state.openedAt = performance.now();
   state.candidates = state.start.candidates;
-  acts = findActs(state.model);
+  state.acts = findActs(state.model);
 
   const roles = Object.keys(state.start.trial_keys); // champion, perhaps canary
-  lists = roles.map((role) => {
-    const list = new ItemList(role, acts, act, explain);
+  state.lists = roles.map((role) => {
+    const list = new ItemList(role, state.acts, act, explain);
     list.role = role;
     return list;
   });
-  byId("panel").replaceChildren(...lists.map((list) => list.element));
-  byId("panel").classList.toggle("two", lists.length === 2);
+  byId("panel").replaceChildren(...state.lists.map((list) => list.element));
+  byId("panel").classList.toggle("two", state.lists.length === 2);
 
   describeModel();
   fillControls();
@@ -122,7 +105,7 @@ function fillControls() {
   byId("features").hidden = inputs.length === 0;
 
   byId("items").value = state.candidates.join(" ");
-  byId("rows").placeholder = [12, 7].map((item, i) => `${item}${i === 0 ? ` ${acts[0].label}` : ""}`).join("\n");
+  byId("rows").placeholder = [12, 7].map((item, i) => `${item}${i === 0 ? ` ${state.acts[0].label}` : ""}`).join("\n");
   byId("tab-recommend").hidden = model.index === null;
 }
 
@@ -150,7 +133,7 @@ async function chooseHistory(history) {
 async function beginAnew() {
   state.turn += 1; // what was asked for somebody else is too late now
   state.posted.clear();
-  lists.forEach((list) => list.forget());
+  state.lists.forEach((list) => list.forget());
   const who = state.who;
   await readTimeline();
   if (who !== state.who) {
@@ -194,7 +177,7 @@ function timed(history, now) {
 /* One typed line: an item, and what was done with it. */
 function readLine(line) {
   const [item, ...words] = line.trim().split(/\s+/);
-  const actions = Object.fromEntries(acts.flatMap((one) => (one.name === "skip" ? [] : [[one.name, false]])));
+  const actions = Object.fromEntries(state.acts.flatMap((one) => (one.name === "skip" ? [] : [[one.name, false]])));
   for (const word of words) {
     const name = state.model.actions.find((action) => action === word || spoken(action).replaceAll(" ", "_") === word);
     if (name === undefined) {
@@ -219,26 +202,6 @@ function readId(text, column) {
 }
 
 // As of when ------------------------------------------------------------------
-
-/* The time of a request now, in ms: behind everything that the user has done. */
-function present() {
-  const clock = state.start.clock_ms + performance.now() - state.openedAt;
-  const newest = state.rows.reduce((latest, row) => Math.max(latest, row.event_time ?? 0), 0);
-  return Math.round(Math.max(clock, state.who.history === undefined ? newest + 1000 : 0));
-}
-
-function isPresent() {
-  return state.moment >= state.moments.length;
-}
-
-/* Place of the first row that has not happened yet. */
-function future() {
-  return isPresent() ? state.rows.length : state.moments[state.moment].place;
-}
-
-function momentTime() {
-  return isPresent() ? present() : state.moments[state.moment].time;
-}
 
 /* The slider, what it says, and the request features of that moment. */
 function fillMoment() {
@@ -329,14 +292,14 @@ function recommendedRow(item, answer) {
 /* Ask for the lists and show them; how many rows of the first one moved, and how long it took. */
 async function refresh() {
   const turn = ++state.turn;
-  const answers = await Promise.all(lists.map(askList));
+  const answers = await Promise.all(state.lists.map(askList));
   const ids = answers.flatMap(({ items }) => items.flatMap((row) => [row.id, ...relatives(row)]));
   await learn(ids);
   if (turn !== state.turn) {
     return { moved: 0, isLate: true };
   }
 
-  const moved = answers.map((got, i) => showList(lists[i], got));
+  const moved = answers.map((got, i) => showList(state.lists[i], got));
   showTimeline(byId("timeline"), byId("timeline-text"), state.rows, state.facts, { numEvents: state.numEvents, future: future() });
   sayMoment();
   return { moved: moved[0], numRows: answers[0].items.length, tookMs: answers[0].tookMs, rankerMs: answers[0].rankerMs };
@@ -344,15 +307,6 @@ async function refresh() {
 
 function relatives(row) {
   return (row.found?.like ?? []).map((like) => like.item_id);
-}
-
-/* Titles and popularity of items that were not met before. */
-async function learn(ids) {
-  const missing = [...new Set(ids)].filter((id) => !state.facts.has(id));
-  if (missing.length > 0) {
-    const { answer } = await ask("page/items", { item_ids: missing });
-    answer.forEach((fact) => state.facts.set(fact.item_id, fact));
-  }
 }
 
 function showList(list, got) {
@@ -368,7 +322,7 @@ function showList(list, got) {
   }));
 
   const answer = got.answer;
-  const name = lists.length === 2 ? spoken(list.role) : state.kind === "rank" ? "Ranked items" : "Recommended";
+  const name = state.lists.length === 2 ? spoken(list.role) : state.kind === "rank" ? "Ranked items" : "Recommended";
   const notes = [`${counted(answer.history_length, "event")} of history`];
   if (answer.unknown_user) {
     notes.push("nobody knows this user");
@@ -384,103 +338,6 @@ function showList(list, got) {
   }
   notes.push(milliseconds(got.tookMs));
   return list.show(rows, { title: `${name}, version ${answer.model_version}`, note: notes.join(" · ") });
-}
-
-// Why -----------------------------------------------------------------------------
-
-function marksOf(row) {
-  const marks = [];
-  const fact = state.facts.get(row.id);
-  const next = isPresent() ? undefined : state.rows.find((one, place) => place >= future() && one.event_time === momentTime() && one.item_id === row.id);
-  if (next !== undefined) {
-    marks.push({ kind: "done", text: `shown next: ${deeds(next.actions)}` });
-  }
-  if (fact?.num_shown > 0) {
-    const share = fact.percentile >= 50 ? `top ${upTo(100 - fact.percentile)}` : `last ${upTo(fact.percentile)}`;
-    marks.push({ text: `popularity: ${share} %` });
-  } else {
-    marks.push({ text: "not shown in training" });
-  }
-  if (fact?.is_known === false) {
-    marks.push({ kind: "odd", text: "unknown to the model" });
-  }
-  return marks;
-}
-
-function upTo(share) {
-  return Math.max(1, Math.ceil(share));
-}
-
-function reasons(row) {
-  const fact = state.facts.get(row.id);
-  const found = [];
-  if (fact?.num_shown > 0) {
-    const share = Math.floor(10 * fact.percentile) / 10;
-    found.push(`Shown ${counted(fact.num_shown, "time")} in training: more often than ${share} % of the items.`);
-  }
-  if (fact?.is_known === false) {
-    found.push("Scored from the row that all unknown items share.");
-  }
-
-  const seen = state.rows.slice(0, future()).filter((one) => one.item_id === row.id);
-  if (seen.length > 0) {
-    found.push(`In this history ${counted(seen.length, "time")}, the last time: ${deeds(seen.at(-1).actions)}.`);
-  }
-  if (row.found) {
-    found.push(`Found as: ${row.found.sources.map((source) => SOURCES[source]).join(", ")}.`);
-    if (row.found.like.length > 0) {
-      const likes = row.found.like.map((like) => `${nameOf(like.item_id)} (${like.cosine.toFixed(2)})`);
-      found.push(`Nearest in the history: ${likes.join(", ")}.`);
-    }
-  }
-  return found;
-}
-
-/* What the server says of one row's score: the history rows that move it most, and the rates that
-   the model reads. It costs a few passes, so it is asked for one row at a time. */
-async function explain(list, row) {
-  const body = { ...list.body, candidates: [{ item_id: row.id }], explain: true };
-  const got = await guarded(() => ask("v1/rank", body));
-  if (got === undefined) {
-    return [];
-  }
-
-  const { explanation, ordered_by: task } = got.answer;
-  const [reason] = explanation.candidates;
-  const effects = reason.history.filter((effect) => Math.abs(effect.change) >= LEAST_CHANGE);
-  await learn(effects.flatMap((effect) => (effect.item_id === null ? [] : [effect.item_id])));
-  const found = effects.slice(0, MOST_EFFECTS).map((effect) => effectText(effect, task));
-
-  const rates = Object.entries(reason.rates).filter(([, rate]) => rate.rows > 0);
-  if (rates.length > 0) {
-    const texts = rates.map(([name, rate]) => `${spoken(name)} ${percent(rate.rates[task])} (${counted(rate.rows, "row")})`);
-    found.push(`Rates of ${spoken(task)} that the model reads: ${texts.join(", ")}.`);
-  }
-  const unknown = reason.unknown.filter((name) => name !== "item_id");
-  if (unknown.length > 0) {
-    found.push(`Not seen in training: ${unknown.map((name) => spoken(name.replace(".", " "))).join(", ")}.`);
-  }
-  if (explanation.note) {
-    found.push(`${sentence(explanation.note)}.`);
-  }
-  return found;
-}
-
-function effectText(effect, task) {
-  const row = state.rows.find((one) => one.item_id === effect.item_id && one.event_time === effect.event_time);
-  const what = effect.item_id === null ? "an item" : nameOf(effect.item_id);
-  const did = row === undefined ? "" : ` (${deeds(row.actions)})`;
-  const size = `${(100 * Math.abs(effect.change)).toFixed(2)} points of ${spoken(task)}`;
-  return `${what}${did} in the history ${effect.change > 0 ? "adds" : "takes"} ${size}.`;
-}
-
-function deeds(actions) {
-  const did = Object.keys(actions).filter((name) => actions[name]);
-  return did.length > 0 ? did.map(spoken).join(", ") : "passed over";
-}
-
-function nameOf(id) {
-  return state.facts.get(id)?.title ?? `Item ${id}`;
 }
 
 // What they do --------------------------------------------------------------------
@@ -534,62 +391,6 @@ async function keepEvent(event) {
   return tookMs;
 }
 
-// Saying what happened --------------------------------------------------------------
-
-function tell(text, kind = "") {
-  byId("news").className = kind;
-  byId("news").textContent = text;
-}
-
-function tellFirst({ numRows, tookMs, rankerMs, isLate }) {
-  if (!isLate) {
-    const whose = state.who.history === undefined ? `User ${state.who.userId}` : "Your history";
-    tell(`${whose}: ${counted(numRows, "item")} ranked in ${milliseconds(tookMs)}${rankerText(rankerMs)}. Now ${labels()} one.`);
-  }
-}
-
-/* What the buttons of a row say: click, like or skip */
-function labels() {
-  const words = acts.map((one) => one.label);
-  return `${words.slice(0, -1).join(", ")} or ${words.at(-1)}`;
-}
-
-function tellChange(one, id, from, to, { moved, numRows, tookMs, rankerMs, keptMs }) {
-  let text = `${one.label}: ${nameOf(id)}. `;
-  if (to === undefined) {
-    text += "It has left the list. ";
-  } else {
-    text += from === to ? `It stays in place ${to}. ` : `It went from place ${from} to ${to}. `;
-  }
-  text += moved === 0 ? "Nothing else moved. " : `${moved} of ${numRows} changed places. `;
-  if (keptMs !== null) {
-    text += `Event kept in ${milliseconds(keptMs)}, `;
-  }
-  text += `ranked again in ${milliseconds(tookMs)}${rankerText(rankerMs)}.`;
-  tell(sentence(text), "moved");
-}
-
-function sentence(text) {
-  return text[0].toUpperCase() + text.slice(1);
-}
-
-function rankerText(rankerMs) {
-  return rankerMs === null ? "" : ` (${milliseconds(rankerMs)} of it in the ranker)`;
-}
-
-/* Run `work`; what goes wrong is said on the page. */
-async function guarded(work) {
-  try {
-    return await work();
-  } catch (error) {
-    if (!(error instanceof ServerError)) {
-      throw error;
-    }
-    tell(error.message, "error");
-    return undefined;
-  }
-}
-
 async function showHealth() {
   const node = byId("health");
   try {
@@ -632,7 +433,7 @@ async function rankItems(items) {
     return;
   }
   state.candidates = items;
-  lists.forEach((list) => list.forget());
+  state.lists.forEach((list) => list.forget());
   showTab("rank");
   tellFirst(await refresh());
 }
@@ -673,7 +474,7 @@ function chooseTab(kind) {
     return;
   }
   showTab(kind);
-  lists.forEach((list) => list.forget());
+  state.lists.forEach((list) => list.forget());
   guarded(async () => tellFirst(await refresh()));
 }
 
