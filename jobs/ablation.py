@@ -8,15 +8,17 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import cli
-from pipeline import config, tracking
-from pipeline.cluster import ray_cluster
+from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
-from pipeline.evaluate import ablation, evaluator
 from pipeline.files import json_text, write_atomically
-from pipeline.sequences import store
-from pipeline.train import trainer
+
+if TYPE_CHECKING:
+    from pipeline import tracking
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.cluster import ray_cluster
+    from pipeline.evaluate import ablation
+    from pipeline.sequences import store
+
     cfg, split = job.cfg, job.options.split
     chosen = choose_variants(cfg, job.options.only)
     manifest = store.read_manifest(cfg.sequence_dir)
@@ -64,6 +71,9 @@ def choose_variants(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConf
     Raises:
         ConfigError: `only` names one that this configuration does not have.
     """
+
+    from pipeline.evaluate import ablation
+
     found = ablation.ablated_variants(cfg)
     unknown = set(only or ()) - found.keys()
     if unknown:
@@ -78,9 +88,13 @@ def choose_variants(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConf
 
 
 def train_and_evaluate(
-    variant: RunConfig, tracker: tracking.Tracker, run: tracking.Run, split: str
+    variant: RunConfig, tracker: "tracking.Tracker", run: "tracking.Run", split: str
 ) -> dict[str, float]:
     """The metrics of an evaluation, and the training FLOP per example."""
+
+    from pipeline.evaluate import evaluator
+    from pipeline.train import trainer
+
     shutil.rmtree(variant.run_dir, ignore_errors=True)
     variant.run_dir.mkdir(parents=True)
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
@@ -98,6 +112,9 @@ def train_and_evaluate(
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.evaluate import ablation
+    from pipeline.train import trainer
+
     cfg = job.cfg
     base = config.flatten(config.to_dict(cfg))
     changes = {}

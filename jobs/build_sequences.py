@@ -3,7 +3,8 @@
 import argparse
 
 from jobs import cli
-from pipeline.sequences import build
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.sequences import build
+
     manifest = build.build_sequences(
         job.cfg, overwrite=job.options.overwrite, append=job.options.append
     )
@@ -32,6 +35,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.sequences import build
+
     return build.plan_build(job.cfg)
 
 

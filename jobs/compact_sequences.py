@@ -3,10 +3,13 @@ sequences.keep_days.
 """
 
 from jobs import cli
-from pipeline.sequences.upkeep import maintenance
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.sequences.upkeep import maintenance
+
     manifest = maintenance.compact_sequences(job.cfg)
     print(
         f"sequences={job.cfg.sequence_dir} digest={manifest.digest[:16]} "
@@ -17,6 +20,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.sequences.upkeep import maintenance
+
     cfg = job.cfg
     manifest = maintenance.published_with(cfg)
     since_ms = maintenance.oldest_kept_ms(cfg.sequences, cfg.sequence_dir, manifest)

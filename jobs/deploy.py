@@ -10,10 +10,9 @@ import os
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.cluster import ray_cluster
 from pipeline.config import RayConfig, UserError
-from serve_app import deployment
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.cluster import ray_cluster
+    from serve_app import deployment
+
     cfg, manifest = job.cfg, job.options.rayservice
     if manifest is None:
         _require_cluster(cfg.ray)
@@ -42,6 +45,9 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+    from serve_app import deployment
+
     cfg = job.cfg
     _require_cluster(cfg.ray)
     return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from jobs import cli
 from pipeline import config
 from pipeline.files import write_atomically
-from pipeline.sequences import store
-from pipeline.sequences.quality import drift
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.sequences import store
+    from pipeline.sequences.quality import drift
+
     cfg, options = job.cfg, job.options
     if options.days is not None and options.days < 1:
         raise config.UserError(f"--days must be 1 or more, got {options.days}")

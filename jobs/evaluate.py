@@ -10,9 +10,8 @@ import argparse
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.evaluate import evaluator
-from pipeline.evaluate.spread import evaluation_cluster
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.evaluate import evaluator
+    from pipeline.evaluate.spread import evaluation_cluster
+
     cfg, options = job.cfg, job.options
     model_dir = options.model or cfg.model_dir
     with evaluation_cluster(cfg):
@@ -54,6 +57,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.evaluate import evaluator
+
     return evaluator.plan_evaluation(job.cfg)
 
 

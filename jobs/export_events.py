@@ -10,9 +10,8 @@ in both.
 import argparse
 
 from jobs import cli
-from pipeline.logs import live_log_dir
-from serve_app.history.export import export_events, prune_events
-from serve_app.ranking.rollout import open_events
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from serve_app.history.export import export_events, prune_events
+    from serve_app.ranking.rollout import open_events
+
     log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
     if job.options.prune:
         print(f"removed={prune_events(job.cfg.sequence_dir, job.cfg.sequences, log)}")
@@ -35,6 +37,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.logs import live_log_dir
+
     cfg = job.cfg
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {"reads": events, "writes": str(live_log_dir(cfg.run_dir))}

@@ -7,17 +7,15 @@ left to do.
 
 import argparse
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from jobs import cli
 from pipeline.config import UserError
-from pipeline.logs.ids import LONGEST_ID, text_codes
-from pipeline.sequences.upkeep import maintenance
-from serve_app.deployment import served_folder
-from serve_app.feedback.served_log import forget_served
-from serve_app.history.published import forget_copies
-from serve_app.ranking.rollout import open_events
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.sequences.upkeep import maintenance
+    from serve_app.deployment import served_folder
+    from serve_app.feedback.served_log import forget_served
+    from serve_app.history.published import forget_copies
+    from serve_app.ranking.rollout import open_events
+
     cfg, serving = job.cfg, job.cfg.run_dir / "serving"
     text = "user_id" in maintenance.published_with(cfg).text_ids
     users = read_users(job.options.user, job.options.users_file, text=text)
@@ -42,8 +46,13 @@ def run_job(job: cli.Job) -> None:
     print(f"users={len(users)} removed: {' '.join(counts)}")
 
 
-def read_users(given: list[str], file: str | None, *, text: bool) -> np.ndarray:
+def read_users(given: list[str], file: str | None, *, text: bool) -> "np.ndarray":
     """The ids of both, int64, ascending, each once; of text ids their codes."""
+
+    import numpy as np
+
+    from pipeline.logs.ids import LONGEST_ID, text_codes
+
     words = list(given)
     if file is not None:
         try:
@@ -65,6 +74,8 @@ def read_users(given: list[str], file: str | None, *, text: bool) -> np.ndarray:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.sequences.upkeep import maintenance
+
     cfg = job.cfg
     manifest = maintenance.published_with(cfg)
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")

@@ -3,7 +3,8 @@
 import argparse
 
 from jobs import cli
-from pipeline.logs import import_logs, plan_import
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +14,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.logs import import_logs
+
     report = import_logs(job.cfg, overwrite=job.options.overwrite)
     print(
         f"rows={report.rows} files={len(report.files)} quarantined={report.quarantined} "
@@ -21,6 +24,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.logs import plan_import
+
     return plan_import(job.cfg)
 
 

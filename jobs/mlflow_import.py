@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
 from pipeline.config import UserError
 from pipeline.figures import Figures, read_runs
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+
     found = list(read_figures(job.options.folder))
     if not found:
         raise UserError(f"--folder {job.options.folder}: no *.json or *.jsonl there")
@@ -52,6 +55,8 @@ def read_figures(folder: Path) -> Iterator[tuple[str, Figures]]:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+
     return tracking.plan_session(job.cfg)
 
 

@@ -3,7 +3,8 @@
 import argparse
 
 from jobs import cli
-from pipeline import tracking
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +12,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+
     with tracking.session(job.cfg, job.options.port) as tracker:
         print(f"MLflow: {tracker.server_url}")
         print(f"runs:   {tracker.list_url}")
@@ -18,6 +21,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+
     return tracking.plan_session(job.cfg)
 
 

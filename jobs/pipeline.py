@@ -11,21 +11,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import cli
-from pipeline import config, logs, tracking
-from pipeline.cluster import ray_cluster
+from pipeline import config
 from pipeline.config import RunConfig, UserError
-from pipeline.evaluate import comparison_page, evaluator
 from pipeline.files import json_text, write_atomically
-from pipeline.model.encoders import check_run
-from pipeline.sequences import build
-from pipeline.sequences.store import Manifest, read_manifest
-from pipeline.train import supervision, trainer
-from pipeline.train.warm_start import earlier_start, start_from
-from serve_app import deployment, replay
-from serve_app.recommend import replay as replay_lists
+
+if TYPE_CHECKING:
+    from pipeline import tracking
+    from pipeline.sequences.store import Manifest
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.cluster import ray_cluster
+    from pipeline.train import supervision
+
     cfg = job.cfg
     check_settings(cfg)
     baseline = None
@@ -105,6 +106,10 @@ def check_settings(cfg: RunConfig) -> None:
     Raises:
         UserError: a setting that the encoder does not know, a key that cannot be read.
     """
+
+    from pipeline.model.encoders import check_run
+    from serve_app import deployment, replay
+
     check_run(cfg)
     deployment.check_protection(cfg.serve)
     replay.key_header(cfg.serve)
@@ -112,7 +117,7 @@ def check_settings(cfg: RunConfig) -> None:
 
 def run_chain(
     cfg: RunConfig,
-    tracker: tracking.Tracker,
+    tracker: "tracking.Tracker",
     dashboard_url: str,
     *,
     append: bool = False,
@@ -127,6 +132,11 @@ def run_chain(
     `baseline` is
     trained on the same sequences at the end, to be compared with.
     """
+
+    from pipeline import tracking
+    from pipeline.evaluate import evaluator
+    from pipeline.train import trainer
+
     manifest = prepare_sequences(cfg, append=append)
     logger.info(
         "%d users, %d rows; merged %d, beyond sequences.max_rows_per_user %d, quarantined %s",
@@ -184,9 +194,12 @@ def run_chain(
 
 
 def serve_and_replay(
-    cfg: RunConfig, dashboard_url: str, champion: tracking.PinnedModel, served: Path
+    cfg: RunConfig, dashboard_url: str, champion: "tracking.PinnedModel", served: Path
 ) -> dict[str, Any]:
     """Deploy the champion, whose model lies in `served` too, and hold its answers against it."""
+
+    from serve_app import deployment, replay
+
     print_stage(6, f"serving version {champion.version} of {champion.name}")
     url = deployment.deploy_model(cfg, dashboard_url, champion)
 
@@ -206,6 +219,9 @@ def serve_and_replay(
 
 def recommend(cfg: RunConfig, url: str, served: Path) -> dict[str, Any]:
     """Show a recommended list, and hold lists over HTTP against offline ones."""
+
+    from serve_app.recommend import replay as replay_lists
+
     print(replay_lists.demo_list(cfg, url))
     lists = replay_lists.replay_lists(cfg, url, served)
     return {
@@ -219,8 +235,8 @@ def recommend(cfg: RunConfig, url: str, served: Path) -> dict[str, Any]:
 
 def compare(
     cfg: RunConfig,
-    tracker: tracking.Tracker,
-    manifest: Manifest,
+    tracker: "tracking.Tracker",
+    manifest: "Manifest",
     metrics: Mapping[str, float],
     baseline: RunConfig | None,
 ) -> Path | None:
@@ -229,6 +245,10 @@ def compare(
 
     None where no row was scored that could be compared.
     """
+
+    from pipeline.evaluate import comparison_page, evaluator
+    from pipeline.train import trainer
+
     scored = []
     for split in ("test", "val"):
         if any(f"{split}/ne/{task}" in metrics for task in cfg.tasks):
@@ -259,6 +279,9 @@ def read_baseline(cfg: RunConfig, preset: str, overrides: list[str]) -> RunConfi
     Raises:
         UserError: a setting that its encoder does not know.
     """
+
+    from pipeline.model.encoders import check_run
+
     baseline = config.load(preset, overrides)
     encoder = baseline.model.encoder
     other = encoder if encoder != cfg.model.encoder else "beside"
@@ -269,8 +292,8 @@ def read_baseline(cfg: RunConfig, preset: str, overrides: list[str]) -> RunConfi
 
 
 def find_servable(
-    tracker: tracking.Tracker, manifest: Manifest, decision: tracking.Decision
-) -> tracking.PinnedModel:
+    tracker: "tracking.Tracker", manifest: "Manifest", decision: "tracking.Decision"
+) -> "tracking.PinnedModel":
     """The champion, if it reads what these sequences hold.
 
     Raises:
@@ -292,8 +315,13 @@ def find_servable(
     return champion
 
 
-def prepare_sequences(cfg: RunConfig, *, append: bool) -> Manifest:
+def prepare_sequences(cfg: RunConfig, *, append: bool) -> "Manifest":
     """The run's own sequences, built; or those of `sequences.from_run`, as they are."""
+
+    from pipeline import logs
+    from pipeline.sequences import build
+    from pipeline.sequences.store import read_manifest
+
     if cfg.sequences.from_run is not None:
         print_stage(2, f"sequences of run {cfg.sequences.from_run}")
         return read_manifest(cfg.sequence_dir)
@@ -305,9 +333,12 @@ def prepare_sequences(cfg: RunConfig, *, append: bool) -> Manifest:
 
 
 def choose_start(
-    cfg: RunConfig, tracker: tracking.Tracker, *, append: bool, restart: bool
+    cfg: RunConfig, tracker: "tracking.Tracker", *, append: bool, restart: bool
 ) -> tuple[RunConfig, Path | None]:
     """The settings with `train.init`, and the champion's folder where a training begins with it."""
+
+    from pipeline.train.warm_start import earlier_start, start_from
+
     with_champion = replace(cfg, train=replace(cfg.train, init="champion"))
     if cfg.train.init == "champion":
         return cfg, tracker.download_champion()[0]
@@ -332,7 +363,7 @@ def choose_start(
 
 
 def summarise_run(
-    tasks: tuple[str, ...], manifest: Manifest, train_seconds: float, metrics: dict[str, float]
+    tasks: tuple[str, ...], manifest: "Manifest", train_seconds: float, metrics: dict[str, float]
 ) -> dict[str, Any]:
     def by_task(split: str, metric: str) -> dict[str, float]:
         # a period without a request has no metrics
@@ -392,6 +423,9 @@ def remove_run(folder: Path) -> None:
 
 def plan_job(job: cli.Job) -> dict[str, object]:
     """The plans of the stages that need no earlier one."""
+
+    from pipeline import logs
+
     cfg = job.cfg
     check_settings(cfg)
     return {

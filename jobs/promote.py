@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.evaluate import evaluator
-from pipeline.evaluate.spread import evaluation_cluster
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.evaluate import evaluator
+    from pipeline.evaluate.spread import evaluation_cluster
+
     cfg, options = job.cfg, job.options
 
     def score(model_dir: Path) -> Mapping[str, float]:
@@ -57,6 +60,8 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+
     cfg = job.cfg
     gate = {"max_ne": cfg.tracking.gate_max_ne, "max_regression": cfg.tracking.gate_max_regression}
     return {**tracking.plan_session(cfg), "gate": gate}

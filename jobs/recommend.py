@@ -8,15 +8,16 @@ and without events posted since.
 import argparse
 import time
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from jobs import cli
-from pipeline import config, tracking
+from pipeline import config
 from pipeline.config import RunConfig, UserError
-from pipeline.recommend.everybody import SharedRequest, recommend_everybody
-from pipeline.sequences import store
-from serve_app.recommend.schemas import ArrowOptions
+
+if TYPE_CHECKING:
+    from serve_app.recommend.schemas import ArrowOptions
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.recommend.everybody import SharedRequest, recommend_everybody
+
     cfg, options = job.cfg, job.options
     time_ms, asked = _read_request(job)
     out = options.out or cfg.run_dir / "recommendations"
@@ -56,8 +60,13 @@ def run_job(job: cli.Job) -> None:
         print(f"{key:22}{value}")
 
 
-def _read_request(job: cli.Job) -> tuple[int, ArrowOptions]:
+def _read_request(job: cli.Job) -> "tuple[int, ArrowOptions]":
     """The time of the lists, and what they are to be."""
+
+    from pydantic import ValidationError
+
+    from serve_app.recommend.schemas import ArrowOptions
+
     options = job.options
     try:
         asked = ArrowOptions.model_validate_json(options.request)
@@ -77,6 +86,9 @@ def _read_request(job: cli.Job) -> tuple[int, ArrowOptions]:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+    from pipeline.sequences import store
+
     cfg: RunConfig = job.cfg
     time_ms, asked = _read_request(job)
     manifest = store.read_manifest(cfg.sequence_dir)

@@ -14,12 +14,15 @@ import tempfile
 from pathlib import Path
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.index.folder import FOLDER
-from pipeline.sequences import store
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from pipeline.index.folder import FOLDER
+    from pipeline.sequences import store
+
     cfg = job.cfg
     manifest = store.read_manifest(cfg.sequence_dir)
     with tracking.session(cfg) as tracker, tempfile.TemporaryDirectory() as staging:
@@ -37,6 +40,9 @@ def run_job(job: cli.Job) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+    from pipeline.sequences import store
+
     manifest = store.read_manifest(job.cfg.sequence_dir)
     items = manifest.side_tables.get("items")
     return {

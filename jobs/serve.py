@@ -14,18 +14,23 @@ import shlex
 import sys
 import webbrowser
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from jobs import cli
-from pipeline import tracking
-from pipeline.cluster import lost_processes, ray_cluster
 from pipeline.config import Outage, RunConfig
-from pipeline.tracking import PinnedModel
-from serve_app import deployment, replay
+
+if TYPE_CHECKING:
+    from pipeline.tracking import PinnedModel
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 logger = logging.getLogger(__name__)
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.cluster import lost_processes, ray_cluster
+    from serve_app import deployment
+
     cfg = job.cfg
     with ExitStack() as stack:
         champion, mlflow_url = find_champion(cfg, stack)
@@ -45,8 +50,12 @@ def run_job(job: cli.Job) -> None:
                 deployment.end_server(cfg.serve)
 
 
-def find_champion(cfg: RunConfig, stack: ExitStack) -> tuple[PinnedModel, str]:
+def find_champion(cfg: RunConfig, stack: ExitStack) -> "tuple[PinnedModel, str]":
     """The champion and where MLflow is; without MLflow what was served last."""
+
+    from pipeline import tracking
+    from serve_app import deployment
+
     try:
         tracker = stack.enter_context(tracking.session(cfg))
     except Outage as error:
@@ -60,13 +69,19 @@ def find_champion(cfg: RunConfig, stack: ExitStack) -> tuple[PinnedModel, str]:
 
 def require_cluster() -> None:
     """Raise where the cluster of this job has lost a process that it cannot live without."""
+
+    from pipeline.cluster import lost_processes
+
     lost = lost_processes()
     if lost:
         raise Outage(f"the server is gone: its Ray cluster has lost {', '.join(lost)}")
 
 
-def print_start(cfg: RunConfig, champion: PinnedModel, url: str, mlflow_url: str) -> None:
+def print_start(cfg: RunConfig, champion: "PinnedModel", url: str, mlflow_url: str) -> None:
     """Addresses, and a request to begin with."""
+
+    from serve_app import deployment, replay
+
     print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")
     if deployment.has_page(cfg.serve):
         print(f"a page to look at: {url}/")
@@ -94,6 +109,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline import tracking
+    from serve_app import deployment
+
     return {**tracking.plan_session(job.cfg), **deployment.plan_serving(job.cfg)}
 
 

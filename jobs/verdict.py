@@ -9,16 +9,16 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from jobs import cli
-from pipeline import tracking
 from pipeline.config import RunConfig, UserError
 from pipeline.files import write_atomically
-from serve_app.deployment import served_folder
-from serve_app.feedback.served_log import read_served
-from serve_app.feedback.verdict import judge_trial, render_page
-from serve_app.ranking.rollout import open_events
-from serve_app.schemas import Event
+
+if TYPE_CHECKING:
+    from serve_app.schemas import Event
+
+# what takes seconds to import is imported where it is used, after the settings were read
 
 COLUMNS = ("request_id", "unit", "served_at", "place", "version", "role", "ranker_ms")
 
@@ -35,6 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
+    from serve_app.deployment import served_folder
+    from serve_app.feedback.served_log import read_served
+    from serve_app.feedback.verdict import judge_trial, render_page
+
     cfg, task = job.cfg, job.options.promote_if
     version = find_canary(cfg, job.options.canary)
     if task is not None and task not in cfg.tasks:
@@ -78,14 +83,19 @@ def find_canary(cfg: RunConfig, given: int | None) -> int:
     return cfg.serve.canary.version
 
 
-def all_events(cfg: RunConfig) -> Iterator[Event]:
+def all_events(cfg: RunConfig) -> "Iterator[Event]":
     """What was posted and is not pruned yet."""
+
+    from serve_app.ranking.rollout import open_events
+
     log = open_events(cfg.serve, cfg.run_dir / "serving")
     for user in log.users():
         yield from log.of_user(user)
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from serve_app.deployment import served_folder
+
     version = find_canary(job.cfg, job.options.canary)
     return {"canary": version, "reads": served_folder(job.cfg)}
 

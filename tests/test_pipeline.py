@@ -14,7 +14,7 @@ import pytest
 import jobs.pipeline
 from pipeline.config import RunConfig, SideTable, SplitConfig
 from pipeline.tracking import session
-from serve_app import replay
+from serve_app import deployment, replay
 from tests.worlds.tiny import DAY_MS, NUM_ITEMS, NUM_USERS, tiny_config
 
 pytestmark = pytest.mark.cluster
@@ -37,9 +37,7 @@ def write_day(cfg: RunConfig, day: int) -> None:
 def test_a_day_is_appended_and_trained_on(
     local_ray: None, mlflow_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        jobs.pipeline.deployment, "deploy_model", lambda cfg, dashboard_url, model: "served"
-    )
+    monkeypatch.setattr(deployment, "deploy_model", lambda cfg, dashboard_url, model: "served")
     monkeypatch.setattr(replay, "demo_table", lambda cfg, url: "")
     monkeypatch.setattr(jobs.pipeline, "recommend", lambda cfg, url, served: {})
     monkeypatch.setattr(

@@ -70,11 +70,12 @@ def test_without_mlflow_the_champion_of_the_last_time_is_served(tmp_path: Path) 
 def test_the_job_ends_with_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "CHECK_S", 0.001)
     lost: list[str] = []
-    monkeypatch.setattr("jobs.serve.lost_processes", lambda: lost)
+    monkeypatch.setattr(cluster, "lost_processes", lambda: lost)
     require_cluster()
     lost.append("raylet")
     with pytest.raises(Outage, match="lost raylet"):
         cli.wait_for_interrupt(require_cluster)
+    monkeypatch.undo()
     assert cluster.lost_processes() == [], "no cluster of ours runs"
 
 
