@@ -1,14 +1,16 @@
 """Versions, gate and champion on a real MLflow server."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import pytest
 
+from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
-from pipeline.tracking import Decision, RowsAtHand, Tracker, fetch_model
+from pipeline.tracking import Decision, RowsAtHand, Tracker, fetch_model, registry
 from pipeline.version import package_version
 from tests.worlds.tiny import save_tiny_model
 
@@ -48,6 +50,26 @@ def test_a_version_carries_its_hashes_numbers_and_card(cfg: RunConfig, tmp_path:
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert model.status == "READY"
     assert {metric.key for metric in model.metrics} >= {"val/ne/is_click", "test/auc/is_click"}
+
+
+def test_awkward_task_names_reach_the_gate(cfg: RunConfig, tmp_path: Path) -> None:
+    """Every kind of name that the configuration lets pass, as metrics and as tags."""
+    tasks = ("Straße 2.5: ja-nein_", "購入", "a" * 200)
+    source = {"kind": "parquet", "path": "x", "actions": list(tasks)}
+    assert config.from_dict({"source": source, "tasks": list(tasks)}).tasks == tasks
+    for number, ne in enumerate((0.9, 0.8)):
+        folder = save_tiny_model(cfg, tmp_path / str(number))
+        metrics = {f"val/ne/{task}": ne for task in tasks}
+        metrics |= {f"val/baseline_ne/{task}": 0.95 for task in tasks}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        with Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+            version = Tracker(cfg).register_model(run, folder)
+        found = mlflow.MlflowClient().get_run(run.run_id).data.metrics
+        assert {found[f"val/ne/{task}"] for task in tasks} == {ne}
+        decision = registry.promote_version(cfg.tracking, cfg.model_name, tasks, version)
+        assert decision.promoted, decision.reason
+    assert "mean val/ne over Straße 2.5: ja-nein_, 購入, aaa" in decision.reason
+    assert "-0.1000" in decision.reason
 
 
 def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:

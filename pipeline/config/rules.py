@@ -3,6 +3,7 @@
 Each function takes the sections that it reads and raises a `ConfigError` naming key and value.
 """
 
+import re
 from collections.abc import Iterable
 
 from pipeline.config.errors import require
@@ -165,12 +166,16 @@ def refuse_unknown_tables(train: TrainConfig, features: FeatureConfig) -> None:
 
 
 def refuse_names_that_tracking_refuses(tasks: tuple[str, ...]) -> None:
-    """MLflow has a metric of each task, `val/ne/<task>`, and reads its name as a path."""
+    """MLflow has a metric and a tag of each task, `val/ne/<task>`, and reads their names as paths.
+
+    Letters of any language are letters there.
+    """
     for task in tasks:
-        usable = task.strip() == task and task not in ("", ".", "..") and "/" not in task
+        in_order = re.fullmatch(r"[\w.: -]+", task) is not None and task.strip() == task
+        usable = in_order and task not in (".", "..")
         rule = (
-            "a name without / and spaces around it, as MLflow has metrics of it; source.columns "
-            "gives a column another name"
+            "a name of letters, digits, _ - . : and spaces within, as MLflow has metrics of it; "
+            "source.columns gives a column another name"
         )
         require(usable and len(task) <= LONGEST_TASK, "tasks", task, rule)
 
