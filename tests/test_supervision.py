@@ -35,6 +35,7 @@ def test_a_second_training_of_a_name_is_refused_and_names_the_first(tmp_path: Pa
     [
         (TrainConfig(num_workers=9), "train.num_workers is 9, ray.num_cpus only 4"),
         (TrainConfig(num_workers=2, use_gpu=True), "need a GPU each, this machine has 1"),
+        (TrainConfig(num_workers=9, min_workers=5), "train.min_workers is 5, ray.num_cpus only 4"),
     ],
 )
 def test_more_workers_than_a_machine_holds_are_refused(

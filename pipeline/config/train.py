@@ -153,6 +153,13 @@ class TrainConfig:
         20, at_least=1, doc="Steps between two weights that enter the average."
     )
     num_workers: int = setting(1, at_least=1, doc="Number of training processes.")
+    min_workers: int | None = setting(
+        None,
+        at_least=1,
+        doc="Number of training processes to begin with where a cluster has no room for "
+        "train.num_workers yet; it takes more as there is room, up to those, from the newest "
+        "checkpoint on. Null: it waits for all of them.",
+    )
     tables: dict[str, Literal["replicated", "sharded", "auto"]] = setting(
         {},
         doc="Embedding table (item_id, item.COLUMN, user.COLUMN, request.COLUMN, or default for "
@@ -229,6 +236,7 @@ class TrainConfig:
         if self.targets_since is not None:
             parse_time("train.targets_since", self.targets_since)
 
+        self._refuse_more_workers_to_begin_with()
         self._refuse_two_sizes_of_a_step()
         self._refuse_replicated_bf16_tables()
         self._refuse_settings_of_missing_validations()
@@ -241,6 +249,16 @@ class TrainConfig:
         if self.targets_since is None:
             return None
         return parse_time("train.targets_since", self.targets_since)
+
+    @property
+    def fewest_workers(self) -> int:
+        """The training processes that it cannot begin without."""
+        return self.min_workers or self.num_workers
+
+    def _refuse_more_workers_to_begin_with(self) -> None:
+        rule = f"at most train.num_workers, {self.num_workers}, or null"
+        in_order = self.fewest_workers <= self.num_workers
+        require(in_order, "train.min_workers", self.min_workers, rule)
 
     def _refuse_two_sizes_of_a_step(self) -> None:
         one_given = (self.batch_users is None) != (self.batch_tokens is None)

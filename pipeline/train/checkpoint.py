@@ -59,6 +59,7 @@ FREE_SETTINGS = (
     "threads_per_worker",
     "loader_threads",
     "num_workers",
+    "min_workers",
     "tables",
     "shard_above_mb",
     "host_state_tables",

@@ -77,15 +77,14 @@ def refuse_impossible_size(settings: RayConfig, train: TrainConfig) -> None:
     """
     if not is_private(settings):
         return
-    if train.num_workers > settings.num_cpus:
-        raise UserError(
-            f"train.num_workers is {train.num_workers}, ray.num_cpus only {settings.num_cpus}"
-        )
+    fewest = train.fewest_workers
+    name = "train.num_workers" if train.min_workers is None else "train.min_workers"
+    if fewest > settings.num_cpus:
+        raise UserError(f"{name} is {fewest}, ray.num_cpus only {settings.num_cpus}")
     gpus = torch.cuda.device_count()
-    if train.use_gpu and train.num_workers > gpus:
+    if train.use_gpu and fewest > gpus:
         raise UserError(
-            f"train.use_gpu: {train.num_workers} workers (train.num_workers) need a GPU each, this "
-            f"machine has {gpus}"
+            f"train.use_gpu: {fewest} workers ({name}) need a GPU each, this machine has {gpus}"
         )
 
 
@@ -155,7 +154,7 @@ class ShortageTeller:
     def __init__(self, train: TrainConfig) -> None:
         self.asked = {}
         for name, amount in worker_resources(train).items():
-            self.asked[name] = amount * train.num_workers
+            self.asked[name] = amount * train.fewest_workers
         self.told = time.monotonic() - TELL_EVERY_S / 2
 
     def tell_missing(self) -> None:

@@ -18,12 +18,14 @@ import ray.train
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
-from pipeline.config import Outage, RunConfig
+from pipeline.config import Outage, RunConfig, TrainConfig
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
@@ -95,7 +97,7 @@ def fit_model(
         # here, so that no worker reads the store to count
         steps = _plan_steps(cfg, folder / "steps.json")
         refuse_long_warmup(train.warmup_steps, steps.steps_per_epoch * train.epochs)
-        # Train's cleaner of placement groups asks the dashboard, and complains where there is none
+        # the dashboard has a page for the training
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
             # Ray Train's notes of an earlier attempt: they name checkpoints that may be gone
             (folder / RAY_NOTES).unlink(missing_ok=True)
@@ -177,18 +179,18 @@ def _absolute(cfg: RunConfig) -> RunConfig:
 
 def _make_trainer(
     cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None, start: WarmStart | None
-) -> TorchTrainer:
+) -> "_Trainer":
     train = cfg.train
     settings = {"cfg": config.to_dict(_absolute(cfg)), "digest": digest, "steps": steps, "run": run}
     settings["start"] = start
 
     backend = "nccl" if train.use_gpu else "gloo"
-    return TorchTrainer(
+    return _Trainer(
         train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
+            num_workers=_group_size(train),
             use_gpu=train.use_gpu,
             resources_per_worker=worker_resources(train),
         ),
@@ -199,6 +201,29 @@ def _make_trainer(
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
+
+
+def _group_size(train: TrainConfig) -> int | tuple[int, int]:
+    """The number of workers for Ray Train, or the fewest and the most."""
+    if train.min_workers is None:
+        return train.num_workers
+    return train.min_workers, train.num_workers
+
+
+class _Trainer(TorchTrainer):
+    """Without Ray Train's cleaner of placement groups.
+
+    It asks the dashboard once a second whether the controller lives, and complains each time where
+    there is none, or where the machine has other clusters too. Ray itself removes the groups when
+    the job ends, and a job of ours ends with its training.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        kept = []
+        for callback in super()._create_default_callbacks():
+            if not isinstance(callback, PlacementGroupCleanerCallback):
+                kept.append(callback)
+        return kept
 
 
 def plan_training(cfg: RunConfig) -> dict[str, object]:
