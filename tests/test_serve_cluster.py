@@ -51,7 +51,7 @@ def server(
     local_ray: None, mlflow_runs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     with running(
-        mlflow_runs, "served", tmp_path_factory.mktemp("models"), num_replicas=2
+        mlflow_runs, "served", tmp_path_factory.mktemp("models"), num_replicas=2, page="on"
     ) as server:
         yield server
 
@@ -73,6 +73,14 @@ def test_it_answers_with_the_champion(served: Served) -> None:
         "live_events": True,
         "deployments": [info["deployment"]],
     }
+
+
+def test_the_page_is_told_by_a_replica(served: Served) -> None:
+    assert "data-keys" in httpx.get(served.url).text, "the files need no key"
+    assert httpx.post(f"{served.url}/page/user", json={"user_id": 3}).status_code == 401
+    timeline = served.client.post("/page/user", json={"user_id": 3}).json()
+    assert (timeline["user_id"], timeline["unknown_user"]) == (3, False)
+    assert len(timeline["rows"]) == timeline["num_events"] > 0
     assert served.client.get("/docs").status_code == 200
     assert httpx.get(f"{served.url}/healthz").status_code == 200
     assert httpx.post(f"{served.url}/v1/rank", json=ONE).status_code == 401
