@@ -117,9 +117,13 @@ class LoaderProcess:
 
     def _read_header(self) -> Header:
         try:
-            lengths = self._read(bytearray(LENGTHS.size))
+            lengths = bytearray(LENGTHS.size)
+            self._fill(memoryview(lengths))
             num_header, self._num_buffer = LENGTHS.unpack(lengths)
-            return pickle.loads(self._read(bytearray(num_header)))
+
+            header = bytearray(num_header)
+            self._fill(memoryview(header))
+            return pickle.loads(header)
         except EOFError:
             self.process.join(ENDS_IN_S)
             code = self.process.exitcode
@@ -130,13 +134,12 @@ class LoaderProcess:
 
     def _read_batch(self, header: Header) -> Counted:
         buffer = torch.empty(self._num_buffer, dtype=torch.uint8, pin_memory=self.pin_memory)
-        self._read(buffer.numpy())
+        self._fill(buffer.numpy().data)
         assert header.work is not None
         return unpack_batch(header, buffer), header.work
 
-    def _read(self, into: bytearray | np.ndarray) -> bytearray | np.ndarray:
-        """Fill `into`. Raises EOFError where the other side has closed."""
-        rest = memoryview(into)
+    def _fill(self, rest: memoryview) -> None:
+        """Read until `rest` is full. Raises EOFError where the other side has closed."""
         while len(rest):
             try:
                 count = self._ours.recv_into(rest)
@@ -145,7 +148,6 @@ class LoaderProcess:
             if count == 0:
                 raise EOFError
             rest = rest[count:]
-        return into
 
 
 def send_batches(to: socket.socket, make_batches: MakeBatches, epoch: int, step: int) -> None:
