@@ -2,8 +2,8 @@
 
 Every rank passes a milestone at the same step, since a checkpoint is whole only with the part of
 each, and since Ray Train's `report` waits for all of them. That is also why lines of metrics go to
-`metrics.jsonl` and not there: Ray Train takes one report in two seconds, and a training that has
-more to say waits for it.
+`metrics.jsonl` and not there: Ray Train takes a report each time it looks at its workers, twice a
+second, and a training that has more to say waits for it.
 """
 
 from collections.abc import Callable

@@ -10,6 +10,7 @@ number of workers or another.
 """
 
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ from pipeline.train.worker import train_worker, worker_resources
 
 logger = logging.getLogger(__name__)
 
+LOOK_EVERY_S = "0.5"  # of Ray Train at its workers
 LARGE_STORE = 3_000_000  # rows: seconds of counting, against those of a cluster's start
 RAY_NOTES = "checkpoint_manager_snapshot.json"  # of Ray Train, in the training folder
 
@@ -181,6 +183,8 @@ def _make_trainer(
     cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None, start: WarmStart | None
 ) -> "_Trainer":
     train = cfg.train
+    # at each look Ray Train takes a report; after its own 2 s a second one would be waited for
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", LOOK_EVERY_S)
     settings = {"cfg": config.to_dict(_absolute(cfg)), "digest": digest, "steps": steps, "run": run}
     settings["start"] = start
 

@@ -26,7 +26,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = (2000, 850)
 PAGE_SHARE = 0.743  # of the width: right of it is a panel that opens by itself in a new browser
 COLOURS = 64  # of a picture: pages are flat, and a picture stays below 150 kB
-PAGE_MS = 60_000  # of the page's own clock, which stands still while it waits for the server
+PAGE_MS = 240_000  # of the page's own clock, which stands still while it waits for the server
 
 
 def page_urls(client: MlflowClient, server: str, cfg: RunConfig, list_url: str) -> dict[str, str]:
