@@ -11,12 +11,22 @@ from pipeline.config import UserError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names of runs under runs_dir")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="names of runs under runs_dir; that of a search of jobs.tune stands for its trials",
+    )
     parser.add_argument(
         "--split", choices=["val", "test"], default="test", help="period whose rows are compared"
     )
     parser.add_argument(
         "--samples", type=int, default=300, help="bootstrap samples of users, for the intervals"
+    )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="first score those that have no predictions yet, as jobs.evaluate does",
     )
     parser.add_argument(
         "--item-rate",
@@ -32,20 +42,31 @@ def run_job(job: cli.Job) -> None:
     cfg, options = job.cfg, job.options
     refuse_wrong_options(options.runs, options.samples)
 
-    from pipeline.evaluate import comparison_page
+    from contextlib import nullcontext
 
-    comparison = comparison_page.compare_runs(
-        cfg, options.runs, options.split, options.samples, with_item_rate=options.item_rate
-    )
-    print(comparison_page.console_table(comparison))
-    page = comparison_page.write_page(cfg.run_dir / "comparison", comparison)
+    from pipeline import tracking
+    from pipeline.evaluate import compared, comparison_page
+    from pipeline.evaluate.spread import evaluation_cluster
 
-    if not options.no_tracking:
-        from pipeline import tracking
+    runs = compared.expand_searches(cfg.runs_dir, options.runs)
+    with nullcontext() if options.no_tracking else tracking.session(cfg) as tracker:
+        if options.evaluate:
+            tell = log_nothing if tracker is None else tracker.log_evaluation
+            with evaluation_cluster(cfg):
+                compared.evaluate_missing(cfg, runs, options.split, tell)
 
-        with tracking.session(cfg) as tracker:
+        comparison = comparison_page.compare_runs(
+            cfg, runs, options.split, options.samples, with_item_rate=options.item_rate
+        )
+        print(comparison_page.console_table(comparison))
+        page = comparison_page.write_page(cfg.run_dir / "comparison", comparison)
+        if tracker is not None:
             tracker.log_comparison(comparison.models, comparison.run_ids, page.parent)
     print(f"comparison={page}")
+
+
+def log_nothing(*_: object) -> None:
+    """Without tracking the files of an evaluation are all there is."""
 
 
 def refuse_wrong_options(runs: list[str], samples: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import UserError
+from pipeline.evaluate.compared import evaluate_missing, expand_searches
 from pipeline.evaluate.comparison import (
     ScoredRows,
     compare_models,
@@ -25,6 +27,7 @@ from pipeline.evaluate.comparison_page import (
     read_facts,
     write_page,
 )
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 
 def make_rows(num: int = 600, noise: float = 3.0) -> ScoredRows:
@@ -183,3 +186,36 @@ def test_the_page_needs_no_other_file_and_says_what_is_clear(tmp_path: Path) -> 
     assert figures["metrics"]["good/auc/is_click"] == comparison.metrics["good"]["auc"]["is_click"]
     assert figures["costs"]["worse"]["train_seconds"] == 7.5
     assert comparison.run_ids == {"good": "0" * 32, "worse": "0" * 32}
+
+
+def test_a_search_stands_for_its_trials_best_first(tmp_path: Path) -> None:
+    trials = [
+        {"name": "demo-tune-02", "status": "finished"},
+        {"name": "demo-tune-00", "status": "finished"},
+        {"name": "demo-tune-01", "status": "ended early"},
+    ]
+    (tmp_path / "demo-tune").mkdir()
+    (tmp_path / "demo-tune" / "trials.json").write_text(json.dumps(trials))
+    found = expand_searches(str(tmp_path), ["demo", "demo-tune", "demo-tune-00"])
+    assert found == ["demo", "demo-tune-02", "demo-tune-00"]
+
+    (tmp_path / "demo-tune" / "trials.json").write_text(json.dumps(trials[2:]))
+    with pytest.raises(UserError, match="'demo-tune': no trial was trained to its end"):
+        expand_searches(str(tmp_path), ["demo-tune"])
+
+
+def test_what_has_no_predictions_is_scored_and_the_rest_is_left(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
+    trained = replace(cfg, name="one", sequences=replace(cfg.sequences, from_run="tiny"))
+    save_tiny_model(trained, trained.model_dir)
+    (trained.model_dir / "metrics.json").unlink()
+    told: list[tuple[Path, bool]] = []
+
+    def tell(model_dir: Path, metrics: dict[str, float], folder: Path) -> None:
+        assert (folder / "predictions" / "val.parquet").exists()
+        told.append((model_dir, {"val/ne/is_click", "test/ne/is_click"} <= metrics.keys()))
+
+    for _ in range(2):  # the second time there is nothing to do
+        evaluate_missing(cfg, ["one", "not trained"], "val", tell)
+    assert told == [(trained.model_dir, True)]

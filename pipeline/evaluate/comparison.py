@@ -85,7 +85,8 @@ def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
         path = folder / "evaluation" / "predictions" / f"{split}.parquet"
         if not path.exists():
             raise UserError(
-                f"run {name!r} has no predictions of {split} ({path}): run jobs.evaluate for it"
+                f"run {name!r} has no predictions of {split} ({path}): run jobs.evaluate for it, "
+                "or jobs.compare with --evaluate"
             )
         tables[name] = pq.read_table(path).sort_by([(key, "ascending") for key in KEYS])
 
