@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nodes lint types docs docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
+.PHONY: help demo loop test test-nodes lint types docs docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,6 +25,9 @@ help:  ## this list
 
 demo: $(READY)  ## real logs -> sequences -> training -> registry -> HTTP, in minutes; CONFIG=configs/smoke.yaml is smaller
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --fresh $(BESIDE)
+
+loop: $(READY)  ## after the demo: what is served and clicked becomes the next champion, in three minutes
+	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --loop
 
 test: $(READY)  ## every test that needs no GPU, but for those that lose nodes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster and not nodes" -n logical --dist loadfile

@@ -1,5 +1,5 @@
-"""Take the events that the server was sent over into the logs, or forget those that the published
-sequences hold.
+"""Take the events that the server was sent, and what it served (`serve.exposures`), over into the
+logs; or forget the events that the published sequences hold.
 
     jobs.export_events → jobs.build_sequences --append → jobs.deploy → jobs.export_events --prune
 
@@ -23,6 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from serve_app.deployment import served_folder
+    from serve_app.feedback.exposures import ServedAnswers
     from serve_app.history.export import export_events, prune_events
     from serve_app.ranking.rollout import open_events
 
@@ -30,9 +32,14 @@ def run_job(job: cli.Job) -> None:
     if job.options.prune:
         print(f"removed={prune_events(job.cfg.sequence_dir, job.cfg.sequences, log)}")
         return
-    done = export_events(job.cfg.source, job.cfg.sequences, job.cfg.run_dir, log)
+
+    cfg, served = job.cfg, None
+    if cfg.serve.exposures is not None:
+        served = ServedAnswers(served_folder(cfg), cfg.serve.exposures)
+    done = export_events(cfg.source, cfg.sequences, cfg.run_dir, log, served)
     print(
-        f"file={done.path} events={done.num_events} dropped={done.dropped} refused={done.refused}"
+        f"file={done.path} events={done.num_events} exposures={done.num_exposures} "
+        f"dropped={done.dropped} refused={done.refused} left_out={done.left_out}"
     )
 
 

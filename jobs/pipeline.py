@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add the logs that came since, and train on them from the champion",
     )
+    choice.add_argument(
+        "--loop",
+        type=int,
+        nargs="?",
+        const=600,
+        metavar="VISITS",
+        help="serve a demo's champion to people who do not exist for three days, and append what "
+        "they were shown and clicked; default: 600 lists",
+    )
 
 
 def run_job(job: cli.Job) -> None:
@@ -63,6 +73,11 @@ def run_job(job: cli.Job) -> None:
     from pipeline.train import supervision
 
     cfg = job.cfg
+    looped = job.options.loop is not None
+    if looped:
+        from serve_app.feedback import turn
+
+        turn.refuse_real_logs(cfg)
     check_settings(cfg)
     baseline = None
     if job.options.beside:
@@ -85,14 +100,21 @@ def run_job(job: cli.Job) -> None:
                 keep_logs=cfg.run_dir / "serving" / "logs",
             ) as cluster,
         ):
-            summary = run_chain(
-                cfg,
-                tracker,
-                cluster.dashboard_url,
-                append=job.options.append,
+            run_whole = partial(
+                run_chain,
+                tracker=tracker,
+                dashboard_url=cluster.dashboard_url,
+                append=job.options.append or looped,
                 force_first=job.options.force_first,
                 baseline=baseline,
             )
+            if looped:
+                from serve_app.feedback import turn
+
+                url, visits = cluster.dashboard_url, job.options.loop
+                summary = turn.run_turn(cfg, tracker, url, visits, run_whole)
+            else:
+                summary = run_whole(cfg)
 
     path = cfg.run_dir / "summary.json"
     write_atomically(path, json_text(summary))
@@ -427,6 +449,10 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import logs
 
     cfg = job.cfg
+    if job.options.loop is not None:
+        from serve_app.feedback import turn
+
+        turn.refuse_real_logs(cfg)
     check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),

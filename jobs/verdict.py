@@ -1,9 +1,9 @@
-"""Judge a canary by what users did: rates of each task by version, and their difference with an
-interval that may be read every day.
+"""Judge a canary by what users did: rates of each task by version, of failures too, and their
+difference with an interval that may be read every day.
 
 It reads the served log and the posted events, writes `report/verdict.html` and `.json`, and logs
 the figures to MLflow. With `--promote-if TASK` the canary becomes champion if it is better at TASK,
-worse at none and not slower than it may be; exit code 1 if not (yet)."""
+worse at none, not slower than it may be and not failing more; exit code 1 if not (yet)."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # what takes seconds to import is imported where it is used, after the settings were read
 
-COLUMNS = ("request_id", "unit", "served_at", "place", "version", "role", "ranker_ms")
+COLUMNS = ("request_id", "unit", "served_at", "place", "version", "role", "ranker_ms", "failure")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,11 @@ def run_job(job: cli.Job) -> None:
         raise UserError(f"--promote-if: one of the tasks {list(cfg.tasks)}, got {task!r}")
 
     served = read_served(served_folder(cfg), COLUMNS)
-    verdict = judge_trial(served, all_events(cfg), cfg.tasks, version, job.options.max_slower)
+    trial, share = cfg.serve.canary, None
+    if trial is not None and trial.version == version:
+        share = trial.share
+    slower = job.options.max_slower
+    verdict = judge_trial(served, all_events(cfg), cfg.tasks, version, slower, share)
     if verdict is None:
         raise UserError(
             f"{served_folder(cfg)} has no answers of the canary {version} beside the champion's"
@@ -55,7 +59,7 @@ def run_job(job: cli.Job) -> None:
     figures = verdict.as_figures()
     write_atomically(cfg.run_dir / "report" / "verdict.json", json.dumps(figures))
     write_atomically(cfg.run_dir / "report" / "verdict.html", render_page(verdict))
-    for one in verdict.tasks:
+    for one in [*verdict.tasks, verdict.failures]:
         print(
             f"{one.task}: champion {one.champion:.5f}, canary {one.canary:.5f}, difference "
             f"{one.difference:+.5f} in [{one.low:+.5f}, {one.high:+.5f}]: {one.says}"

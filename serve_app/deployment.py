@@ -139,6 +139,7 @@ def _served_log(settings: ServeConfig, serving: str) -> dict[str, Any] | None:
         "histories": settings.served_histories,
         "places": settings.served_places,
         "days": settings.served_days,
+        "flush_s": settings.served_flush_s,
     }
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 
 from pipeline.logs.columns import text_code
 from pipeline.schema import WATCH_MS
-from serve_app.ids import Id, IdForm
+from serve_app.ids import Id, RequestId
 
 Milliseconds = Annotated[int, Field(ge=0, lt=2**63)]
 TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
@@ -188,7 +188,7 @@ class RankRequest(RankHead):
 
 
 RANK_ANSWER_EXAMPLE = {
-    "request_id": 5_233_471_000_912_345,
+    "request_id": "9f1c4be20a7d5386",
     "model_version": 4,
     "request_time_ms": 1_651_766_399_000,
     "item_ids": [10, 11],
@@ -254,7 +254,7 @@ class RankResponse(BaseModel):
         protected_namespaces=(), json_schema_extra={"examples": [RANK_ANSWER_EXAMPLE]}
     )
 
-    request_id: int = Field(
+    request_id: str = Field(
         description="names what was served; events that come of it carry it as their request_id"
     )
     model_version: int
@@ -290,7 +290,7 @@ EVENT_EXAMPLE = {
     "event_time": 1_651_766_399_000,
     "actions": {"is_click": True, "is_like": False},
     "request_features": {"tab": 1},
-    "request_id": 77,
+    "request_id": "9f1c4be20a7d5386",
     "watch_ms": 5300,
 }
 
@@ -304,8 +304,10 @@ class Event(PostedRow):
     request_features: dict[Name, Annotated[RequestFeature, Field(ge=0, lt=2**31)]] = Field(
         default_factory=dict
     )
-    request_id: Annotated[int, IdForm(below=2**63 - 1)] | None = Field(
-        default=None, description="shown together; default: what has the same event_time"
+    request_id: RequestId | None = Field(
+        default=None,
+        description="of the answer that showed it, or a name of your own for what was shown "
+        "together; default: what has the same event_time",
     )
 
 
@@ -510,8 +512,7 @@ class ModelInfo(BaseModel):
     )
     text_ids: list[str] = Field(
         default_factory=list,
-        description="of user_id, item_id and request_id, those that are text; the others are "
-        "integers",
+        description="of user_id and item_id, those that are text; the others are integers",
     )
     sequences: str = Field(description="digest of the published sequences behind user_id")
     server_version: str = Field(default="", description="of the software that answers")

@@ -136,7 +136,7 @@ OLD_EVENTS = [
         event_time=1651766399000,
         actions={"is_click": True, "is_like": False},
         request_features={"tab": 1},
-        request_id=77,
+        request_id="77",
         watch_ms=5300,
     ),
     Event(user_id=3, item_id=11, event_time=1651766399000),

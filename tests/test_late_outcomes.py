@@ -56,9 +56,9 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EventLog]:
         ({"actions": {"is_click": True}}, {"actions": {"is_click": False}}, "kept"),
         ({"watch_ms": 900}, {"watch_ms": 700}, "kept"),
         ({"outcomes": {"price": -2.0}}, {"outcomes": {"price": -1.0}}, ...),
-        ({"request_features": {"tab": 1}}, {"request_id": 7}, None),
+        ({"request_features": {"tab": 1}}, {"request_id": "7"}, None),
         ({"request_features": {"tab": 1}}, {"request_features": {"tab": 2}}, "conflict"),
-        ({"request_id": 7}, {"request_id": 8}, "conflict"),
+        ({"request_id": "7"}, {"request_id": "8"}, "conflict"),
     ],
 )
 def test_two_postings_of_one_event(

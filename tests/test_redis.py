@@ -90,7 +90,7 @@ def event(user: int, item: int, time_ms: int = START, **values: object) -> Event
 def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) -> None:
     log, other = log_of(server, tmp_path), log_of(server, tmp_path)
     full = event(
-        1, 2, actions={"is_click": True}, request_features={"tab": 3}, request_id=7, watch_ms=9
+        1, 2, actions={"is_click": True}, request_features={"tab": 3}, request_id="7", watch_ms=9
     )
     assert log.append([full, event(1, 3), event(2, 2)]) == ["accepted"] * 3
     less, another_tab = event(1, 2, watch_ms=1), event(1, 2, request_features={"tab": 4})

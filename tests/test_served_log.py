@@ -14,8 +14,10 @@ import pytest
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.feedback import served_log
 from serve_app.feedback.served_log import ServedLogSettings, forget_served, read_served
+from serve_app.feedback.served_rows import FIXED
 from serve_app.schemas import Refusal
 from serve_app.web.api import make_api
+from serve_app.web.replica import Unavailable
 from tests.support.exposition import sample
 from tests.worlds.web import Fixed, call
 
@@ -52,7 +54,7 @@ def api_with(folder: Path, **settings: object):
 
 
 def read_rows(folder: Path) -> list[dict]:
-    columns = [*served_log.FIXED.names, "feature.tab", "score.is_click"]
+    columns = [*FIXED.names, "feature.tab", "score.is_click"]
     return read_served(str(folder), columns).to_pylist()
 
 
@@ -72,7 +74,7 @@ def test_the_best_places_of_an_answer_are_rows(
     assert [row["feature.tab"] for row in rows] == [1, 2]
     assert [round(row["score.is_click"], 3) for row in rows] == [0.2, 0.1]
     for row in rows:
-        assert row["request_id"] == answer["request_id"] < 2**53
+        assert row["request_id"] == answer["request_id"]
         assert (row["user_id"], row["unit"], row["version"]) == (3, "3", 7)
         assert (row["role"], row["sequences"], row["history_length"]) == ("canary", "digest", 4)
         assert row["event_time"] == ASKED["request_time_ms"]
@@ -90,6 +92,22 @@ def test_what_the_page_looks_at_is_served_to_nobody(tmp_path: Path) -> None:
         call(api, "POST", "/v1/rank", json=ASKED | {"trial_key": key})
     api.state.served.close()
     assert {row["unit"] for row in read_rows(tmp_path)} == {"session"}
+
+
+def test_a_request_without_an_answer_is_a_row(tmp_path: Path) -> None:
+    class Failing(Scored):
+        async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
+            raise Unavailable
+
+    settings = ServedLogSettings(folder=str(tmp_path))
+    api = make_api(Failing(), 2_000_000, served_log=settings)
+    assert call(api, "POST", "/v1/rank", json=ASKED).status_code == 503
+    recommended = call(api, "POST", "/v1/recommend", json={"user_id": 4, "trial_key": "k"})
+    assert recommended.status_code == 409
+    api.state.served.close()
+    rows = [(row["unit"], row["failure"], row["item_id"]) for row in read_rows(tmp_path)]
+    assert rows == [("3", "Unavailable", None), ("k", "NoIndex", None)]
+    assert forget_served(str(tmp_path), [3]) == 1
 
 
 def test_histories_and_keys_of_clients_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -10,69 +10,19 @@ import pytest
 
 from pipeline.config import ColumnReading, RunConfig
 from pipeline.logs import open_logs
-from pipeline.logs.cleaning import check_columns, normalise
-from pipeline.sequences.build import log_rules
-from pipeline.sequences.repeats import RepeatRule
-from pipeline.sequences.users import build_bucket
 from serve_app.history.export import export_events, prune_events
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.schemas import Event
 from tests.worlds.live_events import START, event, logged
+from tests.worlds.own_logs import built, own_logs
 from tests.worlds.tiny import publish_sequences, tiny_config
-
-TYPES = {
-    "uid": pa.int32(),
-    "item_id": pa.int64(),
-    "shown_at": pa.timestamp("us", "Europe/Berlin"),
-    "is_click": pa.bool_(),
-    "is_like": pa.float32(),
-    "tab": pa.int16(),
-    "request_id": pa.int64(),
-    "note": pa.string(),
-}
 
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> RunConfig:
-    """A user's own logs, under their own names and types, with a column that is none of ours."""
-    (tmp_path / "own").mkdir()
-    first = {
-        "uid": [0],
-        "item_id": [1],
-        "shown_at": [START],
-        "is_click": [True],
-        "is_like": [0.0],
-        "tab": [1],
-    }
-    columns = {
-        name: pa.array(first[name]).cast(TYPES[name]) for name in first if name != "shown_at"
-    }
-    columns["shown_at"] = pa.array([START], pa.timestamp("ms", "UTC")).cast(TYPES["shown_at"])
-    columns |= {"request_id": pa.array([None], pa.int64()), "note": pa.array(["x"])}
-    pq.write_table(pa.table(columns).select(list(TYPES)), tmp_path / "own" / "log.parquet")
-    source = {
-        "kind": "parquet",
-        "path": str(tmp_path / "own"),
-        "columns": {"user_id": "uid", "event_time": "shown_at"},
-        "actions": ["is_click", "is_like"],
-        "request_columns": ["tab"],
-    }
-    features = {"request": {"tab": {"dim": 2}}}
-    return tiny_config(tmp_path / "runs", source=source, features=features)
-
-
-def built(cfg: RunConfig) -> list[dict]:
-    logs = open_logs(cfg.source, cfg.run_dir)
-    rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets=1)
-    for file in logs.files:
-        check_columns(pq.read_schema(file), rules, file)
-    rows = pa.concat_tables([normalise(pq.read_table(file), rules) for file in logs.files])
-    assert rows["reason"].null_count == len(rows)
-    return build_bucket(
-        rows, rules, cfg.sequences.max_rows_per_user, RepeatRule()
-    ).sequences.to_pylist()
+    return own_logs(tmp_path)
 
 
 def test_the_next_build_has_them_as_the_server_had(cfg: RunConfig, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A world of text ids, from its logs to what clients, files and jobs are told."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from jobs.forget_user import read_users
 from pipeline.batches.features import fit_features
-from pipeline.config import RunConfig, UserError
+from pipeline.config import ExposureConfig, RunConfig, UserError
 from pipeline.evaluate.evaluator import evaluate_model
 from pipeline.index.folder import build_index, load_index
 from pipeline.logs.ids import id_code
@@ -25,6 +26,8 @@ from pipeline.sequences.workers import Workers
 from pipeline.train.warm_start import start_from
 from serve_app import load_test, replay
 from serve_app.columns import MEDIA_TYPE, RankColumns
+from serve_app.feedback.exposures import ServedAnswers
+from serve_app.feedback.served_log import ServedLogSettings
 from serve_app.history.export import export_events, prune_events
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
@@ -228,12 +231,6 @@ EVENT = {"user_id": user_name(1), **ROW}
         ("rank", RANK | {"user_id": "x" * 513}, ["user_id"], "x" * 400),
         ("events", {"events": [EVENT, EVENT | {"user_id": 7}]}, ["events", 1, "user_id"], "7"),
         ("events", {"events": [EVENT | {"item_id": 7}]}, ["events", 0, "item_id"], "7"),
-        (
-            "events",
-            {"events": [EVENT | {"request_id": "r"}]},
-            ["events", 0, "request_id"],
-            "r",
-        ),
         ("recommend", {"user_id": 7}, ["user_id"], "7"),
         (
             "recommend",
@@ -297,7 +294,7 @@ def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
     world = TextServed(publish_world(tmp_path, text=True), tmp_path)
     api, cfg = make_api(world, 100_000), world.cfg
     when = now(world)
-    new = {"user_id": "new user", "item_id": "new item", "event_time": when, "request_id": 3}
+    new = {"user_id": "new user", "item_id": "new item", "event_time": when, "request_id": "r 3"}
     known = new | {"user_id": user_name(3), "item_id": item_name(3)}
     answer = call(api, "POST", "/v1/events", json={"events": [new, known]})
     assert answer.json()["accepted"] == 2, answer.text
@@ -313,6 +310,7 @@ def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
     rows = pq.read_table(done.path).to_pydict()
     assert set(rows["user_id"]) == {"new user", user_name(3)}
     assert set(rows["item_id"]) == {"new item", item_name(3)}
+    assert rows["request_id"] == [id_code("r 3")] * 2, "as these logs number them"
     assert export_events(cfg.source, cfg.sequences, cfg.run_dir, world.log).num_events == 0
 
     manifest = build.build_sequences(cfg, append=True)
@@ -331,6 +329,37 @@ def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
     left = store.read_manifest(cfg.sequence_dir)
     _, names = read_dictionary(cfg.sequence_dir, left, "user_id")
     assert {"new user", user_name(3)} & set(names.to_pylist()) == set()
+
+
+def test_what_was_served_goes_into_the_logs_by_name(world: TextServed, tmp_path: Path) -> None:
+    """Ranked candidates and recommended lists, over HTTP."""
+    settings = ServedLogSettings(folder=str(tmp_path / "served"))
+    api = make_api(world, 100_000, max_recommend_users=6, served_log=settings)
+    who = {"user_id": user_name(1), "request_time_ms": now(world), "request_features": {"tab": 1}}
+    items = [{"item_id": item_name(number)} for number in (4, 5)]
+    answers = [call(api, "POST", "/v1/rank", json=who | {"candidates": items}).json()]
+    asked = [who | {"user_id": user_name(user), "n": 3} for user in (2, 3)]
+    found = call(api, "POST", "/v1/recommend/batch", json={"requests": asked}).json()["lists"]
+    answers += found
+    api.state.served.close()
+
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    wanted = ExposureConfig(places=3, wait_h=0.0, max_age_s=1e12)
+    served = ServedAnswers(str(tmp_path / "served"), wanted)
+    folder = tmp_path / "run"
+    shutil.copytree(world.cfg.sequence_dir, folder / "sequences")
+    done = export_events(world.cfg.source, world.cfg.sequences, folder, log, served)
+    assert done.left_out == {}
+    assert done.path is not None
+
+    rows = pq.read_table(done.path).to_pylist()
+    expected = {(user_name(1), item_name(4)), (user_name(1), item_name(5))}
+    for user, one in zip((2, 3), found, strict=True):
+        assert len(one["items"]) == 3
+        expected |= {(user_name(user), item["item_id"]) for item in one["items"]}
+    assert {(row["user_id"], row["item_id"]) for row in rows} == expected
+    assert {row["request_id"] for row in rows} == {id_code(one["request_id"]) for one in answers}
+    assert {(row["tab"], row["is_click"], row["is_like"]) for row in rows} == {(1, 0, 0)}
 
 
 def test_ids_to_forget_are_read_as_the_logs_have_them(tmp_path: Path) -> None:
@@ -361,7 +390,7 @@ def test_an_event_keeps_its_texts(tmp_path: Path) -> None:
     log = SqliteEvents(tmp_path / "events.sqlite")
     raw = {"event_time": 5, "actions": {}, "request_id": "session 7"}
     text = Event.model_validate(raw | {"user_id": "007", "item_id": "a:b"})
-    number = Event.model_validate(raw | {"user_id": 7, "item_id": 8, "request_id": 9})
+    number = Event.model_validate(raw | {"user_id": 7, "item_id": 8, "request_id": "9"})
     assert log.append([text, number, text]) == ["accepted", "accepted", "already_there"]
     assert [event.model_dump() for event in log.of_user(id_code("007"))] == [text.model_dump()]
     assert [event.model_dump() for event in log.of_user(7)] == [number.model_dump()]

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from serve_app.feedback.served_log import FIXED
+from serve_app.feedback.served_rows import FIXED
 from serve_app.feedback.verdict import UnitCounts, compare_counts, judge_trial, render_page
+from serve_app.ranking.rollout import in_share
 from serve_app.schemas import Event
 
 NUM_USERS, NUM_DAYS = 400, 25
@@ -53,7 +54,7 @@ def served_rows(answers: list[tuple[int, str, str, int, int]], ms: dict[str, flo
     rows = []
     for request_id, unit, role, version, served_at in answers:
         for place in range(2):
-            row = {"request_id": request_id, "unit": unit, "role": role, "version": version}
+            row = {"request_id": str(request_id), "unit": unit, "role": role, "version": version}
             rows.append(row | {"served_at": served_at, "place": place, "ranker_ms": ms[role]})
     return pa.Table.from_pylist(rows, schema=FIXED)
 
@@ -68,7 +69,8 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     events = []
     for request_id in [1, *range(100, 110), *range(200, 235), 300, 999]:
         did = {"click": True, "like": request_id == 300}
-        events.append(Event(user_id=1, item_id=1, event_time=1, request_id=request_id, actions=did))
+        said = {"request_id": str(request_id), "actions": did}
+        events.append(Event(user_id=1, item_id=1, event_time=1, **said))
     events.append(Event(user_id=1, item_id=2, event_time=1, actions={"click": True}))
 
     verdict = judge_trial(served_rows(answers, ms), events, ("click", "like"), 3, 0.5)
@@ -84,6 +86,24 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     assert not verdict.may_promote("like")
     assert "Canary version 3" in render_page(verdict)
     assert verdict.as_figures()["canary_share"] == pytest.approx(40 / 81)
+
+    assert (verdict.failures.canary, verdict.fails_more) == (0, False)
+
+    # every request of half of the canary's users fails, of some before they saw one answer
+    failing = [f"b{i}" for i in range(20)] + [f"c{i}" for i in range(400)]
+    drawn = [unit for unit in failing if unit[0] == "b" or in_share(unit, 3, 0.5)]
+    rows = [{"unit": unit, "served_at": 70, "failure": "Unavailable"} for unit in drawn]
+    early = {"unit": "b0", "served_at": 5, "failure": "Unavailable"}  # before the trial
+    failed = pa.Table.from_pylist([*rows, early], schema=FIXED)
+    both = pa.concat_tables([served_rows(answers, ms), failed])
+    half = judge_trial(both, events, ("click",), 3, 0.5)
+    assert half is not None
+    assert half.failures.canary == pytest.approx(20 / 60)
+    drawn_too = judge_trial(both, events, ("click",), 3, 0.5, share=0.5)
+    assert drawn_too is not None
+    assert drawn_too.failures.canary > 0.7
+    assert not drawn_too.may_promote("click"), "a guardrail"
+    assert "without an answer" in render_page(drawn_too)
 
     slow = served_rows(answers, ms | {"canary": 9.0})
     verdict = judge_trial(slow, events, ("click",), 3, 0.5)

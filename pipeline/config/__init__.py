@@ -30,7 +30,7 @@ from pipeline.config.reading import parse_time
 from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.run import RunConfig, flatten, from_dict, load, to_dict
 from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
-from pipeline.config.serving import CanaryConfig, ServeConfig
+from pipeline.config.serving import CanaryConfig, ExposureConfig, ServeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import EvaluateConfig, StochasticLengthConfig, TrainConfig
 
@@ -46,6 +46,7 @@ __all__ = [
     "DriftConfig",
     "EvaluateConfig",
     "ExampleConfig",
+    "ExposureConfig",
     "FeatureConfig",
     "FileFormat",
     "FollowedConfig",

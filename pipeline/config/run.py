@@ -83,6 +83,9 @@ class RunConfig:
         rules.refuse_name_that_is_no_folder("name", self.name)
         if self.sequences.from_run is not None:
             rules.refuse_name_that_is_no_folder("sequences.from_run", self.sequences.from_run)
+        if self.serve.exposures is not None:
+            posted = self.serve.exposures.actions or ()
+            rules.refuse_unknown_actions("serve.exposures.actions", posted, source)
         if self.retrieval.enabled:
             rules.refuse_unknown_actions("retrieval.positives", self.retrieval.positives, source)
             rules.refuse_impossible_retrieval(self.retrieval, self.model, train)

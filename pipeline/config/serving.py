@@ -30,6 +30,36 @@ class CanaryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExposureConfig:
+    """How `jobs.export_events` makes exposures of what was served."""
+
+    places: int = field(
+        metadata=describe(
+            "Best places of an answer that its user was shown; more are no exposures.",
+            at_least=1,
+        )
+    )
+    wait_h: float = setting(
+        24.0,
+        at_least=0,
+        below=math.inf,
+        doc="Hours until an action that nobody posted did not happen; before, it is unknown.",
+    )
+    actions: tuple[str, ...] | None = setting(
+        None, doc="Actions that clients post; others stay unknown. Null: all of source.actions."
+    )
+    max_age_s: float = setting(
+        3600.0,
+        above=0,
+        doc="Longest time, in seconds, between the time that a request asks for and its answer. "
+        "Beyond it somebody asked about another time, and nobody was shown anything.",
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "serve.exposures")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """The ranking server."""
 
@@ -228,6 +258,14 @@ class ServeConfig:
     served_days: float = setting(
         30.0, above=0, doc="Days that a file is kept; of a bucket its own rules decide."
     )
+    served_flush_s: float = setting(
+        60.0, above=0, below=math.inf, doc="Longest time, in seconds, until an answer is in a file."
+    )
+    exposures: ExposureConfig | None = setting(
+        None,
+        doc="What jobs.export_events makes of the served log: rows of the logs. Null: nothing, it "
+        "exports what was posted.",
+    )
     redis_url: str | None = setting(
         None,
         doc="Redis that keeps the posted events, redis://host:6379/0. Null: a SQLite file of the "
@@ -285,6 +323,7 @@ class ServeConfig:
         self._refuse_unusable_redis()
         self._refuse_limits_that_disagree()
         self._refuse_pictures_from_anywhere()
+        self._refuse_exposures_that_are_not_served()
 
     def _refuse_lists_beyond_candidates(self) -> None:
         retrieved = self.retrieved_candidates
@@ -360,3 +399,19 @@ class ServeConfig:
         named = self.page_picture_column is None or len(self.page_picture_hosts) > 0
         rule = "the hosts of serve.page_picture_column"
         require(named, "serve.page_picture_hosts", list(self.page_picture_hosts), rule)
+
+    def _refuse_exposures_that_are_not_served(self) -> None:
+        """Exposures are read from the served log: all of them must be in it, for long enough."""
+        if self.exposures is None:
+            return
+        why = "with serve.exposures, which reads the served log"
+        require(self.served_log, "serve.served_log", self.served_log, f"true {why}")
+        require(self.served_share == 1, "serve.served_share", self.served_share, f"1 {why}")
+
+        places = self.exposures.places
+        rule = f"serve.exposures.places ({places}) or more"
+        require(self.served_places >= places, "serve.served_places", self.served_places, rule)
+
+        days = self.exposures.wait_h / 24
+        rule = f"above serve.exposures.wait_h ({days:g} days)"
+        require(self.served_days > days, "serve.served_days", self.served_days, rule)

@@ -9,10 +9,11 @@ out and counted.
 import logging
 import queue
 import random
+import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,30 +25,24 @@ from pydantic import BaseModel
 from pipeline.files import make_private_folder, staged_file
 from pipeline.schema import DAY_MS
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.feedback.served_rows import (
+    FEATURE,
+    FIXED,
+    FailedRequest,
+    Served,
+    head_of,
+    served_table,
+)
 from serve_app.metrics import IngressMetrics
 from serve_app.page.schemas import TRIAL_KEY
+from serve_app.recommend.lists import RecommendedList
+from serve_app.recommend.schemas import RecommendRequest
 
 logger = logging.getLogger("ray.serve")
 
 MAX_WAITING = 2000  # answers that the queue holds
 MAX_ROWS = 200_000  # of one file
-SCORE, FEATURE = "score.", "feature."
-FIXED = pa.schema(
-    [
-        ("request_id", pa.int64()),
-        ("unit", pa.string()),  # whose trial it is: the user, or the key that the client gave
-        ("user_id", pa.int64()),  # null: the request named none
-        ("event_time", pa.int64()),  # the request's, in ms
-        ("served_at", pa.int64()),  # ms
-        ("item_id", pa.int64()),
-        ("place", pa.int32()),  # 0 is best
-        ("version", pa.int32()),
-        ("role", pa.string()),
-        ("sequences", pa.string()),  # digest of the published sequences behind the history
-        ("history_length", pa.int32()),
-        ("ranker_ms", pa.float32()),
-    ]
-)
+WRITTEN = re.compile(r"-(\d+)-\d+\.parquet$")  # when a file was written, in ms, and its number
 
 
 class ServedLogSettings(BaseModel):
@@ -59,16 +54,6 @@ class ServedLogSettings(BaseModel):
     places: int = 100
     days: float = 30.0
     flush_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """One answer on its way to a file."""
-
-    request: RankColumns
-    answer: RankedColumns
-    request_id: int
-    served_at: int
 
 
 class ServedLog:
@@ -84,16 +69,21 @@ class ServedLog:
         self.settings = settings
         self.name = name
         self.metrics = metrics
-        self._waiting: queue.Queue[Served | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.Queue[Served | FailedRequest | None] = queue.Queue(MAX_WAITING)
         self._number = 0
         self._thread = threading.Thread(target=self._write_all, name="served", daemon=True)
         self._thread.start()
 
-    def note_answer(self, request: RankColumns, answer: RankedColumns, request_id: int) -> None:
+    def note_answer(
+        self,
+        request: RankColumns | RecommendRequest,
+        answer: RankedColumns | RecommendedList,
+        request_id: str,
+    ) -> None:
         """Keep what was served, if it is in the sample."""
-        if (request.trial_key or "").startswith(TRIAL_KEY):
-            return  # the page looks at lists and serves nobody
-        if request.head.history is not None and not self.settings.histories:
+        if self._is_left_out(request):
+            return
+        if head_of(request).history is not None and not self.settings.histories:
             return
         if random.random() >= self.settings.share:
             return
@@ -103,13 +93,27 @@ class ServedLog:
         except queue.Full:
             self.metrics.served.labels("dropped").inc()
 
+    def note_failure(self, request: RankColumns | RecommendRequest, failure: str) -> None:
+        """Keep that a request got no answer, if it is in the sample."""
+        if self._is_left_out(request) or random.random() >= self.settings.share:
+            return
+        failed = FailedRequest(head_of(request), failure, int(time.time() * 1000))
+        try:
+            self._waiting.put_nowait(failed)
+        except queue.Full:
+            self.metrics.served.labels("dropped").inc()
+
+    def _is_left_out(self, request: RankColumns | RecommendRequest) -> bool:
+        """True for the page, which looks at lists and serves nobody."""
+        return (head_of(request).trial_key or "").startswith(TRIAL_KEY)
+
     def close(self) -> None:
         """Write what is there; nothing may be noted afterwards."""
         self._waiting.put(None)
         self._thread.join()
 
     def _write_all(self) -> None:
-        kept: list[Served] = []
+        kept: list[Served | FailedRequest] = []
         num_rows, due = 0, time.monotonic() + self.settings.flush_s
         ended = False
         while not ended:
@@ -121,21 +125,18 @@ class ServedLog:
                 ended = one is None
                 if one is not None:
                     kept.append(one)
-                    num_rows += min(len(one.request), self.settings.places)
+                    num_rows += min(one.length, self.settings.places)
 
             if ended or num_rows >= MAX_ROWS or time.monotonic() >= due:
                 self._write_files(kept)
                 kept, num_rows = [], 0
                 due = time.monotonic() + self.settings.flush_s
 
-    def _write_files(self, kept: Sequence[Served]) -> None:
+    def _write_files(self, kept: Sequence[Served | FailedRequest]) -> None:
         """One file for the answers of each set of tasks and features."""
-        by_columns: dict[tuple[str, ...], list[Served]] = {}
+        by_columns: dict[tuple[str, ...], list[Served | FailedRequest]] = {}
         for one in kept:
-            features = {*one.request.head.request_features, *one.request.features}
-            names = [FEATURE + name for name in sorted(features)]
-            names += [SCORE + task for task in one.answer.scores]
-            by_columns.setdefault(tuple(names), []).append(one)
+            by_columns.setdefault(one.columns(), []).append(one)
 
         for same in by_columns.values():
             try:
@@ -151,8 +152,8 @@ class ServedLog:
         name = f"{day}/{self.name}-{int(time.time() * 1000)}-{self._number}.parquet"
         self._number += 1
 
-        if "://" in self.settings.folder:
-            files, folder = pyarrow.fs.FileSystem.from_uri(self.settings.folder)
+        if is_remote(self.settings.folder):
+            files, folder = open_folder(self.settings.folder)
             pq.write_table(table, f"{folder}/{name}", filesystem=files, compression="zstd")
             return
 
@@ -161,66 +162,79 @@ class ServedLog:
             pq.write_table(table, stage, compression="zstd")
 
 
-def served_table(served: Sequence[Served], places: int) -> pa.Table:
-    """A row for each of the best `places` of each answer; all have the same tasks and features.
+@contextmanager
+def noting_failures(
+    served: ServedLog | None, requests: Sequence[RankColumns | RecommendRequest]
+) -> Iterator[None]:
+    """Keep the requests as failed if the block raises, or is cancelled for taking too long."""
+    try:
+        yield
+    except BaseException as error:
+        if served is not None:
+            for request in requests:
+                served.note_failure(request, type(error).__name__)
+        raise
 
-    item_id   10 11 12      order  1 2 0      places = 2
-    rows      (11, place 0) (12, place 1)
+
+# Reading ---------------------------------------------------------------------
+
+
+def is_remote(folder: str) -> bool:
+    """True of s3://… and the like."""
+    return "://" in folder
+
+
+def open_folder(folder: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of a served log, and the folder's path there."""
+    if is_remote(folder):
+        return pyarrow.fs.FileSystem.from_uri(folder)
+    return pyarrow.fs.LocalFileSystem(), folder
+
+
+def served_files(folder: str) -> list[tuple[str, int]]:
+    """Path and time of writing (ms) of every file, the oldest first.
+
+    All of a file's rows were served before that time.
     """
-    parts = []
-    for one in served:
-        best = one.answer.order[:places]
-        asked = best if one.answer.rows is None else one.answer.rows[best]
-        head, num = one.request.head, len(best)
-        user, key = one.request.user_id, head.trial_key
-        unit = key if key is not None else None if user is None else str(user)
-        columns = {
-            "request_id": [one.request_id] * num,
-            "unit": [unit] * num,
-            "user_id": [user] * num,
-            "event_time": [head.request_time_ms] * num,
-            "served_at": [one.served_at] * num,
-            "item_id": one.answer.item_id[best],
-            "place": np.arange(num, dtype=np.int32),
-            "version": [one.answer.model_version] * num,
-            "role": [one.answer.role] * num,
-            "sequences": [one.answer.sequences] * num,
-            "history_length": [one.answer.head["history_length"]] * num,
-            "ranker_ms": [one.answer.ranker_ms] * num,
-        }
-        arrays = [pa.array(columns[field.name], field.type) for field in FIXED]
-        names = list(FIXED.names)
+    files, place = open_folder(folder)
+    selector = pyarrow.fs.FileSelector(place, recursive=True, allow_not_found=True)
+    found = []
+    for file in files.get_file_info(selector):
+        name = WRITTEN.search(file.path)
+        if name is not None:
+            found.append((file.path, int(name[1])))
+    return sorted(found, key=lambda file: (file[1], file[0]))
 
-        for name in sorted({*head.request_features, *one.request.features}):
-            names.append(FEATURE + name)
-            arrays.append(pa.array(one.request.feature(name)[asked], pa.int32()))
-        for task, scores in one.answer.scores.items():
-            names.append(SCORE + task)
-            arrays.append(pa.array(scores[best], pa.float32()))
-        parts.append(pa.table(arrays, names))
-    return pa.concat_tables(parts)
+
+def read_files(folder: str, paths: Iterable[str], columns: Sequence[str]) -> pa.Table:
+    """These columns of some files of a served log; one that a file does not have is null there."""
+    files, _ = open_folder(folder)
+    schema = pa.schema([_column_field(name) for name in columns])
+    parts = [schema.empty_table()]
+    for path in paths:
+        known = pq.read_schema(path, filesystem=files).names
+        there = [name for name in columns if name in known]
+        parts.append(pq.read_table(path, columns=there, filesystem=files))
+    return pa.concat_tables(parts, promote_options="default").select(columns)
+
+
+def _column_field(name: str) -> pa.Field:
+    if name in FIXED.names:
+        return FIXED.field(name)
+    return pa.field(name, pa.int32() if name.startswith(FEATURE) else pa.float32())
 
 
 def read_served(folder: str, columns: Sequence[str]) -> pa.Table:
-    """These columns of all files; one that a file does not have is null there."""
-    if "://" in folder:
-        files, place = pyarrow.fs.FileSystem.from_uri(folder)
-    else:
-        files, place = pyarrow.fs.LocalFileSystem(), folder
-    selector = pyarrow.fs.FileSelector(place, recursive=True, allow_not_found=True)
-    found = [file.path for file in files.get_file_info(selector) if file.path.endswith(".parquet")]
+    """These columns of all files."""
+    return read_files(folder, [path for path, _ in served_files(folder)], columns)
 
-    parts = [FIXED.empty_table().select([name for name in columns if name in FIXED.names])]
-    for path in sorted(found):
-        schema = pq.read_schema(path, filesystem=files)
-        there = [name for name in columns if name in schema.names]
-        parts.append(pq.read_table(path, columns=there, filesystem=files))
-    return pa.concat_tables(parts, promote_options="default")
+
+# Removing --------------------------------------------------------------------
 
 
 def remove_older(folder: str, days: float) -> None:
     """Remove local files older than `days`; a bucket has rules of its own for that."""
-    if "://" in folder:
+    if is_remote(folder):
         return
     limit_s = time.time() - days * DAY_MS / 1000
     for path in Path(folder).glob("*/*.parquet"):
@@ -229,17 +243,23 @@ def remove_older(folder: str, days: float) -> None:
 
 
 def forget_served(folder: str, user_ids: Iterable[int]) -> int:
-    """Take the rows of these users out of the local files; returns how many there were."""
+    """Take the rows of these users out of the files; returns how many there were."""
     users = np.array(list(user_ids), np.int64)
+    files, _ = open_folder(folder)
     removed = 0
-    for path in Path(folder).glob("*/*.parquet"):
-        table = pq.read_table(path)
+    for path, _ in served_files(folder):
+        table = pq.read_table(path, filesystem=files)
         theirs = np.isin(table["user_id"].fill_null(-1).to_numpy(), users)
         kept = table.filter(pa.array(~theirs))
         removed += table.num_rows - kept.num_rows
+        if kept.num_rows == table.num_rows:
+            continue
+
         if kept.num_rows == 0:
-            path.unlink()
-        elif kept.num_rows < table.num_rows:
-            with staged_file(path) as stage:
+            files.delete_file(path)
+        elif is_remote(folder):  # an object is replaced as a whole
+            pq.write_table(kept, path, filesystem=files, compression="zstd")
+        else:
+            with staged_file(Path(path)) as stage:
                 pq.write_table(kept, stage, compression="zstd")
     return removed

@@ -13,14 +13,15 @@ at once, however often somebody looks and stops.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from serve_app.ranking.rollout import CANARY, CHAMPION
+from serve_app.ids import id_text
+from serve_app.ranking.rollout import CANARY, CHAMPION, in_share
 from serve_app.schemas import Event
 
 ALPHA = 0.05
@@ -100,16 +101,23 @@ class Verdict:
     tasks: list[TaskVerdict]
     p99_ms: dict[str, float]  # of the ranker's passes, by role
     is_slow: bool
+    failures: TaskVerdict  # requests without an answer; "better" is more of them
 
     @property
     def canary_share(self) -> float:
         """Share of the answers."""
         return self.answers[CANARY] / sum(self.answers.values())
 
+    @property
+    def fails_more(self) -> bool:
+        """True if the canary leaves more requests without an answer, as far as that is certain."""
+        return self.failures.low > 0
+
     def may_promote(self, task: str) -> bool:
-        """True if `task` is better, no other is worse, and the canary is not slow."""
+        """True if `task` is better, no other is worse, and the canary neither slow nor failing."""
         says = {one.task: one.says for one in self.tasks}
-        return says[task] == "better" and "worse" not in says.values() and not self.is_slow
+        is_better = says[task] == "better" and "worse" not in says.values()
+        return is_better and not self.is_slow and not self.fails_more
 
     def as_figures(self) -> dict[str, Any]:
         """Plain values, for JSON and MLflow."""
@@ -122,12 +130,15 @@ def judge_trial(
     tasks: Sequence[str],
     canary_version: int,
     max_slower: float,
+    share: float | None = None,
 ) -> Verdict | None:
     """The verdict on `canary_version` from the rows of `read_served` and the events; None where one
     of the versions has not answered anybody.
 
     Only answers since the canary's first one count, and of the champion's those of its newest
     version. `max_slower` is by how much the p99 of the canary's passes may exceed the champion's.
+    With `share`, the canary's of the units, a failure counts for the role that the unit is drawn
+    for; without, only of units that also got answers.
     """
     answers = _each_answer_once(served)
     of_canary = (answers["role"] == CANARY) & (answers["version"] == canary_version)
@@ -153,6 +164,7 @@ def judge_trial(
             counts[role] = UnitCounts(num_answers, np.bincount(unit, outcomes[mine]))
         verdicts.append(compare_counts(task, counts[CHAMPION], counts[CANARY]))
 
+    failures = _count_failures(served, answers, roles, canary_version, share)
     p99 = {role: float(np.percentile(answers["ranker_ms"][m], 99)) for role, m in roles.items()}
     return Verdict(
         {CHAMPION: champion_version, CANARY: canary_version},
@@ -161,35 +173,67 @@ def judge_trial(
         verdicts,
         p99,
         p99[CANARY] > (1 + max_slower) * p99[CHAMPION],
+        compare_counts("failures", failures[CHAMPION], failures[CANARY]),
     )
+
+
+def _count_failures(
+    served: pa.Table,
+    answers: Mapping[str, np.ndarray],
+    roles: Mapping[str, np.ndarray],
+    canary_version: int,
+    share: float | None,
+) -> dict[str, UnitCounts]:
+    """Requests and failed requests of each unit, by role, since the trial began."""
+    begin_ms = answers["served_at"][roles[CANARY]].min()
+    has_failed = np.array(served["failure"].is_valid()) & ~np.array(served["unit"].is_null())
+    has_failed &= np.array(served["served_at"]) >= begin_ms
+    failed = served["unit"].filter(pa.array(has_failed)).to_numpy(zero_copy_only=False)
+
+    counts = {}
+    for role, mine in roles.items():
+        answered = answers["unit"][mine]
+        is_mine = np.isin(failed, answered)
+        if share is not None:
+            drawn = [in_share(unit, canary_version, share) for unit in failed]
+            is_mine = np.array(drawn, bool) == (role == CANARY)
+
+        units = np.concatenate([answered, failed[is_mine]])
+        _, unit = np.unique(units, return_inverse=True)
+        did_fail = np.arange(len(units)) >= len(answered)
+        counts[role] = UnitCounts(
+            np.bincount(unit).astype(float), np.bincount(unit, did_fail.astype(float))
+        )
+    return counts
 
 
 def _each_answer_once(served: pa.Table) -> dict[str, np.ndarray]:
     """A row per answer that has a unit; the log has one per place."""
-    first = np.array(served["place"]) == 0
+    first = np.array(served["place"].fill_null(-1)) == 0
     known = ~np.array(served["unit"].is_null())
-    kept = served.filter(pa.array(first & known))
+    kept = served.filter(pa.array(first & known)).drop_columns("failure")
     return {name: kept[name].to_numpy() for name in kept.column_names}
 
 
 def _outcomes_by_request(
     events: Iterable[Event], tasks: Sequence[str]
-) -> dict[str, dict[int, int]]:
+) -> dict[str, dict[str, int]]:
     """How many events of each request did what, by task."""
-    done: dict[str, dict[int, int]] = {task: {} for task in tasks}
+    done: dict[str, dict[str, int]] = {task: {} for task in tasks}
     for event in events:
-        if event.request_id is None:
+        request = id_text(event.request_id)
+        if request is None:
             continue
         for task in tasks:
             if event.actions.get(task):
-                done[task][event.request_id] = done[task].get(event.request_id, 0) + 1
+                done[task][request] = done[task].get(request, 0) + 1
     return done
 
 
 def render_page(verdict: Verdict) -> str:
     """The verdict as a page of HTML, complete in itself."""
     rows = []
-    for one in verdict.tasks:
+    for one in [*verdict.tasks, verdict.failures]:
         values = (one.champion, one.canary, one.difference, one.low, one.high)
         cells = "".join(f"<td>{value:.5f}</td>" for value in values)
         rows.append(f"<tr><td>{one.task}</td>{cells}<td>{one.says}</td></tr>")
@@ -200,12 +244,16 @@ def render_page(verdict: Verdict) -> str:
             f"<li>{role}: version {version}, {verdict.answers[role]:,} answers to "
             f"{verdict.units[role]:,} users, p99 of a pass {verdict.p99_ms[role]:.1f} ms</li>"
         )
-    slow = "<p><b>The canary is slower than it may be.</b></p>" if verdict.is_slow else ""
+    warnings = ""
+    if verdict.is_slow:
+        warnings += "<p><b>The canary is slower than it may be.</b></p>"
+    if verdict.fails_more:
+        warnings += "<p><b>The canary leaves more requests without an answer.</b></p>"
     return (
         "<!doctype html><meta charset=utf-8><title>Verdict</title>"
         "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}"
         "td,th{padding:.3em 1em;text-align:right}</style>"
-        f"<h1>Canary version {verdict.versions[CANARY]}</h1><ul>{''.join(roles)}</ul>{slow}"
+        f"<h1>Canary version {verdict.versions[CANARY]}</h1><ul>{''.join(roles)}</ul>{warnings}"
         "<table><tr><th>task</th><th>champion</th><th>canary</th><th>difference</th>"
         f"<th>from</th><th>to</th><th></th></tr>{''.join(rows)}</table>"
         f"<p>Outcomes per answer. The interval holds the true difference with probability "

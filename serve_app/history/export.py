@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.logs import LIVE_FILES, live_log_dir
 from pipeline.logs.cleaning import log_form, row_digest
 from pipeline.schema import LOG_REQUIRED, EventColumns
 from pipeline.sequences import store
+from serve_app.feedback.exposures import Outcomes, ServedAnswers, read_mark, write_mark
 from serve_app.history.live import EventLog, compare_events, published_event
 from serve_app.history.posting import PostingRules
 from serve_app.history.published import STALE_S
@@ -48,13 +49,20 @@ class Export:
     dropped: dict[str, int]
     # events that the build would not take, by the field that is wrong: left in the event log
     refused: dict[str, int]
+    num_exposures: int = 0  # rows of what was served
+    # served rows that are no exposures, by the reason
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def export_events(
-    source: SourceConfig, sequences: SequenceConfig, run_dir: Path, log: EventLog
+    source: SourceConfig,
+    sequences: SequenceConfig,
+    run_dir: Path,
+    log: EventLog,
+    served: ServedAnswers | None = None,
 ) -> Export:
     """Write the events that no earlier export holds as they are now as one more file of the logs,
-    which the next build reads.
+    which the next build reads; of `served` answers the exposures too.
 
     With `sequences.repeats: first` the build keeps one row of an event, so an event that was
     exported once is not exported again.
@@ -67,7 +75,11 @@ def export_events(
     sweep_staged(folder, LIVE_FILES, min_age_s=STALE_S)
     exported = _exported_digests(folder, compared)
 
-    num_events = 0
+    num_events, num_exposures = 0, 0
+    outcomes = Outcomes()
+    exposures = None
+    if served is not None:
+        exposures = served.open_exposures(source.actions, sequences, rules, schema)
     dropped: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     with hidden_beside(folder / "events-new.parquet") as stage:
@@ -81,12 +93,27 @@ def export_events(
                 writer.write_table(rows)
                 num_events += rows.num_rows
                 dropped += _count_dropped(events, source.events)
+                outcomes.note_events(good)
+
+            if exposures is not None:
+                for rows in exposures.read_rows(outcomes, read_mark(folder)):
+                    new = ~np.isin(row_digest(rows.select(compared)), exported)
+                    rows = rows.filter(pa.array(new))
+                    writer.write_table(rows)
+                    num_exposures += rows.num_rows
 
         path = None
-        if num_events:
+        if num_events or num_exposures:
             path = _next_file(folder)
             publish_file(stage, path)
-    return Export(path, num_events, _by_name(dropped), _by_name(refused))
+
+    left_out: Counter[str] = Counter()
+    if exposures is not None:
+        write_mark(folder, exposures.final_until_ms)
+        left_out = exposures.left_out
+    return Export(
+        path, num_events, _by_name(dropped), _by_name(refused), num_exposures, _by_name(left_out)
+    )
 
 
 def _text_ids(run_dir: Path) -> tuple[str, ...]:
@@ -147,7 +174,7 @@ def _count_dropped(events: Sequence[Event], columns: EventColumns) -> Counter[st
 
 
 def _by_name(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items()))
+    return {name: number for name, number in sorted(counts.items()) if number}
 
 
 def _next_file(folder: Path) -> Path:
@@ -213,18 +240,25 @@ def _exported_digests(folder: Path, compared: Sequence[str]) -> np.ndarray:
 
 def _log_table(events: Sequence[Event], schema: pa.Schema) -> pa.Table:
     """The events as LOG rows."""
-    rows = [_log_row(event) for event in events]
+    text_requests = pa.types.is_string(schema.field("request_id").type)
+    rows = [_log_row(event, text_requests) for event in events]
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _log_row(event: Event) -> LogRow:
-    """LOG's columns; an action that the client did not name stays null: unknown, not "no"."""
+def _log_row(event: Event, text_requests: bool) -> LogRow:
+    """LOG's columns; an action that the client did not name stays null: unknown, not "no".
+
+    Where the logs number their requests, one that is text has its code.
+    """
     actions = {name: int(did) for name, did in event.actions.items()}
+    request_id = event.request_id
+    if request_id is not None:
+        request_id = own_id(request_id) if text_requests else int(request_id)
     return {
         "user_id": own_id(event.user_id),
         "item_id": own_id(event.item_id),
         "event_time": event.event_time,
-        "request_id": None if event.request_id is None else own_id(event.request_id),
+        "request_id": request_id,
         "watch_ms": event.watch_ms,
         **actions,
         **event.request_features,

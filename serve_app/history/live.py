@@ -19,7 +19,7 @@ from pipeline.schema import WATCH_MS, Column, EventColumns
 from serve_app.history.merging import merge_postings
 from serve_app.history.posting import PostingRules
 from serve_app.history.published import HistoryStore, sequence_row
-from serve_app.history.rows import NO_REQUEST
+from serve_app.ids import NO_REQUEST
 from serve_app.schemas import (
     END_OF_TIME,
     Event,

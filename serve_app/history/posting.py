@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline import config
 from pipeline.config import SequenceConfig
-from pipeline.schema import DAY_MS, TEXT_IDS, EventColumns
+from pipeline.schema import DAY_MS, NAMED_IDS, EventColumns
 from serve_app.history.rows import (
     find_refused_outcome,
     refuse_other_kind,
@@ -36,18 +36,23 @@ class PostingRules:
         earliest_ms = config.parse_time("sequences.earliest_time", cfg.earliest_time)
         return cls(columns, earliest_ms, latest_ms)
 
+    def latest_of(self, now_ms: int) -> int:
+        """The latest time that an event may have."""
+        day_from_now = now_ms + DAY_MS
+        return day_from_now if self.latest_ms is None else min(self.latest_ms, day_from_now)
+
     def find_refusal(self, event: Event, loc: Sequence[str | int], now_ms: int) -> Refusal | None:
         """The first thing in the event, which lies at `loc`, that the sequences have no place
         for.
         """
-        latest_ms, latest_rule = now_ms + DAY_MS, "a day from now"
-        if self.latest_ms is not None and self.latest_ms < latest_ms:
-            latest_ms, latest_rule = self.latest_ms, "sequences.latest_time"
+        latest_ms, latest_rule = self.latest_of(now_ms), "a day from now"
+        if latest_ms == self.latest_ms:
+            latest_rule = "sequences.latest_time"
         if not self.earliest_ms <= event.event_time <= latest_ms:
             rule = f"in ms since 1970, between {self.earliest_ms} and {latest_rule} ({latest_ms})"
             return Refusal.of([*loc, "event_time"], rule, event.event_time)
 
-        for name in TEXT_IDS:
+        for name in NAMED_IDS:
             value = getattr(event, name)
             refusal = refuse_other_kind([*loc, name], value, name, self.columns.text_ids)
             if refusal is not None:

@@ -21,7 +21,7 @@ from pipeline.config import UserError
 from pipeline.schema import EventColumns
 from serve_app.history.merging import merge_postings
 from serve_app.history.rows import event_columns
-from serve_app.ids import id_text, read_id
+from serve_app.ids import id_text, read_id, read_request_id, request_text
 from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
 logger = logging.getLogger("ray.serve")
@@ -236,7 +236,7 @@ def _value(event: Event) -> str:
     """
     request_id = None if event.request_id is None else int(event.request_id)
     value: list[Any] = [request_id, event.watch_ms, event.actions, event.request_features]
-    texts = [id_text(event.user_id), id_text(event.item_id), id_text(event.request_id)]
+    texts = [id_text(event.user_id), id_text(event.item_id), request_text(event.request_id)]
     with_texts = any(text is not None for text in texts)
     if event.outcomes or with_texts:
         value.append(event.outcomes)
@@ -250,14 +250,14 @@ def _event(user_id: int, field: str, value: str) -> Event:
     request_id, watch_ms, actions, features, *more = json.loads(value)
     outcomes = more[0] if more else {}
     texts = more[1] if len(more) > 1 else [None] * 3
-    user_text, item_text, request_text = texts
+    user_text, item_text, text_of_request = texts
     return Event.model_construct(
         user_id=read_id(user_id, user_text),
         item_id=read_id(item_id, item_text),
         event_time=event_time,
         actions=actions,
         request_features=features,
-        request_id=None if request_id is None else read_id(request_id, request_text),
+        request_id=read_request_id(request_id, text_of_request),
         watch_ms=watch_ms,
         outcomes=outcomes,
     )

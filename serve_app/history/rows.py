@@ -8,11 +8,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.schema import WATCH_MS, EventColumns
-from serve_app.ids import TextId, own_id
+from serve_app.ids import NO_REQUEST, TextId, own_id
 from serve_app.schemas import Event, PostedRow, Refusal, TextValue
 
-# rows of one time without a request_id are one request, as in the builder
-NO_REQUEST = np.iinfo(np.int64).max
 # event_time, item_id, request_id, watch_ms; then actions, request_features, outcomes as JSON
 LoggedRow = tuple[int, int, int | None, int | None, str, str, str]
 Value = TypeVar("Value")
@@ -58,7 +56,10 @@ def posted_columns(rows: Sequence[PostedRow], columns: EventColumns) -> dict[str
 
 
 def event_columns(events: Sequence[Event], columns: EventColumns) -> dict[str, np.ndarray]:
-    """`posted_columns` of events, and their `request_id`: NO_REQUEST where there is none."""
+    """`posted_columns` of events, and their `request_id`: NO_REQUEST where there is none.
+
+    Rows of one time without one are one request, as in the builder.
+    """
     flat = posted_columns(events, columns)
     flat["request_id"] = _fill_unknown([event.request_id for event in events], NO_REQUEST)
     return flat

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.schema import EventColumns
 from serve_app.history.merging import merge_postings
 from serve_app.history.rows import logged_columns
-from serve_app.ids import id_text, read_id
+from serve_app.ids import id_text, read_id, read_request_id, request_text
 from serve_app.schemas import END_OF_TIME, Event, EventKey, EventStatus, StoreDown
 
 BUSY_TIMEOUT_S = 30.0  # for a writer's turn; a commit takes one fsync
@@ -221,20 +221,20 @@ def _to_row(event: Event) -> tuple[int | str | None, ...]:
         json.dumps(event.outcomes, sort_keys=True),
         id_text(event.user_id),
         id_text(event.item_id),
-        id_text(event.request_id),
+        request_text(event.request_id),
     )
 
 
 def _from_row(row: tuple) -> Event:
     user_id, event_time, item_id, request_id, watch_ms, actions, features, outcomes, *texts = row
-    user_text, item_text, request_text = texts
+    user_text, item_text, text_of_request = texts
     return Event.model_construct(
         user_id=read_id(user_id, user_text),
         item_id=read_id(item_id, item_text),
         event_time=event_time,
         actions=json.loads(actions),
         request_features=json.loads(features),
-        request_id=None if request_id is None else read_id(request_id, request_text),
+        request_id=read_request_id(request_id, text_of_request),
         watch_ms=watch_ms,
         outcomes=json.loads(outcomes),
     )

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from kernels.backend import choose_backend
-from pipeline import config
 from pipeline.config import ServeConfig, UserError
+from pipeline.config.reading import build_section
 from pipeline.index.folder import load_indexed
 from pipeline.tracking import PinnedModel, fetch_model
 from serve_app.columns import RankColumns, RankedColumns
@@ -367,6 +367,11 @@ class Shared:
     budget: CacheBudget
 
 
+def read_limits(plain: dict[str, Any]) -> ServeConfig:
+    """The section `serve` from plain values; what it says of the logs was checked before."""
+    return build_section(ServeConfig, plain, "serve")
+
+
 def load_rollout(
     user_config: dict[str, Any], metrics: ReplicaMetrics, earlier: Rollout | None = None
 ) -> Rollout:
@@ -376,7 +381,7 @@ def load_rollout(
     A version that `earlier` holds already, over the same sequences and limits, is kept with what it
     has cached: a new share for a canary, or a canary that becomes champion, loads nothing.
     """
-    limits = config.from_dict({"serve": user_config["limits"]}).serve
+    limits = read_limits(user_config["limits"])
     models = {
         CHAMPION: user_config["model"],
         CANARY: user_config["canary"],

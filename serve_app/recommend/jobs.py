@@ -1,6 +1,6 @@
 """A recommend request among the jobs of a replica: its candidates share passes with others'."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.ranking.rollout import RankJob, ReceivedRequest, Rollout
@@ -53,6 +53,7 @@ class ReceivedList(ReceivedRequest):
         """The list, counted."""
         rank_ms = 0.0 if ranked is None else ranked.ranker_ms or 0.0
         finished = self.recommender.finish_list(prepared, ranked, rank_ms / 1000)
+        finished = replace(finished, role=self.role)
 
         metrics = self.rollout.metrics
         labels = (str(finished.model_version), self.role)

@@ -19,13 +19,31 @@ class RecommendedList:
     source: list[str]
     title: list[str | None] | None = None
     why: list[Explanation] | None = None
+    role: str = ""  # of the version: champion or canary
+    sequences: str = ""  # digest of the published sequences behind the history
+    task: str = ""  # whose probability `score` is
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """float32 [K] by task: of the one that the list is ordered by."""
+        return {self.task: self.score}
+
+    @property
+    def ranker_ms(self) -> float:
+        """Of all stages of the list's work."""
+        return self.head["took_ms"]
 
     @property
     def model_version(self) -> int:
         return self.head["model_version"]
 
+    @property
+    def request_id(self) -> str:
+        """Its name; there once it is on its way to a client."""
+        return self.head["request_id"]
+
     def with_request_id(self, request_id: str) -> "RecommendedList":
-        """The same under the id of the HTTP request that it answers."""
+        """The same under an id of its own."""
         return replace(self, head={"request_id": request_id} | self.head)
 
     def response(self) -> RecommendResponse:

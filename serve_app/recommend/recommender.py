@@ -149,6 +149,8 @@ class Recommender:
             source=[retrieved.first_source(place) for place in places.tolist()],
             title=self._titles(rows),
             why=why,
+            sequences=self.ranker.store.digest,
+            task=task,
         )
 
     def _head(self, prepared: PreparedList, ordered_by: str) -> dict[str, object]:

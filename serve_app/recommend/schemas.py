@@ -180,7 +180,7 @@ class RecommendedItem(BaseModel):
 
 
 RECOMMEND_ANSWER_EXAMPLE = {
-    "request_id": "9f1c…",
+    "request_id": "9f1c4be20a7d5386",
     "model_version": 4,
     "index_version": "5be1a0c2d4f60718",
     "request_time_ms": 1_651_766_399_000,
@@ -204,7 +204,9 @@ class RecommendResponse(BaseModel):
         protected_namespaces=(), json_schema_extra={"examples": [RECOMMEND_ANSWER_EXAMPLE]}
     )
 
-    request_id: str = Field(description="of the answer's header X-Request-Id as well")
+    request_id: str = Field(
+        description="names what was served; events that come of it carry it as their request_id"
+    )
     model_version: int
     index_version: str
     request_time_ms: int

@@ -1,13 +1,13 @@
 """`/v1/rank` and `/v1/rank/arrow`: candidates in, scores and an order out."""
 
-import random
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
 from serve_app import columns
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.feedback.served_log import ServedLog
+from serve_app.feedback.served_log import ServedLog, noting_failures
+from serve_app.ids import new_request_id
 from serve_app.schemas import RankRequest, RankResponse, Refusal
 from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
@@ -66,14 +66,14 @@ async def rank_columns(
     replica: Replica, request: RankColumns, http: Request
 ) -> RankedColumns | Refusal:
     """The replica's answer with an id of its own; the served log gets what was served."""
-    answer = await replica.rank(request)
+    served: ServedLog | None = http.app.state.served
+    with noting_failures(served, [request]):
+        answer = await replica.rank(request)
     if not isinstance(answer, RankedColumns):
         return answer
 
-    # as many bits as a JavaScript client can hold
-    request_id = random.getrandbits(53)
+    request_id = new_request_id()
     answer = replace(answer, head={"request_id": request_id, **answer.head})
-    served: ServedLog | None = http.app.state.served
     if served is not None:
         served.note_answer(request, answer, request_id)
     return answer

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request, Response
 
 from serve_app import columns
+from serve_app.feedback.served_log import ServedLog, noting_failures
+from serve_app.ids import new_request_id
 from serve_app.recommend import arrow
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import (
@@ -92,11 +94,22 @@ async def _recommend(
         return Refusal.of(["body", "requests"], f"at most {limit} users", len(requests))
 
     lists: list[RecommendedList] = []
-    for place, answer in enumerate(await replica.recommend(requests)):
+    served: ServedLog | None = http.app.state.served
+    with noting_failures(served, requests):
+        answers = await replica.recommend(requests)
+
+    for place, answer in enumerate(answers):
         if isinstance(answer, Refusal):
             return _at_place(answer, place) if placed else answer
-        lists.append(answer.with_request_id(http.state.request_id))
+        lists.append(answer.with_request_id(new_request_id()))
+
     http.state.version = lists[0].model_version
+    if not placed:  # the batch forms have several
+        http.state.served_as = lists[0].request_id
+
+    if served is not None:
+        for request, answer in zip(requests, lists, strict=True):
+            served.note_answer(request, answer, answer.request_id)
     return lists
 
 

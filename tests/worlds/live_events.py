@@ -33,10 +33,10 @@ def logged(rng: np.random.Generator, num: int, *, request_ids: bool) -> list[dic
 
 
 def event(row: dict) -> Event:
-    return Event(
-        actions={name: bool(row[name]) for name in ("is_click", "is_like") if name in row},
-        request_features={"tab": row["tab"]} if "tab" in row else {},
-        **{
-            name: value for name, value in row.items() if name not in ("is_click", "is_like", "tab")
-        },
-    )
+    """The row as a client posts it."""
+    rest = dict(row)
+    actions = {name: bool(rest.pop(name)) for name in ("is_click", "is_like") if name in rest}
+    tab = {"tab": rest.pop("tab")} if "tab" in rest else {}
+    if "request_id" in rest:
+        rest["request_id"] = str(rest["request_id"])
+    return Event(actions=actions, request_features=tab, **rest)

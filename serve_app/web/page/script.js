@@ -311,7 +311,7 @@ function relatives(row) {
 
 function showList(list, got) {
   list.body = got.body;
-  list.requestId = state.kind === "rank" ? got.answer.request_id : null;
+  list.requestId = got.answer.request_id;
   const rows = got.items.map((row) => ({
     ...row,
     fact: state.facts.get(row.id),

@@ -1,0 +1,153 @@
+"""One turn of the loop on a demo's run, with people who do not exist.
+
+    served → clicked → exported → appended → trained from the champion → gate → served
+
+One item in five is in fashion, which no earlier log says. At the end the lists of both champions
+are held against each other.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import numpy as np
+
+from pipeline.config import ExposureConfig, RunConfig, SplitConfig, UserError
+from pipeline.logs import live_log_dir
+from pipeline.schema import DAY_MS
+from pipeline.sequences import store
+from pipeline.tracking import PinnedModel, Tracker
+from serve_app import deployment
+from serve_app.feedback.exposures import ServedAnswers, write_mark
+from serve_app.feedback.simulated import SHOWN, Crowd, Visits, visit_server, wait_for_rows
+from serve_app.history.export import export_events
+from serve_app.load_test import known_ids
+from serve_app.ranking.rollout import open_events
+from serve_app.replay import TIMEOUT_S, key_header
+
+TRAINED, DAYS = 1, 3  # the first day is learned, the second decides, the third is the test
+FLUSH_S = 2.0
+WRITTEN_S = 60.0  # longest wait for the served log
+
+# the chain from the logs to a served champion, by the settings of the turn; its summary
+NextChampion = Callable[[RunConfig], dict[str, Any]]
+
+
+def run_turn(
+    cfg: RunConfig,
+    tracker: Tracker,
+    dashboard_url: str,
+    visits: int,
+    find_next: NextChampion,
+) -> dict[str, Any]:
+    """Serve the champion to `visits` visitors, and `find_next` from what came of it; returns the
+    summary of that, with the share of what was recommended that is in fashion, before and after.
+
+    Raises:
+        UserError: the run has logs of its user's own, or no champion.
+    """
+    cfg, start_ms = next_days(cfg)
+    champion: PinnedModel = tracker.find_champion()
+    _print_step(1, f"version {champion.version} recommends")
+    url = deployment.deploy_model(cfg, dashboard_url, champion)
+    before = simulate_days(cfg, url, start_ms, visits)
+    print(f"answers={before.answers} shown={before.shown} clicks={before.clicks}")
+
+    _print_step(2, "what was served and clicked goes into the logs")
+    export_answers(cfg)
+
+    _print_step(3, "the next champion")
+    summary = find_next(cfg)
+
+    _print_step(4, f"version {tracker.find_champion().version} recommends")
+    after = look_at_lists(cfg, url, start_ms + DAYS * DAY_MS, visits // DAYS)
+    print(
+        f"in fashion, of what was recommended: {before.fashion_share:.3f} before, "
+        f"{after.fashion_share:.3f} after (.2 by chance)"
+    )
+    return summary | {
+        "fashion_before": before.fashion_share,
+        "fashion_after": after.fashion_share,
+    }
+
+
+def _print_step(number: int, what: str) -> None:
+    print(f"== loop {number}/4 {what}", flush=True)
+
+
+def refuse_real_logs(cfg: RunConfig) -> None:
+    """Simulated clicks among a user's own logs would be false for good."""
+    if cfg.source.kind == "parquet":
+        raise UserError(
+            "source.kind: these are logs of your own, and --loop would add simulated clicks to "
+            "them; docs/guide/loop.md has the same turn for a server with real users"
+        )
+
+
+def next_days(cfg: RunConfig) -> tuple[RunConfig, int]:
+    """The settings of a turn over the three days after the logs' last, and their beginning (ms)."""
+    last_ms = store.read_manifest(cfg.sequence_dir).last_event_ms
+    start_ms = (last_ms // DAY_MS + 1) * DAY_MS
+    split = SplitConfig(
+        t_val=_iso_time(start_ms + TRAINED * DAY_MS),
+        t_test=_iso_time(start_ms + (TRAINED + 1) * DAY_MS),
+    )
+    # simulated people act at once, at a time that is long over or to come
+    exposures = ExposureConfig(places=SHOWN, wait_h=0.0, max_age_s=1e12, actions=cfg.tasks)
+    serve = replace(
+        cfg.serve,
+        served_log=True,
+        served_share=1.0,
+        served_places=max(SHOWN, cfg.serve.served_places),
+        served_flush_s=FLUSH_S,
+        exposures=exposures,
+    )
+    return replace(cfg, split=split, serve=serve), start_ms
+
+
+def _iso_time(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat()
+
+
+def simulate_days(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visits:
+    """Three days of visits; all that was served is in the served log when it returns."""
+    # what was asked before, to compare or to look, was shown to nobody
+    write_mark(live_log_dir(cfg.run_dir), int(time.time() * 1000))
+
+    rng = np.random.default_rng(cfg.seed)
+    times_ms = start_ms + np.sort(rng.choice(DAYS * DAY_MS, visits, replace=False))
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+        done, names = visit_server(client, find_crowd(cfg), times_ms, rng)
+    wait_for_rows(deployment.served_folder(cfg), names, WRITTEN_S)
+    return done
+
+
+def look_at_lists(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visits:
+    """What is recommended on the day after."""
+    rng = np.random.default_rng(cfg.seed)
+    times_ms = start_ms + np.sort(rng.choice(DAY_MS, visits, replace=False))
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+        done, _ = visit_server(client, find_crowd(cfg), times_ms, rng, posts=False)
+    return done
+
+
+def find_crowd(cfg: RunConfig) -> Crowd:
+    """The users of the published sequences."""
+    users, items = known_ids(cfg.sequence_dir)
+    return Crowd(users, items, cfg.tasks, by_rank=not cfg.index.enabled)
+
+
+def export_answers(cfg: RunConfig) -> None:
+    """As `jobs.export_events` does it."""
+    assert cfg.serve.exposures is not None
+    served = ServedAnswers(deployment.served_folder(cfg), cfg.serve.exposures)
+    log = open_events(cfg.serve, cfg.run_dir / "serving")
+    done = export_events(cfg.source, cfg.sequences, cfg.run_dir, log, served)
+    print(
+        f"file={done.path} events={done.num_events} exposures={done.num_exposures} "
+        f"left_out={json.dumps(done.left_out)}"
+    )
