@@ -21,7 +21,7 @@ from benchmarks.quality import (
 )
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
-from benchmarks.serving import gpu_replica, ranker, recommend, under_load_report
+from benchmarks.serving import gpu_replica, peeking, ranker, recommend, under_load_report
 from benchmarks.training import collate, feeding, load_balance, model, reading, sharding
 
 ENCODERS = ("ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din")
@@ -80,6 +80,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kuairand": lambda: anchor_report.section(*runs_read("kuairand_anchor", "demo")),
     "load balance": lambda: load_balance.section(*runs_read("load_balance")),
     "serving": lambda: under_load_report.section(*runs_read("serving")),
+    "peeking": lambda: peeking.section(*runs_read("peeking")),
     "recommend": lambda: recommend.section(*runs_read("recommend")),
     "tables": lambda: tables_report.section(
         merge_runs(*runs_of("tables_h100", "tables_h100_quiet_host"))

@@ -60,10 +60,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--loop",
         type=int,
         nargs="?",
-        const=600,
+        const=1000,
         metavar="VISITS",
-        help="serve a demo's champion to people who do not exist for three days, and append what "
-        "they were shown and clicked; default: 600 lists",
+        help="serve a demo's champion to people who do not exist for five days, and append what "
+        "they were shown and clicked; default: 1000 lists",
     )
 
 

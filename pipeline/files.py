@@ -9,6 +9,9 @@ on the disk.* A power cut then leaves the old content or the new, never an empty
 name. Folders are not synced: a rename that the cut took back leaves the old content, and everybody
 here can make the new one again.
 
+Nearly all that is written has users in it or comes of them, so a file is its owner's alone from its
+first byte on (mode 0600), and a staged folder too (0700). Who wants to share one changes that.
+
 A process that is killed in between leaves its hidden file. Nobody reads it. Where there can be rows
 of users in it, the next writer removes it, and whoever forgets users (`sweep_staged`).
 """
@@ -76,10 +79,16 @@ def hidden_beside(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # two writers do not meet
+    os.close(open_private(stage, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
         yield stage
     finally:
         stage.unlink(missing_ok=True)
+
+
+def open_private(path: str | Path, flags: int) -> int:
+    """`opener` of the built-in `open`: a file that it makes is its owner's alone."""
+    return os.open(path, flags, 0o600)
 
 
 def sweep_staged(folder: Path, pattern: str, min_age_s: float = 0.0) -> int:
@@ -161,3 +170,10 @@ def make_private_folder(folder: Path) -> None:
     # of another user, or on a file system without modes
     with contextlib.suppress(PermissionError):
         folder.chmod(0o700)
+
+
+def make_private_file(path: Path) -> None:
+    """An empty file that its user alone may read; one that is there is closed to others too."""
+    path.touch(mode=0o600)
+    with contextlib.suppress(PermissionError):
+        path.chmod(0o600)

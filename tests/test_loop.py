@@ -5,17 +5,24 @@ from types import SimpleNamespace
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi import FastAPI
 
 from pipeline.config import ExposureConfig, UserError
-from pipeline.schema import DAY_MS
+from pipeline.schema import DAY_MS, EventColumns
 from pipeline.sequences import store
 from serve_app.feedback import turn
 from serve_app.feedback.exposures import ServedAnswers
 from serve_app.feedback.served_log import ServedLogSettings
-from serve_app.feedback.simulated import Crowd, is_in_fashion, visit_server, wait_for_rows
+from serve_app.feedback.simulated import (
+    Crowd,
+    action_rates,
+    is_in_fashion,
+    visit_server,
+    wait_for_rows,
+)
 from serve_app.history.export import export_events
 from serve_app.ranking.rollout import open_events
 from serve_app.web.api import make_api
@@ -39,7 +46,7 @@ def test_what_is_shown_and_clicked_is_what_the_logs_get(tmp_path: Path, *, by_ra
     folder = str(tmp_path / "served")
     api = make_api(world, 100_000, served_log=ServedLogSettings(folder=folder, flush_s=0.1))
     users, items = np.array([3, 4, 5]), np.arange(30)
-    crowd = Crowd(users, items, ("is_click", "is_like"), by_rank)
+    crowd = Crowd(users, items, {"is_click": 0.3, "is_like": 0.1}, by_rank)
     start_ms = store.read_manifest(world.cfg.sequence_dir).last_event_ms + 1
     times_ms = start_ms + 1000 * np.arange(VISITS)
     visits, names = visit_server(here(api), crowd, times_ms, np.random.default_rng(0))
@@ -63,14 +70,26 @@ def test_what_is_shown_and_clicked_is_what_the_logs_get(tmp_path: Path, *, by_ra
     assert sum(in_fashion) == visits.in_fashion
 
 
+def test_fashion_moves_clicks_and_not_their_number() -> None:
+    crowd = Crowd(np.arange(2), np.arange(5), {"is_click": 0.3})
+    chances = [crowd.click_chance(item) for item in range(5)]
+    assert np.mean(chances) == pytest.approx(0.3)
+    assert chances == pytest.approx([0.9, 0.15, 0.15, 0.15, 0.15])
+
+    columns = EventColumns(actions=("is_like", "is_click"))
+    masks = {"known_mask": [[3, 2], [2]], "action_mask": [[2, 0], [2]]}
+    rates = action_rates(pa.table(masks), columns, ("is_click", "is_like"))
+    assert rates == {"is_click": pytest.approx(2 / 3), "is_like": 0.0}
+
+
 def test_the_days_of_a_turn_follow_the_logs(tmp_path: Path) -> None:
     cfg = Served(tmp_path).cfg
     following, start_ms = turn.next_days(cfg)
     last_ms = store.read_manifest(cfg.sequence_dir).last_event_ms
     assert start_ms - DAY_MS <= last_ms < start_ms
     assert (following.split.val_ms, following.split.test_ms) == (
-        start_ms + DAY_MS,
-        start_ms + 2 * DAY_MS,
+        start_ms + 3 * DAY_MS,
+        start_ms + 4 * DAY_MS,
     )
     with pytest.raises(UserError, match=r"docs/guide/loop\.md"):
         turn.refuse_real_logs(own_logs(tmp_path))

@@ -331,6 +331,24 @@ def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
     assert {"new user", user_name(3)} & set(names.to_pylist()) == set()
 
 
+def test_what_is_of_users_is_its_owners_alone(world: TextServed) -> None:
+    """Each file by its own mode, or as its folder may not be entered by others."""
+    call(make_api(world, 100_000), "POST", "/v1/events", json={"events": [EVENT]})
+    evaluate_model(world.cfg, world.cfg.model_dir)
+    folder = world.cfg.run_dir.parent.parent
+    open_to_others = []
+    for path in [
+        *world.cfg.run_dir.rglob("*"),
+        *folder.glob("events.sqlite*"),
+        *folder.glob("cache/*"),
+    ]:
+        inside = [path.parent, *path.parent.parents][: len(path.relative_to(folder).parts)]
+        is_closed = any(one.stat().st_mode & 0o077 == 0 for one in (path, *inside))
+        if path.is_file() and not is_closed:
+            open_to_others.append(path.name)
+    assert open_to_others == []
+
+
 def test_what_was_served_goes_into_the_logs_by_name(world: TextServed, tmp_path: Path) -> None:
     """Ranked candidates and recommended lists, over HTTP."""
     settings = ServedLogSettings(folder=str(tmp_path / "served"))

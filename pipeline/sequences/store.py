@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import SequenceConfig, UserError
+from pipeline.files import open_private
 from pipeline.schema import EventColumns, outcome_column
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ def write_table(table: pa.Table, folder: Path, stem: str, users: int = 0) -> Buc
     # a second attempt may run beside a lost first one
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with open(staged, "w+b") as file:
+        with open(staged, "w+b", opener=open_private) as file:
             pq.write_table(
                 table,
                 file,

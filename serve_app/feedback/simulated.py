@@ -7,22 +7,24 @@ whoever asks. A model that learns from what was served puts more of those into i
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 
 from pipeline.config import UserError
 from pipeline.logs.ids import OwnId, id_code
+from pipeline.schema import EventColumns
 from serve_app.feedback.served_log import read_served
 from serve_app.replay import post_body
 
 SHOWN = 10  # items of an answer
 ONE_IN = 5  # items is in fashion
-CLICK = {True: 0.6, False: 0.1}  # chance of a click, in fashion or not
-FURTHER = 0.4  # chance of each other action after a click
+MOST_LIKELY = 0.95  # chance of a click on what is in fashion, at most
+GAIN = 3.0  # how much more it is clicked than items in the logs are
 POLL_S = 0.5
 
 
@@ -47,8 +49,27 @@ class Crowd:
 
     users: np.ndarray  # ids as clients have them
     items: np.ndarray
-    actions: tuple[str, ...]  # the first is the click
+    rates: dict[str, float]  # of each action in the logs; the first is the click
     by_rank: bool = False  # they ask for an order of chance items: the version has no index
+
+    def click_chance(self, item: OwnId) -> float:
+        """The chance that a shown item is clicked: over all items that of the logs."""
+        click = next(iter(self.rates.values()))
+        in_fashion = min(GAIN * click, MOST_LIKELY)
+        return in_fashion if is_in_fashion(item) else (ONE_IN * click - in_fashion) / (ONE_IN - 1)
+
+
+def action_rates(
+    table: pa.Table, columns: EventColumns, actions: Sequence[str]
+) -> dict[str, float]:
+    """Share of the rows that have each action, of the SEQUENCE rows where it is known."""
+    known = table["known_mask"].combine_chunks().flatten().to_numpy()
+    done = table["action_mask"].combine_chunks().flatten().to_numpy()
+    rates = {}
+    for name in actions:
+        bit = columns.actions.index(name)
+        rates[name] = float((done >> bit & 1).sum() / max((known >> bit & 1).sum(), 1))
+    return rates
 
 
 def is_in_fashion(item: OwnId) -> bool:
@@ -82,7 +103,7 @@ def visit_server(
         if not posts:
             continue
 
-        events = list(_click_items(shown, crowd.actions, rng))
+        events = list(_click_items(shown, crowd, rng))
         for event in events:
             event |= {"user_id": user, "event_time": asked_at, "request_id": request_id}
         visits.clicks += len(events)
@@ -108,14 +129,19 @@ def _ask_items(
 
 
 def _click_items(
-    shown: list[OwnId], actions: tuple[str, ...], rng: np.random.Generator
+    shown: list[OwnId], crowd: Crowd, rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
     """An event for each item that is clicked; nothing is said of the others."""
-    click, *further = actions
+    click, *further = crowd.rates
     for item in shown:
-        if rng.random() < CLICK[is_in_fashion(item)]:
-            did = {name: bool(rng.random() < FURTHER) for name in further}
-            yield {"item_id": item, "actions": {click: True} | did}
+        if rng.random() >= crowd.click_chance(item):
+            continue
+
+        # after a click, as often as in the logs over all
+        did = {click: True}
+        for name in further:
+            did[name] = bool(rng.random() < crowd.rates[name] / crowd.rates[click])
+        yield {"item_id": item, "actions": did}
 
 
 def wait_for_rows(folder: str, names: set[str], longest_s: float) -> None:

@@ -23,13 +23,20 @@ from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, Tracker
 from serve_app import deployment
 from serve_app.feedback.exposures import ServedAnswers, write_mark
-from serve_app.feedback.simulated import SHOWN, Crowd, Visits, visit_server, wait_for_rows
+from serve_app.feedback.simulated import (
+    SHOWN,
+    Crowd,
+    Visits,
+    action_rates,
+    visit_server,
+    wait_for_rows,
+)
 from serve_app.history.export import export_events
 from serve_app.load_test import known_ids
 from serve_app.ranking.rollout import open_events
 from serve_app.replay import TIMEOUT_S, key_header
 
-TRAINED, DAYS = 1, 3  # the first day is learned, the second decides, the third is the test
+TRAINED, DAYS = 3, 5  # three days are learned, the fourth decides, the fifth is the test
 FLUSH_S = 2.0
 WRITTEN_S = 60.0  # longest wait for the served log
 
@@ -89,7 +96,7 @@ def refuse_real_logs(cfg: RunConfig) -> None:
 
 
 def next_days(cfg: RunConfig) -> tuple[RunConfig, int]:
-    """The settings of a turn over the three days after the logs' last, and their beginning (ms)."""
+    """The settings of a turn over the days after the logs' last, and their beginning (ms)."""
     last_ms = store.read_manifest(cfg.sequence_dir).last_event_ms
     start_ms = (last_ms // DAY_MS + 1) * DAY_MS
     split = SplitConfig(
@@ -114,7 +121,7 @@ def _iso_time(time_ms: int) -> str:
 
 
 def simulate_days(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visits:
-    """Three days of visits; all that was served is in the served log when it returns."""
+    """Some days of visits; all that was served is in the served log when it returns."""
     # what was asked before, to compare or to look, was shown to nobody
     write_mark(live_log_dir(cfg.run_dir), int(time.time() * 1000))
 
@@ -138,7 +145,9 @@ def look_at_lists(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visit
 def find_crowd(cfg: RunConfig) -> Crowd:
     """The users of the published sequences."""
     users, items = known_ids(cfg.sequence_dir)
-    return Crowd(users, items, cfg.tasks, by_rank=not cfg.index.enabled)
+    table, columns = store.read_sequences(cfg.sequence_dir), cfg.source.events
+    rates = action_rates(table, columns, cfg.tasks)
+    return Crowd(users, items, rates, by_rank=not cfg.index.enabled)
 
 
 def export_answers(cfg: RunConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.files import make_private_file
 from pipeline.schema import EventColumns
 from serve_app.history.merging import merge_postings
 from serve_app.history.rows import logged_columns
@@ -59,6 +60,7 @@ class SqliteEvents:
         with open(path.with_suffix(".lock"), "w") as lock:
             # the switch to the write-ahead log does not wait for others
             fcntl.flock(lock, fcntl.LOCK_EX)
+            make_private_file(path)  # the write-ahead log gets its mode
             self._writer = _connect(path)
             _prepare_table(self._writer)
 

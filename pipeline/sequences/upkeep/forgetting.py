@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import publish_file, sha256_of
+from pipeline.files import open_private, publish_file, sha256_of
 from pipeline.logs.cleaning import REASON, LogRules, user_bucket
 from pipeline.logs.ids import code_column
 from pipeline.sequences import store
@@ -155,6 +155,6 @@ def stage_without(path: Path, users: np.ndarray, column: str, *, text: bool) -> 
     if not removed:
         return None
 
-    with staged.open("wb") as file:
+    with open(staged, "wb", opener=open_private) as file:
         pq.write_table(rest, file)
     return Rewritten(path, staged, sha256_of(path), sha256_of(staged), removed)

@@ -244,8 +244,8 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
 
     They go on a list first, so that no later build takes them in again. Then come parts, buckets,
     quarantine and tables, as a new version in the place of all that are kept, the report, the
-    exported events (live_logs) and the predictions of evaluations. Run again, it does what a killed
-    run left and changes nothing else.
+    exported events (live_logs), predictions of evaluations and recommended lists. Run again, it
+    does what a killed run left and changes nothing else.
 
     Returns the rows that were removed, by where they were.
 
@@ -274,9 +274,10 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         # after the manifest, which knows them by their new digests
         removed["live_logs"] = _publish_files(exported)
 
-    predictions = sorted(cfg.run_dir.rglob("predictions/*.parquet"))
-    predicted = _stage_files(predictions, users, "user_id", text=text)
-    removed["predictions"] = _publish_files(predicted)
+    for name in ("predictions", "recommendations"):
+        files = sorted(cfg.run_dir.rglob(f"{name}/*.parquet"))
+        rewritten = _stage_files(files, users, "user_id", text=text)
+        removed[name] = _publish_files(rewritten)
     return removed
 
 
