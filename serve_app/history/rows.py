@@ -26,21 +26,15 @@ def posted_columns(rows: Sequence[PostedRow], columns: EventColumns) -> dict[str
         {is_click: false}                          0b01          0b00
         {is_click: false, is_like: true}           0b11          0b10
     """
-    bits = {action: 1 << bit for bit, action in enumerate(columns.actions)}
     values: dict[str, list[Any]] = defaultdict(list)
 
     for row in rows:
-        known_mask, action_mask = 0, 0
-        for name, did in row.actions.items():
-            bit = bits.get(name, 0)
-            known_mask |= bit
-            if did:
-                action_mask |= bit
-
+        known_mask, action_mask = action_masks(row.actions, columns.actions)
         values["item_id"].append(row.item_id)
         values["event_time"].append(row.event_time)
         values["known_mask"].append(known_mask)
         values["action_mask"].append(action_mask)
+
         for column in columns.request_columns:
             value = row.request_features.get(column.name, column.unknown)
             values[column.name].append(value)
@@ -48,11 +42,33 @@ def posted_columns(rows: Sequence[PostedRow], columns: EventColumns) -> dict[str
             value = row.find_outcome(column.name)
             values[column.name].append(column.unknown if value is None else value)
 
-    floats = {column.name for column in columns.outcomes if column.is_float}
-    return {
-        name: np.array(found, np.float64 if name in floats else np.int64)
-        for name, found in values.items()
-    }
+    dtypes = _column_types(columns)
+    flat = {}
+    for name, found in values.items():
+        flat[name] = np.array(found, dtypes.get(name, np.int64))
+    return flat
+
+
+def action_masks(did: Mapping[str, bool], actions: Sequence[str]) -> tuple[int, int]:
+    """The bits of the actions that are known, and of those that happened."""
+    known_mask, action_mask = 0, 0
+    for bit, name in enumerate(actions):
+        if name not in did:
+            continue
+
+        known_mask |= 1 << bit
+        if did[name]:
+            action_mask |= 1 << bit
+    return known_mask, action_mask
+
+
+def _column_types(columns: EventColumns) -> dict[str, type]:
+    """The types of the columns that are not int64."""
+    types: dict[str, type] = {}
+    for column in columns.outcomes:
+        if column.is_float:
+            types[column.name] = np.float64
+    return types
 
 
 def event_columns(events: Sequence[Event], columns: EventColumns) -> dict[str, np.ndarray]:
@@ -77,34 +93,42 @@ def logged_columns(rows: Sequence[LoggedRow], columns: EventColumns) -> dict[str
         "request_id": _fill_unknown(request_id, NO_REQUEST),
     }
 
-    bits = {action: 1 << bit for bit, action in enumerate(columns.actions)}
-    named = lambda did: sum(bits.get(name, 0) for name in did)
-    done = lambda did: sum(bits.get(name, 0) for name, value in did.items() if value)
-    flat["known_mask"] = np.array(_read_each(actions, named), np.int64)
-    flat["action_mask"] = np.array(_read_each(actions, done), np.int64)
+    masks = _read_each(actions, lambda did: action_masks(did, columns.actions))
+    known_mask, action_mask = zip(*masks, strict=True)
+    flat["known_mask"] = np.array(known_mask, np.int64)
+    flat["action_mask"] = np.array(action_mask, np.int64)
 
     for column in columns.request_columns:
-        values = _read_each(features, lambda found, name=column.name: found.get(name))
+        values = _read_value(features, column.name)
         flat[column.name] = _fill_unknown(values, column.unknown)
+
+    dtypes = _column_types(columns)
     for column in columns.outcomes:
-        values = watch_ms
-        if column.name != WATCH_MS.name:
-            values = _read_each(outcomes, lambda found, name=column.name: found.get(name))
-        dtype = np.float64 if column.is_float else np.int64
+        is_field = column.name == WATCH_MS.name  # of its own, not among the outcomes
+        values = watch_ms if is_field else _read_value(outcomes, column.name)
+        dtype = dtypes.get(column.name, np.int64)
         flat[column.name] = _fill_unknown(values, column.unknown, dtype)
     return flat
 
 
+def _read_value(texts: Sequence[str], name: str) -> list[Any]:
+    """The value of this name in each JSON text, None where it has none."""
+    return _read_each(texts, lambda found: found.get(name))
+
+
 def _read_each(texts: Sequence[str], take: Callable[[dict[str, Any]], Value]) -> list[Value]:
     """`take` of the object in each JSON text."""
-    values = {text: take(json.loads(text)) for text in set(texts)}
+    values: dict[str, Value] = {}
+    for text in set(texts):
+        values[text] = take(json.loads(text))
     return [values[text] for text in texts]
 
 
 def _fill_unknown(
     values: Sequence[float | None], unknown: float | None, dtype: type = np.int64
 ) -> np.ndarray:
-    return np.array([unknown if value is None else value for value in values], dtype)
+    filled = [unknown if value is None else value for value in values]
+    return np.array(filled, dtype)
 
 
 def refuse_other_kind(
@@ -133,7 +157,10 @@ def find_refused_outcome(
     loc: Sequence[str | int], row: PostedRow, columns: EventColumns
 ) -> Refusal | None:
     """The first outcome of `row`, which lies at `loc`, that the sequences have no place for."""
-    known = {column.name: column for column in columns.declared}
+    known = {}
+    for column in columns.declared:
+        known[column.name] = column
+
     for name, value in row.outcomes.items():
         where = [*loc, "outcomes"]
         if name == WATCH_MS.name:
