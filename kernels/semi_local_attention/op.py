@@ -21,6 +21,7 @@ from kernels.semi_local_attention.reference import (
     semi_local_attention_reference,
 )
 from kernels.semi_local_attention.torch_blocked import (
+    TilePlan,
     cached_attention_blocked,
     plan_tiles,
     semi_local_attention_blocked,
@@ -244,11 +245,8 @@ def semi_local_attention(
         are on the CPU.
     """
     mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
-    if query_rows is not None:
-        fits = q_THD.shape == (len(query_rows.index), *k_THD.shape[1:]) and not q_THD.is_cuda
-        _require(fits and backend in ("auto", "torch"), "query_rows: q [R, H, D] on the CPU")
-    asked = q_THD if query_rows is None else k_THD
-    _check_inputs(asked, k_THD, v_THV, seq_offsets, *tensors, mask, scaling_seq_len)
+    asking = q_THD if query_rows is None else _check_rows(q_THD, k_THD, query_rows, backend)
+    _check_inputs(asking, k_THD, v_THV, seq_offsets, *tensors, mask, scaling_seq_len)
     if not q_THD.is_cuda:
         _check_lengths(len(k_THD), seq_offsets, max_seq_len, *tensors)
 
@@ -269,13 +267,36 @@ def semi_local_attention(
 
     known = backend in ("auto", "torch")
     _require(known, f"backend must be auto, triton, torch or reference, got {backend!r}")
-    key, sources = ("torch", *mask), tensors
-    if query_rows is not None:
-        key, sources = ("torch rows", *mask), (*tensors, query_rows.index, query_rows.offsets)
-    plan = _shared_plan(
-        seq_offsets, key, sources, lambda: plan_tiles(seq_offsets, *tensors, *mask, query_rows)
-    )
+    plan = _tile_plan(seq_offsets, tensors, mask, query_rows)
     return semi_local_attention_blocked(*qkv, plan, out_dtype=out_dtype, **rest)
+
+
+def _check_rows(q_RHD: Tensor, k_THD: Tensor, rows: QueryRows, backend: Backend) -> Tensor:
+    """What stands for q where shapes of all tokens are checked."""
+    expected = len(rows.index), *k_THD.shape[1:]
+    _require(q_RHD.shape == expected, f"q must be {expected}, one per query row, got {q_RHD.shape}")
+    known = backend in ("auto", "torch") and not q_RHD.is_cuda
+    _require(known, f"query_rows are for the blocked form on a CPU, got backend {backend!r}")
+    return k_THD
+
+
+def _tile_plan(
+    seq_offsets: Tensor,
+    tensors: tuple[Tensor | None, Tensor | None],
+    mask: tuple[int | None, int, int],
+    query_rows: QueryRows | None,
+) -> TilePlan:
+    """The blocked form's plan of a batch and a mask, one for all layers."""
+    if query_rows is None:
+        return _shared_plan(
+            seq_offsets, ("torch", *mask), tensors, lambda: plan_tiles(seq_offsets, *tensors, *mask)
+        )
+    return _shared_plan(
+        seq_offsets,
+        ("torch rows", *mask),
+        (*tensors, query_rows.index, query_rows.offsets),
+        lambda: plan_tiles(seq_offsets, *tensors, *mask, query_rows),
+    )
 
 
 def _check_cached(

@@ -17,7 +17,7 @@ from pipeline.batches.events import NO_GAP, Events, offsets_of, request_gaps
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.next_items import NextItems
 from pipeline.batches.rates import candidate_features
-from pipeline.config import FeatureConfig, RunConfig
+from pipeline.config import FeatureConfig, ModelConfig, RunConfig
 from pipeline.schema import WATCH_MS
 
 MS_PER_HOUR = 3_600_000
@@ -133,6 +133,36 @@ def candidates(
     return replace(targets, dense=dense)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenPlaces:
+    """Where history rows and candidates lie among the tokens of B sequences.
+
+    history      a b | c      offsets 0 2 3
+    candidates   x | y z      offsets 0 1 3
+    tokens       a b x | c y z
+    places       history 0 1 3, candidates 2 4 5
+    """
+
+    offsets: np.ndarray  # int64 [B + 1], of the tokens
+    history: np.ndarray  # int64 [history rows]
+    targets: np.ndarray  # int64 [C]
+
+    @staticmethod
+    def of(history: Events, targets: Events) -> "TokenPlaces":
+        offsets = offsets_of(history.lengths + targets.lengths)
+        history_shift = offsets[:-1] - history.offsets[:-1]
+        target_shift = offsets[1:] - targets.offsets[1:]
+        at_history = np.arange(history.offsets[-1]) + np.repeat(history_shift, history.lengths)
+        at_targets = np.arange(targets.offsets[-1]) + np.repeat(target_shift, targets.lengths)
+        return TokenPlaces(offsets, at_history, at_targets)
+
+    def merge(self, past: np.ndarray, now: np.ndarray | int) -> np.ndarray:
+        """A column of the tokens, from that of the history and that of the candidates."""
+        merged = np.empty((self.offsets[-1], *past.shape[1:]), past.dtype)
+        merged[self.history], merged[self.targets] = past, now
+        return merged
+
+
 def collate(
     history: Events,
     targets: Events,
@@ -153,40 +183,16 @@ def collate(
         labels, label_weight: float32 [C, tasks], in training.
         next_items: in training for retrieval.
     """
-    num_history, num_targets = history.lengths, targets.lengths
+    num_targets = targets.lengths
     assert targets.dense is not None or not cfg.features.dense or num_targets.sum() == 0
 
-    # where history rows and candidates lie among the tokens
-    offsets = offsets_of(num_history + num_targets)
-    history_shift = offsets[:-1] - history.offsets[:-1]
-    target_shift = offsets[1:] - targets.offsets[1:]
-    at_history = np.arange(history.offsets[-1]) + np.repeat(history_shift, num_history)
-    at_targets = np.arange(targets.offsets[-1]) + np.repeat(target_shift, num_targets)
-
-    def merge(past: np.ndarray, now: np.ndarray | int) -> np.ndarray:
-        merged = np.empty((offsets[-1], *past.shape[1:]), past.dtype)
-        merged[at_history], merged[at_targets] = past, now
-        return merged
-
-    def tensor(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array)
-
-    # request columns, and the derived hour
+    places = TokenPlaces.of(history, targets)
+    offsets, merge = places.offsets, places.merge
     event_time = merge(history.event_time, targets.event_time)
     order_only = merge(history.order_only, targets.order_only)
-    columns = {}
-    for name in cfg.features.request:
-        if name == "hour":
-            columns[name] = hour_of_day(event_time, order_only, cfg.features.hour_utc_offset)
-        else:
-            columns[name] = merge(history.request[name], targets.request[name])
+    columns = request_columns(history, targets, places, event_time, order_only, cfg.features)
 
-    position = merge(history.position, targets.position)
-    gap_ms = merge(history.gap_ms, targets.gap_ms)
-    if cfg.model.time_anchor == "query":
-        position, gap_ms = query_anchored(
-            event_time, order_only, offsets, num_targets, cfg.model.position_buckets
-        )
+    position, gap_ms = stand_in_time(history, targets, places, event_time, order_only, cfg.model)
 
     # what the user did, and what came of it: of the history alone
     action_mask, known_mask = history_masks(
@@ -209,16 +215,63 @@ def collate(
         gap_ms=torch.from_numpy(gap_ms),
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
-        target_visible=tensor(target_visible),
-        history_codes=tensor(history_codes),
-        dense=tensor(targets.dense),
-        labels=tensor(labels),
-        label_weight=tensor(label_weight),
-        num_next=None if next_items is None else tensor(next_items.num),
-        next_visible=None if next_items is None else tensor(next_items.visible),
-        next_code=None if next_items is None else tensor(next_items.code),
-        next_weight=None if next_items is None else tensor(next_items.weight),
+        target_visible=_tensor(target_visible),
+        history_codes=_tensor(history_codes),
+        dense=_tensor(targets.dense),
+        labels=_tensor(labels),
+        label_weight=_tensor(label_weight),
+        **_next_columns(next_items),
     )
+
+
+def stand_in_time(
+    history: Events,
+    targets: Events,
+    places: TokenPlaces,
+    event_time: np.ndarray,
+    order_only: np.ndarray,
+    model: ModelConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`position` and `gap_ms` of the tokens, int64 [T] each, by `model.time_anchor`."""
+    if model.time_anchor == "query":
+        return query_anchored(
+            event_time, order_only, places.offsets, targets.lengths, model.position_buckets
+        )
+    position = places.merge(history.position, targets.position)
+    return position, places.merge(history.gap_ms, targets.gap_ms)
+
+
+def request_columns(
+    history: Events,
+    targets: Events,
+    places: TokenPlaces,
+    event_time: np.ndarray,
+    order_only: np.ndarray,
+    features: FeatureConfig,
+) -> dict[str, np.ndarray]:
+    """The tokens' request columns, [T] each, and the derived hour of `event_time`."""
+    columns = {}
+    for name in features.request:
+        if name == "hour":
+            columns[name] = hour_of_day(event_time, order_only, features.hour_utc_offset)
+        else:
+            columns[name] = places.merge(history.request[name], targets.request[name])
+    return columns
+
+
+def _tensor(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def _next_columns(next_items: NextItems | None) -> dict[str, Tensor]:
+    if next_items is None:
+        return {}
+    return {
+        "num_next": torch.from_numpy(next_items.num),
+        "next_visible": torch.from_numpy(next_items.visible),
+        "next_code": torch.from_numpy(next_items.code),
+        "next_weight": torch.from_numpy(next_items.weight),
+    }
 
 
 def query_anchored(
