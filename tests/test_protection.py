@@ -317,7 +317,11 @@ def test_pages_of_the_web_do_not_reach_a_keyless_local_server(headers, status: i
     [
         ({"serve": {"redis_url": "redis://h/0?password=hunter2"}}, "serve.redis_url"),
         ({"serve": {"redis_url": "redis://:hunter2@h/0"}}, "serve.redis_url"),
+        ({"serve": {"served_folder": "s3://me:hunter2@bucket/x"}}, "serve.served_folder"),
+        ({"serve": {"served_folder": "s3://b/x?secret_key=hunter2"}}, "serve.served_folder"),
+        ({"source": {"path": "s3://b/x?secret_key=hunter2"}}, "source.path"),
         ({"tracking": {"uri": "http://user:hunter2@mlflow:5000"}}, "tracking.uri"),
+        ({"tracking": {"uri": "https://hunter2@mlflow"}}, "tracking.uri"),
     ],
 )
 def test_secrets_do_not_enter_the_configuration(tmp_path: Path, section: dict, key: str) -> None:

@@ -99,7 +99,7 @@ def split_s3(key: str, uri: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     options = urllib.parse.parse_qsl(query, keep_blank_values=True)
     for name, _ in options:
         rule = f"without the option {name!r}; there are {', '.join(S3_OPTIONS)}"
-        require(name in S3_OPTIONS, key, uri, rule)
+        require(name in S3_OPTIONS, key, "s3://...", rule)  # its value may be a secret
     return place.rstrip("/"), tuple(options)
 
 

@@ -324,6 +324,7 @@ class ServeConfig:
         self._refuse_limits_that_disagree()
         self._refuse_pictures_from_anywhere()
         self._refuse_exposures_that_are_not_served()
+        self._refuse_secrets_of_the_served_folder()
 
     def _refuse_lists_beyond_candidates(self) -> None:
         retrieved = self.retrieved_candidates
@@ -415,3 +416,10 @@ class ServeConfig:
         days = self.exposures.wait_h / 24
         rule = f"above serve.exposures.wait_h ({days:g} days)"
         require(self.served_days > days, "serve.served_days", self.served_days, rule)
+
+    def _refuse_secrets_of_the_served_folder(self) -> None:
+        # the configuration is logged with every run, and pyarrow would take either form
+        url = urlsplit(self.served_folder or "")
+        has_secret = "@" in url.netloc or "key" in url.query.lower()
+        rule = "without credentials: they come from the environment or the machine"
+        require(not has_secret, "serve.served_folder", "...", rule)

@@ -49,7 +49,8 @@ class TrackingConfig:
         # the configuration is logged with every run
         if self.uri is not None:
             rule = "without a password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            require(urlsplit(self.uri).password is None, "tracking.uri", "...", rule)
+            has_secret = "@" in urlsplit(self.uri).netloc  # a name alone may be a token
+            require(not has_secret, "tracking.uri", "...", rule)
 
         self._refuse_name_that_mlflow_refuses()
 
