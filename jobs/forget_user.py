@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline import tracking
     from pipeline.sequences.upkeep import maintenance
     from serve_app.deployment import served_folder
     from serve_app.feedback.served_log import forget_served
@@ -41,6 +42,9 @@ def run_job(job: cli.Job) -> None:
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
     removed["served_rows"] = forget_served(served_folder(cfg), users.tolist())
+    if cfg.tracking.log_predictions:
+        with tracking.session(cfg) as tracker:
+            removed["prediction_folders_of_mlflow"] = tracker.remove_predictions()
 
     counts = [f"{where}={rows}" for where, rows in removed.items()]
     print(f"users={len(users)} removed: {' '.join(counts)}")

@@ -142,6 +142,13 @@ def test_an_evaluation_goes_into_the_run_that_trained_the_model(
     names = {file.path for file in client.list_artifacts(run.run_id, "evaluation")}
     assert {"evaluation/roc_val.png", "evaluation/slices_test.json"} <= names
     assert "evaluation/predictions" not in names
+
+    # as tracking.log_predictions would have it, and jobs.forget_user must not leave it
+    for place in ("evaluation/predictions", "evaluation/other/predictions"):
+        run.log_artifacts(folder / "predictions", place)
+    assert (tracker.remove_predictions(), tracker.remove_predictions()) == (2, 0)
+    left = {file.path for file in client.list_artifacts(run.run_id, "evaluation")}
+    assert left == names
     tables = json.loads(found.data.tags["mlflow.loggedArtifacts"])
     assert {"path": "evaluation/slices_val.json", "type": "table"} in tables
 

@@ -64,6 +64,45 @@ def log_evaluation(
     return run_id
 
 
+def remove_predictions(uri: str, experiment: str) -> int:
+    """Remove the predictions that were ever uploaded into runs of an experiment, those of deleted
+    runs too; returns how many folders of them there were.
+
+    Raises:
+        Outage: MLflow does not answer.
+    """
+    from mlflow.entities import ViewType
+
+    client = mlflow_client(uri)
+    removed = 0
+    with one_message():
+        found = client.get_experiment_by_name(experiment)
+        token = "" if found is not None else None
+        while found is not None and token is not None:
+            experiments = [found.experiment_id]
+            page = client.search_runs(experiments, "", ViewType.ALL, page_token=token or None)
+            token = page.token
+            for run in page:
+                removed += _remove_of_run(uri, run.info.run_id, run.info.artifact_uri)
+    return removed
+
+
+def _remove_of_run(uri: str, run_id: str, artifact_uri: str) -> int:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client = mlflow_client(uri)
+    removed = 0
+    places = ["evaluation"]
+    places += [one.path for one in client.list_artifacts(run_id, "evaluation") if one.is_dir]
+    for place in places:
+        for one in client.list_artifacts(run_id, place):
+            if one.is_dir and one.path.endswith("/predictions"):
+                files = get_artifact_repository(artifact_uri, tracking_uri=uri)
+                files.delete_artifacts(one.path)
+                removed += 1
+    return removed
+
+
 def is_tracked(model_dir: Path) -> bool:
     """True where the model's training logged into an MLflow run."""
     return "mlflow_run_id" in _made_by(model_dir)

@@ -113,6 +113,10 @@ class Tracker:
             with_predictions=self.cfg.tracking.log_predictions,
         )
 
+    def remove_predictions(self) -> int:
+        """Remove all uploaded predictions of the experiment; how many folders there were."""
+        return evaluation.remove_predictions(server.current_url(), self.cfg.tracking.experiment)
+
     def register_model(self, run: Run, model_dir: Path) -> int:
         """Make the evaluated model in `model_dir` a new version; returns its number."""
         return registry.register_model(self.cfg, run, model_dir)
