@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import RayConfig, TrainConfig, UserError
+from pipeline.config import ConfigError, RayConfig, TrainConfig, UserError
 from pipeline.train import supervision
 from pipeline.train.checkpoint import CheckpointFolder
 from pipeline.train.interruption import WishWatcher, ask_to_stop, forget_wishes
@@ -47,6 +47,15 @@ def test_more_workers_than_a_machine_holds_are_refused(
         refuse_impossible_size(RayConfig(num_cpus=4), train)
     monkeypatch.setattr(supervision, "is_private", lambda _: False)
     refuse_impossible_size(RayConfig(num_cpus=4), train)  # others' clusters may grow
+
+
+def test_a_run_begins_with_no_more_workers_than_it_may_have() -> None:
+    assert TrainConfig(num_workers=4, min_workers=2).fewest_workers == 2
+    assert TrainConfig(num_workers=4).fewest_workers == 4
+    with pytest.raises(
+        ConfigError, match=r"train\.min_workers must be at most train\.num_workers, 2"
+    ):
+        TrainConfig(num_workers=2, min_workers=3)
 
 
 def test_what_a_cluster_lacks() -> None:
