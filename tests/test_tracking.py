@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -133,6 +134,36 @@ def test_a_run_that_raises_has_failed(cfg: RunConfig) -> None:
     with pytest.raises(KeyError), run:
         raise KeyError("lost")
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_job_whose_server_ends_first_is_marked_by_the_next(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray job stop` ends every process of the job, its MLflow server too."""
+    manifest, client = store.read_manifest(cfg.sequence_dir), mlflow.MlflowClient()
+    cfg = replace(cfg, name="stopped")
+    run = Tracker(cfg).training_run(manifest)
+
+    def gone(*_: object) -> None:
+        raise Outage("the server went first")
+
+    def stopped_job() -> None:
+        with run:
+            sys.exit(143)
+
+    with monkeypatch.context() as outage:
+        outage.setattr(Run, "end", gone)
+        with pytest.raises(SystemExit):
+            stopped_job()
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    for _ in range(2):
+        with session(cfg):
+            assert client.get_run(run.run_id).info.status == "KILLED"
+    assert list(cfg.run_dir.glob("*end*")) == []
+
+    with pytest.raises(SystemExit):
+        stopped_job()
+    assert list(cfg.run_dir.glob("*end*")) == [], "nothing is left to tell"
 
 
 def test_a_training_has_one_run_however_often_it_is_started(cfg: RunConfig) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ if typing.TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+END_NOTE = "mlflow_end.json"  # in a run's folder: how its MLflow run ended, if that is to be told
 MLFLOW_RUN = "mlflow_run.json"  # in a run's folder: which MLflow run its training logs into
 PARAMS_PER_REQUEST = 100  # MLflow's own limit
 # of an experiment: without it MLflow opens its pages for agents (Traces, Sessions, Judges)
@@ -60,6 +61,7 @@ class Run:
 
     uri: str
     run_id: str
+    end_note: str | None = None  # file that says how it ended, until the tracker knows
 
     def log_metrics(
         self, metrics: Mapping[str, float], step: int, model_id: str | None = None
@@ -116,10 +118,41 @@ class Run:
             return
 
         ended_by_somebody = issubclass(kind, KeyboardInterrupt | SystemExit)
+        status = "KILLED" if ended_by_somebody else "FAILED"
+        # before it is told: `ray job stop` ends a server of the job's own in the same moment, and
+        # kills this process seconds later
+        if self.end_note is not None:
+            note = {"run_id": self.run_id, "status": status}
+            write_atomically(Path(self.end_note), json.dumps(note))
         try:
-            self.end("KILLED" if ended_by_somebody else "FAILED")
+            self.end(status)
         except Outage as error:  # what the block raised says more
-            logger.warning("run %s is not marked as ended: %s", self.run_id, error)
+            logger.warning("run %s is marked as ended by the next job: %s", self.run_id, error)
+            return
+        if self.end_note is not None:
+            Path(self.end_note).unlink()
+
+
+def tell_ends(runs_dir: Path) -> None:
+    """Mark the runs as ended whose jobs could not do it themselves.
+
+    Raises:
+        Outage: the server does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for path in runs_dir.glob(f"*/{END_NOTE}"):
+        try:
+            note = json.loads(path.read_text())
+        except FileNotFoundError:  # another job has told it
+            continue
+        try:
+            with one_message():
+                mlflow_client().set_terminated(note["run_id"], note["status"])
+        except MlflowException as error:
+            if not is_absent(error):
+                raise
+        path.unlink(missing_ok=True)
 
 
 def training_run(
@@ -137,13 +170,14 @@ def training_run(
     """
     import mlflow
 
-    note = cfg.run_dir / MLFLOW_RUN
+    note, end_note = cfg.run_dir / MLFLOW_RUN, cfg.run_dir / END_NOTE
+    end_note.unlink(missing_ok=True)
 
     earlier = None if restart else _earlier_run(note, manifest)
     if earlier is None:
         run = start_run(cfg, manifest, {"attempt": "1"}, parent, drawn)
         write_atomically(note, json.dumps({"run_id": run.run_id}))
-        return run
+        return replace(run, end_note=str(end_note))
 
     run_id, attempt = earlier
     client = mlflow_client()
@@ -151,7 +185,7 @@ def training_run(
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, "attempt", str(attempt + 1))
     logger.info("attempt %d of MLflow run %s", attempt + 1, run_id)
-    return Run(mlflow.get_tracking_uri(), run_id)
+    return Run(mlflow.get_tracking_uri(), run_id, str(end_note))
 
 
 def noted_run(cfg: RunConfig) -> str | None:

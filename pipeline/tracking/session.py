@@ -37,6 +37,7 @@ def session(cfg: RunConfig, port: int | None = None) -> Iterator["Tracker"]:
         Outage: the server named in the configuration does not answer, or ours does not start.
     """
     with server.mlflow_server(cfg.tracking, cfg.runs_dir, port):
+        runs.tell_ends(Path(cfg.runs_dir))
         yield Tracker(cfg)
 
 
