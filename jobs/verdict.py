@@ -8,7 +8,8 @@ worse at none, not slower than it may be and not failing more; exit code 1 if no
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import cli
@@ -16,6 +17,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
+    from pipeline import tracking
     from serve_app.schemas import Event
 
 # what takes seconds to import is imported where it is used, after the settings were read
@@ -72,10 +74,23 @@ def run_job(job: cli.Job) -> None:
         if not verdict.may_promote(task):
             print(f"version {version} is not promoted")
             sys.exit(1)
-        decision = tracker.promote_version(version)
+        decision = tracker.promote_version(version, rows=rows_at_hand(cfg))
     print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)
+
+
+def rows_at_hand(cfg: RunConfig) -> "tracking.RowsAtHand":
+    """The run's validation rows, for a champion that was validated on others."""
+    from pipeline import tracking
+    from pipeline.evaluate import evaluator
+    from pipeline.evaluate.spread import evaluation_cluster
+
+    def score(model_dir: Path) -> Mapping[str, float]:
+        with evaluation_cluster(cfg):
+            return evaluator.score_champion(cfg, model_dir)
+
+    return tracking.RowsAtHand(evaluator.row_tags(cfg), score)
 
 
 def find_canary(cfg: RunConfig, given: int | None) -> int:
