@@ -8,6 +8,7 @@ them. Training, evaluation and serving differ only in where the `Events` come fr
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -263,7 +264,7 @@ def _tensor(array: np.ndarray | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(array)
 
 
-def _next_columns(next_items: NextItems | None) -> dict[str, Tensor]:
+def _next_columns(next_items: NextItems | None) -> dict[str, Any]:
     if next_items is None:
         return {}
     return {

@@ -83,7 +83,8 @@ def remove_predictions(uri: str, experiment: str) -> int:
             page = client.search_runs(experiments, "", ViewType.ALL, page_token=token or None)
             token = page.token
             for run in page:
-                removed += _remove_of_run(uri, run.info.run_id, run.info.artifact_uri)
+                if run.info.artifact_uri is not None:
+                    removed += _remove_of_run(uri, run.info.run_id, run.info.artifact_uri)
     return removed
 
 

@@ -20,7 +20,7 @@ import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2.api.callback import RayTrainCallback
 
 from pipeline import config
 from pipeline.batches.features import fit_features

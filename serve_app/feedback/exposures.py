@@ -189,7 +189,8 @@ class Exposures:
         said: list[frozenset[str] | None] = []  # None: nothing was posted
         is_first: list[bool] = []
         for user, item, asked_at, request in zip(*keys, requests, strict=True):
-            event_time = outcomes.by_request.get((user, item, request), asked_at)
+            posted_at = outcomes.by_request.get((user, item, request))
+            event_time = int(asked_at) if posted_at is None else posted_at
             key = (user, item, event_time)
             times.append(event_time)
             said.append(outcomes.said.get(key))

@@ -150,7 +150,7 @@ def _ranked_places(request: RankColumns, answer: RankedColumns, most: int) -> Se
         features[name] = request.feature(name)[asked]
     return ServedPlaces(
         item_id=answer.item_id[best],
-        item_text=None if texts is None else [texts[row] for row in asked.tolist()],
+        item_text=None if texts is None else [str(texts[int(row)]) for row in asked],
         scores={task: scores[best] for task, scores in answer.scores.items()},
         features=features,
         source=None,
