@@ -23,7 +23,7 @@ BY_HAND = [name for name in DOCUMENTS if not name.startswith("docs/reference/")]
 # they start servers of their own or read a person's disk
 LOCAL = {"serve", "mlflow_ui", "mlflow_import", "inspect"}
 # what the recipes of docs/extend invent
-INVENTED = ("csv_days", "mean_pool", "scale_rows", "<", "{")
+INVENTED = ("csv_days", "mean_pool", "scale_rows", "$YESTERDAY", "$TODAY", "<", "{")
 FOLDERS = "pipeline|kernels|serve_app|jobs|tests|benchmarks|configs|deploy|docs"
 
 
