@@ -11,6 +11,7 @@ BENCH_READY := $(VENV)/.bench-ready
 DOCS_READY := $(VENV)/.docs-ready
 CONFIG ?= configs/demo.yaml
 PORT ?= 5000
+SERVE_PORT ?= 8000
 # What the demo compares itself with at its end: SASRec of as many floating-point operations an example.
 SASREC := --beside model.encoder=sasrec --beside model.attention.window=null --beside model.truncate_after_layer=null \
 	--beside model.d_qk=16 --beside model.d_v=16 --beside model.ffn_dim=72
@@ -46,8 +47,8 @@ types: $(READY)  ## basedpyright
 docs-reference: $(READY)  ## write docs/reference/ from the code: settings, jobs, HTTP, metrics
 	$(BIN)/python -m tests.support.reference
 
-serve: $(READY)  ## leave the champion of the last demo answering over HTTP, until Ctrl-C
-	$(BIN)/python -m jobs.serve --config $(CONFIG)
+serve: $(READY)  ## leave the champion of the last demo answering over HTTP, SERVE_PORT=8000, until Ctrl-C
+	$(BIN)/python -m jobs.serve --config $(CONFIG) --set serve.port=$(SERVE_PORT)
 
 mlflow-ui: $(READY)  ## reopen the runs and models of past demos, PORT=5000, until Ctrl-C
 	$(BIN)/python -m jobs.mlflow_ui --config $(CONFIG) --port $(PORT)

@@ -22,7 +22,7 @@ from benchmarks.quality import (
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
 from benchmarks.serving import gpu_replica, peeking, ranker, recommend, under_load_report
-from benchmarks.training import collate, feeding, load_balance, model, reading, sharding
+from benchmarks.training import collate, cpu_step, feeding, load_balance, model, reading, sharding
 
 ENCODERS = ("ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din")
 ABLATION = (
@@ -98,6 +98,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "long histories": lambda: long_histories.section(RUNS / "long_histories.jsonl"),
     "retrieval": lambda: retrieval_report.section(*runs_read("retrieval_ml1m")),
     "feeding": lambda: feeding.section(*runs_read("feeding")),
+    "cpu_step": lambda: cpu_step.section(*runs_read("cpu_step")),
     "reading": lambda: reading.section(*runs_read("reading")),
     "build": lambda: at_size_report.section(*runs_read("build")),
     "sharding": lambda: sharding.section(

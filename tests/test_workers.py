@@ -40,4 +40,4 @@ def test_labels_count_on_a_joined_cluster_alone(
         run("reading", len, ["a part"], 1e6)
 
     labels = {} if private else {"label_selector": {"pool": "cpu_data"}}
-    assert asked == [{"memory": 1_000_000, **labels}]
+    assert asked == [{"memory": workers.PROCESS_MEMORY + 1_000_000, **labels}]

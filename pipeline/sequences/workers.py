@@ -20,6 +20,7 @@ from pipeline.config import RayConfig, UserError
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
+PROCESS_MEMORY = 350_000_000  # bytes of a worker that has imported what a task needs; 300 MiB seen
 
 
 class Item(Protocol):
@@ -63,7 +64,8 @@ def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
             if not items:
                 return []
             stack.enter_context(ray_cluster(cfg, runs_dir=runs_dir))
-            needs: dict[str, Any] = {"memory": schedulable_memory(memory_bytes, ray.nodes())}
+            asked = schedulable_memory(PROCESS_MEMORY + memory_bytes, ray.nodes())
+            needs: dict[str, Any] = {"memory": asked}
             if cfg.data_labels and not is_private(cfg):  # its one node has none
                 needs["label_selector"] = cfg.data_labels
             return _run_tasks(what, function, items, needs)
