@@ -1,15 +1,13 @@
 """The server under load: latency, what HTTP adds, overload, changes of version, events while
 replicas are killed.
 
-    python -m benchmarks.serving.under_load                                  # every part: about ten
-    minutes on two cores python -m benchmarks.serving.under_load --parts reference --seconds 600
-    python -m benchmarks.serving.under_load --report                         # what was measured
-    last, into RESULTS.md
+    python -m benchmarks.serving.under_load             # every part: about ten minutes on two cores
+    python -m benchmarks.serving.under_load --parts reference --seconds 600
+    python -m benchmarks.serving.under_load --report    # what was measured last, into RESULTS.md
 
-Serves configs/serve_reference.yaml (generated users, untrained models) on a Ray cluster of its own.
-The load comes
-from a second process on the same cores (`python -m serve_app.load_test`). Every part adds its
-figures to benchmarks/runs/serving.json.
+Serves configs/serve_reference.yaml (generated users, untrained models, what was served written to
+its log) on a Ray cluster of its own. The load comes from a second process on the same cores
+(`python -m serve_app.load_test`). Every part adds its figures to benchmarks/runs/serving.json.
 """
 
 import argparse
