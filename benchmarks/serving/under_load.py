@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "configs" / "serve_reference.yaml"
 TRIVIAL = {"d_model": 16, "num_layers": 1, "num_heads": 1, "d_qk": 16, "d_v": 16, "head_hidden": 16}
 NUM_EVENTS, NUM_WRITERS, EVENTS_TOGETHER, SECONDS_BETWEEN_KILLS = 100_000, 8, 10, 4.0
+EVENTS_A_USER = 2_500  # below serve.max_user_events
 REFERENCE_RATE, OVERHEAD_RATE = 20, 50
 
 
@@ -240,7 +241,8 @@ def events(stage: Stage) -> dict[str, Any]:
         with httpx.Client(base_url=url, timeout=10) as client:
             for begin in range(0, NUM_EVENTS // NUM_WRITERS, EVENTS_TOGETHER):
                 items = range(begin, begin + EVENTS_TOGETHER)
-                user, now = first_user + writer, 1_767_500_000_000
+                user = first_user + NUM_WRITERS * (begin // EVENTS_A_USER) + writer
+                now = 1_767_500_000_000
                 body = {
                     "events": [
                         {"user_id": user, "item_id": item, "event_time": now + item}
@@ -249,12 +251,14 @@ def events(stage: Stage) -> dict[str, Any]:
                 }
                 while True:
                     try:
-                        status = client.post("/v1/events", json=body).status_code
+                        answer = client.post("/v1/events", json=body)
                     except httpx.HTTPError as error:
                         answers.append(type(error).__name__)
                         continue
+                    status = answer.status_code
                     answers.append(str(status))
                     if status == 200:
+                        assert answer.json()["over_quota"] == 0
                         acknowledged[writer] |= {(user, item) for item in items}
                         break
                     assert status in (429, 503, 504), status
@@ -279,7 +283,7 @@ def events(stage: Stage) -> dict[str, Any]:
     stop.set()
     killer.join()
     with sqlite3.connect(path) as connection:
-        between = (first_user, first_user + NUM_WRITERS)
+        between = (first_user, first_user + NUM_EVENTS // EVENTS_A_USER)
         kept = connection.execute(
             "SELECT user_id, item_id FROM event WHERE user_id >= ? AND user_id < ?", between
         )
