@@ -75,7 +75,7 @@ class TrialRuns(tune.Callback):
                 if not told:
                     logger.warning("trials are in their files, and tracked later: %s", error)
                 told = True
-            except Exception:
+            except Exception:  # a thread of its own: no fault of tracking may end a search
                 logger.exception("trials are in their files, and tracked at the end")
                 return
 

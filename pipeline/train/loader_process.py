@@ -181,7 +181,7 @@ def sendable(error: Exception) -> Exception:
     """The error itself where it can be pickled, else one with its message."""
     try:
         again = pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # whatever pickling somebody's error raises: its message goes across
         again = None
     if type(again) is type(error) and str(again) == str(error):
         return error
