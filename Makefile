@@ -9,6 +9,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 DOCS_READY := $(VENV)/.docs-ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ALONE := not gpu and not cluster and not nodes
+CLUSTER := cluster and not gpu and not nodes
+# Only what failed, and an error where a run ended before it could say what did.
+AGAIN := --last-failed --last-failed-no-failures none
 CONFIG ?= configs/demo.yaml
 PORT ?= 5000
 SERVE_PORT ?= 8000
@@ -30,12 +35,12 @@ demo: $(READY)  ## real logs -> sequences -> training -> registry -> HTTP, in mi
 loop: $(READY)  ## after the demo: what is served and clicked becomes the next champion, in three minutes
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --loop
 
-test: $(READY)  ## every test that needs no GPU, but for those that lose nodes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster and not nodes" -n logical --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not nodes"
+test: $(READY)  ## every test that needs no GPU, but for those that lose nodes; what fails is run once more
+	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN)
+	$(PYTEST) -m "$(CLUSTER)" || $(PYTEST) -m "$(CLUSTER)" $(AGAIN)
 
 test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nodes
+	$(PYTEST) -m nodes
 
 lint: $(READY) types  ## ruff, formatting and types
 	$(BIN)/ruff check .

@@ -120,14 +120,15 @@ def test_a_line_per_request_without_what_was_sent(
 ) -> None:
     api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
     secret = KEYS["app"]
+    user = 123_456_789_012_345  # so long that no random id shows it by chance
     with caplog.at_level(logging.INFO, logger="ray.serve.requests"):
         # a random id may hold any digits
         monkeypatch.setattr(rank, "new_request_id", lambda: "answer")
-        call(api, "POST", "/v1/rank?user=4711", secret, json=RANK | {"user_id": 4711})
+        call(api, "POST", f"/v1/rank?user={user}", secret, json=RANK | {"user_id": user})
         call(api, "POST", "/v1/events", secret, json=EVENTS)
-        call(api, "POST", "/v1/rank", secret, json={"user_id": "4711"})
-        call(api, "POST", "/v1/rank", "4711", json=RANK)
-        call(api, "GET", "/users/4711", secret)
+        call(api, "POST", "/v1/rank", secret, json={"user_id": str(user)})
+        call(api, "POST", "/v1/rank", str(user), json=RANK)
+        call(api, "GET", f"/users/{user}", secret)
 
     lines = [
         json.loads(record.message)
@@ -144,7 +145,7 @@ def test_a_line_per_request_without_what_was_sent(
         {"path": "/v1/rank", "status": 401},
         {"path": "other", "status": 404, "key": "app"},
     ]
-    assert "4711" not in caplog.text
+    assert str(user) not in caplog.text
     assert secret not in caplog.text
 
 
