@@ -77,14 +77,14 @@ def run_job(job: cli.Job) -> None:
     if looped:
         from serve_app.feedback import turn
 
-        turn.refuse_real_logs(cfg)
+        turn.refuse_real_logs(cfg.source.kind)
     check_settings(cfg)
     baseline = None
     if job.options.beside:
         overrides = [*job.options.overrides, *job.options.beside]
         baseline = read_baseline(cfg, job.options.config, overrides)
     supervision.refuse_impossible_size(cfg.ray, cfg.train)
-    with supervision.only_training(cfg):
+    with supervision.only_training(cfg.runs_dir, cfg.name):
         if job.options.fresh:
             remove_run(cfg.run_dir)
             if baseline is not None:
@@ -169,7 +169,7 @@ def run_chain(
         manifest.quarantined,
     )
 
-    if "val" in evaluator.tell_empty_splits(cfg, manifest):
+    if "val" in evaluator.tell_empty_splits(cfg.split, manifest):
         raise UserError(
             "split.t_val: the validation period holds no request, so no model of it could pass the "
             "gate; nothing is trained"
@@ -193,7 +193,8 @@ def run_chain(
         print_stage(5, "registry and gate")
         version = tracker.register_trained()
     rows = tracking.RowsAtHand(
-        evaluator.row_tags(cfg), lambda folder: evaluator.score_champion(cfg, folder)
+        evaluator.row_tags(cfg.sequence_dir, cfg.split),
+        lambda folder: evaluator.score_champion(cfg, folder),
     )
     decision = tracker.promote_version(version, rows=rows, force_first=force_first)
     logger.info("version %d: %s", version, decision.reason)
@@ -452,7 +453,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     if job.options.loop is not None:
         from serve_app.feedback import turn
 
-        turn.refuse_real_logs(cfg)
+        turn.refuse_real_logs(cfg.source.kind)
     check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),

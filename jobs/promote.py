@@ -50,7 +50,7 @@ def run_job(job: cli.Job) -> None:
         decision = tracker.promote_version(
             version,
             options.validated_by,
-            rows=tracking.RowsAtHand(evaluator.row_tags(cfg), score),
+            rows=tracking.RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score),
             force_first=options.force_first,
         )
 

@@ -34,7 +34,7 @@ def run_job(job: cli.Job) -> None:
     cfg = job.cfg
     with ExitStack() as stack:
         champion, mlflow_url = find_champion(cfg, stack)
-        logs = deployment.make_serving_folder(cfg) / "logs"
+        logs = deployment.make_serving_folder(cfg.run_dir) / "logs"
         cluster = stack.enter_context(
             ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True, keep_logs=logs)
         )
@@ -59,7 +59,7 @@ def find_champion(cfg: RunConfig, stack: ExitStack) -> "tuple[PinnedModel, str]"
     try:
         tracker = stack.enter_context(tracking.session(cfg))
     except Outage as error:
-        champion = deployment.recall_champion(cfg)
+        champion = deployment.recall_champion(cfg.runs_dir, cfg.tracking.model_name)
         if champion is None:
             raise
         logger.warning("serving version %d, as the last time: %s", champion.version, error)

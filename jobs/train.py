@@ -31,7 +31,7 @@ def run_job(job: cli.Job) -> None:
     # mistakes are told before the MLflow run is touched
     supervision.refuse_impossible_size(cfg.ray, cfg.train)
     manifest = store.read_manifest(cfg.sequence_dir)
-    with supervision.only_training(cfg):
+    with supervision.only_training(cfg.runs_dir, cfg.name):
         if not restart:
             trainer.earlier_checkpoint(cfg)
 

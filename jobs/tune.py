@@ -38,7 +38,7 @@ def run_job(job: cli.Job) -> None:
     tuning.check_search(base, trials)
     own = spaces.search_config(base)
     manifest = store.read_manifest(own.sequence_dir)
-    with supervision.only_training(own):
+    with supervision.only_training(own.runs_dir, own.name):
         if job.options.restart:
             tuning.forget_search(base)
         tuning.open_search(base, space, trials)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import cli
-from pipeline.config import RunConfig, UserError
+from pipeline.config import CanaryConfig, RunConfig, UserError
 from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run_job(job: cli.Job) -> None:
     from serve_app.feedback.verdict import judge_trial, render_page
 
     cfg, task = job.cfg, job.options.promote_if
-    version = find_canary(cfg, job.options.canary)
+    version = find_canary(cfg.serve.canary, job.options.canary)
     if task is not None and task not in cfg.tasks:
         raise UserError(f"--promote-if: one of the tasks {list(cfg.tasks)}, got {task!r}")
 
@@ -90,16 +90,16 @@ def rows_at_hand(cfg: RunConfig) -> "tracking.RowsAtHand":
         with evaluation_cluster(cfg):
             return evaluator.score_champion(cfg, model_dir)
 
-    return tracking.RowsAtHand(evaluator.row_tags(cfg), score)
+    return tracking.RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score)
 
 
-def find_canary(cfg: RunConfig, given: int | None) -> int:
+def find_canary(canary: CanaryConfig | None, given: int | None) -> int:
     """The version on trial."""
     if given is not None:
         return given
-    if cfg.serve.canary is None:
+    if canary is None:
         raise UserError("which version is on trial? give --canary, or set serve.canary")
-    return cfg.serve.canary.version
+    return canary.version
 
 
 def all_events(cfg: RunConfig) -> "Iterator[Event]":
@@ -115,7 +115,7 @@ def all_events(cfg: RunConfig) -> "Iterator[Event]":
 def plan_job(job: cli.Job) -> dict[str, object]:
     from serve_app.deployment import served_folder
 
-    version = find_canary(job.cfg, job.options.canary)
+    version = find_canary(job.cfg.serve.canary, job.options.canary)
     return {"canary": version, "reads": served_folder(job.cfg)}
 
 

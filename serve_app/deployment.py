@@ -75,7 +75,7 @@ def user_config(
         "digest": store.read_manifest(cfg.sequence_dir).digest,
         "cache": str(cache_folder(cfg.runs_dir)),
         # the mapped copy of the sequences, and the events since
-        "serving": str(make_serving_folder(cfg)),
+        "serving": str(make_serving_folder(cfg.run_dir)),
         "limits": config.to_dict(cfg.serve),
     }
 
@@ -187,7 +187,7 @@ def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
         UserError: the version does not load, or nothing answered in time.
     """
     url = send_update(cfg.serve, dashboard_url, _checked(cfg, model))
-    _remember_champion(cfg, model)
+    _remember_champion(cfg.runs_dir, model)
     return url
 
 
@@ -211,23 +211,23 @@ def end_server(settings: ServeConfig) -> None:
     serve.delete(APPLICATION)
 
 
-def make_serving_folder(cfg: RunConfig) -> Path:
+def make_serving_folder(run_dir: Path) -> Path:
     """The server's folder of a run, for its user alone: it holds what users did."""
-    folder = cfg.run_dir / "serving"
+    folder = run_dir / "serving"
     make_private_folder(folder)
     return folder
 
 
-def _remember_champion(cfg: RunConfig, model: PinnedModel) -> None:
+def _remember_champion(runs_dir: str, model: PinnedModel) -> None:
     """Note what is served, for a start without MLflow; its files are in the cache."""
-    note = cache_folder(cfg.runs_dir) / f"{model.name}.json"
+    note = cache_folder(runs_dir) / f"{model.name}.json"
     with staged_file(note) as stage:
         stage.write_text(json.dumps(dataclasses.asdict(model)))
 
 
-def recall_champion(cfg: RunConfig) -> PinnedModel | None:
+def recall_champion(runs_dir: str, model_name: str | None) -> PinnedModel | None:
     """What `deploy_model` served last of this model name, None where that is not known."""
-    note = cache_folder(cfg.runs_dir) / f"{cfg.tracking.model_name}.json"
+    note = cache_folder(runs_dir) / f"{model_name}.json"
     try:
         return PinnedModel(**json.loads(note.read_text()))
     except (OSError, ValueError, TypeError):

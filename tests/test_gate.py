@@ -167,7 +167,8 @@ def test_the_champion_is_scored_on_the_challengers_rows(cfg: RunConfig) -> None:
     expected = evaluator.evaluate_model(other, cfg.model_dir, ["val"], name="check")
     for task in cfg.tasks:
         assert found[task] == pytest.approx(expected[f"val/ne/{task}"], nan_ok=True)
-    assert evaluator.row_tags(other)["split.t_val"] == "2022-05-02T00:00:00Z"
+    tags = evaluator.row_tags(other.sequence_dir, other.split)
+    assert tags["split.t_val"] == "2022-05-02T00:00:00Z"
 
 
 def test_a_champion_of_other_data_is_not_deployed(cfg: RunConfig) -> None:

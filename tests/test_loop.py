@@ -92,4 +92,4 @@ def test_the_days_of_a_turn_follow_the_logs(tmp_path: Path) -> None:
         start_ms + 4 * DAY_MS,
     )
     with pytest.raises(UserError, match=r"docs/guide/loop\.md"):
-        turn.refuse_real_logs(own_logs(tmp_path))
+        turn.refuse_real_logs(own_logs(tmp_path).source.kind)

@@ -175,11 +175,11 @@ def test_a_trial_that_was_killed_goes_on_and_reports_all_again(
     expected = run_trial(whole)
     assert len(expected) == 8, "so many validations where the preset has none"
     assert expected[-1][0] == 2.0, "epochs"
-    assert read_outcome(whole.cfg) == {"status": "finished", "why": ""}
+    assert read_outcome(whole.cfg.run_dir) == {"status": "finished", "why": ""}
 
     killed, _ = some_trials(searched, tmp_path, "killed")
     begun = run_trial(killed, most_reports=4)
-    assert read_outcome(killed.cfg) is None
+    assert read_outcome(killed.cfg.run_dir) is None
     lines = (killed.cfg.train_dir / "metrics.jsonl").read_text().splitlines()
     assert run_trial(killed) == expected, "equal to the last bit"
     assert begun == expected[:4]
@@ -195,7 +195,7 @@ def test_results_are_read_from_the_files_best_first(searched: RunConfig, tmp_pat
     good, other = some_trials(searched, tmp_path, "results")
     reports = run_trial(good)
     run_trial(other, most_reports=2)
-    write_outcome(other.cfg, ENDED_EARLY)
+    write_outcome(other.cfg.run_dir, ENDED_EARLY)
     assert run_trial(other) == run_trial(other), "one that was ended does not go on"
 
     best, worse = read_results([other, good], {})
@@ -232,7 +232,7 @@ def test_a_trial_that_diverges_is_an_answer(
 
     monkeypatch.setattr(loop, "train", diverge)
     assert run_trial(trial) == []
-    assert read_outcome(trial.cfg) == {"status": DIVERGED, "why": "the loss is 1e9"}
+    assert read_outcome(trial.cfg.run_dir) == {"status": DIVERGED, "why": "the loss is 1e9"}
     results = read_results([trial, other], {other.name: "out of memory"})
     assert math.isnan(results[0].value)
     with pytest.raises(Outage, match=r"diverged the loss is 1e9; .* failed out of memory"):
@@ -330,7 +330,7 @@ def test_trials_are_tracked_whole_whenever_the_tracker_answers(
     assert tracker.runs[good.name].status == "FINISHED"
     assert list(tracker.runs) == [good.name], "of the other the search has heard nothing"
 
-    write_outcome(ended.cfg, ENDED_EARLY)
+    write_outcome(ended.cfg.run_dir, ENDED_EARLY)
     again = Tracker()
     with TrialRuns(again, None, None, [good, ended]):  # pyright: ignore[reportArgumentType]
         pass

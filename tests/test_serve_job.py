@@ -62,7 +62,7 @@ def test_without_mlflow_the_champion_of_the_last_time_is_served(tmp_path: Path) 
         find_champion(cfg, stack)
 
     model = PinnedModel(nowhere, "tiny", 3, {"config.json": "0" * 64})
-    deployment._remember_champion(cfg, model)
+    deployment._remember_champion(cfg.runs_dir, model)
     with ExitStack() as stack:
         assert find_champion(cfg, stack) == (model, "does not answer")
 

@@ -1,7 +1,6 @@
 """The driver's side of a training: one job a name, room for the workers, and an end on request."""
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,10 @@ from tests.worlds.training import run, train_config
 def test_a_second_training_of_a_name_is_refused_and_names_the_first(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path)
     refused = pytest.raises(UserError, match=r"run 'tiny' is being trained by .*process \d+ on ")
-    with only_training(cfg), refused, only_training(cfg, timeout_s=0):
+    first = only_training(cfg.runs_dir, cfg.name)
+    with first, refused, only_training(cfg.runs_dir, cfg.name, timeout_s=0):
         raise AssertionError("two at once")
-    with only_training(cfg), only_training(replace(cfg, name="other"), timeout_s=0):
+    with only_training(cfg.runs_dir, cfg.name), only_training(cfg.runs_dir, "other", timeout_s=0):
         assert not cfg.run_dir.exists(), "the lock is no part of the run, which --fresh removes"
 
 

@@ -193,7 +193,8 @@ def test_a_trial_is_a_run_below_its_search_named_by_its_values(cfg: RunConfig) -
     drawn = {"train.lr": cfg.train.lr, "features.item_id_dim": 16}
     run = tracker.trial_run(trial, manifest, parent, drawn)
     assert tracker.trial_run(trial, manifest, parent, drawn) == run
-    assert noted_run(trial) == run.run_id and noted_run(replace(cfg, name="none")) is None
+    assert noted_run(trial.run_dir) == run.run_id
+    assert noted_run(replace(cfg, name="none").run_dir) is None
     found = mlflow.MlflowClient().get_run(run.run_id)
     assert found.info.run_name == f"trial-01 · train.lr={cfg.train.lr}, features.item_id_dim=16"
     assert found.data.tags["mlflow.parentRunId"] == parent.run_id

@@ -49,7 +49,7 @@ def test_equal_vocabularies_give_the_champions_scores(champion: tuple[RunConfig,
     cfg, folder = champion
     maps = fit_features(cfg)
     trainee = Trainee(cfg, maps, "cpu", 0, 1)
-    load_start(trainee, WarmStart(str(folder), "", LATER), maps, cfg)
+    load_start(trainee, WarmStart(str(folder), "", LATER), maps, cfg.features)
     batch = next(TrainLoader(cfg, maps, step_plan(cfg)).batches(0))
     with torch.no_grad():
         expected = load_model(folder).model(batch)
@@ -61,7 +61,7 @@ def test_rows_go_by_id_and_new_ids_begin_as_unknown(champion: tuple[RunConfig, P
     old, cfg = load_model(folder), later(cfg)
     maps = fit_features(cfg)
     trainee = Trainee(cfg, maps, "cpu", 0, 1)
-    load_start(trainee, start_from(cfg, folder), maps, cfg)
+    load_start(trainee, start_from(cfg, folder), maps, cfg.features)
 
     path = trainee.table_paths["item_id"]
     before = old.model.state_dict()[path]
@@ -131,7 +131,7 @@ def test_moments_go_on_where_the_checkpoint_is_there(
     before.load_checkpoint(CheckpointFolder(kept.parent, keep=1).read(kept))
     new_maps = fit_features(day_on)
     trainee = Trainee(day_on, new_maps, "cpu", 0, 1)
-    load_start(trainee, start, new_maps, day_on)
+    load_start(trainee, start, new_maps, day_on.features)
     assert trainee.rowwise.step_count == saved.state.step
     for path in trainee.dense:
         moment = before.adamw.state[path]["exp_avg_sq"]

@@ -200,7 +200,7 @@ def train_day(day: Day, digest: str, seconds: Seconds) -> tuple[LoadedModel, int
 
     def begin_with(trainee: Trainee) -> None:
         if start is not None:
-            load_start(trainee, start, maps, cfg)
+            load_start(trainee, start, maps, cfg.features)
 
     with seconds.measure("train"):
         shutil.rmtree(cfg.train_dir, ignore_errors=True)

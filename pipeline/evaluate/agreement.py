@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, UserError, flatten, to_dict
+from pipeline.config import (
+    EvaluateConfig,
+    RunConfig,
+    SplitConfig,
+    UserError,
+    flatten,
+    to_dict,
+)
 from pipeline.model.artifact import LoadedModel
 from pipeline.sequences.store import Manifest
 
@@ -37,13 +44,13 @@ def refuse_other_labels(cfg: RunConfig, loaded: LoadedModel, manifest: Manifest)
             )
 
 
-def rows_and_settings(cfg: RunConfig, digest: str) -> dict[str, Any]:
+def rows_and_settings(split: SplitConfig, cfg: EvaluateConfig, digest: str) -> dict[str, Any]:
     """What decides an evaluation's numbers, beside the model: the sequences, by their digest, the
     periods and the number formats.
     """
-    chosen = flatten({"split": to_dict(cfg.split)}) | {"sequences": digest}
-    chosen["evaluate.precision"] = cfg.evaluate.precision
-    chosen["evaluate.int4_tables"] = cfg.evaluate.int4_tables
+    chosen = flatten({"split": to_dict(split)}) | {"sequences": digest}
+    chosen["evaluate.precision"] = cfg.precision
+    chosen["evaluate.int4_tables"] = cfg.int4_tables
     return chosen
 
 
@@ -53,9 +60,9 @@ def find_differences(cfg: RunConfig, loaded: LoadedModel, model_dir: Path, diges
     The model's own is of the sequences and the split of its training, in the number formats of its
     first evaluation.
     """
-    given = rows_and_settings(cfg, digest)
+    given = rows_and_settings(cfg.split, cfg.evaluate, digest)
     trained_on = loaded.extra.get("sequences", digest)
-    own = rows_and_settings(loaded.cfg, trained_on)
+    own = rows_and_settings(loaded.cfg.split, loaded.cfg.evaluate, trained_on)
     for key in ("evaluate.precision", "evaluate.int4_tables"):
         own[key] = given[key]
     own |= read_record(model_dir).get("of", {})

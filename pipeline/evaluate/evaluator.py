@@ -19,7 +19,7 @@ import torch
 
 from pipeline.batches.examples import request_examples, user_events
 from pipeline.batches.loader import split_bounds
-from pipeline.config import EvaluateConfig, RunConfig, UserError
+from pipeline.config import EvaluateConfig, RunConfig, SplitConfig, UserError
 from pipeline.evaluate import agreement, plots, slices
 from pipeline.evaluate.item_rates import ItemCounts, baseline_metrics, merge_counts
 from pipeline.evaluate.parts import (
@@ -78,7 +78,7 @@ def evaluate_model(
     is_whole = name is None and cfg.evaluate.sample is None
     if is_whole:
         _refuse_other_rows(cfg, loaded, model_dir, manifest)
-    tell_empty_splits(cfg, manifest, splits)
+    tell_empty_splits(cfg.split, manifest, splits)
 
     begin = time.perf_counter()
     scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest)
@@ -93,7 +93,9 @@ def evaluate_model(
     metrics: dict[str, float] = {}
     sliced: dict[str, list[slices.Slice]] = {}
     for split in found:
-        metrics |= _report_split(cfg, loaded.cfg.tasks, split, scores, folder, manifest)
+        metrics |= _report_split(
+            cfg.evaluate, cfg.sequence_dir, loaded.cfg.tasks, split, scores, folder, manifest
+        )
         sliced[split] = _report_slices(loaded.cfg, split, scores, folder)
     if loaded.cfg.retrieval.enabled and cfg.evaluate.sample is None:
         metrics |= evaluate_retrieval(cfg, loaded, found, evaluation_device(cfg.evaluate))
@@ -112,16 +114,16 @@ def evaluate_model(
     return metrics
 
 
-def row_tags(cfg: RunConfig) -> dict[str, str]:
-    """Which validation rows `cfg` stands for, in the tags of a registered version; no sequences,
-    and they are none.
+def row_tags(sequence_dir: Path, split: SplitConfig) -> dict[str, str]:
+    """Which validation rows `split` of these sequences stands for, in the tags of a registered
+    version; no sequences, and they are none.
     """
-    manifest = cfg.sequence_dir / store.MANIFEST
-    digest = store.read_manifest(cfg.sequence_dir).digest if manifest.exists() else ""
+    manifest = sequence_dir / store.MANIFEST
+    digest = store.read_manifest(sequence_dir).digest if manifest.exists() else ""
     return {
         "manifest": digest,
-        "split.t_val": str(cfg.split.t_val),
-        "split.t_test": str(cfg.split.t_test),
+        "split.t_val": str(split.t_val),
+        "split.t_test": str(split.t_test),
     }
 
 
@@ -158,14 +160,14 @@ def _refuse_other_rows(
 
 
 def tell_empty_splits(
-    cfg: RunConfig, manifest: store.Manifest, splits: Sequence[str] = SPLITS
+    periods: SplitConfig, manifest: store.Manifest, splits: Sequence[str] = SPLITS
 ) -> list[str]:
     """The splits whose period lies outside of the data, each said in the log: known without reading
     a row, so before anything is trained or scored.
     """
     empty = []
     for split in splits:
-        begin, end = split_bounds(cfg.split, split)
+        begin, end = split_bounds(periods, split)
         if begin > manifest.last_event_ms or end <= manifest.first_event_ms:
             empty.append(split)
             logger.warning(
@@ -262,7 +264,8 @@ def evaluation_folder(cfg: RunConfig, name: str | None = None) -> Path:
 
 
 def _report_split(
-    cfg: RunConfig,
+    cfg: EvaluateConfig,
+    sequence_dir: Path,
     tasks: Sequence[str],
     split: str,
     scores: StoreScores,
@@ -272,7 +275,7 @@ def _report_split(
     """Write predictions and plots of a split; returns its metrics."""
     found = scores.splits[split]
     with staged_file(folder / "predictions" / f"{split}.parquet") as stage:
-        pq.write_table(name_rows(cfg.sequence_dir, manifest, found.predictions), stage)
+        pq.write_table(name_rows(sequence_dir, manifest, found.predictions), stage)
     if not tasks:  # a model for retrieval alone
         return {}
 
@@ -281,7 +284,7 @@ def _report_split(
         known = found.predictions.filter(found.predictions[f"label.{task}"].is_valid())
         scored[task] = known[f"score.{task}"].to_numpy(), known[f"label.{task}"].to_numpy()
     if scored:
-        bins = cfg.evaluate.calibration_bins
+        bins = cfg.calibration_bins
         plots.plot_calibration(scored, bins, folder / f"calibration_{split}.png")
         plots.plot_roc(scored, folder / f"roc_{split}.png")
 
@@ -340,7 +343,7 @@ def _publish_whole(
     whole = total_work({split: Flops(**found) for split, found in counts.items()})
     metrics = kept | metrics | work_shares(whole)
 
-    of = agreement.rows_and_settings(cfg, digest)
+    of = agreement.rows_and_settings(cfg.split, cfg.evaluate, digest)
     write_atomically(model_dir / agreement.RECORD, json.dumps({"of": of, "work": counts}, indent=2))
     for path in (folder / "metrics.json", model_dir / "metrics.json"):
         write_metrics(path, metrics)

@@ -6,7 +6,7 @@ A part is cut by the store alone, and its predictions are in the order of the st
 the same whichever workers score it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -31,7 +31,7 @@ from pipeline.batches.loader import (
     split_bounds,
     token_batches,
 )
-from pipeline.config import EvaluateConfig, ExampleConfig, RunConfig, SplitConfig
+from pipeline.config import ChannelConfig, EvaluateConfig, ExampleConfig, RunConfig, SplitConfig
 from pipeline.evaluate.item_rates import ItemCounts, count_items
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.flops import Flops
@@ -242,11 +242,13 @@ def _count_requests(users: UserEvents, examples: Examples, cfg: RunConfig) -> Fl
     """The work of these requests, each alone in its sequence as serving has it."""
     work = Flops()
     for part in token_batches(examples, COUNTED_TOKENS):
-        work.add(count_work(_lengths_alone(users, part, cfg), cfg))
+        work.add(count_work(_lengths_alone(users, part, cfg.model.channels), cfg))
     return work
 
 
-def _lengths_alone(users: UserEvents, examples: Examples, cfg: RunConfig) -> SequenceBatch:
+def _lengths_alone(
+    users: UserEvents, examples: Examples, channels: Mapping[str, ChannelConfig]
+) -> SequenceBatch:
     """A batch to count the work of: lengths, and where a channel filters rows, their actions."""
     num_targets = examples.target_end - examples.target_begin
     offsets = torch.from_numpy(offsets_of(examples.num_tokens))
@@ -254,7 +256,7 @@ def _lengths_alone(users: UserEvents, examples: Examples, cfg: RunConfig) -> Seq
     empty = torch.zeros(1, dtype=torch.int32).expand(num_tokens)
 
     action_mask, known_mask = empty, empty
-    if any(channel.actions for channel in cfg.model.channels.values()):
+    if any(channel.actions for channel in channels.values()):
         # candidates carry no action, but a filter lets them through
         rows, _ = ranges(examples.history_begin, examples.history_begin + examples.num_tokens)
         rows = np.minimum(rows, len(users.events.item_id) - 1)

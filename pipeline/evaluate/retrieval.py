@@ -80,9 +80,10 @@ def evaluate_retrieval(
                 seen = seen_items(users, part.examples, maps)
                 popularity = _popularity(maps, len(part.examples))
                 scores = _model_scores(loaded, users, part.examples, items, popularity)
-                add_lists(metrics[""], scores, part, seen, cfg)
-                add_lists(metrics["popularity/"], popularity, part, seen, cfg)
-                add_lists(metrics["item_knn/"], knn.scores(users, part.examples), part, seen, cfg)
+                nearest = knn.scores(users, part.examples)
+                lists = {"": scores, "popularity/": popularity, "item_knn/": nearest}
+                for prefix, ranked in lists.items():
+                    add_lists(metrics[prefix], ranked, part, seen, cfg.evaluate.remove_seen)
 
         if metrics[""].num_users == 0:
             logger.warning("%s: no user took an item; there are no retrieval metrics", split)
@@ -222,11 +223,13 @@ def add_lists(
     scores: Tensor,
     asked: Asked,
     seen: tuple[np.ndarray, np.ndarray],
-    cfg: RunConfig,
+    without_seen: bool,
 ) -> None:
-    """Rank these users' items by `scores`, [U, N], and add them."""
+    """Rank these users' items by `scores`, [U, N], and add them; `without_seen`, what a user had
+    before is not recommended.
+    """
     scores = scores.clone()
-    if cfg.evaluate.remove_seen:
+    if without_seen:
         remove_seen(scores, *(torch.from_numpy(part) for part in seen))
 
     num_items = scores.shape[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.batches.examples import user_events
-from pipeline.config import RunConfig, UserError, from_dict, to_dict
+from pipeline.config import RunConfig, ServeConfig, UserError, from_dict, to_dict
 from pipeline.files import staged_folder
 from pipeline.index.folder import load_indexed
 from pipeline.index.histories import history_before
@@ -69,7 +69,7 @@ def recommend_everybody(
     """
     if out.exists() and not (out / SUMMARY).exists():
         raise UserError(f"--out: {out} holds no {SUMMARY}: it is not a folder of lists")
-    recommender = load_recommender(cfg, model_dir)
+    recommender = load_recommender(cfg.serve, model_dir)
     check_request(recommender, request)
 
     manifest = store.read_manifest(cfg.sequence_dir)
@@ -118,19 +118,19 @@ def check_request(recommender: OfflineRecommender, request: SharedRequest) -> No
         raise UserError(str(error) or "diversify.mmr: the index holds no item vectors") from None
 
 
-def load_recommender(cfg: RunConfig, model_dir: Path) -> OfflineRecommender:
-    """The version at `model_dir` in the number formats that `cfg.serve` gives it.
+def load_recommender(cfg: ServeConfig, model_dir: Path) -> OfflineRecommender:
+    """The version at `model_dir` in the number formats that `cfg` gives it.
 
     Raises:
         UserError: no whole model, or no index in it.
     """
     loaded, index = load_indexed(model_dir)
-    as_served(loaded.model, cfg.serve)
+    as_served(loaded.model, cfg)
     if index is None:
         raise UserError(
             f"the model at {model_dir} has no item index: register it with index.enabled"
         )
-    return OfflineRecommender(loaded, index, cfg.serve)
+    return OfflineRecommender(loaded, index, cfg)
 
 
 def recommend_bucket(
@@ -142,7 +142,7 @@ def recommend_bucket(
 ) -> BucketResult:
     """The lists of one bucket's users, written to a file of `folder`."""
     cfg = from_dict(settings)
-    recommender = load_recommender(cfg, model_dir)
+    recommender = load_recommender(cfg.serve, model_dir)
     manifest = store.read_manifest(cfg.sequence_dir)
     table = store.read_bucket(cfg.sequence_dir, manifest, task.number)
     loaded = recommender.loaded

@@ -39,7 +39,7 @@ def write_search_page(
     write_atomically(folder / "scatter.png", png_bytes(scatter))
     write_atomically(folder / "parallel_coordinates.png", png_bytes(parallel))
 
-    best, metric = results[0], html.escape(objective(results[0].trial.cfg))
+    best, metric = results[0], html.escape(objective(results[0].trial.cfg.train.best_metric))
     name = html.escape(title)
     text = f"""{page_head(name)}
 <h1>{name}</h1>
@@ -85,7 +85,7 @@ def draw_scatter(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Figu
         for result, position in zip(shown, positions, strict=True):
             filled = result.status == FINISHED
             axes.plot(position, result.value, "o", color="C0", mfc="C0" if filled else "none")
-        axes.set(xlabel=key, ylabel=objective(results[0].trial.cfg))
+        axes.set(xlabel=key, ylabel=objective(results[0].trial.cfg.train.best_metric))
         _shape_axis(axes, draw, ticks)
     return figure
 
@@ -144,7 +144,7 @@ def draw_parallel(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Fig
             _draw_axis(axes, number, key, [(i / last, tick) for i, tick in enumerate(ticks)])
     scaled, low, high = _to_unit(values, log=False)
     heights.append(scaled)
-    metric = objective(shown[0].trial.cfg)
+    metric = objective(shown[0].trial.cfg.train.best_metric)
     _draw_axis(axes, len(draws), metric, [(0.0, _short(low, 4)), (1.0, _short(high, 4))])
 
     colours = matplotlib.colormaps[COLOURS](np.linspace(1, 0, len(shown)))
@@ -186,7 +186,7 @@ def _draw_curves(results: Sequence[TrialResult]) -> Figure:
             ended = result.status == FINISHED
             label = result.trial.name if number < 5 else None
             axes.plot(epochs, values, "-" if ended else ":", marker=".", label=label)
-    axes.set(xlabel="epochs", ylabel=objective(results[0].trial.cfg))
+    axes.set(xlabel="epochs", ylabel=objective(results[0].trial.cfg.train.best_metric))
     if axes.lines:
         axes.legend(title="the best")
     return figure

@@ -49,7 +49,7 @@ def read_results(trials: Sequence[Trial], failed: Mapping[str, str]) -> list[Tri
     """
     found = []
     for trial in trials:
-        outcome = read_outcome(trial.cfg)
+        outcome = read_outcome(trial.cfg.run_dir)
         if outcome is not None:
             status, why = outcome["status"], outcome["why"]
         elif trial.name in failed:
@@ -57,7 +57,7 @@ def read_results(trials: Sequence[Trial], failed: Mapping[str, str]) -> list[Tri
         else:
             started = (trial.cfg.run_dir / TRIAL).exists()
             status, why = UNDER_WAY if started else NOT_STARTED, ""
-        curve = tuple(reported(trial.cfg.run_dir, objective(trial.cfg)))
+        curve = tuple(reported(trial.cfg.run_dir, objective(trial.cfg.train.best_metric)))
         found.append(TrialResult(trial, status, why, curve))
     return sorted(found, key=_rank)
 
@@ -87,7 +87,7 @@ def write_preset(base: RunConfig, best: TrialResult, path: Path) -> None:
     trained["runs_dir"] = base.runs_dir
     trained["train"]["num_workers"] = base.train.num_workers
     text = (
-        f"# The best of {path.parent.name}: {objective(base)} "
+        f"# The best of {path.parent.name}: {objective(base.train.best_metric)} "
         f"{best.value:.4f} with {short_text(best.trial.settings)}.\n"
         f"# Trained already, as run {best.trial.name}; another name trains it anew.\n"
     )

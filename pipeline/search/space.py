@@ -248,20 +248,20 @@ def draw_trials(base: RunConfig, space: SearchSpace) -> list[Trial]:
     trials = []
     sequences = search_config(base).sequences
     for number, (settings, cfg) in enumerate(found):
-        name = f"{search_name(base)}-{number:02}"
+        name = f"{search_name(base.name)}-{number:02}"
         trials.append(Trial(name, settings, replace(cfg, name=name, sequences=sequences)))
     return trials
 
 
-def search_name(base: RunConfig) -> str:
+def search_name(base_name: str) -> str:
     """Name of the search, and of its folder beside those of its trials."""
-    return f"{base.name}-tune"
+    return f"{base_name}-tune"
 
 
 def search_config(base: RunConfig) -> RunConfig:
     """The search itself as a run: its folder lies beside those of its trials."""
     sequences = replace(base.sequences, from_run=base.sequences.from_run or base.name)
-    return replace(base, name=search_name(base), sequences=sequences)
+    return replace(base, name=search_name(base.name), sequences=sequences)
 
 
 def short_text(settings: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ class TrialRuns(tune.Callback):
         # anew each time: a trial that begins once more has written its file anew
         MetricsFeed(trial.cfg.train_dir, run.run_id, run.log_history).send_rest()
 
-        outcome = read_outcome(trial.cfg)
+        outcome = read_outcome(trial.cfg.run_dir)
         if outcome is not None:
             run.set_tags({STATUS: f"{outcome['status']} {outcome['why']}".strip()})
             run.end(RUN_STATUS[outcome["status"]])
@@ -114,10 +114,10 @@ class TrialRuns(tune.Callback):
         self.thread.join(CLOSE_TIMEOUT_S)
         try:
             for trial in self.trials.values():
-                if trial.name not in self.runs and read_outcome(trial.cfg) is None:
+                if trial.name not in self.runs and read_outcome(trial.cfg.run_dir) is None:
                     continue
                 self.send_trial(trial)
-                if read_outcome(trial.cfg) is None:
+                if read_outcome(trial.cfg.run_dir) is None:
                     self.runs[trial.name].end("FAILED" if kind is None else "KILLED")
         except Outage as error:
             if kind is None:

@@ -42,9 +42,9 @@ VALIDATIONS = 8  # of a trial, where train.validate_every does not say
 Report = Callable[[float, float], None]  # epochs that are done, and the metric
 
 
-def objective(cfg: RunConfig) -> str:
+def objective(best_metric: str) -> str:
     """The metric by which trials are judged."""
-    return f"val_sample/{cfg.train.best_metric}"
+    return f"val_sample/{best_metric}"
 
 
 def shares_features(cfg: RunConfig, base: RunConfig) -> bool:
@@ -62,8 +62,8 @@ def train_trial(
         settings: what was drawn, for the record.
         shared_maps: folder of the preset's feature maps; None where the trial needs its own.
     """
-    key = objective(cfg)
-    if (outcome := read_outcome(cfg)) is not None:
+    key = objective(cfg.train.best_metric)
+    if (outcome := read_outcome(cfg.run_dir)) is not None:
         logger.info("trial %s: %s", cfg.name, outcome["status"])
         for epochs, value in reported(cfg.run_dir, key):
             report(epochs, value)
@@ -74,18 +74,18 @@ def train_trial(
         try:
             _train(cfg, settings, report, shared_maps)
         except TrainingStopped as stopped:  # too high a rate is an answer, too
-            write_outcome(cfg, DIVERGED, str(stopped))
+            write_outcome(cfg.run_dir, DIVERGED, str(stopped))
         except UserError as mistake:
-            write_outcome(cfg, REFUSED, str(mistake))
+            write_outcome(cfg.run_dir, REFUSED, str(mistake))
         else:
-            write_outcome(cfg, FINISHED)
+            write_outcome(cfg.run_dir, FINISHED)
 
 
 def _train(
     cfg: RunConfig, settings: dict[str, Any], report: Report, shared_maps: Path | None
 ) -> None:
     torch.set_num_threads(cfg.train.threads_per_worker)
-    folder, key = cfg.train_dir, objective(cfg)
+    folder, key = cfg.train_dir, objective(cfg.train.best_metric)
     maps = fit_features(cfg) if shared_maps is None else FeatureMaps.load(shared_maps)
     # the order of examples that jobs.train would begin with under these settings
     readers = cfg.train.readers or cfg.train.num_workers
@@ -123,7 +123,7 @@ def _train(
         validate=Validator(cfg, maps, device),
         log=log,
     )
-    publish_training(cfg, maps, digest, noted_run(cfg))
+    publish_training(cfg, maps, digest, noted_run(cfg.run_dir))
 
 
 def with_validations(cfg: RunConfig, steps: StepPlan) -> RunConfig:
@@ -153,11 +153,11 @@ def reported(run_dir: Path, key: str) -> Iterator[tuple[float, float]]:
             yield line.step / steps_per_epoch, line.values[key]
 
 
-def read_outcome(cfg: RunConfig) -> dict[str, Any] | None:
+def read_outcome(run_dir: Path) -> dict[str, Any] | None:
     """What became of a trial: `status` and `why`; None while it has steps to do."""
-    path = cfg.run_dir / OUTCOME
+    path = run_dir / OUTCOME
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write_outcome(cfg: RunConfig, status: str, why: str = "") -> None:
-    write_atomically(cfg.run_dir / OUTCOME, json_text({"status": status, "why": why}))
+def write_outcome(run_dir: Path, status: str, why: str = "") -> None:
+    write_atomically(run_dir / OUTCOME, json_text({"status": status, "why": why}))

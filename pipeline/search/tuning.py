@@ -92,10 +92,10 @@ def open_search(base: RunConfig, space: SearchSpace, trials: Sequence[Trial]) ->
         for key in sorted(began.keys() | facts.keys()):
             if began.get(key) != facts.get(key):
                 raise UserError(
-                    f"the search {search_name(base)} began with {key} = {began.get(key)!r} and "
-                    f"would go on with {facts.get(key)!r}: --restart forgets it, or --set name=... "
-                    f"and --set sequences.from_run={base.sequences.from_run or base.name} begin "
-                    "another"
+                    f"the search {search_name(base.name)} began with {key} = {began.get(key)!r} "
+                    f"and would go on with {facts.get(key)!r}: --restart forgets it, or --set "
+                    "name=... and --set sequences.from_run="
+                    f"{base.sequences.from_run or base.name} begin another"
                 )
     write_atomically(path, json_text(facts))
 
@@ -123,7 +123,7 @@ def run_search(
         Outage: no cluster.
     """
     failed: dict[str, str] = {}
-    if any(read_outcome(trial.cfg) is None for trial in trials):
+    if any(read_outcome(trial.cfg.run_dir) is None for trial in trials):
         with ray_cluster(base.ray, runs_dir=base.runs_dir):
             failed = run_trials(base, space.search, trials, callbacks)
 
@@ -164,7 +164,7 @@ def run_trials(
         runnable,
         param_space={"trial": tune.grid_search([_as_config(trial) for trial in trials])},
         tune_config=tune.TuneConfig(
-            scheduler=make_scheduler(base, search, trials),
+            scheduler=make_scheduler(base.train.best_metric, search, trials),
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -184,13 +184,15 @@ def run_trials(
     return failed
 
 
-def make_scheduler(base: RunConfig, search: SearchConfig, trials: Sequence[Trial]) -> ASHAScheduler:
+def make_scheduler(
+    best_metric: str, search: SearchConfig, trials: Sequence[Trial]
+) -> ASHAScheduler:
     """ASHA in epochs: trials may differ in their steps."""
     epochs = max(trial.cfg.train.epochs for trial in trials)
     return ASHAScheduler(
         time_attr=EPOCHS,
         metric=VALUE,
-        mode="min" if base.train.best_metric == "ne" else "max",
+        mode="min" if best_metric == "ne" else "max",
         max_t=epochs,
         grace_period=search.first_share * epochs,  # pyright: ignore[reportArgumentType]
         reduction_factor=search.keep_one_in,
@@ -224,7 +226,7 @@ def _run_trial(drawn: dict[str, Any], common: dict[str, Any]) -> None:
     shared = Path(common["folder"]) if shares_features(cfg, base) else None
 
     def report(epochs: float, value: float) -> None:
-        tune.report({EPOCHS: epochs, VALUE: value, "metric": objective(cfg)})
+        tune.report({EPOCHS: epochs, VALUE: value, "metric": objective(cfg.train.best_metric)})
 
     train_trial(cfg, drawn["trial"]["settings"], report, shared)
 
@@ -233,7 +235,7 @@ def log_search(parent: Run, results: Sequence[TrialResult], folder: Path) -> Non
     """The search's files into its own run, with what the best trial came to."""
     best = results[0]
     if math.isfinite(best.value):
-        parent.log_metrics({f"best/{objective(best.trial.cfg)}": best.value}, 0)
+        parent.log_metrics({f"best/{objective(best.trial.cfg.train.best_metric)}": best.value}, 0)
     counts = Counter(result.status for result in results)
     tags = {f"trials.{status}": str(count) for status, count in counts.items()}
     parent.set_tags(tags | {"best_trial": best.trial.name, "kind": "search"})
@@ -255,5 +257,5 @@ class NoteEnds(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         cfg = self.trials[_trial_name(trial)].cfg
-        if read_outcome(cfg) is None:
-            write_outcome(cfg, ENDED_EARLY)
+        if read_outcome(cfg.run_dir) is None:
+            write_outcome(cfg.run_dir, ENDED_EARLY)

@@ -57,7 +57,7 @@ from {cfg.source.kind} |
 Prequential: the history of a request holds every strictly earlier row. NE below 1 is \
 better than the tasks' base rates.
 
-{_drawn_note(cfg)}{_metric_table(cfg.tasks, cfg.split, metrics)}
+{_drawn_note(cfg.examples.negatives)}{_metric_table(cfg.tasks, cfg.split, metrics)}
 
 ## By slice
 {_slice_table(cfg.tasks, slices.read_slices(model_dir))}
@@ -71,12 +71,12 @@ that it never showed.
 """
 
 
-def _drawn_note(cfg: RunConfig) -> str:
+def _drawn_note(negatives: int) -> str:
     """What the negatives are, where the logs have none."""
-    if cfg.examples.negatives == 0:
+    if negatives == 0:
         return ""
     return (
-        f"**Drawn negatives.** Beside each positive {cfg.examples.negatives} items that the user "
+        f"**Drawn negatives.** Beside each positive {negatives} items that the user "
         "has no row of up to then, drawn by popularity (`examples.negatives`), in training and in "
         "these figures. They tell what was chosen from what was drawn, not from what was shown.\n\n"
     )

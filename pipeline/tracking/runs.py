@@ -188,12 +188,12 @@ def training_run(
     return Run(mlflow.get_tracking_uri(), run_id, str(end_note))
 
 
-def noted_run(cfg: RunConfig) -> str | None:
-    """Id of the MLflow run that the training of this name logs into; None where it is not tracked.
+def noted_run(run_dir: Path) -> str | None:
+    """Id of the MLflow run that the training in this folder logs into; None where none is tracked.
 
     It asks no server.
     """
-    note = cfg.run_dir / MLFLOW_RUN
+    note = run_dir / MLFLOW_RUN
     return json.loads(note.read_text())["run_id"] if note.exists() else None
 
 

@@ -32,15 +32,15 @@ def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
         )
     for number, period in enumerate(PERIODS[1:], start=1):
         if counts.rows[number] == 0:
-            _tell_empty(cfg, period, manifest)
+            _tell_empty(period, manifest, cfg.train.validate_every is not None)
         else:
             _tell_tasks_without_positives(cfg, period, number, counts)
     return counts.by_name(manifest.actions, cfg.tasks)
 
 
-def _tell_empty(cfg: RunConfig, period: str, manifest: store.Manifest) -> None:
+def _tell_empty(period: str, manifest: store.Manifest, is_scored: bool) -> None:
     message = f"split.t_{period}: the {period} period holds no row, {_span(manifest)}"
-    if period == "val" and cfg.train.validate_every:
+    if period == "val" and is_scored:
         raise UserError(f"{message}: train.validate_every has nothing to score")
     logger.warning("%s: there will be no %s metrics", message, period)
 

@@ -20,7 +20,7 @@ import ray
 import torch
 
 from pipeline.cluster import is_private
-from pipeline.config import RayConfig, RunConfig, TrainConfig, UserError
+from pipeline.config import RayConfig, TrainConfig, UserError
 from pipeline.train.interruption import ask_to_stop, forget_wishes
 from pipeline.train.worker import STOPPED, raise_reason, worker_resources
 
@@ -33,7 +33,7 @@ FIT_ENDS_S = 15.0  # of Ray Train's controller, after its workers have returned
 
 
 @contextmanager
-def only_training(cfg: RunConfig, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+def only_training(runs_dir: str, name: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Keep every other job away from the training of this name for the length of the block.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
@@ -41,12 +41,12 @@ def only_training(cfg: RunConfig, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator
     Raises:
         UserError: another job trains under this name; says which.
     """
-    path = Path(cfg.runs_dir).absolute() / f".{cfg.name}.training"
+    path = Path(runs_dir).absolute() / f".{name}.training"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         if not _locked(lock, timeout_s):
             raise UserError(
-                f"run {cfg.name!r} is being trained by another job ({path.read_text().strip()}): "
+                f"run {name!r} is being trained by another job ({path.read_text().strip()}): "
                 "wait for it, end it, or choose another name"
             )
         now = datetime.now(UTC).isoformat(timespec="seconds")

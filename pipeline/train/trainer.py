@@ -106,7 +106,7 @@ def fit_model(
             run_attempt(_make_trainer(cfg, digest, steps, run, start), train, folder)
 
     publish_training(cfg, maps, digest, None if run is None else run.run_id)
-    shutil.rmtree(aside(cfg), ignore_errors=True)
+    shutil.rmtree(aside(cfg.run_dir), ignore_errors=True)
     if run is not None:
         complete_run(run, folder)
     return cfg.model_dir

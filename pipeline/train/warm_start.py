@@ -122,9 +122,9 @@ def prepare_start(cfg: RunConfig, model: Path | None, *, restart: bool) -> WarmS
     if model is not None:
         start = start_from(cfg, model)
         if own_checkpoint(folder, model) is not None:
-            shutil.rmtree(aside(cfg), ignore_errors=True)
-            folder.rename(aside(cfg))
-        kept = own_checkpoint(aside(cfg), model)
+            shutil.rmtree(aside(cfg.run_dir), ignore_errors=True)
+            folder.rename(aside(cfg.run_dir))
+        kept = own_checkpoint(aside(cfg.run_dir), model)
         start = replace(start, checkpoint=None if kept is None else str(kept))
 
     if restart:
@@ -135,9 +135,9 @@ def prepare_start(cfg: RunConfig, model: Path | None, *, restart: bool) -> WarmS
     return start
 
 
-def aside(cfg: RunConfig) -> Path:
+def aside(run_dir: Path) -> Path:
     """Where the training before waits until this one is complete."""
-    return cfg.run_dir / "train_before"
+    return run_dir / "train_before"
 
 
 def with_start(cfg: RunConfig, start: WarmStart | None) -> RunConfig:
@@ -169,14 +169,14 @@ def own_checkpoint(folder: Path, model: Path) -> Path | None:
     return place if saved.identity["sequences"] == facts.get("sequences") else None
 
 
-def load_start(trainee: Trainee, start: WarmStart, maps: FeatureMaps, cfg: RunConfig) -> None:
+def load_start(trainee: Trainee, start: WarmStart, maps: FeatureMaps, cfg: FeatureConfig) -> None:
     """Set the weights of `trainee`, and its optimizers' moments where they are to be had.
 
     Raises:
         UserError: a weight that the model has not, or has in another shape.
     """
     old = FeatureMaps.load(Path(start.model))
-    rows = match_vocabularies(old, maps, cfg.features)
+    rows = match_vocabularies(old, maps, cfg)
     by_path = {path: name for name, path in trainee.table_paths.items()}
 
     with safe_open(Path(start.model) / "model.safetensors", "pt") as weights:

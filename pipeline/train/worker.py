@@ -102,7 +102,7 @@ def _train_rank(cfg: RunConfig, settings: dict[str, Any]) -> None:
 
     def begin_with(trainee: Trainee) -> None:
         if start is not None:
-            load_start(trainee, start, maps, cfg)
+            load_start(trainee, start, maps, cfg.features)
 
     with only_writer(folder) if rank == 0 else nullcontext():
         resume = checkpoints.newest()  # the other ranks wait here for rank 0

@@ -86,9 +86,9 @@ def _print_step(number: int, what: str) -> None:
     print(f"== loop {number}/4 {what}", flush=True)
 
 
-def refuse_real_logs(cfg: RunConfig) -> None:
+def refuse_real_logs(kind: str) -> None:
     """Simulated clicks among a user's own logs would be false for good."""
-    if cfg.source.kind == "parquet":
+    if kind == "parquet":
         raise UserError(
             "source.kind: these are logs of your own, and --loop would add simulated clicks to "
             "them; docs/guide/loop.md has the same turn for a server with real users"

@@ -45,7 +45,7 @@ def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
     Raises:
         UserError: the version has no index, or the test period holds no request.
     """
-    recommender = load_recommender(cfg, model_dir)
+    recommender = load_recommender(cfg.serve, model_dir)
     users, examples = sample_requests(cfg, cfg.serve.parity_requests)
     audience = past_audience(users, examples, cfg.serve.max_history)
     wish = Wish(num=min(SHOWN, cfg.serve.max_recommended))
