@@ -32,7 +32,7 @@ def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
         )
     for number, period in enumerate(PERIODS[1:], start=1):
         if counts.rows[number] == 0:
-            _tell_empty(period, manifest, cfg.train.validate_every is not None)
+            _tell_empty(period, manifest, cfg.train.validate_every > 0)
         else:
             _tell_tasks_without_positives(cfg, period, number, counts)
     return counts.by_name(manifest.actions, cfg.tasks)
