@@ -23,7 +23,6 @@ from pipeline.config.logs import (
     Impressions,
     SideTable,
     SourceConfig,
-    SyntheticConfig,
 )
 from pipeline.config.model import AttentionConfig, ChannelConfig, LoopConfig, ModelConfig
 from pipeline.config.reading import parse_time
@@ -31,12 +30,14 @@ from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.run import RunConfig, flatten, from_dict, load, to_dict
 from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
 from pipeline.config.serving import CanaryConfig, ExposureConfig, ServeConfig
+from pipeline.config.synthetic import ChainsConfig, DriftingConfig, SyntheticConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import EvaluateConfig, StochasticLengthConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",
     "CanaryConfig",
+    "ChainsConfig",
     "ChannelConfig",
     "CheckConfig",
     "ColumnFeature",
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigError",
     "DenseFeature",
     "DriftConfig",
+    "DriftingConfig",
     "EvaluateConfig",
     "ExampleConfig",
     "ExposureConfig",

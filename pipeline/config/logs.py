@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pipeline.config.errors import ConfigError, require
 from pipeline.config.reading import GCS, S3, parse_time, split_s3
-from pipeline.config.setting import check_ranges, describe, setting
+from pipeline.config.setting import describe, setting
+from pipeline.config.synthetic import SyntheticConfig
 from pipeline.schema import MAX_ACTIONS, RESERVED, TEXT_IDS, WATCH_MS, EventColumns, outcome_column
 
 Unit = Literal["ns", "us", "ms", "s", "min", "h", "d"]  # of time
@@ -108,83 +109,6 @@ class SideTable:
         metadata=describe("Column that holds the user_id or item_id of a row, as in the logs.")
     )
     format: FileFormat = field(default_factory=FileFormat)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyntheticConfig:
-    """Generated logs by a Dirichlet process (HSTU, arXiv:2402.17152, appendix C), with times,
-    requests, actions and long histories. Read where `source.kind` is synthetic.
-    """
-
-    num_users: int = setting(2000, at_least=1, doc="Number of users.")
-    num_items: int = setting(20_000, at_least=1, doc="Number of items.")
-    num_categories: int = setting(100, at_least=1, doc="Number of item categories.")
-    max_history: int = setting(
-        256, at_least=1, at_most=16_384, doc="Number of rows of the user with the most."
-    )
-    length_exponent: float = setting(
-        1.0,
-        doc="Exponent of Zipf's law: the user of rank r has about max_history / r**exponent rows.",
-    )
-    min_history: int = setting(
-        8, at_least=1, doc="Fewest rows of a user; at most source.synthetic.max_history."
-    )
-    candidates_per_request: int = setting(
-        4, at_least=1, doc="Number of items, and so of rows, that are shown in one request."
-    )
-    num_days: int = setting(12, at_least=1, doc="Days that the logs cover.")
-    start: str = setting(
-        "2022-04-24T00:00:00+08:00", doc="Time of the first day, ISO 8601 with its UTC offset."
-    )
-    rows_per_file: int = setting(
-        1_000_000,
-        at_least=1,
-        doc="Rows that are made, and held in memory, at a time where by_day is true.",
-    )
-    by_day: bool = setting(
-        False, doc="Write one file per day, as logs grow, instead of files of whole users."
-    )
-    lasting_categories: int = setting(
-        0,
-        at_least=0,
-        doc="Categories, beside num_categories, of tastes that show early in a history and are "
-        "asked after much later, each once; 0 makes none.",
-    )
-    early_rows: int = setting(
-        1024, doc="Number of a user's first rows, in which the lasting tastes show."
-    )
-    quiet_rows: int = setting(
-        1280, doc="Number of rows after the early ones, without any sign of the lasting tastes."
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "source.synthetic")
-        parse_time("source.synthetic.start", self.start)
-
-        self._refuse_shortest_history_above_longest()
-        self._refuse_requests_across_lasting_phases()
-
-    def _refuse_shortest_history_above_longest(self) -> None:
-        require(
-            self.min_history <= self.max_history,
-            "source.synthetic.min_history",
-            self.min_history,
-            "1 to max_history",
-        )
-
-    def _refuse_requests_across_lasting_phases(self) -> None:
-        """The early and the quiet rows are whole requests."""
-        if self.lasting_categories == 0:
-            return
-
-        for name in ("early_rows", "quiet_rows"):
-            rows = getattr(self, name)
-            require(
-                rows > 0 and rows % self.candidates_per_request == 0,
-                f"source.synthetic.{name}",
-                rows,
-                "a multiple of candidates_per_request above 0",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -501,7 +425,9 @@ class SourceConfig:
             generated logs        synthetic-0c9a71
         """
         if self.path is None:
-            made_by = json.dumps(dataclasses.asdict(self.synthetic), sort_keys=True)
+            settings = dataclasses.asdict(self.synthetic)
+            given = {name: value for name, value in settings.items() if value is not None}
+            made_by = json.dumps(given, sort_keys=True)
             place, readable = made_by, self.kind
         else:
             place = self.path.partition("?")[0].rstrip("/")

@@ -13,22 +13,12 @@ the asking rows, and is unknown in all others: what is scored is what was plante
 helps with another.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pipeline.config import SyntheticConfig
 
 ACTION = "lasting"
 TOLD_RIGHT = 0.9
-
-
-@dataclass(frozen=True)
-class Planted:
-    """Of every row, [rows] each."""
-
-    category: np.ndarray  # int64, -1 where it is an everyday one
-    action: np.ndarray  # int8, masked where unknown
 
 
 def plant(
@@ -38,9 +28,9 @@ def plant(
     owner: np.ndarray,
     place: np.ndarray,
     rng: np.random.Generator,
-) -> Planted:
-    """For the rows at `place` of their `owner`, one of `lengths`; `categories`, int64 [n]: the
-    lasting ones.
+) -> tuple[np.ndarray, np.ndarray]:
+    """For the rows at `place` of their `owner`, one of `lengths`: category, -1 where it is an
+    everyday one, and action, masked where unknown. `categories`, int64 [n]: the lasting ones.
     """
     num = len(categories)
     shape = len(lengths), num
@@ -54,6 +44,5 @@ def plant(
     about = np.where(early, place, request // apart) % num
     told = likes[owner, about] == (rng.random(len(place)) < TOLD_RIGHT)
     known = early | asks
-    return Planted(
-        np.where(known, order[owner, about], -1), np.ma.masked_array(told.astype(np.int8), ~known)
-    )
+    category = np.where(known, order[owner, about], -1)
+    return category, np.ma.masked_array(told.astype(np.int8), ~known)

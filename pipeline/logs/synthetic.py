@@ -15,7 +15,8 @@ requests of several candidates, in sessions, and three actions:
     is_like    a click, the item's appeal, and the user's first category (`home_category` in the
     USER table)
 
-`lasting_categories` adds what only a long memory can tell (`pipeline.logs.lasting`).
+`lasting_categories`, `drifting` and `chains` add what only a long memory can tell
+(`pipeline.logs.planted`).
 
 Users come heaviest first, in files of about `rows_per_file` rows, so memory does not grow with the
 logs. With `by_day` each such chunk is cut by day and appended to the files of its days.
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import SourceConfig, SyntheticConfig, UserError, parse_time
-from pipeline.logs import lasting
+from pipeline.logs import planted
 from pipeline.logs.imported import ImportReport
 from pipeline.schema import DAY_MS
 
@@ -55,7 +56,7 @@ class Catalogue:
     keys: np.ndarray  # int64 [items], category * items + item, ascending
     starts: np.ndarray  # int64 [categories], where each begins in `keys`
     first_open: np.ndarray  # everyday categories that have an open item from the start
-    lasting: np.ndarray  # lasting ones that have
+    planted: np.ndarray  # planted ones that have
 
     @property
     def num_items(self) -> int:
@@ -149,7 +150,7 @@ def user_chunks(cfg: SyntheticConfig) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def make_catalogue(cfg: SyntheticConfig, rng: np.random.Generator) -> Catalogue:
-    num_categories = cfg.num_categories + cfg.lasting_categories  # the lasting ones last
+    num_categories = cfg.num_categories + cfg.planted_categories  # the planted ones last
     category = rng.integers(num_categories, size=cfg.num_items)
     keys = np.sort(category * cfg.num_items + np.arange(cfg.num_items))
     first_open = np.unique(category[: max(1, int(OPEN_AT_FIRST * cfg.num_items))])
@@ -160,7 +161,7 @@ def make_catalogue(cfg: SyntheticConfig, rng: np.random.Generator) -> Catalogue:
         keys=keys,
         starts=np.searchsorted(keys, np.arange(num_categories) * cfg.num_items),
         first_open=first_open[first_open < cfg.num_categories],
-        lasting=first_open[first_open >= cfg.num_categories],
+        planted=first_open[first_open >= cfg.num_categories],
     )
 
 
@@ -177,10 +178,9 @@ def make_rows(
     place = np.arange(len(owner)) - begin[owner]
     own, prior = _priors(catalogue, len(lengths), rng)
     category = own[owner, _dirichlet_process(prior, owner, place, begin, rng)]
-    planted = None
-    if cfg.lasting_categories:
-        planted = lasting.plant(cfg, catalogue.lasting, lengths, owner, place, rng)
-        category = np.where(planted.category >= 0, planted.category, category)
+    plant = planted.plant_rows(cfg, catalogue.planted, lengths, owner, place, rng)
+    if plant is not None:
+        category = np.where(plant.category >= 0, plant.category, category)
     new_request = place % cfg.candidates_per_request == 0
     request = np.cumsum(new_request) - 1  # of the chunk
     asker = owner[new_request]
@@ -197,8 +197,8 @@ def make_rows(
     liked = category == own[owner, 0]
     habit = rng.normal(0, 0.5, len(lengths))[owner]
     actions, watch_ms = _actions(catalogue, item, tab, category == interest, liked, habit, rng)
-    if planted is not None:
-        actions[lasting.ACTION] = planted.action
+    if plant is not None:
+        actions[str(planted.planted_action(cfg))] = plant.action
     columns = {
         "user_id": first_user + owner,
         "item_id": item,
@@ -212,6 +212,8 @@ def make_rows(
     rows = np.flatnonzero(fresh)
     rows = rows[np.argsort(columns["event_time"][rows], kind="stable")]
     log = pa.table({name: values[rows] for name, values in columns.items()})
+    if planted.knows_best(cfg):
+        log = planted.with_best(cfg, log, category[rows])
     return log, pa.table(
         {"user_id": first_user + np.arange(len(lengths)), "home_category": own[:, 0]}
     )
@@ -265,6 +267,8 @@ def _times(
     the chunk.
     """
     opens = (rng.random(len(asker)) < SESSION_SHARE) | (number == 0)
+    if cfg.rows_between_breaks is not None:
+        opens = number % (cfg.rows_between_breaks // cfg.candidates_per_request) == 0
     gap = rng.exponential(np.where(opens, SESSION_GAP_MS, REQUEST_GAP_MS))
     gap[number == 0] = 0
     firsts = np.flatnonzero(number == 0)
@@ -333,7 +337,8 @@ def _happens(log_odds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _checked(source: SourceConfig) -> SyntheticConfig:
-    actions = (*ACTIONS, lasting.ACTION) if source.synthetic.lasting_categories else ACTIONS
+    own = planted.planted_action(source.synthetic)
+    actions = ACTIONS if own is None else (*ACTIONS, own)
     for key, names, known in (
         ("actions", source.actions, actions),
         ("request_columns", source.request_columns, REQUEST_COLUMNS),
