@@ -15,7 +15,8 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import auc, normalised_entropy
 from pipeline.evaluate.reachable import Reachable, reachable_task
 from pipeline.logs import chains, drifting, import_logs, open_logs
-from pipeline.logs.planted import ShownRows, best_log_odds
+from pipeline.logs.planted import best_log_odds
+from pipeline.logs.shown import ShownRows
 
 DRIFTING = {"interests": 12, "categories_per_interest": 6, "phase_rows": 8}
 CHAINS = {"categories": 96, "session_rows": 8}

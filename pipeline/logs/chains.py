@@ -14,14 +14,10 @@ Popular categories were shown a session or two ago, rare ones hundreds of sessio
 tells the outcome is of every age.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pipeline.config import ChainsConfig
-
-if TYPE_CHECKING:
-    from pipeline.logs.planted import ShownRows
+from pipeline.logs.shown import ShownRows
 
 ACTION = "taken"
 FOLLOWS = 0.8  # chance of the action after a category that was taken; 1 - it after one that was not
@@ -75,7 +71,7 @@ def plant(
 
 
 def best_log_odds(
-    cfg: ChainsConfig, rows: "ShownRows", request_begin: np.ndarray, oldest: np.ndarray
+    cfg: ChainsConfig, rows: ShownRows, request_begin: np.ndarray, oldest: np.ndarray
 ) -> np.ndarray:
     """By the newest outcome of the category before, of an earlier session and from place `oldest`
     on. Where that was not shown, by what the row's own category told of it: it has been the same

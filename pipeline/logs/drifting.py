@@ -13,14 +13,10 @@ So what counts for the first rows of a phase is as old as the interest's last ph
 for its last rows is mostly in the phase itself.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pipeline.config import DriftingConfig
-
-if TYPE_CHECKING:
-    from pipeline.logs.planted import ShownRows
+from pipeline.logs.shown import ShownRows
 
 ACTION = "taste"
 TOLD_RIGHT = 0.9
@@ -77,7 +73,7 @@ def _by_interest(owner: np.ndarray, interest: np.ndarray) -> tuple[np.ndarray, n
 
 
 def best_log_odds(
-    cfg: DriftingConfig, rows: "ShownRows", request_begin: np.ndarray, oldest: np.ndarray
+    cfg: DriftingConfig, rows: ShownRows, request_begin: np.ndarray, oldest: np.ndarray
 ) -> np.ndarray:
     """The predictive log-odds of a two-state chain that is seen through noise: forward over the
     rows of the same user and category from place `oldest` up to `request_begin`.

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pipeline.config import SyntheticConfig, UserError
 from pipeline.logs import chains, drifting, lasting
+from pipeline.logs.shown import ShownRows
 
 BEST = "best."  # begins the column of the log-odds
 
@@ -26,16 +27,6 @@ class Planted:
 
     category: np.ndarray  # int64, -1 where it is an everyday one
     action: np.ndarray  # int8, masked where unknown
-
-
-@dataclass(frozen=True)
-class ShownRows:
-    """Rows of logs as a reader of histories sees them, in any order, int64 [rows] each."""
-
-    user: np.ndarray
-    place: np.ndarray  # of the row among its user's, from 0
-    category: np.ndarray  # among those that are planted, from 0
-    action: np.ndarray  # 0 or 1
 
 
 def planted_action(cfg: SyntheticConfig) -> str | None:
