@@ -135,7 +135,8 @@ def sample_requests(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
         if found >= num:
             break
     users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
-    examples = request_examples(users, *split_bounds(cfg.split, "test"))
+    bounds = split_bounds(cfg.split, "test")
+    examples = request_examples(users, *bounds, cfg.examples.max_history)
     if len(examples) == 0:
         raise UserError("split.t_test: the test period holds no request to replay")
     return users, examples[np.sort(rng.permutation(len(examples))[:num])]
@@ -164,7 +165,8 @@ def _past(
         "request_features": features,
     }
     if with_history:
-        rows = range(int(one.history_begin[0]), int(one.history_end[0]))
+        # all that there is: the server reads the newest of them, as the evaluation does
+        rows = range(int(users.events.offsets[one.user[0]]), int(one.history_end[0]))
         columns = loaded.cfg.source.events
         body["history"] = [_history_row(users.events, i, columns) for i in rows]
         body["first_position"] = int(users.first_position[one.user[0]])
@@ -180,9 +182,10 @@ def _score_items(
 ) -> np.ndarray:
     """`items` after the example's history, at its request's time."""
     history = users.events.take(one.history_begin, one.history_end)
+    left_out = one.history_begin - users.events.offsets[one.user]
     targets = candidates(
         history,
-        users.first_position[one.user],
+        users.first_position[one.user] + left_out,
         items,
         np.array([0, len(items)]),
         users.request_time[one.target_begin],

@@ -17,6 +17,7 @@ from pipeline.batches.examples import (
     request_examples,
     training_examples,
     user_events,
+    whole_examples,
 )
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
@@ -315,3 +316,31 @@ def test_events_take_copies_ranges() -> None:
     assert taken.item_id.tolist() == [4, 5, 2, 3]
     assert taken.outcomes["price"].tolist() == [2.0, 2.5, 1.0, 1.5]
     assert taken.offsets.tolist() == [0, 2, 2, 4]
+
+
+def test_a_request_reads_its_newest_rows_alone() -> None:
+    cfg = make_config()
+    users = user_events(make_sequences(np.random.default_rng(0)), cfg.source, cfg.features)
+    whole = request_examples(users, T_VAL, 2**62)
+    short = request_examples(users, T_VAL, 2**62, max_history=4)
+    assert whole.num_history.max() > 4
+    np.testing.assert_array_equal(short.num_history, np.minimum(whole.num_history, 4))
+    np.testing.assert_array_equal(short.history_end, whole.history_end)
+
+
+def test_the_first_target_of_a_pass_reads_as_many_rows_as_a_request_does() -> None:
+    cfg = make_config(max_targets_per_sequence=5)
+    users = user_events(make_sequences(np.random.default_rng(0)), cfg.source, cfg.features)
+    passes = whole_examples(users, cfg.split, cfg.train, 4)
+    before_first = users.visible_end[passes.target_begin]
+    begin = users.events.offsets[passes.user]
+    np.testing.assert_array_equal(
+        before_first - passes.history_begin, np.minimum(before_first - begin, 4)
+    )
+    assert (passes.num_history > 4).any(), "later targets read the pass before them too"
+
+
+def test_a_cut_history_is_refused_where_others_count_all_of_it() -> None:
+    rates = {"dense": {"own": {"by": ["user"]}}}
+    with pytest.raises(config.ConfigError, match=r"examples.max_history must be null with .*'own'"):
+        config.from_dict({"examples": {"max_history": 4}, "features": rates})

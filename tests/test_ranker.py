@@ -42,7 +42,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranker, UserEvents]
 def evaluated(world: tuple[Ranker, UserEvents]) -> tuple[EvaluationBatch, np.ndarray]:
     """All requests of all days, one per sequence, and the scores of an offline evaluation."""
     ranker, users = world
-    batch = evaluation_batch(users, request_examples(users, 0, 2**62), ranker.maps, ranker.cfg)
+    examples = request_examples(users, 0, 2**62, ranker.cfg.examples.max_history)
+    batch = evaluation_batch(users, examples, ranker.maps, ranker.cfg)
     return batch, candidate_probabilities(ranker.model, batch.batch)
 
 
@@ -108,6 +109,25 @@ def test_a_query_anchored_model_is_served_without_a_cache(tmp_path: Path) -> Non
     requests, scores = all_requests((ranker, user_events(table, cfg.source, cfg.features)))
     np.testing.assert_allclose(as_array(ranker, requests), scores, atol=1e-6)
     assert hits_and_misses(ranker) == (0, 0)
+
+
+def test_a_model_of_short_histories_is_served_with_short_histories(
+    world: tuple[Ranker, UserEvents], tmp_path: Path
+) -> None:
+    dense = {"item": {"by": ["item_id"], "prior": 3}}
+    cfg = tiny_config(tmp_path / "runs", examples={"max_history": 3}, features={"dense": dense})
+    table = publish_sequences(cfg)
+    loaded = load_model(save_tiny_model(cfg, tmp_path / "model"))
+    store = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, tmp_path / "cache")
+    ranker = Ranker(loaded, store, 7, "tiny", ServeConfig(max_candidates=50, max_history=30))
+    users = user_events(table, cfg.source, cfg.features)
+
+    batch, scores = evaluated((ranker, users))
+    assert (batch.batch.seq_offsets.diff() - batch.batch.num_targets).max() == 3
+    tabs = np.full(len(batch.item_id), -1)
+    offsets = np.concatenate([[0], np.cumsum(batch.batch.num_targets.numpy())])
+    requests = [request_of(batch, slice(b, e), tabs) for b, e in itertools.pairwise(offsets)]
+    np.testing.assert_allclose(as_array(ranker, requests), scores, atol=1e-6)
 
 
 def test_scores_do_not_depend_on_the_company(world: tuple[Ranker, UserEvents]) -> None:

@@ -118,15 +118,31 @@ def _first_of_run(values: np.ndarray, begin: np.ndarray, rows: np.ndarray) -> np
     return np.maximum.accumulate(np.where(starts, rows, 0))
 
 
-def request_examples(users: UserEvents, t_from: int, t_to: int) -> Examples:
-    """One example per request with t_from <= its time < t_to (ms UTC); order_only rows are never
-    candidates here.
+def request_examples(
+    users: UserEvents, t_from: int, t_to: int, max_history: int | None = None
+) -> Examples:
+    """One example per request with t_from <= its time < t_to (ms UTC), with the newest
+    `max_history` rows before it; order_only rows are never candidates here.
     """
     events = users.events
     time = users.request_time
     rows = np.flatnonzero((time >= t_from) & (time < t_to) & ~events.order_only)
     first = rows[users.request_begin[rows] == rows]
-    return _whole_requests(users, first)
+    return newest_history(users, _whole_requests(users, first), max_history)
+
+
+def newest_history(users: UserEvents, examples: Examples, max_history: int | None) -> Examples:
+    """The same with the newest `max_history` rows that the first target of each sees, and what lies
+    between that target and the last; None: all rows.
+
+        rows of a user      0 1 2 3 4 5 6 7      max_history = 2
+        targets of a pass             5 6 7
+        history begins at         3
+    """
+    if max_history is None:
+        return examples
+    newest = users.visible_end[examples.target_begin] - max_history
+    return replace(examples, history_begin=np.maximum(examples.history_begin, newest))
 
 
 def request_passes(users: UserEvents, t_from: int, t_to: int, max_targets: int) -> Examples:
@@ -168,8 +184,11 @@ def training_examples(
     return cut_histories(examples, cut, train)
 
 
-def whole_examples(users: UserEvents, split: SplitConfig, train: TrainConfig) -> Examples:
-    """The training examples of these users in the configured layout, each with its whole history.
+def whole_examples(
+    users: UserEvents, split: SplitConfig, train: TrainConfig, max_history: int | None = None
+) -> Examples:
+    """The training examples of these users in the configured layout, each with its newest
+    `max_history` rows; None: its whole history.
 
     The candidates are the rows of the training period, and the order_only rows where their labels
     weigh something. With `train.targets_since` those before it make examples of their own, of
@@ -179,12 +198,13 @@ def whole_examples(users: UserEvents, split: SplitConfig, train: TrainConfig) ->
     if train.history_label_weight == 0:
         training &= ~users.events.order_only
     if train.since_ms is None:
-        return _cut_examples(users, training, train)
+        return newest_history(users, _cut_examples(users, training, train), max_history)
 
     recent = (users.request_time >= train.since_ms) & ~users.events.order_only
     older = _cut_examples(users, training & ~recent, train)
     older = older[_is_replayed(users, older, train.since_ms, train.replay_share)]
-    return _joined(older, _cut_examples(users, training & recent, train))
+    joined = _joined(older, _cut_examples(users, training & recent, train))
+    return newest_history(users, joined, max_history)
 
 
 def _is_replayed(users: UserEvents, examples: Examples, since_ms: int, share: float) -> np.ndarray:

@@ -289,7 +289,7 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
     for index in range(len(manifest.buckets)):
         sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
         users = user_events(sequences, cfg.source, cfg.features)
-        examples = request_examples(users, begin, end)
+        examples = request_examples(users, begin, end, cfg.examples.max_history)
         for part in token_batches(examples, cfg.evaluate.batch_tokens):
             yield evaluation_batch(users, part, maps, cfg)
 

@@ -127,7 +127,7 @@ def read_decks(
         tables.append(own)
         num_users.append(len(own))
     users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
-    examples = whole_examples(users, cfg.split, cfg.train)
+    examples = whole_examples(users, cfg.split, cfg.train, cfg.examples.max_history)
 
     numbers = []
     user_bounds = offsets_of(np.array(num_users))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from pipeline.config.errors import require
+from pipeline.config.examples import ExampleConfig
 from pipeline.config.features import FeatureConfig, SplitConfig
 from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ChannelConfig, ModelConfig
@@ -27,6 +28,17 @@ def refuse_unknown_actions(key: str, names: Iterable[str], source: SourceConfig)
 def refuse_unknown_tasks(key: str, names: Iterable[str], tasks: tuple[str, ...]) -> None:
     for name in names:
         require(name in tasks, key, name, f"one of tasks {list(tasks)}")
+
+
+def refuse_cut_histories_that_others_count(
+    examples: ExampleConfig, features: FeatureConfig, retrieval: RetrievalConfig
+) -> None:
+    """Rates of the user's own rows count all of them, and an index encodes all of them."""
+    counting = [name for name, dense in features.dense.items() if "user" in dense.by]
+    possible = not counting and not retrieval.enabled
+    rule = f"null with retrieval.enabled, or with rates of the user's rows {counting}"
+    allowed = examples.max_history is None or possible
+    require(allowed, "examples.max_history", examples.max_history, rule)
 
 
 def refuse_checks_of_unknown_columns(checks: CheckConfig, source: SourceConfig) -> None:

@@ -76,6 +76,7 @@ class RunConfig:
         rules.refuse_features_of_unknown_columns(features, source)
         rules.refuse_more_bits_than_the_mask_has(self.num_action_bits)
         rules.refuse_unknown_tables(train, features)
+        rules.refuse_cut_histories_that_others_count(self.examples, features, self.retrieval)
 
         rules.refuse_query_anchor_in_shared_passes(self.model, train)
         rules.refuse_label_leak_of_filtered_channels(self.model.channels, train)

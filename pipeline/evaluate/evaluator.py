@@ -413,7 +413,8 @@ def _count_split(cfg: RunConfig, split: str) -> dict[str, int]:
         users = user_events(
             store.read_bucket(cfg.sequence_dir, manifest, index), cfg.source, cfg.features
         )
-        examples = request_examples(users, *split_bounds(cfg.split, split))
+        bounds = split_bounds(cfg.split, split)
+        examples = request_examples(users, *bounds, cfg.examples.max_history)
         requests += len(examples)
         rows += int((examples.target_end - examples.target_begin).sum())
         tokens += int(examples.num_tokens.sum())

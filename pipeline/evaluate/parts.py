@@ -31,7 +31,7 @@ from pipeline.batches.loader import (
     split_bounds,
     token_batches,
 )
-from pipeline.config import ChannelConfig, EvaluateConfig, ExampleConfig, RunConfig, SplitConfig
+from pipeline.config import ChannelConfig, ExampleConfig, RunConfig, SplitConfig
 from pipeline.evaluate.item_rates import ItemCounts, count_items
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.flops import Flops
@@ -143,7 +143,8 @@ def score_users(
     for split in splits:
         bounds = split_bounds(cfg.split, split)
         scores[split] = _score_split(cfg, loaded, users, bounds)
-        work[split] = _count_requests(users, request_examples(users, *bounds), cfg)
+        requests = request_examples(users, *bounds, cfg.examples.max_history)
+        work[split] = _count_requests(users, requests, cfg)
     counts = count_items(users, cfg.split, cfg.task_bits, cfg.examples.negatives)
     return PartScores(scores, work, counts)
 
@@ -169,10 +170,11 @@ def _score_split(
     where = next(model.parameters()).device
     bf16 = cfg.evaluate.precision == "bf16"
     half = torch.autocast(where.type, torch.bfloat16, enabled=bf16)
-    shared = shared_form(cfg.model) != "none"
+    # a history that moves on with each request is no shared one
+    shared = shared_form(cfg.model) != "none" and cfg.examples.max_history is None
 
     tables, rows, metrics = [], [], head.new_metrics()
-    for examples in _passes(users, bounds, cfg.evaluate, shared=shared):
+    for examples in _passes(users, bounds, cfg, shared=shared):
         part = evaluation_batch(users, examples, loaded.maps, cfg, shared=shared)
         batch = part.batch.to(where)
         with half:
@@ -201,13 +203,13 @@ def _score_split(
 
 
 def _passes(
-    users: UserEvents, bounds: tuple[int, int], cfg: EvaluateConfig, *, shared: bool
+    users: UserEvents, bounds: tuple[int, int], cfg: RunConfig, *, shared: bool
 ) -> Iterator[Examples]:
     if shared:
         examples = request_passes(users, *bounds, MOST_TARGETS)
     else:
-        examples = request_examples(users, *bounds)
-    return token_batches(examples, cfg.batch_tokens)
+        examples = request_examples(users, *bounds, cfg.examples.max_history)
+    return token_batches(examples, cfg.evaluate.batch_tokens)
 
 
 def _no_examples() -> Examples:

@@ -150,7 +150,8 @@ def recommend_bucket(
 
     num = len(users.user_id)
     times = np.full(num, request.time_ms)
-    past = history_before(users, times, cfg.serve.max_history)
+    most = loaded.cfg.examples.read_rows(cfg.serve.max_history)
+    past = history_before(users, times, most)
     features = {}
     for name, value in request.features.items():
         features[name] = np.full(num, value, np.int32)

@@ -87,7 +87,8 @@ class Validator:
         for bucket in rng.permutation(len(manifest.buckets)).tolist():
             sequences = store.read_bucket(cfg.sequence_dir, manifest, bucket)
             users = user_events(sequences, cfg.source, cfg.features)
-            examples = request_examples(users, *split_bounds(cfg.split, "val"))
+            bounds = split_bounds(cfg.split, "val")
+            examples = request_examples(users, *bounds, cfg.examples.max_history)
             chosen = np.sort(rng.permutation(len(examples))[:left])
             for part in token_batches(examples[chosen], cfg.evaluate.batch_tokens):
                 yield users, part

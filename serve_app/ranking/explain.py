@@ -107,7 +107,7 @@ def _scores_without(
 
     head = prepared.request.head
     assert found.sequence is not None, "there is a history"
-    cfg, max_history = ranker.cfg, ranker.limits.max_history
+    cfg, max_history = ranker.cfg, ranker.max_history
     shorter = sequences_without_one(found.sequence, head.request_time_ms, tried, max_history)
     times = np.full(tried, head.request_time_ms, np.int64)
     past = histories([shorter], times, cfg.source, cfg.features, max_history)

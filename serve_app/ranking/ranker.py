@@ -120,6 +120,7 @@ class Ranker:
         self.version = version
         self.name = name
         self.limits = limits
+        self.max_history = loaded.cfg.examples.read_rows(limits.max_history)
         self.index = index
 
         self.device = next(self.model.parameters()).device
@@ -160,7 +161,7 @@ class Ranker:
         """
         lengths = [1]
         if self.device.type == "cuda":
-            lengths.append(min(LONG_HISTORY, self.limits.max_history))
+            lengths.append(min(LONG_HISTORY, self.max_history))
 
         popular = self.maps.popular_items(1).tolist() or [0]
         item_id = np.array(popular, np.int64)
@@ -347,9 +348,7 @@ class Ranker:
             sequence = sequence_row({}, self.store.columns)
 
         time_ms = np.array([head.request_time_ms], np.int64)
-        past = histories(
-            [sequence], time_ms, self.cfg.source, self.cfg.features, self.limits.max_history
-        )
+        past = histories([sequence], time_ms, self.cfg.source, self.cfg.features, self.max_history)
         user_id = NO_USER if head.user_id is None else head.user_id
         key = b""
         if self.cfg.model.cacheable:
