@@ -7,13 +7,17 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from pipeline import config
+
+if TYPE_CHECKING:
+    from pipeline.tracking import RowsAtHand
 
 CHECK_S = 2.0
 
@@ -92,6 +96,29 @@ def run(
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, config.UserError) else 1)
+
+
+def require_task(tasks: Sequence[str], task: str | None) -> None:
+    """Go on only if `--promote-if` names a task, or nothing.
+
+    Raises:
+        UserError: it names something else.
+    """
+    if task is not None and task not in tasks:
+        raise config.UserError(f"--promote-if: one of the tasks {list(tasks)}, got {task!r}")
+
+
+def rows_at_hand(cfg: config.RunConfig) -> "RowsAtHand":
+    """The validation rows of the run's sequences, for versions that were validated on others."""
+    from pipeline.evaluate import evaluator
+    from pipeline.evaluate.spread import evaluation_cluster
+    from pipeline.tracking import RowsAtHand
+
+    def score(model_dir: Path) -> Mapping[str, float]:
+        with evaluation_cluster(cfg):
+            return evaluator.score_model(cfg, model_dir)
+
+    return RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score)
 
 
 def _print_plan(cfg: config.RunConfig, planned: dict[str, object]) -> None:

@@ -22,6 +22,7 @@ from pipeline.files import json_text, write_atomically
 if TYPE_CHECKING:
     from pipeline import tracking
     from pipeline.sequences.store import Manifest
+    from serve_app.feedback.turn import Decide
 
 # what takes seconds to import is imported where it is used, after the settings were read
 
@@ -65,6 +66,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="serve a demo's champion to people who do not exist for five days, and append what "
         "they were shown and clicked; default: 1000 lists",
     )
+    parser.add_argument(
+        "--promote-if",
+        metavar="TASK",
+        help="with --loop: the next version answers half of the people for a day, and becomes "
+        "champion if they do more of TASK with it and it passes the gate (jobs.verdict)",
+    )
 
 
 def run_job(job: cli.Job) -> None:
@@ -74,10 +81,7 @@ def run_job(job: cli.Job) -> None:
 
     cfg = job.cfg
     looped = job.options.loop is not None
-    if looped:
-        from serve_app.feedback import turn
-
-        turn.refuse_real_logs(cfg.source.kind)
+    check_loop(cfg, looped=looped, promote_if=job.options.promote_if)
     check_settings(cfg)
     baseline = None
     if job.options.beside:
@@ -112,7 +116,8 @@ def run_job(job: cli.Job) -> None:
                 from serve_app.feedback import turn
 
                 url, visits = cluster.dashboard_url, job.options.loop
-                summary = turn.run_turn(cfg, tracker, url, visits, run_whole)
+                task = job.options.promote_if
+                summary = turn.run_turn(cfg, tracker, url, visits, run_whole, task)
             else:
                 summary = run_whole(cfg)
 
@@ -120,6 +125,22 @@ def run_job(job: cli.Job) -> None:
     write_atomically(path, json_text(summary))
     print_summary(cfg.name, cfg.tasks, summary)
     print(f"all of it in {path}")
+
+
+def check_loop(cfg: RunConfig, *, looped: bool, promote_if: str | None) -> None:
+    """Say now what a turn of the loop would find later.
+
+    Raises:
+        UserError: the logs are of its user's own, or `--promote-if` names no task or has no
+            `--loop`.
+    """
+    if promote_if is not None and not looped:
+        raise UserError("--promote-if goes with --loop; for a server that runs see jobs.verdict")
+    cli.require_task(cfg.tasks, promote_if)
+    if looped:
+        from serve_app.feedback import turn
+
+        turn.refuse_real_logs(cfg.source.kind)
 
 
 def check_settings(cfg: RunConfig) -> None:
@@ -145,14 +166,15 @@ def run_chain(
     append: bool = False,
     force_first: bool = False,
     baseline: RunConfig | None = None,
+    decide: "Decide | None" = None,
 ) -> dict[str, Any]:
     """Every stage once, in order; returns what `summary.json` holds.
 
     With `append` new files of the logs join the published sequences. Where the last training read
     others, or had another split, a new one begins, with the champion's weights if they fit and rows
     have joined the training period; with neither, or after a kill, it goes on where it was.
-    `baseline` is
-    trained on the same sequences at the end, to be compared with.
+    `baseline` is trained on the same sequences at the end, to be compared with. `decide` says in
+    the gate's place whether the version becomes champion.
     """
 
     from pipeline import tracking
@@ -194,9 +216,12 @@ def run_chain(
         version = tracker.register_trained()
     rows = tracking.RowsAtHand(
         evaluator.row_tags(cfg.sequence_dir, cfg.split),
-        lambda folder: evaluator.score_champion(cfg, folder),
+        lambda folder: evaluator.score_model(cfg, folder),
     )
-    decision = tracker.promote_version(version, rows=rows, force_first=force_first)
+    if decide is None:
+        decision = tracker.promote_version(version, rows=rows, force_first=force_first)
+    else:
+        decision = decide(cfg, version, rows)
     logger.info("version %d: %s", version, decision.reason)
 
     champion = find_servable(tracker, manifest, decision)
@@ -450,10 +475,8 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import logs
 
     cfg = job.cfg
-    if job.options.loop is not None:
-        from serve_app.feedback import turn
-
-        turn.refuse_real_logs(cfg.source.kind)
+    looped = job.options.loop is not None
+    check_loop(cfg, looped=looped, promote_if=job.options.promote_if)
     check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),

@@ -1,13 +1,11 @@
 """Register a run's model and make it the champion, if its validation passes the gate; exit code 1
-if it does not.
+if it does not. With `--register-only` it is registered for a trial (serve.canary, serve.shadow).
 
-Where the champion was validated on other rows, it is scored anew on those of this run.
+Where the two were validated on different rows, they are scored anew on those of this run.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 from jobs import cli
 
@@ -15,8 +13,14 @@ from jobs import cli
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
         "--version", type=int, help="a number in the registry instead of the run's own model"
+    )
+    choice.add_argument(
+        "--register-only",
+        action="store_true",
+        help="register the run's own model and leave the champion",
     )
     parser.add_argument(
         "--validated-by",
@@ -34,23 +38,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     from pipeline import tracking
-    from pipeline.evaluate import evaluator
-    from pipeline.evaluate.spread import evaluation_cluster
 
     cfg, options = job.cfg, job.options
-
-    def score(model_dir: Path) -> Mapping[str, float]:
-        with evaluation_cluster(cfg):
-            return evaluator.score_champion(cfg, model_dir)
-
     with tracking.session(cfg) as tracker:
         version = options.version
         if version is None:
             version = tracker.register_trained()
+        if options.register_only:
+            print(f"version={version} registered")
+            return
+
         decision = tracker.promote_version(
             version,
             options.validated_by,
-            rows=tracking.RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score),
+            rows=cli.rows_at_hand(cfg),
             force_first=options.force_first,
         )
 

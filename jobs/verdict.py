@@ -6,23 +6,12 @@ the figures to MLflow. With `--promote-if TASK` the canary becomes champion if i
 worse at none, not slower than it may be and not failing more; exit code 1 if not (yet)."""
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jobs import cli
-from pipeline.config import CanaryConfig, RunConfig, UserError
-from pipeline.files import write_atomically
-
-if TYPE_CHECKING:
-    from pipeline import tracking
-    from serve_app.schemas import Event
+from pipeline.config import CanaryConfig, UserError
 
 # what takes seconds to import is imported where it is used, after the settings were read
-
-COLUMNS = ("request_id", "unit", "served_at", "place", "version", "role", "ranker_ms", "failure")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,59 +27,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     from pipeline import tracking
-    from serve_app.deployment import served_folder
-    from serve_app.feedback.served_log import read_served
-    from serve_app.feedback.verdict import judge_trial, render_page
+    from serve_app.feedback.trial import judge_canary, log_verdict, promote_canary
+    from serve_app.feedback.verdict import verdict_lines
 
     cfg, task = job.cfg, job.options.promote_if
     version = find_canary(cfg.serve.canary, job.options.canary)
-    if task is not None and task not in cfg.tasks:
-        raise UserError(f"--promote-if: one of the tasks {list(cfg.tasks)}, got {task!r}")
+    cli.require_task(cfg.tasks, task)
 
-    served = read_served(served_folder(cfg), COLUMNS)
-    trial, share = cfg.serve.canary, None
-    if trial is not None and trial.version == version:
-        share = trial.share
-    slower = job.options.max_slower
-    verdict = judge_trial(served, all_events(cfg), cfg.tasks, version, slower, share)
-    if verdict is None:
-        raise UserError(
-            f"{served_folder(cfg)} has no answers of the canary {version} beside the champion's"
-        )
-
-    figures = verdict.as_figures()
-    write_atomically(cfg.run_dir / "report" / "verdict.json", json.dumps(figures))
-    write_atomically(cfg.run_dir / "report" / "verdict.html", render_page(verdict))
-    for one in [*verdict.tasks, verdict.failures]:
-        print(
-            f"{one.task}: champion {one.champion:.5f}, canary {one.canary:.5f}, difference "
-            f"{one.difference:+.5f} in [{one.low:+.5f}, {one.high:+.5f}]: {one.says}"
-        )
+    verdict = judge_canary(cfg, version, job.options.max_slower)
+    print("\n".join(verdict_lines(verdict)))
 
     with tracking.session(cfg) as tracker:
-        tracker.import_result(f"verdict-{version}", json.loads(json.dumps(figures)))
+        log_verdict(tracker, verdict)
         if task is None:
             return
-        if not verdict.may_promote(task):
-            print(f"version {version} is not promoted")
-            sys.exit(1)
-        decision = tracker.promote_version(version, rows=rows_at_hand(cfg))
+        decision = promote_canary(tracker, verdict, task, cli.rows_at_hand(cfg))
     print(f"version={version} {decision.reason}")
     if not decision.promoted:
         sys.exit(1)
-
-
-def rows_at_hand(cfg: RunConfig) -> "tracking.RowsAtHand":
-    """The run's validation rows, for a champion that was validated on others."""
-    from pipeline import tracking
-    from pipeline.evaluate import evaluator
-    from pipeline.evaluate.spread import evaluation_cluster
-
-    def score(model_dir: Path) -> Mapping[str, float]:
-        with evaluation_cluster(cfg):
-            return evaluator.score_champion(cfg, model_dir)
-
-    return tracking.RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score)
 
 
 def find_canary(canary: CanaryConfig | None, given: int | None) -> int:
@@ -100,16 +54,6 @@ def find_canary(canary: CanaryConfig | None, given: int | None) -> int:
     if canary is None:
         raise UserError("which version is on trial? give --canary, or set serve.canary")
     return canary.version
-
-
-def all_events(cfg: RunConfig) -> "Iterator[Event]":
-    """What was posted and is not pruned yet."""
-
-    from serve_app.ranking.rollout import open_events
-
-    log = open_events(cfg.serve, cfg.run_dir / "serving")
-    for user in log.users():
-        yield from log.of_user(user)
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

@@ -147,6 +147,13 @@ def test_figures_of_other_rows_are_not_compared(changed: dict[str, str], said: s
     better = {"is_click": 0.8, "is_like": 0.9}
     assert not judge_version(GATE, TASKS, challenger, champion, champion_ne=better).promoted
 
+    both = {"champion_ne": anew, "challenger_ne": {"is_click": 0.96, "is_like": 0.95}}
+    refused = judge_version(GATE, TASKS, challenger, champion, **both)
+    assert "+0.0050 against champion 1, both scored anew on the rows at hand" in refused.reason
+    both["challenger_ne"] = {"is_click": 0.9, "is_like": 1.01}
+    limit = judge_version(GATE, TASKS, challenger, champion, **both)
+    assert "val/ne/is_like 1.0100 is above the gate's 1" in limit.reason
+
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
@@ -161,7 +168,7 @@ def test_the_champion_is_scored_on_the_challengers_rows(cfg: RunConfig) -> None:
     """The same figures as an evaluation on those rows, and no file of it."""
     other = replace(cfg, name="tomorrow", split=replace(cfg.split, t_val="2022-05-02T00:00:00Z"))
     shutil.copytree(cfg.sequence_dir, other.sequence_dir)
-    found = evaluator.score_champion(other, cfg.model_dir)
+    found = evaluator.score_model(other, cfg.model_dir)
     assert not (cfg.model_dir / "metrics.json").exists()
 
     expected = evaluator.evaluate_model(other, cfg.model_dir, ["val"], name="check")

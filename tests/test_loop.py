@@ -19,6 +19,7 @@ from serve_app.feedback.served_log import ServedLogSettings
 from serve_app.feedback.simulated import (
     Crowd,
     action_rates,
+    click_chance,
     is_in_fashion,
     visit_server,
     wait_for_rows,
@@ -46,7 +47,8 @@ def test_what_is_shown_and_clicked_is_what_the_logs_get(tmp_path: Path, *, by_ra
     folder = str(tmp_path / "served")
     api = make_api(world, 100_000, served_log=ServedLogSettings(folder=folder, flush_s=0.1))
     users, items = np.array([3, 4, 5]), np.arange(30)
-    crowd = Crowd(users, items, {"is_click": 0.3, "is_like": 0.1}, by_rank)
+    rates = {"is_click": np.full(3, 0.3), "is_like": np.full(3, 0.1)}
+    crowd = Crowd(users, items, rates, by_rank)
     start_ms = store.read_manifest(world.cfg.sequence_dir).last_event_ms + 1
     times_ms = start_ms + 1000 * np.arange(VISITS)
     visits, names = visit_server(here(api), crowd, times_ms, np.random.default_rng(0))
@@ -71,15 +73,22 @@ def test_what_is_shown_and_clicked_is_what_the_logs_get(tmp_path: Path, *, by_ra
 
 
 def test_fashion_moves_clicks_and_not_their_number() -> None:
-    crowd = Crowd(np.arange(2), np.arange(5), {"is_click": 0.3})
-    chances = [crowd.click_chance(item) for item in range(5)]
+    chances = [click_chance(item, 0.3) for item in range(5)]
     assert np.mean(chances) == pytest.approx(0.3)
     assert chances == pytest.approx([0.9, 0.15, 0.15, 0.15, 0.15])
 
+
+def test_people_act_as_often_as_their_users_did() -> None:
     columns = EventColumns(actions=("is_like", "is_click"))
-    masks = {"known_mask": [[3, 2], [2]], "action_mask": [[2, 0], [2]]}
-    rates = action_rates(pa.table(masks), columns, ("is_click", "is_like"))
-    assert rates == {"is_click": pytest.approx(2 / 3), "is_like": 0.0}
+    masks = {"known_mask": [[3, 2], [2], []], "action_mask": [[2, 0], [2], []]}
+    table = pa.table(masks, schema=pa.schema(dict.fromkeys(masks, pa.list_(pa.int32()))))
+    rates = action_rates(table, columns, ("is_click", "is_like"))
+    prior = 20 * 2 / 3
+    assert rates["is_click"] == pytest.approx([(1 + prior) / 22, (1 + prior) / 21, 2 / 3])
+    assert rates["is_like"] == pytest.approx([0, 0, 0])
+
+    crowd = Crowd(np.arange(3), np.arange(5), rates)
+    assert crowd.rates_of(1) == {"is_click": rates["is_click"][1], "is_like": 0}
 
 
 def test_the_days_of_a_turn_follow_the_logs(tmp_path: Path) -> None:

@@ -183,11 +183,40 @@ def test_a_champion_of_other_rows_is_scored_on_the_challengers(
     tags = {"manifest": manifest} | {
         f"split.{name}": getattr(today.split, name) for name in ("t_val", "t_test")
     }
-    elsewhere = RowsAtHand(tags | {"manifest": "of another folder"}, score)
-    assert not Tracker(today).promote_version(challenger, rows=elsewhere).promoted
+    learned = RowsAtHand(tags | {"split.t_val": "2022-05-01T12:00:00Z"}, score)
+    refused = Tracker(today).promote_version(challenger, rows=learned)
+    assert "may be among those that version 2 has learned" in refused.reason
+    nothing = Tracker(today).promote_version(
+        challenger, rows=RowsAtHand(tags | {"manifest": ""}, score)
+    )
+    assert "no sequences at hand" in nothing.reason
     assert not scored
 
     decision = Tracker(today).promote_version(challenger, rows=RowsAtHand(tags, score))
     assert decision.promoted
     assert "over is_click -0.0200 against champion 1, scored anew" in decision.reason
     assert (scored[0] / "model.safetensors").exists()
+
+
+def test_two_versions_are_scored_on_rows_that_came_after_both(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
+    """A trial lasts for days, in which the sequences move on."""
+    new_version(cfg, tmp_path, 0.9)
+    assert Tracker(cfg).promote_version().promoted
+    today = replace(cfg, split=replace(cfg.split, t_val="2022-05-02T00:00:00Z"))
+    challenger = new_version(today, tmp_path / "today", 0.7)
+
+    ne = [0.9, 0.95]  # of the champion, then of the challenger: its own figure is of easier rows
+    rows = RowsAtHand(
+        {"manifest": "d", "split.t_val": "2022-05-03T00:00:00Z", "split.t_test": "2022-05-04"},
+        lambda folder: dict.fromkeys(cfg.tasks, ne.pop(0)),
+    )
+    refused = Tracker(today).promote_version(challenger, rows=rows)
+    assert not refused.promoted
+    assert "+0.0500 against champion 1, both scored anew on the rows at hand" in refused.reason
+
+    ne = [0.95, 0.9]
+    decision = Tracker(today).promote_version(challenger, rows=rows)
+    assert decision.promoted
+    assert Tracker(today).find_champion().version == challenger

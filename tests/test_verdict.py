@@ -82,8 +82,8 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     assert click.champion == pytest.approx(11 / 41)
     assert click.canary == pytest.approx(35 / 40)
     assert (click.says, like.says) == ("better", "undecided")
-    assert verdict.may_promote("click")
-    assert not verdict.may_promote("like")
+    assert verdict.reason_against("click") is None
+    assert verdict.reason_against("like") == "is not (yet) better at like"
     assert "Canary version 3" in render_page(verdict)
     assert verdict.as_figures()["canary_share"] == pytest.approx(40 / 81)
 
@@ -102,11 +102,11 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     drawn_too = judge_trial(both, events, ("click",), 3, 0.5, share=0.5)
     assert drawn_too is not None
     assert drawn_too.failures.canary > 0.7
-    assert not drawn_too.may_promote("click"), "a guardrail"
+    assert drawn_too.reason_against("click") == "leaves more requests without an answer"
     assert "without an answer" in render_page(drawn_too)
 
     slow = served_rows(answers, ms | {"canary": 9.0})
     verdict = judge_trial(slow, events, ("click",), 3, 0.5)
     assert verdict is not None
-    assert not verdict.may_promote("click"), "a guardrail"
+    assert verdict.reason_against("click") == "is too slow: p99 9.0 ms, 5.0 ms"
     assert judge_trial(served_rows(answers, ms), events, ("click",), 4, 0.5) is None

@@ -127,7 +127,7 @@ def row_tags(sequence_dir: Path, split: SplitConfig) -> dict[str, str]:
     }
 
 
-def score_champion(cfg: RunConfig, model_dir: Path) -> dict[str, float]:
+def score_model(cfg: RunConfig, model_dir: Path) -> dict[str, float]:
     """NE of a model by task on the validation rows of `cfg`, whatever rows it was validated on: for
     the gate. Nothing is written.
 

@@ -5,12 +5,19 @@ of the item's smoothed rate on the same rows, `manifest`, `split.t_val` and `spl
 rows those are, `refit` where it was trained on them, and `validated_by` for the version that then
 stands for it.
 
-Two figures are compared only if they are of the same rows, and only those that are defined.
+Two figures are compared only if they are of the same rows, and only those that are defined. Where a
+version's own figures are of other rows, it is scored anew:
+
+    validated on      rows at hand   scored anew
+    both: Monday      any            none: their own figures are compared
+    Monday, Tuesday   Tuesday        the champion, on the challenger's rows
+    Monday, Tuesday   Wednesday      both, on the rows at hand
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from pipeline.config import TrackingConfig
@@ -45,6 +52,7 @@ def judge_version(
     champion: Version | None,
     *,
     champion_ne: Mapping[str, float] | None = None,
+    challenger_ne: Mapping[str, float] | None = None,
     force_first: bool = False,
 ) -> Decision:
     """Let a challenger pass whose validation NE is low enough, alone and beside the champion's.
@@ -56,17 +64,19 @@ def judge_version(
     Args:
         champion_ne: the champion's NE by task on the challenger's rows, where its own figures are
             of others.
+        challenger_ne: the challenger's, where both were scored on rows that are neither's.
         force_first: a first champion need not beat the item's rate.
     """
     refusal = _refusal(settings, tasks, challenger)
+    if refusal is None and challenger_ne is not None:
+        refusal = _above_limit(settings, challenger_ne)
     if refusal is not None:
         return Decision(False, f"refused: {refusal}")
-
-    new = defined_ne(validation_ne(challenger))
     if champion is None:
         return _first(tasks, challenger, force_first)
 
     scored_anew = champion_ne is not None
+    new = defined_ne(challenger_ne if challenger_ne is not None else validation_ne(challenger))
     old = defined_ne(champion_ne if champion_ne is not None else validation_ne(champion))
     shared = [task for task in tasks if task in new and task in old]
     if not shared:
@@ -82,7 +92,20 @@ def judge_version(
                 f"refused: champion {champion.version} was validated on other rows and was not "
                 f"scored on these: {differences}",
             )
-    return _compared(settings, tasks, challenger, champion, old, scored_anew=scored_anew)
+
+    of_rows = _stand_in_place(challenger) if challenger_ne is None else ""
+    if challenger_ne is not None:
+        of_rows += ", both scored anew on the rows at hand"
+    elif scored_anew:
+        of_rows += ", scored anew on the challenger's rows"
+    return _compared(settings, tasks, champion, new, old, of_rows)
+
+
+def learned_until(version: Version) -> datetime | None:
+    """The time up to which a version has learned, by its tags; None where they do not say it."""
+    tag = "split.t_test" if REFIT in version.tags else "split.t_val"
+    said = version.tags.get(tag)
+    return None if said is None else datetime.fromisoformat(said)
 
 
 def row_differences(challenger: Version, champion: Version) -> str:
@@ -119,9 +142,14 @@ def _refusal(settings: TrackingConfig, tasks: Sequence[str], challenger: Version
     if not defined_ne(new):
         return f"no task of version {number} has a defined validation NE"
 
+    return _above_limit(settings, new)
+
+
+def _above_limit(settings: TrackingConfig, ne: Mapping[str, float]) -> str | None:
+    """Which of these figures is above `gate_max_ne`; None where none is."""
     for task, highest in settings.gate_max_ne.items():
-        if math.isfinite(new[task]) and new[task] > highest:
-            return f"val/ne/{task} {new[task]:.4f} is above the gate's {highest:g}"
+        if math.isfinite(ne[task]) and ne[task] > highest:
+            return f"val/ne/{task} {ne[task]:.4f} is above the gate's {highest:g}"
     return None
 
 
@@ -158,24 +186,17 @@ def _first(tasks: Sequence[str], challenger: Version, force_first: bool) -> Deci
 def _compared(
     settings: TrackingConfig,
     tasks: Sequence[str],
-    challenger: Version,
     champion: Version,
+    new: Mapping[str, float],
     old: Mapping[str, float],
-    *,
-    scored_anew: bool,
+    of_rows: str,
 ) -> Decision:
-    """The decision by the mean over the tasks that both have."""
-    new = defined_ne(validation_ne(challenger))
+    """The decision by the mean over the tasks that both have; `of_rows` says whose figures."""
     shared = [task for task in tasks if task in new and task in old]
     change = sum(new[task] - old[task] for task in shared) / len(shared)
 
     said = f"mean val/ne over {', '.join(shared)} {change:+.4f} against champion {champion.version}"
-    if REFIT in challenger.tags:
-        stand_in = challenger.tags["validated_by"]
-        said += f", by version {stand_in} in the place of {challenger.version}"
-    if scored_anew:
-        said += ", scored anew on the challenger's rows"
-    said += _left_out(tasks, shared) + _given_up(tasks, old)
+    said += of_rows + _left_out(tasks, shared) + _given_up(tasks, old)
 
     if not change <= settings.gate_max_regression:
         return Decision(False, f"refused: {said}, allowed {settings.gate_max_regression:+g}")
@@ -197,6 +218,13 @@ def _stand_in(challenger: Version) -> str:
     if REFIT not in challenger.tags:
         return ""
     return f" of version {challenger.tags['validated_by']}"
+
+
+def _stand_in_place(challenger: Version) -> str:
+    if REFIT not in challenger.tags:
+        return ""
+    stand_in = challenger.tags["validated_by"]
+    return f", by version {stand_in} in the place of {challenger.version}"
 
 
 def validation_ne(version: Version) -> dict[str, float]:

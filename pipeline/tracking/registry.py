@@ -15,6 +15,7 @@ import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from pipeline.config import RunConfig, TrackingConfig, UserError
@@ -28,6 +29,7 @@ from pipeline.tracking.gate import (
     Decision,
     baseline_ne,
     judge_version,
+    learned_until,
     row_differences,
     validation_ne,
 )
@@ -85,7 +87,7 @@ class PinnedModel:
 
 @dataclass(frozen=True, slots=True)
 class RowsAtHand:
-    """Validation rows that the gate can score the champion on, where its figures are of others."""
+    """Validation rows that the gate can score a version on, where its figures are of others."""
 
     tags: Mapping[str, str]  # as `gate.ROWS`: which rows these are
     score: Callable[[Path], Mapping[str, float]]  # model folder -> NE by task
@@ -212,8 +214,8 @@ def promote_version(
         validated_by: for a version trained with `split.refit`, one of the same settings trained
             without it: its validation NE is judged, and stays with `version` for the challengers to
             come.
-        rows, cache: what a champion is scored on, and where its files are kept, if its own figures
-            are of other rows than the challenger's.
+        rows, cache: what the champion is scored on, and the challenger too where they are not its
+            own, if the figures of the two are of different rows; and where their files are kept.
         force_first: a first champion need not beat the item's smoothed rate.
 
     Raises:
@@ -246,27 +248,55 @@ def _judged(
     cache: Path | None,
     force_first: bool,
 ) -> Decision:
-    """The gate's decision, the champion scored on the challenger's rows where its figures are of
-    others.
+    """The gate's decision. Where the figures of the two are of different rows, the champion is
+    scored on the challenger's rows, or both on the rows at hand.
     """
-    champion_ne = None
+    champion_ne = challenger_ne = None
     differences = "" if champion is None else row_differences(challenger, champion)
     if champion is not None and differences and rows is not None and cache is not None:
-        elsewhere = [tag for tag in ROWS if rows.tags[tag] != challenger.tags.get(tag)]
-        if not elsewhere:
-            try:
-                champion_ne = rows.score(fetch_model(_pinned(champion), cache))
-            except UserError as error:
-                whose = f"champion {champion.version}, trained as {_trained_as(champion)}"
-                return Decision(
-                    False,
-                    f"refused: {whose}, cannot be scored on the rows of version "
-                    f"{challenger.version}: {error}",
-                )
+        are_challengers = all(rows.tags[tag] == challenger.tags.get(tag) for tag in ROWS)
+        if not are_challengers:
+            refusal = _refuse_learned(challenger, rows)
+            if refusal is not None:
+                return Decision(False, f"refused: {differences}; {refusal}")
+
+        try:
+            champion_ne = rows.score(fetch_model(_pinned(champion), cache))
+        except UserError as error:
+            whose = f"champion {champion.version}, trained as {_trained_as(champion)}"
+            return Decision(
+                False,
+                f"refused: {whose}, cannot be scored on the rows of version "
+                f"{challenger.version}: {error}",
+            )
+        if not are_challengers:
+            challenger_ne = rows.score(fetch_model(_pinned(challenger), cache))
 
     return judge_version(
-        settings, tasks, challenger, champion, champion_ne=champion_ne, force_first=force_first
+        settings,
+        tasks,
+        challenger,
+        champion,
+        champion_ne=champion_ne,
+        challenger_ne=challenger_ne,
+        force_first=force_first,
     )
+
+
+def _refuse_learned(challenger: "ModelVersion", rows: RowsAtHand) -> str | None:
+    """Why the rows at hand, which are not those that the challenger was validated on, cannot judge
+    it; None where they can: it has learned none of them.
+    """
+    if not rows.tags["manifest"]:
+        return "there are no sequences at hand to score both on"
+
+    until, begin = learned_until(challenger), rows.tags["split.t_val"]
+    if until is None or until > datetime.fromisoformat(begin):
+        return (
+            f"and those at hand, from split.t_val {begin} on, may be among those that version "
+            f"{challenger.version} has learned: set split.t_val to the end of its training or later"
+        )
+    return None
 
 
 def _trained_as(version: "ModelVersion") -> str:

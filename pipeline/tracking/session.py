@@ -136,7 +136,7 @@ class Tracker:
     ) -> Decision:
         """Make a version (None: the newest) the champion, if the gate lets it pass.
 
-        `rows` are those that a champion of other rows is scored on; `force_first` lets a first
+        `rows` are those that versions of different rows are scored on; `force_first` lets a first
         champion pass that does not beat the item's smoothed rate.
         """
         cfg = self.cfg

@@ -3,7 +3,8 @@
     a visit: user, time → POST /v1/recommend (or /v1/rank) → clicks → POST /v1/events
 
 What they like cannot be read from the logs: one item in five is in fashion from the first visit on,
-whoever asks. A model that learns from what was served puts more of those into its lists.
+whoever asks. A model that learns from what was served puts more of those into its lists. Each of
+them acts as often as the user does in the logs, so that what a model has learned of a user holds.
 """
 
 import time
@@ -25,6 +26,7 @@ SHOWN = 10  # items of an answer
 ONE_IN = 5  # items is in fashion
 MOST_LIKELY = 0.95  # chance of a click on what is in fashion, at most
 GAIN = 3.0  # how much more it is clicked than items in the logs are
+PRIOR_ROWS = 20  # of all users, that count beside a user's own
 POLL_S = 0.5
 
 
@@ -47,28 +49,45 @@ class Visits:
 class Crowd:
     """Who visits, and what they may see and do."""
 
-    users: np.ndarray  # ids as clients have them
+    users: np.ndarray  # [U], ids as clients have them
     items: np.ndarray
-    rates: dict[str, float]  # of each action in the logs; the first is the click
+    rates: dict[str, np.ndarray]  # [U], of each action in the logs; the first is the click
     by_rank: bool = False  # they ask for an order of chance items: the version has no index
 
-    def click_chance(self, item: OwnId) -> float:
-        """The chance that a shown item is clicked: over all items that of the logs."""
-        click = next(iter(self.rates.values()))
-        in_fashion = min(GAIN * click, MOST_LIKELY)
-        return in_fashion if is_in_fashion(item) else (ONE_IN * click - in_fashion) / (ONE_IN - 1)
+    def rates_of(self, user: int) -> dict[str, float]:
+        """Those of the user at this place of `users`."""
+        return {name: float(rates[user]) for name, rates in self.rates.items()}
+
+
+def click_chance(item: OwnId, click_rate: float) -> float:
+    """The chance that a shown item is clicked by a user with this rate of clicks: over all items
+    that rate again.
+    """
+    in_fashion = min(GAIN * click_rate, MOST_LIKELY)
+    if is_in_fashion(item):
+        return in_fashion
+    return (ONE_IN * click_rate - in_fashion) / (ONE_IN - 1)
 
 
 def action_rates(
     table: pa.Table, columns: EventColumns, actions: Sequence[str]
-) -> dict[str, float]:
-    """Share of the rows that have each action, of the SEQUENCE rows where it is known."""
-    known = table["known_mask"].combine_chunks().flatten().to_numpy()
-    done = table["action_mask"].combine_chunks().flatten().to_numpy()
+) -> dict[str, np.ndarray]:
+    """Share of each user's rows that have an action, of the SEQUENCE rows where it is known,
+    float64 [U] for each action; `PRIOR_ROWS` rows with the rate of all users count beside them.
+    """
+    known = table["known_mask"].combine_chunks()
+    num_rows = known.value_lengths().to_numpy(zero_copy_only=False)
+    user_of_row = np.repeat(np.arange(table.num_rows), num_rows)
+    known_bits = known.flatten().to_numpy()
+    done_bits = table["action_mask"].combine_chunks().flatten().to_numpy()
+
     rates = {}
     for name in actions:
         bit = columns.actions.index(name)
-        rates[name] = float((done >> bit & 1).sum() / max((known >> bit & 1).sum(), 1))
+        num_known = np.bincount(user_of_row, known_bits >> bit & 1, table.num_rows)
+        num_done = np.bincount(user_of_row, done_bits >> bit & 1, table.num_rows)
+        of_all = num_done.sum() / max(num_known.sum(), 1)
+        rates[name] = (num_done + PRIOR_ROWS * of_all) / (num_known + PRIOR_ROWS)
     return rates
 
 
@@ -94,7 +113,8 @@ def visit_server(
     """
     visits, names = Visits(), set()
     for asked_at in times_ms.tolist():
-        user = rng.choice(crowd.users).item()
+        place = int(rng.integers(len(crowd.users)))
+        user = crowd.users[place].item()
         request_id, shown = _ask_items(client, crowd, user, asked_at, rng)
         names.add(request_id)
         visits.answers += 1
@@ -103,7 +123,7 @@ def visit_server(
         if not posts:
             continue
 
-        events = list(_click_items(shown, crowd, rng))
+        events = list(_click_items(shown, crowd.rates_of(place), rng))
         for event in events:
             event |= {"user_id": user, "event_time": asked_at, "request_id": request_id}
         visits.clicks += len(events)
@@ -129,18 +149,18 @@ def _ask_items(
 
 
 def _click_items(
-    shown: list[OwnId], crowd: Crowd, rng: np.random.Generator
+    shown: list[OwnId], rates: dict[str, float], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
     """An event for each item that is clicked; nothing is said of the others."""
-    click, *further = crowd.rates
+    click, *further = rates
     for item in shown:
-        if rng.random() >= crowd.click_chance(item):
+        if rng.random() >= click_chance(item, rates[click]):
             continue
 
-        # after a click, as often as in the logs over all
+        # after a click, so that over all rows it is as often as in the logs
         did = {click: True}
         for name in further:
-            did[name] = bool(rng.random() < crowd.rates[name] / crowd.rates[click])
+            did[name] = bool(rng.random() < rates[name] / rates[click])
         yield {"item_id": item, "actions": did}
 
 

@@ -1,6 +1,7 @@
 """One turn of the loop on a demo's run, with people who do not exist.
 
     served → clicked → exported → appended → trained from the champion → gate → served
+                                                              └ on trial, judged by clicks ┘
 
 One item in five is in fashion, which no earlier log says. At the end the lists of both champions
 are held against each other.
@@ -11,16 +12,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
 
-from pipeline.config import ExposureConfig, RunConfig, SplitConfig, UserError
+from pipeline.config import CanaryConfig, ExposureConfig, RunConfig, SplitConfig, UserError
 from pipeline.logs import live_log_dir
 from pipeline.schema import DAY_MS
 from pipeline.sequences import store
-from pipeline.tracking import PinnedModel, Tracker
+from pipeline.tracking import Decision, PinnedModel, RowsAtHand, Tracker
 from serve_app import deployment
 from serve_app.feedback.exposures import ServedAnswers, write_mark
 from serve_app.feedback.simulated import (
@@ -31,6 +33,8 @@ from serve_app.feedback.simulated import (
     visit_server,
     wait_for_rows,
 )
+from serve_app.feedback.trial import judge_canary, log_verdict, promote_canary
+from serve_app.feedback.verdict import verdict_lines
 from serve_app.history.export import export_events
 from serve_app.load_test import known_ids
 from serve_app.ranking.rollout import open_events
@@ -40,8 +44,17 @@ TRAINED, DAYS = 3, 5  # three days are learned, the fourth decides, the fifth is
 FLUSH_S = 2.0
 WRITTEN_S = 60.0  # longest wait for the served log
 
-# the chain from the logs to a served champion, by the settings of the turn; its summary
-NextChampion = Callable[[RunConfig], dict[str, Any]]
+TRIAL_SHARE = 0.5
+MAX_SLOWER = 5.0  # both versions share two cores with the people who do not exist
+
+# whether a registered version becomes champion, by the settings of the turn and its rows
+Decide = Callable[[RunConfig, int, RowsAtHand], Decision]
+
+
+class NextChampion(Protocol):
+    """The chain from the logs to a served champion, by the settings of the turn; its summary."""
+
+    def __call__(self, cfg: RunConfig, *, decide: Decide | None) -> dict[str, Any]: ...
 
 
 def run_turn(
@@ -50,9 +63,12 @@ def run_turn(
     dashboard_url: str,
     visits: int,
     find_next: NextChampion,
+    promote_if: str | None = None,
 ) -> dict[str, Any]:
     """Serve the champion to `visits` visitors, and `find_next` from what came of it; returns the
     summary of that, with the share of what was recommended that is in fashion, before and after.
+
+    With `promote_if`, a task, the next version is on trial for a day first.
 
     Raises:
         UserError: the run has logs of its user's own, or no champion.
@@ -61,17 +77,23 @@ def run_turn(
     champion: PinnedModel = tracker.find_champion()
     _print_step(1, f"version {champion.version} recommends")
     url = deployment.deploy_model(cfg, dashboard_url, champion)
-    before = simulate_days(cfg, url, start_ms, visits)
+    before = simulate_days(cfg, url, start_ms, DAYS, visits)
     print(f"answers={before.answers} shown={before.shown} clicks={before.clicks}")
 
     _print_step(2, "what was served and clicked goes into the logs")
     export_answers(cfg)
 
     _print_step(3, "the next champion")
-    summary = find_next(cfg)
+    days_end = start_ms + DAYS * DAY_MS
+    decide = None
+    if promote_if is not None:
+        trial = partial(try_version, tracker=tracker, dashboard_url=dashboard_url)
+        decide = partial(trial, start_ms=days_end, visits=visits, task=promote_if)
+        days_end += DAY_MS
+    summary = find_next(cfg, decide=decide)
 
     _print_step(4, f"version {tracker.find_champion().version} recommends")
-    after = look_at_lists(cfg, url, start_ms + DAYS * DAY_MS, visits // DAYS)
+    after = look_at_lists(cfg, url, days_end, visits // DAYS)
     print(
         f"in fashion, of what was recommended: {before.fashion_share:.3f} before, "
         f"{after.fashion_share:.3f} after (.2 by chance)"
@@ -80,6 +102,37 @@ def run_turn(
         "fashion_before": before.fashion_share,
         "fashion_after": after.fashion_share,
     }
+
+
+def try_version(
+    cfg: RunConfig,
+    version: int,
+    rows: RowsAtHand,
+    *,
+    tracker: Tracker,
+    dashboard_url: str,
+    start_ms: int,
+    visits: int,
+    task: str,
+) -> Decision:
+    """Let a version answer half of the people for a day, and make it champion if they do more of
+    `task` with it and the gate lets it pass, as `jobs.verdict --promote-if` does it.
+    """
+    champion = tracker.find_champion()
+    if champion.version == version:
+        return tracker.promote_version(version)  # it has nothing to be tried beside
+
+    print(f"== trial of version {version} beside {champion.version}", flush=True)
+    canary = CanaryConfig(version=version, share=TRIAL_SHARE)
+    cfg = replace(cfg, serve=replace(cfg.serve, canary=canary))
+    url = deployment.deploy_model(cfg, dashboard_url, champion)
+    simulate_days(cfg, url, start_ms, 1, visits)
+    export_answers(cfg)  # for the next turn
+
+    verdict = judge_canary(cfg, version, MAX_SLOWER)
+    print("\n".join(verdict_lines(verdict)))
+    log_verdict(tracker, verdict)
+    return promote_canary(tracker, verdict, task, rows)
 
 
 def _print_step(number: int, what: str) -> None:
@@ -120,13 +173,13 @@ def _iso_time(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat()
 
 
-def simulate_days(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visits:
+def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: int) -> Visits:
     """Some days of visits; all that was served is in the served log when it returns."""
     # what was asked before, to compare or to look, was shown to nobody
     write_mark(live_log_dir(cfg.run_dir), int(time.time() * 1000))
 
     rng = np.random.default_rng(cfg.seed)
-    times_ms = start_ms + np.sort(rng.choice(DAYS * DAY_MS, visits, replace=False))
+    times_ms = start_ms + np.sort(rng.choice(days * DAY_MS, visits, replace=False))
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         done, names = visit_server(client, find_crowd(cfg), times_ms, rng)
     wait_for_rows(deployment.served_folder(cfg), names, WRITTEN_S)

@@ -113,11 +113,21 @@ class Verdict:
         """True if the canary leaves more requests without an answer, as far as that is certain."""
         return self.failures.low > 0
 
-    def may_promote(self, task: str) -> bool:
-        """True if `task` is better, no other is worse, and the canary neither slow nor failing."""
+    def reason_against(self, task: str) -> str | None:
+        """Why the canary may not be promoted for `task`, in words; None where it may: `task` is
+        better, no other is worse, and it is neither slow nor failing.
+        """
         says = {one.task: one.says for one in self.tasks}
-        is_better = says[task] == "better" and "worse" not in says.values()
-        return is_better and not self.is_slow and not self.fails_more
+        worse = [name for name, said in says.items() if said == "worse"]
+        if worse:
+            return f"is worse at {', '.join(worse)}"
+        if self.fails_more:
+            return "leaves more requests without an answer"
+        if self.is_slow:
+            return f"is too slow: p99 {self.p99_ms[CANARY]:.1f} ms, {self.p99_ms[CHAMPION]:.1f} ms"
+        if says[task] != "better":
+            return f"is not (yet) better at {task}"
+        return None
 
     def as_figures(self) -> dict[str, Any]:
         """Plain values, for JSON and MLflow."""
@@ -228,6 +238,17 @@ def _outcomes_by_request(
             if event.actions.get(task):
                 done[task][request] = done[task].get(request, 0) + 1
     return done
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The verdict for a terminal, a line for each task and one for failures."""
+    lines = []
+    for one in [*verdict.tasks, verdict.failures]:
+        lines.append(
+            f"{one.task}: champion {one.champion:.5f}, canary {one.canary:.5f}, difference "
+            f"{one.difference:+.5f} in [{one.low:+.5f}, {one.high:+.5f}]: {one.says}"
+        )
+    return lines
 
 
 def render_page(verdict: Verdict) -> str:
