@@ -2,14 +2,23 @@
 difference is found.
 """
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import RunConfig, UserError
+from pipeline.tracking import Decision, RowsAtHand
+from serve_app import deployment
+from serve_app.feedback import turn
 from serve_app.feedback.served_rows import FIXED
 from serve_app.feedback.verdict import UnitCounts, compare_counts, judge_trial, render_page
-from serve_app.ranking.rollout import in_share
+from serve_app.ranking.rollout import in_share, open_events
 from serve_app.schemas import Event
+from tests.worlds.tiny import tiny_config
 
 NUM_USERS, NUM_DAYS = 400, 25
 
@@ -110,3 +119,62 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     assert verdict is not None
     assert verdict.reason_against("click") == "is too slow: p99 9.0 ms, 5.0 ms"
     assert judge_trial(served_rows(answers, ms), events, ("click",), 4, 0.5) is None
+
+
+@pytest.mark.parametrize(("clicks", "promoted"), [(35, True), (11, False)])
+def test_a_version_on_trial_is_promoted_by_clicks_and_then_by_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, clicks: int, promoted: bool
+) -> None:
+    """The next version answers half of the people; the gate is asked only if they do more."""
+    cfg = tiny_config(tmp_path)
+    asked, logged, deployed = [], [], []
+
+    def promote_version(version: int, *, rows: RowsAtHand) -> Decision:
+        asked.append((version, rows))
+        return Decision(True, "promoted: by the gate")
+
+    tracker = SimpleNamespace(
+        find_champion=lambda: SimpleNamespace(version=2),
+        promote_version=promote_version,
+        import_result=lambda name, figures: logged.append(name),
+    )
+
+    def deploy_model(cfg: RunConfig, url: str, model: SimpleNamespace) -> str:
+        deployed.append((model.version, cfg.serve.canary))
+        return url
+
+    def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: int) -> None:
+        answers, events = [], []
+        for i in range(40):
+            answers += [(i, f"a{i}", "champion", 2, 50), (100 + i, f"b{i}", "canary", 3, 50)]
+        for request_id in [*range(10), *range(100, 100 + clicks)]:
+            key = {"user_id": request_id, "item_id": 1, "event_time": 1}
+            said = {"request_id": str(request_id), "actions": {"is_click": True}}
+            events.append(Event(**key, **said))
+        open_events(cfg.serve, cfg.run_dir / "serving").append(events)
+
+        folder = Path(deployment.served_folder(cfg))
+        folder.mkdir(parents=True)
+        rows = served_rows(answers, {"champion": 5.0, "canary": 6.0})
+        pq.write_table(rows, folder / "ingress-1-0.parquet")
+
+    monkeypatch.setattr(deployment, "deploy_model", deploy_model)
+    monkeypatch.setattr(turn, "simulate_days", simulate_days)
+    monkeypatch.setattr(turn, "export_answers", lambda cfg: None)
+    rows = RowsAtHand({}, lambda folder: {})
+    where = {"tracker": tracker, "dashboard_url": "", "start_ms": 0, "visits": 80}
+    decision = turn.try_version(cfg, 3, rows, task="is_click", **where)
+
+    ((champion, canary),) = deployed
+    assert (champion, canary.version, canary.share) == (2, 3, 0.5)
+    assert logged == ["verdict-3"]
+    assert (cfg.run_dir / "report" / "verdict.html").exists()
+    assert decision.promoted == promoted
+    if promoted:
+        assert asked == [(3, rows)]
+    else:
+        assert not asked
+        assert decision.reason.endswith("version 3 is not (yet) better at is_click")
+
+    with pytest.raises(UserError, match="no answers of the canary 4"):
+        turn.judge_canary(cfg, 4, 0.5)
