@@ -92,15 +92,21 @@ TEXTS: list[tuple[pa.Array, list[str | None], list[bool]]] = [
 ]
 
 
+@pytest.mark.parametrize("times", [1, 3])  # values that repeat are coded once
 @pytest.mark.parametrize(("column", "wanted", "unreadable"), TEXTS)
-def test_every_form_of_text(column: pa.Array, wanted: list, unreadable: list[bool]) -> None:
+def test_every_form_of_text(
+    column: pa.Array, wanted: list, unreadable: list[bool], times: int
+) -> None:
+    column = pa.concat_arrays([column] * times)
     found = code_column(pa.chunked_array([column]), text=True)
     codes = [None if text is None else id_code(text) for text in wanted]
-    assert found.codes.to_pylist() == codes
-    assert found.unreadable.tolist() == unreadable
-    assert found.texts is not None
-    assert set(found.texts.to_pylist()) == {text for text in wanted if text is not None}
-    assert own_values(pa.chunked_array([column]), text=True) == wanted
+    assert found.codes.to_pylist() == codes * times
+    assert found.unreadable.tolist() == unreadable * times
+
+    assert found.pairs is not None
+    pairs = zip(found.pairs["code"].to_pylist(), found.pairs["id"].to_pylist(), strict=True)
+    assert set(pairs) == {(id_code(text), text) for text in wanted if text is not None}
+    assert own_values(pa.chunked_array([column]), text=True) == wanted * times
 
 
 NUMBERS: list[tuple[pa.Array, list[int | None], list[bool]]] = [
@@ -119,7 +125,7 @@ def test_every_form_of_a_number(column: pa.Array, wanted: list, unreadable: list
     found = code_column(pa.chunked_array([column]), text=False)
     assert found.codes.to_pylist() == wanted
     assert found.unreadable.tolist() == unreadable
-    assert found.texts is None
+    assert found.pairs is None
 
 
 def test_text_that_is_no_utf8_is_no_text() -> None:
@@ -357,11 +363,10 @@ def test_two_texts_of_one_code_are_an_error(
     right = ids.text_codes
 
     def few_bits(texts) -> np.ndarray:
-        same = ["item 3" if text == "item 4" else text for text in texts]
+        same = [b"item 3" if text == b"item 4" else text for text in texts]
         return right(np.array(same, object))
 
-    for module in (ids, dictionary):
-        monkeypatch.setattr(module, "text_codes", few_bits)
+    monkeypatch.setattr(ids, "text_codes", few_bits)
     message = "item_id: 'item [34]' and 'item [34]' have the same code of 63 bits"
     with pytest.raises(UserError, match=message):
         build_sequences(config_for(tmp_path, as_text(log())))
@@ -378,6 +383,7 @@ def test_two_texts_of_one_code_are_an_error(
 def test_merged_pairs_are_found_once() -> None:
     pairs = pa.table({"code": [7, 3, 7], "id": ["b", "a", "b"]}, schema=dictionary.PAIRS)
     assert merge_pairs("user_id", pairs).to_pydict() == {"code": [3, 7], "id": ["a", "b"]}
+    assert merge_pairs("user_id", pairs.slice(0, 0)).num_rows == 0
 
 
 # Side tables -----------------------------------------------------------------

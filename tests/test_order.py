@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sequences.packed_keys import argsort_rows, pack_rows, rank_rows
+from pipeline.sequences.packed_keys import argsort_rows, narrow_key, pack_rows, rank_rows
 
 LAST = 2**63 - 1
 KINDS = {
@@ -43,3 +43,7 @@ def test_keys_of_one_column_compare_as_its_values(kind: str):
     values = KINDS[kind](np.random.default_rng(0), 50)
     key = pack_rows([values])
     assert ((key[:, None] < key) == (values[:, None] < values)).all()
+
+    narrow = narrow_key(values)
+    assert ((narrow[:, None] < narrow) == (values[:, None] < values)).all()
+    assert int(narrow.max()) - int(narrow.min()) < 2**32

@@ -253,18 +253,18 @@ def normalise(
     block: pa.Table,
     rules: LogRules,
     source_file: int = 0,
-    texts: dict[str, list[pa.Array]] | None = None,
+    pairs: dict[str, list[pa.RecordBatch]] | None = None,
 ) -> pa.Table:
     """A block of one source file's rows, in any order, as `rules.schema`.
 
-    `texts`, by LOG column, takes the distinct ids of the block where they are text.
+    `pairs`, by LOG column, takes the codes and ids of the block where ids are text.
     """
     rules = rules_of_file(block.schema, rules)
     block = without_views(block)
     ids = code_ids(block, rules.columns, rules.readings, rules.events.text_ids)
-    if texts is not None:
-        for name, found in ids.texts.items():
-            texts.setdefault(name, []).append(found)
+    if pairs is not None:
+        for name, found in ids.pairs.items():
+            pairs.setdefault(name, []).append(found)
 
     columns: dict[str, pa.Array] = {}
     unreadable: dict[str, np.ndarray] = {}

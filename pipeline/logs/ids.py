@@ -33,6 +33,8 @@ from pipeline.logs.columns import plain_values, without_values
 from pipeline.schema import MAX_EXACT, TEXT_IDS
 
 LONGEST_ID = 512  # characters
+PAIRS = pa.schema([("code", pa.int64()), ("id", pa.string())])
+SAMPLE_ROWS = 4096  # of a column, to see whether its values repeat
 HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 UUID_BYTES = 16
 UUID_DASHES = (8, 12, 16, 20)  # the hexadecimal digits that stand behind a dash
@@ -92,7 +94,7 @@ def as_text_advice(name: str) -> str:
 
 
 def text_codes(texts: Sequence[str] | np.ndarray) -> np.ndarray:
-    """int64 [n], 0 or more: the code of each text."""
+    """int64 [n], 0 or more: the code of each text, given as such or as its bytes in UTF-8."""
     objects = np.asarray(texts, object)
     hashes = hash_array(objects, categorize=False)  # pyright: ignore[reportCallIssue]
     return (hashes >> np.uint64(1)).astype(np.int64)
@@ -116,7 +118,7 @@ class CodedColumn:
 
     codes: pa.Array  # integers; null where a row has no id
     unreadable: np.ndarray  # bool [rows]: there is something, and it is no id of the kind
-    texts: pa.Array | None = None  # of text: the distinct ids, string
+    pairs: pa.RecordBatch | None = None  # of text: PAIRS, each id at least once
 
 
 def code_column(column: pa.ChunkedArray, *, text: bool, unknown: Sequence[str] = ()) -> CodedColumn:
@@ -132,26 +134,47 @@ def code_column(column: pa.ChunkedArray, *, text: bool, unknown: Sequence[str] =
     if not text and pa.types.is_integer(plain.type) and plain.type != pa.uint64():
         return CodedColumn(plain, np.zeros(len(plain), bool))
 
-    coded = plain.dictionary_encode()
-    values = coded.dictionary
+    values, place = _values_and_places(plain, text=text)
     if text:
         texts = _as_texts(values)
         known = texts.is_valid().to_numpy(zero_copy_only=False)
+        present = texts.drop_null()
+        # hashing bytes spares making text of them, which takes as long again
+        own_codes = text_codes(present.cast(pa.binary()).to_numpy(zero_copy_only=False))
         codes = np.zeros(len(texts), np.int64)
-        codes[known] = text_codes(texts.drop_null().to_numpy(zero_copy_only=False))
+        codes[known] = own_codes
+        pairs = pa.record_batch([pa.array(own_codes), present], PAIRS)
     else:
-        texts = None
         numbers = _as_integers(values)
         known = numbers.is_valid().to_numpy(zero_copy_only=False)
         codes = numbers.fill_null(0).to_numpy()
-
-    # from distinct values to rows; the last place is for rows without a value
+        pairs = None
     none = _is_none(values)
-    place = coded.indices.fill_null(len(values)).to_numpy()
+
+    # from values to rows; the last place is for rows without a value
     absent = np.append(~known, True)[place]
     unreadable = np.append(~known & ~none, False)[place]
     found = pa.array(np.append(codes, 0)[place], pa.int64(), mask=absent)
-    return CodedColumn(found, unreadable, None if texts is None else texts.drop_null())
+    return CodedColumn(found, unreadable, pairs)
+
+
+def _values_and_places(plain: pa.Array, *, text: bool) -> tuple[pa.Array, np.ndarray]:
+    """The values of a column, and the place of each row's among them; one behind the last: none.
+
+    Each value is there once, unless few of them repeat: a hash table of so many takes longer than
+    a code for each row.
+
+    rows     b  null  a  b
+    values   b  a
+    places   0  2     1  0
+    """
+    sample = plain.slice(0, SAMPLE_ROWS)
+    if text and 2 * len(sample.unique()) > len(sample):
+        absent = plain.is_null().to_numpy(zero_copy_only=False)
+        return plain, np.where(absent, len(plain), np.arange(len(plain)))
+
+    coded = plain.dictionary_encode()
+    return coded.dictionary, coded.indices.fill_null(len(coded.dictionary)).to_numpy()
 
 
 def own_values(column: pa.ChunkedArray, *, text: bool) -> list[OwnId | None]:
@@ -222,6 +245,8 @@ def _as_texts(values: pa.Array) -> pa.Array:
 
 
 def _null_unless(fine: np.ndarray, values: pa.Array) -> pa.Array:
+    if fine.all():
+        return values
     return pc.call_function("if_else", [pa.array(fine), values, pa.scalar(None, values.type)])
 
 
@@ -262,7 +287,7 @@ class CodedBlock:
     rows: pa.Table
     codes: dict[str, pa.Array]
     unreadable: dict[str, np.ndarray]  # as of CodedColumn
-    texts: dict[str, pa.Array]  # of text ids, the distinct ones
+    pairs: dict[str, pa.RecordBatch]  # of text ids, as of CodedColumn
 
 
 def code_ids(
@@ -290,6 +315,6 @@ def code_ids(
         rows = rows.set_column(rows.column_names.index(theirs), theirs, found.codes)
         coded.codes[name] = found.codes.cast(pa.int64())
         coded.unreadable[name] = found.unreadable
-        if found.texts is not None:
-            coded.texts[name] = found.texts
+        if found.pairs is not None:
+            coded.pairs[name] = found.pairs
     return replace(coded, rows=rows)

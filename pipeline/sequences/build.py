@@ -227,11 +227,11 @@ def _check_sampled_joins(
     shares = {}
     for name, table, column in _side_tables(logs):
         text = column in rules.events.text_ids
-        side, texts = read_side_table(name, table, column, text=text)
+        side, pairs = read_side_table(name, table, column, text=text)
         join = sample.join(column, side[column].to_numpy())
         shares[name] = round(join.share, 3)
 
-        known = side[column] if texts is None else texts
+        known = side[column] if pairs is None else pairs["id"]
         try:
             refuse_poor_join(
                 name, join, least, sample.examples[column], known.slice(0, 3).to_pylist()

@@ -5,8 +5,8 @@
 
 A chunk holds the codes of one range; there are as many as buckets, so that one of them, like a
 bucket, fits a worker's memory. A chunk is made of the published one, the parts that are new and the
-side table, each a task of its own. That is also where two texts of one code are found: a build with
-such ids ends with a message, never with two users in one.
+side table, each a task of its own. Two texts of one code are found where ids are merged: a build
+with such ids ends with a message, never with two users in one.
 
 Codes are made in pipeline/logs/ids.py. Ids that are integers are their own codes and have no
 dictionary.
@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config import UserError
 from pipeline.files import hidden_beside, publish_file
-from pipeline.logs.ids import text_codes
+from pipeline.logs.columns import flat_array
+from pipeline.logs.ids import PAIRS
 from pipeline.schema import NAMED_IDS
 from pipeline.sequences import store
 from pipeline.sequences.forgotten import Forgotten, read_forgotten
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # reading a dictionary needs no Ray
     from pipeline.sequences.workers import Workers
 
 IDS = "ids"
-PAIRS = pa.schema([("code", pa.int64()), ("id", pa.string())])
 NUM_CODES = 2**63
 Dictionaries = Mapping[str, Mapping[str, Bucket]]  # by column, by number of the chunk
 
@@ -75,21 +75,23 @@ class IdWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def write(self, name: str, texts: Sequence[pa.Array], forgotten: Forgotten) -> None:
-        """Ids of a column, in any order and with repeats: a batch for each chunk."""
-        distinct = pa.chunked_array(texts, pa.string()).unique()
-        codes = text_codes(distinct.to_numpy(zero_copy_only=False))
-        order = np.argsort(codes)
-        if name == "user_id" and forgotten.hashes:
-            order = order[~forgotten.has_users(codes[order])]
+    def write(self, name: str, pairs: Sequence[pa.RecordBatch], forgotten: Forgotten) -> None:
+        """PAIRS of a column, in any order and with repeats: a batch for each chunk.
 
-        codes = codes[order]
-        pairs = pa.record_batch([pa.array(codes), distinct.take(pa.array(order))], PAIRS)
+        Raises:
+            UserError: two ids have one code.
+        """
+        merged = merge_pairs(name, pa.Table.from_batches(pairs, PAIRS))
+        if name == "user_id" and forgotten.hashes:
+            theirs = forgotten.has_users(merged["code"].to_numpy())
+            merged = merged.filter(pa.array(~theirs))
+
+        codes = merged["code"].to_numpy()
         chunk = chunk_of(codes, self._num_chunks)
         begin = np.searchsorted(chunk, np.arange(self._num_chunks + 1))
         for number in range(self._num_chunks):
             size = begin[number + 1] - begin[number]
-            self._writers[name].write_batch(pairs.slice(begin[number], size))
+            self._writers[name].write_batch(_as_batch(merged.slice(begin[number], size)))
 
     def close(self) -> dict[str, int]:
         """Put the files in their places; returns the bytes of each, by column."""
@@ -103,14 +105,24 @@ class IdWriter:
 
 
 def write_pairs(
-    folder: Path, stem: str, column: str, texts: pa.Array, num_chunks: int, forgotten: Forgotten
+    folder: Path,
+    stem: str,
+    column: str,
+    pairs: pa.RecordBatch,
+    num_chunks: int,
+    forgotten: Forgotten,
 ) -> dict[str, int]:
     """A file of its own for ids that no part has: its name in the store's folder, and its bytes."""
     path = folder / f"{stem}.arrow"
     with IdWriter(path, [column], num_chunks) as writer:
-        writer.write(column, [texts], forgotten)
+        writer.write(column, [pairs], forgotten)
         sizes = writer.close()
     return {str(pairs_path(path, column).relative_to(folder)): sizes[column]}
+
+
+def _as_batch(pairs: pa.Table) -> pa.RecordBatch:
+    """One batch, of no rows as well."""
+    return pa.record_batch([flat_array(column) for column in pairs.columns], PAIRS)
 
 
 def pairs_path(path: Path, name: str) -> Path:
@@ -141,7 +153,7 @@ def copy_pairs(path: Path, name: str, num_chunks: int, users: np.ndarray, to: Id
     pairs = pa.concat_tables(pieces)
     if name == "user_id":
         pairs = pairs.filter(pa.array(~np.isin(pairs["code"].to_numpy(), users)))
-    to.write(name, pairs["id"].chunks, Forgotten())
+    to.write(name, pairs.to_batches(), Forgotten())
 
 
 # Chunks ----------------------------------------------------------------------
@@ -214,22 +226,20 @@ def merge_pairs(column: str, pairs: pa.Table) -> pa.Table:
     """
     codes = pairs["code"].to_numpy()
     order = np.argsort(codes)
-    ordered = pairs.take(pa.array(order)).combine_chunks()
     codes = codes[order]
-    again = np.zeros(len(codes), bool)
-    again[1:] = codes[1:] == codes[:-1]
-
-    repeated = np.flatnonzero(again)
+    ordered = pairs.combine_chunks().take(pa.array(order))
     texts = ordered["id"]
-    here, before = texts.take(pa.array(repeated)), texts.take(pa.array(repeated - 1))
-    other = ~pc.call_function("equal", [here, before]).to_numpy(zero_copy_only=False)
-    if other.any():
-        place = int(repeated[other][0])
+
+    # each row beside the one before it
+    same_code = codes[1:] == codes[:-1]
+    same_text = pc.call_function("equal", [texts[1:], texts[:-1]]).to_numpy()
+    if (same_code & ~same_text).any():
+        place = int(np.flatnonzero(same_code & ~same_text)[0])
         raise UserError(
-            f"{column}: {texts[place - 1].as_py()!r} and {texts[place].as_py()!r} have the same "
+            f"{column}: {texts[place].as_py()!r} and {texts[place + 1].as_py()!r} have the same "
             "code of 63 bits and would count as one; rename one of them in the logs and side tables"
         )
-    return ordered.filter(pa.array(~again))
+    return ordered.filter(pa.array(np.r_[True, ~same_code][: len(codes)]))
 
 
 def chunks_without(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 KEY_BITS = 63
+NARROW_BITS = 32  # of a column that leaves room for others in a key
 LAST_KEY = np.iinfo(np.int64).max
 
 
@@ -54,6 +55,18 @@ def rank_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
     return _rank_values(pack_rows(columns))
 
 
+def narrow_key(column: np.ndarray) -> np.ndarray:
+    """A column that several keys are going to hold: as it is, or as ranks where it would fill a key
+    by itself, so that those are found once.
+
+        codes of text   5e18  7  5e18        numbers   12  7  12
+        key             1     0  1           key       12  7  12
+    """
+    if len(column) == 0 or int(column.max()) - int(column.min()) < 2**NARROW_BITS:
+        return column
+    return _rank_values(column)
+
+
 def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
     """int64 [rows] that compares as the rows do: equal where all columns agree, smaller where they
     come first.
@@ -68,12 +81,12 @@ def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
 
     for column in columns:
         digit, width = _as_digit(column)
-        if bits + width > KEY_BITS:
-            key = _rank_values(key)
-            bits = int(key.max()).bit_length()
-        if bits + width > KEY_BITS:
-            digit = _rank_values(digit)
-            width = int(digit.max()).bit_length()  # two ranks fit: there are fewer than 2**31 rows
+        # the wider of the two as ranks, both if need be: of fewer than 2**31 rows two ranks fit
+        while bits + width > KEY_BITS:
+            if width > bits:
+                digit, width = _as_rank(digit)
+            else:
+                key, bits = _as_rank(key)
         key = key << width | digit if bits else digit
         bits += width
     return key
@@ -85,7 +98,12 @@ def _as_digit(column: np.ndarray) -> tuple[np.ndarray, int]:
     width = (high - low).bit_length()
     if width <= KEY_BITS and low >= -(2**63) and high < 2**63:
         return column.astype(np.int64, copy=False) - low, width
-    ranks = _rank_values(column)
+    return _as_rank(column)
+
+
+def _as_rank(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """int64 [rows], the rank of each value, and the bits that they need."""
+    ranks = _rank_values(values)
     return ranks, int(ranks.max()).bit_length()
 
 

@@ -167,10 +167,10 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
     left_out = 0
     with PartWriter(folder, work.name, rules, with_ids=True) as writer:
         run, rows = [], 0
-        texts: dict[str, list[pa.Array]] = {}
+        pairs: dict[str, list[pa.RecordBatch]] = {}
         for source, block in _blocks(work, rules):
             with reading_file(source.path):
-                cleaned = normalise(block, rules, source.key, texts)
+                cleaned = normalise(block, rules, source.key, pairs)
             if forgotten.hashes:
                 users = cleaned["user_id"].fill_null(-1).to_numpy()
                 cleaned = cleaned.filter(pa.array(~forgotten.has_users(users)))
@@ -180,11 +180,11 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
             rows += block.num_rows
             if rows >= RUN_ROWS:
                 _write_run(run, writer)
-                writer.write_ids(texts, forgotten)
-                run, rows, texts = [], 0, {}
+                writer.write_ids(pairs, forgotten)
+                run, rows, pairs = [], 0, {}
 
         _write_run(run, writer)
-        writer.write_ids(texts, forgotten)
+        writer.write_ids(pairs, forgotten)
         part = writer.close(work.sources)
 
     assert part.rows + left_out == work.rows, (
@@ -278,9 +278,11 @@ class PartWriter:
         if reason.null_count < rows.num_rows:
             self._broken.update(reason.drop_null().to_pylist())
 
-    def write_ids(self, texts: Mapping[str, Sequence[pa.Array]], forgotten: Forgotten) -> None:
+    def write_ids(
+        self, pairs: Mapping[str, Sequence[pa.RecordBatch]], forgotten: Forgotten
+    ) -> None:
         """Ids that are text, by column, without those of users who were forgotten."""
-        for column, found in texts.items():
+        for column, found in pairs.items():
             if column in self.ids.columns:
                 self.ids.write(column, found, forgotten)
 

@@ -56,7 +56,7 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
         for name in NAMED_IDS:
             found = coded.codes[name].drop_null()
             codes[name].append(found.to_numpy())
-            own = coded.texts.get(name, found)
+            own = coded.pairs[name]["id"] if name in coded.pairs else found
             examples[name] = examples[name] or own.slice(0, 3).to_pylist()
 
     together = {name: np.concatenate(found) for name, found in codes.items()}

@@ -36,24 +36,24 @@ def write_side_table(
     forgotten: Forgotten,
     *,
     text: bool = False,
-) -> tuple[Bucket, pa.Array | None]:
+) -> tuple[Bucket, pa.RecordBatch | None]:
     """`name` ("users" or "items") as one file, its id column int64 under our name, sorted by it.
 
-    Where ids are text in the logs, the file has their codes, and the ids are returned beside it.
+    Where ids are text in the logs, the file has their codes, and PAIRS are returned beside it.
 
     Raises:
         UserError: as `read_side_table`.
     """
-    rows, texts = read_side_table(name, table, id_column, text=text)
+    rows, pairs = read_side_table(name, table, id_column, text=text)
     if name == "users" and forgotten.hashes:
         rows = rows.filter(pa.array(~forgotten.has_users(rows[id_column].to_numpy())))
-    return write_table(rows, folder, f"tables/{name}"), texts
+    return write_table(rows, folder, f"tables/{name}"), pairs
 
 
 def read_side_table(
     name: str, table: SideTable, id_column: str, *, text: bool
-) -> tuple[pa.Table, pa.Array | None]:
-    """The table of `write_side_table`, and where its ids are text those of them that differ.
+) -> tuple[pa.Table, pa.RecordBatch | None]:
+    """The table of `write_side_table`, and where its ids are text their PAIRS.
 
     Raises:
         UserError: there is no such column, its ids are not of the logs' kind, or one is null or
@@ -75,7 +75,7 @@ def read_side_table(
     for column in rest.column_names:
         columns[column] = rest[column]
     # the files' own schema metadata is left behind
-    return pa.table(columns).sort_by(id_column), ids.texts
+    return pa.table(columns).sort_by(id_column), ids.pairs
 
 
 def check_feature_columns(

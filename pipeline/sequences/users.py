@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.logs.cleaning import REASON, SOURCE_FILE, SOURCE_ROW, USER_BUCKET, LogRules
 from pipeline.schema import LOG_REQUIRED, ROW_DIGEST
-from pipeline.sequences.packed_keys import argsort_rows, rank_rows, sort_key
+from pipeline.sequences.packed_keys import argsort_rows, narrow_key, rank_rows, sort_key
 from pipeline.sequences.repeats import MERGED, REASONS, RepeatRule, find_repeats, merge_repeats
 
 
@@ -53,16 +53,17 @@ def build_bucket(
     moment = rank_rows([keys["user_id"], keys["event_time"]])  # both sorts below begin with it
 
     # rows that repeat others: merged, or left out
-    repeats = find_repeats(keys, moment)
+    sort_keys = keys | {"item_id": narrow_key(keys["item_id"])}
+    repeats = find_repeats(sort_keys, moment)
     codes = repeats.codes
     if repeat_rule.merge:
         good, codes = merge_repeats(good, repeats, rules.events, repeat_rule)
-        keys["request_id"] = sort_key(good, "request_id")
+        keys["request_id"] = sort_keys["request_id"] = sort_key(good, "request_id")
     quarantine = pa.concat_tables([broken, _left_out(good, codes, rules)])
     by = [(name, "ascending") for name in (REASON, ROW_DIGEST, "tie_breaker", SOURCE_FILE)]
 
     # the newest rows of each user
-    order = _sequence_order(keys, moment, codes)
+    order = _sequence_order(sort_keys, moment, codes)
     lengths = _run_lengths(keys["user_id"][order])
     kept = order[_are_newest(lengths, max_rows_per_user)]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import SplitConfig
@@ -74,15 +73,19 @@ def _added(parts: Iterator[PeriodCounts], num_actions: int) -> PeriodCounts:
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """Each value once, of those that are 0 or more; in a tenth of the time of sorting.
+    """Each value once, of those that are 0 or more.
 
-    Small ids are marks in a bitmap, others go through Arrow's hash table.
+    Small ids are marks in a bitmap. Others are sorted by NumPy's vectorised sort, which takes a
+    fraction of the time of a hash table.
     """
     if len(values) and values.max() < LARGEST_MARKED:
         marks = np.zeros(values.max() + 1, bool)
         marks[values] = True
         return np.flatnonzero(marks)
-    return pa.array(values).unique().to_numpy()
+    ascending = np.sort(values)
+    first = np.ones(len(ascending), bool)
+    first[1:] = ascending[1:] != ascending[:-1]
+    return ascending[first]
 
 
 def _count_file(
