@@ -3,9 +3,11 @@ number of ranks.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +31,11 @@ VOCAB = {"item_id": 30, "item.tag": 5, "user.age": 4, "user.city": 6, "request.t
 
 
 class Loader:
-    steps_per_epoch = STEPS
-
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int = 0, world_size: int = 1, steps: int = STEPS) -> None:
+        self.rank, self.world_size, self.steps_per_epoch = rank, world_size, steps
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
-        for step in range(first_step, STEPS):
+        for step in range(first_step, self.steps_per_epoch):
             parts = [labelled_batch(10 * step + part) for part in range(PARTS)]
             share = PARTS // self.world_size
             yield joined(parts[self.rank * share : (self.rank + 1) * share])
@@ -52,28 +52,66 @@ HALF = {"bf16_tables": ("item_id", "item.tag"), "host_state_tables": ("item_id",
 
 
 def train(
-    cfg: RunConfig, folder: Path, rank: int = 0, world_size: int = 1, resume: Saved | None = None
+    cfg: RunConfig,
+    folder: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    resume: Saved | None = None,
+    steps: int = STEPS,
 ) -> dict:
-    """Losses, and what the last checkpoint holds, read as tables that are not sharded."""
+    """Losses, what the last checkpoint holds, read as tables that are not sharded, and the messages
+    of the last step.
+    """
     losses: list[float] = []
+    messages = Messages()
+
+    def log(step: int, values: dict[str, float]) -> None:
+        losses.append(values["train/loss"])
+        messages.end_step()
+
     checkpoints = CheckpointFolder(folder, 3, rank, world_size)
     loop.train(
         cfg,
         make_maps(),
-        Loader(rank, world_size),
+        Loader(rank, world_size, steps),
         "data",
         rank=rank,
         world_size=world_size,
         resume=resume,
         checkpoints=checkpoints,
-        log=lambda step, values: losses.append(values["train/loss"]),
+        log=log,
     )
+    messages.close()
     tensors = Trainee(train_config(), make_maps(), "cpu", 0, 1).tensors()
     read_tensors(checkpoints.folders()[-1], tensors)
-    return {"losses": losses, "tensors": tensors}
+    return {"losses": losses, "tensors": tensors, "messages": messages.of_step}
 
 
-def one_of_many(rank: int, world_size: int, folder: str) -> None:
+class Messages:
+    """The names of the collectives that this rank takes part in, in order, step by step."""
+
+    names = "all_reduce", "all_to_all_single", "all_gather", "broadcast", "reduce_scatter"
+
+    def __init__(self) -> None:
+        self.since: list[str] = []
+        self.of_step: list[str] = []
+        self.kept = {name: getattr(dist, name) for name in self.names}
+        for name, call in self.kept.items():
+            setattr(dist, name, partial(self._count, name, call))
+
+    def _count(self, name: str, call: Callable, *args: Any, **options: Any) -> Any:
+        self.since.append(name)
+        return call(*args, **options)
+
+    def end_step(self) -> None:
+        self.of_step, self.since = self.since, []
+
+    def close(self) -> None:
+        for name, call in self.kept.items():
+            setattr(dist, name, call)
+
+
+def one_of_many(rank: int, world_size: int, folder: str, steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
@@ -81,16 +119,18 @@ def one_of_many(rank: int, world_size: int, folder: str) -> None:
     for number, settings in enumerate(json.loads(Path(folder, "cfgs.json").read_text())):
         cfg = config.from_dict(settings)
         torch.save(
-            train(cfg, Path(folder, f"checkpoints_{number}"), rank, world_size),
+            train(cfg, Path(folder, f"checkpoints_{number}"), rank, world_size, steps=steps),
             f"{folder}/{number}_{rank}.pt",
         )
     dist.destroy_process_group()
 
 
-def train_on_ranks(cfgs: list[RunConfig], world_size: int, folder: Path) -> list[list[dict]]:
+def train_on_ranks(
+    cfgs: list[RunConfig], world_size: int, folder: Path, steps: int = STEPS
+) -> list[list[dict]]:
     """Of each configuration what every rank found."""
     (folder / "cfgs.json").write_text(json.dumps([config.to_dict(cfg) for cfg in cfgs]))
-    mp.spawn(one_of_many, (world_size, str(folder)), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
+    mp.spawn(one_of_many, (world_size, str(folder), steps), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
     ranks = range(world_size)
     return [
         [torch.load(folder / f"{i}_{rank}.pt", weights_only=True) for rank in ranks]
@@ -145,6 +185,39 @@ def test_sharded_tables_train_like_whole_ones(
         )
 
 
+SMALL_PART = 4 * 200 / 2**20  # MiB: 200 numbers
+
+
+def test_a_step_has_few_messages_however_tables_and_gradients_go_over_the_ranks(
+    tmp_path: Path,
+) -> None:
+    """And the same results to the last bit: of two ranks' sums the order does not matter."""
+    cfgs = []
+    for settings in ({}, {"tables": SHARDED}, {"gradient_part_mb": SMALL_PART}):
+        cfg = train_config(**settings)
+        features = replace(cfg.features, item_id_dropout=0.3)
+        cfgs.append(replace(cfg, features=features, model=replace(cfg.model, dropout=0.2)))
+    whole, sharded, parts = (ranks[0] for ranks in train_on_ranks(cfgs, 2, tmp_path, steps=8))
+
+    # the touched rows; then all gradients and sums
+    assert whole["messages"] == ["all_reduce"] * 2
+    # Row numbers and rows; touched rows of positions and times; the gradients with all sums, and
+    # those of sharded rows. The counts came with the step before.
+    assert sharded["messages"] == [
+        *["all_to_all_single"] * 2,
+        "all_reduce",
+        "all_reduce",
+        "all_to_all_single",
+    ]
+    assert parts["messages"] == ["all_reduce"] * len(parts["messages"])
+    assert 5 < len(parts["messages"]) < 15
+
+    for other in (sharded, parts):
+        assert other["losses"] == whole["losses"]
+        for name, tensor in whole["tensors"].items():
+            assert torch.equal(other["tensors"][name], tensor), name
+
+
 def test_one_rank_needs_no_messages_and_equals_plain_tables(plain: dict, sharded: dict) -> None:
     """The block is the whole table; only the order of sums over the batch differs."""
     assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-6)
@@ -189,6 +262,36 @@ def test_tables_give_the_same_rows_under_other_settings(setting: str) -> None:
             trainee.step(labelled_batch(step), step, 2)
         scores.append(trainee.model(labelled_batch(2)))
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
+
+
+ENCODERS = {
+    "ultra_hstu": {},
+    "hstu": {"encoder": "hstu", "attention": {"window": None, "full_rows": 0}},
+    "in pairs": {
+        "encoder": "hstu",
+        "merge": "interleaved",
+        "attention": {"window": None, "full_rows": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_ranks_are_told_of_every_row_that_gets_a_gradient(name: str) -> None:
+    cfg = train_config()
+    settings = dict(ENCODERS[name])
+    attention = replace(cfg.model.attention, **settings.pop("attention", {}))
+    cfg = replace(cfg, model=replace(cfg.model, attention=attention, **settings))
+    trainee = Trainee(cfg, make_maps(), "cpu", 0, 2)
+    assert trainee.touched is not None
+    trainee.model.train()
+    loss, _ = trainee._losses(labelled_batch(0))
+    loss.sum().backward()
+
+    told = torch.cat(trainee.touched.looked_up).unique()
+    found = []
+    for store, (rows, _) in trainee._replicated_gradients().items():
+        found.append(rows + trainee.touched.first_flags[store])
+    assert torch.equal(told, torch.cat(found).unique())
 
 
 # Rows

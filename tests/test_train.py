@@ -100,12 +100,12 @@ def test_flat_buffers_train_as_parameters_by_themselves() -> None:
     layer, plain = nn.Linear(3, 5), nn.Linear(3, 5)
     plain.load_state_dict(layer.state_dict())
     parameters = dict(layer.named_parameters())
-    ours = DenseAdamW(parameters, lr=0.1, weight_decay=0.1, num_sums=2)
+    ours = DenseAdamW(parameters, lr=0.1, weight_decay=0.1)
     theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.1, fused=True)
 
     for step in range(4):
         x, total = torch.randn(2, 3), torch.tensor(3.0)
-        ours.zero_gradients()
+        ours.buffer.zero()
         layer(x).square().sum().backward()
         norms, whole = ours.divide_and_clip(total, 0.5)
         skip = torch.tensor(step == 2)

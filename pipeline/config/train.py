@@ -142,6 +142,12 @@ class TrainConfig:
     grad_clip: float = setting(
         1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."
     )
+    gradient_part_mb: float = setting(
+        16.0,
+        above=0,
+        doc="Dense gradients go over the workers in parts of at least so many MiB, each as soon as "
+        "backward has made it.",
+    )
     average_from: float | None = setting(
         None,
         at_least=0,

@@ -71,8 +71,16 @@ class RankingModel(nn.Module):
 
     def encode(self, batch: SequenceBatch, *, last_history: bool = False) -> Encoded:
         """The sequence encoder's rows of the batch; in training some item ids are left out."""
+        return self.encode_codes(self.leave_ids_out(batch), last_history=last_history)
+
+    def leave_ids_out(self, batch: SequenceBatch) -> SequenceBatch:
+        """The batch as it is encoded: in training a share of its item ids is read as unknown."""
         if self.training and self.item_id_dropout > 0:
-            batch = without_item_ids(batch, self.item_id_dropout)
+            return without_item_ids(batch, self.item_id_dropout)
+        return batch
+
+    def encode_codes(self, batch: SequenceBatch, *, last_history: bool = False) -> Encoded:
+        """The sequence encoder's rows of the batch as it is."""
         return self.transducer(self.encoder(batch), batch, last_history=last_history)
 
     def score_rows(self, x_CE: Tensor, batch: SequenceBatch) -> Tensor:

@@ -321,6 +321,11 @@ class TokenEncoder(nn.Module):
             return codes
         return codes | _by_table(self.context.names, batch.user_codes, self.context.sizes)
 
+    def place_codes(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """int [T] each: the rows of the tables of positions and of times that are looked up."""
+        position = batch.position % self.position.num_embeddings
+        return position, BUCKETS[self.time_anchor](batch.gap_ms, self.time.num_embeddings)
+
     def forward(self, batch: SequenceBatch) -> Tokens:
         tokens = self.sequence_tokens(batch)
         if self.context is not None:
@@ -394,8 +399,7 @@ class TokenEncoder(nn.Module):
                 x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend
             )
 
-        number = batch.position % position.num_embeddings
-        bucket = BUCKETS[self.time_anchor](gap_ms, time.num_embeddings)
+        number, bucket = self.place_codes(batch)
         x_TE = x_TE + look_up_rows(position, number, x_TE.dtype)
         return x_TE + look_up_rows(time, bucket, x_TE.dtype)
 

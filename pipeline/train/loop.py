@@ -121,17 +121,43 @@ def take_steps(
     """One step for each batch; the run's state moves on."""
     state, total_steps = progress.state, progress.total_steps
     device = trainee.loss_weights.device
-    for batch, work in progress.meter.wait_for_batches(batches):
+    moved = move_batches(progress.meter.wait_for_batches(batches), device)
+    for (batch, work), following in with_following(moved, known=trainee.looks_ahead):
         progress.meter.count_step(batch, work)
-        batch = batch.to(device)
         if state.step == 0:
             progress.tell_attention(batch, trainee.norm_eps)
         wished = (False, False) if wishes is None else wishes.take_wishes()
+        after = None if following is None else following[0]
         with profiler.step(state.step + 1):
-            progress.add_losses(*trainee.step(batch, state.step, total_steps, wished))
+            sums = trainee.step(batch, state.step, total_steps, wished, after)
+            progress.add_losses(*sums)
         state.advance()
         trainee.update_average(state.step, total_steps)
         yield
+
+
+def move_batches(batches: Iterator[Counted], device: torch.device) -> Iterator[Counted]:
+    """The same on the device."""
+    for batch, work in batches:
+        yield batch.to(device), work
+
+
+def with_following(
+    batches: Iterator[Counted], *, known: bool
+) -> Iterator[tuple[Counted, Counted | None]]:
+    """Each batch with the one after it, of the last one None; of all where it is not to be `known`,
+    and then none is taken before its time.
+    """
+    if not known:
+        for batch in batches:
+            yield batch, None
+        return
+
+    before = next(batches, None)
+    while before is not None:
+        following = next(batches, None)
+        yield before, following
+        before = following
 
 
 def _train_on(
@@ -274,7 +300,7 @@ class Progress:
         """Mean losses and speed since the last report."""
         self.sums.zero_()
         self.values |= take_losses(self.state, self.trainee)
-        self.values |= self.meter.take_speed(self.state)
+        self.values |= self.meter.take_speed(self.state, self.trainee.clock.take_seconds())
         self.values["train/bad_steps"] = self.state.bad_steps
         self.values["train/grad_norm"] = float(self.trainee.grad_norm)
         warmup = resolve_warmup(self.cfg.warmup_steps, self.total_steps)

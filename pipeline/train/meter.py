@@ -72,8 +72,11 @@ class Meter:
         self.begin += spent
         state.seconds += spent
 
-    def take_speed(self, state: TrainState) -> dict[str, float]:
-        """The values of a line of metrics; counting begins anew, and `state` gets the seconds."""
+    def take_speed(self, state: TrainState, message_s: float = 0.0) -> dict[str, float]:
+        """The values of a line of metrics; counting begins anew, and `state` gets the seconds.
+
+        `message_s`: the part of them in which nothing but a message was waited for.
+        """
         seconds = time.perf_counter() - self.begin
         state.seconds += seconds
 
@@ -85,6 +88,7 @@ class Meter:
             "train/tokens_per_s": self.tokens * ranks / seconds,
             "train/gflop_per_example": flops / max(examples, 1) / 1e9,
             "train/data_wait_share": self.wait / seconds,
+            "train/message_wait_share": message_s / seconds,
             "train/step_ms": 1000 * seconds / max(self.steps, 1),
         }
         self._reset()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from kernels.rowwise_adamw.op import rowwise_adamw
 from kernels.rowwise_adamw.types import Hyper
 from pipeline.config import UserError
+from pipeline.train.gradients import GradientBuffer
 
 # Tables up to this size share their memory with others of their width: one update for all.
 FUSED_BYTES = 16 * 2**20
-ALIGNED = 64  # numbers between the beginnings of weights in a flat buffer: 256 bytes in float32
 
 
 class RowwiseAdamW:
@@ -146,59 +146,39 @@ def make_stores(
 class DenseAdamW:
     """AdamW of all weights that are no tables, whose weights, gradients and moments are views of
     flat buffers: one launch for each thing that is done to all of them.
-
-    Behind the gradients the buffer has room for `num_sums` numbers that go over the ranks with
-    them.
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        lr: float,
-        weight_decay: float,
-        num_sums: int = 0,
+        self, parameters: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float
     ) -> None:
-        self.parameters = parameters
-        places, size = {}, 0
-        for name, parameter in parameters.items():
-            places[name] = size
-            size += -(-parameter.numel() // ALIGNED) * ALIGNED
-
+        self.buffer = GradientBuffer(parameters)
         like = next(iter(parameters.values()))
-        weights = torch.zeros(size, dtype=like.dtype, device=like.device)
-        self.message = torch.zeros(size + num_sums, dtype=like.dtype, device=like.device)
-        self.flat = nn.Parameter(weights)
-        self.flat.grad, self.sums = self.message[:size], self.message[size:]
+        weights = torch.zeros(self.buffer.size, dtype=like.dtype, device=like.device)
         # as AdamW would in its first step: a checkpoint is read into these
         moments = {"exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}
         self.step_count = torch.zeros((), device=like.device)
 
-        self.grads: list[Tensor] = []
+        self.parameters = parameters
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in parameters.items():
             assert parameter.dtype == like.dtype, "one buffer holds one type"
-            place = slice(places[name], places[name] + parameter.numel())
-            view = weights[place].view_as(parameter).copy_(parameter.detach())
-            parameter.data, parameter.grad = view, self.message[place].view_as(parameter)
-            self.grads.append(parameter.grad)
+            place = self.buffer.places[name]
+            parameter.data = weights[place].view_as(parameter).copy_(parameter.detach())
             parts = {key: moment[place].view_as(parameter) for key, moment in moments.items()}
             self.state[name] = parts
 
+        self.flat = nn.Parameter(weights)
         self.adamw = torch.optim.AdamW([self.flat], lr=lr, weight_decay=weight_decay, fused=True)
         self.adamw.state[self.flat] = {"step": self.step_count, **moments}
-
-    def zero_gradients(self) -> None:
-        """Before `backward`, which adds to them."""
-        self.message.zero_()
 
     def divide_and_clip(self, total: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
         """Divide the gradients by `total` and clip them; [parameters] their norms before clipping,
         and the norm of all.
         """
-        assert self.flat.grad is not None
+        self.flat.grad = self.buffer.dense
         self.flat.grad.div_(total)
-        norms = torch.stack(torch._foreach_norm(self.grads))  # pyright: ignore[reportPrivateImportUsage]
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
         whole = torch.linalg.vector_norm(norms)
         nn.utils.clip_grads_with_norm_([self.flat], max_norm, whole)
         return norms, whole

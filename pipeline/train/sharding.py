@@ -6,13 +6,15 @@
         ─▶ row-wise AdamW on their blocks
 
 All tables go together: a step has four messages (counts, row numbers, rows, gradients), however
-many there are, and the host waits for the device once, for the counts. Rows arrive in the order of
-table and number, gradients in the order of ranks: two runs agree bit for bit.
+many there are. The counts of a batch may be asked for while the batch before it is in work
+(`ask_counts`): then nobody waits for them. Rows arrive in the order of table and number, gradients
+in the order of ranks: two runs agree bit for bit.
 """
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,10 +24,10 @@ from torch.nn import functional as F
 
 from pipeline.model.tokens import plain_table
 from pipeline.train.placement import Placement
+from pipeline.train.waiting import HostNumbers
 
 LARGE = 2**28  # numbers: from here on a table is never whole on a host, and is drawn on its device
 CHUNK_ROWS = 2**16  # of a large table, drawn from one seed
-TABLE_BITS = 40  # of a key: the row; above them the table
 
 
 class ShardedEmbedding(nn.Module):
@@ -133,14 +135,29 @@ def draw_rows(
     return block
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The rows that a batch looks up, by the ranks that hold them; `number_distinct` says what they
+    are made of.
+    """
+
+    keys: Tensor  # int64 [n], sorted: owner and slot of each code
+    number: Tensor  # int64 [n]: of each one's row among the distinct ones
+    index: Tensor  # int64 [n], in the order of the batch: where its row will lie in its table's
+    lengths: list[int]  # codes of each table
+    read_counts: Callable[[], list[list[list[int]]]]  # [sent, asked] by rank and table
+
+
 class ShardedTables:
     """All sharded tables of one model, and the messages between the ranks that hold them.
 
     A rank's rows of all tables are numbered through: its slots, a table behind the other.
     """
 
-    def __init__(self, tables: dict[str, ShardedEmbedding], world_size: int) -> None:
-        self.tables, self.world_size = tables, world_size
+    def __init__(
+        self, tables: dict[str, ShardedEmbedding], world_size: int, numbers: HostNumbers
+    ) -> None:
+        self.tables, self.world_size, self.numbers = tables, world_size, numbers
         blocks = [-(-table.num_embeddings // world_size) for table in tables.values()]
         self.widths = [table.embedding_dim for table in tables.values()]
         self.first_slots = list(itertools.accumulate(blocks[:-1], initial=0))
@@ -156,7 +173,6 @@ class ShardedTables:
         owners = torch.arange(world_size, device=first.device)[:, None] * self.slots
         self.bounds = torch.cat([(owners + self.base).flatten(), owners[-1] + self.slots])
 
-    @torch.no_grad()
     def fetch_rows(self, codes: dict[str, Tensor]) -> None:
         """Bring the rows that `codes`, int [n] per table, name; all ranks call it together.
 
@@ -169,20 +185,39 @@ class ShardedTables:
             rows that come back    r0 r1 r3
             index of the batch     2 0 2 1
         """
-        codes_of = [codes[name].long() for name in self.tables]
-        lengths = list(map(len, codes_of))
-        wanted = torch.cat(codes_of)
-        table_of = self._table_numbers(lengths, wanted.device)
+        self.bring_rows(self.ask_counts(codes))
 
-        # Ordered by owner, then table, then row: what goes to one rank lies together.
-        owner = wanted // self.block[table_of]
-        slot = self.base[table_of] + wanted - owner * self.block[table_of]
-        keys, number, index, before = number_distinct(owner * self.slots + slot, self.bounds)
-        counts = before.diff().view(self.world_size, -1)
-        self.sent, self.asked = self._host_counts(counts)
+    @torch.no_grad()
+    def ask_counts(self, codes: dict[str, Tensor]) -> "Wanted":
+        """What a batch of these codes needs of each rank, and the message that tells the ranks how
+        much; all ranks call it together.
+        """
+        with self.numbers.beside():
+            codes_of = [codes[name].long() for name in self.tables]
+            lengths = list(map(len, codes_of))
+            wanted = torch.cat(codes_of)
+            table_of = self._table_numbers(lengths, wanted.device)
+
+            # Ordered by owner, then table, then row: what goes to one rank lies together.
+            owner = wanted // self.block[table_of]
+            slot = self.base[table_of] + wanted - owner * self.block[table_of]
+            keys, number, index, before = number_distinct(owner * self.slots + slot, self.bounds)
+            counts = before.diff().view(self.world_size, -1)
+
+            # A table's rows come from all owners in turn: from the place among all to the place in
+            # the table.
+            shift = counts.cumsum(0) - counts - before[:-1].view_as(counts)
+            index = index + shift[owner, table_of]
+            return Wanted(keys, number, index, lengths, self._host_counts(counts))
+
+    @torch.no_grad()
+    def bring_rows(self, wanted: "Wanted") -> None:
+        """The rows of `wanted` into the tables; all ranks call it together."""
+        self.sent, self.asked = wanted.read_counts()
 
         # ask the owners
-        distinct = keys.new_empty(sum(map(sum, self.sent))).scatter_(0, number, keys)
+        distinct = wanted.keys.new_empty(sum(map(sum, self.sent)))
+        distinct.scatter_(0, wanted.number, wanted.keys)
         sent, asked = list(map(sum, self.sent)), list(map(sum, self.asked))
         slots = self._swap(distinct % self.slots, sent, asked)
 
@@ -193,11 +228,8 @@ class ShardedTables:
             found.append(table.weight[touched].to(self.wire))
         rows = self._exchange(found, self.asked, self.sent)
 
-        # A table's rows come from all owners in turn: from the place among all to the place in the
-        # table.
-        shift = counts.cumsum(0) - counts - before[:-1].view_as(counts)
-        index = index + shift[owner, table_of]
-        for module, part, at in zip(self.tables.values(), rows, index.split(lengths), strict=True):
+        indices = wanted.index.split(wanted.lengths)
+        for module, part, at in zip(self.tables.values(), rows, indices, strict=True):
             module.rows, module.index = part.float().requires_grad_(), at
 
     def _table_numbers(self, lengths: list[int], device: torch.device) -> Tensor:
@@ -222,14 +254,15 @@ class ShardedTables:
             touched.append(torch.cat(pieces[i :: len(self.tables)]) - first)
         return touched
 
-    def _host_counts(self, counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Distinct rows by rank and table: those that this rank asks for, and those that it is
-        asked for.
+    def _host_counts(self, counts: Tensor) -> Callable[[], list[list[list[int]]]]:
+        """Distinct rows by rank and table, when they are read: those that this rank asks for, and
+        those that it is asked for.
         """
-        sizes = [counts.shape[1]] * self.world_size
-        asked = self._swap(counts.flatten(), sizes, sizes)
-        sent, asked = torch.stack([counts, asked.view_as(counts)]).tolist()
-        return sent, asked
+        if self.world_size == 1:
+            return self.numbers.ask(None, lambda: torch.stack([counts, counts]))
+        asked = torch.empty_like(counts)
+        work = dist.all_to_all_single(asked, counts, async_op=True)
+        return self.numbers.ask(work, lambda: torch.stack([counts, asked]))
 
     def take_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Per table the rows of this rank's block that any rank used, by their place in it and with
@@ -290,7 +323,8 @@ class ShardedTables:
         if self.world_size == 1:
             return flat
         came = flat.new_empty(sum(of))
-        dist.all_to_all_single(came, flat, list(of), list(to))
+        with self.numbers.clock.count():
+            dist.all_to_all_single(came, flat, list(of), list(to))
         return came
 
 
@@ -313,93 +347,3 @@ def number_distinct(keys: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tenso
     as_given = torch.empty_like(order).scatter_(0, order, count - 1)
     below = F.pad(count, (1, 0))[torch.searchsorted(sorted_keys, bounds)]
     return sorted_keys, count - 1, as_given, below
-
-
-# Tables that every rank holds whole
-
-
-def gather_rows(
-    local: dict[str, tuple[Tensor, Tensor]], world_size: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The rows that any rank used, and their gradients: each rank's distinct rows, one rank after
-    another.
-
-    `local`: per table this rank's rows [n], with repeats, and their gradients [n, d]. Two messages,
-    and one wait for the device, whatever the number of tables.
-
-        rank 0    rows 5 2 5   gradients a b c    its distinct rows 2 5, sums b and a + c
-        rank 1    rows 2       gradient  d        its distinct row  2,   sum  d
-        result    rows 2 5 2   gradients b, a + c, d
-    """
-    rows, grads = zip(*local.values(), strict=True)
-    widths = [grad.shape[1] for grad in grads]
-
-    # this rank's distinct rows: keys of table and row, numbered through
-    first_keys = torch.arange(len(rows) + 1, device=rows[0].device) << TABLE_BITS
-    keyed = [row + first for row, first in zip(rows, first_keys[:-1], strict=True)]
-    keys, number, index, below = number_distinct(torch.cat(keyed), first_keys)
-
-    # the only wait: how many those are, by rank and table
-    counts: list[list[int]] = _all_gather(below.diff(), world_size).tolist()
-    own = counts[dist.get_rank()]
-    distinct = keys.new_empty(sum(own)).scatter_(0, number, keys) & ((1 << TABLE_BITS) - 1)
-    sums = _sum_rows(grads, index.split(list(map(len, rows))), below, own)
-
-    # to all ranks, all tables together: the bits of the rows' numbers, then the sums
-    dtype = grads[0].dtype
-    flat = torch.cat([distinct.view(dtype), *map(torch.flatten, sums)])
-    sizes = []
-    for of_rank in counts:
-        sizes.append([n * width for n, width in zip(of_rank, widths, strict=True)])
-    row_words = [sum(of_rank) * distinct.itemsize // dtype.itemsize for of_rank in counts]
-    sum_words = list(map(sum, sizes))
-    lengths = [rows + numbers for rows, numbers in zip(row_words, sum_words, strict=True)]
-    of_ranks = _all_gather_jagged(flat, lengths)
-
-    rows_of_ranks, sums_of_ranks = [], []
-    for part, words in zip(of_ranks, row_words, strict=True):
-        rows_of_ranks.append(part[:words].clone().view(distinct.dtype))
-        sums_of_ranks.append(part[words:])
-
-    # by table
-    row_parts = _split_ranks(rows_of_ranks, counts)
-    sum_parts = _split_ranks(sums_of_ranks, sizes)
-    gathered = {}
-    for i, (name, width) in enumerate(zip(local, widths, strict=True)):
-        gathered[name] = torch.cat(row_parts[i]), torch.cat(sum_parts[i]).view(-1, width)
-    return gathered
-
-
-def _sum_rows(
-    grads: Sequence[Tensor], indices: Sequence[Tensor], below: Tensor, counts: list[int]
-) -> list[Tensor]:
-    """Per table the summed gradients of its `counts` distinct rows, [counts, d].
-
-    `indices` number the rows through all tables; a table's begin at its entry of `below`.
-    """
-    sums = []
-    for grad, index, first, count in zip(grads, indices, below[:-1], counts, strict=True):
-        # The backward of a look-up: unlike a sum over segments it is as fast where one row has most
-        # of the gradients.
-        sums.append(torch.ops.aten.embedding_dense_backward(grad, index - first, count, -1, False))
-    return sums
-
-
-def _split_ranks(parts: list[Tensor], sizes: list[list[int]]) -> list[tuple[Tensor, ...]]:
-    """Each rank's flat tensor, `sizes[rank][table]` of it per table → the ranks' parts by table."""
-    by_rank = [part.split(of_rank) for part, of_rank in zip(parts, sizes, strict=True)]
-    return list(zip(*by_rank, strict=True))
-
-
-def _all_gather(tensor: Tensor, world_size: int) -> Tensor:
-    """[world_size, ...]: the tensors of all ranks, which have the same shape."""
-    parts = tensor.new_empty(world_size, *tensor.shape)
-    dist.all_gather(list(parts.unbind(0)), tensor)
-    return parts
-
-
-def _all_gather_jagged(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
-    """One flat tensor per rank, `lengths` of them; padded on the wire to the longest."""
-    padded = F.pad(tensor, (0, max(lengths) - tensor.numel()))
-    gathered = _all_gather(padded, len(lengths))
-    return [part[:length] for part, length in zip(gathered, lengths, strict=True)]

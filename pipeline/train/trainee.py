@@ -4,11 +4,11 @@ Sums, not means, cross ranks: the gradient of the summed loss and the sum of lab
 over ranks and divided afterwards, so that the step does not depend on how rows fell to ranks.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
@@ -22,7 +22,18 @@ from pipeline.train.guards import FiniteGuard
 from pipeline.train.next_item import LOSS_NAME, NextItemLoss
 from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor, resolve_warmup
 from pipeline.train.placement import place_tables
-from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, gather_rows
+from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, Wanted
+from pipeline.train.touched import TouchedRows
+from pipeline.train.waiting import HostNumbers, MessageClock
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBatch:
+    """A batch as the model reads it in one step."""
+
+    given: SequenceBatch
+    read: SequenceBatch  # some item ids left out
+    wanted: Wanted | None  # of the sharded tables
 
 
 class Trainee:
@@ -58,10 +69,14 @@ class Trainee:
             weights.append(cfg.retrieval.weight)
         self.loss_weights = torch.tensor(weights, device=device)
 
+        self.clock = MessageClock(device)
+        self.numbers = HostNumbers(device, self.clock)
         self._find_parameters(maker)
-        self.sharded = None
+        self.sharded, self.fetched = None, False
+        # the next step's batch, and where the random generators stand after its draws
+        self.coming: tuple[ReadBatch, list[Tensor]] | None = None
         if maker.sharded:
-            self.sharded = ShardedTables(maker.sharded, world_size)
+            self.sharded = ShardedTables(maker.sharded, world_size, self.numbers)
             model.encoder.register_forward_pre_hook(self._fetch_rows)
 
         host_state = [self.table_paths[name] for name, place in plan.items() if place.host_state]
@@ -100,14 +115,34 @@ class Trainee:
         self.rowwise = RowwiseAdamW(
             self.tables, weight_decay=decay, on_host=host_state, first_rows=first_rows
         )
-        # losses and weights, broken tables and wishes
-        num_sums = 2 * len(self.loss_weights) + len(self.tables) + 2
-        self.adamw = DenseAdamW(self.dense, lr=self.cfg.lr, weight_decay=decay, num_sums=num_sums)
+        self.adamw = DenseAdamW(self.dense, lr=self.cfg.lr, weight_decay=decay)
+        self.gradients = self.adamw.buffer
+        self.touched = None
+        if self.world_size > 1:
+            self.gradients.send_in_parts(self.cfg.gradient_part_mb * 2**20)
+            self.touched = self._watch_tables()
+
+    def _watch_tables(self) -> TouchedRows:
+        """What notes which rows of the replicated tables a step looks up."""
+        modules = {f"{path}.weight": module for path, module in self.model.named_modules()}
+        replicated = {path: modules[path] for path in self.tables if path not in self.blocks}
+        touched = TouchedRows(replicated, self.rowwise, self.numbers)  # pyright: ignore[reportArgumentType]
+        position, time = self.table_paths["position"], self.table_paths["time"]
+        touched.watch_places(self.model.encoder, position, time, self.rowwise)
+        return touched
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True where `step` can use the batch after its own."""
+        return self.sharded is not None and self.world_size > 1
 
     def _fetch_rows(self, _: nn.Module, inputs: tuple[SequenceBatch]) -> None:
-        """Bring the rows that the token encoder looks up from the ranks that hold them."""
+        """Bring the rows that the token encoder looks up from the ranks that hold them, unless a
+        step has.
+        """
         assert self.sharded is not None
-        self.sharded.fetch_rows(self.model.encoder.table_codes(*inputs))
+        if not self.fetched:
+            self.sharded.fetch_rows(self.model.encoder.table_codes(*inputs))
 
     def step(
         self,
@@ -115,23 +150,24 @@ class Trainee:
         step: int,
         total_steps: int,
         wishes: tuple[bool, bool] = (False, False),
+        following: SequenceBatch | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step; per part of the loss (a task) the summed loss and the summed weights
         over all ranks, on the device.
 
-        `wishes` of this rank, (save, stop), reach all ranks with the step's sums.
+        `wishes` of this rank, (save, stop), reach all ranks with the step's sums. `following` is
+        the batch of the next step, on all ranks or on none: what its sharded rows need of the ranks
+        is asked for while this step runs.
 
         A step whose loss or gradient is not finite changes nothing, and its sums are 0. Embedding
         gradients are not clipped: row-wise AdamW divides each row's by the root of its own mean
         square.
         """
-        loss, weight = self._backward(batch, step)
+        loss, weight = self._backward(self._read_batch(batch, step), step, following)
 
-        # over the ranks: the dense gradients are on their way while rows are counted
         wished = torch.tensor(wishes, dtype=torch.float32, device=loss.device)
-        finish = self._send_dense(loss, weight, self._broken_tables(), wished)
-        table_grads = self._reduce_sparse()
-        losses, weights, broken, wished = finish()
+        sums = loss, weight, self._broken_tables(), wished
+        (losses, weights, broken, wished), table_grads = self._add_over_ranks(sums)
         self.wishes += wished
         total = (weights * self.loss_weights).sum().clamp(min=1e-12)
 
@@ -152,30 +188,78 @@ class Trainee:
         self.wishes = torch.zeros_like(self.wishes)
         return save, stop
 
-    def _backward(self, batch: SequenceBatch, step: int) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's summed loss; the loss and the weights of its parts, [L] each."""
-        # Dropout depends on where the run stands, not on how it got there: a resumed run draws the
-        # same masks.
-        seed = np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]
-        seed_generators(int(seed))
+    def _read_batch(self, batch: SequenceBatch, step: int) -> ReadBatch:
+        """The batch of a step as its forward pass reads it: drawn before, or now."""
         if not self.model.training:  # each of some hundred modules is told
             self.model.train()
-        self.adamw.zero_gradients()
+
+        coming, self.coming = self.coming, None
+        if coming is not None and coming[0].given is batch:
+            set_generators(coming[1])
+            return coming[0]
+        self._seed_step(step)
+        return self._draw_ids(batch)
+
+    def _seed_step(self, step: int) -> None:
+        """Dropout depends on where the run stands, not on how it got there: a resumed run draws the
+        same masks.
+        """
+        seed = np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]
+        seed_generators(int(seed))
+
+    def _draw_ids(self, batch: SequenceBatch) -> ReadBatch:
+        read, wanted = self.model.leave_ids_out(batch), None
+        if self.sharded is not None:
+            wanted = self.sharded.ask_counts(self.model.encoder.table_codes(read))
+        return ReadBatch(batch, read, wanted)
+
+    def _look_ahead(self, batch: SequenceBatch, step: int) -> None:
+        """Draw the batch of a later step, the generators left as they are."""
+        states = generator_states()
+        self._seed_step(step)
+        self.coming = self._draw_ids(batch), generator_states()
+        set_generators(states)
+
+    def _backward(
+        self, batch: ReadBatch, step: int, following: SequenceBatch | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of this rank's summed loss; the loss and the weights of its parts, [L] each.
+
+        What the other ranks must know before the gradients is sent as soon as forward is done.
+        """
+        self.gradients.zero()
         for table in self.tables.values():
             table.grad = None
+        if batch.wanted is not None:
+            assert self.sharded is not None
+            self.sharded.bring_rows(batch.wanted)
+            self.fetched = True
+        if self.touched is not None:
+            self.touched.forget()
+            self.gradients.begin_step()
 
-        bf16 = self.cfg.precision == "bf16"
-        with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
-            encoded = self.model.encode(batch)
-            outputs = self.model.score_rows(encoded.candidate_rows, batch)
-        loss, weight = self.head.loss(outputs, batch)
-        if self.next_item is not None:
-            with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
-                again = self.model.encode(batch) if self.next_item.needs_second_pass else None
-            next_loss, next_weight = self.next_item(self.model, encoded, batch, again)
-            loss, weight = torch.cat([loss, next_loss]), torch.cat([weight, next_weight])
+        loss, weight = self._losses(batch.read)
+        if self.touched is not None:
+            self.touched.send()
+        if following is not None and self.looks_ahead:
+            self._look_ahead(following, step + 1)
         (loss * self.loss_weights).sum().backward()
         return loss.detach(), weight
+
+    def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """Summed losses and weights of the parts, of a batch with its ids left out."""
+        bf16 = self.cfg.precision == "bf16"
+        with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
+            encoded = self.model.encode_codes(batch)
+            outputs = self.model.score_rows(encoded.candidate_rows, batch)
+        loss, weight = self.head.loss(outputs, batch)
+        if self.next_item is None:
+            return loss, weight
+
+        with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
+            again = self.model.encode(batch) if self.next_item.needs_second_pass else None
+        next_loss, next_weight = self.next_item(self.model, encoded, batch, again)
+        return torch.cat([loss, next_loss]), torch.cat([weight, next_weight])
 
     def _broken_tables(self) -> Tensor:
         """float32 [tables], 1 where a gradient of this rank's is not finite."""
@@ -193,40 +277,43 @@ class Trainee:
         assert leaf.grad is not None
         return leaf.grad._values() if block is None else leaf.grad
 
-    def _send_dense(self, *sums: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """Add dense gradients, in place, and the vectors `sums` over ranks, all in one message; the
-        result waits for it and gives the sums.
+    def _add_over_ranks(
+        self, sums: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], dict[str, tuple[Tensor, Tensor]]]:
+        """The vectors `sums` added over the ranks, the dense gradients too, in place; and per store
+        of `rowwise` the rows that any rank touched and their gradients, of a sharded table its
+        block's and with repeats.
         """
-        if self.world_size == 1:
-            return lambda: sums
-        torch.cat(sums, out=self.adamw.sums)
-        work = dist.all_reduce(self.adamw.message, async_op=True)
+        local = self._replicated_gradients()
+        if self.touched is None:
+            return sums, local | self._sharded_gradients()
 
-        def finish() -> tuple[Tensor, ...]:
-            assert work is not None
-            work.wait()
-            # the buffer is zeroed before the next step
-            return self.adamw.sums.clone().split(list(map(len, sums)))
+        self.touched.finish()
+        # the dense gradients are on their way while the rows of sharded tables are
+        self.gradients.send_rest([*sums, *self.touched.sums(local)], self.clock)
+        sharded = self._sharded_gradients()
+        lengths = list(map(len, sums))
+        added = self.gradients.finish(self.clock)
+        tables = self.touched.split(added[sum(lengths) :])
+        return added[: sum(lengths)].split(lengths), tables | sharded
 
-        return finish
-
-    def _reduce_sparse(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per store of `rowwise` the rows touched by any rank, with repeats, and their gradients;
-        of a sharded table its block's.
-        """
-        touched = {}
+    def _replicated_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per store of `rowwise` this rank's rows, with repeats, and their gradients."""
+        grads = {}
         for name, weight in self.tables.items():
             if name not in self.blocks:
                 assert weight.grad is not None
-                touched[name] = weight.grad._indices()[0], weight.grad._values()
-        touched = self.rowwise.join_rows(touched)
-        if self.world_size > 1:
-            touched = gather_rows(touched, self.world_size)
+                grads[name] = weight.grad._indices()[0], weight.grad._values()
+        return self.rowwise.join_rows(grads)
 
+    def _sharded_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per block of this rank the rows that any rank used, and their gradients."""
+        grads = {}
         if self.sharded is not None:
+            self.fetched = False
             for name, rows_and_grads in self.sharded.take_gradients().items():
-                touched[self.table_paths[name]] = rows_and_grads
-        return touched
+                grads[self.table_paths[name]] = rows_and_grads
+        return grads
 
     def update_average(self, step: int, total_steps: int) -> None:
         """Take the weights after `step` steps into their mean; the model ends with that mean."""
@@ -267,6 +354,21 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def generator_states() -> list[Tensor]:
+    """States of the generators that `seed_generators` seeds: of the CPU and of the GPU in use."""
+    states = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def set_generators(states: list[Tensor]) -> None:
+    """As they stood then."""
+    torch.default_generator.set_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 def head_weights(head: Head, cfg: TrainConfig) -> list[float]:

@@ -1,0 +1,129 @@
+"""Gradients of one rank in one flat buffer, which goes over the ranks in parts while backward runs.
+
+    last layers …          … first layers | sums of the step | sums of the tables' touched rows
+    part 0 │ part 1 │ …    last part ────────────────────────────────────────────────────────▶
+
+Backward comes to the last layers first: a part is sent as soon as its gradients are there. The last
+part takes everything else with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.train.waiting import MessageClock
+
+ALIGNED = 64  # numbers between the beginnings of weights in a flat buffer: 256 bytes in float32
+
+
+class GradientBuffer:
+    """The gradients of `parameters` as views of one buffer.
+
+    `places` says where each parameter lies; `dense` is their part of the buffer.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.places: dict[str, slice] = {}
+        size = 0
+        for name, parameter in reversed(list(parameters.items())):
+            self.places[name] = slice(size, size + parameter.numel())
+            size += -(-parameter.numel() // ALIGNED) * ALIGNED
+
+        like = next(iter(parameters.values()))
+        self.size = size
+        self.message = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self.parts = [(0, size)]
+        self.sent: list[dist.Work | None] = []
+        self._set_views()
+
+    @property
+    def dense(self) -> Tensor:
+        return self.message[: self.size]
+
+    def _set_views(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.message[self.places[name]].view_as(parameter)
+
+    def zero(self) -> None:
+        """Before `backward`, which adds to them."""
+        self.dense.zero_()
+
+    def send_in_parts(self, part_bytes: float) -> None:
+        """From now on every `backward` sends parts of at least `part_bytes`, once they are done."""
+        self.parts = cut_parts(self.places, self.size, part_bytes / self.message.itemsize)
+        part_of: dict[str, int] = {}
+        for name, place in self.places.items():
+            for number, (begin, end) in enumerate(self.parts):
+                if begin <= place.start < end:
+                    part_of[name] = number
+
+        last = len(self.parts) - 1
+        self.missing = [0] * len(self.parts)
+        self.full = [list(part_of.values()).count(number) for number in range(len(self.parts))]
+        for name, number in part_of.items():
+            if number < last:
+                count = partial(self._count_gradient, number)
+                self.parameters[name].register_post_accumulate_grad_hook(count)
+
+    def begin_step(self) -> None:
+        """Before a `backward` whose parts are to be sent."""
+        self.missing, self.sent = [*self.full], []
+
+    def _count_gradient(self, number: int, _: Tensor) -> None:
+        self.missing[number] -= 1
+        last = len(self.parts) - 1
+        # in order, as all ranks must send them
+        while len(self.sent) < last and self.missing[len(self.sent)] == 0:
+            self._send_part(*self.parts[len(self.sent)])
+
+    def _send_part(self, begin: int, end: int) -> None:
+        self.sent.append(dist.all_reduce(self.message[begin:end], async_op=True))
+
+    def send_rest(self, others: Sequence[Tensor], clock: MessageClock) -> None:
+        """After `backward`: what has not been sent, and `others` with the last part."""
+        flat = [tensor.flatten() for tensor in others]
+        self.end = self.size + sum(map(len, flat))
+        if self.end > len(self.message):
+            self._grow(self.end, clock)
+        torch.cat(flat, out=self.message[self.size : self.end])
+
+        last = len(self.parts) - 1
+        for begin, end in self.parts[len(self.sent) : last]:  # of weights without a gradient
+            self._send_part(begin, end)
+        self._send_part(self.parts[last][0], self.end)
+
+    def _grow(self, size: int, clock: MessageClock) -> None:
+        """Room for `size` numbers and some more: few steps touch more rows than all before."""
+        for work in self.sent:
+            clock.wait(work)
+        grown = self.message.new_zeros(size + size // 4)
+        grown[: self.size] = self.dense
+        self.message = grown
+        self._set_views()
+
+    def finish(self, clock: MessageClock) -> Tensor:
+        """Wait until the buffer holds sums over the ranks; those of `others`, flat."""
+        for work in self.sent:
+            clock.wait(work)
+        # the buffer is written again in the next step
+        return self.message[self.size : self.end].clone()
+
+
+def cut_parts(places: Mapping[str, slice], size: int, least: float) -> list[tuple[int, int]]:
+    """[begin, end) of the parts of a buffer: whole weights, `least` numbers or more, the last one
+    what is left.
+
+        weights begin at    0   64  192  256  320       size 384, least 128
+        parts               [0      192) [192  320) [320 384)
+    """
+    starts = [place.start for place in places.values()]
+    parts, begin = [], 0
+    for start in starts[1:]:
+        if start - begin >= least:
+            parts.append((begin, start))
+            begin = start
+    return [*parts, (begin, size)]
