@@ -298,6 +298,10 @@ def serve_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         # after Ray's 5 s a busy laptop's proxy is killed before it runs
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # a proxy that is gone is missed after three checks: 10 s each would be half a minute
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": os.environ.get(
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "3"
+        ),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/haproxy/metrics.sock",

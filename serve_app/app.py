@@ -10,7 +10,9 @@ the old, which answers until one assignment swaps them.
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +69,8 @@ class Ranking:
         self.look_up = Lookups()
         self.explain = Explanations()
         self.batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
+        # requests that take long wait for each other, and nobody else for them
+        self.long_batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
         # events that wait together share a transaction and its fsync
         self.appender = MicroBatcher(self._append_events)
 
@@ -114,9 +118,15 @@ class Ranking:
 
     async def rank(self, request: RankColumns) -> RankedColumns | Refusal:
         """Score one request, together with those that wait."""
+        asked = time.perf_counter()
         received = await self.look_up(self._current.receive(request))
-        answer = await self.batcher(received)
-        if request.head.explain and isinstance(answer, RankedColumns):
+        found = time.perf_counter()
+        answer = await self._batcher_of(received)(received)
+        if isinstance(answer, Refusal):
+            return answer
+
+        answer = _with_hops(answer, asked, found)
+        if request.head.explain:
             return await self.explain(received, answer)
         return answer
 
@@ -131,7 +141,11 @@ class Ranking:
         return answers
 
     async def _recommend_one(self, request: RecommendRequest) -> RecommendedList | Refusal:
-        return await self.batcher(await self.look_up(receive_list(self._current, request)))
+        received = await self.look_up(receive_list(self._current, request))
+        return await self._batcher_of(received)(received)
+
+    def _batcher_of(self, received: ReceivedRequest) -> TokenBatcher:
+        return self.long_batcher if received.is_long else self.batcher
 
     def _prepare_job(self, received: ReceivedRequest) -> RankJob:
         return received.prepare()
@@ -168,6 +182,20 @@ class Ranking:
     def _current(self) -> Rollout:
         assert self.rollout is not None, "Serve sends nothing before reconfigure has returned"
         return self.rollout
+
+
+def _with_hops(answer: RankedColumns, asked: float, found: float) -> RankedColumns:
+    """The answer with the time that it took beside its pass; `found` is when the look-up ended.
+
+    asked → lookup → found → wait → the pass, ranker_ms → scored → back → now
+    """
+    now, pass_s = time.perf_counter(), (answer.ranker_ms or 0.0) / 1000
+    hops_s = {
+        "lookup": found - asked,
+        "wait": max(answer.scored_s - pass_s - found, 0.0),
+        "back": now - answer.scored_s,
+    }
+    return replace(answer, hops_ms={name: 1000 * seconds for name, seconds in hops_s.items()})
 
 
 def _own_id() -> str:
@@ -354,6 +382,7 @@ class Arguments(BaseModel):
     otlp_endpoint: str | None = None
     served_log: ServedLogSettings | None = None
     page: PageSettings | None = None
+    server_id: str | None = None
 
 
 def _build_api(replica: Replica, args: Arguments) -> FastAPI:
@@ -385,6 +414,7 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         page=args.page,
         tracer=tracer,
         name=_own_id(),
+        server_id=args.server_id,
     )
 
 

@@ -145,6 +145,9 @@ class RankedColumns:
     scores: dict[str, np.ndarray]  # task -> float32 [C]
     order: np.ndarray  # int64 [C], the rows best first
     ranker_ms: float | None = None  # of the pass that it was part of: a header of its own
+    scored_s: float = 0.0  # end of that pass, by `time.perf_counter` of the replica
+    # what the request took apart from the pass, by the names of `web.rank.HOPS`
+    hops_ms: Mapping[str, float] = field(default_factory=dict)
     item_text: Sequence[str] | None = None  # as of `RankColumns`
     rows: np.ndarray | None = None  # int64 [C]: which of the request's; None: all, in their order
     explanation: RankExplanation | None = None

@@ -23,7 +23,7 @@ import yaml
 from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import Outage, RunConfig, ServeConfig, UserError
-from pipeline.files import make_private_folder, staged_file
+from pipeline.files import make_private_folder, staged_file, write_atomically
 from pipeline.index.folder import load_indexed
 from pipeline.model.artifact import LoadedModel
 from pipeline.sequences import store
@@ -108,6 +108,7 @@ def serve_config(
         "otlp_endpoint": settings.otlp_endpoint,
         "served_log": _served_log(settings, wanted["serving"]) if wanted else None,
         "page": _page(settings),
+        "server_id": read_server_id(Path(wanted["serving"])) if wanted else None,
     }
 
     ingress, ranker = application["deployments"]
@@ -216,6 +217,17 @@ def make_serving_folder(run_dir: Path) -> Path:
     folder = run_dir / "serving"
     make_private_folder(folder)
     return folder
+
+
+def read_server_id(folder: Path) -> str:
+    """Name of the server that keeps its events in `folder`; the first that asks makes it up.
+
+    It stays the same whatever the server is updated to, so that no ingress starts anew for it.
+    """
+    path = folder / "server-id"
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _remember_champion(runs_dir: str, model: PinnedModel) -> None:

@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from serve_app.replay import key_header
 MOST_REQUESTS = 200_000  # of one run: their bodies are made before the first is sent
 MOST_SECONDS = 3600
 NO_ANSWER, NOT_SENT = 0, -1  # in the place of an HTTP status
-TIMING = re.compile(r"(?:ranker|recommender);dur=([0-9.]+)")
+TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 PERCENTILES = (50, 95, 99)
 
 
@@ -155,6 +155,8 @@ class Answers:
     ranker_ms: np.ndarray
     late_ms: np.ndarray  # float64 [N], how late it left: the generator's own fault
     version: np.ndarray  # int [N], 0 where the answer names none
+    # what else the server says of where its time went: `web.rank.HOPS` and total, in ms, by answer
+    hops: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def not_yet(cls, num: int) -> "Answers":
@@ -195,7 +197,9 @@ async def send_requests(
         answers.status[i] = status
         if status == 200:
             answers.version[i] = json.loads(text)["model_version"]
-            answers.ranker_ms[i] = _ranker_ms(timing)
+            hops = read_timing(timing)
+            answers.ranker_ms[i] = hops.get("ranker", hops.get("recommender", np.nan))
+            answers.hops[i] = hops
 
     def send_when_due() -> None:
         """Run in a thread: an event loop's timers are up to a millisecond late, a wait is not."""
@@ -226,9 +230,9 @@ async def _post(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[
     return answer.status, text, answer.headers.get("Server-Timing", "")
 
 
-def _ranker_ms(server_timing: str) -> float:
-    found = TIMING.search(server_timing)
-    return float(found[1]) if found else np.nan
+def read_timing(server_timing: str) -> dict[str, float]:
+    """Milliseconds by name, of a header Server-Timing."""
+    return {name: float(ms) for name, ms in TIMING.findall(server_timing)}
 
 
 # Figures ---------------------------------------------------------------------
@@ -254,12 +258,30 @@ def summarize_run(load: RequestLoad, asked: Arrivals, answers: Answers) -> dict[
         "cold_latency_ms": _percentiles(answers.latency_ms[good & ~asked.warm]),
         "ranker_ms": _percentiles(answers.ranker_ms[good]),
         "overhead_ms": _percentiles(overhead_ms[good]),
+        "hops_ms": hop_figures(answers),
         "refused_ms": _percentiles(answers.latency_ms[refused]),
         "sent_late_ms": _percentiles(answers.late_ms),
     }
     if load.burst is not None:
         figures |= burst_figures(load.burst, asked, answers)
     return figures
+
+
+def hop_figures(answers: Answers) -> dict[str, Any]:
+    """p50, p95, p99 and maximum of each hop.
+
+    Those of the server are as `web.rank` names them. `late` is the generator's own, before it sent
+    a request. `network` is what is left: client, proxy and sockets, there and back.
+    """
+    by_hop: dict[str, list[float]] = {}
+    for i, hops in answers.hops.items():
+        if "total" not in hops:
+            continue
+        late_ms = float(answers.late_ms[i])
+        network_ms = float(answers.latency_ms[i]) - late_ms - hops["total"]
+        for name, ms in {"late": late_ms, "network": network_ms, **hops}.items():
+            by_hop.setdefault(name, []).append(ms)
+    return {name: _percentiles(np.array(values)) for name, values in by_hop.items()}
 
 
 def burst_figures(
@@ -444,7 +466,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = _parser().parse_args()
-    names = [field.name for field in fields(RequestLoad) if field.name != "warm_s"]
+    names = [one.name for one in fields(RequestLoad) if one.name != "warm_s"]
     try:
         load = RequestLoad(**{name: getattr(options, name) for name in names})
         cfg = config.load(options.config, options.overrides)

@@ -46,7 +46,7 @@ class IngressMetrics:
 
         self.refused = Counter(
             "ranking_refused",
-            "Requests refused before any work, by reason: 401, 403, 429 and 503",
+            "Requests refused before any work, by reason: 401, 403, 421, 429 and 503",
             ("reason",),
             registry=self.registry,
         )
@@ -66,7 +66,7 @@ class IngressMetrics:
         )
 
         # a series exists from the start, so that its first increase is seen
-        for reason in ("key", "host", "rate_limit", "overload", "unavailable"):
+        for reason in ("key", "host", "server", "rate_limit", "overload", "unavailable"):
             self.refused.labels(reason)
         for status in ("written", "dropped"):
             self.served.labels(status)

@@ -124,10 +124,14 @@ def test_other_applications_of_the_cluster_stay(
     with pytest.raises(UserError, match="'shop' of this cluster answers at /"):
         deployment.beside_others(filled, {"applications": {"shop": theirs | {"route_prefix": "/"}}})
 
+    # an update of this server has its name, another server has another
+    update = deployment.serve_config(cfg.serve, deployment.user_config(cfg, model), 8123, {})
     another = replace(cfg, name="another")
     publish_sequences(another)
     wanted = deployment.user_config(another, model)
     replacing = deployment.serve_config(another.serve, wanted, 8123, {})
+    ids = [one["applications"][0]["args"]["server_id"] for one in (filled, update, replacing)]
+    assert ids[0] == ids[1] != ids[2]
     deployment.beside_others(replacing, running)
     assert "is replaced by that of" in caplog.text
     assert "another/serving" in caplog.text

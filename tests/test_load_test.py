@@ -115,7 +115,7 @@ def test_recommended_lists_are_asked_for_in_their_place() -> None:
     bodies = [json.loads(body) for body in load_test.request_bodies(load, asked, np.arange(3))]
     assert bodies == [{"user_id": user, "n": 7} for user in asked.user.tolist()]
     assert (load.path, RequestLoad(rate=1, seconds=1).path) == ("/v1/recommend", "/v1/rank")
-    assert load_test.TIMING.search("recommender;dur=3.25")[1] == "3.25"  # pyright: ignore[reportOptionalSubscript]
+    assert load_test.read_timing("recommender;dur=3.25") == {"recommender": 3.25}
 
 
 def test_a_burst_and_what_comes_after_it() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,25 @@ import pytest
 
 from pipeline.config import ServeConfig
 from pipeline.model.artifact import LoadedModel, load_model
+from serve_app.app import Ranking
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences, histories
 from serve_app.history.rows import event_columns
 from serve_app.history.sqlite_events import SqliteEvents
+from serve_app.load_test import read_timing
 from serve_app.metrics import ReplicaMetrics
 from serve_app.ranking.batching import TokenBatcher
 from serve_app.ranking.lookups import Lookups
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import END_OF_TIME, Event, HistoryRow, RankHead
+from serve_app.web.api import make_api
+from serve_app.web.rank import HOPS
 from tests.support.patience import PATIENCE_S
 from tests.worlds.live_events import event, logged
 from tests.worlds.tiny import NOT_A_USER, publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.web import RANK, call
 
 START = 1_651_500_000_000
 
@@ -88,14 +94,39 @@ def test_the_newest_rows_of_a_time_and_no_more_are_read(tiny, tmp_path: Path, us
     assert max(log.num_found[1::2]) <= 10, "all of the oldest time, and nothing older"
 
 
-def test_logged_rows_are_read_as_events_are(tiny, tmp_path: Path) -> None:
+def test_events_beyond_the_newest_are_counted_and_not_read(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, published = tiny
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    history = LiveHistory(published, log, replace(loaded.cfg.sequences, max_rows_per_user=9), 1000)
+    history.append(clicks(3, [START + i for i in range(200)]))
+    row = published.sequence(3)
+    assert row is not None
+
+    read = []
+    of_log = log.keys_of_user
+    monkeypatch.setattr(log, "keys_of_user", lambda *of: read.append(of_log(*of)) or read[-1])
+    cut = history.sequence(3)
+    assert cut is not None
+    assert read == [[]], "all of them are later than what is published"
+    length = row["item_id"].value_lengths()[0].as_py()
+    assert cut["first_position"][0].as_py() == length + 200 - 9
+
+
+def test_logged_rows_are_read_as_events_are_and_in_parts(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded, _ = tiny
     columns = loaded.cfg.source.events
     log = SqliteEvents(tmp_path / "events.sqlite")
-    rows = [row | {"user_id": 1} for row in logged(np.random.default_rng(0), 200, request_ids=True)]
+    rows = [row | {"user_id": 1} for row in logged(np.random.default_rng(0), 900, request_ids=True)]
     log.append([event(row) for row in rows])
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
 
     found = log.newest_of_user(1, END_OF_TIME, 1000, columns)
+    assert len(pauses) == len(found["item_id"]) // 256 > 1, "others go on between its parts"
     expected = event_columns(log.of_user(1), columns)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -158,3 +189,62 @@ def test_a_store_that_hangs_holds_up_nobody_else(tiny, tmp_path: Path) -> None:
         assert (await rank(of_user)).live_events
 
     asyncio.run(main())
+
+
+def test_a_long_history_holds_up_nobody_else(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is encoded in a thread of its own, whether it was posted, published or sent."""
+    loaded, published = tiny
+    log = SqliteEvents(tmp_path / "events.sqlite")
+    history = LiveHistory(published, log, loaded.cfg.sequences, 1000)
+    history.append(clicks(NOT_A_USER, [START + i for i in range(60)]))
+    ranker = Ranker(loaded, history, 1, "tiny", ServeConfig(long_history=50))
+    ranking = Ranking()
+    ranking.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, ReplicaMetrics())
+
+    now = START + 1000
+    items = np.arange(3)
+    posted = RankColumns(RankHead(user_id=NOT_A_USER, request_time_ms=now), items, {})
+    rows = [HistoryRow(item_id=1, event_time=START + i) for i in range(60)]
+    sent = RankColumns(RankHead(history=rows, request_time_ms=now), items, {})
+    short = RankColumns(RankHead(history=rows[:50], request_time_ms=now), items, {})
+
+    go_on = threading.Event()
+    score = ranker.score_requests
+
+    def score_slowly(prepared):
+        if any(one.history_length > 50 for one in prepared):
+            assert go_on.wait(PATIENCE_S)
+        return score(prepared)
+
+    monkeypatch.setattr(ranker, "score_requests", score_slowly)
+
+    async def main() -> None:
+        slow = [asyncio.create_task(ranking.rank(request)) for request in (posted, sent)]
+        async with asyncio.timeout(PATIENCE_S / 2):
+            answers = [await ranking.rank(short) for _ in range(3)]
+        assert not any(one.done() for one in slow)
+        go_on.set()
+        answers += await asyncio.gather(*slow)
+        lengths = [answer.head["history_length"] for answer in answers]
+        assert lengths == [50, 50, 50, 60, 60]
+
+    asyncio.run(main())
+
+
+def test_an_answer_says_where_its_time_went(tiny, tmp_path: Path) -> None:
+    loaded, published = tiny
+    history = LiveHistory(
+        published, SqliteEvents(tmp_path / "events.sqlite"), loaded.cfg.sequences, 1000
+    )
+    ranker = Ranker(loaded, history, 1, "tiny", ServeConfig())
+    ranking = Ranking()
+    ranking.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, ReplicaMetrics())
+
+    answer = call(make_api(ranking, 2_000_000), "POST", "/v1/rank", json=RANK)
+    took_ms = read_timing(answer.headers["Server-Timing"])
+    total_ms = took_ms.pop("total")
+    assert list(took_ms) == list(HOPS)
+    assert took_ms["ranker"] > 0
+    assert sum(took_ms.values()) == pytest.approx(total_ms, abs=0.1)  # each is rounded

@@ -16,11 +16,13 @@ from serve_app.schemas import (
     Problem,
     RankRequest,
     RankResponse,
+    Refusal,
     StoreDown,
 )
 from serve_app.web import rank
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys, RateLimit, read_keys
+from tests.support.exposition import sample
 from tests.worlds.tiny import publish_sequences, tiny_config
 from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
 
@@ -208,7 +210,7 @@ def test_the_document_is_complete(keys_file: Path) -> None:
     for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
         route = document["paths"][path][method]
         assert route["security"] == [{"HTTPBearer": []}]
-        expected = {"200", "401", "429", "500", "503", "504"}
+        expected = {"200", "401", "421", "429", "500", "503", "504"}
         if method == "post":
             expected |= {"400", "408", "413", "422"}
         assert route["responses"].keys() == expected
@@ -257,6 +259,7 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
             "days": 30.0,
             "flush_s": 60.0,
         },
+        "server_id": deployment.read_server_id(cfg.run_dir / "serving"),
     }
     assert deployment.plan_serving(cfg)["api_keys"] == str(keys_file)
     keys_file.unlink()
@@ -311,6 +314,33 @@ def test_pages_of_the_web_do_not_reach_a_keyless_local_server(headers, status: i
     # whoever has keys, or an address of the network, has names of its own
     assert deployment._local_names(replace(local, host="0.0.0.0")) is None
     assert deployment._local_names(replace(local, api_keys_file="keys")) is None
+
+
+def test_a_request_for_another_server_is_refused() -> None:
+    """Every answer names its server, those to bad requests and failures too."""
+
+    class Kept(Fixed):
+        num_events = 0
+
+        async def append_events(self, request: EventsRequest) -> EventsResponse | Refusal:
+            self.num_events += len(request.events)
+            return await super().append_events(request)
+
+    replica = Kept()
+    api = make_api(replica, 2_000_000, server_id="a")
+    for headers, status in (({}, 200), ({"X-Server-Id": "a"}, 200), ({"X-Server-Id": "b"}, 421)):
+        answer = call(api, "POST", "/v1/events", json=EVENTS, headers=headers)
+        assert (answer.status_code, answer.headers["X-Server-Id"]) == (status, "a")
+    assert replica.num_events == 2
+    assert call(api, "POST", "/v1/rank", json={}).headers["X-Server-Id"] == "a"
+
+    text = call(api, "GET", "/metrics").text
+    assert sample(text, "ranking_refused_total", reason="server") == 1
+    assert sample(text, "ranking_requests_total", path="/v1/events", status="421") == 1
+
+    nameless = make_api(Fixed(), 2_000_000)
+    answer = call(nameless, "POST", "/v1/events", json=EVENTS, headers={"X-Server-Id": "b"})
+    assert (answer.status_code, "X-Server-Id" in answer.headers) == (200, False)
 
 
 @pytest.mark.parametrize(

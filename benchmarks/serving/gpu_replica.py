@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.machine import environment
 from benchmarks.report import table, write_run, write_section
-from benchmarks.serving.under_load import PRESET, untrained
+from benchmarks.serving.stage import PRESET, untrained
 from pipeline import config, logs
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.machine import environment
 from benchmarks.report import RUNS, read_run, table, write_run, write_section
-from benchmarks.serving.under_load import PRESET, ROOT, Stage
+from benchmarks.serving.stage import PRESET, ROOT, Stage
 from pipeline import config, logs
 from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster

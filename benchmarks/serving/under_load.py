@@ -1,8 +1,9 @@
 """The server under load: latency, what HTTP adds, overload, changes of version, events while
 replicas are killed.
 
-    python -m benchmarks.serving.under_load             # every part: about ten minutes on two cores
+    python -m benchmarks.serving.under_load             # every part: about half an hour
     python -m benchmarks.serving.under_load --parts reference --seconds 600
+    python -m benchmarks.serving.under_load --parts swaps --share 0.1 --out swaps.json
     python -m benchmarks.serving.under_load --report    # what was measured last, into RESULTS.md
 
 Serves configs/serve_reference.yaml (generated users, untrained models, what was served written to
@@ -11,139 +12,41 @@ its log) on a Ray cluster of its own. The load comes from a second process on th
 """
 
 import argparse
-import asyncio
-import hashlib
 import json
 import logging
 import os
 import random
-import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
-import numpy as np
-import torch
 
 from benchmarks.report import write_run
+from benchmarks.serving import heavy_user, hops, killed, memory, two_servers
+from benchmarks.serving.stage import (
+    OVERHEAD_RATE,
+    PRESET,
+    REFERENCE_RATE,
+    ROOT,
+    TRIVIAL,
+    Stage,
+    describe_machine,
+    paced_ms,
+    processor_seconds,
+    replica_pids,
+)
 from benchmarks.serving.under_load_report import PLOT, RUN, write_report
 from pipeline import config, logs
-from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig
-from pipeline.model.artifact import save_model
-from pipeline.model.ranker import RankingModel
 from pipeline.sequences import build
-from pipeline.tracking import PinnedModel
-from serve_app import deployment
 
-ROOT = Path(__file__).parents[2]
-PRESET = ROOT / "configs" / "serve_reference.yaml"
-TRIVIAL = {"d_model": 16, "num_layers": 1, "num_heads": 1, "d_qk": 16, "d_v": 16, "head_hidden": 16}
 NUM_EVENTS, NUM_WRITERS, EVENTS_TOGETHER, SECONDS_BETWEEN_KILLS = 100_000, 8, 10, 4.0
 EVENTS_A_USER = 2_500  # below serve.max_user_events
-REFERENCE_RATE, OVERHEAD_RATE = 20, 50
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A cluster with the reference users published."""
-
-    cfg: RunConfig
-    dashboard_url: str
-    seconds: float
-    made: dict[tuple, PinnedModel] = field(default_factory=dict)
-
-    def deploy(
-        self,
-        version: int,
-        *,
-        replicas: int = 1,
-        apart: bool = False,
-        shadow: int | None = None,
-        **model: Any,
-    ) -> str:
-        """Serve an untrained model; `model` changes its size.
-
-        `apart`: one replica, yet not the ingress' process.
-        """
-        together = self.cfg.serve.one_process and replicas == 1 and not apart
-        cfg = replace(
-            self.cfg, serve=replace(self.cfg.serve, num_replicas=replicas, one_process=together)
-        )
-        on_trial = None if shadow is None else self.model(shadow, **model)
-        wanted = deployment.user_config(cfg, self.model(version, **model), shadow=on_trial)
-        return deployment.send_update(cfg.serve, self.dashboard_url, wanted)
-
-    def model(self, version: int, **model: Any) -> PinnedModel:
-        """Made once: what that takes from the server is no part of a change of version."""
-        key = version, *sorted(model.items())
-        if key not in self.made:
-            sized = replace(self.cfg, model=replace(self.cfg.model, **model))
-            self.made[key] = untrained(sized, version)
-        return self.made[key]
-
-    def load(self, url: str, rate: float, seconds: float, *options: str) -> dict[str, Any]:
-        command = [
-            sys.executable,
-            "-m",
-            "serve_app.load_test",
-            "--config",
-            str(PRESET),
-            "--url",
-            url,
-        ]
-        command += [
-            "--set",
-            f"runs_dir={self.cfg.runs_dir}",
-            "--rate",
-            str(rate),
-            "--seconds",
-            str(seconds),
-            *options,
-        ]
-        before = _busy_s()
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        figures = json.loads(done.stdout)
-        # counters in hundredths: nobody else can come out as less than nobody
-        others_s = max(_busy_s() - before, 0.0)
-        figures["others_cores"] = round(others_s / (seconds + 3), 2)
-        print(
-            json.dumps(
-                {
-                    key: figures[key]
-                    for key in ("statuses", "latency_ms", "ranker_ms", "overhead_ms")
-                }
-            )
-        )
-        return figures
-
-
-def untrained(cfg: RunConfig, version: int) -> PinnedModel:
-    """A model of random weights in the place where the server keeps the versions that it has
-    fetched and checked.
-    """
-    cache = deployment.cache_folder(cfg.runs_dir)
-    folder = cache / "new"
-    torch.manual_seed(version)
-    maps = fit_features(cfg)
-    save_model(folder, RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
-    digests = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
-    }
-    model = PinnedModel("", cfg.model_name, version, digests)
-    shutil.rmtree(cache / model.folder_name, ignore_errors=True)
-    folder.rename(cache / model.folder_name)
-    return model
 
 
 # Parts -----------------------------------------------------------------------
@@ -163,13 +66,13 @@ def _overhead(stage: Stage, *, apart: bool) -> dict[str, Any]:
     url = stage.deploy(1, apart=apart, **TRIVIAL)
     stage.load(url, OVERHEAD_RATE, 5, "--candidates", "20")
     nothing = {
-        name: _paced(f"{url}{path}")
+        name: paced_ms(f"{url}{path}")
         for name, path in (("ingress", "/healthz"), ("replica", "/v1/model"))
     }
-    before = _processor_s()
+    before = processor_seconds()
     figures = stage.load(url, OVERHEAD_RATE, stage.seconds, "--candidates", "20")
     figures["routes_without_work_ms"] = nothing
-    spent = {name: seconds - before[name] for name, seconds in _processor_s().items()}
+    spent = {name: seconds - before[name] for name, seconds in processor_seconds().items()}
     figures["processor_ms_per_request"] = {
         name: round(1000 * seconds / figures["requests"], 2) for name, seconds in spent.items()
     }
@@ -210,7 +113,7 @@ def rollout(stage: Stage) -> dict[str, Any]:
         time.sleep(8)
         steps: list[tuple[str, Callable[[], object]]] = [
             ("version 3 promoted", lambda: stage.deploy(3, replicas=2)),
-            ("a replica killed", lambda: os.kill(_pids("RankerReplica")[0], signal.SIGKILL)),
+            ("a replica killed", lambda: os.kill(replica_pids("RankerReplica")[0], signal.SIGKILL)),
             ("back to version 2", lambda: stage.deploy(2, replicas=2)),
             ("shadow 3", lambda: stage.deploy(2, replicas=2, shadow=3)),
         ]
@@ -267,7 +170,7 @@ def events(stage: Stage) -> dict[str, Any]:
     def kill() -> int:
         killed = 0
         while not stop.wait(SECONDS_BETWEEN_KILLS):
-            for pid in _pids("RankerReplica")[:1]:
+            for pid in replica_pids("RankerReplica")[:1]:
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
         return killed
@@ -325,13 +228,24 @@ def malformed(stage: Stage) -> dict[str, Any]:
     }
 
 
-PARTS = {
-    part.__name__: part
-    for part in (overhead, overhead_apart, reference, overload, rollout, events, malformed)
+PARTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
+    "overhead": overhead,
+    "overhead_apart": overhead_apart,
+    "reference": reference,
+    "hops": hops.measure,
+    "overload": overload,
+    "rollout": rollout,
+    "events": events,
+    "malformed": malformed,
+    "two_servers": two_servers.measure,
+    "killed_ingress": killed.measure,
+    "heavy_user": heavy_user.measure,
+    "cache_memory": memory.measure_cache,
+    "swaps": memory.measure_swaps,
 }
 
 
-# The machine -----------------------------------------------------------------
+# Helpers ---------------------------------------------------------------------
 
 
 class _Result(threading.Thread):
@@ -345,67 +259,6 @@ class _Result(threading.Thread):
         self.result = self.work()
 
 
-def _pids(deployment_name: str) -> list[int]:
-    """Of the replicas of this cluster."""
-    from ray.util.state import list_actors
-
-    name = f"ServeReplica:{deployment.APPLICATION}:{deployment_name}"
-    return [
-        actor.pid
-        for actor in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")])
-    ]
-
-
-def _stat(pid: int) -> tuple[int, float]:
-    """A process's parent, and the seconds of processor time that it and its ended children took."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def _processor_s() -> dict[str, float]:
-    return {name: sum(_stat(pid)[1] for pid in _pids(name)) for name in ("Api", "RankerReplica")}
-
-
-def _busy_s() -> float:
-    """Seconds of processor time on this machine that were not ours, since it started."""
-    user, nice, system, _, _, irq, softirq, *_ = map(
-        int, Path("/proc/stat").read_text().split()[1:11]
-    )
-    total = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-    parents, spent = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)], spent[int(folder.name)] = _stat(int(folder.name))
-        except OSError:  # it has just ended
-            continue
-    ours = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return total - sum(spent.get(pid, 0.0) for pid in ours)
-
-
-def _paced(url: str, seconds: float = 10.0) -> dict[str, float]:
-    """p50 and p99 in ms of a route that does nothing, at the same rate from the same kind of
-    client.
-    """
-    took = []
-
-    async def ask() -> None:
-        async with aiohttp.ClientSession() as session:
-            for _ in range(int(OVERHEAD_RATE * seconds)):
-                started = time.perf_counter()
-                async with session.get(url) as answer:
-                    await answer.read()
-                took.append(1000 * (time.perf_counter() - started))
-                await asyncio.sleep(1 / OVERHEAD_RATE)
-
-    asyncio.run(ask())
-    return {
-        f"p{p}": round(float(value), 2)
-        for p, value in zip((50, 99), np.percentile(took, (50, 99)), strict=True)
-    }
-
-
 def _cache(url: str) -> tuple[float, float]:
     """Hits and misses of the encoded histories so far."""
     lines = httpx.get(f"{url}/metrics").text.splitlines()
@@ -414,15 +267,6 @@ def _cache(url: str) -> tuple[float, float]:
         sum(float(x.split()[-1]) for x in lines if x.startswith(name + "{")) for name in names
     )
     return hits, misses
-
-
-def machine() -> str:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return f"{len(names)} cores of {names[0]}"
 
 
 def main() -> None:
@@ -434,8 +278,12 @@ def main() -> None:
         "--seconds",
         type=float,
         default=60.0,
-        help="of the parts overhead, overhead_apart and reference",
+        help="of the parts overhead, overhead_apart, reference, hops and killed_ingress",
     )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the requests and swaps of the other parts"
+    )
+    parser.add_argument("--out", type=Path, default=RUN, help="default: benchmarks/runs")
     parser.add_argument("--runs-dir", default=str(ROOT / "runs"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
@@ -445,14 +293,20 @@ def main() -> None:
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             logs.import_logs(cfg)
             build.build_sequences(cfg)
-            stage = Stage(cfg, cluster.dashboard_url, options.seconds)
+            stage = Stage(cfg, cluster.dashboard_url, options.seconds, options.share)
             for name in options.parts:
-                print(f"== {name}", flush=True)
-                figures = PARTS[name](stage) | {"one_process": not _pids("Api")}
-                print(json.dumps(figures), flush=True)
-                kept = json.loads(RUN.read_text()) if RUN.exists() else {}
-                write_run(RUN, kept | {"machine": machine(), name: figures})
-    write_report(json.loads(RUN.read_text()))
+                _measure(stage, name, options.out)
+    if options.out == RUN:
+        write_report(json.loads(RUN.read_text()))
+
+
+def _measure(stage: Stage, name: str, out: Path) -> None:
+    """Print the figures of one part, and add them to the file `out`."""
+    print(f"== {name}", flush=True)
+    figures = PARTS[name](stage) | {"one_process": not replica_pids("Api")}
+    print(json.dumps(figures), flush=True)
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    write_run(out, kept | {"machine": describe_machine(), name: figures})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import write_section
+from benchmarks.report import table, write_section
+from serve_app.web.rank import HOPS
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "serving.json"
@@ -79,6 +80,85 @@ def _overload(run: dict[str, Any]) -> str:
     )
 
 
+def _hops(run: dict[str, Any]) -> str:
+    """Where the time of a request goes, with the ingress in the ranker's process and apart."""
+    figures = run["hops"]
+    of_client = {
+        "late": "the generator's own, before it sends",
+        "network": "client, proxy and sockets, there and back",
+    }
+    rows = []
+    for name, what in {**of_client, **HOPS}.items():
+        found = [_pair(figures[way]["hops_ms"][name]) for way in ("together", "apart")]
+        rows.append([f"{name}: {what}", *found])
+    for way in ("through the proxy", "at the ingress"):
+        found = [_pair(figures[of]["route_without_work_ms"][way]) for of in ("together", "apart")]
+        rows.append([f"a route without work, {way}", *found])
+
+    load = figures["together"]["load"]
+    said = (
+        f"A request by its hops, {load['rate']:g}/s for {load['seconds']:g} s, "
+        f"{load['candidates']} candidates; ms, p50 / p99 of each by itself, which do not add up."
+    )
+    return said + "\n\n" + table(["hop", "one process", "ingress apart"], rows)
+
+
+def _kills(run: dict[str, Any]) -> list[str]:
+    """What is killed, and what others see of it."""
+    lines = []
+    if "two_servers" in run:
+        figures = run["two_servers"]
+        killed = ", ".join(f"{name} {count}" for name, count in sorted(figures["killed"].items()))
+        lines.append(
+            f"- Two servers on one machine while processes of both are killed in turn ({killed}): "
+            f"{figures['foreign']} answers of the other server among {figures['requests']:,} "
+            f"requests ({' and '.join(f'{good:,}' for good in figures['good_answers'])} answered "
+            f"200), {figures['foreign_events']} events in the other's store."
+        )
+    if "killed_ingress" in run:
+        figures = run["killed_ingress"]
+        kills = figures["kills"]
+        lines.append(
+            f"- One of two ingresses killed {len(kills)} times under {figures['load']['rate']:g} "
+            f"requests/s: {figures['failures']} of {figures['requests']:,} failed, at most "
+            f"{max(kill['failed'] for kill in kills)} a kill; the longest request took "
+            f"{max(kill['longest_s'] for kill in kills):g} s."
+        )
+    return lines
+
+
+def _loads(run: dict[str, Any]) -> list[str]:
+    """One user's load on others, and what a process holds."""
+    lines = []
+    if "heavy_user" in run:
+        figures = run["heavy_user"]
+        costs = figures["costs_others_ms"]
+        lines.append(
+            f"- A user with {figures['events']:,} posted events posts one more and ranks, again "
+            f"and again ({figures['own_ms']['p50']:g} ms each): in turns without and with that "
+            f"user, other users' p50 / p99 are {_pair(figures['others_ms']['without'])} and "
+            f"{_pair(figures['others_ms']['with'])} ms: {costs['p50']:g} and {costs['p99']:g} "
+            f"more; {figures['others_failures']['with']} of their requests failed."
+        )
+    if "cache_memory" in run:
+        figures = run["cache_memory"]
+        lines.append(
+            f"- {figures['requests']:,} requests of distinct histories: {figures['counted_mb']:g} "
+            f"MiB counted in the cache, {figures['resident_mb']:g} MiB more resident "
+            f"(x{figures['resident_over_counted']:g}), {figures['rows'][-1]['evictions']:,.0f} "
+            "entries evicted."
+        )
+    if "swaps" in run:
+        figures = run["swaps"]
+        descriptors, resident = figures["descriptors"], figures["resident_mb"]
+        lines.append(
+            f"- {figures['swaps']} changes of version: {descriptors[0]} file descriptors before, "
+            f"{descriptors[-1]} after (at most {max(descriptors)}); resident memory "
+            f"{resident[0]:g} and {resident[-1]:g} MiB."
+        )
+    return lines
+
+
 def _lines(run: dict[str, Any]) -> list[str]:
     lines = []
     if "reference" in run:
@@ -148,9 +228,11 @@ def section(run: dict[str, Any]) -> str:
     ]
     if "reference" in run:
         parts.append("![latency under the reference load](plots/serving.png)")
+    if "hops" in run:
+        parts.append(_hops(run))
     if "overload" in run:
         parts.append(_overload(run))
-    return "\n\n".join([*parts, "\n".join(_lines(run))])
+    return "\n\n".join([*parts, "\n".join(_lines(run) + _kills(run) + _loads(run))])
 
 
 def write_report(run: dict[str, Any]) -> None:

@@ -144,6 +144,12 @@ class ServeConfig:
         at_least=1,
         doc="Most history rows that a request may bring; of a user_id the newest so many are read.",
     )
+    long_history: int = setting(
+        1024,
+        at_least=0,
+        doc="History rows beyond which a request is ranked in a second thread on a CPU, so that "
+        "others do not wait for it.",
+    )
     max_events: int = setting(1_000, at_least=1, doc="Most events of one POST /v1/events.")
     max_user_events: int = setting(
         10_000,

@@ -61,6 +61,10 @@ class EventLog(Protocol):
         """How many events each of these users has."""
         ...
 
+    def count_before(self, user_id: int, before_ms: int) -> int:
+        """How many events of a user are earlier than `before_ms`."""
+        ...
+
     def users(self) -> Iterable[int]:
         """All who have events, each once."""
         ...
@@ -124,12 +128,18 @@ class LiveHistory:
 
         Where the publication has cut rows off, an event older than what it kept may be one of them.
         """
-        keys = self.log.keys_of_user(user_id, before_ms)
-        if not keys:
-            return 0
+        num_older = self.log.count_before(user_id, before_ms)
         times = _flat_values(published, "event_time")
         items = _flat_values(published, "item_id")
-        is_cut = len(times) > 0 and published["first_position"][0].as_py() > 0
+        if num_older == 0 or len(times) == 0:
+            return num_older
+
+        # later than all that is published are the most of those who have many: they are counted
+        last_ms = int(times.max())
+        keys = self.log.keys_of_user(user_id, min(before_ms, last_ms + 1))
+        if not keys:
+            return num_older
+        is_cut = published["first_position"][0].as_py() > 0
         first = (int(times[0]), int(items[0])) if is_cut else (-1, -1)
 
         # only few have the time of a published row: the rest need no closer look
@@ -141,7 +151,7 @@ class LiveHistory:
         num_there = 0
         for place in np.flatnonzero(doubtful).tolist():
             num_there += keys[place] in known or keys[place] <= first
-        return len(keys) - num_there
+        return num_older - num_there
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         """Status of each event; one that says no more than the published row is not logged."""

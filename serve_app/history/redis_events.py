@@ -146,6 +146,9 @@ class RedisEvents:
                 pipe.hlen(self._key(user))
             return pipe.execute()
 
+    def count_before(self, user_id: int, before_ms: int) -> int:
+        return len(self.keys_of_user(user_id, before_ms))
+
     def users(self) -> Iterator[int]:
         """All who have events, each once."""
         seen: set[int] = set()  # a scan may name a key twice

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 MAX_TOGETHER = 16  # requests of one call
@@ -80,9 +81,9 @@ class TokenBatcher:
         waiting, oldest first    long A   short B   long C   short D
         next passes              [A C]    [B D]
 
-    `prepare` makes one request a job, `work` computes the jobs of a pass. Both run in a thread,
-    never two at a time. A request that comes during a pass is prepared before the next one and may
-    be part of it. A job of more than `max_tokens` tokens is a pass of its own.
+    `prepare` makes one request a job, `work` computes the jobs of a pass. Both run in
+    the batcher's thread, never two at a time. A request that comes during a pass is prepared before
+    the next one and may be part of it. A job of more than `max_tokens` tokens is a pass of its own.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class TokenBatcher:
         self._arrived: list[tuple[Any, asyncio.Future]] = []
         self._ready: list[tuple[BatchJob, asyncio.Future]] = []  # the oldest first
         self._running: asyncio.Task | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
 
     async def __call__(self, item: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
@@ -106,9 +108,10 @@ class TokenBatcher:
         return await answer
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._arrived or self._ready:
             arrived, self._arrived = self._arrived, []
-            done = await asyncio.to_thread(self._prepare_and_work, arrived)
+            done = await loop.run_in_executor(self._thread, self._prepare_and_work, arrived)
             for answer, result in done:
                 _settle(answer, result)
 

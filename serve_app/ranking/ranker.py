@@ -326,8 +326,12 @@ class Ranker:
 
     def find_published(self, user_id: int) -> FoundHistory:
         """What is published of a user, in the place of a look-up that failed or takes too long."""
-        assert isinstance(self.store, LiveHistory), "no other store fails"
-        return FoundHistory(self.store.published.sequence(user_id), False)
+        return FoundHistory(self.published_row(user_id), False)
+
+    def published_row(self, user_id: int) -> pa.RecordBatch | None:
+        """The published SEQUENCE row of a user; no event store is asked."""
+        store = self.store.published if isinstance(self.store, LiveHistory) else self.store
+        return store.sequence(user_id)
 
     def prepare_request(
         self, request: RankColumns, found: FoundHistory | None = None

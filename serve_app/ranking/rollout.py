@@ -181,7 +181,8 @@ class Rollout:
 
         started = time.perf_counter()
         ranked = ranker.score_requests(prepared)
-        took_s += time.perf_counter() - started
+        ended = time.perf_counter()
+        took_s += ended - started
 
         labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)
@@ -194,8 +195,9 @@ class Rollout:
             if not one.live_events:
                 metrics.without_live_events.labels(*labels).inc()
 
+        digest = ranker.store.digest
         return [
-            replace(one, ranker_ms=took_s * 1000, role=role, sequences=ranker.store.digest)
+            replace(one, ranker_ms=took_s * 1000, scored_s=ended, role=role, sequences=digest)
             for one in ranked
         ]
 
@@ -271,6 +273,28 @@ class ReceivedRequest:
     @property
     def ranker(self) -> Ranker:
         return self.rollout.rankers[self.role]
+
+    @property
+    def is_long(self) -> bool:
+        """True where encoding the history may take longer than other requests should wait.
+
+        A GPU does one pass at a time, and of long histories quickly.
+        """
+        if self.refusal is not None or self.ranker.device.type != "cpu":
+            return False
+        return self._num_rows() > self.ranker.limits.long_history
+
+    def _num_rows(self) -> int:
+        """Rows of the history, those that are later than the request included."""
+        head = self.request.head
+        if head.history is not None:
+            return len(head.history)
+        if self.found is not None:
+            sequence = self.found.sequence
+        else:  # the event store is not asked
+            assert head.user_id is not None, "the schema asks for user_id or history"
+            sequence = self.ranker.published_row(head.user_id)
+        return 0 if sequence is None else sequence["item_id"].value_lengths()[0].as_py()
 
     def must_look_up(self) -> bool:
         """Tell whether `look_up` may have to wait for the event store."""

@@ -3,6 +3,7 @@
 request → history → user's vector → candidates → ranking pass (with other requests) → list
 """
 
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Recommender:
         self.head = ranker.model.retrieval
         self.retriever = Retriever(index, ranker.limits)
         self._vectors: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._vectors_lock = threading.Lock()  # long histories are encoded in another thread
 
     def find_refusal(self, request: RecommendRequest) -> Refusal | None:
         """The first thing that this version cannot answer in a request that the schema allows."""
@@ -197,16 +199,18 @@ class Recommender:
         if self.head is None or self.index.vectors is None or not len(found.past.events.item_id):
             return None
 
-        kept = self._vectors.get(found.key)
-        if kept is not None:
-            self._vectors.move_to_end(found.key)
-            return kept
+        with self._vectors_lock:
+            kept = self._vectors.get(found.key)
+            if kept is not None:
+                self._vectors.move_to_end(found.key)
+                return kept
 
         vector = self._encode_user(found)
         if found.key:  # empty: what was encoded depends on the request
-            self._vectors[found.key] = vector
-            if len(self._vectors) > VECTORS_KEPT:
-                self._vectors.popitem(last=False)
+            with self._vectors_lock:
+                self._vectors[found.key] = vector
+                if len(self._vectors) > VECTORS_KEPT:
+                    self._vectors.popitem(last=False)
         return vector
 
     def _encode_user(self, found: CutHistory) -> Tensor:

@@ -1,7 +1,7 @@
 """The HTTP API without Ray: routes by subject, layers around them, answers to exceptions.
 
-    request → RequestLog → Draining → Deadline → LocalHosts → Protection → BodyLimit → Admission
-    → a router
+    request → RequestLog → Addressee → Draining → Deadline → LocalHosts → Protection → BodyLimit
+    → Admission → a router
 
 Routers are in `rank`, `rank_batch`, `recommend`, `events`, `model`, `open_inference`, `monitoring`
 and `docs`; layers in `limits` and `protection`.
@@ -31,6 +31,7 @@ from serve_app.web.page import routes as page_routes
 from serve_app.web.page.routes import PageSettings
 from serve_app.web.protection import (
     OPEN_PATHS,
+    Addressee,
     ApiKeys,
     LocalHosts,
     Protection,
@@ -67,6 +68,7 @@ def make_api(
     page: PageSettings | None = None,
     tracer: "Tracer | None" = None,
     name: str = "ingress",
+    server_id: str | None = None,
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
 
@@ -85,6 +87,7 @@ def make_api(
         page: the page for people at /; None is none.
         tracer: of OpenTelemetry, goes on with the traces of requests; None costs nothing.
         name: of this ingress, part of the names of files that it writes.
+        server_id: name of the server, in every answer; a request for another one gets HTTP 421.
     """
     api = _new_app(replica)
     api.state.max_rank_users = max_rank_users
@@ -102,7 +105,10 @@ def make_api(
     api.add_middleware(LocalHosts, hosts=hosts)
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(Draining, gate=api.state.gate)
-    api.add_middleware(RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent)
+    api.add_middleware(Addressee, server_id=server_id)
+    api.add_middleware(
+        RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent, server_id=server_id
+    )
     if tracer is not None:
         api.add_middleware(TraceContext, tracer=tracer)
     add_error_handlers(api)

@@ -45,6 +45,7 @@ LOGGED_FIELDS = (
     "trace_id",
 )
 REQUEST_ID = b"x-request-id"
+SERVER_ID = b"x-server-id"
 SANE_ID = re.compile(rb"[A-Za-z0-9._:=+/-]{1,128}")  # safe in a header and in a line of a log
 REFUSALS_LOGGED_PER_S = 5.0
 REFUSED_BODY_S = 0.25  # how long a refused client may still send
@@ -264,6 +265,34 @@ class LocalHosts:
         return None
 
 
+class Addressee:
+    """421 for a request that names another server than this one in `X-Server-Id`.
+
+    Every answer names its server in that header. A client that sends the name back is sure that
+    nothing of it is ranked or kept elsewhere, whoever has got the port meanwhile.
+    """
+
+    def __init__(self, app: ASGIApp, server_id: str | None) -> None:
+        self.app = app
+        self.server_id = server_id  # None: it has no name, and nobody is refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.server_id is None or scope["type"] != "http" or not self._is_foreign(scope):
+            await self.app(scope, receive, send)
+            return
+
+        scope.setdefault("state", {})["refused"] = "server"
+        await drain_body(receive, REFUSED_BODY_S)
+        answer = JSONResponse({"detail": "the request is for another server"}, 421)
+        await answer(scope, receive, send)
+
+    def _is_foreign(self, scope: Scope) -> bool:
+        for name, value in scope["headers"]:
+            if name == SERVER_ID:
+                return value.decode("latin-1") != self.server_id
+        return False
+
+
 class RequestLog:
     """One JSON line, one count and one id per request; 500 for an exception that nothing expected.
 
@@ -276,11 +305,19 @@ class RequestLog:
         metrics: of this ingress.
         id_is_sent: whether a layer outside sends back the id of the request's header, as Ray
             Serve's does.
+        server_id: name of this server, in the header `X-Server-Id` of every answer; None: none.
     """
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics, id_is_sent: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: IngressMetrics,
+        id_is_sent: bool = False,
+        server_id: str | None = None,
+    ) -> None:
         self.app = app
         self.metrics = metrics
+        self.own_headers = [] if server_id is None else [(SERVER_ID, server_id.encode())]
         self.id_is_sent = id_is_sent
         self.refusals = RateLimit(REFUSALS_LOGGED_PER_S)
         self.not_logged = 0
@@ -293,6 +330,7 @@ class RequestLog:
         started = time.perf_counter()
         status = 0  # stays: the client went away
         known = scope.setdefault("state", {})
+        known["started"] = started
         known["request_id"], is_of_client = _find_request_id(scope)
         sends_id = not (self.id_is_sent and is_of_client)
         self.metrics.in_flight.inc()
@@ -301,9 +339,10 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = [*message.get("headers", ()), *self.own_headers]
                 if sends_id:
-                    header = (REQUEST_ID, known["request_id"].encode())
-                    message = {**message, "headers": [*message.get("headers", ()), header]}
+                    headers.append((REQUEST_ID, known["request_id"].encode()))
+                message = {**message, "headers": headers}
             await send(message)
 
         try:

@@ -1,5 +1,11 @@
-"""`/v1/rank` and `/v1/rank/arrow`: candidates in, scores and an order out."""
+"""`/v1/rank` and `/v1/rank/arrow`: candidates in, scores and an order out.
 
+The header `Server-Timing` of an answer says where its time went, in the order of `HOPS`:
+
+    first byte → read → handle → lookup → wait → ranker → back → write → answer
+"""
+
+import time
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
@@ -13,6 +19,17 @@ from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
 from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, CHECKED
 
+# names in Server-Timing; the ranker's pass first, the others add up to the rest of `total`
+HOPS = {
+    "ranker": "the pass that ranked it, with others or alone",
+    "read": "the body, read and checked",
+    "handle": "to the replica and back, and explaining; the rest of what the replica was asked",
+    "lookup": "the user's history",
+    "wait": "the passes before its own",
+    "back": "from the ranking thread to the event loop",
+    "write": "the answer's JSON or columns",
+}
+
 router = APIRouter(tags=["rank"])
 
 
@@ -25,7 +42,7 @@ async def rank_json(request: RankRequest, http: Request, replica: RunningReplica
 
     # live_events is there only where the ranker has set it
     body = answer.response().model_dump_json(exclude_unset=True)
-    return Response(body, 200, _timing(answer), media_type="application/json")
+    return Response(body, 200, _timing(answer, http), media_type="application/json")
 
 
 @router.post(
@@ -47,7 +64,8 @@ async def rank_arrow(http: Request, replica: RunningReplica) -> Response:
     if isinstance(answer, Refusal):
         return refused([answer])
 
-    return Response(answer.to_arrow(), 200, _timing(answer), media_type=columns.MEDIA_TYPE)
+    body = answer.to_arrow()
+    return Response(body, 200, _timing(answer, http), media_type=columns.MEDIA_TYPE)
 
 
 async def _rank_one(
@@ -55,10 +73,14 @@ async def _rank_one(
 ) -> RankedColumns | Refusal:
     """`rank_columns` of a request of its own: the request log gets what it was."""
     http.state.num_candidates = len(request)
+    asked = time.perf_counter()
     answer = await rank_columns(replica, request, http)
-    if isinstance(answer, RankedColumns):
-        http.state.version = answer.model_version
-        http.state.served_as = answer.head["request_id"]
+    if isinstance(answer, Refusal):
+        return answer
+
+    http.state.version = answer.model_version
+    http.state.served_as = answer.head["request_id"]
+    http.state.asked, http.state.answered = asked, time.perf_counter()
     return answer
 
 
@@ -79,7 +101,19 @@ async def rank_columns(
     return answer
 
 
-def _timing(answer: RankedColumns) -> dict[str, str]:
+def _timing(answer: RankedColumns, http: Request) -> dict[str, str]:
+    """The header that says where the time of an answer went, in ms."""
     if answer.ranker_ms is None:
         return {}
-    return {"Server-Timing": f"ranker;dur={answer.ranker_ms:.2f}"}
+
+    state, now = http.state, time.perf_counter()
+    in_replica_ms = answer.ranker_ms + sum(answer.hops_ms.values())
+    took_ms = {
+        "ranker": answer.ranker_ms,
+        "read": 1000 * (state.asked - state.started),
+        "handle": max(1000 * (state.answered - state.asked) - in_replica_ms, 0.0),
+        **answer.hops_ms,
+        "write": 1000 * (now - state.answered),
+        "total": 1000 * (now - state.started),
+    }
+    return {"Server-Timing": ", ".join(f"{name};dur={ms:.2f}" for name, ms in took_ms.items())}

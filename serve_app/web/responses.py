@@ -11,10 +11,11 @@ NO_MODEL: Responses = {503: {"model": Problem, "description": "no model answers 
 
 # all routes
 FAILED: Responses = {
+    421: {"model": Problem, "description": "the request's X-Server-Id names another server"},
     500: {
         "model": Problem,
         "description": "the server failed; its log has the reason under the answer's X-Request-Id",
-    }
+    },
 }
 
 # routes that ask for a key
