@@ -227,7 +227,7 @@ def test_a_long_history_holds_up_nobody_else(
         assert not any(one.done() for one in slow)
         go_on.set()
         answers += await asyncio.gather(*slow)
-        lengths = [answer.head["history_length"] for answer in answers]
+        lengths = [answer.head["history_length"] for answer in answers]  # pyright: ignore
         assert lengths == [50, 50, 50, 60, 60]
 
     asyncio.run(main())
@@ -242,7 +242,8 @@ def test_an_answer_says_where_its_time_went(tiny, tmp_path: Path) -> None:
     ranking = Ranking()
     ranking.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, ReplicaMetrics())
 
-    answer = call(make_api(ranking, 2_000_000), "POST", "/v1/rank", json=RANK)
+    api = make_api(ranking, 2_000_000)  # pyright: ignore[reportArgumentType]
+    answer = call(api, "POST", "/v1/rank", json=RANK)
     took_ms = read_timing(answer.headers["Server-Timing"])
     total_ms = took_ms.pop("total")
     assert list(took_ms) == list(HOPS)
