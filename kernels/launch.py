@@ -6,6 +6,7 @@ than the launch. Here it is kept under a key: `launch` builds the key from a cal
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,15 +40,24 @@ def launch(
     # a kernel's own hash takes a lock
     key = id(kernel), device, *forms, fixed, constants, num_warps, num_stages
     found = _compiled.get(key)
-    if found is not None:
-        found[1][(programs, columns, 1)](*tensors, *varying, *fixed, *constants)
-        return
-
     arguments = *tensors, *varying, *fixed, *constants
-    names = kernel.arg_names
-    assert len(arguments) == len(names), f"{len(arguments)} arguments where the kernel has {names}"
-    run = kernel[(programs, columns)]
-    keep_compiled(key, kernel, run(*arguments, num_warps=num_warps, num_stages=num_stages))
+    with on_device(device):
+        if found is not None:
+            found[1][(programs, columns, 1)](*arguments)
+            return
+
+        names = kernel.arg_names
+        fits = len(arguments) == len(names)
+        assert fits, f"{len(arguments)} arguments where the kernel has {names}"
+        run = kernel[(programs, columns)]
+        keep_compiled(key, kernel, run(*arguments, num_warps=num_warps, num_stages=num_stages))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """In this block Triton, which launches on the current device, launches on `device`."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def keep_compiled(key: tuple, kernel: Any, compiled: Any) -> None:

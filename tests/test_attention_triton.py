@@ -51,6 +51,14 @@ CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
         (8, 16),
     ),
     "all candidates": ([19, 1], [19, 1], {"window": 4, "full_rows": 4}, False, False, (16, 16)),
+    "numbers near 2**31": (
+        [20, 9],
+        [3, 0],
+        {"window": 2**31 - 1, "full_rows": 2**31 - 1, "prefix": 2**31 - 1},
+        False,
+        False,
+        (16, 16),
+    ),
     "bias": ([41, 7], [10, 2], {"window": 12, "full_rows": 5, "prefix": 2}, True, True, (16, 16)),
     "bias, causal": ([37], None, {}, False, True, (16, 16)),
 }
@@ -216,6 +224,16 @@ def test_launches_of_one_form_share_what_was_compiled(monkeypatch):
     assert kernel.compiled == 3
     with pytest.raises(AssertionError, match="3 arguments"):
         launch.launch(kernel, 1, (x,), (5,), (64,), (), device=x.device, num_warps=4)
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", entered.append)
+    with launch.on_device(torch.device("cuda", 0)), launch.on_device(torch.device("cpu")):
+        assert not entered
+    launch.on_device(torch.device("cuda", 1))
+    assert entered == [torch.device("cuda", 1)]
 
 
 def test_plans_of_two_batches_share_what_was_compiled(monkeypatch):

@@ -2,6 +2,7 @@
 interpreter.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -218,6 +219,34 @@ def check_parity(case: Case) -> str | None:
     return None
 
 
+def check_contained(case: Case, bad: float) -> str | None:
+    """A number that is not finite, in the rows of every second sequence, reaches no other one."""
+    batch, dtype = make_batch(case), getattr(torch, case.dtype)
+    clean = run(batch, dtype, "triton")
+
+    users = torch.arange(len(case.lengths), device=DEVICE)
+    lengths = torch.tensor(case.lengths, device=DEVICE)
+    is_broken = users.repeat_interleave(lengths) % 2 == 1
+    for name in ("q", "k", "v", "grad"):
+        getattr(batch, name)[is_broken, :, 0] = bad
+    spoilt = run(batch, dtype, "triton")
+
+    names = "out", "dq", "dk", "dv"
+    for name, got, expected in zip(names, spoilt[:4], clean[:4], strict=True):
+        if not torch.equal(got[~is_broken], expected[~is_broken]):
+            return f"{bad} of one user reaches {name} of others"
+        if got[is_broken].isfinite().all():
+            return f"{bad} shows nowhere in {name}"
+    return None
+
+
+def check_big_numbers() -> str | None:
+    """A window, full rows and a prefix that pass 2**31 with a place added: plain causal."""
+    big = 2**31 - 1
+    case = Case((300, 70), (9, 0), {"window": big, "full_rows": big, "prefix": big}, heads=2)
+    return check_parity(case)
+
+
 def check_cached(
     dtype: torch.dtype = torch.bfloat16,
     cached: tuple[int, ...] = (3000, 0, 500),
@@ -266,7 +295,18 @@ def cached_inputs(
 
 
 def parity_checks() -> list[Check]:
-    return [*((check_parity, case) for case in parity_cases()), (check_cached,)]
+    contained = [
+        Case((300, 70, 1, 200, 129, 64, 5), None, SEMI_LOCAL, heads=2),
+        Case((300, 70, 1, 200, 129), (9, 3, 1, 0, 129), {"window": 40, "prefix": 3}, "sorted"),
+        Case((700, 90, 1300), (64, 3, 70), {}, "random", d_qk=64, d_v=64),
+        Case((70, 30, 90), (7, 3, 0), {"window": 9, "full_rows": 5}, heads=1, dtype="float32"),
+    ]
+    return [
+        *((check_parity, case) for case in parity_cases()),
+        (check_cached,),
+        *((check_contained, case, bad) for case in contained for bad in (math.nan, math.inf)),
+        (check_big_numbers,),
+    ]
 
 
 def smoke_checks() -> list[Check]:
@@ -290,4 +330,5 @@ def smoke_checks() -> list[Check]:
     return [
         *((check_parity, case) for case in (tiny, biased, days)),
         (check_cached, torch.float32, (20, 0, 7), (5, 1, 2), 1, 16),
+        (check_contained, replace(tiny, lengths=(9, 7, 12), num_targets=(2, 1, 0)), math.nan),
     ]

@@ -37,7 +37,9 @@ def fp8_scale(largest):
 def to_fp8(x, scale):
     """Rows x [ROWS, BLOCK] over their scales [ROWS], as e4m3."""
     y = x / scale[:, None]  # rounding may pass the largest number, which has no successor but NaN
-    return tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+    y = tl.maximum(y, -FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    # a NaN stays one: otherwise it would become the largest number
+    return tl.minimum(y, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit

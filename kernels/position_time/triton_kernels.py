@@ -126,8 +126,12 @@ def sum_runs(
     # number of each place's run in the chunk
     run = tl.cumsum(((key != before) | (lane == 0)).to(tl.int32), 0) - 1
     is_of = (lane[:, None] == run[None, :]) & valid[None, :]  # [runs, places]
-    # float32 sums: a product by 0 or 1 is exact
+    # float32 sums: a product by 0 or 1 is exact, of finite numbers; others stay with their own run
+    is_broken = tl.max(tl.where(tl.abs(rows.to(tl.float32)) < float("inf"), 0, 1), 1) > 0
+    rows = tl.where(is_broken[:, None], 0.0, rows).to(rows.dtype)
     total_of = tl.dot(is_of.to(rows.dtype), rows, input_precision="ieee")
+    broken_of = tl.max(tl.where(is_of & is_broken[None, :], 1, 0), 1) > 0
+    total_of = tl.where(broken_of[:, None], float("nan"), total_of)
     key_of = tl.max(tl.where(is_of, key[None, :], -1), 1)
     came, goes_on = key_of == key_before, key_of == key_after
     there = key_of >= 0

@@ -17,6 +17,7 @@ from kernels.semi_local_attention import tile_table, triton_tiles
 from kernels.semi_local_attention.tile_table import AttentionTile
 
 ENTRY: int = triton_tiles.ENTRY.value
+FARTHEST = 2**30  # of a window, full rows and a prefix: with a place it must not pass 2**31
 LIST_STAGES = 3  # Triton's own number of stages
 
 
@@ -81,6 +82,12 @@ class TritonPlan:
     cached: bool = False
     lists: dict[tuple[bool, int, int, int], TileList] = field(default_factory=dict)
     problems: dict[tuple, Any] = field(default_factory=dict)  # of `triton_launch.find_problem`
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            self.window = min(self.window, FARTHEST)
+        self.full_rows = min(self.full_rows, FARTHEST)
+        self.prefix = min(self.prefix, FARTHEST)
 
     def tile_list(self, keys: bool, tile: AttentionTile, heads: int) -> TileList:
         """Tiles of keys for dk and dv, or of rows; built at first use."""

@@ -19,8 +19,12 @@ SiLU attention has no row statistics: sums over any parts of the keys simply add
 keys are cut into parts; each part writes its sum to a slot, and the last to arrive adds the slots
 in their order, so results do not depend on which part that is.
 
-Rows past the end of a sequence belong to the next one; masks take them out, so their values must be
-finite. Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
+A block may reach past the end of its sequence, into the next one. Masks make those weights 0, but 0
+times NaN is NaN: one user's broken numbers would reach another. So loops end before the first such
+block, and a second loop, of one or two blocks as a rule, zeroes the foreign rows (CROSSES). The
+first, which does nearly all the work, reads its operands as they lie.
+
+Suffixes: M rows (queries) of a tile, N keys of a tile, D query-key width, V value width.
 """
 
 import triton
@@ -41,6 +45,7 @@ from kernels.semi_local_attention.triton_tiles import (
     KEY_SEEN_BY,
     KEY_TARGET,
     ROW_FIRST_TARGET,
+    ROW_SEQUENCE_END,
     ROW_TARGET,
     key_entry,
     row_entry,
@@ -73,6 +78,29 @@ def _rows(
 
 
 @triton.jit
+def _own_rows(
+    source, row, head, stride_t, stride_h, end, sequence_end, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """As `_rows`, with CROSSES zeros from `sequence_end` on, whatever lies there."""
+    tile = _rows(source, row, head, stride_t, stride_h, end, COUNT, WIDTH, TMA)
+    if CROSSES:
+        inside = row + tl.arange(0, COUNT) < sequence_end
+        tile = tl.where(inside[:, None], tile, 0.0).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def _part_of(blocks, inside, part, parts):
+    """A part's blocks: the first, the first that may cross the end of the sequence, and the end.
+
+    `inside` blocks lie inside the sequence.
+    """
+    begin, end = blocks * part // parts, blocks * (part + 1) // parts
+    return begin, tl.maximum(tl.minimum(inside, end), begin), end
+
+
+@triton.jit
 def _tanh(x, FAST: tl.constexpr):
     if FAST:
         y = approximate_tanh(x)
@@ -95,11 +123,13 @@ def _silu(half, FAST: tl.constexpr):
 
 @triton.jit
 def _add_values(
-    acc, weight, v, first, head, stride_t, stride_h, end, BLOCK_N: tl.constexpr, V: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    acc, weight, v, first, head, stride_t, stride_h, end, sequence_end, BLOCK_N: tl.constexpr,
+    V: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, CROSSES: tl.constexpr,
 ):  # fmt: skip
     """acc + weights [M, N] times the values from row `first` on."""
-    values = _rows(v, first, head, stride_t, stride_h, end, BLOCK_N, V, TMA)
+    values = _own_rows(
+        v, first, head, stride_t, stride_h, end, sequence_end, BLOCK_N, V, TMA, CROSSES
+    )  # fmt: skip
     return tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
 
 
@@ -227,6 +257,25 @@ def _row_tile(
 
 
 @triton.jit
+def _inside_blocks(
+    row, start, sequence_end, key, prefix_blocks, range_blocks, own_blocks, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """How many of a row tile's blocks come before the first that crosses the sequence's end.
+
+    Of each kind only the last can.
+    """
+    range_crosses = key + range_blocks * BLOCK_N > sequence_end
+    inside = prefix_blocks + range_blocks - tl.where(range_crosses, 1, 0)
+    if CANDIDATES:
+        own_crosses = row + own_blocks * BLOCK_N > sequence_end
+        inside += tl.where(range_crosses, 0, own_blocks - tl.where(own_crosses, 1, 0))
+    if HAS_PREFIX:  # one that crosses is of a sequence as short as it
+        inside = tl.where(start + prefix_blocks * BLOCK_N > sequence_end, 0, inside)
+    return inside
+
+
+@triton.jit
 def _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N: tl.constexpr):
     """First key of block i, and whether it is one of the rows' own."""
     is_own = i >= prefix_blocks + range_blocks
@@ -315,6 +364,37 @@ def _store_sum(
 
 
 @triton.jit
+def _attend_block(
+    acc, i, query, k, v, positions, cells, event_time, asked, rank, rows, low, high, low_all,
+    high_all, row, start, sequence_end, key, prefix, prefix_blocks, range_blocks, head, num_tokens,
+    stride_kt, stride_kh, stride_vt, stride_vh, reach, alpha, D: tl.constexpr, V: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    CROSSES: tl.constexpr,
+):  # fmt: skip
+    """acc [M, V] with block i of a row tile's keys."""
+    first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
+    keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
+    half = _half_scores(query, keys, alpha, PRECISION)
+
+    if BIAS:
+        added, _, _ = _block_bias(
+            positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
+            ON_GPU
+        )  # fmt: skip
+        half += added
+    weight = _mask_block(
+        _silu(half, FAST), rows, low, high, low_all, high_all, first, start, prefix,
+        i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+    )  # fmt: skip
+
+    return _add_values(
+        acc, weight, v, first, head, stride_vt, stride_vh, num_tokens, sequence_end, BLOCK_N, V,
+        TMA, PRECISION, CROSSES
+    )  # fmt: skip
+
+
+@triton.jit
 def forward(
     q, k, v,  # descriptors over [T, H * width], or pointers
     positions, cells, event_time, query_time,  # of the bias: `spread_tables`, and int32 s [T], [T]
@@ -331,7 +411,7 @@ def forward(
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
     row, row_end, start, history_end, kind, part, parts, slot = row_entry(tiles)
-    target = tl.load(tiles + ROW_TARGET)
+    target, sequence_end = tl.load(tiles + ROW_TARGET), tl.load(tiles + ROW_SEQUENCE_END)
     if tile >= tl.load(header):  # after the loads above, so that none waits for another
         return
 
@@ -339,35 +419,56 @@ def forward(
         row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N,
         HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
-    blocks = prefix_blocks + range_blocks + own_blocks
+    begin, crossing, end = _part_of(
+        prefix_blocks + range_blocks + own_blocks,
+        _inside_blocks(
+            row, start, sequence_end, key, prefix_blocks, range_blocks, own_blocks, BLOCK_N,
+            HAS_PREFIX, CANDIDATES
+        ),
+        part, parts,
+    )  # fmt: skip
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
 
+    asked, rank = rows, rows  # of a bias alone
     if BIAS:
         asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
     acc = tl.zeros((BLOCK_M, V), tl.float32)
 
-    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
-        first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
-        keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
-        half = _half_scores(query, keys, alpha, PRECISION)
-
-        if BIAS:
-            added, _, _ = _block_bias(
-                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
-                ON_GPU
-            )  # fmt: skip
-            half += added
-        weight = _mask_block(
-            _silu(half, FAST), rows, low, high, low_all, high_all, first, start, prefix,
-            i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+    for i in range(begin, crossing):
+        acc = _attend_block(
+            acc, i, query, k, v, positions, cells, event_time, asked, rank, rows, low, high,
+            low_all, high_all, row, start, sequence_end, key, prefix, prefix_blocks, range_blocks,
+            head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, reach, alpha, D, V,
+            BLOCK_N, HAS_PREFIX, CANDIDATES, BIAS, TMA, FAST, PRECISION, ON_GPU, False
         )  # fmt: skip
-
-        acc = _add_values(
-            acc, weight, v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA,
-            PRECISION
+    for i in tl.range(crossing, end, num_stages=1, disable_licm=True):
+        acc = _attend_block(
+            acc, i, query, k, v, positions, cells, event_time, asked, rank, rows, low, high,
+            low_all, high_all, row, start, sequence_end, key, prefix, prefix_blocks, range_blocks,
+            head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, reach, alpha, D, V,
+            BLOCK_N, HAS_PREFIX, CANDIDATES, BIAS, TMA, FAST, PRECISION, ON_GPU, True
         )  # fmt: skip
     _store_sum(
         out, acc * scale, partial, arrived, slot, part, parts, row, row_end, head, HEADS, BLOCK_M, V
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend_cached_block(
+    acc, first, query, k, v, high, high_all, history_end, head, num_keys, stride_kt, stride_kh,
+    stride_vt, stride_vh, alpha, D: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """acc [M, V] with the cached keys from `first` on."""
+    keys = _rows(k, first, head, stride_kt, stride_kh, num_keys, BLOCK_N, D, TMA)
+    weight = _silu(_half_scores(query, keys, alpha, PRECISION), FAST)
+    if first + BLOCK_N - 1 > high_all:
+        index = first + tl.arange(0, BLOCK_N)
+        weight = tl.where(index[None, :] <= high[:, None], weight, 0.0)
+
+    return _add_values(
+        acc, weight, v, first, head, stride_vt, stride_vh, num_keys, history_end, BLOCK_N, V, TMA,
+        PRECISION, CROSSES
     )  # fmt: skip
 
 
@@ -403,28 +504,30 @@ def forward_cached(
         high = tl.minimum(high, start + tl.maximum(seen, 0) - 1)
     high_all = tl.min(tl.where(rows < row_end, high, FAR), 0)
     blocks = tl.cdiv(tl.max(tl.where(rows < row_end, high, 0), 0) + 1 - start, BLOCK_N)
+    begin, crossing, end = _part_of(
+        blocks, tl.minimum(blocks, (history_end - start) // BLOCK_N), part, parts
+    )
     query = _rows(q, row, head, stride_qt, stride_qh, num_rows, BLOCK_M, D, TMA)
     acc = tl.zeros((BLOCK_M, V), tl.float32)
 
-    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
-        first = start + i * BLOCK_N
-        keys = _rows(k, first, head, stride_kt, stride_kh, num_keys, BLOCK_N, D, TMA)
-        half = _half_scores(query, keys, alpha, PRECISION)
-
-        weight = _silu(half, FAST)
-        if first + BLOCK_N - 1 > high_all:
-            index = first + tl.arange(0, BLOCK_N)
-            weight = tl.where(index[None, :] <= high[:, None], weight, 0.0)
-
-        acc = _add_values(
-            acc, weight, v, first, head, stride_vt, stride_vh, num_keys, BLOCK_N, V, TMA, PRECISION
+    for i in range(begin, crossing):
+        acc = _attend_cached_block(
+            acc, start + i * BLOCK_N, query, k, v, high, high_all, history_end, head, num_keys,
+            stride_kt, stride_kh, stride_vt, stride_vh, alpha, D, V, BLOCK_N, TMA, FAST, PRECISION,
+            False
+        )  # fmt: skip
+    for i in tl.range(crossing, end, num_stages=1, disable_licm=True):
+        acc = _attend_cached_block(
+            acc, start + i * BLOCK_N, query, k, v, high, high_all, history_end, head, num_keys,
+            stride_kt, stride_kh, stride_vt, stride_vh, alpha, D, V, BLOCK_N, TMA, FAST, PRECISION,
+            True
         )  # fmt: skip
 
     if part == parts - 1:  # which also takes the new rows' own keys
         own = row
         if CAUSAL:
             own = first_row
-        for first in range(own, row_end, BLOCK_N):
+        for first in tl.range(own, row_end, BLOCK_N, num_stages=1, disable_licm=True):
             keys = _rows(own_k, first, head, stride_ot, stride_oh, num_rows, BLOCK_N, D, TMA)
             half = _half_scores(query, keys, alpha, PRECISION)
 
@@ -436,8 +539,8 @@ def forward_cached(
                 weight = tl.where(index[None, :] == rows[:, None], weight, 0.0)
 
             acc = _add_values(
-                acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, BLOCK_N, V, TMA,
-                PRECISION
+                acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, row_end, BLOCK_N,
+                V, TMA, PRECISION, True
             )  # fmt: skip
     _store_sum(
         out, acc * scale, partial, arrived, slot, part, parts, row, row_end, head, HEADS, BLOCK_M, V
@@ -497,6 +600,46 @@ def _store_grad_sum(
 
 
 @triton.jit
+def _score_grad_block(
+    acc, far, i, query, grads, k, v, positions, cells, event_time, asked, rank, d_position, d_time,
+    unit, first_rank, last_rank, asked_first, asked_last, range_end, rows, low, high, low_all,
+    high_all, row, row_end, start, sequence_end, key, prefix, prefix_blocks, range_blocks, head,
+    num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, num_positions, num_times, reach, alpha,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """acc [M, D] and `far` [M] with block i of a row tile's keys."""
+    first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
+    keys = _own_rows(
+        k, first, head, stride_kt, stride_kh, num_tokens, sequence_end, BLOCK_N, D, TMA, CROSSES
+    )  # fmt: skip
+    values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
+    half = _half_scores(query, keys, alpha, PRECISION)
+
+    if BIAS:
+        added, bucket, happened = _block_bias(
+            positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
+            ON_GPU
+        )  # fmt: skip
+        half += added
+
+    d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+    d_score = _mask_block(
+        d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all,
+        first, start, prefix, i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+    )  # fmt: skip
+
+    if BIAS:
+        far = _add_bias_grads(
+            d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank,
+            asked_first, asked_last, first, start, range_end, is_own, d_position, d_time, unit,
+            num_positions, num_times, reach, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+    return tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION), far
+
+
+@triton.jit
 def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
     positions, cells, event_time, query_time,
@@ -517,7 +660,7 @@ def backward_queries(
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
     row, row_end, start, history_end, kind, part, parts, slot = row_entry(tiles)
-    target = tl.load(tiles + ROW_TARGET)
+    target, sequence_end = tl.load(tiles + ROW_TARGET), tl.load(tiles + ROW_SEQUENCE_END)
     if tile >= tl.load(header):
         return
 
@@ -525,10 +668,21 @@ def backward_queries(
         row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N,
         HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
-    blocks = prefix_blocks + range_blocks + own_blocks
+    begin, crossing, end = _part_of(
+        prefix_blocks + range_blocks + own_blocks,
+        _inside_blocks(
+            row, start, sequence_end, key, prefix_blocks, range_blocks, own_blocks, BLOCK_N,
+            HAS_PREFIX, CANDIDATES
+        ),
+        part, parts,
+    )  # fmt: skip
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
     grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
 
+    # of a bias alone
+    asked, rank, unit = rows, rows, scale
+    first_rank, last_rank, asked_first, asked_last, range_end = row, row, row, row, row
+    far = tl.zeros((BLOCK_M,), tl.float32)
     if BIAS:
         asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
         unit = tl.load(per_unit)
@@ -536,35 +690,26 @@ def backward_queries(
         asked_first = tl.min(tl.where(rows < row_end, asked, LATEST), 0)
         asked_last = tl.max(tl.where(rows < row_end, asked, -LATEST), 0)
         range_end = tl.max(tl.where(rows < row_end, high, 0), 0) + 1
-        far = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
-        first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
-        keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
-        values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
-        half = _half_scores(query, keys, alpha, PRECISION)
-
-        if BIAS:
-            added, bucket, happened = _block_bias(
-                positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
-                ON_GPU
-            )  # fmt: skip
-            half += added
-
-        d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-        d_score = _mask_block(
-            d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all,
-            first, start, prefix, i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+    for i in range(begin, crossing):
+        acc, far = _score_grad_block(
+            acc, far, i, query, grads, k, v, positions, cells, event_time, asked, rank, d_position,
+            d_time, unit, first_rank, last_rank, asked_first, asked_last, range_end, rows, low,
+            high, low_all, high_all, row, row_end, start, sequence_end, key, prefix, prefix_blocks,
+            range_blocks, head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh,
+            num_positions, num_times, reach, alpha, D, V, BLOCK_M, BLOCK_N, HAS_PREFIX, CANDIDATES,
+            BIAS, TMA, FAST, PRECISION, ON_GPU, False
         )  # fmt: skip
-
-        if BIAS:
-            far = _add_bias_grads(
-                d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank,
-                asked_first, asked_last, first, start, range_end, is_own, d_position, d_time, unit,
-                num_positions, num_times, reach, BLOCK_M, BLOCK_N
-            )  # fmt: skip
-        acc = tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    for i in tl.range(crossing, end, num_stages=1, disable_licm=True):
+        acc, far = _score_grad_block(
+            acc, far, i, query, grads, k, v, positions, cells, event_time, asked, rank, d_position,
+            d_time, unit, first_rank, last_rank, asked_first, asked_last, range_end, rows, low,
+            high, low_all, high_all, row, row_end, start, sequence_end, key, prefix, prefix_blocks,
+            range_blocks, head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh,
+            num_positions, num_times, reach, alpha, D, V, BLOCK_M, BLOCK_N, HAS_PREFIX, CANDIDATES,
+            BIAS, TMA, FAST, PRECISION, ON_GPU, True
+        )  # fmt: skip
 
     if BIAS:
         farther = tl.sum(far, 0)
@@ -682,6 +827,71 @@ def _rows_bias(
 
 
 @triton.jit
+def _rows_inside(
+    key, full, sequence_end, band_blocks, full_blocks, late_blocks, BLOCK_M: tl.constexpr
+):
+    """How many of a key tile's blocks of rows come before the first that crosses the sequence's
+    end; of each kind only the last can, and the last late one does or ends there.
+    """
+    band_crosses = key + band_blocks * BLOCK_M > sequence_end
+    full_crosses = full + full_blocks * BLOCK_M > sequence_end
+    inside = band_blocks + full_blocks + tl.maximum(late_blocks - 1, 0)
+    inside = tl.where(full_crosses, band_blocks + full_blocks - 1, inside)
+    return tl.where(band_crosses, band_blocks - 1, inside)
+
+
+@triton.jit
+def _key_grads_block(
+    acc_k, acc_v, i, keys, values, q, grad, positions, cells, query_time, happened, place, visible,
+    index, key, full, seen_by, band_end, full_end, start, history_end, sequence_end, first_full,
+    kind, target, window, prefix, band_blocks, full_blocks, head, num_tokens, stride_qt, stride_qh,
+    stride_gt, stride_gh, reach, alpha, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, ON_GPU: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """acc_k [N, D] and acc_v [N, V] with block i of the rows that see a key tile."""
+    row, row_end, in_band = _row_block(
+        i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks,
+        BLOCK_M, VISIBLE
+    )  # fmt: skip
+    rows = row + tl.arange(0, BLOCK_M)
+    query = _own_rows(
+        q, row, head, stride_qt, stride_qh, num_tokens, sequence_end, BLOCK_M, D, TMA, CROSSES
+    )  # fmt: skip
+    half = _half_scores(keys, query, alpha, PRECISION)
+
+    if BIAS:
+        half += _rows_bias(
+            positions, cells, query_time, happened, place, rows, start, history_end,
+            sequence_end, visible, target, reach, num_tokens, VISIBLE, ON_GPU
+        )  # fmt: skip
+    grads = _own_rows(
+        grad, row, head, stride_gt, stride_gh, num_tokens, sequence_end, BLOCK_M, V, TMA, CROSSES
+    )  # fmt: skip
+
+    d_weight = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+    tanh = _tanh(half, FAST)
+    weight = half + half * tanh
+    d_score = d_weight * _twice_slope(half, tanh)
+    masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1)
+    masked = masked | (in_band & (row + BLOCK_M - 1 - window > key)) | CROSSES
+
+    if VISIBLE:
+        masked = masked | (row + BLOCK_M > history_end)
+    if masked:
+        keep = _keep_rows(
+            index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible,
+            target, window, prefix, HAS_PREFIX, CANDIDATES, VISIBLE
+        )  # fmt: skip
+        weight = tl.where(keep, weight, 0.0)
+        d_score = tl.where(keep, d_score, 0.0)
+    acc_v = tl.dot(weight.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
+    acc_k = tl.dot(d_score.to(query.dtype), query, acc_k, input_precision=PRECISION)
+    return acc_k, acc_v
+
+
+@triton.jit
 def backward_keys(
     q, k, v, grad,
     positions, cells, event_time, query_time,
@@ -716,51 +926,38 @@ def backward_keys(
         BLOCK_M, HAS_PREFIX, CANDIDATES, VISIBLE
     )  # fmt: skip
 
-    blocks = band_blocks + full_blocks + late_blocks
+    begin, crossing, end = _part_of(
+        band_blocks + full_blocks + late_blocks,
+        _rows_inside(key, full, sequence_end, band_blocks, full_blocks, late_blocks, BLOCK_M),
+        part, parts,
+    )  # fmt: skip
     index = key + tl.arange(0, BLOCK_N)
     keys = _rows(k, key, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
     values = _rows(v, key, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
 
+    happened, place = index, index  # of a bias alone
     if BIAS:
         happened = tl.load(event_time + index, mask=index < num_tokens, other=0)
         place = tl.minimum(tl.maximum(index - start, 0), reach)
     acc_k = tl.zeros((BLOCK_N, D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, V), tl.float32)
 
-    for i in range(blocks * part // parts, blocks * (part + 1) // parts):
-        row, row_end, in_band = _row_block(
-            i, key, full, seen_by, band_end, full_end, sequence_end, band_blocks, full_blocks,
-            BLOCK_M, VISIBLE
+    for i in range(begin, crossing):
+        acc_k, acc_v = _key_grads_block(
+            acc_k, acc_v, i, keys, values, q, grad, positions, cells, query_time, happened, place,
+            visible, index, key, full, seen_by, band_end, full_end, start, history_end,
+            sequence_end, first_full, kind, target, window, prefix, band_blocks, full_blocks, head,
+            num_tokens, stride_qt, stride_qh, stride_gt, stride_gh, reach, alpha, D, V, BLOCK_M,
+            BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, BIAS, TMA, FAST, PRECISION, ON_GPU, False
         )  # fmt: skip
-        rows = row + tl.arange(0, BLOCK_M)
-        query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
-        half = _half_scores(keys, query, alpha, PRECISION)
-
-        if BIAS:
-            half += _rows_bias(
-                positions, cells, query_time, happened, place, rows, start, history_end,
-                sequence_end, visible, target, reach, num_tokens, VISIBLE, ON_GPU
-            )  # fmt: skip
-        grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
-
-        d_weight = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        tanh = _tanh(half, FAST)
-        weight = half + half * tanh
-        d_score = d_weight * _twice_slope(half, tanh)
-        masked = (row + BLOCK_M > row_end) | (row < key + BLOCK_N - 1)
-        masked = masked | (in_band & (row + BLOCK_M - 1 - window > key))
-
-        if VISIBLE:
-            masked = masked | (row + BLOCK_M > history_end)
-        if masked:
-            keep = _keep_rows(
-                index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible,
-                target, window, prefix, HAS_PREFIX, CANDIDATES, VISIBLE
-            )  # fmt: skip
-            weight = tl.where(keep, weight, 0.0)
-            d_score = tl.where(keep, d_score, 0.0)
-        acc_v = tl.dot(weight.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
-        acc_k = tl.dot(d_score.to(query.dtype), query, acc_k, input_precision=PRECISION)
+    for i in tl.range(crossing, end, num_stages=1, disable_licm=True):
+        acc_k, acc_v = _key_grads_block(
+            acc_k, acc_v, i, keys, values, q, grad, positions, cells, query_time, happened, place,
+            visible, index, key, full, seen_by, band_end, full_end, start, history_end,
+            sequence_end, first_full, kind, target, window, prefix, band_blocks, full_blocks, head,
+            num_tokens, stride_qt, stride_qh, stride_gt, stride_gh, reach, alpha, D, V, BLOCK_M,
+            BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, BIAS, TMA, FAST, PRECISION, ON_GPU, True
+        )  # fmt: skip
 
     acc_k *= 0.5 * alpha * scale
     acc_v *= scale

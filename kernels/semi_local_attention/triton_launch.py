@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import compiled_under, keep_compiled, next_power_of_2, specialised_form
+from kernels.launch import (
+    compiled_under,
+    keep_compiled,
+    next_power_of_2,
+    on_device,
+    specialised_form,
+)
 from kernels.semi_local_attention import tile_table, triton_kernels
 from kernels.semi_local_attention.plan import TileList, TritonPlan
 from kernels.semi_local_attention.tile_table import AttentionTile
@@ -63,6 +69,7 @@ class PreparedLaunch:
     arguments: tuple[Any, ...]
     places: dict[str, int]  # of the arguments
     row_sums: Tensor | None
+    device: torch.device
     compiled: Any = None
 
     def launch(self, operands: tuple[Tensor, ...], **tensors: Tensor) -> None:
@@ -79,10 +86,11 @@ class PreparedLaunch:
         for i, descriptor in enumerate(descriptors):
             descriptor.base = operands[i]
 
-        if self.compiled is None:
-            self._launch_first(arguments)
-        else:
-            self.compiled[(self.programs, 1, 1)](*arguments)
+        with on_device(self.device):
+            if self.compiled is None:
+                self._launch_first(arguments)
+            else:
+                self.compiled[(self.programs, 1, 1)](*arguments)
 
         for descriptor in descriptors:
             descriptor.base = None  # a plan must not keep a layer's tensors
@@ -110,8 +118,7 @@ class PreparedLaunch:
             x if name.isupper() else specialised_form(x)
             for name, x in zip(self.places, arguments, strict=True)
         ]
-        device = arguments[self.places["tiles"]].device
-        return id(self.kernel), device, *forms, self.tile.warps, self.tile.stages
+        return id(self.kernel), self.device, *forms, self.tile.warps, self.tile.stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +263,7 @@ def _prepare(
         arguments=tuple([named[argument] for argument in kernel.arg_names]),
         places=places,
         row_sums=row_sums,
+        device=tiles.tiles.device,
     )
 
 
@@ -463,7 +471,9 @@ def launch_backward_queries(
     tensors |= {"d_position": of_position, "d_time": of_time, "per_unit": per_unit}
     prepared.launch(operands, **tensors, **bias.by_name())
 
-    unit = 0.5 * problem.scale / per_unit.double()
+    # whole numbers have no NaN; dq, which comes of the same scores, says whether one was
+    broken = 0 * torch.linalg.vector_norm(dq, torch.inf, dtype=torch.float32)
+    unit = 0.5 * problem.scale / per_unit.double() + broken
     of_time = of_time.view(num_times, rows).sum(1)
     return (of_position * unit).float(), (of_time * unit).float(), _summed_rows(prepared)
 

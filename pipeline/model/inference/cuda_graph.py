@@ -21,7 +21,6 @@ from pipeline.model.inference.cached_scoring import (
 )
 from pipeline.model.ranker import RankingModel
 
-KEY_BLOCK = 128  # the most keys of a block in the attention kernels
 FEWEST_ROWS, FEWEST_KEYS = 64, 256  # of a bucket; larger ones are powers of two
 WARM_UPS = 2  # passes before a capture: they compile kernels and make what is kept between passes
 
@@ -70,7 +69,6 @@ class GraphedScorer:
             self._graphs[key] = _capture(model, room, rows.new_zeros(key[0], rows.shape[1]))
         captured = self._graphs[key]
         captured.x_CE[:num_rows].copy_(rows)
-        captured.x_CE[num_rows:].zero_()  # an earlier request's need not be finite
         captured.row_offsets[1].fill_(num_rows)
         captured.graph.replay()
         return captured.out_CE[:num_rows].clone()
@@ -82,9 +80,7 @@ def bucket_size(size: int, fewest: int) -> int:
 
 
 def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
-    """Room for one history with `sizes` rows in its layers; what lies beyond the rows that count is
-    finite.
-    """
+    """Room for one history with `sizes` rows in its layers."""
     shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
     layers = []
     for layer, size in zip(like.layers, sizes, strict=True):
@@ -98,10 +94,9 @@ def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
 def fill_room(room: HistoryCache, cache: HistoryCache) -> None:
     """Copy a history into the room, and its lengths.
 
-    The rows behind it are zeroed as far as a block of keys that begins in it reaches: kernels read
-    them, and an earlier history's, times a weight of 0, would be NaN where they are not finite.
+    Behind it lies what an earlier one left, finite or not: attention reads no number of it.
     """
-    key_places, keys, value_places, values, behind = [], [], [], [], []
+    key_places, keys, value_places, values = [], [], [], []
     lengths: dict[int, tuple[Tensor, int]] = {}
     for place, kept in zip(room.layers, cache.layers, strict=True):
         num_rows = len(kept.k_THD)
@@ -109,12 +104,10 @@ def fill_room(room: HistoryCache, cache: HistoryCache) -> None:
         keys.append(kept.k_THD)
         value_places.append(place.v_THV[:num_rows])
         values.append(kept.v_THV)
-        behind += [tensor[num_rows : num_rows + KEY_BLOCK] for tensor in (place.k_THD, place.v_THV)]
         lengths[id(place.offsets)] = place.offsets, num_rows
 
     torch._foreach_copy_(key_places, keys)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_copy_(value_places, values)  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_zero_([tensor for tensor in behind if len(tensor)])  # pyright: ignore[reportPrivateImportUsage]
     for offsets, num_rows in lengths.values():
         offsets[1].fill_(num_rows)
 
