@@ -1,8 +1,8 @@
 """Take users out of everything that a run holds of them: sequences, posted events, and what was
-made of either.
+made of either, their side features in models and in registered versions included.
 
-Models that were trained on their rows are not changed; docs/guide/deletion.md says what else is
-left to do.
+The weights of models that were trained on their rows are not changed; docs/guide/deletion.md says
+what else is left to do.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     from pipeline import tracking
     from pipeline.sequences.upkeep import maintenance
-    from serve_app.deployment import served_folder
+    from serve_app import deployment
     from serve_app.feedback.served_log import forget_served
     from serve_app.history.published import forget_copies
     from serve_app.ranking.rollout import open_events
@@ -41,10 +41,15 @@ def run_job(job: cli.Job) -> None:
     if cfg.serve.redis_url is not None or serving.exists():
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
-    removed["served_rows"] = forget_served(served_folder(cfg), users.tolist())
-    if cfg.tracking.log_predictions:
+    removed["served_rows"] = forget_served(deployment.served_folder(cfg), users.tolist())
+
+    removed["models"] = tracking.forget_in_folders(cfg.run_dir, users)
+    renamed = tracking.forget_in_cache(deployment.cache_folder(cfg.runs_dir), cfg.name, users)
+    deployment.rename_champions(cfg.runs_dir, renamed)
+    removed["cached_versions"] = len(renamed)
+    if tracking.has_server(cfg.tracking, cfg.runs_dir):
         with tracking.session(cfg) as tracker:
-            removed["prediction_folders_of_mlflow"] = tracker.remove_predictions()
+            removed |= tracker.forget_users(users)
 
     counts = [f"{where}={rows}" for where, rows in removed.items()]
     print(f"users={len(users)} removed: {' '.join(counts)}")

@@ -59,7 +59,7 @@ def find_champion(cfg: RunConfig, stack: ExitStack) -> "tuple[PinnedModel, str]"
     try:
         tracker = stack.enter_context(tracking.session(cfg))
     except Outage as error:
-        champion = deployment.recall_champion(cfg.runs_dir, cfg.tracking.model_name)
+        champion = deployment.recall_champion(cfg.runs_dir, cfg.model_name)
         if champion is None:
             raise
         logger.warning("serving version %d, as the last time: %s", champion.version, error)

@@ -13,6 +13,7 @@ import logging
 import socket
 import time
 import uuid
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,16 @@ def _remember_champion(runs_dir: str, model: PinnedModel) -> None:
         stage.write_text(json.dumps(dataclasses.asdict(model)))
 
 
-def recall_champion(runs_dir: str, model_name: str | None) -> PinnedModel | None:
+def rename_champions(runs_dir: str, renamed: Mapping[str, PinnedModel]) -> None:
+    """Let the notes name what cached versions hold now; `renamed` by the old names of folders."""
+    for note in cache_folder(runs_dir).glob("*.json"):
+        served = PinnedModel(**json.loads(note.read_text()))
+        now = renamed.get(served.folder_name)
+        if now is not None:
+            _remember_champion(runs_dir, dataclasses.replace(served, sha256=now.sha256))
+
+
+def recall_champion(runs_dir: str, model_name: str) -> PinnedModel | None:
     """What `deploy_model` served last of this model name, None where that is not known."""
     note = cache_folder(runs_dir) / f"{model_name}.json"
     try:

@@ -471,6 +471,13 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     predictions = cfg.run_dir / "evaluation" / "predictions" / "test.parquet"
     predictions.parent.mkdir(parents=True)
     pq.write_table(pa.table({"user_id": [3, 3, 4], "score.click": [0.1, 0.2, 0.3]}), predictions)
+    beside = cfg.run_dir.parent / "beside"  # trained on the same sequences
+    theirs = beside / "evaluation" / "predictions" / "val.parquet"
+    theirs.parent.mkdir(parents=True)
+    shutil.copy(predictions, theirs)
+    (beside / "model").mkdir()
+    settings = {"name": "beside", "sequences": {"from_run": cfg.name}}
+    (beside / "model" / "config.json").write_text(json.dumps(settings))
     preset, ids = built / "preset.yaml", built / "ids.txt"
     preset.write_text(json.dumps(config.to_dict(cfg)))
     ids.write_text("8\n3\n")
@@ -486,10 +493,11 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     code, out = run("--user", "3", "--users-file", str(ids))
     assert code == 0
     assert out.startswith("users=2 removed: sequences=")
-    for what in ("posted_events=1", "copies_of_the_server=1", "predictions=2"):
+    for what in ("posted_events=1", "copies_of_the_server=1", "predictions=4"):
         assert what in out
     assert (log.of_user(3), len(log.of_user(4))) == ([], 1)
-    assert pq.read_table(predictions)["user_id"].to_pylist() == [4]
+    for file in (predictions, theirs):
+        assert pq.read_table(file)["user_id"].to_pylist() == [4]
     again = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
     assert (again.sequence(3), again.sequence(8)) == (None, None)
     assert again.sequence(4) is not None

@@ -57,11 +57,11 @@ def test_what_is_in_flight_is_answered_and_nothing_else_let_in() -> None:
 
 def test_without_mlflow_the_champion_of_the_last_time_is_served(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    cfg = tiny_config(tmp_path / "runs", tracking={"uri": nowhere, "model_name": "tiny"})
+    cfg = tiny_config(tmp_path / "runs", tracking={"uri": nowhere})
     with ExitStack() as stack, pytest.raises(Outage):
         find_champion(cfg, stack)
 
-    model = PinnedModel(nowhere, "tiny", 3, {"config.json": "0" * 64})
+    model = PinnedModel(nowhere, cfg.model_name, 3, {"config.json": "0" * 64})
     deployment._remember_champion(cfg.runs_dir, model)
     with ExitStack() as stack:
         assert find_champion(cfg, stack) == (model, "does not answer")

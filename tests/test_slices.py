@@ -19,7 +19,7 @@ from pipeline.evaluate.slices import Slice, range_names, read_slices, slice_line
 from pipeline.model.artifact import load_model, save_model
 from pipeline.sequences import store
 from pipeline.tracking import Tracker
-from pipeline.tracking.evaluation import split_counts
+from pipeline.tracking.evaluation import remove_predictions, split_counts
 from pipeline.tracking.model_card import render_card
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
@@ -143,10 +143,13 @@ def test_an_evaluation_goes_into_the_run_that_trained_the_model(
     assert {"evaluation/roc_val.png", "evaluation/slices_test.json"} <= names
     assert "evaluation/predictions" not in names
 
+    def remove() -> int:
+        return remove_predictions(tracker.server_url, tracker.cfg.tracking.experiment)
+
     # as tracking.log_predictions would have it, and jobs.forget_user must not leave it
     for place in ("evaluation/predictions", "evaluation/other/predictions"):
         run.log_artifacts(folder / "predictions", place)
-    assert (tracker.remove_predictions(), tracker.remove_predictions()) == (2, 0)
+    assert (remove(), remove()) == (2, 0)
     left = {file.path for file in client.list_artifacts(run.run_id, "evaluation")}
     assert left == names
     tables = json.loads(found.data.tags["mlflow.loggedArtifacts"])

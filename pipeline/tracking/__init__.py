@@ -1,6 +1,7 @@
 """Runs, model versions and the champion. Others import this package and none of its modules."""
 
 from pipeline.tracking.evaluation import is_tracked
+from pipeline.tracking.forgetting import forget_in_cache, forget_in_folders
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import (
     PinnedModel,
@@ -9,6 +10,7 @@ from pipeline.tracking.registry import (
     find_version,
 )
 from pipeline.tracking.runs import Run, noted_run
+from pipeline.tracking.server import has_server
 from pipeline.tracking.session import Tracker, plan_session, session
 
 __all__ = [
@@ -19,6 +21,9 @@ __all__ = [
     "Tracker",
     "fetch_model",
     "find_version",
+    "forget_in_cache",
+    "forget_in_folders",
+    "has_server",
     "is_tracked",
     "noted_run",
     "plan_session",

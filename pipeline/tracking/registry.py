@@ -261,7 +261,7 @@ def _judged(
                 return Decision(False, f"refused: {differences}; {refusal}")
 
         try:
-            champion_ne = rows.score(fetch_model(_pinned(champion), cache))
+            champion_ne = rows.score(fetch_model(pinned_model(champion), cache))
         except UserError as error:
             whose = f"champion {champion.version}, trained as {_trained_as(champion)}"
             return Decision(
@@ -270,7 +270,7 @@ def _judged(
                 f"{challenger.version}: {error}",
             )
         if not are_challengers:
-            challenger_ne = rows.score(fetch_model(_pinned(challenger), cache))
+            challenger_ne = rows.score(fetch_model(pinned_model(challenger), cache))
 
     return judge_version(
         settings,
@@ -358,7 +358,7 @@ def find_champion(name: str) -> PinnedModel:
         UserError: no version is the champion.
     """
     with one_message():
-        return _pinned(_require_champion(mlflow_client(), name))
+        return pinned_model(_require_champion(mlflow_client(), name))
 
 
 def find_version(name: str, version: int) -> PinnedModel:
@@ -368,10 +368,11 @@ def find_version(name: str, version: int) -> PinnedModel:
         UserError: there is none of that number.
     """
     with one_message():
-        return _pinned(_version(mlflow_client(), name, version))
+        return pinned_model(_version(mlflow_client(), name, version))
 
 
-def _pinned(found: "ModelVersion") -> PinnedModel:
+def pinned_model(found: "ModelVersion") -> PinnedModel:
+    """A version as all servers load it."""
     import mlflow
 
     sha256 = {}

@@ -70,6 +70,11 @@ def mlflow_server(
         yield uri
 
 
+def has_server(settings: TrackingConfig, runs_dir: str) -> bool:
+    """True where the configuration names a server, or a job has had one over `runs_dir/mlflow`."""
+    return settings.uri is not None or (Path(runs_dir) / "mlflow").exists()
+
+
 CLIENT_ENVIRONMENT = {
     # Seven retries of two minutes each, MLflow's default, are silence when the server is gone.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

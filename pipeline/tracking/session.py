@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
 from pipeline.figures import Figures
-from pipeline.tracking import evaluation, registry, runs, server
+from pipeline.tracking import evaluation, forgetting, registry, runs, server
 from pipeline.tracking.gate import Decision
 from pipeline.tracking.registry import PinnedModel, RowsAtHand
 from pipeline.tracking.runs import Run
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.sequences.store import Manifest
 
 
@@ -114,9 +116,18 @@ class Tracker:
             with_predictions=self.cfg.tracking.log_predictions,
         )
 
-    def remove_predictions(self) -> int:
-        """Remove all uploaded predictions of the experiment; how many folders there were."""
-        return evaluation.remove_predictions(server.current_url(), self.cfg.tracking.experiment)
+    def forget_users(self, users: "np.ndarray") -> dict[str, int]:
+        """Take the users, int64, out of the versions that learned from this configuration's
+        sequences, and remove uploaded predictions and this run's reports; how many of each.
+        """
+        cfg, uri = self.cfg, server.current_url()
+        run = cfg.sequence_dir.parent.name
+        versions = forgetting.forget_in_versions(cfg.model_name, run, users)
+        return {
+            "versions": len(versions),
+            "uploaded_predictions": evaluation.remove_predictions(uri, cfg.tracking.experiment),
+            "uploaded_reports": forgetting.remove_reports(uri, cfg.tracking.experiment, cfg.name),
+        }
 
     def register_model(self, run: Run, model_dir: Path) -> int:
         """Make the evaluated model in `model_dir` a new version; returns its number."""

@@ -42,6 +42,7 @@ from pipeline.sequences.upkeep.forgetting import (
     sweep_part,
     table_without,
 )
+from pipeline.sequences.upkeep.readers import run_folders
 from pipeline.sequences.workers import Workers, workers
 
 logger = logging.getLogger(__name__)
@@ -244,7 +245,8 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
 
     They go on a list first, so that no later build takes them in again. Then come parts, buckets,
     quarantine and tables, as a new version in the place of all that are kept, the report, the
-    exported events (live_logs), predictions of evaluations and recommended lists. Run again, it
+    exported events (live_logs), predictions of evaluations and recommended lists, those of runs
+    that were trained on these sequences too. Run again, it
     does what a killed run left and changes nothing else.
 
     Returns the rows that were removed, by where they were.
@@ -274,8 +276,11 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         # after the manifest, which knows them by their new digests
         removed["live_logs"] = _publish_files(exported)
 
+    folders = run_folders(cfg.run_dir)
     for name in ("predictions", "recommendations"):
-        files = sorted(cfg.run_dir.rglob(f"{name}/*.parquet"))
+        files = []
+        for run in folders:
+            files += sorted(run.rglob(f"{name}/*.parquet"))
         rewritten = _stage_files(files, users, "user_id", text=text)
         removed[name] = _publish_files(rewritten)
     return removed
