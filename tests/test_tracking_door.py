@@ -1,4 +1,4 @@
-"""Tracking has one door, so that another tracker in MLflow's place costs four files."""
+"""Tracking has one door, so that another tracker in MLflow's place costs five files."""
 
 import ast
 from pathlib import Path
@@ -22,13 +22,13 @@ def test_tracking_has_one_door(folder: str) -> None:
     assert breaches == []
 
 
-def test_mlflow_is_spoken_in_four_files() -> None:
+def test_mlflow_is_spoken_in_five_files() -> None:
     inside = ROOT / "pipeline" / "tracking"
     speakers = set()
     for path in inside.glob("*.py"):
         if any(name.split(".")[0] == "mlflow" for name in imported_names(path)):
             speakers.add(path.name)
-    assert speakers == {"server.py", "runs.py", "registry.py", "evaluation.py"}
+    assert speakers == {"server.py", "runs.py", "registry.py", "evaluation.py", "forgetting.py"}
 
 
 def imported_names(path: Path) -> list[str]:
