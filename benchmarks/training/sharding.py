@@ -1,13 +1,20 @@
-"""Sharded embedding tables: the same losses as whole ones, then what they cost, and 1 rank against
-all.
+"""Several GPUs of one host: the same losses however tables lie, then what sharded ones cost, and 1
+rank against all.
 
-    torchrun --nproc-per-node 2 -m benchmarks.training.sharding --table-gb 20      measure, on GPUs
-    if there are any → JSON python -m benchmarks.training.sharding --report FILE …
-    → the section of RESULTS.md
+    # measure, on GPUs if there are any → JSON; within ten minutes on a bare machine
+    torchrun --nproc-per-node 2 -m benchmarks.training.sharding --table-gb 20 --events 262144
+
+    # a try without GPUs
+    torchrun --nproc-per-node 2 -m benchmarks.training.sharding --tiny --out /tmp/tiny.json
+
+    # → the section of RESULTS.md
+    python -m benchmarks.training.sharding --report FILE …
 
 Random events; item ids are drawn evenly over the logarithm of their rank, as in Zipf's law, so that
 a batch holds many rare ones. Every rank has a batch of the same size: twice the ranks train on
-twice the events. What is measured for one rank runs on rank 0, while the others wait.
+twice the events. What is measured for one rank runs on rank 0, while the others wait. The cases
+named "loader" train from a store of sequences through `TrainLoader`, whose lengths differ; all
+others from batches made before. It needs neither Ray nor MLflow.
 """
 
 import argparse
@@ -15,23 +22,31 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.machine import environment
 from benchmarks.report import table, write_run, write_section
+from benchmarks.training.collate import NUM_ITEMS, bench_config, make_maps
+from benchmarks.training.cpu_step import StopAfter
+from benchmarks.training.feeding import publish
 from benchmarks.training.model import SEMI_LOCAL, model_config, random_batch, vocabulary
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.steps import step_plan
 from pipeline.config import RunConfig
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder
@@ -55,6 +70,8 @@ class Ranks:
         )
         if self.device != "cpu":
             torch.cuda.set_device(self.device)
+        # multicast over NVLink needs a driver that not every machine of several GPUs has set up
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         if self.size > 1:
             own = None if self.device == "cpu" else torch.device(self.device)
             backend = "gloo" if own is None else "nccl"
@@ -216,7 +233,7 @@ def resume(ranks: Ranks, table_gb: float) -> dict[str, Any]:
     """A run resumed twice at another number of ranks, against the unbroken run of one rank."""
     cfg, sizes = small_run(ranks, items=int(table_gb * 2**30 / (4 * 64)))
     cfg = with_train(cfg, tables=SHARDED, checkpoint_every=10)
-    folder = Path(tempfile.gettempdir()) / f"sharding-{os.environ.get('MASTER_PORT', 'alone')}"
+    folder = temporary_folder("resume")
     ranks.alone(lambda: shutil.rmtree(folder, ignore_errors=True))
     one = ranks.alone(lambda: run(cfg, sizes, ranks, alone=True, folder=folder / "one")[0])
     begin = time.perf_counter()
@@ -234,22 +251,28 @@ def resume(ranks: Ranks, table_gb: float) -> dict[str, Any]:
     return found
 
 
+def temporary_folder(name: str) -> Path:
+    """The same on all ranks."""
+    return Path(tempfile.gettempdir()) / f"{name}-{os.environ.get('MASTER_PORT', 'alone')}"
+
+
 # Times and bytes
 
 
 class Traffic:
-    """Bytes that this rank sends to others, counted where `torch.distributed` is called."""
+    """Messages of this rank, and the bytes that it sends to others in them, counted where
+    `torch.distributed` is called.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.sent = dict.fromkeys(("all_to_all_single", "all_gather", "all_reduce"), 0)
+        self.sent = dict.fromkeys(("all_to_all_single", "all_reduce"), 0)
+        self.messages = 0
 
     def __enter__(self) -> "Traffic":
         self.kept = {name: getattr(dist, name) for name in self.sent}
         for name in self.sent:
-            setattr(
-                dist, name, lambda *args, name=name, **options: self._call(name, *args, **options)
-            )
+            setattr(dist, name, partial(self._call, name))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,40 +280,111 @@ class Traffic:
             setattr(dist, name, call)
 
     def _call(self, name: str, *args: Any, **options: Any) -> Any:
-        others = self.ranks.size - 1
+        self.messages += 1
+        others, size = self.ranks.size - 1, self.ranks.size
         if name == "all_to_all_single":
-            _, tensor, _, split = args
-            self.sent[name] += (tensor.numel() - split[self.ranks.rank]) * tensor.element_size()
-        elif name == "all_gather":
-            self.sent[name] += args[1].nbytes * others
+            tensor, splits = args[1], args[3] if len(args) > 3 else None
+            own = tensor.numel() // size if splits is None else splits[self.ranks.rank]
+            self.sent[name] += (tensor.numel() - own) * tensor.element_size()
         else:  # as a ring does it
-            self.sent[name] += 2 * args[0].nbytes * others // self.ranks.size
+            self.sent[name] += 2 * args[0].nbytes * others // size
         return self.kept[name](*args, **options)
 
 
 def speed(
     cfg: RunConfig, sizes: dict[str, int], ranks: Ranks, alone: bool = False
 ) -> dict[str, Any]:
-    """Median over the lines of a run but the first two (compilation, the allocator's growth)."""
+    """A run over batches that were made before."""
     world_size = 1 if alone else ranks.size
+    sizes = sizes | {"events": sizes["events"] * world_size}
+    found = timed_run(lambda: run(cfg, sizes, ranks, alone)[0], sizes["steps"], ranks)
+    placed = {name: _placed(place) for name, place in _plan(cfg, sizes, world_size).items()}
+    return found | {"tables": placed}
+
+
+def timed_run(call: Callable[[], list[dict]], steps: int, ranks: Ranks) -> dict[str, Any]:
+    """Medians over the lines of a run but the first two (compilation, the allocator's growth)."""
     cuda = ranks.device != "cpu"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with Traffic(ranks) as traffic:
-        sizes = sizes | {"events": sizes["events"] * world_size}
-        lines, _ = run(cfg, sizes, ranks, alone)
-    lines = lines[2:]
-    return {
-        "step_ms": statistics.median(line["train/step_ms"] for line in lines),
-        "tokens_per_s": statistics.median(line["train/tokens_per_s"] for line in lines),
-        "data_wait_share": statistics.median(line["train/data_wait_share"] for line in lines),
-        "mb_sent_a_step": {
-            name: sent / sizes["steps"] / 2**20 for name, sent in traffic.sent.items()
-        },
-        "peak_gb": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "tables": {name: _placed(place) for name, place in _plan(cfg, sizes, world_size).items()},
-    }
+        lines = call()[2:]
+
+    names = "step_ms", "tokens_per_s", "data_wait_share", "message_wait_share"
+    found: dict[str, Any] = {}
+    for name in names:
+        found[name] = statistics.median(line[f"train/{name}"] for line in lines)
+    found["mb_sent_a_step"] = {name: sent / steps / 2**20 for name, sent in traffic.sent.items()}
+    found["messages_a_step"] = traffic.messages / steps
+    found["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return found
+
+
+def loader_config(options: argparse.Namespace, folder: Path, ranks: Ranks) -> RunConfig:
+    """A store in `folder` and how it is trained on, of `options.events` tokens a step and rank."""
+    cut = {"truncate_after_layer": max(options.layers // 3, 1), "truncate_to": 1024}
+    like = model_config(
+        {"attention": SEMI_LOCAL, **cut}, options.layers, options.heads, options.width
+    )
+    cfg = replace(bench_config(name="loader", runs_dir=str(folder)), model=like.model)
+    log_every = max(options.steps // 10, 1)
+    return with_train(
+        cfg,
+        precision="fp32" if ranks.device == "cpu" else "bf16",
+        use_gpu=ranks.device != "cpu",
+        lr=1e-4,
+        embedding_lr=1e-4,
+        warmup_steps=0,
+        batch_users=None,
+        batch_tokens=options.events,
+        max_targets_per_sequence=64,
+        epochs=1000,
+        log_every=log_every,
+        loader_process=True,
+        loader_threads=2,
+    )
+
+
+def publish_users(cfg: RunConfig, options: argparse.Namespace, ranks: Ranks) -> None:
+    """Users of `options.length` events, whose passes are enough for some ten steps of all ranks."""
+    mean_pass = (options.length + cfg.train.max_targets_per_sequence) / 2
+    passes = options.length / min(cfg.train.max_targets_per_sequence, options.length)
+    users = max(round(12 * ranks.size * options.events / mean_pass / passes), 16 * ranks.size)
+    publish(cfg.sequence_dir, cfg, np.full(users, options.length), num_buckets=4 * ranks.size)
+
+
+def loader_speed(
+    cfg: RunConfig, options: argparse.Namespace, ranks: Ranks, alone: bool = False
+) -> dict[str, Any]:
+    """A run from the store: the loop, loader and steps of a training."""
+    rank, world_size = (0, 1) if alone else (ranks.rank, ranks.size)
+    tokens = options.events * world_size
+    cfg = with_train(cfg, batch_tokens=tokens, num_workers=world_size, readers=world_size)
+    plan, lines = step_plan(cfg), []
+    maps = replace(
+        make_maps(),
+        item_codes=np.arange(NUM_ITEMS + 1, dtype=np.int32)[:, None],
+        vocab_sizes={"item_id": NUM_ITEMS + 1, "request.tab": 9, "request.hour": 25},
+        base_rates=dict.fromkeys(cfg.tasks, 0.3),
+        counts={},
+    )
+
+    def train() -> list[dict]:
+        loop.train(
+            cfg,
+            maps,
+            TrainLoader(cfg, maps, plan, rank, world_size),
+            "random",
+            rank=rank,
+            world_size=world_size,
+            device=ranks.device,
+            log=lambda step, values: lines.append(values),
+            wishes=StopAfter(options.steps),
+        )
+        return lines
+
+    return timed_run(train, options.steps, ranks) | {"tables": {}}
 
 
 def _plan(cfg: RunConfig, sizes: dict[str, int], world_size: int) -> dict[str, Any]:
@@ -342,7 +436,45 @@ def exchange(cfg: RunConfig, sizes: dict[str, int], ranks: Ranks) -> dict[str, f
 
 
 def measure(options: argparse.Namespace, ranks: Ranks) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and numbers, one case after another; on all ranks in the same order."""
+    """Name and numbers, one case after another; on all ranks in the same order.
+
+    No case begins after `options.minutes`: a machine is lent for so long.
+    """
+    for name, call in cases(options, ranks):
+        late = time.monotonic() > options.end
+        if not ranks.all(not late):
+            if ranks.rank == 0:
+                print(f"left out, no time: {name}", flush=True)
+            continue
+        yield name, call() or {}
+
+
+def cases(
+    options: argparse.Namespace, ranks: Ranks
+) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
+    if "loader" in options.only:
+        yield from loader_cases(options, ranks)
+    if "speed" in options.only:
+        yield from table_cases(options, ranks)
+
+
+def loader_cases(
+    options: argparse.Namespace, ranks: Ranks
+) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
+    folder = temporary_folder("loader")
+    cfg = loader_config(options, folder, ranks)
+    ranks.alone(lambda: shutil.rmtree(folder, ignore_errors=True))
+    ranks.alone(lambda: publish_users(cfg, options, ranks))
+
+    yield "1 rank, loader", lambda: ranks.alone(lambda: loader_speed(cfg, options, ranks, True))
+    if ranks.size > 1:
+        yield "all ranks, loader", lambda: loader_speed(cfg, options, ranks)
+    ranks.alone(lambda: shutil.rmtree(folder))
+
+
+def table_cases(
+    options: argparse.Namespace, ranks: Ranks
+) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
     sizes = {name: getattr(options, name) for name in ("events", "length", "candidates", "steps")}
     cut = {"truncate_after_layer": max(options.layers // 3, 1), "truncate_to": 1024}
     cfg = model_config(
@@ -352,22 +484,28 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> Iterator[tuple[str, di
     precision = "fp32" if ranks.device == "cpu" else "bf16"
     log_every = max(options.steps // 10, 1)
     cfg = with_train(cfg, precision=precision, log_every=log_every, epochs=1, shard_above_mb=2**30)
+    sharded = with_train(cfg, tables=SHARDED)
+    half = {"bf16_tables": ("item_id",), "host_state_tables": ("item_id",)}
     small = sizes | {"items": 100_000}
     large = sizes | {"items": int(options.table_gb * 2**30 / (4 * ITEM_DIM))}
-    half = {"bf16_tables": ("item_id",), "host_state_tables": ("item_id",)}
-    one = "1 rank"
-    yield f"{one}, small table", ranks.alone(lambda: speed(cfg, small, ranks, alone=True)) or {}
-    if ranks.size > 1:
-        yield "all ranks, small table replicated", speed(cfg, small, ranks)
-        yield "all ranks, small table sharded", speed(with_train(cfg, tables=SHARDED), small, ranks)
-    yield f"{one}, large table", ranks.alone(lambda: speed(cfg, large, ranks, alone=True)) or {}
-    if ranks.size > 1:
-        yield "all ranks, large table sharded", speed(with_train(cfg, tables=SHARDED), large, ranks)
+
+    def one(tables: dict[str, int]) -> dict[str, Any] | None:
+        return ranks.alone(lambda: speed(cfg, tables, ranks, alone=True))
+
+    several = ranks.size > 1
+    yield "1 rank, small table", lambda: one(small)
+    if several:
+        yield "all ranks, small table replicated", lambda: speed(cfg, small, ranks)
+        yield "all ranks, small table sharded", lambda: speed(sharded, small, ranks)
+    if options.table_gb <= options.most_gb:
+        yield "1 rank, large table", lambda: one(large)
+    if several:
+        yield "all ranks, large table sharded", lambda: speed(sharded, large, ranks)
         yield (
             "all ranks, large table sharded, bf16 rows, moments on the host",
-            speed(with_train(cfg, tables=SHARDED, **half), large, ranks),
+            lambda: speed(with_train(sharded, **half), large, ranks),
         )
-        yield "messages alone, large table", exchange(with_train(cfg, tables=SHARDED), large, ranks)
+        yield "messages alone, large table", lambda: exchange(sharded, large, ranks)
 
 
 def right(found: dict[str, Any]) -> bool:
@@ -383,13 +521,16 @@ def right(found: dict[str, Any]) -> bool:
     )
 
 
-def scaling(cases: dict[str, dict[str, Any]], size: str, placement: str) -> float | None:
-    """Tokens/s of all ranks over one rank's; None where either is missing."""
-    one, many = (
-        cases.get(f"1 rank, {size} table"),
-        cases.get(f"all ranks, {size} table {placement}"),
-    )
-    return many["tokens_per_s"] / one["tokens_per_s"] if one and many else None
+def verdict(found: dict[str, Any]) -> str:
+    """What was looked at before anything was timed, in a line."""
+    said = []
+    if equal := found.get("parity"):
+        said.append(f"sharded from whole {equal['sharded_from_whole']:.1e}")
+        said.append(f"two runs equal {equal['two_runs_equal']}")
+    if resumed := found.get("resume"):
+        said.append(f"resumed at {found['ranks']} ranks within {resumed['one_to_all']:.1e}")
+        said.append(f"and again at 1 within {resumed['one_to_all_to_one']:.1e}")
+    return f"{'right' if right(found) else 'WRONG'}: {', '.join(said) or 'not looked at'}"
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -397,26 +538,48 @@ def summary(found: dict[str, Any]) -> str:
     for name, case in found["cases"].items():
         if "step_ms" not in case:
             continue
+        of_one = times_one_rank(found["cases"], name)
         sent = sum(case["mb_sent_a_step"].values())
-        peak = "–" if case["peak_gb"] is None else f"{case['peak_gb']:.1f}"
         tables = sum(place["weight_bytes"] for place in case["tables"].values()) / 2**30
         cells = (
             f"{case['step_ms']:.1f}",
             f"{case['tokens_per_s']:,.0f}",
+            "–" if of_one is None else f"**{of_one:.2f}x**",
+            # runs from before they were counted
+            _share(case.get("message_wait_share")),
+            _share(case["data_wait_share"]),
             f"{sent:.1f}",
-            f"{tables:.2f}",
-            peak,
+            "–" if "messages_a_step" not in case else f"{case['messages_a_step']:.1f}",
+            "–" if not case["tables"] else f"{tables:.2f}",
+            "–" if case["peak_gb"] is None else f"{case['peak_gb']:.1f}",
         )
         rows.append([name, *cells])
     header = [
         "",
         "ms a step",
         "tokens/s",
+        "of one rank's",
+        "waiting for messages",
+        "for data",
         "MB sent a rank and step",
+        "messages",
         "GB of tables a rank",
         "peak GB",
     ]
     return table(header, rows)
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def times_one_rank(cases: dict[str, dict[str, Any]], name: str) -> float | None:
+    """Tokens/s over those of one rank with the same data; None where there is no such case."""
+    kinds = [kind for kind in ("small table", "large table", "loader") if kind in name]
+    one = cases.get(f"1 rank, {kinds[0]}")
+    if not one or name.startswith("1 rank"):
+        return None
+    return cases[name]["tokens_per_s"] / one["tokens_per_s"]
 
 
 def section(runs: list[dict[str, Any]]) -> str:
@@ -464,11 +627,6 @@ def times(found: dict[str, Any]) -> Iterator[str]:
         "steps of the training loop:"
     )
     yield summary(found)
-    kinds = ("small", "replicated"), ("small", "sharded"), ("large", "sharded")
-    ratios = {kind: scaling(cases, *kind) for kind in kinds}
-    ends = [f"{size} table {how} {ratio:.2f}x" for (size, how), ratio in ratios.items() if ratio]
-    if ends:
-        yield f"All ranks over one, tokens/s: {', '.join(ends)}."
     messages = cases.get("messages alone, large table")
     if messages:
         yield (
@@ -478,76 +636,86 @@ def times(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def main() -> None:
+PARTS = ["parity", "resume", "loader", "speed"]
+TINY = {
+    "events": 2048,
+    "length": 64,
+    "candidates": 4,
+    "steps": 10,
+    "layers": 2,
+    "heads": 2,
+    "width": 16,
+    "table_gb": 0.01,
+    "resume_gb": 0.001,
+}
+
+
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--table-gb", type=float, default=1.0, help="float32 rows of the large table"
-    )
-    parser.add_argument("--events", type=int, default=65536, help="of a rank's batch")
-    parser.add_argument("--length", type=int, default=4096, help="events a user")
-    parser.add_argument("--candidates", type=int, default=16, help="a user")
-    parser.add_argument("--steps", type=int, default=60, help="of a run")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128, help="of a head")
-    parser.add_argument(
-        "--resume-gb", type=float, default=0.01, help="of the table in the runs that are resumed"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=["parity", "resume", "speed"],
-        default=["parity", "resume", "speed"],
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON; sharding.json in $OUT, or under benchmarks/runs"
-    )
-    parser.add_argument(
-        "--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from them and end"
-    )
+    add = parser.add_argument
+    add("--table-gb", type=float, default=1.0, help="float32 rows of the large table")
+    add("--most-gb", type=float, default=40.0, help="of a table that one rank holds alone")
+    add("--events", type=int, default=65536, help="of a rank's batch")
+    add("--length", type=int, default=4096, help="events a user")
+    add("--candidates", type=int, default=16, help="a user")
+    add("--steps", type=int, default=60, help="of a run")
+    add("--layers", type=int, default=12)
+    add("--heads", type=int, default=4)
+    add("--width", type=int, default=128, help="of a head")
+    add("--resume-gb", type=float, default=0.01, help="of the table in the resumed runs")
+    add("--tiny", action="store_true", help="the sizes of a try without GPUs")
+    add("--only", nargs="+", choices=PARTS, default=PARTS)
+    add("--minutes", type=float, default=8.0, help="after which no case begins")
+    add("--out", type=Path, help="JSON; sharding.json in $OUT, or under benchmarks/runs")
+    add("--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md and end")
     options = parser.parse_args()
+    if options.tiny:
+        vars(options).update(TINY)
+    options.end = time.monotonic() + 60 * options.minutes
+    return options
+
+
+def main() -> None:
+    options = read_options()
     if options.report:
-        write_section(
-            "sharding", section([json.loads(file.read_text()) for file in options.report])
-        )
+        runs = [json.loads(file.read_text()) for file in options.report]
+        write_section("sharding", section(runs))
         return
+
     out = options.out or Path(os.environ.get("OUT", ROOT / "runs")) / "sharding.json"
     ranks = Ranks()
+    arguments = " ".join(sys.argv[1:])
     sizes = ("events", "length", "candidates", "steps", "layers", "heads", "width", "table_gb")
     found: dict[str, Any] = {
         "command": f"torchrun --nproc-per-node {ranks.size} -m benchmarks.training.sharding "
-        f"--table-gb {options.table_gb:g}",
+        f"{arguments}".strip(),
         "environment": environment(ranks.device.split(":")[0]),
         "ranks": ranks.size,
         "sizes": {name: getattr(options, name) for name in sizes},
         "cases": {},
     }
 
-    def keep() -> None:
+    def keep(name: str, numbers: dict[str, Any]) -> None:
+        """What is measured stays, whatever comes after."""
         if ranks.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
-            # what is measured stays, whatever comes after
             write_run(out, found)
+            print(name, json.dumps(numbers), flush=True)
 
-    for name, check in (
-        ("parity", parity),
-        ("resume", lambda ranks: resume(ranks, options.resume_gb)),
-    ):
+    checks = {"parity": parity, "resume": lambda ranks: resume(ranks, options.resume_gb)}
+    for name, check in checks.items():
         if name in options.only:
             found[name] = check(ranks)
-            keep()
-            if ranks.rank == 0:
-                print(name, json.dumps(found[name]), flush=True)
-    for name, numbers in measure(options, ranks) if "speed" in options.only else ():
+            keep(name, found[name])
+    for name, numbers in measure(options, ranks):
         found["cases"][name] = numbers
-        keep()
-        if ranks.rank == 0:
-            print(name, json.dumps(numbers), flush=True)
+        keep(name, numbers)
+
     if ranks.rank == 0:
-        print(summary(found), flush=True)
+        print(f"\n{verdict(found)}\n\n{summary(found)}", flush=True)
     if ranks.size > 1:
         dist.destroy_process_group()
     raise SystemExit(ranks.rank == 0 and not right(found))

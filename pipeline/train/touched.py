@@ -89,7 +89,7 @@ class TouchedRows:
         """Tell all ranks what the forward pass has looked up; `finish` waits for it."""
         with self.numbers.beside():
             self.flags.zero_()
-            self.flags[torch.cat(self.looked_up).long()] = 1
+            self.flags.index_fill_(0, torch.cat(self.looked_up).long(), 1)
             work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, async_op=True)
             self.read = self.numbers.ask(work, self._number_rows)
 

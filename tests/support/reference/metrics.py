@@ -37,8 +37,8 @@ RUN_METRICS = {
     "train/gflop_per_example": "Floating-point operations of a training target, forward and "
     "backward, in 10⁹.",
     "train/data_wait_share": "Share of the time that a worker waited for batches.",
-    "train/message_wait_share": "Share of the time in which nothing but a message of another worker "
-    "was waited for: of worker 0, on a GPU of the device.",
+    "train/message_wait_share": "Share of the time in which worker 0 waited for messages of others "
+    "and did nothing else; on a GPU that of the device.",
     "train/step_ms": "Mean time of a step, in milliseconds.",
 }
 SCORE_METRICS = {
