@@ -45,8 +45,10 @@ class GradientBuffer:
         return self.message[: self.size]
 
     def _set_views(self) -> None:
+        self.views: list[Tensor] = []
         for name, parameter in self.parameters.items():
             parameter.grad = self.message[self.places[name]].view_as(parameter)
+            self.views.append(parameter.grad)
 
     def zero(self) -> None:
         """Before `backward`, which adds to them."""

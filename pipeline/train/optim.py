@@ -177,8 +177,7 @@ class DenseAdamW:
         """
         self.flat.grad = self.buffer.dense
         self.flat.grad.div_(total)
-        grads = [parameter.grad for parameter in self.parameters.values()]
-        norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch.stack(torch._foreach_norm(self.buffer.views))  # pyright: ignore[reportPrivateImportUsage]
         whole = torch.linalg.vector_norm(norms)
         nn.utils.clip_grads_with_norm_([self.flat], max_norm, whole)
         return norms, whole
