@@ -6,8 +6,8 @@
         version = tracker.register_model(run, model_dir)
         decision = tracker.promote_version(version)
 
-Another tracker in MLflow's place is a new `server.py`, `runs.py`, `registry.py`, `evaluation.py` and
-`forgetting.py`: everything that speaks to MLflow is in those five.
+Another tracker in MLflow's place is a new `server.py`, `runs.py`, `registry.py`, `evaluation.py`
+and `forgetting.py`: everything that speaks to MLflow is in those five.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
