@@ -51,6 +51,17 @@ def some_visible(lengths, num_targets, seed=0):
     return torch.cat(rows).to(torch.int32)
 
 
+def some_oldest(visible, seed=0):
+    """The first position that each candidate sees beside the prefix, some behind all it sees."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(len(visible), generator=generator)
+    return (share * (visible + 3)).to(torch.int32)
+
+
+def some_extra(lengths):
+    return torch.arange(len(lengths), dtype=torch.int32) % 3 * 7
+
+
 def some_bias(total, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tables = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (50, 20))
@@ -122,6 +133,8 @@ def test_mask_examples():
     assert draw(semi_local_mask(8, 2, 1, 1, prefix=1)) == expected
     visible = torch.tensor([0, 4])
     assert draw(semi_local_mask(8, 2, 1, 1, 1, visible))[6:] == ["......1.", "1111...1"]
+    oldest = torch.tensor([0, 3])
+    assert draw(semi_local_mask(8, 2, 1, 1, 1, visible, oldest))[6:] == ["......1.", "1..1...1"]
 
 
 def test_time_buckets_are_logarithmic():
@@ -131,7 +144,7 @@ def test_time_buckets_are_logarithmic():
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("extra", ["plain", "visible", "bias", "visible and bias"])
+@pytest.mark.parametrize("extra", ["plain", "visible", "bias", "visible and bias", "visible from"])
 def test_blocked_equals_reference(name, extra):
     lengths, counts, mask = CASES[name]
     counts = counts if counts is not None else [0] * len(lengths) if "visible" in extra else None
@@ -139,6 +152,9 @@ def test_blocked_equals_reference(name, extra):
     options = {**mask, "num_targets": num_targets}
     if "visible" in extra and counts:
         options["target_visible"] = some_visible(lengths, counts)
+    if "from" in extra and counts:
+        options["target_from"] = some_oldest(options["target_visible"])
+        options["extra_full_rows"] = some_extra(lengths)
     if "bias" in extra:
         options["bias"] = some_bias(sum(lengths))
     if not lengths:

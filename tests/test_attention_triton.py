@@ -30,7 +30,14 @@ from kernels.semi_local_attention.triton_autograd import (
 )
 from kernels.semi_local_attention.triton_tiles import KEY_PARTS, ROW_PARTS
 from kernels.semi_local_attention.types import RelativeBias, time_bucket
-from tests.test_attention import make_inputs, run, some_bias, some_visible
+from tests.test_attention import (
+    make_inputs,
+    run,
+    some_bias,
+    some_extra,
+    some_oldest,
+    some_visible,
+)
 
 CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
     "causal, odd widths": ([23, 0, 30], None, {}, False, False, (25, 9)),
@@ -61,6 +68,16 @@ CASES = {  # lengths, candidates, mask, visible lengths, bias, (d_qk, d_v)
     ),
     "bias": ([41, 7], [10, 2], {"window": 12, "full_rows": 5, "prefix": 2}, True, True, (16, 16)),
     "bias, causal": ([37], None, {}, False, True, (16, 16)),
+    "from": ([0, 30, 45], [0, 1, 5], {"window": 5, "full_rows": 2}, "from", False, (8, 16)),
+    "from, prefix in parts": (
+        [44, 19],
+        [18, 19],
+        {"window": 3, "full_rows": 0, "prefix": 18},
+        "from",
+        False,
+        (8, 16),
+    ),
+    "from, causal and biased": ([35, 7], [17, 2], {"prefix": 2}, "from", True, (16, 16)),
 }
 
 
@@ -95,11 +112,14 @@ def test_interpreted_kernels_equal_the_reference(name):
         lengths, counts, d_qk=d_qk, d_v=d_v, heads=1 if has_bias else 2
     )
     visible = some_visible(lengths, counts) if has_visible else None
+    more = {}
+    if has_visible == "from":
+        more = {"target_from": some_oldest(visible), "extra_full_rows": some_extra(lengths)}
     bias = some_bias(sum(lengths)) if has_bias else None
-    options = {**mask, "num_targets": num_targets, "target_visible": visible}
+    options = {**mask, **more, "num_targets": num_targets, "target_visible": visible}
     truth = run(tensors, offsets, backend="reference", bias=bias, **options)
     sizes = mask.get("window"), mask.get("full_rows", 0), mask.get("prefix", 0)
-    plan = TritonPlan(offsets, num_targets, visible, sum(lengths), max(lengths), *sizes)
+    plan = TritonPlan(offsets, num_targets, visible, sum(lengths), max(lengths), *sizes, **more)
     for got, expected in zip(run_triton(tensors, plan, bias), truth, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     most_parts = 1

@@ -30,6 +30,7 @@ class Case:
     d_qk: int = 128
     d_v: int = 128
     bias: bool = False
+    own_view: bool = False  # each candidate its own oldest key, each sequence its own full rows
     gap_ms: int = 7_200_000  # with a bias, events are up to so far apart
     asked_ms: int = 0  # and rows ask about times up to three times this before or after their own
     dtype: str = "bfloat16"
@@ -39,6 +40,7 @@ class Case:
             f"{len(self.lengths)} sequences" if len(self.lengths) > 4 else str(list(self.lengths))
         )
         extra = f"{' visible ' + self.visible if self.visible else ''}"
+        extra += " own view" if self.own_view else ""
         if self.bias:
             extra += f" bias, {self.gap_ms} ms apart, asked {self.asked_ms} ms off"
         return (
@@ -82,7 +84,14 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
             pairs = zip(case.lengths, case.num_targets, strict=True)
             rows = [torch.randint(0, n - c + 1, (c,), generator=host) for n, c in pairs]
             rows = rows if case.visible == "random" else [row.sort().values for row in rows]
-            options["target_visible"] = torch.cat(rows).to(torch.int32).to(DEVICE)
+            visible = torch.cat(rows).to(torch.int32)
+            options["target_visible"] = visible.to(DEVICE)
+            if case.own_view:  # at times behind all that a candidate sees
+                share = torch.rand(len(visible), generator=host)
+                options["target_from"] = (share * (visible + 3)).to(torch.int32).to(DEVICE)
+    if case.own_view:
+        extra = torch.arange(len(case.lengths), dtype=torch.int32) * 37 % 100
+        options["extra_full_rows"] = extra.to(DEVICE)
     bias = None
     if case.bias:
         tables = (
@@ -147,7 +156,24 @@ def parity_cases() -> list[Case]:
         replace(days, gap_ms=16 * 86_400_000, asked_ms=2**36),
         replace(days, gap_ms=500, asked_ms=0),
     ]
-    return cases
+    return cases + own_view_cases()
+
+
+def own_view_cases() -> list[Case]:
+    """A lower bound for each candidate beside the upper one, and full rows by sequence."""
+    semi, prefixed = {"window": 100, "full_rows": 50}, {"window": 100, "full_rows": 50, "prefix": 3}
+    cases = [
+        Case((1000, 77, 512), (100, 7, 0), semi, "random", heads=2),
+        Case((1000, 77, 512), (100, 77, 512), prefixed, "random", heads=2),
+        Case((3000, 200), (300, 0), {"window": 0, "full_rows": 7, "prefix": 70}, "random", heads=2),
+        Case((2500, 300), (500, 3), {"prefix": 2}, "sorted", heads=2),
+        Case((200,) * 20, (50,) * 20, {"window": 64, "prefix": 2}, "sorted", heads=2),
+        Case((16384 + 512,), (512,), SEMI_LOCAL, "sorted", heads=1),
+        Case((2500, 300), (500, 3), prefixed, "random", heads=2, d_qk=50, d_v=50, bias=True),
+    ]
+    cases += [replace(cases[1], d_qk=d, d_v=d) for d in (32, 64, 256)]
+    cases += [replace(cases[1], dtype=dtype) for dtype in ("float16", "float32")]
+    return [replace(case, own_view=True) for case in cases]
 
 
 def sizes_of_bias_terms(batch: Batch) -> list[Tensor]:
@@ -166,11 +192,14 @@ def sizes_of_bias_terms(batch: Batch) -> list[Tensor]:
 
     offsets = batch.offsets.tolist()
     counts, visible = options.get("num_targets"), options.get("target_visible")
+    oldest, extra = options.get("target_from"), options.get("extra_full_rows")
     counts = [0] * (len(offsets) - 1) if counts is None else counts.tolist()
+    extra = [0] * len(counts) if extra is None else extra.tolist()
     first_candidate = 0
-    for begin, end, count in zip(offsets[:-1], offsets[1:], counts, strict=True):
-        rows = slice(begin, end)
-        seen = None if visible is None else visible[first_candidate : first_candidate + count]
+    for i, (begin, end, count) in enumerate(zip(offsets[:-1], offsets[1:], counts, strict=True)):
+        rows, candidates = slice(begin, end), slice(first_candidate, first_candidate + count)
+        seen = None if visible is None else visible[candidates]
+        first = None if oldest is None else oldest[candidates]
         first_candidate += count
 
         # the slope of SiLU at every score
@@ -181,8 +210,9 @@ def sizes_of_bias_terms(batch: Batch) -> list[Tensor]:
 
         # the sizes of the products that meet there
         sizes = torch.einsum("qhv,khv->hqk", batch.grad[rows].abs(), batch.v[rows].abs())
-        mask_sizes = options.get("window"), options.get("full_rows", 0), options.get("prefix", 0)
-        mask = semi_local_mask(end - begin, count, *mask_sizes, seen).to(DEVICE)
+        full_rows = options.get("full_rows", 0) + extra[i]
+        mask_sizes = options.get("window"), full_rows, options.get("prefix", 0)
+        mask = semi_local_mask(end - begin, count, *mask_sizes, seen, first).to(DEVICE)
         sizes = (sizes * slope.abs() * mask).sum(0) / options["scaling_seq_len"]
 
         of_sequence = torch.autograd.grad(added, tables, sizes)
@@ -327,8 +357,9 @@ def smoke_checks() -> list[Check]:
     )
     biased = replace(tiny, mask={}, visible="", bias=True)
     days = replace(biased, gap_ms=16 * 86_400_000, asked_ms=2**36)
+    own = replace(tiny, own_view=True)
     return [
-        *((check_parity, case) for case in (tiny, biased, days)),
+        *((check_parity, case) for case in (tiny, biased, days, own)),
         (check_cached, torch.float32, (20, 0, 7), (5, 1, 2), 1, 16),
         (check_contained, replace(tiny, lengths=(9, 7, 12), num_targets=(2, 1, 0)), math.nan),
     ]

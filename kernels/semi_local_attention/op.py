@@ -29,6 +29,8 @@ from kernels.semi_local_attention.torch_blocked import (
 from kernels.semi_local_attention.types import QueryRows, RelativeBias
 
 Plan = TypeVar("Plan")
+# num_targets, target_visible, target_from, extra_full_rows: what the mask knows of each sequence
+MaskTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 TRITON_TYPES = torch.float16, torch.bfloat16, torch.float32
 # id of seq_offsets → it, mask → (versions, tensors it was made of, plan)
 _plans: dict[int, tuple[ref, dict]] = {}
@@ -51,17 +53,16 @@ def _check_inputs(
     k: Tensor,
     v: Tensor,
     seq_offsets: Tensor,
-    num_targets: Tensor | None,
-    target_visible: Tensor | None,
+    tensors: MaskTensors,
     mask: tuple[int | None, int, int],
     scaling_seq_len: int,
 ) -> None:
     """What can be told without reading values."""
-    given = [x for x in (q, k, v, seq_offsets, num_targets, target_visible) if x is not None]
+    given = [x for x in (q, k, v, seq_offsets, *tensors) if x is not None]
     dtypes, devices = tuple([x.dtype for x in given]), tuple([x.device for x in given])
-    targets = None if num_targets is None else num_targets.shape
-    shapes = q.shape, k.shape, v.shape, seq_offsets.shape, targets
-    _check(*shapes, target_visible is not None, dtypes, devices, *mask, scaling_seq_len)
+    sizes = tuple([None if x is None else x.shape for x in tensors])
+    shapes = q.shape, k.shape, v.shape, seq_offsets.shape
+    _check(*shapes, sizes, dtypes, devices, *mask, scaling_seq_len)
 
 
 @lru_cache(1024)  # a model asks the same of every layer
@@ -70,8 +71,7 @@ def _check(
     k: torch.Size,
     v: torch.Size,
     offsets: torch.Size,
-    targets: torch.Size | None,
-    has_visible: bool,
+    sizes: tuple[torch.Size | None, ...],  # of MaskTensors
     dtypes: tuple[torch.dtype, ...],
     devices: tuple[torch.device, ...],
     window: int | None,
@@ -87,13 +87,7 @@ def _check(
     _require(same, f"q, k, v must have one float type, got {dtypes[:3]}")
     fits = dtypes[3] == torch.int64 and len(offsets) == 1
     _require(fits, f"seq_offsets must be int64 [B + 1], got {dtypes[3]} {tuple(offsets)}")
-    batch = offsets[0] - 1
-    if targets is not None:
-        _require(
-            targets == (batch,),
-            f"num_targets must be [{batch}], one per sequence, got {tuple(targets)}",
-        )
-    _require(targets is not None or not has_visible, "target_visible needs num_targets")
+    _check_mask_tensors(offsets[0] - 1, *sizes)
     _require(
         window is None or window >= 0,
         f"window must be a distance of 0 or more, or None, got {window}",
@@ -107,14 +101,26 @@ def _check(
     )
 
 
+def _check_mask_tensors(
+    batch: int,
+    targets: torch.Size | None,
+    visible: torch.Size | None,
+    begin: torch.Size | None,
+    extra: torch.Size | None,
+) -> None:
+    for name, size in (("num_targets", targets), ("extra_full_rows", extra)):
+        if size is not None:
+            fits = size == (batch,)
+            _require(fits, f"{name} must be [{batch}], one per sequence, got {tuple(size)}")
+    _require(targets is not None or visible is None, "target_visible needs num_targets")
+    _require(begin is None or begin == visible, "target_from must be as long as target_visible")
+
+
 def _check_lengths(
-    num_tokens: int,
-    seq_offsets: Tensor,
-    max_seq_len: int,
-    num_targets: Tensor | None,
-    target_visible: Tensor | None,
+    num_tokens: int, seq_offsets: Tensor, max_seq_len: int, tensors: MaskTensors
 ) -> None:
     """What reads values; on a GPU this would wait for the device, so it is for CPUs."""
+    num_targets, target_visible, _, extra_full_rows = tensors
     length = seq_offsets.diff()
     ends = int(seq_offsets[0]), int(seq_offsets[-1])
     _require(
@@ -138,6 +144,8 @@ def _check_lengths(
         _require(
             given == total, f"target_visible must be [{total}], one per candidate, got [{given}]"
         )
+    if extra_full_rows is not None:
+        _require(bool((extra_full_rows >= 0).all()), "extra_full_rows must be 0 or more")
 
 
 def _shared_plan(
@@ -167,20 +175,29 @@ def triton_plan(
     num_tokens: int,
     seq_offsets: Tensor,
     max_seq_len: int,
-    num_targets: Tensor | None,
-    target_visible: Tensor | None,
+    tensors: MaskTensors,
     window: int | None,
     full_rows: int,
     prefix: int,
 ):
     """The `TritonPlan` of a batch and a mask, one for all layers."""
-    mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
+    mask = window, full_rows, prefix
 
     def build_plan():
         # where Triton is not installed, CPUs still work
         from kernels.semi_local_attention.plan import TritonPlan
 
-        return TritonPlan(seq_offsets.detach(), *tensors, num_tokens, max_seq_len, *mask)
+        num_targets, target_visible, target_from, extra_full_rows = tensors
+        return TritonPlan(
+            seq_offsets.detach(),
+            num_targets,
+            target_visible,
+            num_tokens,
+            max_seq_len,
+            *mask,
+            target_from=target_from,
+            extra_full_rows=extra_full_rows,
+        )
 
     return _shared_plan(seq_offsets, ("triton", *mask), tensors, build_plan)
 
@@ -214,6 +231,8 @@ def semi_local_attention(
     max_seq_len: int,
     num_targets: Tensor | None = None,
     target_visible: Tensor | None = None,
+    target_from: Tensor | None = None,
+    extra_full_rows: Tensor | None = None,
     window: int | None = None,
     full_rows: int = 0,
     prefix: int = 0,
@@ -229,7 +248,9 @@ def semi_local_attention(
 
     `seq_offsets` int64 [B + 1]; `num_targets` int [B]: the last tokens of each sequence that are
     candidates; `target_visible` int32 [num_targets.sum()]: a candidate sees the positions below it
-    (context counted) and itself; `window` None is plain causal. `out_dtype` is q's by default;
+    (context counted) and itself; `target_from`, as long: of these only the prefix and the positions
+    from it on; `extra_full_rows` int [B]: so many rows of each sequence more than `full_rows` are
+    full; `window` None is plain causal. `out_dtype` is q's by default;
     float32 keeps the sums of half-precision inputs whole. With `query_rows` only those tokens ask,
     q and the result are [R, H, ·], and the backend is the blocked PyTorch form. `"auto"` is Triton
     for CUDA tensors and the blocked PyTorch form on the CPU.
@@ -238,17 +259,19 @@ def semi_local_attention(
         ValueError: on shapes, types and mask numbers that do not fit; on lengths too where tensors
         are on the CPU.
     """
-    mask, tensors = (window, full_rows, prefix), (num_targets, target_visible)
+    mask = window, full_rows, prefix
+    tensors = num_targets, target_visible, target_from, extra_full_rows
     asking = q_THD if query_rows is None else _check_rows(q_THD, k_THD, query_rows, backend)
-    _check_inputs(asking, k_THD, v_THV, seq_offsets, *tensors, mask, scaling_seq_len)
+    _check_inputs(asking, k_THD, v_THV, seq_offsets, tensors, mask, scaling_seq_len)
     if not q_THD.is_cuda:
-        _check_lengths(len(k_THD), seq_offsets, max_seq_len, *tensors)
+        _check_lengths(len(k_THD), seq_offsets, max_seq_len, tensors)
 
     qkv = q_THD, k_THD, v_THV
     rest = {"bias": bias, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     if backend == "reference":
-        named = {"num_targets": num_targets, "target_visible": target_visible, "window": window}
-        named |= {"full_rows": full_rows, "prefix": prefix}
+        named = {"num_targets": num_targets, "target_visible": target_visible}
+        named |= {"target_from": target_from, "extra_full_rows": extra_full_rows}
+        named |= {"window": window, "full_rows": full_rows, "prefix": prefix}
         out = semi_local_attention_reference(*qkv, seq_offsets, **named, **rest)
         return out.to(out_dtype or q_THD.dtype)
 
@@ -256,7 +279,7 @@ def semi_local_attention(
         _require_triton(q_THD, v_THV.shape[2])
         from kernels.semi_local_attention.triton_autograd import semi_local_attention_triton
 
-        plan = triton_plan(len(q_THD), seq_offsets, max_seq_len, *tensors, *mask)
+        plan = triton_plan(len(q_THD), seq_offsets, max_seq_len, tensors, *mask)
         return semi_local_attention_triton(*qkv, plan, out_dtype=out_dtype, **rest)
 
     known = backend in ("auto", "torch")
@@ -276,7 +299,7 @@ def _check_rows(q_RHD: Tensor, k_THD: Tensor, rows: QueryRows, backend: Backend)
 
 def _tile_plan(
     seq_offsets: Tensor,
-    tensors: tuple[Tensor | None, Tensor | None],
+    tensors: MaskTensors,
     mask: tuple[int | None, int, int],
     query_rows: QueryRows | None,
 ) -> TilePlan:

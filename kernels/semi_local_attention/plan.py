@@ -80,6 +80,8 @@ class TritonPlan:
     full_rows: int
     prefix: int
     cached: bool = False
+    target_from: Tensor | None = None
+    extra_full_rows: Tensor | None = None
     lists: dict[tuple[bool, int, int, int], TileList] = field(default_factory=dict)
     problems: dict[tuple, Any] = field(default_factory=dict)  # of `triton_launch.find_problem`
 
@@ -103,41 +105,43 @@ def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -
     """
     offsets, device = plan.seq_offsets, plan.seq_offsets.device
     num_sequences = len(offsets) - 1
-    extra = cdiv(tile_table.SPLIT_PROGRAMS, heads)
-    capacity = _list_capacity(plan, keys, tile, extra)
+    num_parts = cdiv(tile_table.SPLIT_PROGRAMS, heads)
+    capacity = _list_capacity(plan, keys, tile, num_parts)
 
     # the tiles first, so that their entries are aligned whatever the number of sequences
     sizes = [capacity * ENTRY, 2, 3 * num_sequences]
     flat = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     tiles, header, first = flat.split(sizes)
-    arrived = torch.zeros(2 * extra * heads, dtype=torch.int32, device=device)
+    arrived = torch.zeros(2 * num_parts * heads, dtype=torch.int32, device=device)
 
     targets = offsets if plan.num_targets is None else plan.num_targets
+    extra = offsets if plan.extra_full_rows is None else plan.extra_full_rows
     constants = {
         "BANDED": plan.window is not None,
+        "EXTRA": plan.window is not None and plan.extra_full_rows is not None,
         "CANDIDATES": plan.num_targets is not None,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
     }
-    _count_tiles(plan, keys, heads, (offsets, targets, header, first), constants)
-    _write_tiles(plan, keys, (offsets, targets, header, first, tiles), constants)
+    _count_tiles(plan, keys, heads, (offsets, targets, extra, header, first), constants)
+    _write_tiles(plan, keys, (offsets, targets, extra, header, first, tiles), constants)
 
-    workspace = Workspace(capacity, 2 * extra, device, arrived)
+    workspace = Workspace(capacity, 2 * num_parts, device, arrived)
     return TileList(tiles, header, capacity, workspace)
 
 
-def _list_capacity(plan: TritonPlan, keys: bool, tile: AttentionTile, extra: int) -> int:
+def _list_capacity(plan: TritonPlan, keys: bool, tile: AttentionTile, num_parts: int) -> int:
     """Entries that any lengths with the plan's number of tokens and sequences fit into.
 
     These are whole tiles, a broken tile for each kind and sequence, and the parts of cut tiles, of
-    which `count_tiles` allows `extra` beyond one per tile.
+    which `count_tiles` allows `num_parts` beyond one per tile.
     """
     whole = plan.num_tokens // (tile.keys if keys else tile.rows)
     kinds = 1
     if not plan.cached:
         has_band = plan.window is not None and not keys
         kinds += (plan.num_targets is not None) + has_band
-    return whole + kinds * (len(plan.seq_offsets) - 1) + extra
+    return whole + kinds * (len(plan.seq_offsets) - 1) + num_parts
 
 
 def _count_tiles(
@@ -172,7 +176,7 @@ def _write_tiles(
     plan: TritonPlan, keys: bool, tensors: tuple[Tensor, ...], constants: dict
 ) -> None:
     num_sequences = len(plan.seq_offsets) - 1
-    offsets, targets, header, first, tiles = tensors
+    offsets, targets, extra, header, first, tiles = tensors
     tile_length = constants["BLOCK_N" if keys else "BLOCK_M"]
     longest = plan.max_seq_len // tile_length + 2
     block = max(16, min(128, next_power_of_2(longest)))
@@ -180,7 +184,7 @@ def _write_tiles(
     if keys:
         kernel, warps = triton_tiles.write_key_tiles, 2
         visible = offsets if plan.target_visible is None else plan.target_visible
-        tensors = offsets, targets, visible, header, first, tiles
+        tensors = offsets, targets, extra, visible, header, first, tiles
         fixed = plan.full_rows, plan.prefix
         of_kernel = {"VISIBLE": plan.target_visible is not None, "BLOCK_E": block}
     else:

@@ -19,14 +19,25 @@ def semi_local_mask(
     full_rows: int,
     prefix: int = 0,
     target_visible: Tensor | None = None,
+    target_from: Tensor | None = None,
 ) -> Tensor:
     """[length, length] bool, where a row may see a column: ULTRA-HSTU, arXiv:2602.16986, eq. 6-7,
     plus a prefix.
 
     History rows see at most `window` positions back, the newest `full_rows` of them everything
     before, and all of them the oldest `prefix` positions. Candidates, the last `num_targets` rows,
-    see themselves and the history, or of it
-    the first `target_visible` [num_targets] positions.
+    see themselves and the history, or of it the first `target_visible` [num_targets] positions, and
+    of these the prefix and those from `target_from` [num_targets] on.
+
+        length 6, 2 candidates, window 1, full_rows 1, prefix 1, visible 3 and 4, from 2 and 0
+
+        k      0 1 2 3 4 5
+        q=0    1 . . . . .    the prefix
+        q=1    1 1 . . . .
+        q=2    1 1 1 . . .    the prefix and the window
+        q=3    1 1 1 1 . .    the full row
+        q=4    1 . 1 . 1 .    the prefix, 2 to 2, itself
+        q=5    1 1 1 1 . 1    everything, itself
     """
     u = length - num_targets
     device = None if target_visible is None else target_visible.device
@@ -39,7 +50,12 @@ def semi_local_mask(
     visible = torch.full((length, 1), u, device=device)
     if target_visible is not None:
         visible[u:, 0] = target_visible.clamp(0, u)
-    return torch.where(q >= u, (k < visible) | (k == q), history)
+    seen = k < visible
+    if target_from is not None:
+        oldest = torch.zeros((length, 1), dtype=torch.int64, device=device)
+        oldest[u:, 0] = target_from.to(torch.int64)
+        seen = seen & ((k >= oldest) | (k < prefix))
+    return torch.where(q >= u, seen | (k == q), history)
 
 
 def relative_bias(
@@ -65,6 +81,8 @@ def semi_local_attention_reference(
     *,
     num_targets: Tensor | None,
     target_visible: Tensor | None,
+    target_from: Tensor | None,
+    extra_full_rows: Tensor | None,
     window: int | None,
     full_rows: int,
     prefix: int,
@@ -77,18 +95,17 @@ def semi_local_attention_reference(
     """
     offsets = seq_offsets.tolist()
     counts = [0] * (len(offsets) - 1) if num_targets is None else num_targets.tolist()
+    extra = [0] * len(counts) if extra_full_rows is None else extra_full_rows.tolist()
     outputs, first_candidate = [], 0
-    for begin, end, count in zip(offsets[:-1], offsets[1:], counts, strict=True):
+    for i, (begin, end, count) in enumerate(zip(offsets[:-1], offsets[1:], counts, strict=True)):
         rows = slice(begin, end)
-        visible = (
-            None
-            if target_visible is None
-            else target_visible[first_candidate : first_candidate + count]
-        )
+        candidates = slice(first_candidate, first_candidate + count)
         first_candidate += count
-        mask = semi_local_mask(end - begin, count, window, full_rows, prefix, visible).to(
-            q_THD.device
-        )
+        visible = None if target_visible is None else target_visible[candidates]
+        oldest = None if target_from is None else target_from[candidates]
+        full = full_rows + extra[i]
+        mask = semi_local_mask(end - begin, count, window, full, prefix, visible, oldest)
+        mask = mask.to(q_THD.device)
         score = torch.einsum("qhd,khd->hqk", q_THD[rows], k_THD[rows]) * attn_alpha
         if bias is not None:
             score = score + relative_bias(bias, rows, count, visible).to(score.dtype)

@@ -143,6 +143,8 @@ def plan_tiles(
     seq_offsets: Tensor,
     num_targets: Tensor | None,
     target_visible: Tensor | None,
+    target_from: Tensor | None,
+    extra_full_rows: Tensor | None,
     window: int | None,
     full_rows: int,
     prefix: int,
@@ -170,19 +172,22 @@ def plan_tiles(
     # the keys of each row
     u = (length if num_targets is None else length - num_targets)[seq, None]
     is_candidate = valid & (position >= u)
+    number = None
+    if num_targets is not None:  # candidates are numbered through the batch
+        first = (num_targets.cumsum(0) - num_targets)[seq, None]
+        number = (first + position - u)[is_candidate]
+
     visible = u.expand(-1, size).clone()
     if target_visible is not None:
-        seen = target_visible.to(torch.int64).clamp(min=0)
-        if query_rows is not None:  # candidates are numbered through the batch
-            assert num_targets is not None
-            first = (num_targets.cumsum(0) - num_targets)[seq, None]
-            seen = seen[(first + position - u)[is_candidate]]
+        seen = target_visible.to(torch.int64).clamp(min=0)[number]
         visible[is_candidate] = torch.minimum(seen, visible[is_candidate])
     high = torch.where(valid, torch.where(is_candidate, visible - 1, position), -1)
     low = torch.zeros_like(position)
     if window is not None:
-        banded = position < u - full_rows
-        low = torch.where(banded, position - window, 0)
+        full = full_rows if extra_full_rows is None else full_rows + extra_full_rows[seq, None]
+        low = torch.where(position < u - full, position - window, 0)
+    if target_from is not None:  # above `high` where a candidate sees the prefix alone
+        low[is_candidate] = target_from.to(torch.int64).clamp(min=0)[number]
 
     pairs = _tile_pairs(low, high, seq, keys, prefix)
     own_row, own = rows.index[is_candidate], token[is_candidate]
@@ -196,7 +201,8 @@ def _tile_pairs(
     size = low.shape[1]
 
     # key tiles of each row tile: of the prefix, and of the range behind it
-    oldest = torch.where(high >= 0, low, high.max(1, keepdim=True).values).amin(1)
+    newest = high.max(1, keepdim=True).values
+    oldest = torch.where(high >= 0, torch.minimum(low, high), newest).amin(1)
     first = oldest.clamp(min=0) // size
     count = (high.amax(1) // size - first + 1).clamp(min=0)
     prefix_tiles = (prefix + size - 1) // size

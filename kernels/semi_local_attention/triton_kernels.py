@@ -12,7 +12,8 @@ that are numbered through:
     FULL                                         0 1 2 3 4 ..
     CANDIDATE                                    0 1 2 3 4 ..        n
 
-A BAND tile's range begins `window` before its first row, the others' at the start of the sequence.
+A BAND tile's range begins `window` before its first row, the others' at the start of the sequence;
+that of candidates which see no further back than `oldest` (FROM) there, behind the prefix.
 Only blocks that touch an edge of the mask are masked.
 
 SiLU attention has no row statistics: sums over any parts of the keys simply add. Tiles with many
@@ -211,9 +212,9 @@ def _is_last(arrived, parts):
 
 @triton.jit
 def _row_tile(
-    row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
-    VISIBLE: tl.constexpr,
+    row, row_end, start, history_end, kind, target, visible, oldest, window, prefix,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr,
 ):  # fmt: skip
     """What a row tile visits: blocks of the prefix, of its own range, and of its own rows, numbered
     through.
@@ -243,15 +244,26 @@ def _row_tile(
                 high = tl.where(rows < row_end, high, tl.max(tl.where(rows < row_end, high, 0), 0))
                 key_end = tl.max(high, 0) + 1
                 high_all = tl.min(high, 0)
+
+            if FROM:  # an oldest key of its own, beside the prefix
+                first = tl.load(
+                    oldest + target + tl.arange(0, BLOCK_M), mask=rows < row_end, other=FAR
+                )
+                low = start + tl.minimum(tl.maximum(first, 0), FAR)
+                low_all = tl.max(tl.where(rows < row_end, low, start), 0)
+                key = tl.minimum(tl.min(low, 0), key_end)
     prefix_blocks = 0
 
     if HAS_PREFIX:
-        if kind == BAND:
+        skips = kind == BAND  # keys between the prefix and its range
+        if FROM:
+            skips = skips | (kind == CANDIDATE)
+        if skips:
             if key <= start + prefix:
                 key = start
             else:
                 prefix_blocks = tl.cdiv(prefix, BLOCK_N)
-    range_blocks = tl.cdiv(key_end - key, BLOCK_N)
+    range_blocks = tl.cdiv(tl.maximum(key_end - key, 0), BLOCK_N)
 
     return rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks
 
@@ -401,11 +413,13 @@ def forward(
     out,  # [T, H, V]
     partial,  # float32 [slots, H, BLOCK_M, V]
     arrived,  # int32 [slots, H], zeros
-    tiles, header, visible, num_tokens, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
-    stride_vh, num_positions, num_times, reach, window, prefix, alpha, scale, HEADS: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    tiles, header, visible, oldest, num_tokens, stride_qt, stride_qh, stride_kt, stride_kh,
+    stride_vt, stride_vh, num_positions, num_times, reach, window, prefix, alpha, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr,
+    BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):  # fmt: skip
     # the heads of a tile share DRAM pages
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -416,8 +430,8 @@ def forward(
         return
 
     rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
-        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N,
-        HAS_PREFIX, CANDIDATES, VISIBLE
+        row, row_end, start, history_end, kind, target, visible, oldest, window, prefix, BLOCK_M,
+        BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, FROM
     )  # fmt: skip
     begin, crossing, end = _part_of(
         prefix_blocks + range_blocks + own_blocks,
@@ -648,12 +662,13 @@ def backward_queries(
     sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
     d_position, d_time,  # int64 [P], [N, BLOCK_M]: by row, so that few wait for each other
     per_unit,  # float32 [1]: how many units of the two make 1
-    partial, arrived, tiles, header, visible, num_tokens, stride_qt, stride_qh, stride_kt,
+    partial, arrived, tiles, header, visible, oldest, num_tokens, stride_qt, stride_qh, stride_kt,
     stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, num_positions, num_times, reach, window,
     prefix, alpha, scale, stride_dq, stride_slope, stride_sums, HEADS: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr,
+    BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    ON_GPU: tl.constexpr,
     OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dq of a row tile, and what it adds to the gradients of the bias tables."""
@@ -665,8 +680,8 @@ def backward_queries(
         return
 
     rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
-        row, row_end, start, history_end, kind, target, visible, window, prefix, BLOCK_M, BLOCK_N,
-        HAS_PREFIX, CANDIDATES, VISIBLE
+        row, row_end, start, history_end, kind, target, visible, oldest, window, prefix, BLOCK_M,
+        BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, FROM
     )  # fmt: skip
     begin, crossing, end = _part_of(
         prefix_blocks + range_blocks + own_blocks,
@@ -788,8 +803,9 @@ def _row_block(
 
 @triton.jit
 def _keep_rows(
-    index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, target,
-    window, prefix, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr,
+    index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible, oldest,
+    target, window, prefix, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr, FROM: tl.constexpr,
 ):  # fmt: skip
     """[N, M]: the row sees the key."""
     low = tl.where(rows < first_full, rows - window, start)
@@ -801,6 +817,9 @@ def _keep_rows(
             is_target = (rows >= history_end) & (rows < sequence_end)
             seen = tl.load(visible + target + rows - history_end, mask=is_target, other=0)
             high = tl.where(is_target, start + seen - 1, rows)
+            if FROM:
+                first = tl.load(oldest + target + rows - history_end, mask=is_target, other=0)
+                low = tl.where(is_target, start + first, low)
     keep = index[:, None] >= low[None, :]
     if HAS_PREFIX:
         keep = keep | ((index < start + prefix)[:, None] & (kind != CANDIDATE))
@@ -843,11 +862,11 @@ def _rows_inside(
 @triton.jit
 def _key_grads_block(
     acc_k, acc_v, i, keys, values, q, grad, positions, cells, query_time, happened, place, visible,
-    index, key, full, seen_by, band_end, full_end, start, history_end, sequence_end, first_full,
-    kind, target, window, prefix, band_blocks, full_blocks, head, num_tokens, stride_qt, stride_qh,
-    stride_gt, stride_gh, reach, alpha, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
-    VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    oldest, index, key, full, seen_by, band_end, full_end, start, history_end, sequence_end,
+    first_full, kind, target, window, prefix, band_blocks, full_blocks, head, num_tokens, stride_qt,
+    stride_qh, stride_gt, stride_gh, reach, alpha, D: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr, ON_GPU: tl.constexpr, CROSSES: tl.constexpr,
 ):  # fmt: skip
     """acc_k [N, D] and acc_v [N, V] with block i of the rows that see a key tile."""
@@ -882,7 +901,7 @@ def _key_grads_block(
     if masked:
         keep = _keep_rows(
             index, rows, row_end, start, history_end, sequence_end, first_full, kind, visible,
-            target, window, prefix, HAS_PREFIX, CANDIDATES, VISIBLE
+            oldest, target, window, prefix, HAS_PREFIX, CANDIDATES, VISIBLE, FROM
         )  # fmt: skip
         weight = tl.where(keep, weight, 0.0)
         d_score = tl.where(keep, d_score, 0.0)
@@ -899,14 +918,14 @@ def backward_keys(
     dv,  # [T, H, OUT_V]
     slope_k, slope_v,  # [T, H, OUT_D], [T, H, OUT_V] with SLOPE, likewise
     sums,  # float32 [entries, H * OUT_D + H * OUT_V] with SUMS: of the rows of dk and dv
-    partial_k, partial_v, arrived, tiles, header, visible, num_tokens, stride_qt, stride_qh,
+    partial_k, partial_v, arrived, tiles, header, visible, oldest, num_tokens, stride_qt, stride_qh,
     stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, num_positions, num_times,
     reach, window, prefix, alpha, scale, stride_dk, stride_dv, stride_slope, stride_sums,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
-    VISIBLE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
-    PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
-    SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    VISIBLE: tl.constexpr, FROM: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, OUT_D: tl.constexpr,
+    OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a key tile: its band rows, then the full rows, then the candidates, in one loop of
     [N, M] products.
@@ -945,18 +964,20 @@ def backward_keys(
     for i in range(begin, crossing):
         acc_k, acc_v = _key_grads_block(
             acc_k, acc_v, i, keys, values, q, grad, positions, cells, query_time, happened, place,
-            visible, index, key, full, seen_by, band_end, full_end, start, history_end,
+            visible, oldest, index, key, full, seen_by, band_end, full_end, start, history_end,
             sequence_end, first_full, kind, target, window, prefix, band_blocks, full_blocks, head,
             num_tokens, stride_qt, stride_qh, stride_gt, stride_gh, reach, alpha, D, V, BLOCK_M,
-            BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, BIAS, TMA, FAST, PRECISION, ON_GPU, False
+            BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, FROM, BIAS, TMA, FAST, PRECISION, ON_GPU,
+            False
         )  # fmt: skip
     for i in tl.range(crossing, end, num_stages=1, disable_licm=True):
         acc_k, acc_v = _key_grads_block(
             acc_k, acc_v, i, keys, values, q, grad, positions, cells, query_time, happened, place,
-            visible, index, key, full, seen_by, band_end, full_end, start, history_end,
+            visible, oldest, index, key, full, seen_by, band_end, full_end, start, history_end,
             sequence_end, first_full, kind, target, window, prefix, band_blocks, full_blocks, head,
             num_tokens, stride_qt, stride_qh, stride_gt, stride_gh, reach, alpha, D, V, BLOCK_M,
-            BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, BIAS, TMA, FAST, PRECISION, ON_GPU, True
+            BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, FROM, BIAS, TMA, FAST, PRECISION, ON_GPU,
+            True
         )  # fmt: skip
 
     acc_k *= 0.5 * alpha * scale

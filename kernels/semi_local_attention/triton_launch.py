@@ -291,11 +291,13 @@ def _list_tensors(
     plan: TritonPlan, problem: AttentionProblem, name: str, tile: AttentionTile, tiles: TileList
 ) -> dict[str, Tensor]:
     visible = tiles.tiles if plan.target_visible is None else plan.target_visible
+    oldest = {"oldest": tiles.tiles if plan.target_from is None else plan.target_from}
     named = {
         "arrived": tiles.workspace.arrived,
         "tiles": tiles.tiles,
         "header": tiles.header,
         "visible": visible,
+        **({} if name == "forward_cached" else oldest),
     }
 
     rows = tile.keys if name == "backward_keys" else tile.rows
@@ -345,8 +347,9 @@ def _mask_numbers(
         "reach": plan.max_seq_len,
         "window": plan.window or 0,
         "prefix": plan.prefix,
-        "HAS_PREFIX": plan.prefix > 0 and plan.window is not None,
+        "HAS_PREFIX": plan.prefix > 0 and (plan.window is not None or plan.target_from is not None),
         "CANDIDATES": plan.num_targets is not None,
+        "FROM": plan.target_from is not None,
         "BIAS": problem.tables is not None,
         "ON_GPU": problem.on_gpu,
     }

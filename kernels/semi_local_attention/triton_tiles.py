@@ -90,8 +90,8 @@ def key_entry(tiles):
 
 @triton.jit
 def _sequence(
-    offsets, num_targets, seq, valid, full_rows, BANDED: tl.constexpr, CANDIDATES: tl.constexpr,
-    CACHED: tl.constexpr
+    offsets, num_targets, extra, seq, valid, full_rows, BANDED: tl.constexpr,
+    EXTRA: tl.constexpr, CANDIDATES: tl.constexpr, CACHED: tl.constexpr
 ):  # fmt: skip
     """Start, history length, full rows and candidates of sequences."""
     start = tl.load(offsets + seq, mask=valid, other=0).to(tl.int32)
@@ -108,6 +108,8 @@ def _sequence(
     history = length - targets
 
     if BANDED:
+        if EXTRA:
+            full_rows += tl.load(extra + seq, mask=valid, other=0).to(tl.int32)
         full = tl.minimum(history, full_rows)
     else:
         full = history
@@ -168,6 +170,7 @@ def _entries(
 def count_tiles(
     offsets,  # int64 [B + 1]
     num_targets,  # int [B]
+    extra,  # int [B] with EXTRA: full rows of each sequence beside `full_rows`
     header,  # int32 [2] out: entries, blocks of a part
     first,  # int32 [3, B] out: first entry, first slot, first candidate of each sequence
     num_sequences,
@@ -175,6 +178,7 @@ def count_tiles(
     prefix,
     KEYS: tl.constexpr,  # a list of key tiles (dk, dv) instead of row tiles
     BANDED: tl.constexpr,
+    EXTRA: tl.constexpr,
     CANDIDATES: tl.constexpr,
     CACHED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -192,8 +196,9 @@ def count_tiles(
     for begin in range(0, num_sequences, BLOCK_B):
         seq = begin + tl.arange(0, BLOCK_B)
         _, history, full, targets = _sequence(
-            offsets, num_targets, seq, seq < num_sequences, full_rows, BANDED, CANDIDATES, CACHED
-        )
+            offsets, num_targets, extra, seq, seq < num_sequences, full_rows, BANDED, EXTRA,
+            CANDIDATES, CACHED
+        )  # fmt: skip
         if KEYS:
             of_prefix, _, _, blocks = _key_counts(
                 history, full, targets, prefix, 1, BLOCK_M, BLOCK_N
@@ -216,8 +221,9 @@ def count_tiles(
     for begin in range(0, num_sequences, BLOCK_B):
         seq = begin + tl.arange(0, BLOCK_B)
         _, history, full, targets = _sequence(
-            offsets, num_targets, seq, seq < num_sequences, full_rows, BANDED, CANDIDATES, CACHED
-        )
+            offsets, num_targets, extra, seq, seq < num_sequences, full_rows, BANDED, EXTRA,
+            CANDIDATES, CACHED
+        )  # fmt: skip
         entries, slots = _entries(
             history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N
         )
@@ -226,7 +232,7 @@ def count_tiles(
         seq = begin + tl.arange(0, BLOCK_B)
         valid = seq < num_sequences
         _, history, full, targets = _sequence(
-            offsets, num_targets, seq, valid, full_rows, BANDED, CANDIDATES, CACHED
+            offsets, num_targets, extra, seq, valid, full_rows, BANDED, EXTRA, CANDIDATES, CACHED
         )
         entries, slots = _entries(
             history, full, targets, prefix, per_part, KEYS, CACHED, BLOCK_M, BLOCK_N
@@ -258,12 +264,14 @@ def count_tiles(
 def write_row_tiles(
     offsets,
     num_targets,
+    extra,
     header,
     first,
     tiles,  # int32 [capacity, ENTRY] out
     num_sequences,
     full_rows,
     BANDED: tl.constexpr,
+    EXTRA: tl.constexpr,
     CANDIDATES: tl.constexpr,
     CACHED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -273,7 +281,7 @@ def write_row_tiles(
     """One program a sequence."""
     seq = tl.program_id(0)
     start, history, full, targets = _sequence(
-        offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, CACHED
+        offsets, num_targets, extra, seq, True, full_rows, BANDED, EXTRA, CANDIDATES, CACHED
     )
 
     if CACHED:
@@ -335,6 +343,7 @@ def _first_seeing(visible, key, targets, BLOCK_M: tl.constexpr):
 def write_key_tiles(
     offsets,
     num_targets,
+    extra,
     visible,  # int32 [C]
     header,
     first,
@@ -343,6 +352,7 @@ def write_key_tiles(
     full_rows,
     prefix,
     BANDED: tl.constexpr,
+    EXTRA: tl.constexpr,
     CANDIDATES: tl.constexpr,
     VISIBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -352,7 +362,7 @@ def write_key_tiles(
     """One program a sequence."""
     seq = tl.program_id(0)
     start, history, full, targets = _sequence(
-        offsets, num_targets, seq, True, full_rows, BANDED, CANDIDATES, False
+        offsets, num_targets, extra, seq, True, full_rows, BANDED, EXTRA, CANDIDATES, False
     )
 
     of_prefix, others, target_tiles, parts = _key_counts(

@@ -58,12 +58,7 @@ def stu_layer(
             f"heads must be at most 256 wide, got {shape.d_qk} and {shape.d_v}",
         )
         mask = shape.window, shape.full_rows, shape.prefix
-        rows = (
-            sequences.seq_offsets,
-            sequences.max_seq_len,
-            sequences.num_targets,
-            sequences.target_visible,
-        )
+        rows = sequences.seq_offsets, sequences.max_seq_len, sequences.mask_tensors
         plan = triton_plan(len(x_TE), *rows, *mask)
         x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
         seed = _drawn(p) if seed is None else seed
@@ -139,6 +134,8 @@ def attend_rows(
         max_seq_len=sequences.max_seq_len,
         num_targets=sequences.num_targets,
         target_visible=sequences.target_visible,
+        target_from=sequences.target_from,
+        extra_full_rows=sequences.extra_full_rows,
         window=shape.window,
         full_rows=shape.full_rows,
         prefix=shape.prefix,

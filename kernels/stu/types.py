@@ -50,3 +50,11 @@ class Sequences:
     max_seq_len: int
     num_targets: Tensor | None = None
     target_visible: Tensor | None = None
+    target_from: Tensor | None = None
+    extra_full_rows: Tensor | None = None
+
+    @property
+    def mask_tensors(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.num_targets, self.target_visible, self.target_from, self.extra_full_rows

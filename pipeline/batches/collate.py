@@ -50,6 +50,10 @@ class SequenceBatch:
     max_seq_len: int  # longest sequence
     # int32 [C]: the candidate sees uih tokens 0..target_visible-1; None: all
     target_visible: Tensor | None = None
+    # int32 [C]: of these those from here on; None: from the first
+    target_from: Tensor | None = None
+    # int32 [B], of sequences that hold several requests: uih tokens that the first does not see
+    target_span: Tensor | None = None
     # int32 [T, history columns]: `features.history` in order, 0 unknown and on candidates, then the
     # buckets from 1; None where the configuration names none
     history_codes: Tensor | None = None
@@ -172,6 +176,8 @@ def collate(
     cfg: RunConfig,
     *,
     target_visible: np.ndarray | None = None,
+    target_from: np.ndarray | None = None,
+    target_span: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     label_weight: np.ndarray | None = None,
     next_items: NextItems | None = None,
@@ -180,7 +186,9 @@ def collate(
 
     Args:
         user_id: int64 [B].
-        target_visible: int32 [C], how many rows of its history each candidate sees; None: all.
+        target_visible, target_from: int32 [C], the end and the begin of the rows of its history
+            that each candidate sees; None: all.
+        target_span: int32 [B], the history rows that a sequence's first request does not see.
         labels, label_weight: float32 [C, tasks], in training.
         next_items: in training for retrieval.
     """
@@ -217,6 +225,8 @@ def collate(
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
         target_visible=_tensor(target_visible),
+        target_from=_tensor(target_from),
+        target_span=_tensor(target_span),
         history_codes=_tensor(history_codes),
         dense=_tensor(targets.dense),
         labels=_tensor(labels),

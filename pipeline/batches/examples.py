@@ -181,7 +181,7 @@ def training_examples(
     """One epoch's examples of these users in the configured layout, stochastic length applied."""
     examples = whole_examples(users, split, train)
     cut = stochastic_cuts(examples.num_history, train.stochastic_length, rng)
-    return cut_histories(examples, cut, train)
+    return cut_histories(users, examples, cut, train)
 
 
 def whole_examples(
@@ -236,16 +236,31 @@ def _cut_examples(users: UserEvents, training: np.ndarray, train: TrainConfig) -
     return _cut_passes(users, training, train.max_targets_per_sequence)
 
 
-def cut_histories(examples: Examples, cut: np.ndarray, train: TrainConfig) -> Examples:
+def cut_histories(
+    users: UserEvents, examples: Examples, cut: np.ndarray, train: TrainConfig
+) -> Examples:
     """The same, of the histories where `cut`, bool [n], is true only as much as stochastic length
-    keeps.
-    """
-    begin = examples.history_end - cut_threshold(train.stochastic_length)
-    if train.layout == "user":  # a pass keeps at least the rows that are its own targets
-        begin = np.minimum(begin, examples.target_begin)
+    keeps, counted from what the first target sees.
 
+        rows of a user      0 1 2 3 4 5 6 7 8      3 kept, targets 6 7 8
+        first target sees   0 1 2 3 4 5
+        history kept              3 4 5 6 7
+    """
+    begin = shared_end(users, examples) - cut_threshold(train.stochastic_length)
     newest = np.maximum(begin, examples.history_begin)
     return replace(examples, history_begin=np.where(cut, newest, examples.history_begin))
+
+
+def shared_end(users: UserEvents, examples: Examples) -> np.ndarray:
+    """int64 [n]: the end of the history rows that every target of an example sees, and its first
+    one no more.
+    """
+    if len(users.visible_end) == 0:
+        return examples.history_end
+    first = np.minimum(examples.target_begin, len(users.visible_end) - 1)
+    has_targets = examples.target_end > examples.target_begin
+    end = np.where(has_targets, users.visible_end[first], examples.history_end)
+    return np.minimum(end, examples.history_end)
 
 
 def _cut_passes(users: UserEvents, training: np.ndarray, max_targets: int) -> Examples:
@@ -313,11 +328,13 @@ def example_batch(
     shared: bool = False,
     epoch: int = 0,
     candidates: Candidates | None = None,
+    cut: np.ndarray | None = None,
 ) -> SequenceBatch:
     """These examples as one batch; `training` adds what each target may see, and labels with their
     weights; `shared`, for examples of several requests, what each target may see alone.
 
-    `candidates`: those of the examples, where they are at hand.
+    `candidates`: those of the examples, where they are at hand. `cut`, bool [n]: the examples that
+    `cut_histories` has cut; None for none.
     """
     if candidates is None:
         candidates = example_candidates(users, examples, maps, cfg, epoch if training else None)
@@ -338,10 +355,18 @@ def example_batch(
         dense = candidate_features(seen, targets, visible_rows, maps, cfg.features, cfg.task_bits)
         targets = replace(targets, dense=dense)
 
-    visible, labels, weight, following = None, None, None, None
+    visible, span, labels, weight, following = None, None, None, None, None
+    if training and cfg.train.layout == "user":
+        least = np.maximum(shared_end(users, examples), examples.history_begin)
+        span = (examples.history_end - least).astype(np.int32)
     if training or shared:
         begin = np.repeat(examples.history_begin, lengths)
         visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+    oldest = None
+    if span is not None and cut is not None and cfg.train.target_view == "exact":
+        assert visible is not None
+        begin = visible - cut_threshold(cfg.train.stochastic_length)
+        oldest = np.where(np.repeat(cut, lengths), begin.clip(min=0), 0).astype(np.int32)
     if training:
         labels, weight = candidate_labels(users.events, candidates, cfg)
         if cfg.retrieval.enabled:
@@ -351,6 +376,7 @@ def example_batch(
                 targets = targets.take(none, none)
                 assert visible is not None
                 visible, labels, weight = visible[:0], labels[:0], weight[:0]
+                oldest = None
 
     return collate(
         history,
@@ -359,6 +385,8 @@ def example_batch(
         maps,
         cfg,
         target_visible=visible,
+        target_from=oldest,
+        target_span=span,
         labels=labels,
         label_weight=weight,
         next_items=following,

@@ -78,6 +78,7 @@ class Share:
     examples: Examples
     idle: bool  # no example was left for this rank: it takes another's, with weights of 0
     epoch: int = 0
+    cut: np.ndarray | None = None  # bool [n]: histories cut by stochastic length; None: none
 
 
 class TrainLoader:
@@ -146,12 +147,19 @@ class TrainLoader:
             rows, cuts = _any_example(others)
 
         chosen = pool.examples[np.concatenate(rows)]
-        examples = cut_histories(chosen, np.concatenate(cuts), self.cfg.train)
-        return Share(pool.users, examples, idle, pool.epoch)
+        cut = np.concatenate(cuts)
+        examples = cut_histories(pool.users, chosen, cut, self.cfg.train)
+        return Share(pool.users, examples, idle, pool.epoch, cut)
 
     def _batch(self, share: Share) -> SequenceBatch:
         batch = example_batch(
-            share.users, share.examples, self.maps, self.cfg, training=True, epoch=share.epoch
+            share.users,
+            share.examples,
+            self.maps,
+            self.cfg,
+            training=True,
+            epoch=share.epoch,
+            cut=share.cut,
         )
 
         if share.idle:
@@ -189,7 +197,7 @@ class TrainLoader:
         decks = []
         for deck, own in zip(self.own.decks, numbers, strict=True):
             rng = deck_rng(epoch, place, deck, self.cfg.seed)
-            decks.append(self._shuffle(own, examples, self.plan.steps[number], rng))
+            decks.append(self._shuffle(own, users, examples, self.plan.steps[number], rng))
         return Pool(number, epoch, users, examples, decks)
 
     def _read_decks(
@@ -206,18 +214,23 @@ class TrainLoader:
         return users, examples, numbers
 
     def _shuffle(
-        self, numbers: np.ndarray, examples: Examples, num_steps: int, rng: np.random.Generator
+        self,
+        numbers: np.ndarray,
+        users: UserEvents,
+        examples: Examples,
+        num_steps: int,
+        rng: np.random.Generator,
     ) -> Deck:
         train, own = self.cfg.train, examples[numbers]
 
         # the generator's order: cuts, then the order of examples, then the seed of the steps
-        loads = load_plan(own, train, rng)
+        loads = load_plan(users, own, train, rng)
         order = rng.permutation(len(own))
         seed = rng.integers(2**32, size=4).tolist()
 
         sizes = None
         if train.batch_tokens is not None:
-            whole, short = token_counts(own, train)
+            whole, short = token_counts(users, own, train)
             sizes = np.where(loads.cut, short, whole)
 
         if self.plan.readers > 1 and train.stochastic_length.balance == "dealing":

@@ -148,17 +148,21 @@ def _deck_table(
     return pa.concat_tables(tables)
 
 
-def load_plan(examples: Examples, train: TrainConfig, rng: np.random.Generator) -> LoadPlan:
+def load_plan(
+    users: UserEvents, examples: Examples, train: TrainConfig, rng: np.random.Generator
+) -> LoadPlan:
     """The draws of stochastic length for these whole examples, and the load of each of them."""
     lengths = train.stochastic_length
     cut = stochastic_cuts(examples.num_history, lengths, rng)
-    whole, short = token_counts(examples, train)
+    whole, short = token_counts(users, examples, train)
     return LoadPlan(cut, whole**lengths.load_exponent, short**lengths.load_exponent)
 
 
-def token_counts(examples: Examples, train: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+def token_counts(
+    users: UserEvents, examples: Examples, train: TrainConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each of these whole examples as it is and with its history cut, float64 [n]."""
-    everywhere = cut_histories(examples, np.ones(len(examples), bool), train)
+    everywhere = cut_histories(users, examples, np.ones(len(examples), bool), train)
     return examples.num_tokens.astype(np.float64), everywhere.num_tokens.astype(np.float64)
 
 
@@ -248,13 +252,13 @@ def count_deck(
 ) -> "tuple[DeckWork, DeckSize]":
     """The size of one deck, with the draws of every epoch."""
     readers = cfg.train.readers or 1
-    _, examples, _ = read_decks(cfg, manifest, pools[work.pool], [work.deck], readers)
+    users, examples, _ = read_decks(cfg, manifest, pools[work.pool], [work.deck], readers)
 
     rngs = []
     for epoch in range(cfg.train.epochs):
         place = pool_order(len(pools), epoch, cfg.seed).index(work.pool)
         rngs.append(deck_rng(epoch, place, work.deck, cfg.seed))
-    return work, deck_size(examples, rngs, cfg.train)
+    return work, deck_size(users, examples, rngs, cfg.train)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +269,14 @@ class DeckSize:
     tokens: tuple[float, ...]  # by epoch, as its cuts are drawn; none where nobody asks
 
 
-def deck_size(examples: Examples, rngs: list[np.random.Generator], train: TrainConfig) -> DeckSize:
+def deck_size(
+    users: UserEvents, examples: Examples, rngs: list[np.random.Generator], train: TrainConfig
+) -> DeckSize:
     """The size of a deck of these whole examples, given what each epoch draws its cuts from."""
     if train.batch_tokens is None:
         return DeckSize(len(examples), ())
 
-    whole, short = token_counts(examples, train)
+    whole, short = token_counts(users, examples, train)
     tokens = []
     for rng in rngs:
         cut = stochastic_cuts(examples.num_history, train.stochastic_length, rng)

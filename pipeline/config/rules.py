@@ -128,18 +128,7 @@ def refuse_validation_on_trained_rows(split: SplitConfig, train: TrainConfig) ->
 def refuse_impossible_retrieval(
     retrieval: RetrievalConfig, model: ModelConfig, train: TrainConfig
 ) -> None:
-    """A next item is found from the encoder's row of the event before it.
-
-    Every row of a shared pass that has a target behind it must outlast the truncation, and the
-    tables that items are looked up in must be whole.
-    """
-    shared = train.layout == "user" and model.truncate_after_layer is not None
-    targets = train.max_targets_per_sequence
-    rule = f"train.max_targets_per_sequence ({targets}) or more where retrieval.enabled"
-    require(
-        not shared or model.truncate_to >= targets, "model.truncate_to", model.truncate_to, rule
-    )
-
+    """The tables that items are looked up in must be whole."""
     aligned = max(retrieval.align_trajectories, retrieval.align_steps)
     rule = "lares where retrieval.align_trajectories or align_steps is above 0"
     require(aligned == 0 or model.encoder == "lares", "model.encoder", model.encoder, rule)

@@ -113,6 +113,14 @@ class TrainConfig:
         doc="One training sequence per pass over a user's rows, in which each target sees its own "
         "past (user), or one per request (request).",
     )
+    target_view: Literal["covering", "exact"] = setting(
+        "covering",
+        doc="What a target of the user layout sees of the history that its pass shares. covering: "
+        "at least what it would see as a request of its own; full rows, truncation and stochastic "
+        "length leave it up to the rows of one pass more. exact: the same rows; costs a second "
+        "form of each row that is a full one, and takes transducers of at most two layers where "
+        "there are full rows or truncation.",
+    )
     max_targets_per_sequence: int = setting(
         64,
         at_least=1,

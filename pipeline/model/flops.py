@@ -63,6 +63,9 @@ def kept_pairs(
     window: int | None,
     full_rows: int,
     prefix: int,
+    *,
+    target_from: Tensor | None = None,
+    extra_full_rows: Tensor | None = None,
 ) -> int:
     """Pairs that the semi-local mask keeps, by arithmetic on lengths: no mask is built.
 
@@ -75,14 +78,25 @@ def kept_pairs(
     keys = _sum_to(history)  # causal: row r sees r + 1 keys
     if window is not None:
         # all but the newest rows see as many as lie in the prefix and the window, once there are
-        banded = (history - full_rows).clamp(min=0)
+        full = full_rows if extra_full_rows is None else full_rows + extra_full_rows
+        banded = (history - full).clamp(min=0)
         most = window + 1 + prefix
         short = banded.clamp(max=most)
         keys = keys - _sum_to(banded) + _sum_to(short) + (banded - short) * most
 
-    # a candidate sees itself too
     visible = history.repeat_interleave(targets) if target_visible is None else target_visible
-    return int(keys.sum() + (visible.long() + 1).sum())
+    return int(keys.sum() + candidate_pairs(visible, target_from, prefix))
+
+
+def candidate_pairs(visible: Tensor, oldest: Tensor | None, prefix: int) -> int:
+    """Pairs of the candidates, with themselves too: of the `visible` positions, [C], the prefix and
+    those from `oldest`, [C], on.
+    """
+    seen = visible.long()
+    if oldest is not None:
+        begin = oldest.long().clamp(min=prefix)
+        seen = seen.clamp(max=prefix) + (seen - begin).clamp(min=0)
+    return int((seen + 1).sum())
 
 
 def row_pairs(
@@ -96,7 +110,10 @@ def row_pairs(
 
     keys = position + 1
     if window is not None:
-        banded = position < history - full_rows
+        full = full_rows
+        if tokens.span is not None:
+            full = full + tokens.span.repeat_interleave(count)
+        banded = position < history - full
         keys = torch.where(banded, keys.clamp(max=window + 1 + prefix), keys)
     of_history = keys[position < history].sum()
 
@@ -104,7 +121,7 @@ def row_pairs(
     visible = tokens.target_visible
     if visible is None:
         visible = (offsets.diff() - targets).repeat_interleave(targets)
-    return int(of_history + (visible.long() + 1).sum())
+    return int(of_history) + candidate_pairs(visible, tokens.target_from, prefix)
 
 
 def _sum_to(count: Tensor) -> Tensor:
@@ -121,4 +138,6 @@ def mask_pairs(tokens: Tokens, attention: AttentionConfig, num_context: int) -> 
         attention.window,
         attention.full_rows,
         num_context + attention.extra_prefix,
+        target_from=tokens.target_from,
+        extra_full_rows=tokens.span,
     )

@@ -49,7 +49,8 @@ class RankingModel(nn.Module):
         interleaved = encoder.two_tokens_per_event(model)
         make_tokens = InterleavedEncoder if interleaved else TokenEncoder
         self.encoder = make_tokens(cfg, vocab_sizes, make_table)
-        layout = TokenLayout(self.encoder.num_context, cfg.source.actions)
+        exact_view = cfg.train.target_view == "exact"
+        layout = TokenLayout(self.encoder.num_context, cfg.source.actions, exact_view)
         self.transducer = encoder(model, layout)
 
         self.dense, width = None, self.transducer.width

@@ -39,6 +39,12 @@ class Tokens:
     # many positions lie before each, int32 [P]. They are no tokens: their rows are the last before.
     num_next: Tensor | None = None
     next_visible: Tensor | None = None
+    # int32 [C]: of the positions before `target_visible`, a candidate sees the context and those
+    # from this one on
+    target_from: Tensor | None = None
+    # int [B], and on the CPU: history tokens that its first request does not see
+    span: Tensor | None = None
+    host_span: Tensor | None = None
 
     def lengths_on_host(self) -> Tensor:
         """`host_lengths`, from which sizes of later tensors follow; where they are not given a GPU
@@ -348,6 +354,9 @@ class TokenEncoder(nn.Module):
             lengths,
             batch.num_next,
             batch.next_visible,
+            target_from=batch.target_from,
+            span=batch.target_span,
+            host_span=host.target_span,
         )
 
     def event_rows(self, batch: SequenceBatch) -> Tensor:
@@ -438,6 +447,7 @@ def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
     shift = torch.arange(num_sequences + 1, device=tokens.seq_offsets.device) * num_context
     context = context_BCE.flatten(0, 1).to(tokens.x_TE.dtype)
     visible, next_visible = tokens.target_visible, tokens.next_visible
+    oldest = tokens.target_from
     return Tokens(
         x_TE=concatenate_sequences(context, shift, tokens.x_TE, tokens.seq_offsets),
         seq_offsets=tokens.seq_offsets + shift,
@@ -447,4 +457,7 @@ def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
         host_lengths=tokens.lengths_on_host() + torch.tensor([[num_context], [0]]),
         num_next=tokens.num_next,
         next_visible=None if next_visible is None else next_visible + num_context,
+        target_from=None if oldest is None else oldest + num_context,
+        span=tokens.span,
+        host_span=tokens.host_span,
     )

@@ -26,7 +26,12 @@ def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flop
     `num_items`: those that each next item is told apart from, where the batch has such.
     """
     num_context = len(cfg.features.user_tokens)
-    layout = TokenLayout(num_context, cfg.source.actions, every_row=cfg.train.use_gpu)
+    layout = TokenLayout(
+        num_context,
+        cfg.source.actions,
+        exact_view=cfg.train.target_view == "exact",
+        every_row=cfg.train.use_gpu,
+    )
     encoder = ENCODERS[cfg.model.encoder]
     if encoder.two_tokens_per_event(cfg.model):
         tokens = _interleaved_tokens(batch, layout.num_context)
@@ -157,6 +162,7 @@ def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
     shift = torch.arange(batch.num_sequences + 1, device=device) * num_context
     num_tokens = batch.num_tokens + batch.num_sequences * num_context
     visible, next_visible = batch.target_visible, batch.next_visible
+    oldest = batch.target_from
     return Tokens(
         x_TE=torch.empty(num_tokens, 0, device=device),
         seq_offsets=batch.seq_offsets + shift,
@@ -165,4 +171,7 @@ def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
         max_seq_len=batch.max_seq_len + num_context,
         num_next=batch.num_next,
         next_visible=None if next_visible is None else next_visible + num_context,
+        target_from=None if oldest is None else oldest + num_context,
+        span=batch.target_span,
+        host_span=batch.target_span,
     )

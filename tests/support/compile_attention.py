@@ -23,7 +23,16 @@ KERNELS = "forward", "backward_queries", "backward_keys"
 POINTERS = {
     "*bf16": {"out", "dq", "dk", "dv", "slope_q", "slope_k", "slope_v"},
     "*fp32": {"sums", "partial", "partial_k", "partial_v", "positions", "per_unit"},
-    "*i32": {"arrived", "tiles", "header", "visible", "cells", "event_time", "query_time"},
+    "*i32": {
+        "arrived",
+        "tiles",
+        "header",
+        "visible",
+        "oldest",
+        "cells",
+        "event_time",
+        "query_time",
+    },
     "*i64": {"d_position", "d_time"},
 }
 
@@ -62,6 +71,7 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
         "HAS_PREFIX": False,
         "CANDIDATES": False,
         "VISIBLE": False,
+        "FROM": False,
         "BIAS": False,
         "SLOPE": True,
         "SUMS": True,
@@ -104,7 +114,7 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
 
 def main() -> None:
     found = {}
-    everything = {"HAS_PREFIX": True, "CANDIDATES": True, "VISIBLE": True}
+    everything = {"HAS_PREFIX": True, "CANDIDATES": True, "VISIBLE": True, "FROM": True}
     options = {"half": True, "biased": False}
     for name in KERNELS:
         banded = tile_sizes(name, 128, banded=True, max_seq_len=4096, hopper=True, **options)

@@ -13,7 +13,7 @@ from pipeline.model.encoders.hstu import HSTU, MergedHSTU
 from pipeline.model.encoders.lares import LARES
 from pipeline.model.encoders.sasrec import SASRec
 from pipeline.model.encoders.transformer import Transformer
-from pipeline.model.encoders.ultra_hstu import UltraHSTU
+from pipeline.model.encoders.ultra_hstu import UltraHSTU, model_sharing
 
 ENCODERS: dict[str, type[Encoder]] = {
     "ultra_hstu": UltraHSTU,
@@ -38,9 +38,34 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def check_run(cfg: RunConfig) -> None:
-    """`check_model`, and that the encoder has the rows that retrieval reads."""
+    """`check_model`, that the encoder has the rows that retrieval reads, and that it has the view
+    of the targets that training asks for.
+    """
     check_model(cfg.model)
+    _check_target_view(cfg)
     if cfg.retrieval.enabled:
         rule = f"an encoder with history rows where retrieval.enabled: {cfg.model.encoder} has none"
         found = ENCODERS[cfg.model.encoder].has_history_rows
         require(found, "model.encoder", cfg.model.encoder, rule)
+
+
+def _check_target_view(cfg: RunConfig) -> None:
+    """An exact view of a shared history takes rows that at most two forms are enough for."""
+    view = cfg.train.target_view
+    if view == "covering" or cfg.train.layout == "request":
+        return
+
+    sharing = model_sharing(cfg.model)
+    rule = (
+        "covering, or train.layout request, where a transducer of more than two layers, or one "
+        "with max_len or without model.merge, has full rows under a window or truncation: the rows "
+        "of one request are not those of another"
+    )
+    require(sharing != "none", "train.target_view", view, rule)
+
+    rule = (
+        "covering, or train.layout request, where retrieval.enabled and there are full rows under "
+        "a window or truncation: next items are asked for from the shared rows"
+    )
+    apart = sharing == "layers" and cfg.retrieval.enabled
+    require(not apart, "train.target_view", view, rule)

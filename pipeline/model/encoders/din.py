@@ -34,11 +34,13 @@ class DIN(Encoder):
     ) -> Encoded:
         c_CE = candidate_rows(tokens)
         # on the host: the number of pairs is a shape
-        visible = visible_rows(batch) + self.num_context
+        skipped = skipped_rows(batch)
+        visible = visible_rows(batch) + self.num_context - skipped
         num_pairs = int(visible.sum())
         visible = visible.to(c_CE.device, non_blocking=True)
+        skipped = skipped.to(c_CE.device, non_blocking=True)
 
-        candidate, row = _visible_pairs(tokens, visible, num_pairs)
+        candidate, row = _visible_pairs(tokens, visible, skipped, self.num_context, num_pairs)
         c, h = c_CE[candidate], tokens.x_TE[row]
         weighed = self.weight(torch.cat([c, h, c - h, c * h], dim=1)) * h
 
@@ -56,7 +58,7 @@ class DIN(Encoder):
         if visible is None:
             history = tokens.seq_offsets.diff() - tokens.num_targets
             visible = history * tokens.num_targets
-        pairs = int(visible.long().sum())
+        pairs = int(visible.long().sum() - skipped_rows(batch).sum())
 
         d = cfg.d_model
         weights = 2 * pairs * (4 * d * cfg.ffn_dim + cfg.ffn_dim)
@@ -79,12 +81,23 @@ def visible_rows(batch: SequenceBatch) -> Tensor:
     return torch.repeat_interleave(num_history, host.num_targets.long())
 
 
-def _visible_pairs(tokens: Tokens, visible: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+def skipped_rows(batch: SequenceBatch) -> Tensor:
+    """int64 [C] on the CPU: the oldest history rows that a candidate does not see."""
+    host = batch.on_host
+    if host.target_from is not None:
+        return host.target_from.long()
+    return torch.zeros(int(host.num_targets.sum()), dtype=torch.int64)
+
+
+def _visible_pairs(
+    tokens: Tokens, visible: Tensor, skipped: Tensor, num_context: int, num_pairs: int
+) -> tuple[Tensor, Tensor]:
     """int64 [pairs] each: a candidate's number, and the index of a token that it sees.
 
-    tokens     0 1 2 x y      x and y the candidates 0 and 1, which see 3 and 2 tokens
+    tokens     0 1 2 3 x y      0 is context; x and y the candidates 0 and 1, which see 3 and 2
+    skipped                     0 1
     candidate  0 0 0 1 1
-    token      0 1 2 0 1
+    token      0 1 2 0 2
     """
     device, num_candidates = visible.device, len(visible)
     candidate = torch.repeat_interleave(
@@ -97,4 +110,5 @@ def _visible_pairs(tokens: Tokens, visible: Tensor, num_pairs: int) -> tuple[Ten
     first = torch.repeat_interleave(
         tokens.seq_offsets[:-1], tokens.num_targets, output_size=num_candidates
     )
-    return candidate, first[candidate] + number
+    behind = torch.where(number >= num_context, skipped[candidate], 0)
+    return candidate, first[candidate] + number + behind

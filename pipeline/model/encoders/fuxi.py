@@ -64,7 +64,8 @@ class FuXiAlpha(Encoder):
     def forward(
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
     ) -> Encoded:
-        maps = ChannelMaps.of(tokens, token_times(batch, self.num_context, interleaved=False))
+        time_T = token_times(batch, self.num_context, interleaved=False)
+        maps = ChannelMaps.of(tokens, time_T, self.num_context)
         rows = last_rows(tokens, self.num_context, last_history=last_history)
         x_TE = tokens.x_TE
         for layer in self.layers[:-1]:
@@ -113,7 +114,7 @@ class ChannelMaps:
         self.elapsed_ms = elapsed_ms  # int64 [B, L, L]: the same in time
 
     @staticmethod
-    def of(tokens: Tokens, time_T: Tensor) -> "ChannelMaps":
+    def of(tokens: Tokens, time_T: Tensor, num_context: int) -> "ChannelMaps":
         """`time_T`, int64 [T]: ms since the sequence's first row (`token_times`).
 
         A candidate stands behind the last row that it sees, wherever it lies.
@@ -121,7 +122,7 @@ class ChannelMaps:
         rows          h0 h1 h2  x  y      x sees two rows, y three
         place          0  1  2  2  3
         """
-        padding = Padding.of(tokens)
+        padding = Padding.of(tokens, num_context)
         num_sequences, length = padding.mask.shape[0], padding.mask.shape[-1]
 
         num_candidates = int(tokens.lengths_on_host()[1].sum())

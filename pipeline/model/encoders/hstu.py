@@ -61,6 +61,9 @@ def interleave_actions(items: Tokens, action_TE: Tensor) -> Tokens:
         host_lengths=torch.stack([2 * lengths, num_targets]),
         num_next=items.num_next,
         next_visible=None if items.next_visible is None else 2 * items.next_visible,
+        target_from=None if items.target_from is None else 2 * items.target_from,
+        span=None if items.span is None else 2 * items.span,
+        host_span=None if items.host_span is None else 2 * items.host_span,
     )
 
     # every item stays, and the actions of history rows

@@ -92,7 +92,7 @@ class LARES(Encoder):
     def _runner(self, tokens: Tokens) -> Run:
         if self.loop.layer == "stu":
             return lambda layer, x_TE, rows: layer(replace(tokens, x_TE=x_TE), rows=rows)
-        padding = Padding.of(tokens)
+        padding = Padding.of(tokens, self.num_context)
         return lambda layer, x_TE, rows: layer(x_TE, padding, rows)
 
     def _draw_steps(self) -> tuple[int, int]:

@@ -114,7 +114,12 @@ class STU(nn.Module):
 
 def sequences(tokens: Tokens) -> stu.Sequences:
     return stu.Sequences(
-        tokens.seq_offsets, tokens.max_seq_len, tokens.num_targets, tokens.target_visible
+        tokens.seq_offsets,
+        tokens.max_seq_len,
+        tokens.num_targets,
+        tokens.target_visible,
+        tokens.target_from,
+        tokens.span,
     )
 
 

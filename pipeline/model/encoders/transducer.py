@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
-from pipeline.config import ModelConfig
+from pipeline.config import ChannelConfig, ModelConfig
 from pipeline.model.encoders.encoder import (
     Encoded,
     TokenLayout,
@@ -17,6 +17,7 @@ from pipeline.model.encoders.encoder import (
     read_rows,
     spread_rows,
 )
+from pipeline.model.encoders.own_view import own_view_flops, own_view_rows, stack_sharing
 from pipeline.model.encoders.stu import STU, layer_flops
 from pipeline.model.flops import Flops, kept_pairs, mask_pairs
 from pipeline.model.tokens import Tokens
@@ -51,22 +52,29 @@ def select_tokens(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
         host_lengths=torch.stack([kept_lengths, tokens.lengths_on_host()[1]]),
         num_next=tokens.num_next,
         next_visible=count_kept(tokens.next_visible, tokens.num_next),
+        target_from=count_kept(tokens.target_from, tokens.num_targets),
+        # at most so many of these are left
+        span=tokens.span,
+        host_span=tokens.host_span,
     )
 
 
 def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Tokens:
-    """Context, the newest `keep_events` events and all candidates; a history no longer than that is
-    untouched.
+    """Context, the newest `keep_events` events that the first request sees, all later ones and all
+    candidates; a history no longer than that is untouched.
 
-        tokens           c h0 h1 h2 x y      x sees 2: c h0, y sees 4: all of them
-        keep_events 2    c    h1 h2 x y      x sees 1: c,    y sees 3
+        tokens           c h0 h1 h2 h3 x y      x sees 4: c h0 h1 h2, y sees all; span 1
+        keep_events 2    c    h1 h2 h3 x y      x sees 3: c h1 h2,    y sees 4
     """
     lengths, num_targets = tokens.lengths_on_host()
-    kept = torch.minimum(lengths, num_context + keep_events + num_targets)
+    tail, host_tail = tokens.num_targets + keep_events, num_targets + keep_events
+    if tokens.span is not None and tokens.host_span is not None:
+        tail, host_tail = tail + tokens.span, host_tail + tokens.host_span
+    kept = torch.minimum(lengths, num_context + host_tail)
     x_TE, offsets = truncate_tail(
         tokens.x_TE,
         tokens.seq_offsets,
-        tokens.num_targets + keep_events,
+        tail,
         num_context=num_context,
         num_rows=int(kept.sum()),
     )
@@ -89,15 +97,21 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
         host_lengths=torch.stack([kept, num_targets]),
         num_next=tokens.num_next,
         next_visible=count_left(tokens.next_visible, tokens.num_next),
+        target_from=count_left(tokens.target_from, tokens.num_targets),
+        span=tokens.span,
+        host_span=tokens.host_span,
     )
 
 
 class Transducer(nn.Module):
     """STU layers over one channel's tokens, and a last norm."""
 
-    def __init__(self, cfg: ModelConfig, num_context: int) -> None:
+    def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__()
+        num_context = layout.num_context
         self.num_context = num_context
+        self.dropout = cfg.dropout
+        self.has_own_views = _has_own_views(cfg, layout)
         self.truncate_after_layer = cfg.truncate_after_layer
         self.truncate_to = cfg.truncate_to
         self.layers = nn.ModuleList(STU(cfg, num_context) for _ in range(cfg.num_layers))
@@ -105,6 +119,10 @@ class Transducer(nn.Module):
 
     def forward(self, tokens: Tokens, *, last_history: bool = False) -> Encoded:
         """Rows of the last layer, as `Encoder.forward`."""
+        if self.has_own_views and tokens.target_visible is not None:
+            dropout = self.dropout if self.training else 0.0
+            return Encoded(self.norm_out(own_view_rows(self, tokens, dropout)))
+
         for depth, layer in enumerate(self.layers):
             tokens = self.tokens_at(depth, tokens)
             rows = None
@@ -121,13 +139,22 @@ class Transducer(nn.Module):
         return tokens
 
 
+def _has_own_views(cfg: ModelConfig, layout: TokenLayout) -> bool:
+    """True where candidates of several requests have to be kept apart, and are."""
+    return layout.exact_view and stack_sharing(ChannelConfig(), cfg) == "layers"
+
+
 def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, layout: TokenLayout) -> Flops:
     """The layers' work on `tokens`, which are `whole` or its newest rows."""
     num_context = layout.num_context
     work = Flops(tokens=len(whole.x_TE))
     causal = kept_pairs(whole.seq_offsets, whole.num_targets, whole.target_visible, None, 0, 0)
-    pairs = mask_pairs(tokens, model.attention, num_context)
+    if _has_own_views(model, layout) and tokens.target_visible is not None:
+        work.flops, work.kept_pairs = own_view_flops(tokens, model, num_context)
+        work.causal_pairs = model.num_layers * causal
+        return work
 
+    pairs = mask_pairs(tokens, model.attention, num_context)
     for depth in range(model.num_layers):
         if depth == model.truncate_after_layer:
             tokens = truncate_history(tokens, num_context, model.truncate_to)

@@ -35,7 +35,7 @@ class Padding:
     mask: Tensor  # bool [B, 1, L, L]
 
     @staticmethod
-    def of(tokens: Tokens) -> "Padding":
+    def of(tokens: Tokens, num_context: int) -> "Padding":
         """Padding of the sequences, with the mask that all layers share.
 
         c h0 h1 x y    c context, h history, x and y candidates; y sees c and h0 alone
@@ -52,11 +52,18 @@ class Padding:
             at = target_index(offsets, tokens.num_targets, len(tokens.target_visible))
             sees = sees.index_copy(0, at, tokens.target_visible.long())
 
-        padded = sees.new_zeros(len(tokens.num_targets), length)
-        padded = padded.index_put((sequence, position), sees)
+        nothing = sees.new_zeros(len(tokens.num_targets), length)
+        padded = nothing.index_put((sequence, position), sees)
         key = torch.arange(length, device=offsets.device)
+        seen = key < padded[:, :, None]
+        if tokens.target_from is not None:
+            at = target_index(offsets, tokens.num_targets, len(tokens.target_from))
+            oldest = tokens.target_from.to(nothing.dtype)
+            oldest = nothing.index_put((sequence[at], position[at]), oldest)
+            seen &= (key >= oldest[:, :, None]) | (key < num_context)
+
         # Padding too sees itself: a softmax over nothing would be NaN.
-        mask = (key < padded[:, :, None]) | (key == key[:, None])
+        mask = seen | (key == key[:, None])
         return Padding(sequence, position, mask[:, None])
 
     def of_rows(self, rows: QueryRows) -> "Padding":
@@ -111,7 +118,7 @@ class SoftmaxEncoder(Encoder):
     def forward(
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
     ) -> Encoded:
-        padding = Padding.of(tokens)
+        padding = Padding.of(tokens, self.num_context)
         rows = last_rows(tokens, self.num_context, last_history=last_history)
         x_TE = tokens.x_TE
         for layer in self.layers[:-1]:

@@ -8,6 +8,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ChannelConfig, ModelConfig
 from pipeline.model.encoders.encoder import Encoded, Encoder, TokenLayout, side_by_side
 from pipeline.model.encoders.mixture import channel_model, filter_rows, newest_rows
+from pipeline.model.encoders.own_view import Sharing, stack_sharing
 from pipeline.model.encoders.transducer import Transducer, stack_work
 from pipeline.model.flops import Flops
 from pipeline.model.tokens import Tokens
@@ -27,7 +28,7 @@ class UltraHSTU(Encoder):
         parts = channel_parts(cfg)
         self.channels = [channel for channel, _ in parts]
         # A plain list: what is registered below decides the names of the weights.
-        self.stacks = [Transducer(model, layout.num_context) for _, model in parts]
+        self.stacks = [Transducer(model, layout) for _, model in parts]
 
         if cfg.channels:
             self.transducers = nn.ModuleList(self.stacks)
@@ -66,6 +67,14 @@ class UltraHSTU(Encoder):
             total.add(stack_work(passed, newest, model, layout))
             total.filtered_tokens += len(tokens.x_TE) - len(passed.x_TE)
         return total
+
+
+def model_sharing(cfg: ModelConfig) -> Sharing:
+    """How requests of one user may share an encoded history: what all transducers allow."""
+    forms = {stack_sharing(channel, model) for channel, model in channel_parts(cfg)}
+    if "none" in forms:
+        return "none"
+    return "layers" if "layers" in forms else "forward"
 
 
 def channel_parts(cfg: ModelConfig) -> list[tuple[ChannelConfig, ModelConfig]]:
