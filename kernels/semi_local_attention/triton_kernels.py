@@ -866,8 +866,9 @@ def _key_grads_block(
     first_full, kind, target, window, prefix, band_blocks, full_blocks, head, num_tokens, stride_qt,
     stride_qh, stride_gt, stride_gh, reach, alpha, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
-    PRECISION: tl.constexpr, ON_GPU: tl.constexpr, CROSSES: tl.constexpr,
+    CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    CROSSES: tl.constexpr,
 ):  # fmt: skip
     """acc_k [N, D] and acc_v [N, V] with block i of the rows that see a key tile."""
     row, row_end, in_band = _row_block(
