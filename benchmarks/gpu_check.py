@@ -12,6 +12,8 @@ a benchmark is for its own checks alone.
 
 import argparse
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from benchmarks.kernels import (
     tables_parity,
 )
 from benchmarks.training.model import model_config, random_batch, vocabulary
+from kernels.compilations import compilations_by_kernel
 from pipeline.model.ranker import RankingModel
 from pipeline.train.trainee import Trainee
 
@@ -113,12 +116,29 @@ def check_waiting() -> str | None:
     return None
 
 
+def check_compilations(warm_up: int = 8, steps: int = 120) -> str | None:
+    """Training steps of other sizes compile nothing after the first few."""
+    torch.use_deterministic_algorithms(False)
+    cfg = model_config(SEMI_LOCAL, 2, 2, 64)
+    trainee = Trainee(cfg, vocabulary(cfg), DEVICE, rank=0, world_size=1)
+    draw = random.Random(0)
+    for number in range(warm_up + steps):
+        if number == warm_up:
+            before = compilations_by_kernel()
+        # the two classes of lengths of the tile table, then any
+        length = (700, 2000)[number % 2] if number < warm_up else draw.randint(40, 2000)
+        batch = random_batch(cfg, length * draw.randint(1, 20), length, 16, seed=number)
+        trainee.step(batch.to(DEVICE), number, warm_up + steps)
+    added = Counter(compilations_by_kernel()) - Counter(before)
+    return f"compiled after {warm_up} steps: {dict(added)}" if added else None
+
+
 def model_checks() -> list[Check]:
     sizes = (8, 1024, 64), (3, 40, 16)
     models: list[Check] = [
         (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
     ]
-    return [*models, (check_training,), (check_waiting,)]
+    return [*models, (check_training,), (check_waiting,), (check_compilations,)]
 
 
 SUITES = {

@@ -10,8 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import compilations
 
 Number = int | float
 # → the kernel, so that its id stays its own, and its compiled form
@@ -79,14 +82,15 @@ def constants_of(kernel: Any, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple([named[name] for name in kernel.arg_names if name in named])
 
 
-def specialised_form(x: Any) -> Any:
+def specialised_form(x: Any, *, varies: bool = False) -> Any:
     """The part of an argument that compiled code depends on.
 
-    tensor       type, and its distance from a multiple of 16 bytes
-    descriptor   type and box
-    int          1, 16 (a multiple of it) or 0 (any other), and its width: Triton's classes
-    bool, str    itself
-    float        nothing but that it is one
+    tensor          type, and its distance from a multiple of 16 bytes
+    descriptor      type and box
+    int             1, 16 (a multiple of it) or 0 (any other), and its width: Triton's classes
+    one that varies from batch to batch, and is in `do_not_specialize`: its width
+    bool, str       itself
+    float           nothing but that it is one
     """
     if isinstance(x, Tensor | TensorDescriptor):
         return _form(x)
@@ -94,6 +98,8 @@ def specialised_form(x: Any) -> Any:
         return x
     if isinstance(x, float):
         return float
+    if varies:
+        return int, x >= 2**31
     class_of = 1 if x == 1 else 16 * (x % 16 == 0)
     return class_of, x >= 2**31
 
@@ -112,6 +118,9 @@ def descriptor_like(template: TensorDescriptor, base: Tensor) -> TensorDescripto
     other = object.__new__(TensorDescriptor)
     other.__dict__ = {**template.__dict__, "base": base}
     return other
+
+
+compilations.count_in(triton.knobs.runtime)
 
 
 def cdiv(x: int, y: int) -> int:

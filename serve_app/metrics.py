@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from kernels.compilations import count_compilations
 from serve_app.schemas import EventsResponse, EventStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -182,6 +183,20 @@ class ReplicaMetrics:
             "Copies that the shadow version refused or failed on",
             registry=self.registry,
         )
+
+        self.kernels_compiled = Gauge(
+            "ranking_kernels_compiled",
+            "Triton kernels compiled so far, on a GPU: stands still after the warm-up",
+            registry=self.registry,
+        )
+        self.kernels_compiled.set_function(count_compilations)
+
+        self.kernels_compiled = Gauge(
+            "ranking_kernels_compiled",
+            "Triton kernels compiled so far, on a GPU: stands still after the warm-up",
+            registry=self.registry,
+        )
+        self.kernels_compiled.set_function(count_compilations)
 
         # what is loaded now
         self.loaded = LoadedVersions()

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import cdiv, constants_of, launch, next_power_of_2
+from kernels.launch import cdiv, constants_of, launch
 from kernels.semi_local_attention import tile_table, triton_tiles
 from kernels.semi_local_attention.tile_table import AttentionTile
 
 ENTRY: int = triton_tiles.ENTRY.value
 FARTHEST = 2**30  # of a window, full rows and a prefix: with a place it must not pass 2**31
+# What the kernels that build lists do at a time: one size for all batches, compiled once.
+COUNTED, WRITTEN = 1024, 64  # sequences, entries
 LIST_STAGES = 3  # Triton's own number of stages
 
 
@@ -148,7 +150,6 @@ def _count_tiles(
     plan: TritonPlan, keys: bool, heads: int, tensors: tuple[Tensor, ...], constants: dict
 ) -> None:
     num_sequences = len(plan.seq_offsets) - 1
-    block = min(4096, next_power_of_2(num_sequences))
     kernel = triton_tiles.count_tiles
     of_count = {
         **constants,
@@ -157,7 +158,7 @@ def _count_tiles(
         "HEADS": heads,
         "SPLIT_PROGRAMS": tile_table.SPLIT_PROGRAMS,
         "SHORTEST_PART": tile_table.SHORTEST_PART,
-        "BLOCK_B": block,
+        "BLOCK_B": COUNTED,
     }
     launch(
         kernel,
@@ -167,7 +168,7 @@ def _count_tiles(
         (plan.full_rows, plan.prefix),
         constants_of(kernel, of_count),
         device=plan.seq_offsets.device,
-        num_warps=min(16, max(1, block // 128)),
+        num_warps=COUNTED // 128,
         num_stages=LIST_STAGES,
     )
 
@@ -177,20 +178,16 @@ def _write_tiles(
 ) -> None:
     num_sequences = len(plan.seq_offsets) - 1
     offsets, targets, extra, header, first, tiles = tensors
-    tile_length = constants["BLOCK_N" if keys else "BLOCK_M"]
-    longest = plan.max_seq_len // tile_length + 2
-    block = max(16, min(128, next_power_of_2(longest)))
-
     if keys:
         kernel, warps = triton_tiles.write_key_tiles, 2
         visible = offsets if plan.target_visible is None else plan.target_visible
         tensors = offsets, targets, extra, visible, header, first, tiles
         fixed = plan.full_rows, plan.prefix
-        of_kernel = {"VISIBLE": plan.target_visible is not None, "BLOCK_E": block}
+        of_kernel = {"VISIBLE": plan.target_visible is not None, "BLOCK_E": WRITTEN}
     else:
         kernel, warps = triton_tiles.write_row_tiles, 1
         fixed = (plan.full_rows,)
-        of_kernel = {"CACHED": plan.cached, "BLOCK_E": block}
+        of_kernel = {"CACHED": plan.cached, "BLOCK_E": WRITTEN}
 
     launch(
         kernel,

@@ -406,7 +406,7 @@ def _attend_block(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions", "num_times", "reach"])
 def forward(
     q, k, v,  # descriptors over [T, H * width], or pointers
     positions, cells, event_time, query_time,  # of the bias: `spread_tables`, and int32 s [T], [T]
@@ -486,7 +486,7 @@ def _attend_cached_block(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def forward_cached(
     q,  # [C, H, D] the new rows
     k, v,  # [T, H, ·] the cache
@@ -653,7 +653,7 @@ def _score_grad_block(
     return tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION), far
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions", "num_times", "reach"])
 def backward_queries(
     q, k, v, grad,  # descriptors or pointers; grad is that of the output, in the inputs' type
     positions, cells, event_time, query_time,
@@ -911,7 +911,7 @@ def _key_grads_block(
     return acc_k, acc_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_positions", "num_times", "reach"])
 def backward_keys(
     q, k, v, grad,
     positions, cells, event_time, query_time,

@@ -43,6 +43,8 @@ PARTIALS = {  # the names of partial sums
 OF_BIAS = ("positions", "cells", "event_time", "query_time")
 OF_BIAS_GRADIENTS = ("d_position", "d_time", "per_unit")
 SLOPES = ("slope_q", "slope_k", "slope_v")
+# numbers of a batch; the kernels name them in `do_not_specialize`
+VARYING = ("num_tokens", "num_rows", "num_keys", "num_positions", "num_times", "reach")
 
 
 class GradStores(NamedTuple):
@@ -115,7 +117,7 @@ class PreparedLaunch:
     def _cache_key(self, arguments: list[Any]) -> tuple:
         """What compiled code depends on; constants are written in capitals."""
         forms = [
-            x if name.isupper() else specialised_form(x)
+            x if name.isupper() else specialised_form(x, varies=name in VARYING)
             for name, x in zip(self.places, arguments, strict=True)
         ]
         return id(self.kernel), self.device, *forms, self.tile.warps, self.tile.stages

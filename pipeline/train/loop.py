@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
+from kernels.compilations import count_compilations
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig, TrainConfig, UserError
@@ -302,6 +303,7 @@ class Progress:
         self.values |= take_losses(self.state, self.trainee)
         self.values |= self.meter.take_speed(self.state, self.trainee.clock.take_seconds())
         self.values["train/bad_steps"] = self.state.bad_steps
+        self.values["train/kernels_compiled"] = count_compilations()
         self.values["train/grad_norm"] = float(self.trainee.grad_norm)
         warmup = resolve_warmup(self.cfg.warmup_steps, self.total_steps)
         factor = learning_rate_factor(self.state.step - 1, warmup, self.total_steps)

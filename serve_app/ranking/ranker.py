@@ -173,6 +173,9 @@ class Ranker:
 
             self._refuse_broken_scores(self.rank([request]))  # the history is encoded
             self._refuse_broken_scores(self.rank([request]))  # and found in the cache
+            if self.device.type == "cuda":
+                # users together, whose keys are as many as those of a long history
+                self.rank([request] * (2 + LONG_HISTORY // length))
 
     def _refuse_broken_scores(self, ranked: Sequence[RankedColumns]) -> None:
         """An answer of NaN would be nulls in an order of chance."""

@@ -30,6 +30,8 @@ RUN_METRICS = {
     "train/loss": "Loss that is minimised: the weighted mean of the tasks' since the last line.",
     "train/loss/TASK": "Mean loss of a task since the last line, in nats.",
     "train/bad_steps": "Steps left out so far because loss or gradient was not finite.",
+    "train/kernels_compiled": "Triton kernels compiled so far in the first worker's process. It "
+    "stands still after the first steps.",
     "train/grad_norm": "Norm of the dense gradients of the last step, before clipping.",
     "train/lr": "Learning rate of the dense weights in the last step.",
     "train/examples_per_s": "Training targets per second, over all workers.",
