@@ -191,13 +191,6 @@ class ReplicaMetrics:
         )
         self.kernels_compiled.set_function(count_compilations)
 
-        self.kernels_compiled = Gauge(
-            "ranking_kernels_compiled",
-            "Triton kernels compiled so far, on a GPU: stands still after the warm-up",
-            registry=self.registry,
-        )
-        self.kernels_compiled.set_function(count_compilations)
-
         # what is loaded now
         self.loaded = LoadedVersions()
         self.registry.register(self.loaded)
