@@ -7,14 +7,16 @@ import logging
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pipeline import config
+from pipeline.config.secrets import MaskingFormatter, mask_secrets
 
 if TYPE_CHECKING:
     from pipeline.tracking import RowsAtHand
@@ -77,12 +79,7 @@ def run(
     """
     parser = make_parser(Path(sys.argv[0]).stem, what, add_options)
     options = parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
+    _set_up_logging()
     # `with` blocks end what they started
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
@@ -119,6 +116,20 @@ def rows_at_hand(cfg: config.RunConfig) -> "RowsAtHand":
             return evaluator.score_model(cfg, model_dir)
 
     return RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score)
+
+
+def _set_up_logging() -> None:
+    """Lines on the console, without secrets; those of a mistake of ours too."""
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    console = logging.StreamHandler()
+    console.setFormatter(MaskingFormatter(line, datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[console])
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
+
+    def print_masked(kind: type[BaseException], *found: Any) -> None:
+        print(mask_secrets("".join(traceback.format_exception(kind, *found))), file=sys.stderr)
+
+    sys.excepthook = print_masked
 
 
 def _print_plan(cfg: config.RunConfig, planned: dict[str, object]) -> None:

@@ -353,6 +353,16 @@ def test_a_request_for_another_server_is_refused() -> None:
         ({"source": {"path": "s3://b/x?secret_key=hunter2"}}, "source.path"),
         ({"tracking": {"uri": "http://user:hunter2@mlflow:5000"}}, "tracking.uri"),
         ({"tracking": {"uri": "https://hunter2@mlflow"}}, "tracking.uri"),
+        ({"tracking": {"uri": "https://mlflow/?token=hunter2"}}, "tracking.uri"),
+        ({"serve": {"redis_url": "http://me:hunter2@host"}}, "serve.redis_url"),
+        ({"serve": {"redis_url": ["redis://:hunter2@h/0"]}}, "serve.redis_url"),
+        ({"serve": {"redis_password": "hunter2"}}, "serve.redis_password"),
+        ({"source": {"path": "https://me:hunter2@host/logs"}}, "source.path"),
+        ({"source": {"path": "gs://logs/x?X-Goog-Signature=hunter2"}}, "source.path"),
+        (
+            {"source": {"path": "s3://b/x?endpoint_override=http%3A%2F%2Fme:hunter2%40minio"}},
+            "source.path",
+        ),
     ],
 )
 def test_secrets_do_not_enter_the_configuration(tmp_path: Path, section: dict, key: str) -> None:

@@ -126,10 +126,11 @@ def test_what_is_not_there(bucket: Bucket):
     ("path", "message"),
     [
         ("s3://key:secret@logs/x", "source.path must be without credentials"),
+        ("s3://logs/x?secret_key=1", "source.path must be without credentials"),
         ("s3:///x", "source.path must be s3://bucket/prefix, got 's3:///x'"),
         (
-            "s3://logs/x?secret_key=1",
-            "source.path must be without the option 'secret_key'; there are endpoint_override",
+            "s3://logs/x?scheme=http",
+            "source.path must be without the option 'scheme'; there are endpoint_override",
         ),
         (
             "hdfs://logs/x",

@@ -4,11 +4,16 @@ setting has.
 
 from typing import Any
 
+from pipeline.config.secrets import INSTEAD, MASK, has_secret, mask_secrets
+
 
 class UserError(ValueError):
     """A mistake of the user's: jobs print its one message and exit with code 2, the server answers
-    4xx.
+    4xx. Secrets in the message are masked.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(mask_secrets(str(message)))
 
 
 class ConfigError(UserError):
@@ -17,8 +22,12 @@ class ConfigError(UserError):
 
 class Outage(RuntimeError):
     """Something that a job needs does not answer, or started too slowly: jobs print its one message
-    and exit with code 1, since the same command is worth another try.
+    and exit with code 1, since the same command is worth another try. Secrets in the message are
+    masked.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(mask_secrets(str(message)))
 
 
 def require(condition: bool, key: str, value: Any, rule: str) -> None:
@@ -29,3 +38,20 @@ def require(condition: bool, key: str, value: Any, rule: str) -> None:
     """
     if not condition:
         raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+def refuse_secrets(key: str, value: str | None) -> None:
+    """Go on only if the value of a setting, where it is an address, holds no secret.
+
+    Raises:
+        ConfigError: it does, and is not shown; or it is no address in spite of its looks.
+    """
+    if value is None or "://" not in value:
+        return
+    try:
+        is_open = not has_secret(value)
+    except ValueError:
+        raise ConfigError(f"{key} must be an address, got {value!r}") from None
+    source = INSTEAD.get(key, "the environment or the machine")
+    rule = f"without credentials (they come from {source}), since the configuration is logged"
+    require(is_open, key, MASK, rule)

@@ -10,7 +10,7 @@ import zoneinfo
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.config.errors import ConfigError, require
+from pipeline.config.errors import ConfigError, refuse_secrets, require
 from pipeline.config.reading import GCS, S3, parse_time, split_s3
 from pipeline.config.setting import describe, setting
 from pipeline.config.synthetic import SyntheticConfig
@@ -370,6 +370,7 @@ class SourceConfig:
         for key, path in paths.items():
             if path is None or "://" not in path:
                 continue
+            refuse_secrets(key, path)
             rule = "a path of the file system, s3://bucket/prefix or gs://bucket/prefix"
             require(path.startswith((S3, GCS)), key, path, rule)
             if path.startswith(S3):

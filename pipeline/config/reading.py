@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.config.errors import ConfigError, require
+from pipeline.config.errors import ConfigError, refuse_secrets, require
+from pipeline.config.secrets import MASK, is_secret_name
 from pipeline.config.setting import has_default
 
 S3 = "s3://"
@@ -86,14 +87,9 @@ def split_s3(key: str, uri: str) -> tuple[str, tuple[tuple[str, str], ...]]:
         ConfigError: no bucket, an unknown option, or credentials, which would be logged with the
         configuration.
     """
+    refuse_secrets(key, uri)
     place, _, query = uri.removeprefix(S3).partition("?")
     bucket = place.partition("/")[0]
-    require(
-        "@" not in bucket,
-        key,
-        "s3://...",
-        "without credentials: they come from the environment or the machine",
-    )
     require(bool(bucket), key, uri, "s3://bucket/prefix")
 
     options = urllib.parse.parse_qsl(query, keep_blank_values=True)
@@ -121,8 +117,9 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
     for key in raw:
         if key not in names:
             where = f"{path}.{key}" if path else str(key)
+            shown = MASK if is_secret_name(str(key)) else repr(raw[key])
             raise ConfigError(
-                f"unknown configuration key {where!r} (value {raw[key]!r}); "
+                f"unknown configuration key {where!r} (value {shown}); "
                 f"{path or 'the top level'} has {names}"
             )
 
@@ -185,4 +182,6 @@ def _convert_scalar(hint: type, value: Any, path: str) -> Any:
     # bool is a subclass of int
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+    if isinstance(value, str):
+        refuse_secrets(path, value)
     return value

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pipeline.config.errors import require
+from pipeline.config.errors import refuse_secrets, require
 from pipeline.config.setting import check_ranges, describe, setting
 
 PICTURE_HOST = re.compile(r"https?://[a-z0-9.-]+(:\d+)?")
@@ -330,7 +330,7 @@ class ServeConfig:
         self._refuse_limits_that_disagree()
         self._refuse_pictures_from_anywhere()
         self._refuse_exposures_that_are_not_served()
-        self._refuse_secrets_of_the_served_folder()
+        refuse_secrets("serve.served_folder", self.served_folder)
 
     def _refuse_lists_beyond_candidates(self) -> None:
         retrieved = self.retrieved_candidates
@@ -357,11 +357,10 @@ class ServeConfig:
         rule = "null without serve.trace_context"
         require(self.trace_context, "serve.otlp_endpoint", self.otlp_endpoint, rule)
 
+        refuse_secrets("serve.otlp_endpoint", self.otlp_endpoint)
         url = urlsplit(self.otlp_endpoint)
-        rule = "an http or https URL without a password"
-        usable = url.scheme in ("http", "https") and url.hostname and url.password is None
-        shown = "..." if url.password is not None else self.otlp_endpoint
-        require(bool(usable), "serve.otlp_endpoint", shown, rule)
+        usable = url.scheme in ("http", "https") and url.hostname
+        require(bool(usable), "serve.otlp_endpoint", self.otlp_endpoint, "an http or https URL")
 
     def _refuse_empty_paths(self) -> None:
         for name in ("api_keys_file", "client_key_file", "redis_password_file", "served_folder"):
@@ -370,15 +369,11 @@ class ServeConfig:
 
     def _refuse_unusable_redis(self) -> None:
         if self.redis_url is not None:
+            refuse_secrets("serve.redis_url", self.redis_url)
             url = urlsplit(self.redis_url)
             known = url.scheme in ("redis", "rediss", "unix")
             rule = "a URL such as redis://host:6379/0, or null"
             require(known, "serve.redis_url", self.redis_url, rule)
-
-            # the configuration is logged with every run
-            rule = "without a password: serve.redis_password_file"
-            is_secret = url.password is not None or "password" in url.query.lower()
-            require(not is_secret, "serve.redis_url", "...", rule)
 
         rule = "a word without colons"
         require(":" not in self.redis_prefix, "serve.redis_prefix", self.redis_prefix, rule)
@@ -422,10 +417,3 @@ class ServeConfig:
         days = self.exposures.wait_h / 24
         rule = f"above serve.exposures.wait_h ({days:g} days)"
         require(self.served_days > days, "serve.served_days", self.served_days, rule)
-
-    def _refuse_secrets_of_the_served_folder(self) -> None:
-        # the configuration is logged with every run, and pyarrow would take either form
-        url = urlsplit(self.served_folder or "")
-        has_secret = "@" in url.netloc or "key" in url.query.lower()
-        rule = "without credentials: they come from the environment or the machine"
-        require(not has_secret, "serve.served_folder", "...", rule)

@@ -2,9 +2,8 @@
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
-from pipeline.config.errors import require
+from pipeline.config.errors import refuse_secrets, require
 from pipeline.config.setting import check_ranges, setting
 
 
@@ -46,12 +45,7 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "tracking")
 
-        # the configuration is logged with every run
-        if self.uri is not None:
-            rule = "without a password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            has_secret = "@" in urlsplit(self.uri).netloc  # a name alone may be a token
-            require(not has_secret, "tracking.uri", "...", rule)
-
+        refuse_secrets("tracking.uri", self.uri)
         self._refuse_name_that_mlflow_refuses()
 
     def _refuse_name_that_mlflow_refuses(self) -> None:
