@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.training.example_time import fit_times
 from benchmarks.training.load_balance import WARM_UP, simulate, zipf_lengths
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import cut_steps, deal_steps, step_plan
-from pipeline.batches.stochastic_length import balanced_cuts, deal_examples
-from pipeline.config import RunConfig, StochasticLengthConfig
+from pipeline.batches.stochastic_length import balanced_cuts, deal_examples, example_loads
+from pipeline.config import ConfigError, RunConfig, StochasticLengthConfig
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 PLAIN = StochasticLengthConfig(alpha=1.6, max_len=16_384)
@@ -52,6 +53,40 @@ def test_dealing_gives_every_example_once_and_every_rank_one() -> None:
         assert min(map(len, dealt)) > 0
     heavy = deal_examples(np.array([9.0, 1, 1, 1]), 2)
     assert [rows.tolist() for rows in heavy] == [[0], [1, 2, 3]]
+
+
+def test_examples_are_dealt_by_their_predicted_times() -> None:
+    """Many short ones weigh more than their tokens where each has a price of its own."""
+    tokens = np.array([90, 30, 30, 30])
+    by_time = StochasticLengthConfig(load_times=(60, 1, 0.01))
+    assert example_loads(tokens, by_time).tolist() == [231, 99, 99, 99]
+    by_tokens = deal_examples(example_loads(tokens, StochasticLengthConfig()), 2)
+    assert [rows.tolist() for rows in by_tokens] == [[0], [1, 2, 3]]
+    dealt = deal_examples(example_loads(tokens, StochasticLengthConfig(load_times=(60, 1, 0))), 2)
+    assert [rows.tolist() for rows in dealt] == [[0, 3], [1, 2]]
+
+
+def test_the_times_of_examples_are_found_from_those_of_batches() -> None:
+    rng = np.random.default_rng(0)
+    facts = np.column_stack([np.ones(30), rng.uniform(1, 9, (30, 3))])
+    expected = np.array([4.0, 0, 2, 0.5])
+    times = facts @ expected
+    np.testing.assert_allclose(fit_times(facts, times), expected, atol=1e-9)
+    # an example never takes less than nothing
+    assert (fit_times(facts, times - facts[:, 1]) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"load_times": (1.0, 2.0)}, r"load_times must be three numbers, not all 0, or null"),
+        ({"load_times": (0.0, 0.0, 0.0)}, r"load_times must be three numbers"),
+        ({"load_times": (1.0, 2.0, 0.0), "load_exponent": 2.0}, r"load_exponent must be 1\.0 with"),
+    ],
+)
+def test_loads_of_two_kinds_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StochasticLengthConfig(**settings)
 
 
 def test_steps_of_a_reader_come_to_equal_loads() -> None:

@@ -1,7 +1,9 @@
 """Optimizers, the loop without Ray, checkpoints and exact resumption."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -272,16 +274,30 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path
     return cfg, folder / "checkpoints", on_two_ranks(cfg, folder)
 
 
-def on_two_ranks(cfg: RunConfig, folder: Path) -> list[dict]:
+def on_two_ranks(cfg: RunConfig, folder: Path, killed_at: int | None = None) -> list[dict]:
     """Both ranks' losses by step, and weights; from the newest checkpoint in the folder where there
-    is one.
+    is one. The second is killed when it would begin the step `killed_at`.
     """
     (folder / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
-    mp.spawn(one_of_two, (str(folder),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    mp.spawn(one_of_two, (str(folder), killed_at), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def one_of_two(rank: int, folder: str) -> None:
+class DyingLoader(Loader):
+    """One whose process is killed in the place of a batch."""
+
+    def __init__(self, rank: int, killed_at: int) -> None:
+        super().__init__(rank, 2)
+        self.killed_at = killed_at
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
+        for step, batch in enumerate(super().batches(epoch, first_step), first_step):
+            if epoch * STEPS + step == self.killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+def one_of_two(rank: int, folder: str, killed_at: int | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
@@ -294,7 +310,9 @@ def one_of_two(rank: int, folder: str) -> None:
         "resume": checkpoints.newest(),
         "checkpoints": checkpoints,
     }
-    lines, weights = run(cfg, Loader(rank, 2), **options)
+    dies = killed_at is not None and rank == 1
+    loader = DyingLoader(rank, killed_at) if dies else Loader(rank, 2)
+    lines, weights = run(cfg, loader, **options)
     torch.save(
         {"weights": weights, "losses": {line["step"]: line["train/loss"] for line in lines}},
         f"{folder}/{rank}.pt",
@@ -334,6 +352,27 @@ def test_from_two_ranks_to_one_and_back(
     for step, loss in found.items():
         assert loss == pytest.approx(expected[0]["losses"][step], rel=1e-5), step
     for name, tensor in result["weights"].items():
+        torch.testing.assert_close(
+            tensor, expected[0]["weights"][name], rtol=1e-4, atol=1e-6, msg=name
+        )
+
+
+def test_one_rank_goes_on_where_two_were_when_one_of_them_was_killed(
+    two_ranks: tuple[RunConfig, Path, list[dict]], tmp_path: Path
+) -> None:
+    cfg, _, expected = two_ranks
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):  # pyright: ignore[reportPrivateImportUsage]
+        on_two_ranks(cfg, tmp_path, killed_at=10)
+
+    # that of step 8, or where the killed rank had not yet written its part of it, of step 4
+    folder = CheckpointFolder(tmp_path / "checkpoints", 3)
+    saved = folder.newest()
+    assert saved is not None and saved.state.step in (4, 8)
+    lines, weights = run(cfg, resume=saved, checkpoints=folder)
+    assert lines[-1]["step"] == 12
+    for line in lines:
+        assert line["train/loss"] == pytest.approx(expected[0]["losses"][line["step"]], rel=1e-5)
+    for name, tensor in weights.items():
         torch.testing.assert_close(
             tensor, expected[0]["weights"][name], rtol=1e-4, atol=1e-6, msg=name
         )

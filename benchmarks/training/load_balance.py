@@ -23,6 +23,7 @@ from pipeline.batches.stochastic_length import (
     LoadPlan,
     balanced_cuts,
     cut_threshold,
+    example_loads,
     stochastic_cuts,
 )
 from pipeline.config import StochasticLengthConfig
@@ -104,8 +105,8 @@ def simulate(
     short = np.minimum(lengths, cut_threshold(cfg))
     plan = LoadPlan(
         cut,
-        lengths.astype(np.float64) ** cfg.load_exponent,
-        short.astype(np.float64) ** cfg.load_exponent,
+        example_loads(lengths, cfg),
+        example_loads(short, cfg),
     )
     num_steps = len(lengths) // (num_ranks * per_rank)
     steps = np.array_split(rng.permutation(len(lengths)), num_steps)

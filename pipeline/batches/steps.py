@@ -32,7 +32,12 @@ from pipeline.batches.examples import (
     user_events,
     whole_examples,
 )
-from pipeline.batches.stochastic_length import LoadPlan, deal_examples, stochastic_cuts
+from pipeline.batches.stochastic_length import (
+    LoadPlan,
+    deal_examples,
+    example_loads,
+    stochastic_cuts,
+)
 from pipeline.config import RunConfig, TrainConfig, to_dict
 from pipeline.files import write_atomically
 from pipeline.sequences import store
@@ -155,7 +160,7 @@ def load_plan(
     lengths = train.stochastic_length
     cut = stochastic_cuts(examples.num_history, lengths, rng)
     whole, short = token_counts(users, examples, train)
-    return LoadPlan(cut, whole**lengths.load_exponent, short**lengths.load_exponent)
+    return LoadPlan(cut, example_loads(whole, lengths), example_loads(short, lengths))
 
 
 def token_counts(

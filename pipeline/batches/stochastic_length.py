@@ -48,12 +48,24 @@ def stochastic_cuts(
     return (lengths > cut_threshold(cfg)) & (draw >= keep_all)
 
 
+def example_loads(num_tokens: np.ndarray, cfg: StochasticLengthConfig) -> np.ndarray:
+    """What examples of so many tokens weigh, float64 [n]: tokens to the power `load_exponent`, or
+    the predicted time by `load_times`.
+
+        tokens      10      load_times 5, 2, 0.1
+        load        5 + 2 * 10 + 0.1 * 100 = 35
+    """
+    tokens = num_tokens.astype(np.float64)
+    if cfg.load_times is None:
+        return tokens**cfg.load_exponent
+    once, each, squared = cfg.load_times
+    return once + each * tokens + squared * tokens**2
+
+
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
     """The examples of a pool: which histories are drawn to be cut, and what an example weighs whole
-    and cut, [n] each.
-
-    The load of an example is its number of tokens to the power `load_exponent`.
+    and cut (`example_loads`), [n] each.
     """
 
     cut: np.ndarray  # bool

@@ -32,10 +32,33 @@ class StochasticLengthConfig:
         "rows far below the length, 2 under full attention.",
     )
 
+    load_times: tuple[float, ...] | None = setting(
+        None,
+        at_least=0,
+        doc="In place of the exponent, the time of an example in any unit: for itself, for each "
+        "token, and for each of its tokens times their number. `python -m "
+        "benchmarks.training.example_time` measures them. Null: load_exponent decides.",
+    )
+
     def __post_init__(self) -> None:
         check_ranges(self, "train.stochastic_length")
 
         self._refuse_sampling_without_draws()
+        self._refuse_loads_of_two_kinds()
+
+    def _refuse_loads_of_two_kinds(self) -> None:
+        """One of them alone is read."""
+        times = self.load_times
+        if times is None:
+            return
+        key = "train.stochastic_length.load_times"
+        require(len(times) == 3 and sum(times) > 0, key, times, "three numbers, not all 0, or null")
+        require(
+            self.load_exponent == 1.0,
+            "train.stochastic_length.load_exponent",
+            self.load_exponent,
+            "1.0 with load_times, which takes its place",
+        )
 
     def _refuse_sampling_without_draws(self) -> None:
         """Where everything is kept there is no decision to flip."""
