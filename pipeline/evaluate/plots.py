@@ -53,9 +53,7 @@ def plot_roc(scored: Scored, path: Path) -> None:
 def plot_slices(lines: Sequence[Slice], tasks: Sequence[str], path: Path) -> None:
     """AUC and calibration by slice: a column of panels for each kind, a line for each task."""
     kinds = list(dict.fromkeys(line.by for line in lines))
-    figure = Figure(figsize=(4.2 * len(kinds), 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, len(kinds), squeeze=False)
+    figure, panels = _make_panels(len(kinds), 2, width=4.2, height=2.8, below=0.6)
 
     for column, kind in enumerate(kinds):
         of_kind = [line for line in lines if line.by == kind]
@@ -80,12 +78,33 @@ def plot_slices(lines: Sequence[Slice], tasks: Sequence[str], path: Path) -> Non
 def _draw_panels(
     scored: Scored, draw_panel: Callable[[Axes, np.ndarray, np.ndarray], None], path: Path
 ) -> None:
-    figure = Figure(figsize=(3.2 * len(scored), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(scored), squeeze=False)[0]
-
+    figure, (panels,) = _make_panels(len(scored), 1, width=3.2, height=3.2, below=0.5)
     for axes, (task, (scores, labels)) in zip(panels, scored.items(), strict=True):
         if len(scores):
             draw_panel(axes, scores, labels)
         axes.set_title(task)
     figure.savefig(path, dpi=110)
+
+
+def _make_panels(
+    columns: int, rows: int, *, width: float, height: float, below: float
+) -> tuple[Figure, np.ndarray]:
+    """A figure of panels, [rows, columns], each of so many inches with `below` of them for labels.
+
+    Margins are given: a layout that measures labels draws all of them twice more, for seconds.
+    """
+    figure = Figure(figsize=(width * columns, height * rows))
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False)
+
+    beside, above = 0.65, 0.3
+    inner_width, inner_height = width - beside - 0.1, height - below - above
+    figure.subplots_adjust(
+        left=beside / (width * columns),
+        right=1 - 0.1 / (width * columns),
+        bottom=below / (height * rows),
+        top=1 - above / (height * rows),
+        wspace=(width - inner_width) / inner_width,
+        hspace=(height - inner_height) / inner_height,
+    )
+    return figure, panels

@@ -27,29 +27,31 @@ def positive_ranks(scores_UN: Tensor, user: Tensor, item: Tensor) -> Tensor:
     list               1 0 2 3          0 before 2: equal, and the smaller number
     rank of item 2     2
     """
-    rows = scores_UN[user]
-    own = rows.gather(1, item[:, None])
-    number = torch.arange(rows.shape[1], device=rows.device)
-    before = (rows > own) | ((rows == own) & (number < item[:, None]))
-    return before.sum(1)
+    scores = scores_UN.numpy(force=True)
+    ranks = np.empty(len(user), np.int64)
+    for number, (of_user, place) in enumerate(zip(user.tolist(), item.tolist(), strict=True)):
+        row, own = scores[of_user], scores[of_user, place]
+        # of the items with smaller numbers those of the same score come first, too
+        smaller = np.count_nonzero(row[:place] >= own)
+        ranks[number] = smaller + np.count_nonzero(row[place:] > own)
+    return torch.from_numpy(ranks)
 
 
 def top_items(scores_UN: Tensor, k: int) -> Tensor:
     """int64 [U, k]: the first items of each user's list."""
-    k = min(k, scores_UN.shape[1])
-    best = scores_UN.topk(k, dim=1)
+    scores = scores_UN.numpy(force=True)
+    num_users, num_items = scores.shape
+    k = min(k, num_items)
 
-    # equal scores by number
-    number, order = best.indices.sort(dim=1)
-    place = best.values.gather(1, order).sort(dim=1, descending=True, stable=True).indices
-    top = number.gather(1, place)
+    # the items as good as the k-th, more than k where several are
+    least = np.partition(scores, num_items - k, axis=1)[:, num_items - k]
+    place = np.flatnonzero(scores >= least[:, None])
+    user, item = np.divmod(place, num_items)
+    order = np.lexsort((-scores.ravel()[place], user))  # stable: equal scores stay by number
+    user, item = user[order], item[order]
 
-    # topk does not say which of several equal items it takes for the last places
-    tied = (scores_UN >= best.values[:, -1:]).sum(1) > k
-    if tied.any():
-        whole = scores_UN[tied].sort(dim=1, descending=True, stable=True).indices
-        top[tied] = whole[:, :k]
-    return top
+    begins = np.searchsorted(user, np.arange(num_users))
+    return torch.from_numpy(item[begins[:, None] + np.arange(k)])
 
 
 class RetrievalMetrics:
