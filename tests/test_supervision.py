@@ -154,3 +154,20 @@ def test_a_job_that_is_ended_waits_for_its_checkpoint(
     with pytest.raises(SystemExit):
         run_attempt(trainer, TrainConfig(stop_timeout_s=60), tmp_path)
     assert "saved after step 7" in caplog.text
+
+
+def test_ray_train_complains_once_a_second_of_nothing() -> None:
+    """Its cleaner of placement groups, which asks for a dashboard, is there and left out of ours:
+    training on ML-1M printed its complaint in 69 lines of 101.
+    """
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.train.trainer import QuietTrainer
+
+    kinds = []
+    for trainer in (TorchTrainer, QuietTrainer):
+        made = trainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+        kinds.append({type(one).__name__ for one in made._create_default_callbacks()})
+    theirs, ours = kinds
+    assert theirs - ours == {"PlacementGroupCleanerCallback"}

@@ -148,11 +148,12 @@ def test_the_file_of_each_bad_row_is_named(here: None, tmp_path: Path) -> None:
     assert "   1.parquet" in page
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(25, 5), (647, 100), (4, 0)])
+@pytest.mark.parametrize(("steps", "warmup"), [(25, 2), (647, 64), (4000, 100), (4, 0)])
 def test_a_warm_up_is_a_part_of_the_run(steps: int, warmup: int) -> None:
     assert resolve_warmup(None, steps) == warmup
     assert resolve_warmup(7, steps) == 7
     refuse_long_warmup(None, steps)
+    refuse_long_warmup(resolve_warmup(None, steps), steps)
 
     longest = steps // 10
     refuse_long_warmup(longest, steps)

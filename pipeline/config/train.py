@@ -167,8 +167,8 @@ class TrainConfig:
         None,
         at_least=0,
         doc="Steps over which the learning rates rise; then they fall to 0 by a cosine. At most a "
-        "tenth of the run's steps. Null, and with init champion: 100, or a fifth of a short run's "
-        "steps.",
+        "tenth of the run's steps. Null, and with init champion: 100, or a tenth of a run of fewer "
+        "than 1000 steps.",
     )
     grad_clip: float = setting(
         1.0, above=0, doc="Largest norm of the dense gradients; a larger one is scaled down."

@@ -201,13 +201,17 @@ WARMUP_STEPS = 100  # where the configuration names no number
 
 
 def resolve_warmup(warmup_steps: int | None, total_steps: int) -> int:
-    """Steps of warm-up of a run of so many steps: those of `train.warmup_steps`, or our own.
-
-    Our own are up to a fifth of a short run: they are chosen for its length.
+    """Steps of warm-up of a run of so many steps: those of `train.warmup_steps`, or our own, within
+    the same bound.
     """
     if warmup_steps is not None:
         return warmup_steps
-    return min(WARMUP_STEPS, total_steps // 5)
+    return min(WARMUP_STEPS, longest_warmup(total_steps))
+
+
+def longest_warmup(total_steps: int) -> int:
+    """Steps of the longest warm-up that leaves a run enough steps to train in."""
+    return total_steps // 10
 
 
 def refuse_long_warmup(warmup_steps: int | None, total_steps: int) -> None:
@@ -217,7 +221,7 @@ def refuse_long_warmup(warmup_steps: int | None, total_steps: int) -> None:
     Raises:
         UserError: it is longer than a tenth of the steps.
     """
-    longest = total_steps // 10
+    longest = longest_warmup(total_steps)
     if warmup_steps is not None and warmup_steps > longest:
         raise UserError(
             f"train.warmup_steps is {warmup_steps}, more than a tenth of the {total_steps} steps "

@@ -181,7 +181,7 @@ def _absolute(cfg: RunConfig) -> RunConfig:
 
 def _make_trainer(
     cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None, start: WarmStart | None
-) -> "_Trainer":
+) -> "QuietTrainer":
     train = cfg.train
     # at each look Ray Train takes a report; after its own 2 s a second one would be waited for
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", LOOK_EVERY_S)
@@ -189,7 +189,7 @@ def _make_trainer(
     settings["start"] = start
 
     backend = "nccl" if train.use_gpu else "gloo"
-    return _Trainer(
+    return QuietTrainer(
         train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend=backend),
@@ -214,7 +214,7 @@ def _group_size(train: TrainConfig) -> int | tuple[int, int]:
     return train.min_workers, train.num_workers
 
 
-class _Trainer(TorchTrainer):
+class QuietTrainer(TorchTrainer):
     """Without Ray Train's cleaner of placement groups.
 
     It asks the dashboard once a second whether the controller lives, and complains each time where
