@@ -91,15 +91,19 @@ def attend(
 ) -> list[Tensor]:
     """Output and gradients."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    seen = None
+    seen, seen_from, more_full = None, None, None
     if visible:
         seen = torch.tensor([3, 7, 0, 5, 1], dtype=torch.int32)
+        seen_from = torch.tensor([1, 2, 0, 3, 0], dtype=torch.int32)
+        more_full = torch.tensor([1, 0, 2, 0], dtype=torch.int32)
     out = semi_local_attention(
         *leaves,
         offsets_of(LENGTHS),
         max_seq_len=max(LENGTHS),
         num_targets=torch.tensor(TARGETS, dtype=torch.int32),
         target_visible=seen,
+        target_from=seen_from,
+        extra_full_rows=more_full,
         attn_alpha=0.5,
         scaling_seq_len=7,
         backend=backend,
@@ -202,10 +206,8 @@ def test_layer() -> None:
 
     def run(x: Tensor, grad: Tensor) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
-        plan = triton_plan(
-            len(x), sequences.seq_offsets, sequences.max_seq_len, sequences.num_targets, None,
-            shape.window, shape.full_rows, shape.prefix,
-        )  # fmt: skip
+        mask = sequences.mask_tensors, shape.window, shape.full_rows, shape.prefix
+        plan = triton_plan(len(x), sequences.seq_offsets, sequences.max_seq_len, *mask)
         out = FusedLayer.apply(leaf, *weights, shape, plan, 0.0, 0)
         out.backward(grad)
         assert leaf.grad is not None
