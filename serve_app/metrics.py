@@ -202,7 +202,12 @@ class LoadedVersions:
     """
 
     # counters; the rest are gauges
-    COUNTERS = ("history_cache_hits", "history_cache_misses", "history_cache_evictions")
+    COUNTERS = (
+        "history_cache_hits",
+        "history_cache_misses",
+        "history_cache_appends",
+        "history_cache_evictions",
+    )
     LABELS = ("version", "role")
 
     def __init__(self) -> None:

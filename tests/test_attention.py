@@ -303,7 +303,7 @@ def test_wrong_arguments_are_named(monkeypatch, change, message):
         )
 
 
-@pytest.mark.parametrize("kind", ["candidates", "candidates with visible lengths", "new events"])
+@pytest.mark.parametrize("kind", ["candidates", "candidates with visible lengths"])
 def test_cached_equals_the_whole_sequence(kind):
     """Rows over a cache get what the same rows get inside the sequence."""
     lengths, counts = [50, 1, 33], [20, 1, 0]
@@ -316,20 +316,14 @@ def test_cached_equals_the_whole_sequence(kind):
     row_offsets, cache_offsets = (torch.tensor([0, *n]).cumsum(0) for n in (counts, [30, 0, 33]))
     visible = some_visible(lengths, counts) if "visible" in kind else None
     scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
-    if kind == "new events":
-        whole = semi_local_attention(
-            q, k, v, offsets, max_seq_len=50, window=3, full_rows=20, **scale
-        )[rows]
-    else:
-        of_candidates = {"num_targets": num_targets, "target_visible": visible}
-        whole = semi_local_attention(
-            q, k, v, offsets, max_seq_len=50, window=3, **of_candidates, **scale
-        )[rows]
+    of_candidates = {"num_targets": num_targets, "target_visible": visible}
+    whole = semi_local_attention(
+        q, k, v, offsets, max_seq_len=50, window=3, **of_candidates, **scale
+    )[rows]
     for backend in ("reference", "torch"):
         cached = cached_attention(
             *(q[rows], k[rows], v[rows], row_offsets, k[kept], v[kept], cache_offsets),
             visible=visible,
-            causal=kind == "new events",
             backend=backend,
             **scale,
         )
@@ -343,8 +337,10 @@ def test_cached_names_what_does_not_fit():
         cached_attention(
             q, q[:2], q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1
         )
-    options = {"causal": True, "visible": torch.zeros(3, dtype=torch.int32)}
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="one per row"):
         cached_attention(
-            q, q, q, offsets[0], k, k, offsets[1], attn_alpha=1.0, scaling_seq_len=1, **options
+            *(q, q, q, offsets[0], k, k, offsets[1]),
+            visible=torch.zeros(2, dtype=torch.int32),
+            attn_alpha=1.0,
+            scaling_seq_len=1,
         )

@@ -154,7 +154,7 @@ def test_interpreted_descriptors(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("kind", ["candidates", "visible", "new events"])
+@pytest.mark.parametrize("kind", ["candidates", "visible"])
 def test_interpreted_cached_attention(kind):
     rows, cache = torch.tensor([0, 20, 20, 25, 26]), torch.tensor([0, 50, 60, 60, 75])
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,6 @@ def test_interpreted_cached_attention(kind):
     k, v = (torch.randn(75, 2, 8, generator=generator) for _ in range(2))
     visible = torch.randint(0, 16, (26,), generator=generator).int() if kind == "visible" else None
     scale = {"attn_alpha": 0.5, "scaling_seq_len": 3}
-    causal = kind == "new events"
     wide = [x.double() for x in (q, own_k, own_v)], [x.double() for x in (k, v)]
     truth = cached_attention(
         *wide[0],
@@ -170,12 +169,11 @@ def test_interpreted_cached_attention(kind):
         *wide[1],
         cache,
         visible=visible,
-        causal=causal,
         backend="reference",
         **scale,
     )
     plan = TritonPlan(cache, rows, visible, 26, 75, None, 0, 0, cached=True)
-    got = cached_attention_triton(q, own_k, own_v, k, v, plan, causal=causal, **scale)
+    got = cached_attention_triton(q, own_k, own_v, k, v, plan, **scale)
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
 
 

@@ -159,11 +159,8 @@ def test_attention_with_a_bias() -> None:
     assert only_q[0][others_of(LENGTHS)].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("form", "kind"),
-    [("pointers", "candidates"), ("descriptors", "new events"), ("torch", "candidates")],
-)
-def test_cached_attention(form: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "torch"])
+def test_cached_attention(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "descriptors":
         monkeypatch.setattr(triton_launch, "_is_hopper", lambda device: True)
     rows = [5, 3, 17, 1]
@@ -181,7 +178,6 @@ def test_cached_attention(form: str, kind: str, monkeypatch: pytest.MonkeyPatch)
             k,
             v,
             offsets_of(LENGTHS),
-            causal=kind == "new events",
             attn_alpha=0.5,
             scaling_seq_len=7,
             backend="torch" if form == "torch" else "triton",

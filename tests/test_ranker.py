@@ -283,6 +283,54 @@ def test_another_history_is_another_entry(fresh: Ranker) -> None:
     assert hits_and_misses(fresh) == (1, 2), "the last row is not yet there"
 
 
+def test_new_events_are_appended_to_an_encoded_history(fresh: Ranker) -> None:
+    """Users come back at the time of each of their newest events, when one more is visible."""
+    times = {}
+    for user in (2, 4):
+        sequence = fresh.store.sequence(user)
+        assert sequence is not None
+        times[user] = sorted(set(sequence["event_time"][0].as_py()))[-4:]
+    visits = []
+    for visit in range(4):
+        visits.append([ask(user, request_time_ms=times[user][visit]) for user in (2, 4)])
+    growing = [as_array(fresh, visit) for visit in visits]
+    stats = fresh.cache_stats()
+    assert (stats["history_cache_misses"], stats["history_cache_appends"]) == (8, 6)
+
+    for visit, expected in zip(reversed(visits), reversed(growing), strict=True):
+        fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
+        np.testing.assert_allclose(as_array(fresh, visit), expected, atol=1e-6)
+        assert fresh.cache_stats()["history_cache_appends"] == 0
+
+    # of another user nothing is taken, though the rows are the same
+    fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
+    rows = [{"item_id": i, "event_time": NOW - 9000 + i} for i in range(6)]
+    as_array(fresh, [ask(2, history=rows[:4])])
+    as_array(fresh, [ask(4, history=rows)])
+    assert fresh.cache_stats()["history_cache_appends"] == 0
+    as_array(fresh, [ask(2, history=rows)])
+    assert fresh.cache_stats()["history_cache_appends"] == 1
+
+
+def test_a_beginning_goes_with_its_entries() -> None:
+    offsets = torch.tensor([0, 1])
+    layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)
+    entry = HistoryCache((layer,))
+    caches = HistoryCaches(CacheBudget(1))
+    caches.budget.max_bytes = 2 * resident_bytes(entry)
+
+    caches.keep_entry(b"one row", entry, b"user", 1)
+    caches.keep_entry(b"two rows", entry, b"user", 2)
+    found = caches.find_beginning(b"user")
+    assert found is not None and found[:2] == (b"two rows", 2)
+    caches.keep_entry(b"another", entry, b"other user", 1)  # the entry of one row goes
+    assert caches.find_beginning(b"user") is not None
+    caches.keep_entry(b"a third", entry, b"third user", 1)
+    assert caches.find_beginning(b"user") is None
+    caches.close()
+    assert caches.find_beginning(b"third user") is None
+
+
 @pytest.mark.parametrize(
     "limits", [{"cache_mb": 0}, {"micro_batch": 1}, {"micro_batch": 3, "batch_tokens": 1}]
 )

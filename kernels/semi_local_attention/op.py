@@ -208,7 +208,6 @@ def _cached_plan(
     num_keys: int,
     cache_offsets: Tensor,
     visible: Tensor | None,
-    causal: bool,
 ):
     """The `TritonPlan` of new rows over cached keys."""
 
@@ -218,8 +217,7 @@ def _cached_plan(
         offsets = cache_offsets.detach(), row_offsets.detach()
         return TritonPlan(*offsets, visible, num_rows, num_keys, None, 0, 0, cached=True)
 
-    mask, tensors = ("cached", causal), (cache_offsets, visible)
-    return _shared_plan(row_offsets, mask, tensors, build_plan)
+    return _shared_plan(row_offsets, ("cached",), (cache_offsets, visible), build_plan)
 
 
 def semi_local_attention(
@@ -356,7 +354,6 @@ def cached_attention(
     cache_offsets: Tensor,
     *,
     visible: Tensor | None = None,
-    causal: bool = False,
     attn_alpha: float,
     scaling_seq_len: int,
     backend: Backend = "auto",
@@ -366,8 +363,6 @@ def cached_attention(
 
     `row_offsets` and `cache_offsets` int64 [B + 1]. A row sees its user's cache, or the first
     `visible` int32 [C] keys of it, and itself: what `semi_local_attention` gives to candidates.
-    With `causal` the rows are new events, which see the whole cache and each other in order: what
-    it gives to full rows.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -375,12 +370,7 @@ def cached_attention(
     _check_cached(q_CHD, own_k_CHD, own_v_CHV, row_offsets, k_THD, v_THV, cache_offsets)
     of_rows = visible is None or visible.shape == q_CHD.shape[:1]
     _require(of_rows, f"visible must be [{len(q_CHD)}], one per row")
-    _require(
-        not (causal and visible is not None),
-        "visible is for candidates, causal for new events: give one of them",
-    )
-
-    options = {"causal": causal, "attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
+    options = {"attn_alpha": attn_alpha, "scaling_seq_len": scaling_seq_len}
     tensors = q_CHD, own_k_CHD, own_v_CHV
     cache = k_THD, v_THV, cache_offsets
     if backend == "triton" or (backend == "auto" and q_CHD.is_cuda):
@@ -388,7 +378,7 @@ def cached_attention(
         from kernels.semi_local_attention.triton_autograd import cached_attention_triton
 
         sizes = len(q_CHD), row_offsets, len(k_THD), cache_offsets
-        plan = _cached_plan(*sizes, visible, causal)
+        plan = _cached_plan(*sizes, visible)
         return cached_attention_triton(*tensors, k_THD, v_THV, plan, **options)
 
     _require(

@@ -124,16 +124,13 @@ def cached_attention_reference(
     cache_offsets: Tensor,
     *,
     visible: Tensor | None,
-    causal: bool,
     attn_alpha: float,
     scaling_seq_len: int,
 ) -> Tensor:
     """New rows over a user's cached keys and themselves, [C, H, V]: what `semi_local_attention`
     gives the same rows.
 
-    A row sees its user's cache, or the first `visible` int32 [C] keys of it, and its own key; with
-    `causal` (new
-    events instead of candidates) also the own keys of the user's new rows before it.
+    A row sees its user's cache, or the first `visible` int32 [C] keys of it, and its own key.
     """
     outputs = []
     rows_of, cache_of = row_offsets.tolist(), cache_offsets.tolist()
@@ -144,8 +141,7 @@ def cached_attention_reference(
             torch.cat([k_THD[cache], own_k_CHD[rows]]),
             torch.cat([v_THV[cache], own_v_CHV[rows]]),
         )
-        own = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q_CHD.device).tril()
-        own = own if causal else own & own.T
+        own = torch.eye(num_rows, dtype=torch.bool, device=q_CHD.device)
         seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q_CHD.device)
         if visible is not None:
             seen = torch.arange(num_keys, device=q_CHD.device)[None, :] < visible[rows, None]

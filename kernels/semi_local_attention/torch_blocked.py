@@ -445,7 +445,6 @@ def cached_attention_blocked(
     cache_offsets: Tensor,
     *,
     visible: Tensor | None,
-    causal: bool,
     attn_alpha: float,
     scaling_seq_len: int,
 ) -> Tensor:
@@ -475,8 +474,5 @@ def cached_attention_blocked(
             out[rows] += (weight @ v).transpose(0, 1)
 
         # and the new rows themselves
-        if causal:
-            out[rows] += (F.silu(q @ own_k.transpose(1, 2)).tril() @ own_v).transpose(0, 1)
-        else:
-            out[rows] += (F.silu((q * own_k).sum(-1, keepdim=True)) * own_v).transpose(0, 1)
+        out[rows] += (F.silu((q * own_k).sum(-1, keepdim=True)) * own_v).transpose(0, 1)
     return (out / scaling_seq_len).to(q_CHD.dtype)

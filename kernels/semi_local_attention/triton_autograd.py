@@ -89,7 +89,6 @@ def cached_attention_triton(
     v: Tensor,
     plan: TritonPlan,
     *,
-    causal: bool,
     attn_alpha: float,
     scaling_seq_len: int,
 ) -> Tensor:
@@ -100,5 +99,5 @@ def cached_attention_triton(
         k, v = own_k, own_v
 
     problem, operands = find_problem((q, k, v, own_k, own_v), plan, attn_alpha, scaling_seq_len)
-    out = launch_forward_cached(plan, problem, operands, causal)
+    out = launch_forward_cached(plan, problem, operands)
     return out[..., : own_v.shape[2]]

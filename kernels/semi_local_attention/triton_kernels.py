@@ -45,7 +45,6 @@ from kernels.semi_local_attention.triton_tiles import (
     KEY_FIRST_FULL,
     KEY_SEEN_BY,
     KEY_TARGET,
-    ROW_FIRST_TARGET,
     ROW_SEQUENCE_END,
     ROW_TARGET,
     key_entry,
@@ -495,11 +494,10 @@ def forward_cached(
     partial, arrived, tiles, header, visible, num_rows, num_keys, stride_qt, stride_qh, stride_kt,
     stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_pt, stride_ph, alpha, scale,
     HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, VISIBLE: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, VISIBLE: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """New rows over a user's cached keys, and over themselves: each row its own key, or (CAUSAL)
-    all new ones so far.
+    """New rows over a user's cached keys, and each over its own key.
 
     A list's CANDIDATE tiles, with `row` counted in the new rows and `start`, `history_end` in the
     cache.
@@ -507,7 +505,6 @@ def forward_cached(
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
     row, row_end, start, history_end, _kind, part, parts, slot = row_entry(tiles)
-    first_row = tl.load(tiles + ROW_FIRST_TARGET)
     if tile >= tl.load(header):
         return
     rows = row + tl.arange(0, BLOCK_M)
@@ -538,19 +535,12 @@ def forward_cached(
         )  # fmt: skip
 
     if part == parts - 1:  # which also takes the new rows' own keys
-        own = row
-        if CAUSAL:
-            own = first_row
-        for first in tl.range(own, row_end, BLOCK_N, num_stages=1, disable_licm=True):
+        for first in tl.range(row, row_end, BLOCK_N, num_stages=1, disable_licm=True):
             keys = _rows(own_k, first, head, stride_ot, stride_oh, num_rows, BLOCK_N, D, TMA)
             half = _half_scores(query, keys, alpha, PRECISION)
 
-            weight = _silu(half, FAST)
             index = first + tl.arange(0, BLOCK_N)
-            if CAUSAL:
-                weight = tl.where(index[None, :] <= rows[:, None], weight, 0.0)
-            else:
-                weight = tl.where(index[None, :] == rows[:, None], weight, 0.0)
+            weight = tl.where(index[None, :] == rows[:, None], _silu(half, FAST), 0.0)
 
             acc = _add_values(
                 acc, weight, own_v, first, head, stride_pt, stride_ph, num_rows, row_end, BLOCK_N,

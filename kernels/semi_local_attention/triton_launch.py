@@ -148,13 +148,12 @@ class AttentionProblem:
         name: str,
         operands: tuple[Tensor, ...],
         grads: GradStores | None = None,
-        causal: bool = False,
     ) -> PreparedLaunch:
         """The launch of a kernel; only shapes and strides of the operands count."""
         key = name, grads
         prepared = self.prepared.get(key)
         if prepared is None:
-            prepared = self.prepared[key] = _prepare(plan, self, name, operands, grads, causal)
+            prepared = self.prepared[key] = _prepare(plan, self, name, operands, grads)
         return prepared
 
 
@@ -226,7 +225,6 @@ def _prepare(
     name: str,
     operands: tuple[Tensor, ...],
     grads: GradStores | None,
-    causal: bool,
 ) -> PreparedLaunch:
     """All arguments of a kernel by name, then in its order; every one must be named once."""
     kernel = getattr(triton_kernels, name)
@@ -248,7 +246,7 @@ def _prepare(
         **_own_tensors(kernel.arg_names, tiles.tiles, problem, grads),
         **_list_tensors(plan, problem, name, tile, tiles),
         **_operand_strides(name, operands),
-        **_mask_numbers(plan, problem, operands, causal, cached=name == "forward_cached"),
+        **_mask_numbers(plan, problem, operands, cached=name == "forward_cached"),
         **_constants(plan, problem, name, tile),
         **_grad_arguments(grads),
     }
@@ -327,7 +325,6 @@ def _mask_numbers(
     plan: TritonPlan,
     problem: AttentionProblem,
     operands: tuple[Tensor, ...],
-    causal: bool,
     cached: bool,
 ) -> dict[str, Any]:
     """The mask's sizes and what of it a kernel is compiled for."""
@@ -338,7 +335,7 @@ def _mask_numbers(
     }
     if cached:
         sizes = {"num_rows": len(operands[0]), "num_keys": len(operands[1])}
-        return {**named, **sizes, "CAUSAL": causal}
+        return {**named, **sizes}
 
     num_positions, num_times = problem.tables or (1, 1)
     return {
@@ -425,11 +422,11 @@ def launch_forward(
 
 
 def launch_forward_cached(
-    plan: TritonPlan, problem: AttentionProblem, operands: tuple[Tensor, ...], causal: bool
+    plan: TritonPlan, problem: AttentionProblem, operands: tuple[Tensor, ...]
 ) -> Tensor:
     """Attention [C, H, V] of new rows over cached keys; operands q, k, v, own k, own v."""
     q = operands[0]
-    prepared = problem.prepare(plan, "forward_cached", operands, causal=causal)
+    prepared = problem.prepare(plan, "forward_cached", operands)
     out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
     prepared.launch(operands, out=out)
     return out

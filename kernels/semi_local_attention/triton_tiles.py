@@ -44,8 +44,7 @@ ROW_PART = tl.constexpr(5)
 ROW_PARTS = tl.constexpr(6)
 ROW_SLOT = tl.constexpr(7)  # of part 0
 ROW_TARGET = tl.constexpr(8)  # the first row's number among the candidates of the batch
-ROW_FIRST_TARGET = tl.constexpr(9)  # row of the sequence's first candidate
-ROW_SEQUENCE_END = tl.constexpr(10)
+ROW_SEQUENCE_END = tl.constexpr(9)
 
 # Places in an entry of key tiles.
 KEY = tl.constexpr(0)  # first key
@@ -323,7 +322,6 @@ def write_row_tiles(
         tl.store(place + ROW_PARTS, tl.where(is_cut, parts, 1), mask=mask)
         tl.store(place + ROW_SLOT, first_slot + tile * parts, mask=mask)
         tl.store(place + ROW_TARGET, first_target + row - first_row, mask=mask)
-        tl.store(place + ROW_FIRST_TARGET, first_row + same, mask=mask)
         tl.store(place + ROW_SEQUENCE_END, start + history + targets + same, mask=mask)
 
 

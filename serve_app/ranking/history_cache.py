@@ -36,6 +36,14 @@ def history_key(history: Events, user_codes: np.ndarray) -> bytes:
     return digest.digest()
 
 
+def beginning_key(history: Events, user_codes: np.ndarray) -> bytes:
+    """`history_key` of its first row alone: the same while only new rows come."""
+    first = history.take(
+        history.offsets[:1], np.minimum(history.offsets[:1] + 1, history.offsets[1:])
+    )
+    return history_key(first, user_codes)
+
+
 def resident_bytes(entry: HistoryCache) -> int:
     """Memory that keeping `entry` costs.
 
@@ -65,12 +73,13 @@ class CacheBudget:
     def make_room(self) -> None:
         """Evict until the entries are within the budget; the caller holds the lock."""
         while self.num_bytes > self.max_bytes:
-            (owner, _), oldest = self.entries.popitem(last=False)
+            (owner, key), oldest = self.entries.popitem(last=False)
             size = resident_bytes(oldest)
             self.num_bytes -= size
             owner.num_bytes -= size
             owner.num_entries -= 1
             owner.evictions += 1
+            owner.forget_beginning(key)
 
 
 class HistoryCaches:
@@ -82,7 +91,11 @@ class HistoryCaches:
         self.num_entries = 0
         self.hits = 0
         self.misses = 0
+        self.appends = 0  # of the misses: new rows onto an entry
         self.evictions = 0
+        # by the beginning of a history the newest entry that has it, and its rows; and back
+        self._newest: dict[bytes, tuple[bytes, int]] = {}
+        self._beginnings: dict[bytes, bytes] = {}
         self._is_closed = False
 
     def __contains__(self, key: bytes) -> bool:
@@ -102,8 +115,29 @@ class HistoryCaches:
             budget.entries.move_to_end((self, key))
             return found
 
-    def keep_entry(self, key: bytes, entry: HistoryCache) -> None:
-        """Keep `entry` unless it alone is more than there is room for."""
+    def find_beginning(self, beginning: bytes) -> tuple[bytes, int, HistoryCache] | None:
+        """The newest entry of a history with this `beginning_key`: its key, its rows and itself."""
+        budget = self.budget
+        with budget.lock:
+            if beginning not in self._newest:
+                return None
+            key, num_rows = self._newest[beginning]
+            return key, num_rows, budget.entries[self, key]
+
+    def forget_beginning(self, key: bytes) -> None:
+        """An entry is gone; the caller holds the lock."""
+        beginning = self._beginnings.pop(key, None)
+        newest = None if beginning is None else self._newest.get(beginning)
+        if beginning is not None and newest is not None and newest[0] == key:
+            del self._newest[beginning]
+
+    def keep_entry(
+        self, key: bytes, entry: HistoryCache, beginning: bytes = b"", num_rows: int = 0
+    ) -> None:
+        """Keep `entry` unless it alone is more than there is room for.
+
+        With a `beginning` of its `num_rows` rows, `find_beginning` finds it until another comes.
+        """
         budget, size = self.budget, resident_bytes(entry)
         if size > budget.max_bytes:
             return
@@ -115,6 +149,9 @@ class HistoryCaches:
             budget.num_bytes += size
             self.num_bytes += size
             self.num_entries += 1
+            if num_rows:
+                self._newest[beginning] = key, num_rows
+                self._beginnings[key] = beginning
             budget.make_room()
 
     def close(self) -> None:
@@ -127,12 +164,15 @@ class HistoryCaches:
             self.budget.num_bytes -= self.num_bytes
             self.num_bytes = 0
             self.num_entries = 0
+            self._newest.clear()
+            self._beginnings.clear()
 
     def cache_stats(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""
         return {
             "history_cache_hits": self.hits,
             "history_cache_misses": self.misses,
+            "history_cache_appends": self.appends,
             "history_cache_evictions": self.evictions,
             "history_cache_entries": self.num_entries,
             "history_cache_bytes": self.num_bytes,

@@ -21,6 +21,7 @@ from pipeline.batches.events import Events, concatenate
 from pipeline.config import ServeConfig, UserError
 from pipeline.index.folder import LoadedIndex
 from pipeline.model.artifact import LoadedModel
+from pipeline.model.inference.appending import append_history, first_changed_row
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
 from pipeline.model.inference.quantize import as_served
@@ -37,7 +38,12 @@ from serve_app.history.rows import (
 )
 from serve_app.ids import read_id
 from serve_app.ranking.describe import describe_features
-from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key
+from serve_app.ranking.history_cache import (
+    CacheBudget,
+    HistoryCaches,
+    beginning_key,
+    history_key,
+)
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
 logger = logging.getLogger("ray.serve")
@@ -436,9 +442,16 @@ class Ranker:
             else:
                 encoded[key] = kept
 
-        for key, cache in self._encode(past, users, missing):
+        beginnings: dict[bytes, bytes] = {}
+        for key, i in missing.items():
+            beginnings[key] = beginning_key(*self._one_history(past, users, i))
+        appended = self._append(past, users, missing, beginnings)
+        rest = {key: i for key, i in missing.items() if key not in appended}
+
+        for key, cache in (*appended.items(), *self._encode(past, users, rest)):
             encoded[key] = cache
-            self.caches.keep_entry(key, cache)
+            num_rows = int(past.lengths[missing[key]])
+            self.caches.keep_entry(key, cache, beginnings[key], num_rows)
 
         kept_of_each = [encoded[key] for key in keys]
         return self._score_encoded(past, targets, users, kept_of_each, self.score_candidates)
@@ -494,6 +507,52 @@ class Ranker:
                 logits = self.model(batch.to(self.device))
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
+
+    def _one_history(self, past: Events, users: np.ndarray, i: int) -> tuple[Events, np.ndarray]:
+        """One of the sequences, and its user's codes, [1, user columns]."""
+        codes = self.maps.user_codes[self.maps.user_rows(users[i : i + 1])]
+        return past.take(past.offsets[i : i + 1], past.offsets[i + 1 : i + 2]), codes
+
+    def _append(
+        self,
+        past: Events,
+        users: np.ndarray,
+        missing: dict[bytes, int],
+        beginnings: dict[bytes, bytes],
+    ) -> dict[bytes, HistoryCache]:
+        """Encoded histories of those of `missing` that are an entry's rows and new ones: only what
+        the new ones change is encoded. On a CPU.
+        """
+        appended: dict[bytes, HistoryCache] = {}
+        model = self.cfg.model
+        if self.device.type != "cpu" or model.attention_backend not in ("auto", "torch"):
+            return appended
+
+        for key, i in missing.items():
+            found = self.caches.find_beginning(beginnings[key])
+            if found is None:
+                continue
+            kept_key, num_cached, kept = found
+            history, codes = self._one_history(past, users, i)
+            num_rows = len(history.item_id)
+            if num_cached >= num_rows:
+                continue
+
+            # the entry is of these very rows
+            begin, end = np.array([0]), np.array([num_rows])
+            if history_key(history.take(begin, np.array([num_cached])), codes) != kept_key:
+                continue
+            num_context = self.model.encoder.num_context
+            first = first_changed_row(model, num_context, num_cached, num_rows)
+            if first is None:
+                continue
+
+            rows = history.take(np.array([first]), end)
+            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.cfg)
+            with self.precision():
+                appended[key] = append_history(self.model, kept, batch, num_cached, num_rows)
+            self.caches.appends += 1
+        return appended
 
     def _encode(
         self, past: Events, users: np.ndarray, missing: dict[bytes, int]

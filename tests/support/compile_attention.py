@@ -63,7 +63,6 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
         "FAST": not (flags.get("BIAS", False) and name == "backward_queries"),
         "PRECISION": "ieee",
         "ON_GPU": True,
-        "CAUSAL": True,
     }
     shape = {"HEADS": 4, "D": width, "V": width, "OUT_D": width, "OUT_V": width}
     shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}

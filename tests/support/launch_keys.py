@@ -71,7 +71,7 @@ def attend(draw: random.Random, rows: int, sequences: int, longest: int) -> None
     num_new = draw.randint(1, 600)
     new = [empty(num_new, HEADS, WIDTH) for _ in range(3)]
     plan = TritonPlan(offsets, offsets, None, num_new, rows, None, 0, 0, cached=True)
-    cached_attention_triton(*new, k.detach(), v.detach(), plan, causal=False, **scale)
+    cached_attention_triton(*new, k.detach(), v.detach(), plan, **scale)
 
 
 def attend_with_bias(rows: int, sequences: int, longest: int) -> None:
