@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ConfigError, ModelConfig, RunConfig
 from pipeline.model.encoders import ENCODERS, check_model
-from pipeline.model.encoders.hstu import HSTU, token_times
+from pipeline.model.encoders.hstu import HSTU, asked_times, token_times
 from pipeline.model.ranker import RankingModel
+from pipeline.model.tokens import Tokens, target_mask
 from pipeline.model.work import count_work
 from pipeline.train import loop
 from tests.worlds.model import (
@@ -51,9 +53,16 @@ def baseline_config(settings: dict) -> RunConfig:
     return make_config(**({"attention": CAUSAL, "ffn_dim": 12} | settings))
 
 
+def asked_at_once(batch: SequenceBatch) -> SequenceBatch:
+    """Each sequence's candidates as one request, at the time of its newest event."""
+    is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+    return replace(batch, gap_ms=batch.gap_ms.masked_fill(is_target, 0))
+
+
 @each_baseline
 def test_candidates_see_their_own_history_and_not_each_other(settings: dict) -> None:
-    model, batch = make_model(baseline_config(settings)), make_batch([7, 3, 0], [3, 2, 1])
+    model = make_model(baseline_config(settings))
+    batch = asked_at_once(make_batch([7, 3, 0], [3, 2, 1]))
     whole = model(batch)
     alone = tokens_at(
         batch,
@@ -77,6 +86,8 @@ def test_both_layouts_score_the_same(settings: dict) -> None:
     """A candidate that sees only a part of the pass: as if that part were the whole history."""
     model, batch = make_model(baseline_config(settings)), make_batch([9, 2], [3, 1])
     visible = [2, 0, 6, 1]
+    # requests at the times of the events that follow
+    batch.gap_ms[9:12] = batch.gap_ms[[2, 0, 6]]
     one_pass = model(replace(batch, target_visible=torch.tensor(visible, dtype=torch.int32)))
     for i, seen in enumerate(visible[:3]):
         request = tokens_at(
@@ -118,7 +129,7 @@ ENCODED = {
 def test_the_newest_history_row_is_that_of_the_history_alone(settings: dict) -> None:
     """With candidates behind it or without them; zeros for a user without history."""
     model = make_model(baseline_config(settings))
-    batch = make_batch([7, 0, 4], [3, 2, 0])
+    batch = asked_at_once(make_batch([7, 0, 4], [3, 2, 0]))
     acted = torch.full_like(batch.action_mask, 7)
     batch = replace(batch, action_mask=acted, known_mask=acted)
     histories = tokens_at(
@@ -217,6 +228,34 @@ def test_times_of_tokens_are_summed_gaps() -> None:
     # older rows left out
     cut = replace(batch, gap_ms=batch.gap_ms.index_fill(0, torch.tensor([0]), 1000))
     assert token_times(cut, 2, False).tolist() == [0, 0, *merged]
+
+
+def test_rows_ask_about_the_time_of_the_next_event() -> None:
+    tokens = Tokens(
+        x_TE=torch.zeros(11, 1),
+        seq_offsets=torch.tensor([0, 6, 8, 11]),
+        num_targets=torch.tensor([2, 0, 1], dtype=torch.int32),
+        target_visible=None,
+        max_seq_len=6,
+    )
+    #      c  h0 h1 h2  x   y | h0 h1 | c h0 x
+    time = [0, 0, 5, 12, 12, 30, 0, 9, 0, 0, 4]
+    asked = [0, 5, 12, 30, 12, 30, 9, 9, 0, 4, 4]
+    assert asked_times(tokens, torch.tensor(time)).tolist() == asked
+
+
+def test_a_retrieval_model_asks_about_each_row_s_own_time() -> None:
+    cfg = baseline_config({"encoder": "hstu_merged", "relative_bias": True})
+    batch = make_batch([4], [1])
+    later = replace(batch, gap_ms=batch.gap_ms.index_fill(0, torch.tensor([4]), 10**9))
+
+    def newest_row(cfg: RunConfig, batch: SequenceBatch) -> torch.Tensor:
+        return make_model(cfg).encode(batch, last_history=True).last_history_row
+
+    assert not torch.equal(newest_row(cfg, batch), newest_row(cfg, later))
+    retrieval = replace(cfg.retrieval, enabled=True, positives=("is_like",))
+    cfg = replace(cfg, retrieval=retrieval)
+    assert torch.equal(newest_row(cfg, batch), newest_row(cfg, later))
 
 
 def test_the_bias_starts_each_layer_with_tables_of_its_own() -> None:

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from pipeline import config
-from pipeline.config import ConfigError
+from pipeline.config import AttentionConfig, ConfigError
+from pipeline.config.reading import apply_overrides
+from pipeline.search.space import with_settings
 from tests.support.reference.configuration import find_sections
 
 ROOT = Path(__file__).parent.parent
@@ -234,3 +236,49 @@ def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing():
     resolved = yaml.safe_load(done.stdout)
     resolved.pop("plan")
     assert config.from_dict(resolved) == config.load(DEMO, ["train.epochs=9"])
+
+
+BESIDE_CHANNELS = {
+    "model.num_layers": 3,
+    "model.attention.window": 4,
+    "model.attention.scaling_seq_len": 64,
+    "model.truncate_after_layer": None,
+    "model.truncate_to": 64,
+}
+
+
+@pytest.mark.parametrize("key", BESIDE_CHANNELS)
+def test_a_setting_that_channels_do_not_read_is_refused(tmp_path: Path, key: str) -> None:
+    """Set in the same place as the channels, in a later one, or by a search."""
+    value = BESIDE_CHANNELS[key]
+    channels = "model.channels={all: {attention: {window: null}}}"
+    own = key.removeprefix("model.")
+    message = rf"{key} must be left out beside model\.channels.* of all, got {value!r}$"
+    message = message.replace("of all", rf"model\.channels\.NAME\.{own} of all")
+
+    text = "null" if value is None else str(value)
+    with pytest.raises(ConfigError, match=message):
+        config.load(DEMO, [channels, f"{key}={text}"])
+
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(yaml.safe_dump(config.to_dict(config.load(DEMO, [channels]))))
+    mixture = config.load(preset)
+    with pytest.raises(ConfigError, match=message):
+        config.load(preset, [f"{key}={text}"])
+    with pytest.raises(ConfigError, match=message):
+        with_settings(mixture, {key: value})
+
+    raw = config.to_dict(mixture)
+    apply_overrides(raw, [f"{key}={text}"])
+    preset.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=message):
+        config.load(preset)
+    assert not config.load(preset, ["model.channels={}"]).model.channels
+
+
+def test_channels_take_the_place_of_the_one_transducer() -> None:
+    cfg = config.load(DEMO, ["model.channels={all: {attention: {window: null}}}"])
+    assert cfg.model.attention == AttentionConfig()
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+    assert not {"num_layers", "attention", "truncate_to"} & config.to_dict(cfg)["model"].keys()
+    assert with_settings(config.load(DEMO), {"model.channels": {"all": {}}}).model.channels

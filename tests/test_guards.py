@@ -13,13 +13,43 @@ import pytest
 import torch
 
 from pipeline.batches.collate import SequenceBatch
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config import (
+    AttentionConfig,
+    ChannelConfig,
+    ConfigError,
+    ModelConfig,
+    TrainConfig,
+)
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder, TrainState
-from pipeline.train.guards import TrainingStopped, improved, watch_divergence
+from pipeline.train.guards import (
+    TrainingStopped,
+    improved,
+    silent_attention,
+    watch_divergence,
+)
 from pipeline.train.trainee import Trainee
 from tests.worlds.model import make_maps
 from tests.worlds.training import Loader, run, train_config
+
+
+def test_attention_that_starts_silent_is_told_with_its_two_settings() -> None:
+    attention = AttentionConfig(scaling_seq_len=4096)
+    cfg = ModelConfig(attention=attention, d_qk=32)
+    assert silent_attention([3e-6, 5e-8], cfg) is None  # more than a fifth: 22 %
+    assert silent_attention([], cfg) is None
+    said = silent_attention([3e-6, 1e-8], cfg)
+    assert said is not None
+    assert "starts at 10.0% of its size: Var(A) 1.0e-08 is below norm_eps 1e-06" in said
+    lower = "model.attention.scaling_seq_len (4096) or raise its attn_alpha (1 / d_qk = 0.03125)"
+    assert said.endswith(f"Lower {lower}")
+
+    attention = replace(attention, attn_alpha=0.5)
+    mixture = replace(cfg, channels={"all": ChannelConfig(attention=attention)})
+    said = silent_attention([0.0], mixture)
+    assert said is not None and "starts at 0.0%" in said
+    lower = "model.channels.all.attention.scaling_seq_len (4096) or raise its attn_alpha (0.5)"
+    assert said.endswith(f"Lower {lower}")
 
 
 class Broken(Loader):

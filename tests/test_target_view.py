@@ -24,7 +24,7 @@ from pipeline.batches.loader import evaluation_batch, token_batches
 from pipeline.config import ConfigError, RunConfig, from_dict, to_dict
 from pipeline.model.encoders import check_run
 from pipeline.model.encoders.transducer import truncate_history
-from pipeline.model.ranker import RankingModel
+from pipeline.model.ranker import RankingModel, attention_variance
 from pipeline.model.work import count_work
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -228,6 +228,16 @@ def test_a_cut_pass_is_exact_where_rows_are_read_once(world: World, encoder: str
     shared = scores(request_passes(users, *EVERY_TIME, 5), cfg)
     for row, expected in alone.items():
         torch.testing.assert_close(shared[row], expected)
+
+
+def test_the_variance_of_every_layer_is_measured_in_both_views(world: World) -> None:
+    base, users, maps = world
+    found = []
+    for view in ("covering", "exact"):
+        cfg = with_settings(base, {"attention": MASK}, target_view=view)
+        _, batch = shared_batches(users, maps, cfg)[0]
+        found.append(attention_variance(random_model(cfg, maps), batch))
+    assert len(found[0]) == 2 and found[0] == found[1]
 
 
 def test_the_work_of_an_exact_view_counts_both_forms(world: World) -> None:

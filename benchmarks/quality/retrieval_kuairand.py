@@ -26,9 +26,14 @@ from pipeline.model.artifact import LoadedModel
 from pipeline.sequences import store
 from pipeline.train import loop
 
-CAUSAL = ["model.attention.window=null", "model.truncate_after_layer=null"]
+CAUSAL = ["model.attention={window: null, scaling_seq_len: 16}"]
+SEMI_LOCAL = [
+    "model.attention={window: 8, full_rows: 8, scaling_seq_len: 16}",
+    "model.truncate_after_layer=1",
+    "model.truncate_to=64",
+]
 ENCODERS = {
-    "ultra_hstu": [],
+    "ultra_hstu": SEMI_LOCAL,
     "hstu_merged": [*CAUSAL, "model.relative_bias=true"],
     "sasrec": CAUSAL,
 }

@@ -29,10 +29,11 @@ class AttentionConfig:
         None, doc="Factor of the scores before SiLU. Null: 1 / d_qk."
     )
     scaling_seq_len: int = setting(
-        4096,
+        64,
         at_least=1,
         doc="Length, in rows, by which the scores are divided. It is fixed because a batch's "
-        "longest sequence would differ in serving.",
+        "longest sequence would differ in serving. Norm(A) undoes it but for model.norm_eps: where "
+        "it is too large for attn_alpha the attention starts silent, and training warns.",
     )
 
     def __post_init__(self) -> None:

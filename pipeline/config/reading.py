@@ -35,6 +35,15 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
     if not isinstance(raw, dict):
         raise ConfigError(f"--config {path} must hold a mapping, got {type(raw).__name__}")
+    return apply_overrides(raw, overrides)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`raw` with the `a.b=c` overrides, set in place.
+
+    Raises:
+        ConfigError: an override of another form.
+    """
     for override in overrides:
         _apply_override(raw, override)
     return raw

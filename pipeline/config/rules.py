@@ -4,7 +4,8 @@ Each function takes the sections that it reads and raises a `ConfigError` naming
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pipeline.config.errors import require
 from pipeline.config.examples import ExampleConfig
@@ -82,6 +83,35 @@ def refuse_more_bits_than_the_mask_has(num_action_bits: int) -> None:
         num_action_bits,
         f"{MAX_ACTIONS} bits with the actions",
     )
+
+
+# of `model`: what each of `model.channels` has of its own
+OF_EACH_CHANNEL = ("num_layers", "attention", "truncate_after_layer", "truncate_to")
+
+
+def refuse_settings_beside_channels(given: Mapping[str, Any], channels: Mapping[str, Any]) -> None:
+    """A setting of the one transducer says nothing to the transducers of a mixture.
+
+    `given` is what was set beside the channels, as nested mappings.
+    """
+    model = given.get("model")
+    if not channels or not isinstance(model, Mapping):
+        return
+
+    names = ", ".join(channels)
+    for key in OF_EACH_CHANNEL:
+        if key not in model:
+            continue
+
+        value = model[key]
+        if isinstance(value, Mapping) and value:  # the section's first setting
+            name, value = next(iter(value.items()))
+            key = f"{key}.{name}"
+        rule = (
+            "left out beside model.channels, whose transducers do not read it: set "
+            f"model.channels.NAME.{key} of {names}"
+        )
+        require(False, f"model.{key}", value, rule)
 
 
 def refuse_query_anchor_in_shared_passes(model: ModelConfig, train: TrainConfig) -> None:

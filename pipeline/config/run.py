@@ -15,7 +15,7 @@ from pipeline.config.features import FeatureConfig, SplitConfig
 from pipeline.config.index import IndexConfig
 from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.reading import build_section, read_yaml
+from pipeline.config.reading import apply_overrides, build_section, read_yaml
 from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
 from pipeline.config.serving import ServeConfig
@@ -151,10 +151,27 @@ class RunConfig:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The preset at `path` with `a.b=c` overrides, values in YAML syntax.
 
+    Channels among the overrides take the place of the preset's one transducer.
+
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a wrong type or a value out of range.
+        ConfigError: no such file, not YAML, an unknown key, a wrong type or a value out of range, a
+        setting that the channels beside it do not read.
     """
-    return from_dict(read_yaml(path, overrides))
+    preset, raw = read_yaml(path), read_yaml(path, overrides)
+    given = raw
+    if not _channels_of(preset) and _channels_of(raw):
+        given = apply_overrides({}, overrides)
+        for key in rules.OF_EACH_CHANNEL:
+            raw["model"].pop(key, None)
+
+    cfg = from_dict(raw)
+    rules.refuse_settings_beside_channels(given, cfg.model.channels)
+    return cfg
+
+
+def _channels_of(raw: dict[str, Any]) -> Any:
+    model = raw.get("model")
+    return model.get("channels") if isinstance(model, dict) else None
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
@@ -163,8 +180,15 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """Plain lists, dicts and scalars, fit for JSON and YAML; `from_dict` reads it back."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+    """Plain lists, dicts and scalars, fit for JSON and YAML; `from_dict` reads it back.
+
+    Of a mixture without the settings that its channels have in their place.
+    """
+    raw = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    if isinstance(cfg, RunConfig) and cfg.model.channels:
+        for key in rules.OF_EACH_CHANNEL:
+            del raw["model"][key]
+    return raw
 
 
 def flatten(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -77,6 +77,30 @@ def _without_merge(cfg: ModelConfig) -> ModelConfig:
     )
 
 
+def _widest_channel(cfg: ModelConfig) -> ChannelConfig | None:
+    """The first channel that reads every kind of row."""
+    for channel in cfg.channels.values():
+        if not channel.actions:
+            return channel
+    return None
+
+
+def _without_mixture(cfg: ModelConfig) -> ModelConfig:
+    """That channel's transducer alone."""
+    channel = _widest_channel(cfg)
+    assert channel is not None
+    if channel.max_len is not None:
+        return replace(cfg, channels={"all": channel})
+    return replace(
+        cfg,
+        channels={},
+        num_layers=channel.num_layers,
+        attention=channel.attention,
+        truncate_after_layer=channel.truncate_after_layer,
+        truncate_to=channel.truncate_to,
+    )
+
+
 def _transducers(cfg: ModelConfig) -> list[ChannelConfig | ModelConfig]:
     """The settings of each transducer: the channels', or the one's."""
     return [*cfg.channels.values()] or [cfg]
@@ -135,8 +159,8 @@ SWITCHES: dict[str, Switch] = {
         "truncated_token_share",
     ),
     "no_mixture": Switch(
-        lambda cfg: bool(cfg.model.channels),
-        lambda cfg: _change(cfg, "model", channels={}),
+        lambda cfg: len(cfg.model.channels) > 1 and _widest_channel(cfg.model) is not None,
+        lambda cfg: replace(cfg, model=_without_mixture(cfg.model)),
         "forward_gflop_per_candidate",
     ),
     "no_stochastic_length": Switch(

@@ -49,7 +49,7 @@ def evaluate_missing(cfg: RunConfig, names: Sequence[str], split: str, tell: Tol
         if predictions.exists() or not (folder / "model" / "config.json").exists():
             continue
         logger.info("evaluating %s", name)
-        trained = config.load(folder / "model" / "config.json")
+        trained = config.from_dict(json.loads((folder / "model" / "config.json").read_text()))
         own = replace(trained, runs_dir=cfg.runs_dir, evaluate=cfg.evaluate)
         metrics = evaluator.evaluate_model(own, own.model_dir)
         tell(own.model_dir, metrics, evaluator.evaluation_folder(own))

@@ -49,8 +49,12 @@ class RankingModel(nn.Module):
         interleaved = encoder.two_tokens_per_event(model)
         make_tokens = InterleavedEncoder if interleaved else TokenEncoder
         self.encoder = make_tokens(cfg, vocab_sizes, make_table)
-        exact_view = cfg.train.target_view == "exact"
-        layout = TokenLayout(self.encoder.num_context, cfg.source.actions, exact_view)
+        layout = TokenLayout(
+            self.encoder.num_context,
+            cfg.source.actions,
+            knows_request_time=not cfg.retrieval.enabled,
+            exact_view=cfg.train.target_view == "exact",
+        )
         self.transducer = encoder(model, layout)
 
         self.dense, width = None, self.transducer.width
@@ -108,8 +112,9 @@ def without_item_ids(batch: SequenceBatch, share: float) -> SequenceBatch:
 @torch.no_grad()
 def attention_variance(model: RankingModel, batch: SequenceBatch) -> list[float]:
     """Per layer the mean over tokens of the variance that Norm(A) divides by, to be held against
-    `norm_eps`.
+    `norm_eps`; of the sequences as they are served.
     """
+    batch = replace(batch, target_visible=None, target_from=None, target_span=None)
     seen: list[float] = []
 
     def measure_variance(layer: STU, inputs: tuple[Tokens]) -> None:

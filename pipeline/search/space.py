@@ -23,9 +23,9 @@ import numpy as np
 import yaml
 
 from pipeline import config
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config import ConfigError, RunConfig, rules
 from pipeline.config.errors import require
-from pipeline.config.reading import build_section
+from pipeline.config.reading import apply_overrides, build_section
 
 KINDS = ("choices", "uniform", "loguniform", "integers")
 SECTIONS = ("model", "features", "retrieval", "train")  # other settings change the rows or machines
@@ -193,7 +193,8 @@ def with_settings(base: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """`base` with the values of some dotted settings.
 
     Raises:
-        ConfigError: an unknown setting, or values that are refused.
+        ConfigError: an unknown setting, one that the model's channels do not read, or values that
+        are refused.
     """
     raw = config.to_dict(base)
     for key, value in settings.items():
@@ -205,7 +206,11 @@ def with_settings(base: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
             if not isinstance(node, dict):
                 raise ConfigError(f"unknown setting {key!r}: {parent} is not a section")
         node[last] = value
-    return config.from_dict(raw)
+
+    cfg = config.from_dict(raw)
+    given = apply_overrides({}, [f"{key}={json.dumps(settings[key])}" for key in settings])
+    rules.refuse_settings_beside_channels(given, cfg.model.channels)
+    return cfg
 
 
 def find_setting(cfg: RunConfig, key: str) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config import RunConfig, SplitConfig
+from pipeline.config import ChannelConfig, ModelConfig, RunConfig, SplitConfig
 from pipeline.evaluate import slices
 from pipeline.sequences import store
 
@@ -15,21 +15,37 @@ NAMES = {"baseline_ne": "NE of the item's rate", "baseline_auc": "AUC of the ite
 SPLITS = ("val", "test")
 
 
+def _transducer_words(model: ModelConfig) -> tuple[str, str, str]:
+    """Layers, mask and truncation; of a mixture those of each channel, by its name."""
+    if model.channels:
+        words = []
+        for name, channel in model.channels.items():
+            words.append([f"{name}: {text}" for text in _stack_words(channel)])
+        layers, window, truncation = ("; ".join(column) for column in zip(*words, strict=True))
+        return layers, window, truncation
+    return _stack_words(model)
+
+
+def _stack_words(stack: ModelConfig | ChannelConfig) -> tuple[str, str, str]:
+    attention = stack.attention
+    window = "causal"
+    if attention.window is not None:
+        window = f"window {attention.window}, full rows {attention.full_rows}"
+
+    truncation = "none"
+    if stack.truncate_after_layer is not None:
+        truncation = (
+            f"after layer {stack.truncate_after_layer} to the newest {stack.truncate_to} events"
+        )
+    return str(stack.num_layers), window, truncation
+
+
 def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], run_id: str) -> str:
     """Markdown; `metrics` as PROTOCOL's keys `split/metric/task`."""
     data = store.read_manifest(cfg.sequence_dir)
 
     # the model in words
-    attention = cfg.model.attention
-    window = "causal"
-    if attention.window is not None:
-        window = f"window {attention.window}, full rows {attention.full_rows}"
-    truncation = "none"
-    if cfg.model.truncate_after_layer is not None:
-        truncation = (
-            f"after layer {cfg.model.truncate_after_layer} to the newest "
-            f"{cfg.model.truncate_to} events"
-        )
+    layers, window, truncation = _transducer_words(cfg.model)
     heads = f"{cfg.model.num_heads} (query-key {cfg.model.d_qk}, value {cfg.model.d_v})"
     size = sum(path.stat().st_size for path in model_dir.iterdir())
 
@@ -44,7 +60,7 @@ sequence, a probability per action.
 | | |
 |---|---|
 | tasks | {", ".join(cfg.tasks)} |
-| layers, width, heads | {cfg.model.num_layers}, {cfg.model.d_model}, {heads} |
+| layers, width, heads | {layers}, {cfg.model.d_model}, {heads} |
 | attention | {window} |
 | truncation | {truncation} |
 | files | {size / 1e6:.1f} MB, safetensors and JSON; their sha256 are tags of this version |

@@ -320,8 +320,9 @@ def run_params(cfg: RunConfig) -> dict[str, Any]:
 def describe_run(cfg: RunConfig, manifest: "Manifest") -> str:
     """A sentence or two of Markdown, which MLflow shows above everything else."""
     model = cfg.model
+    depths = [channel.num_layers for channel in model.channels.values()] or [model.num_layers]
     return (
-        f"`{model.encoder}`, {model.num_layers} layers of {model.d_model}, for "
+        f"`{model.encoder}`, {' + '.join(map(str, depths))} layers of {model.d_model}, for "
         f"{', '.join(cfg.tasks) or 'retrieval'}. {manifest.num_rows:,} rows of "
         f"{manifest.num_users:,} users, trained on rows before {cfg.split.t_val}. The whole "
         "configuration is `config.yaml` under Artifacts."

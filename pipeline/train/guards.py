@@ -13,13 +13,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import TrainConfig, UserError
+from pipeline.config import ModelConfig, TrainConfig, UserError
 from pipeline.train.checkpoint import TrainState
 
 RECENT_LINES = 20  # lines of metrics behind the running median
 FEWEST_LINES = 5  # before so many there is no median to speak of
 HIGH_LINES = 3  # in a row above it: diverged
 NAMED = 5  # offending tensors that an error names
+
+
+# of the size that Norm(A) has without its epsilon
+QUIET_SHARE = 0.2
+
+
+def silent_attention(variances: Sequence[float], cfg: ModelConfig) -> str | None:
+    """A warning where a layer's attention starts nearly silent; `variances` are those that Norm(A)
+    divides by, a layer each.
+
+    Norm(A) is as large as sqrt(Var(A) / (Var(A) + norm_eps)): with a variance of 1e-8 and an
+    epsilon of 1e-6 a tenth of its size. Var(A) falls with the square of scaling_seq_len.
+    """
+    if not variances:
+        return None
+    least, eps = min(variances), cfg.norm_eps
+    share = math.sqrt(least / (least + eps)) if least > 0 else 0.0
+    if share >= QUIET_SHARE:
+        return None
+
+    sections = {"model.attention": cfg.attention}
+    if cfg.channels:
+        sections = {}
+        for name, channel in cfg.channels.items():
+            sections[f"model.channels.{name}.attention"] = channel.attention
+    given = []
+    for key, attention in sections.items():
+        alpha = f"1 / d_qk = {1 / cfg.d_qk:g}"
+        if attention.attn_alpha is not None:
+            alpha = f"{attention.attn_alpha:g}"
+        given.append(f"{key}.scaling_seq_len ({attention.scaling_seq_len}) or raise its attn_alpha")
+        given[-1] += f" ({alpha})"
+    return (
+        f"the attention of a layer starts at {share:.1%} of its size: Var(A) {least:.1e} is below "
+        f"norm_eps {eps:.0e}, so it is learned late. Lower {'; '.join(given)}"
+    )
 
 
 class TrainingStopped(UserError):

@@ -20,7 +20,7 @@ from kernels.backend import choose_backend
 from kernels.compilations import count_compilations
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
-from pipeline.config import RunConfig, TrainConfig, UserError
+from pipeline.config import ModelConfig, RunConfig, TrainConfig, UserError
 from pipeline.model.ranker import RankingModel, attention_variance
 from pipeline.train.checkpoint import (
     CheckpointFolder,
@@ -29,7 +29,7 @@ from pipeline.train.checkpoint import (
     check_identity,
     run_identity,
 )
-from pipeline.train.guards import improved, watch_divergence
+from pipeline.train.guards import improved, silent_attention, watch_divergence
 from pipeline.train.interruption import Wishes
 from pipeline.train.loader_process import Counted, LoaderProcess, MakeBatches
 from pipeline.train.meter import Meter, count_batches, prefetch_batches
@@ -126,7 +126,7 @@ def take_steps(
     for (batch, work), following in with_following(moved, known=trainee.looks_ahead):
         progress.meter.count_step(batch, work)
         if state.step == 0:
-            progress.tell_attention(batch, trainee.norm_eps)
+            progress.tell_attention(batch, trainee.model_cfg)
         wished = (False, False) if wishes is None else wishes.take_wishes()
         after = None if following is None else following[0]
         with profiler.step(state.step + 1):
@@ -273,14 +273,17 @@ class Progress:
         kernels = choose_backend("auto", weights)
         self._say("%d x %s, %s kernels", self.trainee.world_size, where, kernels)
 
-    def tell_attention(self, batch: SequenceBatch, norm_eps: float) -> None:
+    def tell_attention(self, batch: SequenceBatch, cfg: ModelConfig) -> None:
         """Var(A) of each layer before the first step; all ranks call it, since sharded tables bring
         their rows together.
         """
         variances = attention_variance(self.trainee.model, batch)
         if variances:
             text = ", ".join(f"{variance:.1e}" for variance in variances)
-            self._say("Var(A) by layer at the start: %s; norm_eps %.0e", text, norm_eps)
+            self._say("Var(A) by layer at the start: %s; norm_eps %.0e", text, cfg.norm_eps)
+        warning = silent_attention(variances, cfg)
+        if warning is not None and self.trainee.rank == 0:
+            logger.warning(warning)
 
     def add_losses(self, losses: Tensor, weights: Tensor) -> None:
         """Add a step's sums, on the device."""

@@ -51,7 +51,7 @@ class Trainee:
         rank: int,
         world_size: int,
     ) -> None:
-        self.cfg, self.seed, self.norm_eps = cfg.train, cfg.seed, cfg.model.norm_eps
+        self.cfg, self.seed, self.model_cfg = cfg.train, cfg.seed, cfg.model
         self.rank, self.world_size = rank, world_size
 
         plan = place_tables(cfg, maps.vocab_sizes, world_size)

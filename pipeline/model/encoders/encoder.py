@@ -24,6 +24,8 @@ class TokenLayout:
 
     num_context: int  # prefix tokens of a sequence, before its history
     actions: tuple[str, ...] = ()  # by the number of their bit in `action_mask`
+    # False where rows are also read to find what comes next, whenever that may be
+    knows_request_time: bool = True
     # True where candidates of several requests in one sequence see what each would alone
     exact_view: bool = False
     # for counting: True where the last layer makes rows that nobody reads, as on a GPU

@@ -2,7 +2,9 @@
 in every layer.
 
 `hstu` reads two tokens an event, item and then action, as that paper does; `hstu_merged` one. With
-`model.relative_bias` each layer adds a learned bias of relative position and time to its scores.
+`model.relative_bias` each layer adds a learned bias of relative position and time to its scores; a
+row asks about the time of the next event (`asked_times`). With `retrieval.enabled` about its own: a
+user's vector is made before anybody knows when it will be asked for.
 """
 
 from dataclasses import replace
@@ -80,6 +82,7 @@ class HSTU(Encoder):
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__(cfg, layout)
         self.interleaved = self.two_tokens_per_event(cfg)
+        self.knows_request_time = layout.knows_request_time
         self.layers = nn.ModuleList(STU(cfg, self.num_context) for _ in range(cfg.num_layers))
         num_tables = cfg.num_layers if cfg.relative_bias else 0
         self.bias = nn.ModuleList(_bias_tables(cfg) for _ in range(num_tables))
@@ -89,24 +92,27 @@ class HSTU(Encoder):
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
     ) -> Encoded:
         """Candidates' rows, [C, d]; of interleaved tokens the last history row is an action's."""
-        time_T = None
+        time_T = asked_T = None
         if len(self.bias):
             time_T = token_times(batch, self.num_context, self.interleaved)
+            asked_T = asked_times(tokens, time_T) if self.knows_request_time else time_T
 
         for depth, layer in enumerate(self.layers):
             assert isinstance(layer, STU)
             rows = None
             if depth == len(self.layers) - 1:
                 rows = last_rows(tokens, self.num_context, last_history=last_history)
-            bias = None if time_T is None else self._layer_bias(depth, time_T)
+            bias = None
+            if time_T is not None and asked_T is not None:
+                bias = self._layer_bias(depth, time_T, asked_T)
             x_TE = layer(tokens, rows=rows, bias=bias)
             tokens = replace(tokens, x_TE=spread_rows(x_TE, rows, len(tokens.x_TE)))
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
 
-    def _layer_bias(self, depth: int, time_T: Tensor) -> RelativeBias:
+    def _layer_bias(self, depth: int, time_T: Tensor, asked_T: Tensor) -> RelativeBias:
         tables = self.bias[depth]
         assert isinstance(tables, nn.ParameterDict)
-        return RelativeBias(tables["position"], tables["time"], time_T)
+        return RelativeBias(tables["position"], tables["time"], time_T, asked_T)
 
     @classmethod
     def two_tokens_per_event(cls, cfg: ModelConfig) -> bool:
@@ -131,6 +137,29 @@ def _bias_tables(cfg: ModelConfig) -> nn.ParameterDict:
     position = nn.Parameter(0.02 * torch.randn(cfg.position_buckets))
     time = nn.Parameter(0.02 * torch.randn(TIME_BUCKETS))
     return nn.ParameterDict({"position": position, "time": time})
+
+
+def asked_times(tokens: Tokens, time_T: Tensor) -> Tensor:
+    """int64 [T], the times that rows ask about: a row that of the next event, a candidate its own.
+
+    So has HSTU's research code: `ext_timestamps[:, 1:]` less `ext_timestamps[:, :-1]` in
+    generative_recommenders/research/modeling/sequential/hstu.py, where the last row repeats its own
+    time. Here the newest history row asks about the newest request, if there is one, so that it
+    asks the same with later rows behind it.
+
+        tokens    h0 h1 h2  x   y       x sees h0 and h1, y all
+        time       0  5 12 12  30
+        asked      5 12 30 12  30
+    """
+    offsets, num_targets, num_tokens = tokens.seq_offsets, tokens.num_targets, len(time_T)
+    sequence = sequence_index(offsets, num_tokens)
+    following = torch.cat([time_T[1:], time_T[-1:]])
+
+    newest = (offsets[1:] - num_targets - 1)[sequence]
+    is_newest = torch.arange(num_tokens, device=offsets.device) == newest
+    last = time_T[(offsets[1:] - 1)[sequence]]
+    is_target = target_mask(offsets, num_targets, num_tokens)
+    return torch.where(is_target, time_T, torch.where(is_newest, last, following))
 
 
 def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Tensor:
