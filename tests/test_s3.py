@@ -1,5 +1,5 @@
-"""Logs in an S3 bucket: the same files, rows and digests as on a disk, asked of a local server that
-speaks S3.
+"""Logs in a bucket of S3 or Google Cloud Storage: the same files, rows and digests as on a disk,
+asked of local servers that speak their protocols.
 """
 
 import shutil
@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyarrow import fs
 
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
@@ -19,6 +18,7 @@ from pipeline.logs.parquet import find_logs
 from pipeline.logs.rows import count_rows, read_schema
 from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 from pipeline.sequences.build import build_sequences
+from tests.support.gcs_server import gcs_storage
 from tests.support.s3_server import Bucket, s3_bucket
 
 ROOT = Path(__file__).parents[1]
@@ -145,26 +145,35 @@ def test_a_place_that_cannot_be_is_refused_with_the_configuration(path: str, mes
     assert "key:secret" not in str(refused.value)
 
 
-def test_paths_of_google_cloud_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Listed, opened and digested by their names; a folder stands in for Google's service."""
-    assert isinstance(files.locate("gs://my-bucket/logs")[0], fs.GcsFileSystem)
-    there = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    monkeypatch.setattr(files, "_gcs", lambda: there)
-    file = tmp_path / "my-bucket/logs/day=1/a.parquet"
+def test_google_cloud_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Listed, opened, read in ranges and digested over HTTP, and nothing read around it."""
+    file = tmp_path / "my-bucket/logs/day=1/a b.parquet"
     file.parent.mkdir(parents=True)
-    rows = pa.table({"user_id": [1, 2]})
-    pq.write_table(rows, file)
+    rows = pa.table({"user_id": range(40), "what": ["x" * 50] * 40})
+    pq.write_table(rows, file, row_group_size=10)
     (file.parent / "_SUCCESS").touch()
 
-    found = find_logs("source.path", "gs://my-bucket/logs")
-    assert found.files == ["gs://my-bucket/logs/day=1/a.parquet"]
-    assert list(found.left_out) == ["gs://my-bucket/logs/day=1/_SUCCESS"]
-    assert find_logs("source.path", "gs://my-bucket/logs/day=*/*.parquet").files == found.files
-    assert read_schema(found.files[0]) == rows.schema
-    assert files.file_digest(found.files[0]) == files.file_digest(file)
-    assert files.total_bytes(found.files) == file.stat().st_size
-    with pytest.raises(UserError, match="no Parquet files at 'gs://my-bucket/none'"):
-        find_logs("source.path", "gs://my-bucket/none")
+    with gcs_storage(tmp_path) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        files._gcs.cache_clear()  # a client is kept; a process has one environment
+        try:
+            found = find_logs("source.path", "gs://my-bucket/logs")
+            assert found.files == ["gs://my-bucket/logs/day=1/a b.parquet"]
+            assert list(found.left_out) == ["gs://my-bucket/logs/day=1/_SUCCESS"]
+            assert find_logs("source.path", "gs://my-bucket/logs/day=*/*").files == found.files
+            (there,) = found.files
+            assert files.list_files(there) == [there]
+
+            assert read_schema(there) == rows.schema
+            with files.open_parquet(there) as parquet:
+                assert parquet.read_row_group(2)["user_id"].to_pylist() == list(range(20, 30))
+            assert files.file_digest(there) == files.file_digest(file)
+            assert files.total_bytes([there]) == file.stat().st_size
+            assert files.file_stamp(there).split()[0] == files.file_stamp(file).split()[0]
+            with pytest.raises(UserError, match="no Parquet files at 'gs://my-bucket/none'"):
+                find_logs("source.path", "gs://my-bucket/none")
+        finally:
+            files._gcs.cache_clear()
 
 
 def test_a_side_table_is_checked_too():
