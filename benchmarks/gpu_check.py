@@ -116,6 +116,26 @@ def check_waiting() -> str | None:
     return None
 
 
+def check_transfer() -> str | None:
+    """Batches that go over while the device is at work arrive whole, and nobody waits for them."""
+    cfg = model_config(SEMI_LOCAL, 2, 2, 64)
+    pinned = DEVICE == "cuda"
+    batches = [random_batch(cfg, 8192, 1024, 16, seed).pack(pin_memory=pinned) for seed in range(6)]
+    busy = torch.randn(4096 if pinned else 64, 4096 if pinned else 64, device=DEVICE)
+    found = []
+    with no_waiting():
+        for batch in batches * 4:
+            busy = (busy @ busy).clamp(-1, 1)
+            there = batch.to(DEVICE)
+            found.append({name: x.double().sum() for name, x in there.tensors.items()})
+            del there  # its memory may be given away before it was read
+    for number, sums in enumerate(found):
+        for name, expected in batches[number % 6].tensors.items():
+            if float(sums[name]) != float(expected.double().sum()):
+                return f"column {name} of batch {number} arrived changed"
+    return None
+
+
 def check_compilations(warm_up: int = 8, steps: int = 120) -> str | None:
     """Training steps of other sizes compile nothing after the first few."""
     torch.use_deterministic_algorithms(False)
@@ -138,7 +158,7 @@ def model_checks() -> list[Check]:
     models: list[Check] = [
         (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
     ]
-    return [*models, (check_training,), (check_waiting,), (check_compilations,)]
+    return [*models, (check_training,), (check_waiting,), (check_transfer,), (check_compilations,)]
 
 
 SUITES = {
@@ -150,7 +170,7 @@ SUITES = {
 }
 SMOKE = {
     "tokens": list,  # with the layer's
-    "model": lambda: [(check_token_backends, False, 2, 10, 16)],
+    "model": lambda: [(check_token_backends, False, 2, 10, 16), (check_transfer,)],
     "layer": layer_parity.smoke_checks,
     "tables": tables_parity.smoke_checks,
     "attention": attention_parity.smoke_checks,

@@ -3,20 +3,22 @@
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.batches import collate
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
+from pipeline.batches.packing import Packed
 from pipeline.batches.steps import step_plan
 from pipeline.config import UserError
 from pipeline.model.flops import Flops
-from pipeline.train.loader_process import LoaderProcess, messages, pack_batch, unpack_batch
+from pipeline.train.loader_process import LoaderProcess, messages
 from pipeline.train.loop import remaining_batches
 from tests.worlds.model import make_batch
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -25,23 +27,46 @@ from tests.worlds.tiny import publish_sequences, tiny_config
 def assert_same(one: SequenceBatch, other: SequenceBatch) -> None:
     for field in fields(SequenceBatch):
         a, b = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "packed":
+            continue  # where the tensors lie
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype and torch.equal(a, b), field.name
         else:
             assert a == b, field.name
 
 
-def test_a_batch_is_itself_after_the_crossing() -> None:
+def test_a_batch_is_itself_as_views_of_one_buffer() -> None:
     for batch in (make_batch([5, 0, 3], [2, 1, 0]), make_batch([0], [0])):
-        header, columns = pack_batch(batch, Flops(flops=7))
-        buffer = torch.zeros(100_000, dtype=torch.uint8)
-        for place, column in zip(header.columns, columns, strict=True):
-            raw = column.tobytes()
-            buffer[place.begin : place.begin + len(raw)] = torch.frombuffer(
-                bytearray(raw) or bytearray(1), dtype=torch.uint8
-            )[: len(raw)]
-        assert_same(unpack_batch(header, buffer), batch)
-        assert header.work == Flops(flops=7)
+        packed = batch.pack()
+        assert_same(packed, batch)
+        assert packed.packed is not None and packed.packed.holds(packed.tensors)
+        base = packed.packed.buffer.data_ptr()
+        for tensor in packed.tensors.values():
+            assert tensor.numel() == 0 or (tensor.data_ptr() - base) % 64 == 0
+
+        # with another column it is no longer the buffer
+        changed = replace(packed, seq_offsets=packed.seq_offsets + 1)
+        assert not packed.packed.holds(changed.tensors)
+
+
+def test_one_buffer_goes_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the batch was packed before; changed columns are taken, not those packed."""
+    copied = []
+
+    def copy(packed: Packed, device: torch.device) -> Packed:
+        copied.append(packed)
+        return Packed(packed.columns, packed.buffer.clone())
+
+    monkeypatch.setattr(collate, "copy_packed", copy)
+    batch = make_batch([5, 0, 3], [2, 1, 0])
+    packed = batch.pack()
+    changed = replace(packed, position=packed.position + 1)
+    for given in (batch, packed, changed):
+        there = given.to("meta")  # a device that is not the CPU
+        assert there.host is given and there.on_host is given
+        assert_same(replace(there, host=None), given)
+    assert copied[1] is packed.packed
+    assert len(copied) == 3
 
 
 def test_the_process_makes_what_the_trainer_would_from_any_step_on(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,7 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
         random_batch(cfg, options.events, length, options.candidates, seed) for seed in range(2)
     ]
     work = count_work(batches[0], cfg)
+    on_host = [batch.pack(pin_memory=cuda) for batch in batches]
     batches = [batch.to(device) for batch in batches]
     torch.manual_seed(0)
     found = {"forward_tflop": work.flops / 1e12, "masked_pair_share": work.masked_pair_share}
@@ -200,6 +202,20 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     found["train_peak_gb"] = peak_gb()
     if length == max(options.lengths):  # the profiler takes longer than what it looks at
         found["train_device_ms"] = device_ms(train, device)
+
+    # the same step with its batch still on the host: one pinned buffer, as the loop sends it, and
+    # each column from memory that is not pinned
+    def train_from_buffer(i: int) -> object:
+        return trainee.step(on_host[i % 2].to(device), i, 1000)
+
+    def train_from_columns(i: int) -> object:
+        columns = on_host[i % 2].tensors
+        moved = {name: x.clone().to(device, non_blocking=True) for name, x in columns.items()}
+        return trainee.step(replace(batches[i % 2], **moved), i, 1000)
+
+    if length == max(options.lengths):
+        found["train_from_buffer_ms"] = median_ms(train_from_buffer, device, options.repeats)
+        found["train_from_columns_ms"] = median_ms(train_from_columns, device, options.repeats)
     model = trainee.model.eval()
     model.zero_grad(set_to_none=True)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.batches.events import NO_GAP, Events, offsets_of, request_gaps
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.next_items import NextItems
+from pipeline.batches.packing import Packed, copy_packed, pack_tensors
 from pipeline.batches.rates import candidate_features
 from pipeline.config import FeatureConfig, ModelConfig, RunConfig
 from pipeline.schema import WATCH_MS
@@ -68,6 +69,7 @@ class SequenceBatch:
     next_code: Tensor | None = None
     next_weight: Tensor | None = None
     host: "SequenceBatch | None" = None  # on a GPU: the batch on the CPU of which this is a copy
+    packed: Packed | None = None  # on the CPU: the buffer of which the tensors are views, if any
 
     @property
     def num_sequences(self) -> int:
@@ -84,19 +86,37 @@ class SequenceBatch:
         """
         return self.to("cpu") if self.host is None else self.host
 
-    def to(self, device: torch.device | str) -> "SequenceBatch":
-        device = torch.device(device)
-        to_cpu = device.type == "cpu"
-        if to_cpu and self.position.device.type == "cpu":
-            return self
-
-        moved = {}
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The columns that there are, by name."""
+        found = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                # Back to the CPU nothing may be in flight when the values are read.
-                moved[field.name] = value.to(device, non_blocking=not to_cpu)
-        return replace(self, **moved, host=None if to_cpu else self.on_host)
+                found[field.name] = value
+        return found
+
+    def pack(self, *, pin_memory: bool = False) -> "SequenceBatch":
+        """The same batch, on the CPU, its tensors views of one buffer."""
+        packed = pack_tensors(self.tensors, pin_memory=pin_memory)
+        return replace(self, **packed.views(), packed=packed)
+
+    def to(self, device: torch.device | str) -> "SequenceBatch":
+        """The batch on a device. From the CPU it goes as one buffer, which a batch that `pack`
+        made has already.
+        """
+        device = torch.device(device)
+        if self.position.device.type == device.type == "cpu":
+            return self
+        if self.position.device.type != "cpu":  # nothing is in flight when the values are read
+            moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+            return replace(self, **moved, host=None, packed=None)
+
+        packed = self.packed
+        if packed is None or not packed.holds(self.tensors):
+            packed = pack_tensors(self.tensors, pin_memory=device.type == "cuda")
+        there = copy_packed(packed, device)
+        return replace(self, **there.views(), host=self, packed=None)
 
 
 def candidates(

@@ -3,9 +3,9 @@ trainer's for it.
 
     loader process:  loader → batches → work counted ── socket ──→ trainer: `LoaderProcess.batches`
 
-A batch crosses as one buffer: its columns one after another, behind a header that says where each
-lies. The trainer reads it into memory that its tensors are views of, pinned where they go on to a
-GPU.
+A batch crosses as one buffer, behind a header that says where each column lies. The trainer reads
+it into memory that its tensors are views of, pinned where they go on to a GPU: one copy takes all
+of them there.
 """
 
 import multiprocessing
@@ -15,37 +15,26 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.packing import Column, Packed, pack_tensors
 from pipeline.model.flops import Flops
 
 Counted = tuple[SequenceBatch, Flops]  # a batch and the work of one forward pass over it
 MakeBatches = Callable[[int, int], Iterator[Counted]]  # from an epoch and a step of it on
 
 LENGTHS = struct.Struct("<QQ")  # bytes of a message's header and of its buffer
-ALIGNED = 64  # bytes between the beginnings of columns
 ENDS_IN_S = 5.0  # for the process to end by itself, before it is ended
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """Where a column of a batch lies in the buffer."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before a buffer; an `error` or the `end` has none."""
+    """What stands before a batch's buffer; an `error` or the `end` has none."""
 
     columns: tuple[Column, ...] = ()
     max_seq_len: int = 0
@@ -136,7 +125,9 @@ class LoaderProcess:
         buffer = torch.empty(self._num_buffer, dtype=torch.uint8, pin_memory=self.pin_memory)
         self._fill(buffer.numpy().data)
         assert header.work is not None
-        return unpack_batch(header, buffer), header.work
+        packed = Packed(header.columns, buffer)
+        batch = SequenceBatch(**packed.views(), max_seq_len=header.max_seq_len, packed=packed)  # pyright: ignore[reportArgumentType]
+        return batch, header.work
 
     def _fill(self, rest: memoryview) -> None:
         """Read until `rest` is full. Raises EOFError where the other side has closed."""
@@ -154,9 +145,9 @@ def send_batches(to: socket.socket, make_batches: MakeBatches, epoch: int, step:
     """The loader's process: batches one after another, then the end or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
     torch.set_num_threads(1)
-    for header, columns in messages(make_batches, epoch, step):
+    for header, buffer in messages(make_batches, epoch, step):
         try:
-            send_message(to, header, columns)
+            send_message(to, header, buffer)
         except (BrokenPipeError, ConnectionResetError):
             break  # the trainer needs no more
     to.close()
@@ -164,17 +155,17 @@ def send_batches(to: socket.socket, make_batches: MakeBatches, epoch: int, step:
     os._exit(0)
 
 
-def messages(
-    make_batches: MakeBatches, epoch: int, step: int
-) -> Iterator[tuple[Header, list[np.ndarray]]]:
+def messages(make_batches: MakeBatches, epoch: int, step: int) -> Iterator[tuple[Header, Tensor]]:
     """What is sent: batches, then the end or an error of the loader."""
+    nothing = torch.empty(0, dtype=torch.uint8)
     try:
         for batch, work in make_batches(epoch, step):
-            yield pack_batch(batch, work)
+            packed = pack_tensors(batch.tensors)
+            yield Header(packed.columns, batch.max_seq_len, work), packed.buffer
     except Exception as error:
-        yield Header(error=sendable(error)), []
+        yield Header(error=sendable(error)), nothing
         return
-    yield Header(end=True), []
+    yield Header(end=True), nothing
 
 
 def sendable(error: Exception) -> Exception:
@@ -188,48 +179,8 @@ def sendable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def send_message(to: socket.socket, header: Header, columns: list[np.ndarray]) -> None:
-    """A header and the columns that it places."""
+def send_message(to: socket.socket, header: Header, buffer: Tensor) -> None:
+    """A header and the buffer, uint8, of the columns that it places."""
     packed = pickle.dumps(header)
-    size = 0
-    if header.columns:
-        last = header.columns[-1]
-        size = last.begin + int(np.prod(last.shape, dtype=np.int64)) * last.dtype.itemsize
-
-    buffer = bytearray(size)
-    for place, column in zip(header.columns, columns, strict=True):
-        flat = column.reshape(-1).view(np.uint8)
-        buffer[place.begin : place.begin + len(flat)] = flat.data
-    to.sendall(LENGTHS.pack(len(packed), size) + packed)
-    to.sendall(buffer)
-
-
-def pack_batch(batch: SequenceBatch, work: Flops) -> tuple[Header, list[np.ndarray]]:
-    """A batch's header, and its columns in the header's order.
-
-    columns   seq_offsets 24 bytes, num_targets 8 bytes
-    begin     0                     64
-    """
-    places: list[Column] = []
-    arrays: list[np.ndarray] = []
-    end = 0
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if not isinstance(value, Tensor):
-            continue
-        array = np.ascontiguousarray(value.numpy()).reshape(tuple(value.shape))
-        places.append(Column(field.name, array.dtype, array.shape, end))
-        arrays.append(array)
-        end += -(-array.nbytes // ALIGNED) * ALIGNED
-    return Header(tuple(places), batch.max_seq_len, work), arrays
-
-
-def unpack_batch(header: Header, buffer: Tensor) -> SequenceBatch:
-    """The batch, its tensors views of `buffer`, uint8."""
-    columns: dict[str, Tensor] = {}
-    for place in header.columns:
-        count = int(np.prod(place.shape, dtype=np.int64))
-        dtype = torch.from_numpy(np.empty(0, place.dtype)).dtype
-        part = buffer[place.begin : place.begin + count * place.dtype.itemsize]
-        columns[place.name] = part.view(dtype).view(place.shape)
-    return SequenceBatch(**columns, max_seq_len=header.max_seq_len)  # pyright: ignore[reportArgumentType]
+    to.sendall(LENGTHS.pack(len(packed), len(buffer)) + packed)
+    to.sendall(buffer.numpy().data)

@@ -32,7 +32,7 @@ from pipeline.train.checkpoint import (
 from pipeline.train.guards import improved, silent_attention, watch_divergence
 from pipeline.train.interruption import Wishes
 from pipeline.train.loader_process import Counted, LoaderProcess, MakeBatches
-from pipeline.train.meter import Meter, count_batches, prefetch_batches
+from pipeline.train.meter import Meter, count_batches, pin_batches, prefetch_batches
 from pipeline.train.milestones import Milestones, Report
 from pipeline.train.optim import learning_rate_factor, resolve_warmup
 from pipeline.train.profile import StepProfiler
@@ -387,10 +387,13 @@ def open_batches(
     """What is left of the run, each batch made while the one before it is used: in a thread, or
     with `train.loader_process` in a process that ends with the block.
     """
-    if not train.loader_process:
-        yield prefetch_batches(make_batches(state.epoch, state.epoch_step))
-        return
     place = state.epoch, state.epoch_step
+    if not train.loader_process:
+        batches = make_batches(*place)
+        if train.use_gpu:
+            batches = pin_batches(batches)
+        yield prefetch_batches(batches)
+        return
     with LoaderProcess(make_batches, *place, pin_memory=train.use_gpu) as process:
         yield prefetch_batches(process.batches())
 

@@ -11,16 +11,23 @@ from pipeline.config import RunConfig
 from pipeline.model.flops import Flops
 from pipeline.model.work import count_work
 from pipeline.train.checkpoint import TrainState
+from pipeline.train.loader_process import Counted
 
 T = TypeVar("T")
 
 
 def count_batches(
     batches: Iterator[SequenceBatch], cfg: RunConfig, num_items: int = 0
-) -> Iterator[tuple[SequenceBatch, Flops]]:
+) -> Iterator[Counted]:
     """Each batch with the work of one forward pass over it, counted before it leaves the CPU."""
     for batch in batches:
         yield batch, count_work(batch, cfg, num_items)
+
+
+def pin_batches(batches: Iterator[Counted]) -> Iterator[Counted]:
+    """The same, each in one buffer of pinned memory, from which a GPU copies beside its work."""
+    for batch, work in batches:
+        yield batch.pack(pin_memory=True), work
 
 
 def prefetch_batches(batches: Iterator[T]) -> Iterator[T]:
