@@ -210,6 +210,9 @@ def end_server(settings: ServeConfig) -> None:
         logger.warning("the server ends without draining: %s", error)
     else:
         logger.info("requests that were not answered in time: %d", left)
+
+    # its router goes on asking the loop that has drained, and calls that an error
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     serve.delete(APPLICATION)
 
 

@@ -376,6 +376,25 @@ def test_recommended_items_say_why_they_are_there(served: Served, url: str, visi
     expect(here.page.locator("#news.moved")).to_contain_text("Event kept in")
 
 
+def test_a_popular_list_shows_the_counts_that_it_is_in_the_order_of(
+    served: Served, url: str, visit
+) -> None:
+    here = visit(url)
+    choose_user(here, NOT_A_USER)
+    here.page.get_by_role("tab", name="Recommended").click()
+    expect(here.page.locator("#panel .list")).to_contain_text("the popular list")
+
+    index = served.ranker.index
+    assert index is not None
+    counts = index.catalogue.popularity.tolist()
+    by_item = dict(zip(index.catalogue.item_ids.tolist(), counts, strict=True))
+    expected = [by_item[item] for item in shown_items(here)]
+    columns = here.page.locator(".items > li .score.order")
+    assert [int(text) for text in columns.locator(".number").all_inner_texts()] == expected
+    assert expected == sorted(expected, reverse=True)
+    assert set(columns.locator(".task").all_inner_texts()) == {"popularity"}
+
+
 def test_what_an_item_is_called_is_text(url: str, visit) -> None:
     here = visit(url)
     choose_user(here, 10)

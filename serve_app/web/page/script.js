@@ -283,9 +283,11 @@ function rankedRow(place, answer) {
   return { id: answer.item_ids[place], scores, orderedBy: answer.ordered_by, found: null };
 }
 
+/* A popular list is in the order of counts, others in that of a task's scores. */
 function recommendedRow(item, answer) {
   const orderedBy = answer.ordered_by;
-  const scores = { [orderedBy]: item.score, ...item.why?.scores };
+  const orderedAs = orderedBy === "popularity" ? item.why.popularity : item.score;
+  const scores = { [orderedBy]: orderedAs, ...item.why.scores };
   return { id: item.item_id, scores, orderedBy, found: item.why };
 }
 
