@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,15 +180,44 @@ def test_decks_take_every_user_of_a_pool_once() -> None:
 
 def test_steps_are_counted_alike_by_tasks_in_any_order(tmp_path: Path) -> None:
     cfg = world(tmp_path, readers=2, **CUTTING["short"])
-    asked = []
-
-    def elsewhere(what: str, function: Callable, items: Sequence, memory_bytes: float = 0) -> list:
-        asked.extend(items)
-        assert memory_bytes > 0
-        return [pickle.loads(pickle.dumps(function))(item) for item in reversed(items)]
-
+    elsewhere = Elsewhere()
     assert step_plan(cfg, run=elsewhere) == step_plan(cfg)
-    assert [(task.pool, task.deck) for task in asked] == [(0, 0), (0, 1)]
+    assert [(task.pool, task.deck) for task in elsewhere.asked] == [(0, 0), (0, 1)]
+
+
+class Elsewhere:
+    """Workers that get everything by pickle, and are done in another order."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def __call__(
+        self, what: str, function: Callable, items: Sequence, memory_bytes: float = 0
+    ) -> list:
+        self.asked.extend(items)
+        assert memory_bytes > 0
+        found = [pickle.loads(pickle.dumps(function))(item) for item in reversed(items)]
+        return pickle.loads(pickle.dumps(found))
+
+
+def test_features_are_fitted_alike_by_tasks_in_any_order(tmp_path: Path) -> None:
+    cfg = world(tmp_path)
+    cfg = replace(cfg, retrieval=replace(cfg.retrieval, enabled=True))
+    elsewhere = Elsewhere()
+    folders = []
+    for name, maps in (("here", fit_features(cfg)), ("tasks", fit_features(cfg, elsewhere))):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        maps.save(folders[-1])
+
+    num_buckets = len(store.read_manifest(cfg.sequence_dir).buckets)
+    assert num_buckets > 1
+    # the training period, next items, labels
+    assert [task.number for task in elsewhere.asked] == 3 * list(range(num_buckets))
+    names = sorted(path.name for path in folders[0].iterdir())
+    assert names == sorted(path.name for path in folders[1].iterdir())
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 def test_token_budget(tmp_path: Path) -> None:

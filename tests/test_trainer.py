@@ -279,15 +279,23 @@ def test_a_corrupted_checkpoint_is_skipped(
     assert newest.name in caplog.text
 
 
-def test_steps_of_a_large_store_are_counted_by_tasks(
+def test_features_and_steps_of_a_large_store_are_counted_by_tasks(
     trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline.batches.features import fit_features
     from pipeline.batches.steps import step_plan
     from pipeline.train import trainer
 
     monkeypatch.setattr(trainer, "LARGE_STORE", 0)
     cfg = replace(trained, train=replace(trained.train, readers=2))
-    assert trainer._plan_steps(cfg, tmp_path / "steps.json") == step_plan(cfg)
+    with trainer._store_workers(cfg) as run:
+        assert step_plan(cfg, run=run) == step_plan(cfg)
+        fit_features(cfg, run).save(tmp_path)
+    assert saved_features(tmp_path) == saved_features(trained.train_dir)
+
+
+def saved_features(folder: Path) -> bytes:
+    return (folder / "features.safetensors").read_bytes()
 
 
 def test_plan_says_what_training_would_take(

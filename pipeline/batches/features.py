@@ -8,8 +8,10 @@ nowhere else.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,14 @@ import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
 from pipeline.batches.counts import LabelCounts, search_sorted
+from pipeline.batches.passes import pass_over, run_here
 from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
 from pipeline.logs.arrow_errors import reading_file
 from pipeline.schema import NAMED_IDS, EventColumns
 from pipeline.sequences import arrow_lists, store
+
+if typing.TYPE_CHECKING:  # it imports Ray
+    from pipeline.sequences.workers import Workers
 
 HOURS = np.arange(24, dtype=np.int64)
 MS_PER_MINUTE = 60_000
@@ -253,14 +259,15 @@ def first_code(columns: Mapping[str, ColumnFeature], name: str) -> int:
     raise KeyError(name)
 
 
-def fit_features(cfg: RunConfig) -> FeatureMaps:
-    """The maps of the published sequences under `cfg.sequence_dir`.
+def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
+    """The maps of the published sequences under `cfg.sequence_dir`, each bucket a task of `run`:
+    the same maps whoever runs them.
 
     Raises:
         UserError: a configured column is not in its side table, no row lies in the training
         period, or the labels of a task are all alike there.
     """
-    rows = _TrainingRows.read(cfg)
+    rows = _TrainingRows.read(cfg, run)
     items = _side_table(cfg.sequence_dir, cfg.features, "items", "item_id", rows.items)
     users = _side_table(cfg.sequence_dir, cfg.features, "users", "user_id", rows.users)
     item_ids, item_columns, item_sizes = _side_codes(
@@ -301,23 +308,24 @@ def fit_features(cfg: RunConfig) -> FeatureMaps:
         text_ids=tuple(name for name in NAMED_IDS if name in text_ids),
     )
     if cfg.retrieval.enabled:
-        maps = replace(maps, next_count=_count_next_items(maps, cfg))
-    return _with_counts(maps, cfg) if cfg.features.dense else maps
+        look = partial(_count_next_items, maps=maps, cfg=cfg)
+        found = pass_over("counting next items", look, cfg.sequence_dir, run)
+        maps = replace(maps, next_count=np.sum(found, axis=0))
+    return _with_counts(maps, cfg, run) if cfg.features.dense else maps
 
 
-def _count_next_items(maps: FeatureMaps, cfg: RunConfig) -> np.ndarray:
-    """int64 [I + 1]: the training period's events of each item that `retrieval.positives` names."""
+def _count_next_items(table: pa.Table, maps: FeatureMaps, cfg: RunConfig) -> np.ndarray:
+    """int64 [I + 1]: a bucket's events in the training period of each item that
+    `retrieval.positives` names.
+    """
     bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
-    counts = np.zeros(len(maps.item_ids) + 1, np.int64)
-    for table in _buckets(cfg.sequence_dir):
-        names = ("event_time", "action_mask", "known_mask")
-        time, action, known = (arrow_lists.flat_column(table, name) for name in names)
-        chosen = (time < cfg.split.train_end_ms) & positive_rows(action, known, bits)
-        if cfg.train.history_label_weight == 0:
-            chosen &= ~arrow_lists.flat_column(table, "order_only")
-        rows = maps.item_rows(arrow_lists.flat_column(table, "item_id")[chosen])
-        counts += np.bincount(rows, minlength=len(counts))
-    return counts
+    names = ("event_time", "action_mask", "known_mask")
+    time, action, known = (arrow_lists.flat_column(table, name) for name in names)
+    chosen = (time < cfg.split.train_end_ms) & positive_rows(action, known, bits)
+    if cfg.train.history_label_weight == 0:
+        chosen &= ~arrow_lists.flat_column(table, "order_only")
+    rows = maps.item_rows(arrow_lists.flat_column(table, "item_id")[chosen])
+    return np.bincount(rows, minlength=len(maps.item_ids) + 1)
 
 
 def positive_bits(actions: Sequence[str], positives: Sequence[str]) -> int:
@@ -361,7 +369,7 @@ def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
     return np.ones_like(order_only) if rows == "all" else order_only == (rows == "order_only")
 
 
-def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
+def _with_counts(maps: FeatureMaps, cfg: RunConfig, run: "Workers") -> FeatureMaps:
     """The maps with what `features.dense` counts over the training period."""
     for name, feature in cfg.features.dense.items():
         by = [column for column in feature.by if column != "user"]
@@ -372,36 +380,88 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig) -> FeatureMaps:
                 f"values, more than the {MOST_GROUPS:,} that are told apart"
             )
 
-    shared = {name: feature for name, feature in cfg.features.dense.items() if not feature.live}
-    parts: dict[str, list[LabelCounts]] = {name: [] for name in shared}
-    totals: dict[str, np.ndarray] = {}  # labels known and positive, by the kind of rows
-    for feature in cfg.features.dense.values():
-        totals[feature.rows] = np.zeros(2 * len(cfg.tasks), np.int64)
-
-    stored = [name for name in cfg.features.request if name != "hour"]
-    names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
-    for table in _buckets(cfg.sequence_dir):
-        training = arrow_lists.flat_column(table, "event_time") < cfg.split.train_end_ms
-        flat = {name: arrow_lists.flat_column(table, name)[training] for name in names}
-
-        labels = label_counts(flat["action_mask"], flat["known_mask"], cfg.task_bits)
-        item_rows = maps.item_rows(flat["item_id"])
-        step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
-        for rows, total in totals.items():
-            total += labels[rows_of_kind(flat["order_only"], rows)].sum(0)
-
-        for name, feature in shared.items():
-            group = maps.groups(feature.by, item_rows, flat, cfg.features)
-            chosen = rows_of_kind(flat["order_only"], feature.rows) & (group > 0)
-            parts[name].append(LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen]))
+    look = partial(_count_labels, maps=maps, cfg=cfg)
+    buckets = pass_over("counting labels", look, cfg.sequence_dir, run)
 
     row_rates = {}
-    for rows, total in totals.items():
+    for rows in {feature.rows: None for feature in cfg.features.dense.values()}:
+        total = np.sum([bucket.totals[rows] for bucket in buckets], axis=0)
         known, positive = np.split(total, 2)
         row_rates[rows] = (positive / np.maximum(known, 1)).tolist()
 
-    counts = {name: LabelCounts.merge_parts(counted) for name, counted in parts.items()}
+    counts = {}
+    for name, feature in cfg.features.dense.items():
+        if not feature.live:
+            counts[name] = LabelCounts.merge_parts([bucket.counts[name] for bucket in buckets])
     return replace(maps, row_rates=row_rates, counts=counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _BucketLabels:
+    """Labels of a bucket's rows in the training period."""
+
+    totals: dict[str, np.ndarray]  # int64 [2 tasks], known and positive, by the kind of rows
+    counts: dict[str, LabelCounts]  # of each dense feature that is not the user's own
+
+
+def _count_labels(table: pa.Table, maps: FeatureMaps, cfg: RunConfig) -> _BucketLabels:
+    stored = [name for name in cfg.features.request if name != "hour"]
+    names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
+    training = arrow_lists.flat_column(table, "event_time") < cfg.split.train_end_ms
+    flat = {name: arrow_lists.flat_column(table, name)[training] for name in names}
+
+    labels = label_counts(flat["action_mask"], flat["known_mask"], cfg.task_bits)
+    item_rows = maps.item_rows(flat["item_id"])
+    step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
+
+    totals, counts = {}, {}
+    for name, feature in cfg.features.dense.items():
+        of_kind = rows_of_kind(flat["order_only"], feature.rows)
+        if feature.rows not in totals:
+            totals[feature.rows] = labels[of_kind].sum(0, dtype=np.int64)
+        if not feature.live:
+            group = maps.groups(feature.by, item_rows, flat, cfg.features)
+            chosen = of_kind & (group > 0)
+            counts[name] = LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen])
+    return _BucketLabels(totals, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _BucketRows:
+    """Facts about a bucket's rows in the training period."""
+
+    items: np.ndarray  # int64, sorted
+    timed_items: np.ndarray  # int64, sorted: those of timed rows
+    timed_count: np.ndarray  # int64: timed rows of each
+    users: np.ndarray  # int64, sorted
+    request: dict[str, np.ndarray]  # values of each request column in timed rows, sorted
+    timed: "TaskCounts"  # labels of timed rows
+    weighed: "TaskCounts"  # of the rows that the loss weighs
+
+
+def _read_rows(table: pa.Table, cfg: RunConfig) -> _BucketRows:
+    stored = [name for name in cfg.features.request if name != "hour"]
+    names = ("item_id", "event_time", "order_only", *stored)
+    flat = {name: arrow_lists.flat_column(table, name) for name in names}
+
+    training = flat["event_time"] < cfg.split.train_end_ms
+    timed = training & ~flat["order_only"]
+    timed_items, timed_count = np.unique(flat["item_id"][timed], return_counts=True)
+    user = np.repeat(table["user_id"].to_numpy(), np.diff(arrow_lists.list_offsets(table)))
+
+    request = {}
+    for name in stored:
+        request[name] = np.unique(flat[name][timed])
+    weighed = training if cfg.train.history_label_weight else timed
+    return _BucketRows(
+        items=np.unique(flat["item_id"][training]),
+        timed_items=timed_items,
+        timed_count=timed_count,
+        users=np.unique(user[training]),
+        request=request,
+        timed=TaskCounts.of_rows(table, timed, cfg.task_bits),
+        weighed=TaskCounts.of_rows(table, weighed, cfg.task_bits),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,57 +475,37 @@ class _TrainingRows:
     base_rates: dict[str, float]
 
     @classmethod
-    def read(cls, cfg: RunConfig) -> "_TrainingRows":
-        stored = [name for name in cfg.features.request if name != "hour"]
-        items, timed_items, users = [], [], []
-        request: dict[str, list[np.ndarray]] = {name: [] for name in stored}
-        positives, totals = np.zeros(len(cfg.tasks)), np.zeros(len(cfg.tasks))
-        classes = TaskCounts.none(len(cfg.tasks))
+    def read(cls, cfg: RunConfig, run: "Workers") -> "_TrainingRows":
+        look = partial(_read_rows, cfg=cfg)
+        buckets = pass_over("reading the training period", look, cfg.sequence_dir, run)
 
-        for table in _buckets(cfg.sequence_dir):
-            offsets = arrow_lists.list_offsets(table)
-            names = ("item_id", "event_time", "order_only", *stored)
-            flat = {name: arrow_lists.flat_column(table, name) for name in names}
-
-            training = flat["event_time"] < cfg.split.train_end_ms
-            timed = training & ~flat["order_only"]
-            items.append(np.unique(flat["item_id"][training]))
-            timed_items.append(flat["item_id"][timed])
-            user = np.repeat(table["user_id"].to_numpy(), np.diff(offsets))
-            users.append(np.unique(user[training]))
-            for name in stored:
-                request[name].append(np.unique(flat[name][timed]))
-
-            action = arrow_lists.flat_column(table, "action_mask")[timed]
-            known = arrow_lists.flat_column(table, "known_mask")[timed]
-            for i, task in enumerate(cfg.tasks):
-                bit = np.int32(1 << cfg.source.actions.index(task))
-                totals[i] += np.count_nonzero(known & bit)
-                positives[i] += np.count_nonzero(action & known & bit)
-            weighed = training if cfg.train.history_label_weight else timed
-            classes = classes.add_rows(table, weighed, cfg.task_bits)
-
+        timed = weighed = TaskCounts.none(len(cfg.tasks))
+        for bucket in buckets:
+            timed, weighed = timed.add(bucket.timed), weighed.add(bucket.weighed)
+        totals, positives = timed.known.astype(float), timed.positive.astype(float)
         if cfg.tasks and totals.max() == 0:
             end = "split.t_test" if cfg.split.refit else "split.t_val"
             raise UserError(f"no row with a known label lies before {end}: nothing to train on")
-        vocabulary = np.unique(np.concatenate(items))
-        counted, counts = np.unique(np.concatenate(timed_items), return_counts=True)
+        vocabulary = np.unique(np.concatenate([bucket.items for bucket in buckets]))
         item_count = np.zeros(len(vocabulary), np.int64)
-        item_count[np.searchsorted(vocabulary, counted)] = counts
+        for bucket in buckets:
+            item_count[np.searchsorted(vocabulary, bucket.timed_items)] += bucket.timed_count
 
         known_values = {}
-        for name, parts in request.items():
-            values = np.unique(np.concatenate(parts)).astype(np.int64)
-            known_values[name] = values[values >= 0]
+        for name in cfg.features.request:
+            if name != "hour":
+                parts = [bucket.request[name] for bucket in buckets]
+                values = np.unique(np.concatenate(parts)).astype(np.int64)
+                known_values[name] = values[values >= 0]
 
-        refuse_one_class(cfg, classes)
+        refuse_one_class(cfg, weighed)
         # each drawn item is one more known label
         totals += cfg.examples.negatives * positives
         rates = (positives / np.maximum(totals, 1)).tolist()
         return cls(
             items=vocabulary,
             item_count=item_count,
-            users=np.unique(np.concatenate(users)),
+            users=np.unique(np.concatenate([bucket.users for bucket in buckets])),
             request=known_values,
             base_rates=dict(zip(cfg.tasks, rates, strict=True)),
         )
@@ -482,15 +522,16 @@ class TaskCounts:
     def none(cls, num_tasks: int) -> "TaskCounts":
         return cls(np.zeros(num_tasks, np.int64), np.zeros(num_tasks, np.int64))
 
-    def add_rows(
-        self, table: pa.Table, chosen: np.ndarray, task_bits: Sequence[int]
-    ) -> "TaskCounts":
-        """With those of the rows of SEQUENCE where `chosen`, bool [N], is true."""
+    @classmethod
+    def of_rows(cls, table: pa.Table, chosen: np.ndarray, task_bits: Sequence[int]) -> "TaskCounts":
+        """Those of the rows of SEQUENCE where `chosen`, bool [N], is true."""
         action = arrow_lists.flat_column(table, "action_mask")[chosen]
         known = arrow_lists.flat_column(table, "known_mask")[chosen]
         counts = label_counts(action, known, task_bits).sum(0, dtype=np.int64)
-        num_known, num_positive = np.split(counts, 2)
-        return TaskCounts(self.known + num_known, self.positive + num_positive)
+        return cls(*np.split(counts, 2))
+
+    def add(self, other: "TaskCounts") -> "TaskCounts":
+        return TaskCounts(self.known + other.known, self.positive + other.positive)
 
 
 def refuse_one_class(cfg: RunConfig, counts: TaskCounts) -> None:
@@ -521,12 +562,6 @@ def refuse_one_class(cfg: RunConfig, counts: TaskCounts) -> None:
                 "positives only, set examples.negatives, to 4 for instance: so many items are "
                 "drawn beside each"
             )
-
-
-def _buckets(sequence_dir: Path) -> Iterator[pa.Table]:
-    manifest = store.read_manifest(sequence_dir)
-    for index in range(len(manifest.buckets)):
-        yield store.read_bucket(sequence_dir, manifest, index)
 
 
 def _side_table(

@@ -15,11 +15,10 @@ import hashlib
 import itertools
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +31,7 @@ from pipeline.batches.examples import (
     user_events,
     whole_examples,
 )
+from pipeline.batches.passes import run_here
 from pipeline.batches.stochastic_length import (
     LoadPlan,
     deal_examples,
@@ -169,13 +169,6 @@ def token_counts(
     """Tokens of each of these whole examples as it is and with its history cut, float64 [n]."""
     everywhere = cut_histories(users, examples, np.ones(len(examples), bool), train)
     return examples.num_tokens.astype(np.float64), everywhere.num_tokens.astype(np.float64)
-
-
-def run_here(
-    what: str, function: Callable[[Any], Any], items: Sequence[Any], memory_bytes: float = 0
-) -> list[Any]:
-    """`Workers` that are this process."""
-    return [function(item) for item in items]
 
 
 def step_plan(cfg: RunConfig, cache: Path | None = None, run: "Workers" = run_here) -> StepPlan:

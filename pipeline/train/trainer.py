@@ -12,6 +12,8 @@ number of workers or another.
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +26,14 @@ from ray.train.v2.api.callback import RayTrainCallback
 
 from pipeline import config
 from pipeline.batches.features import fit_features
+from pipeline.batches.passes import run_here
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
 from pipeline.config import Outage, RunConfig, TrainConfig
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
-from pipeline.sequences.workers import workers
+from pipeline.sequences.workers import Workers, workers
 from pipeline.tracking import Run
 from pipeline.train.checkpoint import Saved, check_identity, run_identity
 from pipeline.train.metrics import METRICS, MetricsFeed
@@ -90,14 +93,19 @@ def fit_model(
     cfg = with_readers(cfg, before)
     train = cfg.train
     check_periods(cfg)
-    maps = fit_features(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    maps.save(folder)
-
-    if before is None or not before.state.finished:
+    finished = before is not None and before.state.finished
+    if not finished:
         refuse_impossible_size(cfg.ray, train)
-        # here, so that no worker reads the store to count
-        steps = _plan_steps(cfg, folder / "steps.json")
+
+    with _store_workers(cfg) as each_task:
+        maps = fit_features(_absolute(cfg), each_task)
+        folder.mkdir(parents=True, exist_ok=True)
+        maps.save(folder)
+        if not finished:
+            # here, so that no training worker reads the store to count
+            steps = step_plan(_absolute(cfg), folder / "steps.json", each_task)
+
+    if not finished:
         refuse_long_warmup(train.warmup_steps, steps.steps_per_epoch * train.epochs)
         # the dashboard has a page for the training
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True):
@@ -166,12 +174,14 @@ def trained_on_other_rows(cfg: RunConfig, digest: str) -> bool:
     return any(found.identity.get(key) != now[key] for key in rows)
 
 
-def _plan_steps(cfg: RunConfig, cache: Path) -> StepPlan:
-    """The steps, counted on the cluster where the store is large."""
+@contextmanager
+def _store_workers(cfg: RunConfig) -> Iterator[Workers]:
+    """Who goes over the store: tasks on the cluster where it is large, else this process."""
     if store.read_manifest(cfg.sequence_dir).num_rows < LARGE_STORE:
-        return step_plan(cfg, cache)
+        yield run_here
+        return
     with workers(cfg.ray, cfg.runs_dir) as run:
-        return step_plan(_absolute(cfg), cache, run)
+        yield run
 
 
 def _absolute(cfg: RunConfig) -> RunConfig:
