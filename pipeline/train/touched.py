@@ -53,7 +53,9 @@ class TouchedRows:
         self.rows = torch.zeros(size, dtype=torch.int64, device=device)
 
         self.looked_up: list[Tensor] = []
+        # of each store: its touched rows, and how many lie in the stores before it
         self.counts: dict[str, int] = {}
+        self.first_numbers: dict[str, int] = {}
         self.read: Callable[[], list] | None = None
         for path, table in tables.items():
             store, first_row = rowwise.parts[path]
