@@ -10,9 +10,9 @@ import torch
 
 from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig
-from pipeline.evaluate import evaluator
+from pipeline.evaluate import evaluator, spread
 from pipeline.evaluate.item_knn import ItemKNN
-from pipeline.evaluate.retrieval import asked_parts, evaluate_retrieval
+from pipeline.evaluate.retrieval import asked_users, evaluate_retrieval
 from pipeline.evaluate.retrieval_metrics import RetrievalMetrics, positive_ranks, top_items
 from pipeline.model.artifact import LoadedModel, load_model, save_model
 from pipeline.model.ranker import RankingModel
@@ -113,7 +113,8 @@ def test_histories_are_what_lies_before(folder: Path) -> None:
         loaded = load_model(cfg.model_dir)
         by_hand = asked_by_hand(cfg, loaded, cfg.split.val_ms, cfg.split.test_ms)
         found = {}
-        for users, asked in asked_parts(cfg, loaded, "val"):
+        for bucket in range(len(store.read_manifest(cfg.sequence_dir).buckets)):
+            users, asked = asked_users(cfg, loaded, "val", bucket)
             ids = users.user_id[asked.examples.user].tolist()
             found |= dict(zip(ids, asked.examples.num_history.tolist(), strict=True))
         assert found == {user: length for user, (length, _, _) in by_hand.items()}
@@ -132,8 +133,8 @@ def test_item_knn_by_hand(folder: Path) -> None:
                 takers[int(place)].add(row["user_id"])
 
     knn = ItemKNN.fit(cfg, cfg, loaded.maps)
-    users, asked = next(asked_parts(cfg, loaded, "val"))
-    scores = knn.scores(users, asked.examples)
+    users, asked = asked_users(cfg, loaded, "val", 0)
+    scores = knn.scores(users, asked.examples, loaded.maps)
     first, end = int(asked.examples.history_begin[0]), int(asked.examples.history_end[0])
     events = users.events
     liked = events.action_mask[first:end] & events.known_mask[first:end] & LIKED
@@ -153,6 +154,19 @@ def test_a_model_for_retrieval_alone_is_evaluated(folder: Path) -> None:
     assert 0 <= metrics["val/ndcg_3"] <= metrics["val/hr_3"] <= 1
     assert metrics["test/item_knn/users"] == metrics["test/users"] > 0
     assert not any("/ne/" in name for name in metrics)
+
+
+@pytest.mark.cluster
+def test_workers_rank_as_one_process_does(
+    folder: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = eval_config(folder)
+    alone = evaluate_retrieval(cfg, load_model(cfg.model_dir), evaluator.SPLITS, "cpu")
+
+    monkeypatch.setattr(spread, "SMALL_STORE", 1)
+    found = evaluator.evaluate_model(cfg, cfg.model_dir, name="spread")
+    assert alone["test/users"] > 0
+    assert {key: found[key] for key in alone} == pytest.approx(alone, abs=1e-6, nan_ok=True)
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:

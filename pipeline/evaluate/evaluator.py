@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +31,12 @@ from pipeline.evaluate.parts import (
     score_users,
 )
 from pipeline.evaluate.retrieval import evaluate_retrieval
-from pipeline.evaluate.spread import cluster_has_gpu, is_worth_workers, score_parts
+from pipeline.evaluate.spread import (
+    cluster_has_gpu,
+    is_worth_workers,
+    rank_parts,
+    score_parts,
+)
 from pipeline.files import json_text, sha256_of, staged_file, write_atomically
 from pipeline.model.artifact import INDEX, LoadedModel, load_model
 from pipeline.model.flops import Flops
@@ -98,7 +104,7 @@ def evaluate_model(
         )
         sliced[split] = _report_slices(loaded.cfg, split, scores, folder)
     if loaded.cfg.retrieval.enabled and cfg.evaluate.sample is None:
-        metrics |= evaluate_retrieval(cfg, loaded, found, evaluation_device(cfg.evaluate))
+        metrics |= _retrieval_metrics(cfg, loaded, model_dir, found, manifest)
     if cfg.evaluate.sample is not None:
         metrics["sample_share"] = cfg.evaluate.sample
     if loaded.cfg.examples.negatives:  # what the metrics tell positives from
@@ -196,15 +202,35 @@ def _score_store(
     """All parts of the store, here or on the workers of the cluster."""
     parts = plan_parts(manifest)
     spread = is_worth_workers(parts)
-    device = evaluation_device(cfg.evaluate, on_cluster=spread)
-    job = EvaluationJob(
+    job = _evaluation_job(cfg, model, model_dir, splits, spread=spread)
+    return _merged(score_parts(job, parts, spread=spread), splits)
+
+
+def _retrieval_metrics(
+    cfg: RunConfig,
+    loaded: LoadedModel,
+    model_dir: Path,
+    splits: Sequence[str],
+    manifest: store.Manifest,
+) -> dict[str, float]:
+    """Those of `evaluate_retrieval`, here or by the workers of the cluster."""
+    device = evaluation_device(cfg.evaluate)
+    if not is_worth_workers(plan_parts(manifest)):
+        return evaluate_retrieval(cfg, loaded, splits, device)
+    job = _evaluation_job(cfg, loaded.cfg, model_dir, splits, spread=True)
+    return evaluate_retrieval(cfg, loaded, splits, device, partial(rank_parts, job))
+
+
+def _evaluation_job(
+    cfg: RunConfig, model: RunConfig, model_dir: Path, splits: Sequence[str], *, spread: bool
+) -> EvaluationJob:
+    return EvaluationJob(
         cfg=scoring_config(cfg, model),
         model_dir=model_dir,
         digest=sha256_of(model_dir / INDEX),
         splits=tuple(splits),
-        device=device,
+        device=evaluation_device(cfg.evaluate, on_cluster=spread),
     )
-    return _merged(score_parts(job, parts, spread=spread), splits)
 
 
 def scoring_config(cfg: RunConfig, model: RunConfig) -> RunConfig:

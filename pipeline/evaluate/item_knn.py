@@ -24,8 +24,8 @@ class ItemKNN:
         bits: of the events that count (`retrieval.positives`).
     """
 
-    def __init__(self, user: np.ndarray, item: np.ndarray, maps: FeatureMaps, bits: int) -> None:
-        self.maps, self.bits, self.num_items = maps, bits, len(maps.item_ids)
+    def __init__(self, user: np.ndarray, item: np.ndarray, num_items: int, bits: int) -> None:
+        self.bits, self.num_items = bits, num_items
         pairs = np.unique(user * self.num_items + item)
         user, item = np.divmod(pairs, self.num_items)
         taken = np.bincount(item, minlength=self.num_items)
@@ -53,14 +53,14 @@ class ItemKNN:
             users.append(part.row_user[rows][item >= 0] + num_users)
             items.append(item[item >= 0])
             num_users += len(part.user_id)
-        return cls(np.concatenate(users), np.concatenate(items), maps, bits)
+        return cls(np.concatenate(users), np.concatenate(items), len(maps.item_ids), bits)
 
-    def scores(self, users: UserEvents, examples: Examples) -> Tensor:
+    def scores(self, users: UserEvents, examples: Examples, maps: FeatureMaps) -> Tensor:
         """float32 [U, N], by the items of each history that count."""
         rows, offsets = ranges(examples.history_begin, examples.history_end)
         events = users.events
         counts = positive_rows(events.action_mask[rows], events.known_mask[rows], self.bits)
-        item = self.maps.item_rows(events.item_id[rows]) - 1
+        item = maps.item_rows(events.item_id[rows]) - 1
         owner = np.repeat(np.arange(len(examples)), np.diff(offsets))
         kept = counts & (item >= 0)
 

@@ -12,8 +12,8 @@ Users without a history get the list of popular items, as the server answers the
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
 from pipeline.batches.loader import split_bounds, token_batches
 from pipeline.config import RunConfig
 from pipeline.evaluate.item_knn import ItemKNN
+from pipeline.evaluate.parts import EvaluationJob, load_for
 from pipeline.evaluate.retrieval_metrics import (
     RetrievalMetrics,
     positive_ranks,
@@ -55,36 +56,66 @@ class Asked:
         return Asked(self.examples[index], offsets, self.item[chosen])
 
 
+@dataclass(frozen=True, slots=True)
+class RetrievalPart:
+    """The users of one bucket, to be ranked for in one split."""
+
+    split: str
+    bucket: int
+    rows: int  # of the store
+
+
+@dataclass(frozen=True, slots=True)
+class ItemScorers:
+    """What scores all N items, made once: vectors of the model's, on its device, and a baseline."""
+
+    items: Tensor  # [N, d]
+    knn: ItemKNN
+
+
+# Metrics of the model, under "", and of both baselines.
+PartMetrics = dict[str, RetrievalMetrics]
+RankParts = Callable[[ItemScorers, Sequence[RetrievalPart]], Iterable[PartMetrics]]
+
+
 def evaluate_retrieval(
-    cfg: RunConfig, loaded: LoadedModel, splits: Sequence[str], device: str
+    cfg: RunConfig,
+    loaded: LoadedModel,
+    splits: Sequence[str],
+    device: str,
+    rank_parts: RankParts | None = None,
 ) -> dict[str, float]:
     """Metrics by split, of the model and of both baselines; a period in which nobody took an item
     has none.
 
     Sequences, split and protocol come from `cfg`, all else from the model's own configuration.
+
+    Args:
+        rank_parts: gives the metrics of each part, in order; by default they are found here.
     """
     maps, model = loaded.maps, loaded.model.to(device)
     assert model.retrieval is not None
     with torch.no_grad():
         items = model.retrieval.item_vectors(torch.from_numpy(maps.item_codes[1:]).to(device))
-    knn = ItemKNN.fit(cfg, loaded.cfg, maps)
+    scorers = ItemScorers(items, ItemKNN.fit(cfg, loaded.cfg, maps))
+
+    manifest = store.read_manifest(cfg.sequence_dir)
+    parts = []
+    for split in splits:
+        for bucket, entry in enumerate(manifest.buckets):
+            parts.append(RetrievalPart(split, bucket, entry.rows))
+    if rank_parts is None:
+        ranked = (rank_part(cfg, loaded, scorers, part) for part in parts)
+    else:
+        ranked = rank_parts(scorers, parts)
+
+    totals = {split: _new_metrics(cfg, maps) for split in splits}
+    for part, metrics in zip(parts, ranked, strict=True):
+        for name, values in metrics.items():
+            totals[part.split][name].merge(values)
 
     found: dict[str, float] = {}
-    for split in splits:
-        names = ("", "popularity/", "item_knn/")
-        metrics = {
-            name: RetrievalMetrics(maps.next_count[1:], cfg.evaluate.cutoffs) for name in names
-        }
-        for users, asked in asked_parts(cfg, loaded, split):
-            for part in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
-                seen = seen_items(users, part.examples, maps)
-                popularity = _popularity(maps, len(part.examples))
-                scores = _model_scores(loaded, users, part.examples, items, popularity)
-                nearest = knn.scores(users, part.examples)
-                lists = {"": scores, "popularity/": popularity, "item_knn/": nearest}
-                for prefix, ranked in lists.items():
-                    add_lists(metrics[prefix], ranked, part, seen, cfg.evaluate.remove_seen)
-
+    for split, metrics in totals.items():
         if metrics[""].num_users == 0:
             logger.warning("%s: no user took an item; there are no retrieval metrics", split)
             continue
@@ -93,26 +124,65 @@ def evaluate_retrieval(
     return found
 
 
-def asked_parts(
-    cfg: RunConfig, loaded: LoadedModel, split: str
-) -> Iterator[tuple[UserEvents, Asked]]:
-    """The users of each bucket of the store who took an item in the period."""
-    manifest = store.read_manifest(cfg.sequence_dir)
+def rank_part(
+    cfg: RunConfig, loaded: LoadedModel, scorers: ItemScorers, part: RetrievalPart
+) -> PartMetrics:
+    """The metrics of a part's users."""
+    maps = loaded.maps
+    metrics = _new_metrics(cfg, maps)
+    users, asked = asked_users(cfg, loaded, part.split, part.bucket)
+    for some in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
+        seen = seen_items(users, some.examples, maps)
+        popularity = _popularity(maps, len(some.examples))
+        scores = _model_scores(loaded, users, some.examples, scorers.items, popularity)
+        nearest = scorers.knn.scores(users, some.examples, maps)
+        lists = {"": scores, "popularity/": popularity, "item_knn/": nearest}
+        for name, ranked in lists.items():
+            add_lists(metrics[name], ranked, some, seen, cfg.evaluate.remove_seen)
+    return metrics
+
+
+@dataclass(frozen=True, slots=True)
+class RankingJob:
+    """What the parts have in common where workers rank them."""
+
+    job: EvaluationJob
+    scorers: ItemScorers  # on the CPU
+
+
+def rank_for(ranking: RankingJob, part: RetrievalPart) -> PartMetrics:
+    """`rank_part` in any process."""
+    job, scorers = ranking.job, ranking.scorers
+    there = replace(scorers, items=scorers.items.to(job.device))
+    return rank_part(job.cfg, load_for(job), there, part)
+
+
+def _new_metrics(cfg: RunConfig, maps: FeatureMaps) -> PartMetrics:
+    metrics = {}
+    for name in ("", "popularity/", "item_knn/"):
+        metrics[name] = RetrievalMetrics(maps.next_count[1:], cfg.evaluate.cutoffs)
+    return metrics
+
+
+def asked_users(
+    cfg: RunConfig, loaded: LoadedModel, split: str, bucket: int
+) -> tuple[UserEvents, Asked]:
+    """The users of a bucket of the store, and those of them who took an item in the period."""
     own, protocol = loaded.cfg, cfg.evaluate.retrieval_protocol
     bits = positive_bits(own.source.actions, own.retrieval.positives)
     begin, end = split_bounds(cfg.split, split)
-    for index in range(len(manifest.buckets)):
-        sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
-        users = user_events(sequences, own.source, own.features)
-        taken = taken_rows(users, begin, end, bits)
-        if protocol == "global_time":
-            asked = all_of_period(users, taken, begin, loaded.maps)
-        else:
-            asked = last_of_period(users, taken, loaded.maps)
-        if cfg.evaluate.remove_seen:
-            asked = without_repeats(users, asked, loaded.maps)
-        if len(asked.examples):
-            yield users, asked
+
+    manifest = store.read_manifest(cfg.sequence_dir)
+    sequences = store.read_bucket(cfg.sequence_dir, manifest, bucket)
+    users = user_events(sequences, own.source, own.features)
+    taken = taken_rows(users, begin, end, bits)
+    if protocol == "global_time":
+        asked = all_of_period(users, taken, begin, loaded.maps)
+    else:
+        asked = last_of_period(users, taken, loaded.maps)
+    if cfg.evaluate.remove_seen:
+        asked = without_repeats(users, asked, loaded.maps)
+    return users, asked
 
 
 def taken_rows(users: UserEvents, begin: int, end: int, bits: int) -> np.ndarray:

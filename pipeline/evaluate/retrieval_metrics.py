@@ -112,6 +112,15 @@ class RetrievalMetrics:
     def _sum(self, name: str, values: np.ndarray) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
 
+    def merge(self, other: "RetrievalMetrics") -> None:
+        """Take in the users of another part."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        for k, listed in other.listed.items():
+            self.listed[k] += listed
+        self.taken += other.taken
+        self.num_users += other.num_users
+
     def result(self) -> dict[str, float]:
         """`hr_10`, `ndcg_10` and so on, and `users`; NaN where nothing was added."""
         found: dict[str, float] = {"users": self.num_users}

@@ -9,12 +9,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 from pipeline.config import RunConfig, UserError
 from pipeline.evaluate.parts import EvaluationJob, EvaluationPart, PartScores, score_part
+from pipeline.evaluate.retrieval import (
+    ItemScorers,
+    PartMetrics,
+    RankingJob,
+    RetrievalPart,
+    rank_for,
+)
 from pipeline.sequences.store import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -22,6 +30,18 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 LARGE_STORE = 3_000_000  # rows: a minute of work, against the seconds of a cluster's start
 SMALL_STORE = 200_000  # rows: scored here before a worker has imported what it needs
+
+
+class Part(Protocol):
+    """The work of one task."""
+
+    @property
+    def rows(self) -> int: ...
+
+
+S = TypeVar("S")
+P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 
 
 def score_parts(
@@ -33,11 +53,20 @@ def score_parts(
     """
     with Progress(parts) as progress:
         if spread:
-            yield from _run_tasks(job, parts, progress)
+            yield from _run_tasks(score_part, job, job.device, parts, progress)
             return
         for number, part in enumerate(parts):
             yield score_part(job, part)
             progress.add_part(number)
+
+
+def rank_parts(
+    job: EvaluationJob, scorers: ItemScorers, parts: Sequence[RetrievalPart]
+) -> Iterator[PartMetrics]:
+    """The metrics of each part of an evaluation of retrieval, in order, by such workers."""
+    shared = RankingJob(job, replace(scorers, items=scorers.items.cpu()))
+    with Progress(parts, "evaluation of retrieval") as progress:
+        yield from _run_tasks(rank_for, shared, job.device, parts, progress)
 
 
 @contextmanager
@@ -71,15 +100,15 @@ def cluster_has_gpu() -> bool:
 
 
 def _run_tasks(
-    job: EvaluationJob, parts: Sequence[EvaluationPart], progress: "Progress"
-) -> Iterator[PartScores]:
+    function: Callable[[S, P], T], shared: S, device: str, parts: Sequence[P], progress: "Progress"
+) -> Iterator[T]:
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=1 if job.device == "cuda" else 0)(_score)
-    shared_job = ray.put(job)
+    task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_call)
+    held = ray.put(shared)
     pending: dict[Any, int] = {}
     for number, part in enumerate(parts):
-        pending[task.remote(shared_job, part)] = number
+        pending[task.remote(function, held, part)] = number
 
     done: dict[int, Any] = {}  # by the part's number, until its turn
     next_part = 0
@@ -98,15 +127,15 @@ def _run_tasks(
             ray.cancel(reference, force=True)
 
 
-def _score(job: EvaluationJob, part: EvaluationPart) -> PartScores | UserError:
+def _call(function: Callable[[S, P], T], shared: S, part: P) -> T | UserError:
     try:
-        return score_part(job, part)
+        return function(shared, part)
     except UserError as error:
         # Ray would wrap it in its own, with a stack that says nothing to the user
         return error
 
 
-def _taken(result: PartScores | UserError) -> PartScores:
+def _taken(result: T | UserError) -> T:
     if isinstance(result, UserError):
         raise result
     return result
@@ -117,8 +146,8 @@ class Progress:
     at this rate.
     """
 
-    def __init__(self, parts: Sequence[EvaluationPart]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part], what: str = "evaluation") -> None:
+        self._parts, self._what = parts, what
         self._total = max(sum(part.rows for part in parts), 1)
         self._done, self._rows = 0, 0
         self._began = time.monotonic()
@@ -145,7 +174,7 @@ class Progress:
             left = f"about {elapsed * (self._total - self._rows) / self._rows:.0f} s left"
         share = 100 * self._rows / self._total
         done = f"{self._done} of {len(self._parts)} parts, {share:.0f} % of the rows"
-        return f"evaluation: {done}, {elapsed:.0f} s, {left}"
+        return f"{self._what}: {done}, {elapsed:.0f} s, {left}"
 
     def _tell(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_LINES):
