@@ -46,7 +46,7 @@ if typing.TYPE_CHECKING:  # it imports Ray
     from pipeline.sequences.workers import Workers
 
 # what decides how many examples and draws there are
-SETTINGS = ("seed", "source", "split", "tasks", "train")
+SETTINGS = ("seed", "source", "split", "tasks", "examples", "train")
 # a row of `UserEvents`, request columns left out: seven int64, two int32 and a bool
 ROW_BYTES = 65
 DEALT_STEPS = 16

@@ -144,7 +144,7 @@ def score_users(
         bounds = split_bounds(cfg.split, split)
         scores[split] = _score_split(cfg, loaded, users, bounds)
         requests = request_examples(users, *bounds, cfg.examples.max_history)
-        work[split] = _count_requests(users, requests, cfg)
+        work[split] = count_requests(users, requests, cfg)
     counts = count_items(users, cfg.split, cfg.task_bits, cfg.examples.negatives)
     return PartScores(scores, work, counts)
 
@@ -240,7 +240,7 @@ def _user_columns(users: UserEvents, rows: np.ndarray, split: SplitConfig) -> di
     }
 
 
-def _count_requests(users: UserEvents, examples: Examples, cfg: RunConfig) -> Flops:
+def count_requests(users: UserEvents, examples: Examples, cfg: RunConfig) -> Flops:
     """The work of these requests, each alone in its sequence as serving has it."""
     work = Flops()
     for part in token_batches(examples, COUNTED_TOKENS):

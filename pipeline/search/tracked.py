@@ -54,16 +54,20 @@ class TrialRuns(tune.Callback):
         """Nothing: Tune writes its callbacks down, for a restore that nobody makes."""
         return {}
 
+    def note_trial(self, name: str) -> None:
+        """Have a trial's run brought up to its files, in the background."""
+        self.events.put(name)
+
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.events.put(trial.config["trial"]["name"])
+        self.note_trial(trial.config["trial"]["name"])
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
-        self.events.put(trial.config["trial"]["name"])
+        self.note_trial(trial.config["trial"]["name"])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.events.put(trial.config["trial"]["name"])
+        self.note_trial(trial.config["trial"]["name"])
 
     def _follow(self) -> None:
         told = False

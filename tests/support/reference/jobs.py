@@ -22,6 +22,7 @@ EXAMPLES = {
     "evaluate": "configs/demo.yaml --splits val",
     "compare": "configs/demo.yaml demo demo_sasrec --item-rate",
     "tune": "configs/demo.yaml --space configs/spaces/demo.yaml",
+    "scaling_study": "configs/drifting_small.yaml --study configs/studies/smallest.yaml",
     "ablation": "configs/demo.yaml --split val",
     "promote": "configs/demo.yaml --version 3",
     "rollback": "configs/demo.yaml",

@@ -1,0 +1,479 @@
+"""A study as one HTML file that needs no other, for somebody who decides on a budget."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.evaluate.page_parts import (
+    embedded_picture,
+    html_table,
+    number_text,
+    page_head,
+    png_bytes,
+)
+from pipeline.files import json_text, write_atomically
+from pipeline.study.figures import COSTS, share_reached
+from pipeline.study.laws import pareto_front
+
+Figures = dict[str, Any]
+PAPER = {"train_gflop": 5.3, "infer_gflop": 21.4}  # ULTRA-HSTU, arXiv:2602.16986, figure 1
+MARKERS = "ov^sDP*X"
+WANTED_SIZES, WANTED_DECADES = 5, 2.5
+PICTURES = ("slopes", "laws", "fronts")
+
+
+def write_study(folder: Path, figures: Figures) -> Path:
+    """study.html, figures.json, and its pictures as PNG beside it; the path of the first."""
+    pictures = {
+        "slopes": draw_slopes(figures),
+        "laws": draw_laws(figures),
+        "fronts": draw_fronts(figures),
+    }
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", png_bytes(picture))
+    write_atomically(folder / "figures.json", json_text(figures))
+    page = folder / "study.html"
+    write_atomically(page, render_page(figures, pictures))
+    return page
+
+
+def render_page(figures: Figures, pictures: dict[str, Figure]) -> str:
+    """The whole page."""
+    name = html.escape(figures["name"])
+    seeds = len(figures["seeds"])
+    several = "s" if seeds > 1 else ""
+    return f"""{page_head(name)}
+<h1>{name}</h1>
+<p>{figures["rows"]:,} rows of {figures["users"]:,} users, split {figures["split"]}, task
+{html.escape(figures["task"])}; all points have scored the same rows. {seeds} seed{several} a point.
+Intervals hold 95 % of {figures["samples"]} draws of users{_seed_words(seeds)}.</p>
+<h2>For the budget</h2>
+{_advice(figures)}
+<h2>Gain for FLOP, as the paper has it</h2>
+<p>Sizes and lengths grow together, a step a length ({_ladder_words(figures)}). The slope of NE gain
+over analytic GFLOP per item is the scaling efficiency; it is no speed-up. The second row is the
+same against measured time, which another machine or a busy one changes.</p>
+{embedded_picture(pictures["slopes"], "NE gain against cost, by encoder")}
+{_slope_table(figures)}
+<h2>What a larger model gives</h2>
+<p>NE over training GFLOP per item, all sizes of an encoder at one length; a + b ln C dotted,
+a + b C<sup>-c</sup> drawn. The star is the largest size as it was measured, the circle as the
+smaller ones had predicted it before it was run.</p>
+{embedded_picture(pictures["laws"], "NE against training FLOP, with laws")}
+{_prediction_table(figures)}
+{_law_table(figures)}
+<h2>What more data gives</h2>
+{_data_part(figures)}
+<h2>Quality against cost</h2>
+<p>AUC of every point. Those on the line are beaten by no other in both; figures in bold in the
+table of points are on the front of inference FLOP.</p>
+{embedded_picture(pictures["fronts"], "AUC against FLOP and seconds, Pareto fronts")}
+<h2>All points</h2>
+{_reachable_table(figures)}
+{_points_table(figures)}
+{_failed_part(figures)}
+</body></html>
+"""
+
+
+def _seed_words(seeds: int) -> str:
+    if seeds > 1:
+        return " and of seeds"
+    return "; they do not hold what another seed of the training would change"
+
+
+def _ladder_words(figures: Figures) -> str:
+    return ", ".join(f"{size} at {length}" for size, length in _ladder(figures))
+
+
+def _ladder(figures: Figures) -> list[tuple[str, int]]:
+    from pipeline.study.plan import ladder
+
+    return ladder(figures["sizes"], figures["lengths"])
+
+
+# In words
+
+
+def _advice(figures: Figures) -> str:
+    """Sentences that a figure stands behind, each with its interval."""
+    lines = [*_best_lines(figures), *_ratio_lines(figures), *_next_lines(figures)]
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
+
+
+def _best_lines(figures: Figures) -> list[str]:
+    """The best point, and the cheapest that is nearly as good."""
+    points = _whole_points(figures)
+    best = max(points, key=lambda point: point["auc"])
+    near = [point for point in points if point["auc"] >= best["auc"] - 0.005]
+    cheapest = min(near, key=lambda point: point["infer_gflop"])
+    line = f"Best: {_point_words(best)}, AUC {best['auc']:.4f}"
+    reached = share_reached(figures, best)
+    if reached is not None:
+        line += f", {reached:.0%} of what is reachable"
+    lines = [line + "."]
+    if cheapest is not best:
+        saved = best["infer_gflop"] / cheapest["infer_gflop"]
+        lines.append(
+            f"Within .005 of it at {saved:.1f} times less inference FLOP: {_point_words(cheapest)},"
+            f" AUC {cheapest['auc']:.4f}."
+        )
+    return lines
+
+
+def _ratio_lines(figures: Figures) -> list[str]:
+    lines = []
+    for cost, paper in PAPER.items():
+        for encoder, entry in figures["slopes"][cost].items():
+            if encoder == figures["baseline"]:
+                continue
+            what = f"{html.escape(encoder)} over {html.escape(figures['baseline'])}, {COSTS[cost]}"
+            if entry["ratio"] is None:
+                lines.append(
+                    f"{what}: no ratio, the baseline's own slope is not told apart from 0."
+                )
+                continue
+            lines.append(
+                f"{what}: {_interval_text(entry['ratio'], '.1f')} times the NE gain for a GFLOP "
+                f"(paper: {paper} on its own data)."
+            )
+    return lines
+
+
+def _next_lines(figures: Figures) -> list[str]:
+    """What a doubling of the model, of the history and of the data would give at the top."""
+    lines = []
+    longest = figures["lengths"][-1]
+    for encoder in figures["encoders"]:
+        parts = []
+        for law in figures["laws"]:
+            if (law["encoder"], law["length"]) == (encoder, longest):
+                gain = _interval_text(law["power"]["gain_of_doubling"], ".4f")
+                parts.append(f"twice the training FLOP in a larger model would give {gain} of NE")
+        length_gain = _gain_of_length(figures, encoder)
+        if length_gain is not None:
+            shorter, gain = length_gain
+            parts.append(f"the last step of length, {shorter} to {longest}, gave {gain:.4f}")
+        less = figures["data"]["less"].get(encoder)
+        if less is not None:
+            lost = _interval_text(less["lost"], ".4f")
+            parts.append(f"{less['share']:.0%} of the data costs {lost}")
+        if parts:
+            lines.append(f"{html.escape(encoder)}, largest size: " + "; ".join(parts) + ".")
+    return lines
+
+
+def _gain_of_length(figures: Figures, encoder: str) -> tuple[int, float] | None:
+    if len(figures["lengths"]) < 2:
+        return None
+    largest, lengths = figures["sizes"][-1], figures["lengths"][-2:]
+    values = []
+    for length in lengths:
+        for point in _whole_points(figures):
+            if (point["encoder"], point["size"], point["length"]) == (encoder, largest, length):
+                values.append(point["ne"]["value"])
+    return (lengths[0], values[0] - values[1]) if len(values) == 2 else None
+
+
+def _point_words(point: Figures) -> str:
+    return f"{html.escape(point['encoder'])} {html.escape(point['size'])} at {point['length']} rows"
+
+
+def _interval_text(found: Figures | None, form: str) -> str:
+    """`0.012 (0.008 to 0.015)`"""
+    if found is None or found["value"] is None:
+        return "–"
+    text = format(found["value"], form)
+    if found["low"] is not None:
+        text += f" ({format(found['low'], form)} to {format(found['high'], form)})"
+    return text
+
+
+def _whole_points(figures: Figures) -> list[Figures]:
+    """The points that were trained on all data."""
+    return [point for point in figures["points"] if point["data_share"] == 1.0]
+
+
+# Tables
+
+
+def _slope_table(figures: Figures) -> str:
+    rows = []
+    for cost, words in COSTS.items():
+        for encoder, entry in figures["slopes"][cost].items():
+            paper = PAPER.get(cost)
+            is_base = encoder == figures["baseline"]
+            rows.append(
+                [
+                    words,
+                    html.escape(encoder),
+                    _interval_text(entry["slope"], ".3g"),
+                    "1" if is_base else _interval_text(entry["ratio"], ".2f"),
+                    "" if is_base or paper is None else f"{paper}",
+                ]
+            )
+    head = ["", "encoder", "NE gain per unit", f"over {html.escape(figures['baseline'])}", "paper"]
+    return html_table(head, rows)
+
+
+def _prediction_table(figures: Figures) -> str:
+    found = figures["predictions"]
+    if not found:
+        return (
+            "<p>The largest size was not predicted: that takes five sizes of an encoder at one "
+            "length.</p>"
+        )
+    rows = []
+    for name, entry in found.items():
+        rows.append(
+            [
+                html.escape(name),
+                _interval_text(entry["log"], ".4f"),
+                _interval_text(entry["power"], ".4f"),
+                _interval_text(entry["measured"], ".4f"),
+                number_text(entry.get("log_error"), "+.4f"),
+                number_text(entry.get("power_error"), "+.4f"),
+                html.escape(str(entry["made"])),
+            ]
+        )
+    head = ["NE of the largest", "ln, predicted", "power, predicted", "measured", "ln, error"]
+    return html_table([*head, "power, error", "predicted at"], rows)
+
+
+def _law_table(figures: Figures) -> str:
+    rows = []
+    short = []
+    for law in figures["laws"]:
+        power = law["power"]
+        rows.append(
+            [
+                f"{html.escape(law['encoder'])}, {law['length']}",
+                f"{law['sizes']}",
+                f"{law['decades']:.1f}",
+                _interval_text(law["log"]["b"], ".4f"),
+                _interval_text(power["a"], ".3f"),
+                _interval_text(power["c"], ".2f"),
+                _interval_text(power["gain_of_doubling"], ".4f"),
+            ]
+        )
+        if law["sizes"] < WANTED_SIZES or law["decades"] < WANTED_DECADES:
+            short.append(f"{html.escape(law['encoder'])}/{law['length']}")
+    if not rows:
+        return "<p>No law: that takes four sizes of an encoder at one length.</p>"
+    note = ""
+    if short:
+        note = (
+            f"<p>Fewer than {WANTED_SIZES} sizes or {WANTED_DECADES} decades of FLOP, so that a "
+            f"law says little: {', '.join(short)}.</p>"
+        )
+    head = ["encoder, length", "sizes", "decades", "b of ln", "limit a", "exponent c"]
+    return html_table([*head, "NE gain of twice the FLOP"], rows) + note
+
+
+def _data_part(figures: Figures) -> str:
+    quality = figures["data"]["quality"]
+    rows = [
+        ["rows in training", f"{quality['tokens']:,}"],
+        ["of these, an item that the user has had before", f"{quality['repeated_share']:.1%}"],
+        ["approximate entropy, mean over users", number_text(quality["entropy"], ".3f")],
+        ["D' = rows / approximate entropy", number_text(quality["effective_tokens"], ",.0f")],
+    ]
+    text = html_table(["", ""], rows)
+    text += (
+        "<p>D' (arXiv:2412.00430) weighs rows by how regular the sequences are: at an equal number "
+        "of rows the larger D' promises more. It compares data, not models; a sequence without "
+        "repeats has an entropy near 0 by construction, so read it beside the share above.</p>"
+    )
+    less = []
+    for encoder, entry in figures["data"]["less"].items():
+        share = f"{entry['share']:.0%}"
+        row = [html.escape(encoder), share, _interval_text(entry["ne"], ".4f")]
+        less.append([*row, _interval_text(entry["lost"], "+.4f")])
+    if less:
+        text += html_table(["largest size", "trained on", "NE", "NE above that of all"], less)
+    return text
+
+
+def _reachable_table(figures: Figures) -> str:
+    if figures["reachable"] is None:
+        return ""
+    rows = []
+    for length, best in figures["reachable"].items():
+        rows.append([length, f"{best['auc']:.4f}", f"{best['ne']:.4f}"])
+    head = ["newest rows read", "best AUC", "best NE"]
+    return (
+        "<p>The data are generated, so the best score is known, from so many rows:</p>"
+        + html_table(head, rows)
+    )
+
+
+def _points_table(figures: Figures) -> str:
+    fronts = [tuple(key) for key in figures["fronts"]["infer_gflop"]]
+    rows = []
+    for point in figures["points"]:
+        key = point["encoder"], point["size"], point["length"]
+        share = point["data_share"]
+        auc = f"{point['auc']:.4f}"
+        if share == 1.0 and key in fronts:
+            auc = f"<b>{auc}</b>"
+        reached = share_reached(figures, point)
+        rows.append(
+            [
+                f"{html.escape(point['encoder'])} {html.escape(point['size'])}",
+                f"{point['length']}",
+                "" if share == 1.0 else f"{share:.0%}",
+                f"{point['parameters']:,}",
+                number_text(point["train_gflop"], ".3g"),
+                number_text(point["infer_gflop"], ".3g"),
+                number_text(point["train_seconds"], ",.1f"),
+                number_text(point["score_ms_per_item"], ".3g"),
+                _interval_text(point["ne"], ".4f"),
+                auc,
+                number_text(reached, ".1%"),
+            ]
+        )
+    head = ["", "length", "data", "parameters", "training GFLOP", "inference GFLOP", "training s"]
+    return html_table([*head, "scoring, ms", "NE", "AUC", "of the reachable"], rows)
+
+
+def _failed_part(figures: Figures) -> str:
+    if not figures["failed"]:
+        return ""
+    rows = [[html.escape(name), html.escape(why)] for name, why in figures["failed"].items()]
+    words = "<h2>Not finished</h2><p>The same command tries these again.</p>"
+    return words + html_table(["", "why"], rows)
+
+
+# Pictures
+
+
+def draw_slopes(figures: Figures) -> Figure:
+    """NE gain of the ladder's points against each cost, over the baseline's smallest."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    points = {_key(point): point for point in _whole_points(figures)}
+    steps = _ladder(figures)
+    zero = points.get((figures["baseline"], *steps[0]))
+    start = zero["ne"]["value"] if zero is not None else math.nan
+
+    for place, (cost, words) in enumerate(COSTS.items(), 1):
+        axes = figure.add_subplot(2, 2, place)
+        for number, encoder in enumerate(figures["encoders"]):
+            rungs = [points[key] for step in steps if (key := (encoder, *step)) in points]
+            costs = np.array([point[cost] for point in rungs])
+            gains = np.array([start - point["ne"]["value"] for point in rungs])
+            axes.plot(costs, gains, MARKERS[number % len(MARKERS)], color=f"C{number}")
+            if encoder in figures["slopes"][cost]:
+                slope = figures["slopes"][cost][encoder]["slope"]["value"]
+                line = gains.mean() + slope * (costs - costs.mean())
+                axes.plot(costs, line, color=f"C{number}", label=f"{encoder}: {slope:.3g}")
+        axes.set(xlabel=words, ylabel="NE gain")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(title="slope", fontsize=8)
+    return figure
+
+
+def draw_laws(figures: Figures) -> Figure:
+    """A panel a length: NE over training FLOP of all sizes, with the laws."""
+    lengths = figures["lengths"]
+    columns = min(3, len(lengths))
+    rows = math.ceil(len(lengths) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.8 * rows), layout="constrained")
+    for place, length in enumerate(lengths, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for number, encoder in enumerate(figures["encoders"]):
+            _draw_law(axes, figures, encoder, length, f"C{number}", MARKERS[number % len(MARKERS)])
+        axes.set(xscale="log", xlabel=COSTS["train_gflop"], ylabel="NE", title=f"{length} rows")
+        if place == 1 and axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_law(
+    axes: Axes, figures: Figures, encoder: str, length: int, colour: str, marker: str
+) -> None:
+    mine = []
+    for point in _whole_points(figures):
+        if (point["encoder"], point["length"]) == (encoder, length):
+            mine.append(point)
+    for point in mine:
+        is_largest = point["size"] == figures["sizes"][-1]
+        ne = point["ne"]
+        error = None
+        if ne["low"] is not None:
+            error = [[max(ne["value"] - ne["low"], 0)], [max(ne["high"] - ne["value"], 0)]]
+        form = "*" if is_largest else marker
+        axes.errorbar(point["train_gflop"], ne["value"], error, fmt=form, color=colour, capsize=2)
+
+    for law in figures["laws"]:
+        if (law["encoder"], law["length"]) != (encoder, length):
+            continue
+        flops = np.array([point["train_gflop"] for point in mine])
+        grid = np.geomspace(flops.min(), 2 * flops.max(), 60)
+        log, power = law["log"], law["power"]
+        straight = log["a"]["value"] + log["b"]["value"] * np.log(grid)
+        curved = power["a"]["value"] + power["b"]["value"] * grid ** -power["c"]["value"]
+        axes.plot(grid, straight, ":", color=colour)
+        axes.plot(grid, curved, "-", color=colour, label=encoder)
+
+    predicted = figures["predictions"].get(f"{encoder}/{length}")
+    if predicted is not None:
+        aim = predicted["train_gflop"], predicted["power"]["value"]
+        axes.plot(*aim, "o", mfc="none", color=colour, markersize=11)
+
+
+def draw_fronts(figures: Figures) -> Figure:
+    """AUC against each cost, the points of an encoder in one colour, and the front of all."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    points = _whole_points(figures)
+    for place, (cost, words) in enumerate(COSTS.items(), 1):
+        axes = figure.add_subplot(2, 2, place)
+        for number, encoder in enumerate(figures["encoders"]):
+            mine = [point for point in points if point["encoder"] == encoder]
+            values = _columns(mine, cost)
+            axes.plot(*values, MARKERS[number % len(MARKERS)], label=encoder, color=f"C{number}")
+        costs, aucs = _columns(points, cost)
+        front = pareto_front(costs, aucs)
+        order = np.argsort(costs[front])
+        steps = costs[front][order], aucs[front][order]
+        axes.step(*steps, where="post", color="grey", linewidth=1)
+        if figures["reachable"] is not None:
+            axes.axhline(figures["reachable"]["all"]["auc"], linestyle=":", color="black")
+        axes.set(xscale="log", xlabel=words, ylabel="AUC")
+        if place == 1:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _columns(points: Sequence[Figures], cost: str) -> tuple[np.ndarray, np.ndarray]:
+    read: Callable[[str], np.ndarray] = lambda key: np.array([point[key] for point in points])
+    return read(cost), read("auc")
+
+
+def _key(point: Figures) -> tuple[str, str, int]:
+    return point["encoder"], point["size"], point["length"]
+
+
+def console_table(figures: Figures) -> str:
+    """A line a point, and the predictions of the largest size with their errors."""
+    lines = []
+    for point in figures["points"]:
+        share = "" if point["data_share"] == 1.0 else f" of {point['data_share']:.0%}"
+        name = f"{point['encoder']} {point['size']} {point['length']}{share}"
+        lines.append(
+            f"{name:32}  NE {number_text(point['ne']['value'])}  AUC {number_text(point['auc'])}  "
+            f"GFLOP {point['train_gflop']:.3g} / {point['infer_gflop']:.3g}  "
+            f"{point['train_seconds']:.0f} s"
+        )
+    for name, entry in figures["predictions"].items():
+        for law in ("log", "power"):
+            lines.append(
+                f"predicted {name} by {law}: NE {number_text(entry[law]['value'])}, error "
+                f"{number_text(entry.get(f'{law}_error'), '+.4f')}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,311 @@
+"""A scaling study: its plan, its laws, its report, and a whole one of tiny points."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from pipeline import config
+from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.evaluate.metrics import normalised_entropy
+from pipeline.study import running
+from pipeline.study.entropy import approximate_entropy, measure_quality
+from pipeline.study.figures import predict_largest, study_figures, user_sums
+from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto_front
+from pipeline.study.page import console_table, write_study
+from pipeline.study.plan import Point, StudyPlan, ladder, plan_points, read_plan
+from pipeline.study.point import count_work, run_point
+from tests.worlds.tiny import publish_sequences, tiny_config
+
+ROOT = Path(__file__).parents[1]
+STUDY: dict[str, Any] = {
+    "baseline": "hstu",
+    "lengths": [2, 6],
+    "samples": 20,
+    "sizes": {
+        "d2": {"model.d_model": 2},
+        "d4": {"model.d_model": 4},
+        "d6": {"model.d_model": 6},
+        "d8": {"model.d_model": 8},
+        "d12": {"model.d_model": 12},
+    },
+    "encoders": {
+        "ultra": {},
+        "hstu": {
+            "model.encoder": "hstu",
+            "model.attention.window": None,
+            "model.truncate_after_layer": None,
+        },
+    },
+}
+
+
+def write_plan(folder: Path, **changes: object) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    return path
+
+
+def study_base(folder: Path) -> RunConfig:
+    """A preset whose histories may be cut: without rates of the user's own rows."""
+    dense = {"item": {"by": ["item_id"], "prior": 3}}
+    base = tiny_config(folder, features={"dense": dense})
+    train = replace(base.train, epochs=1, batch_users=6, log_every=2, lr=0.01, warmup_steps=0)
+    return replace(base, train=train)
+
+
+# The plan
+
+
+def test_points_are_the_grid_and_the_largest_on_less_data(tmp_path: Path) -> None:
+    base = study_base(tmp_path)
+    plan = read_plan(write_plan(tmp_path, seeds=[0, 1]), base)
+    points = plan_points(base, plan)
+    assert len(points) == 2 * (2 * 2 * 5 + 2)
+    first = points[0]
+    assert first.trial.name == "tiny-study-ultra-d2-2-s0"
+    assert first.trial.cfg.examples.max_history == 2
+    assert first.trial.cfg.model.d_model == 2
+    assert first.trial.cfg.sequences.from_run == "tiny"
+    assert {point.trial.cfg.seed for point in points} == {0, 1}
+
+    less = points[-1]
+    assert (less.share, less.size, less.length) == (0.5, "d12", 6)
+    assert less.trial.cfg.train.replay_share == 0.5
+    assert less.trial.cfg.train.since_ms == base.split.val_ms, "so all rows are older"
+    assert len({point.trial.name for point in points}) == len(points)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "sasrec"}, r"baseline must be one of encoders \['ultra', 'hstu'\], got 'sas"),
+        ({"lengths": [6, 2]}, r"lengths must be ascending numbers of rows, got \[6, 2\]"),
+        ({"sizes": {}}, "sizes must be a mapping of names to settings"),
+        ({"sizes": {"a": {"split.t_val": "x"}}}, r"sizes\.a must be a setting of model, features"),
+        ({"sizes": {"a": {"train.init": "champion"}}}, "that a study may vary, got 'train.init'"),
+        ({"sizes": {"a b": {}}}, "sizes must be letters, digits"),
+        ({"task": "bought"}, r"task must be one of tasks \['is_click', 'is_like'\]"),
+        ({"data_share": 1.5}, r"data_share must be null, or in \(0, 1\), got 1.5"),
+        ({"lenghts": [1]}, "unknown configuration key 'lenghts'"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(tmp_path: Path, changes: dict, message: str) -> None:
+    path = write_plan(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_plan(path, study_base(tmp_path))
+    assert str(path) in str(refused.value)
+
+
+def test_a_size_that_an_encoder_refuses_is_named_before_anything_starts(tmp_path: Path) -> None:
+    base = study_base(tmp_path)
+    publish_sequences(base)
+    plan = read_plan(write_plan(tmp_path, encoders={"hstu": {"model.encoder": "hstu"}}), base)
+    with pytest.raises(UserError, match=r"hstu, d2, length 2 is refused: model.attention.window"):
+        running.check_study(base, plan_points(base, plan))
+
+
+def test_sizes_and_lengths_climb_together() -> None:
+    assert ladder("abcde", [64, 256, 1024]) == [("a", 64), ("c", 256), ("e", 1024)]
+    assert ladder("ab", [8, 16]) == [("a", 8), ("b", 16)]
+    assert ladder("abc", [8]) == [("a", 8), ("b", 8), ("c", 8)]
+
+
+def test_a_study_goes_on_as_it_began(tmp_path: Path) -> None:
+    base = study_base(tmp_path)
+    publish_sequences(base)
+    plan = read_plan(write_plan(tmp_path), base)
+    running.open_study(base, plan)
+    running.open_study(base, read_plan(write_plan(tmp_path, seeds=[0, 1], samples=50), base))
+    other = read_plan(write_plan(tmp_path, lengths=[2, 5]), base)
+    with pytest.raises(UserError, match=r"began with lengths = \[2, 6\] .*--restart"):
+        running.open_study(base, other)
+    (tmp_path / "tiny-study-ultra-d2-2-s0").mkdir()
+    running.forget_study(base)
+    assert [path.name for path in tmp_path.glob("tiny-study*")] == []
+    running.open_study(base, other)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=str)
+def test_the_studies_of_this_repository_fit_their_presets(path: Path) -> None:
+    """Each says in its first lines which preset it is for."""
+    found = re.search(r"configs/\w+\.yaml", path.read_text())
+    assert found is not None
+    base = config.load(ROOT / found.group())
+    plan = read_plan(path, base)
+    points = plan_points(base, plan)
+    assert len(points) >= len(plan.sizes) * len(plan.study.lengths)
+
+
+# Laws
+
+
+def test_laws_find_the_numbers_that_made_the_points() -> None:
+    flops = np.geomspace(1e-4, 1e-1, 6)
+    noise = np.random.default_rng(0).normal(0, 1e-4, (50, 6))
+    straight = fit_log(flops, 0.7 - 0.02 * np.log(flops) + noise)
+    assert interval(straight.b)["value"] == pytest.approx(-0.02, abs=1e-3)
+    curved = fit_power(flops, 0.6 + 0.01 * flops**-0.3 + noise)
+    found = [interval(numbers) for numbers in (curved.a, curved.b, curved.c)]
+    for entry, true in zip(found, (0.6, 0.01, 0.3), strict=True):
+        low, high = entry["low"], entry["high"]
+        assert low is not None and high is not None
+        assert low <= true * 1.05 and high >= true * 0.95
+    next_one = curved.values(np.array([1.0]))[:, 0]
+    assert next_one[0] == pytest.approx(0.61, abs=2e-3)
+    assert fit_slopes(np.array([1.0, 2.0, 3.0]), np.array([[2.0, 4.0, 6.0]])).tolist() == [2.0]
+
+
+def test_an_interval_without_draws_has_no_ends() -> None:
+    assert interval(np.array([math.nan, 1.0])) == {"value": None, "low": None, "high": None}
+    assert interval(np.array([1.0])) == {"value": 1.0, "low": None, "high": None}
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    costs = np.array([1.0, 1.0, 2.0, 3.0, 4.0])
+    values = np.array([0.5, 0.6, 0.6, 0.8, 0.7])
+    assert pareto_front(costs, values).tolist() == [False, True, False, True, False]
+
+
+def test_entropy_equals_the_definition_by_loops() -> None:
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, 4, 60)
+
+    def phi(run: int) -> float:
+        windows = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
+        shares = [windows.count(one) / len(windows) for one in windows]
+        return float(np.mean(np.log(shares)))
+
+    for run in (1, 2):
+        assert approximate_entropy(ids, run) == pytest.approx(phi(run) - phi(run + 1))
+
+
+def test_regular_sequences_are_worth_more_rows() -> None:
+    rng = np.random.default_rng(0)
+    regular = measure_quality([np.arange(200) % 3 for _ in range(8)])
+    random = measure_quality([rng.integers(0, 4, 200) for _ in range(8)])
+    assert regular.tokens == random.tokens == 1600
+    assert regular.entropy < random.entropy
+    assert not regular.effective_tokens < random.effective_tokens
+    assert random.effective_tokens == pytest.approx(1600 / random.entropy)
+    assert measure_quality([np.arange(3)]).users == 0, "too short to count"
+
+
+def test_entropy_by_users_adds_up_to_that_of_all_rows() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=200), rng.random(200) < 0.3
+    known = rng.random(200) < 0.9
+    table = pa.table(
+        {
+            "user_id": rng.integers(0, 9, 200),
+            "logit.is_click": logits.astype(np.float32),
+            "label.is_click": pa.array(labels.astype(np.int8), mask=~known),
+        }
+    )
+    sums = user_sums(table, "is_click")
+    assert len(sums.rows) == 9 and sums.rows.sum() == known.sum()
+    expected = normalised_entropy(logits[known], labels[known])
+    assert sums.entropies(np.ones((1, 9)))[0] == pytest.approx(expected, rel=1e-5)
+
+
+# A whole study, without a cluster
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, StudyPlan, list[Point]]:
+    """All points of a study in this process, in the order in which the job runs them; the largest
+    is predicted on the way.
+    """
+    folder = tmp_path_factory.mktemp("study")
+    base = study_base(folder)
+    publish_sequences(base)
+    plan = read_plan(write_plan(folder), base)
+    points = plan_points(base, plan)
+    running.open_study(base, plan)
+    for point in points:
+        count_work(point.trial.cfg, "val", None)
+    for is_largest in (False, True):
+        if is_largest:
+            found = predict_largest(plan, points) | {"made": "before"}
+            (folder / "tiny-study" / "predictions.json").write_text(json.dumps(found))
+        for point in points:
+            if (point.size == "d12") is is_largest:
+                cfg, settings = point.trial.cfg, point.trial.settings
+                assert run_point(cfg, settings, "val", "is_click", None) == ""
+    return base, plan, points
+
+
+def test_a_report_says_what_the_points_were(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], tmp_path: Path
+) -> None:
+    base, plan, points = studied
+    figures = study_figures(base, plan, {"tiny-study-x": "out of memory"})
+    assert len(figures["points"]) == len(points) == 22
+    by_key = {(p["encoder"], p["size"], p["length"], p["data_share"]): p for p in figures["points"]}
+
+    # the larger, the longer, and two tokens an event: each costs more
+    small, large = by_key["ultra", "d2", 2, 1.0], by_key["ultra", "d12", 6, 1.0]
+    assert small["train_gflop"] < large["train_gflop"]
+    assert by_key["hstu", "d12", 6, 1.0]["infer_gflop"] > large["infer_gflop"]
+    saved = json.loads((points[0].trial.cfg.run_dir / "point.json").read_text())
+    assert small["ne"]["value"] == pytest.approx(saved["ne"], rel=1e-5)
+
+    held = figures["predictions"]["ultra/6"]
+    assert held["from_sizes"] == ["d2", "d4", "d6", "d8"]
+    assert held["made"] == "before"
+    error = held["power"]["value"] - held["measured"]["value"]
+    assert held["power_error"] == pytest.approx(error)
+    assert {law["length"] for law in figures["laws"]} == {2, 6}
+    assert figures["data"]["less"]["hstu"]["share"] == 0.5
+    assert figures["reachable"] is None, "these are no generated logs"
+    assert set(figures["slopes"]["infer_gflop"]) == {"ultra", "hstu"}
+
+    page = write_study(tmp_path, figures).read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is loaded from elsewhere"
+    assert "out of memory" in page
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page), "an undefined number is a dash"
+    assert json.loads((tmp_path / "figures.json").read_text())["task"] == "is_click"
+    assert "predicted ultra/6 by power: NE " in console_table(figures)
+
+
+def test_a_finished_point_is_not_run_again(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, points = studied
+    monkeypatch.setattr("pipeline.study.point.train_trial", None)
+    assert run_point(points[0].trial.cfg, {}, "val", "is_click", None) == ""
+
+
+def test_less_data_is_a_share_of_the_training_sequences(
+    studied: tuple[RunConfig, StudyPlan, list[Point]],
+) -> None:
+    _, _, points = studied
+    steps = {}
+    for point in points:
+        if (point.encoder, point.size, point.length) == ("ultra", "d12", 6):
+            plan = json.loads((point.trial.cfg.train_dir / "steps.json").read_text())
+            steps[point.share] = sum(plan["steps"])
+    assert 0 < steps[0.5] < steps[1.0]
+
+
+def test_points_of_other_rows_are_not_compared(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, plan, _ = studied
+    calls = []
+
+    def other_users(predictions: pa.Table, task: str):
+        calls.append(task)
+        return user_sums(predictions.slice(len(calls) % 2 * 20), task)
+
+    monkeypatch.setattr("pipeline.study.figures.user_sums", other_users)
+    with pytest.raises(UserError, match="were scored on other rows"):
+        study_figures(base, plan, {})
