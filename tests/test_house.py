@@ -24,6 +24,7 @@ ROOMS = (
     "pipeline.tracking",
     "pipeline.train",
     "pipeline.search",
+    "pipeline.study",
     "serve_app",
     "jobs",
 )
