@@ -29,6 +29,7 @@ from pipeline.train.log_partition import log_partition
 from pipeline.train.next_item import NextItemLoss
 from pipeline.train.trainee import Trainee
 from tests.worlds.tiny import publish_sequences, tiny_config
+from tests.worlds.training import rows_told_and_found
 
 PLAIN = {"request": {"tab": {"dim": 2}}}
 CAUSAL = {"window": None, "scaling_seq_len": 16}
@@ -286,6 +287,22 @@ def test_sampled_losses_train_too(
     loader = Repeated(training_batch(users, maps, cfg))
     loop.train(cfg, maps, loader, "data", log=lambda step, values: lines.append(values))
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"loss": "full", "align_trajectories": 0.1}, {"loss": "uniform", "negatives": 2}],
+    ids=["twice", "uniform"],
+)
+def test_the_ranks_are_told_of_the_items_that_are_told_apart(
+    folder: Path, users: UserEvents, maps: FeatureMaps, loss: dict
+) -> None:
+    """More than the batch's own, and those of a second pass."""
+    section = {"enabled": True, "dim": 8} | loss
+    cfg = retrieval_config(folder, ENCODERS["lares"], retrieval=section)
+    trainee = Trainee(cfg, maps, "cpu", 0, 2)
+    told, found = rows_told_and_found(trainee, training_batch(users, maps, cfg))
+    assert torch.equal(told, found)
 
 
 def test_a_joint_run_scores_candidates_as_the_tasks_alone_would(

@@ -24,6 +24,7 @@ from pipeline.train.placement import describe_tables, place_tables
 from pipeline.train.sharding import TableMaker, draw_rows
 from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_config, make_maps
+from tests.worlds.training import rows_told_and_found
 
 STEPS = 50
 PARTS = 6  # of a step, shared by 1, 2 or 3 ranks
@@ -267,11 +268,6 @@ def test_tables_give_the_same_rows_under_other_settings(setting: str) -> None:
 ENCODERS = {
     "ultra_hstu": {},
     "hstu": {"encoder": "hstu", "attention": {"window": None, "full_rows": 0}},
-    "in pairs": {
-        "encoder": "hstu",
-        "merge": "interleaved",
-        "attention": {"window": None, "full_rows": 0},
-    },
 }
 
 
@@ -282,16 +278,8 @@ def test_the_ranks_are_told_of_every_row_that_gets_a_gradient(name: str) -> None
     attention = replace(cfg.model.attention, **settings.pop("attention", {}))
     cfg = replace(cfg, model=replace(cfg.model, attention=attention, **settings))
     trainee = Trainee(cfg, make_maps(), "cpu", 0, 2)
-    assert trainee.touched is not None
-    trainee.model.train()
-    loss, _ = trainee._losses(labelled_batch(0))
-    loss.sum().backward()
-
-    told = torch.cat(trainee.touched.looked_up).unique()
-    found = []
-    for store, (rows, _) in trainee._replicated_gradients().items():
-        found.append(rows + trainee.touched.first_flags[store])
-    assert torch.equal(told, torch.cat(found).unique())
+    told, found = rows_told_and_found(trainee, labelled_batch(0))
+    assert torch.equal(told, found)
 
 
 # Rows

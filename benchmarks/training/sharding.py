@@ -297,19 +297,23 @@ def speed(
     """A run over batches that were made before."""
     world_size = 1 if alone else ranks.size
     sizes = sizes | {"events": sizes["events"] * world_size}
-    found = timed_run(lambda: run(cfg, sizes, ranks, alone)[0], sizes["steps"], ranks)
+    found = timed_run(lambda: (run(cfg, sizes, ranks, alone)[0], sizes["steps"]), ranks)
     placed = {name: _placed(place) for name, place in _plan(cfg, sizes, world_size).items()}
     return found | {"tables": placed}
 
 
-def timed_run(call: Callable[[], list[dict]], steps: int, ranks: Ranks) -> dict[str, Any]:
-    """Medians over the lines of a run but the first two (compilation, the allocator's growth)."""
+def timed_run(call: Callable[[], tuple[list[dict], int]], ranks: Ranks) -> dict[str, Any]:
+    """Medians over the lines of a run but the first two (compilation, the allocator's growth).
+
+    `call` gives the lines and the number of steps.
+    """
     cuda = ranks.device != "cpu"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with Traffic(ranks) as traffic:
-        lines = call()[2:]
+        lines, steps = call()
+    lines = lines[2:]
 
     names = "step_ms", "tokens_per_s", "data_wait_share", "message_wait_share"
     found: dict[str, Any] = {}
@@ -370,7 +374,8 @@ def loader_speed(
         counts={},
     )
 
-    def train() -> list[dict]:
+    def train() -> tuple[list[dict], int]:
+        watch = StopAfter(options.steps)
         loop.train(
             cfg,
             maps,
@@ -380,11 +385,11 @@ def loader_speed(
             world_size=world_size,
             device=ranks.device,
             log=lambda step, values: lines.append(values),
-            wishes=StopAfter(options.steps),
+            wishes=watch,
         )
-        return lines
+        return lines, len(watch.clock)
 
-    return timed_run(train, options.steps, ranks) | {"tables": {}}
+    return timed_run(train, ranks) | {"tables": {}}
 
 
 def _plan(cfg: RunConfig, sizes: dict[str, int], world_size: int) -> dict[str, Any]:

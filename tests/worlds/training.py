@@ -9,6 +9,7 @@ import torch
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig
 from pipeline.train import loop
+from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_config, make_maps
 
 STEPS = 6
@@ -52,3 +53,20 @@ def run(
 
 def losses_of(values: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in values.items() if key.startswith("train/loss")}
+
+
+def rows_told_and_found(
+    trainee: Trainee, batch: SequenceBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of replicated tables that one rank of several would tell the others of, and those that
+    get a gradient, both sorted and numbered through.
+    """
+    assert trainee.touched is not None
+    trainee.model.train()
+    loss, _ = trainee._losses(batch)
+    loss.sum().backward()
+
+    found = []
+    for store, (rows, _) in trainee._replicated_gradients().items():
+        found.append(rows + trainee.touched.first_flags[store])
+    return torch.cat(trainee.touched.looked_up).unique(), torch.cat(found).unique()
