@@ -14,9 +14,11 @@ import argparse
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu import DEVICE, Check, name_of, no_waiting, parity, versions
 from benchmarks.kernels import (
@@ -29,6 +31,8 @@ from benchmarks.kernels import (
 )
 from benchmarks.training.model import model_config, random_batch, vocabulary
 from kernels.compilations import compilations_by_kernel
+from pipeline.batches.collate import SequenceBatch
+from pipeline.config import RunConfig
 from pipeline.model.ranker import RankingModel
 from pipeline.train.trainee import Trainee
 
@@ -43,34 +47,57 @@ def check_token_backends(interleaved: bool, users: int, length: int, width: int)
     """The whole model in float32, its token encoder in Triton and in plain PyTorch: logits and all
     gradients.
     """
-    # here and below: some of the model's own operations have no such form
-    torch.use_deterministic_algorithms(False)
     results = []
     for backend in ("triton", "torch"):
         cfg = model_config(
             {**SEMI_LOCAL, "token_backend": backend, "merge": not interleaved}, 2, 2, width
         )
-        batch = random_batch(cfg, users * length, length, 4, seed=0).to(DEVICE)
-        torch.manual_seed(0)
-        model = (
-            RankingModel(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2))
-            .to(DEVICE)
-            .train()
-        )
-        logits = model(batch)
-        logits.square().sum().backward()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        # Not `to_dense`, whose sums may come in any order.
-        dense = {
-            name: torch.zeros_like(model.get_parameter(name)).index_add_(
-                0, g._indices()[0], g._values()
-            )
-            if g.is_sparse
-            else g
-            for name, g in grads.items()
-        }
-        results.append({"logits": logits.detach(), **dense})
-    fast, plain = results
+        batch = random_batch(cfg, users * length, length, 4, seed=0)
+        results.append(logits_and_gradients(cfg, batch))
+    return first_difference(*results)
+
+
+def check_target_view(view: str, users: int, length: int, width: int) -> str | None:
+    """The whole model in float32 on passes of requests that see different parts of the history, its
+    attention in Triton and in plain PyTorch.
+    """
+    mask = {"window": length // 8, "full_rows": length // 10}
+    model = {"attention": mask, "truncate_after_layer": 1, "truncate_to": length // 3}
+    results = []
+    for backend in ("triton", "torch"):
+        cfg = model_config({**model, "attention_backend": backend}, 2, 2, width)
+        cfg = replace(cfg, train=replace(cfg.train, target_view=view))
+        batch = random_batch(cfg, users * length, length, 4, seed=0)
+        # the first candidate of a user sees half of the history, the last one all
+        visible = torch.linspace(length // 2, length, 4).int().repeat(users)
+        span = torch.full((users,), length - length // 2, dtype=torch.int32)
+        shared = replace(batch, target_visible=visible, target_span=span)
+        results.append(logits_and_gradients(cfg, shared))
+    return first_difference(*results)
+
+
+def logits_and_gradients(cfg: RunConfig, batch: SequenceBatch) -> dict[str, Tensor]:
+    # here and below: some of the model's own operations have no such form
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    model = RankingModel(cfg, vocabulary(cfg).vocab_sizes, dict.fromkeys(cfg.tasks, 0.2))
+    model = model.to(DEVICE).train()
+    logits = model(batch.to(DEVICE))
+    logits.square().sum().backward()
+
+    found = {"logits": logits.detach()}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:  # not `to_dense`, whose sums may come in any order
+            dense = torch.zeros_like(parameter)
+            grad = dense.index_add_(0, grad._indices()[0], grad._values())
+        found[name] = grad
+    return found
+
+
+def first_difference(fast: dict[str, Tensor], plain: dict[str, Tensor]) -> str | None:
     if fast.keys() != plain.keys():
         return f"gradients of {sorted(fast.keys() ^ plain.keys())} in one form alone"
     for name, expected in plain.items():
@@ -158,7 +185,9 @@ def model_checks() -> list[Check]:
     models: list[Check] = [
         (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
     ]
-    return [*models, (check_training,), (check_waiting,), (check_transfer,), (check_compilations,)]
+    views: list[Check] = [(check_target_view, view, 8, 1024, 64) for view in ("covering", "exact")]
+    steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,)]
+    return [*models, *views, *steps, (check_compilations,)]
 
 
 SUITES = {
@@ -170,7 +199,12 @@ SUITES = {
 }
 SMOKE = {
     "tokens": list,  # with the layer's
-    "model": lambda: [(check_token_backends, False, 2, 10, 16), (check_transfer,)],
+    "model": lambda: [
+        (check_token_backends, False, 2, 10, 16),
+        (check_target_view, "covering", 2, 20, 16),
+        (check_target_view, "exact", 2, 20, 16),
+        (check_transfer,),
+    ],
     "layer": layer_parity.smoke_checks,
     "tables": tables_parity.smoke_checks,
     "attention": attention_parity.smoke_checks,
