@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import compilations
@@ -120,7 +120,7 @@ def descriptor_like(template: TensorDescriptor, base: Tensor) -> TensorDescripto
     return other
 
 
-compilations.count_in(triton.knobs.runtime)
+compilations.count_in(knobs.runtime)
 
 
 def cdiv(x: int, y: int) -> int:

@@ -16,6 +16,8 @@ layer follows, rows far back see less than they saw, and the history is encoded 
 are too.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def append_history(
     num_known = num_rows - len(x_TE)  # rows whose keys and values are kept
 
     kept: list[LayerCache] = []
-    shared: dict[int, Tensor] = {}  # layers of one length share their offsets
+    places: dict[int, _Places] = {}  # layers of one length share them
     for depth, layer in enumerate(layers):
         most = num_rows
         truncated = stack.truncate_after_layer
@@ -84,36 +86,51 @@ def append_history(
             most = min(num_rows, stack.truncate_to)
         x_TE = x_TE[-most:]
 
+        before = cache.layers[depth]
+        if most not in places:
+            first_row = num_cached - (len(before.k_THD) - stack.num_context)  # that it has
+            places[most] = _find_places(
+                stack.num_context, num_known - first_row, most - len(x_TE), len(x_TE)
+            )
+        where = places[most]
+
         u, q, k, v = layer.project(x_TE)
-        chosen = _kept_places(
-            cache.layers[depth], stack.num_context, num_cached, num_known, most - len(x_TE)
-        )
-        keys = torch.cat([cache.layers[depth].k_THD[chosen], k])
-        values = torch.cat([cache.layers[depth].v_THV[chosen], v])
-        offsets = shared.setdefault(len(keys), torch.tensor([0, len(keys)]))
-        kept.append(LayerCache(keys, values, offsets))
+        keys = torch.cat([before.k_THD[where.kept], k])
+        values = torch.cat([before.v_THV[where.kept], v])
+        kept.append(LayerCache(keys, values, where.sequence.seq_offsets))
 
         if depth < len(layers) - 1:
-            rows = QueryRows(torch.arange(len(chosen), len(keys)), torch.tensor([0, len(x_TE)]))
-            where = Sequences(offsets, len(keys), torch.zeros(1, dtype=torch.int32))
             attended = attend_rows(
-                q, keys, values, layer.shape, where, query_rows=rows, backend="torch"
+                *(q, keys, values, layer.shape, where.sequence),
+                query_rows=where.rows,
+                backend="torch",
             )
             x_TE = layer.output(x_TE, u, attended)
     return HistoryCache(tuple(kept))
 
 
-def _kept_places(
-    layer: LayerCache, num_context: int, num_cached: int, num_known: int, num_kept: int
-) -> Tensor:
-    """Places in a layer's cache of the context and of the newest `num_kept` of the first
-    `num_known` rows.
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where rows of a layer come from and lie."""
 
-    2 context tokens, 6 rows of which a layer has the newest 4 and 5 are known; 3 are kept:
+    kept: Tensor  # int64, places in the layer's cache
+    rows: QueryRows  # those encoded anew, behind the kept ones
+    sequence: Sequences
 
-        cache    c c 2 3 4 5
-        places   0 1 2 3 4
+
+def _find_places(num_context: int, num_known: int, num_kept: int, num_anew: int) -> _Places:
+    """A layer's context, the newest `num_kept` of the first `num_known` rows in its cache, and
+    `num_anew` rows behind them.
+
+    2 context tokens, 5 known rows of which 3 are kept, 2 rows anew:
+
+        cache    c c 0 1 2 3 4 5      kept   0 1 4 5 6
+        result   c c 2 3 4 a a        rows   5 6
     """
-    first_row = num_cached - (len(layer.k_THD) - num_context)  # that the layer has
-    begin = num_context + num_known - num_kept - first_row
-    return torch.cat([torch.arange(num_context), torch.arange(begin, begin + num_kept)])
+    begin = num_context + num_known - num_kept
+    kept = torch.cat([torch.arange(num_context), torch.arange(begin, begin + num_kept)])
+    length = len(kept) + num_anew
+
+    rows = QueryRows(torch.arange(len(kept), length), torch.tensor([0, num_anew]))
+    no_targets = torch.zeros(1, dtype=torch.int32)
+    return _Places(kept, rows, Sequences(torch.tensor([0, length]), length, no_targets))
