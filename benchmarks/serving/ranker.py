@@ -28,6 +28,7 @@ from benchmarks.report import table, write_run, write_section
 from benchmarks.training.model import NUM_ITEMS, median_ms, model_config, random_batch, vocabulary
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig
+from pipeline.model.inference.appending import append_history, first_changed_row
 from pipeline.model.inference.cached_scoring import encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
 from pipeline.model.ranker import RankingModel
@@ -85,6 +86,14 @@ def parts_of(batch: SequenceBatch) -> tuple[SequenceBatch, SequenceBatch]:
     return replace(history, num_targets=torch.zeros_like(batch.num_targets), dense=None), candidates
 
 
+def rows_of(history: SequenceBatch, begin: int, end: int) -> SequenceBatch:
+    """Some rows of one history without candidates."""
+    rows = ("item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    columns = {name: getattr(history, name)[begin:end] for name in rows}
+    length = end - begin
+    return replace(history, seq_offsets=torch.tensor([0, length]), max_seq_len=length, **columns)
+
+
 class Passes:
     """One model in one precision, and the passes that a server makes of it; batches come from the
     CPU.
@@ -120,6 +129,13 @@ class Passes:
             self.scorer(self.model, cache, candidates.to(self.device), micro_batch).sigmoid().cpu()
         )
 
+    def appended(
+        self, cache: Any, rows: SequenceBatch, candidates: SequenceBatch, num_rows: int
+    ) -> torch.Tensor:
+        """The newest event onto a cache of all before; then as `warm`, all candidates at once."""
+        grown = append_history(self.model, cache, rows, num_rows - 1, num_rows)
+        return self.warm(grown, candidates, candidates.num_tokens)
+
     def cold(
         self, history: SequenceBatch, candidates: SequenceBatch, micro_batch: int
     ) -> torch.Tensor:
@@ -147,6 +163,15 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
         "cold": lambda _: run("cold", history, candidates, every),
     }
     times |= {step: lambda _, step=step: run(step, cache, candidates, every) for step in steps}
+    if options.device == "cpu" and case.users == 1:
+        first = first_changed_row(
+            cfg.model, run.model.encoder.num_context, case.events - 1, case.events
+        )
+        assert first is not None
+        before = run("encode", rows_of(history, 0, case.events - 1))
+        given = before, rows_of(history, first, case.events), candidates, case.events
+        errors.append((run("appended", *given) - expected).abs().max().item())
+        times["appended"] = lambda _: run("appended", *given)
     encode_flop, score_flop = cached_work(history, candidates, cfg)
     row = {
         "case": case.name,
@@ -256,6 +281,8 @@ def section(runs: list[dict[str, Any]]) -> str:
         )
         cases = [row for row in rows if "ms" in row]
         steps = " / ".join(max((row["ms"] for row in cases), key=len))
+        if "appended" in steps:
+            parts[-1] += " Appended: the newest event onto a cache of all before, then as warm."
         header = [
             "case",
             "size",
