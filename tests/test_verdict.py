@@ -73,7 +73,7 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     answers = [(0, "old", "champion", 1, 10), (1, "early", "champion", 2, 20)]
     for i in range(40):
         answers += [(100 + i, f"a{i}", "champion", 2, 50), (200 + i, f"b{i}", "canary", 3, 50)]
-    answers.append((300, "a0", "champion", 2, 60))
+    answers.append((300, "a0", "champion", 2, 50))
 
     events = []
     for request_id in [1, *range(100, 110), *range(200, 235), 300, 999]:
@@ -97,6 +97,14 @@ def test_outcomes_find_the_answer_that_they_came_of() -> None:
     assert verdict.as_figures()["canary_share"] == pytest.approx(40 / 81)
 
     assert (verdict.failures.canary, verdict.fails_more) == (0, False)
+
+    # asked again when it is over, whoever is champion since
+    later = answers.copy()
+    for i in range(40):
+        later += [(400 + i, f"b{i}", "champion", 2, 80), (500 + i, f"b{i}", "champion", 3, 90)]
+    again = judge_trial(served_rows(later, ms), events, ("click", "like"), 3, 0.5)
+    assert again is not None
+    assert (again.versions, again.tasks) == (verdict.versions, verdict.tasks)
 
     # every request of half of the canary's users fails, of some before they saw one answer
     failing = [f"b{i}" for i in range(20)] + [f"c{i}" for i in range(400)]

@@ -145,21 +145,29 @@ def judge_trial(
     """The verdict on `canary_version` from the rows of `read_served` and the events; None where one
     of the versions has not answered anybody.
 
-    Only answers since the canary's first one count, and of the champion's those of its newest
-    version. `max_slower` is by how much the p99 of the canary's passes may exceed the champion's.
-    With `share`, the canary's of the units, a failure counts for the role that the unit is drawn
-    for; without, only of units that also got answers.
+    Only answers from the canary's first one to its last count, and of the champion's those of its
+    newest version then. `max_slower` is by how much the p99 of the canary's passes may exceed the
+    champion's. With `share`, the canary's of the units, a failure counts for the role that the unit
+    is drawn for; without, only of units that also got answers.
     """
     answers = _each_answer_once(served)
     of_canary = (answers["role"] == CANARY) & (answers["version"] == canary_version)
     if not of_canary.any():
         return None
-    in_trial = answers["served_at"] >= answers["served_at"][of_canary].min()
-    of_champion = in_trial & (answers["role"] == CHAMPION)
+    served_at = answers["served_at"]
+    begin_ms, end_ms = served_at[of_canary].min(), served_at[of_canary].max()
+    in_trial = (served_at >= begin_ms) & (served_at <= end_ms)
+    # the canary itself answers as champion once it is promoted
+    is_other = answers["version"] != canary_version
+    of_champion = in_trial & (answers["role"] == CHAMPION) & is_other
     if not of_champion.any():
         return None
     champion_version = int(answers["version"][of_champion].max())
     of_champion &= answers["version"] == champion_version
+
+    # a canary that fails has no later answer, and its failures count all the same
+    since_begin = (served_at >= begin_ms) & (answers["role"] == CHAMPION)
+    since_begin &= answers["version"] == champion_version
 
     roles = {CHAMPION: of_champion, CANARY: of_canary}
     done = _outcomes_by_request(events, tasks)
@@ -174,7 +182,8 @@ def judge_trial(
             counts[role] = UnitCounts(num_answers, np.bincount(unit, outcomes[mine]))
         verdicts.append(compare_counts(task, counts[CHAMPION], counts[CANARY]))
 
-    failures = _count_failures(served, answers, roles, canary_version, share)
+    answered = roles | {CHAMPION: since_begin}
+    failures = _count_failures(served, answers, answered, canary_version, share)
     p99 = {role: float(np.percentile(answers["ranker_ms"][m], 99)) for role, m in roles.items()}
     return Verdict(
         {CHAMPION: champion_version, CANARY: canary_version},
