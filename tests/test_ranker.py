@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -22,7 +21,6 @@ from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.history.rows import posted_columns
-from serve_app.ranking import history_cache
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key, resident_bytes
 from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
@@ -383,35 +381,6 @@ def test_fp8_of_a_model_with_concat_ua_is_refused() -> None:
         make_config(fp8=True, concat_ua=True)
     with pytest.raises(UserError, match=r"serve\.fp8 is true.*model\.concat_ua"):
         as_served(make_model(make_config(concat_ua=True)), ServeConfig(fp8=True))
-
-
-def test_an_entry_lies_in_one_piece_and_large_ones_in_pages_of_their_own(
-    fresh: Ranker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mapped: list[int] = []
-    map_pages = mmap.mmap
-
-    def noted(fileno: int, length: int, **options: int) -> mmap.mmap:
-        mapped.append(length)
-        return map_pages(fileno, length, **options)
-
-    monkeypatch.setattr(history_cache.mmap, "mmap", noted)
-    before = as_array(fresh, [ask(2), ask(4), ask(6)])
-    budget = fresh.caches.budget
-    sizes = []
-    for entry in budget.entries.values():
-        tensors = [tensor for layer in entry.layers for tensor in (layer.k_THD, layer.v_THV)]
-        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-        sizes.append(tensors[0].untyped_storage().nbytes())
-        assert entry.num_bytes <= sizes[-1] < entry.num_bytes + 64 * len(tensors)
-    assert mapped == [], "these are small"
-
-    budget.mapped_bytes = sorted(sizes)[1]
-    fresh.caches.close()
-    fresh.caches = HistoryCaches(budget)
-    assert np.array_equal(as_array(fresh, [ask(2), ask(4), ask(6)]), before)
-    assert sorted(mapped) == [size for size in sorted(sizes) if size >= budget.mapped_bytes]
-    assert np.array_equal(as_array(fresh, [ask(2), ask(4), ask(6)]), before), "from the pages"
 
 
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:

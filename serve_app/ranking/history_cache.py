@@ -6,22 +6,16 @@ changes.
 """
 
 import hashlib
-import mmap
 import threading
 from collections import OrderedDict
 from dataclasses import fields
 
 import numpy as np
-import torch
 
 from pipeline.batches.events import Events
-from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
+from pipeline.model.inference.cached_scoring import HistoryCache
 
 BYTES_PER_MB = 2**20
-ALIGNMENT = 64  # bytes, of torch's tensors
-# Larger entries have pages of their own, up to so many: Linux allows a process 65,530 mappings.
-MOST_MAPPED = 2**15
-LEAST_MAPPED_BYTES = 2**14
 # beside the numbers of its tensors: their objects, allocations and the place in the dictionary
 ENTRY_BYTES = 1024
 LAYER_BYTES = 1024
@@ -63,44 +57,6 @@ def resident_bytes(entry: HistoryCache) -> int:
     return entry.num_bytes + ENTRY_BYTES + LAYER_BYTES * len(entry.layers)
 
 
-def compact_entry(entry: HistoryCache, mapped_bytes: int) -> HistoryCache:
-    """A copy of `entry` whose numbers lie in one piece; on a GPU the entry itself.
-
-    From `mapped_bytes` on the piece has pages of its own, which the system gets back when the entry
-    is evicted. Entries of all lengths that come and go would leave the heap full of holes that
-    nothing fits: a fifth on top of what is counted, and growing.
-
-        layers      k0 v0 | k1 v1        each begins at a multiple of 64 bytes
-        one piece   k0 v0 k1 v1
-    """
-    tensors = []
-    for layer in entry.layers:
-        tensors += [layer.k_THD, layer.v_THV]
-    if tensors[0].device.type != "cpu":
-        return entry
-
-    begins, size = [], 0
-    for tensor in tensors:
-        begins.append(size)
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-
-    if size >= max(mapped_bytes, 1):
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        piece = torch.frombuffer(pages, dtype=torch.uint8)
-    else:
-        piece = torch.empty(size, dtype=torch.uint8)
-
-    copies = []
-    for begin, tensor in zip(begins, tensors, strict=True):
-        part = piece[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        copies.append(part.copy_(tensor))
-
-    layers = []
-    for k_THD, v_THV, layer in zip(copies[::2], copies[1::2], entry.layers, strict=True):
-        layers.append(LayerCache(k_THD, v_THV, layer.offsets))
-    return HistoryCache(tuple(layers))
-
-
 class CacheBudget:
     """Memory that the caches of all versions share: of all their entries the one that was used
     longest ago goes first.
@@ -110,7 +66,6 @@ class CacheBudget:
 
     def __init__(self, max_mb: int) -> None:
         self.max_bytes = max_mb * BYTES_PER_MB
-        self.mapped_bytes = max(LEAST_MAPPED_BYTES, self.max_bytes // MOST_MAPPED)
         self.num_bytes = 0
         self.entries: OrderedDict[tuple[HistoryCaches, bytes], HistoryCache] = OrderedDict()
         self.lock = threading.Lock()
@@ -190,12 +145,7 @@ class HistoryCaches:
         with budget.lock:
             if self._is_closed or (self, key) in budget.entries:
                 return
-
-        kept = compact_entry(entry, budget.mapped_bytes)
-        with budget.lock:
-            if self._is_closed or (self, key) in budget.entries:
-                return
-            budget.entries[self, key] = kept
+            budget.entries[self, key] = entry
             budget.num_bytes += size
             self.num_bytes += size
             self.num_entries += 1
