@@ -383,6 +383,13 @@ def test_fp8_of_a_model_with_concat_ua_is_refused() -> None:
         as_served(make_model(make_config(concat_ua=True)), ServeConfig(fp8=True))
 
 
+def test_an_entry_is_counted_with_what_the_heap_takes(fresh: Ranker) -> None:
+    as_array(fresh, [ask(2)])
+    (entry,) = fresh.caches.budget.entries.values()
+    fixed = 1024 * (1 + len(entry.layers))
+    assert fresh.caches.num_bytes - fixed == pytest.approx(1.1 * entry.num_bytes, abs=1)
+
+
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     as_array(fresh, [ask(2), ask(4), ask(6)])
     sizes = [resident_bytes(entry) for entry in fresh.caches.budget.entries.values()]
@@ -417,7 +424,7 @@ def test_many_short_histories_are_counted_by_what_they_cost() -> None:
 
     stats = caches.cache_stats()
     assert stats["history_cache_bytes"] <= 2**20
-    assert stats["history_cache_entries"] == 2**20 // (64 + 3 * 1024)
+    assert stats["history_cache_entries"] == 2**20 // (64 + 6 + 3 * 1024)
     assert stats["history_cache_evictions"] == 1000 - stats["history_cache_entries"]
 
 
