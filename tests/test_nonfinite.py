@@ -31,7 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide)"
 
 MASKS = {
     "causal": {},
-    "semi-local": {"window": 4, "full_rows": 5},
     "visible lengths": {"window": 3, "full_rows": 2},
     "a prefix": {"window": 2, "full_rows": 0, "prefix": 3},
 }
@@ -39,10 +38,10 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles that cross the ends of sequences, long ones in parts; new tensors begin as NaN."""
+    """Tiles that cross the ends of sequences; new tensors begin as NaN."""
     monkeypatch.setattr(tile_table, "tile_sizes", lambda *_, **__: AttentionTile(16, 16, 4, 1))
-    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 8)
-    monkeypatch.setattr(tile_table, "SHORTEST_PART", 1)
+    # a program past the end of its list costs the interpreter as much as any other
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 1)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -190,11 +189,11 @@ def test_cached_attention(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer() -> None:
     """All of a fused layer: the norms, both products, the gate, attention."""
     shape = STUShape(
-        num_heads=2, d_qk=16, d_v=16, norm_eps=1e-6, attn_alpha=0.25, scaling_seq_len=16, window=4,
+        num_heads=1, d_qk=16, d_v=16, norm_eps=1e-6, attn_alpha=0.25, scaling_seq_len=16, window=4,
         full_rows=3, prefix=1,
     )  # fmt: skip
     weights = STUWeights(
-        draw(24), draw(24), draw(128, 24), draw(128), draw(32), draw(32), draw(24, 32), draw(24)
+        draw(24), draw(24), draw(64, 24), draw(64), draw(16), draw(16), draw(24, 16), draw(24)
     )
     sequences = Sequences(
         offsets_of(LENGTHS), max(LENGTHS), torch.tensor(TARGETS, dtype=torch.int32)
@@ -270,8 +269,7 @@ def test_rows_of_position_and_time(bad: str, monkeypatch: pytest.MonkeyPatch) ->
         assert not got[~rows].isfinite().all()
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_sampled_softmax(bad: str) -> None:
+def test_sampled_softmax() -> None:
     """The gradients of other users' vectors, and of items that only they drew."""
     lengths = [4, 3, 5]
     others, number = others_of(lengths), torch.arange(12)
@@ -286,7 +284,7 @@ def test_sampled_softmax(bad: str) -> None:
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     vectors = draw(12, 16)[:, :8].contiguous()
-    clean, spoilt = run(vectors), run(spoil(vectors, lengths, BAD[bad]))
+    clean, spoilt = run(vectors), run(spoil(vectors, lengths, BAD["nan"]))
     for got, expected, its_own in zip(spoilt, clean, (others, number < 6), strict=True):
         assert torch.equal(got[its_own], expected[its_own])
         assert not got[~its_own].isfinite().all()
