@@ -95,6 +95,8 @@ def test_params_are_what_a_training_used() -> None:
         assert {"model.encoder", "model.num_layers", "split.t_val"} <= params.keys()
         sections = {key.partition(".")[0] for key in params}
         assert sections.isdisjoint({"serve", "drift", "checks", "ray", "tracking", "runs_dir"})
+        layers = {"demo": "2", "kuairand": "2 + 2", "smoke": "2"}[preset]
+        assert params["model.num_layers"] == layers
     assert "source.synthetic" not in run_params(config.load("configs/demo.yaml"))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from pipeline import config
-from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
+from pipeline.config import ModelConfig, Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import Figures
 from pipeline.files import write_atomically
 from pipeline.tracking.columns import VIEW_TAG, view_state, view_url
@@ -311,18 +311,24 @@ def run_params(cfg: RunConfig) -> dict[str, Any]:
                 continue
             params[f"{section}.{key}"] = value
 
+    params["model.num_layers"] = _depths(cfg.model)
     for key, value in params.items():
         if isinstance(value, dict | list):
             params[key] = json.dumps(value)
     return dict(list(params.items())[:MOST_PARAMS])
 
 
+def _depths(model: ModelConfig) -> str:
+    """Number of layers; of a mixture those of each transducer, as `2 + 2`."""
+    stacks = [*model.channels.values()] or [model]
+    return " + ".join(str(stack.num_layers) for stack in stacks)
+
+
 def describe_run(cfg: RunConfig, manifest: "Manifest") -> str:
     """A sentence or two of Markdown, which MLflow shows above everything else."""
     model = cfg.model
-    depths = [channel.num_layers for channel in model.channels.values()] or [model.num_layers]
     return (
-        f"`{model.encoder}`, {' + '.join(map(str, depths))} layers of {model.d_model}, for "
+        f"`{model.encoder}`, {_depths(model)} layers of {model.d_model}, for "
         f"{', '.join(cfg.tasks) or 'retrieval'}. {manifest.num_rows:,} rows of "
         f"{manifest.num_users:,} users, trained on rows before {cfg.split.t_val}. The whole "
         "configuration is `config.yaml` under Artifacts."
