@@ -19,7 +19,8 @@ BYTES_PER_MB = 2**20
 # beside the numbers of its tensors: their objects, allocations and the place in the dictionary
 ENTRY_BYTES = 1024
 LAYER_BYTES = 1024
-HOLES = 0.1
+# of the numbers, where entries of all lengths come and go
+BESIDE_NUMBERS = 0.1
 NOT_HASHED = ("offsets", "request", "outcomes", "dense")  # the two mappings are, by column
 
 
@@ -54,9 +55,10 @@ def resident_bytes(entry: HistoryCache) -> int:
         bytes an entry     1,819   2,769   4,664   8,463
 
     Short histories cost more of it than of numbers. Where entries of all lengths come and go, the
-    heap has holes beside: `HOLES` of the numbers (benchmarks.serving.under_load, cache_memory).
+    process grows by a tenth more than that (benchmarks.serving.under_load, cache_memory); what
+    holds it was not found.
     """
-    numbers = entry.num_bytes + int(HOLES * entry.num_bytes)
+    numbers = entry.num_bytes + int(BESIDE_NUMBERS * entry.num_bytes)
     return numbers + ENTRY_BYTES + LAYER_BYTES * len(entry.layers)
 
 
