@@ -5,7 +5,6 @@ Tune's own state is thrown away with each start: its scheduler would come back w
 seen. The trials' files say where each stands, and reporting from them fills the scheduler again.
 """
 
-import json
 import logging
 import math
 import os
@@ -23,8 +22,8 @@ from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
-from pipeline.files import json_text, write_atomically
 from pipeline.model.encoders import check_run
+from pipeline.search.begun import hold_to_beginning
 from pipeline.search.page import write_search_page
 from pipeline.search.results import TrialResult, read_results, write_figures, write_preset
 from pipeline.search.space import SearchConfig, SearchSpace, Trial, search_config, search_name
@@ -85,19 +84,8 @@ def open_search(base: RunConfig, space: SearchSpace, trials: Sequence[Trial]) ->
     facts |= config.flatten(space.as_figures())
     facts |= config.flatten({key: settings[key] for key in RECORDED})
 
-    path = search_config(base).run_dir / SEARCH
-    if path.exists():
-        began = json.loads(path.read_text())
-        facts = json.loads(json_text(facts))
-        for key in sorted(began.keys() | facts.keys()):
-            if began.get(key) != facts.get(key):
-                raise UserError(
-                    f"the search {search_name(base.name)} began with {key} = {began.get(key)!r} "
-                    f"and would go on with {facts.get(key)!r}: --restart forgets it, or --set "
-                    "name=... and --set sequences.from_run="
-                    f"{base.sequences.from_run or base.name} begin another"
-                )
-    write_atomically(path, json_text(facts))
+    whole = f"the search {search_name(base.name)}"
+    hold_to_beginning(search_config(base).run_dir / SEARCH, facts, whole, base)
 
 
 def forget_search(base: RunConfig) -> None:

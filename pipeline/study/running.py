@@ -23,6 +23,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.files import json_text, write_atomically
 from pipeline.model.encoders import check_run
+from pipeline.search.begun import hold_to_beginning
 from pipeline.search.trial import shares_features
 from pipeline.sequences import store
 from pipeline.study.figures import PREDICTIONS, predict_largest
@@ -76,19 +77,7 @@ def open_study(base: RunConfig, plan: StudyPlan) -> None:
     facts = {"sequences": store.read_manifest(own.sequence_dir).digest}
     facts |= config.flatten(plan.as_figures())
     facts |= config.flatten({key: settings[key] for key in RECORDED})
-    facts = json.loads(json_text(facts))
-
-    path = own.run_dir / STUDY
-    if path.exists():
-        began = json.loads(path.read_text())
-        for key in sorted(began.keys() | facts.keys()):
-            if began.get(key) != facts.get(key):
-                raise UserError(
-                    f"the study {own.name} began with {key} = {began.get(key)!r} and would go on "
-                    f"with {facts.get(key)!r}: --restart forgets it, or --set name=... and --set "
-                    f"sequences.from_run={base.sequences.from_run or base.name} begin another"
-                )
-    write_atomically(path, json_text(facts))
+    hold_to_beginning(own.run_dir / STUDY, facts, f"the study {own.name}", base)
 
 
 def forget_study(base: RunConfig) -> None:
