@@ -35,6 +35,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.config import RunConfig
 from pipeline.model.ranker import RankingModel
 from pipeline.train.trainee import Trainee
+from pipeline.train.waiting import HostNumbers, MessageClock
 
 SEMI_LOCAL = {
     "attention": {"window": 256, "full_rows": 256},
@@ -163,6 +164,26 @@ def check_transfer() -> str | None:
     return None
 
 
+def check_beside() -> str | None:
+    """Numbers asked for beside the device's work are of what was given, though that is dropped and
+    its memory taken by others at once.
+    """
+    numbers = HostNumbers(DEVICE, MessageClock(DEVICE))
+    size = 4096 if DEVICE == "cuda" else 64
+    busy = torch.randn(size, size, device=DEVICE)
+    for number in range(20):
+        codes = torch.full((2**16,), number, device=DEVICE)
+        with numbers.beside([codes]):
+            for _ in range(4):  # it comes to the codes late
+                busy = (busy @ busy).clamp(-1, 1)
+            read = numbers.ask(None, codes.sum)
+        del codes
+        torch.full((2**16,), -1, device=DEVICE)
+        if read() != number * 2**16:
+            return f"{read()} in place of {number * 2**16}"
+    return None
+
+
 def check_compilations(warm_up: int = 8, steps: int = 120) -> str | None:
     """Training steps of other sizes compile nothing after the first few."""
     torch.use_deterministic_algorithms(False)
@@ -186,7 +207,7 @@ def model_checks() -> list[Check]:
         (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
     ]
     views: list[Check] = [(check_target_view, view, 8, 1024, 64) for view in ("covering", "exact")]
-    steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,)]
+    steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
     return [*models, *views, *steps, (check_compilations,)]
 
 
@@ -204,6 +225,7 @@ SMOKE = {
         (check_target_view, "covering", 2, 20, 16),
         (check_target_view, "exact", 2, 20, 16),
         (check_transfer,),
+        (check_beside,),
     ],
     "layer": layer_parity.smoke_checks,
     "tables": tables_parity.smoke_checks,

@@ -4,6 +4,7 @@ number of ranks.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -280,6 +281,24 @@ def test_the_ranks_are_told_of_every_row_that_gets_a_gradient(name: str) -> None
     trainee = Trainee(cfg, make_maps(), "cpu", 0, 2)
     told, found = rows_told_and_found(trainee, labelled_batch(0))
     assert torch.equal(told, found)
+
+
+def test_codes_that_are_read_beside_the_device_are_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever asked drops them at once; a stream that is behind would read what comes after."""
+    trainee = Trainee(train_config(tables=SHARDED), make_maps(), "cpu", 0, 1)
+    assert trainee.sharded is not None
+    kept: list[int] = []
+
+    def beside(reads: list[torch.Tensor]) -> AbstractContextManager[None]:
+        kept.extend(codes.data_ptr() for codes in reads)
+        return nullcontext()
+
+    monkeypatch.setattr(trainee.numbers, "beside", beside)
+    codes = trainee.model.encoder.table_codes(labelled_batch(0))
+    trainee.sharded.ask_counts(codes)
+    assert kept == [codes[name].data_ptr() for name in trainee.sharded.tables]
 
 
 # Rows

@@ -192,10 +192,10 @@ class ShardedTables:
         """What a batch of these codes needs of each rank, and the message that tells the ranks how
         much; all ranks call it together.
         """
-        with self.numbers.beside():
-            codes_of = [codes[name].long() for name in self.tables]
-            lengths = list(map(len, codes_of))
-            wanted = torch.cat(codes_of)
+        codes_of = [codes[name] for name in self.tables]
+        lengths = list(map(len, codes_of))
+        with self.numbers.beside(codes_of):
+            wanted = torch.cat(codes_of).long()
             table_of = self._table_numbers(lengths, wanted.device)
 
             # Ordered by owner, then table, then row: what goes to one rank lies together.

@@ -89,7 +89,7 @@ class TouchedRows:
 
     def send(self) -> None:
         """Tell all ranks what the forward pass has looked up; `finish` waits for it."""
-        with self.numbers.beside():
+        with self.numbers.beside(self.looked_up):
             self.flags.zero_()
             self.flags.index_fill_(0, torch.cat(self.looked_up).long(), 1)
             work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, async_op=True)

@@ -165,8 +165,7 @@ class Trainee:
         """
         loss, weight = self._backward(self._read_batch(batch, step), step, following)
 
-        wished = torch.tensor(wishes, dtype=torch.float32, device=loss.device)
-        sums = loss, weight, self._broken_tables(), wished
+        sums = loss, weight, self._broken_tables(), self._wishes_here(wishes)
         (losses, weights, broken, wished), table_grads = self._add_over_ranks(sums)
         self.wishes += wished
         total = (weights * self.loss_weights).sum().clamp(min=1e-12)
@@ -181,6 +180,14 @@ class Trainee:
         scale = torch.where(skip, torch.inf, total)
         self.rowwise.step(table_grads, self.cfg.embedding_lr * factor, scale)
         return torch.where(skip, 0.0, losses), torch.where(skip, 0.0, weights)
+
+    def _wishes_here(self, wishes: tuple[bool, bool]) -> Tensor:
+        """float32 [2] on the device. It is set there: the host would wait for a copy of its own."""
+        wished = torch.zeros_like(self.wishes)
+        for number, wish in enumerate(wishes):
+            if wish:
+                wished[number].fill_(1)
+        return wished
 
     def take_wishes(self) -> tuple[bool, bool]:
         """(save, stop) that any rank has wished since the last call; waits for the device."""

@@ -3,7 +3,7 @@ they are needed.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -67,12 +67,21 @@ class HostNumbers:
         self.stream = torch.cuda.Stream(device) if clock.on_gpu else None
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What the block launches may use all that was launched before it."""
+    def beside(self, reads: Sequence[Tensor]) -> Iterator[None]:
+        """What the block launches may use all that was launched before it.
+
+        `reads` are the tensors of the current stream that the block reads. Their memory is not
+        given away while it does, whoever drops them: the current stream does not wait for the block
+        before its numbers are read. What the block makes is safe on the current stream, which the
+        next block waits for before it takes memory.
+        """
         if self.stream is None:
             yield
             return
+
         self.stream.wait_stream(torch.cuda.current_stream())
+        for tensor in reads:
+            tensor.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             yield
 
