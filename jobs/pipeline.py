@@ -9,14 +9,14 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import cli
 from pipeline import config
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, SplitConfig, UserError
 from pipeline.files import json_text, write_atomically
 
 if TYPE_CHECKING:
@@ -182,26 +182,70 @@ def run_chain(
     from pipeline.train import trainer
 
     manifest = prepare_sequences(cfg, append=append)
-    logger.info(
-        "%d users, %d rows; merged %d, beyond sequences.max_rows_per_user %d, quarantined %s",
-        manifest.num_users,
-        manifest.num_rows,
-        manifest.rows_merged,
-        manifest.rows_capped,
-        manifest.quarantined,
-    )
-
-    if "val" in evaluator.tell_empty_splits(cfg.split, manifest):
-        raise UserError(
-            "split.t_val: the validation period holds no request, so no model of it could pass the "
-            "gate; nothing is trained"
-        )
+    report_sequences(cfg.split, manifest)
 
     print_stage(3, "training")
     restart = append and trainer.trained_on_other_rows(cfg, manifest.digest)
     cfg, beginning = choose_start(cfg, tracker, append=append, restart=restart)
+    trained = train_and_register(cfg, tracker, manifest, restart=restart, beginning=beginning)
+
+    rows = tracking.RowsAtHand(
+        evaluator.row_tags(cfg.sequence_dir, cfg.split),
+        lambda folder: evaluator.score_model(cfg, folder),
+    )
+    if decide is None:
+        decision = tracker.promote_version(trained.version, rows=rows, force_first=force_first)
+    else:
+        decision = decide(cfg, trained.version, rows)
+    logger.info("version %d: %s", trained.version, decision.reason)
+
+    champion = find_servable(tracker, manifest, decision)
+    served = trained.model_dir if decision.promoted else tracker.download_champion()[0]
+    over_http = serve_and_replay(cfg, dashboard_url, champion, served)
+
+    print("== comparison", flush=True)
+    page = compare(cfg, tracker, manifest, trained.metrics, baseline)
+
+    return summarise_run(cfg.tasks, manifest, trained.train_seconds, trained.metrics) | {
+        "mlflow_run_id": trained.run_id,
+        "model_version": trained.version,
+        "promoted": decision.promoted,
+        "promotion": decision.reason,
+        **over_http,
+        "comparison": None if page is None else str(page),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedVersion:
+    """A registered version, and what came of its training and evaluation."""
+
+    version: int
+    model_dir: Path
+    train_seconds: float
+    metrics: dict[str, float]
+    run_id: str  # of MLflow
+
+
+def train_and_register(
+    cfg: RunConfig,
+    tracker: "tracking.Tracker",
+    manifest: "Manifest",
+    *,
+    restart: bool,
+    beginning: Path | None,
+) -> TrainedVersion:
+    """Train from the weights in `beginning`, evaluate and register, in one MLflow run.
+
+    With `restart` from the first step, whatever checkpoints there are.
+    """
+
+    from pipeline.evaluate import evaluator
+    from pipeline.train import trainer
+
     if not restart:
         trainer.earlier_checkpoint(cfg)  # a mistake is told before the MLflow run is touched
+
     with tracker.training_run(manifest, restart=restart) as run:
         run.log_artifacts(cfg.run_dir / "report", "validation_report")
         started = time.perf_counter()
@@ -214,31 +258,31 @@ def run_chain(
 
         print_stage(5, "registry and gate")
         version = tracker.register_trained()
-    rows = tracking.RowsAtHand(
-        evaluator.row_tags(cfg.sequence_dir, cfg.split),
-        lambda folder: evaluator.score_model(cfg, folder),
+    return TrainedVersion(version, model_dir, train_seconds, metrics, run.run_id)
+
+
+def report_sequences(split: SplitConfig, manifest: "Manifest") -> None:
+    """Say what the sequences hold and what was left out.
+
+    Raises:
+        UserError: the validation period holds nothing, so that no model could be judged.
+    """
+
+    from pipeline.evaluate import evaluator
+
+    logger.info(
+        "%d users, %d rows; merged %d, beyond sequences.max_rows_per_user %d, quarantined %s",
+        manifest.num_users,
+        manifest.num_rows,
+        manifest.rows_merged,
+        manifest.rows_capped,
+        manifest.quarantined,
     )
-    if decide is None:
-        decision = tracker.promote_version(version, rows=rows, force_first=force_first)
-    else:
-        decision = decide(cfg, version, rows)
-    logger.info("version %d: %s", version, decision.reason)
-
-    champion = find_servable(tracker, manifest, decision)
-    served = model_dir if decision.promoted else tracker.download_champion()[0]
-    over_http = serve_and_replay(cfg, dashboard_url, champion, served)
-
-    print("== comparison", flush=True)
-    page = compare(cfg, tracker, manifest, metrics, baseline)
-
-    return summarise_run(cfg.tasks, manifest, train_seconds, metrics) | {
-        "mlflow_run_id": run.run_id,
-        "model_version": version,
-        "promoted": decision.promoted,
-        "promotion": decision.reason,
-        **over_http,
-        "comparison": None if page is None else str(page),
-    }
+    if "val" in evaluator.tell_empty_splits(split, manifest):
+        raise UserError(
+            "split.t_val: the validation period holds no request, so no model of it could pass the "
+            "gate; nothing is trained"
+        )
 
 
 def serve_and_replay(

@@ -115,6 +115,39 @@ class ListMetrics:
         )
 
 
+class ShadowMetrics:
+    """One replica's shadow beside the version that answered."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.change = Histogram(
+            "ranking_shadow_score_change",
+            "By request, the largest difference of a score between the shadow version and the one "
+            "that answered",
+            ("version",),
+            buckets=SCORE_CHANGES,
+            registry=registry,
+        )
+
+        self.same_best = Counter(
+            "ranking_shadow_same_best",
+            "Requests of which both versions put the same candidate first",
+            ("version",),
+            registry=registry,
+        )
+
+        self.dropped = Counter(
+            "ranking_shadow_dropped",
+            "Copies not ranked: the shadow version was behind",
+            registry=registry,
+        )
+
+        self.failed = Counter(
+            "ranking_shadow_failed",
+            "Copies that the shadow version refused or failed on",
+            registry=registry,
+        )
+
+
 class ReplicaMetrics:
     """Work of one replica's models, by version and by role: champion, canary, shadow."""
 
@@ -154,35 +187,7 @@ class ReplicaMetrics:
         )
 
         self.lists = ListMetrics(self.registry)
-
-        # the shadow beside the version that answered
-        self.shadow_change = Histogram(
-            "ranking_shadow_score_change",
-            "By request, the largest difference of a score between the shadow version and the one "
-            "that answered",
-            ("version",),
-            buckets=SCORE_CHANGES,
-            registry=self.registry,
-        )
-
-        self.shadow_same_best = Counter(
-            "ranking_shadow_same_best",
-            "Requests of which both versions put the same candidate first",
-            ("version",),
-            registry=self.registry,
-        )
-
-        self.shadow_dropped = Counter(
-            "ranking_shadow_dropped",
-            "Copies not ranked: the shadow version was behind",
-            registry=self.registry,
-        )
-
-        self.shadow_failed = Counter(
-            "ranking_shadow_failed",
-            "Copies that the shadow version refused or failed on",
-            registry=self.registry,
-        )
+        self.shadow = ShadowMetrics(self.registry)
 
         self.kernels_compiled = Gauge(
             "ranking_kernels_compiled",

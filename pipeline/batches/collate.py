@@ -220,19 +220,14 @@ def collate(
     event_time = merge(history.event_time, targets.event_time)
     order_only = merge(history.order_only, targets.order_only)
     columns = request_columns(history, targets, places, event_time, order_only, cfg.features)
-
     position, gap_ms = stand_in_time(history, targets, places, event_time, order_only, cfg.model)
 
     # what the user did, and what came of it: of the history alone
-    action_mask, known_mask = history_masks(
-        history, maps, cfg.features, num_actions=len(cfg.source.actions)
-    )
-    history_codes = None
-    if cfg.features.history:
-        history_codes = merge(bucket_codes(history, cfg.features), 0)
+    num_actions = len(cfg.source.actions)
+    action_mask, known_mask = history_masks(history, maps, cfg.features, num_actions=num_actions)
+    codes = bucket_codes(history, cfg.features) if cfg.features.history else None
 
     items = maps.item_rows(merge(history.item_id, targets.item_id))
-    lengths = np.diff(offsets)
     return SequenceBatch(
         seq_offsets=torch.from_numpy(offsets),
         num_targets=torch.from_numpy(num_targets.astype(np.int32)),
@@ -243,11 +238,11 @@ def collate(
         position=torch.from_numpy(position),
         gap_ms=torch.from_numpy(gap_ms),
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
-        max_seq_len=int(lengths.max()) if len(lengths) else 0,
+        max_seq_len=int(np.diff(offsets).max(initial=0)),
         target_visible=_tensor(target_visible),
         target_from=_tensor(target_from),
         target_span=_tensor(target_span),
-        history_codes=_tensor(history_codes),
+        history_codes=None if codes is None else torch.from_numpy(merge(codes, 0)),
         dense=_tensor(targets.dense),
         labels=_tensor(labels),
         label_weight=_tensor(label_weight),

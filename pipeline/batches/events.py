@@ -1,7 +1,7 @@
 """Rows of several sequences as flat columns, and the arithmetic of their bounds and gaps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,8 +43,8 @@ class Events:
         columns = {name: getattr(self, name)[index] for name in PLAIN}
         return Events(
             offsets=offsets,
-            request={name: column[index] for name, column in self.request.items()},
-            outcomes={name: column[index] for name, column in self.outcomes.items()},
+            request=_take_each(self.request, index),
+            outcomes=_take_each(self.outcomes, index),
             dense=None if self.dense is None else self.dense[index],
             **columns,
         )
@@ -77,11 +77,19 @@ class UserEvents:
 
 
 # the fields that are one column each, of every row
-PLAIN = tuple(
-    field.name
-    for field in fields(Events)
-    if field.name not in ("offsets", "request", "outcomes", "dense")
+PLAIN = (
+    "item_id",
+    "event_time",
+    "order_only",
+    "action_mask",
+    "known_mask",
+    "position",
+    "gap_ms",
 )
+
+
+def _take_each(columns: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: column[index] for name, column in columns.items()}
 
 
 def concatenate(parts: Sequence[Events]) -> Events:
@@ -90,7 +98,10 @@ def concatenate(parts: Sequence[Events]) -> Events:
         return parts[0]
 
     lengths = np.concatenate([part.lengths for part in parts])
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAIN}
+    columns = {}
+    for name in PLAIN:
+        columns[name] = np.concatenate([getattr(part, name) for part in parts])
+
     dense = [part.dense for part in parts if part.dense is not None]
     return Events(
         offsets=offsets_of(lengths),
@@ -102,7 +113,10 @@ def concatenate(parts: Sequence[Events]) -> Events:
 
 
 def _concatenate_each(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    joined = {}
+    for name in parts[0]:
+        joined[name] = np.concatenate([part[name] for part in parts])
+    return joined
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

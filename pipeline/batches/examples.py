@@ -339,34 +339,22 @@ def example_batch(
     if candidates is None:
         candidates = example_candidates(users, examples, maps, cfg, epoch if training else None)
     history = users.events.take(examples.history_begin, examples.history_end)
-    rows, offsets = candidates.rows, candidates.offsets
-    lengths = np.diff(offsets)
-    end_is_real = cfg.source.order_only_end_is_real
-    user = np.repeat(examples.user, lengths)
-    targets = target_events(users, rows, offsets, user, end_is_real)
-    targets = replace(targets, item_id=candidates.item_id)
+    targets = _example_targets(users, examples, candidates, history, maps, cfg)
+    rows, lengths = candidates.rows, np.diff(candidates.offsets)
 
-    # counted over all that lies before a request, a history cut in training included
-    if cfg.features.dense:
-        first = users.events.offsets[examples.user]
-        is_whole = np.array_equal(first, examples.history_begin)
-        seen = history if is_whole else users.events.take(first, examples.history_end)
-        visible_rows = users.visible_end[rows] - np.repeat(first, lengths)
-        dense = candidate_features(seen, targets, visible_rows, maps, cfg.features, cfg.task_bits)
-        targets = replace(targets, dense=dense)
-
-    visible, span, labels, weight, following = None, None, None, None, None
+    # which rows of its history each target may see
+    visible, oldest, span = None, None, None
+    if training or shared:
+        visible = _visible_rows(users, rows, examples.history_begin, lengths)
     if training and cfg.train.layout == "user":
+        assert visible is not None
         least = np.maximum(shared_end(users, examples), examples.history_begin)
         span = (examples.history_end - least).astype(np.int32)
-    if training or shared:
-        begin = np.repeat(examples.history_begin, lengths)
-        visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
-    oldest = None
-    if span is not None and cut is not None and cfg.train.target_view == "exact":
-        assert visible is not None
-        begin = visible - cut_threshold(cfg.train.stochastic_length)
-        oldest = np.where(np.repeat(cut, lengths), begin.clip(min=0), 0).astype(np.int32)
+        if cut is not None and cfg.train.target_view == "exact":
+            begin = visible - cut_threshold(cfg.train.stochastic_length)
+            oldest = np.where(np.repeat(cut, lengths), begin.clip(min=0), 0).astype(np.int32)
+
+    labels, weight, following = None, None, None
     if training:
         labels, weight = candidate_labels(users.events, candidates, cfg)
         if cfg.retrieval.enabled:
@@ -393,12 +381,48 @@ def example_batch(
     )
 
 
+def _example_targets(
+    users: UserEvents,
+    examples: Examples,
+    candidates: Candidates,
+    history: Events,
+    maps: FeatureMaps,
+    cfg: RunConfig,
+) -> Events:
+    """The candidates as rows of their requests, with their dense features."""
+    rows, offsets = candidates.rows, candidates.offsets
+    lengths = np.diff(offsets)
+    user = np.repeat(examples.user, lengths)
+    targets = target_events(users, rows, offsets, user, cfg.source.order_only_end_is_real)
+    targets = replace(targets, item_id=candidates.item_id)
+    if not cfg.features.dense:
+        return targets
+
+    # counted over all that lies before a request, a history cut in training included
+    first = users.events.offsets[examples.user]
+    is_whole = np.array_equal(first, examples.history_begin)
+    seen = history if is_whole else users.events.take(first, examples.history_end)
+    before = users.visible_end[rows] - np.repeat(first, lengths)
+    dense = candidate_features(seen, targets, before, maps, cfg.features, cfg.task_bits)
+    return replace(targets, dense=dense)
+
+
+def _visible_rows(
+    users: UserEvents, rows: np.ndarray, history_begin: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """int32 [rows]: how many rows of the history from `history_begin` each row's request may see.
+
+    `history_begin` and `lengths`, the number of rows, are int64 [n], of n examples.
+    """
+    begin = np.repeat(history_begin, lengths)
+    return np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+
+
 def _next_items(
     users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
 ) -> NextItems:
     rows, offsets = ranges(examples.target_begin, examples.target_end)
-    begin = np.repeat(examples.history_begin, np.diff(offsets))
-    visible = np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+    visible = _visible_rows(users, rows, examples.history_begin, np.diff(offsets))
 
     bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
     weight = cfg.train.history_label_weight

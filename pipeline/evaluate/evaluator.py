@@ -88,12 +88,7 @@ def evaluate_model(
 
     begin = time.perf_counter()
     scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest)
-    found = [split for split in splits if len(scores.splits[split].predictions)]
-    if not found:
-        raise UserError(
-            f"{', '.join(f'split.t_{split}' for split in splits)}: the {' and '.join(splits)} "
-            "period holds no request"
-        )
+    found = _splits_with_requests(scores)
 
     folder = evaluation_folder(cfg, name)
     metrics: dict[str, float] = {}
@@ -118,6 +113,20 @@ def evaluate_model(
     metrics |= work_shares(total_work(work))
     write_metrics(folder / "metrics.json", metrics)
     return metrics
+
+
+def _splits_with_requests(scores: StoreScores) -> list[str]:
+    """The splits of which a request was scored; none is a mistake."""
+    found = []
+    for split, scored in scores.splits.items():
+        if len(scored.predictions):
+            found.append(split)
+
+    if not found:
+        names = list(scores.splits)
+        keys = ", ".join(f"split.t_{split}" for split in names)
+        raise UserError(f"{keys}: the {' and '.join(names)} period holds no request")
+    return found
 
 
 def row_tags(sequence_dir: Path, split: SplitConfig) -> dict[str, str]:

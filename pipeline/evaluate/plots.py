@@ -58,12 +58,14 @@ def plot_slices(lines: Sequence[Slice], tasks: Sequence[str], path: Path) -> Non
     for column, kind in enumerate(kinds):
         of_kind = [line for line in lines if line.by == kind]
         names = list(dict.fromkeys(line.slice for line in of_kind))
+        places = range(len(names))
+
         top, bottom = panels[0][column], panels[1][column]
         for task in tasks:
-            mine = {line.slice: line for line in of_kind if line.task == task}
-            places = range(len(names))
-            top.plot(places, [mine[name].auc for name in names], "o-", markersize=3, label=task)
-            bottom.plot(places, [mine[name].calibration for name in names], "o-", markersize=3)
+            by_name = {line.slice: line for line in of_kind if line.task == task}
+            mine = [by_name[name] for name in names]
+            top.plot(places, [line.auc for line in mine], "o-", markersize=3, label=task)
+            bottom.plot(places, [line.calibration for line in mine], "o-", markersize=3)
 
         top.set(title=f"by {kind}", ylabel="AUC")
         bottom.axhline(1, color="grey", linewidth=0.8)

@@ -64,12 +64,14 @@ lies closer together than that is equally good.</p>
 
 def _trials_table(keys: Sequence[str], results: Sequence[TrialResult], metric: str) -> str:
     codes = [f"<code>{html.escape(key)}</code>" for key in keys]
+
     rows = []
     for result in results:
-        settings = [html.escape(str(result.trial.settings[key])) for key in keys]
-        status = html.escape(f"{result.status} {result.why}".strip())
         row = [html.escape(result.trial.name), number_text(result.value), f"{result.epochs:.2f}"]
-        rows.append([*row, status, *settings])
+        row.append(html.escape(f"{result.status} {result.why}".strip()))
+        for key in keys:
+            row.append(html.escape(str(result.trial.settings[key])))
+        rows.append(row)
     return html_table(["", metric, "epochs", "", *codes], rows)
 
 
@@ -78,16 +80,28 @@ def draw_scatter(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Figu
     columns = min(3, len(draws))
     rows = math.ceil(len(draws) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
-    shown = [result for result in results if math.isfinite(result.value)]
+    metric = objective(results[0].trial.cfg.train.best_metric)
+    shown = _judged(results)
+
     for place, (key, draw) in enumerate(draws.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
-        positions, ticks = place_values(draw, [result.trial.settings[key] for result in shown])
+        positions, ticks = place_values(draw, _settings_of(shown, key))
         for result, position in zip(shown, positions, strict=True):
-            filled = result.status == FINISHED
-            axes.plot(position, result.value, "o", color="C0", mfc="C0" if filled else "none")
-        axes.set(xlabel=key, ylabel=objective(results[0].trial.cfg.train.best_metric))
+            inside = "C0" if result.status == FINISHED else "none"
+            axes.plot(position, result.value, "o", color="C0", mfc=inside)
+
+        axes.set(xlabel=key, ylabel=metric)
         _shape_axis(axes, draw, ticks)
     return figure
+
+
+def _judged(results: Sequence[TrialResult]) -> list[TrialResult]:
+    """The trials that have a value of the metric."""
+    return [result for result in results if math.isfinite(result.value)]
+
+
+def _settings_of(results: Sequence[TrialResult], key: str) -> list[Any]:
+    return [result.trial.settings[key] for result in results]
 
 
 def _shape_axis(axes: Axes, draw: Draw, ticks: list[str] | None) -> None:
@@ -99,9 +113,10 @@ def _shape_axis(axes: Axes, draw: Draw, ticks: list[str] | None) -> None:
     elif draw.kind == "loguniform":
         low, high = draw.values
         middle = math.sqrt(low * high)
+        places = (low, middle, high)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks([low, middle, high], [_short(value) for value in (low, middle, high)])
+        axes.set_xticks(places, [_short(value) for value in places])
 
 
 def place_values(draw: Draw, values: Sequence[Any]) -> tuple[list[float], list[str] | None]:
@@ -123,8 +138,7 @@ def place_values(draw: Draw, values: Sequence[Any]) -> tuple[list[float], list[s
 
 def draw_parallel(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Figure:
     """A line a trial over an axis a setting, the metric last; the better, the darker."""
-    shown = [result for result in results if math.isfinite(result.value)]
-    values = [result.value for result in shown]
+    shown = _judged(results)
     figure = Figure(figsize=(2.2 * (len(draws) + 1) + 1, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(-0.3, len(draws) + 0.3), ylim=(-0.12, 1.12))
@@ -132,21 +146,27 @@ def draw_parallel(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Fig
     if not shown:
         return figure
 
+    # an axis for each setting
     heights = []
     for number, (key, draw) in enumerate(draws.items()):
-        positions, ticks = place_values(draw, [result.trial.settings[key] for result in shown])
+        positions, ticks = place_values(draw, _settings_of(shown, key))
         scaled, low, high = _to_unit(positions, log=draw.kind == "loguniform")
         heights.append(scaled)
+
         if ticks is None:
-            _draw_axis(axes, number, key, [(0.0, _short(low)), (1.0, _short(high))])
+            labels = [(0.0, _short(low)), (1.0, _short(high))]
         else:
             last = max(positions) or 1.0
-            _draw_axis(axes, number, key, [(i / last, tick) for i, tick in enumerate(ticks)])
-    scaled, low, high = _to_unit(values, log=False)
+            labels = [(i / last, tick) for i, tick in enumerate(ticks)]
+        _draw_axis(axes, number, key, labels)
+
+    # and one for the metric
+    scaled, low, high = _to_unit([result.value for result in shown], log=False)
     heights.append(scaled)
     metric = objective(shown[0].trial.cfg.train.best_metric)
     _draw_axis(axes, len(draws), metric, [(0.0, _short(low, 4)), (1.0, _short(high, 4))])
 
+    # a line for each trial
     colours = matplotlib.colormaps[COLOURS](np.linspace(1, 0, len(shown)))
     lines = list(zip(np.array(heights).T, colours, strict=True))
     for line, colour in reversed(lines):  # the best on top

@@ -214,7 +214,7 @@ class Rollout:
         try:
             self._copies.put_nowait(copies)
         except queue.Full:  # an answer never waits for the shadow
-            self.metrics.shadow_dropped.inc(len(copies))
+            self.metrics.shadow.dropped.inc(len(copies))
 
     def _follow_champion(self) -> None:
         while (copies := self._copies.get()) is not None:
@@ -222,7 +222,7 @@ class Rollout:
                 self._compare(copies)
             except Exception:  # whatever a version on trial does, users do not see it
                 logger.exception("shadow version %s failed", self.rankers[SHADOW].version)
-                self.metrics.shadow_failed.inc(len(copies))
+                self.metrics.shadow.failed.inc(len(copies))
 
     def _compare(self, copies: Copies) -> None:
         """Rank copies with the shadow, and count how far its scores are from those that were
@@ -237,15 +237,15 @@ class Rollout:
                 jobs.append(RankJob(self, SHADOW, request, prepared, 0.0))
                 sent.append(answer)
 
-        self.metrics.shadow_failed.inc(len(copies) - len(jobs))
+        self.metrics.shadow.failed.inc(len(copies) - len(jobs))
         if not jobs:
             return
 
         version = str(shadow.version)
         for ours, theirs in zip(sent, self._score_timed(SHADOW, jobs), strict=True):
             same_best = ours.order[0] == theirs.order[0]
-            self.metrics.shadow_change.labels(version).observe(_largest_change(ours, theirs))
-            self.metrics.shadow_same_best.labels(version).inc(same_best)
+            self.metrics.shadow.change.labels(version).observe(_largest_change(ours, theirs))
+            self.metrics.shadow.same_best.labels(version).inc(same_best)
 
 
 def _largest_change(one: RankedColumns, other: RankedColumns) -> float:

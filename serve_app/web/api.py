@@ -89,11 +89,9 @@ def make_api(
         name: of this ingress, part of the names of files that it writes.
         server_id: name of the server, in every answer; a request for another one gets HTTP 421.
     """
-    api = _new_app(replica)
+    api = _new_app(replica, served_log, name)
     api.state.max_rank_users = max_rank_users
     api.state.max_recommend_users = max_recommend_users
-    if served_log is not None:
-        api.state.served = ServedLog(served_log, name, api.state.counts)
 
     # a browser asks for the page before anybody can give it a key
     open_paths = OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
@@ -106,9 +104,8 @@ def make_api(
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(Draining, gate=api.state.gate)
     api.add_middleware(Addressee, server_id=server_id)
-    api.add_middleware(
-        RequestLog, metrics=api.state.counts, id_is_sent=id_is_sent, server_id=server_id
-    )
+    counts = api.state.counts
+    api.add_middleware(RequestLog, metrics=counts, id_is_sent=id_is_sent, server_id=server_id)
     if tracer is not None:
         api.add_middleware(TraceContext, tracer=tracer)
     add_error_handlers(api)
@@ -116,7 +113,7 @@ def make_api(
     return api
 
 
-def _new_app(replica: Replica) -> FastAPI:
+def _new_app(replica: Replica, served_log: ServedLogSettings | None, name: str) -> FastAPI:
     """An app without routes, and what its routes and layers share."""
     api = FastAPI(
         title="ULTRA-HSTU ranking",
@@ -131,6 +128,8 @@ def _new_app(replica: Replica) -> FastAPI:
     api.state.counts = metrics.IngressMetrics()
     api.state.gate = Gate()
     api.state.served = None
+    if served_log is not None:
+        api.state.served = ServedLog(served_log, name, api.state.counts)
     return api
 
 
