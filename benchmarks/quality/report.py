@@ -2,10 +2,11 @@
 LightGBM, by paired bootstrap.
 
     python -m benchmarks.quality.report NAME … --runs FILE --predictions FOLDER [--anchor GLOB]
+        [--beside NAME]
 
 A model's figure is the mean over its seeds. Its difference to LightGBM is taken on the same rows;
 the interval is that of 1,000 samples of users with replacement, in each of which both sides see the
-same users.
+same users. With `--beside` it is another run of the file that stands in LightGBM's place.
 """
 
 import argparse
@@ -190,21 +191,29 @@ def measure_differences(
     names: Sequence[str],
     runs_file: Path,
     predictions: Path,
-    anchors: Sequence[Path],
+    others: Sequence[Path] | str,
     split: str,
     samples: int,
 ) -> Figures:
-    """What each model gains over LightGBM on the same rows, by task and metric.
+    """What each model gains over `others` on the same rows, by task and metric: files of LightGBM's
+    predictions, or the name of another run.
 
     Returns:
         `models[name][task]["auc" | "ne"]` is (difference, low, high) of `paired_bootstrap`.
     """
+
+    def read_run(name: str) -> list[pa.Table]:
+        seeds = [run["seed"] for run in read_seeds(runs_file, name)]
+        return [read_ours(predictions / f"{name}-{seed}-{split}.parquet") for seed in seeds]
+
     models: Figures = {}
     for name in names:
-        found = read_seeds(runs_file, name)
-        tasks = found[0]["config"]["tasks"]
-        ours = [read_ours(predictions / f"{name}-{run['seed']}-{split}.parquet") for run in found]
-        theirs = [read_anchor(path, tasks) for path in anchors]
+        tasks = read_seeds(runs_file, name)[0]["config"]["tasks"]
+        ours = read_run(name)
+        if isinstance(others, str):
+            theirs = read_run(others)
+        else:
+            theirs = [read_anchor(path, tasks) for path in others]
         for other in (*ours[1:], *theirs):
             same_rows(ours[0], other, name)
 
@@ -217,7 +226,10 @@ def measure_differences(
             second = [side[f"logit.{task}"].to_numpy()[known] for side in theirs]
             models[name][task] = paired_bootstrap(first, second, labels, users[known], samples)
 
-    return {"split": split, "samples": samples, "anchors": len(anchors), "models": models}
+    found: Figures = {"split": split, "samples": samples, "models": models}
+    if isinstance(others, str):
+        return found | {"beside": others}
+    return found | {"anchors": len(others)}
 
 
 def difference_text(differences: Figures) -> list[str]:
@@ -231,9 +243,13 @@ def difference_text(differences: Figures) -> list[str]:
         rows.append([name, *cells])
 
     first = next(iter(differences["models"].values()))
+    if "beside" in differences:
+        against = differences["beside"]
+    else:
+        seeds = differences["anchors"]
+        against = f"LightGBM with history features ({seeds} seeds, `make bench-anchor`)"
     return [
-        f"Against LightGBM with history features ({differences['anchors']} seeds, "
-        f"`make bench-anchor`), paired bootstrap of {differences['samples']:,} samples over users, "
+        f"Against {against}, paired bootstrap of {differences['samples']:,} samples over users, "
         "mean over seeds on both sides:",
         table(["ΔAUC; ΔNE [95 %]", *first], rows),
     ]
@@ -291,6 +307,7 @@ def main() -> None:
         default="runs/anchor/lightgbm_history_seed*.parquet",
         help="of make bench-anchor",
     )
+    parser.add_argument("--beside", metavar="NAME", help="a run to compare with, not LightGBM")
     parser.add_argument("--split", choices=["val", "test"], default="test")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--section", default="quality", help="name of the section of RESULTS.md")
@@ -300,7 +317,7 @@ def main() -> None:
 
     differences = None
     if options.predictions:
-        anchors = sorted(Path().glob(options.anchor))
+        anchors = options.beside or sorted(Path().glob(options.anchor))
         if not anchors:
             raise SystemExit(f"error: no {options.anchor}: run make bench-anchor first")
         differences = measure_differences(

@@ -15,10 +15,13 @@ many small runs.
     ultra_hstu-int4
     ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as
     ultra_hstu-window_0 …
+    taught: {distilled: {by: ultra_hstu, seeds: [0, 1, 2, 3, 4], weight: 0.5}}  # a run whose labels
+    are half those of other runs' mean (benchmarks.quality.distil); it waits for them
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -26,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +41,10 @@ import torch
 import yaml
 
 from benchmarks.machine import environment
+from benchmarks.quality.distil import TaughtLoader, Teacher, score_training, write_scores
 from benchmarks.report import RUNS
 from pipeline import config
-from pipeline.batches.features import fit_features
+from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
 from pipeline.config import ConfigError, RunConfig, ServeConfig, UserError
@@ -51,6 +55,16 @@ from pipeline.model.encoders import check_model
 from pipeline.model.inference.quantize import as_served
 from pipeline.sequences import store
 from pipeline.train import loop
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Whose mean takes part in a run's labels, and by how much."""
+
+    by: str  # a run of the plan
+    seeds: tuple[int, ...]
+    weight: float
+    scores: tuple[Path, ...] = ()  # where each of these leaves what it thinks of the training rows
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,30 @@ class PlannedRun:
     out: Path
     predictions: Path | None
     served: dict[str, ServeConfig]  # ways to serve the same weights that are scored too
+    taught: Taught | None = None
+    teaches: Path | None = None  # where it leaves its scores of the training rows, for others
+
+    @property
+    def is_ready(self) -> bool:
+        """False while a teacher of it has not finished."""
+        return self.taught is None or all(path.exists() for path in self.taught.scores)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its figures depend on."""
+        found = settings_of(self.cfg)
+        if self.taught is not None:
+            taught = self.taught
+            found["taught"] = {
+                "by": taught.by,
+                "seeds": list(taught.seeds),
+                "weight": taught.weight,
+            }
+        return found
 
 
 # needed, allowed
-PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "served", "ablate"}
+PLAN_KEYS = {"config", "runs"}, {"config", "runs", "set", "splits", "served", "ablate", "taught"}
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
@@ -77,7 +111,7 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
     Raises:
         ConfigError: the file is no plan, or a configuration of it is not valid.
     """
-    plan = _read(path)
+    plan = read_plan_file(path)
     shared = plan.get("set", {})
     configs = {}
     for name, changes in plan["runs"].items():
@@ -89,6 +123,7 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
     for key, names in (
         ("ablate", [plan["ablate"]] if "ablate" in plan else []),
         ("served", plan.get("served", {})),
+        ("taught", plan.get("taught", {})),
     ):
         for name in names:
             if name not in configs:
@@ -105,7 +140,7 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]
 
 def plan_splits(path: Path) -> tuple[str, ...]:
     """Which split the plan's runs are scored on; validation where it does not say."""
-    splits = tuple(_read(path).get("splits", ["val"]))
+    splits = tuple(read_plan_file(path).get("splits", ["val"]))
     if not set(splits) <= {"val", "test"}:
         raise ConfigError(f"plan {path}: splits must be of val and test, got {list(splits)}")
     return splits
@@ -114,14 +149,44 @@ def plan_splits(path: Path) -> tuple[str, ...]:
 def plan_served(path: Path) -> dict[str, dict[str, ServeConfig]]:
     """By run, the further ways in which its weights are scored: what `serve` would be there."""
     found = {}
-    for name, ways in _read(path).get("served", {}).items():
+    for name, ways in read_plan_file(path).get("served", {}).items():
         found[name] = {
             way: config.from_dict({"serve": settings}).serve for way, settings in ways.items()
         }
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def plan_taught(path: Path, runs: Sequence[str]) -> dict[str, Taught]:
+    """By run, who teaches it.
+
+    Raises:
+        ConfigError: a teacher is not in the plan or is taught itself, or the weight is not within
+        0 and 1.
+    """
+    found = {}
+    plan = read_plan_file(path).get("taught", {})
+    for name, said in plan.items():
+        if said.keys() != {"by", "seeds", "weight"} or not said["seeds"]:
+            raise ConfigError(f"plan {path}: taught.{name} needs by, seeds and weight, got {said}")
+        if said["by"] not in runs or said["by"] in plan:
+            raise ConfigError(
+                f"plan {path}: taught.{name}.by must be a run that is not taught, got {said['by']}"
+            )
+        if not 0 < said["weight"] <= 1:
+            raise ConfigError(
+                f"plan {path}: taught.{name}.weight must be above 0 and at most 1, got "
+                f"{said['weight']}"
+            )
+        found[name] = Taught(said["by"], tuple(said["seeds"]), said["weight"])
+    return found
+
+
+def read_plan_file(path: Path) -> dict[str, Any]:
+    """The plan as it is written.
+
+    Raises:
+        ConfigError: the file is no plan.
+    """
     try:
         plan = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -150,7 +215,7 @@ def finished(run: PlannedRun) -> bool:
 
     (saved,) = named
     same = (
-        saved["config"] == settings_of(run.cfg)
+        saved["config"] == run.settings
         and saved["sequences"] == store.read_manifest(run.store).digest
     )
     if not same or not {f"{split}/rows" for split in run.splits} <= saved["metrics"].keys():
@@ -162,12 +227,13 @@ def finished(run: PlannedRun) -> bool:
 
 
 def settings_of(cfg: RunConfig) -> dict[str, Any]:
-    """What a run's figures depend on."""
-    saved = config.to_dict(cfg)
-    return {
-        key: saved[key]
-        for key in ("source", "split", "tasks", "features", "model", "train", "evaluate")
-    }
+    """What a run's figures depend on; sections that are as they come are left out, but for those
+    that older lines have.
+    """
+    saved, plain = config.to_dict(cfg), config.to_dict(RunConfig())
+    keys = ["source", "split", "tasks", "features", "model", "train", "evaluate"]
+    keys += [key for key in ("retrieval", "examples") if saved[key] != plain[key]]
+    return {key: saved[key] for key in keys}
 
 
 def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
@@ -186,7 +252,7 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
         cfg.sequence_dir.symlink_to(Path(run.store).absolute())
         digest = store.read_manifest(cfg.sequence_dir).digest
         maps = fit_features(cfg)
-        loader = TrainLoader(cfg, maps, step_plan(cfg))
+        loader = run_loader(run, cfg, maps)
         prepared = time.perf_counter()
         model = loop.train(
             cfg,
@@ -204,6 +270,9 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
         }
         model.zero_grad(set_to_none=True)
         loaded = LoadedModel(model.eval(), cfg, maps, {})
+        if run.teaches is not None:
+            plain = TrainLoader(cfg, maps, loader.plan)
+            write_scores(score_training(model, plain, cfg.tasks, run.device), run.teaches)
         scores = {}  # by name
         for way, limits in {"": ServeConfig(), **run.served}.items():
             scored = replace(loaded, model=copy.deepcopy(loaded.model))
@@ -237,11 +306,19 @@ def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
                 line["step"]: round(line["train/loss"], 5)
                 for line in lines[:: max(len(lines) // 20, 1)]
             },
-            "config": settings_of(run.cfg),
+            "config": run.settings,
         }
         append_run(run.out, result)
         results.append(result)
     return results
+
+
+def run_loader(run: PlannedRun, cfg: RunConfig, maps: FeatureMaps) -> TrainLoader:
+    """The loader of a run, of one that is taught with the teachers' mean in its labels."""
+    if run.taught is None:
+        return TrainLoader(cfg, maps, step_plan(cfg))
+    teacher = Teacher.of(run.taught.scores, cfg.tasks)
+    return TaughtLoader(cfg, maps, step_plan(cfg), teacher, run.taught.weight)
 
 
 def score(run: PlannedRun, loaded: LoadedModel, name: str) -> dict[str, float]:
@@ -298,7 +375,10 @@ def main() -> None:
     )
     parser.add_argument("--store", required=True, help="published sequences, runs/<name>/sequences")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="runs of the plans; all of them if absent"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="runs of the plans, all seeds of one before the next; if absent all of them, by seed",
     )
     parser.add_argument(
         "--set",
@@ -320,53 +400,128 @@ def main() -> None:
         default=None,
         help="folder of the predictions, if they are wanted",
     )
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        default=Path("runs/teachers"),
+        help="folder of what the runs that teach others think of the training rows",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="no run begins that would end later, by the longest so far",
+    )
     options = parser.parse_args()
     try:
-        runs = [run for plan in options.plans for run in planned(plan, options)]
-        unknown = set(options.only or ()) - {run.cfg.name for run in runs}
-        if unknown:
-            raise ConfigError(
-                f"--only {sorted(unknown)}: the plans have {sorted({run.cfg.name for run in runs})}"
-            )
-        runs = [run for run in runs if not options.only or run.cfg.name in options.only]
+        runs = chosen_runs(options.plans, options)
         waiting = [run for run in runs if not finished(run)]
+        refuse_lost_teachers(waiting)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
-    sys.exit(run_all(waiting, options.processes))
+    sys.exit(min(run_all(waiting, options.processes, options.budget), 1))
 
 
 def planned(plan: Path, options: argparse.Namespace) -> list[PlannedRun]:
     """Seed by seed: a call cut short leaves whole seeds of every configuration."""
     configs, splits = read_plan(plan, options.overrides), plan_splits(plan)
     where = str(plan), options.store, options.device, splits, options.out, options.predictions
-    served = plan_served(plan)
-    return [
-        PlannedRun(replace(cfg, seed=seed), *where, served.get(name, {}))
-        for seed in options.seeds
-        for name, cfg in configs.items()
-    ]
+    served, taught = plan_served(plan), plan_taught(plan, list(configs))
+    digest = store.read_manifest(options.store).digest if taught else ""
+
+    def scores_path(name: str, seed: int) -> Path:
+        facts = [settings_of(configs[name]), digest]
+        made_of = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        return options.teachers / f"{name}-{seed}-{made_of}.parquet"
+
+    teaching = {(one.by, seed) for one in taught.values() for seed in one.seeds}
+    found = []
+    for seed in options.seeds:
+        for name, cfg in configs.items():
+            run = PlannedRun(replace(cfg, seed=seed), *where, served.get(name, {}))
+            if name in taught:
+                paths = [scores_path(taught[name].by, one) for one in taught[name].seeds]
+                run = replace(run, taught=replace(taught[name], scores=tuple(paths)))
+            if (name, seed) in teaching:
+                run = replace(run, teaches=scores_path(name, seed))
+            found.append(run)
+    return found
 
 
-def run_all(runs: Sequence[PlannedRun], processes: int) -> int:
-    """All runs, `processes` at a time; one that fails does not stop the others.
+def chosen_runs(plans: Sequence[Path], options: argparse.Namespace) -> list[PlannedRun]:
+    """The runs of the plans that `--only` names, in its order; all of them where it is absent.
 
-    Returns the number that failed.
+    Raises:
+        ConfigError: it names one that no plan has.
     """
-    failed = 0
+    runs = [run for plan in plans for run in planned(plan, options)]
+    if not options.only:
+        return runs
+    names = {run.cfg.name for run in runs}
+    unknown = set(options.only) - names
+    if unknown:
+        raise ConfigError(f"--only {sorted(unknown)}: the plans have {sorted(names)}")
+    return [run for name in options.only for run in runs if run.cfg.name == name]
+
+
+def refuse_lost_teachers(waiting: Sequence[PlannedRun]) -> None:
+    """Raises UserError where a run would wait for a teacher that is not to come."""
+    coming = {run.teaches for run in waiting}
+    for run in waiting:
+        scores = () if run.taught is None else run.taught.scores
+        for path in scores:
+            if not path.exists() and path not in coming:
+                raise UserError(
+                    f"{run.cfg.name}: what its teacher thinks, {path}, is not there and no run of "
+                    "this call writes it: name the teacher and all its seeds too, and remove its "
+                    f"lines from {run.out}"
+                )
+
+
+def run_all(runs: Sequence[PlannedRun], processes: int, budget_s: float | None = None) -> int:
+    """All runs, `processes` at a time, each when its teachers have finished; one that fails does
+    not stop the others. None begins that would end after `budget_s` seconds if it took as long as
+    the longest so far.
+
+    Returns the number that failed or did not begin.
+    """
+    begin, longest, failed = time.monotonic(), 0.0, 0
+    waiting = list(runs)
+    running: dict[Future, tuple[PlannedRun, float]] = {}
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        futures = {pool.submit(carry_out, run): run for run in runs}
-        for future in as_completed(futures):
-            run, error = futures[future], future.exception()
-            if error is None:
-                for result in future.result():
-                    print(line(result, run.splits[-1], run.cfg.tasks), flush=True)
-            else:
-                failed += 1
-                print(f"{run.cfg.name} seed {run.cfg.seed} failed:", flush=True)
-                traceback.print_exception(error)
-    return failed
+        while True:
+            now = time.monotonic()
+            in_time = budget_s is None or now - begin + longest < budget_s
+            ready = [run for run in waiting if in_time and run.is_ready]
+            for run in ready[: processes - len(running)]:
+                waiting.remove(run)
+                running[pool.submit(carry_out, run)] = run, now
+            if not running:
+                break
+
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                run, began = running.pop(future)
+                longest = max(longest, time.monotonic() - began)
+                failed += not tell_end(run, future)
+
+    for run in waiting:
+        print(f"{run.cfg.name} seed {run.cfg.seed} did not begin", flush=True)
+    return failed + len(waiting)
+
+
+def tell_end(run: PlannedRun, future: Future) -> bool:
+    """Print what a run came to; False where it failed."""
+    error = future.exception()
+    if error is None:
+        for result in future.result():
+            print(line(result, run.splits[-1], run.cfg.tasks), flush=True)
+        return True
+    print(f"{run.cfg.name} seed {run.cfg.seed} failed:", flush=True)
+    traceback.print_exception(error)
+    return False
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class TrainLoader:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[SequenceBatch]:
         """The steps of `epoch` from `first_step` on."""
         shares = self.epoch_shares(epoch, first_step)
-        return made_ahead(self._batch, shares, self.cfg.train.loader_threads)
+        return made_ahead(self.share_batch, shares, self.cfg.train.loader_threads)
 
     def epoch_shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
         """This rank's part of each step, of which the batches are made."""
@@ -151,7 +151,8 @@ class TrainLoader:
         examples = cut_histories(pool.users, chosen, cut, self.cfg.train)
         return Share(pool.users, examples, idle, pool.epoch, cut)
 
-    def _batch(self, share: Share) -> SequenceBatch:
+    def share_batch(self, share: Share) -> SequenceBatch:
+        """The batch of this rank's part of a step."""
         batch = example_batch(
             share.users,
             share.examples,

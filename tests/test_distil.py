@@ -1,0 +1,182 @@
+"""An ensemble distilled into one model, and the choice on validation that leads to its test."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from benchmarks.quality import choose, report, train_plan
+from benchmarks.quality.distil import TaughtLoader, Teacher
+from pipeline import config
+from pipeline.batches.features import fit_features
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.steps import step_plan
+from pipeline.config import ConfigError, UserError
+from pipeline.figures import read_runs
+from tests.worlds.tiny import publish_sequences, tiny_config
+
+
+@pytest.fixture(scope="module")
+def taught_plan(tmp_path_factory):
+    """A plan of two teachers and what they teach, carried out; its folder and settings."""
+    folder = tmp_path_factory.mktemp("taught")
+    cfg = tiny_config(folder / "runs", train={"batch_users": 8, "epochs": 1})
+    publish_sequences(cfg)
+    (folder / "preset.yaml").write_text(yaml.safe_dump(config.to_dict(cfg)))
+    plan = {
+        "config": str(folder / "preset.yaml"),
+        "runs": {"taught": {}, "plain": {}},  # the one that waits stands first
+        "taught": {"taught": {"by": "plain", "seeds": [0, 1], "weight": 0.5}},
+    }
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    options = argparse.Namespace(
+        overrides=[],
+        seeds=[0, 1],
+        store=str(cfg.sequence_dir),
+        device="cpu",
+        out=folder / "out.jsonl",
+        predictions=folder / "predictions",
+        teachers=folder / "teachers",
+    )
+    runs = train_plan.planned(folder / "plan.yaml", options)
+    return cfg, runs
+
+
+def test_a_teacher_is_the_mean_of_what_its_models_think_of_each_training_row(taught_plan):
+    cfg, runs = taught_plan
+    teachers = [run for run in runs if run.cfg.name == "plain"]
+    student = next(run for run in runs if run.cfg.name == "taught")
+    assert not student.is_ready
+    for run in teachers:
+        train_plan.carry_out(run)
+    assert student.is_ready and student.taught is not None
+
+    maps = fit_features(cfg)
+    plain = TrainLoader(cfg, maps, step_plan(cfg))
+    teacher = Teacher.of(student.taught.scores, cfg.tasks)
+    taught = TaughtLoader(cfg, maps, plain.plan, teacher, 0.25)
+    tables = [pq.read_table(path) for path in student.taught.scores]
+    by_row = {}
+    for row in range(len(tables[0])):
+        key = tables[0]["user_id"][row].as_py(), tables[0]["position"][row].as_py()
+        pair = [table[f"score.{cfg.tasks[0]}"][row].as_py() for table in tables]
+        by_row[key] = sum(pair) / 2
+
+    # every candidate of the epoch
+    seen = 0
+    for share, batch, other in zip(
+        plain.epoch_shares(0), plain.batches(0), taught.batches(0), strict=True
+    ):
+        examples = share.examples
+        at = 0
+        for user, begin, end in zip(
+            examples.user, examples.target_begin, examples.target_end, strict=True
+        ):
+            for row in range(begin, end):
+                key = int(share.users.user_id[user]), int(share.users.events.position[row])
+                expected = 0.75 * float(batch.labels[at, 0]) + 0.25 * by_row[key]
+                assert float(other.labels[at, 0]) == pytest.approx(expected, abs=1e-6)
+                at += 1
+        seen += at
+        assert np.array_equal(batch.label_weight, other.label_weight)
+    assert seen == len(by_row)
+
+    with pytest.raises(UserError, match="1 of 1 training rows were not scored"):
+        teacher.scores_of(np.array([10**9]), np.array([0]))
+
+
+def test_a_student_waits_for_its_teachers_and_says_who_they_were(taught_plan):
+    _, runs = taught_plan
+    waiting = [run for run in runs if not train_plan.finished(run)]
+    assert train_plan.run_all(waiting, 1, budget_s=0) == len(waiting)  # none begins
+    student = next(run for run in runs if run.cfg.name == "taught")
+    (line,) = train_plan.carry_out(student)
+    assert line["config"]["taught"] == {"by": "plain", "seeds": [0, 1], "weight": 0.5}
+    assert train_plan.finished(student)
+    plain = next(one for one in read_runs(student.out) if one["name"] == "plain")
+    assert "taught" not in plain["config"]
+    assert plain["losses"] != line["losses"]
+
+    # the one beside the other on the same rows
+    found = report.measure_differences(
+        ["plain"], student.out, student.predictions, "plain", "val", 5
+    )
+    assert found["beside"] == "plain"
+    assert found["models"]["plain"][student.cfg.tasks[0]]["auc"] == (0, 0, 0)
+    other = report.measure_differences(
+        ["taught"], student.out, student.predictions, "plain", "val", 5
+    )
+    assert other["models"]["taught"][student.cfg.tasks[0]]["ne"][0] != 0
+    assert "Against plain, paired bootstrap of 5 samples" in report.difference_text(other)[0]
+
+    # what it taught is gone, and its line is there: another student would wait for ever
+    other = next(run for run in runs if run.cfg.name == "taught" and not train_plan.finished(run))
+    train_plan.refuse_lost_teachers([other])
+    teacher = next(run for run in runs if run.teaches == student.taught.scores[0])
+    teacher.teaches.unlink()
+    with pytest.raises(UserError, match=r"taught: what its teacher thinks, .* is not there"):
+        train_plan.refuse_lost_teachers([other])
+    train_plan.refuse_lost_teachers([other, teacher])
+
+
+def test_a_plan_whose_teacher_is_taught_or_missing_is_refused(tmp_path):
+    def taught(**said: object) -> Path:
+        path = tmp_path / "plan.yaml"
+        path.write_text(
+            yaml.safe_dump({"config": "x.yaml", "runs": {"a": {}, "b": {}}, "taught": {"a": said}})
+        )
+        return path
+
+    right = {"by": "b", "seeds": [0], "weight": 0.5}
+    assert train_plan.plan_taught(taught(**right), ["a", "b"])["a"].seeds == (0,)
+    for change, message in (
+        ({"by": "a"}, "by must be a run that is not taught, got a"),
+        ({"weight": 0}, "weight must be above 0 and at most 1, got 0"),
+        ({"seeds": []}, "needs by, seeds and weight"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_plan.plan_taught(taught(**right | change), ["a", "b"])
+
+
+def validation_line(name: str, seed: int, auc: float) -> dict:
+    metrics = {"val/auc/x": auc, "val/ne/x": 1 - auc}
+    return {"name": name, "seed": seed, "config": {"tasks": ["x"]}, "metrics": metrics}
+
+
+def test_the_best_on_validation_is_of_the_seeds_that_all_have():
+    lines = []
+    for seed in range(3):
+        lines.append(validation_line("preset", seed, 0.70 + 0.01 * seed))
+        lines.append(validation_line("better", seed, 0.72 + 0.01 * seed))
+    lines.append(validation_line("preset", 3, 0.99))  # a seed that the other has not
+    lines.append(validation_line("lucky", 0, 0.98))  # too few
+
+    names = ["preset", "better", "lucky"]
+    best, preset = choose.compare_runs(lines, names, "preset", num_seeds=3)
+    assert (best.name, best.seeds, best.auc) == ("better", (0, 1, 2), pytest.approx(0.73))
+    assert preset.auc == pytest.approx(0.71)
+    assert best.gains == pytest.approx([0.02] * 3)
+    with pytest.raises(UserError, match="preset: it has 4 seeds of 5"):
+        choose.compare_runs(lines, names, "preset", num_seeds=5)
+
+
+def test_the_plan_of_the_test_has_the_best_with_its_teachers_and_the_one_beside():
+    plan = {
+        "config": "x.yaml",
+        "set": {"train.lr": 0.1},
+        "runs": {"preset": {}, "teacher": {"train.epochs": 2}, "taught": {"train.epochs": 3}},
+        "taught": {"taught": {"by": "teacher", "seeds": [0], "weight": 0.5}},
+    }
+    found = choose.plan_of_test(plan, "taught", "preset")
+    assert found["splits"] == ["test"]
+    assert found["set"] == {"train.lr": 0.1, "split.refit": True}
+    assert found["runs"] == {
+        "preset_test": {},
+        "teacher_test": {"train.epochs": 2},
+        "taught_test": {"train.epochs": 3},
+    }
+    assert found["taught"]["taught_test"]["by"] == "teacher_test"
+    assert list(choose.plan_of_test(plan, "preset", "preset")["runs"]) == ["preset_test"]
