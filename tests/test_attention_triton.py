@@ -133,16 +133,18 @@ def test_interpreted_kernels_equal_the_reference(name):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_interpreted_descriptors(monkeypatch):
+@pytest.mark.parametrize(("d_qk", "d_v"), [(16, 16), (20, 9)])
+def test_interpreted_descriptors(monkeypatch, d_qk, d_v):
     """The bulk copy engine's path, as on Hopper, of q, k, v that are slices of one tensor."""
     monkeypatch.setattr(triton_launch, "_is_hopper", lambda device: True)
     lengths, counts = [40, 9], [7, 0]
-    tensors, offsets, num_targets = make_inputs(lengths, counts)
+    tensors, offsets, num_targets = make_inputs(lengths, counts, d_qk=d_qk, d_v=d_v)
     mask = {"window": 6, "full_rows": 3, "num_targets": num_targets}
     truth = run(tensors, offsets, backend="reference", **mask)
     plan = TritonPlan(offsets, num_targets, None, sum(lengths), max(lengths), 6, 3, 0)
     together = torch.cat([x.flatten(1) for x in tensors[:3]], 1).float().requires_grad_()
-    q, k, v = (x.unflatten(1, (2, 16)) for x in together.split(32, 1))
+    parts = together.split([2 * d_qk, 2 * d_qk, 2 * d_v], 1)
+    q, k, v = (x.unflatten(1, (2, -1)) for x in parts)
     for _ in range(2):  # a plan serves several layers
         together.grad = None
         scale = {"attn_alpha": 0.5, "scaling_seq_len": 7}
@@ -190,6 +192,29 @@ def test_a_plan_goes_when_nothing_holds_it():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("widths", "on_hopper", "elsewhere"),
+    [
+        ((50, 25), (64, 64), (64, 32)),
+        ((25, 50), (64, 64), (32, 64)),
+        ((128, 16), (128, 64), (128, 16)),
+        ((64, 128), (64, 128), (64, 128)),
+        ((20, 9), (32, 32), (32, 16)),
+    ],
+)
+def test_narrow_heads_of_one_kernel_have_one_width(monkeypatch, widths, on_hopper, elsewhere):
+    """Two layouts of rows in shared memory, as of 64 and 32 numbers, came out of ptxas wrong."""
+    tensors, offsets, _ = make_inputs([40, 9], None, d_qk=widths[0], d_v=widths[1])
+    operands = tuple(x.bfloat16() for x in tensors[:3])
+    for hopper, expected in ((True, on_hopper), (False, elsewhere)):
+        monkeypatch.setattr(triton_launch, "_is_hopper", lambda device, hopper=hopper: hopper)
+        plan = TritonPlan(offsets, None, None, 49, 40, 6, 3, 0)
+        problem, fit = triton_launch.find_problem(operands, plan, 0.5, 7)
+        assert (problem.d_qk, problem.d_v) == expected
+        assert [x.shape[2] for x in fit] == [expected[0], expected[0], expected[1]]
+        assert not any(x[..., width:].any() for x, width in zip(fit[::2], widths, strict=True))
 
 
 def test_every_argument_of_a_kernel_is_named_once():

@@ -140,7 +140,8 @@ def parity_cases() -> list[Case]:
         Case((9000,), None, heads=1),
     ]
     some = [((700, 77), (70, 7), prefixed, "random"), ((1100, 63), None, {}, "")]
-    widths = [(64, 64), (32, 32), (16, 16), (256, 256), (50, 25), (25, 50), (64, 128), (128, 64)]
+    widths = [(64, 64), (32, 32), (16, 16), (256, 256), (64, 128), (128, 64)]
+    widths += [(50, 25), (25, 50), (128, 20), (20, 9)]  # padded, to one width where narrow
     for d_qk, d_v in widths:
         cases += [Case(*x, heads=2, d_qk=d_qk, d_v=d_v) for x in some]
     for dtype in ("float16", "float32"):

@@ -32,6 +32,10 @@ OPERANDS = {
     "backward_queries": ("q", "k", "v", "grad"),
     "backward_keys": ("q", "k", "v", "grad"),
 }
+# From so many numbers on, the rows of a tile are laid out in shared memory in one way; narrower
+# ones each in a way of their own. ptxas 12.8 makes wrong addresses of two ways in one kernel
+# (benchmarks/NOTES.md), so that narrow operands are padded to one width.
+ONE_LAYOUT = 64
 ROW_OPERANDS = ("q", "grad")  # read in tiles of rows, the others in tiles of keys
 STRIDES = {"q": "q", "k": "k", "v": "v", "grad": "g", "own_k": "o", "own_v": "p"}
 PARTIALS = {  # the names of partial sums
@@ -173,7 +177,9 @@ def find_problem(
         return problem, operands
 
     hopper = _is_hopper(q.device)
-    operands = tuple([_fit_operand(x, hopper) for x in operands])
+    widths = _fit_widths(operands, hopper)
+    pairs = zip(operands, widths, strict=True)
+    operands = tuple([_fit_operand(x, width, hopper) for x, width in pairs])
     key = _forms_of(operands), rest
     if key not in plan.problems:
         q, _, v, *_ = operands
@@ -201,12 +207,26 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _fit_operand(x: Tensor, hopper: bool) -> Tensor:
-    """`x` [T, H, W] as the kernels read it: W a power of two, dense.
+def _fit_widths(operands: tuple[Tensor, ...], hopper: bool) -> list[int]:
+    """Widths of the operands' heads as the kernels read them, powers of two.
+
+    On Hopper none is narrower than both the widest and ONE_LAYOUT:
+
+        q and k, v     50, 25    128, 16    25, 50    20, 20
+        as read        64, 64    128, 64    64, 64    32, 32
+    """
+    widths = [max(16, next_power_of_2(x.shape[2])) for x in operands]
+    if hopper:
+        narrowest = min(max(widths), ONE_LAYOUT)
+        widths = [max(width, narrowest) for width in widths]
+    return widths
+
+
+def _fit_operand(x: Tensor, width: int, hopper: bool) -> Tensor:
+    """`x` [T, H, W] as the kernels read it: `width` wide, dense.
 
     For descriptors, heads are packed and rows are a multiple of 16 bytes.
     """
-    width = max(16, next_power_of_2(x.shape[2]))
     if width != x.shape[2]:
         return F.pad(x, (0, width - x.shape[2]))
     if x.stride(2) != 1:
