@@ -23,7 +23,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline.sequences.upkeep import maintenance
 
     cfg = job.cfg
-    manifest = maintenance.published_with(cfg)
+    manifest = maintenance.published_with(cfg.sequence_dir, cfg.source, cfg.sequences)
     since_ms = maintenance.oldest_kept_ms(cfg.sequences, cfg.sequence_dir, manifest)
     return {"parts": len(manifest.parts), "rows": manifest.rows_in, "drops_before_ms": since_ms}
 

@@ -53,7 +53,7 @@ def run_job(job: cli.Job) -> None:
         if options.evaluate:
             tell = log_nothing if tracker is None else tracker.log_evaluation
             with evaluation_cluster(cfg):
-                compared.evaluate_missing(cfg, runs, options.split, tell)
+                compared.evaluate_missing(cfg.runs_dir, runs, cfg.evaluate, options.split, tell)
 
         comparison = comparison_page.compare_runs(
             cfg, runs, options.split, options.samples, with_item_rate=options.item_rate

@@ -47,7 +47,7 @@ def run_job(job: cli.Job) -> None:
     with evaluation_cluster(cfg):
         metrics = evaluator.evaluate_model(cfg, model_dir, options.splits, options.name)
     if not options.no_tracking and tracking.is_tracked(model_dir):
-        name = evaluator.evaluation_name(cfg, options.name)
+        name = evaluator.evaluation_name(cfg.evaluate, options.name)
         folder = evaluator.evaluation_folder(cfg, options.name)
         with tracking.session(cfg) as tracker:
             tracker.log_evaluation(model_dir, metrics, folder, name)

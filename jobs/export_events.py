@@ -35,7 +35,7 @@ def run_job(job: cli.Job) -> None:
 
     cfg, served = job.cfg, None
     if cfg.serve.exposures is not None:
-        served = ServedAnswers(served_folder(cfg), cfg.serve.exposures)
+        served = ServedAnswers(served_folder(cfg.serve, cfg.run_dir), cfg.serve.exposures)
     done = export_events(cfg.source, cfg.sequences, cfg.run_dir, log, served)
     print(
         f"file={done.path} events={done.num_events} exposures={done.num_exposures} "

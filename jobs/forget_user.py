@@ -34,14 +34,16 @@ def run_job(job: cli.Job) -> None:
     from serve_app.ranking.rollout import open_events
 
     cfg, serving = job.cfg, job.cfg.run_dir / "serving"
-    text = "user_id" in maintenance.published_with(cfg).text_ids
+    published = maintenance.published_with(cfg.sequence_dir, cfg.source, cfg.sequences)
+    text = "user_id" in published.text_ids
     users = read_users(job.options.user, job.options.users_file, text=text)
 
     removed = maintenance.forget_users(cfg, users)
     if cfg.serve.redis_url is not None or serving.exists():
         removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
-    removed["served_rows"] = forget_served(deployment.served_folder(cfg), users.tolist())
+    served = deployment.served_folder(cfg.serve, cfg.run_dir)
+    removed["served_rows"] = forget_served(served, users.tolist())
 
     removed["models"] = tracking.forget_in_folders(cfg.run_dir, users)
     renamed = tracking.forget_in_cache(deployment.cache_folder(cfg.runs_dir), cfg.name, users)
@@ -86,7 +88,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline.sequences.upkeep import maintenance
 
     cfg = job.cfg
-    manifest = maintenance.published_with(cfg)
+    manifest = maintenance.published_with(cfg.sequence_dir, cfg.source, cfg.sequences)
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {
         "sequences": str(cfg.sequence_dir),

@@ -81,7 +81,7 @@ def run_job(job: cli.Job) -> None:
 
     cfg = job.cfg
     looped = job.options.loop is not None
-    check_loop(cfg, looped=looped, promote_if=job.options.promote_if)
+    check_options(job)
     check_settings(cfg)
     baseline = None
     if job.options.beside:
@@ -127,20 +127,21 @@ def run_job(job: cli.Job) -> None:
     print(f"all of it in {path}")
 
 
-def check_loop(cfg: RunConfig, *, looped: bool, promote_if: str | None) -> None:
+def check_options(job: cli.Job) -> None:
     """Say now what a turn of the loop would find later.
 
     Raises:
         UserError: the logs are of its user's own, or `--promote-if` names no task or has no
             `--loop`.
     """
+    looped, promote_if = job.options.loop is not None, job.options.promote_if
     if promote_if is not None and not looped:
         raise UserError("--promote-if goes with --loop; for a server that runs see jobs.verdict")
-    cli.require_task(cfg.tasks, promote_if)
+    cli.require_task(job.cfg.tasks, promote_if)
     if looped:
         from serve_app.feedback import turn
 
-        turn.refuse_real_logs(cfg.source.kind)
+        turn.refuse_real_logs(job.cfg.source.kind)
 
 
 def check_settings(cfg: RunConfig) -> None:
@@ -519,8 +520,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import logs
 
     cfg = job.cfg
-    looped = job.options.loop is not None
-    check_loop(cfg, looped=looped, promote_if=job.options.promote_if)
+    check_options(job)
     check_settings(cfg)
     return {
         "import_logs": logs.plan_import(cfg),

@@ -60,7 +60,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from serve_app.deployment import served_folder
 
     version = find_canary(job.cfg.serve.canary, job.options.canary)
-    return {"canary": version, "reads": served_folder(job.cfg)}
+    return {"canary": version, "reads": served_folder(job.cfg.serve, job.cfg.run_dir)}
 
 
 if __name__ == "__main__":

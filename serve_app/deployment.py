@@ -126,9 +126,9 @@ def serve_config(
     return filled
 
 
-def served_folder(cfg: RunConfig) -> str:
+def served_folder(settings: ServeConfig, run_dir: Path) -> str:
     """Where the served log of a run lies: a folder or s3://…"""
-    return cfg.serve.served_folder or str(cfg.run_dir / "serving" / "served")
+    return settings.served_folder or str(run_dir / "serving" / "served")
 
 
 def _served_log(settings: ServeConfig, serving: str) -> dict[str, Any] | None:

@@ -217,5 +217,5 @@ def test_what_has_no_predictions_is_scored_and_the_rest_is_left(tmp_path: Path) 
         told.append((model_dir, {"val/ne/is_click", "test/ne/is_click"} <= metrics.keys()))
 
     for _ in range(2):  # the second time there is nothing to do
-        evaluate_missing(cfg, ["one", "not trained"], "val", tell)
+        evaluate_missing(cfg.runs_dir, ["one", "not trained"], cfg.evaluate, "val", tell)
     assert told == [(trained.model_dir, True)]

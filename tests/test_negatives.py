@@ -79,7 +79,7 @@ def test_labels_that_are_all_alike_are_refused_before_training(world: RunConfig)
     for known, positive, words in ((0, 0, "known in no row"), (9, 0, "is 0 in all 9 rows")):
         counts = TaskCounts(np.array([known]), np.array([positive]))
         with pytest.raises(UserError, match=f"tasks: click is {words}".replace("is is", "is")):
-            refuse_one_class(with_draws(world, 4), counts)
+            refuse_one_class(["click"], counts, world.split, 4)
 
 
 def test_drawn_items_are_none_of_the_users_own_up_to_the_moment(world: RunConfig) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import config
 from pipeline.evaluate.metrics import TaskMetrics
+from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from tests.support import reference
 from tests.support.reference import configuration, http, jobs, metrics
 
@@ -91,3 +92,8 @@ def test_every_metric_is_on_the_page():
 
     page = committed("metrics.md")
     assert [m.name for m in metrics.server_metrics() if f"`{m.name}`" not in page] == []
+
+    # a group of metrics in an object of its own is registered all the same
+    exported = [*IngressMetrics().registry.collect(), *ReplicaMetrics().registry.collect()]
+    found = {metric.family.name for metric in metrics.server_metrics()}
+    assert {family.name for family in exported} <= found

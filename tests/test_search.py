@@ -209,7 +209,7 @@ def test_results_are_read_from_the_files_best_first(searched: RunConfig, tmp_pat
     assert second.startswith("results-tune-01") and "0.50 epochs  ended early" in second
 
     base = replace(searched, name="results", train=replace(searched.train, num_workers=2))
-    write_preset(base, best, tmp_path / "best.yaml")
+    write_preset(best, tmp_path / "best.yaml", base.runs_dir, base.train.num_workers)
     preset = config.load(tmp_path / "best.yaml")
     assert preset.name == good.name and preset.train.lr == 0.01
     assert (preset.runs_dir, preset.train.num_workers) == (base.runs_dir, 2)

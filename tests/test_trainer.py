@@ -288,7 +288,7 @@ def test_features_and_steps_of_a_large_store_are_counted_by_tasks(
 
     monkeypatch.setattr(trainer, "LARGE_STORE", 0)
     cfg = replace(trained, train=replace(trained.train, readers=2))
-    with trainer._store_workers(cfg) as run:
+    with trainer._store_workers(cfg.sequence_dir, cfg.ray, cfg.runs_dir) as run:
         assert step_plan(cfg, run=run) == step_plan(cfg)
         fit_features(cfg, run).save(tmp_path)
     assert saved_features(tmp_path) == saved_features(trained.train_dir)

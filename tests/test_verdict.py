@@ -161,7 +161,7 @@ def test_a_version_on_trial_is_promoted_by_clicks_and_then_by_the_gate(
             events.append(Event(**key, **said))
         open_events(cfg.serve, cfg.run_dir / "serving").append(events)
 
-        folder = Path(deployment.served_folder(cfg))
+        folder = Path(deployment.served_folder(cfg.serve, cfg.run_dir))
         folder.mkdir(parents=True)
         rows = served_rows(answers, {"champion": 5.0, "canary": 6.0})
         pq.write_table(rows, folder / "ingress-1-0.parquet")

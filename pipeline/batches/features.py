@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.batches.counts import LabelCounts, search_sorted
 from pipeline.batches.passes import pass_over, run_here
-from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
+from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, SplitConfig, UserError
 from pipeline.logs.arrow_errors import reading_file
 from pipeline.schema import NAMED_IDS, EventColumns
 from pipeline.sequences import arrow_lists, store
@@ -308,21 +308,28 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
         text_ids=tuple(name for name in NAMED_IDS if name in text_ids),
     )
     if cfg.retrieval.enabled:
-        look = partial(_count_next_items, maps=maps, cfg=cfg)
+        look = partial(
+            _count_next_items,
+            maps=maps,
+            bits=positive_bits(cfg.source.actions, cfg.retrieval.positives),
+            end_ms=cfg.split.train_end_ms,
+            timed_only=cfg.train.history_label_weight == 0,
+        )
         found = pass_over("counting next items", look, cfg.sequence_dir, run)
         maps = replace(maps, next_count=np.sum(found, axis=0))
     return _with_counts(maps, cfg, run) if cfg.features.dense else maps
 
 
-def _count_next_items(table: pa.Table, maps: FeatureMaps, cfg: RunConfig) -> np.ndarray:
-    """int64 [I + 1]: a bucket's events in the training period of each item that
-    `retrieval.positives` names.
+def _count_next_items(
+    table: pa.Table, maps: FeatureMaps, bits: int, end_ms: int, *, timed_only: bool
+) -> np.ndarray:
+    """int64 [I + 1]: a bucket's events before `end_ms` of each item that count by `bits`, those of
+    `retrieval.positives`.
     """
-    bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
     names = ("event_time", "action_mask", "known_mask")
     time, action, known = (arrow_lists.flat_column(table, name) for name in names)
-    chosen = (time < cfg.split.train_end_ms) & positive_rows(action, known, bits)
-    if cfg.train.history_label_weight == 0:
+    chosen = (time < end_ms) & positive_rows(action, known, bits)
+    if timed_only:
         chosen &= ~arrow_lists.flat_column(table, "order_only")
     rows = maps.item_rows(arrow_lists.flat_column(table, "item_id")[chosen])
     return np.bincount(rows, minlength=len(maps.item_ids) + 1)
@@ -380,7 +387,13 @@ def _with_counts(maps: FeatureMaps, cfg: RunConfig, run: "Workers") -> FeatureMa
                 f"values, more than the {MOST_GROUPS:,} that are told apart"
             )
 
-    look = partial(_count_labels, maps=maps, cfg=cfg)
+    look = partial(
+        _count_labels,
+        maps=maps,
+        features=cfg.features,
+        end_ms=cfg.split.train_end_ms,
+        task_bits=cfg.task_bits,
+    )
     buckets = pass_over("counting labels", look, cfg.sequence_dir, run)
 
     row_rates = {}
@@ -404,23 +417,30 @@ class _BucketLabels:
     counts: dict[str, LabelCounts]  # of each dense feature that is not the user's own
 
 
-def _count_labels(table: pa.Table, maps: FeatureMaps, cfg: RunConfig) -> _BucketLabels:
-    stored = [name for name in cfg.features.request if name != "hour"]
+def _count_labels(
+    table: pa.Table,
+    maps: FeatureMaps,
+    features: FeatureConfig,
+    end_ms: int,
+    task_bits: Sequence[int],
+) -> _BucketLabels:
+    """Those of the bucket's rows before `end_ms`."""
+    stored = [name for name in features.request if name != "hour"]
     names = ("item_id", "event_time", "order_only", "action_mask", "known_mask", *stored)
-    training = arrow_lists.flat_column(table, "event_time") < cfg.split.train_end_ms
+    training = arrow_lists.flat_column(table, "event_time") < end_ms
     flat = {name: arrow_lists.flat_column(table, name)[training] for name in names}
 
-    labels = label_counts(flat["action_mask"], flat["known_mask"], cfg.task_bits)
+    labels = label_counts(flat["action_mask"], flat["known_mask"], task_bits)
     item_rows = maps.item_rows(flat["item_id"])
-    step = flat["event_time"] // (cfg.features.dense_step_minutes * MS_PER_MINUTE)
+    step = flat["event_time"] // (features.dense_step_minutes * MS_PER_MINUTE)
 
     totals, counts = {}, {}
-    for name, feature in cfg.features.dense.items():
+    for name, feature in features.dense.items():
         of_kind = rows_of_kind(flat["order_only"], feature.rows)
         if feature.rows not in totals:
             totals[feature.rows] = labels[of_kind].sum(0, dtype=np.int64)
         if not feature.live:
-            group = maps.groups(feature.by, item_rows, flat, cfg.features)
+            group = maps.groups(feature.by, item_rows, flat, features)
             chosen = of_kind & (group > 0)
             counts[name] = LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen])
     return _BucketLabels(totals, counts)
@@ -479,6 +499,7 @@ class _TrainingRows:
         look = partial(_read_rows, cfg=cfg)
         buckets = pass_over("reading the training period", look, cfg.sequence_dir, run)
 
+        # labels
         timed = weighed = TaskCounts.none(len(cfg.tasks))
         for bucket in buckets:
             timed, weighed = timed.add(bucket.timed), weighed.add(bucket.weighed)
@@ -486,6 +507,8 @@ class _TrainingRows:
         if cfg.tasks and totals.max() == 0:
             end = "split.t_test" if cfg.split.refit else "split.t_val"
             raise UserError(f"no row with a known label lies before {end}: nothing to train on")
+
+        # ids and values
         vocabulary = np.unique(np.concatenate([bucket.items for bucket in buckets]))
         item_count = np.zeros(len(vocabulary), np.int64)
         for bucket in buckets:
@@ -498,7 +521,8 @@ class _TrainingRows:
                 values = np.unique(np.concatenate(parts)).astype(np.int64)
                 known_values[name] = values[values >= 0]
 
-        refuse_one_class(cfg, weighed)
+        refuse_one_class(cfg.tasks, weighed, cfg.split, cfg.examples.negatives)
+
         # each drawn item is one more known label
         totals += cfg.examples.negatives * positives
         rates = (positives / np.maximum(totals, 1)).tolist()
@@ -534,15 +558,18 @@ class TaskCounts:
         return TaskCounts(self.known + other.known, self.positive + other.positive)
 
 
-def refuse_one_class(cfg: RunConfig, counts: TaskCounts) -> None:
-    """Go on only if every task has something to tell apart.
+def refuse_one_class(
+    tasks: Sequence[str], counts: TaskCounts, split: SplitConfig, negatives: int
+) -> None:
+    """Go on only if every task has something to tell apart; `negatives` are drawn beside each
+    positive.
 
     Raises:
         UserError: the labels of a task are all alike in the training period, or there are none.
     """
-    end = "split.t_test" if cfg.split.refit else "split.t_val"
+    end = "split.t_test" if split.refit else "split.t_val"
     for task, known, positive in zip(
-        cfg.tasks, counts.known.tolist(), counts.positive.tolist(), strict=True
+        tasks, counts.known.tolist(), counts.positive.tolist(), strict=True
     ):
         if known == 0:
             raise UserError(
@@ -556,7 +583,7 @@ def refuse_one_class(cfg: RunConfig, counts: TaskCounts) -> None:
                 f"tasks: {task} is 0 {alike}: nothing can be learned of it. Take it out of tasks, "
                 "or see in source.columns how it is read"
             )
-        if positive == known and cfg.examples.negatives == 0:
+        if positive == known and negatives == 0:
             raise UserError(
                 f"tasks: {task} is 1 {alike}: there is nothing to tell apart. Where the logs hold "
                 "positives only, set examples.negatives, to 4 for instance: so many items are "

@@ -6,13 +6,12 @@ those that `evaluation.json` beside it names; any other evaluation has a name of
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import (
     EvaluateConfig,
-    RunConfig,
     SplitConfig,
     UserError,
     flatten,
@@ -24,16 +23,18 @@ from pipeline.sequences.store import Manifest
 RECORD = "evaluation.json"  # beside metrics.json: the rows and settings that it is of
 
 
-def refuse_other_labels(cfg: RunConfig, loaded: LoadedModel, manifest: Manifest) -> None:
-    """Refuse a configuration under which the model's scores would meet other labels.
+def refuse_other_labels(
+    loaded: LoadedModel, tasks: Sequence[str], actions: Sequence[str], manifest: Manifest
+) -> None:
+    """Refuse `tasks` and `source.actions` under which the model's scores would meet other labels.
 
     Raises:
         UserError: names what differs, the model's value and the given one.
     """
     model = loaded.cfg
     pairs = {
-        "tasks": (model.tasks, cfg.tasks),
-        "source.actions": (model.source.actions, cfg.source.actions),
+        "tasks": (model.tasks, tasks),
+        "source.actions": (model.source.actions, actions),
         "the sequences' actions": (model.source.actions, manifest.actions),
     }
     for name, (ours, given) in pairs.items():
@@ -54,14 +55,14 @@ def rows_and_settings(split: SplitConfig, cfg: EvaluateConfig, digest: str) -> d
     return chosen
 
 
-def find_differences(cfg: RunConfig, loaded: LoadedModel, model_dir: Path, digest: str) -> str:
-    """What sets this evaluation apart from the model's own, in words; "" where it is that one.
+def find_differences(given: Mapping[str, Any], loaded: LoadedModel, model_dir: Path) -> str:
+    """What sets an evaluation of the `given` rows and settings apart from the model's own, in
+    words; "" where it is that one.
 
     The model's own is of the sequences and the split of its training, in the number formats of its
     first evaluation.
     """
-    given = rows_and_settings(cfg.split, cfg.evaluate, digest)
-    trained_on = loaded.extra.get("sequences", digest)
+    trained_on = loaded.extra.get("sequences", given["sequences"])
     own = rows_and_settings(loaded.cfg.split, loaded.cfg.evaluate, trained_on)
     for key in ("evaluate.precision", "evaluate.int4_tables"):
         own[key] = given[key]

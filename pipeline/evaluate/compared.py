@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline import config
-from pipeline.config import RunConfig, UserError
+from pipeline.config import EvaluateConfig, UserError
 from pipeline.evaluate import evaluator
 
 logger = logging.getLogger(__name__)
@@ -39,17 +39,19 @@ def expand_searches(runs_dir: str, names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def evaluate_missing(cfg: RunConfig, names: Sequence[str], split: str, tell: Told) -> None:
+def evaluate_missing(
+    runs_dir: str, names: Sequence[str], settings: EvaluateConfig, split: str, tell: Told
+) -> None:
     """Score the runs that have a model and no predictions of `split` yet, both of its periods, and
     `tell` the metrics of each.
     """
     for name in names:
-        folder = Path(cfg.runs_dir).absolute() / name
+        folder = Path(runs_dir).absolute() / name
         predictions = folder / "evaluation" / "predictions" / f"{split}.parquet"
         if predictions.exists() or not (folder / "model" / "config.json").exists():
             continue
         logger.info("evaluating %s", name)
         trained = config.from_dict(json.loads((folder / "model" / "config.json").read_text()))
-        own = replace(trained, runs_dir=cfg.runs_dir, evaluate=cfg.evaluate)
+        own = replace(trained, runs_dir=runs_dir, evaluate=settings)
         metrics = evaluator.evaluate_model(own, own.model_dir)
         tell(own.model_dir, metrics, evaluator.evaluation_folder(own))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,11 +80,12 @@ def evaluate_model(
     """
     loaded = load_model(model_dir)
     manifest = store.read_manifest(cfg.sequence_dir)
-    agreement.refuse_other_labels(cfg, loaded, manifest)
+    agreement.refuse_other_labels(loaded, cfg.tasks, cfg.source.actions, manifest)
     loaded.maps.refuse_other_ids(manifest.events, cfg.sequence_dir)
+    given = agreement.rows_and_settings(cfg.split, cfg.evaluate, manifest.digest)
     is_whole = name is None and cfg.evaluate.sample is None
     if is_whole:
-        _refuse_other_rows(cfg, loaded, model_dir, manifest)
+        _refuse_other_rows(given, loaded, model_dir)
     tell_empty_splits(cfg.split, manifest, splits)
 
     begin = time.perf_counter()
@@ -97,7 +99,8 @@ def evaluate_model(
         metrics |= _report_split(
             cfg.evaluate, cfg.sequence_dir, loaded.cfg.tasks, split, scores, folder, manifest
         )
-        sliced[split] = _report_slices(loaded.cfg, split, scores, folder)
+        offset = loaded.cfg.features.hour_utc_offset
+        sliced[split] = _report_slices(loaded.cfg.tasks, offset, split, scores, folder)
     if loaded.cfg.retrieval.enabled and cfg.evaluate.sample is None:
         metrics |= _retrieval_metrics(cfg, loaded, model_dir, found, manifest)
     if cfg.evaluate.sample is not None:
@@ -109,7 +112,7 @@ def evaluate_model(
     work = {split: scores.work[split] for split in found}
     if is_whole:
         _publish_slices(sliced, model_dir)
-        return _publish_whole(cfg, metrics, work, manifest.digest, model_dir, folder)
+        return _publish_whole(metrics, work, given, model_dir, folder)
     metrics |= work_shares(total_work(work))
     write_metrics(folder / "metrics.json", metrics)
     return metrics
@@ -163,10 +166,8 @@ def score_model(cfg: RunConfig, model_dir: Path) -> dict[str, float]:
     return {task: found[f"ne/{task}"] for task in model.tasks}
 
 
-def _refuse_other_rows(
-    cfg: RunConfig, loaded: LoadedModel, model_dir: Path, manifest: store.Manifest
-) -> None:
-    differences = agreement.find_differences(cfg, loaded, model_dir, manifest.digest)
+def _refuse_other_rows(given: Mapping[str, Any], loaded: LoadedModel, model_dir: Path) -> None:
+    differences = agreement.find_differences(given, loaded, model_dir)
     if differences:
         raise UserError(
             f"{differences}: the metrics of {model_dir} are of the former and are not overwritten; "
@@ -285,17 +286,17 @@ def _merged(parts: Iterator[PartScores], splits: Sequence[str]) -> StoreScores:
     return StoreScores(found, work, merge_counts(counts))
 
 
-def evaluation_name(cfg: RunConfig, name: str | None = None) -> str | None:
+def evaluation_name(cfg: EvaluateConfig, name: str | None = None) -> str | None:
     """The name under which an evaluation is kept; None for the model's own of all users."""
     parts = [] if name is None else [name]
-    if cfg.evaluate.sample is not None:
+    if cfg.sample is not None:
         parts.append("sample")
     return "/".join(parts) or None
 
 
 def evaluation_folder(cfg: RunConfig, name: str | None = None) -> Path:
     """Where the files of an evaluation go: one by name, and samples, have folders of their own."""
-    return cfg.run_dir / "evaluation" / (evaluation_name(cfg, name) or "")
+    return cfg.run_dir / "evaluation" / (evaluation_name(cfg.evaluate, name) or "")
 
 
 def _report_split(
@@ -329,15 +330,14 @@ def _report_split(
 
 
 def _report_slices(
-    model: RunConfig, split: str, scores: StoreScores, folder: Path
+    tasks: Sequence[str], hour_utc_offset: float, split: str, scores: StoreScores, folder: Path
 ) -> list[slices.Slice]:
     """Write the slices of a split as a table and as a picture."""
     predictions = scores.splits[split].predictions
-    offset = model.features.hour_utc_offset
-    lines = slices.slice_lines(predictions, scores.item_counts, model.tasks, offset)
+    lines = slices.slice_lines(predictions, scores.item_counts, tasks, hour_utc_offset)
     slices.write_slices(folder / f"slices_{split}.json", slices.as_table(lines))
     if lines:
-        plots.plot_slices(lines, model.tasks, folder / f"slices_{split}.png")
+        plots.plot_slices(lines, tasks, folder / f"slices_{split}.png")
     return lines
 
 
@@ -356,15 +356,14 @@ def _log_seconds(scores: StoreScores, seconds: float) -> None:
 
 
 def _publish_whole(
-    cfg: RunConfig,
     metrics: dict[str, float],
     work: dict[str, Flops],
-    digest: str,
+    given: Mapping[str, Any],
     model_dir: Path,
     folder: Path,
 ) -> dict[str, float]:
-    """Put the metrics beside the weights, with what they are of; those of a split that was not
-    scored this time stay.
+    """Put the metrics beside the weights, with the `given` rows and settings that they are of;
+    those of a split that was not scored this time stay.
     """
     record = agreement.read_record(model_dir)
     earlier = read_metrics(model_dir) if record else {}
@@ -378,8 +377,8 @@ def _publish_whole(
     whole = total_work({split: Flops(**found) for split, found in counts.items()})
     metrics = kept | metrics | work_shares(whole)
 
-    of = agreement.rows_and_settings(cfg.split, cfg.evaluate, digest)
-    write_atomically(model_dir / agreement.RECORD, json.dumps({"of": of, "work": counts}, indent=2))
+    noted = {"of": given, "work": counts}
+    write_atomically(model_dir / agreement.RECORD, json.dumps(noted, indent=2))
     for path in (folder / "metrics.json", model_dir / "metrics.json"):
         write_metrics(path, metrics)
     return metrics

@@ -6,7 +6,7 @@ A part is cut by the store alone, and its predictions are in the order of the st
 the same whichever workers score it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -174,7 +174,8 @@ def _score_split(
     shared = shared_form(cfg.model) != "none" and cfg.examples.max_history is None
 
     tables, rows, metrics = [], [], head.new_metrics()
-    for examples in _passes(users, bounds, cfg, shared=shared):
+    asked = _asked_together(users, bounds, cfg.examples.max_history, shared=shared)
+    for examples in token_batches(asked, cfg.evaluate.batch_tokens):
         part = evaluation_batch(users, examples, loaded.maps, cfg, shared=shared)
         batch = part.batch.to(where)
         with half:
@@ -202,14 +203,13 @@ def _score_split(
     return SplitScores(predictions.combine_chunks(), metrics)
 
 
-def _passes(
-    users: UserEvents, bounds: tuple[int, int], cfg: RunConfig, *, shared: bool
-) -> Iterator[Examples]:
+def _asked_together(
+    users: UserEvents, bounds: tuple[int, int], max_history: int | None, *, shared: bool
+) -> Examples:
+    """The requests within `bounds` (ms), each alone or many over one history."""
     if shared:
-        examples = request_passes(users, *bounds, MOST_TARGETS)
-    else:
-        examples = request_examples(users, *bounds, cfg.examples.max_history)
-    return token_batches(examples, cfg.evaluate.batch_tokens)
+        return request_passes(users, *bounds, MOST_TARGETS)
+    return request_examples(users, *bounds, max_history)
 
 
 def _no_examples() -> Examples:

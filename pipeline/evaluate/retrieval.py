@@ -109,7 +109,8 @@ def evaluate_retrieval(
     else:
         ranked = rank_parts(scorers, parts)
 
-    totals = {split: _new_metrics(cfg, maps) for split in splits}
+    cutoffs = cfg.evaluate.cutoffs
+    totals = {split: _new_metrics(cutoffs, maps) for split in splits}
     for part, metrics in zip(parts, ranked, strict=True):
         for name, values in metrics.items():
             totals[part.split][name].merge(values)
@@ -129,7 +130,7 @@ def rank_part(
 ) -> PartMetrics:
     """The metrics of a part's users."""
     maps = loaded.maps
-    metrics = _new_metrics(cfg, maps)
+    metrics = _new_metrics(cfg.evaluate.cutoffs, maps)
     users, asked = asked_users(cfg, loaded, part.split, part.bucket)
     for some in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
         seen = seen_items(users, some.examples, maps)
@@ -157,10 +158,10 @@ def rank_for(ranking: RankingJob, part: RetrievalPart) -> PartMetrics:
     return rank_part(job.cfg, load_for(job), there, part)
 
 
-def _new_metrics(cfg: RunConfig, maps: FeatureMaps) -> PartMetrics:
+def _new_metrics(cutoffs: Sequence[int], maps: FeatureMaps) -> PartMetrics:
     metrics = {}
     for name in ("", "popularity/", "item_knn/"):
-        metrics[name] = RetrievalMetrics(maps.next_count[1:], cfg.evaluate.cutoffs)
+        metrics[name] = RetrievalMetrics(maps.next_count[1:], cutoffs)
     return metrics
 
 

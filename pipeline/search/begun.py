@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import UserError
 from pipeline.files import json_text, write_atomically
 
 
-def hold_to_beginning(path: Path, facts: Mapping[str, Any], whole: str, base: RunConfig) -> None:
+def hold_to_beginning(path: Path, facts: Mapping[str, Any], whole: str, from_run: str) -> None:
     """Note in `path` what `whole`, as "the search x", goes on with, unless it began with something
-    else.
+    else. `from_run` is the run whose sequences it reads.
 
     Raises:
         UserError: a fact differs from that of an earlier start; names it with both values.
@@ -24,6 +24,6 @@ def hold_to_beginning(path: Path, facts: Mapping[str, Any], whole: str, base: Ru
                 raise UserError(
                     f"{whole} began with {key} = {began.get(key)!r} and would go on with "
                     f"{facts.get(key)!r}: --restart forgets it, or --set name=... and --set "
-                    f"sequences.from_run={base.sequences.from_run or base.name} begin another"
+                    f"sequences.from_run={from_run} begin another"
                 )
     write_atomically(path, json_text(facts))

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline import config
-from pipeline.config import Outage, RunConfig
+from pipeline.config import Outage
 from pipeline.files import json_text, write_atomically
 from pipeline.search.space import Trial, short_text
 from pipeline.search.trial import FINISHED, TRIAL, objective, read_outcome, reported
@@ -81,13 +81,17 @@ def require_best(results: Sequence[TrialResult]) -> TrialResult:
     return best
 
 
-def write_preset(base: RunConfig, best: TrialResult, path: Path) -> None:
-    """The best trial as a preset. It is a run already: jobs.pipeline goes on with its model."""
-    trained = json.loads((best.trial.cfg.model_dir / "config.json").read_text())
-    trained["runs_dir"] = base.runs_dir
-    trained["train"]["num_workers"] = base.train.num_workers
+def write_preset(best: TrialResult, path: Path, runs_dir: str, num_workers: int) -> None:
+    """The best trial as a preset, with the machine's values of the search's own.
+
+    It is a run already: jobs.pipeline goes on with its model.
+    """
+    cfg = best.trial.cfg
+    trained = json.loads((cfg.model_dir / "config.json").read_text())
+    trained["runs_dir"] = runs_dir
+    trained["train"]["num_workers"] = num_workers
     text = (
-        f"# The best of {path.parent.name}: {objective(base.train.best_metric)} "
+        f"# The best of {path.parent.name}: {objective(cfg.train.best_metric)} "
         f"{best.value:.4f} with {short_text(best.trial.settings)}.\n"
         f"# Trained already, as run {best.trial.name}; another name trains it anew.\n"
     )

@@ -20,7 +20,7 @@ import torch
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, step_plan
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.files import json_text, write_atomically
 from pipeline.sequences import store
 from pipeline.tracking import noted_run
@@ -93,7 +93,7 @@ def _train(
     steps = step_plan(cfg, folder / "steps.json")
     total_steps = steps.steps_per_epoch * cfg.train.epochs
     refuse_long_warmup(cfg.train.warmup_steps, total_steps)
-    cfg = with_validations(cfg, steps)
+    cfg = replace(cfg, train=with_validations(cfg.train, steps))
 
     facts = {"settings": settings, "steps_per_epoch": steps.steps_per_epoch}
     facts["total_steps"] = total_steps
@@ -126,16 +126,15 @@ def _train(
     publish_training(cfg, maps, digest, noted_run(cfg.run_dir))
 
 
-def with_validations(cfg: RunConfig, steps: StepPlan) -> RunConfig:
-    """`cfg` with a validation every so many steps that there are `VALIDATIONS`, unless it says how
-    often, and a checkpoint at least as often.
+def with_validations(train: TrainConfig, steps: StepPlan) -> TrainConfig:
+    """`train` with a validation every so many steps that there are `VALIDATIONS`, unless it says
+    how often, and a checkpoint at least as often.
     """
-    every = cfg.train.validate_every
+    every = train.validate_every
     if every == 0:
-        every = math.ceil(steps.steps_per_epoch * cfg.train.epochs / VALIDATIONS)
-    checkpoint_every = min(cfg.train.checkpoint_every, every)
-    train = replace(cfg.train, validate_every=every, checkpoint_every=checkpoint_every)
-    return replace(cfg, train=train)
+        every = math.ceil(steps.steps_per_epoch * train.epochs / VALIDATIONS)
+    checkpoint_every = min(train.checkpoint_every, every)
+    return replace(train, validate_every=every, checkpoint_every=checkpoint_every)
 
 
 def reported(run_dir: Path, key: str) -> Iterator[tuple[float, float]]:

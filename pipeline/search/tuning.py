@@ -85,7 +85,8 @@ def open_search(base: RunConfig, space: SearchSpace, trials: Sequence[Trial]) ->
     facts |= config.flatten({key: settings[key] for key in RECORDED})
 
     whole = f"the search {search_name(base.name)}"
-    hold_to_beginning(search_config(base).run_dir / SEARCH, facts, whole, base)
+    own = search_config(base)
+    hold_to_beginning(own.run_dir / SEARCH, facts, whole, str(own.sequences.from_run))
 
 
 def forget_search(base: RunConfig) -> None:
@@ -120,7 +121,7 @@ def run_search(
     write_figures(found, folder / "trials.json")
     write_search_page(folder, folder.name, space.draws, found)
     if found[0].status == FINISHED:
-        write_preset(base, found[0], folder / PRESET)
+        write_preset(found[0], folder / PRESET, base.runs_dir, base.train.num_workers)
     return found
 
 

@@ -77,7 +77,9 @@ def open_study(base: RunConfig, plan: StudyPlan) -> None:
     facts = {"sequences": store.read_manifest(own.sequence_dir).digest}
     facts |= config.flatten(plan.as_figures())
     facts |= config.flatten({key: settings[key] for key in RECORDED})
-    hold_to_beginning(own.run_dir / STUDY, facts, f"the study {own.name}", base)
+    hold_to_beginning(
+        own.run_dir / STUDY, facts, f"the study {own.name}", str(own.sequences.from_run)
+    )
 
 
 def forget_study(base: RunConfig) -> None:

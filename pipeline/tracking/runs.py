@@ -21,7 +21,14 @@ from typing import Any
 import yaml
 
 from pipeline import config
-from pipeline.config import ModelConfig, Outage, RunConfig, TrackingConfig, UserError
+from pipeline.config import (
+    ModelConfig,
+    Outage,
+    RunConfig,
+    SplitConfig,
+    TrackingConfig,
+    UserError,
+)
 from pipeline.figures import Figures
 from pipeline.files import write_atomically
 from pipeline.tracking.columns import VIEW_TAG, view_state, view_url
@@ -255,7 +262,7 @@ def start_run(
             tags={
                 RUN_NAME: cfg.name,
                 "manifest": manifest.digest,
-                "mlflow.note.content": describe_run(cfg, manifest),
+                "mlflow.note.content": describe_run(cfg.model, cfg.tasks, cfg.split, manifest),
                 **provenance_tags(),
                 **counts,
                 **below,
@@ -324,13 +331,14 @@ def _depths(model: ModelConfig) -> str:
     return " + ".join(str(stack.num_layers) for stack in stacks)
 
 
-def describe_run(cfg: RunConfig, manifest: "Manifest") -> str:
+def describe_run(
+    model: ModelConfig, tasks: Sequence[str], split: SplitConfig, manifest: "Manifest"
+) -> str:
     """A sentence or two of Markdown, which MLflow shows above everything else."""
-    model = cfg.model
     return (
         f"`{model.encoder}`, {_depths(model)} layers of {model.d_model}, for "
-        f"{', '.join(cfg.tasks) or 'retrieval'}. {manifest.num_rows:,} rows of "
-        f"{manifest.num_users:,} users, trained on rows before {cfg.split.t_val}. The whole "
+        f"{', '.join(tasks) or 'retrieval'}. {manifest.num_rows:,} rows of "
+        f"{manifest.num_users:,} users, trained on rows before {split.t_val}. The whole "
         "configuration is `config.yaml` under Artifacts."
     )
 

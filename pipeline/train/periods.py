@@ -1,6 +1,7 @@
 """What the periods of the split hold, told before anything is trained."""
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -34,7 +35,8 @@ def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
         if counts.rows[number] == 0:
             _tell_empty(period, manifest, cfg.train.validate_every > 0)
         else:
-            _tell_tasks_without_positives(cfg, period, number, counts)
+            bits = dict(zip(cfg.tasks, cfg.task_bits, strict=True))
+            _tell_tasks_without_positives(bits, period, number, counts)
     return counts.by_name(manifest.actions, cfg.tasks)
 
 
@@ -46,9 +48,9 @@ def _tell_empty(period: str, manifest: store.Manifest, is_scored: bool) -> None:
 
 
 def _tell_tasks_without_positives(
-    cfg: RunConfig, period: str, number: int, counts: PeriodCounts
+    task_bits: Mapping[str, int], period: str, number: int, counts: PeriodCounts
 ) -> None:
-    for task, bit in zip(cfg.tasks, cfg.task_bits, strict=True):
+    for task, bit in task_bits.items():
         if counts.positive[number, bit] == 0:
             logger.warning(
                 "tasks: %s has no positive among its %d known labels of the %s period: its "

@@ -29,7 +29,7 @@ from pipeline.batches.features import fit_features
 from pipeline.batches.passes import run_here
 from pipeline.batches.steps import StepPlan, pool_memory, step_plan
 from pipeline.cluster import ray_cluster
-from pipeline.config import Outage, RunConfig, TrainConfig
+from pipeline.config import Outage, RayConfig, RunConfig, TrainConfig
 from pipeline.model.encoders import check_run
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
@@ -97,7 +97,7 @@ def fit_model(
     if not finished:
         refuse_impossible_size(cfg.ray, train)
 
-    with _store_workers(cfg) as each_task:
+    with _store_workers(cfg.sequence_dir, cfg.ray, cfg.runs_dir) as each_task:
         maps = fit_features(_absolute(cfg), each_task)
         folder.mkdir(parents=True, exist_ok=True)
         maps.save(folder)
@@ -175,12 +175,12 @@ def trained_on_other_rows(cfg: RunConfig, digest: str) -> bool:
 
 
 @contextmanager
-def _store_workers(cfg: RunConfig) -> Iterator[Workers]:
+def _store_workers(sequence_dir: Path, cfg: RayConfig, runs_dir: str) -> Iterator[Workers]:
     """Who goes over the store: tasks on the cluster where it is large, else this process."""
-    if store.read_manifest(cfg.sequence_dir).num_rows < LARGE_STORE:
+    if store.read_manifest(sequence_dir).num_rows < LARGE_STORE:
         yield run_here
         return
-    with workers(cfg.ray, cfg.runs_dir) as run:
+    with workers(cfg, runs_dir) as run:
         yield run
 
 

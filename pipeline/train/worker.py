@@ -108,7 +108,7 @@ def _train_rank(cfg: RunConfig, settings: dict[str, Any]) -> None:
         resume = checkpoints.newest()  # the other ranks wait here for rank 0
         begin = resume.state.step if resume else 0
         metrics = _open_metrics(folder, begin, run) if rank == 0 else nullcontext(_log_nothing)
-        usage = _watch_usage(cfg, run, device, rank, world_size)
+        usage = _watch_usage(run, cfg.tracking.usage_every_s, device, rank, world_size)
         with metrics as log, usage, WishWatcher(folder, rank) as wishes:
             loop.train(
                 cfg,
@@ -130,11 +130,10 @@ def _train_rank(cfg: RunConfig, settings: dict[str, Any]) -> None:
 
 
 def _watch_usage(
-    cfg: RunConfig, run: Run | None, device: torch.device, rank: int, world_size: int
+    run: Run | None, every_s: float, device: torch.device, rank: int, world_size: int
 ) -> AbstractContextManager[object]:
     if run is None:
         return nullcontext()
-    every_s = cfg.tracking.usage_every_s
     return UsageMonitor(run.log_metrics, every_s, device, rank, world_size)
 
 

@@ -12,6 +12,7 @@ from pipeline.tracking import Decision, RowsAtHand, Tracker
 from serve_app.deployment import served_folder
 from serve_app.feedback.served_log import read_served
 from serve_app.feedback.verdict import Verdict, judge_trial, render_page
+from serve_app.history.live import EventLog
 from serve_app.ranking.rollout import CANARY, open_events
 from serve_app.schemas import Event
 
@@ -24,13 +25,14 @@ def judge_canary(cfg: RunConfig, version: int, max_slower: float) -> Verdict:
     Raises:
         UserError: the served log has no answers of this version beside the champion's.
     """
-    folder = served_folder(cfg)
+    folder = served_folder(cfg.serve, cfg.run_dir)
     trial, share = cfg.serve.canary, None
     if trial is not None and trial.version == version:
         share = trial.share
 
     served = read_served(folder, COLUMNS)
-    verdict = judge_trial(served, posted_events(cfg), cfg.tasks, version, max_slower, share)
+    posted = posted_events(open_events(cfg.serve, cfg.run_dir / "serving"))
+    verdict = judge_trial(served, posted, cfg.tasks, version, max_slower, share)
     if verdict is None:
         raise UserError(f"{folder} has no answers of the canary {version} beside the champion's")
 
@@ -40,9 +42,8 @@ def judge_canary(cfg: RunConfig, version: int, max_slower: float) -> Verdict:
     return verdict
 
 
-def posted_events(cfg: RunConfig) -> Iterator[Event]:
+def posted_events(log: EventLog) -> Iterator[Event]:
     """What was posted and is not pruned yet."""
-    log = open_events(cfg.serve, cfg.run_dir / "serving")
     for user in log.users():
         yield from log.of_user(user)
 

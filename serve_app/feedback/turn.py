@@ -182,7 +182,7 @@ def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: in
     times_ms = start_ms + np.sort(rng.choice(days * DAY_MS, visits, replace=False))
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         done, names = visit_server(client, find_crowd(cfg), times_ms, rng)
-    wait_for_rows(deployment.served_folder(cfg), names, WRITTEN_S)
+    wait_for_rows(deployment.served_folder(cfg.serve, cfg.run_dir), names, WRITTEN_S)
     return done
 
 
@@ -206,7 +206,7 @@ def find_crowd(cfg: RunConfig) -> Crowd:
 def export_answers(cfg: RunConfig) -> None:
     """As `jobs.export_events` does it."""
     assert cfg.serve.exposures is not None
-    served = ServedAnswers(deployment.served_folder(cfg), cfg.serve.exposures)
+    served = ServedAnswers(deployment.served_folder(cfg.serve, cfg.run_dir), cfg.serve.exposures)
     log = open_events(cfg.serve, cfg.run_dir / "serving")
     done = export_events(cfg.source, cfg.sequences, cfg.run_dir, log, served)
     print(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.config import RunConfig, SequenceConfig, UserError
+from pipeline.config import RunConfig, SequenceConfig, SourceConfig, UserError
 from pipeline.files import sweep_staged
 from pipeline.logs import LIVE_FILES, live_log_dir, live_logs, open_logs
 from pipeline.logs.cleaning import LogRules, has_log_form
@@ -48,17 +48,17 @@ from pipeline.sequences.workers import Workers, workers
 logger = logging.getLogger(__name__)
 
 
-def published_with(cfg: RunConfig) -> Manifest:
-    """The published version, which was built with the settings of `cfg`.
+def published_with(folder: Path, source: SourceConfig, cfg: SequenceConfig) -> Manifest:
+    """The version published in `folder`, which was built with these settings.
 
     Raises:
         UserError: nothing is published, or it was built with others.
     """
-    manifest = store.read_manifest(cfg.sequence_dir)
-    settings = build.content_settings(cfg.source, cfg.sequences)
+    manifest = store.read_manifest(folder)
+    settings = build.content_settings(source, cfg)
     keys = build.other_settings(manifest, settings)
     if keys:
-        raise UserError(f"{cfg.sequence_dir} holds sequences of other settings ({keys})")
+        raise UserError(f"{folder} holds sequences of other settings ({keys})")
     return manifest
 
 
@@ -87,7 +87,7 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
     store.require_own(cfg.sequences)
     folder = cfg.sequence_dir
     with build.lock_folder(folder):
-        published = published_with(cfg)
+        published = published_with(folder, cfg.source, cfg.sequences)
         parts = build.held_parts(folder, published)
         since_ms = oldest_kept_ms(cfg.sequences, folder, published)
 
@@ -98,7 +98,8 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
             )
             return published
 
-        rules = _bucket_rules(cfg, published, parts)
+        logs = held_rules(published)
+        rules = build.bucket_rules(cfg.sequences, cfg.features, logs, parts, cfg.run_dir)
         with workers(cfg.ray, cfg.runs_dir) as run:
             task = partial(gather_part, rules=rules, since_ms=since_ms, folder=folder)
             gathered = run("gathering the parts", task, work)
@@ -152,11 +153,6 @@ def _refuse_large_drop(
         f"and nothing is changed: sequences.max_dropped_share is {cfg.max_dropped_share:g}. Where "
         f"that is meant, set it to {math.ceil(share * 100) / 100:g} for this run"
     )
-
-
-def _bucket_rules(cfg: RunConfig, published: Manifest, parts: Sequence[Part]) -> BucketRules:
-    rules = held_rules(published)
-    return build.bucket_rules(cfg.sequences, cfg.features, rules, parts, cfg.run_dir)
 
 
 def oldest_kept_ms(cfg: SequenceConfig, folder: Path, published: Manifest) -> int | None:
@@ -258,7 +254,7 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
     store.require_own(cfg.sequences)
     folder = cfg.sequence_dir
     with build.lock_folder(folder):
-        published = published_with(cfg)
+        published = published_with(folder, cfg.source, cfg.sequences)
         add_forgotten(folder, users)
 
         column = cfg.source.column_name("user_id")
@@ -313,7 +309,8 @@ def _without(
     """The published version without the users, its files written; and the rows removed."""
     folder = cfg.sequence_dir
     parts = build.held_parts(folder, published)
-    rules = _bucket_rules(cfg, published, parts)
+    logs = held_rules(published)
+    rules = build.bucket_rules(cfg.sequences, cfg.features, logs, parts, cfg.run_dir)
 
     with workers(cfg.ray, cfg.runs_dir) as run:
         task = partial(sweep_part, users=users, rules=rules.logs, folder=folder)

@@ -81,7 +81,8 @@ def server_metrics() -> list[ServerMetric]:
     """Every metric that a server with one model may export."""
     replica = ReplicaMetrics()
     found = []
-    holders = (("ingress", IngressMetrics()), ("replica", replica), ("replica", replica.lists))
+    holders = [("ingress", IngressMetrics())]
+    holders += [("replica", counts) for counts in (replica, replica.lists, replica.shadow)]
     for place, counts in holders:
         for metric in vars(counts).values():
             if isinstance(metric, MetricWrapperBase):
