@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -93,16 +94,14 @@ def evaluate_model(
     found = _splits_with_requests(scores)
 
     folder = evaluation_folder(cfg, name)
-    metrics: dict[str, float] = {}
-    sliced: dict[str, list[slices.Slice]] = {}
-    for split in found:
-        metrics |= _report_split(
-            cfg.evaluate, cfg.sequence_dir, loaded.cfg.tasks, split, scores, folder, manifest
+    # files and plots are made here while retrieval is measured, by workers or a second core
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        retrieval = beside.submit(_retrieval_metrics, cfg, loaded, model_dir, found, manifest)
+        metrics, sliced = _report_splits(
+            cfg.evaluate, cfg.sequence_dir, loaded.cfg, found, scores, folder, manifest
         )
-        offset = loaded.cfg.features.hour_utc_offset
-        sliced[split] = _report_slices(loaded.cfg.tasks, offset, split, scores, folder)
-    if loaded.cfg.retrieval.enabled and cfg.evaluate.sample is None:
-        metrics |= _retrieval_metrics(cfg, loaded, model_dir, found, manifest)
+        metrics |= retrieval.result()
+
     if cfg.evaluate.sample is not None:
         metrics["sample_share"] = cfg.evaluate.sample
     if loaded.cfg.examples.negatives:  # what the metrics tell positives from
@@ -223,7 +222,11 @@ def _retrieval_metrics(
     splits: Sequence[str],
     manifest: store.Manifest,
 ) -> dict[str, float]:
-    """Those of `evaluate_retrieval`, here or by the workers of the cluster."""
+    """Those of `evaluate_retrieval`, here or by the workers of the cluster; none of a model that
+    only ranks, or of a sample.
+    """
+    if not loaded.cfg.retrieval.enabled or cfg.evaluate.sample is not None:
+        return {}
     device = evaluation_device(cfg.evaluate)
     if not is_worth_workers(plan_parts(manifest)):
         return evaluate_retrieval(cfg, loaded, splits, device)
@@ -297,6 +300,25 @@ def evaluation_name(cfg: EvaluateConfig, name: str | None = None) -> str | None:
 def evaluation_folder(cfg: RunConfig, name: str | None = None) -> Path:
     """Where the files of an evaluation go: one by name, and samples, have folders of their own."""
     return cfg.run_dir / "evaluation" / (evaluation_name(cfg.evaluate, name) or "")
+
+
+def _report_splits(
+    cfg: EvaluateConfig,
+    sequence_dir: Path,
+    model: RunConfig,
+    splits: Sequence[str],
+    scores: StoreScores,
+    folder: Path,
+    manifest: store.Manifest,
+) -> tuple[dict[str, float], dict[str, list[slices.Slice]]]:
+    """Write the files of each split; returns the metrics of all, and the slices by split."""
+    metrics: dict[str, float] = {}
+    sliced: dict[str, list[slices.Slice]] = {}
+    offset = model.features.hour_utc_offset
+    for split in splits:
+        metrics |= _report_split(cfg, sequence_dir, model.tasks, split, scores, folder, manifest)
+        sliced[split] = _report_slices(model.tasks, offset, split, scores, folder)
+    return metrics, sliced
 
 
 def _report_split(

@@ -299,7 +299,7 @@ def add_lists(
     """Rank these users' items by `scores`, [U, N], and add them; `without_seen`, what a user had
     before is not recommended.
     """
-    scores = scores.clone()
+    scores = scores.clone(memory_format=torch.contiguous_format)  # ItemKNN's lie item by item
     if without_seen:
         remove_seen(scores, *(torch.from_numpy(part) for part in seen))
 
