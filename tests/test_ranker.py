@@ -238,7 +238,7 @@ def fresh(world: tuple[Ranker, UserEvents]) -> Iterator[Ranker]:
     """The ranker with an empty cache, and as it was afterwards."""
     ranker, _ = world
     limits, caches = ranker.limits, ranker.caches
-    ranker.caches = HistoryCaches(CacheBudget(limits.cache_mb))
+    ranker.caches = HistoryCaches(CacheBudget.of_mb(limits.cache_mb))
     yield ranker
     ranker.limits, ranker.caches = limits, caches
 
@@ -298,12 +298,12 @@ def test_new_events_are_appended_to_an_encoded_history(fresh: Ranker) -> None:
     assert (stats["history_cache_misses"], stats["history_cache_appends"]) == (8, 6)
 
     for visit, expected in zip(reversed(visits), reversed(growing), strict=True):
-        fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
+        fresh.caches = HistoryCaches(CacheBudget.of_mb(fresh.limits.cache_mb))
         np.testing.assert_allclose(as_array(fresh, visit), expected, atol=1e-6)
         assert fresh.cache_stats()["history_cache_appends"] == 0
 
     # of another user nothing is taken, though the rows are the same
-    fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
+    fresh.caches = HistoryCaches(CacheBudget.of_mb(fresh.limits.cache_mb))
     rows = [{"item_id": i, "event_time": NOW - 9000 + i} for i in range(6)]
     as_array(fresh, [ask(2, history=rows[:4])])
     as_array(fresh, [ask(4, history=rows)])
@@ -316,19 +316,19 @@ def test_a_beginning_goes_with_its_entries() -> None:
     offsets = torch.tensor([0, 1])
     layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)
     entry = HistoryCache((layer,))
-    caches = HistoryCaches(CacheBudget(1))
-    caches.budget.max_bytes = 2 * resident_bytes(entry)
+    caches = HistoryCaches(CacheBudget(2 * resident_bytes(1, 1)))
 
     caches.keep_entry(b"one row", entry, b"user", 1)
     caches.keep_entry(b"two rows", entry, b"user", 2)
     found = caches.find_beginning(b"user")
-    assert found is not None and found[:2] == (b"two rows", 2)
+    assert found == (b"two rows", 2)
     caches.keep_entry(b"another", entry, b"other user", 1)  # the entry of one row goes
     assert caches.find_beginning(b"user") is not None
     caches.keep_entry(b"a third", entry, b"third user", 1)
     assert caches.find_beginning(b"user") is None
     caches.close()
     assert caches.find_beginning(b"third user") is None
+    assert caches.budget.pages.num_free == 2
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_limits_change_nothing_in_the_scores(
     scores = scores[: sum(len(request.candidates) for request in requests)]
 
     fresh.limits = replace(fresh.limits, **limits)
-    fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
+    fresh.caches = HistoryCaches(CacheBudget.of_mb(fresh.limits.cache_mb))
     np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
     np.testing.assert_allclose(as_array(fresh, requests), scores, atol=1e-6)
     hits, misses = hits_and_misses(fresh)
@@ -356,7 +356,7 @@ def test_bf16_is_near_and_keeps_half_as_much(
     requests, scores = all_requests(world)
     as_array(fresh, requests)
     full = sum(entry.num_bytes for entry in fresh.caches.budget.entries.values())
-    fresh.caches = HistoryCaches(CacheBudget(fresh.limits.cache_mb))
+    fresh.caches = HistoryCaches(CacheBudget.of_mb(fresh.limits.cache_mb))
     fresh.limits = replace(fresh.limits, precision="bf16")
     for _ in range(2):
         difference = np.abs(as_array(fresh, requests) - scores)
@@ -383,23 +383,22 @@ def test_fp8_of_a_model_with_concat_ua_is_refused() -> None:
         as_served(make_model(make_config(concat_ua=True)), ServeConfig(fp8=True))
 
 
-def test_an_entry_is_counted_with_what_the_heap_takes(fresh: Ranker) -> None:
+def test_an_entry_is_counted_with_its_whole_pages_and_its_objects(fresh: Ranker) -> None:
     as_array(fresh, [ask(2)])
     (entry,) = fresh.caches.budget.entries.values()
-    fixed = 1024 * (1 + len(entry.layers))
-    assert fresh.caches.num_bytes - fixed == pytest.approx(1.1 * entry.num_bytes, abs=1)
+    num_pages = -(-entry.num_bytes // 4096)  # the numbers are multiples of 64 bytes
+    assert fresh.caches.num_bytes == 4096 * num_pages + 1024 + 256 * len(entry.layers)
 
 
 def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     as_array(fresh, [ask(2), ask(4), ask(6)])
-    sizes = [resident_bytes(entry) for entry in fresh.caches.budget.entries.values()]
-    fresh.caches = HistoryCaches(CacheBudget(1))
-    fresh.caches.budget.max_bytes = sum(sizes)
+    total = fresh.caches.num_bytes
+    fresh.caches = HistoryCaches(CacheBudget(total))
     for user in (2, 4, 6, 2):
         as_array(fresh, [ask(user)])
     assert hits_and_misses(fresh) == (1, 3)
 
-    fresh.caches.budget.max_bytes = sum(sizes) - 1
+    fresh.caches.budget.max_bytes = total - 1
     as_array(fresh, [ask(8)])  # 4 goes, and whoever else must for 8
     assert fresh.caches.num_bytes <= fresh.caches.budget.max_bytes
     assert fresh.cache_stats()["history_cache_evictions"] >= 1
@@ -409,22 +408,21 @@ def test_the_least_recently_used_is_thrown_out(fresh: Ranker) -> None:
     assert hits_and_misses(fresh) == (before[0], before[1] + 1)
 
     fresh.caches = HistoryCaches(CacheBudget(1))
-    fresh.caches.budget.max_bytes = 1
     as_array(fresh, [ask(2)])
     assert fresh.cache_stats()["history_cache_entries"] == 0
 
 
 def test_many_short_histories_are_counted_by_what_they_cost() -> None:
-    """One row of two layers has 64 bytes of numbers, and takes some 2,800 of memory."""
+    """One row of two layers has 64 bytes of numbers, and takes a page and its objects."""
     offsets = torch.tensor([0, 1])
-    caches = HistoryCaches(CacheBudget(1))
+    caches = HistoryCaches(CacheBudget(2**20))
     for i in range(1000):
         layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)
         caches.keep_entry(str(i).encode(), HistoryCache((layer, layer)))
 
     stats = caches.cache_stats()
     assert stats["history_cache_bytes"] <= 2**20
-    assert stats["history_cache_entries"] == 2**20 // (64 + 6 + 3 * 1024)
+    assert stats["history_cache_entries"] == 2**20 // (4096 + 1024 + 2 * 256)
     assert stats["history_cache_evictions"] == 1000 - stats["history_cache_entries"]
 
 

@@ -14,13 +14,12 @@ import numpy as np
 
 from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache
+from serve_app.ranking.history_pages import PAGE_BYTES, HistoryPages, PagedHistory, count_pages
 
 BYTES_PER_MB = 2**20
-# beside the numbers of its tensors: their objects, allocations and the place in the dictionary
+# beside the pages: objects, and the place in the dictionary
 ENTRY_BYTES = 1024
-LAYER_BYTES = 1024
-# of the numbers, where entries of all lengths come and go
-BESIDE_NUMBERS = 0.1
+LAYER_BYTES = 256
 NOT_HASHED = ("offsets", "request", "outcomes", "dense")  # the two mappings are, by column
 
 
@@ -46,20 +45,9 @@ def beginning_key(history: Events, user_codes: np.ndarray) -> bytes:
     return history_key(first, user_codes)
 
 
-def resident_bytes(entry: HistoryCache) -> int:
-    """Memory that keeping `entry` costs.
-
-    Resident memory beyond the tensors' numbers, mean of 8,000 entries on CPU (torch 2, glibc):
-
-        layers                 1       2       4       8
-        bytes an entry     1,819   2,769   4,664   8,463
-
-    Short histories cost more of it than of numbers. Where entries of all lengths come and go, the
-    process grows by a tenth more than that (benchmarks.serving.under_load, cache_memory); what
-    holds it was not found.
-    """
-    numbers = entry.num_bytes + int(BESIDE_NUMBERS * entry.num_bytes)
-    return numbers + ENTRY_BYTES + LAYER_BYTES * len(entry.layers)
+def resident_bytes(num_pages: int, num_layers: int) -> int:
+    """Memory that keeping an entry costs: its pages, whole, and its objects."""
+    return num_pages * PAGE_BYTES + ENTRY_BYTES + num_layers * LAYER_BYTES
 
 
 class CacheBudget:
@@ -69,22 +57,24 @@ class CacheBudget:
     For any thread: a shadow ranks in one of its own.
     """
 
-    def __init__(self, max_mb: int) -> None:
-        self.max_bytes = max_mb * BYTES_PER_MB
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.entries: OrderedDict[tuple[HistoryCaches, bytes], HistoryCache] = OrderedDict()
+        self.pages = HistoryPages(max_bytes)
+        self.entries: OrderedDict[tuple[HistoryCaches, bytes], PagedHistory] = OrderedDict()
         self.lock = threading.Lock()
 
-    def make_room(self) -> None:
-        """Evict until the entries are within the budget; the caller holds the lock."""
-        while self.num_bytes > self.max_bytes:
+    @classmethod
+    def of_mb(cls, max_mb: int) -> "CacheBudget":
+        """Of so many MiB."""
+        return cls(max_mb * BYTES_PER_MB)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Evict until so many bytes more are within the budget; the caller holds the lock."""
+        while self.num_bytes + num_bytes > self.max_bytes:
             (owner, key), oldest = self.entries.popitem(last=False)
-            size = resident_bytes(oldest)
-            self.num_bytes -= size
-            owner.num_bytes -= size
-            owner.num_entries -= 1
+            owner.forget_entry(key, oldest)
             owner.evictions += 1
-            owner.forget_beginning(key)
 
 
 class HistoryCaches:
@@ -108,7 +98,7 @@ class HistoryCaches:
         return (self, key) in self.budget.entries
 
     def find_entry(self, key: bytes) -> HistoryCache | None:
-        """The entry, now the most recently used; counts a hit or a miss."""
+        """A copy of the entry, now the most recently used; counts a hit or a miss."""
         budget = self.budget
         with budget.lock:
             found = budget.entries.get((self, key))
@@ -118,46 +108,57 @@ class HistoryCaches:
 
             self.hits += 1
             budget.entries.move_to_end((self, key))
-            return found
+            return budget.pages.read(found)
 
-    def find_beginning(self, beginning: bytes) -> tuple[bytes, int, HistoryCache] | None:
-        """The newest entry of a history with this `beginning_key`: its key, its rows and itself."""
+    def find_beginning(self, beginning: bytes) -> tuple[bytes, int] | None:
+        """The newest entry of a history with this `beginning_key`: its key and its rows."""
+        return self._newest.get(beginning)
+
+    def read_entry(self, key: bytes) -> HistoryCache | None:
+        """A copy of the entry that `find_beginning` found, None where it has gone since; counts
+        nothing.
+        """
         budget = self.budget
         with budget.lock:
-            if beginning not in self._newest:
-                return None
-            key, num_rows = self._newest[beginning]
-            return key, num_rows, budget.entries[self, key]
-
-    def forget_beginning(self, key: bytes) -> None:
-        """An entry is gone; the caller holds the lock."""
-        beginning = self._beginnings.pop(key, None)
-        newest = None if beginning is None else self._newest.get(beginning)
-        if beginning is not None and newest is not None and newest[0] == key:
-            del self._newest[beginning]
+            found = budget.entries.get((self, key))
+            return None if found is None else budget.pages.read(found)
 
     def keep_entry(
         self, key: bytes, entry: HistoryCache, beginning: bytes = b"", num_rows: int = 0
     ) -> None:
-        """Keep `entry` unless it alone is more than there is room for.
+        """Keep a copy of `entry` unless it alone is more than there is room for.
 
         With a `beginning` of its `num_rows` rows, `find_beginning` finds it until another comes.
         """
-        budget, size = self.budget, resident_bytes(entry)
+        budget = self.budget
+        size = resident_bytes(count_pages(entry), len(entry.layers))
         if size > budget.max_bytes:
             return
 
         with budget.lock:
             if self._is_closed or (self, key) in budget.entries:
                 return
-            budget.entries[self, key] = entry
+            budget.make_room(size)
+            budget.entries[self, key] = budget.pages.write(entry)
             budget.num_bytes += size
             self.num_bytes += size
             self.num_entries += 1
             if num_rows:
                 self._newest[beginning] = key, num_rows
                 self._beginnings[key] = beginning
-            budget.make_room()
+
+    def forget_entry(self, key: bytes, entry: PagedHistory) -> None:
+        """Give back what an entry takes that has left the budget; the caller holds the lock."""
+        size = resident_bytes(len(entry.pages), len(entry.layers))
+        self.budget.pages.release(entry)
+        self.budget.num_bytes -= size
+        self.num_bytes -= size
+        self.num_entries -= 1
+
+        beginning = self._beginnings.pop(key, None)
+        newest = None if beginning is None else self._newest.get(beginning)
+        if beginning is not None and newest is not None and newest[0] == key:
+            del self._newest[beginning]
 
     def close(self) -> None:
         """Give the memory back: the model is gone. What it still ranks is not kept."""
@@ -165,12 +166,7 @@ class HistoryCaches:
             self._is_closed = True
             mine = [place for place in self.budget.entries if place[0] is self]
             for place in mine:
-                del self.budget.entries[place]
-            self.budget.num_bytes -= self.num_bytes
-            self.num_bytes = 0
-            self.num_entries = 0
-            self._newest.clear()
-            self._beginnings.clear()
+                self.forget_entry(place[1], self.budget.entries.pop(place))
 
     def cache_stats(self) -> dict[str, int]:
         """Counts since the start, and what is held now."""

@@ -130,7 +130,7 @@ class Ranker:
         self.index = index
 
         self.device = next(self.model.parameters()).device
-        self.caches = HistoryCaches(budget or CacheBudget(limits.cache_mb))
+        self.caches = HistoryCaches(budget or CacheBudget.of_mb(limits.cache_mb))
         self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_candidates
 
         # the hour is computed from the request's time
@@ -532,7 +532,7 @@ class Ranker:
             found = self.caches.find_beginning(beginnings[key])
             if found is None:
                 continue
-            kept_key, num_cached, kept = found
+            kept_key, num_cached = found
             history, codes = self._one_history(past, users, i)
             num_rows = len(history.item_id)
             if num_cached >= num_rows:
@@ -545,6 +545,9 @@ class Ranker:
             num_context = self.model.encoder.num_context
             first = first_changed_row(model, num_context, num_cached, num_rows)
             if first is None:
+                continue
+            kept = self.caches.read_entry(kept_key)
+            if kept is None:
                 continue
 
             rows = history.take(np.array([first]), end)

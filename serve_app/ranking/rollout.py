@@ -441,7 +441,7 @@ def _find_shared(limits: ServeConfig, folder: Path, earlier: Rollout | None) -> 
     before = None if earlier is None else earlier.shared
     if before is not None and before.settings == settings:
         return before
-    return Shared(settings, open_events(limits, folder), CacheBudget(limits.cache_mb))
+    return Shared(settings, open_events(limits, folder), CacheBudget.of_mb(limits.cache_mb))
 
 
 def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:

@@ -1,0 +1,82 @@
+"""Encoded histories in pages: what is read is what was written, and all of it lies in one block."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
+from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, resident_bytes
+from serve_app.ranking.history_pages import PAGE_BYTES, HistoryPages, count_pages
+
+
+def random_history(lengths: list[int], dtype: torch.dtype = torch.float32) -> HistoryCache:
+    """One with a layer of each length, 3 heads of 5; layers of one length share their offsets."""
+    offsets = {length: torch.tensor([0, length]) for length in lengths}
+    layers = []
+    for length in lengths:
+        k, v = torch.randn(2, length, 3, 5).to(dtype)
+        layers.append(LayerCache(k, v, offsets[length]))
+    return HistoryCache(tuple(layers))
+
+
+def assert_equal(found: HistoryCache, written: HistoryCache) -> None:
+    for mine, other in zip(found.layers, written.layers, strict=True):
+        assert mine.offsets is other.offsets
+        assert torch.equal(mine.k_THD, other.k_THD) and mine.k_THD.dtype == other.k_THD.dtype
+        assert torch.equal(mine.v_THV, other.v_THV) and mine.v_THV.dtype == other.v_THV.dtype
+
+
+def test_what_comes_and_goes_is_read_as_it_was_written() -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    pages = HistoryPages(64 * PAGE_BYTES + 17)
+    held: list[tuple[HistoryCache, object]] = []
+    for _ in range(300):
+        whole = int(rng.integers(1, 90))
+        dtype = (torch.float32, torch.bfloat16)[rng.integers(2)]
+        history = random_history([whole, whole, min(whole, 7)], dtype)
+        while count_pages(history) > pages.num_free:
+            _, oldest = held.pop(0)
+            pages.release(oldest)
+        held.append((history, pages.write(history)))
+        assert pages.num_free == 64 - sum(len(kept.pages) for _, kept in held)
+        for written, kept in held:
+            assert_equal(pages.read(kept), written)
+
+
+def test_what_was_read_outlives_its_pages() -> None:
+    pages = HistoryPages(4 * PAGE_BYTES)
+    first, second = random_history([40]), random_history([40])
+    kept = pages.write(first)
+    found = pages.read(kept)
+    pages.release(kept)
+    assert pages.write(second).pages.tolist() == kept.pages.tolist()
+    assert_equal(found, first)
+
+
+def test_an_empty_history_takes_no_page() -> None:
+    pages = HistoryPages(PAGE_BYTES)
+    history = random_history([0])
+    assert_equal(pages.read(pages.write(history)), history)
+    assert pages.num_free == 1
+
+
+@pytest.mark.parametrize("max_bytes", [0, 5000, 300_000])
+def test_a_full_cache_keeps_everything_in_its_block(max_bytes: int) -> None:
+    """Whatever came and went: no tensor of a kept history lies in the heap, between others."""
+    rng = np.random.default_rng(1)
+    caches = HistoryCaches(CacheBudget(max_bytes))
+    budget = caches.budget
+    for number in range(400):
+        caches.keep_entry(str(number).encode(), random_history([int(rng.integers(1, 120))]))
+        taken = sum(len(entry.pages) for entry in budget.entries.values())
+        assert taken * PAGE_BYTES + budget.pages.num_free * PAGE_BYTES <= max_bytes
+        sizes = [resident_bytes(len(entry.pages), 1) for entry in budget.entries.values()]
+        assert budget.num_bytes == sum(sizes) <= max_bytes
+
+    assert (caches.num_entries > 1) == (max_bytes == 300_000)
+    for entry in budget.entries.values():
+        kept = [layer.offsets for layer in entry.layers]
+        assert sum(offsets.untyped_storage().nbytes() for offsets in kept) == 16
+    caches.close()
+    assert budget.pages.num_free == max_bytes // PAGE_BYTES
