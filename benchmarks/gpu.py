@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 TOKENS = 65_536
 REPEATS = 30
 FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
+MOST_FLUSHES = 40
 PROCESSES = 14
 PATIENCE = 30.0  # s, with checks under way when time is up
 
@@ -59,36 +60,92 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------
 
 
+class Timing(NamedTuple):
+    """Milliseconds of a call: the median of its runs, and what 10 and 90 % of them do not pass."""
+
+    median: float
+    low: float
+    high: float
+
+
 class Timer:
-    """Median of runs by device events; before each, L2 is flushed several times over, so that the
-    host is ahead and its work does not show."""
+    """Times by device events; before each run L2 is flushed several times over.
+
+    A flush takes the device some 0.06 to 0.1 ms. There are so many that the host, which meanwhile
+    prepares the run, is done before the device begins: its work does not show.
+    """
 
     def __init__(self) -> None:
         self.flush = torch.empty(1 if INTERPRETED else FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+        self.flush_ms = math.nan if INTERPRETED else self._time_flush()
 
-    def __call__(
-        self, call: Callable[[], object], repeats: int = REPEATS, flushes: int = 4
-    ) -> float:
-        """Milliseconds. Each flush is some 0.1 ms; together they must take longer than the host
-        needs for the call.
+    def __call__(self, call: Callable[[], object], repeats: int = REPEATS) -> float:
+        """Milliseconds of a call, the median of `repeats` runs."""
+        return self.in_turns({"alone": call}, repeats)["alone"].median
+
+    def in_turns(
+        self, calls: dict[str, Callable[[], object]], repeats: int = REPEATS
+    ) -> dict[str, Timing]:
+        """Times of calls that take turns.
+
+        A card's clock falls by 5 to 10 % while it is hot; in turns, it falls for all alike.
         """
         if INTERPRETED:
-            call()
-            return math.nan
-        for _ in range(3):
-            call()
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(repeats)
-        ]
-        for begin, end in events:
-            for _ in range(flushes):
-                self.flush.zero_()
-            begin.record()
-            call()
-            end.record()
+            for call in calls.values():
+                call()
+            return dict.fromkeys(calls, Timing(math.nan, math.nan, math.nan))
+
+        flushes = {name: self._count_flushes(call) for name, call in calls.items()}
+        runs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                for _ in range(flushes[name]):
+                    self.flush.zero_()
+                begin, end = _event(), _event()
+                begin.record()
+                call()
+                end.record()
+                runs.setdefault(name, []).append((begin, end))
         torch.cuda.synchronize()
-        return sorted(begin.elapsed_time(end) for begin, end in events)[repeats // 2]
+
+        return {
+            name: _timing([begin.elapsed_time(end) for begin, end in events])
+            for name, events in runs.items()
+        }
+
+    def _time_flush(self, count: int = 20) -> float:
+        begin, end = _event(), _event()
+        self.flush.zero_()
+        begin.record()
+        for _ in range(count):
+            self.flush.zero_()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / count
+
+    def _count_flushes(self, call: Callable[[], object]) -> int:
+        """Flushes that take the device twice as long as the host takes for a warm call."""
+        host_ms = 0.0
+        for number in range(3 + 3):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            if number >= 3:
+                host_ms = max(host_ms, 1e3 * (time.perf_counter() - begin))
+        # a call that waits for the device itself, as some of PyTorch's do, wants no more than this
+        return min(4 + math.ceil(2 * host_ms / self.flush_ms), MOST_FLUSHES)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _timing(times: list[float]) -> Timing:
+    """
+    runs 5 4 1 3 2 9 7 8 6 10, ms  →  median 6, low 2, high 10
+    """
+    ordered, count = sorted(times), len(times)
+    return Timing(ordered[count // 2], ordered[count // 10], ordered[9 * count // 10])
 
 
 def host_us(call: Callable[[], object], count: int = 300) -> float:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from benchmarks import gpu
 from kernels import launch
 from kernels.semi_local_attention import (
     tile_table,
@@ -293,6 +294,11 @@ def test_plans_of_two_batches_share_what_was_compiled(monkeypatch):
         for _ in range(2):
             triton_launch.launch_forward(plan, problem, fit)
     assert (kernel.compiled, len(kernel.launched)) == (1, 4)
+
+
+def test_a_timing_is_a_median_with_its_interval():
+    times = [5.0, 4.0, 1.0, 3.0, 2.0, 9.0, 7.0, 8.0, 6.0, 10.0]
+    assert gpu._timing(times) == gpu.Timing(median=6.0, low=2.0, high=10.0)
 
 
 def test_what_compiled_code_depends_on():

@@ -10,16 +10,18 @@ same run.
     dense one, attention_cpu.json python -m benchmarks.kernels.attention --report FILE ...     #
     tables and plots into benchmarks/RESULTS.md
 
-Inputs are normal with unit scale. A time is the median of runs by device events
-(`benchmarks.gpu.Timer`).
+Inputs are normal with unit scale. A time is the median of 30 runs by device events
+(`benchmarks.gpu.Timer`), with what 10 and 90 % of them do not pass. At lengths where PyTorch's
+attention is timed too, all take turns.
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,10 @@ from kernels.semi_local_attention.types import RelativeBias
 
 ROOT = Path(__file__).parents[1]
 CAUSAL: dict[str, int] = {}
+LENGTHS = (16384, 8192, 4096, 1024)
+FLEX_LENGTHS = (16384, 4096)  # compiling takes most of its time
+
+Calls = dict[str, Callable[[], object]]  # forward and backward
 
 
 def kept_pairs(case: Case) -> int:
@@ -59,7 +65,8 @@ def kept_pairs(case: Case) -> int:
     return pairs
 
 
-def time_ours(timer: Timer, case: Case) -> dict[str, float]:
+def our_calls(case: Case) -> Calls:
+    """Forward, and backward of one forward, of a case."""
     batch = make_batch(case)
     dtype = getattr(torch, case.dtype)
     leaves = [x.to(dtype).requires_grad_() for x in (batch.q, batch.k, batch.v)]
@@ -71,35 +78,60 @@ def time_ours(timer: Timer, case: Case) -> dict[str, float]:
     inputs, offsets, options = leaves[:3], batch.offsets, batch.options
     batch.q = batch.k = batch.v = batch.grad = grad[:0]  # free the float64 originals
 
-    def forward() -> Tensor:
+    def attend() -> Tensor:
         return semi_local_attention(*inputs, offsets, bias=bias, backend="triton", **options)
 
-    with torch.no_grad():
-        forward_ms = timer(forward)
-    out = forward()
-    backward_ms = timer(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    flop = 2 * case.heads * (case.d_qk + case.d_v) * kept_pairs(case)
-    rates = flop / forward_ms / 1e9, 2.5 * flop / backward_ms / 1e9
-    return {
-        "forward_ms": forward_ms,
-        "backward_ms": backward_ms,
-        "forward_tflops": rates[0],
-        "backward_tflops": rates[1],
-    }
+    return calls_of(attend, leaves, grad)
 
 
-def time_softmax(timer: Timer, length: int, attend) -> dict[str, float]:
-    """Softmax attention of PyTorch on [B, H, L, D]."""
+def softmax_calls(length: int, attend: Callable[..., Tensor]) -> Calls:
+    """The same of PyTorch's softmax attention on [B, H, L, D]."""
     shape = TOKENS // length, 4, length, 128
     q, k, v, grad = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    with torch.no_grad():
-        forward_ms = timer(lambda: attend(*leaves))
-    out = attend(*leaves)
+    return calls_of(lambda: attend(*leaves), leaves, grad)
+
+
+def calls_of(attend: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Calls:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend()
+
+    out = attend()
     return {
-        "forward_ms": forward_ms,
-        "backward_ms": timer(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)),
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
     }
+
+
+def time_in_turns(timer: Timer, contestants: dict[str, Calls]) -> dict[str, dict[str, Any]]:
+    """For each contestant forward_ms, backward_ms, and in `forward_range_ms`, `backward_range_ms`
+    what 10 and 90 % of the runs do not pass. All of their calls take turns.
+    """
+    calls = {}
+    for name, ways in contestants.items():
+        for way, call in ways.items():
+            calls[f"{name}: {way}"] = call
+    timings = timer.in_turns(calls)
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, ways in contestants.items():
+        found[name] = {}
+        for way in ways:
+            timing = timings[f"{name}: {way}"]
+            found[name][f"{way}_ms"] = timing.median
+            found[name][f"{way}_range_ms"] = [timing.low, timing.high]
+    return found
+
+
+def with_rates(case: Case, times: dict[str, Any]) -> dict[str, Any]:
+    """Times of a case, and what they are in TFLOP/s over kept pairs."""
+    flop = 2 * case.heads * (case.d_qk + case.d_v) * kept_pairs(case)
+    rates = {
+        "forward_tflops": flop / times["forward_ms"] / 1e9,
+        "backward_tflops": 2.5 * flop / times["backward_ms"] / 1e9,
+    }
+    return times | rates
 
 
 def sdpa(backend: str):
@@ -141,13 +173,18 @@ def even(length: int, mask: dict, **options) -> Case:
     return Case((length,) * (TOKENS // length), mask=mask, **options)
 
 
-def timed_cases() -> dict[str, Case]:
-    lengths = (1024, 4096, 8192, 16384)
-    cases = {f"semi-local {n}": even(n, SEMI_LOCAL) for n in lengths}
-    cases |= {f"causal {n}": even(n, CAUSAL) for n in lengths}
-    cases |= {f"semi-local {n}": even(n, SEMI_LOCAL) for n in (2048, 32768)}
+def compared_cases(length: int) -> dict[str, Case]:
+    """What is timed beside PyTorch's attention, in turns with it."""
+    return {
+        f"semi-local {length}": even(length, SEMI_LOCAL),
+        f"semi-local, prefix of 4 {length}": even(length, {**SEMI_LOCAL, "prefix": 4}),
+        f"causal {length}": even(length, CAUSAL),
+    }
+
+
+def other_cases() -> dict[str, Case]:
+    cases = {f"semi-local {n}": even(n, SEMI_LOCAL) for n in (2048, 32768)}
     cases |= {f"window only {n}": even(n, {"window": 256}) for n in (1024, 16384)}
-    cases |= {f"prefix of 8, {n}": even(n, {**SEMI_LOCAL, "prefix": 8}) for n in (1024, 16384)}
     for n in (4096, 16384):
         cases[f"512 candidates {n}"] = even(n, SEMI_LOCAL, num_targets=(512,) * (TOKENS // n))
         half = (n // 2,) * (TOKENS // n)
@@ -229,7 +266,8 @@ def host_times() -> dict[str, float]:
 
 def compile_case(case: Case) -> None:
     """Runs a case once, which leaves its kernels in Triton's cache."""
-    time_ours(lambda call, repeats=1: (call(), 1.0)[1], case)  # type: ignore[arg-type]
+    for call in our_calls(case).values():
+        call()
 
 
 def measure_cpu() -> dict[str, dict[str, float]]:
@@ -274,10 +312,10 @@ def smoke() -> None:
     tiny = Case(
         (20, 9), (4, 0), {"window": 4, "full_rows": 3}, heads=1, d_qk=16, d_v=16, dtype="float32"
     )
-    time_ours(Timer(), tiny)
+    with_rates(tiny, time_in_turns(Timer(), {"tiny": our_calls(tiny)})["tiny"])
     time_lists(Timer(), 64)
     time_cached(Timer(), users=1, keys=40, rows=3)
-    timed_cases()
+    other_cases()
 
 
 def main() -> None:
@@ -319,9 +357,10 @@ def main() -> None:
     if arguments.smoke:
         smoke()
         return
-    compiled = (
-        [] if arguments.parity_only else [(compile_case, case) for case in timed_cases().values()]
-    )
+    cases = other_cases()
+    for length in LENGTHS:
+        cases |= compared_cases(length)
+    compiled = [] if arguments.parity_only else [(compile_case, case) for case in cases.values()]
     checks = [] if arguments.checked else parity_checks()
     checked = (
         found_in(arguments.checked, "attention")
@@ -346,34 +385,55 @@ def main() -> None:
 
 def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
     """Names of sections, and numbers of theirs, as they come."""
-    timer, ours = Timer(), {}
-    for name, case in timed_cases().items():
-        ours[name] = time_ours(timer, case)
-        yield "ours", {name: ours[name]}
-    yield "cached", time_cached(timer)
-    yield "lists", time_lists(timer)
-    yield "host_us", host_times()
+    timer = Timer()
+    everything: dict[str, dict[str, Any]] = {}
+    for length in LENGTHS:
+        for section, numbers in compare(timer, length, no_softmax):
+            everything |= numbers
+            yield section, numbers
+    for name, case in other_cases().items():
+        times = time_in_turns(timer, {name: our_calls(case)})
+        yield "ours", {name: with_rates(case, times[name])}
+
     ways = "forward_ms", "backward_ms"
-    longest, shortest = ours["semi-local 16384"], ours["semi-local 1024"]
+    longest, shortest = everything["semi-local 16384"], everything["semi-local 1024"]
     yield (
         "per_user_slope",
         {way: math.log(16 * longest[way] / shortest[way]) / math.log(16) for way in ways},
     )
+    cudnn = everything.get("cuDNN causal 16384")
+    if cudnn is not None:
+        kinds = "semi-local", "semi-local, prefix of 4", "causal"
+        cases = [(kind, way) for kind in kinds for way in ways]
+        yield (
+            "over_cudnn",
+            {f"{kind} {way}": everything[f"{kind} 16384"][way] / cudnn[way] for kind, way in cases},
+        )
+    yield "cached", time_cached(timer)
+    yield "lists", time_lists(timer)
+    yield "host_us", host_times()
     yield "ceilings", time_ceilings(timer)
-    if no_softmax:
-        return
-    softmax = {}
-    for n in (16384, 8192, 4096, 1024):
-        softmax[f"cuDNN causal {n}"] = time_softmax(timer, n, sdpa("CUDNN_ATTENTION"))
-        softmax[f"flash causal {n}"] = time_softmax(timer, n, sdpa("FLASH_ATTENTION"))
-        yield "softmax", softmax
-    cudnn = softmax["cuDNN causal 16384"]
-    cases = [(kind, way) for kind in ("semi-local", "causal") for way in ways]
-    yield (
-        "over_cudnn",
-        {f"{kind} {way}": ours[f"{kind} 16384"][way] / cudnn[way] for kind, way in cases},
-    )
-    yield "flex", {f"flex semi-local {n}": time_softmax(timer, n, flex(n)) for n in (16384, 4096)}
+
+
+def compare(
+    timer: Timer, length: int, no_softmax: bool
+) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Sections of one length: ours, and PyTorch's softmax attention, in turns."""
+    cases = compared_cases(length)
+    contestants = {name: our_calls(case) for name, case in cases.items()}
+    softmax, flexible = [], []
+    if not no_softmax:
+        for name, backend in (("cuDNN", "CUDNN_ATTENTION"), ("flash", "FLASH_ATTENTION")):
+            softmax.append(f"{name} causal {length}")
+            contestants[softmax[-1]] = softmax_calls(length, sdpa(backend))
+        if length in FLEX_LENGTHS:
+            flexible.append(f"flex semi-local {length}")
+            contestants[flexible[-1]] = softmax_calls(length, flex(length))
+
+    times = time_in_turns(timer, contestants)
+    yield "ours", {name: with_rates(case, times[name]) for name, case in cases.items()}
+    yield "softmax", {name: times[name] for name in softmax}
+    yield "flex", {name: times[name] for name in flexible}
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def time_layer(
     def train() -> None:
         torch.autograd.grad(forward(), leaves, grad)
 
-    infer_ms, train_ms = timer(infer, flushes=8), timer(train, flushes=20)
+    infer_ms, train_ms = timer(infer), timer(train)
     before = torch.cuda.memory_allocated()
     out = forward()
     kept = torch.cuda.memory_allocated() - before - out.nbytes
@@ -293,7 +293,7 @@ def time_five_layers(timer: Timer) -> dict[str, float]:
                 for weights in layers:
                     rows = stu_layer(rows, weights, shape, sequences)
 
-        found[name] = timer(infer, flushes=20)
+        found[name] = timer(infer)
     return found
 
 
