@@ -2,7 +2,7 @@
 rank against all.
 
     # measure, on GPUs if there are any → JSON; within ten minutes on a bare machine
-    torchrun --nproc-per-node 2 -m benchmarks.training.sharding --table-gb 20 --events 262144
+    torchrun --nproc-per-node 2 -m benchmarks.training.sharding --table-gb 20 100 --events 262144
 
     # a try without GPUs
     torchrun --nproc-per-node 2 -m benchmarks.training.sharding --tiny --out /tmp/tiny.json
@@ -12,9 +12,10 @@ rank against all.
 
 Random events; item ids are drawn evenly over the logarithm of their rank, as in Zipf's law, so that
 a batch holds many rare ones. Every rank has a batch of the same size: twice the ranks train on
-twice the events. What is measured for one rank runs on rank 0, while the others wait. The cases
-named "loader" train from a store of sequences through `TrainLoader`, whose lengths differ; all
-others from batches made before. It needs neither Ray nor MLflow.
+twice the events. What is measured for one rank runs on rank 0, while the others wait. "Each for
+itself" is all ranks at once without a message between them: what the machine allows. The cases of
+the loader and of loads train from a store of sequences (loader_ranks.py), all others from batches
+made before. A rank that dies is `benchmarks.training.killed_rank`. It needs neither Ray nor MLflow.
 """
 
 import argparse
@@ -23,30 +24,24 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.machine import environment
-from benchmarks.report import table, write_run, write_section
-from benchmarks.training.collate import NUM_ITEMS, bench_config, make_maps
-from benchmarks.training.cpu_step import StopAfter
-from benchmarks.training.feeding import publish
+from benchmarks.report import write_run, write_section
+from benchmarks.training.loader_ranks import Case, load_cases, loader_cases
 from benchmarks.training.model import SEMI_LOCAL, model_config, random_batch, vocabulary
+from benchmarks.training.ranks import Ranks, temporary_folder, timed_run
+from benchmarks.training.sharding_report import right, section, summary, verdict
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
-from pipeline.batches.loader import TrainLoader
-from pipeline.batches.steps import step_plan
 from pipeline.config import RunConfig
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder
@@ -58,41 +53,6 @@ ROOT = Path(__file__).parents[1]
 ITEM_DIM = 128
 SHARDED = {"item_id": "sharded"}
 ALL_SHARDED = {"default": "sharded"}
-
-
-class Ranks:
-    """This process among the others of torchrun; alone without it."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = (
-            f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        )
-        if self.device != "cpu":
-            torch.cuda.set_device(self.device)
-        # multicast over NVLink needs a driver that not every machine of several GPUs has set up
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        if self.size > 1:
-            own = None if self.device == "cpu" else torch.device(self.device)
-            backend = "gloo" if own is None else "nccl"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=own)
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def alone(self, call: Callable[[], Any]) -> Any:
-        """`call()` on rank 0, None on the others, which wait."""
-        found = call() if self.rank == 0 else None
-        self.wait()
-        return found
-
-    def all(self, true: bool) -> bool:
-        if self.size == 1:
-            return true
-        flag = torch.tensor(int(true), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag)
 
 
 class RandomLoader:
@@ -251,44 +211,7 @@ def resume(ranks: Ranks, table_gb: float) -> dict[str, Any]:
     return found
 
 
-def temporary_folder(name: str) -> Path:
-    """The same on all ranks."""
-    return Path(tempfile.gettempdir()) / f"{name}-{os.environ.get('MASTER_PORT', 'alone')}"
-
-
 # Times and bytes
-
-
-class Traffic:
-    """Messages of this rank, and the bytes that it sends to others in them, counted where
-    `torch.distributed` is called.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.sent = dict.fromkeys(("all_to_all_single", "all_reduce"), 0)
-        self.messages = 0
-
-    def __enter__(self) -> "Traffic":
-        self.kept = {name: getattr(dist, name) for name in self.sent}
-        for name in self.sent:
-            setattr(dist, name, partial(self._call, name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, call in self.kept.items():
-            setattr(dist, name, call)
-
-    def _call(self, name: str, *args: Any, **options: Any) -> Any:
-        self.messages += 1
-        others, size = self.ranks.size - 1, self.ranks.size
-        if name == "all_to_all_single":
-            tensor, splits = args[1], args[3] if len(args) > 3 else None
-            own = tensor.numel() // size if splits is None else splits[self.ranks.rank]
-            self.sent[name] += (tensor.numel() - own) * tensor.element_size()
-        else:  # as a ring does it
-            self.sent[name] += 2 * args[0].nbytes * others // size
-        return self.kept[name](*args, **options)
 
 
 def speed(
@@ -302,94 +225,13 @@ def speed(
     return found | {"tables": placed}
 
 
-def timed_run(call: Callable[[], tuple[list[dict], int]], ranks: Ranks) -> dict[str, Any]:
-    """Medians over the lines of a run but the first two (compilation, the allocator's growth).
-
-    `call` gives the lines and the number of steps.
-    """
-    cuda = ranks.device != "cpu"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with Traffic(ranks) as traffic:
-        lines, steps = call()
-    lines = lines[2:]
-
-    names = "step_ms", "tokens_per_s", "data_wait_share", "message_wait_share"
-    found: dict[str, Any] = {}
-    for name in names:
-        found[name] = statistics.median(line[f"train/{name}"] for line in lines)
-    found["mb_sent_a_step"] = {name: sent / steps / 2**20 for name, sent in traffic.sent.items()}
-    found["messages_a_step"] = traffic.messages / steps
-    found["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    return found
-
-
-def loader_config(options: argparse.Namespace, folder: Path, ranks: Ranks) -> RunConfig:
-    """A store in `folder` and how it is trained on, of `options.events` tokens a step and rank."""
-    cut = {"truncate_after_layer": max(options.layers // 3, 1), "truncate_to": 1024}
-    like = model_config(
-        {"attention": SEMI_LOCAL, **cut}, options.layers, options.heads, options.width
-    )
-    cfg = replace(bench_config(name="loader", runs_dir=str(folder)), model=like.model)
-    log_every = max(options.steps // 10, 1)
-    return with_train(
-        cfg,
-        precision="fp32" if ranks.device == "cpu" else "bf16",
-        use_gpu=ranks.device != "cpu",
-        lr=1e-4,
-        embedding_lr=1e-4,
-        warmup_steps=0,
-        batch_users=None,
-        batch_tokens=options.events,
-        max_targets_per_sequence=64,
-        epochs=1000,
-        log_every=log_every,
-        loader_process=True,
-        loader_threads=2,
-    )
-
-
-def publish_users(cfg: RunConfig, options: argparse.Namespace, ranks: Ranks) -> None:
-    """Users of `options.length` events, whose passes are enough for some ten steps of all ranks."""
-    mean_pass = (options.length + cfg.train.max_targets_per_sequence) / 2
-    passes = options.length / min(cfg.train.max_targets_per_sequence, options.length)
-    users = max(round(12 * ranks.size * options.events / mean_pass / passes), 16 * ranks.size)
-    publish(cfg.sequence_dir, cfg, np.full(users, options.length), num_buckets=4 * ranks.size)
-
-
-def loader_speed(
-    cfg: RunConfig, options: argparse.Namespace, ranks: Ranks, alone: bool = False
-) -> dict[str, Any]:
-    """A run from the store: the loop, loader and steps of a training."""
-    rank, world_size = (0, 1) if alone else (ranks.rank, ranks.size)
-    tokens = options.events * world_size
-    cfg = with_train(cfg, batch_tokens=tokens, num_workers=world_size, readers=world_size)
-    plan, lines = step_plan(cfg), []
-    maps = replace(
-        make_maps(),
-        item_codes=np.arange(NUM_ITEMS + 1, dtype=np.int32)[:, None],
-        vocab_sizes={"item_id": NUM_ITEMS + 1, "request.tab": 9, "request.hour": 25},
-        base_rates=dict.fromkeys(cfg.tasks, 0.3),
-        counts={},
-    )
-
-    def train() -> tuple[list[dict], int]:
-        watch = StopAfter(options.steps)
-        loop.train(
-            cfg,
-            maps,
-            TrainLoader(cfg, maps, plan, rank, world_size),
-            "random",
-            rank=rank,
-            world_size=world_size,
-            device=ranks.device,
-            log=lambda step, values: lines.append(values),
-            wishes=watch,
-        )
-        return lines, len(watch.clock)
-
-    return timed_run(train, ranks) | {"tables": {}}
+def speed_apart(cfg: RunConfig, sizes: dict[str, int], ranks: Ranks) -> dict[str, Any]:
+    """Runs of all ranks at once that know nothing of each other: as slow as the slowest."""
+    ranks.wait()
+    found = speed(cfg, sizes, ranks, alone=True)
+    slowest = ranks.largest(found["step_ms"])
+    together = ranks.size * found["tokens_per_s"] * found["step_ms"] / slowest
+    return found | {"step_ms": slowest, "tokens_per_s": together}
 
 
 def _plan(cfg: RunConfig, sizes: dict[str, int], world_size: int) -> dict[str, Any]:
@@ -454,194 +296,72 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> Iterator[tuple[str, di
         yield name, call() or {}
 
 
-def cases(
-    options: argparse.Namespace, ranks: Ranks
-) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
+def cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
     if "loader" in options.only:
         yield from loader_cases(options, ranks)
+    if "loads" in options.only:
+        yield from load_cases(options, ranks)
     if "speed" in options.only:
-        yield from table_cases(options, ranks)
+        yield from small_cases(options, ranks)
+        for table_gb in options.table_gb:
+            yield from table_cases(options, table_gb, ranks)
+    if "host" in options.only and ranks.size > 1:
+        yield from host_cases(options, ranks)
 
 
-def loader_cases(
-    options: argparse.Namespace, ranks: Ranks
-) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
-    folder = temporary_folder("loader")
-    cfg = loader_config(options, folder, ranks)
-    ranks.alone(lambda: shutil.rmtree(folder, ignore_errors=True))
-    ranks.alone(lambda: publish_users(cfg, options, ranks))
-
-    yield "1 rank, loader", lambda: ranks.alone(lambda: loader_speed(cfg, options, ranks, True))
-    if ranks.size > 1:
-        yield "all ranks, loader", lambda: loader_speed(cfg, options, ranks)
-    ranks.alone(lambda: shutil.rmtree(folder))
-
-
-def table_cases(
-    options: argparse.Namespace, ranks: Ranks
-) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
-    sizes = {name: getattr(options, name) for name in ("events", "length", "candidates", "steps")}
+def made_config(options: argparse.Namespace, ranks: Ranks) -> RunConfig:
+    """The model that trains on batches made before, its tables whole on every rank."""
     cut = {"truncate_after_layer": max(options.layers // 3, 1), "truncate_to": 1024}
-    cfg = model_config(
-        {"attention": SEMI_LOCAL, **cut}, options.layers, options.heads, options.width
-    )
+    settings = {"attention": SEMI_LOCAL, **cut}
+    cfg = model_config(settings, options.layers, options.heads, options.width)
     cfg = replace(cfg, features=replace(cfg.features, item_id_dim=ITEM_DIM))
     precision = "fp32" if ranks.device == "cpu" else "bf16"
     log_every = max(options.steps // 10, 1)
-    cfg = with_train(cfg, precision=precision, log_every=log_every, epochs=1, shard_above_mb=2**30)
+    return with_train(cfg, precision=precision, log_every=log_every, epochs=1, shard_above_mb=2**30)
+
+
+def made_sizes(options: argparse.Namespace, num_items: int) -> dict[str, int]:
+    names = "events", "length", "candidates", "steps"
+    return {name: getattr(options, name) for name in names} | {"items": num_items}
+
+
+def items_of(table_gb: float) -> int:
+    """Rows of an item table of so many GiB in float32."""
+    return int(table_gb * 2**30 / (4 * ITEM_DIM))
+
+
+def small_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
+    cfg, sizes = made_config(options, ranks), made_sizes(options, 100_000)
     sharded = with_train(cfg, tables=SHARDED)
-    half = {"bf16_tables": ("item_id",), "host_state_tables": ("item_id",)}
-    small = sizes | {"items": 100_000}
-    large = sizes | {"items": int(options.table_gb * 2**30 / (4 * ITEM_DIM))}
-
-    def one(tables: dict[str, int]) -> dict[str, Any] | None:
-        return ranks.alone(lambda: speed(cfg, tables, ranks, alone=True))
-
-    several = ranks.size > 1
-    yield "1 rank, small table", lambda: one(small)
-    if several:
-        yield "all ranks, small table replicated", lambda: speed(cfg, small, ranks)
-        yield "all ranks, small table sharded", lambda: speed(sharded, small, ranks)
-    if options.table_gb <= options.most_gb:
-        yield "1 rank, large table", lambda: one(large)
-    if several:
-        yield "all ranks, large table sharded", lambda: speed(sharded, large, ranks)
-        yield (
-            "all ranks, large table sharded, bf16 rows, moments on the host",
-            lambda: speed(with_train(sharded, **half), large, ranks),
-        )
-        yield "messages alone, large table", lambda: exchange(sharded, large, ranks)
+    yield "1 rank, small table", lambda: ranks.alone(lambda: speed(cfg, sizes, ranks, alone=True))
+    if ranks.size > 1:
+        yield "all ranks, small table, each for itself", lambda: speed_apart(cfg, sizes, ranks)
+        yield "all ranks, small table replicated", lambda: speed(cfg, sizes, ranks)
+        yield "all ranks, small table sharded", lambda: speed(sharded, sizes, ranks)
 
 
-def right(found: dict[str, Any]) -> bool:
-    """What must hold held, of what was looked at."""
-    equal, resumed = found.get("parity"), found.get("resume")
-    same = not equal or (
-        equal["sharded_from_whole"] <= 1e-5
-        and equal["two_runs_equal"]
-        and equal["host_state_equal"]
-    )
-    return same and (
-        not resumed or max(resumed["one_to_all"], resumed["one_to_all_to_one"]) <= 1e-3
-    )
+def table_cases(options: argparse.Namespace, table_gb: float, ranks: Ranks) -> Iterator[Case]:
+    """A table of its own size: whole on one rank if it fits there, and sharded."""
+    cfg, sizes = made_config(options, ranks), made_sizes(options, items_of(table_gb))
+    sharded, table = with_train(cfg, tables=SHARDED), f"table of {table_gb:g} GB"
+    if table_gb <= options.most_gb:
+        yield f"1 rank, {table}", lambda: ranks.alone(lambda: speed(cfg, sizes, ranks, alone=True))
+    if ranks.size > 1:
+        yield f"all ranks, {table} sharded", lambda: speed(sharded, sizes, ranks)
+        yield f"messages alone, {table}", lambda: exchange(sharded, sizes, ranks)
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """What was looked at before anything was timed, in a line."""
-    said = []
-    if equal := found.get("parity"):
-        said.append(f"sharded from whole {equal['sharded_from_whole']:.1e}")
-        said.append(f"two runs equal {equal['two_runs_equal']}")
-    if resumed := found.get("resume"):
-        said.append(f"resumed at {found['ranks']} ranks within {resumed['one_to_all']:.1e}")
-        said.append(f"and again at 1 within {resumed['one_to_all_to_one']:.1e}")
-    return f"{'right' if right(found) else 'WRONG'}: {', '.join(said) or 'not looked at'}"
+def host_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
+    """The first table with its moments where there is more memory."""
+    table_gb, half = options.table_gb[0], {"bf16_tables": ("item_id",)}
+    sizes = made_sizes(options, items_of(table_gb))
+    cfg = with_train(made_config(options, ranks), tables=SHARDED, **half)
+    cfg = with_train(cfg, host_state_tables=("item_id",))
+    name = f"all ranks, table of {table_gb:g} GB sharded, bf16 rows, moments on the host"
+    yield name, lambda: speed(cfg, sizes, ranks)
 
 
-def summary(found: dict[str, Any]) -> str:
-    rows = []
-    for name, case in found["cases"].items():
-        if "step_ms" not in case:
-            continue
-        of_one = times_one_rank(found["cases"], name)
-        sent = sum(case["mb_sent_a_step"].values())
-        tables = sum(place["weight_bytes"] for place in case["tables"].values()) / 2**30
-        cells = (
-            f"{case['step_ms']:.1f}",
-            f"{case['tokens_per_s']:,.0f}",
-            "–" if of_one is None else f"**{of_one:.2f}x**",
-            # runs from before they were counted
-            _share(case.get("message_wait_share")),
-            _share(case["data_wait_share"]),
-            f"{sent:.1f}",
-            "–" if "messages_a_step" not in case else f"{case['messages_a_step']:.1f}",
-            "–" if not case["tables"] else f"{tables:.2f}",
-            "–" if case["peak_gb"] is None else f"{case['peak_gb']:.1f}",
-        )
-        rows.append([name, *cells])
-    header = [
-        "",
-        "ms a step",
-        "tokens/s",
-        "of one rank's",
-        "waiting for messages",
-        "for data",
-        "MB sent a rank and step",
-        "messages",
-        "GB of tables a rank",
-        "peak GB",
-    ]
-    return table(header, rows)
-
-
-def _share(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
-
-
-def times_one_rank(cases: dict[str, dict[str, Any]], name: str) -> float | None:
-    """Tokens/s over those of one rank with the same data; None where there is no such case."""
-    kinds = [kind for kind in ("small table", "large table", "loader") if kind in name]
-    one = cases.get(f"1 rank, {kinds[0]}")
-    if not one or name.startswith("1 rank"):
-        return None
-    return cases[name]["tokens_per_s"] / one["tokens_per_s"]
-
-
-def section(runs: list[dict[str, Any]]) -> str:
-    """Of several runs on one machine: what was compared is of the first that did, and each has its
-    table of times.
-    """
-    machine = runs[0]["environment"]
-    commands = dict.fromkeys(found["command"] for found in runs)
-    parts = [
-        "## Sharded tables",
-        f"{', '.join(f'`{command}`' for command in commands)}: "
-        f"{machine['device']}, {runs[0]['ranks']} ranks, {machine['cores']} cores, torch "
-        f"{machine['torch']}.",
-    ]
-    equal = next((found["parity"] for found in runs if "parity" in found), None)
-    resumed = next((found["resume"] for found in runs if "resume" in found), None)
-    if equal:
-        parts.append(
-            "Sharded tables against whole ones over 50 steps: losses differ by "
-            f"{equal['sharded_from_whole']:.1e} at "
-            f"most (by {equal['sharded_from_one_rank']:.1e} from one rank's); two runs equal: "
-            f"{equal['two_runs_equal']}"
-            "; moments on the host equal to the device's bit for bit: "
-            f"{equal['host_state_equal']}; bfloat16 item rows "
-            f"move a loss by {equal['bf16_rows_from_float32']:.1e}."
-        )
-    if resumed:
-        parts.append(
-            "One rank's run gone on by all ranks, and then by one again (a table of "
-            f"{resumed['table_gb']:g} GB): "
-            f"losses within {resumed['one_to_all']:.1e} and {resumed['one_to_all_to_one']:.1e} of "
-            "the unbroken run's."
-        )
-    return "\n\n".join(parts + [part for found in runs if found["cases"] for part in times(found)])
-
-
-def times(found: dict[str, Any]) -> Iterator[str]:
-    """What the cases of one run took."""
-    sizes, cases = found["sizes"], found["cases"]
-    yield (
-        f"**{sizes['events']:,} events a rank** in histories of {sizes['length']:,}, "
-        f"{sizes['layers']} layers, "
-        f"d = {sizes['heads'] * sizes['width']}, item rows of {ITEM_DIM}, medians of the lines of "
-        f"{sizes['steps']} "
-        "steps of the training loop:"
-    )
-    yield summary(found)
-    messages = cases.get("messages alone, large table")
-    if messages:
-        yield (
-            f"The messages by themselves: {messages['fetch_ms']:.2f} ms to fetch "
-            f"{messages['distinct_rows']:,} rows, "
-            f"{messages['gradients_ms']:.2f} ms to send their gradients."
-        )
-
-
-PARTS = ["parity", "resume", "loader", "speed"]
+PARTS = ["parity", "resume", "loader", "loads", "speed", "host"]
 TINY = {
     "events": 2048,
     "length": 64,
@@ -650,7 +370,7 @@ TINY = {
     "layers": 2,
     "heads": 2,
     "width": 16,
-    "table_gb": 0.01,
+    "table_gb": [0.01],
     "resume_gb": 0.001,
 }
 
@@ -661,7 +381,7 @@ def read_options() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--table-gb", type=float, default=1.0, help="float32 rows of the large table")
+    add("--table-gb", type=float, nargs="+", default=[1.0], help="float32 rows of large tables")
     add("--most-gb", type=float, default=40.0, help="of a table that one rank holds alone")
     add("--events", type=int, default=65536, help="of a rank's batch")
     add("--length", type=int, default=4096, help="events a user")
