@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from benchmarks.kernels import (
 from benchmarks.training.model import model_config, random_batch, vocabulary
 from kernels.compilations import compilations_by_kernel
 from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
 from pipeline.model.ranker import RankingModel
 from pipeline.train.trainee import Trainee
@@ -131,6 +133,30 @@ def check_training(steps: int = 5) -> str | None:
     )
 
 
+def check_graphs(settings: dict[str, Any]) -> str | None:
+    """Steps replayed from CUDA graphs train bit for bit as the same steps launched one by one."""
+    torch.use_deterministic_algorithms(False)
+    cfg = model_config({**settings, "dropout": 0.1}, 3, 2, 64)
+    cfg = replace(cfg, features=replace(cfg.features, item_id_dropout=0.1))
+    filler = BatchFiller.of_run(cfg)
+    batches = []
+    for seed, (events, length) in enumerate([(8192, 1024), (8192, 1024), (4000, 500)]):
+        filled = filler.fill(random_batch(cfg, events, length, 16, seed))
+        batches.append(filled.pack(pin_memory=True).to(DEVICE))
+
+    found = []
+    for graphs in ("on", "off"):
+        torch.manual_seed(0)
+        of_graphs = replace(cfg, train=replace(cfg.train, cuda_graphs=graphs))
+        trainee = Trainee(of_graphs, vocabulary(cfg), DEVICE, rank=0, world_size=1)
+        sums = [torch.cat(trainee.step(batches[i % 3], i, 100)) for i in range(7)]
+        found.append(trainee.tensors() | {"sums": torch.stack(sums)})
+
+    replayed, launched = found
+    wrong = [name for name in launched if not torch.equal(replayed[name], launched[name])]
+    return f"{len(wrong)} of {len(launched)} differ: {wrong[:5]}" if wrong else None
+
+
 def check_waiting() -> str | None:
     """A training step never makes the host wait for the device."""
     torch.use_deterministic_algorithms(False)
@@ -207,7 +233,10 @@ def model_checks() -> list[Check]:
         (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
     ]
     views: list[Check] = [(check_target_view, view, 8, 1024, 64) for view in ("covering", "exact")]
+    merged = {"encoder": "hstu_merged", "attention": {"window": None}, "relative_bias": True}
+    graphs: list[Check] = [(check_graphs, SEMI_LOCAL), (check_graphs, merged)]
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
+    steps += graphs
     return [*models, *views, *steps, (check_compilations,)]
 
 

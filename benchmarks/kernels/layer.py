@@ -108,7 +108,7 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
     x, w, bias, residual = product_inputs(TOKENS, width)
     u = torch.randn(TOKENS, 4 * width, device=DEVICE, dtype=torch.bfloat16)[:, :width]
     norm, shift = (torch.randn(width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    gate: dict[str, Any] = {"eps": 1e-6, "concat_ua": False, "p": 0.0, "seed": 0}
+    gate: dict[str, Any] = {"eps": 1e-6, "concat_ua": False, "p": 0.0, "seed": None}
     w_codes, w_scale = launch_quantize(w)
 
     def gated_bf16() -> Tensor:
@@ -168,7 +168,8 @@ def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str,
     uvqk = torch.randn(tokens, 4 * width, **options)
     w, b = (torch.randn(width, device=DEVICE) for _ in range(2))  # float32 as in training
     u, du = uvqk[:, :width], torch.empty_like(uvqk)[:, :width]
-    gate: dict[str, Any] = {"eps": 1e-6, "concat_ua": False, "seed": 0}
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    gate: dict[str, Any] = {"eps": 1e-6, "concat_ua": False, "seed": seed}
     one = x.nbytes
     calls = {
         "norm": (2 * one, lambda: launch_layer_norm(x, w, b, 1e-6, x.dtype)),

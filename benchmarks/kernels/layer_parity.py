@@ -197,9 +197,11 @@ def check_gate(
     weights, u = [randn(width, seed=seed) + (seed == 2) for seed in (2, 3)], wide[:, :width]
     grad = randn(rows, width * (3 if concat_ua else 1), dtype=dtype, seed=4)
 
+    given = options | {"seed": torch.full((1,), options["seed"], device=DEVICE)}
+
     def fused() -> list[Tensor]:
-        y, du = launch_norm_gate(a, u, *weights, **options)[0], torch.empty_like(wide)[:, :width]
-        da, again, *sums = launch_norm_gate_backward(grad, a, u, *weights, du, **options, out=True)
+        y, du = launch_norm_gate(a, u, *weights, **given)[0], torch.empty_like(wide)[:, :width]
+        da, again, *sums = launch_norm_gate_backward(grad, a, u, *weights, du, **given, out=True)
         assert y is not None and again is not None
         return [y, again, da, du, *sums]
 

@@ -30,6 +30,7 @@ from benchmarks.report import table, write_run, write_section
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
+from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
 from pipeline.model.work import count_work
 from pipeline.train.trainee import Trainee
@@ -183,6 +184,8 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     ]
     work = count_work(batches[0], cfg)
     on_host = [batch.pack(pin_memory=cuda) for batch in batches]
+    filler = BatchFiller.of_run(cfg)
+    filled = [filler.fill(batch).pack(pin_memory=cuda) for batch in batches]
     batches = [batch.to(device) for batch in batches]
     torch.manual_seed(0)
     found = {"forward_tflop": work.flops / 1e12, "masked_pair_share": work.masked_pair_share}
@@ -213,9 +216,16 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
         moved = {name: x.clone().to(device, non_blocking=True) for name, x in columns.items()}
         return trainee.step(replace(batches[i % 2], **moved), i, 1000)
 
+    # as the loop takes it where it can: filled up, and replayed from a CUDA graph
+    def train_graphed(i: int) -> object:
+        return trainee.step(filled[i % 2].to(device), i, 1000)
+
     if length == max(options.lengths):
         found["train_from_buffer_ms"] = median_ms(train_from_buffer, device, options.repeats)
         found["train_from_columns_ms"] = median_ms(train_from_columns, device, options.repeats)
+    if trainee.graphs is not None:
+        found["train_graphed_ms"] = median_ms(train_graphed, device, options.repeats)
+        trainee.graphs = None  # gives the memory of its graphs back
     model = trainee.model.eval()
     model.zero_grad(set_to_none=True)
 

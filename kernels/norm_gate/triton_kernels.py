@@ -41,19 +41,29 @@ def _drop(x, seed, rows, columns, threshold, gain, DROPOUT: tl.constexpr):
 
 
 @triton.jit
+def _seed(seed_at, DROPOUT: tl.constexpr):
+    """The seed, 31 bits; 0 where nothing is dropped and `seed_at` is None."""
+    if DROPOUT:
+        return tl.load(seed_at).to(tl.int32)
+    else:
+        return 0
+
+
+@triton.jit
 def _read(x, place, inside):
     """Numbers at `place` in float32, 0 outside."""
     return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "seed"])
+@triton.jit(do_not_specialize=["num_rows"])
 def gate_forward(
     a, u,  # [T, E]
     weight, bias,  # [E]
     out,  # [T, Y], Y = E, or 3 E: U, A, Norm(A) * U
     out_fp8,  # e4m3 [T, Y]
     scale,  # float32 [T]
-    num_rows, seed, width, stride_a, stride_u, threshold, gain, eps, ROWS: tl.constexpr,
+    seed_at,  # int64 [1] with DROPOUT: in memory, where a CUDA graph finds each step's own
+    num_rows, width, stride_a, stride_u, threshold, gain, eps, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
     FP8: tl.constexpr,
 ):  # fmt: skip
@@ -65,6 +75,7 @@ def gate_forward(
     u_RE = _read(u, long_rows * stride_u + columns[None, :], inside)
     w, b = _read(weight, columns, valid), _read(bias, columns, valid)
 
+    seed = _seed(seed_at, DROPOUT)
     hat, _ = normalise(a_RE, inside, width, eps)
     u_RE *= sigmoid(u_RE)
     y = (hat * w[None, :] + b[None, :]) * u_RE
@@ -105,7 +116,7 @@ def gate_forward(
         tl.store(scale + rows, by_row, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "seed"])
+@triton.jit(do_not_specialize=["num_rows"])
 def gate_backward(
     d_out,  # [T, Y]
     a, u,
@@ -114,7 +125,8 @@ def gate_backward(
     du,  # [T, E], rows `stride_du` apart
     out,  # [T, Y], made again
     partial,  # float32 [programs, 3, E]: sums of d_weight, d_bias, du
-    num_rows, seed, width, stride_a, stride_u, stride_du, threshold, gain, eps, ROWS: tl.constexpr,
+    seed_at,  # int64 [1] with DROPOUT
+    num_rows, width, stride_a, stride_u, stride_du, threshold, gain, eps, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, CONCAT: tl.constexpr, DROPOUT: tl.constexpr, OUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +136,7 @@ def gate_backward(
     columns = tl.arange(0, BLOCK)
     valid = columns < width
     w, b = _read(weight, columns, valid), _read(bias, columns, valid)
+    seed = _seed(seed_at, DROPOUT)
 
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -15,9 +15,12 @@ FORWARD = BACKWARD = Rows(1, 1, per_sm=8, stages=4)
 
 def launch_norm_gate(
     a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, *, eps: float, concat_ua: bool,
-    p: float, seed: int, out: bool = True, fp8: bool = False,
+    p: float, seed: Tensor | None, out: bool = True, fp8: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Y in u's type; the same as FP8 rows, and their scales; None for what was not asked."""
+    """Y in u's type; the same as FP8 rows, and their scales; None for what was not asked.
+
+    `seed`, int64 [1] on the device, is needed where p > 0.
+    """
     num_rows, width = a_TE.shape
     shape, device = (num_rows, width * (3 if concat_ua else 1)), a_TE.device
     y = torch.empty(shape, dtype=u_TE.dtype, device=device) if out else None
@@ -28,7 +31,7 @@ def launch_norm_gate(
         rows, block, warps = FORWARD.of(width)
         launch(
             triton_kernels.gate_forward, cdiv(num_rows, rows),
-            (a_TE, u_TE, weight, bias, y, codes, scale), (num_rows, seed),
+            (a_TE, u_TE, weight, bias, y, codes, scale, seed), (num_rows,),
             (width, a_TE.stride(0), u_TE.stride(0), dropout_threshold(p), 1 / (1 - p), eps),
             (rows, block, concat_ua, p > 0, out, fp8), device=device, num_warps=warps,
         )  # fmt: skip
@@ -37,7 +40,7 @@ def launch_norm_gate(
 
 def launch_norm_gate_backward(
     d_out: Tensor, a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, du: Tensor, *,
-    eps: float, concat_ua: bool, p: float, seed: int, out: bool,
+    eps: float, concat_ua: bool, p: float, seed: Tensor | None, out: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """da, Y made again if asked, d_weight, d_bias and the sum of du over rows; fills du, whose rows
     may lie apart.
@@ -54,7 +57,7 @@ def launch_norm_gate_backward(
     strides = a_TE.stride(0), u_TE.stride(0), du.stride(0)
     launch(
         triton_kernels.gate_backward, programs,
-        (d_out, a_TE, u_TE, weight, bias, da, du, y, partial), (num_rows, seed),
+        (d_out, a_TE, u_TE, weight, bias, da, du, y, partial, seed), (num_rows,),
         (width, *strides, dropout_threshold(p), 1 / (1 - p), eps),
         (rows, block, concat_ua, p > 0, out, stages), device=a_TE.device, num_warps=warps,
     )  # fmt: skip

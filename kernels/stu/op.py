@@ -40,10 +40,10 @@ def stu_layer(
     """The layer's output [T, E].
 
     Dropout `p` on what the output layer reads; `seed`, in 0..2**31 - 1, fixes its mask, the same on
-    every backend, and None draws one. `"auto"` is, in half precision on CUDA, the fused Triton
-    kernels, and otherwise PyTorch around `semi_local_attention`. Fused under autocast, the output
-    has autocast's type: the residual stream is in half precision. `"triton"` and `"torch"`
-    say which attention that is, `"reference"` is dense.
+    every backend, and None draws one, on a GPU there. `"auto"` is, in half precision on CUDA, the
+    fused Triton kernels, and otherwise PyTorch around `semi_local_attention`. Fused under autocast,
+    the output has autocast's type: the residual stream is in half precision. `"triton"` and
+    `"torch"` say which attention that is, `"reference"` is dense.
 
     Raises:
         ValueError: on shapes and types that do not fit, FP8 on a GPU without it.
@@ -61,10 +61,10 @@ def stu_layer(
         rows = sequences.seq_offsets, sequences.max_seq_len, sequences.mask_tensors
         plan = triton_plan(len(x_TE), *rows, *mask)
         x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
-        seed = _drawn(p) if seed is None else seed
+        drawn = _seed_tensor(p, seed, x_TE.device)
         if torch.is_grad_enabled():
-            return FusedLayer.apply(x_TE, *weights, shape, plan, p, seed)
-        return launch_layer(x_TE, weights, shape, plan, p, seed)
+            return FusedLayer.apply(x_TE, *weights, shape, plan, p, drawn)
+        return launch_layer(x_TE, weights, shape, plan, p, drawn)
 
     u, q, k, v = project_uvqk(x_TE, weights, shape, backend=backend)
     a = attend_rows(q, k, v, shape, sequences, backend=backend)
@@ -166,8 +166,8 @@ def gated_output(
     from kernels.stu.triton_launch import launch_output
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
-    seed = _drawn(p) if seed is None else seed
-    return launch_output(x_TE, a_THV.flatten(1), u_TE, weights, shape, p, seed, keep_y=False)[0]
+    drawn = _seed_tensor(p, seed, x_TE.device)
+    return launch_output(x_TE, a_THV.flatten(1), u_TE, weights, shape, p, drawn, keep_y=False)[0]
 
 
 def is_fused(x_TE: Tensor, shape: STUShape, backend: Backend) -> bool:
@@ -189,9 +189,13 @@ def _compute_dtype(x_TE: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TE.dtype
 
 
-def _drawn(p: float) -> int:
-    # on the host: the device is not waited for
-    return int(torch.randint(2**31, ())) if p > 0 else 0
+def _seed_tensor(p: float, seed: int | None, device: torch.device) -> Tensor | None:
+    """int64 [1] on the device, where kernels read it: a CUDA graph draws another at each replay."""
+    if p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**31, (1,), device=device)
+    return torch.full((1,), seed, device=device)
 
 
 @lru_cache(1024)  # a model asks the same of every layer

@@ -105,7 +105,7 @@ def attention_rows(projected: Projected, plan: TritonPlan) -> Tensor:
 
 def launch_output(
     x_TE: Tensor, a_TE: Tensor, u_TE: Tensor, weights: STUWeights, shape: STUShape, p: float,
-    seed: int, keep_y: bool,
+    seed: Tensor | None, keep_y: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """x + f2 of the gated A, and Y if it is to be kept."""
     y, codes, scale = launch_norm_gate(
@@ -133,7 +133,7 @@ def launch_layer(
     shape: STUShape,
     plan: TritonPlan,
     p: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """The layer where nothing is recorded."""
     projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)

@@ -8,7 +8,7 @@ them. Training, evaluation and serving differ only in where the `Events` come fr
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from pipeline.batches.packing import Packed, copy_packed, pack_tensors
 from pipeline.batches.rates import candidate_features
 from pipeline.config import FeatureConfig, ModelConfig, RunConfig
 from pipeline.schema import WATCH_MS
+
+if TYPE_CHECKING:
+    from pipeline.batches.filling import Filling
 
 MS_PER_HOUR = 3_600_000
 
@@ -69,7 +72,8 @@ class SequenceBatch:
     next_code: Tensor | None = None
     next_weight: Tensor | None = None
     host: "SequenceBatch | None" = None  # on a GPU: the batch on the CPU of which this is a copy
-    packed: Packed | None = None  # on the CPU: the buffer of which the tensors are views, if any
+    packed: Packed | None = None  # the buffer of which the tensors are views, if any
+    filling: "Filling | None" = None  # of a batch that was filled up: to which sizes
 
     @property
     def num_sequences(self) -> int:
@@ -78,6 +82,11 @@ class SequenceBatch:
     @property
     def num_tokens(self) -> int:
         return self.position.numel()
+
+    @property
+    def own_tokens(self) -> int:
+        """Its tokens without those that only fill it up."""
+        return self.num_tokens if self.filling is None else self.filling.own_tokens
 
     @property
     def on_host(self) -> "SequenceBatch":
@@ -116,7 +125,7 @@ class SequenceBatch:
         if packed is None or not packed.holds(self.tensors):
             packed = pack_tensors(self.tensors, pin_memory=device.type == "cuda")
         there = copy_packed(packed, device)
-        return replace(self, **there.views(), host=self, packed=None)
+        return replace(self, **there.views(), host=self, packed=there)
 
 
 def candidates(

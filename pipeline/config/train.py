@@ -221,6 +221,18 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = setting(
         "fp32", doc="Number format of the layers' products; the weights stay in float32."
     )
+    cuda_graphs: Literal["auto", "on", "off"] = setting(
+        "auto",
+        doc="Forward and backward of a step are recorded as CUDA graphs and replayed, so that the "
+        "device does not wait for the host to launch them. Batches are filled up to one of few "
+        "sizes. auto: where it can be, with one worker on a GPU; on: an error where it cannot.",
+    )
+    max_cuda_graphs: int = setting(
+        32,
+        at_least=1,
+        doc="Graphs that are kept, one for each size of batches; the one not used for longest goes "
+        "first.",
+    )
     log_every: int = setting(20, at_least=1, doc="Steps between two lines of the log.")
     checkpoint_every: int = setting(200, at_least=1, doc="Steps between two checkpoints.")
     keep_checkpoints: int = setting(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.filling import Filling
 from pipeline.batches.packing import Column, Packed, pack_tensors
 from pipeline.model.flops import Flops
 
@@ -38,6 +39,7 @@ class Header:
 
     columns: tuple[Column, ...] = ()
     max_seq_len: int = 0
+    filling: Filling | None = None
     work: Flops | None = None
     error: Exception | None = None
     end: bool = False
@@ -126,7 +128,12 @@ class LoaderProcess:
         self._fill(buffer.numpy().data)
         assert header.work is not None
         packed = Packed(header.columns, buffer)
-        batch = SequenceBatch(**packed.views(), max_seq_len=header.max_seq_len, packed=packed)  # pyright: ignore[reportArgumentType]
+        batch = SequenceBatch(
+            **packed.views(),  # pyright: ignore[reportArgumentType]
+            max_seq_len=header.max_seq_len,
+            packed=packed,
+            filling=header.filling,
+        )
         return batch, header.work
 
     def _fill(self, rest: memoryview) -> None:
@@ -161,7 +168,7 @@ def messages(make_batches: MakeBatches, epoch: int, step: int) -> Iterator[tuple
     try:
         for batch, work in make_batches(epoch, step):
             packed = pack_tensors(batch.tensors)
-            yield Header(packed.columns, batch.max_seq_len, work), packed.buffer
+            yield Header(packed.columns, batch.max_seq_len, batch.filling, work), packed.buffer
     except Exception as error:
         yield Header(error=sendable(error)), nothing
         return

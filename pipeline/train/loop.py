@@ -20,6 +20,7 @@ from kernels.backend import choose_backend
 from kernels.compilations import count_compilations
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
+from pipeline.batches.filling import BatchFiller
 from pipeline.config import ModelConfig, RunConfig, TrainConfig, UserError
 from pipeline.model.ranker import RankingModel, attention_variance
 from pipeline.train.checkpoint import (
@@ -32,7 +33,13 @@ from pipeline.train.checkpoint import (
 from pipeline.train.guards import improved, silent_attention, watch_divergence
 from pipeline.train.interruption import Wishes
 from pipeline.train.loader_process import Counted, LoaderProcess, MakeBatches
-from pipeline.train.meter import Meter, count_batches, pin_batches, prefetch_batches
+from pipeline.train.meter import (
+    Meter,
+    count_batches,
+    fill_batches,
+    pin_batches,
+    prefetch_batches,
+)
 from pipeline.train.milestones import Milestones, Report
 from pipeline.train.optim import learning_rate_factor, resolve_warmup
 from pipeline.train.profile import StepProfiler
@@ -105,7 +112,8 @@ def train(
     milestones = Milestones(trainee, state, identity, checkpoints, report)
     profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
 
-    make_batches = partial(remaining_batches, loader, cfg, maps.vocab_sizes["item_id"] - 1)
+    num_items = maps.vocab_sizes["item_id"] - 1
+    make_batches = partial(remaining_batches, loader, cfg, num_items, filler=trainee.filler)
     with open_batches(make_batches, state, cfg.train) as batches:
         steps = take_steps(trainee, batches, progress, profiler, wishes)
         _train_on(steps, trainee, cadence, progress, milestones, validate, wishes)
@@ -307,6 +315,8 @@ class Progress:
         self.values |= self.meter.take_speed(self.state, self.trainee.clock.take_seconds())
         self.values["train/bad_steps"] = self.state.bad_steps
         self.values["train/kernels_compiled"] = count_compilations()
+        if self.trainee.graphs is not None:
+            self.values["train/graphs_captured"] = self.trainee.graphs.captured
         self.values["train/grad_norm"] = float(self.trainee.grad_norm)
         warmup = resolve_warmup(self.cfg.warmup_steps, self.total_steps)
         factor = learning_rate_factor(self.state.step - 1, warmup, self.total_steps)
@@ -369,15 +379,22 @@ def _first_state(
 
 
 def remaining_batches(
-    loader: Loader, cfg: RunConfig, num_items: int, first_epoch: int, first_step: int
+    loader: Loader,
+    cfg: RunConfig,
+    num_items: int,
+    first_epoch: int,
+    first_step: int,
+    *,
+    filler: BatchFiller | None = None,
 ) -> Iterator[Counted]:
     """What is left of the run from a step of an epoch on.
 
-    `num_items`: those of the training period, which a next item is told apart from.
+    `num_items`: those of the training period, which a next item is told apart from. `filler`: of
+    the batches that go into CUDA graphs.
     """
     for epoch in range(first_epoch, cfg.train.epochs):
         batches = loader.batches(epoch, first_step if epoch == first_epoch else 0)
-        yield from count_batches(batches, cfg, num_items)
+        yield from fill_batches(count_batches(batches, cfg, num_items), filler)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
 from pipeline.model.flops import Flops
 from pipeline.model.work import count_work
@@ -22,6 +23,12 @@ def count_batches(
     """Each batch with the work of one forward pass over it, counted before it leaves the CPU."""
     for batch in batches:
         yield batch, count_work(batch, cfg, num_items)
+
+
+def fill_batches(batches: Iterator[Counted], filler: BatchFiller | None) -> Iterator[Counted]:
+    """The same, each filled up to one of few sizes; as they are without a `filler`."""
+    for batch, work in batches:
+        yield (batch if filler is None else filler.fill(batch)), work
 
 
 def pin_batches(batches: Iterator[Counted]) -> Iterator[Counted]:
@@ -67,7 +74,7 @@ class Meter:
 
     def count_step(self, batch: SequenceBatch, work: Flops) -> None:
         self.steps += 1
-        self.tokens += batch.num_tokens
+        self.tokens += batch.own_tokens
         self.work.add(work)
 
     @contextmanager

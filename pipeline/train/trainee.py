@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
+from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.model.heads import Head
 from pipeline.model.ranker import RankingModel
 from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import Block, Saved, read_tensors
+from pipeline.train.graphs import StepGraphs, uses_graphs
 from pipeline.train.guards import FiniteGuard
 from pipeline.train.next_item import LOSS_NAME, NextItemLoss
 from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor, resolve_warmup
@@ -88,6 +90,12 @@ class Trainee:
         watched = [f"the loss of {name}" for name in self.loss_names]
         watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
         self.guard = FiniteGuard(watched, device)
+        # forward and backward as CUDA graphs, and what fills batches up to their sizes
+        self.graphs: StepGraphs | None = None
+        self.filler: BatchFiller | None = None
+        if uses_graphs(cfg, device, world_size):
+            self.graphs = StepGraphs(self._captured, self.tables, cfg.train.max_cuda_graphs)
+            self.filler = BatchFiller.of_run(cfg)
         # of the dense gradients in the last step, before clipping
         self.grad_norm = torch.zeros((), device=device)
         # ranks that asked to [save, stop] since the last look
@@ -163,7 +171,10 @@ class Trainee:
         gradients are not clipped: row-wise AdamW divides each row's by the root of its own mean
         square.
         """
-        loss, weight = self._backward(self._read_batch(batch, step), step, following)
+        found = self._replay(batch, step)
+        if found is None:
+            found = self._backward(self._read_batch(batch, step), step, following)
+        loss, weight = found
 
         sums = loss, weight, self._broken_tables(), self._wishes_here(wishes)
         (losses, weights, broken, wished), table_grads = self._add_over_ranks(sums)
@@ -197,15 +208,17 @@ class Trainee:
 
     def _read_batch(self, batch: SequenceBatch, step: int) -> ReadBatch:
         """The batch of a step as its forward pass reads it: drawn before, or now."""
-        if not self.model.training:  # each of some hundred modules is told
-            self.model.train()
-
+        self._set_training()
         coming, self.coming = self.coming, None
         if coming is not None and coming[0].given is batch:
             set_generators(coming[1])
             return coming[0]
         self._seed_step(step)
         return self._draw_ids(batch)
+
+    def _set_training(self) -> None:
+        if not self.model.training:  # each of some hundred modules is told
+            self.model.train()
 
     def _seed_step(self, step: int) -> None:
         """Dropout depends on where the run stands, not on how it got there: a resumed run draws the
@@ -234,9 +247,7 @@ class Trainee:
 
         What the other ranks must know before the gradients is sent as soon as forward is done.
         """
-        self.gradients.zero()
-        for table in self.tables.values():
-            table.grad = None
+        self._clear_gradients()
         if batch.wanted is not None:
             assert self.sharded is not None
             self.sharded.bring_rows(batch.wanted)
@@ -250,6 +261,29 @@ class Trainee:
             self.touched.send()
         if following is not None and self.looks_ahead:
             self._look_ahead(following, step + 1)
+        (loss * self.loss_weights).sum().backward()
+        return loss.detach(), weight
+
+    def _clear_gradients(self) -> None:
+        self.gradients.zero()
+        for table in self.tables.values():
+            table.grad = None
+
+    def _replay(self, batch: SequenceBatch, step: int) -> tuple[Tensor, Tensor] | None:
+        """As `_backward`, by a CUDA graph, of a batch that was filled for one; else None."""
+        if self.graphs is None:
+            return None
+        self._set_training()
+        graph = self.graphs.find(batch)
+        if graph is None:
+            return None
+        self._seed_step(step)  # after a recording, which draws too
+        return self.graphs.replay(graph, batch)
+
+    def _captured(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """What a graph holds of a step: gradients of the summed loss, ids left out before."""
+        self._clear_gradients()
+        loss, weight = self._losses(self.model.leave_ids_out(batch))
         (loss * self.loss_weights).sum().backward()
         return loss.detach(), weight
 

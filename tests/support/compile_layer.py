@@ -27,7 +27,7 @@ from kernels.position_time import triton_launch as placing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT32 = {"partial", "scale", "x_scale", "w_scale", "sums", "position_table", "time_table"}
-INT64 = {"position", "gap_ms", "ids", "order"}
+INT64 = {"position", "gap_ms", "ids", "order", "seed_at"}
 FLOATS = {"eps", "gain"}
 
 
@@ -45,7 +45,6 @@ def build(
         elif name.startswith(("num_", "stride_")) or name in (
             "width",
             "silu_from",
-            "seed",
             "threshold",
             "steps",
         ):

@@ -93,6 +93,13 @@ class Encoder(nn.Module):
         return not cfg.merge
 
     @classmethod
+    def has_fixed_sizes(cls, cfg: ModelConfig) -> bool:
+        """True where the sizes of all tensors follow from those of a filled batch
+        (`pipeline/batches/filling.py`), so that a CUDA graph can hold a step.
+        """
+        return False
+
+    @classmethod
     def check(cls, cfg: ModelConfig) -> None:
         """Raises ConfigError for a setting that this encoder does not know."""
         where = f"where model.encoder is {cfg.encoder}"

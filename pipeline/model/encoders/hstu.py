@@ -132,6 +132,10 @@ class MergedHSTU(HSTU):
     def two_tokens_per_event(cls, cfg: ModelConfig) -> bool:
         return False
 
+    @classmethod
+    def has_fixed_sizes(cls, cfg: ModelConfig) -> bool:
+        return True
+
 
 def _bias_tables(cfg: ModelConfig) -> nn.ParameterDict:
     position = nn.Parameter(0.02 * torch.randn(cfg.position_buckets))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
+from pipeline.batches.filling import power_of_two
 from pipeline.config import ChannelConfig, ModelConfig
 from pipeline.model.encoders.encoder import (
     Encoded,
@@ -48,7 +49,7 @@ def select_tokens(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
         seq_offsets=kept_before[offsets],
         num_targets=tokens.num_targets,
         target_visible=count_kept(tokens.target_visible, tokens.num_targets),
-        max_seq_len=int(kept_lengths.max()),
+        max_seq_len=_length_bound(tokens, kept_lengths),
         host_lengths=torch.stack([kept_lengths, tokens.lengths_on_host()[1]]),
         num_next=tokens.num_next,
         next_visible=count_kept(tokens.next_visible, tokens.num_next),
@@ -93,7 +94,7 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
         seq_offsets=offsets,
         num_targets=tokens.num_targets,
         target_visible=count_left(tokens.target_visible, tokens.num_targets),
-        max_seq_len=int(kept.max()),
+        max_seq_len=_length_bound(tokens, kept),
         host_lengths=torch.stack([kept, num_targets]),
         num_next=tokens.num_next,
         next_visible=count_left(tokens.next_visible, tokens.num_next),
@@ -101,6 +102,11 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
         span=tokens.span,
         host_span=tokens.host_span,
     )
+
+
+def _length_bound(tokens: Tokens, kept_lengths: Tensor) -> int:
+    """No sequence is longer. A power of two, since a CUDA graph holds it for many batches."""
+    return min(tokens.max_seq_len, power_of_two(int(kept_lengths.max())))
 
 
 class Transducer(nn.Module):

@@ -53,6 +53,10 @@ class UltraHSTU(Encoder):
         return found
 
     @classmethod
+    def has_fixed_sizes(cls, cfg: ModelConfig) -> bool:
+        return not cfg.channels  # what passes a filter, the batch alone says
+
+    @classmethod
     def output_width(cls, cfg: ModelConfig) -> int:
         return cfg.d_model * len(channel_parts(cfg))
 

@@ -1,0 +1,173 @@
+"""Batches filled up to one of few sizes, so that what was recorded for one serves many: a CUDA
+graph (`pipeline/train/graphs.py`) has fixed sizes.
+
+    sequences    a a a a x | b b x        8 tokens, 2 candidates
+    filled       a a a a x | b b x | x x x x x y | |        tokens 14, candidates 4, sequences 5
+
+One sequence more takes all tokens and candidates that are missing, and empty ones the rest. They
+repeat the last row of each column, so that they touch no row of an embedding table that the batch
+does not, and their labels weigh nothing: losses and gradients are those of the batch itself, but
+for the order in which sums are added.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.config import RunConfig
+
+# Sizes between a power of two and the next: many of what a step's time grows with.
+TOKEN_SIZES, KEPT_SIZES, TARGET_SIZES, SEQUENCE_SIZES = 64, 16, 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What a filled batch is: batches that are equal in all but `own_tokens` fit one graph."""
+
+    own_tokens: int  # those of the batch before it was filled
+    num_tokens: int
+    num_targets: int
+    num_sequences: int
+    max_seq_len: int
+    # after truncation, context tokens among them; 0 without
+    kept_tokens: int = 0
+    kept_seq_len: int = 0
+
+    @property
+    def sizes(self) -> "Filling":
+        """The same without what differs between batches of one graph."""
+        return replace(self, own_tokens=0)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFiller:
+    """Fills the batches of a run. `keep_events` None: the model truncates nothing."""
+
+    num_context: int
+    keep_events: int | None
+
+    @staticmethod
+    def of_run(cfg: RunConfig) -> "BatchFiller":
+        truncates = cfg.model.truncate_after_layer is not None
+        keep_events = cfg.model.truncate_to if truncates else None
+        return BatchFiller(len(cfg.features.user_tokens), keep_events)
+
+    def fill(self, batch: SequenceBatch) -> SequenceBatch:
+        """The batch, which is on the CPU, filled up to the next sizes.
+
+        It must have no next items: their rows are not those of tokens.
+        """
+        assert batch.num_next is None, "a batch for retrieval is not filled"
+        lengths, targets = batch.seq_offsets.diff(), batch.num_targets.long()
+        own_tokens, own_targets = batch.num_tokens, int(targets.sum())
+
+        num_sequences = next_size(batch.num_sequences + 1, SEQUENCE_SIZES)
+        num_targets = next_size(own_targets + 1, TARGET_SIZES)
+        more_targets = num_targets - own_targets
+
+        # rows of the filling sequence: behind its candidates one event at least
+        fewest, span, kept_tokens, longest_kept = more_targets + 1, 0, 0, 0
+        if self.keep_events is not None:
+            kept = self._kept_lengths(lengths, targets, batch.target_span)
+            empty = self.num_context * (num_sequences - batch.num_sequences - 1)
+            own_kept = int(kept.sum()) + empty
+            least = self.num_context + more_targets + self.keep_events
+            kept_tokens = next_size(own_kept + least, KEPT_SIZES)
+
+            # the filling sequence keeps what is missing: its span makes up for it
+            its_kept = kept_tokens - own_kept
+            span, fewest = its_kept - least, its_kept - self.num_context
+            longest_kept = max(int(kept.max()), its_kept)
+
+        num_tokens = next_size(own_tokens + fewest, TOKEN_SIZES)
+        more_tokens = num_tokens - own_tokens
+        filling = Filling(
+            own_tokens=own_tokens,
+            num_tokens=num_tokens,
+            num_targets=num_targets,
+            num_sequences=num_sequences,
+            max_seq_len=power_of_two(max(batch.max_seq_len, more_tokens)),
+            kept_tokens=kept_tokens,
+            kept_seq_len=power_of_two(longest_kept),
+        )
+        return _filled(batch, filling, more_targets, span, spans=self.keep_events is not None)
+
+    def _kept_lengths(self, lengths: Tensor, targets: Tensor, span: Tensor | None) -> Tensor:
+        """int64 [B], what truncation leaves of each sequence, its context counted."""
+        assert self.keep_events is not None
+        tail = targets + self.keep_events
+        if span is not None:
+            tail = tail + span
+        return torch.minimum(lengths, tail) + self.num_context
+
+
+def next_size(count: int, sizes: int) -> int:
+    """The smallest number from `count` on of which there are `sizes` in an octave, evenly spaced.
+
+    With 4 in an octave: 8 10 12 14 16 20 24 28 32 40 …
+    """
+    step = max(power_of_two(count) // 2 // sizes, 1)
+    return -(-count // step) * step
+
+
+def power_of_two(count: int) -> int:
+    """The smallest that is not below `count`; 0 for 0."""
+    return 1 << (count - 1).bit_length() if count > 0 else 0
+
+
+def _filled(
+    batch: SequenceBatch, filling: Filling, more_targets: int, span: int, *, spans: bool
+) -> SequenceBatch:
+    """The columns of `batch`, each as long as `filling` says."""
+    more_tokens = filling.num_tokens - batch.num_tokens
+    more_sequences = filling.num_sequences - batch.num_sequences
+
+    def of_tokens(column: Tensor) -> Tensor:
+        return torch.cat([column, column[-1:].expand(more_tokens, *column.shape[1:])])
+
+    def of_targets(column: Tensor | None, value: float = 0) -> Tensor | None:
+        if column is None:
+            return None
+        more = column.new_full((more_targets, *column.shape[1:]), value)
+        return torch.cat([column, more])
+
+    def of_sequences(column: Tensor, first: int) -> Tensor:
+        """`first` is the filling sequence's, 0 the empty ones'."""
+        more = column.new_zeros(more_sequences)
+        more[0] = first
+        return torch.cat([column, more])
+
+    target_span = batch.target_span
+    if target_span is None and spans:
+        target_span = torch.zeros_like(batch.num_targets)
+    if target_span is not None:
+        target_span = of_sequences(target_span, span)
+
+    user_codes = batch.user_codes
+    users = user_codes[-1:].expand(more_sequences, user_codes.shape[1])
+    ends = batch.seq_offsets.new_full((more_sequences,), filling.num_tokens)
+    history_codes = batch.history_codes
+    return replace(
+        batch,
+        seq_offsets=torch.cat([batch.seq_offsets, ends]),
+        num_targets=of_sequences(batch.num_targets, more_targets),
+        item_codes=of_tokens(batch.item_codes),
+        request_codes=of_tokens(batch.request_codes),
+        action_mask=of_tokens(batch.action_mask),
+        known_mask=of_tokens(batch.known_mask),
+        position=of_tokens(batch.position),
+        gap_ms=of_tokens(batch.gap_ms),
+        history_codes=None if history_codes is None else of_tokens(history_codes),
+        user_codes=torch.cat([user_codes, users]),
+        max_seq_len=filling.max_seq_len,
+        target_visible=of_targets(batch.target_visible, more_tokens - more_targets),
+        target_from=of_targets(batch.target_from),
+        target_span=target_span,
+        dense=of_targets(batch.dense),
+        labels=of_targets(batch.labels),
+        label_weight=of_targets(batch.label_weight),
+        filling=filling,
+        packed=None,
+    )

@@ -1,0 +1,205 @@
+"""Batches filled up to one of few sizes, and steps that are replayed from graphs made for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.training.model import model_config, random_batch, vocabulary
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.filling import BatchFiller, next_size
+from pipeline.batches.packing import Packed
+from pipeline.config import ConfigError, RunConfig
+from pipeline.model.encoders.stu import STU
+from pipeline.model.flops import Flops
+from pipeline.model.tokens import Tokens
+from pipeline.train import graphs
+from pipeline.train.loader_process import messages
+from pipeline.train.meter import Meter, fill_batches
+from pipeline.train.trainee import Trainee
+
+LENGTHS = 50, 7, 33, 12, 1
+BANDED = {"window": 8, "full_rows": 6}
+TRUNCATED = {"attention": BANDED, "truncate_after_layer": 1, "truncate_to": 20}
+MODELS = {
+    "truncated": TRUNCATED,
+    "whole": {"attention": BANDED},
+    "merged, biased": {
+        "encoder": "hstu_merged",
+        "attention": {"window": None},
+        "relative_bias": True,
+    },
+}
+
+
+def small_config(model: dict, dropout: float = 0.0, **train: object) -> RunConfig:
+    cfg = model_config({"dropout": dropout, **model}, layers=3, heads=2, width=8)
+    return replace(cfg, train=replace(cfg.train, precision="fp32", **train))
+
+
+def ragged_batch(
+    cfg: RunConfig, lengths: tuple[int, ...] = LENGTHS, seed: int = 0, *, shared: bool = False
+) -> SequenceBatch:
+    """Users of these lengths with 3 candidates each, with `shared` of three requests."""
+    users = [random_batch(cfg, n, n, 3, seed + number) for number, n in enumerate(lengths)]
+    columns = {}
+    for name in users[0].tensors:
+        columns[name] = torch.cat([getattr(user, name) for user in users])
+    columns["seq_offsets"] = torch.tensor([0, *accumulate(n + 3 for n in lengths)])
+    if shared:
+        seen = [[max(n - 4, 1), max(n - 2, 1), n] for n in lengths]
+        columns["target_visible"] = torch.tensor(seen, dtype=torch.int32).flatten()
+        columns["target_span"] = torch.tensor([min(4, n - 1) for n in lengths], dtype=torch.int32)
+    return replace(users[0], max_seq_len=max(lengths) + 3, **columns)
+
+
+def make_trainee(cfg: RunConfig) -> Trainee:
+    torch.manual_seed(0)
+    return Trainee(cfg, vocabulary(cfg), "cpu", rank=0, world_size=1)
+
+
+def test_sizes_are_evenly_spaced_in_an_octave():
+    assert [next_size(count, 4) for count in (1, 7, 8, 9, 13, 17, 33)] == [1, 7, 8, 10, 14, 20, 40]
+    assert next_size(196_800, 64) == 198_656
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_filled_batch_trains_as_the_batch_itself(name: str, shared: bool):
+    """Two steps, so that the optimizers' moments count too: of no table row that only fills."""
+    cfg = small_config(MODELS[name])
+    batch = ragged_batch(cfg, shared=shared)
+    filled = BatchFiller.of_run(cfg).fill(batch)
+    assert filled.num_tokens > batch.num_tokens == filled.own_tokens
+
+    found = []
+    for each in (batch, filled):
+        trainee = make_trainee(cfg)
+        sums = [torch.cat(trainee.step(each, step, 10)) for step in range(2)]
+        found.append((torch.stack(sums), trainee.tensors()))
+
+    (sums, expected), (filled_sums, tensors) = found
+    torch.testing.assert_close(filled_sums, sums, rtol=1e-5, atol=1e-6)
+    for key, tensor in expected.items():
+        assert isinstance(tensor, Tensor)
+        near = 1e-4 * float(tensor.abs().max())
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-4, atol=near, msg=key)
+
+
+def seen_by_layers(trainee: Trainee, batch: SequenceBatch) -> list[tuple]:
+    """What a graph would hold of each layer's input."""
+    seen: list[tuple] = []
+
+    def note(_: STU, inputs: tuple[Tokens]) -> None:
+        (tokens,) = inputs
+        seen.append((tokens.x_TE.shape, tokens.seq_offsets.shape, tokens.max_seq_len))
+
+    layers = [layer for layer in trainee.model.modules() if isinstance(layer, STU)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]  # pyright: ignore[reportArgumentType]
+    trainee.model(batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_batches_of_one_size_are_alike_in_every_layer():
+    cfg = small_config(TRUNCATED)
+    filler, trainee = BatchFiller.of_run(cfg), make_trainee(cfg)
+    one = filler.fill(ragged_batch(cfg, (50, 7, 33, 12, 1)))
+    other = filler.fill(ragged_batch(cfg, (51, 7, 33, 12, 1), seed=9))
+    assert one.filling is not None and other.filling is not None
+    assert one.filling.sizes == other.filling.sizes
+    assert one.own_tokens != other.own_tokens
+
+    seen = seen_by_layers(trainee, one)
+    assert seen == seen_by_layers(trainee, other)
+    *_, (shape, _, longest) = seen
+    assert (shape[0], longest) == (one.filling.kept_tokens, one.filling.kept_seq_len)
+
+
+def test_speed_counts_a_batchs_own_tokens_and_a_loaders_process_tells_the_sizes():
+    cfg = small_config(TRUNCATED)
+    batch = ragged_batch(cfg)
+    ((filled, work),) = fill_batches(iter([(batch, Flops())]), BatchFiller.of_run(cfg))
+    meter = Meter(world_size=1)
+    meter.count_step(filled, work)
+    assert meter.tokens == batch.num_tokens
+
+    header, _ = next(messages(lambda epoch, step: iter([(filled, work)]), 0, 0))
+    assert header.filling == filled.filling
+
+
+@dataclass
+class Again:
+    """In a graph's place: runs the step itself, on the batch in its own buffer."""
+
+    packed: Packed
+    batch: SequenceBatch
+    backward: Callable[[SequenceBatch], tuple[Tensor, Tensor]]
+    table_grads: dict[str, Tensor]
+
+    def replay(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        assert batch.packed is not None
+        self.packed.buffer.copy_(batch.packed.buffer)
+        return self.backward(replace(self.batch, host=batch))
+
+
+def capture_none(self: graphs.StepGraphs, batch: SequenceBatch, packed: Packed) -> Again:
+    own = Packed(packed.columns, packed.buffer.clone())
+    self.backward(batch)  # as a warm-up, whose draws must not show
+    return Again(own, replace(batch, **own.views(), packed=own), self.backward, {})
+
+
+def test_replayed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch):
+    """Dropout and item ids left out as well: what was drawn for a recording does not show."""
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", capture_none)
+    cfg = small_config(TRUNCATED, dropout=0.2)
+    cfg = replace(cfg, features=replace(cfg.features, item_id_dropout=0.3))
+    filler = BatchFiller.of_run(cfg)
+    lengths = (50, 7, 33, 12, 1), (51, 7, 33, 12, 1), (5, 6)
+    filled = [filler.fill(ragged_batch(cfg, n, seed=n[0])).pack() for n in lengths]
+
+    found = []
+    for graphed in (False, True):
+        trainee = make_trainee(cfg)
+        if graphed:
+            trainee.graphs = graphs.StepGraphs(trainee._captured, trainee.tables, limit=1)
+        sums = [torch.cat(trainee.step(filled[i % 3], i, 20)) for i in range(6)]
+        found.append((torch.stack(sums), trainee.tensors()))
+        if trainee.graphs is not None:
+            # two sizes, of which one fits: the first two batches share theirs
+            assert (trainee.graphs.captured, len(trainee.graphs.graphs)) == (4, 1)
+
+    (sums, expected), (replayed_sums, tensors) = found
+    assert torch.equal(replayed_sums, sums)
+    for key, tensor in expected.items():
+        assert torch.equal(tensors[key], tensor), key
+
+
+def test_a_batch_that_was_not_filled_or_was_changed_has_no_graph():
+    cfg = small_config(TRUNCATED)
+    trainee = make_trainee(cfg)
+    step_graphs = graphs.StepGraphs(trainee._captured, trainee.tables, limit=1)
+    batch = ragged_batch(cfg).pack()
+    assert step_graphs.find(batch) is None
+
+    filled = BatchFiller.of_run(cfg).fill(batch).pack()
+    assert step_graphs.find(replace(filled, item_codes=filled.item_codes.clone())) is None
+
+
+def test_graphs_are_for_one_worker_on_a_gpu():
+    cfg = small_config(TRUNCATED)
+    assert graphs.uses_graphs(cfg, "cuda", 1)
+    assert not graphs.uses_graphs(cfg, "cpu", 1)
+    assert not graphs.uses_graphs(cfg, "cuda", 2)
+    assert not graphs.uses_graphs(
+        small_config({"encoder": "hstu", "attention": {"window": None}}), "cuda", 1
+    )
+    assert not graphs.uses_graphs(small_config(TRUNCATED, cuda_graphs="off"), "cuda", 1)
+
+    wanted = small_config(TRUNCATED, cuda_graphs="on")
+    with pytest.raises(ConfigError, match=r"train\.cuda_graphs"):
+        graphs.uses_graphs(wanted, "cuda", 2)
