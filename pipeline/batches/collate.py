@@ -8,7 +8,7 @@ them. Training, evaluation and serving differ only in where the `Events` come fr
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,26 @@ from pipeline.batches.rates import candidate_features
 from pipeline.config import FeatureConfig, ModelConfig, RunConfig
 from pipeline.schema import WATCH_MS
 
-if TYPE_CHECKING:
-    from pipeline.batches.filling import Filling
-
 MS_PER_HOUR = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """Sizes of a batch that was filled up (`pipeline/batches/filling.py`)."""
+
+    own_tokens: int  # those of the batch before it was filled
+    num_tokens: int
+    num_targets: int
+    num_sequences: int
+    max_seq_len: int
+    # after truncation, context tokens among them; 0 without
+    kept_tokens: int = 0
+    kept_seq_len: int = 0
+
+    @property
+    def sizes(self) -> "Filling":
+        """The same without what differs between batches of one CUDA graph."""
+        return replace(self, own_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +89,7 @@ class SequenceBatch:
     next_weight: Tensor | None = None
     host: "SequenceBatch | None" = None  # on a GPU: the batch on the CPU of which this is a copy
     packed: Packed | None = None  # the buffer of which the tensors are views, if any
-    filling: "Filling | None" = None  # of a batch that was filled up: to which sizes
+    filling: Filling | None = None  # of a batch that was filled up: to which sizes
 
     @property
     def num_sequences(self) -> int:

@@ -15,30 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.collate import Filling, SequenceBatch
 from pipeline.config import RunConfig
 
 # Sizes between a power of two and the next: many of what a step's time grows with.
 TOKEN_SIZES, KEPT_SIZES, TARGET_SIZES, SEQUENCE_SIZES = 64, 16, 4, 2
-
-
-@dataclass(frozen=True, slots=True)
-class Filling:
-    """What a filled batch is: batches that are equal in all but `own_tokens` fit one graph."""
-
-    own_tokens: int  # those of the batch before it was filled
-    num_tokens: int
-    num_targets: int
-    num_sequences: int
-    max_seq_len: int
-    # after truncation, context tokens among them; 0 without
-    kept_tokens: int = 0
-    kept_seq_len: int = 0
-
-    @property
-    def sizes(self) -> "Filling":
-        """The same without what differs between batches of one graph."""
-        return replace(self, own_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

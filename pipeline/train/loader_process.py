@@ -21,8 +21,7 @@ from multiprocessing.process import BaseProcess
 import torch
 from torch import Tensor
 
-from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.filling import Filling
+from pipeline.batches.collate import Filling, SequenceBatch
 from pipeline.batches.packing import Column, Packed, pack_tensors
 from pipeline.model.flops import Flops
 

@@ -30,6 +30,8 @@ RUN_METRICS = {
     "train/loss": "Loss that is minimised: the weighted mean of the tasks' since the last line.",
     "train/loss/TASK": "Mean loss of a task since the last line, in nats.",
     "train/bad_steps": "Steps left out so far because loss or gradient was not finite.",
+    "train/graphs_captured": "CUDA graphs of a training step recorded so far, where "
+    "`train.cuda_graphs` applies. It stands still after the first steps.",
     "train/kernels_compiled": "Triton kernels compiled so far in the first worker's process. It "
     "stands still after the first steps.",
     "train/grad_norm": "Norm of the dense gradients of the last step, before clipping.",
