@@ -8,19 +8,23 @@ import pytest
 import torch
 
 from kernels.semi_local_attention.reference import semi_local_mask
-from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.collate import SequenceBatch, TokenPlaces
 from pipeline.batches.events import ranges
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
     cut_histories,
     example_batch,
+    keep_weighted,
     request_examples,
     request_passes,
+    shared_end,
     user_events,
 )
 from pipeline.batches.features import FeatureMaps, fit_features
-from pipeline.batches.loader import evaluation_batch, token_batches
+from pipeline.batches.loader import TrainLoader, evaluation_batch, token_batches
+from pipeline.batches.steps import step_plan
+from pipeline.batches.stochastic_length import weighted_rows
 from pipeline.config import ConfigError, RunConfig, from_dict, to_dict
 from pipeline.model.encoders import check_run
 from pipeline.model.encoders.transducer import truncate_history
@@ -266,3 +270,109 @@ def test_an_exact_view_that_cannot_be_is_refused(tmp_path: Path, model: dict) ->
         check_run(cfg)
     check_run(with_settings(tiny_config(tmp_path), model, target_view="covering"))
     check_run(with_settings(tiny_config(tmp_path), model, target_view="exact", layout="request"))
+
+
+WEIGHTED = {"alpha": 1.1, "max_len": 12, "rows": "weighted"}  # 3 rows are kept
+
+
+def test_a_row_is_drawn_less_often_the_older_it_is():
+    """Of four rows two, many times: each draw's first row by the weights of HSTU's table 13."""
+    time = np.array([0, 6, 9, 10])
+    rng = np.random.default_rng(0)
+    drawn = np.array([weighted_rows(time, 2, rng) for _ in range(4000)])
+    assert (drawn.sum(1) == 2).all()
+
+    # exact: the chance of each row in two draws without replacement
+    weight = 1 - (10 - time) / 15
+    expected = np.zeros(4)
+    for first in range(4):
+        for second in range(4):
+            if first != second:
+                chance = weight[first] / weight.sum()
+                chance *= weight[second] / (weight.sum() - weight[first])
+                expected[[first, second]] += chance
+    assert np.abs(drawn.mean(0) - expected).max() < 0.035  # over 4 standard errors
+
+    assert weighted_rows(time, 4, rng).all()
+    assert weighted_rows(np.zeros(3), 1, rng).sum() == 1  # of one time: all weigh the same
+    assert weighted_rows(np.array([0, 5]), 1, rng).tolist() == [False, True]  # 0 of the weight
+
+
+def test_a_cut_history_of_drawn_rows_shows_each_target_those_before_it(world: World):
+    cfg, users, maps = world
+    drawn = with_settings(cfg, {}, stochastic_length=WEIGHTED, max_targets_per_sequence=8)
+    whole = request_passes(users, *EVERY_TIME, 8)
+    shared = shared_end(users, whole) - whole.history_begin
+    cut = np.arange(len(whole)) % 2 == 0
+    assert (cut & (shared > 3)).any() and (~cut & (shared > 3)).any()
+
+    left = keep_weighted(users, whole, cut, drawn, epoch=1)
+    batch = example_batch(users, whole, maps, drawn, training=True, epoch=1, cut=cut)
+    plain = example_batch(users, whole, maps, drawn, training=True, epoch=1)
+    newest = cut_histories(users, whole, cut, drawn.train)
+    assert batch.num_tokens == newest.num_tokens.sum()  # what a step's size is counted by
+
+    is_target = np.ones(plain.num_tokens, bool)
+    rows_of = TokenPlaces.of(
+        users.events.take(whole.history_begin, whole.history_end),
+        users.events.take(whole.target_begin, whole.target_end),
+    )
+    is_target[rows_of.history] = left.kept
+    for name in ("item_codes", "position", "gap_ms", "action_mask", "request_codes"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name)[torch.from_numpy(is_target)])
+    assert torch.equal(batch.target_span, plain.target_span)
+    for name in ("labels", "label_weight", "user_codes"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+
+    # a target sees the kept ones of the rows that it saw
+    at = 0
+    for i in range(len(whole)):
+        begin = int(left.begin[i])
+        kept = left.kept[begin : begin + int(whole.num_history[i])]
+        assert kept[: shared[i]].sum() == (min(shared[i], 3) if cut[i] else shared[i])
+        assert kept[shared[i] :].all()
+        for _ in range(int(whole.target_end[i] - whole.target_begin[i])):
+            assert batch.target_visible[at] == kept[: int(plain.target_visible[at])].sum()
+            at += 1
+
+    # the draw is of the example and the epoch, whoever else is in the batch
+    some = np.flatnonzero(cut & (shared > 3))[[1, 0]]
+    alone = keep_weighted(users, whole[some], cut[some], drawn, epoch=1)
+    for place, i in enumerate(some):
+        own = alone.kept[alone.begin[place] :][: whole.num_history[i]]
+        assert np.array_equal(own, left.kept[left.begin[i] :][: whole.num_history[i]])
+    assert not np.array_equal(keep_weighted(users, whole, cut, drawn, epoch=2).kept, left.kept)
+
+
+def test_the_loader_trains_on_drawn_rows(world: World):
+    cfg, _, maps = world
+    drawn = with_settings(cfg, {}, stochastic_length=WEIGHTED, max_targets_per_sequence=8)
+    newest = with_settings(
+        cfg, {}, stochastic_length=WEIGHTED | {"rows": "newest"}, max_targets_per_sequence=8
+    )
+    pairs = zip(
+        TrainLoader(drawn, maps, step_plan(drawn)).batches(0),
+        TrainLoader(newest, maps, step_plan(newest)).batches(0),
+        strict=True,
+    )
+    differs = False
+    for one, other in pairs:
+        assert torch.equal(one.seq_offsets, other.seq_offsets)
+        assert torch.equal(one.labels, other.labels)
+        differs |= not torch.equal(one.item_codes, other.item_codes)
+    assert differs
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"stochastic_length": {"rows": "weighted"}}, "newest where alpha is 2"),
+        (
+            {"stochastic_length": WEIGHTED, "target_view": "exact"},
+            "newest with train.target_view exact",
+        ),
+    ],
+)
+def test_drawn_rows_that_are_none_are_refused(world: World, train: dict, message: str):
+    with pytest.raises(ConfigError, match=f"train.stochastic_length.rows .*{message}"):
+        with_settings(world[0], {}, **train)

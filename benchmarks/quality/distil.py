@@ -69,12 +69,13 @@ def write_scores(table: pa.Table, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Mean scores of the training rows, which lie user by user and without a gap."""
+    """Mean scores of the training rows. A row's key is its user's place in `user_id`, times
+    `width`, and its position.
+    """
 
     user_id: np.ndarray  # int64 [users], ascending
-    begin: np.ndarray  # int64 [users], where each user's rows begin
-    position: np.ndarray  # int64 [rows]
-    row_user: np.ndarray  # int64 [rows]
+    width: int  # above every position
+    keys: np.ndarray  # int64 [rows], ascending
     scores: np.ndarray  # float32 [rows, tasks]
 
     @staticmethod
@@ -99,9 +100,10 @@ class Teacher:
 
         if total is None:
             raise UserError("teachers: none to take a mean of")
-        known, begin = np.unique(first_user, return_index=True)
+        known, place = np.unique(first_user, return_inverse=True)
+        width = int(first_position.max(initial=0)) + 1
         mean = (total / len(paths)).astype(np.float32)
-        return Teacher(known, begin, first_position, first_user, mean)
+        return Teacher(known, width, place * width + first_position, mean)
 
     def scores_of(self, user_id: np.ndarray, position: np.ndarray) -> np.ndarray:
         """float32 [n, tasks] of these rows.
@@ -110,11 +112,10 @@ class Teacher:
             UserError: a row is not among the teacher's.
         """
         user = np.searchsorted(self.user_id, user_id).clip(0, len(self.user_id) - 1)
-        begin = self.begin[user]
-        row = begin + position - self.position[begin]
+        key = user * self.width + position
+        row = np.searchsorted(self.keys, key).clip(0, len(self.keys) - 1)
 
-        inside = row.clip(0, len(self.position) - 1)
-        found = (self.row_user[inside] == user_id) & (self.position[inside] == position)
+        found = (self.user_id[user] == user_id) & (self.keys[row] == key) & (position < self.width)
         if not found.all():
             raise UserError(
                 f"teacher: {(~found).sum()} of {len(found)} training rows were not scored by it: "

@@ -39,7 +39,17 @@ class Events:
         rows      0 1 2 3 4 5     begin = 4 1 2     end = 6 1 4
         taken     4 5 | | 2 3     offsets = 0 2 2 4
         """
-        index, offsets = ranges(begin, end)
+        return self._pick(*ranges(begin, end))
+
+    def keep(self, kept: np.ndarray) -> "Events":
+        """The rows where `kept`, bool [N], each in the sequence it was in.
+
+        rows      0 1 2 | 3 4 5     kept = 1 0 1 0 0 1
+        left      0 2 | 5           offsets = 0 2 3
+        """
+        return self._pick(np.flatnonzero(kept), offsets_of(kept)[self.offsets])
+
+    def _pick(self, index: np.ndarray, offsets: np.ndarray) -> "Events":
         columns = {name: getattr(self, name)[index] for name in PLAIN}
         return Events(
             offsets=offsets,

@@ -30,7 +30,7 @@ from pipeline.batches.negatives import (
 )
 from pipeline.batches.next_items import NextItems, next_items
 from pipeline.batches.rates import candidate_features
-from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts
+from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts, weighted_rows
 from pipeline.config import FeatureConfig, RunConfig, SourceConfig, SplitConfig, TrainConfig
 from pipeline.sequences import arrow_lists
 
@@ -251,6 +251,49 @@ def cut_histories(
     return replace(examples, history_begin=np.where(cut, newest, examples.history_begin))
 
 
+@dataclass(frozen=True, slots=True)
+class KeptRows:
+    """Which history rows of some examples are left, and how many there are before each."""
+
+    kept: np.ndarray  # bool [N]
+    begin: np.ndarray  # int64 [n], where each example's rows begin among the N
+    before: np.ndarray  # int64 [N + 1]
+
+    def count(self, example: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        """int32 [C]: how many of the first `visible` rows of its example each candidate still
+        sees.
+
+        kept       1 0 1 1      visible    1 2 3 4
+                                left       1 1 2 3
+        """
+        begin = self.begin[example]
+        return (self.before[begin + visible] - self.before[begin]).astype(np.int32)
+
+
+def keep_weighted(
+    users: UserEvents, examples: Examples, cut: np.ndarray, cfg: RunConfig, epoch: int
+) -> KeptRows:
+    """Drawn rows of the whole histories where `cut`, bool [n], is true: as many as stochastic
+    length keeps, of those that the first target sees; what lies between it and the last one stays.
+
+    The draw is that of an example in an epoch, whatever rank takes it.
+    """
+    begin = offsets_of(examples.num_history)
+    kept = np.ones(begin[-1], bool)
+    num_kept = cut_threshold(cfg.train.stochastic_length)
+    num_shared = np.maximum(shared_end(users, examples) - examples.history_begin, 0)
+
+    for i in np.flatnonzero(cut & (num_shared > num_kept)):
+        first, target = examples.history_begin[i], examples.target_begin[i]
+        user_id = int(users.user_id[examples.user[i]])
+        position = int(users.events.position[target])
+        rng = np.random.default_rng([cfg.seed, epoch, user_id, position])
+
+        time = users.events.event_time[first : first + num_shared[i]]
+        kept[begin[i] : begin[i] + num_shared[i]] = weighted_rows(time, num_kept, rng)
+    return KeptRows(kept, begin[:-1], offsets_of(kept))
+
+
 def shared_end(users: UserEvents, examples: Examples) -> np.ndarray:
     """int64 [n]: the end of the history rows that every target of an example sees, and its first
     one no more.
@@ -334,7 +377,8 @@ def example_batch(
     weights; `shared`, for examples of several requests, what each target may see alone.
 
     `candidates`: those of the examples, where they are at hand. `cut`, bool [n]: the examples that
-    `cut_histories` has cut; None for none.
+    `cut_histories` has cut, or with weighted rows those of which `keep_weighted` keeps some; None
+    for none.
     """
     if candidates is None:
         candidates = example_candidates(users, examples, maps, cfg, epoch if training else None)
@@ -342,10 +386,15 @@ def example_batch(
     targets = _example_targets(users, examples, candidates, history, maps, cfg)
     rows, lengths = candidates.rows, np.diff(candidates.offsets)
 
+    left = None
+    if cut is not None and cfg.train.stochastic_length.rows == "weighted":
+        left = keep_weighted(users, examples, cut, cfg, epoch)
+        history = history.keep(left.kept)
+
     # which rows of its history each target may see
     visible, oldest, span = None, None, None
     if training or shared:
-        visible = _visible_rows(users, rows, examples.history_begin, lengths)
+        visible = _visible_rows(users, rows, examples.history_begin, lengths, left)
     if training and cfg.train.layout == "user":
         assert visible is not None
         least = np.maximum(shared_end(users, examples), examples.history_begin)
@@ -358,7 +407,7 @@ def example_batch(
     if training:
         labels, weight = candidate_labels(users.events, candidates, cfg)
         if cfg.retrieval.enabled:
-            following = _next_items(users, examples, maps, cfg)
+            following = _next_items(users, examples, maps, cfg, left)
             if not cfg.tasks:  # nothing to score: no candidates
                 none = np.zeros_like(lengths)
                 targets = targets.take(none, none)
@@ -408,21 +457,29 @@ def _example_targets(
 
 
 def _visible_rows(
-    users: UserEvents, rows: np.ndarray, history_begin: np.ndarray, lengths: np.ndarray
+    users: UserEvents,
+    rows: np.ndarray,
+    history_begin: np.ndarray,
+    lengths: np.ndarray,
+    left: KeptRows | None,
 ) -> np.ndarray:
-    """int32 [rows]: how many rows of the history from `history_begin` each row's request may see.
+    """int32 [rows]: how many rows of the history from `history_begin`, of those `left`, each row's
+    request may see.
 
     `history_begin` and `lengths`, the number of rows, are int64 [n], of n examples.
     """
     begin = np.repeat(history_begin, lengths)
-    return np.clip(users.visible_end[rows] - begin, 0, None).astype(np.int32)
+    visible = np.clip(users.visible_end[rows] - begin, 0, None)
+    if left is None:
+        return visible.astype(np.int32)
+    return left.count(np.repeat(np.arange(len(lengths)), lengths), visible)
 
 
 def _next_items(
-    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
+    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig, left: KeptRows | None
 ) -> NextItems:
     rows, offsets = ranges(examples.target_begin, examples.target_end)
-    visible = _visible_rows(users, rows, examples.history_begin, np.diff(offsets))
+    visible = _visible_rows(users, rows, examples.history_begin, np.diff(offsets), left)
 
     bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
     weight = cfg.train.history_label_weight

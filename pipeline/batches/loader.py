@@ -148,7 +148,9 @@ class TrainLoader:
 
         chosen = pool.examples[np.concatenate(rows)]
         cut = np.concatenate(cuts)
-        examples = cut_histories(pool.users, chosen, cut, self.cfg.train)
+        examples = chosen
+        if self.cfg.train.stochastic_length.rows == "newest":  # others go when the batch is made
+            examples = cut_histories(pool.users, chosen, cut, self.cfg.train)
         return Share(pool.users, examples, idle, pool.epoch, cut)
 
     def share_batch(self, share: Share) -> SequenceBatch:

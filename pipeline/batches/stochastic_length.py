@@ -48,6 +48,31 @@ def stochastic_cuts(
     return (lengths > cut_threshold(cfg)) & (draw >= keep_all)
 
 
+def weighted_rows(event_time: np.ndarray, num_kept: int, rng: np.random.Generator) -> np.ndarray:
+    """bool [n]: `num_kept` of a history's n rows, drawn without replacement, old ones less often.
+
+    A row weighs 1 less its share of the sum of all ages, its age being the time to the newest row
+    (HSTU, arXiv:2402.17152, table 13, feature-weighted). Each draw goes by those weights
+    (Efraimidis and Spirakis, 2006).
+
+        event_time   0    6    9    10
+        age         10    4    1     0
+        weight      .33  .73  .93    1
+    """
+    draw = rng.random(len(event_time))
+    if num_kept >= len(event_time):
+        return np.ones(len(event_time), bool)
+
+    age = (event_time[-1] - event_time).astype(np.float64)
+    weight = 1 - age / max(age.sum(), 1.0)
+    key = np.full(len(age), -np.inf)  # a row that has all the age is kept last
+    np.divide(np.log1p(-draw), weight, out=key, where=weight > 0)
+
+    kept = np.zeros(len(age), bool)
+    kept[np.argsort(-key, kind="stable")[:num_kept]] = True
+    return kept
+
+
 def example_loads(num_tokens: np.ndarray, cfg: StochasticLengthConfig) -> np.ndarray:
     """What examples of so many tokens weigh, float64 [n]: tokens to the power `load_exponent`, or
     the predicted time by `load_times`.

@@ -18,6 +18,12 @@ class StochasticLengthConfig:
         2.0, above=1, at_most=2, doc="Exponent of the rule; 2.0 keeps everything."
     )
     max_len: int = setting(256, at_least=1, doc="Base of the rule, in rows.")
+    rows: Literal["newest", "weighted"] = setting(
+        "newest",
+        doc="Rows that a cut history keeps of those that its first target sees. weighted: a draw "
+        "without replacement, a row's weight being 1 less its share of the sum of all ages, as in "
+        "HSTU's table 13; the age is the time to the newest row.",
+    )
     balance: Literal["none", "sampling", "dealing"] = setting(
         "none",
         doc="How the loads of the workers are evened out. dealing: the examples of a step go to "
@@ -44,6 +50,7 @@ class StochasticLengthConfig:
         check_ranges(self, "train.stochastic_length")
 
         self._refuse_sampling_without_draws()
+        self._refuse_weights_without_cuts()
         self._refuse_loads_of_two_kinds()
 
     def _refuse_loads_of_two_kinds(self) -> None:
@@ -67,6 +74,15 @@ class StochasticLengthConfig:
             "train.stochastic_length.alpha",
             self.alpha,
             "below 2 where balance is sampling",
+        )
+
+    def _refuse_weights_without_cuts(self) -> None:
+        """Where everything is kept there is nothing to draw."""
+        require(
+            self.alpha < 2 or self.rows == "newest",
+            "train.stochastic_length.rows",
+            self.rows,
+            "newest where alpha is 2",
         )
 
 
@@ -285,6 +301,7 @@ class TrainConfig:
         if self.targets_since is not None:
             parse_time("train.targets_since", self.targets_since)
 
+        self._refuse_exact_view_of_drawn_rows()
         self._refuse_more_workers_to_begin_with()
         self._refuse_two_sizes_of_a_step()
         self._refuse_replicated_bf16_tables()
@@ -303,6 +320,13 @@ class TrainConfig:
     def fewest_workers(self) -> int:
         """The training processes that it cannot begin without."""
         return self.min_workers or self.num_workers
+
+    def _refuse_exact_view_of_drawn_rows(self) -> None:
+        """The exact view says where what a target sees begins, and drawn rows have no beginning."""
+        rule = "newest with train.target_view exact"
+        rows = self.stochastic_length.rows
+        allowed = rows == "newest" or self.target_view != "exact"
+        require(allowed, "train.stochastic_length.rows", rows, rule)
 
     def _refuse_more_workers_to_begin_with(self) -> None:
         rule = f"at most train.num_workers, {self.num_workers}, or null"
