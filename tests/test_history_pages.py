@@ -6,7 +6,7 @@ import torch
 
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, resident_bytes
-from serve_app.ranking.history_pages import PAGE_BYTES, HistoryPages, count_pages
+from serve_app.ranking.history_pages import PAGE_BYTES, HistoryPages, PagedHistory, count_pages
 
 
 def random_history(lengths: list[int], dtype: torch.dtype = torch.float32) -> HistoryCache:
@@ -19,8 +19,14 @@ def random_history(lengths: list[int], dtype: torch.dtype = torch.float32) -> Hi
     return HistoryCache(tuple(layers))
 
 
-def assert_equal(found: HistoryCache, written: HistoryCache) -> None:
-    for mine, other in zip(found.layers, written.layers, strict=True):
+def written(pages: HistoryPages, history: HistoryCache) -> PagedHistory:
+    kept = pages.take(history)
+    pages.write(kept, history)
+    return kept
+
+
+def assert_equal(found: HistoryCache, whole: HistoryCache) -> None:
+    for mine, other in zip(found.layers, whole.layers, strict=True):
         assert mine.offsets is other.offsets
         assert torch.equal(mine.k_THD, other.k_THD) and mine.k_THD.dtype == other.k_THD.dtype
         assert torch.equal(mine.v_THV, other.v_THV) and mine.v_THV.dtype == other.v_THV.dtype
@@ -30,34 +36,34 @@ def test_what_comes_and_goes_is_read_as_it_was_written() -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     pages = HistoryPages(64 * PAGE_BYTES + 17)
-    held: list[tuple[HistoryCache, object]] = []
+    held: list[tuple[HistoryCache, PagedHistory]] = []
     for _ in range(300):
-        whole = int(rng.integers(1, 90))
+        rows = int(rng.integers(1, 90))
         dtype = (torch.float32, torch.bfloat16)[rng.integers(2)]
-        history = random_history([whole, whole, min(whole, 7)], dtype)
+        history = random_history([rows, rows, min(rows, 7)], dtype)
         while count_pages(history) > pages.num_free:
             _, oldest = held.pop(0)
             pages.release(oldest)
-        held.append((history, pages.write(history)))
+        held.append((history, written(pages, history)))
         assert pages.num_free == 64 - sum(len(kept.pages) for _, kept in held)
-        for written, kept in held:
-            assert_equal(pages.read(kept), written)
+        for whole, kept in held:
+            assert_equal(pages.read(kept), whole)
 
 
 def test_what_was_read_outlives_its_pages() -> None:
     pages = HistoryPages(4 * PAGE_BYTES)
     first, second = random_history([40]), random_history([40])
-    kept = pages.write(first)
+    kept = written(pages, first)
     found = pages.read(kept)
     pages.release(kept)
-    assert pages.write(second).pages.tolist() == kept.pages.tolist()
+    assert written(pages, second).pages.tolist() == kept.pages.tolist()
     assert_equal(found, first)
 
 
 def test_an_empty_history_takes_no_page() -> None:
     pages = HistoryPages(PAGE_BYTES)
     history = random_history([0])
-    assert_equal(pages.read(pages.write(history)), history)
+    assert_equal(pages.read(written(pages, history)), history)
     assert pages.num_free == 1
 
 
@@ -80,3 +86,30 @@ def test_a_full_cache_keeps_everything_in_its_block(max_bytes: int) -> None:
         assert sum(offsets.untyped_storage().nbytes() for offsets in kept) == 16
     caches.close()
     assert budget.pages.num_free == max_bytes // PAGE_BYTES
+
+
+def test_an_entry_that_is_read_keeps_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evicted in the middle of a copy, it is counted, and nobody writes over it, until the end."""
+    caches = HistoryCaches(CacheBudget(resident_bytes(1, 1)))
+    first, second = random_history([30]), random_history([30])
+    caches.keep_entry(b"first", first)
+    read = caches.budget.pages.read
+
+    def read_slowly(history: PagedHistory) -> HistoryCache:
+        caches.keep_entry(b"second", second)  # as another thread does
+        assert caches.num_entries == 0 and caches.num_bytes > 0
+        return read(history)
+
+    monkeypatch.setattr(caches.budget.pages, "read", read_slowly)
+    found = caches.find_entry(b"first")
+    monkeypatch.undo()
+    assert found is not None
+    assert_equal(found, first)
+    assert caches.num_bytes == caches.budget.num_bytes == 0
+
+    caches.keep_entry(b"second", second)
+    kept = caches.find_entry(b"second")
+    assert kept is not None
+    assert_equal(kept, second)
+    caches.close()
+    assert caches.budget.pages.num_free == 1

@@ -69,12 +69,15 @@ class CacheBudget:
         """Of so many MiB."""
         return cls(max_mb * BYTES_PER_MB)
 
-    def make_room(self, num_bytes: int) -> None:
-        """Evict until so many bytes more are within the budget; the caller holds the lock."""
-        while self.num_bytes + num_bytes > self.max_bytes:
+    def make_room(self, num_bytes: int) -> bool:
+        """Evict until so many bytes more are within the budget; False where that cannot be, since
+        what is evicted is being read. The caller holds the lock.
+        """
+        while self.entries and self.num_bytes + num_bytes > self.max_bytes:
             (owner, key), oldest = self.entries.popitem(last=False)
             owner.forget_entry(key, oldest)
             owner.evictions += 1
+        return self.num_bytes + num_bytes <= self.max_bytes
 
 
 class HistoryCaches:
@@ -99,29 +102,34 @@ class HistoryCaches:
 
     def find_entry(self, key: bytes) -> HistoryCache | None:
         """A copy of the entry, now the most recently used; counts a hit or a miss."""
-        budget = self.budget
-        with budget.lock:
-            found = budget.entries.get((self, key))
-            if found is None:
-                self.misses += 1
-                return None
-
-            self.hits += 1
-            budget.entries.move_to_end((self, key))
-            return budget.pages.read(found)
+        found = self.read_entry(key)
+        with self.budget.lock:
+            self.hits += found is not None
+            self.misses += found is None
+        return found
 
     def find_beginning(self, beginning: bytes) -> tuple[bytes, int] | None:
         """The newest entry of a history with this `beginning_key`: its key and its rows."""
         return self._newest.get(beginning)
 
     def read_entry(self, key: bytes) -> HistoryCache | None:
-        """A copy of the entry that `find_beginning` found, None where it has gone since; counts
+        """A copy of the entry, now the most recently used, None where there is none; counts
         nothing.
         """
         budget = self.budget
         with budget.lock:
             found = budget.entries.get((self, key))
-            return None if found is None else budget.pages.read(found)
+            if found is None:
+                return None
+            budget.entries.move_to_end((self, key))
+            found.readers += 1
+
+        try:
+            return budget.pages.read(found)
+        finally:
+            with budget.lock:
+                found.readers -= 1
+                self._give_back(found)
 
     def keep_entry(
         self, key: bytes, entry: HistoryCache, beginning: bytes = b"", num_rows: int = 0
@@ -136,29 +144,43 @@ class HistoryCaches:
             return
 
         with budget.lock:
-            if self._is_closed or (self, key) in budget.entries:
+            if self._is_closed or (self, key) in budget.entries or not budget.make_room(size):
                 return
-            budget.make_room(size)
-            budget.entries[self, key] = budget.pages.write(entry)
-            budget.num_bytes += size
-            self.num_bytes += size
+            kept = budget.pages.take(entry)
+            self._count_bytes(size)
+        budget.pages.write(kept, entry)
+
+        with budget.lock:
+            if self._is_closed or (self, key) in budget.entries:  # meanwhile
+                kept.is_evicted = True
+                self._give_back(kept)
+                return
+            budget.entries[self, key] = kept
             self.num_entries += 1
             if num_rows:
                 self._newest[beginning] = key, num_rows
                 self._beginnings[key] = beginning
 
     def forget_entry(self, key: bytes, entry: PagedHistory) -> None:
-        """Give back what an entry takes that has left the budget; the caller holds the lock."""
-        size = resident_bytes(len(entry.pages), len(entry.layers))
-        self.budget.pages.release(entry)
-        self.budget.num_bytes -= size
-        self.num_bytes -= size
+        """Forget an entry that has left the budget; the caller holds the lock."""
         self.num_entries -= 1
+        entry.is_evicted = True
+        self._give_back(entry)
 
         beginning = self._beginnings.pop(key, None)
         newest = None if beginning is None else self._newest.get(beginning)
         if beginning is not None and newest is not None and newest[0] == key:
             del self._newest[beginning]
+
+    def _give_back(self, entry: PagedHistory) -> None:
+        """Release the pages of an evicted entry that nobody reads."""
+        if entry.is_evicted and entry.readers == 0:
+            self.budget.pages.release(entry)
+            self._count_bytes(-resident_bytes(len(entry.pages), len(entry.layers)))
+
+    def _count_bytes(self, num_bytes: int) -> None:
+        self.budget.num_bytes += num_bytes
+        self.num_bytes += num_bytes
 
     def close(self) -> None:
         """Give the memory back: the model is gone. What it still ranks is not kept."""

@@ -43,12 +43,14 @@ class PagedLayer:
     offsets: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PagedHistory:
     """A history in pages: keys and values of one layer after the other's."""
 
     layers: tuple[PagedLayer, ...]
     pages: np.ndarray  # int64
+    readers: int = 0  # that copy it at this moment
+    is_evicted: bool = False  # its pages are given back after the last of them
 
     @property
     def num_bytes(self) -> int:
@@ -65,11 +67,13 @@ def count_pages(entry: HistoryCache) -> int:
 
 
 class HistoryPages:
-    """A block of `max_bytes`, as pages that are taken and given back. Its caller sees to it that
-    one thread at a time is inside.
+    """A block of `max_bytes`, as pages that are taken and given back.
 
     The system gives memory to a page when it is first written, and pages given back are taken
     first: the block takes as much as it once held, never more.
+
+    One thread at a time may take or release pages, as its caller sees to. They may be written and
+    read meanwhile: a history of 16,384 rows is 64 MiB, and others would wait for its copy.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -78,31 +82,39 @@ class HistoryPages:
         self._free = np.arange(self._num_pages)[::-1].copy()  # the next to be taken is the last
         self.num_free = self._num_pages
 
-    def write(self, entry: HistoryCache) -> PagedHistory:
-        """Copy `entry` into pages; there must be enough that are free."""
+    def take(self, entry: HistoryCache) -> PagedHistory:
+        """Pages for `entry`, to be written; there must be enough that are free."""
         needed = count_pages(entry)
         assert needed <= self.num_free
-        device = entry.layers[0].k_THD.device
         if self._block is None:
+            device = entry.layers[0].k_THD.device
             self._block = torch.empty(self._num_pages, PAGE_WORDS, dtype=WORD, device=device)
 
         taken = self._free[self.num_free - needed : self.num_free][::-1].copy()
         self.num_free -= needed
 
+        layers = []
+        for layer in entry.layers:
+            keys = PagedTensor(layer.k_THD.shape, layer.k_THD.dtype)
+            values = PagedTensor(layer.v_THV.shape, layer.v_THV.dtype)
+            layers.append(PagedLayer(keys, values, layer.offsets))
+        return PagedHistory(tuple(layers), taken)
+
+    def write(self, history: PagedHistory, entry: HistoryCache) -> None:
+        """Copy `entry` into the pages that were taken for it."""
+        block = self._block
+        assert block is not None
+
         # all numbers one after another, then page by page
-        flat = torch.empty(needed * PAGE_BYTES, dtype=torch.uint8, device=device)
-        layers, begin = [], 0
+        num_bytes = len(history.pages) * PAGE_BYTES
+        flat = torch.empty(num_bytes, dtype=torch.uint8, device=block.device)
+        begin = 0
         for layer in entry.layers:
             for tensor in (layer.k_THD, layer.v_THV):
                 part = flat[begin : begin + tensor.nbytes].view(tensor.dtype)
                 part.view(tensor.shape).copy_(tensor)
                 begin += _aligned(tensor.nbytes)
-            keys = PagedTensor(layer.k_THD.shape, layer.k_THD.dtype)
-            values = PagedTensor(layer.v_THV.shape, layer.v_THV.dtype)
-            layers.append(PagedLayer(keys, values, layer.offsets))
-
-        self._block.index_copy_(0, self._index(taken), flat.view(WORD).view(-1, PAGE_WORDS))
-        return PagedHistory(tuple(layers), taken)
+        block.index_copy_(0, self._index(history.pages), flat.view(WORD).view(-1, PAGE_WORDS))
 
     def read(self, history: PagedHistory) -> HistoryCache:
         """A copy of what was written, which outlives the pages."""
