@@ -69,8 +69,11 @@ class Ranking:
         self.look_up = Lookups()
         self.explain = Explanations()
         self.batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
-        # requests that take long wait for each other, and nobody else for them
-        self.long_batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
+        # requests that take long wait for each other, and nobody else for them: neither for the
+        # thread nor for a processor
+        self.long_batcher = TokenBatcher(
+            self._prepare_job, self._answer_jobs, self._batch_tokens, niceness=10
+        )
         # events that wait together share a transaction and its fsync
         self.appender = MicroBatcher(self._append_events)
 

@@ -1,9 +1,13 @@
 """Requests that wait together are computed together: order, room, failures, clients that left."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
+
+import pytest
 
 from serve_app.ranking.batching import MicroBatcher, TokenBatcher
 
@@ -138,3 +142,16 @@ def test_a_pass_that_fails_fails_its_own_requests_only() -> None:
     failed, answered = asyncio.run(main())
     assert isinstance(failed, ZeroDivisionError)
     assert answered == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux' own")
+def test_long_requests_come_behind_others_for_a_processor() -> None:
+    def priority(jobs: list[Length]) -> list[int]:
+        return [os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) for _ in jobs]
+
+    async def main(niceness: int) -> int:
+        return await TokenBatcher(Length, priority, lambda: 100, niceness)(1)
+
+    usual = asyncio.run(main(0))
+    assert usual == os.getpriority(os.PRIO_PROCESS, 0)
+    assert asyncio.run(main(10)) == min(usual + 10, 19)

@@ -312,6 +312,29 @@ def test_new_events_are_appended_to_an_encoded_history(fresh: Ranker) -> None:
     assert fresh.cache_stats()["history_cache_appends"] == 1
 
 
+@pytest.mark.parametrize("long_history", [1024, 2])
+def test_of_a_long_history_the_newest_entry_alone_is_kept(fresh: Ranker, long_history: int) -> None:
+    """Each event of theirs makes another entry, and those of others would go for it."""
+    fresh.limits = replace(fresh.limits, long_history=long_history)
+    rows = [{"item_id": i, "event_time": NOW - 9000 + i} for i in range(6)]
+    others = [ask(4, history=rows[:2]), RankRequest.model_validate(
+        {"history": rows[:5], "request_time_ms": NOW, "candidates": [{"item_id": 1}]}
+    )]  # fmt: skip
+    as_array(fresh, others)
+    for num_rows in (3, 4, 5, 6):
+        as_array(fresh, [ask(2, history=rows[:num_rows])])
+        as_array(fresh, [ask(2, history=rows[1:num_rows])])  # the oldest has left
+    stats = fresh.cache_stats()
+    kept = 8 if long_history == 1024 else 2  # and of two rows, which are not long
+    assert stats["history_cache_entries"] == len(others) + kept
+    assert stats["history_cache_evictions"] == 0
+
+    # the one that is there is found, and gives the scores of all
+    before = hits_and_misses(fresh)
+    as_array(fresh, [*others, ask(2, history=rows[1:])])
+    assert hits_and_misses(fresh) == (before[0] + 3, before[1])
+
+
 def test_a_beginning_goes_with_its_entries() -> None:
     offsets = torch.tensor([0, 1])
     layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)

@@ -1,6 +1,9 @@
 """Requests that wait together are computed together; none is held back to fill a batch."""
 
 import asyncio
+import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +87,8 @@ class TokenBatcher:
     `prepare` makes one request a job, `work` computes the jobs of a pass. Both run in
     the batcher's thread, never two at a time. A request that comes during a pass is prepared before
     the next one and may be part of it. A job of more than `max_tokens` tokens is a pass of its own.
+
+    `niceness` above 0: other threads come first where processors are short, on Linux.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class TokenBatcher:
         prepare: Callable[[Any], BatchJob],
         work: Callable[[list[Any]], Sequence[Any]],
         max_tokens: Callable[[], int],
+        niceness: int = 0,
     ) -> None:
         self._prepare = prepare
         self._work = work
@@ -98,7 +104,9 @@ class TokenBatcher:
         self._arrived: list[tuple[Any, asyncio.Future]] = []
         self._ready: list[tuple[BatchJob, asyncio.Future]] = []  # the oldest first
         self._running: asyncio.Task | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
+        self._thread = ThreadPoolExecutor(
+            1, "rank", initializer=_come_behind_others, initargs=(niceness,)
+        )
 
     async def __call__(self, item: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
@@ -168,6 +176,14 @@ class TokenBatcher:
 
         self._ready = left
         return jobs, answers
+
+
+def _come_behind_others(niceness: int) -> None:
+    """Lower this thread's priority; threads that it starts, as PyTorch's, get the same."""
+    if niceness and sys.platform == "linux":  # elsewhere a process has one, not its threads
+        thread = threading.get_native_id()
+        before = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, before + niceness)
 
 
 def _settle(answer: asyncio.Future, result: Any) -> None:

@@ -94,6 +94,9 @@ class HistoryCaches:
         # by the beginning of a history the newest entry that has it, and its rows; and back
         self._newest: dict[bytes, tuple[bytes, int]] = {}
         self._beginnings: dict[bytes, bytes] = {}
+        # of a user with a long history the one entry that is kept of it; and back
+        self._only: dict[int, bytes] = {}
+        self._only_of: dict[bytes, int] = {}
         self._is_closed = False
 
     def __contains__(self, key: bytes) -> bool:
@@ -132,11 +135,20 @@ class HistoryCaches:
                 self._give_back(found)
 
     def keep_entry(
-        self, key: bytes, entry: HistoryCache, beginning: bytes = b"", num_rows: int = 0
+        self,
+        key: bytes,
+        entry: HistoryCache,
+        beginning: bytes = b"",
+        num_rows: int = 0,
+        only_of: int | None = None,
     ) -> None:
         """Keep a copy of `entry` unless it alone is more than there is room for.
 
         With a `beginning` of its `num_rows` rows, `find_beginning` finds it until another comes.
+
+        Args:
+            only_of: a user of whom the entry takes the former one's place: with every event of
+                theirs a long history would push as much of others' out.
         """
         budget = self.budget
         size = resident_bytes(count_pages(entry), len(entry.layers))
@@ -157,6 +169,8 @@ class HistoryCaches:
                 return
             budget.entries[self, key] = kept
             self.num_entries += 1
+            if only_of is not None:
+                self._replace_former(only_of, key)
             if num_rows:
                 self._newest[beginning] = key, num_rows
                 self._beginnings[key] = beginning
@@ -171,6 +185,15 @@ class HistoryCaches:
         newest = None if beginning is None else self._newest.get(beginning)
         if beginning is not None and newest is not None and newest[0] == key:
             del self._newest[beginning]
+        if key in self._only_of:
+            del self._only[self._only_of.pop(key)]
+
+    def _replace_former(self, user: int, key: bytes) -> None:
+        former = self._only.get(user)
+        if former is not None:
+            self.forget_entry(former, self.budget.entries.pop((self, former)))
+        self._only[user] = key
+        self._only_of[key] = user
 
     def _give_back(self, entry: PagedHistory) -> None:
         """Release the pages of an evicted entry that nobody reads."""

@@ -450,11 +450,18 @@ class Ranker:
 
         for key, cache in (*appended.items(), *self._encode(past, users, rest)):
             encoded[key] = cache
-            num_rows = int(past.lengths[missing[key]])
-            self.caches.keep_entry(key, cache, beginnings[key], num_rows)
+            i = missing[key]
+            num_rows = int(past.lengths[i])
+            only_of = self.only_entry_of(int(users[i]), num_rows)
+            self.caches.keep_entry(key, cache, beginnings[key], num_rows, only_of)
 
         kept_of_each = [encoded[key] for key in keys]
         return self._score_encoded(past, targets, users, kept_of_each, self.score_candidates)
+
+    def only_entry_of(self, user_id: int, num_rows: int) -> int | None:
+        """The user, where of a history of so many rows the newest entry alone is kept."""
+        is_long = num_rows > self.limits.long_history
+        return user_id if is_long and user_id != NO_USER else None
 
     def _score_encoded(
         self,

@@ -225,7 +225,8 @@ class Recommender:
                 return user_vectors(ranker.model, self.head, batch)[0]
             cache, rows = encode_history_rows(ranker.model, batch)
             vector = self.head.user_vectors(rows).float()[0]
-        ranker.caches.keep_entry(found.key, cache)
+        only_of = ranker.only_entry_of(found.user_id, len(found.past.events.item_id))
+        ranker.caches.keep_entry(found.key, cache, only_of=only_of)
         return vector
 
     # Explanations ------------------------------------------------------------
