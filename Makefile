@@ -27,7 +27,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	&& echo $$p && break; done)
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## real logs -> sequences -> training -> registry -> HTTP, in minutes; CONFIG=configs/smoke.yaml is smaller
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --fresh $(BESIDE)

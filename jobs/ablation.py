@@ -27,9 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="VARIANT", help="some of the variants that --dry-run lists"
     )
-    parser.add_argument(
-        "--split", choices=["val", "test"], default="val", help="test is for the last table alone"
-    )
+    parser.add_argument("--split", choices=["val", "test"], default="val", help="period to score")
 
 
 def run_job(job: cli.Job) -> None:

@@ -89,8 +89,11 @@ def plan_job(job: cli.Job) -> dict[str, object]:
 
     cfg = job.cfg
     manifest = maintenance.published_with(cfg.sequence_dir, cfg.source, cfg.sequences)
+    text = "user_id" in manifest.text_ids
+    users = read_users(job.options.user, job.options.users_file, text=text)
     events = cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite")
     return {
+        "users": len(users),
         "sequences": str(cfg.sequence_dir),
         "parts": len(manifest.parts),
         "rows": manifest.rows_in,

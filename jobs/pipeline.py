@@ -83,10 +83,7 @@ def run_job(job: cli.Job) -> None:
     looped = job.options.loop is not None
     check_options(job)
     check_settings(cfg)
-    baseline = None
-    if job.options.beside:
-        overrides = [*job.options.overrides, *job.options.beside]
-        baseline = read_baseline(cfg, job.options.config, overrides)
+    baseline = read_baseline(job)
     supervision.refuse_impossible_size(cfg.ray, cfg.train)
     with supervision.only_training(cfg.runs_dir, cfg.name):
         if job.options.fresh:
@@ -366,8 +363,9 @@ def compare(
     return page
 
 
-def read_baseline(cfg: RunConfig, preset: str, overrides: list[str]) -> RunConfig:
-    """The preset with other settings, under a name of its own, on the sequences of `cfg`.
+def read_baseline(job: cli.Job) -> RunConfig | None:
+    """The preset with the settings of `--beside`, under a name of its own, on the same sequences;
+    None without that option.
 
     Raises:
         UserError: a setting that its encoder does not know.
@@ -375,7 +373,11 @@ def read_baseline(cfg: RunConfig, preset: str, overrides: list[str]) -> RunConfi
 
     from pipeline.model.encoders import check_run
 
-    baseline = config.load(preset, overrides)
+    cfg, options = job.cfg, job.options
+    if not options.beside:
+        return None
+
+    baseline = config.load(options.config, [*options.overrides, *options.beside])
     encoder = baseline.model.encoder
     other = encoder if encoder != cfg.model.encoder else "beside"
     shared = replace(baseline.sequences, from_run=cfg.sequences.from_run or cfg.name)
@@ -522,8 +524,10 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     cfg = job.cfg
     check_options(job)
     check_settings(cfg)
+    baseline = read_baseline(job)
     return {
         "import_logs": logs.plan_import(cfg),
+        "beside": None if baseline is None else baseline.name,
         "workers": cfg.train.num_workers,
         "run": str(cfg.run_dir),
     }

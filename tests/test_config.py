@@ -203,11 +203,24 @@ def test_a_job_runs_its_main():
     [
         (
             ["--config", "configs/demo.yaml", "--set", "train.epoch=1"],
-            "unknown configuration key 'train.epoch' (value 1)",
+            "unknown configuration key 'train.epoch' (value 1); is it train.epochs?",
+        ),
+        (
+            ["--config", "configs/demo.yaml", "--set", "window=8"],
+            "unknown configuration key 'window' (value 8); the top level has ['name', 'seed'",
+        ),
+        (
+            ["--config", "configs/demo.yaml", "--set", "d_model=8"],
+            "unknown configuration key 'd_model' (value 8); is it model.d_model?",
+        ),
+        (
+            ["--config", "configs/demo.yaml", "--set", "split.t_val=2022-04-30"],
+            "split.t_val must carry its offset from UTC (2022-05-01T00:00:00+08:00), got "
+            "'2022-04-30'",
         ),
         (
             ["--config", "configs/demo.yaml", "--set", "train.epochs=two"],
-            "train.epochs must be int, got 'two'",
+            "train.epochs must be a whole number, got 'two'",
         ),
         (
             ["--config", "configs/demos.yaml"],

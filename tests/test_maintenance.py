@@ -490,6 +490,8 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
             return int(stop.code or 0), capsys.readouterr().err
         return 0, capsys.readouterr().out
 
+    code, out = run("--user", "x", "--dry-run")
+    assert (code, out.startswith("error: a user_id must be an integer")) == (2, True)
     code, out = run("--user", "3", "--users-file", str(ids))
     assert code == 0
     assert out.startswith("users=2 removed: sequences=")

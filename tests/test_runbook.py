@@ -75,7 +75,8 @@ def refused_on_purpose(document: str, words: list[str]) -> bool:
 @pytest.mark.parametrize("document", BY_HAND)
 def test_every_setting_of_a_command_is_a_key(document: str):
     for job, words in commands(document):
-        overrides = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+        changing = ("--set", "--beside")
+        overrides = [words[at + 1] for at, word in enumerate(words) if word in changing]
         assert all("=" in override for override in overrides), f"{document}: jobs.{job} {words}"
         unknown = ("...", *INVENTED)
         known = [each for each in overrides if not each.endswith(unknown)]

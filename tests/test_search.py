@@ -102,7 +102,10 @@ def test_refused_combinations_and_repeats_are_drawn_anew(tmp_path: Path) -> None
         ({"train.lr": {"loguniform": [-1, 1]}}, "space.train.lr.loguniform must be above 0"),
         ({"train.lr": {"uniform": [2, 1]}}, "low below high, got [2, 1]"),
         ({"train.lr": {"uniform": [0, 1]}}, "0.0 is refused: train.lr must be greater than 0"),
-        ({"model.num_layers": {"uniform": [2, 3.5]}}, "model.num_layers must be int, got 2.0"),
+        (
+            {"model.num_layers": {"uniform": [2, 3.5]}},
+            "model.num_layers must be a whole number, got 2.0",
+        ),
         ({"model.num_layers": {"integers": [2, 3.5]}}, "must be two whole numbers, got [2, 3.5]"),
         ({"model.encoder": {"choices": ["hstuu"]}}, "'hstuu' is refused: model.encoder must be"),
         ({"model.dropout": {"normal": [0, 1]}}, "must be one of choices, uniform, loguniform"),

@@ -384,7 +384,6 @@ def example_batch(
         candidates = example_candidates(users, examples, maps, cfg, epoch if training else None)
     history = users.events.take(examples.history_begin, examples.history_end)
     targets = _example_targets(users, examples, candidates, history, maps, cfg)
-    rows, lengths = candidates.rows, np.diff(candidates.offsets)
 
     left = None
     if cut is not None and cfg.train.stochastic_length.rows == "weighted":
@@ -392,6 +391,7 @@ def example_batch(
         history = history.keep(left.kept)
 
     # which rows of its history each target may see
+    rows, lengths = candidates.rows, np.diff(candidates.offsets)
     visible, oldest, span = None, None, None
     if training or shared:
         visible = _visible_rows(users, rows, examples.history_begin, lengths, left)

@@ -5,7 +5,8 @@ import types
 import typing
 import urllib.parse
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pipeline.config.setting import has_default
 
 S3 = "s3://"
 GCS = "gs://"
+SCALARS = {int: "a whole number", str: "text", bool: "true or false"}  # to people
 S3_OPTIONS = ("endpoint_override", "region")  # of a path, behind its "?"
 
 
@@ -123,16 +125,16 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
 
     fields = dataclasses.fields(cls)
     names = [field.name for field in fields]
+    hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in names:
             where = f"{path}.{key}" if path else str(key)
             shown = MASK if is_secret_name(str(key)) else repr(raw[key])
             raise ConfigError(
                 f"unknown configuration key {where!r} (value {shown}); "
-                f"{path or 'the top level'} has {names}"
+                f"{_advise(str(key), hints, path)}"
             )
 
-    hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in raw.items():
         values[key] = _convert(hints[key], value, f"{path}.{key}" if path else key)
@@ -141,6 +143,22 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
         if not has_default(field) and field.name not in raw:
             raise ConfigError(f"{path}.{field.name} must be given beside {list(raw)}")
     return cls(**values)
+
+
+def _advise(key: str, hints: dict[str, Any], path: str) -> str:
+    """What may have been meant by an unknown key of the section at `path`: a name like it, or a
+    setting of that name one section below; else all that there is.
+    """
+    meant = []
+    for section, hint in hints.items():
+        if dataclasses.is_dataclass(hint) and key in hint.__dataclass_fields__:
+            meant.append(f"{section}.{key}")
+    meant = meant or get_close_matches(key, hints, n=2)
+
+    if meant:
+        wholes = [f"{path}.{name}" if path else name for name in meant]
+        return f"is it {' or '.join(wholes)}?"
+    return f"{path or 'the top level'} has {list(hints)}"
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -185,12 +203,13 @@ def _convert_scalar(hint: type, value: Any, path: str) -> Any:
         except (TypeError, ValueError):
             raise ConfigError(f"{path} must be a number, got {value!r}") from None
 
-    if hint is str and isinstance(value, datetime):  # YAML reads an unquoted ISO time as one
+    if hint is str and isinstance(value, date):  # YAML reads an unquoted ISO time as one
         return value.isoformat()
 
     # bool is a subclass of int
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+        kind = SCALARS.get(hint, hint.__name__)
+        raise ConfigError(f"{path} must be {kind}, got {value!r}")
     if isinstance(value, str):
         refuse_secrets(path, value)
     return value

@@ -84,7 +84,8 @@ def verified(folder: Path, what: str) -> dict:
         UserError: no such folder, no index in it, or a file that is missing or altered.
     """
     if not folder.is_dir():
-        raise UserError(f"no {what} at {folder}")
+        advice = ": run jobs.train first" if what == "model" else ""
+        raise UserError(f"no {what} at {folder}{advice}")
     try:
         index = json.loads((folder / INDEX).read_text())
         expected = index["files"]
