@@ -15,6 +15,7 @@ from benchmarks.kernels import attention_report, layer_report, tables_report
 from benchmarks.quality import (
     anchor_report,
     day_by_day_report,
+    kuairand_report,
     long_histories,
     number_formats,
     retrieval_report,
@@ -113,6 +114,15 @@ SECTIONS: dict[str, Callable[[], str]] = {
     ),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
 }
+
+
+if kuairand_report.RUNS_FILE.exists():  # its runs need a machine of many cores
+    SECTIONS["kuairand variants"] = lambda: kuairand_report.variants_section(
+        differences=read_run(kuairand_report.DIFFERENCES)
+        if kuairand_report.DIFFERENCES.exists()
+        else None
+    )
+    SECTIONS["masks"] = kuairand_report.masks_section
 
 
 def write_sections(names: Sequence[str], path: Path = RESULTS) -> None:

@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from benchmarks.quality import choose, report, train_plan
+from benchmarks.quality import choose, kuairand_report, report, train_plan
 from benchmarks.quality.distil import TaughtLoader, Teacher
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
 from pipeline.config import ConfigError, UserError
-from pipeline.figures import read_runs
+from pipeline.figures import append_run, read_runs
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 
@@ -180,3 +180,36 @@ def test_the_plan_of_the_test_has_the_best_with_its_teachers_and_the_one_beside(
     }
     assert found["taught"]["taught_test"]["by"] == "teacher_test"
     assert list(choose.plan_of_test(plan, "preset", "preset")["runs"]) == ["preset_test"]
+
+
+def test_the_sections_say_what_was_chosen_and_show_its_test(tmp_path):
+    """Lines as the plans' runs leave them, of one task."""
+    runs_file = tmp_path / "kuairand.jsonl"
+    costs = {"train/gflop_per_example": 0.001, "forward_gflop_per_candidate": 0.0001}
+    costs |= {"masked_pair_share": 0.3, "truncated_token_share": 0.2, "train/step_ms": 70.0}
+
+    def leave(name: str, seed: int, split: str, auc: float) -> None:
+        metrics = costs | {f"{split}/auc/x": auc, f"{split}/ne/x": 1 - auc / 4}
+        line = {"name": name, "seed": seed, "command": "c", "metrics": metrics}
+        line |= {"config": {"tasks": ["x"]}, "environment": {"device": "a machine"}}
+        append_run(runs_file, line)
+
+    for seed in range(5):
+        leave("preset", seed, "val", 0.70 + 0.001 * seed)
+        leave("distilled", seed, "val", 0.71 + 0.001 * seed)
+        leave("preset_test", seed, "test", 0.60)
+        leave("distilled_test", seed, "test", 0.61)
+        leave("rates_test", seed, "test", 0.99)  # not what validation chose
+    leave("masks", 0, "val", 0.7)
+    leave("masks-window_0", 0, "val", 0.6)
+    leave("ml1m", 0, "val", 0.8)
+
+    text = kuairand_report.variants_section(runs_file)
+    assert "It is `distilled`." in text
+    assert "| distilled | 0.7120 | +0.0100 ± 0.0000 |" in text
+    assert "| distilled_test | 0.6100 ± 0.0000 / 0.8475 ± 0.0000 |" in text
+    assert "rates_test" not in text
+
+    masks = kuairand_report.masks_section(runs_file)
+    assert masks.index("KuaiRand subset") < masks.index("MovieLens-1M")
+    assert "| masks-window_0 | 0.6000 / 0.8500 |" in masks

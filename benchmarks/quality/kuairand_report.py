@@ -1,0 +1,69 @@
+"""The sections "Variants of the KuaiRand preset" and "Masks that bite" of RESULTS.md.
+
+They are of the lines that benchmarks/plans/kuairand.yaml, the plan of its test, kuairand_masks.yaml
+and ml1m_masks.yaml leave.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality import choose, report
+from benchmarks.quality.train_plan import read_plan_file
+from benchmarks.report import RUNS
+from pipeline.figures import Figures, read_runs
+
+RUNS_FILE = RUNS / "kuairand.jsonl"
+DIFFERENCES = (
+    RUNS / "kuairand_differences.json"
+)  # of the best on validation beside the preset, test
+PLANS = report.ROOT / "benchmarks" / "plans"
+SEEDS = 5  # fewest of a run that takes part in the choice
+
+
+def measured_runs(plan: Path, lines: Sequence[Figures]) -> list[str]:
+    """The plan's runs that have lines, in its order."""
+    there = {line["name"] for line in lines}
+    return [name for name in read_plan_file(plan)["runs"] if name in there]
+
+
+def variants_section(runs_file: Path = RUNS_FILE, differences: Figures | None = None) -> str:
+    """Validation, what it chose and by which rule, and the test of that beside the preset."""
+    lines = read_runs(runs_file)
+    names = measured_runs(PLANS / "kuairand.yaml", lines)
+    text = report.section(
+        runs_file,
+        names,
+        split="val",
+        title="Variants of the KuaiRand preset",
+    )
+
+    compared = choose.compare_runs(lines, names, "preset", SEEDS)
+    chosen = (
+        f"Chosen by `python -m benchmarks.quality.choose benchmarks/plans/kuairand.yaml --beside "
+        f"preset`: the highest mean AUC on validation over the seeds that all have, {SEEDS} at "
+        f"least. It is `{compared[0].name}`."
+    )
+    parts = [text, chosen, choose.comparison_table(compared, "preset")]
+
+    tested = dict.fromkeys(["preset_test", f"{compared[0].name}_test"])
+    there = [name for name in tested if any(line["name"] == name for line in lines)]
+    if there:
+        parts.append("The same on the test rows, trained to 2 May and scored once:")
+        parts.append(report.metrics_table(runs_file, there, "test"))
+    if differences is not None:
+        parts += report.difference_text(differences)
+    return "\n\n".join(parts)
+
+
+def masks_section(runs_file: Path = RUNS_FILE) -> str:
+    """Both tables: KuaiRand's and that of MovieLens-1M."""
+    lines = read_runs(runs_file)
+    parts = []
+    for plan, title in (
+        ("kuairand_masks.yaml", "Masks that bite: KuaiRand subset"),
+        ("ml1m_masks.yaml", "Masks that bite: MovieLens-1M by order, histories to 2,314"),
+    ):
+        names = measured_runs(PLANS / plan, lines)
+        if names:
+            parts.append(report.section(runs_file, names, split="val", title=title))
+    return "\n\n".join(parts)
