@@ -189,6 +189,18 @@ def test_other_rows_and_settings_have_a_name_of_their_own(cfg: RunConfig) -> Non
         assert (copy.model_dir / "metrics.json").read_bytes() == before
 
 
+def test_sequences_come_from_the_configuration_wherever_the_model_had_its_own(
+    cfg: RunConfig,
+) -> None:
+    copy = copied(cfg, "owner")
+    metrics = evaluator.evaluate_model(copy, copy.model_dir)
+    shared = replace(copy.sequences, from_run=copy.name)
+    borrower = replace(copy, name="borrower", sequences=shared)  # it has none itself
+    found = evaluator.evaluate_model(borrower, copy.model_dir, name="borrowed")
+    assert found["val/ne/is_click"] == metrics["val/ne/is_click"]
+    assert evaluator.score_model(borrower, copy.model_dir)["is_click"] == metrics["val/ne/is_click"]
+
+
 def test_a_split_alone_leaves_the_other_one(cfg: RunConfig) -> None:
     one, both = copied(cfg, "one-by-one"), copied(cfg, "both")
     evaluator.evaluate_model(one, one.model_dir, ["val"])

@@ -253,6 +253,7 @@ def scoring_config(cfg: RunConfig, model: RunConfig) -> RunConfig:
         name=cfg.name,
         runs_dir=cfg.runs_dir,
         seed=cfg.seed,
+        sequences=cfg.sequences,
         split=cfg.split,
         evaluate=cfg.evaluate,
     )
