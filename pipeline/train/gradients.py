@@ -1,13 +1,12 @@
 """Gradients of one rank in one flat buffer, which goes over the ranks in parts while backward runs.
 
-    last layers …          … first layers | sums of the step | sums of the tables' touched rows
-    part 0 │ part 1 │ …    last part ────────────────────────────────────────────────────────▶
+    last layers …          … first layers
+    part 0 │ part 1 │ …        │ last part
 
-Backward comes to the last layers first: a part is sent as soon as its gradients are there. The last
-part takes everything else with it.
+Backward comes to the last layers first: a part is sent as soon as its gradients are there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -20,9 +19,9 @@ ALIGNED = 64  # numbers between the beginnings of weights in a flat buffer: 256 
 
 
 class GradientBuffer:
-    """The gradients of `parameters` as views of one buffer.
+    """The gradients of `parameters` as views of one buffer, `flat`.
 
-    `places` says where each parameter lies; `dense` is their part of the buffer.
+    `places` says where each parameter lies.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -35,41 +34,32 @@ class GradientBuffer:
 
         like = next(iter(parameters.values()))
         self.size = size
-        self.message = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self.flat = torch.zeros(size, dtype=like.dtype, device=like.device)
         self.parts = [(0, size)]
         self.sent: list[dist.Work | None] = []
-        self._set_views()
-
-    @property
-    def dense(self) -> Tensor:
-        return self.message[: self.size]
-
-    def _set_views(self) -> None:
         self.views: list[Tensor] = []
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.message[self.places[name]].view_as(parameter)
+        for name, parameter in parameters.items():
+            parameter.grad = self.flat[self.places[name]].view_as(parameter)
             self.views.append(parameter.grad)
 
     def zero(self) -> None:
         """Before `backward`, which adds to them."""
-        self.dense.zero_()
+        self.flat.zero_()
 
     def send_in_parts(self, part_bytes: float) -> None:
         """From now on every `backward` sends parts of at least `part_bytes`, once they are done."""
-        self.parts = cut_parts(self.places, self.size, part_bytes / self.message.itemsize)
+        self.parts = cut_parts(self.places, self.size, part_bytes / self.flat.itemsize)
         part_of: dict[str, int] = {}
         for name, place in self.places.items():
             for number, (begin, end) in enumerate(self.parts):
                 if begin <= place.start < end:
                     part_of[name] = number
 
-        last = len(self.parts) - 1
         self.missing = [0] * len(self.parts)
         self.full = [list(part_of.values()).count(number) for number in range(len(self.parts))]
         for name, number in part_of.items():
-            if number < last:
-                count = partial(self._count_gradient, number)
-                self.parameters[name].register_post_accumulate_grad_hook(count)
+            count = partial(self._count_gradient, number)
+            self.parameters[name].register_post_accumulate_grad_hook(count)
 
     def begin_step(self) -> None:
         """Before a `backward` whose parts are to be sent."""
@@ -77,42 +67,23 @@ class GradientBuffer:
 
     def _count_gradient(self, number: int, _: Tensor) -> None:
         self.missing[number] -= 1
-        last = len(self.parts) - 1
         # in order, as all ranks must send them
-        while len(self.sent) < last and self.missing[len(self.sent)] == 0:
-            self._send_part(*self.parts[len(self.sent)])
+        while len(self.sent) < len(self.parts) and self.missing[len(self.sent)] == 0:
+            self._send_next()
 
-    def _send_part(self, begin: int, end: int) -> None:
-        self.sent.append(dist.all_reduce(self.message[begin:end], async_op=True))
+    def _send_next(self) -> None:
+        begin, end = self.parts[len(self.sent)]
+        self.sent.append(dist.all_reduce(self.flat[begin:end], async_op=True))
 
-    def send_rest(self, others: Sequence[Tensor], clock: MessageClock) -> None:
-        """After `backward`: what has not been sent, and `others` with the last part."""
-        flat = [tensor.flatten() for tensor in others]
-        self.end = self.size + sum(map(len, flat))
-        if self.end > len(self.message):
-            self._grow(self.end, clock)
-        torch.cat(flat, out=self.message[self.size : self.end])
+    def send_rest(self) -> None:
+        """After `backward`: the parts of weights that got no gradient."""
+        while len(self.sent) < len(self.parts):
+            self._send_next()
 
-        last = len(self.parts) - 1
-        for begin, end in self.parts[len(self.sent) : last]:  # of weights without a gradient
-            self._send_part(begin, end)
-        self._send_part(self.parts[last][0], self.end)
-
-    def _grow(self, size: int, clock: MessageClock) -> None:
-        """Room for `size` numbers and some more: few steps touch more rows than all before."""
+    def finish(self, clock: MessageClock) -> None:
+        """Wait until the buffer holds sums over the ranks."""
         for work in self.sent:
             clock.wait(work)
-        grown = self.message.new_zeros(size + size // 4)
-        grown[: self.size] = self.dense
-        self.message = grown
-        self._set_views()
-
-    def finish(self, clock: MessageClock) -> Tensor:
-        """Wait until the buffer holds sums over the ranks; those of `others`, flat."""
-        for work in self.sent:
-            clock.wait(work)
-        # the buffer is written again in the next step
-        return self.message[self.size : self.end].clone()
 
 
 def cut_parts(places: Mapping[str, slice], size: int, least: float) -> list[tuple[int, int]]:

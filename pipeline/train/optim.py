@@ -175,7 +175,7 @@ class DenseAdamW:
         """Divide the gradients by `total` and clip them; [parameters] their norms before clipping,
         and the norm of all.
         """
-        self.flat.grad = self.buffer.dense
+        self.flat.grad = self.buffer.flat
         self.flat.grad.div_(total)
         norms = torch.stack(torch._foreach_norm(self.buffer.views))  # pyright: ignore[reportPrivateImportUsage]
         whole = torch.linalg.vector_norm(norms)

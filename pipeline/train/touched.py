@@ -3,7 +3,7 @@
     look-ups of the forward pass ─▶ a flag a row ─▶ the maximum over the ranks, during backward
         ─▶ the touched rows, numbered through ─▶ sums of gradients at the same places on each rank
 
-So the gradients of these tables are a dense vector, which goes over the ranks with all others.
+So the gradients of these tables are a dense vector, which goes over the ranks in one message.
 """
 
 from collections.abc import Callable, Mapping

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
@@ -329,12 +330,17 @@ class Trainee:
         if self.touched is None:
             return sums, local | self._sharded_gradients()
 
+        # each on its way while the next is made
+        self.gradients.send_rest()
         self.touched.finish()
-        # the dense gradients are on their way while the rows of sharded tables are
-        self.gradients.send_rest([*sums, *self.touched.sums(local)], self.clock)
+        parts = [*sums, *self.touched.sums(local)]
+        added = torch.cat([part.flatten() for part in parts])
+        work = dist.all_reduce(added, async_op=True)
         sharded = self._sharded_gradients()
+
+        self.gradients.finish(self.clock)
+        self.clock.wait(work)
         lengths = list(map(len, sums))
-        added = self.gradients.finish(self.clock)
         tables = self.touched.split(added[sum(lengths) :])
         return added[: sum(lengths)].split(lengths), tables | sharded
 
