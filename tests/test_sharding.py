@@ -201,14 +201,13 @@ def test_a_step_has_few_messages_however_tables_and_gradients_go_over_the_ranks(
         cfgs.append(replace(cfg, features=features, model=replace(cfg.model, dropout=0.2)))
     whole, sharded, parts = (ranks[0] for ranks in train_on_ranks(cfgs, 2, tmp_path, steps=8))
 
-    # the touched rows; then all gradients and sums
-    assert whole["messages"] == ["all_reduce"] * 2
-    # Row numbers and rows; touched rows of positions and times; the gradients with all sums, and
-    # those of sharded rows. The counts came with the step before.
+    # the touched rows; the gradients; those of touched rows with all sums
+    assert whole["messages"] == ["all_reduce"] * 3
+    # Row numbers and rows; the same of positions and times; gradients of sharded rows. The counts
+    # came with the step before.
     assert sharded["messages"] == [
         *["all_to_all_single"] * 2,
-        "all_reduce",
-        "all_reduce",
+        *["all_reduce"] * 3,
         "all_to_all_single",
     ]
     assert parts["messages"] == ["all_reduce"] * len(parts["messages"])
