@@ -15,19 +15,18 @@ Ray. Several models train side by side on one GPU, each in a process of its own.
 """
 
 import argparse
+import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.quality.side_by_side import run_side_by_side
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.events import Events, offsets_of
@@ -76,9 +75,38 @@ RUNS: dict[str, dict] = {
     "sampled_128": {"model": {**BIASED, **WIDE}, "retrieval": {**SAMPLED, "negatives": 128}},
     "sampled_512": {"model": {**BIASED, **WIDE}, "retrieval": {**SAMPLED, "negatives": 512}},
 }
+MEMORIES = {"4k": 4096, "64k": 65_536}
+MEMORY_BATCHES = (64, 512)
+
+
+def memory_runs() -> dict[str, dict]:
+    """The ablation of the cross-batch memory: a step has one next item of each of 64 or 512
+    windows, told apart from the step's other next items and from those in memory.
+    """
+    small = {**SHALLOW, "num_heads": 2, "d_model": 64, "ffn_dim": 64, "encoder": "sasrec"}
+    runs = {}
+    for batch in MEMORY_BATCHES:
+        own = {
+            "model": small,
+            "length": 50,
+            "targets": 1,
+            "epochs": 1,
+            "steps": 1200,
+            "train": {"batch_users": batch},
+        }
+        runs[f"memory_none_{batch}"] = {**own, "retrieval": {"loss": "in_batch"}}
+        for kind, (label, size) in itertools.product(("xbm", "xbn", "axbn"), MEMORIES.items()):
+            memory = {"loss": "in_batch", "memory": kind, "memory_size": size}
+            runs[f"memory_{kind}_{label}_{batch}"] = {**own, "retrieval": memory}
+    return runs
+
+
+RUNS |= memory_runs()
 BASE: dict = {
     "length": 200,
+    "targets": None,
     "epochs": 25,
+    "steps": None,
     "model": {"dropout": 0.3, "attention": CAUSAL, "position_buckets": 200, "time_buckets": 2},
     "train": {
         "batch_users": 128,
@@ -91,8 +119,19 @@ BASE: dict = {
 }
 
 
-def make_config(name: str, seed: int, changes: dict) -> tuple[RunConfig, int, int]:
-    """The configuration of a run, its length and its epochs."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A model with its training."""
+
+    cfg: RunConfig
+    length: int  # history rows of a window
+    targets: int  # next items of a window, the newest rows
+    epochs: int
+    steps: int | None  # of an epoch; None for all windows
+
+
+def make_run(name: str, seed: int, changes: dict) -> Run:
+    """The run `name` of `RUNS`, with `changes` over it."""
     run = {key: value for key, value in BASE.items() if not isinstance(value, dict)}
     run |= {key: {**BASE[key]} for key in ("model", "train", "retrieval")}
     for part in (RUNS[name], changes):
@@ -100,6 +139,7 @@ def make_config(name: str, seed: int, changes: dict) -> tuple[RunConfig, int, in
             run[key] = {**run[key], **value} if isinstance(value, dict) else value
 
     length = run["length"]
+    targets = length if run["targets"] is None else run["targets"]
     width = run["model"]["d_model"]
     cfg = config.from_dict(
         {
@@ -109,11 +149,11 @@ def make_config(name: str, seed: int, changes: dict) -> tuple[RunConfig, int, in
             "features": {"item_id_dim": width},
             "model": run["model"],
             "train": {**run["train"], "epochs": run["epochs"], "history_label_weight": 1.0,
-                      "max_targets_per_sequence": length},
+                      "max_targets_per_sequence": targets},
             "retrieval": {"enabled": True, "dim": width, **run["retrieval"]},
         }
     )  # fmt: skip
-    return cfg, length, run["epochs"]
+    return Run(cfg, length, targets, run["epochs"], run["steps"])
 
 
 class Ratings:
@@ -163,20 +203,24 @@ class Ratings:
             next_count=np.concatenate([[0], counts]),
         )
 
-    def windows(self, held_out: int, length: int) -> Examples:
-        """Each user's training rows in windows of at most `length` targets, the newest one full.
+    def windows(self, held_out: int, length: int, targets: int) -> Examples:
+        """Each user's training rows in windows of at most `targets` targets and `length` rows of
+        history, the newest one full.
 
         rows of a user   0 1 2 3 4 5 6      the last one held out, length 3
-        targets            [1 2] [3 4 5]    each from its window's rows before it
-        histories        [0 1]  [2 3 4]
+        3 targets          [1 2] [3 4 5]    each from its window's rows before it
+        their histories  [0 1]  [2 3 4]
+        1 target           [1][2][3][4][5]
+        their histories  [0] [0 1] [0 1 2] [1 2 3] [2 3 4]
         """
         parts = []
         for user, (begin, end) in enumerate(
             zip(self.offsets[:-1].tolist(), (self.offsets[1:] - held_out).tolist(), strict=True)
         ):
-            for stop in range(end, begin + 1, -length):
-                start = max(stop - length, begin + 1)
-                parts.append((user, start - 1, stop - 1, start, stop))
+            for stop in range(end, begin + 1, -targets):
+                start = max(stop - targets, begin + 1)
+                oldest = max(stop - 1 - length, begin)
+                parts.append((user, oldest, stop - 1, start, stop))
         columns = np.array(parts).T
         return Examples(*columns)
 
@@ -249,20 +293,22 @@ class Evaluation:
 def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
     """Train, evaluate every `--every` epochs and at the end; a line of JSON each time."""
     torch.set_num_threads(1)
-    cfg, length, epochs = make_config(name, seed, json.loads(options.set))
+    run = make_run(name, seed, json.loads(options.set))
+    cfg, epochs = run.cfg, run.epochs
     held_out = {"val": 2, "test": 1}[options.split]
     ratings = Ratings(options.data)
     maps = ratings.maps(held_out)
-    windows = ratings.windows(held_out, length)
-    evaluation = Evaluation(ratings, maps, cfg, held_out, length)
+    windows = ratings.windows(held_out, run.length, run.targets)
+    evaluation = Evaluation(ratings, maps, cfg, held_out, run.length)
 
     torch.manual_seed(seed)
     trainee = Trainee(cfg, maps, options.device, 0, 1)
-    steps = -(-len(windows) // (cfg.train.batch_users or 1))
+    steps = run.steps or -(-len(windows) // (cfg.train.batch_users or 1))
     total, step, flops, rows = steps * epochs, 0, 0, 0
     begin, sums = time.perf_counter(), None
     for epoch in range(epochs):
-        for batch in prefetch_batches(training_batches(ratings, windows, maps, cfg, epoch)):
+        batches = training_batches(ratings, windows, maps, cfg, epoch)
+        for batch in prefetch_batches(itertools.islice(batches, steps)):
             if epoch == 0:
                 flops += 3 * count_work(batch, cfg, len(ratings.item_ids)).flops
                 rows += batch.num_tokens
@@ -286,33 +332,12 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
             print(json.dumps(line), flush=True)
 
 
-def run_side_by_side(options: argparse.Namespace) -> None:
-    """A process for each line of the plan, `--processes` at a time, until `--budget` seconds."""
-    plan = [(name, changes, seed) for seed in options.seeds for name, changes in options.plan]
-    running: list[subprocess.Popen] = []
-    begin = time.monotonic()
-    with open(options.out, "ab") as out:
-        while plan or running:
-            running = [process for process in running if process.poll() is None]
-            if time.monotonic() - begin > options.budget:
-                for process in running:
-                    process.kill()
-                print(f"out of time: {len(running)} cut off, {len(plan)} not begun", flush=True)
-                return
-            while plan and len(running) < options.processes:
-                name, changes, seed = plan.pop(0)
-                running.append(start_one(options, name, changes, seed, out))
-            time.sleep(0.2)
-
-
-def start_one(
-    options: argparse.Namespace, name: str, changes: str, seed: int, out
-) -> subprocess.Popen:
-    command = [sys.executable, "-m", "benchmarks.quality.retrieval_ml1m", "--one", name]
+def command_of(options: argparse.Namespace, name: str, changes: str, seed: int) -> list[str]:
+    """One run in a process of its own, as what stands behind `python -m`."""
+    command = ["benchmarks.quality.retrieval_ml1m", "--one", name]
     command += ["--seeds", str(seed), "--set", changes, "--data", str(options.data)]
     command += ["--split", options.split, "--device", options.device]
-    command += ["--every", str(options.every)]
-    return subprocess.Popen(command, stdout=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return [*command, "--every", str(options.every)]
 
 
 def parse_plan(text: str) -> tuple[str, str]:
@@ -346,8 +371,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         train_one(options, options.one, options.seeds[0])
-    else:
-        run_side_by_side(options)
+        return
+
+    # seed by seed: what is cut off by the time are the last seeds of all
+    commands = []
+    for seed in options.seeds:
+        for name, changes in options.plan:
+            commands.append(command_of(options, name, changes, seed))
+    run_side_by_side(commands, options.out, options.processes, options.budget)
 
 
 if __name__ == "__main__":

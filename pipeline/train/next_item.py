@@ -142,6 +142,11 @@ class NextItemLoss:
         One that is there several times counts as often. With the logQ correction (Yi et al., RecSys
         2019, here on negatives alone) the sum over n of them stands for one over all items: item j
         has the weight count_j / (n · share_j).
+
+        Vectors in memory take no gradient, so the step's own items are pushed away from users for
+        them too: their gradient from the sum is n / (those of the step) times as large, which in
+        expectation is that over all items. Without it items would be drawn to users only, and all
+        end in one place.
         """
         own, place, counts = torch.unique(item, return_inverse=True, return_counts=True)
         vectors = head.item_vectors(self._codes(self.item_codes[own]))
@@ -151,9 +156,10 @@ class NextItemLoss:
         items, codes, times = vectors, own, counts
         if self.memory is not None:
             self.memory.match_moments(vectors)
-            items = torch.cat([vectors, self.memory.vectors])
             codes = torch.cat([own, self.memory.codes])
             times = torch.cat([counts, self.memory.counts])
+            pushing = scale_gradient(vectors, times.sum() / counts.sum())
+            items = torch.cat([pushing, self.memory.vectors])
 
         bias = times.to(users.dtype).log()
         if self.cfg.logq_correction:
@@ -172,6 +178,11 @@ class NextItemLoss:
         ids, others = codes[:, :1], codes[:, 1:]
         dropped = torch.rand(ids.shape, device=ids.device) < self.id_dropout
         return torch.cat([ids.masked_fill(dropped, 0), others], dim=1)
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x itself, with a gradient `factor` times as large."""
+    return x.detach() + factor * (x - x.detach())
 
 
 def draw_by_share(share: Tensor, shape: tuple[int, int]) -> Tensor:
