@@ -104,7 +104,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         *runs_read("day_by_day_differences"),
     ),
     "long histories": lambda: long_histories.section(RUNS / "long_histories.jsonl"),
-    "retrieval": lambda: retrieval_report.section(*runs_read("retrieval_ml1m")),
+    "retrieval": retrieval_report.measured_section,
     "feeding": lambda: feeding.section(*runs_read("feeding")),
     "cpu_step": lambda: cpu_step.section(*runs_read("cpu_step")),
     "reading": lambda: reading.section(*runs_read("reading")),

@@ -1,7 +1,7 @@
 """Losses of a next item on one GPU: time, memory and accuracy beside PyTorch and a Triton cross
 entropy.
 
-    python -m benchmarks.kernels.softmax --out benchmarks/runs/softmax.json
+    python -m benchmarks.kernels.softmax --out benchmarks/runs/retrieval_softmax.json
     TRITON_INTERPRET=1 python -m benchmarks.kernels.softmax --smoke   # without a GPU: parity alone
 
 `sampled`: each position against negatives of its own. `full`: against all items. A call is forward

@@ -77,6 +77,7 @@ RUNS: dict[str, dict] = {
 }
 MEMORIES = {"4k": 4096, "64k": 65_536}
 MEMORY_BATCHES = (64, 512)
+MEMORY_STEPS = 1200
 
 
 def memory_runs() -> dict[str, dict]:
@@ -91,7 +92,7 @@ def memory_runs() -> dict[str, dict]:
             "length": 50,
             "targets": 1,
             "epochs": 1,
-            "steps": 1200,
+            "steps": MEMORY_STEPS,
             "train": {"batch_users": batch},
         }
         runs[f"memory_none_{batch}"] = {**own, "retrieval": {"loss": "in_batch"}}

@@ -1,10 +1,16 @@
-"""The retrieval section of RESULTS.md: next items of MovieLens-1M."""
+"""The retrieval section of RESULTS.md: next items of MovieLens-1M, the memory of item vectors,
+KuaiRand, ranking and retrieval together, and the losses alone.
 
-from collections.abc import Sequence
+What has not been measured has no part in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import table
+from benchmarks.quality.retrieval_ml1m import MEMORIES, MEMORY_BATCHES, MEMORY_STEPS
+from benchmarks.report import RUNS, read_run, table
 from pipeline.figures import Figures
 
 # name of a run → what it is
@@ -15,6 +21,7 @@ MODELS = {
     "hstu": "HSTU, 2 layers",
     "hstu_large": "HSTU, 8 layers",
     "hstu_wide": "HSTU, 8 layers, width 256",
+    "fuxi_alpha": "FuXi-α, 8 layers",
     "fuxi_beta": "FuXi-β, 8 layers",
     "lares": "LARES, 2 + 4 × 2 layers",
     "lares_aligned": "LARES with its alignments",
@@ -23,6 +30,33 @@ MODELS = {
     "sampled_128": "HSTU, 8 layers, 128 sampled",
     "sampled_512": "HSTU, 8 layers, 512 sampled",
 }
+KUAIRAND = {
+    "sasrec": "SASRec",
+    "hstu_merged": "HSTU, merged actions",
+    "ultra_hstu": "ULTRA-HSTU",
+}
+JOINT = {
+    "ranking": "ranking alone",
+    "retrieval": "retrieval alone",
+    "joint": "both",
+    "joint_light": "both, a next item's loss × 0.1",
+}
+TASKS = ("is_click", "long_view", "is_like", "is_profile_enter")
+
+
+def measured_section(folder: Path = RUNS) -> str:
+    """The section from the files of `folder`."""
+    parts = [section(read_run(folder / "retrieval_ml1m.json"))]
+    more = {
+        "retrieval_memory": memory_part,
+        "retrieval_kuairand": kuairand_part,
+        "retrieval_softmax": softmax_part,
+    }
+    for name, part in more.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            parts.append(part(read_run(path)))
+    return "\n\n".join(parts)
 
 
 def section(ml1m: Figures) -> str:
@@ -34,16 +68,168 @@ with the second-to-last item held out instead (benchmarks/runs/retrieval_ml1m_va
 model was trained with it put back and scored once. One loss (full softmax over all items, but for
 the last two rows) and 25 epochs; width 128, but 256 and 30 epochs in one row. A film's token tells
 if its rating was 3 or more. Mean of the seeds ± standard deviation; the standard error of HR@10
-over users is .006. One H200 that 8 to 14 trainings shared, so seconds are those of a part of it.
+over users is .006. One H200 that 5 to 14 trainings shared, so seconds are those of a part of it.
 
 `python -m benchmarks.quality.retrieval_ml1m --data DATA --split test --seeds 0 1 2 --out FILE`
 
 {_ml1m_table(ml1m["runs"])}
 
 HSTU has a bias of relative position and FuXi a channel of it; ULTRA-HSTU, LARES and SASRec have
-position embeddings alone. A row with fewer than three seeds was cut short by the time on the GPU;
-FuXi-α was not finished. ULTRA-HSTU at length 2,000 is no better than at 200 here. The second pass
-of LARES's alignments is not in its TFLOP."""
+position embeddings alone. A row with fewer than three seeds was cut short by the time on the GPU.
+ULTRA-HSTU at length 2,000 is no better than at 200 here. The second pass of LARES's alignments is
+not in its TFLOP. With 512 sampled the loss is that of CCE− (arXiv:2509.09682), of cosines."""
+
+
+def memory_part(memory: Figures) -> str:
+    runs = memory["runs"]
+    return f"""### Memory of item vectors
+
+MovieLens-1M again, NDCG@10 on the last items: a small SASRec (2 layers, width 64, length 50) whose
+steps have one next item of each of 64 or 512 windows, {MEMORY_STEPS:,} steps. Negatives are the
+step's other items, corrected for popularity, and the newest 4,096 or 65,536 vectors of earlier
+steps. Settings are those of the table above, none was chosen here.
+
+`python -m benchmarks.quality.retrieval_ml1m --data DATA --split test --seeds 0 1 2 --names
+memory_none_64 … --out FILE`
+
+{_memory_table(runs)}
+
+{_memory_verdict(runs)}"""
+
+
+def _memory_cells() -> list[tuple[str, int, dict[str, str]]]:
+    """Size of the memory, next items of a step, and the run's name by kind of memory."""
+    cells = []
+    for batch in MEMORY_BATCHES:
+        for size in MEMORIES:
+            names = {kind: f"memory_{kind}_{size}_{batch}" for kind in ("xbm", "xbn", "axbn")}
+            cells.append((size, batch, {"none": f"memory_none_{batch}"} | names))
+    return cells
+
+
+def _memory_table(runs: Sequence[Figures]) -> str:
+    rows = []
+    for size, batch, names in _memory_cells():
+        columns = []
+        for name in names.values():
+            own = [run for run in runs if run["name"] == name]
+            columns.append(f"{_spread(own, 'ndcg_10')} ({len(own)})" if own else "")
+        rows.append((str(batch), size, *columns))
+    header = ("next items of a step", "memory", "none", "XBM", "XBN", "AXBN")
+    return table(header, rows)
+
+
+def _memory_verdict(runs: Sequence[Figures]) -> str:
+    """In how many of the settings each memory is at least as good as none."""
+    said = []
+    for kind, title in (("xbm", "XBM"), ("xbn", "XBN"), ("axbn", "AXBN")):
+        better, measured = 0, 0
+        for _, _, names in _memory_cells():
+            own = [run for run in runs if run["name"] == names[kind]]
+            without = [run for run in runs if run["name"] == names["none"]]
+            if own and without:
+                measured += 1
+                better += _mean(own, "ndcg_10") >= _mean(without, "ndcg_10")
+        said.append(f"{title} in {better} of {measured}")
+    return f"Seeds in brackets. At least as good as no memory: {', '.join(said)}."
+
+
+def kuairand_part(kuairand: Figures) -> str:
+    runs = kuairand["runs"]
+    parts = []
+    if any(run["name"] in KUAIRAND for run in runs):
+        parts.append(_kuairand_alone(runs))
+    if any(run["name"] in JOINT for run in runs):
+        parts.append(_kuairand_joint(runs))
+    return "\n\n".join(parts)
+
+
+def _kuairand_alone(runs: Sequence[Figures]) -> str:
+    return f"""### Next liked or long-viewed items of KuaiRand
+
+The items that a user likes or watches long in the test period, among all of the subset, from the
+history before that period; those seen before are left out. Two layers of width 64, trained up to
+the validation period; of 8 epochs every second one was scored there, and the best on the test
+period, once.
+
+`python -m benchmarks.quality.retrieval_kuairand --split test --seeds 0 1 2 --names ultra_hstu
+hstu_merged sasrec --out FILE`
+
+{_kuairand_table(runs)}"""
+
+
+def _kuairand_table(runs: Sequence[Figures]) -> str:
+    keys = ("hr_10", "ndcg_10", "recall_50", "mrr")
+    models = [run for run in runs if run["name"] in KUAIRAND]
+    rows = []
+    for name, title in (("popularity", "popularity"), ("item_knn", "ItemKNN")):
+        first = models[0]
+        cells = [f"{first[f'test/{name}/{key}']:.4f}" for key in keys]
+        rows.append((title, "", *cells, f"{first[f'test/{name}/coverage_10']:.2f}", "", ""))
+    for name, title in KUAIRAND.items():
+        own = [run for run in models if run["name"] == name]
+        if not own:
+            continue
+        cells = [_spread(own, f"test/{key}") for key in keys]
+        epochs = ", ".join(str(run["epochs"]) for run in own)
+        coverage = f"{_mean(own, 'test/coverage_10'):.2f}"
+        seconds = f"{_mean(own, 'seconds'):,.0f}"
+        rows.append((title, str(len(own)), *cells, coverage, epochs, seconds))
+    header = ("model", "seeds", "HR@10", "NDCG@10", "recall@50", "MRR", "coverage@10")
+    return table((*header, "epochs chosen", "s"), rows)
+
+
+def _kuairand_joint(runs: Sequence[Figures]) -> str:
+    return f"""### Ranking and retrieval with one encoder
+
+configs/kuairand.yaml at 256 sequences a step and three epochs, trained up to the test period: its
+four tasks alone, next items alone, and both, which share tokens, tables and encoder. AUC of
+ranking, HR and NDCG of retrieval, all on the test period.
+
+`python -m benchmarks.quality.retrieval_kuairand --split test --seeds 0 1 2 --names ranking
+retrieval joint joint_light --out FILE`
+
+{_joint_table(runs)}"""
+
+
+def _joint_table(runs: Sequence[Figures]) -> str:
+    keys = [f"test/auc/{task}" for task in TASKS] + ["test/hr_10", "test/ndcg_10"]
+    rows = []
+    for name, title in JOINT.items():
+        own = [run for run in runs if run["name"] == name]
+        if not own:
+            continue
+        cells = [_spread(own, key) if key in own[0] else "" for key in keys]
+        rows.append((title, str(len(own)), *cells, f"{_mean(own, 'seconds'):,.0f}"))
+    header = ["trained", "seeds", *(f"AUC {task}" for task in TASKS), "HR@10", "NDCG@10", "s"]
+    return table(header, rows)
+
+
+def softmax_part(softmax: Figures) -> str:
+    machine = softmax["machine"]
+    return f"""### Losses of a next item
+
+65,536 next items of width 64 and 100,000 items, forward and backward, on one {machine["device"]}
+(torch {machine["torch"]}, triton {machine["triton"]}). `sampled`: 512 negatives each. The Triton
+cross entropies are ours after CCE− and cut cross entropy (benchmarks/kernels/softmax_peers.py). The
+error is that of the loss and its gradients against float64, relative, at 3,000 next items.
+
+`python -m benchmarks.kernels.softmax --out FILE`
+
+{_softmax_table(softmax)}"""
+
+
+def _softmax_table(softmax: Mapping[str, Figures]) -> str:
+    rows = []
+    for case, forms in softmax.items():
+        if case == "machine":
+            continue
+        for name, numbers in forms.items():
+            timed = "ms" in numbers
+            ms = f"{numbers['ms']:.2f}" if timed else "not timed"
+            peak = f"{numbers['peak_gb']:.3f}" if timed else ""
+            rows.append((case, name, ms, peak, f"{numbers['error']:.0e}"))
+    return table(("loss", "form", "ms", "peak, GB", "error"), rows)
 
 
 def _ml1m_table(runs: Sequence[Figures]) -> str:

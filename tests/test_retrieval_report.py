@@ -1,0 +1,78 @@
+"""Lines of the retrieval benchmarks become files of figures, and these a section of RESULTS.md."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.retrieval_merge import merge_lines
+from benchmarks.quality.retrieval_report import measured_section
+from benchmarks.report import write_run
+
+QUALITY = {"hr_10": 0.3, "hr_50": 0.5, "mrr": 0.1, "coverage_10": 0.4, "seconds": 9.0}
+
+
+def ml1m_line(name: str, seed: int, ndcg: float, *, split: str = "test", end: bool = True) -> dict:
+    facts = {"name": name, "seed": seed, "split": split, "epoch": 1, "set": {}, "end": end}
+    return facts | QUALITY | {"train_tflop": 2.0, "ndcg_10": ndcg}
+
+
+def kuairand_line(name: str, seed: int, ndcg: float) -> dict:
+    line = {"name": name, "seed": seed, "split": "test", "epochs": 4, "validation": {"4": 0.1}}
+    line |= {"set": [], "seconds": 7.0}
+    for model in ("", "popularity/", "item_knn/"):
+        for key in ("hr_10", "recall_50", "mrr", "coverage_10"):
+            line[f"test/{model}{key}"] = 0.25
+        line[f"test/{model}ndcg_10"] = ndcg
+    return line | {"test/auc/is_click": 0.75}
+
+
+def test_lines_go_to_their_files_and_replace_what_was_there(tmp_path: Path) -> None:
+    lines = [
+        ml1m_line("sasrec", 0, 0.11, end=False),
+        ml1m_line("sasrec", 0, 0.12),
+        ml1m_line("sasrec", 0, 0.13, split="val"),
+        ml1m_line("memory_xbm_4k_64", 0, 0.14),
+        kuairand_line("ultra_hstu", 0, 0.15),
+    ]
+    added = merge_lines(lines, "a GPU", tmp_path)
+    files = ("retrieval_ml1m", "retrieval_ml1m_val", "retrieval_memory", "retrieval_kuairand")
+    assert added == dict.fromkeys(files, 1)
+
+    merge_lines([ml1m_line("sasrec", 0, 0.16), ml1m_line("sasrec", 1, 0.18)], "a GPU", tmp_path)
+    section = measured_section(tmp_path)
+    assert "| SASRec, 2 layers | 2 | 0.3000 ± 0.0000 | 0.1700 ± 0.0141 |" in section
+
+
+def test_each_part_shows_what_was_measured(tmp_path: Path) -> None:
+    lines = [ml1m_line("sasrec", 0, 0.12)]
+    for seed in range(2):
+        lines += [ml1m_line("memory_none_64", seed, 0.30), ml1m_line("memory_none_512", seed, 0.30)]
+        lines.append(ml1m_line("memory_axbn_4k_64", seed, 0.31 + seed / 50))
+        lines.append(ml1m_line("memory_axbn_4k_512", seed, 0.29))
+        lines.append(kuairand_line("ultra_hstu", seed, 0.05))
+    lines.append(kuairand_line("ranking", 0, 0.0) | {"test/auc/is_click": 0.7511})
+    for task in ("long_view", "is_like", "is_profile_enter"):
+        lines[-1][f"test/auc/{task}"] = 0.8
+    merge_lines(lines, "a GPU", tmp_path)
+
+    softmax = {"machine": {"device": "a GPU", "torch": "2", "triton": "3"}}
+    softmax["full, float32"] = {
+        "ours": {"error": 1e-6, "ms": 12.345, "peak_gb": 0.5, "items": 9},
+        "PyTorch": {"error": 0.5, "items": 9},
+    }  # fmt: skip
+    write_run(tmp_path / "retrieval_softmax.json", softmax)
+
+    section = measured_section(tmp_path)
+    assert "| 64 | 4k | 0.3000 ± 0.0000 (2) |  |  | 0.3200 ± 0.0141 (2) |" in section
+    assert "AXBN in 1 of 2" in section
+    assert "| ULTRA-HSTU | 2 | 0.2500 ± 0.0000 | 0.0500 ± 0.0000 |" in section
+    assert "| ranking alone | 1 | 0.7511 | 0.8000 |" in section
+    assert "| full, float32 | ours | 12.35 | 0.500 | 1e-06 |" in section
+    assert "| full, float32 | PyTorch | not timed |  | 5e-01 |" in section
+
+
+def test_what_is_not_measured_has_no_part(tmp_path: Path) -> None:
+    merge_lines([ml1m_line("sasrec", 0, 0.12)], "a GPU", tmp_path)
+    assert "###" not in measured_section(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        measured_section(tmp_path / "nothing")
