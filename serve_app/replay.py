@@ -63,15 +63,18 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     loaded, _ = load_indexed(model_dir)
     as_served(loaded.model, cfg.serve)  # what that costs is the evaluation's to say
     requests = past_requests(cfg, loaded)
+
     worst, elapsed_ms = 0.0, []
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         for past in requests[:WARM_UP]:
             post_body(client, "/v1/rank", past.body)
+
         for past in requests:
             answer, took_ms = post_body(client, "/v1/rank", past.body)
             elapsed_ms.append(took_ms)
             served = np.array([answer["scores"][task] for task in cfg.tasks]).T
             worst = max(worst, float(np.abs(served - past.scores).max()))
+
     p50, p99 = np.percentile(elapsed_ms, [50, 99])
     return Report(len(requests), worst, float(p50), float(p99))
 
@@ -88,6 +91,7 @@ def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
     for i in range(len(examples)):
         one = examples[i : i + 1]
         requests.append(_past(loaded, users, one, num_items, with_history=i >= half))
+
     use_own_ids([past.body for past in requests], cfg.sequence_dir)
     for past in requests:
         leave_out_long_history(past.body, cfg.serve)
@@ -123,20 +127,20 @@ def sample_requests(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
     """`num` test requests, or all there are, from as many buckets in random order as it takes."""
     manifest = store.read_manifest(cfg.sequence_dir)
     rng = np.random.default_rng(cfg.seed)
+    begin, end = split_bounds(cfg.split, "test")
+
     tables: list[pa.Table] = []
     found = 0
     for index in rng.permutation(len(manifest.buckets)):
-        tables.append(store.read_bucket(cfg.sequence_dir, manifest, int(index)))
-        found += len(
-            request_examples(
-                user_events(tables[-1], cfg.source, cfg.features), *split_bounds(cfg.split, "test")
-            )
-        )
+        table = store.read_bucket(cfg.sequence_dir, manifest, int(index))
+        tables.append(table)
+        of_bucket = user_events(table, cfg.source, cfg.features)
+        found += len(request_examples(of_bucket, begin, end))
         if found >= num:
             break
+
     users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
-    bounds = split_bounds(cfg.split, "test")
-    examples = request_examples(users, *bounds, cfg.examples.max_history)
+    examples = request_examples(users, begin, end, cfg.examples.max_history)
     if len(examples) == 0:
         raise UserError("split.t_test: the test period holds no request to replay")
     return users, examples[np.sort(rng.permutation(len(examples))[:num])]
@@ -152,6 +156,8 @@ def _past(
     scores = candidate_probabilities(loaded.model, own.batch)
     row = int(one.target_begin[0])
     features = _features(users.events, row)
+
+    # what is asked for
     asked = []
     for item, i in zip(own.item_id.tolist(), own.rows.tolist(), strict=True):
         asked.append({"item_id": item, "request_features": _features(users.events, i)})
@@ -159,6 +165,8 @@ def _past(
     if len(fill):
         scores = np.concatenate([scores, _score_items(loaded, users, one, fill, features)])
         asked += [{"item_id": item} for item in fill.tolist()]
+
+    # by whom, and when
     body: dict[str, Any] = {
         "user_id": int(users.user_id[one.user[0]]),
         "request_time_ms": int(own.event_time[0]),
@@ -183,22 +191,22 @@ def _score_items(
     """`items` after the example's history, at its request's time."""
     history = users.events.take(one.history_begin, one.history_end)
     left_out = one.history_begin - users.events.offsets[one.user]
+    request = {}
+    for name in users.events.request:
+        request[name] = np.full(len(items), features.get(name, -1), np.int32)
+
     targets = candidates(
         history,
         users.first_position[one.user] + left_out,
         items,
         np.array([0, len(items)]),
         users.request_time[one.target_begin],
-        {
-            name: np.full(len(items), features.get(name, -1), np.int32)
-            for name in users.events.request
-        },
+        request,
         loaded.maps,
         loaded.cfg,
     )
-    return candidate_probabilities(
-        loaded.model, collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg)
-    )
+    batch = collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg)
+    return candidate_probabilities(loaded.model, batch)
 
 
 def _popular(maps: FeatureMaps, num: int, besides: np.ndarray) -> np.ndarray:
@@ -299,6 +307,8 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[OwnId, str]]:
     users, row = _busy_user(cfg)
     events = users.events
     user = int(users.row_user[row])
+
+    # the items to ask for: half of them were shown next
     later = np.arange(row, events.offsets[user + 1])
     _, first = np.unique(events.item_id[later], return_index=True)
     shown = later[np.sort(first)][: cfg.serve.demo_candidates // 2]
@@ -318,29 +328,31 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[OwnId, str]]:
         "candidates": [{"item_id": item} for item in [*items.tolist(), *fill.tolist()]],
     }
     use_own_ids([body], cfg.sequence_dir)
+
     shown_items = [one["item_id"] for one in body["candidates"][: len(happened)]]
     return body, dict(zip(shown_items, happened, strict=True))
 
 
 def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
+    """The users of a bucket, and the first test row of the busiest user of all buckets."""
     manifest = store.read_manifest(cfg.sequence_dir)
     best: tuple[UserEvents, int] | None = None
     most = 0
     begin, end = split_bounds(cfg.split, "test")
+
     for index in range(len(manifest.buckets)):
-        users = user_events(
-            store.read_bucket(cfg.sequence_dir, manifest, index), cfg.source, cfg.features
-        )
-        rows = np.flatnonzero(
-            (users.request_time >= begin) & (users.request_time < end) & ~users.events.order_only
-        )
-        user, first, num_rows = np.unique(
-            users.row_user[rows], return_index=True, return_counts=True
-        )
+        table = store.read_bucket(cfg.sequence_dir, manifest, index)
+        users = user_events(table, cfg.source, cfg.features)
+        inside = (users.request_time >= begin) & (users.request_time < end)
+        rows = np.flatnonzero(inside & ~users.events.order_only)
+
+        owners = users.row_user[rows]
+        user, first, num_rows = np.unique(owners, return_index=True, return_counts=True)
         num_before = rows[first] - users.events.offsets[user]
         busy = np.minimum(num_rows, num_before) + 1  # a user without history is better than none
         if busy.max(initial=0) > most:
             most, best = int(busy.max()), (users, int(rows[first[busy.argmax()]]))
+
     if best is None:
         raise UserError("split.t_test: the test period holds no request to rank for")
     return best
@@ -351,6 +363,7 @@ def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
     body, did = demo_request(cfg)
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
         answer, _ = post_body(client, "/v1/rank", body)
+
     lines = [
         f"user {body['user_id']}, {len(body['candidates'])} candidates, history of "
         f"{answer['history_length']} rows, "

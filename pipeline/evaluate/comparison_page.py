@@ -170,7 +170,8 @@ def console_table(comparison: Comparison) -> str:
     width = max(len(model) for model in comparison.models)
     lines = [f"{'':{width}}   mean AUC   mean NE   clearly better / worse in (task metric)"]
     for model in comparison.models:
-        auc, ne = (mean_over_tasks(comparison.metrics[model][name]) for name in ("auc", "ne"))
+        metrics = comparison.metrics[model]
+        auc, ne = mean_over_tasks(metrics["auc"]), mean_over_tasks(metrics["ne"])
         lines.append(f"{model:{width}}  {auc:9.4f} {ne:9.4f}   {_verdict(comparison, model)}")
     return "\n".join(lines)
 
@@ -178,13 +179,15 @@ def console_table(comparison: Comparison) -> str:
 def _verdict(comparison: Comparison, model: str) -> str:
     if model not in comparison.differences:
         return "what the others are held against"
+
     better, worse = 0, 0
-    total = len(comparison.tasks) * len(METRICS)
     for by_metric in comparison.differences[model].values():
         for name, difference in by_metric.items():
             if difference.is_clear:
                 is_better = (difference.value < 0) == (name in LESS_IS_BETTER)
                 better, worse = better + is_better, worse + (not is_better)
+
+    total = len(comparison.tasks) * len(METRICS)
     return f"{better} / {worse} of {total}"
 
 
@@ -194,15 +197,18 @@ def as_figures(comparison: Comparison) -> dict[str, Any]:
     for model, by_task in comparison.differences.items():
         for task, by_metric in by_task.items():
             for name, found in by_metric.items():
-                interval = {"value": found.value, "low": found.low, "high": found.high}
                 differences[f"{model}/{name}/{task}"] = {
-                    key: _defined(value) for key, value in interval.items()
+                    "value": _defined(found.value),
+                    "low": _defined(found.low),
+                    "high": _defined(found.high),
                 }
+
     metrics = {}
     for model, by_metric in comparison.metrics.items():
         for name, by_task in by_metric.items():
             for task, value in by_task.items():
                 metrics[f"{model}/{name}/{task}"] = _defined(value)
+
     return {
         "split": comparison.split,
         "samples": comparison.samples,
@@ -253,11 +259,13 @@ def _quality_table(comparison: Comparison) -> str:
         facts = comparison.facts.get(model)
         settings = {} if facts is None else facts.settings
         costs = {} if facts is None else facts.costs
+
         row = [html.escape(model)]
         for key in ("model.encoder", "model.num_layers", "model.d_model"):
             row.append(html.escape(str(settings.get(key, "–"))))
         for name in ("auc", "ne", "gauc"):
             row.append(number_text(mean_over_tasks(comparison.metrics[model][name])))
+
         row.append(number_text(costs.get("steps"), ",.0f"))
         row.append(number_text(costs.get("train_seconds"), ",.1f"))
         row.append(number_text(costs.get("mflop_per_example"), ",.3f"))
@@ -282,9 +290,8 @@ def _difference_cell(metric: str, found: Difference) -> str:
     kind = "unclear"
     if found.is_clear:
         kind = "better" if (found.value < 0) == (metric in LESS_IS_BETTER) else "worse"
-    text = (
-        f"{found.value:+.4f} [{number_text(found.low, '+.4f')}, {number_text(found.high, '+.4f')}]"
-    )
+    low, high = number_text(found.low, "+.4f"), number_text(found.high, "+.4f")
+    text = f"{found.value:+.4f} [{low}, {high}]"
     return f'<span class="{kind}">{text}</span>'
 
 
@@ -299,7 +306,8 @@ def differing_settings(facts: Mapping[str, RunFacts]) -> dict[str, dict[str, Any
         if key.split(".")[0] in NOT_COMPARED:
             continue
         values = {name: run.settings.get(key) for name, run in facts.items()}
-        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+        as_text = {json.dumps(value, sort_keys=True) for value in values.values()}
+        if len(as_text) > 1:
             found[key] = values
     return found
 
@@ -313,7 +321,11 @@ def _settings_table(facts: Mapping[str, RunFacts]) -> str:
     for key, values in sorted(found.items()):
         cells = [html.escape(str(values[name])) for name in names]
         rows.append([f"<code>{html.escape(key)}</code>", *cells])
-    return html_table(["", *map(html.escape, names)], rows)
+    return html_table(["", *_escaped(names)], rows)
+
+
+def _escaped(names: Sequence[str]) -> list[str]:
+    return [html.escape(name) for name in names]
 
 
 def _slice_table(comparison: Comparison) -> str:
@@ -321,7 +333,7 @@ def _slice_table(comparison: Comparison) -> str:
     for name, found in comparison.slices.items():
         cells = [number_text(found["auc"][model]) for model in comparison.models]
         rows.append([name, f"{found['rows']:,}", *cells])
-    return html_table(["", "rows", *map(html.escape, comparison.models)], rows)
+    return html_table(["", "rows", *_escaped(comparison.models)], rows)
 
 
 def _curves(facts: Mapping[str, RunFacts]) -> str:

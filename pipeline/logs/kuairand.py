@@ -78,17 +78,20 @@ def write_logs(source: SourceConfig, _seed: int, folder: Path) -> ImportReport:
     unknown = [name for name in source.actions if name not in ACTIONS]
     if unknown:
         raise UserError(f"source.actions: KuaiRand has no {unknown}; it has {list(ACTIONS)}")
+
     events, histories = tables["events"], tables["user_history"]
     late = _not_before_first_event(histories, events)
     good, bad = histories.filter(pa.array(~late)), histories.filter(pa.array(late))
     history_log, outside = history_rows(good, source.actions)
     log = pa.concat_tables([event_rows(events, source.actions), history_log])
+
     (folder / "log").mkdir()
     pq.write_table(log, folder / "log" / "part-00000.parquet", row_group_size=2**17)
     pq.write_table(tables["users"], folder / "users.parquet")
     pq.write_table(tables["items"].select(ITEM_COLUMNS), folder / "items.parquet")
     reasons = pa.array([BAD_HISTORY] * bad.num_rows, pa.string())
     pq.write_table(bad.append_column("reason", reasons), folder / "quarantine.parquet")
+
     return ImportReport(
         kind="kuairand",
         rows=log.num_rows,
@@ -120,11 +123,19 @@ def event_rows(events: pa.Table, actions: tuple[str, ...]) -> pa.Table:
 
 
 def history_rows(histories: pa.Table, actions: tuple[str, ...]) -> tuple[pa.Table, int]:
-    """user_history.parquet as LOG rows, and how many tail items are in no history."""
+    """user_history.parquet as LOG rows, and how many tail items are in no history.
+
+    Only the last item has a time; the others are counted back from it, a second each.
+
+    history_items   [7 8 9]      last_time_ms 5000
+    event_time      3000 4000 5000
+    """
     owner, item = _flat(histories, "history_items")
     length = np.bincount(owner, minlength=histories.num_rows)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)  # 0 is the oldest
     last = histories["last_time_ms"].to_numpy()
+
+    # of most actions nothing is known; the tails say which items had the others
     unknown = pa.nulls(len(owner), pa.int8())
     columns = dict.fromkeys(ACTIONS, unknown)
     pairs, outside = _pairs(owner, item), 0
@@ -132,6 +143,7 @@ def history_rows(histories: pa.Table, actions: tuple[str, ...]) -> tuple[pa.Tabl
         tail_pairs = _pairs(*_flat(histories, tail))
         columns[action] = pa.array(np.isin(pairs, tail_pairs).astype(np.int8))
         outside += int((~np.isin(tail_pairs, pairs)).sum())
+
     columns |= {
         "user_id": pa.array(histories["user_id"].to_numpy()[owner]),
         "item_id": pa.array(item),
@@ -151,6 +163,7 @@ def _not_before_first_event(histories: pa.Table, events: pa.Table) -> np.ndarray
     user, row = np.unique(events["user_id"].to_numpy(), return_inverse=True)
     first = np.full(len(user), np.iinfo(np.int64).max)
     np.minimum.at(first, row, events["time_ms"].to_numpy())
+
     place = np.searchsorted(user, histories["user_id"].to_numpy()).clip(max=len(user) - 1)
     known = user[place] == histories["user_id"].to_numpy()
     return known & (histories["last_time_ms"].to_numpy() >= first[place])
@@ -177,6 +190,7 @@ def _open(source: SourceConfig, name: str) -> pq.ParquetFile:
         file = open_parquet(path)
     except UserError as error:
         raise UserError(f"source.path: {error}") from None
+
     missing = [column for column in FILES[name] if column not in file.schema_arrow.names]
     if missing:
         raise UserError(f"{path} has no columns {missing}; found {file.schema_arrow.names}")
