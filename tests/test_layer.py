@@ -23,6 +23,7 @@ from kernels.linear.weights import cast_weight
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
 from kernels.semi_local_attention import tile_table
+from kernels.semi_local_attention.op import cached_attention
 from kernels.stu import op
 from kernels.stu.op import stu_layer
 from kernels.stu.recompute import RECOMPUTABLE
@@ -115,6 +116,47 @@ def test_interpreted_layer_equals_the_reference_in_outputs_and_gradients(name):
     truth, plain = run(shape, p, torch.float64), run(shape, p, torch.float32)
     fast = run(shape, p, torch.float32, backend="triton")
     assert_as_accurate(fast, plain, truth, num_terms=32)  # rows of the batch
+
+
+def test_a_in_float32_keeps_what_its_mean_would_hide():
+    """Rows that see 100 keys and more of values above 0: A's mean is far above its spread, of which
+    rounding to bfloat16 takes the last bits before Norm(A) takes the mean away.
+    """
+    torch.manual_seed(0)
+    rows = Sequences(torch.tensor([0, 200]), 200)
+    shape = replace(SMALL, window=None)
+    heads = 200, shape.num_heads
+    q, k, v = (torch.rand(*heads, d).bfloat16() for d in (shape.d_qk, shape.d_qk, shape.d_v))
+
+    def normed(a: Tensor) -> Tensor:
+        a = a.flatten(1).double()[100:]
+        return torch.nn.functional.layer_norm(a, a.shape[1:], eps=1e-9)
+
+    truth = op.attend_rows(q.double(), k.double(), v.double(), shape, rows, backend="reference")
+    rounded = op.attend_rows(q, k, v, shape, rows)
+    whole = op.attend_rows(q, k, v, replace(shape, norm_a_fp32=True), rows)
+    assert (rounded.dtype, whole.dtype) == (torch.bfloat16, torch.float32)
+    error = [(normed(a) - normed(truth)).pow(2).mean().sqrt() for a in (rounded, whole)]
+    assert error[1] < error[0] / 8
+
+    # the last row over the others kept: a server's way to the same
+    own = q[-1:], k[-1:], v[-1:]
+    offsets = torch.tensor([0, 1]), torch.tensor([0, 199])
+    scale = {"attn_alpha": shape.attn_alpha, "scaling_seq_len": shape.scaling_seq_len}
+    cached = cached_attention(
+        *own, offsets[0], k[:-1], v[:-1], offsets[1], out_dtype=torch.float32, **scale
+    )
+    assert cached.dtype == torch.float32
+    assert torch.allclose(cached, whole[-1:], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_interpreted_layer_in_half_precision_reads_a_in_float32():
+    """float16, since the interpreter's bfloat16 is none."""
+    shape = replace(SMALL, norm_a_fp32=True, recompute=RECOMPUTABLE)
+    truth = run(shape, 0.0, torch.float64)
+    plain, fast = (run(shape, 0.0, torch.float16, kind) for kind in ("reference", "triton"))
+    assert_as_accurate(fast, plain, truth, num_terms=32)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -325,6 +325,7 @@ def time_layers(timer: Timer) -> dict[str, dict[str, float]]:
         "bf16, nothing recomputed": LAYER,
         "FP8, all recompute": replace(everything, fp8=True),
         "bf16, all recompute, silu_qkv false": replace(everything, silu_qkv=False),
+        "bf16, all recompute, A in float32": replace(everything, norm_a_fp32=True),
         "bf16, all recompute, causal": replace(everything, **CAUSAL),
     }
     return {

@@ -42,11 +42,12 @@ def launch_norm_gate_backward(
     d_out: Tensor, a_TE: Tensor, u_TE: Tensor, weight: Tensor, bias: Tensor, du: Tensor, *,
     eps: float, concat_ua: bool, p: float, seed: Tensor | None, out: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """da, Y made again if asked, d_weight, d_bias and the sum of du over rows; fills du, whose rows
-    may lie apart.
+    """da in u's type, Y made again if asked, d_weight, d_bias and the sum of du over rows.
+
+    Fills du, whose rows may lie apart.
     """
     num_rows, width = a_TE.shape
-    da = torch.empty(num_rows, width, dtype=a_TE.dtype, device=a_TE.device)
+    da = torch.empty(num_rows, width, dtype=u_TE.dtype, device=a_TE.device)
     y = torch.empty(d_out.shape, dtype=u_TE.dtype, device=a_TE.device) if out else None
 
     programs = BACKWARD.programs(a_TE.device)

@@ -356,6 +356,7 @@ def cached_attention(
     visible: Tensor | None = None,
     attn_alpha: float,
     scaling_seq_len: int,
+    out_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Serving: C new rows of B users over the keys and values cached for each user, [C, H, V];
@@ -363,6 +364,7 @@ def cached_attention(
 
     `row_offsets` and `cache_offsets` int64 [B + 1]. A row sees its user's cache, or the first
     `visible` int32 [C] keys of it, and itself: what `semi_local_attention` gives to candidates.
+    `out_dtype` is q's by default.
 
     Raises:
         ValueError: on shapes and types that do not fit.
@@ -379,11 +381,16 @@ def cached_attention(
 
         sizes = len(q_CHD), row_offsets, len(k_THD), cache_offsets
         plan = _cached_plan(*sizes, visible)
-        return cached_attention_triton(*tensors, k_THD, v_THV, plan, **options)
+        return cached_attention_triton(*tensors, k_THD, v_THV, plan, out_dtype=out_dtype, **options)
 
     _require(
         backend in ("auto", "torch", "reference"),
         f"backend must be auto, triton, torch or reference: {backend!r}",
     )
-    attend = cached_attention_reference if backend == "reference" else cached_attention_blocked
-    return attend(*tensors, row_offsets, *cache, visible=visible, **options)
+    places = row_offsets, *cache
+    if backend == "reference":
+        out = cached_attention_reference(*tensors, *places, visible=visible, **options)
+        return out.to(out_dtype or q_CHD.dtype)
+    return cached_attention_blocked(
+        *tensors, *places, visible=visible, out_dtype=out_dtype, **options
+    )

@@ -447,6 +447,7 @@ def cached_attention_blocked(
     visible: Tensor | None,
     attn_alpha: float,
     scaling_seq_len: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `reference.cached_attention_reference`, a block of cached keys at a time; users one after
     another, as a request has one or a few of them and the products of each are large."""
@@ -475,4 +476,4 @@ def cached_attention_blocked(
 
         # and the new rows themselves
         out[rows] += (F.silu((q * own_k).sum(-1, keepdim=True)) * own_v).transpose(0, 1)
-    return (out / scaling_seq_len).to(q_CHD.dtype)
+    return (out / scaling_seq_len).to(out_dtype or q_CHD.dtype)

@@ -91,13 +91,16 @@ def cached_attention_triton(
     *,
     attn_alpha: float,
     scaling_seq_len: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `reference.cached_attention_reference`, forward only."""
     if plan.num_tokens == 0:
-        return own_v.new_empty(own_v.shape)
+        return own_v.new_empty(own_v.shape, dtype=out_dtype)
     if len(k) == 0:  # no user has a cache: a descriptor needs a row
         k, v = own_k, own_v
 
-    problem, operands = find_problem((q, k, v, own_k, own_v), plan, attn_alpha, scaling_seq_len)
+    problem, operands = find_problem(
+        (q, k, v, own_k, own_v), plan, attn_alpha, scaling_seq_len, out_dtype=out_dtype
+    )
     out = launch_forward_cached(plan, problem, operands)
     return out[..., : own_v.shape[2]]

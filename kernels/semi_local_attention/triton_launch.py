@@ -447,7 +447,9 @@ def launch_forward_cached(
     """Attention [C, H, V] of new rows over cached keys; operands q, k, v, own k, own v."""
     q = operands[0]
     prepared = problem.prepare(plan, "forward_cached", operands)
-    out = torch.empty(q.shape[0], problem.heads, problem.d_v, dtype=q.dtype, device=q.device)
+    out = torch.empty(
+        q.shape[0], problem.heads, problem.d_v, dtype=problem.out_dtype, device=q.device
+    )
     prepared.launch(operands, out=out)
     return out
 

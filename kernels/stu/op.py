@@ -143,6 +143,7 @@ def attend_rows(
         query_rows=query_rows,
         attn_alpha=shape.attn_alpha,
         scaling_seq_len=shape.scaling_seq_len,
+        out_dtype=shape.attended_dtype(q_THD.dtype),
         backend=backend,
     )
 

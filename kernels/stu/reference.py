@@ -61,9 +61,10 @@ def output_reference(
     own.
     """
     a = a_THV.flatten(1)
-    gated = F.layer_norm(
-        a, a.shape[1:], weights.norm_attn_weight, weights.norm_attn_bias, shape.norm_eps
-    )
+    norm_weight, norm_bias = weights.norm_attn_weight, weights.norm_attn_bias
+    if shape.norm_a_fp32:
+        norm_weight, norm_bias = norm_weight.to(a.dtype), norm_bias.to(a.dtype)
+    gated = F.layer_norm(a, a.shape[1:], norm_weight, norm_bias, shape.norm_eps)
     gated = gated.to(u_TE.dtype) * u_TE  # autocast runs the norm itself in float32
     if shape.concat_ua:
         gated = torch.cat([u_TE, a.to(u_TE.dtype), gated], dim=1)

@@ -93,7 +93,9 @@ def attention_problem(
     """The attention problem of a layer and its operands q, k, v."""
     shape = projected.shape
     _, q, k, v = projected.split_parts(projected.uvqk)
-    return attention.find_problem((q, k, v), plan, shape.attn_alpha, shape.scaling_seq_len)
+    out_dtype = shape.attended_dtype(q.dtype)
+    scale = shape.attn_alpha, shape.scaling_seq_len
+    return attention.find_problem((q, k, v), plan, *scale, out_dtype=out_dtype)
 
 
 def attention_rows(projected: Projected, plan: TritonPlan) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,7 +36,12 @@ class STUShape:
     silu_qkv: bool = True  # False: Q, K and V stay linear, the authors' production form
     concat_ua: bool = False  # f2 reads concat[U, A, Norm(A) ⊙ U], their other difference
     fp8: bool = False  # f1 and f2 on row-wise e4m3, backward as if nothing had been rounded
+    norm_a_fp32: bool = False  # Norm(A) reads A in float32, not rounded to half precision
     recompute: tuple[str, ...] = ()  # of RECOMPUTABLE: made again in backward instead of kept
+
+    def attended_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """A's type where the layer computes in `dtype`."""
+        return torch.promote_types(dtype, torch.float32) if self.norm_a_fp32 else dtype
 
     @property
     def uvqk_widths(self) -> list[int]:

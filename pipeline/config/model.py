@@ -181,6 +181,11 @@ class ModelConfig:
         True,
         doc="SiLU on U, V, Q and K. False: on U only, the production form of the paper's authors.",
     )
+    norm_a_fp32: bool = setting(
+        False,
+        doc="Norm(A) reads the attention output A in float32, for layers of STUs in bfloat16. "
+        "False: A is rounded to bfloat16 first, half the bytes. In float32 both are the same.",
+    )
     concat_ua: bool = setting(
         False,
         doc="The output layer of an STU reads concat[U, A, Norm(A) * U] instead of Norm(A) * U.",

@@ -109,6 +109,7 @@ class Encoder(nn.Module):
             ("truncation", "model.truncate_after_layer", cfg.truncate_after_layer, None, "null"),
             ("channels", "model.channels", channels, [], "empty"),
             ("fp8", "model.fp8", cfg.fp8, False, "false"),
+            ("norm_a_fp32", "model.norm_a_fp32", cfg.norm_a_fp32, False, "false"),
         ]
         for setting, key, value, neutral, rule in optional:
             require(setting in cls.settings or value == neutral, key, value, f"{rule} {where}")

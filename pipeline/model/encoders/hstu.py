@@ -76,7 +76,7 @@ def interleave_actions(items: Tokens, action_TE: Tensor) -> Tokens:
 class HSTU(Encoder):
     """STU layers without window or truncation, over whatever tokens the token encoder makes."""
 
-    settings = frozenset({"fp8", "relative_bias"})
+    settings = frozenset({"fp8", "norm_a_fp32", "relative_bias"})
     has_history_rows = True
 
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:

@@ -162,7 +162,8 @@ def own_view_rows(stack: Stack, tokens: Tokens, dropout: float = 0.0) -> Tensor:
 
     u, q, k, v = last.project(x_TE)
     attended = _own_attention(last, forms, q, k, v, stack.num_context, full_rows)
-    return last.output(x_TE[forms.own], u[forms.own], attended.to(v.dtype))
+    attended = attended.to(last.shape.attended_dtype(v.dtype))
+    return last.output(x_TE[forms.own], u[forms.own], attended)
 
 
 def _mask_of(

@@ -42,6 +42,7 @@ class STU(nn.Module):
             silu_qkv=cfg.silu_qkv,
             concat_ua=cfg.concat_ua,
             fp8=cfg.fp8,
+            norm_a_fp32=cfg.norm_a_fp32,
             recompute=cfg.recompute,
         )
         d, width = cfg.d_model, cfg.num_heads * cfg.d_v

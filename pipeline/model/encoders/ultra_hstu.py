@@ -19,7 +19,7 @@ EVERY_ROW = ChannelConfig()
 class UltraHSTU(Encoder):
     """Transducers side by side, each with the rows of its channel."""
 
-    settings = frozenset({"window", "truncation", "channels", "fp8", "merge"})
+    settings = frozenset({"window", "truncation", "channels", "fp8", "norm_a_fp32", "merge"})
     has_history_rows = True
 
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:

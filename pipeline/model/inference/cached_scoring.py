@@ -204,6 +204,7 @@ def _cached_layer(layer: STU, z_CE: Tensor, row_offsets: Tensor, cache: LayerCac
         cache.offsets,
         attn_alpha=layer.shape.attn_alpha,
         scaling_seq_len=layer.cfg.attention.scaling_seq_len,
+        out_dtype=layer.shape.attended_dtype(q.dtype),
         backend=layer.cfg.attention_backend,
     )
     return layer.output(z_CE, u, a_CHV)
