@@ -170,13 +170,27 @@ def test_replayed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch):
         sums = [torch.cat(trainee.step(filled[i % 3], i, 20)) for i in range(6)]
         found.append((torch.stack(sums), trainee.tensors()))
         if trainee.graphs is not None:
-            # two sizes, of which one fits: the first two batches share theirs
-            assert (trainee.graphs.captured, len(trainee.graphs.graphs)) == (4, 1)
+            # two sizes, of which one is kept: that of the first two batches
+            assert trainee.graphs.captured == 1
 
     (sums, expected), (replayed_sums, tensors) = found
     assert torch.equal(replayed_sums, sums)
     for key, tensor in expected.items():
         assert torch.equal(tensors[key], tensor), key
+
+
+def test_a_graph_makes_room_when_it_was_not_used_for_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(graphs.StepGraphs, "_capture", capture_none)
+    cfg = small_config(TRUNCATED)
+    trainee, filler = make_trainee(cfg), BatchFiller.of_run(cfg)
+    step_graphs = graphs.StepGraphs(trainee._captured, trainee.tables, limit=1)
+    one, other = (filler.fill(ragged_batch(cfg, n)).pack() for n in (LENGTHS, (5, 6)))
+
+    assert step_graphs.find(one) is not None
+    found = [step_graphs.find(other) is not None for _ in range(graphs.IDLE_STEPS + 1)]
+    assert found == [False] * graphs.IDLE_STEPS + [True]
+    assert step_graphs.find(one) is None
+    assert (step_graphs.captured, len(step_graphs.last_used)) == (2, 1)
 
 
 def test_a_batch_that_was_not_filled_or_was_changed_has_no_graph():

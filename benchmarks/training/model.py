@@ -92,7 +92,12 @@ def model_config(settings: dict[str, Any], layers: int, heads: int, width: int) 
                 "request": {"tab": {"dim": 8}},
             },
             "model": {"dropout": 0.0, **size, **settings, "attention": attention},
-            "train": {"precision": "bf16", "lr": 1e-4, "embedding_lr": 1e-4},
+            "train": {
+                "precision": "bf16",
+                "lr": 1e-4,
+                "embedding_lr": 1e-4,
+                "graph_sizes": 64,  # all batches are of one size
+            },
         }
     )
 
@@ -226,7 +231,8 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     if trainee.graphs is not None:
         found["train_graphed_ms"] = median_ms(train_graphed, device, options.repeats)
         trainee.graphs = None  # gives the memory of its graphs back
-    model = trainee.model.eval()
+    # as the server holds it: frozen, so that weights are cast once
+    model = trainee.model.eval().requires_grad_(False)
     model.zero_grad(set_to_none=True)
 
     @torch.no_grad()

@@ -18,22 +18,27 @@ from torch import Tensor
 from pipeline.batches.collate import Filling, SequenceBatch
 from pipeline.config import RunConfig
 
-# Sizes between a power of two and the next: many of what a step's time grows with.
-TOKEN_SIZES, KEPT_SIZES, TARGET_SIZES, SEQUENCE_SIZES = 64, 16, 4, 2
+# Sizes between a power of two and the next: few of what costs little.
+TARGET_SIZES, SEQUENCE_SIZES = 2, 1
 
 
 @dataclass(frozen=True, slots=True)
 class BatchFiller:
-    """Fills the batches of a run. `keep_events` None: the model truncates nothing."""
+    """Fills the batches of a run.
+
+    `keep_events` None: the model truncates nothing. `sizes`: numbers of tokens from a power of two
+    to the next; half as many of those that truncation keeps.
+    """
 
     num_context: int
     keep_events: int | None
+    sizes: int
 
     @staticmethod
     def of_run(cfg: RunConfig) -> "BatchFiller":
         truncates = cfg.model.truncate_after_layer is not None
         keep_events = cfg.model.truncate_to if truncates else None
-        return BatchFiller(len(cfg.features.user_tokens), keep_events)
+        return BatchFiller(len(cfg.features.user_tokens), keep_events, cfg.train.graph_sizes)
 
     def fill(self, batch: SequenceBatch) -> SequenceBatch:
         """The batch, which is on the CPU, filled up to the next sizes.
@@ -55,14 +60,14 @@ class BatchFiller:
             empty = self.num_context * (num_sequences - batch.num_sequences - 1)
             own_kept = int(kept.sum()) + empty
             least = self.num_context + more_targets + self.keep_events
-            kept_tokens = next_size(own_kept + least, KEPT_SIZES)
+            kept_tokens = next_size(own_kept + least, max(self.sizes // 2, 1))
 
             # the filling sequence keeps what is missing: its span makes up for it
             its_kept = kept_tokens - own_kept
             span, fewest = its_kept - least, its_kept - self.num_context
             longest_kept = max(int(kept.max()), its_kept)
 
-        num_tokens = next_size(own_tokens + fewest, TOKEN_SIZES)
+        num_tokens = next_size(own_tokens + fewest, self.sizes)
         more_tokens = num_tokens - own_tokens
         filling = Filling(
             own_tokens=own_tokens,

@@ -243,11 +243,17 @@ class TrainConfig:
         "device does not wait for the host to launch them. Batches are filled up to one of few "
         "sizes. auto: where it can be, with one worker on a GPU; on: an error where it cannot.",
     )
-    max_cuda_graphs: int = setting(
-        32,
+    graph_sizes: int = setting(
+        16,
         at_least=1,
-        doc="Graphs that are kept, one for each size of batches; the one not used for longest goes "
-        "first.",
+        doc="Numbers of tokens, from a power of two to the next, that batches are filled up to. "
+        "More of them fill less, and record more graphs; many suit batches of nearly one size.",
+    )
+    max_cuda_graphs: int = setting(
+        64,
+        at_least=1,
+        doc="Graphs that are kept, one for each size of batches. Where there are more sizes, one "
+        "that was not used for long makes room; else a step is launched kernel by kernel.",
     )
     log_every: int = setting(20, at_least=1, doc="Steps between two lines of the log.")
     checkpoint_every: int = setting(200, at_least=1, doc="Steps between two checkpoints.")

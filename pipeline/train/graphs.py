@@ -26,6 +26,8 @@ from pipeline.model.encoders import ENCODERS
 Backward = Callable[[SequenceBatch], tuple[Tensor, Tensor]]
 
 WARM_UPS = 2  # before a capture: they compile kernels, and libraries make their workspaces
+# steps without use, for each graph that is kept, after which one makes room for another
+IDLE_STEPS = 8
 
 
 def uses_graphs(cfg: RunConfig, device: torch.device | str, world_size: int) -> bool:
@@ -70,7 +72,9 @@ class StepGraph:
 
 
 class StepGraphs:
-    """The graphs of a run, at most `limit`: the one that was not needed for longest makes room.
+    """The graphs of a run, at most `limit`: the one that was not needed for longest makes room, if
+    that was long ago. Recording takes as long as many steps, so batches of more sizes than can be
+    kept are launched kernel by kernel.
 
     They share one pool of memory, since one runs at a time: together they take what the largest
     does, and their results. It is not free for anything else, validation say.
@@ -79,12 +83,13 @@ class StepGraphs:
     def __init__(self, backward: Backward, tables: Mapping[str, nn.Parameter], limit: int) -> None:
         self.backward, self.tables, self.limit = backward, tables, limit
         self.graphs: OrderedDict[tuple, StepGraph] = OrderedDict()
-        self.captured = 0  # since the run began
+        self.last_used: dict[tuple, int] = {}  # the number of the step
+        self.steps = self.captured = 0  # since the run began
         self.pool: tuple[int, int] | None = None
 
     def find(self, batch: SequenceBatch) -> StepGraph | None:
         """The graph of a filled batch, recorded if it is the first of its sizes; None for a batch
-        that was not filled.
+        that was not filled, and where there is no room.
 
         A recording runs the step a few times over, which moves the random generators on.
         """
@@ -92,16 +97,26 @@ class StepGraphs:
         if batch.filling is None or packed is None or not packed.holds(batch.tensors):
             return None
 
+        self.steps += 1
         key = batch.filling.sizes, packed.columns
-        found = self.graphs.get(key)
-        if found is None:
-            found = self._capture(batch, packed)
+        if key not in self.graphs:
+            if not self._make_room():
+                return None
+            self.graphs[key] = self._capture(batch, packed)
             self.captured += 1
-            if len(self.graphs) == self.limit:
-                self.graphs.popitem(last=False)
-            self.graphs[key] = found
         self.graphs.move_to_end(key)
-        return found
+        self.last_used[key] = self.steps
+        return self.graphs[key]
+
+    def _make_room(self) -> bool:
+        """Tell whether one graph more may be kept."""
+        if len(self.graphs) < self.limit:
+            return True
+        oldest = next(iter(self.graphs))
+        if self.steps - self.last_used[oldest] <= IDLE_STEPS * self.limit:
+            return False
+        del self.graphs[oldest], self.last_used[oldest]
+        return True
 
     def replay(self, graph: StepGraph, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Losses and weights of the batch's step; its gradients are left with the parameters."""

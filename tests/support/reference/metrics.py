@@ -31,7 +31,7 @@ RUN_METRICS = {
     "train/loss/TASK": "Mean loss of a task since the last line, in nats.",
     "train/bad_steps": "Steps left out so far because loss or gradient was not finite.",
     "train/graphs_captured": "CUDA graphs of a training step recorded so far, where "
-    "`train.cuda_graphs` applies. It stands still after the first steps.",
+    "`train.cuda_graphs` applies: one for each size of batches.",
     "train/kernels_compiled": "Triton kernels compiled so far in the first worker's process. It "
     "stands still after the first steps.",
     "train/grad_norm": "Norm of the dense gradients of the last step, before clipping.",
