@@ -1,5 +1,6 @@
 """The processes of a benchmark of several GPUs, and what a run of them is timed and counted by."""
 
+import gc
 import os
 import statistics
 import tempfile
@@ -100,6 +101,7 @@ def timed_run(call: Callable[[], tuple[list[dict], int]], ranks: Ranks) -> dict[
     """
     cuda = ranks.device != "cpu"
     if cuda:
+        gc.collect()  # hooks hold a trainee in a circle, with its tables
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with Traffic(ranks) as traffic:
