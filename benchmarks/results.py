@@ -110,7 +110,12 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "reading": lambda: reading.section(*runs_read("reading")),
     "build": lambda: at_size_report.section(*runs_read("build")),
     "sharding": lambda: sharding.section(
-        runs_read("sharding_h200_parity", "sharding_h200", "sharding_h200_large_steps")
+        runs_read(
+            "sharding_h200_equal",
+            "sharding_h200_parity",
+            "sharding_h200",
+            "sharding_h200_large_steps",
+        )
     ),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
 }

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def main() -> None:
         if options.out:
             command = f"torchrun --nproc-per-node {ranks.size} -m benchmarks.training.killed_rank"
             found = {
-                "command": f"{command} {' '.join(sys.argv[1:])}",
+                "command": f"{command} FOLDER",
                 "environment": environment(ranks.device.split(":")[0]),
                 "ranks": ranks.size,
                 "killed": killed,

@@ -414,7 +414,7 @@ def main() -> None:
 
     out = options.out or Path(os.environ.get("OUT", ROOT / "runs")) / "sharding.json"
     ranks = Ranks()
-    arguments = " ".join(sys.argv[1:])
+    arguments = " ".join(sys.argv[1:]).replace(f"--out {options.out}", "")
     sizes = ("events", "length", "candidates", "steps", "layers", "heads", "width", "table_gb")
     found: dict[str, Any] = {
         "command": f"torchrun --nproc-per-node {ranks.size} -m benchmarks.training.sharding "

@@ -330,7 +330,7 @@ class Trainee:
         if self.touched is None:
             return sums, local | self._sharded_gradients()
 
-        # each on its way while the next is made
+        # each message on its way while the next is made
         self.gradients.send_rest()
         self.touched.finish()
         parts = [*sums, *self.touched.sums(local)]
