@@ -50,6 +50,7 @@ def loop_config(folder: str, tokens: int, settings: dict[str, Any], **train: Any
         "batch_tokens": tokens,
         "precision": "bf16",
         "log_every": LOG_EVERY,
+        "loader_threads": 2,
         "readers": 1,
     }
     return bench_config(
