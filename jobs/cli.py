@@ -116,7 +116,7 @@ def rows_at_hand(cfg: config.RunConfig) -> "RowsAtHand":
     from pipeline.tracking import RowsAtHand
 
     def score(model_dir: Path) -> Mapping[str, float]:
-        with evaluation_cluster(cfg):
+        with evaluation_cluster(cfg.ray, cfg.runs_dir, cfg.sequence_dir):
             return evaluator.score_model(cfg, model_dir)
 
     return RowsAtHand(evaluator.row_tags(cfg.sequence_dir, cfg.split), score)

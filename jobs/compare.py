@@ -52,7 +52,7 @@ def run_job(job: cli.Job) -> None:
     with nullcontext() if options.no_tracking else tracking.session(cfg) as tracker:
         if options.evaluate:
             tell = log_nothing if tracker is None else tracker.log_evaluation
-            with evaluation_cluster(cfg):
+            with evaluation_cluster(cfg.ray, cfg.runs_dir, cfg.sequence_dir):
                 compared.evaluate_missing(cfg.runs_dir, runs, cfg.evaluate, options.split, tell)
 
         comparison = comparison_page.compare_runs(

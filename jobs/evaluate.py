@@ -44,7 +44,7 @@ def run_job(job: cli.Job) -> None:
 
     cfg, options = job.cfg, job.options
     model_dir = options.model or cfg.model_dir
-    with evaluation_cluster(cfg):
+    with evaluation_cluster(cfg.ray, cfg.runs_dir, cfg.sequence_dir):
         metrics = evaluator.evaluate_model(cfg, model_dir, options.splits, options.name)
     if not options.no_tracking and tracking.is_tracked(model_dir):
         name = evaluator.evaluation_name(cfg.evaluate, options.name)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline import tracking
     from pipeline.sequences.store import Manifest
     from serve_app.feedback.turn import Decide
+    from serve_app.replay import DemoRequest
 
 # what takes seconds to import is imported where it is used, after the settings were read
 
@@ -294,9 +295,10 @@ def serve_and_replay(
     url = deployment.deploy_model(cfg, dashboard_url, champion)
 
     print_stage(7, "requests over HTTP")
-    print(replay.demo_table(cfg, url))
+    demo = replay.demo_request(cfg)
+    print(replay.demo_table(demo, cfg.tasks, cfg.serve, url))
     parity = replay.replay(cfg, url, served)
-    recommended = recommend(cfg, url, served) if cfg.index.enabled else {}
+    recommended = recommend(cfg, demo, url, served) if cfg.index.enabled else {}
 
     return {
         "parity_requests": parity.num_requests,
@@ -307,12 +309,12 @@ def serve_and_replay(
     }
 
 
-def recommend(cfg: RunConfig, url: str, served: Path) -> dict[str, Any]:
-    """Show a recommended list, and hold lists over HTTP against offline ones."""
+def recommend(cfg: RunConfig, demo: "DemoRequest", url: str, served: Path) -> dict[str, Any]:
+    """Show a list recommended to the demo's user, and hold lists over HTTP against offline ones."""
 
     from serve_app.recommend import replay as replay_lists
 
-    print(replay_lists.demo_list(cfg, url))
+    print(replay_lists.demo_list(demo, cfg.serve, url))
     lists = replay_lists.replay_lists(cfg, url, served)
     return {
         "list_requests": lists.num_requests,

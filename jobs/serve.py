@@ -88,7 +88,7 @@ def print_start(cfg: RunConfig, champion: "PinnedModel", url: str, mlflow_url: s
     print(f"MLflow: {mlflow_url}")
     print(f"logs: {cfg.run_dir / 'serving' / 'logs'}")
 
-    body, _ = replay.demo_request(cfg)
+    body = replay.demo_request(cfg).body
     body["candidates"] = body["candidates"][:5]
     key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
     sent = shlex.quote(json.dumps(body))

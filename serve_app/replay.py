@@ -65,7 +65,7 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
     requests = past_requests(cfg, loaded)
 
     worst, elapsed_ms = 0.0, []
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+    with open_client(cfg.serve, url) as client:
         for past in requests[:WARM_UP]:
             post_body(client, "/v1/rank", past.body)
 
@@ -296,9 +296,23 @@ def key_header(serve: ServeConfig) -> dict[str, str]:
         raise UserError(f"serve.client_key_file: {file}: {error.strerror}") from None
 
 
-def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[OwnId, str]]:
-    """One user's next exposures and popular items, `serve.demo_candidates` in all, and what the
-    user did to the former.
+def open_client(serve: ServeConfig, url: str) -> httpx.Client:
+    """A client of the server at `url`, which a job has started: with its key, where it asks for
+    one.
+    """
+    return httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(serve))
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRequest:
+    """A rank request to show, and what its user did to those of the items that were shown next."""
+
+    body: dict[str, Any]
+    happened: dict[OwnId, str]  # by item; "" where it was nothing
+
+
+def demo_request(cfg: RunConfig) -> DemoRequest:
+    """One user's next exposures and popular items, `serve.demo_candidates` in all.
 
     The user is one with many rows both in the test period and before it; the time is that of their
     first test row.
@@ -330,7 +344,7 @@ def demo_request(cfg: RunConfig) -> tuple[dict[str, Any], dict[OwnId, str]]:
     use_own_ids([body], cfg.sequence_dir)
 
     shown_items = [one["item_id"] for one in body["candidates"][: len(happened)]]
-    return body, dict(zip(shown_items, happened, strict=True))
+    return DemoRequest(body, dict(zip(shown_items, happened, strict=True)))
 
 
 def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
@@ -358,21 +372,23 @@ def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
     return best
 
 
-def demo_table(cfg: RunConfig, url: str, top: int = 10) -> str:
-    """`demo_request` ranked by the server, the `top` best as plain text."""
-    body, did = demo_request(cfg)
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+def demo_table(
+    demo: DemoRequest, tasks: Sequence[str], serve: ServeConfig, url: str, top: int = 10
+) -> str:
+    """The request ranked by the server, the `top` best as plain text."""
+    body, did = demo.body, demo.happened
+    with open_client(serve, url) as client:
         answer, _ = post_body(client, "/v1/rank", body)
 
     lines = [
         f"user {body['user_id']}, {len(body['candidates'])} candidates, history of "
         f"{answer['history_length']} rows, "
         f"version {answer['model_version']}, ordered by {answer['ordered_by']}",
-        f"{'':>4} {'item':>10}" + "".join(f"{task:>18}" for task in cfg.tasks) + "  what happened",
+        f"{'':>4} {'item':>10}" + "".join(f"{task:>18}" for task in tasks) + "  what happened",
     ]
     for rank, place in enumerate(answer["order"][:top], 1):
         item = answer["item_ids"][place]
-        scores = "".join(f"{answer['scores'][task][place]:18.4f}" for task in cfg.tasks)
+        scores = "".join(f"{answer['scores'][task][place]:18.4f}" for task in tasks)
         happened = f"shown next: {did[item] or 'nothing'}" if item in did else "popular, not shown"
         lines.append(f"{rank:>4} {item:>10}{scores}  {happened}")
     return "\n".join(lines)

@@ -80,7 +80,8 @@ def test_the_demo_asks_for_what_came_next_and_what_is_popular(
     world: tuple[RunConfig, Ranker],
 ) -> None:
     cfg, ranker = world
-    body, did = replay.demo_request(cfg)
+    demo = replay.demo_request(cfg)
+    body, did = demo.body, demo.happened
     items = [candidate["item_id"] for candidate in body["candidates"]]
     assert len(items) == len(set(items)) == 12
     assert items[: len(did)] == list(did)

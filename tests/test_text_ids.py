@@ -283,9 +283,9 @@ def test_replayed_requests_are_those_of_clients(world: TextServed) -> None:
         served = np.array([answer.scores[task] for task in world.cfg.tasks]).T
         np.testing.assert_allclose(served, past.scores, atol=1e-6)
 
-    body, happened = replay.demo_request(world.cfg)
-    assert body["user_id"] in set(map(user_name, range(NUM_USERS)))
-    assert set(happened) <= {one["item_id"] for one in body["candidates"]}
+    demo = replay.demo_request(world.cfg)
+    assert demo.body["user_id"] in set(map(user_name, range(NUM_USERS)))
+    assert set(demo.happened) <= {one["item_id"] for one in demo.body["candidates"]}
     users, items = load_test.known_ids(world.cfg.sequence_dir)
     assert (users[0][:2], items[0][:4]) == ("ü-", "sku ")
 

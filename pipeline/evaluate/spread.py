@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RayConfig, UserError
 from pipeline.evaluate.parts import EvaluationJob, EvaluationPart, PartScores, score_part
 from pipeline.evaluate.retrieval import (
     ItemScorers,
@@ -70,15 +71,15 @@ def rank_parts(
 
 
 @contextmanager
-def evaluation_cluster(cfg: RunConfig) -> Iterator[None]:
+def evaluation_cluster(cfg: RayConfig, runs_dir: str, sequence_dir: Path) -> Iterator[None]:
     """The Ray cluster to score on for the length of the block: one that there is to join
     (`ray.address`, or that of a submitted job), and for a large store a local one.
     """
     from pipeline.cluster import ray_cluster
 
-    joins = cfg.ray.address is not None or "RAY_ADDRESS" in os.environ
-    if joins or read_manifest(cfg.sequence_dir).num_rows >= LARGE_STORE:
-        with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+    joins = cfg.address is not None or "RAY_ADDRESS" in os.environ
+    if joins or read_manifest(sequence_dir).num_rows >= LARGE_STORE:
+        with ray_cluster(cfg, runs_dir=runs_dir):
             yield
     else:
         yield

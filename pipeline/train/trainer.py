@@ -90,8 +90,8 @@ def fit_model(
 
     digest = store.read_manifest(cfg.sequence_dir).digest
     before = earlier_checkpoint(cfg)  # tells a mistake before any worker starts
-    cfg = with_readers(cfg, before)
-    train = cfg.train
+    train = with_readers(cfg.train, before)
+    cfg = replace(cfg, train=train)
     check_periods(cfg)
     finished = before is not None and before.state.finished
     if not finished:
@@ -147,19 +147,19 @@ def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     found = open_checkpoints(cfg.train_dir, cfg.train).newest()
     if found is not None:
         digest = store.read_manifest(cfg.sequence_dir).digest
-        wanted = run_identity(with_readers(cfg, found), digest)
+        wanted = run_identity(replace(cfg, train=with_readers(cfg.train, found)), digest)
         check_identity(found.identity, wanted, cfg.name)
     return found
 
 
-def with_readers(cfg: RunConfig, before: Saved | None) -> RunConfig:
+def with_readers(train: TrainConfig, before: Saved | None) -> TrainConfig:
     """The settings with the number of readers: where they leave it open, as many as the run has
     workers when it begins, and as many as it began with when it goes on from `before`.
     """
-    if cfg.train.readers is not None:
-        return cfg
-    readers = cfg.train.num_workers if before is None else before.identity.get("train.readers")
-    return replace(cfg, train=replace(cfg.train, readers=readers))
+    if train.readers is not None:
+        return train
+    readers = train.num_workers if before is None else before.identity.get("train.readers")
+    return replace(train, readers=readers)
 
 
 def trained_on_other_rows(cfg: RunConfig, digest: str) -> bool:
@@ -252,7 +252,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     periods = check_periods(cfg)
 
     before = open_checkpoints(cfg.train_dir, train).newest()
-    cfg = with_readers(cfg, before)
+    cfg = replace(cfg, train=with_readers(train, before))
     maps = fit_features(cfg)
     tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
     with torch.device("meta"):  # shapes alone: a table may be larger than this machine

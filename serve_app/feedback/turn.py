@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
 
-import httpx
 import numpy as np
 
 from pipeline.config import CanaryConfig, ExposureConfig, RunConfig, SplitConfig, UserError
@@ -38,7 +37,7 @@ from serve_app.feedback.verdict import verdict_lines
 from serve_app.history.export import export_events
 from serve_app.load_test import known_ids
 from serve_app.ranking.rollout import open_events
-from serve_app.replay import TIMEOUT_S, key_header
+from serve_app.replay import open_client
 
 TRAINED, DAYS = 3, 5  # three days are learned, the fourth decides, the fifth is the test
 FLUSH_S = 2.0
@@ -180,7 +179,7 @@ def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: in
 
     rng = np.random.default_rng(cfg.seed)
     times_ms = start_ms + np.sort(rng.choice(days * DAY_MS, visits, replace=False))
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+    with open_client(cfg.serve, url) as client:
         done, names = visit_server(client, find_crowd(cfg), times_ms, rng)
     wait_for_rows(deployment.served_folder(cfg.serve, cfg.run_dir), names, WRITTEN_S)
     return done
@@ -190,7 +189,7 @@ def look_at_lists(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visit
     """What is recommended on the day after."""
     rng = np.random.default_rng(cfg.seed)
     times_ms = start_ms + np.sort(rng.choice(DAY_MS, visits, replace=False))
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+    with open_client(cfg.serve, url) as client:
         done, _ = visit_server(client, find_crowd(cfg), times_ms, rng, posts=False)
     return done
 

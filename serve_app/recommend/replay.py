@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
 from pipeline.batches.examples import Examples, UserEvents
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, ServeConfig
 from pipeline.index.histories import PastRows
 from pipeline.recommend.everybody import load_recommender
 from pipeline.recommend.offline import Audience, UserList
 from pipeline.recommend.retriever import Wish
 from serve_app.replay import (
-    TIMEOUT_S,
-    demo_request,
-    key_header,
+    DemoRequest,
+    open_client,
     post_body,
     sample_requests,
     use_own_ids,
@@ -55,7 +53,7 @@ def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
     use_own_ids(bodies, cfg.sequence_dir)
 
     num_equal, worst, elapsed_ms = 0, 0.0, []
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
+    with open_client(cfg.serve, url) as client:
         for body, expected in zip(bodies, lists, strict=True):
             answer, took_ms = post_body(client, PATH, body)
             elapsed_ms.append(took_ms)
@@ -104,12 +102,12 @@ def score_difference(answer: dict[str, Any], expected: UserList) -> float:
     return float(np.abs(scores - expected.score).max(initial=0.0))
 
 
-def demo_list(cfg: RunConfig, url: str, top: int = SHOWN) -> str:
-    """The list that the server recommends to the user of `demo_request`, as plain text."""
-    body, did = demo_request(cfg)
-    del body["candidates"]
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=key_header(cfg.serve)) as client:
-        answer, _ = post_body(client, PATH, body | {"n": min(top, cfg.serve.max_recommended)})
+def demo_list(demo: DemoRequest, serve: ServeConfig, url: str, top: int = SHOWN) -> str:
+    """The list that the server recommends to the user of the request, as plain text."""
+    body = {key: value for key, value in demo.body.items() if key != "candidates"}
+    did = demo.happened
+    with open_client(serve, url) as client:
+        answer, _ = post_body(client, PATH, body | {"n": min(top, serve.max_recommended)})
 
     has_titles = any("title" in item for item in answer["items"])
     lines = [
