@@ -160,10 +160,17 @@ def own_view_rows(stack: Stack, tokens: Tokens, dropout: float = 0.0) -> Tensor:
             backend=layer.cfg.attention_backend,
         )
 
-    u, q, k, v = last.project(x_TE)
-    attended = _own_attention(last, forms, q, k, v, stack.num_context, full_rows)
+    rows = None
+    if last.cfg.attention_backend in ("auto", "torch") and not x_TE.is_cuda:
+        # the other forms make every row
+        rows = QueryRows(forms.own, torch.searchsorted(forms.own, forms.tokens.seq_offsets))
+        u, q, k, v = last.project_rows(x_TE, rows)
+    else:
+        u, q, k, v = last.project(x_TE)
+        u = u[forms.own]
+    attended = _own_attention(last, forms, rows, q, k, v, stack.num_context, full_rows)
     attended = attended.to(last.shape.attended_dtype(v.dtype))
-    return last.output(x_TE[forms.own], u[forms.own], attended)
+    return last.output(x_TE[forms.own], u, attended)
 
 
 def _mask_of(
@@ -180,6 +187,7 @@ def _mask_of(
 def _own_attention(
     layer: STU,
     forms: BothForms,
+    rows: QueryRows | None,
     q_THD: Tensor,
     k_THD: Tensor,
     v_THV: Tensor,
@@ -189,13 +197,9 @@ def _own_attention(
     """[C, H, V] in float32 at least: of the candidates, over their rows by the window and in full.
 
     There is no softmax, so the sums over both parts of the keys add. The second part leaves the
-    candidate itself out: its value is 0 there.
+    candidate itself out: its value is 0 there. `rows`: those of the candidates, where `q_THD` has
+    no others.
     """
-    backend = layer.cfg.attention_backend
-    rows = None
-    if backend in ("auto", "torch") and not q_THD.is_cuda:  # the other forms make every row
-        rows = QueryRows(forms.own, torch.searchsorted(forms.own, forms.tokens.seq_offsets))
-        q_THD = q_THD[forms.own]
 
     def attend(values: Tensor, end: Tensor, begin: Tensor, prefix: int) -> Tensor:
         out = semi_local_attention(
@@ -213,7 +217,7 @@ def _own_attention(
             attn_alpha=layer.shape.attn_alpha,
             scaling_seq_len=layer.shape.scaling_seq_len,
             out_dtype=torch.promote_types(q_THD.dtype, torch.float32),
-            backend=backend,
+            backend=layer.cfg.attention_backend,
         )
         return out if rows is not None else out[forms.own]
 

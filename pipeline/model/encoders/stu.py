@@ -87,6 +87,10 @@ class STU(nn.Module):
             x_TE, self.weights(), self.shape, backend=self.cfg.attention_backend
         )
 
+    def project_rows(self, x_TE: Tensor, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same with U and Q of these rows alone; on a CPU."""
+        return stu.project_rows_reference(x_TE, self.weights(), self.shape, rows.index)
+
     def attend(
         self,
         q_THD: Tensor,
