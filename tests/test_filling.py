@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.training.model import model_config, random_batch, vocabulary
@@ -144,6 +147,7 @@ class Again:
     def replay(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         assert batch.packed is not None
         self.packed.buffer.copy_(batch.packed.buffer)
+        self.batch.item_codes.copy_(batch.item_codes)
         return self.backward(replace(self.batch, host=batch))
 
 
@@ -214,6 +218,61 @@ def test_graphs_are_for_one_worker_on_a_gpu():
     )
     assert not graphs.uses_graphs(small_config(TRUNCATED, cuda_graphs="off"), "cuda", 1)
 
+    assert not graphs.uses_graphs(cfg, "cuda", 1, sharded=True)
+
     wanted = small_config(TRUNCATED, cuda_graphs="on")
+    assert graphs.uses_graphs(wanted, "cuda", 2)
     with pytest.raises(ConfigError, match=r"train\.cuda_graphs"):
-        graphs.uses_graphs(wanted, "cuda", 2)
+        graphs.uses_graphs(wanted, "cpu", 1)
+
+
+def graphed_trainee(cfg: RunConfig, rank: int, world_size: int) -> Trainee:
+    torch.manual_seed(0)
+    trainee = Trainee(cfg, vocabulary(cfg), "cpu", rank, world_size)
+    trainee.graphs = graphs.StepGraphs(trainee._captured, trainee.tables, limit=4)
+    return trainee
+
+
+def test_what_a_replay_tells_of_its_rows_is_what_a_forward_pass_looks_up():
+    cfg = small_config(TRUNCATED)
+    torch.manual_seed(0)
+    trainee = Trainee(cfg, vocabulary(cfg), "cpu", 0, 2)
+    touched = trainee.touched
+    assert touched is not None
+    batch = BatchFiller.of_run(cfg).fill(ragged_batch(cfg))
+    trainee.model(batch)
+    seen = torch.cat(touched.looked_up).unique()
+
+    touched.send = lambda: None
+    trainee._tell_rows(batch, touched)
+    assert torch.equal(torch.cat(touched.looked_up).unique(), seen)
+
+
+def train_two_ways(rank: int, folder: str) -> None:
+    """One of two ranks, which record and replay at different steps."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    graphs.StepGraphs._capture = capture_none  # pyright: ignore[reportAttributeAccessIssue]
+    cfg = small_config(TRUNCATED, dropout=0.2, gradient_part_mb=0.002)
+    cfg = replace(cfg, features=replace(cfg.features, item_id_dropout=0.3))
+    filler, sizes = BatchFiller.of_run(cfg), [LENGTHS, (5, 6), (51, 7, 33, 12, 1)]
+    batches = [filler.fill(ragged_batch(cfg, n, seed=10 * rank)).pack() for n in sizes]
+
+    found = []
+    for graphed in (False, True):
+        trainee = graphed_trainee(cfg, rank, 2)
+        if not graphed:
+            trainee.graphs = None
+        sums = [torch.cat(trainee.step(batches[(i + rank) % 3], i, 20)) for i in range(6)]
+        found.append(trainee.tensors() | {"sums": torch.stack(sums)})
+    launched, replayed = found
+    wrong = [name for name in launched if not torch.equal(replayed[name], launched[name])]
+    Path(folder, f"wrong_{rank}").write_text("\n".join(wrong))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_replay_train_as_ranks_that_do_not(tmp_path: Path):
+    mp.spawn(train_two_ways, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    assert [(tmp_path / f"wrong_{rank}").read_text() for rank in range(2)] == ["", ""]

@@ -241,7 +241,8 @@ class TrainConfig:
         "auto",
         doc="Forward and backward of a step are recorded as CUDA graphs and replayed, so that the "
         "device does not wait for the host to launch them. Batches are filled up to one of few "
-        "sizes. auto: where it can be, with one worker on a GPU; on: an error where it cannot.",
+        "sizes. auto: where it can be, with one worker on a GPU. on: with several as well, whose "
+        "gradients then go over after backward; an error where it cannot be.",
     )
     graph_sizes: int = setting(
         16,

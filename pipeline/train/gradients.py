@@ -61,6 +61,10 @@ class GradientBuffer:
             count = partial(self._count_gradient, number)
             self.parameters[name].register_post_accumulate_grad_hook(count)
 
+    def hold_parts(self) -> None:
+        """Before a `backward` that sends nothing: one that is recorded."""
+        self.missing = [len(self.parameters) + 1] * len(self.parts)
+
     def begin_step(self) -> None:
         """Before a `backward` whose parts are to be sent."""
         self.missing, self.sent = [*self.full], []

@@ -30,8 +30,11 @@ WARM_UPS = 2  # before a capture: they compile kernels, and libraries make their
 IDLE_STEPS = 8
 
 
-def uses_graphs(cfg: RunConfig, device: torch.device | str, world_size: int) -> bool:
-    """Tell whether steps of this run are CUDA graphs (`train.cuda_graphs`).
+def uses_graphs(
+    cfg: RunConfig, device: torch.device | str, world_size: int, *, sharded: bool = False
+) -> bool:
+    """Tell whether steps of this run are CUDA graphs (`train.cuda_graphs`); `sharded`: some table
+    is, whose rows come from other ranks in the middle of a step.
 
     Raises:
         ConfigError: it is `on` where they cannot be.
@@ -42,14 +45,17 @@ def uses_graphs(cfg: RunConfig, device: torch.device | str, world_size: int) -> 
     on_gpu = torch.device(device).type == "cuda"
     encoder = ENCODERS[cfg.model.encoder]
     fixed = encoder.has_fixed_sizes(cfg.model) and cfg.train.target_view == "covering"
-    possible = on_gpu and world_size == 1 and fixed and not cfg.retrieval.enabled
+    possible = on_gpu and fixed and not sharded and not cfg.retrieval.enabled
+    if cfg.train.cuda_graphs == "auto":
+        return possible and world_size == 1
+
     rule = (
-        "auto or off, but for one worker on a GPU, without retrieval and model.channels, with "
+        "auto or off, but on a GPU, without retrieval, model.channels and sharded tables, with "
         "train.target_view covering and an encoder whose sizes follow from those of the batch "
         "(ultra_hstu, hstu_merged)"
     )
-    require(possible or cfg.train.cuda_graphs == "auto", "train.cuda_graphs", "on", rule)
-    return possible
+    require(possible, "train.cuda_graphs", "on", rule)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +70,11 @@ class StepGraph:
     table_grads: dict[str, Tensor]  # sparse
 
     def replay(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Run it on another batch of its sizes."""
+        """Run it on another batch of its sizes, some item ids of which may have been left out."""
         assert batch.packed is not None
         self.packed.buffer.copy_(batch.packed.buffer)
+        if not batch.packed.holds(batch.tensors):
+            self.batch.item_codes.copy_(batch.item_codes)
         self.graph.replay()
         return self.loss, self.weight
 

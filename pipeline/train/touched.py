@@ -52,6 +52,8 @@ class TouchedRows:
         self.number = torch.zeros(size, dtype=torch.int64, device=device)
         self.rows = torch.zeros(size, dtype=torch.int64, device=device)
 
+        # by path, where the table begins among the flags
+        self.firsts: dict[str, int] = {}
         self.looked_up: list[Tensor] = []
         # of each store: its touched rows, and how many lie in the stores before it
         self.counts: dict[str, int] = {}
@@ -59,7 +61,7 @@ class TouchedRows:
         self.read: Callable[[], list] | None = None
         for path, table in tables.items():
             store, first_row = rowwise.parts[path]
-            first = self.first_flags[store] + first_row
+            first = self.firsts[path] = self.first_flags[store] + first_row
             table.register_forward_pre_hook(partial(self._note_codes, first))
 
     def watch_places(
@@ -82,6 +84,12 @@ class TouchedRows:
     def _note_codes(self, first: int, _: nn.Module, inputs: tuple[Tensor]) -> None:
         if torch.is_grad_enabled():
             self.looked_up.append(inputs[0].flatten() + first)
+
+    def note_tables(self, codes: Mapping[str, Tensor]) -> None:
+        """Note what a forward pass that nobody listens to looks up: per table, by its path, the
+        codes of its rows.
+        """
+        self.looked_up = [rows.flatten() + self.firsts[path] for path, rows in codes.items()]
 
     def forget(self) -> None:
         """Before a step: what was looked up since the last one had no gradient."""

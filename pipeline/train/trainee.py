@@ -94,7 +94,7 @@ class Trainee:
         # forward and backward as CUDA graphs, and what fills batches up to their sizes
         self.graphs: StepGraphs | None = None
         self.filler: BatchFiller | None = None
-        if uses_graphs(cfg, device, world_size):
+        if uses_graphs(cfg, device, world_size, sharded=bool(maker.sharded)):
             self.graphs = StepGraphs(self._captured, self.tables, cfg.train.max_cuda_graphs)
             self.filler = BatchFiller.of_run(cfg)
         # of the dense gradients in the last step, before clipping
@@ -279,13 +279,28 @@ class Trainee:
         if graph is None:
             return None
         self._seed_step(step)  # after a recording, which draws too
-        return self.graphs.replay(graph, batch)
+        read = self.model.leave_ids_out(batch)
+        if self.touched is not None:
+            self._tell_rows(read, self.touched)
+        return self.graphs.replay(graph, read)
+
+    def _tell_rows(self, batch: SequenceBatch, touched: TouchedRows) -> None:
+        """Send which rows a replay will look up; its gradients go over the ranks after it."""
+        encoder = self.model.encoder
+        codes = encoder.table_codes(batch)
+        codes["position"], codes["time"] = encoder.place_codes(batch)
+        touched.note_tables({self.table_paths[name]: rows for name, rows in codes.items()})
+        touched.send()
+        self.gradients.begin_step()
 
     def _captured(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """What a graph holds of a step: gradients of the summed loss, ids left out before."""
+        """What a graph holds of a step: gradients of the summed loss, and no message."""
         self._clear_gradients()
-        loss, weight = self._losses(self.model.leave_ids_out(batch))
+        self.gradients.hold_parts()
+        loss, weight = self._losses(batch)
         (loss * self.loss_weights).sum().backward()
+        if self.touched is not None:
+            self.touched.forget()  # what was noted lies in the graph
         return loss.detach(), weight
 
     def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
