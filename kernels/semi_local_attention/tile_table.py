@@ -36,7 +36,7 @@ def tile_sizes(
     products in every step, so only another program can overlap with the activation.
 
     Args:
-        kernel: "forward", "backward_queries" or "backward_keys".
+        kernel: "forward", "backward_queries", "backward_keys" or "backward_bias".
         width: of the wider head, a power of two.
         half: two bytes a number.
         banded: the mask has a window.
@@ -60,7 +60,7 @@ def tile_sizes(
 def _biased_tile(kernel: str) -> AttentionTile:
     if kernel == "forward":
         return AttentionTile(64, 64, 4, 2)
-    if kernel == "backward_queries":
+    if kernel in ("backward_queries", "backward_bias"):
         return AttentionTile(64, 32, 4, 2)
     return AttentionTile(32, 64, 4, 3)
 

@@ -9,6 +9,7 @@ from kernels.semi_local_attention.triton_bias_inputs import BiasInputs, spread_b
 from kernels.semi_local_attention.triton_launch import (
     AttentionProblem,
     find_problem,
+    launch_backward_bias,
     launch_backward_keys,
     launch_backward_queries,
     launch_forward,
@@ -45,8 +46,12 @@ class TritonAttention(torch.autograd.Function):
         operands = q, k, v, grad if grad.data_ptr() % 16 == 0 else grad.clone()
 
         dq, dk, dv = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        d_position, d_time, _ = launch_backward_queries(plan, problem, operands, dq, bias)
+        launch_backward_queries(plan, problem, operands, dq, bias)
         launch_backward_keys(plan, problem, operands, dk, dv, bias)
+
+        d_position = d_time = None
+        if bias is not None:
+            d_position, d_time = launch_backward_bias(plan, problem, operands, dq, bias)
         return dq, dk, dv, d_position, d_time, None, None, None
 
 

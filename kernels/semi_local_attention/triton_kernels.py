@@ -1,7 +1,7 @@
 # ruff: noqa: SIM102  (an `if` of a constexpr stands alone: joined by `and`, both would be evaluated
 # on the device)
-"""Triton kernels of semi-local attention: forward, against cached keys, and the two halves of
-backward.
+"""Triton kernels of semi-local attention: forward, against cached keys, and backward: of queries,
+of keys and values, and of the tables of a bias.
 
 A program is one entry of a tile list (`triton_tiles.py` draws one) and one head; it knows nothing
 of the batch or its longest sequence. A row tile visits its keys block by block, in three ranges
@@ -604,16 +604,15 @@ def _store_grad_sum(
 
 
 @triton.jit
-def _score_grad_block(
-    acc, far, i, query, grads, k, v, positions, cells, event_time, asked, rank, d_position, d_time,
-    unit, first_rank, last_rank, asked_first, asked_last, range_end, rows, low, high, low_all,
-    high_all, row, row_end, start, sequence_end, key, prefix, prefix_blocks, range_blocks, head,
-    num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, num_positions, num_times, reach, alpha,
-    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr, CROSSES: tl.constexpr,
+def _query_grads_block(
+    acc, i, query, grads, k, v, positions, cells, event_time, asked, rank, rows, low, high, low_all,
+    high_all, row, start, sequence_end, key, prefix, prefix_blocks, range_blocks, head, num_tokens,
+    stride_kt, stride_kh, stride_vt, stride_vh, reach, alpha, D: tl.constexpr, V: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, ON_GPU: tl.constexpr,
+    CROSSES: tl.constexpr,
 ):  # fmt: skip
-    """acc [M, D] and `far` [M] with block i of a row tile's keys."""
+    """acc [M, D] with block i of a row tile's keys."""
     first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
     keys = _own_rows(
         k, first, head, stride_kt, stride_kh, num_tokens, sequence_end, BLOCK_N, D, TMA, CROSSES
@@ -622,7 +621,7 @@ def _score_grad_block(
     half = _half_scores(query, keys, alpha, PRECISION)
 
     if BIAS:
-        added, bucket, happened = _block_bias(
+        added, _, _ = _block_bias(
             positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
             ON_GPU
         )  # fmt: skip
@@ -633,14 +632,7 @@ def _score_grad_block(
         d_weight * _twice_slope(half, _tanh(half, FAST)), rows, low, high, low_all, high_all,
         first, start, prefix, i < prefix_blocks, is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
     )  # fmt: skip
-
-    if BIAS:
-        far = _add_bias_grads(
-            d_score, bucket, happened, far, rows, row_end, rank, first_rank, last_rank,
-            asked_first, asked_last, first, start, range_end, is_own, d_position, d_time, unit,
-            num_positions, num_times, reach, BLOCK_M, BLOCK_N
-        )  # fmt: skip
-    return tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION), far
+    return tl.dot(d_score.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_positions", "num_times", "reach"])
@@ -650,8 +642,6 @@ def backward_queries(
     dq,  # [T, H, OUT_D]
     slope_q,  # [T, H, OUT_D] with SLOPE: of what made q; dq is then the gradient of its input
     sums,  # float32 [entries, H * OUT_D] with SUMS: of dq's rows
-    d_position, d_time,  # int64 [P], [N, BLOCK_M]: by row, so that few wait for each other
-    per_unit,  # float32 [1]: how many units of the two make 1
     partial, arrived, tiles, header, visible, oldest, num_tokens, stride_qt, stride_qh, stride_kt,
     stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, num_positions, num_times, reach, window,
     prefix, alpha, scale, stride_dq, stride_slope, stride_sums, HEADS: tl.constexpr,
@@ -661,7 +651,7 @@ def backward_queries(
     ON_GPU: tl.constexpr,
     OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a row tile, and what it adds to the gradients of the bias tables."""
+    """dq of a row tile."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     tiles += tile * ENTRY
     row, row_end, start, history_end, kind, part, parts, slot = row_entry(tiles)
@@ -684,46 +674,104 @@ def backward_queries(
     query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
     grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
 
-    # of a bias alone
-    asked, rank, unit = rows, rows, scale
-    first_rank, last_rank, asked_first, asked_last, range_end = row, row, row, row, row
-    far = tl.zeros((BLOCK_M,), tl.float32)
+    asked, rank = rows, rows  # of a bias alone
     if BIAS:
         asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
-        unit = tl.load(per_unit)
-        first_rank, last_rank = tl.min(rank, 0), tl.max(rank, 0)
-        asked_first = tl.min(tl.where(rows < row_end, asked, LATEST), 0)
-        asked_last = tl.max(tl.where(rows < row_end, asked, -LATEST), 0)
-        range_end = tl.max(tl.where(rows < row_end, high, 0), 0) + 1
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
     for i in range(begin, crossing):
-        acc, far = _score_grad_block(
-            acc, far, i, query, grads, k, v, positions, cells, event_time, asked, rank, d_position,
-            d_time, unit, first_rank, last_rank, asked_first, asked_last, range_end, rows, low,
-            high, low_all, high_all, row, row_end, start, sequence_end, key, prefix, prefix_blocks,
-            range_blocks, head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh,
-            num_positions, num_times, reach, alpha, D, V, BLOCK_M, BLOCK_N, HAS_PREFIX, CANDIDATES,
-            BIAS, TMA, FAST, PRECISION, ON_GPU, False
+        acc = _query_grads_block(
+            acc, i, query, grads, k, v, positions, cells, event_time, asked, rank, rows, low, high,
+            low_all, high_all, row, start, sequence_end, key, prefix, prefix_blocks, range_blocks,
+            head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, reach, alpha, D, V,
+            BLOCK_N, HAS_PREFIX, CANDIDATES, BIAS, TMA, FAST, PRECISION, ON_GPU, False
         )  # fmt: skip
     for i in tl.range(crossing, end, num_stages=1, disable_licm=True):
-        acc, far = _score_grad_block(
-            acc, far, i, query, grads, k, v, positions, cells, event_time, asked, rank, d_position,
-            d_time, unit, first_rank, last_rank, asked_first, asked_last, range_end, rows, low,
-            high, low_all, high_all, row, row_end, start, sequence_end, key, prefix, prefix_blocks,
-            range_blocks, head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh,
-            num_positions, num_times, reach, alpha, D, V, BLOCK_M, BLOCK_N, HAS_PREFIX, CANDIDATES,
-            BIAS, TMA, FAST, PRECISION, ON_GPU, True
+        acc = _query_grads_block(
+            acc, i, query, grads, k, v, positions, cells, event_time, asked, rank, rows, low, high,
+            low_all, high_all, row, start, sequence_end, key, prefix, prefix_blocks, range_blocks,
+            head, num_tokens, stride_kt, stride_kh, stride_vt, stride_vh, reach, alpha, D, V,
+            BLOCK_N, HAS_PREFIX, CANDIDATES, BIAS, TMA, FAST, PRECISION, ON_GPU, True
         )  # fmt: skip
-
-    if BIAS:
-        farther = tl.sum(far, 0)
-        add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
     _store_grad_sum(
         dq, slope_q, sums, acc * (0.5 * alpha * scale), partial, arrived, slot, part, parts, row,
         row_end, tile, head, stride_dq, stride_slope, stride_sums, HEADS, BLOCK_M, D, OUT_D, SLOPE,
         SUMS
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_positions", "num_times", "reach"])
+def backward_bias(
+    q, k, v, grad,  # as in `backward_queries`
+    positions, cells, event_time, query_time,
+    d_position, d_time,  # int64 [P], [N, BLOCK_M]: by row, so that few wait for each other
+    per_unit,  # float32 [1]: how many units of the two make 1
+    tiles, header, visible, oldest, num_tokens, stride_qt, stride_qh, stride_kt, stride_kh,
+    stride_vt, stride_vh, stride_gt, stride_gh, num_positions, num_times, reach, window, prefix,
+    alpha, HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr,
+    VISIBLE: tl.constexpr, FROM: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):  # fmt: skip
+    """What a row tile adds to the gradients of the bias tables.
+
+    All heads read one bias. So the gradients of their scores are added first, and the sums over
+    distances and time buckets, which take longer than the products, are made once a block instead
+    of once a block and head. No row of another sequence is in a sum: its column is masked.
+    """
+    tile = tl.program_id(0)
+    tiles += tile * ENTRY
+    row, row_end, start, history_end, kind, part, parts, _slot_of = row_entry(tiles)
+    target = tl.load(tiles + ROW_TARGET)
+    if tile >= tl.load(header):
+        return
+
+    rows, low, high, low_all, high_all, key, prefix_blocks, range_blocks, own_blocks = _row_tile(
+        row, row_end, start, history_end, kind, target, visible, oldest, window, prefix, BLOCK_M,
+        BLOCK_N, HAS_PREFIX, CANDIDATES, VISIBLE, FROM
+    )  # fmt: skip
+    blocks = prefix_blocks + range_blocks + own_blocks
+    begin, _, end = _part_of(blocks, blocks, part, parts)
+
+    asked, rank = _asked(query_time, rows, high, start, reach, num_tokens)
+    unit = tl.load(per_unit)
+    first_rank, last_rank = tl.min(rank, 0), tl.max(rank, 0)
+    asked_first = tl.min(tl.where(rows < row_end, asked, LATEST), 0)
+    asked_last = tl.max(tl.where(rows < row_end, asked, -LATEST), 0)
+    range_end = tl.max(tl.where(rows < row_end, high, 0), 0) + 1
+    far = tl.zeros((BLOCK_M,), tl.float32)
+
+    for i in range(begin, end):
+        first, is_own = _key_block(i, row, start, key, prefix_blocks, range_blocks, BLOCK_N)
+        added, bucket, happened = _block_bias(
+            positions, cells, event_time, rank, asked, first, start, reach, num_tokens, BLOCK_N,
+            ON_GPU
+        )  # fmt: skip
+
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for head in range(HEADS):
+            query = _rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+            keys = _rows(k, first, head, stride_kt, stride_kh, num_tokens, BLOCK_N, D, TMA)
+            grads = _rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
+            values = _rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
+
+            # exact: tanh.approx has an error with a sign, which a million pairs of an entry add up
+            half = _half_scores(query, keys, alpha, PRECISION) + added
+            d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+            total += d_weight * _twice_slope(half, _tanh(half, False))
+
+        total = _mask_block(
+            total, rows, low, high, low_all, high_all, first, start, prefix, i < prefix_blocks,
+            is_own, BLOCK_N, HAS_PREFIX, CANDIDATES
+        )  # fmt: skip
+        far = _add_bias_grads(
+            total, bucket, happened, far, rows, row_end, rank, first_rank, last_rank, asked_first,
+            asked_last, first, start, range_end, is_own, d_position, d_time, unit, num_positions,
+            num_times, reach, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+
+    farther = tl.sum(far, 0)
+    add_fixed(d_position, num_positions - 1, farther, unit, farther != 0)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ OPERANDS = {
     "forward_cached": ("q", "k", "v", "own_k", "own_v"),
     "backward_queries": ("q", "k", "v", "grad"),
     "backward_keys": ("q", "k", "v", "grad"),
+    "backward_bias": ("q", "k", "v", "grad"),
 }
 # From so many numbers on, the rows of a tile are laid out in shared memory in one way; narrower
 # ones each in a way of their own. ptxas 12.8 makes wrong addresses of two ways in one kernel
@@ -43,6 +44,7 @@ PARTIALS = {  # the names of partial sums
     "forward_cached": ("partial",),
     "backward_queries": ("partial",),
     "backward_keys": ("partial_k", "partial_v"),
+    "backward_bias": (),
 }
 OF_BIAS = ("positions", "cells", "event_time", "query_time")
 OF_BIAS_GRADIENTS = ("d_position", "d_time", "per_unit")
@@ -246,7 +248,7 @@ def _prepare(
     operands: tuple[Tensor, ...],
     grads: GradStores | None,
 ) -> PreparedLaunch:
-    """All arguments of a kernel by name, then in its order; every one must be named once."""
+    """All arguments of a kernel by name, then in its order; every one must be named."""
     kernel = getattr(triton_kernels, name)
     tile = tile_table.tile_sizes(
         name.removesuffix("_cached"),
@@ -257,7 +259,9 @@ def _prepare(
         max_seq_len=plan.max_seq_len,
         hopper=problem.hopper,
     )
-    tiles = plan.tile_list(name == "backward_keys", tile, problem.heads)
+    # a program of the tables' gradients takes all heads
+    program_heads = 1 if name == "backward_bias" else problem.heads
+    tiles = plan.tile_list(name == "backward_keys", tile, program_heads)
     row_sums = None
     if grads is not None and grads.summed:
         row_sums = tiles.workspace.row_sums(grads.summed)
@@ -272,13 +276,14 @@ def _prepare(
     }
     if row_sums is not None:
         named["sums"] = row_sums
-    assert named.keys() == set(kernel.arg_names), named.keys() ^ set(kernel.arg_names)
+    missing = set(kernel.arg_names) - named.keys()
+    assert not missing, missing
 
     places = {argument: place for place, argument in enumerate(kernel.arg_names)}
     return PreparedLaunch(
         kernel=kernel,
         tile=tile,
-        programs=tiles.capacity * problem.heads,
+        programs=tiles.capacity * program_heads,
         descriptors=_descriptors(name, operands, tile) if problem.hopper else [],
         arguments=tuple([named[argument] for argument in kernel.arg_names]),
         places=places,
@@ -377,9 +382,6 @@ def _mask_numbers(
 def _constants(
     plan: TritonPlan, problem: AttentionProblem, name: str, tile: AttentionTile
 ) -> dict[str, Any]:
-    # tanh.approx has an error with a sign, which adds up in a bias table, where a million pairs
-    # share an entry
-    adds_up = problem.tables is not None and name == "backward_queries"
     half = problem.dtype.itemsize == 2
     return {
         "HEADS": problem.heads,
@@ -388,7 +390,7 @@ def _constants(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "TMA": problem.hopper,
-        "FAST": half and problem.on_gpu and not adds_up,
+        "FAST": half and problem.on_gpu,
         "PRECISION": "ieee",
     }
 
@@ -462,17 +464,13 @@ def launch_backward_queries(
     bias: BiasInputs | None = None,
     slope_q: Tensor | None = None,
     summed: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Tensor | None:
     """Fill dq [T, H, D], whose rows may lie apart.
 
     The last operand is the gradient of the output. dq is multiplied by `slope_q` [T, H, D], the
-    slope of what made q.
-
-    Returns:
-        The float32 gradients of the two bias tables, and with `summed` the sum of dq's rows [H D];
-        None for what was not asked.
+    slope of what made q. With `summed`, the sum of dq's rows [H D] is returned.
     """
-    _, _, v, grad = operands
+    v = operands[2]
     strides = ("stride_dq", dq.stride(0)), ("stride_slope", _row_stride(slope_q))
     widths, sum_width = (dq.shape[2], v.shape[2]), dq[0].numel() if summed else 0
     grads = GradStores(strides, widths, slope_q is not None, sum_width)
@@ -481,25 +479,41 @@ def launch_backward_queries(
     tensors = {"dq": dq}
     if slope_q is not None:
         tensors["slope_q"] = slope_q
-    if bias is None:
-        prepared.launch(operands, **tensors)
-        return None, None, _summed_rows(prepared)
+    if bias is not None:
+        tensors |= bias.by_name()
+    prepared.launch(operands, **tensors)
+    return _summed_rows(prepared)
 
+
+def launch_backward_bias(
+    plan: TritonPlan,
+    problem: AttentionProblem,
+    operands: tuple[Tensor, ...],
+    dq: Tensor,
+    bias: BiasInputs,
+) -> tuple[Tensor, Tensor]:
+    """The float32 gradients of the position and of the time table.
+
+    `dq` is what `launch_backward_queries` has filled from the same operands.
+    """
+    _, _, v, grad = operands
     assert problem.tables is not None
     num_positions, num_times = problem.tables
+    prepared = problem.prepare(plan, "backward_bias", operands)
+
     rows = prepared.tile.rows
     sums = torch.zeros(num_positions + num_times * rows, dtype=torch.int64, device=dq.device)
     of_position, of_time = sums.tensor_split([num_positions])
     num_pairs = plan.num_tokens * plan.max_seq_len * problem.heads
     per_unit = units_per_one(grad, v, problem.d_v, num_pairs)
-    tensors |= {"d_position": of_position, "d_time": of_time, "per_unit": per_unit}
+    tensors = {"d_position": of_position, "d_time": of_time, "per_unit": per_unit}
     prepared.launch(operands, **tensors, **bias.by_name())
 
     # whole numbers have no NaN; dq, which comes of the same scores, says whether one was
     broken = 0 * torch.linalg.vector_norm(dq, torch.inf, dtype=torch.float32)
     unit = 0.5 * problem.scale / per_unit.double() + broken
     of_time = of_time.view(num_times, rows).sum(1)
-    return (of_position * unit).float(), (of_time * unit).float(), _summed_rows(prepared)
+    return (of_position * unit).float(), (of_time * unit).float()
 
 
 def launch_backward_keys(

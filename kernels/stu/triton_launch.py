@@ -156,7 +156,7 @@ def attention_backward(
     given = *operands, d_heads
     dq, dk, dv = d_qkv
     slope_q, slope_k, slope_v = projected.head_slopes()
-    *_, sum_q = attention.launch_backward_queries(
+    sum_q = attention.launch_backward_queries(
         plan, problem, given, dq, slope_q=slope_q, summed=True
     )
     sum_kv = attention.launch_backward_keys(
