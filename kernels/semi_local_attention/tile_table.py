@@ -58,15 +58,17 @@ def tile_sizes(
 
 
 def _biased_tile(kernel: str) -> AttentionTile:
-    if kernel == "forward":
-        return AttentionTile(64, 64, 4, 2)
-    if kernel in ("backward_queries", "backward_bias"):
+    if kernel == "backward_bias":
         return AttentionTile(64, 32, 4, 2)
-    return AttentionTile(32, 64, 4, 3)
+    if kernel == "backward_keys":
+        return AttentionTile(32, 64, 4, 3)
+    return AttentionTile(64, 64, 4, 2)
 
 
 def _wide_tile(kernel: str, banded: bool) -> AttentionTile:
     """Heads of 256."""
+    if kernel == "backward_queries" and not banded:
+        return AttentionTile(128, 32, 8, 2)
     if kernel != "forward":
         return AttentionTile(64, 64, 8, 2)
     if banded:

@@ -60,7 +60,7 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
     kernel = getattr(triton_kernels, name)
     how = {
         "TMA": arch == 90,
-        "FAST": not (flags.get("BIAS", False) and name == "backward_queries"),
+        "FAST": True,
         "PRECISION": "ieee",
         "ON_GPU": True,
     }
@@ -126,6 +126,7 @@ def main() -> None:
         if name != "forward":
             found[f"sm_90 {name} 32"] = build(name, 90, 32, narrow, **everything)
         found[f"sm_80 {name} 128"] = build(name, 80, 128, ampere, **everything)
+    for name in (*KERNELS, "backward_bias"):
         biased = tile_sizes(
             name, 128, banded=False, max_seq_len=1024, hopper=True, half=True, biased=True
         )
