@@ -34,17 +34,17 @@ def run_job(job: cli.Job) -> None:
     from pipeline import tracking
     from pipeline.search.tracked import TrialRuns
     from pipeline.sequences import store
-    from pipeline.study import page, running
+    from pipeline.study import opening, page, running
     from pipeline.study.figures import study_figures
     from pipeline.train import supervision
 
-    running.check_study(base, points)
+    opening.check_study(base, points)
     own = plans.study_config(base)
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
         if job.options.restart:
             running.forget_study(base)
-        running.open_study(base, plan)
+        opening.open_study(base, plan)
 
         if job.options.no_tracking:
             failed = running.run_study(base, plan, log_nothing)
@@ -76,9 +76,9 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     plan = plans.read_plan(job.options.study, job.cfg)
     points = plans.plan_points(job.cfg, plan)
 
-    from pipeline.study import running
+    from pipeline.study import opening
 
-    running.check_study(job.cfg, points)
+    opening.check_study(job.cfg, points)
     return {
         "points": [point.trial.name for point in points],
         "writes": str(plans.study_config(job.cfg).run_dir),

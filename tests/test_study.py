@@ -15,13 +15,14 @@ import yaml
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
-from pipeline.study import running
+from pipeline.study import opening, running
 from pipeline.study.entropy import approximate_entropy, measure_quality
-from pipeline.study.figures import predict_largest, study_figures, user_sums
+from pipeline.study.figures import predict_largest, study_figures
 from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto_front
 from pipeline.study.page import console_table, write_study
-from pipeline.study.plan import Point, StudyPlan, ladder, plan_points, read_plan
+from pipeline.study.plan import Point, StudyPlan, even_ladder, plan_points, read_plan
 from pipeline.study.point import count_work, run_point
+from pipeline.study.users import UserSums, read_users, user_sums
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -109,28 +110,28 @@ def test_a_size_that_an_encoder_refuses_is_named_before_anything_starts(tmp_path
     publish_sequences(base)
     plan = read_plan(write_plan(tmp_path, encoders={"hstu": {"model.encoder": "hstu"}}), base)
     with pytest.raises(UserError, match=r"hstu, d2, length 2 is refused: model.attention.window"):
-        running.check_study(base, plan_points(base, plan))
+        opening.check_study(base, plan_points(base, plan))
 
 
 def test_sizes_and_lengths_climb_together() -> None:
-    assert ladder("abcde", [64, 256, 1024]) == [("a", 64), ("c", 256), ("e", 1024)]
-    assert ladder("ab", [8, 16]) == [("a", 8), ("b", 16)]
-    assert ladder("abc", [8]) == [("a", 8), ("b", 8), ("c", 8)]
+    assert even_ladder("abcde", [64, 256, 1024]) == [("a", 64), ("c", 256), ("e", 1024)]
+    assert even_ladder("ab", [8, 16]) == [("a", 8), ("b", 16)]
+    assert even_ladder("abc", [8]) == [("a", 8), ("b", 8), ("c", 8)]
 
 
 def test_a_study_goes_on_as_it_began(tmp_path: Path) -> None:
     base = study_base(tmp_path)
     publish_sequences(base)
     plan = read_plan(write_plan(tmp_path), base)
-    running.open_study(base, plan)
-    running.open_study(base, read_plan(write_plan(tmp_path, seeds=[0, 1], samples=50), base))
+    opening.open_study(base, plan)
+    opening.open_study(base, read_plan(write_plan(tmp_path, seeds=[0, 1], samples=50), base))
     other = read_plan(write_plan(tmp_path, lengths=[2, 5]), base)
     with pytest.raises(UserError, match=r"began with lengths = \[2, 6\] .*--restart"):
-        running.open_study(base, other)
+        opening.open_study(base, other)
     (tmp_path / "tiny-study-ultra-d2-2-s0").mkdir()
     running.forget_study(base)
     assert [path.name for path in tmp_path.glob("tiny-study*")] == []
-    running.open_study(base, other)
+    opening.open_study(base, other)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=str)
@@ -228,7 +229,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, StudyP
     publish_sequences(base)
     plan = read_plan(write_plan(folder), base)
     points = plan_points(base, plan)
-    running.open_study(base, plan)
+    opening.open_study(base, plan)
     for point in points:
         count_work(point.trial.cfg, "val", None)
     for is_largest in (False, True):
@@ -300,12 +301,13 @@ def test_points_of_other_rows_are_not_compared(
     studied: tuple[RunConfig, StudyPlan, list[Point]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, plan, _ = studied
-    calls = []
+    calls: list[Path] = []
 
-    def other_users(predictions: pa.Table, task: str):
-        calls.append(task)
-        return user_sums(predictions.slice(len(calls) % 2 * 20), task)
+    def other_users(folder: Path) -> UserSums:
+        calls.append(folder)
+        sums = read_users(folder)
+        return replace(sums, rows=sums.rows + len(calls) % 2)
 
-    monkeypatch.setattr("pipeline.study.figures.user_sums", other_users)
+    monkeypatch.setattr("pipeline.study.figures.read_users", other_users)
     with pytest.raises(UserError, match="were scored on other rows"):
         study_figures(base, plan, {})

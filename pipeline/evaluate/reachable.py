@@ -38,6 +38,12 @@ class Reachable:
         by_item = items["category"].to_numpy()[np.argsort(items["item_id"].to_numpy())]
         self.rows = shown_rows(self.cfg, self.log, by_item[self.log["item_id"].to_numpy()])
 
+    def rows_between(self, begin_ms: int, end_ms: int) -> tuple[pa.Table, np.ndarray]:
+        """`KEYS` of the rows of a period, and their labels, bool."""
+        time = self.log["event_time"].to_numpy()
+        rows = self.log.filter((time >= begin_ms) & (time < end_ms))
+        return rows.select(KEYS), rows[str(planted_action(self.cfg))].to_numpy() > 0
+
     def scores(self, wanted: pa.Table, newest: int | None = None) -> np.ndarray:
         """Log-odds of the rows of `wanted`, by user_id, item_id and event_time, in its order:
         float64 [rows]. `newest`: from so many rows of the history alone.

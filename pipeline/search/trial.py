@@ -22,8 +22,8 @@ from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, step_plan
 from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.files import json_text, write_atomically
+from pipeline.run_note import noted_run
 from pipeline.sequences import store
-from pipeline.tracking import noted_run
 from pipeline.train import loop
 from pipeline.train.checkpoint import CheckpointFolder, only_writer
 from pipeline.train.guards import TrainingStopped

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.batches.examples import user_events
+from pipeline.batches.loader import split_bounds
 from pipeline.config import RunConfig, UserError
-from pipeline.evaluate.evaluator import evaluation_folder
-from pipeline.evaluate.metrics import auc, log_loss, normalised_entropy
+from pipeline.evaluate.metrics import auc, normalised_entropy
 from pipeline.evaluate.reachable import Reachable, reachable_task, reached_share
 from pipeline.sequences import store
 from pipeline.study.entropy import measure_quality
@@ -30,8 +28,9 @@ from pipeline.study.laws import (
     interval,
     pareto_front,
 )
-from pipeline.study.plan import Point, StudyPlan, ladder, plan_points, study_config
+from pipeline.study.plan import Point, StudyPlan, plan_points, study_config
 from pipeline.study.point import POINT, WORK, PointScores, PointWork
+from pipeline.study.users import UserSums, read_users
 
 # what a point costs: words, and the figure of a point
 COSTS = {
@@ -57,9 +56,10 @@ class Measured:
     train_seconds: float
     ne: np.ndarray  # float64 [S]
     auc: float
+    aucs: tuple[float, ...]  # by seed
 
 
-def measured_points(plan: StudyPlan, points: Sequence[Point], task: str) -> list[Measured]:
+def measured_points(plan: StudyPlan, points: Sequence[Point]) -> list[Measured]:
     """The points that have come to their ends, by key."""
     finished = [point for point in points if (point.trial.cfg.run_dir / POINT).exists()]
     by_key: dict[Key, list[Point]] = {}
@@ -68,7 +68,7 @@ def measured_points(plan: StudyPlan, points: Sequence[Point], task: str) -> list
 
     tables: dict[str, UserSums] = {}
     for point in finished:
-        tables[point.trial.name] = user_sums(_predictions(point, plan.study.split), task)
+        tables[point.trial.name] = read_users(point.trial.cfg.run_dir)
     _refuse_other_rows(tables)
 
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def measured_points(plan: StudyPlan, points: Sequence[Point], task: str) -> list
 def _measure(
     key: Key,
     group: Sequence[Point],
-    sums: Sequence["UserSums"],
+    sums: Sequence[UserSums],
     weights: np.ndarray,
     rng: np.random.Generator,
 ) -> Measured:
@@ -109,36 +109,7 @@ def _measure(
         train_seconds=float(np.mean([score.train_seconds for score in scores])),
         ne=drawn,
         auc=float(np.mean([score.auc for score in scores])),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class UserSums:
-    """What NE is made of, by user in the order of their ids: float64 [U] each."""
-
-    rows: np.ndarray
-    positives: np.ndarray
-    loss: np.ndarray
-
-    def entropies(self, weights: np.ndarray) -> np.ndarray:
-        """NE with each user as often as `weights`, float64 [S, U], says: float64 [S]."""
-        rows = weights @ self.rows
-        rate = weights @ self.positives / rows
-        with np.errstate(divide="ignore", invalid="ignore"):
-            entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-        return weights @ self.loss / rows / entropy
-
-
-def user_sums(predictions: pa.Table, task: str) -> UserSums:
-    """Of the rows whose label is known."""
-    known = predictions.filter(predictions[f"label.{task}"].is_valid())
-    labels = known[f"label.{task}"].to_numpy() > 0
-    losses = log_loss(known[f"logit.{task}"].to_numpy().astype(np.float64), labels)
-    ids = known["user_id"].combine_chunks().dictionary_encode()
-    _, user = np.unique(ids.dictionary.to_numpy(zero_copy_only=False), return_inverse=True)
-    user = user[ids.indices.to_numpy()]
-    return UserSums(
-        np.bincount(user).astype(float), np.bincount(user, labels), np.bincount(user, losses)
+        aucs=tuple(score.auc for score in scores),
     )
 
 
@@ -148,13 +119,8 @@ def _refuse_other_rows(tables: dict[str, UserSums]) -> None:
     for name, sums in tables.items():
         if first is None:
             first = name, sums
-        same = np.array_equal(first[1].rows, sums.rows)
-        if not same or not np.array_equal(first[1].positives, sums.positives):
+        if not first[1].has_same_rows(sums):
             raise UserError(f"points {first[0]} and {name} were scored on other rows: --restart")
-
-
-def _predictions(point: Point, split: str) -> pa.Table:
-    return pq.read_table(evaluation_folder(point.trial.cfg) / "predictions" / f"{split}.parquet")
 
 
 def _read_scores(point: Point) -> PointScores:
@@ -170,9 +136,8 @@ def predict_largest(plan: StudyPlan, points: Sequence[Point]) -> dict[str, Any]:
     `encoder/length`. Read before a point of that size is run.
     """
     sizes = list(plan.sizes)
-    task = plan.study.task or points[0].trial.cfg.tasks[0]
     smaller = [point for point in points if point.size != sizes[-1]]
-    measured = {found.key: found for found in measured_points(plan, smaller, task)}
+    measured = {found.key: found for found in measured_points(plan, smaller)}
     gflop = {point.key: _read_work(point).train_gflop for point in points}
 
     found: dict[str, Any] = {}
@@ -199,27 +164,28 @@ def study_figures(base: RunConfig, plan: StudyPlan, failed: dict[str, str]) -> d
     """
     points = plan_points(base, plan)
     task = plan.study.task or base.tasks[0]
-    measured = measured_points(plan, points, task)
+    measured = measured_points(plan, points)
     if not measured:
         raise UserError(f"no point of {study_config(base).name} came to its end: {failed}")
 
     whole = {found.key: found for found in measured if found.key[3] == 1.0}
     path = study_config(base).run_dir / PREDICTIONS
     predicted = json.loads(path.read_text()) if path.exists() else {}
-    reference = next(point for point in points if point.key in whole)
-    rows = _predictions(reference, plan.study.split)
+    finished = [point for point in points if (point.trial.cfg.run_dir / POINT).exists()]
+    sums = read_users(finished[0].trial.cfg.run_dir)
     return {
         "name": study_config(base).name,
         "split": plan.study.split,
         "task": task,
         "baseline": plan.study.baseline,
-        "encoders": list(plan.encoders),
+        "encoders": plan.names,
         "sizes": list(plan.sizes),
         "lengths": list(plan.study.lengths),
+        "ladder": plan.ladder,
         "seeds": list(plan.study.seeds),
         "samples": plan.study.samples,
-        "rows": len(rows),
-        "users": len(rows["user_id"].unique()),
+        "rows": int(sums.rows.sum()),
+        "users": len(sums.rows),
         "failed": failed,
         "points": [_point_figures(found) for found in measured],
         "fronts": _fronts(list(whole.values())),
@@ -227,7 +193,7 @@ def study_figures(base: RunConfig, plan: StudyPlan, failed: dict[str, str]) -> d
         "laws": _laws(plan, whole),
         "predictions": _held_against(plan, whole, predicted),
         "data": _data_figures(base, plan, measured),
-        "reachable": _reachable(base, plan, rows, task),
+        "reachable": _reachable(base, plan, task),
     }
 
 
@@ -241,6 +207,7 @@ def _point_figures(found: Measured) -> dict[str, Any]:
         "seeds": found.seeds,
         "ne": interval(found.ne),
         "auc": found.auc,
+        "auc_by_seed": list(found.aucs),
         "parameters": found.parameters,
         "train_seconds": found.train_seconds,
         **found.costs,
@@ -263,7 +230,7 @@ def _slopes(plan: StudyPlan, whole: dict[Key, Measured]) -> dict[str, Any]:
     the baseline's.
     """
     found: dict[str, Any] = {}
-    steps = ladder(list(plan.sizes), plan.study.lengths)
+    steps = plan.ladder
     for cost in COSTS:
         slopes: dict[str, np.ndarray] = {}
         for encoder in plan.encoders:
@@ -373,9 +340,7 @@ def _data_figures(base: RunConfig, plan: StudyPlan, measured: Sequence[Measured]
     return found
 
 
-def _reachable(
-    base: RunConfig, plan: StudyPlan, rows: pa.Table, task: str
-) -> dict[str, Any] | None:
+def _reachable(base: RunConfig, plan: StudyPlan, task: str) -> dict[str, Any] | None:
     """The best AUC and NE from histories of each length; None where nobody knows them."""
     if reachable_task(base) != task:
         return None
@@ -384,12 +349,11 @@ def _reachable(
     if not log_dir.exists():
         return None
 
-    known = rows.filter(rows[f"label.{task}"].is_valid())
-    labels = known[f"label.{task}"].to_numpy() > 0
     reachable = Reachable(base, log_dir)
+    wanted, labels = reachable.rows_between(*split_bounds(base.split, plan.study.split))
     found = {}
     for length in (*plan.study.lengths, None):
-        scores = reachable.scores(known, length)
+        scores = reachable.scores(wanted, length)
         name = "all" if length is None else str(length)
         found[name] = {"auc": auc(scores, labels), "ne": normalised_entropy(scores, labels)}
     return found

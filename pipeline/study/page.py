@@ -89,13 +89,7 @@ def _seed_words(seeds: int) -> str:
 
 
 def _ladder_words(figures: Figures) -> str:
-    return ", ".join(f"{size} at {length}" for size, length in _ladder(figures))
-
-
-def _ladder(figures: Figures) -> list[tuple[str, int]]:
-    from pipeline.study.plan import ladder
-
-    return ladder(figures["sizes"], figures["lengths"])
+    return ", ".join(f"{size} at {length}" for size, length in figures["ladder"])
 
 
 # In words
@@ -357,7 +351,7 @@ def draw_slopes(figures: Figures) -> Figure:
     """NE gain of the ladder's points against each cost, over the baseline's smallest."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     points = {_key(point): point for point in _whole_points(figures)}
-    steps = _ladder(figures)
+    steps = [tuple(step) for step in figures["ladder"]]
     zero = points.get((figures["baseline"], *steps[0]))
     start = zero["ne"]["value"] if zero is not None else math.nan
 

@@ -12,7 +12,7 @@ encoders:
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,10 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0,)
     split: Literal["val", "test"] = "val"
     task: str | None = None  # whose NE and AUC count; None: the first
+    # in place of every size at every length: all sizes at this length, this size at all lengths,
+    # and the ladder; both or neither
+    at_length: int | None = None
+    of_size: str | None = None
     # each encoder's largest point once more, on this share of the training sequences
     data_share: float | None = 0.5
     samples: int = 300  # of the bootstrap, over users and seeds
@@ -49,6 +53,10 @@ class StudyConfig:
         in_order = list(self.lengths) == sorted(set(self.lengths)) and min(self.lengths) >= 1
         require(in_order, "lengths", list(self.lengths), "ascending numbers of rows")
         require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds", self.seeds, "each once")
+        both = (self.at_length is None) == (self.of_size is None)
+        require(both, "of_size", self.of_size, "given with at_length, or both null")
+        known = self.at_length is None or self.at_length in self.lengths
+        require(known, "at_length", self.at_length, f"one of lengths {list(self.lengths)}, or null")
         share = self.data_share
         require(share is None or 0 < share < 1, "data_share", share, "null, or in (0, 1)")
         require(self.samples >= 20, "samples", self.samples, "20 or more")
@@ -61,12 +69,35 @@ class StudyPlan:
     study: StudyConfig
     encoders: dict[str, Settings]
     sizes: dict[str, Settings]  # from small to large
+    # (size, length) that grow together, a step a length
+    ladder: list[tuple[str, int]]
+    # encoders of a few points: `study.of_size` at every length
+    variants: dict[str, Settings] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Encoders and variants."""
+        return [*self.encoders, *self.variants]
+
+    def places(self, encoder: str) -> list[tuple[str, int]]:
+        """Sizes and lengths of an encoder's points, from small to large."""
+        study = self.study
+        if encoder in self.variants:
+            return [(str(study.of_size), length) for length in study.lengths]
+
+        found = []
+        for length, size in itertools.product(study.lengths, self.sizes):
+            is_crossed = study.at_length == length or study.of_size == size
+            if study.at_length is None or is_crossed or (size, length) in self.ladder:
+                found.append((size, length))
+        return found
 
     def as_figures(self) -> dict[str, Any]:
         """Fit for JSON, without the seeds and the bootstrap: what must not change while a study
         goes on.
         """
         whole = config.to_dict(self.study) | {"encoders": self.encoders, "sizes": self.sizes}
+        whole |= {"variants": self.variants, "size_by_length": [size for size, _ in self.ladder]}
         return {key: value for key, value in whole.items() if key not in ("seeds", "samples")}
 
 
@@ -101,20 +132,36 @@ def read_plan(path: Path, base: RunConfig) -> StudyPlan:
         raise ConfigError(f"--study {path} must hold a mapping, got {type(raw).__name__}")
 
     try:
-        variants = {key: _read_variants(key, raw.pop(key, None)) for key in ("encoders", "sizes")}
+        encoders = _read_settings("encoders", raw.pop("encoders", None))
+        sizes = _read_settings("sizes", raw.pop("sizes", None))
+        variants = _read_settings("variants", raw.pop("variants")) if "variants" in raw else {}
+        steps = raw.pop("ladder", None)
         study = build_section(StudyConfig, raw, "")
-        known = list(variants["encoders"])
+        rungs = read_ladder(steps, list(sizes), study.lengths)
+        _check_variants(study, encoders, sizes, variants)
+        known = list(encoders)
         require(study.baseline in known, "baseline", study.baseline, f"one of encoders {known}")
         task = study.task
         rule = f"one of tasks {list(base.tasks)}, or null for the first"
         require(task is None or task in base.tasks, "task", task, rule)
     except ConfigError as error:
         raise ConfigError(f"--study {path}: {error}") from None
-    return StudyPlan(study, variants["encoders"], variants["sizes"])
+    return StudyPlan(study, encoders, sizes, rungs, variants)
 
 
-def _read_variants(key: str, raw: Any) -> dict[str, Settings]:
-    """`encoders` or `sizes`: names, and the settings of each."""
+def _check_variants(
+    study: StudyConfig, encoders: Settings, sizes: Settings, variants: Settings
+) -> None:
+    """Raises ConfigError for a size that is none, or variants without a place of their own."""
+    size = study.of_size
+    require(size is None or size in sizes, "of_size", size, f"one of sizes {list(sizes)}, or null")
+    require(not variants or size is not None, "variants", list(variants), "none without of_size")
+    twice = sorted(encoders.keys() & variants.keys())
+    require(not twice, "variants", twice, "names that no encoder has")
+
+
+def _read_settings(key: str, raw: Any) -> dict[str, Settings]:
+    """`encoders`, `sizes` or `variants`: names, and the settings of each."""
     if not isinstance(raw, dict) or not raw:
         raise ConfigError(f"{key} must be a mapping of names to settings, got {raw!r}")
 
@@ -153,9 +200,9 @@ def plan_points(base: RunConfig, plan: StudyPlan) -> list[Point]:
     """
     points = []
     study = plan.study
-    grid = itertools.product(study.seeds, plan.encoders, study.lengths, plan.sizes)
-    for seed, encoder, length, size in grid:
-        points.append(_make_point(base, plan, encoder, size, length, seed, 1.0))
+    for seed, encoder in itertools.product(study.seeds, plan.names):
+        for size, length in plan.places(encoder):
+            points.append(_make_point(base, plan, encoder, size, length, seed, 1.0))
 
     if study.data_share is not None:
         largest, longest = list(plan.sizes)[-1], study.lengths[-1]
@@ -174,7 +221,7 @@ def _make_point(
     seed: int,
     share: float,
 ) -> Point:
-    settings = plan.sizes[size] | plan.encoders[encoder]
+    settings = plan.sizes[size] | (plan.encoders | plan.variants)[encoder]
     settings = settings | {"examples.max_history": length, "seed": seed}
     if base.train.validate_every == 0:
         settings.setdefault("train.validate_every", NEVER)
@@ -194,7 +241,22 @@ def _make_point(
     return Point(encoder, size, length, seed, share, Trial(name, settings, cfg))
 
 
-def ladder(sizes: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
+def read_ladder(
+    raw: Any, sizes: Sequence[str], lengths: Sequence[int]
+) -> list[tuple[str, int]]:
+    """The size at each length, as in `ladder: [d16, d32, d64]`; None is `even_ladder`.
+
+    Raises:
+        ConfigError: not one known size a length.
+    """
+    if raw is None:
+        return even_ladder(sizes, lengths)
+    is_known = isinstance(raw, list) and len(raw) == len(lengths) and set(raw) <= set(sizes)
+    require(is_known, "ladder", raw, f"null, or a size of {list(sizes)} for each of the lengths")
+    return list(zip(raw, lengths, strict=True))
+
+
+def even_ladder(sizes: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
     """Sizes and lengths that grow together, a step a length, as in the paper's figure: from the
     smallest size at the shortest length to the largest at the longest. Of one length, every size.
 

@@ -2,7 +2,8 @@
 
 work.json     GFLOP per item, counted from lengths and masks before a step is taken
 train, model  as of any run
-point.json    metrics and seconds; beside it the predictions, as jobs.evaluate leaves them
+users.json    what its NE is made of, by user; beside it the predictions, as of jobs.evaluate
+point.json    metrics and seconds
 """
 
 import itertools
@@ -29,6 +30,7 @@ from pipeline.model.flops import Flops
 from pipeline.search.trial import FINISHED, read_outcome, train_trial
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import name_rows
+from pipeline.study.users import user_sums, write_users
 from pipeline.train.meter import count_batches
 from pipeline.train.metrics import METRICS, MetricsFile
 
@@ -139,6 +141,8 @@ def _score(cfg: RunConfig, split: str, task: str) -> PointScores:
     path = evaluator.evaluation_folder(cfg) / "predictions" / f"{split}.parquet"
     with staged_file(path) as stage:
         pq.write_table(name_rows(cfg.sequence_dir, manifest, found.predictions), stage)
+
+    write_users(cfg.run_dir, user_sums(found.predictions, task))
 
     metrics = found.named_metrics(split)
     extra = json.loads((cfg.model_dir / "artifact.json").read_text())["extra"]

@@ -22,10 +22,7 @@ from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig, UserError
 from pipeline.files import json_text, write_atomically
-from pipeline.model.encoders import check_run
-from pipeline.search.begun import hold_to_beginning
 from pipeline.search.trial import shares_features
-from pipeline.sequences import store
 from pipeline.study.figures import PREDICTIONS, predict_largest
 from pipeline.study.plan import Point, StudyPlan, plan_points, study_config, study_name
 from pipeline.study.point import POINT, WORK, count_work, run_point
@@ -35,51 +32,10 @@ from pipeline.train.supervision import refuse_impossible_size
 
 logger = logging.getLogger(__name__)
 
-STUDY = "study.json"  # in the study's folder
-# in the study's record: what points are made of
-RECORDED = ("source", "split", "tasks", "examples", "features", "model", "train")
-
 # of the report
 FILES = ("study.html", "figures.json", PREDICTIONS, "slopes.png", "laws.png", "fronts.png")
 
 Told = Callable[[str], None]  # the name of a point that has come to its end
-
-
-def check_study(base: RunConfig, points: Sequence[Point]) -> None:
-    """Tell what would end a point before any of them starts.
-
-    Raises:
-        UserError: no sequences, a setting that an encoder does not know, no room, or a period
-            without rows.
-    """
-    if base.split.refit:
-        raise UserError("split.refit leaves no validation period to study")
-    if not base.tasks or base.retrieval.enabled:
-        raise UserError("a study is of ranking: it needs tasks, and retrieval.enabled: false")
-    for point in points:
-        try:
-            check_run(point.trial.cfg)
-        except UserError as error:
-            where = f"{point.encoder}, {point.size}, length {point.length}"
-            raise UserError(f"--study: {where} is refused: {error}") from None
-    refuse_impossible_size(base.ray, replace(base.train, num_workers=1))
-    store.read_manifest(points[0].trial.cfg.sequence_dir)
-
-
-def open_study(base: RunConfig, plan: StudyPlan) -> None:
-    """Make the study's folder, or hold what an earlier start left there against this one.
-
-    Raises:
-        UserError: the study of this name began with another plan, other settings or sequences.
-    """
-    own = study_config(base)
-    settings = config.to_dict(base)
-    facts = {"sequences": store.read_manifest(own.sequence_dir).digest}
-    facts |= config.flatten(plan.as_figures())
-    facts |= config.flatten({key: settings[key] for key in RECORDED})
-    hold_to_beginning(
-        own.run_dir / STUDY, facts, f"the study {own.name}", str(own.sequences.from_run)
-    )
 
 
 def forget_study(base: RunConfig) -> None:
@@ -96,7 +52,7 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
     The largest size is predicted from the smaller ones before its first point is run.
 
     Raises:
-        UserError: nothing to train on, or no row to score.
+        UserError: no room, nothing to train on, or no row to score.
         Outage: no cluster.
     """
     points = plan_points(base, plan)
@@ -105,6 +61,7 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
 
     folder = study_config(base).run_dir
     first = points[0].trial.cfg
+    refuse_impossible_size(base.ray, replace(base.train, num_workers=1))
     check_periods(replace(first, train=replace(first.train, validate_every=1)))
     with ray_cluster(base.ray, runs_dir=base.runs_dir):
         if any(shares_features(point.trial.cfg, base) for point in points):

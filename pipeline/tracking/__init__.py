@@ -9,7 +9,7 @@ from pipeline.tracking.registry import (
     fetch_model,
     find_version,
 )
-from pipeline.tracking.runs import Run, noted_run
+from pipeline.tracking.runs import Run
 from pipeline.tracking.server import has_server
 from pipeline.tracking.session import Tracker, plan_session, session
 
@@ -25,7 +25,6 @@ __all__ = [
     "forget_in_folders",
     "has_server",
     "is_tracked",
-    "noted_run",
     "plan_session",
     "session",
 ]

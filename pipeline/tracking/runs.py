@@ -33,6 +33,7 @@ from pipeline.figures import Figures
 from pipeline.files import write_atomically
 from pipeline.tracking.columns import VIEW_TAG, view_state, view_url
 from pipeline.tracking.provenance import provenance_tags
+from pipeline.run_note import MLFLOW_RUN
 from pipeline.tracking.server import is_absent, mlflow_client, one_message
 
 if typing.TYPE_CHECKING:
@@ -43,7 +44,6 @@ if typing.TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 END_NOTE = "mlflow_end.json"  # in a run's folder: how its MLflow run ended, if that is to be told
-MLFLOW_RUN = "mlflow_run.json"  # in a run's folder: which MLflow run its training logs into
 PARAMS_PER_REQUEST = 100  # MLflow's own limit
 # of an experiment: without it MLflow opens its pages for agents (Traces, Sessions, Judges)
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
@@ -193,15 +193,6 @@ def training_run(
         client.set_tag(run_id, "attempt", str(attempt + 1))
     logger.info("attempt %d of MLflow run %s", attempt + 1, run_id)
     return Run(mlflow.get_tracking_uri(), run_id, str(end_note))
-
-
-def noted_run(run_dir: Path) -> str | None:
-    """Id of the MLflow run that the training in this folder logs into; None where none is tracked.
-
-    It asks no server.
-    """
-    note = run_dir / MLFLOW_RUN
-    return json.loads(note.read_text())["run_id"] if note.exists() else None
 
 
 def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
