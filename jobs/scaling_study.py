@@ -39,6 +39,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.train import supervision
 
     opening.check_study(base, points)
+    running.check_room(base)
     own = plans.study_config(base)
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
@@ -76,9 +77,10 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     plan = plans.read_plan(job.options.study, job.cfg)
     points = plans.plan_points(job.cfg, plan)
 
-    from pipeline.study import opening
+    from pipeline.study import opening, running
 
     opening.check_study(job.cfg, points)
+    running.check_room(job.cfg)
     return {
         "points": [point.trial.name for point in points],
         "writes": str(plans.study_config(job.cfg).run_dir),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from benchmarks.quality import study_points
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
@@ -117,6 +118,36 @@ def test_sizes_and_lengths_climb_together() -> None:
     assert even_ladder("abcde", [64, 256, 1024]) == [("a", 64), ("c", 256), ("e", 1024)]
     assert even_ladder("ab", [8, 16]) == [("a", 8), ("b", 16)]
     assert even_ladder("abc", [8]) == [("a", 8), ("b", 8), ("c", 8)]
+
+
+CROSS = {"at_length": 2, "of_size": "d4", "ladder": ["d2", "d8"], "variants": {"wide": {}}}
+
+
+def test_a_crossed_study_has_its_two_lines_and_the_ladder(tmp_path: Path) -> None:
+    plan = read_plan(write_plan(tmp_path, **CROSS), study_base(tmp_path))
+    sizes_at_2 = [("d2", 2), ("d4", 2), ("d6", 2), ("d8", 2), ("d12", 2)]
+    assert plan.places("hstu") == [*sizes_at_2, ("d4", 6), ("d8", 6)]
+    assert plan.places("wide") == [("d4", 2), ("d4", 6)]
+    assert plan.ladder == [("d2", 2), ("d8", 6)]
+    points = plan_points(study_base(tmp_path), replace(plan, study=replace(plan.study, seeds=(0,))))
+    assert len(points) == 2 * 7 + 2 + 2, "two encoders, the variant, less data for the encoders"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"of_size": None}, "of_size must be given with at_length, or both null, got None"),
+        ({"of_size": "d5"}, "of_size must be one of sizes"),
+        ({"at_length": 3}, r"at_length must be one of lengths \[2, 6\], or null, got 3"),
+        ({"ladder": ["d2"]}, "ladder must be null, or a size of"),
+        ({"variants": {"hstu": {}}}, r"variants must be names that no encoder has, got \['hstu'\]"),
+    ],
+)
+def test_a_mistake_in_a_crossed_study_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_plan(write_plan(tmp_path, **(CROSS | changes)), study_base(tmp_path))
 
 
 def test_a_study_goes_on_as_it_began(tmp_path: Path) -> None:
@@ -275,6 +306,44 @@ def test_a_report_says_what_the_points_were(
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page), "an undefined number is a dash"
     assert json.loads((tmp_path / "figures.json").read_text())["task"] == "is_click"
     assert "predicted ultra/6 by power: NE " in console_table(figures)
+
+
+def test_points_of_another_machine_give_the_same_report(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], tmp_path: Path
+) -> None:
+    base, plan, points = studied
+    there = study_points.OpenStudy(base, plan, list(points))
+    lines = tmp_path / "points.jsonl"
+    for point in points:
+        study_points.pack(point, lines)
+    made = json.loads((there.folder / "predictions.json").read_text())
+    study_points.append_line(lines, there.folder.name, {"predictions.json": made})
+
+    here = replace(base, runs_dir=str(tmp_path / "here"))
+    publish_sequences(here)
+    left = plan_points(here, plan)
+    assert study_points.unpack([study_points.OpenStudy(here, plan, left)], lines) == len(points)
+    carried, own = study_figures(here, plan, {}), study_figures(base, plan, {})
+    assert carried["points"] == own["points"]
+    assert carried["predictions"] == own["predictions"]
+
+
+def test_the_largest_size_waits_for_what_it_is_predicted_from(tmp_path: Path) -> None:
+    base = study_base(tmp_path)
+    plan = read_plan(write_plan(tmp_path, data_share=None, **CROSS), base)
+    points = plan_points(base, plan)
+    study = study_points.OpenStudy(base, plan, list(points))
+    (largest, _) = [point for point in points if point.size == "d12"]
+    smaller = [point for point in points if study.predicts(point)]
+    assert {point.length for point in smaller} == {2}
+    assert {point.encoder for point in smaller} == {"ultra", "hstu"}
+
+    assert not study.is_ready(largest)
+    assert all(study.is_ready(point) for point in smaller)
+    study.waiting, study.running = [largest], smaller[:1]
+    assert not study.is_ready(largest), "one is still running"
+    study.running = []
+    assert study.is_ready(largest)
 
 
 def test_a_finished_point_is_not_run_again(

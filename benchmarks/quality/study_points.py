@@ -159,7 +159,7 @@ def _predict(study: OpenStudy, out: Path) -> None:
     found = predict_largest(study.plan, plan_points(study.base, study.plan))
     found["made"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_atomically(study.folder / PREDICTIONS, json_text(found))
-    _append(out, {"name": study.folder.name, "files": {PREDICTIONS: found}})
+    append_line(out, study.folder.name, {PREDICTIONS: found})
 
 
 def _count_all(studies: Sequence[OpenStudy], pool: ProcessPoolExecutor) -> None:
@@ -221,8 +221,7 @@ def _note(
         print(f"{seconds:5.0f} s  {folder.name} failed: {why[:500]}", flush=True)
         return
 
-    files = {name: json.loads((folder / name).read_text()) for name in FILES}
-    _append(out, {"name": folder.name, "files": files})
+    files = pack(point, out)
     scores, work = files[POINT], files[WORK]
     print(
         f"{seconds:5.0f} s  {folder.name:44} NE {scores['ne']:.4f} AUC {scores['auc']:.4f}  "
@@ -234,10 +233,18 @@ def _note(
     shutil.rmtree(point.trial.cfg.train_dir / "checkpoints", ignore_errors=True)
 
 
-def _append(out: Path, line: dict[str, Any]) -> None:
-    """One line, at once on the disk: whatever ends this process, the lines before it stay."""
+def pack(point: Point, out: Path) -> dict[str, Any]:
+    """Add the line of a finished point; its files, by name."""
+    folder = point.trial.cfg.run_dir
+    files = {name: json.loads((folder / name).read_text()) for name in FILES}
+    append_line(out, folder.name, files)
+    return files
+
+
+def append_line(out: Path, name: str, files: dict[str, Any]) -> None:
+    """Add the files of the folder `name`; whatever ends this process, the lines before it stay."""
     with out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"name": name, "files": files}) + "\n")
 
 
 def unpack(studies: Sequence[OpenStudy], lines: Path) -> int:

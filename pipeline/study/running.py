@@ -38,6 +38,11 @@ FILES = ("study.html", "figures.json", PREDICTIONS, "slopes.png", "laws.png", "f
 Told = Callable[[str], None]  # the name of a point that has come to its end
 
 
+def check_room(base: RunConfig) -> None:
+    """Raises UserError where this machine's Ray could not hold a point."""
+    refuse_impossible_size(base.ray, replace(base.train, num_workers=1))
+
+
 def forget_study(base: RunConfig) -> None:
     """Remove the files of the study and of all its points."""
     folder = study_config(base).run_dir
@@ -52,7 +57,7 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
     The largest size is predicted from the smaller ones before its first point is run.
 
     Raises:
-        UserError: no room, nothing to train on, or no row to score.
+        UserError: nothing to train on, or no row to score.
         Outage: no cluster.
     """
     points = plan_points(base, plan)
@@ -61,7 +66,6 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
 
     folder = study_config(base).run_dir
     first = points[0].trial.cfg
-    refuse_impossible_size(base.ray, replace(base.train, num_workers=1))
     check_periods(replace(first, train=replace(first.train, validate_every=1)))
     with ray_cluster(base.ray, runs_dir=base.runs_dir):
         if any(shares_features(point.trial.cfg, base) for point in points):
