@@ -1,5 +1,4 @@
-"""Which MLflow run a training logs into: a note in its folder, for processes that import no MLflow.
-"""
+"""Which MLflow run a training logs into: a note in its folder, for processes that import no MLflow."""
 
 import json
 from pathlib import Path

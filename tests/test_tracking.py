@@ -21,8 +21,8 @@ from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import Outage, RunConfig, TrackingConfig, UserError
 from pipeline.figures import append_run
-from pipeline.sequences import store
 from pipeline.run_note import noted_run
+from pipeline.sequences import store
 from pipeline.tracking import Run, Tracker, server, session
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.runs import run_params

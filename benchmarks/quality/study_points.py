@@ -209,9 +209,7 @@ def _carry_out(
     return run_point(cfg, settings, split, task, shared)
 
 
-def _note(
-    study: OpenStudy, point: Point, future: Future[str], out: Path, seconds: float
-) -> None:
+def _note(study: OpenStudy, point: Point, future: Future[str], out: Path, seconds: float) -> None:
     """Write a finished point's line; say what became of it."""
     error = future.exception()
     why = future.result() if error is None else f"{type(error).__name__}: {error}"

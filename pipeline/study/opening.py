@@ -1,5 +1,4 @@
-"""Before a study begins: what would end a point is told, and what the study began with is kept.
-"""
+"""Before a study begins: what would end a point is told, and what the study began with is kept."""
 
 from collections.abc import Sequence
 

@@ -241,9 +241,7 @@ def _make_point(
     return Point(encoder, size, length, seed, share, Trial(name, settings, cfg))
 
 
-def read_ladder(
-    raw: Any, sizes: Sequence[str], lengths: Sequence[int]
-) -> list[tuple[str, int]]:
+def read_ladder(raw: Any, sizes: Sequence[str], lengths: Sequence[int]) -> list[tuple[str, int]]:
     """The size at each length, as in `ladder: [d16, d32, d64]`; None is `even_ladder`.
 
     Raises:

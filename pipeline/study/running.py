@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig
 from pipeline.files import json_text, write_atomically
 from pipeline.search.trial import shares_features
 from pipeline.study.figures import PREDICTIONS, predict_largest

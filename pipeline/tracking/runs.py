@@ -31,9 +31,9 @@ from pipeline.config import (
 )
 from pipeline.figures import Figures
 from pipeline.files import write_atomically
+from pipeline.run_note import MLFLOW_RUN
 from pipeline.tracking.columns import VIEW_TAG, view_state, view_url
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.run_note import MLFLOW_RUN
 from pipeline.tracking.server import is_absent, mlflow_client, one_message
 
 if typing.TYPE_CHECKING:
