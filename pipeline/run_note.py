@@ -1,4 +1,4 @@
-"""Which MLflow run a training logs into: a note in its folder, for processes that import no MLflow."""
+"""The MLflow run that a training logs into, as a note in its folder: read without MLflow."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Points of scaling studies without Ray and MLflow: processes side by side on one GPU, or on one CPU
-box, and home again as a file.
+"""Points of scaling studies without Ray and MLflow: processes side by side on one GPU, or on one
+CPU box, and home again as a file.
 
     study.yaml → count the FLOP → train and score point by point → a line of POINTS each
 
@@ -8,9 +8,9 @@ box, and home again as a file.
     python -m benchmarks.quality.study_points configs/drifting.yaml:configs/studies/drifting.yaml \\
         --unpack points.jsonl --set train.use_gpu=true
 
-Plan, points and their files are those of `jobs.scaling_study`, which after `--unpack` makes the page
-(`--no-tracking`) and goes on with points that are missing. Several studies share the processes.
-A study's largest size waits until its smaller ones have ended and it is predicted.
+Plan, points and their files are those of `jobs.scaling_study`, which after `--unpack` makes the
+page (`--no-tracking`) and goes on with points that are missing. Several studies share the
+processes. A study's largest size waits until those that it is predicted from have ended.
 """
 
 import argparse
