@@ -10,6 +10,7 @@ ROOMS = (
     "pipeline.version",
     "pipeline.lifeline",
     "pipeline.waiting",
+    "pipeline.run_note",
     "pipeline.config",
     "pipeline.figures",
     "pipeline.cluster",

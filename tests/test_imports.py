@@ -35,6 +35,7 @@ WITHOUT_RAY = (
     ),
     "pipeline/evaluate/*.py",
     "pipeline/search/space.py",
+    "benchmarks/quality/study_points.py",
     "benchmarks/quality/train_plan.py",
     "benchmarks/training/sharding.py",
     *(
