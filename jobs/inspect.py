@@ -113,7 +113,8 @@ def describe_place(sample: Sample) -> str:
     size = f"{sample.bytes / 2**20:,.1f} MB"
     rows = f"{sample.rows.num_rows:,} rows" + ("" if sample.is_whole else " looked at")
     left = f", {len(sample.left_out)} left out" if sample.left_out else ""
-    return f"{len(sample.files)} files, {size}{left}, {rows}"
+    files = "1 file" if len(sample.files) == 1 else f"{len(sample.files)} files"
+    return f"{files}, {size}{left}, {rows}"
 
 
 def print_logs(logs: Sample, guess: Guess) -> None:

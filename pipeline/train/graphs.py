@@ -12,6 +12,7 @@ for one, is made on the device and so inside the graph.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class StepGraphs:
         self.graphs: OrderedDict[tuple, StepGraph] = OrderedDict()
         self.last_used: dict[tuple, int] = {}  # the number of the step
         self.steps = self.captured = 0  # since the run began
-        self.pool: tuple[int, int] | None = None
+        self.pool: Any = None  # the handle of PyTorch's graph memory, whose type is its own
 
     def find(self, batch: SequenceBatch) -> StepGraph | None:
         """The graph of a filled batch, recorded if it is the first of its sizes; None for a batch

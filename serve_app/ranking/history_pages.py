@@ -129,7 +129,8 @@ class HistoryPages:
                 part = flat[begin : begin + kept.num_bytes]
                 tensors.append(part.view(kept.dtype).view(kept.shape))
                 begin += _aligned(kept.num_bytes)
-            layers.append(LayerCache(*tensors, layer.offsets))
+            keys, values = tensors
+            layers.append(LayerCache(keys, values, layer.offsets))
         return HistoryCache(tuple(layers))
 
     def release(self, history: PagedHistory) -> None:
