@@ -13,7 +13,8 @@ rank against all.
 Random events; item ids are drawn evenly over the logarithm of their rank, as in Zipf's law, so that
 a batch holds many rare ones. Every rank has a batch of the same size: twice the ranks train on
 twice the events. What is measured for one rank runs on rank 0, while the others wait. "Each for
-itself" is all ranks at once without a message between them: what the machine allows. The cases of
+itself" is all ranks at once without a message between them: what the machine allows. Steps of one
+rank are CUDA graphs unless it says otherwise, those of several only where it says so. The cases of
 the loader and of loads train from a store of sequences (loader_ranks.py), all others from batches
 made before. A rank that dies is `benchmarks.training.killed_rank`. It needs neither Ray nor MLflow.
 """
@@ -166,6 +167,7 @@ def parity(ranks: Ranks) -> dict[str, Any]:
 
     whole, sharded, again = losses(), losses(tables=ALL_SHARDED), losses(tables=ALL_SHARDED)
     half = losses(tables=ALL_SHARDED, bf16_tables=("item_id",))
+    graphed = whole if ranks.device == "cpu" else losses(cuda_graphs="on")
     one = ranks.alone(
         lambda: [line["train/loss"] for line in run(cfg, sizes, ranks, alone=True)[0]]
     )
@@ -179,6 +181,7 @@ def parity(ranks: Ranks) -> dict[str, Any]:
     return {
         "sharded_from_whole": furthest(sharded, whole),
         "sharded_from_one_rank": furthest(sharded, one) if ranks.rank == 0 else None,
+        "graphs_from_whole": None if ranks.device == "cpu" else furthest(graphed, whole),
         "two_runs_equal": sharded == again,
         "host_state_equal": ranks.all(all(torch.equal(a, b) for a, b in zip(*blocks, strict=True))),
         "bf16_rows_from_float32": furthest(half, sharded),
@@ -334,12 +337,21 @@ def items_of(table_gb: float) -> int:
 
 def small_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
     cfg, sizes = made_config(options, ranks), made_sizes(options, 100_000)
-    sharded = with_train(cfg, tables=SHARDED)
+    sharded, launched = with_train(cfg, tables=SHARDED), with_train(cfg, cuda_graphs="off")
+    graphed, on_gpu = with_train(cfg, cuda_graphs="on"), ranks.device != "cpu"
+    if on_gpu:
+        yield (
+            "1 rank, small table, no CUDA graph",
+            lambda: ranks.alone(lambda: speed(launched, sizes, ranks, alone=True)),
+        )
     yield "1 rank, small table", lambda: ranks.alone(lambda: speed(cfg, sizes, ranks, alone=True))
     if ranks.size > 1:
         yield "all ranks, small table, each for itself", lambda: speed_apart(cfg, sizes, ranks)
         yield "all ranks, small table replicated", lambda: speed(cfg, sizes, ranks)
         yield "all ranks, small table sharded", lambda: speed(sharded, sizes, ranks)
+    if ranks.size > 1 and on_gpu:
+        name = "all ranks, small table replicated, CUDA graphs"
+        yield name, lambda: speed(graphed, sizes, ranks)
 
 
 def table_cases(options: argparse.Namespace, table_gb: float, ranks: Ranks) -> Iterator[Case]:

@@ -14,7 +14,8 @@ def right(found: dict[str, Any]) -> bool:
     """What must hold held, of what was looked at."""
     equal, resumed = found.get("parity"), found.get("resume")
     if equal:
-        close = equal["sharded_from_whole"] <= EQUAL
+        graphs = equal.get("graphs_from_whole") or 0.0  # None without a GPU
+        close = max(equal["sharded_from_whole"], graphs) <= EQUAL
         if not (close and equal["two_runs_equal"] and equal["host_state_equal"]):
             return False
     return not resumed or max(resumed["one_to_all"], resumed["one_to_all_to_one"]) <= RESUMED
@@ -113,6 +114,11 @@ def section(runs: list[dict[str, Any]]) -> str:
 
 
 def equal_text(equal: dict[str, Any]) -> str:
+    graphs = ""
+    if equal.get("graphs_from_whole") is not None:  # on a GPU
+        graphs = (
+            f" CUDA graphs of all ranks move a loss by {equal['graphs_from_whole']:.1e} at most."
+        )
     return (
         "Sharded tables against whole ones over 50 steps: losses differ by "
         f"{equal['sharded_from_whole']:.1e} at "
@@ -120,7 +126,7 @@ def equal_text(equal: dict[str, Any]) -> str:
         f"{equal['two_runs_equal']}"
         "; moments on the host equal to the device's bit for bit: "
         f"{equal['host_state_equal']}; bfloat16 item rows "
-        f"move a loss by {equal['bf16_rows_from_float32']:.1e}."
+        f"move a loss by {equal['bf16_rows_from_float32']:.1e}.{graphs}"
     )
 
 
