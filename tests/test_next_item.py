@@ -78,16 +78,18 @@ def test_in_batch_negatives_are_the_other_next_items(memory: bool) -> None:
 def test_a_memory_of_the_steps_own_vectors_changes_neither_loss_nor_gradients() -> None:
     """It stands for the same items, though its vectors take no gradient."""
     item = torch.tensor([3, 7, 3, 0])
-    loss = make_loss(loss="in_batch", memory="xbm", memory_size=6)
+    loss = make_loss(loss="in_batch", memory="xbm", memory_size=6, memory_warmup=1)
 
-    found = []
-    for _ in range(3):  # with 0, 3 and 6 vectors in memory
+    found, kept = [], []
+    for _ in range(4):
+        assert loss.memory is not None
+        kept.append(len(loss.memory.codes))
         vectors, users = unit_vectors(NUM_ITEMS, 1).requires_grad_(), unit_vectors(4, 2)
         users.requires_grad_()
         value = loss._in_batch(FixedHead(vectors), users, item).sum()  # pyright: ignore[reportArgumentType]
         found.append((value, *torch.autograd.grad(value, (vectors, users))))
 
-    assert loss.memory is not None and len(loss.memory.codes) == 6
+    assert kept == [0, 0, 3, 6]  # the first step is the warm-up
     for later in found[1:]:
         # the memory is float32
         torch.testing.assert_close(later, found[0], rtol=1e-5, atol=1e-6)

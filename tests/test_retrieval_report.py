@@ -31,7 +31,7 @@ def test_lines_go_to_their_files_and_replace_what_was_there(tmp_path: Path) -> N
         ml1m_line("sasrec", 0, 0.11, end=False),
         ml1m_line("sasrec", 0, 0.12),
         ml1m_line("sasrec", 0, 0.13, split="val"),
-        ml1m_line("memory_xbm_4k_64", 0, 0.14),
+        ml1m_line("memory_xbm_4k_64", 0, 0.14) | {"memory_cosine": 0.9},
         kuairand_line("ultra_hstu", 0, 0.15),
     ]
     added = merge_lines(lines, "a GPU", tmp_path)
@@ -47,8 +47,9 @@ def test_each_part_shows_what_was_measured(tmp_path: Path) -> None:
     lines = [ml1m_line("sasrec", 0, 0.12)]
     for seed in range(2):
         lines += [ml1m_line("memory_none_64", seed, 0.30), ml1m_line("memory_none_512", seed, 0.30)]
-        lines.append(ml1m_line("memory_axbn_4k_64", seed, 0.31 + seed / 50))
-        lines.append(ml1m_line("memory_axbn_4k_512", seed, 0.29))
+        drift = {"memory_cosine": 0.87}
+        lines.append(ml1m_line("memory_axbn_4k_64", seed, 0.31 + seed / 50) | drift)
+        lines.append(ml1m_line("memory_axbn_4k_512", seed, 0.29) | drift)
         lines.append(kuairand_line("ultra_hstu", seed, 0.05))
     lines.append(kuairand_line("ranking", 0, 0.0) | {"test/auc/is_click": 0.7511})
     for task in ("long_view", "is_like", "is_profile_enter"):
@@ -63,8 +64,9 @@ def test_each_part_shows_what_was_measured(tmp_path: Path) -> None:
     write_run(tmp_path / "retrieval_softmax.json", softmax)
 
     section = measured_section(tmp_path)
-    assert "| 64 | 4k | 0.3000 ± 0.0000 (2) |  |  | 0.3200 ± 0.0141 (2) |" in section
+    assert "| 64 | 4k |  | 0.3000 ± 0.0000 (2) |  |  | 0.3200 ± 0.0141 (2) |" in section
     assert "AXBN in 1 of 2" in section
+    assert "| 64 | 4k |  |  | 0.87 |" in section
     assert "| ULTRA-HSTU | 2 | 0.2500 ± 0.0000 | 0.0500 ± 0.0000 |" in section
     assert "| ranking alone | 1 | 0.7511 | 0.8000 |" in section
     assert "| full, float32 | ours | 12.35 | 0.500 | 1e-06 |" in section

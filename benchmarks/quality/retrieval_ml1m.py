@@ -96,8 +96,11 @@ def memory_runs() -> dict[str, dict]:
             "train": {"batch_users": batch},
         }
         runs[f"memory_none_{batch}"] = {**own, "retrieval": {"loss": "in_batch"}}
+        # what a memory of all items that does not drift would come to
+        runs[f"memory_full_{batch}"] = {**own, "retrieval": {"loss": "full"}}
         for kind, (label, size) in itertools.product(("xbm", "xbn", "axbn"), MEMORIES.items()):
             memory = {"loss": "in_batch", "memory": kind, "memory_size": size}
+            memory["memory_warmup"] = MEMORY_STEPS // 4
             runs[f"memory_{kind}_{label}_{batch}"] = {**own, "retrieval": memory}
     return runs
 
@@ -291,6 +294,20 @@ class Evaluation:
         return metrics.result()
 
 
+@torch.no_grad()
+def memory_facts(trainee: Trainee) -> dict[str, float]:
+    """Mean cosine of the vectors in memory and those that the model would make of their items now,
+    both less the mean of the latter; nothing where there is no memory.
+    """
+    head, loss = trainee.model.retrieval, trainee.next_item
+    if head is None or loss is None or loss.memory is None or len(loss.memory.codes) == 0:
+        return {}
+    now = head.item_vectors(loss.item_codes[loss.memory.codes])
+    mean = now.mean(0)
+    cosine = torch.nn.functional.cosine_similarity(loss.memory.vectors - mean, now - mean, dim=1)
+    return {"memory_vectors": len(cosine), "memory_cosine": cosine.mean().item()}
+
+
 def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
     """Train, evaluate every `--every` epochs and at the end; a line of JSON each time."""
     torch.set_num_threads(1)
@@ -328,6 +345,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
                 "train_tflop": flops * epochs / 1e12, "rows_per_epoch": rows,
                 "parameters": sum(p.numel() for p in trainee.model.parameters()),
                 **evaluation(trainee, options.device),
+                **memory_facts(trainee),
             }  # fmt: skip
             sums = None
             print(json.dumps(line), flush=True)

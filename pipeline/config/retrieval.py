@@ -79,6 +79,11 @@ class RetrievalConfig:
         "mean and spread (our reconstruction).",
     )
     memory_size: int = setting(4096, at_least=1, doc="Number of the vectors that are kept.")
+    memory_warmup: int = setting(
+        0,
+        at_least=0,
+        doc="Steps that a run takes before it begins to keep vectors: at first they drift fastest.",
+    )
     memory_noise: float = setting(
         0.01,
         at_least=0,

@@ -8,6 +8,9 @@ items now. Four ways to deal with that (`retrieval.memory`):
     xbn    each step moves them so that their mean and spread are those of its own vectors
     axbn   the same towards a mean and a spread that a Kalman filter follows from step to step
 
+At first vectors drift fastest, so that a run may take `retrieval.memory_warmup` steps before it
+begins to keep them.
+
 The equations of AXBN are not public. What stands here is our reconstruction from its abstract: per
 number of a vector a scalar filter of a random walk for the mean, and one for the spread.
 
@@ -64,6 +67,7 @@ class CrossBatchMemory:
     def __init__(self, cfg: RetrievalConfig, device: torch.device | str) -> None:
         self.kind, self.size, self.unit = cfg.memory, cfg.memory_size, cfg.score == "cosine"
         self.filter = MomentFilter(cfg.memory_noise)
+        self.warmup = cfg.memory_warmup  # steps left of it
         self.vectors = torch.zeros(0, cfg.dim, device=device)
         self.codes = torch.zeros(0, dtype=torch.int64, device=device)
         self.counts = torch.zeros(0, dtype=torch.int64, device=device)
@@ -87,7 +91,10 @@ class CrossBatchMemory:
 
     @torch.no_grad()
     def keep_vectors(self, vectors: Tensor, codes: Tensor, counts: Tensor) -> None:
-        """Add a step's vectors; the oldest make room."""
+        """Add a step's vectors; the oldest make room. A step of the warm-up adds none."""
+        if self.warmup > 0:
+            self.warmup -= 1
+            return
         self.vectors = torch.cat([self.vectors, vectors.detach()])[-self.size :]
         self.codes = torch.cat([self.codes, codes])[-self.size :]
         self.counts = torch.cat([self.counts, counts])[-self.size :]

@@ -139,37 +139,57 @@ class NextItemLoss:
     def _in_batch(self, head: RetrievalHead, users: Tensor, item: Tensor) -> Tensor:
         """[P]: against the other next items of the step, and those in memory.
 
-        One that is there several times counts as often. With the logQ correction (Yi et al., RecSys
-        2019, here on negatives alone) the sum over n of them stands for one over all items: item j
-        has the weight count_j / (n · share_j).
+        One that is there several times counts as often.
 
-        Vectors in memory take no gradient, so the step's own items are pushed away from users for
-        them too: their gradient from the sum is n / (those of the step) times as large, which in
-        expectation is that over all items. Without it items would be drawn to users only, and all
-        end in one place.
+        Vectors in memory take no gradient. Were they in the loss of the items too, each item would
+        be drawn to its users and hardly pushed from others, and all would end in one place. So with
+        a memory the users learn from the loss with it, and the items from that of the step alone.
         """
         own, place, counts = torch.unique(item, return_inverse=True, return_counts=True)
         vectors = head.item_vectors(self._codes(self.item_codes[own]))
         users = users * head.score_scale
+        if self.memory is None:
+            return self._told_apart(users, vectors, item, place, vectors, own, counts)
+
+        of_items = self._told_apart(users.detach(), vectors, item, place, vectors, own, counts)
+        self.memory.match_moments(vectors)
+        fixed = vectors.detach()
+        of_users = self._told_apart(
+            users,
+            fixed,
+            item,
+            place,
+            torch.cat([fixed, self.memory.vectors]),
+            torch.cat([own, self.memory.codes]),
+            torch.cat([counts, self.memory.counts]),
+        )
+        self.memory.keep_vectors(vectors, own, counts)
+        # the second part is 0, and has a gradient
+        return of_users + (of_items - of_items.detach())
+
+    def _told_apart(
+        self,
+        users: Tensor,
+        vectors: Tensor,
+        item: Tensor,
+        place: Tensor,
+        others: Tensor,
+        codes: Tensor,
+        times: Tensor,
+    ) -> Tensor:
+        """[P]: of next items, whose vectors are `vectors[place]`, against the `others`.
+
+        `codes` say which items these are, and `times` how often each counts. With the logQ
+        correction (Yi et al., RecSys 2019, here on negatives alone) the sum over n of them stands
+        for one over all items: item j has the weight count_j / (n · share_j).
+        """
         score = (users * vectors[place]).sum(1)
-
-        items, codes, times = vectors, own, counts
-        if self.memory is not None:
-            self.memory.match_moments(vectors)
-            codes = torch.cat([own, self.memory.codes])
-            times = torch.cat([counts, self.memory.counts])
-            pushing = scale_gradient(vectors, times.sum() / counts.sum())
-            items = torch.cat([pushing, self.memory.vectors])
-
         bias = times.to(users.dtype).log()
         if self.cfg.logq_correction:
             assert self.popularity is not None
             bias = bias - self.popularity[codes].log() - times.sum().to(users.dtype).log()
-        others = log_partition(users, items, bias, codes, item)
-
-        if self.memory is not None:
-            self.memory.keep_vectors(vectors, own, counts)
-        return torch.logaddexp(score, others) - score
+        total = log_partition(users, others, bias, codes, item)
+        return torch.logaddexp(score, total) - score
 
     def _codes(self, codes: Tensor) -> Tensor:
         """The items' codes; as in the history, a share of the ids is read as unknown."""
@@ -178,11 +198,6 @@ class NextItemLoss:
         ids, others = codes[:, :1], codes[:, 1:]
         dropped = torch.rand(ids.shape, device=ids.device) < self.id_dropout
         return torch.cat([ids.masked_fill(dropped, 0), others], dim=1)
-
-
-def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """x itself, with a gradient `factor` times as large."""
-    return x.detach() + factor * (x - x.detach())
 
 
 def draw_by_share(share: Tensor, shape: tuple[int, int]) -> Tensor:
