@@ -14,6 +14,7 @@ from benchmarks.serving.stage import TRIVIAL, Stage, replica_pids
 
 NUM_REQUESTS, WARM_UP, ROUNDS = 50_000, 1_000, 10
 LONGEST_HISTORY = 256
+CACHE_MB = 256  # full after 1,500 of these histories
 NUM_SWAPS = 100
 BYTES_PER_MB = 2**20
 START_MS = 1_767_500_000_000
@@ -24,7 +25,7 @@ def measure_cache(stage: Stage) -> dict[str, Any]:
     """Requests of as many distinct histories, short ones more often than long ones; counted and
     resident bytes after each tenth of them.
     """
-    url = stage.deploy(2)
+    url = stage.deploy(2, settings={"cache_mb": CACHE_MB})
     (pid,) = replica_pids("RankerReplica")
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))  # histories of this run alone
     num = int(stage.share * NUM_REQUESTS) // ROUNDS
@@ -41,6 +42,7 @@ def measure_cache(stage: Stage) -> dict[str, Any]:
     resident_mb = last["resident_mb"] - first["resident_mb"]
     return {
         "requests": ROUNDS * num,
+        "cache_mb": CACHE_MB,
         "counted_mb": round(counted_mb, 1),
         "resident_mb": round(resident_mb, 1),
         "resident_over_counted": round(resident_mb / counted_mb, 3),

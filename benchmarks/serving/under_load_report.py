@@ -143,8 +143,9 @@ def _loads(run: dict[str, Any]) -> list[str]:
     if "cache_memory" in run:
         figures = run["cache_memory"]
         lines.append(
-            f"- {figures['requests']:,} requests of distinct histories: {figures['counted_mb']:g} "
-            f"MiB counted in the cache, {figures['resident_mb']:g} MiB more resident "
+            f"- {figures['requests']:,} requests of distinct histories and a cache of "
+            f"{figures['cache_mb']} MiB: {figures['counted_mb']:g} MiB more counted in it, "
+            f"{figures['resident_mb']:g} MiB more resident "
             f"(x{figures['resident_over_counted']:g}), {figures['rows'][-1]['evictions']:,.0f} "
             "entries evicted."
         )
