@@ -87,6 +87,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tile_table, "tile_sizes", lambda *_, **__: AttentionTile(16, 16, 4, 1))
     monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 8)
     monkeypatch.setattr(tile_table, "SHORTEST_PART", 1)
+    monkeypatch.setattr(tile_table, "SHORTEST_KEY_PART", 1)
     # new tensors start as NaN, so that what is not written shows
     torch.use_deterministic_algorithms(True)
     yield
@@ -216,6 +217,11 @@ def test_narrow_heads_of_one_kernel_have_one_width(monkeypatch, widths, on_hoppe
         assert (problem.d_qk, problem.d_v) == expected
         assert [x.shape[2] for x in fit] == [expected[0], expected[0], expected[1]]
         assert not any(x[..., width:].any() for x, width in zip(fit[::2], widths, strict=True))
+
+
+def test_tiles_of_long_sequences_are_cut_into_fewer_parts():
+    programs = tile_table.split_programs
+    assert programs(40) == programs(8192) > programs(8193) == programs(2**20)
 
 
 def test_every_argument_of_a_kernel_is_named_once():

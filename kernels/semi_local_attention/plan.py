@@ -107,7 +107,7 @@ def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -
     """
     offsets, device = plan.seq_offsets, plan.seq_offsets.device
     num_sequences = len(offsets) - 1
-    num_parts = cdiv(tile_table.SPLIT_PROGRAMS, heads)
+    num_parts = cdiv(tile_table.split_programs(plan.max_seq_len), heads)
     capacity = _list_capacity(plan, keys, tile, num_parts)
 
     # the tiles first, so that their entries are aligned whatever the number of sequences
@@ -156,8 +156,8 @@ def _count_tiles(
         "KEYS": keys,
         "CACHED": plan.cached,
         "HEADS": heads,
-        "SPLIT_PROGRAMS": tile_table.SPLIT_PROGRAMS,
-        "SHORTEST_PART": tile_table.SHORTEST_PART,
+        "SPLIT_PROGRAMS": tile_table.split_programs(plan.max_seq_len),
+        "SHORTEST_PART": tile_table.SHORTEST_KEY_PART if keys else tile_table.SHORTEST_PART,
         "BLOCK_B": COUNTED,
     }
     launch(

@@ -6,8 +6,13 @@ Nothing here needs Triton or a GPU.
 from dataclasses import dataclass
 
 # Tiles are cut so that the cut ones give about two waves of two programs on 132 multiprocessors.
+# Those of long sequences have so many blocks that fewer parts, each a sum to write and to add, pay.
 SPLIT_PROGRAMS = 576
-SHORTEST_PART = 8  # blocks: below, writing and adding a partial sum costs more than it hides
+SPLIT_PROGRAMS_LONG = 384
+LONG_SEQUENCE = 8192
+# Blocks of a part: below, writing and adding a partial sum costs more than it hides.
+SHORTEST_PART = 8
+SHORTEST_KEY_PART = 16  # a part of a key tile writes two sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,11 @@ class AttentionTile:
     keys: int
     warps: int
     stages: int
+
+
+def split_programs(max_seq_len: int) -> int:
+    """Programs that the cut tiles of a batch should give, over all heads."""
+    return SPLIT_PROGRAMS_LONG if max_seq_len > LONG_SEQUENCE else SPLIT_PROGRAMS
 
 
 def tile_sizes(
