@@ -133,7 +133,7 @@ def check_training(steps: int = 5) -> str | None:
     )
 
 
-def check_graphs(settings: dict[str, Any]) -> str | None:
+def check_graphs(settings: dict[str, Any], precision: str = "bf16") -> str | None:
     """Steps replayed from CUDA graphs train bit for bit as the same steps launched one by one."""
     torch.use_deterministic_algorithms(False)
     cfg = model_config({**settings, "dropout": 0.1}, 3, 2, 64)
@@ -147,7 +147,8 @@ def check_graphs(settings: dict[str, Any]) -> str | None:
     found = []
     for graphs in ("on", "off"):
         torch.manual_seed(0)
-        of_graphs = replace(cfg, train=replace(cfg.train, cuda_graphs=graphs))
+        train = replace(cfg.train, cuda_graphs=graphs, precision=precision)
+        of_graphs = replace(cfg, train=train)
         trainee = Trainee(of_graphs, vocabulary(cfg), DEVICE, rank=0, world_size=1)
         sums = [torch.cat(trainee.step(batches[i % 3], i, 100)) for i in range(7)]
         found.append(trainee.tensors() | {"sums": torch.stack(sums)})
@@ -234,7 +235,8 @@ def model_checks() -> list[Check]:
     ]
     views: list[Check] = [(check_target_view, view, 8, 1024, 64) for view in ("covering", "exact")]
     merged = {"encoder": "hstu_merged", "attention": {"window": None}, "relative_bias": True}
-    graphs: list[Check] = [(check_graphs, SEMI_LOCAL), (check_graphs, merged)]
+    graphs: list[Check] = [(check_graphs, SEMI_LOCAL), (check_graphs, SEMI_LOCAL, "fp32")]
+    graphs.append((check_graphs, merged))
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
     steps += graphs
     return [*models, *views, *steps, (check_compilations,)]

@@ -65,7 +65,7 @@ class StepGraph:
 
     graph: torch.cuda.CUDAGraph
     packed: Packed  # the batch
-    batch: SequenceBatch  # of views of it; its lengths on the host are those of the first batch
+    batch: SequenceBatch  # of views of it
     loss: Tensor
     weight: Tensor
     table_grads: dict[str, Tensor]  # sparse
@@ -157,4 +157,5 @@ class StepGraphs:
         for name, table in self.tables.items():
             assert table.grad is not None
             table_grads[name] = table.grad
-        return StepGraph(graph, own, views, loss, weight, table_grads)
+        # without what lies on the host: pinned memory, and of no use any more
+        return StepGraph(graph, own, replace(views, host=None), loss, weight, table_grads)
