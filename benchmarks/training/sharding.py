@@ -52,6 +52,7 @@ from pipeline.train.trainee import Trainee
 
 ROOT = Path(__file__).parents[1]
 ITEM_DIM = 128
+SMALL_ITEMS = 100_000
 SHARDED = {"item_id": "sharded"}
 ALL_SHARDED = {"default": "sharded"}
 
@@ -167,7 +168,6 @@ def parity(ranks: Ranks) -> dict[str, Any]:
 
     whole, sharded, again = losses(), losses(tables=ALL_SHARDED), losses(tables=ALL_SHARDED)
     half = losses(tables=ALL_SHARDED, bf16_tables=("item_id",))
-    graphed = whole if ranks.device == "cpu" else losses(cuda_graphs="on")
     one = ranks.alone(
         lambda: [line["train/loss"] for line in run(cfg, sizes, ranks, alone=True)[0]]
     )
@@ -181,12 +181,21 @@ def parity(ranks: Ranks) -> dict[str, Any]:
     return {
         "sharded_from_whole": furthest(sharded, whole),
         "sharded_from_one_rank": furthest(sharded, one) if ranks.rank == 0 else None,
-        "graphs_from_whole": None if ranks.device == "cpu" else furthest(graphed, whole),
         "two_runs_equal": sharded == again,
         "host_state_equal": ranks.all(all(torch.equal(a, b) for a, b in zip(*blocks, strict=True))),
         "bf16_rows_from_float32": furthest(half, sharded),
         "loss": [sharded[0], sharded[-1]],
     }
+
+
+def graphs_apart(ranks: Ranks) -> dict[str, Any]:
+    """All ranks, their steps CUDA graphs, against steps launched kernel by kernel."""
+    cfg, sizes = small_run(ranks, items=997)
+    losses = []
+    for setting in ("off", "on"):
+        lines, _ = run(with_train(cfg, cuda_graphs=setting), sizes, ranks)
+        losses.append([line["train/loss"] for line in lines])
+    return {"furthest": max(abs(a - b) for a, b in zip(*losses, strict=True))}
 
 
 HOST = ((), ("item_id", "item.tag", "user.age", "request.tab"))
@@ -312,6 +321,11 @@ def cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
         yield from load_cases(options, ranks)
     if "host" in options.only and ranks.size > 1:
         yield from host_cases(options, ranks)
+    if "graphs" in options.only and ranks.size > 1 and ranks.device != "cpu":
+        cfg = with_train(made_config(options, ranks), cuda_graphs="on")
+        sizes = made_sizes(options, SMALL_ITEMS)
+        name = "all ranks, small table replicated, CUDA graphs"
+        yield name, lambda: speed(cfg, sizes, ranks)
 
 
 def made_config(options: argparse.Namespace, ranks: Ranks) -> RunConfig:
@@ -336,10 +350,9 @@ def items_of(table_gb: float) -> int:
 
 
 def small_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
-    cfg, sizes = made_config(options, ranks), made_sizes(options, 100_000)
+    cfg, sizes = made_config(options, ranks), made_sizes(options, SMALL_ITEMS)
     sharded, launched = with_train(cfg, tables=SHARDED), with_train(cfg, cuda_graphs="off")
-    graphed, on_gpu = with_train(cfg, cuda_graphs="on"), ranks.device != "cpu"
-    if on_gpu:
+    if ranks.device != "cpu":
         yield (
             "1 rank, small table, no CUDA graph",
             lambda: ranks.alone(lambda: speed(launched, sizes, ranks, alone=True)),
@@ -349,9 +362,6 @@ def small_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
         yield "all ranks, small table, each for itself", lambda: speed_apart(cfg, sizes, ranks)
         yield "all ranks, small table replicated", lambda: speed(cfg, sizes, ranks)
         yield "all ranks, small table sharded", lambda: speed(sharded, sizes, ranks)
-    if ranks.size > 1 and on_gpu:
-        name = "all ranks, small table replicated, CUDA graphs"
-        yield name, lambda: speed(graphed, sizes, ranks)
 
 
 def table_cases(options: argparse.Namespace, table_gb: float, ranks: Ranks) -> Iterator[Case]:
@@ -375,7 +385,7 @@ def host_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
     yield name, lambda: speed(cfg, sizes, ranks)
 
 
-PARTS = ["parity", "resume", "loader", "loads", "speed", "host"]
+PARTS = ["parity", "resume", "loader", "loads", "speed", "host", "graphs"]
 TINY = {
     "events": 2048,
     "length": 64,
@@ -445,6 +455,8 @@ def main() -> None:
             print(name, json.dumps(numbers), flush=True)
 
     checks = {"parity": parity, "resume": lambda ranks: resume(ranks, options.resume_gb)}
+    if ranks.size > 1 and ranks.device != "cpu":
+        checks["graphs"] = graphs_apart
     for name, check in checks.items():
         if name in options.only:
             found[name] = check(ranks)
