@@ -19,6 +19,7 @@ from benchmarks.quality import (
     long_histories,
     number_formats,
     retrieval_report,
+    study_report,
 )
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
@@ -104,6 +105,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         *runs_read("day_by_day_differences"),
     ),
     "long histories": lambda: long_histories.section(RUNS / "long_histories.jsonl"),
+    "scaling studies": lambda: study_report.section(study_report.read_studies()),
     "retrieval": retrieval_report.measured_section,
     "feeding": lambda: feeding.section(*runs_read("feeding")),
     "cpu_step": lambda: cpu_step.section(*runs_read("cpu_step")),

@@ -97,6 +97,10 @@ def run(
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, config.UserError) else 1)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def require_task(tasks: Sequence[str], task: str | None) -> None:

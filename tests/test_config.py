@@ -193,6 +193,13 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_ctrl_c_ends_a_job_in_one_line():
+    job = "from jobs import cli\ndef main(job): raise KeyboardInterrupt\ncli.run('A job.', main)"
+    command = [sys.executable, "-c", job, "--config", "configs/demo.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
 def test_a_job_runs_its_main():
     done = run_job("--config", "configs/demo.yaml", "--set", "name=other")
     assert (done.returncode, done.stdout, done.stderr) == (0, "ran other\n", "")

@@ -1,4 +1,4 @@
-"""The picture of docs/guide/scaling.md, from the figures of the smallest study.
+"""The pictures of studies in docs/guide/scaling.md, from the figures in benchmarks/runs/study_*.json.
 
 python docs/images/study.py
 """
@@ -7,11 +7,19 @@ import json
 from pathlib import Path
 
 from pipeline.evaluate.page_parts import png_bytes
-from pipeline.study.page import draw_laws
+from pipeline.study.page import draw_fronts, draw_laws, draw_slopes
 
 HERE = Path(__file__).parent
-RUN = HERE.parents[1] / "benchmarks" / "runs" / "study_smallest.json"
+RUNS = HERE.parents[1] / "benchmarks" / "runs"
 
 if __name__ == "__main__":
-    figures = json.loads(RUN.read_text())["figures"]
-    (HERE / "study_laws.png").write_bytes(png_bytes(draw_laws(figures)))
+    for run in sorted(RUNS.glob("study_*.json")):
+        figures = json.loads(run.read_text())["figures"]
+        if run.stem == "study_smallest":
+            (HERE / "study_laws.png").write_bytes(png_bytes(draw_laws(figures)))
+            continue
+        pictures = {"slopes": draw_slopes, "fronts": draw_fronts}
+        if figures["laws"]:
+            pictures["laws"] = draw_laws
+        for name, draw in pictures.items():
+            (HERE / f"{run.stem}_{name}.png").write_bytes(png_bytes(draw(figures)))

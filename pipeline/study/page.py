@@ -134,7 +134,7 @@ def _ratio_lines(figures: Figures) -> list[str]:
                 )
                 continue
             lines.append(
-                f"{what}: {_interval_text(entry['ratio'], '.1f')} times the NE gain for a GFLOP "
+                f"{what}: {interval_text(entry['ratio'], '.1f')} times the NE gain for a GFLOP "
                 f"(paper: {paper} on its own data)."
             )
     return lines
@@ -148,7 +148,7 @@ def _next_lines(figures: Figures) -> list[str]:
         parts = []
         for law in figures["laws"]:
             if (law["encoder"], law["length"]) == (encoder, longest):
-                gain = _interval_text(law["power"]["gain_of_doubling"], ".4f")
+                gain = interval_text(law["power"]["gain_of_doubling"], ".4f")
                 parts.append(f"twice the training FLOP in a larger model would give {gain} of NE")
         length_gain = _gain_of_length(figures, encoder)
         if length_gain is not None:
@@ -156,7 +156,7 @@ def _next_lines(figures: Figures) -> list[str]:
             parts.append(f"the last step of length, {shorter} to {longest}, gave {gain:.4f}")
         less = figures["data"]["less"].get(encoder)
         if less is not None:
-            lost = _interval_text(less["lost"], ".4f")
+            lost = interval_text(less["lost"], ".4f")
             parts.append(f"{less['share']:.0%} of the data costs {lost}")
         if parts:
             lines.append(f"{html.escape(encoder)}, largest size: " + "; ".join(parts) + ".")
@@ -179,7 +179,7 @@ def _point_words(point: Figures) -> str:
     return f"{html.escape(point['encoder'])} {html.escape(point['size'])} at {point['length']} rows"
 
 
-def _interval_text(found: Figures | None, form: str) -> str:
+def interval_text(found: Figures | None, form: str) -> str:
     """`0.012 (0.008 to 0.015)`"""
     if found is None or found["value"] is None:
         return "–"
@@ -207,8 +207,8 @@ def _slope_table(figures: Figures) -> str:
                 [
                     words,
                     html.escape(encoder),
-                    _interval_text(entry["slope"], ".3g"),
-                    "1" if is_base else _interval_text(entry["ratio"], ".2f"),
+                    interval_text(entry["slope"], ".3g"),
+                    "1" if is_base else interval_text(entry["ratio"], ".2f"),
                     "" if is_base or paper is None else f"{paper}",
                 ]
             )
@@ -228,9 +228,9 @@ def _prediction_table(figures: Figures) -> str:
         rows.append(
             [
                 html.escape(name),
-                _interval_text(entry["log"], ".4f"),
-                _interval_text(entry["power"], ".4f"),
-                _interval_text(entry["measured"], ".4f"),
+                interval_text(entry["log"], ".4f"),
+                interval_text(entry["power"], ".4f"),
+                interval_text(entry["measured"], ".4f"),
                 number_text(entry.get("log_error"), "+.4f"),
                 number_text(entry.get("power_error"), "+.4f"),
                 html.escape(str(entry["made"])),
@@ -250,10 +250,10 @@ def _law_table(figures: Figures) -> str:
                 f"{html.escape(law['encoder'])}, {law['length']}",
                 f"{law['sizes']}",
                 f"{law['decades']:.1f}",
-                _interval_text(law["log"]["b"], ".4f"),
-                _interval_text(power["a"], ".3f"),
-                _interval_text(power["c"], ".2f"),
-                _interval_text(power["gain_of_doubling"], ".4f"),
+                interval_text(law["log"]["b"], ".4f"),
+                interval_text(power["a"], ".3f"),
+                interval_text(power["c"], ".2f"),
+                interval_text(power["gain_of_doubling"], ".4f"),
             ]
         )
         if law["sizes"] < WANTED_SIZES or law["decades"] < WANTED_DECADES:
@@ -287,8 +287,8 @@ def _data_part(figures: Figures) -> str:
     less = []
     for encoder, entry in figures["data"]["less"].items():
         share = f"{entry['share']:.0%}"
-        row = [html.escape(encoder), share, _interval_text(entry["ne"], ".4f")]
-        less.append([*row, _interval_text(entry["lost"], "+.4f")])
+        row = [html.escape(encoder), share, interval_text(entry["ne"], ".4f")]
+        less.append([*row, interval_text(entry["lost"], "+.4f")])
     if less:
         text += html_table(["largest size", "trained on", "NE", "NE above that of all"], less)
     return text
@@ -327,7 +327,7 @@ def _points_table(figures: Figures) -> str:
                 number_text(point["infer_gflop"], ".3g"),
                 number_text(point["train_seconds"], ",.1f"),
                 number_text(point["score_ms_per_item"], ".3g"),
-                _interval_text(point["ne"], ".4f"),
+                interval_text(point["ne"], ".4f"),
                 auc,
                 number_text(reached, ".1%"),
             ]

@@ -1,0 +1,142 @@
+"""The section "Scaling studies" of RESULTS.md, from the figures of each study.
+
+    python -m benchmarks.quality.study_report runs/drifting-study/figures.json --name drifting \\
+        --machine "NVIDIA H200, 14 processes"       # → benchmarks/runs/study_drifting.json
+    python docs/images/study.py                     # its pictures
+    python -m benchmarks.results "scaling studies"
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RUNS, read_run, table, write_run
+from pipeline.evaluate.page_parts import number_text
+from pipeline.study.figures import COSTS, share_reached
+from pipeline.study.page import PAPER, interval_text
+
+Figures = dict[str, Any]
+FULL_SIZE = ("drifting", "ml_1m", "chains")
+WORDS = "`python -m jobs.scaling_study` and `python -m benchmarks.quality.study_points`"
+
+
+def section(studies: Sequence[Figures]) -> str:
+    """Of the runs that `main` has written, in the order in which they are to stand."""
+    parts = [
+        f"""## Scaling studies
+
+{WORDS}: encoders, sizes and lengths of history, each a training ([guide](../docs/guide/scaling.md)).
+Intervals hold 95 % of the draws of users, and of seeds where there are several. FLOP are analytic.
+Bold: no other point of the study beats it in AUC and inference FLOP."""
+    ]
+    parts += [_study_part(study) for study in studies]
+    return "\n\n".join(parts)
+
+
+def _study_part(study: Figures) -> str:
+    figures = study["figures"]
+    seeds = len(figures["seeds"])
+    title = f"### {figures['name']}: {seeds} seed{'s' if seeds > 1 else ''} a point"
+    rows = f"{figures['rows']:,} rows of {figures['users']:,} users, {figures['split']}"
+    machine = study["environment"]["device"]
+    text = [title, f"`{study['command']}`, {machine}. {rows}, task {figures['task']}."]
+    if figures["reachable"] is not None:
+        text.append(_reachable_words(figures["reachable"]))
+    text += [_point_table(figures), _slope_table(figures)]
+    if figures["predictions"]:
+        text.append(_prediction_table(figures))
+    return "\n\n".join(text)
+
+
+def _reachable_words(reachable: dict[str, Figures]) -> str:
+    parts = []
+    for length, best in reachable.items():
+        rows = "the whole history" if length == "all" else f"{length} rows"
+        parts.append(f"{best['auc']:.4f} from {rows}")
+    return f"The best AUC that anybody could have: {', '.join(parts)}."
+
+
+def _point_table(figures: Figures) -> str:
+    front = [tuple(key) for key in figures["fronts"]["infer_gflop"]]
+    rows = []
+    for point in figures["points"]:
+        key = point["encoder"], point["size"], point["length"]
+        share = point["data_share"]
+        auc = f"{point['auc']:.4f}"
+        if share == 1.0 and key in front:
+            auc = f"**{auc}**"
+        size = point["size"] if share == 1.0 else f"{point['size']}, {share:.0%} of the data"
+        rows.append(
+            [
+                f"{point['encoder']} {size}",
+                f"{point['length']}",
+                f"{point['seeds']}",
+                interval_text(point["ne"], ".4f"),
+                auc,
+                number_text(share_reached(figures, point), ".0%"),
+                f"{1000 * point['train_gflop']:.3g} / {1000 * point['infer_gflop']:.3g}",
+            ]
+        )
+    head = ["", "length", "seeds", "NE", "AUC", "of the reachable"]
+    return table([*head, "MFLOP an item, training / inference"], rows)
+
+
+def _slope_table(figures: Figures) -> str:
+    """NE gain per GFLOP, and over the baseline's."""
+    rows = []
+    for cost in PAPER:
+        for encoder, entry in figures["slopes"][cost].items():
+            is_base = encoder == figures["baseline"]
+            ratio = "1" if is_base else interval_text(entry["ratio"], ".1f")
+            rows.append([COSTS[cost], encoder, interval_text(entry["slope"], ".3g"), ratio])
+    head = ["", "encoder", "NE gain per unit", f"over {figures['baseline']}"]
+    return table(head, rows)
+
+
+def _prediction_table(figures: Figures) -> str:
+    rows = []
+    for name, entry in figures["predictions"].items():
+        rows.append(
+            [
+                name,
+                interval_text(entry["log"], ".4f"),
+                interval_text(entry["power"], ".4f"),
+                interval_text(entry["measured"], ".4f"),
+                number_text(entry.get("log_error"), "+.4f"),
+                number_text(entry.get("power_error"), "+.4f"),
+            ]
+        )
+    head = [f"NE of {figures['sizes'][-1]}", "a + b ln C", "a + b C^-c", "measured"]
+    return table([*head, "error of ln", "error of the power"], rows)
+
+
+def read_studies() -> list[Figures]:
+    """Runs of the studies at full size; where there is none, of the smallest form."""
+    paths = [RUNS / f"study_{name}.json" for name in FULL_SIZE]
+    measured = [path for path in paths if path.exists()]
+    return [read_run(path) for path in measured or [RUNS / "study_smallest.json"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("figures", type=Path, help="figures.json of a study's folder")
+    parser.add_argument("--name", required=True, help="of the run: benchmarks/runs/study_NAME.json")
+    parser.add_argument("--machine", required=True, help="on which the points were run")
+    parser.add_argument(
+        "--command", default="python -m benchmarks.quality.study_points", help="that ran the points"
+    )
+    options = parser.parse_args()
+    run = {
+        "command": options.command,
+        "environment": {"device": options.machine},
+        "figures": json.loads(options.figures.read_text()),
+    }
+    path = RUNS / f"study_{options.name}.json"
+    write_run(path, run)
+    print(f"written={path}")
+
+
+if __name__ == "__main__":
+    main()
