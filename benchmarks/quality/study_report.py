@@ -27,9 +27,10 @@ def section(studies: Sequence[Figures]) -> str:
     parts = [
         f"""## Scaling studies
 
-{WORDS}: encoders, sizes and lengths of history, each a training ([guide](../docs/guide/scaling.md)).
-Intervals hold 95 % of the draws of users, and of seeds where there are several. FLOP are analytic.
-Bold: no other point of the study beats it in AUC and inference FLOP."""
+{WORDS}:
+encoders, sizes and lengths of history, each a training ([guide](../docs/guide/scaling.md)).
+Intervals hold 95 % of the draws of users, and of seeds where there are several. FLOP are
+analytic. Bold: no other point of the study beats it in AUC and inference FLOP."""
     ]
     parts += [_study_part(study) for study in studies]
     return "\n\n".join(parts)

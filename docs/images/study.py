@@ -1,4 +1,4 @@
-"""The pictures of studies in docs/guide/scaling.md, from the figures in benchmarks/runs/study_*.json.
+"""The pictures of studies in docs/guide/scaling.md, from benchmarks/runs/study_*.json.
 
 python docs/images/study.py
 """
