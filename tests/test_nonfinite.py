@@ -203,7 +203,7 @@ def test_layer() -> None:
         leaf = x.clone().requires_grad_()
         mask = sequences.mask_tensors, shape.window, shape.full_rows, shape.prefix
         plan = triton_plan(len(x), sequences.seq_offsets, sequences.max_seq_len, *mask)
-        out = FusedLayer.apply(leaf, *weights, shape, plan, 0.0, 0)
+        out = FusedLayer.apply(leaf, *weights, shape, plan, 0.0, None)
         out.backward(grad)
         assert leaf.grad is not None
         return [out.detach(), leaf.grad]
