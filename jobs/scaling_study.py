@@ -21,6 +21,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="forget the study of this name, with its points"
     )
+    parser.add_argument(
+        "--report-only", action="store_true", help="the page of the points so far; run nothing"
+    )
     parser.add_argument("--no-tracking", action="store_true", help="files only, no MLflow")
 
 
@@ -39,8 +42,14 @@ def run_job(job: cli.Job) -> None:
     from pipeline.train import supervision
 
     opening.check_study(base, points)
-    running.check_room(base)
     own = plans.study_config(base)
+    if job.options.report_only:
+        figures = study_figures(base, plan, {})
+        print(page.console_table(figures))
+        print(f"page={page.write_study(own.run_dir, figures)}")
+        return
+
+    running.check_room(base)
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
         if job.options.restart:
