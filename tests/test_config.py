@@ -142,6 +142,15 @@ def test_set_replaces_one_value_and_creates_sections():
     assert cfg.train.batch_users == config.load(DEMO).train.batch_users
 
 
+def test_on_and_off_need_no_quotes():
+    """YAML reads them as true and false."""
+    for written, meant in (("off", "off"), ("on", "on"), ("'off'", "off"), ("auto", "auto")):
+        cfg = config.load(DEMO, [f"train.cuda_graphs={written}", f"serve.page={written}"])
+        assert (cfg.train.cuda_graphs, cfg.serve.page) == (meant, meant)
+    with pytest.raises(ConfigError, match="precision"):
+        config.load(DEMO, ["train.precision=off"])
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_presets_survive_a_round_trip(preset, tmp_path):
     cfg = config.load(preset)

@@ -173,6 +173,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert(_choose_hint(args, value), value, path)
 
     if origin is Literal:
+        # YAML 1.1 reads an unquoted on and off as true and false
+        switch = {True: "on", False: "off"}
+        if isinstance(value, bool) and switch[value] in args:
+            value = switch[value]
         require(value in args, path, value, f"one of {list(args)}")
         return value
 
