@@ -24,7 +24,16 @@ from benchmarks.quality import (
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
 from benchmarks.serving import gpu_replica, peeking, ranker, recommend, under_load_report
-from benchmarks.training import collate, cpu_step, feeding, load_balance, model, reading, sharding
+from benchmarks.training import (
+    collate,
+    cpu_step,
+    feeding,
+    load_balance,
+    model,
+    reading,
+    real_loop,
+    sharding,
+)
 
 ENCODERS = ("ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din")
 ABLATION = (
@@ -97,7 +106,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "layer": lambda: layer_report.section(*runs_read("layer_h100")),
     "ranker": lambda: ranker.section(runs_read("ranker_cpu", "ranker_h100")),
     "formats": lambda: number_formats.section(runs_read("formats_h100", "formats_cpu")),
-    "model": lambda: model.section(*runs_read("model_h100")),
+    "model": lambda: model.section(*runs_read("model_h200", "model_h100")),
+    "real_loop": lambda: real_loop.section(*runs_read("real_loop")),
     "quality": encoders,
     "ablation": ablation,
     "day by day": lambda: day_by_day_report.section(
@@ -115,6 +125,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         runs_read(
             "sharding_h200_equal",
             "sharding_h200_parity",
+            "sharding_h200_now",
             "sharding_h200",
             "sharding_h200_large_steps",
         )

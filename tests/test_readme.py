@@ -89,7 +89,7 @@ def expected_numbers() -> dict[str, list[str]]:
     ours = attention["ours"]["semi-local 16384"]["forward_ms"]
     theirs = attention["softmax"]["cuDNN causal 16384"]["forward_ms"]
 
-    whole = measured("model_h100.json")
+    whole = measured("model_h200.json")
     causal_ms = whole["models"]["HSTU, merged"]["16384"]["train_ms"]
     times = causal_ms / whole["models"]["ULTRA-HSTU, FP8"]["16384"]["train_ms"]
 

@@ -165,7 +165,8 @@ def times(found: dict[str, Any]) -> Iterator[str]:
         f"{sizes['layers']} layers, "
         f"d = {sizes['heads'] * sizes['width']}, item rows of {ITEM_DIM}, medians of the lines of "
         f"{sizes['steps']} "
-        "steps of the training loop:"
+        "steps of the training loop" + (f" ({found['note']}):" if "note" in found else ":")
+        # what is to be known of a run, written into its file by hand
     )
     yield summary(found)
 
