@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.full_softmax.torch_chunked import chunked_log_partition
 from pipeline.config import ConfigError, RetrievalConfig
 from pipeline.train.alignment import contrast, partners
-from pipeline.train.log_partition import log_partition
 from pipeline.train.memory import EPS, CrossBatchMemory, MomentFilter, move_moments
 from pipeline.train.next_item import NextItemLoss, draw_by_share
 from tests.worlds.model import make_config, make_maps
@@ -145,7 +145,7 @@ def test_draws_follow_their_shares() -> None:
 def test_a_sum_over_nothing_has_no_gradient() -> None:
     users, items = unit_vectors(2, 1).requires_grad_(), unit_vectors(1, 2).requires_grad_()
     codes, own = torch.tensor([6]), torch.tensor([6, 5])
-    total = log_partition(users, items, None, codes, own)
+    total = chunked_log_partition(users, items, None, codes, own)
     assert total[0] == -torch.inf
     torch.testing.assert_close(total[1], users[1] @ items[0])
 

@@ -25,7 +25,6 @@ from pipeline.model.ranker import RankingModel
 from pipeline.model.work import count_work
 from pipeline.sequences import store
 from pipeline.train import loop
-from pipeline.train.log_partition import log_partition
 from pipeline.train.next_item import NextItemLoss
 from pipeline.train.trainee import Trainee
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -218,22 +217,6 @@ def test_the_full_softmax_is_cross_entropy_over_the_items_of_training(
     expected = (losses * batch.next_weight).sum().view(1)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(weight, batch.next_weight.sum().view(1))
-
-
-def test_the_log_partition_in_chunks_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.train.log_partition.MOST_SCORES", 30)  # 4 items at a time
-    generator = torch.Generator().manual_seed(0)
-    users, items, factor = (
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for shape in ((7, 5), (11, 5), (7,))
-    )
-    total = log_partition(users, items)
-    whole = torch.logsumexp(users @ items.T, dim=1)
-    torch.testing.assert_close(total, whole)
-
-    found = torch.autograd.grad((total * factor).sum(), [users, items])
-    expected = torch.autograd.grad((whole * factor).sum(), [users, items])
-    torch.testing.assert_close(found, expected)
 
 
 class Repeated:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.retrieval_merge import merge_lines
-from benchmarks.quality.retrieval_report import measured_section
+from benchmarks.quality.retrieval_report import measured_section, softmax_part
 from benchmarks.report import write_run
 
 QUALITY = {"hr_10": 0.3, "hr_50": 0.5, "mrr": 0.1, "coverage_10": 0.4, "seconds": 9.0}
@@ -71,6 +71,14 @@ def test_each_part_shows_what_was_measured(tmp_path: Path) -> None:
     assert "| ranking alone | 1 | 0.7511 | 0.8000 |" in section
     assert "| full, float32 | ours | 12.35 | 0.500 | 1e-06 |" in section
     assert "| full, float32 | PyTorch | not timed |  | 5e-01 |" in section
+    assert "before the kernel was moved" not in section
+
+
+def test_figures_of_the_kernel_before_it_was_the_products_say_so() -> None:
+    softmax = {"machine": {"device": "a GPU", "torch": "2", "triton": "3"}}
+    numbers = {"error": 1e-6, "ms": 12.345, "peak_gb": 0.5, "items": 9}
+    softmax["full, float32"] = {"ours": numbers, "Triton cross entropy, TF32": numbers}
+    assert "before the kernel was moved" in softmax_part(softmax)
 
 
 def test_what_is_not_measured_has_no_part(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Losses of a next item on one GPU: time, memory and accuracy beside PyTorch and a Triton cross
-entropy.
+"""Losses of a next item on one GPU: time, memory and accuracy beside PyTorch and, of the sampled
+one, a Triton cross entropy.
 
     python -m benchmarks.kernels.softmax --out benchmarks/runs/retrieval_softmax.json
     TRITON_INTERPRET=1 python -m benchmarks.kernels.softmax --smoke   # without a GPU: parity alone
@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu import DEVICE, Timer, randint, randn, versions
-from benchmarks.kernels.softmax_peers import FullPartition, IndexedLoss
+from benchmarks.kernels.softmax_peers import IndexedLoss
 from benchmarks.report import write_run
 from kernels.backend import INTERPRETED, Backend
+from kernels.full_softmax.op import log_partition
+from kernels.full_softmax.torch_chunked import chunked_log_partition
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
-from pipeline.train.log_partition import log_partition
 
 SCALE = 20.0  # 1 / temperature
 MOST_ERROR = 5e-3  # of a gradient, relative to its norm: TF32 with scores up to `SCALE`
@@ -61,6 +62,10 @@ def full_by(partition: Callable[[Tensor, Tensor], Tensor]) -> Loss:
     return loss
 
 
+def full_by_triton(users: Tensor, items: Tensor) -> Tensor:
+    return log_partition(users, items, tf32=True, backend="triton")
+
+
 def full_by_pytorch(users: Tensor, items: Tensor, positives: Tensor, _: Tensor) -> Tensor:
     user, item = F.normalize(users, dim=1) * SCALE, F.normalize(items, dim=1)
     return F.cross_entropy(user @ item.T, positives)
@@ -74,11 +79,11 @@ FORMS: dict[str, dict[str, tuple[Loss, str]]] = {
         "Triton cross entropy": (sampled_by_peer, "highest"),
     },
     "full": {
-        "ours": (full_by(log_partition), "highest"),
-        "ours, TF32": (full_by(log_partition), "high"),
+        "ours, TF32": (full_by(full_by_triton), "high"),
+        "chunked PyTorch": (full_by(chunked_log_partition), "highest"),
+        "chunked PyTorch, TF32": (full_by(chunked_log_partition), "high"),
         "PyTorch": (full_by_pytorch, "highest"),
         "PyTorch, TF32": (full_by_pytorch, "high"),
-        "Triton cross entropy, TF32": (full_by(FullPartition.apply), "highest"),
     },
 }
 

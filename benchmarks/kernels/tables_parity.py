@@ -8,12 +8,16 @@ from torch import Tensor
 from benchmarks.gpu import DEVICE, Check, no_waiting, offsets_of, randint, randn
 from benchmarks.kernels.accuracy import find_stray
 from kernels.backend import Backend
+from kernels.full_softmax.op import log_partition
 from kernels.int4_embedding.op import look_up, quantize
 from kernels.int4_embedding.reference import quantize_reference
 from kernels.jagged.op import concatenate_sequences, split_sequences, truncate_tail
 from kernels.rowwise_adamw.op import rowwise_adamw
 from kernels.rowwise_adamw.types import Hyper
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
+
+# relative to a result's norm: a product keeps 10 bits, and scores of 20 magnify that
+MOST_TF32_ERROR = 5e-3
 
 
 def check_jagged(
@@ -180,6 +184,35 @@ def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str |
     return find_stray(fast, plain, truth, num_terms=uses_of_an_item, floor=2**-23 / 0.05)
 
 
+def check_full_softmax(sizes: tuple[int, int, int]) -> str | None:
+    """The mean loss against all items, of unit vectors with scores up to 20 as in training, and its
+    gradients: two runs alike, and TF32's distance from float64.
+    """
+    num_positions, num_items, dim = sizes
+    users, items = randn(num_positions, dim), randn(num_items, dim, seed=1)
+    positives = randint(num_items, num_positions)
+
+    def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (users, items)]
+        user, item = (torch.nn.functional.normalize(x, dim=1) for x in leaves)
+        user = user * 20
+        with no_waiting(backend):
+            total = log_partition(user, item, tf32=True, backend=backend)
+            loss = (total - (user * item[positives]).sum(1)).mean()
+            grads = torch.autograd.grad(loss, leaves)
+        return [loss.detach(), *grads]
+
+    fast, again = run(torch.float32, "triton"), run(torch.float32, "triton")
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    truth = run(torch.float64, "reference")
+    for i, (got, expected) in enumerate(zip(fast, truth, strict=True)):
+        error = ((got.double() - expected).norm() / expected.norm().clamp(min=1e-3)).item()
+        if not error <= MOST_TF32_ERROR:
+            return f"output {i}: error {error:.1e}, allowed {MOST_TF32_ERROR:.1e}"
+    return None
+
+
 def parity_checks() -> list[Check]:
     checks: list[Check] = []
     many = [3, 0, 1, 200, 64] * 50
@@ -203,6 +236,9 @@ def parity_checks() -> list[Check]:
         (300, 77, 33, 256),
     ):
         checks += [(check_softmax, sizes, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for sizes in ((1, 1, 1), (63, 5, 50), (257, 1000, 64), (1000, 40_000, 64), (300, 77, 200)):
+        checks.append((check_full_softmax, sizes))
+    checks.append((check_full_softmax, (300, 77, 512)))
     return checks
 
 
@@ -214,4 +250,5 @@ def smoke_checks() -> list[Check]:
         (check_adamw, "few", 30, 16, True),
         (check_host_moments, 30, 16, torch.bfloat16),
         (check_softmax, (5, 9, 4, 8), torch.float32),
+        (check_full_softmax, (5, 9, 8)),
     ]

@@ -41,6 +41,9 @@ JOINT = {
     "joint": "both",
     "joint_light": "both, a next item's loss × 0.1",
 }
+BEFORE_THE_MOVE = """The figures of `full` are from before the kernel was moved into the product:
+`Triton cross entropy, TF32` is the kernel that training takes now on a GPU where TF32 is allowed
+(kernels/full_softmax), and `ours` the PyTorch by chunks that it takes elsewhere."""
 TASKS = ("is_click", "long_view", "is_like", "is_profile_enter")
 
 
@@ -225,13 +228,16 @@ def _joint_table(runs: Sequence[Figures]) -> str:
 
 def softmax_part(softmax: Figures) -> str:
     machine = softmax["machine"]
+    moved = ""
+    if "Triton cross entropy, TF32" in softmax.get("full, float32", {}):
+        moved = f"\n{BEFORE_THE_MOVE}\n"
     return f"""### Losses of a next item
 
 65,536 next items of width 64 and 100,000 items, forward and backward, on one {machine["device"]}
 (torch {machine["torch"]}, triton {machine["triton"]}). `sampled`: 512 negatives each. The Triton
-cross entropies are ours after CCE− and cut cross entropy (benchmarks/kernels/softmax_peers.py). The
-error is that of the loss and its gradients against float64, relative, at 3,000 next items.
-
+cross entropies are ours after CCE− and cut cross entropy. The error is that of the loss and its
+gradients against float64, relative, at 3,000 next items.
+{moved}
 `python -m benchmarks.kernels.softmax --out FILE`
 
 {_softmax_table(softmax)}"""

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.full_softmax.op import log_partition
+from kernels.full_softmax.torch_chunked import chunked_log_partition
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
@@ -21,7 +23,6 @@ from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.ranker import RankingModel
 from pipeline.model.retrieval import RetrievalHead
 from pipeline.train.alignment import contrast, draw_rows, partners
-from pipeline.train.log_partition import log_partition
 from pipeline.train.memory import CrossBatchMemory
 
 LOSS_NAME = "next_item"
@@ -37,6 +38,8 @@ class NextItemLoss:
 
     def __init__(self, cfg: RunConfig, maps: FeatureMaps, device: torch.device | str) -> None:
         self.cfg, self.id_dropout = cfg.retrieval, cfg.features.item_id_dropout
+        # rows of the encoder in bfloat16 know less than TF32 keeps; else as PyTorch is set
+        self.tf32 = True if cfg.train.precision == "bf16" else None
         codes = torch.from_numpy(maps.item_codes)
         seen = codes[:, 0] > 0
         order = codes[seen, 0].argsort()
@@ -105,7 +108,7 @@ class NextItemLoss:
         smoothing = self.cfg.label_smoothing
         if smoothing > 0:
             score = torch.lerp(score, users @ items.mean(0), smoothing)
-        return log_partition(users, items) - score
+        return log_partition(users, items, tf32=self.tf32) - score
 
     def _sampled(self, head: RetrievalHead, users: Tensor, item: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum of the losses against items drawn for each next item."""
@@ -188,7 +191,7 @@ class NextItemLoss:
         if self.cfg.logq_correction:
             assert self.popularity is not None
             bias = bias - self.popularity[codes].log() - times.sum().to(users.dtype).log()
-        total = log_partition(users, others, bias, codes, item)
+        total = chunked_log_partition(users, others, bias, codes, item)
         return torch.logaddexp(score, total) - score
 
     def _codes(self, codes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiles the kernels of tables and jagged rows for Hopper, prints JSON; not under
+"""Compiles the kernels of tables, losses and jagged rows for Hopper, prints JSON; not under
 TRITON_INTERPRET.
 """
 
@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from kernels.full_softmax import triton_kernels as full
 from kernels.int4_embedding import triton_kernels as int4
 from kernels.jagged import triton_kernels as jagged
 from kernels.rowwise_adamw import triton_kernels as adamw
@@ -48,6 +49,7 @@ POINTERS = {
             "grad",
         ),
         *("per_user_norm", "shifted_lse", "of_positive", "log_rates"),
+        *("rows", "others", "factor"),
     },
     "fp32": {
         "lr",
@@ -74,6 +76,9 @@ BUILDS = [
     (softmax.forward, {"RATES": True, "BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"RATES": False, "SPLIT": False, "BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"RATES": True, "SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (full.log_partition, {"BLOCK_P": 64, "BLOCK_N": 128, "BLOCK_D": 64}),
+    (full.gradient, {"OF_USERS": True, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
+    (full.gradient, {"OF_USERS": False, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
 ]
 
 

@@ -19,6 +19,7 @@ from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from kernels.full_softmax import triton_launch as full_softmax
 from kernels.int4_embedding.triton_launch import look_up_triton
 from kernels.jagged import triton_launch as jagged
 from kernels.layer_norm import triton_launch as layer_norm
@@ -112,7 +113,7 @@ def other_layers(draw: random.Random, rows: int, sequences: int) -> None:
 
 
 def tables(draw: random.Random, rows: int) -> None:
-    """Look-ups, the optimizer's rows, the sampled softmax."""
+    """Look-ups, the optimizer's rows, the softmax over drawn items and over all."""
     ids = torch.zeros(rows, dtype=torch.int64)
     look_up_triton(empty(1000, 17, dtype=torch.int32), ids, WIDTH, torch.bfloat16)
 
@@ -130,6 +131,11 @@ def tables(draw: random.Random, rows: int) -> None:
     sampled_softmax.item_gradients(
         users, weight, ids, negatives, loss.zero_(), lse.zero_(), share, 0.05
     )
+
+    wide = empty(rows, WIDTH, dtype=torch.float32)
+    lse = full_softmax.log_partition(wide, weight)
+    full_softmax.user_gradients(wide, weight, lse, lse)
+    full_softmax.item_gradients(wide, weight, lse, lse)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The log of the summed exponentials of many scores, some items at a time."""
+"""The log of the summed exponentials of many scores in plain PyTorch, some items at a time."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 MOST_SCORES = 2**27  # numbers in memory at once: 512 MB in float32
 
 
-def log_partition(
+def chunked_log_partition(
     users_PD: Tensor,
     items_ND: Tensor,
     bias_N: Tensor | None = None,
@@ -22,10 +22,10 @@ def log_partition(
     where that leaves none. The scores, [P, N], exist for a chunk of items only, and again for each
     chunk in the backward pass. Gradients reach users and items.
     """
-    return _LogPartition.apply(users_PD, items_ND, bias_N, codes_N, own_P)
+    return ChunkedLogPartition.apply(users_PD, items_ND, bias_N, codes_N, own_P)
 
 
-class _LogPartition(torch.autograd.Function):
+class ChunkedLogPartition(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
