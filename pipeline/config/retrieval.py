@@ -68,6 +68,20 @@ class RetrievalConfig:
     align_temperature: float = setting(
         0.1, above=0, doc="Divisor of the cosines of the alignments."
     )
+    reinforce: Literal["none", "recall_10", "ndcg_10"] = setting(
+        "none",
+        doc="LARES's second stage, in place of the loss of a next item: each history is read "
+        "retrieval.reinforce_passes times, and passes whose list of all items has this metric "
+        "above their mean are made likelier. For the encoder lares, with train.init: champion.",
+    )
+    reinforce_passes: int = setting(
+        4, at_least=2, doc="Passes over a step's histories, each with noise of its own."
+    )
+    reinforce_kl: float = setting(
+        1.0,
+        at_least=0,
+        doc="Weight of what holds the model near the champion that the stage began with.",
+    )
     weight: float = setting(
         1.0, above=0, doc="Factor of the loss of a next item, where that of a task's label is 1."
     )
@@ -108,3 +122,16 @@ class RetrievalConfig:
         rule = f"none where retrieval.loss is {self.loss}"
         in_batch = self.loss == "in_batch"
         require(in_batch or self.memory == "none", "retrieval.memory", self.memory, rule)
+
+        if self.reinforce != "none":
+            self._refuse_settings_of_the_first_stage()
+
+    def _refuse_settings_of_the_first_stage(self) -> None:
+        where = f"where retrieval.reinforce is {self.reinforce}"
+        require(self.enabled, "retrieval.enabled", self.enabled, f"true {where}")
+        require(self.loss == "full", "retrieval.loss", self.loss, f"full {where}")
+
+        for name in ("label_smoothing", "align_trajectories", "align_steps"):
+            value = getattr(self, name)
+            rule = f"0 {where}: it belongs to the first stage"
+            require(value == 0, f"retrieval.{name}", value, rule)

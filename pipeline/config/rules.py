@@ -163,6 +163,14 @@ def refuse_impossible_retrieval(
     rule = "lares where retrieval.align_trajectories or align_steps is above 0"
     require(aligned == 0 or model.encoder == "lares", "model.encoder", model.encoder, rule)
 
+    if retrieval.reinforce != "none":
+        where = f"where retrieval.reinforce is {retrieval.reinforce}"
+        require(model.encoder == "lares", "model.encoder", model.encoder, f"lares {where}")
+        rule = f"champion {where}: it goes on from a trained model"
+        require(train.init == "champion", "train.init", train.init, rule)
+        rule = f"above 0 {where}: passes over a history must differ"
+        require(model.loop.noise > 0, "model.loop.noise", model.loop.noise, rule)
+
     rule = "replicated where retrieval.enabled: the head reads the rows of every item"
     for name, place in train.tables.items():
         require(place != "sharded", f"train.tables.{name}", place, rule)

@@ -54,6 +54,7 @@ class RankingModel(nn.Module):
             cfg.source.actions,
             knows_request_time=not cfg.retrieval.enabled,
             exact_view=cfg.train.target_view == "exact",
+            every_step=cfg.retrieval.reinforce != "none",
         )
         self.transducer = encoder(model, layout)
 

@@ -1,4 +1,5 @@
-"""The two alignments of LARES (arXiv:2505.16865), first stage of its training.
+"""The two alignments of LARES (arXiv:2505.16865), first stage of its training; the
+second is reinforcement.py.
 
     L = L_next + α · NCE(a, b) + γ · NCE(a, s),   NCE in both directions, half each
 

@@ -100,6 +100,7 @@ def train(
     trainee = Trainee(cfg, maps, device, rank, world_size)
     if begin_with is not None and resume is None:
         begin_with(trainee)
+        trainee.keep_start()
     identity = run_identity(cfg, data_digest)
     state = _first_state(trainee, loader, resume, identity, cfg.name)
     if state.finished:

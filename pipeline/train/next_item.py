@@ -81,6 +81,10 @@ class NextItemLoss:
             loss = loss + self._aligned(encoded, again, item) * weight.sum()
         return loss.view(1), weight.sum().view(1)
 
+    def read_codes(self) -> Tensor:
+        """Codes of all items in the order of their numbers, as one step reads them."""
+        return self._codes(self.item_codes)
+
     @property
     def needs_second_pass(self) -> bool:
         return self.cfg.align_trajectories > 0 or self.cfg.align_steps > 0

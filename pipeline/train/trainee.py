@@ -20,11 +20,13 @@ from pipeline.model.heads import Head
 from pipeline.model.ranker import RankingModel
 from pipeline.train.average import WeightAverage
 from pipeline.train.checkpoint import Block, Saved, read_tensors
+from pipeline.train.generators import generator_states, seed_generators, set_generators
 from pipeline.train.graphs import StepGraphs, uses_graphs
 from pipeline.train.guards import FiniteGuard
 from pipeline.train.next_item import LOSS_NAME, NextItemLoss
 from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor, resolve_warmup
 from pipeline.train.placement import place_tables
+from pipeline.train.reinforcement import Reinforcement
 from pipeline.train.sharding import ShardedEmbedding, ShardedTables, TableMaker, Wanted
 from pipeline.train.touched import TouchedRows
 from pipeline.train.waiting import HostNumbers, MessageClock
@@ -64,10 +66,11 @@ class Trainee:
         self.head: Head = model.heads
         self.loss_names = self.head.loss_names
         weights = head_weights(self.head, cfg.train)
-        self.next_item = None
+        self.next_item, self.reinforcement = None, None
         if cfg.retrieval.enabled:
             _refuse_sharded_items(maker.sharded)
             self.next_item = NextItemLoss(cfg, maps, device)
+            self.reinforcement = self._reinforcement(cfg, maps, maker.sharded)
             self.loss_names = (*self.loss_names, LOSS_NAME)
             weights.append(cfg.retrieval.weight)
         self.loss_weights = torch.tensor(weights, device=device)
@@ -101,6 +104,29 @@ class Trainee:
         self.grad_norm = torch.zeros((), device=device)
         # ranks that asked to [save, stop] since the last look
         self.wishes = torch.zeros(2, device=device)
+
+    def _reinforcement(
+        self, cfg: RunConfig, maps: FeatureMaps, sharded: Collection[str]
+    ) -> Reinforcement | None:
+        """LARES's second stage, held near the present weights until `keep_start` says others."""
+        if cfg.retrieval.reinforce == "none":
+            return None
+        for name in sharded:
+            raise UserError(
+                f"train.tables: {name} is sharded over the workers by its size "
+                "(train.shard_above_mb), and retrieval.reinforce keeps a second model, whole on "
+                f"each: train.tables.{name}: replicated"
+            )
+        start = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
+        start = start.to(next(self.model.parameters()).device)
+        reinforcement = Reinforcement(cfg.retrieval, start)
+        reinforcement.keep_start(self.model)
+        return reinforcement
+
+    def keep_start(self) -> None:
+        """Note the weights that a run begins with, where its loss holds the model near them."""
+        if self.reinforcement is not None:
+            self.reinforcement.keep_start(self.model)
 
     def _find_parameters(self, maker: TableMaker) -> None:
         paths = {module: f"{path}.weight" for path, module in self.model.named_modules()}
@@ -306,12 +332,21 @@ class Trainee:
     def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Summed losses and weights of the parts, of a batch with its ids left out."""
         bf16 = self.cfg.precision == "bf16"
+        passes = None
         with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
-            encoded = self.model.encode_codes(batch)
+            if self.reinforcement is not None:
+                passes = self.reinforcement.read_passes(self.model, batch)
+                encoded = passes[0].encoded
+            else:
+                encoded = self.model.encode_codes(batch)
             outputs = self.model.score_rows(encoded.candidate_rows, batch)
         loss, weight = self.head.loss(outputs, batch)
         if self.next_item is None:
             return loss, weight
+        if self.reinforcement is not None and passes is not None:
+            codes = self.next_item.read_codes()
+            next_loss, next_weight = self.reinforcement(self.model, passes, batch, codes)
+            return torch.cat([loss, next_loss]), torch.cat([weight, next_weight])
 
         with torch.autocast(self.loss_weights.device.type, torch.bfloat16, enabled=bf16):
             again = self.model.encode(batch) if self.next_item.needs_second_pass else None
@@ -397,6 +432,9 @@ class Trainee:
         if self.average is not None:
             for name, tensor in self.average.tensors.items():
                 found[f"average.{name}"] = self._block(name, tensor)
+        if self.reinforcement is not None:
+            for name, tensor in self.reinforcement.tensors().items():
+                found[f"start.{name}"] = tensor
         return found
 
     def _block(self, name: str, tensor: Tensor) -> Tensor | Block:
@@ -409,28 +447,6 @@ class Trainee:
         """Raises UserError where the checkpoint holds another model."""
         read_tensors(saved.folder, self.tensors())
         self.rowwise.step_count = saved.state.step
-
-
-def seed_generators(seed: int) -> None:
-    """As `torch.manual_seed`, which also writes down who called it: as long as a small layer."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-
-
-def generator_states() -> list[Tensor]:
-    """States of the generators that `seed_generators` seeds: of the CPU and of the GPU in use."""
-    states = [torch.default_generator.get_state()]
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return states
-
-
-def set_generators(states: list[Tensor]) -> None:
-    """As they stood then."""
-    torch.default_generator.set_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
 
 
 def head_weights(head: Head, cfg: TrainConfig) -> list[float]:

@@ -36,6 +36,17 @@ logger = logging.getLogger(__name__)
 NOTE = "warm_start.json"  # in the training folder: what the run began with, for later attempts
 # sections that must agree: columns of codes, bits of actions, shapes
 FITTING = ("tasks", "features", "model", "retrieval")
+# of these, what the loss alone reads: the second stage of LARES has others than the first
+OF_THE_LOSS = {
+    "retrieval.loss",
+    "retrieval.label_smoothing",
+    "retrieval.align_trajectories",
+    "retrieval.align_steps",
+    "retrieval.align_temperature",
+    "retrieval.reinforce",
+    "retrieval.reinforce_passes",
+    "retrieval.reinforce_kl",
+}
 COPY_ROWS = 2**18  # of a table, read at a time
 
 
@@ -91,7 +102,7 @@ def _refuse_other_shape(cfg: RunConfig, began: RunConfig) -> None:
     for section in FITTING:
         here = config.flatten({section: ours[section]})
         there = config.flatten({section: theirs[section]})
-        for key in here.keys() | there.keys():
+        for key in (here.keys() | there.keys()) - OF_THE_LOSS:
             pairs[key] = here.get(key), there.get(key)
 
     for key, (here, there) in sorted(pairs.items()):

@@ -28,6 +28,8 @@ class TokenLayout:
     knows_request_time: bool = True
     # True where candidates of several requests in one sequence see what each would alone
     exact_view: bool = False
+    # True where the rows before the next items are read after each step of a loop
+    every_step: bool = False
     # for counting: True where the last layer makes rows that nobody reads, as on a GPU
     every_row: bool = False
 
@@ -45,6 +47,8 @@ class Encoded:
     next_rows: Tensor | None = None
     # [P, width]: the same after an earlier step, of an encoder that goes in steps; in training
     step_rows: Tensor | None = None
+    # the same after each step, the last included; where `TokenLayout.every_step` asks for them
+    every_step: tuple[Tensor, ...] | None = None
 
 
 class Encoder(nn.Module):

@@ -9,7 +9,8 @@ layers are those of one of two encoders, `model.loop.layer`. Their number is `mo
 the core and `model.loop.pre_layers` before it.
 
 The paper's first stage adds two alignments to the loss (pipeline/train/alignment.py), for which one
-of the steps before the last is read as well (`Encoded.step_rows`).
+of the steps before the last is read as well (`Encoded.step_rows`). The second stage
+(pipeline/train/reinforcement.py) reads all of them.
 """
 
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class LARES(Encoder):
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__(cfg, layout)
         self.loop, d = cfg.loop, cfg.d_model
+        self.every_step = layout.every_step
         self.pre = nn.ModuleList(self._layer(cfg) for _ in range(cfg.loop.pre_layers))
         self.core = nn.ModuleList(self._layer(cfg) for _ in range(cfg.num_layers))
         self.join = Join(cfg.loop.join, d)
@@ -72,6 +74,7 @@ class LARES(Encoder):
 
         num_steps, read_step = self._draw_steps()
         state, between = self._first_state(h_TE), h_TE
+        states: list[Tensor] = []
         read = last_rows(tokens, self.num_context, last_history=last_history)
         for step in range(num_steps):
             state = self.norm_step(self.join(state, h_TE)).to(h_TE.dtype)
@@ -81,13 +84,23 @@ class LARES(Encoder):
                 state = spread_rows(run(layer, state, rows), rows, len(h_TE))
             if step == read_step:
                 between = state
+            if self.every_step:
+                states.append(state)
 
         last = replace(tokens, x_TE=state)
         encoded = read_rows(last, self.norm_out, self.num_context, last_history=last_history)
         if not self.training or encoded.next_rows is None:
             return encoded
-        then = replace(tokens, x_TE=between)
-        return replace(encoded, step_rows=next_rows(then, self.norm_out, self.num_context))
+        if self.every_step:
+            rows = tuple(self._rows_after(tokens, state) for state in states)
+            return replace(encoded, every_step=rows)
+        return replace(encoded, step_rows=self._rows_after(tokens, between))
+
+    def _rows_after(self, tokens: Tokens, state: Tensor) -> Tensor:
+        """[P, width]: the rows before the next items in the state after a step."""
+        rows = next_rows(replace(tokens, x_TE=state), self.norm_out, self.num_context)
+        assert rows is not None
+        return rows
 
     def _runner(self, tokens: Tokens) -> Run:
         if self.loop.layer == "stu":
