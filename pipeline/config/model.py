@@ -207,7 +207,11 @@ class ModelConfig:
         "form: counted back from the candidates, and the age at the request.",
     )
     position_buckets: int = setting(
-        8192, at_least=1, doc="Rows of the position embedding; larger positions share the last."
+        8192,
+        at_least=1,
+        doc="Rows of the position embedding. Larger distances from the query share the last; with "
+        "model.time_anchor: event, larger places in the history begin again at the first. A "
+        "relative bias has as many rows, and larger distances share its last.",
     )
     time_buckets: int = setting(
         64,
