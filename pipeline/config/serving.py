@@ -168,7 +168,7 @@ class ServeConfig:
         1024,
         at_least=0,
         doc="Encoded histories that a replica keeps, of all its versions together, in MiB; 0: "
-        "none.",
+        "none. On a GPU all of it is taken with the first history.",
     )
     micro_batch: int = setting(
         1024, at_least=1, doc="Number of candidates that go through the layers together."

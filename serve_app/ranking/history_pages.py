@@ -69,8 +69,9 @@ def count_pages(entry: HistoryCache) -> int:
 class HistoryPages:
     """A block of `max_bytes`, as pages that are taken and given back.
 
-    The system gives memory to a page when it is first written, and pages given back are taken
-    first: the block takes as much as it once held, never more.
+    On a CPU the system gives memory to a page when it is first written, and pages given back are
+    taken first: the block takes as much as it once held, never more. A GPU gives all of it with the
+    first history.
 
     One thread at a time may take or release pages, as its caller sees to. They may be written and
     read meanwhile: a history of 16,384 rows is 64 MiB, and others would wait for its copy.
