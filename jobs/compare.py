@@ -48,7 +48,10 @@ def run_job(job: cli.Job) -> None:
     from pipeline.evaluate import compared, comparison_page
     from pipeline.evaluate.spread import evaluation_cluster
 
+    # mistakes are told before MLflow is started
     runs = compared.expand_searches(cfg.runs_dir, options.runs)
+    comparison_page.require_runs(cfg.runs_dir, runs, options.split, scored=not options.evaluate)
+
     with nullcontext() if options.no_tracking else tracking.session(cfg) as tracker:
         if options.evaluate:
             tell = log_nothing if tracker is None else tracker.log_evaluation
@@ -78,8 +81,13 @@ def refuse_wrong_options(runs: list[str], samples: int) -> None:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
-    refuse_wrong_options(job.options.runs, job.options.samples)
-    return {"runs": job.options.runs, "writes": str(job.cfg.run_dir / "comparison")}
+    from pipeline.evaluate import compared, comparison_page
+
+    cfg, options = job.cfg, job.options
+    refuse_wrong_options(options.runs, options.samples)
+    runs = compared.expand_searches(cfg.runs_dir, options.runs)
+    comparison_page.require_runs(cfg.runs_dir, runs, options.split, scored=not options.evaluate)
+    return {"runs": runs, "writes": str(cfg.run_dir / "comparison")}
 
 
 if __name__ == "__main__":

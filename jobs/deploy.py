@@ -32,6 +32,7 @@ def run_job(job: cli.Job) -> None:
     cfg, manifest = job.cfg, job.options.rayservice
     if manifest is None:
         _require_cluster(cfg.ray)
+    deployment.plan_serving(cfg)  # mistakes are told before MLflow is started
 
     with tracking.session(cfg) as tracker:
         champion = tracker.find_champion()
@@ -50,7 +51,8 @@ def plan_job(job: cli.Job) -> dict[str, object]:
 
     cfg = job.cfg
     _require_cluster(cfg.ray)
-    return {**tracking.plan_session(cfg), **deployment.plan_serving(cfg)}
+    planned = deployment.plan_serving(cfg)
+    return {**tracking.plan_session(cfg), **planned}
 
 
 def _require_cluster(cfg: RayConfig) -> None:

@@ -40,6 +40,9 @@ def run_job(job: cli.Job) -> None:
     from pipeline import tracking
 
     cfg, options = job.cfg, job.options
+    if options.version is None:  # a mistake is told before MLflow is started
+        tracking.require_evaluated(cfg.model_dir)
+
     with tracking.session(cfg) as tracker:
         version = options.version
         if version is None:
@@ -64,6 +67,8 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import tracking
 
     cfg = job.cfg
+    if job.options.version is None:
+        tracking.require_evaluated(cfg.model_dir)
     gate = {"max_ne": cfg.tracking.gate_max_ne, "max_regression": cfg.tracking.gate_max_regression}
     return {**tracking.plan_session(cfg), "gate": gate}
 

@@ -32,6 +32,7 @@ def run_job(job: cli.Job) -> None:
     from serve_app import deployment
 
     cfg = job.cfg
+    deployment.plan_serving(cfg)  # mistakes are told before MLflow and Ray are started
     with ExitStack() as stack:
         champion, mlflow_url = find_champion(cfg, stack)
         logs = deployment.make_serving_folder(cfg.run_dir) / "logs"
@@ -112,7 +113,8 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import tracking
     from serve_app import deployment
 
-    return {**tracking.plan_session(job.cfg), **deployment.plan_serving(job.cfg)}
+    planned = deployment.plan_serving(job.cfg)
+    return {**tracking.plan_session(job.cfg), **planned}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ The configurations of a plan's runs are nearly the same, so each is kept as what
 import fcntl
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,28 @@ def append_run(path: Path, run: Figures) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         known = [json.loads(line) for line in file]
-        bases = [entry for entry in known if "base" in entry and "config" in entry]
-
-        rest = {key: value for key, value in run.items() if key != "config"}
-        lines = []
-        close = [base for base in bases if _is_close(base["config"], run["config"])]
-        if close:
-            base = close[0]
-        else:
+        base = _find_base(known, run["config"])
+        if base is None:
             digest = hashlib.sha256(json.dumps(run["config"]).encode()).hexdigest()[:8]
             base = {"base": digest, "config": run["config"]}
-            lines.append(base)
+            file.write(json.dumps(base) + "\n")
 
         changes = _changes(base["config"], run["config"])
-        lines.append(rest | {"base": base["base"], "changes": changes})
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        line = run | {"base": base["base"], "changes": changes}
+        del line["config"]
+        file.write(json.dumps(line) + "\n")
+
+
+def _find_base(entries: Iterable[Figures], config: Figures) -> Figures | None:
+    """The first base of which `config` is a change; None where all are too far away."""
+    for entry in entries:
+        if _is_base(entry) and _is_close(entry["config"], config):
+            return entry
+    return None
+
+
+def _is_base(entry: Figures) -> bool:
+    return "base" in entry and "config" in entry
 
 
 def read_runs(path: Path) -> list[Figures]:
@@ -52,7 +60,7 @@ def read_runs(path: Path) -> list[Figures]:
     runs = []
     for line in path.read_text().splitlines():
         entry = json.loads(line)
-        if "base" in entry and "config" in entry:
+        if _is_base(entry):
             bases[entry["base"]] = entry["config"]
             continue
 
@@ -70,12 +78,15 @@ def _is_close(base: Figures, config: Figures) -> bool:
 
 def _changes(base: Figures, config: Figures) -> Figures:
     """Flat keys of `config` that `base` has with another value, or does not have."""
-    before, after = flatten(base), flatten(config)
-    missing = object()
-    return {key: value for key, value in after.items() if before.get(key, missing) != value}
+    before, changes = flatten(base), {}
+    for key, value in flatten(config).items():
+        if key not in before or before[key] != value:
+            changes[key] = value
+    return changes
 
 
 def _changed(base: Figures, changes: Figures) -> Figures:
+    """A copy of `base` with the flat `changes`."""
     copied = json.loads(json.dumps(base))
     for key, value in changes.items():
         *parents, last = key.split(".")

@@ -20,6 +20,7 @@ from pipeline.batches.events import Events
 from pipeline.batches.examples import Examples, UserEvents, request_examples, user_events
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import evaluation_batch, split_bounds
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig, ServeConfig, UserError
 from pipeline.index.folder import load_indexed
 from pipeline.logs.ids import OwnId
@@ -203,9 +204,9 @@ def _score_items(
         users.request_time[one.target_begin],
         request,
         loaded.maps,
-        loaded.cfg,
+        loaded.cfg.inputs,
     )
-    batch = collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg)
+    batch = collate(history, targets, users.user_id[one.user], loaded.maps, loaded.cfg.inputs)
     return candidate_probabilities(loaded.model, batch)
 
 
@@ -318,7 +319,7 @@ def demo_request(cfg: RunConfig) -> DemoRequest:
     first test row.
     """
     maps = FeatureMaps.load(cfg.model_dir)
-    users, row = _busy_user(cfg)
+    users, row = _busy_user(StoredUsers.of_run(cfg), *split_bounds(cfg.split, "test"))
     events = users.events
     user = int(users.row_user[row])
 
@@ -347,16 +348,14 @@ def demo_request(cfg: RunConfig) -> DemoRequest:
     return DemoRequest(body, dict(zip(shown_items, happened, strict=True)))
 
 
-def _busy_user(cfg: RunConfig) -> tuple[UserEvents, int]:
-    """The users of a bucket, and the first test row of the busiest user of all buckets."""
-    manifest = store.read_manifest(cfg.sequence_dir)
+def _busy_user(stored: StoredUsers, begin: int, end: int) -> tuple[UserEvents, int]:
+    """The users of a bucket, and the first row of the test period, from `begin` to `end` (ms), of
+    the busiest user of all buckets.
+    """
     best: tuple[UserEvents, int] | None = None
     most = 0
-    begin, end = split_bounds(cfg.split, "test")
 
-    for index in range(len(manifest.buckets)):
-        table = store.read_bucket(cfg.sequence_dir, manifest, index)
-        users = user_events(table, cfg.source, cfg.features)
+    for users in stored.by_bucket():
         inside = (users.request_time >= begin) & (users.request_time < end)
         rows = np.flatnonzero(inside & ~users.events.order_only)
 

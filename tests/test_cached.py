@@ -189,7 +189,7 @@ def test_counted_work_is_that_of_one_pass_without_the_histories_last_layer(name:
     # of the candidates, which have none
     actions = action_flops(cfg.model, cfg.num_action_bits, 9)
     one_pass = count_work(batch, cfg).flops
-    assert sum(cached_work(history, candidates, cfg)) == one_pass + unread - actions
+    assert sum(cached_work(history, candidates, cfg.inputs)) == one_pass + unread - actions
 
 
 def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
@@ -199,16 +199,13 @@ def test_counted_work_of_a_mixture_is_that_of_its_channels() -> None:
         + action_flops(both.model, both.num_action_bits, history.num_tokens),
         input_flops(both.features, both.model, 9, 0),
     ]
-    alone = [
-        cached_work(history, candidates, make_mixture("request", **{name: config.to_dict(channel)}))
-        for name, channel in both.model.channels.items()
-    ]
-    heads = []
+    alone, heads = [], []
     for name, channel in both.model.channels.items():
         cfg = make_mixture("request", **{name: config.to_dict(channel)})
+        alone.append(cached_work(history, candidates, cfg.inputs))
         heads.append(head_flops(cfg.features, cfg.model, len(cfg.tasks), 9))
     whole_head = head_flops(both.features, both.model, len(both.tasks), 9)
-    together = cached_work(history, candidates, both)
+    together = cached_work(history, candidates, both.inputs)
     assert together[0] - none[0] == sum(work[0] - none[0] for work in alone)
     assert together[1] - none[1] - whole_head == sum(
         work[1] - none[1] - head for work, head in zip(alone, heads, strict=True)

@@ -25,6 +25,7 @@ from pipeline.evaluate.comparison_page import (
     differing_settings,
     make_comparison,
     read_facts,
+    require_runs,
     write_page,
 )
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
@@ -152,6 +153,20 @@ def test_only_the_same_rows_are_compared(tmp_path: Path) -> None:
         read_scores({"a": first, "c": other}, "test")
     with pytest.raises(UserError, match=r"run 'd' has no predictions of test .* jobs\.evaluate"):
         read_scores({"a": first, "d": tmp_path / "d"}, "test")
+
+
+def test_what_a_comparison_lacks_is_known_before_it(tmp_path: Path) -> None:
+    rows = make_rows(9)
+    folder = write_predictions(tmp_path / "a", rows, "good", rows.item_id)
+    with pytest.raises(UserError, match=r"run 'a' has no model at .*: train it first"):
+        require_runs(str(tmp_path), ["a"], "test", scored=True)
+
+    (folder / "model").mkdir()
+    (folder / "model" / "artifact.json").write_text("{}")
+    require_runs(str(tmp_path), ["a"], "test", scored=True)
+    require_runs(str(tmp_path), ["a"], "val", scored=False)
+    with pytest.raises(UserError, match=r"run 'a' has no predictions of val .* --evaluate"):
+        require_runs(str(tmp_path), ["a"], "val", scored=True)
 
 
 def test_the_page_needs_no_other_file_and_says_what_is_clear(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""jobs.import_logs and jobs.build_sequences as the command line sees them: plans, messages and exit
-codes.
-"""
+"""Jobs as the command line sees them: plans, messages and exit codes."""
 
 import logging
 import runpy
@@ -14,6 +12,7 @@ import yaml
 
 from pipeline.sequences import store
 from pipeline.sequences.build import build_sequences
+from pipeline.tracking import server
 from tests.worlds.logs import config_for, here, log
 
 __all__ = ["here"]  # a fixture
@@ -170,6 +169,29 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("promote", [], "no model at"),
+        ("compare", ["demo", "other"], "run 'demo': there is no folder"),
+        ("compare", ["demo", "--evaluate"], "run 'demo': there is no folder"),
+        ("serve", ["--no-browser"], "jobs.build_sequences"),
+        ("deploy", ["--set", "ray.address=auto"], "jobs.build_sequences"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_a_job_lacks_is_told_before_mlflow_is_started(
+    run, monkeypatch: pytest.MonkeyPatch, job: str, arguments: list[str], message: str, dry: bool
+):
+    for start in ("mlflow_server", "plan_server"):
+        monkeypatch.setattr(server, start, lambda *_, **__: pytest.fail("MLflow was asked"))
+    code, _, err = run(job, *arguments, "--config", DEMO, *["--dry-run"] * dry)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_a_reserved_name_is_read_or_not_as_the_mapping_says(tmp_path: Path, here: None):

@@ -238,9 +238,9 @@ def test_serving_builds_the_batch_that_evaluation_builds(rng: np.random.Generato
         users.request_time[examples.target_begin],
         rows.request,
         maps,
-        cfg,
+        cfg.inputs,
     )
-    online = collate(history, served, users.user_id[examples.user], maps, cfg)
+    online = collate(history, served, users.user_id[examples.user], maps, cfg.inputs)
     for number in range(len(examples)):
         assert batch_rows(offline, number) == batch_rows(online, number)
 

@@ -87,7 +87,7 @@ def test_drawn_items_are_none_of_the_users_own_up_to_the_moment(world: RunConfig
     maps = fit_features(cfg)
     users = user_events(store.read_sequences(cfg.sequence_dir), cfg.source, cfg.features)
     examples = whole_examples(users, cfg.split, cfg.train)
-    found = example_candidates(users, examples, maps, cfg, epoch=0)
+    found = example_candidates(users, examples, maps, cfg.task_bits, 3, drawn_by=(cfg.seed, 0))
 
     events = users.events
     num_rows = int((examples.target_end - examples.target_begin).sum())
@@ -114,7 +114,7 @@ def test_training_reads_drawn_items_as_negatives(world: RunConfig) -> None:
     maps = fit_features(cfg)
     users = user_events(store.read_sequences(cfg.sequence_dir), cfg.source, cfg.features)
     examples = whole_examples(users, cfg.split, cfg.train)
-    found = example_candidates(users, examples, maps, cfg, epoch=3)
+    found = example_candidates(users, examples, maps, cfg.task_bits, 2, drawn_by=(cfg.seed, 3))
     batch = example_batch(users, examples, maps, cfg, training=True, epoch=3)
     assert batch.labels is not None
     assert batch.label_weight is not None
@@ -164,7 +164,12 @@ def test_the_same_items_in_any_batch_process_and_run(world: RunConfig) -> None:
 
     # of training each epoch draws its own
     passes = whole_examples(users, cfg.split, cfg.train)
-    draws = [example_candidates(users, passes, maps, cfg, epoch).item_id for epoch in (0, 1, 0)]
+    draws = []
+    for epoch in (0, 1, 0):
+        drawn_by = cfg.seed, epoch
+        negatives = cfg.examples.negatives
+        found = example_candidates(users, passes, maps, cfg.task_bits, negatives, drawn_by)
+        draws.append(found.item_id)
     assert draws[0].tolist() == draws[2].tolist() != draws[1].tolist()
 
 

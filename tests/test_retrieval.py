@@ -187,7 +187,7 @@ def test_the_row_before_a_request_is_the_newest_of_its_history(
             history_begin=np.array([begin]),
             history_end=np.array([begin + visible]),
         )
-        encoded = model.encode(history_batch(users, example, maps, cfg), last_history=True)
+        encoded = model.encode(history_batch(users, example, maps, cfg.inputs), last_history=True)
         assert encoded.last_history_row is not None
         torch.testing.assert_close(encoded.last_history_row[0], rows[number])
 

@@ -24,7 +24,7 @@ from pipeline.batches.examples import (
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import TrainLoader, evaluation_batch, token_batches
 from pipeline.batches.steps import step_plan
-from pipeline.batches.stochastic_length import weighted_rows
+from pipeline.batches.stochastic_length import cut_threshold, weighted_rows
 from pipeline.config import ConfigError, RunConfig, from_dict, to_dict
 from pipeline.model.encoders import check_run
 from pipeline.model.encoders.transducer import truncate_history
@@ -303,10 +303,11 @@ def test_a_cut_history_of_drawn_rows_shows_each_target_those_before_it(world: Wo
     drawn = with_settings(cfg, {}, stochastic_length=WEIGHTED, max_targets_per_sequence=8)
     whole = request_passes(users, *EVERY_TIME, 8)
     shared = shared_end(users, whole) - whole.history_begin
+    num_kept = cut_threshold(drawn.train.stochastic_length)
     cut = np.arange(len(whole)) % 2 == 0
     assert (cut & (shared > 3)).any() and (~cut & (shared > 3)).any()
 
-    left = keep_weighted(users, whole, cut, drawn, epoch=1)
+    left = keep_weighted(users, whole, cut, num_kept, (drawn.seed, 1))
     batch = example_batch(users, whole, maps, drawn, training=True, epoch=1, cut=cut)
     plain = example_batch(users, whole, maps, drawn, training=True, epoch=1)
     newest = cut_histories(users, whole, cut, drawn.train)
@@ -337,11 +338,12 @@ def test_a_cut_history_of_drawn_rows_shows_each_target_those_before_it(world: Wo
 
     # the draw is of the example and the epoch, whoever else is in the batch
     some = np.flatnonzero(cut & (shared > 3))[[1, 0]]
-    alone = keep_weighted(users, whole[some], cut[some], drawn, epoch=1)
+    alone = keep_weighted(users, whole[some], cut[some], num_kept, (drawn.seed, 1))
     for place, i in enumerate(some):
         own = alone.kept[alone.begin[place] :][: whole.num_history[i]]
         assert np.array_equal(own, left.kept[left.begin[i] :][: whole.num_history[i]])
-    assert not np.array_equal(keep_weighted(users, whole, cut, drawn, epoch=2).kept, left.kept)
+    other = keep_weighted(users, whole, cut, num_kept, (drawn.seed, 2))
+    assert not np.array_equal(other.kept, left.kept)
 
 
 def test_the_loader_trains_on_drawn_rows(world: World):

@@ -265,7 +265,7 @@ class Evaluation:
         newest = ratings.newest(held_out, length)
         for begin in range(0, len(newest), 512):
             part = newest[begin : begin + 512]
-            batch = from_window_start(history_batch(ratings.users, part, maps, cfg))
+            batch = from_window_start(history_batch(ratings.users, part, maps, cfg.inputs))
             seen = [
                 (row, number)
                 for row, (first, end) in enumerate(

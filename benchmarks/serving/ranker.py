@@ -172,7 +172,7 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
         given = before, rows_of(history, first, case.events), candidates, case.events
         errors.append((run("appended", *given) - expected).abs().max().item())
         times["appended"] = lambda _: run("appended", *given)
-    encode_flop, score_flop = cached_work(history, candidates, cfg)
+    encode_flop, score_flop = cached_work(history, candidates, cfg.inputs)
     row = {
         "case": case.name,
         "precision": precision,

@@ -19,7 +19,7 @@ from pipeline.batches.features import FeatureMaps
 from pipeline.batches.next_items import NextItems
 from pipeline.batches.packing import Packed, copy_packed, pack_tensors
 from pipeline.batches.rates import candidate_features
-from pipeline.config import FeatureConfig, ModelConfig, RunConfig
+from pipeline.config import FeatureConfig, InputConfig, ModelConfig
 from pipeline.schema import WATCH_MS
 
 MS_PER_HOUR = 3_600_000
@@ -152,7 +152,7 @@ def candidates(
     request_time: np.ndarray,
     request: dict[str, np.ndarray],
     maps: FeatureMaps,
-    cfg: RunConfig,
+    inputs: InputConfig,
 ) -> Events:
     """Items to score for B users, after all of `history`, at one `request_time` (int64 [B], ms UTC)
     each.
@@ -161,7 +161,7 @@ def candidates(
     [B] counts rows that the history itself left out.
     """
     lengths = np.diff(offsets)
-    end_is_real = cfg.source.order_only_end_is_real
+    end_is_real = inputs.source.order_only_end_is_real
     gap = request_gaps(
         history, history.offsets[1:] - 1, history.offsets[:-1], request_time, end_is_real
     )
@@ -179,7 +179,7 @@ def candidates(
         outcomes={},
     )
     visible = np.repeat(history.lengths, lengths)
-    dense = candidate_features(history, targets, visible, maps, cfg.features, cfg.task_bits)
+    dense = candidate_features(history, targets, visible, maps, inputs.features, inputs.task_bits)
     return replace(targets, dense=dense)
 
 
@@ -213,16 +213,31 @@ class TokenPlaces:
         return merged
 
 
+@dataclass(frozen=True, slots=True)
+class TargetView:
+    """Which rows of its history each of C candidates of B sequences may see; None: all."""
+
+    visible: np.ndarray | None = None  # int32 [C]: so many of the oldest
+    oldest: np.ndarray | None = None  # int32 [C]: of these from here on; None: from the first
+    span: np.ndarray | None = None  # int32 [B]: rows that a sequence's first request does not see
+
+    def without_candidates(self) -> "TargetView":
+        """The same of the histories alone."""
+        visible = None if self.visible is None else self.visible[:0]
+        return TargetView(visible, None, self.span)
+
+
+EVERYTHING = TargetView()
+
+
 def collate(
     history: Events,
     targets: Events,
     user_id: np.ndarray,
     maps: FeatureMaps,
-    cfg: RunConfig,
+    inputs: InputConfig,
     *,
-    target_visible: np.ndarray | None = None,
-    target_from: np.ndarray | None = None,
-    target_span: np.ndarray | None = None,
+    view: TargetView = EVERYTHING,
     labels: np.ndarray | None = None,
     label_weight: np.ndarray | None = None,
     next_items: NextItems | None = None,
@@ -231,26 +246,24 @@ def collate(
 
     Args:
         user_id: int64 [B].
-        target_visible, target_from: int32 [C], the end and the begin of the rows of its history
-            that each candidate sees; None: all.
-        target_span: int32 [B], the history rows that a sequence's first request does not see.
+        view: the rows that each candidate sees, in training and where requests share a sequence.
         labels, label_weight: float32 [C, tasks], in training.
         next_items: in training for retrieval.
     """
-    num_targets = targets.lengths
-    assert targets.dense is not None or not cfg.features.dense or num_targets.sum() == 0
+    features, num_targets = inputs.features, targets.lengths
+    assert targets.dense is not None or not features.dense or num_targets.sum() == 0
 
     places = TokenPlaces.of(history, targets)
     offsets, merge = places.offsets, places.merge
     event_time = merge(history.event_time, targets.event_time)
     order_only = merge(history.order_only, targets.order_only)
-    columns = request_columns(history, targets, places, event_time, order_only, cfg.features)
-    position, gap_ms = stand_in_time(history, targets, places, event_time, order_only, cfg.model)
+    columns = request_columns(history, targets, places, event_time, order_only, features)
+    position, gap_ms = stand_in_time(history, targets, places, event_time, order_only, inputs.model)
 
     # what the user did, and what came of it: of the history alone
-    num_actions = len(cfg.source.actions)
-    action_mask, known_mask = history_masks(history, maps, cfg.features, num_actions=num_actions)
-    codes = bucket_codes(history, cfg.features) if cfg.features.history else None
+    num_actions = len(inputs.source.actions)
+    action_mask, known_mask = history_masks(history, maps, features, num_actions=num_actions)
+    codes = bucket_codes(history, features) if features.history else None
 
     items = maps.item_rows(merge(history.item_id, targets.item_id))
     return SequenceBatch(
@@ -264,9 +277,9 @@ def collate(
         gap_ms=torch.from_numpy(gap_ms),
         user_codes=torch.from_numpy(maps.user_codes[maps.user_rows(user_id)]),
         max_seq_len=int(np.diff(offsets).max(initial=0)),
-        target_visible=_tensor(target_visible),
-        target_from=_tensor(target_from),
-        target_span=_tensor(target_span),
+        target_visible=_tensor(view.visible),
+        target_from=_tensor(view.oldest),
+        target_span=_tensor(view.span),
         history_codes=None if codes is None else torch.from_numpy(merge(codes, 0)),
         dense=_tensor(targets.dense),
         labels=_tensor(labels),

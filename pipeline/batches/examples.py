@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from pipeline.batches.collate import SequenceBatch, collate
+from pipeline.batches.collate import SequenceBatch, TargetView, collate
 from pipeline.batches.events import (
     Events,
     UserEvents,
@@ -31,7 +31,15 @@ from pipeline.batches.negatives import (
 from pipeline.batches.next_items import NextItems, next_items
 from pipeline.batches.rates import candidate_features
 from pipeline.batches.stochastic_length import cut_threshold, stochastic_cuts, weighted_rows
-from pipeline.config import FeatureConfig, RunConfig, SourceConfig, SplitConfig, TrainConfig
+from pipeline.config import (
+    FeatureConfig,
+    InputConfig,
+    RunConfig,
+    SourceConfig,
+    SplitConfig,
+    StochasticLengthConfig,
+    TrainConfig,
+)
 from pipeline.sequences import arrow_lists
 
 
@@ -271,23 +279,22 @@ class KeptRows:
 
 
 def keep_weighted(
-    users: UserEvents, examples: Examples, cut: np.ndarray, cfg: RunConfig, epoch: int
+    users: UserEvents, examples: Examples, cut: np.ndarray, num_kept: int, seed: tuple[int, ...]
 ) -> KeptRows:
-    """Drawn rows of the whole histories where `cut`, bool [n], is true: as many as stochastic
-    length keeps, of those that the first target sees; what lies between it and the last one stays.
+    """`num_kept` drawn rows of the whole histories where `cut`, bool [n], is true, of those that
+    the first target sees; what lies between it and the last one stays.
 
-    The draw is that of an example in an epoch, whatever rank takes it.
+    `seed` is of the run and the epoch: the draw is that of an example, whatever rank takes it.
     """
     begin = offsets_of(examples.num_history)
     kept = np.ones(begin[-1], bool)
-    num_kept = cut_threshold(cfg.train.stochastic_length)
     num_shared = np.maximum(shared_end(users, examples) - examples.history_begin, 0)
 
     for i in np.flatnonzero(cut & (num_shared > num_kept)):
         first, target = examples.history_begin[i], examples.target_begin[i]
         user_id = int(users.user_id[examples.user[i]])
         position = int(users.events.position[target])
-        rng = np.random.default_rng([cfg.seed, epoch, user_id, position])
+        rng = np.random.default_rng([*seed, user_id, position])
 
         time = users.events.event_time[first : first + num_shared[i]]
         kept[begin[i] : begin[i] + num_shared[i]] = weighted_rows(time, num_kept, rng)
@@ -345,20 +352,21 @@ def example_candidates(
     users: UserEvents,
     examples: Examples,
     maps: FeatureMaps,
-    cfg: RunConfig,
-    epoch: int | None = None,
+    task_bits: tuple[int, ...],
+    negatives: int,
+    drawn_by: tuple[int, ...] | None = None,
 ) -> Candidates:
-    """What these examples ask: their rows and, by `examples.negatives`, items drawn beside them.
+    """What these examples ask: their rows, and beside each positive so many drawn `negatives`.
 
-    `epoch` in training, where each draws its own; else the same for every run.
+    `drawn_by`, the seed and the epoch, in training, where each draws its own; None draws the same
+    for every run.
     """
     rows, offsets = ranges(examples.target_begin, examples.target_end)
-    if cfg.examples.negatives == 0:
+    if negatives == 0:
         return own_candidates(users, rows, offsets)
 
-    seed = (0,) if epoch is None else (1, cfg.seed, epoch)
-    per_positive = cfg.examples.negatives
-    return with_negatives(users, rows, offsets, maps, cfg.task_bits, per_positive, seed)
+    seed = (0,) if drawn_by is None else (1, *drawn_by)
+    return with_negatives(users, rows, offsets, maps, task_bits, negatives, seed)
 
 
 def example_batch(
@@ -377,57 +385,90 @@ def example_batch(
     weights; `shared`, for examples of several requests, what each target may see alone.
 
     `candidates`: those of the examples, where they are at hand. `cut`, bool [n]: the examples that
-    `cut_histories` has cut, or with weighted rows those of which `keep_weighted` keeps some; None
-    for none.
+    `cut_histories` has cut, or of which `keep_weighted` is to keep some rows; None for none.
     """
+    events, train = users.events, cfg.train
     if candidates is None:
-        candidates = example_candidates(users, examples, maps, cfg, epoch if training else None)
-    history = users.events.take(examples.history_begin, examples.history_end)
-    targets = _example_targets(users, examples, candidates, history, maps, cfg)
+        drawn_by = (cfg.seed, epoch) if training else None
+        candidates = example_candidates(
+            users, examples, maps, cfg.task_bits, cfg.examples.negatives, drawn_by
+        )
+    history = events.take(examples.history_begin, examples.history_end)
+    targets = _example_targets(users, examples, candidates, history, maps, cfg.inputs)
 
-    left = None
-    if cut is not None and cfg.train.stochastic_length.rows == "weighted":
-        left = keep_weighted(users, examples, cut, cfg, epoch)
+    left = _drawn_rows(users, examples, cut, train.stochastic_length, (cfg.seed, epoch))
+    if left is not None:
         history = history.keep(left.kept)
 
-    # which rows of its history each target may see
-    rows, lengths = candidates.rows, np.diff(candidates.offsets)
-    visible, oldest, span = None, None, None
-    if training or shared:
-        visible = _visible_rows(users, rows, examples.history_begin, lengths, left)
-    if training and cfg.train.layout == "user":
-        assert visible is not None
-        least = np.maximum(shared_end(users, examples), examples.history_begin)
-        span = (examples.history_end - least).astype(np.int32)
-        if cut is not None and cfg.train.target_view == "exact":
-            begin = visible - cut_threshold(cfg.train.stochastic_length)
-            oldest = np.where(np.repeat(cut, lengths), begin.clip(min=0), 0).astype(np.int32)
+    view = TargetView()
+    if training:
+        view = _training_view(users, examples, candidates, train, cut, left)
+    elif shared:
+        view = TargetView(_visible_rows(users, examples, candidates, left))
 
     labels, weight, following = None, None, None
     if training:
-        labels, weight = candidate_labels(users.events, candidates, cfg)
+        order_only_weight = train.history_label_weight
+        labels, weight = candidate_labels(events, candidates, cfg.task_bits, order_only_weight)
         if cfg.retrieval.enabled:
-            following = _next_items(users, examples, maps, cfg, left)
-            if not cfg.tasks:  # nothing to score: no candidates
-                none = np.zeros_like(lengths)
-                targets = targets.take(none, none)
-                assert visible is not None
-                visible, labels, weight = visible[:0], labels[:0], weight[:0]
-                oldest = None
+            bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
+            following = _next_items(users, examples, maps, bits, order_only_weight, left)
+        if not cfg.tasks:  # nothing to score: no candidates
+            none = np.zeros(len(examples), np.int64)
+            targets, view = targets.take(none, none), view.without_candidates()
+            labels, weight = labels[:0], weight[:0]
 
     return collate(
         history,
         targets,
         users.user_id[examples.user],
         maps,
-        cfg,
-        target_visible=visible,
-        target_from=oldest,
-        target_span=span,
+        cfg.inputs,
+        view=view,
         labels=labels,
         label_weight=weight,
         next_items=following,
     )
+
+
+def _drawn_rows(
+    users: UserEvents,
+    examples: Examples,
+    cut: np.ndarray | None,
+    lengths: StochasticLengthConfig,
+    seed: tuple[int, ...],
+) -> KeptRows | None:
+    """The rows that are left of cut histories where they are drawn; None where they are the newest,
+    which `cut_histories` keeps, or nothing is cut.
+    """
+    if cut is None or lengths.rows != "weighted":
+        return None
+    return keep_weighted(users, examples, cut, cut_threshold(lengths), seed)
+
+
+def _training_view(
+    users: UserEvents,
+    examples: Examples,
+    candidates: Candidates,
+    train: TrainConfig,
+    cut: np.ndarray | None,
+    left: KeptRows | None,
+) -> TargetView:
+    """What each candidate may see by the layout and `train.target_view`."""
+    visible = _visible_rows(users, examples, candidates, left)
+    if train.layout != "user":
+        return TargetView(visible)
+
+    least = np.maximum(shared_end(users, examples), examples.history_begin)
+    span = (examples.history_end - least).astype(np.int32)
+    if cut is None or train.target_view != "exact":
+        return TargetView(visible, None, span)
+
+    # of a cut history so many rows before each candidate as stochastic length keeps
+    is_cut = np.repeat(cut, np.diff(candidates.offsets))
+    begin = visible - cut_threshold(train.stochastic_length)
+    oldest = np.where(is_cut, begin.clip(min=0), 0).astype(np.int32)
+    return TargetView(visible, oldest, span)
 
 
 def _example_targets(
@@ -436,15 +477,15 @@ def _example_targets(
     candidates: Candidates,
     history: Events,
     maps: FeatureMaps,
-    cfg: RunConfig,
+    inputs: InputConfig,
 ) -> Events:
     """The candidates as rows of their requests, with their dense features."""
     rows, offsets = candidates.rows, candidates.offsets
     lengths = np.diff(offsets)
     user = np.repeat(examples.user, lengths)
-    targets = target_events(users, rows, offsets, user, cfg.source.order_only_end_is_real)
+    targets = target_events(users, rows, offsets, user, inputs.source.order_only_end_is_real)
     targets = replace(targets, item_id=candidates.item_id)
-    if not cfg.features.dense:
+    if not inputs.features.dense:
         return targets
 
     # counted over all that lies before a request, a history cut in training included
@@ -452,48 +493,45 @@ def _example_targets(
     is_whole = np.array_equal(first, examples.history_begin)
     seen = history if is_whole else users.events.take(first, examples.history_end)
     before = users.visible_end[rows] - np.repeat(first, lengths)
-    dense = candidate_features(seen, targets, before, maps, cfg.features, cfg.task_bits)
+    dense = candidate_features(seen, targets, before, maps, inputs.features, inputs.task_bits)
     return replace(targets, dense=dense)
 
 
 def _visible_rows(
-    users: UserEvents,
-    rows: np.ndarray,
-    history_begin: np.ndarray,
-    lengths: np.ndarray,
-    left: KeptRows | None,
+    users: UserEvents, examples: Examples, candidates: Candidates, left: KeptRows | None
 ) -> np.ndarray:
-    """int32 [rows]: how many rows of the history from `history_begin`, of those `left`, each row's
-    request may see.
-
-    `history_begin` and `lengths`, the number of rows, are int64 [n], of n examples.
+    """int32 [C]: how many rows of its example's history, of those `left`, each candidate's request
+    may see.
     """
-    begin = np.repeat(history_begin, lengths)
-    visible = np.clip(users.visible_end[rows] - begin, 0, None)
-    if left is None:
-        return visible.astype(np.int32)
-    return left.count(np.repeat(np.arange(len(lengths)), lengths), visible)
+    example = np.repeat(np.arange(len(examples)), np.diff(candidates.offsets))
+    begin = examples.history_begin[example]
+    visible = np.clip(users.visible_end[candidates.rows] - begin, 0, None)
+    return visible.astype(np.int32) if left is None else left.count(example, visible)
 
 
 def _next_items(
-    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig, left: KeptRows | None
+    users: UserEvents,
+    examples: Examples,
+    maps: FeatureMaps,
+    positives: int,
+    order_only_weight: float,
+    left: KeptRows | None,
 ) -> NextItems:
+    """The rows of the examples that count by the bits `positives`, none drawn beside them."""
     rows, offsets = ranges(examples.target_begin, examples.target_end)
-    visible = _visible_rows(users, rows, examples.history_begin, np.diff(offsets), left)
-
-    bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
-    weight = cfg.train.history_label_weight
-    return next_items(users.events, rows, offsets, visible, maps, bits, weight)
+    own = own_candidates(users, rows, offsets)
+    visible = _visible_rows(users, examples, own, left)
+    return next_items(users.events, rows, offsets, visible, maps, positives, order_only_weight)
 
 
 def history_batch(
-    users: UserEvents, examples: Examples, maps: FeatureMaps, cfg: RunConfig
+    users: UserEvents, examples: Examples, maps: FeatureMaps, inputs: InputConfig
 ) -> SequenceBatch:
     """The histories of these examples as one batch without candidates."""
     history = users.events.take(examples.history_begin, examples.history_end)
     none = np.zeros(len(examples), np.int64)
     targets = users.events.take(none, none)
-    return collate(history, targets, users.user_id[examples.user], maps, cfg)
+    return collate(history, targets, users.user_id[examples.user], maps, inputs)
 
 
 def target_events(
@@ -523,12 +561,11 @@ def target_events(
 
 
 def candidate_labels(
-    events: Events, candidates: Candidates, cfg: RunConfig
+    events: Events, candidates: Candidates, task_bits: Sequence[int], order_only_weight: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """`target_labels` of candidates: a drawn item is a negative where its row is a positive."""
-    weight = cfg.train.history_label_weight
-    labels, weights = target_labels(events, candidates.rows, cfg.task_bits, weight)
-    if cfg.examples.negatives == 0:
+    labels, weights = target_labels(events, candidates.rows, task_bits, order_only_weight)
+    if not candidates.drawn.any():
         return labels, weights
     return negative_labels(candidates, labels, weights)
 

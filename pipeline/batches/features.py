@@ -267,44 +267,33 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
         UserError: a configured column is not in its side table, no row lies in the training
         period, or the labels of a task are all alike there.
     """
+    features = cfg.features
     rows = _TrainingRows.read(cfg, run)
-    items = _side_table(cfg.sequence_dir, cfg.features, "items", "item_id", rows.items)
-    users = _side_table(cfg.sequence_dir, cfg.features, "users", "user_id", rows.users)
-    item_ids, item_columns, item_sizes = _side_codes(
-        items, "item_id", cfg.features.item, rows.items
-    )
-    user_ids, user_columns, user_sizes = _side_codes(
-        users, "user_id", cfg.features.user, rows.users
-    )
-    id_codes = _find_rows(rows.items, item_ids).astype(np.int32)
-    counts = np.zeros(len(item_ids), np.int64)
-    known = _find_rows(rows.items, item_ids)
-    counts[known > 0] = rows.item_count[known[known > 0] - 1]
+    items = _side_table(cfg.sequence_dir, features, "items", "item_id", rows.items)
+    users = _side_table(cfg.sequence_dir, features, "users", "user_id", rows.users)
+    item_ids, item_columns, item_sizes = _side_codes(items, "item_id", features.item, rows.items)
+    user_ids, user_columns, user_sizes = _side_codes(users, "user_id", features.user, rows.users)
 
-    # rows of every embedding table
-    sizes = {"item_id": len(rows.items) + 1}
-    for name, size in item_sizes.items():
-        sizes[f"item.{name}"] = size
-    for name, size in user_sizes.items():
-        sizes[f"user.{name}"] = size
+    # an item of the table alone has neither a code of its own nor a count
+    id_codes = _find_rows(rows.items, item_ids)
+    counts = np.zeros(len(item_ids), np.int64)
+    counts[id_codes > 0] = rows.item_count[id_codes[id_codes > 0] - 1]
 
     request_values = {}
-    for name in cfg.features.request:
-        values = HOURS if name == "hour" else rows.request[name]
-        request_values[name] = values
-        sizes[f"request.{name}"] = len(values) + 1
+    for name in features.request:
+        request_values[name] = HOURS if name == "hour" else rows.request[name]
 
     text_ids = store.read_manifest(cfg.sequence_dir).text_ids
     maps = FeatureMaps(
         item_ids=item_ids,
-        item_codes=_with_unknown(np.column_stack([id_codes, item_columns])),
+        item_codes=_with_unknown(np.column_stack([id_codes.astype(np.int32), item_columns])),
         item_count=np.concatenate([[0], counts]),
         user_ids=user_ids,
         user_codes=_with_unknown(user_columns),
         request_values=request_values,
-        vocab_sizes=sizes,
+        vocab_sizes=_table_sizes(len(rows.items), item_sizes, user_sizes, request_values),
         base_rates=rows.base_rates,
-        item_duration_ms=_durations(items, cfg.features.duration_ms_column),
+        item_duration_ms=_durations(items, features.duration_ms_column),
         text_ids=tuple(name for name in NAMED_IDS if name in text_ids),
     )
     if cfg.retrieval.enabled:
@@ -317,7 +306,36 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
         )
         found = pass_over("counting next items", look, cfg.sequence_dir, run)
         maps = replace(maps, next_count=np.sum(found, axis=0))
-    return _with_counts(maps, cfg, run) if cfg.features.dense else maps
+
+    if not features.dense:
+        return maps
+    _refuse_too_many_groups(maps, features)
+    look = partial(
+        _count_labels,
+        maps=maps,
+        features=features,
+        end_ms=cfg.split.train_end_ms,
+        task_bits=cfg.task_bits,
+    )
+    counted = pass_over("counting labels", look, cfg.sequence_dir, run)
+    return _with_counts(maps, features, counted)
+
+
+def _table_sizes(
+    num_items: int,
+    items: Mapping[str, int],
+    users: Mapping[str, int],
+    request: Mapping[str, np.ndarray],
+) -> dict[str, int]:
+    """Rows of every embedding table; those of the columns of `items` and `users` are given."""
+    sizes = {"item_id": num_items + 1}
+    for name, size in items.items():
+        sizes[f"item.{name}"] = size
+    for name, size in users.items():
+        sizes[f"user.{name}"] = size
+    for name, values in request.items():
+        sizes[f"request.{name}"] = len(values) + 1
+    return sizes
 
 
 def _count_next_items(
@@ -376,34 +394,30 @@ def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
     return np.ones_like(order_only) if rows == "all" else order_only == (rows == "order_only")
 
 
-def _with_counts(maps: FeatureMaps, cfg: RunConfig, run: "Workers") -> FeatureMaps:
-    """The maps with what `features.dense` counts over the training period."""
-    for name, feature in cfg.features.dense.items():
+def _refuse_too_many_groups(maps: FeatureMaps, features: FeatureConfig) -> None:
+    """Raises UserError for a dense feature whose combinations of values have no numbers left."""
+    for name, feature in features.dense.items():
         by = [column for column in feature.by if column != "user"]
-        groups = maps.num_groups(by, cfg.features)
+        groups = maps.num_groups(by, features)
         if groups > MOST_GROUPS:
             raise UserError(
                 f"features.dense.{name}.by: {list(feature.by)} have {groups:,} combinations of "
                 f"values, more than the {MOST_GROUPS:,} that are told apart"
             )
 
-    look = partial(
-        _count_labels,
-        maps=maps,
-        features=cfg.features,
-        end_ms=cfg.split.train_end_ms,
-        task_bits=cfg.task_bits,
-    )
-    buckets = pass_over("counting labels", look, cfg.sequence_dir, run)
 
+def _with_counts(
+    maps: FeatureMaps, features: FeatureConfig, buckets: "Sequence[_BucketLabels]"
+) -> FeatureMaps:
+    """The maps with what `features.dense` counts over the training period, bucket by bucket."""
     row_rates = {}
-    for rows in {feature.rows: None for feature in cfg.features.dense.values()}:
+    for rows in {feature.rows: None for feature in features.dense.values()}:
         total = np.sum([bucket.totals[rows] for bucket in buckets], axis=0)
         known, positive = np.split(total, 2)
         row_rates[rows] = (positive / np.maximum(known, 1)).tolist()
 
     counts = {}
-    for name, feature in cfg.features.dense.items():
+    for name, feature in features.dense.items():
         if not feature.live:
             counts[name] = LabelCounts.merge_parts([bucket.counts[name] for bucket in buckets])
     return replace(maps, row_rates=row_rates, counts=counts)
@@ -459,12 +473,20 @@ class _BucketRows:
     weighed: "TaskCounts"  # of the rows that the loss weighs
 
 
-def _read_rows(table: pa.Table, cfg: RunConfig) -> _BucketRows:
-    stored = [name for name in cfg.features.request if name != "hour"]
+def _read_rows(
+    table: pa.Table,
+    features: FeatureConfig,
+    task_bits: Sequence[int],
+    end_ms: int,
+    *,
+    weighs_order_only: bool,
+) -> _BucketRows:
+    """Those of the bucket's rows before `end_ms`."""
+    stored = [name for name in features.request if name != "hour"]
     names = ("item_id", "event_time", "order_only", *stored)
     flat = {name: arrow_lists.flat_column(table, name) for name in names}
 
-    training = flat["event_time"] < cfg.split.train_end_ms
+    training = flat["event_time"] < end_ms
     timed = training & ~flat["order_only"]
     timed_items, timed_count = np.unique(flat["item_id"][timed], return_counts=True)
     user = np.repeat(table["user_id"].to_numpy(), np.diff(arrow_lists.list_offsets(table)))
@@ -472,15 +494,15 @@ def _read_rows(table: pa.Table, cfg: RunConfig) -> _BucketRows:
     request = {}
     for name in stored:
         request[name] = np.unique(flat[name][timed])
-    weighed = training if cfg.train.history_label_weight else timed
+    weighed = training if weighs_order_only else timed
     return _BucketRows(
         items=np.unique(flat["item_id"][training]),
         timed_items=timed_items,
         timed_count=timed_count,
         users=np.unique(user[training]),
         request=request,
-        timed=TaskCounts.of_rows(table, timed, cfg.task_bits),
-        weighed=TaskCounts.of_rows(table, weighed, cfg.task_bits),
+        timed=TaskCounts.of_rows(table, timed, task_bits),
+        weighed=TaskCounts.of_rows(table, weighed, task_bits),
     )
 
 
@@ -496,7 +518,13 @@ class _TrainingRows:
 
     @classmethod
     def read(cls, cfg: RunConfig, run: "Workers") -> "_TrainingRows":
-        look = partial(_read_rows, cfg=cfg)
+        look = partial(
+            _read_rows,
+            features=cfg.features,
+            task_bits=cfg.task_bits,
+            end_ms=cfg.split.train_end_ms,
+            weighs_order_only=cfg.train.history_label_weight > 0,
+        )
         buckets = pass_over("reading the training period", look, cfg.sequence_dir, run)
 
         # labels

@@ -25,7 +25,6 @@ from pipeline.batches.examples import (
     example_batch,
     example_candidates,
     request_examples,
-    user_events,
 )
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.steps import (
@@ -40,6 +39,7 @@ from pipeline.batches.steps import (
     token_counts,
 )
 from pipeline.batches.stochastic_length import LoadPlan
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig, SplitConfig
 from pipeline.sequences import store
 
@@ -299,12 +299,9 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
     """All requests of "val" or "test", prequential: the history holds every earlier row with its
     labels.
     """
-    manifest = store.read_manifest(cfg.sequence_dir)
     begin, end = split_bounds(cfg.split, split)
 
-    for index in range(len(manifest.buckets)):
-        sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
-        users = user_events(sequences, cfg.source, cfg.features)
+    for users in StoredUsers.of_run(cfg).by_bucket():
         examples = request_examples(users, begin, end, cfg.examples.max_history)
         for part in token_batches(examples, cfg.evaluate.batch_tokens):
             yield evaluation_batch(users, part, maps, cfg)
@@ -319,8 +316,9 @@ def evaluation_batch(
     shared: bool = False,
 ) -> EvaluationBatch:
     """The candidates of these examples; `shared` where one example holds several requests."""
-    candidates = example_candidates(users, examples, maps, cfg)
-    labels, weight = candidate_labels(users.events, candidates, cfg)
+    negatives, order_only_weight = cfg.examples.negatives, cfg.train.history_label_weight
+    candidates = example_candidates(users, examples, maps, cfg.task_bits, negatives)
+    labels, weight = candidate_labels(users.events, candidates, cfg.task_bits, order_only_weight)
     batch = example_batch(
         users, examples, maps, cfg, training=False, shared=shared, candidates=candidates
     )

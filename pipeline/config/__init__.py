@@ -17,6 +17,7 @@ from pipeline.config.features import (
     SplitConfig,
 )
 from pipeline.config.index import FollowedConfig, IndexConfig
+from pipeline.config.inputs import InputConfig
 from pipeline.config.logs import (
     ColumnReading,
     FileFormat,
@@ -55,6 +56,7 @@ __all__ = [
     "HistoryFeature",
     "Impressions",
     "IndexConfig",
+    "InputConfig",
     "LoopConfig",
     "ModelConfig",
     "Outage",

@@ -13,6 +13,7 @@ from pipeline.config.errors import require
 from pipeline.config.examples import ExampleConfig
 from pipeline.config.features import FeatureConfig, SplitConfig
 from pipeline.config.index import IndexConfig
+from pipeline.config.inputs import InputConfig
 from pipeline.config.logs import SourceConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.reading import apply_overrides, build_section, read_yaml
@@ -99,10 +100,18 @@ class RunConfig:
         return tuple(self.source.actions.index(task) for task in self.tasks)
 
     @property
+    def inputs(self) -> InputConfig:
+        """What batches are made by."""
+        return InputConfig(
+            source=self.source,
+            features=self.features,
+            model=self.model,
+            task_bits=self.task_bits,
+        )
+
+    @property
     def num_action_bits(self) -> int:
-        """Bits of a history row's action mask: source.actions, then the watch-time thresholds."""
-        features = self.features
-        return len(self.source.actions) + len(features.watch_seconds) + len(features.watch_shares)
+        return self.inputs.num_action_bits
 
     @property
     def feature_tables(self) -> tuple[str, ...]:

@@ -73,6 +73,21 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
+def require_predictions(name: str, folder: Path, split: str) -> Path:
+    """The file of a run's predictions.
+
+    Raises:
+        UserError: it has none of this split.
+    """
+    path = folder / "evaluation" / "predictions" / f"{split}.parquet"
+    if not path.exists():
+        raise UserError(
+            f"run {name!r} has no predictions of {split} ({path}): run jobs.evaluate for it, "
+            "or jobs.compare with --evaluate"
+        )
+    return path
+
+
 def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
     """The rows that all of these runs have scored, from the predictions in their folders.
 
@@ -82,12 +97,7 @@ def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
     """
     tables = {}
     for name, folder in runs.items():
-        path = folder / "evaluation" / "predictions" / f"{split}.parquet"
-        if not path.exists():
-            raise UserError(
-                f"run {name!r} has no predictions of {split} ({path}): run jobs.evaluate for it, "
-                "or jobs.compare with --evaluate"
-            )
+        path = require_predictions(name, folder, split)
         tables[name] = pq.read_table(path).sort_by([(key, "ascending") for key in KEYS])
 
     (base, first), *others = tables.items()

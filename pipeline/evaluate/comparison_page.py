@@ -23,6 +23,7 @@ from pipeline.evaluate.comparison import (
     mean_over_tasks,
     measure_rows,
     read_scores,
+    require_predictions,
     slice_rows,
 )
 from pipeline.evaluate.page_parts import embedded_picture, html_table, number_text, page_head
@@ -90,6 +91,32 @@ def compare_runs(
     return make_comparison(rows, facts, split, samples)
 
 
+def require_runs(runs_dir: str, runs: Sequence[str], split: str, *, scored: bool) -> None:
+    """Say now what `compare_runs` would find later; `scored` where nothing is evaluated before it.
+
+    Raises:
+        UserError: a run that is not trained, or has no predictions of `split`.
+    """
+    for name in runs:
+        folder = Path(runs_dir).absolute() / name
+        require_model(name, folder)
+        if scored:
+            require_predictions(name, folder, split)
+
+
+def require_model(name: str, folder: Path) -> None:
+    """Go on only if the run has a model.
+
+    Raises:
+        UserError: it has none, or there is no such run.
+    """
+    model = folder / "model"
+    if not folder.exists():
+        raise UserError(f"run {name!r}: there is no folder {folder}")
+    if not (model / "artifact.json").exists():
+        raise UserError(f"run {name!r} has no model at {model}: train it first")
+
+
 def write_page(folder: Path, comparison: Comparison) -> Path:
     """comparison.html, and comparison.json with its figures beside it; the path of the first."""
     page = folder / "comparison.html"
@@ -105,9 +132,8 @@ def read_facts(name: str, folder: Path) -> RunFacts:
     Raises:
         UserError: it has no model.
     """
+    require_model(name, folder)
     model = folder / "model"
-    if not (model / "artifact.json").exists():
-        raise UserError(f"run {name!r} has no model at {model}: train it first")
     extra = json.loads((model / "artifact.json").read_text())["extra"]
     settings = flatten(json.loads((model / "config.json").read_text()))
 

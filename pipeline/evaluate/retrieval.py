@@ -280,7 +280,7 @@ def _model_scores(
     """[U, N] on the CPU; of users without a history the popularity."""
     model = loaded.model
     assert model.retrieval is not None
-    batch = history_batch(users, examples, loaded.maps, loaded.cfg)
+    batch = history_batch(users, examples, loaded.maps, loaded.cfg.inputs)
     encoded = model.encode(batch.to(items.device), last_history=True)
     assert encoded.last_history_row is not None
     scores = (model.retrieval.user_vectors(encoded.last_history_row) @ items.T).cpu()

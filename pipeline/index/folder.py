@@ -12,7 +12,9 @@ A model that is promoted changes all vectors, so an index serves its own model a
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.batches.examples import user_events
 from pipeline.batches.features import FeatureMaps
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import IndexConfig, RunConfig, UserError, to_dict
 from pipeline.config.reading import build_section
 from pipeline.files import folder_digests, sha256_of, staged_folder
@@ -120,7 +122,10 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
         head = loaded.model.retrieval
         if head is not None:
             codes = maps.item_codes[maps.item_rows(item_ids)]
-            _write_vectors(stage, loaded, head, codes, cfg)
+            vectors = towers.item_vectors(loaded.model, head, codes).cpu()
+            stored, end_ms = StoredUsers.of_run(cfg), cfg.split.train_end_ms
+            sample = partial(_sample_users, loaded, head, stored, end_ms)
+            _write_vectors(stage, vectors, cfg.index.ivf_above, sample)
         if len(maps.new_ids):
             _write_new_items(stage, loaded.maps, maps)
         digests = {"files": folder_digests(stage), "extra": facts}
@@ -169,36 +174,32 @@ def _write_new_items(stage: Path, trained: FeatureMaps, today: FeatureMaps) -> N
 
 
 def _write_vectors(
-    stage: Path, loaded: LoadedModel, head: RetrievalHead, item_codes: np.ndarray, cfg: RunConfig
+    stage: Path, vectors: Tensor, ivf_above: int | None, sample: Callable[[], Tensor]
 ) -> None:
-    vectors = towers.item_vectors(loaded.model, head, item_codes).cpu()
+    """Write the items' vectors, float32 [N, d]; beyond `ivf_above` of them with inverted lists and
+    the vectors of a `sample` of users.
+    """
     if not bool(torch.isfinite(vectors).all()):
         raise UserError("the model's item vectors are not all finite: it cannot be indexed")
 
     tensors = {"items": vectors}
-    limit = cfg.index.ivf_above
-    if limit is not None and len(vectors) > limit:
+    if ivf_above is not None and len(vectors) > ivf_above:
         ivf.write_lists(vectors.numpy(), stage / LISTS)
         # users for whom the search is held against the exact one at each load
-        tensors["users"] = _sample_users(loaded, head, cfg)
+        tensors["users"] = sample()
     save_file(tensors, stage / VECTORS)
 
 
-def _sample_users(loaded: LoadedModel, head: RetrievalHead, cfg: RunConfig) -> Tensor:
-    """Vectors of up to `RECALL_USERS` users as of the end of the training period."""
-    manifest = store.read_manifest(cfg.sequence_dir)
+def _sample_users(
+    loaded: LoadedModel, head: RetrievalHead, stored: StoredUsers, end_ms: int
+) -> Tensor:
+    """Vectors of up to `RECALL_USERS` users as of `end_ms`, the end of the training period."""
     parts: list[Tensor] = []
-    found = 0
-    for index in range(len(manifest.buckets)):
-        if found >= RECALL_USERS:
-            break
-        table = store.read_bucket(cfg.sequence_dir, manifest, index)
-        users = user_events(table.slice(0, RECALL_USERS - found), cfg.source, cfg.features)
-        end_ms = np.full(len(users.user_id), cfg.split.train_end_ms)
-        history = history_before(users, end_ms).events
-        batch = towers.history_batch(history, users.user_id, loaded.maps, loaded.cfg)
+    for users in stored.by_bucket(most_users=RECALL_USERS):
+        times = np.full(len(users.user_id), end_ms)
+        history = history_before(users, times).events
+        batch = towers.history_batch(history, users.user_id, loaded.maps, loaded.cfg.inputs)
         parts.append(towers.user_vectors(loaded.model, head, batch).cpu())
-        found += len(users.user_id)
     return torch.cat(parts)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.batches.collate import SequenceBatch, collate
 from pipeline.batches.events import Events
 from pipeline.batches.features import FeatureMaps
-from pipeline.config import RunConfig
+from pipeline.config import InputConfig
 from pipeline.model.ranker import RankingModel
 from pipeline.model.retrieval import RetrievalHead
 
@@ -36,8 +36,8 @@ def user_vectors(model: RankingModel, head: RetrievalHead, batch: SequenceBatch)
 
 
 def history_batch(
-    history: Events, user_id: np.ndarray, maps: FeatureMaps, cfg: RunConfig
+    history: Events, user_id: np.ndarray, maps: FeatureMaps, inputs: InputConfig
 ) -> SequenceBatch:
     """The histories of B users without candidates, as `user_vectors` reads them."""
     begin = history.offsets[:-1]
-    return collate(history, history.take(begin, begin), user_id, maps, cfg)
+    return collate(history, history.take(begin, begin), user_id, maps, inputs)

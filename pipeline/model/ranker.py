@@ -48,7 +48,7 @@ class RankingModel(nn.Module):
         encoder = ENCODERS[model.encoder]
         interleaved = encoder.two_tokens_per_event(model)
         make_tokens = InterleavedEncoder if interleaved else TokenEncoder
-        self.encoder = make_tokens(cfg, vocab_sizes, make_table)
+        self.encoder = make_tokens(cfg.inputs, vocab_sizes, make_table)
         layout = TokenLayout(
             self.encoder.num_context,
             cfg.source.actions,

@@ -20,7 +20,7 @@ from kernels.position_time.reference import BUCKETS
 from kernels.position_time.types import Anchor
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
-from pipeline.config import ColumnFeature, FeatureConfig, HistoryFeature, ModelConfig, RunConfig
+from pipeline.config import ColumnFeature, FeatureConfig, HistoryFeature, InputConfig, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,17 +285,20 @@ class TokenEncoder(nn.Module):
     """SequenceBatch → Tokens."""
 
     def __init__(
-        self, cfg: RunConfig, vocab_sizes: dict[str, int], make_table: MakeTable = plain_table
+        self,
+        inputs: InputConfig,
+        vocab_sizes: dict[str, int],
+        make_table: MakeTable = plain_table,
     ) -> None:
         super().__init__()
-        features, model = cfg.features, cfg.model
+        features, model = inputs.features, inputs.model
         self.time_anchor: Anchor = model.time_anchor
         self.backend: Backend = model.token_backend
         self.num_context = len(features.user_tokens)
         self.content = ContentEncoder(features, model, vocab_sizes, make_table)
 
         self.heterogeneous = model.heterogeneous_actions
-        num_actions = cfg.num_action_bits if self.heterogeneous else 1
+        num_actions = inputs.num_action_bits if self.heterogeneous else 1
         self.action = ActionEncoder(num_actions, model.action_dim, model.d_model, self.backend)
         self.outcome = None
         if features.history:
@@ -303,7 +306,7 @@ class TokenEncoder(nn.Module):
         learned = model.candidate_action == "learned"
         self.candidate_action = nn.Parameter(torch.zeros(model.d_model)) if learned else None
 
-        num_dense = dense_width(features, len(cfg.tasks))
+        num_dense = dense_width(features, len(inputs.task_bits))
         into_token = num_dense > 0 and model.dense_to != "head"
         self.dense = DenseEncoder(num_dense, model.d_model, self.backend) if into_token else None
         self.context = None

@@ -8,7 +8,13 @@ import torch
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
-from pipeline.config import FeatureConfig, ModelConfig, RunConfig
+from pipeline.config import (
+    FeatureConfig,
+    InputConfig,
+    ModelConfig,
+    RetrievalConfig,
+    RunConfig,
+)
 from pipeline.model.encoders import ENCODERS
 from pipeline.model.encoders.encoder import TokenLayout
 from pipeline.model.encoders.hstu import interleave_actions
@@ -45,14 +51,15 @@ def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flop
     work.add(encoder.work(tokens, batch, cfg.model, layout))
 
     if batch.next_code is not None:
-        work.flops += retrieval_flops(cfg, len(batch.next_code), num_items)
+        num_next = len(batch.next_code)
+        work.flops += retrieval_flops(cfg.features, cfg.model, cfg.retrieval, num_next, num_items)
         if not cfg.tasks:  # its examples are the next items
             work.candidates = len(batch.next_code)
     return work
 
 
 def cached_work(
-    history: SequenceBatch, candidates: SequenceBatch, cfg: RunConfig
+    history: SequenceBatch, candidates: SequenceBatch, inputs: InputConfig
 ) -> tuple[int, int]:
     """Floating-point operations of `encode_history` and of `score_candidates`, both batches on the
     CPU.
@@ -60,15 +67,16 @@ def cached_work(
     Of the last layer, candidates need the keys and values alone: the history's attention there is
     not computed. Nor are the actions that candidates do not have.
     """
-    num_context, num_candidates = len(cfg.features.user_tokens), candidates.num_tokens
-    encode = input_flops(cfg.features, cfg.model, history.num_tokens, history.num_sequences)
-    encode += action_flops(cfg.model, cfg.num_action_bits, history.num_tokens)
-    score = input_flops(cfg.features, cfg.model, num_candidates, 0)
-    score += head_flops(cfg.features, cfg.model, len(cfg.tasks), num_candidates)
+    features, whole = inputs.features, inputs.model
+    num_context, num_candidates = len(features.user_tokens), candidates.num_tokens
+    encode = input_flops(features, whole, history.num_tokens, history.num_sequences)
+    encode += action_flops(whole, inputs.num_action_bits, history.num_tokens)
+    score = input_flops(features, whole, num_candidates, 0)
+    score += head_flops(features, whole, len(inputs.task_bits), num_candidates)
 
     tokens = _bare_tokens(history, num_context)
-    for channel, model in channel_parts(cfg.model):
-        passed = filter_rows(tokens, history, channel, cfg.source.actions)
+    for channel, model in channel_parts(whole):
+        passed = filter_rows(tokens, history, channel, inputs.source.actions)
         rows = newest_rows(passed, channel, num_context)
 
         for depth in range(model.num_layers):
@@ -132,14 +140,19 @@ def head_flops(features: FeatureConfig, model: ModelConfig, num_tasks: int, cand
     return 2 * candidates * (heads + rates)
 
 
-def retrieval_flops(cfg: RunConfig, num_next: int, num_items: int) -> int:
+def retrieval_flops(
+    features: FeatureConfig,
+    model: ModelConfig,
+    retrieval: RetrievalConfig,
+    num_next: int,
+    num_items: int,
+) -> int:
     """The products of the retrieval head: the vectors of the next items' users and of `num_items`
     items, and the score of each pair.
     """
-    d, dim = cfg.model.d_model, cfg.retrieval.dim
-    width = ENCODERS[cfg.model.encoder].output_width(cfg.model)
-    features = cfg.features
-    if cfg.retrieval.item_tower == "linear":
+    d, dim = model.d_model, retrieval.dim
+    width = ENCODERS[model.encoder].output_width(model)
+    if retrieval.item_tower == "linear":
         columns = features.item.values()
         of_item = (features.item_id_dim + sum(column.dim for column in columns)) * dim
     else:

@@ -97,7 +97,7 @@ class OfflineRecommender:
 
         vectors = None
         if head is not None:
-            batch = history_batch(events, audience.user_id, loaded.maps, loaded.cfg)
+            batch = history_batch(events, audience.user_id, loaded.maps, loaded.cfg.inputs)
             vectors = user_vectors(loaded.model, head, batch)
 
         found = []
@@ -128,9 +128,9 @@ class OfflineRecommender:
             audience.time_ms,
             columns,
             loaded.maps,
-            loaded.cfg,
+            loaded.cfg.inputs,
         )
-        batch = collate(past.events, targets, audience.user_id, loaded.maps, loaded.cfg)
+        batch = collate(past.events, targets, audience.user_id, loaded.maps, loaded.cfg.inputs)
         device = next(loaded.model.parameters()).device
         with torch.no_grad():
             logits = loaded.model(batch.to(device))

@@ -112,33 +112,35 @@ def log_rules(
     )
 
 
-def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
+def check_logs(
+    source: SourceConfig, sequences: SequenceConfig, features: FeatureConfig, run_dir: Path
+) -> tuple[LogFiles, LogRules, dict[str, int]]:
     """The logs, the rules and the rows of each file: all files' columns and types checked, and the
     first times of a few files.
 
     Raises:
         UserError: a missing or mistyped column, or no rows at all.
     """
-    logs = open_logs(cfg.source, cfg.run_dir)
+    logs = open_logs(source, run_dir)
     if logs.left_out:
         logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
 
     ids = [logs.columns[name] for name in TEXT_IDS]
-    rows_of_files = rows_by_file(logs.files, cfg.source.format, ids)
+    rows_of_files = rows_by_file(logs.files, source.format, ids)
     rows = sum(rows_of_files.values())
-    num_buckets = cfg.sequences.num_buckets or fitting_buckets(cfg.source, rows)
-    rules = log_rules(cfg.source, cfg.sequences, logs, num_buckets)
+    num_buckets = sequences.num_buckets or fitting_buckets(source, rows)
+    rules = log_rules(source, sequences, logs, num_buckets)
 
     own: set[str] = set()
-    if cfg.source.kind == "parquet":
-        own = set(logs.files) - set(live_logs(cfg.run_dir))
+    if source.kind == "parquet":
+        own = set(logs.files) - set(live_logs(run_dir))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         read = partial(read_schema, form=rules.format, ids=rules.id_columns)
         schemas = dict(zip(logs.files, pool.map(read, logs.files), strict=True))
     for file, schema in schemas.items():
         check_columns(schema, rules, file)
         if file in own:
-            refuse_unasked_columns(schema, cfg.source, file)
+            refuse_unasked_columns(schema, source, file)
     for name, files in check_presence(schemas, rules).items():
         logger.warning("%s: %d of %d files have no such column", name, files, len(schemas))
 
@@ -152,9 +154,9 @@ def check_logs(cfg: RunConfig) -> tuple[LogFiles, LogRules, dict[str, int]]:
         )
     check_times([file for file in logs.files if rows_of_files[file]], rules)
     if logs.users is not None:
-        check_feature_columns("users", logs.users, cfg.features.user)
+        check_feature_columns("users", logs.users, features.user)
     if logs.items is not None:
-        check_feature_columns("items", logs.items, cfg.features.item)
+        check_feature_columns("items", logs.items, features.item)
     return logs, rules, rows_of_files
 
 
@@ -187,7 +189,7 @@ def plan_build(cfg: RunConfig) -> dict[str, object]:
     Raises:
         UserError: the logs or a side table cannot be used, as far as some of the rows show it.
     """
-    logs, rules, rows_of_files = check_logs(cfg)
+    logs, rules, rows_of_files = check_logs(cfg.source, cfg.sequences, cfg.features, cfg.run_dir)
     rows = sum(rows_of_files.values())
     bytes_per_row = row_bytes(rules.events)
     rows_per_bucket = rows // rules.num_buckets
@@ -265,7 +267,7 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
             there already and neither `overwrite` nor `append` says what is to become of them.
     """
     store.require_own(cfg.sequences)
-    logs, rules, rows_of_files = check_logs(cfg)
+    logs, rules, rows_of_files = check_logs(cfg.source, cfg.sequences, cfg.features, cfg.run_dir)
     folder = cfg.sequence_dir
 
     with lock_folder(folder):

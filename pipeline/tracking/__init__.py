@@ -8,6 +8,7 @@ from pipeline.tracking.registry import (
     RowsAtHand,
     fetch_model,
     find_version,
+    require_evaluated,
 )
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import has_server
@@ -26,5 +27,6 @@ __all__ = [
     "has_server",
     "is_tracked",
     "plan_session",
+    "require_evaluated",
     "session",
 ]

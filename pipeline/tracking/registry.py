@@ -166,6 +166,18 @@ def _last_step(folder: Path) -> int:
     return int(json.loads((folder / INDEX).read_text())["extra"].get("steps", 0))
 
 
+def require_evaluated(model_dir: Path) -> None:
+    """Go on only if the model in `model_dir` could be registered.
+
+    Raises:
+        UserError: there is none, it is not whole, or it has not been evaluated.
+    """
+    from pipeline.model.artifact import verified
+
+    verified(model_dir, "model")
+    _read_metrics(model_dir)
+
+
 def register_trained(cfg: RunConfig) -> int:
     """The version of the model that the run of `cfg` trained and evaluated, registered unless it is
     already.
@@ -451,7 +463,9 @@ def _read_metrics(model_dir: Path) -> dict[str, float]:
     try:
         found = json.loads((model_dir / "metrics.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{model_dir} holds no metrics.json of an evaluation: {error}") from None
+        raise UserError(
+            f"{model_dir} holds no metrics.json of an evaluation ({error}): run jobs.evaluate first"
+        ) from None
     return {key: math.nan if value is None else value for key, value in found.items()}
 
 

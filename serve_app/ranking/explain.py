@@ -123,7 +123,7 @@ def _scores_without(
         times,
         features,
         ranker.maps,
-        cfg,
+        ranker.inputs,
     )
     users = np.full(tried, prepared.user_id, np.int64)
     scores = ranker.score_apart(past.events, targets, users)

@@ -116,7 +116,7 @@ class Ranker:
         budget: CacheBudget | None = None,
     ) -> None:
         self.model = loaded.model
-        self.cfg = loaded.cfg
+        self.cfg, self.inputs = loaded.cfg, loaded.cfg.inputs
         self.maps = loaded.maps
         as_served(self.model, limits)
         self.features = describe_features(self.cfg.features, self.maps)
@@ -381,7 +381,7 @@ class Ranker:
             np.array([request.head.request_time_ms], np.int64),
             features,
             self.maps,
-            self.cfg,
+            self.inputs,
         )
         return PreparedRequest(
             request,
@@ -476,7 +476,7 @@ class Ranker:
         for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
             nothing = _without_rows(past, len(chosen))
             asked = _take_sequences(targets, chosen)
-            batch = collate(nothing, asked, users[chosen], self.maps, self.cfg)
+            batch = collate(nothing, asked, users[chosen], self.maps, self.inputs)
             caches = HistoryCache.join_histories([encoded[i] for i in chosen])
 
             with self.precision():
@@ -508,7 +508,7 @@ class Ranker:
         for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
             history = _take_sequences(past, chosen)
             asked = _take_sequences(targets, chosen)
-            batch = collate(history, asked, users[chosen], self.maps, self.cfg)
+            batch = collate(history, asked, users[chosen], self.maps, self.inputs)
 
             with self.precision():
                 logits = self.model(batch.to(self.device))
@@ -558,7 +558,7 @@ class Ranker:
                 continue
 
             rows = history.take(np.array([first]), end)
-            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.cfg)
+            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.inputs)
             with self.precision():
                 appended[key] = append_history(self.model, kept, batch, num_cached, num_rows)
             self.caches.appends += 1
@@ -577,7 +577,7 @@ class Ranker:
         for chosen in split_passes(lengths[rows], self.limits.batch_tokens):
             history = _take_sequences(past, rows[chosen])
             nothing = _without_rows(past, len(chosen))
-            batch = collate(history, nothing, users[rows[chosen]], self.maps, self.cfg)
+            batch = collate(history, nothing, users[rows[chosen]], self.maps, self.inputs)
 
             with self.precision():
                 caches = encode_history(self.model, batch.to(self.device)).split_histories()

@@ -218,7 +218,8 @@ class Recommender:
         ranker = self.ranker
         assert self.head is not None
         user = np.array([found.user_id])
-        batch = history_batch(found.past.events, user, ranker.maps, ranker.cfg).to(ranker.device)
+        batch = history_batch(found.past.events, user, ranker.maps, ranker.inputs)
+        batch = batch.to(ranker.device)
 
         with ranker.precision():
             if not found.key:

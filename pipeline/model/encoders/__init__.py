@@ -4,7 +4,7 @@ docs/extend/encoder.md adds one: a file here, its entry in `ENCODERS`, its name 
 pipeline/config/model.py.
 """
 
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import ModelConfig, RunConfig, TrainConfig
 from pipeline.config.errors import require
 from pipeline.model.encoders.din import DIN
 from pipeline.model.encoders.encoder import Encoder
@@ -42,20 +42,20 @@ def check_run(cfg: RunConfig) -> None:
     of the targets that training asks for.
     """
     check_model(cfg.model)
-    _check_target_view(cfg)
+    _check_target_view(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
     if cfg.retrieval.enabled:
         rule = f"an encoder with history rows where retrieval.enabled: {cfg.model.encoder} has none"
         found = ENCODERS[cfg.model.encoder].has_history_rows
         require(found, "model.encoder", cfg.model.encoder, rule)
 
 
-def _check_target_view(cfg: RunConfig) -> None:
+def _check_target_view(model: ModelConfig, train: TrainConfig, *, retrieval: bool) -> None:
     """An exact view of a shared history takes rows that at most two forms are enough for."""
-    view = cfg.train.target_view
-    if view == "covering" or cfg.train.layout == "request":
+    view = train.target_view
+    if view == "covering" or train.layout == "request":
         return
 
-    sharing = model_sharing(cfg.model)
+    sharing = model_sharing(model)
     rule = (
         "covering, or train.layout request, where a transducer of more than two layers, or one "
         "with max_len or without model.merge, has full rows under a window or truncation: the rows "
@@ -67,5 +67,5 @@ def _check_target_view(cfg: RunConfig) -> None:
         "covering, or train.layout request, where retrieval.enabled and there are full rows under "
         "a window or truncation: next items are asked for from the shared rows"
     )
-    apart = sharing == "layers" and cfg.retrieval.enabled
+    apart = sharing == "layers" and retrieval
     require(not apart, "train.target_view", view, rule)
