@@ -27,7 +27,12 @@ MISTAKES = [
     ("source.synthetic.users=5", "source.synthetic.users", "5"),
     ("train.epochs=two", "train.epochs", "'two'"),  # wrong type
     ("train.epochs=1.5", "train.epochs", "1.5"),
-    ("train.epochs=true", "train.epochs", "True"),
+    ("train=", "train is empty", "leave it out"),
+    ("features.item.tag={dim: -8}", "features.item.tag.dim", "-8"),
+    ("model.attention.window=none", "model.attention.window", "or null, got 'none'"),
+    ("source.kind=csv", "source.kind", "source.format"),
+    ("tasks=[is_click, is_click]", "tasks", "free of repeats"),
+    ("train.epochs=true", "train.epochs", "true"),
     ("train.use_gpu=1", "train.use_gpu", "1"),
     ("train.lr=fast", "train.lr", "'fast'"),
     ("tasks=is_click", "tasks", "'is_click'"),
@@ -41,14 +46,14 @@ MISTAKES = [
     ("model.num_layers=0", "model.num_layers", "0"),
     ("model.candidate_action=zero", "model.candidate_action", "'zero'"),
     ("model.channels={a: {actions: [is_clicked]}}", "model.channels.a.actions", "'is_clicked'"),
-    ("model.channels={a: {max_len: 0}}", "model.channels.*.max_len", "0"),
-    ("model.channels={a: {truncate_after_layer: 2}}", "model.channels.*.truncate_after_layer", "2"),
+    ("model.channels={a: {max_len: 0}}", "model.channels.a.max_len", "0"),
+    ("model.channels={a: {truncate_after_layer: 2}}", "model.channels.a.truncate_after_layer", "2"),
     ("model.channels={a: {depth: 2}}", "model.channels.a.depth", "2"),
     # full rows would count later labels
     ("model.channels={a: {actions: [is_like]}}", "train.layout", "'user'"),
     ("model.time_anchor=query", "train.layout", "'user'"),
     ("features.watch_seconds=[0]", "features.watch_seconds", "0"),
-    ("features.watch_shares=[0.5]", "features.duration_ms_column", "None"),
+    ("features.watch_shares=[0.5]", "features.duration_ms_column", "null"),
     (
         "features.duration_ms_column=video_duration",
         "features.duration_ms_column",
@@ -75,10 +80,10 @@ MISTAKES = [
     ("tracking.gate_max_ne.is_hate=1", "tracking.gate_max_ne", "'is_hate'"),  # not a task
     ("features.request.hours={}", "features.request", "'hours'"),
     ("features.user_tokens.activity=[fans]", "features.user_tokens", "'fans'"),
-    ("source.path=null", "source.path", "None"),
+    ("source.path=null", "source.path", "null"),
     ("source.actions=[is_click, is_click]", "source.actions", "is_click"),
     ("serve.port=70000", "serve.port", "70000"),
-    ("serve.cuda_graphs=true", "serve.cuda_graphs", "True"),
+    ("serve.cuda_graphs=true", "serve.cuda_graphs", "true"),
     ("name=a/b", "name", "'a/b'"),
     # a key without a default
     ("source.users={id_column: uid}", "source.users.path", "['id_column']"),
@@ -103,9 +108,15 @@ def test_a_mistake_names_its_key_and_value(override, key, value):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("name: [", "is not YAML"),
+        ("name: [", "is not YAML: line 1: "),
+        (
+            "train:\n\tlr: 1",
+            "line 2: found character '\\t' that cannot start any token: YAML is indented",
+        ),
+        ("a: {b: 1}\nname: x\na: 2", "is not YAML: line 3: the key 'a' stands there a second time"),
+        ("\0", "is not YAML: "),
         ("- 1", "must hold a mapping, got list"),
-        ("", "must hold a mapping, got NoneType"),
+        ("", "is empty"),
         ("source: 3", "source must be a mapping, got 3"),
         ("3: 4", "unknown configuration key '3' (value 4)"),
     ],
@@ -116,11 +127,16 @@ def test_a_broken_file_is_named(tmp_path, text, complaint):
     with pytest.raises(ConfigError) as caught:
         config.load(path)
     assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file or directory$"):
         config.load(tmp_path / "nowhere.yaml")
+    with pytest.raises(
+        ConfigError, match=r"No such file or directory; is it .*configs/demo\.yaml\?"
+    ):
+        config.load(DEMO.parent / "demos.yaml")
 
 
 def test_set_replaces_one_value_and_creates_sections():
@@ -282,10 +298,10 @@ def test_a_setting_that_channels_do_not_read_is_refused(tmp_path: Path, key: str
     value = BESIDE_CHANNELS[key]
     channels = "model.channels={all: {attention: {window: null}}}"
     own = key.removeprefix("model.")
-    message = rf"{key} must be left out beside model\.channels.* of all, got {value!r}$"
+    text = "null" if value is None else str(value)
+    message = rf"{key} must be left out beside model\.channels.* of all, got {text}$"
     message = message.replace("of all", rf"model\.channels\.NAME\.{own} of all")
 
-    text = "null" if value is None else str(value)
     with pytest.raises(ConfigError, match=message):
         config.load(DEMO, [channels, f"{key}={text}"])
 

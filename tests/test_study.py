@@ -136,7 +136,7 @@ def test_a_crossed_study_has_its_two_lines_and_the_ladder(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"of_size": None}, "of_size must be given with at_length, or both null, got None"),
+        ({"of_size": None}, "of_size must be given with at_length, or both null, got null"),
         ({"of_size": "d5"}, "of_size must be one of sizes"),
         ({"at_length": 3}, r"at_length must be one of lengths \[2, 6\], or null, got 3"),
         ({"ladder": ["d2"]}, "ladder must be null, or a size of"),

@@ -37,7 +37,14 @@ def require(condition: bool, key: str, value: Any, rule: str) -> None:
         ConfigError: "`key` must be `rule`, got `value`".
     """
     if not condition:
-        raise ConfigError(f"{key} must be {rule}, got {value!r}")
+        raise ConfigError(f"{key} must be {rule}, got {show_value(value)}")
+
+
+def show_value(value: Any) -> str:
+    """A value as it stands in YAML, for messages: null, true, ['a', 'b'], 'text', 0.5."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def refuse_secrets(key: str, value: str | None) -> None:

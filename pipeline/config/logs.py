@@ -312,8 +312,13 @@ class SourceConfig:
         columns: {bought: {column: event_type, equals: purchase}}
 
         Raises:
-            ConfigError: `columns` speaks of such an action too.
+            ConfigError: `columns` speaks of such an action too, or the kind is a form of files.
         """
+        if isinstance(raw, dict) and raw.get("kind") in ("csv", "tsv", "json", "jsonl"):
+            raise ConfigError(
+                "source.kind must be parquet for files of your own, of CSV and JSON lines too: "
+                f"source.format says how they are read, got {raw['kind']!r}"
+            )
         if not isinstance(raw, dict) or not isinstance(raw.get("actions"), dict):
             return raw
 

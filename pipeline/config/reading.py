@@ -1,6 +1,7 @@
 """From YAML to values: the file, its `--set` overrides, and each value as the type of its field."""
 
 import dataclasses
+import re
 import types
 import typing
 import urllib.parse
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.config.errors import ConfigError, refuse_secrets, require
+from pipeline.config.errors import ConfigError, refuse_secrets, require, show_value
 from pipeline.config.secrets import MASK, is_secret_name
 from pipeline.config.setting import has_default
 
@@ -28,16 +29,66 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     Raises:
         ConfigError: no such file, not YAML, no mapping, or an override of another form.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}") from None
+    return apply_overrides(read_mapping("--config", Path(path)), overrides)
 
+
+def read_mapping(option: str, path: Path) -> dict[str, Any]:
+    """The mapping in the YAML at `path`, which `option` of the command line names.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key that stands there twice, or no mapping.
+    """
+    try:
+        raw = _load_yaml(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}{_advise_file(path)}") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} is not YAML: {_describe_fault(error)}") from None
+
+    if raw is None:
+        raise ConfigError(f"{option} {path} is empty")
     if not isinstance(raw, dict):
-        raise ConfigError(f"--config {path} must hold a mapping, got {type(raw).__name__}")
-    return apply_overrides(raw, overrides)
+        raise ConfigError(f"{option} {path} must hold a mapping, got {type(raw).__name__}")
+    return raw
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key stands once in a mapping: of two the last one would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        known: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in known:
+                    problem = f"the key {key.value!r} stands there a second time"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                known.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _UniqueKeys)
+
+
+def _describe_fault(error: Exception) -> str:
+    """What YAML does not like, on one line and with the number of its line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+
+    words = f"line {error.problem_mark.line + 1}: {error.problem}"
+    if error.context is not None and error.context_mark is not None:
+        words += f" ({error.context} that begins in line {error.context_mark.line + 1})"
+    tabbed = error.problem is not None and r"'\t'" in error.problem
+    return words + (": YAML is indented with spaces, not with tabs" if tabbed else "")
+
+
+def _advise_file(path: Path) -> str:
+    """The preset beside `path` whose name is like it."""
+    beside = [file.name for file in path.parent.glob("*.yaml")]
+    meant = get_close_matches(path.name, beside, n=1)
+    return f"; is it {path.parent / meant[0]}?" if meant else ""
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -57,7 +108,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = _load_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
 
@@ -120,8 +171,10 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
     # a section may have short forms
     if hasattr(cls, "complete_yaml"):
         raw = cls.complete_yaml(raw)
+    if raw is None and path:
+        raise ConfigError(f"{path} is empty: give it a setting, or leave it out")
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path or 'the configuration'} must be a mapping, got {raw!r}")
+        raise ConfigError(f"{path or 'the configuration'} must be a mapping, got {show_value(raw)}")
 
     fields = dataclasses.fields(cls)
     names = [field.name for field in fields]
@@ -129,7 +182,7 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
     for key in raw:
         if key not in names:
             where = f"{path}.{key}" if path else str(key)
-            shown = MASK if is_secret_name(str(key)) else repr(raw[key])
+            shown = MASK if is_secret_name(str(key)) else show_value(raw[key])
             raise ConfigError(
                 f"unknown configuration key {where!r} (value {shown}); "
                 f"{_advise(str(key), hints, path)}"
@@ -142,7 +195,12 @@ def build_section(cls: type, raw: Any, path: str) -> Any:
     for field in fields:
         if not has_default(field) and field.name not in raw:
             raise ConfigError(f"{path}.{field.name} must be given beside {list(raw)}")
-    return cls(**values)
+
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        # a section of a mapping does not know its own name: `features.*.dim must be 1 or more`
+        raise ConfigError(re.sub(r"^[\w.]+\.\*", lambda _: path, str(error))) from None
 
 
 def _advise(key: str, hints: dict[str, Any], path: str) -> str:
@@ -161,8 +219,10 @@ def _advise(key: str, hints: dict[str, Any], path: str) -> str:
     return f"{path or 'the top level'} has {list(hints)}"
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` from YAML as the type `hint` of a field, or a ConfigError naming `path`."""
+def _convert(hint: Any, value: Any, path: str, null: str = "") -> Any:
+    """`value` from YAML as the type `hint` of a field, or a ConfigError naming `path`; `null` is
+    the end of its rule where null is allowed too.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build_section(typing.cast(type, hint), value, path)
@@ -170,25 +230,26 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(_choose_hint(args, value), value, path)
+        null = ", or null" if type(None) in args else ""
+        return _convert(_choose_hint(args, value), value, path, null)
 
     if origin is Literal:
         # YAML 1.1 reads an unquoted on and off as true and false
         switch = {True: "on", False: "off"}
         if isinstance(value, bool) and switch[value] in args:
             value = switch[value]
-        require(value in args, path, value, f"one of {list(args)}")
+        require(value in args, path, value, f"one of {list(args)}{null}")
         return value
 
     if origin is tuple:
-        require(isinstance(value, list | tuple), path, value, "a list")
+        require(isinstance(value, list | tuple), path, value, f"a list such as [a, b]{null}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
 
     if origin is dict:
-        require(isinstance(value, dict), path, value, "a mapping")
+        require(isinstance(value, dict), path, value, f"a mapping{null}")
         return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
 
-    return _convert_scalar(hint, value, path)
+    return _convert_scalar(hint, value, path, null)
 
 
 def _choose_hint(hints: Sequence[Any], value: Any) -> Any:
@@ -200,12 +261,12 @@ def _choose_hint(hints: Sequence[Any], value: Any) -> Any:
     return others[0]
 
 
-def _convert_scalar(hint: type, value: Any, path: str) -> Any:
+def _convert_scalar(hint: type, value: Any, path: str, null: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 2e-3 as text
             return float(value)
         except (TypeError, ValueError):
-            raise ConfigError(f"{path} must be a number, got {value!r}") from None
+            raise ConfigError(f"{path} must be a number{null}, got {show_value(value)}") from None
 
     if hint is str and isinstance(value, date):  # YAML reads an unquoted ISO time as one
         return value.isoformat()
@@ -213,7 +274,7 @@ def _convert_scalar(hint: type, value: Any, path: str) -> Any:
     # bool is a subclass of int
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = SCALARS.get(hint, hint.__name__)
-        raise ConfigError(f"{path} must be {kind}, got {value!r}")
+        raise ConfigError(f"{path} must be {kind}{null}, got {show_value(value)}")
     if isinstance(value, str):
         refuse_secrets(path, value)
     return value

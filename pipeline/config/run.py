@@ -61,6 +61,7 @@ class RunConfig:
         rule = "at least one action without retrieval.enabled"
         require(len(self.tasks) > 0 or not needs_tasks, "tasks", self.tasks, rule)
         rules.refuse_unknown_actions("tasks", self.tasks, source)
+        require(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "free of repeats")
         rules.refuse_names_that_tracking_refuses(self.tasks)
         rules.refuse_unknown_tasks("train.task_weights", train.task_weights, self.tasks)
         rules.refuse_unknown_tasks("tracking.gate_max_ne", self.tracking.gate_max_ne, self.tasks)

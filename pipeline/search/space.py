@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, rules
 from pipeline.config.errors import require
-from pipeline.config.reading import apply_overrides, build_section
+from pipeline.config.reading import apply_overrides, build_section, read_mapping
 
 KINDS = ("choices", "uniform", "loguniform", "integers")
 SECTIONS = ("model", "features", "retrieval", "train")  # other settings change the rows or machines
@@ -113,7 +112,7 @@ def read_space(path: Path, base: RunConfig) -> SearchSpace:
         ConfigError: no such file, not of this form, a setting that there is not or that is not
         searched, or an end or choice that it refuses beside the preset's other settings.
     """
-    raw = _read_mapping(path)
+    raw = read_mapping("--space", path)
     space = raw.pop("space", None)
     if not isinstance(space, dict) or not space:
         raise ConfigError(
@@ -125,18 +124,6 @@ def read_space(path: Path, base: RunConfig) -> SearchSpace:
     except ConfigError as error:
         raise ConfigError(f"--space {path}: {error}") from None
     return SearchSpace(search, draws)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--space {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--space {path} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"--space {path} must hold a mapping, got {type(raw).__name__}")
-    return raw
 
 
 def read_draw(key: str, raw: Any, base: RunConfig) -> Draw:

@@ -16,12 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config.errors import require
-from pipeline.config.reading import build_section
+from pipeline.config.reading import build_section, read_mapping
 from pipeline.search.space import Trial, with_settings
 
 SECTIONS = ("model", "features", "train", "evaluate")  # others change rows or machines
@@ -124,13 +122,7 @@ def read_plan(path: Path, base: RunConfig) -> StudyPlan:
     Raises:
         ConfigError: no such file, not of this form, or a setting that a study cannot vary.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--study {path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"--study {path} must hold a mapping, got {type(raw).__name__}")
-
+    raw = read_mapping("--study", path)
     try:
         encoders = _read_settings("encoders", raw.pop("encoders", None))
         sizes = _read_settings("sizes", raw.pop("sizes", None))
