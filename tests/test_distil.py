@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
-from pipeline.config import ConfigError, UserError
+from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.figures import append_run, read_runs
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -32,17 +32,26 @@ def taught_plan(tmp_path_factory):
         "taught": {"taught": {"by": "plain", "seeds": [0, 1], "weight": 0.5}},
     }
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    return cfg, planned(folder, cfg, seeds=[0, 1])
+
+
+def planned(folder: Path, cfg: RunConfig, seeds: list[int]) -> list[train_plan.PlannedRun]:
     options = argparse.Namespace(
         overrides=[],
-        seeds=[0, 1],
+        seeds=seeds,
         store=str(cfg.sequence_dir),
         device="cpu",
         out=folder / "out.jsonl",
         predictions=folder / "predictions",
         teachers=folder / "teachers",
     )
-    runs = train_plan.planned(folder / "plan.yaml", options)
-    return cfg, runs
+    return train_plan.planned(folder / "plan.yaml", options)
+
+
+def test_teachers_have_all_their_seeds_whatever_is_asked_for(taught_plan):
+    cfg, runs = taught_plan
+    found = [(run.cfg.name, run.cfg.seed) for run in planned(runs[0].out.parent, cfg, seeds=[1])]
+    assert found == [("plain", 1), ("taught", 1), ("plain", 0)]
 
 
 def test_a_teacher_is_the_mean_of_what_its_models_think_of_each_training_row(taught_plan):

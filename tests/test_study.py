@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,16 @@ def test_a_crossed_study_has_its_two_lines_and_the_ladder(tmp_path: Path) -> Non
     assert len(points) == 2 * 7 + 2 + 2, "two encoders, the variant, less data for the encoders"
 
 
+def test_a_variant_may_name_its_lengths(tmp_path: Path) -> None:
+    variants = {"wide": {}, "deep": {"lengths": [6], "model.num_layers": 2}}
+    base = study_base(tmp_path)
+    plan = read_plan(write_plan(tmp_path, **(CROSS | {"variants": variants})), base)
+    assert plan.variants == {"wide": {}, "deep": {"model.num_layers": 2}}
+    assert plan.places("wide") == [("d4", 2), ("d4", 6)]
+    assert plan.places("deep") == [("d4", 6)]
+    assert plan.as_figures()["variant_lengths"] == {"deep": [6]}, "a study goes on with the same"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -141,6 +152,11 @@ def test_a_crossed_study_has_its_two_lines_and_the_ladder(tmp_path: Path) -> Non
         ({"at_length": 3}, r"at_length must be one of lengths \[2, 6\], or null, got 3"),
         ({"ladder": ["d2"]}, "ladder must be null, or a size of"),
         ({"variants": {"hstu": {}}}, r"variants must be names that no encoder has, got \['hstu'\]"),
+        (
+            {"variants": {"deep": {"lengths": [5]}}},
+            r"deep.lengths must be some of lengths \[2, 6\]",
+        ),
+        ({"variants": {"deep": {"lengths": 6}}}, r"deep.lengths must be some of .*, got 6"),
     ],
 )
 def test_a_mistake_in_a_crossed_study_is_named(
@@ -330,11 +346,12 @@ def test_points_of_another_machine_give_the_same_report(
 
 def test_the_largest_size_waits_for_what_it_is_predicted_from(tmp_path: Path) -> None:
     base = study_base(tmp_path)
-    plan = read_plan(write_plan(tmp_path, data_share=None, **CROSS), base)
+    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1], **CROSS), base)
     points = plan_points(base, plan)
     study = study_points.OpenStudy(base, plan, list(points))
-    (largest, _) = [point for point in points if point.size == "d12"]
-    smaller = [point for point in points if study.predicts(point)]
+    of_seed = [point for point in points if point.seed == 0]
+    (largest, _) = [point for point in of_seed if point.size == "d12"]
+    smaller = [point for point in of_seed if study.predicts(point)]
     assert {point.length for point in smaller} == {2}
     assert {point.encoder for point in smaller} == {"ultra", "hstu"}
 
@@ -344,6 +361,36 @@ def test_the_largest_size_waits_for_what_it_is_predicted_from(tmp_path: Path) ->
     assert not study.is_ready(largest), "one is still running"
     study.running = []
     assert study.is_ready(largest)
+    study.waiting = points[len(of_seed) :]
+    assert study.is_ready(largest), "other seeds have a largest of their own"
+
+
+def test_a_seed_is_whole_before_the_next_and_its_encoders_before_its_variants(
+    tmp_path: Path,
+) -> None:
+    base = study_base(tmp_path)
+    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1], **CROSS), base)
+    points = plan_points(base, plan)
+    for gflop, point in enumerate(points):
+        point.trial.cfg.run_dir.mkdir(parents=True)
+        work = {"train_gflop": gflop, "infer_gflop": 0.0}
+        (point.trial.cfg.run_dir / "work.json").write_text(json.dumps(work))
+
+    study = study_points.OpenStudy(base, plan, list(points))
+    order = [point for _, point in study_points._in_order([study])]
+    assert [point.seed for point in order] == [0] * len(of(points, 0)) + [1] * len(of(points, 1))
+    first = of(order, 0)
+    assert {(point.length, point.size == "d12") for point in first[:8]} == {(2, False)}
+    assert [point.encoder for point in first[8:]] == ["ultra"] * 3 + ["hstu"] * 3 + ["wide"] * 2
+    assert [(point.size, point.length) for point in first[8:11]] == [
+        ("d8", 6),
+        ("d4", 6),
+        ("d12", 2),
+    ], "those with the most FLOP first"
+
+
+def of(points: Sequence[Point], seed: int) -> list[Point]:
+    return [point for point in points if point.seed == seed]
 
 
 def test_a_finished_point_is_not_run_again(

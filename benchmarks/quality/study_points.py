@@ -9,8 +9,10 @@ CPU box, and home again as a file.
         --unpack points.jsonl --set train.use_gpu=true
 
 Plan, points and their files are those of `jobs.scaling_study`, which after `--unpack` makes the
-page (`--no-tracking`) and goes on with points that are missing. Several studies share the
-processes. A study's largest size waits until those that it is predicted from have ended.
+page (`--no-tracking`) and goes on with points that are missing. `--count-only` ends before the
+first training: another machine goes on from `runs/` as it is then. Several studies share the
+processes. A study's largest size waits until those of its seed that it is predicted from have
+ended.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from pipeline.study.users import USERS
 logger = logging.getLogger(__name__)
 
 FILES = (WORK, POINT, USERS)  # of a point, that travel
+FEATURES = "features.json"  # the last file of the maps that a study's points share
 
 
 @dataclass
@@ -68,10 +71,13 @@ class OpenStudy:
         return in_all_sizes and point.encoder in self.plan.encoders
 
     def is_ready(self, point: Point) -> bool:
-        """False for the largest size as long as it cannot be predicted."""
+        """False for the largest size as long as its seed's smaller ones do not predict it."""
         if not self.is_largest(point):
             return True
-        return not any(self.predicts(other) for other in (*self.waiting, *self.running))
+        for other in (*self.waiting, *self.running):
+            if self.predicts(other) and other.seed == point.seed:
+                return False
+        return True
 
 
 def open_studies(
@@ -97,11 +103,18 @@ def open_studies(
     return opened
 
 
+def count_points(studies: Sequence[OpenStudy], processes: int) -> None:
+    """What comes before the first training: FLOP of every point, features of every study."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        _count_all(studies, pool)
+
+
 def run_all(studies: Sequence[OpenStudy], processes: int, out: Path, budget_s: float) -> None:
     """Run what is left of the studies; after `budget_s` no other point begins.
 
-    First what the largest sizes are predicted from, then seed by seed of all studies, and of a seed
-    the points with the most FLOP.
+    Seed by seed of all studies. Of a seed first what the largest sizes are predicted from, then
+    encoder by encoder in the order of the plans, and of an encoder the points with the most FLOP.
     """
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -135,8 +148,10 @@ def _in_order(studies: Sequence[OpenStudy]) -> list[tuple[OpenStudy, Point]]:
     found = []
     for number, study in enumerate(studies):
         for point in study.waiting:
-            rank = not study.predicts(point), point.seed, number, -_train_gflop(point)
-            found.append((rank, (study, point)))
+            # encoders before variants, since `names` has them so
+            place = study.plan.names.index(point.encoder)
+            last = not study.predicts(point), place, number, -_train_gflop(point)
+            found.append(((point.seed, *last), (study, point)))
     return [chosen for _, chosen in sorted(found, key=lambda one: one[0])]
 
 
@@ -148,26 +163,31 @@ def _next(order: list[tuple[OpenStudy, Point]], out: Path) -> tuple[OpenStudy, P
         if not study.is_ready(point):
             continue
         if study.is_largest(point) and not (study.folder / PREDICTIONS).exists():
-            _predict(study, out)
+            _predict(study, point.seed, out)
         study.waiting.remove(point)
         study.running.append(point)
         return order.pop(number)
     return None
 
 
-def _predict(study: OpenStudy, out: Path) -> None:
-    found = predict_largest(study.plan, plan_points(study.base, study.plan))
+def _predict(study: OpenStudy, seed: int, out: Path) -> None:
+    """Predict the largest size from the first seeds, up to this one: those that are whole."""
+    points = plan_points(study.base, study.plan)
+    found = predict_largest(study.plan, [point for point in points if point.seed <= seed])
     found["made"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_atomically(study.folder / PREDICTIONS, json_text(found))
     append_line(out, study.folder.name, {PREDICTIONS: found})
 
 
 def _count_all(studies: Sequence[OpenStudy], pool: ProcessPoolExecutor) -> None:
-    """FLOP of every point; the seeds of a key share those of its first."""
+    """FLOP of every point, the seeds of a key share those of its first; features of every study
+    that has none. `open_study` sees to it that both are of this plan and these sequences.
+    """
     first: dict[tuple[str, Any], Point] = {}
     futures = []
     for study in studies:
-        if any(shares_features(point.trial.cfg, study.base) for point in study.waiting):
+        shared = any(shares_features(point.trial.cfg, study.base) for point in study.waiting)
+        if shared and not (study.folder / FEATURES).exists():
             fit_features(study.waiting[0].trial.cfg).save(study.folder)
         for point in study.waiting:
             key = study.folder.name, point.key
@@ -276,6 +296,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="points at a time")
     parser.add_argument("--budget-s", type=float, default=1e9, help="then no other point begins")
     parser.add_argument("--out", type=Path, default=Path("points.jsonl"), help="JSON Lines")
+    parser.add_argument("--count-only", action="store_true", help="train nothing")
     parser.add_argument("--unpack", type=Path, metavar="POINTS", help="run nothing")
     options = parser.parse_args()
     try:
@@ -285,6 +306,8 @@ def main() -> None:
 
     if options.unpack:
         print(f"points={unpack(studies, options.unpack)}")
+    elif options.count_only:
+        count_points(studies, options.processes)
     else:
         run_all(studies, options.processes, options.out, options.budget_s)
 

@@ -16,7 +16,8 @@ many small runs.
     ablate: ultra_hstu                 # adds each of its variants (pipeline.evaluate.ablation) as
     ultra_hstu-window_0 …
     taught: {distilled: {by: ultra_hstu, seeds: [0, 1, 2, 3, 4], weight: 0.5}}  # a run whose labels
-    are half those of other runs' mean (benchmarks.quality.distil); it waits for them
+    are half those of other runs' mean (benchmarks.quality.distil); it waits for them, which are run
+    with these seeds whatever `--seeds` says
 """
 
 import argparse
@@ -424,7 +425,9 @@ def main() -> None:
 
 
 def planned(plan: Path, options: argparse.Namespace) -> list[PlannedRun]:
-    """Seed by seed: a call cut short leaves whole seeds of every configuration."""
+    """Seed by seed: a call cut short leaves whole seeds of every configuration. Runs that teach
+    have the seeds of which somebody learns as well.
+    """
     configs, splits = read_plan(plan, options.overrides), plan_splits(plan)
     where = str(plan), options.store, options.device, splits, options.out, options.predictions
     served, taught = plan_served(plan), plan_taught(plan, list(configs))
@@ -437,8 +440,11 @@ def planned(plan: Path, options: argparse.Namespace) -> list[PlannedRun]:
 
     teaching = {(one.by, seed) for one in taught.values() for seed in one.seeds}
     found = []
-    for seed in options.seeds:
+    further = sorted({seed for _, seed in teaching} - set(options.seeds))
+    for seed in (*options.seeds, *further):
         for name, cfg in configs.items():
+            if seed in further and (name, seed) not in teaching:
+                continue
             run = PlannedRun(replace(cfg, seed=seed), *where, served.get(name, {}))
             if name in taught:
                 paths = [scores_path(taught[name].by, one) for one in taught[name].seeds]

@@ -69,8 +69,9 @@ class StudyPlan:
     sizes: dict[str, Settings]  # from small to large
     # (size, length) that grow together, a step a length
     ladder: list[tuple[str, int]]
-    # encoders of a few points: `study.of_size` at every length
+    # encoders of a few points: `study.of_size`, at every length or those of `variant_lengths`
     variants: dict[str, Settings] = field(default_factory=dict)
+    variant_lengths: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +82,8 @@ class StudyPlan:
         """Sizes and lengths of an encoder's points, from small to large."""
         study = self.study
         if encoder in self.variants:
-            return [(str(study.of_size), length) for length in study.lengths]
+            lengths = self.variant_lengths.get(encoder, study.lengths)
+            return [(str(study.of_size), length) for length in lengths]
 
         found = []
         for length, size in itertools.product(study.lengths, self.sizes):
@@ -95,7 +97,8 @@ class StudyPlan:
         goes on.
         """
         whole = config.to_dict(self.study) | {"encoders": self.encoders, "sizes": self.sizes}
-        whole |= {"variants": self.variants, "size_by_length": [size for size, _ in self.ladder]}
+        whole |= {"variants": self.variants, "variant_lengths": self.variant_lengths}
+        whole["size_by_length"] = [size for size, _ in self.ladder]
         return {key: value for key, value in whole.items() if key not in ("seeds", "samples")}
 
 
@@ -126,11 +129,11 @@ def read_plan(path: Path, base: RunConfig) -> StudyPlan:
     try:
         encoders = _read_settings("encoders", raw.pop("encoders", None))
         sizes = _read_settings("sizes", raw.pop("sizes", None))
-        variants = _read_settings("variants", raw.pop("variants")) if "variants" in raw else {}
+        variants, only_at = _read_variants(raw.pop("variants", None))
         steps = raw.pop("ladder", None)
         study = build_section(StudyConfig, raw, "")
         rungs = read_ladder(steps, list(sizes), study.lengths)
-        _check_variants(study, encoders, sizes, variants)
+        _check_variants(study, encoders, sizes, variants, only_at)
         known = list(encoders)
         require(study.baseline in known, "baseline", study.baseline, f"one of encoders {known}")
         task = study.task
@@ -138,11 +141,32 @@ def read_plan(path: Path, base: RunConfig) -> StudyPlan:
         require(task is None or task in base.tasks, "task", task, rule)
     except ConfigError as error:
         raise ConfigError(f"--study {path}: {error}") from None
-    return StudyPlan(study, encoders, sizes, rungs, variants)
+    return StudyPlan(study, encoders, sizes, rungs, variants, only_at)
+
+
+def _read_variants(raw: Any) -> tuple[dict[str, Settings], dict[str, list[int]]]:
+    """Settings of each variant, and the lengths of those that name some.
+
+    {deep: {lengths: [1024], model.num_layers: 3}}    {deep: {model.num_layers: 3}}, {deep: [1024]}
+    """
+    if raw is None:
+        return {}, {}
+
+    settings, lengths = {}, {}
+    for name, said in raw.items() if isinstance(raw, dict) else ():
+        if isinstance(said, dict) and "lengths" in said:
+            lengths[str(name)] = said["lengths"]
+            said = {key: value for key, value in said.items() if key != "lengths"}
+        settings[name] = said
+    return _read_settings("variants", settings or raw), lengths
 
 
 def _check_variants(
-    study: StudyConfig, encoders: Settings, sizes: Settings, variants: Settings
+    study: StudyConfig,
+    encoders: Settings,
+    sizes: Settings,
+    variants: Settings,
+    only_at: dict[str, list[int]],
 ) -> None:
     """Raises ConfigError for a size that is none, or variants without a place of their own."""
     size = study.of_size
@@ -150,6 +174,10 @@ def _check_variants(
     require(not variants or size is not None, "variants", list(variants), "none without of_size")
     twice = sorted(encoders.keys() & variants.keys())
     require(not twice, "variants", twice, "names that no encoder has")
+    for name, lengths in only_at.items():
+        known = isinstance(lengths, list) and bool(lengths) and set(lengths) <= set(study.lengths)
+        rule = f"some of lengths {list(study.lengths)}"
+        require(known, f"variants.{name}.lengths", lengths, rule)
 
 
 def _read_settings(key: str, raw: Any) -> dict[str, Settings]:
