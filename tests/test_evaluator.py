@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.batches.examples import user_events
 from pipeline.batches.loader import evaluation_batches
@@ -70,6 +71,30 @@ def test_no_cut_of_the_work_changes_the_numbers(
         assert ours.select(names) == theirs.select(names)
 
 
+def test_one_pass_over_both_periods_gives_the_logits_of_a_pass_each(cfg: RunConfig) -> None:
+    loaded = load_model(cfg.model_dir)
+    together = evaluator.score_store(cfg, loaded, SPLITS)
+    for split in SPLITS:
+        alone = evaluator.score_store(cfg, loaded, [split]).splits[split]
+        ours, theirs = together.splits[split].predictions, alone.predictions
+        assert len(ours) > 30 and ours.schema == theirs.schema
+        for name in ours.column_names:
+            if name.startswith(("logit.", "score.")):
+                np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, rtol=0)
+            else:
+                assert ours[name] == theirs[name], name
+        assert together.splits[split].metrics.result() == pytest.approx(
+            alone.metrics.result(), abs=1e-5, nan_ok=True
+        )
+
+
+def test_the_threads_of_an_evaluation_leave_those_of_pytorch_as_they_were(cfg: RunConfig) -> None:
+    before = torch.get_num_threads()
+    copy = copied(cfg, "threads")
+    evaluator.evaluate_model(copy, copy.model_dir)
+    assert torch.get_num_threads() == before
+
+
 def test_work_is_that_of_requests_one_by_one(cfg: RunConfig) -> None:
     """It says what a request costs in serving, whichever way the scores were made."""
     loaded = load_model(cfg.model_dir)
@@ -88,10 +113,11 @@ def test_workers_of_a_cluster_give_the_numbers_of_one_process(
     alone = copied(cfg, "alone")
     expected = evaluator.evaluate_model(alone, alone.model_dir)
 
-    monkeypatch.setattr(spread, "SMALL_STORE", 1)
+    monkeypatch.setattr(spread, "LARGE_STORE", 1)
     monkeypatch.setattr(parts, "ROWS_OF_A_PART", 60)
     shared = copied(cfg, "shared")
-    assert spread.is_worth_workers(parts.plan_parts(store.read_manifest(shared.sequence_dir)))
+    planned = parts.plan_parts(store.read_manifest(shared.sequence_dir))
+    assert spread.is_worth_workers("auto", planned)
     found = evaluator.evaluate_model(shared, shared.model_dir)
     assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
 

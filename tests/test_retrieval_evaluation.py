@@ -10,7 +10,7 @@ import torch
 
 from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig
-from pipeline.evaluate import evaluator, spread
+from pipeline.evaluate import evaluator, item_knn, spread
 from pipeline.evaluate.item_knn import ItemKNN
 from pipeline.evaluate.retrieval import asked_users, evaluate_retrieval
 from pipeline.evaluate.retrieval_metrics import RetrievalMetrics, positive_ranks, top_items
@@ -120,7 +120,9 @@ def test_histories_are_what_lies_before(folder: Path) -> None:
         assert found == {user: length for user, (length, _, _) in by_hand.items()}
 
 
-def test_item_knn_by_hand(folder: Path) -> None:
+@pytest.mark.parametrize("most_items", [0, 2**13])
+def test_item_knn_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch, most_items: int) -> None:
+    monkeypatch.setattr(item_knn, "MOST_ITEMS", most_items)
     cfg = eval_config(folder)
     loaded = load_model(cfg.model_dir)
     num_items = len(loaded.maps.item_ids)
@@ -133,6 +135,7 @@ def test_item_knn_by_hand(folder: Path) -> None:
                 takers[int(place)].add(row["user_id"])
 
     knn = ItemKNN.fit(cfg, cfg, loaded.maps)
+    assert (knn.cosines is None) == (most_items == 0)
     users, asked = asked_users(cfg, loaded, "val", 0)
     scores = knn.scores(users, asked.examples, loaded.maps)
     first, end = int(asked.examples.history_begin[0]), int(asked.examples.history_end[0])
@@ -163,10 +166,36 @@ def test_workers_rank_as_one_process_does(
     cfg = eval_config(folder)
     alone = evaluate_retrieval(cfg, load_model(cfg.model_dir), evaluator.SPLITS, "cpu")
 
-    monkeypatch.setattr(spread, "SMALL_STORE", 1)
+    monkeypatch.setattr(spread, "LARGE_STORE", 1)
     found = evaluator.evaluate_model(cfg, cfg.model_dir, name="spread")
     assert alone["test/users"] > 0
     assert {key: found[key] for key in alone} == pytest.approx(alone, abs=1e-6, nan_ok=True)
+
+
+def test_baselines_are_made_once_for_all_models(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = eval_config(folder, cutoffs=[4])
+    loaded = load_model(cfg.model_dir)
+    made = evaluate_retrieval(cfg, loaded, ["val"], "cpu")
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("the baselines of these sequences are kept")
+
+    monkeypatch.setattr(ItemKNN, "fit", not_again)
+    found = evaluate_retrieval(cfg, loaded, ["val"], "cpu")
+    assert found == made and found["val/item_knn/users"] == found["val/users"] > 0
+
+    # whatever decides them makes others
+    others = [
+        (eval_config(folder, cutoffs=[4], remove_seen=False), ["val"]),
+        (eval_config(folder, cutoffs=[4], retrieval_protocol="leave_one_out"), ["val"]),
+        (eval_config(folder, cutoffs=[5]), ["val"]),
+        (cfg, ["val", "test"]),
+    ]
+    for other, splits in others:
+        with pytest.raises(AssertionError, match="are kept"):
+            evaluate_retrieval(other, loaded, splits, "cpu")
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:

@@ -285,6 +285,13 @@ class EvaluationBatch:
     known: np.ndarray  # bool [C, tasks]
     drawn: np.ndarray  # bool [C], items that were not observed: `examples.negatives`
 
+    def select(self, chosen: np.ndarray) -> "EvaluationBatch":
+        """The columns of the candidates `chosen` alone, int64 [n]; the sequences as they are."""
+        columns = {}
+        for name in ("rows", "user_id", "item_id", "event_time", "labels", "known", "drawn"):
+            columns[name] = getattr(self, name)[chosen]
+        return replace(self, **columns)
+
 
 def split_bounds(cfg: SplitConfig, split: str) -> tuple[int, int]:
     """[from, to) of the split "val" or "test" in ms UTC."""

@@ -210,7 +210,7 @@ def _score_store(
 ) -> StoreScores:
     """All parts of the store, here or on the workers of the cluster."""
     parts = plan_parts(manifest)
-    spread = is_worth_workers(parts)
+    spread = is_worth_workers(cfg.evaluate.device, parts)
     job = _evaluation_job(cfg, model, model_dir, splits, spread=spread)
     return _merged(score_parts(job, parts, spread=spread), splits)
 
@@ -227,11 +227,10 @@ def _retrieval_metrics(
     """
     if not loaded.cfg.retrieval.enabled or cfg.evaluate.sample is not None:
         return {}
-    device = evaluation_device(cfg.evaluate)
-    if not is_worth_workers(plan_parts(manifest)):
-        return evaluate_retrieval(cfg, loaded, splits, device)
-    job = _evaluation_job(cfg, loaded.cfg, model_dir, splits, spread=True)
-    return evaluate_retrieval(cfg, loaded, splits, device, partial(rank_parts, job))
+    spread = is_worth_workers(cfg.evaluate.device, plan_parts(manifest))
+    job = _evaluation_job(cfg, loaded.cfg, model_dir, splits, spread=spread)
+    here = "cpu" if spread else job.device  # what the workers have, this process may lack
+    return evaluate_retrieval(cfg, loaded, splits, here, partial(rank_parts, job, spread=spread))
 
 
 def _evaluation_job(

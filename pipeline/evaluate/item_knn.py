@@ -2,18 +2,29 @@
 
 The score of an item is the sum of its cosines with the items of a user's history, where an item is
 the set of the users who took it in the training period. With X, users by items, its columns divided
-by the roots of their sums, that is XᵀX h for a history h: no matrix of items by items is made.
+by the roots of their sums, that is XᵀX h for a history h.
+
+Of a few thousand items XᵀX is made once, and a user's scores are the sum of some of its rows. Of
+more items no such matrix is made, and each history goes through X and back.
 """
+
+import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from pipeline.batches.events import ranges
 from pipeline.batches.examples import Examples, UserEvents, user_events
 from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
 from pipeline.config import RunConfig
 from pipeline.sequences import store
+
+# PyTorch multiplies two sparse matrices by way of a form that it calls beta
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+
+MOST_ITEMS = 2**13  # of which all cosines are held: 256 MB in float32
 
 
 class ItemKNN:
@@ -36,6 +47,10 @@ class ItemKNN:
         self.by_user = torch.sparse_coo_tensor(
             index, scale[index[1]], shape, check_invariants=True
         ).coalesce()
+
+        self.cosines: Tensor | None = None  # [N, N]
+        if num_items <= MOST_ITEMS:
+            self.cosines = torch.sparse.mm(self.by_user.T, self.by_user).to_dense()
 
     @classmethod
     def fit(cls, cfg: RunConfig, model: RunConfig, maps: FeatureMaps) -> "ItemKNN":
@@ -64,6 +79,13 @@ class ItemKNN:
         owner = np.repeat(np.arange(len(examples)), np.diff(offsets))
         kept = counts & (item >= 0)
 
+        # each item of a history once
+        pairs = np.unique(owner[kept] * self.num_items + item[kept])
+        owner, item = np.divmod(pairs, self.num_items)
+        if self.cosines is not None:
+            begins = torch.from_numpy(np.searchsorted(owner, np.arange(len(examples))))
+            return embedding_bag(torch.from_numpy(item), self.cosines, begins, mode="sum")
+
         history = torch.zeros(self.num_items, len(examples))
-        history[torch.from_numpy(item[kept]), torch.from_numpy(owner[kept])] = 1
+        history[torch.from_numpy(item), torch.from_numpy(owner)] = 1
         return torch.sparse.mm(self.by_user.T, torch.sparse.mm(self.by_user, history)).T

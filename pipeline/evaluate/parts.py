@@ -7,7 +7,7 @@ the same whichever workers score it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.events import offsets_of, ranges
@@ -138,12 +139,12 @@ def score_users(
         chosen = sampled_users(users.user_id, cfg.evaluate.sample, cfg.seed)
         users = user_events(sequences.filter(pa.array(chosen)), cfg.source, cfg.features)
 
-    scores: dict[str, SplitScores] = {}
+    bounds = {split: split_bounds(cfg.split, split) for split in splits}
+    scores = _score_periods(cfg, loaded, users, bounds)
+
     work: dict[str, Flops] = {}
-    for split in splits:
-        bounds = split_bounds(cfg.split, split)
-        scores[split] = _score_split(cfg, loaded, users, bounds)
-        requests = request_examples(users, *bounds, cfg.examples.max_history)
+    for split, period in bounds.items():
+        requests = request_examples(users, *period, cfg.examples.max_history)
         work[split] = count_requests(users, requests, cfg)
     counts = count_items(users, cfg.split, cfg.task_bits, cfg.examples.negatives)
     return PartScores(scores, work, counts)
@@ -163,9 +164,16 @@ def sampled_users(user_id: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _score_split(
-    cfg: RunConfig, loaded: LoadedModel, users: UserEvents, bounds: tuple[int, int]
-) -> SplitScores:
+def _score_periods(
+    cfg: RunConfig,
+    loaded: LoadedModel,
+    users: UserEvents,
+    bounds: Mapping[str, tuple[int, int]],
+) -> dict[str, SplitScores]:
+    """The scores of each period, [from, to) in ms UTC, all from one pass over the users' rows.
+
+    A history that requests share is encoded once for the periods too, which follow each other.
+    """
     model, head = loaded.model, loaded.model.heads
     where = next(model.parameters()).device
     bf16 = cfg.evaluate.precision == "bf16"
@@ -173,34 +181,63 @@ def _score_split(
     # a history that moves on with each request is no shared one
     shared = shared_form(cfg.model) != "none" and cfg.examples.max_history is None
 
-    tables, rows, metrics = [], [], head.new_metrics()
-    asked = _asked_together(users, bounds, cfg.examples.max_history, shared=shared)
-    for examples in token_batches(asked, cfg.evaluate.batch_tokens):
+    found = {}
+    for split in bounds:
+        found[split] = _Collected(head.new_metrics())
+    if not found:
+        return {}
+
+    begin = min(first for first, _ in bounds.values())
+    end = max(last for _, last in bounds.values())
+    asked = _asked_together(users, (begin, end), cfg.examples.max_history, shared=shared)
+
+    # a batch of no request at last: without any other, it gives the columns
+    nothing = _no_examples()
+    for examples in (*token_batches(asked, cfg.evaluate.batch_tokens), nothing):
         part = evaluation_batch(users, examples, loaded.maps, cfg, shared=shared)
-        batch = part.batch.to(where)
-        with half:
-            outputs = score_shared(model, batch, cfg.model) if shared else model(batch)
-        outputs = outputs.cpu()
-        metrics.add(outputs.numpy(), part)
+        if len(examples):
+            batch = part.batch.to(where)
+            with half:
+                outputs = score_shared(model, batch, cfg.model) if shared else model(batch)
+            outputs = outputs.cpu()
+        else:
+            outputs = torch.zeros(0, len(cfg.tasks))
 
-        columns = _candidate_columns(part, cfg.examples) | head.prediction_columns(outputs, part)
-        tables.append(pa.table(columns))
-        rows.append(part.rows)
+        for split, (first, last) in bounds.items():
+            inside = np.flatnonzero((part.event_time >= first) & (part.event_time < last))
+            chosen, own = part.select(inside), outputs[torch.from_numpy(inside)]
+            columns = _candidate_columns(chosen, cfg.examples)
+            columns |= head.prediction_columns(own, chosen)
+            found[split].add(own, chosen, columns)
 
-    if not tables:
-        nothing = evaluation_batch(users, _no_examples(), loaded.maps, cfg, shared=shared)
-        outputs = torch.zeros(0, len(cfg.tasks))
-        columns = _candidate_columns(nothing, cfg.examples)
-        tables = [pa.table(columns | head.prediction_columns(outputs, nothing))]
-        rows = [np.zeros(0, np.int64)]
+    scores = {}
+    for split, collected in found.items():
+        scores[split] = _in_store_order(collected, users, cfg.split)
+    return scores
 
-    in_store = np.concatenate(rows)
+
+@dataclass
+class _Collected:
+    """The scored candidates of one period so far."""
+
+    metrics: HeadMetrics
+    tables: list[pa.Table] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)  # of the users' events
+
+    def add(self, outputs: Tensor, part: EvaluationBatch, columns: dict[str, pa.Array]) -> None:
+        self.metrics.add(outputs.numpy(), part)
+        self.tables.append(pa.table(columns))
+        self.rows.append(part.rows)
+
+
+def _in_store_order(found: _Collected, users: UserEvents, split: SplitConfig) -> SplitScores:
+    """The candidates in the order of the store, with what is known of their users."""
+    in_store = np.concatenate(found.rows)
     order = np.argsort(in_store, kind="stable")
-    predictions = pa.concat_tables(tables).take(pa.array(order))
-    known = _user_columns(users, in_store[order], cfg.split)
-    for name, values in known.items():
+    predictions = pa.concat_tables(found.tables).take(pa.array(order))
+    for name, values in _user_columns(users, in_store[order], split).items():
         predictions = predictions.append_column(name, pa.array(values))
-    return SplitScores(predictions.combine_chunks(), metrics)
+    return SplitScores(predictions.combine_chunks(), found.metrics)
 
 
 def _asked_together(

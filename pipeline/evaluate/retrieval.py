@@ -25,6 +25,7 @@ from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
 from pipeline.batches.loader import split_bounds, token_batches
 from pipeline.config import RunConfig
 from pipeline.evaluate.item_knn import ItemKNN
+from pipeline.evaluate.kept_baselines import baseline_facts, keep_baselines, read_baselines
 from pipeline.evaluate.parts import EvaluationJob, load_for
 from pipeline.evaluate.retrieval_metrics import (
     RetrievalMetrics,
@@ -63,17 +64,21 @@ class RetrievalPart:
     split: str
     bucket: int
     rows: int  # of the store
+    with_baselines: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ItemScorers:
-    """What scores all N items, made once: vectors of the model's, on its device, and a baseline."""
+    """What scores all N items, made once: vectors of the model's, on its device, and a baseline
+    where a part asks for it.
+    """
 
     items: Tensor  # [N, d]
-    knn: ItemKNN
+    knn: ItemKNN | None
 
 
-# Metrics of the model, under "", and of both baselines.
+BASELINES = ("popularity/", "item_knn/")
+# Metrics of the model, under "", and of the baselines that were asked for.
 PartMetrics = dict[str, RetrievalMetrics]
 RankParts = Callable[[ItemScorers, Sequence[RetrievalPart]], Iterable[PartMetrics]]
 
@@ -97,31 +102,50 @@ def evaluate_retrieval(
     assert model.retrieval is not None
     with torch.no_grad():
         items = model.retrieval.item_vectors(torch.from_numpy(maps.item_codes[1:]).to(device))
-    scorers = ItemScorers(items, ItemKNN.fit(cfg, loaded.cfg, maps))
 
+    # the baselines, where an earlier evaluation has not made them
     manifest = store.read_manifest(cfg.sequence_dir)
+    facts = baseline_facts(manifest.digest, cfg.split, cfg.evaluate, loaded.cfg, maps)
+    kept = {split: read_baselines(cfg.sequence_dir, split, facts) for split in splits}
+    knn = None
+    if not all(kept.values()):
+        knn = ItemKNN.fit(cfg, loaded.cfg, maps)
+
     parts = []
     for split in splits:
         for bucket, entry in enumerate(manifest.buckets):
-            parts.append(RetrievalPart(split, bucket, entry.rows))
+            parts.append(RetrievalPart(split, bucket, entry.rows, not kept[split]))
+    scorers = ItemScorers(items, knn)
     if rank_parts is None:
         ranked = (rank_part(cfg, loaded, scorers, part) for part in parts)
     else:
         ranked = rank_parts(scorers, parts)
 
-    cutoffs = cfg.evaluate.cutoffs
-    totals = {split: _new_metrics(cutoffs, maps) for split in splits}
+    totals: dict[str, PartMetrics] = {}
     for part, metrics in zip(parts, ranked, strict=True):
+        whole = totals.setdefault(part.split, _new_metrics(cfg.evaluate.cutoffs, maps, metrics))
         for name, values in metrics.items():
-            totals[part.split][name].merge(values)
+            whole[name].merge(values)
 
     found: dict[str, float] = {}
     for split, metrics in totals.items():
-        if metrics[""].num_users == 0:
+        own, baselines = metrics[""], kept[split]
+        if own.num_users == 0:
             logger.warning("%s: no user took an item; there are no retrieval metrics", split)
             continue
-        for name, values in metrics.items():
-            found |= {f"{split}/{name}{key}": value for key, value in values.result().items()}
+        if not baselines:
+            baselines = _baseline_results(metrics)
+            keep_baselines(cfg.sequence_dir, split, facts, baselines)
+        values = own.result() | baselines
+        found |= {f"{split}/{key}": value for key, value in values.items()}
+    return found
+
+
+def _baseline_results(metrics: PartMetrics) -> dict[str, float]:
+    """`popularity/hr_10` and so on."""
+    found = {}
+    for name in BASELINES:
+        found |= {f"{name}{key}": value for key, value in metrics[name].result().items()}
     return found
 
 
@@ -130,14 +154,17 @@ def rank_part(
 ) -> PartMetrics:
     """The metrics of a part's users."""
     maps = loaded.maps
-    metrics = _new_metrics(cfg.evaluate.cutoffs, maps)
+    names = ("", *BASELINES) if part.with_baselines else ("",)
+    metrics = _new_metrics(cfg.evaluate.cutoffs, maps, names)
     users, asked = asked_users(cfg, loaded, part.split, part.bucket)
     for some in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
         seen = seen_items(users, some.examples, maps)
-        popularity = _popularity(maps, len(some.examples))
-        scores = _model_scores(loaded, users, some.examples, scorers.items, popularity)
-        nearest = scorers.knn.scores(users, some.examples, maps)
-        lists = {"": scores, "popularity/": popularity, "item_knn/": nearest}
+        popularity = torch.from_numpy(maps.next_count[1:]).float()
+        lists = {"": _model_scores(loaded, users, some.examples, scorers.items, popularity)}
+        if part.with_baselines:
+            assert scorers.knn is not None
+            lists["popularity/"] = popularity.expand(len(some.examples), -1)
+            lists["item_knn/"] = scorers.knn.scores(users, some.examples, maps)
         for name, ranked in lists.items():
             add_lists(metrics[name], ranked, some, seen, cfg.evaluate.remove_seen)
     return metrics
@@ -158,9 +185,9 @@ def rank_for(ranking: RankingJob, part: RetrievalPart) -> PartMetrics:
     return rank_part(job.cfg, load_for(job), there, part)
 
 
-def _new_metrics(cutoffs: Sequence[int], maps: FeatureMaps) -> PartMetrics:
+def _new_metrics(cutoffs: Sequence[int], maps: FeatureMaps, names: Iterable[str]) -> PartMetrics:
     metrics = {}
-    for name in ("", "popularity/", "item_knn/"):
+    for name in names:
         metrics[name] = RetrievalMetrics(maps.next_count[1:], cutoffs)
     return metrics
 
@@ -268,16 +295,13 @@ def _bounds(examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     )
 
 
-def _popularity(maps: FeatureMaps, num_users: int) -> Tensor:
-    """float32 [U, N]: how often each item was taken in the training period."""
-    return torch.from_numpy(maps.next_count[1:]).float().repeat(num_users, 1)
-
-
 @torch.no_grad()
 def _model_scores(
     loaded: LoadedModel, users: UserEvents, examples: Examples, items: Tensor, popularity: Tensor
 ) -> Tensor:
-    """[U, N] on the CPU; of users without a history the popularity."""
+    """[U, N] on the CPU; of users without a history the `popularity`, [N]: how often each item was
+    taken in the training period.
+    """
     model = loaded.model
     assert model.retrieval is not None
     batch = history_batch(users, examples, loaded.maps, loaded.cfg.inputs)
