@@ -1,9 +1,9 @@
 """Score validation and test requests with a trained model: metrics.json, predictions, slices and
 plots. They go into the MLflow run of the training, too.
 
-The parts of a store are scored by the workers of a Ray cluster where there is one to join
-(`ray.address`, or the one that this job was submitted to), in this process otherwise; a large store
-gets a local cluster.
+The parts of a store are scored by threads of this process. Those of a large store go to the workers
+of a Ray cluster: the one to join (`ray.address`, or the one that this job was submitted to), or a
+local one.
 """
 
 import argparse
