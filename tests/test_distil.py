@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from benchmarks.quality import choose, kuairand_report, report, train_plan
+from benchmarks.quality import choose, ensemble, kuairand_report, report, train_plan
 from benchmarks.quality.distil import TaughtLoader, Teacher
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
 from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.evaluate.metrics import auc
 from pipeline.figures import append_run, read_runs
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -121,6 +122,27 @@ def test_a_student_waits_for_its_teachers_and_says_who_they_were(taught_plan):
     assert other["models"]["taught"][student.cfg.tasks[0]]["ne"][0] != 0
     assert "Against plain, paired bootstrap of 5 samples" in report.difference_text(other)[0]
 
+    # the teachers together: each row's mean chance
+    together = ensemble.mean_run("plain", student.out, student.predictions, "val")
+    task, by_row, labels = student.cfg.tasks[0], {}, {}
+    for seed in (0, 1):
+        table = pq.read_table(student.predictions / f"plain-{seed}-val.parquet")
+        for row in table.to_pylist():
+            if row[f"label.{task}"] is None:
+                continue
+            key = tuple(row[name] for name in report.KEYS)
+            chance = 1 / (1 + np.exp(-np.float64(row[f"logit.{task}"])))
+            by_row[key] = by_row.get(key, 0) + chance / 2
+            labels[key] = row[f"label.{task}"] > 0
+    means, known = np.array(list(by_row.values())), np.array(list(labels.values()))
+    assert (together["name"], together["seeds"]) == ("plain-mean2", [0, 1])
+    assert together["metrics"][f"val/auc/{task}"] == pytest.approx(auc(means, known))
+    seed_gflop = next(r for r in read_runs(student.out) if r["name"] == "plain")["metrics"]
+    costs = "forward_gflop_per_candidate"
+    assert together["metrics"][costs] == pytest.approx(2 * seed_gflop[costs])
+    with pytest.raises(SystemExit, match="has 1 seeds of 'taught' on val"):
+        ensemble.mean_run("taught", student.out, student.predictions, "val")
+
     # what it taught is gone, and its line is there: another student would wait for ever
     other = next(run for run in runs if run.cfg.name == "taught" and not train_plan.finished(run))
     train_plan.refuse_lost_teachers([other])
@@ -209,11 +231,13 @@ def test_the_sections_say_what_was_chosen_and_show_its_test(tmp_path):
         leave("preset_test", seed, "test", 0.60)
         leave("distilled_test", seed, "test", 0.61)
         leave("rates_test", seed, "test", 0.99)  # not what validation chose
+    leave("preset-mean5", 0, "val", 0.72)
     leave("masks", 0, "val", 0.7)
     leave("masks-window_0", 0, "val", 0.6)
     leave("ml1m", 0, "val", 0.8)
 
     text = kuairand_report.variants_section(runs_file)
+    assert "| preset-mean5 |" in text, "what the seeds are worth together"
     assert "It is `distilled`." in text
     assert "| distilled | 0.7120 | +0.0100 ± 0.0000 |" in text
     assert "| distilled_test | 0.6100 ± 0.0000 / 0.8475 ± 0.0000 |" in text

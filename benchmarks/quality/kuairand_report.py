@@ -26,13 +26,19 @@ def measured_runs(plan: Path, lines: Sequence[Figures]) -> list[str]:
     return [name for name in read_plan_file(plan)["runs"] if name in there]
 
 
+def mean_runs(names: Sequence[str], lines: Sequence[Figures]) -> list[str]:
+    """The lines that `benchmarks.quality.ensemble` left of these runs."""
+    there = dict.fromkeys(line["name"] for line in lines)
+    return [name for name in there if name.rpartition("-mean")[0] in names]
+
+
 def variants_section(runs_file: Path = RUNS_FILE, differences: Figures | None = None) -> str:
     """Validation, what it chose and by which rule, and the test of that beside the preset."""
     lines = read_runs(runs_file)
     names = measured_runs(PLANS / "kuairand.yaml", lines)
     text = report.section(
         runs_file,
-        names,
+        [*names, *mean_runs(names, lines)],
         split="val",
         title="Variants of the KuaiRand preset",
     )
@@ -49,6 +55,7 @@ def variants_section(runs_file: Path = RUNS_FILE, differences: Figures | None = 
     there = [name for name in tested if any(line["name"] == name for line in lines)]
     if there:
         parts.append("The same on the test rows, trained to 2 May and scored once:")
+        there += mean_runs(there, lines)
         parts.append(report.metrics_table(runs_file, there, "test"))
     if differences is not None:
         parts += report.difference_text(differences)
