@@ -35,6 +35,8 @@ from kernels.compilations import compilations_by_kernel
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
+from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
+from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.ranker import RankingModel
 from pipeline.train.trainee import Trainee
 from pipeline.train.waiting import HostNumbers, MessageClock
@@ -158,6 +160,52 @@ def check_graphs(settings: dict[str, Any], precision: str = "bf16") -> str | Non
     return f"{len(wrong)} of {len(launched)} differ: {wrong[:5]}" if wrong else None
 
 
+def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> str | None:
+    """Passes replayed from CUDA graphs give the logits of the same passes launched, to the last
+    bit, and the histories that a launched pass over the history alone encodes.
+    """
+    torch.use_deterministic_algorithms(False)
+    cfg = model_config({**settings, "dropout": 0.0}, 3, 2, 64)
+    torch.manual_seed(0)
+    maps = vocabulary(cfg)
+    model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval().requires_grad_(False)
+    model = model.to(DEVICE)
+    graphed = GraphedModel(model, cfg)
+    half = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
+    near = 0.02 if precision == "bf16" else 1e-4
+
+    with torch.no_grad(), half:
+        for seed in range(4):
+            batch = random_batch(cfg, 8 * 1000, 1000, 16, seed)
+            filled = graphed.fill(batch)
+            (launched,) = graphed._score(filled)
+            num_targets = int(batch.num_targets.sum())
+            found = graphed.score_filled(filled, num_targets)
+            if not torch.equal(found, launched[:num_targets]):
+                return f"logits of pass {seed} differ from the launched ones"
+            if cfg.model.encoder != "ultra_hstu":
+                continue
+
+            history = random_batch(cfg, 3000 + seed, 3000 + seed, 0, seed)
+            history = replace(history, labels=None, label_weight=None)
+            caches = graphed.encode_history(history), encode_history(model, history.to(DEVICE))
+            difference = values_apart(*caches)
+            if not difference <= near:
+                return f"values of history {seed} are {difference:.1e} from the launched ones"
+    if (graphed._scoring.replayed, graphed._scoring.captured) != (3, 1):
+        return f"{graphed._scoring.replayed} passes replayed, {graphed._scoring.captured} recorded"
+    return None
+
+
+def values_apart(one: HistoryCache, other: HistoryCache) -> float:
+    """The largest difference of any layer's values, in parts of their norm."""
+    found = []
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        expected = theirs.v_THV.float()
+        found.append(float((mine.v_THV.float() - expected).norm() / expected.norm()))
+    return max(found)
+
+
 def check_waiting() -> str | None:
     """A training step never makes the host wait for the device."""
     torch.use_deterministic_algorithms(False)
@@ -213,6 +261,14 @@ def check_beside() -> str | None:
 
 def check_compilations(warm_up: int = 8, steps: int = 120) -> str | None:
     """Training steps of other sizes compile nothing after the first few."""
+    added = late_compilations(warm_up, steps)
+    return f"compiled after {warm_up} steps: {dict(added)}" if added else None
+
+
+def late_compilations(warm_up: int, steps: int) -> Counter[str]:
+    """Compilations by kernel in `steps` training steps over batches of random sizes, after
+    `warm_up` others.
+    """
     torch.use_deterministic_algorithms(False)
     cfg = model_config(SEMI_LOCAL, 2, 2, 64)
     trainee = Trainee(cfg, vocabulary(cfg), DEVICE, rank=0, world_size=1)
@@ -224,8 +280,7 @@ def check_compilations(warm_up: int = 8, steps: int = 120) -> str | None:
         length = (700, 2000)[number % 2] if number < warm_up else draw.randint(40, 2000)
         batch = random_batch(cfg, length * draw.randint(1, 20), length, 16, seed=number)
         trainee.step(batch.to(DEVICE), number, warm_up + steps)
-    added = Counter(compilations_by_kernel()) - Counter(before)
-    return f"compiled after {warm_up} steps: {dict(added)}" if added else None
+    return Counter(compilations_by_kernel()) - Counter(before)
 
 
 def model_checks() -> list[Check]:
@@ -237,6 +292,8 @@ def model_checks() -> list[Check]:
     merged = {"encoder": "hstu_merged", "attention": {"window": None}, "relative_bias": True}
     graphs: list[Check] = [(check_graphs, SEMI_LOCAL), (check_graphs, SEMI_LOCAL, "fp32")]
     graphs.append((check_graphs, merged))
+    graphs += [(check_graphed_model, SEMI_LOCAL), (check_graphed_model, SEMI_LOCAL, "fp32")]
+    graphs += [(check_graphed_model, SEMI_LOCAL | {"fp8": True}), (check_graphed_model, merged)]
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
     steps += graphs
     return [*models, *views, *steps, (check_compilations,)]

@@ -82,6 +82,11 @@ def test_what_candidates_and_histories_carry_is_taken_away_where_it_is() -> None
         replace(cfg, train=replace(cfg.train, stochastic_length=dealt))
     )
     assert "no_load_balance" not in alone
+    by_tokens = replace(
+        cfg.train, stochastic_length=dealt, batch_users=None, batch_tokens=4096, num_workers=1
+    )
+    found = ablation.ablated_variants(replace(cfg, train=by_tokens))
+    assert found["no_load_balance"].train.stochastic_length.balance == "none"
 
 
 def test_the_time_anchor_is_compared_where_both_layouts_are_the_same() -> None:

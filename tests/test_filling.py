@@ -1,7 +1,6 @@
 """Batches filled up to one of few sizes, and steps that are replayed from graphs made for them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -12,17 +11,20 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.training.model import model_config, random_batch, vocabulary
+from kernels.semi_local_attention.tile_table import LONG_SEQUENCE
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.filling import BatchFiller, next_size
-from pipeline.batches.packing import Packed
+from pipeline.batches.filling import BatchFiller, length_bound, next_multiple, next_size
+from pipeline.batches.graphs import IDLE_BATCHES, BatchGraphs
 from pipeline.config import ConfigError, RunConfig
 from pipeline.model.encoders.stu import STU
 from pipeline.model.flops import Flops
 from pipeline.model.tokens import Tokens
 from pipeline.train import graphs
+from pipeline.train.checkpoint import TrainState
 from pipeline.train.loader_process import messages
 from pipeline.train.meter import Meter, fill_batches
 from pipeline.train.trainee import Trainee
+from tests.support.graphs import capture_none
 
 LENGTHS = 50, 7, 33, 12, 1
 BANDED = {"window": 8, "full_rows": 6}
@@ -67,6 +69,13 @@ def make_trainee(cfg: RunConfig) -> Trainee:
 def test_sizes_are_evenly_spaced_in_an_octave():
     assert [next_size(count, 4) for count in (1, 7, 8, 9, 13, 17, 33)] == [1, 7, 8, 10, 14, 20, 40]
     assert next_size(196_800, 64) == 198_656
+    assert [next_multiple(count, 64) for count in (1, 64, 65)] == [64, 64, 128]
+    assert next_multiple(5, 0) == 5
+
+
+def test_a_bound_of_lengths_lies_where_tiles_change():
+    found = [length_bound(longest) for longest in (3, 1024, 1025, LONG_SEQUENCE, 8193, 70_000)]
+    assert found == [1024, 1024, 8192, LONG_SEQUENCE, 65_536, 524_288]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -77,6 +86,9 @@ def test_a_filled_batch_trains_as_the_batch_itself(name: str, shared: bool):
     batch = ragged_batch(cfg, shared=shared)
     filled = BatchFiller.of_run(cfg).fill(batch)
     assert filled.num_tokens > batch.num_tokens == filled.own_tokens
+    if name == "truncated":  # less of it is kept than of a sequence of the batch
+        assert filled.target_span is not None
+        assert filled.target_span[batch.num_sequences] < 0
 
     found = []
     for each in (batch, filled):
@@ -109,7 +121,7 @@ def seen_by_layers(trainee: Trainee, batch: SequenceBatch) -> list[tuple]:
 
 
 def test_batches_of_one_size_are_alike_in_every_layer():
-    cfg = small_config(TRUNCATED)
+    cfg = small_config(TRUNCATED, graph_sizes=16)
     filler, trainee = BatchFiller.of_run(cfg), make_trainee(cfg)
     one = filler.fill(ragged_batch(cfg, (50, 7, 33, 12, 1)))
     other = filler.fill(ragged_batch(cfg, (51, 7, 33, 12, 1), seed=9))
@@ -130,37 +142,20 @@ def test_speed_counts_a_batchs_own_tokens_and_a_loaders_process_tells_the_sizes(
     meter = Meter(world_size=1)
     meter.count_step(filled, work)
     assert meter.tokens == batch.num_tokens
+    state = TrainState(steps_per_epoch=1, loss_sum=[], weight_sum=[])
+    share = meter.take_speed(state)["train/filled_share"]
+    assert share == (filled.num_tokens - batch.num_tokens) / filled.num_tokens
+    meter.count_step(batch, work)
+    assert "train/filled_share" not in meter.take_speed(state)
 
     header, _ = next(messages(lambda epoch, step: iter([(filled, work)]), 0, 0))
     assert header.filling == filled.filling
 
 
-@dataclass
-class Again:
-    """In a graph's place: runs the step itself, on the batch in its own buffer."""
-
-    packed: Packed
-    batch: SequenceBatch
-    backward: Callable[[SequenceBatch], tuple[Tensor, Tensor]]
-    table_grads: dict[str, Tensor]
-
-    def replay(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        assert batch.packed is not None
-        self.packed.buffer.copy_(batch.packed.buffer)
-        self.batch.item_codes.copy_(batch.item_codes)
-        return self.backward(replace(self.batch, host=batch))
-
-
-def capture_none(self: graphs.StepGraphs, batch: SequenceBatch, packed: Packed) -> Again:
-    own = Packed(packed.columns, packed.buffer.clone())
-    self.backward(batch)  # as a warm-up, whose draws must not show
-    return Again(own, replace(batch, **own.views(), packed=own), self.backward, {})
-
-
 def test_replayed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch):
     """Dropout and item ids left out as well: what was drawn for a recording does not show."""
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", capture_none)
-    cfg = small_config(TRUNCATED, dropout=0.2)
+    monkeypatch.setattr(BatchGraphs, "_capture", capture_none)
+    cfg = small_config(TRUNCATED, dropout=0.2, graph_sizes=16)
     cfg = replace(cfg, features=replace(cfg.features, item_id_dropout=0.3))
     filler = BatchFiller.of_run(cfg)
     lengths = (50, 7, 33, 12, 1), (51, 7, 33, 12, 1), (5, 6)
@@ -174,8 +169,9 @@ def test_replayed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch):
         sums = [torch.cat(trainee.step(filled[i % 3], i, 20)) for i in range(6)]
         found.append((torch.stack(sums), trainee.tensors()))
         if trainee.graphs is not None:
-            # two sizes, of which one is kept: that of the first two batches
-            assert trainee.graphs.captured == 1
+            # two sizes, of which one is kept: that of the first two batches, from the second on
+            of_batches = trainee.graphs.of_batches
+            assert (of_batches.captured, of_batches.replayed) == (1, 3)
 
     (sums, expected), (replayed_sums, tensors) = found
     assert torch.equal(replayed_sums, sums)
@@ -184,17 +180,19 @@ def test_replayed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_graph_makes_room_when_it_was_not_used_for_long(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(graphs.StepGraphs, "_capture", capture_none)
+    monkeypatch.setattr(BatchGraphs, "_capture", capture_none)
     cfg = small_config(TRUNCATED)
     trainee, filler = make_trainee(cfg), BatchFiller.of_run(cfg)
-    step_graphs = graphs.StepGraphs(trainee._captured, trainee.tables, limit=1)
+    step_graphs = graphs.StepGraphs(trainee._captured, trainee.tables, limit=1).of_batches
     one, other = (filler.fill(ragged_batch(cfg, n)).pack() for n in (LENGTHS, (5, 6)))
 
+    assert step_graphs.find(one) is None  # it may never come again
     assert step_graphs.find(one) is not None
-    found = [step_graphs.find(other) is not None for _ in range(graphs.IDLE_STEPS + 1)]
-    assert found == [False] * graphs.IDLE_STEPS + [True]
+    found = [step_graphs.find(other) is not None for _ in range(IDLE_BATCHES + 1)]
+    assert found == [False] * IDLE_BATCHES + [True]
     assert step_graphs.find(one) is None
     assert (step_graphs.captured, len(step_graphs.last_used)) == (2, 1)
+    assert (step_graphs.batches, step_graphs.replayed) == (IDLE_BATCHES + 4, 2)
 
 
 def test_a_batch_that_was_not_filled_or_was_changed_has_no_graph():
@@ -254,8 +252,8 @@ def train_two_ways(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    graphs.StepGraphs._capture = capture_none  # pyright: ignore[reportAttributeAccessIssue]
-    cfg = small_config(TRUNCATED, dropout=0.2, gradient_part_mb=0.002)
+    BatchGraphs._capture = capture_none  # pyright: ignore[reportAttributeAccessIssue]
+    cfg = small_config(TRUNCATED, dropout=0.2, gradient_part_mb=0.002, graph_sizes=16)
     cfg = replace(cfg, features=replace(cfg.features, item_id_dropout=0.3))
     filler, sizes = BatchFiller.of_run(cfg), [LENGTHS, (5, 6), (51, 7, 33, 12, 1)]
     batches = [filler.fill(ragged_batch(cfg, n, seed=10 * rank)).pack() for n in sizes]

@@ -101,7 +101,25 @@ def test_steps_of_a_reader_come_to_equal_loads() -> None:
 
     assert loads(cut_steps(order, load, 500)).max() > 1.3
     assert loads(deal_steps(order, load, 500)).max() < 1.05
+    # one step more than are dealt together: it too shares with others
+    some = order[:170]
+    shared = deal_steps(some, load, 17)
+    last = [load[step].sum() / load[some].sum() for step in (shared[0], shared[-1])]
+    assert last == pytest.approx([1 / 17, 1 / 17], rel=0.1)
     assert [len(step) for step in deal_steps(order[:3], load, 5)] == [1, 1, 1, 0, 0]
+
+
+def test_one_readers_steps_are_dealt_by_tokens(tmp_path: Path) -> None:
+    """So that batches of few sizes come, where a step is so many tokens."""
+    spread = {}
+    for balance in ("none", "dealing"):
+        cfg = world(tmp_path / balance, balance)
+        cfg = replace(cfg, train=replace(cfg.train, batch_users=None, batch_tokens=60, readers=1))
+        publish_sequences(cfg)
+        loader = TrainLoader(cfg, fit_features(cfg), step_plan(cfg))
+        tokens = [int(share.examples.num_tokens.sum()) for share in loader.epoch_shares(0)]
+        spread[balance] = np.std(tokens) / np.mean(tokens)
+    assert spread["dealing"] < 0.5 * spread["none"]
 
 
 def world(folder: Path, balance: str) -> RunConfig:

@@ -31,6 +31,7 @@ from pipeline.config import RunConfig
 from pipeline.model.inference.appending import append_history, first_changed_row
 from pipeline.model.inference.cached_scoring import encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
+from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import target_mask
 from pipeline.model.work import cached_work
@@ -104,7 +105,7 @@ class Passes:
         maps = vocabulary(cfg)
         self.model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval().to(device)
         self.device, self.half = device, precision != "fp32"
-        self.scorer = GraphedScorer()
+        self.scorer, self.graphs = GraphedScorer(), GraphedModel(self.model, cfg)
 
     @torch.no_grad()
     def __call__(self, step: str, *inputs: Any) -> Any:
@@ -128,6 +129,11 @@ class Passes:
         return (
             self.scorer(self.model, cache, candidates.to(self.device), micro_batch).sigmoid().cpu()
         )
+
+    def cold_graphed(
+        self, history: SequenceBatch, candidates: SequenceBatch, micro_batch: int
+    ) -> torch.Tensor:
+        return self.graphed(self.graphs.encode_history(history), candidates, micro_batch)
 
     def appended(
         self, cache: Any, rows: SequenceBatch, candidates: SequenceBatch, num_rows: int
@@ -163,6 +169,13 @@ def measure(case: Case, precision: str, options: argparse.Namespace) -> dict[str
         "cold": lambda _: run("cold", history, candidates, every),
     }
     times |= {step: lambda _, step=step: run(step, cache, candidates, every) for step in steps}
+    if "graphed" in steps:
+        for _ in range(2):  # launched, then recorded
+            run("cold_graphed", history, candidates, every)
+        errors.append(
+            (run("cold_graphed", history, candidates, every) - expected).abs().max().item()
+        )
+        times["cold graphed"] = lambda _: run("cold_graphed", history, candidates, every)
     if options.device == "cpu" and case.users == 1:
         first = first_changed_row(
             cfg.model, run.model.encoder.num_context, case.events - 1, case.events
@@ -281,6 +294,8 @@ def section(runs: list[dict[str, Any]]) -> str:
         )
         cases = [row for row in rows if "ms" in row]
         steps = " / ".join(max((row["ms"] for row in cases), key=len))
+        if "cold graphed" in steps:
+            parts[-1] += " Cold graphed: encoded by CUDA graph too."
         if "appended" in steps:
             parts[-1] += " Appended: the newest event onto a cache of all before, then as warm."
         header = [

@@ -32,6 +32,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
+from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.work import count_work
 from pipeline.train.trainee import Trainee
 
@@ -54,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LAUNCHED = """ Where the trainer does so, a step is replayed from a CUDA graph, on a batch that was
 filled up (`train.cuda_graphs`); "launched": one by one, whose kernels are those counted."""
+REPLAYED = " Inference is replayed too (`GraphedModel`, `serve.cuda_graphs`)."
 BIASED = "HSTU, merged, relative bias"
 # events per second of ULTRA-HSTU, or of semi-local attention alone, over another model, at 16,384
 # events
@@ -245,11 +247,32 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    found["infer_ms"] = median_ms(infer, device, options.repeats)
+    launched = found["infer_ms"] = median_ms(infer, device, options.repeats)
     found["infer_peak_gb"] = peak_gb()
     if length == max(options.lengths):
         found["infer_device_ms"] = device_ms(infer, device)
+    if cuda and GraphedModel.fits(cfg.model):
+        graphed = GraphedModel(model, cfg, cfg.train.graph_sizes)
+        found["infer_launched_ms"] = launched
+        num_targets = int(batches[0].num_targets.sum())
+        found["infer_ms"] = graphed_ms(graphed, filled, num_targets, options)
     return found
+
+
+def graphed_ms(
+    graphed: GraphedModel,
+    filled: list[SequenceBatch],
+    num_targets: int,
+    options: argparse.Namespace,
+) -> float:
+    """An inference pass, replayed for batches that were filled up before and come from the host."""
+
+    @torch.no_grad()
+    def infer(i: int) -> torch.Tensor:
+        with torch.autocast(options.device, torch.bfloat16):
+            return graphed.score_filled(filled[i % 2].to(options.device), num_targets)
+
+    return median_ms(infer, options.device, options.repeats)
 
 
 def ratio(numbers: dict[str, dict[str, float]], faster: str, slower: str, key: str) -> float:
@@ -320,6 +343,8 @@ def part(run: dict[str, Any]) -> str:
     timed = {name: numbers for name, numbers in at_longest.items() if "train_device_ms" in numbers}
     if any("train_launched_ms" in numbers for numbers in timed.values()):
         parts[0] += LAUNCHED
+    if any("infer_launched_ms" in numbers for numbers in timed.values()):
+        parts[0] += REPLAYED
     rows = [
         [name, kernels_of(numbers, "train"), kernels_of(numbers, "infer")]
         for name, numbers in timed.items()

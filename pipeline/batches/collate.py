@@ -72,7 +72,8 @@ class SequenceBatch:
     target_visible: Tensor | None = None
     # int32 [C]: of these those from here on; None: from the first
     target_from: Tensor | None = None
-    # int32 [B], of sequences that hold several requests: uih tokens that the first does not see
+    # int32 [B], of sequences that hold several requests: uih tokens that the first does not see;
+    # of the sequence that fills a batch up it may be below 0: so many fewer are left of it
     target_span: Tensor | None = None
     # int32 [T, history columns]: `features.history` in order, 0 unknown and on candidates, then the
     # buckets from 1; None where the configuration names none

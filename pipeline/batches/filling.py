@@ -8,6 +8,11 @@ One sequence more takes all tokens and candidates that are missing, and empty on
 repeat the last row of each column, so that they touch no row of an embedding table that the batch
 does not, and their labels weigh nothing: losses and gradients are those of the batch itself, but
 for the order in which sums are added.
+
+Few sizes come of few numbers that differ. What costs time in proportion, tokens and those that
+truncation keeps, goes up to a size near by; candidates and sequences, which cost little, to a
+multiple that most batches of a run share; and a longest sequence only says how kernels are tiled,
+so its bounds lie far apart.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +23,12 @@ from torch import Tensor
 from pipeline.batches.collate import Filling, SequenceBatch
 from pipeline.config import RunConfig
 
-# Sizes between a power of two and the next: few of what costs little.
-TARGET_SIZES, SEQUENCE_SIZES = 2, 1
+# For so many sizes of all tokens one of those that truncation keeps, a small part of the work.
+KEPT_SIZES = 4
+# For each candidate, and for each sequence, that may be added: so many tokens of a batch.
+TARGET_SHARE, SEQUENCE_SHARE = 256, 1024
+# Bounds of the longest sequence: where the attention kernels' tiles change, and far above.
+SHORT_SEQUENCE, BOUNDS_APART = 1024, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class BatchFiller:
     """Fills the batches of a run.
 
     `keep_events` None: the model truncates nothing. `sizes`: numbers of tokens from a power of two
-    to the next; half as many of those that truncation keeps.
+    to the next; fewer of those that truncation keeps.
     """
 
     num_context: int
@@ -35,10 +44,13 @@ class BatchFiller:
     sizes: int
 
     @staticmethod
-    def of_run(cfg: RunConfig) -> "BatchFiller":
+    def of_run(cfg: RunConfig, sizes: int | None = None) -> "BatchFiller":
+        """`sizes` None: `train.graph_sizes`."""
         truncates = cfg.model.truncate_after_layer is not None
         keep_events = cfg.model.truncate_to if truncates else None
-        return BatchFiller(len(cfg.features.user_tokens), keep_events, cfg.train.graph_sizes)
+        if sizes is None:
+            sizes = cfg.train.graph_sizes
+        return BatchFiller(len(cfg.features.user_tokens), keep_events, sizes)
 
     def fill(self, batch: SequenceBatch) -> SequenceBatch:
         """The batch, which is on the CPU, filled up to the next sizes.
@@ -46,47 +58,51 @@ class BatchFiller:
         It must have no next items: their rows are not those of tokens.
         """
         assert batch.num_next is None, "a batch for retrieval is not filled"
-        lengths, targets = batch.seq_offsets.diff(), batch.num_targets.long()
-        own_tokens, own_targets = batch.num_tokens, int(targets.sum())
+        own_tokens, own_targets = batch.num_tokens, int(batch.num_targets.sum())
 
-        num_sequences = next_size(batch.num_sequences + 1, SEQUENCE_SIZES)
-        num_targets = next_size(own_targets + 1, TARGET_SIZES)
+        scale = power_of_two(own_tokens)
+        num_sequences = next_multiple(batch.num_sequences + 1, scale // SEQUENCE_SHARE)
+        num_targets = 0  # of histories alone, which are only encoded
+        if own_targets:
+            num_targets = next_multiple(own_targets + 1, scale // TARGET_SHARE)
         more_targets = num_targets - own_targets
 
-        # rows of the filling sequence: behind its candidates one event at least
+        # rows of the filling sequence: one event before its candidates at least
         fewest, span, kept_tokens, longest_kept = more_targets + 1, 0, 0, 0
         if self.keep_events is not None:
-            kept = self._kept_lengths(lengths, targets, batch.target_span)
+            kept = self.kept_lengths(batch)
             empty = self.num_context * (num_sequences - batch.num_sequences - 1)
             own_kept = int(kept.sum()) + empty
-            least = self.num_context + more_targets + self.keep_events
-            kept_tokens = next_size(own_kept + least, max(self.sizes // 2, 1))
+            least = self.num_context + fewest
+            kept_tokens = next_size(own_kept + least, max(self.sizes // KEPT_SIZES, 1))
 
-            # the filling sequence keeps what is missing: its span makes up for it
+            # It keeps what is missing: its span makes up for it, below 0 where that is little.
             its_kept = kept_tokens - own_kept
-            span, fewest = its_kept - least, its_kept - self.num_context
+            fewest = its_kept - self.num_context
+            span = fewest - more_targets - self.keep_events
             longest_kept = max(int(kept.max()), its_kept)
 
         num_tokens = next_size(own_tokens + fewest, self.sizes)
         more_tokens = num_tokens - own_tokens
+        longest = self.num_context + max(batch.max_seq_len, more_tokens)
         filling = Filling(
             own_tokens=own_tokens,
             num_tokens=num_tokens,
             num_targets=num_targets,
             num_sequences=num_sequences,
-            max_seq_len=power_of_two(max(batch.max_seq_len, more_tokens)),
+            max_seq_len=length_bound(longest) - self.num_context,
             kept_tokens=kept_tokens,
-            kept_seq_len=power_of_two(longest_kept),
+            kept_seq_len=length_bound(longest_kept),
         )
         return _filled(batch, filling, more_targets, span, spans=self.keep_events is not None)
 
-    def _kept_lengths(self, lengths: Tensor, targets: Tensor, span: Tensor | None) -> Tensor:
+    def kept_lengths(self, batch: SequenceBatch) -> Tensor:
         """int64 [B], what truncation leaves of each sequence, its context counted."""
         assert self.keep_events is not None
-        tail = targets + self.keep_events
-        if span is not None:
-            tail = tail + span
-        return torch.minimum(lengths, tail) + self.num_context
+        tail = batch.num_targets.long() + self.keep_events
+        if batch.target_span is not None:
+            tail = tail + batch.target_span
+        return torch.minimum(batch.seq_offsets.diff(), tail) + self.num_context
 
 
 def next_size(count: int, sizes: int) -> int:
@@ -96,6 +112,21 @@ def next_size(count: int, sizes: int) -> int:
     """
     step = max(power_of_two(count) // 2 // sizes, 1)
     return -(-count // step) * step
+
+
+def next_multiple(count: int, step: int) -> int:
+    """The smallest multiple of `step` from `count` on; of a step of 0 `count` itself."""
+    return -(-count // step) * step if step > 0 else count
+
+
+def length_bound(longest: int) -> int:
+    """The smallest of few bounds that a sequence of `longest` tokens does not pass: 1,024, 8,192,
+    65,536, …
+    """
+    bound = SHORT_SEQUENCE
+    while bound < longest:
+        bound *= BOUNDS_APART
+    return bound
 
 
 def power_of_two(count: int) -> int:

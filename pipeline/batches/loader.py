@@ -236,7 +236,9 @@ class TrainLoader:
             whole, short = token_counts(users, own, train)
             sizes = np.where(loads.cut, short, whole)
 
-        if self.plan.readers > 1 and train.stochastic_length.balance == "dealing":
+        # by tokens one reader's steps too are made alike, else one of several alone
+        dealing = train.stochastic_length.balance == "dealing"
+        if dealing and (sizes is not None or self.plan.readers > 1):
             steps = deal_steps(order, loads.drawn_loads if sizes is None else sizes, num_steps)
         else:
             steps = cut_steps(order, sizes, num_steps)

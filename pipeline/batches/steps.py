@@ -318,18 +318,22 @@ def cut_steps(order: np.ndarray, sizes: np.ndarray | None, num_steps: int) -> li
 
 
 def deal_steps(order: np.ndarray, sizes: np.ndarray, num_steps: int) -> list[np.ndarray]:
-    """As `cut_steps`, and evener: each `DEALT_STEPS` steps in a row share out what they have
+    """As `cut_steps`, and evener: up to `DEALT_STEPS` steps in a row share out what they have
     together, the heaviest first.
 
-    A rank that reads alone has no other to make up for its heavy examples in the same step.
+    A rank that reads alone has no other to make up for its heavy examples in the same step, and
+    steps of equal tokens take CUDA graphs of few sizes.
     """
     if num_steps == 0 or len(order) < num_steps:
         return cut_steps(order, None, num_steps)
     bounds = step_bounds(sizes[order], num_steps)
 
+    # groups of nearly equal size: one left for the end would have nobody to share with
+    num_groups = -(-num_steps // DEALT_STEPS)
+    ends = np.arange(num_groups + 1) * num_steps // num_groups
+
     steps = []
-    for first in range(0, num_steps, DEALT_STEPS):
-        last = min(first + DEALT_STEPS, num_steps)
+    for first, last in itertools.pairwise(ends.tolist()):
         together = order[bounds[first] : bounds[last]]
         for dealt in deal_examples(sizes[together], last - first):
             steps.append(together[dealt])

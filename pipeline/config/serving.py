@@ -97,8 +97,8 @@ class ServeConfig:
     use_gpu: bool = setting(False, doc="Each replica has one GPU.")
     cuda_graphs: bool = setting(
         False,
-        doc="Replay requests that come alone as CUDA graphs. It takes memory for up to twice the "
-        "longest history.",
+        doc="Replay requests that come alone as CUDA graphs. It takes memory for up to six times "
+        "the longest history.",
     )
     precision: Literal["fp32", "bf16"] = setting(
         "fp32", doc="Number format of the layers and of the encoded histories that are kept."

@@ -27,8 +27,10 @@ class StochasticLengthConfig:
     balance: Literal["none", "sampling", "dealing"] = setting(
         "none",
         doc="How the loads of the workers are evened out. dealing: the examples of a step go to "
-        "workers by load. sampling: keep and cut decisions are first flipped until the step has "
-        "the mean load, as in load-balanced stochastic length (ULTRA-HSTU, arXiv:2602.16986).",
+        "workers by load, and with train.batch_tokens those of 16 steps to steps by tokens, so "
+        "that steps too are alike. sampling: keep and cut decisions are first flipped until the "
+        "step has the mean load, as in load-balanced stochastic length (ULTRA-HSTU, "
+        "arXiv:2602.16986).",
     )
     load_exponent: float = setting(
         1.0,

@@ -122,9 +122,10 @@ def _truncates(cfg: ModelConfig) -> bool:
 
 
 def _balances_load(cfg: TrainConfig) -> bool:
-    """One rank has nobody to share with: dealing would change nothing."""
+    """One rank has nobody to share a step with: dealing then only evens out steps by tokens."""
     balance = cfg.stochastic_length.balance
-    return balance == "sampling" or (balance == "dealing" and cfg.num_workers > 1)
+    deals = cfg.num_workers > 1 or cfg.batch_tokens is not None
+    return balance == "sampling" or (balance == "dealing" and deals)
 
 
 def _without_balance(cfg: TrainConfig) -> TrainConfig:

@@ -42,9 +42,11 @@ class Tokens:
     # int32 [C]: of the positions before `target_visible`, a candidate sees the context and those
     # from this one on
     target_from: Tensor | None = None
-    # int [B], and on the CPU: history tokens that its first request does not see
+    # int [B]: history tokens that its first request does not see, for attention
     span: Tensor | None = None
-    host_span: Tensor | None = None
+    # the same for truncation, and on the CPU; below 0 in a sequence that only fills a batch up
+    tail_span: Tensor | None = None
+    host_tail_span: Tensor | None = None
 
     def lengths_on_host(self) -> Tensor:
         """`host_lengths`, from which sizes of later tensors follow; where they are not given a GPU
@@ -348,6 +350,9 @@ class TokenEncoder(nn.Module):
     def as_tokens(self, x_TE: Tensor, batch: SequenceBatch) -> Tokens:
         host = batch.on_host
         lengths = torch.stack([host.seq_offsets.diff(), host.num_targets.long()])
+        span = batch.target_span
+        if span is not None and batch.filling is not None:
+            span = span.clamp(min=0)
         return Tokens(
             x_TE,
             batch.seq_offsets,
@@ -358,8 +363,9 @@ class TokenEncoder(nn.Module):
             batch.num_next,
             batch.next_visible,
             target_from=batch.target_from,
-            span=batch.target_span,
-            host_span=host.target_span,
+            span=span,
+            tail_span=batch.target_span,
+            host_tail_span=host.target_span,
         )
 
     def event_rows(self, batch: SequenceBatch) -> Tensor:
@@ -462,5 +468,6 @@ def prepend_context(context_BCE: Tensor, tokens: Tokens) -> Tokens:
         next_visible=None if next_visible is None else next_visible + num_context,
         target_from=None if oldest is None else oldest + num_context,
         span=tokens.span,
-        host_span=tokens.host_span,
+        tail_span=tokens.tail_span,
+        host_tail_span=tokens.host_tail_span,
     )

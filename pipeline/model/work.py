@@ -186,5 +186,6 @@ def _bare_tokens(batch: SequenceBatch, num_context: int) -> Tokens:
         next_visible=None if next_visible is None else next_visible + num_context,
         target_from=None if oldest is None else oldest + num_context,
         span=batch.target_span,
-        host_span=batch.target_span,
+        tail_span=batch.target_span,
+        host_tail_span=batch.target_span,
     )

@@ -1,34 +1,22 @@
-"""Forward and backward of a training step as a CUDA graph: launching some 500 kernels one by one
-takes the host longer than the device needs to run them.
+"""Forward and backward of a training step as a CUDA graph (`pipeline/batches/graphs.py`): some 500
+kernels, launched at once.
 
     a filled batch ──copy──▶ the graph's own buffer ──replay──▶ losses, gradients
-
-A graph has fixed sizes and addresses. So batches are filled up to one of few sizes
-(`pipeline/batches/filling.py`), each is copied to where the graph reads, and dropout draws from
-generators whose state the replay looks up. What a batch's own lengths decide, the lists of tiles
-for one, is made on the device and so inside the graph.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.packing import Packed
+from pipeline.batches.graphs import BatchGraph, BatchGraphs, Results
 from pipeline.config import RunConfig
 from pipeline.config.errors import require
 from pipeline.model.encoders import ENCODERS
 
 # → sums of losses and of weights, [L] each; gradients are left with the parameters
 Backward = Callable[[SequenceBatch], tuple[Tensor, Tensor]]
-
-WARM_UPS = 2  # before a capture: they compile kernels, and libraries make their workspaces
-# steps without use, for each graph that is kept, after which one makes room for another
-IDLE_STEPS = 8
 
 
 def uses_graphs(
@@ -59,103 +47,31 @@ def uses_graphs(
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class StepGraph:
-    """One recorded step, what it reads and what it leaves."""
-
-    graph: torch.cuda.CUDAGraph
-    packed: Packed  # the batch
-    batch: SequenceBatch  # of views of it
-    loss: Tensor
-    weight: Tensor
-    table_grads: dict[str, Tensor]  # sparse
-
-    def replay(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Run it on another batch of its sizes, some item ids of which may have been left out."""
-        assert batch.packed is not None
-        self.packed.buffer.copy_(batch.packed.buffer)
-        if not batch.packed.holds(batch.tensors):
-            self.batch.item_codes.copy_(batch.item_codes)
-        self.graph.replay()
-        return self.loss, self.weight
-
-
 class StepGraphs:
-    """The graphs of a run, at most `limit`: the one that was not needed for longest makes room, if
-    that was long ago. Recording takes as long as many steps, so batches of more sizes than can be
-    kept are launched kernel by kernel.
-
-    They share one pool of memory, since one runs at a time: together they take what the largest
-    does, and their results. It is not free for anything else, validation say.
-    """
+    """The graphs of a run's steps, at most `limit`."""
 
     def __init__(self, backward: Backward, tables: Mapping[str, nn.Parameter], limit: int) -> None:
-        self.backward, self.tables, self.limit = backward, tables, limit
-        self.graphs: OrderedDict[tuple, StepGraph] = OrderedDict()
-        self.last_used: dict[tuple, int] = {}  # the number of the step
-        self.steps = self.captured = 0  # since the run began
-        self.pool: Any = None  # the handle of PyTorch's graph memory, whose type is its own
+        self.backward, self.tables = backward, tables
+        self.of_batches = BatchGraphs(self._step, limit)
 
-    def find(self, batch: SequenceBatch) -> StepGraph | None:
-        """The graph of a filled batch, recorded if it is the first of its sizes; None for a batch
-        that was not filled, and where there is no room.
-
-        A recording runs the step a few times over, which moves the random generators on.
+    def _step(self, batch: SequenceBatch) -> Results:
+        """Losses, weights, and the sparse gradient of each table; those of all other parameters lie
+        where they always do.
         """
-        packed = batch.packed
-        if batch.filling is None or packed is None or not packed.holds(batch.tensors):
-            return None
-
-        self.steps += 1
-        key = batch.filling.sizes, packed.columns
-        if key not in self.graphs:
-            if not self._make_room():
-                return None
-            self.graphs[key] = self._capture(batch, packed)
-            self.captured += 1
-        self.graphs.move_to_end(key)
-        self.last_used[key] = self.steps
-        return self.graphs[key]
-
-    def _make_room(self) -> bool:
-        """Tell whether one graph more may be kept."""
-        if len(self.graphs) < self.limit:
-            return True
-        oldest = next(iter(self.graphs))
-        if self.steps - self.last_used[oldest] <= IDLE_STEPS * self.limit:
-            return False
-        del self.graphs[oldest], self.last_used[oldest]
-        return True
-
-    def replay(self, graph: StepGraph, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Losses and weights of the batch's step; its gradients are left with the parameters."""
-        sums = graph.replay(batch)
-        for name, grad in graph.table_grads.items():
-            self.tables[name].grad = grad
-        return sums
-
-    def _capture(self, batch: SequenceBatch, packed: Packed) -> StepGraph:
-        own = Packed(packed.columns, packed.buffer.clone())
-
-        # New views each time: a plan of attention is kept with the tensor that it was made of, and
-        # one of the warm-up would be found again in place of one that the graph makes.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.backward(replace(batch, **own.views(), packed=own))
-        torch.cuda.current_stream().wait_stream(stream)
-
-        graph = torch.cuda.CUDAGraph()
-        views = replace(batch, **own.views(), packed=own)
-        # thread-local: the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss, weight = self.backward(views)
-        self.pool = graph.pool()
-
-        table_grads = {}
-        for name, table in self.tables.items():
+        loss, weight = self.backward(batch)
+        grads = []
+        for table in self.tables.values():
             assert table.grad is not None
-            table_grads[name] = table.grad
-        # without what lies on the host: pinned memory, and of no use any more
-        return StepGraph(graph, own, replace(views, host=None), loss, weight, table_grads)
+            grads.append(table.grad)
+        return loss, weight, *grads
+
+    def find(self, batch: SequenceBatch) -> BatchGraph | None:
+        """The graph of a batch's step, if there is one: `BatchGraphs.find`."""
+        return self.of_batches.find(batch)
+
+    def replay(self, graph: BatchGraph, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """Losses and weights of the batch's step; its gradients are left with the parameters."""
+        loss, weight, *grads = graph.replay(batch)
+        for table, grad in zip(self.tables.values(), grads, strict=True):
+            table.grad = grad
+        return loss, weight

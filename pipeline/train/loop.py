@@ -317,7 +317,9 @@ class Progress:
         self.values["train/bad_steps"] = self.state.bad_steps
         self.values["train/kernels_compiled"] = count_compilations()
         if self.trainee.graphs is not None:
-            self.values["train/graphs_captured"] = self.trainee.graphs.captured
+            graphs = self.trainee.graphs.of_batches
+            self.values["train/graphs_captured"] = graphs.captured
+            self.values["train/steps_replayed"] = graphs.replayed
         self.values["train/grad_norm"] = float(self.trainee.grad_norm)
         warmup = resolve_warmup(self.cfg.warmup_steps, self.total_steps)
         factor = learning_rate_factor(self.state.step - 1, warmup, self.total_steps)

@@ -60,6 +60,7 @@ class Meter:
         self.wait = 0.0
         self.steps = 0
         self.tokens = 0
+        self.filling = 0  # tokens that only fill batches up
         self.work = Flops()
 
     def wait_for_batches(self, batches: Iterator[T]) -> Iterator[T]:
@@ -75,6 +76,7 @@ class Meter:
     def count_step(self, batch: SequenceBatch, work: Flops) -> None:
         self.steps += 1
         self.tokens += batch.own_tokens
+        self.filling += batch.num_tokens - batch.own_tokens
         self.work.add(work)
 
     @contextmanager
@@ -105,5 +107,7 @@ class Meter:
             "train/message_wait_share": message_s / seconds,
             "train/step_ms": 1000 * seconds / max(self.steps, 1),
         }
+        if self.filling:
+            values["train/filled_share"] = self.filling / (self.tokens + self.filling)
         self._reset()
         return values

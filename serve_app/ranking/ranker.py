@@ -24,6 +24,7 @@ from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.appending import append_history, first_changed_row
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
+from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import DAY_MS
 from pipeline.version import package_version
@@ -132,6 +133,9 @@ class Ranker:
         self.device = next(self.model.parameters()).device
         self.caches = HistoryCaches(budget or CacheBudget.of_mb(limits.cache_mb))
         self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_candidates
+        self.graphed: GraphedModel | None = None  # passes over one user's whole history
+        if limits.cuda_graphs and GraphedModel.fits(self.cfg.model):
+            self.graphed = GraphedModel(self.model, self.cfg)
 
         # the hour is computed from the request's time
         asked = [column for column in self.cfg.features.request if column != "hour"]
@@ -511,7 +515,10 @@ class Ranker:
             batch = collate(history, asked, users[chosen], self.maps, self.inputs)
 
             with self.precision():
-                logits = self.model(batch.to(self.device))
+                if self.graphed is not None and len(chosen) == 1:
+                    logits = self.graphed.score(batch)
+                else:
+                    logits = self.model(batch.to(self.device))
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
 
@@ -580,7 +587,11 @@ class Ranker:
             batch = collate(history, nothing, users[rows[chosen]], self.maps, self.inputs)
 
             with self.precision():
-                caches = encode_history(self.model, batch.to(self.device)).split_histories()
+                if self.graphed is not None and len(chosen) == 1:
+                    encoded = self.graphed.encode_history(batch)
+                else:
+                    encoded = encode_history(self.model, batch.to(self.device))
+                caches = encoded.split_histories()
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
 
     @contextmanager

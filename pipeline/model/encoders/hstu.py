@@ -51,26 +51,30 @@ def interleave_actions(items: Tokens, action_TE: Tensor) -> Tokens:
     """
     lengths, num_targets = items.lengths_on_host()
     is_target = target_mask(items.seq_offsets, items.num_targets, len(action_TE))
-    visible = items.target_visible
 
     pairs = torch.stack([items.x_TE, action_TE.to(items.x_TE.dtype)], dim=1).flatten(0, 1)
     twice = Tokens(
         x_TE=pairs,
         seq_offsets=2 * items.seq_offsets,
         num_targets=items.num_targets,
-        target_visible=None if visible is None else 2 * visible,
+        target_visible=_twice(items.target_visible),
         max_seq_len=2 * items.max_seq_len,
         host_lengths=torch.stack([2 * lengths, num_targets]),
         num_next=items.num_next,
-        next_visible=None if items.next_visible is None else 2 * items.next_visible,
-        target_from=None if items.target_from is None else 2 * items.target_from,
-        span=None if items.span is None else 2 * items.span,
-        host_span=None if items.host_span is None else 2 * items.host_span,
+        next_visible=_twice(items.next_visible),
+        target_from=_twice(items.target_from),
+        span=_twice(items.span),
+        tail_span=_twice(items.tail_span),
+        host_tail_span=_twice(items.host_tail_span),
     )
 
     # every item stays, and the actions of history rows
     kept = torch.stack([torch.ones_like(is_target), ~is_target], dim=1).flatten()
     return select_tokens(twice, kept, 2 * lengths - num_targets)
+
+
+def _twice(counts: Tensor | None) -> Tensor | None:
+    return None if counts is None else 2 * counts
 
 
 class HSTU(Encoder):

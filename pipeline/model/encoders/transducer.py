@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
-from pipeline.batches.filling import power_of_two
+from pipeline.batches.filling import length_bound
 from pipeline.config import ChannelConfig, ModelConfig
 from pipeline.model.encoders.encoder import (
     Encoded,
@@ -56,7 +56,8 @@ def select_tokens(tokens: Tokens, kept: Tensor, kept_lengths: Tensor) -> Tokens:
         target_from=count_kept(tokens.target_from, tokens.num_targets),
         # at most so many of these are left
         span=tokens.span,
-        host_span=tokens.host_span,
+        tail_span=tokens.tail_span,
+        host_tail_span=tokens.host_tail_span,
     )
 
 
@@ -69,8 +70,8 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
     """
     lengths, num_targets = tokens.lengths_on_host()
     tail, host_tail = tokens.num_targets + keep_events, num_targets + keep_events
-    if tokens.span is not None and tokens.host_span is not None:
-        tail, host_tail = tail + tokens.span, host_tail + tokens.host_span
+    if tokens.tail_span is not None and tokens.host_tail_span is not None:
+        tail, host_tail = tail + tokens.tail_span, host_tail + tokens.host_tail_span
     kept = torch.minimum(lengths, num_context + host_tail)
     x_TE, offsets = truncate_tail(
         tokens.x_TE,
@@ -100,13 +101,14 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
         next_visible=count_left(tokens.next_visible, tokens.num_next),
         target_from=count_left(tokens.target_from, tokens.num_targets),
         span=tokens.span,
-        host_span=tokens.host_span,
+        tail_span=tokens.tail_span,
+        host_tail_span=tokens.host_tail_span,
     )
 
 
 def _length_bound(tokens: Tokens, kept_lengths: Tensor) -> int:
-    """No sequence is longer. A power of two, since a CUDA graph holds it for many batches."""
-    return min(tokens.max_seq_len, power_of_two(int(kept_lengths.max())))
+    """No sequence is longer. One of few bounds, since a CUDA graph holds it for many batches."""
+    return min(tokens.max_seq_len, length_bound(int(kept_lengths.max())))
 
 
 class Transducer(nn.Module):

@@ -54,7 +54,9 @@ class UltraHSTU(Encoder):
 
     @classmethod
     def has_fixed_sizes(cls, cfg: ModelConfig) -> bool:
-        return not cfg.channels  # what passes a filter, the batch alone says
+        # what passes a filter, the batch alone says; of two tokens an event more are kept than
+        # filling counts
+        return not cfg.channels and cfg.merge
 
     @classmethod
     def output_width(cls, cfg: ModelConfig) -> int:

@@ -31,7 +31,10 @@ RUN_METRICS = {
     "train/loss/TASK": "Mean loss of a task since the last line, in nats.",
     "train/bad_steps": "Steps left out so far because loss or gradient was not finite.",
     "train/graphs_captured": "CUDA graphs of a training step recorded so far, where "
-    "`train.cuda_graphs` applies: one for each size of batches.",
+    "`train.cuda_graphs` applies: one for each size of batches that came twice.",
+    "train/steps_replayed": "Training steps of this worker that were replayed from such a graph so "
+    "far, since it began.",
+    "train/filled_share": "Share of the tokens that only fill batches up to those sizes.",
     "train/kernels_compiled": "Triton kernels compiled so far in the first worker's process. It "
     "stands still after the first steps.",
     "train/grad_norm": "Norm of the dense gradients of the last step, before clipping.",

@@ -1,0 +1,127 @@
+"""What is done with a batch, as a CUDA graph: launching hundreds of kernels one by one takes the
+host longer than the device needs to run them.
+
+    a filled batch ──copy──▶ the graph's own buffer ──replay──▶ results
+
+A graph has fixed sizes and addresses. So batches are filled up to one of few sizes (`filling.py`),
+each is copied to where the graph reads, and dropout draws from generators whose state the replay
+looks up. What a batch's own lengths decide, the lists of tiles for one, is made on the device and
+so inside the graph.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.batches.collate import Filling, SequenceBatch
+from pipeline.batches.packing import Packed
+
+Results = tuple[Tensor, ...]
+
+WARM_UPS = 1  # before a capture: libraries make their workspaces
+# batches without use, for each graph that is kept, after which one makes room for another
+IDLE_BATCHES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGraph:
+    """What was recorded of one batch: what it reads and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    packed: Packed  # the batch
+    batch: SequenceBatch  # of views of it
+    results: Results
+
+    def replay(self, batch: SequenceBatch) -> Results:
+        """Run it on another batch of its sizes, some item ids of which may have been left out. The
+        next replay writes over the results.
+        """
+        assert batch.packed is not None
+        self.packed.buffer.copy_(batch.packed.buffer)
+        if not batch.packed.holds(batch.tensors):
+            self.batch.item_codes.copy_(batch.item_codes)
+        self.graph.replay()
+        return self.results
+
+
+class BatchGraphs:
+    """Graphs of `work` by the sizes of batches, at most `limit`: the one that was not needed for
+    longest makes room, if that was long ago.
+
+    Recording takes about as long as launching twice, so it has to pay: a size that comes for the
+    first time is launched, which compiles its kernels too, and recorded when it comes again. Where
+    there are more sizes than can be kept, those of the others are launched as well.
+
+    The graphs share one pool of memory, since one runs at a time: together they take what the
+    largest does, and their results. It is not free for anything else, validation say.
+    """
+
+    def __init__(self, work: Callable[[SequenceBatch], Results], limit: int) -> None:
+        self.work, self.limit = work, limit
+        self.graphs: OrderedDict[tuple, BatchGraph] = OrderedDict()
+        self.last_used: dict[tuple, int] = {}  # the number of the batch
+        self.seen: set[Filling] = set()  # sizes that have come
+        self.batches = self.captured = self.replayed = 0  # since the beginning
+        self.pool: Any = None  # the handle of PyTorch's graph memory, whose type is its own
+
+    def find(self, batch: SequenceBatch) -> BatchGraph | None:
+        """The graph of a filled batch, recorded if it is the second of its sizes; None for the
+        first, for a batch that was not filled, and where there is no room.
+
+        A recording does the work once over, which moves the random generators on.
+        """
+        packed = batch.packed
+        if batch.filling is None or packed is None or not packed.holds(batch.tensors):
+            return None
+
+        self.batches += 1
+        sizes = batch.filling.sizes
+        key = sizes, packed.columns
+        if key not in self.graphs:
+            is_new = sizes not in self.seen
+            self.seen.add(sizes)
+            if is_new or not self._make_room():
+                return None
+            self.graphs[key] = self._capture(batch, packed)
+            self.captured += 1
+
+        self.graphs.move_to_end(key)
+        self.last_used[key] = self.batches
+        self.replayed += 1
+        return self.graphs[key]
+
+    def _make_room(self) -> bool:
+        """Tell whether one graph more may be kept."""
+        if len(self.graphs) < self.limit:
+            return True
+        oldest = next(iter(self.graphs))
+        if self.batches - self.last_used[oldest] <= IDLE_BATCHES * self.limit:
+            return False
+        del self.graphs[oldest], self.last_used[oldest]
+        return True
+
+    def _capture(self, batch: SequenceBatch, packed: Packed) -> BatchGraph:
+        own = Packed(packed.columns, packed.buffer.clone())
+
+        # New views each time: a plan of attention is kept with the tensor that it was made of, and
+        # one of the warm-up would be found again in place of one that the graph makes.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self.work(replace(batch, **own.views(), packed=own))
+        torch.cuda.current_stream().wait_stream(stream)
+
+        graph = torch.cuda.CUDAGraph()
+        views = replace(batch, **own.views(), packed=own)
+        # thread-local: the loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = self.work(views)
+        self.pool = graph.pool()
+
+        # without what lies on the host: pinned memory, and of no use any more
+        return BatchGraph(graph, own, replace(views, host=None), results)

@@ -1,0 +1,126 @@
+"""Passes over whole batches as CUDA graphs: encoding one long history, or scoring in FP8, launching
+the layers' kernels takes the host longer than the device needs to run them.
+
+    batch ──fill up, copy──▶ the graph's buffer ──replay──▶ padded results ──▶ those of its own rows
+
+For candidates of an encoded history see `cuda_graph.py`.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.filling import BatchFiller
+from pipeline.batches.graphs import BatchGraphs, Results
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.model.encoders import ENCODERS
+from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache, encode_history
+from pipeline.model.ranker import RankingModel
+
+# Numbers of tokens from a power of two to the next: requests are of all lengths, and each size is
+# recorded while somebody waits and keeps its results' memory.
+SIZES = 2
+MOST_GRAPHS = 64
+
+
+class GraphedModel:
+    """A model on a GPU whose passes are recorded for sizes of batches that come again, and launched
+    for others. Call it without gradients, always in one number format. Threads take turns.
+
+    Its encoder must have fixed sizes (`Encoder.has_fixed_sizes`).
+    """
+
+    def __init__(self, model: RankingModel, cfg: RunConfig, sizes: int = SIZES) -> None:
+        self.model, self.model_cfg = model, cfg.model
+        self.filler = BatchFiller.of_run(cfg, sizes)
+        self.device = next(model.parameters()).device
+        self._lock = threading.Lock()
+        self._encoding = BatchGraphs(self._encode, MOST_GRAPHS)
+        self._scoring = BatchGraphs(self._score, MOST_GRAPHS)
+
+    @staticmethod
+    def fits(cfg: ModelConfig) -> bool:
+        """Tell whether the sizes of all tensors follow from those of a filled batch."""
+        return ENCODERS[cfg.encoder].has_fixed_sizes(cfg)
+
+    def score(self, batch: SequenceBatch) -> Tensor:
+        """`model(batch)`: logits, float32 [C, tasks]."""
+        num_targets = int(batch.num_targets.sum())
+        if batch.num_tokens == 0:
+            return self.model(batch.to(self.device))
+        return self.score_filled(self.fill(batch), num_targets)
+
+    def score_filled(self, filled: SequenceBatch, num_targets: int) -> Tensor:
+        """The same of a batch from `fill`, of whose candidates the first `num_targets` count."""
+        with self._lock:
+            graph = self._scoring.find(filled)
+            if graph is None:
+                (logits,) = self._score(filled)
+                return logits[:num_targets]
+            (logits,) = graph.replay(filled)
+            return logits[:num_targets].clone()
+
+    def encode_history(self, batch: SequenceBatch) -> HistoryCache:
+        """`encode_history` of B histories without candidates, from the CPU."""
+        if batch.num_tokens == 0:
+            return encode_history(self.model, batch.to(self.device))
+
+        own_rows = self._own_rows(batch)
+        filled = self.fill(batch)
+        with self._lock:
+            graph = self._encoding.find(filled)
+            if graph is None:
+                return encode_history(self.model, batch.to(self.device))
+            return self._own_cache(graph.replay(filled), own_rows, batch.num_sequences)
+
+    def fill(self, batch: SequenceBatch) -> SequenceBatch:
+        """The batch, from the CPU, filled up to one of few sizes and on the device."""
+        pinned = self.device.type == "cuda"
+        return self.filler.fill(batch).pack(pin_memory=pinned).to(self.device)
+
+    def _own_rows(self, batch: SequenceBatch) -> tuple[int, int]:
+        """Tokens of the batch's own sequences, before truncation and after."""
+        context = self.filler.num_context * batch.num_sequences
+        kept = context + batch.num_tokens
+        if self.filler.keep_events is not None:
+            kept = int(self.filler.kept_lengths(batch).sum())
+        return context + batch.num_tokens, kept
+
+    def _own_cache(
+        self, results: Results, own_rows: tuple[int, int], num_sequences: int
+    ) -> HistoryCache:
+        """The caches of the first `num_sequences` sequences, in memory of their own."""
+        truncates = self.model_cfg.truncate_after_layer
+        layers = []
+        shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
+        of_layers = zip(results[0::3], results[1::3], results[2::3], strict=True)
+        for depth, (keys, values, offsets) in enumerate(of_layers):
+            is_kept = truncates is not None and depth >= truncates
+            num_rows = own_rows[is_kept]
+            if id(offsets) not in shared:
+                shared[id(offsets)] = offsets[: num_sequences + 1].clone()
+            own_keys, own_values = keys[:num_rows].clone(), values[:num_rows].clone()
+            layers.append(LayerCache(own_keys, own_values, shared[id(offsets)]))
+        return HistoryCache(tuple(layers))
+
+    def _score(self, batch: SequenceBatch) -> Results:
+        with self._own_casts():
+            return (self.model(batch),)
+
+    def _encode(self, batch: SequenceBatch) -> Results:
+        with self._own_casts():
+            cache = encode_history(self.model, batch)
+        results = []
+        for layer in cache.layers:
+            results += [layer.k_THD, layer.v_THV, layer.offsets]
+        return tuple(results)
+
+    def _own_casts(self) -> torch.autocast:
+        """Autocast as it is, without its own copies of weights: they would be freed with its block,
+        and a graph would go on reading them.
+        """
+        kind = self.device.type
+        half, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        return torch.autocast(kind, dtype, half, cache_enabled=False)

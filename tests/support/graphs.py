@@ -1,0 +1,30 @@
+"""What stands in a CUDA graph's place where there is no GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.graphs import BatchGraphs, Results
+from pipeline.batches.packing import Packed
+
+
+@dataclass
+class Again:
+    """In a graph's place: does the work itself, on the batch in its own buffer."""
+
+    packed: Packed
+    batch: SequenceBatch
+    work: Callable[[SequenceBatch], Results]
+
+    def replay(self, batch: SequenceBatch) -> Results:
+        assert batch.packed is not None
+        self.packed.buffer.copy_(batch.packed.buffer)
+        self.batch.item_codes.copy_(batch.item_codes)
+        return self.work(replace(self.batch, host=batch))
+
+
+def capture_none(self: BatchGraphs, batch: SequenceBatch, packed: Packed) -> Again:
+    """In place of `BatchGraphs._capture`."""
+    own = Packed(packed.columns, packed.buffer.clone())
+    self.work(batch)  # as a warm-up, whose draws must not show
+    return Again(own, replace(batch, **own.views(), packed=own), self.work)

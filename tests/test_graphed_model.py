@@ -1,0 +1,86 @@
+"""Passes of a model that are replayed for batches of one size: the model's own results."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.batches.graphs import BatchGraphs
+from pipeline.config import DenseFeature
+from pipeline.model.inference.cached_scoring import encode_history
+from pipeline.model.inference.graphed_model import GraphedModel
+from tests.support.graphs import capture_none
+from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
+from tests.worlds.model import make_batch, make_config, make_model
+
+TRUNCATED = make_config(num_layers=3, truncate_after_layer=1, truncate_to=4)
+DENSE = replace(
+    TRUNCATED,
+    features=replace(TRUNCATED.features, dense={"popularity": DenseFeature(by=("item_id",))}),
+)
+CONFIGS = {
+    "plain": make_config(),
+    "truncation": TRUNCATED,
+    "dense features": DENSE,
+    "merged HSTU": make_config(encoder="hstu_merged", attention={"window": None}),
+}
+# of one size, when filled up; the last two of others, which come once
+LENGTHS = [9, 0, 14, 7], [9, 0, 14, 6], [10, 0, 13, 7], [3], [40]
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchGraphs, "_capture", capture_none)
+
+
+def with_rates(batch, cfg):
+    """The batch with a rate for each candidate, where the model reads one."""
+    if not cfg.features.dense:
+        return batch
+    num_candidates = int(batch.num_targets.sum())
+    generator = torch.Generator().manual_seed(num_candidates)
+    dense = torch.rand(num_candidates, 2 * len(cfg.tasks), generator=generator)
+    return replace(batch, dense=dense.double())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_replayed_scores_are_those_of_the_model(name: str) -> None:
+    cfg = CONFIGS[name]
+    model = make_model(cfg)
+    graphed = GraphedModel(model, cfg)
+    for seed, lengths in enumerate(LENGTHS):
+        candidates = [3] * len(lengths)
+        batch = make_batch(lengths, candidates, seed)
+        scores = graphed.score(batch)
+        torch.testing.assert_close(scores, model(batch), rtol=1e-9, atol=1e-9)
+    assert (graphed._scoring.captured, graphed._scoring.replayed) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["plain", "truncation", "dense features"])
+@torch.no_grad()
+def test_replayed_histories_are_those_that_the_model_encodes(name: str) -> None:
+    cfg = CONFIGS[name]
+    model = make_model(cfg)
+    graphed = GraphedModel(model, cfg)
+    for seed, lengths in enumerate([*LENGTHS, [0]]):
+        batch = make_batch(lengths, [0] * len(lengths), seed)
+        cache, expected = graphed.encode_history(batch), encode_history(model, batch)
+        for found, layer in zip(cache.layers, expected.layers, strict=True):
+            assert torch.equal(found.offsets, layer.offsets)
+            torch.testing.assert_close(found.k_THD, layer.k_THD, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(found.v_THV, layer.v_THV, rtol=1e-9, atol=1e-9)
+    assert (graphed._encoding.captured, graphed._encoding.replayed) == (1, 2)
+
+    # layers share their offsets as those of a launched pass do: a plan serves all of them
+    first, *_, last = cache.layers
+    assert (first.offsets is last.offsets) == (cfg.model.truncate_after_layer is None)
+
+
+def test_a_model_whose_sizes_are_the_batchs_own_is_not_recorded() -> None:
+    mixture = make_mixture("request", engaged=ENGAGED, all=EVERY_ROW)
+    fitting = [GraphedModel.fits(cfg.model) for cfg in CONFIGS.values()]
+    assert fitting == [True] * len(CONFIGS)
+    assert not GraphedModel.fits(mixture.model)
+    assert not GraphedModel.fits(make_config(merge=False).model)
+    assert not GraphedModel.fits(make_config(encoder="sasrec", attention={"window": None}).model)
