@@ -1,6 +1,6 @@
 """The way back from codes to ids that are text: a dictionary per id column, beside the sequences.
 
-    parts/<part>.user_id.arrow            the ids of a part, by chunk, and some of them repeat
+    parts/<part>.user_id.arrow            the distinct ids of a part, by chunk
     ids/user_id-00003-<sha256>.parquet    chunk 3: code and id, by code; every id that was ever read
 
 A chunk holds the codes of one range; there are as many as buckets, so that one of them, like a
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import UserError
@@ -30,7 +31,6 @@ from pipeline.logs.ids import PAIRS
 from pipeline.schema import NAMED_IDS
 from pipeline.sequences import store
 from pipeline.sequences.forgotten import Forgotten, read_forgotten
-from pipeline.sequences.packed_keys import argsort_small
 from pipeline.sequences.store import Bucket, Manifest
 
 if TYPE_CHECKING:  # reading a dictionary needs no Ray
@@ -46,11 +46,11 @@ def has_dictionary(text_ids: Sequence[str]) -> list[str]:
     return [name for name in NAMED_IDS if name in text_ids]
 
 
-# The ids of a part -----------------------------------------------------------
+# The distinct ids of a part --------------------------------------------------
 
 
 class IdWriter:
-    """The ids of a part under way, a file per column; as of `PartWriter`."""
+    """The distinct ids of a part under way, a file per column; as of `PartWriter`."""
 
     def __init__(self, path: Path, columns: Sequence[str], num_chunks: int) -> None:
         """`path` is the part's own, whose ending makes room for those of the columns."""
@@ -78,26 +78,20 @@ class IdWriter:
     def write(self, name: str, pairs: Sequence[pa.RecordBatch], forgotten: Forgotten) -> None:
         """PAIRS of a column, in any order and with repeats: a batch for each chunk.
 
-        Where most of them repeat, each goes into the file once; to sort the few out of the others
-        would take longer than to write them.
-
         Raises:
             UserError: two ids have one code.
         """
-        found = pa.Table.from_batches(pairs, PAIRS)
-        if 2 * len(np.unique(found["code"].to_numpy())) < found.num_rows:
-            found = merge_pairs(name, found)
+        merged = merge_pairs(name, pa.Table.from_batches(pairs, PAIRS))
         if name == "user_id" and forgotten.hashes:
-            theirs = forgotten.has_users(found["code"].to_numpy())
-            found = found.filter(pa.array(~theirs))
+            theirs = forgotten.has_users(merged["code"].to_numpy())
+            merged = merged.filter(pa.array(~theirs))
 
-        chunk = chunk_of(found["code"].to_numpy(), self._num_chunks)
-        order = argsort_small(chunk, self._num_chunks)
-        ordered = _as_batch(found).take(pa.array(order))
-        begin = np.searchsorted(chunk[order], np.arange(self._num_chunks + 1))
+        codes = merged["code"].to_numpy()
+        chunk = chunk_of(codes, self._num_chunks)
+        begin = np.searchsorted(chunk, np.arange(self._num_chunks + 1))
         for number in range(self._num_chunks):
             size = begin[number + 1] - begin[number]
-            self._writers[name].write_batch(ordered.slice(begin[number], size))
+            self._writers[name].write_batch(_as_batch(merged.slice(begin[number], size)))
 
     def close(self) -> dict[str, int]:
         """Put the files in their places; returns the bytes of each, by column."""
@@ -230,21 +224,22 @@ def merge_pairs(column: str, pairs: pa.Table) -> pa.Table:
     Raises:
         UserError: one code stands for two ids.
     """
-    encoded = flat_array(pairs["id"]).dictionary_encode()
-    texts, place = encoded.dictionary, encoded.indices.to_numpy()
-    codes = np.zeros(len(texts), np.int64)
-    codes[place] = pairs["code"].to_numpy()  # equal texts have equal codes
-
+    codes = pairs["code"].to_numpy()
     order = np.argsort(codes)
-    codes, texts = codes[order], texts.take(pa.array(order))
-    same = np.flatnonzero(codes[1:] == codes[:-1])
-    if len(same):
-        one, other = texts[int(same[0])].as_py(), texts[int(same[0]) + 1].as_py()
+    codes = codes[order]
+    ordered = pairs.combine_chunks().take(pa.array(order))
+    texts = ordered["id"]
+
+    # each row beside the one before it
+    same_code = codes[1:] == codes[:-1]
+    same_text = pc.call_function("equal", [texts[1:], texts[:-1]]).to_numpy()
+    if (same_code & ~same_text).any():
+        place = int(np.flatnonzero(same_code & ~same_text)[0])
         raise UserError(
-            f"{column}: {one!r} and {other!r} have the same code of 63 bits and would count as "
-            "one; rename one of them in the logs and side tables"
+            f"{column}: {texts[place].as_py()!r} and {texts[place + 1].as_py()!r} have the same "
+            "code of 63 bits and would count as one; rename one of them in the logs and side tables"
         )
-    return pa.table([pa.array(codes), texts], PAIRS)
+    return ordered.filter(pa.array(np.r_[True, ~same_code][: len(codes)]))
 
 
 def chunks_without(

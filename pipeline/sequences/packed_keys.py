@@ -36,15 +36,6 @@ def sort_key(rows: pa.Table, name: str) -> np.ndarray:
     return column.fill_null(last).to_numpy()
 
 
-def argsort_small(numbers: np.ndarray, num_values: int) -> np.ndarray:
-    """int64 [n]: the places of `numbers`, from 0 to `num_values` - 1, in their order; equal ones
-    stay in theirs.
-    """
-    if num_values < 2**15:
-        numbers = numbers.astype(np.int16)  # NumPy has a radix sort for 16 bits
-    return np.argsort(numbers, kind="stable")
-
-
 def argsort_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
     """The rows by the first column, then by the second, and so on.
 

@@ -43,7 +43,6 @@ from pipeline.logs.rows import open_rows
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import IdWriter, has_dictionary
 from pipeline.sequences.forgotten import Forgotten
-from pipeline.sequences.packed_keys import argsort_small
 
 PARTS = store.PARTS
 # a task's share of the logs: files are gathered, or split by row groups, to about this many rows
@@ -210,7 +209,10 @@ def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.nda
     by bucket       b  e  a  c  d       begin: 0, 2, 2, 5
     """
     bucket = rows[USER_BUCKET].to_numpy()
-    order = argsort_small(bucket, num_buckets)
+    small = bucket
+    if num_buckets < 2**15:
+        small = bucket.astype(np.int16)  # NumPy has a radix sort for 16 bits
+    order = np.argsort(small, kind="stable")
 
     sizes = np.bincount(bucket, minlength=num_buckets)
     begin = np.r_[0, np.cumsum(sizes)]
