@@ -19,11 +19,12 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
 from pipeline.study import opening, running
 from pipeline.study.entropy import approximate_entropy, measure_quality
-from pipeline.study.figures import predict_largest, study_figures
+from pipeline.study.figures import study_figures
 from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto_front
-from pipeline.study.page import console_table, write_study
+from pipeline.study.page import console_table, next_lines, write_study
 from pipeline.study.plan import Point, StudyPlan, even_ladder, plan_points, read_plan
 from pipeline.study.point import count_work, run_point
+from pipeline.study.predictions import predict_largest
 from pipeline.study.users import UserSums, read_users, user_sums
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -324,6 +325,22 @@ def test_a_report_says_what_the_points_were(
     assert "predicted ultra/6 by power: NE " in console_table(figures)
 
 
+def test_a_crossed_study_says_what_the_next_step_would_give() -> None:
+    """Its laws are at one length, and its last step of length is of a size in the middle."""
+    law = {"encoder": "ultra", "length": 2}
+    law["power"] = {"gain_of_doubling": {"value": 0.01, "low": None, "high": None}}
+    points = []
+    for size, length, ne in (("d4", 2, 0.9), ("d4", 6, 0.8), ("d8", 2, 0.85)):
+        place = {"encoder": "ultra", "size": size, "length": length, "data_share": 1.0}
+        points.append(place | {"ne": {"value": ne}})
+    figures = {"encoders": ["ultra"], "sizes": ["d4", "d8"], "lengths": [2, 6], "points": points}
+    figures |= {"laws": [law], "data": {"less": {}}}
+    assert next_lines(figures) == [
+        "ultra: at 2 rows twice the training FLOP in a larger model would give 0.0100 of NE; "
+        "6 rows in the place of 2 gave d4 0.1000."
+    ]
+
+
 def test_points_of_another_machine_give_the_same_report(
     studied: tuple[RunConfig, StudyPlan, list[Point]], tmp_path: Path
 ) -> None:
@@ -424,6 +441,6 @@ def test_points_of_other_rows_are_not_compared(
         sums = read_users(folder)
         return replace(sums, rows=sums.rows + len(calls) % 2)
 
-    monkeypatch.setattr("pipeline.study.figures.read_users", other_users)
+    monkeypatch.setattr("pipeline.study.measured.read_users", other_users)
     with pytest.raises(UserError, match="were scored on other rows"):
         study_figures(base, plan, {})

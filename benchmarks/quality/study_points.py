@@ -34,10 +34,10 @@ from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig, UserError
 from pipeline.files import json_text, write_atomically
 from pipeline.search.trial import shares_features
-from pipeline.study.figures import PREDICTIONS, predict_largest
 from pipeline.study.opening import check_study, open_study
 from pipeline.study.plan import Point, StudyPlan, plan_points, read_plan, study_config
 from pipeline.study.point import POINT, WORK, count_work, run_point
+from pipeline.study.predictions import PREDICTIONS, predict_largest
 from pipeline.study.users import USERS
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.report import spread
 from benchmarks.report import RUNS, read_run, table, write_run
 from pipeline.evaluate.page_parts import number_text
-from pipeline.study.figures import COSTS, share_reached
+from pipeline.study.figures import share_reached
+from pipeline.study.measured import COSTS
 from pipeline.study.page import PAPER, interval_text
 
 Figures = dict[str, Any]
@@ -30,7 +32,8 @@ def section(studies: Sequence[Figures]) -> str:
 {WORDS}:
 encoders, sizes and lengths of history, each a training ([guide](../docs/guide/scaling.md)).
 Intervals hold 95 % of the draws of users, and of seeds where there are several. FLOP are
-analytic. Bold: no other point of the study beats it in AUC and inference FLOP."""
+analytic. AUC: mean ± standard deviation over seeds. Bold: no other point of the study beats it in
+AUC and inference FLOP."""
     ]
     parts += [_study_part(study) for study in studies]
     return "\n\n".join(parts)
@@ -65,7 +68,7 @@ def _point_table(figures: Figures) -> str:
     for point in figures["points"]:
         key = point["encoder"], point["size"], point["length"]
         share = point["data_share"]
-        auc = f"{point['auc']:.4f}"
+        auc = spread(point["auc_by_seed"])
         if share == 1.0 and key in front:
             auc = f"**{auc}**"
         size = point["size"] if share == 1.0 else f"{point['size']}, {share:.0%} of the data"

@@ -18,8 +18,9 @@ from pipeline.evaluate.page_parts import (
     png_bytes,
 )
 from pipeline.files import json_text, write_atomically
-from pipeline.study.figures import COSTS, share_reached
+from pipeline.study.figures import share_reached
 from pipeline.study.laws import pareto_front
+from pipeline.study.measured import COSTS
 
 Figures = dict[str, Any]
 PAPER = {"train_gflop": 5.3, "infer_gflop": 21.4}  # ULTRA-HSTU, arXiv:2602.16986, figure 1
@@ -97,7 +98,7 @@ def _ladder_words(figures: Figures) -> str:
 
 def _advice(figures: Figures) -> str:
     """Sentences that a figure stands behind, each with its interval."""
-    lines = [*_best_lines(figures), *_ratio_lines(figures), *_next_lines(figures)]
+    lines = [*_best_lines(figures), *_ratio_lines(figures), *next_lines(figures)]
     return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
 
 
@@ -140,39 +141,45 @@ def _ratio_lines(figures: Figures) -> list[str]:
     return lines
 
 
-def _next_lines(figures: Figures) -> list[str]:
+def next_lines(figures: Figures) -> list[str]:
     """What a doubling of the model, of the history and of the data would give at the top."""
     lines = []
-    longest = figures["lengths"][-1]
     for encoder in figures["encoders"]:
         parts = []
         for law in figures["laws"]:
-            if (law["encoder"], law["length"]) == (encoder, longest):
+            if law["encoder"] == encoder:
                 gain = interval_text(law["power"]["gain_of_doubling"], ".4f")
-                parts.append(f"twice the training FLOP in a larger model would give {gain} of NE")
-        length_gain = _gain_of_length(figures, encoder)
-        if length_gain is not None:
-            shorter, gain = length_gain
-            parts.append(f"the last step of length, {shorter} to {longest}, gave {gain:.4f}")
+                parts.append(
+                    f"at {law['length']} rows twice the training FLOP in a larger model would give "
+                    f"{gain} of NE"
+                )
+        longer = _gain_of_length(figures, encoder)
+        if longer is not None:
+            size, gain = longer
+            shorter, longest = figures["lengths"][-2:]
+            name = html.escape(size)
+            parts.append(f"{longest} rows in the place of {shorter} gave {name} {gain:.4f}")
         less = figures["data"]["less"].get(encoder)
         if less is not None:
             lost = interval_text(less["lost"], ".4f")
             parts.append(f"{less['share']:.0%} of the data costs {lost}")
         if parts:
-            lines.append(f"{html.escape(encoder)}, largest size: " + "; ".join(parts) + ".")
+            lines.append(f"{html.escape(encoder)}: " + "; ".join(parts) + ".")
     return lines
 
 
-def _gain_of_length(figures: Figures, encoder: str) -> tuple[int, float] | None:
+def _gain_of_length(figures: Figures, encoder: str) -> tuple[str, float] | None:
+    """The last step of length: NE gained, by the largest size that has both; None without one."""
     if len(figures["lengths"]) < 2:
         return None
-    largest, lengths = figures["sizes"][-1], figures["lengths"][-2:]
-    values = []
-    for length in lengths:
-        for point in _whole_points(figures):
-            if (point["encoder"], point["size"], point["length"]) == (encoder, largest, length):
-                values.append(point["ne"]["value"])
-    return (lengths[0], values[0] - values[1]) if len(values) == 2 else None
+
+    points = {_key(point): point["ne"]["value"] for point in _whole_points(figures)}
+    shorter, longest = figures["lengths"][-2:]
+    for size in reversed(figures["sizes"]):
+        before, after = points.get((encoder, size, shorter)), points.get((encoder, size, longest))
+        if before is not None and after is not None:
+            return size, before - after
+    return None
 
 
 def _point_words(point: Figures) -> str:

@@ -23,9 +23,9 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
 from pipeline.files import json_text, write_atomically
 from pipeline.search.trial import shares_features
-from pipeline.study.figures import PREDICTIONS, predict_largest
 from pipeline.study.plan import Point, StudyPlan, plan_points, study_config, study_name
 from pipeline.study.point import POINT, WORK, count_work, run_point
+from pipeline.study.predictions import PREDICTIONS, predict_largest
 from pipeline.tracking import Run
 from pipeline.train.periods import check_periods
 from pipeline.train.supervision import refuse_impossible_size

@@ -1,0 +1,64 @@
+"""The largest size, predicted from the smaller ones before a point of it is run.
+
+smaller sizes → `predict_largest` → predictions.json … its training … → `held_against`
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.study.laws import fit_log, fit_power, interval
+from pipeline.study.measured import Key, Measured, measured_points, read_work, values_of
+from pipeline.study.plan import Point, StudyPlan
+
+FEWEST_SIZES = 4  # that a power law with three numbers is fitted to
+PREDICTIONS = "predictions.json"  # in the study's folder
+
+
+def predict_largest(plan: StudyPlan, points: Sequence[Point]) -> dict[str, Any]:
+    """NE of the largest size, from the laws through the smaller ones at the same length: by
+    `encoder/length`.
+    """
+    *smaller, largest = plan.sizes
+    gflop = {point.key: read_work(point).train_gflop for point in points}
+    by_key: dict[Key, Measured] = {}
+    for one in measured_points(plan, [point for point in points if point.size != largest]):
+        by_key[one.key] = one
+
+    found: dict[str, Any] = {}
+    for encoder in plan.encoders:
+        for length in plan.study.lengths:
+            keys = [(encoder, size, length, 1.0) for size in smaller]
+            if len(keys) < FEWEST_SIZES or not by_key.keys() >= set(keys):
+                continue
+
+            flops = np.array([gflop[key] for key in keys])
+            values = values_of([by_key[key] for key in keys])
+            aim = gflop[encoder, largest, length, 1.0]
+            entry: dict[str, Any] = {"train_gflop": aim, "from_sizes": smaller}
+            for law in (fit_log(flops, values), fit_power(flops, values)):
+                entry[law.kind] = interval(law.values(np.array([aim]))[:, 0])
+            found[f"{encoder}/{length}"] = entry
+    return found
+
+
+def held_against(
+    plan: StudyPlan, whole: Mapping[Key, Measured], predicted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The predictions with what was measured afterwards."""
+    largest = list(plan.sizes)[-1]
+    found: dict[str, Any] = {}
+    for name, entry in predicted.items():
+        if name == "made":
+            continue
+
+        encoder, length = name.split("/")
+        measured = whole.get((encoder, largest, int(length), 1.0))
+        held = dict(entry) | {"made": predicted["made"], "measured": None}
+        if measured is not None:
+            held["measured"] = interval(measured.ne)
+            for kind in ("log", "power"):
+                held[f"{kind}_error"] = entry[kind]["value"] - float(measured.ne[0])
+        found[name] = held
+    return found
