@@ -107,7 +107,7 @@ def serve_config(
         "hosts": _local_names(settings),
         "trace_context": settings.trace_context,
         "otlp_endpoint": settings.otlp_endpoint,
-        "served_log": _served_log(settings, wanted["serving"]) if wanted else None,
+        "served_log": served_log_arguments(settings, wanted["serving"]) if wanted else None,
         "page": _page(settings),
         "server_id": read_server_id(Path(wanted["serving"])) if wanted else None,
     }
@@ -131,7 +131,7 @@ def served_folder(settings: ServeConfig, run_dir: Path) -> str:
     return settings.served_folder or str(run_dir / "serving" / "served")
 
 
-def _served_log(settings: ServeConfig, serving: str) -> dict[str, Any] | None:
+def served_log_arguments(settings: ServeConfig, serving: str) -> dict[str, Any] | None:
     """`feedback.served_log.ServedLogSettings` of the ingresses."""
     if not settings.served_log or settings.served_share == 0:
         return None

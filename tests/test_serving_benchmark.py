@@ -1,7 +1,17 @@
 """What the benchmark of the server under load counts."""
 
+import json
+
 import numpy as np
 
+from benchmarks.serving.gpu_load import (
+    NUM_CANDIDATES,
+    Asker,
+    Trial,
+    best_of,
+    find_highest_rate,
+    plain_trial,
+)
 from benchmarks.serving.killed import cost_of_kills
 from serve_app.load_test import Answers, hop_figures
 
@@ -26,3 +36,40 @@ def test_hops_of_answers_that_say_them() -> None:
     assert set(figures) == {"late", "network", "ranker", "total"}
     assert (figures["network"]["p50"], figures["network"]["max"]) == (6.5, 10.0)
     assert figures["ranker"]["max"] == 5.0
+
+
+def test_the_highest_rate_is_found_by_doubling_and_then_half_way() -> None:
+    tried: list[float] = []
+
+    def ask(rate: float) -> Trial:
+        tried.append(round(rate))
+        tail_ms = 40.0 if rate <= 130 else np.inf
+        return Trial(rate, 100, 0, 10.0, tail_ms, 1.0)
+
+    best = best_of(find_highest_rate(ask))
+    assert tried == [20, 40, 80, 160, 113, 135]
+    assert best is not None and round(best.rate) == 113
+
+
+def test_a_rate_below_the_first_is_found_by_halving() -> None:
+    trials = find_highest_rate(lambda rate: Trial(rate, 9, 0, 9.0, 9.0 * rate, 1.0))
+    best = best_of(trials)
+    assert [trial.rate for trial in trials[:3]] == [20, 10, 5]
+    assert best is not None and best.rate == 5
+
+
+def test_no_rate_holds() -> None:
+    trials = find_highest_rate(lambda rate: Trial(rate, 9, 9, np.inf, np.inf, 1.0))
+    assert best_of(trials) is None
+    assert plain_trial(trials[0])["tail_ms"] is None
+
+
+def test_cold_requests_are_of_histories_that_nobody_has_asked_for() -> None:
+    newest_ms = {7: [30, 20], 8: [50, 40]}
+    asker = Asker([7, 8], newest_ms, np.arange(1000), np.random.default_rng(0))
+    asked = []
+    for _ in range(4):
+        body = json.loads(asker.cold_body())
+        asked.append((body["user_id"], body["request_time_ms"]))
+    assert asked == [(7, 30), (8, 50), (7, 20), (8, 40)]
+    assert len(body["candidates"]) == NUM_CANDIDATES

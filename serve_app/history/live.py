@@ -445,8 +445,7 @@ def _number_requests(past: dict[str, np.ndarray], live: dict[str, np.ndarray]) -
     numbers = past["request_index"].astype(np.int64)
 
     # live requests by themselves, numbered behind the published ones
-    _, own = np.unique(np.stack([time, request_id]), axis=1, return_inverse=True)
-    own = own.reshape(-1) + numbers.max(initial=-1) + 1
+    own = _number_pairs(time, request_id) + numbers.max(initial=-1) + 1
 
     # those that join the last published row of their time
     if len(numbers):
@@ -455,6 +454,23 @@ def _number_requests(past: dict[str, np.ndarray], live: dict[str, np.ndarray]) -
         joins = same_time & (request_id == NO_REQUEST)
         own = np.where(joins, numbers[before], own)
     return np.concatenate([numbers, own])
+
+
+def _number_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """A number per pair, from 0 on in the order of the pairs; equal ones share it.
+
+    `np.unique` of both rows would sort them as objects of two fields, which lets no other thread
+    run meanwhile.
+
+        first    5 5 4 5        second   1 0 9 1
+        number   2 1 0 2
+    """
+    order = np.lexsort((second, first))
+    is_other = np.zeros(len(order), bool)
+    is_other[1:] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
+    numbers = np.empty(len(order), np.int64)
+    numbers[order] = np.cumsum(is_other)
+    return numbers
 
 
 def _flat_values(row: pa.RecordBatch, name: str) -> np.ndarray:

@@ -1,0 +1,339 @@
+"""Requests a second that a GPU answers over HTTP, 99 of 100 within 50 ms.
+
+    python -m benchmarks.serving.gpu_load --prepare --runs-dir FOLDER     # its users; needs Ray
+    python -m benchmarks.serving.gpu_load --runs-dir FOLDER [--without-ray] [--device cpu]
+    python -m benchmarks.serving.gpu_load --report                        → RESULTS.md
+
+    open loop at a rate → p99 within 50 ms? → twice the rate, or half way back → the highest rate
+
+12 layers of 512, histories of 4,096 events, 512 candidates, an untrained model. *Warm*: the users'
+histories are encoded. *Cold*: each request is as of a time of its own, so that its history has been
+encoded for nobody. A request that is refused or fails counts as one that takes for ever.
+
+`--without-ray` asks the server of `benchmarks.serving.without_ray`, else one on Ray Serve.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.machine import environment
+from benchmarks.report import RUNS, read_run, table, write_run, write_section
+from benchmarks.serving.gpu_replica import SIZES
+from benchmarks.serving.stage import PRESET, untrained
+from pipeline import config, logs
+from pipeline.cluster import ray_cluster
+from pipeline.config import RunConfig
+from pipeline.sequences import build, store
+from serve_app import deployment, load_test
+
+RUN = RUNS / "serve_gpu_load.json"
+MOST_MS, PERCENTILE = 50.0, 99
+NUM_CANDIDATES, NUM_WARM_USERS = 512, 64
+FIRST_RATE, LEAST_RATE, MOST_RATE, CLOSE_ENOUGH = 20.0, 1.5, 2_000.0, 1.2
+TRIAL_S, LAST_TRIAL_S = 3.0, 6.0
+WARM_UP_RATE, WARM_UP_S = 60.0, 2.0  # several requests in a pass, whose kernels are compiled then
+SERVER = [
+    *("serve.host=127.0.0.1", "serve.port=0", "serve.one_process=false"),
+    "serve.max_wait_ms=500",
+]
+ON_DEVICE = {
+    "cpu": ["serve.max_history=200", "serve.cache_mb=256"],
+    "cuda": [
+        *("serve.use_gpu=true", "serve.precision=bf16", "serve.cuda_graphs=true"),
+        *("serve.max_history=4096", "serve.cache_mb=24576", "serve.batch_tokens=65536"),
+        # so many that 4,096 lie before each as-of time
+        *("source.synthetic.min_history=4224", "source.synthetic.max_history=4224"),
+    ],
+}
+# as-of times fall on so many of the newest events, and the longest history is still before them
+HISTORIES_A_USER = 48
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one rate."""
+
+    rate: float  # asked for, requests/s
+    num_requests: int
+    num_bad: int  # refused, failed or without an answer
+    p50_ms: float
+    tail_ms: float  # infinite where bad ones are among the slowest hundredth
+    late_ms: float  # at the same percentile: the generator's own part of it
+
+    @property
+    def holds(self) -> bool:
+        return self.tail_ms <= MOST_MS
+
+
+def find_highest_rate(ask: Callable[[float], Trial]) -> list[Trial]:
+    """Trials until the highest rate that holds is known within a fifth: twice the rate as long as
+    it holds, or half of it until it does, then half way between, by ratio.
+
+        rate    20   40   80   57   67
+        holds   yes  yes  no   yes  no       the highest is 57
+    """
+    trials = [ask(FIRST_RATE)]
+    factor = 2.0 if trials[0].holds else 0.5
+    while trials[-1].holds == trials[0].holds and LEAST_RATE < trials[-1].rate < MOST_RATE:
+        trials.append(ask(factor * trials[-1].rate))
+    if trials[-1].holds == trials[0].holds:  # beyond what is asked for
+        return trials
+
+    holds, fails = sorted([trials[-2].rate, trials[-1].rate])
+    while fails / holds > CLOSE_ENOUGH:
+        between = math.sqrt(holds * fails)
+        trials.append(ask(between))
+        if trials[-1].holds:
+            holds = between
+        else:
+            fails = between
+    return trials
+
+
+def best_of(trials: list[Trial]) -> Trial | None:
+    """The highest rate that holds, None where no rate does."""
+    holding = [trial for trial in trials if trial.holds]
+    return max(holding, key=lambda trial: trial.rate, default=None)
+
+
+# Requests --------------------------------------------------------------------
+
+
+@dataclass
+class Asker:
+    """Makes the bodies of requests, warm or cold."""
+
+    users: list[int]
+    newest_ms: dict[int, list[int]]  # of each user the times of the newest events, newest first
+    items: np.ndarray
+    rng: np.random.Generator
+    num_asked: int = 0
+
+    @classmethod
+    def of_store(cls, sequence_dir: Path) -> "Asker":
+        """Users and items of the published sequences."""
+        rows = store.read_sequences(sequence_dir)
+        newest_ms: dict[int, list[int]] = {}
+        for row in rows.select(["user_id", "event_time"]).to_pylist():
+            times = sorted(set(row["event_time"]), reverse=True)
+            newest_ms[row["user_id"]] = times[:HISTORIES_A_USER]
+        users, items = load_test.known_ids(sequence_dir)
+        return cls(users.tolist(), newest_ms, items, np.random.default_rng(0))
+
+    def warm_body(self, user: int | None = None) -> bytes:
+        """A request of one of few users, as of now."""
+        if user is None:
+            user = int(self.rng.choice(self.users[:NUM_WARM_USERS]))
+        return json.dumps({"user_id": user, "candidates": self._candidates()}).encode()
+
+    def cold_body(self) -> bytes:
+        """A request as of a time that nobody has asked for: user after user at their newest event,
+        then at the one before it.
+        """
+        round_of_users, place = divmod(self.num_asked, len(self.users))
+        self.num_asked += 1
+        user = self.users[place]
+        times = self.newest_ms[user]
+        body = {"user_id": user, "request_time_ms": times[round_of_users % len(times)]}
+        return json.dumps(body | {"candidates": self._candidates()}).encode()
+
+    def _candidates(self) -> list[dict[str, int]]:
+        drawn = self.rng.choice(self.items, NUM_CANDIDATES, replace=False)
+        return [{"item_id": item} for item in drawn.tolist()]
+
+
+def try_rate(url: str, body: Callable[[], bytes], rate: float, seconds: float) -> Trial:
+    """Send requests at Poisson times for so long."""
+    load = load_test.RequestLoad(rate=rate, seconds=seconds, candidates=NUM_CANDIDATES)
+    asked = load_test.draw_arrivals(load, np.arange(1))
+    bodies = [body() for _ in asked.due_s]
+    answers = asyncio.run(load_test.send_requests(url, load, asked, bodies, {}))
+
+    is_good = answers.status == 200
+    latency_ms = np.where(is_good, answers.latency_ms, np.inf)
+    trial = Trial(
+        rate=round(rate, 1),
+        num_requests=len(bodies),
+        num_bad=int(np.count_nonzero(~is_good)),
+        p50_ms=_percentile(latency_ms, 50),
+        tail_ms=_percentile(latency_ms, PERCENTILE),
+        late_ms=_percentile(answers.late_ms, PERCENTILE),
+    )
+    print(json.dumps(plain_trial(trial)), flush=True)
+    return trial
+
+
+def _percentile(values: np.ndarray, percent: float) -> float:
+    """The smallest value that so many percent do not exceed."""
+    return round(float(np.percentile(values, percent, method="inverted_cdf")), 2)
+
+
+def plain_trial(trial: Trial) -> dict[str, Any]:
+    """A trial for JSON, which has no infinity."""
+    finite = {}
+    for name, value in vars(trial).items():
+        finite[name] = None if isinstance(value, float) and math.isinf(value) else value
+    return finite | {"holds": trial.holds}
+
+
+# Runs ------------------------------------------------------------------------
+
+
+def measure(url: str, asker: Asker, out: Path, run: dict[str, Any]) -> None:
+    """Warm, then cold; what is known is written after each."""
+    json_type = {"content-type": "application/json"}
+    with httpx.Client(base_url=url, headers=json_type, timeout=120) as client:
+        run["largest_difference"] = _compare_cold_and_warm(client, asker)
+        for user in asker.users[:NUM_WARM_USERS]:
+            client.post("/v1/rank", content=asker.warm_body(user)).raise_for_status()
+
+    bodies: dict[str, Callable[[], bytes]] = {"warm": asker.warm_body, "cold": asker.cold_body}
+    for name, body in bodies.items():
+        print(f"{name}; first to warm up", flush=True)
+        try_rate(url, body, WARM_UP_RATE, WARM_UP_S)
+        trials = find_highest_rate(lambda rate, body=body: try_rate(url, body, rate, TRIAL_S))
+        best = best_of(trials)
+        figures: dict[str, Any] = {"trials": [plain_trial(trial) for trial in trials]}
+        if best is not None:
+            figures["again"] = plain_trial(try_rate(url, body, best.rate, LAST_TRIAL_S))
+        run[name] = figures
+        write_run(out, run)
+
+
+def _compare_cold_and_warm(client: httpx.Client, asker: Asker) -> float:
+    """Largest difference of a score between one request's answers, its history encoded for the
+    first of them.
+    """
+    answers = []
+    body = asker.warm_body(asker.users[0])
+    for _ in range(2):
+        answer = client.post("/v1/rank", content=body).raise_for_status().json()
+        answers.append(np.array(list(answer["scores"].values())))
+    return float(np.abs(answers[0] - answers[1]).max())
+
+
+@contextmanager
+def server_alone(settings: list[str]) -> Iterator[str]:
+    """Address of a server without Ray, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.serving.without_ray", "--set", *settings]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            url = server.stdout.readline().strip()
+            if not url:
+                raise SystemExit("the server ended before it had an address")
+            yield url
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def server_on_ray(cfg: RunConfig) -> Iterator[str]:
+    """Address of a server on Ray Serve, on a cluster of its own."""
+    with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
+        wanted = deployment.user_config(cfg, untrained(cfg, version=1))
+        yield deployment.send_update(cfg.serve, cluster.dashboard_url, wanted)
+
+
+def prepare_users(cfg: RunConfig) -> None:
+    """Generate the users and publish their sequences."""
+    with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+        logs.import_logs(cfg)
+        build.build_sequences(cfg)
+
+
+def section(run: dict[str, Any]) -> str:
+    """What was measured, for RESULTS.md."""
+    machine = run["environment"]
+    rows = []
+    for name in ("warm", "cold"):
+        if name not in run:
+            continue
+        figures = run[name]
+        again = figures.get("again")
+        if again is None:
+            rows.append([name, "–", "–", "–", "–"])
+            continue
+        tail = "–" if again["tail_ms"] is None else f"{again['tail_ms']:.1f}"
+        cells = [f"{again['rate']:g}", f"{again['p50_ms']:.1f}", tail, f"{again['num_bad']}"]
+        rows.append([name, *cells])
+
+    said = (
+        f"`{run['command']}`, {machine['device']}, {run['cores']} cores, torch {machine['torch']}, "
+        f"triton {machine['triton']}; {run['server']}; {run['model']}, {run['candidates']} "
+        f"candidates, {run['formats']}. Open loop at Poisson times; the highest rate at which 99 "
+        f"of 100 answers came within {MOST_MS:g} ms in {TRIAL_S:g} s, and that rate once more for "
+        f"{LAST_TRIAL_S:g} s, whose figures these are. Between the first answer to a request and "
+        f"the second, from the kept history, scores differ by {run['largest_difference']:.1e} at "
+        "most."
+    )
+    header = ["histories", "requests/s", "p50, ms", "p99, ms", "refused or failed"]
+    return "\n\n".join(["## Load on a GPU over HTTP", said, table(header, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--runs-dir", default="runs/gpu_load")
+    parser.add_argument("--prepare", action="store_true", help="make the users and end")
+    parser.add_argument("--without-ray", action="store_true")
+    parser.add_argument("--out", type=Path, default=RUN)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if options.report:
+        write_section("serve_gpu_load", section(read_run(RUN)))
+        return
+
+    logging.basicConfig(level=logging.WARNING)
+    settings = [f"runs_dir={options.runs_dir}", *SERVER]
+    settings += [*SIZES[options.device], *ON_DEVICE[options.device]]
+    cfg = config.load(PRESET, settings)
+    if options.prepare:
+        prepare_users(cfg)
+        return
+
+    run = _describe(cfg, options.device, options.without_ray)
+    starting = server_alone(settings) if options.without_ray else server_on_ray(cfg)
+    with starting as url:
+        measure(url, Asker.of_store(cfg.sequence_dir), options.out, run)
+
+
+def _describe(cfg: RunConfig, device: str, without_ray: bool) -> dict[str, Any]:
+    """All of a run that is known before it."""
+    server = "Ray Serve, the ingress in processes of its own"
+    if without_ray:
+        server = "the server's application in uvicorn and its ranker in one process, no Ray Serve"
+    command = "python -m benchmarks.serving.gpu_load"
+    command += " --without-ray" * without_ray + " --device cpu" * (device == "cpu")
+    model, serve = cfg.model, cfg.serve
+    graphs = ", CUDA graphs" if serve.cuda_graphs else ""
+    return {
+        "command": command,
+        "environment": environment(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "server": server,
+        "model": f"{model.num_layers} layers of {model.d_model}, histories of "
+        f"{min(serve.max_history, cfg.source.synthetic.max_history):,} events",
+        "candidates": NUM_CANDIDATES,
+        "formats": f"{serve.precision}{graphs}",
+    }
+
+
+if __name__ == "__main__":
+    main()
