@@ -21,6 +21,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
 from pipeline.sequences import build, store
 from serve_app import deployment, load_test
+from serve_app.web.limits import QUIET_S
 
 RUN = RUNS / "serve_gpu_load.json"
 MOST_MS, PERCENTILE = 50.0, 99
@@ -174,6 +176,8 @@ def try_rate(url: str, body: Callable[[], bytes], rate: float, seconds: float) -
         late_ms=_percentile(answers.late_ms, PERCENTILE),
     )
     print(json.dumps(plain_trial(trial)), flush=True)
+    if not trial.holds:
+        time.sleep(2 * QUIET_S)  # the server forgets the overload, which is no part of the next
     return trial
 
 
