@@ -53,7 +53,12 @@ def run_job(job: cli.Job) -> None:
             tracker.log_evaluation(model_dir, metrics, folder, name)
 
     for key, value in metrics.items():
-        print(f"{key:40} {value:,.4f}")
+        print(f"{key:40} {value:,.{0 if is_count(key) else 4}f}")
+
+
+def is_count(key: str) -> bool:
+    """True for a metric that counts rows or users: val/rows/is_click, test/gauc_users/is_click."""
+    return any(part.rpartition("_")[2] in ("rows", "users") for part in key.split("/"))
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

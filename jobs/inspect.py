@@ -19,10 +19,11 @@ from pipeline.logs.columns import plain_values
 from pipeline.logs.looking.guess import Guess, guess_columns
 from pipeline.logs.looking.preset import write_preset
 from pipeline.logs.looking.sample import Sample, spread_sample, take_sample
-from pipeline.logs.looking.side import SideGuess, guess_side
+from pipeline.logs.looking.side import MOST_FEATURES, SideGuess, guess_side
 from pipeline.logs.times import show_time
 
 EXAMPLES, WIDEST = 3, 44
+NEXT_JOBS = "build_sequences", "train", "evaluate", "promote", "serve"
 SPARSE = 0.5  # of the ids that a side table has: below it is worth a word
 
 
@@ -83,8 +84,8 @@ def inspect_logs(options: argparse.Namespace) -> None:
     write_atomically(Path(options.output), text)
     config.load(options.output)  # what was written can be read
     print(f"\nwrote {options.output}; next:")
-    print(f"  python -m jobs.build_sequences --config {options.output}")
-    print(f"  python -m jobs.train --config {options.output}")
+    for job in NEXT_JOBS:
+        print(f"  python -m jobs.{job} --config {options.output}")
 
 
 def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
@@ -98,15 +99,18 @@ def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
     print_columns(
         sample.rows, {side.id_column: "id"} | {n: kind_words(k) for n, k in side.features.items()}
     )
+    if len(side.features) == MOST_FEATURES:
+        print(f"the first {MOST_FEATURES} columns that are fit are taken: features.{key[:-1]}")
     print(f"{side.joined:.0%} of the logs' ids are in {side.id_column!r}", end="")
     print(": is it the right table and column?" if side.joined < SPARSE else "")
     return side
 
 
 def kind_words(kind: dict[str, Any]) -> str:
-    return {"quantile": "number, by quantiles", "list": "list"}.get(
-        kind.get("kind", ""), "category"
-    )
+    """A feature in words, from its settings."""
+    if "most_values" in kind:
+        return "category, the most frequent"
+    return {"quantile": "number, by quantiles", "list": "list"}.get(kind.get("kind"), "category")
 
 
 def describe_place(sample: Sample) -> str:
@@ -134,6 +138,14 @@ def print_logs(logs: Sample, guess: Guess) -> None:
         print("no action is told: every row is taken as one that happened, and none that did not")
 
 
+def first_values(column: pa.Array) -> list[Any]:
+    """The first different values of a column; of lists, which cannot be told apart, the first."""
+    known = column.drop_null()
+    if not pa.types.is_nested(known.type):
+        known = known.unique()
+    return known[:EXAMPLES].to_pylist()
+
+
 def print_columns(rows: pa.Table, roles: dict[str, str]) -> None:
     """A line per column: name, type, nulls, different values, examples, what it is taken for."""
     lines = [("column", "type", "null", "different", "examples", "taken for")]
@@ -141,7 +153,7 @@ def print_columns(rows: pa.Table, roles: dict[str, str]) -> None:
         column = plain_values(rows[name])
         different = "" if pa.types.is_nested(column.type) else f"{len(column.unique()):,}"
         null = f"{column.null_count / max(len(column), 1):.0%}"
-        examples = ", ".join(str(value) for value in column.drop_null()[:EXAMPLES].to_pylist())
+        examples = ", ".join(map(str, first_values(column)))
         if len(examples) > WIDEST:
             examples = examples[: WIDEST - 1] + "…"
         lines.append((name, str(column.type), null, different, examples, roles.get(name, "")))

@@ -41,9 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     from pipeline import tracking
     from pipeline.recommend.everybody import SharedRequest, recommend_everybody
+    from pipeline.sequences import store
 
     cfg, options = job.cfg, job.options
     time_ms, asked = _read_request(job)
+    store.read_manifest(cfg.sequence_dir)  # a mistake is told before MLflow is started
     out = options.out or cfg.run_dir / "recommendations"
     with tracking.session(cfg) as tracker:
         model_dir, version = tracker.download_champion()

@@ -336,10 +336,15 @@ def demo_request(cfg: RunConfig) -> DemoRequest:
         actions = _actions(cfg.source.actions, action_mask, known_mask)
         happened.append(", ".join(name for name, done in actions if done))
 
+    # of a text the code alone is known, which means nothing to people
+    features = _features(events, row)
+    for name in cfg.source.events.text_request:
+        features.pop(name, None)
+
     body = {
         "user_id": int(users.user_id[user]),
         "request_time_ms": int(events.event_time[row]),
-        "request_features": _features(events, row),
+        "request_features": features,
         "candidates": [{"item_id": item} for item in [*items.tolist(), *fill.tolist()]],
     }
     use_own_ids([body], cfg.sequence_dir)

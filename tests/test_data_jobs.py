@@ -177,6 +177,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
         ("promote", [], "no model at"),
         ("compare", ["demo", "other"], "run 'demo': there is no folder"),
         ("compare", ["demo", "--evaluate"], "run 'demo': there is no folder"),
+        ("recommend", [], "jobs.build_sequences"),
         ("serve", ["--no-browser"], "jobs.build_sequences"),
         ("deploy", ["--set", "ray.address=auto"], "jobs.build_sequences"),
     ],

@@ -193,8 +193,16 @@ def test_side_tables_are_joined_and_their_features_written(
     draw = Draw()
     (tmp_path / "logs").mkdir()
     retail_rocket(tmp_path / "logs", draw)
-    items = {"id": np.arange(100, 160), "genre": [f"g{i % 3}" for i in range(60)]}
-    items |= {"length": np.arange(60) / 7, "title": [f"t{i}" for i in range(60)]}
+    number = np.arange(120)
+    items = {
+        "id": 100 + number,
+        "genre": [f"g{i % 3}" for i in number],
+        "length": number / 7,
+        "title": [f"t{i}" for i in number],  # each its own: nothing to learn
+        "author_id": number // 3 * 999_983 % 83,  # an id: its order means nothing
+        "musicId": number * 7,  # an id of one item each
+        "plays": number * 3,
+    }
     pq.write_table(pa.table(items), tmp_path / "items.parquet")
     write_csv(
         tmp_path / "users.csv", {"visitorid": range(1000, 1030), "country": ["de", "fr"] * 15}
@@ -209,9 +217,17 @@ def test_side_tables_are_joined_and_their_features_written(
     assert {name: kind.kind for name, kind in cfg.features.item.items()} == {
         "genre": "categorical",
         "length": "quantile",
+        "author_id": "categorical",
+        "plays": "quantile",
     }
+    assert cfg.features.item["author_id"].most_values is not None
     assert cfg.source.users is not None
     assert cfg.source.users.id_column == "visitorid"
+
+
+def test_examples_of_a_column_are_different_values() -> None:
+    assert inspect.first_values(pa.array([7, 7, None, 3, 7, 5, 4])) == [7, 3, 5]
+    assert inspect.first_values(pa.array([[1], None, [1], [2], [3]])) == [[1], [1], [2]]
 
 
 def test_what_cannot_be_looked_at_is_one_message(

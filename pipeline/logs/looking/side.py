@@ -3,6 +3,7 @@
 # pyarrow makes its compute functions when it is imported
 # pyright: reportAttributeAccessIssue=false
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ FEW_NUMBERS = 32  # different whole numbers up to here are categories
 WORTH = 0.5  # of a category's values, the share of rows that may be alone with theirs
 SHARE_OF_LISTS = 0.2  # of texts that have a | between their parts, as genres have
 MOST_FEATURES = 8
+ID_NAME = re.compile(r"(^|_)[iI][dD]s?$|[a-z]I[dD]s?$")  # author_id, authorId
 
 
 @dataclass
@@ -48,7 +50,7 @@ def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGu
     best = max(shares, key=fitness, default=next(iter(columns)))
     guess = SideGuess(sample, best, shares.get(best, 0))
     for name, column in columns.items():
-        kind = _feature(column) if name != guess.id_column else None
+        kind = _feature(name, column) if name != guess.id_column else None
         if kind is not None and len(guess.features) < MOST_FEATURES:
             guess.features[name] = kind
     return guess
@@ -63,7 +65,7 @@ def _texts(column: pa.Array) -> list[str]:
     return [str(value) for value in column.drop_null().unique().to_pylist()]
 
 
-def _feature(column: pa.Array) -> dict[str, Any] | None:
+def _feature(name: str, column: pa.Array) -> dict[str, Any] | None:
     """How a column becomes an embedding; None where it is no good for that."""
     kind, known = column.type, column.drop_null()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -73,6 +75,10 @@ def _feature(column: pa.Array) -> dict[str, Any] | None:
     distinct = pc.count_distinct(known).as_py()
     if distinct < 2:
         return None
+    worth = distinct <= max(WORTH * len(known), 2)
+    if pa.types.is_integer(kind) and distinct > FEW_NUMBERS and ID_NAME.search(name):
+        # ids of authors, say: their order means nothing
+        return {"dim": 8, "most_values": MOST_CATEGORIES} if worth else None
     if is_number(kind) and not (pa.types.is_integer(kind) and distinct <= FEW_NUMBERS):
         number = known.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         return {"dim": 8, "kind": "quantile"} if np.isfinite(number).any() else None
@@ -80,7 +86,7 @@ def _feature(column: pa.Array) -> dict[str, Any] | None:
         return {"dim": 8, "kind": "quantile"}
     if is_text(kind) and _share_with_bars(known) > SHARE_OF_LISTS:
         return {"dim": 8, "kind": "list"}
-    if distinct > min(MOST_CATEGORIES, max(WORTH * len(known), 2)):
+    if distinct > MOST_CATEGORIES or not worth:
         return None
     if is_number(kind) or is_text(kind) or pa.types.is_boolean(kind):
         return {"dim": 8}
