@@ -62,9 +62,7 @@ class BatchFiller:
 
         scale = power_of_two(own_tokens)
         num_sequences = next_multiple(batch.num_sequences + 1, scale // SEQUENCE_SHARE)
-        num_targets = 0  # of histories alone, which are only encoded
-        if own_targets:
-            num_targets = next_multiple(own_targets + 1, scale // TARGET_SHARE)
+        num_targets = next_multiple(own_targets, scale // TARGET_SHARE)
         more_targets = num_targets - own_targets
 
         # rows of the filling sequence: one event before its candidates at least
