@@ -343,6 +343,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--precisions", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--out", type=Path, default=RUNS / "ranker_cpu.json")
     parser.add_argument(
         "--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from FILEs and end"
@@ -353,8 +354,11 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     cuda = options.device == "cuda"
+    settings = ["--device cuda"] * cuda
+    if options.precisions != list(ALL):
+        settings.append("--precisions " + " ".join(options.precisions))
     run = {
-        "command": "python -m benchmarks.serving.ranker" + " --device cuda" * cuda,
+        "command": " ".join(["python -m benchmarks.serving.ranker", *settings]),
         "environment": environment(options.device),
         "threads": options.threads,
         "repeats": options.repeats,
@@ -365,6 +369,7 @@ def main() -> None:
         partial(measure, case, precision, options)
         for case in cases
         for precision in case.precisions
+        if precision in options.precisions
     ]
     work += [] if cuda else [partial(reference_ranker, options)]
     failed = 0

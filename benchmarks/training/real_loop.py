@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[65_536, 196_608])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[65_536, 196_608])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=["bf16"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--users", type=int, default=2)
