@@ -39,7 +39,7 @@ from pipeline.figures import Figures
 from pipeline.train import loop
 from pipeline.train.trainee import Trainee
 
-LOG_EVERY = 10
+LOG_EVERY = 20
 BUCKETS = 2  # files of the store
 FORMS = {"bf16": {}, "FP8": {"fp8": True}}
 # settings of `train`
@@ -112,20 +112,27 @@ def run_loop(cfg: RunConfig, loader: TrainLoader, device: str) -> dict[str, floa
     return found
 
 
-def kernel_us(cfg: RunConfig, loader: TrainLoader, device: str, steps: int = 6) -> float:
+def kernel_us(
+    cfg: RunConfig, loader: TrainLoader, device: str, *, replayed: bool = False, steps: int = 6
+) -> float:
     """What the kernels of a step take for each of its tokens, on batches that are already on the
-    device and were not filled up.
+    device: launched one by one and not filled up; or `replayed`, with what the graphs add.
     """
-    batches = list(itertools.islice(loader.batches(0), steps))
-    num_tokens = sum(batch.num_tokens for batch in batches)
-    batches = [batch.to(device) for batch in batches]
+    own = list(itertools.islice(loader.batches(0), steps))
+    num_tokens = sum(batch.num_tokens for batch in own)
     trainee = Trainee(cfg, plain_maps(cfg), device, rank=0, world_size=1)
+    batches = []
+    for batch in own:
+        if replayed and trainee.filler is not None:
+            batch = trainee.filler.fill(batch)
+        batches.append(batch.to(device))
 
     def train_all(_: int) -> None:
         for number, batch in enumerate(batches):
             trainee.step(batch, number, 1000)
 
-    train_all(0)
+    for _ in range(3):  # launched, recorded, replayed
+        train_all(0)
     return 1000 * device_ms(train_all, device) / num_tokens
 
 
@@ -151,6 +158,8 @@ def measure(tokens: int, options: argparse.Namespace) -> Iterator[tuple[str, dic
                     kernels = kernel_us(cfg, loader, options.device)
                 numbers = run_loop(cfg, loader, options.device)
                 numbers["kernels_us"] = kernels
+                if not launched:
+                    numbers["busy_us"] = kernel_us(cfg, loader, options.device, replayed=True)
                 print(tokens, form, way, json.dumps(numbers), flush=True)
                 yield f"{tokens}, {form}, {way}", numbers
 
@@ -183,6 +192,7 @@ def section(run: Figures) -> str:
                 f"{found['mean_step_ms']:.1f}",
                 f"{kernels_ms:.1f}",
                 f"**{found['step_ms'] / kernels_ms:.2f}**",
+                f"{found['busy_us'] * step_tokens / 1000:.1f}" if "busy_us" in found else "–",
                 f"{found['tokens_per_s'] / 1e6:.2f}M",
                 f"{found['data_wait_share']:.1%}",
                 f"{found['filled_share']:.1%}",
@@ -190,7 +200,7 @@ def section(run: Figures) -> str:
             ]
         )
     header = ["tokens of a step", "form", "steps", "ms", "mean, ms", "kernels, ms", "ratio"]
-    header += ["tokens/s"]
+    header += ["device busy, ms", "tokens/s"]
     header += ["waiting for data", "filling", "graphs", "steps replayed", "compiled late"]
     return f"""## Training by the loop
 
@@ -199,7 +209,8 @@ def section(run: Figures) -> str:
 {run["length"]:,} events in passes of at most 64 targets. ms: a step by the clock, median over the
 lines of the run's second half (lines of {LOG_EVERY} steps; {run["steps"]} steps, launched
 {run["launched_steps"]}), and their mean; kernels: their time alone for as many tokens, in steps
-launched one by one over batches on the device that were not filled up. Steps are dealt
+launched one by one over batches on the device that were not filled up; device busy: the same of
+replayed steps, filled up, at the clock rate of a device that never idles. Steps are dealt
 (`train.stochastic_length.balance`), with 32 sizes of batches to an octave, or come as the shuffled
 examples do, with 16. Filling: share of the tokens that only fill batches up; graphs: CUDA graphs
 that were recorded, in the second half; steps replayed: of those of the second half; compiled late:
