@@ -58,18 +58,33 @@ class BatchFiller:
         It must have no next items: their rows are not those of tokens.
         """
         assert batch.num_next is None, "a batch for retrieval is not filled"
-        own_tokens, own_targets = batch.num_tokens, int(batch.num_targets.sum())
+        lengths, targets = batch.seq_offsets.diff(), batch.num_targets.long()
+        filling, span = self.next_sizes(lengths, targets, batch.target_span)
+        return _filled(batch, filling, span, spans=self.keep_events is not None)
 
+    def next_sizes(
+        self, lengths: Tensor, targets: Tensor, span: Tensor | None = None
+    ) -> tuple[Filling, int]:
+        """The sizes that sequences are filled up to, and the `target_span` of the one that fills.
+
+        `lengths`, `targets` and `span`, int [B]: the tokens of each sequence, its candidates among
+        them, and the history tokens that its first request does not see.
+        """
+        own_tokens, own_targets, own_sequences = (
+            int(lengths.sum()),
+            int(targets.sum()),
+            len(targets),
+        )
         scale = power_of_two(own_tokens)
-        num_sequences = next_multiple(batch.num_sequences + 1, scale // SEQUENCE_SHARE)
+        num_sequences = next_multiple(own_sequences + 1, scale // SEQUENCE_SHARE)
         num_targets = next_multiple(own_targets, scale // TARGET_SHARE)
         more_targets = num_targets - own_targets
 
         # rows of the filling sequence: one event before its candidates at least
-        fewest, span, kept_tokens, longest_kept = more_targets + 1, 0, 0, 0
+        fewest, its_span, kept_tokens, longest_kept = more_targets + 1, 0, 0, 0
         if self.keep_events is not None:
-            kept = self.kept_lengths(batch)
-            empty = self.num_context * (num_sequences - batch.num_sequences - 1)
+            kept = self.kept_lengths(lengths, targets, span)
+            empty = self.num_context * (num_sequences - own_sequences - 1)
             own_kept = int(kept.sum()) + empty
             least = self.num_context + fewest
             kept_tokens = next_size(own_kept + least, max(self.sizes // KEPT_SIZES, 1))
@@ -77,12 +92,11 @@ class BatchFiller:
             # It keeps what is missing: its span makes up for it, below 0 where that is little.
             its_kept = kept_tokens - own_kept
             fewest = its_kept - self.num_context
-            span = fewest - more_targets - self.keep_events
+            its_span = fewest - more_targets - self.keep_events
             longest_kept = max(int(kept.max()), its_kept)
 
         num_tokens = next_size(own_tokens + fewest, self.sizes)
-        more_tokens = num_tokens - own_tokens
-        longest = self.num_context + max(batch.max_seq_len, more_tokens)
+        longest = self.num_context + max(int(lengths.max()), num_tokens - own_tokens)
         filling = Filling(
             own_tokens=own_tokens,
             num_tokens=num_tokens,
@@ -92,15 +106,15 @@ class BatchFiller:
             kept_tokens=kept_tokens,
             kept_seq_len=length_bound(longest_kept),
         )
-        return _filled(batch, filling, more_targets, span, spans=self.keep_events is not None)
+        return filling, its_span
 
-    def kept_lengths(self, batch: SequenceBatch) -> Tensor:
+    def kept_lengths(self, lengths: Tensor, targets: Tensor, span: Tensor | None) -> Tensor:
         """int64 [B], what truncation leaves of each sequence, its context counted."""
         assert self.keep_events is not None
-        tail = batch.num_targets.long() + self.keep_events
-        if batch.target_span is not None:
-            tail = tail + batch.target_span
-        return torch.minimum(batch.seq_offsets.diff(), tail) + self.num_context
+        tail = targets + self.keep_events
+        if span is not None:
+            tail = tail + span
+        return torch.minimum(lengths, tail) + self.num_context
 
 
 def next_size(count: int, sizes: int) -> int:
@@ -132,10 +146,9 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length() if count > 0 else 0
 
 
-def _filled(
-    batch: SequenceBatch, filling: Filling, more_targets: int, span: int, *, spans: bool
-) -> SequenceBatch:
+def _filled(batch: SequenceBatch, filling: Filling, span: int, *, spans: bool) -> SequenceBatch:
     """The columns of `batch`, each as long as `filling` says."""
+    more_targets = filling.num_targets - int(batch.num_targets.sum())
     more_tokens = filling.num_tokens - batch.num_tokens
     more_sequences = filling.num_sequences - batch.num_sequences
 

@@ -85,7 +85,8 @@ class GraphedModel:
         context = self.filler.num_context * batch.num_sequences
         kept = context + batch.num_tokens
         if self.filler.keep_events is not None:
-            kept = int(self.filler.kept_lengths(batch).sum())
+            lengths, targets = batch.seq_offsets.diff(), batch.num_targets.long()
+            kept = int(self.filler.kept_lengths(lengths, targets, batch.target_span).sum())
         return context + batch.num_tokens, kept
 
     def _own_cache(
