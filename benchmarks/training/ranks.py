@@ -94,15 +94,21 @@ class Traffic:
         return self.kept[name](*args, **options)
 
 
+def free_memory(ranks: Ranks) -> None:
+    """Give the device what earlier runs held: hooks hold a trainee in a circle, with its tables."""
+    if ranks.device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def timed_run(call: Callable[[], tuple[list[dict], int]], ranks: Ranks) -> dict[str, Any]:
     """Medians over the lines of a run but the first two (compilation, the allocator's growth).
 
     `call` gives the lines and the number of steps.
     """
     cuda = ranks.device != "cpu"
+    free_memory(ranks)
     if cuda:
-        gc.collect()  # hooks hold a trainee in a circle, with its tables
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with Traffic(ranks) as traffic:
         lines, steps = call()

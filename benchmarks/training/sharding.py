@@ -39,7 +39,7 @@ from benchmarks.machine import environment
 from benchmarks.report import write_run, write_section
 from benchmarks.training.loader_ranks import Case, load_cases, loader_cases
 from benchmarks.training.model import SEMI_LOCAL, model_config, random_batch, vocabulary
-from benchmarks.training.ranks import Ranks, temporary_folder, timed_run
+from benchmarks.training.ranks import Ranks, free_memory, temporary_folder, timed_run
 from benchmarks.training.sharding_report import right, section, summary, verdict
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
@@ -260,6 +260,7 @@ def _placed(place: Any) -> dict[str, Any]:
 
 def exchange(cfg: RunConfig, sizes: dict[str, int], ranks: Ranks) -> dict[str, float]:
     """The messages of one step by themselves, medians of 20, ms."""
+    free_memory(ranks)
     maps = vocabulary(cfg)
     maps.vocab_sizes["item_id"] = sizes["items"]
     trainee = Trainee(cfg, maps, ranks.device, ranks.rank, ranks.size)
@@ -314,11 +315,16 @@ def cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
         yield from small_cases(options, ranks)
     if "loader" in options.only:
         yield from loader_cases(options, ranks)
-    if "speed" in options.only:
-        for table_gb in options.table_gb:
+    with_tables = "speed" in options.only or "tables" in options.only
+    table_sizes = sorted(options.table_gb) if with_tables else []
+    for table_gb in table_sizes:
+        if table_gb <= options.most_gb:
             yield from table_cases(options, table_gb, ranks)
     if "loads" in options.only:
         yield from load_cases(options, ranks)
+    for table_gb in table_sizes:
+        if table_gb > options.most_gb:  # the most likely to find no room, which ends everything
+            yield from table_cases(options, table_gb, ranks)
     if "host" in options.only and ranks.size > 1:
         yield from host_cases(options, ranks)
     if "graphs" in options.only and ranks.size > 1 and ranks.device != "cpu":
@@ -385,7 +391,8 @@ def host_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
     yield name, lambda: speed(cfg, sizes, ranks)
 
 
-PARTS = ["parity", "resume", "loader", "loads", "speed", "host", "graphs"]
+# "tables" is the part of "speed" with tables of --table-gb
+PARTS = ["parity", "resume", "loader", "loads", "speed", "tables", "host", "graphs"]
 TINY = {
     "events": 2048,
     "length": 64,

@@ -1,0 +1,113 @@
+"""The benchmark of whole training jobs: what it tells a job, and how it reads its speed."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.training.train_job import (
+    TINY,
+    JobCase,
+    descendants,
+    job_config,
+    section,
+    steady_speed,
+    zipf_quantiles,
+)
+from pipeline import config
+from pipeline.train.metrics import MetricsLine
+
+
+def line(step: int, step_ms: float, waiting: float = 0.0) -> MetricsLine:
+    """A line of metrics of steps of 1,000 tokens, at the time when its last step ended."""
+    values = {
+        "train/step_ms": step_ms,
+        "train/tokens_per_s": 1e6 / step_ms,
+        "train/data_wait_share": waiting,
+        "train/message_wait_share": 0.0,
+    }
+    return MetricsLine(step, step * step_ms / 1000, values)
+
+
+def test_speed_is_of_all_steps_after_the_first_ones() -> None:
+    lines = [line(10, 900.0), line(20, 60.0), line(30, 80.0, waiting=0.35), line(35, 60.0)]
+    found = steady_speed(lines, warm_steps=10)
+
+    assert found["steps"] == 25
+    assert found["step_ms"] == pytest.approx((600 + 800 + 300) / 25)
+    assert found["tokens_per_s"] == pytest.approx(25_000 / 1.7)
+    assert found["data_wait_share"] == pytest.approx(0.35 * 0.8 / 1.7)
+
+
+def test_lengths_are_the_quantiles_of_zipfs_law() -> None:
+    assert zipf_quantiles(3, 64).tolist() == [2, 8, 32]
+
+    # as many below 8 as above, and nothing beyond the ends
+    many = zipf_quantiles(1000, 64)
+    assert np.count_nonzero(many < 8) == pytest.approx(500, abs=60)
+    assert (many.min(), many.max()) == (1, 64)
+
+
+def test_a_worker_has_as_many_tokens_a_step_among_two_as_alone(tmp_path: Path) -> None:
+    options = argparse.Namespace(**TINY)
+    found = []
+    for workers in (1, 2):
+        cfg = job_config(JobCase(workers), tmp_path, options)
+        preset = tmp_path / "preset.yaml"
+        preset.write_text(yaml.safe_dump(config.to_dict(cfg)))
+        found.append(config.load(preset))
+
+    one, two = found
+    assert one.train.batch_tokens == 2048
+    assert two.train.batch_tokens == 4096
+    assert two.train.num_workers == 2
+    assert one.sequence_dir == two.sequence_dir
+    assert one.train_dir != two.train_dir
+
+
+def test_descendants_are_children_and_their_children() -> None:
+    script = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=sys.stdin)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    grandchild = int(parent.stdout.readline())
+    assert grandchild in descendants(parent.pid)
+
+    parent.stdin.close()
+    parent.wait(10)
+    assert descendants(parent.pid) == []
+
+
+def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:
+    def case(workers: int, tokens_per_s: float, **more: float) -> dict[str, float]:
+        speed = {"workers": workers, "tokens_per_s": tokens_per_s, "step_ms": 10.0, "steps": 150}
+        shares = {"message_wait_share": 0.01, "data_wait_share": 0.002, "graphs": 0}
+        return {**speed, **shares, "seconds": 40.0, "longest_gap_s": 12.0, **more}
+
+    run = {
+        "command": "it",
+        "environment": {"device": "a GPU", "cores": 16, "torch": "2", "ray": "2.60"},
+        "sizes": {"events": 64, "length": 8, "layers": 1, "heads": 2, "width": 16},
+        "cases": {
+            "1 worker": case(1, 50.0),
+            "2 workers": case(2, 95.0),
+            "1 worker, CUDA graphs": case(1, 47.5),
+            "2 workers, one of them killed": case(2, 90.0, furthest_loss=0.0),
+        },
+    }
+    text = section(run)
+    assert "| 2 workers | 10.0 | 95 | **1.90x** | 1.0% | 0.2% | 0 | 150 | 40 |" in text
+    assert "within\n0.0e+00 of the unbroken run's" in text
+    assert "12 s" in text
+    assert "| 2 workers, one of them killed" not in text
