@@ -1,5 +1,10 @@
 """The report of several GPUs: over which run of one rank a case stands, and the loads apart."""
 
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.training import sharding
 from benchmarks.training.sharding_report import section, times_one_rank
 
 
@@ -38,3 +43,17 @@ def test_loads_have_a_table_of_their_own() -> None:
     assert "| none | 1.200 | 1.500 | 64 | 10.0 | 70 | 1.0% | 0.0% |" in text
     assert "killed in step 25 of 50" in text
     assert "| loads: none" not in text
+
+
+def test_the_table_that_no_rank_holds_alone_comes_last() -> None:
+    options = argparse.Namespace(**sharding.TINY, only=["tables"], most_gb=40.0)
+    options.table_gb = [100.0, 20.0]
+    two: Any = SimpleNamespace(size=2, rank=0, device="cpu")
+    names = [name for name, _ in sharding.cases(options, two)]
+    assert names == [
+        "1 rank, table of 20 GB",
+        "all ranks, table of 20 GB sharded",
+        "messages alone, table of 20 GB",
+        "all ranks, table of 100 GB sharded",
+        "messages alone, table of 100 GB",
+    ]
