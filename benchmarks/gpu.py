@@ -8,12 +8,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -26,9 +26,10 @@ TOKENS = 65_536
 REPEATS = 30
 FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 MOST_FLUSHES = 40
-PROCESSES = 14
+MOST_PROCESSES = 14
 PATIENCE = 30.0  # s, with checks under way when time is up
 
+Name = TypeVar("Name", bound=Hashable)
 Check = tuple  # a function and what it is called with; it says what is wrong, or None
 
 
@@ -67,6 +68,9 @@ class Timing(NamedTuple):
     low: float
     high: float
 
+    def as_numbers(self) -> dict[str, Any]:
+        return {"ms": self.median, "range_ms": [self.low, self.high]}
+
 
 class Timer:
     """Times by device events; before each run L2 is flushed several times over.
@@ -75,18 +79,20 @@ class Timer:
     prepares the run, is done before the device begins: its work does not show.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: int = REPEATS) -> None:
+        self.repeats = repeats
         self.flush = torch.empty(1 if INTERPRETED else FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
         self.flush_ms = math.nan if INTERPRETED else self._time_flush()
 
-    def __call__(self, call: Callable[[], object], repeats: int = REPEATS) -> float:
+    def __call__(self, call: Callable[[], object], repeats: int | None = None) -> float:
         """Milliseconds of a call, the median of `repeats` runs."""
         return self.in_turns({"alone": call}, repeats)["alone"].median
 
     def in_turns(
-        self, calls: dict[str, Callable[[], object]], repeats: int = REPEATS
-    ) -> dict[str, Timing]:
-        """Times of calls that take turns.
+        self, calls: dict[Name, Callable[[], object]], repeats: int | None = None
+    ) -> dict[Name, Timing]:
+        """Times of calls that take turns, each `repeats` times or as often as the timer was made
+        for.
 
         A card's clock falls by 5 to 10 % while it is hot; in turns, it falls for all alike.
         """
@@ -96,8 +102,8 @@ class Timer:
             return dict.fromkeys(calls, Timing(math.nan, math.nan, math.nan))
 
         flushes = {name: self._count_flushes(call) for name, call in calls.items()}
-        runs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
-        for _ in range(repeats):
+        runs: dict[Name, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        for _ in range(repeats or self.repeats):
             for name, call in calls.items():
                 for _ in range(flushes[name]):
                     self.flush.zero_()
@@ -164,11 +170,15 @@ def host_us(call: Callable[[], object], count: int = 300) -> float:
     return spent / count * 1e6
 
 
-def copy_ms(timer: Timer, moved: float) -> float:
+def copy_call(moved: float) -> Callable[[], object]:
     """A copy that reads half of `moved` bytes and writes half."""
     source = torch.empty(max(int(moved) // 2, 1), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    return timer(lambda: target.copy_(source))
+    return lambda: target.copy_(source)
+
+
+def copy_ms(timer: Timer, moved: float) -> float:
+    return timer(copy_call(moved))
 
 
 def time_ceilings(timer: Timer) -> dict[str, float]:
@@ -197,10 +207,11 @@ def no_waiting(of: Backend = "triton") -> Iterator[None]:
 
 
 def found_in(path: Path, *suites: str) -> dict[str, Any]:
-    """What `benchmarks.gpu_check --out` wrote about these suites: the number of checks, and what
-    was wrong.
+    """What `benchmarks.gpu_check --out` wrote about these suites: the number of checks, what was
+    wrong, and whether the benchmarks' kernels lie compiled in Triton's cache.
     """
-    found = json.loads(path.read_text())["parity"]
+    written = json.loads(path.read_text())
+    found = written["parity"]
     if missing := [name for name in suites if name not in found]:
         raise SystemExit(
             f"{path} has no {missing}: run `python -m benchmarks.gpu_check --only "
@@ -209,6 +220,7 @@ def found_in(path: Path, *suites: str) -> dict[str, Any]:
     return {
         "cases": sum(found[name]["cases"] for name in suites),
         "wrong": [line for name in suites for line in found[name]["wrong"]],
+        "compiled": written.get("compiled", False),
     }
 
 
@@ -239,6 +251,11 @@ def run_check(check: Check) -> tuple[str | None, bool]:
         torch.use_deterministic_algorithms(False)
 
 
+def num_processes() -> int:
+    """One for each core that this process may use."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
 def parity(checks: list[Check], seconds: float = math.inf) -> list[str]:
     """One line for each check that fails, printed as it is found; after `seconds` no further check
     is begun.
@@ -258,7 +275,7 @@ def parity(checks: list[Check], seconds: float = math.inf) -> list[str]:
     left = [] if INTERPRETED else checks
     for _ in range(3):  # what a broken process did not run gets a new one
         again = []
-        with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(num_processes(), get_context("spawn")) as pool:
             pending: dict[Any, Check] = {pool.submit(run_check, check): check for check in left}
             while pending and time.perf_counter() - begin < seconds:
                 done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)

@@ -1,19 +1,21 @@
 """Every kernel's parity on the GPU at hand, within a time: the first thing to run on a new machine.
 
     python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention]
-    [--out FILE] TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that
-    checks and benchmarks run at all
+    [--compile] [--out FILE]
+    TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that checks and
+    benchmarks run at all
 
 Prints a line for each check that fails and one for each that found no time; ends with 1 if there is
 any. What has run least on GPUs goes first. Then, without paying for parity again: `python -m
-benchmarks.kernels.layer --checked FILE`, and so `benchmarks.kernels.attention`; `--parity-only` of
-a benchmark is for its own checks alone.
+benchmarks.kernels.layer --checked FILE`, and so `attention` and `tables`; with `--compile` they do
+not wait for Triton either. `--parity-only` of a benchmark is for its own checks alone.
 """
 
 import argparse
 import json
 import random
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import DEVICE, Check, name_of, no_waiting, parity, versions
+from benchmarks.gpu import (
+    DEVICE,
+    Check,
+    name_of,
+    no_waiting,
+    parity,
+    randint,
+    randn,
+    versions,
+)
 from benchmarks.kernels import (
     attention,
     attention_parity,
@@ -33,11 +44,14 @@ from benchmarks.kernels import (
 from benchmarks.training.model import model_config, random_batch, vocabulary
 from kernels.compilations import compilations_by_kernel
 from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.features import FeatureMaps
 from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
+from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.ranker import RankingModel
+from pipeline.train.reinforcement import pass_loss, step_log_shares
 from pipeline.train.trainee import Trainee
 from pipeline.train.waiting import HostNumbers, MessageClock
 
@@ -283,6 +297,109 @@ def late_compilations(warm_up: int, steps: int) -> Counter[str]:
     return Counter(compilations_by_kernel()) - Counter(before)
 
 
+LARES = {
+    "encoder": "lares",
+    "attention": {"window": None},
+    "dropout": 0.1,
+    "loop": {"pre_layers": 1, "steps": 2},
+}
+
+
+def reinforced_config(width: int) -> RunConfig:
+    """LARES in its second stage, with two layers of 2 heads."""
+    cfg = model_config(LARES, 2, 2, width)
+    head = replace(cfg.retrieval, enabled=True, temperature=0.2, reinforce="ndcg_10")
+    train = replace(cfg.train, init="champion")  # of weights that the caller gives
+    return replace(cfg, tasks=(), retrieval=head, train=train)
+
+
+def items_to_find(cfg: RunConfig, num_items: int) -> FeatureMaps:
+    """A vocabulary whose items have codes 1, 2, …"""
+    codes = torch.arange(1, num_items + 1, dtype=torch.int32)
+    shown = torch.stack([codes, codes % 100], dim=1)
+    return replace(vocabulary(cfg), item_codes=shown.numpy())
+
+
+def check_reinforced_loss(
+    positions: int = 700, num_items: int = 9000, width: int = 64
+) -> str | None:
+    """The loss of LARES's second stage by the full softmax's kernel, and the gradients of rows and
+    items, beside float64.
+    """
+    torch.use_deterministic_algorithms(False)
+    cfg = reinforced_config(width)
+    torch.manual_seed(0)
+    head = RankingModel(cfg, vocabulary(cfg).vocab_sizes, {}).retrieval
+    assert head is not None
+    head = head.to(DEVICE).requires_grad_(False)
+    found = randn(2, positions, cfg.model.d_model), randn(num_items, cfg.retrieval.dim, seed=1)
+    item, advantage = randint(num_items, positions, seed=2), randn(positions, seed=3)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        of_type = deepcopy(head).to(dtype)
+        rows, items = (x.to(dtype).requires_grad_() for x in found)
+        encoded = Encoded(rows[0], every_step=tuple(rows))
+        units = torch.nn.functional.normalize(items, dim=1)
+        shares = step_log_shares(of_type, encoded, units, item)
+        start = (shares + randn(*shares.shape, seed=4).to(dtype)).detach()
+        loss = pass_loss(shares, start, advantage.to(dtype), cfg.retrieval.reinforce_kl).mean()
+        return [loss.detach(), *torch.autograd.grad(loss, (rows, items))]
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # else it is no kernel of ours
+    try:
+        fast, again = run(torch.float32), run(torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    for name, got, expected in zip(
+        ("loss", "rows", "items"), fast, run(torch.float64), strict=True
+    ):
+        error = ((got.double() - expected).norm() / expected.norm()).item()
+        if not error <= 2 * tables_parity.MOST_TF32_ERROR:
+            return f"{name}: error {error:.1e}"
+    return None
+
+
+def check_reinforced_steps(events: int = 4096, length: int = 256, width: int = 64) -> str | None:
+    """Steps of LARES's second stage: finite, the first the same in a second run, and the others
+    near, whose gradients PyTorch adds in any order.
+    """
+    torch.use_deterministic_algorithms(False)
+    cfg = reinforced_config(width)
+    num_items = 3000
+    batch = with_next_items(random_batch(cfg, events, length, 4, seed=0), num_items)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        maps = items_to_find(cfg, num_items)
+        trainee = Trainee(cfg, maps, DEVICE, rank=0, world_size=1)
+        there = batch.to(DEVICE)
+        runs.append(torch.stack([torch.cat(trainee.step(there, i, 100)) for i in range(4)]))
+
+    first, second = runs
+    if not first.isfinite().all():
+        return f"sums of losses and weights: {first.tolist()}"
+    alike = torch.equal(first[0], second[0]) and torch.allclose(first, second, rtol=0.02)
+    return None if alike else f"{first.tolist()}, then {second.tolist()}"
+
+
+def with_next_items(batch: SequenceBatch, num_items: int) -> SequenceBatch:
+    """The batch with two next items a user, behind the middle and the end of the history."""
+    users = len(batch.num_targets)
+    history = batch.seq_offsets.diff() - batch.num_targets
+    visible = torch.stack([history // 2, history], dim=1).flatten().int()
+    draws = torch.Generator().manual_seed(1)
+    return replace(
+        batch,
+        num_next=torch.full((users,), 2, dtype=torch.int32),
+        next_visible=visible,
+        next_code=torch.randint(1, num_items + 1, (2 * users,), generator=draws),
+        next_weight=torch.ones(2 * users),
+    )
+
+
 def model_checks() -> list[Check]:
     sizes = (8, 1024, 64), (3, 40, 16)
     models: list[Check] = [
@@ -296,6 +413,7 @@ def model_checks() -> list[Check]:
     graphs += [(check_graphed_model, SEMI_LOCAL | {"fp8": True}), (check_graphed_model, merged)]
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
     steps += graphs
+    steps += [(check_reinforced_loss,), (check_reinforced_steps,)]
     return [*models, *views, *steps, (check_compilations,)]
 
 
@@ -314,6 +432,8 @@ SMOKE = {
         (check_target_view, "exact", 2, 20, 16),
         (check_transfer,),
         (check_beside,),
+        (check_reinforced_loss, 20, 50, 16),
+        (check_reinforced_steps, 40, 10, 16),
     ],
     "layer": layer_parity.smoke_checks,
     "tables": tables_parity.smoke_checks,
@@ -340,16 +460,26 @@ def main() -> None:
         "--smoke", action="store_true", help="tiny checks and calls, in Triton's interpreter too"
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="leave the kernels of the benchmarks in Triton's cache too",
+    )
+    parser.add_argument(
         "--out", type=Path, help="what was found, by suite, as JSON for --checked of the benchmarks"
     )
     arguments = parser.parse_args()
     suites = {name: (SMOKE if arguments.smoke else SUITES)[name]() for name in arguments.only}
-    wrong = parity([check for checks in suites.values() for check in checks], arguments.seconds)
+    checks = [check for checks in suites.values() for check in checks]
+    if arguments.compile:
+        compiled: list[Check] = []
+        for benchmark in (attention, layer, tables):
+            compiled += benchmark.compile_checks()
+        checks = compiled + checks  # they take longest
+    wrong = parity(checks, arguments.seconds)
     if arguments.out:
         found = {name: of_suite(checks, wrong) for name, checks in suites.items()}
-        arguments.out.write_text(
-            json.dumps({"machine": versions(), "parity": found}, indent=1) + "\n"
-        )
+        whole = {"machine": versions(), "compiled": arguments.compile, "parity": found}
+        arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
     if arguments.smoke:
         for benchmark in (layer, tables, attention):
             benchmark.smoke()

@@ -138,6 +138,8 @@ def parity_cases() -> list[Case]:
         Case((3584 + 512, 4096), (512, 512), SEMI_LOCAL, heads=2),
         Case((16384 + 512,), (512,), SEMI_LOCAL, heads=1),
         Case((9000,), None, heads=1),
+        # long parts of tiles, of the prefix's keys too
+        Case((9000, 300), (100, 0), prefixed, heads=1),
     ]
     some = [((700, 77), (70, 7), prefixed, "random"), ((1100, 63), None, {}, "")]
     widths = [(64, 64), (32, 32), (16, 16), (256, 256), (64, 128), (128, 64)]

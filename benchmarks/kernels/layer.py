@@ -11,14 +11,15 @@ kernels.
     benchmarks/RESULTS.md
 
 d = 512, 4 heads of 128, 65,536 tokens in bfloat16 unless said; inputs are normal with unit scale.
-Times are
-medians by device events (`benchmarks.gpu.Timer`).
+A time is the median of 30 runs by device events (`benchmarks.gpu.Timer`), with what 10 and 90 % of
+them do not pass. What is compared takes turns: all layers of one length, all products, a row kernel
+and the copy beside it.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from torch.nn import functional as F
 from benchmarks.gpu import (
     DEVICE,
     TOKENS,
+    Check,
     Timer,
-    copy_ms,
+    copy_call,
     found_in,
     host_us,
     parity,
     time_ceilings,
     versions,
 )
+from benchmarks.kernels.attention import zipf_lengths
 from benchmarks.kernels.layer_parity import (
     CAUSAL,
     LAYER,
@@ -62,26 +65,55 @@ from kernels.position_time.op import add_position_time
 from kernels.position_time.triton_launch import launch_add, launch_table_gradients
 from kernels.stu.op import stu_layer
 from kernels.stu.recompute import RECOMPUTABLE
-from kernels.stu.types import STUShape, STUWeights
+from kernels.stu.types import Sequences, STUShape, STUWeights
 
 ROOT = Path(__file__).parents[1]
+LENGTHS = (16384, 8192, 4096, 2048)
+ZIPF = "Zipf, candidates, dropout"  # lengths 16,384 / rank, in training 10 % of the gate dropped
 
 
-def time_layer(
-    timer: Timer, shape: STUShape, length: int, tokens: int = TOKENS, width: int = 512
-) -> dict[str, float]:
-    """Inference, forward + backward, and what a layer keeps for backward beside its input and
+@dataclass(frozen=True)
+class LayerBatch:
+    """What a layer is timed on; candidates see the history up to a place of their own."""
+
+    lengths: tuple[int, ...]
+    num_targets: tuple[int, ...] | None = None
+    p: float = 0.0  # of dropout in training
+
+    def sequences(self) -> Sequences:
+        sequences = make_sequences(self.lengths, self.num_targets)
+        if self.num_targets is None:
+            return sequences
+        draws = torch.Generator().manual_seed(0)
+        seen = []
+        for length, targets in zip(self.lengths, self.num_targets, strict=True):
+            ends = torch.randint(0, length - targets + 1, (targets,), generator=draws)
+            seen.append(ends.sort().values)
+        return replace(sequences, target_visible=torch.cat(seen).int().to(DEVICE))
+
+
+def layer_batches() -> dict[str, LayerBatch]:
+    found = {str(n): LayerBatch((n,) * (TOKENS // n)) for n in LENGTHS}
+    lengths = zipf_lengths()
+    found[ZIPF] = LayerBatch(lengths, tuple(min(256, n // 2) for n in lengths), 0.1)
+    return found
+
+
+def layer_calls(
+    shape: STUShape, batch: LayerBatch, width: int = 512
+) -> tuple[dict[str, Callable[[], object]], float]:
+    """Inference, and forward + backward; and what a layer keeps for backward beside its input and
     output, in MB.
     """
-    sequences = make_sequences((length,) * (tokens // length))
+    sequences, tokens = batch.sequences(), sum(batch.lengths)
     weights = [torch.nn.Parameter(w.bfloat16()) for w in make_layer(shape, width)]
     x, grad = (torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     leaves = [x.requires_grad_(), *weights]
-
     frozen = STUWeights(*(w.detach() for w in weights))
+    seed = 77 if batch.p else None
 
     def forward() -> Tensor:
-        return stu_layer(x, STUWeights(*weights), shape, sequences)
+        return stu_layer(x, STUWeights(*weights), shape, sequences, p=batch.p, seed=seed)
 
     def infer() -> None:
         with torch.no_grad():
@@ -90,18 +122,32 @@ def time_layer(
     def train() -> None:
         torch.autograd.grad(forward(), leaves, grad)
 
-    infer_ms, train_ms = timer(infer), timer(train)
+    infer()  # compile
+    train()
     before = torch.cuda.memory_allocated()
     out = forward()
     kept = torch.cuda.memory_allocated() - before - out.nbytes
-    return {
-        "inference_ms": infer_ms,
-        "forward_backward_ms": train_ms,
-        "kept_mb": (kept + x.nbytes) / 1e6,
-    }
+    return {"inference": infer, "forward_backward": train}, (kept + x.nbytes) / 1e6
 
 
-def time_fp8(timer: Timer, width: int) -> dict[str, float]:
+def compare_layers(
+    timer: Timer, shapes: dict[str, STUShape], batch: LayerBatch, width: int = 512
+) -> dict[str, dict[str, Any]]:
+    """Times of layers on one batch, all in turns."""
+    calls, found = {}, {}
+    for name, shape in shapes.items():
+        of_layer, kept_mb = layer_calls(shape, batch, width)
+        found[name] = {"kept_mb": kept_mb}
+        for way, call in of_layer.items():
+            calls[name, way] = call
+
+    for (name, way), timing in timer.in_turns(calls).items():
+        found[name][f"{way}_ms"] = timing.median
+        found[name][f"{way}_range_ms"] = [timing.low, timing.high]
+    return found
+
+
+def time_fp8(timer: Timer, width: int) -> dict[str, Any]:
     """The output layer with its residual, and the row kernel before it, which in one case also
     quantises.
     """
@@ -129,14 +175,6 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
             codes, w_codes, bias, residual=residual, scales=(scale, w_scale), dtype=x.dtype
         )[0]
 
-    found = {"addmm_ms": timer(lambda: torch.addmm(residual, x, w.T))}
-    found["triton_bf16_ms"] = timer(lambda: launch_linear(x, w, bias, residual=residual))
-    found["fp8_ms"] = timer(fp8_product(x, w, bias, residual))
-    found["fp8_quantise_apart_ms"] = timer(quantised_apart)
-    found["gate_addmm_ms"], found["gate_fp8_ms"] = timer(gated_bf16), timer(gated_fp8)
-    gate_ms = timer(lambda: launch_norm_gate(x, u, norm, shift, **gate))
-    gate8_ms = timer(lambda: launch_norm_gate(x, u, norm, shift, **gate, out=False, fp8=True))
-    found["fp8_with_quantise_ms"] = found["fp8_ms"] + gate8_ms - gate_ms
     (codes, scale), options = (
         launch_quantize(x),
         {"out_dtype": torch.bfloat16, "use_fast_accum": True},
@@ -150,7 +188,23 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
             + residual
         )
 
-    found["scaled_mm_and_add_ms"] = timer(scaled_mm)
+    calls = {
+        "addmm": lambda: torch.addmm(residual, x, w.T),
+        "triton_bf16": lambda: launch_linear(x, w, bias, residual=residual),
+        "fp8": fp8_product(x, w, bias, residual),
+        "fp8_quantise_apart": quantised_apart,
+        "gate_addmm": gated_bf16,
+        "gate_fp8": gated_fp8,
+        "gate": lambda: launch_norm_gate(x, u, norm, shift, **gate),
+        "gate_quantise": lambda: launch_norm_gate(x, u, norm, shift, **gate, out=False, fp8=True),
+        "scaled_mm_and_add": scaled_mm,
+    }
+    found: dict[str, Any] = {}
+    for name, timing in timer.in_turns(calls).items():
+        found[f"{name}_ms"] = timing.median
+        found[f"{name}_range_ms"] = [timing.low, timing.high]
+    quantising = found["gate_quantise_ms"] - found["gate_ms"]
+    found["fp8_with_quantise_ms"] = found["fp8_ms"] + quantising
     exact = residual.double() + x.double() @ w.double().T + bias.double()
     product = exact - residual.double() - bias.double()
     error = fp8_product(x, w, bias, residual)().double() - exact
@@ -159,7 +213,7 @@ def time_fp8(timer: Timer, width: int) -> dict[str, float]:
     return found
 
 
-def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str, dict[str, float]]:
+def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str, dict[str, Any]]:
     """ms and TB/s of the row kernels, each input read and each output written once, beside copies
     of as many bytes.
     """
@@ -195,9 +249,10 @@ def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str,
     calls |= encoder_calls(tokens, width)
     found = {}
     for name, (moved, call) in calls.items():
-        ms = timer(call)
-        of_copy = copy_ms(timer, moved) / ms
-        found[name] = {"ms": ms, "tb_s": moved / ms / 1e9, "of_copy": of_copy, "mb": moved / 1e6}
+        both = timer.in_turns({"kernel": call, "copy": copy_call(moved)})
+        ms = both["kernel"].median
+        rates = {"tb_s": moved / ms / 1e9, "of_copy": both["copy"].median / ms, "mb": moved / 1e6}
+        found[name] = both["kernel"].as_numbers() | rates
     return found
 
 
@@ -243,7 +298,7 @@ def encoder_calls(tokens: int, width: int) -> dict[str, tuple[float, Callable[[]
     }
 
 
-def time_products(timer: Timer) -> dict[str, float]:
+def time_products(timer: Timer) -> dict[str, dict[str, Any]]:
     """The layer's products: ours with what is fused into them, and the library's beside them."""
     x, w, bias, residual = product_inputs(TOKENS, 512)
     w4, bias4 = (
@@ -268,16 +323,16 @@ def time_products(timer: Timer) -> dict[str, float]:
         "backward of f2, to Y (cuBLAS)": lambda: residual @ w,
         "backward of f2, to its weight (cuBLAS)": lambda: residual.T @ x,
     }
-    return {name: timer(call) for name, call in calls.items()}
+    return {name: timing.as_numbers() for name, timing in timer.in_turns(calls).items()}
 
 
-def time_five_layers(timer: Timer) -> dict[str, float]:
+def time_five_layers(timer: Timer) -> dict[str, dict[str, Any]]:
     """32 users of 1,024 history rows and 2,048 candidates, 5 layers, inference; and the host's work
     for it.
     """
     sequences = make_sequences((3072,) * 32, (2048,) * 32)
     x = torch.randn(32 * 3072, 512, device=DEVICE, dtype=torch.bfloat16)
-    found = {}
+    calls = {}
     shapes = {
         "semi-local": LAYER,
         "semi-local, FP8": replace(LAYER, fp8=True),
@@ -294,8 +349,8 @@ def time_five_layers(timer: Timer) -> dict[str, float]:
                 for weights in layers:
                     rows = stu_layer(rows, weights, shape, sequences)
 
-        found[name] = timer(infer)
-    return found
+        calls[name] = infer
+    return {name: timing.as_numbers() for name, timing in timer.in_turns(calls).items()}
 
 
 def host_times() -> dict[str, float]:
@@ -318,19 +373,45 @@ def host_times() -> dict[str, float]:
     return found
 
 
-def time_layers(timer: Timer) -> dict[str, dict[str, float]]:
+def layer_shapes() -> dict[str, STUShape]:
     everything = replace(LAYER, recompute=RECOMPUTABLE)
-    shapes = {
+    return {
         "bf16, all recompute": everything,
         "bf16, nothing recomputed": LAYER,
         "FP8, all recompute": replace(everything, fp8=True),
         "bf16, all recompute, silu_qkv false": replace(everything, silu_qkv=False),
         "bf16, all recompute, A in float32": replace(everything, norm_a_fp32=True),
+        "bf16, all recompute, prefix of 4": replace(everything, prefix=4),
         "bf16, all recompute, causal": replace(everything, **CAUSAL),
     }
-    return {
-        f"{name} {n}": time_layer(timer, s, n) for name, s in shapes.items() for n in (4096, 16384)
-    }
+
+
+def time_layers(timer: Timer) -> dict[str, dict[str, Any]]:
+    found = {}
+    for of_batch, batch in layer_batches().items():
+        for name, numbers in compare_layers(timer, layer_shapes(), batch).items():
+            found[f"{name} {of_batch}"] = numbers
+    return found
+
+
+def compile_layer(name: str) -> None:
+    """Runs a layer once, which leaves its kernels in Triton's cache."""
+    batches = layer_batches()
+    for of_batch in (ZIPF, str(LENGTHS[0])):
+        layer_calls(layer_shapes()[name], batches[of_batch])
+
+
+def compile_section(name: str) -> None:
+    """Runs a section once."""
+    torch.use_deterministic_algorithms(False)  # not of all that stands beside ours
+    SECTIONS[name](Timer(repeats=1))
+
+
+def compile_checks() -> list[Check]:
+    """What leaves this benchmark's kernels in Triton's cache."""
+    layers: list[Check] = [(compile_layer, name) for name in layer_shapes()]
+    sections = "products", "fp8", "rows", "five_layers", "training_step"
+    return layers + [(compile_section, name) for name in sections]
 
 
 SECTIONS: dict[str, Callable[[Timer], Any]] = {
@@ -348,7 +429,7 @@ SECTIONS: dict[str, Callable[[Timer], Any]] = {
 def smoke() -> None:
     """Calls at tiny sizes, for a machine without a GPU."""
     tiny = replace(LAYER, num_heads=1, d_qk=16, d_v=16, window=4, full_rows=3)
-    time_layer(Timer(), tiny, 8, tokens=16, width=16)
+    compare_layers(Timer(), {"tiny": tiny}, LayerBatch((9, 7), (2, 1), 0.1), 16)
     time_rows(Timer(), tokens=3, width=16)
     training_step(users=2, length=16, layers=1, heads=1, width=16)
 

@@ -4,12 +4,15 @@ plain PyTorch.
     python -m benchmarks.kernels.tables                 # parity and times, writes
     benchmarks/runs/tables.json
     python -m benchmarks.kernels.tables --parity-only
+    python -m benchmarks.kernels.tables --checked FILE  # parity as `benchmarks.gpu_check --out`
+    has just found it
     TRITON_INTERPRET=1 python -m benchmarks.kernels.tables --smoke   # without a GPU: tiny calls, no
     times
     python -m benchmarks.kernels.tables --report FILE ...   # its section of benchmarks/RESULTS.md
 
-A time is the median of runs by device events, with the L2 flushed before each
-(`benchmarks.gpu.Timer`).
+A time is the median of 30 runs, 20 with the sampled softmax, by device events, with the L2 flushed
+before each (`benchmarks.gpu.Timer`), and what 10 and 90 % of them do not pass. What is compared
+takes turns.
 """
 
 import argparse
@@ -17,7 +20,9 @@ import gc
 import json
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,8 +31,10 @@ from torch import Tensor
 
 from benchmarks.gpu import (
     DEVICE,
+    Check,
     Timer,
     copy_ms,
+    found_in,
     generator,
     offsets_of,
     parity,
@@ -45,6 +52,7 @@ from kernels.rowwise_adamw.types import Hyper
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
 
 ROOT = Path(__file__).parents[1]
+LEAST_REPEATS = 20
 
 
 @triton.jit
@@ -69,7 +77,7 @@ def copy_packed_rows(
     )
 
 
-def time_int4(timer: Timer, num_rows: int, dim: int, num_ids: int = 2**20) -> dict:
+def time_int4(timer: Timer, num_rows: int, dim: int, num_ids: int = 2**20) -> dict[str, Any]:
     """1M random rows; the table is ten times the L2 or more."""
     words = packed_words(dim)
     packed = randint(2**31, num_rows, words).int()
@@ -94,12 +102,15 @@ def time_int4(timer: Timer, num_rows: int, dim: int, num_ids: int = 2**20) -> di
             4 * words + 2 * dim,
         ),
     }
-    times = {name: (timer(call), size * num_ids) for name, (call, size) in calls.items()}
+    timings = timer.in_turns({name: call for name, (call, _) in calls.items()})
+    rates = {}
+    for name, (_, size) in calls.items():
+        rates[name] = size * num_ids / timings[name].median / 1e6
     return {
         "bytes_per_row": 4 * words,
         "table_mb": num_rows * words * 4 / 2**20,
-        "ms": {name: ms for name, (ms, _) in times.items()},
-        "gb_s": {name: size / ms / 1e6 for name, (ms, size) in times.items()},
+        "times": {name: timing.as_numbers() for name, timing in timings.items()},
+        "gb_s": rates,
     }
 
 
@@ -118,7 +129,7 @@ def time_adamw(
         "16 rows": randint(16, num_ids),
     }
 
-    def step(table: Tensor, moment: Tensor | None, ids: Tensor) -> dict[str, float]:
+    def step(table: Tensor, moment: Tensor | None, ids: Tensor) -> dict[str, Any]:
         hyper = Hyper(3, 0.01, (0.0 if moment is None else 0.9, 0.999), 1e-8, 0.01)
         touched = ids.unique().numel()
         per_row = 2 * dim * (table.element_size() + (0 if moment is None else 4)) + 8
@@ -127,19 +138,22 @@ def time_adamw(
         def call(backend: Backend) -> None:
             rowwise_adamw(table, moment, v, ids, grads, hyper, backend=backend)
 
-        ms = timer(lambda: call("triton"))
+        both = timer.in_turns({"ours": lambda: call("triton"), "plain": lambda: call("torch")})
+        ours, plain = both["ours"], both["plain"]
         return {
-            "ms": ms,
-            "tb_s": size / ms / 1e9,
+            **ours.as_numbers(),
+            "tb_s": size / ours.median / 1e9,
             "touched": touched,
-            "plain_ms": timer(lambda: call("torch"), 5),
+            "plain_ms": plain.median,
+            "plain_range_ms": [plain.low, plain.high],
             "state_bytes_per_float": (0 if moment is None else 4) + 4 / dim,
         }
 
     found = {kind: step(weight, m, ids) for kind, ids in kinds.items()}
     found["distinct, β1 = 0"] = step(weight, None, kinds["distinct"])
     found["distinct, bfloat16 rows"] = step(weight.bfloat16(), m, kinds["distinct"])
-    found["sort alone"] = {"ms": timer(lambda: torch.sort(kinds["distinct"].int(), stable=True))}
+    sort = timer.in_turns({"sort": lambda: torch.sort(kinds["distinct"].int(), stable=True)})
+    found["sort alone"] = sort["sort"].as_numbers()
     return found
 
 
@@ -152,22 +166,30 @@ def time_softmax(timer: Timer, num_items: int, dtype: torch.dtype) -> dict:
     def forward(backend: Backend) -> Tensor:
         return sampled_softmax(*leaves, positives, negatives, backend=backend)
 
+    def forward_alone(backend: Backend) -> Tensor:
+        with torch.no_grad():
+            return forward(backend)
+
     def both(backend: Backend) -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(backend), leaves)
 
     numbers: dict = {}
-    runs: tuple[tuple[Backend, int], ...] = ("triton", 15), ("reference", 3)
-    for backend, repeats in runs:
+    calls: dict[tuple[Backend, str], Callable[[], object]] = {}
+    backends: tuple[Backend, ...] = "triton", "reference"
+    for backend in backends:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         both(backend)
         peak = torch.cuda.max_memory_allocated() - before
-        with torch.no_grad():
-            forward_ms = timer(lambda backend=backend: forward(backend), repeats)
-        both_ms = timer(lambda backend=backend: both(backend), repeats)
-        numbers[backend] = {"forward_ms": forward_ms, "both_ms": both_ms, "peak_gb": peak / 1e9}
+        numbers[backend] = {"peak_gb": peak / 1e9}
+        calls[backend, "forward"] = partial(forward_alone, backend)
+        calls[backend, "both"] = partial(both, backend)
+
+    for (backend, way), timing in timer.in_turns(calls, LEAST_REPEATS).items():
+        numbers[backend][f"{way}_ms"] = timing.median
+        numbers[backend][f"{way}_range_ms"] = [timing.low, timing.high]
     ours, plain = numbers["triton"], numbers["reference"]
     numbers["faster"] = plain["both_ms"] / ours["both_ms"]
     numbers["memory_share"] = ours["peak_gb"] / plain["peak_gb"]
@@ -211,23 +233,45 @@ def time_jagged(
             ),
             "truncate": (cut, 2 * kept),
         }
+        backends: tuple[Backend, ...] = "triton", "torch"
         with torch.no_grad():
             for op, (call, rows) in calls.items():
-                for backend in ("triton", "torch"):
-                    ms = timer(lambda call=call, backend=backend: call(backend))
-                    found[f"{op}, {name}, {backend}"] = {
-                        "ms": ms,
-                        "tb_s": rows * width * 2 / ms / 1e9,
-                    }
-        for backend in ("triton", "torch"):
-            out = cut(backend)
-            grad = torch.ones_like(out)
-            ms = timer(
-                lambda out=out, x=x, grad=grad: torch.autograd.grad(out, x, grad, retain_graph=True)
-            )
-            size = (kept + len(x)) * width * 2
-            found[f"truncate backward, {name}, {backend}"] = {"ms": ms, "tb_s": size / ms / 1e9}
+                timings = timer.in_turns({to: partial(call, to) for to in backends})
+                for to, timing in timings.items():
+                    rate = {"tb_s": rows * width * 2 / timing.median / 1e9}
+                    found[f"{op}, {name}, {to}"] = timing.as_numbers() | rate
+
+        backward = {}
+        for to in backends:
+            out = cut(to)
+            grads = partial(torch.autograd.grad, out, x, torch.ones_like(out), retain_graph=True)
+            backward[to] = grads
+        size = (kept + len(x)) * width * 2
+        for to, timing in timer.in_turns(backward).items():
+            rate = {"tb_s": size / timing.median / 1e9}
+            found[f"truncate backward, {name}, {to}"] = timing.as_numbers() | rate
     return found
+
+
+def compile_adamw() -> None:
+    torch.use_deterministic_algorithms(False)  # here and below: not of all that stands beside ours
+    time_adamw(Timer(repeats=1), 2**12, 2**14)
+
+
+def compile_int4(dim: int) -> None:
+    torch.use_deterministic_algorithms(False)
+    time_int4(Timer(repeats=1), 2**12, dim, 2**12)
+
+
+def compile_jagged() -> None:
+    torch.use_deterministic_algorithms(False)
+    time_jagged(Timer(repeats=1))
+
+
+def compile_checks() -> list[Check]:
+    """What leaves this benchmark's kernels in Triton's cache; parity leaves the softmax's."""
+    widths: list[Check] = [(compile_int4, dim) for dim in (128, 64, 32)]
+    return [(compile_adamw,), *widths, (compile_jagged,)]
 
 
 def measure() -> Iterator[tuple[str, str, dict]]:
@@ -268,6 +312,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "tables.json")
     parser.add_argument("--parity-only", action="store_true")
     parser.add_argument(
+        "--checked",
+        type=Path,
+        metavar="FILE",
+        help="parity as `benchmarks.gpu_check --out` found it",
+    )
+    parser.add_argument(
         "--smoke", action="store_true", help="tiny calls, in Triton's interpreter too"
     )
     parser.add_argument(
@@ -285,12 +335,14 @@ def main() -> None:
     if arguments.smoke:
         smoke()
         return
-    problems = parity(parity_checks())
+    problems, checked = [], {}
+    if arguments.checked:
+        checked = found_in(arguments.checked, "tables")
+    else:
+        problems = parity(parity_checks())
+        checked = {"cases": len(parity_checks()), "wrong": problems}
     if not arguments.parity_only:
-        found: dict = {
-            "machine": versions(),
-            "parity": {"cases": len(parity_checks()), "wrong": problems},
-        }
+        found: dict = {"machine": versions(), "parity": checked}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         for section, case, numbers in measure():
             found.setdefault(section, {})[case] = numbers

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report import write_section
+from benchmarks.report import widest_interval, write_section
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,13 +21,13 @@ def int4_table(run: dict) -> str:
             [
                 dim,
                 f"{numbers['bytes_per_row']} (bfloat16: {2 * int(dim)})",
-                f"{numbers['ms']['look-up']:.3f}",
+                f"{numbers['times']['look-up']['ms']:.3f}",
                 f"{look_up:,.0f}",
                 f"{same:,.0f}",
                 f"{look_up / same:.0%}",
                 f"{rates['index_select of packed rows']:,.0f}",
                 f"{rates['index_select of bfloat16 rows']:,.0f}",
-                f"{numbers['ms']['plain PyTorch']:.2f}",
+                f"{numbers['times']['plain PyTorch']['ms']:.2f}",
             ]
         )
     header = [
@@ -110,11 +110,14 @@ def section(run: dict) -> str:
         f"{len(parity['wrong'])} wrong, see [NOTES.md](NOTES.md)" if parity["wrong"] else "0 wrong"
     )
     sort = run["adamw"]["1M gradients of 128"]["sort alone"]["ms"]
+    timed = {part: run[part] for part in ("int4", "adamw", "softmax", "jagged")}
     return f"""## Tables, optimizer, sampled softmax, jagged rows
 
-`python -m benchmarks.kernels.tables`, {versions}: medians with the L2 flushed, all in one run \
-after {parity["cases"]} parity
-cases ({wrong}). A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
+`python -m benchmarks.kernels.tables`, {versions}: medians of 20 to 30 runs with the L2 flushed, \
+ours and what stands beside
+it in turns, after {parity["cases"]} parity cases ({wrong}). 10 and 90 % of the runs lie at most \
+{widest_interval(timed):.0%} from their median.
+A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
 
 **INT4 look-up**, 1M random rows of a table far above the L2, dequantised to bfloat16. Bytes are \
 the packed rows read
@@ -135,7 +138,7 @@ float of the table.
 
 {softmax_table(run)}
 
-**Jagged rows** of 512 bfloat16, 262,144 in all; of a run on a quiet host.
+**Jagged rows** of 512 bfloat16, 262,144 in all.
 
 {jagged_table(run)}"""
 

@@ -1,0 +1,98 @@
+"""How near the attention kernels come to what the chip can do, by its hardware counters.
+
+    ncu --set full --clock-control none --csv --page raw --print-units base \\
+        --profile-from-start off python -m benchmarks.kernels.counters > counters.csv
+    python -m benchmarks.kernels.counters --read counters.csv    → benchmarks/runs/counters_h200.json
+
+Nsight Compute replays every kernel of the cases below once for each group of counters. What is
+kept: time, bytes between the multiprocessors and L2, bytes of the memory, and the share of its peak
+that each of these, the tensor cores and the special functions reach. Nothing reaches its peak for
+long: a copy reaches some 90 % of the memory's, a product of matrices 75 % of the tensor cores'.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import versions
+from benchmarks.kernels.attention import CAUSAL, even, our_calls
+from benchmarks.kernels.attention_parity import SEMI_LOCAL, Case
+from benchmarks.report import write_run
+
+ROOT = Path(__file__).parents[1]
+METRICS = {  # ours → theirs
+    "ns": "gpu__time_duration.sum",
+    "memory_share": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "memory_bytes": "dram__bytes.sum",
+    "l2_share": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
+    "l2_bytes": "lts__t_bytes.sum",
+    "tensor_share": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "special_share": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "issue_share": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+}
+
+
+def counted_cases() -> dict[str, Case]:
+    return {
+        "window only 16384": even(16384, {"window": 256}),
+        "semi-local 16384": even(16384, SEMI_LOCAL),
+        "semi-local, prefix of 4 16384": even(16384, {**SEMI_LOCAL, "prefix": 4}),
+        "causal 16384": even(16384, CAUSAL),
+    }
+
+
+def run_cases() -> None:
+    """Each case once forward and backward, compiled before."""
+    for case in counted_cases().values():
+        calls = our_calls(case)
+        for call in calls.values():
+            call()
+        torch.cuda.synchronize()
+
+        torch.cuda.cudart().cudaProfilerStart()
+        for call in calls.values():
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+
+
+def read_counters(path: Path) -> dict[str, dict[str, Any]]:
+    """By case and kernel; kernels come in the order of the cases, three of ours in each."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith('"')]
+    rows = csv.DictReader(lines)
+    ours = [
+        row
+        for row in rows
+        if row["Kernel Name"] in ("forward", "backward_queries", "backward_keys")
+    ]
+    names = [name for name in counted_cases() for _ in range(3)]
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in zip(names, ours, strict=False):
+        numbers = {}
+        for own, theirs in METRICS.items():
+            if row.get(theirs):
+                numbers[own] = float(row[theirs].replace(",", ""))
+        found.setdefault(name, {})[row["Kernel Name"]] = numbers
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--read", type=Path, metavar="FILE", help="ncu's table, instead of running")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "counters_h200.json")
+    arguments = parser.parse_args()
+    if arguments.read is None:
+        run_cases()
+        print(json.dumps(versions()))
+        return
+    write_run(arguments.out, {"counters": read_counters(arguments.read)})
+
+
+if __name__ == "__main__":
+    main()
