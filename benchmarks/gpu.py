@@ -27,6 +27,7 @@ REPEATS = 30
 FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 MOST_FLUSHES = 40
 MOST_PROCESSES = 14
+NOT_RUN = "not run: "  # begins what is told of a check that found no time
 PATIENCE = 30.0  # s, with checks under way when time is up
 
 Name = TypeVar("Name", bound=Hashable)
@@ -220,6 +221,7 @@ def found_in(path: Path, *suites: str) -> dict[str, Any]:
     return {
         "cases": sum(found[name]["cases"] for name in suites),
         "wrong": [line for name in suites for line in found[name]["wrong"]],
+        "not_run": sum(found[name].get("not_run", 0) for name in suites),
         "compiled": written.get("compiled", False),
     }
 
@@ -291,7 +293,7 @@ def parity(checks: list[Check], seconds: float = math.inf) -> list[str]:
                         report(check, found)
             late = [future for future in pending if future.cancel()]
             for future in late:
-                report(pending.pop(future), f"not run: {seconds:.0f} s had passed")
+                report(pending.pop(future), f"{NOT_RUN}{seconds:.0f} s had passed")
             _, hanging = wait(pending, timeout=PATIENCE)
             for future, check in pending.items():
                 report(check, "still running" if future in hanging else future.result()[0])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.gpu import (
     DEVICE,
+    NOT_RUN,
     Check,
     name_of,
     no_waiting,
@@ -442,8 +443,15 @@ SMOKE = {
 
 
 def of_suite(checks: list[Check], wrong: list[str]) -> dict[str, object]:
+    """How many checks of a suite ran, what was wrong, and how many found no time."""
     names = tuple(f"{name_of(check)}: " for check in checks)
-    return {"cases": len(checks), "wrong": [line for line in wrong if line.startswith(names)]}
+    lines = [line for line in wrong if line.startswith(names)]
+    not_run = [line for line in lines if f": {NOT_RUN}" in line]
+    return {
+        "cases": len(checks) - len(not_run),
+        "wrong": [line for line in lines if line not in not_run],
+        "not_run": len(not_run),
+    }
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def runs_read(*names: str) -> list[dict]:
 # Sections by the name between their marks.
 SECTIONS: dict[str, Callable[[], str]] = {
     "attention": lambda: attention_report.section(
-        merge_runs(*runs_of("attention_h100", "attention_cpu"))
+        merge_runs(*runs_of("attention_h200", "attention_cpu"))
     ),
     "data path": lambda: collate.section(*runs_read("collate")),
     "kuairand": lambda: anchor_report.section(*runs_read("kuairand_anchor", "demo")),
@@ -101,10 +101,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "serving": lambda: under_load_report.section(*runs_read("serving")),
     "peeking": lambda: peeking.section(*runs_read("peeking")),
     "recommend": lambda: recommend.section(*runs_read("recommend")),
-    "tables": lambda: tables_report.section(
-        merge_runs(*runs_of("tables_h100", "tables_h100_quiet_host"))
-    ),
-    "layer": lambda: layer_report.section(*runs_read("layer_h100")),
+    "tables": lambda: tables_report.section(*runs_read("tables_h200")),
+    "layer": lambda: layer_report.section(*runs_read("layer_h200")),
     "ranker": lambda: ranker.section(runs_read("ranker_cpu", "ranker_h100")),
     "formats": lambda: number_formats.section(runs_read("formats_h100", "formats_cpu")),
     "model": lambda: model.section(*runs_read("model_h200", "model_h100")),

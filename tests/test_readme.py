@@ -85,7 +85,7 @@ def expected_numbers() -> dict[str, list[str]]:
     anchor = measured("kuairand_anchor.json")["measured"]["lightgbm_history"]["is_click"]["auc"]
     quality = [f"{auc:.4f}".lstrip("0") for auc in (mean_auc("ultra_hstu"), anchor)]
 
-    attention = measured("attention_h100.json")
+    attention = measured("attention_h200.json")
     ours = attention["ours"]["semi-local 16384"]["forward_ms"]
     theirs = attention["softmax"]["cuDNN causal 16384"]["forward_ms"]
 

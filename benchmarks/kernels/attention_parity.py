@@ -16,6 +16,7 @@ from kernels.semi_local_attention.reference import relative_bias, semi_local_mas
 from kernels.semi_local_attention.types import RelativeBias
 
 SEMI_LOCAL = {"window": 256, "full_rows": 256}
+MANY_ROWS = 3000, 4097, 2050
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,11 @@ def parity_cases() -> list[Case]:
         Case((9000,), None, heads=1),
         # long parts of tiles, of the prefix's keys too
         Case((9000, 300), (100, 0), prefixed, heads=1),
+        # as many rows as a kernel of their own for BAND tiles wants
+        Case(MANY_ROWS, (100, 0, 2050), SEMI_LOCAL),
+        Case(MANY_ROWS, (100, 0, 7), prefixed, "random"),
+        Case(MANY_ROWS, None, {"window": 100, "prefix": 70}),
+        Case(MANY_ROWS, None, {"window": 0}, dtype="float16"),
     ]
     some = [((700, 77), (70, 7), prefixed, "random"), ((1100, 63), None, {}, "")]
     widths = [(64, 64), (32, 32), (16, 16), (256, 256), (64, 128), (128, 64)]
@@ -325,6 +331,7 @@ def parity_checks() -> list[Check]:
         Case((300, 70, 1, 200, 129), (9, 3, 1, 0, 129), {"window": 40, "prefix": 3}, "sorted"),
         Case((700, 90, 1300), (64, 3, 70), {}, "random", d_qk=64, d_v=64),
         Case((70, 30, 90), (7, 3, 0), {"window": 9, "full_rows": 5}, heads=1, dtype="float32"),
+        Case((*MANY_ROWS, 5, 70), None, {"window": 100, "prefix": 70}),
     ]
     return [
         *((check_parity, case) for case in parity_cases()),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.report import write_section
+from benchmarks.report import parity_told, write_section
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -141,7 +141,7 @@ def section(run: dict) -> str:
     host = ", ".join(f"{name} {us:.0f}" for name, us in run["host_us"].items())
     ceilings = run["ceilings"]
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
-    parity = f"{run['parity']['cases']} parity cases ({len(run['parity']['wrong'])} wrong)"
+    parity = parity_told(run["parity"])
     rates = (
         f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} "
         "TFLOP/s"

@@ -2,12 +2,12 @@
 
     ncu --set full --clock-control none --csv --page raw --print-units base \\
         --profile-from-start off python -m benchmarks.kernels.counters > counters.csv
-    python -m benchmarks.kernels.counters --read counters.csv    → benchmarks/runs/counters_h200.json
+    python -m benchmarks.kernels.counters --read counters.csv    → runs/counters_h200.json
 
 Nsight Compute replays every kernel of the cases below once for each group of counters. What is
-kept: time, bytes between the multiprocessors and L2, bytes of the memory, and the share of its peak
-that each of these, the tensor cores and the special functions reach. Nothing reaches its peak for
-long: a copy reaches some 90 % of the memory's, a product of matrices 75 % of the tensor cores'.
+kept: time; the bytes a second that come from L2 to the multiprocessors; and, in per cent of their
+peak, how busy the memory, that way from L2, the tensor cores, the special functions and the issue
+of instructions are. Nothing reaches its peak for long: a copy keeps the memory busy for some 90 %.
 """
 
 import argparse
@@ -26,13 +26,12 @@ from benchmarks.report import write_run
 ROOT = Path(__file__).parents[1]
 METRICS = {  # ours → theirs
     "ns": "gpu__time_duration.sum",
-    "memory_share": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "memory_bytes": "dram__bytes.sum",
-    "l2_share": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
-    "l2_bytes": "lts__t_bytes.sum",
-    "tensor_share": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "memory_share": "dram__cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "l2_bytes_s": "derived__lts__lts2xbar_bytes.sum.per_second",
+    "l2_share": "lts__lts2xbar_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "tensor_share": "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "special_share": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
-    "issue_share": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "issue_share": "smsp__issue_active.avg.pct_of_peak_sustained_active",
 }
 
 
@@ -91,7 +90,11 @@ def main() -> None:
         run_cases()
         print(json.dumps(versions()))
         return
-    write_run(arguments.out, {"counters": read_counters(arguments.read)})
+    found = read_counters(arguments.read)
+    write_run(arguments.out, {"counters": found})
+    for case, kernels in found.items():
+        for kernel, numbers in kernels.items():
+            print(case, kernel, json.dumps(numbers))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The layer's section of RESULTS.md, from the JSON that `benchmarks.kernels.layer` wrote."""
 
 from benchmarks.kernels.layer import LENGTHS, ZIPF
-from benchmarks.report import table, widest_interval, write_section
+from benchmarks.report import parity_told, table, widest_interval, write_section
 
 AUTHORS = {4096: "1.453 / 7.917", 16384: "3.428 / 22.374"}
 GOALS = {"bf16, all recompute": "0.57 / –", "FP8, all recompute": "0.50 / –"}  # at 16,384
@@ -75,7 +75,7 @@ def section(run: dict) -> str:
         run["ceilings"],
     )
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
-    parity = f"{run['parity']['cases']} parity cases ({len(run['parity']['wrong'])} wrong)"
+    parity = parity_told(run["parity"])
     rates = (
         f"copy {ceilings['copy_tb_s']:.2f} TB/s, bfloat16 GEMM {ceilings['gemm_tflops']:.0f} "
         "TFLOP/s"
@@ -101,8 +101,6 @@ def section(run: dict) -> str:
         ["share of the step's device time", ""],
         [[n, f"{s:.1%}"] for n, s in step["groups"].items()],
     )
-    # by hand, about the run
-    remarks = "\n".join(f"- {remark}" for remark in run.get("remarks", []))
     return f"""## The layer
 
 `python -m benchmarks.kernels.layer`, {versions}: d = 512, 4 heads of 128, 65,536 tokens, window \
@@ -115,8 +113,6 @@ up to 256 candidates a user, each with a visible length of its own, 10 % of the 
 training.
 
 {layer_table(run)}
-
-{remarks}
 
 What is kept counts the layer's input. All recompute keeps {kept:.2f} of what nothing recomputed \
 keeps (goal 1/3), and

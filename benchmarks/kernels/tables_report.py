@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report import widest_interval, write_section
+from benchmarks.report import parity_told, widest_interval, write_section
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,18 +104,15 @@ def jagged_table(run: dict) -> str:
 
 
 def section(run: dict) -> str:
-    machine, parity = run["machine"], run["parity"]
+    machine = run["machine"]
     versions = f"one {machine['device']}, torch {machine['torch']}, triton {machine['triton']}"
-    wrong = (
-        f"{len(parity['wrong'])} wrong, see [NOTES.md](NOTES.md)" if parity["wrong"] else "0 wrong"
-    )
     sort = run["adamw"]["1M gradients of 128"]["sort alone"]["ms"]
     timed = {part: run[part] for part in ("int4", "adamw", "softmax", "jagged")}
     return f"""## Tables, optimizer, sampled softmax, jagged rows
 
 `python -m benchmarks.kernels.tables`, {versions}: medians of 20 to 30 runs with the L2 flushed, \
 ours and what stands beside
-it in turns, after {parity["cases"]} parity cases ({wrong}). 10 and 90 % of the runs lie at most \
+it in turns, after {parity_told(run["parity"])}. 10 and 90 % of the runs lie at most \
 {widest_interval(timed):.0%} from their median.
 A copy moved {run["ceilings"]["copy"]["copy_tb_s"]:.2f} TB/s in the same run.
 
