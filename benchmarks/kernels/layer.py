@@ -49,6 +49,7 @@ from benchmarks.kernels.layer_parity import (
     parity_checks,
     product_inputs,
 )
+from benchmarks.kernels.layer_report import LENGTHS, ZIPF, write_report
 from benchmarks.report import write_run
 from benchmarks.training.training_step import training_step
 from kernels.layer_norm.op import swish_layer_norm
@@ -68,8 +69,6 @@ from kernels.stu.recompute import RECOMPUTABLE
 from kernels.stu.types import Sequences, STUShape, STUWeights
 
 ROOT = Path(__file__).parents[1]
-LENGTHS = (16384, 8192, 4096, 2048)
-ZIPF = "Zipf, candidates, dropout"  # lengths 16,384 / rank, in training 10 % of the gate dropped
 
 
 @dataclass(frozen=True)
@@ -462,8 +461,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.report:
-        from benchmarks.kernels.layer_report import write_report
-
         write_report(json.loads(arguments.report.read_text()))
         return
     if arguments.smoke:
