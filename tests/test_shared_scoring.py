@@ -8,11 +8,22 @@ import pytest
 import torch
 
 from pipeline.batches.events import ranges
-from pipeline.batches.examples import UserEvents, request_examples, request_passes, user_events
+from pipeline.batches.examples import (
+    UserEvents,
+    history_batch,
+    request_examples,
+    request_passes,
+    user_events,
+)
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import evaluation_batch, token_batches
 from pipeline.config import ModelConfig, RunConfig, from_dict, to_dict
-from pipeline.model.inference.shared_scoring import score_shared, shared_form
+from pipeline.model.inference.shared_scoring import (
+    encode_shared,
+    score_shared,
+    shared_form,
+    shares_history_rows,
+)
 from pipeline.model.ranker import RankingModel
 from tests.worlds.tiny import publish_sequences, tiny_config
 
@@ -117,6 +128,52 @@ def test_scores_are_those_of_each_request_alone(
         atol=1e-5,
     )
     assert np.unique(torch.stack([alone[row] for row in rows]).numpy()).size > 100
+
+
+LIMITED = {"window": 3, "full_rows": 0, "scaling_seq_len": 16}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "din"])
+def test_a_user_at_any_place_is_found_in_the_same_pass(
+    world: tuple[RunConfig, UserEvents, FeatureMaps], name: str
+) -> None:
+    """The row at which each of two histories ends, one within the other, beside candidates."""
+    cfg, users, maps = world
+    raw = to_dict(with_model(cfg, FORMS[name][1]))
+    raw["retrieval"] |= {"enabled": True}
+    cfg = from_dict(raw)
+    assert shares_history_rows(cfg.model)
+    model = random_model(cfg, maps)
+
+    passes = request_passes(users, 0, 2**62, 10**6)
+    batch = evaluation_batch(users, passes, maps, cfg, shared=True).batch
+    most = passes.num_history
+    assert most.max() > 12
+    visible = np.stack([np.maximum(most // 2, 1), most], axis=1)
+    asked = replace(
+        batch,
+        dense=batch.dense.double(),
+        num_next=torch.full((len(passes),), 2, dtype=torch.int32),
+        next_visible=torch.from_numpy(visible.astype(np.int32)).flatten(),
+    )
+    found = encode_shared(model, asked, cfg.model)
+    for place in range(2):
+        ends = passes.history_begin + visible[:, place]
+        histories = replace(passes, history_end=ends, target_begin=ends, target_end=ends)
+        alone = model.encode(history_batch(users, histories, maps, cfg), last_history=True)
+        torch.testing.assert_close(
+            found.next_rows[place::2], alone.last_history_row, rtol=1e-5, atol=1e-5
+        )
+    without = replace(asked, num_next=None, next_visible=None)
+    torch.testing.assert_close(
+        found.candidate_rows, encode_shared(model, without, cfg.model).candidate_rows
+    )
+
+
+def test_a_row_that_only_a_window_sees_is_no_candidate(tmp_path: Path) -> None:
+    limited = {"attention": LIMITED, "truncate_after_layer": 1}
+    model: ModelConfig = with_model(tiny_config(tmp_path), limited).model
+    assert shared_form(model) == "layers" and not shares_history_rows(model)
 
 
 @pytest.mark.parametrize(

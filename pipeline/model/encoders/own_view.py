@@ -13,6 +13,9 @@ layer 1 a candidate of n sees, and each of them has two forms, that neither need
 
 A deeper stack with such a mask has other rows for every n: no shared form is exact. A stack without
 full rows and truncation is exact as it stands, whatever its depth.
+
+The row at which a history ends, from which retrieval finds the next item, is read in the same way:
+it stands among the candidates once more, as one that sees what lies before it.
 """
 
 from dataclasses import dataclass, replace
@@ -26,6 +29,7 @@ from kernels.semi_local_attention.op import semi_local_attention
 from kernels.semi_local_attention.types import QueryRows
 from kernels.stu import op as stu
 from pipeline.config import ChannelConfig, ModelConfig
+from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.encoders.stu import STU, layer_flops, sequences
 from pipeline.model.flops import candidate_pairs, kept_pairs
 from pipeline.model.tokens import Tokens
@@ -69,14 +73,26 @@ class BothForms:
     num_targets: Tensor  # int32 [B], without the rows in full
     sequence: Tensor  # int64 [C], which sequence a candidate is of
     visible: Tensor  # int64 [C], history rows that a candidate sees, context included
+    end: (
+        Tensor  # int64 [C], where its history ends: there, or behind itself if it is of the history
+    )
     oldest: Tensor  # int64 [C], the first of them behind the context in the last layer
     own: Tensor  # int64 [C], where the candidate itself lies among the tokens
 
 
-def both_forms(tokens: Tokens, num_context: int, full_rows: int, keep: int | None) -> BothForms:
+def both_forms(
+    tokens: Tokens,
+    num_context: int,
+    full_rows: int,
+    keep: int | None,
+    is_history: Tensor | None = None,
+) -> BothForms:
     """The rows that some candidate sees in full put behind each history, as candidates that see
-    what lies before them; none where `full_rows` is 0. `keep`: the history rows that the last layer
-    reads, None for all.
+    what lies before them; none where `full_rows` is 0.
+
+    Args:
+        keep: the history rows that the last layer reads, None for all.
+        is_history: bool [C], the candidates that are the newest row of a history; None for none.
 
         tokens      c h0 h1 h2 x y        x sees 3: c h0 h1, y sees all; full_rows 1
         result      c h0 h1 h2 h1 h2 x y  the second h1 sees c h0, the second h2 c h0 h1
@@ -86,6 +102,7 @@ def both_forms(tokens: Tokens, num_context: int, full_rows: int, keep: int | Non
     num_targets = tokens.num_targets.long()
     num_history = offsets.diff() - num_targets
     visible = tokens.target_visible.long()
+    end = visible if is_history is None else visible + is_history.long()
     sequence = torch.repeat_interleave(
         torch.arange(len(num_targets), device=device), num_targets, output_size=len(visible)
     )
@@ -93,7 +110,7 @@ def both_forms(tokens: Tokens, num_context: int, full_rows: int, keep: int | Non
     # the history rows that are there twice
     first_full = num_history
     if full_rows > 0:
-        fewest = num_history.scatter_reduce(0, sequence, visible, "amin")
+        fewest = num_history.scatter_reduce(0, sequence, end, "amin")
         first_full = (fewest - full_rows).clamp(min=num_context)
     num_full = num_history - first_full
 
@@ -123,32 +140,101 @@ def both_forms(tokens: Tokens, num_context: int, full_rows: int, keep: int | Non
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
         target_from=begin,
     )
-    oldest = _oldest_keys(tokens, visible, num_context, keep)
-    own = is_candidate.nonzero().squeeze(1)
-    targets = tokens.num_targets
-    return BothForms(extended, num_history, first_full, targets, sequence, visible, oldest, own)
+    return BothForms(
+        tokens=extended,
+        num_history=num_history,
+        first_full=first_full,
+        num_targets=tokens.num_targets,
+        sequence=sequence,
+        visible=visible,
+        end=end,
+        oldest=_oldest_keys(tokens, end, num_context, keep),
+        own=is_candidate.nonzero().squeeze(1),
+    )
 
 
-def _oldest_keys(tokens: Tokens, visible: Tensor, num_context: int, keep: int | None) -> Tensor:
+def _oldest_keys(tokens: Tokens, end: Tensor, num_context: int, keep: int | None) -> Tensor:
     """int64 [C]: the oldest history row that each candidate reads in the last layer."""
-    oldest = torch.full_like(visible, num_context)
+    oldest = torch.full_like(end, num_context)
     if keep is not None:
-        oldest = (visible - keep).clamp(min=num_context)
+        oldest = (end - keep).clamp(min=num_context)
     if tokens.target_from is not None:
         oldest = torch.maximum(oldest, tokens.target_from.long())
     return oldest
 
 
-def own_view_rows(stack: Stack, tokens: Tokens, dropout: float = 0.0) -> Tensor:
+def with_next_rows(tokens: Tokens) -> tuple[Tokens, Tensor]:
+    """The row before each next item put behind the candidates, as one that sees what lies before
+    it; and which of the candidates are such rows, bool [C + P].
+
+        tokens        c h0 h1 h2 x      next items behind h0 and h2: next_visible 2, 4
+        result        c h0 h1 h2 x h0 h2      the second h0 sees c, the second h2 c h0 h1
+        of history               0  1  1
+    """
+    assert tokens.target_visible is not None and tokens.num_next is not None
+    assert tokens.next_visible is not None
+    offsets, num_targets = tokens.seq_offsets, tokens.num_targets.long()
+    before = (tokens.next_visible.long() - 1).clamp(min=0)
+    begin = torch.repeat_interleave(offsets[:-1], tokens.num_next, output_size=before.numel())
+
+    # each token of the new sequences, by its place in the old ones
+    lengths = offsets.diff() + tokens.num_next
+    new_offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    of = sequence_index(new_offsets, int(new_offsets[-1]))
+    at = torch.arange(len(of), device=offsets.device) - new_offsets[of]
+    is_next = at >= offsets.diff()[of]
+    source = offsets[of] + at
+    source[is_next] = begin + before
+
+    # what the candidates and these rows see
+    is_target = at >= (offsets.diff() - num_targets)[of]
+    is_history = is_next[is_target]
+    visible = torch.empty_like(source)[is_target]
+    visible[~is_history], visible[is_history] = tokens.target_visible.long(), before
+    oldest = None
+    if tokens.target_from is not None:
+        oldest = torch.zeros_like(visible)
+        oldest[~is_history] = tokens.target_from.long()
+        oldest = oldest.int()
+
+    extended = Tokens(
+        x_TE=tokens.x_TE.index_select(0, source),
+        seq_offsets=new_offsets,
+        num_targets=(num_targets + tokens.num_next).int(),
+        target_visible=visible.int(),
+        max_seq_len=int(lengths.max()) if len(lengths) else 0,
+        target_from=oldest,
+    )
+    return extended, is_history
+
+
+def own_view_encoded(stack: Stack, tokens: Tokens, norm: nn.Module) -> Encoded:
+    """Normalised rows of the candidates, and of the row before each next item where `tokens` have
+    such, each as if it were alone in its sequence with the rows that it sees.
+    """
+    if tokens.num_next is None or tokens.next_visible is None:
+        return Encoded(norm(own_view_rows(stack, tokens)))
+
+    extended, is_history = with_next_rows(tokens)
+    rows = norm(own_view_rows(stack, extended, is_history=is_history))
+    no_row = (tokens.next_visible <= stack.num_context)[:, None]
+    return Encoded(rows[~is_history], next_rows=rows[is_history].masked_fill(no_row, 0))
+
+
+def own_view_rows(
+    stack: Stack, tokens: Tokens, dropout: float = 0.0, is_history: Tensor | None = None
+) -> Tensor:
     """[C, d]: the last layer's rows of the candidates of a transducer of one layer or of two, each
     as if it were alone in its sequence with the rows that it sees.
+
+    `is_history`: those of `with_next_rows`, None for none.
     """
     layers = [layer for layer in stack.layers if isinstance(layer, STU)]
     *earlier, last = layers
     assert len(earlier) <= 1
 
     full_rows, keep = _mask_of(last.cfg, stack.truncate_after_layer, stack.truncate_to)
-    forms = both_forms(tokens, stack.num_context, full_rows, keep)
+    forms = both_forms(tokens, stack.num_context, full_rows, keep, is_history)
     x_TE = forms.tokens.x_TE
     for layer in earlier:
         x_TE = stu.stu_layer(
@@ -222,7 +308,8 @@ def _own_attention(
         return out if rows is not None else out[forms.own]
 
     visible, oldest = forms.visible, forms.oldest
-    first_read = (visible - full_rows).clamp(min=num_context)
+    # a candidate of the history is not its own key a second time
+    first_read = torch.minimum(forms.end - full_rows, visible).clamp(min=num_context)
     total = attend(v_THV, first_read, oldest, num_context)
     if full_rows == 0:
         return total
