@@ -10,7 +10,7 @@ import torch
 
 from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig
-from pipeline.evaluate import evaluator, item_knn, spread
+from pipeline.evaluate import evaluator, item_knn, parts, retrieval, spread
 from pipeline.evaluate.item_knn import ItemKNN
 from pipeline.evaluate.retrieval import asked_users, evaluate_retrieval
 from pipeline.evaluate.retrieval_metrics import RetrievalMetrics, positive_ranks, top_items
@@ -196,6 +196,59 @@ def test_baselines_are_made_once_for_all_models(
     for other, splits in others:
         with pytest.raises(AssertionError, match="are kept"):
             evaluate_retrieval(other, loaded, splits, "cpu")
+
+
+@pytest.mark.parametrize("protocol", ["global_time", "leave_one_out"])
+@pytest.mark.parametrize("mask", [None, 3])
+def test_users_are_found_by_the_vectors_of_the_pass_that_scores_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, mask: int | None
+) -> None:
+    """The joint model's own vectors: the same lists, and no history encoded once more."""
+    masked = {"attention": {"window": 3, "full_rows": 2}, "truncate_to": 4}
+    causal = {"attention": {"window": None}, "truncate_after_layer": None}
+    cfg = tiny_config(
+        tmp_path,
+        model=causal if mask is None else masked,
+        retrieval={"enabled": True, "positives": ["is_like"], "dim": 8},
+        evaluate={"cutoffs": [3], "retrieval_protocol": protocol},
+        split={"t_val": "2022-05-01T00:00:00+08:00", "t_test": "2022-05-02T00:00:00+08:00"},
+    )
+    publish_sequences(cfg)
+    torch.manual_seed(0)
+    maps = fit_features(cfg)
+    model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    save_model(cfg.model_dir, model, cfg, maps, {})
+    loaded = load_model(cfg.model_dir)
+
+    alone = {}
+    for split in evaluator.SPLITS:
+        for bucket in range(len(store.read_manifest(cfg.sequence_dir).buckets)):
+            users, asked = asked_users(cfg, loaded, split, bucket)
+            rows = retrieval._encode_users(loaded, users, asked.examples, torch.device("cpu"))
+            has_history = asked.examples.num_history > 0
+            for user, row in zip(users.user_id[asked.examples.user], rows, strict=True):
+                alone[split, int(user)] = row
+            for user in users.user_id[asked.examples.user][~has_history]:
+                del alone[split, int(user)]
+
+    planned = parts.plan_parts(store.read_manifest(cfg.sequence_dir))
+    shared = {}
+    for part in planned:
+        scores = parts.score_users(cfg, loaded, evaluator.SPLITS, part, with_vectors=True)
+        for split, found in scores.vectors.items():
+            for user, row in zip(found.user_id.tolist(), found.vectors, strict=True):
+                shared[split, user] = row
+    assert shared.keys() == alone.keys() and len(alone) > 10
+    for key, row in alone.items():
+        torch.testing.assert_close(shared[key], row, rtol=1e-4, atol=1e-5)
+
+    expected = evaluate_retrieval(cfg, loaded, evaluator.SPLITS, "cpu")
+    monkeypatch.delattr(retrieval, "_encode_users")
+    metrics = evaluator.evaluate_model(cfg, cfg.model_dir)
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, nan_ok=True)
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,6 +30,8 @@ from pipeline.evaluate.parts import (
     EvaluationJob,
     PartScores,
     SplitScores,
+    UserVectors,
+    join_vectors,
     plan_parts,
     score_users,
 )
@@ -42,6 +45,7 @@ from pipeline.evaluate.spread import (
 from pipeline.files import json_text, sha256_of, staged_file, write_atomically
 from pipeline.model.artifact import INDEX, LoadedModel, load_model
 from pipeline.model.flops import Flops
+from pipeline.model.inference.shared_scoring import shares_history_rows
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import name_rows
 
@@ -57,6 +61,7 @@ class StoreScores:
     splits: dict[str, SplitScores]
     work: dict[str, Flops]
     item_counts: ItemCounts
+    vectors: dict[str, UserVectors]  # by split, where retrieval is asked for and they were at hand
 
 
 def evaluate_model(
@@ -90,13 +95,16 @@ def evaluate_model(
     tell_empty_splits(cfg.split, manifest, splits)
 
     begin = time.perf_counter()
-    scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest)
+    with_vectors = makes_vectors(cfg.evaluate, loaded.cfg)
+    scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest, with_vectors=with_vectors)
     found = _splits_with_requests(scores)
 
     folder = evaluation_folder(cfg, name)
     # files and plots are made here while retrieval is measured, by workers or a second core
     with ThreadPoolExecutor(max_workers=1) as beside:
-        retrieval = beside.submit(_retrieval_metrics, cfg, loaded, model_dir, found, manifest)
+        retrieval = beside.submit(
+            _retrieval_metrics, cfg, loaded, model_dir, found, manifest, scores.vectors
+        )
         metrics, sliced = _report_splits(
             cfg.evaluate, cfg.sequence_dir, loaded.cfg, found, scores, folder, manifest
         )
@@ -207,12 +215,24 @@ def _score_store(
     model_dir: Path,
     splits: Sequence[str],
     manifest: store.Manifest,
+    *,
+    with_vectors: bool = False,
 ) -> StoreScores:
     """All parts of the store, here or on the workers of the cluster."""
     parts = plan_parts(manifest)
     spread = is_worth_workers(cfg.evaluate.device, parts)
     job = _evaluation_job(cfg, model, model_dir, splits, spread=spread)
+    if not spread:  # from many workers they would be much to send about
+        job = replace(job, with_vectors=with_vectors)
     return _merged(score_parts(job, parts, spread=spread), splits)
+
+
+def makes_vectors(cfg: EvaluateConfig, model: RunConfig) -> bool:
+    """True where scoring gives retrieval the vectors of its users: a history encoded once for
+    both.
+    """
+    is_asked = model.retrieval.enabled and cfg.sample is None
+    return is_asked and model.examples.max_history is None and shares_history_rows(model.model)
 
 
 def _retrieval_metrics(
@@ -221,6 +241,7 @@ def _retrieval_metrics(
     model_dir: Path,
     splits: Sequence[str],
     manifest: store.Manifest,
+    users: Mapping[str, UserVectors],
 ) -> dict[str, float]:
     """Those of `evaluate_retrieval`, here or by the workers of the cluster; none of a model that
     only ranks, or of a sample.
@@ -230,7 +251,8 @@ def _retrieval_metrics(
     spread = is_worth_workers(cfg.evaluate.device, plan_parts(manifest))
     job = _evaluation_job(cfg, loaded.cfg, model_dir, splits, spread=spread)
     here = "cpu" if spread else job.device  # what the workers have, this process may lack
-    return evaluate_retrieval(cfg, loaded, splits, here, partial(rank_parts, job, spread=spread))
+    rank = partial(rank_parts, job, spread=spread)
+    return evaluate_retrieval(cfg, loaded, splits, here, rank, users)
 
 
 def _evaluation_job(
@@ -270,11 +292,14 @@ def score_store(cfg: RunConfig, loaded: LoadedModel, splits: Sequence[str]) -> S
 def _merged(parts: Iterator[PartScores], splits: Sequence[str]) -> StoreScores:
     """The whole from its parts, in their order."""
     predictions: dict[str, list[pa.Table]] = {split: [] for split in splits}
+    vectors: dict[str, list[UserVectors]] = {}
     metrics, counts = {}, []
     work = {split: Flops() for split in splits}
 
     for part in parts:
         counts.append(part.item_counts)
+        for split, of_part in part.vectors.items():
+            vectors.setdefault(split, []).append(of_part)
         for split, scores in part.splits.items():
             predictions[split].append(scores.predictions)
             work[split].add(part.work[split])
@@ -286,7 +311,12 @@ def _merged(parts: Iterator[PartScores], splits: Sequence[str]) -> StoreScores:
     found = {}
     for split in splits:
         found[split] = SplitScores(pa.concat_tables(predictions[split]), metrics[split])
-    return StoreScores(found, work, merge_counts(counts))
+
+    users = {}
+    for split, parts_of in vectors.items():
+        ids = np.concatenate([one.user_id for one in parts_of])
+        users[split] = join_vectors(ids, torch.cat([one.vectors for one in parts_of]))
+    return StoreScores(found, work, merge_counts(counts), users)
 
 
 def evaluation_name(cfg: EvaluateConfig, name: str | None = None) -> str | None:

@@ -19,6 +19,7 @@ from pipeline.batches.events import ranges
 from pipeline.batches.examples import Examples, UserEvents, user_events
 from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
 from pipeline.config import RunConfig
+from pipeline.evaluate.asked import different
 from pipeline.sequences import store
 
 # PyTorch multiplies two sparse matrices by way of a form that it calls beta
@@ -37,7 +38,7 @@ class ItemKNN:
 
     def __init__(self, user: np.ndarray, item: np.ndarray, num_items: int, bits: int) -> None:
         self.bits, self.num_items = bits, num_items
-        pairs = np.unique(user * self.num_items + item)
+        pairs = different(user * self.num_items + item)
         user, item = np.divmod(pairs, self.num_items)
         taken = np.bincount(item, minlength=self.num_items)
 
@@ -80,7 +81,7 @@ class ItemKNN:
         kept = counts & (item >= 0)
 
         # each item of a history once
-        pairs = np.unique(owner[kept] * self.num_items + item[kept])
+        pairs = different(owner[kept] * self.num_items + item[kept])
         owner, item = np.divmod(pairs, self.num_items)
         if self.cosines is not None:
             begins = torch.from_numpy(np.searchsorted(owner, np.arange(len(examples))))

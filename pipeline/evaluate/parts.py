@@ -7,7 +7,7 @@ the same whichever workers score it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +32,15 @@ from pipeline.batches.loader import (
     split_bounds,
     token_batches,
 )
-from pipeline.config import ChannelConfig, ExampleConfig, RunConfig, SplitConfig
+from pipeline.config import ChannelConfig, ExampleConfig, ModelConfig, RunConfig, SplitConfig
+from pipeline.evaluate.asked import asked_items
 from pipeline.evaluate.item_rates import ItemCounts, count_items
 from pipeline.model.artifact import LoadedModel, load_model
 from pipeline.model.flops import Flops
 from pipeline.model.heads import HeadMetrics
 from pipeline.model.inference.quantize import quantize_tables
-from pipeline.model.inference.shared_scoring import score_shared, shared_form
+from pipeline.model.inference.shared_scoring import encode_shared, shared_form
+from pipeline.model.ranker import RankingModel
 from pipeline.model.work import count_work
 from pipeline.sequences import store
 
@@ -59,6 +61,7 @@ class EvaluationJob:
     digest: str  # of the model's index, so that a worker does not go on with another
     splits: tuple[str, ...]
     device: str
+    with_vectors: bool = False  # of the users whom retrieval is going to be asked about
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,33 @@ class SplitScores:
 
 
 @dataclass(frozen=True, slots=True)
+class UserVectors:
+    """Some users as `RetrievalHead.user_vectors` has them, at the place where their history ends.
+
+    user_id     3    7       find([7, 5, 7])
+    vectors    .1   .9       .9 0 .9
+    """
+
+    user_id: np.ndarray  # int64 [U], sorted
+    vectors: Tensor  # float32 [U, d], on the CPU
+
+    def find(self, user_id: np.ndarray) -> Tensor:
+        """[n, d]; zeros for a user who is not there, who has no history."""
+        place = np.searchsorted(self.user_id, user_id)
+        padded = np.append(self.user_id, -1)
+        is_there = torch.from_numpy(padded[place] == user_id)
+        rows = torch.nn.functional.pad(self.vectors, (0, 0, 0, 1))[torch.from_numpy(place)]
+        return rows * is_there[:, None]
+
+
+@dataclass(frozen=True, slots=True)
 class PartScores:
     """What a part adds to the whole."""
 
     splits: dict[str, SplitScores]
     work: dict[str, Flops]  # by split
     item_counts: ItemCounts
+    vectors: dict[str, UserVectors]  # by split; none where they were not asked for
 
 
 def plan_parts(manifest: store.Manifest) -> list[EvaluationPart]:
@@ -123,11 +147,16 @@ def _load(model_dir: Path, digest: str, device: str, int4: bool) -> LoadedModel:
 
 def score_part(job: EvaluationJob, part: EvaluationPart) -> PartScores:
     """Score the candidates of a part's users once, in every split of the job."""
-    return score_users(job.cfg, load_for(job), job.splits, part)
+    return score_users(job.cfg, load_for(job), job.splits, part, with_vectors=job.with_vectors)
 
 
 def score_users(
-    cfg: RunConfig, loaded: LoadedModel, splits: Sequence[str], part: EvaluationPart
+    cfg: RunConfig,
+    loaded: LoadedModel,
+    splits: Sequence[str],
+    part: EvaluationPart,
+    *,
+    with_vectors: bool = False,
 ) -> PartScores:
     """The same with a model at hand, on the device that it is on."""
     manifest = store.read_manifest(cfg.sequence_dir)
@@ -140,14 +169,19 @@ def score_users(
         users = user_events(sequences.filter(pa.array(chosen)), cfg.source, cfg.features)
 
     bounds = {split: split_bounds(cfg.split, split) for split in splits}
-    scores = _score_periods(cfg, loaded, users, bounds)
+    histories: dict[str, Examples] = {}
+    if with_vectors:
+        for split, period in bounds.items():
+            asked = asked_items(users, period, cfg.evaluate, loaded.cfg, loaded.maps)
+            histories[split] = asked.examples
+    scores, vectors = _score_periods(cfg, loaded, users, bounds, histories)
 
     work: dict[str, Flops] = {}
     for split, period in bounds.items():
         requests = request_examples(users, *period, cfg.examples.max_history)
         work[split] = count_requests(users, requests, cfg)
     counts = count_items(users, cfg.split, cfg.task_bits, cfg.examples.negatives)
-    return PartScores(scores, work, counts)
+    return PartScores(scores, work, counts, vectors)
 
 
 def sampled_users(user_id: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -169,11 +203,15 @@ def _score_periods(
     loaded: LoadedModel,
     users: UserEvents,
     bounds: Mapping[str, tuple[int, int]],
-) -> dict[str, SplitScores]:
-    """The scores of each period, [from, to) in ms UTC, all from one pass over the users' rows.
+    histories: Mapping[str, Examples],
+) -> tuple[dict[str, SplitScores], dict[str, UserVectors]]:
+    """The scores of each period, [from, to) in ms UTC, all from one pass over the users' rows; and
+    the vectors of users at the ends of these `histories`.
 
     A history that requests share is encoded once for the periods too, which follow each other.
     """
+    if not bounds:
+        return {}, {}
     model, head = loaded.model, loaded.model.heads
     where = next(model.parameters()).device
     bf16 = cfg.evaluate.precision == "bf16"
@@ -181,27 +219,24 @@ def _score_periods(
     # a history that moves on with each request is no shared one
     shared = shared_form(cfg.model) != "none" and cfg.examples.max_history is None
 
-    found = {}
-    for split in bounds:
-        found[split] = _Collected(head.new_metrics())
-    if not found:
-        return {}
-
     begin = min(first for first, _ in bounds.values())
     end = max(last for _, last in bounds.values())
     asked = _asked_together(users, (begin, end), cfg.examples.max_history, shared=shared)
+    ends = _HistoryEnds(histories, asked, users.user_id)
+    found = {split: _Collected(head.new_metrics()) for split in bounds}
 
     # a batch of no request at last: without any other, it gives the columns
     nothing = _no_examples()
     for examples in (*token_batches(asked, cfg.evaluate.batch_tokens), nothing):
         part = evaluation_batch(users, examples, loaded.maps, cfg, shared=shared)
+        outputs = torch.zeros(0, len(cfg.tasks))
         if len(examples):
-            batch = part.batch.to(where)
+            who, batch = ends.ask(part.batch, examples)
             with half:
-                outputs = score_shared(model, batch, cfg.model) if shared else model(batch)
+                outputs, rows = _outputs(model, batch.to(where), cfg.model, shared=shared)
+                if rows is not None and model.retrieval is not None:
+                    ends.add(who, model.retrieval.user_vectors(rows))
             outputs = outputs.cpu()
-        else:
-            outputs = torch.zeros(0, len(cfg.tasks))
 
         for split, (first, last) in bounds.items():
             inside = np.flatnonzero((part.event_time >= first) & (part.event_time < last))
@@ -213,7 +248,95 @@ def _score_periods(
     scores = {}
     for split, collected in found.items():
         scores[split] = _in_store_order(collected, users, cfg.split)
-    return scores
+    return scores, ends.vectors()
+
+
+def _outputs(
+    model: RankingModel, batch: SequenceBatch, cfg: ModelConfig, *, shared: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of the candidates, and rows before the batch's next items where it has any."""
+    if not shared:
+        return model(batch), None
+    encoded = encode_shared(model, batch, cfg)
+    return model.score_rows(encoded.candidate_rows, batch), encoded.next_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _AskedEnds:
+    """Whose histories end at the next items of a batch, int64 [P] each."""
+
+    split: np.ndarray  # its number
+    user_id: np.ndarray
+
+
+class _HistoryEnds:
+    """The ends of users' histories, each asked for in the newest of the user's passes, as the row
+    before a next item.
+
+    Args:
+        histories: by split, of the users that the split asks about; of no split, nothing is asked.
+        passes: those that are going to be encoded.
+    """
+
+    def __init__(
+        self, histories: Mapping[str, Examples], passes: Examples, user_id: np.ndarray
+    ) -> None:
+        self._splits = list(histories)
+        self._user_id = user_id
+        self._found: list[tuple[_AskedEnds, Tensor]] = []
+
+        # int64 [splits, users]: the row behind the history's last; 0 where it is not asked for
+        self._end = np.zeros((len(histories), len(user_id)), np.int64)
+        for number, examples in enumerate(histories.values()):
+            self._end[number, examples.user] = examples.history_end
+        self._newest = np.zeros(len(user_id), np.int64)
+        np.maximum.at(self._newest, passes.user, passes.target_end)
+
+    def ask(
+        self, batch: SequenceBatch, examples: Examples
+    ) -> tuple[_AskedEnds | None, SequenceBatch]:
+        """The batch of these passes with a next item behind each history that ends in one.
+
+        ends in val, test    3, 5 | none, 4      two passes
+        num_next             2 1
+        next_visible         3 5 4
+        """
+        if not self._splits:
+            return None, batch
+        end = self._end[:, examples.user].T - examples.history_begin[:, None]
+        is_newest = examples.target_end == self._newest[examples.user]
+        is_asked = (end > 0) & is_newest[:, None]
+        example, split = np.nonzero(is_asked)
+        asked = replace(
+            batch,
+            num_next=torch.from_numpy(is_asked.sum(1).astype(np.int32)),
+            next_visible=torch.from_numpy(end[is_asked].astype(np.int32)),
+        )
+        return _AskedEnds(split, self._user_id[examples.user[example]]), asked
+
+    def add(self, who: _AskedEnds | None, vectors: Tensor) -> None:
+        """The vectors of a batch of `ask`, [P, d]."""
+        assert who is not None
+        self._found.append((who, vectors.float().cpu()))
+
+    def vectors(self) -> dict[str, UserVectors]:
+        """Those of each split; a split in which nobody was asked for has none."""
+        found = {}
+        for number, name in enumerate(self._splits):
+            users, vectors = [], []
+            for who, rows in self._found:
+                of_split = who.split == number
+                users.append(who.user_id[of_split])
+                vectors.append(rows[torch.from_numpy(of_split)])
+            if users:
+                found[name] = join_vectors(np.concatenate(users), torch.cat(vectors))
+        return found
+
+
+def join_vectors(user_id: np.ndarray, vectors: Tensor) -> UserVectors:
+    """`UserVectors` of users in any order."""
+    order = np.argsort(user_id)
+    return UserVectors(user_id[order], vectors[torch.from_numpy(order)])
 
 
 @dataclass

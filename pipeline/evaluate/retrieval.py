@@ -12,21 +12,21 @@ Users without a history get the list of popular items, as the server answers the
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches.events import offsets_of, ranges
 from pipeline.batches.examples import Examples, UserEvents, history_batch, user_events
-from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
+from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import split_bounds, token_batches
 from pipeline.config import RunConfig
+from pipeline.evaluate.asked import Asked, asked_items, seen_items
 from pipeline.evaluate.item_knn import ItemKNN
 from pipeline.evaluate.kept_baselines import baseline_facts, keep_baselines, read_baselines
-from pipeline.evaluate.parts import EvaluationJob, load_for
+from pipeline.evaluate.parts import EvaluationJob, UserVectors, load_for
 from pipeline.evaluate.retrieval_metrics import (
     RetrievalMetrics,
     positive_ranks,
@@ -39,22 +39,6 @@ from pipeline.sequences import store
 MOST_SCORES = 2**26  # numbers in memory at once
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """U users with their histories, and the items that are asked for: item numbers from 0 in the
-    order of `FeatureMaps.item_ids`, −1 for an unknown one.
-    """
-
-    examples: Examples  # without targets
-    offsets: np.ndarray  # int64 [U + 1], of the users among the items
-    item: np.ndarray  # int64 [P]
-
-    def __getitem__(self, index: np.ndarray) -> "Asked":
-        begin, end = self.offsets[index], self.offsets[index + 1]
-        chosen, offsets = ranges(begin, end)
-        return Asked(self.examples[index], offsets, self.item[chosen])
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +59,7 @@ class ItemScorers:
 
     items: Tensor  # [N, d]
     knn: ItemKNN | None
+    users: Mapping[str, UserVectors]  # by split, of those splits whose users were encoded before
 
 
 BASELINES = ("popularity/", "item_knn/")
@@ -89,6 +74,7 @@ def evaluate_retrieval(
     splits: Sequence[str],
     device: str,
     rank_parts: RankParts | None = None,
+    users: Mapping[str, UserVectors] | None = None,
 ) -> dict[str, float]:
     """Metrics by split, of the model and of both baselines; a period in which nobody took an item
     has none.
@@ -97,6 +83,7 @@ def evaluate_retrieval(
 
     Args:
         rank_parts: gives the metrics of each part, in order; by default they are found here.
+        users: vectors by split, where the scoring of candidates has made them.
     """
     maps, model = loaded.maps, loaded.model.to(device)
     assert model.retrieval is not None
@@ -115,7 +102,7 @@ def evaluate_retrieval(
     for split in splits:
         for bucket, entry in enumerate(manifest.buckets):
             parts.append(RetrievalPart(split, bucket, entry.rows, not kept[split]))
-    scorers = ItemScorers(items, knn)
+    scorers = ItemScorers(items, knn, users or {})
     if rank_parts is None:
         ranked = (rank_part(cfg, loaded, scorers, part) for part in parts)
     else:
@@ -157,10 +144,19 @@ def rank_part(
     names = ("", *BASELINES) if part.with_baselines else ("",)
     metrics = _new_metrics(cfg.evaluate.cutoffs, maps, names)
     users, asked = asked_users(cfg, loaded, part.split, part.bucket)
+    vectors = scorers.users.get(part.split)
     for some in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
         seen = seen_items(users, some.examples, maps)
         popularity = torch.from_numpy(maps.next_count[1:]).float()
-        lists = {"": _model_scores(loaded, users, some.examples, scorers.items, popularity)}
+        if vectors is None:
+            chosen = _encode_users(loaded, users, some.examples, scorers.items.device)
+        else:
+            chosen = vectors.find(users.user_id[some.examples.user])
+        scores = (chosen.to(scorers.items) @ scorers.items.T).cpu()
+
+        # a user without a history has the list of popular items
+        unknown = torch.from_numpy(some.examples.num_history == 0)
+        lists = {"": torch.where(unknown[:, None], popularity, scores)}
         if part.with_baselines:
             assert scorers.knn is not None
             lists["popularity/"] = popularity.expand(len(some.examples), -1)
@@ -196,85 +192,11 @@ def asked_users(
     cfg: RunConfig, loaded: LoadedModel, split: str, bucket: int
 ) -> tuple[UserEvents, Asked]:
     """The users of a bucket of the store, and those of them who took an item in the period."""
-    own, protocol = loaded.cfg, cfg.evaluate.retrieval_protocol
-    bits = positive_bits(own.source.actions, own.retrieval.positives)
-    begin, end = split_bounds(cfg.split, split)
-
-    manifest = store.read_manifest(cfg.sequence_dir)
+    own, manifest = loaded.cfg, store.read_manifest(cfg.sequence_dir)
     sequences = store.read_bucket(cfg.sequence_dir, manifest, bucket)
     users = user_events(sequences, own.source, own.features)
-    taken = taken_rows(users, begin, end, bits)
-    if protocol == "global_time":
-        asked = all_of_period(users, taken, begin, loaded.maps)
-    else:
-        asked = last_of_period(users, taken, loaded.maps)
-    if cfg.evaluate.remove_seen:
-        asked = without_repeats(users, asked, loaded.maps)
-    return users, asked
-
-
-def taken_rows(users: UserEvents, begin: int, end: int, bits: int) -> np.ndarray:
-    """int64: the rows of requests in [begin, end) ms that count as next items."""
-    events, time = users.events, users.request_time
-    inside = (time >= begin) & (time < end) & ~events.order_only
-    return np.flatnonzero(inside & positive_rows(events.action_mask, events.known_mask, bits))
-
-
-def all_of_period(users: UserEvents, taken: np.ndarray, begin: int, maps: FeatureMaps) -> Asked:
-    """Each user's different items among the rows `taken`, after all that lies before `begin`.
-
-    items of a user   4 7 | 9 7 9      the period begins at |
-    history           4 7
-    asked for         7 9
-    """
-    user, item = users.row_user[taken], maps.item_rows(users.events.item_id[taken]) - 1
-    pairs = np.unique(np.stack([user, item]), axis=1)
-    who, counts = np.unique(pairs[0], return_counts=True)
-
-    first = users.events.offsets[who]
-    earlier = offsets_of(users.request_time < begin)
-    history_end = first + earlier[users.events.offsets[who + 1]] - earlier[first]
-    return Asked(_histories(users, who, history_end), offsets_of(counts), pairs[1])
-
-
-def last_of_period(users: UserEvents, taken: np.ndarray, maps: FeatureMaps) -> Asked:
-    """Each user's last of the rows `taken`, after all that lies before its request."""
-    user = users.row_user[taken]
-    is_last = np.append(user[1:] != user[:-1], True)[: len(user)]
-    rows = taken[is_last]
-    item = maps.item_rows(users.events.item_id[rows]) - 1
-    examples = _histories(users, user[is_last], users.visible_end[rows])
-    return Asked(examples, np.arange(len(rows) + 1), item)
-
-
-def _histories(users: UserEvents, user: np.ndarray, history_end: np.ndarray) -> Examples:
-    return Examples(user, users.events.offsets[user], history_end, history_end, history_end)
-
-
-def without_repeats(users: UserEvents, asked: Asked, maps: FeatureMaps) -> Asked:
-    """Without the items that are in the user's history already, and without users that have no
-    other.
-    """
-    num_items = len(maps.item_ids)
-    user, seen = seen_items(users, asked.examples, maps)
-    owner = np.repeat(np.arange(len(asked.examples)), np.diff(asked.offsets))
-    is_new = ~np.isin(owner * num_items + asked.item, user * num_items + seen)
-    is_new |= asked.item < 0
-
-    counts = np.bincount(owner[is_new], minlength=len(asked.examples))
-    left = Asked(asked.examples, offsets_of(counts), asked.item[is_new])
-    return left[np.flatnonzero(counts)]
-
-
-def seen_items(
-    users: UserEvents, examples: Examples, maps: FeatureMaps
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of an example's number and an item of its history that the model knows, int64 [S]."""
-    rows, offsets = ranges(examples.history_begin, examples.history_end)
-    item = maps.item_rows(users.events.item_id[rows]) - 1
-    user = np.repeat(np.arange(len(examples)), np.diff(offsets))
-    known = item >= 0
-    return user[known], item[known]
+    period = split_bounds(cfg.split, split)
+    return users, asked_items(users, period, cfg.evaluate, own, loaded.maps)
 
 
 def _user_chunks(asked: Asked, num_items: int, batch_tokens: int) -> Iterator[Asked]:
@@ -296,21 +218,16 @@ def _bounds(examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 @torch.no_grad()
-def _model_scores(
-    loaded: LoadedModel, users: UserEvents, examples: Examples, items: Tensor, popularity: Tensor
+def _encode_users(
+    loaded: LoadedModel, users: UserEvents, examples: Examples, device: torch.device
 ) -> Tensor:
-    """[U, N] on the CPU; of users without a history the `popularity`, [N]: how often each item was
-    taken in the training period.
-    """
+    """[U, d]: what the users' histories are as vectors."""
     model = loaded.model
     assert model.retrieval is not None
-    batch = history_batch(users, examples, loaded.maps, loaded.cfg.inputs)
-    encoded = model.encode(batch.to(items.device), last_history=True)
+    batch = history_batch(users, examples, loaded.maps, loaded.cfg)
+    encoded = model.encode(batch.to(device), last_history=True)
     assert encoded.last_history_row is not None
-    scores = (model.retrieval.user_vectors(encoded.last_history_row) @ items.T).cpu()
-
-    unknown = torch.from_numpy(examples.num_history == 0)
-    return torch.where(unknown[:, None], popularity, scores)
+    return model.retrieval.user_vectors(encoded.last_history_row)
 
 
 def add_lists(
