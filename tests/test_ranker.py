@@ -12,18 +12,21 @@ import pytest
 import torch
 
 from pipeline.batches.examples import UserEvents, request_examples, user_events
+from pipeline.batches.graphs import BatchGraphs
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch
 from pipeline.config import ConfigError, ServeConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
-from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
+from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache, score_candidates
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.history.rows import posted_columns
+from serve_app.ranking import ranker as ranker_module
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key, resident_bytes
 from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
+from tests.support.graphs import capture_none
 from tests.worlds.model import make_config, make_model
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
@@ -397,6 +400,38 @@ def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
         as_array(Ranker(loaded, ranker.store, 1, "tiny", limits), requests) - scores
     )
     assert 1e-4 < difference.max() < 0.3
+
+
+def test_requests_that_come_alone_are_replayed(
+    world: tuple[Ranker, UserEvents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what a graph would hold is done again, and candidates are launched."""
+    monkeypatch.setattr(BatchGraphs, "_capture", capture_none)
+    monkeypatch.setattr(ranker_module, "GraphedScorer", lambda: score_candidates)
+    ranker, _ = world
+    requests, scores = all_requests(world)
+    limits = replace(ranker.limits, use_gpu=True, cuda_graphs=True)
+    loaded = LoadedModel(ranker.model, ranker.cfg, ranker.maps, {})
+    graphed = Ranker(loaded, ranker.store, 1, "tiny", limits)
+
+    answers = [as_array(graphed, [request]) for request in requests[:60]]
+    found = np.concatenate(answers)
+    np.testing.assert_allclose(found, scores[: len(found)], atol=1e-6)
+    assert graphed.graphed is not None
+    encoding = graphed.graphed._encoding
+    assert 0 < encoding.captured < encoding.replayed
+
+    # several together are launched
+    batches = encoding.batches
+    np.testing.assert_allclose(as_array(graphed, requests[-20:]), scores_of(world, -20), atol=1e-6)
+    assert encoding.batches == batches
+
+
+def scores_of(world: tuple[Ranker, UserEvents], first: int) -> np.ndarray:
+    """Scores of the requests from number `first` on."""
+    batch, scores = evaluated(world)
+    num_candidates = int(batch.batch.num_targets[first:].sum())
+    return scores[len(scores) - num_candidates :]
 
 
 def test_fp8_of_a_model_with_concat_ua_is_refused() -> None:
