@@ -2,7 +2,7 @@
 Parquet files to the optimizers, beside the time of its kernels alone.
 
     python -m benchmarks.training.real_loop [--tokens N …]     measure → runs/real_loop.json
-    python -m benchmarks.training.real_loop --report           → its section of RESULTS.md
+    python -m benchmarks.training.real_loop --report FILE …    → its section of RESULTS.md
 
 A few users of 16,384 events each, trained on in passes of at most 64 targets, so that lengths are
 spread evenly up to that. The model is ULTRA-HSTU of the whole-model benchmark. Batches are made in
@@ -93,7 +93,7 @@ def run_loop(cfg: RunConfig, loader: TrainLoader, device: str) -> dict[str, floa
         loader,
         "benchmark",
         device=device,
-        log=lambda _, values: lines.append(values),
+        log=lambda step, values: lines.append(values | {"step": step}),
     )
     middle = len(lines) // 2
     late = lines[middle:]
@@ -107,8 +107,8 @@ def run_loop(cfg: RunConfig, loader: TrainLoader, device: str) -> dict[str, floa
         counts = [line.get(f"train/{name}", 0) for line in lines]
         found[name] = counts[-1]
         found[f"{name}_late"] = counts[-1] - counts[middle]
-    found["steps"] = LOG_EVERY * len(lines)
-    found["steps_late"] = LOG_EVERY * (len(lines) - 1 - middle)
+    found["steps"] = lines[-1]["step"]
+    found["steps_late"] = lines[-1]["step"] - lines[middle]["step"]
     return found
 
 
@@ -176,10 +176,16 @@ def cut_steps(
     return cfg, TrainLoader(cfg, plain_maps(cfg), step_plan(cfg))
 
 
-def section(run: Figures) -> str:
-    machine = run["environment"]
+def section(*runs: Figures) -> str:
+    """Of runs over steps of different sizes, on one machine."""
+    machine = runs[0]["environment"]
+    commands = ", ".join(f"`{run['command']}`" for run in runs)
+    loop: dict[str, dict[str, float]] = {}
+    for run in runs:
+        loop |= run["loop"]
+
     rows = []
-    for key, found in run["loop"].items():
+    for key, found in loop.items():
         tokens, form, way = key.split(", ", maxsplit=2)
         step_tokens = found["tokens_per_s"] * found["step_ms"] / 1000
         kernels_ms = found["kernels_us"] * step_tokens / 1000
@@ -197,24 +203,24 @@ def section(run: Figures) -> str:
                 f"{found['data_wait_share']:.1%}",
                 f"{found['filled_share']:.1%}",
                 *graph_cells(found),
+                f"{found['steps']:.0f}",
             ]
         )
     header = ["tokens of a step", "form", "steps", "ms", "mean, ms", "kernels, ms", "ratio"]
     header += ["device busy, ms", "tokens/s"]
-    header += ["waiting for data", "filling", "graphs", "steps replayed", "compiled late"]
+    header += ["waiting for data", "filling", "graphs", "steps replayed", "compiled late", "of"]
     return f"""## Training by the loop
 
-`{run["command"]}`, one {machine["device"]}, torch {machine["torch"]}, triton {machine["triton"]}:
+{commands}, one {machine["device"]}, torch {machine["torch"]}, triton {machine["triton"]}:
 `loop.train` with the loader in a process of its own, ULTRA-HSTU of 12 layers, d = 512, users of
-{run["length"]:,} events in passes of at most 64 targets. ms: a step by the clock, median over the
-lines of the run's second half (lines of {LOG_EVERY} steps; {run["steps"]} steps, launched
-{run["launched_steps"]}), and their mean; kernels: their time alone for as many tokens, in steps
-launched one by one over batches on the device that were not filled up; device busy: the same of
-replayed steps, filled up, at the clock rate of a device that never idles. Steps are dealt
+{runs[0]["length"]:,} events in passes of at most 64 targets. ms: a step by the clock, median over
+the lines of the run's second half, of {LOG_EVERY} steps each, and their mean; kernels: their time
+alone for as many tokens, in steps launched one by one over batches on the device that were not
+filled up; device busy: the same of replayed steps, filled up. Steps are dealt
 (`train.stochastic_length.balance`), with 32 sizes of batches to an octave, or come as the shuffled
 examples do, with 16. Filling: share of the tokens that only fill batches up; graphs: CUDA graphs
 that were recorded, in the second half; steps replayed: of those of the second half; compiled late:
-Triton kernels in the second half.{counted_text(run)}
+Triton kernels in the second half; of: steps of the run.{counted_text(*runs)}
 
 {table(header, rows)}"""
 
@@ -226,14 +232,17 @@ def graph_cells(found: dict[str, float]) -> list[str]:
     return [f"{graphs:.0f}, {late:.0f}", f"{replayed:.0%}", f"{found['kernels_compiled_late']:.0f}"]
 
 
-def counted_text(run: Figures) -> str:
-    counted = run.get("compilations")
-    if counted is None:
-        return ""
-    return (
-        f" {counted['steps']:,} training steps of a model of two layers over batches of random "
-        f"sizes compiled {counted['compiled']} kernels after the first {counted['warm_up']} steps."
-    )
+def counted_text(*runs: Figures) -> str:
+    text = ""
+    for run in runs:
+        counted = run.get("compilations")
+        if counted is not None:
+            text = (
+                f" {counted['steps']:,} training steps of a model of two layers over batches of "
+                f"random sizes compiled {counted['compiled']} kernels after the first "
+                f"{counted['warm_up']} steps."
+            )
+    return text
 
 
 def main() -> None:
@@ -253,20 +262,27 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--model", type=json.loads, default={}, help="settings, to try it on a CPU")
     parser.add_argument("--out", type=Path, default=RUNS / "real_loop.json")
-    parser.add_argument("--report", action="store_true", help="write RESULTS.md from --out and end")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="write RESULTS.md from these and end"
+    )
     options = parser.parse_args()
     if options.report:
-        write_section("real_loop", section(json.loads(options.out.read_text())))
+        runs = [json.loads(path.read_text()) for path in options.report]
+        write_section("real_loop", section(*runs))
         return
 
     torch.set_num_threads(1)
+    settings = []
+    for name in ("tokens", "steps", "launched_steps", "count"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            numbers = value if isinstance(value, list) else [value] * (value is not True)
+            settings.append(" ".join([f"--{name.replace('_', '-')}", *map(str, numbers)]))
     found: dict[str, dict[str, float]] = {}
     run = {
-        "command": "python -m benchmarks.training.real_loop",
+        "command": " ".join(["python -m benchmarks.training.real_loop", *settings]),
         "environment": environment(options.device),
         "length": options.length,
-        "steps": options.steps,
-        "launched_steps": options.launched_steps,
         "loop": found,
     }
     for tokens in options.tokens:
