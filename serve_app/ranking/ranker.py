@@ -173,19 +173,30 @@ class Ranker:
         if self.device.type == "cuda":
             lengths.append(min(LONG_HISTORY, self.max_history))
 
-        popular = self.maps.popular_items(1).tolist() or [0]
-        item_id = np.array(popular, np.int64)
         for length in lengths:
-            rows = []
-            for i in range(length):
-                rows.append(HistoryRow(item_id=popular[0], event_time=self.earliest_ms + i))
-            request = RankColumns(RankHead(history=rows), item_id, {})
-
+            request = self._made_request(length)
             self._refuse_broken_scores(self.rank([request]))  # the history is encoded
             self._refuse_broken_scores(self.rank([request]))  # and found in the cache
             if self.device.type == "cuda":
                 # users together, whose keys are as many as those of a long history
                 self.rank([request] * (2 + LONG_HISTORY // length))
+
+        if self.graphed is not None and self.cfg.model.cacheable:
+            # a graph is recorded of the second history of its size
+            for length in self.graphed.lengths_of_sizes(self.max_history):
+                for begin_ms in (2 * length, 2 * length + 1):  # none begins as another does
+                    self.rank([self._made_request(length, begin_ms)])
+
+    def _made_request(self, length: int, begin_ms: int = 0) -> RankColumns:
+        """One candidate, and so many events a millisecond apart, from `begin_ms` after the earliest
+        time on.
+        """
+        popular = self.maps.popular_items(1).tolist() or [0]
+        begin = self.earliest_ms + begin_ms
+        rows = []
+        for i in range(length):
+            rows.append(HistoryRow(item_id=popular[0], event_time=begin + i))
+        return RankColumns(RankHead(history=rows), np.array(popular, np.int64), {})
 
     def _refuse_broken_scores(self, ranked: Sequence[RankedColumns]) -> None:
         """An answer of NaN would be nulls in an order of chance."""

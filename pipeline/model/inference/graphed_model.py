@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.collate import Filling, SequenceBatch
 from pipeline.batches.filling import BatchFiller
 from pipeline.batches.graphs import BatchGraphs, Results
 from pipeline.config import ModelConfig, RunConfig
@@ -74,6 +74,18 @@ class GraphedModel:
             if graph is None:
                 return encode_history(self.model, batch.to(self.device))
             return self._own_cache(graph.replay(filled), own_rows, batch.num_sequences)
+
+    def lengths_of_sizes(self, longest: int) -> list[int]:
+        """A length for each size that one history of up to `longest` events is filled up to."""
+        found: dict[Filling, int] = {}
+        none = torch.zeros(1, dtype=torch.int64)
+        length = 1
+        while length <= longest:
+            filling, _ = self.filler.next_sizes(torch.tensor([length]), none)
+            found.setdefault(filling.sizes, length)
+            # finer than the sizes
+            length += max(length // 16, 1)
+        return list(found.values())
 
     def fill(self, batch: SequenceBatch) -> SequenceBatch:
         """The batch, from the CPU, filled up to one of few sizes and on the device."""
