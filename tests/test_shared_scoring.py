@@ -160,7 +160,7 @@ def test_a_user_at_any_place_is_found_in_the_same_pass(
     for place in range(2):
         ends = passes.history_begin + visible[:, place]
         histories = replace(passes, history_end=ends, target_begin=ends, target_end=ends)
-        alone = model.encode(history_batch(users, histories, maps, cfg), last_history=True)
+        alone = model.encode(history_batch(users, histories, maps, cfg.inputs), last_history=True)
         torch.testing.assert_close(
             found.next_rows[place::2], alone.last_history_row, rtol=1e-5, atol=1e-5
         )

@@ -224,7 +224,7 @@ def _encode_users(
     """[U, d]: what the users' histories are as vectors."""
     model = loaded.model
     assert model.retrieval is not None
-    batch = history_batch(users, examples, loaded.maps, loaded.cfg)
+    batch = history_batch(users, examples, loaded.maps, loaded.cfg.inputs)
     encoded = model.encode(batch.to(device), last_history=True)
     assert encoded.last_history_row is not None
     return model.retrieval.user_vectors(encoded.last_history_row)
