@@ -22,6 +22,13 @@ CASES = {
     "all ranks, table of 20 GB sharded": case(80.0),
     "all ranks, table of 100 GB sharded": case(60.0),
     "loads: none": case(70.0, imbalance=1.2, worst_imbalance=1.5, tokens_a_step=64.0),
+    "loads: dealing by measured time": case(
+        80.0,
+        imbalance=1.01,
+        worst_imbalance=1.02,
+        tokens_a_step=64.0,
+        load_times_us=[2.0, 0.25, 0.0],
+    ),
 }
 
 
@@ -41,6 +48,8 @@ def test_loads_have_a_table_of_their_own() -> None:
     killed = {"steps": 50, "killed_at": 25, "resumed_at": 20, "equal": True}
     text = section([run, {"command": "kill", "killed": killed}])
     assert "| none | 1.200 | 1.500 | 64 | 10.0 | 70 | 1.0% | 0.0% |" in text
+    assert "| dealing by measured time | 1.010 |" in text
+    assert "2 µs an example, 0.25 µs a token, 0 µs a token times the tokens" in text
     assert "killed in step 25 of 50" in text
     assert "| loads: none" not in text
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.training.collate import NUM_ITEMS, bench_config, make_maps
 from benchmarks.training.cpu_step import StopAfter
+from benchmarks.training.example_time import fit_times, some_examples, time_batches
 from benchmarks.training.feeding import publish
 from benchmarks.training.load_balance import zipf_lengths
 from benchmarks.training.model import SEMI_LOCAL, model_config
@@ -33,6 +34,8 @@ from pipeline.train import loop
 Case = tuple[str, Callable[[], dict[str, Any] | None]]
 MAX_TARGETS = 64  # of a pass
 BALANCES = "none", "dealing", "sampling"
+BY_TIME = "loads: dealing by measured time"
+TIMED_ROUNDS = 1  # of batches of all kinds
 ALPHA = 1.6  # of stochastic length
 EPOCH_STEPS = 20  # about
 BALANCE_STEPS = 200  # over which the imbalance is counted, without training
@@ -145,6 +148,10 @@ def load_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
         balanced = replace(lengths_config, balance=balance)
         balanced_cfg = replace(cfg, train=replace(even, stochastic_length=balanced))
         yield f"loads: {balance}", lambda cfg=balanced_cfg: load_case(cfg, options.steps, ranks)
+
+    dealt = replace(lengths_config, balance="dealing")
+    dealt_cfg = replace(cfg, train=replace(even, stochastic_length=dealt))
+    yield BY_TIME, lambda: measured_load_case(dealt_cfg, options.steps, ranks)
     ranks.alone(lambda: shutil.rmtree(folder))
 
 
@@ -153,6 +160,29 @@ def load_case(cfg: RunConfig, steps: int, ranks: Ranks) -> dict[str, Any]:
     plan = step_plan(cfg)
     imbalance = count_imbalance(cfg, plan, ranks)
     return timed_training(cfg, plan, steps, ranks) | imbalance
+
+
+def measured_load_case(cfg: RunConfig, steps: int, ranks: Ranks) -> dict[str, Any]:
+    """The same, with loads that are the times of examples as measured here first, µs."""
+    times_us = measured_times(cfg, ranks)
+    by_time = replace(cfg.train.stochastic_length, load_times=tuple(times_us))
+    cfg = replace(cfg, train=replace(cfg.train, stochastic_length=by_time))
+    return load_case(cfg, steps, ranks) | {"load_times_us": times_us}
+
+
+def measured_times(cfg: RunConfig, ranks: Ranks) -> list[float]:
+    """The times of an example, of a token and of a token times the tokens on rank 0, µs."""
+
+    def measure() -> np.ndarray:
+        facts, times_ms = time_batches(cfg, loader_maps(cfg), *some_examples(cfg), TIMED_ROUNDS)
+        return 1000 * fit_times(facts, times_ms)[1:]
+
+    found = ranks.alone(measure)
+    shared = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    if found is not None:
+        shared += torch.from_numpy(found).to(ranks.device)
+    dist.broadcast(shared, 0)
+    return shared.tolist()
 
 
 def count_imbalance(cfg: RunConfig, plan: StepPlan, ranks: Ranks) -> dict[str, float]:

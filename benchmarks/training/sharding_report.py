@@ -186,6 +186,19 @@ def times(found: dict[str, Any]) -> Iterator[str]:
             "the mean rank's, counted over 200 steps."
         )
         yield load_table(loads)
+        yield from measured_time(loads)
+
+
+def measured_time(loads: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The times that loads were dealt by, where they were measured."""
+    for case in loads.values():
+        if "load_times_us" in case:
+            once, each, squared = case["load_times_us"]
+            yield (
+                "Measured before (`train.stochastic_length.load_times`): "
+                f"{once:.3g} µs an example, {each:.3g} µs a token, "
+                f"{squared:.3g} µs a token times the tokens."
+            )
 
 
 def load_table(loads: dict[str, dict[str, Any]]) -> str:
