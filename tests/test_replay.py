@@ -1,11 +1,12 @@
 """Past requests as they are sent again: the server's own code answers in the same process here."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeline.config import RunConfig, ServeConfig
+from pipeline.config import ColumnReading, RunConfig, ServeConfig
 from pipeline.model.artifact import load_model
 from serve_app import replay
 from serve_app.columns import RankColumns
@@ -87,3 +88,9 @@ def test_the_demo_asks_for_what_came_next_and_what_is_popular(
     assert items[: len(did)] == list(did)
     assert 0 < len(did) <= 6
     assert ranker.find_refusal(RankColumns.of(RankRequest.model_validate(body))) is None
+
+    # of a column of text the store has codes, which are shown to nobody
+    as_text = replace(cfg.source, columns={"tab": ColumnReading(column="tab", text=True)})
+    asked = replay.demo_request(replace(cfg, source=as_text)).body["request_features"]
+    assert "tab" in body["request_features"]
+    assert "tab" not in asked
