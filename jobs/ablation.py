@@ -98,7 +98,8 @@ def train_and_evaluate(
     variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
     model_dir = trainer.fit_model(variant, run)
     metrics = evaluator.evaluate_model(variant, model_dir, [split])
-    tracker.log_evaluation(model_dir, metrics, evaluator.evaluation_folder(variant))
+    folder = evaluator.evaluation_folder(variant.run_dir, variant.evaluate)
+    tracker.log_evaluation(model_dir, metrics, folder)
 
     text = (variant.train_dir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]

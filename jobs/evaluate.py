@@ -48,7 +48,7 @@ def run_job(job: cli.Job) -> None:
         metrics = evaluator.evaluate_model(cfg, model_dir, options.splits, options.name)
     if not options.no_tracking and tracking.is_tracked(model_dir):
         name = evaluator.evaluation_name(cfg.evaluate, options.name)
-        folder = evaluator.evaluation_folder(cfg, options.name)
+        folder = evaluator.evaluation_folder(cfg.run_dir, cfg.evaluate, options.name)
         with tracking.session(cfg) as tracker:
             tracker.log_evaluation(model_dir, metrics, folder, name)
 

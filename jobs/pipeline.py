@@ -253,7 +253,8 @@ def train_and_register(
 
         print_stage(4, "evaluation on validation and test")
         metrics = evaluator.evaluate_model(cfg, model_dir)
-        tracker.log_evaluation(model_dir, metrics, evaluator.evaluation_folder(cfg))
+        folder = evaluator.evaluation_folder(cfg.run_dir, cfg.evaluate)
+        tracker.log_evaluation(model_dir, metrics, folder)
 
         print_stage(5, "registry and gate")
         version = tracker.register_trained()
@@ -356,7 +357,8 @@ def compare(
         with tracker.start_run(baseline, manifest) as run:
             model = trainer.fit_model(baseline, run, restart=anew)
             found = evaluator.evaluate_model(baseline, model)
-            tracker.log_evaluation(model, found, evaluator.evaluation_folder(baseline))
+            folder = evaluator.evaluation_folder(baseline.run_dir, baseline.evaluate)
+            tracker.log_evaluation(model, found, folder)
 
     comparison = comparison_page.compare_runs(cfg, names, scored[0], SAMPLES, with_item_rate=True)
     print(comparison_page.console_table(comparison))

@@ -49,7 +49,7 @@ def run_job(job: cli.Job) -> None:
         print(f"page={page.write_study(own.run_dir, figures)}")
         return
 
-    running.check_room(base)
+    running.check_room(base.ray, base.train)
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
         if job.options.restart:
@@ -89,7 +89,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline.study import opening, running
 
     opening.check_study(job.cfg, points)
-    running.check_room(job.cfg)
+    running.check_room(job.cfg.ray, job.cfg.train)
     return {
         "points": [point.trial.name for point in points],
         "writes": str(plans.study_config(job.cfg).run_dir),

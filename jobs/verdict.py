@@ -34,7 +34,7 @@ def run_job(job: cli.Job) -> None:
     version = find_canary(cfg.serve.canary, job.options.canary)
     cli.require_task(cfg.tasks, task)
 
-    verdict = judge_canary(cfg, version, job.options.max_slower)
+    verdict = judge_canary(cfg.serve, cfg.tasks, cfg.run_dir, version, job.options.max_slower)
     print("\n".join(verdict_lines(verdict)))
 
     with tracking.session(cfg) as tracker:

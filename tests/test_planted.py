@@ -63,7 +63,7 @@ def score(cfg: RunConfig, log: pd.DataFrame, newest: int | None) -> np.ndarray:
 
 def test_the_same_seed_gives_the_same_logs(planted: RunConfig, tmp_path: Path) -> None:
     log = read_log(planted)
-    assert reachable_task(planted) == planted.tasks[0]
+    assert reachable_task(planted.source, planted.tasks) == planted.tasks[0]
     again, other = (
         replace(planted, runs_dir=str(tmp_path), name=f"seed{n}", seed=n) for n in (0, 1)
     )
@@ -111,7 +111,7 @@ def test_scores_stand_in_the_log_and_are_found_by_their_rows(planted: RunConfig)
     written = log[f"best.{planted.tasks[0]}"].to_numpy()
     np.testing.assert_allclose(score(planted, log, None), written, rtol=1e-9)
 
-    reachable = Reachable(planted, planted.log_dir)
+    reachable = Reachable(planted.source.synthetic, planted.log_dir)
     wanted = pq.read_table(planted.log_dir / "log").take(np.arange(0, len(log), 7)[::-1])
     np.testing.assert_allclose(
         reachable.scores(wanted), wanted[f"best.{planted.tasks[0]}"].to_numpy(), rtol=1e-9

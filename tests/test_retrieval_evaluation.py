@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.batches.features import fit_features
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig
 from pipeline.evaluate import evaluator, item_knn, parts, retrieval, spread
 from pipeline.evaluate.item_knn import ItemKNN
@@ -134,7 +135,8 @@ def test_item_knn_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch, most_it
                 place = np.searchsorted(loaded.maps.item_ids, row["item_id"][number])
                 takers[int(place)].add(row["user_id"])
 
-    knn = ItemKNN.fit(cfg, cfg, loaded.maps)
+    stored, end_ms = StoredUsers.of_run(cfg), cfg.split.train_end_ms
+    knn = ItemKNN.fit(stored, cfg.positive_bits, end_ms, loaded.maps)
     assert (knn.cosines is None) == (most_items == 0)
     users, asked = asked_users(cfg, loaded, "val", 0)
     scores = knn.scores(users, asked.examples, loaded.maps)

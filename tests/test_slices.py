@@ -127,7 +127,7 @@ def test_an_evaluation_goes_into_the_run_that_trained_the_model(
     save_model(tmp_path / "model", loaded.model, loaded.cfg, loaded.maps, made_by)
 
     metrics = evaluator.read_metrics(cfg.model_dir)
-    folder = evaluator.evaluation_folder(cfg)
+    folder = evaluator.evaluation_folder(cfg.run_dir, cfg.evaluate)
     assert tracker.log_evaluation(tmp_path / "model", metrics, folder) == run.run_id
     assert tracker.log_evaluation(tmp_path / "model", {"val/ne/is_click": 2.0}, folder, "other")
 

@@ -185,4 +185,4 @@ def test_a_version_on_trial_is_promoted_by_clicks_and_then_by_the_gate(
         assert decision.reason.endswith("version 3 is not (yet) better at is_click")
 
     with pytest.raises(UserError, match="no answers of the canary 4"):
-        turn.judge_canary(cfg, 4, 0.5)
+        turn.judge_canary(cfg.serve, cfg.tasks, cfg.run_dir, 4, 0.5)

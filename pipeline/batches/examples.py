@@ -21,7 +21,7 @@ from pipeline.batches.events import (
     request_gaps,
     row_gaps,
 )
-from pipeline.batches.features import FeatureMaps, label_counts, positive_bits
+from pipeline.batches.features import FeatureMaps, label_counts
 from pipeline.batches.negatives import (
     Candidates,
     negative_labels,
@@ -411,7 +411,7 @@ def example_batch(
         order_only_weight = train.history_label_weight
         labels, weight = candidate_labels(events, candidates, cfg.task_bits, order_only_weight)
         if cfg.retrieval.enabled:
-            bits = positive_bits(cfg.source.actions, cfg.retrieval.positives)
+            bits = cfg.positive_bits
             following = _next_items(users, examples, maps, bits, order_only_weight, left)
         if not cfg.tasks:  # nothing to score: no candidates
             none = np.zeros(len(examples), np.int64)

@@ -300,7 +300,7 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
         look = partial(
             _count_next_items,
             maps=maps,
-            bits=positive_bits(cfg.source.actions, cfg.retrieval.positives),
+            bits=cfg.positive_bits,
             end_ms=cfg.split.train_end_ms,
             timed_only=cfg.train.history_label_weight == 0,
         )
@@ -351,11 +351,6 @@ def _count_next_items(
         chosen &= ~arrow_lists.flat_column(table, "order_only")
     rows = maps.item_rows(arrow_lists.flat_column(table, "item_id")[chosen])
     return np.bincount(rows, minlength=len(maps.item_ids) + 1)
-
-
-def positive_bits(actions: Sequence[str], positives: Sequence[str]) -> int:
-    """The bits of `retrieval.positives` in an action mask; 0 for every event."""
-    return sum(1 << actions.index(action) for action in set(positives))
 
 
 def positive_rows(action_mask: np.ndarray, known_mask: np.ndarray, bits: int) -> np.ndarray:

@@ -101,6 +101,12 @@ class RunConfig:
         return tuple(self.source.actions.index(task) for task in self.tasks)
 
     @property
+    def positive_bits(self) -> int:
+        """The bits of `retrieval.positives` in an action mask; 0 for every event."""
+        actions = self.source.actions
+        return sum(1 << actions.index(action) for action in set(self.retrieval.positives))
+
+    @property
     def inputs(self) -> InputConfig:
         """What batches are made by."""
         return InputConfig(

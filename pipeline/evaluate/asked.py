@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.batches.counts import search_sorted
 from pipeline.batches.events import offsets_of, ranges
 from pipeline.batches.examples import Examples, UserEvents
-from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
-from pipeline.config import EvaluateConfig, RunConfig
+from pipeline.batches.features import FeatureMaps, positive_rows
+from pipeline.config import EvaluateConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,13 @@ def asked_items(
     users: UserEvents,
     period: tuple[int, int],
     cfg: EvaluateConfig,
-    model: RunConfig,
+    bits: int,
     maps: FeatureMaps,
 ) -> Asked:
-    """Those of the users who took an item in the period, [from, to) in ms UTC, and the items."""
-    bits = positive_bits(model.source.actions, model.retrieval.positives)
+    """Those of the users who took an item in the period, [from, to) in ms UTC, and the items.
+
+    `bits` are those of the events that count, `RunConfig.positive_bits` of the model.
+    """
     taken = taken_rows(users, *period, bits)
     if cfg.retrieval_protocol == "global_time":
         asked = all_of_period(users, taken, period[0], maps)

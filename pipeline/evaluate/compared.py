@@ -54,4 +54,4 @@ def evaluate_missing(
         trained = config.from_dict(json.loads((folder / "model" / "config.json").read_text()))
         own = replace(trained, runs_dir=runs_dir, evaluate=settings)
         metrics = evaluator.evaluate_model(own, own.model_dir)
-        tell(own.model_dir, metrics, evaluator.evaluation_folder(own))
+        tell(own.model_dir, metrics, evaluator.evaluation_folder(own.run_dir, settings))

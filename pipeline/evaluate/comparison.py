@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.batches.examples import user_events
-from pipeline.config import RunConfig, UserError
+from pipeline.batches.stored import StoredUsers
+from pipeline.config import SplitConfig, UserError
 from pipeline.evaluate.item_rates import ItemCounts, count_items, item_logits, merge_counts
 from pipeline.evaluate.metrics import auc, grouped_auc, log_loss, normalised_entropy
-from pipeline.sequences import store
 
 KEYS = ("user_id", "item_id", "event_time")
 METRICS = ("ne", "auc", "gauc")
@@ -129,17 +128,14 @@ def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
     )
 
 
-def item_rate_logits(cfg: RunConfig, rows: ScoredRows) -> np.ndarray:
+def item_rate_logits(stored: StoredUsers, split: SplitConfig, rows: ScoredRows) -> np.ndarray:
     """Log-odds of the item's smoothed rate in the training period, float64 [N, K]: the model that
     every other must beat.
     """
-    manifest = store.read_manifest(cfg.sequence_dir)
-    task_bits = [cfg.source.actions.index(task) for task in rows.tasks]
+    task_bits = [stored.source.actions.index(task) for task in rows.tasks]
     parts: list[ItemCounts] = []
-    for bucket in range(len(manifest.buckets)):
-        sequences = store.read_bucket(cfg.sequence_dir, manifest, bucket)
-        users = user_events(sequences, cfg.source, cfg.features)
-        parts.append(count_items(users, cfg.split, task_bits))
+    for users in stored.by_bucket():
+        parts.append(count_items(users, split, task_bits))
     return item_logits(merge_counts(parts), rows.item_id)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig, UserError, flatten
 from pipeline.evaluate.comparison import (
     LESS_IS_BETTER,
@@ -87,7 +88,7 @@ def compare_runs(
     facts = {name: read_facts(name, folder) for name, folder in folders.items()}
     rows = read_scores(folders, split)
     if with_item_rate:
-        rows.logits[ITEM_RATE] = item_rate_logits(cfg, rows)
+        rows.logits[ITEM_RATE] = item_rate_logits(StoredUsers.of_run(cfg), cfg.split, rows)
     return make_comparison(rows, facts, split, samples)
 
 

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.batches.examples import request_examples, user_events
+from pipeline.batches.examples import request_examples
 from pipeline.batches.loader import split_bounds
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import EvaluateConfig, RunConfig, SplitConfig, UserError
 from pipeline.evaluate import agreement, plots, slices
 from pipeline.evaluate.item_rates import ItemCounts, baseline_metrics, merge_counts
@@ -99,7 +100,7 @@ def evaluate_model(
     scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest, with_vectors=with_vectors)
     found = _splits_with_requests(scores)
 
-    folder = evaluation_folder(cfg, name)
+    folder = evaluation_folder(cfg.run_dir, cfg.evaluate, name)
     # files and plots are made here while retrieval is measured, by workers or a second core
     with ThreadPoolExecutor(max_workers=1) as beside:
         retrieval = beside.submit(
@@ -327,9 +328,9 @@ def evaluation_name(cfg: EvaluateConfig, name: str | None = None) -> str | None:
     return "/".join(parts) or None
 
 
-def evaluation_folder(cfg: RunConfig, name: str | None = None) -> Path:
+def evaluation_folder(run_dir: Path, cfg: EvaluateConfig, name: str | None = None) -> Path:
     """Where the files of an evaluation go: one by name, and samples, have folders of their own."""
-    return cfg.run_dir / "evaluation" / (evaluation_name(cfg.evaluate, name) or "")
+    return run_dir / "evaluation" / (evaluation_name(cfg, name) or "")
 
 
 def _report_splits(
@@ -488,19 +489,20 @@ def work_shares(work: Flops) -> dict[str, float]:
 
 def plan_evaluation(cfg: RunConfig) -> dict[str, object]:
     """What evaluation would read, for `--dry-run`."""
-    counts = {split: _count_split(cfg, split) for split in SPLITS}
+    stored, most = StoredUsers.of_run(cfg), cfg.examples.max_history
+    counts = {}
+    for split in SPLITS:
+        counts[split] = _count_requests(stored, split_bounds(cfg.split, split), most)
     return {"model": str(cfg.model_dir), "sequences": str(cfg.sequence_dir), **counts}
 
 
-def _count_split(cfg: RunConfig, split: str) -> dict[str, int]:
-    manifest = store.read_manifest(cfg.sequence_dir)
+def _count_requests(
+    stored: StoredUsers, period: tuple[int, int], max_history: int | None
+) -> dict[str, int]:
+    """Requests of a period, [from, to) in ms UTC, with their rows and tokens."""
     requests = rows = tokens = 0
-    for index in range(len(manifest.buckets)):
-        users = user_events(
-            store.read_bucket(cfg.sequence_dir, manifest, index), cfg.source, cfg.features
-        )
-        bounds = split_bounds(cfg.split, split)
-        examples = request_examples(users, *bounds, cfg.examples.max_history)
+    for users in stored.by_bucket():
+        examples = request_examples(users, *period, max_history)
         requests += len(examples)
         rows += int((examples.target_end - examples.target_begin).sum())
         tokens += int(examples.num_tokens.sum())

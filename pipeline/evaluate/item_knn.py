@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from pipeline.batches.events import ranges
-from pipeline.batches.examples import Examples, UserEvents, user_events
-from pipeline.batches.features import FeatureMaps, positive_bits, positive_rows
-from pipeline.config import RunConfig
+from pipeline.batches.examples import Examples, UserEvents
+from pipeline.batches.features import FeatureMaps, positive_rows
+from pipeline.batches.stored import StoredUsers
 from pipeline.evaluate.asked import different
-from pipeline.sequences import store
 
 # PyTorch multiplies two sparse matrices by way of a form that it calls beta
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
@@ -54,17 +53,13 @@ class ItemKNN:
             self.cosines = torch.sparse.mm(self.by_user.T, self.by_user).to_dense()
 
     @classmethod
-    def fit(cls, cfg: RunConfig, model: RunConfig, maps: FeatureMaps) -> "ItemKNN":
-        """Of the training period of the sequences of `cfg`, by what counts for the `model`."""
-        bits = positive_bits(model.source.actions, model.retrieval.positives)
-        manifest = store.read_manifest(cfg.sequence_dir)
+    def fit(cls, stored: StoredUsers, bits: int, end_ms: int, maps: FeatureMaps) -> "ItemKNN":
+        """Of the events that count by `bits` before `end_ms`, the end of the training period."""
         users, items, num_users = [], [], 0
-        for index in range(len(manifest.buckets)):
-            sequences = store.read_bucket(cfg.sequence_dir, manifest, index)
-            part = user_events(sequences, model.source, model.features)
+        for part in stored.by_bucket():
             events = part.events
             counts = positive_rows(events.action_mask, events.known_mask, bits)
-            rows = np.flatnonzero((part.request_time < model.split.train_end_ms) & counts)
+            rows = np.flatnonzero((part.request_time < end_ms) & counts)
             item = maps.item_rows(events.item_id[rows]) - 1
             users.append(part.row_user[rows][item >= 0] + num_users)
             items.append(item[item >= 0])

@@ -172,7 +172,7 @@ def score_users(
     histories: dict[str, Examples] = {}
     if with_vectors:
         for split, period in bounds.items():
-            asked = asked_items(users, period, cfg.evaluate, loaded.cfg, loaded.maps)
+            asked = asked_items(users, period, cfg.evaluate, loaded.cfg.positive_bits, loaded.maps)
             histories[split] = asked.examples
     scores, vectors = _score_periods(cfg, loaded, users, bounds, histories)
 

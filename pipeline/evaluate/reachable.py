@@ -2,35 +2,35 @@
 log-odds of each action, given the whole history or its newest rows.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import RunConfig
+from pipeline.config import SourceConfig, SyntheticConfig
 from pipeline.logs.imported import read_import_report
 from pipeline.logs.planted import best_log_odds, knows_best, planted_action, shown_rows
 
 KEYS = ["user_id", "item_id", "event_time"]
 
 
-def reachable_task(cfg: RunConfig) -> str | None:
+def reachable_task(source: SourceConfig, tasks: Sequence[str]) -> str | None:
     """The task whose best scores are known; None where the logs are no generated ones, nothing is
     planted in them, or the run has another task.
     """
-    source = cfg.source
     if source.kind != "synthetic" or not knows_best(source.synthetic):
         return None
     action = planted_action(source.synthetic)
-    return action if action in cfg.tasks else None
+    return action if action in tasks else None
 
 
 class Reachable:
-    """The imported logs at `log_dir`, and the best scores of their rows."""
+    """The imported logs at `log_dir`, which `cfg` generated, and the best scores of their rows."""
 
-    def __init__(self, cfg: RunConfig, log_dir: Path) -> None:
-        self.cfg = cfg.source.synthetic
+    def __init__(self, cfg: SyntheticConfig, log_dir: Path) -> None:
+        self.cfg = cfg
         files = [log_dir / name for name in read_import_report(log_dir).files]
         columns = [*KEYS, "tie_breaker", str(planted_action(self.cfg))]
         self.log = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches.examples import Examples, UserEvents, history_batch, user_events
+from pipeline.batches.examples import Examples, UserEvents, history_batch
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import split_bounds, token_batches
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig
 from pipeline.evaluate.asked import Asked, asked_items, seen_items
 from pipeline.evaluate.item_knn import ItemKNN
@@ -96,7 +97,9 @@ def evaluate_retrieval(
     kept = {split: read_baselines(cfg.sequence_dir, split, facts) for split in splits}
     knn = None
     if not all(kept.values()):
-        knn = ItemKNN.fit(cfg, loaded.cfg, maps)
+        own = loaded.cfg
+        stored = StoredUsers(cfg.sequence_dir, own.source, own.features)
+        knn = ItemKNN.fit(stored, own.positive_bits, own.split.train_end_ms, maps)
 
     parts = []
     for split in splits:
@@ -192,11 +195,11 @@ def asked_users(
     cfg: RunConfig, loaded: LoadedModel, split: str, bucket: int
 ) -> tuple[UserEvents, Asked]:
     """The users of a bucket of the store, and those of them who took an item in the period."""
-    own, manifest = loaded.cfg, store.read_manifest(cfg.sequence_dir)
-    sequences = store.read_bucket(cfg.sequence_dir, manifest, bucket)
-    users = user_events(sequences, own.source, own.features)
+    own = loaded.cfg
+    stored = StoredUsers(cfg.sequence_dir, own.source, own.features)
+    users = stored.read_bucket(stored.read_manifest(), bucket)
     period = split_bounds(cfg.split, split)
-    return users, asked_items(users, period, cfg.evaluate, own, loaded.maps)
+    return users, asked_items(users, period, cfg.evaluate, own.positive_bits, loaded.maps)
 
 
 def _user_chunks(asked: Asked, num_items: int, batch_tokens: int) -> Iterator[Asked]:

@@ -213,14 +213,14 @@ def _less_data(plan: StudyPlan, measured: Sequence[Measured]) -> dict[str, Any]:
 
 def _reachable(base: RunConfig, plan: StudyPlan, task: str) -> dict[str, Any] | None:
     """The best AUC and NE from histories of each length; None where nobody knows them."""
-    if reachable_task(base) != task:
+    if reachable_task(base.source, base.tasks) != task:
         return None
     source_run = Path(base.runs_dir).absolute() / (base.sequences.from_run or base.name)
     log_dir = source_run / "logs"
     if not log_dir.exists():
         return None
 
-    reachable = Reachable(base, log_dir)
+    reachable = Reachable(base.source.synthetic, log_dir)
     wanted, labels = reachable.rows_between(*split_bounds(base.split, plan.study.split))
     found = {}
     for length in (*plan.study.lengths, None):

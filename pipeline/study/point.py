@@ -138,7 +138,8 @@ def _score(cfg: RunConfig, split: str, task: str) -> PointScores:
     seconds = time.perf_counter() - begin
 
     manifest = store.read_manifest(cfg.sequence_dir)
-    path = evaluator.evaluation_folder(cfg) / "predictions" / f"{split}.parquet"
+    folder = evaluator.evaluation_folder(cfg.run_dir, cfg.evaluate)
+    path = folder / "predictions" / f"{split}.parquet"
     with staged_file(path) as stage:
         pq.write_table(name_rows(cfg.sequence_dir, manifest, found.predictions), stage)
 

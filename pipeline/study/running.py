@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig
+from pipeline.config import RayConfig, RunConfig, TrainConfig
 from pipeline.files import json_text, write_atomically
 from pipeline.search.trial import shares_features
 from pipeline.study.plan import Point, StudyPlan, plan_points, study_config, study_name
@@ -38,9 +38,9 @@ FILES = ("study.html", "figures.json", PREDICTIONS, "slopes.png", "laws.png", "f
 Told = Callable[[str], None]  # the name of a point that has come to its end
 
 
-def check_room(base: RunConfig) -> None:
+def check_room(ray: RayConfig, train: TrainConfig) -> None:
     """Raises UserError where this machine's Ray could not hold a point."""
-    refuse_impossible_size(base.ray, replace(base.train, num_workers=1))
+    refuse_impossible_size(ray, replace(train, num_workers=1))
 
 
 def forget_study(base: RunConfig) -> None:

@@ -4,9 +4,10 @@ served log, posted events → verdict → report/verdict.html, .json → gate �
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import ServeConfig, UserError
 from pipeline.files import write_atomically
 from pipeline.tracking import Decision, RowsAtHand, Tracker
 from serve_app.deployment import served_folder
@@ -19,24 +20,26 @@ from serve_app.schemas import Event
 COLUMNS = ("request_id", "unit", "served_at", "place", "version", "role", "ranker_ms", "failure")
 
 
-def judge_canary(cfg: RunConfig, version: int, max_slower: float) -> Verdict:
+def judge_canary(
+    serve: ServeConfig, tasks: Sequence[str], run_dir: Path, version: int, max_slower: float
+) -> Verdict:
     """The verdict on a version from all that the run's server has kept; writes it into `report/`.
 
     Raises:
         UserError: the served log has no answers of this version beside the champion's.
     """
-    folder = served_folder(cfg.serve, cfg.run_dir)
-    trial, share = cfg.serve.canary, None
+    folder = served_folder(serve, run_dir)
+    trial, share = serve.canary, None
     if trial is not None and trial.version == version:
         share = trial.share
 
     served = read_served(folder, COLUMNS)
-    posted = posted_events(open_events(cfg.serve, cfg.run_dir / "serving"))
-    verdict = judge_trial(served, posted, cfg.tasks, version, max_slower, share)
+    posted = posted_events(open_events(serve, run_dir / "serving"))
+    verdict = judge_trial(served, posted, tasks, version, max_slower, share)
     if verdict is None:
         raise UserError(f"{folder} has no answers of the canary {version} beside the champion's")
 
-    report = cfg.run_dir / "report"
+    report = run_dir / "report"
     write_atomically(report / "verdict.json", json.dumps(verdict.as_figures()))
     write_atomically(report / "verdict.html", render_page(verdict))
     return verdict

@@ -128,7 +128,7 @@ def try_version(
     simulate_days(cfg, url, start_ms, 1, visits)
     export_answers(cfg)  # for the next turn
 
-    verdict = judge_canary(cfg, version, MAX_SLOWER)
+    verdict = judge_canary(cfg.serve, cfg.tasks, cfg.run_dir, version, MAX_SLOWER)
     print("\n".join(verdict_lines(verdict)))
     log_verdict(tracker, verdict)
     return promote_canary(tracker, verdict, task, rows)
