@@ -233,7 +233,7 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
         moved = {name: x.clone().to(device, non_blocking=True) for name, x in columns.items()}
         return trainee.step(replace(batches[i % 2], **moved), i, 1000)
 
-    if length == max(options.lengths):
+    if options.transfers and length == max(options.lengths):
         found["train_from_buffer_ms"] = median_ms(train_from_buffer, device, options.repeats)
         found["train_from_columns_ms"] = median_ms(train_from_columns, device, options.repeats)
     # as the server holds it: frozen, so that weights are cast once
@@ -388,6 +388,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128, help="of a head")
     parser.add_argument("--repeats", type=int, default=3, help="calls of a series, of which 3")
+    parser.add_argument(
+        "--transfers", action="store_true", help="also steps whose batch is still on the host"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "model_h200.json")
     parser.add_argument(
