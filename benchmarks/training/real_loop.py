@@ -45,6 +45,7 @@ FORMS = {"bf16": {}, "FP8": {"fp8": True}}
 # settings of `train`
 WAYS: dict[str, dict[str, Any]] = {
     "dealt, graphs": {"balance": "dealing", "cuda_graphs": "auto", "graph_sizes": 32},
+    "dealt, fine graphs": {"balance": "dealing", "cuda_graphs": "auto", "graph_sizes": 128},
     "dealt, launched": {"balance": "dealing", "cuda_graphs": "off"},
     "as they come, graphs": {"balance": "none", "cuda_graphs": "auto"},
     "as they come, launched": {"balance": "none", "cuda_graphs": "off"},
@@ -217,8 +218,8 @@ def section(*runs: Figures) -> str:
 the lines of the run's second half, of {LOG_EVERY} steps each, and their mean; kernels: their time
 alone for as many tokens, in steps launched one by one over batches on the device that were not
 filled up; device busy: the same of replayed steps, filled up. Steps are dealt
-(`train.stochastic_length.balance`), with 32 sizes of batches to an octave, or come as the shuffled
-examples do, with 16. Filling: share of the tokens that only fill batches up; graphs: CUDA graphs
+(`train.stochastic_length.balance`), with 32 sizes of batches to an octave (fine: 128), or come as
+the shuffled examples do, with 16. Filling: share of the tokens that only fill batches up; graphs: CUDA graphs
 that were recorded, in the second half; steps replayed: of those of the second half; compiled late:
 Triton kernels in the second half; of: steps of the run.{counted_text(*runs)}
 
