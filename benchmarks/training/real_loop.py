@@ -219,9 +219,9 @@ the lines of the run's second half, of {LOG_EVERY} steps each, and their mean; k
 alone for as many tokens, in steps launched one by one over batches on the device that were not
 filled up; device busy: the same of replayed steps, filled up. Steps are dealt
 (`train.stochastic_length.balance`), with 32 sizes of batches to an octave (fine: 128), or come as
-the shuffled examples do, with 16. Filling: share of the tokens that only fill batches up; graphs: CUDA graphs
-that were recorded, in the second half; steps replayed: of those of the second half; compiled late:
-Triton kernels in the second half; of: steps of the run.{counted_text(*runs)}
+the shuffled examples do, with 16. Filling: share of the tokens that only fill batches up; graphs:
+CUDA graphs that were recorded, in the second half; steps replayed: of those of the second half;
+compiled late: Triton kernels in the second half; of: steps of the run.{counted_text(*runs)}
 
 {table(header, rows)}"""
 
