@@ -6,7 +6,13 @@ import torch
 
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, resident_bytes
-from serve_app.ranking.history_pages import PAGE_BYTES, HistoryPages, PagedHistory, count_pages
+from serve_app.ranking.history_pages import (
+    PAGE_BYTES,
+    PART_PAGES,
+    HistoryPages,
+    PagedHistory,
+    count_pages,
+)
 
 
 def random_history(lengths: list[int], dtype: torch.dtype = torch.float32) -> HistoryCache:
@@ -58,6 +64,14 @@ def test_what_was_read_outlives_its_pages() -> None:
     pages.release(kept)
     assert written(pages, second).pages.tolist() == kept.pages.tolist()
     assert_equal(found, first)
+
+
+def test_a_history_of_several_parts_is_read_as_it_was_written() -> None:
+    torch.manual_seed(1)
+    history = random_history([3 * PART_PAGES * PAGE_BYTES // 60 + 1, 5, 5000])
+    pages = HistoryPages(2**23)
+    assert count_pages(history) > 5 * PART_PAGES
+    assert_equal(pages.read(written(pages, history)), history)
 
 
 def test_an_empty_history_takes_no_page() -> None:

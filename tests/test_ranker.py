@@ -338,6 +338,38 @@ def test_of_a_long_history_the_newest_entry_alone_is_kept(fresh: Ranker, long_hi
     assert hits_and_misses(fresh) == (before[0] + 3, before[1])
 
 
+def test_a_long_history_that_loses_its_oldest_rows_is_not_encoded_whole(fresh: Ranker) -> None:
+    """As that of a user who has as many events as are read, with every event more."""
+    fresh.limits = replace(fresh.limits, long_history=10)
+    rows = [{"item_id": i % 7, "event_time": NOW - 9000 + 10 * i} for i in range(40)]
+    ended = [(0, 20), (1, 21), (4, 25), (5, 25)]
+    requests = [ask(2, history=rows[b:e], first_position=b) for b, e in ended]
+    moved = [as_array(fresh, [request]) for request in requests]
+    stats = fresh.cache_stats()
+    assert (stats["history_cache_misses"], stats["history_cache_appends"]) == (4, 3)
+    assert stats["history_cache_entries"] == 1
+
+    def assert_encoded_whole(request: RankRequest) -> np.ndarray:
+        before = fresh.cache_stats()["history_cache_appends"]
+        scores = as_array(fresh, [request])
+        assert fresh.cache_stats()["history_cache_appends"] == before
+        return scores
+
+    # another row among those that stayed, rows of another user, and nothing that is left of it
+    changed = [*rows[6:15], {**rows[15], "item_id": 5}, *rows[16:26]]
+    assert_encoded_whole(ask(2, history=changed, first_position=6))
+    assert_encoded_whole(ask(4, history=rows[7:27], first_position=7))
+    assert_encoded_whole(ask(2, history=rows[27:38], first_position=27))
+
+    for request, expected in zip(requests, moved, strict=True):
+        fresh.caches = HistoryCaches(CacheBudget.of_mb(fresh.limits.cache_mb))
+        np.testing.assert_allclose(assert_encoded_whole(request), expected, atol=1e-6)
+
+    # what is counted is given back
+    fresh.caches.close()
+    assert fresh.caches.budget.num_bytes == 0
+
+
 def test_a_beginning_goes_with_its_entries() -> None:
     offsets = torch.tensor([0, 1])
     layer = LayerCache(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), offsets)

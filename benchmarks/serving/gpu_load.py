@@ -198,7 +198,7 @@ def plain_trial(trial: Trial) -> dict[str, Any]:
 
 
 def measure(url: str, asker: Asker, out: Path, run: dict[str, Any]) -> None:
-    """Warm, then cold; what is known is written after each."""
+    """Warm, then cold; what is known is written after each trial."""
     json_type = {"content-type": "application/json"}
     with httpx.Client(base_url=url, headers=json_type, timeout=120) as client:
         run["largest_difference"] = _compare_cold_and_warm(client, asker)
@@ -209,12 +209,18 @@ def measure(url: str, asker: Asker, out: Path, run: dict[str, Any]) -> None:
     for name, body in bodies.items():
         print(f"{name}; first to warm up", flush=True)
         try_rate(url, body, WARM_UP_RATE, WARM_UP_S)
-        trials = find_highest_rate(lambda rate, body=body: try_rate(url, body, rate, TRIAL_S))
-        best = best_of(trials)
-        figures: dict[str, Any] = {"trials": [plain_trial(trial) for trial in trials]}
+        figures: dict[str, Any] = {"trials": []}
+        run[name] = figures
+
+        def ask(rate: float, body=body, figures=figures) -> Trial:
+            trial = try_rate(url, body, rate, TRIAL_S)
+            figures["trials"].append(plain_trial(trial))
+            write_run(out, run)
+            return trial
+
+        best = best_of(find_highest_rate(ask))
         if best is not None:
             figures["again"] = plain_trial(try_rate(url, body, best.rate, LAST_TRIAL_S))
-        run[name] = figures
         write_run(out, run)
 
 

@@ -26,14 +26,8 @@ NOT_HASHED = ("offsets", "request", "outcomes", "dense")  # the two mappings are
 def history_key(history: Events, user_codes: np.ndarray) -> bytes:
     """Digest of one sequence: its rows in all columns, and its user's codes, [1, user columns]."""
     digest = hashlib.blake2b(user_codes.tobytes(), digest_size=16)
-
-    for field in fields(history):
-        if field.name not in NOT_HASHED:
-            digest.update(getattr(history, field.name).tobytes())
-
-    for columns in (history.request, history.outcomes):
-        for name in sorted(columns):
-            digest.update(columns[name].tobytes())
+    for column in _columns_of(history):
+        digest.update(column.tobytes())
     return digest.digest()
 
 
@@ -45,9 +39,40 @@ def beginning_key(history: Events, user_codes: np.ndarray) -> bytes:
     return history_key(first, user_codes)
 
 
-def resident_bytes(num_pages: int, num_layers: int) -> int:
-    """Memory that keeping an entry costs: its pages, whole, and its objects."""
-    return num_pages * PAGE_BYTES + ENTRY_BYTES + num_layers * LAYER_BYTES
+def shares_rows(before: Events, after: Events, num_dropped: int, front: int) -> bool:
+    """Tell whether one history is another that has lost its oldest `num_dropped` rows, and may have
+    new ones behind: all others are the same in every column. The first `front` need not be.
+
+        position   before 5 6 7 8      after 7 8 9      num_dropped = 2      7 and 8 are compared
+    """
+    num_both = len(before.position) - num_dropped
+    if not front <= num_both <= len(after.position):
+        return False
+
+    for old, new in zip(_columns_of(before), _columns_of(after), strict=True):
+        same = old[num_dropped + front :], new[front:num_both]
+        if not np.array_equal(*same, equal_nan=old.dtype.kind == "f"):
+            return False
+    return True
+
+
+def _columns_of(history: Events) -> list[np.ndarray]:
+    """The columns of the rows, those of the two mappings in the order of their names."""
+    columns = []
+    for field in fields(history):
+        if field.name not in NOT_HASHED:
+            columns.append(getattr(history, field.name))
+    for mapping in (history.request, history.outcomes):
+        columns += [mapping[name] for name in sorted(mapping)]
+    return columns
+
+
+def resident_bytes(num_pages: int, num_layers: int, rows: Events | None = None) -> int:
+    """Memory that keeping an entry costs: its pages, whole, its objects, and its history's rows
+    where these are kept.
+    """
+    kept = 0 if rows is None else sum(column.nbytes for column in _columns_of(rows))
+    return num_pages * PAGE_BYTES + ENTRY_BYTES + num_layers * LAYER_BYTES + kept
 
 
 class CacheBudget:
@@ -115,6 +140,15 @@ class HistoryCaches:
         """The newest entry of a history with this `beginning_key`: its key and its rows."""
         return self._newest.get(beginning)
 
+    def find_former(self, user: int) -> tuple[bytes, Events] | None:
+        """The key and the rows of the one entry that is kept of a user with a long history."""
+        with self.budget.lock:
+            key = self._only.get(user)
+            entry = None if key is None else self.budget.entries.get((self, key))
+            if key is None or entry is None or entry.rows is None:
+                return None
+            return key, entry.rows
+
     def read_entry(self, key: bytes) -> HistoryCache | None:
         """A copy of the entry, now the most recently used, None where there is none; counts
         nothing.
@@ -141,6 +175,7 @@ class HistoryCaches:
         beginning: bytes = b"",
         num_rows: int = 0,
         only_of: int | None = None,
+        rows: Events | None = None,
     ) -> None:
         """Keep a copy of `entry` unless it alone is more than there is room for.
 
@@ -149,9 +184,10 @@ class HistoryCaches:
         Args:
             only_of: a user of whom the entry takes the former one's place: with every event of
                 theirs a long history would push as much of others' out.
+            rows: of that user's history, by which `find_former` tells what the next one shares.
         """
         budget = self.budget
-        size = resident_bytes(count_pages(entry), len(entry.layers))
+        size = resident_bytes(count_pages(entry), len(entry.layers), rows)
         if size > budget.max_bytes:
             return
 
@@ -159,6 +195,7 @@ class HistoryCaches:
             if self._is_closed or (self, key) in budget.entries or not budget.make_room(size):
                 return
             kept = budget.pages.take(entry)
+            kept.rows = rows
             self._count_bytes(size)
         budget.pages.write(kept, entry)
 
@@ -199,7 +236,8 @@ class HistoryCaches:
         """Release the pages of an evicted entry that nobody reads."""
         if entry.is_evicted and entry.readers == 0:
             self.budget.pages.release(entry)
-            self._count_bytes(-resident_bytes(len(entry.pages), len(entry.layers)))
+            size = resident_bytes(len(entry.pages), len(entry.layers), entry.rows)
+            self._count_bytes(-size)
 
     def _count_bytes(self, num_bytes: int) -> None:
         self.budget.num_bytes += num_bytes

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 
 PAGE_BYTES = 4096
 WORD = torch.int64  # what is copied at a time: byte by byte it takes four times as long
 PAGE_WORDS = PAGE_BYTES // WORD.itemsize
 ALIGNED_BYTES = 64  # where each tensor begins within its history
+PART_PAGES = 128  # half a MiB, within a processor's own cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class PagedHistory:
     pages: np.ndarray  # int64
     readers: int = 0  # that copy it at this moment
     is_evicted: bool = False  # its pages are given back after the last of them
+    rows: Events | None = None  # that were encoded, of a user with a long history
 
     @property
     def num_bytes(self) -> int:
@@ -102,20 +105,36 @@ class HistoryPages:
         return PagedHistory(tuple(layers), taken)
 
     def write(self, history: PagedHistory, entry: HistoryCache) -> None:
-        """Copy `entry` into the pages that were taken for it."""
+        """Copy `entry` into the pages that were taken for it.
+
+        All its numbers one after another, then page by page. On a CPU in parts, so that a long
+        history needs no memory of its size besides.
+        """
         block = self._block
         assert block is not None
+        if len(history.pages) == 0:
+            return
 
-        # all numbers one after another, then page by page
-        num_bytes = len(history.pages) * PAGE_BYTES
-        flat = torch.empty(num_bytes, dtype=torch.uint8, device=block.device)
+        tensors: list[tuple[int, Tensor]] = []  # where each begins, and its bytes
         begin = 0
         for layer in entry.layers:
             for tensor in (layer.k_THD, layer.v_THV):
-                part = flat[begin : begin + tensor.nbytes].view(tensor.dtype)
-                part.view(tensor.shape).copy_(tensor)
+                tensors.append((begin, tensor.reshape(-1).view(torch.uint8)))
                 begin += _aligned(tensor.nbytes)
-        block.index_copy_(0, self._index(history.pages), flat.view(WORD).view(-1, PAGE_WORDS))
+
+        num_bytes = len(history.pages) * PAGE_BYTES
+        part_bytes = num_bytes if block.is_cuda else min(num_bytes, PART_PAGES * PAGE_BYTES)
+        part = torch.empty(part_bytes, dtype=torch.uint8, device=block.device)
+        for first in range(0, num_bytes, part_bytes):
+            last = min(first + part_bytes, num_bytes)
+            for begin, numbers in tensors:
+                low, high = max(begin, first), min(begin + len(numbers), last)
+                if low < high:
+                    part[low - first : high - first].copy_(numbers[low - begin : high - begin])
+
+            pages = history.pages[first // PAGE_BYTES : last // PAGE_BYTES]
+            filled = part[: last - first].view(WORD).view(-1, PAGE_WORDS)
+            block.index_copy_(0, self._index(pages), filled)
 
     def read(self, history: PagedHistory) -> HistoryCache:
         """A copy of what was written, which outlives the pages."""

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from pipeline.batches.events import Events, concatenate
 from pipeline.config import ServeConfig, UserError
 from pipeline.index.folder import LoadedIndex
 from pipeline.model.artifact import LoadedModel
-from pipeline.model.inference.appending import append_history, first_changed_row
+from pipeline.model.inference.appending import ChangedRows, append_history, changed_rows
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
 from pipeline.model.inference.cuda_graph import GraphedScorer
 from pipeline.model.inference.graphed_model import GraphedModel
@@ -44,6 +44,7 @@ from serve_app.ranking.history_cache import (
     HistoryCaches,
     beginning_key,
     history_key,
+    shares_rows,
 )
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
@@ -91,6 +92,16 @@ class PreparedRequest:
     @property
     def num_tokens(self) -> int:
         return self.history_length + len(self.request)
+
+
+@dataclass(frozen=True, slots=True)
+class FormerHistory:
+    """An entry of the cache that a history goes on from."""
+
+    key: bytes
+    num_rows: int  # of the entry
+    num_dropped: int  # of these, that have left
+    changed: ChangedRows
 
 
 class Ranker:
@@ -468,7 +479,8 @@ class Ranker:
             i = missing[key]
             num_rows = int(past.lengths[i])
             only_of = self.only_entry_of(int(users[i]), num_rows)
-            self.caches.keep_entry(key, cache, beginnings[key], num_rows, only_of)
+            rows = None if only_of is None else self._one_history(past, users, i)[0]
+            self.caches.keep_entry(key, cache, beginnings[key], num_rows, only_of, rows)
 
         kept_of_each = [encoded[key] for key in keys]
         return self._score_encoded(past, targets, users, kept_of_each, self.score_candidates)
@@ -545,42 +557,76 @@ class Ranker:
         missing: dict[bytes, int],
         beginnings: dict[bytes, bytes],
     ) -> dict[bytes, HistoryCache]:
-        """Encoded histories of those of `missing` that are an entry's rows and new ones: only what
-        the new ones change is encoded. On a CPU.
+        """Encoded histories of those of `missing` that are an entry's rows and new ones, without
+        its oldest perhaps: only what that changes is encoded. On a CPU.
         """
         appended: dict[bytes, HistoryCache] = {}
-        model = self.cfg.model
-        if self.device.type != "cpu" or model.attention_backend not in ("auto", "torch"):
+        if self.device.type != "cpu" or self.cfg.model.attention_backend not in ("auto", "torch"):
             return appended
 
         for key, i in missing.items():
-            found = self.caches.find_beginning(beginnings[key])
-            if found is None:
-                continue
-            kept_key, num_cached = found
             history, codes = self._one_history(past, users, i)
+            former = self._find_grown(history, codes, beginnings[key])
+            if former is None:
+                former = self._find_moved(history, int(users[i]))
+            kept = None if former is None else self.caches.read_entry(former.key)
+            if former is None or kept is None:
+                continue
+
+            # the rows to encode, as one sequence
+            front, first = former.changed.front, former.changed.first
             num_rows = len(history.item_id)
-            if num_cached >= num_rows:
-                continue
-
-            # the entry is of these very rows
-            begin, end = np.array([0]), np.array([num_rows])
-            if history_key(history.take(begin, np.array([num_cached])), codes) != kept_key:
-                continue
-            num_context = self.model.encoder.num_context
-            first = first_changed_row(model, num_context, num_cached, num_rows)
-            if first is None:
-                continue
-            kept = self.caches.read_entry(kept_key)
-            if kept is None:
-                continue
-
-            rows = history.take(np.array([first]), end)
-            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.inputs)
+            rows = history.take(np.array([0, first]), np.array([front, num_rows]))
+            rows = replace(rows, offsets=rows.offsets[[0, 2]])
+            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.cfg)
             with self.precision():
-                appended[key] = append_history(self.model, kept, batch, num_cached, num_rows)
+                appended[key] = append_history(
+                    *(self.model, kept, batch, former.num_rows, num_rows),
+                    front=front,
+                    num_dropped=former.num_dropped,
+                )
             self.caches.appends += 1
         return appended
+
+    def _find_grown(
+        self, history: Events, codes: np.ndarray, beginning: bytes
+    ) -> FormerHistory | None:
+        """The entry of the history as it was before its newest rows."""
+        found = self.caches.find_beginning(beginning)
+        num_rows = len(history.item_id)
+        if found is None or found[1] >= num_rows:
+            return None
+
+        # the entry is of these very rows
+        key, num_cached = found
+        if history_key(history.take(np.array([0]), np.array([num_cached])), codes) != key:
+            return None
+        changed = self._changed_rows(num_cached, num_rows)
+        return None if changed is None else FormerHistory(key, num_cached, 0, changed)
+
+    def _find_moved(self, history: Events, user_id: int) -> FormerHistory | None:
+        """The entry of a long history that has lost its oldest rows since."""
+        num_rows = len(history.item_id)
+        only_of = self.only_entry_of(user_id, num_rows)
+        found = None if only_of is None else self.caches.find_former(only_of)
+        if found is None:
+            return None
+
+        key, before = found
+        num_cached = len(before.position)
+        num_dropped = int(history.position[0] - before.position[0])
+        if not 0 < num_dropped < num_cached:
+            return None
+        changed = self._changed_rows(num_cached, num_rows, num_dropped)
+        if changed is None or not shares_rows(before, history, num_dropped, changed.front):
+            return None
+        return FormerHistory(key, num_cached, num_dropped, changed)
+
+    def _changed_rows(
+        self, num_cached: int, num_rows: int, num_dropped: int = 0
+    ) -> ChangedRows | None:
+        num_context = self.model.encoder.num_context
+        return changed_rows(self.cfg.model, num_context, num_cached, num_rows, num_dropped)
 
     def _encode(
         self, past: Events, users: np.ndarray, missing: dict[bytes, int]

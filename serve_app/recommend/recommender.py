@@ -227,7 +227,8 @@ class Recommender:
             cache, rows = encode_history_rows(ranker.model, batch)
             vector = self.head.user_vectors(rows).float()[0]
         only_of = ranker.only_entry_of(found.user_id, len(found.past.events.item_id))
-        ranker.caches.keep_entry(found.key, cache, only_of=only_of)
+        rows = None if only_of is None else found.past.events
+        ranker.caches.keep_entry(found.key, cache, only_of=only_of, rows=rows)
         return vector
 
     # Explanations ------------------------------------------------------------

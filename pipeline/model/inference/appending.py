@@ -14,6 +14,14 @@ Truncation moves with every new event too: later layers forget the oldest row. W
 layer follows, rows far back see less than they saw, and the history is encoded anew
 (`first_changed_row`). A mixture of channels and the GPU's kernels, which make every row of a layer,
 are too.
+
+A history that is as long as it may be loses its oldest row with each new one. Then rows of the band
+near its beginning see less than they saw, and so do those that saw these, layer by layer:
+
+    rows of the history      - o o o o o o o o | n       - has left
+    encoded anew               o o o       o o   n
+
+The rest is kept (`changed_rows`). A prefix of the oldest rows that all rows see would change all.
 """
 
 from dataclasses import dataclass
@@ -30,6 +38,47 @@ from pipeline.model.encoders.stu import STU
 from pipeline.model.encoders.ultra_hstu import UltraHSTU
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from pipeline.model.ranker import RankingModel
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedRows:
+    """The rows of a grown history that are encoded anew: its first `front`, and all from `first`
+    on.
+    """
+
+    front: int
+    first: int
+
+
+def changed_rows(
+    model: ModelConfig, num_context: int, num_cached: int, num_rows: int, num_dropped: int = 0
+) -> ChangedRows | None:
+    """The rows to encode when a history of `num_cached` rows loses its oldest `num_dropped`, and
+    becomes `num_rows` long with new ones; None where all of it must be.
+
+    window 2, full_rows 3, 3 layers, 12 rows of which one leaves, and two come:
+
+        before             0 1 2 3 4 5 6 7 8 9 a b
+        after                0 1 2 3 4 5 6 7 8 9 a b c
+        encoded anew         x x x x x       x x x x x      front 5, first 8
+
+    Layer by layer `window` more rows of the band learn that rows have left. The first row does by
+    itself: no row is before it any more. Rows that were full saw what has left.
+    """
+    if num_dropped == 0:
+        first = first_changed_row(model, num_context, num_cached, num_rows)
+        return None if first is None else ChangedRows(0, first)
+
+    mask = model.attention
+    truncated = model.truncate_after_layer
+    moves = truncated is not None and max(num_cached, num_rows) > model.truncate_to
+    moves_many = moves and truncated != model.num_layers - 1
+    if model.channels or moves_many or mask.window is None or mask.extra_prefix:
+        return None
+
+    front = (model.num_layers - 1) * mask.window + 1
+    first = num_cached - num_dropped - mask.full_rows
+    return ChangedRows(front, first) if front < first else None
 
 
 def first_changed_row(
@@ -64,18 +113,26 @@ def first_changed_row(
 
 
 def append_history(
-    model: RankingModel, cache: HistoryCache, batch: SequenceBatch, num_cached: int, num_rows: int
+    model: RankingModel,
+    cache: HistoryCache,
+    batch: SequenceBatch,
+    num_cached: int,
+    num_rows: int,
+    *,
+    front: int = 0,
+    num_dropped: int = 0,
 ) -> HistoryCache:
-    """The cache of one history of `num_rows` rows, whose first `num_cached` are in `cache`.
+    """The cache of one history of `num_rows` rows, of whose `num_cached` in `cache` the oldest
+    `num_dropped` have left.
 
-    `batch` holds its rows from `first_changed_row` on, without candidates. On a CPU, without
-    gradients.
+    `batch` holds the rows of `changed_rows`, `front` of them the oldest, without candidates. On a
+    CPU, without gradients.
     """
     assert isinstance(model.transducer, UltraHSTU)
     (stack,) = model.transducer.stacks
     layers = [layer for layer in stack.layers if isinstance(layer, STU)]
     x_TE = model.encoder.event_rows(batch)
-    num_known = num_rows - len(x_TE)  # rows whose keys and values are kept
+    num_known = num_rows - (len(x_TE) - front)  # rows before those that are new at the end
 
     kept: list[LayerCache] = []
     places: dict[int, _Places] = {}  # layers of one length share them
@@ -84,19 +141,24 @@ def append_history(
         truncated = stack.truncate_after_layer
         if truncated is not None and depth >= truncated:
             most = min(num_rows, stack.truncate_to)
-        x_TE = x_TE[-most:]
+
+        # of the oldest rows those that the layer still has
+        front_here = max(0, front - (num_rows - most))
+        x_TE = x_TE[front - front_here :][-most:]
+        front = front_here
 
         before = cache.layers[depth]
         if most not in places:
             first_row = num_cached - (len(before.k_THD) - stack.num_context)  # that it has
+            end = num_known + num_dropped - first_row
             places[most] = _find_places(
-                stack.num_context, num_known - first_row, most - len(x_TE), len(x_TE)
+                stack.num_context, end, most - len(x_TE), front, len(x_TE) - front
             )
         where = places[most]
 
         u, q, k, v = layer.project(x_TE)
-        keys = torch.cat([before.k_THD[where.kept], k])
-        values = torch.cat([before.v_THV[where.kept], v])
+        keys = where.put_together(before.k_THD, k)
+        values = where.put_together(before.v_THV, v)
         kept.append(LayerCache(keys, values, where.sequence.seq_offsets))
 
         if depth < len(layers) - 1:
@@ -113,24 +175,39 @@ def append_history(
 class _Places:
     """Where rows of a layer come from and lie."""
 
-    kept: Tensor  # int64, places in the layer's cache
-    rows: QueryRows  # those encoded anew, behind the kept ones
+    num_context: int
+    front: int
+    begin: int  # of the kept rows in the layer's cache
+    end: int
+    rows: QueryRows  # those encoded anew
     sequence: Sequences
 
+    def put_together(self, before: Tensor, anew: Tensor) -> Tensor:
+        """The layer's rows in their order, from those before and those encoded anew."""
+        context, middle = before[: self.num_context], before[self.begin : self.end]
+        return torch.cat([context, anew[: self.front], middle, anew[self.front :]])
 
-def _find_places(num_context: int, num_known: int, num_kept: int, num_anew: int) -> _Places:
-    """A layer's context, the newest `num_kept` of the first `num_known` rows in its cache, and
-    `num_anew` rows behind them.
 
-    2 context tokens, 5 known rows of which 3 are kept, 2 rows anew:
+def _find_places(
+    num_context: int, num_known: int, num_kept: int, front: int, num_behind: int
+) -> _Places:
+    """A layer's context, `front` rows anew, the newest `num_kept` of the first `num_known` rows in
+    its cache, and `num_behind` rows anew.
 
-        cache    c c 0 1 2 3 4 5      kept   0 1 4 5 6
-        result   c c 2 3 4 a a        rows   5 6
+    2 context tokens, 5 known rows of which 3 are kept, 1 row anew before them and 2 behind:
+
+        cache    c c 0 1 2 3 4 5      begin, end   4 7
+        result   c c a 2 3 4 a a      rows         2 6 7
     """
-    begin = num_context + num_known - num_kept
-    kept = torch.cat([torch.arange(num_context), torch.arange(begin, begin + num_kept)])
-    length = len(kept) + num_anew
+    end = num_context + num_known
+    begin = end - num_kept
 
-    rows = QueryRows(torch.arange(len(kept), length), torch.tensor([0, num_anew]))
+    num_before = num_context + front
+    length = num_before + num_kept + num_behind
+    at_front = torch.arange(num_context, num_before)
+    behind = torch.arange(num_before + num_kept, length)
+    rows = QueryRows(torch.cat([at_front, behind]), torch.tensor([0, front + num_behind]))
+
     no_targets = torch.zeros(1, dtype=torch.int32)
-    return _Places(kept, rows, Sequences(torch.tensor([0, length]), length, no_targets))
+    sequence = Sequences(torch.tensor([0, length]), length, no_targets)
+    return _Places(num_context, front, begin, end, rows, sequence)
