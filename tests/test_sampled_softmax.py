@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.sampled_softmax import torch_chunked, triton_launch
+from kernels.sampled_softmax import half_launch, torch_chunked, triton_launch
 from kernels.sampled_softmax.op import SampledSoftmax, draw_negatives, sampled_softmax
 from kernels.sampled_softmax.reference import normalise
 from tests.support.accuracy import assert_as_accurate
@@ -28,6 +28,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_chunked, "CHUNK", 300)
     monkeypatch.setattr(triton_launch, "TILE", 32)
     monkeypatch.setattr(triton_launch, "LONGEST_PART", 50)
+    monkeypatch.setattr(half_launch, "TILE", 32)
+    monkeypatch.setattr(half_launch, "LONGEST_PART", 50)
     # new tensors start as NaN, so that what is not written shows
     torch.use_deterministic_algorithms(True)
     yield
@@ -80,9 +82,39 @@ def test_loss_and_gradients(name: str, rated: bool) -> None:
         assert_as_accurate(fast, plain, truth, num_terms=negatives.numel() + len(positives))
 
 
+# the largest key of 16 bits, and so which keys 13 items have
+KEYS = {"one item a key": 13, "two items a key": 7, "keys of 32 bits": 5}
+
+
+@pytest.mark.parametrize("rated", [False, True])
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("name", CASES)
+def test_in_float16(monkeypatch: pytest.MonkeyPatch, name: str, keys: str, rated: bool) -> None:
+    """Vectors of length 1 that float16 holds exactly: scores are exact, and shares have 11 bits."""
+    monkeypatch.setattr(half_launch, "SHORT_KEYS", KEYS[keys])
+    _, items, positives, negatives, weights = make_case(name)
+    generator = torch.Generator().manual_seed(2)
+    users, items = (
+        torch.randint(2, (count, 4), generator=generator).float() - 0.5
+        for count in (len(positives), len(items))
+    )
+    rest = positives, negatives, weights
+    rates = torch.linspace(-3, 5, len(items)) if rated else None
+    wide = None if rates is None else rates.double()
+
+    truth = loss_and_grads("reference", users.double(), items.double(), *rest, log_rates=wide)
+    fast, again = (
+        loss_and_grads(half_launch, users, items, *rest, log_rates=rates) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))
+    torch.testing.assert_close(fast[0].double(), truth[0], rtol=1e-5, atol=1e-6)
+    for got, expected in zip(fast[1:], truth[1:], strict=True):
+        assert (got - expected).norm() <= 2**-10 * expected.norm() + 1e-9
+
+
 def test_no_positions() -> None:
     users, items, positives, negatives, _ = make_case("no positions")
-    for form in (torch_chunked, triton_launch):
+    for form in (torch_chunked, triton_launch, half_launch):
         losses, lse, grad = form.forward(users, items, positives, negatives, 0.05)
         assert (losses.shape, lse.shape, grad.shape) == ((0,), (0,), (0, 4))
         share = torch.zeros(0)

@@ -51,6 +51,15 @@ def sampled_by_peer(users: Tensor, items: Tensor, positives: Tensor, negatives: 
     return IndexedLoss.apply(user, item, ids).mean()
 
 
+def sampled_by_peer_in_half(
+    users: Tensor, items: Tensor, positives: Tensor, negatives: Tensor
+) -> Tensor:
+    """The peer with what ours reads where TF32 is allowed: vectors in float16."""
+    ids = torch.cat([positives[:, None].int(), negatives], dim=1)
+    user, item = F.normalize(users, dim=1) * SCALE, F.normalize(items, dim=1)
+    return IndexedLoss.apply(user.half(), item.half(), ids).mean()
+
+
 def full_by(partition: Callable[[Tensor, Tensor], Tensor]) -> Loss:
     """Against all items, by a function of the log of the summed exponentials."""
 
@@ -75,8 +84,10 @@ def full_by_pytorch(users: Tensor, items: Tensor, positives: Tensor, _: Tensor) 
 FORMS: dict[str, dict[str, tuple[Loss, str]]] = {
     "sampled": {
         "ours": (sampled_by("triton"), "highest"),
+        "ours, TF32": (sampled_by("triton"), "high"),
         "PyTorch": (sampled_by("reference"), "highest"),
         "Triton cross entropy": (sampled_by_peer, "highest"),
+        "Triton cross entropy, float16": (sampled_by_peer_in_half, "highest"),
     },
     "full": {
         "ours, TF32": (full_by(full_by_triton), "high"),

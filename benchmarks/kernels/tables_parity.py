@@ -184,6 +184,38 @@ def check_softmax(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str |
     return find_stray(fast, plain, truth, num_terms=uses_of_an_item, floor=2**-23 / 0.05)
 
 
+def check_softmax_in_half(sizes: tuple[int, int, int, int], rated: bool) -> str | None:
+    """Vectors in float32 where TF32 is allowed: two runs alike, and the distance from float64."""
+    num_positions, num_items, num_negatives, dim = sizes
+    users, items = randn(num_positions, dim), randn(num_items, dim, seed=1)
+    positives = randint(num_items, num_positions)
+    negatives = draw_negatives(num_items, num_positions, num_negatives, device=DEVICE)
+    rates = randn(num_items, seed=3) if rated else None
+
+    def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (users, items)]
+        with no_waiting(backend):
+            loss = sampled_softmax(
+                *leaves, positives, negatives, log_rates=rates, tf32=True, backend=backend
+            )
+            grads = torch.autograd.grad(loss, leaves)
+        return [loss.detach(), *grads]
+
+    fast, again = run(torch.float32, "triton"), run(torch.float32, "triton")
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    return too_far(fast, run(torch.float64, "reference"))
+
+
+def too_far(fast: list[Tensor], truth: list[Tensor]) -> str | None:
+    """The first result that is farther from float64 than products in TF32 explain, or None."""
+    for i, (got, expected) in enumerate(zip(fast, truth, strict=True)):
+        error = ((got.double() - expected).norm() / expected.norm().clamp(min=1e-3)).item()
+        if not error <= MOST_TF32_ERROR:
+            return f"output {i}: error {error:.1e}, allowed {MOST_TF32_ERROR:.1e}"
+    return None
+
+
 def check_full_softmax(sizes: tuple[int, int, int]) -> str | None:
     """The mean loss against all items, of unit vectors with scores up to 20 as in training, and its
     gradients: two runs alike, and TF32's distance from float64.
@@ -205,12 +237,7 @@ def check_full_softmax(sizes: tuple[int, int, int]) -> str | None:
     fast, again = run(torch.float32, "triton"), run(torch.float32, "triton")
     if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
         return "two runs differ"
-    truth = run(torch.float64, "reference")
-    for i, (got, expected) in enumerate(zip(fast, truth, strict=True)):
-        error = ((got.double() - expected).norm() / expected.norm().clamp(min=1e-3)).item()
-        if not error <= MOST_TF32_ERROR:
-            return f"output {i}: error {error:.1e}, allowed {MOST_TF32_ERROR:.1e}"
-    return None
+    return too_far(fast, run(torch.float64, "reference"))
 
 
 def parity_checks() -> list[Check]:
@@ -236,6 +263,15 @@ def parity_checks() -> list[Check]:
         (300, 77, 33, 256),
     ):
         checks += [(check_softmax, sizes, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    # the last two: two items to a key, and keys of 32 bits
+    for sizes in (
+        (63, 5, 20, 50),
+        (257, 1000, 128, 64),
+        (300, 77, 33, 256),
+        (1000, 100_001, 512, 64),
+        (1000, 140_000, 512, 64),
+    ):
+        checks += [(check_softmax_in_half, sizes, rated) for rated in (False, True)]
     for sizes in ((1, 1, 1), (63, 5, 50), (257, 1000, 64), (1000, 40_000, 64), (300, 77, 200)):
         checks.append((check_full_softmax, sizes))
     checks.append((check_full_softmax, (300, 77, 512)))
@@ -250,5 +286,6 @@ def smoke_checks() -> list[Check]:
         (check_adamw, "few", 30, 16, True),
         (check_host_moments, 30, 16, torch.bfloat16),
         (check_softmax, (5, 9, 4, 8), torch.float32),
+        (check_softmax_in_half, (5, 9, 4, 8), True),
         (check_full_softmax, (5, 9, 8)),
     ]

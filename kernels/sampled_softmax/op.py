@@ -35,6 +35,7 @@ def sampled_softmax(
     weights: Tensor | None = None,
     log_rates: Tensor | None = None,
     temperature: float = 0.05,
+    tf32: bool | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """The weighted mean over P positions of −log softmax of the positive among itself and R
@@ -46,6 +47,10 @@ def sampled_softmax(
     often an item is expected among the R drawn, the loss is that of all items in expectation
     (logQ correction). Sums are float32 for half-precision vectors. Gradients reach users and items;
     with Triton, and on the CPU, two runs agree bit for bit.
+
+    `tf32` allows products of the 11 bits that TF32 keeps of a number, None: where
+    `torch.set_float32_matmul_precision` does. Then the kernels read unit vectors in float16, which
+    has as many, in half the bytes; vectors of half precision are read so always.
 
     Raises:
         ValueError: on shapes, types and numbers that do not fit.
@@ -70,16 +75,29 @@ def sampled_softmax(
             users_PD, items_ND, positives, negatives, weights, temperature, log_rates
         )
     if chosen == "triton":
-        from kernels.sampled_softmax import triton_launch as form
-
         require(
             users_PD.dtype != torch.float64,
             "the triton backend takes float16, bfloat16 and float32",
         )
+        form = _kernels(users_PD, negatives, tf32)
     else:
         form = torch_chunked
     tensors = [x.contiguous() for x in (users_PD, items_ND, positives, negatives)]
     return SampledSoftmax.apply(*tensors, weights, temperature, form, log_rates)
+
+
+def _kernels(users: Tensor, negatives: Tensor, tf32: bool | None) -> ModuleType:
+    """The kernels in float16 where the numbers' types and the call's size allow it."""
+    from kernels.sampled_softmax import half_launch, triton_launch
+
+    if tf32 is None:
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+    few_bits = tf32 or users.dtype != torch.float32
+    return (
+        half_launch
+        if few_bits and half_launch.fits(*negatives.shape, users.shape[1])
+        else triton_launch
+    )
 
 
 def _check(
@@ -110,7 +128,9 @@ def _check(
 
 
 class SampledSoftmax(torch.autograd.Function):
-    """`form` is a module of `forward` and `item_gradients`: torch_chunked or triton_launch."""
+    """`form` is a module of `forward` and `item_gradients`: torch_chunked, triton_launch or
+    half_launch.
+    """
 
     @staticmethod
     def forward(

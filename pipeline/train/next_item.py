@@ -140,6 +140,7 @@ class NextItemLoss:
             weights=weight.clamp(min=NO_WEIGHT),
             log_rates=log_rates,
             temperature=self.cfg.temperature,
+            tf32=self.tf32,
         )
         return mean * weight.sum()
 

@@ -19,6 +19,7 @@ from kernels.full_softmax import triton_kernels as full
 from kernels.int4_embedding import triton_kernels as int4
 from kernels.jagged import triton_kernels as jagged
 from kernels.rowwise_adamw import triton_kernels as adamw
+from kernels.sampled_softmax import half_kernels as half
 from kernels.sampled_softmax import triton_kernels as softmax
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -1,0 +1,181 @@
+"""Launches of the kernels in float16; same functions as `torch_chunked`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.launch import cdiv, launch, next_power_of_2
+from kernels.sampled_softmax import half_kernels
+from kernels.sampled_softmax.reference import normalise
+from kernels.sampled_softmax.torch_chunked import through_norm
+
+TILE = 4096  # numbers of a program's block of vectors
+LONGEST_PART = 4096  # pairs of a key that one program adds where all keys have more
+MOST_WIDTH = 256  # of a vector that a program holds 16 of in registers
+MOST_PAIRS = 2**31 - 1  # their numbers are int32
+# shares are multiplied by it before they become float16, whose least normal number is 6e-5
+SHARE_SCALE = 2.0**15
+SHORT_KEYS = 2**16 - 1  # of 16 bits; one more stands for collisions
+
+
+def _blocks(dim: int) -> tuple[int, int]:
+    """BLOCK_R, BLOCK_D: powers of 2, and 16 or more, as a matrix product takes them."""
+    block_d = max(next_power_of_2(dim), 16)
+    return min(max(TILE // block_d, 16), 128), block_d
+
+
+def fits(num_positions: int, num_negatives: int, dim: int) -> bool:
+    """Tell whether these kernels take a call of that size."""
+    return dim <= MOST_WIDTH and num_positions * (num_negatives + 1) <= MOST_PAIRS
+
+
+def unit_rows(rows: Tensor, *, broken_to_zero: bool = False) -> tuple[Tensor, Tensor]:
+    """Unit vectors in float16, [n, D to a power of 2], and the lengths of the rows, float32 [n]."""
+    num_rows, dim = rows.shape
+    block_r, block_d = _blocks(dim)
+    unit = torch.empty(num_rows, block_d, dtype=torch.float16, device=rows.device)
+    norms = torch.empty(num_rows, dtype=torch.float32, device=rows.device)
+    if num_rows:
+        launch(
+            half_kernels.unit_rows,
+            cdiv(num_rows, block_r),
+            (rows, unit, norms),
+            (num_rows,),
+            (dim,),
+            (broken_to_zero, block_r, block_d),
+            device=rows.device,
+            num_warps=4,
+        )
+    return unit, norms
+
+
+def forward(
+    users: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    log_rates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per position: loss, log of the summed exponentials, gradient of the loss towards the user
+    vector; in float32.
+    """
+    num_positions, dim = users.shape
+    loss, lse = (
+        torch.empty(num_positions, dtype=torch.float32, device=users.device) for _ in range(2)
+    )
+    grad = torch.empty(num_positions, dim, dtype=torch.float32, device=users.device)
+    if num_positions == 0:
+        return loss, lse, grad
+
+    unit_users, user_norms = unit_rows(users, broken_to_zero=True)
+    unit_items, _ = unit_rows(items)
+    launch(
+        half_kernels.forward,
+        num_positions,
+        (unit_users, user_norms, unit_items, positives, negatives, log_rates, loss, lse, grad),
+        (negatives.shape[1],),
+        (dim, 1 / temperature),
+        (log_rates is not None, *_blocks(dim)),
+        device=users.device,
+        num_warps=1,
+        num_stages=3,
+    )
+    return loss, lse, grad
+
+
+def item_gradients(
+    users: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    share: Tensor,
+    temperature: float,
+    log_rates: Tensor | None = None,
+) -> Tensor:
+    """[N, D]: the gradient of `(loss * share).sum()` towards the item vectors, in float32."""
+    num_items, dim = items.shape
+    if num_items == 0 or len(users) == 0:
+        return torch.zeros(num_items, dim, dtype=torch.float32, device=items.device)
+
+    order, starts, first_odd = sorted_pairs(positives, negatives, num_items)
+    num_keys, paired = len(starts) - 1, first_odd is not None
+
+    # shares as parts of the largest: in float16 a power of 2 away from its least numbers
+    most = share.max()
+    scaled = share / most * SHARE_SCALE
+    facts = [lse / math.log(2) - scaled.log2(), scaled * torch.expm1(-loss)]
+    if first_odd is not None:
+        facts += [first_odd.float(), positives.remainder(2).float()]
+    else:
+        facts += [torch.zeros_like(lse)] * 2
+    of_position = torch.stack(facts, 1)
+    factor = (most / (temperature * SHARE_SCALE)).view(1)
+
+    unit_users, _ = unit_rows(users, broken_to_zero=True)
+    unit_items, item_norms = unit_rows(items)
+    num_parts = min(cdiv(len(order), num_keys * LONGEST_PART), 64)
+    grad = torch.empty(num_items, num_parts, dim, dtype=torch.float32, device=items.device)
+    tensors = unit_users, unit_items, item_norms, of_position, order, starts, log_rates
+    launch(
+        half_kernels.item_gradients,
+        num_keys,
+        (*tensors, factor, grad),
+        (num_parts, num_items),
+        (dim, 1 / temperature),
+        (
+            negatives.shape[1] + 1,
+            log_rates is not None,
+            num_parts > 1,
+            paired,
+            *_blocks(dim),
+        ),
+        device=items.device,
+        num_warps=1,
+        num_stages=3,
+        columns=num_parts,
+    )
+    if num_parts == 1:
+        return grad[:, 0]
+
+    wide = items.float()
+    return through_norm(
+        grad.sum(1), normalise(wide), torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    )
+
+
+def sorted_pairs(
+    positives: Tensor, negatives: Tensor, num_items: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pairs `position * (1 + R) + column` sorted by key, where each key's begin, and the columns
+    `first_odd` where a key stands for two items.
+
+    A radix sort takes a pass a byte, so keys have 16 bits where that is enough.
+    """
+    num_positions, num_negatives = negatives.shape
+    device, kind, paired, num_keys = positives.device, torch.int16, False, num_items
+    if num_items > SHORT_KEYS:
+        paired, num_keys = True, cdiv(num_items, 2)
+    if num_keys > SHORT_KEYS:
+        kind, paired, num_keys = torch.int32, False, num_items
+
+    lowest = torch.iinfo(kind).min if kind == torch.int16 else 0
+    keys = torch.empty(num_positions, num_negatives + 1, dtype=kind, device=device)
+    first_odd = torch.empty(num_positions, dtype=torch.int32, device=device) if paired else None
+    block_r = min(max(next_power_of_2(num_negatives), 16), 1024)
+    launch(
+        half_kernels.pair_keys,
+        num_positions,
+        (positives, negatives, keys, first_odd),
+        (num_keys, num_negatives),
+        (),
+        (paired, lowest, block_r),
+        device=device,
+        num_warps=4,
+    )
+    keys, order = torch.sort(keys.flatten(), stable=True)
+    wanted = torch.arange(lowest, lowest + num_keys + 1, dtype=kind, device=device)
+    return order, torch.searchsorted(keys, wanted), first_odd
