@@ -33,7 +33,9 @@ POINTERS = {
         "positives",
         "starts",
     },
-    "*i32": {"packed", "ids", "negatives"},
+    "*i16": {"keys"},
+    "*i32": {"packed", "ids", "negatives", "first_odd"},
+    "*fp16": {"unit", "unit_users", "unit_items"},
     "*bf16": {"whole", "left", "right", "long", "short", "out"},
     "*fp32": {
         *(
@@ -51,6 +53,7 @@ POINTERS = {
         ),
         *("per_user_norm", "shifted_lse", "of_positive", "log_rates"),
         *("rows", "others", "factor"),
+        *("norms", "user_norms", "item_norms", "of_position"),
     },
     "fp32": {
         "lr",
@@ -77,6 +80,8 @@ BUILDS = [
     (softmax.forward, {"RATES": True, "BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"RATES": False, "SPLIT": False, "BLOCK_R": 64, "BLOCK_D": 64}),
     (softmax.item_gradients, {"RATES": True, "SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (half.unit_rows, {"BROKEN_TO_ZERO": True, "BLOCK_R": 64, "BLOCK_D": 64}),
+    (half.pair_keys, {"PAIRED": True, "LOWEST": -(2**15), "BLOCK_R": 512}),
     (full.log_partition, {"BLOCK_P": 64, "BLOCK_N": 128, "BLOCK_D": 64}),
     (full.gradient, {"OF_USERS": True, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
     (full.gradient, {"OF_USERS": False, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
