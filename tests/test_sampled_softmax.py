@@ -82,34 +82,61 @@ def test_loss_and_gradients(name: str, rated: bool) -> None:
         assert_as_accurate(fast, plain, truth, num_terms=negatives.numel() + len(positives))
 
 
-# the largest key of 16 bits, and so which keys 13 items have
-KEYS = {"one item a key": 13, "two items a key": 7, "keys of 32 bits": 5}
+# positions, items and negatives, pairs that one program adds, the largest key of 16 bits
+IN_FLOAT16 = {
+    "one item a key": (7, 13, 9, 50, 13),
+    "two items a key": (7, 13, 40, 50, 7),
+    "keys of 32 bits": (7, 13, 9, 50, 6),
+    "two items a key, in parts": (12, 3, 7, 20, 2),
+}
 
 
-@pytest.mark.parametrize("rated", [False, True])
-@pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("name", CASES)
-def test_in_float16(monkeypatch: pytest.MonkeyPatch, name: str, keys: str, rated: bool) -> None:
+@pytest.mark.parametrize("name", IN_FLOAT16)
+def test_in_float16(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Vectors of length 1 that float16 holds exactly: scores are exact, and shares have 11 bits."""
-    monkeypatch.setattr(half_launch, "SHORT_KEYS", KEYS[keys])
-    _, items, positives, negatives, weights = make_case(name)
+    num_positions, num_items, num_negatives, longest, short_keys = IN_FLOAT16[name]
+    monkeypatch.setattr(half_launch, "LONGEST_PART", longest)
+    monkeypatch.setattr(half_launch, "SHORT_KEYS", short_keys)
     generator = torch.Generator().manual_seed(2)
     users, items = (
         torch.randint(2, (count, 4), generator=generator).float() - 0.5
-        for count in (len(positives), len(items))
+        for count in (num_positions, num_items)
     )
-    rest = positives, negatives, weights
-    rates = torch.linspace(-3, 5, len(items)) if rated else None
-    wide = None if rates is None else rates.double()
+    positives = torch.randint(num_items, (num_positions,), generator=generator)
+    negatives = draw_negatives(num_items, num_positions, num_negatives, generator=generator)
+    weights = torch.rand(num_positions, generator=generator)
+    weights[2] = 0
 
-    truth = loss_and_grads("reference", users.double(), items.double(), *rest, log_rates=wide)
-    fast, again = (
-        loss_and_grads(half_launch, users, items, *rest, log_rates=rates) for _ in range(2)
-    )
+    for rates in (None, torch.linspace(-3, 5, num_items)):
+        rest = positives, negatives, weights
+        wide = None if rates is None else rates.double()
+        truth = loss_and_grads("reference", users.double(), items.double(), *rest, log_rates=wide)
+        fast = loss_and_grads(half_launch, users, items, *rest, log_rates=rates)
+        torch.testing.assert_close(fast[0].double(), truth[0], rtol=1e-5, atol=1e-6)
+        for got, expected in zip(fast[1:], truth[1:], strict=True):
+            assert (got - expected).norm() <= 2**-10 * expected.norm()
+    again = loss_and_grads(half_launch, users, items, *rest, log_rates=rates)
     assert all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))
-    torch.testing.assert_close(fast[0].double(), truth[0], rtol=1e-5, atol=1e-6)
-    for got, expected in zip(fast[1:], truth[1:], strict=True):
-        assert (got - expected).norm() <= 2**-10 * expected.norm() + 1e-9
+
+
+def test_float16_where_11_bits_are_allowed() -> None:
+    users, items, positives, negatives, _ = make_case("odd")
+    call = lambda dtype=torch.float32, tf32=None: sampled_softmax(
+        users.to(dtype), items.to(dtype), positives, negatives, tf32=tf32, backend="triton"
+    ).item()
+    exact, few_bits = call(tf32=False), call(tf32=True)
+    assert few_bits != exact
+    assert few_bits == pytest.approx(exact, rel=1e-2)
+
+    # by PyTorch's own setting, which is none of the argument's
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert (call(), call(tf32=False)) == (few_bits, exact)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert call() == exact
+    # numbers of 8 bits need no more than 11
+    assert call(torch.bfloat16, tf32=False) == call(torch.bfloat16, tf32=True)
 
 
 def test_no_positions() -> None:

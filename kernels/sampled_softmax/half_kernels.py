@@ -9,7 +9,7 @@ half the bytes. Reading the drawn rows is what the loss takes its time for.
     item_gradients   one program a key: all pairs that drew its item, or its two items
 
 A tensor core multiplies 16 rows at a time. Forward has one: the user, 16 times over. Backward has
-up to two different ones, so that a key may stand for two neighbouring items: 16 bits of a key, which
+up to two different ones, so that a key may stand for two neighbouring items: keys of 16 bits, which
 sort in half the time of 32, are then enough for 131,070 items. Sums have a fixed order: no atomics.
 
 Suffixes: R negatives or pairs of a block, D the width, to a power of 2.
