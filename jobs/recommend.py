@@ -75,7 +75,8 @@ def _read_request(job: cli.Job) -> "tuple[int, ArrowOptions]":
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"--request {where}: {first['msg']}, got {first['input']!r}") from None
+        named = f"--request {where}" if where else "--request"  # what is no JSON has no place
+        raise UserError(f"{named}: {first['msg']}, got {first['input']!r}") from None
 
     limit = job.cfg.serve.max_recommended
     if asked.n > limit:

@@ -62,7 +62,7 @@ def test_conditions_hold_together_and_unknown_values_fulfil_none(
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
-        ({"colour": 1}, r"filter.colour must be a condition on one of the index's columns \['auth"),
+        ({"colour": 1}, r"filter.colour must be one of the index's columns \['auth"),
         ({"author": "1"}, "filter.author must be an integer, as the column is, got '1'"),
         ({"author": 1.5}, "filter.author must be an integer, as the column is, got 1.5"),
         ({"author": True}, "filter.author must be an integer, as the column is, got True"),

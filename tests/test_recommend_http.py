@@ -205,6 +205,11 @@ def test_nothing_left_is_an_empty_list_that_says_so(served: Served, ask):
             ["body", "diversify", "per"],
             "one of the index's columns",
         ),
+        (
+            {"filter": {"author": "x"}, "diversify": {"per": "author", "at_most": 1}},
+            ["body", "filter", "author"],
+            "an integer, as the column is",
+        ),
         ({"diversify": {"mmr": 1.5}}, ["body", "diversify", "mmr"], "less than or equal to 1"),
         ({"exclude": {"items": [-1]}}, ["body", "exclude", "items", 0], "an integer from 0"),
         ({"order_by": "is_sold"}, ["body", "order_by"], "one of the tasks"),

@@ -188,7 +188,8 @@ def test_a_bucket_of_users_is_a_file(served: Served, recommender: OfflineRecomme
     [
         ({"task": "is_sold"}, r"order_by must be one of the tasks \['is_click', 'is_like'\]"),
         ({"features": {"hour": 3}}, r"request_features must be of \['tab'\], got 'hour'"),
-        ({"wish": Wish(num=5, conditions={"colour": 1})}, "filter.colour must be a condition"),
+        ({"wish": Wish(num=5, conditions={"colour": 1})}, "filter.colour must be one of"),
+        ({"wish": Wish(num=5, diversify=ColumnCap("colour", 1))}, "diversify.per must be one of"),
     ],
 )
 def test_a_mistake_is_told_before_any_worker(

@@ -135,7 +135,7 @@ def item_gradients(
         ),
         device=items.device,
         num_warps=1,
-        num_stages=3,
+        num_stages=2,
         columns=num_parts,
     )
     if num_parts == 1:

@@ -34,11 +34,15 @@ Condition = Scalar | list[Scalar] | Range
 
 
 class FilterError(ValueError):
-    """A condition that the items' columns cannot answer."""
+    """A part of a wish that the items' columns cannot answer.
 
-    def __init__(self, column: str, rule: str, value: object) -> None:
-        super().__init__(f"filter.{column} must be {rule}, got {value!r}")
-        self.column = column
+    Args:
+        field: where it stands in the wish: `("filter", "lang")`, `("diversify", "per")`.
+    """
+
+    def __init__(self, field: tuple[str, ...], rule: str, value: object) -> None:
+        super().__init__(f"{'.'.join(field)} must be {rule}, got {value!r}")
+        self.field = field
         self.rule = rule
         self.value = value
 
@@ -51,16 +55,15 @@ def filter_items(catalogue: Catalogue, conditions: Mapping[str, Condition]) -> n
     """
     allowed = np.ones(len(catalogue), bool)
     for name, condition in conditions.items():
-        column = find_column(catalogue, name)
+        column = find_column(catalogue, name, ("filter", name))
         allowed &= column.known & _holds(column, name, condition)
     return allowed
 
 
-def find_column(catalogue: Catalogue, name: str) -> ItemColumn:
-    """Raises FilterError for a name that the index has no column of."""
+def find_column(catalogue: Catalogue, name: str, field: tuple[str, ...]) -> ItemColumn:
+    """Raises FilterError, of the wish's `field`, for a name that the index has no column of."""
     if name not in catalogue.columns:
-        known = list(catalogue.columns)
-        raise FilterError(name, f"a condition on one of the index's columns {known}", name)
+        raise FilterError(field, f"one of the index's columns {list(catalogue.columns)}", name)
     return catalogue.columns[name]
 
 
@@ -81,7 +84,7 @@ def _places(column: ItemColumn, name: str, wanted: list[Scalar]) -> np.ndarray:
         if not fits:
             article = "an" if column.kind == "integer" else "a"
             words = "true or false" if column.kind == "boolean" else f"{article} {column.kind}"
-            raise FilterError(name, f"{words}, as the column is", value)
+            raise FilterError(("filter", name), f"{words}, as the column is", value)
 
     if column.kind != "text":
         return np.array(wanted, column.values.dtype)
@@ -98,7 +101,7 @@ def _places(column: ItemColumn, name: str, wanted: list[Scalar]) -> np.ndarray:
 def _in_range(column: ItemColumn, name: str, bounds: Range) -> np.ndarray:
     if column.kind not in ("integer", "number"):
         rule = f"a value or a list of values: the column is {column.kind}, which has no range"
-        raise FilterError(name, rule, bounds)
+        raise FilterError(("filter", name), rule, bounds)
 
     values = column.values
     inside = np.ones(len(values), bool)

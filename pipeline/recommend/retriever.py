@@ -88,7 +88,7 @@ class Retriever:
         filter_items(self.catalogue, wish.conditions)
         how = wish.diversify
         if isinstance(how, ColumnCap):
-            find_column(self.catalogue, how.column)
+            find_column(self.catalogue, how.column, ("diversify", "per"))
         if isinstance(how, MarginalRelevance) and self.index.vectors is None:
             raise NoVectors
 

@@ -78,10 +78,7 @@ class Recommender:
         try:
             self.retriever.check_wish(request.wish())
         except FilterError as error:
-            field = ["filter", error.column]
-            if request.diversify is not None and request.diversify.per == error.column:
-                field = ["diversify", "per"]
-            return Refusal.of(["body", *field], error.rule, error.value)
+            return Refusal.of(["body", *error.field], error.rule, error.value)
         except NoVectors:
             rule = "null: the model has no retrieval head, so its index holds no vectors"
             assert request.diversify is not None
