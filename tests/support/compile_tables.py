@@ -86,9 +86,27 @@ BUILDS = [
     (full.gradient, {"OF_USERS": True, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
     (full.gradient, {"OF_USERS": False, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
 ]
+# programs of one warp: kernel, its constants, and stages of its loads
+ONE_WARP = [
+    (half.forward, {"RATES": True, "BLOCK_R": 64, "BLOCK_D": 64}, 3),
+    (
+        half.item_gradients,
+        {
+            "COLUMNS": 513,
+            "RATES": False,
+            "SPLIT": False,
+            "PAIRED": True,
+            "BLOCK_R": 64,
+            "BLOCK_D": 64,
+        },
+        2,
+    ),
+]
 
 
-def build(kernel, constants: dict, special: dict[str, str]) -> dict[str, int]:
+def build(
+    kernel, constants: dict, special: dict[str, str], num_warps: int = 4, num_stages: int = 3
+) -> dict[str, int]:
     types = {}
     for argument in kernel.arg_names:
         named = next((kind for kind, names in POINTERS.items() if argument in names), "i32")
@@ -101,7 +119,8 @@ def build(kernel, constants: dict, special: dict[str, str]) -> dict[str, int]:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -114,6 +133,9 @@ def build(kernel, constants: dict, special: dict[str, str]) -> dict[str, int]:
         "stack": int(stack[1]),
         "registers": int(registers[1]),
         "shared": compiled.metadata.shared,
+        "warps": num_warps,
+        "copies_ahead": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "tensor_cores": len(re.findall(r"mma\.sync", ptx)),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
@@ -134,6 +156,8 @@ def main() -> None:
             f"{k}={v}" for k, v in constants.items() if isinstance(v, bool) or k == "BLOCK_D"
         )
         found[f"{kernel.__name__} {flags}".strip()] = build(kernel, constants, {})
+    for kernel, constants, num_stages in ONE_WARP:
+        found[f"half {kernel.__name__}"] = build(kernel, constants, {}, 1, num_stages)
     kernel, constants = BUILDS[5]
     found[f"{kernel.__name__} bfloat16"] = build(kernel, constants, {"weight": "*bf16"})
     print(json.dumps(found, indent=1))
