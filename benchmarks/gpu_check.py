@@ -193,7 +193,7 @@ def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> st
         for seed in range(4):
             batch = random_batch(cfg, 8 * 1000, 1000, 16, seed)
             filled = graphed.fill(batch)
-            (launched,) = graphed._score(filled)
+            launched = model(filled)
             num_targets = int(batch.num_targets.sum())
             found = graphed.score_filled(filled, num_targets)
             if not torch.equal(found, launched[:num_targets]):

@@ -1,5 +1,7 @@
 """Passes of a model that are replayed for batches of one size: the model's own results."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -75,6 +77,23 @@ def test_replayed_histories_are_those_that_the_model_encodes(name: str) -> None:
     # layers share their offsets as those of a launched pass do: a plan serves all of them
     first, *_, last = cache.layers
     assert (first.offsets is last.offsets) == (cfg.model.truncate_after_layer is None)
+
+
+def test_a_graphed_model_goes_when_nobody_holds_it() -> None:
+    """With its weights, without waiting for a collection: a server swaps versions."""
+    cfg = CONFIGS["plain"]
+    graphed = GraphedModel(make_model(cfg), cfg)
+    with torch.no_grad():
+        for seed in range(3):
+            graphed.encode_history(make_batch([9, 14], [0, 0], seed))
+    assert graphed._encoding.captured == 1
+    gone = weakref.ref(graphed)
+    gc.disable()
+    try:
+        del graphed
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_whose_sizes_are_the_batchs_own_is_not_recorded() -> None:

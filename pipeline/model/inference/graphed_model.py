@@ -7,6 +7,7 @@ For candidates of an encoded history see `cuda_graph.py`.
 """
 
 import threading
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ class GraphedModel:
         self.filler = BatchFiller.of_run(cfg, sizes)
         self.device = next(model.parameters()).device
         self._lock = threading.Lock()
-        self._encoding = BatchGraphs(self._encode, MOST_GRAPHS)
-        self._scoring = BatchGraphs(self._score, MOST_GRAPHS)
+        # not methods of its own: it would lie in memory, with the weights, until a collection
+        self._encoding = BatchGraphs(partial(_encode, model), MOST_GRAPHS)
+        self._scoring = BatchGraphs(partial(_score, model), MOST_GRAPHS)
 
     @staticmethod
     def fits(cfg: ModelConfig) -> bool:
@@ -57,7 +59,7 @@ class GraphedModel:
         with self._lock:
             graph = self._scoring.find(filled)
             if graph is None:
-                (logits,) = self._score(filled)
+                (logits,) = _score(self.model, filled)
                 return logits[:num_targets]
             (logits,) = graph.replay(filled)
             return logits[:num_targets].clone()
@@ -118,22 +120,26 @@ class GraphedModel:
             layers.append(LayerCache(own_keys, own_values, shared[id(offsets)]))
         return HistoryCache(tuple(layers))
 
-    def _score(self, batch: SequenceBatch) -> Results:
-        with self._own_casts():
-            return (self.model(batch),)
 
-    def _encode(self, batch: SequenceBatch) -> Results:
-        with self._own_casts():
-            cache = encode_history(self.model, batch)
-        results = []
-        for layer in cache.layers:
-            results += [layer.k_THD, layer.v_THV, layer.offsets]
-        return tuple(results)
+def _score(model: RankingModel, batch: SequenceBatch) -> Results:
+    with _own_casts(batch):
+        return (model(batch),)
 
-    def _own_casts(self) -> torch.autocast:
-        """Autocast as it is, without its own copies of weights: they would be freed with its block,
-        and a graph would go on reading them.
-        """
-        kind = self.device.type
-        half, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        return torch.autocast(kind, dtype, half, cache_enabled=False)
+
+def _encode(model: RankingModel, batch: SequenceBatch) -> Results:
+    """Keys, values and offsets of each layer's cache, one after another."""
+    with _own_casts(batch):
+        cache = encode_history(model, batch)
+    results = []
+    for layer in cache.layers:
+        results += [layer.k_THD, layer.v_THV, layer.offsets]
+    return tuple(results)
+
+
+def _own_casts(batch: SequenceBatch) -> torch.autocast:
+    """Autocast as it is, without its own copies of weights: they would be freed with its block, and
+    a graph would go on reading them.
+    """
+    kind = batch.position.device.type
+    half, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, half, cache_enabled=False)
