@@ -19,6 +19,7 @@ from benchmarks.quality import (
     long_histories,
     number_formats,
     retrieval_report,
+    search,
     study_report,
 )
 from benchmarks.quality import report as quality_report
@@ -134,6 +135,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
+if search.RUN.exists():  # a search wants an idle machine for minutes
+    SECTIONS["search"] = lambda: search.section(read_run(search.RUN))
 if kuairand_report.RUNS_FILE.exists():  # its runs need a machine of many cores
     SECTIONS["kuairand variants"] = lambda: kuairand_report.variants_section(
         differences=read_run(kuairand_report.DIFFERENCES)
