@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.retrieval_merge import merge_lines
-from benchmarks.quality.retrieval_report import measured_section, softmax_part
+from benchmarks.quality.retrieval_report import kuairand_part, measured_section, softmax_part
 from benchmarks.report import write_run
 
 QUALITY = {"hr_10": 0.3, "hr_50": 0.5, "mrr": 0.1, "coverage_10": 0.4, "seconds": 9.0}
@@ -67,11 +67,27 @@ def test_each_part_shows_what_was_measured(tmp_path: Path) -> None:
     assert "| 64 | 4k |  | 0.3000 ± 0.0000 (2) |  |  | 0.3200 ± 0.0141 (2) |" in section
     assert "AXBN in 1 of 2" in section
     assert "| 64 | 4k |  |  | 0.87 |" in section
-    assert "| ULTRA-HSTU | 2 | 0.2500 ± 0.0000 | 0.0500 ± 0.0000 |" in section
+    assert "| ULTRA-HSTU | 0.5 | 0.1000 | 2 | 0.2500 ± 0.0000 | 0.0500 ± 0.0000 |" in section
     assert "| ranking alone | 1 | 0.7511 | 0.8000 |" in section
     assert "| full, float32 | ours | 12.35 | 0.500 | 1e-06 |" in section
     assert "| full, float32 | PyTorch | not timed |  | 5e-01 |" in section
     assert "before the kernel was moved" not in section
+
+
+def test_validation_chooses_between_settings_of_a_model() -> None:
+    """Not the test period, on which the other of the two is better here."""
+    lines = [kuairand_line("sasrec", 0, 0.05)]
+    for dropout, validation, test in (("0.5", 0.06, 0.09), ("0.1", 0.07, 0.08)):
+        line = kuairand_line("hstu_merged", 0, test) | {"validation": {"2": 0.01, "4": validation}}
+        line["set"] = ["train.precision=bf16"]
+        if dropout != "0.5":
+            line["set"].append(f"features.item_id_dropout={dropout}")
+        lines.append(line)
+
+    shown = kuairand_part({"runs": lines})
+    first, second = (shown.index(f"| HSTU, merged actions | {x} |") for x in ("0.1", "0.5"))
+    assert first < second
+    assert "as chosen on validation: HSTU, merged actions 0.0800, SASRec 0.0500." in shown
 
 
 def test_figures_of_the_kernel_before_it_was_the_products_say_so() -> None:
