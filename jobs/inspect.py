@@ -110,7 +110,8 @@ def kind_words(kind: dict[str, Any]) -> str:
     """A feature in words, from its settings."""
     if "most_values" in kind:
         return "category, the most frequent"
-    return {"quantile": "number, by quantiles", "list": "list"}.get(kind.get("kind"), "category")
+    words = {"quantile": "number, by quantiles", "list": "list"}
+    return words.get(kind.get("kind", "categorical"), "category")
 
 
 def describe_place(sample: Sample) -> str:

@@ -1,6 +1,12 @@
-"""The plan of the house: arrows between its rooms point one way, and no module reaches itself."""
+"""The plan of the house: arrows between its rooms point one way, no module reaches itself, and
+functions stay short and take what they read.
+"""
 
-from tests.support.house import LIBRARY, circles, import_graph
+from tests.support.house import LIBRARY, circles, density, import_graph
+
+# Functions that take the whole configuration (`python -m tests.support.house` counts them): most of
+# them read four sections or more, or save all. Lower it where you mend some.
+MOST_THAT_TAKE_RUN_CONFIG = 148
 
 # Each imports from rooms above it alone (and from itself).
 ROOMS = (
@@ -64,6 +70,15 @@ def test_no_job_is_imported():
 
 def test_no_module_reaches_itself():
     assert circles(import_graph(*LIBRARY, "benchmarks")) == []
+
+
+def test_functions_take_the_sections_that_they_read():
+    assert density(*LIBRARY).take_run_config <= MOST_THAT_TAKE_RUN_CONFIG
+
+
+def test_functions_are_short():
+    """At most 60 lines, but for kernels, where a function is what a GPU runs."""
+    assert density("pipeline", "serve_app", "jobs").long_functions == 0
 
 
 def test_a_circle_is_found():

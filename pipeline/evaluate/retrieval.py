@@ -97,9 +97,9 @@ def evaluate_retrieval(
     kept = {split: read_baselines(cfg.sequence_dir, split, facts) for split in splits}
     knn = None
     if not all(kept.values()):
-        own = loaded.cfg
-        stored = StoredUsers(cfg.sequence_dir, own.source, own.features)
-        knn = ItemKNN.fit(stored, own.positive_bits, own.split.train_end_ms, maps)
+        trained = loaded.cfg
+        stored = StoredUsers(cfg.sequence_dir, trained.source, trained.features)
+        knn = ItemKNN.fit(stored, trained.positive_bits, trained.split.train_end_ms, maps)
 
     parts = []
     for split in splits:

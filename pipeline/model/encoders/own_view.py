@@ -73,9 +73,8 @@ class BothForms:
     num_targets: Tensor  # int32 [B], without the rows in full
     sequence: Tensor  # int64 [C], which sequence a candidate is of
     visible: Tensor  # int64 [C], history rows that a candidate sees, context included
-    end: (
-        Tensor  # int64 [C], where its history ends: there, or behind itself if it is of the history
-    )
+    # int64 [C], where its history ends: there, or behind itself if it is of the history
+    end: Tensor
     oldest: Tensor  # int64 [C], the first of them behind the context in the last layer
     own: Tensor  # int64 [C], where the candidate itself lies among the tokens
 
@@ -114,32 +113,7 @@ def both_forms(
         first_full = (fewest - full_rows).clamp(min=num_context)
     num_full = num_history - first_full
 
-    # each token of the new sequences, by its place in the old ones
-    lengths = offsets.diff() + num_full
-    new_offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
-    of = sequence_index(new_offsets, int(new_offsets[-1]))
-    at = torch.arange(len(of), device=device) - new_offsets[of]
-    source = at - torch.where(at < num_history[of], 0, num_full[of])
-
-    # what the added rows and the candidates see
-    is_target = at >= num_history[of]
-    is_candidate = at >= (num_history + num_full)[of]
-    sees = source.clone()
-    sees[is_candidate] = visible
-    begin = None
-    if tokens.target_from is not None:
-        begin = torch.zeros_like(source)
-        begin[is_candidate] = tokens.target_from.long()
-        begin = begin[is_target].int()
-
-    extended = Tokens(
-        x_TE=tokens.x_TE.index_select(0, offsets[of] + source),
-        seq_offsets=new_offsets,
-        num_targets=(num_full + num_targets).int(),
-        target_visible=sees[is_target].int(),
-        max_seq_len=int(lengths.max()) if len(lengths) else 0,
-        target_from=begin,
-    )
+    extended, is_candidate = _repeat_rows(tokens, num_history, num_full)
     return BothForms(
         tokens=extended,
         num_history=num_history,
@@ -151,6 +125,42 @@ def both_forms(
         oldest=_oldest_keys(tokens, end, num_context, keep),
         own=is_candidate.nonzero().squeeze(1),
     )
+
+
+def _repeat_rows(tokens: Tokens, num_history: Tensor, num_full: Tensor) -> tuple[Tokens, Tensor]:
+    """The newest `num_full` rows of each history once more behind it, int64 [B], as candidates that
+    see what lies before them; and which of the tokens are the candidates that there were, bool [T].
+    """
+    assert tokens.target_visible is not None
+    device, offsets = tokens.seq_offsets.device, tokens.seq_offsets
+
+    # each token of the new sequences, by its place in the old ones
+    lengths = offsets.diff() + num_full
+    new_offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    of = sequence_index(new_offsets, int(new_offsets[-1]))
+    at = torch.arange(len(of), device=device) - new_offsets[of]
+    source = at - torch.where(at < num_history[of], 0, num_full[of])
+
+    # what the added rows and the candidates see
+    is_target = at >= num_history[of]
+    is_candidate = at >= (num_history + num_full)[of]
+    sees = source.clone()
+    sees[is_candidate] = tokens.target_visible.long()
+    begin = None
+    if tokens.target_from is not None:
+        begin = torch.zeros_like(source)
+        begin[is_candidate] = tokens.target_from.long()
+        begin = begin[is_target].int()
+
+    extended = Tokens(
+        x_TE=tokens.x_TE.index_select(0, offsets[of] + source),
+        seq_offsets=new_offsets,
+        num_targets=(num_full + tokens.num_targets.long()).int(),
+        target_visible=sees[is_target].int(),
+        max_seq_len=int(lengths.max()) if len(lengths) else 0,
+        target_from=begin,
+    )
+    return extended, is_candidate
 
 
 def _oldest_keys(tokens: Tokens, end: Tensor, num_context: int, keep: int | None) -> Tensor:
