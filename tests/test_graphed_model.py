@@ -10,6 +10,7 @@ import torch
 from pipeline.batches.graphs import BatchGraphs
 from pipeline.config import DenseFeature
 from pipeline.model.inference.cached_scoring import encode_history
+from pipeline.model.inference.cuda_graph import FEWEST_ROWS, bucket_size, bucket_sizes
 from pipeline.model.inference.graphed_model import GraphedModel
 from tests.support.graphs import capture_none
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
@@ -103,3 +104,10 @@ def test_a_model_whose_sizes_are_the_batchs_own_is_not_recorded() -> None:
     assert not GraphedModel.fits(mixture.model)
     assert not GraphedModel.fits(make_config(merge=False).model)
     assert not GraphedModel.fits(make_config(encoder="sasrec", attention={"window": None}).model)
+
+
+def test_every_bucket_of_candidates_has_a_number_of_them() -> None:
+    for most in (1, 64, 65, 200, 1024):
+        asked = {bucket_size(count, FEWEST_ROWS) for count in range(1, most + 1)}
+        made = [bucket_size(count, FEWEST_ROWS) for count in bucket_sizes(most)]
+        assert (set(made), len(made)) == (asked, len(asked))

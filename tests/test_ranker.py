@@ -448,7 +448,7 @@ def test_requests_that_come_alone_are_replayed(
 
     assert graphed.graphed is not None
     encoding = graphed.graphed._encoding
-    graphed.warm_up()
+    graphed.warm_up()  # candidates are recorded too, were there a GPU
     recorded, replayed = encoding.captured, encoding.replayed
 
     # whatever the length of a history, it was recorded

@@ -23,7 +23,7 @@ from pipeline.index.folder import LoadedIndex
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.appending import ChangedRows, append_history, changed_rows
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
-from pipeline.model.inference.cuda_graph import GraphedScorer
+from pipeline.model.inference.cuda_graph import GraphedScorer, bucket_sizes
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import DAY_MS
@@ -193,13 +193,22 @@ class Ranker:
                 self.rank([request] * (2 + LONG_HISTORY // length))
 
         if self.graphed is not None and self.cfg.model.cacheable:
-            # a graph is recorded of the second history of its size
-            for length in self.graphed.lengths_of_sizes(self.max_history):
-                for begin_ms in (2 * length, 2 * length + 1):  # none begins as another does
-                    self.rank([self._made_request(length, begin_ms)])
+            self._record_graphs(self.graphed.lengths_of_sizes(self.max_history))
 
-    def _made_request(self, length: int, begin_ms: int = 0) -> RankColumns:
-        """One candidate, and so many events a millisecond apart, from `begin_ms` after the earliest
+    def _record_graphs(self, lengths: Sequence[int]) -> None:
+        """Have the graphs of requests that come alone recorded, for histories of these lengths and
+        all numbers of candidates.
+        """
+        most = min(self.limits.max_candidates, self.limits.micro_batch)
+        for length in lengths:
+            # a graph is recorded of the second history of its size; none begins as another does
+            begin_ms = 2 * length
+            self.rank([self._made_request(length, begin_ms)])
+            for num_candidates in bucket_sizes(most):
+                self.rank([self._made_request(length, begin_ms + 1, num_candidates)])
+
+    def _made_request(self, length: int, begin_ms: int = 0, num_candidates: int = 1) -> RankColumns:
+        """Candidates, and so many events a millisecond apart, from `begin_ms` after the earliest
         time on.
         """
         popular = self.maps.popular_items(1).tolist() or [0]
@@ -207,7 +216,8 @@ class Ranker:
         rows = []
         for i in range(length):
             rows.append(HistoryRow(item_id=popular[0], event_time=begin + i))
-        return RankColumns(RankHead(history=rows), np.array(popular, np.int64), {})
+        item_id = np.full(num_candidates, popular[0], np.int64)
+        return RankColumns(RankHead(history=rows), item_id, {})
 
     def _refuse_broken_scores(self, ranked: Sequence[RankedColumns]) -> None:
         """An answer of NaN would be nulls in an order of chance."""

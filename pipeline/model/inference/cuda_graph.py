@@ -79,6 +79,16 @@ def bucket_size(size: int, fewest: int) -> int:
     return max(fewest, 1 << (size - 1).bit_length())
 
 
+def bucket_sizes(most_rows: int) -> list[int]:
+    """A number of candidates in each bucket that up to `most_rows` come in: 64, 128, 200 of 200."""
+    found = []
+    size = FEWEST_ROWS
+    while size < most_rows:
+        found.append(size)
+        size *= 2
+    return [*found, most_rows]
+
+
 def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
     """Room for one history with `sizes` rows in its layers."""
     shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
