@@ -200,8 +200,7 @@ def test_baselines_are_made_once_for_all_models(
             evaluate_retrieval(other, loaded, splits, "cpu")
 
 
-@pytest.mark.parametrize("protocol", ["global_time", "leave_one_out"])
-@pytest.mark.parametrize("mask", [None, 3])
+@pytest.mark.parametrize(("protocol", "mask"), [("leave_one_out", None), ("global_time", 3)])
 def test_users_are_found_by_the_vectors_of_the_pass_that_scores_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, mask: int | None
 ) -> None:

@@ -100,8 +100,9 @@ def without_repeats(users: UserEvents, asked: Asked, maps: FeatureMaps) -> Asked
     user, seen = seen_items(users, asked.examples, maps)
     owner = np.repeat(np.arange(len(asked.examples)), np.diff(asked.offsets))
     pairs, known = owner * num_items + asked.item, np.sort(user * num_items + seen)
-    place = np.minimum(search_sorted(known, pairs), len(known) - 1)
-    is_new = (asked.item < 0) | (known[place] != pairs if len(known) else True)
+    place = search_sorted(known, pairs)
+    is_seen = np.append(known, -1)[place] == pairs
+    is_new = (asked.item < 0) | ~is_seen
 
     counts = np.bincount(owner[is_new], minlength=len(asked.examples))
     left = Asked(asked.examples, offsets_of(counts), asked.item[is_new])

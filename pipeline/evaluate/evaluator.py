@@ -72,9 +72,10 @@ def evaluate_model(
     the shares of pairs and tokens that mask and truncation took away.
 
     Sequences, split and batch size come from `cfg`; the model, its features, tasks and actions from
-    `model_dir`. Spread over the workers of the Ray cluster that this process is connected to. A
-    split without a request is told, and has no metrics. With `evaluate.sample` the metrics are of
-    those users alone, under `evaluation/sample`, and say so: `sample_share`.
+    `model_dir`. A large store is spread over the workers of the Ray cluster that this process is
+    connected to, any other over threads. A split without a request is told, and has no metrics.
+    With `evaluate.sample` the metrics are of those users alone, under `evaluation/sample`, and say
+    so: `sample_share`.
 
     Args:
         name: scores other rows, or under other settings, than the model's own evaluation; the files
@@ -230,9 +231,9 @@ def _score_store(
 
 def makes_vectors(cfg: EvaluateConfig, model: RunConfig) -> bool:
     """True where scoring gives retrieval the vectors of its users: a history encoded once for
-    both.
+    both. Retrieval is measured in float32, whatever the layers that score have.
     """
-    is_asked = model.retrieval.enabled and cfg.sample is None
+    is_asked = model.retrieval.enabled and cfg.sample is None and cfg.precision == "fp32"
     return is_asked and model.examples.max_history is None and shares_history_rows(model.model)
 
 
