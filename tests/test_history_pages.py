@@ -33,7 +33,7 @@ def written(pages: HistoryPages, history: HistoryCache) -> PagedHistory:
 
 def assert_equal(found: HistoryCache, whole: HistoryCache) -> None:
     for mine, other in zip(found.layers, whole.layers, strict=True):
-        assert mine.offsets is other.offsets
+        assert torch.equal(mine.offsets, other.offsets)
         assert torch.equal(mine.k_THD, other.k_THD) and mine.k_THD.dtype == other.k_THD.dtype
         assert torch.equal(mine.v_THV, other.v_THV) and mine.v_THV.dtype == other.v_THV.dtype
 
@@ -54,6 +54,13 @@ def test_what_comes_and_goes_is_read_as_it_was_written() -> None:
         assert pages.num_free == 64 - sum(len(kept.pages) for _, kept in held)
         for whole, kept in held:
             assert_equal(pages.read(kept), whole)
+
+
+def test_layers_of_one_length_share_their_offsets() -> None:
+    pages = HistoryPages(4 * PAGE_BYTES)
+    first, second, other = pages.read(written(pages, random_history([9, 9, 4]))).layers
+    assert first.offsets is second.offsets
+    assert other.offsets.tolist() == [0, 4]
 
 
 def test_what_was_read_outlives_its_pages() -> None:
@@ -95,9 +102,14 @@ def test_a_full_cache_keeps_everything_in_its_block(max_bytes: int) -> None:
         assert budget.num_bytes == sum(sizes) <= max_bytes
 
     assert (caches.num_entries > 1) == (max_bytes == 300_000)
+    # those of one length share all that is not in the block
+    by_length: dict[int, set[int]] = {}
     for entry in budget.entries.values():
-        kept = [layer.offsets for layer in entry.layers]
-        assert sum(offsets.untyped_storage().nbytes() for offsets in kept) == 16
+        (layer,) = entry.layers
+        assert layer.offsets.untyped_storage().nbytes() == 16
+        by_length.setdefault(layer.keys.shape[0], set()).add(id(entry.layout))
+    assert all(len(layouts) == 1 for layouts in by_length.values())
+    assert max_bytes < 300_000 or len(by_length) < caches.num_entries
     caches.close()
     assert budget.pages.num_free == max_bytes // PAGE_BYTES
 

@@ -588,7 +588,7 @@ class Ranker:
             num_rows = len(history.item_id)
             rows = history.take(np.array([0, first]), np.array([front, num_rows]))
             rows = replace(rows, offsets=rows.offsets[[0, 2]])
-            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.cfg)
+            batch = collate(rows, _without_rows(rows, 1), users[i : i + 1], self.maps, self.inputs)
             with self.precision():
                 appended[key] = append_history(
                     *(self.model, kept, batch, former.num_rows, num_rows),
