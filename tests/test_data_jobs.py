@@ -130,10 +130,11 @@ def test_the_plan_of_own_logs(run, tmp_path: Path):
         (
             {"liked": ["no", "no"]},
             [],
-            "column 'liked' must be an integer, boolean or float of 0 and 1, or have a rule: "
-            "source.actions={bought: {column: event, equals: purchase}}, found string",
+            "column 'liked' must be an integer, boolean or float of 0 and 1, or have a rule, the "
+            "value that means yes: source.actions={liked: {column: liked, equals: VALUE}}, found "
+            "string",
         ),
-        ({}, ["source.path=/nowhere"], "source.path: no Parquet files at '/nowhere'"),
+        ({}, ["source.path=/nowhere"], "JSON lines: there is no such file or folder"),
         ({}, ["source.colums={}"], "unknown configuration key 'source.colums'"),
         (
             {"request_id": [5, 5]},

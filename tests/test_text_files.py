@@ -163,6 +163,21 @@ def test_quotes_and_encodings(tmp_path: Path):
         read_table(str(film), FileFormat(separator="::", names=("id",)), "id")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", as_csv(ROWS, ";"), r"set source\.format\.separator=';'$"),
+        ("a.csv", as_csv(ROWS, header=False), r"without a header set source\.format\.names"),
+        ("a.json", json.dumps(ROWS.slice(0, 3).to_pylist()), r"a\.json holds one JSON list"),
+        ("a.txt", "no log", r"no Parquet files at '[^']*', nor CSV or JSON lines; left out: 1"),
+    ],
+)
+def test_a_form_that_is_not_asked_for_is_named(tmp_path: Path, name: str, text: str, message: str):
+    cfg = of_files(tmp_path / "logs", {name: text})
+    with pytest.raises(UserError, match=message):
+        build.plan_build(cfg)
+
+
 # preset · its ratings · separator · their first day and last
 MOVIELENS = {
     "ml_1m": ("ratings.dat", "::", "2000-04-26", "2001-02-01"),

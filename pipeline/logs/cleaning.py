@@ -40,6 +40,7 @@ EXTRA_FIELDS = (
 LOG_FORM = b"log_form"
 ROWS_AT_ONCE = 10_000  # bad rows that are Python objects at a time
 NULL_BITS = np.uint64(0x9E3779B97F4A7C15)
+SEPARATORS = (";", "|", "\t")  # of CSV, beside the comma
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
     if doubled:
         raise UserError(
             f"{file}: several columns are called {doubled[0]!r}; give each its own name"
+            f"{_advise_form(schema)}"
         )
     for name in LOG_REQUIRED:
         if rules.columns[name] not in schema.names:
@@ -126,7 +128,7 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
         if theirs not in schema.names:
             continue
         found = plain_type(schema.field(theirs).type)
-        wanted = _refused_type(by_name.get(name), found, rules.readings.get(name))
+        wanted = _refused_type(by_name.get(name), theirs, found, rules.readings.get(name))
         if wanted is not None:
             where = f"{theirs!r} (source.columns.{name})" if theirs != name else repr(name)
             raise UserError(f"{file}: column {where} must be {wanted}, found {found}")
@@ -177,12 +179,29 @@ def find_text_ids(schemas: Mapping[str, pa.Schema], rules: LogRules) -> tuple[st
 
 def _lacks(name: str, rules: LogRules, schema: pa.Schema) -> str:
     theirs = rules.columns[name]
+    found = f"found {schema.names}{_advise_form(schema)}"
     if theirs == name:
-        return f"no column {theirs!r} for {name}; found {schema.names}"
+        return f"no column {theirs!r} for {name}; {found}"
     if name in rules.events.required:
-        configured = f"(source.columns.{name}: {theirs})"
-        return f"no column {theirs!r} for {name} {configured}; found {schema.names}"
-    return f"no column {theirs!r}, configured as source.columns.{name}; found {schema.names}"
+        return f"no column {theirs!r} for {name} (source.columns.{name}: {theirs}); {found}"
+    return f"no column {theirs!r}, configured as source.columns.{name}; {found}"
+
+
+def _advise_form(schema: pa.Schema) -> str:
+    """What to set where the names look like those of CSV that was read in another form than its
+    own.
+
+    uid;video         one column, with another separator in its name
+    7, 31, 2026       numbers in the place of names: the file has no header
+    """
+    first = schema.names[0] if schema.names else ""
+    separators = [sign for sign in SEPARATORS if sign in first]
+    if len(schema.names) == 1 and separators:
+        sign = separators[0]
+        return f": of columns separated by {sign!r} set source.format.separator={sign!r}"
+    if any(name.replace(".", "", 1).isdigit() for name in schema.names):
+        return ": of files without a header set source.format.names, the names of their columns"
+    return ""
 
 
 def plain_type(found: pa.DataType) -> pa.DataType:
@@ -193,9 +212,11 @@ def plain_type(found: pa.DataType) -> pa.DataType:
 
 
 def _refused_type(
-    column: Column | None, found: pa.DataType, reading: ColumnReading | None
+    column: Column | None, theirs: str, found: pa.DataType, reading: ColumnReading | None
 ) -> str | None:
-    """The types that the column may have, None where `found` is one; of no column: the digest."""
+    """The types that the column, called `theirs`, may have, None where `found` is one; of no
+    column: the digest.
+    """
     integer, number, text = pa.types.is_integer(found), is_number(found), is_text(found)
     if column is None:
         return None if integer else "an integer"
@@ -208,7 +229,7 @@ def _refused_type(
 
     flag = pa.types.is_boolean(found)
     if column.role == "action":
-        return _refused_action(found, reading)
+        return _refused_action(column.name, theirs, found, reading)
     if pa.types.is_boolean(column.dtype):
         return None if flag else "boolean"
     if column.role == "request":
@@ -231,12 +252,15 @@ def _refused_time(found: pa.DataType, reading: ColumnReading | None) -> str | No
     return None if fine else "a number, a timestamp, a date or text"
 
 
-def _refused_action(found: pa.DataType, reading: ColumnReading | None) -> str | None:
+def _refused_action(
+    name: str, theirs: str, found: pa.DataType, reading: ColumnReading | None
+) -> str | None:
     number, text, flag = is_number(found), is_text(found), pa.types.is_boolean(found)
     if reading is None or not reading.has_rule:
         rule = "an integer, boolean or float of 0 and 1"
         if text:
-            rule += ", or have a rule: source.actions={bought: {column: event, equals: purchase}}"
+            rule += ", or have a rule, the value that means yes: "
+            rule += f"source.actions={{{name}: {{column: {theirs}, equals: VALUE}}}}"
         return None if number or flag else rule
 
     if reading.present:

@@ -27,8 +27,16 @@ def find_logs(key: str, path: str | Path, form: FileFormat = PLAIN) -> FoundFile
         others = f"; left out: {count_reasons(found.left_out)}" if found.left_out else ""
         kind = {"csv": "CSV files", "json": "files of JSON lines"}.get(form.text_kind or "")
         nor = "" if kind or form.kind else ", nor CSV or JSON lines"
+        if _is_missing(str(path)):
+            nor += ": there is no such file or folder"
         raise UserError(f"{key}: no {kind or 'Parquet files'} at {str(path)!r}{nor}{others}")
     return found
+
+
+def _is_missing(path: str) -> bool:
+    """True for a plain path of the file system at which there is nothing."""
+    is_plain = "://" not in path and not any(sign in path for sign in "*?[")
+    return is_plain and not Path(path).expanduser().exists()
 
 
 def count_reasons(left_out: Mapping[str, str]) -> str:

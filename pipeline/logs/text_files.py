@@ -153,11 +153,23 @@ class TextFile:
 
     def _refusal(self, error: Exception) -> UserError:
         kind = "JSON lines" if self._is_json else "CSV"
+        if self._is_json and self._holds_list():
+            return UserError(
+                f"{self._name} holds one JSON list, not an object a line: `jq -c '.[]'` makes "
+                "lines of it"
+            )
         reason = " ".join(str(error).split())[:300]
         return UserError(
             f"{self._name} cannot be read as {kind} ({reason}): see source.format, or the table's "
             "own format (docs/guide/data.md)"
         )
+
+    def _holds_list(self) -> bool:
+        try:
+            with self._stream() as stream:
+                return stream.read(64).lstrip().startswith(b"[")
+        except (pa.ArrowException, OSError):
+            return False
 
     def _stream(self) -> BinaryIO | pa.NativeFile:
         packed = self._path.lower().endswith(PACKED_ENDINGS)
