@@ -113,8 +113,8 @@ def count_points(studies: Sequence[OpenStudy], processes: int) -> None:
 def run_all(studies: Sequence[OpenStudy], processes: int, out: Path, budget_s: float) -> None:
     """Run what is left of the studies; after `budget_s` no other point begins.
 
-    Seed by seed of all studies. Of a seed first what the largest sizes are predicted from, then
-    encoder by encoder in the order of the plans, and of an encoder the points with the most FLOP.
+    Seed by seed, and of a seed study by study. Of a study first what its largest size is predicted
+    from, then encoder by encoder in the order of the plan, the points with the most FLOP first.
     """
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -150,8 +150,8 @@ def _in_order(studies: Sequence[OpenStudy]) -> list[tuple[OpenStudy, Point]]:
         for point in study.waiting:
             # encoders before variants, since `names` has them so
             place = study.plan.names.index(point.encoder)
-            last = not study.predicts(point), place, number, -_train_gflop(point)
-            found.append(((point.seed, *last), (study, point)))
+            last = not study.predicts(point), place, -_train_gflop(point)
+            found.append(((point.seed, number, *last), (study, point)))
     return [chosen for _, chosen in sorted(found, key=lambda one: one[0])]
 
 
