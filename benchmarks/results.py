@@ -143,7 +143,8 @@ if kuairand_report.RUNS_FILE.exists():  # its runs need a machine of many cores
         if kuairand_report.DIFFERENCES.exists()
         else None
     )
-    SECTIONS["masks"] = kuairand_report.masks_section
+    if kuairand_report.masks_section():
+        SECTIONS["masks"] = kuairand_report.masks_section
 
 
 def write_sections(names: Sequence[str], path: Path = RESULTS) -> None:

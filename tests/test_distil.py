@@ -136,6 +136,7 @@ def test_a_student_waits_for_its_teachers_and_says_who_they_were(taught_plan):
             labels[key] = row[f"label.{task}"] > 0
     means, known = np.array(list(by_row.values())), np.array(list(labels.values()))
     assert (together["name"], together["seeds"]) == ("plain-mean2", [0, 1])
+    assert together["seed"] is None, "not compared with one of its seeds"
     assert together["metrics"][f"val/auc/{task}"] == pytest.approx(auc(means, known))
     seed_gflop = next(r for r in read_runs(student.out) if r["name"] == "plain")["metrics"]
     costs = "forward_gflop_per_candidate"
@@ -219,7 +220,7 @@ def test_the_sections_say_what_was_chosen_and_show_its_test(tmp_path):
     costs = {"train/gflop_per_example": 0.001, "forward_gflop_per_candidate": 0.0001}
     costs |= {"masked_pair_share": 0.3, "truncated_token_share": 0.2, "train/step_ms": 70.0}
 
-    def leave(name: str, seed: int, split: str, auc: float) -> None:
+    def leave(name: str, seed: int | None, split: str, auc: float) -> None:
         metrics = costs | {f"{split}/auc/x": auc, f"{split}/ne/x": 1 - auc / 4}
         line = {"name": name, "seed": seed, "command": "c", "metrics": metrics}
         line |= {"config": {"tasks": ["x"]}, "environment": {"device": "a machine"}}
@@ -231,7 +232,7 @@ def test_the_sections_say_what_was_chosen_and_show_its_test(tmp_path):
         leave("preset_test", seed, "test", 0.60)
         leave("distilled_test", seed, "test", 0.61)
         leave("rates_test", seed, "test", 0.99)  # not what validation chose
-    leave("preset-mean5", 0, "val", 0.72)
+    leave("preset-mean5", None, "val", 0.72)
     leave("masks", 0, "val", 0.7)
     leave("masks-window_0", 0, "val", 0.6)
     leave("ml1m", 0, "val", 0.8)

@@ -320,6 +320,7 @@ def test_a_report_says_what_the_points_were(
     assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is loaded from elsewhere"
     assert "out of memory" in page
+    assert "1 seed a point" in page
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page), "an undefined number is a dash"
     assert json.loads((tmp_path / "figures.json").read_text())["task"] == "is_click"
     assert "predicted ultra/6 by power: NE " in console_table(figures)

@@ -52,7 +52,8 @@ def mean_run(name: str, runs_file: Path, predictions: Path, split: str) -> Figur
     metrics |= {share: first["metrics"][share] for share in SHARES}
     command = f"python -m benchmarks.quality.ensemble {name}"
     own = {"name": f"{name}-mean{len(runs)}", "command": command, "metrics": metrics}
-    return {**first, **own, "seeds": [run["seed"] for run in runs]}
+    # of no seed: a table does not take it off a single run
+    return {**first, **own, "seed": None, "seeds": [run["seed"] for run in runs]}
 
 
 def main() -> None:

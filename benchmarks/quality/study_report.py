@@ -17,7 +17,7 @@ from benchmarks.report import RUNS, read_run, table, write_run
 from pipeline.evaluate.page_parts import number_text
 from pipeline.study.figures import share_reached
 from pipeline.study.measured import COSTS
-from pipeline.study.page import PAPER, interval_text
+from pipeline.study.page import PAPER, interval_text, seeds_text
 
 Figures = dict[str, Any]
 FULL_SIZE = ("drifting", "ml_1m", "chains")
@@ -41,8 +41,7 @@ AUC and inference FLOP."""
 
 def _study_part(study: Figures) -> str:
     figures = study["figures"]
-    seeds = len(figures["seeds"])
-    title = f"### {figures['name']}: {seeds} seed{'s' if seeds > 1 else ''} a point"
+    title = f"### {figures['name']}: {seeds_text(figures)} a point"
     rows = f"{figures['rows']:,} rows of {figures['users']:,} users, {figures['split']}"
     machine = study["environment"]["device"]
     text = [title, f"`{study['command']}`, {machine}. {rows}, task {figures['task']}."]

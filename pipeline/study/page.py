@@ -47,13 +47,11 @@ def write_study(folder: Path, figures: Figures) -> Path:
 def render_page(figures: Figures, pictures: dict[str, Figure]) -> str:
     """The whole page."""
     name = html.escape(figures["name"])
-    seeds = len(figures["seeds"])
-    several = "s" if seeds > 1 else ""
     return f"""{page_head(name)}
 <h1>{name}</h1>
 <p>{figures["rows"]:,} rows of {figures["users"]:,} users, split {figures["split"]}, task
-{html.escape(figures["task"])}; all points have scored the same rows. {seeds} seed{several} a point.
-Intervals hold 95 % of {figures["samples"]} draws of users{_seed_words(seeds)}.</p>
+{html.escape(figures["task"])}; all points have scored the same rows. {seeds_text(figures)} a point.
+Intervals hold 95 % of {figures["samples"]} draws of users{_seed_words(figures)}.</p>
 <h2>For the budget</h2>
 {_advice(figures)}
 <h2>Gain for FLOP, as the paper has it</h2>
@@ -83,9 +81,17 @@ table of points are on the front of inference FLOP.</p>
 """
 
 
-def _seed_words(seeds: int) -> str:
-    if seeds > 1:
-        return " and of seeds"
+def seeds_text(figures: Figures) -> str:
+    """`3 seeds`, or `1 to 3 seeds` where some points have fewer."""
+    counts = [point["seeds"] for point in figures["points"]]
+    fewest, most = min(counts), max(counts)
+    several = "s" if most > 1 else ""
+    return f"{most} seed{several}" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def _seed_words(figures: Figures) -> str:
+    if max(point["seeds"] for point in figures["points"]) > 1:
+        return " and of seeds where there are several"
     return "; they do not hold what another seed of the training would change"
 
 
