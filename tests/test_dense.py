@@ -14,7 +14,7 @@ import torch
 from pipeline import config
 from pipeline.batches import features
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.counts import LabelCounts, search_sorted
+from pipeline.batches.counts import LabelCounts, distinct_values, search_sorted
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
@@ -327,3 +327,9 @@ def test_places_are_those_of_a_search_one_by_one() -> None:
     for num in (0, 10, 5000):
         wanted = rng.integers(-60_000, 60_000, num)
         assert search_sorted(values, wanted).tolist() == [int((values < x).sum()) for x in wanted]
+
+
+@pytest.mark.parametrize("values", [[], [4], [3, -1, 3, 2**62, -1]])
+def test_distinct_values_are_numpys(values: list[int]) -> None:
+    numbers = np.array(values, np.int64)
+    assert distinct_values(numbers).tolist() == np.unique(numbers).tolist() == sorted(set(values))

@@ -118,3 +118,14 @@ def search_sorted(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     found = np.empty(len(wanted), np.int64)
     found[order] = np.searchsorted(values, wanted[order])
     return found
+
+
+def distinct_values(values: np.ndarray) -> np.ndarray:
+    """The different ones of integers, ascending, as `np.unique` gives them.
+
+    NumPy 2.4 puts them into a hash table for that: of a million that mostly differ it takes a
+    hundred times as long as sorting them.
+    """
+    ordered = np.sort(values)
+    is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
+    return ordered[is_first]

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
-from pipeline.batches.counts import LabelCounts, search_sorted
+from pipeline.batches.counts import LabelCounts, distinct_values, search_sorted
 from pipeline.batches.passes import pass_over, run_here
 from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, SplitConfig, UserError
 from pipeline.logs.arrow_errors import reading_file
@@ -488,13 +488,13 @@ def _read_rows(
 
     request = {}
     for name in stored:
-        request[name] = np.unique(flat[name][timed])
+        request[name] = distinct_values(flat[name][timed])
     weighed = training if weighs_order_only else timed
     return _BucketRows(
-        items=np.unique(flat["item_id"][training]),
+        items=distinct_values(flat["item_id"][training]),
         timed_items=timed_items,
         timed_count=timed_count,
-        users=np.unique(user[training]),
+        users=distinct_values(user[training]),
         request=request,
         timed=TaskCounts.of_rows(table, timed, task_bits),
         weighed=TaskCounts.of_rows(table, weighed, task_bits),
@@ -532,7 +532,7 @@ class _TrainingRows:
             raise UserError(f"no row with a known label lies before {end}: nothing to train on")
 
         # ids and values
-        vocabulary = np.unique(np.concatenate([bucket.items for bucket in buckets]))
+        vocabulary = distinct_values(np.concatenate([bucket.items for bucket in buckets]))
         item_count = np.zeros(len(vocabulary), np.int64)
         for bucket in buckets:
             item_count[np.searchsorted(vocabulary, bucket.timed_items)] += bucket.timed_count
@@ -541,7 +541,7 @@ class _TrainingRows:
         for name in cfg.features.request:
             if name != "hour":
                 parts = [bucket.request[name] for bucket in buckets]
-                values = np.unique(np.concatenate(parts)).astype(np.int64)
+                values = distinct_values(np.concatenate(parts)).astype(np.int64)
                 known_values[name] = values[values >= 0]
 
         refuse_one_class(cfg.tasks, weighed, cfg.split, cfg.examples.negatives)
@@ -552,7 +552,7 @@ class _TrainingRows:
         return cls(
             items=vocabulary,
             item_count=item_count,
-            users=np.unique(np.concatenate([bucket.users for bucket in buckets])),
+            users=distinct_values(np.concatenate([bucket.users for bucket in buckets])),
             request=known_values,
             base_rates=dict(zip(cfg.tasks, rates, strict=True)),
         )

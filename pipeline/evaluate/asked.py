@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.batches.counts import search_sorted
+from pipeline.batches.counts import distinct_values, search_sorted
 from pipeline.batches.events import offsets_of, ranges
 from pipeline.batches.examples import Examples, UserEvents
 from pipeline.batches.features import FeatureMaps, positive_rows
@@ -68,7 +68,7 @@ def all_of_period(users: UserEvents, taken: np.ndarray, begin: int, maps: Featur
     """
     user, item = users.row_user[taken], maps.item_rows(users.events.item_id[taken]) - 1
     num_items = len(maps.item_ids) + 1
-    pairs = different(user * num_items + item + 1)
+    pairs = distinct_values(user * num_items + item + 1)
     user, item = np.divmod(pairs, num_items)
     who, counts = np.unique(user, return_counts=True)
 
@@ -118,12 +118,3 @@ def seen_items(
     user = np.repeat(np.arange(len(examples)), np.diff(offsets))
     known = item >= 0
     return user[known], item[known]
-
-
-def different(values: np.ndarray) -> np.ndarray:
-    """The different values, ascending: `np.unique`, which puts them into a hash table first and
-    takes a hundred times as long where most differ (NumPy 2.4).
-    """
-    ordered = np.sort(values)
-    is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
-    return ordered[is_first]

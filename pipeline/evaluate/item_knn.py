@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from pipeline.batches.counts import distinct_values
 from pipeline.batches.events import ranges
 from pipeline.batches.examples import Examples, UserEvents
 from pipeline.batches.features import FeatureMaps, positive_rows
 from pipeline.batches.stored import StoredUsers
-from pipeline.evaluate.asked import different
 
 # PyTorch multiplies two sparse matrices by way of a form that it calls beta
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
@@ -37,7 +37,7 @@ class ItemKNN:
 
     def __init__(self, user: np.ndarray, item: np.ndarray, num_items: int, bits: int) -> None:
         self.bits, self.num_items = bits, num_items
-        pairs = different(user * self.num_items + item)
+        pairs = distinct_values(user * self.num_items + item)
         user, item = np.divmod(pairs, self.num_items)
         taken = np.bincount(item, minlength=self.num_items)
 
@@ -76,7 +76,7 @@ class ItemKNN:
         kept = counts & (item >= 0)
 
         # each item of a history once
-        pairs = different(owner[kept] * self.num_items + item[kept])
+        pairs = distinct_values(owner[kept] * self.num_items + item[kept])
         owner, item = np.divmod(pairs, self.num_items)
         if self.cosines is not None:
             begins = torch.from_numpy(np.searchsorted(owner, np.arange(len(examples))))
