@@ -298,20 +298,20 @@ def test_no_row_moves_its_own_logit(tmp_path: Path) -> None:
     [
         ({"by": ["author"]}, "features.dense.x.by must be one of"),
         ({"by": ["hour"]}, "features.dense.x.by must be one of"),
-        ({"by": []}, "features.dense.*.by must be at least one column"),
-        ({"by": ["item_id"], "prior": 0}, "features.dense.*.prior must be greater than 0"),
+        ({"by": []}, "features.dense.x.by must be at least one column"),
+        ({"by": ["item_id"], "prior": 0}, "features.dense.x.prior must be greater than 0"),
         ({"by": ["item_id"], "rows": "old"}, "features.dense.x.rows must be one of"),
         (
             {"by": ["user"], "within_minutes": 0},
-            "features.dense.*.within_minutes must be greater than 0",
+            "features.dense.x.within_minutes must be greater than 0",
         ),
         (
             {"by": ["item_id"], "within_minutes": 60},
-            "features.dense.*.within_minutes must be null unless",
+            "features.dense.x.within_minutes must be null unless",
         ),
         (
             {"by": ["user"], "rows": "all", "within_minutes": 60},
-            "features.dense.*.within_minutes must be null unless",
+            "features.dense.x.within_minutes must be null unless",
         ),
     ],
 )
