@@ -81,6 +81,24 @@ def test_bad_bodies_are_4xx_and_name_the_field(replica: InProcess, name: str) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (ONE, None, "must be sent with content-type: application/json, got none"),
+        (ONE, "text/plain", "content-type: application/json, got text/plain"),
+        ('{"user_id": 3,', "application/json", "JSON decode error: Expecting property name"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_why(
+    replica: InProcess, body: dict | str, kind: str | None, said: str
+) -> None:
+    content = (body if isinstance(body, str) else json.dumps(body)).encode()
+    headers = {} if kind is None else {"content-type": kind}
+    check_refused(
+        call(replica, "POST", "/v1/rank", content=content, headers=headers), 422, None, said
+    )
+
+
 NUMBERS = st.one_of(
     st.integers(-2, 70),
     st.sampled_from([2**31 - 1, 2**53 - 1, 2**63 - 1, 2**63, 1_651_500_000_000]),

@@ -1,6 +1,7 @@
 """One way to say what is wrong with a request: exceptions as answers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -30,10 +31,22 @@ def refused(refusals: Sequence[Refusal]) -> Response:
     return json_reply({"detail": listed}, 422)
 
 
-async def _answer_invalid(_: Request, error: Exception) -> Response:
+async def _answer_invalid(http: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    return refused([Refusal.of(one["loc"], one["msg"], one.get("input")) for one in found])
+    kind = http.headers.get("content-type", "none")
+    refusals = []
+    for one in error.errors():
+        refusals.append(Refusal.of(one["loc"], _say_what_is_wrong(one, kind), one.get("input")))
+    return refused(refusals)
+
+
+def _say_what_is_wrong(found: dict[str, Any], content_type: str) -> str:
+    """The message of one of FastAPI's errors, and what it leaves out of bodies that are no JSON."""
+    if found["type"] == "json_invalid":
+        return f"{found['msg']}: {found['ctx']['error']}"
+    if found["loc"] == ("body",) and isinstance(found.get("input"), bytes):
+        return f"must be sent with content-type: application/json, got {content_type}"
+    return found["msg"]
 
 
 async def _answer_bad_body(_: Request, error: Exception) -> Response:
