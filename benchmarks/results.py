@@ -125,10 +125,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "sharding": lambda: sharding.section(
         runs_read(
             "sharding_h200_equal",
+            "sharding_h200_graphs",
             "sharding_h200_parity",
             "sharding_h200_now",
+            "sharding_h200_tables",
             "sharding_h200",
-            "sharding_h200_large_steps",
         )
     ),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -112,14 +112,16 @@ def loader_cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
     lengths = np.full(num_users(options, ranks, options.length, mean_pass), options.length)
     publish_once(cfg, lengths, folder, ranks)
 
-    one = replace(cfg.train, batch_tokens=options.events, num_workers=1, readers=1)
-    cfg_one = replace(cfg, train=one)
-    yield (
-        "1 rank, loader",
-        lambda: ranks.alone(
-            lambda: timed_training(cfg_one, step_plan(cfg_one), options.steps, ranks, alone=True)
-        ),
-    )
+    def run_alone(cuda_graphs: Literal["auto", "off"]) -> dict[str, Any] | None:
+        one = {"batch_tokens": options.events, "num_workers": 1, "readers": 1}
+        cfg_one = replace(cfg, train=replace(cfg.train, **one, cuda_graphs=cuda_graphs))
+        plan = step_plan(cfg_one)
+        return ranks.alone(lambda: timed_training(cfg_one, plan, options.steps, ranks, alone=True))
+
+    yield "1 rank, loader", lambda: run_alone("off")
+    if ranks.device != "cpu":
+        # most of so few steps have a size that has not come before
+        yield "1 rank, loader, CUDA graphs as they are recorded", lambda: run_alone("auto")
     if ranks.size > 1:
         plan = step_plan(cfg)
         yield "all ranks, loader", lambda: timed_training(cfg, plan, options.steps, ranks)

@@ -306,7 +306,9 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> Iterator[tuple[str, di
             if ranks.rank == 0:
                 print(f"left out, no time: {name}", flush=True)
             continue
-        yield name, call() or {}
+        begin = time.monotonic()
+        numbers = call() or {}
+        yield name, numbers | {"seconds": time.monotonic() - begin}
 
 
 def cases(options: argparse.Namespace, ranks: Ranks) -> Iterator[Case]:
