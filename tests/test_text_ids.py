@@ -13,7 +13,9 @@ import pytest
 
 from jobs.forget_user import read_users
 from pipeline.batches.features import fit_features
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import ExposureConfig, RunConfig, UserError
+from pipeline.evaluate.comparison import item_rate_logits, metric_of, read_scores
 from pipeline.evaluate.evaluator import evaluate_model
 from pipeline.index.folder import build_index, load_index
 from pipeline.logs.ids import id_code
@@ -267,11 +269,20 @@ def test_what_a_server_has_is_said(api) -> None:
 
 
 def test_predictions_name_users_and_items(world: TextServed) -> None:
-    evaluate_model(world.cfg, world.cfg.model_dir)
+    metrics = evaluate_model(world.cfg, world.cfg.model_dir)
     file = world.cfg.run_dir / "evaluation" / "predictions" / "test.parquet"
     found = pq.read_table(file, columns=["user_id", "item_id"]).to_pydict()
     assert set(found["user_id"]) <= set(map(user_name, range(NUM_USERS)))
     assert set(found["item_id"]) <= set(map(item_name, range(NUM_ITEMS)))
+
+    # a comparison finds the items' rates by these names: those that the evaluation measured
+    rows = read_scores({"text": world.cfg.run_dir}, "test")
+    rates = item_rate_logits(StoredUsers.of_run(world.cfg), world.cfg.split, rows)
+    for number, task in enumerate(rows.tasks):
+        known = rows.known(task)
+        labels = rows.labels[known, number] > 0
+        ne = metric_of("ne", rates[known, number], labels, rows.user_id[known])
+        assert ne == pytest.approx(metrics[f"test/baseline_ne/{task}"])
 
 
 def test_replayed_requests_are_those_of_clients(world: TextServed) -> None:

@@ -19,6 +19,7 @@ from pipeline.batches.stored import StoredUsers
 from pipeline.config import SplitConfig, UserError
 from pipeline.evaluate.item_rates import ItemCounts, count_items, item_logits, merge_counts
 from pipeline.evaluate.metrics import auc, grouped_auc, log_loss, normalised_entropy
+from pipeline.logs.ids import id_codes
 
 KEYS = ("user_id", "item_id", "event_time")
 METRICS = ("ne", "auc", "gauc")
@@ -34,8 +35,8 @@ class ScoredRows:
     """
 
     tasks: tuple[str, ...]
-    user_id: np.ndarray  # int64 [N]
-    item_id: np.ndarray  # int64 [N]
+    user_id: np.ndarray  # int64 [N], or text as the logs have it
+    item_id: np.ndarray  # the same
     history_rows: np.ndarray  # int64 [N], of the user before the request
     user_is_new: np.ndarray  # bool [N], no row in the training period
     labels: np.ndarray  # float64 [N, K]
@@ -136,7 +137,8 @@ def item_rate_logits(stored: StoredUsers, split: SplitConfig, rows: ScoredRows) 
     parts: list[ItemCounts] = []
     for users in stored.by_bucket():
         parts.append(count_items(users, split, task_bits))
-    return item_logits(merge_counts(parts), rows.item_id)
+    # predictions name items as people do
+    return item_logits(merge_counts(parts), id_codes(rows.item_id.tolist()))
 
 
 def metric_of(name: str, logits: np.ndarray, labels: np.ndarray, users: np.ndarray) -> float:
