@@ -45,12 +45,14 @@ def test_loads_have_a_table_of_their_own() -> None:
     sizes = {"events": 64, "length": 8, "layers": 1, "heads": 1, "width": 16, "steps": 10}
     machine = {"device": "a GPU", "cores": 2, "torch": "2"}
     run = {"command": "it", "environment": machine, "ranks": 2, "sizes": sizes, "cases": CASES}
-    killed = {"steps": 50, "killed_at": 25, "resumed_at": 20, "equal": True}
+    killed = {"steps": 50, "killed_at": 25, "resumed_at": 20, "equal": False}
+    killed |= {"ranks": [2, 1], "furthest": 6.5e-8}
     text = section([run, {"command": "kill", "killed": killed}])
     assert "| none | 1.200 | 1.500 | 64 | 10.0 | 70 | 1.0% | 0.0% |" in text
     assert "| dealing by measured time | 1.010 |" in text
     assert "2 µs an example, 0.25 µs a token, 0 µs a token times the tokens" in text
-    assert "killed in step 25 of 50" in text
+    assert "killed in step 25 of 50 (SIGKILL), gone on by 1 instead of 2 from" in text
+    assert "bit for bit: False, within 6.5e-08" in text
     assert "| loads: none" not in text
 
 

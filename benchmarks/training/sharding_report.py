@@ -150,10 +150,12 @@ def graphs_text(graphs: dict[str, Any]) -> str:
 
 
 def killed(found: dict[str, Any]) -> str:
+    before, after = found["ranks"]
+    again = "all started again" if before == after else f"gone on by {after} instead of {before}"
     return (
-        f"A rank killed in step {found['killed_at']} of {found['steps']} (SIGKILL), all started "
-        f"again from the checkpoint of step {found['resumed_at']}: losses equal to the unbroken "
-        f"run's bit for bit: {found['equal']}."
+        f"A rank killed in step {found['killed_at']} of {found['steps']} (SIGKILL), {again} "
+        f"from the checkpoint of step {found['resumed_at']}: losses equal to the unbroken "
+        f"run's bit for bit: {found['equal']}, within {found['furthest']:.1e}."
     )
 
 
