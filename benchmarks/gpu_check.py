@@ -468,6 +468,9 @@ def main() -> None:
         "--smoke", action="store_true", help="tiny checks and calls, in Triton's interpreter too"
     )
     parser.add_argument(
+        "--match", nargs="+", metavar="TEXT", help="only checks whose name has one of these in it"
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="leave the kernels of the benchmarks in Triton's cache too",
@@ -477,6 +480,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     suites = {name: (SMOKE if arguments.smoke else SUITES)[name]() for name in arguments.only}
+    if arguments.match:
+        for name, of_suites in suites.items():
+            suites[name] = [
+                check for check in of_suites if any(x in name_of(check) for x in arguments.match)
+            ]
     checks = [check for checks in suites.values() for check in checks]
     if arguments.compile:
         compiled: list[Check] = []

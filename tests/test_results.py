@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import results
-from benchmarks.report import RESULTS, RUNS, read_section
+from benchmarks.gpu import NOT_RUN
+from benchmarks.gpu_check import of_suite
+from benchmarks.report import RESULTS, RUNS, parity_told, read_section, widest_interval
 from pipeline.figures import append_run, read_runs
 
 MARKS = re.compile(r"<!-- ([\w ]+): begin -->\n(.*?)\n<!-- \1: end -->", re.DOTALL)
@@ -103,3 +105,22 @@ def test_runs_come_back_whole_and_share_what_is_equal(tmp_path: Path):
     assert read_runs(path) == runs
     assert path.read_text().count('"config"') == 2
     assert read_runs(tmp_path / "none.jsonl") == []
+
+
+def test_what_found_no_time_is_neither_right_nor_wrong():
+    def check(number: int) -> None: ...
+
+    checks = [(check, number) for number in range(4)]
+    lines = ["check(1): error 3e-1", f"check(2): {NOT_RUN}60 s had passed", "check(9): another"]
+    found = of_suite(checks, lines)
+    assert found == {"cases": 3, "wrong": lines[:1], "not_run": 1}
+    assert parity_told(found) == "3 parity cases (1 wrong, 1 not run)"
+    assert parity_told({"cases": 5, "wrong": []}) == "5 parity cases (0 wrong)"
+
+
+def test_the_widest_interval_is_a_share_of_its_median():
+    narrow = {"forward_ms": 2.0, "forward_range_ms": [1.9, 2.05], "kept_mb": 3}
+    assert widest_interval({"a": narrow}) == pytest.approx(0.05)
+    assert widest_interval({"a": narrow, "b": {"ms": 1.0, "range_ms": [1, 1.2]}}) == pytest.approx(
+        0.2
+    )

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,13 +289,17 @@ def compile_flex(length: int) -> None:
         call()
 
 
-def compile_checks() -> list[Check]:
-    """What leaves this benchmark's kernels in the caches, the slowest first."""
-    cases = other_cases()
+def compile_checks(names: Iterable[str] | None = None, with_flex: bool = True) -> list[Check]:
+    """What leaves this benchmark's kernels in the caches, the slowest first; of the other cases
+    those of these names, or all.
+    """
+    others = other_cases()
+    cases = {name: others[name] for name in (others if names is None else names)}
     for length in LENGTHS:
         cases |= compared_cases(length)
     flexible: list[Check] = [(compile_flex, length) for length in FLEX_LENGTHS]
-    return flexible + [(compile_case, case) for case in cases.values()]
+    compiled: list[Check] = [(compile_case, case) for case in cases.values()]
+    return flexible + compiled if with_flex else compiled
 
 
 def measure_cpu() -> dict[str, dict[str, float]]:
@@ -362,6 +366,14 @@ def main() -> None:
         "--smoke", action="store_true", help="tiny calls, in Triton's interpreter too"
     )
     parser.add_argument("--no-softmax", action="store_true", help="leave PyTorch's attention out")
+    parser.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
+    parser.add_argument(
+        "--cases",
+        nargs="*",
+        metavar="CASE",
+        choices=list(other_cases()),
+        help="beside the lengths these cases alone; the file keeps what it has of the others",
+    )
     parser.add_argument(
         "--cpu", action="store_true", help="time the CPU's blocked form, and do nothing else"
     )
@@ -392,16 +404,17 @@ def main() -> None:
         checks = parity_checks()
         checked = {"cases": len(checks), "wrong": [], "compiled": False}
     if not (arguments.parity_only or checked["compiled"]):
-        checks += compile_checks()
+        checks += compile_checks(arguments.cases, not arguments.no_flex)
     problems = parity(checks) if checks else []
     if arguments.parity_only:
         raise SystemExit(bool(problems))
-    found: dict = {
-        "machine": versions(),
-        "parity": checked | {"wrong": checked["wrong"] + problems},
-    }
+    partial = arguments.cases is not None and arguments.out.exists()
+    found: dict = json.loads(arguments.out.read_text()) if partial else {}
+    found["machine"] = versions()
+    found["parity"] = checked | {"wrong": checked["wrong"] + problems}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for section, numbers in measure(arguments.no_softmax):
+    names = list(other_cases()) if arguments.cases is None else arguments.cases
+    for section, numbers in measure(names, arguments.no_softmax, arguments.no_flex):
         found.setdefault(section, {}).update(numbers)
         # what is measured stays, whatever comes after
         write_run(arguments.out, found)
@@ -409,15 +422,17 @@ def main() -> None:
     raise SystemExit(bool(problems))
 
 
-def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
-    """Names of sections, and numbers of theirs, as they come."""
+def measure(names: Iterable[str], no_softmax: bool, no_flex: bool) -> Iterator[tuple[str, dict]]:
+    """Names of sections, and numbers of theirs, as they come; `names` are of `other_cases`."""
     timer = Timer()
     everything: dict[str, dict[str, Any]] = {}
     for length in LENGTHS:
-        for section, numbers in compare(timer, length, no_softmax):
+        for section, numbers in compare(timer, length, no_softmax, no_flex):
             everything |= numbers
             yield section, numbers
-    for name, case in other_cases().items():
+    others = other_cases()
+    for name in names:
+        case = others[name]
         times = time_in_turns(timer, {name: our_calls(case)})
         yield "ours", {name: with_rates(case, times[name])}
 
@@ -442,7 +457,7 @@ def measure(no_softmax: bool) -> Iterator[tuple[str, dict]]:
 
 
 def compare(
-    timer: Timer, length: int, no_softmax: bool
+    timer: Timer, length: int, no_softmax: bool, no_flex: bool
 ) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Sections of one length: ours, and PyTorch's softmax attention, in turns."""
     cases = compared_cases(length)
@@ -452,7 +467,7 @@ def compare(
         for name, backend in (("cuDNN", "CUDNN_ATTENTION"), ("flash", "FLASH_ATTENTION")):
             softmax.append(f"{name} causal {length}")
             contestants[softmax[-1]] = softmax_calls(length, sdpa(backend))
-        if length in FLEX_LENGTHS:
+        if length in FLEX_LENGTHS and not no_flex:
             flexible.append(f"flex semi-local {length}")
             contestants[flexible[-1]] = softmax_calls(length, flex(length))
 
