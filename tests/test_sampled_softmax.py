@@ -88,6 +88,7 @@ IN_FLOAT16 = {
     "two items a key": (7, 13, 40, 50, 7),
     "keys of 32 bits": (7, 13, 9, 50, 6),
     "two items a key, in parts": (12, 3, 7, 20, 2),
+    "one item a key, in parts": (12, 3, 7, 9, 3),
 }
 
 
@@ -117,6 +118,13 @@ def test_in_float16(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             assert (got - expected).norm() <= 2**-10 * expected.norm()
     again = loss_and_grads(half_launch, users, items, *rest, log_rates=rates)
     assert all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))
+
+
+def test_further_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_launch, "LONGEST_PART", 4)
+    key, part = half_launch.further_parts(torch.tensor([0, 3, 12, 16, 28]), 5)
+    assert (key.tolist(), part[:4].tolist()) == ([1, 1, 3, 3, 4], [1, 2, 1, 2])
+    assert half_launch.further_parts(torch.tensor([0, 3]), 0)[0].tolist() == []
 
 
 def test_float16_where_11_bits_are_allowed() -> None:

@@ -263,8 +263,9 @@ def parity_checks() -> list[Check]:
         (300, 77, 33, 256),
     ):
         checks += [(check_softmax, sizes, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    # the last two: two items to a key, and keys of 32 bits
+    # the first has keys of many parts, the last two have two items to a key, and keys of 32 bits
     for sizes in (
+        (1000, 7, 512, 64),
         (63, 5, 20, 50),
         (257, 1000, 128, 64),
         (300, 77, 33, 256),

@@ -6,7 +6,8 @@ half the bytes. Reading the drawn rows is what the loss takes its time for.
     unit_rows        vectors → unit vectors in float16, and lengths
     forward          one program a position, as attention of one query over the drawn items
     pair_keys        what the pairs (position, drawn item) are sorted by
-    item_gradients   one program a key: all pairs that drew its item, or its two items
+    item_gradients   one program a key: all pairs that drew its item, or its two items; long ones
+                     have further programs, whose sums `add_further_parts` adds
 
 A tensor core multiplies 16 rows at a time. Forward has one: the user, 16 times over. Backward has
 up to two different ones, so that a key may stand for two neighbouring items: keys of 16 bits, which
@@ -165,7 +166,7 @@ def pair_keys(
         tl.store(first_odd + position, 1 + num_even)
 
 
-@triton.jit(do_not_specialize=["num_parts", "num_items"])
+@triton.jit(do_not_specialize=["num_keys", "num_items"])
 def item_gradients(
     unit_users,  # float16 [P, BLOCK_D]
     unit_items,  # float16 [N, BLOCK_D]
@@ -175,39 +176,46 @@ def item_gradients(
     of_position,
     order,  # int64 [pairs]: position * columns + column, sorted by key; column 0 is the positive
     starts,  # int64 [keys + 1]: where each key's pairs begin
+    further_key,  # int64 [F]: of each further part; the number of keys where there is none
+    further_part,  # int64 [F]: the first of a key's further parts is 1
     log_rates,  # float32 [N], with RATES
     factor,  # float32 [1]: of all sums
-    grad,  # float32 [N, dim] out; with SPLIT [N, parts, dim]: sums towards the normalised item
-    num_parts,
+    grad,  # float32 [N, dim] out; of keys with further parts the sum of their first alone
+    partial,  # float32 [F, 2, BLOCK_D] out: sums of further parts, towards the normalised item
+    num_keys,
     num_items,
     dim,
     per_temperature,
     COLUMNS: tl.constexpr,
     RATES: tl.constexpr,
-    SPLIT: tl.constexpr,
     PAIRED: tl.constexpr,
+    LONGEST: tl.constexpr,  # pairs of a part
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    key = tl.program_id(0).to(tl.int64)
-    begin, end = tl.load(starts + key), tl.load(starts + key + 1)
-    col, row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
-    scale = per_temperature / LN_2
+    """Programs after those of the keys add the further parts of long ones."""
+    further = tl.program_id(0).to(tl.int64) - num_keys
+    key, part = further + num_keys, tl.zeros((), tl.int64)
+    if further >= 0:
+        key = tl.load(further_key + further)
+        part = tl.load(further_part + further)
+    used = key < num_keys
+    start = tl.load(starts + key, mask=used, other=0)
+    stop = tl.load(starts + key + 1, mask=used, other=0)
+    begin = start + part * LONGEST
+    end = tl.minimum(begin + LONGEST, stop)
 
     # rows of the product: the key's item 16 times over, or its two in turn
+    col, row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    scale = per_temperature / LN_2
     of_key = 2 if PAIRED else 1
     which = row % of_key
     item = key * of_key + which
-    there = item < num_items
+    there = used & (item < num_items)
     x = tl.load(unit_items + item[:, None] * BLOCK_D + col, mask=there[:, None], other=0.0)
     rates = tl.zeros((ROWS,), tl.float32)
     if RATES:
         rates += tl.load(log_rates + item, mask=there, other=0.0) / LN_2
-
-    if SPLIT:
-        length = tl.cdiv(tl.cdiv(end - begin, num_parts), BLOCK_R) * BLOCK_R
-        begin += tl.program_id(1) * length
-        end = tl.minimum(end, begin + length)
 
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for at in range(begin, end, BLOCK_R):
@@ -236,12 +244,51 @@ def item_gradients(
         total = tl.dot(share.to(tl.float16), user, total)
 
     total *= tl.load(factor)
-    first = there & (row < of_key)
-    mask = first[:, None] & (col < dim)
-    if SPLIT:
-        place = (item * num_parts + tl.program_id(1)) * dim
-        tl.store(grad + place[:, None] + col, total, mask=mask)
+    first = row < of_key
+    if further >= 0:
+        place = (further * 2 + row)[:, None] * BLOCK_D + col
+        tl.store(partial + place, total, mask=first[:, None])
     else:
+        if stop - start <= LONGEST:
+            norm = tl.load(item_norms + item, mask=there, other=1.0)
+            total = _through_norm(total, x.to(tl.float32), norm)
+        mask = (there & first)[:, None] & (col < dim)
+        tl.store(grad + item[:, None] * dim + col, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_items"])
+def add_further_parts(
+    unit_items,  # float16 [N, BLOCK_D]
+    item_norms,  # float32 [N]
+    starts,  # int64 [keys + 1]
+    further_key,  # int64 [F]
+    further_part,  # int64 [F]
+    partial,  # float32 [F, 2, BLOCK_D]
+    grad,  # float32 [N, dim] in and out
+    num_keys,
+    num_items,
+    dim,
+    PAIRED: tl.constexpr,
+    LONGEST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program a further part; the one of a key's first adds all of its key, in their order."""
+    further = tl.program_id(0).to(tl.int64)
+    key = tl.load(further_key + further)
+    if key < num_keys and tl.load(further_part + further) == 1:
+        length = tl.load(starts + key + 1) - tl.load(starts + key)
+        num_further = (length - 1) // LONGEST
+        col, row = tl.arange(0, BLOCK_D), tl.arange(0, 2)
+        of_key = 2 if PAIRED else 1
+        item = key * of_key + row
+        there = (item < num_items) & (row < of_key)
+        place = grad + item[:, None] * dim + col
+        mask = there[:, None] & (col < dim)
+
+        total = tl.load(place, mask=mask, other=0.0)
+        for one in range(further, further + num_further):
+            rows = (one * 2 + row)[:, None] * BLOCK_D + col
+            total += tl.load(partial + rows, mask=there[:, None], other=0.0)
+        x = tl.load(unit_items + item[:, None] * BLOCK_D + col, mask=there[:, None], other=0.0)
         norm = tl.load(item_norms + item, mask=there, other=1.0)
-        out = _through_norm(total, x.to(tl.float32), norm)
-        tl.store(grad + item[:, None] * dim + col, out, mask=mask)
+        tl.store(place, _through_norm(total, x.to(tl.float32), norm), mask=mask)

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.sampled_softmax import half_kernels
-from kernels.sampled_softmax.reference import normalise
-from kernels.sampled_softmax.torch_chunked import through_norm
 
 TILE = 4096  # numbers of a program's block of vectors
-LONGEST_PART = 4096  # pairs of a key that one program adds where all keys have more
+LONGEST_PART = 4096  # pairs of a key that one program adds
 MOST_WIDTH = 256  # of a vector that a program holds 16 of in registers
 MOST_PAIRS = 2**31 - 1  # their numbers are int32
 # shares are multiplied by it before they become float16, whose least normal number is 6e-5
@@ -103,6 +101,7 @@ def item_gradients(
 
     order, starts, first_odd = sorted_pairs(positives, negatives, num_items)
     num_keys, paired = len(starts) - 1, first_odd is not None
+    further_key, further_part = further_parts(starts, len(order) // LONGEST_PART)
 
     # shares as parts of the largest: in float16 a power of 2 away from its least numbers
     most = share.max()
@@ -117,34 +116,51 @@ def item_gradients(
 
     unit_users, _ = unit_rows(users, broken_to_zero=True)
     unit_items, item_norms = unit_rows(items)
-    num_parts = min(cdiv(len(order), num_keys * LONGEST_PART), 64)
-    grad = torch.empty(num_items, num_parts, dim, dtype=torch.float32, device=items.device)
-    tensors = unit_users, unit_items, item_norms, of_position, order, starts, log_rates
+    block_r, block_d = _blocks(dim)
+    grad = torch.empty(num_items, dim, dtype=torch.float32, device=items.device)
+    partial = torch.empty(len(further_key), 2, block_d, dtype=torch.float32, device=items.device)
+    tensors = unit_users, unit_items, item_norms, of_position, order, starts
+    tensors += further_key, further_part, log_rates, factor, grad, partial
+    columns, rated = negatives.shape[1] + 1, log_rates is not None
     launch(
         half_kernels.item_gradients,
-        num_keys,
-        (*tensors, factor, grad),
-        (num_parts, num_items),
+        num_keys + len(further_key),
+        tensors,
+        (num_keys, num_items),
         (dim, 1 / temperature),
-        (
-            negatives.shape[1] + 1,
-            log_rates is not None,
-            num_parts > 1,
-            paired,
-            *_blocks(dim),
-        ),
+        (columns, rated, paired, LONGEST_PART, block_r, block_d),
         device=items.device,
         num_warps=1,
         num_stages=2,
-        columns=num_parts,
     )
-    if num_parts == 1:
-        return grad[:, 0]
+    if len(further_key):
+        launch(
+            half_kernels.add_further_parts,
+            len(further_key),
+            (unit_items, item_norms, starts, further_key, further_part, partial, grad),
+            (num_keys, num_items),
+            (dim,),
+            (paired, LONGEST_PART, block_d),
+            device=items.device,
+            num_warps=1,
+        )
+    return grad
 
-    wide = items.float()
-    return through_norm(
-        grad.sum(1), normalise(wide), torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    )
+
+def further_parts(starts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Parts of LONGEST_PART pairs beyond the first of each key, int64 [most]: the key, and the
+    number of the part. Where there are fewer, the key is the number of keys.
+
+    pairs of four keys    3 9 4 12      parts of 4
+    keys                  1 1 3 3 4     for most = 5
+    parts                 1 2 1 2 -
+    """
+    counts = (starts.diff() - 1).clamp(min=0) // LONGEST_PART
+    ends = counts.cumsum(0)
+    number = torch.arange(most, device=starts.device)
+    key = torch.searchsorted(ends, number, right=True)
+    begins = torch.cat([ends - counts, ends[-1:]])
+    return key, number - begins[key] + 1
 
 
 def sorted_pairs(

@@ -32,6 +32,8 @@ POINTERS = {
         "order",
         "positives",
         "starts",
+        "further_key",
+        "further_part",
     },
     "*i16": {"keys"},
     "*i32": {"packed", "ids", "negatives", "first_odd"},
@@ -94,8 +96,8 @@ ONE_WARP = [
         {
             "COLUMNS": 513,
             "RATES": False,
-            "SPLIT": False,
             "PAIRED": True,
+            "LONGEST": 4096,
             "BLOCK_R": 64,
             "BLOCK_D": 64,
         },
