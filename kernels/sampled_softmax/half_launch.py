@@ -103,16 +103,7 @@ def item_gradients(
     num_keys, paired = len(starts) - 1, first_odd is not None
     further_key, further_part = further_parts(starts, len(order) // LONGEST_PART)
 
-    # shares as parts of the largest: in float16 a power of 2 away from its least numbers
-    most = share.max()
-    scaled = share / most * SHARE_SCALE
-    facts = [lse / math.log(2) - scaled.log2(), scaled * torch.expm1(-loss)]
-    if first_odd is not None:
-        facts += [first_odd.float(), positives.remainder(2).float()]
-    else:
-        facts += [torch.zeros_like(lse)] * 2
-    of_position = torch.stack(facts, 1)
-    factor = (most / (temperature * SHARE_SCALE)).view(1)
+    of_position, factor = facts_of_positions(positives, first_odd, loss, lse, share, temperature)
 
     unit_users, _ = unit_rows(users, broken_to_zero=True)
     unit_items, item_norms = unit_rows(items)
@@ -145,6 +136,31 @@ def item_gradients(
             num_warps=1,
         )
     return grad
+
+
+def facts_of_positions(
+    positives: Tensor,
+    first_odd: Tensor | None,
+    loss: Tensor,
+    lse: Tensor,
+    share: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """What the gradient's kernel reads of each position, float32 [P, 4], and the factor of its
+    sums, [1].
+
+    Shares are parts of the largest, times SHARE_SCALE: so few of them are too small for float16.
+    """
+    most = share.max()
+    scaled = share / most * SHARE_SCALE
+    divisor = lse / math.log(2) - scaled.log2()  # as a power of 2
+    of_positive = scaled * torch.expm1(-loss)
+    if first_odd is None:
+        first_odd = torch.zeros_like(positives)
+    is_odd = positives.remainder(2)
+
+    facts = torch.stack([divisor, of_positive, first_odd.float(), is_odd.float()], 1)
+    return facts, (most / (temperature * SHARE_SCALE)).view(1)
 
 
 def further_parts(starts: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from kernels.norm_gate import triton_launch as norm_gate
 from kernels.position_time import triton_launch as position_time
 from kernels.rowwise_adamw.triton_launch import rowwise_adamw_triton
 from kernels.rowwise_adamw.types import Hyper
+from kernels.sampled_softmax import half_launch
 from kernels.sampled_softmax import triton_launch as sampled_softmax
 from kernels.semi_local_attention import triton_launch as attention
 from kernels.semi_local_attention.plan import TritonPlan
@@ -129,6 +130,12 @@ def tables(draw: random.Random, rows: int) -> None:
     loss, lse, _ = sampled_softmax.forward(users, weight, ids, negatives, 0.05)
     share = torch.ones(rows)
     sampled_softmax.item_gradients(
+        users, weight, ids, negatives, loss.zero_(), lse.zero_(), share, 0.05
+    )
+    # their number is compiled in: a run has one
+    negatives = torch.zeros(rows, 8, dtype=torch.int64)
+    loss, lse, _ = half_launch.forward(users, weight, ids, negatives, 0.05)
+    half_launch.item_gradients(
         users, weight, ids, negatives, loss.zero_(), lse.zero_(), share, 0.05
     )
 
