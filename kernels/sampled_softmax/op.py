@@ -93,7 +93,8 @@ def _kernels(users: Tensor, negatives: Tensor, tf32: bool | None) -> ModuleType:
     if tf32 is None:
         tf32 = torch.get_float32_matmul_precision() != "highest"
     few_bits = tf32 or users.dtype != torch.float32
-    if few_bits and half_launch.fits(*negatives.shape, users.shape[1]):
+    num_positions, num_negatives = negatives.shape
+    if few_bits and half_launch.fits(num_positions, num_negatives, users.shape[1]):
         return half_launch
     return triton_launch
 
