@@ -3,9 +3,11 @@ by global time; and ranking and retrieval trained together, beside each alone.
 
     python -m jobs.pipeline --config configs/kuairand.yaml    # or import_logs and build_sequences
     python -m benchmarks.quality.retrieval_kuairand --runs-dir runs --name kuairand --split test \
-        --seeds 0 1 2 --processes 14 --device cuda --out runs.jsonl
+        --seeds 0 1 2 --processes 9 --device cuda --set train.precision=bf16 --out runs.jsonl
 
-It reads published sequences and trains without Ray, by the pipeline's own step (`Trainee`).
+It reads published sequences and trains without Ray, by the pipeline's own step (`Trainee`). Side by
+side on one GPU trainings want CUDA's multi-process service (`nvidia-cuda-mps-control -d`) and a
+core each. Nine took two minutes on an H200; without it 14 stepped eight times slower than one.
 
 `ultra_hstu`, `hstu_merged`, `sasrec`: retrieval alone, one transducer of two layers, trained up to
 the validation period. Every second epoch is scored on that period, and the best of them, once, on
