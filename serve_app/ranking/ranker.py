@@ -489,11 +489,18 @@ class Ranker:
             i = missing[key]
             num_rows = int(past.lengths[i])
             only_of = self.only_entry_of(int(users[i]), num_rows)
-            rows = None if only_of is None else self._one_history(past, users, i)[0]
+            rows = None
+            if only_of is not None and self.can_append:
+                rows, _ = self._one_history(past, users, i)
             self.caches.keep_entry(key, cache, beginnings[key], num_rows, only_of, rows)
 
         kept_of_each = [encoded[key] for key in keys]
         return self._score_encoded(past, targets, users, kept_of_each, self.score_candidates)
+
+    @property
+    def can_append(self) -> bool:
+        """True where new rows may be added to an encoded history; a GPU's kernels make all rows."""
+        return self.device.type == "cpu" and self.cfg.model.attention_backend in ("auto", "torch")
 
     def only_entry_of(self, user_id: int, num_rows: int) -> int | None:
         """The user, where of a history of so many rows the newest entry alone is kept."""
@@ -571,7 +578,7 @@ class Ranker:
         its oldest perhaps: only what that changes is encoded. On a CPU.
         """
         appended: dict[bytes, HistoryCache] = {}
-        if self.device.type != "cpu" or self.cfg.model.attention_backend not in ("auto", "torch"):
+        if not self.can_append:
             return appended
 
         for key, i in missing.items():

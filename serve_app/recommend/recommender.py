@@ -224,7 +224,7 @@ class Recommender:
             cache, rows = encode_history_rows(ranker.model, batch)
             vector = self.head.user_vectors(rows).float()[0]
         only_of = ranker.only_entry_of(found.user_id, len(found.past.events.item_id))
-        rows = None if only_of is None else found.past.events
+        rows = found.past.events if only_of is not None and ranker.can_append else None
         ranker.caches.keep_entry(found.key, cache, only_of=only_of, rows=rows)
         return vector
 
