@@ -507,15 +507,19 @@ def print_stage(number: int, what: str) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run's folder.
+    """Remove a run's folder, of this job or of jobs.build_sequences.
 
     Raises:
         UserError: it holds files and no run was started there.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+
+    from pipeline.sequences.store import MANIFEST
+
+    is_run = any((folder / name).exists() for name in (RUN_FILE, f"sequences/{MANIFEST}"))
+    if folder.exists() and any(folder.iterdir()) and not is_run:
         raise UserError(
-            f"--fresh: {folder} holds files but no {RUN_FILE}, so it is not a run's; remove it "
-            "yourself"
+            f"--fresh: {folder} holds files, and no run was started there (it has no {RUN_FILE}): "
+            "remove it yourself"
         )
     shutil.rmtree(folder, ignore_errors=True)
 

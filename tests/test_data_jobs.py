@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.pipeline import remove_run
+from pipeline.config import UserError
 from pipeline.sequences import store
 from pipeline.sequences.build import build_sequences
 from pipeline.tracking import server
@@ -194,6 +196,20 @@ def test_what_a_job_lacks_is_told_before_mlflow_is_started(
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("made_by", ["run.json", "sequences/manifest.json"])
+def test_fresh_removes_the_folder_of_a_run_and_no_other(tmp_path: Path, made_by: str):
+    folder = tmp_path / "demo"
+    (folder / "sequences").mkdir(parents=True)
+    (folder / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"--fresh: .* no run was started there"):
+        remove_run(folder)
+    assert (folder / "notes.txt").exists()
+
+    (folder / made_by).write_text("")
+    remove_run(folder)
+    assert not folder.exists()
 
 
 def test_a_reserved_name_is_read_or_not_as_the_mapping_says(tmp_path: Path, here: None):
