@@ -22,7 +22,6 @@ from pipeline.batches.packing import Packed
 
 Results = tuple[Tensor, ...]
 
-WARM_UPS = 1  # before a capture: libraries make their workspaces
 # batches without use, for each graph that is kept, after which one makes room for another
 IDLE_BATCHES = 8
 
@@ -52,9 +51,10 @@ class BatchGraphs:
     """Graphs of `work` by the sizes of batches, at most `limit`: the one that was not needed for
     longest makes room, if that was long ago.
 
-    Recording takes about as long as launching twice, so it has to pay: a size that comes for the
-    first time is launched, which compiles its kernels too, and recorded when it comes again. Where
-    there are more sizes than can be kept, those of the others are launched as well.
+    Recording takes longer than launching, so it has to pay: a size that comes for the first time is
+    launched, and recorded when it comes again. So no recording has a kernel to compile, which it
+    could not, or a library's workspace to make. Where there are more sizes than can be kept, those
+    of the others are launched as well.
 
     The graphs share one pool of memory, since one runs at a time: together they take what the
     largest does, and their results. It is not free for anything else, validation say.
@@ -70,9 +70,10 @@ class BatchGraphs:
 
     def find(self, batch: SequenceBatch) -> BatchGraph | None:
         """The graph of a filled batch, recorded if it is the second of its sizes; None for the
-        first, for a batch that was not filled, and where there is no room.
+        first, for a batch that was not filled, and where there is no room. Then the caller does the
+        work on this very batch.
 
-        A recording does the work once over, which moves the random generators on.
+        A recording may move the random generators on.
         """
         packed = batch.packed
         if batch.filling is None or packed is None or not packed.holds(batch.tensors):
@@ -107,16 +108,9 @@ class BatchGraphs:
     def _capture(self, batch: SequenceBatch, packed: Packed) -> BatchGraph:
         own = Packed(packed.columns, packed.buffer.clone())
 
-        # New views each time: a plan of attention is kept with the tensor that it was made of, and
-        # one of the warm-up would be found again in place of one that the graph makes.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.work(replace(batch, **own.views(), packed=own))
-        torch.cuda.current_stream().wait_stream(stream)
-
         graph = torch.cuda.CUDAGraph()
+        # new ones: a plan of attention is kept with the tensor that it was made of, and this one's
+        # has to be made in the graph
         views = replace(batch, **own.views(), packed=own)
         # thread-local: the loader's thread may pin memory meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):

@@ -73,9 +73,8 @@ class GraphedModel:
         filled = self.fill(batch)
         with self._lock:
             graph = self._encoding.find(filled)
-            if graph is None:
-                return encode_history(self.model, batch.to(self.device))
-            return self._own_cache(graph.replay(filled), own_rows, batch.num_sequences)
+            results = _encode(self.model, filled) if graph is None else graph.replay(filled)
+            return self._own_cache(results, own_rows, batch.num_sequences)
 
     def lengths_of_sizes(self, longest: int) -> list[int]:
         """A length for each size that one history of up to `longest` events is filled up to."""
