@@ -386,15 +386,20 @@ def draw_slopes(figures: Figures) -> Figure:
 
 
 def draw_laws(figures: Figures) -> Figure:
-    """A panel a length: NE over training FLOP of all sizes, with the laws."""
-    lengths = figures["lengths"]
+    """A panel a length: NE over training FLOP of all sizes, with the laws. Only lengths and encoders
+    that have laws, where there are any.
+    """
+    with_laws = dict.fromkeys((law["encoder"], law["length"]) for law in figures["laws"])
+    lengths = list(dict.fromkeys(length for _, length in with_laws)) or figures["lengths"]
     columns = min(3, len(lengths))
     rows = math.ceil(len(lengths) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.8 * rows), layout="constrained")
     for place, length in enumerate(lengths, 1):
         axes = figure.add_subplot(rows, columns, place)
         for number, encoder in enumerate(figures["encoders"]):
-            _draw_law(axes, figures, encoder, length, f"C{number}", MARKERS[number % len(MARKERS)])
+            marker = MARKERS[number % len(MARKERS)]
+            if not with_laws or (encoder, length) in with_laws:
+                _draw_law(axes, figures, encoder, length, f"C{number}", marker)
         axes.set(xscale="log", xlabel=COSTS["train_gflop"], ylabel="NE", title=f"{length} rows")
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
