@@ -386,8 +386,8 @@ def draw_slopes(figures: Figures) -> Figure:
 
 
 def draw_laws(figures: Figures) -> Figure:
-    """A panel a length: NE over training FLOP of all sizes, with the laws. Only lengths and encoders
-    that have laws, where there are any.
+    """A panel a length: NE over training FLOP of all sizes, with the laws. Where there are any,
+    only the lengths and encoders that have one.
     """
     with_laws = dict.fromkeys((law["encoder"], law["length"]) for law in figures["laws"])
     lengths = list(dict.fromkeys(length for _, length in with_laws)) or figures["lengths"]
