@@ -21,7 +21,7 @@ from pipeline.study import opening, running
 from pipeline.study.entropy import approximate_entropy, measure_quality
 from pipeline.study.figures import study_figures
 from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto_front
-from pipeline.study.page import console_table, next_lines, write_study
+from pipeline.study.page import console_table, draw_laws, next_lines, write_study
 from pipeline.study.plan import Point, StudyPlan, even_ladder, plan_points, read_plan
 from pipeline.study.point import count_work, run_point
 from pipeline.study.predictions import predict_largest
@@ -340,6 +340,18 @@ def test_a_crossed_study_says_what_the_next_step_would_give() -> None:
         "ultra: at 2 rows twice the training FLOP in a larger model would give 0.0100 of NE; "
         "6 rows in the place of 2 gave d4 0.1000."
     ]
+
+
+def test_the_picture_of_laws_has_the_lengths_that_have_one(
+    studied: tuple[RunConfig, StudyPlan, list[Point]],
+) -> None:
+    base, plan, _ = studied
+    figures = study_figures(base, plan, {})
+    titles = [axes.get_title() for axes in draw_laws(figures).axes]
+    assert titles == ["2 rows", "6 rows"]
+    at_6 = [law for law in figures["laws"] if law["length"] == 6]
+    titles = [axes.get_title() for axes in draw_laws(figures | {"laws": at_6}).axes]
+    assert titles == ["6 rows"], "as in a study whose sizes are all at one length"
 
 
 def test_points_of_another_machine_give_the_same_report(
