@@ -7,19 +7,20 @@ import json
 from pathlib import Path
 
 from pipeline.evaluate.page_parts import png_bytes
-from pipeline.study.page import draw_fronts, draw_laws, draw_slopes
+from pipeline.study.page import draw_fronts, draw_laws
 
 HERE = Path(__file__).parent
 RUNS = HERE.parents[1] / "benchmarks" / "runs"
 
+# picture: the study it is of, and what it shows
+PICTURES = {
+    "study_laws": ("smallest", draw_laws),
+    "study_drifting_fronts": ("drifting", draw_fronts),
+    "study_drifting_laws": ("drifting", draw_laws),
+    "study_ml_1m_fronts": ("ml_1m", draw_fronts),
+}
+
 if __name__ == "__main__":
-    for run in sorted(RUNS.glob("study_*.json")):
-        figures = json.loads(run.read_text())["figures"]
-        if run.stem == "study_smallest":
-            (HERE / "study_laws.png").write_bytes(png_bytes(draw_laws(figures)))
-            continue
-        pictures = {"slopes": draw_slopes, "fronts": draw_fronts}
-        if figures["laws"]:
-            pictures["laws"] = draw_laws
-        for name, draw in pictures.items():
-            (HERE / f"{run.stem}_{name}.png").write_bytes(png_bytes(draw(figures)))
+    for picture, (study, draw) in PICTURES.items():
+        run = json.loads((RUNS / f"study_{study}.json").read_text())
+        (HERE / f"{picture}.png").write_bytes(png_bytes(draw(run["figures"])))
