@@ -66,8 +66,12 @@ def run_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.cluster
 def test_no_champion(mlflow_runs: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(mlflow_runs)
+    publish_sequences(cfg)
     preset = tmp_path / "preset.yaml"
-    preset.write_text(f"runs_dir: {mlflow_runs}\ntracking: {{model_name: nobody}}\n")
+    preset.write_text(
+        f"name: {cfg.name}\nruns_dir: {mlflow_runs}\ntracking: {{model_name: nobody}}\n"
+    )
     done = run_job("serve", "--config", str(preset))
     assert done.returncode == 2, done.stderr
     assert "no champion: no version of nobody has the alias 'champion'" in done.stderr
