@@ -66,7 +66,7 @@ def run_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.cluster
 def test_no_champion(mlflow_runs: Path, tmp_path: Path) -> None:
-    cfg = tiny_config(mlflow_runs)
+    cfg = tiny_config(mlflow_runs, name="championless")
     publish_sequences(cfg)
     preset = tmp_path / "preset.yaml"
     preset.write_text(
