@@ -152,7 +152,7 @@ def check_settings(cfg: RunConfig) -> None:
     from pipeline.model.encoders import check_run
     from serve_app import deployment, replay
 
-    check_run(cfg)
+    check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
     deployment.check_protection(cfg.serve)
     replay.key_header(cfg.serve)
 
@@ -386,7 +386,7 @@ def read_baseline(job: cli.Job) -> RunConfig | None:
     other = encoder if encoder != cfg.model.encoder else "beside"
     shared = replace(baseline.sequences, from_run=cfg.sequences.from_run or cfg.name)
     baseline = replace(baseline, name=f"{cfg.name}_{other}", sequences=shared)
-    check_run(baseline)
+    check_run(baseline.model, baseline.train, retrieval=baseline.retrieval.enabled)
     return baseline
 
 

@@ -26,7 +26,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.train import supervision, trainer
 
     cfg, restart = job.cfg, job.options.restart
-    check_run(cfg)
+    check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
 
     # mistakes are told before the MLflow run is touched
     supervision.refuse_impossible_size(cfg.ray, cfg.train)

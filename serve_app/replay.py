@@ -319,7 +319,8 @@ def demo_request(cfg: RunConfig) -> DemoRequest:
     first test row.
     """
     maps = FeatureMaps.load(cfg.model_dir)
-    users, row = _busy_user(StoredUsers.of_run(cfg), *split_bounds(cfg.split, "test"))
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    users, row = _busy_user(stored, *split_bounds(cfg.split, "test"))
     events = users.events
     user = int(users.row_user[row])
 

@@ -22,12 +22,12 @@ from pipeline.config import (
 from pipeline.index import ivf
 from pipeline.index.catalogue import Catalogue, make_table
 from pipeline.index.exact import ExactIndex, top_rows, top_rows_on_device
-from pipeline.index.folder import build_index, load_index, load_indexed
+from pipeline.index.folder import load_index, load_indexed
 from pipeline.index.popularity import count_items
 from pipeline.model.artifact import load_model
 from pipeline.sequences import store
 from tests.worlds.items import FIRST_SEEN, ITEM_IDS, ITEMS, POPULARITY, make_catalogue
-from tests.worlds.tiny import DAY_MS, publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.tiny import DAY_MS, index_model, publish_sequences, save_tiny_model, tiny_config
 
 # The catalogue -----------------------------------------------------------------
 
@@ -171,7 +171,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     cfg = tiny_config(tmp_path_factory.mktemp("index") / "runs", index={"popular_days": 2.0})
     publish_sequences(cfg)
     save_tiny_model(cfg, cfg.model_dir)
-    build_index(cfg, cfg.model_dir)
+    index_model(cfg, cfg.model_dir)
     return cfg
 
 
@@ -214,7 +214,7 @@ def test_an_index_is_built_once_for_its_model(world: RunConfig):
 
     digests = world.model_dir / "index" / "artifact.json"
     before = digests.stat().st_mtime_ns
-    build_index(world, world.model_dir)
+    index_model(world, world.model_dir)
     assert digests.stat().st_mtime_ns == before
 
 
@@ -240,7 +240,7 @@ def test_a_folder_cut_in_the_middle_is_refused(world: RunConfig, name: str, mess
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match=message):
             load_index(load_model(world.model_dir), world.model_dir)
-        build_index(world, world.model_dir)  # the next registration makes it whole
+        index_model(world, world.model_dir)  # the next registration makes it whole
         assert load_index(load_model(world.model_dir), world.model_dir) is not None
     finally:
         path.write_bytes(whole)
@@ -344,7 +344,7 @@ def test_new_items_travel_with_the_index(world: RunConfig, tmp_path: Path):
     items = store.write_table(table, later.sequence_dir, "tables/items")
     tables = manifest.side_tables | {"items": items}
     store.write_manifest(later.sequence_dir, replace(manifest, side_tables=tables))
-    build_index(later, model_dir)
+    index_model(later, model_dir)
 
     loaded, index = load_indexed(model_dir)
     assert index is not None

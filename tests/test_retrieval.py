@@ -333,7 +333,7 @@ def test_impossible_settings_are_refused_by_name(
 def test_an_encoder_without_history_rows_is_refused(folder: Path) -> None:
     cfg = retrieval_config(folder, {"encoder": "din"})
     with pytest.raises(ConfigError, match=r"model.encoder must be an encoder with history rows"):
-        check_run(cfg)
+        check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
 
 
 def test_a_table_too_large_to_be_whole_is_refused(folder: Path, maps: FeatureMaps) -> None:

@@ -135,7 +135,8 @@ def test_item_knn_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch, most_it
                 place = np.searchsorted(loaded.maps.item_ids, row["item_id"][number])
                 takers[int(place)].add(row["user_id"])
 
-    stored, end_ms = StoredUsers.of_run(cfg), cfg.split.train_end_ms
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    end_ms = cfg.split.train_end_ms
     knn = ItemKNN.fit(stored, cfg.positive_bits, end_ms, loaded.maps)
     assert (knn.cosines is None) == (most_items == 0)
     users, asked = asked_users(cfg, loaded, "val", 0)

@@ -11,7 +11,6 @@ import pytest
 
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.files import folder_digests
-from pipeline.index.folder import build_index
 from pipeline.tracking import PinnedModel
 from serve_app import deployment, metrics
 from serve_app.columns import RankColumns, RankedColumns
@@ -22,7 +21,7 @@ from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CANARY, CHAMPION, SHADOW, Rollout, in_share
 from serve_app.schemas import RankHead, Refusal
 from tests.support.exposition import sample
-from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.tiny import index_model, publish_sequences, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parent.parent
 NAMES = re.compile(r"ranking_\w+")
@@ -38,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[Pin
     for version in (1, 2, 3):
         cache = deployment.cache_folder(cfg.runs_dir)
         folder = save_tiny_model(cfg, cache / "new", seed=version)
-        build_index(cfg, folder)
+        index_model(cfg, folder)
         digests = folder_digests(folder)
         model = PinnedModel("http://127.0.0.1:1", "tiny", version, digests)
         folder.rename(cache / model.folder_name)

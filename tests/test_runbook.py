@@ -162,6 +162,18 @@ def test_the_journey_names_files_that_exist():
     assert num_files > 50
 
 
+def test_the_journey_names_every_file_of_a_stage():
+    text = (ROOT / "docs/how-it-works/journey.md").read_text()
+    missing = []
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        heading, _, body = section.partition("\n")
+        for folder in re.findall(r"`(pipeline/\w+/)`", heading):
+            for path in sorted((ROOT / folder).glob("*.py")):
+                if path.name != "__init__.py" and f"`{path.name}`" not in body:
+                    missing.append(f"{folder}{path.name}")
+    assert missing == []
+
+
 def test_pictures_are_those_of_the_script():
     for name, svg in draw.all_pictures().items():
         assert (ROOT / "docs/images" / name).read_text() == svg, "python docs/images/draw.py"

@@ -267,9 +267,10 @@ def test_the_work_of_an_exact_view_counts_both_forms(world: World) -> None:
 def test_an_exact_view_that_cannot_be_is_refused(tmp_path: Path, model: dict) -> None:
     cfg = with_settings(tiny_config(tmp_path), model, target_view="exact")
     with pytest.raises(ConfigError, match=r"train\.target_view must be covering, .* got 'exact'"):
-        check_run(cfg)
-    check_run(with_settings(tiny_config(tmp_path), model, target_view="covering"))
-    check_run(with_settings(tiny_config(tmp_path), model, target_view="exact", layout="request"))
+        check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
+    for allowed in ({"target_view": "covering"}, {"target_view": "exact", "layout": "request"}):
+        cfg = with_settings(tiny_config(tmp_path), model, **allowed)
+        check_run(cfg.model, cfg.train, retrieval=False)
 
 
 WEIGHTED = {"alpha": 1.1, "max_len": 12, "rows": "weighted"}  # 3 rows are kept

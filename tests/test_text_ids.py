@@ -17,7 +17,7 @@ from pipeline.batches.stored import StoredUsers
 from pipeline.config import ExposureConfig, RunConfig, UserError
 from pipeline.evaluate.comparison import item_rate_logits, metric_of, read_scores
 from pipeline.evaluate.evaluator import evaluate_model
-from pipeline.index.folder import build_index, load_index
+from pipeline.index.folder import load_index
 from pipeline.logs.ids import id_code
 from pipeline.model.artifact import load_model
 from pipeline.sequences import build, store
@@ -40,7 +40,7 @@ from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import Event, RankRequest
 from serve_app.web.api import make_api
 from tests.worlds.recommender import LIMITS, Served
-from tests.worlds.tiny import DAY_MS, save_tiny_model, tiny_config
+from tests.worlds.tiny import DAY_MS, index_model, save_tiny_model, tiny_config
 from tests.worlds.web import call
 
 NUM_USERS, NUM_ITEMS, ROWS = 20, 30, 400
@@ -119,7 +119,7 @@ class TextServed(Served):
         loaded = load_model(cfg.model_dir)
         published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, folder / "cache")
         history = LiveHistory(published, self.log, cfg.sequences, max_events=100)
-        build_index(cfg, cfg.model_dir)
+        index_model(cfg, cfg.model_dir)
         index = load_index(loaded, cfg.model_dir)
         self.ranker = Ranker(loaded, history, 1, "text", LIMITS, index)
         self.rollout = Rollout({CHAMPION: self.ranker}, {CHAMPION: ""}, 0.0, self.counts)
@@ -277,7 +277,9 @@ def test_predictions_name_users_and_items(world: TextServed) -> None:
 
     # a comparison finds the items' rates by these names: those that the evaluation measured
     rows = read_scores({"text": world.cfg.run_dir}, "test")
-    rates = item_rate_logits(StoredUsers.of_run(world.cfg), world.cfg.split, rows)
+    cfg = world.cfg
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    rates = item_rate_logits(stored, cfg.split, rows)
     for number, task in enumerate(rows.tasks):
         known = rows.known(task)
         labels = rows.labels[known, number] > 0

@@ -24,6 +24,7 @@ from benchmarks.report import RUNS, read_run, table, write_run, write_section
 from benchmarks.serving.stage import PRESET, ROOT, Stage
 from pipeline import config, logs
 from pipeline.batches.features import fit_features
+from pipeline.batches.stored import StoredUsers
 from pipeline.cluster import ray_cluster
 from pipeline.config import RunConfig
 from pipeline.files import folder_digests
@@ -58,7 +59,8 @@ def indexed(cfg: RunConfig) -> PinnedModel:
     torch.manual_seed(1)
     maps = fit_features(cfg)
     save_model(folder, RankingModel(cfg, maps.vocab_sizes, maps.base_rates), cfg, maps, {})
-    build_index(cfg, folder)
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    build_index(cfg.index, stored, cfg.split.train_end_ms, folder)
 
     model = PinnedModel("", cfg.model_name, 1, folder_digests(folder))
     shutil.rmtree(cache / model.folder_name, ignore_errors=True)

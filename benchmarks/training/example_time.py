@@ -24,7 +24,7 @@ from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.examples import Examples, UserEvents, cut_histories, example_batch
 from pipeline.batches.features import FeatureMaps, fit_features
-from pipeline.batches.steps import load_plan, read_decks, step_plan
+from pipeline.batches.steps import deck_reader, load_plan, step_plan
 from pipeline.batches.stochastic_length import deal_examples, example_loads
 from pipeline.config import RunConfig
 from pipeline.sequences import store
@@ -67,7 +67,8 @@ def main() -> None:
 def some_examples(cfg: RunConfig) -> tuple[UserEvents, Examples]:
     """Those of the first pool, with the cuts of stochastic length drawn."""
     manifest, plan = store.read_manifest(cfg.sequence_dir), step_plan(cfg)
-    users, examples, _ = read_decks(cfg, manifest, plan.pools[0], [0], readers=1)
+    reader = deck_reader(cfg)
+    users, examples, _ = reader.read_decks(manifest, plan.pools[0], [0], readers=1)
     cut = load_plan(users, examples, cfg.train, np.random.default_rng(cfg.seed)).cut
     return users, cut_histories(users, examples, cut, cfg.train)
 

@@ -267,8 +267,13 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
         UserError: a configured column is not in its side table, no row lies in the training
         period, or the labels of a task are all alike there.
     """
-    features = cfg.features
-    rows = _TrainingRows.read(cfg, run)
+    features, bits, end_ms = cfg.features, cfg.task_bits, cfg.split.train_end_ms
+    weighs = cfg.train.history_label_weight > 0
+    look = partial(
+        _read_rows, features=features, task_bits=bits, end_ms=end_ms, weighs_order_only=weighs
+    )
+    buckets = pass_over("reading the training period", look, cfg.sequence_dir, run)
+    rows = _TrainingRows.join(buckets, cfg.tasks, cfg.split, cfg.examples.negatives)
     items = _side_table(cfg.sequence_dir, features, "items", "item_id", rows.items)
     users = _side_table(cfg.sequence_dir, features, "users", "user_id", rows.users)
     item_ids, item_columns, item_sizes = _side_codes(items, "item_id", features.item, rows.items)
@@ -301,8 +306,8 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
             _count_next_items,
             maps=maps,
             bits=cfg.positive_bits,
-            end_ms=cfg.split.train_end_ms,
-            timed_only=cfg.train.history_label_weight == 0,
+            end_ms=end_ms,
+            timed_only=not weighs,
         )
         found = pass_over("counting next items", look, cfg.sequence_dir, run)
         maps = replace(maps, next_count=np.sum(found, axis=0))
@@ -310,13 +315,7 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
     if not features.dense:
         return maps
     _refuse_too_many_groups(maps, features)
-    look = partial(
-        _count_labels,
-        maps=maps,
-        features=features,
-        end_ms=cfg.split.train_end_ms,
-        task_bits=cfg.task_bits,
-    )
+    look = partial(_count_labels, maps=maps, features=features, end_ms=end_ms, task_bits=bits)
     counted = pass_over("counting labels", look, cfg.sequence_dir, run)
     return _with_counts(maps, features, counted)
 
@@ -512,23 +511,25 @@ class _TrainingRows:
     base_rates: dict[str, float]
 
     @classmethod
-    def read(cls, cfg: RunConfig, run: "Workers") -> "_TrainingRows":
-        look = partial(
-            _read_rows,
-            features=cfg.features,
-            task_bits=cfg.task_bits,
-            end_ms=cfg.split.train_end_ms,
-            weighs_order_only=cfg.train.history_label_weight > 0,
-        )
-        buckets = pass_over("reading the training period", look, cfg.sequence_dir, run)
+    def join(
+        cls,
+        buckets: "Sequence[_BucketRows]",
+        tasks: Sequence[str],
+        split: SplitConfig,
+        negatives: int,
+    ) -> "_TrainingRows":
+        """Those of all buckets; `negatives` are drawn beside each positive.
 
+        Raises:
+            UserError: no label is known, or those of a task are all alike.
+        """
         # labels
-        timed = weighed = TaskCounts.none(len(cfg.tasks))
+        timed = weighed = TaskCounts.none(len(tasks))
         for bucket in buckets:
             timed, weighed = timed.add(bucket.timed), weighed.add(bucket.weighed)
         totals, positives = timed.known.astype(float), timed.positive.astype(float)
-        if cfg.tasks and totals.max() == 0:
-            end = "split.t_test" if cfg.split.refit else "split.t_val"
+        if tasks and totals.max() == 0:
+            end = "split.t_test" if split.refit else "split.t_val"
             raise UserError(f"no row with a known label lies before {end}: nothing to train on")
 
         # ids and values
@@ -538,23 +539,22 @@ class _TrainingRows:
             item_count[np.searchsorted(vocabulary, bucket.timed_items)] += bucket.timed_count
 
         known_values = {}
-        for name in cfg.features.request:
-            if name != "hour":
-                parts = [bucket.request[name] for bucket in buckets]
-                values = distinct_values(np.concatenate(parts)).astype(np.int64)
-                known_values[name] = values[values >= 0]
+        for name in buckets[0].request:
+            parts = [bucket.request[name] for bucket in buckets]
+            values = distinct_values(np.concatenate(parts)).astype(np.int64)
+            known_values[name] = values[values >= 0]
 
-        refuse_one_class(cfg.tasks, weighed, cfg.split, cfg.examples.negatives)
+        refuse_one_class(tasks, weighed, split, negatives)
 
         # each drawn item is one more known label
-        totals += cfg.examples.negatives * positives
+        totals += negatives * positives
         rates = (positives / np.maximum(totals, 1)).tolist()
         return cls(
             items=vocabulary,
             item_count=item_count,
             users=distinct_values(np.concatenate([bucket.users for bucket in buckets])),
             request=known_values,
-            base_rates=dict(zip(cfg.tasks, rates, strict=True)),
+            base_rates=dict(zip(tasks, rates, strict=True)),
         )
 
 

@@ -31,11 +31,11 @@ from pipeline.batches.steps import (
     StepPlan,
     cut_steps,
     deal_steps,
+    deck_reader,
     deck_rng,
     load_plan,
     pool_order,
     rank_decks,
-    read_decks,
     token_counts,
 )
 from pipeline.batches.stochastic_length import LoadPlan
@@ -207,13 +207,13 @@ class TrainLoader:
         self, buckets: tuple[int, ...]
     ) -> tuple[UserEvents, Examples, list[np.ndarray]]:
         """Users and examples of this rank's decks, and the numbers of each deck's examples."""
-        readers = self.plan.readers
-        found = read_decks(self.cfg, self.manifest, buckets, self.own.decks, readers)
+        reader, readers = deck_reader(self.cfg), self.plan.readers
+        found = reader.read_decks(self.manifest, buckets, self.own.decks, readers)
         users, examples, numbers = found
 
         if len(examples) == 0:
             # a step needs some example from every rank: one that is another's, with weights of 0
-            users, examples, _ = read_decks(self.cfg, self.manifest, buckets, [0], readers=1)
+            users, examples, _ = reader.read_decks(self.manifest, buckets, [0], readers=1)
         return users, examples, numbers
 
     def _shuffle(
@@ -309,8 +309,9 @@ def evaluation_batches(cfg: RunConfig, maps: FeatureMaps, split: str) -> Iterato
     labels.
     """
     begin, end = split_bounds(cfg.split, split)
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
 
-    for users in StoredUsers.of_run(cfg).by_bucket():
+    for users in stored.by_bucket():
         examples = request_examples(users, begin, end, cfg.examples.max_history)
         for part in token_batches(examples, cfg.evaluate.batch_tokens):
             yield evaluation_batch(users, part, maps, cfg)

@@ -38,7 +38,8 @@ from pipeline.batches.stochastic_length import (
     example_loads,
     stochastic_cuts,
 )
-from pipeline.config import RunConfig, TrainConfig, to_dict
+from pipeline.batches.stored import StoredUsers
+from pipeline.config import RunConfig, SplitConfig, TrainConfig, to_dict
 from pipeline.files import write_atomically
 from pipeline.sequences import store
 
@@ -116,30 +117,50 @@ def deck_slices(num_buckets: int, readers: int, deck: int) -> list[tuple[int, fl
     return slices
 
 
-def read_decks(
-    cfg: RunConfig,
-    manifest: store.Manifest,
-    buckets: tuple[int, ...],
-    decks: Sequence[int],
-    readers: int,
-) -> tuple[UserEvents, Examples, list[np.ndarray]]:
-    """The users of these decks of the pool of `buckets`, their training examples, each with its
-    whole history, and for each deck the numbers of its examples.
-    """
-    tables, num_users = [], []
-    for deck in decks:
-        own = _deck_table(cfg.sequence_dir, manifest, buckets, deck, readers)
-        tables.append(own)
-        num_users.append(len(own))
-    users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
-    examples = whole_examples(users, cfg.split, cfg.train, cfg.examples.max_history)
+@dataclass(frozen=True, slots=True)
+class DeckReader:
+    """Makes the training examples of decks; picklable.
 
-    numbers = []
-    user_bounds = offsets_of(np.array(num_users))
-    for first, last in itertools.pairwise(user_bounds):
-        inside = (first <= examples.user) & (examples.user < last)
-        numbers.append(np.flatnonzero(inside))
-    return users, examples, numbers
+    Args:
+        stored: the published sequences.
+        max_history: rows of a history at most, None for all.
+    """
+
+    stored: StoredUsers
+    split: SplitConfig
+    train: TrainConfig
+    max_history: int | None
+
+    def read_decks(
+        self,
+        manifest: store.Manifest,
+        buckets: tuple[int, ...],
+        decks: Sequence[int],
+        readers: int,
+    ) -> tuple[UserEvents, Examples, list[np.ndarray]]:
+        """The users of these decks of the pool of `buckets`, their training examples, each with its
+        whole history, and for each deck the numbers of its examples.
+        """
+        tables, num_users = [], []
+        for deck in decks:
+            own = _deck_table(self.stored.folder, manifest, buckets, deck, readers)
+            tables.append(own)
+            num_users.append(len(own))
+        users = user_events(pa.concat_tables(tables), self.stored.source, self.stored.features)
+        examples = whole_examples(users, self.split, self.train, self.max_history)
+
+        numbers = []
+        user_bounds = offsets_of(np.array(num_users))
+        for first, last in itertools.pairwise(user_bounds):
+            inside = (first <= examples.user) & (examples.user < last)
+            numbers.append(np.flatnonzero(inside))
+        return users, examples, numbers
+
+
+def deck_reader(cfg: RunConfig) -> DeckReader:
+    """The reader of a run's training."""
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    return DeckReader(stored, cfg.split, cfg.train, cfg.examples.max_history)
 
 
 def _deck_table(
@@ -186,7 +207,7 @@ def step_plan(cfg: RunConfig, cache: Path | None = None, run: "Workers" = run_he
             pools = tuple(map(tuple, saved["pools"]))
             return StepPlan(pools, tuple(saved["steps"]), saved["readers"])
 
-    plan = _count_steps(cfg, manifest, run)
+    plan = _count_steps(deck_reader(cfg), cfg.seed, manifest, run)
     if cache is not None:
         content = {"key": key, **asdict(plan)}
         write_atomically(cache, json.dumps(content))
@@ -221,11 +242,14 @@ class DeckWork:
     rows: int  # about
 
 
-def _count_steps(cfg: RunConfig, manifest: store.Manifest, run: "Workers") -> StepPlan:
+def _count_steps(
+    reader: DeckReader, seed: int, manifest: store.Manifest, run: "Workers"
+) -> StepPlan:
     # the buckets in order, as pools of nearly equal numbers
-    readers = cfg.train.readers or 1
+    train = reader.train
+    readers = train.readers or 1
     num_buckets = len(manifest.buckets)
-    num_pools = -(-num_buckets // (readers * cfg.train.pool_buckets))
+    num_pools = -(-num_buckets // (readers * train.pool_buckets))
     groups = np.array_split(np.arange(num_buckets), num_pools)
     pools = tuple(tuple(group.tolist()) for group in groups)
 
@@ -235,28 +259,33 @@ def _count_steps(cfg: RunConfig, manifest: store.Manifest, run: "Workers") -> St
         work += [DeckWork(number, deck, rows // readers) for deck in range(readers)]
     most_rows = max(task.rows for task in work)
 
-    count = partial(count_deck, cfg=cfg, manifest=manifest, pools=pools)
+    count = partial(count_deck, reader=reader, seed=seed, manifest=manifest, pools=pools)
     found = dict(run("counting steps", count, work, 3 * most_rows * ROW_BYTES))
 
     steps = []
     for number in range(num_pools):
         sizes = [found[task] for task in work if task.pool == number]
-        steps.append(num_steps(sizes, cfg.train))
+        steps.append(num_steps(sizes, train))
     return StepPlan(pools, tuple(steps), readers)
 
 
 def count_deck(
-    work: DeckWork, cfg: RunConfig, manifest: store.Manifest, pools: tuple[tuple[int, ...], ...]
+    work: DeckWork,
+    reader: DeckReader,
+    seed: int,
+    manifest: store.Manifest,
+    pools: tuple[tuple[int, ...], ...],
 ) -> "tuple[DeckWork, DeckSize]":
     """The size of one deck, with the draws of every epoch."""
-    readers = cfg.train.readers or 1
-    users, examples, _ = read_decks(cfg, manifest, pools[work.pool], [work.deck], readers)
+    train = reader.train
+    readers = train.readers or 1
+    users, examples, _ = reader.read_decks(manifest, pools[work.pool], [work.deck], readers)
 
     rngs = []
-    for epoch in range(cfg.train.epochs):
-        place = pool_order(len(pools), epoch, cfg.seed).index(work.pool)
-        rngs.append(deck_rng(epoch, place, work.deck, cfg.seed))
-    return work, deck_size(users, examples, rngs, cfg.train)
+    for epoch in range(train.epochs):
+        place = pool_order(len(pools), epoch, seed).index(work.pool)
+        rngs.append(deck_rng(epoch, place, work.deck, seed))
+    return work, deck_size(users, examples, rngs, train)
 
 
 @dataclass(frozen=True, slots=True)

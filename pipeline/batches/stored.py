@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.batches.events import UserEvents
 from pipeline.batches.examples import user_events
-from pipeline.config import FeatureConfig, RunConfig, SourceConfig
+from pipeline.config import FeatureConfig, SourceConfig
 from pipeline.sequences import store
 
 
@@ -22,11 +22,6 @@ class StoredUsers:
     folder: Path
     source: SourceConfig
     features: FeatureConfig
-
-    @classmethod
-    def of_run(cls, cfg: RunConfig) -> "StoredUsers":
-        """Those that a run trains on, as its model reads them."""
-        return cls(cfg.sequence_dir, cfg.source, cfg.features)
 
     def read_manifest(self) -> store.Manifest:
         """The published version.

@@ -88,7 +88,8 @@ def compare_runs(
     facts = {name: read_facts(name, folder) for name, folder in folders.items()}
     rows = read_scores(folders, split)
     if with_item_rate:
-        rows.logits[ITEM_RATE] = item_rate_logits(StoredUsers.of_run(cfg), cfg.split, rows)
+        stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+        rows.logits[ITEM_RATE] = item_rate_logits(stored, cfg.split, rows)
     return make_comparison(rows, facts, split, samples)
 
 

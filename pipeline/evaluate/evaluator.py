@@ -490,10 +490,11 @@ def work_shares(work: Flops) -> dict[str, float]:
 
 def plan_evaluation(cfg: RunConfig) -> dict[str, object]:
     """What evaluation would read, for `--dry-run`."""
-    stored, most = StoredUsers.of_run(cfg), cfg.examples.max_history
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
     counts = {}
     for split in SPLITS:
-        counts[split] = _count_requests(stored, split_bounds(cfg.split, split), most)
+        period = split_bounds(cfg.split, split)
+        counts[split] = _count_requests(stored, period, cfg.examples.max_history)
     return {"model": str(cfg.model_dir), "sequences": str(cfg.sequence_dir), **counts}
 
 

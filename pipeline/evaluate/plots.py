@@ -52,30 +52,43 @@ def plot_roc(scored: Scored, path: Path) -> None:
 
 def plot_slices(lines: Sequence[Slice], tasks: Sequence[str], path: Path) -> None:
     """AUC and calibration by slice: a column of panels for each kind, a line for each task."""
-    kinds = list(dict.fromkeys(line.by for line in lines))
-    figure, panels = _make_panels(len(kinds), 2, width=4.2, height=2.8, below=0.6)
+    by_kind: dict[str, list[Slice]] = {}
+    for line in lines:
+        by_kind.setdefault(line.by, []).append(line)
 
-    for column, kind in enumerate(kinds):
-        of_kind = [line for line in lines if line.by == kind]
-        names = list(dict.fromkeys(line.slice for line in of_kind))
-        places = range(len(names))
-
-        # names below the lower panel stand for both: text takes most of the drawing
+    figure, panels = _make_panels(len(by_kind), 2, width=4.2, height=2.8, below=0.6)
+    for column, (kind, of_kind) in enumerate(by_kind.items()):
         top, bottom = panels[0][column], panels[1][column]
-        for task in tasks:
-            by_name = {line.slice: line for line in of_kind if line.task == task}
-            mine = [by_name[name] for name in names]
-            top.plot(places, [line.auc for line in mine], "o-", markersize=3, label=task)
-            bottom.plot(places, [line.calibration for line in mine], "o-", markersize=3)
-
+        _draw_slices(top, bottom, of_kind, tasks)
         top.set(title=f"by {kind}", ylabel="AUC")
-        bottom.axhline(1, color="grey", linewidth=0.8)
         bottom.set(ylabel="mean score / rate of positives")
-        top.set_xticks(places, [])
-        bottom.set_xticks(places, names, rotation=60, fontsize=8)
 
     panels[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _draw_slices(top: Axes, bottom: Axes, lines: Sequence[Slice], tasks: Sequence[str]) -> None:
+    """The slices of one kind from left to right: AUC above, calibration below."""
+    names: list[str] = []
+    by_place: dict[tuple[str, str], Slice] = {}
+    for line in lines:
+        if line.slice not in names:
+            names.append(line.slice)
+        by_place[line.slice, line.task] = line
+
+    places = range(len(names))
+    for task in tasks:
+        auc, calibration = [], []
+        for name in names:
+            auc.append(by_place[name, task].auc)
+            calibration.append(by_place[name, task].calibration)
+        top.plot(places, auc, "o-", markersize=3, label=task)
+        bottom.plot(places, calibration, "o-", markersize=3)
+    bottom.axhline(1, color="grey", linewidth=0.8)
+
+    # names below the lower panel stand for both: text takes most of the drawing
+    top.set_xticks(places, [])
+    bottom.set_xticks(places, names, rotation=60, fontsize=8)
 
 
 def _draw_panels(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.stored import StoredUsers
-from pipeline.config import IndexConfig, RunConfig, UserError, to_dict
+from pipeline.config import IndexConfig, UserError, to_dict
 from pipeline.config.reading import build_section
 from pipeline.files import folder_digests, sha256_of, staged_folder
 from pipeline.index import ivf, towers
@@ -82,8 +82,9 @@ class LoadedIndex:
         }
 
 
-def build_index(cfg: RunConfig, model_dir: Path) -> Path:
-    """Build the index of the model at `model_dir` from the published sequences; returns its folder.
+def build_index(cfg: IndexConfig, stored: StoredUsers, end_ms: int, model_dir: Path) -> Path:
+    """Build the index of the model at `model_dir` from the sequences that it was trained on, whose
+    training rows are those before `end_ms` (ms UTC); returns its folder.
 
     Items are those that the model's feature maps know, of the training rows and of the item table,
     and those that the item table has had since: known by their columns and the unknown id. One of
@@ -94,28 +95,29 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
             for inverted lists is.
     """
     folder = model_dir / FOLDER
-    manifest = store.read_manifest(cfg.sequence_dir)
+    manifest = stored.read_manifest()
     facts = {
         "model": sha256_of(model_dir / DIGESTS),
         "sequences": manifest.digest,
-        "settings": to_dict(cfg.index),
+        "settings": to_dict(cfg),
     }
     if _is_built(folder, facts):
         return folder
 
     loaded = load_model(model_dir)
-    items = store.read_side_table(cfg.sequence_dir, "items")
+    items = store.read_side_table(stored.folder, "items")
     maps = _maps_of_today(loaded, items)
     item_ids = np.union1d(maps.item_ids, maps.new_ids)
     if len(item_ids) == 0:
         raise UserError("index.enabled: the training period holds no item to recommend")
-    counts = count_items(cfg.sequence_dir, item_ids, cfg.split.train_end_ms, cfg.source, cfg.index)
+
+    counts = count_items(stored.folder, item_ids, end_ms, stored.source, cfg)
     texts = None
     if ITEM_ID in manifest.text_ids:
-        texts = own_ids(cfg.sequence_dir, manifest, ITEM_ID, item_ids)
-    table = make_table(item_ids, counts.popularity, counts.first_seen, items, cfg.index, texts)
-    if cfg.index.followed is not None and cfg.index.followed.time_column is not None:
-        table = _with_recency(table, cfg.index.followed.time_column)
+        texts = own_ids(stored.folder, manifest, ITEM_ID, item_ids)
+    table = make_table(item_ids, counts.popularity, counts.first_seen, items, cfg, texts)
+    if cfg.followed is not None and cfg.followed.time_column is not None:
+        table = _with_recency(table, cfg.followed.time_column)
 
     with staged_folder(folder) as stage:
         pq.write_table(table, stage / CATALOGUE)
@@ -123,9 +125,8 @@ def build_index(cfg: RunConfig, model_dir: Path) -> Path:
         if head is not None:
             codes = maps.item_codes[maps.item_rows(item_ids)]
             vectors = towers.item_vectors(loaded.model, head, codes).cpu()
-            stored, end_ms = StoredUsers.of_run(cfg), cfg.split.train_end_ms
             sample = partial(_sample_users, loaded, head, stored, end_ms)
-            _write_vectors(stage, vectors, cfg.index.ivf_above, sample)
+            _write_vectors(stage, vectors, cfg.ivf_above, sample)
         if len(maps.new_ids):
             _write_new_items(stage, loaded.maps, maps)
         digests = {"files": folder_digests(stage), "extra": facts}

@@ -42,7 +42,7 @@ class RankingModel(nn.Module):
     ) -> None:
         super().__init__()
         model = cfg.model
-        check_run(cfg)
+        check_run(model, cfg.train, retrieval=cfg.retrieval.enabled)
         self.item_id_dropout = cfg.features.item_id_dropout
 
         encoder = ENCODERS[model.encoder]

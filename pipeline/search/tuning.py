@@ -65,8 +65,9 @@ def check_search(base: RunConfig, trials: Sequence[Trial]) -> None:
         raise UserError("train.init: a search begins with random weights, got champion")
 
     for trial in trials:
+        own = trial.cfg
         try:
-            check_run(trial.cfg)
+            check_run(own.model, own.train, retrieval=own.retrieval.enabled)
         except UserError as error:
             raise UserError(f"space: {trial.settings} is refused: {error}") from None
     refuse_impossible_size(base.ray, replace(base.train, num_workers=1))

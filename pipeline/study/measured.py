@@ -68,8 +68,11 @@ def measured_points(plan: StudyPlan, points: Sequence[Point]) -> list[Measured]:
 
     found = []
     for key, seeds in by_key.items():
-        sums = [tables[point.trial.name] for point in seeds]
-        found.append(_measure(key, seeds, sums, weights, rng))
+        by_seed = []
+        for point in seeds:
+            by_seed.append(tables[point.trial.name].entropies(weights))
+        drawn = _draw_seeds(np.stack(by_seed), rng)
+        found.append(_measure(key, seeds, drawn))
     return found
 
 
@@ -81,38 +84,45 @@ def draw_users(num_users: int, samples: int, rng: np.random.Generator) -> np.nda
     return np.stack(draws)
 
 
-def _measure(
-    key: Key,
-    seeds: Sequence[Point],
-    sums: Sequence[UserSums],
-    weights: np.ndarray,
-    rng: np.random.Generator,
-) -> Measured:
-    scores = [read_scores(point) for point in seeds]
-    facts = []
-    for point, score in zip(seeds, scores, strict=True):
-        facts.append(asdict(read_work(point)) | asdict(score))
+def _draw_seeds(by_seed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean NE of as many seeds, drawn anew for each draw of users, float64 [S].
 
-    # NE of each seed on each draw of users, then a draw of seeds for each
-    by_seed = np.stack([one.entropies(weights) for one in sums])
-    chosen = rng.integers(len(seeds), size=(len(weights), len(seeds)))
-    chosen[0] = np.arange(len(seeds))
-    drawn = by_seed[chosen.T, np.arange(len(weights))].mean(axis=0)
+    `by_seed`, float64 [seeds, S], is the NE of each seed on each draw of users. The first draw is
+    none: every seed is in it once.
+
+        draws of users      0     1     2       seeds = 2
+        seeds               0 1   1 1   0 1     the mean of these, column by column
+    """
+    num_seeds, num_draws = by_seed.shape
+    chosen = rng.integers(num_seeds, size=(num_draws, num_seeds))
+    chosen[0] = np.arange(num_seeds)
+    return by_seed[chosen.T, np.arange(num_draws)].mean(axis=0)
+
+
+def _measure(key: Key, seeds: Sequence[Point], ne: np.ndarray) -> Measured:
+    """The points of these seeds as one, with their `ne`, float64 [S]."""
+    facts, aucs, seconds, parameters = [], [], [], []
+    for point in seeds:
+        work, scores = read_work(point), read_scores(point)
+        facts.append(asdict(work) | asdict(scores))
+        aucs.append(scores.auc)
+        seconds.append(scores.train_seconds)
+        parameters.append(scores.parameters)
 
     costs = {}
     for cost in COSTS:
         by_point = [fact[cost] for fact in facts]
         costs[cost] = float(np.mean(by_point))
-    aucs = tuple(score.auc for score in scores)
+
     return Measured(
         key=key,
         seeds=len(seeds),
         costs=costs,
-        parameters=scores[0].parameters,
-        train_seconds=float(np.mean([score.train_seconds for score in scores])),
-        ne=drawn,
+        parameters=parameters[0],
+        train_seconds=float(np.mean(seconds)),
+        ne=ne,
         auc=float(np.mean(aucs)),
-        aucs=aucs,
+        aucs=tuple(aucs),
     )
 
 

@@ -26,8 +26,9 @@ def check_study(base: RunConfig, points: Sequence[Point]) -> None:
     if not base.tasks or base.retrieval.enabled:
         raise UserError("a study is of ranking: it needs tasks, and retrieval.enabled: false")
     for point in points:
+        own = point.trial.cfg
         try:
-            check_run(point.trial.cfg)
+            check_run(own.model, own.train, retrieval=own.retrieval.enabled)
         except UserError as error:
             where = f"{point.encoder}, {point.size}, length {point.length}"
             raise UserError(f"--study: {where} is refused: {error}") from None

@@ -8,8 +8,8 @@ The files of the points say how far each is, so the same command goes on with wh
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,54 +61,99 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
         Outage: no cluster.
     """
     points = plan_points(base, plan)
-    if all((point.trial.cfg.run_dir / POINT).exists() for point in points):
+    if not _without(POINT, points):
         return {}
 
     folder = study_config(base).run_dir
     first = points[0].trial.cfg
     check_periods(replace(first, train=replace(first.train, validate_every=1)))
-    with ray_cluster(base.ray, runs_dir=base.runs_dir):
-        if any(shares_features(point.trial.cfg, base) for point in points):
-            fit_features(first).save(folder)
-        _count_all(base, plan, points, folder)
 
-        largest = list(plan.sizes)[-1]
-        smaller = [point for point in points if point.size != largest]
-        failed = _run_all(base, plan, smaller, folder, told)
+    # the largest size waits for its prediction
+    largest_size = list(plan.sizes)[-1]
+    smaller, largest, jobs = [], [], {}
+    for point in points:
+        if point.size == largest_size:
+            largest.append(point)
+        else:
+            smaller.append(point)
+        jobs[point.trial.name] = _make_job(base, plan, point, folder)
+
+    with ray_cluster(base.ray, runs_dir=base.runs_dir):
+        if any(job.shared_maps is not None for job in jobs.values()):
+            fit_features(first).save(folder)
+        _count_all(base.train, points, jobs)
+        failed = _run_all(base.train, smaller, jobs, told)
 
         predictions = folder / PREDICTIONS
         if not predictions.exists() and not failed:
             found = predict_largest(plan, points)
             found["made"] = datetime.now(UTC).isoformat(timespec="seconds")
             write_atomically(predictions, json_text(found))
-        rest = [point for point in points if point.size == largest]
-        return failed | _run_all(base, plan, rest, folder, told)
+        return failed | _run_all(base.train, largest, jobs, told)
 
 
-def _count_all(base: RunConfig, plan: StudyPlan, points: Sequence[Point], folder: Path) -> None:
-    task = ray.remote(num_cpus=base.train.threads_per_worker)(_count_point)
-    left = [point for point in points if not (point.trial.cfg.run_dir / WORK).exists()]
-    ray.get([task.remote(*_arguments(base, plan, point, folder)) for point in left])
+@dataclass(frozen=True, slots=True)
+class PointJob:
+    """What a worker is told of a point."""
+
+    cfg: dict[str, Any]  # its folders are absolute: a worker has a working directory of its own
+    settings: dict[str, Any]  # the trial's
+    split: str  # that is scored
+    task: str
+    shared_maps: Path | None  # folder of the feature maps; None: the point fits its own
+
+
+def _make_job(base: RunConfig, plan: StudyPlan, point: Point, folder: Path) -> PointJob:
+    trial, study = point.trial, plan.study
+    absolute = replace(trial.cfg, runs_dir=str(base.run_dir.parent))
+    return PointJob(
+        cfg=config.to_dict(absolute),
+        settings=trial.settings,
+        split=study.split,
+        task=study.task or base.tasks[0],
+        shared_maps=folder if shares_features(trial.cfg, base) else None,
+    )
+
+
+def _without(file: str, points: Sequence[Point]) -> list[Point]:
+    """The points that have not written their `file` yet."""
+    left = []
+    for point in points:
+        if not (point.trial.cfg.run_dir / file).exists():
+            left.append(point)
+    return left
+
+
+def _count_all(train: TrainConfig, points: Sequence[Point], jobs: Mapping[str, PointJob]) -> None:
+    """Write the FLOP of each point."""
+    task = ray.remote(num_cpus=train.threads_per_worker)(_count_point)
+    pending = []
+    for point in _without(WORK, points):
+        pending.append(task.remote(jobs[point.trial.name]))
+    ray.get(pending)
 
 
 def _run_all(
-    base: RunConfig, plan: StudyPlan, points: Sequence[Point], folder: Path, told: Told
+    train: TrainConfig, points: Sequence[Point], jobs: Mapping[str, PointJob], told: Told
 ) -> dict[str, str]:
-    """The points to their ends, those with the most FLOP first."""
+    """The points to their ends, those with the most FLOP first; why one failed, by its name."""
     task = ray.remote(
-        num_cpus=base.train.threads_per_worker,
-        num_gpus=float(base.train.use_gpu),
-        max_retries=base.train.max_failures,
+        num_cpus=train.threads_per_worker,
+        num_gpus=float(train.use_gpu),
+        max_retries=train.max_failures,
     )(_run_point)
 
-    left = [point for point in points if not (point.trial.cfg.run_dir / POINT).exists()]
+    left = _without(POINT, points)
     left.sort(key=_train_gflop, reverse=True)
-    pending = {task.remote(*_arguments(base, plan, point, folder)): point for point in left}
+    pending = {}
+    for point in left:
+        name = point.trial.name
+        pending[task.remote(jobs[name])] = name
 
     failed: dict[str, str] = {}
     while pending:
         (ready, *_), _ = ray.wait(list(pending))
-        name = pending.pop(ready).trial.name
+        name = pending.pop(ready)
         try:
             why = ray.get(ready)
         except RayError as error:
@@ -124,43 +169,25 @@ def _train_gflop(point: Point) -> float:
     return json.loads((point.trial.cfg.run_dir / WORK).read_text())["train_gflop"]
 
 
-def _arguments(base: RunConfig, plan: StudyPlan, point: Point, folder: Path) -> tuple[Any, ...]:
-    absolute = replace(point.trial.cfg, runs_dir=str(base.run_dir.parent))
-    shared = folder if shares_features(point.trial.cfg, base) else None
-    task = plan.study.task or base.tasks[0]
-    return config.to_dict(absolute), point.trial.settings, plan.study.split, task, shared
+def _count_point(job: PointJob) -> None:
+    count_work(config.from_dict(job.cfg), job.split, job.shared_maps)
 
 
-def _count_point(
-    cfg: dict[str, Any], settings: dict[str, Any], split: str, task: str, shared: Path | None
-) -> None:
-    count_work(config.from_dict(cfg), split, shared)
-
-
-def _run_point(
-    cfg: dict[str, Any], settings: dict[str, Any], split: str, task: str, shared: Path | None
-) -> str:
+def _run_point(job: PointJob) -> str:
     """One point, in a process of its own."""
-    read = config.from_dict(cfg)
-    form = f"%(asctime)s {read.name} %(message)s"
+    cfg = config.from_dict(job.cfg)
+    form = f"%(asctime)s {cfg.name} %(message)s"
     # a worker of Ray's takes one point after another
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=True)
-    return run_point(read, settings, split, task, shared)
+    return run_point(cfg, job.settings, job.split, job.task, job.shared_maps)
 
 
 def log_study(parent: Run, figures: dict[str, Any], folder: Path) -> None:
     """The report's files into the study's own run, with what can be compared between studies."""
-    metrics = {}
-    for cost, by_encoder in figures["slopes"].items():
-        for encoder, entry in by_encoder.items():
-            metrics[f"slope/{cost}/{encoder}"] = entry["slope"]["value"]
-            if entry["ratio"] is not None:
-                metrics[f"ratio/{cost}/{encoder}"] = entry["ratio"]["value"]
-    for name, entry in figures["predictions"].items():
-        for law in ("log", "power"):
-            if f"{law}_error" in entry:
-                metrics[f"prediction_error/{law}/{name}"] = entry[f"{law}_error"]
-    known = {name: value for name, value in metrics.items() if value is not None}
+    known = {}
+    for name, value in _study_metrics(figures).items():
+        if value is not None:
+            known[name] = value
     if known:
         parent.log_metrics(known, 0)
 
@@ -168,3 +195,19 @@ def log_study(parent: Run, figures: dict[str, Any], folder: Path) -> None:
     for name in FILES:
         if (folder / name).exists():
             parent.log_artifacts(folder / name)
+
+
+def _study_metrics(figures: dict[str, Any]) -> dict[str, float | None]:
+    """Slopes, their ratios and the errors of the predictions; None for what is not defined."""
+    metrics = {}
+    for cost, by_encoder in figures["slopes"].items():
+        for encoder, entry in by_encoder.items():
+            metrics[f"slope/{cost}/{encoder}"] = entry["slope"]["value"]
+            if entry["ratio"] is not None:
+                metrics[f"ratio/{cost}/{encoder}"] = entry["ratio"]["value"]
+
+    for name, entry in figures["predictions"].items():
+        for law in ("log", "power"):
+            if f"{law}_error" in entry:
+                metrics[f"prediction_error/{law}/{name}"] = entry[f"{law}_error"]
+    return metrics

@@ -102,11 +102,13 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
     Raises:
         UserError: the model has not been evaluated, or its items cannot be indexed.
     """
+    from pipeline.batches.stored import StoredUsers
     from pipeline.index.folder import build_index
 
     metrics = _read_metrics(model_dir)
     if cfg.index.enabled:
-        build_index(cfg, model_dir)
+        stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+        build_index(cfg.index, stored, cfg.split.train_end_ms, model_dir)
     client, name = mlflow_client(), cfg.model_name
     with one_message(), tempfile.TemporaryDirectory() as staging:
         # the files, with a card

@@ -83,7 +83,7 @@ def fit_model(
         TrainingStopped: it went wrong; the checkpoints from before are kept.
         Outage: the model is published, and the tracker did not take all of the metrics.
     """
-    check_run(cfg)
+    check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
     start = prepare_start(cfg, champion, restart=restart)
     cfg = with_start(cfg, start)
     folder = cfg.train_dir
@@ -246,7 +246,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     Raises:
         UserError: no published sequences, or more workers than the local cluster has CPUs.
     """
-    check_run(cfg)
+    check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
     train = cfg.train
     refuse_impossible_size(cfg.ray, train)
     periods = check_periods(cfg)

@@ -3,6 +3,7 @@
 past test requests → `OfflineRecommender` ↔ POST /v1/recommend
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from pipeline.batches.examples import Examples, UserEvents
 from pipeline.config import RunConfig, ServeConfig
 from pipeline.index.histories import PastRows
+from pipeline.logs.ids import OwnId
 from pipeline.recommend.everybody import load_recommender
 from pipeline.recommend.offline import Audience, UserList
 from pipeline.recommend.retriever import Wish
@@ -49,7 +51,9 @@ def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
     wish = Wish(num=min(SHOWN, cfg.serve.max_recommended))
     lists = recommender.recommend(audience, wish, cfg.tasks[0])
 
-    bodies = [request_body(audience, number) | {"n": wish.num} for number in range(len(lists))]
+    bodies = []
+    for number in range(len(lists)):
+        bodies.append(request_body(audience, number) | {"n": wish.num})
     use_own_ids(bodies, cfg.sequence_dir)
 
     num_equal, worst, elapsed_ms = 0, 0.0, []
@@ -59,6 +63,7 @@ def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
             elapsed_ms.append(took_ms)
             num_equal += served_items(answer) == expected.item_id.tolist()
             worst = max(worst, score_difference(answer, expected))
+
     p50, p99 = np.percentile(elapsed_ms, [50, 99])
     return ListReport(len(lists), num_equal, worst, float(p50), float(p99))
 
@@ -104,26 +109,31 @@ def score_difference(answer: dict[str, Any], expected: UserList) -> float:
 
 def demo_list(demo: DemoRequest, serve: ServeConfig, url: str, top: int = SHOWN) -> str:
     """The list that the server recommends to the user of the request, as plain text."""
-    body = {key: value for key, value in demo.body.items() if key != "candidates"}
-    did = demo.happened
+    body = dict(demo.body)
+    del body["candidates"]
+    body["n"] = min(top, serve.max_recommended)
     with open_client(serve, url) as client:
-        answer, _ = post_body(client, PATH, body | {"n": min(top, serve.max_recommended)})
+        answer, _ = post_body(client, PATH, body)
 
-    has_titles = any("title" in item for item in answer["items"])
     lines = [
         f"recommended to user {body['user_id']}: the best of {answer['num_allowed']} items that "
         f"were not seen, index {answer['index_version']}",
         f"{'':>4} {'item':>10}{'score':>10}{'retrieval':>11}  {'source':10}what happened",
     ]
     for place, item in enumerate(answer["items"], 1):
-        product = item["retrieval_score"]
-        shown = f"{product:11.4f}" if product is not None else f"{'-':>11}"
-        happened = ""
-        if item["item_id"] in did:
-            happened = f"shown next: {did[item['item_id']] or 'nothing'}"
-        title = f"  {item['title']}" if has_titles else ""
-        lines.append(
-            f"{place:>4} {item['item_id']:>10}{item['score']:10.4f}{shown}  "
-            f"{item['source']:10}{happened}{title}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(f"{place:>4} {_item_line(item, demo.happened)}".rstrip())
+    return "\n".join(lines)
+
+
+def _item_line(item: dict[str, Any], did: Mapping[OwnId, str]) -> str:
+    """An item of the answer, and what the user `did` with it where it was shown next."""
+    product = item["retrieval_score"]
+    shown = f"{'-':>11}" if product is None else f"{product:11.4f}"
+
+    happened = ""
+    if item["item_id"] in did:
+        happened = f"shown next: {did[item['item_id']] or 'nothing'}"
+    title = item.get("title") or ""
+    return (
+        f"{item['item_id']:>10}{item['score']:10.4f}{shown}  {item['source']:10}{happened}  {title}"
+    )

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.config import IndexConfig, ServeConfig
 from pipeline.index.catalogue import Catalogue, make_table
-from pipeline.index.folder import build_index, load_index
+from pipeline.index.folder import load_index
 from pipeline.model.artifact import load_model
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
@@ -25,7 +25,13 @@ from serve_app.recommend.jobs import receive_list
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import EventsRequest, EventsResponse, ModelInfo, Refusal
-from tests.worlds.tiny import NUM_ITEMS, publish_sequences, save_tiny_model, tiny_config
+from tests.worlds.tiny import (
+    NUM_ITEMS,
+    index_model,
+    publish_sequences,
+    save_tiny_model,
+    tiny_config,
+)
 from tests.worlds.web import between_processes
 
 LIMITS = ServeConfig(
@@ -66,7 +72,7 @@ class Served:
             return Ranker(loaded, history, 1, "tiny", LIMITS)
 
         # with columns that the tiny logs do not have
-        build_index(cfg, cfg.model_dir)
+        index_model(cfg, cfg.model_dir)
         index = load_index(loaded, cfg.model_dir)
         assert index is not None
         ids, settings = index.catalogue.item_ids, IndexConfig(title_column="name")

@@ -11,7 +11,9 @@ import torch
 
 from pipeline import config
 from pipeline.batches.features import fit_features
+from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig
+from pipeline.index.folder import build_index
 from pipeline.model.artifact import save_model
 from pipeline.model.ranker import RankingModel
 from pipeline.sequences import store
@@ -161,3 +163,9 @@ def save_tiny_model(cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float =
     metrics |= {f"val/baseline_ne/{task}": 0.99 for task in cfg.tasks}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
+
+
+def index_model(cfg: RunConfig, model_dir: Path) -> None:
+    """Build the index of a model that the run trained."""
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    build_index(cfg.index, stored, cfg.split.train_end_ms, model_dir)

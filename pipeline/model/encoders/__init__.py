@@ -4,7 +4,7 @@ docs/extend/encoder.md adds one: a file here, its entry in `ENCODERS`, its name 
 pipeline/config/model.py.
 """
 
-from pipeline.config import ModelConfig, RunConfig, TrainConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.config.errors import require
 from pipeline.model.encoders.din import DIN
 from pipeline.model.encoders.encoder import Encoder
@@ -37,16 +37,16 @@ def check_model(cfg: ModelConfig) -> None:
     ENCODERS[cfg.encoder].check(cfg)
 
 
-def check_run(cfg: RunConfig) -> None:
-    """`check_model`, that the encoder has the rows that retrieval reads, and that it has the view
-    of the targets that training asks for.
+def check_run(model: ModelConfig, train: TrainConfig, *, retrieval: bool) -> None:
+    """`check_model`, that the encoder has the view of the targets that training asks for, and with
+    `retrieval` that it has the rows which that reads.
     """
-    check_model(cfg.model)
-    _check_target_view(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
-    if cfg.retrieval.enabled:
-        rule = f"an encoder with history rows where retrieval.enabled: {cfg.model.encoder} has none"
-        found = ENCODERS[cfg.model.encoder].has_history_rows
-        require(found, "model.encoder", cfg.model.encoder, rule)
+    check_model(model)
+    _check_target_view(model, train, retrieval=retrieval)
+    if retrieval:
+        rule = f"an encoder with history rows where retrieval.enabled: {model.encoder} has none"
+        found = ENCODERS[model.encoder].has_history_rows
+        require(found, "model.encoder", model.encoder, rule)
 
 
 def _check_target_view(model: ModelConfig, train: TrainConfig, *, retrieval: bool) -> None:
