@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--runs-dir", default="runs/gpu_load")
     parser.add_argument("--prepare", action="store_true", help="make the users and end")
     parser.add_argument("--without-ray", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=RUN)
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
@@ -312,13 +313,15 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING)
     settings = [f"runs_dir={options.runs_dir}", *SERVER]
-    settings += [*SIZES[options.device], *ON_DEVICE[options.device]]
+    settings += [*SIZES[options.device], *ON_DEVICE[options.device], *options.set]
     cfg = config.load(PRESET, settings)
     if options.prepare:
         prepare_users(cfg)
         return
 
     run = _describe(cfg, options.device, options.without_ray)
+    if options.set:
+        run["command"] += " --set " + " ".join(options.set)
     starting = server_alone(settings) if options.without_ray else server_on_ray(cfg)
     with starting as url:
         measure(url, Asker.of_store(cfg.sequence_dir), options.out, run)

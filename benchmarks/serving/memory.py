@@ -2,17 +2,22 @@
 file descriptors over changes of version.
 """
 
+import asyncio
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import numpy as np
 
 from benchmarks.serving.stage import TRIVIAL, Stage, replica_pids
 
 NUM_REQUESTS, WARM_UP, ROUNDS = 50_000, 1_000, 10
+NUM_CLIENTS = 8  # as many as are never refused, whose histories share passes
 LONGEST_HISTORY = 256
 CACHE_MB = 256  # full after 1,500 of these histories
 NUM_SWAPS = 100
@@ -22,20 +27,18 @@ COUNTED = re.compile(r"^ranking_history_cache_(bytes|entries|evictions_total){.*
 
 
 def measure_cache(stage: Stage) -> dict[str, Any]:
-    """Requests of as many distinct histories, short ones more often than long ones; counted and
-    resident bytes after each tenth of them.
+    """Requests of as many distinct histories from several clients, short histories more often than
+    long ones; counted and resident bytes after each tenth of them.
     """
-    url = stage.deploy(2, settings={"cache_mb": CACHE_MB})
+    url = stage.deploy(2, settings={"cache_mb": CACHE_MB, "max_wait_ms": 10_000})
     (pid,) = replica_pids("RankerReplica")
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))  # histories of this run alone
     num = int(stage.share * NUM_REQUESTS) // ROUNDS
+
     rows: list[dict[str, float]] = []
-    with httpx.Client(base_url=url, timeout=60) as client:
-        _ask_distinct(client, rng, min(WARM_UP, num))
-        rows.append(_memory(client, pid))
-        for _ in range(ROUNDS):
-            _ask_distinct(client, rng, num)
-            rows.append(_memory(client, pid))
+    for num_asked in (min(WARM_UP, num), *[num] * ROUNDS):
+        asyncio.run(_ask_distinct(url, rng, num_asked))
+        rows.append(_memory(url, pid))
 
     first, last = rows[0], rows[-1]
     counted_mb = last["counted_mb"] - first["counted_mb"]
@@ -67,22 +70,35 @@ def measure_swaps(stage: Stage) -> dict[str, Any]:
     return {"swaps": num, "descriptors": descriptors, "resident_mb": resident}
 
 
-def _ask_distinct(client: httpx.Client, rng: np.random.Generator, num: int) -> None:
+async def _ask_distinct(url: str, rng: np.random.Generator, num: int) -> None:
     """Rank a candidate for `num` users who bring histories of their own."""
-    # as many of 1 to 2 rows as of 2 to 4, of 4 to 8 and so on
+    bodies = _distinct_bodies(rng, num)
+
+    async def ask_in_turn(session: aiohttp.ClientSession) -> None:
+        for body in bodies:  # all clients take from the same
+            async with session.post(f"{url}/v1/rank", data=body) as answer:
+                answer.raise_for_status()
+                await answer.read()
+
+    json_type = {"content-type": "application/json"}
+    async with aiohttp.ClientSession(headers=json_type) as session:
+        await asyncio.gather(*(ask_in_turn(session) for _ in range(NUM_CLIENTS)))
+
+
+def _distinct_bodies(rng: np.random.Generator, num: int) -> Iterator[bytes]:
+    """Requests whose histories have as many of 1 to 2 rows as of 2 to 4, of 4 to 8 and so on."""
     lengths = np.exp2(rng.uniform(0, np.log2(LONGEST_HISTORY), num)).astype(int)
     for length in lengths.tolist():
         items = rng.integers(0, 10_000, length).tolist()
         history = []
         for i, item in enumerate(items):
             history.append({"item_id": item, "event_time": START_MS + i})
-        body = {"history": history, "candidates": [{"item_id": 1}]}
-        client.post("/v1/rank", json=body).raise_for_status()
+        yield json.dumps({"history": history, "candidates": [{"item_id": 1}]}).encode()
 
 
-def _memory(client: httpx.Client, pid: int) -> dict[str, float]:
+def _memory(url: str, pid: int) -> dict[str, float]:
     """Counted and resident memory of the replica now."""
-    found = dict(COUNTED.findall(client.get("/metrics").text))
+    found = dict(COUNTED.findall(httpx.get(f"{url}/metrics", timeout=60).text))
     return {
         "counted_mb": round(float(found["bytes"]) / BYTES_PER_MB, 1),
         "resident_mb": _resident_mb(pid),
