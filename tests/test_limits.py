@@ -17,7 +17,7 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.schemas import Refusal
 from serve_app.web import limits
 from serve_app.web.api import make_api
-from serve_app.web.limits import FEW, STUCK_S, Admission, Backlog
+from serve_app.web.limits import FEW, MANY, STUCK_S, Admission, Backlog
 from serve_app.web.protection import ApiKeys, RateLimit
 from tests.support.exposition import sample
 from tests.support.patience import PATIENCE_S
@@ -139,8 +139,10 @@ def test_a_stall_refuses_nobody_and_in_an_overload_few_wait_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usual = poisson(20, 0, 60)
-    stalled = served(usual, {20: 0.2, 40: 0.2})  # five come in a quarter of a second
-    assert np.isfinite(stalled).all()
+    for stall_s in (0.2, 0.4, 0.8):  # in which 4, 8 and 16 come
+        stalled = served(usual, {20: stall_s, 40: stall_s})
+        assert np.isfinite(stalled).all()
+        assert np.nanmax(stalled) < stall_s + 0.2, "what has waited is soon answered"
 
     calm = np.percentile(served(usual), 99)
     for rate in (160, 280):
@@ -164,6 +166,65 @@ def test_strict_limits_end_with_what_made_them(monkeypatch: pytest.MonkeyPatch) 
     refused = np.isnan(served(slow, lag_s=0.05))[slow > 12].sum()
     monkeypatch.setattr(limits, "STRICT", 1.0)
     assert refused <= np.isnan(served(slow, lag_s=0.05))[slow > 12].sum() + 2
+
+
+def test_a_stall_is_no_slow_work() -> None:
+    now = 0.0
+    work = Backlog(0.5, lambda: now)
+    for seconds in [0.01] * 100 + [2.0]:
+        begun = work.begin_work(1000)
+        now += seconds
+        work.end_work(1000, begun)
+    begun = work.begin_work(1000)
+    assert work.wait_s() < 0.02, "not a fiftieth of two seconds more"
+    work.end_work(1000, begun)
+
+    # work that has become slow is: after as many answers as count
+    for _ in range(50):
+        begun = work.begin_work(1000)
+        now += 1.0
+        work.end_work(1000, begun)
+    work.begin_work(1000)
+    assert work.wait_s() > 0.5
+
+
+def test_many_may_wait_in_a_stall_and_few_in_an_outage() -> None:
+    now = 0.0
+    work = Backlog(0.05, lambda: now)
+
+    def come(num: int) -> list[float]:
+        """When the admitted began."""
+        return [work.begin_work(1000) for _ in range(num) if work.admit_request()]
+
+    for _ in range(20):
+        (begun,) = come(1)
+        now += 0.01
+        work.end_work(1000, begun)
+    inside = come(FEW)
+    now += 0.1
+    assert not come(1), "a pass may take so long"
+
+    now += 0.4
+    inside += come(FEW)
+    assert len(inside) == 2 * FEW
+    # what has waited is answered, and what comes meanwhile finds room
+    for _ in range(4):
+        for _ in range(3):
+            now += 0.01
+            work.end_work(1000, inside.pop(0))
+        (begun,) = come(1)
+        inside.append(begun)
+    for begun in inside:
+        now += 0.01
+        work.end_work(1000, begun)
+    assert work.num_in_flight == 0
+
+    now += 10
+    inside = come(FEW)
+    now += STUCK_S / 2
+    assert len(come(2 * MANY)) <= MANY - FEW
+    now += STUCK_S
+    assert not come(1) and work.is_stuck()
 
 
 def test_beyond_what_can_be_done_in_time_the_answer_is_429(

@@ -53,6 +53,7 @@ class Stage:
     dashboard_url: str
     seconds: float
     share: float = 1.0  # of a part's whole number of requests
+    plot: Path | None = None  # a picture of the reference load
     made: dict[tuple, PinnedModel] = field(default_factory=dict)
 
     def deploy(

@@ -84,7 +84,8 @@ def reference(stage: Stage) -> dict[str, Any]:
     url = stage.deploy(2)
     stage.load(url, REFERENCE_RATE, 5)
     before = _cache(url)
-    figures = stage.load(url, REFERENCE_RATE, stage.seconds, "--plot", str(PLOT))
+    drawn = [] if stage.plot is None else ["--plot", str(stage.plot)]
+    figures = stage.load(url, REFERENCE_RATE, stage.seconds, *drawn)
     hits, misses = (now - then for now, then in zip(_cache(url), before, strict=True))
     figures["history_cache_hit_rate"] = round(hits / max(hits + misses, 1), 3)
     return figures
@@ -293,7 +294,8 @@ def main() -> None:
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
             logs.import_logs(cfg)
             build.build_sequences(cfg)
-            stage = Stage(cfg, cluster.dashboard_url, options.seconds, options.share)
+            plot = PLOT if options.out == RUN else options.out.with_suffix(".png")
+            stage = Stage(cfg, cluster.dashboard_url, options.seconds, options.share, plot)
             for name in options.parts:
                 _measure(stage, name, options.out)
     if options.out == RUN:

@@ -31,6 +31,9 @@ LIVE_PATHS = ("/healthz", "/v2/health/live")  # of a process that ends, too
 REQUEST_WORK = 1024  # cost of a request apart from its body, in bytes of a body
 # requests that may always be in flight: one pass and the batch behind it, however long a pass takes
 FEW = 8
+# a silence of so many answers' usual time is a stall; a pass over `FEW` takes less in any overload
+STALL = 2 * FEW
+MANY = 32  # requests that may be in flight in a stall, and until what waited in it is answered
 MEMORY = 0.98  # weight of what was measured before, per answer: the last fifty count
 RECENT = 0.95  # weight of the requests before, per request: the last twenty count
 ENDING_BODY_S = 0.25  # how long a client may still send to a server that ends
@@ -229,6 +232,8 @@ class Backlog:
         # decaying sums over the answers so far
         self._done = 0.0  # work, in bytes
         self._busy_s = 0.0
+        self._num_done = 0.0  # answers
+        self._room = FEW  # requests in flight beyond which the estimate decides
         self._last_done = -math.inf
         self._begun = -math.inf  # the first request since nothing was in flight
         self._last_good = -math.inf
@@ -244,21 +249,33 @@ class Backlog:
 
         Call it once for each request: the share of refusals is part of the state.
 
-        A stall and an overload look alike at first, and both meet limits that let much wait. With
-        each refusal the limits shrink, so that what is admitted in an overload waits for little; a
-        stall ends before they have shrunk by much. They follow the share of the refused smoothly:
-        strict limits that made for the refusals that keep them strict would outlast the overload.
+        In a stall nothing is answered, and what comes meanwhile is soon worked off: it waits. In an
+        overload answers come as ever, and what waits grows. With each refusal the limits shrink, so
+        that what is admitted in an overload waits for little. They follow the share of the refused
+        smoothly: strict limits that made for the refusals that keep them strict would outlast the
+        overload.
         """
-        idle_s = self._clock() - self._last_done
-        if not self.num_in_flight and idle_s > QUIET_S:
+        now = self._clock()
+        if not self.num_in_flight and now - self._last_done > QUIET_S:
             self._refused = 0.0
+        if self.is_stalled(now):
+            self._room = MANY
+        elif self.is_stuck():
+            self._room = FEW
 
         share = max((1 - self._refused) ** 2, STRICT)
-        few = self.num_in_flight < share * FEW
+        few = self.num_in_flight < share * self._room
         admitted = few or self.wait_s() <= share * self.max_wait_s
 
         self._refused = RECENT * self._refused + (1 - RECENT) * (not admitted)
         return admitted
+
+    def is_stalled(self, now: float) -> bool:
+        """Tell whether requests wait and none was answered for longer than any overload makes
+        them wait, and not yet for so long that it is an outage.
+        """
+        silence_s = now - max(self._last_done, self._begun)
+        return self.num_in_flight > 0 and silence_s > self._longest_s() and not self.is_stuck()
 
     def is_stuck(self) -> bool:
         """Tell whether requests wait and none was answered for a while: an outage, no overload."""
@@ -282,11 +299,19 @@ class Backlog:
         self.num_in_flight -= 1
         self._in_flight -= work
 
-        # time in which nothing was asked does not count as busy
-        busy_since = max(begun, self._last_done)
-        self._busy_s = MEMORY * self._busy_s + now - busy_since
+        # time in which nothing was asked does not count as busy, and a stall is no slow work
+        busy_s = min(now - max(begun, self._last_done), self._longest_s())
+        self._busy_s = MEMORY * self._busy_s + busy_s
         self._done = MEMORY * self._done + work
+        self._num_done = MEMORY * self._num_done + 1
         self._last_done = now
+        self._room = max(self._room - 1, FEW)
+
+    def _longest_s(self) -> float:
+        """The longest time between two answers that is no stall; infinite before the first."""
+        if not self._num_done:
+            return math.inf
+        return STALL * self._busy_s / self._num_done
 
 
 class Admission:
