@@ -32,16 +32,17 @@ def run_job(job: cli.Job) -> None:
     cfg, manifest = job.cfg, job.options.rayservice
     if manifest is None:
         _require_cluster(cfg.ray)
-    deployment.plan_serving(cfg)  # mistakes are told before MLflow is started
+    # mistakes are told before MLflow is started
+    deployment.plan_serving(cfg.folders, cfg.serve)
 
     with tracking.session(cfg) as tracker:
         champion = tracker.find_champion()
         if manifest is not None:
-            print(deployment.fill_rayservice(cfg, manifest, champion), end="")
+            print(deployment.fill_rayservice(cfg.folders, cfg.serve, manifest, champion), end="")
             return
 
         with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir) as cluster:
-            url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
+            url = deployment.deploy_model(cfg.folders, cfg.serve, cluster.dashboard_url, champion)
     print(f"url={url} version={champion.version}")
 
 
@@ -51,7 +52,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
 
     cfg = job.cfg
     _require_cluster(cfg.ray)
-    planned = deployment.plan_serving(cfg)
+    planned = deployment.plan_serving(cfg.folders, cfg.serve)
     return {**tracking.plan_session(cfg), **planned}
 
 

@@ -293,7 +293,7 @@ def serve_and_replay(
     from serve_app import deployment, replay
 
     print_stage(6, f"serving version {champion.version} of {champion.name}")
-    url = deployment.deploy_model(cfg, dashboard_url, champion)
+    url = deployment.deploy_model(cfg.folders, cfg.serve, dashboard_url, champion)
 
     print_stage(7, "requests over HTTP")
     demo = replay.demo_request(cfg)

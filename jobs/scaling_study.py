@@ -31,7 +31,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.study import plan as plans
 
     base = job.cfg
-    plan = plans.read_plan(job.options.study, base)
+    plan = plans.read_plan(job.options.study, base.tasks)
     points = plans.plan_points(base, plan)
 
     from pipeline import tracking
@@ -83,7 +83,7 @@ def log_nothing(_: str) -> None:
 def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline.study import plan as plans
 
-    plan = plans.read_plan(job.options.study, job.cfg)
+    plan = plans.read_plan(job.options.study, job.cfg.tasks)
     points = plans.plan_points(job.cfg, plan)
 
     from pipeline.study import opening, running

@@ -32,7 +32,8 @@ def run_job(job: cli.Job) -> None:
     from serve_app import deployment
 
     cfg = job.cfg
-    deployment.plan_serving(cfg)  # mistakes are told before MLflow and Ray are started
+    # mistakes are told before MLflow and Ray are started
+    deployment.plan_serving(cfg.folders, cfg.serve)
     with ExitStack() as stack:
         champion, mlflow_url = find_champion(cfg, stack)
         logs = deployment.make_serving_folder(cfg.run_dir) / "logs"
@@ -41,7 +42,7 @@ def run_job(job: cli.Job) -> None:
         )
 
         try:
-            url = deployment.deploy_model(cfg, cluster.dashboard_url, champion)
+            url = deployment.deploy_model(cfg.folders, cfg.serve, cluster.dashboard_url, champion)
             print_start(cfg, champion, url, mlflow_url)
             if deployment.has_page(cfg.serve) and not job.options.no_browser:
                 open_page(url)
@@ -113,7 +114,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import tracking
     from serve_app import deployment
 
-    planned = deployment.plan_serving(job.cfg)
+    planned = deployment.plan_serving(job.cfg.folders, job.cfg.serve)
     return {**tracking.plan_session(job.cfg), **planned}
 
 

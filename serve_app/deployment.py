@@ -23,7 +23,7 @@ import yaml
 
 from pipeline import config
 from pipeline.cluster import free_port
-from pipeline.config import Outage, RunConfig, ServeConfig, UserError
+from pipeline.config import Outage, RunFolders, ServeConfig, UserError
 from pipeline.files import make_private_folder, staged_file, write_atomically
 from pipeline.index.folder import load_indexed
 from pipeline.model.artifact import LoadedModel
@@ -60,7 +60,8 @@ def read_template() -> dict[str, Any]:
 
 
 def user_config(
-    cfg: RunConfig,
+    folders: RunFolders,
+    settings: ServeConfig,
     model: PinnedModel,
     canary: PinnedModel | None = None,
     shadow: PinnedModel | None = None,
@@ -72,12 +73,12 @@ def user_config(
         "model": dataclasses.asdict(model),
         "canary": None if canary is None else dataclasses.asdict(canary),
         "shadow": None if shadow is None else dataclasses.asdict(shadow),
-        "sequences": str(cfg.sequence_dir),
-        "digest": store.read_manifest(cfg.sequence_dir).digest,
-        "cache": str(cache_folder(cfg.runs_dir)),
+        "sequences": str(folders.sequence_dir),
+        "digest": store.read_manifest(folders.sequence_dir).digest,
+        "cache": str(cache_folder(folders.runs_dir)),
         # the mapped copy of the sequences, and the events since
-        "serving": str(make_serving_folder(cfg.run_dir)),
-        "limits": config.to_dict(cfg.serve),
+        "serving": str(make_serving_folder(folders.run_dir)),
+        "limits": config.to_dict(settings),
     }
 
 
@@ -179,7 +180,9 @@ def _number_of_processes(least: int, most: int | None, target: int) -> dict[str,
     return {"num_replicas": None, "autoscaling_config": limits}
 
 
-def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
+def deploy_model(
+    folders: RunFolders, settings: ServeConfig, dashboard_url: str, model: PinnedModel
+) -> str:
     """Serve `model` on the cluster behind `dashboard_url`; returns the server's address once only
     `model` answers.
 
@@ -188,8 +191,8 @@ def deploy_model(cfg: RunConfig, dashboard_url: str, model: PinnedModel) -> str:
     Raises:
         UserError: the version does not load, or nothing answered in time.
     """
-    url = send_update(cfg.serve, dashboard_url, _checked(cfg, model))
-    _remember_champion(cfg.runs_dir, model)
+    url = send_update(settings, dashboard_url, _checked(folders, settings, model))
+    _remember_champion(folders.runs_dir, model)
     return url
 
 
@@ -259,7 +262,9 @@ def recall_champion(runs_dir: str, model_name: str) -> PinnedModel | None:
         return None
 
 
-def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
+def fill_rayservice(
+    folders: RunFolders, settings: ServeConfig, manifest: Path, model: PinnedModel
+) -> str:
     """KubeRay's RayService in the file `manifest`, with the configuration that serves `model` put
     in, as YAML.
 
@@ -278,24 +283,24 @@ def fill_rayservice(cfg: RunConfig, manifest: Path, model: PinnedModel) -> str:
 
     # every pod of the cluster may reach it, whatever address the configuration names
     host, port = POD_OPTIONS["host"], POD_OPTIONS["port"]
-    in_pods = dataclasses.replace(cfg, serve=dataclasses.replace(cfg.serve, host=host))
-    filled = serve_config(in_pods.serve, _checked(in_pods, model), port, {})
+    in_pods = dataclasses.replace(settings, host=host)
+    filled = serve_config(in_pods, _checked(folders, in_pods, model), port, {})
     document["spec"]["serveConfigV2"] = yaml.safe_dump(filled, sort_keys=False)
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _checked(cfg: RunConfig, model: PinnedModel) -> dict[str, Any]:
+def _checked(folders: RunFolders, settings: ServeConfig, model: PinnedModel) -> dict[str, Any]:
     """The replicas' `user_config`; what cannot be loaded fails here, before anything is touched."""
-    check_protection(cfg.serve)
-    check_columns(cfg.sequence_dir, cfg.serve)
-    if cfg.serve.trace_context:
-        make_tracer(cfg.serve.otlp_endpoint)  # raises where the packages are missing
-    canary, shadow = _on_trial(cfg.serve, model)
+    check_protection(settings)
+    check_columns(folders.sequence_dir, settings)
+    if settings.trace_context:
+        make_tracer(settings.otlp_endpoint)  # raises where the packages are missing
+    canary, shadow = _on_trial(settings, model)
     for version in (model, canary, shadow):
         if version is not None:
-            loaded, _ = load_indexed(fetch_model(version, cache_folder(cfg.runs_dir)))
+            loaded, _ = load_indexed(fetch_model(version, cache_folder(folders.runs_dir)))
             _refuse_broken_weights(loaded, version)
-    return user_config(cfg, model, canary, shadow)
+    return user_config(folders, settings, model, canary, shadow)
 
 
 def _refuse_broken_weights(loaded: LoadedModel, version: PinnedModel) -> None:
@@ -525,24 +530,24 @@ def _status(client: Any) -> str:
     return ": ".join(said)
 
 
-def plan_serving(cfg: RunConfig) -> dict[str, object]:
+def plan_serving(folders: RunFolders, settings: ServeConfig) -> dict[str, object]:
     """What would be served, for `--dry-run`."""
-    manifest = store.read_manifest(cfg.sequence_dir)
-    check_protection(cfg.serve)
-    check_columns(cfg.sequence_dir, cfg.serve)
+    manifest = store.read_manifest(folders.sequence_dir)
+    check_protection(settings)
+    check_columns(folders.sequence_dir, settings)
     return {
         "sequences": {
-            "folder": str(cfg.sequence_dir),
+            "folder": str(folders.sequence_dir),
             "users": manifest.num_users,
             "rows": manifest.num_rows,
         },
-        "listen": f"{cfg.serve.host}:{cfg.serve.port or 'any free port'}",
-        "processes": _describe_processes(cfg.serve),
-        "page": has_page(cfg.serve),
-        "canary": None if cfg.serve.canary is None else config.to_dict(cfg.serve.canary),
-        "shadow": cfg.serve.shadow,
-        "events": cfg.serve.redis_url or str(cfg.run_dir / "serving" / "events.sqlite"),
-        "api_keys": cfg.serve.api_keys_file or "none: open to whoever reaches it",
+        "listen": f"{settings.host}:{settings.port or 'any free port'}",
+        "processes": _describe_processes(settings),
+        "page": has_page(settings),
+        "canary": None if settings.canary is None else config.to_dict(settings.canary),
+        "shadow": settings.shadow,
+        "events": settings.redis_url or str(folders.run_dir / "serving" / "events.sqlite"),
+        "api_keys": settings.api_keys_file or "none: open to whoever reaches it",
     }
 
 

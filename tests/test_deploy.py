@@ -32,7 +32,7 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     cfg = tiny_config(tmp_path)
     publish_sequences(cfg)
     model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
-    wanted = deployment.user_config(cfg, model)
+    wanted = deployment.user_config(cfg.folders, cfg.serve, model)
     together = replace(cfg, serve=replace(cfg.serve, one_process=True))
     merged, filled = (
         deployment.serve_config(c.serve, wanted, 8123, {"working_dir": f"local://{ROOT}"})
@@ -115,7 +115,9 @@ def test_other_applications_of_the_cluster_stay(
     cfg = tiny_config(tmp_path)
     publish_sequences(cfg)
     model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
-    filled = deployment.serve_config(cfg.serve, deployment.user_config(cfg, model), 8123, {})
+    filled = deployment.serve_config(
+        cfg.serve, deployment.user_config(cfg.folders, cfg.serve, model), 8123, {}
+    )
     other = {"name": "shop", "route_prefix": "/shop", "import_path": "shop:app"}
     theirs = {"route_prefix": "/shop", "deployed_app_config": other}
     by_hand = {"route_prefix": "/hand", "deployed_app_config": None}
@@ -130,10 +132,12 @@ def test_other_applications_of_the_cluster_stay(
         deployment.beside_others(filled, {"applications": {"shop": theirs | {"route_prefix": "/"}}})
 
     # an update of this server has its name, another server has another
-    update = deployment.serve_config(cfg.serve, deployment.user_config(cfg, model), 8123, {})
+    update = deployment.serve_config(
+        cfg.serve, deployment.user_config(cfg.folders, cfg.serve, model), 8123, {}
+    )
     another = replace(cfg, name="another")
     publish_sequences(another)
-    wanted = deployment.user_config(another, model)
+    wanted = deployment.user_config(another.folders, another.serve, model)
     replacing = deployment.serve_config(another.serve, wanted, 8123, {})
     ids = [one["applications"][0]["args"]["server_id"] for one in (filled, update, replacing)]
     assert ids[0] == ids[1] != ids[2]

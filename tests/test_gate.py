@@ -218,7 +218,7 @@ def test_a_model_of_nan_is_not_deployed(cfg: RunConfig, tmp_path: Path) -> None:
     model = PinnedModel("", "m", 3, folder_digests(folder))
     folder.rename(folder.parent / model.folder_name)
     with pytest.raises(UserError, match=rf"m version 3 is not served: {name} holds numbers"):
-        deployment._checked(broken, model)
+        deployment._checked(broken.folders, broken.serve, model)
 
 
 def test_each_source_of_data_has_a_registered_model_of_its_own(tmp_path: Path) -> None:

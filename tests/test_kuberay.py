@@ -351,7 +351,9 @@ def test_the_service_is_filled_with_a_champion(
     folder = save_tiny_model(cfg, tmp_path / "model")
     monkeypatch.setattr(deployment, "fetch_model", lambda model, cache: folder)
     champion = PinnedModel("http://mlflow:5000", "tiny", 3, {})
-    filled = yaml.safe_load(deployment.fill_rayservice(cfg, KUBERAY / "ray-service.yaml", champion))
+    filled = yaml.safe_load(
+        deployment.fill_rayservice(cfg.folders, cfg.serve, KUBERAY / "ray-service.yaml", champion)
+    )
     jsonschema.validate(filled, FILES["ray-service.yaml"])
     served = yaml.safe_load(filled["spec"].pop("serveConfigV2"))
     unfilled = read("ray-service.yaml")

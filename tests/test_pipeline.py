@@ -37,7 +37,7 @@ def write_day(cfg: RunConfig, day: int) -> None:
 def test_a_day_is_appended_and_trained_on(
     local_ray: None, mlflow_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment, "deploy_model", lambda cfg, dashboard_url, model: "served")
+    monkeypatch.setattr(deployment, "deploy_model", lambda *told: "served")
     monkeypatch.setattr(replay, "demo_request", lambda cfg: None)
     monkeypatch.setattr(replay, "demo_table", lambda demo, tasks, serve, url: "")
     monkeypatch.setattr(jobs.pipeline, "recommend", lambda cfg, demo, url, served: {})

@@ -236,7 +236,9 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
     )
     publish_sequences(cfg)
     model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
-    filled = deployment.serve_config(cfg.serve, deployment.user_config(cfg, model), 8123, {})
+    filled = deployment.serve_config(
+        cfg.serve, deployment.user_config(cfg.folders, cfg.serve, model), 8123, {}
+    )
     assert filled["applications"][0]["args"] == {
         "one_process": False,
         "max_body_bytes": 2_000_000,
@@ -261,10 +263,10 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         },
         "server_id": deployment.read_server_id(cfg.run_dir / "serving"),
     }
-    assert deployment.plan_serving(cfg)["api_keys"] == str(keys_file)
+    assert deployment.plan_serving(cfg.folders, cfg.serve)["api_keys"] == str(keys_file)
     keys_file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        deployment.plan_serving(cfg)
+        deployment.plan_serving(cfg.folders, cfg.serve)
 
 
 def test_a_job_has_a_key_for_its_own_requests(tmp_path: Path, keys_file: Path) -> None:

@@ -54,7 +54,9 @@ def loaded(world, canary=None, shadow=None, share=0.3, earlier=None, counts=None
     cfg = tiny_config(Path(cfg.runs_dir), serve=sections)
     on_trial = [None if i is None else models[i] for i in (canary, shadow)]
     return rollout.load_rollout(
-        deployment.user_config(cfg, models[0], *on_trial), counts or ReplicaMetrics(), earlier
+        deployment.user_config(cfg.folders, cfg.serve, models[0], *on_trial),
+        counts or ReplicaMetrics(),
+        earlier,
     )
 
 
@@ -218,7 +220,7 @@ def test_updates_leave_no_open_files(world) -> None:
         if round_ == 2:
             before = num_open()
         limits = tiny_config(Path(cfg.runs_dir), serve={"port": 0, "micro_batch": 100 + round_})
-        wanted = deployment.user_config(limits, models[round_ % 3])
+        wanted = deployment.user_config(limits.folders, limits.serve, models[round_ % 3])
         after = rollout.load_rollout(wanted, ReplicaMetrics(), current)
         current.close(after)
         current = after
@@ -231,7 +233,9 @@ def test_the_log_names_device_kernels_and_formats(world, caplog: pytest.LogCaptu
         loaded(world)
         for formats in ({"precision": "bf16", "fp8": True}, {"int4_tables": True}):
             limits = tiny_config(Path(cfg.runs_dir), serve={"port": 0, **formats})
-            rollout.load_rollout(deployment.user_config(limits, models[1]), ReplicaMetrics())
+            rollout.load_rollout(
+                deployment.user_config(limits.folders, limits.serve, models[1]), ReplicaMetrics()
+            )
     assert [message for message in caplog.messages if "ready" in message] == [
         "tiny version 1 ready: cpu, torch kernels, fp32",
         "tiny version 2 ready: cpu, torch kernels, bf16 with FP8",
@@ -253,10 +257,10 @@ def test_settings_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"canary": {"version": 3}}, "serve.canary.version"),
         ({"shadow": 3}, "serve.shadow"),
     ):
+        cfg = tiny_config(tmp_path, serve=section)
+        model = PinnedModel("", "tiny", 3, {})
         with pytest.raises(UserError, match=f"{key}: version 3 is the champion"):
-            deployment.deploy_model(
-                tiny_config(tmp_path, serve=section), "", PinnedModel("", "tiny", 3, {})
-            )
+            deployment.deploy_model(cfg.folders, cfg.serve, "", model)
 
 
 def test_the_loaded_versions_and_their_caches_are_on_the_page(world) -> None:

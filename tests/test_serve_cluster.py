@@ -241,7 +241,8 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
     replicas = served.cfg.serve.num_replicas
     try:
         deployment.deploy_model(
-            replace(served.cfg, serve=trial),
+            served.cfg.folders,
+            trial,
             served.dashboard_url,
             Tracker(served.cfg).find_champion(),
         )
@@ -271,7 +272,10 @@ def test_a_canary_and_a_shadow_by_configuration(served: Served) -> None:
         )
     finally:  # what other tests expect
         deployment.deploy_model(
-            served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion()
+            served.cfg.folders,
+            served.cfg.serve,
+            served.dashboard_url,
+            Tracker(served.cfg).find_champion(),
         )
     assert {ask(user) for user in users} == {first}
 
@@ -314,10 +318,12 @@ def test_a_user_goes_where_the_encoded_history_is(served: Served) -> None:
 def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None:
     broken = replace(Tracker(served.cfg).find_champion(), sha256={"model.safetensors": "0" * 64})
     with pytest.raises(UserError, match="sha256"):
-        deployment.deploy_model(served.cfg, served.dashboard_url, broken)
+        deployment.deploy_model(served.cfg.folders, served.cfg.serve, served.dashboard_url, broken)
     # where only the replicas see it
     with pytest.raises(UserError, match=r"did not load.*goes on answering"):
         deployment.send_update(
-            served.cfg.serve, served.dashboard_url, deployment.user_config(served.cfg, broken)
+            served.cfg.serve,
+            served.dashboard_url,
+            deployment.user_config(served.cfg.folders, served.cfg.serve, broken),
         )
     assert served.client.post("/v1/rank", json=ONE).status_code == 200

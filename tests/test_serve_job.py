@@ -99,5 +99,5 @@ def test_what_users_did_is_for_their_server_alone(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path)
     publish_sequences(cfg)
     model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {})
-    serving = Path(deployment.user_config(cfg, model)["serving"])
+    serving = Path(deployment.user_config(cfg.folders, cfg.serve, model)["serving"])
     assert stat.S_IMODE(serving.stat().st_mode) == 0o700

@@ -70,7 +70,7 @@ def study_base(folder: Path) -> RunConfig:
 
 def test_points_are_the_grid_and_the_largest_on_less_data(tmp_path: Path) -> None:
     base = study_base(tmp_path)
-    plan = read_plan(write_plan(tmp_path, seeds=[0, 1]), base)
+    plan = read_plan(write_plan(tmp_path, seeds=[0, 1]), base.tasks)
     points = plan_points(base, plan)
     assert len(points) == 2 * (2 * 2 * 5 + 2)
     first = points[0]
@@ -104,14 +104,14 @@ def test_points_are_the_grid_and_the_largest_on_less_data(tmp_path: Path) -> Non
 def test_a_mistake_in_a_study_is_named(tmp_path: Path, changes: dict, message: str) -> None:
     path = write_plan(tmp_path, **changes)
     with pytest.raises(ConfigError, match=message) as refused:
-        read_plan(path, study_base(tmp_path))
+        read_plan(path, study_base(tmp_path).tasks)
     assert str(path) in str(refused.value)
 
 
 def test_a_size_that_an_encoder_refuses_is_named_before_anything_starts(tmp_path: Path) -> None:
     base = study_base(tmp_path)
     publish_sequences(base)
-    plan = read_plan(write_plan(tmp_path, encoders={"hstu": {"model.encoder": "hstu"}}), base)
+    plan = read_plan(write_plan(tmp_path, encoders={"hstu": {"model.encoder": "hstu"}}), base.tasks)
     with pytest.raises(UserError, match=r"hstu, d2, length 2 is refused: model.attention.window"):
         opening.check_study(base, plan_points(base, plan))
 
@@ -126,7 +126,7 @@ CROSS = {"at_length": 2, "of_size": "d4", "ladder": ["d2", "d8"], "variants": {"
 
 
 def test_a_crossed_study_has_its_two_lines_and_the_ladder(tmp_path: Path) -> None:
-    plan = read_plan(write_plan(tmp_path, **CROSS), study_base(tmp_path))
+    plan = read_plan(write_plan(tmp_path, **CROSS), study_base(tmp_path).tasks)
     sizes_at_2 = [("d2", 2), ("d4", 2), ("d6", 2), ("d8", 2), ("d12", 2)]
     assert plan.places("hstu") == [*sizes_at_2, ("d4", 6), ("d8", 6)]
     assert plan.places("wide") == [("d4", 2), ("d4", 6)]
@@ -138,7 +138,7 @@ def test_a_crossed_study_has_its_two_lines_and_the_ladder(tmp_path: Path) -> Non
 def test_a_variant_may_name_its_lengths(tmp_path: Path) -> None:
     variants = {"wide": {}, "deep": {"lengths": [6], "model.num_layers": 2}}
     base = study_base(tmp_path)
-    plan = read_plan(write_plan(tmp_path, **(CROSS | {"variants": variants})), base)
+    plan = read_plan(write_plan(tmp_path, **(CROSS | {"variants": variants})), base.tasks)
     assert plan.variants == {"wide": {}, "deep": {"model.num_layers": 2}}
     assert plan.places("wide") == [("d4", 2), ("d4", 6)]
     assert plan.places("deep") == [("d4", 6)]
@@ -164,16 +164,16 @@ def test_a_mistake_in_a_crossed_study_is_named(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_plan(write_plan(tmp_path, **(CROSS | changes)), study_base(tmp_path))
+        read_plan(write_plan(tmp_path, **(CROSS | changes)), study_base(tmp_path).tasks)
 
 
 def test_a_study_goes_on_as_it_began(tmp_path: Path) -> None:
     base = study_base(tmp_path)
     publish_sequences(base)
-    plan = read_plan(write_plan(tmp_path), base)
+    plan = read_plan(write_plan(tmp_path), base.tasks)
     opening.open_study(base, plan)
-    opening.open_study(base, read_plan(write_plan(tmp_path, seeds=[0, 1], samples=50), base))
-    other = read_plan(write_plan(tmp_path, lengths=[2, 5]), base)
+    opening.open_study(base, read_plan(write_plan(tmp_path, seeds=[0, 1], samples=50), base.tasks))
+    other = read_plan(write_plan(tmp_path, lengths=[2, 5]), base.tasks)
     with pytest.raises(UserError, match=r"began with lengths = \[2, 6\] .*--restart"):
         opening.open_study(base, other)
     (tmp_path / "tiny-study-ultra-d2-2-s0").mkdir()
@@ -188,7 +188,7 @@ def test_the_studies_of_this_repository_fit_their_presets(path: Path) -> None:
     found = re.search(r"configs/\w+\.yaml", path.read_text())
     assert found is not None
     base = config.load(ROOT / found.group())
-    plan = read_plan(path, base)
+    plan = read_plan(path, base.tasks)
     points = plan_points(base, plan)
     assert len(points) >= len(plan.sizes) * len(plan.study.lengths)
 
@@ -275,7 +275,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, StudyP
     folder = tmp_path_factory.mktemp("study")
     base = study_base(folder)
     publish_sequences(base)
-    plan = read_plan(write_plan(folder), base)
+    plan = read_plan(write_plan(folder), base.tasks)
     points = plan_points(base, plan)
     opening.open_study(base, plan)
     for point in points:
@@ -376,7 +376,7 @@ def test_points_of_another_machine_give_the_same_report(
 
 def test_the_largest_size_waits_for_what_it_is_predicted_from(tmp_path: Path) -> None:
     base = study_base(tmp_path)
-    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1], **CROSS), base)
+    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1], **CROSS), base.tasks)
     points = plan_points(base, plan)
     study = study_points.OpenStudy(base, plan, list(points))
     of_seed = [point for point in points if point.seed == 0]
@@ -399,7 +399,7 @@ def test_a_seed_is_whole_before_the_next_and_its_encoders_before_its_variants(
     tmp_path: Path,
 ) -> None:
     base = study_base(tmp_path)
-    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1], **CROSS), base)
+    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1], **CROSS), base.tasks)
     points = plan_points(base, plan)
     for gflop, point in enumerate(points):
         point.trial.cfg.run_dir.mkdir(parents=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, RunFolders, ServeConfig, UserError
 from pipeline.tracking import Decision, RowsAtHand
 from serve_app import deployment
 from serve_app.feedback import turn
@@ -147,8 +147,10 @@ def test_a_version_on_trial_is_promoted_by_clicks_and_then_by_the_gate(
         import_result=lambda name, figures: logged.append(name),
     )
 
-    def deploy_model(cfg: RunConfig, url: str, model: SimpleNamespace) -> str:
-        deployed.append((model.version, cfg.serve.canary))
+    def deploy_model(
+        folders: RunFolders, serve: ServeConfig, url: str, model: SimpleNamespace
+    ) -> str:
+        deployed.append((model.version, serve.canary))
         return url
 
     def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: int) -> None:

@@ -92,7 +92,7 @@ def open_studies(
     for pair in pairs:
         preset, _, path = pair.partition(":")
         base = config.load(preset, list(overrides))
-        plan = read_plan(Path(path), base)
+        plan = read_plan(Path(path), base.tasks)
         if seeds:
             plan = replace(plan, study=replace(plan.study, seeds=tuple(seeds)))
         points = plan_points(base, plan)

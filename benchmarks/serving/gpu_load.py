@@ -255,7 +255,7 @@ def server_alone(settings: list[str]) -> Iterator[str]:
 def server_on_ray(cfg: RunConfig) -> Iterator[str]:
     """Address of a server on Ray Serve, on a cluster of its own."""
     with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
-        wanted = deployment.user_config(cfg, untrained(cfg, version=1))
+        wanted = deployment.user_config(cfg.folders, cfg.serve, untrained(cfg, version=1))
         yield deployment.send_update(cfg.serve, cluster.dashboard_url, wanted)
 
 

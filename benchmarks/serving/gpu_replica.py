@@ -100,7 +100,7 @@ def measure(
     """
     from ray import serve
 
-    wanted = deployment.user_config(cfg, untrained(cfg, version=1))
+    wanted = deployment.user_config(cfg.folders, cfg.serve, untrained(cfg, version=1))
     url = deployment.send_update(cfg.serve, dashboard_url, wanted)
     ranker = rollout.load_rollout(wanted, ReplicaMetrics()).champion
     handle = serve.get_deployment_handle("RankerReplica", deployment.APPLICATION)

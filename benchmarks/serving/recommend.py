@@ -70,7 +70,7 @@ def indexed(cfg: RunConfig) -> PinnedModel:
 
 def measure(cfg: RunConfig, dashboard_url: str, rate: float, seconds: float) -> dict[str, Any]:
     """Figures of a load, the index that answered, and the mean time of each stage."""
-    wanted = deployment.user_config(cfg, indexed(cfg))
+    wanted = deployment.user_config(cfg.folders, cfg.serve, indexed(cfg))
     url = deployment.send_update(cfg.serve, dashboard_url, wanted)
     stage = Stage(cfg, dashboard_url, seconds)
     load = f"name={cfg.name}"  # whose users ask

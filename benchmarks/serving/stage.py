@@ -74,7 +74,9 @@ class Stage:
         wanted_settings = {"num_replicas": replicas, "one_process": together, **(settings or {})}
         cfg = replace(self.cfg, serve=replace(self.cfg.serve, **wanted_settings))
         on_trial = None if shadow is None else self.model(shadow, **model)
-        wanted = deployment.user_config(cfg, self.model(version, **model), shadow=on_trial)
+        wanted = deployment.user_config(
+            cfg.folders, cfg.serve, self.model(version, **model), shadow=on_trial
+        )
         return deployment.send_update(cfg.serve, self.dashboard_url, wanted)
 
     def model(self, version: int, **model: Any) -> PinnedModel:

@@ -44,7 +44,9 @@ class LoneServer(Ranking):
 async def run_server(cfg: RunConfig, started: Callable[[str], None]) -> None:
     """Serve an untrained model of `cfg`; `started` gets the address, once it is loaded and warm."""
     server = LoneServer()
-    await server.reconfigure(deployment.user_config(cfg, untrained(cfg, version=1)))
+    await server.reconfigure(
+        deployment.user_config(cfg.folders, cfg.serve, untrained(cfg, version=1))
+    )
     settings = cfg.serve
     served_log = deployment.served_log_arguments(settings, str(cfg.run_dir / "serving"))
     api = make_api(

@@ -16,6 +16,7 @@ from pipeline.config.features import (
     HistoryFeature,
     SplitConfig,
 )
+from pipeline.config.folders import RunFolders
 from pipeline.config.index import FollowedConfig, IndexConfig
 from pipeline.config.inputs import InputConfig
 from pipeline.config.logs import (
@@ -63,6 +64,7 @@ __all__ = [
     "RayConfig",
     "RetrievalConfig",
     "RunConfig",
+    "RunFolders",
     "SequenceConfig",
     "ServeConfig",
     "SideTable",

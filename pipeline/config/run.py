@@ -12,6 +12,7 @@ from pipeline.config.cluster import RayConfig
 from pipeline.config.errors import require
 from pipeline.config.examples import ExampleConfig
 from pipeline.config.features import FeatureConfig, SplitConfig
+from pipeline.config.folders import RunFolders
 from pipeline.config.index import IndexConfig
 from pipeline.config.inputs import InputConfig
 from pipeline.config.logs import SourceConfig
@@ -23,8 +24,6 @@ from pipeline.config.serving import ServeConfig
 from pipeline.config.setting import setting
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import EvaluateConfig, TrainConfig
-
-LOG_FOLDER = "logs"  # of a run: what an import writes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +133,13 @@ class RunConfig:
         return self.source.users_known
 
     @property
+    def folders(self) -> RunFolders:
+        """Where the files of this run lie."""
+        return RunFolders(self.runs_dir, self.name, self.sequences.from_run or self.name)
+
+    @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir).absolute() / self.name
+        return self.folders.run_dir
 
     @property
     def model_name(self) -> str:
@@ -144,24 +148,19 @@ class RunConfig:
 
     @property
     def log_dir(self) -> Path:
-        """LOG, USER and ITEM Parquet written by an adapter or generator."""
-        return self.run_dir / LOG_FOLDER
+        return self.folders.log_dir
 
     @property
     def sequence_dir(self) -> Path:
-        """The published sequences: the run's own, or those of `sequences.from_run`."""
-        run = self.sequences.from_run or self.name
-        return Path(self.runs_dir).absolute() / run / "sequences"
+        return self.folders.sequence_dir
 
     @property
     def train_dir(self) -> Path:
-        """Checkpoints, feature maps and metrics.jsonl of the training."""
-        return self.run_dir / "train"
+        return self.folders.train_dir
 
     @property
     def model_dir(self) -> Path:
-        """What the registry holds: model.safetensors, config.json, features.*, metrics.json."""
-        return self.run_dir / "model"
+        return self.folders.model_dir
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

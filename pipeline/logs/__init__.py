@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import RunConfig, SideTable, SourceConfig
-from pipeline.config.run import LOG_FOLDER
+from pipeline.config.folders import LOG_FOLDER
 from pipeline.logs import kuairand, parquet, synthetic
 from pipeline.logs.imported import (
     ImportReport,

@@ -119,8 +119,8 @@ class Point:
         return self.encoder, self.size, self.length, self.share
 
 
-def read_plan(path: Path, base: RunConfig) -> StudyPlan:
-    """The study in the YAML at `path`.
+def read_plan(path: Path, tasks: Sequence[str]) -> StudyPlan:
+    """The study in the YAML at `path`, of one of these `tasks`.
 
     Raises:
         ConfigError: no such file, not of this form, or a setting that a study cannot vary.
@@ -137,8 +137,8 @@ def read_plan(path: Path, base: RunConfig) -> StudyPlan:
         known = list(encoders)
         require(study.baseline in known, "baseline", study.baseline, f"one of encoders {known}")
         task = study.task
-        rule = f"one of tasks {list(base.tasks)}, or null for the first"
-        require(task is None or task in base.tasks, "task", task, rule)
+        rule = f"one of tasks {list(tasks)}, or null for the first"
+        require(task is None or task in tasks, "task", task, rule)
     except ConfigError as error:
         raise ConfigError(f"--study {path}: {error}") from None
     return StudyPlan(study, encoders, sizes, rungs, variants, only_at)

@@ -75,7 +75,7 @@ def run_turn(
     cfg, start_ms = next_days(cfg)
     champion: PinnedModel = tracker.find_champion()
     _print_step(1, f"version {champion.version} recommends")
-    url = deployment.deploy_model(cfg, dashboard_url, champion)
+    url = deployment.deploy_model(cfg.folders, cfg.serve, dashboard_url, champion)
     before = simulate_days(cfg, url, start_ms, DAYS, visits)
     print(f"answers={before.answers} shown={before.shown} clicks={before.clicks}")
 
@@ -124,7 +124,7 @@ def try_version(
     print(f"== trial of version {version} beside {champion.version}", flush=True)
     canary = CanaryConfig(version=version, share=TRIAL_SHARE)
     cfg = replace(cfg, serve=replace(cfg.serve, canary=canary))
-    url = deployment.deploy_model(cfg, dashboard_url, champion)
+    url = deployment.deploy_model(cfg.folders, cfg.serve, dashboard_url, champion)
     simulate_days(cfg, url, start_ms, 1, visits)
     export_answers(cfg)  # for the next turn
 

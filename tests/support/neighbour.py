@@ -27,7 +27,7 @@ def main(runs_dir: Path, port: int) -> None:
     folder.rename(cache / model.folder_name)
 
     with ray_cluster(cfg.ray, runs_dir=cfg.runs_dir, include_dashboard=True) as cluster:
-        wanted = deployment.user_config(cfg, model)
+        wanted = deployment.user_config(cfg.folders, cfg.serve, model)
         deployment.send_update(cfg.serve, cluster.dashboard_url, wanted)
         print(wanted["deployment"], flush=True)
         time.sleep(3600)

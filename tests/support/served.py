@@ -70,7 +70,9 @@ def running(mlflow_runs: Path, name: str, folder: Path, **options: Any) -> Itera
 
         Tracker(cfg).promote_version(versions[0])
         try:
-            url = deployment.deploy_model(cfg, cluster.dashboard_url, Tracker(cfg).find_champion())
+            url = deployment.deploy_model(
+                cfg.folders, cfg.serve, cluster.dashboard_url, Tracker(cfg).find_champion()
+            )
             yield Served(cfg, url, cluster.dashboard_url, versions, folders)
         finally:
             serve.shutdown()
@@ -86,7 +88,10 @@ def restore(server: Served) -> None:
     champion_alone = {("champion", first): server.cfg.serve.num_replicas}
     if wait_until(lambda: loaded(server), "a loaded model").keys() - champion_alone.keys():
         deployment.deploy_model(
-            server.cfg, server.dashboard_url, Tracker(server.cfg).find_champion()
+            server.cfg.folders,
+            server.cfg.serve,
+            server.dashboard_url,
+            Tracker(server.cfg).find_champion(),
         )
     wait_until(
         lambda: (
@@ -157,7 +162,10 @@ def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
         assert Tracker(served.cfg).promote_version(second).promoted
         assert (
             deployment.deploy_model(
-                served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion()
+                served.cfg.folders,
+                served.cfg.serve,
+                served.dashboard_url,
+                Tracker(served.cfg).find_champion(),
             )
             == served.url
         )
@@ -165,7 +173,10 @@ def promoted_and_back(served: Served, meanwhile: Callable[[], object]) -> None:
         time.sleep(2)
         assert Tracker(served.cfg).roll_back() == first
         deployment.deploy_model(
-            served.cfg, served.dashboard_url, Tracker(served.cfg).find_champion()
+            served.cfg.folders,
+            served.cfg.serve,
+            served.dashboard_url,
+            Tracker(served.cfg).find_champion(),
         )
         time.sleep(1)
 
