@@ -375,13 +375,13 @@ def test_the_service_is_filled_with_a_champion(
 
 
 def test_what_is_no_service_is_refused(tmp_path: Path):
-    champion = PinnedModel("http://mlflow:5000", "tiny", 3, {})
+    cfg, champion = tiny_config(tmp_path), PinnedModel("http://mlflow:5000", "tiny", 3, {})
     for path, message in (
         (KUBERAY / "ray-job.yaml", "holds no RayService"),
         (tmp_path / "none", "cannot be read"),
     ):
         with pytest.raises(UserError, match=rf"--rayservice .*{message}"):
-            deployment.fill_rayservice(tiny_config(tmp_path), path, champion)
+            deployment.fill_rayservice(cfg.folders, cfg.serve, path, champion)
 
 
 def test_no_secret_stands_in_a_file():
