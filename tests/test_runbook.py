@@ -77,6 +77,8 @@ def test_every_setting_of_a_command_is_a_key(document: str):
     for job, words in commands(document):
         changing = ("--set", "--beside")
         overrides = [words[at + 1] for at, word in enumerate(words) if word in changing]
+        settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)+=", word)]
+        assert set(settings) <= set(overrides), f"{document}: a --set for each of {settings}"
         assert all("=" in override for override in overrides), f"{document}: jobs.{job} {words}"
         unknown = ("...", *INVENTED)
         known = [each for each in overrides if not each.endswith(unknown)]

@@ -20,7 +20,6 @@ from pipeline.batches.loader import evaluation_batch, token_batches
 from pipeline.config import ModelConfig, RunConfig, from_dict, to_dict
 from pipeline.model.inference.shared_scoring import (
     encode_shared,
-    score_shared,
     shared_form,
     shares_history_rows,
 )
@@ -115,7 +114,8 @@ def test_scores_are_those_of_each_request_alone(
         batch = evaluation_batch(users, part, maps, cfg, shared=True).batch
         batch = replace(batch, dense=batch.dense.double())
         rows, _ = ranges(part.target_begin, part.target_end)
-        scores = score_shared(model, batch, cfg.model)
+        encoded = encode_shared(model, batch, cfg.model)
+        scores = model.score_rows(encoded.candidate_rows, batch)
         shared |= dict(zip(rows.tolist(), scores, strict=True))
 
     assert shared.keys() == alone.keys()

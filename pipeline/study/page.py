@@ -26,7 +26,6 @@ Figures = dict[str, Any]
 PAPER = {"train_gflop": 5.3, "infer_gflop": 21.4}  # ULTRA-HSTU, arXiv:2602.16986, figure 1
 MARKERS = "ov^sDP*X"
 WANTED_SIZES, WANTED_DECADES = 5, 2.5
-PICTURES = ("slopes", "laws", "fronts")
 
 
 def write_study(folder: Path, figures: Figures) -> Path:

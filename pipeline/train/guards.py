@@ -20,10 +20,7 @@ RECENT_LINES = 20  # lines of metrics behind the running median
 FEWEST_LINES = 5  # before so many there is no median to speak of
 HIGH_LINES = 3  # in a row above it: diverged
 NAMED = 5  # offending tensors that an error names
-
-
-# of the size that Norm(A) has without its epsilon
-QUIET_SHARE = 0.2
+QUIET_SHARE = 0.2  # of the size that Norm(A) has without its epsilon
 
 
 def silent_attention(variances: Sequence[float], cfg: ModelConfig) -> str | None:
@@ -50,8 +47,8 @@ def silent_attention(variances: Sequence[float], cfg: ModelConfig) -> str | None
         alpha = f"1 / d_qk = {1 / cfg.d_qk:g}"
         if attention.attn_alpha is not None:
             alpha = f"{attention.attn_alpha:g}"
-        given.append(f"{key}.scaling_seq_len ({attention.scaling_seq_len}) or raise its attn_alpha")
-        given[-1] += f" ({alpha})"
+        length = f"{key}.scaling_seq_len ({attention.scaling_seq_len})"
+        given.append(f"{length} or raise its attn_alpha ({alpha})")
     return (
         f"the attention of a layer starts at {share:.1%} of its size: Var(A) {least:.1e} is below "
         f"norm_eps {eps:.0e}, so it is learned late. Lower {'; '.join(given)}"

@@ -9,8 +9,6 @@ The scores are those that `RankingModel.forward` gives to each request alone in 
 request by request.
 """
 
-from torch import Tensor
-
 from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ModelConfig
 from pipeline.model.encoders.encoder import Encoded, side_by_side
@@ -56,8 +54,3 @@ def encode_shared(model: RankingModel, batch: SequenceBatch, cfg: ModelConfig) -
     for stack, rows in model.transducer.channel_rows(tokens, batch):
         parts.append(own_view_encoded(stack, rows, stack.norm_out))
     return side_by_side(parts)
-
-
-def score_shared(model: RankingModel, batch: SequenceBatch, cfg: ModelConfig) -> Tensor:
-    """Logits, float32 [C, tasks], of the candidates of `encode_shared`."""
-    return model.score_rows(encode_shared(model, batch, cfg).candidate_rows, batch)

@@ -29,7 +29,6 @@ FILES = {
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 FILE_PATHS = tuple(FILES)  # open to a browser that has no key yet: they say nothing of anybody
-QUESTION_PATHS = ("/page/start", "/page/user", "/page/items")
 KEYS_MARK = "data-keys"  # of <html>: whether the page has to ask for an API key
 
 ANSWERS: TypeAdapter[Shown] = TypeAdapter(Shown)
