@@ -9,9 +9,10 @@ It reads published sequences and trains without Ray, by the pipeline's own step 
 side on one GPU trainings want CUDA's multi-process service (`nvidia-cuda-mps-control -d`) and a
 core each. Nine took two minutes on an H200; without it 14 stepped eight times slower than one.
 
-`ultra_hstu`, `hstu_merged`, `sasrec`: retrieval alone, one transducer of two layers, trained up to
-the validation period. Every second epoch is scored on that period, and the best of them, once, on
-the test period.
+`ultra_hstu`, `hstu_merged`, `fuxi_beta`, `sasrec`: retrieval alone, one transducer of two layers,
+trained up to the validation period. Every second epoch is scored on that period, and the best of
+them, once, on the test period. Settings are chosen by `benchmarks.quality.retrieval_choice`;
+`--choice FILE` takes what each encoder came to there.
 
 `ranking`, `retrieval`, `joint`, `joint_light`: the model of configs/kuairand.yaml with its tasks,
 with retrieval, and with both, at two weights of the next item's loss, trained up to the test period
@@ -22,11 +23,12 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.quality.retrieval_draws import read_choice
 from benchmarks.quality.side_by_side import run_side_by_side
 from pipeline import config
 from pipeline.batches.features import FeatureMaps, fit_features
@@ -64,13 +66,14 @@ SETTINGS = ["train.batch_users=256", "train.embedding_lr=4e-3", "train.num_worke
 RUNS = {
     "ultra_hstu": [*ALONE, *SEMI_LOCAL, "model.encoder=ultra_hstu"],
     "hstu_merged": [*ALONE, *CAUSAL, "model.encoder=hstu_merged", "model.relative_bias=true"],
+    "fuxi_beta": [*ALONE, *CAUSAL, "model.encoder=fuxi_beta"],
     "sasrec": [*ALONE, *CAUSAL, "model.encoder=sasrec"],
     "ranking": [],
     "retrieval": [*NO_TASKS, *NEXT_ITEMS],
     "joint": NEXT_ITEMS,
     "joint_light": [*NEXT_ITEMS, "retrieval.weight=0.1"],
 }
-CHOSEN_BY_EPOCH = ("ultra_hstu", "hstu_merged", "sasrec")
+ENCODERS = ("ultra_hstu", "hstu_merged", "fuxi_beta", "sasrec")
 CHOSEN = "val/ndcg_10"  # by which an epoch is
 
 
@@ -113,26 +116,31 @@ def score_model(
 
 def keep_best_epoch(
     cfg: RunConfig, maps: FeatureMaps, device: str
-) -> tuple[RankingModel, dict[int, float]]:
-    """The model as it was after the best of every second epoch, and their NDCG@10 on the validation
-    period.
+) -> tuple[RankingModel, dict[int, dict[str, float]]]:
+    """The model as it was after the best of every second epoch, and all their metrics on the
+    validation period.
     """
-    found: dict[int, float] = {}
+    found: dict[int, dict[str, float]] = {}
     best: dict[str, torch.Tensor] = {}
     model = None
     for done, model in trained_epochs(cfg, maps, device):
         if done % 2 == 0:
-            found[done] = score_model(cfg, maps, model, "val", device)[CHOSEN]
-            if found[done] == max(found.values()):
+            found[done] = score_model(cfg, maps, model, "val", device)
+            if best_epoch(found) == done:
                 best = copy.deepcopy(model.state_dict())
     assert model is not None
     model.load_state_dict(best)
     return model, found
 
 
+def best_epoch(found: Mapping[int, Mapping[str, float]]) -> int:
+    """The epoch with the best metric, of equal ones the first."""
+    return max(found, key=lambda number: found[number][CHOSEN])
+
+
 def train_and_score(options: argparse.Namespace, name: str, seed: int) -> dict[str, object]:
     begin = time.perf_counter()
-    by_epoch = name in CHOSEN_BY_EPOCH
+    by_epoch = name in ENCODERS
     refit = options.split == "test" and not by_epoch
     cfg = make_config(options, name, seed, refit=refit)
     maps = fit_features(cfg)
@@ -140,39 +148,53 @@ def train_and_score(options: argparse.Namespace, name: str, seed: int) -> dict[s
     validation: dict[int, float] = {}
     epochs = cfg.train.epochs
     if by_epoch:
-        model, validation = keep_best_epoch(cfg, maps, options.device)
-        epochs = max(validation, key=lambda number: validation[number])
+        model, scored = keep_best_epoch(cfg, maps, options.device)
+        epochs = best_epoch(scored)
+        validation = {number: metrics[CHOSEN] for number, metrics in scored.items()}
+        found = scored[epochs]
+        if options.split == "test":
+            found = score_model(cfg, maps, model, "test", options.device)
     else:
         *_, (_, model) = trained_epochs(cfg, maps, options.device)
-    found = score_model(cfg, maps, model, options.split, options.device)
+        found = score_model(cfg, maps, model, options.split, options.device)
 
     facts = {"name": name, "seed": seed, "split": options.split, "epochs": epochs}
     facts |= {"validation": validation, "set": options.set}
     return facts | {"seconds": time.perf_counter() - begin} | found
 
 
-def command_of(options: argparse.Namespace, name: str, seed: int) -> list[str]:
-    """One run in a process of its own, as what stands behind `python -m`."""
+def command_of(
+    options: argparse.Namespace, name: str, seed: int, settings: Sequence[str] = ()
+) -> list[str]:
+    """One run in a process of its own, as what stands behind `python -m`; `settings` are more than
+    those of all runs.
+    """
     command = ["benchmarks.quality.retrieval_kuairand", "--one", "--names", name]
     command += ["--seeds", str(seed), "--config", str(options.config), "--split", options.split]
     command += ["--runs-dir", options.runs_dir, "--name", options.name]
     command += ["--device", options.device]
-    return [*command, "--set", *options.set] if options.set else command
+    return [*command, "--set", *options.set, *settings]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that the choice of settings has, too."""
     parser.add_argument("--config", type=Path, default=Path("configs/kuairand.yaml"))
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--name", default="kuairand", help="of the run with the sequences")
-    parser.add_argument("--split", choices=["val", "test"], default="val")
-    parser.add_argument("--names", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, a.b=c")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--budget", type=float, default=3600, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="file that the lines of JSON are added to")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--names", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--choice", type=Path, help="lines of benchmarks.quality.retrieval_choice")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -181,11 +203,15 @@ def main() -> None:
         print(json.dumps(train_and_score(options, name, seed)), flush=True)
         return
 
+    chosen: Mapping[str, tuple[str, ...]] = {}
+    if options.choice is not None:
+        with_choice = [name for name in options.names if name in ENCODERS]
+        chosen = read_choice(options.choice, with_choice)
     # seed by seed: what is cut off by the time are the last seeds of all
     commands = []
     for seed in options.seeds:
         for name in options.names:
-            commands.append(command_of(options, name, seed))
+            commands.append(command_of(options, name, seed, chosen.get(name, ())))
     run_side_by_side(commands, options.out, options.processes, options.budget)
 
 
