@@ -8,8 +8,8 @@ import numpy as np
 from pipeline.figures import Figures, read_runs
 
 ID_DROPOUT, DROPOUT = "features.item_id_dropout=", "model.dropout="
-TEMPERATURE, LR = "retrieval.temperature=", "train.lr="
-EMBEDDING_LR = "train.embedding_lr="
+TEMPERATURE = "retrieval.temperature="
+LR, EMBEDDING_LR = "train.lr=", "train.embedding_lr="
 DRAWS: tuple[tuple[str, ...], ...] = (
     (),  # ids .5, dropout .05, temperature .05, rates .002 and .008
     (ID_DROPOUT + "0.1",),

@@ -7,6 +7,7 @@
     others of ML-1M, test → retrieval_ml1m.json
     ML-1M, val            → retrieval_ml1m_val.json
     KuaiRand, test        → retrieval_kuairand.json
+    KuaiRand, val         → retrieval_kuairand_choice.json
 
 A run that is there already, by name, seed, split, epoch and settings, is replaced.
 """
@@ -22,7 +23,7 @@ def file_of(run: Figures) -> str | None:
     """The name of the file that a run belongs to; None for one that is not shown."""
     test, of_memory = run["split"] == "test", run["name"].startswith("memory_")
     if "validation" in run:  # lines of KuaiRand alone have it
-        return "retrieval_kuairand" if test else None
+        return "retrieval_kuairand" if test else "retrieval_kuairand_choice"
     if not test:
         return None if of_memory else "retrieval_ml1m_val"
     if not run.get("end", True):

@@ -9,6 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.quality.retrieval_draws import (
+    DRAWS,
+    DROPOUT,
+    EMBEDDING_LR,
+    ID_DROPOUT,
+    LR,
+    NUM_FINALISTS,
+    TEMPERATURE,
+    chosen_draw,
+    draw_of,
+    tried_draws,
+)
 from benchmarks.quality.retrieval_ml1m import MEMORIES, MEMORY_BATCHES, MEMORY_STEPS
 from benchmarks.report import RUNS, read_run, table
 from pipeline.figures import Figures
@@ -33,6 +45,7 @@ MODELS = {
 KUAIRAND = {
     "sasrec": "SASRec",
     "hstu_merged": "HSTU, merged actions",
+    "fuxi_beta": "FuXi-β",
     "ultra_hstu": "ULTRA-HSTU",
 }
 JOINT = {
@@ -41,7 +54,14 @@ JOINT = {
     "joint": "both",
     "joint_light": "both, a next item's loss × 0.1",
 }
-PRESET_DROPOUT = "0.5"  # features.item_id_dropout of configs/kuairand.yaml
+# what a draw may set, and what it is without
+SETTINGS = {
+    ID_DROPOUT: ("dropout of ids", "0.5"),
+    DROPOUT: ("dropout", "0.05"),
+    TEMPERATURE: ("temperature", "0.05"),
+    LR: ("rate", "2e-3"),
+    EMBEDDING_LR: ("rate of tables", "8e-3"),
+}
 TASKS = ("is_click", "long_view", "is_like", "is_profile_enter")
 
 
@@ -50,6 +70,7 @@ def measured_section(folder: Path = RUNS) -> str:
     parts = [section(read_run(folder / "retrieval_ml1m.json"))]
     more = {
         "retrieval_memory": memory_part,
+        "retrieval_kuairand_choice": choice_part,
         "retrieval_kuairand": kuairand_part,
         "retrieval_softmax": softmax_part,
     }
@@ -153,6 +174,46 @@ def _memory_verdict(runs: Sequence[Figures]) -> str:
     return f"Seeds in brackets. At least as good as no memory: {', '.join(said)}."
 
 
+def choice_part(choice: Figures) -> str:
+    runs = choice["runs"]
+    return f"""### Settings for the next items of KuaiRand
+
+NDCG@10 on the validation period at the best of every second epoch, two layers of width 64, in
+bfloat16. Every encoder was trained with the same draws of settings, and with a second seed with
+the {NUM_FINALISTS} draws that were best: their mean, and the number of seeds in brackets. **Bold**
+is what an encoder has in the next table.
+
+`python -m benchmarks.quality.retrieval_choice --set train.precision=bf16 --out FILE`
+
+{_choice_table(runs)}"""
+
+
+def _choice_table(runs: Sequence[Figures]) -> str:
+    tried = {name: tried_draws(runs, name) for name in KUAIRAND}
+    tried = {name: draws for name, draws in tried.items() if draws}
+    chosen = {name: chosen_draw(draws) for name, draws in tried.items()}
+    rows = []
+    for draw in DRAWS:
+        cells = []
+        for name, draws in tried.items():
+            values = list(draws.get(draw, {}).values())
+            cell = f"{np.mean(values):.4f} ({len(values)})" if values else ""
+            cells.append(f"**{cell}**" if chosen[name] == draw else cell)
+        if any(cells):
+            rows.append((*_draw_cells(draw), *cells))
+    titles = [title for title, _ in SETTINGS.values()]
+    return table((*titles, *(KUAIRAND[name] for name in tried)), rows)
+
+
+def _draw_cells(draw: Sequence[str]) -> list[str]:
+    """The value of each setting with a draw."""
+    cells = []
+    for key, (_, usual) in SETTINGS.items():
+        given = [part.removeprefix(key) for part in draw if part.startswith(key)]
+        cells.append(given[0] if given else usual)
+    return cells
+
+
 def kuairand_part(kuairand: Figures) -> str:
     runs = kuairand["runs"]
     parts = []
@@ -169,26 +230,23 @@ def _kuairand_alone(runs: Sequence[Figures]) -> str:
 The items that a user likes or watches long in the test period, among all of the subset, from the
 history before that period; those seen before are left out. Two layers of width 64, trained up to
 the validation period in bfloat16; of 8 epochs every second one was scored there, and the best on
-the test period, once. `dropout` is features.item_id_dropout, and the column beside it NDCG@10 of
-the validation period at the epochs chosen. Of a model with several rows the best of these counts.
+the test period, once. `validation` is NDCG@10 there at the epochs chosen. Of a model with several
+rows the best of these counts.
 
 `python -m benchmarks.quality.retrieval_kuairand --split test --seeds 0 1 2 --names ultra_hstu
-hstu_merged sasrec --set train.precision=bf16 --out FILE`, for another dropout with
-`features.item_id_dropout=…` behind `--set`
+hstu_merged fuxi_beta sasrec --choice CHOICE --set train.precision=bf16 --out FILE`
 
 {_kuairand_table(runs)}
 
 {_kuairand_verdict(runs)}"""
 
 
-def _by_dropout(runs: Sequence[Figures], name: str) -> dict[str, list[Figures]]:
-    """The runs of a model by their dropout of item ids, the best on validation first."""
-    key = "features.item_id_dropout="
-    found: dict[str, list[Figures]] = {}
+def _by_draw(runs: Sequence[Figures], name: str) -> dict[tuple[str, ...], list[Figures]]:
+    """The runs of a model by their settings, the best on validation first."""
+    found: dict[tuple[str, ...], list[Figures]] = {}
     for run in runs:
         if run["name"] == name:
-            given = [part.removeprefix(key) for part in run["set"] if part.startswith(key)]
-            found.setdefault(given[0] if given else PRESET_DROPOUT, []).append(run)
+            found.setdefault(draw_of(run), []).append(run)
     return dict(sorted(found.items(), key=lambda item: -_validation(item[1])))
 
 
@@ -200,28 +258,30 @@ def _validation(runs: Sequence[Figures]) -> float:
 def _kuairand_table(runs: Sequence[Figures]) -> str:
     keys = ("hr_10", "ndcg_10", "recall_50", "mrr")
     first = next(run for run in runs if run["name"] in KUAIRAND)
+    nothing = [""] * (len(SETTINGS) + 2)
     rows = []
     for name, title in (("popularity", "popularity"), ("item_knn", "ItemKNN")):
         cells = [f"{first[f'test/{name}/{key}']:.4f}" for key in keys]
         coverage = f"{first[f'test/{name}/coverage_10']:.2f}"
-        rows.append((title, "", "", "", *cells, coverage, "", ""))
+        rows.append((title, *nothing, *cells, coverage, "", ""))
     for name, title in KUAIRAND.items():
-        for dropout, own in _by_dropout(runs, name).items():
+        for draw, own in _by_draw(runs, name).items():
             cells = [_spread(own, f"test/{key}") for key in keys]
             epochs = ", ".join(str(run["epochs"]) for run in own)
             coverage = f"{_mean(own, 'test/coverage_10'):.2f}"
             seconds = f"{_mean(own, 'seconds'):,.0f}"
-            head = (title, dropout, f"{_validation(own):.4f}", str(len(own)))
+            head = (title, *_draw_cells(draw), f"{_validation(own):.4f}", str(len(own)))
             rows.append((*head, *cells, coverage, epochs, seconds))
-    header = ("model", "dropout", "validation", "seeds", "HR@10", "NDCG@10", "recall@50", "MRR")
+    titles = [title for title, _ in SETTINGS.values()]
+    header = ("model", *titles, "validation", "seeds", "HR@10", "NDCG@10", "recall@50", "MRR")
     return table((*header, "coverage@10", "epochs chosen", "s"), rows)
 
 
 def _kuairand_verdict(runs: Sequence[Figures]) -> str:
-    """Where our better encoder stands beside SASRec, each at the dropout that validation chose."""
+    """Where our best encoder stands beside SASRec, each with the settings that validation chose."""
     chosen = {}
     for name in KUAIRAND:
-        groups = list(_by_dropout(runs, name).values())
+        groups = list(_by_draw(runs, name).values())
         if groups:
             chosen[name] = groups[0]
 
