@@ -136,8 +136,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-if search.RUN.exists():  # a search wants an idle machine for minutes
-    SECTIONS["search"] = lambda: search.section(read_run(search.RUN))
+if search.read_runs():  # a search wants an idle machine for minutes
+    SECTIONS["search"] = lambda: search.section(search.read_runs())
 if kuairand_report.RUNS_FILE.exists():  # its runs need a machine of many cores
     SECTIONS["kuairand variants"] = lambda: kuairand_report.variants_section(
         differences=read_run(kuairand_report.DIFFERENCES)

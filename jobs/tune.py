@@ -22,6 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--restart", action="store_true", help="forget the search of this name, with its trials"
     )
     parser.add_argument("--no-tracking", action="store_true", help="files only, no MLflow")
+    parser.add_argument(
+        "--trials-per-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with train.use_gpu: trials that share a GPU and its memory",
+    )
 
 
 def run_job(job: cli.Job) -> None:
@@ -36,6 +43,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.train import supervision
 
     tuning.check_search(base, trials)
+    resources = tuning.trial_resources(base.train, job.options.trials_per_gpu)
     own = spaces.search_config(base)
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
@@ -44,11 +52,11 @@ def run_job(job: cli.Job) -> None:
         tuning.open_search(base, space, trials)
 
         if job.options.no_tracking:
-            found = tuning.run_search(base, space, trials)
+            found = tuning.run_search(base, space, trials, resources)
         else:
             with tracking.session(own) as tracker, tracker.training_run(manifest) as parent:
                 with TrialRuns(tracker, manifest, parent, trials) as runs:
-                    found = tuning.run_search(base, space, trials, [runs])
+                    found = tuning.run_search(base, space, trials, resources, [runs])
                 tuning.log_search(parent, found, own.run_dir)
 
     print(results.results_table(found))
@@ -65,6 +73,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline.search import tuning
 
     tuning.check_search(job.cfg, trials)
+    tuning.trial_resources(job.cfg.train, job.options.trials_per_gpu)
     return {
         "trials": {trial.name: trial.settings for trial in trials},
         "writes": str(spaces.search_config(job.cfg).run_dir),

@@ -276,6 +276,19 @@ def test_what_no_search_can_do_is_said(searched: RunConfig, tmp_path: Path) -> N
             tuning.check_search(wrong, trials)
 
 
+def test_trials_that_share_a_gpu_have_a_part_of_it(searched: RunConfig) -> None:
+    train = replace(searched.train, threads_per_worker=2)
+    on_gpu = replace(train, use_gpu=True)
+    assert tuning.trial_resources(train) == {"cpu": 2.0, "gpu": 0.0}
+    assert tuning.trial_resources(on_gpu) == {"cpu": 2.0, "gpu": 1.0}
+    assert tuning.trial_resources(on_gpu, trials_per_gpu=4) == {"cpu": 2.0, "gpu": 0.25}
+
+    with pytest.raises(UserError, match="--trials-per-gpu must be 1 or more, got 0"):
+        tuning.trial_resources(on_gpu, trials_per_gpu=0)
+    with pytest.raises(UserError, match="--trials-per-gpu 4: trials train without a GPU"):
+        tuning.trial_resources(train, trials_per_gpu=4)
+
+
 class TrackedRun:
     """A run of a tracker that may be down."""
 
@@ -372,7 +385,7 @@ def test_trials_run_on_a_cluster_and_a_worse_one_is_ended(
     space = read_space(path, base)
     trials = draw_trials(base, space)
     tuning.open_search(base, space, trials)
-    results = tuning.run_search(base, space, trials)
+    results = tuning.run_search(base, space, trials, tuning.trial_resources(base.train))
 
     statuses = {result.status for result in results}
     assert results[0].status == "finished"

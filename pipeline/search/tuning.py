@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.cluster import ray_cluster
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, TrainConfig, UserError
 from pipeline.model.encoders import check_run
 from pipeline.search.begun import hold_to_beginning
 from pipeline.search.page import write_search_page
@@ -74,6 +74,24 @@ def check_search(base: RunConfig, trials: Sequence[Trial]) -> None:
     store.read_manifest(trials[0].cfg.sequence_dir)
 
 
+def trial_resources(train: TrainConfig, trials_per_gpu: int = 1) -> dict[str, float]:
+    """CPUs and GPUs that Ray Tune keeps for each trial.
+
+        threads_per_worker 2, use_gpu, 4 trials a GPU      cpu 2, gpu 0.25
+
+    Raises:
+        UserError: trials cannot share a GPU so.
+    """
+    if trials_per_gpu < 1:
+        raise UserError(f"--trials-per-gpu must be 1 or more, got {trials_per_gpu}")
+    if trials_per_gpu > 1 and not train.use_gpu:
+        raise UserError(
+            f"--trials-per-gpu {trials_per_gpu}: trials train without a GPU, set train.use_gpu=true"
+        )
+    gpus = 1 / trials_per_gpu if train.use_gpu else 0.0
+    return {"cpu": float(train.threads_per_worker), "gpu": gpus}
+
+
 def open_search(base: RunConfig, space: SearchSpace, trials: Sequence[Trial]) -> None:
     """Make the search's folder, or hold what an earlier start left there against this one.
 
@@ -102,9 +120,11 @@ def run_search(
     base: RunConfig,
     space: SearchSpace,
     trials: Sequence[Trial],
+    resources: Mapping[str, float],
     callbacks: Sequence[tune.Callback] = (),
 ) -> list[TrialResult]:
-    """Run what is left of the trials, on the cluster of `ray`; their results, best first.
+    """Run what is left of the trials, on the cluster of `ray`, each with its `resources`; their
+    results, best first.
 
     The search's folder gets its page, figures, and the best as a preset where there is one.
 
@@ -115,7 +135,7 @@ def run_search(
     failed: dict[str, str] = {}
     if any(read_outcome(trial.cfg.run_dir) is None for trial in trials):
         with ray_cluster(base.ray, runs_dir=base.runs_dir):
-            failed = run_trials(base, space.search, trials, callbacks)
+            failed = run_trials(base, space.search, trials, resources, callbacks)
 
     folder = search_config(base).run_dir
     found = read_results(trials, failed)
@@ -130,6 +150,7 @@ def run_trials(
     base: RunConfig,
     search: SearchConfig,
     trials: Sequence[Trial],
+    resources: Mapping[str, float],
     callbacks: Sequence[tune.Callback] = (),
 ) -> dict[str, str]:
     """Run the trials to their ends; inside `ray_cluster`. Returns the error of each that failed, by
@@ -146,10 +167,7 @@ def run_trials(
 
     absolute = replace(base, runs_dir=str(base.run_dir.parent))
     common = {"base": config.to_dict(absolute), "folder": str(folder)}
-    cpus, gpus = float(base.train.threads_per_worker), float(base.train.use_gpu)
-    runnable = tune.with_resources(
-        tune.with_parameters(_run_trial, common=common), {"cpu": cpus, "gpu": gpus}
-    )
+    runnable = tune.with_resources(tune.with_parameters(_run_trial, common=common), dict(resources))
     tuner = tune.Tuner(
         runnable,
         param_space={"trial": tune.grid_search([_as_config(trial) for trial in trials])},
