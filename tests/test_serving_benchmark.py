@@ -1,6 +1,7 @@
 """What the benchmark of the server under load counts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,10 @@ from benchmarks.serving.gpu_load import (
     plain_trial,
 )
 from benchmarks.serving.killed import cost_of_kills
+from benchmarks.serving.posted_events import what_is_kept
+from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.load_test import Answers, hop_figures
+from serve_app.schemas import Event
 
 
 def test_a_kill_costs_what_was_under_way_and_what_came_until_the_next() -> None:
@@ -25,6 +29,23 @@ def test_a_kill_costs_what_was_under_way_and_what_came_until_the_next() -> None:
         {"failed": 2, "longest_s": 1.5},
         {"failed": 0, "longest_s": 0.02},
     ]
+
+
+def test_kept_events_are_held_against_what_was_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    log = SqliteEvents(path)
+    clicked = Event(user_id=7, item_id=1, event_time=1, actions={"is_click": True})
+    log.append([clicked, Event(user_id=7, item_id=2, event_time=1)])
+    log.append([Event(user_id=6, item_id=1, event_time=1)])  # of an earlier run
+    shown = {(7, 1), (7, 2), (7, 3)}
+    assert what_is_kept(path, 7, shown, {(7, 1), (7, 2)}) == {
+        "acknowledged": 3,
+        "kept": 2,
+        "acknowledged_and_lost": 1,
+        "kept_twice": 0,
+        "outcomes": 2,
+        "outcomes_lost": 1,
+    }
 
 
 def test_hops_of_answers_that_say_them() -> None:

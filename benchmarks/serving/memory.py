@@ -19,7 +19,7 @@ from benchmarks.serving.stage import TRIVIAL, Stage, replica_pids
 NUM_REQUESTS, WARM_UP, ROUNDS = 50_000, 1_000, 10
 NUM_CLIENTS = 8  # as many as are never refused, whose histories share passes
 LONGEST_HISTORY = 256
-CACHE_MB = 256  # full after 1,500 of these histories
+CACHE_MB = 1024  # the default, full after some 6,000 of these histories
 NUM_SWAPS = 100
 BYTES_PER_MB = 2**20
 START_MS = 1_767_500_000_000

@@ -17,7 +17,6 @@ import logging
 import os
 import random
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any
 import httpx
 
 from benchmarks.report import write_run
-from benchmarks.serving import heavy_user, hops, killed, memory, two_servers
+from benchmarks.serving import heavy_user, hops, killed, memory, posted_events, two_servers
 from benchmarks.serving.stage import (
     OVERHEAD_RATE,
     PRESET,
@@ -44,10 +43,6 @@ from benchmarks.serving.under_load_report import PLOT, RUN, write_report
 from pipeline import config, logs
 from pipeline.cluster import ray_cluster
 from pipeline.sequences import build
-
-NUM_EVENTS, NUM_WRITERS, EVENTS_TOGETHER, SECONDS_BETWEEN_KILLS = 100_000, 8, 10, 4.0
-EVENTS_A_USER = 2_500  # below serve.max_user_events
-
 
 # Parts -----------------------------------------------------------------------
 
@@ -130,80 +125,6 @@ def rollout(stage: Stage) -> dict[str, Any]:
     return {"done_meanwhile": done, **figures}
 
 
-def events(stage: Stage) -> dict[str, Any]:
-    """100,000 events from eight writers while replicas are killed; a writer sends again what got no
-    answer.
-    """
-    url = stage.deploy(1, replicas=2, **TRIVIAL)
-    path = stage.cfg.run_dir / "serving" / "events.sqlite"
-    acknowledged: list[set[tuple[int, int]]] = [set() for _ in range(NUM_WRITERS)]
-    answers: list[str] = []
-    stop = threading.Event()
-    first_user = int(time.time()) % 1_000_000 * 1000 + 1_000_000  # users of this run alone
-
-    def write(writer: int) -> None:
-        with httpx.Client(base_url=url, timeout=10) as client:
-            for begin in range(0, NUM_EVENTS // NUM_WRITERS, EVENTS_TOGETHER):
-                items = range(begin, begin + EVENTS_TOGETHER)
-                user = first_user + NUM_WRITERS * (begin // EVENTS_A_USER) + writer
-                now = 1_767_500_000_000
-                body = {
-                    "events": [
-                        {"user_id": user, "item_id": item, "event_time": now + item}
-                        for item in items
-                    ]
-                }
-                while True:
-                    try:
-                        answer = client.post("/v1/events", json=body)
-                    except httpx.HTTPError as error:
-                        answers.append(type(error).__name__)
-                        continue
-                    status = answer.status_code
-                    answers.append(str(status))
-                    if status == 200:
-                        assert answer.json()["over_quota"] == 0
-                        acknowledged[writer] |= {(user, item) for item in items}
-                        break
-                    assert status in (429, 503, 504), status
-                    time.sleep(0.2)
-
-    def kill() -> int:
-        killed = 0
-        while not stop.wait(SECONDS_BETWEEN_KILLS):
-            for pid in replica_pids("RankerReplica")[:1]:
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-        return killed
-
-    killer = _Result(kill)
-    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(NUM_WRITERS)]
-    started = time.perf_counter()
-    for thread in (killer, *writers):
-        thread.start()
-    for thread in writers:
-        thread.join()
-    took_s = time.perf_counter() - started
-    stop.set()
-    killer.join()
-    with sqlite3.connect(path) as connection:
-        between = (first_user, first_user + NUM_EVENTS // EVENTS_A_USER)
-        kept = connection.execute(
-            "SELECT user_id, item_id FROM event WHERE user_id >= ? AND user_id < ?", between
-        )
-        kept = kept.fetchall()
-    sent = set().union(*acknowledged)
-    return {
-        "acknowledged": len(sent),
-        "kept": len(kept),
-        "acknowledged_and_lost": len(sent - set(kept)),
-        "kept_twice": len(kept) - len(set(kept)),
-        "replicas_killed": killer.result,
-        "seconds": round(took_s, 1),
-        "answers": {answer: answers.count(answer) for answer in sorted(set(answers))},
-    }
-
-
 def malformed(stage: Stage) -> dict[str, Any]:
     """10,000 broken bodies over the wire, and a good request after them."""
     from tests.support import hostile_bodies
@@ -236,7 +157,7 @@ PARTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "hops": hops.measure,
     "overload": overload,
     "rollout": rollout,
-    "events": events,
+    "events": posted_events.measure,
     "malformed": malformed,
     "two_servers": two_servers.measure,
     "killed_ingress": killed.measure,
@@ -247,17 +168,6 @@ PARTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
 
 
 # Helpers ---------------------------------------------------------------------
-
-
-class _Result(threading.Thread):
-    """A thread that keeps what its work returned."""
-
-    def __init__(self, work: Callable[[], int]) -> None:
-        super().__init__()
-        self.work, self.result = work, 0
-
-    def run(self) -> None:
-        self.result = self.work()
 
 
 def _cache(url: str) -> tuple[float, float]:

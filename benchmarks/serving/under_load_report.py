@@ -160,6 +160,22 @@ def _loads(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _events(figures: dict[str, Any]) -> str:
+    """What was posted while replicas were killed."""
+    outcomes = ""
+    if "outcomes" in figures:
+        outcomes = (
+            f", and {figures['outcomes_lost']} of {figures['outcomes']:,} outcomes posted later "
+            "are missing in them"
+        )
+    return (
+        f"- Events: {figures['acknowledged']:,} acknowledged to 8 writers in "
+        f"{figures['seconds']:g} s with {figures['replicas_killed']} kills of a replica: "
+        f"{figures['acknowledged_and_lost']} lost, {figures['kept_twice']} twice, "
+        f"{figures['kept']:,} kept{outcomes}. Answers: {figures['answers']}."
+    )
+
+
 def _lines(run: dict[str, Any]) -> list[str]:
     lines = []
     if "reference" in run:
@@ -194,15 +210,7 @@ def _lines(run: dict[str, Any]) -> list[str]:
             f"answers by {named}."
         )
     if "events" in run:
-        figures = run["events"]
-        lines.append(
-            f"- Events: {figures['acknowledged']:,} acknowledged to 8 writers in "
-            f"{figures['seconds']:g} s with "
-            f"{figures['replicas_killed']} kills of a replica: {figures['acknowledged_and_lost']} "
-            "lost, "
-            f"{figures['kept_twice']} twice, {figures['kept']:,} kept. Answers: "
-            f"{figures['answers']}."
-        )
+        lines.append(_events(run["events"]))
     if "malformed" in run:
         figures = run["malformed"]
         lines.append(
