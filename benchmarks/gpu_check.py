@@ -63,15 +63,19 @@ SEMI_LOCAL = {
 }
 
 
-def check_token_backends(interleaved: bool, users: int, length: int, width: int) -> str | None:
+# With 8 actions and few positions, batches of 7,200 tokens and more have their actions in a table.
+TABLED = SEMI_LOCAL | {"position_buckets": 512, "candidate_action": "learned"}
+
+
+def check_token_backends(
+    settings: dict[str, Any], users: int, length: int, width: int
+) -> str | None:
     """The whole model in float32, its token encoder in Triton and in plain PyTorch: logits and all
     gradients.
     """
     results = []
     for backend in ("triton", "torch"):
-        cfg = model_config(
-            {**SEMI_LOCAL, "token_backend": backend, "merge": not interleaved}, 2, 2, width
-        )
+        cfg = model_config(settings | {"token_backend": backend}, 2, 2, width)
         batch = random_batch(cfg, users * length, length, 4, seed=0)
         results.append(logits_and_gradients(cfg, batch))
     return first_difference(*results)
@@ -402,15 +406,15 @@ def with_next_items(batch: SequenceBatch, num_items: int) -> SequenceBatch:
 
 
 def model_checks() -> list[Check]:
-    sizes = (8, 1024, 64), (3, 40, 16)
-    models: list[Check] = [
-        (check_token_backends, merged, *size) for size in sizes for merged in (False, True)
-    ]
+    models: list[Check] = [(check_token_backends, TABLED, 8, 1024, 64)]
+    for settings in (SEMI_LOCAL, SEMI_LOCAL | {"merge": False}):
+        for size in ((8, 1024, 64), (3, 40, 16)):
+            models.append((check_token_backends, settings, *size))
     views: list[Check] = [(check_target_view, view, 8, 1024, 64) for view in ("covering", "exact")]
     merged = {"encoder": "hstu_merged", "attention": {"window": None}, "relative_bias": True}
-    graphs: list[Check] = [(check_graphs, SEMI_LOCAL), (check_graphs, SEMI_LOCAL, "fp32")]
+    graphs: list[Check] = [(check_graphs, TABLED), (check_graphs, SEMI_LOCAL, "fp32")]
     graphs.append((check_graphs, merged))
-    graphs += [(check_graphed_model, SEMI_LOCAL), (check_graphed_model, SEMI_LOCAL, "fp32")]
+    graphs += [(check_graphed_model, TABLED), (check_graphed_model, SEMI_LOCAL, "fp32")]
     graphs += [(check_graphed_model, SEMI_LOCAL | {"fp8": True}), (check_graphed_model, merged)]
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
     steps += graphs
@@ -428,7 +432,7 @@ SUITES = {
 SMOKE = {
     "tokens": list,  # with the layer's
     "model": lambda: [
-        (check_token_backends, False, 2, 10, 16),
+        (check_token_backends, SEMI_LOCAL, 2, 10, 16),
         (check_target_view, "covering", 2, 20, 16),
         (check_target_view, "exact", 2, 20, 16),
         (check_transfer,),

@@ -80,30 +80,32 @@ PLACES = {  # positions and gaps of the tokens: rows touched once, often, by all
 }
 
 
-@pytest.mark.parametrize(("anchor", "width"), [("event", 16), ("query", 21)])
+@pytest.mark.parametrize(
+    ("anchor", "width", "third"), [("event", 16, False), ("query", 21, False), ("event", 16, True)]
+)
 @pytest.mark.parametrize("name", PLACES)
 def test_interpreted_position_and_time(
-    monkeypatch: pytest.MonkeyPatch, name: str, anchor: Anchor, width: int
+    monkeypatch: pytest.MonkeyPatch, name: str, anchor: Anchor, width: int, third: bool
 ) -> None:
-    """Outputs and the gradients of both tables, 13 and 9 rows; runs over several chunks and blocks
-    of columns.
+    """Outputs and the gradients of both tables, 13 and 9 rows, and of a third of 5; runs over
+    several chunks and blocks of columns.
     """
     monkeypatch.setattr(triton_launch, "SUMMED", {4: (16, 16)})
     monkeypatch.setattr(triton_launch, "PARTIAL", 2)
     position, gap = PLACES[name]
     torch.manual_seed(0)
-    given, grad = (
-        [torch.randn(rows, width) for rows in (len(gap), 13, 9)],
-        torch.randn(len(gap), width),
-    )
+    sizes = (len(gap), 13, 9, 5) if third else (len(gap), 13, 9)
+    given, grad = [torch.randn(rows, width) for rows in sizes], torch.randn(len(gap), width)
+    number = (torch.arange(len(gap)) ** 2) % 4  # of four rows, one of which no token has
 
     def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in given]
-        out = add_position_time(*leaves, position, gap, anchor=anchor, backend=backend)
+        options = {"anchor": anchor, "backend": backend}
+        if third:
+            options["third"] = leaves[3], number
+        out = add_position_time(*leaves[:3], position, gap, **options)
         with torch.no_grad():
-            assert torch.equal(
-                add_position_time(*leaves, position, gap, anchor=anchor, backend=backend), out
-            )
+            assert torch.equal(add_position_time(*leaves[:3], position, gap, **options), out)
         out.backward(grad.to(dtype))
         return [out.detach(), *(leaf.grad.to_dense() for leaf in leaves)]
 
@@ -146,6 +148,10 @@ def test_only_one_table_may_learn() -> None:
             r"must be \[4\], one per token, got \(4,\) and \(3,\)",
         ),
         ({"anchor": "now"}, "anchor must be one of event, query, got 'now'"),
+        (
+            {"third": (torch.ones(3, 2), torch.zeros(3).long())},
+            r"third must be \[N, 2\] and \[4\], got \(3, 2\) and \(3,\)",
+        ),
         ({"x_TE": torch.ones(4, 2).double(), "backend": "triton"}, "got torch.float64"),
     ],
 )
@@ -161,9 +167,19 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
         add_position_time(**{**fitting, **change})
 
 
-@pytest.mark.parametrize("settings", [{"candidate_action": "learned"}, {"merge": False}])
-def test_a_model_learns_as_with_plain_pytorch(settings: dict) -> None:
-    batch, found = make_batch([20, 0, 5], [3, 2, 1]), {}
+@pytest.mark.parametrize(
+    ("settings", "history"),
+    [
+        ({"candidate_action": "learned"}, [20, 0, 5]),
+        ({"merge": False}, [20, 0, 5]),
+        # more tokens than rows of all tables: the action MLP runs over each state once
+        ({"candidate_action": "learned"}, [50, 0, 20]),
+        ({}, [50, 0, 20]),
+        ({"heterogeneous_actions": False}, [20, 0, 5]),
+    ],
+)
+def test_a_model_learns_as_with_plain_pytorch(settings: dict, history: list[int]) -> None:
+    batch, found = make_batch(history, [3, 2, 1]), {}
     for backend in ("triton", "torch"):
         cfg = make_config(token_backend=backend, position_buckets=8, time_buckets=4, **settings)
         model = make_model(cfg).float()

@@ -63,7 +63,7 @@ from kernels.layer_norm.triton_launch import (
 from kernels.linear.triton_launch import launch_linear
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.position_time.op import add_position_time
-from kernels.position_time.triton_launch import launch_add, launch_table_gradients
+from kernels.position_time.triton_launch import find_rows, launch_add, launch_table_gradients
 from kernels.stu.op import stu_layer
 from kernels.stu.recompute import RECOMPUTABLE
 from kernels.stu.types import Sequences, STUShape, STUWeights
@@ -264,13 +264,13 @@ def encoder_calls(tokens: int, width: int) -> dict[str, tuple[float, Callable[[]
     wide, d_wide = (torch.randn(tokens, 2 * width, **options) for _ in range(2))
     w, b = (torch.randn(2 * width, device=DEVICE) for _ in range(2))
     x, d = wide[:, :width].contiguous(), d_wide[:, :width].contiguous()
-    tables = [torch.randn(rows, width, device=DEVICE) for rows in (8192, 64)]
+    sizes = 8192, 64
+    tables = tuple(torch.randn(rows, width, device=DEVICE) for rows in sizes)
     place = (
         torch.arange(tokens, device=DEVICE) % 16_384,
         torch.randint(0, 10**8, (tokens,), device=DEVICE),
     )
-    keys = launch_add(x, *tables, *place, "event", keep_keys=True)[1]
-    assert keys is not None
+    found = find_rows(*place, None, sizes, "event")
     leaves = [t.clone().requires_grad_() for t in (wide, w, b)]
     placed = [t.clone().requires_grad_() for t in (x, *tables)]
 
@@ -287,11 +287,11 @@ def encoder_calls(tokens: int, width: int) -> dict[str, tuple[float, Callable[[]
         "… both, plain PyTorch": (5 * one, plain_gate),
         "position + time": (
             one + of_tables,
-            lambda: launch_add(x, *tables, *place, "event", keep_keys=True),
+            lambda: launch_add(x, tables, find_rows(*place, None, sizes, "event")),
         ),
         "… gradients of both tables": (
             one + of_tables,
-            lambda: launch_table_gradients(d, keys, *map(len, tables)),
+            lambda: launch_table_gradients(d, found),
         ),
         "… both, plain PyTorch (gradients by token)": (2 * one + 2 * of_tables, plain_places),
     }

@@ -172,17 +172,23 @@ def median_ms(call: Callable[[int], object], device: str, repeats: int) -> float
     return statistics.median(times)
 
 
-def device_ms(call: Callable[[int], object], device: str) -> float:
+def device_ms(call: Callable[[int], object], device: str, shown: int = 0) -> float:
     """What the kernels of a call take, one after another: near the call's time, or the host is the
-    slower side.
+    slower side. The `shown` longest are printed.
     """
     if device != "cuda":
         return math.nan
+    calls = 2
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(2):
+        for i in range(calls):
             call(i)
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 2e3
+
+    kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    for kernel in kernels[:shown]:
+        total = kernel.self_device_time_total / 1e3 / calls
+        print(f"{total:9.3f} ms {kernel.count / calls:6.1f} x  {kernel.key[:100]}", flush=True)
+    return sum(kernel.self_device_time_total for kernel in kernels) / 1e3 / calls
 
 
 def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) -> dict[str, float]:
@@ -216,7 +222,7 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
 
     launched = found["train_ms"] = median_ms(train, device, options.repeats)
     if length == max(options.lengths):  # the profiler takes longer than what it looks at
-        found["train_device_ms"] = device_ms(train, device)
+        found["train_device_ms"] = device_ms(train, device, options.kernels)
     if trainee.graphs is not None:
         found["train_launched_ms"] = launched
         found["train_ms"] = median_ms(train_graphed, device, options.repeats)
@@ -250,7 +256,7 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     launched = found["infer_ms"] = median_ms(infer, device, options.repeats)
     found["infer_peak_gb"] = peak_gb()
     if length == max(options.lengths):
-        found["infer_device_ms"] = device_ms(infer, device)
+        found["infer_device_ms"] = device_ms(infer, device, options.kernels)
     if cuda and GraphedModel.fits(cfg.model):
         graphed = GraphedModel(model, cfg, cfg.train.graph_sizes)
         found["infer_launched_ms"] = launched
@@ -390,6 +396,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls of a series, of which 3")
     parser.add_argument(
         "--transfers", action="store_true", help="also steps whose batch is still on the host"
+    )
+    parser.add_argument(
+        "--kernels", type=int, default=0, help="print so many of the longest kernels of each pass"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "model_h200.json")

@@ -1,12 +1,12 @@
 """Triton kernels of the position and time embedding: forward, and the sums of the tables'
 gradients.
 
-Both tables are one in backward: rows of the position table, then rows of the time table. A token
-has a key in each, the number of its row. Keys are sorted, and `order` says whose each is. A program
-takes BLOCK_N places of that order, a chunk: runs of one key inside the chunk are added and done
-with, a run that goes on in other chunks leaves a partial sum in each, and a second kernel adds
-those. So sums have an order that the keys alone give, and a row that every token has costs no more
-than others.
+The tables are one in backward: rows of the position table, then of the time table, then those that
+a caller brings, if any. A token has a key in each, the number of its row. Keys are sorted, and
+`order` says whose each is. A program takes BLOCK_N places of that order, a chunk: runs of one key
+inside the chunk are added and done with, a run that goes on in other chunks leaves a partial sum in
+each, and a second kernel adds those. So sums have an order that the keys alone give, and a row that
+every token has costs no more than others.
 """
 
 import triton
@@ -16,29 +16,24 @@ OCTAVES, MS_PER_BUCKET = tl.constexpr(32), tl.constexpr(60_000)  # as in `refere
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def add_forward(
-    x,  # [T, E]
-    position_table,  # [P, E]
-    time_table,  # [B, E]
+def find_keys(
     position,  # int [T]
     gap_ms,  # int64 [T]
-    out,  # [T, E]
-    keys,  # int [2, T] out with KEYS: the row of the position table; P + the row of the time table
-    num_rows, width, stride_x, num_positions, num_buckets,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVENT: tl.constexpr, KEYS: tl.constexpr,
+    third,  # int [T]: the row of the third table; of no meaning without THIRD
+    keys,  # int [2 or 3, T] out
+    num_rows, num_positions, num_buckets,
+    BLOCK: tl.constexpr, EVENT: tl.constexpr, THIRD: tl.constexpr,
 ):  # fmt: skip
-    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    valid = rows < num_rows
-    inside = valid[:, None] & (columns < width)[None, :]
-    long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
-    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    at = (tl.load(position + rows, mask=valid, other=0) % num_positions).to(tl.int32)
+    """A token a thread: in the kernel that adds whole rows, many threads would each take the
+    float64 logarithm of one row.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < num_rows
+    at = (tl.load(position + row, mask=valid, other=0) % num_positions).to(tl.int32)
     at = tl.where(at < 0, at + num_positions, at)
-    gap = tl.load(gap_ms + rows, mask=valid, other=0)
-    wide = tl.maximum(gap, 0).to(tl.float64)
 
+    gap = tl.load(gap_ms + row, mask=valid, other=0)
+    wide = tl.maximum(gap, 0).to(tl.float64)
     if EVENT:
         per_octave = (num_buckets - 1).to(tl.float64) * (1 / OCTAVES)  # exact, a power of two
         bucket = tl.floor(tl.log2(1 + wide) * per_octave)
@@ -46,35 +41,65 @@ def add_forward(
         bucket = tl.floor(tl.sqrt(wide / MS_PER_BUCKET))
     bucket = tl.minimum(1 + bucket.to(tl.int64), num_buckets - 1).to(tl.int32)
     bucket = tl.where(gap < 0, 0, bucket)
-    of_position = tl.load(
-        position_table + at.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0
-    )
-    of_time = tl.load(
-        time_table + bucket.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0
-    )
-    y = x_RE + of_position.to(tl.float32) + of_time.to(tl.float32)
+
+    kind = keys.dtype.element_ty
+    tl.store(keys + row, at.to(kind), mask=valid)
+    tl.store(keys + num_rows + row, (num_positions + bucket).to(kind), mask=valid)
+    if THIRD:
+        key = num_positions + num_buckets + tl.load(third + row, mask=valid, other=0)
+        tl.store(keys + 2 * num_rows + row, key.to(kind), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_rows(
+    x,  # [T, E]
+    keys,  # int [2 or 3, T]
+    position_table,  # [P, E]
+    time_table,  # [B, E]
+    third_table,  # [N, E], of no meaning without THIRD
+    out,  # [T, E]
+    num_rows, width, stride_x, num_positions, num_buckets,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, THIRD: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    valid = rows < num_rows
+    inside = valid[:, None] & (columns < width)[None, :]
+    long_rows = rows.to(tl.int64)[:, None]  # rows * width passes 2**31 on long batches
+    x_RE = tl.load(x + long_rows * stride_x + columns[None, :], mask=inside, other=0.0)
+
+    position = tl.load(keys + rows, mask=valid, other=0).to(tl.int64)
+    bucket = tl.load(keys + num_rows + rows, mask=valid, other=0).to(tl.int64) - num_positions
+    at = position[:, None] * width + columns[None, :]
+    of_position = tl.load(position_table + at, mask=inside, other=0.0).to(tl.float32)
+    at = bucket[:, None] * width + columns[None, :]
+    of_time = tl.load(time_table + at, mask=inside, other=0.0).to(tl.float32)
+
+    y = x_RE.to(tl.float32) + of_position + of_time
+    if THIRD:
+        third = tl.load(keys + 2 * num_rows + rows, mask=valid, other=0).to(tl.int64)
+        at = (third - num_positions - num_buckets)[:, None] * width + columns[None, :]
+        y += tl.load(third_table + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + long_rows * width + columns[None, :], y.to(out.dtype.element_ty), mask=inside)
-    if KEYS:
-        tl.store(keys + rows, at.to(keys.dtype.element_ty), mask=valid)
-        tl.store(
-            keys + num_rows + rows, (num_positions + bucket).to(keys.dtype.element_ty), mask=valid
-        )
 
 
 @triton.jit(do_not_specialize=["num_rows", "steps"])
 def name_rows(
-    keys,  # int [2 T], sorted
-    # int64 [P + B] out: a row's own number in its table, or of a row without tokens that of another
+    keys,  # int [2 T or 3 T], sorted
+    # int64 [K] out: a row's own number in its table, or of a row without tokens that of another
     # with some
     ids,
-    sums,  # float32 [P + B, E] out: zeros in rows without tokens
-    num_rows, steps, width, num_positions, num_keys, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    sums,  # float32 [K, E] out: zeros in rows without tokens
+    num_rows, steps, width, num_positions, num_buckets, num_keys,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A sparse gradient must say how many rows it has, and the host does not know which have
     tokens. So it has all, and a row without tokens adds zeros to one that has some."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < num_keys
-    first = tl.where(row < num_positions, 0, num_rows)
+    num_placed = num_positions + num_buckets
+    # the row's table: its first row, and the first place of its keys
+    begin = tl.where(row < num_positions, 0, tl.where(row < num_placed, num_positions, num_placed))
+    first = tl.where(row < num_positions, 0, tl.where(row < num_placed, num_rows, 2 * num_rows))
     last = first + num_rows - 1
     low, high = first, last  # the first place whose key is at least the row, or the table's last
 
@@ -85,41 +110,38 @@ def name_rows(
         low = tl.where(reached, low, tl.minimum(middle + 1, last))
     found = tl.load(keys + low, mask=valid, other=0).to(tl.int32)
 
-    tl.store(
-        ids + row,
-        (found - tl.where(row < num_positions, 0, num_positions)).to(tl.int64),
-        mask=valid,
-    )
+    tl.store(ids + row, (found - begin).to(tl.int64), mask=valid)
     empty = valid & (found != row)
     place = sums + row.to(tl.int64)[:, None] * width
 
-    for begin in range(0, width, BLOCK_E):
-        columns = begin + tl.arange(0, BLOCK_E)
+    for column in range(0, width, BLOCK_E):
+        columns = column + tl.arange(0, BLOCK_E)
         mask = empty[:, None] & (columns < width)[None, :]
         tl.store(place + columns[None, :], tl.zeros((BLOCK_R, BLOCK_E), tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_places"])
 def sum_runs(
-    keys,  # int [2 T], sorted
-    order,  # int64 [2 T]: which key of the unsorted each was
+    keys,  # int [2 T or 3 T], sorted
+    order,  # int64 [2 T or 3 T]: which key of the unsorted each was
     grad,  # [T, E]
-    sums,  # float32 [P + B, E] out, of keys whose run is inside a chunk
+    sums,  # float32 [K, E] out, of keys whose run is inside a chunk
     # float32 [chunks, 2, E] out: sums of runs that began before the chunk, and that go on after it
     partial,
-    num_rows, width, stride_grad, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    num_rows, num_places, width, stride_grad, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width, BLOCK_E)
     chunk = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    total = 2 * num_rows
     first, lane = chunk * BLOCK_N, tl.arange(0, BLOCK_N)
     place = first + lane
-    valid = place < total
+    valid = place < num_places
     key = tl.load(keys + place, mask=valid, other=-1).to(tl.int32)
     before = tl.load(keys + place - 1, mask=valid & (place > 0), other=-1).to(tl.int32)
     key_before = tl.load(keys + first - 1, mask=first > 0, other=-1).to(tl.int32)
-    key_after = tl.load(keys + first + BLOCK_N, mask=first + BLOCK_N < total, other=-1).to(tl.int32)
+    key_after = tl.load(keys + first + BLOCK_N, mask=first + BLOCK_N < num_places, other=-1).to(
+        tl.int32
+    )
     token = tl.load(order + place, mask=valid, other=0) % num_rows
     mask = valid[:, None] & (columns < width)[None, :]
     rows = tl.load(grad + token[:, None] * stride_grad + columns[None, :], mask=mask, other=0.0)
@@ -149,9 +171,9 @@ def sum_runs(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_places"])
 def finish_runs(
-    keys, partial, sums, num_rows, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    keys, partial, sums, num_places, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr
 ):  # fmt: skip
     """One program a chunk and block of columns: the row whose run begins there and goes on, if
@@ -159,9 +181,8 @@ def finish_runs(
     """
     blocks = tl.cdiv(width, BLOCK_E)
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    total = 2 * num_rows
     end = (chunk + 1) * BLOCK_N
-    if end >= total:
+    if end >= num_places:
         return
     key = tl.load(keys + end - 1).to(tl.int32)
     if tl.load(keys + end).to(tl.int32) != key:
@@ -178,7 +199,7 @@ def finish_runs(
     while more:
         each = next_chunk + tl.arange(0, BLOCK_C)
         same = (
-            tl.load(keys + each * BLOCK_N, mask=each * BLOCK_N < total, other=-1).to(tl.int32)
+            tl.load(keys + each * BLOCK_N, mask=each * BLOCK_N < num_places, other=-1).to(tl.int32)
             == key
         )
         mask = same[:, None] & inside[None, :]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Backend
+from kernels.backend import Backend, choose_backend
 from kernels.jagged.op import concatenate_sequences, sequence_index
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time.op import add_position_time
@@ -192,10 +192,11 @@ class ActionEncoder(nn.Module):
             SwishLayerNorm(d_model, backend),
             nn.Linear(d_model, d_model),
         )
+        number = torch.arange(num_actions, dtype=torch.int32)
         self.bits: Tensor
-        self.register_buffer(
-            "bits", 2 ** torch.arange(num_actions, dtype=torch.int32), persistent=False
-        )
+        self.register_buffer("bits", 2**number, persistent=False)
+        self.powers: Tensor
+        self.register_buffer("powers", 3 ** number.long(), persistent=False)
 
     def forward(self, action_mask: Tensor, known_mask: Tensor) -> Tensor:
         """[T, d], from bit masks int32 [T].
@@ -213,6 +214,36 @@ class ActionEncoder(nn.Module):
             + (~known)[:, :, None].to(dtype) * self.unknown_rows
         )
         return self.mlp(rows.flatten(1))
+
+    @property
+    def num_states(self) -> int:
+        """States of all actions together, of which each is absent, set or unknown."""
+        return 3 ** len(self.bits)
+
+    def state_rows(self) -> Tensor:
+        """[3 ** actions, d]: `forward` of every state, by the numbers of `number_states`.
+
+        Many tokens share few rows.
+        """
+        state = torch.arange(self.num_states, device=self.bits.device)
+        digit = state[:, None] // self.powers % 3
+        action_mask = ((digit == 1) * self.bits).sum(1)
+        known_mask = ((digit != 2) * self.bits).sum(1)
+        return self(action_mask.int(), known_mask.int())
+
+    def number_states(self, action_mask: Tensor, known_mask: Tensor) -> Tensor:
+        """int64 [T], from bit masks int32 [T]: a number whose digits to base 3 are the actions, 0
+        absent, 1 set, 2 unknown.
+
+        actions      click  like  hate
+        known          1      1     0
+        set            1      0     0
+        number         1  +  0·3 + 2·9  = 19
+        """
+        known = (known_mask[:, None] & self.bits) != 0
+        done = (action_mask[:, None] & self.bits) != 0
+        digit = torch.where(known, done.long(), 2)
+        return (digit * self.powers).sum(1)
 
 
 class OutcomeEncoder(nn.Module):
@@ -370,7 +401,37 @@ class TokenEncoder(nn.Module):
 
     def event_rows(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: history rows and candidates, no context; none depends on another."""
-        return self.add_position_and_time(self.item_rows(batch) + self.action_rows(batch), batch)
+        x_TE = self.item_rows(batch)
+        if not self._shares_states(batch):
+            return self.add_position_and_time(x_TE + self.action_rows(batch), batch)
+
+        is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
+        if self.outcome is not None:
+            assert batch.history_codes is not None, "collate makes them where the model reads them"
+            buckets = self.outcome(batch.history_codes).to(x_TE.dtype)
+            x_TE = x_TE + buckets.masked_fill(is_target[:, None], 0)
+
+        # every state's row, and behind them the candidates'
+        rows = self.action.state_rows()
+        of_target = self.candidate_action
+        if of_target is None:
+            of_target = rows.new_zeros(rows.shape[1])
+        table = torch.cat([rows, of_target[None].to(rows.dtype)])
+        number = self.action.number_states(*self._action_masks(batch))
+        number = number.masked_fill(is_target, self.action.num_states)
+        return self.add_position_and_time(x_TE, batch, third=(table, number))
+
+    def _shares_states(self, batch: SequenceBatch) -> bool:
+        """True where the action MLP runs over every state there is and not over every token, and
+        the kernel that adds position and time adds its rows: where there are more tokens than rows
+        of all three tables.
+        """
+        position, time = self.position, self.time
+        if not (isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding)):
+            return False
+        rows = position.num_embeddings + time.num_embeddings + self.action.num_states + 1
+        fused = choose_backend(self.backend, position.weight) == "triton"
+        return fused and batch.num_tokens >= rows
 
     def candidate_rows(self, batch: SequenceBatch) -> Tensor:
         """The same, [C, d], of a batch without history rows: no action is computed."""
@@ -393,11 +454,7 @@ class TokenEncoder(nn.Module):
         A candidate's own outcome must not reach it, not even as "unknown".
         """
         is_target = target_mask(batch.seq_offsets, batch.num_targets, batch.num_tokens)
-        actions, known = batch.action_mask, batch.known_mask
-        if not self.heterogeneous:
-            actions, known = ((actions & known) != 0).int(), (known != 0).int()
-
-        x_TE = self.action(actions, known)
+        x_TE = self.action(*self._action_masks(batch))
         if self.outcome is not None:
             assert batch.history_codes is not None, "collate makes them where the model reads them"
             x_TE = x_TE + self.outcome(batch.history_codes).to(x_TE.dtype)
@@ -407,15 +464,28 @@ class TokenEncoder(nn.Module):
             return x_TE
         return x_TE + is_target[:, None] * self.candidate_action
 
-    def add_position_and_time(self, x_TE: Tensor, batch: SequenceBatch) -> Tensor:
-        """[T, d], position and time added."""
+    def _action_masks(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """int32 [T] each: bits of the actions, and of those that are known."""
+        actions, known = batch.action_mask, batch.known_mask
+        if self.heterogeneous:
+            return actions, known
+        return ((actions & known) != 0).int(), (known != 0).int()
+
+    def add_position_and_time(
+        self, x_TE: Tensor, batch: SequenceBatch, third: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """[T, d]: position and time added, and rows of a `third` table where they are tables."""
         position, time, gap_ms = self.position, self.time, batch.gap_ms
         # neither of them packed to INT4
         if isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding):
             tables, anchor = (position.weight, time.weight), self.time_anchor
             return add_position_time(
-                x_TE, *tables, batch.position, gap_ms, anchor=anchor, backend=self.backend
+                *(x_TE, *tables, batch.position, gap_ms),
+                anchor=anchor,
+                third=third,
+                backend=self.backend,
             )
+        assert third is None, "only kernels that have all three tables add them"
 
         number, bucket = self.place_codes(batch)
         x_TE = x_TE + look_up_rows(position, number, x_TE.dtype)

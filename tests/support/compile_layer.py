@@ -27,7 +27,7 @@ from kernels.position_time import triton_launch as placing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT32 = {"partial", "scale", "x_scale", "w_scale", "sums", "position_table", "time_table"}
-INT64 = {"position", "gap_ms", "ids", "order", "seed_at"}
+INT64 = {"position", "gap_ms", "third", "ids", "order", "seed_at"}
 FLOATS = {"eps", "gain"}
 
 
@@ -118,14 +118,16 @@ def build_linear(
 
 
 def build_position_time(arch: int) -> dict[str, dict]:
-    forward = {"ROWS": placing.TILE // 512, "BLOCK": 512, "KEYS": True}
+    found = {"BLOCK": placing.FOUND, "THIRD": True}
+    added = {"ROWS": placing.TILE // 512, "BLOCK": 512, "THIRD": True}
     sums, sums32 = (
         {"BLOCK_N": places, "BLOCK_E": columns} for places, columns in placing.SUMMED.values()
     )
     keys, keys32 = {"keys": "*i16"}, {"keys": "*i32", "grad": "*fp32"}
     builds = [
-        ("forward, event", position_time.add_forward, {**forward, "EVENT": True}, keys),
-        ("forward, query", position_time.add_forward, {**forward, "EVENT": False}, keys),
+        ("find_keys, event", position_time.find_keys, {**found, "EVENT": True}, keys),
+        ("find_keys, query", position_time.find_keys, {**found, "EVENT": False}, keys),
+        ("add_rows", position_time.add_rows, added, keys),
         ("name_rows", position_time.name_rows, {"BLOCK_R": placing.NAMED, "BLOCK_E": 128}, keys),
         ("sum_runs", position_time.sum_runs, sums, keys),
         ("sum_runs, float32", position_time.sum_runs, sums32, keys32),

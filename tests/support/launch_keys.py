@@ -103,9 +103,10 @@ def other_layers(draw: random.Random, rows: int, sequences: int) -> None:
 
     position, gap = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
     tables = empty(512, WIDTH, dtype=torch.float32), empty(64, WIDTH, dtype=torch.float32)
-    _, keys = position_time.launch_add(x, *tables, position, gap, "event", keep_keys=True)
-    assert keys is not None
-    position_time.launch_table_gradients(x, keys.zero_(), 512, 64)
+    found = position_time.find_rows(position, gap, None, (512, 64), "event")
+    position_time.launch_add(x, tables, found)
+    found.keys.zero_()
+    position_time.launch_table_gradients(x, found)
 
     offsets = empty(sequences + 1, dtype=torch.int64)
     jagged.Concatenate.apply(empty(2 * sequences, WIDTH), x, offsets, offsets)
