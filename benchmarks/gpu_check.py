@@ -19,6 +19,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ from pipeline.batches.features import FeatureMaps
 from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
 from pipeline.model.encoders.encoder import Encoded
+from pipeline.model.encoders.stu import STU
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.ranker import RankingModel
@@ -63,6 +65,7 @@ SEMI_LOCAL = {
 }
 
 
+PLAIN_HSTU = {"encoder": "hstu_merged", "attention": {"window": None}}
 # With 8 actions and few positions, batches of 7,200 tokens and more have their actions in a table.
 TABLED = SEMI_LOCAL | {"position_buckets": 512, "candidate_action": "learned"}
 
@@ -214,6 +217,22 @@ def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> st
     if (graphed._scoring.replayed, graphed._scoring.captured) != (3, 1):
         return f"{graphed._scoring.replayed} passes replayed, {graphed._scoring.captured} recorded"
     return None
+
+
+def check_rows(settings: dict[str, Any]) -> str | None:
+    """Logits where a layer makes only the rows that are read after it, and where it makes all."""
+    torch.use_deterministic_algorithms(False)
+    cfg = model_config(settings, 3, 2, 64)
+    torch.manual_seed(0)
+    maps = vocabulary(cfg)
+    model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval().to(DEVICE)
+    batch = random_batch(cfg, 8 * 1000, 1000, 16, seed=0).to(DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        found = model(batch)
+        with patch.object(STU, "makes_rows", lambda *_, **__: False):
+            expected = model(batch)
+    error = ((found - expected).norm() / expected.norm()).item()
+    return None if error <= 1e-3 else f"logits {error:.1e} from those of every row"
 
 
 def values_apart(one: HistoryCache, other: HistoryCache) -> float:
@@ -411,7 +430,10 @@ def model_checks() -> list[Check]:
         for size in ((8, 1024, 64), (3, 40, 16)):
             models.append((check_token_backends, settings, *size))
     views: list[Check] = [(check_target_view, view, 8, 1024, 64) for view in ("covering", "exact")]
-    merged = {"encoder": "hstu_merged", "attention": {"window": None}, "relative_bias": True}
+    merged = PLAIN_HSTU | {"relative_bias": True}
+    rows: list[Check] = [
+        (check_rows, settings) for settings in (SEMI_LOCAL, SEMI_LOCAL | {"fp8": True}, PLAIN_HSTU)
+    ]
     graphs: list[Check] = [(check_graphs, TABLED), (check_graphs, SEMI_LOCAL, "fp32")]
     graphs.append((check_graphs, merged))
     graphs += [(check_graphed_model, TABLED), (check_graphed_model, SEMI_LOCAL, "fp32")]
@@ -419,7 +441,7 @@ def model_checks() -> list[Check]:
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]
     steps += graphs
     steps += [(check_reinforced_loss,), (check_reinforced_steps,)]
-    return [*models, *views, *steps, (check_compilations,)]
+    return [*models, *views, *rows, *steps, (check_compilations,)]
 
 
 SUITES = {

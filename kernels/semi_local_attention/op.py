@@ -179,8 +179,9 @@ def triton_plan(
     window: int | None,
     full_rows: int,
     prefix: int,
+    rows: QueryRows | None = None,
 ):
-    """The `TritonPlan` of a batch and a mask, one for all layers."""
+    """The `TritonPlan` of a batch and a mask, one for all layers; with `rows` only these ask."""
     mask = window, full_rows, prefix
 
     def build_plan():
@@ -197,9 +198,22 @@ def triton_plan(
             *mask,
             target_from=target_from,
             extra_full_rows=extra_full_rows,
+            asked_before=None if rows is None else count_before(rows.index, num_tokens),
         )
 
-    return _shared_plan(seq_offsets, ("triton", *mask), tensors, build_plan)
+    if rows is None:
+        return _shared_plan(seq_offsets, ("triton", *mask), tensors, build_plan)
+    made_of = *tensors, rows.index
+    return _shared_plan(seq_offsets, ("triton rows", *mask), made_of, build_plan)
+
+
+def count_before(index: Tensor, num_tokens: int) -> Tensor:
+    """int32 [T + 1]: how many of `index`, ascending, lie before each token.
+
+    index 1 3 of 4 tokens    0 0 1 1 2
+    """
+    is_asked = torch.zeros(num_tokens + 1, dtype=torch.int32, device=index.device)
+    return is_asked.index_fill_(0, index + 1, 1).cumsum(0, dtype=torch.int32)
 
 
 def _cached_plan(

@@ -84,6 +84,8 @@ class TritonPlan:
     cached: bool = False
     target_from: Tensor | None = None
     extra_full_rows: Tensor | None = None
+    # int32 [T + 1]: how many rows before each ask; None where all do
+    asked_before: Tensor | None = None
     lists: dict[tuple[bool, int, int, int], TileList] = field(default_factory=dict)
     problems: dict[tuple, Any] = field(default_factory=dict)  # of `triton_launch.find_problem`
 
@@ -128,8 +130,27 @@ def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -
     _count_tiles(plan, keys, heads, (offsets, targets, extra, header, first), constants)
     _write_tiles(plan, keys, (offsets, targets, extra, header, first, tiles), constants)
 
+    if plan.asked_before is not None and not keys:
+        tiles, header = _keep_asked(plan.asked_before, tiles, header)
     workspace = Workspace(capacity, 2 * num_parts, device, arrived)
     return TileList(tiles, header, capacity, workspace)
+
+
+def _keep_asked(asked_before: Tensor, tiles: Tensor, header: Tensor) -> tuple[Tensor, Tensor]:
+    """The list of those row tiles in which a row asks."""
+    kept, kept_header = torch.empty_like(tiles), torch.empty_like(header)
+    launch(
+        triton_tiles.keep_asked_tiles,
+        1,
+        (tiles, header, asked_before, kept, kept_header),
+        (),
+        (),
+        (COUNTED,),
+        device=tiles.device,
+        num_warps=COUNTED // 128,
+        num_stages=LIST_STAGES,
+    )
+    return kept, kept_header
 
 
 def _list_capacity(plan: TritonPlan, keys: bool, tile: AttentionTile, num_parts: int) -> int:

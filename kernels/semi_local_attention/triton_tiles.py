@@ -326,6 +326,37 @@ def write_row_tiles(
 
 
 @triton.jit
+def keep_asked_tiles(
+    tiles,  # int32 [capacity, ENTRY] of row tiles
+    header,
+    before,  # int32 [T + 1]: how many of the rows before each ask
+    kept,  # int32 [capacity, ENTRY] out: the tiles in which a row asks
+    kept_header,  # int32 [2] out
+    BLOCK_E: tl.constexpr,
+):
+    """One program. All parts of a tile stay, or none does, so that slots are those of the list."""
+    num_kept = tl.sum(tl.zeros((BLOCK_E,), tl.int32), 0)
+    num_entries = tl.load(header)
+    for begin in range(0, num_entries, BLOCK_E):
+        entry = begin + tl.arange(0, BLOCK_E)
+        valid = entry < num_entries
+        place = tiles + entry * ENTRY
+        row = tl.load(place + ROW, mask=valid, other=0)
+        row_end = tl.load(place + ROW_END, mask=valid, other=0)
+        asked_before = tl.load(before + row, mask=valid, other=0)
+        asks = valid & (tl.load(before + row_end, mask=valid, other=0) > asked_before)
+
+        count = asks.to(tl.int32)
+        new_place = kept + (num_kept + tl.cumsum(count, 0) - count) * ENTRY
+        for i in tl.static_range(ENTRY):
+            tl.store(new_place + i, tl.load(place + i, mask=asks, other=0), mask=asks)
+        num_kept += tl.sum(count, 0)
+
+    tl.store(kept_header, num_kept)
+    tl.store(kept_header + 1, tl.load(header + 1))
+
+
+@triton.jit
 def _first_seeing(visible, key, targets, BLOCK_M: tl.constexpr):
     """The first of a sequence's candidates that sees more than `key` positions, or their number."""
     found = tl.zeros_like(key) + targets

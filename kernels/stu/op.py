@@ -71,6 +71,15 @@ def stu_layer(
     return gated_output(x_TE, u, a, weights, shape, p=p, seed=seed, backend=backend)
 
 
+def makes_rows(x_TE: Tensor, shape: STUShape, backend: Backend, *, biased: bool) -> bool:
+    """True where `stu_layer_rows` makes some rows alone: on a CPU the blocked form, on a GPU the
+    fused kernels, without a bias and where nothing is recorded.
+    """
+    if not is_fused(x_TE, shape, backend):
+        return not x_TE.is_cuda and backend in ("auto", "torch")
+    return not biased and not torch.is_grad_enabled()
+
+
 def stu_layer_rows(
     x_TE: Tensor,
     weights: STUWeights,
@@ -80,14 +89,25 @@ def stu_layer_rows(
     *,
     bias: RelativeBias | None = None,
     p: float = 0.0,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """The output [R, E] of some rows alone, on the CPU: K and V are made of all rows, the rest of
-    these. Dropout draws for these rows only.
+    """The output [R, E] of some rows alone, where `makes_rows`: K and V are made of all rows, the
+    rest of these. Dropout draws for these rows only.
 
     Raises:
         ValueError: on shapes and types that do not fit.
     """
     _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
+    if is_fused(x_TE, shape, backend):
+        from kernels.stu.row_launch import launch_layer_rows
+
+        mask = shape.window, shape.full_rows, shape.prefix
+        where = sequences.seq_offsets, sequences.max_seq_len, sequences.mask_tensors
+        plan = triton_plan(len(x_TE), *where, *mask, rows)
+        x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
+        drawn = _seed_tensor(p, None, x_TE.device)
+        return launch_layer_rows(x_TE, rows.index, weights, shape, plan, p, drawn)
+
     u, q, k, v = project_rows_reference(x_TE, weights, shape, rows.index)
     a = attend_rows(q, k, v, shape, sequences, bias=bias, query_rows=rows, backend="torch")
     return output_reference(x_TE.index_select(0, rows.index), u, a, weights, shape, p)

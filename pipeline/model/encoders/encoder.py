@@ -15,7 +15,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.config import AttentionConfig, ModelConfig
 from pipeline.config.errors import require
 from pipeline.model.flops import Flops, kept_pairs, row_pairs
-from pipeline.model.tokens import Tokens, target_mask
+from pipeline.model.tokens import Tokens, target_index, target_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +143,19 @@ def read_rows(
     return Encoded(candidates, last, next_rows(tokens, norm, num_context))
 
 
-def last_rows(tokens: Tokens, num_context: int, *, last_history: bool) -> QueryRows | None:
+def last_rows(
+    tokens: Tokens, num_context: int, *, last_history: bool, on_gpu: bool = False
+) -> QueryRows | None:
     """The rows of the last layer that `read_rows` reads: of all others that layer needs the keys
-    and values alone. None on a GPU, whose kernels make every row.
+    and values alone.
+
+    None on a GPU where its kernels make every row; `on_gpu`: they do not, and None is only where
+    the host would have to ask the device how many rows are read.
     """
     offsets, num_targets = tokens.seq_offsets, tokens.num_targets
     if tokens.x_TE.is_cuda:
-        return None
+        of_candidates = not last_history and tokens.next_visible is None
+        return candidate_places(tokens) if on_gpu and of_candidates else None
 
     num_tokens = len(tokens.x_TE)
     read = target_mask(offsets, num_targets, num_tokens)
@@ -162,6 +168,15 @@ def last_rows(tokens: Tokens, num_context: int, *, last_history: bool) -> QueryR
 
     index = read.nonzero()[:, 0]
     return QueryRows(index, torch.searchsorted(index, offsets))
+
+
+def candidate_places(tokens: Tokens) -> QueryRows | None:
+    """The candidates' rows, found without waiting for a GPU; None where there are none."""
+    num_candidates = int(tokens.lengths_on_host()[1].sum())
+    if num_candidates == 0:
+        return None
+    index = target_index(tokens.seq_offsets, tokens.num_targets, num_candidates)
+    return QueryRows(index, nn.functional.pad(tokens.num_targets.long().cumsum(0), (1, 0)))
 
 
 def last_layer_size(

@@ -105,7 +105,8 @@ class HSTU(Encoder):
             assert isinstance(layer, STU)
             rows = None
             if depth == len(self.layers) - 1:
-                rows = last_rows(tokens, self.num_context, last_history=last_history)
+                on_gpu = layer.makes_rows(tokens, biased=time_T is not None)
+                rows = last_rows(tokens, self.num_context, last_history=last_history, on_gpu=on_gpu)
             bias = None
             if time_T is not None and asked_T is not None:
                 bias = self._layer_bias(depth, time_T, asked_T)

@@ -60,12 +60,12 @@ class STU(nn.Module):
     ) -> Tensor:
         """[T, d]; with `rows` [R, d] of these alone."""
         p = self.cfg.dropout if self.training else 0.0
+        if rows is not None and not self.makes_rows(tokens, biased=bias is not None):
+            return self(tokens, bias=bias).index_select(0, rows.index)
         if rows is not None:
-            # the other forms of attention make every row
-            if self.cfg.attention_backend not in ("auto", "torch"):
-                return self(tokens, bias=bias).index_select(0, rows.index)
             where, weights = sequences(tokens), self.weights()
-            return stu.stu_layer_rows(tokens.x_TE, weights, self.shape, where, rows, bias=bias, p=p)
+            options = {"bias": bias, "p": p, "backend": self.cfg.attention_backend}
+            return stu.stu_layer_rows(tokens.x_TE, weights, self.shape, where, rows, **options)
 
         if bias is not None:
             u, q, k, v = self.project(tokens.x_TE)
@@ -78,6 +78,11 @@ class STU(nn.Module):
             p=p,
             backend=self.cfg.attention_backend,
         )
+
+    def makes_rows(self, tokens: Tokens, *, biased: bool = False) -> bool:
+        """True where `forward` makes some rows alone; the other forms make every row."""
+        backend = self.cfg.attention_backend
+        return stu.makes_rows(tokens.x_TE, self.shape, backend, biased=biased)
 
     def project(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U [T, h * d_v] as `output` takes it, Q and K [T, h, d_qk], V [T, h, d_v]; no row needs

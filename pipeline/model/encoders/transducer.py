@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
+from kernels.semi_local_attention.types import QueryRows
+from kernels.stu.op import is_fused
 from pipeline.batches.filling import length_bound
 from pipeline.config import ChannelConfig, ModelConfig
 from pipeline.model.encoders.encoder import (
@@ -131,14 +133,38 @@ class Transducer(nn.Module):
             dropout = self.dropout if self.training else 0.0
             return Encoded(self.norm_out(own_view_rows(self, tokens, dropout)))
 
+        is_cut = False
         for depth, layer in enumerate(self.layers):
-            tokens = self.tokens_at(depth, tokens)
+            assert isinstance(layer, STU)
+            if not is_cut:
+                tokens = self.tokens_at(depth, tokens)
+            if self._cuts_early(depth, layer, tokens):
+                tokens, is_cut = self._cut_in(layer, tokens), True
+                continue
+
             rows = None
             if depth == len(self.layers) - 1:
-                rows = last_rows(tokens, self.num_context, last_history=last_history)
+                on_gpu = layer.makes_rows(tokens)
+                rows = last_rows(tokens, self.num_context, last_history=last_history, on_gpu=on_gpu)
             x_TE = spread_rows(layer(tokens, rows=rows), rows, len(tokens.x_TE))
             tokens = replace(tokens, x_TE=x_TE)
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
+
+    def _cuts_early(self, depth: int, layer: STU, tokens: Tokens) -> bool:
+        """True of the layer before truncation where it makes those rows alone that are kept: in the
+        fused kernels. On a CPU it would change the draws of dropout.
+        """
+        if self.truncate_after_layer is None or depth + 1 != self.truncate_after_layer:
+            return False
+        fused = is_fused(tokens.x_TE, layer.shape, layer.cfg.attention_backend)
+        return fused and layer.makes_rows(tokens)
+
+    def _cut_in(self, layer: STU, tokens: Tokens) -> Tokens:
+        """What truncation leaves of a layer's tokens, of which that layer made no others."""
+        places = torch.arange(len(tokens.x_TE), device=tokens.x_TE.device)[:, None]
+        kept = truncate_history(replace(tokens, x_TE=places), self.num_context, self.truncate_to)
+        rows = QueryRows(kept.x_TE[:, 0], kept.seq_offsets)
+        return replace(kept, x_TE=layer(tokens, rows=rows))
 
     def tokens_at(self, depth: int, tokens: Tokens) -> Tokens:
         """What is left of the previous layer's tokens for the layer at `depth`."""
