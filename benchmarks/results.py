@@ -108,7 +108,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "formats": lambda: number_formats.section(runs_read("formats_h100", "formats_cpu")),
     "model": lambda: model.section(*runs_read("model_h200", "model_h100")),
     "graph_sizes": lambda: graph_sizes.section(*runs_read("graph_sizes")),
-    "real_loop": lambda: real_loop.section(*runs_read("real_loop_65536", "real_loop_196608")),
+    "real_loop": lambda: real_loop.section(
+        *runs_read("real_loop_65536", "real_loop_196608", "real_loop_count")
+    ),
     "quality": encoders,
     "ablation": ablation,
     "day by day": lambda: day_by_day_report.section(

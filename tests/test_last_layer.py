@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.stu import row_launch
+from kernels.stu import op as stu
 from pipeline.model.encoders import fuxi, hstu, lares, transducer, transformer
 from pipeline.model.encoders.encoder import last_rows
 from pipeline.model.encoders.stu import STU
@@ -110,17 +110,14 @@ def test_rows_by_hand() -> None:
 
 
 FUSED = {
-    "truncation": {"num_layers": 4, "truncate_after_layer": 2, "truncate_to": 4},
-    "truncation, causal": {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 30, **PLAIN},
-    "long window": {
-        "num_layers": 3,
+    "truncation": {
+        "num_layers": 2,
         "truncate_after_layer": 1,
-        "truncate_to": 40,
-        "attention": {"window": 3, "full_rows": 20, "scaling_seq_len": 16},
+        "truncate_to": 12,
+        "attention": {"window": 3, "full_rows": 5, "scaling_seq_len": 16},
     },
-    "linear": {"num_layers": 2, "silu_qkv": False, "concat_ua": True},
-    "FP8": {"num_layers": 3, "truncate_after_layer": 1, "truncate_to": 40, "fp8": True},
-    "hstu_merged": {"encoder": "hstu_merged", **PLAIN},
+    "linear": {"num_layers": 1, "silu_qkv": False, "concat_ua": True},
+    "hstu_merged": {"encoder": "hstu_merged", "num_layers": 1, **PLAIN},
 }
 
 
@@ -128,18 +125,19 @@ FUSED = {
 def test_fused_kernels_make_the_rows_that_are_read(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits as where the kernels make every row; the other rows of Q and A are NaN here."""
+    """Logits as where the kernels make every row; what no kernel writes is NaN."""
     model = make_model(make_config(attention_backend="triton", **FUSED[name])).float()
-    batch = make_batch([9, 0, 150, 3], [2, 1, 0, 4])
+    batch = make_batch([5, 0, 30], [2, 1, 1])
     made: list[int] = []
-    launch_layer_rows = row_launch.launch_layer_rows
+    layer_rows = stu.stu_layer_rows
 
-    def count_rows(x_TE: Tensor, index: Tensor, *rest: object) -> Tensor:
-        made.append(len(index))
-        return launch_layer_rows(x_TE, index, *rest)
+    def count_rows(*arguments: object, **options: object) -> Tensor:
+        rows = layer_rows(*arguments, **options)
+        made.append(len(rows))
+        return rows
 
-    monkeypatch.setattr(row_launch, "launch_layer_rows", count_rows)
-    torch.use_deterministic_algorithms(True)  # new tensors start as NaN
+    monkeypatch.setattr(stu, "stu_layer_rows", count_rows)
+    torch.use_deterministic_algorithms(True)
     try:
         with torch.no_grad():
             found = model(batch)
@@ -149,8 +147,6 @@ def test_fused_kernels_make_the_rows_that_are_read(
         torch.use_deterministic_algorithms(False)
 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    # by hand: 2 context tokens of each sequence, its candidates, and the history that is kept
-    kept = {"truncation": 8 + 7 + 4 + 4 + 3, "truncation, causal": 8 + 7 + 9 + 30 + 3}
-    kept |= {"long window": 8 + 7 + 9 + 40 + 3, "FP8": 8 + 7 + 9 + 40 + 3}
-    before_truncation = [kept[name]] if name in kept else []
-    assert made == [*before_truncation, 7]
+    # 2 context tokens of each sequence, its newest 12 events and its candidates; then candidates
+    kept = [2 * 3 + 5 + 0 + 12 + 4] if name == "truncation" else []
+    assert made == [*kept, 4]
