@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -417,6 +418,41 @@ def test_a_seed_is_whole_before_the_next_and_its_encoders_before_its_variants(
         ("d4", 6),
         ("d12", 2),
     ], "those with the most FLOP first"
+
+
+def test_points_are_chosen_by_their_names(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], tmp_path: Path
+) -> None:
+    base, _, points = studied
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(yaml.safe_dump(config.to_dict(replace(base, runs_dir=str(tmp_path)))))
+    publish_sequences(replace(base, runs_dir=str(tmp_path)))
+    pair = f"{preset}:{write_plan(tmp_path)}"
+
+    names = [point.trial.name for point in points]
+    (study,) = study_points.open_studies([pair], [], None, ["*-hstu-*", names[0]])
+    chosen = [point.trial.name for point in study.waiting]
+    assert chosen == [name for name in names if "-hstu-" in name or name == names[0]]
+    with pytest.raises(UserError, match=r"--only: 'd5' matches no point, such as "):
+        study_points.open_studies([pair], [], None, ["d5"])
+
+
+def test_the_largest_size_is_predicted_from_whole_seeds(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], tmp_path: Path
+) -> None:
+    base, plan, points = studied
+    copied = replace(base, runs_dir=str(tmp_path / "runs"))
+    shutil.copytree(base.runs_dir, copied.runs_dir)
+    predictions = tmp_path / "runs" / "tiny-study" / "predictions.json"
+    of_one_seed = json.loads(predictions.read_text())
+
+    # of the second seed one size alone has ended, and its scores are another's
+    begun = tmp_path / "runs" / points[0].trial.name.replace("-s0", "-s1")
+    shutil.copytree(tmp_path / "runs" / points[8].trial.name, begun)
+    two_seeds = replace(plan, study=replace(plan.study, seeds=(0, 1)))
+    study_points._predict(study_points.OpenStudy(copied, two_seeds, []), tmp_path / "lines")
+    found = json.loads(predictions.read_text())
+    assert found | {"made": None} == of_one_seed | {"made": None}
 
 
 def of(points: Sequence[Point], seed: int) -> list[Point]:

@@ -10,9 +10,9 @@ CPU box, and home again as a file.
 
 Plan, points and their files are those of `jobs.scaling_study`, which after `--unpack` makes the
 page (`--no-tracking`) and goes on with points that are missing. `--count-only` ends before the
-first training: another machine goes on from `runs/` as it is then. Several studies share the
-processes. A study's largest size waits until those of its seed that it is predicted from have
-ended.
+first training: another machine goes on from `runs/` as it is then. `--only 'drifting-study-*-d640-*'`
+runs these points alone. Several studies share the processes. A study's largest size waits until
+those of its seed that it is predicted from have ended.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig, UserError
 from pipeline.files import json_text, write_atomically
 from pipeline.search.trial import shares_features
+from pipeline.study.measured import is_finished
 from pipeline.study.opening import check_study, open_study
 from pipeline.study.plan import Point, StudyPlan, plan_points, read_plan, study_config
 from pipeline.study.point import POINT, WORK, count_work, run_point
@@ -81,14 +83,20 @@ class OpenStudy:
 
 
 def open_studies(
-    pairs: Sequence[str], overrides: Sequence[str], seeds: Sequence[int] | None
+    pairs: Sequence[str],
+    overrides: Sequence[str],
+    seeds: Sequence[int] | None,
+    only: Sequence[str] = ("*",),
 ) -> list[OpenStudy]:
-    """The studies of `PRESET:STUDY` pairs with the points that are left of each.
+    """The studies of `PRESET:STUDY` pairs with the points that are left of each, of those whose
+    folders one of the patterns `only` matches.
 
     Raises:
-        UserError: a preset, plan or setting that is refused, or no sequences.
+        UserError: a preset, plan or setting that is refused, no sequences, or a pattern that
+            matches no point.
     """
-    opened = []
+    opened: list[OpenStudy] = []
+    names: list[str] = []
     for pair in pairs:
         preset, _, path = pair.partition(":")
         base = config.load(preset, list(overrides))
@@ -98,8 +106,17 @@ def open_studies(
         points = plan_points(base, plan)
         check_study(base, points)
         open_study(base, plan)
-        left = [point for point in points if not (point.trial.cfg.run_dir / POINT).exists()]
+        names += [point.trial.name for point in points]
+        left = []
+        for point in points:
+            is_wanted = any(fnmatchcase(point.trial.name, pattern) for pattern in only)
+            if is_wanted and not is_finished(point):
+                left.append(point)
         opened.append(OpenStudy(base, plan, left))
+
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"--only: {pattern!r} matches no point, such as {names[0]}")
     return opened
 
 
@@ -163,17 +180,23 @@ def _next(order: list[tuple[OpenStudy, Point]], out: Path) -> tuple[OpenStudy, P
         if not study.is_ready(point):
             continue
         if study.is_largest(point) and not (study.folder / PREDICTIONS).exists():
-            _predict(study, point.seed, out)
+            _predict(study, out)
         study.waiting.remove(point)
         study.running.append(point)
         return order.pop(number)
     return None
 
 
-def _predict(study: OpenStudy, seed: int, out: Path) -> None:
-    """Predict the largest size from the first seeds, up to this one: those that are whole."""
+def _predict(study: OpenStudy, out: Path) -> None:
+    """Predict the largest size from the seeds of which every smaller size has ended."""
     points = plan_points(study.base, study.plan)
-    found = predict_largest(study.plan, [point for point in points if point.seed <= seed])
+    in_parts = set()
+    for point in points:
+        if study.predicts(point) and not is_finished(point):
+            in_parts.add(point.seed)
+
+    whole = [point for point in points if point.seed not in in_parts]
+    found = predict_largest(study.plan, whole)
     found["made"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_atomically(study.folder / PREDICTIONS, json_text(found))
     append_line(out, study.folder.name, {PREDICTIONS: found})
@@ -293,6 +316,9 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", metavar="PRESET:STUDY", help="two YAML files each")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, nargs="+", help="in the place of the plans'")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="folders of the points to run"
+    )
     parser.add_argument("--processes", type=int, default=1, help="points at a time")
     parser.add_argument("--budget-s", type=float, default=1e9, help="then no other point begins")
     parser.add_argument("--out", type=Path, default=Path("points.jsonl"), help="JSON Lines")
@@ -300,7 +326,9 @@ def main() -> None:
     parser.add_argument("--unpack", type=Path, metavar="POINTS", help="run nothing")
     options = parser.parse_args()
     try:
-        studies = open_studies(options.studies, options.overrides, options.seeds)
+        studies = open_studies(
+            options.studies, options.overrides, options.seeds, options.only
+        )
     except UserError as error:
         sys.exit(f"error: {error}")
 
