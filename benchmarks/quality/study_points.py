@@ -10,9 +10,9 @@ CPU box, and home again as a file.
 
 Plan, points and their files are those of `jobs.scaling_study`, which after `--unpack` makes the
 page (`--no-tracking`) and goes on with points that are missing. `--count-only` ends before the
-first training: another machine goes on from `runs/` as it is then. `--only 'drifting-study-*-d640-*'`
-runs these points alone. Several studies share the processes. A study's largest size waits until
-those of its seed that it is predicted from have ended.
+first training: another machine goes on from `runs/` as it is then. `--only` runs the points that a
+pattern matches, 'drifting-study-*-d640-*'. Several studies share the processes. A study's largest
+size waits until those of its seed that it is predicted from have ended.
 """
 
 import argparse
