@@ -326,9 +326,7 @@ def main() -> None:
     parser.add_argument("--unpack", type=Path, metavar="POINTS", help="run nothing")
     options = parser.parse_args()
     try:
-        studies = open_studies(
-            options.studies, options.overrides, options.seeds, options.only
-        )
+        studies = open_studies(options.studies, options.overrides, options.seeds, options.only)
     except UserError as error:
         sys.exit(f"error: {error}")
 
