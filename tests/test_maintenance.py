@@ -19,7 +19,7 @@ import pytest
 from pipeline import config
 from pipeline.config import DriftConfig, RunConfig, UserError
 from pipeline.schema import DAY_MS
-from pipeline.sequences import build, store
+from pipeline.sequences import build, parts, store, versions
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.forgotten import read_forgotten
 from pipeline.sequences.quality import drift, report
@@ -183,11 +183,11 @@ def test_retention(tmp_path: Path, cap: int):
         assert found["first_position"] == row["first_position"] + old
         for name in ("item_id", "event_time", "action_mask", "tab"):
             assert found[name] == row[name][old:]
-    parts = [build.held_parts(cfg.sequence_dir, manifest)]
+    held = versions.held_parts(cfg.sequence_dir, manifest)
     rules = maintenance.held_rules(manifest)
     for number in range(3):
-        batches = build.parts.batches_of(parts[0], number)
-        rows = build.parts.read_rows(cfg.sequence_dir, batches, number, rules)
+        batches = parts.batches_of(held, number)
+        rows = parts.read_rows(cfg.sequence_dir, batches, number, rules)
         assert min(rows["event_time"].to_pylist()) >= since, (
             "in the parts, quarantined and capped ones too"
         )
@@ -360,7 +360,7 @@ def test_forgetting_again_changes_nothing(built: Path):
     "at",
     [
         "store.write_json",
-        "build.held_parts",
+        "held_parts",
         "sweep_part",
         "store.write_manifest",
         "store.remove_unnamed",

@@ -18,7 +18,7 @@ import yaml
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.schema import DAY_MS
-from pipeline.sequences import build, parts, store
+from pipeline.sequences import build, parts, sizes, store
 from pipeline.sequences.buckets import find_record
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.workers import Workers
@@ -307,8 +307,8 @@ def test_append_keeps_the_settings(here: None, tmp_path: Path):
 def test_the_number_of_buckets_follows_the_rows_and_stays(here: None, tmp_path: Path, monkeypatch):
     cfg = folder(tmp_path, "a", day(0))
     cfg = dataclasses.replace(cfg, sequences=dataclasses.replace(cfg.sequences, num_buckets=None))
-    row_bytes = build.row_bytes(cfg.source.events)
-    monkeypatch.setattr(build, "BUCKET_MEMORY", build.bucket_memory(301 / 4, row_bytes))
+    row_bytes = sizes.row_bytes(cfg.source.events)
+    monkeypatch.setattr(sizes, "BUCKET_MEMORY", sizes.bucket_memory(301 / 4, row_bytes))
     assert build.plan_build(cfg)["buckets"] == 4
     assert build_sequences(cfg).num_buckets == 4
     add(cfg, "1", day(1))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.config import RunConfig, UserError
 from pipeline.logs.cleaning import user_bucket
-from pipeline.sequences import build, store
+from pipeline.sequences import build, store, versions
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.users import build_bucket
@@ -454,7 +454,7 @@ def test_what_is_refused_before_ray_starts(tmp_path: Path):
 def test_one_build_at_a_time(tmp_path: Path):
     cfg = config_for(tmp_path, log())
     with (
-        build.lock_folder(cfg.sequence_dir),
+        versions.lock_folder(cfg.sequence_dir),
         pytest.raises(UserError, match="another job is building sequences"),
     ):
         build_sequences(cfg)

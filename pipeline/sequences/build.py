@@ -8,18 +8,13 @@ Two passes of tasks, with files between them (pipeline/sequences/parts.py,
 pipeline/sequences/buckets.py). Ray's object store carries summaries alone and never spills: rows by
 bucket are wanted on disk anyway, for a build that was killed to go on from and for the next day's
 logs to be added to. What is done to rows is in pipeline/logs/cleaning.py and
-pipeline/sequences/users.py; here work is planned, handed out, verified and published.
+pipeline/sequences/users.py; here work is planned and handed out, and what came of it is checked;
+pipeline/sequences/versions.py verifies and publishes.
 """
 
-import fcntl
-import hashlib
-import json
 import logging
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,17 +30,13 @@ from pipeline.config import (
     RunConfig,
     SequenceConfig,
     SideTable,
-    SourceConfig,
     SplitConfig,
     UserError,
 )
-from pipeline.logs import LogFiles, live_log_dir, live_logs, open_logs
-from pipeline.logs.cleaning import LogRules, check_columns, check_presence, find_text_ids
-from pipeline.logs.files import CONNECTIONS, PLAIN, file_digest, file_stamp, total_bytes
-from pipeline.logs.parquet import count_reasons, refuse_unasked_columns
-from pipeline.logs.rows import read_schema, rows_by_file
-from pipeline.logs.time_check import check_times
-from pipeline.schema import DAY_MS, NAMED_IDS, TEXT_IDS, EventColumns
+from pipeline.logs import LogFiles, live_log_dir
+from pipeline.logs.cleaning import LogRules
+from pipeline.logs.files import PLAIN, total_bytes
+from pipeline.schema import NAMED_IDS
 from pipeline.sequences import parts, store
 from pipeline.sequences.buckets import (
     BucketRules,
@@ -55,6 +46,16 @@ from pipeline.sequences.buckets import (
     plan_buckets,
     total_statistics,
     write_bucket,
+)
+from pipeline.sequences.checked_logs import check_logs
+from pipeline.sequences.contents import (
+    content_settings,
+    digests_of_files,
+    inputs_digest,
+    inputs_of_parts,
+    other_settings,
+    side_digests,
+    source_digests,
 )
 from pipeline.sequences.dictionary import texts_of, write_dictionaries, write_pairs
 from pipeline.sequences.forgotten import read_forgotten
@@ -68,119 +69,27 @@ from pipeline.sequences.quality.periods import count_periods
 from pipeline.sequences.quality.statistics import Statistics, log_hints, positives_only
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import (
-    check_feature_columns,
     read_side_table,
     refuse_poor_join,
-    side_files,
     side_joins,
     write_side_table,
 )
+from pipeline.sequences.sizes import MB, MUCH_MEMORY, bucket_memory, part_memory, row_bytes
 from pipeline.sequences.store import Bucket, Manifest
+from pipeline.sequences.versions import (
+    compose_manifest,
+    held_parts,
+    lock_folder,
+    publish_version,
+    published_version,
+    readable_version,
+    remove_unpublished,
+)
 from pipeline.sequences.workers import Workers, workers
 
 logger = logging.getLogger(__name__)
 
-MB = 2**20
 HOUR_MS = 3600 * 1000
-BUCKET_MEMORY = 256 * MB  # to build one, where `sequences.num_buckets` leaves their number to us
-# worth a warning: logs have been appended for long, or a user has very many rows
-MUCH_MEMORY = 4 * BUCKET_MEMORY
-MEMORY_PER_BYTE = 5  # a bucket's rows: themselves, as columns to sort by, in order, and as lists
-BUILD_AGAIN = "run jobs.build_sequences with --overwrite"
-
-
-def log_rules(
-    source: SourceConfig, sequences: SequenceConfig, logs: LogFiles, num_buckets: int
-) -> LogRules:
-    """The rules that rows are checked by; without `sequences.latest_time`, a day from now on is too
-    late.
-    """
-    earliest_ms = config.parse_time("sequences.earliest_time", sequences.earliest_time)
-    if sequences.latest_time:
-        latest_ms = config.parse_time("sequences.latest_time", sequences.latest_time)
-    else:
-        latest_ms = int(time.time() * 1000) + DAY_MS
-
-    return LogRules(
-        columns=logs.columns,
-        events=source.events,
-        earliest_ms=earliest_ms,
-        latest_ms=latest_ms,
-        num_buckets=num_buckets,
-        readings=source.readings if source.kind == "parquet" else {},
-        format=source.format,
-    )
-
-
-def check_logs(
-    source: SourceConfig, sequences: SequenceConfig, features: FeatureConfig, run_dir: Path
-) -> tuple[LogFiles, LogRules, dict[str, int]]:
-    """The logs, the rules and the rows of each file: all files' columns and types checked, and the
-    first times of a few files.
-
-    Raises:
-        UserError: a missing or mistyped column, or no rows at all.
-    """
-    logs = open_logs(source, run_dir)
-    if logs.left_out:
-        logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
-
-    ids = [logs.columns[name] for name in TEXT_IDS]
-    rows_of_files = rows_by_file(logs.files, source.format, ids)
-    rows = sum(rows_of_files.values())
-    num_buckets = sequences.num_buckets or fitting_buckets(source, rows)
-    rules = log_rules(source, sequences, logs, num_buckets)
-
-    own: set[str] = set()
-    if source.kind == "parquet":
-        own = set(logs.files) - set(live_logs(run_dir))
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        read = partial(read_schema, form=rules.format, ids=rules.id_columns)
-        schemas = dict(zip(logs.files, pool.map(read, logs.files), strict=True))
-    for file, schema in schemas.items():
-        check_columns(schema, rules, file)
-        if file in own:
-            refuse_unasked_columns(schema, source, file)
-    for name, files in check_presence(schemas, rules).items():
-        logger.warning("%s: %d of %d files have no such column", name, files, len(schemas))
-
-    text_ids = find_text_ids(schemas, rules)
-    rules = replace(rules, events=replace(rules.events, text_ids=text_ids))
-
-    if rows == 0:
-        raise UserError(
-            f"source.path: the logs are empty, 0 rows in {len(logs.files)} files ({logs.files[0]} "
-            "…)"
-        )
-    check_times([file for file in logs.files if rows_of_files[file]], rules)
-    if logs.users is not None:
-        check_feature_columns("users", logs.users, features.user)
-    if logs.items is not None:
-        check_feature_columns("items", logs.items, features.item)
-    return logs, rules, rows_of_files
-
-
-def row_bytes(events: EventColumns) -> float:
-    """Size of one cleaned row in memory, in bytes."""
-    return sum(field.type.bit_width for field in events.log_schema()) / 8
-
-
-def bucket_memory(rows: float, bytes_per_row: float) -> float:
-    """Bytes that a task needs to build a bucket of so many rows."""
-    return MEMORY_PER_BYTE * bytes_per_row * rows
-
-
-def part_memory(rows: float, bytes_per_row: float) -> float:
-    """Bytes that a task needs to read a part of so many rows."""
-    return 2 * bytes_per_row * min(rows, parts.RUN_ROWS)
-
-
-def fitting_buckets(source: SourceConfig, rows: int) -> int:
-    """The number of buckets of which one takes BUCKET_MEMORY, which leaves room for logs to be
-    appended for a good while.
-    """
-    needed = bucket_memory(rows, row_bytes(source.events))
-    return max(1, round(needed / BUCKET_MEMORY))
 
 
 def plan_build(cfg: RunConfig) -> dict[str, object]:
@@ -271,11 +180,11 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
     folder = cfg.sequence_dir
 
     with lock_folder(folder):
-        files = _digests(logs.files, folder)
+        files = digests_of_files(logs.files, folder)
         present = files
-        sides = _side_digests(logs)
+        sides = side_digests(logs)
         settings = content_settings(cfg.source, cfg.sequences)
-        published = None if overwrite else _published(folder)
+        published = None if overwrite else published_version(folder)
 
         held: list[Part] = []
         if published is not None:
@@ -300,10 +209,10 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
                     cfg, logs, rules, [*held, *made], new_parts, published, run, inputs
                 )
                 if cfg.checks.drift:
-                    refuse_drift(folder, _readable(folder), manifest, cfg.drift)
+                    refuse_drift(folder, readable_version(folder), manifest, cfg.drift)
             except UserError:
                 # the logs need not be read again by the next build, of a mended setting
-                _remove_unpublished(folder, made)
+                remove_unpublished(folder, made)
                 raise
 
         publish_version(folder, manifest)
@@ -353,59 +262,6 @@ def _list_inputs(
     return report.InputFiles(read, left_out, len(gone), gone.total(), paths)
 
 
-def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
-    """The settings that the sequences depend on."""
-    of_source, of_sequences = config.to_dict(source), config.to_dict(sequences)
-    # a column under its own name is the same as one that is not named
-    columns = of_source["columns"].items()
-    of_source["columns"] = {ours: theirs for ours, theirs in columns if ours != theirs}
-    keys = ["columns", "actions", "request_columns"]
-    if source.format != PLAIN:
-        keys.append("format")
-    if source.outcome_columns:  # sequences without such columns keep their digests
-        keys.append("outcome_columns")
-    return {
-        "source": {key: of_source[key] for key in keys},
-        "sequences": {
-            "num_buckets": of_sequences["num_buckets"],
-            "max_rows_per_user": of_sequences["max_rows_per_user"],
-            "repeats": of_sequences["repeats"],
-            "repeated_outcomes": of_sequences["repeated_outcomes"],
-            "earliest_time": of_sequences["earliest_time"],
-            "latest_time": of_sequences["latest_time"],
-        },
-    }
-
-
-def other_settings(manifest: Manifest, settings: dict[str, Any]) -> str:
-    """The keys in which these differ from the settings that a version was built with, in words; ""
-    where none does.
-    """
-    old, new = config.flatten(manifest.config), config.flatten(settings)
-    different = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    return ", ".join(sorted(different))
-
-
-def source_digests(all_parts: Iterable[Part]) -> set[str]:
-    """The digests of the log files that the parts were made from."""
-    found: set[str] = set()
-    for part in all_parts:
-        found.update(source.digest for source in part.sources)
-    return found
-
-
-def inputs_digest(settings: dict[str, Any], files: Iterable[str], sides: Sequence[object]) -> str:
-    """Digest of everything that a version is built from: the files of the logs by their digests, in
-    no order.
-    """
-    return _sha256([store.SCHEMA_VERSION, settings, sorted(files), sides])
-
-
-def inputs_of_parts(settings: dict[str, Any], logs: LogFiles, all_parts: Sequence[Part]) -> str:
-    """`inputs_digest` of a version that is made of these parts."""
-    return inputs_digest(settings, source_digests(all_parts), _side_digests(logs))
-
-
 def bucket_rules(
     sequences: SequenceConfig,
     features: FeatureConfig,
@@ -430,37 +286,6 @@ def _file_order(all_parts: Sequence[Part], live_dir: Path) -> dict[int, int]:
             paths[source.key] = (posted, source.path)
     in_order = sorted(paths, key=lambda key: (paths[key], key))
     return {key: place for place, key in enumerate(in_order)}
-
-
-def held_parts(folder: Path, manifest: Manifest) -> list[Part]:
-    """The parts of a version.
-
-    Raises:
-        UserError: one is missing.
-    """
-    found = []
-    for name in manifest.parts:
-        part = find_part(folder, name)
-        if part is None:
-            file = folder / parts.PARTS / name
-            raise UserError(f"{file} is missing or cut off: {BUILD_AGAIN}")
-        found.append(part)
-    return found
-
-
-def held_records(folder: Path, manifest: Manifest) -> list[Record]:
-    """What the buckets of a version were built from, and their counts.
-
-    Raises:
-        UserError: one is missing, or a file of its bucket is.
-    """
-    found = []
-    for file in manifest.records:
-        record = find_record(folder, file)
-        if record is None:
-            raise UserError(f"{folder / file} is missing or cut off: {BUILD_AGAIN}")
-        found.append(record)
-    return found
 
 
 def _make_parts(
@@ -665,66 +490,6 @@ def _check_counts(
     return run_checks(checks, totals, new_rows, broken)
 
 
-def compose_manifest(
-    folder: Path,
-    all_parts: Sequence[Part],
-    work: Sequence[BucketWork],
-    records: Sequence[Record],
-    *,
-    imported_quarantined: Mapping[str, int],
-    **rest: Any,
-) -> Manifest:
-    """The manifest of these parts and of the buckets made of them, once their files are checked;
-    `rest` as it is.
-    """
-    totals = total_statistics(records)
-    buckets, quarantine = [], []
-    for record in records:
-        if record.bucket:
-            buckets.append(record.bucket)
-        if record.quarantine:
-            quarantine.append(record.quarantine)
-
-    _verify(folder, buckets, totals, all_parts)
-    assert totals.first_event_ms is not None and totals.last_event_ms is not None, (
-        "some rows were kept"
-    )
-
-    # the version is named by the contents of its files
-    entries = [*buckets, *quarantine, *rest["side_tables"].values()]
-    for chunks in rest["dictionaries"].values():
-        entries += chunks.values()
-    named_by = [
-        store.SCHEMA_VERSION,
-        rest["actions"],
-        rest["request_columns"],
-        rest["num_buckets"],
-        [[entry.file, entry.sha256] for entry in entries],
-    ]
-    quarantined = Counter(totals.quarantined) + Counter(imported_quarantined)
-    names = [part.name for part in all_parts]
-    record_files = [task.record for task in work]
-    num_users = sum(bucket.users for bucket in buckets)
-
-    return Manifest(
-        digest=_sha256(named_by),
-        num_users=num_users,
-        num_rows=totals.rows_kept,
-        rows_in=totals.rows_in,
-        rows_merged=totals.rows_merged,
-        rows_capped=totals.rows_capped,
-        users_capped=totals.users_capped,
-        quarantined=dict(sorted(quarantined.items())),
-        first_event_ms=totals.first_event_ms,
-        last_event_ms=totals.last_event_ms,
-        buckets=tuple(buckets),
-        quarantine=tuple(quarantine),
-        parts=tuple(sorted(names)),
-        records=tuple(record_files),
-        **rest,
-    )
-
-
 def build_buckets(
     folder: Path, work: Sequence[BucketWork], rules: BucketRules, run: Workers
 ) -> list[Record]:
@@ -760,29 +525,6 @@ def _warn_of_memory(work: Sequence[BucketWork], rules: LogRules) -> None:
         )
 
 
-def _verify(
-    folder: Path, buckets: Sequence[Bucket], totals: Statistics, all_parts: Sequence[Part]
-) -> None:
-    """Every row of the parts is accounted for, and the files written hold what was counted."""
-    written = 0
-    files: set[str] = set()
-    for bucket in buckets:
-        assert bucket.file not in files, f"{bucket.file} was built twice"
-        files.add(bucket.file)
-        written += bucket.rows
-
-        users = pq.read_metadata(folder / bucket.file).num_rows
-        assert users == bucket.users, f"users written and counted differ in {bucket.file}"
-    assert written == totals.rows_kept, f"{written} rows written, {totals.rows_kept} kept"
-
-    rows_in_parts = sum(part.rows for part in all_parts)
-    accounted = totals.rows_kept + totals.rows_merged + totals.rows_capped
-    accounted += sum(totals.quarantined.values())
-    assert rows_in_parts == totals.rows_in == accounted, (
-        f"{rows_in_parts} rows read, {accounted} accounted for"
-    )
-
-
 def _refuse_other_sequences(
     folder: Path, published: Manifest, settings: dict[str, Any], new_files: int, append: bool
 ) -> None:
@@ -810,104 +552,3 @@ def _refuse_other_ids(folder: Path, published: Manifest, rules: LogRules) -> Non
                 f"{name}: the new files have {now}, the sequences published in {folder} have "
                 f"{before}: write it as before, or build from all files with --overwrite"
             )
-
-
-def publish_version(folder: Path, manifest: Manifest) -> None:
-    """Make this the version that readers see. The one before stays for those who read it still."""
-    before = _readable(folder)
-    if before is None or before.digest == manifest.digest:
-        before = version_but(folder, manifest.digest)
-
-    store.write_manifest(folder, manifest)
-    store.remove_unnamed(folder, [manifest, before] if before else [manifest])
-
-
-def version_but(folder: Path, digest: str) -> Manifest | None:
-    """The newest version that is kept, but for that of this digest; None where there is none."""
-    for version in store.versions(folder):
-        if version.digest != digest:
-            return version
-    return None
-
-
-def _remove_unpublished(folder: Path, made: Sequence[Part]) -> None:
-    """Remove what a refused build has written, but for its parts."""
-    parts_made = [part.name for part in made]
-    published = _readable(folder)
-    if published is not None:
-        store.remove_unnamed(folder, [published, *store.versions(folder)], parts_made)
-    elif not (folder / store.MANIFEST).exists():
-        store.remove_unnamed(folder, [], parts_made)
-
-
-def _published(folder: Path) -> Manifest | None:
-    return store.read_manifest(folder) if (folder / store.MANIFEST).exists() else None
-
-
-def _readable(folder: Path) -> Manifest | None:
-    """The published version; None where there is none, or one that `overwrite` is to replace."""
-    try:
-        return store.read_manifest(folder)
-    except UserError:
-        return None
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """One build at a time; the lock goes with the process.
-
-    Raises:
-        UserError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / store.LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another job is building sequences in {folder}") from None
-        yield
-
-
-def _digests(files: Sequence[str], folder: Path) -> dict[str, str]:
-    """Digest -> file; of files with the same contents the first.
-
-    Those seen before, by their stamps, are not read.
-    """
-    memory = folder / store.DIGESTS
-    try:
-        seen = json.loads(memory.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        seen = {}
-
-    def digest_unless_seen(file: str) -> tuple[str, str]:
-        stamp = file_stamp(file)
-        stamp_seen, digest_seen = seen.get(file, (None, ""))
-        return stamp, digest_seen if stamp == stamp_seen else file_digest(file)
-
-    now, found = {}, {}
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        for file, (stamp, digest) in zip(files, pool.map(digest_unless_seen, files), strict=True):
-            now[file] = [stamp, digest]
-            if digest in found:
-                logger.warning("%s is the same file as %s: it is read once", file, found[digest])
-            found.setdefault(digest, file)
-
-    if now != seen:
-        store.write_json(memory, now)
-    return found
-
-
-def _side_digests(logs: LogFiles) -> list[object]:
-    sides: dict[str, SideTable | None] = {"users": logs.users, "items": logs.items}
-    digests: list[object] = []
-    for name, table in sides.items():
-        if table is not None:
-            files = [file_digest(file) for file in side_files(name, table)]
-            digests.append([name, table.id_column, files])
-            if table.format != PLAIN:
-                digests.append([name, config.to_dict(table.format)])
-    return digests
-
-
-def _sha256(what: object) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from pipeline.config import RunConfig
 from pipeline.logs import open_logs
 from pipeline.logs.cleaning import check_columns, normalise
-from pipeline.sequences.build import log_rules
+from pipeline.sequences.checked_logs import log_rules
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.users import build_bucket
 from tests.worlds.live_events import START

@@ -26,6 +26,7 @@ from pipeline.logs.imported import read_import_report
 from pipeline.schema import DAY_MS
 from pipeline.sequences import build, store
 from pipeline.sequences.buckets import BucketRules, carry_record, plan_buckets, total_statistics
+from pipeline.sequences.contents import content_settings, inputs_of_parts, other_settings
 from pipeline.sequences.dictionary import chunks_without
 from pipeline.sequences.forgotten import add_forgotten
 from pipeline.sequences.parts import Part
@@ -43,6 +44,13 @@ from pipeline.sequences.upkeep.forgetting import (
     table_without,
 )
 from pipeline.sequences.upkeep.readers import run_folders
+from pipeline.sequences.versions import (
+    compose_manifest,
+    held_parts,
+    held_records,
+    lock_folder,
+    version_but,
+)
 from pipeline.sequences.workers import Workers, workers
 
 logger = logging.getLogger(__name__)
@@ -55,8 +63,8 @@ def published_with(folder: Path, source: SourceConfig, cfg: SequenceConfig) -> M
         UserError: nothing is published, or it was built with others.
     """
     manifest = store.read_manifest(folder)
-    settings = build.content_settings(source, cfg)
-    keys = build.other_settings(manifest, settings)
+    settings = content_settings(source, cfg)
+    keys = other_settings(manifest, settings)
     if keys:
         raise UserError(f"{folder} holds sequences of other settings ({keys})")
     return manifest
@@ -86,9 +94,9 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
     """
     store.require_own(cfg.sequences)
     folder = cfg.sequence_dir
-    with build.lock_folder(folder):
+    with lock_folder(folder):
         published = published_with(folder, cfg.source, cfg.sequences)
-        parts = build.held_parts(folder, published)
+        parts = held_parts(folder, published)
         since_ms = oldest_kept_ms(cfg.sequences, folder, published)
 
         work = plan_gathering(parts, published.retired, published.num_buckets, since_ms)
@@ -123,7 +131,7 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
                 folder, published, parts, now, dropped, rules, run, **changes
             )
 
-        before = build.version_but(folder, manifest.digest)
+        before = version_but(folder, manifest.digest)
         store.write_manifest(folder, manifest)
         store.remove_unnamed(folder, [manifest, for_readers(before)] if before else [manifest])
         logger.info("%d parts in place of %d", len(now), len(parts))
@@ -193,7 +201,7 @@ def rebuild_version(
     Raises:
         UserError: no rows would be left.
     """
-    records = build.held_records(folder, published)
+    records = held_records(folder, published)
     counted = total_statistics(records)
 
     retired: Mapping[str, Bucket] = changes.get("retired", published.retired)
@@ -225,7 +233,7 @@ def rebuild_version(
         "retired": published.retired,
         "kept_since_ms": published.kept_since_ms,
     }
-    return build.compose_manifest(
+    return compose_manifest(
         folder,
         parts,
         work,
@@ -253,7 +261,7 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
     """
     store.require_own(cfg.sequences)
     folder = cfg.sequence_dir
-    with build.lock_folder(folder):
+    with lock_folder(folder):
         published = published_with(folder, cfg.source, cfg.sequences)
         add_forgotten(folder, users)
 
@@ -308,7 +316,7 @@ def _without(
 ) -> tuple[Manifest, dict[str, int]]:
     """The published version without the users, its files written; and the rows removed."""
     folder = cfg.sequence_dir
-    parts = build.held_parts(folder, published)
+    parts = held_parts(folder, published)
     logs = held_rules(published)
     rules = build.bucket_rules(cfg.sequences, cfg.features, logs, parts, cfg.run_dir)
 
@@ -352,10 +360,8 @@ def _without(
             "dictionaries": dictionaries,
         }
         if digests:
-            settings = build.content_settings(cfg.source, cfg.sequences)
-            changes["inputs"] = build.inputs_of_parts(
-                settings, open_logs(cfg.source, cfg.run_dir), now
-            )
+            settings = content_settings(cfg.source, cfg.sequences)
+            changes["inputs"] = inputs_of_parts(settings, open_logs(cfg.source, cfg.run_dir), now)
         manifest = rebuild_version(folder, published, parts, now, changed, rules, run, **changes)
 
     rows = {
@@ -374,7 +380,7 @@ def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
     if not (cfg.run_dir / "report").exists():
         return
 
-    records = build.held_records(cfg.sequence_dir, manifest)
+    records = held_records(cfg.sequence_dir, manifest)
     totals = name_ids(
         cfg.sequence_dir,
         manifest.dictionaries,
