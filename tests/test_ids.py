@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import FileFormat, RunConfig, UserError
 from pipeline.logs import ids
 from pipeline.logs.cleaning import mix
 from pipeline.logs.ids import LONGEST_ID, code_column, id_code, id_codes, own_values, text_codes
+from pipeline.logs.rows import open_rows
 from pipeline.sequences import build, dictionary, parts, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.dictionary import merge_pairs, own_ids, read_dictionary
@@ -80,6 +81,12 @@ TEXTS: list[tuple[pa.Array, list[str | None], list[bool]]] = [
     (pa.array(["ä", "Ä", " a"], pa.large_string()), ["ä", "Ä", " a"], [False] * 3),
     (pa.array(["a", None], pa.string_view()), ["a", None], [False] * 2),
     (pa.array(["a", None, "a"]).dictionary_encode(), ["a", None, "a"], [False] * 3),
+    (
+        pa.DictionaryArray.from_arrays(pa.array([2, 0, None]), pa.array(["a", "of no row", "c"])),
+        ["c", "a", None],
+        [False] * 3,
+    ),
+    (pa.array(["ä" * LONGEST_ID, "ä" * (LONGEST_ID + 1)]), ["ä" * LONGEST_ID, None], [False, True]),
     (pa.array(["a" * LONGEST_ID, "a" * (LONGEST_ID + 1)]), ["a" * LONGEST_ID, None], [False, True]),
     (pa.array([b"a", b"\xff", b""]), ["a", None, None], [False, True, False]),
     (pa.array([FIRST.bytes, None], pa.uuid()), [str(FIRST), None], [False] * 2),
@@ -191,6 +198,42 @@ def test_the_sequences_of_text_are_those_of_numbers(here: None, tmp_path: Path) 
     assert (np.diff(codes) > 0).all()
     assert set(names.to_pylist()) == {f"item {item}" for item in range(50)}
     assert text_codes(names.to_pylist()).tolist() == codes.tolist()
+
+
+def test_texts_are_read_once_where_the_file_has_them_once(here: None, tmp_path: Path) -> None:
+    digests = set()
+    for packed in (True, False):
+        folder = tmp_path / str(packed)
+        folder.mkdir()
+        rows = as_text(distinct_log())
+        cfg = config_for(folder, rows)
+        file = folder / "in" / "0.parquet"
+        pq.write_table(rows, file, use_dictionary=packed, row_group_size=150)
+
+        with open_rows(str(file), FileFormat(), texts=["user_id", "none"]) as opened:
+            (block, *_) = opened.blocks(150, [1])
+        assert pa.types.is_dictionary(block["user_id"].type) == packed
+        assert block["item_id"].type == pa.string()
+        digests.add(build_sequences(cfg).digest)
+    assert len(digests) == 1
+
+
+def test_a_task_writes_several_chunks(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"a": 2**29, "b": 2**29}
+    work = dictionary.plan_chunks("item_id", files, {}, 100)
+    assert [number for task in work for number in task.numbers] == list(range(100))
+    assert {len(task.numbers) for task in work} == {6, 4}
+    few = dictionary.plan_chunks("item_id", {"a": 40 * 2**20}, {}, 100)
+    assert [len(task.numbers) for task in few] == [100]
+
+    digests = set()
+    for most in (dictionary.TASK_BYTES, 1):
+        monkeypatch.setattr(dictionary, "TASK_BYTES", most)
+        (tmp_path / str(most)).mkdir()
+        digests.add(build_sequences(config_for(tmp_path / str(most), as_text(log()))).digest)
+    assert len(digests) == 1
 
 
 def test_integers_have_no_dictionary_and_no_word_of_it(here: None, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ KINDS = {
     "times": lambda rng, n: 1_650_000_000_000 + rng.integers(2**31, size=n),
     "hashes": lambda rng, n: rng.integers(0, 2**63, size=n),
     "digests": lambda rng, n: rng.integers(0, 2**64, size=n, dtype=np.uint64),
+    "close": lambda rng, n: 2**62 + rng.integers(100, size=n),  # hashes that agree in all high bits
     "signed": lambda rng, n: rng.choice([-(2**63), -1, 0, LAST], n),
     "nulls": lambda rng, n: np.where(rng.random(n) < 0.5, LAST, rng.integers(100, size=n)),
     "constant": lambda rng, n: np.full(n, LAST),

@@ -68,6 +68,11 @@ class LogRules:
         return [self.columns[name] for name in names]
 
     @property
+    def text_columns(self) -> list[str]:
+        """Those of them that hold text."""
+        return [self.columns[name] for name in self.events.text_ids]
+
+    @property
     def named_columns(self) -> list[str]:
         """The columns of the files that LOG is read from."""
         return list(dict.fromkeys(theirs for theirs in self.columns.values() if theirs))

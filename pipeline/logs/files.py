@@ -269,8 +269,16 @@ def _refuse_table(path: str | Path, parts: Sequence[str]) -> None:
     )
 
 
-def open_parquet(file: str | Path) -> pq.ParquetFile:
+def open_parquet(
+    file: str | Path,
+    as_dictionaries: Sequence[str] = (),
+    metadata: pq.FileMetaData | None = None,
+) -> pq.ParquetFile:
     """The file, to be read by row groups; close it, or use it in a `with`.
+
+    Args:
+        as_dictionaries: columns of text that are read as Arrow dictionaries.
+        metadata: the file's, where they have been read.
 
     Raises:
         UserError: not there, not permitted, or not Parquet.
@@ -278,7 +286,13 @@ def open_parquet(file: str | Path) -> pq.ParquetFile:
     filesystem, inner, options = locate(file)
     try:
         # of S3, the columns of a row group in few large requests instead of one each
-        return pq.ParquetFile(inner, filesystem=filesystem, pre_buffer=options is not None)
+        return pq.ParquetFile(
+            inner,
+            filesystem=filesystem,
+            pre_buffer=options is not None,
+            read_dictionary=list(as_dictionaries),
+            metadata=metadata,
+        )
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from None
 

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 from pandas.util import hash_array
 
 from pipeline.config import ColumnReading, UserError
-from pipeline.logs.columns import plain_values, without_values
+from pipeline.logs.columns import flat_array, plain_values, without_values
 from pipeline.schema import MAX_EXACT, TEXT_IDS
 
 LONGEST_ID = 512  # characters
@@ -128,41 +128,57 @@ def code_column(column: pa.ChunkedArray, *, text: bool, unknown: Sequence[str] =
     code                 1     null   null
     unreadable                        x
     """
-    plain = plain_values(column)
-    if unknown:
-        plain = without_values(plain, tuple(unknown))
-    if not text and pa.types.is_integer(plain.type) and plain.type != pa.uint64():
-        return CodedColumn(plain, np.zeros(len(plain), bool))
+    if pa.types.is_dictionary(column.type) and not unknown:
+        values, places = _dictionary_parts(flat_array(column))
+    else:
+        plain = plain_values(column)
+        if unknown:
+            plain = without_values(plain, tuple(unknown))
+        if not text and pa.types.is_integer(plain.type) and plain.type != pa.uint64():
+            return CodedColumn(plain, np.zeros(len(plain), bool))
+        values, places = _values_and_places(plain, text=text)
 
-    values, place = _values_and_places(plain, text=text)
+    pairs = None
     if text:
-        texts = _as_texts(values)
-        known = texts.is_valid().to_numpy(zero_copy_only=False)
-        present = texts.drop_null()
-        # hashing bytes spares making text of them, which takes as long again
-        own_codes = text_codes(present.cast(pa.binary()).to_numpy(zero_copy_only=False))
-        codes = np.zeros(len(texts), np.int64)
-        codes[known] = own_codes
-        pairs = pa.record_batch([pa.array(own_codes), present], PAIRS)
+        codes, known, pairs = _coded_texts(values)
     else:
         numbers = _as_integers(values)
         known = numbers.is_valid().to_numpy(zero_copy_only=False)
         codes = numbers.fill_null(0).to_numpy()
-        pairs = None
-    none = _is_none(values)
 
-    # from values to rows; the last place is for rows without a value
-    absent = np.append(~known, True)[place]
-    unreadable = np.append(~known & ~none, False)[place]
-    found = pa.array(np.append(codes, 0)[place], pa.int64(), mask=absent)
-    return CodedColumn(found, unreadable, pairs)
+    there = values.is_valid().to_numpy(zero_copy_only=False)
+    unreadable = there & ~known & ~_is_none(values)
+    if places is not None:
+        # from values to rows; the last place is for rows without a value
+        codes = np.append(codes, 0)[places]
+        known = np.append(known, False)[places]
+        unreadable = np.append(unreadable, False)[places]
+    return CodedColumn(pa.array(codes, pa.int64(), mask=~known), unreadable, pairs)
 
 
-def _values_and_places(plain: pa.Array, *, text: bool) -> tuple[pa.Array, np.ndarray]:
+def _coded_texts(values: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.RecordBatch]:
+    """The code of each value, 0 where it is no text, int64 [n]; where it is one, bool [n]; and
+    PAIRS of those.
+    """
+    texts = _as_texts(values)
+    present = texts.drop_null()
+    # hashing bytes spares making text of them, which takes as long again
+    codes = text_codes(present.cast(pa.binary()).to_numpy(zero_copy_only=False))
+    pairs = pa.record_batch([pa.array(codes), present], PAIRS)
+
+    known = texts.is_valid().to_numpy(zero_copy_only=False)
+    if len(present) < len(texts):
+        of_present = codes
+        codes = np.zeros(len(texts), np.int64)
+        codes[known] = of_present
+    return codes, known, pairs
+
+
+def _values_and_places(plain: pa.Array, *, text: bool) -> tuple[pa.Array, np.ndarray | None]:
     """The values of a column, and the place of each row's among them; one behind the last: none.
 
     Each value is there once, unless few of them repeat: a hash table of so many takes longer than
-    a code for each row.
+    a code for each row. Then the values are those of the rows, and there are no places.
 
     rows     b  null  a  b
     values   b  a
@@ -170,11 +186,29 @@ def _values_and_places(plain: pa.Array, *, text: bool) -> tuple[pa.Array, np.nda
     """
     sample = plain.slice(0, SAMPLE_ROWS)
     if text and 2 * len(sample.unique()) > len(sample):
-        absent = plain.is_null().to_numpy(zero_copy_only=False)
-        return plain, np.where(absent, len(plain), np.arange(len(plain)))
+        return plain, None
 
-    coded = plain.dictionary_encode()
-    return coded.dictionary, coded.indices.fill_null(len(coded.dictionary)).to_numpy()
+    return _dictionary_parts(plain.dictionary_encode())
+
+
+def _dictionary_parts(coded: pa.DictionaryArray) -> tuple[pa.Array, np.ndarray]:
+    """The values that are there, and the place of each row's among them, as `_values_and_places`.
+
+    A file's dictionary may hold values of no row, which are no ids of the file's.
+
+    dictionary  a  b  c        values   a  c
+    rows        2  0  null  2  places   1  0  2  1
+    """
+    values = plain_values(pa.chunked_array([coded.dictionary]))
+    places = coded.indices.fill_null(len(values)).to_numpy()
+
+    is_there = np.zeros(len(values) + 1, bool)
+    is_there[places] = True
+    if is_there[:-1].all():
+        return values, places
+    new_place = np.cumsum(is_there) - is_there
+    new_place[-1] = is_there[:-1].sum()
+    return values.filter(pa.array(is_there[:-1])), new_place[places]
 
 
 def own_values(column: pa.ChunkedArray, *, text: bool) -> list[OwnId | None]:
@@ -240,7 +274,9 @@ def _as_texts(values: pa.Array) -> pa.Array:
         texts = raw.cast(pa.large_string())  # which looks for UTF-8
     except pa.ArrowInvalid:
         texts = pa.array(map(_decoded, raw.to_pylist()), pa.large_string())
-    length = pc.call_function("utf8_length", [texts]).fill_null(0).to_numpy()
+    length = pc.call_function("binary_length", [texts]).fill_null(0).to_numpy()
+    if length.max(initial=0) > LONGEST_ID:  # bytes, of which a character may have several
+        length = pc.call_function("utf8_length", [texts]).fill_null(0).to_numpy()
     return _null_unless((length > 0) & (length <= LONGEST_ID), texts).cast(pa.string())
 
 

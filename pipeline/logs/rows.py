@@ -17,6 +17,7 @@ from pipeline.logs.text_files import TextFile, text_kind
 
 USUAL_EXPOSURES = 16  # of a row: blocks are read so much smaller, to be of the usual size spread
 COUNTED_ROWS = 2**16
+INDEX_BYTES = 3  # of a row, at most: a number into a dictionary of up to 2**24 texts
 
 
 class RowFile(Protocol):
@@ -149,6 +150,7 @@ def open_rows(
     ids: Sequence[str] = (),
     columns: Sequence[str] | None = None,
     *,
+    texts: Sequence[str] = (),
     count: bool = False,
 ) -> Iterator[RowFile]:
     """The file's rows.
@@ -156,6 +158,7 @@ def open_rows(
     Args:
         ids: columns of ids that are numbers, or that are of CSV numbers if all are.
         columns: the fields that are read of JSON.
+        texts: columns whose blocks may be dictionaries, each text once, where Parquet has them so.
         count: `group_rows` is going to be asked for, for which text is read once. Then all of the
             ids of CSV tell what they are, and else those of the first megabyte.
 
@@ -171,13 +174,44 @@ def open_rows(
             rows = _ParquetRows(parquet, file)
             # rows that we wrote hold one exposure each
             ours = LOG_FORM in (rows.schema.metadata or {})
-            yield rows if how is None or ours else _SpreadRows(rows, how, file, count=count)
+            if how is not None and not ours:
+                yield _SpreadRows(rows, how, file, count=count)
+                return
+
+            packed = [name for name in texts if _is_packed(parquet, name)]
+            if not packed:
+                yield rows
+                return
+            with open_parquet(file, packed, parquet.metadata) as again:
+                yield _ParquetRows(again, file)
         return
 
     text = _open_text(file, form, tuple(ids), None if columns is None else tuple(columns))
     scanned = _scan_text(file, form, text) if count else 0
     rows = _TextRows(text, scanned)
     yield rows if how is None else _SpreadRows(rows, how, file, count=count)
+
+
+def _is_packed(file: pq.ParquetFile, name: str) -> bool:
+    """True for a column of text that lies in the file as numbers into a dictionary.
+
+    A writer gives its dictionary up where few texts repeat. It is there still, and the pages behind
+    it hold the texts themselves, in more bytes than a number takes.
+    """
+    place = file.schema_arrow.get_field_index(name)
+    if place < 0 or file.schema_arrow.field(place).type != pa.string():
+        return False
+
+    metadata, rows, behind = file.metadata, 0, 0
+    leaf = [metadata.schema.column(at).path for at in range(metadata.num_columns)].index(name)
+    for number in range(metadata.num_row_groups):
+        chunk = metadata.row_group(number).column(leaf)
+        if not chunk.has_dictionary_page:
+            return False
+        dictionary = chunk.data_page_offset - chunk.dictionary_page_offset
+        behind += chunk.total_compressed_size - dictionary
+        rows += chunk.num_values
+    return behind <= INDEX_BYTES * rows
 
 
 def _open_text(

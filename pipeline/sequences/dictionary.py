@@ -12,7 +12,7 @@ Codes are made in pipeline/logs/ids.py. Ids that are integers are their own code
 dictionary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from pipeline.logs.ids import PAIRS
 from pipeline.schema import NAMED_IDS
 from pipeline.sequences import store
 from pipeline.sequences.forgotten import Forgotten, read_forgotten
+from pipeline.sequences.packed_keys import argsort_hashes
 from pipeline.sequences.store import Bucket, Manifest
 
 if TYPE_CHECKING:  # reading a dictionary needs no Ray
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # reading a dictionary needs no Ray
 
 IDS = "ids"
 NUM_CODES = 2**63
+TASK_BYTES = 64 * 2**20  # of files with new ids: a task writes as many chunks as it reads of those
+MEMORY_PER_BYTE = 4  # of such a file: ids unpacked, and those of a chunk in order
 Dictionaries = Mapping[str, Mapping[str, Bucket]]  # by column, by number of the chunk
 
 
@@ -136,21 +139,22 @@ def chunk_of(codes: np.ndarray, num_chunks: int) -> np.ndarray:
     return (codes.astype(np.uint64) // width).astype(np.int64)
 
 
-def read_pairs(path: Path, number: int, num_chunks: int) -> pa.Table:
-    """The ids of one chunk in a file of `IdWriter`, in no order and with repeats."""
+def read_pairs(path: Path, numbers: Iterable[int], num_chunks: int) -> list[pa.Table]:
+    """The ids of each of these chunks in a file of `IdWriter`, in no order and with repeats."""
+    found = []
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
-        # each write was one batch for every chunk
-        places = range(number, reader.num_record_batches, num_chunks)
-        return pa.Table.from_batches([reader.get_batch(place) for place in places], PAIRS)
+        for number in numbers:
+            # each write was one batch for every chunk
+            places = range(number, reader.num_record_batches, num_chunks)
+            batches = [reader.get_batch(place) for place in places]
+            found.append(pa.Table.from_batches(batches, PAIRS))
+    return found
 
 
 def copy_pairs(path: Path, name: str, num_chunks: int, users: np.ndarray, to: IdWriter) -> None:
     """Write the ids of the part at `path` once more, without the users of these codes."""
-    pieces = []
-    for number in range(num_chunks):
-        pieces.append(read_pairs(pairs_path(path, name), number, num_chunks))
-    pairs = pa.concat_tables(pieces)
+    pairs = pa.concat_tables(read_pairs(pairs_path(path, name), range(num_chunks), num_chunks))
     if name == "user_id":
         pairs = pairs.filter(pa.array(~np.isin(pairs["code"].to_numpy(), users)))
     to.write(name, pairs.to_batches(), Forgotten())
@@ -161,14 +165,14 @@ def copy_pairs(path: Path, name: str, num_chunks: int, users: np.ndarray, to: Id
 
 @dataclass(frozen=True)
 class ChunkWork:
-    """A chunk of a dictionary to be written."""
+    """Chunks of a dictionary to be written, neighbours in one task."""
 
     column: str
-    number: int
+    numbers: tuple[int, ...]
     num_chunks: int
     pairs: tuple[str, ...]  # files of `IdWriter`, relative to the store's folder
-    published: Bucket | None
-    rows: int  # of the ids that are new, about: repeats count
+    published: Mapping[int, Bucket]  # by number
+    rows: int  # bytes of the new ids, which stand for their number: repeats count
 
 
 def plan_chunks(
@@ -179,34 +183,52 @@ def plan_chunks(
 ) -> list[ChunkWork]:
     """All chunks of a column's dictionary. `pairs`: the files with new ids, and the bytes of
     each.
+
+    A chunk may be a moment's work, less than what a task and opening every file cost, so that a
+    task has several.
+
+        40 MB of new ids in 100 chunks       one task
+        1 GB                                 17 tasks of 6 chunks
     """
     if not pairs:
         return []
-    rows = sum(pairs.values()) // num_chunks
-    return [
-        ChunkWork(column, number, num_chunks, tuple(pairs), published.get(str(number)), rows)
-        for number in range(num_chunks)
-    ]
+    bytes_per_chunk = max(1, sum(pairs.values()) // num_chunks)
+    together = max(1, TASK_BYTES // bytes_per_chunk)
+
+    work = []
+    for first in range(0, num_chunks, together):
+        numbers = tuple(range(first, min(first + together, num_chunks)))
+        known = {n: published[str(n)] for n in numbers if str(n) in published}
+        rows = bytes_per_chunk * len(numbers)
+        work.append(ChunkWork(column, numbers, num_chunks, tuple(pairs), known, rows))
+    return work
 
 
-def write_chunk(
+def write_chunks(
     work: ChunkWork, folder: Path, forgotten: Forgotten
-) -> tuple[ChunkWork, Bucket | None]:
-    """The chunk's file; None: it has no ids.
+) -> tuple[ChunkWork, dict[int, Bucket]]:
+    """The file of each chunk that has ids.
 
     Raises:
         UserError: two ids have one code.
     """
-    pieces = []
-    if work.published is not None:
-        pieces.append(_read_chunk(folder, work.published))
+    pieces: dict[int, list[pa.Table]] = {number: [] for number in work.numbers}
+    for number, entry in work.published.items():
+        pieces[number].append(_read_chunk(folder, entry))
     for file in work.pairs:
-        pieces.append(read_pairs(folder / file, work.number, work.num_chunks))
+        found = read_pairs(folder / file, work.numbers, work.num_chunks)
+        for number, pairs in zip(work.numbers, found, strict=True):
+            pieces[number].append(pairs)
 
-    pairs = merge_pairs(work.column, pa.concat_tables(pieces))
-    if work.column == "user_id" and forgotten.hashes:
-        pairs = pairs.filter(pa.array(~forgotten.has_users(pairs["code"].to_numpy())))
-    return work, _write_chunk(folder, work.column, work.number, pairs)
+    written = {}
+    for number in work.numbers:
+        pairs = merge_pairs(work.column, pa.concat_tables(pieces.pop(number)))
+        if work.column == "user_id" and forgotten.hashes:
+            pairs = pairs.filter(pa.array(~forgotten.has_users(pairs["code"].to_numpy())))
+        entry = _write_chunk(folder, work.column, number, pairs)
+        if entry is not None:
+            written[number] = entry
+    return work, written
 
 
 def _write_chunk(folder: Path, column: str, number: int, pairs: pa.Table) -> Bucket | None:
@@ -225,7 +247,7 @@ def merge_pairs(column: str, pairs: pa.Table) -> pa.Table:
         UserError: one code stands for two ids.
     """
     codes = pairs["code"].to_numpy()
-    order = np.argsort(codes)
+    order = argsort_hashes(codes)
     codes = codes[order]
     ordered = pairs.combine_chunks().take(pa.array(order))
     texts = ordered["id"]
@@ -280,10 +302,12 @@ def write_dictionaries(
         return {column: dict(chunks) for column, chunks in published.items()}
 
     found = {column: dict(chunks) for column, chunks in published.items()}
-    write = partial(write_chunk, folder=folder, forgotten=read_forgotten(folder))
-    for task, entry in run("writing the dictionaries of ids", write, work):
-        if entry is not None:
-            found.setdefault(task.column, {})[str(task.number)] = entry
+    write = partial(write_chunks, folder=folder, forgotten=read_forgotten(folder))
+    memory = MEMORY_PER_BYTE * max(task.rows for task in work)
+    for task, written in run("writing the dictionaries of ids", write, work, memory):
+        chunks = found.setdefault(task.column, {})
+        for number, entry in written.items():
+            chunks[str(number)] = entry
     return {column: _in_order(chunks) for column, chunks in sorted(found.items())}
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 KEY_BITS = 63
 NARROW_BITS = 32  # of a column that leaves room for others in a key
+HASH_BITS = 60  # a column that needs so many has codes of text, or hashes of another kind
 LAST_KEY = np.iinfo(np.int64).max
 
 
@@ -42,6 +43,35 @@ def argsort_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
     Rows equal in all of them come in any order.
     """
     return np.argsort(pack_rows(columns))
+
+
+def argsort_hashes(values: np.ndarray) -> np.ndarray:
+    """The rows by one column, integers of 0 or more that differ in their high bits, as hashes do;
+    equal rows come in any order.
+
+    The number of the row takes the place of the low bits, since NumPy's vectorised sort takes a
+    third of the time of its argsort. Where two values differ in those bits alone and come in the
+    wrong order, argsort does it.
+
+        row         0         1         2         3
+        value       101101    001110    110000    001111
+        packed      1011|00   0011|01   1100|10   0011|11
+        rows        1 3 0 2
+    """
+    row_bits = (len(values) - 1).bit_length()
+    value_bits = int(values.max()).bit_length() if len(values) else 0
+    left_out = max(0, value_bits + row_bits - KEY_BITS)
+
+    packed = (values >> left_out).astype(np.int64) << row_bits
+    packed |= np.arange(len(values))
+    packed.sort()
+    order = packed & ((1 << row_bits) - 1)
+
+    if left_out:
+        ascending = values[order]
+        if (ascending[1:] < ascending[:-1]).any():
+            return np.argsort(values)
+    return order
 
 
 def rank_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
@@ -109,7 +139,10 @@ def _as_rank(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _rank_values(values: np.ndarray) -> np.ndarray:
     """int64 [rows]: the number of different smaller values."""
-    order = np.argsort(values)
+    if len(values) and values.min() >= 0 and int(values.max()) >= 2**HASH_BITS:
+        order = argsort_hashes(values)
+    else:
+        order = np.argsort(values)
     values = values[order]
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.cumsum(np.r_[False, values[1:] != values[:-1]])

@@ -195,8 +195,15 @@ def write_part(work: PartTask, rules: LogRules, folder: Path, forgotten: Forgott
 
 def _blocks(work: PartTask, rules: LogRules) -> Iterator[tuple[Source, pa.Table]]:
     """The rows that the task names, in tables of at most BATCH_ROWS of one file."""
+    open_file = partial(
+        open_rows,
+        form=rules.format,
+        ids=rules.number_ids,
+        columns=rules.named_columns,
+        texts=rules.text_columns,
+    )
     for path, source in zip(work.files, work.sources, strict=True):
-        with open_rows(path, rules.format, rules.number_ids, rules.named_columns) as file:
+        with open_file(path) as file:
             for block in file.blocks(BATCH_ROWS, range(source.first, source.end)):
                 yield source, block
 
