@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline import config
-from pipeline.batches.features import FeatureMaps, _side_codes
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.side_codes import side_codes
 from pipeline.config import (
     ColumnFeature,
     FeatureConfig,
@@ -262,7 +263,7 @@ def maps_and_items() -> tuple[FeatureMaps, pa.Table, FeatureConfig]:
         watch_shares=(0.5,),
     )
     items = item_table(np.arange(0, 20, 2))
-    ids, columns, sizes = _side_codes(items, "item_id", features.item, shown)
+    ids, columns, sizes = side_codes(items, "item_id", features.item, shown)
     codes = np.column_stack([np.append(np.arange(1, 10), 0), columns])
     maps = FeatureMaps(
         item_ids=ids,

@@ -17,8 +17,10 @@ from pipeline.batches.examples import (
     user_events,
     whole_examples,
 )
-from pipeline.batches.features import TaskCounts, fit_features, refuse_one_class
+from pipeline.batches.features import fit_features
+from pipeline.batches.labels import TaskCounts
 from pipeline.batches.loader import evaluation_batch, split_bounds
+from pipeline.batches.training_rows import refuse_one_class
 from pipeline.config import ExampleConfig, RunConfig, UserError
 from pipeline.sequences import store
 from pipeline.sequences.build import build_sequences

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline import config
-from pipeline.batches.features import _category_codes, _list_codes, _quantile_codes, fit_features
+from pipeline.batches.features import fit_features
+from pipeline.batches.side_codes import category_codes, list_codes, quantile_codes
 from pipeline.config import ColumnFeature, ConfigError, RunConfig, UserError
 from pipeline.model.tokens import ContentEncoder, mean_rows, plain_table
 from pipeline.sequences import build
@@ -38,20 +39,20 @@ def chunked(values: list, kind: pa.DataType | None = None) -> pa.ChunkedArray:
     ],
 )
 def test_lists_have_the_codes_of_their_values(column: pa.ChunkedArray):
-    codes, size = _list_codes(column, TRAINING, ColumnFeature(kind="list", list_length=3))
+    codes, size = list_codes(column, TRAINING, ColumnFeature(kind="list", list_length=3))
     # d is not seen in training
     assert codes.tolist() == [[1, 2, 0], [2, 3, 1], [0, 0, 0], [0, 0, 0], [0, 1, 0]]
     assert size == 4
-    short, _ = _list_codes(column, TRAINING, ColumnFeature(kind="list", list_length=1))
+    short, _ = list_codes(column, TRAINING, ColumnFeature(kind="list", list_length=1))
     assert short.tolist() == [[1], [2], [0], [0], [0]]
 
 
 def test_the_most_frequent_texts_have_a_row():
     column = chunked(["x", "y", "y", "z", "z", "w"])
     seen = np.ones(6, bool)
-    codes, size = _category_codes(column, seen, ColumnFeature(most_values=2))
+    codes, size = category_codes(column, seen, ColumnFeature(most_values=2))
     assert (codes.tolist(), size) == ([0, 1, 1, 2, 2, 0], 3)
-    codes, size = _category_codes(column, seen, ColumnFeature(most_values=3))
+    codes, size = category_codes(column, seen, ColumnFeature(most_values=3))
     assert (codes.tolist(), size) == ([0, 2, 2, 3, 3, 1], 4)  # w and x are level: the first
 
 
@@ -59,7 +60,7 @@ def test_dates_have_quantiles():
     days = [datetime.date(2020, 1, day) for day in (1, 2, 3, 4)]
     dates = chunked([*days, None])
     for column in (dates, dates.cast(pa.timestamp("us"))):
-        codes, size = _quantile_codes(column, np.ones(5, bool), ColumnFeature(buckets=2))
+        codes, size = quantile_codes(column, np.ones(5, bool), ColumnFeature(buckets=2))
         assert (codes.tolist(), size) == ([1, 1, 2, 2, 0], 3)
 
 

@@ -21,7 +21,8 @@ from pipeline.batches.events import (
     request_gaps,
     row_gaps,
 )
-from pipeline.batches.features import FeatureMaps, label_counts
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.labels import label_counts
 from pipeline.batches.negatives import (
     Candidates,
     negative_labels,

@@ -15,14 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 
-from pipeline.batches.counts import LabelCounts, distinct_values, search_sorted
+from pipeline.batches.counts import LabelCounts, search_sorted
+from pipeline.batches.labels import label_counts, positive_rows, rows_of_kind
 from pipeline.batches.passes import pass_over, run_here
-from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, SplitConfig, UserError
-from pipeline.logs.arrow_errors import reading_file
+from pipeline.batches.side_codes import item_durations, published_table, side_codes, with_bare_rows
+from pipeline.batches.training_rows import TrainingRows, read_rows
+from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
 from pipeline.schema import NAMED_IDS, EventColumns
 from pipeline.sequences import arrow_lists, store
 
@@ -153,8 +154,8 @@ class FeatureMaps:
             UserError: the columns of an item that was trained on have changed since.
         """
         trained = self.item_ids[self.item_codes[1:, 0] > 0]
-        table = _with_bare_rows(items, features, "items", "item_id", trained)
-        ids, columns, _ = _side_codes(table, "item_id", features.item, trained)
+        table = with_bare_rows(items, features, "items", "item_id", trained)
+        ids, columns, _ = side_codes(table, "item_id", features.item, trained)
 
         old = _find_rows(self.item_ids, ids)
         is_trained = np.isin(ids, trained)
@@ -170,7 +171,7 @@ class FeatureMaps:
         codes = np.column_stack([np.zeros(np.count_nonzero(new), np.int32), columns[new]])
         durations = self.item_duration_ms
         if len(durations):
-            of_today = _durations(table, features.duration_ms_column)[1:]
+            of_today = item_durations(table, features.duration_ms_column)[1:]
             durations = np.concatenate([durations, of_today[new]])
         return replace(
             self,
@@ -270,14 +271,15 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
     features, bits, end_ms = cfg.features, cfg.task_bits, cfg.split.train_end_ms
     weighs = cfg.train.history_label_weight > 0
     look = partial(
-        _read_rows, features=features, task_bits=bits, end_ms=end_ms, weighs_order_only=weighs
+        read_rows, features=features, task_bits=bits, end_ms=end_ms, weighs_order_only=weighs
     )
     buckets = pass_over("reading the training period", look, cfg.sequence_dir, run)
-    rows = _TrainingRows.join(buckets, cfg.tasks, cfg.split, cfg.examples.negatives)
-    items = _side_table(cfg.sequence_dir, features, "items", "item_id", rows.items)
-    users = _side_table(cfg.sequence_dir, features, "users", "user_id", rows.users)
-    item_ids, item_columns, item_sizes = _side_codes(items, "item_id", features.item, rows.items)
-    user_ids, user_columns, user_sizes = _side_codes(users, "user_id", features.user, rows.users)
+    rows = TrainingRows.join(buckets, cfg.tasks, cfg.split, cfg.examples.negatives)
+
+    items = published_table(cfg.sequence_dir, features, "items", "item_id", rows.items)
+    users = published_table(cfg.sequence_dir, features, "users", "user_id", rows.users)
+    item_ids, item_columns, item_sizes = side_codes(items, "item_id", features.item, rows.items)
+    user_ids, user_columns, user_sizes = side_codes(users, "user_id", features.user, rows.users)
 
     # an item of the table alone has neither a code of its own nor a count
     id_codes = _find_rows(rows.items, item_ids)
@@ -298,7 +300,7 @@ def fit_features(cfg: RunConfig, run: "Workers" = run_here) -> FeatureMaps:
         request_values=request_values,
         vocab_sizes=_table_sizes(len(rows.items), item_sizes, user_sizes, request_values),
         base_rates=rows.base_rates,
-        item_duration_ms=_durations(items, features.duration_ms_column),
+        item_duration_ms=item_durations(items, features.duration_ms_column),
         text_ids=tuple(name for name in NAMED_IDS if name in text_ids),
     )
     if cfg.retrieval.enabled:
@@ -350,42 +352,6 @@ def _count_next_items(
         chosen &= ~arrow_lists.flat_column(table, "order_only")
     rows = maps.item_rows(arrow_lists.flat_column(table, "item_id")[chosen])
     return np.bincount(rows, minlength=len(maps.item_ids) + 1)
-
-
-def positive_rows(action_mask: np.ndarray, known_mask: np.ndarray, bits: int) -> np.ndarray:
-    """bool [N]: the events that count as next items.
-
-    bits 110                          0: all
-    action 010, known 011       true
-    action 010, known 001      false
-    action 001, known 111      false
-    """
-    if bits == 0:
-        return np.ones(len(action_mask), bool)
-    return (action_mask & known_mask & bits) != 0
-
-
-def label_counts(
-    action_mask: np.ndarray, known_mask: np.ndarray, task_bits: Sequence[int]
-) -> np.ndarray:
-    """bool [N, 2 tasks]: which labels of a row are known, and which are known and positive.
-
-    task_bits 0, 2            known     positive
-    action 101, known 001     1 0       1 0
-    action 100, known 101     1 1       0 1
-    """
-    num_tasks = len(task_bits)
-    labels = np.empty((len(known_mask), 2 * num_tasks), bool)
-    for i, place in enumerate(task_bits):  # column by column: NumPy is slow along a short last axis
-        bit = np.int32(1 << place)
-        labels[:, i] = (known_mask & bit) != 0
-        labels[:, num_tasks + i] = (action_mask & known_mask & bit) != 0
-    return labels
-
-
-def rows_of_kind(order_only: np.ndarray, rows: str) -> np.ndarray:
-    """bool [N]: the rows that a dense feature of these `rows` counts."""
-    return np.ones_like(order_only) if rows == "all" else order_only == (rows == "order_only")
 
 
 def _refuse_too_many_groups(maps: FeatureMaps, features: FeatureConfig) -> None:
@@ -452,293 +418,6 @@ def _count_labels(
             chosen = of_kind & (group > 0)
             counts[name] = LabelCounts.from_rows(group[chosen], step[chosen], labels[chosen])
     return _BucketLabels(totals, counts)
-
-
-@dataclass(frozen=True, slots=True)
-class _BucketRows:
-    """Facts about a bucket's rows in the training period."""
-
-    items: np.ndarray  # int64, sorted
-    timed_items: np.ndarray  # int64, sorted: those of timed rows
-    timed_count: np.ndarray  # int64: timed rows of each
-    users: np.ndarray  # int64, sorted
-    request: dict[str, np.ndarray]  # values of each request column in timed rows, sorted
-    timed: "TaskCounts"  # labels of timed rows
-    weighed: "TaskCounts"  # of the rows that the loss weighs
-
-
-def _read_rows(
-    table: pa.Table,
-    features: FeatureConfig,
-    task_bits: Sequence[int],
-    end_ms: int,
-    *,
-    weighs_order_only: bool,
-) -> _BucketRows:
-    """Those of the bucket's rows before `end_ms`."""
-    stored = [name for name in features.request if name != "hour"]
-    names = ("item_id", "event_time", "order_only", *stored)
-    flat = {name: arrow_lists.flat_column(table, name) for name in names}
-
-    training = flat["event_time"] < end_ms
-    timed = training & ~flat["order_only"]
-    timed_items, timed_count = np.unique(flat["item_id"][timed], return_counts=True)
-    user = np.repeat(table["user_id"].to_numpy(), np.diff(arrow_lists.list_offsets(table)))
-
-    request = {}
-    for name in stored:
-        request[name] = distinct_values(flat[name][timed])
-    weighed = training if weighs_order_only else timed
-    return _BucketRows(
-        items=distinct_values(flat["item_id"][training]),
-        timed_items=timed_items,
-        timed_count=timed_count,
-        users=distinct_values(user[training]),
-        request=request,
-        timed=TaskCounts.of_rows(table, timed, task_bits),
-        weighed=TaskCounts.of_rows(table, weighed, task_bits),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _TrainingRows:
-    """Facts about the rows of the training period; `items` and `users` know order_only rows too."""
-
-    items: np.ndarray  # int64, sorted
-    item_count: np.ndarray  # timed rows of each
-    users: np.ndarray  # int64, sorted
-    request: dict[str, np.ndarray]  # int64 values of each request column, sorted, unknown left out
-    base_rates: dict[str, float]
-
-    @classmethod
-    def join(
-        cls,
-        buckets: "Sequence[_BucketRows]",
-        tasks: Sequence[str],
-        split: SplitConfig,
-        negatives: int,
-    ) -> "_TrainingRows":
-        """Those of all buckets; `negatives` are drawn beside each positive.
-
-        Raises:
-            UserError: no label is known, or those of a task are all alike.
-        """
-        # labels
-        timed = weighed = TaskCounts.none(len(tasks))
-        for bucket in buckets:
-            timed, weighed = timed.add(bucket.timed), weighed.add(bucket.weighed)
-        totals, positives = timed.known.astype(float), timed.positive.astype(float)
-        if tasks and totals.max() == 0:
-            end = "split.t_test" if split.refit else "split.t_val"
-            raise UserError(f"no row with a known label lies before {end}: nothing to train on")
-
-        # ids and values
-        vocabulary = distinct_values(np.concatenate([bucket.items for bucket in buckets]))
-        item_count = np.zeros(len(vocabulary), np.int64)
-        for bucket in buckets:
-            item_count[np.searchsorted(vocabulary, bucket.timed_items)] += bucket.timed_count
-
-        known_values = {}
-        for name in buckets[0].request:
-            parts = [bucket.request[name] for bucket in buckets]
-            values = distinct_values(np.concatenate(parts)).astype(np.int64)
-            known_values[name] = values[values >= 0]
-
-        refuse_one_class(tasks, weighed, split, negatives)
-
-        # each drawn item is one more known label
-        totals += negatives * positives
-        rates = (positives / np.maximum(totals, 1)).tolist()
-        return cls(
-            items=vocabulary,
-            item_count=item_count,
-            users=distinct_values(np.concatenate([bucket.users for bucket in buckets])),
-            request=known_values,
-            base_rates=dict(zip(tasks, rates, strict=True)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TaskCounts:
-    """Labels of each task, int64 [tasks]."""
-
-    known: np.ndarray
-    positive: np.ndarray
-
-    @classmethod
-    def none(cls, num_tasks: int) -> "TaskCounts":
-        return cls(np.zeros(num_tasks, np.int64), np.zeros(num_tasks, np.int64))
-
-    @classmethod
-    def of_rows(cls, table: pa.Table, chosen: np.ndarray, task_bits: Sequence[int]) -> "TaskCounts":
-        """Those of the rows of SEQUENCE where `chosen`, bool [N], is true."""
-        action = arrow_lists.flat_column(table, "action_mask")[chosen]
-        known = arrow_lists.flat_column(table, "known_mask")[chosen]
-        counts = label_counts(action, known, task_bits).sum(0, dtype=np.int64)
-        return cls(*np.split(counts, 2))
-
-    def add(self, other: "TaskCounts") -> "TaskCounts":
-        return TaskCounts(self.known + other.known, self.positive + other.positive)
-
-
-def refuse_one_class(
-    tasks: Sequence[str], counts: TaskCounts, split: SplitConfig, negatives: int
-) -> None:
-    """Go on only if every task has something to tell apart; `negatives` are drawn beside each
-    positive.
-
-    Raises:
-        UserError: the labels of a task are all alike in the training period, or there are none.
-    """
-    end = "split.t_test" if split.refit else "split.t_val"
-    for task, known, positive in zip(
-        tasks, counts.known.tolist(), counts.positive.tolist(), strict=True
-    ):
-        if known == 0:
-            raise UserError(
-                f"tasks: {task} is known in no row of the training period, before {end}: take it "
-                "out of tasks"
-            )
-
-        alike = f"in all {known:,} rows of the training period, before {end}, that know it"
-        if positive == 0:
-            raise UserError(
-                f"tasks: {task} is 0 {alike}: nothing can be learned of it. Take it out of tasks, "
-                "or see in source.columns how it is read"
-            )
-        if positive == known and negatives == 0:
-            raise UserError(
-                f"tasks: {task} is 1 {alike}: there is nothing to tell apart. Where the logs hold "
-                "positives only, set examples.negatives, to 4 for instance: so many items are "
-                "drawn beside each"
-            )
-
-
-def _side_table(
-    sequence_dir: Path, features: FeatureConfig, side: str, id_column: str, seen: np.ndarray
-) -> pa.Table:
-    """The published side table, as `_with_bare_rows`."""
-    table = store.read_side_table(sequence_dir, side)
-    if table is None:
-        table = pa.table({id_column: pa.array(seen, pa.int64())})
-    return _with_bare_rows(table, features, side, id_column, seen)
-
-
-def _with_bare_rows(
-    table: pa.Table, features: FeatureConfig, side: str, id_column: str, seen: np.ndarray
-) -> pa.Table:
-    """The configured columns of a side table, with a bare row for every id of the training rows
-    that it does not list, sorted by id.
-    """
-    columns = list(features.item if side == "items" else features.user)
-    keys = dict.fromkeys(columns, f"features.{side[:-1]}")
-    if side == "items" and features.duration_ms_column is not None:
-        keys.setdefault(features.duration_ms_column, "features.duration_ms_column")
-    for name, key in keys.items():
-        if name not in table.column_names:
-            raise UserError(
-                f"{key}: the {side} table has no column {name!r}; it has {table.column_names}"
-            )
-    table = table.select([id_column, *keys])
-    missing = np.setdiff1d(seen, table[id_column].to_numpy())
-    if len(missing):
-        bare = pa.table({id_column: pa.array(missing, pa.int64())})
-        table = pa.concat_tables([table, bare], promote_options="default")
-    return table.sort_by(id_column)
-
-
-def _durations(items: pa.Table, name: str | None) -> np.ndarray:
-    """float64 [I + 1], ms, 0 for an unknown item or duration; empty where no column is named."""
-    if name is None:
-        return np.zeros(0)
-    try:
-        duration = items[name].cast(pa.float64()).to_numpy()
-    except pa.ArrowInvalid:
-        raise UserError(
-            f"features.duration_ms_column: {name!r} is of type {items[name].type}, not a number"
-        ) from None
-    return np.concatenate([[0.0], np.nan_to_num(duration)])
-
-
-def _side_codes(
-    table: pa.Table, id_column: str, columns: dict[str, ColumnFeature], seen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Ids [n], codes int32 [n, columns] and the vocabulary size of each column, values from the ids
-    in `seen`.
-    """
-    ids = table[id_column].to_numpy()
-    training = np.isin(ids, seen)
-    encoders = {"quantile": _quantile_codes, "list": _list_codes, "categorical": _category_codes}
-    codes, sizes = [np.zeros((len(ids), 0), np.int32)], {}
-    for name, feature in columns.items():
-        key = f"features.{'item' if id_column == 'item_id' else 'user'}.{name}"
-        with reading_file(f"{key} ({feature.kind}, of type {table[name].type})"):
-            found, sizes[name] = encoders[feature.kind](table[name], training, feature)
-        codes.append(found.reshape(len(ids), feature.num_codes))
-    return ids, np.concatenate(codes, axis=1), sizes
-
-
-def _category_codes(
-    column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
-) -> tuple[np.ndarray, int]:
-    text = column.cast(pa.large_string())
-    values = _vocabulary(text.filter(pa.array(training)), feature.most_values)
-    # 0: missing or not seen in training
-    codes = pd.Index(values.to_pandas()).get_indexer(text.to_pandas()) + 1
-    return codes.astype(np.int32), len(values) + 1
-
-
-def _vocabulary(text: pa.ChunkedArray, most: int | None) -> pa.ChunkedArray | pa.Array:
-    """The different texts in their order; the `most` frequent alone, of equals the first."""
-    values = text.unique().drop_null().sort()
-    if most is None or len(values) <= most:
-        return values
-    counts = text.drop_null().to_pandas().value_counts()
-    ordered = sorted(counts.items(), key=lambda one: (-one[1], str(one[0])))
-    return pa.array(sorted(str(value) for value, _ in ordered[:most]), pa.large_string())
-
-
-def _list_codes(
-    column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
-) -> tuple[np.ndarray, int]:
-    """int32 [n, list_length]: the codes of each row's values, then zeros.
-
-    genres        a|b    b|c|a    null      a, b, c seen: codes 1, 2, 3
-    codes         1 2 0  2 3 1    0 0 0     a list_length of 3
-    """
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        lists = column.to_pandas().tolist()
-    else:
-        texts = column.cast(pa.large_string()).to_pylist()
-        lists = [None if text is None else text.split(feature.separator) for text in texts]
-
-    # each value once, in its order
-    values = np.full((len(lists), feature.list_length), None, object)
-    for row, found in enumerate(lists):
-        if found is None:
-            continue
-        texts = dict.fromkeys(str(value).strip() for value in found if value is not None)
-        texts.pop("", None)
-        kept = list(texts)[: feature.list_length]
-        values[row, : len(kept)] = kept
-
-    flat = pa.chunked_array([pa.array(values.ravel().tolist(), pa.large_string())])
-    codes, size = _category_codes(flat, np.repeat(training, feature.list_length), feature)
-    return codes.reshape(values.shape), size
-
-
-def _quantile_codes(
-    column: pa.ChunkedArray, training: np.ndarray, feature: ColumnFeature
-) -> tuple[np.ndarray, int]:
-    if pa.types.is_temporal(column.type):
-        width = pa.int32() if column.type.bit_width == 32 else pa.int64()
-        column = column.cast(width)
-    values = column.cast(pa.float64()).to_numpy()  # null becomes nan
-    seen = values[training & ~np.isnan(values)]
-    inner = np.linspace(0, 1, feature.buckets + 1)[1:-1]
-    edges = np.unique(np.quantile(seen, inner)) if len(seen) else np.zeros(0)
-    codes = np.where(np.isnan(values), 0, 1 + np.searchsorted(edges, values, side="right"))
-    return codes.astype(np.int32), len(edges) + 2
 
 
 def _with_unknown(codes: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.batches.events import UserEvents, ranges
-from pipeline.batches.features import FeatureMaps, label_counts
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.labels import label_counts
 from pipeline.logs.cleaning import mix
 
 SALT = np.uint64(0x9E3779B97F4A7C15)  # so that zeros are mixed too

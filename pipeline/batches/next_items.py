@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.batches.events import Events, offsets_of
-from pipeline.batches.features import FeatureMaps, positive_rows
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.labels import positive_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import numpy as np
 
 from pipeline.batches.counts import LabelCounts
 from pipeline.batches.events import Events
-from pipeline.batches.features import MS_PER_MINUTE, FeatureMaps, label_counts, rows_of_kind
+from pipeline.batches.features import MS_PER_MINUTE, FeatureMaps
+from pipeline.batches.labels import label_counts, rows_of_kind
 from pipeline.config import DenseFeature, FeatureConfig
 
 PACE = 2  # columns beside those of `features.dense`: how much history, and how long ago it ended

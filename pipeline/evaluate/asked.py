@@ -11,7 +11,8 @@ import numpy as np
 from pipeline.batches.counts import distinct_values, search_sorted
 from pipeline.batches.events import offsets_of, ranges
 from pipeline.batches.examples import Examples, UserEvents
-from pipeline.batches.features import FeatureMaps, positive_rows
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.labels import positive_rows
 from pipeline.config import EvaluateConfig
 
 

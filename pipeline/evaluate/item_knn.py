@@ -18,7 +18,8 @@ from torch.nn.functional import embedding_bag
 from pipeline.batches.counts import distinct_values
 from pipeline.batches.events import ranges
 from pipeline.batches.examples import Examples, UserEvents
-from pipeline.batches.features import FeatureMaps, positive_rows
+from pipeline.batches.features import FeatureMaps
+from pipeline.batches.labels import positive_rows
 from pipeline.batches.stored import StoredUsers
 
 # PyTorch multiplies two sparse matrices by way of a form that it calls beta

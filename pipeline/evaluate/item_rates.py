@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.batches.counts import search_sorted
 from pipeline.batches.examples import UserEvents
-from pipeline.batches.features import label_counts
+from pipeline.batches.labels import label_counts
 from pipeline.config import SplitConfig
 from pipeline.evaluate.metrics import TaskMetrics
 
