@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.training.train_job import (
+    SIZES,
     TINY,
     JobCase,
     descendants,
@@ -98,7 +99,7 @@ def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:
     run = {
         "command": "it",
         "environment": {"device": "a GPU", "cores": 16, "torch": "2", "ray": "2.60"},
-        "sizes": {"events": 64, "length": 8, "layers": 1, "heads": 2, "width": 16},
+        "sizes": {name: TINY[name] for name in SIZES},
         "cases": {
             "1 worker": case(1, 50.0),
             "2 workers": case(2, 95.0),

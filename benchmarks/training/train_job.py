@@ -12,9 +12,10 @@ real loader, from a published store to a published model.
 
 Histories have Zipf lengths, every file of the store the same ones, so that the readers have equal
 parts as they do with many users. Steps count tokens, as many for each worker however many there
-are. A job is a process of its own with a Ray cluster of its own; speed is read from the lines of
-its metrics.jsonl, all but those of its first steps. In the last case one worker is killed in the
-middle (SIGKILL), and Ray Train starts all of them again from the newest checkpoint.
+are, and are dealt so that all hold equally many (`train.stochastic_length.balance`). A job is a
+process of its own with a Ray cluster of its own; speed is read from the lines of its metrics.jsonl,
+all but those of its first steps. In one case one worker is killed in the middle (SIGKILL), and Ray
+Train starts all of them again from the newest checkpoint.
 """
 
 import argparse
@@ -53,6 +54,8 @@ KILLED_AFTER = 70  # steps
 SHORTEST = 64  # part of the longest history that the shortest has
 STORE = "train_job_store"
 LOOK_EVERY_S = 0.05
+# options that a run is told by
+SIZES = ("events", "length", "users", "files", "layers", "heads", "width", "balance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ def job_config(case: JobCase, folder: Path, options: argparse.Namespace) -> RunC
         ray={"num_cpus": max(2 * case.workers, 4)},
     )
     on_gpu = options.device == "cuda"
+    dealt = replace(base.train.stochastic_length, balance=options.balance)
     train = replace(
         base.train,
         num_workers=case.workers,
@@ -101,6 +105,7 @@ def job_config(case: JobCase, folder: Path, options: argparse.Namespace) -> RunC
         cuda_graphs=case.cuda_graphs,
         batch_users=None,
         batch_tokens=options.events * case.workers,
+        stochastic_length=dealt,
         lr=1e-4,
         embedding_lr=1e-4,
         loader_process=True,
@@ -249,17 +254,18 @@ def furthest_loss(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def cases(options: argparse.Namespace) -> list[JobCase]:
-    """All numbers of workers, their steps launched one by one; one worker with CUDA graphs, which
-    several have not by themselves; and a killed worker.
+    """All numbers of workers, their steps launched one by one; a killed worker; and CUDA graphs,
+    which several workers have not by themselves.
     """
     found = []
     for workers in options.workers:
         found.append(JobCase(workers))
     most = max(options.workers)
-    if options.device == "cuda" and 1 in options.workers:
-        found.append(JobCase(1, cuda_graphs="auto"))
     if most > 1:
         found.append(JobCase(most, is_killed=True))
+    if options.device == "cuda":
+        for workers in options.workers:
+            found.append(JobCase(workers, cuda_graphs="auto" if workers == 1 else "on"))
     return found
 
 
@@ -297,6 +303,7 @@ def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None])
 
 def section(run: Figures) -> str:
     machine, found, sizes = run["environment"], run["cases"], run["sizes"]
+    dealt = "dealt by tokens" if sizes["balance"] == "dealing" else "cut as they come"
     alone = [case["tokens_per_s"] for case in found.values() if case["workers"] == 1]
     rows = []
     for name, case in found.items():
@@ -324,9 +331,10 @@ def section(run: Figures) -> str:
 `{run["command"]}`: {machine["device"]}, {machine["cores"]} cores, torch {machine["torch"]}, Ray
 {machine["ray"]}. `jobs.train` with Ray Train's workers on a published store: {sizes["events"]:,}
 tokens a worker and step, histories of Zipf lengths up to {sizes["length"]:,} in passes of at most
-64 targets, ULTRA-HSTU of {sizes["layers"]} layers, d = {sizes["heads"] * sizes["width"]}. Speed is
-over all steps after the first {WARM_STEPS}; the ratio is to the faster run of one worker. The whole
-job begins with Ray's start and ends with the published model.
+64 targets, {dealt}, ULTRA-HSTU of {sizes["layers"]} layers,
+d = {sizes["heads"] * sizes["width"]}. Speed is over all steps after the first {WARM_STEPS}; the
+ratio is to the faster run of one worker. The whole job begins with Ray's start and ends with the
+published model.
 
 {table(header, rows)}"""
     for name, case in found.items():
@@ -350,6 +358,7 @@ TINY = {
     "heads": 2,
     "width": 16,
     "device": "cpu",
+    "balance": "dealing",
 }
 
 
@@ -367,6 +376,7 @@ def read_options() -> argparse.Namespace:
     add("--layers", type=int, default=12)
     add("--heads", type=int, default=4)
     add("--width", type=int, default=128, help="of a head")
+    add("--balance", choices=["none", "dealing"], default="dealing", help="of the steps' tokens")
     add("--device", choices=["cpu", "cuda"], default="cuda")
     add("--tiny", action="store_true", help="the sizes of a try without GPUs")
     add("--minutes", type=float, default=8.0, help="after which no job begins")
@@ -386,12 +396,11 @@ def main() -> None:
         write_section("train_job", section(json.loads(options.out.read_text())))
         return
 
-    names = ("events", "length", "users", "files", "layers", "heads", "width")
     workers = " ".join(map(str, options.workers))
     run: Figures = {
         "command": f"python -m benchmarks.training.train_job --workers {workers}",
         "environment": environment(options.device) | {"ray": version("ray")},
-        "sizes": {name: getattr(options, name) for name in names},
+        "sizes": {name: getattr(options, name) for name in SIZES},
         "cases": {},
     }
     everything_ran = measure(options, run, keep=lambda: write_run(options.out, run))
