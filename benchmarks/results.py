@@ -35,6 +35,7 @@ from benchmarks.training import (
     reading,
     real_loop,
     sharding,
+    train_job,
 )
 
 ENCODERS = ("ultra_hstu", "hstu", "hstu_merged", "transformer", "sasrec", "din")
@@ -126,14 +127,18 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "build": lambda: at_size_report.section(*runs_read("build")),
     "sharding": lambda: sharding.section(
         runs_read(
-            "sharding_h200_equal",
-            "sharding_h200_graphs",
             "sharding_h200_parity",
+            "sharding_h200_killed",
+            "sharding_h200_killed_to_one",
+            "sharding_h200_graphs",
             "sharding_h200_now",
             "sharding_h200_tables",
+            "sharding_h200_100gb",
+            "sharding_h200_loader",
             "sharding_h200",
         )
     ),
+    "train_job": lambda: train_job.section(*runs_read("train_job")),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
 }
 

@@ -98,3 +98,22 @@ def test_a_difference_is_over_the_same_rows_and_users(tmp_path: Path) -> None:
     assert same == {"auc": [0.0, 0.0, 0.0], "ne": [0.0, 0.0, 0.0]}
     better = day_by_day_report.difference(draws, "newest", DATES[:1], [0])
     assert 0 < better["auc"][1] <= better["auc"][0] <= better["auc"][2]
+
+
+def test_intervals_of_seeds_whose_rows_are_gone_stay() -> None:
+    def measured(way: str, seeds: list[int], auc: float) -> dict:
+        entry = {"seeds": seeds, "auc": [auc] * 3, "ne": [0.0] * 3}
+        return {"samples": 200, "ways": {way: {"test days": [entry]}}}
+
+    kept = measured("replay", [0, 1], auc=0.1)
+    joined = day_by_day_report.join_differences(kept, measured("replay", [2], auc=0.2))
+    entries = joined["ways"]["replay"]["test days"]
+    assert [(entry["seeds"], entry["auc"][0]) for entry in entries] == [([0, 1], 0.1), ([2], 0.2)]
+    text = day_by_day_report.difference_text(joined, "replay", "test days", (2,))
+    assert text.startswith("+0.2000 [+0.2000, +0.2000] / ")
+
+    # measured anew, another way beside it
+    joined = day_by_day_report.join_differences(joined, measured("replay", [1, 2], auc=0.3))
+    joined = day_by_day_report.join_differences(joined, measured("newest", [0], auc=0.4))
+    assert [entry["seeds"] for entry in joined["ways"]["replay"]["test days"]] == [[1, 2]]
+    assert joined["ways"].keys() == {"replay", "newest"}

@@ -47,12 +47,16 @@ def test_loads_have_a_table_of_their_own() -> None:
     run = {"command": "it", "environment": machine, "ranks": 2, "sizes": sizes, "cases": CASES}
     killed = {"steps": 50, "killed_at": 25, "resumed_at": 20, "equal": False}
     killed |= {"ranks": [2, 1], "furthest": 6.5e-8}
-    text = section([run, {"command": "kill", "killed": killed}])
+    again = killed | {"ranks": [2, 2], "furthest": 0.0, "equal": True}
+    attempts = [{"command": "kill", "killed": found} for found in (killed, again)]
+    text = section([run, *attempts])
     assert "| none | 1.200 | 1.500 | 64 | 10.0 | 70 | 1.0% | 0.0% |" in text
     assert "| dealing by measured time | 1.010 |" in text
     assert "2 µs an example, 0.25 µs a token, 0 µs a token times the tokens" in text
     assert "killed in step 25 of 50 (SIGKILL), gone on by 1 instead of 2 from" in text
-    assert "bit for bit: False, within 6.5e-08" in text
+    assert "losses within 6.5e-08 of the unbroken run's." in text
+    assert "SIGKILL), all started again from the checkpoint of step 20: losses within 0.0e+00" in text
+    assert "equal bit for bit: True" in text
     assert "| loads: none" not in text
 
 

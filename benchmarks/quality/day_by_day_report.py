@@ -3,7 +3,8 @@
     python -m benchmarks.quality.day_by_day_report --predictions runs/predictions
 
 reads the rows that `benchmarks.quality.day_by_day` has scored, and writes the differences to
-training from nothing with their intervals, by paired bootstrap over users, and the plot.
+training from nothing with their intervals, by paired bootstrap over users, and the plot. Rows are
+not kept with the figures: intervals of other seeds, whose rows are gone, stay as they were written.
 """
 
 import argparse
@@ -75,22 +76,49 @@ def training_seconds(run: Figures, clock: str = "cpu_seconds") -> float:
 
 
 def measure_differences(runs: ByDay, predictions: Path, samples: int) -> Figures:
-    """What each way gains over training from nothing, as a mean over tasks, days and seeds.
+    """What each way gains over training from nothing, as a mean over tasks, days and seeds, of the
+    days whose rows are in `predictions`.
 
     Returns:
-        `ways[way][period]["auc" | "ne"]` is (difference, low, high): users are drawn with
-        replacement, on all days the same ones.
+        `ways[way][period]` is a list of one: its `seeds`, and `auc` and `ne` as (difference, low,
+        high). Users are drawn with replacement, on all days the same ones.
     """
-    draws = UserDraws(predictions, list(runs), samples)
+    at_hand = {key: run for key, run in runs.items() if rows_path(predictions, *key).exists()}
+    draws = UserDraws(predictions, list(at_hand), samples)
     ways: Figures = {}
     for way in WAYS:
         for period, days in PERIODS.items():
-            seeds = whole_seeds(runs, way, days)
+            seeds = whole_seeds(at_hand, way, days)
             if way == FROM_NOTHING or not seeds:
                 continue
             found = difference(draws, way, days, seeds)
-            ways.setdefault(way, {})[period] = {"seeds": seeds} | found
+            ways.setdefault(way, {})[period] = [{"seeds": seeds} | found]
     return {"samples": samples, "ways": ways}
+
+
+def join_differences(kept: Figures, fresh: Figures) -> Figures:
+    """Both, where `fresh` stands for those of `kept` that share a seed with it.
+
+    kept     replay, test days: seeds 0 1
+    fresh    replay, test days: seeds 2          both stay
+    """
+    ways = {}
+    for way in WAYS:
+        periods = {}
+        for period in PERIODS:
+            new = fresh["ways"].get(way, {}).get(period, [])
+            measured = {seed for entry in new for seed in entry["seeds"]}
+            old = kept["ways"].get(way, {}).get(period, [])
+            others = [entry for entry in old if measured.isdisjoint(entry["seeds"])]
+            if others or new:
+                periods[period] = sorted([*others, *new], key=lambda entry: entry["seeds"])
+        if periods:
+            ways[way] = periods
+    return {"samples": fresh["samples"], "ways": ways}
+
+
+def rows_path(predictions: Path, way: str, day: str, seed: int) -> Path:
+    return predictions / f"{way}-{day}-{seed}.parquet"
 
 
 class UserDraws:
@@ -110,7 +138,7 @@ class UserDraws:
         self.known: dict[tuple[str, str, int], dict[str, np.ndarray]] = {}
 
     def read(self, way: str, day: str, seed: int) -> pa.Table:
-        return read_ours(self.predictions / f"{way}-{day}-{seed}.parquet")
+        return read_ours(rows_path(self.predictions, way, day, seed))
 
     def metrics(self, way: str, day: str, seed: int) -> dict[str, np.ndarray]:
         """`auc` and `ne`, a mean over the tasks, of each sample, float64 [samples + 1]."""
@@ -160,17 +188,21 @@ def section(runs: ByDay, differences: Figures) -> str:
 `python -m benchmarks.quality.day_by_day --seeds {" ".join(map(str, seeds))}`
 (`configs/demo.yaml`, one thread, without Ray), {machine["device"]}, {machine["cores"]} cores with
 other work on them: seconds are those of processors, with preparation and without scoring; the
-clock's are in the file. Each day's model is trained on what lies before the
+clock's are in the file. Seeds were trained by the code of different days, some of it faster: their
+share of training from nothing is what counts. Each day's model is trained on what lies before the
 day and scored on all of the day's requests; the first one, of 28 April, is the same for all ways.
 Means over four tasks and over seeds. Figures in `benchmarks/runs/day_by_day.jsonl` and
 `day_by_day_differences.json`. "Long histories cut" is `train.stochastic_length` with
 `max_len: 256, alpha: 1.1`, in training alone.
 
-{costs_table(runs, differences, shown)}
+{costs_table(runs, shown)}
 
-Differences are to training from nothing on the same rows and seeds, AUC / NE, with the 95 %
-interval of {differences["samples"]} samples of users. What was chosen was chosen on the validation
-days, 29 April to 2 May; test days are 3 to 5 May. In brackets: share of training from nothing.
+Differences are to training from nothing on the same rows and seeds, AUC / NE. What was chosen was
+chosen on the validation days, 29 April to 2 May; test days are 3 to 5 May. In brackets: share of
+training from nothing. With 95 % intervals of {differences["samples"]} samples of users, of the
+seeds whose scored rows were at hand together:
+
+{intervals_table(differences, shown)}
 
 AUC of each day:
 
@@ -187,23 +219,51 @@ Tried on the way, on the validation days of seed 0:
 {tried_table(runs, differences, tried)}"""
 
 
-def costs_table(runs: ByDay, differences: Figures, ways: Sequence[str]) -> str:
+def costs_table(runs: ByDay, ways: Sequence[str]) -> str:
     rows = []
     for way in ways:
-        row = [NAMES[way], str(len(whole_seeds(runs, way))), seconds_text(runs, way, LATER_DAYS)]
-        for period in PERIODS:
-            row.append(difference_text(differences, way, period))
+        seeds = whole_seeds(runs, way)
+        row = [NAMES[way], str(len(seeds)), seconds_text(runs, way, LATER_DAYS)]
+        for days in PERIODS.values():
+            row.append("" if way == FROM_NOTHING else gain_text(runs, way, days))
         rows.append(row)
     return table(["", "seeds", "CPU seconds a day", *PERIODS], rows)
+
+
+def gain_text(runs: ByDay, way: str, days: Sequence[str]) -> str:
+    """AUC / NE less those of training from nothing, means over days and seeds."""
+    parts = []
+    for metric in ("auc", "ne"):
+        gains = []
+        for seed in whole_seeds(runs, way, days):
+            for day in days:
+                ours = mean_metric(runs[(way, day, seed)], metric)
+                gains.append(ours - mean_metric(runs[(FROM_NOTHING, day, seed)], metric))
+        parts.append(f"{np.mean(gains):+.4f}")
+    return " / ".join(parts)
+
+
+def intervals_table(differences: Figures, ways: Sequence[str]) -> str:
+    rows = []
+    for way in ways:
+        by_period = differences["ways"].get(way, {})
+        groups = {tuple(entry["seeds"]) for entries in by_period.values() for entry in entries}
+        for seeds in sorted(groups):
+            row = [NAMES[way], ", ".join(map(str, seeds))]
+            for period in PERIODS:
+                row.append(difference_text(differences, way, period, seeds))
+            rows.append(row)
+    return table(["", "seeds", *PERIODS], rows)
 
 
 def tried_table(runs: ByDay, differences: Figures, ways: Sequence[str]) -> str:
     period = "validation days"
     rows = []
     for way in ways:
-        seeds = str(len(whole_seeds(runs, way, PERIODS[period])))
+        seeds = whole_seeds(runs, way, PERIODS[period])
         seconds = seconds_text(runs, way, PERIODS[period])
-        rows.append([NAMES[way], seeds, seconds, difference_text(differences, way, period)])
+        found = difference_text(differences, way, period, tuple(seeds))
+        rows.append([NAMES[way], str(len(seeds)), seconds, found])
     return table(["", "seeds", "CPU seconds a day", period], rows)
 
 
@@ -217,15 +277,16 @@ def seconds_text(runs: ByDay, way: str, days: Sequence[str]) -> str:
     return f"{np.mean(ours):.1f} ({np.mean(ours) / np.mean(theirs):.2f})"
 
 
-def difference_text(differences: Figures, way: str, period: str) -> str:
-    found = differences["ways"].get(way, {}).get(period)
-    if found is None:
-        return ""
-    parts = []
-    for metric in ("auc", "ne"):
-        mean, low, high = found[metric]
-        parts.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-    return " / ".join(parts)
+def difference_text(differences: Figures, way: str, period: str, seeds: tuple[int, ...]) -> str:
+    """AUC / NE with their intervals, of these seeds; nothing where they were not measured."""
+    for entry in differences["ways"].get(way, {}).get(period, []):
+        if tuple(entry["seeds"]) == seeds:
+            parts = []
+            for metric in ("auc", "ne"):
+                mean, low, high = entry[metric]
+                parts.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            return " / ".join(parts)
+    return ""
 
 
 def days_table(runs: ByDay, ways: Sequence[str], metric: str) -> str:
@@ -271,7 +332,9 @@ def main() -> None:
     options = parser.parse_args()
 
     runs = read_days(options.runs)
-    write_run(DIFFERENCES, measure_differences(runs, options.predictions, options.samples))
+    fresh = measure_differences(runs, options.predictions, options.samples)
+    kept = read_run(DIFFERENCES) if DIFFERENCES.exists() else {"ways": {}}
+    write_run(DIFFERENCES, join_differences(kept, fresh))
     draw_plot(runs, PLOT)
     print(section(runs, read_run(DIFFERENCES)))
 

@@ -94,8 +94,8 @@ def times_one_rank(cases: dict[str, dict[str, Any]], name: str) -> float | None:
 
 
 def section(runs: list[dict[str, Any]]) -> str:
-    """Of several runs on one machine: what was compared is of the first that did, and each has its
-    table of times.
+    """Of several runs on one machine: every killed rank, what else was compared of the first that
+    did, and the times of each.
     """
     machine = runs[0]["environment"]
     commands = dict.fromkeys(found["command"] for found in runs)
@@ -105,12 +105,8 @@ def section(runs: list[dict[str, Any]]) -> str:
         f"{machine['device']}, {runs[0]['ranks']} ranks, {machine['cores']} cores, torch "
         f"{machine['torch']}.",
     ]
-    sentences = {
-        "parity": equal_text,
-        "resume": resumed_text,
-        "killed": killed,
-        "graphs": graphs_text,
-    }
+    parts += [killed_text(found["killed"]) for found in runs if "killed" in found]
+    sentences = {"parity": equal_text, "resume": resumed_text, "graphs": graphs_text}
     for name, sentence in sentences.items():
         compared = next((found[name] for found in runs if name in found), None)
         if compared:
@@ -149,13 +145,16 @@ def graphs_text(graphs: dict[str, Any]) -> str:
     )
 
 
-def killed(found: dict[str, Any]) -> str:
+def killed_text(found: dict[str, Any]) -> str:
     before, after = found["ranks"]
-    again = "all started again" if before == after else f"gone on by {after} instead of {before}"
+    again = f"gone on by {after} instead of {before}"
+    compared = f"losses within {found['furthest']:.1e} of the unbroken run's"
+    if before == after:
+        again = "all started again"
+        compared += f", equal bit for bit: {found['equal']}"
     return (
         f"A rank killed in step {found['killed_at']} of {found['steps']} (SIGKILL), {again} "
-        f"from the checkpoint of step {found['resumed_at']}: losses equal to the unbroken "
-        f"run's bit for bit: {found['equal']}, within {found['furthest']:.1e}."
+        f"from the checkpoint of step {found['resumed_at']}: {compared}."
     )
 
 
