@@ -55,7 +55,7 @@ def test_loads_have_a_table_of_their_own() -> None:
     assert "2 µs an example, 0.25 µs a token, 0 µs a token times the tokens" in text
     assert "killed in step 25 of 50 (SIGKILL), gone on by 1 instead of 2 from" in text
     assert "losses within 6.5e-08 of the unbroken run's." in text
-    assert "SIGKILL), all started again from the checkpoint of step 20: losses within 0.0e+00" in text
+    assert "all started again from the checkpoint of step 20: losses within 0.0e+00" in text
     assert "equal bit for bit: True" in text
     assert "| loads: none" not in text
 
