@@ -113,6 +113,13 @@ def test_slices_lie_beside_the_weights_and_on_the_card(evaluated: RunConfig) -> 
     (line,) = [line for line in found["test"] if (line.slice, line.task) == ("known", "is_click")]
     assert f"| user known | {line.rows} | {line.auc:.4f} | {line.calibration:.2f} |" in card
 
+    # it says which encoder the version has
+    assert "ULTRA-HSTU (arXiv:2602.16986): one user's history" in card
+    baseline = replace(cfg, model=replace(cfg.model, encoder="sasrec"))
+    of_baseline = render_card(baseline, cfg.model_dir, metrics, "run")
+    assert "The encoder `sasrec`" in of_baseline
+    assert "2602.16986" not in of_baseline
+
 
 @pytest.mark.cluster
 def test_an_evaluation_goes_into_the_run_that_trained_the_model(

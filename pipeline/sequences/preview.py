@@ -43,24 +43,30 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
     Raises:
         UserError: a file cannot be read.
     """
-    places = np.linspace(0, len(files) - 1, min(SAMPLE_FILES, len(files)))
-    chosen = [files[int(place)] for place in places]
-    codes = {name: [np.empty(0, np.int64)] for name in NAMED_IDS}
-    examples: dict[str, list[OwnId]] = {name: [] for name in NAMED_IDS}
+    num_files = min(SAMPLE_FILES, len(files))
+    places = np.linspace(0, len(files) - 1, num_files).astype(int)
+
     rows = 0
-    for file in chosen:
-        block = _first_rows(file, SAMPLE_ROWS // len(chosen), rules)
+    pieces: dict[str, list[np.ndarray]] = {}
+    examples: dict[str, list[OwnId]] = {}
+    for name in NAMED_IDS:
+        pieces[name], examples[name] = [np.empty(0, np.int64)], []
+
+    for place in places:
+        block = _first_rows(files[place], SAMPLE_ROWS // num_files, rules)
         rows += block.num_rows
         of_file = rules_of_file(block.schema, rules)
         coded = code_ids(block, of_file.columns, of_file.readings, of_file.events.text_ids)
-        for name in NAMED_IDS:
-            found = coded.codes[name].drop_null()
-            codes[name].append(found.to_numpy())
-            own = coded.pairs[name]["id"] if name in coded.pairs else found
-            examples[name] = examples[name] or own.slice(0, 3).to_pylist()
 
-    together = {name: np.concatenate(found) for name, found in codes.items()}
-    return IdSample(together, examples, rows)
+        for name in NAMED_IDS:
+            known = coded.codes[name].drop_null()
+            pieces[name].append(known.to_numpy())
+            if not examples[name]:
+                own = coded.pairs[name]["id"] if name in coded.pairs else known
+                examples[name] = own.slice(0, 3).to_pylist()
+
+    codes = {name: np.concatenate(found) for name, found in pieces.items()}
+    return IdSample(codes, examples, rows)
 
 
 def _first_rows(file: str, rows: int, rules: LogRules) -> pa.Table:

@@ -3,6 +3,7 @@
 smaller sizes → `predict_largest` → predictions.json … its training … → `held_against`
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,25 +22,37 @@ def predict_largest(plan: StudyPlan, points: Sequence[Point]) -> dict[str, Any]:
     `encoder/length`.
     """
     *smaller, largest = plan.sizes
-    gflop = {point.key: read_work(point).train_gflop for point in points}
+    if len(smaller) < FEWEST_SIZES:
+        return {}
+
+    gflop: dict[Key, float] = {}
+    small_points = []
+    for point in points:
+        gflop[point.key] = read_work(point).train_gflop
+        if point.size != largest:
+            small_points.append(point)
+
     by_key: dict[Key, Measured] = {}
-    for one in measured_points(plan, [point for point in points if point.size != largest]):
+    for one in measured_points(plan, small_points):
         by_key[one.key] = one
 
     found: dict[str, Any] = {}
-    for encoder in plan.encoders:
-        for length in plan.study.lengths:
-            keys = [(encoder, size, length, 1.0) for size in smaller]
-            if len(keys) < FEWEST_SIZES or not by_key.keys() >= set(keys):
-                continue
+    for encoder, length in itertools.product(plan.encoders, plan.study.lengths):
+        flops, measured = [], []
+        for size in smaller:
+            key = encoder, size, length, 1.0
+            if key in by_key:
+                flops.append(gflop[key])
+                measured.append(by_key[key])
+        if len(measured) < len(smaller):  # a point has not come to its end
+            continue
 
-            flops = np.array([gflop[key] for key in keys])
-            values = values_of([by_key[key] for key in keys])
-            aim = gflop[encoder, largest, length, 1.0]
-            entry: dict[str, Any] = {"train_gflop": aim, "from_sizes": smaller}
-            for law in (fit_log(flops, values), fit_power(flops, values)):
-                entry[law.kind] = interval(law.values(np.array([aim]))[:, 0])
-            found[f"{encoder}/{length}"] = entry
+        aim = gflop[encoder, largest, length, 1.0]
+        entry: dict[str, Any] = {"train_gflop": aim, "from_sizes": smaller}
+        costs, values = np.array(flops), values_of(measured)
+        for law in (fit_log(costs, values), fit_power(costs, values)):
+            entry[law.kind] = interval(law.values(np.array([aim]))[:, 0])
+        found[f"{encoder}/{length}"] = entry
     return found
 
 

@@ -6,13 +6,35 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config import ChannelConfig, ModelConfig, RunConfig, SplitConfig
+from pipeline.config import (
+    ChannelConfig,
+    ModelConfig,
+    RetrievalConfig,
+    RunConfig,
+    SplitConfig,
+)
 from pipeline.evaluate import slices
 from pipeline.sequences import store
 
 METRICS = ("ne", "baseline_ne", "auc", "baseline_auc", "gauc")
 NAMES = {"baseline_ne": "NE of the item's rate", "baseline_auc": "AUC of the item's rate"}
 SPLITS = ("val", "test")
+
+
+def _encoder_words(encoder: str) -> str:
+    if encoder == "ultra_hstu":
+        return "ULTRA-HSTU (arXiv:2602.16986)"
+    return f"The encoder `{encoder}`, one that ULTRA-HSTU is held against"
+
+
+def _answer_words(tasks: Sequence[str], retrieval: RetrievalConfig) -> str:
+    """What the model answers with."""
+    answers = []
+    if tasks:
+        answers.append("a probability per action")
+    if retrieval.enabled:
+        answers.append("vectors of users and items, whose product finds the next item")
+    return " and ".join(answers)
 
 
 def _transducer_words(model: ModelConfig) -> tuple[str, str, str]:
@@ -54,12 +76,12 @@ def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], r
         period, end = "test start", cfg.split.t_test
     return f"""# {cfg.model_name}, trained as `{cfg.name}`
 
-ULTRA-HSTU (arXiv:2602.16986): one user's history and the items to rank in one \
-sequence, a probability per action.
+{_encoder_words(cfg.model.encoder)}: one user's history and the items to rank in one \
+sequence, {_answer_words(cfg.tasks, cfg.retrieval)}.
 
 | | |
 |---|---|
-| tasks | {", ".join(cfg.tasks)} |
+| tasks | {", ".join(cfg.tasks) or "none: next items alone"} |
 | layers, width, heads | {layers}, {cfg.model.d_model}, {heads} |
 | attention | {window} |
 | truncation | {truncation} |
