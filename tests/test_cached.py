@@ -12,6 +12,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.rates import dense_width
 from pipeline.config import DenseFeature, RunConfig
 from pipeline.model.encoders.stu import projection_flops
+from pipeline.model.inference import cuda_graph
 from pipeline.model.inference.cached_scoring import (
     HistoryCache,
     encode_history,
@@ -19,7 +20,13 @@ from pipeline.model.inference.cached_scoring import (
     layer_outputs,
     score_candidates,
 )
-from pipeline.model.inference.cuda_graph import GraphedScorer, bucket_size, fill_room, make_room
+from pipeline.model.inference.cuda_graph import (
+    MOST_REPLAYS,
+    GraphedScorer,
+    bucket_size,
+    fill_room,
+    make_room,
+)
 from pipeline.model.tokens import target_mask
 from pipeline.model.work import (
     action_flops,
@@ -28,6 +35,7 @@ from pipeline.model.work import (
     head_flops,
     input_flops,
 )
+from tests.support.graphs import capture_no_candidates
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
 from tests.worlds.model import make_batch, make_config, make_model, tokens_at
 
@@ -254,6 +262,33 @@ def test_what_is_not_finite_leaves_the_room_with_its_history() -> None:
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["truncation", "mixture"])
+def test_a_few_users_are_replayed_one_after_another(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what a graph would hold is done again."""
+    monkeypatch.setattr(cuda_graph, "_capture", capture_no_candidates)
+    model, score = make_model(CONFIGS[name]), GraphedScorer()
+
+    def scores_of(lengths: list[int], num_candidates: list[int]) -> torch.Tensor:
+        batch = make_batch(lengths, num_candidates)
+        history, candidates = parts_of(batch)
+        caches = encode_history(model, history).split_histories()
+        scores = score(model, caches, candidates, 64)
+        torch.testing.assert_close(scores, model(batch), rtol=1e-6, atol=1e-6)
+        return scores
+
+    def replays() -> int:
+        return sum(graph.replayed for graph in score._graphs.values())
+
+    scores_of([300, 11, 70], [40, 3, 100])
+    assert replays() == 4, "a hundred candidates are two parts"
+    assert len(score._rooms) == 2, "of 256 and 512 rows"
+    scores_of([9] * (MOST_REPLAYS + 1), [2] * (MOST_REPLAYS + 1))
+    assert replays() == 4, "more users are launched together"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
@@ -267,8 +302,8 @@ def test_cuda_graphs_give_the_same_scores() -> None:
         for layer in broken.layers:
             layer.k_THD.fill_(torch.nan)
             layer.v_THV.fill_(torch.nan)
-        score(model, broken, candidates, 32)
-        scores = score(model, encode_history(model, history), candidates, 32)
+        score(model, [broken], candidates, 32)
+        scores = score(model, [encode_history(model, history)], candidates, 32)
         torch.testing.assert_close(
             scores.sigmoid(), model(batch.to("cuda")).sigmoid(), rtol=0, atol=1e-5
         )

@@ -16,17 +16,17 @@ from pipeline.batches.graphs import BatchGraphs
 from pipeline.batches.loader import EvaluationBatch, evaluation_batch
 from pipeline.config import ConfigError, ServeConfig, UserError
 from pipeline.model.artifact import LoadedModel, load_model
-from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache, score_candidates
+from pipeline.model.inference import cuda_graph
+from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import EventColumns, outcome_column
 from serve_app.columns import RankColumns
 from serve_app.history.published import PublishedSequences
 from serve_app.history.rows import posted_columns
-from serve_app.ranking import ranker as ranker_module
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, history_key, resident_bytes
 from serve_app.ranking.ranker import Ranker, candidate_probabilities, split_passes
 from serve_app.schemas import HistoryRow, RankRequest, RankResponse
-from tests.support.graphs import capture_none
+from tests.support.graphs import capture_no_candidates, capture_none
 from tests.worlds.model import make_config, make_model
 from tests.worlds.tiny import NOT_A_USER, NUM_USERS, publish_sequences, save_tiny_model, tiny_config
 
@@ -437,9 +437,9 @@ def test_fp8_for_serving_alone(world: tuple[Ranker, UserEvents]) -> None:
 def test_requests_that_come_alone_are_replayed(
     world: tuple[Ranker, UserEvents], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU: what a graph would hold is done again, and candidates are launched."""
+    """Without a GPU: what a graph would hold is done again."""
     monkeypatch.setattr(BatchGraphs, "_capture", capture_none)
-    monkeypatch.setattr(ranker_module, "GraphedScorer", lambda: score_candidates)
+    monkeypatch.setattr(cuda_graph, "_capture", capture_no_candidates)
     ranker, _ = world
     requests, scores = all_requests(world)
     limits = replace(ranker.limits, use_gpu=True, cuda_graphs=True)
@@ -458,10 +458,14 @@ def test_requests_that_come_alone_are_replayed(
     assert recorded == encoding.captured > 2
     assert encoding.replayed > replayed + 5  # others are appended to what is cached
 
-    # several together are launched
+    # many together are launched, a few are replayed one after another
     batches = encoding.batches
     np.testing.assert_allclose(as_array(graphed, requests[-20:]), scores_of(world, -20), atol=1e-6)
     assert encoding.batches == batches
+    fresh = Ranker(loaded, ranker.store, 1, "tiny", limits)
+    np.testing.assert_allclose(as_array(fresh, requests[-3:]), scores_of(world, -3), atol=1e-6)
+    assert fresh.graphed is not None
+    assert fresh.graphed._encoding.batches == 3
 
 
 def scores_of(world: tuple[Ranker, UserEvents], first: int) -> np.ndarray:

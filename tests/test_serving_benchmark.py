@@ -10,6 +10,7 @@ from benchmarks.serving.gpu_load import (
     Asker,
     Trial,
     best_of,
+    confirm_rate,
     find_highest_rate,
     plain_trial,
 )
@@ -77,6 +78,13 @@ def test_a_rate_below_the_first_is_found_by_halving() -> None:
     best = best_of(trials)
     assert [trial.rate for trial in trials[:3]] == [20, 10, 5]
     assert best is not None and best.rate == 5
+
+
+def test_a_rate_that_does_not_hold_for_longer_is_lowered() -> None:
+    again = confirm_rate(lambda rate: Trial(rate, 9, 0, 9.0, 0.5 * rate, 1.0), 119.0)
+    assert again.holds and round(again.rate) == 99
+    again = confirm_rate(lambda rate: Trial(rate, 9, 0, 9.0, 99.0, 1.0), 144.0)
+    assert not again.holds and round(again.rate) == 100
 
 
 def test_no_rate_holds() -> None:

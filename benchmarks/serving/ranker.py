@@ -127,7 +127,9 @@ class Passes:
 
     def graphed(self, cache: Any, candidates: SequenceBatch, micro_batch: int) -> torch.Tensor:
         return (
-            self.scorer(self.model, cache, candidates.to(self.device), micro_batch).sigmoid().cpu()
+            self.scorer(self.model, [cache], candidates.to(self.device), micro_batch)
+            .sigmoid()
+            .cpu()
         )
 
     def cold_graphed(

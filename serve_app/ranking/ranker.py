@@ -22,8 +22,13 @@ from pipeline.config import ServeConfig, UserError
 from pipeline.index.folder import LoadedIndex
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.appending import ChangedRows, append_history, changed_rows
-from pipeline.model.inference.cached_scoring import HistoryCache, encode_history, score_candidates
-from pipeline.model.inference.cuda_graph import GraphedScorer, bucket_sizes
+from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
+from pipeline.model.inference.cuda_graph import (
+    MOST_REPLAYS,
+    GraphedScorer,
+    bucket_sizes,
+    score_together,
+)
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.inference.quantize import as_served
 from pipeline.schema import DAY_MS
@@ -143,7 +148,7 @@ class Ranker:
 
         self.device = next(self.model.parameters()).device
         self.caches = HistoryCaches(budget or CacheBudget.of_mb(limits.cache_mb))
-        self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_candidates
+        self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_together
         self.graphed: GraphedModel | None = None  # passes over one user's whole history
         if limits.cuda_graphs and GraphedModel.fits(self.cfg.model):
             self.graphed = GraphedModel(self.model, self.cfg)
@@ -521,7 +526,7 @@ class Ranker:
             nothing = _without_rows(past, len(chosen))
             asked = _take_sequences(targets, chosen)
             batch = collate(nothing, asked, users[chosen], self.maps, self.inputs)
-            caches = HistoryCache.join_histories([encoded[i] for i in chosen])
+            caches = [encoded[i] for i in chosen]
 
             with self.precision():
                 logits = score(self.model, caches, batch.to(self.device), self.limits.micro_batch)
@@ -542,7 +547,7 @@ class Ranker:
             encoded = dict(self._encode(history, users[chosen], every))
             in_order = [encoded[key] for key in every]
             scores.append(
-                self._score_encoded(history, asked, users[chosen], in_order, score_candidates)
+                self._score_encoded(history, asked, users[chosen], in_order, score_together)
             )
         return np.concatenate(scores)
 
@@ -656,17 +661,29 @@ class Ranker:
         rows = np.array([missing[key] for key in shortest_first], np.int64)
 
         for chosen in split_passes(lengths[rows], self.limits.batch_tokens):
-            history = _take_sequences(past, rows[chosen])
-            nothing = _without_rows(past, len(chosen))
-            batch = collate(history, nothing, users[rows[chosen]], self.maps, self.inputs)
-
-            with self.precision():
-                if self.graphed is not None and len(chosen) == 1:
-                    encoded = self.graphed.encode_history(batch)
-                else:
-                    encoded = encode_history(self.model, batch.to(self.device))
-                caches = encoded.split_histories()
+            caches = self._encode_together(past, users, rows[chosen])
             yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
+
+    def _encode_together(
+        self, past: Events, users: np.ndarray, rows: np.ndarray
+    ) -> list[HistoryCache]:
+        """Encoded histories of some of `past`; where there are graphs, a few are replayed one after
+        another, which takes less than launching a pass over all of them.
+        """
+        if self.graphed is not None and 1 < len(rows) <= MOST_REPLAYS:
+            caches: list[HistoryCache] = []
+            for row in rows:
+                caches += self._encode_together(past, users, np.array([row]))
+            return caches
+
+        history = _take_sequences(past, rows)
+        batch = collate(
+            history, _without_rows(past, len(rows)), users[rows], self.maps, self.inputs
+        )
+        with self.precision():
+            if self.graphed is not None and len(rows) == 1:
+                return [self.graphed.encode_history(batch)]
+            return encode_history(self.model, batch.to(self.device)).split_histories()
 
     @contextmanager
     def precision(self) -> Iterator[None]:

@@ -1,5 +1,5 @@
-"""The candidate pass as CUDA graphs: for one user's candidates, launching the kernels takes longer
-than running them.
+"""The candidate pass as CUDA graphs: for a few users' candidates, launching the kernels takes
+longer than running them.
 
 A graph holds fixed addresses and sizes. So a user's keys and values are copied into room of a
 bucket's size first, the candidates too, and the offsets, which the kernels read on the device, say
@@ -7,7 +7,9 @@ how much of it counts.
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from pipeline.model.inference.cached_scoring import (
 from pipeline.model.ranker import RankingModel
 
 FEWEST_ROWS, FEWEST_KEYS = 64, 256  # of a bucket; larger ones are powers of two
+# users together up to which they go one after another: launching a pass over all of them takes the
+# host as long as so many replays
+MOST_REPLAYS = 8
 WARM_UPS = 2  # passes before a capture: they compile kernels and make what is kept between passes
 
 
@@ -34,7 +39,8 @@ class _Graph:
 
 
 class GraphedScorer:
-    """`score_candidates` on a GPU; several users together go the ordinary way.
+    """`score_candidates` on a GPU, a few users one after another; more of them are launched
+    together.
 
     Besides the graphs it holds room for a history in each bucket of lengths that has come, all
     together at most twice what the longest takes. Threads take turns: the room is shared.
@@ -46,19 +52,36 @@ class GraphedScorer:
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
     def __call__(
-        self, model: RankingModel, cache: HistoryCache, batch: SequenceBatch, micro_batch: int
+        self,
+        model: RankingModel,
+        caches: Sequence[HistoryCache],
+        batch: SequenceBatch,
+        micro_batch: int,
     ) -> Tensor:
-        if batch.num_sequences > 1:
-            return score_candidates(model, cache, batch, micro_batch)
+        """Logits, float32 [C, tasks], of the candidates of the users whose histories are `caches`,
+        in the order of `batch`.
+        """
+        if len(caches) > MOST_REPLAYS:
+            return score_together(model, caches, batch, micro_batch)
+
         x_CE = model.encoder.candidate_rows(batch)
-        sizes = tuple(bucket_size(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
+        bounds = batch.on_host.seq_offsets.tolist()
+        parts: list[Tensor] = []
         with self._lock:
-            if sizes not in self._rooms:
-                self._rooms[sizes] = make_room(cache, sizes)
-            room = self._rooms[sizes]
-            fill_room(room, cache)
-            parts = [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
+            for cache, (begin, end) in zip(caches, pairwise(bounds), strict=True):
+                parts += self._score_user(model, cache, x_CE[begin:end], micro_batch)
         return model.score_rows(torch.cat(parts), batch)
+
+    def _score_user(
+        self, model: RankingModel, cache: HistoryCache, x_CE: Tensor, micro_batch: int
+    ) -> list[Tensor]:
+        """The transducers' outputs of one user's candidates, in parts."""
+        sizes = tuple(bucket_size(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
+        if sizes not in self._rooms:
+            self._rooms[sizes] = make_room(cache, sizes)
+        room = self._rooms[sizes]
+        fill_room(room, cache)
+        return [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
 
     def _replay(
         self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor
@@ -72,6 +95,13 @@ class GraphedScorer:
         captured.row_offsets[1].fill_(num_rows)
         captured.graph.replay()
         return captured.out_CE[:num_rows].clone()
+
+
+def score_together(
+    model: RankingModel, caches: Sequence[HistoryCache], batch: SequenceBatch, micro_batch: int
+) -> Tensor:
+    """`score_candidates` of the users whose histories are `caches`."""
+    return score_candidates(model, HistoryCache.join_histories(caches), batch, micro_batch)
 
 
 def bucket_size(size: int, fewest: int) -> int:
