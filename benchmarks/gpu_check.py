@@ -1,9 +1,12 @@
 """Every kernel's parity on the GPU at hand, within a time: the first thing to run on a new machine.
 
-    python -m benchmarks.gpu_check [--seconds 220] [--only tokens model layer tables attention]
-    [--compile] [--out FILE]
-    TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke     # without a GPU: that checks and
-    benchmarks run at all
+    python -m benchmarks.gpu_check --seconds 220 --out checked.json
+    # some suites, some of their checks
+    python -m benchmarks.gpu_check --only attention layer --match prefix "own view"
+    # leaves the benchmarks' kernels compiled too
+    python -m benchmarks.gpu_check --compile --out checked.json
+    # without a GPU: that checks and benchmarks run at all
+    TRITON_INTERPRET=1 python -m benchmarks.gpu_check --smoke
 
 Prints a line for each check that fails and one for each that found no time; ends with 1 if there is
 any. What has run least on GPUs goes first. Then, without paying for parity again: `python -m

@@ -350,6 +350,8 @@ def test_hopper_builds_use_its_tensor_cores_and_copy_engine(builds):
     for name, build in found.items():
         assert build["wgmma"] > 0, name
         assert build["bulk_copies"] > 0, name
+        assert build["waits"] < build["wgmma"] / 2, f"{name}: its products wait for each other"
+        assert build["layouts"] == 1, f"{name}: of two layouts ptxas makes wrong addresses"
         assert build["shared"] <= 227 * 1024, name
         if "128" in name and build["warps"] == 4:
             assert build["shared"] <= 113 * 1024, (

@@ -1,14 +1,16 @@
 """Semi-local attention on one GPU: parity first, then times, beside PyTorch's own attention in the
 same run.
 
-    python -m benchmarks.kernels.attention                       # parity and times, writes
-    benchmarks/runs/attention.json python -m benchmarks.kernels.attention --parity-only
-    python -m benchmarks.kernels.attention --checked FILE        # parity as `benchmarks.gpu_check
-    --out FILE` has just found it TRITON_INTERPRET=1 python -m benchmarks.kernels.attention --smoke
-    # without a GPU: tiny calls, no times
-    python -m benchmarks.kernels.attention --cpu                 # the blocked form against the
-    dense one, attention_cpu.json python -m benchmarks.kernels.attention --report FILE ...     #
-    tables and plots into benchmarks/RESULTS.md
+    # parity and times, into benchmarks/runs/attention.json
+    python -m benchmarks.kernels.attention
+    python -m benchmarks.kernels.attention --parity-only
+    # parity as `benchmarks.gpu_check --out FILE` has just found it
+    python -m benchmarks.kernels.attention --checked FILE
+    # without a GPU: tiny calls and no times; the blocked form against the dense one
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.attention --smoke
+    python -m benchmarks.kernels.attention --cpu
+    # tables and plots in benchmarks/RESULTS.md
+    python -m benchmarks.kernels.attention --report FILE ...
 
 Inputs are normal with unit scale. A time is the median of 30 runs by device events
 (`benchmarks.gpu.Timer`), with what 10 and 90 % of them do not pass. At lengths where PyTorch's

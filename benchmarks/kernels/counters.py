@@ -1,13 +1,15 @@
 """How near the attention kernels come to what the chip can do, by its hardware counters.
 
-    ncu --set full --clock-control none --csv --page raw --print-units base \\
-        --profile-from-start off python -m benchmarks.kernels.counters > counters.csv
+    ncu --metrics $(python -m benchmarks.kernels.counters --metrics) --clock-control none --csv \\
+        --page raw --print-units base --profile-from-start off \\
+        python -m benchmarks.kernels.counters > counters.csv
     python -m benchmarks.kernels.counters --read counters.csv    → runs/counters_h200.json
 
-Nsight Compute replays every kernel of the cases below once for each group of counters. What is
-kept: time; the bytes a second that come from L2 to the multiprocessors; and, in per cent of their
-peak, how busy the memory, that way from L2, the tensor cores, the special functions and the issue
-of instructions are. Nothing reaches its peak for long: a copy keeps the memory busy for some 90 %.
+`--cases` takes some of the cases alone, in both commands; the file keeps what it has of the others.
+Nsight Compute replays every kernel once for each group of counters. What is kept: time; the bytes
+a second that come from L2 to the multiprocessors; and, in per cent of their peak, how busy the
+memory, that way from L2, the tensor cores, the special functions and the issue of instructions are.
+Nothing reaches its peak for long: a copy keeps the memory busy for some 90 %.
 """
 
 import argparse
@@ -41,13 +43,19 @@ def counted_cases() -> dict[str, Case]:
         "semi-local 16384": even(16384, SEMI_LOCAL),
         "semi-local, prefix of 4 16384": even(16384, {**SEMI_LOCAL, "prefix": 4}),
         "causal 16384": even(16384, CAUSAL),
+        "bias causal 1024": even(1024, CAUSAL, bias=True),
     }
 
 
-def run_cases() -> None:
+def kernels_of(case: Case) -> list[str]:
+    """The kernels of a forward and a backward, in the order of their launches."""
+    return ["forward", "backward_queries", "backward_keys"] + ["backward_bias"] * case.bias
+
+
+def run_cases(names: list[str]) -> None:
     """Each case once forward and backward, compiled before."""
-    for case in counted_cases().values():
-        calls = our_calls(case)
+    for name in names:
+        calls = our_calls(counted_cases()[name])
         for call in calls.values():
             call()
         torch.cuda.synchronize()
@@ -59,23 +67,23 @@ def run_cases() -> None:
         torch.cuda.cudart().cudaProfilerStop()
 
 
-def read_counters(path: Path) -> dict[str, dict[str, Any]]:
-    """By case and kernel; kernels come in the order of the cases, three of ours in each."""
+def read_counters(path: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """By case and kernel. Launches come in the order of the cases."""
+    launches = []
+    for name in names:
+        launches += [(name, kernel) for kernel in kernels_of(counted_cases()[name])]
+    kernels = {kernel for _, kernel in launches}
     lines = [line for line in path.read_text().splitlines() if line.startswith('"')]
-    rows = csv.DictReader(lines)
-    ours = [
-        row
-        for row in rows
-        if row["Kernel Name"] in ("forward", "backward_queries", "backward_keys")
-    ]
-    names = [name for name in counted_cases() for _ in range(3)]
+    rows = [row for row in csv.DictReader(lines) if row["Kernel Name"] in kernels]
+
     found: dict[str, dict[str, Any]] = {}
-    for name, row in zip(names, ours, strict=False):
+    for (name, kernel), row in zip(launches, rows, strict=False):  # fewer when it was cut off
+        assert row["Kernel Name"] == kernel, f"{row['Kernel Name']} where {kernel} was launched"
         numbers = {}
         for own, theirs in METRICS.items():
             if row.get(theirs):
                 numbers[own] = float(row[theirs].replace(",", ""))
-        found.setdefault(name, {})[row["Kernel Name"]] = numbers
+        found.setdefault(name, {})[kernel] = numbers
     return found
 
 
@@ -85,15 +93,24 @@ def main() -> None:
     )
     parser.add_argument("--read", type=Path, metavar="FILE", help="ncu's table, instead of running")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "counters_h200.json")
+    parser.add_argument("--metrics", action="store_true", help="print their names for ncu")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(counted_cases()), default=list(counted_cases())
+    )
     arguments = parser.parse_args()
+    if arguments.metrics:
+        print(",".join(METRICS.values()))
+        return
     if arguments.read is None:
-        run_cases()
+        run_cases(arguments.cases)
         print(json.dumps(versions()))
         return
-    found = read_counters(arguments.read)
+
+    found = json.loads(arguments.out.read_text())["counters"] if arguments.out.exists() else {}
+    found |= read_counters(arguments.read, arguments.cases)
     write_run(arguments.out, {"counters": found})
-    for case, kernels in found.items():
-        for kernel, numbers in kernels.items():
+    for case in arguments.cases:
+        for kernel, numbers in found.get(case, {}).items():
             print(case, kernel, json.dumps(numbers))
 
 

@@ -1,14 +1,17 @@
 """The STU layer on one GPU: parity first, then times of the layer, its products and its row
 kernels.
 
-    python -m benchmarks.kernels.layer                           # parity and times, writes
-    benchmarks/runs/layer.json python -m benchmarks.kernels.layer --parity-only
-    python -m benchmarks.kernels.layer --checked FILE            # parity as `benchmarks.gpu_check
-    --out FILE` has just found it python -m benchmarks.kernels.layer --no-parity --only rows host_us
-    # these sections, into the same file TRITON_INTERPRET=1 python -m benchmarks.kernels.layer
-    # --smoke    # without a GPU: tiny calls, no times
-    python -m benchmarks.kernels.layer --report FILE             # its section of
-    benchmarks/RESULTS.md
+    # parity and times, into benchmarks/runs/layer.json
+    python -m benchmarks.kernels.layer
+    python -m benchmarks.kernels.layer --parity-only
+    # parity as `benchmarks.gpu_check --out FILE` has just found it
+    python -m benchmarks.kernels.layer --checked FILE
+    # some sections alone, into the same file
+    python -m benchmarks.kernels.layer --no-parity --only rows host_us
+    # without a GPU: tiny calls and no times
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.layer --smoke
+    # its section of benchmarks/RESULTS.md
+    python -m benchmarks.kernels.layer --report FILE
 
 d = 512, 4 heads of 128, 65,536 tokens in bfloat16 unless said; inputs are normal with unit scale.
 A time is the median of 30 runs by device events (`benchmarks.gpu.Timer`), with what 10 and 90 % of

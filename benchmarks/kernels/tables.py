@@ -1,14 +1,15 @@
 """Kernels of tables and jagged rows on one GPU: parity first, then times beside copies, gathers and
 plain PyTorch.
 
-    python -m benchmarks.kernels.tables                 # parity and times, writes
-    benchmarks/runs/tables.json
+    # parity and times, into benchmarks/runs/tables.json
+    python -m benchmarks.kernels.tables
     python -m benchmarks.kernels.tables --parity-only
-    python -m benchmarks.kernels.tables --checked FILE  # parity as `benchmarks.gpu_check --out`
-    has just found it
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.tables --smoke   # without a GPU: tiny calls, no
-    times
-    python -m benchmarks.kernels.tables --report FILE ...   # its section of benchmarks/RESULTS.md
+    # parity as `benchmarks.gpu_check --out FILE` has just found it
+    python -m benchmarks.kernels.tables --checked FILE
+    # without a GPU: tiny calls and no times
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.tables --smoke
+    # its section of benchmarks/RESULTS.md
+    python -m benchmarks.kernels.tables --report FILE ...
 
 A time is the median of 30 runs, 20 with the sampled softmax, by device events, with the L2 flushed
 before each (`benchmarks.gpu.Timer`), and what 10 and 90 % of them do not pass. What is compared

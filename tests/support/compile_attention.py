@@ -93,15 +93,17 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            [TOOLS / "cuobjdump", "-res-usage", "-sass", file.name],
             capture_output=True,
             text=True,
             check=True,
         )
     stack = re.search(r"STACK:(\d+)", usage.stdout)
     assert stack is not None, usage.stdout
-    ptx = compiled.asm["ptx"]
+    ptx, layouts = compiled.asm["ptx"], re.findall("swizzlingByteWidth = ..", compiled.asm["ttgir"])
     return {
+        "waits": len(re.findall("HGMMA.*gsb0", usage.stdout)),
+        "layouts": len(set(layouts)),
         "shared": compiled.metadata.shared,
         "stack": int(stack[1]),
         "warps": tile.warps,
