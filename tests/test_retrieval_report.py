@@ -75,7 +75,7 @@ def test_each_part_shows_what_was_measured(tmp_path: Path) -> None:
     assert "| 64 | 4k |  | 0.3000 ± 0.0000 (2) |  |  | 0.3200 ± 0.0141 (2) |" in section
     assert "AXBN in 1 of 2" in section
     assert "| 64 | 4k |  |  | 0.87 |" in section
-    draw = "| ULTRA-HSTU | 0.5 | 0.05 | 0.05 | 2e-3 | 8e-3 | 0.1000 | 2 |"
+    draw = "| ULTRA-HSTU | 0.5 | 0.05 | 0.05 | 2e-3 | 8e-3 | 2 | 0.1000 | 2 |"
     assert f"{draw} 0.2500 ± 0.0000 | 0.0500 ± 0.0000 |" in section
     assert "| ranking alone | 1 | 0.7511 | 0.8000 |" in section
     assert "| full, float32 | ours | 12.35 | 0.500 | 1e-06 |" in section
@@ -117,9 +117,9 @@ def test_the_second_seed_decides_between_the_best_draws(tmp_path: Path) -> None:
     assert chosen_draw(tried_draws(runs, "sasrec")) == DRAWS[2]
 
     shown = choice_part({"runs": runs})
-    assert "| 0.1 | 0.05 | 0.05 | 2e-3 | 8e-3 | 0.0500 (2) |  |" in shown
-    assert "| 0.1 | 0.2 | 0.05 | 2e-3 | 8e-3 | **0.0800 (2)** |  |" in shown
-    assert "| 0.2 | 0.1 | 0.05 | 2e-3 | 8e-3 | 0.0700 (1) | **0.0500 (1)** |" in shown
+    assert "| 0.1 | 0.05 | 0.05 | 2e-3 | 8e-3 | 2 | 0.0500 (2) |  |" in shown
+    assert "| 0.1 | 0.2 | 0.05 | 2e-3 | 8e-3 | 2 | **0.0800 (2)** |  |" in shown
+    assert "| 0.2 | 0.1 | 0.05 | 2e-3 | 8e-3 | 2 | 0.0700 (1) | **0.0500 (1)** |" in shown
 
 
 def test_only_what_is_missing_is_trained_for_the_choice() -> None:

@@ -10,8 +10,9 @@ from pipeline.figures import Figures, read_runs
 ID_DROPOUT, DROPOUT = "features.item_id_dropout=", "model.dropout="
 TEMPERATURE = "retrieval.temperature="
 LR, EMBEDDING_LR = "train.lr=", "train.embedding_lr="
+LAYERS = "model.num_layers="
 DRAWS: tuple[tuple[str, ...], ...] = (
-    (),  # ids .5, dropout .05, temperature .05, rates .002 and .008
+    (),  # ids .5, dropout .05, temperature .05, rates .002 and .008, two layers
     (ID_DROPOUT + "0.1",),
     (ID_DROPOUT + "0.1", DROPOUT + "0.2"),
     (ID_DROPOUT + "0.2", DROPOUT + "0.1"),
@@ -20,6 +21,9 @@ DRAWS: tuple[tuple[str, ...], ...] = (
     (ID_DROPOUT + "0.3", DROPOUT + "0.1", TEMPERATURE + "0.07"),
     (ID_DROPOUT + "0.2", DROPOUT + "0.2", EMBEDDING_LR + "4e-3"),
     (ID_DROPOUT + "0.2", DROPOUT + "0.1", LR + "1e-3", EMBEDDING_LR + "4e-3"),
+    (ID_DROPOUT + "0.1", DROPOUT + "0.1", LAYERS + "4"),
+    (ID_DROPOUT + "0.3", DROPOUT + "0.2", LAYERS + "4"),
+    (ID_DROPOUT + "0.2", DROPOUT + "0.2", EMBEDDING_LR + "4e-3", LAYERS + "4"),
 )
 NUM_FINALISTS = 2  # draws of an encoder that get the second seed
 SEEDS = (0, 1)
@@ -41,7 +45,7 @@ def tried_draws(runs: Sequence[Figures], name: str) -> Tried:
 
 def draw_of(run: Figures) -> tuple[str, ...]:
     """The settings of a run that are its draw's."""
-    keys = (ID_DROPOUT, DROPOUT, TEMPERATURE, LR, EMBEDDING_LR)
+    keys = (ID_DROPOUT, DROPOUT, TEMPERATURE, LR, EMBEDDING_LR, LAYERS)
     return tuple(part for part in run["set"] if part.startswith(keys))
 
 

@@ -14,6 +14,7 @@ from benchmarks.quality.retrieval_draws import (
     DROPOUT,
     EMBEDDING_LR,
     ID_DROPOUT,
+    LAYERS,
     LR,
     NUM_FINALISTS,
     TEMPERATURE,
@@ -61,6 +62,7 @@ SETTINGS = {
     TEMPERATURE: ("temperature", "0.05"),
     LR: ("rate", "2e-3"),
     EMBEDDING_LR: ("rate of tables", "8e-3"),
+    LAYERS: ("layers", "2"),
 }
 TASKS = ("is_click", "long_view", "is_like", "is_profile_enter")
 
@@ -178,8 +180,8 @@ def choice_part(choice: Figures) -> str:
     runs = choice["runs"]
     return f"""### Settings for the next items of KuaiRand
 
-NDCG@10 on the validation period at the best of every second epoch, two layers of width 64, in
-bfloat16. Every encoder was trained with the same draws of settings, and with a second seed with
+NDCG@10 on the validation period at the best of every second epoch, at width 64 and in bfloat16.
+Every encoder was trained with the same draws of settings, and with a second seed with
 the {NUM_FINALISTS} draws that were best: their mean, and the number of seeds in brackets. **Bold**
 is what an encoder has in the next table.
 
@@ -228,8 +230,8 @@ def _kuairand_alone(runs: Sequence[Figures]) -> str:
     return f"""### Next liked or long-viewed items of KuaiRand
 
 The items that a user likes or watches long in the test period, among all of the subset, from the
-history before that period; those seen before are left out. Two layers of width 64, trained up to
-the validation period in bfloat16; of 8 epochs every second one was scored there, and the best on
+history before that period; those seen before are left out. Width 64, trained up to the validation
+period in bfloat16; of 8 epochs every second one was scored there, and the best on
 the test period, once. `validation` is NDCG@10 there at the epochs chosen. Of a model with several
 rows the best of these counts.
 
