@@ -198,6 +198,8 @@ def test_nothing_left_is_an_empty_list_that_says_so(served: Served, ask):
         ({"filter": {"author": "x"}}, ["body", "filter", "author"], "an integer, as the column is"),
         ({"filter": {"name": {"below": 3}}}, ["body", "filter", "name"], "has no range"),
         ({"filter": {"author": 2**70}}, ["body", "filter", "author"], "an integer"),
+        ({"filter": {"author": []}}, ["body", "filter", "author"], "a list of 1 to 1000 values"),
+        ({"filter": {"author": {"min": 3}}}, ["body", "filter", "author"], "a range by at_least"),
         ({"diversify": {}}, ["body", "diversify"], "give mmr, or per with at_most"),
         ({"diversify": {"per": "author"}}, ["body", "diversify"], "belong together"),
         (
@@ -221,7 +223,7 @@ def test_a_refusal_names_field_and_value(api: FastAPI, fields: dict, loc: list, 
     answer = call(api, "POST", PATH, json={"user_id": 3} | fields)
     assert answer.status_code == 422
     listed = answer.json()["detail"]
-    assert loc in [problem["loc"] for problem in listed]
+    assert [problem["loc"] for problem in listed] == [loc]
     assert message in " ".join(problem["msg"] for problem in listed)
 
     many = call(

@@ -158,8 +158,8 @@ def train_and_score(options: argparse.Namespace, name: str, seed: int) -> dict[s
         *_, (_, model) = trained_epochs(cfg, maps, options.device)
         found = score_model(cfg, maps, model, options.split, options.device)
 
-    facts = {"name": name, "seed": seed, "split": options.split, "epochs": epochs}
-    facts |= {"validation": validation, "set": options.set}
+    facts: dict[str, object] = {"name": name, "seed": seed, "split": options.split}
+    facts |= {"epochs": epochs, "validation": validation, "set": options.set}
     return facts | {"seconds": time.perf_counter() - begin} | found
 
 

@@ -3,7 +3,16 @@
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pipeline.recommend.filters import Condition, Range
 from pipeline.recommend.retriever import ColumnCap, MarginalRelevance, Wish
@@ -44,8 +53,21 @@ class RangeFilter(StrictModel):
         return self
 
 
+def _told_once(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """One message where each kind of condition would have one of its own."""
+    try:
+        return check(value)
+    except ValidationError:
+        rule = (
+            "must be a value, a list of 1 to {most} values, or a range by at_least, above, at_most "
+            "and below"
+        )
+        raise PydanticCustomError("filter", rule, {"most": MOST_VALUES}) from None
+
+
 FilterValue = Annotated[list[Scalar], Field(min_length=1, max_length=MOST_VALUES)]
-Filters = dict[Name, Scalar | FilterValue | RangeFilter]
+FilterCondition = Annotated[Scalar | FilterValue | RangeFilter, WrapValidator(_told_once)]
+Filters = dict[Name, FilterCondition]
 
 
 class Diversify(StrictModel):
