@@ -89,12 +89,27 @@ def print_start(cfg: RunConfig, champion: "PinnedModel", url: str, mlflow_url: s
         print(f"a page to look at: {url}/")
     print(f"MLflow: {mlflow_url}")
     print(f"logs: {cfg.run_dir / 'serving' / 'logs'}")
+    print(open_ports())
 
     body = replay.demo_request(cfg).body
     body["candidates"] = body["candidates"][:5]
     key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
     sent = shlex.quote(json.dumps(body))
     print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
+
+
+def open_ports() -> str:
+    """What listens on all addresses whatever `serve.host` says: Ray has no setting for it."""
+    from pipeline.cluster import HAPROXY_METRICS_PORT, HAPROXY_STATS_PORT
+
+    ports = []
+    for name, key in (("statistics", HAPROXY_STATS_PORT), ("metrics", HAPROXY_METRICS_PORT)):
+        if key in os.environ:  # of a cluster of our own
+            ports.append(f"HAProxy's {name} on port {os.environ[key]}")
+    return (
+        f"open on all addresses of this machine: {', '.join([*ports, 'ports of Ray itself'])}. "
+        "Where others reach it, a firewall closes all but the server's (docs/operate/security.md)"
+    )
 
 
 def open_page(url: str) -> None:

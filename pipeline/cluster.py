@@ -37,6 +37,11 @@ OWNER = "owner"  # in a local cluster's folder: the driver's pid, locked while i
 SINGLE_PORTS = range(26_000, 32_000)
 BLOCKS_OF_PORTS = range(20_000, 26_000)
 REPLICA_PORTS = 50  # ports a local cluster sets aside for Serve's replicas, per protocol
+# in the environment while a local cluster lives
+HAPROXY_STATS_PORT, HAPROXY_METRICS_PORT = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+)
 # This process's cluster is a private one, so nobody but us has room on it, and it does not grow.
 _is_private = False
 KEPT_LOGS = 10  # starts of the server whose logs are kept
@@ -307,8 +312,8 @@ def serve_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/haproxy/metrics.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{folder}/haproxy",
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy/server-state",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        HAPROXY_METRICS_PORT: str(free_port()),
+        HAPROXY_STATS_PORT: str(free_port()),
         # What an ingress that dies had taken in, another one answers: no request of ours does harm
         # when it is done twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": os.environ.get(

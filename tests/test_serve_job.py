@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from jobs import cli
-from jobs.serve import find_champion, require_cluster
+from jobs.serve import find_champion, open_ports, require_cluster
 from pipeline import cluster
 from pipeline.cluster import KEPT_LOGS, free_port, keep_serve_logs
 from pipeline.config import Outage
@@ -77,6 +77,21 @@ def test_the_job_ends_with_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.wait_for_interrupt(require_cluster)
     monkeypatch.undo()
     assert cluster.lost_processes() == [], "no cluster of ours runs"
+
+
+def test_what_ray_opens_to_the_network_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = cluster.serve_environment(tmp_path)
+    for name, port in environment.items():
+        monkeypatch.setenv(name, port)
+    said = open_ports()
+    assert f"statistics on port {environment['RAY_SERVE_HAPROXY_STATS_PORT']}," in said
+    assert f"metrics on port {environment['RAY_SERVE_HAPROXY_METRICS_PORT']}," in said
+
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_STATS_PORT")
+    assert "statistics" not in open_ports(), "a cluster that somebody else started"
+    cluster.release_replica_ports(tmp_path)
 
 
 def test_logs_outlive_the_cluster(tmp_path: Path) -> None:
