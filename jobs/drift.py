@@ -8,10 +8,15 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import cli
 from pipeline import config
 from pipeline.files import write_atomically
+
+if TYPE_CHECKING:
+    from pipeline.sequences.store import Manifest
 
 # what takes seconds to import is imported where it is used, after the settings were read
 
@@ -28,20 +33,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
-    from pipeline.sequences import store
     from pipeline.sequences.quality import drift
 
-    cfg, options = job.cfg, job.options
-    if options.days is not None and options.days < 1:
-        raise config.UserError(f"--days must be 1 or more, got {options.days}")
-
-    # the two versions: a folder that was named, else the published sequences and those before
-    later = drift.find_store(options.after) if options.after else cfg.sequence_dir
-    earlier = drift.find_store(options.before) if options.before else later
-    manifest = store.read_manifest(earlier) if options.before else drift.version_before(later)
-
-    before = drift.count_profile(earlier, manifest, options.days)
-    after = drift.count_profile(later, store.read_manifest(later), options.days)
+    cfg, days = job.cfg, job.options.days
+    earlier, later = find_versions(job)
+    before = drift.count_profile(*earlier, days)
+    after = drift.count_profile(*later, days)
     changes = drift.compare_profiles(before, after, cfg.drift)
 
     crossed = [change.quantity for change in changes if change.crossed]
@@ -49,7 +46,7 @@ def run_job(job: cli.Job) -> None:
     content = {
         "before": before.digest,
         "after": after.digest,
-        "days": options.days,
+        "days": days,
         "crossed": crossed,
         "changes": [asdict(change) for change in changes],
     }
@@ -61,11 +58,35 @@ def run_job(job: cli.Job) -> None:
         sys.exit(1)
 
 
+def find_versions(job: cli.Job) -> "tuple[tuple[Path, Manifest], tuple[Path, Manifest]]":
+    """The earlier and the later version, each as its folder and manifest: of a folder that was
+    named, else the published sequences and those before.
+
+    Raises:
+        UserError: there is no such version, or no day to look at.
+    """
+    from pipeline.sequences import store
+    from pipeline.sequences.quality import drift
+
+    options = job.options
+    if options.days is not None and options.days < 1:
+        raise config.UserError(f"--days must be 1 or more, got {options.days}")
+
+    later = drift.find_store(options.after) if options.after else job.cfg.sequence_dir
+    published = store.read_manifest(later)
+    if options.before:
+        earlier = drift.find_store(options.before)
+        return (earlier, store.read_manifest(earlier)), (later, published)
+    return (later, drift.version_before(later)), (later, published)
+
+
 def plan_job(job: cli.Job) -> dict[str, object]:
     cfg = job.cfg
+    (before, _), (after, _) = find_versions(job)
     limits = {name: limit for name, limit in config.to_dict(cfg.drift).items() if limit is not None}
     return {
-        "after": str(cfg.sequence_dir),
+        "before": str(before),
+        "after": str(after),
         "limits": limits,
         "writes": str(cfg.run_dir / "report" / "drift.json"),
     }

@@ -3,6 +3,7 @@
 import argparse
 
 from jobs import cli
+from pipeline.config import UserError
 
 # what takes seconds to import is imported where it is used, after the settings were read
 
@@ -14,15 +15,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_job(job: cli.Job) -> None:
     from pipeline import tracking
 
+    check_port(job.options.port)
     with tracking.session(job.cfg, job.options.port) as tracker:
         print(f"MLflow: {tracker.server_url}")
         print(f"runs:   {tracker.list_url}")
         cli.wait_for_interrupt()
 
 
+def check_port(port: int) -> None:
+    """Raises UserError for a number that is no port."""
+    if not 0 < port < 2**16:
+        raise UserError(f"--port must be from 1 to {2**16 - 1}, got {port}")
+
+
 def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline import tracking
 
+    check_port(job.options.port)
     return tracking.plan_session(job.cfg)
 
 

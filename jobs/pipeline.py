@@ -129,10 +129,11 @@ def check_options(job: cli.Job) -> None:
     """Say now what a turn of the loop would find later.
 
     Raises:
-        UserError: the logs are of its user's own, or `--promote-if` names no task or has no
-            `--loop`.
+        UserError: the logs are of its user's own, nobody is to visit, or `--promote-if` names no
+            task or has no `--loop`.
     """
-    looped, promote_if = job.options.loop is not None, job.options.promote_if
+    visits, promote_if = job.options.loop, job.options.promote_if
+    looped = visits is not None
     if promote_if is not None and not looped:
         raise UserError("--promote-if goes with --loop; for a server that runs see jobs.verdict")
     cli.require_task(job.cfg.tasks, promote_if)
@@ -140,6 +141,8 @@ def check_options(job: cli.Job) -> None:
         from serve_app.feedback import turn
 
         turn.refuse_real_logs(job.cfg.source.kind)
+        if visits < turn.DAYS:
+            raise UserError(f"--loop must be {turn.DAYS} or more, a visit a day, got {visits}")
 
 
 def check_settings(cfg: RunConfig) -> None:

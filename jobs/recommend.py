@@ -78,6 +78,8 @@ def _read_request(job: cli.Job) -> "tuple[int, ArrowOptions]":
         named = f"--request {where}" if where else "--request"  # what is no JSON has no place
         raise UserError(f"{named}: {first['msg']}, got {first['input']!r}") from None
 
+    if asked.order_by is None and not job.cfg.tasks:
+        raise UserError("tasks: []: lists are ordered by a task's score, and there is none")
     limit = job.cfg.serve.max_recommended
     if asked.n > limit:
         raise UserError(

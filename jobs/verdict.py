@@ -6,6 +6,7 @@ the figures to MLflow. With `--promote-if TASK` the canary becomes champion if i
 worse at none, not slower than it may be and not failing more; exit code 1 if not (yet)."""
 
 import argparse
+import math
 import sys
 
 from jobs import cli
@@ -32,7 +33,7 @@ def run_job(job: cli.Job) -> None:
 
     cfg, task = job.cfg, job.options.promote_if
     version = find_canary(cfg.serve.canary, job.options.canary)
-    cli.require_task(cfg.tasks, task)
+    check_options(job)
 
     verdict = judge_canary(cfg.serve, cfg.tasks, cfg.run_dir, version, job.options.max_slower)
     print("\n".join(verdict_lines(verdict)))
@@ -56,9 +57,20 @@ def find_canary(canary: CanaryConfig | None, given: int | None) -> int:
     return canary.version
 
 
+def check_options(job: cli.Job) -> None:
+    """Raises UserError for a task that there is not, or a limit that is no number of 0 or more: no
+    p99 is above what is not a number.
+    """
+    cli.require_task(job.cfg.tasks, job.options.promote_if)
+    max_slower = job.options.max_slower
+    if not 0 <= max_slower < math.inf:
+        raise UserError(f"--max-slower must be 0 or more, got {max_slower:g}")
+
+
 def plan_job(job: cli.Job) -> dict[str, object]:
     from serve_app.deployment import served_folder
 
+    check_options(job)
     version = find_canary(job.cfg.serve.canary, job.options.canary)
     return {"canary": version, "reads": served_folder(job.cfg.serve, job.cfg.run_dir)}
 

@@ -1,15 +1,23 @@
 """Mistakes that are told before the work they would spoil, each in one message."""
 
+import argparse
 import dataclasses
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import jobs.drift
+import jobs.mlflow_ui
+import jobs.pipeline
+import jobs.recommend
+import jobs.verdict
+from jobs import cli
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.sequences import build, preview, store
@@ -221,3 +229,30 @@ def test_tasks_that_mlflow_has_no_metric_of_are_refused_when_they_are_read(name:
     source = {"kind": "parquet", "path": "x", "actions": [name]}
     with pytest.raises(ConfigError, match=r"tasks must be a name of letters.* source\.columns"):
         config.from_dict({"source": source, "tasks": [name]})
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "said"),
+    [
+        (jobs.verdict, ["--canary", "2", "--max-slower", "nan"], r"--max-slower .* got nan"),
+        (jobs.verdict, ["--canary", "2", "--max-slower", "-1"], r"--max-slower .* got -1"),
+        (jobs.verdict, ["--canary", "2", "--promote-if", "liked"], r"--promote-if.*'liked'"),
+        (jobs.mlflow_ui, ["--port", "70000"], r"--port .* got 70000"),
+        (jobs.pipeline, ["--loop", "0"], r"--loop must be 5 or more.*got 0"),
+        (jobs.drift, ["--days", "0"], r"--days .* got 0"),
+        (jobs.drift, ["--after", "nowhere"], "nowhere"),
+        (jobs.recommend, [], r"tasks: \[\]"),
+    ],
+)
+def test_an_option_is_refused_before_anything_starts(
+    tmp_path: Path, job: ModuleType, arguments: list[str], said: str
+) -> None:
+    """In a dry run too."""
+    overrides = [f"runs_dir={tmp_path}"]
+    if job is jobs.recommend:
+        overrides += ["tasks=[]", "retrieval.enabled=true", "tracking.gate_max_ne={}"]
+    cfg = config.load("configs/smoke.yaml", overrides)
+    parser = argparse.ArgumentParser()
+    job.add_options(parser)
+    with pytest.raises(UserError, match=said):
+        job.plan_job(cli.Job(cfg, parser.parse_args(arguments)))
