@@ -16,9 +16,12 @@ class RayConfig:
     )
     num_cpus: int = setting(
         4,
+        at_least=1,
         doc="Logical CPUs of a local cluster. Two training workers and Ray Data need more than 2.",
     )
-    object_store_mb: int = setting(512, doc="Object store of a local cluster, in MiB.")
+    object_store_mb: int = setting(
+        512, at_least=75, doc="Object store of a local cluster, in MiB; Ray takes no less than 75."
+    )
     data_labels: dict[str, str] = setting(
         {},
         doc="Label of a cluster's nodes: its value where tasks of a build run, such as pool: "

@@ -1,6 +1,7 @@
 """From YAML to values: the file, its `--set` overrides, and each value as the type of its field."""
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -66,6 +67,19 @@ class _UniqueKeys(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 known.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar_or_text(self, node: yaml.ScalarNode) -> Any:
+        """The value that the text looks like; the text where there is no such value, as of the 31st
+        of February: its setting says what it must be.
+        """
+        try:
+            return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+        except ValueError:
+            return self.construct_scalar(node)
+
+
+for _kind in ("int", "float", "timestamp"):
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{_kind}", _UniqueKeys.construct_scalar_or_text)
 
 
 def _load_yaml(text: str) -> Any:
@@ -264,9 +278,12 @@ def _choose_hint(hints: Sequence[Any], value: Any) -> Any:
 def _convert_scalar(hint: type, value: Any, path: str, null: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 2e-3 as text
-            return float(value)
-        except (TypeError, ValueError):
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             raise ConfigError(f"{path} must be a number{null}, got {show_value(value)}") from None
+        # nothing is above a limit that is not a number
+        require(math.isfinite(number), path, number, f"a finite number{null}")
+        return number
 
     if hint is str and isinstance(value, date):  # YAML reads an unquoted ISO time as one
         return value.isoformat()

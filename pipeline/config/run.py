@@ -21,7 +21,7 @@ from pipeline.config.reading import apply_overrides, build_section, read_yaml
 from pipeline.config.retrieval import RetrievalConfig
 from pipeline.config.sequences import CheckConfig, DriftConfig, SequenceConfig
 from pipeline.config.serving import ServeConfig
-from pipeline.config.setting import setting
+from pipeline.config.setting import check_ranges, setting
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import EvaluateConfig, TrainConfig
 
@@ -31,7 +31,13 @@ class RunConfig:
     """Everything a run depends on. The files of a run lie under runs_dir/name."""
 
     name: str = setting("run", doc="Name of the run, and of its folder.")
-    seed: int = setting(0, doc="Seed of everything that is drawn at random.")
+    seed: int = setting(
+        0,
+        at_least=0,
+        below=2**32,
+        rule="between 0 and 4294967295",
+        doc="Seed of everything that is drawn at random.",
+    )
     runs_dir: str = setting("runs", doc="Folder of all runs.")
     source: SourceConfig = field(default_factory=lambda: SourceConfig(kind="synthetic"))
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
@@ -54,6 +60,7 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        check_ranges(self, "")
         source, features, train = self.source, self.features, self.train
 
         needs_tasks = not self.retrieval.enabled

@@ -363,6 +363,8 @@ class ServeConfig:
         require(bool(usable), "serve.otlp_endpoint", self.otlp_endpoint, "an http or https URL")
 
     def _refuse_empty_paths(self) -> None:
+        rule = "a name or an address"
+        require(self.host != "" and " " not in self.host, "serve.host", self.host, rule)
         for name in ("api_keys_file", "client_key_file", "redis_password_file", "served_folder"):
             path = getattr(self, name)
             require(path != "", f"serve.{name}", path, "a path, or null")

@@ -109,7 +109,8 @@ def may_be_null(field: "dataclasses.Field[Any]") -> bool:
 
 
 def check_ranges(section: Any, path: str) -> None:
-    """Hold each setting of `section` against its range; `path` is where it stands in the YAML.
+    """Hold each setting of `section` against its range; `path` is where it stands in the YAML, ""
+    for the top.
 
     Raises:
         ConfigError: a number outside of its range.
@@ -122,7 +123,8 @@ def check_ranges(section: Any, path: str) -> None:
         rule = declared.range_words()
         if may_be_null(field):
             rule += ", or null"
-        for key, number in _numbers(f"{path}.{field.name}", getattr(section, field.name)):
+        name = f"{path}.{field.name}" if path else field.name
+        for key, number in _numbers(name, getattr(section, field.name)):
             require(declared.allows(number), key, number, rule)
 
 

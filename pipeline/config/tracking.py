@@ -46,6 +46,8 @@ class TrackingConfig:
         check_ranges(self, "tracking")
 
         refuse_secrets("tracking.uri", self.uri)
+        is_address = self.uri is None or self.uri.startswith(("http://", "https://"))
+        require(is_address, "tracking.uri", self.uri, "http://… or https://…, or null")
         self._refuse_name_that_mlflow_refuses()
 
     def _refuse_name_that_mlflow_refuses(self) -> None:

@@ -424,3 +424,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "evaluate")
+        rule = "at least one length, each once"
+        is_list = len(self.cutoffs) == len(set(self.cutoffs)) > 0
+        require(is_list, "evaluate.cutoffs", self.cutoffs, rule)

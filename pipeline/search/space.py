@@ -55,6 +55,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require(self.trials >= 1, "trials", self.trials, "1 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(0 < self.first_share <= 1, "first_share", self.first_share, "in (0, 1]")
         require(self.keep_one_in >= 2, "keep_one_in", self.keep_one_in, "2 or more")
 
