@@ -322,17 +322,19 @@ def _cells(trial: dict[str, Any] | None) -> list[str]:
     def pair(*ms: float | None) -> str:
         return " / ".join("–" if value is None else f"{value:.1f}" for value in ms)
 
-    hops = trial["hops_ms"]
-    parts = []
-    for name in ("ranker", "wait"):
-        parts.append(pair(hops[name]["p50"], hops[name]["p99"]))
-    rest = [name for name in hops if name not in ("ranker", "wait", "late", "network", "total")]
-    medians_ms = sum(hops[name]["p50"] for name in rest)
+    parts = ["–"] * 3
+    hops = trial.get("hops_ms")
+    if hops:
+        own = [name for name in hops if name not in ("ranker", "wait", "late", "network", "total")]
+        parts = [
+            pair(hops["ranker"]["p50"], hops["ranker"]["p99"]),
+            pair(hops["wait"]["p50"], hops["wait"]["p99"]),
+            f"{sum(hops[name]['p50'] for name in own):.1f}",
+        ]
     return [
         f"{trial['rate']:g}",
         pair(trial["p50_ms"], trial["tail_ms"]),
         *parts,
-        f"{medians_ms:.1f}",
         f"{trial['num_bad']} of {trial['num_requests']:,}",
     ]
 
