@@ -237,12 +237,17 @@ def test_the_sections_say_what_was_chosen_and_show_its_test(tmp_path):
     leave("masks-window_0", 0, "val", 0.6)
     leave("ml1m", 0, "val", 0.8)
 
-    text = kuairand_report.variants_section(runs_file)
+    text = kuairand_report.variants_section(runs_file, taught_file=tmp_path / "none")
     assert "| preset-mean5 |" in text, "what the seeds are worth together"
     assert "It is `distilled`." in text
     assert "| distilled | 0.7120 | +0.0100 ± 0.0000 |" in text
     assert "| distilled_test | 0.6100 ± 0.0000 / 0.8475 ± 0.0000 |" in text
     assert "rates_test" not in text
+
+    assert "One model taught by" not in text
+    taught = kuairand_report.variants_section(runs_file, taught_file=runs_file)
+    assert "One model taught by 5 seeds" in taught
+    assert "+0.0100 ± 0.0000 / -0.0025 ± 0.0000" in taught, "distilled, less the preset's"
 
     masks = kuairand_report.masks_section(runs_file)
     assert masks.index("KuaiRand subset") < masks.index("MovieLens-1M")

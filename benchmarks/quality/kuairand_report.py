@@ -16,6 +16,8 @@ RUNS_FILE = RUNS / "kuairand.jsonl"
 DIFFERENCES = (
     RUNS / "kuairand_differences.json"
 )  # of the best on validation beside the preset, test
+# the preset's seeds and those that they taught, side by side on one machine
+TAUGHT_FILE = RUNS / "distilled.jsonl"
 PLANS = report.ROOT / "benchmarks" / "plans"
 SEEDS = 5  # fewest of a run that takes part in the choice
 
@@ -32,7 +34,11 @@ def mean_runs(names: Sequence[str], lines: Sequence[Figures]) -> list[str]:
     return [name for name in there if name.rpartition("-mean")[0] in names]
 
 
-def variants_section(runs_file: Path = RUNS_FILE, differences: Figures | None = None) -> str:
+def variants_section(
+    runs_file: Path = RUNS_FILE,
+    differences: Figures | None = None,
+    taught_file: Path = TAUGHT_FILE,
+) -> str:
     """Validation, what it chose and by which rule, and the test of that beside the preset."""
     lines = read_runs(runs_file)
     names = measured_runs(PLANS / "kuairand.yaml", lines)
@@ -50,6 +56,8 @@ def variants_section(runs_file: Path = RUNS_FILE, differences: Figures | None = 
         f"least. It is `{compared[0].name}`."
     )
     parts = [text, chosen, choose.comparison_table(compared, "preset")]
+    if taught_file.exists():
+        parts += taught_parts(taught_file)
 
     tested = dict.fromkeys(["preset_test", f"{compared[0].name}_test"])
     there = [name for name in tested if any(line["name"] == name for line in lines)]
@@ -60,6 +68,21 @@ def variants_section(runs_file: Path = RUNS_FILE, differences: Figures | None = 
     if differences is not None:
         parts += report.difference_text(differences)
     return "\n\n".join(parts)
+
+
+def taught_parts(taught_file: Path) -> list[str]:
+    """What one model learned from several seeds of the preset, in words and a table."""
+    lines = read_runs(taught_file)
+    names = measured_runs(PLANS / "kuairand.yaml", lines)
+    seeds = report.read_seeds(taught_file, "preset")
+    words = (
+        f"One model taught by {len(seeds)} seeds: each label is half the row's own and half their "
+        f"mean probability. `{seeds[0]['command']} --only preset distilled --device cuda`, "
+        f"{seeds[0]['environment']['device']}; figures in `benchmarks/runs/{taught_file.name}`. "
+        "Validation:"
+    )
+    table = report.metrics_table(taught_file, [*names, *mean_runs(names, lines)], "val")
+    return [words, table]
 
 
 def masks_section(runs_file: Path = RUNS_FILE) -> str:
