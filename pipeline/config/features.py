@@ -92,6 +92,9 @@ class ColumnFeature:
     def __post_init__(self) -> None:
         check_ranges(self, "features.*")
         require(self.separator != "", "features.*.separator", self.separator, "a text")
+        has_values = self.most_values is None or self.kind != "quantile"
+        rule = "null where kind is quantile"
+        require(has_values, "features.*.most_values", self.most_values, rule)
 
     @property
     def num_codes(self) -> int:
@@ -191,7 +194,10 @@ class FeatureConfig:
         doc='Column of source.request_columns, or the derived "hour": how it becomes an embedding.',
     )
     hour_utc_offset: float = setting(
-        0.0, doc='Offset from UTC, in hours, at which "hour" is the hour of day of event_time.'
+        0.0,
+        at_least=-14,
+        at_most=14,
+        doc='Offset from UTC, in hours, at which "hour" is the hour of day of event_time.',
     )
     watch_seconds: tuple[float, ...] = setting(
         (),

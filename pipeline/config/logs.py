@@ -110,6 +110,9 @@ class SideTable:
     )
     format: FileFormat = field(default_factory=FileFormat)
 
+    def __post_init__(self) -> None:
+        require(self.id_column != "", "source.*.id_column", self.id_column, "the name of a column")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomeColumn:
@@ -373,6 +376,7 @@ class SourceConfig:
             paths["source.items.path"] = self.items.path
 
         for key, path in paths.items():
+            require(path != "", key, path, "a path")
             if path is None or "://" not in path:
                 continue
             refuse_secrets(key, path)

@@ -141,7 +141,9 @@ class ModelConfig:
     dropout: float = setting(
         0.1, at_least=0, below=1, doc="Share of the values that are dropped in training."
     )
-    norm_eps: float = setting(1e-6, doc="Added to the variance in the layers' normalisations.")
+    norm_eps: float = setting(
+        1e-6, above=0, doc="Added to the variance in the layers' normalisations."
+    )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     truncate_after_layer: int | None = setting(
         None,

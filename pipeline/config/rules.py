@@ -220,6 +220,7 @@ def refuse_names_that_tracking_refuses(tasks: tuple[str, ...]) -> None:
 
 
 def refuse_name_that_is_no_folder(key: str, name: str) -> None:
-    """The files of a run lie beside those of MLflow."""
-    usable = "/" not in name and name not in ("", ".", "..", "mlflow")
+    """The files of a run lie beside those of MLflow, and the server's copies of its versions."""
+    taken = name in (".", "..", "mlflow", "champions")
+    usable = "/" not in name and name.strip() != "" and not taken
     require(usable, key, name, "a folder name")

@@ -90,6 +90,7 @@ class RunConfig:
         rules.refuse_label_leak_of_filtered_channels(self.model.channels, train)
         rules.refuse_validation_on_trained_rows(self.split, train)
         rules.refuse_name_that_is_no_folder("name", self.name)
+        require(self.runs_dir.strip() != "", "runs_dir", self.runs_dir, "a path")
         if self.sequences.from_run is not None:
             rules.refuse_name_that_is_no_folder("sequences.from_run", self.sequences.from_run)
         if self.serve.exposures is not None:

@@ -67,9 +67,11 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "sequences")
 
-        parse_time("sequences.earliest_time", self.earliest_time)
+        earliest_ms = parse_time("sequences.earliest_time", self.earliest_time)
         if self.latest_time is not None:
-            parse_time("sequences.latest_time", self.latest_time)
+            latest_ms = parse_time("sequences.latest_time", self.latest_time)
+            later = f"later than sequences.earliest_time {self.earliest_time}"
+            require(latest_ms > earliest_ms, "sequences.latest_time", self.latest_time, later)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

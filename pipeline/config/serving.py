@@ -311,11 +311,14 @@ class ServeConfig:
     )
     parity_requests: int = setting(
         200,
+        at_least=1,
         doc="Number of test requests whose scores over HTTP jobs.pipeline compares with those of "
         "the model folder.",
     )
     parity_candidates: int = setting(
-        20, doc="Candidates of such a request: its own rows, filled up with popular items."
+        20,
+        at_least=1,
+        doc="Candidates of such a request: its own rows, filled up with popular items.",
     )
 
     def __post_init__(self) -> None:

@@ -48,6 +48,8 @@ class TrackingConfig:
         refuse_secrets("tracking.uri", self.uri)
         is_address = self.uri is None or self.uri.startswith(("http://", "https://"))
         require(is_address, "tracking.uri", self.uri, "http://… or https://…, or null")
+        named = self.experiment.strip() != ""
+        require(named, "tracking.experiment", self.experiment, "a name")
         self._refuse_name_that_mlflow_refuses()
 
     def _refuse_name_that_mlflow_refuses(self) -> None:
