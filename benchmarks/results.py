@@ -138,7 +138,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
             "sharding_h200",
         )
     ),
-    "train_job": lambda: train_job.section(*runs_read("train_job")),
+    "train_job": lambda: train_job.section(train_job.read_runs()),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
 }
 

@@ -107,8 +107,11 @@ def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:
             "2 workers, one of them killed": case(2, 90.0, furthest_loss=0.0),
         },
     }
-    text = section(run)
+    without = {**run, "note": "an idle host", "cases": {"2 workers": case(2, 97.5)}}
+    text = section([without, run])
     assert "| 2 workers | 10.0 | 95 | **1.90x** | 1.0% | 0.2% | 0 | 150 | 40 |" in text
-    assert "within\n0.0e+00 of the unbroken run's" in text
+    assert "| 2 workers | 10.0 | 98 | **1.95x** † | 1.0% |" in text
+    assert "`it` (an idle host): a GPU, 16 cores" in text
+    assert "within 0.0e+00 of the unbroken run's" in text
     assert "12 s" in text
     assert "| 2 workers, one of them killed" not in text

@@ -53,6 +53,7 @@ CHECKPOINT_EVERY = 50
 KILLED_AFTER = 70  # steps
 SHORTEST = 64  # part of the longest history that the shortest has
 STORE = "train_job_store"
+IDLE_RUN, SHARED_RUN = RUNS / "train_job.json", RUNS / "train_job_shared_host.json"
 LOOK_EVERY_S = 0.05
 # options that a run is told by
 SIZES = ("events", "length", "users", "files", "layers", "heads", "width", "balance")
@@ -301,16 +302,39 @@ def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None])
     return everything_ran
 
 
-def section(run: Figures) -> str:
+def read_runs() -> list[Figures]:
+    """The jobs that were measured; first those of a host that did nothing else."""
+    return [json.loads(path.read_text()) for path in (IDLE_RUN, SHARED_RUN) if path.exists()]
+
+
+def section(runs: Sequence[Figures]) -> str:
+    """The section of RESULTS.md from one run or more."""
+    alone = []
+    for run in runs:
+        cases = run["cases"].values()
+        alone += [case["tokens_per_s"] for case in cases if case["workers"] == 1]
+    text = f"""## Training by the job
+
+`jobs.train` with Ray Train's workers on a published store, histories of Zipf lengths in passes of
+at most 64 targets. Speed is over all steps after the first {WARM_STEPS}. The ratio is to the
+fastest job of one worker, in a run without one (†) to that of the other runs. The whole job begins
+with Ray's start and ends with the published model."""
+    return "\n\n".join([text, *(run_text(run, max(alone, default=None)) for run in runs)])
+
+
+def run_text(run: Figures, of_others: float | None) -> str:
+    """The jobs of one run; `of_others` is the best tokens/s of one worker in any run."""
     machine, found, sizes = run["environment"], run["cases"], run["sizes"]
     dealt = "dealt by tokens" if sizes["balance"] == "dealing" else "cut as they come"
     alone = [case["tokens_per_s"] for case in found.values() if case["workers"] == 1]
+    of_one, mark = (max(alone), "") if alone else (of_others, " †")
+
     rows = []
     for name, case in found.items():
         if "furthest_loss" in case:
             continue
-        has_ratio = case["workers"] > 1 and alone
-        ratio = f"**{case['tokens_per_s'] / max(alone):.2f}x**" if has_ratio else "–"
+        has_ratio = case["workers"] > 1 and of_one is not None
+        ratio = f"**{case['tokens_per_s'] / of_one:.2f}x**{mark}" if has_ratio else "–"
         rows.append(
             [
                 name,
@@ -326,26 +350,22 @@ def section(run: Figures) -> str:
         )
     header = ["", "ms a step", "tokens/s", "of one worker's", "waiting for messages", "for data"]
     header += ["graphs recorded", "steps counted", "whole job, s"]
-    text = f"""## Training by the job
-
-`{run["command"]}`: {machine["device"]}, {machine["cores"]} cores, torch {machine["torch"]}, Ray
-{machine["ray"]}. `jobs.train` with Ray Train's workers on a published store: {sizes["events"]:,}
-tokens a worker and step, histories of Zipf lengths up to {sizes["length"]:,} in passes of at most
-64 targets, {dealt}, ULTRA-HSTU of {sizes["layers"]} layers,
-d = {sizes["heads"] * sizes["width"]}. Speed is over all steps after the first {WARM_STEPS}; the
-ratio is to the faster run of one worker. The whole job begins with Ray's start and ends with the
-published model.
+    note = f" ({run['note']})" if "note" in run else ""  # written into its file by hand
+    text = f"""`{run["command"]}`{note}: {machine["device"]}, {machine["cores"]} cores,
+torch {machine["torch"]}, Ray {machine["ray"]}. {sizes["events"]:,} tokens a worker and step,
+{dealt}; histories up to {sizes["length"]:,}; ULTRA-HSTU of {sizes["layers"]} layers,
+d = {sizes["heads"] * sizes["width"]}.
 
 {table(header, rows)}"""
-    for name, case in found.items():
-        if "furthest_loss" in case:
-            text += f"""
+    killed = [name for name, case in found.items() if "furthest_loss" in case]
+    return "\n\n".join([text, *(killed_text(name, found[name]) for name in killed)])
 
-{name}: by SIGKILL after step {KILLED_AFTER}; Ray Train started all of them again from the newest
-checkpoint, of which there is one every {CHECKPOINT_EVERY} steps. Losses of all lines are within
-{case["furthest_loss"]:.1e} of the unbroken run's; the longest time between two lines was
-{case["longest_gap_s"]:.0f} s."""
-    return text
+
+def killed_text(name: str, case: Figures) -> str:
+    return f"""{name}: by SIGKILL after step {KILLED_AFTER}; Ray Train started all of them again
+from the newest checkpoint, of which there is one every {CHECKPOINT_EVERY} steps. Losses of all
+lines are within {case["furthest_loss"]:.1e} of the unbroken run's; the longest time between two
+lines was {case["longest_gap_s"]:.0f} s."""
 
 
 TINY = {
@@ -381,8 +401,8 @@ def read_options() -> argparse.Namespace:
     add("--tiny", action="store_true", help="the sizes of a try without GPUs")
     add("--minutes", type=float, default=8.0, help="after which no job begins")
     add("--minutes-a-job", type=float, default=3.0, help="after which a job is ended")
-    add("--out", type=Path, default=RUNS / "train_job.json")
-    add("--report", action="store_true", help="write RESULTS.md from --out and end")
+    add("--out", type=Path, default=IDLE_RUN)
+    add("--report", action="store_true", help="write RESULTS.md from runs/train_job*.json and end")
     options = parser.parse_args()
     if options.tiny:
         vars(options).update(TINY)
@@ -393,7 +413,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     options = read_options()
     if options.report:
-        write_section("train_job", section(json.loads(options.out.read_text())))
+        write_section("train_job", section(read_runs()))
         return
 
     workers = " ".join(map(str, options.workers))
@@ -405,7 +425,7 @@ def main() -> None:
     }
     everything_ran = measure(options, run, keep=lambda: write_run(options.out, run))
     if run["cases"]:
-        print(f"\n{section(run)}", flush=True)
+        print(f"\n{section([run])}", flush=True)
     raise SystemExit(not everything_ran)
 
 
