@@ -35,12 +35,15 @@ def fill_with_nan():
 
 
 def draw_case(users: int, items: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors whose scores are large, and the gradient of each user's result, one of them 0."""
+    """Vectors whose scores are large, and the gradient of each user's result, one of them 0.
+
+    Their numbers are eighths, which float16 holds exactly.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = (users, dim), (items, dim), (users,)
     user, item, factor = (torch.randn(shape, generator=generator) for shape in shapes)
     factor[1:2] = 0
-    return 3 * user, item, factor
+    return (24 * user).round() / 8, (8 * item).round() / 8, factor
 
 
 def total_and_gradients(
@@ -51,19 +54,65 @@ def total_and_gradients(
     return [total.detach(), *torch.autograd.grad(total, leaves, factor)]
 
 
+def true_results(users: Tensor, items: Tensor, factor: Tensor) -> list[Tensor]:
+    return total_and_gradients("reference", users.double(), items.double(), factor.double())
+
+
+def assert_of_11_bits(got: list[Tensor], truth: list[Tensor]) -> None:
+    """Scores are exact, and shares have 11 bits."""
+    torch.testing.assert_close(got[0].double(), truth[0], rtol=1e-5, atol=1e-5)
+    for found, expected in zip(got[1:], truth[1:], strict=True):
+        assert (found - expected).norm() <= 2**-10 * expected.norm()
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_totals_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_chunked, "MOST_SCORES", 300)
     users, items, factor = draw_case(*SIZES[name])
-    truth = total_and_gradients("reference", users.double(), items.double(), factor.double())
+    truth = true_results(users, items, factor)
     plain = total_and_gradients("reference", users, items, factor)
+
     for backend in ("triton", "torch"):
         fast, again = (total_and_gradients(backend, users, items, factor) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)), backend
-        assert_as_accurate(fast, plain, truth, num_terms=len(users) + len(items))
+        if backend == "triton":
+            assert_of_11_bits(fast, truth)
+        else:
+            assert_as_accurate(fast, plain, truth, num_terms=len(users) + len(items))
 
     wide = total_and_gradients("torch", users.double(), items.double(), factor.double())
     torch.testing.assert_close(wide, truth)
+
+
+@pytest.mark.parametrize(
+    ("of_users", "of_items", "of_factor"),
+    [(2.0**20, 2.0**-20, 1.0), (2.0**-40, 2.0**-30, 1.0), (1.0, 1.0, 2.0**-40)],
+)
+def test_numbers_beyond_the_range_of_float16(
+    of_users: float, of_items: float, of_factor: float
+) -> None:
+    """Its numbers end at 65,504, and below 2**-14 they have ever fewer bits."""
+    users, items, factor = draw_case(9, 20, 8)
+    case = users * of_users, items * of_items, factor * of_factor
+    assert_of_11_bits(total_and_gradients("triton", *case), true_results(*case))
+
+
+def test_a_large_user_leaves_small_ones_their_bits() -> None:
+    users, items, factor = draw_case(9, 20, 8)
+    users[0] *= 2**10
+    got = total_and_gradients("triton", users, items, factor)
+    truth = true_results(users, items, factor)
+    assert_of_11_bits([x[1:] for x in got[:2]], [x[1:] for x in truth[:2]])
+
+
+def test_shares_below_the_range_of_float16() -> None:
+    """300 items with a share of 1.5e-8 each, where float16 rounds what is below 3e-8 to 0."""
+    users, items = torch.tensor([[18.0, 0.0]]), torch.tensor([[0.0, 8.0]]).repeat(301, 1)
+    items[0] = torch.tensor([1.0, 0.0])
+    case = users, items, torch.ones(1)
+    got, truth = total_and_gradients("triton", *case), true_results(*case)
+    for found, expected in zip(got[1:], truth[1:], strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2**-9, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -31,7 +31,7 @@ def kuairand_line(name: str, seed: int, ndcg: float) -> dict:
         for key in ("hr_10", "recall_50", "mrr", "coverage_10"):
             line[f"test/{model}{key}"] = 0.25
         line[f"test/{model}ndcg_10"] = ndcg
-    return line | {"test/auc/is_click": 0.75}
+    return line | {"test/auc/is_click": 0.75, "test/users": 1200}
 
 
 def test_lines_go_to_their_files_and_replace_what_was_there(tmp_path: Path) -> None:
@@ -96,6 +96,30 @@ def test_validation_chooses_between_settings_of_a_model() -> None:
     first, second = (shown.index(f"| HSTU, merged actions | {x} |") for x in ("0.1", "0.5"))
     assert first < second
     assert "as chosen on validation: HSTU, merged actions 0.0800, SASRec 0.0500." in shown
+
+
+def test_what_was_tried_for_a_length_is_a_table(tmp_path: Path) -> None:
+    chosen = {"epochs": 20, "train": {"embedding_lr": 0.004}}
+    lines = [ml1m_line("ultra_200", 0, 0.18, split="val") | {"set": chosen}]
+    wide = {"position_buckets": 2000, "attention": {"window": 100, "full_rows": 0}}
+    lines.append(
+        lines[0] | {"name": "ultra_2000", "ndcg_10": 0.19, "set": {**chosen, "model": wide}}
+    )
+    lines.append(ml1m_line("ultra_2000", 0, 0.2, split="val"))  # of another budget
+    merge_lines([*lines, ml1m_line("sasrec", 0, 0.12)], "a GPU", tmp_path)
+    section = measured_section(tmp_path)
+    assert "| 2000 | 2000 | 100 | 0 | 0.3000 | 0.1900 |" in section
+    assert "| 200 | 200 | 200 | 200 | 0.3000 | 0.1800 |" in section
+    assert "0.2000" not in section
+
+
+def test_ours_and_sasrec_differ_by_so_much() -> None:
+    """Seeds .06, .08 and .05, .05: means .07 and .05, standard errors .01 and 0."""
+    lines = []
+    for seed, (ours, sasrec) in enumerate(((0.06, 0.05), (0.08, 0.05))):
+        lines += [kuairand_line("ultra_hstu", seed, ours), kuairand_line("sasrec", seed, sasrec)]
+    shown = kuairand_part({"runs": lines})
+    assert "The difference is +0.0200, its standard error 0.0100." in shown
 
 
 def choice_line(name: str, seed: int, draw: tuple[str, ...], ndcg: float) -> dict:

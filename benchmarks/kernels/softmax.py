@@ -11,7 +11,7 @@ and backward. Parity comes first, at small sizes; a form that is wrong there is 
 import argparse
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu import DEVICE, Timer, randint, randn, versions
 from benchmarks.kernels.softmax_peers import IndexedLoss
-from benchmarks.report import write_run
+from benchmarks.report import read_run, write_run
 from kernels.backend import INTERPRETED, Backend
 from kernels.full_softmax.op import log_partition
 from kernels.full_softmax.torch_chunked import chunked_log_partition
@@ -155,15 +155,20 @@ def measure_form(timer: Timer, kind: str, name: str, num_items: int, dtype: torc
     return {"ms": timer(call, repeats=5), "peak_gb": peak / 1e9}
 
 
-def measure(out: Path | None) -> dict:
-    """All forms, one after another; what is measured is written at once."""
-    found: dict = {"machine": versions()}
+def measure(out: Path | None, losses: Sequence[str]) -> dict:
+    """All forms of these losses, one after another; what is measured is written at once, beside
+    what `out` has of the others.
+    """
+    found: dict = read_run(out) if out is not None and out.exists() else {}
+    found["machine"] = versions()
     cases = [
         ("sampled", 100_000, torch.float32),
         ("sampled", 100_000, torch.bfloat16),
         ("full", 100_000, torch.float32),
     ]
     for kind, num_items, dtype in cases:
+        if kind not in losses:
+            continue
         case = f"{kind}, {str(dtype).removeprefix('torch.')}"
         for name in FORMS[kind]:
             if dtype != torch.float32 and name.endswith(FEWER_BITS):
@@ -196,12 +201,13 @@ def smoke() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="file of the figures")
+    parser.add_argument("--losses", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--smoke", action="store_true", help="tiny calls, in Triton's interpreter")
     options = parser.parse_args()
     if options.smoke:
         smoke()
     else:
-        measure(options.out)
+        measure(options.out, options.losses)
 
 
 if __name__ == "__main__":

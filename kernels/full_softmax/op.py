@@ -29,8 +29,9 @@ def log_partition(
     result that is not, and leaves other users' results and gradients alone; every item's gradient
     has a part of it.
 
-    The kernel's products are TF32, which keeps 10 bits of a number's fraction, and its sums
-    float32. `tf32` allows that; None: where `torch.set_float32_matmul_precision` does. `"auto"` is
+    `tf32` allows products of the 11 bits that TF32 keeps of a number, None: where
+    `torch.set_float32_matmul_precision` does. Then the kernel reads vectors in float16, which has
+    as many, scaled to its range; sums are float32. `"auto"` is
     the kernel for CUDA tensors in float32, up to 512 wide, where TF32 is allowed, and else PyTorch
     by chunks of the items, whose products follow PyTorch's own setting. On the CPU and with Triton
     two runs agree bit for bit.
@@ -53,7 +54,7 @@ def log_partition(
     if chosen == "torch":
         return chunked_log_partition(users_PD, items_ND)
 
-    require(tf32, "the triton backend's products are TF32, which tf32=False does not allow")
+    require(tf32, "the triton backend's products are of 11 bits, which tf32=False does not allow")
     require(dtype == torch.float32, f"the triton backend takes float32, got {dtype}")
     most = f"the triton backend takes vectors of up to {MOST_WIDTH} numbers, got {width}"
     require(width <= MOST_WIDTH, most)
@@ -77,8 +78,13 @@ class LogPartition(torch.autograd.Function):
     def forward(ctx, users: Tensor, items: Tensor) -> Tensor:
         from kernels.full_softmax import triton_launch
 
-        lse = triton_launch.log_partition(users, items)
-        ctx.save_for_backward(users, items, lse)
+        half_users, half_items = (triton_launch.half_rows(x) for x in (users, items))
+        ctx.sizes = len(items), users.shape[1]
+        lse, mean = triton_launch.log_partition(
+            half_users, half_items, len(users), *ctx.sizes, with_mean=ctx.needs_input_grad[0]
+        )
+        tensors = half_users.rows, half_users.scale, half_items.rows, half_items.scale
+        ctx.save_for_backward(*tensors, lse, mean)
         return lse
 
     @staticmethod
@@ -86,11 +92,13 @@ class LogPartition(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         from kernels.full_softmax import triton_launch
 
-        users, items, lse = ctx.saved_tensors
+        user_rows, user_scale, item_rows, item_scale, lse, mean = ctx.saved_tensors
         factor = grad.contiguous()
         of_users = of_items = None
         if ctx.needs_input_grad[0]:
-            of_users = triton_launch.user_gradients(users, items, lse, factor)
+            of_users = mean * factor[:, None]
         if ctx.needs_input_grad[1]:
-            of_items = triton_launch.item_gradients(users, items, lse, factor)
+            users = triton_launch.HalfRows(user_rows, user_scale)
+            items = triton_launch.HalfRows(item_rows, item_scale)
+            of_items = triton_launch.item_gradients(users, items, lse, factor, *ctx.sizes)
         return of_users, of_items

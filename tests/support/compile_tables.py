@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kernels.full_softmax import triton_kernels as full
+from kernels.full_softmax.triton_launch import BACKWARD, FORWARD, Blocks
 from kernels.int4_embedding import triton_kernels as int4
 from kernels.jagged import triton_kernels as jagged
 from kernels.rowwise_adamw import triton_kernels as adamw
@@ -37,7 +38,7 @@ POINTERS = {
     },
     "*i16": {"keys"},
     "*i32": {"packed", "ids", "negatives", "first_odd"},
-    "*fp16": {"unit", "unit_users", "unit_items"},
+    "*fp16": {"unit", "unit_users", "unit_items", "half", "half_users", "half_items"},
     "*bf16": {"whole", "left", "right", "long", "short", "out"},
     "*fp32": {
         *(
@@ -54,7 +55,8 @@ POINTERS = {
             "grad",
         ),
         *("per_user_norm", "shifted_lse", "of_positive", "log_rates"),
-        *("rows", "others", "factor"),
+        *("rows", "factor", "parts", "facts", "mean"),
+        *("scale", "user_scale", "item_scale", "factor_scale"),
         *("norms", "user_norms", "item_norms", "of_position"),
     },
     "fp32": {
@@ -84,9 +86,8 @@ BUILDS = [
     (softmax.item_gradients, {"RATES": True, "SPLIT": True, "BLOCK_R": 64, "BLOCK_D": 64}),
     (half.unit_rows, {"BROKEN_TO_ZERO": True, "BLOCK_R": 64, "BLOCK_D": 64}),
     (half.pair_keys, {"PAIRED": True, "LOWEST": -(2**15), "BLOCK_R": 512}),
-    (full.log_partition, {"BLOCK_P": 64, "BLOCK_N": 128, "BLOCK_D": 64}),
-    (full.gradient, {"OF_USERS": True, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
-    (full.gradient, {"OF_USERS": False, "BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_D": 64}),
+    (full.largest_part, {"BLOCK": 1024}),
+    (full.half_rows, {"PARTS": 512, "BLOCK_R": 64, "BLOCK_D": 64}),
 ]
 # programs of one warp: kernel, its constants, and stages of its loads
 ONE_WARP = [
@@ -104,6 +105,16 @@ ONE_WARP = [
         2,
     ),
 ]
+# the products of the softmax over all items, as they are launched at a width of 64
+PRODUCTS = [
+    (full.log_partition, {"MEAN": True}, FORWARD[64]),
+    (full.item_gradients, {}, BACKWARD[64]),
+]
+
+
+def build_products(kernel, flags: dict, blocks: Blocks) -> dict[str, int]:
+    sizes = {"BLOCK_P": blocks.rows, "BLOCK_N": blocks.others, "BLOCK_D": 64}
+    return build(kernel, flags | sizes, {}, blocks.num_warps, blocks.num_stages)
 
 
 def build(
@@ -137,7 +148,7 @@ def build(
         "shared": compiled.metadata.shared,
         "warps": num_warps,
         "copies_ahead": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        "tensor_cores": len(re.findall(r"mma\.sync", ptx)),
+        "tensor_cores": len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
@@ -160,6 +171,8 @@ def main() -> None:
         found[f"{kernel.__name__} {flags}".strip()] = build(kernel, constants, {})
     for kernel, constants, num_stages in ONE_WARP:
         found[f"half {kernel.__name__}"] = build(kernel, constants, {}, 1, num_stages)
+    for kernel, flags, blocks in PRODUCTS:
+        found[f"product {kernel.__name__}"] = build_products(kernel, flags, blocks)
     kernel, constants = BUILDS[5]
     found[f"{kernel.__name__} bfloat16"] = build(kernel, constants, {"weight": "*bf16"})
     print(json.dumps(found, indent=1))

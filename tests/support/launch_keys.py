@@ -141,9 +141,10 @@ def tables(draw: random.Random, rows: int) -> None:
     )
 
     wide = empty(rows, WIDTH, dtype=torch.float32)
-    lse = full_softmax.log_partition(wide, weight)
-    full_softmax.user_gradients(wide, weight, lse, lse)
-    full_softmax.item_gradients(wide, weight, lse, lse)
+    halves = full_softmax.half_rows(wide), full_softmax.half_rows(weight)
+    sizes = len(weight), WIDTH
+    lse, _ = full_softmax.log_partition(*halves, rows, *sizes, with_mean=True)
+    full_softmax.item_gradients(*halves, lse, lse, *sizes)
 
 
 def main() -> None:
