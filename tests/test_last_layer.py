@@ -116,7 +116,12 @@ FUSED = {
         "truncate_to": 12,
         "attention": {"window": 3, "full_rows": 5, "scaling_seq_len": 16},
     },
-    "linear": {"num_layers": 1, "silu_qkv": False, "concat_ua": True},
+    "linear, made again": {
+        "num_layers": 1,
+        "silu_qkv": False,
+        "concat_ua": True,
+        "recompute": ["uvqk", "y"],
+    },
     "hstu_merged": {"encoder": "hstu_merged", "num_layers": 1, **PLAIN},
 }
 
@@ -125,11 +130,11 @@ FUSED = {
 def test_fused_kernels_make_the_rows_that_are_read(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits as where the kernels make every row; what no kernel writes is NaN."""
+    """Logits and gradients as where the kernels make every row; what no kernel writes is NaN."""
     model = make_model(make_config(attention_backend="triton", **FUSED[name])).float()
     batch = make_batch([5, 0, 30], [2, 1, 1])
     made: list[int] = []
-    layer_rows = stu.stu_layer_rows
+    makes_rows, layer_rows = STU.makes_rows, stu.stu_layer_rows
 
     def count_rows(*arguments: object, **options: object) -> Tensor:
         rows = layer_rows(*arguments, **options)
@@ -138,15 +143,25 @@ def test_fused_kernels_make_the_rows_that_are_read(
 
     monkeypatch.setattr(stu, "stu_layer_rows", count_rows)
     torch.use_deterministic_algorithms(True)
+    found = []
     try:
+        for choice in (makes_rows, lambda *_, **__: False):
+            monkeypatch.setattr(STU, "makes_rows", choice)
+            model.zero_grad()
+            logits = model(batch)
+            logits.square().sum().backward()
+            parameters = model.named_parameters()
+            grads = {n: p.grad.to_dense() for n, p in parameters if p.grad is not None}
+            found.append(grads | {"logits": logits.detach()})
+        monkeypatch.setattr(STU, "makes_rows", makes_rows)
         with torch.no_grad():
-            found = model(batch)
-            monkeypatch.setattr(STU, "makes_rows", lambda *_, **__: False)
-            expected = model(batch)
+            assert torch.equal(model(batch), found[0]["logits"])
     finally:
         torch.use_deterministic_algorithms(False)
 
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for path, expected in found[1].items():
+        error = (found[0][path] - expected).abs().max()
+        assert error <= 1e-4 * expected.abs().max() + 1e-6, path
     # 2 context tokens of each sequence, its newest 12 events and its candidates; then candidates
     kept = [2 * 3 + 5 + 0 + 12 + 4] if name == "truncation" else []
-    assert made == [*kept, 4]
+    assert made == [*kept, 4] * 2

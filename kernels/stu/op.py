@@ -73,11 +73,11 @@ def stu_layer(
 
 def makes_rows(x_TE: Tensor, shape: STUShape, backend: Backend, *, biased: bool) -> bool:
     """True where `stu_layer_rows` makes some rows alone: on a CPU the blocked form, on a GPU the
-    fused kernels, without a bias and where nothing is recorded.
+    fused kernels, which know no bias.
     """
-    if not is_fused(x_TE, shape, backend):
-        return not x_TE.is_cuda and backend in ("auto", "torch")
-    return not biased and not torch.is_grad_enabled()
+    if is_fused(x_TE, shape, backend):
+        return not biased
+    return not x_TE.is_cuda and backend in ("auto", "torch")
 
 
 def stu_layer_rows(
@@ -99,13 +99,15 @@ def stu_layer_rows(
     """
     _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
     if is_fused(x_TE, shape, backend):
-        from kernels.stu.row_launch import launch_layer_rows
+        from kernels.stu.row_launch import FusedRows, launch_layer_rows
 
         mask = shape.window, shape.full_rows, shape.prefix
         where = sequences.seq_offsets, sequences.max_seq_len, sequences.mask_tensors
         plan = triton_plan(len(x_TE), *where, *mask, rows)
         x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
         drawn = _seed_tensor(p, None, x_TE.device)
+        if torch.is_grad_enabled():
+            return FusedRows.apply(x_TE, rows.index, *weights, shape, plan, p, drawn)
         return launch_layer_rows(x_TE, rows.index, weights, shape, plan, p, drawn)
 
     u, q, k, v = project_rows_reference(x_TE, weights, shape, rows.index)
