@@ -306,6 +306,21 @@ def test_work_of_a_batch_by_hand() -> None:
     assert work.masked_pair_share == pytest.approx(1 - (first + second) / (2 * 45))
 
 
+def test_work_of_fused_layers_by_hand() -> None:
+    """The same batch on a GPU in half precision: layer one makes the 2 context tokens, 3 events and
+    the candidate that layer two reads, and K and V of the other 3 events, which see 3 keys each.
+    """
+    attention = {"window": 0, "full_rows": 0, "scaling_seq_len": 16}
+    cfg = make_config(attention=attention, truncate_after_layer=1, truncate_to=3)
+    on_gpu = replace(cfg, train=replace(cfg.train, use_gpu=True, precision="bf16"))
+    saved = count_work(make_batch([6], [1]), cfg).flops
+    saved -= count_work(make_batch([6], [1]), on_gpu).flops
+
+    # width 16, 2 heads of 8
+    queries, output, pair = 2 * 16 * 32, 2 * 16 * 16, 2 * 2 * (8 + 8)
+    assert saved == 3 * (queries + output + 3 * pair)
+
+
 def test_a_wide_output_layer_costs_three_times_the_narrow_one() -> None:
     """Of 2 heads of 8, width 16: 9 tokens in the first layer, the candidate alone in the last."""
     narrow, wide = (

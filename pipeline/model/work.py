@@ -32,11 +32,13 @@ def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flop
     `num_items`: those that each next item is told apart from, where the batch has such.
     """
     num_context = len(cfg.features.user_tokens)
+    fused = _has_fused_layers(cfg)
     layout = TokenLayout(
         num_context,
         cfg.source.actions,
         exact_view=cfg.train.target_view == "exact",
-        every_row=cfg.train.use_gpu,
+        every_row=cfg.train.use_gpu and not (fused and not cfg.retrieval.enabled),
+        cuts_early=fused,
     )
     encoder = ENCODERS[cfg.model.encoder]
     if encoder.two_tokens_per_event(cfg.model):
@@ -56,6 +58,14 @@ def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flop
         if not cfg.tasks:  # its examples are the next items
             work.candidates = len(batch.next_code)
     return work
+
+
+def _has_fused_layers(cfg: RunConfig) -> bool:
+    """True of runs whose layers are the fused kernels (`kernels/stu/op.py`)."""
+    model = cfg.model
+    layers = model.encoder in ("ultra_hstu", "hstu", "hstu_merged") and not model.relative_bias
+    backend = model.attention_backend in ("auto", "triton")
+    return cfg.train.use_gpu and cfg.train.precision == "bf16" and layers and backend
 
 
 def cached_work(

@@ -30,8 +30,10 @@ class TokenLayout:
     exact_view: bool = False
     # True where the rows before the next items are read after each step of a loop
     every_step: bool = False
-    # for counting: True where the last layer makes rows that nobody reads, as on a GPU
+    # For counting: True where the last layer makes rows that nobody reads, as some on a GPU; and
+    # where the layer before truncation makes none but those that are kept, as others there.
     every_row: bool = False
+    cuts_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

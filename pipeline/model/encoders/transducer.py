@@ -22,7 +22,7 @@ from pipeline.model.encoders.encoder import (
 )
 from pipeline.model.encoders.own_view import own_view_flops, own_view_rows, stack_sharing
 from pipeline.model.encoders.stu import STU, layer_flops
-from pipeline.model.flops import Flops, kept_pairs, mask_pairs
+from pipeline.model.flops import Flops, kept_pairs, mask_pairs, row_pairs
 from pipeline.model.tokens import Tokens
 
 
@@ -108,6 +108,13 @@ def truncate_history(tokens: Tokens, num_context: int, keep_events: int) -> Toke
     )
 
 
+def kept_rows(tokens: Tokens, num_context: int, keep_events: int) -> tuple[Tokens, QueryRows]:
+    """What truncation leaves of the tokens, which have yet to be made, and where they are now."""
+    places = torch.arange(len(tokens.x_TE), device=tokens.x_TE.device)[:, None]
+    kept = truncate_history(replace(tokens, x_TE=places), num_context, keep_events)
+    return kept, QueryRows(kept.x_TE[:, 0], kept.seq_offsets)
+
+
 def _length_bound(tokens: Tokens, kept_lengths: Tensor) -> int:
     """No sequence is longer. One of few bounds, since a CUDA graph holds it for many batches."""
     return min(tokens.max_seq_len, length_bound(int(kept_lengths.max())))
@@ -161,9 +168,7 @@ class Transducer(nn.Module):
 
     def _cut_in(self, layer: STU, tokens: Tokens) -> Tokens:
         """What truncation leaves of a layer's tokens, of which that layer made no others."""
-        places = torch.arange(len(tokens.x_TE), device=tokens.x_TE.device)[:, None]
-        kept = truncate_history(replace(tokens, x_TE=places), self.num_context, self.truncate_to)
-        rows = QueryRows(kept.x_TE[:, 0], kept.seq_offsets)
+        kept, rows = kept_rows(tokens, self.num_context, self.truncate_to)
         return replace(kept, x_TE=layer(tokens, rows=rows))
 
     def tokens_at(self, depth: int, tokens: Tokens) -> Tokens:
@@ -195,7 +200,9 @@ def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, layout: TokenL
             pairs = mask_pairs(tokens, model.attention, num_context)
         work.causal_pairs += causal
         work.kept_pairs += pairs
-        if depth < model.num_layers - 1:
+        if layout.cuts_early and depth + 1 == model.truncate_after_layer:
+            work.flops += _early_cut_flops(tokens, model, num_context)
+        elif depth < model.num_layers - 1:
             work.flops += layer_flops(model, len(tokens.x_TE), pairs)
 
     num_rows, pairs = last_layer_size(tokens, layout, model.attention)
@@ -203,3 +210,11 @@ def stack_work(whole: Tokens, tokens: Tokens, model: ModelConfig, layout: TokenL
 
     work.truncated_tokens = work.tokens - len(tokens.x_TE)
     return work
+
+
+def _early_cut_flops(tokens: Tokens, model: ModelConfig, num_context: int) -> int:
+    """Products of the layer before truncation where it makes those rows alone that are kept."""
+    mask = model.attention
+    _, rows = kept_rows(tokens, num_context, model.truncate_to)
+    sizes = mask.window, mask.full_rows, num_context + mask.extra_prefix
+    return layer_flops(model, len(tokens.x_TE), row_pairs(tokens, rows, *sizes), len(rows.index))
