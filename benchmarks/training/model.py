@@ -54,7 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "ULTRA-HSTU, FP8": {**ULTRA, "fp8": True},
 }
 LAUNCHED = """ Where the trainer does so, a step is replayed from a CUDA graph, on a batch that was
-filled up (`train.cuda_graphs`); "launched": one by one, whose kernels are those counted."""
+filled up (`train.cuda_graphs`); "launched": one by one, whose kernels are those counted; "busy":
+what the device does in a replayed one, filling and copies with it."""
 REPLAYED = " Inference is replayed too (`GraphedModel`, `serve.cuda_graphs`)."
 BIASED = "HSTU, merged, relative bias"
 # events per second of ULTRA-HSTU, or of semi-local attention alone, over another model, at 16,384
@@ -226,6 +227,8 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
     if trainee.graphs is not None:
         found["train_launched_ms"] = launched
         found["train_ms"] = median_ms(train_graphed, device, options.repeats)
+        if length == max(options.lengths):
+            found["train_busy_ms"] = device_ms(train_graphed, device)
     found["train_peak_gb"] = peak_gb()
     trainee.graphs = None  # gives their memory back
 
@@ -261,24 +264,24 @@ def measure(settings: dict[str, Any], length: int, options: argparse.Namespace) 
         graphed = GraphedModel(model, cfg, cfg.train.graph_sizes)
         found["infer_launched_ms"] = launched
         num_targets = int(batches[0].num_targets.sum())
-        found["infer_ms"] = graphed_ms(graphed, filled, num_targets, options)
+        infer_graphed = graphed_pass(graphed, filled, num_targets, device)
+        found["infer_ms"] = median_ms(infer_graphed, device, options.repeats)
+        if length == max(options.lengths):
+            found["infer_busy_ms"] = device_ms(infer_graphed, device)
     return found
 
 
-def graphed_ms(
-    graphed: GraphedModel,
-    filled: list[SequenceBatch],
-    num_targets: int,
-    options: argparse.Namespace,
-) -> float:
-    """An inference pass, replayed for batches that were filled up before and come from the host."""
+def graphed_pass(
+    graphed: GraphedModel, filled: list[SequenceBatch], num_targets: int, device: str
+) -> Callable[[int], torch.Tensor]:
+    """Inference, replayed for batches that were filled up before and come from the host."""
 
     @torch.no_grad()
     def infer(i: int) -> torch.Tensor:
-        with torch.autocast(options.device, torch.bfloat16):
-            return graphed.score_filled(filled[i % 2].to(options.device), num_targets)
+        with torch.autocast(device, torch.bfloat16):
+            return graphed.score_filled(filled[i % 2].to(device), num_targets)
 
-    return median_ms(infer, options.device, options.repeats)
+    return infer
 
 
 def ratio(numbers: dict[str, dict[str, float]], faster: str, slower: str, key: str) -> float:
@@ -287,9 +290,13 @@ def ratio(numbers: dict[str, dict[str, float]], faster: str, slower: str, key: s
 
 
 def kernels_of(numbers: dict[str, float], way: str) -> str:
-    """`36.6 of 39.9`: what kernels take, and the clock; of a graph also the launched step."""
+    """`36.6 of 39.9`: what kernels take, and the clock; of a graph also what the device does in a
+    replay, and the launched step.
+    """
     shown = f"{numbers[f'{way}_device_ms']:.1f} of {numbers[f'{way}_ms']:.1f}"
-    launched = numbers.get(f"{way}_launched_ms")
+    busy, launched = numbers.get(f"{way}_busy_ms"), numbers.get(f"{way}_launched_ms")
+    if busy is not None:
+        shown += f", busy {busy:.1f}"
     return shown if launched is None else f"{shown}, launched {launched:.1f}"
 
 

@@ -15,6 +15,7 @@ FOUND = 256  # tokens whose keys a program finds
 # Places of sorted keys that a program sums, and columns, by the bytes of a number: float32 has no
 # tensor cores here.
 SUMMED = {2: (64, 128), 4: (32, 64)}
+SUM_WARPS = 4
 PARTIAL = 32  # partial sums read at a time
 NAMED = 16  # rows of the tables that a program names
 
@@ -99,7 +100,7 @@ def launch_table_gradients(grad_TE: Tensor, found: TableRows) -> tuple[Tensor, T
     launch(
         triton_kernels.sum_runs, chunks * blocks, (keys, order, grad_TE, sums, partial),
         (num_rows, num_places), (width, grad_TE.stride(0)), (chunk, block),
-        device=device, num_warps=4,
+        device=device, num_warps=SUM_WARPS,
     )  # fmt: skip
 
     launch(

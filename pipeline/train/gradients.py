@@ -36,18 +36,45 @@ class GradientBuffer:
         self.size = size
         self.flat = torch.zeros(size, dtype=like.dtype, device=like.device)
         self.parts = [(0, size)]
+        self.in_parts = False
         self.sent: list[dist.Work | None] = []
         self.views: list[Tensor] = []
         for name, parameter in parameters.items():
             parameter.grad = self.flat[self.places[name]].view_as(parameter)
             self.views.append(parameter.grad)
 
-    def zero(self) -> None:
-        """Before `backward`, which adds to them."""
-        self.flat.zero_()
+    def clear(self) -> None:
+        """Before `backward`.
+
+        Where parts are sent meanwhile it adds to zeros in the buffer, a launch for each parameter.
+        Elsewhere it leaves tensors of its own, which `collect` copies with a few launches.
+        """
+        if self.in_parts:
+            self.flat.zero_()
+            return
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def collect(self) -> None:
+        """After `backward`: all gradients are in the buffer, zero where a parameter got none."""
+        if self.in_parts:
+            return
+
+        filled: list[Tensor] = []
+        grads: list[Tensor] = []
+        for parameter, view in zip(self.parameters.values(), self.views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                filled.append(view)
+                grads.append(parameter.grad)
+            parameter.grad = view
+        if filled:
+            torch._foreach_copy_(filled, grads)  # pyright: ignore[reportPrivateImportUsage]
 
     def send_in_parts(self, part_bytes: float) -> None:
         """From now on every `backward` sends parts of at least `part_bytes`, once they are done."""
+        self.in_parts = True
         self.parts = cut_parts(self.places, self.size, part_bytes / self.flat.itemsize)
         part_of: dict[str, int] = {}
         for name, place in self.places.items():

@@ -289,10 +289,11 @@ class Trainee:
         if following is not None and self.looks_ahead:
             self._look_ahead(following, step + 1)
         (loss * self.loss_weights).sum().backward()
+        self.gradients.collect()
         return loss.detach(), weight
 
     def _clear_gradients(self) -> None:
-        self.gradients.zero()
+        self.gradients.clear()
         for table in self.tables.values():
             table.grad = None
 
@@ -325,6 +326,7 @@ class Trainee:
         self.gradients.hold_parts()
         loss, weight = self._losses(batch)
         (loss * self.loss_weights).sum().backward()
+        self.gradients.collect()
         if self.touched is not None:
             self.touched.forget()  # what was noted lies in the graph
         return loss.detach(), weight
