@@ -2,6 +2,8 @@
 and its gate.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time import triton_launch
 from kernels.position_time.op import add_position_time
 from kernels.position_time.types import Anchor
+from pipeline.model.tokens import ActionEncoder
 from tests.support.accuracy import assert_as_accurate
 from tests.worlds.model import make_batch, make_config, make_model
 
@@ -195,3 +198,29 @@ def test_a_model_learns_as_with_plain_pytorch(settings: dict, history: list[int]
     for name, grad in grads.items():
         expected = expected_grads[name]
         assert (grad - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-6, name
+
+
+def test_a_frozen_model_makes_the_rows_of_its_actions_states_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And anew when its weights have changed."""
+    batch, cfg = make_batch([5, 0], [2, 1]), make_config(candidate_action="learned")
+    plain = make_model(cfg).float().requires_grad_(False)
+    model = make_model(replace(cfg, model=replace(cfg.model, token_backend="triton"))).float()
+    model.requires_grad_(False)
+    made: list[int] = []
+    state_rows = ActionEncoder.state_rows
+
+    def count_tables(encoder: ActionEncoder) -> Tensor:
+        made.append(encoder.num_states)
+        return state_rows(encoder)
+
+    monkeypatch.setattr(ActionEncoder, "state_rows", count_tables)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(batch), plain(batch))
+        assert made == [27]
+        for changed in (model, plain):
+            changed.encoder.action.set_rows.mul_(-1)
+        torch.testing.assert_close(model(batch), plain(batch))
+    assert made == [27, 27]

@@ -16,6 +16,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.loader import EvaluationBatch
 from pipeline.config import ModelConfig
 from pipeline.evaluate.metrics import TaskMetrics
+from pipeline.model.tokens import HalfLinear
 
 
 class HeadMetrics(Protocol):
@@ -72,7 +73,7 @@ class RankingHead(nn.Sequential):
             logits.bias.copy_(torch.tensor(biases))
 
         hidden *= num_tasks if cfg.task_towers else 1
-        super().__init__(nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(cfg.dropout), logits)
+        super().__init__(HalfLinear(width, hidden), nn.SiLU(), nn.Dropout(cfg.dropout), logits)
         self.loss_names = tasks
 
     def forward(self, input: Tensor) -> Tensor:

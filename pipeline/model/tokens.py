@@ -57,6 +57,10 @@ class Tokens:
         return self.host_lengths
 
 
+# Of a frozen model whose table of the actions' states is kept: nine actions' are 20 MB of 512
+# columns in bfloat16.
+MOST_KEPT_STATES = 3**9
+
 # a table's name, as in `train.tables`, its rows and its width
 MakeTable = Callable[[str, int, int], nn.Module]
 
@@ -95,6 +99,23 @@ def look_up_rows(rows: nn.Module, index: Tensor, dtype: torch.dtype) -> Tensor:
     return rows(index).to(dtype)
 
 
+class HalfLinear(nn.Linear):
+    """A linear map whose weights autocast would cast in every pass: on a GPU those of a frozen
+    model are cast once.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = input.device.type
+        if kind != "cuda" or self.weight.requires_grad or not torch.is_autocast_enabled(kind):
+            return super().forward(input)
+        # where Triton is not installed, CPUs still work
+        from kernels.linear.weights import cast_weight
+
+        dtype = torch.get_autocast_dtype(kind)
+        weight, bias = cast_weight(self.weight, dtype), cast_weight(self.bias, dtype)
+        return nn.functional.linear(input.to(dtype), weight, bias)
+
+
 class SwishLayerNorm(nn.Module):
     """x * sigmoid(Norm(x))"""
 
@@ -131,9 +152,9 @@ class ContentEncoder(nn.Module):
             width += column.dim
         d, backend = model.d_model, model.token_backend
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * d),
+            HalfLinear(width, 2 * d),
             SwishLayerNorm(2 * d, backend),
-            nn.Linear(2 * d, d),
+            HalfLinear(2 * d, d),
             NarrowLayerNorm(d, backend),
         )
 
@@ -188,9 +209,9 @@ class ActionEncoder(nn.Module):
         self.set_rows = nn.Parameter(torch.randn(num_actions, dim))
         self.unknown_rows = nn.Parameter(torch.randn(num_actions, dim))
         self.mlp = nn.Sequential(
-            nn.Linear(num_actions * dim, d_model),
+            HalfLinear(num_actions * dim, d_model),
             SwishLayerNorm(d_model, backend),
-            nn.Linear(d_model, d_model),
+            HalfLinear(d_model, d_model),
         )
         number = torch.arange(num_actions, dtype=torch.int32)
         self.bits: Tensor
@@ -271,8 +292,8 @@ class DenseEncoder(nn.Module):
 
     def __init__(self, width: int, d_model: int, backend: Backend) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(width, d_model), SwishLayerNorm(d_model, backend))
-        self.out = nn.Linear(d_model, d_model)
+        self.hidden = nn.Sequential(HalfLinear(width, d_model), SwishLayerNorm(d_model, backend))
+        self.out = HalfLinear(d_model, d_model)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -301,7 +322,7 @@ class ContextEncoder(nn.Module):
         for group in features.user_tokens.values():
             self.groups.append([names.index(name) for name in group])
             width = sum(features.user[name].dim for name in group)
-            self.out.append(nn.Sequential(nn.Linear(width, d_model), nn.LayerNorm(d_model)))
+            self.out.append(nn.Sequential(HalfLinear(width, d_model), nn.LayerNorm(d_model)))
 
     def forward(self, user_codes: Tensor) -> Tensor:
         """[B, context tokens, d]"""
@@ -351,6 +372,8 @@ class TokenEncoder(nn.Module):
         # small, never sharded
         assert isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding)
         self.position, self.time = position, time
+        # of a frozen model: what the table of the actions' states was made of, and it
+        self._kept_table: tuple[list[object], Tensor] | None = None
         self.dropout = nn.Dropout(model.dropout)
 
     def table_codes(self, batch: SequenceBatch) -> dict[str, Tensor]:
@@ -411,27 +434,51 @@ class TokenEncoder(nn.Module):
             buckets = self.outcome(batch.history_codes).to(x_TE.dtype)
             x_TE = x_TE + buckets.masked_fill(is_target[:, None], 0)
 
-        # every state's row, and behind them the candidates'
+        number = self.action.number_states(*self._action_masks(batch))
+        number = number.masked_fill(is_target, self.action.num_states)
+        return self.add_position_and_time(x_TE, batch, third=(self._states_table(), number))
+
+    def _states_table(self) -> Tensor:
+        """[3 ** actions + 1, d]: every state's row, and behind them the candidates'. Of a frozen
+        model it is made once.
+        """
+        parameters = list(self.action.parameters())
+        if self.candidate_action is not None:
+            parameters.append(self.candidate_action)
+        if any(parameter.requires_grad for parameter in parameters):
+            return self._make_states_table()
+
+        kind = parameters[0].device.type
+        made_of: list[object] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+        for parameter in parameters:
+            made_of += [parameter.data_ptr(), parameter._version]
+        if self._kept_table is None or self._kept_table[0] != made_of:
+            self._kept_table = made_of, self._make_states_table()
+        return self._kept_table[1]
+
+    def _make_states_table(self) -> Tensor:
         rows = self.action.state_rows()
         of_target = self.candidate_action
         if of_target is None:
             of_target = rows.new_zeros(rows.shape[1])
-        table = torch.cat([rows, of_target[None].to(rows.dtype)])
-        number = self.action.number_states(*self._action_masks(batch))
-        number = number.masked_fill(is_target, self.action.num_states)
-        return self.add_position_and_time(x_TE, batch, third=(table, number))
+        return torch.cat([rows, of_target[None].to(rows.dtype)])
 
     def _shares_states(self, batch: SequenceBatch) -> bool:
         """True where the action MLP runs over every state there is and not over every token, and
         the kernel that adds position and time adds its rows: where there are more tokens than rows
-        of all three tables.
+        of all three tables, and in a frozen model, whose table is made once.
         """
         position, time = self.position, self.time
         if not (isinstance(position, nn.Embedding) and isinstance(time, nn.Embedding)):
             return False
-        rows = position.num_embeddings + time.num_embeddings + self.action.num_states + 1
-        fused = choose_backend(self.backend, position.weight) == "triton"
-        return fused and batch.num_tokens >= rows
+        if choose_backend(self.backend, position.weight) != "triton":
+            return False
+
+        num_states = self.action.num_states
+        if not self.action.set_rows.requires_grad:
+            return num_states <= MOST_KEPT_STATES
+        rows = position.num_embeddings + time.num_embeddings + num_states + 1
+        return batch.num_tokens >= rows
 
     def candidate_rows(self, batch: SequenceBatch) -> Tensor:
         """The same, [C, d], of a batch without history rows: no action is computed."""
