@@ -213,9 +213,11 @@ class FusedRows(torch.autograd.Function):
         weights = STUWeights(norm_w, norm_b, uvqk_w, uvqk_b, gate_w, gate_b, out_w, out_b)
         dtype, grad = x.dtype, grad.to(x.dtype).contiguous()
         x_rows = x.index_select(0, index)
-        projected = RowProjected(*made, shape)
-        if made[0] is None:
+        uq, kv, slope_q, slope_kv = made
+        if uq is None:  # to be made again
             projected = launch_project_rows(x, x_rows, weights, shape, keep_slope=True)
+        else:
+            projected = RowProjected(uq, kv, slope_q, slope_kv, shape)
         normed, _, _ = launch_layer_norm(x, norm_w, norm_b, shape.norm_eps, dtype)
         assert normed is not None
 

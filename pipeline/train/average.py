@@ -9,7 +9,7 @@ touch then cost nothing, and with the rate falling to 0 it is the same model but
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 
@@ -23,13 +23,10 @@ class WeightAverage:
         assert cfg.average_from is not None
         self.begin, self.every = cfg.average_from, cfg.average_every
         self.weights = model.state_dict()  # the live tensors
-        kept = {
-            name: torch.promote_types(weight.dtype, torch.float32)
-            for name, weight in self.weights.items()
-        }
-        self.tensors = {
-            name: self.weights[name].to(dtype, copy=True) for name, dtype in kept.items()
-        }
+        self.tensors: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.tensors[name] = weight.to(dtype, copy=True)
 
     @torch.no_grad()
     def add_snapshot(self, step: int, total_steps: int) -> None:
@@ -37,9 +34,10 @@ class WeightAverage:
         many to the end.
         """
         number = snapshot_number(step, total_steps, self.begin, self.every)
-        if number is not None:
-            for name, mean in self.tensors.items():
-                mean.lerp_(self.weights[name].to(mean.dtype), 1 / number)
+        if number is None:
+            return
+        for name, mean in self.tensors.items():
+            mean.lerp_(self.weights[name].to(mean.dtype), 1 / number)
 
     @torch.no_grad()
     def publish_mean(self) -> None:
@@ -49,10 +47,16 @@ class WeightAverage:
 
 
 def snapshot_number(step: int, total_steps: int, begin: float, every: int) -> int | None:
-    """Which snapshot, from 1, the weights after `step` steps are; None if they are not one.
+    """The snapshot, from 1, that the weights after `step` steps are; None if they are not one.
 
     The last is the end's.
+
+        10 steps, begin 0.5, every 2      steps 6, 8 and 10 are snapshots 1, 2 and 3
     """
     first = max(math.ceil(begin * total_steps), 1)
     left, between = divmod(total_steps - step, every)
-    return None if between or step < first else (total_steps - first) // every - left + 1
+    if between or step < first:
+        return None
+
+    number_of_all = (total_steps - first) // every + 1
+    return number_of_all - left

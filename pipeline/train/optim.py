@@ -56,12 +56,20 @@ class RowwiseAdamW:
                 return torch.zeros(shape, dtype=dtype, pin_memory=weight.is_cuda)
             return torch.zeros(shape, dtype=dtype, device=weight.device)
 
-        stores = self.stores.items()
-        self._m = {name: zeros(name, w.shape) for name, w in stores} if betas[0] else {}
-        self._v = {name: zeros(name, w.shape[:1]) for name, w in stores}
-        # by table, views of the above
-        self.m = {name: self._part(self._m, name) for name in tables} if betas[0] else {}
-        self.v = {name: self._part(self._v, name) for name in tables}
+        # by store, and by table as views of these; the first moment where beta is above 0
+        self._m: dict[str, Tensor] = {}
+        self._v: dict[str, Tensor] = {}
+        for name, weight in self.stores.items():
+            self._v[name] = zeros(name, weight.shape[:1])
+            if betas[0]:
+                self._m[name] = zeros(name, weight.shape)
+
+        self.m: dict[str, Tensor] = {}
+        self.v: dict[str, Tensor] = {}
+        for name in tables:
+            self.v[name] = self._part(self._v, name)
+            if betas[0]:
+                self.m[name] = self._part(self._m, name)
 
     def _part(self, moments: dict[str, Tensor], table: str) -> Tensor:
         store, first = self.parts[table]
@@ -81,8 +89,10 @@ class RowwiseAdamW:
         joined = {}
         for store, rows in rows_of.items():
             values = grads_of[store]
-            alone = len(rows) == 1
-            joined[store] = (rows[0], values[0]) if alone else (torch.cat(rows), torch.cat(values))
+            if len(rows) == 1:
+                joined[store] = rows[0], values[0]
+            else:
+                joined[store] = torch.cat(rows), torch.cat(values)
         return joined
 
     @torch.no_grad()
@@ -92,7 +102,8 @@ class RowwiseAdamW:
         """`grads`: per store (`join_rows`) rows [n], which may repeat, and their gradients [n, d].
 
         `grad_scale`, one number, divides the gradients of a row after they were added; infinity
-        leaves the step out."""
+        leaves the step out.
+        """
         self.step_count += 1
         hyper = Hyper(self.step_count, lr, self.betas, self.eps, self.weight_decay)
         for name, (rows, grad) in grads.items():
@@ -105,9 +116,9 @@ class RowwiseAdamW:
         if any(weight.is_cuda for weight in self.tables.values()):
             # moments on the host are read there, where a kernel may still be writing
             torch.cuda.synchronize()
-        return {f"m.{name}": m for name, m in self.m.items()} | {
-            f"v.{name}": v for name, v in self.v.items()
-        }
+        first = {f"m.{name}": moment for name, moment in self.m.items()}
+        second = {f"v.{name}": moment for name, moment in self.v.items()}
+        return first | second
 
 
 def make_stores(

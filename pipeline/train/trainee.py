@@ -61,20 +61,13 @@ class Trainee:
 
         plan = place_tables(cfg, maps.vocab_sizes, world_size)
         maker = TableMaker(plan, rank, device, cfg.seed)
-        self.model = model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
+        model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
         maker.check_tables(model)
+        self.model = model
         self.head: Head = model.heads
-        self.loss_names = self.head.loss_names
-        weights = head_weights(self.head, cfg.train)
-        self.next_item, self.reinforcement = None, None
-        if cfg.retrieval.enabled:
-            _refuse_sharded_items(maker.sharded)
-            self.next_item = NextItemLoss(cfg, maps, device)
-            self.reinforcement = self._reinforcement(cfg, maps, maker.sharded)
-            self.loss_names = (*self.loss_names, LOSS_NAME)
-            weights.append(cfg.retrieval.weight)
-        self.loss_weights = torch.tensor(weights, device=device)
+        self._add_losses(cfg, maps, maker.sharded)
 
+        # what the host is told of the device, and the rows that ranks tell each other
         self.clock = MessageClock(device)
         self.numbers = HostNumbers(device, self.clock)
         self._find_parameters(maker)
@@ -91,19 +84,35 @@ class Trainee:
         if cfg.train.average_from is not None:
             self.average = WeightAverage(model, cfg.train)
 
-        watched = [f"the loss of {name}" for name in self.loss_names]
-        watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
-        self.guard = FiniteGuard(watched, device)
         # forward and backward as CUDA graphs, and what fills batches up to their sizes
         self.graphs: StepGraphs | None = None
         self.filler: BatchFiller | None = None
         if uses_graphs(cfg, device, world_size, sharded=bool(maker.sharded)):
             self.graphs = StepGraphs(self._captured, self.tables, cfg.train.max_cuda_graphs)
             self.filler = BatchFiller.of_run(cfg)
+
+        watched = [f"the loss of {name}" for name in self.loss_names]
+        watched += [f"the gradient of {name}" for name in (*self.dense, *self.tables)]
+        self.guard = FiniteGuard(watched, device)
         # of the dense gradients in the last step, before clipping
         self.grad_norm = torch.zeros((), device=device)
         # ranks that asked to [save, stop] since the last look
         self.wishes = torch.zeros(2, device=device)
+
+    def _add_losses(self, cfg: RunConfig, maps: FeatureMaps, sharded: Collection[str]) -> None:
+        """The parts of the loss, their names and weights."""
+        device = next(self.model.parameters()).device
+        self.loss_names = self.head.loss_names
+        weights = head_weights(self.head, cfg.train)
+        self.next_item, self.reinforcement = None, None
+
+        if cfg.retrieval.enabled:
+            _refuse_sharded_items(sharded)
+            self.next_item = NextItemLoss(cfg, maps, device)
+            self.reinforcement = self._reinforcement(cfg, maps, sharded)
+            self.loss_names = (*self.loss_names, LOSS_NAME)
+            weights.append(cfg.retrieval.weight)
+        self.loss_weights = torch.tensor(weights, device=device)
 
     def _reinforcement(
         self, cfg: RunConfig, maps: FeatureMaps, sharded: Collection[str]
@@ -129,6 +138,7 @@ class Trainee:
             self.reinforcement.keep_start(self.model)
 
     def _find_parameters(self, maker: TableMaker) -> None:
+        """The weights of tables, the blocks among them, and all others, by their paths."""
         paths = {module: f"{path}.weight" for path, module in self.model.named_modules()}
         self.table_paths: dict[str, str] = {}
         self.tables: dict[str, nn.Parameter] = {}
@@ -345,6 +355,8 @@ class Trainee:
         loss, weight = self.head.loss(outputs, batch)
         if self.next_item is None:
             return loss, weight
+
+        # the loss of next items, which may need passes of its own
         if self.reinforcement is not None and passes is not None:
             codes = self.next_item.read_codes()
             next_loss, next_weight = self.reinforcement(self.model, passes, batch, codes)
