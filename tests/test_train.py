@@ -23,6 +23,7 @@ from pipeline.model.work import count_work
 from pipeline.train import loop
 from pipeline.train.average import snapshot_number
 from pipeline.train.checkpoint import CheckpointFolder
+from pipeline.train.gradients import GradientBuffer
 from pipeline.train.meter import prefetch_batches
 from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor
 from pipeline.train.trainee import Trainee
@@ -107,8 +108,9 @@ def test_flat_buffers_train_as_parameters_by_themselves() -> None:
 
     for step in range(4):
         x, total = torch.randn(2, 3), torch.tensor(3.0)
-        ours.buffer.zero()
+        ours.buffer.clear()
         layer(x).square().sum().backward()
+        ours.buffer.collect()
         norms, whole = ours.divide_and_clip(total, 0.5)
         skip = torch.tensor(step == 2)
         ours.step(0.05, skip)
@@ -127,6 +129,20 @@ def test_flat_buffers_train_as_parameters_by_themselves() -> None:
         assert torch.equal(parameters[name], parameter)
         assert torch.equal(ours.state[name]["exp_avg"], theirs.state[parameter]["exp_avg"])
     assert ours.step_count == 3
+
+
+def test_gradients_are_those_of_the_last_backward_and_zero_without_one() -> None:
+    """Of two backward passes the second leaves out a parameter, and adds nothing to the other."""
+    parameters = {name: torch.nn.Parameter(torch.ones(3)) for name in ("a", "b")}
+    buffer = GradientBuffer(parameters)
+    for weights in ({"a": 2.0, "b": 5.0}, {"a": 3.0}):
+        buffer.clear()
+        sum(weight * parameters[name].sum() for name, weight in weights.items()).backward()
+        buffer.collect()
+
+    assert [view.tolist() for view in buffer.views] == [[3.0] * 3, [0.0] * 3]
+    assert parameters["a"].grad is buffer.views[0]
+    assert buffer.flat[buffer.places["a"]].tolist() == [3.0] * 3
 
 
 def test_rows_and_sums_adds_repeated_rows() -> None:
