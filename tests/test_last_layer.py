@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.semi_local_attention import tile_table
 from kernels.stu import op as stu
 from pipeline.model.encoders import fuxi, hstu, lares, transducer, transformer
 from pipeline.model.encoders.encoder import last_rows
 from pipeline.model.encoders.stu import STU
+from pipeline.model.inference.cached_scoring import encode_history
 from tests.worlds.model import make_batch, make_config, make_model
 
 PLAIN = {"attention": {"window": None, "full_rows": 0, "scaling_seq_len": 16}}
@@ -131,6 +133,7 @@ def test_fused_kernels_make_the_rows_that_are_read(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits and gradients as where the kernels make every row; what no kernel writes is NaN."""
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 8)  # fewer for the interpreter
     model = make_model(make_config(attention_backend="triton", **FUSED[name])).float()
     batch = make_batch([5, 0, 30], [2, 1, 1])
     made: list[int] = []
@@ -165,3 +168,19 @@ def test_fused_kernels_make_the_rows_that_are_read(
     # 2 context tokens of each sequence, its newest 12 events and its candidates; then candidates
     kept = [2 * 3 + 5 + 0 + 12 + 4] if name == "truncation" else []
     assert made == [*kept, 4] * 2
+
+
+def test_a_history_is_encoded_as_where_the_kernels_make_every_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layer one makes K and V of all rows, and the rest of those that layer two reads."""
+    model = make_model(make_config(attention_backend="triton", **FUSED["truncation"])).float()
+    history = make_batch([5, 30], [0, 0])
+    with torch.no_grad():
+        found = encode_history(model, history)
+        monkeypatch.setattr(STU, "makes_rows", lambda *_, **__: False)
+        expected = encode_history(model, history)
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(one.offsets, other.offsets)
+        torch.testing.assert_close(one.k_THD, other.k_THD, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.v_THV, other.v_THV, rtol=1e-4, atol=1e-5)

@@ -99,20 +99,44 @@ def stu_layer_rows(
     """
     _check(x_TE.shape, tuple([w.shape for w in weights]), shape, p)
     if is_fused(x_TE, shape, backend):
-        from kernels.stu.row_launch import FusedRows, launch_layer_rows
+        if not torch.is_grad_enabled():
+            return stu_rows_and_keys(x_TE, weights, shape, sequences, rows, p=p)[0]
+        from kernels.stu.row_launch import FusedRows
 
-        mask = shape.window, shape.full_rows, shape.prefix
-        where = sequences.seq_offsets, sequences.max_seq_len, sequences.mask_tensors
-        plan = triton_plan(len(x_TE), *where, *mask, rows)
+        plan = _plan_of_rows(len(x_TE), shape, sequences, rows)
         x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
         drawn = _seed_tensor(p, None, x_TE.device)
-        if torch.is_grad_enabled():
-            return FusedRows.apply(x_TE, rows.index, *weights, shape, plan, p, drawn)
-        return launch_layer_rows(x_TE, rows.index, weights, shape, plan, p, drawn)
+        return FusedRows.apply(x_TE, rows.index, *weights, shape, plan, p, drawn)
 
     u, q, k, v = project_rows_reference(x_TE, weights, shape, rows.index)
     a = attend_rows(q, k, v, shape, sequences, bias=bias, query_rows=rows, backend="torch")
     return output_reference(x_TE.index_select(0, rows.index), u, a, weights, shape, p)
+
+
+def stu_rows_and_keys(
+    x_TE: Tensor,
+    weights: STUWeights,
+    shape: STUShape,
+    sequences: Sequences,
+    rows: QueryRows,
+    *,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [R, E] of some rows alone, and K [T, H, D] and V [T, H, V] of all; by the fused
+    kernels (`is_fused`), where nothing is recorded.
+    """
+    from kernels.stu.row_launch import launch_layer_rows
+
+    plan = _plan_of_rows(len(x_TE), shape, sequences, rows)
+    x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
+    drawn = _seed_tensor(p, None, x_TE.device)
+    return launch_layer_rows(x_TE, rows.index, weights, shape, plan, p, drawn)
+
+
+def _plan_of_rows(num_tokens: int, shape: STUShape, sequences: Sequences, rows: QueryRows):
+    mask = shape.window, shape.full_rows, shape.prefix
+    where = sequences.seq_offsets, sequences.max_seq_len, sequences.mask_tensors
+    return triton_plan(num_tokens, *where, *mask, rows)
 
 
 def project_uvqk(

@@ -131,15 +131,16 @@ def launch_layer_rows(
     plan: TritonPlan,
     p: float,
     seed: Tensor | None,
-) -> Tensor:
-    """The layer's output [R, E] of the rows `index`, int64 [R], of which `plan` knows; nothing is
-    recorded.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's output [R, E] of the rows `index`, int64 [R], of which `plan` knows; and K
+    [T, H, D] and V [T, H, V]. Nothing is recorded.
     """
     x_RE = x_TE.index_select(0, index)
     projected = launch_project_rows(x_TE, x_RE, weights, shape, keep_slope=False)
     a = attention_of_rows(projected, plan, index)
     u, _ = projected.split_queries(projected.uq)
-    return launch_output(x_RE, a, u, weights, shape, p, seed, keep_y=False)[0]
+    out, _ = launch_output(x_RE, a, u, weights, shape, p, seed, keep_y=False)
+    return out, *projected.split_heads(projected.kv)
 
 
 def attention_backward_rows(

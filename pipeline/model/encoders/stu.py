@@ -84,6 +84,15 @@ class STU(nn.Module):
         backend = self.cfg.attention_backend
         return stu.makes_rows(tokens.x_TE, self.shape, backend, biased=biased)
 
+    def rows_and_keys(self, tokens: Tokens, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Z' of these rows [R, d], K [T, h, d_qk] and V [T, h, d_v] of all; where `is_fused`."""
+        where = sequences(tokens)
+        return stu.stu_rows_and_keys(tokens.x_TE, self.weights(), self.shape, where, rows)
+
+    def is_fused(self, tokens: Tokens) -> bool:
+        """True where the layer is the fused kernels."""
+        return stu.is_fused(tokens.x_TE, self.shape, self.cfg.attention_backend)
+
     def project(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U [T, h * d_v] as `output` takes it, Q and K [T, h, d_qk], V [T, h, d_v]; no row needs
         another.

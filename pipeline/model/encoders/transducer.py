@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from kernels.jagged.op import truncate_tail
 from kernels.semi_local_attention.types import QueryRows
-from kernels.stu.op import is_fused
 from pipeline.batches.filling import length_bound
 from pipeline.config import ChannelConfig, ModelConfig
 from pipeline.model.encoders.encoder import (
@@ -145,8 +144,9 @@ class Transducer(nn.Module):
             assert isinstance(layer, STU)
             if not is_cut:
                 tokens = self.tokens_at(depth, tokens)
-            if self._cuts_early(depth, layer, tokens):
-                tokens, is_cut = self._cut_in(layer, tokens), True
+            if self.cuts_early(depth, layer, tokens):
+                kept, rows = kept_rows(tokens, self.num_context, self.truncate_to)
+                tokens, is_cut = replace(kept, x_TE=layer(tokens, rows=rows)), True
                 continue
 
             rows = None
@@ -157,19 +157,13 @@ class Transducer(nn.Module):
             tokens = replace(tokens, x_TE=x_TE)
         return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
 
-    def _cuts_early(self, depth: int, layer: STU, tokens: Tokens) -> bool:
+    def cuts_early(self, depth: int, layer: STU, tokens: Tokens) -> bool:
         """True of the layer before truncation where it makes those rows alone that are kept: in the
         fused kernels. On a CPU it would change the draws of dropout.
         """
         if self.truncate_after_layer is None or depth + 1 != self.truncate_after_layer:
             return False
-        fused = is_fused(tokens.x_TE, layer.shape, layer.cfg.attention_backend)
-        return fused and layer.makes_rows(tokens)
-
-    def _cut_in(self, layer: STU, tokens: Tokens) -> Tokens:
-        """What truncation leaves of a layer's tokens, of which that layer made no others."""
-        kept, rows = kept_rows(tokens, self.num_context, self.truncate_to)
-        return replace(kept, x_TE=layer(tokens, rows=rows))
+        return layer.is_fused(tokens) and layer.makes_rows(tokens)
 
     def tokens_at(self, depth: int, tokens: Tokens) -> Tokens:
         """What is left of the previous layer's tokens for the layer at `depth`."""

@@ -21,7 +21,7 @@ from kernels.semi_local_attention.op import cached_attention
 from pipeline.batches.collate import SequenceBatch
 from pipeline.model.encoders.encoder import last_history_rows
 from pipeline.model.encoders.stu import STU
-from pipeline.model.encoders.transducer import Transducer
+from pipeline.model.encoders.transducer import Transducer, kept_rows
 from pipeline.model.encoders.ultra_hstu import UltraHSTU
 from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import Tokens
@@ -145,8 +145,17 @@ def _encode_stack(
     """The cache of each layer; `to_the_end` the last layer's tokens, else those before it."""
     layers = _stu_layers(stack)
     kept: list[LayerCache] = []
+    is_cut = False
     for depth, layer in enumerate(layers):
-        tokens = stack.tokens_at(depth, tokens)
+        if not is_cut:
+            tokens = stack.tokens_at(depth, tokens)
+        if stack.cuts_early(depth, layer, tokens):
+            short, rows = kept_rows(tokens, stack.num_context, stack.truncate_to)
+            x_TE, k, v = layer.rows_and_keys(tokens, rows)
+            kept.append(LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets))
+            tokens, is_cut = replace(short, x_TE=x_TE), True
+            continue
+
         u, q, k, v = layer.project(tokens.x_TE)
         # not a view: it would keep u and q
         kept.append(LayerCache(k.contiguous(), v.contiguous(), tokens.seq_offsets))
