@@ -140,29 +140,32 @@ class MetricsFeed:
         Raises:
             Outage: the tracker does not answer; what it took before is noted.
         """
-        while lines := self._next_lines():
+        while True:
+            lines, end = self._next_lines()
+            if not lines:
+                return
+
             new = [line for line in lines if line.step > self.sent]
             if new:
                 self.send(new)
                 self.sent = new[-1].step
                 note = {"run_id": self.run_id, "step": self.sent}
                 write_atomically(self.folder / SENT, json.dumps(note))
-            self.offset = self.read_to
+            self.offset = end
 
-    def _next_lines(self) -> list[MetricsLine]:
-        """Some whole lines after `offset`; `read_to` is where they end."""
-        path = self.folder / METRICS
+    def _next_lines(self) -> tuple[list[MetricsLine], int]:
+        """Some whole lines after `offset`, and where they end."""
+        path, end = self.folder / METRICS, self.offset
         if not path.exists():
-            return []
+            return [], end
 
         found: list[MetricsLine] = []
-        self.read_to = self.offset
         with path.open("rb") as file:
-            file.seek(self.offset)
+            file.seek(end)
             for text in file:
                 # one that is being written has no end yet
                 if len(found) == LINES_PER_REQUEST or not text.endswith(b"\n"):
                     break
                 found.append(parse_line(text.decode()))
-                self.read_to += len(text)
-        return found
+                end += len(text)
+        return found, end
