@@ -14,6 +14,7 @@ from pipeline.config import (
     ModelConfig,
     RetrievalConfig,
     RunConfig,
+    TrainConfig,
 )
 from pipeline.model.encoders import ENCODERS
 from pipeline.model.encoders.encoder import TokenLayout
@@ -32,7 +33,7 @@ def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flop
     `num_items`: those that each next item is told apart from, where the batch has such.
     """
     num_context = len(cfg.features.user_tokens)
-    fused = _has_fused_layers(cfg)
+    fused = _has_fused_layers(cfg.model, cfg.train)
     layout = TokenLayout(
         num_context,
         cfg.source.actions,
@@ -60,12 +61,11 @@ def count_work(batch: SequenceBatch, cfg: RunConfig, num_items: int = 0) -> Flop
     return work
 
 
-def _has_fused_layers(cfg: RunConfig) -> bool:
+def _has_fused_layers(model: ModelConfig, train: TrainConfig) -> bool:
     """True of runs whose layers are the fused kernels (`kernels/stu/op.py`)."""
-    model = cfg.model
     layers = model.encoder in ("ultra_hstu", "hstu", "hstu_merged") and not model.relative_bias
     backend = model.attention_backend in ("auto", "triton")
-    return cfg.train.use_gpu and cfg.train.precision == "bf16" and layers and backend
+    return train.use_gpu and train.precision == "bf16" and layers and backend
 
 
 def cached_work(

@@ -109,28 +109,15 @@ class Trainee:
         if cfg.retrieval.enabled:
             _refuse_sharded_items(sharded)
             self.next_item = NextItemLoss(cfg, maps, device)
-            self.reinforcement = self._reinforcement(cfg, maps, sharded)
             self.loss_names = (*self.loss_names, LOSS_NAME)
             weights.append(cfg.retrieval.weight)
+        if cfg.retrieval.enabled and cfg.retrieval.reinforce != "none":
+            _refuse_second_model(sharded)
+            # held near the present weights until `keep_start` says others
+            start = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).to(device)
+            self.reinforcement = Reinforcement(cfg.retrieval, start)
+            self.reinforcement.keep_start(self.model)
         self.loss_weights = torch.tensor(weights, device=device)
-
-    def _reinforcement(
-        self, cfg: RunConfig, maps: FeatureMaps, sharded: Collection[str]
-    ) -> Reinforcement | None:
-        """LARES's second stage, held near the present weights until `keep_start` says others."""
-        if cfg.retrieval.reinforce == "none":
-            return None
-        for name in sharded:
-            raise UserError(
-                f"train.tables: {name} is sharded over the workers by its size "
-                "(train.shard_above_mb), and retrieval.reinforce keeps a second model, whole on "
-                f"each: train.tables.{name}: replicated"
-            )
-        start = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
-        start = start.to(next(self.model.parameters()).device)
-        reinforcement = Reinforcement(cfg.retrieval, start)
-        reinforcement.keep_start(self.model)
-        return reinforcement
 
     def keep_start(self) -> None:
         """Note the weights that a run begins with, where its loss holds the model near them."""
@@ -477,3 +464,13 @@ def _refuse_sharded_items(sharded: Collection[str]) -> None:
                 "(train.shard_above_mb), and retrieval.enabled needs it whole on each: "
                 f"train.tables.{name}: replicated, or fewer columns"
             )
+
+
+def _refuse_second_model(sharded: Collection[str]) -> None:
+    """LARES's second stage keeps the weights it began with, whole on each worker."""
+    for name in sharded:
+        raise UserError(
+            f"train.tables: {name} is sharded over the workers by its size "
+            "(train.shard_above_mb), and retrieval.reinforce keeps a second model, whole on "
+            f"each: train.tables.{name}: replicated"
+        )
