@@ -425,6 +425,8 @@ def main() -> None:
         for name in ("events", "candidates", "layers", "heads", "width", "repeats")
     }
     other = [f"--{name} {size}" for name, size in sizes.items() if size != parser.get_default(name)]
+    if options.lengths != parser.get_default("lengths"):
+        other.append(" ".join(["--lengths", *map(str, options.lengths)]))
     found: dict[str, dict[str, dict[str, float]]] = {}
     run = {
         "command": " ".join(["python -m benchmarks.training.model", *other]),

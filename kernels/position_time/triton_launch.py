@@ -12,10 +12,10 @@ from kernels.position_time.types import Anchor
 
 TILE = 2048  # numbers that a program of the forward kernel holds: 16 a thread
 FOUND = 256  # tokens whose keys a program finds
-# Places of sorted keys that a program sums, and columns, by the bytes of a number: float32 has no
-# tensor cores here.
-SUMMED = {2: (64, 128), 4: (32, 64)}
-SUM_WARPS = 4
+# Places of sorted keys that a program sums, and columns, by the bytes of a number. Half as many
+# places as Hopper's widest products take leave a program 59 registers instead of 168, and so more
+# programs to wait for rows at a time. float32 has no tensor cores here.
+SUMMED = {2: (32, 128), 4: (32, 64)}
 PARTIAL = 32  # partial sums read at a time
 NAMED = 16  # rows of the tables that a program names
 
@@ -100,7 +100,7 @@ def launch_table_gradients(grad_TE: Tensor, found: TableRows) -> tuple[Tensor, T
     launch(
         triton_kernels.sum_runs, chunks * blocks, (keys, order, grad_TE, sums, partial),
         (num_rows, num_places), (width, grad_TE.stride(0)), (chunk, block),
-        device=device, num_warps=SUM_WARPS,
+        device=device, num_warps=4,
     )  # fmt: skip
 
     launch(
