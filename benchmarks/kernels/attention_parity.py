@@ -360,8 +360,11 @@ def smoke_checks() -> list[Check]:
     biased = replace(tiny, mask={}, visible="", bias=True)
     days = replace(biased, gap_ms=16 * 86_400_000, asked_ms=2**36)
     own = replace(tiny, own_view=True)
+    # sequences shorter than the prefix
+    short = Case((5, 9, 3, 40), None, {"window": 1, "prefix": 8}, "", 1, 16, 16, dtype="float32")
     return [
         *((check_parity, case) for case in (tiny, biased, days, own)),
         (check_cached, torch.float32, (20, 0, 7), (5, 1, 2), 1, 16),
         (check_contained, replace(tiny, lengths=(9, 7, 12), num_targets=(2, 1, 0)), math.nan),
+        (check_contained, short, math.nan),
     ]
