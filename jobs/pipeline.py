@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import cli
 from pipeline import config
-from pipeline.config import RunConfig, SplitConfig, UserError
+from pipeline.config import IndexConfig, RunConfig, ServeConfig, SplitConfig, UserError
 from pipeline.files import json_text, write_atomically
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ def run_chain(
 
     manifest = prepare_sequences(cfg, append=append)
     report_sequences(cfg.split, manifest)
+    check_item_columns(cfg.sequence_dir, cfg.index, cfg.serve)
 
     print_stage(3, "training")
     restart = append and trainer.trained_on_other_rows(cfg, manifest.digest)
@@ -286,6 +287,22 @@ def report_sequences(split: SplitConfig, manifest: "Manifest") -> None:
             "split.t_val: the validation period holds no request, so no model of it could pass the "
             "gate; nothing is trained"
         )
+
+
+def check_item_columns(sequence_dir: Path, index: IndexConfig, serve: ServeConfig) -> None:
+    """Say now, not after the training, which columns the item table lacks.
+
+    Raises:
+        UserError: one that the index or the page is to have.
+    """
+
+    from pipeline.index.catalogue import wanted_columns
+    from pipeline.sequences import store
+    from serve_app.page.catalogue import check_columns
+
+    if index.enabled:
+        wanted_columns(store.read_side_table(sequence_dir, "items"), index)
+    check_columns(sequence_dir, serve)
 
 
 def serve_and_replay(

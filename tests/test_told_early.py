@@ -23,9 +23,11 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.sequences import build, preview, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.parts import find_part
+from pipeline.tracking import Tracker
 from pipeline.train.optim import refuse_long_warmup, resolve_warmup
 from pipeline.train.periods import check_periods
 from tests.worlds.logs import NOON, config_for, here, log
+from tests.worlds.tiny import publish_sequences, tiny_config
 
 __all__ = ["here"]  # a fixture
 
@@ -256,3 +258,20 @@ def test_an_option_is_refused_before_anything_starts(
     job.add_options(parser)
     with pytest.raises(UserError, match=said):
         job.plan_job(cli.Job(cfg, parser.parse_args(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("index", "columns"), ("index", "title_column"), ("serve", "page_title_column")],
+)
+def test_a_column_that_the_item_table_lacks_is_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, key: str
+) -> None:
+    value = ["colour"] if key == "columns" else "colour"
+    cfg = tiny_config(tmp_path, **{section: {key: value}})
+    publish_sequences(cfg)
+    manifest = store.read_manifest(cfg.sequence_dir)
+    monkeypatch.setattr(jobs.pipeline, "prepare_sequences", lambda cfg, append: manifest)
+    monkeypatch.setattr(jobs.pipeline, "choose_start", lambda *_, **__: pytest.fail("trains"))
+    with pytest.raises(UserError, match=rf"{section}\.{key}.* has no column 'colour'"):
+        jobs.pipeline.run_chain(cfg, Tracker(cfg), "")

@@ -134,7 +134,7 @@ def make_table(
     }
     if texts is not None:
         arrays[ITEM_TEXT] = texts
-    names = _wanted_columns(items, cfg)
+    names = wanted_columns(items, cfg)
     if items is None or not names:
         return pa.table(arrays)
 
@@ -144,17 +144,17 @@ def make_table(
     row = pa.array(place, mask=listed[place] != item_ids)
     for name in names:
         column = _plain_type(items[name])
-        if column is None:
-            raise UserError(
-                f"index.columns: {name!r} of the item table is of type {items[name].type}; a "
-                "filter compares numbers, text, times, and true and false"
-            )
+        assert column is not None, "wanted_columns has looked at its type"
         arrays[PREFIX + name] = column.take(row)
     return pa.table(arrays)
 
 
-def _wanted_columns(items: pa.Table | None, cfg: IndexConfig) -> list[str]:
-    """Names of the item table's columns that travel with the index."""
+def wanted_columns(items: pa.Table | None, cfg: IndexConfig) -> list[str]:
+    """Names of the item table's columns that travel with the index.
+
+    Raises:
+        UserError: a configured column is missing, or of a type that a filter cannot compare.
+    """
     known = [] if items is None else [name for name in items.column_names if name != ITEM_ID]
     needed = {"index.title_column": cfg.title_column}
     if cfg.followed is not None:
@@ -172,8 +172,14 @@ def _wanted_columns(items: pa.Table | None, cfg: IndexConfig) -> list[str]:
     if cfg.columns is None:
         return [name for name in known if _plain_type(items[name]) is not None]
 
-    chosen = [name for name in needed.values() if name is not None]
-    return list(dict.fromkeys(chosen))
+    chosen = dict.fromkeys(name for name in needed.values() if name is not None)
+    for name in chosen:
+        if _plain_type(items[name].slice(0, 0)) is None:
+            raise UserError(
+                f"index.columns: {name!r} of the item table is of type {items[name].type}; a "
+                "filter compares numbers, text, times, and true and false"
+            )
+    return list(chosen)
 
 
 def _plain_type(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
