@@ -1,8 +1,7 @@
 """How near the attention kernels come to what the chip can do, by its hardware counters.
 
-    ncu --metrics $(python -m benchmarks.kernels.counters --metrics) --clock-control none --csv \\
-        --page raw --print-units base --profile-from-start off \\
-        python -m benchmarks.kernels.counters > counters.csv
+    ncu --set full --clock-control none --csv --page raw --print-units base \\
+        --profile-from-start off python -m benchmarks.kernels.counters > counters.csv
     python -m benchmarks.kernels.counters --read counters.csv    → runs/counters_h200.json
 
 `--cases` takes some of the cases alone, in both commands; the file keeps what it has of the others.
@@ -93,14 +92,10 @@ def main() -> None:
     )
     parser.add_argument("--read", type=Path, metavar="FILE", help="ncu's table, instead of running")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "counters_h200.json")
-    parser.add_argument("--metrics", action="store_true", help="print their names for ncu")
     parser.add_argument(
         "--cases", nargs="+", choices=list(counted_cases()), default=list(counted_cases())
     )
     arguments = parser.parse_args()
-    if arguments.metrics:
-        print(",".join(METRICS.values()))
-        return
     if arguments.read is None:
         run_cases(arguments.cases)
         print(json.dumps(versions()))
