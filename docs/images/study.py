@@ -17,6 +17,7 @@ PICTURES = {
     "study_laws": ("smallest", draw_laws),
     "study_drifting_fronts": ("drifting", draw_fronts),
     "study_drifting_laws": ("drifting", draw_laws),
+    "study_chains_fronts": ("chains", draw_fronts),
     "study_ml_1m_fronts": ("ml_1m", draw_fronts),
 }
 
