@@ -69,7 +69,7 @@ def inspect_logs(options: argparse.Namespace) -> None:
     if guess.missing:
         raise UserError(
             f"no column of {options.path} looks like {' or '.join(guess.missing)}: copy "
-            "configs/own_logs.yaml and name it in source.columns"
+            f"configs/own_logs.yaml and name it in source.columns{_advise_objects(logs.rows)}"
         )
 
     sides = {}
@@ -86,6 +86,19 @@ def inspect_logs(options: argparse.Namespace) -> None:
     print(f"\nwrote {options.output}; next:")
     for job in NEXT_JOBS:
         print(f"  python -m jobs.{job} --config {options.output}")
+
+
+def _advise_objects(rows: pa.Table) -> str:
+    """What to do about columns that hold objects, in which the ids or the time may lie."""
+    names = [field.name for field in rows.schema if pa.types.is_struct(field.type)]
+    if not names:
+        return ""
+    inner = rows.schema.field(names[0]).type.field(0).name
+    example = f"{names[0]}_{inner}: .{names[0]}.{inner}"
+    return (
+        f"; {', '.join(names)} hold objects, whose fields must be columns of their own: of JSON "
+        f"lines `jq -c '. + {{{example}}}'` makes them"
+    )
 
 
 def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:

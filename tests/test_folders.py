@@ -79,7 +79,7 @@ def test_hidden_files_are_left_out_and_any_ending_is_read(
         **dict.fromkeys(HIDDEN, "a name that begins with _ or ."),
         "half.parquet.tmp": "Parquet that is cut off, or being written",
         "notes.txt": "not Parquet",
-        "nothing": "not Parquet",
+        "nothing": "empty, 0 bytes",
     }
 
 

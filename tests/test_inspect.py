@@ -2,7 +2,9 @@
 three edits.
 """
 
+import gzip
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -230,12 +232,76 @@ def test_examples_of_a_column_are_different_values() -> None:
     assert inspect.first_values(pa.array([[1], None, [1], [2], [3]])) == [[1], [1], [2]]
 
 
+# how a user's text file is written: the whole of it, and the options of its times
+ODD_FILES: dict[str, tuple[Callable[[str], bytes], dict[str, str]]] = {
+    "pandas_index": (lambda text: add_index(text).encode(), {"zone": "UTC"}),
+    "gzip.csv.gz": (lambda text: gzip.compress(text.encode()), {"zone": "UTC"}),
+    "utf16": (lambda text: text.encode("utf-16"), {"zone": "UTC"}),
+    "byte_order_mark": (lambda text: text.encode("utf-8-sig"), {"zone": "UTC"}),
+    "windows": (lambda text: text.replace("\n", "\r\n").encode(), {"zone": "UTC"}),
+    "days": (
+        lambda text: re.sub(r"2020-03-(\d\d) \d\d:\d\d", r"\1.03.2020", text).encode(),
+        {"zone": "UTC", "format": "%d.%m.%Y"},
+    ),
+    "european": (
+        lambda text: re.sub(r"2020-03-(\d\d)", r"\1/03/2020", text).encode(),
+        {"zone": "UTC", "format": "%d/%m/%Y %H:%M"},
+    ),
+}
+
+
+def add_index(text: str) -> str:
+    """The column without a name that pandas' `to_csv` begins with."""
+    head, *lines = text.splitlines()
+    return "\n".join([f",{head}", *(f"{place},{line}" for place, line in enumerate(lines))]) + "\n"
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_text_file_as_people_have_it_is_looked_at(tmp_path: Path, name: str) -> None:
+    """Beside an empty one, with ids with spaces and a column of text that looks like numbers."""
+    written, times = ODD_FILES[name]
+    draw = Draw()
+    draw.seconds = START + 15 * 86_400 + np.arange(ROWS) * 60
+    columns = {
+        "user": [f"Ann Lee {user}" for user in draw.user],
+        "item": draw.item,
+        "ts": draw.local("%Y-%m-%d %H:%M"),
+        "clicked": draw.choice(0, 1),
+        "ip": [f"10.0.0.{item}" for item in draw.item],
+    }
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    file = folder / (name if name.endswith(".gz") else f"{name}.csv")
+    write_csv(tmp_path / "plain.csv", columns)
+    file.write_bytes(written((tmp_path / "plain.csv").read_text()))
+    (folder / "empty.csv").touch()
+
+    inspect.main([str(folder), "-o", str(tmp_path / "preset.yaml")])
+    cfg = config.load(tmp_path / "preset.yaml", [f"runs_dir={tmp_path}"])
+    reading = cfg.source.readings["event_time"]
+    assert {key: getattr(reading, key) for key in ("zone", "format") if getattr(reading, key)} == (
+        times
+    )
+    plan = build.plan_build(cfg)
+    assert (plan["rows"], plan["files"], plan["files_left_out"]) == (ROWS, 1, 1)
+
+
 def test_what_cannot_be_looked_at_is_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "notes.csv").write_text("name,note\na,b\nc,d\n")
     (tmp_path / "there.yaml").write_text("name: x\n")
+    (tmp_path / "head.csv").write_text("user,item,time\n")
+    pq.write_table(pa.table({"user": pa.array([], pa.int64())}), tmp_path / "no_rows.parquet")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.csv").touch()
+    nested = {"user": {"id": 7}, "item": {"id": 9}, "time": 1583020800, "click": 1}
+    (tmp_path / "nested.jsonl").write_text(f"{json.dumps(nested)}\n" * 3)
     for arguments, message in (
+        ([str(tmp_path / "head.csv")], "have no rows"),
+        ([str(tmp_path / "no_rows.parquet")], "have no rows"),
+        ([str(tmp_path / "empty")], "left out: 1 (empty, 0 bytes: "),
+        ([str(tmp_path / "nested.jsonl")], "user, item hold objects, whose fields must be columns"),
         ([str(tmp_path / "nowhere")], "PATH: no Parquet, CSV or JSON lines at"),
         ([str(tmp_path / "notes.csv")], "looks like event_time or user_id or item_id"),
         ([str(tmp_path), "-o", str(tmp_path / "there.yaml")], "is there already"),

@@ -5,6 +5,7 @@ asked of local servers that speak their protocols.
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
-from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.config import ConfigError, RunConfig, SideTable, UserError
 from pipeline.logs import files, import_logs, open_logs
 from pipeline.logs.parquet import find_logs
 from pipeline.logs.rows import count_rows, read_schema
@@ -20,6 +21,9 @@ from pipeline.schema import LOG_OPTIONAL, ROW_DIGEST
 from pipeline.sequences.build import build_sequences
 from tests.support.gcs_server import gcs_storage
 from tests.support.s3_server import Bucket, s3_bucket
+from tests.worlds.logs import config_for, here, log
+
+__all__ = ["here"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,6 +178,31 @@ def test_google_cloud_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 find_logs("source.path", "gs://my-bucket/none")
         finally:
             files._gcs.cache_clear()
+
+
+def test_a_build_from_google_cloud_storage_is_that_from_disk(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cfg = config_for(tmp_path, log(), log(seed=1))
+    items = pa.table({"sku": range(50), "author": ["x", "y"] * 25})
+    pq.write_table(items, tmp_path / "items.parquet")
+    table = SideTable(path=str(tmp_path / "items.parquet"), id_column="sku")
+    here_source = replace(cfg.source, items=table)
+    wanted = build_sequences(replace(cfg, source=here_source))
+
+    with gcs_storage(tmp_path) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        files._gcs.cache_clear()
+        try:
+            there = replace(table, path="gs://in/items/items.parquet")
+            (tmp_path / "in" / "items").mkdir()
+            shutil.move(tmp_path / "items.parquet", tmp_path / "in" / "items")
+            source = replace(cfg.source, path="gs://in/[01].parquet", items=there)
+            found = build_sequences(replace(cfg, name="cloud", source=source))
+        finally:
+            files._gcs.cache_clear()
+    assert found.digest == wanted.digest
+    assert found.rows_in == 800
 
 
 def test_a_side_table_is_checked_too():

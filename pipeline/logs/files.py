@@ -34,6 +34,7 @@ MAGICS = (b"PAR1", b"PARE")  # at both ends of a file; the second: with an encry
 PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")  # gzip, zstd, …
 HIDDEN = "a name that begins with _ or ."
 NOT_PARQUET = "not Parquet"
+NO_BYTES = "empty, 0 bytes"
 CUT_OFF = "Parquet that is cut off, or being written"
 DELTA_LOG, HUDI_LOG, ICEBERG_LOG = "_delta_log", ".hoodie", "metadata"
 
@@ -94,8 +95,11 @@ def find_files(path: str | Path, form: FileFormat = PLAIN) -> FoundFiles:
             continue
 
         name = _name(info.path, options)
+        is_parquet = name.partition("?")[0].lower().endswith(ENDINGS)
         if any(map(_is_hidden, parts)):
             left_out[name] = HIDDEN
+        elif info.size == 0 and not is_parquet:
+            left_out[name] = NO_BYTES
         else:
             names.append(name)
 

@@ -159,6 +159,7 @@ class TextFile:
                 "lines of it"
             )
         reason = " ".join(str(error).split())[:300]
+        reason = "".join(sign for sign in reason if sign.isprintable())  # as of UTF-16
         return UserError(
             f"{self._name} cannot be read as {kind} ({reason}): see source.format, or the table's "
             "own format (docs/guide/data.md)"

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import ColumnReading
 from pipeline.logs.columns import is_number, is_text, plain_values
-from pipeline.logs.times import guess_unit, needs_zone, read_times
+from pipeline.logs.times import NUMBER, guess_unit, needs_zone, read_times
 from pipeline.schema import LOG_OPTIONAL, RESERVED
 
 USER = re.compile(r"^(.*_)?(user|uid|visitor|customer|client|member|reviewer|msno|person)")
@@ -37,7 +37,10 @@ FORMATS = (
     "%m/%d/%Y %I:%M:%S %p",
     "%m %d, %Y",
     "%d.%m.%Y %H:%M",
+    "%d.%m.%Y",
     "%d/%m/%Y %H:%M:%S",
+    "%d/%m/%Y %H:%M",
+    "%d/%m/%Y",
     "%Y/%m/%d %H:%M:%S",
     "%Y%m%d",
 )
@@ -64,7 +67,12 @@ def guess_columns(rows: pa.Table, request_id: str | None = None) -> Guess:
     Args:
         request_id: column that is known to tell apart what was shown together.
     """
-    values = {name: plain_values(rows[name]) for name in rows.column_names}
+    values = {}
+    for name in rows.column_names:
+        column = plain_values(rows[name])
+        if not pa.types.is_nested(column.type):
+            values[name] = column
+
     guess = Guess()
     if request_id is not None:
         guess.columns["request_id"] = request_id
@@ -147,9 +155,9 @@ def time_option(name: str, column: pa.Array) -> dict[str, Any] | None:
         return None
 
     # numbers as text may be ids or counts
-    numbers = pc.all(pc.match_substring_regex(column, r"^\s*-?[\d.]+\s*$")).as_py()
-    if numbers:
-        return time_option(name, column.cast(pa.float64()))
+    trimmed = pc.utf8_trim_whitespace(column)
+    if pc.all(pc.match_substring_regex(trimmed, NUMBER)).as_py():
+        return time_option(name, trimmed.cast(pa.float64()))
     options: list[dict[str, Any]] = [{}, {"zone": "UTC"}]
     options += [{"format": form, "zone": "UTC"} for form in FORMATS]
     for option in options:

@@ -3,6 +3,7 @@
 # pyarrow makes its compute functions when it is imported
 # pyright: reportAttributeAccessIssue=false
 
+import codecs
 import re
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from pipeline.logs.columns import is_text, plain_values
 from pipeline.logs.files import PLAIN, find_files, locate, total_bytes
 from pipeline.logs.impressions import is_list, spread_rows
 from pipeline.logs.looking.guess import ITEM, plain_name
+from pipeline.logs.parquet import count_reasons
 from pipeline.logs.rows import open_rows
 from pipeline.logs.text_files import CSV_ENDINGS, JSON_ENDINGS, PACKED_ENDINGS, text_kind
 
@@ -50,7 +52,8 @@ def take_sample(path: str, key: str) -> Sample:
     if not files:
         form, files = _as_text(list(found.left_out))
     if not files:
-        raise UserError(f"{key}: no Parquet, CSV or JSON lines at {path!r}")
+        others = f"; left out: {count_reasons(found.left_out)}" if found.left_out else ""
+        raise UserError(f"{key}: no Parquet, CSV or JSON lines at {path!r}{others}")
     if form == PLAIN and text_kind(files[0], PLAIN) != "json" and not _is_parquet(files[0]):
         form = guess_format(files[0])
 
@@ -137,7 +140,9 @@ def guess_format(file: str) -> FileFormat:
     with filesystem.open_input_stream(inner, compression="detect" if packed else None) as stream:
         data = stream.read(FIRST_BYTES)
     try:
-        text, encoding = data.decode("utf8", "strict"), "utf8"
+        of_windows = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = "utf-16" if of_windows else "utf8"
+        text = data.decode(encoding, "strict")
     except UnicodeDecodeError as error:
         cut_off = error.start > len(data) - 4  # within a character
         encoding = "utf8" if cut_off else "latin-1"
@@ -188,6 +193,8 @@ def _first_rows(files: list[str], form: FileFormat) -> tuple[pa.Table, bool]:
                     return pa.concat_tables(pieces, promote_options="permissive"), False
         if place == 1:
             break
+    if not pieces:
+        return pa.table({}), True
     return pa.concat_tables(pieces, promote_options="permissive"), len(files) <= len(pieces)
 
 
