@@ -310,6 +310,8 @@ def section(run: dict[str, Any]) -> str:
         "Between the first answer to a request and the second, from the kept history, scores "
         f"differ by {run['largest_difference']:.1e} at most."
     )
+    if "note" in run:  # of code that has changed since
+        said += f" {run['note']}."
     header = ["histories", "requests/s", "p50 / p99, ms", "ranker's pass", "wait for passes"]
     header += ["the rest of the server", "refused or failed"]
     return "\n\n".join(["## Load on a GPU over HTTP", said, table(header, rows)])
