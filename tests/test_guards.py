@@ -51,6 +51,12 @@ def test_attention_that_starts_silent_is_told_with_its_two_settings() -> None:
     lower = "model.channels.all.attention.scaling_seq_len (4096) or raise its attn_alpha (0.5)"
     assert said.endswith(f"Lower {lower}")
 
+    sharp = replace(attention, scaling_seq_len=16, attn_alpha=16.0)
+    said = silent_attention([7e-15], replace(cfg, attention=sharp))
+    assert said is not None and said.endswith(
+        "scaling_seq_len (16) or its attn_alpha (16), whose scores may lie far below 0"
+    )
+
 
 class Broken(Loader):
     """Every label of some steps, counted from 0, is not a number."""

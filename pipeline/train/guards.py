@@ -48,7 +48,12 @@ def silent_attention(variances: Sequence[float], cfg: ModelConfig) -> str | None
         if attention.attn_alpha is not None:
             alpha = f"{attention.attn_alpha:g}"
         length = f"{key}.scaling_seq_len ({attention.scaling_seq_len})"
-        given.append(f"{length} or raise its attn_alpha ({alpha})")
+
+        # far below 0 SiLU is silent too, and a larger factor takes scores further
+        cure = f"or raise its attn_alpha ({alpha})"
+        if (attention.attn_alpha or 0) > 1:
+            cure = f"or its attn_alpha ({alpha}), whose scores may lie far below 0"
+        given.append(f"{length} {cure}")
     return (
         f"the attention of a layer starts at {share:.1%} of its size: Var(A) {least:.1e} is below "
         f"norm_eps {eps:.0e}, so it is learned late. Lower {'; '.join(given)}"
