@@ -5,7 +5,7 @@ verdict.
 import json
 import runpy
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import DriftConfig
+from pipeline.config import DriftConfig, UserError
 from pipeline.schema import DAY_MS
 from pipeline.sequences import store
 from pipeline.sequences.quality import drift
@@ -59,6 +59,17 @@ def test_a_profile_counts_what_a_loop_over_the_rows_counts(tmp_path: Path):
     assert found.lengths[:6].tolist() == [
         sum(2**i <= len(row["item_id"]) < 2 ** (i + 1) for row in rows) for i in range(6)
     ]
+
+
+def test_items_of_text_are_not_held_against_numbers(tmp_path: Path):
+    """Codes of both would be counted together."""
+    cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
+    numbers = drift.count_profile(cfg.sequence_dir, store.read_manifest(cfg.sequence_dir))
+    texts = replace(numbers, text_ids=("item_id",))
+    with pytest.raises(UserError, match=r"item_id: numbers in version \w+, text in \w+"):
+        drift.compare_profiles(numbers, texts, cfg.drift)
+    assert drift.compare_profiles(texts, texts, cfg.drift)
 
 
 def test_only_the_newest_days(tmp_path: Path):

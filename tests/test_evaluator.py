@@ -157,6 +157,17 @@ def test_a_sample_is_of_whole_users_and_leaves_the_metrics_of_the_whole(cfg: Run
     assert len(expected) == len(some)
 
 
+def test_metrics_say_that_negatives_are_drawn(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = copied(cfg, "drawn")
+    few = replace(copy, evaluate=replace(copy.evaluate, sample=0.1))
+    loaded = load_model(copy.model_dir)
+    drawing = replace(loaded.cfg, examples=replace(loaded.cfg.examples, negatives=4))
+    monkeypatch.setattr(evaluator, "load_model", lambda _: replace(loaded, cfg=drawing))
+    assert evaluator.evaluate_model(few, copy.model_dir)["drawn_negatives"] == 4
+
+
 def test_the_users_of_a_sample_are_drawn_by_the_seed() -> None:
     users = np.arange(100_000)
     chosen = parts.sampled_users(users, 0.1, seed=0)

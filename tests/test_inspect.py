@@ -247,6 +247,10 @@ ODD_FILES: dict[str, tuple[Callable[[str], bytes], dict[str, str]]] = {
         lambda text: re.sub(r"2020-03-(\d\d)", r"\1/03/2020", text).encode(),
         {"zone": "UTC", "format": "%d/%m/%Y %H:%M"},
     ),
+    "american": (
+        lambda text: re.sub(r"2020-03-(\d\d)", r"03/\1/2020", text).encode(),
+        {"zone": "UTC", "format": "%m/%d/%Y %H:%M"},
+    ),
 }
 
 

@@ -41,6 +41,10 @@ FORMATS = (
     "%d/%m/%Y %H:%M:%S",
     "%d/%m/%Y %H:%M",
     "%d/%m/%Y",
+    # where no day comes first
+    "%m/%d/%Y %H:%M:%S",
+    "%m/%d/%Y %H:%M",
+    "%m/%d/%Y",
     "%Y/%m/%d %H:%M:%S",
     "%Y%m%d",
 )
