@@ -44,7 +44,7 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
         UserError: a file cannot be read.
     """
     num_files = min(SAMPLE_FILES, len(files))
-    places = np.linspace(0, len(files) - 1, num_files).astype(int)
+    places = np.linspace(0, len(files) - 1, num_files).astype(int).tolist()
 
     rows = 0
     pieces: dict[str, list[np.ndarray]] = {}
