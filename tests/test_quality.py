@@ -141,7 +141,15 @@ def test_a_section_is_replaced_and_nothing_else(tmp_path):
 
 def test_whole_model_speed_is_told_from_what_was_measured(tmp_path):
     """Two models at two lengths, as small as can be, as a section with ratios and slopes."""
-    size = {"events": 128, "candidates": 2, "layers": 6, "heads": 1, "width": 8, "repeats": 1}
+    size = {
+        "events": 128,
+        "candidates": 2,
+        "layers": 6,
+        "heads": 1,
+        "width": 8,
+        "repeats": 1,
+        "kernels": 0,
+    }
     size["kernels"] = 0
     options = argparse.Namespace(**size, device="cpu", lengths=[32, 64], transfers=True)
     found = {

@@ -44,7 +44,7 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
         UserError: a file cannot be read.
     """
     num_files = min(SAMPLE_FILES, len(files))
-    places = np.linspace(0, len(files) - 1, num_files).astype(int).tolist()
+    places = np.linspace(0, len(files) - 1, num_files)
 
     rows = 0
     pieces: dict[str, list[np.ndarray]] = {}
@@ -53,7 +53,7 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
         pieces[name], examples[name] = [np.empty(0, np.int64)], []
 
     for place in places:
-        block = _first_rows(files[place], SAMPLE_ROWS // num_files, rules)
+        block = _first_rows(files[int(place)], SAMPLE_ROWS // num_files, rules)
         rows += block.num_rows
         of_file = rules_of_file(block.schema, rules)
         coded = code_ids(block, of_file.columns, of_file.readings, of_file.events.text_ids)
