@@ -290,6 +290,17 @@ def test_a_text_file_as_people_have_it_is_looked_at(tmp_path: Path, name: str) -
     assert (plan["rows"], plan["files"], plan["files_left_out"]) == (ROWS, 1, 1)
 
 
+def test_a_single_user_is_trained_on_without_a_warm_up(tmp_path: Path) -> None:
+    """Which may be no more than a tenth of so few steps."""
+    draw = Draw()
+    columns = {"user": [7] * ROWS, "item": draw.item, "time": draw.seconds}
+    write_csv(tmp_path / "one.csv", columns | {"clicked": draw.choice(0, 1)})
+    inspect.main([str(tmp_path / "one.csv"), "-o", str(tmp_path / "preset.yaml")])
+    cfg = config.load(tmp_path / "preset.yaml", [f"runs_dir={tmp_path}"])
+    assert cfg.train.warmup_steps == 0
+    assert build.plan_build(cfg)["rows_of_largest_user"] == ROWS
+
+
 def test_what_cannot_be_looked_at_is_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -148,7 +148,7 @@ def _model_and_training(logs: Sample, guess: Guess) -> str:
         "attention": {"window": 64, "full_rows": 64, "scaling_seq_len": 64},
     }
     train = {"epochs": 2, "batch_users": batch, "num_workers": 1}
-    train["warmup_steps"] = max(1, min(100, steps // 20))
+    train["warmup_steps"] = min(100, steps // 20)  # a tenth of the run is the most there may be
     sections = {"model": model, "train": train, "serve": {"port": 0}}
     if set(guess.actions) == {"happened"}:  # no row says that something did not happen
         sections = {"examples": {"negatives": 4}, **sections}
