@@ -23,7 +23,7 @@ from kernels.linear.weights import cast_weight, quantized_weight
 from kernels.norm_gate.triton_launch import launch_norm_gate_backward
 from kernels.semi_local_attention import triton_launch as attention
 from kernels.semi_local_attention.plan import TritonPlan
-from kernels.stu.triton_launch import launch_output
+from kernels.stu.triton_launch import launch_output, weights_of_pass
 from kernels.stu.types import STUShape, STUWeights
 
 
@@ -180,14 +180,8 @@ class FusedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TE: Tensor, index: Tensor, *arguments):
         *tensors, shape, plan, p, seed = arguments
-        weights = STUWeights(*tensors)
+        weights = weights_of_pass(STUWeights(*tensors), shape, x_TE.dtype)
         ctx.types = [w.dtype for w in tensors]
-        # FP8 is rounded from the weights themselves; else backward finds them cast already
-        if not shape.fp8:
-            weights = weights._replace(
-                uvqk_weight=cast_weight(weights.uvqk_weight, x_TE.dtype),
-                out_weight=cast_weight(weights.out_weight, x_TE.dtype),
-            )
 
         x_RE = x_TE.index_select(0, index)
         keep_slope = "uvqk" not in shape.recompute

@@ -166,20 +166,26 @@ def attention_backward(
     return sum_q, sum_kv
 
 
+def weights_of_pass(weights: STUWeights, shape: STUShape, dtype: torch.dtype) -> STUWeights:
+    """What a pass reads and keeps: backward finds the large weights cast already. FP8 is rounded
+    from the weights themselves.
+    """
+    if shape.fp8:
+        return weights
+    return weights._replace(
+        uvqk_weight=cast_weight(weights.uvqk_weight, dtype),
+        out_weight=cast_weight(weights.out_weight, dtype),
+    )
+
+
 class FusedLayer(torch.autograd.Function):
     """As `reference`, project to output, of (x, *weights, shape, plan, dropout, seed)."""
 
     @staticmethod
     def forward(ctx, x_TE: Tensor, *arguments):
         *tensors, shape, plan, p, seed = arguments
-        weights = STUWeights(*tensors)
+        weights = weights_of_pass(STUWeights(*tensors), shape, x_TE.dtype)
         ctx.types = [w.dtype for w in tensors]
-        # FP8 is rounded from the weights themselves; else backward finds them cast already
-        if not shape.fp8:
-            weights = weights._replace(
-                uvqk_weight=cast_weight(weights.uvqk_weight, x_TE.dtype),
-                out_weight=cast_weight(weights.out_weight, x_TE.dtype),
-            )
 
         keep = set(RECOMPUTABLE) - set(shape.recompute)
         projected, normed = launch_project(
