@@ -50,6 +50,9 @@ LIMITS = ServeConfig(
         ({"seconds": Range(at_least=20, below=60)}, [20, 30, 40]),
         ({"seconds": Range(above=20, at_most=60)}, [30, 40, 60]),
         ({"made": Range(above=6000)}, [70]),
+        ({"seconds": Range(above=29.5, below=30.5)}, [30]),
+        ({"author": Range(at_least=1.5, above=1, below=2.5)}, [30, 40]),
+        ({"author": Range(at_least=2, at_most=2)}, [30, 40]),
         ({"lang": "en", "author": 3}, [70]),
     ],
 )
@@ -71,6 +74,13 @@ def test_conditions_hold_together_and_unknown_values_fulfil_none(
         ({"lang": 3}, "filter.lang must be a text, as the column is, got 3"),
         ({"is_short": 1}, "filter.is_short must be true or false, as the column is, got 1"),
         ({"lang": Range(at_least=1)}, "filter.lang must be a value or a list of values"),
+        (
+            {"seconds": Range(at_least=60, below=20.5)},
+            r"filter.seconds must be a range .* lies in, got \{'at_least': 60, 'below': 20.5\}",
+        ),
+        ({"seconds": Range(above=20, at_most=20)}, "filter.seconds must be a range"),
+        # no whole number lies between, though other numbers do
+        ({"author": Range(above=1, below=2)}, "filter.author must be a range that some integer"),
     ],
 )
 def test_a_condition_that_cannot_be_answered_is_named(conditions: dict, message: str):

@@ -200,6 +200,11 @@ def test_nothing_left_is_an_empty_list_that_says_so(served: Served, ask):
         ({"filter": {"author": 2**70}}, ["body", "filter", "author"], "an integer"),
         ({"filter": {"author": []}}, ["body", "filter", "author"], "a list of 1 to 1000 values"),
         ({"filter": {"author": {"min": 3}}}, ["body", "filter", "author"], "a range by at_least"),
+        (
+            {"filter": {"author": {"at_least": 5, "below": 2}}},
+            ["body", "filter", "author"],
+            "a range that some integer lies in",
+        ),
         ({"diversify": {}}, ["body", "diversify"], "give mmr, or per with at_most"),
         ({"diversify": {"per": "author"}}, ["body", "diversify"], "belong together"),
         (

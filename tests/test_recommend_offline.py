@@ -188,6 +188,10 @@ def test_a_bucket_of_users_is_a_file(served: Served, recommender: OfflineRecomme
     [
         ({"task": "is_sold"}, r"order_by must be one of the tasks \['is_click', 'is_like'\]"),
         ({"features": {"hour": 3}}, r"request_features must be of \['tab'\], got 'hour'"),
+        (
+            {"wish": Wish(num=5, conditions={"author": Range(at_least=3, at_most=2)})},
+            r"filter.author must be a range .*, got \{'at_least': 3, 'at_most': 2\}",
+        ),
         ({"wish": Wish(num=5, conditions={"colour": 1})}, "filter.colour must be one of"),
         ({"wish": Wish(num=5, diversify=ColumnCap("colour", 1))}, "diversify.per must be one of"),
     ],

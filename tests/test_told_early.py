@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import jobs.pipeline
 import jobs.recommend
 import jobs.verdict
 from jobs import cli
-from pipeline import config
+from pipeline import config, tracking
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.sequences import build, preview, store
 from pipeline.sequences.build import build_sequences
@@ -258,6 +259,27 @@ def test_an_option_is_refused_before_anything_starts(
     job.add_options(parser)
     with pytest.raises(UserError, match=said):
         job.plan_job(cli.Job(cfg, parser.parse_args(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"order_by": "is_sold"}, r"order_by must be one of the tasks \['is_click'.*'is_sold'"),
+        ({"request_features": {"tap": 1}}, r"request_features must be of .*'tap'"),
+        ({"filter": {"made": {"above": 7, "below": 7}}}, r"filter\.made .*'above': 7, 'below': 7"),
+        ({"n": 10_000}, r"--request n: at most .* got 10000"),
+    ],
+)
+def test_lists_that_no_version_can_make_are_refused_before_mlflow_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: dict, said: str
+) -> None:
+    monkeypatch.setattr(tracking, "session", lambda cfg: pytest.fail("starts MLflow"))
+    cfg = config.load("configs/smoke.yaml", [f"runs_dir={tmp_path}"])
+    parser = argparse.ArgumentParser()
+    jobs.recommend.add_options(parser)
+    options = parser.parse_args(["--request", json.dumps(request_)])
+    with pytest.raises(UserError, match=said):
+        jobs.recommend.run_job(cli.Job(cfg, options))
 
 
 @pytest.mark.parametrize(

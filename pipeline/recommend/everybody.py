@@ -4,6 +4,7 @@ model with its index + sequences → recommendations/bucket-00003.parquet …, r
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.batches.examples import user_events
-from pipeline.config import RunConfig, ServeConfig, UserError, from_dict, to_dict
+from pipeline.config import FeatureConfig, RunConfig, ServeConfig, UserError, from_dict, to_dict
 from pipeline.files import staged_folder
 from pipeline.index.folder import load_indexed
 from pipeline.index.histories import history_before
 from pipeline.model.inference.quantize import as_served
+from pipeline.recommend.filters import FilterError, refuse_empty_ranges
 from pipeline.recommend.offline import Audience, OfflineRecommender
 from pipeline.recommend.retriever import Wish
 from pipeline.recommend.tables import lists_table
@@ -104,18 +106,31 @@ def check_request(recommender: OfflineRecommender, request: SharedRequest) -> No
         UserError: a task, a request column or an item column that the version does not have.
     """
     cfg = recommender.loaded.cfg
-    if request.task not in cfg.tasks:
-        raise UserError(
-            f"order_by must be one of the tasks {list(cfg.tasks)}, got {request.task!r}"
-        )
-    known = [name for name in cfg.features.request if name != "hour"]
-    for name in request.features:
-        if name not in known:
-            raise UserError(f"request_features must be of {known}, got {name!r}")
+    check_settings(cfg.tasks, cfg.features, request)
     try:
         recommender.retriever.check_wish(request.wish)
     except ValueError as error:
         raise UserError(str(error) or "diversify.mmr: the index holds no item vectors") from None
+
+
+def check_settings(tasks: Sequence[str], features: FeatureConfig, request: SharedRequest) -> None:
+    """Tell a mistake that shows without the version's files.
+
+    Raises:
+        UserError: a task or a request column that there is not, or a filter's range that nothing
+            lies in.
+    """
+    if request.task not in tasks:
+        raise UserError(f"order_by must be one of the tasks {list(tasks)}, got {request.task!r}")
+
+    known = [name for name in features.request if name != "hour"]
+    for name in request.features:
+        if name not in known:
+            raise UserError(f"request_features must be of {known}, got {name!r}")
+    try:
+        refuse_empty_ranges(request.wish.conditions)
+    except FilterError as error:
+        raise UserError(str(error)) from None
 
 
 def load_recommender(cfg: ServeConfig, model_dir: Path) -> OfflineRecommender:

@@ -3,9 +3,10 @@
 {"author_id": 7, "lang": ["en", "de"], "duration_s": Range(at_least=10, below=60)}
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -29,6 +30,38 @@ class Range:
     at_most: float | None = None
     below: float | None = None
 
+    def given(self) -> dict[str, float]:
+        """The bounds that there are, as a request states them."""
+        return {name: bound for name, bound in asdict(self).items() if bound is not None}
+
+    def has_room(self) -> bool:
+        """False where no number can lie between the bounds."""
+        low, above = _or(self.at_least, -math.inf), _or(self.above, -math.inf)
+        high, below = _or(self.at_most, math.inf), _or(self.below, math.inf)
+        return low <= high and low < below and above < high and above < below
+
+    def of_whole_numbers(self) -> "Range":
+        """The same whole numbers by `at_least` and `at_most` alone.
+
+        above 3, below 6    at_least 4, at_most 5
+        """
+        lows: list[int] = []
+        if self.at_least is not None:
+            lows.append(math.ceil(self.at_least))
+        if self.above is not None:
+            lows.append(math.floor(self.above) + 1)
+
+        highs: list[int] = []
+        if self.at_most is not None:
+            highs.append(math.floor(self.at_most))
+        if self.below is not None:
+            highs.append(math.ceil(self.below) - 1)
+        return Range(at_least=max(lows, default=None), at_most=min(highs, default=None))
+
+
+def _or(bound: float | None, otherwise: float) -> float:
+    return otherwise if bound is None else bound
+
 
 Condition = Scalar | list[Scalar] | Range
 
@@ -51,7 +84,8 @@ def filter_items(catalogue: Catalogue, conditions: Mapping[str, Condition]) -> n
     """bool [N]: the items for which all conditions hold. An unknown value fulfils none.
 
     Raises:
-        FilterError: an unknown column, or a value of another type than the column's.
+        FilterError: an unknown column, a value of another type than the column's, or a range that
+            no value of it can lie in.
     """
     allowed = np.ones(len(catalogue), bool)
     for name, condition in conditions.items():
@@ -65,6 +99,17 @@ def find_column(catalogue: Catalogue, name: str, field: tuple[str, ...]) -> Item
     if name not in catalogue.columns:
         raise FilterError(field, f"one of the index's columns {list(catalogue.columns)}", name)
     return catalogue.columns[name]
+
+
+def refuse_empty_ranges(conditions: Mapping[str, Condition]) -> None:
+    """Raises FilterError for bounds that no number lies in, whatever the column."""
+    for name, condition in conditions.items():
+        if isinstance(condition, Range) and not condition.has_room():
+            raise _empty_range(name, condition, "number")
+
+
+def _empty_range(name: str, bounds: Range, kind: str) -> FilterError:
+    return FilterError(("filter", name), f"a range that some {kind} lies in", bounds.given())
 
 
 def _holds(column: ItemColumn, name: str, condition: Condition) -> np.ndarray:
@@ -101,7 +146,11 @@ def _places(column: ItemColumn, name: str, wanted: list[Scalar]) -> np.ndarray:
 def _in_range(column: ItemColumn, name: str, bounds: Range) -> np.ndarray:
     if column.kind not in ("integer", "number"):
         rule = f"a value or a list of values: the column is {column.kind}, which has no range"
-        raise FilterError(("filter", name), rule, bounds)
+        raise FilterError(("filter", name), rule, bounds.given())
+
+    reached = bounds.of_whole_numbers() if column.kind == "integer" else bounds
+    if not reached.has_room():
+        raise _empty_range(name, bounds, column.kind)
 
     values = column.values
     inside = np.ones(len(values), bool)
