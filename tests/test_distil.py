@@ -1,15 +1,17 @@
 """An ensemble distilled into one model, and the choice on validation that leads to its test."""
 
 import argparse
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from benchmarks.quality import choose, ensemble, kuairand_report, report, train_plan
-from benchmarks.quality.distil import TaughtLoader, Teacher
+from benchmarks.quality.distil import TaughtLoader, Teacher, candidate_places
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
@@ -94,6 +96,27 @@ def test_a_teacher_is_the_mean_of_what_its_models_think_of_each_training_row(tau
         assert np.array_equal(batch.label_weight, other.label_weight)
     assert seen == len(by_row)
 
+    # rows without a label: the teacher's scores alone, at a quarter of a row's weight
+    filled = TaughtLoader(cfg, maps, plain.plan, teacher, 0.25, unknown=0.25)
+    elsewhere = pickle.loads(pickle.dumps(filled))  # as in a process that makes batches
+    num_unknown = 0
+    for share, batch, other, again in zip(
+        plain.epoch_shares(0),
+        taught.batches(0),
+        filled.batches(0),
+        elsewhere.batches(0),
+        strict=True,
+    ):
+        is_unknown = batch.label_weight == 0
+        num_unknown += int(is_unknown.sum())
+        scores = torch.from_numpy(teacher.scores_of(*candidate_places(share)))
+        assert torch.equal(other.labels[is_unknown], scores[is_unknown])
+        assert torch.equal(other.labels[~is_unknown], batch.labels[~is_unknown])
+        assert (other.label_weight[is_unknown] == 0.25).all()
+        assert torch.equal(other.label_weight[~is_unknown], batch.label_weight[~is_unknown])
+        assert torch.equal(other.labels, again.labels)
+    assert num_unknown > 0
+
     with pytest.raises(UserError, match="1 of 1 training rows were not scored"):
         teacher.scores_of(np.array([10**9]), np.array([0]))
 
@@ -167,6 +190,8 @@ def test_a_plan_whose_teacher_is_taught_or_missing_is_refused(tmp_path):
     for change, message in (
         ({"by": "a"}, "by must be a run that is not taught, got a"),
         ({"weight": 0}, "weight must be above 0 and at most 1, got 0"),
+        ({"unknown": 2}, "taught.a.unknown must be within 0 and 1, got 2"),
+        ({"unkown": 1}, "may hold unknown"),
         ({"seeds": []}, "needs by, seeds and weight"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -125,21 +125,42 @@ class Teacher:
 
 
 class TaughtLoader(TrainLoader):
-    """A loader whose labels are (1 - weight) · label + weight · teacher.
+    """A loader whose labels are (1 - weight) · label + weight · teacher. Of rows whose label is not
+    known the teacher's is taken whole, and counts `unknown` times a known one; 0 leaves them out.
 
-    label      1    0
-    teacher   .6   .2      weight 0.5
-    taught    .8   .1
+    label      1    0    ?
+    teacher   .6   .2   .3      weight 0.5, unknown 0.25
+    taught    .8   .1   .3
+    counts     1    1  .25
     """
 
     def __init__(
-        self, cfg: RunConfig, maps: FeatureMaps, plan: StepPlan, teacher: Teacher, weight: float
+        self,
+        cfg: RunConfig,
+        maps: FeatureMaps,
+        plan: StepPlan,
+        teacher: Teacher,
+        weight: float,
+        unknown: float = 0.0,
     ) -> None:
         super().__init__(cfg, maps, plan)
-        self.teacher, self.weight = teacher, weight
+        self.teacher, self.weight, self.unknown = teacher, weight, unknown
+
+    def __reduce__(self) -> tuple:
+        cfg, maps, plan, *_ = self._made_of
+        return TaughtLoader, (cfg, maps, plan, self.teacher, self.weight, self.unknown)
 
     def share_batch(self, share: Share) -> SequenceBatch:
         batch = super().share_batch(share)
-        assert batch.labels is not None
+        assert batch.labels is not None and batch.label_weight is not None
         scores = torch.from_numpy(self.teacher.scores_of(*candidate_places(share)))
-        return replace(batch, labels=torch.lerp(batch.labels, scores, self.weight))
+        taught = torch.lerp(batch.labels, scores, self.weight)
+        if share.idle or self.unknown == 0:
+            return replace(batch, labels=taught)
+
+        is_unknown = batch.label_weight == 0
+        return replace(
+            batch,
+            labels=torch.where(is_unknown, scores, taught),
+            label_weight=torch.where(is_unknown, self.unknown, batch.label_weight),
+        )

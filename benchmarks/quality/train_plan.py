@@ -17,7 +17,8 @@ many small runs.
     ultra_hstu-window_0 …
     taught: {distilled: {by: ultra_hstu, seeds: [0, 1, 2, 3, 4], weight: 0.5}}  # a run whose labels
     are half those of other runs' mean (benchmarks.quality.distil); it waits for them, which are run
-    with these seeds whatever `--seeds` says
+    with these seeds whatever `--seeds` says; with `unknown: 0.25` beside `weight` it learns their
+    scores of rows whose label is not known too, which count a quarter
 """
 
 import argparse
@@ -65,6 +66,7 @@ class Taught:
     by: str  # a run of the plan
     seeds: tuple[int, ...]
     weight: float
+    unknown: float = 0.0  # what a row without a label counts, whose label is theirs alone
     scores: tuple[Path, ...] = ()  # where each of these leaves what it thinks of the training rows
 
 
@@ -99,6 +101,8 @@ class PlannedRun:
                 "seeds": list(taught.seeds),
                 "weight": taught.weight,
             }
+            if taught.unknown > 0:
+                found["taught"]["unknown"] = taught.unknown
         return found
 
 
@@ -161,14 +165,18 @@ def plan_taught(path: Path, runs: Sequence[str]) -> dict[str, Taught]:
     """By run, who teaches it.
 
     Raises:
-        ConfigError: a teacher is not in the plan or is taught itself, or the weight is not within
-        0 and 1.
+        ConfigError: a teacher is not in the plan or is taught itself, or a weight is not within 0
+        and 1.
     """
     found = {}
     plan = read_plan_file(path).get("taught", {})
     for name, said in plan.items():
-        if said.keys() != {"by", "seeds", "weight"} or not said["seeds"]:
-            raise ConfigError(f"plan {path}: taught.{name} needs by, seeds and weight, got {said}")
+        needed = {"by", "seeds", "weight"}
+        if not needed <= said.keys() <= needed | {"unknown"} or not said["seeds"]:
+            raise ConfigError(
+                f"plan {path}: taught.{name} needs by, seeds and weight, and may hold unknown, got "
+                f"{said}"
+            )
         if said["by"] not in runs or said["by"] in plan:
             raise ConfigError(
                 f"plan {path}: taught.{name}.by must be a run that is not taught, got {said['by']}"
@@ -178,7 +186,12 @@ def plan_taught(path: Path, runs: Sequence[str]) -> dict[str, Taught]:
                 f"plan {path}: taught.{name}.weight must be above 0 and at most 1, got "
                 f"{said['weight']}"
             )
-        found[name] = Taught(said["by"], tuple(said["seeds"]), said["weight"])
+        unknown = said.get("unknown", 0.0)
+        if not 0 <= unknown <= 1:
+            raise ConfigError(
+                f"plan {path}: taught.{name}.unknown must be within 0 and 1, got {unknown}"
+            )
+        found[name] = Taught(said["by"], tuple(said["seeds"]), said["weight"], unknown)
     return found
 
 
@@ -319,7 +332,8 @@ def run_loader(run: PlannedRun, cfg: RunConfig, maps: FeatureMaps) -> TrainLoade
     if run.taught is None:
         return TrainLoader(cfg, maps, step_plan(cfg))
     teacher = Teacher.of(run.taught.scores, cfg.tasks)
-    return TaughtLoader(cfg, maps, step_plan(cfg), teacher, run.taught.weight)
+    taught = run.taught
+    return TaughtLoader(cfg, maps, step_plan(cfg), teacher, taught.weight, taught.unknown)
 
 
 def score(run: PlannedRun, loaded: LoadedModel, name: str) -> dict[str, float]:
