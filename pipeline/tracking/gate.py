@@ -26,6 +26,7 @@ REFIT = "refit"  # tag of a version trained on the validation rows
 NE_PREFIX = "val/ne/"
 BASELINE_PREFIX = "val/baseline_ne/"
 ROWS = ("manifest", "split.t_val", "split.t_test")  # tags: which rows were validated on
+LONGEST_SHOWN = 25  # of a tag: a time with its offset, the start of a digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,42 +68,48 @@ def judge_version(
         challenger_ne: the challenger's, where both were scored on rows that are neither's.
         force_first: a first champion need not beat the item's rate.
     """
-    refusal = _refusal(settings, tasks, challenger)
+    refusal = _refuse_alone(settings, tasks, challenger)
     if refusal is None and challenger_ne is not None:
         refusal = _above_limit(settings, challenger_ne)
     if refusal is not None:
         return Decision(False, f"refused: {refusal}")
     if champion is None:
-        return _first(tasks, challenger, force_first)
+        return _judge_first(tasks, challenger, force_first)
 
+    # of each version what it was scored at anew, else what its tags say
     scored_anew = champion_ne is not None
-    new = defined_ne(challenger_ne if challenger_ne is not None else validation_ne(challenger))
-    old = defined_ne(champion_ne if champion_ne is not None else validation_ne(champion))
+    new = defined_ne(validation_ne(challenger) if challenger_ne is None else challenger_ne)
+    old = defined_ne(validation_ne(champion) if champion_ne is None else champion_ne)
+
     shared = [task for task in tasks if task in new and task in old]
     if not shared:
-        first = _first(tasks, challenger, force_first)
+        first = _judge_first(tasks, challenger, force_first)
         why = f"champion {champion.version} has no task to compare with"
         return Decision(first.promoted, f"{first.reason}; {why}")
 
-    if not scored_anew:
-        differences = row_differences(challenger, champion)
-        if differences:
-            return Decision(
-                False,
-                f"refused: champion {champion.version} was validated on other rows and was not "
-                f"scored on these: {differences}",
-            )
+    differences = "" if scored_anew else row_differences(challenger, champion)
+    if differences:
+        return Decision(
+            False,
+            f"refused: champion {champion.version} was validated on other rows and was not "
+            f"scored on these: {differences}",
+        )
 
-    of_rows = _stand_in_place(challenger) if challenger_ne is None else ""
+    # whose figures they are, and of which rows
     if challenger_ne is not None:
-        of_rows += ", both scored anew on the rows at hand"
+        origin = ", both scored anew on the rows at hand"
     elif scored_anew:
-        of_rows += ", scored anew on the challenger's rows"
-    return _compared(settings, tasks, champion, new, old, of_rows)
+        origin = _in_place_of(challenger) + ", scored anew on the challenger's rows"
+    else:
+        origin = _in_place_of(challenger)
+
+    notes = origin + _left_out(tasks, shared) + _given_up(tasks, old)
+    return _judge_change(settings, champion, shared, new, old, notes)
 
 
 def learned_until(version: Version) -> datetime | None:
     """The time up to which a version has learned, by its tags; None where they do not say it."""
+    # a refit has learned the validation rows as well
     tag = "split.t_test" if REFIT in version.tags else "split.t_val"
     said = version.tags.get(tag)
     return None if said is None else datetime.fromisoformat(said)
@@ -111,18 +118,23 @@ def learned_until(version: Version) -> datetime | None:
 def row_differences(challenger: Version, champion: Version) -> str:
     """In words, by which tags the rows of two validations differ; "" where they are the same.
 
-    A tag that a version of before does not have says nothing.
+    A tag that one of them lacks, having been registered by older code, says nothing.
     """
     lines = []
     for tag in ROWS:
         new, old = challenger.tags.get(tag), champion.tags.get(tag)
-        if new is not None and old is not None and new != old:
-            name = "sequences" if tag == "manifest" else tag
-            lines.append(f"{name} {old[:25]} of the champion, {new[:25]} of the challenger")
+        if new is None or old is None or new == old:
+            continue
+
+        name = "sequences" if tag == "manifest" else tag
+        old, new = old[:LONGEST_SHOWN], new[:LONGEST_SHOWN]
+        lines.append(f"{name} {old} of the champion, {new} of the challenger")
     return ", ".join(lines)
 
 
-def _refusal(settings: TrackingConfig, tasks: Sequence[str], challenger: Version) -> str | None:
+def _refuse_alone(
+    settings: TrackingConfig, tasks: Sequence[str], challenger: Version
+) -> str | None:
     """Why the challenger fails by itself; None where it does not."""
     new, number = validation_ne(challenger), challenger.version
     if REFIT in challenger.tags and not new:
@@ -130,11 +142,13 @@ def _refusal(settings: TrackingConfig, tasks: Sequence[str], challenger: Version
             f"version {number} was trained on the validation rows (split.refit); "
             "--validated-by names a version of the same settings trained without it"
         )
+
     missing = [task for task in tasks if task not in new]
     if missing:
         return f"version {number} has no validation NE of {', '.join(missing)}"
 
-    # undefined although these rows have both classes: the scores are no numbers
+    # NE is undefined where the rows have one class alone. The baseline of the same rows has a
+    # number, so they have both: then it is the version's scores that are none
     baseline = defined_ne(baseline_ne(challenger))
     broken = [task for task in tasks if not math.isfinite(new[task]) and task in baseline]
     if broken:
@@ -153,54 +167,69 @@ def _above_limit(settings: TrackingConfig, ne: Mapping[str, float]) -> str | Non
     return None
 
 
-def _first(tasks: Sequence[str], challenger: Version, force_first: bool) -> Decision:
-    """The decision where there is no champion: beside the item's smoothed rate."""
-    new = defined_ne(validation_ne(challenger))
-    said = ", ".join(f"{task} {new[task]:.4f}" for task in tasks if task in new)
-    said += _stand_in(challenger) + _left_out(tasks, new)
+def _judge_first(tasks: Sequence[str], challenger: Version, force_first: bool) -> Decision:
+    """The decision where there is no champion: beside the item's smoothed rate.
 
+                    is_click   is_like     mean of what both have
+    challenger        0.91      0.80            0.91
+    item's rate       0.93      nan             0.93        below it: promoted
+    """
+    new = defined_ne(validation_ne(challenger))
     baseline = defined_ne(baseline_ne(challenger))
+
+    by_task = ", ".join(f"{task} {new[task]:.4f}" for task in tasks if task in new)
+    figures = by_task + _stand_in(challenger) + _left_out(tasks, new)
+
     shared = [task for task in new if task in baseline]
-    if not shared:
-        floor = "has no baseline to beat: run jobs.evaluate again"
-        is_better = False
-    else:
-        of_item = sum(baseline[task] for task in shared) / len(shared)
-        own = sum(new[task] for task in shared) / len(shared)
+    is_better = False
+    floor = "has no baseline to beat: run jobs.evaluate again"
+    if shared:
+        own, of_item = _mean_over(shared, new), _mean_over(shared, baseline)
         is_better = own < of_item
         floor = f"mean val/ne {own:.4f}, the item's smoothed rate has {of_item:.4f}"
 
     if is_better:
-        return Decision(True, f"promoted: the first champion, val/ne {said}; {floor}")
+        return Decision(True, f"promoted: the first champion, val/ne {figures}; {floor}")
     if force_first:
         return Decision(
-            True, f"promoted: the first champion by --force-first, val/ne {said}; {floor}"
+            True, f"promoted: the first champion by --force-first, val/ne {figures}; {floor}"
         )
     return Decision(
         False,
-        f"refused: a first champion must beat the item's smoothed rate; {floor}; val/ne {said}; "
-        "--force-first promotes it all the same",
+        f"refused: a first champion must beat the item's smoothed rate; {floor}; "
+        f"val/ne {figures}; --force-first promotes it all the same",
     )
 
 
-def _compared(
+def _judge_change(
     settings: TrackingConfig,
-    tasks: Sequence[str],
     champion: Version,
+    shared: Sequence[str],
     new: Mapping[str, float],
     old: Mapping[str, float],
-    of_rows: str,
+    notes: str,
 ) -> Decision:
-    """The decision by the mean over the tasks that both have; `of_rows` says whose figures."""
-    shared = [task for task in tasks if task in new and task in old]
+    """The decision by the mean change over the tasks that both have; `notes` end its sentence.
+
+                    is_click   is_like     mean change    gate_max_regression 0.001
+    champion          0.9100    0.8000
+    challenger        0.9080    0.8030      +0.0005       promoted
+    """
     change = sum(new[task] - old[task] for task in shared) / len(shared)
+    found = f"mean val/ne over {', '.join(shared)} {change:+.4f}"
+    compared = f"{found} against champion {champion.version}{notes}"
 
-    said = f"mean val/ne over {', '.join(shared)} {change:+.4f} against champion {champion.version}"
-    said += of_rows + _left_out(tasks, shared) + _given_up(tasks, old)
+    allowed = settings.gate_max_regression
+    if not change <= allowed:  # a change that is no number passes nothing
+        return Decision(False, f"refused: {compared}, allowed {allowed:+g}")
+    return Decision(True, f"promoted: {compared}")
 
-    if not change <= settings.gate_max_regression:
-        return Decision(False, f"refused: {said}, allowed {settings.gate_max_regression:+g}")
-    return Decision(True, f"promoted: {said}")
+
+def _mean_over(tasks: Sequence[str], ne: Mapping[str, float]) -> float:
+    return sum(ne[task] for task in tasks) / len(tasks)
+
+
+# Ends of a decision's sentence, each empty where there is nothing to say
 
 
 def _left_out(tasks: Sequence[str], counted: Mapping[str, float] | Sequence[str]) -> str:
@@ -215,12 +244,14 @@ def _given_up(tasks: Sequence[str], old: Mapping[str, float]) -> str:
 
 
 def _stand_in(challenger: Version) -> str:
+    """Names the version whose figures those of a refit are."""
     if REFIT not in challenger.tags:
         return ""
     return f" of version {challenger.tags['validated_by']}"
 
 
-def _stand_in_place(challenger: Version) -> str:
+def _in_place_of(challenger: Version) -> str:
+    """The same, beside a champion's."""
     if REFIT not in challenger.tags:
         return ""
     stand_in = challenger.tags["validated_by"]
