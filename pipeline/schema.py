@@ -3,6 +3,13 @@
 LOG (what happened), SEQUENCE (one row per user), USER and ITEM. The rules of cleaning, the flat
 columns of a batch and the rows of the server's event logs follow from the same `Column`s.
 
+    LOG        user_id  item_id  event_time  click  like  tab          a row for each event
+               U1       N7       1000        1      0     2
+               U1       N9       2000        0      1     null
+
+    SEQUENCE   user_id  item_id   event_time    action_mask  tab       a row for each user
+               U1       [N7, N9]  [1000, 2000]  [0b01, 0b10] [2, -1]
+
 Definitions: `event_time` is in milliseconds since 1970, UTC. An *action mask* is an int32 with one
 bit per action of `SourceConfig.actions`, in that order; a *known mask* has the same bits, 0 where
 the action of a row is not known (then it is neither a negative in the history nor a label).
@@ -19,10 +26,13 @@ MAX_INT32 = 2**31 - 1
 MAX_EXACT = 2**53  # whole numbers up to here are the same as JSON numbers and as float64
 DAY_MS = 24 * 3600 * 1000
 
-# key: names the event · action: yes or no · request: known when the items are asked for, rides on
-# candidates too · outcome: a number that comes with the event, seen in the history only · mark: how
-# the row is to be read
-Role = Literal["key", "action", "request", "outcome", "mark"]
+Role = Literal[
+    "key",  # names the event
+    "action",  # yes or no
+    "request",  # known when the items are asked for: rides on candidates too
+    "outcome",  # a number that comes with the event: seen in the history only
+    "mark",  # how the row is to be read
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +70,11 @@ LOG_KEYS = (
     Column("item_id", pa.int64(), "key", at_least=0),
     Column("event_time", pa.int64(), "key"),  # its range is `sequences.earliest_time` and the clock
 )
-# ids that may be text in the logs (pipeline/logs/ids.py); request_id is nobody's to see again
+
+# ids that people see again, and those that may be text in the logs (pipeline/logs/ids.py)
 NAMED_IDS = ("user_id", "item_id")
 TEXT_IDS = (*NAMED_IDS, "request_id")
+
 WATCH_MS = Column("watch_ms", pa.int64(), "outcome", unknown=-1, at_least=0)
 LOG_OPTIONAL_COLUMNS = (
     # rows shown together; absent: rows of one user with equal event_time
@@ -75,15 +87,19 @@ LOG_OPTIONAL_COLUMNS = (
     # orders rows of equal event_time
     Column("tie_breaker", pa.int64(), "mark"),
 )
+
 LOG_REQUIRED = {column.name: column.dtype for column in LOG_KEYS}
 LOG_OPTIONAL = {column.name: column.dtype for column in LOG_OPTIONAL_COLUMNS}
 
 # uint64 over all columns of the source row, mapped or not: exact duplicates agree in it
 ROW_DIGEST = "row_digest"
-# names that are taken, in LOG, in SEQUENCE or among the features
+
+# names that a user's configuration cannot give to a column of its own
+_OF_SEQUENCE = {"user_bucket", "first_position", "action_mask", "request_index"}
+_OF_QUARANTINE = {"reason", "source_file", "source_row"}
+_OF_FEATURES = {"hour"}
 RESERVED = frozenset(
-    {*LOG_REQUIRED, *LOG_OPTIONAL, ROW_DIGEST, "user_bucket", "reason", "source_row", "hour"}
-    | {"source_file", "first_position", "action_mask", "request_index"}
+    {*LOG_REQUIRED, *LOG_OPTIONAL, ROW_DIGEST} | _OF_SEQUENCE | _OF_QUARANTINE | _OF_FEATURES
 )
 
 
@@ -99,14 +115,16 @@ def outcome_column(name: str, kind: str, at_least: float | None) -> Column:
 
 @dataclass(frozen=True)
 class EventColumns:
-    """The columns of one source's events: those of every source, and those that it declares."""
+    """The columns of one source's events: those of every source, and those that it declares.
+
+    What is text in the logs is a code in all tables: int64 of an id, int32 of a request column.
+    """
 
     actions: tuple[str, ...] = ()
     request: tuple[str, ...] = ()
     declared: tuple[Column, ...] = ()  # outcomes beside watch_ms
-    # of TEXT_IDS those that are text in the logs; here their codes stand for them, int64
-    text_ids: tuple[str, ...] = ()
-    text_request: tuple[str, ...] = ()  # of `request` those that are text, with a code for each
+    text_ids: tuple[str, ...] = ()  # of TEXT_IDS those that are text in the logs
+    text_request: tuple[str, ...] = ()  # of `request` those that are text in the logs
 
     @property
     def request_columns(self) -> tuple[Column, ...]:
@@ -133,17 +151,19 @@ class EventColumns:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """What every file of the logs must have."""
-        declared = (column.name for column in self.declared)
+        """Names of the columns that every file of the logs must have."""
+        declared = [column.name for column in self.declared]
         return (*LOG_REQUIRED, *self.actions, *self.request, *declared)
 
     def log_schema(self) -> pa.Schema:
         """LOG as the builder sees it, with every optional column."""
-        fields = [
-            pa.field(column.name, column.dtype, nullable=column.role != "key")
-            for column in self.log_columns
-        ]
-        return pa.schema([*fields, pa.field(ROW_DIGEST, pa.uint64())])
+        fields = []
+        for column in self.log_columns:
+            is_key = column.role == "key"
+            fields.append(pa.field(column.name, column.dtype, nullable=not is_key))
+
+        fields.append(pa.field(ROW_DIGEST, pa.uint64()))
+        return pa.schema(fields)
 
     def sequence_lists(self) -> dict[str, pa.DataType]:
         """The list columns of SEQUENCE and their element types.
@@ -152,7 +172,7 @@ class EventColumns:
         requests from 0 (first_position does not shift it): rows of one request share it. What is
         not known of a row is its column's `unknown`.
         """
-        lists = {
+        of_every_source = {
             "item_id": pa.int64(),
             "event_time": pa.int64(),
             "action_mask": pa.int32(),
@@ -161,29 +181,29 @@ class EventColumns:
             "request_index": pa.int32(),
             "order_only": pa.bool_(),
         }
-        more = (*self.request_columns, *self.declared)
-        return lists | {column.name: column.dtype for column in more}
+        of_this_source = (*self.request_columns, *self.declared)
+        return of_every_source | {column.name: column.dtype for column in of_this_source}
 
     def sequence_schema(self) -> pa.Schema:
         """SEQUENCE: one row per user.
 
         `first_position` counts older rows dropped by a cap or by retention.
         """
-        scalars = [
+        fields = [
             pa.field("user_id", pa.int64()),
             pa.field("user_bucket", pa.int32()),
             pa.field("first_position", pa.int64()),
         ]
-        lists = [
-            pa.field(name, pa.large_list(dtype)) for name, dtype in self.sequence_lists().items()
-        ]
-        return pa.schema([*scalars, *lists])
+        for name, dtype in self.sequence_lists().items():
+            fields.append(pa.field(name, pa.large_list(dtype)))
+        return pa.schema(fields)
 
     def unknown_values(self) -> dict[str, Any]:
         """What stands in SEQUENCE for a value that a row does not have, by list column."""
-        unknown = {column.name: column.unknown for column in self.log_columns}
-        found = {}
+        declared = {column.name: column.unknown for column in self.log_columns}
+
+        unknown = {}
         for name in self.sequence_lists():
-            value = unknown.get(name)
-            found[name] = 0 if value is None else value
-        return found
+            value = declared.get(name)
+            unknown[name] = 0 if value is None else value  # keys, masks, request_index
+        return unknown

@@ -8,11 +8,13 @@ draw, so that what is hard about a draw is hard for both, and goes out of the di
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.batches.stored import StoredUsers
@@ -21,10 +23,12 @@ from pipeline.evaluate.item_rates import ItemCounts, count_items, item_logits, m
 from pipeline.evaluate.metrics import auc, grouped_auc, log_loss, normalised_entropy
 from pipeline.logs.ids import id_codes
 
+LABEL = "label."
 KEYS = ("user_id", "item_id", "event_time")
 METRICS = ("ne", "auc", "gauc")
 LESS_IS_BETTER = ("ne",)
 HISTORY_BOUNDS = (0, 10, 30, 100, 1000)  # rows before the request: where slices begin
+INTERVAL = (0.025, 0.975)  # quantiles of the draws: 95 % lie between
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,38 +99,55 @@ def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
         UserError: a run without predictions of the split, of other rows than the first, or two
         without a common task.
     """
-    tables = {}
+    # in one order, whatever order each run has written them in
+    by_keys = [(key, "ascending") for key in KEYS]
+    tables: dict[str, pa.Table] = {}
     for name, folder in runs.items():
         path = require_predictions(name, folder, split)
-        tables[name] = pq.read_table(path).sort_by([(key, "ascending") for key in KEYS])
+        tables[name] = pq.read_table(path).sort_by(by_keys)
 
     (base, first), *others = tables.items()
-    tasks = [column[6:] for column in first.column_names if column.startswith("label.")]
     for name, table in others:
-        tasks = [task for task in tasks if f"label.{task}" in table.column_names]
-        for key in KEYS:
-            if not np.array_equal(table[key].to_numpy(), first[key].to_numpy()):
-                raise UserError(
-                    f"runs {base!r} and {name!r} were evaluated on other rows of {split} "
-                    f"({len(first):,} and {len(table):,}): evaluate both on the same sequences and "
-                    "split"
-                )
+        if not _have_equal_keys(first, table):
+            raise UserError(
+                f"runs {base!r} and {name!r} were evaluated on other rows of {split} "
+                f"({len(first):,} and {len(table):,}): evaluate both on the same sequences and "
+                "split"
+            )
+
+    tasks = _common_tasks(tables.values())
     if not tasks:
         raise UserError(f"runs {list(runs)} have no task in common")
 
-    def columns(table, kind: str) -> np.ndarray:
-        found = [table[f"{kind}.{task}"].to_numpy(zero_copy_only=False) for task in tasks]
-        return np.stack(found, axis=1).astype(np.float64)
-
+    logits = {name: _task_columns(table, "logit", tasks) for name, table in tables.items()}
     return ScoredRows(
         tasks=tuple(tasks),
         user_id=first["user_id"].to_numpy(),
         item_id=first["item_id"].to_numpy(),
         history_rows=first["history_rows"].to_numpy(),
         user_is_new=first["user_is_new"].to_numpy(zero_copy_only=False),
-        labels=columns(first, "label"),
-        logits={name: columns(table, "logit") for name, table in tables.items()},
+        labels=_task_columns(first, "label", tasks),
+        logits=logits,
     )
+
+
+def _have_equal_keys(one: pa.Table, other: pa.Table) -> bool:
+    return all(np.array_equal(one[key].to_numpy(), other[key].to_numpy()) for key in KEYS)
+
+
+def _common_tasks(tables: Iterable[pa.Table]) -> list[str]:
+    """The tasks of which every table has labels, in the order of the first."""
+    first, *others = [table.column_names for table in tables]
+    labels = [name for name in first if name.startswith(LABEL)]
+    for columns in others:
+        labels = [name for name in labels if name in columns]
+    return [name.removeprefix(LABEL) for name in labels]
+
+
+def _task_columns(table: pa.Table, kind: str, tasks: Sequence[str]) -> np.ndarray:
+    """The columns `kind.task`, float64 [N, K]."""
+    columns = [table[f"{kind}.{task}"].to_numpy(zero_copy_only=False) for task in tasks]
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
 def item_rate_logits(stored: StoredUsers, split: SplitConfig, rows: ScoredRows) -> np.ndarray:
@@ -145,7 +166,10 @@ def metric_of(name: str, logits: np.ndarray, labels: np.ndarray, users: np.ndarr
     """`ne`, `auc` or `gauc` of one task's rows."""
     if name == "ne":
         return normalised_entropy(logits, labels)
-    return auc(logits, labels) if name == "auc" else grouped_auc(logits, labels, users)[0]
+    if name == "auc":
+        return auc(logits, labels)
+    mean, *_ = grouped_auc(logits, labels, users)
+    return mean
 
 
 def measure_rows(rows: ScoredRows, model: str) -> dict[str, dict[str, float]]:
@@ -155,15 +179,16 @@ def measure_rows(rows: ScoredRows, model: str) -> dict[str, dict[str, float]]:
         known = rows.known(task)
         labels = rows.labels[known, number] > 0
         logits = rows.logits[model][known, number]
+        users = rows.user_id[known]
+
         for name in METRICS:
-            found[name][task] = math.nan
-            if len(labels):
-                found[name][task] = metric_of(name, logits, labels, rows.user_id[known])
+            has_rows = len(labels) > 0
+            found[name][task] = metric_of(name, logits, labels, users) if has_rows else math.nan
     return found
 
 
 def mean_over_tasks(values: Mapping[str, float]) -> float:
-    """Of the tasks on which the metric is defined; NaN where it is on none."""
+    """Mean over the tasks on which the metric is defined; NaN where it is on none."""
     defined = [value for value in values.values() if math.isfinite(value)]
     return float(np.mean(defined)) if defined else math.nan
 
@@ -178,45 +203,61 @@ def compare_models(
     """
     number, known = rows.tasks.index(task), rows.known(task)
     labels = rows.labels[known, number] > 0
-    _, user = np.unique(rows.user_id[known], return_inverse=True)
     if len(labels) == 0:
-        nothing = Difference(math.nan, math.nan, math.nan)
-        return dict.fromkeys(METRICS, nothing)
+        undefined = Difference(math.nan, math.nan, math.nan)
+        return dict.fromkeys(METRICS, undefined)
 
-    sides = []
-    for model in (first, second):
-        sides.append(_Ranked.of(rows.logits[model][known, number], labels, user))
-    num_users = int(user.max()) + 1
-    rng = np.random.default_rng(seed)
-    ones = np.ones(num_users)
-    draws = [ones]
-    draws += [rng.multinomial(num_users, ones / num_users).astype(float) for _ in range(samples)]
+    _, user = np.unique(rows.user_id[known], return_inverse=True)
+    before = _Ranked.of(rows.logits[first][known, number], labels, user)
+    after = _Ranked.of(rows.logits[second][known, number], labels, user)
 
-    differences: dict[str, list[float]] = {name: [] for name in METRICS}
-    for draw in draws:
-        before, after = (side.metrics(draw) for side in sides)
+    changes: dict[str, list[float]] = {name: [] for name in METRICS}
+    for draw in _draw_users(int(user.max()) + 1, samples, seed):
+        old, new = before.metrics(draw), after.metrics(draw)
         for name in METRICS:
-            differences[name].append(after[name] - before[name])
-    return {name: _difference(values) for name, values in differences.items()}
+            changes[name].append(new[name] - old[name])
+
+    differences = {}
+    for name, (of_the_rows, *of_draws) in changes.items():
+        differences[name] = _difference(of_the_rows, of_draws)
+    return differences
 
 
-def _difference(values: Sequence[float]) -> Difference:
-    """The first value is of the rows themselves, the others of the draws."""
-    drawn = np.array(values[1:])
+def _draw_users(num_users: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user counts, float64 [U]: once each, then as each of `samples` draws has it.
+
+    three users, two draws    1 1 1    0 1 2    2 1 0
+    """
+    once = np.ones(num_users)
+    yield once
+
+    rng = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield rng.multinomial(num_users, once / num_users).astype(float)
+
+
+def _difference(value: float, of_draws: Sequence[float]) -> Difference:
+    """A change with the interval of its draws, of those in which it is defined."""
+    drawn = np.array(of_draws)
     defined = drawn[np.isfinite(drawn)]
     if len(defined) == 0:
-        return Difference(values[0], math.nan, math.nan)
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return Difference(values[0], float(low), float(high))
+        return Difference(value, math.nan, math.nan)
+    low, high = np.quantile(defined, INTERVAL)
+    return Difference(value, float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
 class _Ranked:
-    """One model on the rows of a task, sorted once for all draws."""
+    """One model on the rows of a task, sorted once for all draws.
 
-    order: np.ndarray  # int64 [N], by score
-    end: np.ndarray  # int64 [N], where a run of equal scores ends in that order
-    begin: np.ndarray
+    scores in order   .1 .4 .4 .7
+    begin              0  1  1  3
+    end                1  3  3  4
+    """
+
+    order: np.ndarray  # int64 [N], rows by rising score
+    begin: np.ndarray  # int64 [N], where the run of equal scores begins in that order
+    end: np.ndarray  # int64 [N], and where it ends
     labels: np.ndarray  # bool [N]
     user: np.ndarray  # int64 [N], 0 .. U - 1
     loss: np.ndarray  # float64 [N]
@@ -227,19 +268,20 @@ class _Ranked:
     def of(cls, logits: np.ndarray, labels: np.ndarray, user: np.ndarray) -> "_Ranked":
         order = np.argsort(logits, kind="stable")
         ordered = logits[order]
-        num_users = int(user.max()) + 1
 
-        user_auc = np.full(num_users, np.nan)
-        bounds = np.searchsorted(np.sort(user), np.arange(num_users + 1))
+        # a user's own AUC is the same in every draw: only how often the user counts changes
+        num_users = int(user.max()) + 1
         by_user = np.argsort(user, kind="stable")
+        bounds = np.searchsorted(user[by_user], np.arange(num_users + 1))
+        user_auc = np.full(num_users, np.nan)
         for number in range(num_users):
             mine = by_user[bounds[number] : bounds[number + 1]]
             user_auc[number] = auc(logits[mine], labels[mine])
 
         return cls(
             order=order,
-            end=np.searchsorted(ordered, ordered, side="right"),
             begin=np.searchsorted(ordered, ordered, side="left"),
+            end=np.searchsorted(ordered, ordered, side="right"),
             labels=labels,
             user=user,
             loss=log_loss(logits, labels),
@@ -248,7 +290,7 @@ class _Ranked:
         )
 
     def metrics(self, draw: np.ndarray) -> dict[str, float]:
-        """With each user as often as `draw`, float64 [U], says."""
+        """Each metric with every user as often as `draw`, float64 [U], says."""
         weight = draw[self.user]
         return {
             "ne": self._entropy(weight),
@@ -260,20 +302,32 @@ class _Ranked:
         total = weight.sum()
         rate = (weight * self.labels).sum() / total
         if not 0 < rate < 1:
-            return math.nan
-        entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-        return float((weight * self.loss).sum() / total / entropy)
+            return math.nan  # one class alone
+
+        of_rate = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+        return float((weight * self.loss).sum() / total / of_rate)
 
     def _auc(self, weight: np.ndarray) -> float:
-        """A pair counts as often as its two rows together; a tie one half."""
+        """A pair counts as often as its two rows together; a tie one half.
+
+        scores in order    .1  .4  .4  .7        weights of 1
+        labels              0   1   0   1
+        negatives           0   1   1   2   2    before each place, and in all
+        below                   1.5     2        of each positive
+        AUC                 3.5 of 4 pairs
+        """
         labels = self.labels[self.order]
         negatives = np.concatenate([[0.0], np.cumsum(weight * ~labels)])
         below = (negatives[self.begin] + negatives[self.end]) / 2
+
         positives = weight * labels
         pairs = positives.sum() * negatives[-1]
-        return float((positives * below).sum() / pairs) if pairs > 0 else math.nan
+        if pairs == 0:
+            return math.nan
+        return float((positives * below).sum() / pairs)
 
     def _grouped_auc(self, draw: np.ndarray) -> float:
+        """Mean of the users' own AUC, by their rows, over those that have both classes."""
         defined = np.isfinite(self.user_auc)
         weight = (draw * self.user_rows)[defined]
         if weight.sum() == 0:
@@ -283,15 +337,16 @@ class _Ranked:
 
 def slice_rows(rows: ScoredRows) -> dict[str, np.ndarray]:
     """Parts of the rows by name, bool [N] each: users new and known, and lengths of history."""
-    found = {
+    slices = {
         "users without a row in training": rows.user_is_new,
         "users of the training period": ~rows.user_is_new,
     }
-    for low, high in zip(HISTORY_BOUNDS, [*HISTORY_BOUNDS[1:], None], strict=True):
-        inside = rows.history_rows >= low
-        name = f"{low:,} rows of history and more"
-        if high is not None:
-            inside &= rows.history_rows < high
-            name = f"{low:,} to {high - 1:,} rows of history"
-        found[name] = inside
-    return {name: inside for name, inside in found.items() if inside.any()}
+
+    length = rows.history_rows
+    for low, high in pairwise(HISTORY_BOUNDS):
+        name = f"{low:,} to {high - 1:,} rows of history"
+        slices[name] = (length >= low) & (length < high)
+    longest = HISTORY_BOUNDS[-1]
+    slices[f"{longest:,} rows of history and more"] = length >= longest
+
+    return {name: inside for name, inside in slices.items() if inside.any()}
