@@ -4,7 +4,7 @@ A new encoder subclasses `Encoder` in a file of its own: docs/extend/encoder.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,25 @@ def read_rows(
     candidates = norm(candidate_rows(tokens))
     last = last_history_rows(tokens, norm, num_context) if last_history else None
     return Encoded(candidates, last, next_rows(tokens, norm, num_context))
+
+
+def read_last_layer(
+    x_RE: Tensor,
+    rows: QueryRows | None,
+    tokens: Tokens,
+    norm: nn.Module,
+    num_context: int,
+    *,
+    last_history: bool,
+) -> Encoded:
+    """`read_rows` of what the last layer made of `tokens`: the rows of `last_rows`, all where that
+    is None.
+    """
+    only_candidates = not last_history and tokens.next_visible is None
+    if rows is not None and only_candidates:
+        return Encoded(norm(x_RE))
+    whole = replace(tokens, x_TE=spread_rows(x_RE, rows, len(tokens.x_TE)))
+    return read_rows(whole, norm, num_context, last_history=last_history)
 
 
 def last_rows(

@@ -21,8 +21,7 @@ from pipeline.model.encoders.encoder import (
     Encoder,
     TokenLayout,
     last_rows,
-    read_rows,
-    spread_rows,
+    read_last_layer,
 )
 from pipeline.model.encoders.stu import STU
 from pipeline.model.encoders.transducer import select_tokens, stack_work
@@ -101,18 +100,21 @@ class HSTU(Encoder):
             time_T = token_times(batch, self.num_context, self.interleaved)
             asked_T = asked_times(tokens, time_T) if self.knows_request_time else time_T
 
+        made, rows = tokens.x_TE, None
         for depth, layer in enumerate(self.layers):
             assert isinstance(layer, STU)
-            rows = None
             if depth == len(self.layers) - 1:
                 on_gpu = layer.makes_rows(tokens, biased=time_T is not None)
                 rows = last_rows(tokens, self.num_context, last_history=last_history, on_gpu=on_gpu)
             bias = None
             if time_T is not None and asked_T is not None:
                 bias = self._layer_bias(depth, time_T, asked_T)
-            x_TE = layer(tokens, rows=rows, bias=bias)
-            tokens = replace(tokens, x_TE=spread_rows(x_TE, rows, len(tokens.x_TE)))
-        return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
+            made = layer(tokens, rows=rows, bias=bias)
+            if rows is None:
+                tokens = replace(tokens, x_TE=made)
+        return read_last_layer(
+            made, rows, tokens, self.norm_out, self.num_context, last_history=last_history
+        )
 
     def _layer_bias(self, depth: int, time_T: Tensor, asked_T: Tensor) -> RelativeBias:
         tables = self.bias[depth]

@@ -16,8 +16,7 @@ from pipeline.model.encoders.encoder import (
     TokenLayout,
     last_layer_size,
     last_rows,
-    read_rows,
-    spread_rows,
+    read_last_layer,
 )
 from pipeline.model.encoders.own_view import own_view_flops, own_view_rows, stack_sharing
 from pipeline.model.encoders.stu import STU, layer_flops
@@ -139,23 +138,26 @@ class Transducer(nn.Module):
             dropout = self.dropout if self.training else 0.0
             return Encoded(self.norm_out(own_view_rows(self, tokens, dropout)))
 
-        is_cut = False
+        is_cut, made, rows = False, tokens.x_TE, None
         for depth, layer in enumerate(self.layers):
             assert isinstance(layer, STU)
             if not is_cut:
                 tokens = self.tokens_at(depth, tokens)
             if self.cuts_early(depth, layer, tokens):
-                kept, rows = kept_rows(tokens, self.num_context, self.truncate_to)
-                tokens, is_cut = replace(kept, x_TE=layer(tokens, rows=rows)), True
+                kept, kept_places = kept_rows(tokens, self.num_context, self.truncate_to)
+                made = layer(tokens, rows=kept_places)
+                tokens, is_cut = replace(kept, x_TE=made), True
                 continue
 
-            rows = None
             if depth == len(self.layers) - 1:
                 on_gpu = layer.makes_rows(tokens)
                 rows = last_rows(tokens, self.num_context, last_history=last_history, on_gpu=on_gpu)
-            x_TE = spread_rows(layer(tokens, rows=rows), rows, len(tokens.x_TE))
-            tokens = replace(tokens, x_TE=x_TE)
-        return read_rows(tokens, self.norm_out, self.num_context, last_history=last_history)
+            made = layer(tokens, rows=rows)
+            if rows is None:
+                tokens = replace(tokens, x_TE=made)
+        return read_last_layer(
+            made, rows, tokens, self.norm_out, self.num_context, last_history=last_history
+        )
 
     def cuts_early(self, depth: int, layer: STU, tokens: Tokens) -> bool:
         """True of the layer before truncation where it makes those rows alone that are kept: in the
