@@ -50,18 +50,34 @@ class BucketTask:
 
 @dataclass(frozen=True, slots=True)
 class BucketResult:
-    """What became of a bucket."""
+    """How many lists and items were written of a bucket's users."""
 
-    users: int
-    by_popularity: int  # users without history at the time
-    empty: int
-    items: int
+    users: int = 0  # each has a list
+    by_popularity: int = 0  # users without history at the time
+    empty: int = 0  # lists of no item
+    items: int = 0
+
+    @classmethod
+    def total(cls, results: Sequence["BucketResult"]) -> "BucketResult":
+        """The sums over several buckets."""
+        return cls(
+            users=sum(result.users for result in results),
+            by_popularity=sum(result.by_popularity for result in results),
+            empty=sum(result.empty for result in results),
+            items=sum(result.items for result in results),
+        )
 
 
 def recommend_everybody(
     cfg: RunConfig, model_dir: Path, request: SharedRequest, out: Path
 ) -> dict[str, Any]:
     """Write a list for each user to the folder `out`; returns its summary.
+
+    Each task reads one bucket's users and writes one file:
+
+        sequences/bucket-00003.parquet    users 3, 8, …
+        out/bucket-00003.parquet          user_id 3 place 0, 3 place 1, …, 8 place 0, …
+        out/recommendations.json          the summary, for all buckets
 
     The folder takes the place of an earlier one in one step.
 
@@ -75,7 +91,9 @@ def recommend_everybody(
     check_request(recommender, request)
 
     manifest = store.read_manifest(cfg.sequence_dir)
-    tasks = [BucketTask(i, bucket.rows) for i, bucket in enumerate(manifest.buckets)]
+    buckets = enumerate(manifest.buckets)
+    tasks = [BucketTask(number, bucket.rows) for number, bucket in buckets]
+
     with staged_folder(out) as stage, workers(cfg.ray, cfg.runs_dir) as run:
         write = partial(
             recommend_bucket,
@@ -85,15 +103,17 @@ def recommend_everybody(
             folder=stage.absolute(),
         )
         results: list[BucketResult] = run("recommending", write, tasks)
+
+        total = BucketResult.total(results)
         summary = {
             "index_version": recommender.index.version,
             "sequences": manifest.digest,
             "time_ms": request.time_ms,
             "ordered_by": request.task,
-            "users": sum(result.users for result in results),
-            "items": sum(result.items for result in results),
-            "users_by_popularity": sum(result.by_popularity for result in results),
-            "empty_lists": sum(result.empty for result in results),
+            "users": total.users,
+            "items": total.items,
+            "users_by_popularity": total.by_popularity,
+            "empty_lists": total.empty,
         }
         (stage / SUMMARY).write_text(json.dumps(summary, indent=2))
     return summary
@@ -158,21 +178,25 @@ def recommend_bucket(
     """The lists of one bucket's users, written to a file of `folder`."""
     cfg = from_dict(settings)
     recommender = load_recommender(cfg.serve, model_dir)
+    trained = recommender.loaded.cfg
+
+    # the bucket's users, read by the model's settings
     manifest = store.read_manifest(cfg.sequence_dir)
     table = store.read_bucket(cfg.sequence_dir, manifest, task.number)
-    loaded = recommender.loaded
-    users = user_events(table, loaded.cfg.source, loaded.cfg.features)
+    users = user_events(table, trained.source, trained.features)
 
-    num = len(users.user_id)
-    times = np.full(num, request.time_ms)
-    most = loaded.cfg.examples.read_rows(cfg.serve.max_history)
-    past = history_before(users, times, most)
+    # each asks the same, at the same time
+    num_users = len(users.user_id)
+    times = np.full(num_users, request.time_ms)
+    past = history_before(users, times, trained.examples.read_rows(cfg.serve.max_history))
     features = {}
     for name, value in request.features.items():
-        features[name] = np.full(num, value, np.int32)
+        features[name] = np.full(num_users, value, np.int32)
 
     audience = Audience(users.user_id, times, past, features)
     lists = recommender.recommend(audience, request.wish, request.task)
+
+    # a user's id as the logs have it
     own = own_ids(cfg.sequence_dir, manifest, "user_id", users.user_id)
     written = lists_table(own.to_numpy(zero_copy_only=False), lists)
     pq.write_table(written, folder / f"bucket-{task.number:05d}.parquet")

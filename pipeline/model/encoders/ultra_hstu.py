@@ -1,5 +1,8 @@
 """ULTRA-HSTU (arXiv:2602.16986): one transducer over every row, or a mixture of them
 (`model.channels`).
+
+    tokens of a batch ──┬─ rows of channel "clicks" ── transducer ──┐
+                        └─ rows of channel "likes" ─── transducer ──┴─ side by side → [C, 2 d]
 """
 
 from torch import nn
@@ -25,15 +28,19 @@ class UltraHSTU(Encoder):
     def __init__(self, cfg: ModelConfig, layout: TokenLayout) -> None:
         super().__init__(cfg, layout)
         self.actions = layout.actions
-        parts = channel_parts(cfg)
-        self.channels = [channel for channel, _ in parts]
+
         # A plain list: what is registered below decides the names of the weights.
-        self.stacks = [Transducer(model, layout) for _, model in parts]
+        self.channels: list[ChannelConfig] = []
+        self.stacks: list[Transducer] = []
+        for channel, model in channel_parts(cfg):
+            self.channels.append(channel)
+            self.stacks.append(Transducer(model, layout))
 
         if cfg.channels:
             self.transducers = nn.ModuleList(self.stacks)
         else:
-            self.layers, self.norm_out = self.stacks[0].layers, self.stacks[0].norm_out
+            (only,) = self.stacks
+            self.layers, self.norm_out = only.layers, only.norm_out
 
     def forward(
         self, tokens: Tokens, batch: SequenceBatch, *, last_history: bool = False
@@ -45,18 +52,22 @@ class UltraHSTU(Encoder):
         return side_by_side(parts)
 
     def channel_rows(self, tokens: Tokens, batch: SequenceBatch) -> list[tuple[Transducer, Tokens]]:
-        """Each transducer with the tokens that it reads."""
+        """Each transducer with the tokens that it reads: those that pass its channel's filter, and
+        of them the newest `max_len`.
+        """
         found = []
         for channel, stack in zip(self.channels, self.stacks, strict=True):
             passed = filter_rows(tokens, batch, channel, self.actions)
-            found.append((stack, newest_rows(passed, channel, self.num_context)))
+            newest = newest_rows(passed, channel, self.num_context)
+            found.append((stack, newest))
         return found
 
     @classmethod
     def has_fixed_sizes(cls, cfg: ModelConfig) -> bool:
-        # what passes a filter, the batch alone says; of two tokens an event more are kept than
-        # filling counts
-        return not cfg.channels and cfg.merge
+        # how many rows pass a channel's filter depends on the batch's actions
+        sizes_follow = not cfg.channels
+        # truncation keeps more tokens of an event's two than filling counts
+        return sizes_follow and cfg.merge
 
     @classmethod
     def output_width(cls, cfg: ModelConfig) -> int:
@@ -70,17 +81,23 @@ class UltraHSTU(Encoder):
         for channel, model in channel_parts(cfg):
             passed = filter_rows(tokens, batch, channel, layout.actions)
             newest = newest_rows(passed, channel, layout.num_context)
+
             total.add(stack_work(passed, newest, model, layout))
             total.filtered_tokens += len(tokens.x_TE) - len(passed.x_TE)
         return total
 
 
 def model_sharing(cfg: ModelConfig) -> Sharing:
-    """How requests of one user may share an encoded history: what all transducers allow."""
+    """How requests of one user may share an encoded history: the least that a transducer allows.
+
+    none < layers < forward
+    """
     forms = {stack_sharing(channel, model) for channel, model in channel_parts(cfg)}
     if "none" in forms:
         return "none"
-    return "layers" if "layers" in forms else "forward"
+    if "layers" in forms:
+        return "layers"
+    return "forward"
 
 
 def channel_parts(cfg: ModelConfig) -> list[tuple[ChannelConfig, ModelConfig]]:
